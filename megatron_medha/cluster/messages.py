@@ -1,0 +1,105 @@
+"""What the front process and the ranks say to each other: frozen, msgpack-encoded, deltas only."""
+
+from __future__ import annotations
+
+import msgspec
+
+from megatron_medha.core.batch import Chunk
+from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.sampling import Sampling, TokenLogprobs
+
+
+class NewRequest(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens and parameters of a request, sent once, with the first step that computes it."""
+
+    request_id: str
+    token_ids: bytes  # prompt (and, after a restart of the rank, output so far) as little-endian int32
+    num_prompt_tokens: int
+    sampling: Sampling
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """Front to rank: compute this batch. Released requests are forgotten first, new ones added next."""
+
+    batch_id: int
+    chunks: tuple[Chunk, ...]
+    new_requests: tuple[NewRequest, ...] = ()
+    released: tuple[str, ...] = ()
+
+
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
+    """Front to rank: finish the step at hand and exit."""
+
+
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
+    """Front to rank: answer with Pong, so that a hung rank is found."""
+
+    sent_s: float
+
+
+ToRank = Step | Shutdown | Ping
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    """One request's result of a step."""
+
+    request_id: str
+    token_id: int
+    is_stop: bool = False  # a stop token; it ends the request
+    logprobs: TokenLogprobs | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of the prompt tokens [first_position, ...), as far as this step knows them."""
+
+    request_id: str
+    first_position: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
+    """Rank to front: still starting."""
+
+    rank: int
+    what: str
+    fraction: float  # 0..1
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """Rank to front: the model is loaded and this much KV memory is there."""
+
+    rank: int
+    shape: ModelShape
+    num_blocks: int
+    block_size: int
+    stop_token_ids: tuple[int, ...]  # the checkpoint's own end tokens
+    device: str                      # e.g. "cpu, 2 threads, float32"
+
+
+class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
+    """Rank to front: the batch is computed."""
+
+    batch_id: int
+    rank: int
+    duration_s: float  # from the moment the rank took the step up to this message
+    tokens: tuple[SampledToken, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    failed: tuple[tuple[str, str], ...] = ()  # (request_id, why): only that request is harmed
+
+
+class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"):
+    """Rank to front: it is about to exit because of this."""
+
+    rank: int
+    kind: str     # class name of the error
+    message: str
+
+
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag="pong"):
+    """Rank to front: alive."""
+
+    rank: int
+    sent_s: float
+
+
+FromRank = Loading | Ready | StepDone | RankFailed | Pong

@@ -1,0 +1,24 @@
+"""What one rank is told when it starts. It travels as JSON on the rank's command line."""
+
+from __future__ import annotations
+
+import msgspec
+
+from megatron_medha.core.layout import ParallelLayout
+
+
+class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a rank needs to load its share of the model and find the front process."""
+
+    rank: int = 0
+    layout: ParallelLayout = ParallelLayout()
+    front_endpoint: str              # ZeroMQ address of the front's ROUTER socket
+    checkpoint: str                  # directory: Megatron torch_dist or Hugging Face safetensors
+    device: str = "auto"             # auto, cpu, cuda
+    dtype: str = "auto"              # auto (the checkpoint's own), float32, bfloat16
+    block_size: int = 16             # tokens per KV block
+    kv_memory_bytes: int             # for all KV blocks of this rank
+    max_context_len: int | None = None  # None: the checkpoint's own
+    max_batch_tokens: int = 8192     # query tokens in one step, for preallocated buffers
+    num_threads: int | None = None   # None: the CPU cores this process may use
+    attention_backend: str = "auto"

@@ -1,0 +1,122 @@
+"""What the scheduler hands out and what comes back: chunks, batches, events, outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from megatron_medha.core.blocks import Extent
+from megatron_medha.core.request import Request
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence, computed in one forward pass.
+
+    A NamedTuple because a batch of decodes makes hundreds of them per step and
+    building a frozen dataclass costs five times as much (measured, Python 3.11).
+    """
+
+    request_id: str
+    start: int            # KV for [0, start) already exists; a chunk with start 0 begins a fresh block table
+    num_tokens: int
+    samples_token: bool   # the last position yields an output token
+    kvp_ranks: tuple[int, ...] = (0,)
+    new_extents: tuple[Extent, ...] = ()  # blocks added to the table of the last of kvp_ranks: a delta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One step's work."""
+
+    batch_id: int
+    chunks: tuple[Chunk, ...]
+    released: tuple[str, ...]  # requests whose state the ranks may forget before this batch
+    created_s: float
+    budget_s: float            # the step budget it was formed under
+    predicted_s: float         # the cost model's belief when it was formed
+
+    def chunks_on(self, kvp_rank: int) -> tuple[Chunk, ...]:
+        """The chunks that rank takes part in."""
+        return tuple(chunk for chunk in self.chunks if kvp_rank in chunk.kvp_ranks)
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens over all chunks."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A client's request was accepted by the front."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class FirstStageDone:
+    """A batch left stage 0 of the pipeline."""
+
+    batch_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """A batch left the last stage."""
+
+    batch_id: int
+    duration_s: float                    # of the step itself, measured where it ran
+    stopped: tuple[str, ...] = ()        # requests whose sampled token was a stop token
+    failed: tuple[tuple[str, str], ...] = ()  # (request_id, why): a fault of that request alone
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """A request ends early: client gone, stop string seen, timeout."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RanksLost:
+    """The ranks and all KV are gone; batches in flight will never complete."""
+
+    why: str
+
+
+Event = Arrived | FirstStageDone | Completed | Aborted | RanksLost
+
+
+class FinishReason(Enum):
+    """Why a request's stream ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class TokenOut(NamedTuple):
+    """The batch sampled a token for this request. A NamedTuple for the reason Chunk is one."""
+
+    request_id: str
+    batch_id: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """A sequence lost its KV to a decode that needed memory; it will be recomputed."""
+
+    request_id: str
+    num_tokens_lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A request ended without (all of) its tokens; the client is told why."""
+
+    request_id: str
+    why: str
+    is_client_fault: bool
+
+
+Output = TokenOut | Preempted | Rejected

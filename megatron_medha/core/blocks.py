@@ -1,0 +1,138 @@
+"""KV memory in blocks: the pool of one KVP rank, and the table of what one sequence owns.
+
+Blocks are handed out as extents (runs of consecutive block ids): a 10M-token prompt is a few
+integers instead of a list of 600,000, and kernels see long contiguous ranges of KV.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Extent(NamedTuple):
+    """Blocks [first_block, first_block + num_blocks)."""
+
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(slots=True)
+class BlockPool:
+    """The free blocks of one KVP rank; every block is free here or owned by exactly one table."""
+
+    num_blocks: int
+    num_free_blocks: int = field(init=False)
+    num_blocks_ever_freed: int = field(init=False, default=0)  # the pace at which memory comes back
+    _starts: list[int] = field(init=False)        # of the free extents, ascending
+    _lengths: dict[int, int] = field(init=False)  # start -> length
+
+    def __post_init__(self) -> None:
+        self.num_free_blocks = self.num_blocks
+        self._starts = [0] if self.num_blocks else []
+        self._lengths = {0: self.num_blocks} if self.num_blocks else {}
+
+    @property
+    def free_extents(self) -> tuple[Extent, ...]:
+        """The free runs, ascending, never adjacent to one another."""
+        return tuple(Extent(start, self._lengths[start]) for start in self._starts)
+
+    def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
+        """Take that many blocks in as few extents as possible; None, and nothing taken, if there are too few."""
+        if num_blocks > self.num_free_blocks:
+            return None
+        taken: list[Extent] = []
+        needed = num_blocks
+        while needed:
+            # The shortest run that holds all of it keeps long runs whole for long prompts;
+            # where none does, the longest run leaves the fewest pieces.
+            start = min(
+                self._starts,
+                key=lambda s: (0, self._lengths[s]) if self._lengths[s] >= needed else (1, -self._lengths[s]),
+            )
+            count = min(needed, self._lengths[start])
+            self._take(start, count)
+            taken.append(Extent(start, count))
+            needed -= count
+        return tuple(taken)
+
+    def extend(self, last_block: int) -> Extent | None:
+        """Take one block, the neighbour of `last_block` if it is free; None if the pool is empty."""
+        if self._lengths.get(last_block + 1):
+            self._take(last_block + 1, 1)
+            return Extent(last_block + 1, 1)
+        taken = self.allocate(1)
+        return taken[0] if taken else None
+
+    def free(self, extents: Iterable[Extent]) -> None:
+        """Give blocks back; giving back what is already free is a bug and stops at once."""
+        for start, count in extents:
+            end = start + count
+            assert 0 <= start and end <= self.num_blocks, f"blocks [{start}, {end}) are not of this pool"
+            index = bisect_right(self._starts, start)
+            following = self._starts[index] if index < len(self._starts) else self.num_blocks
+            assert end <= following, f"double free of block {following}"
+            if index and (previous := self._starts[index - 1]) + self._lengths[previous] >= start:
+                assert previous + self._lengths[previous] == start, f"double free of block {start}"
+                start = previous
+                index -= 1
+            else:
+                self._starts.insert(index, start)
+            if end < self.num_blocks and following == end:
+                end += self._lengths.pop(following)
+                del self._starts[index + 1]
+            self._lengths[start] = end - start
+            self.num_free_blocks += count
+            self.num_blocks_ever_freed += count
+
+    def _take(self, start: int, count: int) -> None:
+        length = self._lengths.pop(start)
+        index = bisect_right(self._starts, start) - 1
+        if length == count:
+            del self._starts[index]
+        else:
+            self._starts[index] = start + count
+            self._lengths[start + count] = length - count
+        self.num_free_blocks -= count
+
+
+@dataclass(slots=True)
+class KVShard:
+    """One sequence's tokens [start, start + capacity) on one KVP rank."""
+
+    kvp_rank: int
+    start: int
+    extents: list[Extent]
+    num_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_blocks = sum(extent.num_blocks for extent in self.extents)
+
+    def append(self, extent: Extent) -> None:
+        """Add blocks at the end, merged with the last extent where they touch."""
+        last = self.extents[-1]
+        if last.first_block + last.num_blocks == extent.first_block:
+            self.extents[-1] = Extent(last.first_block, last.num_blocks + extent.num_blocks)
+        else:
+            self.extents.append(extent)
+        self.num_blocks += extent.num_blocks
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """What one sequence owns: its shards in token order; only the last can grow."""
+
+    shards: list[KVShard] = field(default_factory=list)
+    unsent_extents: list[Extent] = field(default_factory=list)  # grown since the ranks were last told
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks owned over all shards."""
+        return sum(shard.num_blocks for shard in self.shards)
+
+
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens`."""
+    return -(-num_tokens // block_size)

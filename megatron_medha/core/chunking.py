@@ -1,0 +1,109 @@
+"""How much of a prompt goes into the next step, and how long a whole prompt will take in such steps."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_medha.core.cost import CostModel, StepLoad
+
+
+class Chunking(Enum):
+    """Ways to size a chunk."""
+
+    ADAPTIVE = "adaptive"  # the most that keeps the whole step within its time budget
+    FIXED = "fixed"        # a token budget per step, decodes included (Sarathi-Serve, vLLM)
+    WHOLE = "whole"        # the rest of the prompt at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRule:
+    """Bounds every chunk obeys."""
+
+    chunking: Chunking
+    tile_tokens: int       # adaptive chunks are multiples of this, except a prompt's last
+    max_tokens: int        # query tokens in one step
+    fixed_tokens: int      # the token budget of FIXED
+
+
+def largest_chunk(
+    rule: ChunkRule, cost: CostModel, load: StepLoad, start: int, num_tokens: int, budget_s: float
+) -> int:
+    """The most of `num_tokens`, after `start` tokens of context, that fits into a step which already has `load`.
+
+    ADAPTIVE: the largest multiple of the tile (or all of num_tokens) whose step is predicted within budget_s;
+    found by bisection, since predictions never fall as chunks grow. 0 when not even one tile fits.
+    """
+    limit = min(num_tokens, rule.max_tokens - load.num_tokens)
+    if rule.chunking is Chunking.WHOLE:
+        # A prompt longer than one step's buffers still has to be cut.
+        return max(limit, 0)
+    if rule.chunking is Chunking.FIXED:
+        return max(min(limit, rule.fixed_tokens - load.num_tokens), 0)
+    if limit <= 0:
+        return 0
+    base_tokens, num_sequences = load.num_tokens, load.num_sequences + 1
+    left_s = budget_s - load.attention_s
+
+    def fits(count: int) -> bool:
+        return cost.linear_s(base_tokens + count, num_sequences) + cost.attention_s(start, count) <= left_s
+
+    if fits(limit):
+        return limit
+    low, high = 0, (limit - 1) // rule.tile_tokens  # in tiles: low fits (or is 0), high + 1 does not
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle * rule.tile_tokens):
+            low = middle
+        else:
+            high = middle - 1
+    return low * rule.tile_tokens
+
+
+class PrefillTimes:
+    """Predicted seconds of a lone prefill by its length, under the chunk rule and the step budget (Medha Alg. 3).
+
+    Up to the first chunk's size a prompt is one step. From there on seconds per token, taken at a few dozen
+    context lengths in geometric steps, are integrated; 1M tokens need no 30,000 chunk searches.
+    """
+
+    _GROWTH = 1.2
+
+    def __init__(self, rule: ChunkRule, cost: CostModel, budget_s: float, max_tokens: int) -> None:
+        self.revision = cost.revision
+        empty = StepLoad()
+
+        def rate_s(start: int) -> tuple[int, float]:
+            count = largest_chunk(rule, cost, empty, start, rule.max_tokens, budget_s)
+            count = max(count, rule.tile_tokens)
+            return count, (cost.linear_s(count, 1) + cost.attention_s(start, count)) / count
+
+        first_chunk = min(rate_s(0)[0], max_tokens)
+        self._tokens, self._seconds = [0], [0.0]
+        tokens = 1
+        while tokens < first_chunk:
+            self._append(tokens, cost.linear_s(tokens, 1) + cost.attention_s(0, tokens))
+            tokens *= 2
+        self._append(first_chunk, cost.linear_s(first_chunk, 1) + cost.attention_s(0, first_chunk))
+        rate = rate_s(first_chunk)[1]
+        while self._tokens[-1] < max_tokens:
+            tokens = int(self._tokens[-1] * self._GROWTH) + rule.tile_tokens
+            next_rate = rate_s(tokens)[1]
+            self._append(tokens, self._seconds[-1] + 0.5 * (rate + next_rate) * (tokens - self._tokens[-1]))
+            rate = next_rate
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """Predicted seconds from nothing computed to `num_tokens` computed."""
+        index = min(bisect_right(self._tokens, num_tokens), len(self._tokens) - 1)
+        x0, x1 = self._tokens[index - 1], self._tokens[index]
+        y0, y1 = self._seconds[index - 1], self._seconds[index]
+        return y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0)
+
+    def remaining_s(self, num_done: int, num_tokens: int) -> float:
+        """Predicted seconds from `num_done` computed to `num_tokens` computed."""
+        return self.prefill_s(num_tokens) - self.prefill_s(num_done)
+
+    def _append(self, tokens: int, seconds: float) -> None:
+        self._tokens.append(tokens)
+        self._seconds.append(seconds)

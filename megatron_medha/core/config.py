@@ -1,0 +1,68 @@
+"""How the scheduler is told to behave: one frozen class, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_medha.core.chunking import Chunking, ChunkRule
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.policies import POLICIES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """How batches are formed. The defaults are Medha's; MEDHA.md says where each number comes from."""
+
+    policy: str = "lars"
+    is_preemptive: bool = True            # False: a prefill that has begun goes before all others
+    chunking: Chunking = Chunking.ADAPTIVE
+    step_budget_s: float = 0.05           # of a step, over all pipeline stages
+    tile_tokens: int = 32
+    fixed_chunk_tokens: int = 512         # token budget of a step under FIXED
+    max_batch_tokens: int = 8192
+    max_num_sequences: int = 256          # that own KV at the same time
+    deadline_multiplier: float = 1.5      # of the prompt's own predicted prefill time
+    min_deadline_s: float = 0.5
+    has_space_sharing: bool = True
+    max_relative_slack: float = 0.4       # rho_max: the most of a step that a long prefill gives away
+    max_saved_gift_steps: float = 1.0     # how much unused gift a long prefill's neighbours may save up
+    long_prefill_tokens: int | None = None  # computed so far; None: long is what does not end in the step at hand
+    progress_share: float = 0.1           # of each step, kept for the longest overdue prefill; 0: none
+    max_skips: int = 10                   # candidates passed over before a batch is closed
+    watermark: float = 0.01               # share of blocks kept free for running decodes to grow into
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"scheduler.policy={self.policy} is unknown; choose one of {', '.join(POLICIES)}")
+        for key, low, high in (
+            ("step_budget_s", 1e-4, 3600.0),
+            ("tile_tokens", 1, 1 << 20),
+            ("fixed_chunk_tokens", 1, 1 << 30),
+            ("max_batch_tokens", 1, 1 << 30),
+            ("max_num_sequences", 1, 1 << 20),
+            ("deadline_multiplier", 0.0, 1e6),
+            ("min_deadline_s", 1e-6, 1e9),
+            ("max_relative_slack", 0.0, 0.99),
+            ("max_saved_gift_steps", 0.0, 1e3),
+            ("progress_share", 0.0, 1.0),
+            ("max_skips", 0, 1 << 30),
+            ("watermark", 0.0, 0.5),
+        ):
+            value = getattr(self, key)
+            if not low <= value <= high:
+                raise ConfigError(f"scheduler.{key}={value} must be between {low} and {high}")
+        if self.tile_tokens > self.max_batch_tokens:
+            raise ConfigError(
+                f"scheduler.tile_tokens={self.tile_tokens} must not exceed "
+                f"scheduler.max_batch_tokens={self.max_batch_tokens}"
+            )
+
+    @property
+    def chunk_rule(self) -> ChunkRule:
+        """The bounds of every chunk."""
+        return ChunkRule(
+            chunking=self.chunking,
+            tile_tokens=self.tile_tokens,
+            max_tokens=self.max_batch_tokens,
+            fixed_tokens=self.fixed_chunk_tokens,
+        )

@@ -1,0 +1,125 @@
+"""A queue whose priorities move in time along straight lines. It knows nothing of sequences.
+
+A kinetic tournament: a binary tree in which each node holds the winner of its subtree and the moment until
+which that result is certain, the earliest crossing of two lines below it. Asking for the winner re-plays only
+matches that have expired; changing an entry re-plays one path. Both cost O(log n) instead of a sort of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+
+from megatron_medha.core.policies import Priority
+
+_NEVER_S = float("inf")
+
+# at_zero and slope of the line, then arrival and id for ties
+_Entry = tuple[float, float, float, str]
+
+
+class KineticQueue:
+    """Ids in order of their priority at the moment asked; ties go by (arrival, id)."""
+
+    def __init__(self) -> None:
+        self._num_slots = 1
+        self._entries: list[_Entry | None] = [None, None]  # by node; winners above, leaves from _num_slots on
+        self._expires_s: list[float] = [_NEVER_S, _NEVER_S]
+        self._leaf_of: dict[str, int] = {}
+        self._free_leaves: list[int] = [1]
+
+    def __len__(self) -> int:
+        return len(self._leaf_of)
+
+    def __contains__(self, item_id: str) -> bool:
+        return item_id in self._leaf_of
+
+    def add(self, item_id: str, priority: Priority, arrival_s: float, now_s: float) -> None:
+        """Add an id, or give one that is there a new priority."""
+        leaf = self._leaf_of.get(item_id)
+        if leaf is None:
+            if not self._free_leaves:
+                self._double(now_s)
+            leaf = self._leaf_of[item_id] = heappop(self._free_leaves)
+        self._entries[leaf] = (priority.at_zero, priority.slope, arrival_s, item_id)
+        self._replay_path(leaf, now_s)
+
+    def remove(self, item_id: str, now_s: float) -> None:
+        """Take an id out; it must be there."""
+        leaf = self._leaf_of.pop(item_id)
+        self._entries[leaf] = None
+        heappush(self._free_leaves, leaf)
+        self._replay_path(leaf, now_s)
+
+    def in_order(self, now_s: float) -> Iterator[str]:
+        """Ids from the lowest priority up, as of now. The queue must not change while this is read."""
+        entries, num_slots = self._entries, self._num_slots
+        self._refresh(1, now_s)
+        frontier: list[tuple[float, float, str, int]] = []
+
+        def push(node: int) -> None:
+            if (entry := entries[node]) is not None:
+                heappush(frontier, (entry[0] + entry[1] * now_s, entry[2], entry[3], node))
+
+        push(1)
+        while frontier:
+            _, _, item_id, node = heappop(frontier)
+            yield item_id
+            # The subtree of this node without its winner: the siblings along the winner's path.
+            leaf = self._leaf_of[item_id]
+            while leaf > node:
+                sibling = leaf ^ 1
+                if sibling < num_slots and self._expires_s[sibling] <= now_s:
+                    self._refresh(sibling, now_s)
+                push(sibling)
+                leaf >>= 1
+
+    def _refresh(self, node: int, now_s: float) -> None:
+        if node >= self._num_slots or self._expires_s[node] > now_s:
+            return
+        self._refresh(2 * node, now_s)
+        self._refresh(2 * node + 1, now_s)
+        self._replay(node, now_s)
+
+    def _replay_path(self, leaf: int, now_s: float) -> None:
+        node = leaf >> 1
+        while node:
+            # The sibling's side may have expired unseen; its winner would be stale.
+            self._refresh(2 * node, now_s)
+            self._refresh(2 * node + 1, now_s)
+            self._replay(node, now_s)
+            node >>= 1
+
+    def _replay(self, node: int, now_s: float) -> None:
+        left, right = 2 * node, 2 * node + 1
+        expires_s = self._expires_s[left]
+        if self._expires_s[right] < expires_s:
+            expires_s = self._expires_s[right]
+        one, other = self._entries[left], self._entries[right]
+        if one is None or other is None:
+            winner = other if one is None else one
+        else:
+            one_value, other_value = one[0] + one[1] * now_s, other[0] + other[1] * now_s
+            if (one_value, one[2], one[3]) <= (other_value, other[2], other[3]):
+                winner, loser = one, other
+            else:
+                winner, loser = other, one
+            if loser[1] < winner[1]:  # the loser's line falls faster and will cross
+                crossing_s = (loser[0] - winner[0]) / (winner[1] - loser[1])
+                if crossing_s < expires_s:
+                    # A crossing that rounding puts into the past is re-played at the next look.
+                    expires_s = crossing_s if crossing_s > now_s else now_s
+        self._entries[node] = winner
+        self._expires_s[node] = expires_s
+
+    def _double(self, now_s: float) -> None:
+        leaves = self._entries[self._num_slots :]
+        old_num_slots = self._num_slots
+        self._num_slots *= 2
+        self._entries = [None] * self._num_slots + leaves + [None] * old_num_slots
+        self._expires_s = [_NEVER_S] * (2 * self._num_slots)
+        self._leaf_of = {entry[3]: self._num_slots + slot for slot, entry in enumerate(leaves) if entry is not None}
+        self._free_leaves = list(range(self._num_slots + old_num_slots, 2 * self._num_slots))
+        heapify(self._free_leaves)
+        for node in range(self._num_slots - 1, 0, -1):
+            self._replay(node, now_s)

@@ -1,0 +1,189 @@
+"""The KV memory of a replica: who may have blocks, on which KVP rank, and what is kept back for whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron_medha.core.blocks import BlockPool, KVShard, num_blocks_for
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.request import Sequence
+
+
+class Part(NamedTuple):
+    """One KVP rank's part in the next chunk of a sequence."""
+
+    kvp_rank: int
+    context: int  # earlier tokens of the sequence on that rank
+
+
+@dataclass(slots=True)
+class _Reservation:
+    """Blocks kept back for one sequence that has waited too long: a share of all that has been freed since."""
+
+    request_id: str
+    share: float
+    num_blocks_needed: tuple[int, ...]    # by KVP rank
+    num_freed_at_start: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class KVMemory:
+    """One pool per KVP rank; a sequence is sharded by token range over as many as it needs."""
+
+    num_blocks: int          # of each KVP rank
+    block_size: int
+    max_context_len: int
+    kvp: int = 1
+    max_tokens_per_shard: int | None = None  # None: the whole context on one rank
+    watermark: float = 0.01  # share of blocks that prompts leave free, for decodes to grow into
+    pools: list[BlockPool] = field(init=False)
+    num_owners: int = field(init=False, default=0)  # sequences that own blocks
+    _shard_tokens: int = field(init=False)
+    _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills (MEDHA 5.5)
+    _reservation: _Reservation | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.num_blocks < 1:
+            raise ConfigError(
+                f"the KV memory holds {self.num_blocks} blocks of {self.block_size} tokens; "
+                "raise model.kv_memory_gib"
+            )
+        self.pools = [BlockPool(self.num_blocks) for _ in range(self.kvp)]
+        self._pending_work = [0] * self.kvp
+        self._shard_tokens = self.max_tokens_per_shard or self.num_blocks * self.block_size
+        if self._shard_tokens % self.block_size or not 0 < self._shard_tokens <= self.num_blocks * self.block_size:
+            raise ConfigError(
+                f"parallel.max_tokens_per_shard={self._shard_tokens} must be a multiple of {self.block_size} "
+                f"and at most the {self.num_blocks * self.block_size} tokens a rank has memory for"
+            )
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Prompt and output tokens one request can have: bound by the context and by the memory."""
+        return min(self.max_context_len, self.kvp * self._shard_tokens)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Over all KVP ranks."""
+        return sum(pool.num_free_blocks for pool in self.pools)
+
+    def plan(self, seq: Sequence) -> tuple[int, ...] | None:
+        """KVP ranks on which all blocks for the known tokens of `seq` can be taken now; None if they cannot.
+
+        The least pending work first. All or nothing: growing while it prefills could leave several long
+        prompts each waiting for the others' blocks (MEDHA 5.5).
+        """
+        ranks: list[int] = []
+        start = 0
+        kept = int(self.watermark * self.num_blocks) if self.num_owners else 0
+        for rank in sorted(range(self.kvp), key=self._pending_work.__getitem__):
+            count = num_blocks_for(min(self._shard_tokens, seq.num_known_tokens - start), self.block_size)
+            if self.pools[rank].num_free_blocks - count < kept + self._num_reserved(rank, seq):
+                continue
+            ranks.append(rank)
+            start += self._shard_tokens
+            if start >= seq.num_known_tokens:
+                return tuple(ranks)
+        return None
+
+    def parts(self, seq: Sequence, plan: tuple[int, ...]) -> tuple[Part, ...]:
+        """The KVP ranks that take part in the next chunk of `seq`; by its plan while it owns nothing."""
+        start = seq.num_scheduled_tokens
+        if not seq.block_table.shards:
+            return (Part(plan[0], 0),)
+        return tuple(
+            Part(shard.kvp_rank, min(start - shard.start, self._shard_tokens))
+            for shard in seq.block_table.shards
+            if shard.start <= start
+        )
+
+    def take(self, seq: Sequence, ranks: tuple[int, ...]) -> None:
+        """Give `seq` the blocks of a plan made at this very moment."""
+        start = 0
+        for rank in ranks:
+            num_tokens = min(self._shard_tokens, seq.num_known_tokens - start)
+            extents = self.pools[rank].allocate(num_blocks_for(num_tokens, self.block_size))
+            assert extents is not None, f"the plan for {seq.request_id} no longer holds on KVP rank {rank}"
+            seq.block_table.shards.append(KVShard(rank, start, list(extents)))
+            self._pending_work[rank] += seq.request.num_prompt_tokens**2
+            start += self._shard_tokens
+        self._set_capacity(seq)
+        self.num_owners += 1
+        if self._reservation is not None and self._reservation.request_id == seq.request_id:
+            self._reservation = None
+
+    def grow(self, seq: Sequence) -> bool:
+        """Give a decode one more block; False, and nothing changed, when there is none."""
+        table = seq.block_table
+        last = table.shards[-1]
+        if last.num_blocks * self.block_size < self._shard_tokens:
+            tail = last.extents[-1]
+            extent = self.pools[last.kvp_rank].extend(tail.first_block + tail.num_blocks - 1)
+            if extent is None:
+                return False
+            last.append(extent)
+            table.unsent_extents.append(extent)
+        else:
+            free = [rank for rank in self.growth_ranks(seq) if self.pools[rank].num_free_blocks]
+            if not free:
+                return False
+            rank = min(free, key=lambda rank: (self._pending_work[rank], rank))
+            extents = self.pools[rank].allocate(1)
+            assert extents is not None
+            table.shards.append(KVShard(rank, last.start + self._shard_tokens, list(extents)))
+            self._pending_work[rank] += seq.request.num_prompt_tokens**2
+        self._set_capacity(seq)
+        return True
+
+    def growth_ranks(self, seq: Sequence) -> set[int]:
+        """KVP ranks on which a free block would let `seq` grow."""
+        last = seq.block_table.shards[-1]
+        if last.num_blocks * self.block_size < self._shard_tokens:
+            return {last.kvp_rank}
+        return set(range(self.kvp)) - {shard.kvp_rank for shard in seq.block_table.shards}
+
+    def release(self, seq: Sequence) -> None:
+        """Take back everything `seq` owns; nothing happens if it owns nothing."""
+        if not seq.block_table.shards:
+            return
+        for shard in seq.block_table.shards:
+            self.pools[shard.kvp_rank].free(shard.extents)
+            self._pending_work[shard.kvp_rank] -= seq.request.num_prompt_tokens**2
+        seq.block_table.shards.clear()
+        seq.block_table.unsent_extents.clear()
+        seq.capacity_tokens = 0
+        self.num_owners -= 1
+
+    def chunk_limit(self, start: int) -> int:
+        """Tokens from `start` up to its shard's end, which no chunk may cross."""
+        return self._shard_tokens - start % self._shard_tokens
+
+    def reserve(self, seq: Sequence | None, share: float) -> None:
+        """Keep `share` of all blocks freed from now on for a sequence that owns none; None ends it.
+
+        Without this a prompt that needs most of the memory starves: the blocks of every request that ends go to
+        the next short one.
+        """
+        if seq is None or seq.block_table.shards:
+            self._reservation = None
+        elif self._reservation is None or self._reservation.request_id != seq.request_id:
+            needed = num_blocks_for(min(self._shard_tokens, seq.num_known_tokens), self.block_size)
+            num_ranks = num_blocks_for(seq.num_known_tokens, self._shard_tokens)
+            self._reservation = _Reservation(
+                seq.request_id,
+                share,
+                tuple(needed if rank < num_ranks else 0 for rank in range(self.kvp)),
+                tuple(pool.num_blocks_ever_freed for pool in self.pools),
+            )
+
+    def _num_reserved(self, rank: int, seq: Sequence) -> int:
+        reservation = self._reservation
+        if reservation is None or reservation.request_id == seq.request_id:
+            return 0
+        freed = self.pools[rank].num_blocks_ever_freed - reservation.num_freed_at_start[rank]
+        return min(reservation.num_blocks_needed[rank], int(reservation.share * freed))
+
+    def _set_capacity(self, seq: Sequence) -> None:
+        last = seq.block_table.shards[-1]
+        seq.capacity_tokens = last.start + last.num_blocks * self.block_size

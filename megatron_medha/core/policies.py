@@ -1,0 +1,80 @@
+"""Who runs first: each policy turns a sequence into a priority; the lowest runs first.
+
+Every policy here is a straight line in time as long as its sequence makes no progress. A policy therefore
+returns the line, not its value: a queue that knows the lines keeps 10,000 sequences in order without
+evaluating 10,000 priorities at every step (core/kinetic_queue.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from megatron_medha.core.request import Sequence
+
+
+class Priority(NamedTuple):
+    """The line at_zero + slope * now_s; lower runs first."""
+
+    at_zero: float
+    slope: float = 0.0
+
+    def at(self, now_s: float) -> float:
+        """The priority at a moment."""
+        return self.at_zero + self.slope * now_s
+
+
+Policy = Callable[[Sequence], Priority]
+
+
+def slack_s(seq: Sequence, now_s: float) -> float:
+    """Seconds to spare before `seq` must run without a pause to meet its deadline; negative when late.
+
+    s = arrival + d - t - w(t) (Medha section 4.1).
+    """
+    return seq.deadline_s - now_s - seq.remaining_work_s
+
+
+def relative_slack(seq: Sequence, now_s: float) -> float:
+    """Slack in units of the sequence's own total work: rho = s / w_total (Medha section 4.1)."""
+    return slack_s(seq, now_s) / seq.total_work_s
+
+
+def fcfs(seq: Sequence) -> Priority:
+    """First come, first served."""
+    return Priority(seq.request.arrival_s)
+
+
+def sjf(seq: Sequence) -> Priority:
+    """Shortest whole prefill first."""
+    return Priority(seq.total_work_s)
+
+
+def srpt(seq: Sequence) -> Priority:
+    """Shortest remaining prefill first."""
+    return Priority(seq.remaining_work_s)
+
+
+def edf(seq: Sequence) -> Priority:
+    """Earliest deadline first."""
+    return Priority(seq.deadline_s)
+
+
+def lrs(seq: Sequence) -> Priority:
+    """Least absolute slack first."""
+    return Priority(seq.deadline_s - seq.remaining_work_s, -1.0)
+
+
+def lars(seq: Sequence) -> Priority:
+    """Least relative slack first: length-aware, so neither long nor short requests are always the urgent ones."""
+    return Priority((seq.deadline_s - seq.remaining_work_s) / seq.total_work_s, -1.0 / seq.total_work_s)
+
+
+def hrrn(seq: Sequence) -> Priority:
+    """Highest response ratio (waited + work) / work next."""
+    return Priority(seq.request.arrival_s / seq.total_work_s - 1.0, -1.0 / seq.total_work_s)
+
+
+POLICIES: dict[str, Policy] = {
+    policy.__name__: policy for policy in (fcfs, sjf, srpt, edf, lrs, lars, hrrn)
+}

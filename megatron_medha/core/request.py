@@ -1,0 +1,98 @@
+"""What a request is and where it stands. Tokens themselves are never here, only their counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from megatron_medha.core.blocks import BlockTable
+
+
+class Status(Enum):
+    """Where a sequence stands; it moves only along LIFECYCLE."""
+
+    WAITING = "waiting"        # no KV, nothing computed (new, or restarted after it lost its KV)
+    PREFILLING = "prefilling"  # owns KV for its whole prompt; computed in chunks, possibly paused between two
+    DECODING = "decoding"      # every known token but the last is computed
+    FINISHED = "finished"
+    ABORTED = "aborted"        # by the client or by a fault of this request alone
+
+
+LIFECYCLE: dict[Status, frozenset[Status]] = {
+    Status.WAITING: frozenset({Status.PREFILLING, Status.ABORTED}),
+    Status.PREFILLING: frozenset({Status.DECODING, Status.FINISHED, Status.WAITING, Status.ABORTED}),
+    Status.DECODING: frozenset({Status.FINISHED, Status.WAITING, Status.ABORTED}),
+    Status.FINISHED: frozenset(),
+    Status.ABORTED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a client asked for, in numbers."""
+
+    request_id: str
+    num_prompt_tokens: int
+    max_output_tokens: int
+    arrival_s: float
+    ttft_slo_s: float | None = None  # replaces the deadline derived from the prompt's own work
+    tpot_slo_s: float | None = None  # lowers the step budget while this request decodes
+    priority: int = 0                # lower runs first, before slack is compared
+
+
+@dataclass(slots=True, kw_only=True)
+class Sequence:
+    """A request on its way, with the cursors of the stream pipeline (DESIGN section 4).
+
+    num_computed_tokens <= num_first_stage_tokens <= num_scheduled_tokens <= num_known_tokens, always.
+    """
+
+    request: Request
+    deadline_s: float              # absolute, for the first token
+    total_work_s: float            # predicted time of the whole prefill, alone
+    status: Status = Status.WAITING
+    num_scheduled_tokens: int = 0    # handed to the runtime
+    num_first_stage_tokens: int = 0  # past stage 0: the next chunk of a prompt starts there
+    num_computed_tokens: int = 0     # past the last stage: KV exists in every layer
+    num_output_tokens: int = 0
+    num_preemptions: int = 0         # times the KV was lost and had to be recomputed
+    num_batches_in_flight: int = 0
+    remaining_work_s: float = 0.0    # of the prefill; kept by the scheduler as chunks are scheduled
+    capacity_tokens: int = 0         # tokens its blocks hold
+    first_scheduled_s: float | None = None
+    block_table: BlockTable = field(default_factory=BlockTable)
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt and output tokens whose values exist."""
+        return self.request.num_prompt_tokens + self.num_output_tokens
+
+    @property
+    def num_unscheduled_tokens(self) -> int:
+        """Known tokens no batch has been given yet."""
+        return self.num_known_tokens - self.num_scheduled_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens whose KV does not exist in every layer yet."""
+        return self.num_known_tokens - self.num_computed_tokens
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether chunks, not single tokens, are what it needs next."""
+        return self.status is Status.WAITING or self.status is Status.PREFILLING
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return self.status is Status.FINISHED or self.status is Status.ABORTED
+
+    def move_to(self, status: Status) -> None:
+        """Change status along LIFECYCLE; anything else is a bug."""
+        assert status in LIFECYCLE[self.status], f"{self.request_id}: {self.status.value} -> {status.value}"
+        self.status = status

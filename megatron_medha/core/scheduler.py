@@ -1,0 +1,378 @@
+"""The scheduler: takes events, gives batches. Pure: no clock, no tensor, no token; time comes in as an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from megatron_medha.core.batch import (
+    Aborted,
+    Arrived,
+    Batch,
+    Chunk,
+    Completed,
+    Event,
+    FinishReason,
+    FirstStageDone,
+    Output,
+    Preempted,
+    RanksLost,
+    Rejected,
+    TokenOut,
+)
+from megatron_medha.core.batch_builder import BatchBuilder
+from megatron_medha.core.chunking import PrefillTimes
+from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.cost import CostModel, StepLoad
+from megatron_medha.core.kinetic_queue import KineticQueue
+from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.packing import PrefillPacker
+from megatron_medha.core.policies import POLICIES, relative_slack
+from megatron_medha.core.request import Request, Sequence, Status
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A batch the runtime has, with what the cost model needs to learn from it."""
+
+    batch: Batch
+    load: StepLoad
+    has_left_first_stage: bool = False
+
+
+class Scheduler:
+    """Owns every live sequence; one thread calls it, with a clock that never runs backwards."""
+
+    def __init__(self, config: SchedulerConfig, cost: CostModel, memory: KVMemory, spp: int = 1) -> None:
+        self.config = config
+        self.cost = cost
+        self.memory = memory
+        self._spp = spp
+        self._policy = POLICIES[config.policy]
+        self._rule = config.chunk_rule
+        self._sequences: dict[str, Sequence] = {}
+        self._started = KineticQueue()   # prefills that own KV, when they go first (non-preemptive)
+        self._queues: dict[int, KineticQueue] = {}  # prefills whose next chunk may start, by priority class
+        self._decodes: dict[str, Sequence] = {}     # ready for their next token, oldest first
+        self._growing: list[Sequence] = []          # need a block before their next token
+        self._deadlines: list[tuple[float, float, str]] = []  # heap of (deadline, arrival, id); may hold the dead
+        self._packer = PrefillPacker(config, cost, memory)
+        self._num_tpot_slos = 0                     # live sequences that bring a TPOT target
+        self._in_flight: dict[int, _InFlight] = {}
+        self._released: list[str] = []
+        self._next_batch_id = 0
+        self._times = PrefillTimes(self._rule, cost, config.step_budget_s, memory.max_request_tokens)
+
+    # ---- what the outside may look at ----
+
+    @property
+    def sequences(self) -> Iterable[Sequence]:
+        """Every live sequence."""
+        return self._sequences.values()
+
+    @property
+    def num_batches_in_flight(self) -> int:
+        """Batches submitted and not completed."""
+        return len(self._in_flight)
+
+    def predicted_prefill_s(self, num_tokens: int) -> float:
+        """Predicted time of a whole prefill, alone: w_total."""
+        return self._times.prefill_s(num_tokens) / self._spp
+
+    # ---- events ----
+
+    def handle(self, event: Event, now_s: float) -> list[Output]:
+        """Take note of what happened; what clients must be told comes back."""
+        outputs: list[Output] = []
+        match event:
+            case Completed():
+                self._complete(event, now_s, outputs)
+            case Arrived(request):
+                self._arrive(request, now_s, outputs)
+            case FirstStageDone(batch_id):
+                self._leave_first_stage(self._in_flight[batch_id], now_s)
+            case Aborted(request_id):
+                if (seq := self._sequences.get(request_id)) is not None and not seq.is_done:
+                    self._end(seq, Status.ABORTED, now_s)
+            case RanksLost():
+                self._restart_all(now_s)
+        if self._growing:
+            self._grow(now_s, outputs)
+        return outputs
+
+    def _arrive(self, request: Request, now_s: float, outputs: list[Output]) -> None:
+        num_tokens = request.num_prompt_tokens + request.max_output_tokens
+        if request.request_id in self._sequences:
+            why = f"request id {request.request_id} is already in use"
+        elif request.num_prompt_tokens < 1 or request.max_output_tokens < 1:
+            why = "a request needs at least one prompt token and one output token"
+        elif num_tokens > self.memory.max_request_tokens:
+            why = (
+                f"{request.num_prompt_tokens} prompt tokens and up to {request.max_output_tokens} output tokens "
+                f"exceed the {self.memory.max_request_tokens} tokens one request may have"
+            )
+        else:
+            self._refresh_times()
+            total_s = self.predicted_prefill_s(request.num_prompt_tokens)
+            deadline_s = max(self.config.deadline_multiplier * total_s, self.config.min_deadline_s)
+            if request.ttft_slo_s is not None:
+                deadline_s = request.ttft_slo_s
+            seq = Sequence(
+                request=request,
+                deadline_s=request.arrival_s + deadline_s,
+                total_work_s=total_s,
+                remaining_work_s=total_s,
+            )
+            self._sequences[request.request_id] = seq
+            self._num_tpot_slos += request.tpot_slo_s is not None
+            heappush(self._deadlines, (seq.deadline_s, request.arrival_s, request.request_id))
+            self._enqueue(seq, now_s)
+            return
+        outputs.append(Rejected(request.request_id, why, is_client_fault=True))
+
+    def _leave_first_stage(self, flight: _InFlight, now_s: float) -> None:
+        flight.has_left_first_stage = True
+        for chunk in flight.batch.chunks:
+            seq = self._sequences[chunk.request_id]
+            seq.num_first_stage_tokens = chunk.start + chunk.num_tokens
+            if seq.status is Status.PREFILLING and seq.num_unscheduled_tokens:
+                self._enqueue(seq, now_s)
+
+    def _complete(self, event: Completed, now_s: float, outputs: list[Output]) -> None:
+        flight = self._in_flight.pop(event.batch_id)
+        if not flight.has_left_first_stage:
+            self._leave_first_stage(flight, now_s)
+        self.cost.observe(flight.load, event.duration_s)
+        failed = dict(event.failed)
+        for chunk in flight.batch.chunks:
+            seq = self._sequences[chunk.request_id]
+            seq.num_batches_in_flight -= 1
+            if seq.is_done:
+                if not seq.num_batches_in_flight:
+                    self._forget(seq)
+                continue
+            seq.num_computed_tokens = chunk.start + chunk.num_tokens
+            if failed and seq.request_id in failed:
+                self._end(seq, Status.ABORTED, now_s)
+                outputs.append(Rejected(seq.request_id, failed[seq.request_id], is_client_fault=False))
+            elif chunk.samples_token:
+                self._sampled(seq, event, now_s, outputs)
+
+    def _sampled(self, seq: Sequence, event: Completed, now_s: float, outputs: list[Output]) -> None:
+        seq.num_output_tokens += 1
+        reason = None
+        if seq.request_id in event.stopped:
+            reason = FinishReason.STOP
+        elif seq.num_output_tokens >= seq.request.max_output_tokens:
+            reason = FinishReason.LENGTH
+        outputs.append(TokenOut(seq.request_id, event.batch_id, reason))
+        if reason is not None:
+            self._end(seq, Status.FINISHED, now_s)
+            return
+        if seq.status is Status.PREFILLING:
+            seq.move_to(Status.DECODING)
+        if seq.num_scheduled_tokens < seq.capacity_tokens:
+            self._decodes[seq.request_id] = seq
+        else:
+            self._growing.append(seq)
+
+    def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
+        if seq.is_prefill:
+            self._dequeue(seq, now_s)
+        seq.move_to(status)
+        self._decodes.pop(seq.request_id, None)
+        if seq in self._growing:
+            self._growing.remove(seq)
+        # The blocks of a sequence in flight are still being written to: they return with its last batch.
+        if not seq.num_batches_in_flight:
+            self._forget(seq)
+
+    def _forget(self, seq: Sequence) -> None:
+        self.memory.release(seq)
+        del self._sequences[seq.request_id]
+        self._num_tpot_slos -= seq.request.tpot_slo_s is not None
+        self._released.append(seq.request_id)
+
+    def _restart_all(self, now_s: float) -> None:
+        """The ranks came up empty: every sequence that owned KV computes its known tokens again."""
+        self._in_flight.clear()
+        self._growing.clear()
+        for seq in list(self._sequences.values()):
+            seq.num_batches_in_flight = 0
+            if seq.is_done:
+                self._forget(seq)
+            elif seq.status is not Status.WAITING:
+                self._restart(seq, now_s)
+        self._released.clear()  # the new ranks have nothing to forget
+
+    def _restart(self, seq: Sequence, now_s: float) -> None:
+        if seq.is_prefill:
+            self._dequeue(seq, now_s)
+        else:
+            self._decodes.pop(seq.request_id, None)
+        self.memory.release(seq)
+        if seq.status is not Status.WAITING:  # one that got its blocks but no chunk yet has not begun
+            seq.move_to(Status.WAITING)
+        seq.num_preemptions += 1
+        seq.num_scheduled_tokens = seq.num_first_stage_tokens = seq.num_computed_tokens = 0
+        seq.remaining_work_s = self.predicted_prefill_s(seq.num_known_tokens)
+        heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
+        self._enqueue(seq, now_s)
+
+    def _grow(self, now_s: float, outputs: list[Output]) -> None:
+        """Give each decode that filled its last block a new one, at the cost of whoever has the most slack."""
+        still_growing: list[Sequence] = []
+        growing, self._growing = self._growing, still_growing
+        for seq in growing:
+            if seq.status is not Status.DECODING:
+                continue  # it became a victim itself
+            while not self.memory.grow(seq):
+                victim = self._victim(seq, now_s)
+                if victim is None:
+                    still_growing.append(seq)  # everyone else is in flight: try again at the next event
+                    break
+                outputs.append(Preempted(victim.request_id, victim.num_computed_tokens))
+                self._restart(victim, now_s)
+                if victim is seq:
+                    break
+            else:
+                self._decodes[seq.request_id] = seq
+
+    def _victim(self, needy: Sequence, now_s: float) -> Sequence | None:
+        ranks = self.memory.growth_ranks(needy)
+        owners = [
+            seq
+            for seq in self._sequences.values()
+            if not seq.num_batches_in_flight
+            and not seq.is_done
+            and (seq is needy or any(shard.kvp_rank in ranks for shard in seq.block_table.shards))
+        ]
+        if owners == [needy]:
+            return None
+        return max(owners, key=lambda seq: (relative_slack(seq, now_s), seq.request.arrival_s, seq.request_id))
+
+    # ---- batches ----
+
+    def schedule(self, now_s: float) -> Batch | None:
+        """Choose the next batch; None when nothing can run."""
+        if len(self._in_flight) >= self._spp or any(
+            not flight.has_left_first_stage for flight in self._in_flight.values()
+        ):
+            return None
+        builder = BatchBuilder(self._rule, self.cost, self.memory, self._budget_s())
+        builder.add_decodes(self._decodes.values())
+        if self._has_prefills:
+            self._packer.pack(builder, self._candidates(now_s), self._longest_overdue(now_s), now_s)
+        if builder.is_empty:
+            return None
+        batch = Batch(
+            batch_id=self._next_batch_id,
+            chunks=self._commit(builder, now_s),
+            released=tuple(self._released),
+            created_s=now_s,
+            budget_s=builder.budget_s,
+            predicted_s=builder.predicted_s(),
+        )
+        self._next_batch_id += 1
+        self._released.clear()
+        self._in_flight[batch.batch_id] = _InFlight(batch, builder.slowest_load)
+        return batch
+
+    def _budget_s(self) -> float:
+        budget_s = self.config.step_budget_s
+        if self._num_tpot_slos:
+            for seq in self._decodes.values():
+                if seq.request.tpot_slo_s is not None:
+                    budget_s = min(budget_s, seq.request.tpot_slo_s)
+        return budget_s
+
+    def _commit(self, builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
+        """Turn what was planned into chunks, and move every cursor."""
+        chunks: list[Chunk] = []
+        for seq in self._decodes.values():
+            start = seq.num_scheduled_tokens
+            seq.num_scheduled_tokens = start + 1
+            seq.num_batches_in_flight += 1
+            table = seq.block_table
+            if len(table.shards) == 1 and not table.unsent_extents:
+                chunks.append(Chunk(seq.request.request_id, start, 1, True, (table.shards[0].kvp_rank,)))
+            else:
+                chunks.append(self._chunk(seq, start, 1))
+        self._decodes.clear()
+        for seq, num_tokens, _ in builder.prefills:
+            self._dequeue(seq, now_s)
+            start = seq.num_scheduled_tokens
+            if seq.status is Status.WAITING:
+                seq.move_to(Status.PREFILLING)
+                if seq.first_scheduled_s is None:
+                    seq.first_scheduled_s = now_s
+            seq.num_scheduled_tokens = start + num_tokens
+            seq.num_batches_in_flight += 1
+            seq.remaining_work_s = max(
+                0.0, self._times.remaining_s(start + num_tokens, seq.num_known_tokens) / self._spp
+            )
+            chunks.append(self._chunk(seq, start, num_tokens))
+        return tuple(chunks)
+
+    def _chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
+        table = seq.block_table
+        end = start + num_tokens
+        active = [shard for shard in table.shards if shard.start < end]
+        if active[-1].start == start:
+            extents = tuple(active[-1].extents)  # the first chunk on this shard brings all its blocks
+        else:
+            extents = tuple(table.unsent_extents)
+        table.unsent_extents.clear()
+        return Chunk(
+            seq.request_id,
+            start,
+            num_tokens,
+            end == seq.num_known_tokens,
+            tuple(shard.kvp_rank for shard in active),
+            extents,
+        )
+
+    # ---- queues ----
+
+    @property
+    def _has_prefills(self) -> bool:
+        return bool(self._started) or bool(self._queues)
+
+    def _enqueue(self, seq: Sequence, now_s: float) -> None:
+        """Make a prefill a candidate: its next chunk may start."""
+        queue = self._started
+        if self.config.is_preemptive or seq.status is Status.WAITING:
+            queue = self._queues.setdefault(seq.request.priority, KineticQueue())
+        queue.add(seq.request_id, self._policy(seq), seq.request.arrival_s, now_s)
+
+    def _dequeue(self, seq: Sequence, now_s: float) -> None:
+        queue = self._queues.get(seq.request.priority)
+        if queue is not None and seq.request_id in queue:
+            queue.remove(seq.request_id, now_s)
+            if not queue:
+                del self._queues[seq.request.priority]
+        elif seq.request_id in self._started:
+            self._started.remove(seq.request_id, now_s)
+
+    def _candidates(self, now_s: float) -> Iterator[Sequence]:
+        """Prefills whose next chunk may start, most urgent first."""
+        for queue in (self._started, *(self._queues[level] for level in sorted(self._queues))):
+            for request_id in queue.in_order(now_s):
+                yield self._sequences[request_id]
+
+    def _longest_overdue(self, now_s: float) -> Sequence | None:
+        """The prefill with the earliest deadline that has passed."""
+        heap = self._deadlines
+        while heap and heap[0][0] < now_s:
+            seq = self._sequences.get(heap[0][2])
+            if seq is not None and seq.is_prefill and seq.deadline_s == heap[0][0]:
+                return seq if self.config.progress_share else None
+            heappop(heap)
+        return None
+
+    def _refresh_times(self) -> None:
+        if self._times.revision != self.cost.revision:
+            self._times = PrefillTimes(
+                self._rule, self.cost, self.config.step_budget_s, self.memory.max_request_tokens
+            )

@@ -1,0 +1,130 @@
+"""Every input of the scheduler and every decision, one JSON line each; and the replay that checks them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_medha.core.batch import (
+    Aborted,
+    Arrived,
+    Batch,
+    Chunk,
+    Completed,
+    Event,
+    FirstStageDone,
+    Output,
+    RanksLost,
+)
+from megatron_medha.core.blocks import Extent
+from megatron_medha.core.errors import MedhaError
+from megatron_medha.core.request import Request
+from megatron_medha.engine.ports import Decisions
+
+_EVENTS: dict[str, type[Event]] = {
+    kind.__name__: kind for kind in (Arrived, FirstStageDone, Completed, Aborted, RanksLost)
+}
+
+
+class ReplayError(MedhaError):
+    """A replayed decision differs from the recorded one, or the log cannot be read; the message names the line."""
+
+
+class DecisionLog:
+    """An Observer that writes. The first line is the configuration; times are exact, so a replay is too."""
+
+    def __init__(self, stream: TextIO, header: dict[str, Any]) -> None:
+        self._stream = stream
+        self._write({"header": header})
+
+    @classmethod
+    def open(cls, path: Path, header: dict[str, Any]) -> DecisionLog:
+        """Write to a file, flushed line by line so that a crash loses nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cls(path.open("w", buffering=1, encoding="utf-8"), header)
+
+    def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
+        """See Observer."""
+        self._write({"now_s": now_s, "event": type(event).__name__, **asdict(event)})
+
+    def scheduled(self, batch: Batch, now_s: float) -> None:
+        """See Observer."""
+        self._write({"now_s": now_s, "batch": asdict(batch)})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """One line of a log: what happened, or what was decided."""
+
+    line: int
+    now_s: float
+    entry: Event | Batch
+
+
+def read_log(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Recorded]]:
+    """The header, and the records after it."""
+    numbered = enumerate(lines, start=1)
+    first = next(numbered, None)
+    if first is None:
+        raise ReplayError("the decision log is empty")
+    header: dict[str, Any] = _parse(*first)["header"]
+    return header, (_record(line, _parse(line, text)) for line, text in numbered)
+
+
+def replay(records: Iterable[Recorded], decisions: Decisions) -> int:
+    """Feed the recorded inputs to a scheduler and compare its batches; returns how many were equal.
+
+    Raises ReplayError at the first batch that differs.
+    """
+    num_batches = 0
+    for record in records:
+        if not isinstance(record.entry, Batch):
+            decisions.handle(record.entry, record.now_s)
+            continue
+        batch = decisions.schedule(record.now_s)
+        if batch != record.entry:
+            raise ReplayError(f"line {record.line}: recorded {record.entry}, but the replay decides {batch}")
+        num_batches += 1
+    return num_batches
+
+
+def _parse(line: int, text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ReplayError(f"line {line}: {error}") from None
+    if not isinstance(record, dict):
+        raise ReplayError(f"line {line}: expected an object")
+    return record
+
+
+def _record(line: int, record: dict[str, Any]) -> Recorded:
+    try:
+        now_s = float(record.pop("now_s"))
+        if "batch" in record:
+            fields = record["batch"]
+            fields["chunks"] = tuple(_chunk(chunk) for chunk in fields["chunks"])
+            fields["released"] = tuple(fields["released"])
+            return Recorded(line, now_s, Batch(**fields))
+        kind = _EVENTS[record.pop("event")]
+        if kind is Arrived:
+            return Recorded(line, now_s, Arrived(Request(**record["request"])))
+        if kind is Completed:
+            record["stopped"] = tuple(record["stopped"])
+            record["failed"] = tuple((request_id, why) for request_id, why in record["failed"])
+        return Recorded(line, now_s, kind(**record))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplayError(f"line {line}: not a record of this version ({error!r})") from None
+
+
+def _chunk(values: list[Any]) -> Chunk:
+    request_id, start, num_tokens, samples_token, kvp_ranks, extents = values
+    return Chunk(
+        request_id, start, num_tokens, samples_token, tuple(kvp_ranks), tuple(Extent(*extent) for extent in extents)
+    )

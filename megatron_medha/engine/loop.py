@@ -1,0 +1,20 @@
+"""The one loop: the same for simulated worlds and for real ranks."""
+
+from __future__ import annotations
+
+from megatron_medha.engine.ports import Decisions, Observer, Runtime
+
+
+def serve(decisions: Decisions, runtime: Runtime, observers: tuple[Observer, ...] = ()) -> None:
+    """Run until the world ends: every event goes to the scheduler, every batch to the runtime."""
+    while (event := runtime.next_event()) is not None:
+        now_s = runtime.now_s()
+        outputs = decisions.handle(event, now_s)
+        for observer in observers:
+            observer.handled(event, outputs, now_s)
+        for output in outputs:
+            runtime.emit(output)
+        while runtime.has_room() and (batch := decisions.schedule(now_s)) is not None:
+            for observer in observers:
+                observer.scheduled(batch, now_s)
+            runtime.submit(batch)

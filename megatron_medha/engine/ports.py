@@ -1,0 +1,150 @@
+"""What the loop needs from the world, and what the server needs from the engine. No implementation here."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from megatron_medha.core.batch import Batch, Event, FinishReason, Output
+from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling, TokenLogprobs
+
+
+class Decisions(Protocol):
+    """The scheduler as the loop sees it."""
+
+    def handle(self, event: Event, now_s: float) -> list[Output]:
+        """Take note of what happened; what clients must be told comes back."""
+
+    def schedule(self, now_s: float) -> Batch | None:
+        """Choose the next batch; None when nothing can run."""
+
+
+class Runtime(Protocol):
+    """A world batches run in: real ranks, or a simulation."""
+
+    def now_s(self) -> float:
+        """The world's clock, seconds; monotonic."""
+
+    def next_event(self) -> Event | None:
+        """Wait for the next event; None when the world has ended."""
+
+    def has_room(self) -> bool:
+        """Whether another batch may be submitted now."""
+
+    def submit(self, batch: Batch) -> None:
+        """Start computing a batch."""
+
+    def emit(self, output: Output) -> None:
+        """Pass an output on to the client it concerns."""
+
+
+class Observer(Protocol):
+    """Watches the loop without changing it: the decision log, metrics, traces."""
+
+    def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
+        """The scheduler has handled this event."""
+
+    def scheduled(self, batch: Batch, now_s: float) -> None:
+        """The scheduler has formed this batch; it is about to be submitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelivery:
+    """One sampled token on its way to the client. The last one carries the finish reason."""
+
+    request_id: str
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # positions 1.., with the first token only
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorDelivery:
+    """The request ends with an error; nothing follows."""
+
+    request_id: str
+    message: str
+    is_client_fault: bool
+
+
+Delivery = TokenDelivery | ErrorDelivery
+Sink = Callable[[Sequence[Delivery]], None]
+
+
+class EnginePhase(Enum):
+    """Where the engine as a whole stands."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Phase, with what a person would want to read beside it."""
+
+    phase: EnginePhase
+    detail: str = ""       # what is being loaded, or why it failed
+    fraction: float = 0.0  # of loading, 0..1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What is known once the ranks are ready."""
+
+    shape: ModelShape
+    num_blocks: int         # of one KVP rank
+    block_size: int
+    max_request_tokens: int  # prompt + output that one request may have: min of context and KV memory
+    stop_token_ids: tuple[int, ...]
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """A momentary count, for /metrics and admission."""
+
+    num_waiting: int
+    num_prefilling: int
+    num_decoding: int
+    num_free_blocks: int
+    num_blocks: int
+    num_waiting_tokens: int  # prompt tokens not computed yet, over all live requests
+
+
+class EngineClient(Protocol):
+    """The engine as the server sees it. Every method may be called from any thread and returns at once."""
+
+    @property
+    def status(self) -> EngineStatus:
+        """Loading, ready, failed or stopped."""
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """None until ready."""
+
+    @property
+    def load(self) -> EngineLoad:
+        """How busy it is."""
+
+    def now_s(self) -> float:
+        """The clock that Request.arrival_s is measured on."""
+
+    def start(self, sink: Sink) -> None:
+        """Start; deliveries of all requests go to `sink`, called on the engine's own thread."""
+
+    def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
+        """Hand a request over; its deliveries follow through the sink. The id must be new."""
+
+    def abort(self, request_id: str) -> None:
+        """End a request early; nothing more is delivered for it once this has been taken up."""
+
+    def stop(self, timeout_s: float) -> None:
+        """End the ranks and the engine's thread; requests still alive get an ErrorDelivery."""

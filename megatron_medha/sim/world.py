@@ -1,0 +1,127 @@
+"""A simulated replica in virtual time: an event heap, pipeline stages, and a cost model that is the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from megatron_medha.core.batch import (
+    Aborted,
+    Arrived,
+    Batch,
+    Completed,
+    Event,
+    FinishReason,
+    FirstStageDone,
+    Output,
+    Preempted,
+    Rejected,
+    TokenOut,
+)
+from megatron_medha.core.cost import CostModel, StepLoad, step_s
+from megatron_medha.core.request import Request
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What a client would have seen of one request."""
+
+    request: Request
+    token_times_s: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    rejection: str | None = None
+    num_tokens_lost: int = 0
+
+    @property
+    def ttft_s(self) -> float:
+        """Arrival to first token."""
+        return self.token_times_s[0] - self.request.arrival_s
+
+
+class SimulatedWorld:
+    """A Runtime over one replica of `spp` stages; each batch takes what the true cost model says.
+
+    truth: maps a batch to its seconds over all stages; stages share it evenly. A batch enters stage 0 when it
+    is submitted, and every later stage when both it and the stage are free.
+    """
+
+    def __init__(self, arrivals: Iterable[Request], truth: Callable[[Batch], float], spp: int = 1) -> None:
+        self._truth = truth
+        self._spp = spp
+        self._heap: list[tuple[float, int, Event]] = []
+        self._num_pushed = 0
+        self._now_s = 0.0
+        self._stage_free_s = [0.0] * spp
+        self._num_in_flight = 0
+        self.records: dict[str, RequestRecord] = {}
+        for request in arrivals:
+            self.records.setdefault(request.request_id, RequestRecord(request))
+            self.push(request.arrival_s, Arrived(request))
+
+    def push(self, at_s: float, event: Event) -> None:
+        """Let an event happen at a moment; events of the same moment happen in the order they were pushed."""
+        heappush(self._heap, (at_s, self._num_pushed, event))
+        self._num_pushed += 1
+
+    def abort(self, at_s: float, request_id: str) -> None:
+        """Let a client go away at a moment."""
+        self.push(at_s, Aborted(request_id))
+
+    def now_s(self) -> float:
+        """See Runtime."""
+        return self._now_s
+
+    def next_event(self) -> Event | None:
+        """See Runtime."""
+        if not self._heap:
+            return None
+        self._now_s, _, event = heappop(self._heap)
+        if isinstance(event, Completed):
+            self._num_in_flight -= 1
+        return event
+
+    def has_room(self) -> bool:
+        """See Runtime."""
+        return self._num_in_flight < self._spp and self._stage_free_s[0] <= self._now_s
+
+    def submit(self, batch: Batch) -> None:
+        """See Runtime."""
+        duration_s = self._truth(batch)
+        stage_s = duration_s / self._spp
+        done_s = self._now_s
+        for stage in range(self._spp):
+            done_s = max(done_s, self._stage_free_s[stage]) + stage_s
+            self._stage_free_s[stage] = done_s
+            if stage == 0 and self._spp > 1:
+                self.push(done_s, FirstStageDone(batch.batch_id))
+        self.push(done_s, Completed(batch_id=batch.batch_id, duration_s=duration_s))
+        self._num_in_flight += 1
+
+    def emit(self, output: Output) -> None:
+        """See Runtime."""
+        record = self.records[output.request_id]
+        match output:
+            case TokenOut():
+                record.token_times_s.append(self._now_s)
+                record.finish_reason = output.finish_reason
+            case Rejected():
+                record.rejection = output.why
+            case Preempted():
+                record.num_tokens_lost += output.num_tokens_lost
+
+
+def true_step_s(cost: CostModel) -> Callable[[Batch], float]:
+    """The truth of a world whose steps take exactly what a cost model says, on one KVP rank."""
+
+    def duration_s(batch: Batch) -> float:
+        load = StepLoad()
+        for chunk in batch.chunks:
+            if chunk.num_tokens == 1 and chunk.start:
+                context = chunk.start + 1
+                load.add_decodes(1, context, cost.decode_attention_s(context))
+            else:
+                load.add_chunk(chunk.start, chunk.num_tokens, cost.attention_s(chunk.start, chunk.num_tokens))
+        return step_s(cost, load)
+
+    return duration_s

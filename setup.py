@@ -1,0 +1,59 @@
+"""Packaging of megatron_medha. `pip install -e .[dev]` for a working copy."""
+
+from setuptools import find_packages, setup
+
+# kernels/ and conf/ stand at the top of the tree but install inside the package: a top-level
+# package called "kernels" would shadow a Hugging Face package of that name, and "conf" belongs to nobody.
+nested = {"megatron_medha.kernels": "kernels", "megatron_medha.conf": "conf"}
+
+setup(
+    name="megatron_medha",
+    version="0.1.0",
+    description="Serving for Megatron models under traffic that mixes short chats with million-token documents",
+    packages=[*find_packages(include=["megatron_medha", "megatron_medha.*"]), *nested],
+    package_dir=nested,
+    package_data={"megatron_medha.conf": ["**/*.yaml"], "megatron_medha.server": ["*.html"]},
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "numpy>=1.26",
+        "packaging>=24.2",
+        "megatron-core==0.16.1",
+        "deepspeed==0.19.8",
+        "einops>=0.8",  # used by megatron-core's HyperCommGrid, which does not declare it
+        "hydra-core==1.3.8",
+        "omegaconf>=2.3,<2.4",
+        "fastapi>=0.115,<1",
+        "uvicorn>=0.34,<1",
+        "httptools>=0.6",
+        "uvloop>=0.21; sys_platform != 'win32'",
+        "pyzmq>=26",
+        "msgspec>=0.19",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "jinja2>=3.1",
+        "prometheus-client>=0.21",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": [
+            "triton>=3.6",
+            "transformer-engine[core_cu13,pytorch]==2.20.2",
+            "flash-attn==2.8.3.post2",
+        ],
+        "tracking": ["wandb==0.31.0"],
+        "plots": ["matplotlib>=3.9"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "httpx>=0.27",
+            "openai>=1.60",
+            "transformers>=5.0,<6",
+            "matplotlib>=3.9",
+            "ruff>=0.8",
+            "mypy>=1.13",
+        ],
+    },
+    entry_points={"console_scripts": ["medha = megatron_medha.main:main"]},
+)
