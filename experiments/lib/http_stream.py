@@ -1,0 +1,61 @@
+"""A streaming completion client with nothing between the socket and the clock: one connection per request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Streamed:
+    """What a client saw of one request; times are of one monotonic clock."""
+
+    num_prompt_tokens: int
+    sent_s: float
+    token_times_s: list[float] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def ttft_s(self) -> float:
+        """Sent to first token."""
+        return self.token_times_s[0] - self.sent_s
+
+    @property
+    def end_s(self) -> float:
+        """When the last token came."""
+        return self.token_times_s[-1]
+
+
+async def complete(port: int, prompt: list[int], max_tokens: int, timeout_s: float = 600.0) -> Streamed:
+    """One greedy streaming completion of exactly `max_tokens` tokens."""
+    body = json.dumps(
+        {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    ).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    result = Streamed(len(prompt), time.monotonic())
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+        try:
+            writer.write(head + body)
+            await writer.drain()
+            status = (await reader.readline()).split()[1]
+            while line := await reader.readline():
+                if line.startswith(b"data: {"):
+                    now_s = time.monotonic()
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        result.error = event["error"]["message"]
+                    elif event.get("choices"):
+                        result.token_times_s.append(now_s)
+                elif status != b"200" and line.startswith(b"{"):
+                    result.error = line.decode()
+        finally:
+            writer.close()
+    if result.error is None and len(result.token_times_s) != max_tokens:
+        result.error = f"{len(result.token_times_s)} tokens instead of {max_tokens}"
+    return result

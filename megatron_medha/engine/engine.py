@@ -1,0 +1,192 @@
+"""The engine as the server sees it: a thread that runs the loop in a world, real or simulated."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_medha.core.batch import Aborted, Arrived
+from megatron_medha.core.errors import MedhaError
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.engine.decision_log import DecisionLog
+from megatron_medha.engine.inbox import Inbox
+from megatron_medha.engine.loop import serve
+from megatron_medha.engine.ports import (
+    EngineFacts,
+    EngineLoad,
+    EnginePhase,
+    EngineStatus,
+    ErrorDelivery,
+    Observer,
+    Runtime,
+    Sink,
+)
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.engine.snapshot import NO_LOAD, load_of
+from megatron_medha.engine.streams import Stream, Streams
+
+_log = logging.getLogger(__name__)
+
+_SNAPSHOT_INTERVAL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """A world that is up: what runs batches, and what a scheduler for it is made from."""
+
+    runtime: Runtime
+    setup: SchedulerSetup
+    stop_token_ids: tuple[int, ...]
+    device: str
+
+
+class OpenWorld(Protocol):
+    """Brings a world up when entered and takes it down when left."""
+
+    def __call__(
+        self, inbox: Inbox, streams: Streams, note_loading: Callable[[str, float], None]
+    ) -> AbstractContextManager[World | None]:
+        """Entering gives None if the inbox asked to stop first. Raises MedhaError if the world cannot come up."""
+
+
+class Engine:
+    """Runs one scheduler over one world. Implements EngineClient."""
+
+    def __init__(
+        self,
+        open_world: OpenWorld,
+        *,
+        observers: tuple[Observer, ...] = (),
+        decision_log: Path | None = None,
+    ) -> None:
+        self._open_world = open_world
+        self._observers = observers
+        self._decision_log = decision_log
+        self._status = EngineStatus(EnginePhase.LOADING, "starting")
+        self._facts: EngineFacts | None = None
+        self._load = NO_LOAD
+        self._inbox = Inbox()
+        self._lock = threading.Lock()  # between a request coming in and the engine ending
+        self._sink: Sink | None = None
+        self._streams: Streams | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def status(self) -> EngineStatus:
+        """See EngineClient."""
+        return self._status
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """See EngineClient."""
+        return self._facts
+
+    @property
+    def load(self) -> EngineLoad:
+        """See EngineClient; at most 0.1 s behind."""
+        return self._load
+
+    def now_s(self) -> float:
+        """See EngineClient."""
+        return time.monotonic()
+
+    def start(self, sink: Sink) -> None:
+        """See EngineClient."""
+        self._sink = sink
+        self._streams = Streams(sink)
+        self._thread.start()
+
+    def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
+        """See EngineClient."""
+        assert self._streams is not None and self._sink is not None, "submit() before start()"
+        with self._lock:
+            phase = self._status.phase
+            if phase is EnginePhase.READY:
+                self._streams.add(request.request_id, Stream(token_ids, sampling))
+                self._inbox.put(Arrived(request))
+                return
+        self._sink([ErrorDelivery(request.request_id, f"the engine is {phase.value}", False)])
+
+    def abort(self, request_id: str) -> None:
+        """See EngineClient."""
+        self._inbox.put(Aborted(request_id))
+
+    def stop(self, timeout_s: float) -> None:
+        """See EngineClient."""
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join(timeout_s)
+
+    # ---- on the engine's thread ----
+
+    def _run(self) -> None:
+        assert self._streams is not None
+        try:
+            with self._open_world(self._inbox, self._streams, self._note_loading) as world:
+                if world is not None:
+                    self._serve(world, self._streams)
+        except MedhaError as error:
+            _log.error("engine_failed error=%r", str(error))
+            self._end(EngineStatus(EnginePhase.FAILED, str(error)), f"the engine failed: {error}")
+        except BaseException as error:
+            _log.exception("engine_failed")
+            self._end(EngineStatus(EnginePhase.FAILED, repr(error)), "the engine failed")
+        else:
+            self._end(EngineStatus(EnginePhase.STOPPED), "the server is shutting down")
+
+    def _serve(self, world: World, streams: Streams) -> None:
+        scheduler = world.setup.build()
+        observers = (*self._observers, _LoadObserver(scheduler, self._note_load))
+        if self._decision_log is not None:
+            observers = (*observers, DecisionLog.open(self._decision_log, world.setup.header()))
+        self._note_load(load_of(scheduler))
+        self._facts = EngineFacts(
+            shape=world.setup.shape,
+            num_blocks=world.setup.num_blocks,
+            block_size=world.setup.block_size,
+            max_request_tokens=scheduler.memory.max_request_tokens,
+            stop_token_ids=world.stop_token_ids,
+            device=world.device,
+        )
+        self._status = EngineStatus(EnginePhase.READY, world.device, 1.0)
+        serve(scheduler, world.runtime, observers)
+
+    def _note_loading(self, what: str, fraction: float) -> None:
+        self._status = EngineStatus(EnginePhase.LOADING, what, fraction)
+
+    def _note_load(self, load: EngineLoad) -> None:
+        self._load = load
+
+    def _end(self, status: EngineStatus, why: str) -> None:
+        assert self._streams is not None
+        with self._lock:
+            self._status = status
+        self._load = NO_LOAD
+        self._streams.end_all(why)
+
+
+class _LoadObserver:
+    """Counts the scheduler's state now and then, and whenever it runs out of work."""
+
+    def __init__(self, scheduler: Scheduler, note: Callable[[EngineLoad], None]) -> None:
+        self._scheduler = scheduler
+        self._note = note
+        self._taken_s = 0.0
+
+    def handled(self, event: object, outputs: object, now_s: float) -> None:
+        """See Observer."""
+        if now_s - self._taken_s > _SNAPSHOT_INTERVAL_S or not self._scheduler.num_sequences:
+            self._note(load_of(self._scheduler))
+            self._taken_s = now_s
+
+    def scheduled(self, batch: object, now_s: float) -> None:
+        """See Observer."""

@@ -1,0 +1,54 @@
+"""All a scheduler is made from, as one value: built at start, written into the decision log, rebuilt for a replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.cost import Hardware, RooflineCost
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.online_cost import OnlineCost
+from megatron_medha.core.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSetup:
+    """Configuration and circumstances of a scheduler."""
+
+    config: SchedulerConfig
+    shape: ModelShape
+    hardware: Hardware
+    layout: ParallelLayout
+    num_blocks: int  # of each KVP rank
+    block_size: int
+
+    def build(self) -> Scheduler:
+        """A scheduler that has seen nothing yet; its cost model starts from the roofline and learns."""
+        cost = OnlineCost(RooflineCost(shape=self.shape, hardware=self.hardware, layout=self.layout))
+        memory = KVMemory(
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            max_context_len=self.shape.max_context_len,
+            kvp=self.layout.kvp,
+            watermark=self.config.watermark,
+        )
+        return Scheduler(self.config, cost, memory, self.layout.spp)
+
+    def header(self) -> dict[str, Any]:
+        """As the first line of a decision log."""
+        header: dict[str, Any] = msgspec.to_builtins(self)
+        return header
+
+    @classmethod
+    def from_header(cls, header: dict[str, Any]) -> SchedulerSetup:
+        """The setup a decision log was recorded under. Raises ConfigError if the header is not one of ours."""
+        try:
+            return msgspec.convert(header, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"the decision log's header does not describe a scheduler: {error}") from None

@@ -1,0 +1,84 @@
+"""What a runtime keeps of each live request besides numbers, and how tokens reach the server in batches."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_medha.core.batch import Output, Preempted, Rejected, TokenOut
+from megatron_medha.core.sampling import Sampling, TokenLogprobs
+from megatron_medha.engine.ports import Delivery, ErrorDelivery, Sink, TokenDelivery
+
+
+@dataclass(slots=True)
+class Stream:
+    """What the scheduler never sees of a request."""
+
+    token_ids: array[int]
+    sampling: Sampling
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    is_known_to_ranks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token as the world sampled it."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Streams:
+    """Streams by request id. add() may be called from any thread, the rest on the engine's."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._streams: dict[str, Stream] = {}
+        self._deliveries: list[Delivery] = []
+
+    def __getitem__(self, request_id: str) -> Stream:
+        return self._streams[request_id]
+
+    def get(self, request_id: str) -> Stream | None:
+        """The stream, or None if it has ended."""
+        return self._streams.get(request_id)
+
+    def add(self, request_id: str, stream: Stream) -> None:
+        """Keep a stream; before its Arrived event goes out."""
+        self._streams[request_id] = stream
+
+    def drop(self, request_id: str) -> None:
+        """Forget a stream whose client is gone."""
+        self._streams.pop(request_id, None)
+
+    def emit(self, output: Output, sampled: Mapping[str, Sampled]) -> None:
+        """Turn a scheduler's output into a delivery; `sampled` holds the tokens of the batch just completed."""
+        match output:
+            case TokenOut(request_id, _, finish_reason):
+                token = sampled[request_id]
+                stream = self._streams[request_id]
+                prompt_logprobs = tuple(stream.prompt_logprobs) or None
+                stream.prompt_logprobs.clear()
+                self._deliveries.append(
+                    TokenDelivery(request_id, token.token_id, finish_reason, token.logprobs, prompt_logprobs)
+                )
+                if finish_reason is not None:
+                    del self._streams[request_id]
+            case Rejected():
+                self._deliveries.append(ErrorDelivery(output.request_id, output.why, output.is_client_fault))
+                self.drop(output.request_id)
+            case Preempted():
+                pass  # the client only sees a pause
+
+    def flush(self) -> None:
+        """Hand the deliveries over; once per event, so that the server's thread wakes once."""
+        if self._deliveries:
+            deliveries, self._deliveries = self._deliveries, []
+            self._sink(deliveries)
+
+    def end_all(self, why: str) -> None:
+        """Tell every live request that nothing more will come."""
+        self._deliveries.extend(ErrorDelivery(request_id, why, False) for request_id in self._streams)
+        self._streams.clear()
+        self.flush()

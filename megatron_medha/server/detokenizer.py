@@ -1,0 +1,81 @@
+"""Turning tokens into text as they come, without ever sending half a character."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron_medha.server.tokens import PieceKind, Tokenizer
+
+# The general way re-decodes a few tokens of context, because text may depend on the tokens before it.
+NUM_CONTEXT_TOKENS = 6
+
+
+class Detokenizer(Protocol):
+    """Text of one request's tokens, in order."""
+
+    def push(self, token_id: int) -> str:
+        """The text that this token makes certain; empty while a character is incomplete."""
+
+    def finish(self) -> str:
+        """What is left: a replacement character where the last character stayed incomplete."""
+
+
+def make_detokenizer(tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
+    """The right detokenizer for this vocabulary; what follows continues the prompt."""
+    if tokenizer.kind is PieceKind.OTHER:
+        return WindowDetokenizer(tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens)
+    return ByteDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+
+
+class ByteDetokenizer:
+    """For vocabularies whose entries are bytes: a UTF-8 decoder that waits for whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._bytes_of = tokenizer.token_bytes
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token makes certain."""
+        return "" if token_id in self._skipped else self._decoder.decode(self._bytes_of(token_id))
+
+    def finish(self) -> str:
+        """A replacement character if the last character stayed incomplete."""
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """For all other vocabularies: decodes a window of tokens again and sends what is new in it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skips = skip_special_tokens
+        self._window = list(prompt_ids[-NUM_CONTEXT_TOKENS:])
+        self._num_old_tokens = len(self._window)  # of the window; their text has been sent
+        self._old_text = self._decode(self._window)
+
+    def push(self, token_id: int) -> str:
+        """The text that this token makes certain."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        num_new_tokens = len(self._window) - self._num_old_tokens
+        # A character of UTF-8 has four bytes at most: after four tokens the replacement character is real.
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and num_new_tokens < 4:
+            return ""
+        return self._accept(text)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._accept(self._decode(self._window))
+
+    def _accept(self, text: str) -> str:
+        new = text[len(self._old_text) :]
+        del self._window[: max(0, len(self._window) - NUM_CONTEXT_TOKENS)]
+        self._num_old_tokens = len(self._window)
+        self._old_text = self._decode(self._window)
+        return new
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skips)

@@ -1,0 +1,152 @@
+"""What one HTTP request asks the engine to generate, and how each of its choices grows token by token."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from megatron_medha.core.batch import FinishReason
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling, TokenLogprobs
+from megatron_medha.engine.ports import TokenDelivery
+from megatron_medha.server.detokenizer import make_detokenizer
+from megatron_medha.server.stop_strings import StopMatcher
+from megatron_medha.server.tokens import Tokenizer
+
+SEED_MASK = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt, encoded and checked."""
+
+    token_ids: array[int]
+    text: str | None        # as the client wrote it; None when it sent token ids
+    max_output_tokens: int  # at least 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """One HTTP request, checked: nothing in it can be refused any more but by the engine."""
+
+    answer_id: str
+    created: int
+    model: str
+    arrival_s: float
+    prompts: tuple[Prompt, ...]
+    n: int
+    sampling: Sampling           # without seed and length, which differ by choice
+    seed: int
+    priority: int = 0
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    stops: tuple[str, ...] = ()
+    client_stop_ids: frozenset[int] = frozenset()  # to tell the client which of its own ended a choice
+    includes_stop: bool = False
+    skips_special_tokens: bool = True
+    is_stream: bool = False
+    includes_usage: bool = False
+    has_continuous_usage: bool = False
+    is_echo: bool = False
+    discards_output: bool = False  # max_tokens 0: the prompt is what the client wants to know about
+    names_tokens_by_id: bool = False
+    returns_token_ids: bool = False
+
+    @property
+    def num_choices(self) -> int:
+        """Over all prompts."""
+        return len(self.prompts) * self.n
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt counts once, however many choices it has."""
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    def request_id(self, index: int) -> str:
+        """The engine's name for a choice; unique because answer ids are drawn here, never taken from clients."""
+        return f"{self.answer_id}-{index}"
+
+    def engine_request(self, index: int) -> tuple[Request, array[int], Sampling]:
+        """What the engine is handed for a choice."""
+        prompt = self.prompts[index // self.n]
+        request = Request(
+            request_id=self.request_id(index),
+            num_prompt_tokens=len(prompt.token_ids),
+            max_output_tokens=prompt.max_output_tokens,
+            arrival_s=self.arrival_s,
+            ttft_slo_s=self.ttft_slo_s,
+            tpot_slo_s=self.tpot_slo_s,
+            priority=self.priority,
+        )
+        seed = (self.seed + index) & SEED_MASK
+        sampling = replace(self.sampling, seed=seed, max_output_tokens=prompt.max_output_tokens)
+        # A copy: the engine owns what it is given and may append, and choices share their prompt.
+        return request, prompt.token_ids[:], sampling
+
+
+class Piece(NamedTuple):
+    """What one token adds to a choice. Its text may be empty, or that of several tokens."""
+
+    choice_index: int
+    text: str
+    token_id: int | None  # None: the token was asked for only to have its prompt computed
+    logprobs: TokenLogprobs | None
+    text_offset: int      # characters of output decoded before this token
+    finish_reason: str | None
+    stop_reason: int | str | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None
+    is_first: bool
+
+
+class Choice:
+    """One sub-request's output so far."""
+
+    def __init__(self, spec: GenerationSpec, index: int, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.prompt = spec.prompts[index // spec.n]
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self._spec = spec
+        self._num_chars = 0
+        self._detokenizer = make_detokenizer(
+            tokenizer, self.prompt.token_ids[-16:], skip_special_tokens=spec.skips_special_tokens
+        )
+        self._matcher = StopMatcher(spec.stops, is_included=spec.includes_stop) if spec.stops else None
+        self._has_begun = False
+
+    def take(self, delivery: TokenDelivery) -> Piece:
+        """Add a token; the piece has a finish reason when the choice is complete."""
+        is_first = not self._has_begun
+        self._has_begun = True
+        if self._spec.discards_output:
+            self.finish_reason = "length"
+            return Piece(self.index, "", None, None, 0, "length", None, delivery.prompt_logprobs, is_first)
+        self.num_tokens += 1
+        reason = delivery.finish_reason
+        offset = self._num_chars
+        text = ""
+        stop_reason: int | str | None = None
+        # A stop token ends the text; it is not part of it.
+        if reason is not FinishReason.STOP or self._spec.includes_stop:
+            text = self._detokenizer.push(delivery.token_id)
+        if reason is not None:
+            text += self._detokenizer.finish()
+            self.finish_reason = reason.value
+        self._num_chars += len(text)
+        if reason is FinishReason.STOP and delivery.token_id in self._spec.client_stop_ids:
+            stop_reason = delivery.token_id
+        if self._matcher is not None:
+            is_armed = self.num_tokens >= self._spec.sampling.min_output_tokens
+            text, found = self._matcher.push(text, is_armed=is_armed)
+            if found is not None:
+                stop_reason = found
+                self.finish_reason = FinishReason.STOP.value
+            elif reason is not None:
+                text += self._matcher.finish()
+        return Piece(
+            self.index, text, delivery.token_id, delivery.logprobs, offset,
+            self.finish_reason, stop_reason, delivery.prompt_logprobs, is_first,
+        )

@@ -1,0 +1,194 @@
+"""What the server counts and measures. How it is shown to Prometheus is metrics_page's business.
+
+Requests are counted on the event loop, steps on the engine's thread; no number is written by both.
+Plain integers, because a token costs one of these updates per histogram and prometheus_client's own
+take a lock and a walk over all buckets.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from megatron_medha.core.batch import (
+    Aborted,
+    Arrived,
+    Batch,
+    Completed,
+    Event,
+    Output,
+    Preempted,
+    RanksLost,
+    Rejected,
+    TokenOut,
+)
+from megatron_medha.server.generation import Choice, GenerationSpec
+
+# vLLM's boundaries; the first ones with more between 10 and 640 s, where million-token prompts are.
+TTFT_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    15.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0, 160.0, 240.0, 320.0, 480.0, 640.0, 2560.0,
+)
+TOKEN_S = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)
+REQUEST_S = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)
+STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+RELATIVE_ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+RATIOS = (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 5.0, 10.0)
+NUM_TOKENS = tuple(float(base * 10**power) for power in range(8) for base in (1, 2, 5))
+NUM_STEP_TOKENS = (1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
+NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
+
+
+class Histogram:
+    """Counts of values per bucket; a bucket holds values up to and including its bound."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Metrics:
+    """All measurements of one server; also an engine.ports.Observer."""
+
+    def __init__(self) -> None:
+        # on the event loop
+        self.ttft_s = Histogram(TTFT_S)
+        self.inter_token_s = Histogram(TOKEN_S)
+        self.time_per_output_token_s = Histogram(TOKEN_S)
+        self.e2e_s = Histogram(REQUEST_S)
+        self.decode_s = Histogram(REQUEST_S)
+        self.prompt_tokens = Histogram(NUM_TOKENS)
+        self.output_tokens = Histogram(NUM_TOKENS)
+        self.params_n = Histogram(NUM_CHOICES)
+        self.params_max_tokens = Histogram(NUM_TOKENS)
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+        self.num_ttft_slo_met = 0
+        self.num_ttft_slo_missed = 0
+        self.num_ended: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        # on the engine's thread
+        self.queue_s = Histogram(REQUEST_S)
+        self.prefill_s = Histogram(REQUEST_S)
+        self.step_predicted_s = Histogram(STEP_S)
+        self.step_actual_s = Histogram(STEP_S)
+        self.step_relative_error = Histogram(RELATIVE_ERRORS)
+        self.step_ratio = Histogram(RATIOS)
+        self.step_tokens = Histogram(NUM_STEP_TOKENS)
+        self.num_preemptions = 0
+        self.num_preempted_tokens = 0
+        self.num_rejected = 0
+        self._arrival_s: dict[str, float] = {}    # not scheduled yet
+        self._scheduled_s: dict[str, float] = {}  # no token yet
+        self._predicted_s: dict[int, float] = {}  # batches in flight
+
+    # requests, on the event loop
+
+    def answer_began(self, spec: GenerationSpec) -> None:
+        """An HTTP request was accepted."""
+        self.params_n.observe(spec.n)
+        for prompt in spec.prompts:
+            self.params_max_tokens.observe(prompt.max_output_tokens)
+
+    def first_token(self, spec: GenerationSpec, at_s: float) -> None:
+        """The first token of a choice reached the server."""
+        ttft_s = at_s - spec.arrival_s
+        self.ttft_s.observe(ttft_s)
+        if spec.ttft_slo_s is not None:
+            if ttft_s <= spec.ttft_slo_s:
+                self.num_ttft_slo_met += 1
+            else:
+                self.num_ttft_slo_missed += 1
+        self.num_output_tokens += 0 if spec.discards_output else 1
+
+    def next_token(self, gap_s: float) -> None:
+        """A later token of a choice reached the server, that long after the one before."""
+        self.inter_token_s.observe(gap_s)
+        self.num_output_tokens += 1
+
+    def choice_finished(self, spec: GenerationSpec, choice: Choice) -> None:
+        """A choice is complete."""
+        assert choice.first_token_s is not None and choice.last_token_s is not None
+        assert choice.finish_reason is not None
+        decode_s = choice.last_token_s - choice.first_token_s
+        self.num_ended[choice.finish_reason] += 1
+        self.num_prompt_tokens += len(choice.prompt.token_ids)
+        self.prompt_tokens.observe(len(choice.prompt.token_ids))
+        self.output_tokens.observe(choice.num_tokens)
+        self.e2e_s.observe(choice.last_token_s - spec.arrival_s)
+        self.decode_s.observe(decode_s)
+        if choice.num_tokens > 1:
+            self.time_per_output_token_s.observe(decode_s / (choice.num_tokens - 1))
+
+    def choices_ended(self, reason: str, num_choices: int) -> None:
+        """Choices ended without being complete: "abort" or "error"."""
+        self.num_ended[reason] += num_choices
+
+    # steps, on the engine's thread
+
+    def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
+        """The scheduler has handled this event."""
+        match event:
+            case Completed():
+                self._step_done(event)
+            case Arrived():
+                self._arrival_s[event.request.request_id] = event.request.arrival_s
+            case Aborted():
+                self._forget(event.request_id)
+            case RanksLost():
+                self._predicted_s.clear()
+            case _:
+                pass
+        for output in outputs:
+            match output:
+                case TokenOut():
+                    if self._scheduled_s:
+                        scheduled_s = self._scheduled_s.pop(output.request_id, None)
+                        if scheduled_s is not None:
+                            self.prefill_s.observe(now_s - scheduled_s)
+                case Preempted():
+                    self.num_preemptions += 1
+                    self.num_preempted_tokens += output.num_tokens_lost
+                case Rejected():
+                    self.num_rejected += 1
+                    self._forget(output.request_id)
+
+    def scheduled(self, batch: Batch, now_s: float) -> None:
+        """The scheduler has formed this batch."""
+        self._predicted_s[batch.batch_id] = batch.predicted_s
+        self.step_tokens.observe(batch.num_tokens)
+        if not self._arrival_s:
+            return
+        for chunk in batch.chunks:
+            arrival_s = self._arrival_s.pop(chunk.request_id, None)
+            if arrival_s is not None:
+                self.queue_s.observe(now_s - arrival_s)
+                self._scheduled_s[chunk.request_id] = now_s
+
+    def _step_done(self, event: Completed) -> None:
+        predicted_s = self._predicted_s.pop(event.batch_id, None)
+        self.step_actual_s.observe(event.duration_s)
+        if predicted_s is not None:
+            self.step_predicted_s.observe(predicted_s)
+            if event.duration_s > 0:
+                self.step_relative_error.observe(abs(predicted_s / event.duration_s - 1))
+            if predicted_s > 0:
+                self.step_ratio.observe(event.duration_s / predicted_s)
+        for request_id, _ in event.failed:
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._arrival_s.pop(request_id, None)
+        self._scheduled_s.pop(request_id, None)

@@ -1,0 +1,131 @@
+"""Metrics in Prometheus' format: under our names and, where the meaning is the same, under vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from megatron_medha.engine.ports import EngineClient
+from megatron_medha.server.metrics import Histogram, Metrics
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# medha name, vLLM names (current ones and those old dashboards ask for), meaning
+HISTOGRAMS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("ttft_s", "time_to_first_token_seconds", ("time_to_first_token_seconds",),
+     "From the arrival of a request to its first token"),
+    ("inter_token_s", "inter_token_latency_seconds", ("inter_token_latency_seconds", "time_per_output_token_seconds"),
+     "Between two tokens of a request"),
+    ("time_per_output_token_s", "request_time_per_output_token_seconds", ("request_time_per_output_token_seconds",),
+     "Mean time between the tokens of one request"),
+    ("e2e_s", "e2e_request_latency_seconds", ("e2e_request_latency_seconds",),
+     "From the arrival of a request to its last token"),
+    ("queue_s", "request_queue_time_seconds", ("request_queue_time_seconds",),
+     "From the arrival of a request to its first schedule"),
+    ("prefill_s", "request_prefill_time_seconds", ("request_prefill_time_seconds",),
+     "From a request's first schedule to its first token"),
+    ("decode_s", "request_decode_time_seconds", ("request_decode_time_seconds",),
+     "From a request's first token to its last"),
+    ("prompt_tokens", "request_prompt_tokens", ("request_prompt_tokens",), "Prompt tokens of a request"),
+    ("output_tokens", "request_generation_tokens", ("request_generation_tokens",), "Output tokens of a request"),
+    ("params_n", "request_params_n", ("request_params_n",), "The n that clients ask for"),
+    ("params_max_tokens", "request_params_max_tokens", ("request_params_max_tokens",),
+     "Output tokens that a request may have"),
+    ("step_tokens", "iteration_tokens_total", ("iteration_tokens_total",), "Tokens of a step"),
+    ("step_predicted_s", "step_predicted_seconds", (), "Duration of a step as the scheduler predicted it"),
+    ("step_actual_s", "step_actual_seconds", (), "Duration of a step as the ranks measured it"),
+    ("step_relative_error", "step_prediction_relative_error", (), "|predicted / actual - 1| of a step"),
+    ("step_ratio", "step_actual_over_predicted_ratio", (), "Actual / predicted duration of a step; above 1: too slow"),
+)
+
+COUNTERS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("num_prompt_tokens", "prompt_tokens", ("prompt_tokens",), "Prompt tokens of requests that finished"),
+    ("num_output_tokens", "generation_tokens", ("generation_tokens",), "Tokens generated"),
+    ("num_preemptions", "num_preemptions", ("num_preemptions",), "Sequences that lost their KV to a decode"),
+    ("num_preempted_tokens", "preempted_tokens", (), "Tokens that had to be recomputed because KV was lost"),
+    ("num_rejected", "rejected_requests", (), "Requests refused by the scheduler"),
+    ("num_ttft_slo_met", "ttft_slo_met", (), "Requests that met the TTFT target they brought"),
+    ("num_ttft_slo_missed", "ttft_slo_missed", (), "Requests that missed the TTFT target they brought"),
+)
+
+LABELS = ("model_name", "engine")
+
+
+class MetricsPage:
+    """Writes /metrics; a collector of prometheus_client with a registry of its own."""
+
+    def __init__(self, metrics: Metrics, engine: EngineClient) -> None:
+        self._metrics = metrics
+        self._engine = engine
+        self._labels = ["", "0"]
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def render(self, model_name: str) -> bytes:
+        """The page, with this model's name on every sample."""
+        self._labels = [model_name, "0"]
+        return generate_latest(self._registry)
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the registry need not call collect() to learn names."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric under each of its names."""
+        yield from self._gauges()
+        for attribute, own_name, vllm_names, meaning in COUNTERS:
+            value = getattr(self._metrics, attribute)
+            for name in _names(own_name, vllm_names):
+                counter = CounterMetricFamily(name, meaning, labels=LABELS)
+                counter.add_metric(self._labels, value)
+                yield counter
+        for name in _names("request_success", ("request_success",)):
+            ended = CounterMetricFamily(name, "Requests that ended, by reason", labels=(*LABELS, "finished_reason"))
+            for reason, count in self._metrics.num_ended.items():
+                ended.add_metric([*self._labels, reason], count)
+            yield ended
+        for attribute, own_name, vllm_names, meaning in HISTOGRAMS:
+            histogram: Histogram = getattr(self._metrics, attribute)
+            for name in _names(own_name, vllm_names):
+                yield self._histogram(name, meaning, histogram)
+
+    def _histogram(self, name: str, meaning: str, histogram: Histogram) -> HistogramMetricFamily:
+        counts = list(histogram.counts)  # the engine's thread may be counting meanwhile
+        buckets = []
+        num_up_to = 0
+        for bound, count in zip((*histogram.bounds, float("inf")), counts, strict=True):
+            num_up_to += count
+            buckets.append(("+Inf" if bound == float("inf") else repr(bound), num_up_to))
+        family = HistogramMetricFamily(name, meaning, labels=LABELS)
+        family.add_metric(self._labels, buckets, histogram.total)
+        return family
+
+    def _gauges(self) -> Iterator[Metric]:
+        load = self._engine.load
+        num_used = load.num_blocks - load.num_free_blocks
+        kv_usage = num_used / load.num_blocks if load.num_blocks else 0.0
+        gauges = (
+            ("num_requests_running", ("num_requests_running",), load.num_prefilling + load.num_decoding,
+             "Requests in prefill or decode"),
+            ("num_requests_waiting", ("num_requests_waiting",), load.num_waiting, "Requests not begun"),
+            ("kv_cache_usage_perc", ("kv_cache_usage_perc", "gpu_cache_usage_perc"), kv_usage,
+             "Share of KV blocks in use, 0 to 1"),
+            ("num_waiting_tokens", (), load.num_waiting_tokens, "Prompt tokens not computed yet"),
+            ("num_prefilling", (), load.num_prefilling, "Requests in prefill"),
+            ("num_decoding", (), load.num_decoding, "Requests in decode"),
+            ("num_free_blocks", (), load.num_free_blocks, "KV blocks that are free"),
+            ("num_blocks", (), load.num_blocks, "KV blocks"),
+        )
+        for own_name, vllm_names, value, meaning in gauges:
+            for name in _names(own_name, vllm_names):
+                gauge = GaugeMetricFamily(name, meaning, labels=LABELS)
+                gauge.add_metric(self._labels, value)
+                yield gauge
+
+
+def _names(own_name: str, vllm_names: tuple[str, ...]) -> list[str]:
+    return [f"medha:{own_name}", *(f"vllm:{name}" for name in vllm_names)]

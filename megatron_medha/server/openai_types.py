@@ -1,0 +1,301 @@
+"""Bodies of requests and answers, as OpenAI and vLLM define them.
+
+Unknown fields are ignored and wrong types refused, both by msgspec, which also reads a
+million token ids in 50 ms and never accepts NaN. Ranges that depend on the model or on the
+server's limits are checked where a request becomes a GenerationSpec.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+Count = Annotated[int, Meta(ge=0)]
+PositiveCount = Annotated[int, Meta(ge=1)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class StreamOptions(Struct, kw_only=True):
+    """What a stream carries beside its tokens."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SharedFields(Struct, kw_only=True):
+    """What both kinds of completion understand."""
+
+    model: str | None = None  # None: the model that is served; curl users thank you
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: PositiveCount | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    seed: int | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Probability | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    priority: int | None = None
+    service_tier: str | None = None
+    user: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class CompletionRequest(SharedFields, kw_only=True):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    best_of: PositiveCount | None = None
+    echo: bool | None = None
+    logprobs: Count | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class ContentPart(Struct, kw_only=True):
+    """One part of a message."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(Struct, kw_only=True, omit_defaults=True):
+    """One message of a chat."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatRequest(SharedFields, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """Body of POST /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    """Body of POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class PromptTokensDetails(Struct, frozen=True):
+    """Where the prompt's KV came from."""
+
+    cached_tokens: int = 0
+
+
+class Usage(Struct, frozen=True):
+    """What a request cost, in tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+
+
+class CompletionLogprobs(Struct):
+    """Log-probabilities in the style of /v1/completions: parallel lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct, kw_only=True):
+    """One continuation; in a stream, what one token adds to it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class CompletionAnswer(Struct, kw_only=True):
+    """Answer of POST /v1/completions, and each event of its stream."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None | UnsetType = UNSET
+
+
+class TopLogprob(Struct, frozen=True):
+    """A likely token at some position."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(Struct, frozen=True):
+    """The chosen token at some position, and the likeliest ones."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct):
+    """Log-probabilities in the style of /v1/chat/completions."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(Struct, kw_only=True):
+    """What the assistant said."""
+
+    role: str = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Delta(Struct, kw_only=True):
+    """What one event of a stream adds to the assistant's message."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChoice(Struct, kw_only=True):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str
+    stop_reason: int | str | None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatAnswer(Struct, kw_only=True):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatChunkChoice(Struct, kw_only=True):
+    """What one event adds to one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatChunk(Struct, kw_only=True):
+    """One event of a chat's stream."""
+
+    id: str
+    object: str = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Model(Struct, kw_only=True):
+    """A model that is served."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "megatron_medha"
+    root: str
+    parent: None = None
+    max_model_len: int | None = None
+
+
+class ModelList(Struct, kw_only=True):
+    """Answer of GET /v1/models."""
+
+    object: str = "list"
+    data: list[Model]
+
+
+class TokenizeAnswer(Struct, kw_only=True):
+    """Answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeAnswer(Struct, kw_only=True):
+    """Answer of POST /detokenize."""
+
+    prompt: str
+
+
+class Readiness(Struct, kw_only=True):
+    """Answer of GET /ready and /health."""
+
+    status: str
+    detail: str
+    fraction: float
+
+
+class Version(Struct, kw_only=True):
+    """Answer of GET /version."""
+
+    version: str

@@ -1,0 +1,119 @@
+"""From what a client sent as prompt to checked token ids."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from megatron_medha.server.errors import ApiError, bad_request
+from megatron_medha.server.generation import Prompt
+from megatron_medha.server.service import Ready, Service
+
+RawPrompt = str | list[int]
+
+
+def split_prompts(prompt: str | Sequence[str | int | list[int]], max_prompts: int) -> list[RawPrompt]:
+    """The one or more prompts in OpenAI's `prompt` field: text, ids, or a list of either."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise bad_request("prompt: expected at least one token or text, got an empty list", "prompt")
+    kinds = {type(item) for item in prompt}
+    if kinds == {int}:
+        return [list(prompt)]  # type: ignore[arg-type]  # every item is an int
+    if len(kinds) != 1:
+        raise bad_request("prompt: expected texts only, token ids only or lists of token ids only", "prompt")
+    if len(prompt) > max_prompts:
+        raise bad_request(f"prompt: {len(prompt)} prompts in one call exceed the limit of {max_prompts}", "prompt")
+    return list(prompt)  # type: ignore[arg-type]  # every item is a str, or every item a list
+
+
+async def encode_prompts(
+    service: Service,
+    ready: Ready,
+    raw_prompts: Sequence[RawPrompt],
+    *,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    add_special_tokens: bool,
+    param: str,
+    max_tokens_param: str = "max_tokens",
+) -> tuple[Prompt, ...]:
+    """Encode and check prompts against the context; without max_tokens they get the default, or what fits."""
+    limit = ready.facts.max_request_tokens
+    tokenizer = ready.tokenizer
+    for raw in raw_prompts:
+        at_least = len(raw) if isinstance(raw, list) else tokenizer.min_num_tokens(raw)
+        if at_least >= limit:
+            raise _too_long(str(at_least) if isinstance(raw, list) else f"at least {at_least}", limit, param)
+
+    def encode(raw: RawPrompt) -> array[int]:
+        if isinstance(raw, str):
+            ids = tokenizer.encode(raw, add_special_tokens=add_special_tokens)
+        else:
+            ids = _as_ids(raw, param)
+        check_ids(ids, ready.facts.shape.vocab_size, param)
+        return ids
+
+    num_chars = sum(map(len, raw_prompts))
+    encoded = await service.work_on_text(num_chars, lambda: [encode(raw) for raw in raw_prompts])
+    prompts = []
+    for raw, token_ids in zip(raw_prompts, encoded, strict=True):
+        room = limit - len(token_ids)
+        if room < 1:
+            raise _too_long(str(len(token_ids)), limit, param)
+        if max_tokens is not None and max_tokens > room:
+            raise _over_limit(len(token_ids), max_tokens, limit, max_tokens_param)
+        wanted = max_tokens if max_tokens is not None else min(default_max_tokens or room, room)
+        prompts.append(
+            Prompt(
+                token_ids=token_ids,
+                text=raw if isinstance(raw, str) else None,
+                max_output_tokens=max(1, wanted),  # max_tokens 0: one is computed and thrown away
+            )
+        )
+    return tuple(prompts)
+
+
+def check_ids(token_ids: array[int], vocab_size: int, param: str) -> None:
+    """ApiError 400 unless there are ids and the model has an embedding for each."""
+    if not token_ids:
+        raise bad_request(f"{param}: the prompt is empty", param, "empty_prompt")
+    lowest, highest = min(token_ids), max(token_ids)
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise bad_request(
+            f"{param}: token id {wrong} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})", param
+        )
+
+
+def _as_ids(raw: list[int], param: str) -> array[int]:
+    try:
+        return array("i", raw)
+    except OverflowError:
+        wrong = max(raw, key=abs)
+        raise bad_request(f"{param}: token id {_short(wrong)} is outside the vocabulary", param) from None
+
+
+def _short(number: int) -> str:
+    # Clients may send numbers of any length; an error message should not.
+    text = str(number) if abs(number) < 10**20 else f"of {number.bit_length()} bits"
+    return text
+
+
+def _too_long(num_tokens: str, limit: int, param: str) -> ApiError:
+    return bad_request(
+        f"the prompt has {num_tokens} tokens, and prompt and output together may have {limit}; "
+        f"at least one output token must fit",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def _over_limit(num_tokens: int, max_tokens: int, limit: int, param: str) -> ApiError:
+    return bad_request(
+        f"the prompt's {num_tokens} tokens and {param}={_short(max_tokens)} exceed the {limit} tokens "
+        f"that prompt and output together may have; at most {param}={limit - num_tokens} fits this prompt",
+        param,
+        "context_length_exceeded",
+    )

@@ -1,0 +1,248 @@
+"""Reading a request: body, headers, and the fields both kinds of completion share, checked against the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.errors import ApiError, bad_request
+from megatron_medha.server.openai_types import SharedFields
+from megatron_medha.server.service import Ready
+
+T = TypeVar("T")
+
+MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
+MAX_PRIORITY = 2**31 - 1
+MAX_SLO_MS = 1e9
+# OpenAI's tiers on our scale, where lower runs first; a request's own priority goes before its tier.
+PRIORITY_BY_TIER = {"auto": 0, "default": 0, "standard_only": 0, "scale": 0, "flex": 1, "priority": -1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Latency targets a client gave in its headers, seconds."""
+
+    ttft_s: float | None
+    tpot_s: float | None
+
+
+async def read_body(request: Request, config: ServerConfig) -> bytes:
+    """The whole body; ApiError 413 if it is too large, 408 if it does not come."""
+    parts: list[bytes] = []
+    num_bytes = 0
+    is_too_large = False
+    try:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(config.body_timeout_s) as patience:
+            async for part in request.stream():
+                patience.reschedule(loop.time() + config.body_timeout_s)
+                num_bytes += len(part)
+                # What is too large is read on for a while and forgotten: a client that is still
+                # sending when the connection closes never gets to see the answer.
+                is_too_large = is_too_large or num_bytes > config.max_body_bytes
+                if not is_too_large:
+                    parts.append(part)
+                elif num_bytes > 2 * config.max_body_bytes:
+                    break
+    except TimeoutError:
+        raise ApiError(
+            408, f"nothing more of the body arrived within {config.body_timeout_s:g} s", headers={"connection": "close"}
+        ) from None
+    except ClientDisconnect:
+        raise ApiError(400, "the client closed the connection before its body was complete") from None
+    if is_too_large:
+        raise ApiError(
+            413,
+            f"the body exceeds the limit of {config.max_body_bytes} bytes",
+            code="body_too_large",
+            headers={"connection": "close"},
+        )
+    return b"".join(parts)
+
+
+def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """The body as its type; ApiError 400 naming the field that is wrong."""
+    if not body.strip():
+        raise bad_request("the body is empty; expected a JSON object")
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$.")
+        param = ".".join(part for part in (path.rstrip("`"), _missing_field(what)) if part) or None
+        raise bad_request(f"{param}: {what[0].lower()}{what[1:]}" if param else what, param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise bad_request("the body is not valid JSON: nested too deeply", code="invalid_json") from None
+
+
+def read_slo(headers: Headers) -> Slo:
+    """Latency targets from x-slo-ttft-ms and x-slo-tpot-ms; ApiError 400 if they are no positive numbers."""
+    return Slo(ttft_s=_slo_s(headers, "x-slo-ttft-ms"), tpot_s=_slo_s(headers, "x-slo-tpot-ms"))
+
+
+def draw_answer_id(prefix: str) -> str:
+    """A new id; drawn here, because sub-requests are named after it and clients' own ids may collide."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def created_unix_s() -> int:
+    """The time an answer carries."""
+    return int(time.time())
+
+
+def seed_of(fields: SharedFields) -> int:
+    """The client's seed, or one drawn for it: 63 bits, not negative."""
+    if fields.seed is None:
+        return secrets.randbits(63)
+    if not MIN_INT64 <= fields.seed <= MAX_INT64:
+        raise bad_request("seed: expected a 64-bit integer", "seed")
+    return fields.seed & MAX_INT64
+
+
+def priority_of(fields: SharedFields) -> int:
+    """Lower runs first: the client's number, or what its service tier means."""
+    if fields.priority is not None:
+        if abs(fields.priority) > MAX_PRIORITY:
+            raise bad_request("priority: expected a 32-bit integer", "priority")
+        return fields.priority
+    if fields.service_tier is None:
+        return 0
+    if fields.service_tier not in PRIORITY_BY_TIER:
+        known = ", ".join(sorted(PRIORITY_BY_TIER))
+        raise bad_request(f"service_tier: expected one of {known}, got `{fields.service_tier[:40]}`", "service_tier")
+    return PRIORITY_BY_TIER[fields.service_tier]
+
+
+def stops_of(fields: SharedFields, config: ServerConfig) -> tuple[str, ...]:
+    """The stop strings, each once."""
+    if fields.stop is None:
+        return ()
+    stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
+    if len(stops) > config.max_stop_strings:
+        raise bad_request(f"stop: {len(stops)} stop strings exceed the limit of {config.max_stop_strings}", "stop")
+    if not all(stops):
+        raise bad_request("stop: a stop string must not be empty", "stop")
+    if any(len(stop) > config.max_stop_string_chars for stop in stops):
+        raise bad_request(f"stop: a stop string may have {config.max_stop_string_chars} characters at most", "stop")
+    return tuple(dict.fromkeys(stops))
+
+
+def num_choices_of(fields: SharedFields, config: ServerConfig) -> int:
+    """How many choices each prompt gets."""
+    n = 1 if fields.n is None else fields.n
+    if n > config.max_n:
+        raise bad_request(f"n: at most {config.max_n} choices, got {n if n < 10**20 else 'more'}", "n")
+    return n
+
+
+def sampling_of(
+    fields: SharedFields,
+    ready: Ready,
+    config: ServerConfig,
+    *,
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None,
+    max_tokens: int | None,
+) -> Sampling:
+    """Sampling parameters; seed and length are filled in per choice."""
+    min_tokens = fields.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise bad_request(f"min_tokens={min_tokens} must not exceed max_tokens={max_tokens}", "min_tokens")
+    if min_tokens > ready.facts.max_request_tokens:
+        raise bad_request(
+            f"min_tokens: at most {ready.facts.max_request_tokens} tokens fit a request", "min_tokens"
+        )
+    vocab_size = ready.facts.shape.vocab_size
+    client_stop_ids = _stop_ids(fields, vocab_size, config)
+    model_stop_ids = () if fields.ignore_eos else ready.facts.stop_token_ids
+    top_k = max(fields.top_k or 0, 0)  # -1 is vLLM's "off", 0 is ours
+    return Sampling(
+        max_output_tokens=1,
+        min_output_tokens=min_tokens,
+        temperature=_or(fields.temperature, 1.0),
+        top_k=min(top_k, vocab_size),
+        top_p=_or(fields.top_p, 1.0),
+        min_p=_or(fields.min_p, 0.0),
+        repetition_penalty=_or(fields.repetition_penalty, 1.0),
+        presence_penalty=_or(fields.presence_penalty, 0.0),
+        frequency_penalty=_or(fields.frequency_penalty, 0.0),
+        logit_bias=_logit_bias(fields, vocab_size, config),
+        stop_token_ids=tuple(dict.fromkeys((*model_stop_ids, *client_stop_ids))),
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
+    )
+
+
+def check_num_logprobs(num_logprobs: int, config: ServerConfig, param: str) -> None:
+    """ApiError 400 if that is more than the server gives."""
+    if num_logprobs > config.max_logprobs:
+        raise bad_request(f"{param}: at most {config.max_logprobs}", param)
+
+
+def check_common(fields: SharedFields) -> None:
+    """ApiError 400 for what we cannot do and would not pass over in silence."""
+    kind = (fields.response_format or {}).get("type", "text")
+    if kind != "text":
+        raise bad_request(
+            "response_format: only {\"type\": \"text\"} is supported", "response_format", "unsupported_parameter"
+        )
+    if fields.stream_options is not None and not fields.stream:
+        raise bad_request("stream_options: only together with stream=true", "stream_options")
+
+
+def _stop_ids(fields: SharedFields, vocab_size: int, config: ServerConfig) -> tuple[int, ...]:
+    ids = fields.stop_token_ids or []
+    if len(ids) > config.max_stop_token_ids:
+        raise bad_request(f"stop_token_ids: at most {config.max_stop_token_ids}, got {len(ids)}", "stop_token_ids")
+    if any(not 0 <= token_id < vocab_size for token_id in ids):
+        raise bad_request(f"stop_token_ids: expected ids from 0 to {vocab_size - 1}", "stop_token_ids")
+    return tuple(ids)
+
+
+def _logit_bias(fields: SharedFields, vocab_size: int, config: ServerConfig) -> tuple[tuple[int, float], ...]:
+    given = fields.logit_bias or {}
+    if len(given) > config.max_logit_bias:
+        raise bad_request(f"logit_bias: at most {config.max_logit_bias} entries, got {len(given)}", "logit_bias")
+    biases: dict[int, float] = {}
+    for key, bias in given.items():
+        is_id = key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size
+        if not is_id:
+            raise bad_request(
+                f"logit_bias: expected token ids from 0 to {vocab_size - 1} as keys, got `{key[:40]}`", "logit_bias"
+            )
+        biases[int(key)] = bias
+    return tuple(biases.items())
+
+
+def _slo_s(headers: Headers, name: str) -> float | None:
+    text = headers.get(name)
+    if text is None:
+        return None
+    try:
+        value_ms = float(text)
+    except ValueError:
+        value_ms = math.nan
+    if not 0 < value_ms <= MAX_SLO_MS:  # NaN fails this too
+        raise bad_request(f"{name}: expected milliseconds above 0 and at most {MAX_SLO_MS:g}, got `{text[:40]}`", name)
+    return value_ms / 1e3
+
+
+def _missing_field(what: str) -> str:
+    # The name in "Object missing required field `prompt`".
+    return what.partition("missing required field `")[2].rstrip("`")
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

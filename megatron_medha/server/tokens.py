@@ -1,0 +1,225 @@
+"""The checkpoint's tokenizer: text to token ids and back. Loads files with the `tokenizers` library only."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from megatron_medha.core.errors import CheckpointError
+from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+
+
+class PieceKind(Enum):
+    """How a vocabulary entry stands for bytes of text."""
+
+    BYTE_LEVEL = "byte_level"  # each character is one byte, in GPT-2's alphabet
+    PIECES = "pieces"          # text with replacements, and <0xNN> for single bytes (SentencePiece's way)
+    OTHER = "other"            # only the library knows (WordPiece's ##, CTC): text comes from decoding windows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerConfig:
+    """What the files beside tokenizer.json say."""
+
+    bos_token: str | None = None
+    eos_token: str | None = None
+    other_tokens: dict[str, str] = field(default_factory=dict)  # unk_token, pad_token...: templates may name them
+    add_bos_token: bool | None = None  # None: whatever the tokenizer's post-processor does
+    chat_template: str | None = None
+
+
+class Tokenizer:
+    """Encodes prompts and decodes tokens. Methods may be called from any thread."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
+        self._backend = backend
+        self.config = config
+        special = {**config.other_tokens, "bos_token": config.bos_token or "", "eos_token": config.eos_token or ""}
+        self.template = ChatTemplate(config.chat_template, special)
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id: int | None = backend.token_to_id(config.bos_token) if config.bos_token else None
+        self.eos_token_id: int | None = backend.token_to_id(config.eos_token) if config.eos_token else None
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._kind, self._replacements = _piece_kind(backend.decoder)
+        self._bytes_by_id: dict[int, bytes] = {}
+        # A byte-level tokenizer never shrinks text except into its longest entry, so a prompt that
+        # cannot fit is refused without encoding it: 100 MB of text would keep a core busy for a minute.
+        strips = any(token.lstrip or token.rstrip for token in added.values())
+        is_bounded = self._kind is PieceKind.BYTE_LEVEL and backend.normalizer is None and not strips
+        self._max_token_chars = max(map(len, backend.get_vocab()), default=1) if is_bounded else None
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """Read a tokenizer from a checkpoint's directory; CheckpointError names what is missing or broken."""
+        import tokenizers
+
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing; the server needs a Hugging Face fast tokenizer (save_pretrained writes one)"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every kind of broken file
+            raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
+        backend.no_truncation()
+        backend.no_padding()
+        try:
+            return cls(backend, load_tokenizer_config(directory))
+        except ChatTemplateError as error:
+            raise CheckpointError(f"{directory}: {error}") from error
+
+    @property
+    def kind(self) -> PieceKind:
+        """How entries stand for text."""
+        return self._kind
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> array[int]:
+        """Token ids of a text, int32. With special tokens: what the post-processor and add_bos_token ask for."""
+        adds = add_special_tokens and self.config.add_bos_token is not False
+        # encode() would hold the interpreter lock throughout; the batch form releases it, and the event loop lives.
+        ids = array("i", self._backend.encode_batch_fast([text], add_special_tokens=adds)[0].ids)
+        bos = self.bos_token_id
+        if adds and self.config.add_bos_token and bos is not None and (not ids or ids[0] != bos):
+            ids.insert(0, bos)
+        return ids
+
+    def min_num_tokens(self, text: str) -> int:
+        """A cheap lower bound on the number of tokens of a text."""
+        if self._max_token_chars is None:
+            return 0
+        return len(text) // self._max_token_chars
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a whole sequence."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, special tokens by name; empty for ids beyond the vocabulary."""
+        known = self._bytes_by_id.get(token_id)
+        if known is None:
+            known = self._bytes_by_id[token_id] = self._find_bytes(token_id)
+        return known
+
+    def token_name(self, token_id: int) -> str:
+        """One token as a string that differs from every other token's where text allows it.
+
+        A token that is not valid UTF-8 by itself is shown as OpenAI does, "bytes:\\xe2\\x82": shown as
+        replacement characters, different tokens would collide in top_logprobs.
+        """
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        piece: str | None = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        if piece is None:
+            return b""
+        if self._kind is PieceKind.OTHER:
+            text: str = self._backend.decode([token_id], skip_special_tokens=False)
+            return text.encode()
+        if self._kind is PieceKind.BYTE_LEVEL:
+            try:
+                return bytes(_BYTE_OF_CHAR[char] for char in piece)
+            except KeyError:  # an added token: its text stands for itself
+                return piece.encode()
+        if (match := _BYTE_PIECE.match(piece)) is not None and ("<0x", ">") in self._replacements:
+            return bytes((int(match.group(1), 16),))
+        for old, new in self._replacements:
+            if (old, new) != ("<0x", ">"):
+                piece = piece.replace(old, new)
+        return piece.encode()
+
+
+def load_tokenizer_config(directory: Path) -> TokenizerConfig:
+    """Read tokenizer_config.json, special_tokens_map.json and chat_template.jinja, each if present."""
+    main = _read_json(directory / "tokenizer_config.json")
+    merged = {**_read_json(directory / "special_tokens_map.json"), **main}
+    special = {}
+    for key, value in merged.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            special[key] = text
+    add_bos = merged.get("add_bos_token")
+    return TokenizerConfig(
+        bos_token=special.pop("bos_token", None),
+        eos_token=special.pop("eos_token", None),
+        other_tokens=special,
+        add_bos_token=add_bos if isinstance(add_bos, bool) else None,
+        chat_template=_find_chat_template(directory, merged.get("chat_template")),
+    )
+
+
+def _find_chat_template(directory: Path, configured: Any) -> str | None:
+    # The file wins over the key, as in transformers; the key may hold several templates by name.
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if isinstance(configured, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in configured if isinstance(entry, dict)}
+        configured = by_name.get("default")
+    return configured if isinstance(configured, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is no JSON object: {error}") from error
+
+
+def _piece_kind(decoder: Any) -> tuple[PieceKind, list[tuple[str, str]]]:
+    # Reads the decoder's own description. ("<0x", ">") among the replacements stands for ByteFallback.
+    if decoder is None:
+        return PieceKind.OTHER, []
+    state = msgspec.json.decode(decoder.__getstate__())
+    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    replacements: list[tuple[str, str]] = []
+    kind = PieceKind.PIECES
+    for step in steps:
+        match step["type"]:
+            case "ByteLevel":
+                kind = PieceKind.BYTE_LEVEL
+            case "Fuse":
+                pass
+            case "Strip":
+                pass  # of the first space of a whole text; an answer continues its prompt and keeps it
+            case "ByteFallback":
+                replacements.append(("<0x", ">"))
+            case "Metaspace":
+                replacements.append((step["replacement"], " "))
+            case "Replace" if "String" in step["pattern"]:
+                replacements.append((step["pattern"]["String"], step["content"]))
+            case _:
+                return PieceKind.OTHER, []
+    if kind is PieceKind.BYTE_LEVEL and replacements:
+        return PieceKind.OTHER, []
+    return kind, replacements
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    # GPT-2's alphabet: printable Latin-1 stands for itself, every other byte for a letter from 256 on, in order.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_level_alphabet()

@@ -1,0 +1,60 @@
+"""What the two kinds of completion differ in: how pieces of text become JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from megatron_medha.server.generation import GenerationSpec, Piece
+from megatron_medha.server.openai_types import Usage
+
+encode_json = msgspec.json.Encoder().encode
+
+DONE_EVENT = b"data: [DONE]\n\n"
+
+
+class WireFormat(Protocol):
+    """JSON for one HTTP request."""
+
+    def opening_events(self) -> Sequence[bytes]:
+        """Events before the first token."""
+
+    def event(self, piece: Piece, usage: Usage | None) -> bytes:
+        """The event of one token; usage where the client wants it in every event."""
+
+    def usage_event(self, usage: Usage) -> bytes:
+        """The event after the last token."""
+
+    def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
+        """The answer that is not a stream."""
+
+
+def sse_event(body: object) -> bytes:
+    """One server-sent event holding this object as JSON."""
+    return b"data: " + encode_json(body) + b"\n\n"
+
+
+class EventTemplate:
+    """The event of a token that has nothing but text, cut where the text goes.
+
+    Nearly all events are of this kind, and joining four strings is ten times quicker than encoding objects.
+    """
+
+    def __init__(self, spec: GenerationSpec, sample_event: bytes) -> None:
+        # The sample is made by the same encoder as all other events, with MARK as its text.
+        before, after = sample_event.split(encode_json(MARK))
+        assert spec.num_choices == 1 or INDEX_MARK in before
+        head, _, tail = before.partition(INDEX_MARK)
+        self._heads = [head + b'"index":%d' % index + tail for index in range(spec.num_choices)]
+        self._after = after
+
+    def fill(self, index: int, text: str) -> bytes:
+        """The event for this choice and text."""
+        return b"".join((self._heads[index], encode_json(text), self._after))
+
+
+# Stands for the text in the sample; characters that no id or model name of ours contains.
+MARK = "\x00text\x00"
+INDEX_MARK = b'"index":0'

@@ -1,0 +1,89 @@
+"""A byte tokenizer and real servers on loopback ports, for the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one; test folders are no packages
+
+from fake_engine import FakeEngine
+from running_server import CHAT_TEMPLATE, Running, StartServer, byte_tokenizer_backend
+
+from megatron_medha.server.app import bind, create_app, uvicorn_config
+from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.tokens import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as save_pretrained writes it."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer_backend().save(str(directory / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": CHAT_TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    """The byte tokenizer, without a BOS of its own."""
+    return Tokenizer.load(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def ending() -> Iterator[list[Running]]:
+    """Servers told to stop; all must have stopped in the end. Waiting after each test would take minutes."""
+    servers: list[Running] = []
+    yield servers
+    for running in servers:
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+
+
+@pytest.fixture
+def start_server(tokenizer: Tokenizer, ending: list[Running]) -> Iterator[StartServer]:
+    """Starts servers on free ports, and stops them after the test."""
+    started: list[Running] = []
+
+    def start(engine: FakeEngine | None = None, tokenizer: object = tokenizer, **settings: object) -> Running:
+        engine = engine or FakeEngine()
+        config = ServerConfig(port=0, engine_check_s=0.01, drain_timeout_s=0, **settings)
+        app = create_app(engine, tokenizer, config)
+        listener = bind(config)
+        has_started = threading.Event()
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: object = None) -> None:
+                await super().startup(sockets=sockets)
+                has_started.set()
+
+        server = Server(uvicorn_config(app, config))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        assert has_started.wait(10)
+        port = listener.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        client = httpx.Client(base_url=url, timeout=20, verify=False, trust_env=False)
+        running = Running(url, port, engine, app.state.service, server, thread, client)
+        started.append(running)
+        return running
+
+    yield start
+    for running in started:
+        running.client.close()
+        running.server.should_exit = True
+        ending.append(running)
+
+
+@pytest.fixture
+def server(start_server: StartServer) -> Running:
+    """A server over an engine that echoes prompts."""
+    return start_server()

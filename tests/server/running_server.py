@@ -1,0 +1,90 @@
+"""A server that listens on a loopback port, what tests ask of it, and a tokenizer for it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+import tokenizers
+import uvicorn
+from fake_engine import FakeEngine
+from tokenizers import decoders, models, pre_tokenizers
+
+from megatron_medha.server.service import Service
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer_backend() -> tokenizers.Tokenizer:
+    """Ids 0 to 255 are bytes, 256 is <s>, 257 is </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocab = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    assert sorted(vocab) == alphabet
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return backend
+
+
+@dataclass
+class Running:
+    """A server that listens."""
+
+    url: str
+    port: int
+    engine: FakeEngine
+    service: Service
+    server: uvicorn.Server
+    thread: threading.Thread
+    client: httpx.Client  # one for all: making one loads certificates, which takes longer than most tests
+
+    def post(self, path: str, body: object = None, **kwargs: object) -> httpx.Response:
+        """POST a JSON body."""
+        return self.client.post(path, json=body, **kwargs)
+
+    def get(self, path: str, **kwargs: object) -> httpx.Response:
+        """GET a path."""
+        return self.client.get(path, **kwargs)
+
+    def events(self, path: str, body: dict) -> list[str]:
+        """The data of every event of a stream."""
+        with self.client.stream("POST", path, json={**body, "stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            lines = list(response.iter_lines())
+        return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+
+    def connect(self, path: str, body: bytes, headers: str = "") -> socket.socket:
+        """Send a POST over a raw socket."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
+        connection.sendall(head.encode() + body)
+        return connection
+
+    def assert_nothing_is_left(self) -> None:
+        """No sub-request in the engine, no stream waiting for one."""
+        self.engine.wait_until_idle()
+        done = threading.Event()
+
+        def check() -> None:
+            # Sub-requests end before their streams are closed; both within one turn of the loop.
+            if len(self.service.streams) == 0:
+                done.set()
+            else:
+                loop.call_later(0.001, check)
+
+        loop = self.service.streams._loop
+        assert loop is not None
+        loop.call_soon_threadsafe(check)
+        assert done.wait(10), "streams are left open"
+
+
+StartServer = Callable[..., Running]

@@ -1,0 +1,160 @@
+"""Health, metrics, keys, ids, tokens, ports: everything beside generation."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from running_server import Running, StartServer
+
+from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, FinishReason, Preempted, TokenOut
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.request import Request
+from megatron_medha.server.app import bind
+from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.metrics import Metrics
+from megatron_medha.server.metrics_page import MetricsPage
+
+PATH = "/v1/completions"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ping", "/version", "/metrics"])
+def test_probes_answer_get_and_head(server: Running, path: str) -> None:
+    assert server.get(path).status_code == 200
+    head = server.client.head(path)
+    assert head.status_code == 200 and head.content == b""
+
+
+def test_models_are_described(start_server: StartServer) -> None:
+    server = start_server(served_model_names=("org/name", "b"))
+    models = server.get("/v1/models").json()
+    assert [model["id"] for model in models["data"]] == ["org/name", "b"]
+    one = server.get("/v1/models/org/name").json()
+    assert (one["id"], one["object"], one["max_model_len"]) == ("org/name", "model", 1000)
+
+
+def test_text_and_messages_are_tokenized_and_back(server: Running) -> None:
+    answer = server.post("/tokenize", {"model": "fake-model", "prompt": "hi", "add_special_tokens": True}).json()
+    assert answer == {"count": 2, "max_model_len": 1000, "tokens": [104, 105], "token_strs": None}
+    answer = server.post("/tokenize", {"prompt": "é", "return_token_strs": True}).json()
+    assert answer["token_strs"] == ["bytes:\\xc3", "bytes:\\xa9"]
+    tokens = server.post("/tokenize", {"messages": [{"role": "user", "content": "hi"}]}).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json() == {"prompt": "<|user|>hi\n<|assistant|>"}
+    assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+    assert server.post("/detokenize", {"tokens": [104, 256]}).json() == {"prompt": "h<s>"}
+
+
+def test_without_the_key_only_probes_answer(start_server: StartServer) -> None:
+    server = start_server(api_key="secret")
+    wrong_headers: list[dict[str, str]] = [
+        {}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Basic secret"},
+        {"authorization": "Bearer secré"},
+    ]
+    for headers in wrong_headers:
+        encoded = {name: value.encode() for name, value in headers.items()}
+        response = server.post(PATH, {"prompt": "a"}, headers=encoded)
+        assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+        assert server.get("/v1/models", headers=encoded).status_code == 401
+    assert server.post(PATH, {"prompt": "a"}, headers={"authorization": "Bearer secret"}).status_code == 200
+    assert server.get("/health").status_code == 200
+    assert server.get("/metrics").status_code == 200
+
+
+def test_a_clients_request_id_comes_back_and_others_get_one(server: Running) -> None:
+    assert server.post(PATH, {"prompt": "a"}, headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    drawn = [server.post(PATH, {"prompt": "a"}).headers["x-request-id"] for _ in range(2)]
+    assert drawn[0] != drawn[1]
+    long = server.get("/health", headers={"x-request-id": "x" * 500})
+    assert len(long.headers["x-request-id"]) == 32
+    assert "x-request-id" in server.get("/nope").headers
+
+
+def samples_of(page: str) -> dict[str, float]:
+    samples = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            reason = sample.labels.get("finished_reason") or sample.labels.get("le") or ""
+            samples[f"{sample.name}{{{reason}}}" if reason else sample.name] = sample.value
+    return samples
+
+
+def test_metrics_have_our_names_and_vllms(server: Running) -> None:
+    for extra in ({}, {"stop": "b"}):
+        server.post(PATH, {"prompt": "abc", "max_tokens": 4, **extra}, headers={"x-slo-ttft-ms": "60000"})
+    samples = samples_of(server.get("/metrics").text)
+    for prefix in ("medha", "vllm"):
+        assert samples[f"{prefix}:prompt_tokens_total"] == 6
+        assert samples[f"{prefix}:generation_tokens_total"] == 6
+        assert samples[f"{prefix}:request_success_total{{length}}"] == 1
+        assert samples[f"{prefix}:request_success_total{{stop}}"] == 1
+        assert samples[f"{prefix}:time_to_first_token_seconds_count"] == 2
+        assert samples[f"{prefix}:inter_token_latency_seconds_count"] == 4
+        assert samples[f"{prefix}:e2e_request_latency_seconds_count"] == 2
+        assert samples[f"{prefix}:request_prompt_tokens_sum"] == 6
+        assert samples[f"{prefix}:request_generation_tokens_sum"] == 6
+        assert samples[f"{prefix}:num_requests_running"] == 0
+        assert samples[f"{prefix}:kv_cache_usage_perc"] == 0
+        assert f"{prefix}:request_queue_time_seconds_count" in samples
+        assert f"{prefix}:num_preemptions_total" in samples
+    assert samples["medha:ttft_slo_met_total"] == 2
+    assert "vllm:time_to_first_token_seconds_bucket{320.0}" in samples
+
+
+def test_metrics_watch_the_loop(server: Running) -> None:
+    metrics = Metrics()
+    request = Request(request_id="r", num_prompt_tokens=8, max_output_tokens=2, arrival_s=1.0)
+    metrics.handled(Arrived(request), [], 1.0)
+    chunks = (Chunk("r", 0, 8, True),)
+    metrics.scheduled(
+        Batch(batch_id=0, chunks=chunks, released=(), created_s=3.0, budget_s=0.05, predicted_s=0.03), 3.0
+    )
+    outputs = [TokenOut("r", 0, FinishReason.LENGTH), Preempted("s", 5)]
+    metrics.handled(Completed(batch_id=0, duration_s=0.04), outputs, 3.5)
+    samples = samples_of(MetricsPage(metrics, server.engine).render("m").decode())
+    assert samples["medha:request_queue_time_seconds_sum"] == 2.0
+    assert samples["medha:request_prefill_time_seconds_sum"] == 0.5
+    assert samples["medha:step_predicted_seconds_sum"] == 0.03
+    assert samples["medha:step_actual_seconds_sum"] == 0.04
+    assert samples["medha:step_prediction_relative_error_sum"] == pytest.approx(0.25)
+    assert samples["medha:step_actual_over_predicted_ratio_sum"] == pytest.approx(4 / 3)
+    assert samples["medha:iteration_tokens_total_sum"] == 8
+    assert samples["medha:num_preemptions_total"] == 1
+    assert samples["medha:preempted_tokens_total"] == 5
+
+
+def test_the_schema_lists_routes_and_bodies(server: Running) -> None:
+    schema = server.get("/openapi.json").json()
+    assert "post" in schema["paths"]["/v1/completions"]
+    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["$ref"].removeprefix("#/components/schemas/") in schema["components"]["schemas"]
+    assert "HTTPValidationError" not in json.dumps(schema["paths"]["/v1/completions"])
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"server\.port={port}"):
+            bind(ServerConfig(port=port))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"port": 70000}, {"api_key": ""}, {"served_model_names": ("",)}, {"max_n": 0}, {"sse_keepalive_s": 0}]
+)
+def test_settings_that_cannot_be_are_refused_by_name(settings: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        ServerConfig(**settings)
+
+
+def test_the_server_loads_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys, megatron_medha.server.app, megatron_medha.server.tokens, megatron_medha.server.chat_client\n"
+        "print([name for name in ('torch', 'numpy', 'transformers', 'tokenizers', 'jinja2') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
