@@ -26,7 +26,7 @@ def serving(*overrides: str, timeout_s: float = 300.0) -> Iterator[int]:
     """The port of a server with these overrides, ready to answer; it is gone when the block ends."""
     port = free_port()
     command = [sys.executable, "-m", "megatron_medha", "serve", f"server.port={port}", *overrides]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # errors and warnings stay visible
     try:
         deadline_s = time.monotonic() + timeout_s
         while not _is_ready(port):

@@ -66,7 +66,8 @@ async def measure(setting: str, port: int, args: argparse.Namespace) -> Outcome:
 
     lengths = [rng.randint(args.short_min, args.short_max) for _ in range(args.shorts)]
     for _ in range(60):  # the cost model learns the machine from traffic; let it have some
-        await asyncio.gather(*(complete(port, prompt(rng.randint(args.short_min, 4 * args.short_max)), 8) for _ in "ab"))
+        pair = (rng.randint(args.short_min, 4 * args.short_max) for _ in range(2))
+        await asyncio.gather(*(complete(port, prompt(num_tokens), 8) for num_tokens in pair))
     check(await complete(port, prompt(args.long // 4), 2))
     long_prompt = prompt(args.long)
     alone = check(await complete(port, long_prompt, 2))

@@ -1,0 +1,75 @@
+"""What an attention backend is, and the one function that chooses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_medha.kernels.slot_table import SlotTable
+
+
+class LayerKV(NamedTuple):
+    """One layer's keys and values for all blocks of the pool; the layout is the backend's own."""
+
+    k: Tensor
+    v: Tensor
+
+
+class QueryRange(NamedTuple):
+    """Consecutive rows of the packed batch that belong to one sequence."""
+
+    first_row: int
+    num_rows: int
+    start: int  # position of the first row in its sequence: KV for [0, start) already exists
+    table: SlotTable
+
+
+class AttentionBackend(Protocol):
+    """Causal attention of a packed batch over paged KV. One object serves all layers."""
+
+    name: str
+    min_run_tokens: int  # for the slot tables it is given
+
+    def allocate(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerKV:
+        """Uninitialised KV of one layer."""
+
+    def plan(self, ranges: Sequence[QueryRange]) -> Any:
+        """Everything about a batch that all layers share, computed once per step."""
+
+    def attend(
+        self, plan: Any, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+    ) -> Tensor:
+        """Write the batch's own keys and values to the pool, then attend; returns out_THD (H = K * G, in that order).
+
+        A query at position p of its sequence sees positions [0, p].
+        """
+
+
+def backend_names(device: torch.device) -> tuple[str, ...]:
+    """The backends that run on such a device, the best first."""
+    return {"cpu": ("aten",)}.get(device.type, ())
+
+
+def attention_backend(name: str, device: torch.device) -> AttentionBackend:
+    """The backend called `name`; "auto" takes the best one for the device.
+
+    Raises ValueError for a name nobody answers to on this device.
+    """
+    names = backend_names(device)
+    if name == "auto" and names:
+        name = names[0]
+    if name not in names:
+        known = ", ".join(["auto", *names]) if names else "none for this device yet"
+        raise ValueError(f"attention_backend={name} does not exist for device {device.type}; known: {known}")
+    match name:
+        case "aten":
+            from megatron_medha.kernels.cpu_attention import CpuAttention
+
+            return CpuAttention()
+        case _:
+            raise AssertionError(f"backend {name} is named but not made")

@@ -1,0 +1,93 @@
+"""Megatron's self-attention with our positions, our paged KV and our kernels; its linear layers and norms stay.
+
+Shapes: T tokens, S sequence length, B sequences, K key/value heads, G query heads per key/value head, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_medha.model.inference_context import PackedBatch
+from megatron_medha.model.rotary import Rotary, rotate
+
+
+class PagedCoreAttention(torch.nn.Module):
+    """Fills Megatron's core_attention slot: the scale, and the way to attend for inference and for training."""
+
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+        """Takes what Megatron passes to any core attention; what is not named here is of no use to it."""
+        super().__init__()
+        self.layer_number = layer_number
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, batch: PackedBatch, layer_index: int
+    ) -> Tensor:
+        """A packed batch over paged KV; returns out_THD."""
+        return batch.backend.attend(batch.plan, q_TKGD, k_TKD, v_TKD, batch.kv_layers[layer_index], self.scale)
+
+    def forward_training(self, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
+        """Plain causal attention with gradients, [S, B, H, D]. Megatron's own is 40 times slower on CPU."""
+        q_BHSD, k_BKSD, v_BKSD = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBKD, v_SBKD))
+        group = q_BHSD.shape[1] // k_BKSD.shape[1]
+        out_BHSD = F.scaled_dot_product_attention(
+            q_BHSD,
+            k_BKSD.repeat_interleave(group, dim=1),
+            v_BKSD.repeat_interleave(group, dim=1),
+            is_causal=True,
+            scale=self.scale,
+        )
+        return out_BHSD.permute(2, 0, 1, 3)
+
+
+class MedhaSelfAttention(SelfAttention):
+    """Self-attention over a packed batch when given one, plain causal attention otherwise."""
+
+    def __init__(self, *args: Any, rotary: Rotary, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rotary = rotary
+        self._layer_index = self.layer_number - 1 - self._get_pp_layer_offset_for_inference()
+        self._has_qk_norm = self.config.qk_layernorm
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: PackedBatch | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [T, 1, C] with a batch, [S, B, C] without one. Returns (output of that shape, bias).
+
+        The mask is always causal; attention_mask and what else Megatron passes to any attention is not looked at.
+        """
+        if inference_context is None:
+            return self._forward_training(hidden_states)
+        q_TKGD, k_TKD, v_TKD = self._rotated(hidden_states, inference_context)
+        out_THD = self.core_attention(q_TKGD, k_TKD, v_TKD, inference_context, self._layer_index)
+        return self.linear_proj(out_THD.flatten(1).unsqueeze(1))
+
+    def _rotated(self, hidden_T1C: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, K, G, D] and keys [T, K, D] at their positions, and values [T, K, D]."""
+        if self._has_qk_norm:
+            query, key, value = self.get_query_key_value_tensors(hidden_T1C, None)
+            num_tokens, _, num_kv_heads, head_dim = key.shape
+            q_TKGD = query.view(num_tokens, num_kv_heads, -1, head_dim)
+            return rotate(q_TKGD, batch.rotation), rotate(key.squeeze(1), batch.rotation), value.squeeze(1)
+        # Megatron's layout is queries, key and value of one group after another: all but the value turn at once.
+        mixed, (_, head_dim, _) = self.get_query_key_value_tensors(hidden_T1C, None, split_qkv=False)
+        num_tokens, _, num_kv_heads, _ = mixed.shape
+        mixed_TKJD = mixed.view(num_tokens, num_kv_heads, -1, head_dim)
+        turned_TKJD = rotate(mixed_TKJD[:, :, :-1], batch.rotation)
+        return turned_TKJD[:, :, :-1], turned_TKJD[:, :, -1], mixed_TKJD[:, :, -1]
+
+    def _forward_training(self, hidden_SBC: Tensor) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self.get_query_key_value_tensors(hidden_SBC, None)
+        rotation = self.rotary.consecutive(query.shape[0], query.device)
+        out_SBHD = self.core_attention.forward_training(rotate(query, rotation), rotate(key, rotation), value)
+        return self.linear_proj(out_SBHD.flatten(2))

@@ -1,0 +1,217 @@
+"""Streaming the safetensors of a Hugging Face checkpoint into a Megatron model's parameters. Its config is elsewhere.
+
+Every tensor of the files has one place: a view into one parameter of the model. Megatron keeps Q, K and V in one
+matrix, group by group (the queries of a group, its key, its value), and the MLP's gate above its up projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from megatron_medha.core.errors import CheckpointError
+from megatron_medha.model.hf_config import read_json
+from megatron_medha.model.model_config import ModelConfig
+
+INDEX_NAME = "model.safetensors.index.json"
+_LM_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_DTYPES = ("F64", "F32", "BF16", "F16")
+_MAX_PROBLEMS_SHOWN = 8
+
+Progress = Callable[[str, float], None]  # what is being done, and which fraction of it is: 0..1
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one tensor of the checkpoint goes."""
+
+    shape: tuple[int, ...]            # of the whole tensor in the file
+    split_dim: int | None             # the dimension tensor-parallel ranks share out; None: every rank has it all
+    parameter: str                    # name in the model
+    view: Callable[[Tensor], Tensor]  # the part of this rank's parameter that it fills
+
+
+def tp_slice(size: int, tp_rank: int, tp: int) -> slice:
+    """The part of a dimension of that size which belongs to one tensor-parallel rank."""
+    assert size % tp == 0, f"{size} does not divide by tp={tp}"
+    return slice(size // tp * tp_rank, size // tp * (tp_rank + 1))
+
+
+def placements(config: ModelConfig, parameter_names: set[str], tp: int = 1) -> dict[str, Placement]:
+    """Every tensor a Hugging Face checkpoint of this architecture holds, by key, and where it goes.
+
+    parameter_names tells Megatron's own layers from Transformer Engine's, which keep a norm in the linear after it.
+    """
+    hidden, ffn, head_dim = config.hidden_size, config.ffn_hidden_size, config.head_dim
+    num_groups, ffn_local = config.num_kv_heads // tp, ffn // tp
+    q_rows = config.num_heads // config.num_kv_heads * head_dim  # of one group
+    group_rows = q_rows + 2 * head_dim
+    vocab = config.vocab_size
+
+    def group_part(first: int, last: int) -> Callable[[Tensor], Tensor]:
+        return lambda parameter: parameter.unflatten(0, (num_groups, group_rows))[:, first:last]
+
+    def whole(parameter: Tensor) -> Tensor:
+        return parameter
+
+    def first_named(*names: str) -> str:
+        return next((name for name in names if name in parameter_names), names[0])
+
+    found = {
+        _EMBEDDING: Placement((vocab, hidden), 0, "embedding.word_embeddings.weight", lambda p: p[:vocab]),
+        "model.norm.weight": Placement((hidden,), None, "decoder.final_layernorm.weight", whole),
+    }
+    if not config.has_tied_embeddings:
+        found[_LM_HEAD] = Placement((vocab, hidden), 0, "output_layer.weight", lambda p: p[:vocab])
+    qkv_parts = {
+        "q": (config.num_heads * head_dim, group_part(0, q_rows)),
+        "k": (config.num_kv_heads * head_dim, group_part(q_rows, q_rows + head_dim)),
+        "v": (config.num_kv_heads * head_dim, group_part(q_rows + head_dim, group_rows)),
+    }
+    for layer in range(config.num_layers):
+        hf, ours = f"model.layers.{layer}", f"decoder.layers.{layer}"
+        qkv, fc1 = f"{ours}.self_attention.linear_qkv", f"{ours}.mlp.linear_fc1"
+        for part, (rows, view) in qkv_parts.items():
+            found[f"{hf}.self_attn.{part}_proj.weight"] = Placement((rows, hidden), 0, f"{qkv}.weight", view)
+            if config.has_qkv_bias:
+                found[f"{hf}.self_attn.{part}_proj.bias"] = Placement((rows,), 0, f"{qkv}.bias", view)
+            if config.has_qk_norm and part != "v":
+                name = f"{ours}.self_attention.{part}_layernorm.weight"
+                found[f"{hf}.self_attn.{part}_norm.weight"] = Placement((head_dim,), None, name, whole)
+        found[f"{hf}.self_attn.o_proj.weight"] = Placement(
+            (hidden, config.num_heads * head_dim), 1, f"{ours}.self_attention.linear_proj.weight", whole
+        )
+        found[f"{hf}.mlp.gate_proj.weight"] = Placement((ffn, hidden), 0, f"{fc1}.weight", lambda p: p[:ffn_local])
+        found[f"{hf}.mlp.up_proj.weight"] = Placement((ffn, hidden), 0, f"{fc1}.weight", lambda p: p[ffn_local:])
+        found[f"{hf}.mlp.down_proj.weight"] = Placement((hidden, ffn), 1, f"{ours}.mlp.linear_fc2.weight", whole)
+        norm = first_named(f"{ours}.input_layernorm.weight", f"{qkv}.layer_norm_weight")
+        found[f"{hf}.input_layernorm.weight"] = Placement((hidden,), None, norm, whole)
+        norm = first_named(f"{ours}.pre_mlp_layernorm.weight", f"{fc1}.layer_norm_weight")
+        found[f"{hf}.post_attention_layernorm.weight"] = Placement((hidden,), None, norm, whole)
+    return found
+
+
+@torch.no_grad()
+def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, progress: Progress) -> None:
+    """Fill the model's parameters from the safetensors in the directory, one tensor at a time.
+
+    All headers are checked first, so nothing is copied when a tensor is missing, surplus or of the wrong shape.
+    Values are converted to the parameters' dtype and device. Raises CheckpointError naming file and key.
+    """
+    parameters = dict(model.named_parameters())
+    expected = placements(config, set(parameters))
+    unfilled = set(parameters) - {placement.parameter for placement in expected.values()}
+    assert not unfilled, f"no checkpoint tensor fills {sorted(unfilled)}"
+    file_of = _files_by_key(directory)
+    _check_headers(expected, file_of, config, directory)
+    for name in {expected[key].parameter for key in (_EMBEDDING, _LM_HEAD) if key in expected}:
+        parameters[name][config.vocab_size :].zero_()  # rows that only fill up; nothing else sets them
+    num_loaded = 0
+    for path in sorted(set(file_of.values())):
+        with opened(path) as file:
+            for key in (key for key in sorted(file.keys()) if key in expected):
+                placement = expected[key]
+                destination = placement.view(parameters[placement.parameter])
+                destination.copy_(file.get_tensor(key).view(destination.shape))
+                num_loaded += 1
+                progress(f"weights from {path.name}", num_loaded / len(expected))
+    if config.has_tied_embeddings and _LM_HEAD in file_of:
+        _check_tied_head(file_of[_LM_HEAD], parameters[expected[_EMBEDDING].parameter][: config.vocab_size])
+
+
+def hf_weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, index or not; empty when it has none.
+
+    Raises CheckpointError when the index is broken or names a file that is not there.
+    """
+    index = directory / INDEX_NAME
+    if index.is_file():
+        names = set(read_json(index).within("weight_map").fields.values())
+        paths = [directory / str(name) for name in sorted(names, key=str)]
+        for path in paths:
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing, though {INDEX_NAME} names it")
+        if not paths:
+            raise CheckpointError(f"{index}: weight_map is empty")
+        return paths
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    # "consolidated" files hold the same weights again, in Mistral's own naming.
+    return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("consolidated"))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, its header checked. Raises CheckpointError naming it when it is damaged."""
+    try:
+        # Reading, too, may fail: a file on a network mount can be cut short after it was opened.
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors, damaged or incomplete: {error}") from error
+
+
+def _files_by_key(directory: Path) -> dict[str, Path]:
+    file_of: dict[str, Path] = {}
+    for path in hf_weight_files(directory):
+        with opened(path) as file:
+            for key in sorted(file.keys()):
+                if key in file_of:
+                    raise CheckpointError(f"{path}: tensor {key} is in {file_of[key].name} too")
+                file_of[key] = path
+    return file_of
+
+
+def _check_headers(
+    expected: Mapping[str, Placement], file_of: Mapping[str, Path], config: ModelConfig, directory: Path
+) -> None:
+    """Raise one CheckpointError that names every (or the first few) tensor at fault."""
+    problems = [f"{_where_expected(directory)}: tensor {key} is missing" for key in expected if key not in file_of]
+    for path in sorted(set(file_of.values())):
+        with opened(path) as file:
+            for key in sorted(file.keys()):
+                if key not in expected:
+                    if not _may_be_ignored(key, config):
+                        problems.append(f"{path}: tensor {key} is not part of this model")
+                    continue
+                header = file.get_slice(key)
+                if tuple(header.get_shape()) != expected[key].shape:
+                    shape = list(expected[key].shape)
+                    problems.append(f"{path}: tensor {key} has shape {header.get_shape()}, config.json says {shape}")
+                elif header.get_dtype() not in _DTYPES:
+                    problems.append(
+                        f"{path}: tensor {key} has dtype {header.get_dtype()}; readable are {', '.join(_DTYPES)}"
+                    )
+    if problems:
+        num_hidden = len(problems) - _MAX_PROBLEMS_SHOWN
+        more = [f"and {num_hidden} more"] if num_hidden > 0 else []
+        raise CheckpointError("\n".join(problems[:_MAX_PROBLEMS_SHOWN] + more))
+
+
+def _where_expected(directory: Path) -> Path:
+    index = directory / INDEX_NAME
+    if index.is_file():
+        return index
+    paths = hf_weight_files(directory)
+    return paths[0] if len(paths) == 1 else directory
+
+
+def _may_be_ignored(key: str, config: ModelConfig) -> bool:
+    """Tables that old checkpoints keep though they follow from the config, and a copy of tied embeddings."""
+    return key.endswith(".rotary_emb.inv_freq") or (key == _LM_HEAD and config.has_tied_embeddings)
+
+
+def _check_tied_head(path: Path, embedding_VC: Tensor) -> None:
+    with opened(path) as file:
+        head_VC = file.get_tensor(_LM_HEAD)
+    if not torch.equal(head_VC.to(embedding_VC.device, embedding_VC.dtype), embedding_VC):
+        raise CheckpointError(f"{path}: tensor {_LM_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is true")

@@ -1,0 +1,59 @@
+"""What the layers need to know of one packed batch: Megatron's inference context, filled once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.inference.contexts.base_context import BaseInferenceContext
+from torch import Tensor
+
+from megatron_medha.kernels.backends import AttentionBackend, LayerKV
+from megatron_medha.model.rotary import Rotation
+
+
+class PackedBatch(BaseInferenceContext):
+    """A mixed batch of prefill chunks and decodes, packed along the token axis as (T, 1, hidden).
+
+    Megatron passes it unchanged to every layer as `inference_context`.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: AttentionBackend,
+        plan: Any,
+        kv_layers: Sequence[LayerKV],
+        rotation: Rotation,
+        logit_rows: Tensor,
+        hidden_rows: Tensor | None = None,
+    ) -> None:
+        """plan: the backend's own, from `backend.plan`. kv_layers: of this pipeline stage, in order.
+
+        logit_rows: int64, the rows whose logits the model returns.
+        hidden_rows: int64, rows whose final hidden states are kept in `hidden` (for prompt logprobs, whose
+        logits over a whole chunk would not fit in memory at once).
+        """
+        super().__init__(materialize_only_last_token_logits=True)
+        self.backend = backend
+        self.plan = plan
+        self.kv_layers = kv_layers
+        self.rotation = rotation
+        self.hidden: Tensor | None = None
+        self._logit_rows = logit_rows
+        self._hidden_rows = hidden_rows
+
+    def is_static_batching(self) -> bool:
+        """False: rows of many requests, each at its own position."""
+        return False
+
+    def is_decode_only(self) -> bool:
+        """False, always: Megatron asks only to choose among CUDA graphs, which are not used through it."""
+        return False
+
+    def last_token_logits(self, hidden_1TC: Tensor) -> Tensor:
+        """Megatron's name for choosing the rows that go through the output layer: [1, T, C] -> [R, C]."""
+        hidden_TC = hidden_1TC.squeeze(0)
+        if self._hidden_rows is not None:
+            self.hidden = hidden_TC.index_select(0, self._hidden_rows)
+        return hidden_TC.index_select(0, self._logit_rows)

@@ -1,0 +1,275 @@
+"""Megatron torch_dist checkpoints, as Megatron-LM writes them: finding, reading and saving. Their args are elsewhere.
+
+Layout: DIR/latest_checkpointed_iteration.txt names DIR/iter_0000100 (or DIR/release), which holds metadata.json,
+.metadata (an index of tensors), *.distcp (their data) and common.pt (the training script's arguments).
+Tensor names have no prefix there; NeMo puts "module." before them, some scripts "model.". All are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.model.hf_config import read_json
+from megatron_medha.model.megatron_args import args_from_config, config_from_args
+from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.safe_pickle import load_pickle, load_torch_file
+from megatron_medha.parallel.cpu_shim import allow_megatron_without_cuda
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+_PREFIXES = ("", "module.", "model.")
+_EMBEDDING = "embedding.word_embeddings.weight"
+# Roots of a language model's tensor names; what else a checkpoint holds (optimizer, random state) is training's.
+_MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "encoder.", "lm_head.")
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_MAX_PROBLEMS_SHOWN = 8
+
+
+def find_megatron_checkpoint(directory: Path) -> Path | None:
+    """The directory that holds the tensors: the given one, or the iteration its tracker file names; None if neither.
+
+    Raises CheckpointError when it is a Megatron checkpoint but not one that can be read.
+    """
+    if _sharded_backend(directory) is not None:
+        return _checked(directory)
+    tracker = directory / TRACKER_NAME
+    if not tracker.is_file():
+        return None
+    stated = tracker.read_text(errors="replace").strip()
+    if stated != "release" and not stated.isdecimal():
+        raise CheckpointError(f"{tracker}: holds {stated[:40]!r}, not a number of iterations or 'release'")
+    iteration = directory / (stated if stated == "release" else f"iter_{int(stated):07d}")
+    if not iteration.is_dir():
+        raise CheckpointError(f"{iteration}: no such directory, though {TRACKER_NAME} names it")
+    return _checked(iteration)
+
+
+def read_megatron_config(directory: Path) -> ModelConfig:
+    """The architecture, from the arguments in common.pt and the shapes in .metadata."""
+    iteration = _found(directory)
+    tensors, _ = _tensors(iteration)
+    path = iteration / "common.pt"
+    common = load_torch_file(path)
+    args = common.get("args") if isinstance(common, Mapping) else None
+    if not isinstance(args, argparse.Namespace):
+        raise CheckpointError(f"{path}: holds no 'args', from which the architecture is read")
+    embedding = tensors.get(_EMBEDDING)
+    if embedding is None:
+        raise CheckpointError(f"{iteration / '.metadata'}: tensor {_EMBEDDING} is missing")
+    dtype = embedding.properties.dtype
+    if dtype not in _DTYPES:
+        raise UnsupportedModelError(f"{iteration / '.metadata'}: {_EMBEDDING} has dtype {dtype}")
+    home = directory.resolve() if iteration != directory else directory.resolve().parent
+    num_ids, stop_token_ids = _tokenizer_facts((directory, home))
+    return config_from_args(
+        args,
+        path,
+        name=home.name,
+        dtype=_DTYPES[dtype],
+        num_embedding_rows=embedding.size[0],
+        num_tokenizer_ids=num_ids,
+        stop_token_ids=stop_token_ids,
+    )
+
+
+@torch.no_grad()
+def load_megatron_weights(
+    model: Any, config: ModelConfig, directory: Path, progress: Callable[[str, float], None]
+) -> None:
+    """Fill the model from the checkpoint, resharded to its own layout, straight into its parameters.
+
+    Raises CheckpointError naming file and key when a tensor is missing, surplus, of the wrong shape or cut off.
+    """
+    allow_megatron_without_cuda()
+    iteration = _found(directory)
+    progress(f"weights from {iteration.name}", 0.0)
+    tensors, prefix = _tensors(iteration)
+    wanted = _sharded_state_dict(model, _layout_of(tensors))
+    # Megatron's factories (SwiGLU) would load halves and concatenate them: a second copy. Applied beforehand,
+    # they leave views of the parameter's halves, which are filled in place.
+    apply_factories(wanted)
+    _check_tensors(wanted, tensors, config, iteration)
+    for part in nested_values(wanted):
+        part.key = prefix + part.key
+    try:
+        dist_checkpointing.load(wanted, str(iteration), common_strategy=_NoCommonState())
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError, KeyError) as error:
+        raise CheckpointError(f"{iteration}: tensors cannot be read, damaged or incomplete: {error}") from error
+    progress(f"weights from {iteration.name}", 1.0)
+
+
+def save_megatron_checkpoint(model: Any, config: ModelConfig, directory: Path, iteration: int) -> Path:
+    """Write the model as Megatron-LM would; returns the iteration's directory.
+
+    torch.distributed must be initialised. The tracker file is written last, so an interrupted save is never found.
+    """
+    allow_megatron_without_cuda()
+    target = directory / f"iter_{iteration:07d}"
+    target.mkdir(parents=True, exist_ok=True)
+    args = args_from_config(config, next(model.parameters()).dtype)
+    args.iteration = iteration
+    # Left to itself megatron-core starts a queue server in a spawned process: three seconds, and the main module
+    # runs again. The queue carries results between two functions of this very process.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    dist_checkpointing.save(
+        {
+            "args": args,
+            "checkpoint_version": 3.0,
+            "iteration": iteration,
+            "model": _sharded_state_dict(model, {}),
+        },
+        str(target),
+    )
+    (directory / TRACKER_NAME).write_text(str(iteration))
+    return target
+
+
+class _NoCommonState(TorchCommonLoadStrategy):
+    """Keeps Megatron from unpickling common.pt a second time, its own way."""
+
+    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
+        return {}
+
+
+def _sharded_backend(directory: Path) -> str | None:
+    path = directory / "metadata.json"
+    if not path.is_file():
+        return None
+    backend = read_json(path).fields.get("sharded_backend")
+    return None if backend is None else str(backend)
+
+
+def _checked(iteration: Path) -> Path:
+    backend = _sharded_backend(iteration)
+    if backend is None:
+        legacy = list(iteration.glob("mp_rank_*"))
+        hint = " It looks like one in Megatron's older 'torch' format." if legacy else ""
+        raise CheckpointError(
+            f"{iteration}: metadata.json with a sharded_backend is missing.{hint} "
+            "Convert it in Megatron-LM: --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
+        )
+    if backend != "torch_dist":
+        raise CheckpointError(
+            f"{iteration / 'metadata.json'}: sharded_backend={backend!r} cannot be read, torch_dist can. "
+            "Convert it in Megatron-LM: --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
+        )
+    for name in (".metadata", "common.pt"):
+        if not (iteration / name).is_file():
+            raise CheckpointError(f"{iteration / name}: missing; the checkpoint is incomplete")
+    return iteration
+
+
+def _found(directory: Path) -> Path:
+    iteration = find_megatron_checkpoint(directory)
+    if iteration is None:
+        raise CheckpointError(f"{directory}: no Megatron checkpoint")
+    return iteration
+
+
+def _tensors(iteration: Path) -> tuple[dict[str, TensorStorageMetadata], str]:
+    """The model's tensors in .metadata by their name without prefix, and that prefix; their data checked to be there.
+
+    Our own unpickler reads it before Megatron does with pickle: afterwards it is known to be harmless.
+    """
+    path = iteration / ".metadata"
+    metadata = load_pickle(path)
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path}: not an index of torch.distributed.checkpoint")
+    for key, stored in (metadata.storage_data or {}).items():
+        file = iteration / stored.relative_path
+        size_bytes = file.stat().st_size if file.is_file() else None
+        if size_bytes is None or size_bytes < stored.offset + stored.length:
+            found = "is missing" if size_bytes is None else f"ends after {size_bytes} bytes"
+            raise CheckpointError(f"{file}: {found}, so tensor {key.fqn} is incomplete")
+    everything = metadata.state_dict_metadata
+    prefix = next((prefix for prefix in _PREFIXES if prefix + _EMBEDDING in everything), "")
+    tensors = {
+        key.removeprefix(prefix): stored
+        for key, stored in everything.items()
+        if key.startswith(tuple(prefix + root for root in _MODEL_ROOTS)) and isinstance(stored, TensorStorageMetadata)
+    }
+    return tensors, prefix
+
+
+def _layout_of(tensors: Mapping[str, Any]) -> dict[str, bool]:
+    """How the names are formed: layers stacked in one tensor or named one by one, gate and up in one or in two."""
+    is_singleton = any(key.endswith("linear_fc1.weight_w") for key in tensors)
+    return {
+        "non_homogeneous_layers": any(key.startswith("decoder.layers.0.") for key in tensors),
+        "singleton_local_shards": is_singleton,
+    }
+
+
+def _sharded_state_dict(model: Any, layout: Mapping[str, bool]) -> dict[str, Any]:
+    """Megatron's description of the model's tensors. Extra states are left out: they only hold FP8 history."""
+    metadata = {**layout, "dp_cp_group": model.pg_collection.dp_cp}
+    state = model.sharded_state_dict(prefix="", metadata=metadata)
+    return {key: part for key, part in state.items() if not isinstance(part, ShardedObject)}
+
+
+def _check_tensors(
+    wanted: Mapping[str, Any], tensors: Mapping[str, TensorStorageMetadata], config: ModelConfig, iteration: Path
+) -> None:
+    """Raise one CheckpointError that names every (or the first few) tensor at fault."""
+    path = iteration / ".metadata"
+    problems = []
+    parts: dict[str, ShardedTensor] = {part.key: part for part in nested_values(wanted)}
+    for key, part in parts.items():
+        stored = tensors.get(key)
+        if stored is None:
+            problems.append(f"{path}: tensor {key} is missing")
+            continue
+        shape, expected = tuple(stored.size), tuple(part.global_shape)
+        # Embeddings are padded to a multiple that depends on the layout they were trained in.
+        is_padded = part.allow_shape_mismatch and shape[1:] == expected[1:] and shape[0] >= config.vocab_size
+        if shape != expected and not is_padded:
+            problems.append(f"{path}: tensor {key} has shape {list(shape)}, args in common.pt say {list(expected)}")
+        elif stored.properties.dtype not in _DTYPES:
+            problems.append(f"{path}: tensor {key} has dtype {stored.properties.dtype}; weights must be floats")
+    for key in tensors:
+        if key not in parts and not key.endswith("._extra_state"):
+            problems.append(f"{path}: tensor {key} is not part of this model")
+    if problems:
+        num_hidden = len(problems) - _MAX_PROBLEMS_SHOWN
+        more = [f"and {num_hidden} more"] if num_hidden > 0 else []
+        raise CheckpointError("\n".join(problems[:_MAX_PROBLEMS_SHOWN] + more))
+
+
+def _tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[int, ...]]:
+    """How many ids the tokenizer.json beside the checkpoint has, and its end tokens; (None, ()) without one."""
+    home = next((d for d in directories if (d / "tokenizer.json").is_file()), None)
+    if home is None:
+        return None, ()
+    tokenizer = read_json(home / "tokenizer.json")
+    vocab = tokenizer.within("model").fields.get("vocab") or {}
+    if isinstance(vocab, list):  # Unigram: pairs of token and score, in order of id
+        vocab = {token: token_id for token_id, (token, _) in enumerate(vocab)}
+    ids: dict[str, int] = dict(vocab)
+    for token in tokenizer.fields.get("added_tokens") or []:
+        ids[token["content"]] = token["id"]
+    stops: list[int] = []
+    for name, key in (("generation_config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
+        if not (home / name).is_file():
+            continue
+        stated = read_json(home / name).fields.get(key)
+        if isinstance(stated, dict):  # an AddedToken, written out
+            stated = stated.get("content")
+        for token in stated if isinstance(stated, list) else [stated]:
+            token_id = ids.get(token) if isinstance(token, str) else token
+            if token_id is not None:
+                stops.append(token_id)
+    return max(ids.values()) + 1, tuple(dict.fromkeys(stops))

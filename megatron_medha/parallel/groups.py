@@ -1,0 +1,81 @@
+"""Process groups of one rank over the axes tp, kvp, pp and dp, in the form Megatron-core takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.parallel.cpu_shim import allow_megatron_without_cuda
+
+# How long a collective may wait for the slowest rank: loading a large checkpoint is the longest such wait.
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(init=False, repr=False)
+class MedhaPGs(ProcessGroupCollection):
+    """Megatron's collection, and the KV-parallel group, which reaches every attention layer with it."""
+
+    # init and repr stay the parent's: it takes any of its fields as keywords and prints those that are set.
+    kvp: dist.ProcessGroup = field(init=False)
+
+
+def init_distributed(
+    layout: ParallelLayout, rank: int, *, device: torch.device, init_method: str | None = None
+) -> None:
+    """Join the ranks of `layout`; does nothing when this process has joined already.
+
+    init_method: torch.distributed's address (tcp://host:port, file:///path, env://); not needed for one rank.
+    Raises ConfigError if several ranks are asked for without an address.
+    """
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if layout.world_size == 1:
+        # A store in this process: no port to collide on, no file to clean up.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        return
+    if init_method is None:
+        raise ConfigError(f"{layout.world_size} ranks need an address to meet at (init_method)")
+    dist.init_process_group(backend, init_method, rank=rank, world_size=layout.world_size, timeout=_TIMEOUT)
+
+
+def build_groups(layout: ParallelLayout) -> MedhaPGs:
+    """The groups this rank is in. Collective: every rank calls it, once, after `init_distributed`."""
+    allow_megatron_without_cuda()
+    grid = HyperCommGrid([layout.tp, layout.kvp, layout.spp, layout.dp], ["tp", "kvp", "pp", "dp"])
+    alone, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(layout.world_size)])
+    pgs = MedhaPGs()
+    pgs.tp = grid.create_pg("tp")
+    pgs.kvp = grid.create_pg("kvp")
+    pgs.pp = grid.create_pg("pp")
+    pgs.mp = grid.create_pg(["tp", "pp"])
+    # KVP ranks hold the same weights, so towards Megatron (checkpoints, seeds) they are data-parallel replicas.
+    pgs.dp = pgs.dp_cp = pgs.expt_dp = grid.create_pg(["kvp", "dp"])
+    # Context and expert parallelism are not used: groups of one.
+    pgs.cp = pgs.ep = alone
+    pgs.tp_cp = pgs.expt_tp = pgs.tp_ep = pgs.tp
+    pgs.tp_ep_pp = pgs.mp
+    pgs.embd, pgs.pos_embd = _embedding_groups(grid)
+    return pgs
+
+
+def _embedding_groups(grid: HyperCommGrid) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """First and last stage (tied embeddings live on both), and first stage alone; None on ranks in neither."""
+    embedding: dist.ProcessGroup | None = None
+    position: dist.ProcessGroup | None = None
+    rank = dist.get_rank()
+    for stages in grid.get_rank_enum("pp"):
+        ends = sorted({stages[0], stages[-1]})
+        ends_group, first_group = dist.new_group(ends), dist.new_group(stages[:1])
+        if rank in ends:
+            embedding = ends_group
+        if rank == stages[0]:
+            position = first_group
+    return embedding, position

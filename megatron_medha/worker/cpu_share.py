@@ -1,0 +1,25 @@
+"""How a rank shares its CPU cores with its neighbours. No torch here: it must be settled before torch is loaded."""
+
+from __future__ import annotations
+
+import os
+
+
+def num_usable_cores() -> int:
+    """Cores this process may run on, which a container or taskset may have narrowed."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def let_idle_threads_sleep(num_threads: int) -> None:
+    """Make OpenMP threads sleep at barriers when they fill every core; must run before torch is imported.
+
+    By default they spin. As soon as another process (the front, a client) wants one of the cores, spinning threads
+    use up the time slices of those they wait for: beside one busy process on 2 cores, a decode step took 32 ms at
+    the median and 330 ms at p90 where sleeping threads take 11 and 15; 1,024 tokens of prefill 2.6 s against 0.6.
+    Alone on the machine, sleeping costs 10 to 30% of a small decode step. OMP_WAIT_POLICY, where set, is obeyed.
+    """
+    if num_threads > 1 and num_threads >= num_usable_cores():
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

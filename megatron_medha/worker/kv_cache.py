@@ -1,0 +1,46 @@
+"""The KV memory of one rank: all layers' blocks, allocated once."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.kernels.backends import AttentionBackend, LayerKV
+
+
+def num_kv_blocks(
+    kv_memory_bytes: int, *, block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """Blocks of `block_size` tokens that fit into the memory, over all layers of this rank.
+
+    Raises ConfigError if not even one does.
+    """
+    block_bytes = 2 * num_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
+    num_blocks = kv_memory_bytes // block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv_memory_bytes={kv_memory_bytes} holds no block of {block_size} tokens; one takes {block_bytes} bytes"
+        )
+    return num_blocks
+
+
+def allocate_kv(
+    backend: AttentionBackend,
+    num_blocks: int,
+    *,
+    block_size: int,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> tuple[LayerKV, ...]:
+    """KV of every layer, uninitialised. On CPU the operating system hands out the pages when they are first written.
+
+    Raises ConfigError if the memory is not to be had.
+    """
+    try:
+        return tuple(
+            backend.allocate(num_blocks, block_size, num_kv_heads, head_dim, dtype) for _ in range(num_layers)
+        )
+    except RuntimeError as error:  # torch has no narrower type for a refused host allocation
+        raise ConfigError(f"{num_blocks} KV blocks of {block_size} tokens do not fit into memory: {error}") from error

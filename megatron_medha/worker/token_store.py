@@ -1,0 +1,92 @@
+"""What a rank remembers of each live request: its tokens, its sampling parameters and where its KV lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_medha.cluster.messages import NewRequest
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.kernels.slot_table import SlotTable
+
+_MIN_GROWTH_TOKENS = 256
+
+
+class StoredRequest:
+    """One request's state on the rank. Tokens are only ever appended."""
+
+    def __init__(self, new: NewRequest, vocab_size: int) -> None:
+        """vocab_size: ids outside of it make the request faulty."""
+        token_ids = np.frombuffer(new.token_ids, dtype="<i4")
+        self.request_id = new.request_id
+        self.sampling: Sampling = new.sampling
+        self.stop_token_ids = frozenset(new.sampling.stop_token_ids)
+        self.num_prompt_tokens = new.num_prompt_tokens
+        self.num_tokens = len(token_ids)
+        self.output_ids: list[int] = token_ids[self.num_prompt_tokens :].tolist()
+        self.slot_table: SlotTable | None = None  # a chunk that starts at 0 brings a new one
+        self.fault: str | None = _fault_of(token_ids, new.num_prompt_tokens, vocab_size)
+        self._tokens = token_ids  # of any length from num_tokens on; read-only until it is first grown
+        self._prompt_ids: Tensor | None = None
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """Prompt tokens, int32."""
+        if self._prompt_ids is None:
+            self._prompt_ids = torch.tensor(self._tokens[: self.num_prompt_tokens])
+        return self._prompt_ids
+
+    def tokens(self, start: int, num_tokens: int) -> np.ndarray:
+        """Tokens [start, start + num_tokens), int32, a view; prompt and output, as far as they exist."""
+        end = start + num_tokens
+        assert end <= self.num_tokens, f"{self.request_id}: token {end - 1} of {self.num_tokens} is asked for"
+        return self._tokens[start:end]
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token."""
+        if self.num_tokens == len(self._tokens):
+            # By an eighth, so that a million-token prompt is copied a handful of times, not at every token.
+            grown = np.empty(self.num_tokens + max(_MIN_GROWTH_TOKENS, self.num_tokens // 8), dtype=np.int32)
+            grown[: self.num_tokens] = self._tokens
+            self._tokens = grown
+        self._tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+        self.output_ids.append(token_id)
+
+
+class TokenStore:
+    """The live requests of a rank, by id."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._requests: dict[str, StoredRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, request_id: str) -> StoredRequest:
+        assert request_id in self._requests, f"request {request_id} was never announced to this rank"
+        return self._requests[request_id]
+
+    def add(self, new_requests: Iterable[NewRequest]) -> None:
+        """Take up requests. An id that is known already begins anew."""
+        for new in new_requests:
+            self._requests[new.request_id] = StoredRequest(new, self._vocab_size)
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Forget requests; one that never got as far as this rank is no error."""
+        for request_id in request_ids:
+            self._requests.pop(request_id, None)
+
+
+def _fault_of(token_ids: np.ndarray, num_prompt_tokens: int, vocab_size: int) -> str | None:
+    """Why the rank cannot run these tokens; the server checks them too, but one bad id would end every request here."""
+    if not 0 < num_prompt_tokens <= len(token_ids):
+        return f"{len(token_ids)} tokens for a prompt of {num_prompt_tokens}"
+    lowest, highest = int(token_ids.min()), int(token_ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        return f"token id {lowest if lowest < 0 else highest} is not in the vocabulary of {vocab_size}"
+    return None

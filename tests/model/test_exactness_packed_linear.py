@@ -1,0 +1,81 @@
+"""Packed linear layers against plain ones, and what packing leaves of a model's memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.model.build import build_model
+from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.packed_linear import PackedLinear, _operators_exist, pack_linears
+from megatron_medha.parallel.groups import build_groups, init_distributed
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(not _operators_exist(), reason="this torch has no packed linear operators")
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 300])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_linear_is_the_plain_one(num_tokens: int, has_bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight_OI, bias_O = torch.randn(96, 200).to(dtype), torch.randn(96).to(dtype) if has_bias else None
+    input_T1I = torch.randn(num_tokens, 1, 200).to(dtype)
+    with torch.inference_mode():
+        output, bias = PackedLinear(weight_OI, bias_O)(input_T1I)
+    expected = F.linear(input_T1I, weight_OI, bias_O)
+    assert bias is None and output.shape == expected.shape and output.dtype == dtype
+    # Sums of 200 products of size 1; bf16 outputs of size 14 keep 8 bits.
+    assert torch.allclose(output, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.13)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_packing_gives_up_row_major_weights_but_never_an_embedding(is_tied: bool) -> None:
+    init_distributed(ParallelLayout(), 0, device=CPU)
+    config = ModelConfig(
+        name="packed",
+        num_layers=1,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=128,
+        max_context_len=64,
+        norm_epsilon=1e-5,
+        rope_theta=10000.0,
+        has_tied_embeddings=is_tied,
+    )
+    model = build_model(config, dtype=torch.float32, device=CPU, pgs=build_groups(ParallelLayout()))
+    token_ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        before = model(token_ids, None, None)
+        pack_linears(model)
+        after = model(token_ids, None, None)
+    assert torch.allclose(before, after, rtol=0, atol=1e-5)
+    assert {name for name, weight in model.named_parameters() if weight.dim() == 2 and weight.numel()} == {
+        "embedding.word_embeddings.weight"
+    }
+
+
+def test_every_weight_has_the_dtype_asked_for() -> None:
+    init_distributed(ParallelLayout(), 0, device=CPU)
+    config = ModelConfig(
+        name="dtype",
+        num_layers=1,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=128,
+        max_context_len=64,
+        norm_epsilon=1e-5,
+        rope_theta=10000.0,
+        has_qk_norm=True,
+    )
+    model = build_model(config, dtype=torch.bfloat16, device=CPU, pgs=build_groups(ParallelLayout()))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -1,0 +1,117 @@
+"""A tiny random checkpoint, and ranks that run it in this process."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_medha.cluster.messages import NewRequest, Ready, Step, StepDone
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.batch import Chunk
+from megatron_medha.core.blocks import BlockPool, num_blocks_for
+from megatron_medha.core.sampling import Sampling
+
+BLOCK_SIZE = 16
+
+
+class Front:
+    """Stands in for the front process: hands out blocks, numbers batches, forms steps for one rank."""
+
+    def __init__(self, rank: Any, ready: Ready) -> None:
+        self.rank, self.ready = rank, ready
+        self.pool = BlockPool(ready.num_blocks)
+        self.num_batches = 0
+
+    def new(self, request_id: str, token_ids: Sequence[int], *, num_prompt_tokens: int | None = None, **sampling: Any):
+        """A NewRequest; greedy unless told otherwise."""
+        parameters = Sampling(**{"max_output_tokens": 100, "temperature": 0.0, **sampling})
+        count = len(token_ids) if num_prompt_tokens is None else num_prompt_tokens
+        return NewRequest(request_id, array("i", token_ids).tobytes(), count, parameters)
+
+    def first(self, request_id: str, num_tokens: int, *, room: int, samples: bool = False) -> Chunk:
+        """A chunk from position 0 that brings blocks for `room` tokens."""
+        extents = self.pool.allocate(num_blocks_for(room, BLOCK_SIZE))
+        assert extents is not None
+        return Chunk(request_id, 0, num_tokens, samples, (0,), extents)
+
+    def step(
+        self, chunks: Sequence[Chunk] = (), new: Sequence[NewRequest] = (), released: Sequence[str] = ()
+    ) -> StepDone:
+        """Run one batch."""
+        self.num_batches += 1
+        done = self.rank.run(Step(self.num_batches, tuple(chunks), tuple(new), tuple(released)))
+        assert done.batch_id == self.num_batches
+        return done
+
+    def generate(
+        self, request_id: str, token_ids: Sequence[int], num_outputs: int, *, chunk: int = 1000, **sampling: Any
+    ) -> list[int]:
+        """Prefill in chunks, decode alone, release; the output tokens."""
+        new = [self.new(request_id, token_ids, **sampling)]
+        total = len(token_ids)
+        outputs: list[int] = []
+        for start in range(0, total, chunk):
+            count = min(chunk, total - start)
+            is_last = start + count == total
+            piece = (
+                self.first(request_id, count, room=total + num_outputs, samples=is_last)
+                if start == 0
+                else Chunk(request_id, start, count, is_last)
+            )
+            done = self.step([piece], new if start == 0 else ())
+            outputs += [token.token_id for token in done.tokens]
+        while len(outputs) < num_outputs:
+            done = self.step([Chunk(request_id, total + len(outputs) - 1, 1, True)])
+            outputs += [token.token_id for token in done.tokens]
+        self.step(released=[request_id])
+        return outputs
+
+
+@pytest.fixture(scope="session")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """transformers' model and the directory it was saved to."""
+    transformers = pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    model.save_pretrained(directory)
+    return model, directory
+
+
+@pytest.fixture(scope="session")
+def rank_config(theirs: tuple[Any, Path]) -> RankConfig:
+    """How the tests' ranks are told to start."""
+    return RankConfig(
+        front_endpoint="inproc://nobody",
+        checkpoint=str(theirs[1]),
+        device="cpu",
+        block_size=BLOCK_SIZE,
+        kv_memory_bytes=8 << 20,
+        num_threads=1,
+    )
+
+
+@pytest.fixture
+def front(rank_config: RankConfig) -> Front:
+    """A fresh rank in this process, and the front it answers to."""
+    from megatron_medha.worker.load import load_rank
+
+    return Front(*load_rank(rank_config, lambda what, fraction: None))

@@ -1,0 +1,38 @@
+"""When idle OpenMP threads are told to sleep."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
+
+
+@pytest.fixture(autouse=True)
+def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_medha.worker.cpu_share.num_usable_cores", lambda: 2)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back afterwards
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+
+
+@pytest.mark.parametrize(("num_threads", "policy"), [(1, None), (2, "PASSIVE"), (4, "PASSIVE")])
+def test_threads_sleep_when_they_fill_every_core(num_threads: int, policy: str | None) -> None:
+    let_idle_threads_sleep(num_threads)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+def test_threads_may_spin_where_a_core_is_left_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_medha.worker.cpu_share.num_usable_cores", lambda: 8)
+    let_idle_threads_sleep(7)
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
+def test_a_policy_of_the_user_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    let_idle_threads_sleep(2)
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_at_least_one_core_is_usable() -> None:
+    assert num_usable_cores() >= 1
