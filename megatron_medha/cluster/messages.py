@@ -31,13 +31,7 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
     """Front to rank: finish the step at hand and exit."""
 
 
-class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
-    """Front to rank: answer with Pong, so that a hung rank is found."""
-
-    sent_s: float
-
-
-ToRank = Step | Shutdown | Ping
+ToRank = Step | Shutdown
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):
@@ -95,11 +89,4 @@ class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"
     message: str
 
 
-class Pong(msgspec.Struct, frozen=True, array_like=True, tag="pong"):
-    """Rank to front: alive."""
-
-    rank: int
-    sent_s: float
-
-
-FromRank = Loading | Ready | StepDone | RankFailed | Pong
+FromRank = Loading | Ready | StepDone | RankFailed

@@ -73,7 +73,9 @@ def read_log(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Recorded]]:
     first = next(numbered, None)
     if first is None:
         raise ReplayError("the decision log is empty")
-    header: dict[str, Any] = _parse(*first)["header"]
+    header = _parse(*first).get("header")
+    if not isinstance(header, dict):
+        raise ReplayError("line 1: not the header of a decision log")
     return header, (_record(line, _parse(line, text)) for line, text in numbered)
 
 

@@ -60,6 +60,7 @@ class Answer(Response):
         self._has_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application of this one answer."""
         stream = self._streams.open(tuple(self._choice_by_id))
         watcher = asyncio.ensure_future(_watch_client(receive, stream))
         try:

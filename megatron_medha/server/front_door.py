@@ -27,6 +27,7 @@ class FrontDoor:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from megatron_medha.core.batch import (
     Aborted,
@@ -16,6 +16,7 @@ from megatron_medha.core.batch import (
     FirstStageDone,
     Output,
     Preempted,
+    RanksLost,
     Rejected,
     TokenOut,
 )
@@ -39,15 +40,28 @@ class RequestRecord:
         return self.token_times_s[0] - self.request.arrival_s
 
 
+def all_went_well(batch: Batch, duration_s: float) -> Completed:
+    """The end of a batch in which no sampled token was a stop token and nothing failed."""
+    return Completed(batch_id=batch.batch_id, duration_s=duration_s)
+
+
 class SimulatedWorld:
     """A Runtime over one replica of `spp` stages; each batch takes what the true cost model says.
 
     truth: maps a batch to its seconds over all stages; stages share it evenly. A batch enters stage 0 when it
     is submitted, and every later stage when both it and the stage are free.
+    outcome: what to report when a batch has taken so many seconds.
     """
 
-    def __init__(self, arrivals: Iterable[Request], truth: Callable[[Batch], float], spp: int = 1) -> None:
+    def __init__(
+        self,
+        arrivals: Iterable[Request],
+        truth: Callable[[Batch], float],
+        spp: int = 1,
+        outcome: Callable[[Batch, float], Completed] = all_went_well,
+    ) -> None:
         self._truth = truth
+        self._outcome = outcome
         self._spp = spp
         self._heap: list[tuple[float, int, Event]] = []
         self._num_pushed = 0
@@ -68,6 +82,10 @@ class SimulatedWorld:
         """Let a client go away at a moment."""
         self.push(at_s, Aborted(request_id))
 
+    def lose_ranks(self, at_s: float) -> None:
+        """Let the ranks fail, and come back empty, at a moment; batches in flight never complete."""
+        self.push(at_s, RanksLost("simulated"))
+
     def now_s(self) -> float:
         """See Runtime."""
         return self._now_s
@@ -79,6 +97,11 @@ class SimulatedWorld:
         self._now_s, _, event = heappop(self._heap)
         if isinstance(event, Completed):
             self._num_in_flight -= 1
+        elif isinstance(event, RanksLost):
+            self._heap = [entry for entry in self._heap if not isinstance(entry[2], Completed | FirstStageDone)]
+            heapify(self._heap)
+            self._stage_free_s = [self._now_s] * self._spp
+            self._num_in_flight = 0
         return event
 
     def has_room(self) -> bool:
@@ -95,7 +118,7 @@ class SimulatedWorld:
             self._stage_free_s[stage] = done_s
             if stage == 0 and self._spp > 1:
                 self.push(done_s, FirstStageDone(batch.batch_id))
-        self.push(done_s, Completed(batch_id=batch.batch_id, duration_s=duration_s))
+        self.push(done_s, self._outcome(batch, duration_s))
         self._num_in_flight += 1
 
     def emit(self, output: Output) -> None:
@@ -111,17 +134,22 @@ class SimulatedWorld:
                 record.num_tokens_lost += output.num_tokens_lost
 
 
-def true_step_s(cost: CostModel) -> Callable[[Batch], float]:
-    """The truth of a world whose steps take exactly what a cost model says, on one KVP rank."""
+def true_step_s(cost: CostModel, kvp: int = 1, shard_tokens: int = 0) -> Callable[[Batch], float]:
+    """The truth of a world whose steps take exactly what a cost model says, on the slowest of the KVP ranks.
+
+    shard_tokens: tokens of a sequence on each of its KVP ranks but the last; of no effect on one rank.
+    """
 
     def duration_s(batch: Batch) -> float:
-        load = StepLoad()
+        loads = [StepLoad() for _ in range(kvp)]
         for chunk in batch.chunks:
-            if chunk.num_tokens == 1 and chunk.start:
-                context = chunk.start + 1
-                load.add_decodes(1, context, cost.decode_attention_s(context))
-            else:
-                load.add_chunk(chunk.start, chunk.num_tokens, cost.attention_s(chunk.start, chunk.num_tokens))
-        return step_s(cost, load)
+            for index, rank in enumerate(chunk.kvp_ranks):
+                is_last = index == len(chunk.kvp_ranks) - 1
+                context = chunk.start - index * shard_tokens if is_last else shard_tokens
+                if chunk.num_tokens == 1 and chunk.start:
+                    loads[rank].add_decodes(1, context + 1, cost.decode_attention_s(context + 1))
+                else:
+                    loads[rank].add_chunk(context, chunk.num_tokens, cost.attention_s(context, chunk.num_tokens))
+        return max(step_s(cost, load) for load in loads)
 
     return duration_s

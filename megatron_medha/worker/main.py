@@ -14,8 +14,9 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from megatron_medha.cluster.messages import FromRank, Loading, Ping, Pong, RankFailed, Shutdown, Step, ToRank
+from megatron_medha.cluster.messages import FromRank, Loading, RankFailed, Shutdown, Step, ToRank
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.errors import MedhaError
 from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
 
 log = logging.getLogger("megatron_medha.worker")
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("megatron_medha").setLevel(logging.INFO)
     # Megatron warns at import of every optional package (Apex, Transformer Engine, ...) it does without.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
+    # So does torch of interfaces that Megatron's checkpoint reader still uses.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     if len(argv) != 1:
         print("usage: python -m megatron_medha.worker.main '<RankConfig as JSON>'", file=sys.stderr)
         return 2
@@ -55,6 +57,9 @@ def main(argv: list[str]) -> int:
     try:
         _serve(config, socket, send, parent_pid)
         return 0
+    except MedhaError as error:  # the user's fault: the front says it, a stack trace would only hide it
+        send(RankFailed(config.rank, type(error).__name__, str(error)))
+        return 1
     except Exception as error:  # outermost: the front must learn why, whatever it was
         log.exception("rank_failed")
         send(RankFailed(config.rank, type(error).__name__, str(error)))
@@ -85,8 +90,6 @@ def _serve(config: RankConfig, socket: zmq.Socket[bytes], send: Callable[[FromRa
                 started_s = time.monotonic()
                 done = rank.run(message)
                 send(msgspec.structs.replace(done, duration_s=time.monotonic() - started_s))
-            case Ping():
-                send(Pong(config.rank, message.sent_s))
             case Shutdown():
                 return
 

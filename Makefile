@@ -1,0 +1,66 @@
+# Two commands for a newcomer: `make serve` and `make test`. They need Python 3.11 or 3.12 with venv, and make.
+
+# The interpreter .venv is made with; the first of these that is 3.11 or 3.12.
+PYTHON ?= python3 python3.12 python3.11
+# Installed first: building DeepSpeed's package looks at it. A machine with an NVIDIA GPU may need the torch its driver
+# supports, so any that setup.py allows will do there.
+TORCH ?= $$(if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.11,<2.14'; else echo 'torch==2.13.0'; fi)
+CHECKPOINT ?= checkpoints/tiny
+# Overrides for `make serve`, as in: make serve ARGS="server.port=8001 scheduler=fcfs"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Cheap and without torch first; folders that are not named here run last.
+TEST_GROUPS := tests/core tests/engine tests/sim tests/config tests/commands tests/server tests/cluster tests/kernels \
+	tests/parallel tests/model tests/worker
+TESTS = $(wildcard $(TEST_GROUPS)) $(filter-out $(TEST_GROUPS) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) \
+	$(wildcard tests/test_*.py)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -e -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help serve test clean
+
+help:
+	@echo 'make serve   install, train a tiny model on first use, and serve it on http://127.0.0.1:8000'
+	@echo '             CHECKPOINT=DIR serves another one; ARGS="server.port=8001 ..." adds options'
+	@echo 'make test    install with development tools; lint, type check, and run all tests'
+	@echo 'make clean   remove .venv and caches; checkpoints stay'
+
+# Only the tiny one can be made; that another one is missing, the server says better.
+serve: $(VENV)/installed $(filter checkpoints/tiny,$(CHECKPOINT))
+	@exec $(BIN)/medha serve checkpoint='$(CHECKPOINT)' $(ARGS)
+
+checkpoints/tiny: | $(VENV)/installed
+	@$(BIN)/medha train-tiny directory=$@
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy megatron_medha/core megatron_medha/engine
+	TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q --timeout 300 $(TESTS)
+
+# A stamp per kind of installation: nothing but its time is looked at when the server is started again.
+$(VENV)/installed: setup.py pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install -e .
+	@touch $@
+
+$(VENV)/installed-dev: setup.py pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install -e '.[dev]'
+	@touch $(VENV)/installed $@
+
+$(VENV)/bin/pip:
+	@for python in $(PYTHON); do \
+		if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+			echo "$$($$python --version) in $(VENV)"; \
+			exec $$python -m venv $(VENV); \
+		fi; \
+	done; \
+	echo 'make: Python 3.11 or 3.12 is needed; none found among: $(PYTHON). Name one: make PYTHON=/path/to/python3.12' >&2; \
+	exit 1
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

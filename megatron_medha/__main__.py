@@ -1,0 +1,9 @@
+"""`python -m megatron_medha` is `medha`."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_medha.main import main
+
+sys.exit(main())

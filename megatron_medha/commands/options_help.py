@@ -1,0 +1,68 @@
+"""Help texts made from conf/: its files say what every key means, in which unit, and why. No Hydra needed."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import textwrap
+from collections.abc import Iterator
+from importlib.resources.abc import Traversable
+
+CONF_MODULE = "megatron_medha.conf"
+
+_WIDTH = 120
+_MAX_SETTING_WIDTH = 44
+
+_KEY_LINE = re.compile(r"^(\w+): *(.*?)(?: +# *(.*))?$")
+_DEFAULT_LINE = re.compile(r"^  - (\w+): *(\w+)$")
+
+
+def describe_options(name: str) -> str:
+    """Groups with their options, and every key with its default and comment, for conf/<name>.yaml."""
+    conf = importlib.resources.files(CONF_MODULE)
+    top = (conf / f"{name}.yaml").read_text(encoding="utf-8")
+    defaults = {match[1]: match[2] for line in top.splitlines() if (match := _DEFAULT_LINE.match(line))}
+    sections: list[str] = []
+    if defaults:
+        sections.append("groups (group=option; * is the default):\n" + "".join(_groups(conf, defaults)))
+    rows = [*_keys(top, "")]
+    for group, option in defaults.items():
+        rows += _keys((conf / group / f"{option}.yaml").read_text(encoding="utf-8"), f"{group}.")
+    width = min(max(len(setting) for setting, _ in rows), _MAX_SETTING_WIDTH)
+    keys = "".join(_wrapped(f"  {setting:<{width}}  ", comment) for setting, comment in rows)
+    sections.append(f"keys (key=value; shown with their defaults):\n{keys}")
+    return "\n".join(sections)
+
+
+def _groups(conf: Traversable, defaults: dict[str, str]) -> Iterator[str]:
+    for group, default in defaults.items():
+        files = sorted((item for item in (conf / group).iterdir() if item.name.endswith(".yaml")), key=lambda f: f.name)
+        for place, item in enumerate(sorted(files, key=lambda f: f.name != f"{default}.yaml")):
+            option = item.name.removesuffix(".yaml")
+            mark = "*" if option == default else " "
+            label = group if place == 0 else ""
+            yield _wrapped(f"  {label:<10} {mark}{option:<17} ", _first_comment(item))
+
+
+def _wrapped(label: str, text: str) -> str:
+    indent = " " * len(label)
+    if not text:
+        return label.rstrip() + "\n"
+    return textwrap.fill(text, _WIDTH, initial_indent=label, subsequent_indent=indent) + "\n"
+
+
+def _first_comment(item: Traversable) -> str:
+    words: list[str] = []
+    for line in item.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        words.append(line.lstrip("# "))
+    return " ".join(words)
+
+
+def _keys(text: str, prefix: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        match = _KEY_LINE.match(line)
+        if match and match.group(1) != "defaults":
+            key, value, comment = match.groups()
+            yield f"{prefix}{key}={value}", comment or ""

@@ -1,0 +1,232 @@
+"""`medha serve`: composes the configuration, starts engine and HTTP server, and ends both in order."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from megatron_medha.commands.arguments import FLAGS, parse_arguments
+from megatron_medha.commands.options_help import describe_options
+from megatron_medha.engine.ports import EnginePhase
+
+if TYPE_CHECKING:
+    from megatron_medha.config import ServeConfig, ServeOptions
+
+USAGE = f"""\
+usage: medha serve checkpoint=DIR [group=option] [key=value ...]
+
+Serves one model behind the OpenAI API. DIR is a Megatron torch_dist checkpoint or a Hugging Face model (Llama,
+Mistral, Qwen2, Qwen3; safetensors); which of the two is recognised. Options are written as in Hydra.
+
+examples:
+  medha serve checkpoint=checkpoints/tiny
+  medha serve checkpoint=DIR server.port=8001 server.served_model_names=[my-model]
+  medha serve checkpoint=DIR scheduler=fcfs scheduler.step_budget_s=0.03
+  medha serve checkpoint=DIR model.kv_memory_gib=4 tracking=jsonl
+  medha serve runtime=sim model=llama3_8b hardware=h100 tokenizer=DIR    # no model runs; steps take predicted time
+
+flags:
+{FLAGS}"""
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+_POLL_S = 0.05
+_PROGRESS_INTERVAL_S = 5.0
+_FORCED_STOP_S = 1.0
+# A rank that refuses what the user asked for reports the name of the error first.
+_USER_ERRORS = ("ConfigError: ", "CheckpointError: ", "UnsupportedModelError: ", "DependencyError: ")
+
+
+def run(words: Sequence[str]) -> int:
+    """Serve until Ctrl-C or SIGTERM."""
+    arguments = parse_arguments(words)
+    if arguments.wants_help:
+        print(USAGE, describe_options("serve"), sep="\n", end="")
+        return 0
+    from megatron_medha.compose import as_yaml, compose, freeze
+    from megatron_medha.config import ServeOptions, serve_config
+
+    composed = compose("serve", ServeOptions, arguments.overrides, arguments.config_dir)
+    if arguments.shows_config:
+        print(as_yaml(composed, arguments.resolves_config), end="")
+        return 0
+    options = freeze(composed, ServeOptions)
+    return _serve(serve_config(options), options)
+
+
+def _serve(config: ServeConfig, options: ServeOptions) -> int:
+    logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
+    stops = _Stops()
+    stops.watch_for_early_ones()
+    # What is imported stays for good: collecting among it costs a tenth of the start now, and pauses later.
+    gc.disable()
+    # Imported after the configuration has been found right: errors should come at once.
+    from megatron_medha.commands.serve_parts import make_engine, public_options
+    from megatron_medha.commands.tracking import Tracking
+    from megatron_medha.server.app import create_app
+    from megatron_medha.server.app import run as run_app
+    from megatron_medha.server.metrics import Metrics
+    from megatron_medha.server.tokens import Tokenizer
+
+    metrics = Metrics()
+    engine = make_engine(config, metrics)
+    tokenizer: Future[Tokenizer] = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, config.tokenizer)
+    app = create_app(engine, tokenizer, config.server, metrics)
+    tracking = Tracking(config.tracking, engine, metrics, public_options(options))
+    watch = _Watch(app.state.service, needs_key=config.server.api_key is not None)
+
+    def on_listening(url: str) -> None:
+        gc.freeze()
+        gc.enable()
+        stops.count(lambda: watch.failure is None)
+        watch.start(url)
+        tracking.start()
+
+    try:
+        run_app(app, config.server, on_listening)
+    finally:
+        gc.enable()
+        watch.end()
+        tracking.stop(timeout_s=5.0)
+        # Where the server was forced to stop, it has not stopped the engine.
+        engine.stop(_FORCED_STOP_S)
+    return _exit_code(watch, stops)
+
+
+def _exit_code(watch: _Watch, stops: _Stops) -> int:
+    if watch.failure is not None:
+        kind = next((kind for kind in _USER_ERRORS if watch.failure.startswith(kind)), None)
+        print(f"medha serve: {watch.failure.removeprefix(kind or '')}", file=sys.stderr)
+        return 1 if kind is None else 2
+    if stops.num_signals > 1:
+        # Threads that tokenize a long prompt would hold us up; the second Ctrl-C means now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+    if not watch.has_listened:
+        return 130 if stops.came_early else 1
+    print("stopped", flush=True)
+    return 0
+
+
+class _Stops:
+    """SIGINT and SIGTERM: before the server listens they end the start, then uvicorn takes them and we count."""
+
+    def __init__(self) -> None:
+        self.num_signals = 0
+        self.came_early = False
+
+    def watch_for_early_ones(self) -> None:
+        """From now on; uvicorn puts these back when it has shut down and raises its signal again."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._end)
+
+    def count(self, is_asked_for: Callable[[], bool]) -> None:
+        """Count, and pass on to whoever has taken the signals meanwhile. We also stop ourselves, unasked."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._counting(signal.getsignal(number), is_asked_for))
+
+    def _counting(
+        self, inner: Any, is_asked_for: Callable[[], bool]
+    ) -> Callable[[int, FrameType | None], None]:
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.num_signals += 1
+            if self.num_signals == 1 and is_asked_for():
+                print("\nstopping; once more to stop at once", flush=True)
+            inner(number, frame)
+
+        return handle
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.came_early = not self.num_signals
+        raise KeyboardInterrupt
+
+
+class _Watch:
+    """Says when the server listens and when the model is ready, and ends the process if the engine fails."""
+
+    def __init__(self, service: Any, needs_key: bool) -> None:
+        self.failure: str | None = None
+        self.has_listened = False
+        self._service = service
+        self._needs_key = needs_key
+        self._url = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self, url: str) -> None:
+        """The server listens there."""
+        self._url = url
+        self.has_listened = True
+        print(f"listening on {url} after {process_age_s():.2f} s; loading the model", flush=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """No more to say, unless the engine has failed since we last looked."""
+        self._stop.set()
+        status = self._service.status
+        if status.phase is EnginePhase.FAILED and self.failure is None:
+            self.failure = status.detail
+
+    def _run(self) -> None:
+        said_s = time.monotonic()
+        while not self._stop.wait(_POLL_S):
+            status = self._service.status
+            match status.phase:
+                case EnginePhase.READY:
+                    break
+                case EnginePhase.FAILED:
+                    return self._fail(status.detail)
+                case EnginePhase.STOPPED:
+                    return None
+                case _ if time.monotonic() - said_s > _PROGRESS_INTERVAL_S:
+                    said_s = time.monotonic()
+                    print(f"loading: {status.detail}, {100 * status.fraction:.0f}%", flush=True)
+        else:
+            return None
+        self._say_ready()
+        while not self._stop.wait(10 * _POLL_S):
+            status = self._service.status
+            if status.phase is EnginePhase.FAILED:
+                return self._fail(status.detail)
+        return None
+
+    def _fail(self, detail: str) -> None:
+        # A server without an engine can answer nothing but 503: better gone, so that whoever runs it starts it again.
+        if not self._stop.is_set():
+            self.failure = detail
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _say_ready(self) -> None:
+        facts = self._service.engine.facts
+        num_tokens = facts.num_blocks * facts.block_size
+        key = " -H \"Authorization: Bearer $MEDHA_API_KEY\"" if self._needs_key else ""
+        print(
+            f"ready after {process_age_s():.2f} s: {facts.shape.name} on {facts.device}; "
+            f"KV for {num_tokens:,} tokens, requests up to {facts.max_request_tokens:,}\n\n"
+            f"  curl {self._url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
+            """    -d '{"prompt": "def main():", "max_tokens": 100, "temperature": 0}'\n"""
+            f"  medha chat url={self._url}\n",
+            flush=True,
+        )
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, the interpreter's own start included where the system tells."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as stat:
+            start_ticks = int(stat.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):  # not on Linux
+        return time.perf_counter() - _IMPORTED_S
+
+
+_IMPORTED_S = time.perf_counter()

@@ -1,0 +1,127 @@
+"""Samples of a running server, every few seconds, to a JSON-lines file and to Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+from megatron_medha.config import TrackingConfig
+from megatron_medha.core.errors import DependencyError
+from megatron_medha.engine.ports import EngineClient
+from megatron_medha.server.metrics import Histogram, Metrics
+
+_log = logging.getLogger(__name__)
+
+Sample = dict[str, float]
+
+_COUNTERS = (
+    "num_prompt_tokens", "num_output_tokens", "num_ttft_slo_met", "num_ttft_slo_missed", "num_preemptions",
+    "num_preempted_tokens", "num_rejected",
+)
+_HISTOGRAMS = ("ttft_s", "inter_token_s", "e2e_s", "queue_s", "step_actual_s", "step_relative_error")
+
+
+class Tracking:
+    """Takes samples on a thread of its own, from start to stop."""
+
+    def __init__(
+        self, config: TrackingConfig, engine: EngineClient, metrics: Metrics, options: dict[str, Any]
+    ) -> None:
+        """options: the composed configuration, kept with the run. Raises DependencyError if wandb is missing."""
+        if config.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+            raise DependencyError(
+                f"tracking.wandb_project={config.wandb_project}: wandb is not installed; "
+                "pip install 'megatron_medha[tracking]', or tracking=jsonl"
+            )
+        self._config = config
+        self._engine = engine
+        self._metrics = metrics
+        self._options = options
+        self._last_counts: dict[str, list[int]] = {}
+        self._last_totals: Sample = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+
+    def start(self) -> None:
+        """Begin, if there is anywhere to write to."""
+        if self._config.metrics_log is not None or self._config.wandb_project is not None:
+            self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Write the last sample and end."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def sample(self) -> Sample:
+        """Counts so far; latencies of what happened since the last sample."""
+        load, metrics = self._engine.load, self._metrics
+        sample: Sample = {
+            "num_waiting": load.num_waiting,
+            "num_prefilling": load.num_prefilling,
+            "num_decoding": load.num_decoding,
+            "num_waiting_tokens": load.num_waiting_tokens,
+            "kv_used_share": 1 - load.num_free_blocks / load.num_blocks if load.num_blocks else 0.0,
+        }
+        sample.update({name: getattr(metrics, name) for name in _COUNTERS})
+        sample.update({f"num_ended_{reason}": count for reason, count in metrics.num_ended.items()})
+        for name in _HISTOGRAMS:
+            sample.update(self._since_last(name, getattr(metrics, name)))
+        return sample
+
+    def _since_last(self, name: str, histogram: Histogram) -> Sample:
+        counts, total = list(histogram.counts), histogram.total
+        last_counts = self._last_counts.get(name, [0] * len(counts))
+        new = [count - last for count, last in zip(counts, last_counts, strict=True)]
+        new_total = total - self._last_totals.get(name, 0.0)
+        self._last_counts[name], self._last_totals[name] = counts, total
+        if not sum(new):
+            return {}
+        return {f"{name}_mean": new_total / sum(new)} | {
+            f"{name}_p{percent}": quantile(histogram.bounds, new, percent / 100) for percent in (50, 99)
+        }
+
+    def _run(self) -> None:
+        writers: list[Callable[[Sample], None]] = []
+        closers: list[Callable[[], None]] = []
+        started_s = time.monotonic()
+        try:
+            if (path := self._config.metrics_log) is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stream = path.open("w", buffering=1, encoding="utf-8")
+                closers.append(stream.close)
+                writers.append(lambda sample: void(stream.write(json.dumps(sample) + "\n")))
+            if self._config.wandb_project is not None:
+                import wandb
+
+                run = wandb.init(project=self._config.wandb_project, job_type="serve", config=self._options)
+                closers.append(run.finish)
+                writers.append(run.log)
+            is_last = False
+            while not is_last:
+                is_last = self._stop.wait(self._config.interval_s)
+                sample = {"time_s": round(time.monotonic() - started_s, 3), **self.sample()}
+                for write in writers:
+                    write(sample)
+        except Exception:  # outermost of this thread: whatever a tracker does, requests are served on
+            _log.exception("tracking_failed")
+        finally:
+            for close in closers:
+                close()
+
+
+def quantile(bounds: tuple[float, ...], counts: list[int], share: float) -> float:
+    """An upper bound of a quantile: the bound of the bucket it lies in (of the last one, where that has none)."""
+    place = bisect_left(list(accumulate(counts)), share * sum(counts))
+    return bounds[min(place, len(bounds) - 1)]
+
+
+def void(_: object) -> None:
+    """Forget a result."""

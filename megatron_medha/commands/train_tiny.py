@@ -1,0 +1,48 @@
+"""`medha train-tiny`: options for model/train_tiny.py. The only command that needs torch in this process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_medha.commands.arguments import parse_arguments
+from megatron_medha.commands.options_help import describe_options
+
+USAGE = """\
+usage: medha train-tiny [key=value ...]
+
+Trains a small byte-level GPT with Megatron-core on the source of Python's standard library, and saves it as a
+Megatron torch_dist checkpoint with its tokenizer. It writes what looks like Python; it is there to be served.
+
+examples:
+  medha train-tiny
+  medha train-tiny directory=checkpoints/other seconds=30 seed=1
+"""
+
+
+def run(words: Sequence[str]) -> int:
+    """Train and save."""
+    arguments = parse_arguments(words)
+    if arguments.wants_help:
+        print(USAGE, describe_options("train_tiny"), sep="\n", end="")
+        return 0
+    # Megatron-core tells of every optional package that is missing; none is needed here.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from megatron_medha.compose import as_yaml, compose, freeze
+    from megatron_medha.model.train_tiny import TrainTinyConfig, train_tiny
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class TrainTinyOptions(TrainTinyConfig):
+        """Defined here because the module of its base imports torch, and --help should not take seconds."""
+
+        directory: Path
+
+    config = compose("train_tiny", TrainTinyOptions, arguments.overrides, arguments.config_dir)
+    if arguments.shows_config:
+        print(as_yaml(config, arguments.resolves_config), end="")
+        return 0
+    options = freeze(config, TrainTinyOptions)
+    train_tiny(options.directory.expanduser(), options)
+    return 0

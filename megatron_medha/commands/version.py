@@ -1,0 +1,26 @@
+"""`medha version`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from megatron_medha.core.errors import ConfigError
+
+
+def run(words: Sequence[str]) -> int:
+    """Print the versions a bug report needs."""
+    if words and list(words) not in (["-h"], ["--help"]):
+        raise ConfigError(f"{words[0]}: takes no arguments")
+    for package in ("megatron_medha", "megatron-core", "torch"):
+        print(f"{package} {_version(package)}")
+    print(f"python {platform.python_version()}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,265 @@
+"""The options of `medha serve`, and the frozen configs of every component that they become, once, at start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+
+from megatron_medha.cluster import machine
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.cost import Hardware
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.server.config import ServerConfig
+
+_MAX_BLOCK_SIZE = 4096  # tokens; beyond that the last block of every request wastes more than tables ever cost
+
+
+class RuntimeKind(Enum):
+    """What computes."""
+
+    RANKS = "ranks"
+    SIM = "sim"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """How the model is run."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    block_size: int = 16
+    kv_memory_gib: float | None = None
+    kv_memory_share: float = 0.5
+    max_context_len: int | None = None
+    num_threads: int | None = None
+    attention_backend: str = "auto"
+    shape: ModelShape | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype == "float16":
+            raise ConfigError(
+                "model.dtype=float16: a CPU multiplies float16 matrices thousands of times slower; "
+                "use bfloat16, which takes the same memory"
+            )
+        _check_member("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        if self.device == "cuda":
+            raise ConfigError("model.device=cuda: no attention kernel for CUDA is there yet; use cpu")
+        _check_member("model.device", self.device, ("auto", "cpu"))
+        _check_member("model.attention_backend", self.attention_backend, ("auto", "aten"))
+        _check_range("model.block_size", self.block_size, 1, _MAX_BLOCK_SIZE)
+        _check_range("model.kv_memory_gib", self.kv_memory_gib, 1e-6, 1e6)
+        _check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
+        _check_range("model.max_context_len", self.max_context_len, 2, 1 << 40)
+        _check_range("model.num_threads", self.num_threads, 1, 4096)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadOptions:
+    """Empty: a server takes its traffic from its clients."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """What is written down while serving."""
+
+    decision_log: Path | None = None
+    metrics_log: Path | None = None
+    interval_s: float = 10.0
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
+        for key in ("decision_log", "metrics_log"):
+            path: Path | None = getattr(self, key)
+            if path is not None and path.is_dir():
+                raise ConfigError(f"tracking.{key}={path}: a directory; name a file")
+        if self.decision_log is not None and self.decision_log == self.metrics_log:
+            raise ConfigError(f"tracking.metrics_log={self.metrics_log}: the decision log goes there; name another")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Everything a user can say, as conf/serve.yaml lays it out."""
+
+    checkpoint: Path | None
+    tokenizer: Path | None = None
+    runtime: RuntimeKind = RuntimeKind.RANKS
+    log_level: str = "info"
+    model: ModelOptions
+    parallel: ParallelLayout
+    scheduler: SchedulerConfig
+    server: ServerConfig
+    hardware: Hardware
+    workload: WorkloadOptions
+    tracking: TrackingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedModel:
+    """What stands in for a checkpoint under runtime=sim."""
+
+    shape: ModelShape
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """What `medha serve` is made from; nothing reads the options after this."""
+
+    world: RankConfig | SimulatedModel
+    tokenizer: Path
+    scheduler: SchedulerConfig
+    server: ServerConfig
+    hardware: Hardware
+    tracking: TrackingConfig
+    log_level: str
+
+
+def serve_config(options: ServeOptions) -> ServeConfig:
+    """The options, checked against each other and against this machine. Raises ConfigError."""
+    _check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
+    _check_hardware(options.hardware)
+    layout = options.parallel
+    if layout.world_size > 1:
+        axis = next(axis for axis in ("tp", "spp", "kvp", "dp") if getattr(layout, axis) > 1)
+        raise ConfigError(
+            f"parallel.{axis}={getattr(layout, axis)}: more than one rank is not served yet; use parallel=single"
+        )
+    world = _simulated_model(options) if options.runtime is RuntimeKind.SIM else _rank_config(options)
+    return ServeConfig(
+        world=world,
+        tokenizer=_tokenizer(options),
+        scheduler=options.scheduler,
+        server=options.server,
+        hardware=options.hardware,
+        tracking=options.tracking,
+        log_level=options.log_level,
+    )
+
+
+def _rank_config(options: ServeOptions) -> RankConfig:
+    model = options.model
+    if model.shape is not None:
+        raise ConfigError(
+            f"model.shape.name={model.shape.name}: with runtime=ranks the checkpoint says what the model is; "
+            "use model=auto, or runtime=sim to simulate this one"
+        )
+    checkpoint = _checkpoint(options)
+    return RankConfig(
+        layout=options.parallel,
+        front_endpoint="",
+        checkpoint=str(checkpoint),
+        device="cpu" if model.device == "auto" else model.device,
+        dtype=model.dtype,
+        block_size=model.block_size,
+        kv_memory_bytes=_kv_memory_bytes(model, checkpoint),
+        max_context_len=model.max_context_len,
+        max_batch_tokens=options.scheduler.max_batch_tokens,
+        num_threads=model.num_threads,
+        attention_backend=model.attention_backend,
+    )
+
+
+def _kv_memory_bytes(model: ModelOptions, checkpoint: Path) -> int:
+    free_bytes = machine.free_memory_bytes()
+    if model.kv_memory_gib is not None:
+        wanted_bytes = int(model.kv_memory_gib * machine.GIB)
+        if free_bytes is not None and wanted_bytes > free_bytes:
+            raise ConfigError(
+                f"model.kv_memory_gib={model.kv_memory_gib:g}: only {free_bytes / machine.GIB:.1f} GiB are free; "
+                "take less, or null for a share of what is free"
+            )
+        return wanted_bytes
+    if free_bytes is None:
+        raise ConfigError("model.kv_memory_gib=null: this system does not tell how much memory is free; give a number")
+    weight_bytes = machine.directory_bytes(checkpoint)
+    kv_bytes = int((free_bytes - weight_bytes) * model.kv_memory_share)
+    if kv_bytes <= 0:
+        raise ConfigError(
+            f"checkpoint={checkpoint}: {weight_bytes / machine.GIB:.1f} GiB of files, but only "
+            f"{free_bytes / machine.GIB:.1f} GiB of memory are free; free some, or give model.kv_memory_gib"
+        )
+    return kv_bytes
+
+
+def _simulated_model(options: ServeOptions) -> SimulatedModel:
+    model = options.model
+    if model.shape is None:
+        raise ConfigError(
+            "model.shape=null: runtime=sim needs the sizes of the model to simulate; use model=llama3_8b, "
+            "or an option of your own with --config-dir"
+        )
+    shape = model.shape
+    if model.max_context_len is not None:
+        _check_range("model.max_context_len", model.max_context_len, 2, shape.max_context_len)
+        shape = _with_context(shape, model.max_context_len)
+    if model.kv_memory_gib is None:
+        raise ConfigError("model.kv_memory_gib=null: runtime=sim needs the KV memory to simulate; give GiB")
+    block_bytes = model.block_size * shape.kv_bytes_per_token
+    num_blocks = int(model.kv_memory_gib * machine.GIB) // block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {model.block_size} tokens, "
+            f"which takes {block_bytes / machine.GIB:.2g} GiB"
+        )
+    return SimulatedModel(shape=shape, num_blocks=num_blocks, block_size=model.block_size)
+
+
+def _with_context(shape: ModelShape, max_context_len: int) -> ModelShape:
+    values = {field.name: getattr(shape, field.name) for field in fields(shape)}
+    return ModelShape(**{**values, "max_context_len": max_context_len})
+
+
+def _checkpoint(options: ServeOptions) -> Path:
+    example = "`medha train-tiny` makes a small one in checkpoints/tiny within two minutes"
+    if options.checkpoint is None:
+        raise ConfigError(f"checkpoint is missing; give checkpoint=DIR, Megatron or Hugging Face; {example}")
+    directory = options.checkpoint.expanduser()
+    if not directory.is_dir():
+        what = "a file, not a directory" if directory.exists() else "no such directory"
+        raise ConfigError(f"checkpoint={options.checkpoint}: {what}; {example}")
+    return directory
+
+
+def _tokenizer(options: ServeOptions) -> Path:
+    key, directory = "tokenizer", options.tokenizer
+    if directory is None:
+        key, directory = "checkpoint", options.checkpoint
+    if directory is None:
+        raise ConfigError("tokenizer=null: without a checkpoint it must name a directory with tokenizer.json")
+    directory = directory.expanduser()
+    if not (directory / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{key}={directory}: no tokenizer.json there; tokenizer=DIR names a directory that has one "
+            "(save_pretrained of a Hugging Face fast tokenizer writes it)"
+        )
+    return directory
+
+
+def _check_hardware(hardware: Hardware) -> None:
+    for field in fields(hardware):
+        value = getattr(hardware, field.name)
+        if field.name == "name":
+            continue
+        if field.name.endswith("_efficiency"):
+            _check_range(f"hardware.{field.name}", value, 0.001, 1.0)
+        elif field.name.endswith("_overhead_s"):
+            _check_range(f"hardware.{field.name}", value, 0.0, 10.0)
+        else:
+            _check_range(f"hardware.{field.name}", value, 1e3, 1e21)
+
+
+def _check_member(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}={value}: not known; use one of {', '.join(allowed)}")
+
+
+def _check_range(key: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not (low <= value <= high and math.isfinite(value)):
+        raise ConfigError(f"{key}={value:g}: must be between {low:g} and {high:g}")

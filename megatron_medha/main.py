@@ -1,0 +1,79 @@
+"""The `medha` command: finds the subcommand, runs it, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_medha.core.errors import ConfigError, MedhaError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand: a module with run(arguments) -> exit code, imported only when it is called."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "serve": Command("megatron_medha.commands.serve", "serve a checkpoint behind the OpenAI API"),
+    "chat": Command("megatron_medha.commands.chat", "talk to a server from the terminal"),
+    "train-tiny": Command("megatron_medha.commands.train_tiny", "train a tiny GPT, to have one to serve"),
+    "replay": Command("megatron_medha.commands.replay", "check that a decision log replays to the same batches"),
+    "version": Command("megatron_medha.commands.version", "print the version"),
+}
+
+EXAMPLES = """\
+examples:
+  medha train-tiny                                 # makes checkpoints/tiny
+  medha serve checkpoint=checkpoints/tiny
+  medha serve checkpoint=DIR scheduler=fcfs scheduler.step_budget_s=0.03 server.port=8001
+  medha chat
+  medha COMMAND --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns its exit code: 0, 1 for a failure, 2 for a user's error, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    command = COMMANDS.get(name.removeprefix("--"))
+    if command is None:
+        print(f"medha {name}: there is no such command; {_nearest(name)}medha --help lists them", file=sys.stderr)
+        return 2
+    try:
+        exit_code: int = importlib.import_module(command.module).run(arguments[1:])
+        sys.stdout.flush()
+        return exit_code
+    except ConfigError as error:
+        print(f"medha {name}: {error}", file=sys.stderr)
+        return 2
+    except MedhaError as error:
+        print(f"medha {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (medha serve --help | head); Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def usage() -> str:
+    """What `medha --help` prints."""
+    lines = "".join(f"  {name:<12}{command.summary}\n" for name, command in COMMANDS.items())
+    return f"usage: medha COMMAND [key=value ...]\n\ncommands:\n{lines}\n{EXAMPLES}"
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"did you mean {found[0]}? " if found else ""

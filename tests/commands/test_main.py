@@ -1,0 +1,112 @@
+"""The command line as a whole: what it lists, refuses and returns. In this process, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_medha.commands.arguments import parse_arguments
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.main import COMMANDS, main
+
+
+def test_help_lists_every_command_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    assert "medha serve checkpoint=checkpoints/tiny" in text
+
+
+def test_without_a_word_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "usage: medha COMMAND" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sevre"]) == 2
+    assert "did you mean serve?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["serve", "chat", "train-tiny", "replay"])
+def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: medha {name}" in text
+    assert f"  medha {name}" in text
+
+
+def test_help_of_serve_shows_groups_options_keys_and_comments(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["serve", "--help"])
+    text = capsys.readouterr().out
+    assert "*lars " in text
+    assert "vllm_chunk_512 " in text
+    assert "server.port=8000 " in text
+    assert "any free port" in text
+
+
+def test_help_lines_fit_120_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["serve", "--help"])
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 120
+
+
+def test_version_prints_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    text = capsys.readouterr().out
+    assert "megatron_medha 0.1.0" in text
+    assert "torch" in text
+
+
+def test_a_wrong_key_ends_with_code_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "scheduler.polcy=fcfs"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "medha serve: scheduler.polcy=fcfs: there is no such key; did you mean scheduler.policy?\n"
+    )
+
+
+def test_serve_without_a_checkpoint_says_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve"]) == 2
+    assert "medha train-tiny" in capsys.readouterr().err
+
+
+def test_cfg_job_prints_the_composed_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--cfg", "job", "scheduler=fcfs"]) == 0
+    text = capsys.readouterr().out
+    assert "policy: fcfs" in text
+    assert "${machine:flops_per_s}" in text
+
+
+def test_cfg_job_with_resolve_prints_what_references_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--cfg", "job", "--resolve"]) == 0
+    text = capsys.readouterr().out
+    assert "flops_per_s: " in text
+    assert "${" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        (["--port", "8001"], "write server.port=VALUE"),
+        (["--model=x"], "write checkpoint=VALUE"),
+        (["--colour"], "options are written key=value"),
+        (["--cfg", "hydra"], "only --cfg job"),
+        (["--config-dir"], "needs a value"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_refused_with_the_key_to_write(words: list[str], way_out: str) -> None:
+    with pytest.raises(ConfigError, match=way_out):
+        parse_arguments(words)
+
+
+def test_flags_and_overrides_may_stand_in_any_order() -> None:
+    arguments = parse_arguments(["a=1", "--config-dir", "own", "b=2", "--cfg=job"])
+    assert arguments.overrides == ("a=1", "b=2")
+    assert arguments.config_dir == Path("own")
+    assert arguments.shows_config
+
+
+def test_chat_refuses_an_address_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "url=localhost"]) == 2
+    assert "must look like http://" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""`medha serve` as a process, over a simulated model: start, stop, and what it says."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_medha.main import main
+
+Words = tuple[str, ...]
+Start = Callable[..., Any]  # conftest.Medha
+
+
+def test_it_says_when_it_listens_and_when_it_is_ready_and_how_to_ask(start: Start, simulated: Words) -> None:
+    medha = start(*simulated)
+    url = medha.url()
+    assert "llama3_8b on simulated h100" in medha.line_with("ready after")
+    assert f"curl {url}/v1/completions" in medha.line_with("curl")
+
+
+def test_it_answers_as_the_curl_line_says(start: Start, simulated: Words) -> None:
+    medha = start(*simulated)
+    url = medha.url()
+    medha.line_with("ready after")
+    assert _complete(url)["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_stops_it_with_code_0(start: Start, simulated: Words, number: signal.Signals) -> None:
+    medha = start(*simulated)
+    medha.line_with("ready after")
+    medha.process.send_signal(number)
+    assert medha.end() == 0
+    assert medha.errors.read_text() == ""
+
+
+def test_a_second_ctrl_c_stops_it_at_once_with_code_130(start: Start, simulated: Words) -> None:
+    # An answer of 100,000 tokens would hold a graceful stop up for as long as it is allowed to.
+    medha = start(*simulated, "server.drain_timeout_s=3600")
+    url = medha.url()
+    medha.line_with("ready after")
+    body = {"prompt": "hello", "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+    answer = urllib.request.urlopen(_request(url, body))
+    assert answer.readline().startswith(b"data:")
+    medha.process.send_signal(signal.SIGINT)
+    medha.line_with("stopping")
+    medha.process.send_signal(signal.SIGINT)
+    assert medha.end() == 130
+
+
+def test_the_front_process_imports_no_torch_numpy_or_transformers(start: Start, simulated: Words) -> None:
+    medha = start(*simulated, python_flags=("-X", "importtime"))
+    medha.line_with("ready after")
+    medha.process.send_signal(signal.SIGINT)
+    assert medha.end() == 0
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in medha.errors.read_text().splitlines()}
+    assert "uvicorn" in imported
+    assert not imported & {"torch", "numpy", "transformers", "megatron"}
+
+
+def test_help_imports_neither_hydra_nor_the_server(start: Start) -> None:
+    medha = start("serve", "--help", python_flags=("-X", "importtime"))
+    assert medha.end() == 0
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in medha.errors.read_text().splitlines()}
+    assert not imported & {"torch", "hydra", "omegaconf", "fastapi"}
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_started(
+    simulated: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            assert main([*simulated, f"server.port={port}"]) == 2
+        finally:
+            for number, action in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+                signal.signal(number, action)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"server.port={port}" in captured.err
+    assert "choose another server.port" in captured.err
+
+
+def test_a_tokenizer_that_is_broken_ends_the_start(start: Start, simulated: Words, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    medha = start(*simulated, f"tokenizer={tmp_path}")
+    assert medha.end() == 1
+    assert "is no valid tokenizer" in medha.errors.read_text()
+    assert "Traceback" not in medha.errors.read_text()
+
+
+def test_a_recorded_run_replays_to_the_same_batches(
+    start: Start, simulated: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    medha = start(*simulated, f"tracking.decision_log={log}")
+    url = medha.url()
+    medha.line_with("ready after")
+    _complete(url)
+    medha.process.send_signal(signal.SIGINT)
+    assert medha.end() == 0
+    assert main(["replay", str(log)]) == 0
+    assert "3 batches, all equal: policy lars, model llama3_8b" in capsys.readouterr().out
+
+
+def test_samples_go_to_the_metrics_log_and_the_last_one_is_not_lost(
+    start: Start, simulated: Words, tmp_path: Path
+) -> None:
+    log = tmp_path / "new" / "metrics.jsonl"
+    medha = start(*simulated, f"tracking.metrics_log={log}", "tracking.interval_s=1000")
+    url = medha.url()
+    medha.line_with("ready after")
+    _complete(url)
+    medha.process.send_signal(signal.SIGINT)
+    assert medha.end() == 0
+    [line] = log.read_text().splitlines()
+    sample = json.loads(line)
+    assert sample["num_output_tokens"] == 3
+    assert 0 < sample["ttft_s_mean"] < 60
+
+
+def _complete(url: str) -> dict[str, Any]:
+    body = {"prompt": "hello world", "max_tokens": 3, "ignore_eos": True}
+    with urllib.request.urlopen(_request(url, body)) as answer:
+        answered: dict[str, Any] = json.loads(answer.read())
+        return answered
+
+
+def _request(url: str, body: dict[str, object]) -> urllib.request.Request:
+    return urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )

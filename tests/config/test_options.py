@@ -1,0 +1,211 @@
+"""What conf/ offers, and what becomes of it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import megatron_medha
+from megatron_medha.cluster import machine
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.compose import compose, freeze, option_names
+from megatron_medha.config import ModelOptions, ServeConfig, ServeOptions, SimulatedModel, TrackingConfig
+from megatron_medha.core.chunking import Chunking
+from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.server.chat_client import ChatConfig
+from megatron_medha.server.config import ServerConfig
+
+Configure = Callable[..., ServeConfig]
+
+PACKAGE = Path(megatron_medha.__file__).parent
+
+
+def test_without_overrides_every_component_gets_its_own_defaults(configure: Configure) -> None:
+    config = configure()
+    assert config.scheduler == SchedulerConfig()
+    assert config.server == ServerConfig()
+    assert config.tracking == TrackingConfig()
+    assert isinstance(config.world, RankConfig)
+    assert config.world.layout == ParallelLayout()
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "component"),
+    [
+        ("scheduler", "lars", SchedulerConfig),
+        ("server", "local", ServerConfig),
+        ("model", "auto", ModelOptions),
+        ("parallel", "single", ParallelLayout),
+        ("tracking", "none", TrackingConfig),
+    ],
+)
+def test_the_default_option_shows_every_key_with_the_default_of_the_class(
+    group: str, option: str, component: type
+) -> None:
+    shown = _read(f"{group}/{option}")
+    assert shown == {field.name: _plain(field.default) for field in dataclasses.fields(component)}
+
+
+def test_the_options_of_chat_are_those_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEDHA_API_KEY", raising=False)
+    assert freeze(compose("chat", ChatConfig, []), ChatConfig) == ChatConfig()
+
+
+def test_the_options_of_train_tiny_are_those_of_its_class() -> None:
+    # Read from the source, because importing it imports torch.
+    tree = ast.parse((PACKAGE / "model" / "train_tiny.py").read_text())
+    [config] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainTinyConfig"]
+    defaults = {
+        item.target.id: ast.literal_eval(item.value)
+        for item in config.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None
+    }
+    shown = _read("train_tiny")
+    assert shown.pop("directory") == "checkpoints/tiny"
+    assert shown == defaults
+
+
+@pytest.mark.parametrize("option", option_names("scheduler"))
+def test_every_scheduler_option_composes(configure: Configure, option: str) -> None:
+    config = configure(f"scheduler={option}").scheduler
+    if not option.startswith(("vllm", "whole")):
+        assert config == SchedulerConfig(policy=option)
+
+
+def test_the_vllm_options_are_first_come_first_served_with_a_token_budget(configure: Configure) -> None:
+    for num_tokens in (512, 2048):
+        config = configure(f"scheduler=vllm_chunk_{num_tokens}").scheduler
+        assert (config.policy, config.chunking, config.fixed_chunk_tokens) == ("fcfs", Chunking.FIXED, num_tokens)
+        assert not config.is_preemptive
+        assert not config.has_space_sharing
+
+
+def test_whole_prompts_are_not_cut_before_the_context_ends(configure: Configure) -> None:
+    config = configure("scheduler=whole_prompt").scheduler
+    assert (config.policy, config.chunking, config.is_preemptive) == ("fcfs", Chunking.WHOLE, False)
+    assert config.max_batch_tokens >= 131_072
+
+
+@pytest.mark.parametrize("option", option_names("hardware"))
+def test_every_hardware_option_has_a_name_and_positive_speeds(configure: Configure, option: str) -> None:
+    hardware = configure(f"hardware={option}").hardware
+    assert hardware.name
+    assert hardware.flops_per_s > 1e9
+    assert hardware.memory_bytes_per_s > 1e9
+
+
+def test_without_a_name_the_hardware_is_this_machine(configure: Configure) -> None:
+    hardware = configure().hardware
+    assert hardware.flops_per_s == machine.cpu_flops_per_s()
+    assert hardware.memory_bytes_per_s == machine.memory_bytes_per_s()
+
+
+def test_a_tracking_option_names_its_files(configure: Configure) -> None:
+    tracking = configure("tracking=jsonl").tracking
+    assert tracking.decision_log == Path("outputs/decisions.jsonl")
+    assert tracking.metrics_log == Path("outputs/metrics.jsonl")
+
+
+def test_the_public_server_takes_its_key_from_the_environment(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDHA_API_KEY", "secret")
+    server = configure("server=public").server
+    assert (server.host, server.api_key) == ("0.0.0.0", "secret")
+
+
+def test_overrides_reach_the_rank(configure: Configure, checkpoint: Path) -> None:
+    config = configure(
+        "model.dtype=bfloat16", "model.block_size=32", "model.kv_memory_gib=0.5", "model.max_context_len=1000",
+        "scheduler.max_batch_tokens=4096", "model.num_threads=1",
+    )  # fmt: skip
+    assert config.world == RankConfig(
+        front_endpoint="",
+        checkpoint=str(checkpoint),
+        device="cpu",
+        dtype="bfloat16",
+        block_size=32,
+        kv_memory_bytes=2**29,
+        max_context_len=1000,
+        max_batch_tokens=4096,
+        num_threads=1,
+    )
+
+
+def test_without_a_number_kv_gets_a_share_of_what_is_free_beside_the_weights(
+    configure: Configure, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkpoint / "weights").write_bytes(bytes(1000))
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1_000_000 + machine.directory_bytes(checkpoint))
+    world = configure("model.kv_memory_share=0.25").world
+    assert isinstance(world, RankConfig)
+    assert world.kv_memory_bytes == 250_000
+
+
+def test_a_simulated_model_needs_no_checkpoint(configure: Configure, checkpoint: Path) -> None:
+    config = configure("checkpoint=null", "runtime=sim", "model=llama3_8b", f"tokenizer={checkpoint}")
+    assert isinstance(config.world, SimulatedModel)
+    # 128 KiB of KV per token: 32 layers x 2 x 8 heads x 128 x 2 bytes.
+    assert config.world.num_blocks == 48 * 2**30 // (131_072 * 16)
+
+
+def test_a_simulated_context_can_be_shortened(configure: Configure) -> None:
+    config = configure("runtime=sim", "model=llama3_8b", "model.max_context_len=4096")
+    assert isinstance(config.world, SimulatedModel)
+    assert config.world.shape.max_context_len == 4096
+
+
+def test_options_of_the_users_own_are_found(configure: Configure, tmp_path: Path) -> None:
+    own = _folder(tmp_path / "own" / "scheduler")
+    (own / "mine.yaml").write_text("defaults:\n  - lars\n\nstep_budget_s: 0.02\n")
+    assert configure("scheduler=mine", config_dir=own.parent).scheduler == SchedulerConfig(step_budget_s=0.02)
+
+
+def test_a_list_of_names_becomes_a_tuple(configure: Configure) -> None:
+    assert configure("server.served_model_names=[a,b]").server.served_model_names == ("a", "b")
+
+
+def test_every_key_of_every_default_option_has_a_comment_or_a_plain_name() -> None:
+    for group, option in [
+        ("model", "auto"), ("parallel", "single"), ("scheduler", "lars"), ("server", "local"), ("tracking", "none"),
+    ]:  # fmt: skip
+        lines = (_conf() / group / f"{option}.yaml").read_text().splitlines()
+        assert lines[0].startswith("# ")
+        assert all("#" in line for line in lines if line), group
+
+
+def test_composing_twice_gives_the_same(checkpoint: Path) -> None:
+    first = compose("serve", ServeOptions, [f"checkpoint={checkpoint}"])
+    assert compose("serve", ServeOptions, [f"checkpoint={checkpoint}"]) == first
+
+
+def _conf() -> Path:
+    import megatron_medha.conf
+
+    [directory] = megatron_medha.conf.__path__
+    return Path(directory)
+
+
+def _read(name: str) -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.load(_conf() / f"{name}.yaml"))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key != "defaults"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path

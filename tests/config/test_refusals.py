@@ -1,0 +1,237 @@
+"""Whatever is wrong with a configuration is said in one line: key and value, what is wrong, the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Refusal = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("override", "way_out"),
+    [
+        ("scheduler.polcy=fcfs", "did you mean scheduler.policy?"),
+        ("schedler=fcfs", "did you mean scheduler?"),
+        ("port=8001", "did you mean server.port?"),
+        ("server.step_budget_s=1", "did you mean scheduler.step_budget_s?"),
+        ("parallel.pp=2", "did you mean parallel.spp?"),
+        ("workload.qps=1", "there is no such key"),
+        ("scheduler.policy.x=3", "must be text"),
+        ("model.shape.colour=blue", "set the outer key first"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(refusal: Refusal, override: str, way_out: str) -> None:
+    message = refusal(override)
+    assert override.partition("=")[0].removesuffix(".x") in message
+    assert way_out in message
+
+
+def test_a_key_that_is_far_from_all_others_is_refused_with_those_of_its_group(refusal: Refusal) -> None:
+    assert "scheduler has policy, is_preemptive" in refusal("scheduler.zzzzzz=1")
+
+
+def test_a_plus_sign_does_not_smuggle_in_an_unknown_key(refusal: Refusal) -> None:
+    assert refusal("+scheduler.foo=1").startswith("scheduler.foo=1: there is no such key")
+    assert refusal("+foo=1").startswith("foo=1: there is no such key")
+
+
+def test_an_unknown_option_of_a_group_is_refused_with_the_nearest_one_and_all_of_them(refusal: Refusal) -> None:
+    message = refusal("scheduler=lasr")
+    assert message.startswith("scheduler=lasr: there is no such option; did you mean lars?")
+    assert "vllm_chunk_512" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [
+        ("server.port=abc", "a whole number"),
+        ("server.port=80.5", "a whole number"),
+        ("server.port=", "a whole number"),
+        ("scheduler.step_budget_s=soon", "a number"),
+        ("scheduler.step_budget_s=null", "a number"),
+        ("scheduler.has_space_sharing=maybe", "true or false"),
+        ("server.served_model_names=gpt", "a list, like [a,b]"),
+        ("scheduler.policy=[lars]", "text"),
+        ("model.kv_memory_gib=auto", "a number or null"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: str, kind: str) -> None:
+    message = refusal(override)
+    assert message.startswith(f"{override}: ")
+    assert message.endswith(f"it must be {kind}")
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("runtime=simm", "one of ranks, sim"),
+        ("scheduler.chunking=adaptve", "one of adaptive, fixed, whole"),
+        ("scheduler.policy=lasr", "choose one of fcfs"),
+        ("model.device=tpu", "use one of auto, cpu"),
+        ("model.dtype=int8", "use one of auto, float32, bfloat16"),
+        ("log_level=loud", "use one of debug, info"),
+        ("model.attention_backend=magic", "use one of auto, aten"),
+    ],
+)
+def test_a_value_outside_a_closed_set_is_refused_with_the_set(refusal: Refusal, override: str, allowed: str) -> None:
+    message = refusal(override)
+    assert message.startswith(override)
+    assert allowed in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "scheduler.step_budget_s=0",
+        "scheduler.step_budget_s=-1",
+        "scheduler.step_budget_s=nan",
+        "server.port=70000",
+        "server.port=-1",
+        "model.block_size=0",
+        "model.kv_memory_gib=0",
+        "model.kv_memory_gib=nan",
+        "model.kv_memory_share=1.5",
+        "model.max_context_len=0",
+        "model.num_threads=0",
+        "hardware.flops_per_s=0",
+        "hardware.flops_per_s=inf",
+        "hardware.memory_efficiency=2",
+        "hardware.step_overhead_s=-1",
+        "parallel.tp=0",
+        "tracking.interval_s=0",
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_range(refusal: Refusal, override: str) -> None:
+    message = refusal(override)
+    assert message.startswith(override.partition("=")[0] + "=")
+    assert any(words in message for words in ("between", "must be 0", "at least"))
+
+
+def test_a_tile_larger_than_a_batch_is_refused(refusal: Refusal) -> None:
+    message = refusal("scheduler.tile_tokens=256", "scheduler.max_batch_tokens=128")
+    assert message == "scheduler.tile_tokens=256 must not exceed scheduler.max_batch_tokens=128"
+
+
+@pytest.mark.parametrize("axis", ["tp", "spp", "kvp", "dp"])
+def test_more_than_one_rank_is_refused_as_not_served_yet(refusal: Refusal, axis: str) -> None:
+    assert refusal(f"parallel.{axis}=2").startswith(f"parallel.{axis}=2: more than one rank is not served yet")
+
+
+def test_float16_is_refused_with_the_reason(refusal: Refusal) -> None:
+    assert "use bfloat16" in refusal("model.dtype=float16")
+
+
+def test_cuda_is_refused_while_it_has_no_attention_kernel(refusal: Refusal) -> None:
+    assert "no attention kernel for CUDA" in refusal("model.device=cuda")
+
+
+def test_more_kv_memory_than_is_free_is_refused(refusal: Refusal) -> None:
+    assert "GiB are free" in refusal("model.kv_memory_gib=900000")
+
+
+def test_kv_memory_that_is_too_small_for_one_block_is_refused(refusal: Refusal, checkpoint: Path) -> None:
+    message = refusal("runtime=sim", "model=llama3_8b", f"tokenizer={checkpoint}", "model.kv_memory_gib=0.001")
+    assert "too small for one block of 16 tokens" in message
+
+
+def test_a_missing_checkpoint_is_refused_with_the_command_that_makes_one(refusal: Refusal) -> None:
+    assert "medha train-tiny" in refusal("checkpoint=null")
+
+
+def test_a_checkpoint_that_is_no_directory_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "no such directory" in refusal(f"checkpoint={tmp_path}/nowhere")
+    assert "a file, not a directory" in refusal(f"checkpoint={tmp_path}/file")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused_with_the_key_to_set(refusal: Refusal, tmp_path: Path) -> None:
+    assert "tokenizer=DIR names a directory that has one" in refusal(f"checkpoint={tmp_path}")
+    assert refusal(f"tokenizer={tmp_path}").startswith(f"tokenizer={tmp_path}: no tokenizer.json")
+
+
+def test_sizes_of_a_simulated_model_are_refused_beside_a_checkpoint(refusal: Refusal) -> None:
+    assert "runtime=sim" in refusal("model=llama3_8b")
+
+
+def test_a_simulation_without_sizes_is_refused(refusal: Refusal) -> None:
+    assert "use model=llama3_8b" in refusal("runtime=sim")
+
+
+def test_a_simulation_without_kv_memory_is_refused(refusal: Refusal) -> None:
+    assert "give GiB" in refusal("runtime=sim", "model=llama3_8b", "model.kv_memory_gib=null")
+
+
+def test_a_word_without_an_equals_sign_is_refused(refusal: Refusal) -> None:
+    assert refusal("scheduler").startswith("scheduler: not of the form key=value")
+
+
+def test_a_value_that_cannot_be_parsed_is_refused_with_quotes_around_it(refusal: Refusal) -> None:
+    assert """'checkpoint="a=b"'""" in refusal("checkpoint=a=b")
+
+
+def test_several_values_for_one_key_are_refused(refusal: Refusal) -> None:
+    assert "only one can be" in refusal("scheduler=lars,fcfs")
+
+
+def test_leaving_out_a_group_is_refused(refusal: Refusal) -> None:
+    assert "nothing can be left out" in refusal("~scheduler")
+    assert "scheduler is one of" in refusal("scheduler=null")
+
+
+def test_settings_of_hydra_itself_are_refused_rather_than_ignored(refusal: Refusal) -> None:
+    assert "change nothing here" in refusal("hydra.run.dir=elsewhere")
+
+
+def test_an_api_key_that_is_not_in_the_environment_is_refused(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MEDHA_API_KEY", raising=False)
+    message = refusal("server=public")
+    assert message.startswith("server.api_key: ")
+    assert "MEDHA_API_KEY" in message
+
+
+def test_a_tracking_file_that_is_a_directory_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    assert "name a file" in refusal(f"tracking.decision_log={tmp_path}")
+
+
+def test_both_logs_in_one_file_are_refused(refusal: Refusal, tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    assert "name another" in refusal(f"tracking.decision_log={file}", f"tracking.metrics_log={file}")
+
+
+def test_a_folder_of_own_options_must_exist(refusal: Refusal, tmp_path: Path) -> None:
+    assert "no such directory" in refusal(config_dir=tmp_path / "nowhere")
+
+
+def test_a_folder_of_own_options_must_not_be_one_with_a_keys_name_in_it(refusal: Refusal, tmp_path: Path) -> None:
+    _folder(tmp_path / "own" / "checkpoint")
+    assert "its folder checkpoint has the name of a key" in refusal(config_dir=tmp_path / "own")
+
+
+def test_an_own_option_must_not_hide_behind_one_of_ours(refusal: Refusal, tmp_path: Path) -> None:
+    own = _folder(tmp_path / "own" / "scheduler")
+    (own / "lars.yaml").write_text("policy: fcfs\n")
+    assert "rename it" in refusal(config_dir=own.parent)
+
+
+def test_a_wrong_key_in_an_own_option_is_refused_with_its_file(refusal: Refusal, tmp_path: Path) -> None:
+    own = _folder(tmp_path / "own" / "scheduler")
+    (own / "mine.yaml").write_text("defaults:\n  - lars\n\npolcy: fcfs\n")
+    message = refusal("scheduler=mine", config_dir=own.parent)
+    assert message.startswith("scheduler.polcy (in scheduler/mine.yaml)")
+    assert "did you mean scheduler.policy?" in message
+
+
+def test_an_own_option_that_is_not_yaml_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    own = _folder(tmp_path / "own" / "scheduler")
+    (own / "mine.yaml").write_text("policy: [\n")
+    assert "not YAML" in refusal("scheduler=mine", config_dir=own.parent)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
