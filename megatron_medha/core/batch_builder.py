@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_medha.core.chunking import Chunking, ChunkRule, largest_chunk
@@ -20,6 +20,14 @@ class Planned(NamedTuple):
     parts: tuple[Part, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """A chunk whose final size is found when all others are in."""
+
+    planned: Planned  # what is kept for it however many others come; its load is counted from the start
+    num_wanted: int   # what it takes if nobody else comes
+
+
 class BatchBuilder:
     """Collects decodes and prefill chunks, and keeps the load of every KVP rank."""
 
@@ -27,36 +35,50 @@ class BatchBuilder:
         self.budget_s = budget_s
         self.loads = [StepLoad() for _ in range(memory.kvp)]
         self.prefills: list[Planned] = []
-        self._held: list[Planned] = []                # will be added last, with what is left but at least this much
-        self._held_s = [0.0] * memory.kvp             # time kept for them, by KVP rank
+        self._held: list[_Held] = []
         self._rule = rule
         self._cost = cost
         self._memory = memory
 
-    def add_decodes(self, sequences: Iterable[Sequence]) -> None:
+    def add_decodes(self, sequences: Collection[Sequence]) -> None:
         """Add the next token of each."""
-        num = [0] * len(self.loads)
-        context = [0] * len(self.loads)
+        if len(self.loads) == 1:
+            context = sum([seq.num_scheduled_tokens for seq in sequences]) + len(sequences)
+            self.loads[0].add_decodes(len(sequences), context, self._cost.decode_attention_s(context))
+            return
+        nums = [0] * len(self.loads)
+        contexts = [0] * len(self.loads)
         for seq in sequences:
-            shards = seq.block_table.shards
-            if len(shards) == 1:
-                rank = shards[0].kvp_rank
-                num[rank] += 1
-                context[rank] += seq.num_scheduled_tokens + 1
-            else:
-                for part in self._memory.parts(seq, ()):
-                    num[part.kvp_rank] += 1
-                    context[part.kvp_rank] += part.context + 1
+            for rank, context in self._memory.parts(seq, ()):
+                nums[rank] += 1
+                contexts[rank] += context + 1
         for rank, load in enumerate(self.loads):
-            load.add_decodes(num[rank], context[rank], self._cost.decode_attention_s(context[rank]))
+            load.add_decodes(nums[rank], contexts[rank], self._cost.decode_attention_s(contexts[rank]))
 
-    def fit(self, seq: Sequence, parts: tuple[Part, ...], share: float = 1.0) -> int:
-        """The most tokens of `seq` with which each of its ranks stays within `share` of the budget."""
-        limit = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
+    def fit(self, seq: Sequence, parts: tuple[Part, ...], share: float = 1.0, limit: int | None = None) -> int:
+        """The most tokens of `seq`, `limit` at most, with which its ranks stay within `share` of the budget."""
+        most = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
+        if limit is not None:
+            most = min(most, limit)
         for rank, context in parts:
-            budget_s = (self.budget_s - self._held_s[rank]) * share
-            limit = largest_chunk(self._rule, self._cost, self.loads[rank], context, limit, budget_s)
-        return limit
+            most = largest_chunk(self._rule, self._cost, self.loads[rank], context, most, self.budget_s * share)
+        return most
+
+    def most_tokens(self) -> int:
+        """No prefill, however little of it is computed, can have more tokens than this in the step."""
+        return max(
+            largest_chunk(self._rule, self._cost, load, 0, self._rule.max_tokens, self.budget_s) for load in self.loads
+        ) + self._rule.tile_tokens  # as a prompt's last chunk need not be whole tiles
+
+    def fits_whole(self, seq: Sequence, parts: tuple[Part, ...]) -> bool:
+        """Whether all of `seq` that is left stays within the budget on each of its ranks."""
+        num_tokens = seq.num_unscheduled_tokens
+        return num_tokens <= self._memory.chunk_limit(seq.num_scheduled_tokens) and all(
+            self.loads[rank].num_tokens + num_tokens <= self._rule.max_tokens
+            and step_s(self._cost, self.loads[rank]) + self._extra_s(part, num_tokens) <= self.budget_s
+            for part in parts
+            for rank in (part.kvp_rank,)
+        )
 
     def fit_credit(self, seq: Sequence, parts: tuple[Part, ...], credit_s: float) -> int:
         """The most tokens of `seq` that cost at most credit_s and keep the budget.
@@ -64,16 +86,16 @@ class BatchBuilder:
         One tile may break the budget if the credit pays for it: in a step full of decodes nothing else would.
         """
         rule = replace(self._rule, chunking=Chunking.ADAPTIVE)
-        limit = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
+        most = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
         for rank, context in parts:
             load = self.loads[rank]
             budget_s = min(self.budget_s, step_s(self._cost, load) + credit_s)
-            limit = largest_chunk(rule, self._cost, load, context, limit, budget_s)
-        if not limit:
+            most = largest_chunk(rule, self._cost, load, context, most, budget_s)
+        if not most:
             tile = self.tile(seq)
             if tile > 0 and all(self._extra_s(part, tile) <= credit_s for part in parts):
                 return tile
-        return limit
+        return most
 
     def tile(self, seq: Sequence) -> int:
         """The least a chunk of `seq` can be: a tile, or the end of its prompt, shard or step buffer."""
@@ -87,48 +109,66 @@ class BatchBuilder:
     def add(self, planned: Planned) -> None:
         """Put a chunk into the batch."""
         self.prefills.append(planned)
-        for rank, context in planned.parts:
-            attention_s = self._cost.attention_s(context, planned.num_tokens)
-            self.loads[rank].add_chunk(context, planned.num_tokens, attention_s)
+        self._load(planned)
 
-    def hold(self, planned: Planned) -> None:
-        """Keep time for a chunk that is added when all others are in, with all the time they leave."""
-        self._held.append(planned)
-        for part in planned.parts:
-            self._held_s[part.kvp_rank] += self._extra_s(part, planned.num_tokens)
+    def hold(self, planned: Planned, num_wanted: int) -> None:
+        """Keep room for a chunk that is added when all others are in, with what they leave of num_wanted.
 
-    def add_held(self) -> None:
-        """Put the held chunks into the batch, as large as what is left allows."""
-        for planned in self._held:
-            for part in planned.parts:
-                self._held_s[part.kvp_rank] -= self._extra_s(part, planned.num_tokens)
-            count = max(planned.num_tokens, self.fit(planned.seq, planned.parts))
-            # Others may have filled the step's buffers meanwhile; the held chunk waits a step then.
-            count = min(count, self._rule.max_tokens - self.num_tokens)
+        Of several the one held last is added first.
+        """
+        self._held.insert(0, _Held(planned, num_wanted))
+        self._load(planned)
+
+    def unhold(self, seq: Sequence) -> None:
+        """Give up the room kept for `seq`; it must have been held."""
+        (held,) = (held for held in self._held if held.planned.seq is seq)
+        self._held.remove(held)
+        self._unload(held.planned)
+
+    def add_held(self) -> list[Sequence]:
+        """Put the held chunks into the batch, as large as what is left allows; those that got nothing come back."""
+        left_out: list[Sequence] = []
+        for held in self._held:
+            seq, num_kept, parts = held.planned
+            if num_kept >= held.num_wanted:
+                self.prefills.append(held.planned)
+                continue
+            self._unload(held.planned)
+            count = max(num_kept, self.fit(seq, parts, limit=held.num_wanted))
             if count > 0:
-                self.add(planned._replace(num_tokens=count))
+                self.add(Planned(seq, count, parts))
+            else:
+                left_out.append(seq)
         self._held.clear()
+        return left_out
 
     def is_full(self) -> bool:
         """Whether no KVP rank can take one more token."""
-        if self._rule.chunking is Chunking.FIXED:
-            return min(load.num_tokens for load in self.loads) >= self._rule.fixed_tokens
-        return all(
-            load.num_tokens >= self._rule.max_tokens
-            or self._rule.chunking is Chunking.ADAPTIVE
-            and self._cost.linear_s(load.num_tokens + 1, load.num_sequences + 1) + load.attention_s
-            > self.budget_s - held_s
-            for load, held_s in zip(self.loads, self._held_s, strict=True)
-        )
+        for load in self.loads:
+            if self._rule.chunking is Chunking.FIXED:
+                if load.num_tokens < min(self._rule.fixed_tokens, self._rule.max_tokens):
+                    return False
+            elif load.num_tokens < self._rule.max_tokens and (
+                self._rule.chunking is Chunking.WHOLE
+                or self._cost.linear_s(load.num_tokens + 1, load.num_sequences + 1) + load.attention_s <= self.budget_s
+            ):
+                return False
+        return True
 
-    def predicted_s(self) -> float:
-        """How long the step would take now: that of its slowest KVP rank."""
-        return max(step_s(self._cost, load) for load in self.loads)
+    def share_s(self, planned: Planned) -> float:
+        """How much shorter the step would be without this chunk of it."""
+        return max(
+            self._cost.linear_s(load.num_tokens, load.num_sequences)
+            - self._cost.linear_s(load.num_tokens - planned.num_tokens, load.num_sequences - 1)
+            + self._cost.attention_s(context, planned.num_tokens)
+            for rank, context in planned.parts
+            for load in (self.loads[rank],)
+        )
 
     @property
     def slowest_load(self) -> StepLoad:
         """The load of the KVP rank that the step waits for."""
-        return max(self.loads, key=lambda load: step_s(self._cost, load))
+        return max(self.loads, key=lambda load: step_s(self._cost, load)) if len(self.loads) > 1 else self.loads[0]
 
     @property
     def num_tokens(self) -> int:
@@ -140,9 +180,19 @@ class BatchBuilder:
         """Whether there is nothing to compute."""
         return not any(load.num_sequences for load in self.loads)
 
+    def _load(self, planned: Planned) -> None:
+        if planned.num_tokens:
+            for rank, context in planned.parts:
+                attention_s = self._cost.attention_s(context, planned.num_tokens)
+                self.loads[rank].add_chunk(context, planned.num_tokens, attention_s)
+
+    def _unload(self, planned: Planned) -> None:
+        if planned.num_tokens:
+            for rank, context in planned.parts:
+                attention_s = self._cost.attention_s(context, planned.num_tokens)
+                self.loads[rank].remove_chunk(context, planned.num_tokens, attention_s)
+
     def _extra_s(self, part: Part, num_tokens: int) -> float:
-        if not num_tokens:
-            return 0.0
         load = self.loads[part.kvp_rank]
         return (
             self._cost.linear_s(load.num_tokens + num_tokens, load.num_sequences + 1)

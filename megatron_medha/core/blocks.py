@@ -6,7 +6,7 @@ integers instead of a list of 600,000, and kernels see long contiguous ranges of
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,11 +28,13 @@ class BlockPool:
     num_blocks_ever_freed: int = field(init=False, default=0)  # the pace at which memory comes back
     _starts: list[int] = field(init=False)        # of the free extents, ascending
     _lengths: dict[int, int] = field(init=False)  # start -> length
+    _by_length: list[tuple[int, int]] = field(init=False)  # (length, start), ascending
 
     def __post_init__(self) -> None:
         self.num_free_blocks = self.num_blocks
         self._starts = [0] if self.num_blocks else []
         self._lengths = {0: self.num_blocks} if self.num_blocks else {}
+        self._by_length = [(self.num_blocks, 0)] if self.num_blocks else []
 
     @property
     def free_extents(self) -> tuple[Extent, ...]:
@@ -48,11 +50,9 @@ class BlockPool:
         while needed:
             # The shortest run that holds all of it keeps long runs whole for long prompts;
             # where none does, the longest run leaves the fewest pieces.
-            start = min(
-                self._starts,
-                key=lambda s: (0, self._lengths[s]) if self._lengths[s] >= needed else (1, -self._lengths[s]),
-            )
-            count = min(needed, self._lengths[start])
+            index = min(bisect_left(self._by_length, (needed, 0)), len(self._by_length) - 1)
+            length, start = self._by_length[index]
+            count = min(needed, length)
             self._take(start, count)
             taken.append(Extent(start, count))
             needed -= count
@@ -77,25 +77,30 @@ class BlockPool:
             if index and (previous := self._starts[index - 1]) + self._lengths[previous] >= start:
                 assert previous + self._lengths[previous] == start, f"double free of block {start}"
                 start = previous
-                index -= 1
-            else:
-                self._starts.insert(index, start)
+                self._remove(previous)
             if end < self.num_blocks and following == end:
-                end += self._lengths.pop(following)
-                del self._starts[index + 1]
-            self._lengths[start] = end - start
+                end += self._lengths[following]
+                self._remove(following)
+            self._insert(start, end - start)
             self.num_free_blocks += count
             self.num_blocks_ever_freed += count
 
     def _take(self, start: int, count: int) -> None:
-        length = self._lengths.pop(start)
-        index = bisect_right(self._starts, start) - 1
-        if length == count:
-            del self._starts[index]
-        else:
-            self._starts[index] = start + count
-            self._lengths[start + count] = length - count
+        length = self._lengths[start]
+        self._remove(start)
+        if length > count:
+            self._insert(start + count, length - count)
         self.num_free_blocks -= count
+
+    def _insert(self, start: int, length: int) -> None:
+        self._lengths[start] = length
+        insort(self._starts, start)
+        insort(self._by_length, (length, start))
+
+    def _remove(self, start: int) -> None:
+        length = self._lengths.pop(start)
+        del self._starts[bisect_left(self._starts, start)]
+        del self._by_length[bisect_left(self._by_length, (length, start))]
 
 
 @dataclass(slots=True)
@@ -126,6 +131,7 @@ class BlockTable:
 
     shards: list[KVShard] = field(default_factory=list)
     unsent_extents: list[Extent] = field(default_factory=list)  # grown since the ranks were last told
+    kvp_ranks: tuple[int, ...] = ()  # of the shards
 
     @property
     def num_blocks(self) -> int:

@@ -8,6 +8,8 @@ from enum import Enum
 
 from megatron_medha.core.cost import CostModel, StepLoad
 
+_MAX_LINEAR_LOOKS = 4
+
 
 class Chunking(Enum):
     """Ways to size a chunk."""
@@ -33,7 +35,7 @@ def largest_chunk(
     """The most of `num_tokens`, after `start` tokens of context, that fits into a step which already has `load`.
 
     ADAPTIVE: the largest multiple of the tile (or all of num_tokens) whose step is predicted within budget_s;
-    found by bisection, since predictions never fall as chunks grow. 0 when not even one tile fits.
+    found by bracketing, since predictions never fall as chunks grow. 0 when not even one tile fits.
     """
     limit = min(num_tokens, rule.max_tokens - load.num_tokens)
     if rule.chunking is Chunking.WHOLE:
@@ -43,22 +45,33 @@ def largest_chunk(
         return max(min(limit, rule.fixed_tokens - load.num_tokens), 0)
     if limit <= 0:
         return 0
-    base_tokens, num_sequences = load.num_tokens, load.num_sequences + 1
+    tile_tokens, base_tokens, num_sequences = rule.tile_tokens, load.num_tokens, load.num_sequences + 1
     left_s = budget_s - load.attention_s
 
-    def fits(count: int) -> bool:
-        return cost.linear_s(base_tokens + count, num_sequences) + cost.attention_s(start, count) <= left_s
+    def excess_s(count: int) -> float:
+        return cost.linear_s(base_tokens + count, num_sequences) + cost.attention_s(start, count) - left_s
 
-    if fits(limit):
+    if limit < num_tokens:
+        limit -= limit % tile_tokens
+    if not limit or (high_s := excess_s(limit)) <= 0.0:
         return limit
-    low, high = 0, (limit - 1) // rule.tile_tokens  # in tiles: low fits (or is 0), high + 1 does not
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle * rule.tile_tokens):
-            low = middle
+    low_s = excess_s(0)
+    if low_s > 0.0:
+        return 0
+    # In tiles: low fits (or is 0), high does not. Time is nearly linear in tokens, so the straight line between the
+    # two hits at once as a rule; where it does not, halving ends the search.
+    low, high, num_looks = 0, -(-limit // tile_tokens), 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if num_looks < _MAX_LINEAR_LOOKS:
+            middle = min(max(low + int((high - low) * low_s / (low_s - high_s)), low + 1), high - 1)
+        seconds = excess_s(middle * tile_tokens)
+        if seconds <= 0.0:
+            low, low_s = middle, seconds
         else:
-            high = middle - 1
-    return low * rule.tile_tokens
+            high, high_s = middle, seconds
+        num_looks += 1
+    return low * tile_tokens
 
 
 class PrefillTimes:
@@ -74,22 +87,25 @@ class PrefillTimes:
         self.revision = cost.revision
         empty = StepLoad()
 
-        def rate_s(start: int) -> tuple[int, float]:
-            count = largest_chunk(rule, cost, empty, start, rule.max_tokens, budget_s)
-            count = max(count, rule.tile_tokens)
-            return count, (cost.linear_s(count, 1) + cost.attention_s(start, count)) / count
+        def chunk_at(start: int) -> int:
+            return max(largest_chunk(rule, cost, empty, start, rule.max_tokens, budget_s), rule.tile_tokens)
 
-        first_chunk = min(rate_s(0)[0], max_tokens)
+        def rate_s(tokens: int) -> float:
+            # Of the chunk in whose middle this token is; by its first token, large chunks would count too much.
+            count = chunk_at(tokens)
+            return (cost.linear_s(count, 1) + cost.attention_s(max(0, tokens - count // 2), count)) / count
+
+        first_chunk = min(chunk_at(0), max_tokens)
         self._tokens, self._seconds = [0], [0.0]
         tokens = 1
         while tokens < first_chunk:
             self._append(tokens, cost.linear_s(tokens, 1) + cost.attention_s(0, tokens))
             tokens *= 2
         self._append(first_chunk, cost.linear_s(first_chunk, 1) + cost.attention_s(0, first_chunk))
-        rate = rate_s(first_chunk)[1]
+        rate = rate_s(first_chunk)
         while self._tokens[-1] < max_tokens:
             tokens = int(self._tokens[-1] * self._GROWTH) + rule.tile_tokens
-            next_rate = rate_s(tokens)[1]
+            next_rate = rate_s(tokens)
             self._append(tokens, self._seconds[-1] + 0.5 * (rate + next_rate) * (tokens - self._tokens[-1]))
             rate = next_rate
 

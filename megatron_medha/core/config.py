@@ -56,6 +56,12 @@ class SchedulerConfig:
                 f"scheduler.tile_tokens={self.tile_tokens} must not exceed "
                 f"scheduler.max_batch_tokens={self.max_batch_tokens}"
             )
+        # All that decode run in every step, and one that prefills beside them must find room for a token.
+        if self.max_num_sequences > self.max_batch_tokens:
+            raise ConfigError(
+                f"scheduler.max_num_sequences={self.max_num_sequences} must not exceed "
+                f"scheduler.max_batch_tokens={self.max_batch_tokens}"
+            )
 
     @property
     def chunk_rule(self) -> ChunkRule:

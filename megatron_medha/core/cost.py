@@ -28,6 +28,14 @@ class StepLoad:
         self.chunk_pairs += num_tokens * (start + 0.5 * (num_tokens + 1))
         self.chunk_context += start + num_tokens
 
+    def remove_chunk(self, start: int, num_tokens: int, attention_s: float) -> None:
+        """Take out what add_chunk put in."""
+        self.num_tokens -= num_tokens
+        self.num_sequences -= 1
+        self.attention_s -= attention_s
+        self.chunk_pairs -= num_tokens * (start + 0.5 * (num_tokens + 1))
+        self.chunk_context -= start + num_tokens
+
     def add_decodes(self, num_sequences: int, context: int, attention_s: float) -> None:
         """Add single tokens that read `context` keys in all."""
         self.num_tokens += num_sequences

@@ -16,6 +16,8 @@ _NEVER_S = float("inf")
 
 # at_zero and slope of the line, then arrival and id for ties
 _Entry = tuple[float, float, float, str]
+# priority now, arrival, id, and the node of the tree where the id has won; ids of several queues merge by it
+Place = tuple[float, float, str, int]
 
 
 class KineticQueue:
@@ -51,44 +53,53 @@ class KineticQueue:
         heappush(self._free_leaves, leaf)
         self._replay_path(leaf, now_s)
 
-    def in_order(self, now_s: float) -> Iterator[str]:
-        """Ids from the lowest priority up, as of now. The queue must not change while this is read."""
-        entries, num_slots = self._entries, self._num_slots
-        self._refresh(1, now_s)
-        frontier: list[tuple[float, float, str, int]] = []
-
-        def push(node: int) -> None:
-            if (entry := entries[node]) is not None:
-                heappush(frontier, (entry[0] + entry[1] * now_s, entry[2], entry[3], node))
-
-        push(1)
-        while frontier:
-            _, _, item_id, node = heappop(frontier)
-            yield item_id
+    def in_order(self, now_s: float) -> Iterator[Place]:
+        """Places of all ids from the lowest priority up, as of now. The queue must not change while this is read."""
+        entries, expires_s = self._entries, self._expires_s
+        if expires_s[1] <= now_s:
+            self._refresh(1, now_s)
+        winner = entries[1]
+        if winner is None:
+            return
+        node, item_id = 1, winner[3]
+        yield (winner[0] + winner[1] * now_s, winner[2], item_id, node)
+        frontier: list[Place] = []
+        while True:
             # The subtree of this node without its winner: the siblings along the winner's path.
             leaf = self._leaf_of[item_id]
             while leaf > node:
                 sibling = leaf ^ 1
-                if sibling < num_slots and self._expires_s[sibling] <= now_s:
+                if expires_s[sibling] <= now_s:
                     self._refresh(sibling, now_s)
-                push(sibling)
+                if (entry := entries[sibling]) is not None:
+                    heappush(frontier, (entry[0] + entry[1] * now_s, entry[2], entry[3], sibling))
                 leaf >>= 1
+            if not frontier:
+                return
+            place = heappop(frontier)
+            item_id, node = place[2], place[3]
+            yield place
 
     def _refresh(self, node: int, now_s: float) -> None:
-        if node >= self._num_slots or self._expires_s[node] > now_s:
-            return
-        self._refresh(2 * node, now_s)
-        self._refresh(2 * node + 1, now_s)
+        """Play all expired matches of the subtree again; the node's own must have expired. Leaves never do."""
+        expires_s, left = self._expires_s, 2 * node
+        if expires_s[left] <= now_s:
+            self._refresh(left, now_s)
+        if expires_s[left + 1] <= now_s:
+            self._refresh(left + 1, now_s)
         self._replay(node, now_s)
 
     def _replay_path(self, leaf: int, now_s: float) -> None:
-        node = leaf >> 1
-        while node:
+        entries, expires_s = self._entries, self._expires_s
+        while leaf > 1:
             # The sibling's side may have expired unseen; its winner would be stale.
-            self._refresh(2 * node, now_s)
-            self._refresh(2 * node + 1, now_s)
-            self._replay(node, now_s)
-            node >>= 1
+            if expires_s[leaf ^ 1] <= now_s:
+                self._refresh(leaf ^ 1, now_s)
+            leaf >>= 1
+            winner, until_s = entries[leaf], expires_s[leaf]
+            self._replay(leaf, now_s)
+            if entries[leaf] is winner and expires_s[leaf] == until_s:
+                return  # nothing above has changed by this
 
     def _replay(self, node: int, now_s: float) -> None:
         left, right = 2 * node, 2 * node + 1
@@ -100,7 +111,7 @@ class KineticQueue:
             winner = other if one is None else one
         else:
             one_value, other_value = one[0] + one[1] * now_s, other[0] + other[1] * now_s
-            if (one_value, one[2], one[3]) <= (other_value, other[2], other[3]):
+            if one_value < other_value or one_value == other_value and (one[2], one[3]) < (other[2], other[3]):
                 winner, loser = one, other
             else:
                 winner, loser = other, one

@@ -38,7 +38,7 @@ class KVMemory:
     max_tokens_per_shard: int | None = None  # None: the whole context on one rank
     watermark: float = 0.01  # share of blocks that prompts leave free, for decodes to grow into
     pools: list[BlockPool] = field(init=False)
-    num_owners: int = field(init=False, default=0)  # sequences that own blocks
+    owners: dict[str, Sequence] = field(init=False, default_factory=dict)  # of blocks, by request id
     _shard_tokens: int = field(init=False)
     _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills (MEDHA 5.5)
     _reservation: _Reservation | None = field(init=False, default=None)
@@ -64,6 +64,11 @@ class KVMemory:
         return min(self.max_context_len, self.kvp * self._shard_tokens)
 
     @property
+    def num_owners(self) -> int:
+        """Sequences that own blocks."""
+        return len(self.owners)
+
+    @property
     def num_free_blocks(self) -> int:
         """Over all KVP ranks."""
         return sum(pool.num_free_blocks for pool in self.pools)
@@ -71,21 +76,24 @@ class KVMemory:
     def plan(self, seq: Sequence) -> tuple[int, ...] | None:
         """KVP ranks on which all blocks for the known tokens of `seq` can be taken now; None if they cannot.
 
-        The least pending work first. All or nothing: growing while it prefills could leave several long
-        prompts each waiting for the others' blocks (MEDHA 5.5).
+        The least pending work first; a rank too full for a whole shard may still hold the last one. All or
+        nothing: growing while it prefills could leave several long prompts each waiting for the others' blocks
+        (MEDHA 5.5).
         """
+        unused = list(range(self.kvp)) if self.kvp == 1 else sorted(range(self.kvp), key=self._pending_work.__getitem__)
         ranks: list[int] = []
-        start = 0
+        num_tokens = seq.num_known_tokens
         kept = int(self.watermark * self.num_blocks) if self.num_owners else 0
-        for rank in sorted(range(self.kvp), key=self._pending_work.__getitem__):
-            count = num_blocks_for(min(self._shard_tokens, seq.num_known_tokens - start), self.block_size)
-            if self.pools[rank].num_free_blocks - count < kept + self._num_reserved(rank, seq):
-                continue
-            ranks.append(rank)
-            start += self._shard_tokens
-            if start >= seq.num_known_tokens:
-                return tuple(ranks)
-        return None
+        for start in range(0, num_tokens, self._shard_tokens):
+            count = num_blocks_for(min(self._shard_tokens, num_tokens - start), self.block_size)
+            for rank in unused:
+                if self.pools[rank].num_free_blocks - count >= kept + self._num_reserved(rank, seq):
+                    ranks.append(rank)
+                    unused.remove(rank)
+                    break
+            else:
+                return None
+        return tuple(ranks)
 
     def parts(self, seq: Sequence, plan: tuple[int, ...]) -> tuple[Part, ...]:
         """The KVP ranks that take part in the next chunk of `seq`; by its plan while it owns nothing."""
@@ -109,7 +117,8 @@ class KVMemory:
             self._pending_work[rank] += seq.request.num_prompt_tokens**2
             start += self._shard_tokens
         self._set_capacity(seq)
-        self.num_owners += 1
+        seq.block_table.kvp_ranks = ranks
+        self.owners[seq.request_id] = seq
         if self._reservation is not None and self._reservation.request_id == seq.request_id:
             self._reservation = None
 
@@ -132,6 +141,8 @@ class KVMemory:
             extents = self.pools[rank].allocate(1)
             assert extents is not None
             table.shards.append(KVShard(rank, last.start + self._shard_tokens, list(extents)))
+            table.unsent_extents.extend(extents)
+            table.kvp_ranks += (rank,)
             self._pending_work[rank] += seq.request.num_prompt_tokens**2
         self._set_capacity(seq)
         return True
@@ -152,8 +163,9 @@ class KVMemory:
             self._pending_work[shard.kvp_rank] -= seq.request.num_prompt_tokens**2
         seq.block_table.shards.clear()
         seq.block_table.unsent_extents.clear()
+        seq.block_table.kvp_ranks = ()
         seq.capacity_tokens = 0
-        self.num_owners -= 1
+        del self.owners[seq.request_id]
 
     def chunk_limit(self, start: int) -> int:
         """Tokens from `start` up to its shard's end, which no chunk may cross."""

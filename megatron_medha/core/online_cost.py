@@ -2,50 +2,70 @@
 
 from __future__ import annotations
 
+from operator import mul
+
 from megatron_medha.core.cost import RooflineCost, StepLoad
 
-# Tokens at which the cost per token may change: matrix products are bound by weight reads below, by FLOPs above.
-_HINGES_TOKENS = (48, 384)
-_RELATIVE_NOISE = 0.04   # of a step's duration, what a quiet machine shows between equal steps
-_DRIFT = 2e-5            # share of the prior variance regained per step, so that it follows a changing machine
-_CLIP_SIGMAS = 3.0       # a step further off than this (a page fault, a neighbour) counts as if it were this far
-_REVISION_CHANGE = 0.03  # relative change of a reference prediction that calls for new tables
+_NUM_FEATURES = 8
+_NOISE = 0.04                # of a step's duration, what a quiet machine shows between equal steps
+_PRIOR_SPREAD = 30.0         # times its start value that a coefficient may be off; start values are only a tie-break
+_KEPT = 0.999                # of what was learnt, from step to step: about the last 1,000 steps count
+_KEPT_WHEN_WRONG = 0.25      # the same once the fit is taken to be wrong: the machine has changed, or the roofline lied
+_SURPRISE = 4.0              # times the usual error that makes a step a surprise (a page fault, a neighbour), ...
+_MIN_SURPRISE = 0.05         # ... but never below this relative error
+_MAX_SURPRISES = 2.5         # in short order after which it is the fit that is wrong, not the steps
+_CALM = 0.25                 # how much of a surprise a step that fits makes up for
+_ERROR_MEMORY = 0.02         # weight of the newest step in the usual error
+_DAMPING = 1e-3              # of the prior's weight; keeps a coefficient of which nothing is left to be learnt in place
+_REVISION_CHANGE = 0.05      # relative change of a reference prediction that calls for new tables
+_REVISION_STEPS = 16         # steps between two looks at the reference predictions
+_MIN_STEP_S = 1e-7           # a step takes some time, whatever the fit says
 
 
 class OnlineCost:
-    """A linear model of step time, fitted by a Kalman filter on relative errors.
+    """A linear model of step time with coefficients >= 0: least squares on relative errors, old steps fading.
 
     Predicted seconds = theta . features, with the features 1, tokens, tokens past each hinge, sequences,
-    query-key pairs of chunks, keys read by chunks, keys read by decodes. The roofline gives the prior mean; each
-    coefficient may be off by a factor of several. Steps are weighted by 1 / duration, since a budget
-    is kept or missed in percent, not in milliseconds.
+    query-key pairs of chunks, keys read by chunks, keys read by decodes. Coefficients that cannot be negative make
+    predictions rise with the work, which the chunk search relies on. Steps are weighted by 1 / duration: a budget is
+    kept or missed in percent, and a step held up by something else then moves the fit very little.
+
+    Tried and worse: a Kalman filter on the same features. Coefficients cut off at 0 after its update left it sure
+    of a wrong fit when the roofline was ten times too slow.
     """
 
     def __init__(self, prior: RooflineCost) -> None:
-        shape, hardware = prior.shape, prior.hardware
-        memory = hardware.memory_bytes_per_s * hardware.memory_efficiency
-        weights = shape.num_layers * shape.num_layer_params / prior.layout.tp
-        per_token = 2 * weights / (hardware.flops_per_s * hardware.linear_efficiency)
-        per_key = shape.kv_bytes_per_token / prior.layout.tp / memory
+        shape, hardware, tp = prior.shape, prior.hardware, prior.layout.tp
+        memory_bytes_per_s = hardware.memory_bytes_per_s * hardware.memory_efficiency
+        matmul_flops_per_s = hardware.flops_per_s * hardware.linear_efficiency
+        attention_flops_per_s = hardware.flops_per_s * hardware.attention_efficiency
+        weights = shape.num_layers * shape.num_layer_params / tp
+        per_token = 2 * weights / matmul_flops_per_s
+        weight_read_s = weights * shape.bytes_per_element / memory_bytes_per_s
+        per_key = shape.kv_bytes_per_token / min(tp, shape.num_kv_heads) / memory_bytes_per_s
+        # Matrix products wait for weights up to here and for FLOPs from here on; machines differ in where it is.
+        knee_tokens = max(4.0, weight_read_s / per_token)
+        self._hinges_tokens = (0.25 * knee_tokens, knee_tokens)
         self.theta = [
-            hardware.step_overhead_s
-            + shape.num_layers * hardware.layer_overhead_s
-            + weights * shape.bytes_per_element / memory,
-            per_token,
-            0.0,
-            0.0,
-            hardware.chunk_overhead_s
-            + 2 * shape.num_head_params / prior.layout.tp / (hardware.flops_per_s * hardware.linear_efficiency),
-            4 * shape.head_dim * shape.num_heads * shape.num_layers / prior.layout.tp
-            / (hardware.flops_per_s * hardware.attention_efficiency),
+            hardware.step_overhead_s + shape.num_layers * hardware.layer_overhead_s + weight_read_s,
+            0.3 * per_token,  # the three slopes add up to the roofline's
+            0.4 * per_token,
+            0.3 * per_token,
+            hardware.chunk_overhead_s + 2 * shape.num_head_params / tp / matmul_flops_per_s,
+            4 * shape.head_dim * shape.num_heads * shape.num_layers / tp / attention_flops_per_s,
             per_key,
             per_key,
         ]
-        spread = [2.0 * value for value in self.theta]
-        spread[2] = spread[3] = per_token
-        self._prior_variance = [value * value for value in spread]
-        size = len(spread)
-        self._covariance = [[self._prior_variance[i] if i == j else 0.0 for j in range(size)] for i in range(size)]
+        start = [self.theta[0], per_token, per_token, per_token, *self.theta[4:]]
+        weight = [(_NOISE / (_PRIOR_SPREAD * max(value, 1e-30))) ** 2 for value in start]
+        # The normal equations, gram . theta = moments, summed over all steps; the prior counts as a faint step.
+        self._gram = [
+            [weight[i] if i == j else 0.0 for j in range(_NUM_FEATURES)] for i in range(_NUM_FEATURES)
+        ]
+        self._moments = [w * value for w, value in zip(weight, self.theta, strict=True)]
+        self._damping = [_DAMPING * w for w in weight]
+        self._usual_error = 0.5
+        self._surprises = 0.0
         self._reference_s = self._reference()
         self.num_observed = 0
         self.revision = 0
@@ -53,12 +73,13 @@ class OnlineCost:
     def linear_s(self, num_tokens: int, num_sequences: int) -> float:
         """See CostModel."""
         theta = self.theta
-        total = theta[0] + theta[1] * num_tokens + theta[4] * num_sequences
-        if num_tokens > _HINGES_TOKENS[0]:
-            total += theta[2] * (num_tokens - _HINGES_TOKENS[0])
-            if num_tokens > _HINGES_TOKENS[1]:
-                total += theta[3] * (num_tokens - _HINGES_TOKENS[1])
-        return total
+        total_s = theta[0] + theta[1] * num_tokens + theta[4] * num_sequences
+        low, high = self._hinges_tokens
+        if num_tokens > low:
+            total_s += theta[2] * (num_tokens - low)
+            if num_tokens > high:
+                total_s += theta[3] * (num_tokens - high)
+        return total_s
 
     def attention_s(self, start: int, num_tokens: int) -> float:
         """See CostModel."""
@@ -72,52 +93,58 @@ class OnlineCost:
         """See CostModel."""
         if duration_s <= 0.0:
             return
-        theta, covariance, prior = self.theta, self._covariance, self._prior_variance
-        size = len(theta)
-        features = (
-            1.0,
-            float(load.num_tokens),
-            float(max(0, load.num_tokens - _HINGES_TOKENS[0])),
-            float(max(0, load.num_tokens - _HINGES_TOKENS[1])),
-            float(load.num_sequences),
-            load.chunk_pairs,
-            float(load.chunk_context),
-            float(load.decode_context),
-        )
-        x = [feature / duration_s for feature in features]
-        for i in range(size):
-            if covariance[i][i] < prior[i]:
-                covariance[i][i] += _DRIFT * prior[i]
-        p_x = [sum(p * v for p, v in zip(row, x, strict=True)) for row in covariance]
-        variance = sum(v * p for v, p in zip(x, p_x, strict=True)) + _RELATIVE_NOISE * _RELATIVE_NOISE
-        error = 1.0 - sum(t * v for t, v in zip(theta, x, strict=True))
-        limit = _CLIP_SIGMAS * variance**0.5
-        error = max(-limit, min(limit, error))
-        for i in range(size):
-            gain = p_x[i] / variance
-            theta[i] += gain * error
-            row = covariance[i]
-            for j in range(size):
-                row[j] -= gain * p_x[j]
-        self._project()
+        low, high = self._hinges_tokens
+        per_s = 1.0 / duration_s
+        features = [
+            per_s,
+            load.num_tokens * per_s,
+            max(0.0, load.num_tokens - low) * per_s,
+            max(0.0, load.num_tokens - high) * per_s,
+            load.num_sequences * per_s,
+            load.chunk_pairs * per_s,
+            load.chunk_context * per_s,
+            load.decode_context * per_s,
+        ]
+        kept = self._share_kept(abs(1.0 - sum(map(mul, self.theta, features))))
+        gram, moments = self._gram, self._moments
+        for i, feature in enumerate(features):
+            gram[i] = [kept * value + feature * other for value, other in zip(gram[i], features)]  # noqa: B905
+            moments[i] = kept * moments[i] + feature
+        self._descend()
         self.num_observed += 1
+        if self.num_observed % _REVISION_STEPS == 0:
+            self._revise()
+
+    def _share_kept(self, error: float) -> float:
+        """How much of what was learnt still counts after a step that the fit missed by this relative error."""
+        is_surprise = error > _SURPRISE * self._usual_error + _MIN_SURPRISE
+        self._usual_error += _ERROR_MEMORY * (min(error, _SURPRISE * self._usual_error) - self._usual_error)
+        if not is_surprise:
+            self._surprises = max(0.0, self._surprises - _CALM)
+            return _KEPT
+        self._surprises += 1.0
+        if self._surprises <= _MAX_SURPRISES:
+            return _KEPT
+        self._surprises -= 1.0
+        return _KEPT_WHEN_WRONG
+
+    def _descend(self) -> None:
+        """Move theta towards the least squares with every coefficient >= 0, one coefficient at a time."""
+        # One sweep; the next step goes on where this one stopped.
+        theta = self.theta
+        for i, row in enumerate(self._gram):
+            gradient = self._moments[i] - sum(map(mul, row, theta))
+            value = theta[i] + gradient / (row[i] + self._damping[i])
+            theta[i] = value if value > 0.0 else 0.0
+        theta[0] = max(theta[0], _MIN_STEP_S)
+
+    def _revise(self) -> None:
         reference_s = self._reference()
         if any(
             abs(new - old) > _REVISION_CHANGE * old for new, old in zip(reference_s, self._reference_s, strict=True)
         ):
             self._reference_s = reference_s
             self.revision += 1
-
-    def _project(self) -> None:
-        # Time never falls as work grows: the chunk search relies on it, and noise can pull a small coefficient below 0.
-        theta = self.theta
-        for i in (0, 1, 4, 5, 6, 7):
-            if theta[i] < 0.0:
-                theta[i] = 0.0
-        if theta[1] + theta[2] < 0.0:
-            theta[2] = -theta[1]
-        if theta[1] + theta[2] + theta[3] < 0.0:
-            theta[3] = -theta[1] - theta[2]
 
     def _reference(self) -> tuple[float, float, float]:
         return (

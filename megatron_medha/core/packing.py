@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from math import inf
 
 from megatron_medha.core.batch_builder import BatchBuilder, Planned
 from megatron_medha.core.chunking import Chunking
@@ -10,7 +10,10 @@ from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import CostModel, step_s
 from megatron_medha.core.memory import KVMemory, Part
 from megatron_medha.core.policies import relative_slack
+from megatron_medha.core.prefill_queue import Candidates
 from megatron_medha.core.request import Sequence
+
+_OWED_STEPS = 0.5  # the least worth of the chunks that savings pay for, in steps
 
 
 class PrefillPacker:
@@ -22,8 +25,8 @@ class PrefillPacker:
     gives no more than its slack allows, and what nobody takes in a step it takes back in that step.
 
     Progress share: every step saves a share of its budget for the prefill that has been overdue longest. Once
-    that pays for a chunk the chunk goes in, whatever the policy says, so that in overload too
-    every wait is bounded.
+    that pays for a chunk worth half a step (or for the end of the prompt) the chunk goes in, whatever the policy
+    says, so that in overload too every wait is bounded. Smaller chunks would read a long context more often.
     """
 
     def __init__(self, config: SchedulerConfig, cost: CostModel, memory: KVMemory) -> None:
@@ -35,111 +38,188 @@ class PrefillPacker:
         self._credit_s = 0.0
 
     def pack(
-        self, builder: BatchBuilder, candidates: Iterable[Sequence], overdue: Sequence | None, now_s: float
+        self, builder: BatchBuilder, candidates: Candidates, overdue: Sequence | None, now_s: float
     ) -> None:
         """Add chunks of `candidates`, most urgent first, each the largest that still fits (Medha Alg. 1 and 2).
 
-        The batch is closed after more than max_skips candidates that did not fit.
+        The batch is closed after more than max_skips candidates that did not fit. If nothing can run, nothing is
+        changed: a replay need not know that somebody asked.
         """
-        owed = self._owed_chunk(builder, overdue)
-        if owed is not None:
-            builder.hold(owed)
-        before_s = [step_s(self._cost, load) for load in builder.loads]
+        if overdue is not self._overdue:
+            self._memory.reserve(None, 0.0)
+        credit_s, owed = self._owed_chunk(builder, overdue)
+        gift_s = list(self._gift_s)
+        used_s = [0.0] * len(gift_s)
         long_ranks: set[int] = set()
-        num_skipped = 0
+        first: Sequence | None = None  # the most urgent one that could start
+        num_skipped = num_without_memory = 0
+        most_tokens: float = inf
+        if not self._has_place(overdue):
+            candidates.leave_out_waiting()
+        has_prefill, is_full = owed is not None, builder.is_full()
         for seq in candidates:
-            if num_skipped > self._config.max_skips or builder.is_full():
+            if num_skipped > self._config.max_skips or has_prefill and is_full:
                 break
-            if owed is not None and seq is owed.seq:
+            if seq.num_unscheduled_tokens >= most_tokens:
+                num_skipped += 1  # a long one beside the long ones there: not worth a closer look
                 continue
             plan = self._plan(seq)
             if plan is None:
-                num_skipped += 1
+                num_without_memory += 1
+                if num_without_memory > self._config.max_skips:
+                    candidates.leave_out_waiting()
                 continue
+            first = first or seq
             parts = self._memory.parts(seq, plan)
-            num_tokens = builder.fit(seq, parts)
-            if not num_tokens and not builder.prefills and not long_ranks and owed is None:
-                # Liveness: however full of decodes the step is, one tile goes in.
+            num_least = 0
+            if owed is not None and seq is owed.seq:
+                builder.unhold(seq)  # its turn has come anyway: it gets what it is owed, or more
+                num_least = owed.num_tokens
+            num_tokens, is_long = self._chunk(builder, seq, parts, num_least, long_ranks)
+            if not num_tokens and not has_prefill:
+                # However full of decodes the step is, one tile goes in: less urgent ones must not pass a prefill
+                # whose context has become so long that no tile fits beside them.
                 num_tokens = builder.tile(seq)
-            is_long = self._is_long(seq, num_tokens)
-            if is_long and not long_ranks.isdisjoint(part.kvp_rank for part in parts):
-                num_tokens = 0
             if num_tokens <= 0:
                 num_skipped += 1
                 continue
             if plan:
                 self._memory.take(seq, plan)
+                if not self._has_place(overdue):
+                    candidates.leave_out_waiting()
             if is_long:
                 long_ranks.update(part.kvp_rank for part in parts)
-                builder.hold(Planned(seq, self._kept_chunk(builder, seq, parts, num_tokens, now_s), parts))
+                num_kept = self._kept(builder, seq, parts, num_tokens, gift_s, now_s)
+                builder.hold(Planned(seq, max(num_kept, num_least), parts), num_tokens)
+                if len(long_ranks) == len(gift_s) and self._config.long_prefill_tokens is None:
+                    most_tokens = builder.most_tokens()
             else:
-                builder.add(Planned(seq, num_tokens, parts))
-        self._settle_gifts(builder, before_s, long_ranks)
-        builder.add_held()
-        if any(planned.seq is overdue for planned in builder.prefills):
-            self._credit_s = 0.0  # served, by its credit or by the policy: saving starts anew
+                self._add(builder, Planned(seq, num_tokens, parts), used_s)
+            has_prefill, is_full = True, builder.is_full()
+        for seq in builder.add_held():
+            if seq.is_waiting:
+                self._memory.release(seq)  # others have used the whole step: it has not begun after all
+        if not builder.prefills:
+            self._add_tile(builder, first or overdue)
+        if not builder.is_empty:
+            self._settle(builder, overdue, credit_s, gift_s, used_s, long_ranks)
 
     @property
     def _max_gift_s(self) -> float:
         return self._config.max_saved_gift_steps * self._config.step_budget_s
 
     def _plan(self, seq: Sequence) -> tuple[int, ...] | None:
-        """KVP ranks for a sequence without KV, () for one that has it, None when it cannot have any now."""
-        if seq.block_table.shards:
-            return ()
-        num_places = self._config.max_num_sequences - self._memory.num_owners
-        if self._overdue is not None and seq is not self._overdue and not self._overdue.block_table.shards:
-            num_places -= 1  # the last place among the KV owners is the overdue one's
-        return self._memory.plan(seq) if num_places > 0 else None
+        """KVP ranks for a sequence without KV, () for one that has it, None when there is no memory for it now."""
+        return () if seq.block_table.shards else self._memory.plan(seq)
 
-    def _is_long(self, seq: Sequence, num_tokens: int) -> bool:
-        """Whether it will hold up others for more than the step at hand."""
+    def _has_place(self, overdue: Sequence | None) -> bool:
+        """Whether one more sequence may own KV; the last place is kept for an overdue one that owns none."""
+        num_places = self._config.max_num_sequences - self._memory.num_owners
+        return num_places > (overdue is not None and not overdue.block_table.shards)
+
+    def _chunk(
+        self, builder: BatchBuilder, seq: Sequence, parts: tuple[Part, ...], num_least: int, long_ranks: set[int]
+    ) -> tuple[int, bool]:
+        """Tokens of `seq` for this step, and whether it will hold up others for more than the step at hand."""
         config = self._config
         if not config.has_space_sharing or config.chunking is not Chunking.ADAPTIVE:
-            return False
+            return max(builder.fit(seq, parts), num_least), False
+        has_long = not long_ranks.isdisjoint(part.kvp_rank for part in parts)
         if config.long_prefill_tokens is not None:
-            return seq.num_scheduled_tokens >= config.long_prefill_tokens
-        return num_tokens < seq.num_unscheduled_tokens
+            is_long = seq.num_scheduled_tokens >= config.long_prefill_tokens
+            if is_long and has_long:
+                return num_least, is_long
+            return max(builder.fit(seq, parts), num_least), is_long
+        if has_long:  # then only one that is not long may join
+            is_long = not builder.fits_whole(seq, parts)
+            return (num_least if is_long else seq.num_unscheduled_tokens), is_long
+        num_tokens = max(builder.fit(seq, parts), num_least)
+        return num_tokens, num_tokens < seq.num_unscheduled_tokens
 
-    def _kept_chunk(
-        self, builder: BatchBuilder, seq: Sequence, parts: tuple[Part, ...], num_tokens: int, now_s: float
+    def _kept(
+        self,
+        builder: BatchBuilder,
+        seq: Sequence,
+        parts: tuple[Part, ...],
+        num_tokens: int,
+        gift_s: list[float],
+        now_s: float,
     ) -> int:
-        """What a long prefill keeps for itself however many others come."""
+        """What a long prefill keeps for itself however many others come; what it gives is added to gift_s."""
         given = min(max(relative_slack(seq, now_s), 0.0), self._config.max_relative_slack)
         if not given:
             return num_tokens
-        gift_s = self._max_gift_s
-        for part in parts:
-            saved_s = self._gift_s[part.kvp_rank] + given * builder.budget_s
-            self._gift_s[part.kvp_rank] = min(saved_s, max(self._max_gift_s, given * builder.budget_s))
-            gift_s = min(gift_s, self._gift_s[part.kvp_rank])
-        share = 1.0 - min(gift_s / builder.budget_s, 1.0)
-        return min(builder.fit(seq, parts, share), num_tokens)
+        offered_s = self._max_gift_s
+        for rank, _ in parts:
+            saved_s = gift_s[rank] + given * builder.budget_s
+            gift_s[rank] = min(saved_s, max(self._max_gift_s, given * builder.budget_s))
+            offered_s = min(offered_s, gift_s[rank])
+        if offered_s >= builder.budget_s:
+            return 0
+        # Never less than a tile: where a tile takes most of a step, it gives whole steps now and then, not slices.
+        num_kept = builder.fit(seq, parts, 1.0 - max(offered_s, 0.0) / builder.budget_s, num_tokens)
+        return max(num_kept, min(builder.tile(seq), num_tokens))
 
-    def _settle_gifts(self, builder: BatchBuilder, before_s: list[float], long_ranks: set[int]) -> None:
-        """Take from the savings what others have used; where no long prefill runs there is nothing to protect."""
-        for rank, load in enumerate(builder.loads):
-            if rank in long_ranks:
-                used_s = step_s(self._cost, load) - before_s[rank]
-                self._gift_s[rank] = max(0.0, self._gift_s[rank] - used_s)
-            else:
-                self._gift_s[rank] = self._max_gift_s
+    def _add(self, builder: BatchBuilder, planned: Planned, used_s: list[float]) -> None:
+        """Put in a chunk of one that is not long, and note what it takes from the gifts of those that are."""
+        for rank, _ in planned.parts:
+            used_s[rank] -= step_s(self._cost, builder.loads[rank])
+        builder.add(planned)
+        for rank, _ in planned.parts:
+            used_s[rank] += step_s(self._cost, builder.loads[rank])
 
-    def _owed_chunk(self, builder: BatchBuilder, overdue: Sequence | None) -> Planned | None:
-        """The chunk that the progress share pays for in this step, if it does."""
-        if overdue is not self._overdue:
-            self._overdue, self._credit_s = overdue, 0.0
-        self._memory.reserve(overdue, self._config.progress_share)
-        if overdue is None or overdue.num_scheduled_tokens > overdue.num_first_stage_tokens:
-            return None  # nobody is late, or the late one's last chunk is still in stage 0
-        self._credit_s += self._config.progress_share * builder.budget_s
+    def _owed_chunk(self, builder: BatchBuilder, overdue: Sequence | None) -> tuple[float, Planned | None]:
+        """What the overdue prefill has saved up by this step, and the chunk it pays for, held in the batch."""
+        if overdue is None:
+            return 0.0, None
+        saved_s = self._credit_s if overdue is self._overdue else 0.0
         plan = self._plan(overdue)
-        if plan is None:
-            return None
+        if plan is None or plan and self._memory.num_owners >= self._config.max_num_sequences:
+            return saved_s, None  # no memory for it yet: what it could not use is not saved for it
+        credit_s = saved_s + self._config.progress_share * builder.budget_s
+        if credit_s < min(_OWED_STEPS * builder.budget_s, overdue.remaining_work_s):
+            return credit_s, None
         parts = self._memory.parts(overdue, plan)
-        num_tokens = builder.fit_credit(overdue, parts, self._credit_s)
+        num_tokens = builder.fit_credit(overdue, parts, credit_s)
         if not num_tokens:
-            return None
+            return credit_s, None
         if plan:
             self._memory.take(overdue, plan)
-        return Planned(overdue, num_tokens, parts)
+        owed = Planned(overdue, num_tokens, parts)
+        builder.hold(owed, overdue.num_unscheduled_tokens)
+        return credit_s, owed
+
+    def _add_tile(self, builder: BatchBuilder, seq: Sequence | None) -> None:
+        """Liveness: when nobody took what was kept for others, the most urgent one, or the overdue one, does."""
+        if seq is None or (plan := self._plan(seq)) is None:
+            return
+        if plan and self._memory.num_owners >= self._config.max_num_sequences:
+            return
+        parts = self._memory.parts(seq, plan)
+        num_tokens = max(builder.fit(seq, parts), builder.tile(seq))
+        if num_tokens > 0:
+            if plan:
+                self._memory.take(seq, plan)
+            builder.add(Planned(seq, num_tokens, parts))
+
+    def _settle(
+        self,
+        builder: BatchBuilder,
+        overdue: Sequence | None,
+        credit_s: float,
+        gift_s: list[float],
+        used_s: list[float],
+        long_ranks: set[int],
+    ) -> None:
+        """Take from the savings what this step has used of them."""
+        for planned in builder.prefills:
+            if planned.seq is overdue:
+                credit_s = max(0.0, credit_s - builder.share_s(planned))
+        self._overdue, self._credit_s = overdue, credit_s
+        self._memory.reserve(overdue, self._config.progress_share)
+        # Where no long prefill runs there is nothing to protect. Tiles are coarse, so others may take more than was
+        # given; what they owe is taken from the next gifts.
+        self._gift_s = [
+            gift - used if rank in long_ranks else self._max_gift_s
+            for rank, (gift, used) in enumerate(zip(gift_s, used_s, strict=True))
+        ]

@@ -83,6 +83,11 @@ class Sequence:
         return self.num_known_tokens - self.num_computed_tokens
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether nothing of it is computed and it owns no KV."""
+        return self.status is Status.WAITING
+
+    @property
     def is_prefill(self) -> bool:
         """Whether chunks, not single tokens, are what it needs next."""
         return self.status is Status.WAITING or self.status is Status.PREFILLING

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -24,11 +24,11 @@ from megatron_medha.core.batch import (
 from megatron_medha.core.batch_builder import BatchBuilder
 from megatron_medha.core.chunking import PrefillTimes
 from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import CostModel, StepLoad
-from megatron_medha.core.kinetic_queue import KineticQueue
+from megatron_medha.core.cost import CostModel, StepLoad, step_s
 from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.packing import PrefillPacker
 from megatron_medha.core.policies import POLICIES, relative_slack
+from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Request, Sequence, Status
 
 
@@ -37,6 +37,8 @@ class _InFlight:
     """A batch the runtime has, with what the cost model needs to learn from it."""
 
     batch: Batch
+    sequences: list[Sequence]  # of its chunks, in their order
+    num_decodes: int           # they come first
     load: StepLoad
     has_left_first_stage: bool = False
 
@@ -49,11 +51,9 @@ class Scheduler:
         self.cost = cost
         self.memory = memory
         self._spp = spp
-        self._policy = POLICIES[config.policy]
         self._rule = config.chunk_rule
         self._sequences: dict[str, Sequence] = {}
-        self._started = KineticQueue()   # prefills that own KV, when they go first (non-preemptive)
-        self._queues: dict[int, KineticQueue] = {}  # prefills whose next chunk may start, by priority class
+        self._prefills = PrefillQueue(POLICIES[config.policy], config.is_preemptive)
         self._decodes: dict[str, Sequence] = {}     # ready for their next token, oldest first
         self._growing: list[Sequence] = []          # need a block before their next token
         self._deadlines: list[tuple[float, float, str]] = []  # heap of (deadline, arrival, id); may hold the dead
@@ -62,7 +62,7 @@ class Scheduler:
         self._in_flight: dict[int, _InFlight] = {}
         self._released: list[str] = []
         self._next_batch_id = 0
-        self._times = PrefillTimes(self._rule, cost, config.step_budget_s, memory.max_request_tokens)
+        self._times = self._predict_times()
 
     # ---- what the outside may look at ----
 
@@ -70,6 +70,11 @@ class Scheduler:
     def sequences(self) -> Iterable[Sequence]:
         """Every live sequence."""
         return self._sequences.values()
+
+    @property
+    def num_sequences(self) -> int:
+        """Live sequences."""
+        return len(self._sequences)
 
     @property
     def num_batches_in_flight(self) -> int:
@@ -127,63 +132,62 @@ class Scheduler:
             self._sequences[request.request_id] = seq
             self._num_tpot_slos += request.tpot_slo_s is not None
             heappush(self._deadlines, (seq.deadline_s, request.arrival_s, request.request_id))
-            self._enqueue(seq, now_s)
+            self._prefills.add(seq, now_s)
             return
         outputs.append(Rejected(request.request_id, why, is_client_fault=True))
 
     def _leave_first_stage(self, flight: _InFlight, now_s: float) -> None:
         flight.has_left_first_stage = True
-        for chunk in flight.batch.chunks:
-            seq = self._sequences[chunk.request_id]
+        prefills = slice(flight.num_decodes, None)
+        for chunk, seq in zip(flight.batch.chunks[prefills], flight.sequences[prefills], strict=True):
             seq.num_first_stage_tokens = chunk.start + chunk.num_tokens
-            if seq.status is Status.PREFILLING and seq.num_unscheduled_tokens:
-                self._enqueue(seq, now_s)
+            if not chunk.samples_token and seq.status is Status.PREFILLING:
+                self._prefills.add(seq, now_s)
 
     def _complete(self, event: Completed, now_s: float, outputs: list[Output]) -> None:
         flight = self._in_flight.pop(event.batch_id)
         if not flight.has_left_first_stage:
             self._leave_first_stage(flight, now_s)
         self.cost.observe(flight.load, event.duration_s)
-        failed = dict(event.failed)
-        for chunk in flight.batch.chunks:
-            seq = self._sequences[chunk.request_id]
+        stopped, failed = frozenset(event.stopped), dict(event.failed)
+        # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
+        decoding, decodes, batch_id = Status.DECODING, self._decodes, event.batch_id
+        for chunk, seq in zip(flight.batch.chunks, flight.sequences, strict=True):
+            request_id = chunk.request_id
             seq.num_batches_in_flight -= 1
-            if seq.is_done:
+            if seq.status is not decoding and seq.is_done:
                 if not seq.num_batches_in_flight:
                     self._forget(seq)
                 continue
-            seq.num_computed_tokens = chunk.start + chunk.num_tokens
-            if failed and seq.request_id in failed:
+            seq.num_computed_tokens = end = chunk.start + chunk.num_tokens
+            if seq.num_first_stage_tokens < end:
+                seq.num_first_stage_tokens = end
+            if failed and request_id in failed:
                 self._end(seq, Status.ABORTED, now_s)
-                outputs.append(Rejected(seq.request_id, failed[seq.request_id], is_client_fault=False))
+                outputs.append(Rejected(request_id, failed[request_id], is_client_fault=False))
             elif chunk.samples_token:
-                self._sampled(seq, event, now_s, outputs)
-
-    def _sampled(self, seq: Sequence, event: Completed, now_s: float, outputs: list[Output]) -> None:
-        seq.num_output_tokens += 1
-        reason = None
-        if seq.request_id in event.stopped:
-            reason = FinishReason.STOP
-        elif seq.num_output_tokens >= seq.request.max_output_tokens:
-            reason = FinishReason.LENGTH
-        outputs.append(TokenOut(seq.request_id, event.batch_id, reason))
-        if reason is not None:
-            self._end(seq, Status.FINISHED, now_s)
-            return
-        if seq.status is Status.PREFILLING:
-            seq.move_to(Status.DECODING)
-        if seq.num_scheduled_tokens < seq.capacity_tokens:
-            self._decodes[seq.request_id] = seq
-        else:
-            self._growing.append(seq)
+                seq.num_output_tokens += 1
+                if request_id in stopped:
+                    outputs.append(TokenOut(request_id, batch_id, FinishReason.STOP))
+                    self._end(seq, Status.FINISHED, now_s)
+                elif seq.num_output_tokens >= seq.request.max_output_tokens:
+                    outputs.append(TokenOut(request_id, batch_id, FinishReason.LENGTH))
+                    self._end(seq, Status.FINISHED, now_s)
+                else:
+                    outputs.append(TokenOut(request_id, batch_id, None))
+                    if seq.status is not decoding:
+                        seq.move_to(decoding)
+                    if seq.num_scheduled_tokens < seq.capacity_tokens:
+                        decodes[request_id] = seq
+                    else:
+                        self._growing.append(seq)
 
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
-        if seq.is_prefill:
-            self._dequeue(seq, now_s)
+        self._prefills.discard(seq, now_s)
         seq.move_to(status)
         self._decodes.pop(seq.request_id, None)
-        if seq in self._growing:
-            self._growing.remove(seq)
+        if self._growing:
+            self._growing = [other for other in self._growing if other is not seq]
         # The blocks of a sequence in flight are still being written to: they return with its last batch.
         if not seq.num_batches_in_flight:
             self._forget(seq)
@@ -207,18 +211,15 @@ class Scheduler:
         self._released.clear()  # the new ranks have nothing to forget
 
     def _restart(self, seq: Sequence, now_s: float) -> None:
-        if seq.is_prefill:
-            self._dequeue(seq, now_s)
-        else:
-            self._decodes.pop(seq.request_id, None)
+        self._prefills.discard(seq, now_s)
+        self._decodes.pop(seq.request_id, None)
         self.memory.release(seq)
-        if seq.status is not Status.WAITING:  # one that got its blocks but no chunk yet has not begun
-            seq.move_to(Status.WAITING)
+        seq.move_to(Status.WAITING)
         seq.num_preemptions += 1
         seq.num_scheduled_tokens = seq.num_first_stage_tokens = seq.num_computed_tokens = 0
         seq.remaining_work_s = self.predicted_prefill_s(seq.num_known_tokens)
         heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
-        self._enqueue(seq, now_s)
+        self._prefills.add(seq, now_s)
 
     def _grow(self, now_s: float, outputs: list[Output]) -> None:
         """Give each decode that filled its last block a new one, at the cost of whoever has the most slack."""
@@ -243,14 +244,33 @@ class Scheduler:
         ranks = self.memory.growth_ranks(needy)
         owners = [
             seq
-            for seq in self._sequences.values()
+            for seq in self.memory.owners.values()
             if not seq.num_batches_in_flight
             and not seq.is_done
             and (seq is needy or any(shard.kvp_rank in ranks for shard in seq.block_table.shards))
         ]
-        if owners == [needy]:
+        if all(seq is needy for seq in owners):
             return None
-        return max(owners, key=lambda seq: (relative_slack(seq, now_s), seq.request.arrival_s, seq.request_id))
+        kept = self._kept_from_preemption(owners, now_s)
+        return max(
+            owners,
+            key=lambda seq: (
+                -kept.count(seq.request_id), relative_slack(seq, now_s), seq.request.arrival_s, seq.request_id
+            ),
+        )  # fmt: skip
+
+    def _kept_from_preemption(self, owners: list[Sequence], now_s: float) -> list[str]:
+        """Who should not lose its KV, in overload: a long prefill that loses it again and again would never end.
+
+        The longest overdue prefill, and the owner with the earliest deadline, most of all when they are the same: it
+        runs to its end, then the next one is the earliest, so that every wait has an end.
+        """
+        if not self.config.progress_share:
+            return []
+        earliest = min(owners, key=lambda seq: (seq.deadline_s, seq.request.arrival_s, seq.request_id))
+        overdue = self._longest_overdue(now_s)
+        kept = [overdue.request_id] if overdue is not None else []
+        return kept + 2 * [earliest.request_id] if earliest.deadline_s < now_s else kept
 
     # ---- batches ----
 
@@ -262,21 +282,24 @@ class Scheduler:
             return None
         builder = BatchBuilder(self._rule, self.cost, self.memory, self._budget_s())
         builder.add_decodes(self._decodes.values())
-        if self._has_prefills:
-            self._packer.pack(builder, self._candidates(now_s), self._longest_overdue(now_s), now_s)
+        if self._prefills:
+            self._packer.pack(builder, self._prefills.candidates(now_s), self._longest_overdue(now_s), now_s)
         if builder.is_empty:
             return None
+        load = builder.slowest_load
+        num_decodes = len(self._decodes)
+        sequences = [*self._decodes.values(), *(planned.seq for planned in builder.prefills)]
         batch = Batch(
             batch_id=self._next_batch_id,
             chunks=self._commit(builder, now_s),
             released=tuple(self._released),
             created_s=now_s,
             budget_s=builder.budget_s,
-            predicted_s=builder.predicted_s(),
+            predicted_s=step_s(self.cost, load),
         )
         self._next_batch_id += 1
         self._released.clear()
-        self._in_flight[batch.batch_id] = _InFlight(batch, builder.slowest_load)
+        self._in_flight[batch.batch_id] = _InFlight(batch, sequences, num_decodes, load)
         return batch
 
     def _budget_s(self) -> float:
@@ -285,25 +308,31 @@ class Scheduler:
             for seq in self._decodes.values():
                 if seq.request.tpot_slo_s is not None:
                     budget_s = min(budget_s, seq.request.tpot_slo_s)
-        return budget_s
+        return self._feasible_s(budget_s)
+
+    def _feasible_s(self, budget_s: float) -> float:
+        # A budget that the fixed costs of a step fill cannot be kept by any chunk size; tiles would then pay a
+        # step's overhead each. Twice those costs is the least at which half of the time goes into tokens.
+        return max(budget_s, 2.0 * self.cost.linear_s(1, 1))
 
     def _commit(self, builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
         """Turn what was planned into chunks, and move every cursor."""
         chunks: list[Chunk] = []
-        for seq in self._decodes.values():
+        for request_id, seq in self._decodes.items():
             start = seq.num_scheduled_tokens
             seq.num_scheduled_tokens = start + 1
-            seq.num_batches_in_flight += 1
+            seq.num_batches_in_flight = 1
             table = seq.block_table
-            if len(table.shards) == 1 and not table.unsent_extents:
-                chunks.append(Chunk(seq.request.request_id, start, 1, True, (table.shards[0].kvp_rank,)))
+            if table.unsent_extents:
+                chunks.append(Chunk(request_id, start, 1, True, table.kvp_ranks, tuple(table.unsent_extents)))
+                table.unsent_extents.clear()
             else:
-                chunks.append(self._chunk(seq, start, 1))
+                chunks.append(Chunk(request_id, start, 1, True, table.kvp_ranks))
         self._decodes.clear()
         for seq, num_tokens, _ in builder.prefills:
-            self._dequeue(seq, now_s)
+            self._prefills.discard(seq, now_s)
             start = seq.num_scheduled_tokens
-            if seq.status is Status.WAITING:
+            if seq.is_waiting:
                 seq.move_to(Status.PREFILLING)
                 if seq.first_scheduled_s is None:
                     seq.first_scheduled_s = now_s
@@ -312,18 +341,14 @@ class Scheduler:
             seq.remaining_work_s = max(
                 0.0, self._times.remaining_s(start + num_tokens, seq.num_known_tokens) / self._spp
             )
-            chunks.append(self._chunk(seq, start, num_tokens))
+            chunks.append(self._prefill_chunk(seq, start, num_tokens))
         return tuple(chunks)
 
-    def _chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
-        table = seq.block_table
+    def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
         end = start + num_tokens
-        active = [shard for shard in table.shards if shard.start < end]
-        if active[-1].start == start:
-            extents = tuple(active[-1].extents)  # the first chunk on this shard brings all its blocks
-        else:
-            extents = tuple(table.unsent_extents)
-        table.unsent_extents.clear()
+        active = [shard for shard in seq.block_table.shards if shard.start < end]
+        # The first chunk on a shard brings all its blocks; a prompt's never grow after that.
+        extents = tuple(active[-1].extents) if active[-1].start == start else ()
         return Chunk(
             seq.request_id,
             start,
@@ -333,46 +358,23 @@ class Scheduler:
             extents,
         )
 
-    # ---- queues ----
-
-    @property
-    def _has_prefills(self) -> bool:
-        return bool(self._started) or bool(self._queues)
-
-    def _enqueue(self, seq: Sequence, now_s: float) -> None:
-        """Make a prefill a candidate: its next chunk may start."""
-        queue = self._started
-        if self.config.is_preemptive or seq.status is Status.WAITING:
-            queue = self._queues.setdefault(seq.request.priority, KineticQueue())
-        queue.add(seq.request_id, self._policy(seq), seq.request.arrival_s, now_s)
-
-    def _dequeue(self, seq: Sequence, now_s: float) -> None:
-        queue = self._queues.get(seq.request.priority)
-        if queue is not None and seq.request_id in queue:
-            queue.remove(seq.request_id, now_s)
-            if not queue:
-                del self._queues[seq.request.priority]
-        elif seq.request_id in self._started:
-            self._started.remove(seq.request_id, now_s)
-
-    def _candidates(self, now_s: float) -> Iterator[Sequence]:
-        """Prefills whose next chunk may start, most urgent first."""
-        for queue in (self._started, *(self._queues[level] for level in sorted(self._queues))):
-            for request_id in queue.in_order(now_s):
-                yield self._sequences[request_id]
+    # ---- deadlines ----
 
     def _longest_overdue(self, now_s: float) -> Sequence | None:
         """The prefill with the earliest deadline that has passed."""
         heap = self._deadlines
         while heap and heap[0][0] < now_s:
             seq = self._sequences.get(heap[0][2])
-            if seq is not None and seq.is_prefill and seq.deadline_s == heap[0][0]:
+            # One whose last chunk is in the pipeline needs nothing any more; if it loses its KV it is pushed again.
+            if seq is not None and seq.is_prefill and seq.num_unscheduled_tokens and seq.deadline_s == heap[0][0]:
                 return seq if self.config.progress_share else None
             heappop(heap)
         return None
 
     def _refresh_times(self) -> None:
         if self._times.revision != self.cost.revision:
-            self._times = PrefillTimes(
-                self._rule, self.cost, self.config.step_budget_s, self.memory.max_request_tokens
-            )
+            self._times = self._predict_times()
+
+    def _predict_times(self) -> PrefillTimes:
+        budget_s = self._feasible_s(self.config.step_budget_s)
+        return PrefillTimes(self._rule, self.cost, budget_s, self.memory.max_request_tokens)

@@ -87,7 +87,10 @@ def replay(records: Iterable[Recorded], decisions: Decisions) -> int:
     num_batches = 0
     for record in records:
         if not isinstance(record.entry, Batch):
-            decisions.handle(record.entry, record.now_s)
+            try:
+                decisions.handle(record.entry, record.now_s)
+            except KeyError as error:
+                raise ReplayError(f"line {record.line}: {record.entry} concerns no batch in flight") from error
             continue
         batch = decisions.schedule(record.now_s)
         if batch != record.entry:

@@ -1,0 +1,175 @@
+"""KV memory: sharding over KVP ranks, all or nothing, and what is kept back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.memory import KVMemory, Part
+from megatron_medha.core.request import Request, Sequence
+
+
+def sequence(name: str, num_tokens: int) -> Sequence:
+    request = Request(request_id=name, num_prompt_tokens=num_tokens, max_output_tokens=100, arrival_s=0.0)
+    return Sequence(request=request, deadline_s=1.0, total_work_s=1.0)
+
+
+def memory_of(num_blocks: int, kvp: int = 1, shard_blocks: int | None = None, watermark: float = 0.0) -> KVMemory:
+    return KVMemory(
+        num_blocks=num_blocks,
+        block_size=4,
+        max_context_len=10_000,
+        kvp=kvp,
+        max_tokens_per_shard=None if shard_blocks is None else 4 * shard_blocks,
+        watermark=watermark,
+    )
+
+
+def take(memory: KVMemory, seq: Sequence) -> bool:
+    ranks = memory.plan(seq)
+    if ranks is not None:
+        memory.take(seq, ranks)
+    return ranks is not None
+
+
+def assert_sound(memory: KVMemory, sequences: list[Sequence]) -> None:
+    for rank, pool in enumerate(memory.pools):
+        blocks = [b for first, count in pool.free_extents for b in range(first, first + count)]
+        for seq in sequences:
+            for shard in seq.block_table.shards:
+                if shard.kvp_rank == rank:
+                    assert shard.num_blocks == sum(extent.num_blocks for extent in shard.extents)
+                    blocks.extend(b for first, count in shard.extents for b in range(first, first + count))
+        assert sorted(blocks) == list(range(memory.num_blocks))
+    assert memory.num_owners == sum(bool(seq.block_table.shards) for seq in sequences)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kvp=st.integers(1, 4),
+    num_blocks=st.integers(1, 12),
+    shard_share=st.floats(0.1, 1.0),
+    watermark=st.sampled_from([0.0, 0.2]),
+    steps=st.lists(st.tuples(st.sampled_from(["take", "grow", "release", "reserve"]), st.integers(1, 60))),
+)
+def test_after_any_walk_every_block_is_free_or_owned_once(kvp, num_blocks, shard_share, watermark, steps) -> None:
+    memory = memory_of(num_blocks, kvp, max(1, int(num_blocks * shard_share)), watermark)
+    shard_tokens = memory.max_tokens_per_shard or 0
+    owners: list[Sequence] = []
+    for index, (kind, number) in enumerate(steps):
+        if kind == "take":
+            seq = sequence(f"r{index}", number)
+            num_free = memory.num_free_blocks
+            if take(memory, seq):
+                owners.append(seq)
+                assert seq.capacity_tokens >= number > seq.capacity_tokens - memory.block_size
+                assert [shard.start for shard in seq.block_table.shards] == list(range(0, number, shard_tokens))
+                assert len(set(seq.block_table.kvp_ranks)) == len(seq.block_table.shards)
+            else:
+                assert memory.num_free_blocks == num_free, "all or nothing"
+        elif kind == "grow" and owners:
+            seq = owners[number % len(owners)]
+            ranks, capacity = memory.growth_ranks(seq), seq.capacity_tokens
+            can_grow = any(memory.pools[rank].num_free_blocks for rank in ranks)
+            assert memory.grow(seq) == can_grow
+            assert seq.capacity_tokens == capacity + memory.block_size * can_grow
+            assert seq.block_table.kvp_ranks == tuple(shard.kvp_rank for shard in seq.block_table.shards)
+        elif kind == "release" and owners:
+            seq = owners.pop(number % len(owners))
+            memory.release(seq)
+            memory.release(seq)  # of no effect
+            assert seq.capacity_tokens == 0 and not seq.block_table.shards
+        elif kind == "reserve":
+            memory.reserve(sequence("waiting", number), 0.5)
+        assert_sound(memory, owners)
+    for seq in owners:
+        memory.release(seq)
+    assert memory.num_free_blocks == kvp * num_blocks and memory.num_owners == 0
+
+
+def test_a_long_sequence_is_sharded_in_token_order_with_the_remainder_last() -> None:
+    memory = memory_of(10, kvp=3, shard_blocks=5)
+    seq = sequence("a", 44)
+    assert take(memory, seq)
+    assert [(shard.start, shard.num_blocks) for shard in seq.block_table.shards] == [(0, 5), (20, 5), (40, 1)]
+
+
+def test_a_sequence_starts_on_the_rank_with_the_least_pending_work() -> None:
+    memory = memory_of(10, kvp=2, shard_blocks=10)
+    first, second, third = sequence("a", 20), sequence("b", 4), sequence("c", 4)
+    for seq in (first, second, third):
+        take(memory, seq)
+    assert [seq.block_table.kvp_ranks for seq in (first, second, third)] == [(0,), (1,), (1,)]
+
+
+def test_a_rank_too_full_for_a_whole_shard_may_hold_the_last_one() -> None:
+    memory = memory_of(10, kvp=2, shard_blocks=8)
+    memory.take(sequence("big", 16), (0,))    # 6 blocks left on rank 0
+    memory.take(sequence("huge", 4), (1,))    # 9 blocks left on rank 1
+    assert memory.plan(sequence("a", 40)) == (1, 0)
+
+
+def test_no_chunk_may_cross_the_end_of_a_shard() -> None:
+    memory = memory_of(10, kvp=2, shard_blocks=5)
+    assert [memory.chunk_limit(start) for start in (0, 13, 19, 20)] == [20, 7, 1, 20]
+
+
+def test_the_parts_of_a_chunk_are_the_shards_up_to_its_own() -> None:
+    memory = memory_of(10, kvp=3, shard_blocks=5)
+    seq = sequence("a", 50)
+    assert memory.parts(seq, (2, 0, 1)) == (Part(2, 0),)
+    memory.take(seq, (2, 0, 1))
+    seq.num_scheduled_tokens = 19
+    assert memory.parts(seq, ()) == (Part(2, 19),)
+    seq.num_scheduled_tokens = 20
+    assert memory.parts(seq, ()) == (Part(2, 20), Part(0, 0))
+    seq.num_scheduled_tokens = 45
+    assert memory.parts(seq, ()) == (Part(2, 20), Part(0, 20), Part(1, 5))
+
+
+def test_a_decode_that_fills_its_last_shard_goes_on_on_another_rank() -> None:
+    memory = memory_of(10, kvp=2, shard_blocks=5)
+    seq = sequence("a", 20)
+    memory.take(seq, (1,))
+    assert memory.growth_ranks(seq) == {0} and memory.grow(seq)
+    assert [(shard.kvp_rank, shard.start, shard.num_blocks) for shard in seq.block_table.shards] == [
+        (1, 0, 5), (0, 20, 1)
+    ]  # fmt: skip
+
+
+def test_prompts_leave_the_watermark_free_unless_they_are_alone() -> None:
+    memory = memory_of(10, watermark=0.2)
+    small, large = sequence("small", 4), sequence("large", 36)
+    assert take(memory, small)
+    assert memory.plan(large) is None
+    memory.release(small)
+    assert memory.plan(large) == (0,)
+
+
+def test_a_share_of_what_is_freed_is_kept_for_the_one_it_is_reserved_for() -> None:
+    memory = memory_of(10)
+    waiting, newcomer = sequence("waiting", 40), sequence("newcomer", 40)
+    owners = [sequence(f"r{index}", 4) for index in range(10)]
+    assert all(take(memory, seq) for seq in owners)
+    memory.reserve(waiting, 0.5)
+    for seq in owners:
+        memory.release(seq)
+    assert memory.plan(newcomer) is None
+    assert memory.plan(sequence("short", 20)) == (0,)
+    assert memory.plan(waiting) == (0,)
+    memory.take(waiting, (0,))
+    memory.release(waiting)
+    assert memory.plan(newcomer) == (0,), "the reservation ends when it is used"
+
+
+def test_a_request_can_have_what_memory_and_context_allow() -> None:
+    assert memory_of(10, kvp=3, shard_blocks=5).max_request_tokens == 60
+    assert memory_of(10_000).max_request_tokens == 10_000
+
+
+@pytest.mark.parametrize(("num_blocks", "shard_tokens"), [(0, None), (10, 6), (10, 44)])
+def test_impossible_memory_is_the_users_error(num_blocks: int, shard_tokens: int | None) -> None:
+    with pytest.raises(ConfigError, match="raise model.kv_memory_gib|parallel.max_tokens_per_shard="):
+        KVMemory(num_blocks=num_blocks, block_size=4, max_context_len=100, max_tokens_per_shard=shard_tokens)

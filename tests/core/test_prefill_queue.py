@@ -1,0 +1,62 @@
+"""The order of candidates over classes, waiting and started prefills."""
+
+from __future__ import annotations
+
+from megatron_medha.core.policies import fcfs
+from megatron_medha.core.prefill_queue import PrefillQueue
+from megatron_medha.core.request import Request, Sequence, Status
+
+
+def sequence(name: str, arrival_s: float, priority: int = 0, is_started: bool = False) -> Sequence:
+    request = Request(
+        request_id=name, num_prompt_tokens=1, max_output_tokens=1, arrival_s=arrival_s, priority=priority
+    )
+    seq = Sequence(request=request, deadline_s=1.0, total_work_s=1.0)
+    if is_started:
+        seq.move_to(Status.PREFILLING)
+    return seq
+
+
+def queue_of(*sequences: Sequence, is_preemptive: bool = True) -> PrefillQueue:
+    queue = PrefillQueue(fcfs, is_preemptive)
+    for seq in sequences:
+        queue.add(seq, 0.0)
+    return queue
+
+
+def ids(queue: PrefillQueue) -> list[str]:
+    return [seq.request_id for seq in queue.candidates(0.0)]
+
+
+def test_started_and_waiting_prefills_of_a_class_mix_by_policy() -> None:
+    assert ids(queue_of(sequence("w1", 1.0), sequence("s2", 2.0, is_started=True), sequence("w3", 3.0))) == [
+        "w1", "s2", "w3"
+    ]  # fmt: skip
+
+
+def test_a_lower_class_goes_first_whatever_the_policy_says() -> None:
+    assert ids(queue_of(sequence("a", 1.0, priority=1), sequence("b", 9.0, priority=0))) == ["b", "a"]
+
+
+def test_without_preemption_whoever_has_begun_goes_before_all_classes() -> None:
+    queue = queue_of(
+        sequence("w", 1.0), sequence("s", 9.0, priority=5, is_started=True), is_preemptive=False
+    )
+    assert ids(queue) == ["s", "w"]
+
+
+def test_the_waiting_can_be_left_out_midway() -> None:
+    queue = queue_of(sequence("w1", 1.0), sequence("w2", 2.0), sequence("s3", 3.0, is_started=True))
+    candidates, seen = queue.candidates(0.0), []
+    for seq in candidates:
+        seen.append(seq.request_id)
+        candidates.leave_out_waiting()
+    assert seen == ["w1", "s3"]
+
+
+def test_one_that_is_discarded_is_gone_and_a_second_time_does_no_harm() -> None:
+    seq = sequence("a", 1.0)
+    queue = queue_of(seq, sequence("b", 2.0))
+    queue.discard(seq, 0.0)
+    queue.discard(seq, 0.0)
+    assert ids(queue) == ["b"] and len(queue) == 1

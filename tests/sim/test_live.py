@@ -1,0 +1,70 @@
+"""The simulated replica in wall time: the same engine, a world without a model."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Sequence
+
+from megatron_medha.core.batch import FinishReason
+from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.cost import Hardware
+from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.engine.ports import Delivery, EnginePhase, ErrorDelivery, TokenDelivery
+from megatron_medha.sim.live import live_engine
+
+SHAPE = ModelShape(
+    name="sim", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
+    vocab_size=100, max_context_len=4096,
+)
+FAST = Hardware(name="fast", flops_per_s=1e15, memory_bytes_per_s=1e13, step_overhead_s=1e-4, layer_overhead_s=0.0)
+
+
+def run(num_outputs: int, **sampling: object) -> list[Delivery]:
+    engine = live_engine(
+        shape=SHAPE, hardware=FAST, scheduler_config=SchedulerConfig(), num_blocks=100, block_size=16
+    )
+    got: list[Delivery] = []
+    has_ended, is_ready = threading.Event(), threading.Event()
+
+    def take(deliveries: Sequence[Delivery]) -> None:
+        got.extend(deliveries)
+        if isinstance(got[-1], ErrorDelivery) or got[-1].finish_reason is not None:
+            has_ended.set()
+
+    def look() -> None:
+        if engine.status.phase is EnginePhase.LOADING:
+            threading.Timer(0.01, look).start()
+        else:
+            is_ready.set()
+
+    engine.start(take)
+    look()
+    assert is_ready.wait(10)
+    request = Request(
+        request_id="r", num_prompt_tokens=3, max_output_tokens=num_outputs, arrival_s=engine.now_s()
+    )
+    engine.submit(request, array("i", [1, 2, 97]), Sampling(max_output_tokens=num_outputs, **sampling))
+    assert has_ended.wait(10)
+    engine.stop(10)
+    assert engine.status.phase is EnginePhase.STOPPED
+    return got
+
+
+def test_tokens_count_up_from_the_prompt_and_wrap_at_the_vocabulary() -> None:
+    got = run(4)
+    assert [d.token_id for d in got if isinstance(d, TokenDelivery)] == [98, 99, 0, 1]
+    assert got[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_stop_token_ends_a_simulated_request() -> None:
+    got = run(50, stop_token_ids=(99,))
+    assert [d.token_id for d in got if isinstance(d, TokenDelivery)] == [98, 99]
+    assert got[-1].finish_reason is FinishReason.STOP
+
+
+def test_a_request_that_never_fits_is_refused() -> None:
+    (refusal,) = run(2000)
+    assert isinstance(refusal, ErrorDelivery) and refusal.is_client_fault
