@@ -92,9 +92,8 @@ class KineticQueue:
     def _replay_path(self, leaf: int, now_s: float) -> None:
         entries, expires_s = self._entries, self._expires_s
         while leaf > 1:
-            # The sibling's side may have expired unseen; its winner would be stale.
-            if expires_s[leaf ^ 1] <= now_s:
-                self._refresh(leaf ^ 1, now_s)
+            # The sibling's side may have expired unseen and its winner be stale. Then what is found here has expired
+            # too, and is played again when somebody looks.
             leaf >>= 1
             winner, until_s = entries[leaf], expires_s[leaf]
             self._replay(leaf, now_s)

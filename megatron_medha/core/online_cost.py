@@ -17,6 +17,9 @@ _MAX_SURPRISES = 2.5         # in short order after which it is the fit that is 
 _CALM = 0.25                 # how much of a surprise a step that fits makes up for
 _ERROR_MEMORY = 0.02         # weight of the newest step in the usual error
 _DAMPING = 1e-3              # of the prior's weight; keeps a coefficient of which nothing is left to be learnt in place
+_PACE_GAIN = 0.5             # weight of the newest step that has a chunk in the pace of the machine
+_PACE_MEMORY = 0.02          # weight of the newest step in the judgement whether following the pace helps
+_MAX_PACE = 2.0              # a single step counts as at most this much slower or faster than usual
 _REVISION_CHANGE = 0.05      # relative change of a reference prediction that calls for new tables
 _REVISION_STEPS = 16         # steps between two looks at the reference predictions
 _MIN_STEP_S = 1e-7           # a step takes some time, whatever the fit says
@@ -29,6 +32,11 @@ class OnlineCost:
     query-key pairs of chunks, keys read by chunks, keys read by decodes. Coefficients that cannot be negative make
     predictions rise with the work, which the chunk search relies on. Steps are weighted by 1 / duration: a budget is
     kept or missed in percent, and a step held up by something else then moves the fit very little.
+
+    On top of the fit comes the machine's pace of the last few steps: cores shared with others run 20% slower for
+    tenths of a second and then fast again, too short for the fit and too long to be noise (autocorrelation of the
+    fit's errors 0.8 from step to step, on a rented 2-core machine). Where following it has not helped of late,
+    because errors are independent from step to step, it stays at 1.
 
     Tried and worse: a Kalman filter on the same features. Coefficients cut off at 0 after its update left it sure
     of a wrong fit when the roofline was ten times too slow.
@@ -65,13 +73,23 @@ class OnlineCost:
         self._moments = [w * value for w, value in zip(weight, self.theta, strict=True)]
         self._damping = [_DAMPING * w for w in weight]
         self._usual_error = 0.5
+        self._pace = 1.0           # actual over fitted, of the last few steps
+        self._pace_benefit = 0.0    # how much smaller, relative errors, predictions are with it than without, of late
         self._surprises = 0.0
         self._reference_s = self._reference()
         self.num_observed = 0
         self.revision = 0
 
+    @property
+    def pace(self) -> float:
+        """How much slower the machine is at the moment than its fit says, as far as that has been worth knowing."""
+        return self._pace if self._pace_benefit > 0.0 else 1.0
+
     def linear_s(self, num_tokens: int, num_sequences: int) -> float:
         """See CostModel."""
+        return self.pace * self._fitted_linear_s(num_tokens, num_sequences)
+
+    def _fitted_linear_s(self, num_tokens: int, num_sequences: int) -> float:
         theta = self.theta
         total_s = theta[0] + theta[1] * num_tokens + theta[4] * num_sequences
         low, high = self._hinges_tokens
@@ -83,11 +101,14 @@ class OnlineCost:
 
     def attention_s(self, start: int, num_tokens: int) -> float:
         """See CostModel."""
+        return self.pace * self._fitted_attention_s(start, num_tokens)
+
+    def _fitted_attention_s(self, start: int, num_tokens: int) -> float:
         return self.theta[5] * num_tokens * (start + 0.5 * (num_tokens + 1)) + self.theta[6] * (start + num_tokens)
 
     def decode_attention_s(self, context: int) -> float:
         """See CostModel."""
-        return self.theta[7] * context
+        return self.pace * self.theta[7] * context
 
     def observe(self, load: StepLoad, duration_s: float) -> None:
         """See CostModel."""
@@ -105,7 +126,10 @@ class OnlineCost:
             load.chunk_context * per_s,
             load.decode_context * per_s,
         ]
-        kept = self._share_kept(abs(1.0 - sum(map(mul, self.theta, features))))
+        fitted = sum(map(mul, self.theta, features))  # over actual
+        kept = self._share_kept(abs(1.0 - fitted))
+        if load.chunk_context:
+            self._follow(fitted)
         gram, moments = self._gram, self._moments
         for i, feature in enumerate(features):
             gram[i] = [kept * value + feature * other for value, other in zip(gram[i], features)]  # noqa: B905
@@ -114,6 +138,13 @@ class OnlineCost:
         self.num_observed += 1
         if self.num_observed % _REVISION_STEPS == 0:
             self._revise()
+
+    def _follow(self, fitted: float) -> None:
+        """Take a step's time into the pace, and how well the pace so far would have foretold it."""
+        gained = abs(1.0 - fitted) - abs(1.0 - fitted * self._pace)
+        self._pace_benefit += _PACE_MEMORY * (gained - self._pace_benefit)
+        ratio = min(max(1.0 / max(fitted, 1e-9), 1.0 / _MAX_PACE), _MAX_PACE)
+        self._pace += _PACE_GAIN * (ratio - self._pace)
 
     def _share_kept(self, error: float) -> float:
         """How much of what was learnt still counts after a step that the fit missed by this relative error."""
@@ -148,7 +179,7 @@ class OnlineCost:
 
     def _reference(self) -> tuple[float, float, float]:
         return (
-            self.linear_s(16, 1),
-            self.linear_s(512, 1) + self.attention_s(0, 512),
-            self.attention_s(16384, 64),
+            self._fitted_linear_s(16, 1),
+            self._fitted_linear_s(512, 1) + self._fitted_attention_s(0, 512),
+            self._fitted_attention_s(16384, 64),
         )

@@ -30,6 +30,7 @@ from megatron_medha.core.packing import PrefillPacker
 from megatron_medha.core.policies import POLICIES, relative_slack
 from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Request, Sequence, Status
+from megatron_medha.core.step_budget import StepAim
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class Scheduler:
         self.memory = memory
         self._spp = spp
         self._rule = config.chunk_rule
+        self._aim = StepAim()
         self._sequences: dict[str, Sequence] = {}
         self._prefills = PrefillQueue(POLICIES[config.policy], config.is_preemptive)
         self._decodes: dict[str, Sequence] = {}     # ready for their next token, oldest first
@@ -149,6 +151,7 @@ class Scheduler:
         if not flight.has_left_first_stage:
             self._leave_first_stage(flight, now_s)
         self.cost.observe(flight.load, event.duration_s)
+        self._aim.learn(flight.batch, event.duration_s)
         stopped, failed = frozenset(event.stopped), dict(event.failed)
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
         decoding, decodes, batch_id = Status.DECODING, self._decodes, event.batch_id
@@ -280,7 +283,8 @@ class Scheduler:
             not flight.has_left_first_stage for flight in self._in_flight.values()
         ):
             return None
-        builder = BatchBuilder(self._rule, self.cost, self.memory, self._budget_s())
+        budget_s = self._budget_s()
+        builder = BatchBuilder(self._rule, self.cost, self.memory, self._aim.share * budget_s)
         builder.add_decodes(self._decodes.values())
         if self._prefills:
             self._packer.pack(builder, self._prefills.candidates(now_s), self._longest_overdue(now_s), now_s)
@@ -294,7 +298,7 @@ class Scheduler:
             chunks=self._commit(builder, now_s),
             released=tuple(self._released),
             created_s=now_s,
-            budget_s=builder.budget_s,
+            budget_s=budget_s,
             predicted_s=step_s(self.cost, load),
         )
         self._next_batch_id += 1

@@ -54,6 +54,15 @@ def test_the_waiting_can_be_left_out_midway() -> None:
     assert seen == ["w1", "s3"]
 
 
+def test_a_waiting_one_next_in_line_is_left_out_too() -> None:
+    queue = queue_of(sequence("s1", 1.0, is_started=True), sequence("w2", 2.0), sequence("s3", 3.0, is_started=True))
+    candidates, seen = queue.candidates(0.0), []
+    for seq in candidates:
+        seen.append(seq.request_id)
+        candidates.leave_out_waiting()
+    assert seen == ["s1", "s3"]
+
+
 def test_one_that_is_discarded_is_gone_and_a_second_time_does_no_harm() -> None:
     seq = sequence("a", 1.0)
     queue = queue_of(seq, sequence("b", 2.0))

@@ -85,6 +85,10 @@ class Bench:
             outputs.extend(self.complete(batch))
         return outputs
 
+    def run_until(self, is_enough: Callable[[], bool]) -> None:
+        while not is_enough():
+            self.step()
+
     def sequence(self, name: str) -> Sequence:
         (seq,) = (seq for seq in self.scheduler.sequences if seq.request_id == name)
         return seq
@@ -429,12 +433,43 @@ def test_paused_prefills_are_found_behind_any_number_that_find_no_memory() -> No
 
 
 def test_the_overdue_prefill_that_is_first_by_policy_gets_a_whole_step_not_its_share() -> None:
-    bench = Bench(num_blocks=5000, policy="edf")
+    bench = Bench(num_blocks=5000, policy="edf", tile_tokens=4)
     bench.arrive(request("late", num_tokens=3000))
     bench.now_s = 100.0
-    bench.arrive(*(request(f"s{index}", num_tokens=40, at_s=100.0) for index in range(9)))
-    batch = bench.schedule()
-    assert [chunk.request_id for chunk in batch.chunks] == ["late"]
+    bench.arrive(*(request(f"s{index}", num_tokens=60, num_out=1, at_s=100.0) for index in range(9)))
+    for _ in range(9):  # saved enough for a chunk of its own half of the way
+        assert [chunk.request_id for chunk in bench.step()[0].chunks] == ["late"]
+
+
+def test_time_that_an_overdue_prefill_waits_for_memory_is_not_saved_up_for_it() -> None:
+    bench = Bench(num_blocks=320, policy="srpt", max_num_sequences=64, step_budget_s=0.05)
+    bench.arrive(request("owner", num_tokens=100, num_out=400))
+    bench.step()
+    bench.arrive(request("late", num_tokens=1200, at_s=bench.now_s, ttft_slo_s=0.1))
+    for _ in range(380):  # the owner's decodes keep more blocks than the late one leaves
+        bench.step()
+    assert bench.sequence("late").is_waiting and bench.now_s > bench.sequence("late").deadline_s
+    while bench.sequence("late").is_waiting:
+        bench.step()
+    late_steps = 0
+    for index in range(10):
+        bench.arrive(*(request(f"t{index}-{i}", num_tokens=30, num_out=1, at_s=bench.now_s) for i in range(6)))
+        batch, _ = bench.step()
+        late_steps += any(chunk.request_id == "late" and chunk.num_tokens > 32 for chunk in batch.chunks)
+    assert late_steps <= 3, "a share of the steps, not all of them"
+
+
+def test_nothing_stays_reserved_for_one_that_is_gone() -> None:
+    bench = Bench(num_blocks=30, progress_share=1.0, min_deadline_s=0.01)
+    bench.arrive(request("owner", num_tokens=80, num_out=3))
+    bench.step()
+    bench.arrive(request("late", num_tokens=110, at_s=bench.now_s))
+    bench.now_s += 10.0
+    bench.arrive(request("small", num_tokens=4, num_out=1, at_s=bench.now_s))
+    bench.run_until(lambda: not any(seq.request_id == "owner" for seq in bench.scheduler.sequences))
+    bench.handle(Aborted("late"))
+    bench.arrive(request("next", num_tokens=110, num_out=1, at_s=bench.now_s))
+    assert any(chunk.request_id == "next" for chunk in bench.schedule().chunks)
 
 
 # ---- kvp ----

@@ -265,6 +265,7 @@ class Audit:
             )  # fmt: skip
             assert list(cursors) == sorted(cursors)
             assert seq.num_batches_in_flight == len(self.seen[seq.request_id].in_flight)
+            assert seq.is_waiting == (not seq.block_table.shards), "who waits owns nothing"
 
     def _keeps_budget(self, batch: Batch) -> None:
         """Beyond the budget only by decodes, which all run, or by one tile, which keeps the most urgent moving."""

@@ -1,0 +1,31 @@
+"""How long a step may take, and how far below that to aim on a machine that does not do as predicted."""
+
+from __future__ import annotations
+
+from megatron_medha.core.batch import Batch
+
+_TOLERANCE = 1.1   # a step this much over its budget has broken it
+_LOWERED = 0.01    # of the aim, after a step that broke its budget
+_RAISED = 0.0003   # after one that kept it: the two balance when 3% of the steps break theirs
+_LEAST_AIM = 0.7
+
+
+class StepAim:
+    """The share of a step's budget that predictions may fill.
+
+    1 on a machine whose steps take what is predicted. Where they scatter (cores shared with strangers), half of all
+    steps would break a budget that predictions fill exactly; aiming lower keeps it in all but a few percent.
+    """
+
+    def __init__(self) -> None:
+        self.share = 1.0
+
+    def learn(self, batch: Batch, duration_s: float) -> None:
+        """Take note of how a step went that was filled up to the aim; others say nothing of it."""
+        # Also left out: steps that were over budget by design (the floor of one tile).
+        if not 0.8 * self.share <= batch.predicted_s / batch.budget_s <= 1.0:
+            return
+        if duration_s > _TOLERANCE * batch.budget_s:
+            self.share = max(_LEAST_AIM, self.share - _LOWERED)
+        else:
+            self.share = min(1.0, self.share + _RAISED)
