@@ -1,9 +1,14 @@
-"""Measures the scheduler's own time per step, handle and schedule together, under 100, 1,000 and 10,000 live requests.
+"""The scheduler's own time per step, handle and schedule together, under 100, 1,000 and 10,000 live requests.
+
+    python -m experiments.decisions.run
 
 The real Scheduler with OnlineCost is driven by the simulated world in a closed loop: each request that ends is
-replaced by a new one, so the number of live requests stays the same and the machine is always overloaded. Virtual
-time makes runs identical, so each is done several times and every step counts with its least CPU time: what other
-programs on the same cores add is not the scheduler's.
+replaced by a new one, so the number of live requests stays the same and the machine is always overloaded. Prompts
+are those of the 5% mix (MEDHA.md 7.2); answers are short enough that about 32 requests decode in a step, so that
+prefills never rest: a request comes, starts, is co-scheduled and ends in about every step.
+
+Virtual time makes runs identical, so each is done several times and every step counts with its least CPU time: what
+other programs on the same cores add is not the scheduler's. The speed of the machine is printed beside the figures.
 """
 
 from __future__ import annotations
@@ -14,9 +19,9 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from megatron_medha.core.batch import Arrived, Batch, Event, Output, Rejected, TokenOut
+from megatron_medha.core.batch import Arrived, Batch, Event, Output, TokenOut
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware, RooflineCost
 from megatron_medha.core.memory import KVMemory
@@ -25,9 +30,13 @@ from megatron_medha.core.online_cost import OnlineCost
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.engine.loop import serve
-from megatron_medha.sim.world import RequestRecord, SimulatedWorld, true_step_s
+from megatron_medha.sim.world import SimulatedWorld, true_step_s
 
 BARS_S = {1_000: 100e-6, 10_000: 1e-3}
+# Most output tokens of a request with which about 32 decode: the more wait, the more short ones LARS has to start.
+OUTPUTS_FOR_32_DECODES = {100: 180, 1_000: 64, 10_000: 24}
+WARM_UP_STEPS = 1_000
+NOISE = 0.03
 
 LLAMA3_8B = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,
@@ -35,25 +44,22 @@ LLAMA3_8B = ModelShape(
 )  # fmt: skip
 H100 = Hardware(name="h100", flops_per_s=989e12, memory_bytes_per_s=3.35e12)
 # What the world really does: the scheduler has to find out.
-TRUE_H100 = Hardware(
-    name="h100, measured", flops_per_s=989e12, memory_bytes_per_s=3.35e12, linear_efficiency=0.55,
-    attention_efficiency=0.4, memory_efficiency=0.7, step_overhead_s=4e-3,
-)  # fmt: skip
-NOISE = 0.03
-WARM_UP_STEPS = 1_000
+TRUE_H100 = replace(
+    H100, linear_efficiency=0.55, attention_efficiency=0.4, memory_efficiency=0.7, step_overhead_s=4e-3
+)
 
 
-def prompts(seed: int) -> Iterator[Request]:
-    """Chats of 20 to 8,000 tokens, and one document of 32K to 1M in twenty; about the shape of WORKLOADS.md's mix."""
+def prompts(seed: int, max_output_tokens: int) -> Iterator[Request]:
+    """Chats of up to 8,000 tokens, and one document of 100K to 1M in twenty."""
     draw = random.Random(seed)
     index = 0
     while True:
-        is_long = draw.random() < 0.01
-        low, high = (32_000, 1_000_000) if is_long else (20, 8_000)
+        is_long = draw.random() < 0.05
+        low, high = (100_000, 1_000_000) if is_long else (20, 8_000)
         yield Request(
             request_id=f"request-{index}",
             num_prompt_tokens=int(low * (high / low) ** draw.random()),
-            max_output_tokens=draw.randint(2, 60),
+            max_output_tokens=draw.randint(2, max_output_tokens),
             arrival_s=0.0,
         )
         index += 1
@@ -62,8 +68,8 @@ def prompts(seed: int) -> Iterator[Request]:
 class ClosedWorld(SimulatedWorld):
     """A world in which a new request arrives whenever one ends, until `num_batches` have been submitted."""
 
-    def __init__(self, num_live: int, num_batches: int, seed: int) -> None:
-        self._prompts = prompts(seed)
+    def __init__(self, num_live: int, num_batches: int, max_output_tokens: int, seed: int) -> None:
+        self._prompts = prompts(seed, max_output_tokens)
         self._num_batches_left = num_batches
         noise = random.Random(seed)
         truth = true_step_s(RooflineCost(shape=LLAMA3_8B, hardware=TRUE_H100))
@@ -81,123 +87,161 @@ class ClosedWorld(SimulatedWorld):
 
     def emit(self, output: Output) -> None:
         """See Runtime."""
-        if isinstance(output, Rejected) or isinstance(output, TokenOut) and output.finish_reason is not None:
-            del self.records[output.request_id]
-            request = next(self._prompts)
-            now_s = self.now_s()
-            request = Request(
-                request_id=request.request_id,
-                num_prompt_tokens=request.num_prompt_tokens,
-                max_output_tokens=request.max_output_tokens,
-                arrival_s=now_s,
-            )
-            self.records[request.request_id] = RequestRecord(request)
-            self.push(now_s, Arrived(request))
+        if isinstance(output, TokenOut) and output.finish_reason is not None:
+            self.push(self.now_s(), Arrived(replace(next(self._prompts), arrival_s=self.now_s())))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one batch has cost the scheduler, and what was in it."""
+
+    decision_s: float  # its predecessor's completion, and its own making
+    arrivals_s: float  # requests that arrived between the two
+    num_arrivals: int
+    num_decodes: int
+    num_prefills: int
+    num_live: int
 
 
 @dataclass(slots=True)
 class TimedDecisions:
-    """The scheduler, with the seconds each step took: its own events and the schedule call."""
+    """The scheduler with a stop watch."""
 
     scheduler: Scheduler
-    pending_s: float = 0.0
-    step_seconds: list[float] = field(default_factory=list)
-    nums_decodes: list[int] = field(default_factory=list)
-    nums_prefills: list[int] = field(default_factory=list)
-    nums_live: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    _decision_s: float = 0.0
+    _arrivals_s: float = 0.0
+    _num_arrivals: int = 0
 
     def handle(self, event: Event, now_s: float) -> list[Output]:
         """See Decisions."""
         began_s = time.thread_time()
         outputs = self.scheduler.handle(event, now_s)
-        self.pending_s += time.thread_time() - began_s
+        seconds = time.thread_time() - began_s
+        if isinstance(event, Arrived):
+            self._arrivals_s += seconds
+            self._num_arrivals += 1
+        else:
+            self._decision_s += seconds
         return outputs
 
     def schedule(self, now_s: float) -> Batch | None:
         """See Decisions."""
         began_s = time.thread_time()
         batch = self.scheduler.schedule(now_s)
-        self.pending_s += time.thread_time() - began_s
+        self._decision_s += time.thread_time() - began_s
         if batch is not None:
-            self.step_seconds.append(self.pending_s)
-            self.pending_s = 0.0
             num_decodes = sum(chunk.num_tokens == 1 for chunk in batch.chunks)
-            self.nums_decodes.append(num_decodes)
-            self.nums_prefills.append(len(batch.chunks) - num_decodes)
-            self.nums_live.append(self.scheduler.num_sequences)
+            self.steps.append(
+                Step(
+                    self._decision_s,
+                    self._arrivals_s,
+                    self._num_arrivals,
+                    num_decodes,
+                    len(batch.chunks) - num_decodes,
+                    self.scheduler.num_sequences,
+                )
+            )
+            self._decision_s = self._arrivals_s = 0.0
+            self._num_arrivals = 0
         return batch
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Figures of one run."""
-
-    num_live: float
-    p50_s: float
-    p99_s: float
-    max_s: float
-    mean_decodes: float
-    mean_prefills: float
-    num_owners: int
-    slope_s: float  # extra time per extra decode, least squares over the steps
-
-
-def run(num_live: int, max_num_sequences: int, num_steps: int, policy: str, seed: int) -> TimedDecisions:
-    """Drive a new scheduler for so many steps."""
-    config = SchedulerConfig(policy=policy, max_num_sequences=max_num_sequences)
+def run(
+    num_live: int, max_output_tokens: int, num_steps: int, config: SchedulerConfig, seed: int = 0
+) -> list[Step]:
+    """Drive a new scheduler for so many steps after it has become steady."""
     memory = KVMemory(num_blocks=400_000, block_size=16, max_context_len=LLAMA3_8B.max_context_len)
-    scheduler = Scheduler(config, OnlineCost(RooflineCost(shape=LLAMA3_8B, hardware=H100)), memory)
-    decisions = TimedDecisions(scheduler)
+    cost = OnlineCost(RooflineCost(shape=LLAMA3_8B, hardware=H100))
+    decisions = TimedDecisions(Scheduler(config, cost, memory))
     gc.collect()
-    serve(decisions, ClosedWorld(num_live, num_steps, seed))
-    return decisions
+    serve(decisions, ClosedWorld(num_live, WARM_UP_STEPS + num_steps, max_output_tokens, seed))
+    return decisions.steps[WARM_UP_STEPS:]
 
 
-def measure(
-    num_live: int, max_num_sequences: int, num_steps: int, policy: str, num_repeats: int, seed: int = 0
-) -> Measured:
-    """Run until steady, then for `num_steps` steps; all of it `num_repeats` times."""
-    runs = [run(num_live, max_num_sequences, WARM_UP_STEPS + num_steps, policy, seed) for _ in range(num_repeats)]
-    steps = [min(seconds) for seconds in zip(*(run.step_seconds for run in runs), strict=True)][WARM_UP_STEPS:]
-    decodes, prefills, lives = (
-        numbers[WARM_UP_STEPS:] for numbers in (runs[0].nums_decodes, runs[0].nums_prefills, runs[0].nums_live)
-    )
-    mean_decodes = sum(decodes) / num_steps
-    mean_s = sum(steps) / num_steps
-    spread = sum((num - mean_decodes) ** 2 for num in decodes)
-    slope_s = sum((num - mean_decodes) * (s - mean_s) for num, s in zip(decodes, steps, strict=True)) / (spread or 1)
-    ordered = sorted(steps)
-    return Measured(
-        num_live=sum(lives) / num_steps,
-        p50_s=ordered[num_steps // 2],
-        p99_s=ordered[int(num_steps * 0.99)],
-        max_s=ordered[-1],
-        mean_decodes=mean_decodes,
-        mean_prefills=sum(prefills) / num_steps,
-        num_owners=runs[0].scheduler.memory.num_owners,
-        slope_s=slope_s,
-    )
+def run_often(
+    num_live: int, max_output_tokens: int, num_steps: int, config: SchedulerConfig, num_repeats: int
+) -> list[Step]:
+    """The same steps several times; of each the least times."""
+    runs = [run(num_live, max_output_tokens, num_steps, config) for _ in range(num_repeats)]
+    return [
+        replace(
+            same[0],
+            decision_s=min(step.decision_s for step in same),
+            arrivals_s=min(step.arrivals_s for step in same),
+        )
+        for same in zip(*runs, strict=True)
+    ]
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value that so many of the others do not exceed."""
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+
+
+def slope_per_decode_s(num_repeats: int) -> float:
+    """Seconds that one more decode adds to a step of nothing but decodes."""
+
+    def step_s(num_decodes: int) -> float:
+        memory = KVMemory(num_blocks=400_000, block_size=16, max_context_len=LLAMA3_8B.max_context_len)
+        cost = OnlineCost(RooflineCost(shape=LLAMA3_8B, hardware=H100))
+        requests = [
+            Request(request_id=f"request-{index}", num_prompt_tokens=50, max_output_tokens=10_000, arrival_s=0.0)
+            for index in range(num_decodes)
+        ]
+        world = SimulatedWorld(requests, lambda batch: 0.02)
+        decisions = TimedDecisions(Scheduler(SchedulerConfig(), cost, memory))
+        world.push(6.0, None)  # type: ignore[arg-type]  # ends the world
+        serve(decisions, world)
+        return quantile([step.decision_s for step in decisions.steps[100:]], 0.5)
+
+    return min((step_s(192) - step_s(64)) / 128 for _ in range(num_repeats))
+
+
+def loop_s() -> float:
+    """Seconds for a million rounds of an empty loop: how fast this Python is on this machine, at the moment."""
+
+    def once() -> float:
+        began_s = time.thread_time()
+        for _ in range(1_000_000):
+            pass
+        return time.thread_time() - began_s
+
+    return min(once() for _ in range(9))
 
 
 def main() -> None:
     """Print one line per number of live requests, figure beside bar."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--live", type=int, nargs="+", default=[100, 1_000, 10_000])
-    parser.add_argument("--sequences", type=int, default=40, help="that own KV at the same time")
+    parser.add_argument("--outputs", type=int, help="most output tokens of a request; more means more decodes")
+    parser.add_argument("--sequences", type=int, default=256, help="that own KV at the same time")
     parser.add_argument("--steps", type=int, default=3_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--policy", default="lars")
     arguments = parser.parse_args()
-    print(f"python {sys.version.split()[0]}, policy {arguments.policy}, {arguments.steps} steps after 1,000 to warm up")
-    print("  live  owners  decodes/step  prefills/step   p50 us   p99 us   max us   bar us  us per decode")
+    config = SchedulerConfig(policy=arguments.policy, max_num_sequences=arguments.sequences)
+    print(
+        f"python {sys.version.split()[0]}, {loop_s() * 1e3:.1f} ms for a million empty loops; "
+        f"policy {arguments.policy}, {arguments.steps} steps, CPU microseconds"
+    )
+    print("                per step           | one decision |  with arrivals |")
+    print("  live  decodes  prefills arrivals |   p50    p99 |    p50     p99 |   bar")
     for num_live in arguments.live:
-        figures = measure(num_live, arguments.sequences, arguments.steps, arguments.policy, arguments.repeats)
-        bar = f"{BARS_S[num_live] * 1e6:8.0f}" if num_live in BARS_S else "       -"
+        outputs = arguments.outputs or OUTPUTS_FOR_32_DECODES.get(num_live, 64)
+        steps = run_often(num_live, outputs, arguments.steps, config, arguments.repeats)
+        decisions = [step.decision_s * 1e6 for step in steps]
+        everything = [(step.decision_s + step.arrivals_s) * 1e6 for step in steps]
+        bar = f"{BARS_S[num_live] * 1e6:5.0f}" if num_live in BARS_S else "    -"
         print(
-            f"{figures.num_live:6.0f}  {figures.num_owners:6d}  {figures.mean_decodes:12.1f}  "
-            f"{figures.mean_prefills:13.2f} {figures.p50_s * 1e6:8.1f} {figures.p99_s * 1e6:8.1f} "
-            f"{figures.max_s * 1e6:8.0f} {bar}  {figures.slope_s * 1e6:8.2f}"
+            f"{sum(step.num_live for step in steps) / len(steps):6.0f} "
+            f"{sum(step.num_decodes for step in steps) / len(steps):8.1f} "
+            f"{sum(step.num_prefills for step in steps) / len(steps):9.2f} "
+            f"{sum(step.num_arrivals for step in steps) / len(steps):8.2f} | "
+            f"{quantile(decisions, 0.5):5.0f} {quantile(decisions, 0.99):6.0f} | "
+            f"{quantile(everything, 0.5):6.0f} {quantile(everything, 0.99):7.0f} | {bar}"
         )
+    print(f"one more decode in a step: {slope_per_decode_s(arguments.repeats) * 1e6:.2f} us")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ class PrefillTimes:
             count = chunk_at(tokens)
             return (cost.linear_s(count, 1) + cost.attention_s(max(0, tokens - count // 2), count)) / count
 
-        first_chunk = min(chunk_at(0), max_tokens)
+        self.num_step_tokens = chunk_at(0)  # that fit into a step with nothing else
+        first_chunk = min(self.num_step_tokens, max_tokens)
         self._tokens, self._seconds = [0], [0.0]
         tokens = 1
         while tokens < first_chunk:

@@ -98,11 +98,14 @@ class KVMemory:
     def parts(self, seq: Sequence, plan: tuple[int, ...]) -> tuple[Part, ...]:
         """The KVP ranks that take part in the next chunk of `seq`; by its plan while it owns nothing."""
         start = seq.num_scheduled_tokens
-        if not seq.block_table.shards:
+        shards = seq.block_table.shards
+        if not shards:
             return (Part(plan[0], 0),)
+        if len(shards) == 1:
+            return (Part(shards[0].kvp_rank, start),)
         return tuple(
             Part(shard.kvp_rank, min(start - shard.start, self._shard_tokens))
-            for shard in seq.block_table.shards
+            for shard in shards
             if shard.start <= start
         )
 

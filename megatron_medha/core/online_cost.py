@@ -75,6 +75,7 @@ class OnlineCost:
         self._usual_error = 0.5
         self._pace = 1.0           # actual over fitted, of the last few steps
         self._pace_benefit = 0.0    # how much smaller, relative errors, predictions are with it than without, of late
+        self._paced = list(self.theta)  # the coefficients times the pace
         self._surprises = 0.0
         self._reference_s = self._reference()
         self.num_observed = 0
@@ -87,28 +88,23 @@ class OnlineCost:
 
     def linear_s(self, num_tokens: int, num_sequences: int) -> float:
         """See CostModel."""
-        return self.pace * self._fitted_linear_s(num_tokens, num_sequences)
-
-    def _fitted_linear_s(self, num_tokens: int, num_sequences: int) -> float:
-        theta = self.theta
-        total_s = theta[0] + theta[1] * num_tokens + theta[4] * num_sequences
+        paced = self._paced
+        total_s = paced[0] + paced[1] * num_tokens + paced[4] * num_sequences
         low, high = self._hinges_tokens
         if num_tokens > low:
-            total_s += theta[2] * (num_tokens - low)
+            total_s += paced[2] * (num_tokens - low)
             if num_tokens > high:
-                total_s += theta[3] * (num_tokens - high)
+                total_s += paced[3] * (num_tokens - high)
         return total_s
 
     def attention_s(self, start: int, num_tokens: int) -> float:
         """See CostModel."""
-        return self.pace * self._fitted_attention_s(start, num_tokens)
-
-    def _fitted_attention_s(self, start: int, num_tokens: int) -> float:
-        return self.theta[5] * num_tokens * (start + 0.5 * (num_tokens + 1)) + self.theta[6] * (start + num_tokens)
+        paced = self._paced
+        return paced[5] * num_tokens * (start + 0.5 * (num_tokens + 1)) + paced[6] * (start + num_tokens)
 
     def decode_attention_s(self, context: int) -> float:
         """See CostModel."""
-        return self.pace * self.theta[7] * context
+        return self._paced[7] * context
 
     def observe(self, load: StepLoad, duration_s: float) -> None:
         """See CostModel."""
@@ -135,6 +131,8 @@ class OnlineCost:
             gram[i] = [kept * value + feature * other for value, other in zip(gram[i], features)]  # noqa: B905
             moments[i] = kept * moments[i] + feature
         self._descend()
+        pace = self.pace
+        self._paced = [pace * value for value in self.theta]
         self.num_observed += 1
         if self.num_observed % _REVISION_STEPS == 0:
             self._revise()
@@ -178,8 +176,12 @@ class OnlineCost:
             self.revision += 1
 
     def _reference(self) -> tuple[float, float, float]:
+        """What the fit says of three steps, at its usual pace: a passing pace is no reason for new tables.
+
+        Whole steps: attention alone is a guess while only short contexts are seen, and guesses come and go.
+        """
         return (
-            self._fitted_linear_s(16, 1),
-            self._fitted_linear_s(512, 1) + self._fitted_attention_s(0, 512),
-            self._fitted_attention_s(16384, 64),
+            self.linear_s(16, 1) / self.pace,
+            (self.linear_s(512, 1) + self.attention_s(0, 512)) / self.pace,
+            (self.linear_s(64, 1) + self.attention_s(32768, 64)) / self.pace,
         )

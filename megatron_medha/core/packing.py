@@ -92,6 +92,7 @@ class PrefillPacker:
                 num_kept = self._kept(builder, seq, parts, num_tokens, gift_s, now_s)
                 builder.hold(Planned(seq, max(num_kept, num_least), parts), num_tokens)
                 if len(long_ranks) == len(gift_s) and self._config.long_prefill_tokens is None:
+                    candidates.leave_out_large()
                     most_tokens = builder.most_tokens()
             else:
                 self._add(builder, Planned(seq, num_tokens, parts), used_s)

@@ -3,90 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from heapq import heapify, heappop, heapreplace
+from typing import NamedTuple
 
-from megatron_medha.core.kinetic_queue import KineticQueue
+from megatron_medha.core.kinetic_queue import KineticQueue, Place
 from megatron_medha.core.policies import Policy
 from megatron_medha.core.request import Sequence
 
 _BEFORE_ALL_CLASSES = float("-inf")
 
 
-class PrefillQueue:
-    """Two queues per priority class: prefills that own KV, and those that wait for some.
+class _Kind(NamedTuple):
+    """What prefills of one queue have in common."""
 
-    They are kept apart because thousands may wait while no memory is free; those who own it are few, and a batch
-    must be able to find them behind any number of others who cannot start.
+    level: float      # priority class
+    is_waiting: bool  # owns no KV
+    is_large: bool    # cannot end within one step, however empty
+
+
+class PrefillQueue:
+    """A queue for each kind of prefill, read as one.
+
+    Kinds are kept apart because thousands may wait while no memory is free, or be too large for what is left of a
+    step, and a batch must find the few that can join it behind any number of those.
     """
 
-    def __init__(self, policy: Policy, is_preemptive: bool) -> None:
+    def __init__(self, policy: Policy, is_preemptive: bool, num_step_tokens: int) -> None:
+        self.num_step_tokens = num_step_tokens  # that fit into an empty step; of effect on what is added from now on
         self._policy = policy
         self._is_preemptive = is_preemptive
-        self._started: dict[float, KineticQueue] = {}
-        self._waiting: dict[float, KineticQueue] = {}
-        self._sequences: dict[str, Sequence] = {}
+        self._queues: dict[_Kind, KineticQueue] = {}
+        self._sequences: dict[str, tuple[Sequence, _Kind]] = {}
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def add(self, seq: Sequence, now_s: float) -> None:
         """Make `seq` a candidate: its next chunk may start."""
-        queues, level = self._place_of(seq)
-        if (queue := queues.get(level)) is None:
-            queue = queues[level] = KineticQueue()
+        is_waiting = seq.is_waiting
+        level = seq.request.priority if is_waiting or self._is_preemptive else _BEFORE_ALL_CLASSES
+        kind = _Kind(level, is_waiting, seq.num_unscheduled_tokens > self.num_step_tokens)
+        if (queue := self._queues.get(kind)) is None:
+            queue = self._queues[kind] = KineticQueue()
         queue.add(seq.request_id, self._policy(seq), seq.request.arrival_s, now_s)
-        self._sequences[seq.request_id] = seq
+        self._sequences[seq.request_id] = (seq, kind)
 
     def discard(self, seq: Sequence, now_s: float) -> None:
-        """Take `seq` out, if it is there; it must own KV exactly if it did when it was added."""
-        if self._sequences.pop(seq.request_id, None) is None:
-            return
-        queues, level = self._place_of(seq)
-        queue = queues[level]
-        queue.remove(seq.request_id, now_s)
-        if not queue:
-            del queues[level]
+        """Take `seq` out, if it is there."""
+        _, kind = self._sequences.pop(seq.request_id, (None, None))
+        if kind is not None:
+            queue = self._queues[kind]
+            queue.remove(seq.request_id, now_s)
+            if not queue:
+                del self._queues[kind]
 
     def candidates(self, now_s: float) -> Candidates:
         """All of them, most urgent first, as of now. The queue must not change while this is read."""
-        return Candidates(self._started, self._waiting, self._sequences, now_s)
-
-    def _place_of(self, seq: Sequence) -> tuple[dict[float, KineticQueue], float]:
-        if seq.is_waiting:
-            return self._waiting, seq.request.priority
-        return self._started, seq.request.priority if self._is_preemptive else _BEFORE_ALL_CLASSES
+        return Candidates(self._queues, self._sequences, now_s)
 
 
 class Candidates:
-    """An iterator over prefills, most urgent first, from which those that own no KV can be left out midway."""
+    """An iterator over prefills, most urgent first, from which whole kinds can be left out midway."""
 
     def __init__(
-        self,
-        started: dict[float, KineticQueue],
-        waiting: dict[float, KineticQueue],
-        sequences: dict[str, Sequence],
-        now_s: float,
+        self, queues: dict[_Kind, KineticQueue], sequences: dict[str, tuple[Sequence, _Kind]], now_s: float
     ) -> None:
-        self._started = started
-        self._waiting = waiting
+        self._queues = queues
         self._sequences = sequences
         self._now_s = now_s
         self._has_waiting = True
+        self._has_large = True
 
     def leave_out_waiting(self) -> None:
         """From here on only those that own KV."""
         self._has_waiting = False
 
+    def leave_out_large(self) -> None:
+        """From here on only those that might end within a step."""
+        self._has_large = False
+
     def __iter__(self) -> Iterator[Sequence]:
-        for level in sorted({*self._started, *self._waiting}):
-            started = iter(self._started[level].in_order(self._now_s) if level in self._started else ())
-            waiting = iter(self._waiting[level].in_order(self._now_s) if level in self._waiting else ())
-            first, other = next(started, None), next(waiting, None) if self._has_waiting else None
-            while first is not None or other is not None:
-                if first is not None and (other is None or first < other):
-                    yield self._sequences[first[2]]
-                    first = next(started, None)
-                elif other is not None:
-                    yield self._sequences[other[2]]
-                    other = next(waiting, None) if self._has_waiting else None
-                if not self._has_waiting:
-                    other = None
+        for level in sorted({kind.level for kind in self._queues}):
+            heads: list[tuple[Place, _Kind, Iterator[Place]]] = []
+            for kind, queue in self._queues.items():
+                if kind.level == level and self._includes(kind):
+                    places = queue.in_order(self._now_s)
+                    heads.append((next(places), kind, places))
+            heapify(heads)  # places never compare equal
+            while heads:
+                place, kind, places = heads[0]
+                if self._includes(kind):
+                    yield self._sequences[place[2]][0]
+                if self._includes(kind) and (following := next(places, None)) is not None:
+                    heapreplace(heads, (following, kind, places))
+                else:
+                    heappop(heads)
+
+    def _includes(self, kind: _Kind) -> bool:
+        return (self._has_waiting or not kind.is_waiting) and (self._has_large or not kind.is_large)

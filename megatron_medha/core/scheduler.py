@@ -55,7 +55,6 @@ class Scheduler:
         self._rule = config.chunk_rule
         self._aim = StepAim()
         self._sequences: dict[str, Sequence] = {}
-        self._prefills = PrefillQueue(POLICIES[config.policy], config.is_preemptive)
         self._decodes: dict[str, Sequence] = {}     # ready for their next token, oldest first
         self._growing: list[Sequence] = []          # need a block before their next token
         self._deadlines: list[tuple[float, float, str]] = []  # heap of (deadline, arrival, id); may hold the dead
@@ -65,6 +64,7 @@ class Scheduler:
         self._released: list[str] = []
         self._next_batch_id = 0
         self._times = self._predict_times()
+        self._prefills = PrefillQueue(POLICIES[config.policy], config.is_preemptive, self._times.num_step_tokens)
 
     # ---- what the outside may look at ----
 
@@ -122,9 +122,9 @@ class Scheduler:
         else:
             self._refresh_times()
             total_s = self.predicted_prefill_s(request.num_prompt_tokens)
-            deadline_s = max(self.config.deadline_multiplier * total_s, self.config.min_deadline_s)
-            if request.ttft_slo_s is not None:
-                deadline_s = request.ttft_slo_s
+            deadline_s = request.ttft_slo_s
+            if deadline_s is None:
+                deadline_s = self._derived_deadline_s(total_s)
             seq = Sequence(
                 request=request,
                 deadline_s=request.arrival_s + deadline_s,
@@ -152,9 +152,11 @@ class Scheduler:
             self._leave_first_stage(flight, now_s)
         self.cost.observe(flight.load, event.duration_s)
         self._aim.learn(flight.batch, event.duration_s)
+        self._refresh_times()
         stopped, failed = frozenset(event.stopped), dict(event.failed)
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
         decoding, decodes, batch_id = Status.DECODING, self._decodes, event.batch_id
+        new_tuple = tuple.__new__  # half the time of the class's own, and it is a NamedTuple for the same reason
         for chunk, seq in zip(flight.batch.chunks, flight.sequences, strict=True):
             request_id = chunk.request_id
             seq.num_batches_in_flight -= 1
@@ -177,7 +179,7 @@ class Scheduler:
                     outputs.append(TokenOut(request_id, batch_id, FinishReason.LENGTH))
                     self._end(seq, Status.FINISHED, now_s)
                 else:
-                    outputs.append(TokenOut(request_id, batch_id, None))
+                    outputs.append(new_tuple(TokenOut, (request_id, batch_id, None)))
                     if seq.status is not decoding:
                         seq.move_to(decoding)
                     if seq.num_scheduled_tokens < seq.capacity_tokens:
@@ -322,6 +324,7 @@ class Scheduler:
     def _commit(self, builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
         """Turn what was planned into chunks, and move every cursor."""
         chunks: list[Chunk] = []
+        new_tuple = tuple.__new__  # as in _complete
         for request_id, seq in self._decodes.items():
             start = seq.num_scheduled_tokens
             seq.num_scheduled_tokens = start + 1
@@ -331,7 +334,7 @@ class Scheduler:
                 chunks.append(Chunk(request_id, start, 1, True, table.kvp_ranks, tuple(table.unsent_extents)))
                 table.unsent_extents.clear()
             else:
-                chunks.append(Chunk(request_id, start, 1, True, table.kvp_ranks))
+                chunks.append(new_tuple(Chunk, (request_id, start, 1, True, table.kvp_ranks, ())))
         self._decodes.clear()
         for seq, num_tokens, _ in builder.prefills:
             self._prefills.discard(seq, now_s)
@@ -342,25 +345,40 @@ class Scheduler:
                     seq.first_scheduled_s = now_s
             seq.num_scheduled_tokens = start + num_tokens
             seq.num_batches_in_flight += 1
-            seq.remaining_work_s = max(
-                0.0, self._times.remaining_s(start + num_tokens, seq.num_known_tokens) / self._spp
-            )
+            self._predict_work(seq)
             chunks.append(self._prefill_chunk(seq, start, num_tokens))
         return tuple(chunks)
 
-    def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
-        end = start + num_tokens
-        active = [shard for shard in seq.block_table.shards if shard.start < end]
-        # The first chunk on a shard brings all its blocks; a prompt's never grow after that.
-        extents = tuple(active[-1].extents) if active[-1].start == start else ()
-        return Chunk(
-            seq.request_id,
-            start,
-            num_tokens,
-            end == seq.num_known_tokens,
-            tuple(shard.kvp_rank for shard in active),
-            extents,
+    def _predict_work(self, seq: Sequence) -> None:
+        """What is left of a prefill, and what all of it is, both by what the cost model believes now.
+
+        A deadline that was derived from the prompt's own work follows the belief: a first estimate that was half the
+        truth would make a long prompt look overdue through no fault of anybody, and others would wait for it.
+        """
+        seq.remaining_work_s = max(
+            0.0, self._times.remaining_s(seq.num_scheduled_tokens, seq.num_known_tokens) / self._spp
         )
+        total_s = self.predicted_prefill_s(seq.num_known_tokens)
+        if total_s == seq.total_work_s:
+            return
+        seq.total_work_s = total_s
+        if seq.request.ttft_slo_s is None:
+            seq.deadline_s = seq.request.arrival_s + self._derived_deadline_s(total_s)
+            heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
+
+    def _derived_deadline_s(self, total_work_s: float) -> float:
+        return max(self.config.deadline_multiplier * total_work_s, self.config.min_deadline_s)
+
+    def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
+        end, table = start + num_tokens, seq.block_table
+        num_active = len(table.shards)
+        while table.shards[num_active - 1].start >= end:
+            num_active -= 1
+        last = table.shards[num_active - 1]
+        # The first chunk on a shard brings all its blocks; a prompt's never grow after that.
+        extents = tuple(last.extents) if last.start == start else ()
+        samples_token = end == seq.num_known_tokens
+        return Chunk(seq.request_id, start, num_tokens, samples_token, table.kvp_ranks[:num_active], extents)
 
     # ---- deadlines ----
 
@@ -378,6 +396,7 @@ class Scheduler:
     def _refresh_times(self) -> None:
         if self._times.revision != self.cost.revision:
             self._times = self._predict_times()
+            self._prefills.num_step_tokens = self._times.num_step_tokens
 
     def _predict_times(self) -> PrefillTimes:
         budget_s = self._feasible_s(self.config.step_budget_s)

@@ -7,9 +7,11 @@ from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Request, Sequence, Status
 
 
-def sequence(name: str, arrival_s: float, priority: int = 0, is_started: bool = False) -> Sequence:
+def sequence(
+    name: str, arrival_s: float, priority: int = 0, is_started: bool = False, num_tokens: int = 1
+) -> Sequence:
     request = Request(
-        request_id=name, num_prompt_tokens=1, max_output_tokens=1, arrival_s=arrival_s, priority=priority
+        request_id=name, num_prompt_tokens=num_tokens, max_output_tokens=1, arrival_s=arrival_s, priority=priority
     )
     seq = Sequence(request=request, deadline_s=1.0, total_work_s=1.0)
     if is_started:
@@ -18,7 +20,7 @@ def sequence(name: str, arrival_s: float, priority: int = 0, is_started: bool = 
 
 
 def queue_of(*sequences: Sequence, is_preemptive: bool = True) -> PrefillQueue:
-    queue = PrefillQueue(fcfs, is_preemptive)
+    queue = PrefillQueue(fcfs, is_preemptive, num_step_tokens=100)
     for seq in sequences:
         queue.add(seq, 0.0)
     return queue
@@ -61,6 +63,26 @@ def test_a_waiting_one_next_in_line_is_left_out_too() -> None:
         seen.append(seq.request_id)
         candidates.leave_out_waiting()
     assert seen == ["s1", "s3"]
+
+
+def test_the_large_can_be_left_out_midway() -> None:
+    queue = queue_of(*(sequence(f"l{index}", index, num_tokens=101) for index in range(50)), sequence("small", 99.0))
+    candidates, seen = queue.candidates(0.0), []
+    for seq in candidates:
+        seen.append(seq.request_id)
+        candidates.leave_out_large()
+    assert seen == ["l0", "small"]
+
+
+def test_one_of_which_little_is_left_is_no_longer_large() -> None:
+    seq = sequence("a", 0.0, num_tokens=150)
+    queue = queue_of(seq)
+    queue.discard(seq, 0.0)
+    seq.num_scheduled_tokens = 60
+    queue.add(seq, 0.0)
+    candidates = queue.candidates(0.0)
+    candidates.leave_out_large()
+    assert [seq.request_id for seq in candidates] == ["a"]
 
 
 def test_one_that_is_discarded_is_gone_and_a_second_time_does_no_harm() -> None:

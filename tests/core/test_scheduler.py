@@ -372,6 +372,13 @@ def test_a_short_prompt_shares_the_step_of_a_long_one_that_has_slack() -> None:
     assert batch.predicted_s <= batch.budget_s
 
 
+def test_a_short_prompt_shares_the_step_of_a_long_one_behind_any_number_of_other_long_ones() -> None:
+    bench = Bench(num_blocks=20_000, policy="fcfs", max_skips=2)
+    bench.arrive(*(request(f"long-{index}", num_tokens=1000, at_s=0.001 * index) for index in range(30)))
+    bench.arrive(request("short", num_tokens=50, at_s=1.0))
+    assert {chunk.request_id for chunk in bench.schedule().chunks} == {"long-0", "short"}
+
+
 def test_over_time_a_long_prefill_gives_away_no_more_than_its_slack_allows() -> None:
     bench = Bench(num_blocks=20_000, policy="fcfs", max_relative_slack=0.4, max_num_sequences=100)
     bench.arrive(request("long", num_tokens=20_000, ttft_slo_s=1e4))
