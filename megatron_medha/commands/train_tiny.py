@@ -28,6 +28,10 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE, describe_options("train_tiny"), sep="\n", end="")
         return 0
+    from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
+
+    # Beside one busy program, spinning threads made a run of two minutes take more than three.
+    let_idle_threads_sleep(num_usable_cores())
     # Megatron-core tells of every optional package that is missing; none is needed here.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from megatron_medha.compose import as_yaml, compose, freeze
