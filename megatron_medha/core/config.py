@@ -11,7 +11,7 @@ from megatron_medha.core.policies import POLICIES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """How batches are formed. The defaults are Medha's; MEDHA.md says where each number comes from."""
+    """How batches are formed. The defaults are those of the Medha paper and its authors' code."""
 
     policy: str = "lars"
     is_preemptive: bool = True            # False: a prefill that has begun goes before all others

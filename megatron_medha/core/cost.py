@@ -89,7 +89,7 @@ class RooflineCost:
     """max(FLOPs / peak, bytes / bandwidth), from the model's shape and the hardware's data sheet.
 
     Linear: 2 FLOPs per weight and token against one read of all weights. Attention: 4 * head_dim * num_heads
-    FLOPs per query-key pair and layer against one read of the chunk's K and V (MEDHA 8.2, causal).
+    FLOPs per query-key pair and layer against one read of the chunk's K and V, causal.
     """
 
     shape: ModelShape

@@ -21,7 +21,7 @@ class Coord(NamedTuple):
 class ParallelLayout:
     """Degrees of the four axes; tp varies fastest, then kvp, then pipeline stages, then replicas.
 
-    rank = dp * (spp * kvp * tp) + pp * (kvp * tp) + kvp * tp + tp (DESIGN section 4).
+    rank = dp * (spp * kvp * tp) + pp * (kvp * tp) + kvp * tp + tp.
     """
 
     tp: int = 1

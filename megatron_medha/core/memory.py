@@ -40,7 +40,7 @@ class KVMemory:
     pools: list[BlockPool] = field(init=False)
     owners: dict[str, Sequence] = field(init=False, default_factory=dict)  # of blocks, by request id
     _shard_tokens: int = field(init=False)
-    _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills (MEDHA 5.5)
+    _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills
     _reservation: _Reservation | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class KVMemory:
 
         The least pending work first; a rank too full for a whole shard may still hold the last one. All or
         nothing: growing while it prefills could leave several long prompts each waiting for the others' blocks
-        (MEDHA 5.5).
+        (as Medha does).
         """
         unused = list(range(self.kvp)) if self.kvp == 1 else sorted(range(self.kvp), key=self._pending_work.__getitem__)
         ranks: list[int] = []

@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(slots=True, kw_only=True)
 class Sequence:
-    """A request on its way, with the cursors of the stream pipeline (DESIGN section 4).
+    """A request on its way, with the cursors of the stream pipeline.
 
     num_computed_tokens <= num_first_stage_tokens <= num_scheduled_tokens <= num_known_tokens, always.
     """

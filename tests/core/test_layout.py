@@ -31,7 +31,7 @@ def test_the_groups_of_an_axis_cover_all_ranks_once_and_differ_in_that_axis_only
 
 
 def test_tensor_ranks_are_neighbours_and_kvp_comes_before_stages() -> None:
-    layout = ParallelLayout(tp=2, spp=4, kvp=2)  # the example of MEDHA.md 6
+    layout = ParallelLayout(tp=2, spp=4, kvp=2)  # 16 ranks, the pairs that hold one KV
     assert layout.groups("tp")[0] == [0, 1]
     assert layout.groups("kvp")[:2] == [[0, 2], [1, 3]]
     assert layout.groups("pp")[0] == [0, 4, 8, 12]

@@ -19,7 +19,7 @@ def sequence(name: str, *, arrival_s: float, work_s: float, deadline_s: float, r
     )
 
 
-# The worked example of Medha section 4.1 (MEDHA.md 2.6).
+# The worked example of Medha section 4.1.
 LONG = sequence("long", arrival_s=0.0, work_s=10.0, deadline_s=16.0)
 SHORT = sequence("short", arrival_s=5.0, work_s=0.5, deadline_s=1.0)
 

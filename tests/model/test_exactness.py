@@ -31,7 +31,7 @@ from megatron_medha.model.rotary import Rotary  # noqa: E402
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed  # noqa: E402
 
 CPU = torch.device("cpu")
-# The promise (DESIGN section 4), relative to the largest logit. transformers' own eager and sdpa differ by 4e-6.
+# The promise, relative to the largest logit. transformers' own eager and sdpa differ by 4e-6.
 RELATIVE_TOLERANCE = 1e-4
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
