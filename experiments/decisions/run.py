@@ -4,8 +4,9 @@
 
 The real Scheduler with OnlineCost is driven by the simulated world in a closed loop: each request that ends is
 replaced by a new one, so the number of live requests stays the same and the machine is always overloaded. Prompts
-are those of the mix with 5% long prompts that the Medha paper is measured with; answers are short enough that about 32 requests decode in a step, so that
-prefills never rest: a request comes, starts, is co-scheduled and ends in about every step.
+are those of the mix with 5% long ones that the Medha paper is measured with; answers are short enough that about 35
+requests decode in a step, so that prefills never rest: a request comes, starts, is co-scheduled and ends in about
+every step.
 
 Virtual time makes runs identical, so each is done several times and every step counts with its least CPU time: what
 other programs on the same cores add is not the scheduler's. The speed of the machine is printed beside the figures.

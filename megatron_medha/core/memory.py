@@ -77,8 +77,7 @@ class KVMemory:
         """KVP ranks on which all blocks for the known tokens of `seq` can be taken now; None if they cannot.
 
         The least pending work first; a rank too full for a whole shard may still hold the last one. All or
-        nothing: growing while it prefills could leave several long prompts each waiting for the others' blocks
-        (as Medha does).
+        nothing: growing while it prefills could leave several long prompts each waiting for the others' blocks.
         """
         unused = list(range(self.kvp)) if self.kvp == 1 else sorted(range(self.kvp), key=self._pending_work.__getitem__)
         ranks: list[int] = []
