@@ -379,6 +379,15 @@ def test_a_short_prompt_shares_the_step_of_a_long_one_behind_any_number_of_other
     assert {chunk.request_id for chunk in bench.schedule().chunks} == {"long-0", "short"}
 
 
+def test_a_long_prefill_whose_first_step_goes_to_short_ones_owns_nothing_yet() -> None:
+    bench = Bench(num_blocks=20_000, policy="fcfs", max_num_sequences=100)
+    bench.arrive(request("long", num_tokens=20_000, ttft_slo_s=1e4))
+    bench.arrive(*(request(f"s{index}", num_tokens=40, at_s=0.001) for index in range(5)))
+    assert {chunk.request_id for chunk in bench.schedule().chunks} == {f"s{index}" for index in range(5)}
+    long = bench.sequence("long")
+    assert long.is_waiting and not long.block_table.shards
+
+
 def test_over_time_a_long_prefill_gives_away_no_more_than_its_slack_allows() -> None:
     bench = Bench(num_blocks=20_000, policy="fcfs", max_relative_slack=0.4, max_num_sequences=100)
     bench.arrive(request("long", num_tokens=20_000, ttft_slo_s=1e4))
