@@ -160,7 +160,6 @@ def _rank_config(options: ServeOptions) -> RankConfig:
         block_size=model.block_size,
         kv_memory_bytes=_kv_memory_bytes(model, checkpoint),
         max_context_len=model.max_context_len,
-        max_batch_tokens=options.scheduler.max_batch_tokens,
         num_threads=model.num_threads,
         attention_backend=model.attention_backend,
     )

@@ -19,6 +19,5 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16             # tokens per KV block
     kv_memory_bytes: int             # for all KV blocks of this rank
     max_context_len: int | None = None  # None: the checkpoint's own
-    max_batch_tokens: int = 8192     # query tokens in one step, for preallocated buffers
     num_threads: int | None = None   # None: the CPU cores this process may use
     attention_backend: str = "auto"

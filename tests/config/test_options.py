@@ -135,7 +135,6 @@ def test_overrides_reach_the_rank(configure: Configure, checkpoint: Path) -> Non
         block_size=32,
         kv_memory_bytes=2**29,
         max_context_len=1000,
-        max_batch_tokens=4096,
         num_threads=1,
     )
 
