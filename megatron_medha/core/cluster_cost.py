@@ -74,7 +74,8 @@ class ClusterCost:
         """See CostModel. Launching counts where it takes longer than the products."""
         device_s = self.shape.num_layers * self.layer_s(num_tokens) + self.head_s(num_sequences)
         launch_s = self.shape.num_layers * self.engine.layer_launch_s
-        return self.host_s(num_sequences) + max(device_s, launch_s) + self.hops_s(num_tokens)
+        entries_s = (self.layout.spp - 1) * self.engine.stage_entry_s
+        return self.host_s(num_sequences) + max(device_s, launch_s) + entries_s + self.hops_s(num_tokens)
 
     def attention_s(self, start: int, num_tokens: int) -> float:
         """See CostModel."""
@@ -128,7 +129,7 @@ class ClusterCost:
         return sqrt(compute_s * compute_s + self._head_read_s * self._head_read_s)
 
     def host_s(self, num_sequences: int) -> float:
-        """What the host does while the device waits."""
+        """What the host does before the first stage's device has work."""
         return self.engine.step_s + num_sequences * self.engine.sequence_s
 
     def hop_s(self, num_tokens: int, stage: int) -> float:
@@ -151,7 +152,7 @@ class ClusterCost:
             device_s += self.head_s(load.num_sequences)
         if not self._is_graph(load):
             device_s = max(device_s, layers * self.engine.layer_launch_s)
-        return device_s + (self.host_s(load.num_sequences) if stage == 0 else 0.0)
+        return device_s + (self.engine.stage_entry_s if stage else self.host_s(load.num_sequences))
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of a step that has all stages to itself."""
