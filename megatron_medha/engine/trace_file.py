@@ -94,7 +94,7 @@ class TraceFile:
         suffix = Path(self.path.name.removesuffix(".gz")).suffix
         if suffix not in (".csv", ".jsonl"):
             raise ConfigError(
-                f"workload.path={self.path}: not a kind of file that can be read; use .csv, .csv.gz, .jsonl or .jsonl.gz"
+                f"workload.path={self.path}: not a kind of file that can be read; use .csv or .jsonl, or .gz of them"
             )
         with self._opened() as stream:
             yield from self._csv(stream) if suffix == ".csv" else self._jsonl(stream)
@@ -102,13 +102,12 @@ class TraceFile:
     @contextmanager
     def _opened(self) -> Iterator[TextIO]:
         try:
-            opened = (
-                gzip.open(self.path, "rt", encoding="utf-8-sig", newline="")
-                if self.path.name.endswith(".gz")
-                else self.path.open(encoding="utf-8-sig", newline="")
-            )
-            with opened as stream:
-                yield stream  # type: ignore[misc]  # gzip.open in text mode gives a TextIOWrapper
+            if self.path.name.endswith(".gz"):
+                with gzip.open(self.path, "rt", encoding="utf-8-sig", newline="") as stream:
+                    yield stream
+            else:
+                with self.path.open(encoding="utf-8-sig", newline="") as stream:
+                    yield stream
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise ConfigError(f"workload.path={self.path}: cannot be read ({error}); check or copy it anew") from error
 
