@@ -23,6 +23,7 @@ setup(
         "einops>=0.8",  # used by megatron-core's HyperCommGrid, which does not declare it
         "hydra-core==1.3.8",
         "omegaconf>=2.3,<2.4",
+        "aiohttp>=3.10,<4",  # the client of medha bench: an event reaches it sooner than through httpx
         "fastapi>=0.115,<1",
         "uvicorn>=0.34,<1",
         "httptools>=0.6",
