@@ -28,7 +28,8 @@ BELOW = {
     "bench": {"core", "engine"},
     "config": {"core", "engine", "sim", "cluster", "parallel", "model", "worker", "server", "bench", "kernels", "conf"},
     "main": {
-        "core", "engine", "sim", "cluster", "parallel", "model", "worker", "server", "bench", "kernels", "conf", "config",
+        "core", "engine", "sim", "cluster", "parallel", "model", "worker", "server", "bench", "kernels", "conf",
+        "config",
     },
 }
 ONLY_FOREIGN = {"core": set(), "kernels": {"torch", "triton", "numpy", "flash_attn"}}
