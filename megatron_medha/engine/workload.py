@@ -30,7 +30,7 @@ class WorkloadConfig:
 
     path: Path | None = None
     zero_lengths: ZeroLengths = ZeroLengths.ERROR
-    long_share: float = 1000 / 20_500
+    long_share: float = 0.0488
     long_prompt_scale: float = 1.0
     arrivals: Arrivals = Arrivals.AUTO
     qps: float | None = None
