@@ -71,8 +71,11 @@ class TrackingConfig:
     metrics_log: Path | None = None
     interval_s: float = 10.0
     wandb_project: str | None = None
+    wandb_mode: str = "auto"
+    wandb_group: str | None = None
 
     def __post_init__(self) -> None:
+        _check_member("tracking.wandb_mode", self.wandb_mode, ("auto", "online", "offline"))
         _check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
         for key in ("decision_log", "metrics_log"):
             path: Path | None = getattr(self, key)

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.cluster.machine import GIB
-from megatron_medha.config import ModelOptions
+from megatron_medha.config import ModelOptions, TrackingConfig
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
 from megatron_medha.core.errors import ConfigError
@@ -66,6 +66,8 @@ class SimulateOptions:
     classes: LengthClasses
     truth: TruthConfig
     record: RecordConfig
+    tracking: TrackingConfig = TrackingConfig()
+    objective: str = "all.goodput_per_s"
 
 
 def simulation_config(options: SimulateOptions) -> SimulationConfig:

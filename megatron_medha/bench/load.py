@@ -48,6 +48,12 @@ class Client:
         streamed = await complete(self.target, self.session, self.model, prompt, request.max_output_tokens)
         return self._sent(request, streamed, start_s)
 
+    def unfinished(self, request: Request) -> Sent:
+        """A request that was given up when the run ended."""
+        isolated_s = self.isolated_s(request.num_prompt_tokens)
+        outcome = Outcome(request=request, ending=Ending.UNFINISHED, why="the run ended", isolated_s=isolated_s)
+        return Sent(outcome=outcome, send_lag_s=0.0, token_times_s=())
+
     def _sent(self, request: Request, streamed: Streamed, start_s: float) -> Sent:
         times_s = tuple(at_s - start_s for at_s in streamed.token_times_s)
         gaps_s = [later - sooner for sooner, later in zip(times_s, times_s[1:], strict=False)]
@@ -80,19 +86,39 @@ def _ending(streamed: Streamed) -> Ending:
     return Ending.REJECTED if streamed.status is not None and streamed.status != 200 else Ending.ABORTED
 
 
-async def open_loop(client: Client, requests: Iterable[Request], note: Callable[[Sent], None]) -> None:
-    """Send each request at its arrival time, whatever has become of those before it."""
+async def open_loop(
+    client: Client, requests: Iterable[Request], note: Callable[[Sent], None], max_drain_s: float | None = None
+) -> None:
+    """Send each request at its arrival time, whatever has become of those before it.
+
+    max_drain_s: seconds after the last arrival at which those under way are cancelled; None: all run to their end.
+    """
     start_s = time.monotonic() + _PREPARE_S
 
     async def send_at(request: Request, prompt: list[int]) -> None:
         await asyncio.sleep(start_s + request.arrival_s - time.monotonic())
-        note(await client.send(request, prompt, start_s))
+        try:
+            sent = await client.send(request, prompt, start_s)
+        except asyncio.CancelledError:
+            note(client.unfinished(request))
+            raise
+        note(sent)
 
-    async with asyncio.TaskGroup() as tasks:
+    under_way: set[asyncio.Task[None]] = set()
+    end_s = start_s
+    async with asyncio.TaskGroup() as tasks:  # the first that raises, which is our own fault, ends all
         for request in requests:
             # Not all at once: prompts of an hour of long requests do not fit into memory.
             await asyncio.sleep(max(0.0, start_s + request.arrival_s - _PREPARE_S - time.monotonic()))
-            tasks.create_task(send_at(request, client.prompt(request)))
+            task = tasks.create_task(send_at(request, client.prompt(request)))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+            end_s = start_s + request.arrival_s
+        if max_drain_s is not None:
+            if under_way:
+                await asyncio.wait(under_way, timeout=max(0.0, end_s + max_drain_s - time.monotonic()))
+            for task in list(under_way):
+                task.cancel()
 
 
 async def closed_loop(

@@ -18,7 +18,7 @@ class TokenRange:
     def __post_init__(self) -> None:
         if not 0 <= self.lowest <= self.highest:
             raise ConfigError(
-                f"tokens.lowest={self.lowest}: must be between 0 and tokens.highest={self.highest}"
+                f"lowest_token={self.lowest}: must be between 0 and highest_token={self.highest}"
             )
 
     def prompt(self, num_tokens: int, seed: int, name: str) -> list[int]:

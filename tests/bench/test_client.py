@@ -111,5 +111,5 @@ def test_prompts_are_the_same_for_the_same_seed_and_share_no_beginning() -> None
 
 
 def test_a_range_of_tokens_the_wrong_way_round_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"tokens\.lowest=9: must be between 0 and tokens\.highest=3"):
+    with pytest.raises(ConfigError, match=r"lowest_token=9: must be between 0 and highest_token=3"):
         TokenRange(lowest=9, highest=3)
