@@ -12,7 +12,8 @@ setup(
     description="Serving for Megatron models under traffic that mixes short chats with million-token documents",
     packages=[*find_packages(include=["megatron_medha", "megatron_medha.*"]), *nested],
     package_dir=nested,
-    package_data={"megatron_medha.conf": ["**/*.yaml"], "megatron_medha.server": ["*.html"]},
+    package_data={"megatron_medha.conf": ["**/*.yaml"], "megatron_medha.server": ["*.html"],
+                  "megatron_medha.commands": ["*.j2"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.14",
