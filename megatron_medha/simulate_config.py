@@ -9,8 +9,9 @@ from pathlib import Path
 from megatron_medha.cluster.machine import GIB
 from megatron_medha.config import ModelOptions
 from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
+from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.outcome import Slo
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
@@ -61,6 +62,7 @@ class SimulateOptions:
     parallel: ParallelLayout
     scheduler: SchedulerConfig
     hardware: Hardware
+    engine: EngineCosts
     workload: WorkloadConfig
     slo: Slo
     classes: LengthClasses
@@ -93,11 +95,6 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
     if layout.dp > 1:
         raise ConfigError(f"parallel.dp={layout.dp}: replicas do not influence each other; simulate one of them with "
             f"its share of the load, workload.qps / {layout.dp}")
-    if layout.spp > model.shape.num_layers:
-        raise ConfigError(f"parallel.spp={layout.spp}: more stages than the {model.shape.num_layers} layers of "
-            f"{model.shape.name}; at most {model.shape.num_layers}")
-    if model.shape.num_heads % layout.tp:
-        raise ConfigError(f"parallel.tp={layout.tp} must divide model.shape.num_heads={model.shape.num_heads}")
     if model.kv_memory_gib is None:
         raise ConfigError("model.kv_memory_gib=null: a simulation needs the KV memory of one GPU; give GiB")
     # Every GPU holds its stage's layers of its share of the KV heads; more ranks than KV heads hold copies.
@@ -109,13 +106,21 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
             f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {model.block_size} tokens, "
             f"which takes {block_bytes / GIB:.2g} GiB on each GPU"
         )
-    return SchedulerSetup(
+    setup = SchedulerSetup(
         config=options.scheduler,
         shape=replace(model.shape, max_context_len=model.max_context_len or _NO_CONTEXT_LIMIT),
-        hardware=options.hardware,
+        hardware=cluster_for(options.hardware, layout),
+        engine=options.engine,
         layout=layout,
         num_blocks=num_blocks,
         block_size=model.block_size,
         max_tokens_per_shard=options.max_tokens_per_shard,
         learns=options.belief is Belief.ONLINE,
     )
+    setup.build()  # whoever cannot be built says so now
+    return setup
+
+
+def cluster_for(hardware: Hardware, layout: ParallelLayout) -> Hardware:
+    """A single device (hardware=a100) stands for as many as the layout needs; a cluster (a100_x16) is what it is."""
+    return replace(hardware, num_devices=layout.world_size) if hardware.num_devices == 1 else hardware
