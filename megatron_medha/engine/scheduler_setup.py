@@ -17,6 +17,7 @@ from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.online_cost import OnlineCost
 from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.engine.cached_cost import CachedClusterCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class SchedulerSetup:
     def cluster_cost(self) -> ClusterCost:
         """The cost model of a cluster that is only calculated."""
         assert self.engine is not None
-        return ClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout)
+        return CachedClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout)
 
     def build(self) -> Scheduler:
         """A scheduler that has seen nothing yet; its cost model starts from the roofline and learns."""

@@ -22,7 +22,8 @@ class StepTimes(NamedTuple):
     @property
     def duration_s(self) -> float:
         """Of the step when it has the pipeline to itself, by its slowest rank."""
-        return max([sum(seconds) for seconds in self.stage_s]) + sum(self.hops_s)
+        ranks = self.stage_s
+        return (sum(ranks[0]) if len(ranks) == 1 else max([sum(seconds) for seconds in ranks])) + sum(self.hops_s)
 
 
 class Span(NamedTuple):

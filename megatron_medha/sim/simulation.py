@@ -11,7 +11,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.memory import KVMemory
 from megatron_medha.engine.loop import serve
 from megatron_medha.engine.outcome import Outcome, Slo
-from megatron_medha.engine.ports import Observer
+from megatron_medha.engine.ports import Decisions, Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.summary import LengthClasses, Summary
 from megatron_medha.engine.workload import Workload, WorkloadConfig
@@ -110,10 +110,10 @@ class Simulation:
             self._cost.engine.request_s,
         )
 
-    def run(self, watchers: Watchers) -> SimulationResult:
-        """From the first arrival to the end."""
+    def run(self, watchers: Watchers, system: Decisions | None = None) -> SimulationResult:
+        """From the first arrival to the end. system: what decides; None: what the config says."""
         config, facts = self.config, self.workload.facts
-        system = build_system(config.setup)
+        system = system or build_system(config.setup)
         truth = Truth(self._cost, config.shard_tokens, config.truth, config.seed)
         summary = Summary(config.classes, config.slo)
         ledger = Ledger(summary, config.slo, self.isolated_s, watchers.on_outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import exp, isfinite
 from random import Random
 
@@ -12,6 +13,8 @@ from megatron_medha.core.cost import StepLoad
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.sim.pipeline import StepTimes
+
+_NUM_TOKEN_COUNTS = 1 << 14  # of steps, whose hops are remembered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,28 +61,34 @@ class Truth:
     def __init__(self, cost: ClusterCost, shard_tokens: int, config: TruthConfig, seed: int) -> None:
         self._cost = cost
         self._spp = cost.layout.spp
+        self._stages = range(self._spp)
         self._kvp = cost.layout.kvp
         self._shard_tokens = shard_tokens
         self._config = config
         self._is_exact = config == TruthConfig()
         self._draw = Random(f"truth {seed}")
+        self._by_tokens = lru_cache(_NUM_TOKEN_COUNTS)(self._tokens_facts)
         self.work = Work()
 
     def __call__(self, batch: Batch) -> StepTimes:
         """The seconds of a batch."""
         self.work.num_batches += 1
-        loads, tied = self._on_one_rank(batch) if self._kvp == 1 else self._on_ranks(batch)
+        if self._kvp == 1:
+            load = self._on_one_rank(batch)
+            hops_s, num_params = self._by_tokens(load.num_tokens)
+            self.work.num_params_read += num_params
+            return StepTimes((self._stages_s(load),), hops_s)
+        loads, tied = self._on_ranks(batch)
         for load in loads:
             if load.num_tokens:
-                self.work.num_params_read += self._num_params_read(load.num_tokens)
-        num_tokens = max([load.num_tokens for load in loads])
+                self.work.num_params_read += self._by_tokens(load.num_tokens)[1]
         return StepTimes(
             tuple([self._stages_s(load) if load.num_sequences else () for load in loads]),
-            tuple([self._cost.hop_s(num_tokens, stage) for stage in range(self._spp - 1)]),
+            self._by_tokens(max([load.num_tokens for load in loads]))[0],
             tied,
         )
 
-    def _on_one_rank(self, batch: Batch) -> tuple[list[StepLoad], tuple[tuple[int, ...], ...]]:
+    def _on_one_rank(self, batch: Batch) -> StepLoad:
         load = StepLoad()
         num_decodes = decode_context = num_sampled = 0
         for _, start, count, samples_token, _, _ in batch.chunks:
@@ -97,7 +106,7 @@ class Truth:
         work.num_sampled += num_sampled
         work.num_pairs += load.chunk_pairs + decode_context
         work.num_keys_read += load.chunk_context + decode_context
-        return [load], ()
+        return load
 
     def _on_ranks(self, batch: Batch) -> tuple[list[StepLoad], tuple[tuple[int, ...], ...]]:
         loads = [StepLoad() for _ in range(self._kvp)]
@@ -122,13 +131,17 @@ class Truth:
                     loads[rank].add_chunk(context, chunk.num_tokens, attention_s)
         return loads, _merged(tied)
 
-    def _num_params_read(self, num_tokens: int) -> float:
+    def _tokens_facts(self, num_tokens: int) -> tuple[tuple[float, ...], float]:
+        """Seconds of every hop, and parameters read by one KVP rank, for a step of so many tokens."""
         shape = self._cost.shape
-        return shape.num_layers * shape.num_touched_layer_params(num_tokens) + shape.num_head_params
+        return (
+            tuple([self._cost.hop_s(num_tokens, stage) for stage in range(self._spp - 1)]),
+            shape.num_layers * shape.num_touched_layer_params(num_tokens) + shape.num_head_params,
+        )
 
     def _stages_s(self, load: StepLoad) -> tuple[float, ...]:
         if self._is_exact:
-            return tuple([self._cost.stage_s(load, stage) for stage in range(self._spp)])
+            return tuple([self._cost.stage_s(load, stage) for stage in self._stages])
         config = self._config
         attention_s = load.attention_s / self._spp
         factor = 1.0
