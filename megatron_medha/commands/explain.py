@@ -188,7 +188,8 @@ def _request_id(run: Path, word: str) -> str:
 def _with_progress(stream: TextIO, log: Path) -> Iterator[str]:
     from tqdm import tqdm
 
-    with tqdm(total=log.stat().st_size, unit="B", unit_scale=True, file=sys.stderr, leave=False, delay=1, mininterval=0.5) as bar:
+    size = log.stat().st_size
+    with tqdm(total=size, unit="B", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.5) as bar:
         for line in stream:
             bar.update(len(line))
             yield line
