@@ -9,6 +9,7 @@ from typing import Any
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.utilisation import mbu, mfu
 from megatron_medha.engine.loop import serve
 from megatron_medha.engine.outcome import Outcome, Slo
 from megatron_medha.engine.ports import Decisions, Observer
@@ -186,9 +187,8 @@ class Simulation:
             "utilisation_by_stage": [seconds / (layout.kvp * span_s) for seconds in busy_s],
             # Of the time with work in the pipeline, what stages and KVP ranks spent waiting.
             "bubbles": 1.0 - sum(busy_s) / (num_lanes * world.active_s) if world.active_s else None,
-            "mfu": work.flops(setup.shape)
-            / (num_gpus * hardware.matmul_flops_per_s(setup.shape.bytes_per_element) * span_s),
-            "mbu": work.num_bytes(setup.shape) / (num_gpus * hardware.memory_bytes_per_s * span_s),
+            "mfu": mfu(work.flops(setup.shape), hardware, num_gpus, span_s, setup.shape.bytes_per_element),
+            "mbu": mbu(work.num_bytes(setup.shape), hardware, num_gpus, span_s),
             "kv_used_mean": sum(kv_shares) / len(kv_shares) if kv_shares else None,
             "kv_used_max": max(kv_shares, default=None),
         }

@@ -12,6 +12,7 @@ from megatron_medha.core.cluster_cost import ClusterCost
 from megatron_medha.core.cost import StepLoad
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.utilisation import matmul_flops
 from megatron_medha.sim.pipeline import StepTimes
 
 _NUM_TOKEN_COUNTS = 1 << 14  # of steps, whose hops are remembered
@@ -44,10 +45,9 @@ class Work:
     num_keys_read: int = 0         # by chunks and decodes, each once per layer
 
     def flops(self, shape: ModelShape) -> float:
-        """Model FLOPs: 2 per weight and token, 4 * head_dim * heads per query-key pair and layer."""
-        linear = 2.0 * self.num_tokens * shape.num_layers * shape.num_active_layer_params
-        head = 2.0 * self.num_sampled * shape.num_head_params
-        return linear + head + 4.0 * self.num_pairs * shape.head_dim * shape.num_heads * shape.num_layers
+        """Model FLOPs."""
+        attention = 4.0 * self.num_pairs * shape.head_dim * shape.num_heads * shape.num_layers
+        return matmul_flops(shape, self.num_tokens, self.num_sampled) + attention
 
     def num_bytes(self, shape: ModelShape) -> float:
         """Bytes of weights read, and of KV read and written."""
