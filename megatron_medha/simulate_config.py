@@ -8,10 +8,13 @@ from pathlib import Path
 
 from megatron_medha.cluster.machine import GIB
 from megatron_medha.config import ModelOptions, TrackingConfig
+from megatron_medha.core.capacity import Reserve, check_layout, num_kv_blocks
 from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
+from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.engine.outcome import Slo
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.summary import LengthClasses
@@ -47,6 +50,13 @@ class RequestsFormat(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOptions:
+    """What of a GPU's memory may be used."""
+
+    utilisation: float = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateOptions:
     """Everything a user can say, as conf/simulate.yaml lays it out."""
 
@@ -61,10 +71,12 @@ class SimulateOptions:
     parallel: ParallelLayout
     scheduler: SchedulerConfig
     hardware: Hardware
+    engine: EngineCosts
     workload: WorkloadConfig
     slo: Slo
     classes: LengthClasses
     truth: TruthConfig
+    memory: MemoryOptions
     record: RecordConfig
     tracking: TrackingConfig = TrackingConfig()
     objective: str = "all.goodput_per_s"
@@ -95,29 +107,46 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
     if layout.dp > 1:
         raise ConfigError(f"parallel.dp={layout.dp}: replicas do not influence each other; simulate one of them with "
             f"its share of the load, workload.qps / {layout.dp}")
-    if layout.spp > model.shape.num_layers:
-        raise ConfigError(f"parallel.spp={layout.spp}: more stages than the {model.shape.num_layers} layers of "
-            f"{model.shape.name}; at most {model.shape.num_layers}")
-    if model.shape.num_heads % layout.tp:
-        raise ConfigError(f"parallel.tp={layout.tp} must divide model.shape.num_heads={model.shape.num_heads}")
+    hardware = cluster_for(options.hardware, layout)
+    setup = SchedulerSetup(
+        config=options.scheduler,
+        shape=replace(model.shape, max_context_len=model.max_context_len or _NO_CONTEXT_LIMIT),
+        hardware=hardware,
+        engine=options.engine,
+        layout=layout,
+        num_blocks=_num_blocks(options, model.shape, hardware),
+        block_size=model.block_size,
+        max_tokens_per_shard=options.max_tokens_per_shard,
+        learns=options.belief is Belief.ONLINE,
+    )
+    setup.build()  # whoever cannot be built says so now
+    return setup
+
+
+def _num_blocks(options: SimulateOptions, shape: ModelShape, hardware: Hardware) -> int:
+    """KV blocks of one KVP rank. A block is spread over the rank's stages and KV heads; the fullest stage decides."""
+    model, layout = options.model, options.parallel
     if model.kv_memory_gib is None:
-        raise ConfigError("model.kv_memory_gib=null: a simulation needs the KV memory of one GPU; give GiB")
-    # Every GPU holds its stage's layers of its share of the KV heads; more ranks than KV heads hold copies.
-    num_parts = min(layout.tp, model.shape.num_kv_heads) * layout.spp
-    block_bytes = model.block_size * model.shape.kv_bytes_per_token / num_parts
+        reserve = Reserve(
+            block_size=model.block_size,
+            utilisation=options.memory.utilisation,
+            max_batch_tokens=options.scheduler.max_batch_tokens,
+            max_num_sequences=options.scheduler.max_num_sequences,
+        )
+        return num_kv_blocks(shape, hardware, layout, reserve)
+    check_layout(shape, hardware, layout)
+    num_layers = max(shape.num_stage_layers(stage, layout.spp) for stage in range(layout.spp))
+    share = num_layers / shape.num_layers / min(layout.tp, shape.num_kv_heads)
+    block_bytes = model.block_size * shape.kv_bytes_per_token * share
     num_blocks = int(model.kv_memory_gib * GIB / block_bytes)
     if num_blocks < 1:
         raise ConfigError(
             f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {model.block_size} tokens, "
             f"which takes {block_bytes / GIB:.2g} GiB on each GPU"
         )
-    return SchedulerSetup(
-        config=options.scheduler,
-        shape=replace(model.shape, max_context_len=model.max_context_len or _NO_CONTEXT_LIMIT),
-        hardware=options.hardware,
-        layout=layout,
-        num_blocks=num_blocks,
-        block_size=model.block_size,
-        max_tokens_per_shard=options.max_tokens_per_shard,
-        learns=options.belief is Belief.ONLINE,
-    )
+    return num_blocks
+
+
+def cluster_for(hardware: Hardware, layout: ParallelLayout) -> Hardware:
+    """A single device (hardware=a100) stands for as many as the layout needs; a cluster (a100_x16) is what it is."""
+    return replace(hardware, num_devices=layout.world_size) if hardware.num_devices == 1 else hardware

@@ -63,6 +63,6 @@ def _first_comment(item: Traversable) -> str:
 def _keys(text: str, prefix: str) -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
         match = _KEY_LINE.match(line)
-        if match and match.group(1) != "defaults":
+        if match and match.group(1) != "defaults" and match.group(2):
             key, value, comment = match.groups()
             yield f"{prefix}{key}={value}", comment or ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from math import ceil, sqrt
 
+from megatron_medha.core.capacity import check_layout
 from megatron_medha.core.cost import StepLoad
 from megatron_medha.core.engine_costs import EngineCosts
-from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.hardware import Hardware, all_gather_s, all_reduce_s, send_s
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
@@ -34,7 +34,7 @@ class ClusterCost:
     def __init__(
         self, *, shape: ModelShape, hardware: Hardware, engine: EngineCosts, layout: ParallelLayout
     ) -> None:
-        _check_layout(shape, hardware, layout)
+        check_layout(shape, hardware, layout)
         self.shape, self.hardware, self.engine, self.layout = shape, hardware, engine, layout
         tp, layers, hidden = layout.tp, shape.num_layers, shape.hidden_size
         peak = hardware.matmul_flops_per_s(shape.bytes_per_element)
@@ -67,14 +67,15 @@ class ClusterCost:
             tile_flops = 4 * self._tile_rows * shape.head_dim * layers  # per key
             self._tile_key_s = tile_flops / (hardware.flops_per_s / hardware.num_sms * hardware.lone_tile_efficiency)
         self._heads_per_rank = shape.num_heads // tp
-        self._stage_launch_s = layers / layout.spp * engine.layer_launch_s
+        self._stage_layers = [shape.num_stage_layers(stage, layout.spp) for stage in range(layout.spp)]
         self._hops = [self._hop(stage) for stage in range(layout.spp - 1)]
 
     def linear_s(self, num_tokens: int, num_sequences: int) -> float:
         """See CostModel. Launching counts where it takes longer than the products."""
         device_s = self.shape.num_layers * self.layer_s(num_tokens) + self.head_s(num_sequences)
         launch_s = self.shape.num_layers * self.engine.layer_launch_s
-        return self.host_s(num_sequences) + max(device_s, launch_s) + self.hops_s(num_tokens)
+        entries_s = (self.layout.spp - 1) * self.engine.stage_entry_s
+        return self.host_s(num_sequences) + max(device_s, launch_s) + entries_s + self.hops_s(num_tokens)
 
     def attention_s(self, start: int, num_tokens: int) -> float:
         """See CostModel."""
@@ -128,7 +129,7 @@ class ClusterCost:
         return sqrt(compute_s * compute_s + self._head_read_s * self._head_read_s)
 
     def host_s(self, num_sequences: int) -> float:
-        """What the host does while the device waits."""
+        """What the host does before the first stage's device has work."""
         return self.engine.step_s + num_sequences * self.engine.sequence_s
 
     def hop_s(self, num_tokens: int, stage: int) -> float:
@@ -145,13 +146,13 @@ class ClusterCost:
 
         Hidden states travel beside the next step's work: hop_s delays this step, but occupies no stage.
         """
-        layers = self.shape.num_layers / self.layout.spp
-        device_s = layers * self.layer_s(load.num_tokens) + load.attention_s / self.layout.spp
+        layers = self._stage_layers[stage]
+        device_s = layers * (self.layer_s(load.num_tokens) + load.attention_s / self.shape.num_layers)
         if stage == self.layout.spp - 1:
             device_s += self.head_s(load.num_sequences)
         if not self._is_graph(load):
-            device_s = max(device_s, self._stage_launch_s)
-        return device_s + (self.host_s(load.num_sequences) if stage == 0 else 0.0)
+            device_s = max(device_s, layers * self.engine.layer_launch_s)
+        return device_s + (self.engine.stage_entry_s if stage else self.host_s(load.num_sequences))
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of a step that has all stages to itself."""
@@ -172,22 +173,3 @@ class ClusterCost:
         fixed_s = send_s(link, 0.0) + all_gather_s(hardware.link(tp), tp, 0.0)
         total_s = send_s(link, share_bytes) + all_gather_s(hardware.link(tp), tp, share_bytes)
         return fixed_s, total_s - fixed_s
-
-
-def _check_layout(shape: ModelShape, hardware: Hardware, layout: ParallelLayout) -> None:
-    for axis, degree, key, count in (
-        ("tp", layout.tp, "num_heads", shape.num_heads),
-        ("spp", layout.spp, "num_layers", shape.num_layers),
-    ):
-        if count % degree:
-            raise ConfigError(f"parallel.{axis}={degree} must divide model.shape.{key}={count} of {shape.name}")
-    if max(layout.tp, shape.num_kv_heads) % min(layout.tp, shape.num_kv_heads):
-        raise ConfigError(
-            f"parallel.tp={layout.tp} must divide, or be a multiple of, "
-            f"model.shape.num_kv_heads={shape.num_kv_heads} of {shape.name}"
-        )
-    if layout.world_size > hardware.num_devices:
-        raise ConfigError(
-            f"hardware.num_devices={hardware.num_devices}: tp={layout.tp} x spp={layout.spp} x kvp={layout.kvp} x "
-            f"dp={layout.dp} needs {layout.world_size}; give a larger cluster or smaller degrees"
-        )

@@ -19,6 +19,7 @@ class EngineCosts:
     name: str
     step_s: float                        # scheduling, inputs, messages, sampling: the device waits
     sequence_s: float                    # the same per sequence in the step
+    stage_entry_s: float                 # the same on each further pipeline stage: receiving, inputs
     layer_launch_s: float                # host time to launch one layer's kernels, one by one
     request_s: float                     # once per request, before its first token and outside of all steps: HTTP, text
     graph_max_context: int | None = 0    # steps of decodes with at most this mean context cost the host nothing to
@@ -27,7 +28,7 @@ class EngineCosts:
                                             # None: tiles are also split by keys, so that they fill any device
 
     def __post_init__(self) -> None:
-        for key in ("step_s", "sequence_s", "layer_launch_s", "request_s"):
+        for key in ("step_s", "sequence_s", "stage_entry_s", "layer_launch_s", "request_s"):
             value: float = getattr(self, key)
             if not (0.0 <= value <= 10.0 and math.isfinite(value)):
                 raise ConfigError(f"engine.{key}={value:g}: must be between 0 and 10")

@@ -81,6 +81,15 @@ class ModelShape:
         return self.num_layers * self.num_layer_params + embeddings
 
     @property
+    def num_active_params(self) -> int:
+        """Matmul weights that a token of the output is multiplied with; the embedding is looked up, not multiplied."""
+        return self.num_layers * self.num_active_layer_params + self.num_head_params
+
+    def num_stage_layers(self, stage: int, spp: int) -> int:
+        """Layers of one of `spp` pipeline stages; where they do not divide, the first stages have one more."""
+        return self.num_layers // spp + (stage < self.num_layers % spp)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_element

@@ -24,6 +24,7 @@ class IsolatedTimes:
 
     build: a fresh system, the same whichever system is under test, so that all are held to the same deadlines.
     truth: what its batches take, without noise.
+    front_s: see World.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class IsolatedTimes:
         truth: Callable[[Batch], StepTimes],
         pipeline: Callable[[], Pipeline],
         max_tokens: int,
+        front_s: float = 0.0,
     ) -> None:
         def milestones(num_tokens: int) -> list[tuple[int, float]]:
-            world = _OnePrompt(num_tokens, pipeline(), truth)
+            world = _OnePrompt(num_tokens, pipeline(), truth, front_s)
             serve(build(), world)
             assert world.milestones[-1][0] == num_tokens, f"a prompt of {num_tokens} tokens alone got no first token"
             return world.milestones
@@ -62,9 +64,11 @@ class IsolatedTimes:
 class _OnePrompt(World):
     """A world with one request of one output token, and how far its prefill was when."""
 
-    def __init__(self, num_tokens: int, pipeline: Pipeline, truth: Callable[[Batch], StepTimes]) -> None:
+    def __init__(
+        self, num_tokens: int, pipeline: Pipeline, truth: Callable[[Batch], StepTimes], front_s: float
+    ) -> None:
         request = Request(request_id="alone", num_prompt_tokens=num_tokens, max_output_tokens=1, arrival_s=0.0)
-        super().__init__([request], pipeline)
+        super().__init__([request], pipeline, front_s=front_s)
         self._truth = truth
         self._ends: dict[int, int] = {}
         self.milestones: list[tuple[int, float]] = []

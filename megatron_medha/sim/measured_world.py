@@ -27,8 +27,9 @@ class MeasuredWorld(World):
         until_s: float = float("inf"),
         sample_s: float = float("inf"),
         on_sample: Callable[[float], None] = lambda now_s: None,
+        front_s: float = 0.0,
     ) -> None:
-        super().__init__(arrivals, pipeline)
+        super().__init__(arrivals, pipeline, front_s=front_s)
         self._truth = truth
         self._ledger = ledger
         self._until_s = until_s

@@ -9,9 +9,10 @@ from typing import Any
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.utilisation import mbu, mfu
 from megatron_medha.engine.loop import serve
 from megatron_medha.engine.outcome import Outcome, Slo
-from megatron_medha.engine.ports import Observer
+from megatron_medha.engine.ports import Decisions, Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.summary import LengthClasses, Summary
 from megatron_medha.engine.workload import Workload, WorkloadConfig
@@ -98,21 +99,23 @@ class Simulation:
                 f"machine has KV memory for requests of up to {max_request_tokens:,}; give it more GPUs (parallel.tp, "
                 "parallel.spp, parallel.kvp), more of model.kv_memory_gib, or another workload"
             )
+        self._cost = setup.cluster_cost
         # Noise is left out, and the system is Medha's own whatever is under test: all are held to the same deadlines.
         reference = replace(setup, config=SchedulerConfig(), learns=False)
-        quiet = Truth(setup.roofline, setup.layout, config.shard_tokens, replace(config.truth, noise=0.0), config.seed)
+        quiet = Truth(self._cost, config.shard_tokens, replace(config.truth, noise=0.0), config.seed)
         self.isolated_s = IsolatedTimes(
             lambda: build_system(reference),
             quiet,
             lambda: Pipeline(setup.layout.spp, setup.layout.kvp),
             self.workload.facts.max_prompt_tokens,
+            self._cost.engine.request_s,
         )
 
-    def run(self, watchers: Watchers) -> SimulationResult:
-        """From the first arrival to the end."""
+    def run(self, watchers: Watchers, system: Decisions | None = None) -> SimulationResult:
+        """From the first arrival to the end. system: what decides; None: what the config says."""
         config, facts = self.config, self.workload.facts
-        system = build_system(config.setup)
-        truth = Truth(config.setup.roofline, config.setup.layout, config.shard_tokens, config.truth, config.seed)
+        system = system or build_system(config.setup)
+        truth = Truth(self._cost, config.shard_tokens, config.truth, config.seed)
         summary = Summary(config.classes, config.slo)
         ledger = Ledger(summary, config.slo, self.isolated_s, watchers.on_outcome)
         pipeline = Pipeline(config.setup.layout.spp, config.setup.layout.kvp, watchers.on_span)
@@ -133,6 +136,7 @@ class Simulation:
             until_s=float("inf") if config.max_drain_s is None else facts.last_arrival_s + config.max_drain_s,
             sample_s=config.sample_s or max(facts.last_arrival_s / _NUM_SAMPLES, 1e-3),
             on_sample=look,
+            front_s=self._cost.engine.request_s,
         )
         serve(system, world, watchers.observers)
         ledger.close()
@@ -183,8 +187,8 @@ class Simulation:
             "utilisation_by_stage": [seconds / (layout.kvp * span_s) for seconds in busy_s],
             # Of the time with work in the pipeline, what stages and KVP ranks spent waiting.
             "bubbles": 1.0 - sum(busy_s) / (num_lanes * world.active_s) if world.active_s else None,
-            "mfu": work.flops(setup.shape) / (num_gpus * hardware.flops_per_s * span_s),
-            "mbu": work.num_bytes(setup.shape) / (num_gpus * hardware.memory_bytes_per_s * span_s),
+            "mfu": mfu(work.flops(setup.shape), hardware, num_gpus, span_s, setup.shape.bytes_per_element),
+            "mbu": mbu(work.num_bytes(setup.shape), hardware, num_gpus, span_s),
             "kv_used_mean": sum(kv_shares) / len(kv_shares) if kv_shares else None,
             "kv_used_max": max(kv_shares, default=None),
         }

@@ -51,6 +51,7 @@ class World:
 
     arrivals: requests in order of arrival; the next one is asked for when the last has come.
     outcome: what to report when a batch has taken so many seconds.
+    front_s: from a request's arrival until the scheduler learns of it: HTTP, tokenizer.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class World:
         arrivals: Iterable[Request],
         pipeline: Pipeline,
         outcome: Callable[[Batch, float], Completed] = all_went_well,
+        front_s: float = 0.0,
     ) -> None:
+        self._front_s = front_s
         self._arrivals = iter(arrivals)
         self._next_arrival = next(self._arrivals, None)
         self._outcome = outcome
@@ -88,9 +91,9 @@ class World:
     def next_event(self) -> Event | None:
         """See Runtime."""
         request = self._next_arrival
-        if request is not None and (not self._heap or request.arrival_s <= self._heap[0][0]):
+        if request is not None and (not self._heap or request.arrival_s + self._front_s <= self._heap[0][0]):
             self._next_arrival = next(self._arrivals, None)
-            self._now_s = request.arrival_s
+            self._now_s = request.arrival_s + self._front_s
             return Arrived(request)
         if not self._heap:
             return None
@@ -108,14 +111,13 @@ class World:
         """See Runtime."""
         return self._num_in_flight < self.pipeline.spp and self.pipeline.first_stage_free_s <= self._now_s
 
-    def enter(self, batch: Batch, times: StepTimes) -> float:
-        """Send a batch through the pipeline; returns when it will have left."""
-        first_s, done_s = self.pipeline.run(batch.batch_id, times, self._now_s)
+    def enter(self, batch: Batch, times: StepTimes) -> None:
+        """Send a batch through the pipeline."""
+        done_s = self.pipeline.run(batch.batch_id, times, self._now_s)
         if self.pipeline.spp > 1:
-            self.push(first_s, FirstStageDone(batch.batch_id))
-        self.push(done_s, self._outcome(batch, max(times.rank_s) + (self.pipeline.spp - 1) * times.link_s))
+            self.push(self.pipeline.first_stage_free_s, FirstStageDone(batch.batch_id))
+        self.push(done_s, self._outcome(batch, times.duration_s))
         self._num_in_flight += 1
-        return done_s
 
 
 class SimulatedWorld(World):
@@ -140,7 +142,8 @@ class SimulatedWorld(World):
 
     def submit(self, batch: Batch) -> None:
         """See Runtime."""
-        self.enter(batch, StepTimes((self._truth(batch),)))
+        spp = self.pipeline.spp
+        self.enter(batch, StepTimes(((self._truth(batch) / spp,) * spp,)))
 
     def emit(self, output: Output) -> None:
         """See Runtime."""
