@@ -52,7 +52,7 @@ class AttentionBackend(Protocol):
 
 def backend_names(device: torch.device) -> tuple[str, ...]:
     """The backends that run on such a device, the best first."""
-    return {"cpu": ("aten",)}.get(device.type, ())
+    return {"cpu": ("native", "aten")}.get(device.type, ())
 
 
 def attention_backend(name: str, device: torch.device) -> AttentionBackend:
@@ -67,6 +67,10 @@ def attention_backend(name: str, device: torch.device) -> AttentionBackend:
         known = ", ".join(["auto", *names]) if names else "none for this device yet"
         raise ValueError(f"attention_backend={name} does not exist for device {device.type}; known: {known}")
     match name:
+        case "native":
+            from megatron_medha.kernels.native_attention import NativeAttention
+
+            return NativeAttention()
         case "aten":
             from megatron_medha.kernels.cpu_attention import CpuAttention
 
