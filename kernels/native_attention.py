@@ -1,6 +1,7 @@
 """The CPU attention backend `native`: one C++ call per layer writes a batch's keys and values and attends.
 
-Shapes: T query tokens, K key/value heads, G query heads per key/value head, H = K * G, D head dim, N groups of 16 slots.
+Shapes: T query tokens, K key/value heads, G query heads per key/value head, H = K * G, D head dim, N groups of 16
+slots.
 Storage is fp32 or bf16, arithmetic fp32. A token's output depends on its own sequence alone, to the last bit: not on
 who shares its batch, on how its prompt was cut into chunks, on where its blocks lie if they are multiples of 16
 tokens, or on the number of threads. How keys and values lie in the pool: native/layout.h.
@@ -83,7 +84,8 @@ class NativeAttention:
 
     def __init__(self, target: str | None = None) -> None:
         """target: as for `native_library`, which may raise NativeUnavailable."""
-        self._attend = native_library(target).medha_attend
+        self.library = native_library(target)
+        self._attend = self.library.medha_attend
         # torch's own OpenMP threads do the work. A runtime of our own would have threads of its own, and two sets of
         # them on the same cores; its symbol is asked for in the process, as wheels rename the library's file.
         self._run_team = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p)

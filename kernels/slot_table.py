@@ -67,7 +67,7 @@ class SlotTable:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def runs_in_order(self) -> np.ndarray:
-        """All runs, in the order of their tokens: int64 [R, 2] of (first token, first slot). A view, only appended to."""
+        """All runs in the order of their tokens, int64 [R, 2] of (first token, first slot); a view that stays true."""
         return self._in_order[: len(self._runs)]
 
     def prefix(self, num_tokens: int) -> Prefix:

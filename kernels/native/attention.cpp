@@ -7,19 +7,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
 #include <new>
 #include <vector>
 
 #include "layout.h"
 #include "simd.h"
+#include "storage.h"
+#include "sums.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 constexpr double LN_2 = 0.693147180559945309417;
 // Query rows of a unit: their sums, scores and queries stay in L2 beside a tile of keys (450 KiB at head dim 128).
 constexpr int64_t MAX_UNIT_ROWS = 192;
@@ -39,54 +37,6 @@ int64_t next_partition(int64_t key) {
     return key + size;
 }
 
-// Memory that is kept for the next call.
-class Buffer {
-  public:
-    ~Buffer() { std::free(memory_); }
-    template <class T>
-    T *at_least(int64_t count) {
-        const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-        if (bytes > bytes_) {
-            std::free(memory_);
-            bytes_ = 0;
-            memory_ = std::aligned_alloc(64, bytes);
-            if (memory_ == nullptr) throw std::bad_alloc();
-            bytes_ = bytes;
-        }
-        return static_cast<T *>(memory_);
-    }
-
-  private:
-    void *memory_ = nullptr;
-    size_t bytes_ = 0;
-};
-
-// Online softmax of some rows: maximum, sum of weights (each a vector's lanes, added at the end), weighted values.
-struct Sums {
-    float *max, *total, *values;  // [rows], [rows][WIDTH], [rows][dim]
-
-    static int64_t size(int64_t rows, int64_t dim) { return rows * (1 + WIDTH + dim); }
-    Sums(float *memory, int64_t rows) : max(memory), total(memory + rows), values(memory + rows * (1 + WIDTH)) {}
-    void clear(int64_t rows, int64_t dim) {
-        std::fill_n(max, rows, MINUS_INFINITY);
-        std::fill_n(total, rows * (WIDTH + dim), 0.0f);
-    }
-    // Add keys seen later. Rows that have seen none have maximum -inf and weight 0.
-    void merge(const Sums &later, int64_t rows, int64_t dim) {
-        for (int64_t r = 0; r < rows; ++r) {
-            if (later.max[r] == MINUS_INFINITY) continue;
-            const float both = std::max(max[r], later.max[r]);
-            const Vec mine = exp2_of_nonpositive(splat(max[r] - both));
-            const Vec theirs = exp2_of_nonpositive(splat(later.max[r] - both));
-            max[r] = both;
-            float *a = total + r * WIDTH, *b = values + r * dim;
-            const float *c = later.total + r * WIDTH, *d = later.values + r * dim;
-            store(a, fma(load(c), theirs, load(a) * mine));
-            for (int64_t i = 0; i < dim; i += WIDTH) store(b + i, fma(load(d + i), theirs, load(b + i) * mine));
-        }
-    }
-};
-
 // Some rows of one kv head: folded rows [first_row, end_row) of `rows`, row = token * queries_per_kv_head + query.
 struct Unit {
     const Rows *rows;
@@ -101,34 +51,6 @@ struct Item {
     Unit *unit;
     int64_t first_key, end_key;
     int64_t first_partition;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(uint16_t x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-inline void from_float(float x, float *to) { *to = x; }
-inline void from_float(float x, uint16_t *to) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    // To the nearest, ties to even; NaN stays NaN.
-    *to = static_cast<uint16_t>(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-template <class T>
-struct Place;  // of token lane and dimension d in a group
-template <>
-struct Place<float> {
-    static int64_t key(int64_t lane, int64_t d, int64_t) { return d * GROUP + lane; }
-    static int64_t value(int64_t lane, int64_t d, int64_t dim) { return lane * dim + d; }
-};
-template <>
-struct Place<uint16_t> {
-    static int64_t key(int64_t lane, int64_t d, int64_t) { return d / 2 * 2 * GROUP + 2 * lane + d % 2; }
-    static int64_t value(int64_t lane, int64_t d, int64_t dim) { return lane / 2 * 2 * dim + 2 * d + lane % 2; }
 };
 
 template <class T>

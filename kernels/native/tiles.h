@@ -14,6 +14,13 @@ constexpr int TILE_GROUPS = 8;
 constexpr int TILE_KEYS = TILE_GROUPS * static_cast<int>(GROUP);
 static_assert(TILE_GROUPS % PANEL_GROUPS == 0, "a tile is whole panels");
 
+// Decodes wait for memory: they fetch ahead, in ascending order of address, which the processor's own prefetching
+// then follows, and which the products over several groups at once do not have. As if the next groups lay behind
+// these, mostly true; a fetch of something else is harmless. bf16 decode at 128K, one thread: 6.8 -> 9.1 GB/s.
+template <int R>
+constexpr bool IS_BOUND_BY_MEMORY = R <= 4;
+constexpr int64_t AHEAD = 4 * GROUP;  // tokens, for values; keys are fetched one panel ahead
+
 // A group of a tile; keys [first_lane, end_lane) of it belong to the sequence.
 template <class T>
 struct KeyGroup {
@@ -30,6 +37,9 @@ static void score_panel(const KeyGroup<float> *groups, const float *q, int64_t d
         Vec keys[MAX_COLUMNS];
         for (int c = 0; c < MAX_COLUMNS; ++c)
             keys[c] = load(groups[c / VECS_PER_GROUP].k + d * GROUP + (c % VECS_PER_GROUP) * WIDTH);
+        if constexpr (IS_BOUND_BY_MEMORY<R>)
+            for (int c = 0; c < PANEL_GROUPS; ++c)
+                __builtin_prefetch(groups[0].k + (PANEL_GROUPS * (dim + d) + c) * GROUP);
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
             const Vec query = splat(q[d * R + r]);
@@ -47,6 +57,9 @@ static void score_panel(const KeyGroup<uint16_t> *groups, const float *q, int64_
         Vec even[MAX_COLUMNS], odd[MAX_COLUMNS];
         for (int c = 0; c < MAX_COLUMNS; ++c)
             load_pairs(groups[c / VECS_PER_GROUP].k + d * GROUP + (c % VECS_PER_GROUP) * 2 * WIDTH, even[c], odd[c]);
+        if constexpr (IS_BOUND_BY_MEMORY<R>)
+            for (int c = 0; c < PANEL_GROUPS; ++c)
+                __builtin_prefetch(groups[0].k + (PANEL_GROUPS * (dim + d) + 2 * c) * GROUP);
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
             const Vec query = splat(q[d * R + r]);
@@ -76,6 +89,8 @@ static void add_values(
         for (int lane = groups[g].first_lane; lane < groups[g].end_lane; ++lane) {
             Vec values[C];
             for (int c = 0; c < C; ++c) values[c] = load(v + lane * dim + c * WIDTH);
+            if constexpr (IS_BOUND_BY_MEMORY<R>)
+                for (int c = 0; c < C; ++c) __builtin_prefetch(v + (AHEAD + lane) * dim + c * WIDTH);
 #pragma GCC unroll 6
             for (int r = 0; r < R; ++r) {
                 const Vec weight = splat(weights[r * TILE_KEYS + g * GROUP + lane]);
@@ -100,6 +115,8 @@ static void add_values(
         for (int pair = groups[g].first_lane / 2; 2 * pair < groups[g].end_lane; ++pair) {
             Vec even[C], odd[C];
             for (int c = 0; c < C; ++c) load_pairs(v + pair * 2 * dim + c * 2 * WIDTH, even[c], odd[c]);
+            if constexpr (IS_BOUND_BY_MEMORY<R>)
+                for (int c = 0; c < C; ++c) __builtin_prefetch(v + (AHEAD + 2 * pair) * dim + c * 2 * WIDTH);
             const float *w = weights + g * GROUP + 2 * pair;
             // A lane of another sequence, or of none, may hold anything: it must not even be multiplied by 0.
             if (2 * pair >= groups[g].first_lane) {
