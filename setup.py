@@ -12,8 +12,13 @@ setup(
     description="Serving for Megatron models under traffic that mixes short chats with million-token documents",
     packages=[*find_packages(include=["megatron_medha", "megatron_medha.*"]), *nested],
     package_dir=nested,
-    package_data={"megatron_medha.conf": ["**/*.yaml"], "megatron_medha.server": ["*.html"],
-                  "megatron_medha.commands": ["*.j2"]},
+    package_data={
+        "megatron_medha.conf": ["**/*.yaml"],
+        "megatron_medha.commands": ["*.j2"],
+        "megatron_medha.server": ["*.html"],
+        # C++ sources, built on first use: kernels/native_build.py says why not here.
+        "megatron_medha.kernels": ["native/*"],
+    },
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.14",

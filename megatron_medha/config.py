@@ -50,7 +50,7 @@ class ModelOptions:
         if self.device == "cuda":
             raise ConfigError("model.device=cuda: no attention kernel for CUDA is there yet; use cpu")
         _check_member("model.device", self.device, ("auto", "cpu"))
-        _check_member("model.attention_backend", self.attention_backend, ("auto", "aten"))
+        _check_member("model.attention_backend", self.attention_backend, ("auto", "native", "aten"))
         _check_range("model.block_size", self.block_size, 1, _MAX_BLOCK_SIZE)
         _check_range("model.kv_memory_gib", self.kv_memory_gib, 1e-6, 1e6)
         _check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
