@@ -62,9 +62,13 @@ class Running:
             lines = list(response.iter_lines())
         return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
-    def connect(self, path: str, body: bytes, headers: str = "") -> socket.socket:
-        """Send a POST over a raw socket."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+    def connect(self, path: str, body: bytes, headers: str = "", receive_bytes: int | None = None) -> socket.socket:
+        """Send a POST over a raw socket; receive_bytes: of its buffer, for a reader that soon stalls."""
+        connection = socket.socket()
+        connection.settimeout(20)
+        if receive_bytes is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.connect(("127.0.0.1", self.port))
         head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
         connection.sendall(head.encode() + body)
         return connection
