@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import uvicorn
 from fake_engine import FakeEngine
 from tokenizers import decoders, models, pre_tokenizers
 
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.server.generation import GenerationSpec, Prompt
 from megatron_medha.server.service import Service
 
 CHAT_TEMPLATE = (
@@ -89,6 +92,15 @@ class Running:
         assert loop is not None
         loop.call_soon_threadsafe(check)
         assert done.wait(10), "streams are left open"
+
+
+def spec(num_tokens: int = 4, n: int = 1, **fields: object) -> GenerationSpec:
+    """A request with a prompt of so many tokens."""
+    prompt = Prompt(token_ids=array("i", [1] * num_tokens), text=None, max_output_tokens=5)
+    return GenerationSpec(
+        answer_id="x", created=0, model="m", arrival_s=0.0, prompts=(prompt,), n=n,
+        sampling=Sampling(max_output_tokens=1), seed=0, **fields,
+    )  # fmt: skip
 
 
 StartServer = Callable[..., Running]

@@ -8,14 +8,14 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from running_server import Running, StartServer
+from running_server import Running, StartServer, spec
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.server.admission import Admission
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError
 from megatron_medha.server.forecast import Forecast
-from megatron_medha.server.generation import GenerationSpec, Prompt
+from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.keys import ANONYMOUS, Client, KeyRing
 
 PATH = "/v1/completions"
@@ -28,18 +28,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
-
-
-def spec(num_tokens: int = 4, n: int = 1, **fields: object) -> GenerationSpec:
-    from array import array
-
-    from megatron_medha.core.sampling import Sampling
-
-    prompt = Prompt(token_ids=array("i", [1] * num_tokens), text=None, max_output_tokens=5)
-    return GenerationSpec(
-        answer_id="x", created=0, model="m", arrival_s=0.0, prompts=(prompt,), n=n,
-        sampling=Sampling(max_output_tokens=1), seed=0, **fields,
-    )  # fmt: skip
 
 
 def admission(clock: Clock | None = None) -> Admission:
