@@ -15,6 +15,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.slo import SloConfig
 
 _MAX_BLOCK_SIZE = 4096  # tokens; beyond that the last block of every request wastes more than tables ever cost
 
@@ -24,6 +25,13 @@ class RuntimeKind(Enum):
 
     RANKS = "ranks"
     SIM = "sim"
+
+
+class LogFormat(Enum):
+    """How log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,10 +101,12 @@ class ServeOptions:
     tokenizer: Path | None = None
     runtime: RuntimeKind = RuntimeKind.RANKS
     log_level: str = "info"
+    log_format: LogFormat = LogFormat.TEXT
     model: ModelOptions
     parallel: ParallelLayout
     scheduler: SchedulerConfig
     server: ServerConfig
+    slo: SloConfig
     hardware: Hardware
     workload: WorkloadOptions
     tracking: TrackingConfig
@@ -119,9 +129,11 @@ class ServeConfig:
     tokenizer: Path
     scheduler: SchedulerConfig
     server: ServerConfig
+    slo: SloConfig
     hardware: Hardware
     tracking: TrackingConfig
     log_level: str
+    log_format: LogFormat
 
 
 def serve_config(options: ServeOptions) -> ServeConfig:
@@ -139,9 +151,11 @@ def serve_config(options: ServeOptions) -> ServeConfig:
         tokenizer=_tokenizer(options),
         scheduler=options.scheduler,
         server=options.server,
+        slo=options.slo,
         hardware=options.hardware,
         tracking=options.tracking,
         log_level=options.log_level,
+        log_format=options.log_format,
     )
 
 

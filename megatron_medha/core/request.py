@@ -38,6 +38,9 @@ class Request:
     ttft_slo_s: float | None = None  # replaces the deadline derived from the prompt's own work
     tpot_slo_s: float | None = None  # lowers the step budget while this request decodes
     priority: int = 0                # lower runs first, before slack is compared
+    deadline_multiplier: float | None = None  # of its SLO class, instead of the scheduler's own
+    min_deadline_s: float | None = None       # likewise
+    slo_class: str = ""              # the name of that class, for those who watch
 
 
 @dataclass(slots=True, kw_only=True)

@@ -78,6 +78,15 @@ class Scheduler:
         """Live sequences."""
         return len(self._sequences)
 
+    def sequence(self, request_id: str) -> Sequence | None:
+        """A live sequence; None if there is none of that id."""
+        return self._sequences.get(request_id)
+
+    @property
+    def spp(self) -> int:
+        """Stages of the pipeline."""
+        return self._spp
+
     @property
     def num_batches_in_flight(self) -> int:
         """Batches submitted and not completed."""
@@ -86,6 +95,16 @@ class Scheduler:
     def predicted_prefill_s(self, num_tokens: int) -> float:
         """Predicted time of a whole prefill, alone: w_total."""
         return self._times.prefill_s(num_tokens) / self._spp
+
+    def ttft_target_s(self, request: Request, total_work_s: float) -> float:
+        """Seconds from arrival in which the first token is due: the request's own, its class's, or ours."""
+        if request.ttft_slo_s is not None:
+            return request.ttft_slo_s
+        multiplier, least_s = request.deadline_multiplier, request.min_deadline_s
+        return max(
+            (self.config.deadline_multiplier if multiplier is None else multiplier) * total_work_s,
+            self.config.min_deadline_s if least_s is None else least_s,
+        )
 
     # ---- events ----
 
@@ -122,12 +141,9 @@ class Scheduler:
         else:
             self._refresh_times()
             total_s = self.predicted_prefill_s(request.num_prompt_tokens)
-            deadline_s = request.ttft_slo_s
-            if deadline_s is None:
-                deadline_s = self._derived_deadline_s(total_s)
             seq = Sequence(
                 request=request,
-                deadline_s=request.arrival_s + deadline_s,
+                deadline_s=request.arrival_s + self.ttft_target_s(request, total_s),
                 total_work_s=total_s,
                 remaining_work_s=total_s,
             )
@@ -364,11 +380,8 @@ class Scheduler:
             return
         seq.total_work_s = total_s
         if seq.request.ttft_slo_s is None:
-            seq.deadline_s = seq.request.arrival_s + self._derived_deadline_s(total_s)
+            seq.deadline_s = seq.request.arrival_s + self.ttft_target_s(seq.request, total_s)
             heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
-
-    def _derived_deadline_s(self, total_work_s: float) -> float:
-        return max(self.config.deadline_multiplier * total_work_s, self.config.min_deadline_s)
 
     def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
         end, table = start + num_tokens, seq.block_table

@@ -22,6 +22,7 @@ from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.slo import SloConfig
 
 Configure = Callable[..., ServeConfig]
 
@@ -42,6 +43,7 @@ def test_without_overrides_every_component_gets_its_own_defaults(configure: Conf
     [
         ("scheduler", "lars", SchedulerConfig),
         ("server", "local", ServerConfig),
+        ("slo", "default", SloConfig),
         ("model", "auto", ModelOptions),
         ("parallel", "single", ParallelLayout),
         ("tracking", "none", TrackingConfig),
@@ -202,6 +204,8 @@ def _read(name: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
 
 
