@@ -58,6 +58,8 @@ class Sequence:
     num_preemptions: int = 0         # times the KV was lost and had to be recomputed
     num_batches_in_flight: int = 0
     remaining_work_s: float = 0.0    # of the prefill; kept by the scheduler as chunks are scheduled
+    answer_work_s: float = 0.0       # predicted time of its output tokens, alone
+    estimated_wait_s: float = 0.0    # work of those that would go before it, when it arrived; only some policies ask
     capacity_tokens: int = 0         # tokens its blocks hold
     first_scheduled_s: float | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
