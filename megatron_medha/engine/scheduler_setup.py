@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware, RooflineCost
+from megatron_medha.core.cost import CostModel, Hardware, RooflineCost
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.memory import KVMemory
@@ -27,15 +27,23 @@ class SchedulerSetup:
     layout: ParallelLayout
     num_blocks: int  # of each KVP rank
     block_size: int
+    max_tokens_per_shard: int | None = None  # of one request on one KVP rank; None: all its memory
+    learns: bool = True  # False: the roofline is believed as it stands, as a simulation may want it
+
+    @property
+    def roofline(self) -> RooflineCost:
+        """The cost model before anything has run."""
+        return RooflineCost(shape=self.shape, hardware=self.hardware, layout=self.layout)
 
     def build(self) -> Scheduler:
         """A scheduler that has seen nothing yet; its cost model starts from the roofline and learns."""
-        cost = OnlineCost(RooflineCost(shape=self.shape, hardware=self.hardware, layout=self.layout))
+        cost: CostModel = OnlineCost(self.roofline) if self.learns else self.roofline
         memory = KVMemory(
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             max_context_len=self.shape.max_context_len,
             kvp=self.layout.kvp,
+            max_tokens_per_shard=self.max_tokens_per_shard,
             watermark=self.config.watermark,
         )
         return Scheduler(self.config, cost, memory, self.layout.spp)
