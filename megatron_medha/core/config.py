@@ -24,9 +24,9 @@ class SchedulerConfig:
     max_num_sequences: int = 256          # that own KV at the same time
     max_chunk_tokens: int | None = None   # of one prompt in a step; vLLM's long_prefill_token_threshold
     max_partial_prefills: int | None = None  # prompts begun and not ended; None: any number
-    max_long_partial_prefills: int | None = None  # of those, prompts that had more than max_chunk_tokens left
+    max_long_partial_prefills: int | None = None  # of those, prompts with more than short_prompt_tokens left
     reserved_share: float = 0.0           # of each step, kept free of prompts longer than short_prompt_tokens
-    short_prompt_tokens: int = 8192       # prompts up to here may use the reserved share
+    short_prompt_tokens: int = 8192       # prompts up to here may use the reserved share, and are not long
     output_lengths: OutputLengths = OutputLengths.MEAN  # what policy=ssjf believes of answers
     output_error: float = 0.5             # of output_lengths=noisy: standard deviation of the logarithm
     deadline_multiplier: float = 1.5      # of the prompt's own predicted prefill time
@@ -69,11 +69,6 @@ class SchedulerConfig:
             raise ConfigError(
                 f"scheduler.tile_tokens={self.tile_tokens} must not exceed "
                 f"scheduler.max_batch_tokens={self.max_batch_tokens}"
-            )
-        if self.max_long_partial_prefills is not None and self.max_chunk_tokens is None:
-            raise ConfigError(
-                f"scheduler.max_long_partial_prefills={self.max_long_partial_prefills} says how many prompts longer "
-                "than scheduler.max_chunk_tokens may be begun; set that too"
             )
         # All that decode run in every step, and one that prefills beside them must find room for a token.
         if self.max_num_sequences > self.max_batch_tokens:

@@ -62,7 +62,7 @@ class PrefillPacker:
             candidates.leave_out_waiting()
         has_prefill, is_full = owed is not None, builder.is_full()
         has_others = len(candidates) > 1
-        places = _Places(self._config, self._memory) if self._has_limited_places else None
+        places = _Places(self._config, self._memory, len(candidates)) if self._has_limited_places else None
         for seq in candidates:
             if num_skipped > self._config.max_skips or has_prefill and is_full:
                 break
@@ -83,7 +83,8 @@ class PrefillPacker:
             if owed is not None and seq is owed.seq:
                 builder.unhold(seq)  # its turn has come anyway: it gets what it is owed, or more
                 num_least = owed.num_tokens
-            num_tokens, is_long = self._chunk(builder, seq, parts, num_least, long_ranks)
+            limit = None if places is None else places.chunk_tokens
+            num_tokens, is_long = self._chunk(builder, seq, parts, num_least, long_ranks, limit)
             if not num_tokens and not has_prefill:
                 # However full of decodes the step is, one tile goes in: less urgent ones must not pass a prefill
                 # whose context has become so long that no tile fits beside them.
@@ -129,14 +130,23 @@ class PrefillPacker:
         return num_places > (overdue is not None and not overdue.block_table.shards)
 
     def _chunk(
-        self, builder: BatchBuilder, seq: Sequence, parts: tuple[Part, ...], num_least: int, long_ranks: set[int]
+        self,
+        builder: BatchBuilder,
+        seq: Sequence,
+        parts: tuple[Part, ...],
+        num_least: int,
+        long_ranks: set[int],
+        limit: int | None,
     ) -> tuple[int, bool]:
-        """Tokens of `seq` for this step, and whether it will hold up others for more than the step at hand."""
+        """Tokens of `seq` for this step, and whether it will hold up others for more than the step at hand.
+
+        limit: of tokens, where steps are split evenly among the prefills that may run.
+        """
         config = self._config
         if config.reserved_share and seq.request.num_prompt_tokens > config.short_prompt_tokens:
             return max(self._fit_unreserved(builder, seq, parts), num_least), False
         if not config.has_space_sharing or config.chunking is not Chunking.ADAPTIVE:
-            return max(builder.fit(seq, parts), num_least), False
+            return max(builder.fit(seq, parts, limit=limit), num_least), False
         has_long = not long_ranks.isdisjoint(part.kvp_rank for part in parts)
         if config.long_prefill_tokens is not None:
             is_long = seq.num_scheduled_tokens >= config.long_prefill_tokens
@@ -254,10 +264,16 @@ class PrefillPacker:
 
 
 class _Places:
-    """How many prompts may still begin in the batch being formed, where the number begun and not ended is limited."""
+    """How many prompts may still begin in the batch being formed, where the number begun and not ended is limited.
 
-    def __init__(self, config: SchedulerConfig, memory: KVMemory) -> None:
-        self._long_tokens = config.max_chunk_tokens or 0
+    Under a token budget, each gets an even part of it (vLLM's first scheduler).
+    """
+
+    def __init__(self, config: SchedulerConfig, memory: KVMemory, num_candidates: int) -> None:
+        self._long_tokens = config.short_prompt_tokens
+        self.chunk_tokens: int | None = None
+        if config.max_partial_prefills is not None and config.chunking is Chunking.FIXED:
+            self.chunk_tokens = config.fixed_chunk_tokens // max(1, min(config.max_partial_prefills, num_candidates))
         begun = [seq for seq in memory.owners.values() if seq.is_prefill and seq.num_unscheduled_tokens]
         num_long = sum(self._is_long(seq) for seq in begun)
         self._num_left = inf if config.max_partial_prefills is None else config.max_partial_prefills - len(begun)

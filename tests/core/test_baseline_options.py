@@ -10,7 +10,6 @@ from megatron_medha.core.batch import Batch
 from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware, RooflineCost
-from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.output_length import OutputLengths, OutputPredictor
@@ -71,7 +70,7 @@ def test_adaptive_chunks_obey_max_chunk_tokens_too() -> None:
 
 
 def test_a_second_long_prompt_waits_for_its_place_and_short_ones_pass_it() -> None:
-    config = replace(FIXED, max_chunk_tokens=64, max_partial_prefills=4, max_long_partial_prefills=1)
+    config = replace(FIXED, max_partial_prefills=4, max_long_partial_prefills=1, short_prompt_tokens=100)
     requests = (request("first", 2000), request("second", 2000, at_s=1e-6), request("short", 50, at_s=2e-6))
     ttft_s, batches = run(config, *requests)
     beside = [batch for batch in batches if {"first", "second"} <= {chunk.request_id for chunk in batch.chunks}]
@@ -80,9 +79,10 @@ def test_a_second_long_prompt_waits_for_its_place_and_short_ones_pass_it() -> No
 
 
 def test_no_more_prompts_are_begun_than_max_partial_prefills() -> None:
-    config = replace(FIXED, max_chunk_tokens=64, max_partial_prefills=2)
+    config = replace(FIXED, max_partial_prefills=2)
     _, batches = run(config, *(request(f"r{i}", 500, at_s=1e-6 * i) for i in range(5)))
     assert max(len(batch.chunks) for batch in batches) == 2
+    assert {chunk.num_tokens for chunk in batches[1].chunks} == {128}  # even parts of the step
 
 
 @pytest.mark.parametrize("chunking", [Chunking.FIXED, Chunking.ADAPTIVE])
@@ -124,8 +124,3 @@ def test_qlm_puts_those_that_will_miss_their_target_behind_those_that_will_not()
     assert ttft_s["fine"] < ttft_s["late"]
     ttft_s, _ = run(replace(FIXED, policy="edf"), first, late, request("fine", 250, 2e-6, slo_s=50.0))
     assert ttft_s["late"] < ttft_s["fine"]
-
-
-def test_a_limit_of_long_prompts_needs_a_definition_of_long() -> None:
-    with pytest.raises(ConfigError, match="max_chunk_tokens"):
-        SchedulerConfig(max_long_partial_prefills=1)
