@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from itertools import count, product
 
@@ -20,6 +21,7 @@ from megatron_medha.engine.outcome import Ending, Outcome, Slo
 from megatron_medha.engine.ports import Decisions
 from megatron_medha.engine.summary import LengthClasses, Summary
 from megatron_medha.sim.ledger import Ledger
+from megatron_medha.sim.systems.admission import Admission, AdmissionRules, Census
 from megatron_medha.sim.systems.elastic import ElasticConfig, ElasticSystem, Filling
 from megatron_medha.sim.systems.instances_world import InstancesWorld
 from megatron_medha.sim.systems.partition import partition
@@ -231,19 +233,16 @@ def test_kv_is_left_on_as_few_instances_as_hold_it() -> None:
 
 
 def test_a_long_prompt_that_others_have_passed_ten_times_is_passed_no_more() -> None:
-    # Decodes hold two instances' worth of KV, so the long one would wait; short ones keep coming.
-    requests = [request("holder", 800_000, 0.0, 2000)]
-    requests += [request(f"s{i}", 2000, 60.0 + 0.2 * i, 2) for i in range(400)]
-    requests.append(request("long", 800_000, 61.0, 1))
-    outcomes, batches = run(elastic(Filling.NONE), *sorted(requests, key=lambda one: one.arrival_s))
-    begun = next(now_s for now_s, batch in batches for chunk in batch.chunks if chunk.request_id == "long")
-    passed = {
-        now_s
-        for now_s, batch in batches
-        if 61.0 < now_s < begun and any(chunk.start == 0 and chunk.num_tokens == 2000 for chunk in batch.chunks)
-    }
-    assert len(passed) <= 11
-    assert outcomes["long"].ending is Ending.FINISHED
+    # Decodes hold seven of eight instances, and running the long one on the eighth would be far slower than on all.
+    census = Census(num_used_tokens=750_000, num_promised_tokens=0, num_sequences=1, output_counts=[100])
+    admission = Admission(AdmissionRules(first_answer_tokens=100), COST, 8, 110_000)
+    waiting = deque([request("long", 100_000)])
+    begun = []
+    for index in range(15):
+        waiting.append(request(f"s{index}", 2000))
+        begun += [one.request_id for one in admission.choose(waiting, census)]
+    assert begun == [f"s{index}" for index in range(10)]
+    assert waiting[0].request_id == "long"
 
 
 def test_static_context_parallelism_batches_short_prompts_up_to_its_time_limit() -> None:
