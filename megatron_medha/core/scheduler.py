@@ -26,8 +26,9 @@ from megatron_medha.core.chunking import PrefillTimes
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import CostModel, StepLoad, step_s
 from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.output_length import OutputPredictor
 from megatron_medha.core.packing import PrefillPacker
-from megatron_medha.core.policies import POLICIES, relative_slack
+from megatron_medha.core.policies import NEEDS_WAIT_ESTIMATE, POLICIES, relative_slack
 from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Request, Sequence, Status
 from megatron_medha.core.step_budget import StepAim
@@ -59,6 +60,7 @@ class Scheduler:
         self._growing: list[Sequence] = []          # need a block before their next token
         self._deadlines: list[tuple[float, float, str]] = []  # heap of (deadline, arrival, id); may hold the dead
         self._packer = PrefillPacker(config, cost, memory)
+        self._outputs = OutputPredictor(config.output_lengths, config.output_error)
         self._num_tpot_slos = 0                     # live sequences that bring a TPOT target
         self._in_flight: dict[int, _InFlight] = {}
         self._released: list[str] = []
@@ -146,7 +148,10 @@ class Scheduler:
                 deadline_s=request.arrival_s + self.ttft_target_s(request, total_s),
                 total_work_s=total_s,
                 remaining_work_s=total_s,
+                answer_work_s=self._outputs.predict(request) * self.cost.linear_s(1, 1),
             )
+            if self.config.policy in NEEDS_WAIT_ESTIMATE:
+                seq.estimated_wait_s = self._estimated_wait_s(seq)
             self._sequences[request.request_id] = seq
             self._num_tpot_slos += request.tpot_slo_s is not None
             heappush(self._deadlines, (seq.deadline_s, request.arrival_s, request.request_id))
@@ -203,9 +208,20 @@ class Scheduler:
                     else:
                         self._growing.append(seq)
 
+    def _estimated_wait_s(self, seq: Sequence) -> float:
+        """Prefill work that the policy would do before this newcomer's, had it a target it can keep."""
+        latest_start_s = seq.deadline_s - seq.total_work_s
+        return sum(
+            other.remaining_work_s
+            for other in self._sequences.values()
+            if other.is_prefill and other.deadline_s - other.total_work_s <= latest_start_s
+        )
+
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
         seq.move_to(status)
+        if status is Status.FINISHED:
+            self._outputs.learn(seq.num_output_tokens)
         self._decodes.pop(seq.request_id, None)
         if self._growing:
             self._growing = [other for other in self._growing if other is not seq]
