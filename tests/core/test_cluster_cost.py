@@ -162,6 +162,8 @@ def test_a_merge_gathers_outputs_and_sums_of_every_layer_and_no_context() -> Non
     assert cost_of(kvp=2).merge_s(10, 2) == pytest.approx(4 * (0.01 + 10 * 24 / 1e4))
     assert cost_of(kvp=4).merge_s(10, 3) == pytest.approx(4 * (0.1 + 2 * 10 * 24 / 1e3))
     assert cost_of(kvp=2).merge_s(10, 1) == 0.0
+    # With tp 2 a rank has one head, and the next KVP rank is in the next node.
+    assert cost_of(tp=2, kvp=2).merge_s(10, 2) == pytest.approx(4 * (0.1 + 10 * 12 / 1e3))
 
 
 def test_a_merge_of_512_tokens_of_a_70b_model_is_cheap_inside_a_node_and_dear_across() -> None:
