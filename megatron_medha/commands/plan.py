@@ -197,7 +197,8 @@ def _print_table(rows: list[list[str]], header: list[str]) -> None:
 def _say_what_is_tried(options: PlanOptions, found: Candidates) -> None:
     name = found.trials[0].config.setup.shape.name
     print(
-        f"{name} on up to {options.hardware.num_devices} GPUs of {options.hardware.name}: {len(found.trials)} candidates; {len(found.impossible)} layouts cannot be"
+        f"{name} on up to {options.hardware.num_devices} GPUs of {options.hardware.name}: "
+        f"{len(found.trials)} candidates; {len(found.impossible)} layouts cannot be"
     )
     for layout, why in found.impossible[:3]:
         print(f"  tp={layout.tp} spp={layout.spp} kvp={layout.kvp}: {why}")
