@@ -160,15 +160,14 @@ def test_the_decisions_of_a_simulation_replay(tmp_path: Path, learns: bool) -> N
 
 
 def test_a_biased_truth_takes_longer_than_believed() -> None:
-    # All of it, attention alone (most of a long prompt, little of a short one), everything else alone.
     exact, all_of_it, attention, linear = (
         Simulation(config(long_share=0.5, truth=TruthConfig(linear_bias=a, attention_bias=b))).isolated_s
         for a, b in ((1.0, 1.0), (1.5, 1.5), (1.0, 1.5), (1.5, 1.0))
     )
     # More than 1.5: the scheduler finds its steps too long, and makes chunks smaller.
     assert 1.5 <= all_of_it(100_000) / exact(100_000) < 1.8
-    assert attention(100_000) > linear(100_000) > exact(100_000)
-    assert attention(500) / exact(500) < 1.05 < linear(500) / exact(500)
+    assert attention(100_000) > 1.02 * exact(100_000) and linear(100_000) > 1.02 * exact(100_000)
+    assert attention(500) < 1.05 * exact(500) < linear(500)
 
 
 def test_noise_is_drawn_from_the_seed_and_is_no_bias() -> None:
