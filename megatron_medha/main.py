@@ -26,6 +26,8 @@ COMMANDS: dict[str, Command] = {
     "simulate": Command("megatron_medha.commands.simulate", "run a workload on a machine that is only calculated"),
     "explain": Command("megatron_medha.commands.explain", "say why a simulated request waited, step by step"),
     "plan": Command("megatron_medha.commands.plan", "find the layout that meets a target with the fewest GPUs"),
+    "bench": Command("megatron_medha.commands.bench", "put a running server under load and measure it"),
+    "report": Command("megatron_medha.commands.report", "put runs side by side on one page"),
     "replay": Command("megatron_medha.commands.replay", "check that a decision log replays to the same batches"),
     "version": Command("megatron_medha.commands.version", "print the version"),
 }

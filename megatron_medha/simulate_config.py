@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.cluster.machine import GIB
-from megatron_medha.config import ModelOptions
+from megatron_medha.config import ModelOptions, TrackingConfig
 from megatron_medha.core.capacity import Reserve, check_layout, num_kv_blocks
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.engine_costs import EngineCosts
@@ -78,6 +78,8 @@ class SimulateOptions:
     truth: TruthConfig
     memory: MemoryOptions
     record: RecordConfig
+    tracking: TrackingConfig = TrackingConfig()
+    objective: str = "all.goodput_per_s"
 
 
 def simulation_config(options: SimulateOptions) -> SimulationConfig:

@@ -140,9 +140,9 @@ def print_ttft() -> tuple[list[dict[str, float]], bool]:
     verdict = "held" if worst <= BAR else "MISSED"
     print(f"largest error {worst:.1%}: {verdict}; 'streamed': had no chunk waited for the last stage (see --help)")
     print(
-        "TBT: CUDA graphs end at 8,192 tokens, hence the step there. From 256K tokens on the published figure grows by\n"
-        "0.17 ms per 1,024 tokens, 20 times what reading KV takes; prefill steps over the same context show no such\n"
-        "term, so it is work per output token outside of the step (text and ids of the whole prompt), left out here.\n"
+        "TBT: CUDA graphs end at 8,192 tokens, hence the step there. From 256K tokens on the published figure grows\n"
+        "by 0.17 ms per 1,024 tokens, 20 times what reading KV takes; chunks after the same context show no such\n"
+        "term, so we take it for work per output token outside of the step (text and ids of the prompt); left out.\n"
     )
     return rows, worst <= BAR
 

@@ -22,7 +22,7 @@ def plot_run(run: Path) -> list[Path]:
     from matplotlib import pyplot
 
     requests = list(_lines(run / REQUESTS))
-    samples = list(_lines(run / SAMPLES))
+    samples = list(_lines(run / SAMPLES)) if (run / SAMPLES).is_file() else []  # a benchmark has none
     written = []
     for name, draw, values in (
         ("ttft_cdf.png", _ttft_cdf, requests),

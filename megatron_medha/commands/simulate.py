@@ -8,19 +8,21 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_medha.commands.arguments import FLAGS, parse_arguments
 from megatron_medha.commands.options_help import describe_options
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_medha.commands.wandb_run import WandbRun
     from megatron_medha.sim.run_directory import RunDirectory
     from megatron_medha.sim.simulation import Simulation, SimulationResult
     from megatron_medha.simulate_config import SimulateOptions
 
 USAGE = f"""\
 usage: medha simulate [group=option] [key=value ...]
+       medha simulate -m key=value,value ...
 
 Runs the server's own scheduler in virtual time on a machine that is only calculated, under a workload that is drawn
 or read from a trace; prints latencies by length class, and leaves requests, samples, plots and a Perfetto trace of
@@ -32,6 +34,7 @@ examples:
   medha simulate parallel.tp=8 workload=trace workload.path=AzureLLMInferenceTrace_conv.csv workload.duration_s=600
   medha simulate parallel.tp=8 parallel.spp=2 record=full out=runs/a && medha explain runs/a r17
   medha simulate truth=noisy belief=online workload.arrivals=gamma workload.cv=3
+  medha simulate -m scheduler=fcfs,edf,lars workload.qps=0.25,0.75 out=multirun/policies
 
 flags:
 {FLAGS}"""
@@ -48,15 +51,22 @@ def run(words: Sequence[str]) -> int:
     from megatron_medha.compose import as_yaml, compose, freeze
     from megatron_medha.simulate_config import SimulateOptions
 
+    if arguments.is_multirun:
+        from megatron_medha.commands.multirun import multirun
+
+        return multirun("simulate", SimulateOptions, arguments, simulate)
     composed = compose("simulate", SimulateOptions, arguments.overrides, arguments.config_dir)
     if arguments.shows_config:
         print(as_yaml(composed, arguments.resolves_config), end="")
         return 0
-    composed_yaml = as_yaml(composed, resolves=True)
-    return _simulate(freeze(composed, SimulateOptions), composed_yaml)
+    simulate(freeze(composed, SimulateOptions), as_yaml(composed, resolves=True))
+    return 0
 
 
-def _simulate(options: SimulateOptions, composed_yaml: str) -> int:
+def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
+    """One simulation with its output; returns what is in summary.json."""
+    from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.compose import yaml_values
     from megatron_medha.engine.summary_table import summary_table
     from megatron_medha.sim.run_directory import RunDirectory
     from megatron_medha.sim.simulation import Simulation
@@ -68,12 +78,17 @@ def _simulate(options: SimulateOptions, composed_yaml: str) -> int:
     out = (options.out or Path(f"outputs/simulate/{datetime.now():%Y-%m-%d-%H%M%S-%f}")).expanduser()
     # The directory's own name is left out of what is in it: two runs of the same options are equal to the byte.
     directory = RunDirectory.create(out, _without_out(composed_yaml), config.seed)
+    tracker = WandbRun(options.tracking, "simulate", yaml_values(composed_yaml), directory.path)
     _say_what_runs(options, simulation)
     began_s = time.perf_counter()
-    result = _with_progress(simulation, directory, options)
+    try:
+        result = _with_progress(simulation, directory, options, tracker)
+    except BaseException:
+        tracker.fail()
+        raise
     took_s = time.perf_counter() - began_s
     table = summary_table(result.values)
-    directory.finish(result, table)
+    directory.finish(result.values, table)
     print(f"\n{table}")
     print(f"{result.end_s:,.0f} simulated seconds in {took_s:.1f} s, {result.end_s / took_s:,.0f} times real time")
     if options.requests is RequestsFormat.PARQUET:
@@ -81,12 +96,17 @@ def _simulate(options: SimulateOptions, composed_yaml: str) -> int:
 
         write_parquet(directory.path)
     _plot(options, directory)
+    tracker.finish(directory.path)
     print(f"results are in {directory.path}")
-    return 0
+    return result.values
 
 
-def _with_progress(simulation: Simulation, directory: RunDirectory, options: SimulateOptions) -> SimulationResult:
+def _with_progress(
+    simulation: Simulation, directory: RunDirectory, options: SimulateOptions, tracker: WandbRun
+) -> SimulationResult:
     from tqdm import tqdm
+
+    from megatron_medha.engine.summary import CLASSES
 
     facts = simulation.workload.facts
     with (
@@ -105,6 +125,18 @@ def _with_progress(simulation: Simulation, directory: RunDirectory, options: Sim
                 refresh=False,
             )
             bar.update(sample.num_ended - bar.n)
+            slacks = {name: [one.relative_slack for one in sample.waiting if one.length_class == name]
+                      for name in CLASSES}  # fmt: skip
+            tracker.sample(
+                sample.now_s,
+                {
+                    "num_waiting": len(sample.waiting),
+                    "num_decoding": sample.num_decoding,
+                    "num_ended": sample.num_ended,
+                    "kv_used_share": sample.kv_used_share,
+                    **{f"{name}.least_relative_slack": min(found) for name, found in slacks.items() if found},
+                },
+            )
 
         watchers.on_sample = show
         result = simulation.run(watchers)

@@ -7,11 +7,11 @@ from itertools import product
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.hardware import Hardware
+from megatron_medha.core.kernel_costs import ACTIVATION_BYTES
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 
 _GIB = 1 << 30
-_ACTIVATION_BYTES = 2  # 16-bit activations, whatever the weights are
 _LOGIT_BYTES = 4       # rows that are sampled from are widened to fp32
 _MAX_DEGREE = 1024     # of pipeline stages, where a way out is looked for
 
@@ -82,7 +82,7 @@ def stage_footprint(
     # gate, up and their product, of one layer at a time.
     widths = 4 * shape.hidden_size + (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim / tp
     widths += 3 * shape.ffn_hidden_size * shape.num_experts_per_token / tp
-    activations = reserve.max_batch_tokens * widths * _ACTIVATION_BYTES
+    activations = reserve.max_batch_tokens * widths * ACTIVATION_BYTES
     if is_last:
         activations += min(reserve.max_num_sequences, reserve.max_batch_tokens) * shape.vocab_size * _LOGIT_BYTES
     # Ranks beyond the number of KV heads repeat one.

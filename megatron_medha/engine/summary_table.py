@@ -27,7 +27,7 @@ def _latencies(classes: Mapping[str, Any]) -> str:
     rows = [["", *(f"{name} {percent}" for name in classes for percent in _PERCENTILES)]]
     for label, key in _LATENCIES:
         cells = [
-            _times(found[key][percent]) if key == "slowdown" else _seconds(found[key][percent])
+            _times(found[key][percent]) if key == "slowdown" else seconds_text(found[key][percent])
             for found in classes.values()
             for percent in _PERCENTILES
         ]
@@ -43,11 +43,11 @@ def _counts(values: Mapping[str, Any]) -> str:
         ("finished", "num_finished", _count),
         ("rejected", "num_rejected", _count),
         ("unfinished", "num_unfinished", _count),
-        ("meet the SLO", "attainment", _percent),
-        ("goodput, requests/s", "goodput_per_s", _number),
-        ("requests/s", "requests_per_s", _number),
-        ("output tokens/s", "output_tokens_per_s", _number),
-        ("all tokens/s", "tokens_per_s", _number),
+        ("meet the SLO", "attainment", percent_text),
+        ("goodput, requests/s", "goodput_per_s", number_text),
+        ("requests/s", "requests_per_s", number_text),
+        ("output tokens/s", "output_tokens_per_s", number_text),
+        ("all tokens/s", "tokens_per_s", number_text),
         ("KV lost, times", "num_preemptions", _count),
         ("tokens recomputed", "num_tokens_lost", _count),
     ):
@@ -61,17 +61,17 @@ def _machine(values: Mapping[str, Any]) -> str:
     machine = values.get("machine")
     if machine is None:
         return ""
-    stages = " ".join(_percent(share) for share in machine["utilisation_by_stage"])
+    stages = " ".join(percent_text(share) for share in machine["utilisation_by_stage"])
     kv = (
-        f"; KV used {_percent(machine['kv_used_mean'])} on average, {_percent(machine['kv_used_max'])} at most"
+        f"; KV used {percent_text(machine['kv_used_mean'])} on average, {percent_text(machine['kv_used_max'])} at most"
         if machine["kv_used_mean"] is not None
         else ""
     )
     return (
         f"{machine['num_gpus']} GPUs, {values['duration_s']:,.0f} s from first arrival to last token, "
         f"{machine['num_batches']:,} batches\n"
-        f"stages busy {stages}; bubbles {_percent(machine['bubbles'])} of the time with work in the pipeline{kv}\n"
-        f"MFU {_percent(machine['mfu'])} (causal), MBU {_percent(machine['mbu'])}, both of all GPUs' peak over "
+        f"stages busy {stages}; bubbles {percent_text(machine['bubbles'])} of the time with work in the pipeline{kv}\n"
+        f"MFU {percent_text(machine['mfu'])} (causal), MBU {percent_text(machine['mbu'])}, both of all GPUs' peak over "
         "the whole time\n"
     )
 
@@ -87,7 +87,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "".join(line.rstrip() + "\n" for line in lines)
 
 
-def _seconds(value: float | None) -> str:
+def seconds_text(value: float | None) -> str:
+    """Seconds or milliseconds, three or four digits; - for None."""
     if value is None:
         return "-"
     if value < 1.0:
@@ -99,11 +100,13 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x" if value < 100.0 else f"{value:,.0f}x"
 
 
-def _percent(value: float | None) -> str:
+def percent_text(value: float | None) -> str:
+    """A share in percent; - for None."""
     return "-" if value is None else f"{100.0 * value:.1f}%"
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """A number of any size; - for None."""
     return "-" if value is None else f"{value:,.3f}" if value < 10.0 else f"{value:,.0f}"
 
 

@@ -13,7 +13,7 @@ from random import Random
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
 from megatron_medha.engine.arrivals import Arrivals, ArrivalShape, arrival_times_s
-from megatron_medha.engine.lengths import draw_mix
+from megatron_medha.engine.lengths import MixScales, draw_mix
 from megatron_medha.engine.trace_file import TraceFile
 
 
@@ -32,6 +32,8 @@ class WorkloadConfig:
     zero_lengths: ZeroLengths = ZeroLengths.ERROR
     long_share: float = 0.0488
     long_prompt_scale: float = 1.0
+    short_prompt_scale: float = 1.0
+    output_scale: float = 1.0
     arrivals: Arrivals = Arrivals.AUTO
     qps: float | None = None
     time_scale: float = 1.0
@@ -47,6 +49,8 @@ class WorkloadConfig:
         for key, low, high in (
             ("long_share", 0.0, 1.0),
             ("long_prompt_scale", 1e-3, 1e4),
+            ("short_prompt_scale", 1e-3, 1e4),
+            ("output_scale", 1e-3, 1e4),
             ("qps", 1e-6, 1e6),
             ("time_scale", 1e-6, 1e6),
             ("duration_s", 1e-3, 1e9),
@@ -186,8 +190,13 @@ class Workload:
                 yield arrival_s, row.num_prompt_tokens, row.num_output_tokens
         else:
             draw = Random(f"lengths {self._seed}")
+            scales = MixScales(
+                short_prompts=config.short_prompt_scale,
+                long_prompts=config.long_prompt_scale,
+                outputs=config.output_scale,
+            )
             for arrival_s in arrivals_s:
-                yield arrival_s, *draw_mix(draw, config.long_share, config.long_prompt_scale)
+                yield arrival_s, *draw_mix(draw, config.long_share, scales)
 
     def _count(self) -> WorkloadFacts:
         num_requests = num_prompt_tokens = num_output_tokens = max_prompt = max_request = 0

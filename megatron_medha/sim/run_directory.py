@@ -24,8 +24,9 @@ from typing import Any
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.decision_log import DecisionLog
-from megatron_medha.engine.outcome import Outcome
-from megatron_medha.sim.simulation import Sample, SimulationConfig, SimulationResult, Watchers
+from megatron_medha.engine.outcome import Outcome, Slo
+from megatron_medha.engine.summary import LengthClasses
+from megatron_medha.sim.simulation import Sample, SimulationConfig, Watchers
 from megatron_medha.sim.timeline import Timeline
 
 CONFIG, RUN, REQUESTS, SAMPLES = "config.yaml", "run.json", "requests.jsonl", "samples.jsonl"
@@ -100,7 +101,7 @@ class RunDirectory:
                 watchers.observers += (DecisionLog(log, config.setup.header()),)
 
             def ended(outcome: Outcome) -> None:
-                requests.write(json.dumps(self._request_values(outcome, config)) + "\n")
+                requests.write(json.dumps(self.request_values(outcome, config.classes, config.slo)) + "\n")
                 if timeline is not None:
                     timeline.ended(outcome)
 
@@ -108,16 +109,17 @@ class RunDirectory:
             watchers.on_sample = lambda sample: _write_sample(samples, sample)
             yield watchers
 
-    def finish(self, result: SimulationResult, table: str) -> None:
-        """Write what came out."""
-        self.write_json(SUMMARY, result.values)
+    def finish(self, values: dict[str, Any], table: str) -> None:
+        """Write what came out; a directory with a summary is a run that went to its end."""
+        self.write_json(SUMMARY, values)
         (self.path / TABLE).write_text(table, encoding="utf-8")
 
-    def _request_values(self, outcome: Outcome, config: SimulationConfig) -> dict[str, Any]:
+    def request_values(self, outcome: Outcome, classes: LengthClasses, slo: Slo) -> dict[str, Any]:
+        """A request as one line of requests.jsonl."""
         request = outcome.request
         values: dict[str, Any] = {
             "request_id": request.request_id,
-            "length_class": config.classes.of(request.num_prompt_tokens),
+            "length_class": classes.of(request.num_prompt_tokens),
             "arrival_s": _rounded(request.arrival_s),
             "prompt_tokens": request.num_prompt_tokens,
             "output_tokens": request.max_output_tokens,
@@ -127,10 +129,10 @@ class RunDirectory:
             "first_scheduled_s": _rounded(outcome.first_scheduled_s),
             "first_token_s": _rounded(outcome.first_token_s),
             "last_token_s": _rounded(outcome.last_token_s),
-            "deadline_s": _rounded(config.slo.deadline_s(outcome.isolated_s)),
+            "deadline_s": _rounded(slo.deadline_s(outcome.isolated_s)),
             "num_preemptions": outcome.num_preemptions,
             "num_tokens_lost": outcome.num_tokens_lost,
-            "meets_slo": config.slo.is_met(outcome),
+            "meets_slo": slo.is_met(outcome),
         }
         return values | {name: _rounded(getattr(outcome, name)) for name in self._latencies}
 
