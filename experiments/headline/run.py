@@ -1,6 +1,6 @@
 """The paper's headline on the simulator: Llama-3 8B on 16 A100, chats with 0, 1 or 5% long prompts, every baseline.
 
-    python -m experiments.headline.run                       # 20 simulated minutes of everything, then the hours
+    python -m experiments.headline.run                       # 10 simulated minutes of everything, then the hours
     python -m experiments.headline.run --only lars,loongserve
     python -m experiments.headline.run --report              # the table and the picture from results.json alone
 
@@ -61,7 +61,7 @@ def plan(minutes: int) -> list[Run]:
 def main() -> int:
     """Run what is missing; print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=int, default=20, help="simulated minutes of arrivals (default 20)")
+    parser.add_argument("--minutes", type=int, default=10, help="simulated minutes of arrivals (default 10)")
     parser.add_argument("--only", help="systems, separated by commas")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
@@ -84,7 +84,7 @@ def main() -> int:
             )
             measured = measure(
                 system.decisions, workload, 42, isolated_s, Slo(),
-                runs_on=system.runs_on, drain_s=20.0 * run.minutes, label=name,
+                runs_on=system.runs_on, front_s=on.engine.request_s, drain_s=20.0 * run.minutes, label=name,
             )  # fmt: skip
             results.put(name, measured.values(classes))
     return report(results.runs, arguments.minutes, HERE)

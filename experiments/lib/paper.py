@@ -107,7 +107,7 @@ class Cluster:
     def truth(self, layout: ParallelLayout, shard_tokens: int | None = None) -> Truth:
         """What its batches take."""
         tokens = shard_tokens or self.kv_tokens(layout.tp * layout.spp) // BLOCK_SIZE * BLOCK_SIZE
-        return Truth(self.cost(layout), layout, tokens, TruthConfig(), seed=0)
+        return Truth(self.cost(layout), tokens, TruthConfig(), seed=0)
 
     def isolated(self, layout: ParallelLayout, max_tokens: int) -> IsolatedTimes:
         """TTFT by length of a prompt alone under Medha's scheduler: what all systems' deadlines follow from."""
@@ -116,6 +116,7 @@ class Cluster:
             self.truth(layout),
             lambda: Pipeline(layout.spp, layout.kvp),
             max_tokens,
+            self.engine.request_s,
         )
 
 
@@ -208,10 +209,14 @@ def measure(
     slo: Slo,
     *,
     runs_on: tuple[ParallelLayout, Truth] | None,
+    front_s: float,
     drain_s: float,
     label: str,
 ) -> Measured:
-    """One run to `drain_s` after the last arrival; runs_on: None for a system that names its own instances."""
+    """One run to `drain_s` after the last arrival.
+
+    runs_on: None for a system that names its own instances; front_s: of every request outside of all steps.
+    """
     drawn = Workload(workload, seed)
     outcomes: list[Outcome] = []
     summary = Summary(LengthClasses(), slo)
@@ -224,11 +229,13 @@ def measure(
 
         sample_s = until_s / 200
         if runs_on is None:
-            world: MeasuredWorld = InstancesWorld(drawn.requests(), ledger, until_s, sample_s, advance)
+            world: MeasuredWorld = InstancesWorld(drawn.requests(), ledger, until_s, sample_s, advance, front_s)
         else:
             layout, truth = runs_on
             pipeline = Pipeline(layout.spp, layout.kvp)
-            world = MeasuredWorld(drawn.requests(), pipeline, truth, ledger, until_s, sample_s, advance)
+            world = MeasuredWorld(
+                drawn.requests(), pipeline, truth, ledger, until_s, sample_s, advance, front_s
+            )
         serve(decisions, world)
     ledger.close()
     return Measured(outcomes, summary, min(world.now_s(), until_s))
@@ -241,6 +248,7 @@ def alone_s(cluster: Cluster, layout: ParallelLayout, config: SchedulerConfig, n
         cluster.truth(layout),
         lambda: Pipeline(layout.spp, layout.kvp),
         num_tokens,
+        cluster.engine.request_s,
     )
     return times(num_tokens)
 
