@@ -24,6 +24,7 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("megatron_medha.commands.chat", "talk to a server from the terminal"),
     "train-tiny": Command("megatron_medha.commands.train_tiny", "train a tiny GPT, to have one to serve"),
     "replay": Command("megatron_medha.commands.replay", "check that a decision log replays to the same batches"),
+    "selftest": Command("megatron_medha.commands.selftest", "throw nonsense at a running server and see it hold"),
     "version": Command("megatron_medha.commands.version", "print the version"),
 }
 
