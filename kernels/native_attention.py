@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.backends import LayerKV, QueryRange
-from megatron_medha.kernels.native_build import native_library
+from megatron_medha.kernels.native_build import native_library, native_target, openmp_team
 
 _GROUP = 16
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -84,11 +84,10 @@ class NativeAttention:
 
     def __init__(self, target: str | None = None) -> None:
         """target: as for `native_library`, which may raise NativeUnavailable."""
-        self.library = native_library(target)
+        self.target = target or native_target()
+        self.library = native_library(self.target)
         self._attend = self.library.medha_attend
-        # torch's own OpenMP threads do the work. A runtime of our own would have threads of its own, and two sets of
-        # them on the same cores; its symbol is asked for in the process, as wheels rename the library's file.
-        self._run_team = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p)
+        self._run_team = openmp_team()
 
     def allocate(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype

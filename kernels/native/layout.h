@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "team.h"
+
 constexpr int64_t GROUP = 16;
 
 // Mirrored field by field by NativeCall in native_attention.py. Strides are in elements.
@@ -18,7 +20,7 @@ struct Call {
     int64_t num_tokens, num_kv_heads, queries_per_kv_head, head_dim;
     float scale;
     int32_t num_threads;
-    void (*run_team)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
+    RunTeam run_team;
 
     void *k_pool, *v_pool;
     int64_t pool_head_stride;
