@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_medha.kernels import reference
 from megatron_medha.kernels.backends import LayerKV, QueryRange, attention_backend
 from megatron_medha.kernels.cpu_attention import CpuAttention, ReadPlan, attend_chunk, attend_prefix
+from megatron_medha.kernels.merge import merge_states
 from megatron_medha.kernels.slot_table import SlotTable
 
 BLOCK_SIZE = 16
@@ -175,6 +176,67 @@ def test_log_sum_exps_are_those_of_the_scaled_scores(prefix: list[tuple[int, int
     lse_tolerance = 1e-5 if dtype == torch.float32 else 1e-4
     assert (lse.flatten(1, 2).double() - expected_lse_TH).abs().max() < lse_tolerance
     assert (out.flatten(1, 2).double() - expected_THD).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_attended_apart_and_merged_are_attention_over_the_whole(num_rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    shard_tokens, last_tokens, num_kv_heads, group, head_dim = 64, 21, 2, 3, 16
+    num_keys = 2 * shard_tokens + last_tokens
+    k_SKD, v_SKD = (torch.randn(num_keys, num_kv_heads, head_dim).to(dtype) for _ in range(2))
+    q_TKGD = torch.randn(num_rows, num_kv_heads, group, head_dim).to(dtype)
+    scale, first_new = head_dim**-0.5, num_keys - num_rows
+    parts = []
+    for shard in range(3):
+        is_last = shard == 2
+        backend = CpuAttention()
+        layer = backend.allocate(8, BLOCK_SIZE, num_kv_heads, head_dim, dtype)
+        for tensor in layer:
+            tensor.fill_(torch.nan)
+        table = SlotTable(BLOCK_SIZE, backend.min_run_tokens)
+        table.append([(4, 2), (0, 2)])
+        start = shard * shard_tokens
+        end = first_new if is_last else start + shard_tokens
+        slots = torch.from_numpy(table.slots(0, end - start))
+        layer.k[:, slots], layer.v[:, slots] = k_SKD[start:end].transpose(0, 1), v_SKD[start:end].transpose(0, 1)
+        before = layer.k.clone()
+        plan = backend.plan([QueryRange(0, num_rows, end - start, table, is_written=is_last)])
+        parts.append(backend.attend_with_lse(plan, q_TKGD, k_SKD[first_new:], v_SKD[first_new:], layer, scale))
+        assert is_last == (not torch.equal(layer.k.nan_to_num(), before.nan_to_num()))
+    out_THD, lse_TH = merge_states(torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts]))
+    expected_THD, expected_TH = reference.attention(q_TKGD.flatten(1, 2), k_SKD, v_SKD, scale, is_causal=True)
+    torch.testing.assert_close(out_THD.double(), expected_THD, atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(lse_TH.double(), expected_TH, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_a_batch_of_shards_some_written_here_and_some_elsewhere_is_each_of_them_alone() -> None:
+    torch.manual_seed(1)
+    backend = CpuAttention()
+    layer = backend.allocate(12, BLOCK_SIZE, 2, 16, torch.float32)
+    for tensor in layer:
+        tensor.normal_()
+    tables = []
+    for first_block in (0, 4, 8):
+        table = SlotTable(BLOCK_SIZE, backend.min_run_tokens)
+        table.append([(first_block, 4)])
+        tables.append(table)
+    ranges = [
+        QueryRange(0, 3, 30, tables[0]),
+        QueryRange(3, 4, 64, tables[1], is_written=False),
+        QueryRange(7, 1, 0, tables[2]),
+    ]
+    q_TKGD = torch.randn(8, 2, 3, 16)
+    k_TKD, v_TKD = torch.randn(8, 2, 16), torch.randn(8, 2, 16)
+    together = backend.attend_with_lse(backend.plan(ranges), q_TKGD, k_TKD, v_TKD, layer, 0.25)
+    for found in ranges:
+        rows = slice(found.first_row, found.first_row + found.num_rows)
+        plan = backend.plan([found._replace(first_row=0)])
+        alone = backend.attend_with_lse(plan, q_TKGD[rows], k_TKD[rows], v_TKD[rows], layer, 0.25)
+        for both, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(both[rows], single, atol=1e-6, rtol=0)
+    with pytest.raises(AssertionError, match="another rank's shard"):
+        backend.attend(backend.plan(ranges), q_TKGD, k_TKD, v_TKD, layer, 0.25)
 
 
 def test_shapes_that_disagree_are_refused_before_the_pool_is_touched() -> None:
