@@ -32,6 +32,7 @@ from megatron_medha.engine.ports import (
 )
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.snapshot import NO_LOAD, load_of
+from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Stream, Streams
 
 _log = logging.getLogger(__name__)
@@ -52,10 +53,11 @@ class World:
 class OpenWorld(Protocol):
     """Brings a world up when entered and takes it down when left."""
 
-    def __call__(
-        self, inbox: Inbox, streams: Streams, note_loading: Callable[[str, float], None]
-    ) -> AbstractContextManager[World | None]:
-        """Entering gives None if the inbox asked to stop first. Raises MedhaError if the world cannot come up."""
+    def __call__(self, inbox: Inbox, streams: Streams, board: StatusBoard) -> AbstractContextManager[World | None]:
+        """Entering gives None if the inbox asked to stop first. Raises MedhaError if the world cannot come up.
+
+        The world writes on the board while it comes up, first and after a failure.
+        """
 
 
 class Engine:
@@ -71,7 +73,7 @@ class Engine:
         self._open_world = open_world
         self._observers = observers
         self._decision_log = decision_log
-        self._status = EngineStatus(EnginePhase.LOADING, "starting")
+        self._board = StatusBoard()
         self._facts: EngineFacts | None = None
         self._load = NO_LOAD
         self._inbox = Inbox()
@@ -83,7 +85,7 @@ class Engine:
     @property
     def status(self) -> EngineStatus:
         """See EngineClient."""
-        return self._status
+        return self._board.status
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -109,8 +111,8 @@ class Engine:
         """See EngineClient."""
         assert self._streams is not None and self._sink is not None, "submit() before start()"
         with self._lock:
-            phase = self._status.phase
-            if phase is EnginePhase.READY:
+            phase = self.status.phase
+            if phase in (EnginePhase.READY, EnginePhase.RECOVERING):
                 self._streams.add(request.request_id, Stream(token_ids, sampling))
                 self._inbox.put(Arrived(request))
                 return
@@ -131,17 +133,17 @@ class Engine:
     def _run(self) -> None:
         assert self._streams is not None
         try:
-            with self._open_world(self._inbox, self._streams, self._note_loading) as world:
+            with self._open_world(self._inbox, self._streams, self._board) as world:
                 if world is not None:
                     self._serve(world, self._streams)
         except MedhaError as error:
             _log.error("engine_failed error=%r", str(error))
-            self._end(EngineStatus(EnginePhase.FAILED, str(error)), f"the engine failed: {error}")
+            self._end(EnginePhase.FAILED, str(error), f"the engine failed: {error}")
         except BaseException as error:
             _log.exception("engine_failed")
-            self._end(EngineStatus(EnginePhase.FAILED, repr(error)), "the engine failed")
+            self._end(EnginePhase.FAILED, repr(error), "the engine failed")
         else:
-            self._end(EngineStatus(EnginePhase.STOPPED), "the server is shutting down")
+            self._end(EnginePhase.STOPPED, "", "the server is shutting down")
 
     def _serve(self, world: World, streams: Streams) -> None:
         scheduler = world.setup.build()
@@ -157,19 +159,16 @@ class Engine:
             stop_token_ids=world.stop_token_ids,
             device=world.device,
         )
-        self._status = EngineStatus(EnginePhase.READY, world.device, 1.0)
+        self._board.show(EnginePhase.READY, world.device, 1.0)
         serve(scheduler, world.runtime, observers)
-
-    def _note_loading(self, what: str, fraction: float) -> None:
-        self._status = EngineStatus(EnginePhase.LOADING, what, fraction)
 
     def _note_load(self, load: EngineLoad) -> None:
         self._load = load
 
-    def _end(self, status: EngineStatus, why: str) -> None:
+    def _end(self, phase: EnginePhase, detail: str, why: str) -> None:
         assert self._streams is not None
         with self._lock:
-            self._status = status
+            self._board.show(phase, detail)
         self._load = NO_LOAD
         self._streams.end_all(why)
 

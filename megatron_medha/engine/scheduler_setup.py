@@ -24,9 +24,10 @@ class SchedulerSetup:
     config: SchedulerConfig
     shape: ModelShape
     hardware: Hardware
-    layout: ParallelLayout
+    layout: ParallelLayout  # of one replica
     num_blocks: int  # of each KVP rank
     block_size: int
+    max_tokens_per_shard: int | None = None  # tokens of one request on one KVP rank; None: all that fit
 
     def build(self) -> Scheduler:
         """A scheduler that has seen nothing yet; its cost model starts from the roofline and learns."""
@@ -36,6 +37,7 @@ class SchedulerSetup:
             block_size=self.block_size,
             max_context_len=self.shape.max_context_len,
             kvp=self.layout.kvp,
+            max_tokens_per_shard=self.max_tokens_per_shard,
             watermark=self.config.watermark,
         )
         return Scheduler(self.config, cost, memory, self.layout.spp)
