@@ -5,115 +5,16 @@ The ranks are processes without a model (fake_rank.py): what each request must g
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
-from clients import TIMEOUT_S, Client, wait_until, wait_until_ready
+from clients import TIMEOUT_S, wait_until
+from fake_cluster import POISON, StartCluster, assert_all_are_answered, mixed_load
 from fake_rank import continuation
 
-from megatron_medha.cluster.engine import cluster_engine, local_ranks
 from megatron_medha.cluster.health import RecoveryConfig
-from megatron_medha.cluster.launch import LocalRanks, Ranks
-from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.engine.engine import Engine
 from megatron_medha.engine.ports import EnginePhase, ErrorDelivery
-
-FAKE_RANK = (sys.executable, str(Path(__file__).with_name("fake_rank.py")))
-POISON = 999
-PATIENT = RecoveryConfig(max_failures=100)
-
-
-class FakeCluster:
-    """An engine over fake ranks, with a hand on their processes."""
-
-    def __init__(
-        self,
-        directory: Path,
-        layout: ParallelLayout,
-        *,
-        num_blocks: int = 400,
-        shard_tokens: int | None = None,
-        recovery: RecoveryConfig = PATIENT,
-    ) -> None:
-        self.directory = directory
-        self.layout = layout
-        self.ranks: LocalRanks
-        self.engine: Engine = cluster_engine(
-            rank_config=RankConfig(
-                layout=layout,
-                front_endpoint="",
-                checkpoint=str(directory),
-                kv_memory_bytes=num_blocks,
-                max_tokens_per_shard=shard_tokens,
-            ),
-            # Steps of a few dozen tokens, so that prompts come in several chunks and batches overlap.
-            scheduler_config=SchedulerConfig(step_budget_s=0.002, max_batch_tokens=96, max_num_sequences=64),
-            hardware=Hardware(name="test", flops_per_s=1e10, memory_bytes_per_s=1e9),
-            recovery=recovery,
-            open_ranks=self._open_ranks,
-        )
-        self.client = Client(self.engine)
-
-    def _open_ranks(self, configs: Sequence[RankConfig]) -> Any:
-        @contextmanager
-        def remember() -> Iterator[Ranks]:
-            with local_ranks(command=FAKE_RANK)(configs) as ranks:
-                assert isinstance(ranks, LocalRanks)
-                self.ranks = ranks
-                yield ranks
-
-        return remember()
-
-    def kill(self, rank: int) -> None:
-        """SIGKILL, as the kernel's memory killer sends it."""
-        next(process for process in self.ranks._processes if process.rank == rank).kill()
-
-    def poison(self, rank: int, kind: str) -> None:
-        """The rank fails in this way, once."""
-        (self.directory / "fault.json").write_text(json.dumps({"rank": rank, "kind": kind, "token": POISON}))
-
-
-StartCluster = Callable[..., FakeCluster]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[StartCluster]:
-    clusters: list[FakeCluster] = []
-
-    def run(layout: ParallelLayout, **options: Any) -> FakeCluster:
-        clusters.append(FakeCluster(tmp_path, layout, **options))
-        wait_until_ready(clusters[-1].engine)
-        return clusters[-1]
-
-    yield run
-    for cluster in clusters:
-        cluster.engine.stop(TIMEOUT_S)
-
-
-def mixed_load(seed: int, num_requests: int) -> dict[str, tuple[list[int], int]]:
-    """Prompts of 1 to 700 tokens, 1 to 40 output tokens."""
-    rng = random.Random(seed)
-    return {
-        f"r{index}": (
-            [rng.randrange(900) for _ in range(rng.choice((1, 16, 17, 90, 300, 700)))],
-            rng.randrange(1, 40),
-        )
-        for index in range(num_requests)
-    }
-
-
-def assert_all_are_answered(client: Client, load: dict[str, tuple[list[int], int]]) -> None:
-    for name, (prompt, num_outputs) in load.items():
-        assert client.tokens(name) == continuation(prompt, num_outputs), name
 
 
 @pytest.mark.parametrize(
@@ -221,11 +122,11 @@ def test_ranks_that_cannot_start_again_are_tried_as_often_as_configured(start: S
 
 def test_an_engine_that_is_stopped_while_its_ranks_come_up_leaves_no_process(start: StartCluster) -> None:
     cluster = start(ParallelLayout(tp=2))
-    processes = list(cluster.ranks._processes)
+    processes = cluster.processes
     cluster.kill(0)
     wait_until(lambda: cluster.engine.status.phase is EnginePhase.RECOVERING)
-    wait_until(lambda: bool(cluster.ranks._processes) and cluster.ranks._processes[0] is not processes[0])
-    processes += cluster.ranks._processes
+    wait_until(lambda: bool(cluster.processes) and cluster.processes[0] is not processes[0])
+    processes += cluster.processes
     cluster.engine.stop(TIMEOUT_S)
     assert cluster.engine.status.phase is EnginePhase.STOPPED
     assert all(process.exit_code is not None for process in processes)
