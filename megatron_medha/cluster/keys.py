@@ -68,7 +68,7 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
         """Refuse whoever does not hold the ranks' key, on all sockets of this context; to be stopped before it ends."""
         guard = ThreadAuthenticator(context)
         guard.start()
-        guard.configure_curve_callback(credentials_provider=_OneKey(zmq.utils.z85.decode(self.rank_public)))
+        guard.configure_curve_callback(credentials_provider=_OneKey(self.rank_public.encode()))
         return guard
 
 

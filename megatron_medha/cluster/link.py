@@ -52,13 +52,20 @@ class RankLink:
         self.socket.close()
 
 
-def router_socket(context: Context, endpoint: str, keys: Keys | None) -> zmq.Socket[bytes]:
-    """A bound ROUTER; it takes encrypted connections alone where there are keys. Raises RankError."""
+def router_socket(
+    context: Context, endpoint: str, keys: Keys | None, *, takes_over: bool = False
+) -> zmq.Socket[bytes]:
+    """A bound ROUTER; it takes encrypted connections alone where there are keys. Raises RankError.
+
+    takes_over: a peer that comes again under its name replaces the old connection, which may hang since its machine
+    went down.
+    """
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a message to a rank that is gone is an error, not a loss
+    socket.setsockopt(zmq.ROUTER_HANDOVER, int(takes_over))
     if keys is not None:
         keys.secure_front(socket)
     try:

@@ -8,7 +8,9 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.cluster.engine import cluster_engine, local_ranks
+from megatron_medha.cluster.attach import attached_ranks
+from megatron_medha.cluster.engine import OpenRanks, cluster_engine, local_ranks
+from megatron_medha.cluster.launch_config import LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.config import ServeConfig, ServeOptions
 from megatron_medha.engine.engine import Engine
@@ -44,7 +46,7 @@ def _replica(config: ServeConfig, replica: int, observer: Observer, decision_log
                 scheduler_config=config.scheduler,
                 hardware=config.hardware,
                 recovery=config.recovery,
-                open_ranks=local_ranks(replica),
+                open_ranks=_open_ranks(config, replica),
                 observers=(observer,),
                 decision_log=decision_log,
             )
@@ -58,6 +60,12 @@ def _replica(config: ServeConfig, replica: int, observer: Observer, decision_log
                 observers=(observer,),
                 decision_log=decision_log,
             )
+
+
+def _open_ranks(config: ServeConfig, replica: int) -> OpenRanks:
+    if config.launch.kind is LaunchKind.ATTACH:
+        return attached_ranks(config.launch, replica, config.num_replicas)
+    return local_ranks(replica)
 
 
 def _log_of_replica(path: Path | None, replica: int) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 from clients import Client
 from fake_rank import continuation
 
-from megatron_medha.cluster.engine import cluster_engine, local_ranks
+from megatron_medha.cluster.engine import OpenRanks, cluster_engine, local_ranks
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import LocalRanks, RankProcess, Ranks
 from megatron_medha.cluster.rank_config import RankConfig
@@ -38,7 +38,9 @@ class FakeCluster:
         num_blocks: int = 400,
         shard_tokens: int | None = None,
         recovery: RecoveryConfig = PATIENT,
+        open_ranks: OpenRanks | None = None,
     ) -> None:
+        """open_ranks: by default on this machine, as processes that kill() can reach."""
         self.directory = directory
         self.layout = layout
         self.ranks: LocalRanks
@@ -54,7 +56,7 @@ class FakeCluster:
             scheduler_config=SchedulerConfig(step_budget_s=0.002, max_batch_tokens=96, max_num_sequences=64),
             hardware=Hardware(name="test", flops_per_s=1e10, memory_bytes_per_s=1e9),
             recovery=recovery,
-            open_ranks=self._open_ranks,
+            open_ranks=open_ranks or self._open_ranks,
         )
         self.client: Client
 
