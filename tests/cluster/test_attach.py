@@ -100,7 +100,7 @@ def make_site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the rank's process through /proc")
 def test_attached_ranks_serve_come_back_after_a_kill_and_leave_with_the_front(make_site: Callable[..., Site]) -> None:
     site = make_site()
-    cluster = site.cluster(ParallelLayout(tp=2)).connect()
+    cluster = site.cluster(ParallelLayout(tp=2), recovery=RecoveryConfig(heartbeat_timeout_s=2.0)).connect()
     site.start_agent(0)
     wait_until(lambda: "waiting for ranks 1 to attach" in cluster.engine.status.detail, lambda: cluster.engine.status)
     site.start_agent(1)
@@ -225,7 +225,7 @@ def other_host() -> Iterator[str]:
 
 
 def test_ranks_of_two_hosts_serve_together_and_survive_the_loss_of_one(
-    make_site: Callable[..., Site], other_host: str
+    other_host: str, make_site: Callable[..., Site]
 ) -> None:
     site = make_site(host="10.213.77.1")
     elsewhere = ("ip", "netns", "exec", other_host)
