@@ -12,12 +12,11 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import zmq
@@ -27,33 +26,22 @@ from megatron_medha.cluster.messages import (
     FromRank,
     Heartbeat,
     Loading,
-    Ping,
     RankFailed,
     Ready,
-    Shutdown,
-    Step,
     StepDone,
-    ToRank,
 )
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
+from megatron_medha.worker.front_inbox import FrontInbox, SocketInbox
 
 log = logging.getLogger("megatron_medha.worker")
 
 
-class Computes(Protocol):
-    """A rank as this loop sees it."""
-
-    def run(self, step: Step) -> StepDone:
-        """Compute one batch."""
-
-
-LoadRank = Callable[[RankConfig, Callable[[str, float], None]], tuple[Computes, Ready]]
+Serve = Callable[[FrontInbox, Callable[[StepDone], None]], None]  # takes steps, answers, until told to stop
+LoadRank = Callable[[RankConfig, Callable[[str, float], None]], tuple[Serve, Ready]]
 
 _PR_SET_PDEATHSIG = 1
-# How soon an orphan notices where the kernel does not tell it; an idle rank wakes up this often.
-_PARENT_CHECK_MS = 1000
 _GOODBYE_MS = 2000
 _HEARTBEAT_INTERVAL_S = 1.0
 
@@ -109,11 +97,13 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
         context.term()
 
 
-def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Computes, Ready]:
+def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Serve, Ready]:
     # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
     from megatron_medha.worker.load import load_rank
+    from megatron_medha.worker.step_loop import run_steps
 
-    return load_rank(config, progress)
+    rank, ready = load_rank(config, progress)
+    return partial(run_steps, rank), ready
 
 
 def _serve(
@@ -125,27 +115,9 @@ def _serve(
 ) -> None:
     """Load, report ready, answer messages until Shutdown or until the parent is gone."""
     send(Loading(config.rank, "libraries", 0.0))
-    rank, ready = load(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
+    serve, ready = load(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
     send(ready)
-    decoder = msgspec.msgpack.Decoder(ToRank)
-    answers = config.layout.coord_of(config.rank).tp == 0  # its tensor-parallel peers would say the same
-    while True:
-        if not socket.poll(_PARENT_CHECK_MS):
-            if os.getppid() != parent_pid:
-                log.warning("parent_gone")
-                return
-            continue
-        message = decoder.decode(socket.recv())
-        match message:
-            case Step():
-                started_s = time.monotonic()
-                done = rank.run(message)
-                if answers:
-                    send(msgspec.structs.replace(done, duration_s=time.monotonic() - started_s))
-            case Ping():
-                pass
-            case Shutdown():
-                return
+    serve(SocketInbox(socket, parent_pid), send)
 
 
 def _connect(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, identity: str) -> zmq.Socket[bytes]:
@@ -164,10 +136,14 @@ def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> 
     stop = threading.Event()
 
     def beat() -> None:
-        socket = _connect(context, config, f"heart-{config.rank}")
+        socket = _connect(context, config, f"rank-{config.rank}-heartbeat")
         message = msgspec.msgpack.encode(Heartbeat(config.rank))
         while not stop.is_set():
-            socket.send(message)
+            # A front that does not read gets no more than the socket's buffer holds; the rank goes on.
+            try:
+                socket.send(message, zmq.NOBLOCK)
+            except zmq.Again:
+                log.warning("heartbeat_not_sent")
             stop.wait(_HEARTBEAT_INTERVAL_S)
         socket.close(linger=0)
 

@@ -16,7 +16,6 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import zmq
 
@@ -25,7 +24,8 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.blocks import Extent
 from megatron_medha.core.layout import Coord
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.worker.main import main
+from megatron_medha.worker.front_inbox import FrontInbox
+from megatron_medha.worker.main import Serve, main
 
 VOCAB_SIZE = 1000
 
@@ -57,6 +57,7 @@ class FakeRank:
         self._blocks: dict[str, list[int]] = {}
         self._is_last_stage = self._coord.pp == config.layout.spp - 1
         self._last_batch_id = -1
+        self.answers = self._coord.tp == 0
 
     def run(self, step: Step) -> StepDone:
         assert step.batch_id > self._last_batch_id, "batches out of order"
@@ -88,7 +89,7 @@ class FakeRank:
                     sampled.append(SampledToken(chunk.request_id, token_id))
                     if self._config.layout.world_size == 1:
                         tokens.append(token_id)
-        return StepDone(step.batch_id, self._config.rank, 0.001, tuple(sampled) if self._coord.tp == 0 else ())
+        return StepDone(step.batch_id, self._config.rank, 0.001, tuple(sampled))
 
     def _write_kv(self, request_id: str, start: int, end: int, num_shards: int, extents: Sequence[Extent]) -> None:
         shard_tokens = self._config.max_tokens_per_shard
@@ -132,7 +133,7 @@ def _take_fault(config: RankConfig, tokens: Sequence[int] | None = None) -> str 
     return str(fault["kind"])
 
 
-def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Any, Ready]:
+def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Serve, Ready]:
     """Takes no time, unless it is told to fail."""
     progress("model", 0.5)
     if _take_fault(config) == "load":
@@ -143,9 +144,15 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[An
     )  # fmt: skip
     # Ranks may differ in what they have room for; the least of all counts.
     num_blocks = config.kv_memory_bytes + config.rank
-    return FakeRank(config, config.kv_memory_bytes), Ready(
-        config.rank, shape, num_blocks, config.block_size, (), "fake"
-    )
+    rank = FakeRank(config, config.kv_memory_bytes)
+
+    def serve(inbox: FrontInbox, answer: Callable[[StepDone], None]) -> None:
+        while isinstance(message := inbox.wait(), Step):
+            done = rank.run(message)
+            if rank.answers:
+                answer(done)
+
+    return serve, Ready(config.rank, shape, num_blocks, config.block_size, (), "fake")
 
 
 if __name__ == "__main__":
