@@ -28,7 +28,7 @@ from experiments.lib.http_stream import Streamed, complete
 from experiments.lib.server_process import serving, vocab_size
 
 BAR_S = 10.0
-POLL_S = 0.02
+POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)

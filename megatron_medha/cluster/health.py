@@ -18,7 +18,7 @@ class RecoveryConfig:
     step_timeout_factor: float = 20.0         # times its predicted duration that a step may take, ...
     min_step_timeout_s: float = 60.0          # ... but at least this: predictions can be wrong before any step is seen
     max_failures: int = 3                     # this many within failure_window_s end the server; 1: the first one does
-    failure_window_s: float = 60.0
+    failure_window_s: float = 60.0            # of serving: time spent on loading does not count
     max_starts: int = 1                       # tries to bring the ranks up again after a failure
 
     def __post_init__(self) -> None:
@@ -103,10 +103,14 @@ class FailureCount:
         self._config = config
         self._times_s: deque[float] = deque()
 
-    def failed(self, now_s: float) -> bool:
-        """Count a failure of ranks that served; whether they may be started again."""
-        self._times_s.append(now_s)
-        while now_s - self._times_s[0] > self._config.failure_window_s:
+    def failed(self, served_s: float) -> bool:
+        """Count a failure after so many seconds of serving in all; whether the ranks may be started again.
+
+        By time served, or a request that brings the ranks down whenever it is computed would do so for ever where
+        loading the model takes long.
+        """
+        self._times_s.append(served_s)
+        while served_s - self._times_s[0] > self._config.failure_window_s:
             self._times_s.popleft()
         return len(self._times_s) < self._config.max_failures
 

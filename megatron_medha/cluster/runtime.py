@@ -79,6 +79,7 @@ class ClusterRuntime:
         self._progress = StartProgress(layout.world_size)
         self._num_starts = 0               # since the ranks were last ready
         self._why_lost = ""
+        self._ready_s = self._served_s = 0.0  # when the ranks came up last; how long they have served before that
         self._num_blocks: int | None = None  # promised to the scheduler
         self._events: deque[Event | None] = deque()
         self._results: dict[int, dict[str, Sampled]] = {}  # of batches whose Completed has not been taken up
@@ -136,7 +137,6 @@ class ClusterRuntime:
         if self._num_blocks is None:
             raise RankError(why)
         _log.error("ranks_lost why=%r", why)
-        now_s = self.now_s()
         self._board.count_failure()
         if self._phase is _Phase.STARTING:
             if self._num_starts >= self._recovery.max_starts:
@@ -144,7 +144,8 @@ class ClusterRuntime:
         else:
             self._why_lost = why
             self._num_starts = 0
-            if not self._failures.failed(now_s):
+            self._served_s += self.now_s() - self._ready_s
+            if not self._failures.failed(self._served_s):
                 raise RankError(f"{why}: failure {len(self._failures)} within {self._recovery.failure_window_s:g} s")
         self._board.recovering(why, 0.0)
         self._ranks.end(0.0)
@@ -156,7 +157,8 @@ class ClusterRuntime:
         self._start_ranks()
 
     def _ranks_are_ready(self) -> None:
-        self._heartbeats.restart(self._recovery.heartbeat_timeout_s, self.now_s())
+        self._ready_s = self.now_s()
+        self._heartbeats.restart(self._recovery.heartbeat_timeout_s, self._ready_s)
         if self._num_blocks is None:
             self._phase = _Phase.SERVING  # start() is waiting
             return

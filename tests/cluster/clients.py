@@ -11,7 +11,7 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.engine.ports import Delivery, EngineClient, EnginePhase, ErrorDelivery, TokenDelivery
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0  # for starts of real ranks on a busy machine
 
 
 class Client:

@@ -19,6 +19,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import FinishReason
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
+from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.decision_log import read_log, replay
 from megatron_medha.engine.engine import Engine
 from megatron_medha.engine.ports import EnginePhase, ErrorDelivery, TokenDelivery
@@ -57,11 +58,15 @@ def make_engine(
     kv_blocks: int = 2048,
     log: Path | None = None,
     recovery: RecoveryConfig | None = None,
+    layout: ParallelLayout = ParallelLayout(),  # noqa: B008
+    shard_tokens: int | None = None,
     **scheduler: Any,
 ) -> Engine:
     block_bytes = 2 * 2 * 2 * 16 * BLOCK_SIZE * 4  # K and V, layers, heads, head dim, tokens, fp32
     return cluster_engine(
         rank_config=RankConfig(
+            layout=layout,
+            max_tokens_per_shard=shard_tokens,
             front_endpoint="",
             checkpoint=str(checkpoint),
             device="cpu",
@@ -208,21 +213,24 @@ def test_what_a_real_run_decided_replays_to_identical_batches(checkpoint: Path, 
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the rank's process through /proc")
-def test_a_killed_rank_starts_again_and_its_requests_go_on_with_the_same_tokens(checkpoint: Path) -> None:
+def test_two_ranks_answer_as_one_does_also_when_one_is_killed_on_the_way(
+    checkpoint: Path, shared_client: Client
+) -> None:
+    requests = {f"k{seed}": (random_prompt(seed, 100 + 200 * seed), 60) for seed in range(5)}
+    for name, (prompt, num_outputs) in requests.items():
+        shared_client.send(name, prompt, num_outputs)
+    answers = {name: shared_client.tokens(name) for name in requests}
+
     others = rank_pids()
-    engine = make_engine(checkpoint)
+    # Two of them end up on both ranks.
+    engine = make_engine(checkpoint, layout=ParallelLayout(kvp=2), shard_tokens=512)
     client = Client(engine)
     wait_until_ready(engine)
-    requests = {f"r{seed}": (random_prompt(seed, 100 + 200 * seed), 60) for seed in range(5)}
-    for name, (prompt, num_outputs) in requests.items():
-        client.send(f"calm-{name}", prompt, num_outputs)
-    calm = {name: client.tokens(f"calm-{name}") for name in requests}
     for name, (prompt, num_outputs) in requests.items():
         client.send(name, prompt, num_outputs, num_prompt_logprobs=0)
-    client.wait("r1", num_deliveries=5)
-    (pid,) = rank_pids() - others
-    os.kill(pid, signal.SIGKILL)
-    assert {name: client.tokens(name) for name in requests} == calm
+    client.wait("k1", num_deliveries=5)
+    os.kill(max(rank_pids() - others), signal.SIGKILL)
+    assert {name: client.tokens(name) for name in requests} == answers
     for name, (prompt, _) in requests.items():
         first, *rest = client.deliveries[name]
         assert [entry.token_id for entry in first.prompt_logprobs] == prompt[1:]
