@@ -16,7 +16,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
-from megatron_medha.engine.engine import Engine, World
+from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
@@ -47,6 +47,7 @@ def cluster_engine(
     recovery: RecoveryConfig | None = None,
     open_ranks: OpenRanks | None = None,
     observers: tuple[Observer, ...] = (),
+    watchers: tuple[Watcher, ...] = (),
     decision_log: Path | None = None,
 ) -> Engine:
     """An engine whose world is one replica; nothing starts before its start().
@@ -79,4 +80,4 @@ def cluster_engine(
             finally:
                 runtime.shut_down()
 
-    return Engine(open_world, observers=observers, decision_log=decision_log)
+    return Engine(open_world, observers=observers, watchers=watchers, decision_log=decision_log)

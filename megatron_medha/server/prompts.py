@@ -40,10 +40,12 @@ async def encode_prompts(
     max_tokens_param: str = "max_tokens",
 ) -> tuple[Prompt, ...]:
     """Encode and check prompts against the context; without max_tokens they get the default, or what fits."""
-    limit = ready.facts.max_request_tokens
+    limit, most = ready.facts.max_request_tokens, service.config.max_prompt_tokens
     tokenizer = ready.tokenizer
     for raw in raw_prompts:
         at_least = len(raw) if isinstance(raw, list) else tokenizer.min_num_tokens(raw)
+        if most is not None and at_least > most:
+            raise _over_prompt_limit(at_least, most, param)
         if at_least >= limit:
             raise _too_long(str(at_least) if isinstance(raw, list) else f"at least {at_least}", limit, param)
 
@@ -59,6 +61,8 @@ async def encode_prompts(
     encoded = await service.work_on_text(num_chars, lambda: [encode(raw) for raw in raw_prompts])
     prompts = []
     for raw, token_ids in zip(raw_prompts, encoded, strict=True):
+        if most is not None and len(token_ids) > most:
+            raise _over_prompt_limit(len(token_ids), most, param)
         room = limit - len(token_ids)
         if room < 1:
             raise _too_long(str(len(token_ids)), limit, param)
@@ -107,6 +111,15 @@ def _too_long(num_tokens: str, limit: int, param: str) -> ApiError:
         f"at least one output token must fit",
         param,
         "context_length_exceeded",
+    )
+
+
+def _over_prompt_limit(num_tokens: int, limit: int, param: str) -> ApiError:
+    return ApiError(
+        413,
+        f"the prompt has at least {num_tokens} tokens, this server takes {limit} (server.max_prompt_tokens)",
+        param=param,
+        code="prompt_too_long",
     )
 
 
