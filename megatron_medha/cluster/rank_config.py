@@ -14,6 +14,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     layout: ParallelLayout = ParallelLayout()
     init_method: str | None = None   # where the ranks of the layout meet (torch.distributed); None: there is only one
     front_endpoint: str              # ZeroMQ address of the front's ROUTER socket
+    key_file: str | None = None      # keys of an encrypted connection (cluster/keys.py); None: it is not encrypted
     checkpoint: str                  # directory: Megatron torch_dist or Hugging Face safetensors
     device: str = "auto"             # auto, cpu, cuda
     dtype: str = "auto"              # auto (the checkpoint's own), float32, bfloat16
