@@ -70,7 +70,7 @@ class KeyRange(NamedTuple):
 class BatchPlan(NamedTuple):
     """A packed batch as the library takes it. Arrays whose addresses are in `rows` are kept alive beside it."""
 
-    slots: np.ndarray | None  # int64 [T]
+    slots: np.ndarray | None  # int64 [T]; -1: not written
     rows: np.ndarray          # int64 [ranges, 6]: `Rows` of native/layout.h
     runs: tuple[np.ndarray, ...]
     num_threads: int
@@ -101,15 +101,16 @@ class NativeAttention:
 
     def plan(self, ranges: Sequence[QueryRange]) -> BatchPlan:
         """Slots to write and keys to read, for all layers of one step."""
-        slots = [table.slots(start, num_rows) for _, num_rows, start, table in ranges]
-        keys = [
-            KeyRange(first_row, num_rows, start + 1, True, table.runs_in_order())
-            for first_row, num_rows, start, table in ranges
-        ]
+        slots, keys = [], []
+        for first_row, num_rows, start, table, is_written in ranges:
+            slots.append(table.slots(start, num_rows) if is_written else np.full(num_rows, -1))
+            keys.append(KeyRange(first_row, num_rows, start + is_written, is_written, table.runs_in_order()))
         return self.plan_keys(keys, slots[0] if len(slots) == 1 else np.concatenate(slots))
 
     def plan_keys(self, ranges: Sequence[KeyRange], slots: np.ndarray | None) -> BatchPlan:
-        """The general case: rows that see any number of the pool's keys. slots: of the batch's own; None: unwritten."""
+        """The general case: rows that see any number of the pool's keys. slots: of the batch's own, -1 for a row
+        that is not written; None: no row is.
+        """
         rows = np.array(
             [(r.first_row, r.num_rows, r.num_keys, r.is_causal, r.runs.ctypes.data, len(r.runs)) for r in ranges],
             dtype=np.int64,

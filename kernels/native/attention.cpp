@@ -82,6 +82,7 @@ class Work {
     void write(int64_t head, int64_t first, int64_t end) {
         const int64_t head_dim = call_.head_dim;
         for (int64_t t = first; t < end; ++t) {
+            if (call_.slots[t] < 0) continue;
             const int64_t group = call_.slots[t] / GROUP, lane = call_.slots[t] % GROUP;
             const int64_t base = head * call_.pool_head_stride + group * GROUP * dim_;
             T *const k_to = static_cast<T *>(call_.k_pool) + base;

@@ -28,7 +28,7 @@ struct Call {
     const void *q, *k, *v;  // of the batch: [T, K, G, D], [T, K, D], [T, K, D], the last dimension dense
     int64_t q_token_stride, q_head_stride, q_group_stride;
     int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
-    const int64_t *slots;  // where each token's own keys and values go; null: nothing is written
+    const int64_t *slots;  // where each token's own keys and values go, -1: nowhere; null: nothing is written
 
     void *out;   // [T, K, G, D], dense
     float *lse;  // [T, K, G], or null
