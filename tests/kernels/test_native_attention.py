@@ -133,6 +133,31 @@ def test_log_sum_exps_and_rows_that_see_any_number_of_keys(
             assert not out_THD[rows].any() and lse_TH[rows].isneginf().all()
 
 
+def test_rows_of_another_ranks_shard_are_not_written_and_see_every_earlier_key(native: NativeAttention) -> None:
+    world = World(native, num_kv_heads=2, group=2, head_dim=16, dtype=torch.float32)
+    ours, theirs = world.add(50), world.add(60)
+    world.step([(ours, 40), (theirs, 30)])
+    before = theirs.table.slots(30, 5)
+    ranges = [QueryRange(0, 4, 40, ours.table), QueryRange(4, 5, 30, theirs.table, is_written=False)]
+    q_TKGD, k_TKD, v_TKD = torch.randn(9, 2, 2, 16), *torch.randn(2, 9, 2, 16)
+    out_THD, lse_TH = native.attend_with_lse(native.plan(ranges), q_TKGD, k_TKD, v_TKD, world.layer, world.scale)
+    keys_NDL = world.layer.k[0].view(-1, 16, 16)  # of one head, by group, dimension and lane
+    assert keys_NDL[before // 16, :, before % 16].isnan().all(), "a slot of the other rank was written"
+    expected_THD, expected_lse_TH = reference.attention(
+        q_TKGD[4:].flatten(1, 2), theirs.k_SKD[:30], theirs.v_SKD[:30], world.scale, is_causal=False
+    )
+    assert (out_THD[4:].double() - expected_THD).abs().max() < 1e-5
+    assert (lse_TH[4:].double() - expected_lse_TH).abs().max() < 1e-5
+    expected_THD, _ = reference.attention(
+        q_TKGD[:4].flatten(1, 2),
+        torch.cat((ours.k_SKD[:40], k_TKD[:4])),
+        torch.cat((ours.v_SKD[:40], v_TKD[:4])),
+        world.scale,
+        is_causal=True,
+    )
+    assert (out_THD[:4].double() - expected_THD).abs().max() < 1e-5
+
+
 def test_large_and_tiny_scores_neither_overflow_nor_turn_into_nan(native: NativeAttention) -> None:
     world = World(native, num_kv_heads=1, group=1, head_dim=16, dtype=torch.float32)
     sequence = world.add(40)
