@@ -50,7 +50,7 @@ def test_the_default_option_shows_every_key_with_the_default_of_the_class(name: 
 @pytest.mark.parametrize(("name", "component"), [("simulate", SimulateOptions), ("plan", PlanOptions)])
 def test_the_file_of_a_command_shows_every_key_with_the_default_of_the_class(name: str, component: type) -> None:
     own = {field.name: plain(field.default) for field in dataclasses.fields(component)
-           if field.default is not dataclasses.MISSING}  # fmt: skip
+           if field.default is not dataclasses.MISSING and not dataclasses.is_dataclass(field.default)}  # fmt: skip
     assert {key: value for key, value in shown(name).items() if not isinstance(value, dict)} == own
 
 
@@ -62,6 +62,8 @@ def test_the_mix_shows_every_key_of_a_workload_with_load_and_end_set() -> None:
 @pytest.mark.parametrize("group", ["slo", "classes", "truth", "memory", "record", "engine", "scheduler"])
 def test_every_option_composes(group: str) -> None:
     for option in option_names(group):
+        if (group, option) == ("slo", "default"):
+            continue  # the classes of medha serve
         words = [f"{group}={option}", "hardware=a100_x16", "parallel.tp=8", "parallel.spp=2"]
         config = simulation_config(freeze(compose("simulate", SimulateOptions, words), SimulateOptions))
         assert config.setup.layout.world_size == 16
