@@ -92,13 +92,23 @@ class Cluster:
         free = num_devices * MEMORY_SHARE * self.hardware.memory_bytes - weights
         return int(free / self.shape.kv_bytes_per_token)
 
-    def scheduler(self, config: SchedulerConfig, layout: ParallelLayout, kv_tokens: int | None = None) -> Scheduler:
-        """Our scheduler on one replica; its belief is the truth. kv_tokens: other memory than there is."""
+    def scheduler(
+        self,
+        config: SchedulerConfig,
+        layout: ParallelLayout,
+        kv_tokens: int | None = None,
+        shard_tokens: int | None = None,
+    ) -> Scheduler:
+        """Our scheduler on one replica; its belief is the truth.
+
+        kv_tokens: other memory than there is. shard_tokens: of a request on one KVP rank; None: all that fit.
+        """
         memory = KVMemory(
             num_blocks=(kv_tokens or self.kv_tokens(layout.tp * layout.spp)) // BLOCK_SIZE,
             block_size=BLOCK_SIZE,
             max_context_len=self.shape.max_context_len,
             kvp=layout.kvp,
+            max_tokens_per_shard=shard_tokens,
             watermark=config.watermark,
         )
         return Scheduler(config, self.cost(layout), memory, layout.spp)
@@ -221,12 +231,12 @@ def measure(
     summary = Summary(LengthClasses(), slo)
     ledger = Ledger(summary, slo, isolated_s, outcomes.append)
     until_s = drawn.facts.last_arrival_s + drain_s
-    with tqdm(total=round(until_s), desc=label, unit="s", leave=False, mininterval=1.0) as bar:
+    with tqdm(total=round(min(until_s, 10 * drawn.facts.last_arrival_s)), desc=label, unit="s", leave=False, mininterval=1.0) as bar:
 
         def advance(now_s: float) -> None:
             bar.update(max(0, round(now_s) - bar.n))
 
-        sample_s = until_s / 200
+        sample_s = drawn.facts.last_arrival_s / 200
         if runs_on is None:
             world: MeasuredWorld = InstancesWorld(drawn.requests(), ledger, until_s, sample_s, advance, front_s)
         else:
