@@ -231,7 +231,8 @@ def measure(
     summary = Summary(LengthClasses(), slo)
     ledger = Ledger(summary, slo, isolated_s, outcomes.append)
     until_s = drawn.facts.last_arrival_s + drain_s
-    with tqdm(total=round(min(until_s, 10 * drawn.facts.last_arrival_s)), desc=label, unit="s", leave=False, mininterval=1.0) as bar:
+    total = round(min(until_s, 10 * drawn.facts.last_arrival_s))
+    with tqdm(total=total, desc=label, unit="s", leave=False, mininterval=1.0) as bar:
 
         def advance(now_s: float) -> None:
             bar.update(max(0, round(now_s) - bar.n))
