@@ -31,6 +31,7 @@ class SchedulerConfig:
     output_error: float = 0.5             # of output_lengths=noisy: standard deviation of the logarithm
     deadline_multiplier: float = 1.5      # of the prompt's own predicted prefill time
     min_deadline_s: float = 0.5
+    slack_margin_steps: float = 3.0       # in step budgets, kept in hand of every deadline by policies that go by slack
     has_space_sharing: bool = True
     max_relative_slack: float = 0.4       # rho_max: the most of a step that a long prefill gives away
     max_saved_gift_steps: float = 1.0     # how much unused gift a long prefill's neighbours may save up
@@ -50,6 +51,7 @@ class SchedulerConfig:
             ("max_num_sequences", 1, 1 << 20),
             ("deadline_multiplier", 0.0, 1e6),
             ("min_deadline_s", 1e-6, 1e9),
+            ("slack_margin_steps", 0.0, 1e6),
             ("max_relative_slack", 0.0, 0.99),
             ("max_saved_gift_steps", 0.0, 1e3),
             ("progress_share", 0.0, 1.0),

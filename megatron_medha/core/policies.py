@@ -30,9 +30,10 @@ Policy = Callable[[Sequence], Priority]
 def slack_s(seq: Sequence, now_s: float) -> float:
     """Seconds to spare before `seq` must run without a pause to meet its deadline; negative when late.
 
-    s = arrival + d - t - w(t) (Medha section 4.1).
+    s = arrival + d - t - w(t) (Medha section 4.1), less the margin: who starts when its slack is just used up is
+    late by the step that was in flight and by what its own step takes beside its chunk.
     """
-    return seq.deadline_s - now_s - seq.remaining_work_s
+    return seq.deadline_s - seq.margin_s - now_s - seq.remaining_work_s
 
 
 def relative_slack(seq: Sequence, now_s: float) -> float:
@@ -62,12 +63,12 @@ def edf(seq: Sequence) -> Priority:
 
 def lrs(seq: Sequence) -> Priority:
     """Least absolute slack first."""
-    return Priority(seq.deadline_s - seq.remaining_work_s, -1.0)
+    return Priority(slack_s(seq, 0.0), -1.0)
 
 
 def lars(seq: Sequence) -> Priority:
     """Least relative slack first: length-aware, so neither long nor short requests are always the urgent ones."""
-    return Priority((seq.deadline_s - seq.remaining_work_s) / seq.total_work_s, -1.0 / seq.total_work_s)
+    return Priority(slack_s(seq, 0.0) / seq.total_work_s, -1.0 / seq.total_work_s)
 
 
 def hrrn(seq: Sequence) -> Priority:

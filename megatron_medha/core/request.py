@@ -52,6 +52,7 @@ class Sequence:
 
     request: Request
     deadline_s: float              # absolute, for the first token
+    margin_s: float = 0.0          # of its deadline, kept in hand by policies that go by slack
     total_work_s: float            # predicted time of the whole prefill, alone
     status: Status = Status.WAITING
     num_scheduled_tokens: int = 0    # handed to the runtime

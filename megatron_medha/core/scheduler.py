@@ -108,6 +108,10 @@ class Scheduler:
             self.config.min_deadline_s if least_s is None else least_s,
         )
 
+    def _margin_s(self, target_s: float) -> float:
+        """What slack leaves in hand of a target; of a target shorter than a few steps, half."""
+        return min(self.config.slack_margin_steps * self._feasible_s(self.config.step_budget_s), 0.5 * target_s)
+
     # ---- events ----
 
     def handle(self, event: Event, now_s: float) -> list[Output]:
@@ -143,9 +147,11 @@ class Scheduler:
         else:
             self._refresh_times()
             total_s = self.predicted_prefill_s(request.num_prompt_tokens)
+            target_s = self.ttft_target_s(request, total_s)
             seq = Sequence(
                 request=request,
-                deadline_s=request.arrival_s + self.ttft_target_s(request, total_s),
+                deadline_s=request.arrival_s + target_s,
+                margin_s=self._margin_s(target_s),
                 total_work_s=total_s,
                 remaining_work_s=total_s,
                 answer_work_s=self._outputs.predict(request) * self.cost.linear_s(1, 1),
@@ -396,7 +402,8 @@ class Scheduler:
             return
         seq.total_work_s = total_s
         if seq.request.ttft_slo_s is None:
-            seq.deadline_s = seq.request.arrival_s + self.ttft_target_s(seq.request, total_s)
+            target_s = self.ttft_target_s(seq.request, total_s)
+            seq.deadline_s, seq.margin_s = seq.request.arrival_s + target_s, self._margin_s(target_s)
             heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
 
     def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:

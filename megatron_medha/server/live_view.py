@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from megatron_medha.core.policies import relative_slack
+from megatron_medha.core.policies import relative_slack, slack_s
 from megatron_medha.core.request import Sequence, Status
 from megatron_medha.core.scheduler import Scheduler
 
@@ -137,7 +137,7 @@ def _queued(scheduler: Scheduler, seq: Sequence, now_s: float) -> Queued:
         num_scheduled_tokens=seq.num_scheduled_tokens,
         age_s=now_s - request.arrival_s,
         deadline_in_s=seq.deadline_s - now_s,
-        slack_s=seq.deadline_s - now_s - seq.remaining_work_s,
+        slack_s=slack_s(seq, now_s),
         relative_slack=relative_slack(seq, now_s),
         remaining_work_s=seq.remaining_work_s,
         total_work_s=seq.total_work_s,
