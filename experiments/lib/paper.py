@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import megatron_medha
 from megatron_medha.compose import compose, freeze
+from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.cluster_cost import ClusterCost
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.engine_costs import EngineCosts
@@ -21,7 +22,6 @@ from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.request import Request
 from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.engine.loop import serve
 from megatron_medha.engine.outcome import Outcome, Slo
@@ -92,10 +92,19 @@ class Cluster:
         free = num_devices * MEMORY_SHARE * self.hardware.memory_bytes - weights
         return int(free / self.shape.kv_bytes_per_token)
 
-    def scheduler(self, config: SchedulerConfig, layout: ParallelLayout, shard_tokens: int | None = None) -> Scheduler:
-        """Our scheduler on one replica; its belief is the truth."""
+    def scheduler(
+        self,
+        config: SchedulerConfig,
+        layout: ParallelLayout,
+        kv_tokens: int | None = None,
+        shard_tokens: int | None = None,
+    ) -> Scheduler:
+        """Our scheduler on one replica; its belief is the truth.
+
+        kv_tokens: other memory than there is. shard_tokens: of a request on one KVP rank; None: all that fit.
+        """
         memory = KVMemory(
-            num_blocks=self.kv_tokens(layout.tp * layout.spp) // BLOCK_SIZE,
+            num_blocks=(kv_tokens or self.kv_tokens(layout.tp * layout.spp)) // BLOCK_SIZE,
             block_size=BLOCK_SIZE,
             max_context_len=self.shape.max_context_len,
             kvp=layout.kvp,
@@ -107,7 +116,7 @@ class Cluster:
     def truth(self, layout: ParallelLayout, shard_tokens: int | None = None) -> Truth:
         """What its batches take."""
         tokens = shard_tokens or self.kv_tokens(layout.tp * layout.spp) // BLOCK_SIZE * BLOCK_SIZE
-        return Truth(self.cost(layout), layout, tokens, TruthConfig(), seed=0)
+        return Truth(self.cost(layout), tokens, TruthConfig(), seed=0)
 
     def isolated(self, layout: ParallelLayout, max_tokens: int) -> IsolatedTimes:
         """TTFT by length of a prompt alone under Medha's scheduler: what all systems' deadlines follow from."""
@@ -116,6 +125,7 @@ class Cluster:
             self.truth(layout),
             lambda: Pipeline(layout.spp, layout.kvp),
             max_tokens,
+            self.engine.request_s,
         )
 
 
@@ -208,39 +218,47 @@ def measure(
     slo: Slo,
     *,
     runs_on: tuple[ParallelLayout, Truth] | None,
+    front_s: float,
     drain_s: float,
     label: str,
 ) -> Measured:
-    """One run to `drain_s` after the last arrival; runs_on: None for a system that names its own instances."""
+    """One run to `drain_s` after the last arrival.
+
+    runs_on: None for a system that names its own instances; front_s: of every request outside of all steps.
+    """
     drawn = Workload(workload, seed)
     outcomes: list[Outcome] = []
     summary = Summary(LengthClasses(), slo)
     ledger = Ledger(summary, slo, isolated_s, outcomes.append)
     until_s = drawn.facts.last_arrival_s + drain_s
-    with tqdm(total=round(until_s), desc=label, unit="s", leave=False, mininterval=1.0) as bar:
+    total = round(min(until_s, 10 * drawn.facts.last_arrival_s))
+    with tqdm(total=total, desc=label, unit="s", leave=False, mininterval=1.0) as bar:
 
         def advance(now_s: float) -> None:
             bar.update(max(0, round(now_s) - bar.n))
 
-        sample_s = until_s / 200
+        sample_s = drawn.facts.last_arrival_s / 200
         if runs_on is None:
-            world: MeasuredWorld = InstancesWorld(drawn.requests(), ledger, until_s, sample_s, advance)
+            world: MeasuredWorld = InstancesWorld(drawn.requests(), ledger, until_s, sample_s, advance, front_s)
         else:
             layout, truth = runs_on
             pipeline = Pipeline(layout.spp, layout.kvp)
-            world = MeasuredWorld(drawn.requests(), pipeline, truth, ledger, until_s, sample_s, advance)
+            world = MeasuredWorld(
+                drawn.requests(), pipeline, truth, ledger, until_s, sample_s, advance, front_s
+            )
         serve(decisions, world)
     ledger.close()
     return Measured(outcomes, summary, min(world.now_s(), until_s))
 
 
 def alone_s(cluster: Cluster, layout: ParallelLayout, config: SchedulerConfig, num_tokens: int) -> float:
-    """TTFT of one prompt alone."""
+    """TTFT of one prompt alone, whether or not its KV would fit."""
     times = IsolatedTimes(
-        lambda: cluster.scheduler(config, layout),
+        lambda: cluster.scheduler(config, layout, 2 * num_tokens),
         cluster.truth(layout),
         lambda: Pipeline(layout.spp, layout.kvp),
         num_tokens,
+        cluster.engine.request_s,
     )
     return times(num_tokens)
 
@@ -262,18 +280,36 @@ class Results:
         runs: dict[str, Any] = self._values["runs"]
         return runs
 
-    def missing(self, names: list[str]) -> Iterator[str]:
-        """Names that are not there yet."""
-        return (name for name in names if name not in self.runs)
+    def notes(self, group: str) -> dict[str, Any]:
+        """Values of another kind, by name."""
+        notes: dict[str, Any] = self._values.get(group, {})
+        return notes
+
+    def note(self, group: str, name: str, value: Any) -> None:
+        """Add one of those, and write the file."""
+        self._values.setdefault(group, {})[name] = value
+        self._write()
 
     def put(self, name: str, values: dict[str, Any]) -> None:
         """Add a run, and write the file."""
         self.runs[name] = values
+        self._write()
+
+    def _write(self) -> None:
         self._path.write_text(json.dumps(self._values, indent=1) + "\n")
 
 
-def request(num_tokens: int, num_out: int = 1, arrival_s: float = 0.0, name: str = "alone") -> Request:
-    """One request."""
-    return Request(
-        request_id=name, num_prompt_tokens=num_tokens, max_output_tokens=num_out, arrival_s=arrival_s
-    )
+def fixed_chunks(num_tokens: int) -> SchedulerConfig:
+    """Chunks of one size, for a prompt that has the machine to itself."""
+    return SchedulerConfig(chunking=Chunking.FIXED, fixed_chunk_tokens=num_tokens)
+
+
+def figure(width: float = 6.0, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, drawn without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    made: tuple[Any, Any] = pyplot.subplots(1, columns, figsize=(width * columns, height), layout="constrained")
+    return made

@@ -10,13 +10,15 @@ import itertools
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -25,9 +27,14 @@ from megatron_medha.cluster.messages import Ready, Shutdown, Step, StepDone, ToR
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.layout import Coord, ParallelLayout
 
+if TYPE_CHECKING:
+    from megatron_medha.worker.rank import Rank
+
 _PRELOADED = ["megatron_medha.worker.load", "megatron_medha.worker.step_loop"]
 # Nothing of a tiny model takes this long, however busy the machine is: whoever is silent for longer is stuck.
 PATIENCE_S = 120.0
+
+Prepare = Callable[["Rank", dict[str, float]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,8 @@ class Answer:
 
     done: StepDone
     logits_RV: np.ndarray | None
+    cpu_s: float              # this process's own time since its last answer, whoever else used the cores
+    notes: dict[str, float]   # what the rank's `prepare` has counted since then
 
 
 class RankProcesses:
@@ -52,11 +61,14 @@ class RankProcesses:
         self._num_loaded = 0
         self.layout = ParallelLayout()
 
-    def load(self, config: RankConfig) -> list[Ready]:
-        """Make the first processes the ranks of config.layout; what was loaded before is given up."""
+    def load(self, config: RankConfig, prepare: Prepare | None = None) -> list[Ready]:
+        """Make the first processes the ranks of config.layout; what was loaded before is given up.
+
+        prepare: called in each of them with its rank; what it adds to the dict travels with the next answer.
+        """
         self.unload()
         self.layout = config.layout
-        found = self.call(_load, config)
+        found = self.call(partial(_load, prepare=prepare), config)
         self._num_loaded = config.layout.world_size
         return found
 
@@ -180,7 +192,7 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def _load(config: RankConfig, connection: Connection) -> None:
+def _load(config: RankConfig, connection: Connection, prepare: Prepare | None) -> None:
     """Be a rank until told to stop."""
     import torch
 
@@ -197,8 +209,16 @@ def _load(config: RankConfig, connection: Connection) -> None:
 
         rank.model.register_forward_hook(keep)
 
+    notes: dict[str, float] = {}
+    if prepare is not None:
+        prepare(rank, notes)
+    cpu_s = time.process_time()
+
     def answer(done: StepDone) -> None:
-        connection.send(Answer(done, logits.pop() if logits else None))
+        nonlocal cpu_s
+        before_s, cpu_s = cpu_s, time.process_time()
+        connection.send(Answer(done, logits.pop() if logits else None, cpu_s - before_s, dict(notes)))
+        notes.clear()
 
     connection.send(ready)
     run_steps(rank, _PipeInbox(connection), answer)

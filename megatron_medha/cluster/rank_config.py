@@ -23,5 +23,5 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S); None: all that fit.
     max_tokens_per_shard: int | None = None
     max_context_len: int | None = None  # None: the checkpoint's own
-    num_threads: int | None = None   # None: the CPU cores this process may use
+    num_threads: int | None = None   # None: its share of the CPU cores it may use
     attention_backend: str = "auto"

@@ -28,6 +28,16 @@ class PrefillPacker:
     that pays for a chunk worth half a step (or for the end of the prompt) the chunk goes in, whatever the policy
     says, so that in overload too every wait is bounded. Smaller chunks would read a long context more often.
 
+    The bound, with p = progress_share > 0, B = step_budget_s, and W(X) the seconds of X's prefill in chunks of half a
+    step (PrefillTimes at B / 2): a request X that owns KV, or for which there is memory, when it is the longest overdue
+    has its first token by
+
+        deadline(X) + (W(X) + sum of W(Y) + B / 2) / p + (n + 2) * B
+
+    over the n requests Y with deadlines before X's: only those come before it, and after their first tokens never
+    again; each step saves p * B; at most one step's saving is left over when one of them ends. It holds under every
+    policy while steps keep their budget, whatever arrives later.
+
     Limits that other systems have, off by default: how many prompts may be begun and not ended (vLLM's
     max_num_partial_prefills and max_long_partial_prefills; others pass those that may not begin), and a share of the
     step that only short prompts may use.

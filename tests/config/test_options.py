@@ -102,10 +102,11 @@ def test_the_medha_ablations_change_the_policy_and_drop_what_is_ours(configure: 
         assert config == SchedulerConfig(policy=policy, has_space_sharing=False, progress_share=0.0)
 
 
-def test_a_baseline_system_is_neither_preemptive_nor_shares_steps_nor_promises_progress(configure: Configure) -> None:
+def test_a_baseline_system_neither_shares_steps_nor_promises_progress(configure: Configure) -> None:
     for option in (*BASELINE_POLICIES, "vllm_long_threshold", "vllm_v1_threshold", "reserved_pool"):
         config = configure(f"scheduler={option}").scheduler
-        assert not config.is_preemptive and not config.has_space_sharing and not config.progress_share
+        assert config.is_preemptive == (option == "qlm")  # which evicts
+        assert not config.has_space_sharing and not config.progress_share
         assert (config.chunking, config.fixed_chunk_tokens) == (Chunking.FIXED, 2048)
 
 

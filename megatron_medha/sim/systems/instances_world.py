@@ -24,26 +24,23 @@ class InstancesWorld(MeasuredWorld):
         until_s: float = float("inf"),
         sample_s: float = float("inf"),
         on_sample: Callable[[float], None] = lambda now_s: None,
+        front_s: float = 0.0,
     ) -> None:
-        super().__init__(
-            arrivals, Pipeline(), lambda batch: StepTimes((batch.predicted_s,)), ledger, until_s, sample_s, on_sample
-        )
+        super().__init__(arrivals, Pipeline(), _believed, ledger, until_s, sample_s, on_sample, front_s)
         self._busy: dict[int, tuple[int, ...]] = {}
 
     def has_room(self) -> bool:
         """Always: who decides knows which instances are free."""
         return True
 
-    def enter(self, batch: Batch, times: StepTimes) -> float:
-        """Run a batch on its instances, which must be free; returns when it will have ended."""
+    def enter(self, batch: Batch, times: StepTimes) -> None:
+        """Run a batch on its instances, which must be free."""
         instances = batch.chunks[0].kvp_ranks
         assert all(chunk.kvp_ranks == instances for chunk in batch.chunks)
         taken = {instance for others in self._busy.values() for instance in others}
         assert taken.isdisjoint(instances), f"batch {batch.batch_id} on busy instances"
         self._busy[batch.batch_id] = instances
-        done_s = self._now_s + times.rank_s[0]
-        self.push(done_s, Completed(batch_id=batch.batch_id, duration_s=times.rank_s[0]))
-        return done_s
+        self.push(self._now_s + batch.predicted_s, Completed(batch_id=batch.batch_id, duration_s=batch.predicted_s))
 
     def next_event(self) -> Event | None:
         """See Runtime."""
@@ -51,3 +48,7 @@ class InstancesWorld(MeasuredWorld):
         if isinstance(event, Completed):
             del self._busy[event.batch_id]
         return event
+
+
+def _believed(batch: Batch) -> StepTimes:
+    return StepTimes(((batch.predicted_s,),))

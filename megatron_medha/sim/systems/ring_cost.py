@@ -17,8 +17,9 @@ class RingCost:
     Every instance holds a stripe of the tokens, so causal attention is balanced; in each layer the K and V of one
     stripe go round the ring while attention over the last one runs, and the slower of the two is what a hop takes.
     Sources: Ring Attention (arXiv:2310.01889), Striped Attention (arXiv:2311.09431), LoongServe (arXiv:2404.09526).
-    Assumed: no load imbalance, perfect overlap, K and V of GQA heads only (an implementation that repeats them to all
-    heads would send num_heads / num_kv_heads times as much).
+    Assumed by default: no load imbalance, perfect overlap, K and V of GQA heads only. The first rings had none of the
+    three: with contiguous parts (is_striped=False) some instance has a full block of pairs in every hop but its own,
+    which takes all as long; without overlap a hop is sent, then computed; sent_heads=num_heads repeats K and V.
 
     instance: the cost of one instance, alone; tp: its devices.
     """
@@ -27,6 +28,9 @@ class RingCost:
     shape: ModelShape
     hardware: Hardware
     tp: int
+    is_striped: bool = True
+    overlaps: bool = True
+    sent_heads: int | None = None  # None: num_kv_heads
 
     def prefill_s(self, num_instances: int, num_tokens: int, square_sum: float, num_sequences: int) -> float:
         """Seconds of one pass over whole prompts; square_sum: of their lengths, since attention pairs add up so."""
@@ -35,9 +39,11 @@ class RingCost:
         attention_s = self.instance.attention_s(0, round(sqrt(square_sum)))
         if num_instances == 1:
             return linear_s + attention_s
-        hop_attention_s = attention_s / num_instances**2
-        hop_s = max(hop_attention_s, self._send_s(num_instances, stripe_tokens))
-        return linear_s + hop_attention_s + (num_instances - 1) * hop_s
+        own_s = attention_s / num_instances**2  # causal pairs of an instance's own part
+        hop_attention_s = own_s if self.is_striped else 2.0 * own_s
+        sent_s = self._hop_send_s(num_instances, stripe_tokens)
+        hop_s = max(hop_attention_s, sent_s) if self.overlaps else hop_attention_s + sent_s
+        return linear_s + own_s + (num_instances - 1) * hop_s
 
     def decode_s(self, num_instances: int, num_masters: int, num_sequences: int, longest_context: int) -> float:
         """Seconds of one token for every sequence.
@@ -61,8 +67,10 @@ class RingCost:
     def _kv_parts(self) -> int:
         return min(self.tp, self.shape.num_kv_heads)
 
-    def _send_s(self, num_instances: int, stripe_tokens: int) -> float:
+    def _hop_send_s(self, num_instances: int, stripe_tokens: int) -> float:
         """One hop of all layers, over the slowest link of the ring."""
         link = self.hardware.link(num_instances * self.tp)
         num_bytes = stripe_tokens * self.shape.kv_bytes_per_token / self._kv_parts
+        if self.sent_heads is not None:
+            num_bytes *= self.sent_heads / self.shape.num_kv_heads
         return send_s(link, num_bytes) + (self.shape.num_layers - 1) * link.latency_s
