@@ -19,7 +19,6 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 
-_MAX_DEGREE = 1 << 16
 _MAX_BLOCK_SIZE = 4096  # tokens; beyond that the last block of every request wastes more than tables ever cost
 
 
@@ -80,8 +79,7 @@ class ParallelOptions:
     max_tokens_per_shard: int | None = None
 
     def __post_init__(self) -> None:
-        for axis in ("tp", "spp", "kvp", "dp"):
-            _check_range(f"parallel.{axis}", getattr(self, axis), 1, _MAX_DEGREE)
+        ParallelLayout(tp=self.tp, spp=self.spp, kvp=self.kvp, dp=self.dp)  # says what is wrong with them
         _check_range("parallel.max_tokens_per_shard", self.max_tokens_per_shard, 1, 1 << 40)
 
     @property

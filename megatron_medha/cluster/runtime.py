@@ -133,7 +133,7 @@ class ClusterRuntime:
     def _lose_ranks(self, why: str) -> None:
         """The ranks can no longer be used: end all of them and start them again, or give up (RankError)."""
         # One that was killed says nothing; others then say that they have lost their peer.
-        why = next((str(exit) for exit in self._ranks.exits() if exit.was_killed), why)
+        why = next((str(ended) for ended in self._ranks.exits() if ended.was_killed), why)
         if self._num_blocks is None:
             raise RankError(why)
         _log.error("ranks_lost why=%r", why)
