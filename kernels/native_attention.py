@@ -70,10 +70,11 @@ class KeyRange(NamedTuple):
 class BatchPlan(NamedTuple):
     """A packed batch as the library takes it. Arrays whose addresses are in `rows` are kept alive beside it."""
 
-    slots: np.ndarray | None  # int64 [T]; -1: not written
+    slots: np.ndarray | None  # int64 [T]; -1: a row of another rank's shard, not written here
     rows: np.ndarray          # int64 [ranges, 6]: `Rows` of native/layout.h
     runs: tuple[np.ndarray, ...]
     num_threads: int
+    is_all_written: bool
 
 
 class NativeAttention:
@@ -101,26 +102,30 @@ class NativeAttention:
 
     def plan(self, ranges: Sequence[QueryRange]) -> BatchPlan:
         """Slots to write and keys to read, for all layers of one step."""
-        slots, keys = [], []
-        for first_row, num_rows, start, table, is_written in ranges:
-            slots.append(table.slots(start, num_rows) if is_written else np.full(num_rows, -1))
-            keys.append(KeyRange(first_row, num_rows, start + is_written, is_written, table.runs_in_order()))
+        slots = [
+            table.slots(start, num_rows) if is_written else np.full(num_rows, -1, dtype=np.int64)
+            for _, num_rows, start, table, is_written in ranges
+        ]
+        keys = [
+            KeyRange(first_row, num_rows, start + is_written, is_written, table.runs_in_order())
+            for first_row, num_rows, start, table, is_written in ranges
+        ]
         return self.plan_keys(keys, slots[0] if len(slots) == 1 else np.concatenate(slots))
 
     def plan_keys(self, ranges: Sequence[KeyRange], slots: np.ndarray | None) -> BatchPlan:
-        """The general case: rows that see any number of the pool's keys. slots: of the batch's own, -1 for a row
-        that is not written; None: no row is.
-        """
+        """The general case: rows that see any number of the pool's keys. slots: of the batch's own; None: unwritten."""
         rows = np.array(
             [(r.first_row, r.num_rows, r.num_keys, r.is_causal, r.runs.ctypes.data, len(r.runs)) for r in ranges],
             dtype=np.int64,
         )
-        return BatchPlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads())
+        is_all_written = slots is None or int(slots.min(initial=0)) >= 0
+        return BatchPlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads(), is_all_written)
 
     def attend(
         self, plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
+        assert plan.is_all_written, "rows of another rank's shard need attend_with_lse"
         return self._call(plan, q_TKGD, k_TKD, v_TKD, layer, scale, None)
 
     def attend_with_lse(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -15,6 +16,7 @@ class Streamed:
     num_prompt_tokens: int
     sent_s: float
     token_times_s: list[float] = field(default_factory=list)
+    text: str = ""
     error: str | None = None
 
     @property
@@ -29,9 +31,15 @@ class Streamed:
 
 
 async def complete(
-    port: int, prompt: list[int], max_tokens: int, timeout_s: float = 600.0, *, may_join_tokens: bool = False
+    port: int,
+    prompt: list[int],
+    max_tokens: int,
+    timeout_s: float = 600.0,
+    *,
+    may_join_tokens: bool = False,
+    on_token: Callable[[], object] = lambda: None,
 ) -> Streamed:
-    """One greedy streaming completion of exactly `max_tokens` tokens.
+    """One greedy streaming completion of exactly `max_tokens` tokens; on_token is called at each piece.
 
     may_join_tokens: several may come in one piece, as some servers send them when they are short of CPU.
     """
@@ -57,6 +65,8 @@ async def complete(
                         result.error = event["error"]["message"]
                     elif event.get("choices"):
                         result.token_times_s.append(now_s)
+                        result.text += event["choices"][0]["text"]
+                        on_token()
                 elif status != b"200" and line.startswith(b"{"):
                     result.error = line.decode()
         finally:

@@ -17,9 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
@@ -39,14 +41,14 @@ _MIN_GAIN = 1.2
 def pack_linears(model: GPTModel) -> None:
     """Replace the forward of every parallel linear layer by one over packed weights; inference only, for good.
 
-    The row-major weights are given up, or the model would be in memory twice; only a tied output layer keeps
-    them, as the embedding reads its rows. Does nothing where it cannot help: tensor parallelism (the layers
-    communicate), other devices, a torch without the operators.
+    The row-major weights are given up, or the model would be in memory twice; only a tied output layer on the stage
+    of its embedding keeps them, as the embedding reads its rows. Tensor-parallel layers communicate as Megatron's own
+    do. Does nothing where it cannot help: other devices, a torch without the operators.
     """
     shared_weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     layers = []
     for module in model.modules():
-        if not isinstance(module, ColumnParallelLinear | RowParallelLinear) or get_pg_size(module.tp_group) > 1:
+        if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
             continue
         weight = module.weight if module.weight is not None else shared_weight
         if weight is not None and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
@@ -57,8 +59,15 @@ def pack_linears(model: GPTModel) -> None:
     if make is None:
         return
     for module, weight in layers:
-        module.forward = PackedLinear(make, weight, module.bias)  # type: ignore[method-assign]
-        if weight is not shared_weight:
+        packed = PackedLinear(make, weight, module.bias)
+        if get_pg_size(module.tp_group) == 1:
+            module.forward = packed  # type: ignore[method-assign]
+        elif isinstance(module, ColumnParallelLinear):
+            module.forward = _PackedColumns(packed, module)  # type: ignore[method-assign]
+        else:
+            assert module.bias is None and module.input_is_parallel, "a row-parallel layer this was not written for"
+            module.forward = _PackedRows(packed, module.tp_group)  # type: ignore[method-assign]
+        if module.weight is not None:
             weight.data = weight.data.new_empty(0)
 
 
@@ -125,6 +134,33 @@ def _trial_s(linear: Callable[[Tensor], Tensor], num_inputs: int) -> list[float]
             times_s.append(time.perf_counter() - started_s)
         medians.append(statistics.median(times_s))
     return medians
+
+
+class _PackedColumns:
+    """This rank's outputs of a column-parallel layer, gathered where Megatron would gather them."""
+
+    def __init__(self, packed: PackedLinear, layer: ColumnParallelLinear) -> None:
+        self._packed, self._group, self._gathers = packed, layer.tp_group, layer.gather_output
+
+    def __call__(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        output, _ = self._packed(input_)
+        if self._gathers if runtime_gather_output is None else runtime_gather_output:
+            output = gather_from_tensor_model_parallel_region(output, group=self._group)
+        return output, None
+
+
+class _PackedRows:
+    """This rank's summand of a row-parallel layer, and the sum over all ranks."""
+
+    def __init__(self, packed: PackedLinear, group: dist.ProcessGroup) -> None:
+        self._packed, self._group = packed, group
+
+    def __call__(self, input_: Tensor) -> tuple[Tensor, None]:
+        output, _ = self._packed(input_)
+        dist.all_reduce(output, group=self._group)
+        return output, None
 
 
 def _operators_exist() -> bool:
