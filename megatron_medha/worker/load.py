@@ -20,6 +20,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend, backend_names
 from megatron_medha.model.build import build_model, check_divisible
 from megatron_medha.model.checkpoint import load_weights, read_model_config
+from megatron_medha.model.native_passes import use_native_passes
 from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
 from megatron_medha.worker.cpu_share import num_threads_of_rank
@@ -60,6 +61,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     load_weights(model, model_config, directory, _rarely(progress))
     model.requires_grad_(False)
     pack_linears(model)
+    use_native_passes(model)
 
     num_layers = len(model.decoder.layers)
     num_kv_heads = model_config.num_kv_heads // config.layout.tp

@@ -12,6 +12,7 @@ from megatron_medha.kernels.native_linear import NativeLinear
 from megatron_medha.model import packed_linear
 from megatron_medha.model.build import build_model
 from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.native_passes import use_native_passes
 from megatron_medha.model.packed_linear import (
     OneDnnLinear,
     PackedLinear,
@@ -115,3 +116,37 @@ def test_without_a_native_library_bf16_layers_take_onednn_and_say_why(
     monkeypatch.setattr(packed_linear, "NativeLinear", fail)
     assert fastest_linear(torch.zeros(64, 32, dtype=torch.bfloat16)) is OneDnnLinear
     assert "there is no C++ compiler" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_with_native_passes_computes_what_it_did_before(dtype: torch.dtype) -> None:
+    init_distributed(ParallelLayout(), 0, device=CPU)
+    config = ModelConfig(
+        name="passes",
+        num_layers=1,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=128,
+        max_context_len=64,
+        norm_epsilon=1e-5,
+        rope_theta=10000.0,
+        has_qk_norm=True,
+    )
+    model = build_model(config, dtype=dtype, device=CPU, pgs=build_groups(ParallelLayout()))
+    layer, hidden_T1C = model.decoder.layers[0], torch.randn(5, 1, 64).to(dtype)
+
+    def computed() -> list[torch.Tensor]:
+        normed_T1C = layer.pre_mlp_layernorm(hidden_T1C)
+        return [normed_T1C, layer._mlp(normed_T1C), layer.self_attention.q_layernorm(hidden_T1C[..., :16])]
+
+    with torch.inference_mode():
+        before = computed()
+        use_native_passes(model)
+        after = computed()
+    for plain, native in zip(before, after, strict=True):
+        # Torch's bf16 activation rounds twice, the native one once; sums of 96 such products cancel in part.
+        tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * plain.abs().max()
+        assert (plain.float() - native.float()).abs().max() <= tolerance

@@ -1,0 +1,120 @@
+// What lies between a layer's products, each in one pass: RMS norm, and the gated MLP's silu(gate) * up. fp32 inside.
+
+#include <cmath>
+#include <cstdint>
+#include <new>
+
+#include "simd.h"
+#include "storage.h"
+#include "sums.h"
+#include "team.h"
+
+namespace {
+
+constexpr float LOG2_E = 1.44269504088896340736f;
+// Numbers below which a second thread costs more than it saves (some 50 us of work).
+constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 17;
+constexpr int64_t ROWS_OF_ITEM = 16;
+
+struct Pass {
+    RunTeam run_team;
+    int64_t num_threads, num_rows, width;
+
+    // body(row, fp32 memory for `memory_rows` rows) for every row
+    template <class Body>
+    void each_row(int64_t memory_rows, const Body &body) const {
+        const int64_t num_items = (num_rows + ROWS_OF_ITEM - 1) / ROWS_OF_ITEM;
+        const int64_t threads = num_rows * width >= MIN_PARALLEL_NUMBERS ? num_threads : 1;
+        share(run_team, threads, num_items, [&](int64_t item) {
+            static thread_local Buffer memory;
+            float *const rows = memory.at_least<float>(memory_rows * (width + WIDTH));
+            const int64_t end = std::min((item + 1) * ROWS_OF_ITEM, num_rows);
+            for (int64_t row = item * ROWS_OF_ITEM; row < end; ++row) body(row, rows);
+        });
+    }
+};
+
+// Up to a multiple of WIDTH, filled with zeros.
+template <class T>
+void widen_row(const T *from, float *to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+    for (int64_t i = count; i % WIDTH != 0; ++i) to[i] = 0.0f;
+}
+
+template <class T>
+void rms_norm(const Pass &pass, const T *in, const T *weight, float epsilon, T *out) {
+    const int64_t width = pass.width;
+    pass.each_row(1, [&](int64_t row, float *x) {
+        widen_row(in + row * width, x, width);
+        Vec squares = splat(0.0f);
+        for (int64_t i = 0; i < width; i += WIDTH) squares = fma(load(x + i), load(x + i), squares);
+        const float scale = 1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(width) + epsilon);
+        for (int64_t i = 0; i < width; ++i) from_float(x[i] * scale * to_float(weight[i]), out + row * width + i);
+    });
+}
+
+Vec silu(Vec x) {
+    // x / (1 + e^-x), as x e^min(x, 0) / (1 + e^-|x|): neither power of e overflows.
+    const Vec negative = splat(0.0f) - max(x, splat(0.0f) - x);
+    const Vec at_most_0 = splat(0.0f) - max(splat(0.0f) - x, splat(0.0f));
+    const Vec denominator = splat(1.0f) + exp2_of_nonpositive(negative * splat(LOG2_E));
+    return x * exp2_of_nonpositive(at_most_0 * splat(LOG2_E)) / denominator;
+}
+
+template <class T>
+void gated_silu(const Pass &pass, const T *in, T *out) {
+    const int64_t width = pass.width;
+    pass.each_row(2, [&](int64_t row, float *gate) {
+        float *const up = gate + width + WIDTH;
+        widen_row(in + row * 2 * width, gate, width);
+        widen_row(in + (row * 2 + 1) * width, up, width);
+        for (int64_t i = 0; i < width; i += WIDTH) store(gate + i, silu(load(gate + i)) * load(up + i));
+        for (int64_t i = 0; i < width; ++i) from_float(gate[i], out + row * width + i);
+    });
+}
+
+}  // namespace
+
+// Mirrored field by field by PassCall in native_pointwise.py. in and out are dense, fp32 or bf16.
+struct PassCall {
+    int64_t is_bf16;
+    RunTeam run_team;
+    int64_t num_threads, num_rows, width;
+    const void *in, *weight;
+    void *out;
+    float epsilon;
+};
+
+// out [rows, width] = in [rows, width] / sqrt(mean of squares + epsilon) * weight [width]. 0, or 1 without memory.
+extern "C" int medha_rms_norm(const PassCall *call) {
+    const Pass pass{call->run_team, call->num_threads, call->num_rows, call->width};
+    try {
+        if (call->is_bf16)
+            rms_norm(
+                pass, static_cast<const uint16_t *>(call->in), static_cast<const uint16_t *>(call->weight),
+                call->epsilon, static_cast<uint16_t *>(call->out)
+            );
+        else
+            rms_norm(
+                pass, static_cast<const float *>(call->in), static_cast<const float *>(call->weight), call->epsilon,
+                static_cast<float *>(call->out)
+            );
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}
+
+// out [rows, width] = silu(in [rows, :width]) * in [rows, width:2 width]. 0, or 1 without memory.
+extern "C" int medha_gated_silu(const PassCall *call) {
+    const Pass pass{call->run_team, call->num_threads, call->num_rows, call->width};
+    try {
+        if (call->is_bf16)
+            gated_silu(pass, static_cast<const uint16_t *>(call->in), static_cast<uint16_t *>(call->out));
+        else
+            gated_silu(pass, static_cast<const float *>(call->in), static_cast<float *>(call->out));
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}
