@@ -49,6 +49,7 @@ setup(
             "flash-attn==2.8.3.post2",
         ],
         "tracking": ["wandb==0.31.0"],
+        "otel": ["opentelemetry-sdk>=1.30,<2", "opentelemetry-exporter-otlp-proto-http>=1.30,<2"],
         "plots": ["matplotlib>=3.9"],
         "dev": [
             "pytest>=8",

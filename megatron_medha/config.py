@@ -108,10 +108,15 @@ class TrackingConfig:
     wandb_project: str | None = None
     wandb_mode: str = "auto"
     wandb_group: str | None = None
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         _check_member("tracking.wandb_mode", self.wandb_mode, ("auto", "online", "offline"))
         _check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"tracking.otlp_endpoint={self.otlp_endpoint}: give an address like http://127.0.0.1:4318/v1/traces"
+            )
         for key in ("decision_log", "metrics_log"):
             path: Path | None = getattr(self, key)
             if path is not None and path.is_dir():

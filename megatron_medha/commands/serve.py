@@ -82,13 +82,21 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     from megatron_medha.server.metrics import Metrics
     from megatron_medha.server.running import run as run_app
     from megatron_medha.server.tokens import Tokenizer
+    from megatron_medha.server.traces import Traces
 
     metrics = Metrics()
     journal = Journal(metrics)
     engine = make_engine(config, metrics, journal.watch)
     tokenizer: Future[Tokenizer] = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, config.tokenizer)
     app = create_app(
-        engine, tokenizer, config.server, metrics, journal=journal, slo=config.slo, read_config=read_server_config
+        engine,
+        tokenizer,
+        config.server,
+        metrics,
+        journal=journal,
+        slo=config.slo,
+        read_config=read_server_config,
+        traces=Traces(config.tracking.otlp_endpoint) if config.tracking.otlp_endpoint is not None else None,
     )
     tracking = Tracking(config.tracking, engine, metrics, public_options(options))
     watch = _Watch(app.state.service, needs_key=config.server.needs_key)

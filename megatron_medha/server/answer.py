@@ -19,6 +19,7 @@ from megatron_medha.server.openai_types import Usage
 from megatron_medha.server.patience import Patience
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.streams import EngineLost, Gone, Stream
+from megatron_medha.server.traces import Ended
 from megatron_medha.server.wire_format import DONE_EVENT, WireFormat
 
 log = logging.getLogger(__name__)
@@ -107,18 +108,31 @@ class Answer(Response):
         self._metrics.cut_off(outcome)
 
     def _tell(self, state: Mapping[str, Any]) -> None:
-        # The one line about a request: what it was and how it went, never what it said.
-        if not self._config.logs_requests:
+        # The one line about a request, and its trace: what it was and how it went, never what it said.
+        spec, now_s, traces = self._spec, self._engine.now_s(), self._service.traces
+        if not self._config.logs_requests and traces is None:
             return
-        spec, now_s = self._spec, self._engine.now_s()
-        ttft_s = None if self._first_token_s is None else round(self._first_token_s - spec.arrival_s, 6)
-        log.info("request_done", extra={"fields": {
+        fields = {
             "request_id": state.get("request_id"), "answer_id": spec.answer_id, "client": state.get("client"),
             "outcome": self._outcome, "status": self._status, "slo_class": spec.slo_class,
             "num_choices": spec.num_choices, "num_prompt_tokens": spec.num_prompt_tokens,
-            "num_output_tokens": sum(choice.num_tokens for choice in self._choices), "ttft_s": ttft_s,
-            "duration_s": round(now_s - spec.arrival_s, 6),
-        }})  # fmt: skip
+            "num_output_tokens": sum(choice.num_tokens for choice in self._choices),
+        }  # fmt: skip
+        if self._config.logs_requests:
+            ttft_s = None if self._first_token_s is None else round(self._first_token_s - spec.arrival_s, 6)
+            duration_s = round(now_s - spec.arrival_s, 6)
+            log.info("request_done", extra={"fields": {**fields, "ttft_s": ttft_s, "duration_s": duration_s}})
+        if traces is not None:
+            story = self._service.journal.story(spec.request_id(0))
+            traces.tell(Ended(
+                attributes={name: value for name, value in fields.items() if value is not None},
+                is_error=self._outcome != "done",
+                traceparent=state.get("traceparent"),
+                arrival_s=spec.arrival_s,
+                scheduled_s=story.first_scheduled_s if story is not None else None,
+                first_token_s=self._first_token_s,
+                ended_s=now_s,
+            ))  # fmt: skip
 
     def _part_being_sent(self) -> int | None:
         """The number of the part that waits for its reader; None when none does."""

@@ -30,6 +30,7 @@ from megatron_medha.server.request_fields import decode_body, read_body, read_wi
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.server.traces import Traces
 from megatron_medha.server.wire_format import WireFormat, encode_json
 
 BODY_ERRORS = (400, 401, 404, 408, 413, 429, 500, 503)
@@ -44,11 +45,13 @@ def create_app(
     journal: Journal | None = None,
     slo: SloConfig | None = None,
     read_config: Callable[[], ServerConfig] | None = None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """The application. It starts the engine when it starts, and stops it when it stops.
 
     metrics, journal: those that watch the engine; without them, step metrics and stories stay empty.
     read_config: reads the configuration again when the server is told to reload.
+    traces: where requests are traced to.
     """
     metrics = Metrics() if metrics is None else metrics
     service = Service(
@@ -59,6 +62,7 @@ def create_app(
         journal=Journal(metrics) if journal is None else journal,
         slo=SloConfig() if slo is None else slo,
         read_config=read_config,
+        traces=traces,
     )
 
     @asynccontextmanager

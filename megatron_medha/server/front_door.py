@@ -55,6 +55,7 @@ class FrontDoor:
             return
         state = scope.setdefault("state", {})
         state["client"], state["request_id"], state["client_key"] = client.name, request_id, client
+        state["traceparent"] = headers.get("traceparent")
         self._service.began()
         try:
             await self._app(scope, receive, send_named)

@@ -22,6 +22,7 @@ from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.streams import EngineLost, Streams
 from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.server.traces import Traces
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ class Service:
         journal: Journal,
         slo: SloConfig,
         read_config: Callable[[], ServerConfig] | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """journal: the one that watches the engine. read_config: reads the configuration again, for reload()."""
         self.engine = engine
@@ -70,6 +72,7 @@ class Service:
         self.admission = Admission(engine.now_s, journal.forecast)
         self.is_draining = False
         self.end_server: Callable[[], None] = lambda: None  # set by whoever runs the server
+        self.traces = traces
         self._read_config = read_config
         self._num_active = 0  # HTTP requests that a drain waits for
         self._is_idle: asyncio.Event | None = None
@@ -91,6 +94,8 @@ class Service:
         await asyncio.to_thread(self.engine.stop, self.config.stop_timeout_s)
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
         self._text_threads.shutdown(wait=False, cancel_futures=True)
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
 
     async def drain(self) -> None:
         """Take nothing new; return when what runs is done, or when its time is up and it has been told."""

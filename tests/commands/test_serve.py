@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -150,3 +151,41 @@ def _request(url: str, body: dict[str, object]) -> urllib.request.Request:
     return urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
+
+
+def test_log_lines_are_json_where_asked_and_hold_no_key(start: Start, simulated: Words) -> None:
+    medha = start(*simulated, "log_format=json", "server.api_key=sk-secret", "server.admin_key=sk-root")
+    url = medha.url()
+    medha.line_with("ready after")
+    request = _request(url, {"prompt": "hello world", "max_tokens": 3, "ignore_eos": True})
+    request.add_header("Authorization", "Bearer sk-secret")
+    request.add_header("X-Request-Id", "mine-7")
+    urllib.request.urlopen(request).read()
+    medha.process.send_signal(signal.SIGTERM)
+    assert medha.end() == 0
+    lines = [json.loads(line) for line in medha.errors.read_text().splitlines()]
+    [done] = [line for line in lines if line["event"] == "request_done"]
+    assert (done["request_id"], done["client"], done["num_output_tokens"]) == ("mine-7", "default", 3)
+    assert "sk-" not in medha.errors.read_text()
+
+
+def test_sighup_reads_limits_from_the_users_own_option_again(start: Start, simulated: Words, tmp_path: Path) -> None:
+    own = tmp_path / "conf" / "server" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("defaults:\n  - local\n\nmax_prompt_tokens: 100\n")
+    medha = start(*simulated, "--config-dir", str(tmp_path / "conf"), "server=mine", "server.port=0")
+    url = medha.url()
+    medha.line_with("ready after")
+    assert _complete(url)["usage"]["completion_tokens"] == 3
+    own.write_text("defaults:\n  - local\n\nmax_prompt_tokens: 1\n")
+    medha.process.send_signal(signal.SIGHUP)
+    status = 200
+    while status == 200:  # the signal reaches the loop, and the files are read, in their own time
+        try:
+            status = urllib.request.urlopen(_request(url, {"prompt": "hello world", "max_tokens": 1})).status
+        except urllib.error.HTTPError as refused:
+            status = refused.code
+    assert status == 413
+    medha.process.send_signal(signal.SIGTERM)
+    assert medha.end() == 0
+    assert "reloaded changed=max_prompt_tokens" in medha.errors.read_text()
