@@ -17,7 +17,7 @@ from megatron_medha.cluster.runtime import ClusterRuntime, RankLink
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
 from megatron_medha.core.errors import RankError
-from megatron_medha.engine.engine import Engine, World
+from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
@@ -34,6 +34,7 @@ def cluster_engine(
     scheduler_config: SchedulerConfig,
     hardware: Hardware,
     observers: tuple[Observer, ...] = (),
+    watchers: tuple[Watcher, ...] = (),
     decision_log: Path | None = None,
 ) -> Engine:
     """An engine whose world is one rank on this machine; nothing starts before its start().
@@ -70,7 +71,7 @@ def cluster_engine(
                 _end(ranks)
                 link.close()
 
-    return Engine(open_world, observers=observers, decision_log=decision_log)
+    return Engine(open_world, observers=observers, watchers=watchers, decision_log=decision_log)
 
 
 def _check(ranks: list[RankProcess]) -> None:

@@ -9,12 +9,13 @@ import msgspec
 from megatron_medha.cluster.engine import cluster_engine
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.config import ServeConfig, ServeOptions
-from megatron_medha.engine.engine import Engine
+from megatron_medha.engine.engine import Engine, Watcher
 from megatron_medha.engine.ports import Observer
+from megatron_medha.server.config import SECRET_FIELDS
 from megatron_medha.sim.live import live_engine
 
 
-def make_engine(config: ServeConfig, observer: Observer) -> Engine:
+def make_engine(config: ServeConfig, observer: Observer, watcher: Watcher) -> Engine:
     """The engine for ranks or for a simulation; nothing runs before its start()."""
     match config.world:
         case RankConfig():
@@ -23,6 +24,7 @@ def make_engine(config: ServeConfig, observer: Observer) -> Engine:
                 scheduler_config=config.scheduler,
                 hardware=config.hardware,
                 observers=(observer,),
+                watchers=(watcher,),
                 decision_log=config.tracking.decision_log,
             )
         case model:
@@ -33,13 +35,15 @@ def make_engine(config: ServeConfig, observer: Observer) -> Engine:
                 num_blocks=model.num_blocks,
                 block_size=model.block_size,
                 observers=(observer,),
+                watchers=(watcher,),
                 decision_log=config.tracking.decision_log,
             )
 
 
 def public_options(options: ServeOptions) -> dict[str, Any]:
-    """The options as plain values, without the API key."""
+    """The options as plain values, without the keys."""
     values: dict[str, Any] = msgspec.to_builtins(options, enc_hook=str)
-    if values["server"]["api_key"] is not None:
-        values["server"]["api_key"] = "***"
+    for name in SECRET_FIELDS:
+        if values["server"][name] is not None:
+            values["server"][name] = "***"
     return values

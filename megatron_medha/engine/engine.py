@@ -58,6 +58,9 @@ class OpenWorld(Protocol):
         """Entering gives None if the inbox asked to stop first. Raises MedhaError if the world cannot come up."""
 
 
+Watcher = Callable[[Scheduler], Observer]
+
+
 class Engine:
     """Runs one scheduler over one world. Implements EngineClient."""
 
@@ -66,10 +69,13 @@ class Engine:
         open_world: OpenWorld,
         *,
         observers: tuple[Observer, ...] = (),
+        watchers: tuple[Watcher, ...] = (),
         decision_log: Path | None = None,
     ) -> None:
+        """watchers: make observers that look at the scheduler itself, on the engine's thread."""
         self._open_world = open_world
         self._observers = observers
+        self._watchers = watchers
         self._decision_log = decision_log
         self._status = EngineStatus(EnginePhase.LOADING, "starting")
         self._facts: EngineFacts | None = None
@@ -145,7 +151,8 @@ class Engine:
 
     def _serve(self, world: World, streams: Streams) -> None:
         scheduler = world.setup.build()
-        observers = (*self._observers, _LoadObserver(scheduler, self._note_load))
+        watching = (watch(scheduler) for watch in self._watchers)
+        observers = (*self._observers, *watching, _LoadObserver(scheduler, self._note_load))
         if self._decision_log is not None:
             observers = (*observers, DecisionLog.open(self._decision_log, world.setup.header()))
         self._note_load(load_of(scheduler))

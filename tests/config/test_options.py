@@ -20,10 +20,14 @@ from megatron_medha.config import ModelOptions, ServeConfig, ServeOptions, Simul
 from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.policies import POLICIES
 from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.slo import SloConfig
 
 Configure = Callable[..., ServeConfig]
+
+BASELINE_POLICIES = ("ssjf", "qlm")  # named for the systems they come from, and configured as those are
 
 PACKAGE = Path(megatron_medha.__file__).parent
 
@@ -42,6 +46,7 @@ def test_without_overrides_every_component_gets_its_own_defaults(configure: Conf
     [
         ("scheduler", "lars", SchedulerConfig),
         ("server", "local", ServerConfig),
+        ("slo", "default", SloConfig),
         ("model", "auto", ModelOptions),
         ("parallel", "single", ParallelLayout),
         ("tracking", "none", TrackingConfig),
@@ -76,8 +81,21 @@ def test_the_options_of_train_tiny_are_those_of_its_class() -> None:
 @pytest.mark.parametrize("option", option_names("scheduler"))
 def test_every_scheduler_option_composes(configure: Configure, option: str) -> None:
     config = configure(f"scheduler={option}").scheduler
-    if not option.startswith(("vllm", "whole")):
+    if option in POLICIES and option not in BASELINE_POLICIES:
         assert config == SchedulerConfig(policy=option)
+
+
+def test_the_medha_ablations_change_the_policy_and_drop_what_is_ours(configure: Configure) -> None:
+    for policy in ("fcfs", "edf", "lrs", "srpt"):
+        config = configure(f"scheduler=medha_{policy}").scheduler
+        assert config == SchedulerConfig(policy=policy, has_space_sharing=False, progress_share=0.0)
+
+
+def test_a_baseline_system_is_neither_preemptive_nor_shares_steps_nor_promises_progress(configure: Configure) -> None:
+    for option in (*BASELINE_POLICIES, "vllm_long_threshold", "vllm_v1_threshold", "reserved_pool"):
+        config = configure(f"scheduler={option}").scheduler
+        assert not config.is_preemptive and not config.has_space_sharing and not config.progress_share
+        assert (config.chunking, config.fixed_chunk_tokens) == (Chunking.FIXED, 2048)
 
 
 def test_the_vllm_options_are_first_come_first_served_with_a_token_budget(configure: Configure) -> None:
@@ -202,6 +220,8 @@ def _read(name: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -73,7 +73,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: 
         ("model.device=tpu", "use one of auto, cpu"),
         ("model.dtype=int8", "use one of auto, float32, bfloat16"),
         ("log_level=loud", "use one of debug, info"),
-        ("model.attention_backend=magic", "use one of auto, aten"),
+        ("model.attention_backend=magic", "use one of auto, native, aten"),
     ],
 )
 def test_a_value_outside_a_closed_set_is_refused_with_the_set(refusal: Refusal, override: str, allowed: str) -> None:

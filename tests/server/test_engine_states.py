@@ -12,8 +12,9 @@ from running_server import Running, StartServer
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.ports import EnginePhase, EngineStatus
-from megatron_medha.server.app import create_app, run
+from megatron_medha.server.app import create_app
 from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.running import run
 from megatron_medha.server.tokens import Tokenizer
 
 PATH = "/v1/completions"
