@@ -112,7 +112,8 @@ def main() -> None:
         measured, replayed_s = one_s / wall_s / num_ranks, makespan_s(cpu_s)
         replayed = makespan_s(one_cpu) / replayed_s / num_ranks
         of_ideal = f"{replayed / ideal:>10.3f}" if label == "2 stages" else ""
-        print(f"{label:<10}{wall_s:>12.1f}{measured:>12.3f}{replayed_s:>15.1f}{replayed:>12.3f}{of_ideal}")
+        print(f"{label:<10}{wall_s:>12.1f}{measured:>12.3f}{replayed_s:>15.1f}{replayed:>12.3f}{of_ideal:>10}"
+              f"   CPU s by stage: {', '.join(f'{sum(stage):.1f}' for stage in cpu_s)}")
 
 
 if __name__ == "__main__":
