@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.backends import LayerKV, QueryRange
-from megatron_medha.kernels.native_build import native_library
+from megatron_medha.kernels.native_build import native_library, native_target, openmp_team
 
 _GROUP = 16
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -70,10 +70,11 @@ class KeyRange(NamedTuple):
 class BatchPlan(NamedTuple):
     """A packed batch as the library takes it. Arrays whose addresses are in `rows` are kept alive beside it."""
 
-    slots: np.ndarray | None  # int64 [T]
+    slots: np.ndarray | None  # int64 [T]; -1: a row of another rank's shard, not written here
     rows: np.ndarray          # int64 [ranges, 6]: `Rows` of native/layout.h
     runs: tuple[np.ndarray, ...]
     num_threads: int
+    is_all_written: bool
 
 
 class NativeAttention:
@@ -84,11 +85,10 @@ class NativeAttention:
 
     def __init__(self, target: str | None = None) -> None:
         """target: as for `native_library`, which may raise NativeUnavailable."""
-        self.library = native_library(target)
+        self.target = target or native_target()
+        self.library = native_library(self.target)
         self._attend = self.library.medha_attend
-        # torch's own OpenMP threads do the work. A runtime of our own would have threads of its own, and two sets of
-        # them on the same cores; its symbol is asked for in the process, as wheels rename the library's file.
-        self._run_team = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p)
+        self._run_team = openmp_team()
 
     def allocate(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -102,10 +102,13 @@ class NativeAttention:
 
     def plan(self, ranges: Sequence[QueryRange]) -> BatchPlan:
         """Slots to write and keys to read, for all layers of one step."""
-        slots = [table.slots(start, num_rows) for _, num_rows, start, table in ranges]
+        slots = [
+            table.slots(start, num_rows) if is_written else np.full(num_rows, -1, dtype=np.int64)
+            for _, num_rows, start, table, is_written in ranges
+        ]
         keys = [
-            KeyRange(first_row, num_rows, start + 1, True, table.runs_in_order())
-            for first_row, num_rows, start, table in ranges
+            KeyRange(first_row, num_rows, start + is_written, is_written, table.runs_in_order())
+            for first_row, num_rows, start, table, is_written in ranges
         ]
         return self.plan_keys(keys, slots[0] if len(slots) == 1 else np.concatenate(slots))
 
@@ -115,12 +118,14 @@ class NativeAttention:
             [(r.first_row, r.num_rows, r.num_keys, r.is_causal, r.runs.ctypes.data, len(r.runs)) for r in ranges],
             dtype=np.int64,
         )
-        return BatchPlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads())
+        is_all_written = slots is None or int(slots.min(initial=0)) >= 0
+        return BatchPlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads(), is_all_written)
 
     def attend(
         self, plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
+        assert plan.is_all_written, "rows of another rank's shard need attend_with_lse"
         return self._call(plan, q_TKGD, k_TKD, v_TKD, layer, scale, None)
 
     def attend_with_lse(

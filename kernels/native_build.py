@@ -1,4 +1,4 @@
-"""Builds and loads the C++ attention library: on first use, for this machine, into a cache of the user's.
+"""Builds and loads the C++ library of attention and linear layers: on first use, into the user's cache.
 
 On first use rather than at install: it takes a few seconds once, links to nothing but the C++ runtime (tensors come as
 data pointers through ctypes, so no torch headers and no rebuild when torch changes), and an environment that was
@@ -64,9 +64,21 @@ def native_library(target: str | None = None) -> ctypes.CDLL:
         raise NativeUnavailable(f"{path} cannot be loaded: {error}") from error
     library.medha_attend.argtypes = [ctypes.c_void_p]
     library.medha_attend.restype = ctypes.c_int
+    library.medha_linear.argtypes = [ctypes.c_void_p]
+    library.medha_linear.restype = ctypes.c_int
     library.medha_exp2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     library.medha_exp2.restype = None
     return library
+
+
+@functools.cache
+def openmp_team() -> int | None:
+    """The address of GOMP_parallel in this process; None: no runtime that has it, and one thread does all the work.
+
+    torch's own OpenMP threads are to do the work: a runtime linked to the library would have threads of its own, two
+    sets of them on the same cores. The symbol is looked up by name, as wheels rename the file of the runtime.
+    """
+    return ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value
 
 
 def cache_directory() -> Path:
@@ -77,7 +89,7 @@ def cache_directory() -> Path:
 
 def _built(target: str) -> Path:
     """The file of the library; ranks that start together build it once."""
-    name = f"attention-{target.lower()}-{_digest(target)}.so"
+    name = f"kernels-{target.lower()}-{_digest(target)}.so"
     try:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +104,7 @@ def _built(target: str) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         path = Path(_private_directory()) / name
         if not path.exists():
-            log.info("native_attention_not_cached reason=%s", error)
+            log.info("native_kernels_not_cached reason=%s", error)
             _compile(target, path)
         return path
 
@@ -118,7 +130,8 @@ def _compile(target: str, path: Path) -> None:
     started_s = time.monotonic()
     # Beside its final place and then renamed: nobody ever loads half a file.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    command = [compiler, *_FLAGS, *_TARGET_FLAGS[target], str(_SOURCES / "attention.cpp"), "-o", str(unfinished)]
+    sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
+    command = [compiler, *_FLAGS, *_TARGET_FLAGS[target], *sources, "-o", str(unfinished)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
         if done.returncode:
@@ -128,4 +141,4 @@ def _compile(target: str, path: Path) -> None:
         raise NativeUnavailable(f"{compiler} took longer than {_BUILD_TIMEOUT_S:.0f} s") from error
     finally:
         unfinished.unlink(missing_ok=True)
-    log.info("native_attention_built target=%s path=%s seconds=%.1f", target, path, time.monotonic() - started_s)
+    log.info("native_kernels_built target=%s path=%s seconds=%.1f", target, path, time.monotonic() - started_s)

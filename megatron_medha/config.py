@@ -8,6 +8,8 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.cluster import machine
+from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
@@ -17,6 +19,7 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 
+_MAX_DEGREE = 1 << 16
 _MAX_BLOCK_SIZE = 4096  # tokens; beyond that the last block of every request wastes more than tables ever cost
 
 
@@ -67,6 +70,32 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelOptions:
+    """How many ranks there are on each axis, and how long the KV of one request on one rank may be."""
+
+    tp: int = 1
+    spp: int = 1
+    kvp: int = 1
+    dp: int = 1
+    max_tokens_per_shard: int | None = None
+
+    def __post_init__(self) -> None:
+        for axis in ("tp", "spp", "kvp", "dp"):
+            _check_range(f"parallel.{axis}", getattr(self, axis), 1, _MAX_DEGREE)
+        _check_range("parallel.max_tokens_per_shard", self.max_tokens_per_shard, 1, 1 << 40)
+
+    @property
+    def replica(self) -> ParallelLayout:
+        """The axes of one replica."""
+        return ParallelLayout(tp=self.tp, spp=self.spp, kvp=self.kvp)
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all replicas."""
+        return self.replica.world_size * self.dp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadOptions:
     """Empty: a server takes its traffic from its clients."""
 
@@ -103,7 +132,9 @@ class ServeOptions:
     log_level: str = "info"
     log_format: LogFormat = LogFormat.TEXT
     model: ModelOptions
-    parallel: ParallelLayout
+    parallel: ParallelOptions
+    launch: LaunchConfig
+    recovery: RecoveryConfig
     scheduler: SchedulerConfig
     server: ServerConfig
     slo: SloConfig
@@ -125,7 +156,10 @@ class SimulatedModel:
 class ServeConfig:
     """What `medha serve` is made from; nothing reads the options after this."""
 
-    world: RankConfig | SimulatedModel
+    world: RankConfig | SimulatedModel  # of one replica
+    num_replicas: int
+    launch: LaunchConfig
+    recovery: RecoveryConfig
     tokenizer: Path
     scheduler: SchedulerConfig
     server: ServerConfig
@@ -139,15 +173,12 @@ class ServeConfig:
 def serve_config(options: ServeOptions) -> ServeConfig:
     """The options, checked against each other and against this machine. Raises ConfigError."""
     _check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
-    layout = options.parallel
-    if layout.world_size > 1:
-        axis = next(axis for axis in ("tp", "spp", "kvp", "dp") if getattr(layout, axis) > 1)
-        raise ConfigError(
-            f"parallel.{axis}={getattr(layout, axis)}: more than one rank is not served yet; use parallel=single"
-        )
     world = _simulated_model(options) if options.runtime is RuntimeKind.SIM else _rank_config(options)
     return ServeConfig(
         world=world,
+        num_replicas=options.parallel.dp,
+        launch=options.launch,
+        recovery=options.recovery,
         tokenizer=_tokenizer(options),
         scheduler=options.scheduler,
         server=options.server,
@@ -167,40 +198,72 @@ def _rank_config(options: ServeOptions) -> RankConfig:
             "use model=auto, or runtime=sim to simulate this one"
         )
     checkpoint = _checkpoint(options)
+    parallel = options.parallel
+    if parallel.kvp > 1 and parallel.max_tokens_per_shard is None:
+        raise ConfigError(
+            f"parallel.max_tokens_per_shard=null: parallel.kvp={parallel.kvp} ranks share a request's KV by token "
+            "range; say how many tokens of it go on each, e.g. 32768"
+        )
+    if (shard_tokens := parallel.max_tokens_per_shard) is not None and shard_tokens % model.block_size:
+        raise ConfigError(
+            f"parallel.max_tokens_per_shard={shard_tokens} must be a multiple of model.block_size={model.block_size}"
+        )
     return RankConfig(
-        layout=options.parallel,
+        layout=parallel.replica,
         front_endpoint="",
         checkpoint=str(checkpoint),
         device="cpu" if model.device == "auto" else model.device,
         dtype=model.dtype,
         block_size=model.block_size,
-        kv_memory_bytes=_kv_memory_bytes(model, checkpoint),
+        kv_memory_bytes=_kv_memory_bytes(options, checkpoint),
+        max_tokens_per_shard=parallel.max_tokens_per_shard,
         max_context_len=model.max_context_len,
-        num_threads=model.num_threads,
+        num_threads=_num_threads(options),
         attention_backend=model.attention_backend,
     )
 
 
-def _kv_memory_bytes(model: ModelOptions, checkpoint: Path) -> int:
-    free_bytes = machine.free_memory_bytes()
-    if model.kv_memory_gib is not None:
-        wanted_bytes = int(model.kv_memory_gib * machine.GIB)
-        if free_bytes is not None and wanted_bytes > free_bytes:
+def _kv_memory_bytes(options: ServeOptions, checkpoint: Path) -> int:
+    """Of each rank. Ranks of this machine share its memory."""
+    model, parallel = options.model, options.parallel
+    wanted_gib = model.kv_memory_gib
+    if options.launch.kind is LaunchKind.ATTACH:
+        if wanted_gib is None:
             raise ConfigError(
-                f"model.kv_memory_gib={model.kv_memory_gib:g}: only {free_bytes / machine.GIB:.1f} GiB are free; "
+                "model.kv_memory_gib=null: what is free where the ranks will run is not known here; give GiB per rank"
+            )
+        return int(wanted_gib * machine.GIB)
+    free_bytes = machine.free_memory_bytes()
+    if wanted_gib is not None:
+        wanted_bytes = int(wanted_gib * machine.GIB)
+        if free_bytes is not None and wanted_bytes * parallel.num_ranks > free_bytes:
+            ranks = f" on each of {parallel.num_ranks} ranks" if parallel.num_ranks > 1 else ""
+            raise ConfigError(
+                f"model.kv_memory_gib={wanted_gib:g}{ranks}: only {free_bytes / machine.GIB:.1f} GiB are free; "
                 "take less, or null for a share of what is free"
             )
         return wanted_bytes
     if free_bytes is None:
         raise ConfigError("model.kv_memory_gib=null: this system does not tell how much memory is free; give a number")
-    weight_bytes = machine.directory_bytes(checkpoint)
+    # tp and spp cut the weights, kvp and dp repeat them.
+    num_copies = parallel.kvp * parallel.dp
+    weight_bytes = machine.directory_bytes(checkpoint) * num_copies
     kv_bytes = int((free_bytes - weight_bytes) * model.kv_memory_share)
     if kv_bytes <= 0:
+        times = f", {num_copies} times," if num_copies > 1 else ""
         raise ConfigError(
-            f"checkpoint={checkpoint}: {weight_bytes / machine.GIB:.1f} GiB of files, but only "
+            f"checkpoint={checkpoint}: {weight_bytes / machine.GIB:.1f} GiB of files{times} but only "
             f"{free_bytes / machine.GIB:.1f} GiB of memory are free; free some, or give model.kv_memory_gib"
         )
-    return kv_bytes
+    return kv_bytes // parallel.num_ranks
+
+
+def _num_threads(options: ServeOptions) -> int | None:
+    """Of each rank: several on one machine share its cores, one takes them all."""
+    if options.model.num_threads is not None or options.launch.kind is LaunchKind.ATTACH:
+        return options.model.num_threads
+    num_ranks = options.parallel.num_ranks
+    return None if num_ranks == 1 else max(1, machine.num_usable_cores() // num_ranks)
 
 
 def _simulated_model(options: ServeOptions) -> SimulatedModel:
@@ -209,6 +272,11 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
         raise ConfigError(
             "model.shape=null: runtime=sim needs the sizes of the model to simulate; use model=llama3_8b, "
             "or an option of your own with --config-dir"
+        )
+    parallel = options.parallel
+    if (num_ranks := parallel.replica.world_size) > 1:
+        raise ConfigError(
+            f"parallel: {num_ranks} ranks per replica, but runtime=sim serves replicas of one; use parallel.dp only"
         )
     shape = model.shape
     if model.max_context_len is not None:

@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command("megatron_medha.commands.bench", "put a running server under load and measure it"),
     "report": Command("megatron_medha.commands.report", "put runs side by side on one page"),
     "replay": Command("megatron_medha.commands.replay", "check that a decision log replays to the same batches"),
+    "selftest": Command("megatron_medha.commands.selftest", "throw nonsense at a running server and see it hold"),
     "version": Command("megatron_medha.commands.version", "print the version"),
 }
 

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.cluster.machine import GIB
-from megatron_medha.config import ModelOptions, TrackingConfig
+from megatron_medha.config import ModelOptions, ParallelOptions, TrackingConfig
 from megatron_medha.core.capacity import Reserve, check_layout, num_kv_blocks
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.engine_costs import EngineCosts
@@ -63,12 +63,11 @@ class SimulateOptions:
     out: Path | None = None
     seed: int = 0
     belief: Belief = Belief.EXACT
-    max_tokens_per_shard: int | None = None
     max_drain_s: float | None = None
     plots: Plots = Plots.AUTO
     requests: RequestsFormat = RequestsFormat.JSONL
     model: ModelOptions
-    parallel: ParallelLayout
+    parallel: ParallelOptions
     scheduler: SchedulerConfig
     hardware: Hardware
     engine: EngineCosts
@@ -100,13 +99,13 @@ def simulation_config(options: SimulateOptions) -> SimulationConfig:
 
 def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
     """The system under test on the machine that is simulated."""
-    model, layout = options.model, options.parallel
+    model, layout = options.model, options.parallel.replica
     if model.shape is None:
         raise ConfigError("model.shape=null: a simulation needs the sizes of a model; use model=llama3_8b, or an "
             "option of your own with --config-dir")
-    if layout.dp > 1:
-        raise ConfigError(f"parallel.dp={layout.dp}: replicas do not influence each other; simulate one of them with "
-            f"its share of the load, workload.qps / {layout.dp}")
+    if (dp := options.parallel.dp) > 1:
+        raise ConfigError(f"parallel.dp={dp}: replicas do not influence each other; simulate one of them with "
+            f"its share of the load, workload.qps / {dp}")
     hardware = cluster_for(options.hardware, layout)
     setup = SchedulerSetup(
         config=options.scheduler,
@@ -116,7 +115,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
         layout=layout,
         num_blocks=_num_blocks(options, model.shape, hardware),
         block_size=model.block_size,
-        max_tokens_per_shard=options.max_tokens_per_shard,
+        max_tokens_per_shard=options.parallel.max_tokens_per_shard,
         learns=options.belief is Belief.ONLINE,
     )
     setup.build()  # whoever cannot be built says so now
@@ -125,7 +124,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
 
 def _num_blocks(options: SimulateOptions, shape: ModelShape, hardware: Hardware) -> int:
     """KV blocks of one KVP rank. A block is spread over the rank's stages and KV heads; the fullest stage decides."""
-    model, layout = options.model, options.parallel
+    model, layout = options.model, options.parallel.replica
     if model.kv_memory_gib is None:
         reserve = Reserve(
             block_size=model.block_size,

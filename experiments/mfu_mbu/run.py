@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.kvp_decode.run import tpot_s
+from experiments.kvp_tpot.run import tpot_s
 from experiments.lib.paper import (
     LLAMA3_8B,
     LLAMA3_70B,

@@ -14,6 +14,7 @@
 #include "simd.h"
 #include "storage.h"
 #include "sums.h"
+#include "team.h"
 #include "tiles.h"
 
 namespace {
@@ -27,6 +28,7 @@ constexpr int64_t MIN_TILES_TO_WIDEN = 3;
 constexpr int64_t MIN_COST_ROWS = 8;
 // Row * key * dim products below which waking a second thread costs more than it saves (some 50 us of work).
 constexpr int64_t MIN_PARALLEL_COST = 1 << 21;
+constexpr int64_t WRITE_TOKENS = 64;  // of an item that writes
 constexpr int64_t MIN_PARALLEL_WRITE = 1 << 16;  // numbers; likewise
 
 // The first key of the partition after the one that starts at `key`. Partitions grow with the position, so that
@@ -59,55 +61,28 @@ class Work {
     explicit Work(const Call &call) : call_(call), dim_((call.head_dim + GROUP - 1) / GROUP * GROUP) {}
 
     void run() {
+        const int64_t num_pieces = (call_.num_tokens + WRITE_TOKENS - 1) / WRITE_TOKENS;
         if (call_.slots != nullptr) {
-            const int64_t count = call_.num_tokens * call_.num_kv_heads;
-            num_items_ = call_.num_kv_heads * write_pieces();
-            team(&Work::write_items, count * dim_ >= MIN_PARALLEL_WRITE);
+            const int64_t count = call_.num_tokens * call_.num_kv_heads * dim_;
+            const auto write_piece = [&](int64_t i) {
+                const int64_t first = i % num_pieces * WRITE_TOKENS;
+                write(i / num_pieces, first, std::min(first + WRITE_TOKENS, call_.num_tokens));
+            };
+            share(call_.run_team, threads_for(count >= MIN_PARALLEL_WRITE), call_.num_kv_heads * num_pieces, write_piece);
         }
-        const int64_t cost = plan();
-        num_items_ = static_cast<int64_t>(items_.size());
-        team(&Work::attend_items, cost * dim_ >= MIN_PARALLEL_COST);
-        if (failed_.load()) throw std::bad_alloc();
+        const int64_t cost = plan() * dim_;
+        const auto attend_item = [&](int64_t i) { attend(items_[i]); };
+        const int64_t num_items = static_cast<int64_t>(items_.size());
+        share(call_.run_team, threads_for(cost >= MIN_PARALLEL_COST), num_items, attend_item);
     }
 
   private:
-    using Body = void (Work::*)();
-
-    void team(Body body, bool is_parallel) {
-        next_item_.store(0);
-        body_ = body;
-        const int64_t num_threads = std::min<int64_t>(call_.num_threads, num_items_);
-        if (is_parallel && num_threads > 1 && call_.run_team != nullptr)
-            call_.run_team(&Work::member, this, static_cast<unsigned>(num_threads), 0);
-        else
-            member(this);
-    }
-
-    static void member(void *self) {
-        Work &work = *static_cast<Work *>(self);
-        // Products with denormal numbers are a hundred times slower, and 1e-38 of anything is nothing here.
-        const unsigned before = _mm_getcsr();
-        _mm_setcsr(before | 0x8040);
-        try {
-            (work.*work.body_)();
-        } catch (const std::bad_alloc &) {
-            work.failed_.store(true);
-        }
-        _mm_setcsr(before);
-    }
-
-    int64_t write_pieces() const { return (call_.num_tokens + 63) / 64; }
-
-    void write_items() {
-        for (int64_t i; (i = next_item_.fetch_add(1)) < num_items_;) {
-            const int64_t head = i / write_pieces(), first = i % write_pieces() * 64;
-            write(head, first, std::min(first + 64, call_.num_tokens));
-        }
-    }
+    int64_t threads_for(bool is_parallel) const { return is_parallel ? call_.num_threads : 1; }
 
     void write(int64_t head, int64_t first, int64_t end) {
         const int64_t head_dim = call_.head_dim;
         for (int64_t t = first; t < end; ++t) {
+            if (call_.slots[t] < 0) continue;
             const int64_t group = call_.slots[t] / GROUP, lane = call_.slots[t] % GROUP;
             const int64_t base = head * call_.pool_head_stride + group * GROUP * dim_;
             T *const k_to = static_cast<T *>(call_.k_pool) + base;
@@ -194,10 +169,6 @@ class Work {
         unit.num_parts_left.store(unit.num_parts);
         unit.partial = nullptr;
         return unit.num_parts > 1 ? partition * Sums::size(unit.end_row - unit.first_row, dim_) : 0;
-    }
-
-    void attend_items() {
-        for (int64_t i; (i = next_item_.fetch_add(1)) < num_items_;) attend(items_[i]);
     }
 
     void attend(const Item &item) {
@@ -402,10 +373,6 @@ class Work {
     const int64_t dim_;
     std::vector<Unit> units_;
     std::vector<Item> items_;
-    Body body_ = nullptr;
-    int64_t num_items_ = 0;
-    std::atomic<int64_t> next_item_{0};
-    std::atomic<bool> failed_{false};
 };
 
 }  // namespace

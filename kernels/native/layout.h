@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "team.h"
+
 constexpr int64_t GROUP = 16;
 
 // Mirrored field by field by NativeCall in native_attention.py. Strides are in elements.
@@ -18,7 +20,7 @@ struct Call {
     int64_t num_tokens, num_kv_heads, queries_per_kv_head, head_dim;
     float scale;
     int32_t num_threads;
-    void (*run_team)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
+    RunTeam run_team;
 
     void *k_pool, *v_pool;
     int64_t pool_head_stride;
@@ -26,7 +28,7 @@ struct Call {
     const void *q, *k, *v;  // of the batch: [T, K, G, D], [T, K, D], [T, K, D], the last dimension dense
     int64_t q_token_stride, q_head_stride, q_group_stride;
     int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
-    const int64_t *slots;  // where each token's own keys and values go; null: nothing is written
+    const int64_t *slots;  // where each token's own keys and values go, -1: nowhere; null: nothing is written
 
     void *out;   // [T, K, G, D], dense
     float *lse;  // [T, K, G], or null

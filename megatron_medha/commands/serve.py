@@ -33,6 +33,8 @@ examples:
   medha serve checkpoint=DIR server.port=8001 server.served_model_names=[my-model]
   medha serve checkpoint=DIR scheduler=fcfs scheduler.step_budget_s=0.03
   medha serve checkpoint=DIR model.kv_memory_gib=4 tracking=jsonl
+  medha serve checkpoint=DIR parallel.spp=2 parallel.tp=2 recovery=none
+  medha serve checkpoint=DIR parallel.tp=8 parallel.dp=2 launch=attach model.kv_memory_gib=40
   medha serve runtime=sim model=llama3_8b hardware=h100 tokenizer=DIR    # no model runs; steps take predicted time
 
 flags:
@@ -201,10 +203,20 @@ class _Watch:
         else:
             return None
         self._say_ready()
-        while not self._stop.wait(10 * _POLL_S):
+        lost_s: float | None = None
+        while not self._stop.wait(2 * _POLL_S):
             status = self._service.status
-            if status.phase is EnginePhase.FAILED:
-                return self._fail(status.detail)
+            match status.phase:
+                case EnginePhase.FAILED:
+                    return self._fail(status.detail)
+                case EnginePhase.RECOVERING if lost_s is None:
+                    lost_s = time.monotonic()
+                    print(f"recovering: {status.detail}; requests wait", flush=True)
+                case EnginePhase.READY if lost_s is not None:
+                    print(f"ready again after {time.monotonic() - lost_s:.1f} s", flush=True)
+                    lost_s = None
+                case _:
+                    pass
         return None
 
     def _fail(self, detail: str) -> None:

@@ -145,7 +145,7 @@ def _with_progress(
 
 
 def _say_what_runs(options: SimulateOptions, simulation: Simulation) -> None:
-    facts, layout, setup = simulation.workload.facts, options.parallel, simulation.config.setup
+    facts, layout, setup = simulation.workload.facts, options.parallel.replica, simulation.config.setup
     kv_tokens = setup.num_blocks * setup.block_size * layout.kvp
     print(
         f"{setup.shape.name} on {layout.world_size} {setup.hardware.name} (tp {layout.tp}, spp {layout.spp}, "

@@ -142,24 +142,22 @@ def _fits(
 def _way_out(
     shape: ModelShape, hardware: Hardware, layout: ParallelLayout, reserve: Reserve, num_tokens: int
 ) -> str:
-    """The layout nearest to this one that fits, with the fewest devices; on a larger cluster if it must be."""
+    """The fewest devices that hold it, with as many KVP ranks as asked for if they are there; else a larger cluster."""
     candidates = []
     degrees = [1 << i for i in range(_MAX_DEGREE.bit_length())]
-    for tp, spp, kvp in product(degrees, degrees, degrees):
+    for tp, spp, kvp in product(degrees, degrees, sorted({*degrees, layout.kvp})):
         if tp > max(hardware.devices_per_node, layout.tp) or spp > shape.num_layers:
             continue
-        # More KVP ranks hold more of one request, but no weights: the layout's own, or as many times it as needed.
-        if kvp > 1 and (num_tokens == 1 or kvp <= layout.kvp):
-            continue
-        other = ParallelLayout(tp=tp, spp=spp, kvp=max(kvp, layout.kvp), dp=layout.dp)
+        other = ParallelLayout(tp=tp, spp=spp, kvp=kvp, dp=layout.dp)
         if _indivisible(shape, other) or not _fits(shape, hardware, other, reserve, num_tokens):
             continue
-        num_changed = (tp != layout.tp) + (spp != layout.spp) + (other.kvp != layout.kvp)
-        candidates.append((other.world_size > hardware.num_devices, other.world_size, num_changed, spp, kvp, other))
+        is_larger, num_given_up = other.world_size > hardware.num_devices, max(0, layout.kvp - kvp)
+        num_changed = (tp != layout.tp) + (spp != layout.spp) + (kvp != layout.kvp)
+        candidates.append((is_larger, num_given_up, other.world_size, num_changed, spp, kvp, other))
     if not candidates:
         return "No layout of such devices holds it; take a smaller model or larger devices"
-    is_larger, world_size, *_, best = min(candidates, key=lambda candidate: candidate[:-1])
-    size = f", on {world_size} devices instead of the {hardware.num_devices} there are" if is_larger else ""
+    is_larger, *_, best = min(candidates, key=lambda candidate: candidate[:-1])
+    size = f", on {best.world_size} devices instead of the {hardware.num_devices} there are" if is_larger else ""
     return f"parallel.tp={best.tp} parallel.spp={best.spp} parallel.kvp={best.kvp} would fit{size}"
 
 

@@ -27,7 +27,7 @@ class SchedulerSetup:
     config: SchedulerConfig
     shape: ModelShape
     hardware: Hardware
-    layout: ParallelLayout
+    layout: ParallelLayout  # of one replica
     num_blocks: int  # of each KVP rank
     block_size: int
     max_tokens_per_shard: int | None = None  # of one request on one KVP rank; None: all its memory

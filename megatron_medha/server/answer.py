@@ -56,7 +56,8 @@ class Answer(Response):
         self._num_open = spec.num_choices
         self._status: int | None = None   # once the answer has begun
         self._outcome = "done"
-        self._sending_since_s: float | None = None
+        self._num_parts = 0
+        self._is_sending = False
         self._first_token_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +67,7 @@ class Answer(Response):
         max_unread = max(config.max_unread_tokens, UNREAD_STEPS * self._spec.num_choices)
         stream = self._streams.open(tuple(self._choice_by_id), max_unread, self._abort_live)
         watcher = asyncio.ensure_future(_watch_client(receive, stream))
-        patience = Patience(loop, stream, _transport_of(scope), self._sending_for_s, config)
+        patience = Patience(loop, stream, _transport_of(scope), self._part_being_sent, config)
         patience.start(self._engine.now_s() - self._spec.arrival_s)
         try:
             self._submit()
@@ -119,10 +120,9 @@ class Answer(Response):
             "duration_s": round(now_s - spec.arrival_s, 6),
         }})  # fmt: skip
 
-    def _sending_for_s(self) -> float:
-        """Seconds the part being sent has been waiting for its reader; 0 when none is."""
-        since_s = self._sending_since_s
-        return 0.0 if since_s is None else self._engine.now_s() - since_s
+    def _part_being_sent(self) -> int | None:
+        """The number of the part that waits for its reader; None when none does."""
+        return self._num_parts if self._is_sending else None
 
     def _submit(self) -> None:
         for choice in self._choices:
@@ -237,10 +237,12 @@ class Answer(Response):
         await send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def _send_part(self, send: Send, body: bytes) -> None:
-        # Sending waits while the reader leaves too much unread; Patience looks at how long.
-        self._sending_since_s = self._engine.now_s()
+        # Sending waits while the reader leaves too much unread; Patience looks at how long. No clock is read here:
+        # this runs once per token.
+        self._num_parts += 1
+        self._is_sending = True
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        self._sending_since_s = None
+        self._is_sending = False
 
 
 def _transport_of(scope: Scope) -> asyncio.Transport | None:

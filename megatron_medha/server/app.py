@@ -23,6 +23,7 @@ from megatron_medha.server.errors import bad_request
 from megatron_medha.server.front_door import FrontDoor
 from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.journal import Journal
+from megatron_medha.server.large_prompt import decode_completion
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.metrics_page import CONTENT_TYPE, MetricsPage
 from megatron_medha.server.request_fields import decode_body, read_body, read_wishes
@@ -109,7 +110,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         arrival_s = service.engine.now_s()
         ready = service.ready()
         wishes = read_wishes(request.headers, service.slo)
-        body = decode_body(raw, completion.DECODER)
+        body = await decode_completion(raw)
         spec = await completion.plan_completion(service, ready, body, wishes, arrival_s)
         return answer(request, ready, spec, completion.CompletionFormat(spec, ready.tokenizer))
 

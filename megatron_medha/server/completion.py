@@ -36,8 +36,6 @@ from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.wire_format import MARK, EventTemplate, encode_json, sse_event
 
-DECODER = msgspec.json.Decoder(CompletionRequest)
-
 
 async def plan_completion(
     service: Service, ready: Ready, body: CompletionRequest, wishes: Wishes, arrival_s: float

@@ -215,13 +215,16 @@ class Watch:
                         step.has_left_first_stage = True
                 case RanksLost(why):
                     self._lose_all(why, now_s)
+            prefilling = self._prefilling
             for output in outputs:
+                if type(output) is TokenOut:  # nearly all are, and none of them a first or a last one
+                    request_id, _, reason = output
+                    if prefilling and (story := prefilling.pop(request_id, None)) is not None:
+                        self._first_token(story, now_s)
+                    if reason is not None:
+                        self._end(request_id, reason.value, now_s)
+                    continue
                 match output:
-                    case TokenOut(request_id, _, reason):
-                        if self._prefilling and (story := self._prefilling.pop(request_id, None)) is not None:
-                            self._first_token(story, now_s)
-                        if reason is not None:
-                            self._end(request_id, reason.value, now_s)
                     case Preempted(request_id, num_tokens):
                         self._lose(request_id, num_tokens, "a running answer needed its memory", now_s)
                     case Rejected(request_id, why):

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from megatron_medha.engine.ports import EngineClient
+from megatron_medha.engine.ports import EngineClient, EnginePhase
 from megatron_medha.server.admission import Admission
 from megatron_medha.server.metrics import Histogram, Metrics
 
@@ -93,6 +93,14 @@ class MetricsPage:
                 counter = CounterMetricFamily(name, meaning, labels=LABELS)
                 counter.add_metric(self._labels, value)
                 yield counter
+        status = self._engine.status
+        for name, count, meaning in (
+            ("rank_failures", status.num_failures, "Times that ranks were lost"),
+            ("rank_recoveries", status.num_recoveries, "Times that ranks that were lost came up again"),
+        ):
+            counter = CounterMetricFamily(f"medha:{name}", meaning, labels=LABELS)
+            counter.add_metric(self._labels, count)
+            yield counter
         for name in _names("request_success", ("request_success",)):
             ended = CounterMetricFamily(name, "Requests that ended, by reason", labels=(*LABELS, "finished_reason"))
             for reason, count in self._metrics.num_ended.items():
@@ -137,7 +145,9 @@ class MetricsPage:
         load = self._engine.load
         num_used = load.num_blocks - load.num_free_blocks
         kv_usage = num_used / load.num_blocks if load.num_blocks else 0.0
+        is_ready = self._engine.status.phase is EnginePhase.READY
         gauges = (
+            ("is_ready", (), float(is_ready), "1 while requests run; 0 while the model loads or ranks come up again"),
             ("num_requests_running", ("num_requests_running",), load.num_prefilling + load.num_decoding,
              "Requests in prefill or decode"),
             ("num_requests_waiting", ("num_requests_waiting",), load.num_waiting, "Requests not begun"),

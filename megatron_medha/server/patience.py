@@ -21,7 +21,7 @@ class Patience:
         loop: asyncio.AbstractEventLoop,
         stream: Stream,
         transport: asyncio.Transport | None,
-        sending_for_s: Callable[[], float],
+        part_being_sent: Callable[[], int | None],
         config: ServerConfig,
     ) -> None:
         """transport: of the client's connection; None where the server has none of its own (an ASGI test client)."""
@@ -29,7 +29,9 @@ class Patience:
         self._loop = loop
         self._stream = stream
         self._transport = transport
-        self._sending_for_s = sending_for_s
+        self._part_being_sent = part_being_sent
+        self._last_part: int | None = None
+        self._num_looks = 0  # that found the same part still being sent
         self._config = config
         self._deadline: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
@@ -64,7 +66,10 @@ class Patience:
         )
 
     def _look_at_reader(self) -> None:
-        if self._transport is None or self._sending_for_s() < self._config.stalled_reader_timeout_s:
+        part = self._part_being_sent()
+        self._num_looks = self._num_looks + 1 if part is not None and part == self._last_part else 0
+        self._last_part = part
+        if self._transport is None or self._num_looks < _LOOKS_PER_TIMEOUT:
             self._look_later()
             return
         # Nothing can be said to someone who does not listen: the connection ends, and the send that waits with it.

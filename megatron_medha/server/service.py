@@ -33,6 +33,10 @@ MAX_INLINE_CHARS = 2_000
 _TELLING_S = 1.0
 
 
+# While ranks come up again, requests wait for them: a few seconds later they run, which beats asking again.
+_TAKES_REQUESTS = (EnginePhase.READY, EnginePhase.RECOVERING)
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """What is known once requests can be taken."""
@@ -154,7 +158,7 @@ class Service:
     def status(self) -> EngineStatus:
         """The engine's status, or the tokenizer's where that is what is missing."""
         status = self.engine.status
-        if status.phase is not EnginePhase.READY or not isinstance(self._tokenizer, Future):
+        if status.phase not in _TAKES_REQUESTS or not isinstance(self._tokenizer, Future):
             return status
         if not self._tokenizer.done():
             return EngineStatus(EnginePhase.LOADING, "loading the tokenizer", status.fraction)
@@ -167,7 +171,7 @@ class Service:
         status = self.status
         facts = self.engine.facts
         match status.phase:
-            case EnginePhase.READY if facts is not None:
+            case EnginePhase.READY | EnginePhase.RECOVERING if facts is not None:
                 tokenizer = self._tokenizer.result() if isinstance(self._tokenizer, Future) else self._tokenizer
                 return Ready(facts, tokenizer)
             case EnginePhase.FAILED:

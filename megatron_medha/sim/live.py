@@ -19,6 +19,7 @@ from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Sampled, Streams
 from megatron_medha.sim.world import true_step_s
 
@@ -100,9 +101,7 @@ def live_engine(
     """An engine whose world is simulated in wall time, one replica of one rank."""
 
     @contextmanager
-    def open_world(
-        inbox: Inbox, streams: Streams, note_loading: Callable[[str, float], None]
-    ) -> Iterator[World | None]:
+    def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
         truth = true_step_s(RooflineCost(shape=shape, hardware=hardware))
         yield World(
             runtime=LiveRuntime(inbox, streams, truth, shape.vocab_size),

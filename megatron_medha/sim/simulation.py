@@ -53,6 +53,7 @@ class WaitingRequest:
     length_class: str
     relative_slack: float  # (deadline - now - remaining work) / work, by T_iso; negative once late
     is_started: bool
+    is_late: bool          # its first-token deadline has passed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,7 @@ class Simulation:
             raise ConfigError(
                 f"the workload's longest request has {self.workload.facts.max_request_tokens:,} tokens, but this "
                 f"machine has KV memory for requests of up to {max_request_tokens:,}; give it more GPUs (parallel.tp, "
-                "parallel.spp, parallel.kvp), more of model.kv_memory_gib, or another workload"
+                "parallel.spp, parallel.kvp), a larger max_tokens_per_shard where it is set, or another workload"
             )
         self._cost = setup.cluster_cost
         # Noise is left out, and the system is Medha's own whatever is under test: all are held to the same deadlines.
@@ -150,13 +151,14 @@ class Simulation:
         for live in ledger.live:
             if live.first_token_s is None:
                 left_s = live.isolated_s - (self.isolated_s(live.num_prefilled) if live.num_prefilled else 0.0)
-                slack_s = live.request.arrival_s + config.slo.deadline_s(live.isolated_s) - now_s - left_s
+                until_deadline_s = live.request.arrival_s + config.slo.deadline_s(live.isolated_s) - now_s
                 waiting.append(
                     WaitingRequest(
                         request_id=live.request.request_id,
                         length_class=config.classes.of(live.request.num_prompt_tokens),
-                        relative_slack=slack_s / live.isolated_s,
+                        relative_slack=(until_deadline_s - left_s) / live.isolated_s,
                         is_started=live.first_scheduled_s is not None,
+                        is_late=until_deadline_s < 0.0,
                     )
                 )
         return Sample(

@@ -62,6 +62,7 @@ class Truth:
         self._cost = cost
         self._spp = cost.layout.spp
         self._stages = range(self._spp)
+        self._num_stage_layers = [cost.shape.num_stage_layers(stage, self._spp) for stage in self._stages]
         self._kvp = cost.layout.kvp
         self._shard_tokens = shard_tokens
         self._config = config
@@ -143,17 +144,18 @@ class Truth:
         if self._is_exact:
             return tuple([self._cost.stage_s(load, stage) for stage in self._stages])
         config = self._config
-        attention_s = load.attention_s / self._spp
+        layer_attention_s = load.attention_s / self._cost.shape.num_layers
+        attention_s = [count * layer_attention_s for count in self._num_stage_layers]
         factor = 1.0
         if config.noise:  # of mean 1, so that noise alone is no bias
             factor = exp(self._draw.gauss(0.0, config.noise) - 0.5 * config.noise**2)
         return tuple(
             factor
             * (
-                config.linear_bias * (self._cost.stage_s(load, stage) - attention_s)
-                + config.attention_bias * attention_s
+                config.linear_bias * (self._cost.stage_s(load, stage) - attention_s[stage])
+                + config.attention_bias * attention_s[stage]
             )
-            for stage in range(self._spp)
+            for stage in self._stages
         )
 
 

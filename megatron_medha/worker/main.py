@@ -1,4 +1,8 @@
-"""A rank as a process: `python -m megatron_medha.worker.main '<RankConfig as JSON>'`."""
+"""A rank as a process: `python -m megatron_medha.worker.main '<RankConfig as JSON>'`.
+
+`python -m megatron_medha.worker.main --attach tcp://HOST:PORT --key FILE` instead waits for a front process elsewhere
+to say what to be, and starts that rank (cluster/agent.py).
+"""
 
 from __future__ import annotations
 
@@ -7,55 +11,79 @@ import logging
 import os
 import signal
 import sys
-import time
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import msgspec
 import zmq
 
-from megatron_medha.cluster.messages import FromRank, Loading, RankFailed, Shutdown, Step, ToRank
+from megatron_medha.cluster.keys import Keys
+from megatron_medha.cluster.messages import (
+    FromRank,
+    Heartbeat,
+    Loading,
+    RankFailed,
+    Ready,
+    StepDone,
+)
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
+from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_threads_of_rank
+from megatron_medha.worker.front_inbox import FrontInbox, SocketInbox
 
 log = logging.getLogger("megatron_medha.worker")
 
+
+Serve = Callable[[FrontInbox, Callable[[StepDone], None]], None]  # takes steps, answers, until told to stop
+LoadRank = Callable[[RankConfig, Callable[[str, float], None]], tuple[Serve, Ready]]
+
 _PR_SET_PDEATHSIG = 1
-# How soon an orphan notices where the kernel does not tell it; an idle rank wakes up this often.
-_PARENT_CHECK_MS = 1000
 _GOODBYE_MS = 2000
+_HEARTBEAT_INTERVAL_S = 1.0
 
 
-def main(argv: list[str]) -> int:
-    """Serve until told to stop or left alone; 1 after an error, which the front is told about first."""
+def main(argv: list[str], load: LoadRank | None = None) -> int:
+    """Serve until told to stop or left alone; 1 after an error, which the front is told about first.
+
+    load: brings the rank up; by default the model's (worker/load.py).
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("megatron_medha").setLevel(logging.INFO)
     # Megatron warns at import of every optional package (Apex, Transformer Engine, ...) it does without.
     # So does torch of interfaces that Megatron's checkpoint reader still uses.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    if argv and argv[0] == "--attach":
+        from megatron_medha.cluster.agent import attach
+
+        return attach(argv)
     if len(argv) != 1:
-        print("usage: python -m megatron_medha.worker.main '<RankConfig as JSON>'", file=sys.stderr)
+        print(
+            "usage: python -m megatron_medha.worker.main '<RankConfig as JSON>'\n"
+            "       python -m megatron_medha.worker.main --attach tcp://HOST:PORT --key FILE",
+            file=sys.stderr,
+        )
         return 2
     parent_pid = os.getppid()
     _die_with_parent(parent_pid)
     # Ctrl-C reaches the whole process group; when and how ranks end is the front's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(argv[0], type=RankConfig)
-    let_idle_threads_sleep(config.num_threads or num_usable_cores())
+    let_idle_threads_sleep(num_threads_of_rank(config.num_threads, config.layout.world_size))
 
     context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, f"rank-{config.rank}".encode())
-    socket.setsockopt(zmq.LINGER, _GOODBYE_MS)
-    socket.connect(config.front_endpoint)
+    socket = _connect(context, config, f"rank-{config.rank}")
     encoder = msgspec.msgpack.Encoder()
 
     def send(message: FromRank) -> None:
         socket.send(encoder.encode(message))
 
     try:
-        _serve(config, socket, send, parent_pid)
+        with _heartbeats(context, config):
+            _serve(config, socket, send, parent_pid, load or _load_model)
         return 0
     except MedhaError as error:  # the user's fault: the front says it, a stack trace would only hide it
         send(RankFailed(config.rank, type(error).__name__, str(error)))
@@ -69,36 +97,70 @@ def main(argv: list[str]) -> int:
         context.term()
 
 
-def _serve(config: RankConfig, socket: zmq.Socket[bytes], send: Callable[[FromRank], None], parent_pid: int) -> None:
-    """Load, report ready, answer messages until Shutdown or until the parent is gone."""
-    send(Loading(config.rank, "libraries", 0.0))
+def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Serve, Ready]:
     # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
     from megatron_medha.worker.load import load_rank
+    from megatron_medha.worker.step_loop import run_steps
 
-    rank, ready = load_rank(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
+    rank, ready = load_rank(config, progress)
+    return partial(run_steps, rank), ready
+
+
+def _serve(
+    config: RankConfig,
+    socket: zmq.Socket[bytes],
+    send: Callable[[FromRank], None],
+    parent_pid: int,
+    load: LoadRank,
+) -> None:
+    """Load, report ready, answer messages until Shutdown or until the parent is gone."""
+    send(Loading(config.rank, "libraries", 0.0))
+    serve, ready = load(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
     send(ready)
-    decoder = msgspec.msgpack.Decoder(ToRank)
-    while True:
-        if not socket.poll(_PARENT_CHECK_MS):
-            if os.getppid() != parent_pid:
-                log.warning("parent_gone")
-                return
-            continue
-        message = decoder.decode(socket.recv())
-        match message:
-            case Step():
-                started_s = time.monotonic()
-                done = rank.run(message)
-                send(msgspec.structs.replace(done, duration_s=time.monotonic() - started_s))
-            case Shutdown():
-                return
+    serve(SocketInbox(socket, parent_pid), send)
+
+
+def _connect(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, identity: str) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, identity.encode())
+    socket.setsockopt(zmq.LINGER, _GOODBYE_MS)
+    if config.key_file is not None:
+        Keys.load(Path(config.key_file)).secure_rank(socket)
+    socket.connect(config.front_endpoint)
+    return socket
+
+
+@contextmanager
+def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> Iterator[None]:
+    """Tell the front that the process runs, from a thread of its own: a socket is one thread's."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        socket = _connect(context, config, f"rank-{config.rank}-heartbeat")
+        message = msgspec.msgpack.encode(Heartbeat(config.rank))
+        while not stop.is_set():
+            # A front that does not read gets no more than the socket's buffer holds; the rank goes on.
+            try:
+                socket.send(message, zmq.NOBLOCK)
+            except zmq.Again:
+                log.warning("heartbeat_not_sent")
+            stop.wait(_HEARTBEAT_INTERVAL_S)
+        socket.close(linger=0)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _die_with_parent(parent_pid: int) -> None:
     """Ask Linux to end this process when the one that started it ends, however it ends."""
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it ended before we had asked
         sys.exit(1)
 

@@ -14,9 +14,18 @@ from omegaconf import OmegaConf
 
 import megatron_medha
 from megatron_medha.cluster import machine
+from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.cluster.launch_config import LaunchConfig
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.compose import compose, freeze, option_names
-from megatron_medha.config import ModelOptions, ServeConfig, ServeOptions, SimulatedModel, TrackingConfig
+from megatron_medha.config import (
+    ModelOptions,
+    ParallelOptions,
+    ServeConfig,
+    ServeOptions,
+    SimulatedModel,
+    TrackingConfig,
+)
 from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.layout import ParallelLayout
@@ -48,7 +57,9 @@ def test_without_overrides_every_component_gets_its_own_defaults(configure: Conf
         ("server", "local", ServerConfig),
         ("slo", "default", SloConfig),
         ("model", "auto", ModelOptions),
-        ("parallel", "single", ParallelLayout),
+        ("parallel", "single", ParallelOptions),
+        ("launch", "local", LaunchConfig),
+        ("recovery", "restart", RecoveryConfig),
         ("tracking", "none", TrackingConfig),
     ],
 )
@@ -194,6 +205,7 @@ def test_a_list_of_names_becomes_a_tuple(configure: Configure) -> None:
 def test_every_key_of_every_default_option_has_a_comment_or_a_plain_name() -> None:
     for group, option in [
         ("model", "auto"), ("parallel", "single"), ("scheduler", "lars"), ("server", "local"), ("tracking", "none"),
+        ("launch", "local"), ("recovery", "restart"),
     ]:  # fmt: skip
         lines = (_conf() / group / f"{option}.yaml").read_text().splitlines()
         assert lines[0].startswith("# ")
@@ -229,3 +241,14 @@ def _plain(value: Any) -> Any:
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True)
     return path
+
+
+def test_ranks_of_one_machine_share_its_cores_and_memory(configure: Configure) -> None:
+    alone = configure().world
+    config = configure("parallel.spp=2", "parallel.kvp=2", "parallel.dp=2", "parallel.max_tokens_per_shard=4096")
+    assert isinstance(alone, RankConfig) and isinstance(config.world, RankConfig)
+    assert config.num_replicas == 2
+    assert config.world.layout == ParallelLayout(spp=2, kvp=2)
+    assert config.world.max_tokens_per_shard == 4096
+    assert config.world.num_threads == max(1, machine.num_usable_cores() // 8) and alone.num_threads is None
+    assert config.world.kv_memory_bytes < alone.kv_memory_bytes / 4

@@ -101,6 +101,14 @@ def test_a_cluster_that_is_too_small_is_told_how_large_it_would_have_to_be() -> 
         num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=8), ParallelLayout(tp=8), Reserve(), num_tokens=4_000_000)
 
 
+def test_kvp_ranks_are_given_up_only_where_the_cluster_is_too_small_for_them() -> None:
+    asked = ParallelLayout(tp=1, kvp=4)
+    with pytest.raises(ConfigError, match=r"parallel.tp=2 parallel.spp=1 parallel.kvp=4 would fit$"):
+        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=16), asked, Reserve())
+    with pytest.raises(ConfigError, match=r"parallel.tp=2 parallel.spp=1 parallel.kvp=2 would fit$"):
+        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=4), asked, Reserve())
+
+
 def test_a_model_that_no_layout_holds_is_refused_with_that() -> None:
     with pytest.raises(ConfigError, match="No layout of such devices holds it"):
         num_kv_blocks(HAND, replace(DEVICES, memory_bytes=1_000.0), ParallelLayout(), RESERVE)

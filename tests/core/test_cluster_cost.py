@@ -16,6 +16,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.hardware import Hardware, Link, all_gather_s, all_reduce_s
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.utilisation import batch_flops, mbu, mfu
 
 # One layer: attention weights 8 * 4 * (2*2 + 2*2) = 256, MLP 3 * 8 * 16 = 384; head 8 * 10 = 80.
 HAND = ModelShape(
@@ -161,6 +162,8 @@ def test_a_merge_gathers_outputs_and_sums_of_every_layer_and_no_context() -> Non
     assert cost_of(kvp=2).merge_s(10, 2) == pytest.approx(4 * (0.01 + 10 * 24 / 1e4))
     assert cost_of(kvp=4).merge_s(10, 3) == pytest.approx(4 * (0.1 + 2 * 10 * 24 / 1e3))
     assert cost_of(kvp=2).merge_s(10, 1) == 0.0
+    # With tp 2 a rank has one head, and the next KVP rank is in the next node.
+    assert cost_of(tp=2, kvp=2).merge_s(10, 2) == pytest.approx(4 * (0.1 + 10 * 12 / 1e3))
 
 
 def test_a_merge_of_512_tokens_of_a_70b_model_is_cheap_inside_a_node_and_dear_across() -> None:
@@ -241,6 +244,22 @@ def test_more_tokens_or_more_context_never_take_less_time(
     assert cost.decode_attention_s(start) <= cost.decode_attention_s(start + more)
     assert cost.merge_s(count, 2) <= cost.merge_s(count + more, 2)
     assert cost.step_s(load_of(cost, start, count)) <= cost.step_s(load_of(cost, start, count + more)) + 1e-12
+
+
+@given(case=SHAPES, engine=ENGINES, start=st.integers(0, 10_000_000), count=TOKENS, decodes=st.integers(0, 256))
+def test_no_step_is_faster_than_the_data_sheet(
+    case: tuple[ModelShape, int], engine: EngineCosts, start: int, count: int, decodes: int
+) -> None:
+    shape, tp = case
+    cost = cost_of(shape, FAST, engine, tp=tp)
+    load = load_of(cost, start, count)
+    load.add_decodes(decodes, 1000 * decodes, cost.decode_attention_s(1000 * decodes))
+    chunks = [(start, count), *[(999, 1)] * decodes]
+    step_s = cost.step_s(load)
+    assert mfu(batch_flops(shape, chunks, decodes + 1), FAST, tp, step_s) < 1.0
+    keys_read = start + count + 1000 * decodes
+    weights = shape.num_layers * shape.num_touched_layer_params(load.num_tokens) * shape.bytes_per_element
+    assert mbu(weights + keys_read * shape.kv_bytes_per_token, FAST, tp, step_s) < 1.0
 
 
 @given(case=SHAPES, start=st.integers(0, 10_000_000), count=TOKENS, spp=st.sampled_from([1, 2, 3, 4, 8]))

@@ -46,7 +46,7 @@ class World:
         for tensor in self.layer:
             tensor.fill_(torch.nan)  # whoever reads a slot that was never written will show it
         self.num_kv_heads, self.group, self.head_dim, self.dtype = num_kv_heads, group, head_dim, dtype
-        self.block_size = block_size
+        self.block_size, self.num_blocks = block_size, num_blocks
         self.free_blocks = set(range(num_blocks))
         self.scale = head_dim**-0.5
 
@@ -57,9 +57,9 @@ class World:
         lengths = extent_lengths or [needed]
         assert sum(lengths) >= needed
         for length in lengths:
-            first = random.choice(sorted(self.free_blocks))
+            first = random.randrange(self.num_blocks)
             while not self.free_blocks.issuperset(range(first, first + length)):
-                first = random.choice(sorted(self.free_blocks))
+                first = random.randrange(self.num_blocks)
             self.free_blocks -= set(range(first - 1, first + length + 1))  # neighbours too: extents never touch
             table.append([(first, length)])
         shape = (num_tokens, self.num_kv_heads, self.head_dim)
