@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import product
 
-from megatron_medha.config import ModelOptions
+from megatron_medha.config import ModelOptions, ParallelOptions
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.errors import ConfigError
@@ -141,7 +141,7 @@ def _simulate_options(options: PlanOptions, layout: ParallelLayout, policy: str)
         seed=options.seed,
         max_drain_s=options.max_drain_s,
         model=options.model,
-        parallel=layout,
+        parallel=ParallelOptions(tp=layout.tp, spp=layout.spp, kvp=layout.kvp),
         scheduler=replace(options.scheduler, policy=policy),
         hardware=options.hardware,
         engine=options.engine,

@@ -98,7 +98,7 @@ class Simulation:
             raise ConfigError(
                 f"the workload's longest request has {self.workload.facts.max_request_tokens:,} tokens, but this "
                 f"machine has KV memory for requests of up to {max_request_tokens:,}; give it more GPUs (parallel.tp, "
-                "parallel.spp, parallel.kvp), a larger max_tokens_per_shard where it is set, or another workload"
+                "parallel.spp, parallel.kvp), a larger parallel.max_tokens_per_shard if set, or another workload"
             )
         self._cost = setup.cluster_cost
         # Noise is left out, and the system is Medha's own whatever is under test: all are held to the same deadlines.

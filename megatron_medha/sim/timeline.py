@@ -24,9 +24,7 @@ class Timeline:
         self._stream = stream
         self._start_s = start_s
         self._end_s = end_s
-        self._name = ""
-        self._arguments: dict[str, Any] = {}
-        self._described_id = -1
+        self._descriptions: dict[int, tuple[str, dict[str, Any]]] = {}  # of the batch at hand, by KVP rank
         self._batch: Batch | None = None
         self._separator = "\n"
         stream.write('{"displayTimeUnit":"ms","traceEvents":[')
@@ -42,6 +40,7 @@ class Timeline:
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer. The spans of this batch come next."""
         self._batch = batch
+        self._descriptions.clear()
 
     def span(self, span: Span) -> None:
         """A batch ran on a stage."""
@@ -49,17 +48,18 @@ class Timeline:
             return
         batch = self._batch
         assert batch is not None and batch.batch_id == span.batch_id
-        if self._described_id != span.batch_id:
-            self._describe(batch)
+        if span.kvp_rank not in self._descriptions:
+            self._descriptions[span.kvp_rank] = _description(batch, span.kvp_rank)
+        name, arguments = self._descriptions[span.kvp_rank]
         self._write(
             {
-                "name": self._name,
+                "name": name,
                 "ph": "X",
                 "pid": span.kvp_rank,
                 "tid": span.stage,
                 "ts": _us(span.start_s),
                 "dur": _us(span.end_s - span.start_s),
-                "args": self._arguments,
+                "args": arguments,
             }
         )
 
@@ -86,28 +86,29 @@ class Timeline:
         """End the file; it is no JSON before that."""
         self._stream.write("\n]}\n")
 
-    def _describe(self, batch: Batch) -> None:
-        prefills = [chunk for chunk in batch.chunks if chunk.num_tokens > 1 or not chunk.start]
-        num_decodes = len(batch.chunks) - len(prefills)
-        parts = [f"{chunk.request_id} +{chunk.num_tokens}" for chunk in prefills]
-        self._name = ", ".join([*parts, f"{num_decodes} decodes"] if num_decodes else parts)
-        self._arguments = {
-            "batch": batch.batch_id,
-            "budget_ms": round(1e3 * batch.budget_s, 3),
-            "predicted_ms": round(1e3 * batch.predicted_s, 3),
-            "num_decodes": num_decodes,
-            "chunks": [
-                {"request": chunk.request_id, "start": chunk.start, "tokens": chunk.num_tokens} for chunk in prefills
-            ],
-        }
-        self._described_id = batch.batch_id
-
     def _meta(self, what: str, pid: int, tid: int, name: str) -> None:
         self._write({"name": what, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}})
 
     def _write(self, event: dict[str, Any]) -> None:
         self._stream.write(self._separator + json.dumps(event, separators=(",", ":")))
         self._separator = ",\n"
+
+
+def _description(batch: Batch, kvp_rank: int) -> tuple[str, dict[str, Any]]:
+    """Name and details of what one KVP rank does in a batch."""
+    chunks = batch.chunks_on(kvp_rank)
+    prefills = [chunk for chunk in chunks if chunk.num_tokens > 1 or not chunk.start]
+    num_decodes = len(chunks) - len(prefills)
+    parts = [f"{chunk.request_id} +{chunk.num_tokens}" for chunk in prefills]
+    return ", ".join([*parts, f"{num_decodes} decodes"] if num_decodes else parts), {
+        "batch": batch.batch_id,
+        "budget_ms": round(1e3 * batch.budget_s, 3),
+        "predicted_ms": round(1e3 * batch.predicted_s, 3),
+        "num_decodes": num_decodes,
+        "chunks": [
+            {"request": chunk.request_id, "start": chunk.start, "tokens": chunk.num_tokens} for chunk in prefills
+        ],
+    }
 
 
 def _us(seconds: float) -> float:

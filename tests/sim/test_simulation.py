@@ -131,6 +131,22 @@ def test_a_run_directory_is_json_throughout_and_adds_up(tmp_path: Path) -> None:
         assert all(a + b <= c + 0.01 for (a, b), (c, _) in zip(lane, lane[1:]))
 
 
+def test_the_trace_shows_on_every_kvp_rank_what_that_rank_computed(tmp_path: Path) -> None:
+    run = record(config(kvp=2, long_share=0.3), tmp_path / "run", RecordConfig(decision_log=True))
+    recorded: dict[int, dict[int, set[str]]] = {}
+    for line in (run / "decisions.jsonl").read_text().splitlines():
+        for request_id, _, count, _, ranks, _ in json.loads(line).get("batch", {"chunks": ()})["chunks"]:
+            for rank in ranks if count > 1 else ():
+                by_rank = recorded.setdefault(json.loads(line)["batch"]["batch_id"], {})
+                by_rank.setdefault(rank, set()).add(request_id)
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    shown = [event for event in events if event["ph"] == "X" and event["args"]["chunks"]]
+    assert {event["pid"] for event in shown} == {0, 1}
+    for event in shown:
+        names = {chunk["request"] for chunk in event["args"]["chunks"] if chunk["tokens"] > 1}
+        assert names == recorded.get(event["args"]["batch"], {}).get(event["pid"], set())
+
+
 def test_a_directory_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="not empty; name another"):
