@@ -104,6 +104,7 @@ def _plot(runs: dict[str, Any], case: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     present = [name for name in TITLES if f"{name} {case}" in runs]
     if not present:
@@ -117,6 +118,7 @@ def _plot(runs: dict[str, Any], case: str, path: Path) -> None:
             for point, color in zip(points, ("#1f77b4", "#ff7f0e", "#d62728"), strict=True):
                 axis.scatter([point], [row], color=color, zorder=2, s=22)
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(f"TTFT of {group} prompts, s: p50 blue, p90 orange, p99 red")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(present)), [TITLES[name] for name in reversed(present)], fontsize=8)

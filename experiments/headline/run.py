@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 LONG_SHARES = {"0": 0.0, "1": 0.00995, "5": 0.0488}  # as measured in the authors' files of that name
 SETTINGS = {"model": "llama3_8b", "hardware": "a100_x16", "seed": 42, "ttft_multiplier": 1.5, "min_ttft_s": 0.5}
 KEY_SYSTEMS = (
-    "lars_margin", "lars", "medha_srpt", "loongserve", "loongserve_blocking", "loongserve_reserved",
+    "lars_margin", "lars", "medha_srpt", "hrrn", "loongserve", "loongserve_blocking", "loongserve_reserved",
     "loongserve_eager", "vllm_long_threshold", "static_cp", "vllm_chunk_2048",
 )  # fmt: skip
 HOUR_SYSTEMS = ("lars_margin", "loongserve_blocking", "loongserve", "vllm_chunk_2048")

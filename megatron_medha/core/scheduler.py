@@ -215,12 +215,13 @@ class Scheduler:
                         self._growing.append(seq)
 
     def _estimated_wait_s(self, seq: Sequence) -> float:
-        """Prefill work that the policy would do before this newcomer's, had it a target it can keep."""
-        latest_start_s = seq.deadline_s - seq.total_work_s
+        """Prefill work that goes before this newcomer's by the policy, which must be a line without slope."""
+        policy = POLICIES[self.config.policy]
+        place = policy(seq).at_zero
         return sum(
             other.remaining_work_s
             for other in self._sequences.values()
-            if other.is_prefill and other.deadline_s - other.total_work_s <= latest_start_s
+            if other.is_prefill and policy(other).at_zero <= place
         )
 
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:

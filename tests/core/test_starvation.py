@@ -155,7 +155,7 @@ DRAWN = st.lists(
     is_preemptive=st.booleans(),
     has_space_sharing=st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_every_request_of_a_random_burst_has_its_first_token_within_the_bound(
     drawn: list[tuple[int, int, float, int]], policy: str, share: float, is_preemptive: bool, has_space_sharing: bool
 ) -> None:

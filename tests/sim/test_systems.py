@@ -128,7 +128,7 @@ def normalised(shares: list[tuple[int, int, float]], lengths: list[int]) -> floa
     st.lists(st.integers(1, 400_000), min_size=1, max_size=4).map(lambda lengths: sorted(lengths, reverse=True)),
     st.lists(st.integers(100_000, 900_000), min_size=1, max_size=4),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_partition_serves_every_prompt_once_where_it_fits_and_none_is_better(
     lengths: list[int], room: list[int]
 ) -> None:
@@ -170,7 +170,7 @@ REQUESTS = st.lists(
 
 @pytest.mark.parametrize("name", SYSTEMS)
 @given(drawn=REQUESTS, tokens=st.sampled_from([60_000, 900_000]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_every_request_that_fits_gets_all_its_tokens_and_each_prompt_runs_once_and_whole(
     name: str, drawn: list[tuple[int, int, float]], tokens: int
 ) -> None:
