@@ -34,6 +34,9 @@ from megatron_medha.core.request import Request, Sequence, Status
 from megatron_medha.core.step_budget import StepAim
 
 
+_MOST_IN_HAND = 0.8  # of a deadline
+
+
 @dataclass(slots=True)
 class _InFlight:
     """A batch the runtime has, with what the cost model needs to learn from it."""
@@ -109,8 +112,8 @@ class Scheduler:
         )
 
     def _margin_s(self, target_s: float) -> float:
-        """What slack leaves in hand of a target; of a target shorter than a few steps, half."""
-        return min(self.config.slack_margin_steps * self._feasible_s(self.config.step_budget_s), 0.5 * target_s)
+        """What slack leaves in hand of a target; of a target shorter than ten steps, most of it."""
+        return min(self.config.slack_margin_steps * self._feasible_s(self.config.step_budget_s), _MOST_IN_HAND * target_s)
 
     # ---- events ----
 
