@@ -21,6 +21,7 @@ from megatron_medha.engine.summary import LengthClasses
 from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.simulation import SimulationConfig
+from megatron_medha.sim.system import InstancesSetup, SystemConfig, SystemKind, build_system
 from megatron_medha.sim.truth import TruthConfig
 
 # Prompts longer than what a model was trained for cost what they cost: a simulation is bound by KV memory alone.
@@ -68,6 +69,7 @@ class SimulateOptions:
     requests: RequestsFormat = RequestsFormat.JSONL
     model: ModelOptions
     parallel: ParallelOptions
+    system: SystemConfig = SystemConfig()
     scheduler: SchedulerConfig
     hardware: Hardware
     engine: EngineCosts
@@ -85,8 +87,10 @@ def simulation_config(options: SimulateOptions) -> SimulationConfig:
     """The options, checked against each other. Raises ConfigError."""
     if options.max_drain_s is not None and options.max_drain_s < 0.0:
         raise ConfigError(f"max_drain_s={options.max_drain_s:g}: must not be negative")
+    setup = scheduler_setup(options)
     return SimulationConfig(
-        setup=scheduler_setup(options),
+        setup=setup,
+        instances=None if options.system.kind is SystemKind.MEDHA else _instances_setup(options, setup),
         workload=options.workload,
         slo=options.slo,
         classes=options.classes,
@@ -113,7 +117,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
         hardware=hardware,
         engine=options.engine,
         layout=layout,
-        num_blocks=_num_blocks(options, model.shape, hardware),
+        num_blocks=_num_blocks(options, model.shape, hardware, layout),
         block_size=model.block_size,
         max_tokens_per_shard=options.parallel.max_tokens_per_shard,
         learns=options.belief is Belief.ONLINE,
@@ -122,9 +126,52 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
     return setup
 
 
-def _num_blocks(options: SimulateOptions, shape: ModelShape, hardware: Hardware) -> int:
+def _instances_setup(options: SimulateOptions, setup: SchedulerSetup) -> InstancesSetup:
+    """The GPUs of the layout, cut into instances. Raises ConfigError for whatever has no meaning there."""
+    config, num_gpus, hardware = options.system, setup.layout.world_size, setup.hardware
+    name, tp = config.kind.value, config.instance_tp
+    if num_gpus % tp:
+        raise ConfigError(
+            f"system.instance_tp={tp} must divide the {num_gpus} GPUs of parallel.tp={setup.layout.tp} "
+            f"parallel.spp={setup.layout.spp} parallel.kvp={setup.layout.kvp}, which it cuts into instances"
+        )
+    if tp > hardware.devices_per_node:
+        raise ConfigError(
+            f"system.instance_tp={tp}: a node of {hardware.name} has {hardware.devices_per_node} GPUs, and an "
+            "instance does not leave its node"
+        )
+    if options.parallel.max_tokens_per_shard is not None:
+        raise ConfigError(
+            f"parallel.max_tokens_per_shard={options.parallel.max_tokens_per_shard}: system.kind={name} places KV by "
+            "rules of its own; leave it null"
+        )
+    if options.belief is Belief.ONLINE:
+        raise ConfigError(f"belief=online: system.kind={name} is given exact predictions; use belief=exact")
+    if options.truth != TruthConfig():
+        raise ConfigError(
+            f"truth: system.kind={name} is given exact predictions, so the world cannot differ from them; "
+            "use truth=exact, or system=medha"
+        )
+    if options.record.decision_log:
+        raise ConfigError(
+            f"record.decision_log=true: only our scheduler's decisions can be explained and replayed, "
+            f"not those of system.kind={name}; use record=standard"
+        )
+    instances = InstancesSetup(
+        config=config,
+        shape=setup.shape,
+        hardware=hardware,
+        engine=options.engine,
+        num_instances=num_gpus // tp,
+        tokens_per_instance=_num_blocks(options, setup.shape, hardware, ParallelLayout(tp=tp)) * setup.block_size,
+    )
+    build_system(instances)  # whoever cannot be built says so now
+    return instances
+
+
+def _num_blocks(options: SimulateOptions, shape: ModelShape, hardware: Hardware, layout: ParallelLayout) -> int:
     """KV blocks of one KVP rank. A block is spread over the rank's stages and KV heads; the fullest stage decides."""
-    model, layout = options.model, options.parallel.replica
+    model = options.model
     if model.kv_memory_gib is None:
         reserve = Reserve(
             block_size=model.block_size,

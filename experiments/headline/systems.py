@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from experiments.lib.paper import LLAMA3_8B, Cluster, Instances, engine, hardware, scheduler
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.ports import Decisions
-from megatron_medha.sim.systems.elastic import Filling
 from megatron_medha.sim.truth import Truth
 
 LAYOUT = ParallelLayout(tp=8, spp=2)
 
-# Configurations of our scheduler, all on tp 8 x spp 2, and how the tables call them.
+# Options of conf/scheduler, all on tp 8 x spp 2, and how the tables call them.
 CONFIGURATIONS = {
     "lars": "LARS (ours, default)",
-    "lars_margin": "LARS that aims 0.4 s before the deadline (ours)",
-    "lars_no_progress": "LARS without progress_share (the paper's)",
+    "lars_no_margin": "LARS without slack_margin_steps (the paper's to the letter)",
+    "lars_no_progress": "LARS without progress_share",
     "lars_no_sharing": "LARS without space sharing",
     "medha_fcfs": "Medha-FCFS",
     "medha_edf": "Medha-EDF",
@@ -34,7 +33,7 @@ CONFIGURATIONS = {
     "vllm_chunk_512": "vLLM / Sarathi, chunk 512",
     "whole_prompt": "whole prompts, FCFS",
 }
-# Systems of their own, on 8 instances of tp 2.
+# Options of conf/system, on 8 instances of tp 2.
 INSTANCES = {
     "loongserve_blocking": "LoongServe-like, nothing beside a prefill",
     "loongserve": "LoongServe-like, fills idle instances",
@@ -43,6 +42,8 @@ INSTANCES = {
     "static_cp": "static context parallelism",
 }
 TITLES = {**CONFIGURATIONS, **INSTANCES}
+# Names that are no option of conf/scheduler: an option and what differs from it.
+_WORDS = {"lars_no_margin": ("lars", "scheduler.slack_margin_steps=0")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +62,5 @@ def cluster() -> Cluster:
 def build(name: str, on: Cluster) -> System:
     """A system by name."""
     if name in CONFIGURATIONS:
-        return System(on.scheduler(scheduler(name), LAYOUT), (LAYOUT, on.truth(LAYOUT)))
-    instances = Instances(cluster=on, tp=2)
-    match name:
-        case "loongserve_blocking":
-            return System(instances.elastic(Filling.NONE), None)
-        case "loongserve":
-            return System(instances.elastic(Filling.IDLE), None)
-        case "loongserve_eager":
-            return System(instances.elastic(Filling.EAGER), None)
-        case "loongserve_reserved":
-            return System(instances.reserved(2, 8191), None)
-        case "static_cp":
-            return System(instances.static(), None)
-    raise AssertionError(name)
+        return System(on.scheduler(scheduler(*_WORDS.get(name, (name,))), LAYOUT), (LAYOUT, on.truth(LAYOUT)))
+    return System(Instances(cluster=on, tp=2).system(name), None)

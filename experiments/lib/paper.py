@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,20 @@ from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.engine.loop import serve
 from megatron_medha.engine.outcome import Outcome, Slo
 from megatron_medha.engine.ports import Decisions
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.summary import LengthClasses, Summary, percentile
 from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.measured_world import MeasuredWorld
 from megatron_medha.sim.pipeline import Pipeline
-from megatron_medha.sim.systems.elastic import ElasticConfig, ElasticSystem, Filling
+from megatron_medha.sim.system import InstancesSetup, build_system
 from megatron_medha.sim.systems.instances_world import InstancesWorld
-from megatron_medha.sim.systems.pools import ReservedPools
 from megatron_medha.sim.systems.ring_cost import RingCost
-from megatron_medha.sim.systems.static import StaticConfig, StaticSystem
 from megatron_medha.sim.truth import Truth, TruthConfig
 from megatron_medha.simulate_config import SimulateOptions
 
@@ -55,16 +51,16 @@ BLOCK_SIZE = 16
 
 def hardware(name: str, num_devices: int) -> Hardware:
     """conf/hardware/<name>, so many of it."""
-    options: SimulateOptions = freeze(compose("simulate", SimulateOptions, [f"hardware={name}"]), SimulateOptions)
-    return replace(options.hardware, num_devices=num_devices)
+    return replace(_composed(f"hardware={name}").hardware, num_devices=num_devices)
 
 
 def scheduler(name: str, *overrides: str) -> SchedulerConfig:
     """conf/scheduler/<name>, with overrides like scheduler.step_budget_s=0.02."""
-    options: SimulateOptions = freeze(
-        compose("simulate", SimulateOptions, [f"scheduler={name}", *overrides]), SimulateOptions
-    )
-    return options.scheduler
+    return _composed(f"scheduler={name}", *overrides).scheduler
+
+
+def _composed(*words: str) -> SimulateOptions:
+    return freeze(compose("simulate", SimulateOptions, words), SimulateOptions)
 
 
 def engine() -> EngineCosts:
@@ -98,20 +94,23 @@ class Cluster:
         layout: ParallelLayout,
         kv_tokens: int | None = None,
         shard_tokens: int | None = None,
-    ) -> Scheduler:
+    ) -> Decisions:
         """Our scheduler on one replica; its belief is the truth.
 
         kv_tokens: other memory than there is. shard_tokens: of a request on one KVP rank; None: all that fit.
         """
-        memory = KVMemory(
+        setup = SchedulerSetup(
+            config=config,
+            shape=self.shape,
+            hardware=self.hardware,
+            engine=self.engine,
+            layout=layout,
             num_blocks=(kv_tokens or self.kv_tokens(layout.tp * layout.spp)) // BLOCK_SIZE,
             block_size=BLOCK_SIZE,
-            max_context_len=self.shape.max_context_len,
-            kvp=layout.kvp,
             max_tokens_per_shard=shard_tokens,
-            watermark=config.watermark,
+            learns=False,
         )
-        return Scheduler(config, self.cost(layout), memory, layout.spp)
+        return build_system(setup)
 
     def truth(self, layout: ParallelLayout, shard_tokens: int | None = None) -> Truth:
         """What its batches take."""
@@ -146,33 +145,18 @@ class Instances:
             tp=self.tp,
         )
 
-    @property
-    def all(self) -> tuple[int, ...]:
-        """Their numbers."""
-        return tuple(range(self.cluster.hardware.num_devices // self.tp))
-
-    def elastic(self, filling: Filling) -> Decisions:
-        """LoongServe-like."""
-        config = ElasticConfig(
-            instances=self.all, tokens_per_instance=self.cluster.kv_tokens(self.tp), filling=filling
-        )
-        return ElasticSystem(config, self.cost, count())
-
-    def reserved(self, num_reserved: int, short_prompt_tokens: int) -> Decisions:
-        """LoongServe-like with a pool of its own for short prompts."""
-        ids = count()
-        short, long = (
-            ElasticSystem(
-                ElasticConfig(instances=instances, tokens_per_instance=self.cluster.kv_tokens(self.tp)), self.cost, ids
+    def system(self, name: str) -> Decisions:
+        """conf/system/<name>."""
+        return build_system(
+            InstancesSetup(
+                config=replace(_composed(f"system={name}").system, instance_tp=self.tp),
+                shape=self.cluster.shape,
+                hardware=self.cluster.hardware,
+                engine=self.cluster.engine,
+                num_instances=self.cluster.hardware.num_devices // self.tp,
+                tokens_per_instance=self.cluster.kv_tokens(self.tp),
             )
-            for instances in (self.all[:num_reserved], self.all[num_reserved:])
         )
-        return ReservedPools(short, long, short_prompt_tokens)
-
-    def static(self) -> Decisions:
-        """Every prompt on all instances."""
-        config = StaticConfig(instances=self.all, tokens_per_instance=self.cluster.kv_tokens(self.tp))
-        return StaticSystem(config, self.cost, count())
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ the stages in a directory. No GPU and no checkpoint is needed.
 
 examples:
   medha simulate model=llama3_8b hardware=a100 parallel.tp=8 parallel.spp=2 workload=medha_mix_05pct
+  medha simulate -m parallel.tp=8 parallel.spp=2 system=medha,loongserve,static_cp workload.duration_s=600
   medha simulate parallel.tp=8 parallel.spp=2 scheduler=vllm_chunk_512 workload.qps=0.25 seed=1
   medha simulate parallel.tp=8 workload=trace workload.path=AzureLLMInferenceTrace_conv.csv workload.duration_s=600
   medha simulate parallel.tp=8 parallel.spp=2 record=full out=runs/a && medha explain runs/a r17
@@ -146,10 +147,19 @@ def _with_progress(
 
 def _say_what_runs(options: SimulateOptions, simulation: Simulation) -> None:
     facts, layout, setup = simulation.workload.facts, options.parallel.replica, simulation.config.setup
-    kv_tokens = setup.num_blocks * setup.block_size * layout.kvp
+    instances = simulation.config.instances
+    if instances is None:
+        kv_tokens = setup.num_blocks * setup.block_size * layout.kvp
+        where = f"tp {layout.tp}, spp {layout.spp}, kvp {layout.kvp}"
+        who = f"policy {setup.config.policy}"
+    else:
+        kv_tokens = instances.num_instances * instances.tokens_per_instance
+        where = f"{instances.num_instances} instances of tp {instances.config.instance_tp}"
+        who = f"system {instances.config.kind.value}, held to the deadlines of tp {layout.tp}, spp {layout.spp}, " \
+            f"kvp {layout.kvp}"
     print(
-        f"{setup.shape.name} on {layout.world_size} {setup.hardware.name} (tp {layout.tp}, spp {layout.spp}, "
-        f"kvp {layout.kvp}), KV for {kv_tokens:,} tokens, policy {setup.config.policy}\n"
+        f"{setup.shape.name} on {layout.world_size} {setup.hardware.name} ({where}), KV for {kv_tokens:,} tokens, "
+        f"{who}\n"
         f"{facts.num_requests:,} requests in {facts.last_arrival_s:,.0f} s: {facts.num_prompt_tokens:,} prompt tokens, "
         f"the longest {facts.max_prompt_tokens:,}; {facts.num_output_tokens:,} output tokens"
     )

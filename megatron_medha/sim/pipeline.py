@@ -52,6 +52,13 @@ class Pipeline:
         self._free_s = [[now_s] * self.kvp for _ in range(self.spp)]
         self.first_stage_free_s = now_s
 
+    def occupy(self, batch_id: int, ranks: tuple[int, ...], start_s: float, seconds: float) -> None:
+        """Note that a batch has ranks of the first stage to itself; whoever calls this has seen that they are free."""
+        for rank in ranks:
+            self.busy_s[0][rank] += seconds
+            if self._on_span is not None:
+                self._on_span(Span(batch_id, 0, rank, start_s, start_s + seconds))
+
     def run(self, batch_id: int, times: StepTimes, now_s: float) -> float:
         """Enter a batch now; returns when its last part leaves the pipeline."""
         if self.kvp == 1:

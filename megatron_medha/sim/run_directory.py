@@ -89,10 +89,10 @@ class RunDirectory:
             watchers = Watchers()
             timeline: Timeline | None = None
             if record.trace_duration_s:
-                layout = config.setup.layout
                 end_s = record.trace_start_s + record.trace_duration_s
                 stream = stack.enter_context((self.path / TRACE).open("w", encoding="utf-8"))
-                timeline = Timeline(stream, layout.spp, layout.kvp, record.trace_start_s, end_s)
+                rank_name = "KVP rank" if config.instances is None else "instance"
+                timeline = Timeline(stream, config.pipeline(), rank_name, record.trace_start_s, end_s)
                 stack.callback(timeline.close)
                 watchers.on_span = timeline.span
                 watchers.observers += (timeline,)

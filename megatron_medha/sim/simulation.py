@@ -20,17 +20,23 @@ from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.measured_world import MeasuredWorld
 from megatron_medha.sim.pipeline import Pipeline, Span
-from megatron_medha.sim.system import build_system
-from megatron_medha.sim.truth import Truth, TruthConfig
+from megatron_medha.sim.system import InstancesSetup, build_system
+from megatron_medha.sim.systems.instances_world import InstancesWorld
+from megatron_medha.sim.truth import Truth, TruthConfig, Work
 
 _NUM_SAMPLES = 400  # of the state, over the time in which requests arrive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationConfig:
-    """All that decides what happens in a simulation: the same config gives the same results, to the last bit."""
+    """All that decides what happens in a simulation: the same config gives the same results, to the last bit.
+
+    setup: our scheduler on the machine, which decides where `instances` is None; prompts alone under it, with the
+    default configuration, set everybody's deadlines. instances: a system of instances on the same GPUs.
+    """
 
     setup: SchedulerSetup
+    instances: InstancesSetup | None = None
     workload: WorkloadConfig
     slo: Slo = Slo()
     classes: LengthClasses = LengthClasses()
@@ -43,6 +49,12 @@ class SimulationConfig:
     def shard_tokens(self) -> int:
         """Tokens of one request on one KVP rank, at most."""
         return self.setup.max_tokens_per_shard or self.setup.num_blocks * self.setup.block_size
+
+    def pipeline(self, on_span: Callable[[Span], None] | None = None) -> Pipeline:
+        """The stages and KVP ranks that batches run on; of a system of instances, one stage with each as a rank."""
+        if self.instances is not None:
+            return Pipeline(1, self.instances.num_instances, on_span)
+        return Pipeline(self.setup.layout.spp, self.setup.layout.kvp, on_span)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +127,10 @@ class Simulation:
     def run(self, watchers: Watchers, system: Decisions | None = None) -> SimulationResult:
         """From the first arrival to the end. system: what decides; None: what the config says."""
         config, facts = self.config, self.workload.facts
-        system = system or build_system(config.setup)
-        truth = Truth(self._cost, config.shard_tokens, config.truth, config.seed)
+        system = system or build_system(config.instances or config.setup)
         summary = Summary(config.classes, config.slo)
         ledger = Ledger(summary, config.slo, self.isolated_s, watchers.on_outcome)
-        pipeline = Pipeline(config.setup.layout.spp, config.setup.layout.kvp, watchers.on_span)
+        pipeline = config.pipeline(watchers.on_span)
         memory = getattr(system, "memory", None)
         kv_shares: list[float] = []
 
@@ -129,20 +140,22 @@ class Simulation:
                 kv_shares.append(sample.kv_used_share)
             watchers.on_sample(sample)
 
-        world = MeasuredWorld(
-            self.workload.requests(),
-            pipeline,
-            truth,
-            ledger,
-            until_s=float("inf") if config.max_drain_s is None else facts.last_arrival_s + config.max_drain_s,
-            sample_s=config.sample_s or max(facts.last_arrival_s / _NUM_SAMPLES, 1e-3),
-            on_sample=look,
-            front_s=self._cost.engine.request_s,
-        )
+        requests = self.workload.requests()
+        until_s = float("inf") if config.max_drain_s is None else facts.last_arrival_s + config.max_drain_s
+        sample_s = config.sample_s or max(facts.last_arrival_s / _NUM_SAMPLES, 1e-3)
+        front_s = self._cost.engine.request_s
+        world: MeasuredWorld
+        if config.instances is None:
+            truth = Truth(self._cost, config.shard_tokens, config.truth, config.seed)
+            world = MeasuredWorld(requests, pipeline, truth, ledger, until_s, sample_s, look, front_s)
+            work = truth.work
+        else:
+            world = instances = InstancesWorld(requests, ledger, until_s, sample_s, look, front_s, pipeline)
+            work = instances.work
         serve(system, world, watchers.observers)
         ledger.close()
         values = summary.as_values()
-        values["machine"] = self._machine_values(world, truth, summary.duration_s, kv_shares)
+        values["machine"] = self._machine_values(world, work, summary.duration_s, kv_shares)
         return SimulationResult(summary=summary, values=values, end_s=world.now_s())
 
     def _sample(self, now_s: float, ledger: Ledger, memory: KVMemory | None) -> Sample:
@@ -172,13 +185,13 @@ class Simulation:
         )
 
     def _machine_values(
-        self, world: MeasuredWorld, truth: Truth, duration_s: float, kv_shares: list[float]
+        self, world: MeasuredWorld, work: Work, duration_s: float, kv_shares: list[float]
     ) -> dict[str, Any]:
         setup = self.config.setup
-        layout, hardware, work = setup.layout, setup.hardware, truth.work
-        num_gpus = layout.world_size
-        busy_s = [sum(stage) for stage in world.pipeline.busy_s]
-        num_lanes = layout.spp * layout.kvp
+        hardware, num_gpus = setup.hardware, setup.layout.world_size
+        pipeline = world.pipeline
+        busy_s = [sum(stage) for stage in pipeline.busy_s]
+        num_lanes = pipeline.spp * pipeline.kvp
         span_s = max(duration_s, 1e-9)
         return {
             "num_gpus": num_gpus,
@@ -186,15 +199,17 @@ class Simulation:
             "num_tokens_computed": work.num_tokens,
             "active_share": world.active_s / span_s,
             "utilisation": sum(busy_s) / (num_lanes * span_s),
-            "utilisation_by_stage": [seconds / (layout.kvp * span_s) for seconds in busy_s],
+            "utilisation_by_stage": [seconds / (pipeline.kvp * span_s) for seconds in busy_s],
             # Of the time with work in the pipeline, what stages and KVP ranks spent waiting.
             "bubbles": 1.0 - sum(busy_s) / (num_lanes * world.active_s) if world.active_s else None,
             "mfu": mfu(work.flops(setup.shape), hardware, num_gpus, span_s, setup.shape.bytes_per_element),
-            "mbu": mbu(work.num_bytes(setup.shape), hardware, num_gpus, span_s),
+            "mbu": mbu(work.num_bytes(setup.shape), hardware, num_gpus, span_s) if work.num_params_read else None,
             "kv_used_mean": sum(kv_shares) / len(kv_shares) if kv_shares else None,
             "kv_used_max": max(kv_shares, default=None),
         }
 
 
 def _max_request_tokens(config: SimulationConfig) -> int:
-    return min(config.setup.shape.max_context_len, config.setup.layout.kvp * config.shard_tokens)
+    most = min(config.setup.shape.max_context_len, config.setup.layout.kvp * config.shard_tokens)
+    # What no machine of the scheduler's could hold has no time alone, and with that no deadline.
+    return most if config.instances is None else min(most, config.instances.max_request_tokens)

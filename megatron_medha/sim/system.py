@@ -2,10 +2,102 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
+from itertools import count
+
+from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.hardware import Hardware
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.engine.cached_cost import CachedClusterCost
 from megatron_medha.engine.ports import Decisions
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.sim.systems.elastic import ElasticConfig, ElasticSystem, Filling
+from megatron_medha.sim.systems.pools import ReservedPools
+from megatron_medha.sim.systems.ring_cost import RingCost
+from megatron_medha.sim.systems.static import StaticConfig, StaticSystem
 
 
-def build_system(setup: SchedulerSetup) -> Decisions:
-    """The system under test, which has seen nothing yet. Baseline systems that are no Scheduler are built here too."""
-    return setup.build()
+class SystemKind(Enum):
+    """Who decides."""
+
+    MEDHA = "medha"      # the server's own scheduler, whatever its policy
+    ELASTIC = "elastic"  # LoongServe-like: whole prompts, each on as many instances as its batch is given
+    STATIC = "static"    # every prompt on all instances
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemConfig:
+    """The system under test. All but `kind` is read by systems of instances only."""
+
+    kind: SystemKind = SystemKind.MEDHA
+    instance_tp: int = 2             # GPUs of one instance, cut by tensor parallelism
+    filling: Filling = Filling.IDLE  # what may start while a prefill runs; kind=elastic
+    num_reserved: int = 0            # instances of a pool of their own for short prompts; kind=elastic
+    short_prompt_tokens: int = 8191  # prompts up to here go there
+
+    def __post_init__(self) -> None:
+        for key, low, high in (
+            ("instance_tp", 1, 1 << 10), ("num_reserved", 0, 1 << 20), ("short_prompt_tokens", 1, 1 << 40),
+        ):  # fmt: skip
+            if not low <= getattr(self, key) <= high:
+                raise ConfigError(f"system.{key}={getattr(self, key)}: must be between {low} and {high}")
+        if self.num_reserved and self.kind is not SystemKind.ELASTIC:
+            raise ConfigError(
+                f"system.num_reserved={self.num_reserved}: only system.kind=elastic has pools; "
+                "for our scheduler there is scheduler.reserved_share"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstancesSetup:
+    """A system of instances on a machine: each holds the whole model on `instance_tp` GPUs."""
+
+    config: SystemConfig
+    shape: ModelShape
+    hardware: Hardware
+    engine: EngineCosts
+    num_instances: int
+    tokens_per_instance: int  # of KV
+
+    def __post_init__(self) -> None:
+        assert self.config.kind is not SystemKind.MEDHA, "the scheduler has a setup of its own"
+        if self.config.num_reserved >= self.num_instances:
+            raise ConfigError(
+                f"system.num_reserved={self.config.num_reserved}: there are {self.num_instances} instances, and one "
+                "at least must be left for long prompts; give it more GPUs (parallel.tp, parallel.spp)"
+            )
+
+    @property
+    def max_request_tokens(self) -> int:
+        """KV of one request: a long prompt may have all instances that are not reserved."""
+        return (self.num_instances - self.config.num_reserved) * self.tokens_per_instance
+
+    @property
+    def cost(self) -> RingCost:
+        """Of rings of instances."""
+        tp = self.config.instance_tp
+        layout = ParallelLayout(tp=tp)
+        instance = CachedClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=layout)
+        return RingCost(instance=instance, shape=self.shape, hardware=self.hardware, tp=tp)
+
+
+def build_system(setup: SchedulerSetup | InstancesSetup) -> Decisions:
+    """The system under test, which has seen nothing yet."""
+    if isinstance(setup, SchedulerSetup):
+        return setup.build()
+    config, cost, ids = setup.config, setup.cost, count()
+    instances, num_tokens = tuple(range(setup.num_instances)), setup.tokens_per_instance
+    if config.kind is SystemKind.STATIC:
+        return StaticSystem(StaticConfig(instances=instances, tokens_per_instance=num_tokens), cost, ids)
+
+    def pool(members: tuple[int, ...]) -> ElasticSystem:
+        own = ElasticConfig(instances=members, tokens_per_instance=num_tokens, filling=config.filling)
+        return ElasticSystem(own, cost, ids)
+
+    if not config.num_reserved:
+        return pool(instances)
+    short, long = pool(instances[: config.num_reserved]), pool(instances[config.num_reserved :])
+    return ReservedPools(short, long, config.short_prompt_tokens)

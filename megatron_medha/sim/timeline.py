@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from megatron_medha.core.batch import Batch, Event, Output
 from megatron_medha.engine.outcome import Outcome
-from megatron_medha.sim.pipeline import Span
+from megatron_medha.sim.pipeline import Pipeline, Span
 
 _REQUESTS_PID = 1_000_000  # above any KVP rank
 
@@ -20,7 +20,7 @@ class Timeline:
     every request that ended with its waiting, prefill and decode. Times in the file are microseconds.
     """
 
-    def __init__(self, stream: TextIO, spp: int, kvp: int, start_s: float, end_s: float) -> None:
+    def __init__(self, stream: TextIO, lanes: Pipeline, rank_name: str, start_s: float, end_s: float) -> None:
         self._stream = stream
         self._start_s = start_s
         self._end_s = end_s
@@ -28,9 +28,9 @@ class Timeline:
         self._batch: Batch | None = None
         self._separator = "\n"
         stream.write('{"displayTimeUnit":"ms","traceEvents":[')
-        for rank in range(kvp):
-            self._meta("process_name", rank, 0, f"KVP rank {rank}")
-            for stage in range(spp):
+        for rank in range(lanes.kvp):
+            self._meta("process_name", rank, 0, f"{rank_name} {rank}")
+            for stage in range(lanes.spp):
                 self._meta("thread_name", rank, stage, f"stage {stage}")
         self._meta("process_name", _REQUESTS_PID, 0, "requests")
 

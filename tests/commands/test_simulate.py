@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_medha.compose import option_names
 from megatron_medha.main import main
 
 Capture = pytest.CaptureFixture[str]
 
 MACHINE = ("hardware=a100_x16", "parallel.tp=8", "parallel.spp=2", "plots=never")
+LOONGSERVE = ("simulate", "hardware=a100_x16", "system=loongserve")
 
 
 @pytest.fixture
@@ -75,6 +77,26 @@ def test_plots_show_what_the_files_hold(run: Path) -> None:
     assert all((run / name).stat().st_size > 5_000 for name in ("ttft_cdf.png", "slack.png", "stages.png"))
 
 
+@pytest.mark.parametrize("option", [name for name in option_names("system") if name != "medha"])
+def test_a_baseline_system_leaves_the_same_files_and_deadlines_as_ours(
+    option: str, run: Path, trace: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / option
+    words = ["simulate", *MACHINE, "workload=trace", f"workload.path={trace}", f"system={option}", f"out={out}"]
+    assert main(words) == 0
+    assert "8 instances of tp 2" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {path.name for path in run.iterdir()} - {"decisions.jsonl"}
+    ours, theirs = (
+        {values["request_id"]: values["deadline_s"] for values in map(json.loads, lines.splitlines())}
+        for lines in ((run / "requests.jsonl").read_text(), (out / "requests.jsonl").read_text())
+    )
+    assert ours == theirs
+    values = json.loads((out / "summary.json").read_text())
+    assert values["all"]["num_finished"] == 9 and 0 < values["machine"]["utilisation"] <= 1 + 1e-9
+    spans = [event for event in json.loads((out / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {event["pid"] for event in spans} <= set(range(8)) and len(spans) > 9
+
+
 def test_explain_says_who_went_before_a_request(run: Path, capsys: Capture) -> None:
     assert main(["explain", str(run), "worst-short"]) == 0
     text = capsys.readouterr().out
@@ -136,6 +158,15 @@ def test_plan_finds_the_load_that_a_cluster_carries(capsys: Capture) -> None:
         (("simulate", "workload.qps=-1"), "workload.qps=-1: must be between"),
         (("simulate", "truth.noise=9"), "truth.noise=9: must be between"),
         (("simulate", "slo.ttft=1"), "did you mean slo.ttft_s?"),
+        ((*LOONGSERVE, "parallel.tp=8", "system.instance_tp=3"), "system.instance_tp=3 must divide the 8 GPUs"),
+        ((*LOONGSERVE, "parallel.tp=8", "parallel.spp=2", "system.instance_tp=16"), "does not leave its node"),
+        ((*LOONGSERVE, "parallel.tp=8", "system.num_reserved=4"), "one at least must be left for long prompts"),
+        ((*LOONGSERVE, "parallel.tp=8", "parallel.max_tokens_per_shard=4096"), "leave it null"),
+        ((*LOONGSERVE, "parallel.tp=8", "truth=noisy"), "use truth=exact, or system=medha"),
+        ((*LOONGSERVE, "parallel.tp=8", "belief=online"), "use belief=exact"),
+        ((*LOONGSERVE, "parallel.tp=8", "record=full"), "use record=standard"),
+        ((*LOONGSERVE, "parallel.tp=8", "system.instance_tp=1", "model=llama3_70b"), "does not fit"),
+        (("simulate", "system=static_cp", "parallel.tp=8", "system.num_reserved=1"), "scheduler.reserved_share"),
         (("plan", "hardware=a100"), "take a cluster, like hardware=a100_x16"),
         (("plan", "policies=[fastest]"), "choose from fcfs"),
         (("plan", "hardware=a100_x8", "model=llama3_405b"), "no layout can serve this workload"),

@@ -17,6 +17,7 @@ from megatron_medha.engine.summary import LengthClasses
 from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.plan_config import PlanOptions
 from megatron_medha.sim.run_directory import RecordConfig
+from megatron_medha.sim.system import SystemConfig
 from megatron_medha.sim.truth import TruthConfig
 from megatron_medha.simulate_config import MemoryOptions, SimulateOptions, simulation_config
 
@@ -41,6 +42,7 @@ def plain(value: Any) -> Any:
         ("truth/exact", TruthConfig),
         ("memory/standard", MemoryOptions),
         ("record/standard", RecordConfig),
+        ("system/medha", SystemConfig),
     ],
 )
 def test_the_default_option_shows_every_key_with_the_default_of_the_class(name: str, component: type) -> None:
@@ -59,7 +61,7 @@ def test_the_mix_shows_every_key_of_a_workload_with_load_and_end_set() -> None:
     assert shown("workload/medha_mix_05pct") == defaults | {"qps": 0.75, "duration_s": 3600.0}
 
 
-@pytest.mark.parametrize("group", ["slo", "classes", "truth", "memory", "record", "engine", "scheduler"])
+@pytest.mark.parametrize("group", ["slo", "classes", "truth", "memory", "record", "engine", "scheduler", "system"])
 def test_every_option_composes(group: str) -> None:
     for option in option_names(group):
         if (group, option) == ("slo", "default"):

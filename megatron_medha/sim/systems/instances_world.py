@@ -9,12 +9,14 @@ from megatron_medha.core.request import Request
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.measured_world import MeasuredWorld
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
+from megatron_medha.sim.truth import Work
 
 
 class InstancesWorld(MeasuredWorld):
     """A Runtime whose batches name the instances they occupy (Chunk.kvp_ranks) and take what they are predicted to.
 
     The system that decides knows the truth: a baseline loses nothing by mispredicting.
+    instances: a pipeline of one stage with a rank per instance, which notes who is busy; None: nobody does.
     """
 
     def __init__(
@@ -25,9 +27,13 @@ class InstancesWorld(MeasuredWorld):
         sample_s: float = float("inf"),
         on_sample: Callable[[float], None] = lambda now_s: None,
         front_s: float = 0.0,
+        instances: Pipeline | None = None,
     ) -> None:
-        super().__init__(arrivals, Pipeline(), _believed, ledger, until_s, sample_s, on_sample, front_s)
+        pipeline = Pipeline() if instances is None else instances
+        super().__init__(arrivals, pipeline, _believed, ledger, until_s, sample_s, on_sample, front_s)
+        self._instances = instances
         self._busy: dict[int, tuple[int, ...]] = {}
+        self.work = Work()  # without parameters read: how many instances share a decode's, batches do not say
 
     def has_room(self) -> bool:
         """Always: who decides knows which instances are free."""
@@ -40,6 +46,9 @@ class InstancesWorld(MeasuredWorld):
         taken = {instance for others in self._busy.values() for instance in others}
         assert taken.isdisjoint(instances), f"batch {batch.batch_id} on busy instances"
         self._busy[batch.batch_id] = instances
+        self._count(batch)
+        if self._instances is not None:
+            self._instances.occupy(batch.batch_id, instances, self._now_s, batch.predicted_s)
         self.push(self._now_s + batch.predicted_s, Completed(batch_id=batch.batch_id, duration_s=batch.predicted_s))
 
     def next_event(self) -> Event | None:
@@ -48,6 +57,15 @@ class InstancesWorld(MeasuredWorld):
         if isinstance(event, Completed):
             del self._busy[event.batch_id]
         return event
+
+    def _count(self, batch: Batch) -> None:
+        work = self.work
+        work.num_batches += 1
+        for chunk in batch.chunks:
+            work.num_tokens += chunk.num_tokens
+            work.num_sampled += chunk.samples_token
+            work.num_pairs += chunk.num_tokens * (chunk.start + 0.5 * (chunk.num_tokens + 1))
+            work.num_keys_read += chunk.start + chunk.num_tokens
 
 
 def _believed(batch: Batch) -> StepTimes:
