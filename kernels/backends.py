@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,6 +26,9 @@ class QueryRange(NamedTuple):
     num_rows: int
     start: int  # position of the first row in its sequence: KV for [0, start) already exists
     table: SlotTable
+    # False: the rows' own keys and values belong to another rank's shard. They are not written, and the rows see
+    # all of [0, start) of this table and nothing of one another.
+    is_written: bool = True
 
 
 class AttentionBackend(Protocol):
@@ -52,11 +56,13 @@ class AttentionBackend(Protocol):
 
 def backend_names(device: torch.device) -> tuple[str, ...]:
     """The backends that run on such a device, the best first."""
-    return {"cpu": ("aten",)}.get(device.type, ())
+    if device.type != "cuda":
+        return {"cpu": ("aten",)}.get(device.type, ())
+    return (*(package for package in ("triton", "flash_attn") if find_spec(package)), "torch")
 
 
-def attention_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend called `name`; "auto" takes the best one for the device.
+def attention_backend(name: str, device: torch.device, group: int = 1) -> AttentionBackend:
+    """The backend called `name`; "auto" takes the best one for the device. group: query heads per key/value head.
 
     Raises ValueError for a name nobody answers to on this device.
     """
@@ -71,5 +77,13 @@ def attention_backend(name: str, device: torch.device) -> AttentionBackend:
             from megatron_medha.kernels.cpu_attention import CpuAttention
 
             return CpuAttention()
+        case "triton":
+            from megatron_medha.kernels.triton_backend import TritonAttention
+
+            return TritonAttention(device, group=group)
+        case "flash_attn" | "torch":
+            from megatron_medha.kernels.flash_backend import FlashAttention
+
+            return FlashAttention(device, library=name)
         case _:
             raise AssertionError(f"backend {name} is named but not made")
