@@ -50,7 +50,15 @@ class AttentionBackend(Protocol):
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD (H = K * G, in that order).
 
-        A query at position p of its sequence sees positions [0, p].
+        A query at position p of its sequence sees positions [0, p]. Every range of the plan must be written.
+        """
+
+    def attend_with_lse(
+        self, plan: Any, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` over one shard of each sequence: (out_THD, lse_TH fp32, natural), to be merged with other shards'.
+
+        A row that sees no key of this shard has lse -inf.
         """
 
 

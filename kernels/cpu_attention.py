@@ -28,13 +28,15 @@ class ReadPlan:
     num_rows: int
     runs: tuple[tuple[int, int], ...]  # (first slot, number of slots), read where they lie
     scattered: Tensor | None           # int64 slots, copied together first
+    is_written: bool                   # whether the rows' own keys and values are of this sequence's table
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
     """A packed batch: where its own KV goes, and what each sequence reads."""
 
-    slots_T: Tensor  # int64
+    slots_T: Tensor  # int64, of the rows that are written
+    written_rows: Tensor | None  # int64; None: all
     reads: tuple[ReadPlan, ...]
     is_decode: bool  # every sequence has one row
 
@@ -57,14 +59,22 @@ class CpuAttention:
         """Slots to write and runs to read, for all layers of one step."""
         reads = []
         slots = []
-        for first_row, num_rows, start, table in ranges:
-            slots.append(torch.from_numpy(table.slots(start, num_rows)))
+        for first_row, num_rows, start, table, is_written in ranges:
+            if is_written:
+                slots.append(torch.from_numpy(table.slots(start, num_rows)))
             # A single row reads itself back from the pool; more rows take their own part from the batch, causally.
-            prefix = table.prefix(start + 1 if num_rows == 1 else start)
+            prefix = table.prefix(start + 1 if num_rows == 1 and is_written else start)
             scattered = None if prefix.scattered is None else torch.from_numpy(prefix.scattered)
-            reads.append(ReadPlan(first_row, num_rows, prefix.runs, scattered))
+            reads.append(ReadPlan(first_row, num_rows, prefix.runs, scattered, is_written))
+        written_rows = None
+        if len(slots) < len(reads):
+            rows = [torch.arange(r.first_row, r.first_row + r.num_rows) for r in reads if r.is_written]
+            written_rows = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+        if len(slots) != 1:
+            slots = [torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)]
         return BatchPlan(
-            slots_T=slots[0] if len(slots) == 1 else torch.cat(slots),
+            slots_T=slots[0],
+            written_rows=written_rows,
             reads=tuple(reads),
             is_decode=all(read.num_rows == 1 for read in reads),
         )
@@ -74,12 +84,8 @@ class CpuAttention:
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
         num_tokens, num_kv_heads, group, head_dim = q_TKGD.shape
-        if k_TKD.shape != (num_tokens, num_kv_heads, head_dim) or v_TKD.shape != k_TKD.shape:
-            raise ValueError(
-                f"queries {tuple(q_TKGD.shape)}, keys {tuple(k_TKD.shape)}, values {tuple(v_TKD.shape)} disagree"
-            )
-        layer.k.index_copy_(1, plan.slots_T, k_TKD.transpose(0, 1))
-        layer.v.index_copy_(1, plan.slots_T, v_TKD.transpose(0, 1))
+        assert plan.written_rows is None, "rows of another rank's shard need attend_with_lse"
+        _write(plan, q_TKGD, k_TKD, v_TKD, layer)
         if plan.is_decode:
             return self._decode(plan, q_TKGD, layer, scale)
         out_TKGD = torch.empty_like(q_TKGD, memory_format=torch.contiguous_format)
@@ -91,6 +97,24 @@ class CpuAttention:
                 out, _ = attend_chunk(q_TKGD[rows], k_TKD[rows], v_TKD[rows], layer, read, scale)
             out_TKGD[rows] = out
         return out_TKGD.view(num_tokens, num_kv_heads * group, head_dim)
+
+    def attend_with_lse(
+        self, plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` over one shard of each sequence; (out_THD, lse_TH fp32)."""
+        _write(plan, q_TKGD, k_TKD, v_TKD, layer)
+        parts = []
+        for read in plan.reads:
+            rows = slice(read.first_row, read.first_row + read.num_rows)
+            if read.num_rows == 1 or not read.is_written:
+                parts.append(attend_prefix(q_TKGD[rows], layer, read, scale))
+            else:
+                parts.append(attend_chunk(q_TKGD[rows], k_TKD[rows], v_TKD[rows], layer, read, scale))
+        if len(parts) == 1:
+            out_TKGD, lse_TKG = parts[0]
+        else:
+            out_TKGD, lse_TKG = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+        return out_TKGD.flatten(1, 2), lse_TKG.flatten(1, 2)
 
     def _decode(self, plan: BatchPlan, q_TKGD: Tensor, layer: LayerKV, scale: float) -> Tensor:
         """One row per sequence, the plain case without a call layer in between: it is run for every token made."""
@@ -104,6 +128,21 @@ class CpuAttention:
                 out_1KGD, _ = attend_prefix(q_1KGD, layer, read, scale)
             outs.append(out_1KGD)
         return torch.cat(outs).flatten(1, 2)
+
+
+def _write(plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV) -> None:
+    """The batch's own keys and values into the pool."""
+    num_tokens, num_kv_heads, _, head_dim = q_TKGD.shape
+    if k_TKD.shape != (num_tokens, num_kv_heads, head_dim) or v_TKD.shape != k_TKD.shape:
+        raise ValueError(
+            f"queries {tuple(q_TKGD.shape)}, keys {tuple(k_TKD.shape)}, values {tuple(v_TKD.shape)} disagree"
+        )
+    if plan.written_rows is not None:
+        if not len(plan.written_rows):
+            return
+        k_TKD, v_TKD = k_TKD[plan.written_rows], v_TKD[plan.written_rows]
+    layer.k.index_copy_(1, plan.slots_T, k_TKD.transpose(0, 1))
+    layer.v.index_copy_(1, plan.slots_T, v_TKD.transpose(0, 1))
 
 
 def attend_prefix(q_TKGD: Tensor, layer: LayerKV, read: ReadPlan, scale: float) -> tuple[Tensor, Tensor]:

@@ -10,21 +10,27 @@ from megatron_medha.core.sampling import Sampling, TokenLogprobs
 
 
 class NewRequest(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens and parameters of a request, sent once, with the first step that computes it."""
+    """Tokens and parameters of a request, sent once to each rank, with the first step it has a part in."""
 
     request_id: str
-    token_ids: bytes  # prompt (and, after a restart of the rank, output so far) as little-endian int32
+    token_ids: bytes  # all tokens known so far, prompt and output, as little-endian int32
     num_prompt_tokens: int
     sampling: Sampling
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """Front to rank: compute this batch. Released requests are forgotten first, new ones added next."""
+    """Front to rank: compute this batch. Every rank of a replica gets every batch, in batch order.
+
+    Released requests are forgotten first, new ones added next, then sampled tokens appended.
+    """
 
     batch_id: int
-    chunks: tuple[Chunk, ...]
-    new_requests: tuple[NewRequest, ...] = ()
+    chunks: tuple[Chunk, ...]  # that this rank's kvp index takes part in, in the batch's order; may be none
+    new_requests: tuple[NewRequest, ...] = ()  # that this rank's kvp index takes part in for the first time
     released: tuple[str, ...] = ()
+    # (request_id, token_id) since the last Step to this rank, of requests it was told of. A layout of one rank gets
+    # none: it sampled them itself.
+    sampled: tuple[tuple[str, int], ...] = ()
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
@@ -60,7 +66,7 @@ class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
-    """Rank to front: the model is loaded and this much KV memory is there."""
+    """Rank to front: all ranks have met, the model is loaded and this much KV memory is there."""
 
     rank: int
     shape: ModelShape
@@ -70,12 +76,21 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     device: str                      # e.g. "cpu, 2 threads, float32"
 
 
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
+    """Rank to front: its process runs. Sent every second, also while it loads or computes."""
+
+    rank: int
+
+
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
-    """Rank to front: the batch is computed."""
+    """Rank to front: its stage's work of the batch is done. Ranks with tp index 0 send it.
+
+    Results come from the last stage alone, and for a request on several kvp ranks from the last of chunk.kvp_ranks.
+    """
 
     batch_id: int
     rank: int
-    duration_s: float  # from the moment the rank took the step up to this message
+    duration_s: float  # of this rank's work; waiting for the stage before is not in it, merges with kvp ranks are
     tokens: tuple[SampledToken, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     failed: tuple[tuple[str, str], ...] = ()  # (request_id, why): only that request is harmed
@@ -89,4 +104,4 @@ class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"
     message: str
 
 
-FromRank = Loading | Ready | StepDone | RankFailed
+FromRank = Loading | Ready | Heartbeat | StepDone | RankFailed

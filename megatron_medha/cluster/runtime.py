@@ -11,6 +11,7 @@ import zmq
 
 from megatron_medha.cluster.messages import (
     FromRank,
+    Heartbeat,
     Loading,
     NewRequest,
     RankFailed,
@@ -164,6 +165,8 @@ class ClusterRuntime:
                         failed=message.failed,
                     )
                 )
+            case Heartbeat():
+                pass
             case RankFailed():
                 raise RankError(f"rank {message.rank}: {message.kind}: {message.message}")
             case _:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_medha.kernels.merge import merge_parts
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary, rotate
 
@@ -29,7 +30,24 @@ class PagedCoreAttention(torch.nn.Module):
         self, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, batch: PackedBatch, layer_index: int
     ) -> Tensor:
         """A packed batch over paged KV; returns out_THD."""
-        return batch.backend.attend(batch.plan, q_TKGD, k_TKD, v_TKD, batch.kv_layers[layer_index], self.scale)
+        layer = batch.kv_layers[layer_index]
+        if batch.shared is None:
+            return batch.backend.attend(batch.plan, q_TKGD, k_TKD, v_TKD, layer, self.scale)
+        first_row = batch.shared.first_row
+        alone, shared = slice(0, first_row), slice(first_row, None)
+        on_their_way = batch.shared.exchange.begin(
+            *batch.backend.attend_with_lse(
+                batch.shared.plan, q_TKGD[shared], k_TKD[shared], v_TKD[shared], layer, self.scale
+            )
+        )
+        # What no other rank has a part in is computed while theirs is on its way.
+        outs = []
+        if first_row:
+            outs.append(
+                batch.backend.attend(batch.plan, q_TKGD[alone], k_TKD[alone], v_TKD[alone], layer, self.scale)
+            )
+        outs += [merge_parts(parts)[0] for parts in on_their_way.wait()]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def forward_training(self, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
         """Plain causal attention with gradients, [S, B, H, D]. Megatron's own is 40 times slower on CPU."""

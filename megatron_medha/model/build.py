@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,13 @@ def build_model(
     is_initialized: False leaves the weights as memory was, for a checkpoint that overwrites every one of them.
     Raises ConfigError if the layout does not divide the model.
     """
-    _check_divisible(config, pgs)
+    check_divisible(config, tp=pgs.tp.size(), spp=pgs.pp.size())
     transformer_config = _transformer_config(config, dtype, device, pgs, is_initialized)
     tp = pgs.tp.size()
     model = GPTModel(
         config=transformer_config,
         transformer_layer_spec=_layer_spec(config, device),
-        vocab_size=-(-config.vocab_size // tp) * tp,
+        vocab_size=-(-config.vocab_size // tp) * tp,  # padded, so that any tp divides it
         max_sequence_length=config.max_context_len,
         pre_process=pgs.pp.rank() == 0,
         post_process=pgs.pp.rank() == pgs.pp.size() - 1,
@@ -123,12 +124,18 @@ def _transformer_config(
     )
 
 
-def _check_divisible(config: ModelConfig, pgs: MedhaPGs) -> None:
-    tp, pp = pgs.tp.size(), pgs.pp.size()
-    for key, count in (("num_heads", config.num_heads), ("ffn_hidden_size", config.ffn_hidden_size)):
+def check_divisible(config: ModelConfig, *, tp: int, spp: int) -> None:
+    """Raise ConfigError, with the numbers, if the layout does not divide the model."""
+    counts = {
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "ffn_hidden_size": config.ffn_hidden_size,
+    }
+    for key, count in counts.items():
         if count % tp:
-            raise ConfigError(f"parallel.tp={tp} must divide model.{key}={count}")
-    if config.num_kv_heads % tp and tp % config.num_kv_heads:
-        raise ConfigError(f"parallel.tp={tp} and model.num_kv_heads={config.num_kv_heads} must divide one another")
-    if config.num_layers % pp:
-        raise ConfigError(f"parallel.spp={pp} must divide model.num_layers={config.num_layers}")
+            raise ConfigError(
+                f"parallel.tp={tp} must divide model.{key}={count} of {config.name}; "
+                f"tp={gcd(*counts.values())} and its divisors divide all that tp shares out"
+            )
+    if config.num_layers % spp:
+        raise ConfigError(f"parallel.spp={spp} must divide model.num_layers={config.num_layers} of {config.name}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
@@ -10,6 +11,16 @@ from torch import Tensor
 
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV
 from megatron_medha.model.rotary import Rotation
+from megatron_medha.parallel.kv_exchange import KVExchange
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """The last rows of a packed batch, of requests whose KV lies on several kvp ranks."""
+
+    first_row: int
+    plan: Any             # the backend's own, for these rows alone, over this rank's shards
+    exchange: KVExchange
 
 
 class PackedBatch(BaseInferenceContext):
@@ -27,18 +38,25 @@ class PackedBatch(BaseInferenceContext):
         rotation: Rotation,
         logit_rows: Tensor,
         hidden_rows: Tensor | None = None,
+        shared: SharedRows | None = None,
+        before_layer: Callable[[], None] | None = None,
     ) -> None:
-        """plan: the backend's own, from `backend.plan`. kv_layers: of this pipeline stage, in order.
+        """plan: the backend's own, from `backend.plan`, for the rows before `shared`; None when there are none.
+
+        kv_layers: of this pipeline stage, in order.
 
         logit_rows: int64, the rows whose logits the model returns.
         hidden_rows: int64, rows whose final hidden states are kept in `hidden` (for prompt logprobs, whose
         logits over a whole chunk would not fit in memory at once).
+        before_layer: called before each layer; what must not wait for the whole batch is done there.
         """
         super().__init__(materialize_only_last_token_logits=True)
         self.backend = backend
         self.plan = plan
         self.kv_layers = kv_layers
         self.rotation = rotation
+        self.shared = shared
+        self.before_layer = before_layer
         self.hidden: Tensor | None = None
         self._logit_rows = logit_rows
         self._hidden_rows = hidden_rows

@@ -46,6 +46,13 @@ def init_distributed(
     dist.init_process_group(backend, init_method, rank=rank, world_size=layout.world_size, timeout=_TIMEOUT)
 
 
+def least_of_all_ranks(value: int) -> int:
+    """The smallest of all ranks' values. Collective."""
+    least = torch.tensor([value], dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least.item())
+
+
 def build_groups(layout: ParallelLayout) -> MedhaPGs:
     """The groups this rank is in. Collective: every rank calls it, once, after `init_distributed`."""
     allow_megatron_without_cuda()

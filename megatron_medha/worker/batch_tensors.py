@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_medha.core.batch import Chunk
+from megatron_medha.core.stream_pipeline import StagePlan
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.slot_table import SlotTable
-from megatron_medha.model.inference_context import PackedBatch
+from megatron_medha.model.inference_context import PackedBatch, SharedRows
 from megatron_medha.model.rotary import Rotary
+from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
 from megatron_medha.worker.token_store import StoredRequest
 
 
@@ -36,12 +39,37 @@ class StepTensors:
     prompt_rows: tuple[PromptRows, ...]           # in the order of the kept hidden rows
 
 
+@dataclass(frozen=True, slots=True)
+class KVShards:
+    """This rank's place among the kvp ranks, and how long a shard is."""
+
+    kvp_rank: int
+    shard_tokens: int  # index i of a chunk's kvp_ranks holds tokens [i * shard_tokens, (i + 1) * shard_tokens)
+    group: dist.ProcessGroup  # of the kvp ranks
+
+    def is_last_of(self, chunk: Chunk) -> bool:
+        """Whether this rank writes the chunk's keys and values, and samples after it."""
+        return chunk.kvp_ranks[-1] == self.kvp_rank
+
+    def query_range(self, chunk: Chunk, first_row: int, table: SlotTable) -> QueryRange:
+        """What the chunk's rows see of this rank's shard. A chunk lies in the last shard as a whole."""
+        if not self.is_last_of(chunk):
+            return QueryRange(first_row, chunk.num_tokens, self.shard_tokens, table, is_written=False)
+        return QueryRange(first_row, chunk.num_tokens, chunk.start - self.first_token(chunk), table)
+
+    def first_token(self, chunk: Chunk) -> int:
+        """Where the shard begins that the chunk is written to."""
+        return (len(chunk.kvp_ranks) - 1) * self.shard_tokens
+
+
 def append_extents(
-    chunks: Sequence[tuple[Chunk, StoredRequest]], *, block_size: int, backend: AttentionBackend
+    chunks: Sequence[tuple[Chunk, StoredRequest]], *, block_size: int, backend: AttentionBackend, shards: KVShards
 ) -> None:
-    """Note the blocks each chunk brings; one that starts at 0 begins a new table."""
+    """Note the blocks each chunk brings to this rank; one at the very start of a shard begins a new table."""
     for chunk, request in chunks:
-        if chunk.start == 0:
+        if not shards.is_last_of(chunk):
+            continue
+        if chunk.start == shards.first_token(chunk):
             request.slot_table = SlotTable(block_size, backend.min_run_tokens)
         if chunk.new_extents:
             assert request.slot_table is not None, f"{chunk.request_id}: first chunk starts at {chunk.start}"
@@ -51,12 +79,15 @@ def append_extents(
 def step_tensors(
     chunks: Sequence[tuple[Chunk, StoredRequest]],
     *,
+    plan: StagePlan,
     backend: AttentionBackend,
     kv_layers: Sequence[LayerKV],
     rotary: Rotary,
+    shards: KVShards,
+    before_layer: Callable[[], None] | None = None,
 ) -> StepTensors:
-    """Pack chunks, in their order, along one token axis. Their blocks must have been noted before."""
-    num_tokens = sum(chunk.num_tokens for chunk, _ in chunks)
+    """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already."""
+    num_tokens = plan.num_tokens
     token_ids = np.empty(num_tokens, dtype=np.int64)
     positions = np.empty(num_tokens, dtype=np.int64)
     lengths = np.empty(num_tokens, dtype=np.int64)
@@ -66,33 +97,57 @@ def step_tensors(
     sampling_requests: list[StoredRequest] = []
     prompt_rows: list[PromptRows] = []
     row = 0
-    for chunk, request in chunks:
+    for chunk, request in (chunks[index] for index in plan.order):
         start, count = chunk.start, chunk.num_tokens
         end_row = row + count
         token_ids[row:end_row] = request.tokens(start, count)
         positions[row:end_row] = start if count == 1 else np.arange(start, start + count)
         np.maximum(positions[row:end_row] + 1, request.num_prompt_tokens, out=lengths[row:end_row])
         assert request.slot_table is not None, f"{chunk.request_id}: a chunk at {start} without blocks"
-        ranges.append(QueryRange(row, count, start, request.slot_table))
+        ranges.append(shards.query_range(chunk, row, request.slot_table))
         if chunk.samples_token:
             assert start + count == request.num_tokens, (
                 f"{chunk.request_id}: samples after token {start + count} of {request.num_tokens}"
             )
-            logit_rows.append(end_row - 1)
-            sampling_requests.append(request)
-        if request.sampling.num_prompt_logprobs is not None:
-            num_predicted = min(start + count, request.num_prompt_tokens - 1) - start
-            if num_predicted > 0:
-                hidden_rows.append(np.arange(row, row + num_predicted))
-                prompt_rows.append(PromptRows(request, start + 1, num_predicted))
+        if shards.is_last_of(chunk):
+            if chunk.samples_token:
+                logit_rows.append(end_row - 1)
+                sampling_requests.append(request)
+            if request.sampling.num_prompt_logprobs is not None:
+                num_predicted = min(start + count, request.num_prompt_tokens - 1) - start
+                if num_predicted > 0:
+                    hidden_rows.append(np.arange(row, row + num_predicted))
+                    prompt_rows.append(PromptRows(request, start + 1, num_predicted))
         row = end_row
     positions_T = torch.from_numpy(positions)
     batch = PackedBatch(
         backend=backend,
-        plan=backend.plan(ranges),
+        plan=backend.plan(ranges[: plan.num_alone]) if plan.num_alone else None,
         kv_layers=kv_layers,
         rotation=rotary.at(positions_T, torch.from_numpy(lengths)),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         hidden_rows=torch.from_numpy(np.concatenate(hidden_rows)) if hidden_rows else None,
+        shared=_shared_rows(chunks, ranges[plan.num_alone :], plan, backend, shards) if plan.shared else None,
+        before_layer=before_layer,
     )
     return StepTensors(torch.from_numpy(token_ids).unsqueeze(0), batch, tuple(sampling_requests), tuple(prompt_rows))
+
+
+def _shared_rows(
+    chunks: Sequence[tuple[Chunk, StoredRequest]],
+    ranges: Sequence[QueryRange],
+    plan: StagePlan,
+    backend: AttentionBackend,
+    shards: KVShards,
+) -> SharedRows:
+    first_row = ranges[0].first_row
+    sets, row = [], 0
+    for kvp_ranks, indices in plan.shared:
+        num_rows = sum(chunks[index][0].num_tokens for index in indices)
+        sets.append(RankSet(kvp_ranks, row, num_rows))
+        row += num_rows
+    return SharedRows(
+        first_row=first_row,
+        plan=backend.plan([found._replace(first_row=found.first_row - first_row) for found in ranges]),
+        exchange=KVExchange(shards.group, sets),
+    )

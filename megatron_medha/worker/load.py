@@ -18,10 +18,10 @@ from megatron_medha.core.blocks import Extent, num_blocks_for
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend, backend_names
-from megatron_medha.model.build import build_model
+from megatron_medha.model.build import build_model, check_divisible
 from megatron_medha.model.checkpoint import load_weights, read_model_config
 from megatron_medha.model.packed_linear import pack_linears
-from megatron_medha.parallel.groups import build_groups, init_distributed
+from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
 from megatron_medha.worker.cpu_share import num_usable_cores
 from megatron_medha.worker.kv_cache import allocate_kv, num_kv_blocks
 from megatron_medha.worker.rank import Rank
@@ -50,7 +50,10 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
-    init_distributed(config.layout, config.rank, device=device)
+    check_divisible(model_config, tp=config.layout.tp, spp=config.layout.spp)
+    if config.layout.world_size > 1:
+        progress("the other ranks", 0.0)
+    init_distributed(config.layout, config.rank, device=device, init_method=config.init_method)
     pgs = build_groups(config.layout)
     progress("model", 0.0)
     model = build_model(model_config, dtype=dtype, device=device, pgs=pgs, is_initialized=False)
@@ -59,7 +62,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     pack_linears(model)
 
     num_layers = len(model.decoder.layers)
-    num_kv_heads = max(1, model_config.num_kv_heads // config.layout.tp)
+    num_kv_heads = model_config.num_kv_heads // config.layout.tp
     num_blocks = num_kv_blocks(
         config.kv_memory_bytes,
         block_size=config.block_size,
@@ -68,6 +71,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
         head_dim=model_config.head_dim,
         dtype=dtype,
     )
+    num_blocks = least_of_all_ranks(num_blocks)
     kv_layers = allocate_kv(
         backend,
         num_blocks,
@@ -84,7 +88,9 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
         backend=backend,
         kv_layers=kv_layers,
         block_size=config.block_size,
+        shard_tokens=config.max_tokens_per_shard or num_blocks * config.block_size,
         device=device,
+        pgs=pgs,
     )
     progress("warm-up", 0.0)
     warm_up(rank, num_blocks=num_blocks, block_size=config.block_size)
@@ -111,8 +117,11 @@ def warm_up(rank: Rank, *, num_blocks: int, block_size: int) -> None:
         sampling=Sampling(max_output_tokens=2, temperature=0.0),
     )
     extent = Extent(0, num_blocks_for(num_tokens + 1, block_size))
-    rank.run(Step(-2, (Chunk(request_id, 0, num_tokens, True, (0,), (extent,)),), (new,)))
-    rank.run(Step(-1, (Chunk(request_id, num_tokens, 1, True),)))
+    # Of this kvp rank alone: its pipeline and tensor-parallel partners run the same.
+    ranks = (rank.kvp_rank,)
+    rank.run(Step(-2, (Chunk(request_id, 0, num_tokens, True, ranks, (extent,)),), (new,)))
+    sampled = () if rank.samples_for_itself else ((request_id, 0),)
+    rank.run(Step(-1, (Chunk(request_id, num_tokens, 1, True, ranks),), sampled=sampled))
     rank.run(Step(0, (), (), (request_id,)))
 
 

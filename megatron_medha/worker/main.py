@@ -7,14 +7,14 @@ import logging
 import os
 import signal
 import sys
-import time
+import threading
 import warnings
 from collections.abc import Callable
 
 import msgspec
 import zmq
 
-from megatron_medha.cluster.messages import FromRank, Loading, RankFailed, Shutdown, Step, ToRank
+from megatron_medha.cluster.messages import FromRank, Heartbeat, Loading, RankFailed, ToRank
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
@@ -25,6 +25,7 @@ _PR_SET_PDEATHSIG = 1
 # How soon an orphan notices where the kernel does not tell it; an idle rank wakes up this often.
 _PARENT_CHECK_MS = 1000
 _GOODBYE_MS = 2000
+_HEARTBEAT_S = 1.0
 
 
 def main(argv: list[str]) -> int:
@@ -54,6 +55,9 @@ def main(argv: list[str]) -> int:
     def send(message: FromRank) -> None:
         socket.send(encoder.encode(message))
 
+    is_over = threading.Event()
+    heart = threading.Thread(target=_beat, args=(context, config, is_over), name="heartbeat", daemon=True)
+    heart.start()
     try:
         _serve(config, socket, send, parent_pid)
         return 0
@@ -65,6 +69,8 @@ def main(argv: list[str]) -> int:
         send(RankFailed(config.rank, type(error).__name__, str(error)))
         return 1
     finally:
+        is_over.set()
+        heart.join()
         socket.close()
         context.term()
 
@@ -74,24 +80,52 @@ def _serve(config: RankConfig, socket: zmq.Socket[bytes], send: Callable[[FromRa
     send(Loading(config.rank, "libraries", 0.0))
     # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
     from megatron_medha.worker.load import load_rank
+    from megatron_medha.worker.step_loop import run_steps
 
     rank, ready = load_rank(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
     send(ready)
-    decoder = msgspec.msgpack.Decoder(ToRank)
-    while True:
-        if not socket.poll(_PARENT_CHECK_MS):
-            if os.getppid() != parent_pid:
+    run_steps(rank, _FrontInbox(socket, parent_pid), send)
+
+
+class _FrontInbox:
+    """Messages of the front, for as long as the process that started this one lives."""
+
+    def __init__(self, socket: zmq.Socket[bytes], parent_pid: int) -> None:
+        self._socket, self._parent_pid = socket, parent_pid
+        self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+
+    def wait(self) -> ToRank | None:
+        """See Inbox."""
+        while not self._socket.poll(_PARENT_CHECK_MS):
+            if os.getppid() != self._parent_pid:
                 log.warning("parent_gone")
-                return
-            continue
-        message = decoder.decode(socket.recv())
-        match message:
-            case Step():
-                started_s = time.monotonic()
-                done = rank.run(message)
-                send(msgspec.structs.replace(done, duration_s=time.monotonic() - started_s))
-            case Shutdown():
-                return
+                return None
+        return self._decoder.decode(self._socket.recv())
+
+    def poll(self) -> ToRank | None:
+        """See Inbox."""
+        try:
+            return self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+
+def _beat(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, is_over: threading.Event) -> None:
+    """Tell the front every second that this process runs, on a socket of its own: sockets belong to one thread."""
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, f"rank-{config.rank}-heartbeat".encode())
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(config.front_endpoint)
+    beat = msgspec.msgpack.encode(Heartbeat(config.rank))
+    while True:
+        # A front that does not read gets no more than the socket's buffer holds; the rank goes on.
+        try:
+            socket.send(beat, zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning("heartbeat_not_sent")
+        if is_over.wait(_HEARTBEAT_S):
+            socket.close()
+            return
 
 
 def _die_with_parent(parent_pid: int) -> None:

@@ -18,6 +18,7 @@ import zmq
 
 from megatron_medha.cluster.messages import (
     FromRank,
+    Heartbeat,
     Loading,
     NewRequest,
     RankFailed,
@@ -44,14 +45,21 @@ class FrontSocket:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.bind(self.endpoint)
         self._decoder = msgspec.msgpack.Decoder(FromRank)
+        self.num_heartbeats = 0
 
     def send(self, message: ToRank) -> None:
         self._socket.send_multipart([b"rank-0", msgspec.msgpack.encode(message)])
 
     def receive(self) -> FromRank:
+        """The next message that is not a heartbeat."""
+        while isinstance(message := self.receive_any(), Heartbeat):
+            assert message.rank == 0
+            self.num_heartbeats += 1
+        return message
+
+    def receive_any(self) -> FromRank:
         assert self._socket.poll(TIMEOUT_S * 1000), "the rank says nothing"
-        identity, payload = self._socket.recv_multipart()
-        assert identity == b"rank-0"
+        _, payload = self._socket.recv_multipart()
         return self._decoder.decode(payload)
 
     def receive_until(self, kind: type) -> tuple[Any, list[FromRank]]:
@@ -85,6 +93,9 @@ def test_a_rank_loads_answers_steps_ignores_ctrl_c_and_ends_when_told(
         ready, before = front_socket.receive_until(Ready)
         assert before and all(isinstance(message, Loading) and 0 <= message.fraction <= 1 for message in before)
         assert ready.num_blocks > 0 and ready.block_size == 16
+        assert front_socket.num_heartbeats > 0
+        while not isinstance(front_socket.receive_any(), Heartbeat):  # and they go on
+            pass
 
         process.send_signal(signal.SIGINT)
         new = NewRequest(

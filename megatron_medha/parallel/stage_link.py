@@ -1,0 +1,56 @@
+"""Hidden states from one pipeline stage to the next: receives posted ahead of time, sends that do not wait.
+
+Shapes: T tokens of a packed batch, C hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Arriving(NamedTuple):
+    """Hidden states on their way: room for them, and what to wait for."""
+
+    hidden_T1C: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """The hidden states, once they are there."""
+        self.work.wait()
+        return self.hidden_T1C
+
+
+class StageLink:
+    """The links of one rank to the same place of the stage before and of the next."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, *, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """group: of the ranks that differ in their stage only, in order of stages."""
+        self._group = group
+        self.stage, self.num_stages = group.rank(), group.size()
+        self._hidden_size, self._dtype, self._device = hidden_size, dtype, device
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # kept from being freed while they are on their way
+
+    def post_receive(self, num_tokens: int) -> Arriving:
+        """Make room for the next batch's hidden states; they arrive in the order of these calls."""
+        hidden_T1C = torch.empty(num_tokens, 1, self._hidden_size, dtype=self._dtype, device=self._device)
+        work = dist.irecv(hidden_T1C, group=self._group, group_src=self.stage - 1)
+        assert work is not None, "this rank is of its own stage's group"
+        return Arriving(hidden_T1C, work)
+
+    def send(self, hidden_T1C: Tensor) -> None:
+        """Send to the next stage without waiting for it to be ready."""
+        hidden_T1C = hidden_T1C.contiguous()
+        work = dist.isend(hidden_T1C, group=self._group, group_dst=self.stage + 1)
+        assert work is not None, "this rank is of its own stage's group"
+        self._sent.append((work, hidden_T1C))
+        # No more batches are in flight than there are stages, so what was sent that many batches ago has arrived
+        # and this does not wait.
+        if len(self._sent) > self.num_stages:
+            self._sent.popleft()[0].wait()

@@ -1,0 +1,52 @@
+"""The order of a rank's days: take steps as they come, compute them in that order, answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from megatron_medha.cluster.messages import Shutdown, Step, StepDone, ToRank
+from megatron_medha.worker.rank import Rank
+
+
+class Inbox(Protocol):
+    """Where messages from the front come in."""
+
+    def wait(self) -> ToRank | None:
+        """The next message; None when none will come any more."""
+
+    def poll(self) -> ToRank | None:
+        """The next message if it is there already."""
+
+
+def run_steps(rank: Rank, inbox: Inbox, answer: Callable[[StepDone], None]) -> None:
+    """Serve until told to stop; steps that came before are computed first, as other ranks count on it."""
+    is_over = False
+
+    def take_arrived() -> None:
+        nonlocal is_over
+        while not is_over and (message := inbox.poll()) is not None:
+            is_over = not _announced(rank, message)
+
+    # Only a later stage gains by knowing of the next step while it computes one.
+    rank.before_layer = take_arrived if rank.receives else None
+    while True:
+        take_arrived()
+        if rank.num_announced:
+            done = rank.compute()
+            if rank.answers:
+                answer(done)
+        elif is_over:
+            return
+        else:
+            is_over = not _announced(rank, inbox.wait())
+
+
+def _announced(rank: Rank, message: ToRank | None) -> bool:
+    """Tell the rank of a step; False when the message ends its work."""
+    match message:
+        case Step():
+            rank.announce(message)
+            return True
+        case Shutdown() | None:
+            return False
