@@ -57,11 +57,12 @@ class BatchBuilder:
 
     def fit(self, seq: Sequence, parts: tuple[Part, ...], share: float = 1.0, limit: int | None = None) -> int:
         """The most tokens of `seq`, `limit` at most, with which its ranks stay within `share` of the budget."""
+        guess = seq.last_chunk_tokens
         most = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
         if limit is not None:
             most = min(most, limit)
         for rank, context in parts:
-            most = largest_chunk(self._rule, self._cost, self.loads[rank], context, most, self.budget_s * share)
+            most = largest_chunk(self._rule, self._cost, self.loads[rank], context, most, self.budget_s * share, guess)
         return most
 
     def most_tokens(self) -> int:

@@ -57,6 +57,7 @@ class PrefillPacker:
         if not self._has_place(overdue):
             candidates.leave_out_waiting()
         has_prefill, is_full = owed is not None, builder.is_full()
+        has_others = len(candidates) > 1
         for seq in candidates:
             if num_skipped > self._config.max_skips or has_prefill and is_full:
                 break
@@ -89,9 +90,9 @@ class PrefillPacker:
                     candidates.leave_out_waiting()
             if is_long:
                 long_ranks.update(part.kvp_rank for part in parts)
-                num_kept = self._kept(builder, seq, parts, num_tokens, gift_s, now_s)
+                num_kept = self._kept(builder, seq, parts, num_tokens, gift_s, has_others, now_s)
                 builder.hold(Planned(seq, max(num_kept, num_least), parts), num_tokens)
-                if len(long_ranks) == len(gift_s) and self._config.long_prefill_tokens is None:
+                if has_others and len(long_ranks) == len(gift_s) and self._config.long_prefill_tokens is None:
                     candidates.leave_out_large()
                     most_tokens = builder.most_tokens()
             else:
@@ -144,6 +145,7 @@ class PrefillPacker:
         parts: tuple[Part, ...],
         num_tokens: int,
         gift_s: list[float],
+        has_others: bool,
         now_s: float,
     ) -> int:
         """What a long prefill keeps for itself however many others come; what it gives is added to gift_s."""
@@ -155,6 +157,8 @@ class PrefillPacker:
             saved_s = gift_s[rank] + given * builder.budget_s
             gift_s[rank] = min(saved_s, max(self._max_gift_s, given * builder.budget_s))
             offered_s = min(offered_s, gift_s[rank])
+        if not has_others:
+            return num_tokens
         if offered_s >= builder.budget_s:
             return 0
         # Never less than a tile: where a tile takes most of a step, it gives whole steps now and then, not slices.

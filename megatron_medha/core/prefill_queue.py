@@ -74,6 +74,9 @@ class Candidates:
         self._has_waiting = True
         self._has_large = True
 
+    def __len__(self) -> int:
+        return len(self._sequences)
+
     def leave_out_waiting(self) -> None:
         """From here on only those that own KV."""
         self._has_waiting = False

@@ -57,6 +57,7 @@ class Sequence:
     num_output_tokens: int = 0
     num_preemptions: int = 0         # times the KV was lost and had to be recomputed
     num_batches_in_flight: int = 0
+    last_chunk_tokens: int = 0       # of its prefill; the next one is likely to be of about that size
     remaining_work_s: float = 0.0    # of the prefill; kept by the scheduler as chunks are scheduled
     capacity_tokens: int = 0         # tokens its blocks hold
     first_scheduled_s: float | None = None

@@ -344,6 +344,7 @@ class Scheduler:
                 if seq.first_scheduled_s is None:
                     seq.first_scheduled_s = now_s
             seq.num_scheduled_tokens = start + num_tokens
+            seq.last_chunk_tokens = num_tokens
             seq.num_batches_in_flight += 1
             self._predict_work(seq)
             chunks.append(self._prefill_chunk(seq, start, num_tokens))
