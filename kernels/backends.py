@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,10 +63,28 @@ class AttentionBackend(Protocol):
         """
 
 
+@runtime_checkable
+class RotatingBackend(Protocol):
+    """A backend that also rotates queries and keys, in the pass that writes keys and values to the pool."""
+
+    def attend_rotating(
+        self,
+        plan: Any,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        layer: LayerKV,
+        scale: float,
+    ) -> Tensor:
+        """`attend` with queries and keys still to be rotated by (cos_TD, signed_sin_TD), fp32."""
+
+
 def backend_names(device: torch.device) -> tuple[str, ...]:
     """The backends that run on such a device, the best first."""
     if device.type != "cuda":
-        return {"cpu": ("aten",)}.get(device.type, ())
+        rehearsed = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
+        return {"cpu": ("aten", *rehearsed)}.get(device.type, ())
     return (*(package for package in ("triton", "flash_attn") if find_spec(package)), "torch")
 
 

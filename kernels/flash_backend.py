@@ -52,7 +52,6 @@ class FlashAttention:
     """Attention backends `flash_attn` and `torch`."""
 
     min_run_tokens = 1
-    rotates = False
 
     def __init__(self, device: torch.device, *, library: str) -> None:
         """library: flash_attn or torch. Raises ImportError where flash_attn is broken."""

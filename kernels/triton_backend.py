@@ -67,7 +67,6 @@ class TritonAttention:
     name = "triton"
     min_run_tokens = 1  # blocks are read through tables; runs do not matter
     block_size = 128    # at least one inner step of the kernel; half of it is what a request wastes on average
-    rotates = True
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.server.config import ServerConfig
 
+_CUDA_BACKENDS = ("triton", "flash_attn", "torch")
+_SIMULATED_BLOCK_SIZE = 16
 _MAX_BLOCK_SIZE = 4096  # tokens; beyond that the last block of every request wastes more than tables ever cost
 
 
@@ -32,9 +34,12 @@ class ModelOptions:
 
     dtype: str = "auto"
     device: str = "auto"
-    block_size: int = 16
+    block_size: int | None = None
     kv_memory_gib: float | None = None
     kv_memory_share: float = 0.5
+    kv_dtype: str = "auto"
+    fp8: str = "none"
+    cuda_graphs: bool = True
     max_context_len: int | None = None
     num_threads: int | None = None
     attention_backend: str = "auto"
@@ -47,10 +52,14 @@ class ModelOptions:
                 "use bfloat16, which takes the same memory"
             )
         _check_member("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        if self.device == "cuda":
-            raise ConfigError("model.device=cuda: no attention kernel for CUDA is there yet; use cpu")
-        _check_member("model.device", self.device, ("auto", "cpu"))
-        _check_member("model.attention_backend", self.attention_backend, ("auto", "aten"))
+        _check_member("model.device", self.device, ("auto", "cpu", "cuda"))
+        _check_member("model.attention_backend", self.attention_backend, ("auto", "aten", *_CUDA_BACKENDS))
+        _check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
+        _check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
+        if self.device == "cpu" and self.attention_backend in _CUDA_BACKENDS:
+            raise ConfigError(f"model.attention_backend={self.attention_backend}: needs model.device=cuda; use auto")
+        if self.device == "cpu" and self.kv_dtype != "auto":
+            raise ConfigError(f"model.kv_dtype={self.kv_dtype}: needs model.device=cuda; use auto")
         _check_range("model.block_size", self.block_size, 1, _MAX_BLOCK_SIZE)
         _check_range("model.kv_memory_gib", self.kv_memory_gib, 1e-6, 1e6)
         _check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
@@ -151,18 +160,28 @@ def _rank_config(options: ServeOptions) -> RankConfig:
             "use model=auto, or runtime=sim to simulate this one"
         )
     checkpoint = _checkpoint(options)
+    device = model.device if model.device != "auto" else ("cuda" if machine.has_cuda_device() else "cpu")
     return RankConfig(
         layout=options.parallel,
         front_endpoint="",
         checkpoint=str(checkpoint),
-        device="cpu" if model.device == "auto" else model.device,
+        device=device,
         dtype=model.dtype,
         block_size=model.block_size,
-        kv_memory_bytes=_kv_memory_bytes(model, checkpoint),
+        kv_memory_bytes=_device_kv_bytes(model) if device == "cuda" else _kv_memory_bytes(model, checkpoint),
+        kv_memory_share=model.kv_memory_share,
+        kv_dtype=model.kv_dtype,
+        fp8=model.fp8,
+        cuda_graphs=model.cuda_graphs,
         max_context_len=model.max_context_len,
         num_threads=model.num_threads,
         attention_backend=model.attention_backend,
     )
+
+
+def _device_kv_bytes(model: ModelOptions) -> int | None:
+    """None: the rank takes its share once the weights are on the GPU, whose memory is not seen from here."""
+    return None if model.kv_memory_gib is None else int(model.kv_memory_gib * machine.GIB)
 
 
 def _kv_memory_bytes(model: ModelOptions, checkpoint: Path) -> int:
@@ -200,14 +219,15 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
         shape = _with_context(shape, model.max_context_len)
     if model.kv_memory_gib is None:
         raise ConfigError("model.kv_memory_gib=null: runtime=sim needs the KV memory to simulate; give GiB")
-    block_bytes = model.block_size * shape.kv_bytes_per_token
+    block_size = model.block_size or _SIMULATED_BLOCK_SIZE
+    block_bytes = block_size * shape.kv_bytes_per_token
     num_blocks = int(model.kv_memory_gib * machine.GIB) // block_bytes
     if num_blocks < 1:
         raise ConfigError(
-            f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {model.block_size} tokens, "
+            f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {block_size} tokens, "
             f"which takes {block_bytes / machine.GIB:.2g} GiB"
         )
-    return SimulatedModel(shape=shape, num_blocks=num_blocks, block_size=model.block_size)
+    return SimulatedModel(shape=shape, num_blocks=num_blocks, block_size=block_size)
 
 
 def _with_context(shape: ModelShape, max_context_len: int) -> ModelShape:

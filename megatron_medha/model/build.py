@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.model.attention import MedhaSelfAttention, PagedCoreAttention
+from megatron_medha.model.fp8 import fp8_config
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.rotary import Rotary
@@ -32,14 +33,16 @@ def build_model(
     device: torch.device,
     pgs: MedhaPGs,
     is_initialized: bool = True,
+    fp8: str = "none",
 ) -> GPTModel:
     """This rank's part of the model, on `device`, in eval mode.
 
     is_initialized: False leaves the weights as memory was, for a checkpoint that overwrites every one of them.
+    fp8: a recipe of model/fp8.py; only what Transformer Engine must know when layers are made is settled here.
     Raises ConfigError if the layout does not divide the model.
     """
     check_divisible(config, tp=pgs.tp.size(), spp=pgs.pp.size())
-    transformer_config = _transformer_config(config, dtype, device, pgs, is_initialized)
+    transformer_config = _transformer_config(config, dtype, device, pgs, is_initialized, fp8)
     tp = pgs.tp.size()
     model = GPTModel(
         config=transformer_config,
@@ -86,7 +89,7 @@ def _layer_spec(config: ModelConfig, device: torch.device) -> ModuleSpec:
 
 
 def _transformer_config(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, pgs: MedhaPGs, is_initialized: bool
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, pgs: MedhaPGs, is_initialized: bool, fp8: str
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -121,6 +124,7 @@ def _transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         batch_p2p_sync=False,
+        **(fp8_config(fp8) if transformer_engine_works(device) else {}),
     )
 
 

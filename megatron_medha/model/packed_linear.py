@@ -29,6 +29,8 @@ def pack_linears(model: GPTModel) -> None:
     for module in model.modules():
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear) or get_pg_size(module.tp_group) > 1:
             continue
+        if "forward" in vars(module):  # quantised already
+            continue
         weight = module.weight if module.weight is not None else shared_weight
         if weight is None or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
             continue

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.stream_pipeline import StagePlan
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.inference_context import PackedBatch, SharedRows
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
@@ -84,9 +84,13 @@ def step_tensors(
     kv_layers: Sequence[LayerKV],
     rotary: Rotary,
     shards: KVShards,
+    staging: Staging,
     before_layer: Callable[[], None] | None = None,
 ) -> StepTensors:
-    """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already."""
+    """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already.
+
+    What the device needs of it goes there by `staging`; nothing waits for the device.
+    """
     num_tokens = plan.num_tokens
     token_ids = np.empty(num_tokens, dtype=np.int64)
     positions = np.empty(num_tokens, dtype=np.int64)
@@ -119,18 +123,26 @@ def step_tensors(
                     hidden_rows.append(np.arange(row, row + num_predicted))
                     prompt_rows.append(PromptRows(request, start + 1, num_predicted))
         row = end_row
-    positions_T = torch.from_numpy(positions)
+    token_ids_T, positions_T, lengths_T, logit_rows_R, hidden_rows_P = staging.upload(
+        [
+            token_ids,
+            positions,
+            lengths,
+            np.array(logit_rows, dtype=np.int64),
+            np.concatenate(hidden_rows) if hidden_rows else np.empty(0, dtype=np.int64),
+        ]
+    )
     batch = PackedBatch(
         backend=backend,
         plan=backend.plan(ranges[: plan.num_alone]) if plan.num_alone else None,
         kv_layers=kv_layers,
-        rotation=rotary.at(positions_T, torch.from_numpy(lengths)),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-        hidden_rows=torch.from_numpy(np.concatenate(hidden_rows)) if hidden_rows else None,
+        rotation=rotary.at(positions_T, lengths_T),
+        logit_rows=logit_rows_R,
+        hidden_rows=hidden_rows_P if hidden_rows else None,
         shared=_shared_rows(chunks, ranges[plan.num_alone :], plan, backend, shards) if plan.shared else None,
         before_layer=before_layer,
     )
-    return StepTensors(torch.from_numpy(token_ids).unsqueeze(0), batch, tuple(sampling_requests), tuple(prompt_rows))
+    return StepTensors(token_ids_T.unsqueeze(0), batch, tuple(sampling_requests), tuple(prompt_rows))
 
 
 def _shared_rows(

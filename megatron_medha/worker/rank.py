@@ -16,6 +16,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.stream_pipeline import Place, StagePlan, stage_plan
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV
+from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.sampler import Sampler, SamplingRow, prompt_logprobs
@@ -79,6 +80,7 @@ class Rank:
         # In a layout of several, tokens are sampled elsewhere too; the front tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
         self._rotary = Rotary(config)
+        self._staging = Staging(device)
         self._sampler = Sampler(config.vocab_size, device)
         self._requests = TokenStore(config.vocab_size)
         self._announced: deque[_Announced] = deque()
@@ -158,6 +160,7 @@ class Rank:
                 kv_layers=self._kv_layers,
                 rotary=self._rotary,
                 shards=self._shards,
+                staging=self._staging,
                 before_layer=self.before_layer,
             )
             if hidden_T1C is not None:

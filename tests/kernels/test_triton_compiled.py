@@ -1,4 +1,4 @@
-"""Every kernel compiles for Hopper where there is no GPU: registers and shared memory printed (pytest -s), no spills."""
+"""Every kernel compiles for Hopper where there is no GPU: registers and memory printed (pytest -s), no spills."""
 
 from __future__ import annotations
 

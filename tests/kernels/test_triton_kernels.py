@@ -1,4 +1,4 @@
-"""The Triton kernels where there is no GPU: interpreted in a process of their own, which Triton wants told at import."""
+"""The Triton kernels where there is no GPU: interpreted in a process of their own, as Triton wants it."""
 
 from __future__ import annotations
 
