@@ -24,7 +24,14 @@ from megatron_medha.kernels.triton_attention import DeviceWork, TileConfig, page
 from megatron_medha.kernels.triton_merge import merge_tiles
 from megatron_medha.kernels.triton_tiles import DECODE_TILES, INTERPRETED_TILE, PREFILL_TILES
 from megatron_medha.kernels.triton_write import WRITE_COLUMNS, rotate_and_write
-from megatron_medha.kernels.work_list import ITEM_COLUMNS, MERGE_COLUMNS, RowRange, WorkList, work_list
+from megatron_medha.kernels.work_list import (
+    ITEM_COLUMNS,
+    MERGE_COLUMNS,
+    NUM_WAVES_TRIED,
+    RowRange,
+    WorkList,
+    work_list,
+)
 
 # Two programs, so that the interpreter's runs cut tiles into parts, too.
 _INTERPRETED_PROGRAMS = 8
@@ -51,6 +58,18 @@ class HostPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanRoom:
+    """The fixed lengths of a plan's lists inside a CUDA graph."""
+
+    num_tokens: int
+    num_pieces: int
+    num_chunk_tiles: int
+    num_chunk_items: int
+    num_decode_tiles: int
+    num_decode_items: int
+
+
+@dataclass(frozen=True, slots=True)
 class DevicePlan:
     """The same on the device."""
 
@@ -59,6 +78,7 @@ class DevicePlan:
     chunks: DeviceWork
     decodes: DeviceWork
     tables_SB: Tensor
+    is_padded: bool = False  # some rows belong to nobody: their output is 0, not whatever memory held
 
 
 class TritonAttention:
@@ -102,6 +122,26 @@ class TritonAttention:
         self._num_kv_heads, self._is_quantised = num_kv_heads, dtype == E4M3
         return allocate_paged(num_blocks, block_size, num_kv_heads, head_dim, dtype, self.device)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether KV is stored in e4m3."""
+        return self._is_quantised
+
+    def room(self, num_tokens: int, num_sequences: int, *, has_chunks: bool) -> PlanRoom:
+        """Lists long enough for nearly every step of that many tokens and sequences."""
+        def items(tile: TileConfig, num_tiles: int) -> int:
+            return num_tiles + NUM_WAVES_TRIED * self._num_sms * tile.programs_per_sm // self._num_kv_heads
+
+        num_tiles = -(-num_tokens // self._prefill_tile.tokens_per_tile(self._group)) + num_sequences
+        return PlanRoom(
+            num_tokens=num_tokens,
+            num_pieces=min(num_tokens, num_tokens // self._block_size + 2 * num_sequences),
+            num_chunk_tiles=num_tiles if has_chunks else 0,
+            num_chunk_items=items(self._prefill_tile, num_tiles) if has_chunks else 0,
+            num_decode_tiles=num_sequences,
+            num_decode_items=items(self._decode_tile, num_sequences),
+        )
+
     def plan(self, ranges: Sequence[QueryRange]) -> DevicePlan:
         """Lists for all layers of one step, on their way to the device in one copy."""
         host = self.host_plan(ranges)
@@ -128,7 +168,7 @@ class TritonAttention:
             blocks=blocks,
         )
 
-    def on_device(self, host: HostPlan, tensors: Sequence[Tensor]) -> DevicePlan:
+    def on_device(self, host: HostPlan, tensors: Sequence[Tensor], is_padded: bool = False) -> DevicePlan:
         """tensors: `host.arrays`, copied. Enqueues what is new for the block tables."""
         assert self.tables is not None
         slots_T, pieces_W4, chunk_items, chunk_merges, decode_items, decode_merges, places, blocks = tensors
@@ -139,6 +179,7 @@ class TritonAttention:
             chunks=DeviceWork(chunk_items, chunk_merges, host.chunks.num_parts),
             decodes=DeviceWork(decode_items, decode_merges, host.decodes.num_parts),
             tables_SB=self.tables.tables_SB,
+            is_padded=is_padded,
         )
 
     def attend(
@@ -181,7 +222,7 @@ class TritonAttention:
     ) -> tuple[Tensor, Tensor | None]:
         slots_T, pieces_W4 = (None, plan.pieces_W4) if self._is_quantised else (plan.slots_T, None)
         q_TKGD = rotate_and_write(q_TKGD, k_TKD, v_TKD, *angles, layer, slots_T=slots_T, pieces_W4=pieces_W4)
-        out_TKGD = torch.empty_like(q_TKGD)
+        out_TKGD = torch.zeros_like(q_TKGD) if plan.is_padded else torch.empty_like(q_TKGD)
         lse_TKG = torch.empty(q_TKGD.shape[:3], dtype=torch.float32, device=q_TKGD.device) if has_lse else None
         for work, tile in ((plan.chunks, self._prefill_tile), (plan.decodes, self._decode_tile)):
             parts = paged_attention(
@@ -223,18 +264,42 @@ def block_pieces(rows: QueryRange, block_size: int) -> np.ndarray:
     return np.stack((blocks, begin % block_size, counts, rows.first_row + begin - rows.start), axis=1).astype(np.int32)
 
 
-def padded(work: WorkList, *, num_items: int, num_merges: int, num_parts: int) -> WorkList:
-    """The list at the size a CUDA graph was captured with; items and merges of 0 rows do nothing.
+def padded(host: HostPlan, room: PlanRoom, is_quantised: bool) -> HostPlan:
+    """The plan at a graph's lengths; items, merges and pieces of 0 rows do nothing, slots of -1 neither.
 
     Raises ValueError when it does not fit: the step then runs without the graph.
     """
-    if len(work.items_NI) > num_items or len(work.merges_MI) > num_merges or work.num_parts > num_parts:
+    slots_T = np.full(0 if is_quantised else room.num_tokens, -1, np.int64)
+    pieces_W4 = np.zeros((room.num_pieces if is_quantised else 0, WRITE_COLUMNS), np.int32)
+    for name, target, source in (("slots", slots_T, host.slots_T), ("pieces", pieces_W4, host.pieces_W4)):
+        if len(source) > len(target):
+            raise ValueError(f"{len(source)} {name}; room for {len(target)}")
+        target[: len(source)] = source
+    return HostPlan(
+        slots_T=slots_T,
+        pieces_W4=pieces_W4,
+        chunks=_padded_work(host.chunks, room.num_chunk_items, room.num_chunk_tiles),
+        decodes=_padded_work(host.decodes, room.num_decode_items, room.num_decode_tiles),
+        places=host.places,
+        blocks=host.blocks,
+    )
+
+
+def empty_plan(room: PlanRoom, is_quantised: bool) -> HostPlan:
+    """A plan of nothing at a graph's lengths, to capture it with."""
+    nothing = work_list([], tokens_per_tile=1, block_n=1, num_kv_heads=1, num_programs=1)
+    no_write = np.empty((0, WRITE_COLUMNS), np.int32)
+    none = np.empty(0, np.int64)
+    return padded(HostPlan(none, no_write, nothing, nothing, none, none.astype(np.int32)), room, is_quantised)
+
+
+def _padded_work(work: WorkList, num_items: int, num_merges: int) -> WorkList:
+    if len(work.items_NI) > num_items or len(work.merges_MI) > num_merges or work.num_parts > num_items:
         raise ValueError(
-            f"{len(work.items_NI)} items, {len(work.merges_MI)} merges, {work.num_parts} parts; "
-            f"room for {num_items}, {num_merges}, {num_parts}"
+            f"{len(work.items_NI)} items, {len(work.merges_MI)} merges; room for {num_items} and {num_merges}"
         )
     items = np.zeros((num_items, ITEM_COLUMNS), np.int32)
     merges = np.zeros((num_merges, MERGE_COLUMNS), np.int32)
     items[: len(work.items_NI)] = work.items_NI
     merges[: len(work.merges_MI)] = work.merges_MI
-    return WorkList(items, merges, num_parts, work.makespan_blocks)
+    return WorkList(items, merges, num_items, work.makespan_blocks)

@@ -20,7 +20,7 @@ MERGE_COLUMNS = 4  # first row, rows, first part, parts
 # pipeline depth (3) and the bytes of a partial tile against those of a key block; gpu_check measures whether it fits.
 _ITEM_OVERHEAD_BLOCKS = 4
 # Ways to cut that are compared per batch; each costs some 20 us of host time.
-_NUM_WAVES_TRIED = 4
+NUM_WAVES_TRIED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def _num_pieces(blocks_T: np.ndarray, num_kv_heads: int, num_programs: int) -> n
 def _units(longest: int, total: int, num_tiles: int, programs_per_head: float) -> list[int]:
     """Blocks per item worth trying: those that fill a whole number of waves."""
     units = set()
-    for wave in range(1, _NUM_WAVES_TRIED + 1):
+    for wave in range(1, NUM_WAVES_TRIED + 1):
         units.add(-(-total // max(1, int(programs_per_head * wave))))
         # Tiles of equal length: so many pieces each that the last wave is full.
         pieces = int(programs_per_head * wave) // num_tiles

@@ -61,6 +61,11 @@ class Rotary:
         cos_TF = (torch.cos(angles_TF) * self._amplitude).float()
         return Rotation(torch.cat((cos_TF, cos_TF), dim=-1), torch.cat((-sin_TF, sin_TF), dim=-1))
 
+    @property
+    def depends_on_lengths(self) -> bool:
+        """Whether angles need a look at the lengths on the host, which a CUDA graph cannot take."""
+        return self._dynamic_from is not None
+
     def consecutive(self, num_tokens: int, device: torch.device) -> Rotation:
         """At positions [0, num_tokens), kept: training asks for the same ones at every step."""
         key = (num_tokens, device)

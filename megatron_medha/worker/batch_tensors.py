@@ -76,21 +76,22 @@ def append_extents(
             request.slot_table.append(chunk.new_extents)
 
 
-def step_tensors(
-    chunks: Sequence[tuple[Chunk, StoredRequest]],
-    *,
-    plan: StagePlan,
-    backend: AttentionBackend,
-    kv_layers: Sequence[LayerKV],
-    rotary: Rotary,
-    shards: KVShards,
-    staging: Staging,
-    before_layer: Callable[[], None] | None = None,
-) -> StepTensors:
-    """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already.
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """One step as the host packs it: rows of all chunks along one axis. Nothing of it is on the device yet."""
 
-    What the device needs of it goes there by `staging`; nothing waits for the device.
-    """
+    token_ids_T: np.ndarray  # int64
+    positions_T: np.ndarray  # int64
+    lengths_T: np.ndarray    # int64, of the sequence when the token was computed
+    logit_rows: tuple[int, ...]
+    hidden_rows: tuple[np.ndarray, ...]
+    ranges: tuple[QueryRange, ...]
+    sampling_requests: tuple[StoredRequest, ...]
+    prompt_rows: tuple[PromptRows, ...]
+
+
+def host_step(chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan, shards: KVShards) -> HostStep:
+    """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already."""
     num_tokens = plan.num_tokens
     token_ids = np.empty(num_tokens, dtype=np.int64)
     positions = np.empty(num_tokens, dtype=np.int64)
@@ -123,12 +124,38 @@ def step_tensors(
                     hidden_rows.append(np.arange(row, row + num_predicted))
                     prompt_rows.append(PromptRows(request, start + 1, num_predicted))
         row = end_row
+    return HostStep(
+        token_ids_T=token_ids,
+        positions_T=positions,
+        lengths_T=lengths,
+        logit_rows=tuple(logit_rows),
+        hidden_rows=tuple(hidden_rows),
+        ranges=tuple(ranges),
+        sampling_requests=tuple(sampling_requests),
+        prompt_rows=tuple(prompt_rows),
+    )
+
+
+def step_tensors(
+    host: HostStep,
+    chunks: Sequence[tuple[Chunk, StoredRequest]],
+    *,
+    plan: StagePlan,
+    backend: AttentionBackend,
+    kv_layers: Sequence[LayerKV],
+    rotary: Rotary,
+    shards: KVShards,
+    staging: Staging,
+    before_layer: Callable[[], None] | None = None,
+) -> StepTensors:
+    """A packed step on its way to the device, by `staging`; nothing waits for the device."""
+    hidden_rows, ranges = host.hidden_rows, host.ranges
     token_ids_T, positions_T, lengths_T, logit_rows_R, hidden_rows_P = staging.upload(
         [
-            token_ids,
-            positions,
-            lengths,
-            np.array(logit_rows, dtype=np.int64),
+            host.token_ids_T,
+            host.positions_T,
+            host.lengths_T,
+            np.array(host.logit_rows, dtype=np.int64),
             np.concatenate(hidden_rows) if hidden_rows else np.empty(0, dtype=np.int64),
         ]
     )
@@ -142,7 +169,7 @@ def step_tensors(
         shared=_shared_rows(chunks, ranges[plan.num_alone :], plan, backend, shards) if plan.shared else None,
         before_layer=before_layer,
     )
-    return StepTensors(token_ids_T.unsqueeze(0), batch, tuple(sampling_requests), tuple(prompt_rows))
+    return StepTensors(token_ids_T.unsqueeze(0), batch, host.sampling_requests, host.prompt_rows)
 
 
 def _shared_rows(

@@ -22,8 +22,10 @@ from megatron_medha.model.build import build_model, check_divisible, transformer
 from megatron_medha.model.checkpoint import load_weights, read_model_config
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.packed_linear import pack_linears
+from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
 from megatron_medha.worker.cpu_share import num_usable_cores
+from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.kv_cache import allocate_kv, num_kv_blocks
 from megatron_medha.worker.rank import Rank
 
@@ -103,6 +105,9 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     )
     progress("warm-up", 0.0)
     warm_up(rank, num_blocks=num_blocks, block_size=block_size)
+    if device.type == "cuda" and config.cuda_graphs:
+        progress("CUDA graphs", 0.0)
+        rank.graphs = step_graphs(model, backend, kv_layers, Rotary(model_config), device, pgs)
     ready = Ready(
         rank=config.rank,
         # Only the report is narrowed: the model's own length may enter its rotary frequencies.

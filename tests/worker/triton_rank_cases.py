@@ -14,6 +14,7 @@ import torch  # noqa: E402
 
 from megatron_medha.cluster.rank_config import RankConfig  # noqa: E402
 from megatron_medha.core.batch import Chunk  # noqa: E402
+from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs  # noqa: E402
 from megatron_medha.worker.load import load_rank  # noqa: E402
 from tests.worker.conftest import Front  # noqa: E402
 
@@ -22,9 +23,9 @@ def prompt(num_tokens: int, seed: int) -> list[int]:
     return torch.randint(4, 512, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def tokens_of(config: RankConfig) -> tuple[list[int], str]:
+def tokens_of(config: RankConfig, front: Front | None = None) -> tuple[list[int], str]:
     """Two requests in mixed batches: a prompt in chunks beside one that decodes."""
-    front = Front(*load_rank(config, lambda what, fraction: None))
+    front = front or Front(*load_rank(config, lambda what, fraction: None))
     done = [
         front.step([front.first("short", 9, room=16, samples=True)], [front.new("short", prompt(9, 1))]),
         front.step([front.first("long", 20, room=48), Chunk("short", 9, 1, True)], [front.new("long", prompt(37, 2))]),
@@ -46,3 +47,27 @@ def test_a_rank_over_the_triton_kernels_says_what_one_over_the_cpus_says(
     found, device = tokens_of(msgspec.structs.replace(config, attention_backend="triton", kv_dtype="fp8_e4m3"))
     assert "KV in float8_e4m3fn" in device
     assert len(found) == len(expected)
+
+
+def test_steps_replayed_over_static_buffers_say_what_eager_steps_say(rank_config: RankConfig) -> None:
+    config = msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20)
+    expected, _ = tokens_of(config)
+    replays = []
+
+    def by_hand(work: Any) -> Any:
+        output = work()
+
+        def replay() -> None:
+            replays.append(output.shape[0])
+            output.copy_(work())
+
+        return replay, output
+
+    rank, ready = load_rank(msgspec.structs.replace(config, attention_backend="triton"), lambda what, fraction: None)
+    rank.graphs = StepGraphs(
+        rank.model, rank._backend, rank._kv_layers, rank._rotary, torch.device("cpu"),
+        shapes=[GraphShape(2, 2, False), GraphShape(24, 3, True)], capture=by_hand,
+    )  # fmt: skip
+    found, _ = tokens_of(config, Front(rank, ready))
+    assert found == expected
+    assert replays == [3, 3, 3, 2]  # rows of logits: three steps with a chunk, one of decodes
