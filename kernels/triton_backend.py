@@ -112,6 +112,11 @@ class TritonAttention:
         self._is_quantised = False
         self.tables: BlockTables | None = None
 
+    def use_tiles(self, *, prefill_tile: TileConfig | None = None, decode_tile: TileConfig | None = None) -> None:
+        """Other tiles from the next plan on; plans and graphs made before are void."""
+        self._prefill_tile = prefill_tile or self._prefill_tile
+        self._decode_tile = decode_tile or self._decode_tile
+
     def allocate(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> PagedKV:
@@ -222,6 +227,12 @@ class TritonAttention:
     ) -> tuple[Tensor, Tensor | None]:
         slots_T, pieces_W4 = (None, plan.pieces_W4) if self._is_quantised else (plan.slots_T, None)
         q_TKGD = rotate_and_write(q_TKGD, k_TKD, v_TKD, *angles, layer, slots_T=slots_T, pieces_W4=pieces_W4)
+        return self.attend_written(plan, q_TKGD, layer, scale, has_lse)
+
+    def attend_written(
+        self, plan: DevicePlan, q_TKGD: Tensor, layer: PagedKV, scale: float, has_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over what the pool holds, nothing written: (out_THD, lse_TH or None)."""
         out_TKGD = torch.zeros_like(q_TKGD) if plan.is_padded else torch.empty_like(q_TKGD)
         lse_TKG = torch.empty(q_TKGD.shape[:3], dtype=torch.float32, device=q_TKGD.device) if has_lse else None
         for work, tile in ((plan.chunks, self._prefill_tile), (plan.decodes, self._decode_tile)):
