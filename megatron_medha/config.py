@@ -7,11 +7,14 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 
+import msgspec
+
 from megatron_medha.cluster import machine
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.server.config import ServerConfig
@@ -97,6 +100,7 @@ class ServeOptions:
 
     checkpoint: Path | None
     tokenizer: Path | None = None
+    profile: Path | None = None
     runtime: RuntimeKind = RuntimeKind.RANKS
     log_level: str = "info"
     model: ModelOptions
@@ -106,6 +110,22 @@ class ServeOptions:
     hardware: Hardware
     workload: WorkloadOptions
     tracking: TrackingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """Everything a user can say to `medha profile`, as conf/profile.yaml lays it out."""
+
+    checkpoint: Path | None
+    file: Path
+    seconds: float
+    model: ModelOptions
+    parallel: ParallelLayout
+
+    def __post_init__(self) -> None:
+        _check_range("seconds", self.seconds, 1.0, 3600.0)
+        if self.parallel.world_size > 1:
+            raise ConfigError("parallel: a profile is measured on one rank; use parallel=single")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +146,7 @@ class ServeConfig:
     scheduler: SchedulerConfig
     server: ServerConfig
     hardware: Hardware
+    profile: FittedCost | None
     tracking: TrackingConfig
     log_level: str
 
@@ -147,22 +168,27 @@ def serve_config(options: ServeOptions) -> ServeConfig:
         scheduler=options.scheduler,
         server=options.server,
         hardware=options.hardware,
+        profile=_profile(options.profile, layout),
         tracking=options.tracking,
         log_level=options.log_level,
     )
 
 
 def _rank_config(options: ServeOptions) -> RankConfig:
-    model = options.model
+    return rank_config(options.checkpoint, options.model, options.parallel)
+
+
+def rank_config(checkpoint_key: Path | None, model: ModelOptions, layout: ParallelLayout) -> RankConfig:
+    """What a rank is told that runs this checkpoint. Raises ConfigError."""
     if model.shape is not None:
         raise ConfigError(
             f"model.shape.name={model.shape.name}: with runtime=ranks the checkpoint says what the model is; "
             "use model=auto, or runtime=sim to simulate this one"
         )
-    checkpoint = _checkpoint(options)
+    checkpoint = _checkpoint(checkpoint_key)
     device = model.device if model.device != "auto" else ("cuda" if machine.has_cuda_device() else "cpu")
     return RankConfig(
-        layout=options.parallel,
+        layout=layout,
         front_endpoint="",
         checkpoint=str(checkpoint),
         device=device,
@@ -235,14 +261,27 @@ def _with_context(shape: ModelShape, max_context_len: int) -> ModelShape:
     return ModelShape(**{**values, "max_context_len": max_context_len})
 
 
-def _checkpoint(options: ServeOptions) -> Path:
+def _profile(path: Path | None, layout: ParallelLayout) -> FittedCost | None:
+    if path is None:
+        return None
+    if layout.world_size > 1:
+        raise ConfigError(f"profile={path}: measured on one rank; leave it out with several")
+    try:
+        return msgspec.json.decode(path.expanduser().read_bytes(), type=FittedCost)
+    except OSError as error:
+        raise ConfigError(f"profile={path}: {error.strerror}; `medha profile` writes one") from None
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"profile={path}: not a profile ({error}); `medha profile` writes one") from None
+
+
+def _checkpoint(given: Path | None) -> Path:
     example = "`medha train-tiny` makes a small one in checkpoints/tiny within two minutes"
-    if options.checkpoint is None:
+    if given is None:
         raise ConfigError(f"checkpoint is missing; give checkpoint=DIR, Megatron or Hugging Face; {example}")
-    directory = options.checkpoint.expanduser()
+    directory = given.expanduser()
     if not directory.is_dir():
         what = "a file, not a directory" if directory.exists() else "no such directory"
-        raise ConfigError(f"checkpoint={options.checkpoint}: {what}; {example}")
+        raise ConfigError(f"checkpoint={given}: {what}; {example}")
     return directory
 
 

@@ -23,6 +23,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("megatron_medha.commands.serve", "serve a checkpoint behind the OpenAI API"),
     "chat": Command("megatron_medha.commands.chat", "talk to a server from the terminal"),
     "train-tiny": Command("megatron_medha.commands.train_tiny", "train a tiny GPT, to have one to serve"),
+    "profile": Command("megatron_medha.commands.profile", "measure how long steps take here, for profile=FILE"),
     "replay": Command("megatron_medha.commands.replay", "check that a decision log replays to the same batches"),
     "version": Command("megatron_medha.commands.version", "print the version"),
 }

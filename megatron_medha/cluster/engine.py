@@ -17,6 +17,7 @@ from megatron_medha.cluster.runtime import ClusterRuntime, RankLink
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
 from megatron_medha.core.errors import RankError
+from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.engine.engine import Engine, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
@@ -33,6 +34,7 @@ def cluster_engine(
     rank_config: RankConfig,
     scheduler_config: SchedulerConfig,
     hardware: Hardware,
+    profile: FittedCost | None = None,
     observers: tuple[Observer, ...] = (),
     decision_log: Path | None = None,
 ) -> Engine:
@@ -58,6 +60,7 @@ def cluster_engine(
                         config=scheduler_config,
                         shape=ready.shape,
                         hardware=hardware,
+                        profile=profile,
                         layout=rank_config.layout,
                         num_blocks=ready.num_blocks,
                         block_size=ready.block_size,

@@ -22,6 +22,7 @@ def make_engine(config: ServeConfig, observer: Observer) -> Engine:
                 rank_config=config.world,
                 scheduler_config=config.scheduler,
                 hardware=config.hardware,
+                profile=config.profile,
                 observers=(observer,),
                 decision_log=config.tracking.decision_log,
             )

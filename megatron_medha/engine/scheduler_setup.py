@@ -10,6 +10,7 @@ import msgspec
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware, RooflineCost
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
@@ -27,10 +28,21 @@ class SchedulerSetup:
     layout: ParallelLayout
     num_blocks: int  # of each KVP rank
     block_size: int
+    profile: FittedCost | None = None  # what the cost model starts from, instead of the hardware's data sheet
 
     def build(self) -> Scheduler:
-        """A scheduler that has seen nothing yet; its cost model starts from the roofline and learns."""
+        """A scheduler that has seen nothing yet; its cost model starts from the profile or the roofline and learns.
+
+        Raises ConfigError if the profile is of another model.
+        """
         cost = OnlineCost(RooflineCost(shape=self.shape, hardware=self.hardware, layout=self.layout))
+        if self.profile is not None:
+            if self.profile.shape != self.shape:
+                raise ConfigError(
+                    f"profile: measured with {self.profile.shape.name} at another shape or dtype than "
+                    f"{self.shape.name} is served in; run `medha profile` again"
+                )
+            cost.start_from(self.profile)
         memory = KVMemory(
             num_blocks=self.num_blocks,
             block_size=self.block_size,
