@@ -12,7 +12,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # Cheap and without torch first; folders that are not named here run last.
-TEST_GROUPS := tests/core tests/engine tests/sim tests/config tests/commands tests/server tests/cluster tests/kernels \
+TEST_GROUPS := tests/core tests/engine tests/sim tests/config tests/commands tests/server tests/bench tests/cluster tests/kernels \
 	tests/parallel tests/model tests/worker
 TESTS = $(wildcard $(TEST_GROUPS)) $(filter-out $(TEST_GROUPS) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) \
 	$(wildcard tests/test_*.py)

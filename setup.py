@@ -12,7 +12,13 @@ setup(
     description="Serving for Megatron models under traffic that mixes short chats with million-token documents",
     packages=[*find_packages(include=["megatron_medha", "megatron_medha.*"]), *nested],
     package_dir=nested,
-    package_data={"megatron_medha.conf": ["**/*.yaml"], "megatron_medha.server": ["*.html"]},
+    package_data={
+        "megatron_medha.conf": ["**/*.yaml"],
+        "megatron_medha.commands": ["*.j2"],
+        "megatron_medha.server": ["*.html"],
+        # C++ sources, built on first use: kernels/native_build.py says why not here.
+        "megatron_medha.kernels": ["native/*"],
+    },
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.14",
@@ -23,6 +29,7 @@ setup(
         "einops>=0.8",  # used by megatron-core's HyperCommGrid, which does not declare it
         "hydra-core==1.3.8",
         "omegaconf>=2.3,<2.4",
+        "aiohttp>=3.10,<4",  # the client of medha bench: an event reaches it sooner than through httpx
         "fastapi>=0.115,<1",
         "uvicorn>=0.34,<1",
         "httptools>=0.6",

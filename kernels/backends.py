@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,7 +11,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.kernels.slot_table import SlotTable
+
+log = logging.getLogger(__name__)
 
 
 class LayerKV(NamedTuple):
@@ -84,22 +88,47 @@ def backend_names(device: torch.device) -> tuple[str, ...]:
     """The backends that run on such a device, the best first."""
     if device.type != "cuda":
         rehearsed = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
-        return {"cpu": ("aten", *rehearsed)}.get(device.type, ())
+        return {"cpu": ("native", "aten", *rehearsed)}.get(device.type, ())
     return (*(package for package in ("triton", "flash_attn") if find_spec(package)), "torch")
 
 
 def attention_backend(name: str, device: torch.device, group: int = 1) -> AttentionBackend:
-    """The backend called `name`; "auto" takes the best one for the device. group: query heads per key/value head.
+    """The backend called `name`; "auto" takes the best one for the device that can be had, and logs which and why.
 
-    Raises ValueError for a name nobody answers to on this device.
+    group: query heads per key/value head.
+
+    Raises ValueError for a name nobody answers to on this device, or one that cannot be had on this machine.
     """
     names = backend_names(device)
     if name == "auto" and names:
-        name = names[0]
+        return _best(names, device, group)
     if name not in names:
         known = ", ".join(["auto", *names]) if names else "none for this device yet"
         raise ValueError(f"attention_backend={name} does not exist for device {device.type}; known: {known}")
+    try:
+        return _made(name, device, group)
+    except NativeUnavailable as error:
+        raise ValueError(f"attention_backend={name} cannot be had here: {error}; use attention_backend=auto") from error
+
+
+def _best(names: Sequence[str], device: torch.device, group: int) -> AttentionBackend:
+    for name in names:
+        try:
+            backend = _made(name, device, group)
+        except NativeUnavailable as error:
+            log.warning("attention_backend_unavailable name=%s reason=%s", name, error)
+            continue
+        log.info("attention_backend name=%s", name)
+        return backend
+    raise AssertionError("the last backend of a device can always be had")
+
+
+def _made(name: str, device: torch.device, group: int) -> AttentionBackend:
     match name:
+        case "native":
+            from megatron_medha.kernels.native_attention import NativeAttention
+
+            return NativeAttention()
         case "aten":
             from megatron_medha.kernels.cpu_attention import CpuAttention
 

@@ -28,7 +28,7 @@ class ReadPlan:
     num_rows: int
     runs: tuple[tuple[int, int], ...]  # (first slot, number of slots), read where they lie
     scattered: Tensor | None           # int64 slots, copied together first
-    is_written: bool                   # whether the rows' own keys and values are of this sequence's table
+    is_written: bool = True            # whether the rows' own keys and values are of this sequence's table
 
 
 @dataclass(frozen=True, slots=True)

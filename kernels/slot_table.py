@@ -32,6 +32,7 @@ class SlotTable:
         self._num_sealed_tokens = 0
         self._sealed_long: tuple[tuple[int, int], ...] = ()
         self._sealed_short = np.empty(0, dtype=np.int64)
+        self._in_order = np.empty((4, 2), dtype=np.int64)  # as `runs_in_order`; rows past the last run are spare
 
     def append(self, extents: Iterable[tuple[int, int]]) -> None:
         """Add extents (first block, number of blocks) at the end."""
@@ -45,6 +46,10 @@ class SlotTable:
                     continue
                 self._seal(last_slot, last_count)
             self._runs.append((self.num_slots, first_slot, count))
+            if len(self._runs) > len(self._in_order):
+                # A copy, never in place: a batch that is being computed may still read the old one.
+                self._in_order = np.concatenate((self._in_order, np.empty_like(self._in_order)))
+            self._in_order[len(self._runs) - 1] = self.num_slots, first_slot
             self.num_slots += count
 
     def slots(self, start: int, num_tokens: int) -> np.ndarray:
@@ -60,6 +65,10 @@ class SlotTable:
             if token < end and token + length > start
         ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def runs_in_order(self) -> np.ndarray:
+        """All runs in the order of their tokens, int64 [R, 2] of (first token, first slot); a view that stays true."""
+        return self._in_order[: len(self._runs)]
 
     def prefix(self, num_tokens: int) -> Prefix:
         """The slots of the tokens [0, num_tokens)."""

@@ -58,7 +58,7 @@ def compose(name: str, config_class: type, overrides: Sequence[str], config_dir:
     if config_dir is not None:
         _check_config_dir(config_dir, config_class)
         search.append(f"hydra.searchpath=[file://{config_dir.resolve()}]")
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema_of(config_class))
+    register_schema(name, config_class)
     try:
         with initialize_config_module(CONF_MODULE, version_base="1.3"):
             return hydra_compose(name, [*search, *overrides])
@@ -93,6 +93,18 @@ def as_yaml(config: DictConfig, resolves: bool) -> str:
         return OmegaConf.to_yaml(config, resolve=resolves)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_resolution(error)) from error
+
+
+def yaml_values(text: str) -> dict[str, Any]:
+    """Composed options, as as_yaml() wrote them, as plain values."""
+    values = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def register_schema(name: str, config_class: type) -> None:
+    """Let conf/<name>.yaml find the types of its keys, as <name>_schema."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema_of(config_class))
 
 
 def schema_of(config_class: type) -> type:

@@ -10,6 +10,8 @@ from pathlib import Path
 import msgspec
 
 from megatron_medha.cluster import machine
+from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
@@ -18,9 +20,11 @@ from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.slo import SloConfig
 
 _CUDA_BACKENDS = ("triton", "flash_attn", "torch")
-_SIMULATED_BLOCK_SIZE = 16
+DEFAULT_BLOCK_SIZE = 16  # tokens, on CPU and in simulations; CUDA's backends have their own
+_MAX_DEGREE = 1 << 16
 _MAX_BLOCK_SIZE = 4096  # tokens; beyond that the last block of every request wastes more than tables ever cost
 
 
@@ -29,6 +33,13 @@ class RuntimeKind(Enum):
 
     RANKS = "ranks"
     SIM = "sim"
+
+
+class LogFormat(Enum):
+    """How log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +67,7 @@ class ModelOptions:
             )
         _check_member("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _check_member("model.device", self.device, ("auto", "cpu", "cuda"))
-        _check_member("model.attention_backend", self.attention_backend, ("auto", "aten", *_CUDA_BACKENDS))
+        _check_member("model.attention_backend", self.attention_backend, ("auto", "native", "aten", *_CUDA_BACKENDS))
         _check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
         _check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
         if self.device == "cpu" and self.attention_backend in _CUDA_BACKENDS:
@@ -68,6 +79,32 @@ class ModelOptions:
         _check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
         _check_range("model.max_context_len", self.max_context_len, 2, 1 << 40)
         _check_range("model.num_threads", self.num_threads, 1, 4096)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelOptions:
+    """How many ranks there are on each axis, and how long the KV of one request on one rank may be."""
+
+    tp: int = 1
+    spp: int = 1
+    kvp: int = 1
+    dp: int = 1
+    max_tokens_per_shard: int | None = None
+
+    def __post_init__(self) -> None:
+        for axis in ("tp", "spp", "kvp", "dp"):
+            _check_range(f"parallel.{axis}", getattr(self, axis), 1, _MAX_DEGREE)
+        _check_range("parallel.max_tokens_per_shard", self.max_tokens_per_shard, 1, 1 << 40)
+
+    @property
+    def replica(self) -> ParallelLayout:
+        """The axes of one replica."""
+        return ParallelLayout(tp=self.tp, spp=self.spp, kvp=self.kvp)
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all replicas."""
+        return self.replica.world_size * self.dp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +120,11 @@ class TrackingConfig:
     metrics_log: Path | None = None
     interval_s: float = 10.0
     wandb_project: str | None = None
+    wandb_mode: str = "auto"
+    wandb_group: str | None = None
 
     def __post_init__(self) -> None:
+        _check_member("tracking.wandb_mode", self.wandb_mode, ("auto", "online", "offline"))
         _check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
         for key in ("decision_log", "metrics_log"):
             path: Path | None = getattr(self, key)
@@ -103,10 +143,14 @@ class ServeOptions:
     profile: Path | None = None
     runtime: RuntimeKind = RuntimeKind.RANKS
     log_level: str = "info"
+    log_format: LogFormat = LogFormat.TEXT
     model: ModelOptions
-    parallel: ParallelLayout
+    parallel: ParallelOptions
+    launch: LaunchConfig
+    recovery: RecoveryConfig
     scheduler: SchedulerConfig
     server: ServerConfig
+    slo: SloConfig
     hardware: Hardware
     workload: WorkloadOptions
     tracking: TrackingConfig
@@ -120,11 +164,12 @@ class ProfileOptions:
     file: Path
     seconds: float
     model: ModelOptions
-    parallel: ParallelLayout
+    parallel: ParallelOptions
+    launch: LaunchConfig
 
     def __post_init__(self) -> None:
         _check_range("seconds", self.seconds, 1.0, 3600.0)
-        if self.parallel.world_size > 1:
+        if self.parallel.num_ranks > 1:
             raise ConfigError("parallel: a profile is measured on one rank; use parallel=single")
 
 
@@ -141,66 +186,78 @@ class SimulatedModel:
 class ServeConfig:
     """What `medha serve` is made from; nothing reads the options after this."""
 
-    world: RankConfig | SimulatedModel
+    world: RankConfig | SimulatedModel  # of one replica
+    num_replicas: int
+    launch: LaunchConfig
+    recovery: RecoveryConfig
     tokenizer: Path
     scheduler: SchedulerConfig
     server: ServerConfig
+    slo: SloConfig
     hardware: Hardware
     profile: FittedCost | None
     tracking: TrackingConfig
     log_level: str
+    log_format: LogFormat
 
 
 def serve_config(options: ServeOptions) -> ServeConfig:
     """The options, checked against each other and against this machine. Raises ConfigError."""
     _check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
-    _check_hardware(options.hardware)
-    layout = options.parallel
-    if layout.world_size > 1:
-        axis = next(axis for axis in ("tp", "spp", "kvp", "dp") if getattr(layout, axis) > 1)
-        raise ConfigError(
-            f"parallel.{axis}={getattr(layout, axis)}: more than one rank is not served yet; use parallel=single"
-        )
-    world = _simulated_model(options) if options.runtime is RuntimeKind.SIM else _rank_config(options)
+    world = _simulated_model(options) if options.runtime is RuntimeKind.SIM else rank_config(options)
     return ServeConfig(
         world=world,
+        num_replicas=options.parallel.dp,
+        launch=options.launch,
+        recovery=options.recovery,
         tokenizer=_tokenizer(options),
         scheduler=options.scheduler,
         server=options.server,
+        slo=options.slo,
         hardware=options.hardware,
-        profile=_profile(options.profile, layout),
+        profile=_profile(options.profile, options.parallel.replica),
         tracking=options.tracking,
         log_level=options.log_level,
+        log_format=options.log_format,
     )
 
 
-def _rank_config(options: ServeOptions) -> RankConfig:
-    return rank_config(options.checkpoint, options.model, options.parallel)
-
-
-def rank_config(checkpoint_key: Path | None, model: ModelOptions, layout: ParallelLayout) -> RankConfig:
+def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
     """What a rank is told that runs this checkpoint. Raises ConfigError."""
+    model = options.model
     if model.shape is not None:
         raise ConfigError(
             f"model.shape.name={model.shape.name}: with runtime=ranks the checkpoint says what the model is; "
             "use model=auto, or runtime=sim to simulate this one"
         )
-    checkpoint = _checkpoint(checkpoint_key)
+    checkpoint = _checkpoint(options.checkpoint)
+    parallel = options.parallel
     device = model.device if model.device != "auto" else ("cuda" if machine.has_cuda_device() else "cpu")
+    if parallel.kvp > 1 and parallel.max_tokens_per_shard is None:
+        raise ConfigError(
+            f"parallel.max_tokens_per_shard=null: parallel.kvp={parallel.kvp} ranks share a request's KV by token "
+            "range; say how many tokens of it go on each, e.g. 32768"
+        )
+    block_size = model.block_size or DEFAULT_BLOCK_SIZE  # larger ones, of CUDA's backends, are checked by the rank
+    if (shard_tokens := parallel.max_tokens_per_shard) is not None and shard_tokens % block_size:
+        raise ConfigError(
+            f"parallel.max_tokens_per_shard={shard_tokens} must be a multiple of model.block_size={block_size}"
+        )
     return RankConfig(
-        layout=layout,
+        layout=parallel.replica,
         front_endpoint="",
         checkpoint=str(checkpoint),
         device=device,
         dtype=model.dtype,
         block_size=model.block_size,
-        kv_memory_bytes=_device_kv_bytes(model) if device == "cuda" else _kv_memory_bytes(model, checkpoint),
+        kv_memory_bytes=_device_kv_bytes(model) if device == "cuda" else _kv_memory_bytes(options, checkpoint),
         kv_memory_share=model.kv_memory_share,
         kv_dtype=model.kv_dtype,
         fp8=model.fp8,
         cuda_graphs=model.cuda_graphs,
+        max_tokens_per_shard=parallel.max_tokens_per_shard,
         max_context_len=model.max_context_len,
-        num_threads=model.num_threads,
+        num_threads=_num_threads(options),
         attention_backend=model.attention_backend,
     )
 
@@ -210,26 +267,47 @@ def _device_kv_bytes(model: ModelOptions) -> int | None:
     return None if model.kv_memory_gib is None else int(model.kv_memory_gib * machine.GIB)
 
 
-def _kv_memory_bytes(model: ModelOptions, checkpoint: Path) -> int:
-    free_bytes = machine.free_memory_bytes()
-    if model.kv_memory_gib is not None:
-        wanted_bytes = int(model.kv_memory_gib * machine.GIB)
-        if free_bytes is not None and wanted_bytes > free_bytes:
+def _kv_memory_bytes(options: ServeOptions | ProfileOptions, checkpoint: Path) -> int:
+    """Of each rank. Ranks of this machine share its memory."""
+    model, parallel = options.model, options.parallel
+    wanted_gib = model.kv_memory_gib
+    if options.launch.kind is LaunchKind.ATTACH:
+        if wanted_gib is None:
             raise ConfigError(
-                f"model.kv_memory_gib={model.kv_memory_gib:g}: only {free_bytes / machine.GIB:.1f} GiB are free; "
+                "model.kv_memory_gib=null: what is free where the ranks will run is not known here; give GiB per rank"
+            )
+        return int(wanted_gib * machine.GIB)
+    free_bytes = machine.free_memory_bytes()
+    if wanted_gib is not None:
+        wanted_bytes = int(wanted_gib * machine.GIB)
+        if free_bytes is not None and wanted_bytes * parallel.num_ranks > free_bytes:
+            ranks = f" on each of {parallel.num_ranks} ranks" if parallel.num_ranks > 1 else ""
+            raise ConfigError(
+                f"model.kv_memory_gib={wanted_gib:g}{ranks}: only {free_bytes / machine.GIB:.1f} GiB are free; "
                 "take less, or null for a share of what is free"
             )
         return wanted_bytes
     if free_bytes is None:
         raise ConfigError("model.kv_memory_gib=null: this system does not tell how much memory is free; give a number")
-    weight_bytes = machine.directory_bytes(checkpoint)
+    # tp and spp cut the weights, kvp and dp repeat them.
+    num_copies = parallel.kvp * parallel.dp
+    weight_bytes = machine.directory_bytes(checkpoint) * num_copies
     kv_bytes = int((free_bytes - weight_bytes) * model.kv_memory_share)
     if kv_bytes <= 0:
+        times = f", {num_copies} times," if num_copies > 1 else ""
         raise ConfigError(
-            f"checkpoint={checkpoint}: {weight_bytes / machine.GIB:.1f} GiB of files, but only "
+            f"checkpoint={checkpoint}: {weight_bytes / machine.GIB:.1f} GiB of files{times} but only "
             f"{free_bytes / machine.GIB:.1f} GiB of memory are free; free some, or give model.kv_memory_gib"
         )
-    return kv_bytes
+    return kv_bytes // parallel.num_ranks
+
+
+def _num_threads(options: ServeOptions | ProfileOptions) -> int | None:
+    """Of each rank: several on one machine share its cores, one takes them all."""
+    if options.model.num_threads is not None or options.launch.kind is LaunchKind.ATTACH:
+        return options.model.num_threads
+    num_ranks = options.parallel.num_ranks
+    return None if num_ranks == 1 else max(1, machine.num_usable_cores() // num_ranks)
 
 
 def _simulated_model(options: ServeOptions) -> SimulatedModel:
@@ -239,13 +317,18 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
             "model.shape=null: runtime=sim needs the sizes of the model to simulate; use model=llama3_8b, "
             "or an option of your own with --config-dir"
         )
+    parallel = options.parallel
+    if (num_ranks := parallel.replica.world_size) > 1:
+        raise ConfigError(
+            f"parallel: {num_ranks} ranks per replica, but runtime=sim serves replicas of one; use parallel.dp only"
+        )
     shape = model.shape
     if model.max_context_len is not None:
         _check_range("model.max_context_len", model.max_context_len, 2, shape.max_context_len)
         shape = _with_context(shape, model.max_context_len)
     if model.kv_memory_gib is None:
         raise ConfigError("model.kv_memory_gib=null: runtime=sim needs the KV memory to simulate; give GiB")
-    block_size = model.block_size or _SIMULATED_BLOCK_SIZE
+    block_size = model.block_size or DEFAULT_BLOCK_SIZE
     block_bytes = block_size * shape.kv_bytes_per_token
     num_blocks = int(model.kv_memory_gib * machine.GIB) // block_bytes
     if num_blocks < 1:
@@ -298,19 +381,6 @@ def _tokenizer(options: ServeOptions) -> Path:
             "(save_pretrained of a Hugging Face fast tokenizer writes it)"
         )
     return directory
-
-
-def _check_hardware(hardware: Hardware) -> None:
-    for field in fields(hardware):
-        value = getattr(hardware, field.name)
-        if field.name == "name":
-            continue
-        if field.name.endswith("_efficiency"):
-            _check_range(f"hardware.{field.name}", value, 0.001, 1.0)
-        elif field.name.endswith("_overhead_s"):
-            _check_range(f"hardware.{field.name}", value, 0.0, 10.0)
-        else:
-            _check_range(f"hardware.{field.name}", value, 1e3, 1e21)
 
 
 def _check_member(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -24,7 +24,13 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("megatron_medha.commands.chat", "talk to a server from the terminal"),
     "train-tiny": Command("megatron_medha.commands.train_tiny", "train a tiny GPT, to have one to serve"),
     "profile": Command("megatron_medha.commands.profile", "measure how long steps take here, for profile=FILE"),
+    "simulate": Command("megatron_medha.commands.simulate", "run a workload on a machine that is only calculated"),
+    "explain": Command("megatron_medha.commands.explain", "say why a simulated request waited, step by step"),
+    "plan": Command("megatron_medha.commands.plan", "find the layout that meets a target with the fewest GPUs"),
+    "bench": Command("megatron_medha.commands.bench", "put a running server under load and measure it"),
+    "report": Command("megatron_medha.commands.report", "put runs side by side on one page"),
     "replay": Command("megatron_medha.commands.replay", "check that a decision log replays to the same batches"),
+    "selftest": Command("megatron_medha.commands.selftest", "throw nonsense at a running server and see it hold"),
     "version": Command("megatron_medha.commands.version", "print the version"),
 }
 

@@ -25,12 +25,16 @@ BELOW = {
     "model": {"core", "engine", "kernels", "parallel"},
     "worker": {"core", "engine", "kernels", "parallel", "model", "cluster"},
     "server": {"core", "engine"},
-    "config": {"core", "engine", "sim", "cluster", "parallel", "model", "worker", "server", "kernels", "conf"},
-    "main": {"core", "engine", "sim", "cluster", "parallel", "model", "worker", "server", "kernels", "conf", "config"},
+    "bench": {"core", "engine"},
+    "config": {"core", "engine", "sim", "cluster", "parallel", "model", "worker", "server", "bench", "kernels", "conf"},
+    "main": {
+        "core", "engine", "sim", "cluster", "parallel", "model", "worker", "server", "bench", "kernels", "conf",
+        "config",
+    },
 }
 ONLY_FOREIGN = {"core": set(), "kernels": {"torch", "triton", "numpy", "flash_attn"}}
 HEAVY = {"torch", "numpy", "transformers", "megatron", "deepspeed", "triton", "safetensors"}
-FRONT = {"core", "engine", "cluster", "server", "sim"}  # never import anything heavy, at module level or later
+FRONT = {"core", "engine", "cluster", "server", "sim", "bench"}  # never import anything heavy, at module level or later
 ROOF_LAZY = {"config", "main"}                          # may, but inside functions only
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Helper", "Helpers", "Utils", "Util")
 

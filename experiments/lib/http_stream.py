@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -15,6 +16,7 @@ class Streamed:
     num_prompt_tokens: int
     sent_s: float
     token_times_s: list[float] = field(default_factory=list)
+    text: str = ""
     error: str | None = None
 
     @property
@@ -28,8 +30,19 @@ class Streamed:
         return self.token_times_s[-1]
 
 
-async def complete(port: int, prompt: list[int], max_tokens: int, timeout_s: float = 600.0) -> Streamed:
-    """One greedy streaming completion of exactly `max_tokens` tokens."""
+async def complete(
+    port: int,
+    prompt: list[int],
+    max_tokens: int,
+    timeout_s: float = 600.0,
+    *,
+    may_join_tokens: bool = False,
+    on_token: Callable[[], object] = lambda: None,
+) -> Streamed:
+    """One greedy streaming completion of exactly `max_tokens` tokens; on_token is called at each piece.
+
+    may_join_tokens: several may come in one piece, as some servers send them when they are short of CPU.
+    """
     body = json.dumps(
         {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     ).encode()
@@ -52,10 +65,14 @@ async def complete(port: int, prompt: list[int], max_tokens: int, timeout_s: flo
                         result.error = event["error"]["message"]
                     elif event.get("choices"):
                         result.token_times_s.append(now_s)
+                        result.text += event["choices"][0]["text"]
+                        on_token()
                 elif status != b"200" and line.startswith(b"{"):
                     result.error = line.decode()
         finally:
             writer.close()
-    if result.error is None and len(result.token_times_s) != max_tokens:
-        result.error = f"{len(result.token_times_s)} tokens instead of {max_tokens}"
+    num_pieces = len(result.token_times_s)
+    is_whole = 0 < num_pieces <= max_tokens if may_join_tokens else num_pieces == max_tokens
+    if result.error is None and not is_whole:
+        result.error = f"{num_pieces} tokens instead of {max_tokens}"
     return result

@@ -1,32 +1,43 @@
-"""An engine over real ranks: starts their processes, waits until they have loaded, and ends them for certain."""
+"""An engine over the real ranks of one replica."""
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import msgspec
+import zmq
 
-from megatron_medha.cluster.launch import RankProcess
+from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.cluster.launch import WORKER_COMMAND, LocalRanks, Ranks
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.cluster.runtime import ClusterRuntime, RankLink
+from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
-from megatron_medha.core.errors import RankError
 from megatron_medha.core.fitted_cost import FittedCost
-from megatron_medha.engine.engine import Engine, World
+from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Streams
 
-_log = logging.getLogger(__name__)
+OpenRanks = Callable[[Sequence[RankConfig]], AbstractContextManager[Ranks]]
 
-_SHUTDOWN_TIMEOUT_S = 5.0  # a rank finishes its step first
+
+def local_ranks(replica: int = 0, command: Sequence[str] = WORKER_COMMAND) -> OpenRanks:
+    """Ranks that are processes on this machine; the replica's place tells which devices are theirs."""
+
+    @contextmanager
+    def open_ranks(configs: Sequence[RankConfig]) -> Iterator[Ranks]:
+        with tempfile.TemporaryDirectory(prefix="medha-") as directory, zmq.Context() as context:
+            yield LocalRanks(
+                configs, context, Path(directory), first_local_rank=replica * len(configs), command=command
+            )
+
+    return open_ranks
 
 
 def cluster_engine(
@@ -35,56 +46,41 @@ def cluster_engine(
     scheduler_config: SchedulerConfig,
     hardware: Hardware,
     profile: FittedCost | None = None,
+    recovery: RecoveryConfig | None = None,
+    open_ranks: OpenRanks | None = None,
     observers: tuple[Observer, ...] = (),
+    watchers: tuple[Watcher, ...] = (),
     decision_log: Path | None = None,
 ) -> Engine:
-    """An engine whose world is one rank on this machine; nothing starts before its start().
+    """An engine whose world is one replica; nothing starts before its start().
 
-    rank_config.front_endpoint is filled in here: a socket in a directory of our own.
+    rank_config: of any rank; its number and addresses are filled in here. open_ranks: by default on this machine.
     """
+    layout = rank_config.layout
+    configs = [msgspec.structs.replace(rank_config, rank=rank) for rank in range(layout.world_size)]
 
     @contextmanager
-    def open_world(
-        inbox: Inbox, streams: Streams, note_loading: Callable[[str, float], None]
-    ) -> Iterator[World | None]:
-        with tempfile.TemporaryDirectory(prefix="medha-") as directory:
-            endpoint = f"ipc://{directory}/front"
-            link = RankLink(endpoint)
-            ranks = [RankProcess.start(msgspec.structs.replace(rank_config, front_endpoint=endpoint))]
-            runtime = ClusterRuntime(link, inbox, streams, lambda: _check(ranks))
+    def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
+        with (open_ranks or local_ranks())(configs) as ranks:
+            runtime = ClusterRuntime(ranks, layout, inbox, streams, board, recovery or RecoveryConfig())
             try:
-                ready = runtime.wait_until_ready(note_loading)
-                yield None if ready is None else World(
+                started = runtime.start()
+                yield None if started is None else World(
                     runtime=runtime,
                     setup=SchedulerSetup(
                         config=scheduler_config,
-                        shape=ready.shape,
+                        shape=started.first.shape,
                         hardware=hardware,
                         profile=profile,
-                        layout=rank_config.layout,
-                        num_blocks=ready.num_blocks,
-                        block_size=ready.block_size,
+                        layout=layout,
+                        num_blocks=started.num_blocks,
+                        block_size=started.first.block_size,
+                        max_tokens_per_shard=rank_config.max_tokens_per_shard,
                     ),
-                    stop_token_ids=ready.stop_token_ids,
-                    device=ready.device,
+                    stop_token_ids=started.first.stop_token_ids,
+                    device=started.device,
                 )
             finally:
                 runtime.shut_down()
-                _end(ranks)
-                link.close()
 
-    return Engine(open_world, observers=observers, decision_log=decision_log)
-
-
-def _check(ranks: list[RankProcess]) -> None:
-    for rank in ranks:
-        if rank.exit_code is not None:
-            raise RankError(f"rank {rank.rank} ended with exit code {rank.exit_code}")
-
-
-def _end(ranks: list[RankProcess]) -> None:
-    deadline_s = time.monotonic() + _SHUTDOWN_TIMEOUT_S
-    for rank in ranks:
-        if not rank.wait(max(0.1, deadline_s - time.monotonic())):
-            _log.warning("rank_killed rank=%d reason=did_not_end", rank.rank)
-            rank.kill()
+    return Engine(open_world, observers=observers, watchers=watchers, decision_log=decision_log)

@@ -1,14 +1,75 @@
-"""Starting ranks on this machine as processes, and ending them for certain."""
+"""The ranks of one replica as processes on this machine: started together, watched, and ended for certain."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import msgspec
+import zmq
 
+from megatron_medha.cluster.link import Context, RankLink
 from megatron_medha.cluster.rank_config import RankConfig
+
+WORKER_COMMAND = (sys.executable, "-m", "megatron_medha.worker.main")
+
+
+class Exit(NamedTuple):
+    """A rank's process has ended."""
+
+    rank: int
+    code: int  # negative: the signal that ended it
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal ended it; otherwise it said why, or its peers will."""
+        return self.code < 0
+
+    def __str__(self) -> str:
+        if not self.was_killed:
+            return f"rank {self.rank} ended with exit code {self.code}"
+        try:
+            return f"rank {self.rank} was ended by {signal.Signals(-self.code).name}"
+        except ValueError:
+            return f"rank {self.rank} was ended by signal {-self.code}"
+
+
+class Ranks(Protocol):
+    """The ranks of one replica, here or elsewhere."""
+
+    @property
+    def link(self) -> RankLink:
+        """To the ranks started last."""
+
+    @property
+    def sockets(self) -> Sequence[zmq.Socket[bytes]]:
+        """Others to wait for: poll() is due when one of them is readable."""
+
+    def start(self) -> None:
+        """Bring all ranks up, on a link of their own."""
+
+    def missing(self) -> str | None:
+        """What start() still waits for, in words; None once every process has been started. Raises RankError."""
+
+    def poll(self) -> None:
+        """Take note of what happened to the processes."""
+
+    def exits(self) -> list[Exit]:
+        """The processes that have ended by themselves."""
+
+    def end(self, patience_s: float) -> None:
+        """End every process: give it that long to end by itself, then kill it. Returns when none is left."""
+
+    def close(self) -> None:
+        """Give the sockets back."""
 
 
 @dataclass(slots=True)
@@ -19,20 +80,23 @@ class RankProcess:
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, config: RankConfig) -> RankProcess:
-        """Start `python -m megatron_medha.worker.main` with its configuration as the one argument."""
+    def start(
+        cls, config: RankConfig, command: Sequence[str] = WORKER_COMMAND, environment: Mapping[str, str] | None = None
+    ) -> RankProcess:
+        """Start the command with the configuration as its last argument, and additional environment variables."""
         argument = msgspec.json.encode(config).decode()
         # A session of its own, so that Ctrl-C at the terminal reaches the front alone, which ends the ranks in order.
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_medha.worker.main", argument],
+            [*command, argument],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
         return cls(config.rank, process)
 
     @property
     def exit_code(self) -> int | None:
-        """None while it lives."""
+        """None while it lives; negative: the signal that ended it."""
         return self.process.poll()
 
     def wait(self, timeout_s: float) -> bool:
@@ -44,6 +108,96 @@ class RankProcess:
         return True
 
     def kill(self) -> None:
-        """End it now."""
-        self.process.kill()
-        self.process.wait()
+        """Send it, and whatever it started, the signal no process can refuse; stopped ones take it too."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class LocalRanks:
+    """Ranks that we start ourselves."""
+
+    def __init__(
+        self,
+        configs: Sequence[RankConfig],
+        context: Context,
+        directory: Path,
+        *,
+        first_local_rank: int = 0,
+        command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        """configs: of each rank; addresses are filled in here. directory: ours alone, for sockets.
+
+        first_local_rank: how many ranks of other replicas come before ours on this machine.
+        """
+        self._configs = configs
+        self._context = context
+        self._directory = directory
+        self._first_local_rank = first_local_rank
+        self._command = command
+        self._processes: list[RankProcess] = []
+        self._num_starts = 0
+        self._link: RankLink | None = None
+
+    @property
+    def link(self) -> RankLink:
+        """See Ranks."""
+        assert self._link is not None, "no rank has been started"
+        return self._link
+
+    @property
+    def sockets(self) -> Sequence[zmq.Socket[bytes]]:
+        """See Ranks: the kernel tells us of our children."""
+        return ()
+
+    def start(self) -> None:
+        """See Ranks."""
+        assert not self._processes, "ranks are still there"
+        self.close()
+        self._num_starts += 1
+        self._link = RankLink(self._context, f"ipc://{self._directory}/front-{self._num_starts}")
+        meeting = f"file://{self._directory}/meeting-{self._num_starts}" if len(self._configs) > 1 else None
+        for config in self._configs:
+            environment = {
+                "LOCAL_RANK": str(self._first_local_rank + config.rank),  # as torchrun says which device is whose
+                **loopback_environment(),
+            }
+            config = msgspec.structs.replace(config, front_endpoint=self._link.endpoint, init_method=meeting)
+            self._processes.append(RankProcess.start(config, self._command, environment))
+
+    def missing(self) -> str | None:
+        """See Ranks."""
+        return None
+
+    def poll(self) -> None:
+        """See Ranks; exits() looks for itself."""
+
+    def exits(self) -> list[Exit]:
+        """See Ranks."""
+        return [
+            Exit(process.rank, code) for process in self._processes if (code := process.exit_code) is not None
+        ]
+
+    def end(self, patience_s: float) -> None:
+        """See Ranks."""
+        deadline_s = time.monotonic() + patience_s
+        for process in self._processes:
+            process.wait(max(0.0, deadline_s - time.monotonic()))
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.process.wait()
+        self._processes.clear()
+
+    def close(self) -> None:
+        """See Ranks."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+
+def loopback_environment() -> dict[str, str]:
+    """Lets gloo connect the ranks of one machine over its loopback; by itself it asks what the host's name means."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return {}
+    names = {name for _, name in socket.if_nameindex()}
+    return next(({"GLOO_SOCKET_IFNAME": name} for name in ("lo", "lo0") if name in names), {})

@@ -37,7 +37,11 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
     """Front to rank: finish the step at hand and exit."""
 
 
-ToRank = Step | Shutdown
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
+    """Front to rank: nothing. That it cannot be sent any more tells that the rank has closed its connection."""
+
+
+ToRank = Step | Shutdown | Ping
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):

@@ -14,6 +14,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     layout: ParallelLayout = ParallelLayout()
     init_method: str | None = None   # where the ranks of the layout meet (torch.distributed); None: there is only one
     front_endpoint: str              # ZeroMQ address of the front's ROUTER socket
+    key_file: str | None = None      # keys of an encrypted connection (cluster/keys.py); None: it is not encrypted
     checkpoint: str                  # directory: Megatron torch_dist or Hugging Face safetensors
     device: str = "auto"             # auto, cpu, cuda
     dtype: str = "auto"              # auto (the checkpoint's own), float32, bfloat16
@@ -26,5 +27,5 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S); None: all that fit.
     max_tokens_per_shard: int | None = None
     max_context_len: int | None = None  # None: the checkpoint's own
-    num_threads: int | None = None   # None: the CPU cores this process may use
+    num_threads: int | None = None   # None: its share of the CPU cores it may use
     attention_backend: str = "auto"

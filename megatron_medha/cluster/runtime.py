@@ -1,173 +1,303 @@
-"""The real world seen from the scheduler's side: batches go to the rank as messages, results come back as events."""
+"""The real world seen from the scheduler's side: batches go to the ranks as messages, results come back as events.
+
+Ranks that are lost are ended and started again here, while the scheduler goes on to take requests and the streams of
+clients stay open; then it hears of it (RanksLost) and computes the KV of its sequences again.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from enum import Enum
 
-import msgspec
 import zmq
 
+from megatron_medha.cluster.collector import BatchResult, StepCollector
+from megatron_medha.cluster.health import FailureCount, Heartbeats, RecoveryConfig, StepWatchdog
+from megatron_medha.cluster.launch import Ranks
 from megatron_medha.cluster.messages import (
     FromRank,
     Heartbeat,
     Loading,
     NewRequest,
+    Ping,
     RankFailed,
     Ready,
     Shutdown,
-    Step,
     StepDone,
-    ToRank,
 )
-from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output
+from megatron_medha.cluster.mirror import RankMirror
+from megatron_medha.cluster.start_progress import StartProgress
+from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output, RanksLost, TokenOut
 from megatron_medha.core.errors import RankError
+from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.inbox import Inbox
+from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Sampled, Streams
 
-# How soon a dead rank is noticed while nothing else happens.
-_CHECK_INTERVAL_S = 0.25
+_log = logging.getLogger(__name__)
+
+_CHECK_INTERVAL_S = 0.25    # how soon a dead rank is noticed
+_PING_INTERVAL_S = 1.0      # how soon a closed connection is
+_LAST_WORDS_MS = 200
+_SHUTDOWN_TIMEOUT_S = 5.0   # a rank finishes its step first
 
 
-class RankLink:
-    """The socket to the ranks: one ROUTER, each rank a DEALER that calls itself rank-N."""
-
-    def __init__(self, endpoint: str) -> None:
-        self._context = zmq.Context()
-        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.SNDHWM, 0)
-        self.socket.setsockopt(zmq.RCVHWM, 0)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a message to a rank that is gone is an error, not a loss
-        self.socket.bind(endpoint)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
-
-    def send(self, rank: int, message: ToRank) -> None:
-        """Send to one rank. Raises RankError if it is not connected."""
-        try:
-            self.socket.send_multipart((b"rank-%d" % rank, self._encoder.encode(message)))
-        except zmq.ZMQError as error:
-            raise RankError(f"rank {rank} cannot be reached: {error}") from None
-
-    def receive(self) -> FromRank:
-        """The next message; one must be there."""
-        _, payload = self.socket.recv_multipart()
-        return self._decoder.decode(payload)
-
-    def close(self) -> None:
-        """Close at once; unsent messages are dropped."""
-        self.socket.close()
-        self._context.term()
+class _Phase(Enum):
+    STARTING = "starting"  # processes are coming up; nothing can be submitted
+    LOST = "lost"          # they are up again, but the scheduler has not heard of it yet
+    SERVING = "serving"
 
 
 class ClusterRuntime:
-    """A Runtime over one rank."""
+    """A Runtime over the ranks of one replica."""
 
-    def __init__(self, link: RankLink, inbox: Inbox, streams: Streams, check_ranks: Callable[[], None]) -> None:
-        """check_ranks raises RankError when a rank is gone."""
-        self._link = link
+    def __init__(
+        self,
+        ranks: Ranks,
+        layout: ParallelLayout,
+        inbox: Inbox,
+        streams: Streams,
+        board: StatusBoard,
+        recovery: RecoveryConfig,
+    ) -> None:
+        """Starts nothing. layout: of this replica, dp = 1."""
+        assert layout.dp == 1
+        self._ranks = ranks
+        self._layout = layout
         self._inbox = inbox
         self._streams = streams
-        self._check_ranks = check_ranks
-        self._poller = zmq.Poller()
-        self._poller.register(link.socket, zmq.POLLIN)
-        self._poller.register(inbox.fileno(), zmq.POLLIN)
+        self._board = board
+        self._recovery = recovery
+        self._collector = StepCollector(layout)
+        self._mirror = RankMirror(layout, self._describe)
+        self._watchdog = StepWatchdog(recovery)
+        self._failures = FailureCount(recovery)
+        self._heartbeats = Heartbeats(range(layout.world_size), recovery.load_heartbeat_timeout_s, 0.0)
+        self._phase = _Phase.STARTING
+        self._progress = StartProgress(layout.world_size)
+        self._num_starts = 0               # since the ranks were last ready
+        self._why_lost = ""
+        self._ready_s = self._served_s = 0.0  # when the ranks came up last; how long they have served before that
+        self._num_blocks: int | None = None  # promised to the scheduler
         self._events: deque[Event | None] = deque()
-        self._sampled: dict[str, Sampled] = {}  # of the batch completed last
-        self._num_in_flight = 0
+        self._results: dict[int, dict[str, Sampled]] = {}  # of batches whose Completed has not been taken up
+        self._sampled: dict[str, Sampled] = {}             # of the one that was taken up last
+        self._poller = zmq.Poller()
+        self._next_check_s = self._next_ping_s = 0.0
 
     def now_s(self) -> float:
         """See Runtime."""
         return time.monotonic()
 
-    def wait_until_ready(self, note_loading: Callable[[str, float], None]) -> Ready | None:
-        """Wait for the rank to have loaded; None if asked to stop meanwhile. Raises RankError if it dies."""
-        while True:
-            polled = dict(self._poller.poll(int(_CHECK_INTERVAL_S * 1000)))
-            if self._inbox.fileno() in polled:
-                self._events.extend(self._inbox.drain())
-                if None in self._events:
-                    return None
-            if self._link.socket in polled:
-                match message := self._link.receive():
-                    case Loading():
-                        note_loading(message.what, message.fraction)
-                    case Ready():
-                        return message
-                    case RankFailed():
-                        raise RankError(f"{message.kind}: {message.message}")
-            elif not polled:
-                self._check_ranks()
+    # ---- the life of the ranks ----
+
+    def start(self) -> StartProgress | None:
+        """Start the ranks and wait for all to have loaded; what they said then.
+
+        None if asked to stop meanwhile. Raises RankError if one fails; a first start is not tried again, since what
+        stops it is most often what the user asked for.
+        """
+        self._start_ranks()
+        while self._phase is _Phase.STARTING:
+            self._wait()
+            if None in self._events:
+                return None
+        self._num_blocks = self._progress.num_blocks
+        return self._progress
+
+    def shut_down(self) -> None:
+        """End the ranks: in order where they serve, at once where they do not."""
+        is_serving = self._phase is not _Phase.STARTING
+        if is_serving:
+            for rank in range(self._layout.world_size):
+                try:
+                    self._ranks.link.send(rank, Shutdown())
+                except RankError:
+                    is_serving = False  # others would wait for it for ever
+        self._ranks.end(_SHUTDOWN_TIMEOUT_S if is_serving else 0.0)
+        self._ranks.close()
+
+    def _start_ranks(self) -> None:
+        self._num_starts += 1
+        self._phase = _Phase.STARTING
+        self._progress = StartProgress(self._layout.world_size)
+        self._ranks.start()
+        self._poller = zmq.Poller()
+        for socket in (self._ranks.link.socket, *self._ranks.sockets):
+            self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._inbox.fileno(), zmq.POLLIN)
+        self._heartbeats.restart(self._recovery.load_heartbeat_timeout_s, self.now_s())
+
+    def _lose_ranks(self, why: str) -> None:
+        """The ranks can no longer be used: end all of them and start them again, or give up (RankError)."""
+        # One that was killed says nothing; others then say that they have lost their peer.
+        why = next((str(exit) for exit in self._ranks.exits() if exit.was_killed), why)
+        if self._num_blocks is None:
+            raise RankError(why)
+        _log.error("ranks_lost why=%r", why)
+        self._board.count_failure()
+        if self._phase is _Phase.STARTING:
+            if self._num_starts >= self._recovery.max_starts:
+                raise RankError(f"{why}, while the ranks were starting again after: {self._why_lost}")
+        else:
+            self._why_lost = why
+            self._num_starts = 0
+            self._served_s += self.now_s() - self._ready_s
+            if not self._failures.failed(self._served_s):
+                raise RankError(f"{why}: failure {len(self._failures)} within {self._recovery.failure_window_s:g} s")
+        self._board.recovering(why, 0.0)
+        self._ranks.end(0.0)
+        self._collector.clear()
+        self._mirror.clear()
+        self._watchdog.clear()
+        # A loss that the scheduler has not heard of yet is part of this one.
+        self._events = deque(event for event in self._events if not isinstance(event, RanksLost))
+        self._start_ranks()
+
+    def _ranks_are_ready(self) -> None:
+        self._ready_s = self.now_s()
+        self._heartbeats.restart(self._recovery.heartbeat_timeout_s, self._ready_s)
+        if self._num_blocks is None:
+            self._phase = _Phase.SERVING  # start() is waiting
+            return
+        if self._progress.num_blocks < self._num_blocks:
+            raise RankError(
+                f"the ranks came back with {self._progress.num_blocks} KV blocks instead of {self._num_blocks}"
+            )
+        self._num_starts = 0
+        self._phase = _Phase.LOST
+        self._events.append(RanksLost(self._why_lost))
+        self._board.recovered(self._progress.device)
+        _log.info("ranks_recovered why_lost=%r", self._why_lost)
+
+    # ---- the loop's side ----
 
     def next_event(self) -> Event | None:
         """See Runtime."""
         self._streams.flush()
         while not self._events:
-            polled = dict(self._poller.poll(int(_CHECK_INTERVAL_S * 1000)))
-            if self._link.socket in polled:
-                self._take(self._link.receive())
-            if self._inbox.fileno() in polled:
-                self._events.extend(self._inbox.drain())
-            if not polled:
-                self._check_ranks()
+            self._wait()
         event = self._events.popleft()
-        if isinstance(event, Aborted):
-            self._streams.drop(event.request_id)
+        match event:
+            case Completed():
+                self._sampled = self._results.pop(event.batch_id)
+            case Aborted():
+                self._streams.drop(event.request_id)
+            case RanksLost():
+                self._phase = _Phase.SERVING
+            case _:
+                pass
         return event
 
     def has_room(self) -> bool:
         """See Runtime."""
-        return not self._num_in_flight
+        return self._phase is _Phase.SERVING and len(self._collector) < self._layout.spp
 
     def submit(self, batch: Batch) -> None:
         """See Runtime."""
-        new_requests: list[NewRequest] = []
-        for chunk in batch.chunks:
-            if chunk.start == 0 and not (stream := self._streams[chunk.request_id]).is_known_to_ranks:
-                stream.is_known_to_ranks = True
-                token_ids = stream.token_ids
-                new_requests.append(
-                    NewRequest(chunk.request_id, token_ids.tobytes(), len(token_ids), stream.sampling)
-                )
-        self._link.send(0, Step(batch.batch_id, batch.chunks, tuple(new_requests), batch.released))
-        self._num_in_flight += 1
+        self._collector.submitted(batch.batch_id)
+        self._watchdog.submitted(batch.batch_id, batch.predicted_s, self.now_s())
+        link, layout = self._ranks.link, self._layout
+        payloads = [link.encode(step) for step in self._mirror.steps(batch)]
+        try:
+            for rank in range(layout.world_size):
+                link.send_encoded(rank, payloads[layout.coord_of(rank).kvp])
+        except RankError as error:
+            self._lose_ranks(str(error))
 
     def emit(self, output: Output) -> None:
         """See Runtime."""
         self._streams.emit(output, self._sampled)
+        if isinstance(output, TokenOut) and output.finish_reason is None:
+            self._mirror.sampled(output.request_id, self._sampled[output.request_id].token_id)
 
-    def shut_down(self) -> None:
-        """Ask the rank to end after its step."""
+    def _describe(self, request_id: str) -> NewRequest:
+        stream = self._streams[request_id]
+        token_ids = stream.token_ids + stream.output_ids if stream.output_ids else stream.token_ids
+        return NewRequest(request_id, token_ids.tobytes(), len(stream.token_ids), stream.sampling)
+
+    # ---- waiting ----
+
+    def _wait(self) -> None:
+        """Wait for anything to happen, a fraction of a second at most, and take it up."""
+        polled = dict(self._poller.poll(int(_CHECK_INTERVAL_S * 1000)))
+        if self._inbox.fileno() in polled:
+            self._events.extend(self._inbox.drain())
         try:
-            self._link.send(0, Shutdown())
-        except RankError:
-            pass  # gone already, or never came: whoever started it makes certain
+            if self._ranks.link.socket in polled:
+                self._receive()
+            if any(socket in polled for socket in self._ranks.sockets):
+                self._ranks.poll()
+            if self.now_s() >= self._next_check_s:
+                self._check()
+        except RankError as error:
+            self._lose_ranks(str(error))
+
+    def _check(self) -> None:
+        now_s = self.now_s()
+        self._next_check_s = now_s + _CHECK_INTERVAL_S
+        self._ranks.poll()
+        if self._phase is _Phase.STARTING:
+            if (missing := self._ranks.missing()) is not None:
+                self._note_start(missing, 0.0)
+                self._heartbeats.restart(self._recovery.load_heartbeat_timeout_s, now_s)
+        elif now_s >= self._next_ping_s:
+            self._next_ping_s = now_s + _PING_INTERVAL_S
+            for rank in range(self._layout.world_size):
+                self._ranks.link.send(rank, Ping())
+        if exits := self._ranks.exits():
+            # Its last words may still be on their way.
+            self._ranks.link.socket.poll(_LAST_WORDS_MS)
+            self._receive()
+            raise RankError(str(exits[0]))
+        if (why := self._heartbeats.failure(now_s) or self._watchdog.failure(now_s)) is not None:
+            raise RankError(why)
+
+    def _receive(self) -> None:
+        link = self._ranks.link
+        while (message := link.receive()) is not None:
+            self._take(message)
 
     def _take(self, message: FromRank) -> None:
+        self._heartbeats.heard(message.rank, self.now_s())
         match message:
-            case StepDone():
-                self._num_in_flight -= 1
-                self._sampled = {
-                    token.request_id: Sampled(token.token_id, token.logprobs) for token in message.tokens
-                }
-                for part in message.prompt_logprobs:
-                    if (stream := self._streams.get(part.request_id)) is not None:
-                        # A prompt that lost its KV is computed again and yields the same positions again.
-                        del stream.prompt_logprobs[part.first_position - 1 :]
-                        stream.prompt_logprobs.extend(part.logprobs)
-                self._events.append(
-                    Completed(
-                        batch_id=message.batch_id,
-                        duration_s=message.duration_s,
-                        stopped=tuple(token.request_id for token in message.tokens if token.is_stop),
-                        failed=message.failed,
-                    )
-                )
+            case StepDone() if self._phase is not _Phase.STARTING:
+                for event in self._collector.take(message):
+                    self._events.append(self._keep(event) if isinstance(event, BatchResult) else event)
             case Heartbeat():
                 pass
+            case Loading() if self._phase is _Phase.STARTING:
+                self._progress.take(message)
+                self._note_start(self._progress.what, self._progress.fraction)
+            case Ready() if self._phase is _Phase.STARTING:
+                self._progress.take(message)
+                if self._progress.is_complete:
+                    self._ranks_are_ready()
             case RankFailed():
-                raise RankError(f"rank {message.rank}: {message.kind}: {message.message}")
+                # What stops a first start is most often the user's own mistake, and then the same on every rank.
+                who = "" if self._num_blocks is None else f"rank {message.rank}: "
+                raise RankError(f"{who}{message.kind}: {message.message}")
             case _:
-                raise RankError(f"unexpected {type(message).__name__} from a rank that is serving")
+                raise RankError(f"unexpected {type(message).__name__} from rank {message.rank}")
+
+    def _keep(self, result: BatchResult) -> Completed:
+        """Keep what belongs to the streams until the scheduler has said which tokens go out."""
+        completed = result.completed
+        self._watchdog.completed(completed.batch_id, self.now_s())
+        self._results[completed.batch_id] = {
+            token.request_id: Sampled(token.token_id, token.logprobs) for token in result.tokens
+        }
+        for part in result.prompt_logprobs:
+            if (stream := self._streams.get(part.request_id)) is not None:
+                # A prompt that lost its KV is computed again and yields the same positions again.
+                del stream.prompt_logprobs[part.first_position - 1 :]
+                stream.prompt_logprobs.extend(part.logprobs)
+        return completed
+
+    def _note_start(self, what: str, fraction: float) -> None:
+        if self._num_blocks is None:
+            self._board.loading(what, fraction)
+        else:
+            self._board.recovering(f"{self._why_lost}; starting again: {what}", fraction)

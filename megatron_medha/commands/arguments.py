@@ -11,6 +11,9 @@ from megatron_medha.core.errors import ConfigError
 FLAGS = """\
   --help              this text
   --cfg job           print the composed configuration and exit; with --resolve also what ${...} refers to
+  -m, --multirun      a run for every combination of values separated by commas, each in a directory of its own under
+                      out=DIR; started again with the same DIR, only what is missing runs. hydra/launcher=joblib,
+                      submitit_slurm or ray and hydra/sweeper=optuna work where their plugins are installed
   --config-dir DIR    a folder of your own options, laid out as conf/ is: DIR/scheduler/mine.yaml is scheduler=mine
 """
 
@@ -46,19 +49,22 @@ class Arguments:
     wants_help: bool = False
     shows_config: bool = False
     resolves_config: bool = False
+    is_multirun: bool = False
 
 
 def parse_arguments(words: Sequence[str]) -> Arguments:
     """Sort the words of a command line. Raises ConfigError for a flag that does not exist."""
     overrides: list[str] = []
     config_dir: Path | None = None
-    shows_config = resolves_config = wants_help = False
+    shows_config = resolves_config = wants_help = is_multirun = False
     rest = list(words)
     while rest:
         word = rest.pop(0)
         flag, has_value, value = word.partition("=")
         if word in ("-h", "--help"):
             wants_help = True
+        elif word in ("-m", "--multirun"):
+            is_multirun = True
         elif word == "--resolve":
             resolves_config = True
         elif flag in ("--cfg", "-c"):
@@ -80,6 +86,7 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
         wants_help=wants_help,
         shows_config=shows_config,
         resolves_config=resolves_config,
+        is_multirun=is_multirun,
     )
 
 

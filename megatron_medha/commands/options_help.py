@@ -13,7 +13,7 @@ CONF_MODULE = "megatron_medha.conf"
 _WIDTH = 120
 _MAX_SETTING_WIDTH = 44
 
-_KEY_LINE = re.compile(r"^(\w+): *(.*?)(?: +# *(.*))?$")
+_KEY_LINE = re.compile(r"^( {0,2})(\w+): *(.*?) *(?:(?<=\s)# *(.*))?$")
 _DEFAULT_LINE = re.compile(r"^  - (\w+): *(\w+)$")
 
 
@@ -61,8 +61,12 @@ def _first_comment(item: Traversable) -> str:
 
 
 def _keys(text: str, prefix: str) -> Iterator[tuple[str, str]]:
+    outer = ""
     for line in text.splitlines():
         match = _KEY_LINE.match(line)
-        if match and match.group(1) != "defaults":
-            key, value, comment = match.groups()
-            yield f"{prefix}{key}={value}", comment or ""
+        if match and match.group(2) != "defaults":
+            indent, key, value, comment = match.groups()
+            if not indent:
+                outer = "" if value else f"{key}."
+            if value:
+                yield f"{prefix}{outer if indent else ''}{key}={value}", comment or ""

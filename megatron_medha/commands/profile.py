@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> int:
         print(as_yaml(composed, arguments.resolves_config), end="")
         return 0
     options = freeze(composed, ProfileOptions)
-    config = rank_config(options.checkpoint, options.model, options.parallel)
+    config = rank_config(options)
 
     from tqdm import tqdm
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 import sys
@@ -15,11 +14,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megatron_medha.commands.arguments import FLAGS, parse_arguments
+from megatron_medha.commands.logs import set_up_logging
 from megatron_medha.commands.options_help import describe_options
 from megatron_medha.engine.ports import EnginePhase
 
 if TYPE_CHECKING:
     from megatron_medha.config import ServeConfig, ServeOptions
+    from megatron_medha.server.config import ServerConfig
 
 USAGE = f"""\
 usage: medha serve checkpoint=DIR [group=option] [key=value ...]
@@ -32,12 +33,13 @@ examples:
   medha serve checkpoint=DIR server.port=8001 server.served_model_names=[my-model]
   medha serve checkpoint=DIR scheduler=fcfs scheduler.step_budget_s=0.03
   medha serve checkpoint=DIR model.kv_memory_gib=4 tracking=jsonl
+  medha serve checkpoint=DIR parallel.spp=2 parallel.tp=2 recovery=none
+  medha serve checkpoint=DIR parallel.tp=8 parallel.dp=2 launch=attach model.kv_memory_gib=40
   medha serve runtime=sim model=llama3_8b hardware=h100 tokenizer=DIR    # no model runs; steps take predicted time
 
 flags:
 {FLAGS}"""
 
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _POLL_S = 0.05
 _PROGRESS_INTERVAL_S = 5.0
 _FORCED_STOP_S = 1.0
@@ -59,11 +61,15 @@ def run(words: Sequence[str]) -> int:
         print(as_yaml(composed, arguments.resolves_config), end="")
         return 0
     options = freeze(composed, ServeOptions)
-    return _serve(serve_config(options), options)
+    def read_server_config() -> ServerConfig:
+        """What the files and the environment say now, for a reload."""
+        return freeze(compose("serve", ServeOptions, arguments.overrides, arguments.config_dir), ServeOptions).server
+
+    return _serve(serve_config(options), options, read_server_config)
 
 
-def _serve(config: ServeConfig, options: ServeOptions) -> int:
-    logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
+def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Callable[[], ServerConfig]) -> int:
+    set_up_logging(config.log_level, is_json=config.log_format.value == "json")
     stops = _Stops()
     stops.watch_for_early_ones()
     # What is imported stays for good: collecting among it costs a tenth of the start now, and pauses later.
@@ -72,16 +78,20 @@ def _serve(config: ServeConfig, options: ServeOptions) -> int:
     from megatron_medha.commands.serve_parts import make_engine, public_options
     from megatron_medha.commands.tracking import Tracking
     from megatron_medha.server.app import create_app
-    from megatron_medha.server.app import run as run_app
+    from megatron_medha.server.journal import Journal
     from megatron_medha.server.metrics import Metrics
+    from megatron_medha.server.running import run as run_app
     from megatron_medha.server.tokens import Tokenizer
 
     metrics = Metrics()
-    engine = make_engine(config, metrics)
+    journal = Journal(metrics)
+    engine = make_engine(config, metrics, journal.watch)
     tokenizer: Future[Tokenizer] = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, config.tokenizer)
-    app = create_app(engine, tokenizer, config.server, metrics)
+    app = create_app(
+        engine, tokenizer, config.server, metrics, journal=journal, slo=config.slo, read_config=read_server_config
+    )
     tracking = Tracking(config.tracking, engine, metrics, public_options(options))
-    watch = _Watch(app.state.service, needs_key=config.server.api_key is not None)
+    watch = _Watch(app.state.service, needs_key=config.server.needs_key)
 
     def on_listening(url: str) -> None:
         gc.freeze()
@@ -193,10 +203,20 @@ class _Watch:
         else:
             return None
         self._say_ready()
-        while not self._stop.wait(10 * _POLL_S):
+        lost_s: float | None = None
+        while not self._stop.wait(2 * _POLL_S):
             status = self._service.status
-            if status.phase is EnginePhase.FAILED:
-                return self._fail(status.detail)
+            match status.phase:
+                case EnginePhase.FAILED:
+                    return self._fail(status.detail)
+                case EnginePhase.RECOVERING if lost_s is None:
+                    lost_s = time.monotonic()
+                    print(f"recovering: {status.detail}; requests wait", flush=True)
+                case EnginePhase.READY if lost_s is not None:
+                    print(f"ready again after {time.monotonic() - lost_s:.1f} s", flush=True)
+                    lost_s = None
+                case _:
+                    pass
         return None
 
     def _fail(self, detail: str) -> None:

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from megatron_medha.cluster.engine import cluster_engine
+from megatron_medha.cluster.attach import attached_ranks
+from megatron_medha.cluster.engine import OpenRanks, cluster_engine, local_ranks
+from megatron_medha.cluster.launch_config import LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.config import ServeConfig, ServeOptions
-from megatron_medha.engine.engine import Engine
-from megatron_medha.engine.ports import Observer
+from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.engine.engine import Engine, Watcher
+from megatron_medha.engine.ports import EngineClient, Observer
+from megatron_medha.engine.replicas import Replicas, SharedObserver
+from megatron_medha.server.config import SECRET_FIELDS
 from megatron_medha.sim.live import live_engine
 
 
-def make_engine(config: ServeConfig, observer: Observer) -> Engine:
+def make_engine(config: ServeConfig, observer: Observer, watcher: Watcher) -> EngineClient:
     """The engine for ranks or for a simulation; nothing runs before its start()."""
+    num_replicas = config.num_replicas
+    if num_replicas == 1:
+        return _replica(config, 0, observer, watcher, config.tracking.decision_log)
+    lock = threading.Lock()
+
+    def watch(scheduler: Scheduler) -> Observer:
+        # One per replica, which sees its batches only; what they write to is shared.
+        return SharedObserver(watcher(scheduler), lock, 0, 1)
+
+    return Replicas(
+        [
+            _replica(
+                config,
+                replica,
+                SharedObserver(observer, lock, replica, num_replicas),
+                watch,
+                _log_of_replica(config.tracking.decision_log, replica),
+            )
+            for replica in range(num_replicas)
+        ]
+    )
+
+
+def _replica(
+    config: ServeConfig, replica: int, observer: Observer, watcher: Watcher, decision_log: Path | None
+) -> Engine:
     match config.world:
         case RankConfig():
             return cluster_engine(
@@ -23,8 +56,11 @@ def make_engine(config: ServeConfig, observer: Observer) -> Engine:
                 scheduler_config=config.scheduler,
                 hardware=config.hardware,
                 profile=config.profile,
+                recovery=config.recovery,
+                open_ranks=_open_ranks(config, replica),
                 observers=(observer,),
-                decision_log=config.tracking.decision_log,
+                watchers=(watcher,),
+                decision_log=decision_log,
             )
         case model:
             return live_engine(
@@ -34,13 +70,26 @@ def make_engine(config: ServeConfig, observer: Observer) -> Engine:
                 num_blocks=model.num_blocks,
                 block_size=model.block_size,
                 observers=(observer,),
-                decision_log=config.tracking.decision_log,
+                watchers=(watcher,),
+                decision_log=decision_log,
             )
 
 
+def _open_ranks(config: ServeConfig, replica: int) -> OpenRanks:
+    if config.launch.kind is LaunchKind.ATTACH:
+        return attached_ranks(config.launch, replica, config.num_replicas)
+    return local_ranks(replica)
+
+
+def _log_of_replica(path: Path | None, replica: int) -> Path | None:
+    """Each replica's decisions replay by themselves: log.jsonl becomes log.0.jsonl, log.1.jsonl, ..."""
+    return None if path is None else path.with_suffix(f".{replica}{path.suffix}")
+
+
 def public_options(options: ServeOptions) -> dict[str, Any]:
-    """The options as plain values, without the API key."""
+    """The options as plain values, without the keys."""
     values: dict[str, Any] = msgspec.to_builtins(options, enc_hook=str)
-    if values["server"]["api_key"] is not None:
-        values["server"]["api_key"] = "***"
+    for name in SECRET_FIELDS:
+        if values["server"][name] is not None:
+            values["server"][name] = "***"
     return values

@@ -74,7 +74,8 @@ class BatchBuilder:
     def fits_whole(self, seq: Sequence, parts: tuple[Part, ...]) -> bool:
         """Whether all of `seq` that is left stays within the budget on each of its ranks."""
         num_tokens = seq.num_unscheduled_tokens
-        return num_tokens <= self._memory.chunk_limit(seq.num_scheduled_tokens) and all(
+        most = min(self._memory.chunk_limit(seq.num_scheduled_tokens), self._rule.max_chunk_tokens)
+        return num_tokens <= most and all(
             self.loads[rank].num_tokens + num_tokens <= self._rule.max_tokens
             and step_s(self._cost, self.loads[rank]) + self._extra_s(part, num_tokens) <= self.budget_s
             for part in parts
@@ -104,6 +105,7 @@ class BatchBuilder:
             seq.num_unscheduled_tokens,
             self._memory.chunk_limit(seq.num_scheduled_tokens),
             self._rule.tile_tokens,
+            self._rule.max_chunk_tokens,
             self._rule.max_tokens - self.num_tokens,
         )
 

@@ -27,6 +27,7 @@ class ChunkRule:
     tile_tokens: int       # adaptive chunks are multiples of this, except a prompt's last
     max_tokens: int        # query tokens in one step
     fixed_tokens: int      # the token budget of FIXED
+    max_chunk_tokens: int = 1 << 60  # of one sequence in one step
 
 
 def largest_chunk(
@@ -44,7 +45,7 @@ def largest_chunk(
     found by bracketing, since predictions never fall as chunks grow. 0 when not even one tile fits. guess_tokens is
     looked at first (a prompt's last chunk is seldom more than a tile off); it changes no result.
     """
-    limit = min(num_tokens, rule.max_tokens - load.num_tokens)
+    limit = min(num_tokens, rule.max_tokens - load.num_tokens, rule.max_chunk_tokens)
     if rule.chunking is Chunking.WHOLE:
         # A prompt longer than one step's buffers still has to be cut.
         return max(limit, 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_medha.core.chunking import Chunking, ChunkRule
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.output_length import OutputLengths
 from megatron_medha.core.policies import POLICIES
 
 
@@ -21,6 +22,13 @@ class SchedulerConfig:
     fixed_chunk_tokens: int = 512         # token budget of a step under FIXED
     max_batch_tokens: int = 8192
     max_num_sequences: int = 256          # that own KV at the same time
+    max_chunk_tokens: int | None = None   # of one prompt in a step; vLLM's long_prefill_token_threshold
+    max_partial_prefills: int | None = None  # prompts begun and not ended; None: any number
+    max_long_partial_prefills: int | None = None  # of those, prompts with more than short_prompt_tokens left
+    reserved_share: float = 0.0           # of each step, kept free of prompts longer than short_prompt_tokens
+    short_prompt_tokens: int = 8192       # prompts up to here may use the reserved share, and are not long
+    output_lengths: OutputLengths = OutputLengths.MEAN  # what policy=ssjf believes of answers
+    output_error: float = 0.5             # of output_lengths=noisy: standard deviation of the logarithm
     deadline_multiplier: float = 1.5      # of the prompt's own predicted prefill time
     min_deadline_s: float = 0.5
     has_space_sharing: bool = True
@@ -47,9 +55,15 @@ class SchedulerConfig:
             ("progress_share", 0.0, 1.0),
             ("max_skips", 0, 1 << 30),
             ("watermark", 0.0, 0.5),
+            ("max_chunk_tokens", 1, 1 << 30),
+            ("max_partial_prefills", 1, 1 << 20),
+            ("max_long_partial_prefills", 1, 1 << 20),
+            ("reserved_share", 0.0, 0.95),
+            ("short_prompt_tokens", 1, 1 << 40),
+            ("output_error", 0.0, 10.0),
         ):
             value = getattr(self, key)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ConfigError(f"scheduler.{key}={value} must be between {low} and {high}")
         if self.tile_tokens > self.max_batch_tokens:
             raise ConfigError(
@@ -71,4 +85,5 @@ class SchedulerConfig:
             tile_tokens=self.tile_tokens,
             max_tokens=self.max_batch_tokens,
             fixed_tokens=self.fixed_chunk_tokens,
+            max_chunk_tokens=self.max_chunk_tokens or self.max_batch_tokens,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_medha.core.hardware import Hardware as Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 
@@ -70,21 +71,6 @@ def step_s(cost: CostModel, load: StepLoad) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hardware:
-    """One accelerator (or one CPU socket), as the roofline sees it."""
-
-    name: str
-    flops_per_s: float                  # dense matmul peak in the dtype served
-    memory_bytes_per_s: float
-    linear_efficiency: float = 0.7      # of the peak, reached by large matrix products
-    attention_efficiency: float = 0.5   # of the peak, reached by long-context attention
-    memory_efficiency: float = 0.8
-    step_overhead_s: float = 2e-3       # scheduling, messages and sampling of a step
-    layer_overhead_s: float = 2e-5      # launches of one layer
-    chunk_overhead_s: float = 2e-5      # per sequence in a step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RooflineCost:
     """max(FLOPs / peak, bytes / bandwidth), from the model's shape and the hardware's data sheet.
 
@@ -99,10 +85,11 @@ class RooflineCost:
     def linear_s(self, num_tokens: int, num_sequences: int) -> float:
         """See CostModel."""
         shape, hardware, tp = self.shape, self.hardware, self.layout.tp
-        weights = shape.num_layers * shape.num_layer_params / tp
+        weights = shape.num_layers * shape.num_active_layer_params / tp
         head = shape.num_head_params / tp
         flops = 2 * (num_tokens * weights + num_sequences * head)
-        num_bytes = (weights + head) * shape.bytes_per_element
+        touched = shape.num_layers * shape.num_touched_layer_params(num_tokens) / tp
+        num_bytes = (touched + head) * shape.bytes_per_element
         return (
             hardware.step_overhead_s
             + shape.num_layers * hardware.layer_overhead_s

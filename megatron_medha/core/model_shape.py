@@ -1,18 +1,20 @@
-"""The shape of a dense decoder: the numbers that cost and memory follow from."""
+"""The shape of a decoder, dense or mixture of experts: the numbers that cost and memory follow from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_medha.core.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A dense GQA decoder with gated MLP (Llama, Mistral and Qwen families)."""
+    """A GQA decoder with gated MLP (Llama, Mistral, Qwen), or with experts that are such MLPs (Mixtral, Qwen3 MoE)."""
 
     name: str
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int  # of the MLP, or of one expert
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -20,12 +22,52 @@ class ModelShape:
     max_context_len: int
     bytes_per_element: int = 2  # of weights and KV
     has_tied_embeddings: bool = False
+    num_experts: int = 1            # of every layer; 1: dense
+    num_experts_per_token: int = 1  # that the router picks
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_experts_per_token <= self.num_experts:
+            raise ConfigError(
+                f"model.shape.num_experts_per_token={self.num_experts_per_token} must be between 1 and "
+                f"model.shape.num_experts={self.num_experts}"
+            )
+
+    @property
+    def num_attention_params(self) -> int:
+        """Matmul weights of one layer's attention: QKV and output projection."""
+        return self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+
+    @property
+    def num_expert_params(self) -> int:
+        """Weights of one expert (or of the MLP): gate, up and down."""
+        return 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def num_router_params(self) -> int:
+        """Weights that choose among the experts of a layer; a dense model has none."""
+        return self.hidden_size * self.num_experts if self.num_experts > 1 else 0
 
     @property
     def num_layer_params(self) -> int:
-        """Matmul weights of one layer: QKV, output projection, gate, up and down."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+        """Matmul weights of one layer, all experts."""
+        return self.num_attention_params + self.num_router_params + self.num_experts * self.num_expert_params
+
+    @property
+    def num_active_layer_params(self) -> int:
+        """Matmul weights of one layer that a token is multiplied with."""
+        return self.num_attention_params + self.num_router_params + self.num_experts_per_token * self.num_expert_params
+
+    def num_experts_touched(self, num_tokens: float) -> float:
+        """Experts of a layer that at least one of so many tokens is sent to, if the router spreads them evenly."""
+        if self.num_experts == 1:
+            return 1.0
+        untouched_share = 1.0 - self.num_experts_per_token / self.num_experts
+        return self.num_experts * (1.0 - float(untouched_share**num_tokens))
+
+    def num_touched_layer_params(self, num_tokens: float) -> float:
+        """Matmul weights of one layer that a step of so many tokens has to read."""
+        experts = self.num_experts_touched(num_tokens) * self.num_expert_params
+        return self.num_attention_params + self.num_router_params + experts
 
     @property
     def num_head_params(self) -> int:
@@ -37,6 +79,15 @@ class ModelShape:
         """All matmul weights and embeddings; norms and biases are left out."""
         embeddings = self.num_head_params * (1 if self.has_tied_embeddings else 2)
         return self.num_layers * self.num_layer_params + embeddings
+
+    @property
+    def num_active_params(self) -> int:
+        """Matmul weights that a token of the output is multiplied with; the embedding is looked up, not multiplied."""
+        return self.num_layers * self.num_active_layer_params + self.num_head_params
+
+    def num_stage_layers(self, stage: int, spp: int) -> int:
+        """Layers of one of `spp` pipeline stages; where they do not divide, the first stages have one more."""
+        return self.num_layers // spp + (stage < self.num_layers % spp)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -51,7 +51,7 @@ class OnlineCost:
         matmul_flops_per_s = hardware.flops_per_s * hardware.linear_efficiency
         attention_flops_per_s = hardware.flops_per_s * hardware.attention_efficiency
         weights = shape.num_layers * shape.num_layer_params / tp
-        per_token = 2 * weights / matmul_flops_per_s
+        per_token = 2 * shape.num_layers * shape.num_active_layer_params / tp / matmul_flops_per_s
         weight_read_s = weights * shape.bytes_per_element / memory_bytes_per_s
         per_key = shape.kv_bytes_per_token / min(tp, shape.num_kv_heads) / memory_bytes_per_s
         # Matrix products wait for weights up to here and for FLOPs from here on; machines differ in where it is.

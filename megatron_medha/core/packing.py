@@ -27,6 +27,20 @@ class PrefillPacker:
     Progress share: every step saves a share of its budget for the prefill that has been overdue longest. Once
     that pays for a chunk worth half a step (or for the end of the prompt) the chunk goes in, whatever the policy
     says, so that in overload too every wait is bounded. Smaller chunks would read a long context more often.
+
+    The bound, with p = progress_share > 0, B = step_budget_s, and W(X) the seconds of X's prefill in chunks of half a
+    step (PrefillTimes at B / 2): a request X that owns KV, or for which there is memory, when it is the longest overdue
+    has its first token by
+
+        deadline(X) + (W(X) + sum of W(Y) + B / 2) / p + (n + 2) * B
+
+    over the n requests Y with deadlines before X's: only those come before it, and after their first tokens never
+    again; each step saves p * B; at most one step's saving is left over when one of them ends. It holds under every
+    policy while steps keep their budget, whatever arrives later.
+
+    Limits that other systems have, off by default: how many prompts may be begun and not ended (vLLM's
+    max_num_partial_prefills and max_long_partial_prefills; others pass those that may not begin), and a share of the
+    step that only short prompts may use.
     """
 
     def __init__(self, config: SchedulerConfig, cost: CostModel, memory: KVMemory) -> None:
@@ -58,9 +72,12 @@ class PrefillPacker:
             candidates.leave_out_waiting()
         has_prefill, is_full = owed is not None, builder.is_full()
         has_others = len(candidates) > 1
+        places = _Places(self._config, self._memory, len(candidates)) if self._has_limited_places else None
         for seq in candidates:
             if num_skipped > self._config.max_skips or has_prefill and is_full:
                 break
+            if places is not None and not places.has_one_for(seq):
+                continue  # others may pass it: it does not count as one that did not fit
             if seq.num_unscheduled_tokens >= most_tokens:
                 num_skipped += 1  # a long one beside the long ones there: not worth a closer look
                 continue
@@ -76,7 +93,8 @@ class PrefillPacker:
             if owed is not None and seq is owed.seq:
                 builder.unhold(seq)  # its turn has come anyway: it gets what it is owed, or more
                 num_least = owed.num_tokens
-            num_tokens, is_long = self._chunk(builder, seq, parts, num_least, long_ranks)
+            limit = None if places is None else places.chunk_tokens
+            num_tokens, is_long = self._chunk(builder, seq, parts, num_least, long_ranks, limit)
             if not num_tokens and not has_prefill:
                 # However full of decodes the step is, one tile goes in: less urgent ones must not pass a prefill
                 # whose context has become so long that no tile fits beside them.
@@ -86,6 +104,8 @@ class PrefillPacker:
                 continue
             if plan:
                 self._memory.take(seq, plan)
+                if places is not None:
+                    places.take(seq)
                 if not self._has_place(overdue):
                     candidates.leave_out_waiting()
             if is_long:
@@ -120,12 +140,23 @@ class PrefillPacker:
         return num_places > (overdue is not None and not overdue.block_table.shards)
 
     def _chunk(
-        self, builder: BatchBuilder, seq: Sequence, parts: tuple[Part, ...], num_least: int, long_ranks: set[int]
+        self,
+        builder: BatchBuilder,
+        seq: Sequence,
+        parts: tuple[Part, ...],
+        num_least: int,
+        long_ranks: set[int],
+        limit: int | None,
     ) -> tuple[int, bool]:
-        """Tokens of `seq` for this step, and whether it will hold up others for more than the step at hand."""
+        """Tokens of `seq` for this step, and whether it will hold up others for more than the step at hand.
+
+        limit: of tokens, where steps are split evenly among the prefills that may run.
+        """
         config = self._config
+        if config.reserved_share and seq.request.num_prompt_tokens > config.short_prompt_tokens:
+            return max(self._fit_unreserved(builder, seq, parts), num_least), False
         if not config.has_space_sharing or config.chunking is not Chunking.ADAPTIVE:
-            return max(builder.fit(seq, parts), num_least), False
+            return max(builder.fit(seq, parts, limit=limit), num_least), False
         has_long = not long_ranks.isdisjoint(part.kvp_rank for part in parts)
         if config.long_prefill_tokens is not None:
             is_long = seq.num_scheduled_tokens >= config.long_prefill_tokens
@@ -137,6 +168,18 @@ class PrefillPacker:
             return (num_least if is_long else seq.num_unscheduled_tokens), is_long
         num_tokens = max(builder.fit(seq, parts), num_least)
         return num_tokens, num_tokens < seq.num_unscheduled_tokens
+
+    def _fit_unreserved(self, builder: BatchBuilder, seq: Sequence, parts: tuple[Part, ...]) -> int:
+        """Tokens of a prompt that is not short: the step may be filled with it only up to what is reserved."""
+        config, open_share = self._config, 1.0 - self._config.reserved_share
+        if config.chunking is Chunking.FIXED:
+            limit = int(open_share * config.fixed_chunk_tokens) - builder.num_tokens
+            return builder.fit(seq, parts, limit=max(limit, 0))
+        return builder.fit(seq, parts, open_share)
+
+    @property
+    def _has_limited_places(self) -> bool:
+        return self._config.max_partial_prefills is not None or self._config.max_long_partial_prefills is not None
 
     def _kept(
         self,
@@ -228,3 +271,36 @@ class PrefillPacker:
             gift - used if rank in long_ranks else self._max_gift_s
             for rank, (gift, used) in enumerate(zip(gift_s, used_s, strict=True))
         ]
+
+
+class _Places:
+    """How many prompts may still begin in the batch being formed, where the number begun and not ended is limited.
+
+    Under a token budget, each gets an even part of it (vLLM's first scheduler).
+    """
+
+    def __init__(self, config: SchedulerConfig, memory: KVMemory, num_candidates: int) -> None:
+        self._long_tokens = config.short_prompt_tokens
+        self.chunk_tokens: int | None = None
+        if config.max_partial_prefills is not None and config.chunking is Chunking.FIXED:
+            self.chunk_tokens = config.fixed_chunk_tokens // max(1, min(config.max_partial_prefills, num_candidates))
+        begun = [seq for seq in memory.owners.values() if seq.is_prefill and seq.num_unscheduled_tokens]
+        num_long = sum(self._is_long(seq) for seq in begun)
+        self._num_left = inf if config.max_partial_prefills is None else config.max_partial_prefills - len(begun)
+        self._num_long_left = (
+            inf if config.max_long_partial_prefills is None else config.max_long_partial_prefills - num_long
+        )
+
+    def has_one_for(self, seq: Sequence) -> bool:
+        """Whether `seq` has begun, or may."""
+        return bool(seq.block_table.shards) or self._num_left > 0 and not (
+            self._is_long(seq) and self._num_long_left <= 0
+        )
+
+    def take(self, seq: Sequence) -> None:
+        """Count one that begins."""
+        self._num_left -= 1
+        self._num_long_left -= self._is_long(seq)
+
+    def _is_long(self, seq: Sequence) -> bool:
+        return seq.num_unscheduled_tokens > self._long_tokens

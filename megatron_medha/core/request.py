@@ -38,6 +38,9 @@ class Request:
     ttft_slo_s: float | None = None  # replaces the deadline derived from the prompt's own work
     tpot_slo_s: float | None = None  # lowers the step budget while this request decodes
     priority: int = 0                # lower runs first, before slack is compared
+    deadline_multiplier: float | None = None  # of its SLO class, instead of the scheduler's own
+    min_deadline_s: float | None = None       # likewise
+    slo_class: str = ""              # the name of that class, for those who watch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +62,8 @@ class Sequence:
     num_batches_in_flight: int = 0
     last_chunk_tokens: int = 0       # of its prefill; the next one is likely to be of about that size
     remaining_work_s: float = 0.0    # of the prefill; kept by the scheduler as chunks are scheduled
+    answer_work_s: float = 0.0       # predicted time of its output tokens, alone
+    estimated_wait_s: float = 0.0    # work of those that would go before it, when it arrived; only some policies ask
     capacity_tokens: int = 0         # tokens its blocks hold
     first_scheduled_s: float | None = None
     block_table: BlockTable = field(default_factory=BlockTable)

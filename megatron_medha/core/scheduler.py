@@ -26,8 +26,9 @@ from megatron_medha.core.chunking import PrefillTimes
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import CostModel, StepLoad, step_s
 from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.output_length import OutputPredictor
 from megatron_medha.core.packing import PrefillPacker
-from megatron_medha.core.policies import POLICIES, relative_slack
+from megatron_medha.core.policies import NEEDS_WAIT_ESTIMATE, POLICIES, relative_slack
 from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Request, Sequence, Status
 from megatron_medha.core.step_budget import StepAim
@@ -59,6 +60,7 @@ class Scheduler:
         self._growing: list[Sequence] = []          # need a block before their next token
         self._deadlines: list[tuple[float, float, str]] = []  # heap of (deadline, arrival, id); may hold the dead
         self._packer = PrefillPacker(config, cost, memory)
+        self._outputs = OutputPredictor(config.output_lengths, config.output_error)
         self._num_tpot_slos = 0                     # live sequences that bring a TPOT target
         self._in_flight: dict[int, _InFlight] = {}
         self._released: list[str] = []
@@ -78,6 +80,15 @@ class Scheduler:
         """Live sequences."""
         return len(self._sequences)
 
+    def sequence(self, request_id: str) -> Sequence | None:
+        """A live sequence; None if there is none of that id."""
+        return self._sequences.get(request_id)
+
+    @property
+    def spp(self) -> int:
+        """Stages of the pipeline."""
+        return self._spp
+
     @property
     def num_batches_in_flight(self) -> int:
         """Batches submitted and not completed."""
@@ -86,6 +97,16 @@ class Scheduler:
     def predicted_prefill_s(self, num_tokens: int) -> float:
         """Predicted time of a whole prefill, alone: w_total."""
         return self._times.prefill_s(num_tokens) / self._spp
+
+    def ttft_target_s(self, request: Request, total_work_s: float) -> float:
+        """Seconds from arrival in which the first token is due: the request's own, its class's, or ours."""
+        if request.ttft_slo_s is not None:
+            return request.ttft_slo_s
+        multiplier, least_s = request.deadline_multiplier, request.min_deadline_s
+        return max(
+            (self.config.deadline_multiplier if multiplier is None else multiplier) * total_work_s,
+            self.config.min_deadline_s if least_s is None else least_s,
+        )
 
     # ---- events ----
 
@@ -122,15 +143,15 @@ class Scheduler:
         else:
             self._refresh_times()
             total_s = self.predicted_prefill_s(request.num_prompt_tokens)
-            deadline_s = request.ttft_slo_s
-            if deadline_s is None:
-                deadline_s = self._derived_deadline_s(total_s)
             seq = Sequence(
                 request=request,
-                deadline_s=request.arrival_s + deadline_s,
+                deadline_s=request.arrival_s + self.ttft_target_s(request, total_s),
                 total_work_s=total_s,
                 remaining_work_s=total_s,
+                answer_work_s=self._outputs.predict(request) * self.cost.linear_s(1, 1),
             )
+            if self.config.policy in NEEDS_WAIT_ESTIMATE:
+                seq.estimated_wait_s = self._estimated_wait_s(seq)
             self._sequences[request.request_id] = seq
             self._num_tpot_slos += request.tpot_slo_s is not None
             heappush(self._deadlines, (seq.deadline_s, request.arrival_s, request.request_id))
@@ -187,9 +208,20 @@ class Scheduler:
                     else:
                         self._growing.append(seq)
 
+    def _estimated_wait_s(self, seq: Sequence) -> float:
+        """Prefill work that the policy would do before this newcomer's, had it a target it can keep."""
+        latest_start_s = seq.deadline_s - seq.total_work_s
+        return sum(
+            other.remaining_work_s
+            for other in self._sequences.values()
+            if other.is_prefill and other.deadline_s - other.total_work_s <= latest_start_s
+        )
+
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
         seq.move_to(status)
+        if status is Status.FINISHED:
+            self._outputs.learn(seq.num_output_tokens)
         self._decodes.pop(seq.request_id, None)
         if self._growing:
             self._growing = [other for other in self._growing if other is not seq]
@@ -364,11 +396,8 @@ class Scheduler:
             return
         seq.total_work_s = total_s
         if seq.request.ttft_slo_s is None:
-            seq.deadline_s = seq.request.arrival_s + self._derived_deadline_s(total_s)
+            seq.deadline_s = seq.request.arrival_s + self.ttft_target_s(seq.request, total_s)
             heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
-
-    def _derived_deadline_s(self, total_work_s: float) -> float:
-        return max(self.config.deadline_multiplier * total_work_s, self.config.min_deadline_s)
 
     def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
         end, table = start + num_tokens, seq.block_table

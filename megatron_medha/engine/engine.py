@@ -6,14 +6,15 @@ import logging
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_medha.core.batch import Aborted, Arrived
+from megatron_medha.core.batch import Aborted, Arrived, Event
 from megatron_medha.core.errors import MedhaError
+from megatron_medha.core.placement import ReplicaLoad
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.core.scheduler import Scheduler
@@ -31,7 +32,8 @@ from megatron_medha.engine.ports import (
     Sink,
 )
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.snapshot import NO_LOAD, load_of
+from megatron_medha.engine.snapshot import NO_LOAD, NO_WORK, load_of, work_of
+from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Stream, Streams
 
 _log = logging.getLogger(__name__)
@@ -52,10 +54,14 @@ class World:
 class OpenWorld(Protocol):
     """Brings a world up when entered and takes it down when left."""
 
-    def __call__(
-        self, inbox: Inbox, streams: Streams, note_loading: Callable[[str, float], None]
-    ) -> AbstractContextManager[World | None]:
-        """Entering gives None if the inbox asked to stop first. Raises MedhaError if the world cannot come up."""
+    def __call__(self, inbox: Inbox, streams: Streams, board: StatusBoard) -> AbstractContextManager[World | None]:
+        """Entering gives None if the inbox asked to stop first. Raises MedhaError if the world cannot come up.
+
+        The world writes on the board while it comes up, first and after a failure.
+        """
+
+
+Watcher = Callable[[Scheduler], Observer]
 
 
 class Engine:
@@ -66,14 +72,20 @@ class Engine:
         open_world: OpenWorld,
         *,
         observers: tuple[Observer, ...] = (),
+        watchers: tuple[Watcher, ...] = (),
         decision_log: Path | None = None,
     ) -> None:
+        """watchers: make observers that look at the scheduler itself, on the engine's thread."""
         self._open_world = open_world
         self._observers = observers
+        self._watchers = watchers
         self._decision_log = decision_log
-        self._status = EngineStatus(EnginePhase.LOADING, "starting")
+        self._board = StatusBoard()
         self._facts: EngineFacts | None = None
         self._load = NO_LOAD
+        self._work = NO_WORK
+        self._unseen: dict[str, int] = {}  # prompt tokens by request id, of requests that self._work does not know yet
+        self._scheduler: Scheduler | None = None
         self._inbox = Inbox()
         self._lock = threading.Lock()  # between a request coming in and the engine ending
         self._sink: Sink | None = None
@@ -83,7 +95,7 @@ class Engine:
     @property
     def status(self) -> EngineStatus:
         """See EngineClient."""
-        return self._status
+        return self._board.status
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -94,6 +106,18 @@ class Engine:
     def load(self) -> EngineLoad:
         """See EngineClient; at most 0.1 s behind."""
         return self._load
+
+    def load_for(self, num_prompt_tokens: int) -> ReplicaLoad:
+        """What a prompt of that length would find before it; from any thread, at most 0.1 s behind."""
+        scheduler, work = self._scheduler, self._work
+        if scheduler is None:
+            return ReplicaLoad(False, 0.0, 0.0, 0.0)
+        return ReplicaLoad(
+            is_ready=self.status.phase is EnginePhase.READY,
+            remaining_prefill_s=work.prefill_s + sum(map(scheduler.predicted_prefill_s, list(self._unseen.values()))),
+            prompt_s=scheduler.predicted_prefill_s(num_prompt_tokens),
+            decode_share=work.decode_share,
+        )
 
     def now_s(self) -> float:
         """See EngineClient."""
@@ -109,9 +133,10 @@ class Engine:
         """See EngineClient."""
         assert self._streams is not None and self._sink is not None, "submit() before start()"
         with self._lock:
-            phase = self._status.phase
-            if phase is EnginePhase.READY:
+            phase = self.status.phase
+            if phase in (EnginePhase.READY, EnginePhase.RECOVERING):
                 self._streams.add(request.request_id, Stream(token_ids, sampling))
+                self._unseen[request.request_id] = request.num_prompt_tokens
                 self._inbox.put(Arrived(request))
                 return
         self._sink([ErrorDelivery(request.request_id, f"the engine is {phase.value}", False)])
@@ -131,24 +156,25 @@ class Engine:
     def _run(self) -> None:
         assert self._streams is not None
         try:
-            with self._open_world(self._inbox, self._streams, self._note_loading) as world:
+            with self._open_world(self._inbox, self._streams, self._board) as world:
                 if world is not None:
                     self._serve(world, self._streams)
         except MedhaError as error:
             _log.error("engine_failed error=%r", str(error))
-            self._end(EngineStatus(EnginePhase.FAILED, str(error)), f"the engine failed: {error}")
+            self._end(EnginePhase.FAILED, str(error), f"the engine failed: {error}")
         except BaseException as error:
             _log.exception("engine_failed")
-            self._end(EngineStatus(EnginePhase.FAILED, repr(error)), "the engine failed")
+            self._end(EnginePhase.FAILED, repr(error), "the engine failed")
         else:
-            self._end(EngineStatus(EnginePhase.STOPPED), "the server is shutting down")
+            self._end(EnginePhase.STOPPED, "", "the server is shutting down")
 
     def _serve(self, world: World, streams: Streams) -> None:
-        scheduler = world.setup.build()
-        observers = (*self._observers, _LoadObserver(scheduler, self._note_load))
+        scheduler = self._scheduler = world.setup.build()
+        watching = (watch(scheduler) for watch in self._watchers)
+        observers = (*self._observers, *watching, _LoadObserver(scheduler, self._note_load))
         if self._decision_log is not None:
             observers = (*observers, DecisionLog.open(self._decision_log, world.setup.header()))
-        self._note_load(load_of(scheduler))
+        self._note_load(scheduler, ())
         self._facts = EngineFacts(
             shape=world.setup.shape,
             num_blocks=world.setup.num_blocks,
@@ -157,35 +183,40 @@ class Engine:
             stop_token_ids=world.stop_token_ids,
             device=world.device,
         )
-        self._status = EngineStatus(EnginePhase.READY, world.device, 1.0)
+        self._board.show(EnginePhase.READY, world.device, 1.0)
         serve(scheduler, world.runtime, observers)
 
-    def _note_loading(self, what: str, fraction: float) -> None:
-        self._status = EngineStatus(EnginePhase.LOADING, what, fraction)
+    def _note_load(self, scheduler: Scheduler, arrived: Iterable[str]) -> None:
+        self._load = load_of(scheduler)
+        self._work = work_of(scheduler)
+        for request_id in arrived:
+            self._unseen.pop(request_id, None)
 
-    def _note_load(self, load: EngineLoad) -> None:
-        self._load = load
-
-    def _end(self, status: EngineStatus, why: str) -> None:
+    def _end(self, phase: EnginePhase, detail: str, why: str) -> None:
         assert self._streams is not None
         with self._lock:
-            self._status = status
+            self._board.show(phase, detail)
         self._load = NO_LOAD
         self._streams.end_all(why)
 
 
 class _LoadObserver:
-    """Counts the scheduler's state now and then, and whenever it runs out of work."""
+    """Looks at the scheduler's state now and then, and whenever it runs out of work."""
 
-    def __init__(self, scheduler: Scheduler, note: Callable[[EngineLoad], None]) -> None:
+    def __init__(self, scheduler: Scheduler, note: Callable[[Scheduler, Iterable[str]], None]) -> None:
+        """note: told of the scheduler, and which requests have arrived there since it was last told."""
         self._scheduler = scheduler
         self._note = note
+        self._arrived: list[str] = []
         self._taken_s = 0.0
 
-    def handled(self, event: object, outputs: object, now_s: float) -> None:
+    def handled(self, event: Event, outputs: object, now_s: float) -> None:
         """See Observer."""
+        if isinstance(event, Arrived):
+            self._arrived.append(event.request.request_id)
         if now_s - self._taken_s > _SNAPSHOT_INTERVAL_S or not self._scheduler.num_sequences:
-            self._note(load_of(self._scheduler))
+            self._note(self._scheduler, self._arrived)
+            self._arrived.clear()
             self._taken_s = now_s
 
     def scheduled(self, batch: object, now_s: float) -> None:

@@ -82,6 +82,7 @@ class EnginePhase(Enum):
 
     LOADING = "loading"
     READY = "ready"
+    RECOVERING = "recovering"  # ranks were lost and are coming up again; requests are taken and wait
     FAILED = "failed"
     STOPPED = "stopped"
 
@@ -93,6 +94,8 @@ class EngineStatus:
     phase: EnginePhase
     detail: str = ""       # what is being loaded, or why it failed
     fraction: float = 0.0  # of loading, 0..1
+    num_failures: int = 0    # times that ranks were lost since the start
+    num_recoveries: int = 0  # times that they came up again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +127,7 @@ class EngineClient(Protocol):
 
     @property
     def status(self) -> EngineStatus:
-        """Loading, ready, failed or stopped."""
+        """Loading, ready, recovering, failed or stopped."""
 
     @property
     def facts(self) -> EngineFacts | None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import msgspec
 
+from megatron_medha.core.cluster_cost import ClusterCost
 from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware, RooflineCost
+from megatron_medha.core.cost import CostModel, Hardware, RooflineCost
+from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.core.layout import ParallelLayout
@@ -16,6 +18,7 @@ from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.online_cost import OnlineCost
 from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.engine.cached_cost import CachedClusterCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,29 +28,42 @@ class SchedulerSetup:
     config: SchedulerConfig
     shape: ModelShape
     hardware: Hardware
-    layout: ParallelLayout
+    layout: ParallelLayout  # of one replica
     num_blocks: int  # of each KVP rank
     block_size: int
+    max_tokens_per_shard: int | None = None  # of one request on one KVP rank; None: all its memory
+    engine: EngineCosts | None = None  # for a cluster that is only calculated; None: the roofline of one that runs
     profile: FittedCost | None = None  # what the cost model starts from, instead of the hardware's data sheet
+    learns: bool = True  # False: predictions stay what they are before anything has run, as a simulation may want it
+
+    @property
+    def cluster_cost(self) -> ClusterCost:
+        """The cost model of a cluster that is only calculated."""
+        assert self.engine is not None
+        return CachedClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout)
 
     def build(self) -> Scheduler:
         """A scheduler that has seen nothing yet; its cost model starts from the profile or the roofline and learns.
 
         Raises ConfigError if the profile is of another model.
         """
-        cost = OnlineCost(RooflineCost(shape=self.shape, hardware=self.hardware, layout=self.layout))
+        roofline = RooflineCost(shape=self.shape, hardware=self.hardware, layout=self.layout)
+        start: CostModel = roofline if self.engine is None else self.cluster_cost
+        online = OnlineCost(roofline)
         if self.profile is not None:
             if self.profile.shape != self.shape:
                 raise ConfigError(
                     f"profile: measured with {self.profile.shape.name} at another shape or dtype than "
                     f"{self.shape.name} is served in; run `medha profile` again"
                 )
-            cost.start_from(self.profile)
+            online.start_from(self.profile)
+        cost: CostModel = online if self.learns else start
         memory = KVMemory(
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             max_context_len=self.shape.max_context_len,
             kvp=self.layout.kvp,
+            max_tokens_per_shard=self.max_tokens_per_shard,
             watermark=self.config.watermark,
         )
         return Scheduler(self.config, cost, memory, self.layout.spp)

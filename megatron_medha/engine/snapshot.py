@@ -1,6 +1,8 @@
-"""A momentary count of a scheduler's state, taken on its own thread for others to read."""
+"""A momentary view of a scheduler's state, taken on its own thread for others to read."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from megatron_medha.core.request import Status
 from megatron_medha.core.scheduler import Scheduler
@@ -28,3 +30,30 @@ def load_of(scheduler: Scheduler) -> EngineLoad:
         num_blocks=memory.num_blocks * memory.kvp,
         num_waiting_tokens=num_waiting_tokens,
     )
+
+
+class PendingWork(NamedTuple):
+    """What a scheduler has before it, by its cost model."""
+
+    prefill_s: float      # of the prompts it has
+    decode_share: float   # of each step's time budget that decodes take
+
+
+NO_WORK = PendingWork(0.0, 0.0)
+
+
+def work_of(scheduler: Scheduler) -> PendingWork:
+    """Predicted from every live sequence; O(live sequences)."""
+    prefill_s, num_decodes, context = 0.0, 0, 0
+    for seq in scheduler.sequences:
+        if seq.is_prefill:
+            prefill_s += seq.remaining_work_s
+        elif not seq.is_done:
+            num_decodes += 1
+            context += seq.num_known_tokens
+    if not num_decodes:
+        return PendingWork(prefill_s, 0.0)
+    kvp = scheduler.memory.kvp
+    decode_s = scheduler.cost.linear_s(-(-num_decodes // kvp), -(-num_decodes // kvp))
+    decode_s += scheduler.cost.decode_attention_s(context // kvp)
+    return PendingWork(prefill_s, decode_s / scheduler.config.step_budget_s)

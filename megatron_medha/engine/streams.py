@@ -18,7 +18,7 @@ class Stream:
     token_ids: array[int]
     sampling: Sampling
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    is_known_to_ranks: bool = False
+    output_ids: array[int] = field(default_factory=lambda: array("i"))  # delivered so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,10 @@ class Streams:
             case TokenOut(request_id, _, finish_reason):
                 token = sampled[request_id]
                 stream = self._streams[request_id]
-                prompt_logprobs = tuple(stream.prompt_logprobs) or None
+                # With the first token only: a prompt whose KV is computed again yields them again.
+                prompt_logprobs = None if stream.output_ids else tuple(stream.prompt_logprobs) or None
                 stream.prompt_logprobs.clear()
+                stream.output_ids.append(token.token_id)
                 self._deliveries.append(
                     TokenDelivery(request_id, token.token_id, finish_reason, token.logprobs, prompt_logprobs)
                 )

@@ -44,7 +44,7 @@ def build_model(
     check_divisible(config, tp=pgs.tp.size(), spp=pgs.pp.size())
     transformer_config = _transformer_config(config, dtype, device, pgs, is_initialized, fp8)
     tp = pgs.tp.size()
-    model = GPTModel(
+    model = _CheckpointedGPTModel(
         config=transformer_config,
         transformer_layer_spec=_layer_spec(config, device),
         vocab_size=-(-config.vocab_size // tp) * tp,  # padded, so that any tp divides it
@@ -58,6 +58,15 @@ def build_model(
     )
     # With the dtype: Megatron's local norms are made in fp32 whatever params_dtype says, and mixed they run unfused.
     return model.to(device=device, dtype=dtype).eval()
+
+
+class _CheckpointedGPTModel(GPTModel):
+    """A GPTModel whose weights are about to be loaded, on every stage."""
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Megatron sends tied embeddings from the first stage to the last here, through CUDA; loading fills both."""
+        if self.config.pipeline_model_parallel_size == 1:
+            super().setup_embeddings_and_output_layer()
 
 
 def transformer_engine_works(device: torch.device) -> bool:

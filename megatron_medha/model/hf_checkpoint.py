@@ -1,6 +1,7 @@
 """Streaming the safetensors of a Hugging Face checkpoint into a Megatron model's parameters. Its config is elsewhere.
 
-Every tensor of the files has one place: a view into one parameter of the model. Megatron keeps Q, K and V in one
+Every tensor of the files has one place: a view into one parameter of the model. A rank reads only the layers of its
+stage, and of those only the rows or columns of its tensor-parallel share. Megatron keeps Q, K and V in one
 matrix, group by group (the queries of a group, its key, its value), and the MLP's gate above its up projection.
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,10 +24,27 @@ from megatron_medha.model.model_config import ModelConfig
 INDEX_NAME = "model.safetensors.index.json"
 _LM_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
+_QKV, _FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"  # within a layer of ours
+_OUR_LM_HEAD = "output_layer.weight"
+_OUR_EMBEDDING = "embedding.word_embeddings.weight"
 _DTYPES = ("F64", "F32", "BF16", "F16")
 _MAX_PROBLEMS_SHOWN = 8
 
 Progress = Callable[[str, float], None]  # what is being done, and which fraction of it is: 0..1
+
+
+class Share(NamedTuple):
+    """Which part of the model a rank holds."""
+
+    first_layer: int  # of the whole model's, on its stage
+    num_layers: int
+    tp_rank: int
+    tp: int
+
+    def rows(self, size: int) -> slice:
+        """This rank's part of a dimension that tensor-parallel ranks share out; the last ranks' may be shorter."""
+        each = -(-size // self.tp)
+        return slice(min(each * self.tp_rank, size), min(each * (self.tp_rank + 1), size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +53,30 @@ class Placement:
 
     shape: tuple[int, ...]            # of the whole tensor in the file
     split_dim: int | None             # the dimension tensor-parallel ranks share out; None: every rank has it all
-    parameter: str                    # name in the model
+    parameter: str | None             # name in this rank's model; None: it is on other stages only
     view: Callable[[Tensor], Tensor]  # the part of this rank's parameter that it fills
 
 
-def tp_slice(size: int, tp_rank: int, tp: int) -> slice:
-    """The part of a dimension of that size which belongs to one tensor-parallel rank."""
-    assert size % tp == 0, f"{size} does not divide by tp={tp}"
-    return slice(size // tp * tp_rank, size // tp * (tp_rank + 1))
+def share_of(model: Any) -> Share:
+    """The part of the whole that a GPTModel is."""
+    layers = model.decoder.layers
+    tp = model.pg_collection.tp
+    return Share(layers[0].layer_number - 1, len(layers), tp.rank(), tp.size())
 
 
-def placements(config: ModelConfig, parameter_names: set[str], tp: int = 1) -> dict[str, Placement]:
+def placements(config: ModelConfig, parameter_names: set[str], share: Share) -> dict[str, Placement]:
     """Every tensor a Hugging Face checkpoint of this architecture holds, by key, and where it goes.
 
-    parameter_names tells Megatron's own layers from Transformer Engine's, which keep a norm in the linear after it.
+    parameter_names tells Megatron's own layers from Transformer Engine's, which keep a norm in the linear after it,
+    and which of the layers outside of the decoder this rank has.
     """
     hidden, ffn, head_dim = config.hidden_size, config.ffn_hidden_size, config.head_dim
-    num_groups, ffn_local = config.num_kv_heads // tp, ffn // tp
+    num_groups, ffn_local = config.num_kv_heads // share.tp, ffn // share.tp
     q_rows = config.num_heads // config.num_kv_heads * head_dim  # of one group
     group_rows = q_rows + 2 * head_dim
     vocab = config.vocab_size
+    vocab_rows = share.rows(vocab)
+    num_vocab_rows = vocab_rows.stop - vocab_rows.start
 
     def group_part(first: int, last: int) -> Callable[[Tensor], Tensor]:
         return lambda parameter: parameter.unflatten(0, (num_groups, group_rows))[:, first:last]
@@ -62,40 +84,51 @@ def placements(config: ModelConfig, parameter_names: set[str], tp: int = 1) -> d
     def whole(parameter: Tensor) -> Tensor:
         return parameter
 
-    def first_named(*names: str) -> str:
-        return next((name for name in names if name in parameter_names), names[0])
+    def ids(parameter: Tensor) -> Tensor:
+        return parameter[:num_vocab_rows]
 
+    def first_named(*names: str) -> str | None:
+        return next((name for name in names if name in parameter_names), None)
+
+    # Tied embeddings are on the first stage and, as the output layer, on the last one.
+    embedding_names = [_OUR_EMBEDDING, _OUR_LM_HEAD] if config.has_tied_embeddings else [_OUR_EMBEDDING]
     found = {
-        _EMBEDDING: Placement((vocab, hidden), 0, "embedding.word_embeddings.weight", lambda p: p[:vocab]),
-        "model.norm.weight": Placement((hidden,), None, "decoder.final_layernorm.weight", whole),
+        _EMBEDDING: Placement((vocab, hidden), 0, first_named(*embedding_names), ids),
+        "model.norm.weight": Placement((hidden,), None, first_named("decoder.final_layernorm.weight"), whole),
     }
     if not config.has_tied_embeddings:
-        found[_LM_HEAD] = Placement((vocab, hidden), 0, "output_layer.weight", lambda p: p[:vocab])
+        found[_LM_HEAD] = Placement((vocab, hidden), 0, first_named(_OUR_LM_HEAD), ids)
     qkv_parts = {
         "q": (config.num_heads * head_dim, group_part(0, q_rows)),
         "k": (config.num_kv_heads * head_dim, group_part(q_rows, q_rows + head_dim)),
         "v": (config.num_kv_heads * head_dim, group_part(q_rows + head_dim, group_rows)),
     }
+    # Of every layer, by key: the whole tensor's shape, its shared-out dimension, our name or names, the view.
+    layer_tensors: dict[str, tuple[tuple[int, ...], int | None, tuple[str, ...], Callable[[Tensor], Tensor]]] = {
+        "self_attn.o_proj.weight": (
+            (hidden, config.num_heads * head_dim), 1, ("self_attention.linear_proj.weight",), whole
+        ),
+        "mlp.gate_proj.weight": ((ffn, hidden), 0, (f"{_FC1}.weight",), lambda p: p[:ffn_local]),
+        "mlp.up_proj.weight": ((ffn, hidden), 0, (f"{_FC1}.weight",), lambda p: p[ffn_local:]),
+        "mlp.down_proj.weight": ((hidden, ffn), 1, ("mlp.linear_fc2.weight",), whole),
+        "input_layernorm.weight": ((hidden,), None, ("input_layernorm.weight", f"{_QKV}.layer_norm_weight"), whole),
+        "post_attention_layernorm.weight": (
+            (hidden,), None, ("pre_mlp_layernorm.weight", f"{_FC1}.layer_norm_weight"), whole
+        ),
+    }  # fmt: skip
+    for part, (rows, view) in qkv_parts.items():
+        layer_tensors[f"self_attn.{part}_proj.weight"] = ((rows, hidden), 0, (f"{_QKV}.weight",), view)
+        if config.has_qkv_bias:
+            layer_tensors[f"self_attn.{part}_proj.bias"] = ((rows,), 0, (f"{_QKV}.bias",), view)
+        if config.has_qk_norm and part != "v":
+            names = (f"self_attention.{part}_layernorm.weight",)
+            layer_tensors[f"self_attn.{part}_norm.weight"] = ((head_dim,), None, names, whole)
     for layer in range(config.num_layers):
-        hf, ours = f"model.layers.{layer}", f"decoder.layers.{layer}"
-        qkv, fc1 = f"{ours}.self_attention.linear_qkv", f"{ours}.mlp.linear_fc1"
-        for part, (rows, view) in qkv_parts.items():
-            found[f"{hf}.self_attn.{part}_proj.weight"] = Placement((rows, hidden), 0, f"{qkv}.weight", view)
-            if config.has_qkv_bias:
-                found[f"{hf}.self_attn.{part}_proj.bias"] = Placement((rows,), 0, f"{qkv}.bias", view)
-            if config.has_qk_norm and part != "v":
-                name = f"{ours}.self_attention.{part}_layernorm.weight"
-                found[f"{hf}.self_attn.{part}_norm.weight"] = Placement((head_dim,), None, name, whole)
-        found[f"{hf}.self_attn.o_proj.weight"] = Placement(
-            (hidden, config.num_heads * head_dim), 1, f"{ours}.self_attention.linear_proj.weight", whole
-        )
-        found[f"{hf}.mlp.gate_proj.weight"] = Placement((ffn, hidden), 0, f"{fc1}.weight", lambda p: p[:ffn_local])
-        found[f"{hf}.mlp.up_proj.weight"] = Placement((ffn, hidden), 0, f"{fc1}.weight", lambda p: p[ffn_local:])
-        found[f"{hf}.mlp.down_proj.weight"] = Placement((hidden, ffn), 1, f"{ours}.mlp.linear_fc2.weight", whole)
-        norm = first_named(f"{ours}.input_layernorm.weight", f"{qkv}.layer_norm_weight")
-        found[f"{hf}.input_layernorm.weight"] = Placement((hidden,), None, norm, whole)
-        norm = first_named(f"{ours}.pre_mlp_layernorm.weight", f"{fc1}.layer_norm_weight")
-        found[f"{hf}.post_attention_layernorm.weight"] = Placement((hidden,), None, norm, whole)
+        ours = f"decoder.layers.{layer - share.first_layer}"
+        is_here = 0 <= layer - share.first_layer < share.num_layers
+        for key, (shape, split_dim, names, view) in layer_tensors.items():
+            parameter = first_named(*(f"{ours}.{name}" for name in names)) if is_here else None
+            found[f"model.layers.{layer}.{key}"] = Placement(shape, split_dim, parameter, view)
     return found
 
 
@@ -107,24 +140,38 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
     Values are converted to the parameters' dtype and device. Raises CheckpointError naming file and key.
     """
     parameters = dict(model.named_parameters())
-    expected = placements(config, set(parameters))
+    share = share_of(model)
+    expected = placements(config, set(parameters), share)
     unfilled = set(parameters) - {placement.parameter for placement in expected.values()}
     assert not unfilled, f"no checkpoint tensor fills {sorted(unfilled)}"
     file_of = _files_by_key(directory)
     _check_headers(expected, file_of, config, directory)
-    for name in {expected[key].parameter for key in (_EMBEDDING, _LM_HEAD) if key in expected}:
-        parameters[name][config.vocab_size :].zero_()  # rows that only fill up; nothing else sets them
+    num_ids = len(range(config.vocab_size)[share.rows(config.vocab_size)])
+    for name in {_OUR_EMBEDDING, _OUR_LM_HEAD} & set(parameters):
+        parameters[name][num_ids:].zero_()  # rows that only fill up; nothing else sets them
+    wanted = {key: placement for key, placement in expected.items() if placement.parameter is not None}
     num_loaded = 0
-    for path in sorted(set(file_of.values())):
+    for path in sorted({file_of[key] for key in wanted}):
         with opened(path) as file:
-            for key in (key for key in sorted(file.keys()) if key in expected):
-                placement = expected[key]
+            for key in (key for key in sorted(file.keys()) if key in wanted):
+                placement = wanted[key]
+                assert placement.parameter is not None
                 destination = placement.view(parameters[placement.parameter])
-                destination.copy_(file.get_tensor(key).view(destination.shape))
+                destination.copy_(_part(file, key, placement, share).view(destination.shape))
                 num_loaded += 1
-                progress(f"weights from {path.name}", num_loaded / len(expected))
-    if config.has_tied_embeddings and _LM_HEAD in file_of:
-        _check_tied_head(file_of[_LM_HEAD], parameters[expected[_EMBEDDING].parameter][: config.vocab_size])
+                progress(f"weights from {path.name}", num_loaded / len(wanted))
+    tied = expected[_EMBEDDING].parameter
+    if config.has_tied_embeddings and _LM_HEAD in file_of and tied is not None:
+        _check_tied_head(file_of[_LM_HEAD], expected[_EMBEDDING], share, parameters[tied][:num_ids])
+
+
+def _part(file: Any, key: str, placement: Placement, share: Share) -> Tensor:
+    """This rank's part of a tensor, the only one that is read from the disk."""
+    if placement.split_dim is None or share.tp == 1:
+        return file.get_tensor(key)
+    rows = share.rows(placement.shape[placement.split_dim])
+    part = file.get_slice(key)
+    return part[rows] if placement.split_dim == 0 else part[:, rows]
 
 
 def hf_weight_files(directory: Path) -> list[Path]:
@@ -210,8 +257,8 @@ def _may_be_ignored(key: str, config: ModelConfig) -> bool:
     return key.endswith(".rotary_emb.inv_freq") or (key == _LM_HEAD and config.has_tied_embeddings)
 
 
-def _check_tied_head(path: Path, embedding_VC: Tensor) -> None:
+def _check_tied_head(path: Path, placement: Placement, share: Share, embedding_VC: Tensor) -> None:
     with opened(path) as file:
-        head_VC = file.get_tensor(_LM_HEAD)
+        head_VC = _part(file, _LM_HEAD, placement, share)
     if not torch.equal(head_VC.to(embedding_VC.device, embedding_VC.dtype), embedding_VC):
         raise CheckpointError(f"{path}: tensor {_LM_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is true")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -102,7 +103,7 @@ def load_megatron_weights(
     # Megatron's factories (SwiGLU) would load halves and concatenate them: a second copy. Applied beforehand,
     # they leave views of the parameter's halves, which are filled in place.
     apply_factories(wanted)
-    _check_tensors(wanted, tensors, config, iteration)
+    _check_tensors(wanted, _keys_of_all_stages(model, wanted), tensors, config, iteration)
     for part in nested_values(wanted):
         part.key = prefix + part.key
     try:
@@ -221,8 +222,20 @@ def _sharded_state_dict(model: Any, layout: Mapping[str, bool]) -> dict[str, Any
     return {key: part for key, part in state.items() if not isinstance(part, ShardedObject)}
 
 
+def _keys_of_all_stages(model: Any, wanted: Mapping[str, Any]) -> set[str]:
+    """The checkpoint's names for what the whole model is made of, not only this rank's stage. Collective."""
+    group = model.pg_collection.pp
+    keys: list[list[str]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(keys, [part.key for part in nested_values(wanted)], group=group)
+    return {key for stage in keys for key in stage}
+
+
 def _check_tensors(
-    wanted: Mapping[str, Any], tensors: Mapping[str, TensorStorageMetadata], config: ModelConfig, iteration: Path
+    wanted: Mapping[str, Any],
+    known_keys: set[str],
+    tensors: Mapping[str, TensorStorageMetadata],
+    config: ModelConfig,
+    iteration: Path,
 ) -> None:
     """Raise one CheckpointError that names every (or the first few) tensor at fault."""
     path = iteration / ".metadata"
@@ -241,7 +254,7 @@ def _check_tensors(
         elif stored.properties.dtype not in _DTYPES:
             problems.append(f"{path}: tensor {key} has dtype {stored.properties.dtype}; weights must be floats")
     for key in tensors:
-        if key not in parts and not key.endswith("._extra_state"):
+        if key not in known_keys and not key.endswith("._extra_state"):
             problems.append(f"{path}: tensor {key} is not part of this model")
     if problems:
         num_hidden = len(problems) - _MAX_PROBLEMS_SHOWN

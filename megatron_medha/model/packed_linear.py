@@ -1,61 +1,174 @@
-"""Linear layers whose weights lie in oneDNN's own layout: the CPU path of inference.
+"""Linear layers whose weights lie in the layout their kernel reads: the CPU path of inference.
 
-Against F.linear on the row-major weight, one thread, 3072 x 512, 1 to 32 tokens: 1.5 to 2.5 times faster in fp32
-and in bf16, and not slower at 512 tokens. Decoding is bound by reading weights, so it gains that much as a whole.
+fp32: oneDNN's own layout. Against F.linear on the row-major weight, one thread, 3072 x 512, 1 to 32 tokens: 1.5 to 2.5
+times faster, and not slower at 512 tokens. bf16: oneDNN's, or the native layers of kernels/native_linear.py, whichever
+is faster on this machine when tried. Without bf16 instructions that is native by 2 to 4 times at any number of tokens
+(AVX-512 server CPU, one thread, 3072 x 512: 1 token 250 against 343 us, 8 tokens 0.57 against 1.9 ms, 256 tokens
+7.9 against 34 ms; fp32 weights took 0.73, 0.97 and 10 ms).
 """
 
 from __future__ import annotations
 
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_pg_size
 from torch import Tensor
+
+from megatron_medha.kernels.native_build import NativeUnavailable
+from megatron_medha.kernels.native_linear import NativeLinear
+
+log = logging.getLogger(__name__)
+
+MakeLinear = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
+
+_TRIED_TOKENS = (1, 8, 64)  # a decode, a batch of them, a chunk
+_TRIALS = 5
+# A choice that changes from start to start changes the last bits of every answer: native must be clearly faster.
+_MIN_GAIN = 1.2
 
 
 def pack_linears(model: GPTModel) -> None:
     """Replace the forward of every parallel linear layer by one over packed weights; inference only, for good.
 
-    The row-major weights are given up, or the model would be in memory twice; only a tied output layer keeps
-    them, as the embedding reads its rows. Does nothing where it cannot help: tensor parallelism (the layers
-    communicate), other devices, a torch without the operators.
+    The row-major weights are given up, or the model would be in memory twice; only a tied output layer on the stage
+    of its embedding keeps them, as the embedding reads its rows. Tensor-parallel layers communicate as Megatron's own
+    do. Does nothing where it cannot help: other devices, a torch without the operators.
     """
-    if not _operators_exist():
-        return
     shared_weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    layers = []
     for module in model.modules():
-        if not isinstance(module, ColumnParallelLinear | RowParallelLinear) or get_pg_size(module.tp_group) > 1:
+        if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
             continue
         if "forward" in vars(module):  # quantised already
             continue
         weight = module.weight if module.weight is not None else shared_weight
-        if weight is None or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-            continue
-        module.forward = PackedLinear(weight, module.bias)  # type: ignore[method-assign]
-        if weight is not shared_weight:
+        if weight is not None and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+            layers.append((module, weight))
+    if not layers:
+        return
+    make = fastest_linear(max((weight for _, weight in layers), key=Tensor.numel))
+    if make is None:
+        return
+    for module, weight in layers:
+        packed = PackedLinear(make, weight, module.bias)
+        if get_pg_size(module.tp_group) == 1:
+            module.forward = packed  # type: ignore[method-assign]
+        elif isinstance(module, ColumnParallelLinear):
+            module.forward = _PackedColumns(packed, module)  # type: ignore[method-assign]
+        else:
+            assert module.bias is None and module.input_is_parallel, "a row-parallel layer this was not written for"
+            module.forward = _PackedRows(packed, module.tp_group)  # type: ignore[method-assign]
+        if module.weight is not None:
             weight.data = weight.data.new_empty(0)
+
+
+def fastest_linear(weight_OI: Tensor) -> MakeLinear | None:
+    """The kernel for weights like this one on this machine, said in the log; None: no packed one is to be had."""
+    known: dict[str, MakeLinear] = {}
+    if _operators_exist():
+        known["onednn"] = OneDnnLinear
+    if weight_OI.dtype == torch.bfloat16:
+        try:
+            NativeLinear(weight_OI[:1], None)
+            known["native"] = NativeLinear
+        except NativeUnavailable as error:
+            log.warning("native_linear_unavailable reason=%s", error)
+    if len(known) < 2:
+        name = next(iter(known), "none")
+        log.info("linear_layers kernel=%s dtype=%s", name, weight_OI.dtype)
+        return known.get(name)
+    seconds = {name: _trial_s(make(weight_OI, None), weight_OI.shape[1]) for name, make in known.items()}
+    gain = math.prod(a / b for a, b in zip(seconds["onednn"], seconds["native"], strict=True)) ** (
+        1 / len(_TRIED_TOKENS)
+    )
+    name = "native" if gain >= _MIN_GAIN else "onednn"
+    log.info("linear_layers kernel=%s dtype=%s native_is_faster_by=%.2f", name, weight_OI.dtype, gain)
+    return known[name]
 
 
 class PackedLinear:
     """Stands in for the forward of a Megatron linear layer on a single tensor-parallel rank."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    def __init__(self, make: MakeLinear, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         """The weight is copied."""
-        self._bias_O = None if bias_O is None else bias_O.detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach())
+        self._multiply = make(weight_OI.detach(), None if bias_O is None else bias_O.detach())
 
     def __call__(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """[..., I] -> ([..., O], None). Weight and gathering, which Megatron may pass, are settled already."""
-        return torch.ops.mkldnn._linear_pointwise(input_, self._packed, self._bias_O, "none", [], ""), None
+        return self._multiply(input_), None
+
+
+class OneDnnLinear:
+    """A layer over a weight in oneDNN's own layout."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        """The weight is copied."""
+        self._bias_O = bias_O
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
+
+    def __call__(self, input_: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        return torch.ops.mkldnn._linear_pointwise(input_, self._packed, self._bias_O, "none", [], "")
+
+
+@torch.inference_mode()
+def _trial_s(linear: Callable[[Tensor], Tensor], num_inputs: int) -> list[float]:
+    """Median seconds for each of the tried numbers of tokens."""
+    medians = []
+    for num_tokens in _TRIED_TOKENS:
+        input_TI = torch.zeros(num_tokens, num_inputs, dtype=torch.bfloat16)
+        linear(input_TI)
+        times_s = []
+        for _ in range(_TRIALS):
+            started_s = time.perf_counter()
+            linear(input_TI)
+            times_s.append(time.perf_counter() - started_s)
+        medians.append(statistics.median(times_s))
+    return medians
+
+
+class _PackedColumns:
+    """This rank's outputs of a column-parallel layer, gathered where Megatron would gather them."""
+
+    def __init__(self, packed: PackedLinear, layer: ColumnParallelLinear) -> None:
+        self._packed, self._group, self._gathers = packed, layer.tp_group, layer.gather_output
+
+    def __call__(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        output, _ = self._packed(input_)
+        if self._gathers if runtime_gather_output is None else runtime_gather_output:
+            output = gather_from_tensor_model_parallel_region(output, group=self._group)
+        return output, None
+
+
+class _PackedRows:
+    """This rank's summand of a row-parallel layer, and the sum over all ranks."""
+
+    def __init__(self, packed: PackedLinear, group: dist.ProcessGroup) -> None:
+        self._packed, self._group = packed, group
+
+    def __call__(self, input_: Tensor) -> tuple[Tensor, None]:
+        output, _ = self._packed(input_)
+        dist.all_reduce(output, group=self._group)
+        return output, None
 
 
 def _operators_exist() -> bool:
     """Tried rather than looked up: they are torch.compile's own, without a promise to stay as they are."""
     try:
         weight_OI = torch.eye(16)
-        return torch.equal(PackedLinear(weight_OI, None)(weight_OI)[0], F.linear(weight_OI, weight_OI))
+        return torch.equal(OneDnnLinear(weight_OI, None)(weight_OI), F.linear(weight_OI, weight_OI))
     except (AttributeError, RuntimeError, TypeError):
         return False

@@ -10,14 +10,15 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from megatron_medha.engine.ports import EngineClient, ErrorDelivery
-from megatron_medha.server.config import ServerConfig
+from megatron_medha.engine.ports import ErrorDelivery
+from megatron_medha.server.admission import Ticket
+from megatron_medha.server.connection import TRANSPORT
 from megatron_medha.server.errors import ApiError, our_bug
 from megatron_medha.server.generation import Choice, GenerationSpec, Piece
-from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.openai_types import Usage
-from megatron_medha.server.streams import EngineLost, Gone, Stream, Streams
-from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.server.patience import Patience
+from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.streams import EngineLost, Gone, Stream
 from megatron_medha.server.wire_format import DONE_EVENT, WireFormat
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ SSE_HEADERS = {
     "x-accel-buffering": "no",  # nginx would bundle events, and with them the times clients measure
 }
 KEEPALIVE_COMMENT = b": waiting for the first token\n\n"
+PROGRESS_S = 1.0  # between progress comments for clients that ask, where the configuration says nothing
+# Steps whose tokens one request may have unread, however small server.max_unread_tokens is: a step brings a token of
+# every choice at once.
+UNREAD_STEPS = 16
 # Above this many positions an answer is rendered off the event loop, which other streams need.
 MAX_INLINE_POSITIONS = 2_000
 
@@ -35,34 +40,35 @@ MAX_INLINE_POSITIONS = 2_000
 class Answer(Response):
     """An ASGI response that generates while it is sent. However it ends, no sub-request outlives it."""
 
-    def __init__(
-        self,
-        spec: GenerationSpec,
-        wire: WireFormat,
-        *,
-        engine: EngineClient,
-        tokenizer: Tokenizer,
-        streams: Streams,
-        metrics: Metrics,
-        config: ServerConfig,
-    ) -> None:
+    def __init__(self, spec: GenerationSpec, wire: WireFormat, service: Service, ready: Ready, ticket: Ticket) -> None:
         super().__init__()
         self._spec = spec
         self._wire = wire
-        self._engine = engine
-        self._streams = streams
-        self._metrics = metrics
-        self._config = config
-        self._choices = [Choice(spec, index, tokenizer) for index in range(spec.num_choices)]
+        self._service = service
+        self._engine = service.engine
+        self._streams = service.streams
+        self._metrics = service.metrics
+        self._config = service.config  # of this moment: a reload is for those that come after it
+        self._ticket = ticket
+        self._choices = [Choice(spec, index, ready.tokenizer) for index in range(spec.num_choices)]
         self._choice_by_id = {spec.request_id(choice.index): choice for choice in self._choices}
         self._live_ids: set[str] = set()  # in the engine
         self._num_open = spec.num_choices
-        self._has_started = False
+        self._status: int | None = None   # once the answer has begun
+        self._outcome = "done"
+        self._num_parts = 0
+        self._is_sending = False
+        self._first_token_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application of this one answer."""
-        stream = self._streams.open(tuple(self._choice_by_id))
+        loop = asyncio.get_running_loop()
+        config = self._config
+        max_unread = max(config.max_unread_tokens, UNREAD_STEPS * self._spec.num_choices)
+        stream = self._streams.open(tuple(self._choice_by_id), max_unread, self._abort_live)
         watcher = asyncio.ensure_future(_watch_client(receive, stream))
+        patience = Patience(loop, stream, _transport_of(scope), self._part_being_sent, config)
+        patience.start(self._engine.now_s() - self._spec.arrival_s)
         try:
             self._submit()
             if self._spec.is_stream:
@@ -70,24 +76,53 @@ class Answer(Response):
             else:
                 await self._send_whole(stream, send)
         except Gone:
-            self._metrics.choices_ended("abort", len(self._live_ids))
+            self._end_as(patience.outcome or "client_gone", "abort", len(self._live_ids))
         except asyncio.CancelledError:
-            self._metrics.choices_ended("abort", len(self._live_ids))
+            self._end_as("cancelled", "abort", len(self._live_ids))
             raise
         except ApiError as error:
-            self._metrics.choices_ended("error", self._num_open)
+            self._end_as(patience.outcome or error.code or "error", "error", self._num_open)
             await self._send_error(error, send)
         except Exception:
-            log.exception("answer failed", extra={"answer_id": self._spec.answer_id})
-            self._metrics.choices_ended("error", self._num_open)
+            log.exception("answer_failed", extra={"fields": {"answer_id": self._spec.answer_id}})
+            self._end_as("internal_error", "error", self._num_open)
             await self._send_error(our_bug(), send)
             raise
         finally:
             watcher.cancel()
+            patience.end()
             self._streams.close(stream)
-            for request_id in self._live_ids:
-                self._engine.abort(request_id)
-            self._live_ids.clear()
+            self._abort_live()
+            self._ticket.close(sum(choice.num_tokens for choice in self._choices))
+            self._tell(scope.get("state", {}))
+
+    def _abort_live(self) -> None:
+        for request_id in self._live_ids:
+            self._engine.abort(request_id)
+        self._live_ids.clear()
+
+    def _end_as(self, outcome: str, reason: str, num_choices: int) -> None:
+        self._outcome = outcome
+        self._metrics.choices_ended(reason, num_choices)
+        self._metrics.cut_off(outcome)
+
+    def _tell(self, state: Mapping[str, Any]) -> None:
+        # The one line about a request: what it was and how it went, never what it said.
+        if not self._config.logs_requests:
+            return
+        spec, now_s = self._spec, self._engine.now_s()
+        ttft_s = None if self._first_token_s is None else round(self._first_token_s - spec.arrival_s, 6)
+        log.info("request_done", extra={"fields": {
+            "request_id": state.get("request_id"), "answer_id": spec.answer_id, "client": state.get("client"),
+            "outcome": self._outcome, "status": self._status, "slo_class": spec.slo_class,
+            "num_choices": spec.num_choices, "num_prompt_tokens": spec.num_prompt_tokens,
+            "num_output_tokens": sum(choice.num_tokens for choice in self._choices), "ttft_s": ttft_s,
+            "duration_s": round(now_s - spec.arrival_s, 6),
+        }})  # fmt: skip
+
+    def _part_being_sent(self) -> int | None:
+        """The number of the part that waits for its reader; None when none does."""
+        return self._num_parts if self._is_sending else None
 
     def _submit(self) -> None:
         for choice in self._choices:
@@ -111,6 +146,9 @@ class Answer(Response):
         piece = choice.take(delivery)
         if choice.last_token_s is None:
             choice.first_token_s = at_s
+            if self._first_token_s is None:
+                self._first_token_s = at_s
+            self._ticket.first_token(choice.index)
             self._metrics.first_token(self._spec, at_s)
         else:
             self._metrics.next_token(at_s - choice.last_token_s)
@@ -153,45 +191,63 @@ class Answer(Response):
             await self._open_events(send)
         else:
             await self._open_events(send)
-            while not await stream.wait(self._config.sse_keepalive_s):
-                await _send_part(send, KEEPALIVE_COMMENT)
+            await self._send_comments(stream, send)
             piece = await self._next_piece(stream)
         while True:
             usage = self._usage([self._choices[piece.choice_index]]) if spec.has_continuous_usage else None
-            await _send_part(send, wire.event(piece, usage))
+            await self._send_part(send, wire.event(piece, usage))
             if not self._num_open:
                 break
             piece = await self._next_piece(stream)
         if spec.includes_usage:
-            await _send_part(send, wire.usage_event(self._usage()))
-        await _send_part(send, DONE_EVENT)
+            await self._send_part(send, wire.usage_event(self._usage()))
+        await self._send_part(send, DONE_EVENT)
         await send({"type": "http.response.body", "body": b""})
+
+    async def _send_comments(self, stream: Stream, send: Send) -> None:
+        """Until there is a first token: that we live, or how far the prompt is, where the client wants to know."""
+        if self._spec.has_progress:
+            interval_s = self._config.sse_progress_s or PROGRESS_S
+            await self._send_part(send, self._service.progress_comment(self._spec))
+            while not await stream.wait(interval_s):
+                await self._send_part(send, self._service.progress_comment(self._spec))
+        else:
+            while not await stream.wait(self._config.sse_keepalive_s):
+                await self._send_part(send, KEEPALIVE_COMMENT)
 
     async def _open_events(self, send: Send) -> None:
         await self._start(send, 200, SSE_HEADERS)
         for event in self._wire.opening_events():
-            await _send_part(send, event)
+            await self._send_part(send, event)
 
     async def _send_error(self, error: ApiError, send: Send) -> None:
         body = error.as_json()
-        if not self._has_started:
+        if self._status is None:
             headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
             await self._start(send, error.status, headers)
             await send({"type": "http.response.body", "body": body})
         elif self._spec.is_stream:
-            await _send_part(send, b"data: " + body + b"\n\n")
-            await _send_part(send, DONE_EVENT)
+            await self._send_part(send, b"data: " + body + b"\n\n")
+            await self._send_part(send, DONE_EVENT)
             await send({"type": "http.response.body", "body": b""})
 
     async def _start(self, send: Send, status: int, headers: Mapping[str, str]) -> None:
-        self._has_started = True
+        self._status = status
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
 
+    async def _send_part(self, send: Send, body: bytes) -> None:
+        # Sending waits while the reader leaves too much unread; Patience looks at how long. No clock is read here:
+        # this runs once per token.
+        self._num_parts += 1
+        self._is_sending = True
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._is_sending = False
 
-async def _send_part(send: Send, body: bytes) -> None:
-    message: dict[str, Any] = {"type": "http.response.body", "body": body, "more_body": True}
-    await send(message)
+
+def _transport_of(scope: Scope) -> asyncio.Transport | None:
+    transport: asyncio.Transport | None = scope.get("extensions", {}).get(TRANSPORT, {}).get("transport")
+    return transport
 
 
 async def _watch_client(receive: Receive, stream: Stream) -> None:

@@ -1,8 +1,7 @@
-"""The HTTP application: routes over one engine, and running it on uvicorn."""
+"""The HTTP application: routes over one engine. Running it is running.py's business."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -10,23 +9,26 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import Response
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.ports import EngineClient, EnginePhase
-from megatron_medha.server import chat, completion, errors, openapi, tokenize
+from megatron_medha.server import chat, completion, errors, insight, openapi, tokenize
 from megatron_medha.server import openai_types as types
 from megatron_medha.server.answer import Answer
 from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.errors import bad_request
 from megatron_medha.server.front_door import FrontDoor
 from megatron_medha.server.generation import GenerationSpec
+from megatron_medha.server.journal import Journal
+from megatron_medha.server.large_prompt import decode_completion
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.metrics_page import CONTENT_TYPE, MetricsPage
-from megatron_medha.server.request_fields import decode_body, read_body, read_slo
+from megatron_medha.server.request_fields import decode_body, read_body, read_wishes
 from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.wire_format import WireFormat, encode_json
 
@@ -38,13 +40,26 @@ def create_app(
     tokenizer: Tokenizer | Future[Tokenizer],
     config: ServerConfig,
     metrics: Metrics | None = None,
+    *,
+    journal: Journal | None = None,
+    slo: SloConfig | None = None,
+    read_config: Callable[[], ServerConfig] | None = None,
 ) -> FastAPI:
     """The application. It starts the engine when it starts, and stops it when it stops.
 
-    metrics: the one that observes the engine; without it, step metrics stay empty.
+    metrics, journal: those that watch the engine; without them, step metrics and stories stay empty.
+    read_config: reads the configuration again when the server is told to reload.
     """
     metrics = Metrics() if metrics is None else metrics
-    service = Service(engine, tokenizer, config, metrics)
+    service = Service(
+        engine,
+        tokenizer,
+        config,
+        metrics=metrics,
+        journal=Journal(metrics) if journal is None else journal,
+        slo=SloConfig() if slo is None else slo,
+        read_config=read_config,
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -64,69 +79,11 @@ def create_app(
     _add_generation_routes(app, service)
     _add_token_routes(app, service)
     _add_model_routes(app, service)
-    _add_probe_routes(app, service, MetricsPage(metrics, engine))
+    _add_probe_routes(app, service, MetricsPage(metrics, engine, service.admission))
+    _add_admin_routes(app, service)
+    insight.add_routes(app, service)
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
-
-
-def run(app: FastAPI, config: ServerConfig, on_listening: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM; on_listening is told the base URL. ConfigError if the port is taken."""
-    listener = bind(config)
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    class Server(uvicorn.Server):
-        """Says when it listens."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets=sockets)
-            if self.started and on_listening is not None:
-                on_listening(url)
-
-    try:
-        Server(uvicorn_config(app, config)).run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass  # uvicorn raises the signal again after it has shut down; by then all is done
-    except SystemExit:
-        if app.state.startup_error is None:
-            raise
-    finally:
-        listener.close()
-    if app.state.startup_error is not None:
-        raise app.state.startup_error
-
-
-def bind(config: ServerConfig) -> socket.socket:
-    """A socket on the configured address, before anything slow is started; ConfigError if it cannot be had."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-        # Another listener with SO_REUSEADDR shows only here.
-        listener.listen(2048)
-    except (OSError, UnicodeError) as error:
-        listener.close()
-        raise ConfigError(
-            f"server.host={config.host} server.port={config.port} cannot be listened on ({error}); "
-            f"choose another server.port, or end what uses it"
-        ) from error
-    return listener
-
-
-def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
-    """How uvicorn runs the app; uvloop and httptools are used where they are installed."""
-    return uvicorn.Config(
-        app,
-        host=config.host,
-        port=config.port,
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=config.keepalive_timeout_s,
-        timeout_graceful_shutdown=config.drain_timeout_s,
-    )
 
 
 def package_version() -> str:
@@ -138,17 +95,12 @@ def package_version() -> str:
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
-    def answer(ready: Ready, spec: GenerationSpec, wire: WireFormat) -> Answer:
+    def answer(request: Request, ready: Ready, spec: GenerationSpec, wire: WireFormat) -> Answer:
+        # From here to the answer's own start nothing waits, so that the ticket cannot be lost.
+        service.check_open()
+        ticket = service.admission.admit(service.config, request.state.client_key, spec)
         service.metrics.answer_began(spec)
-        return Answer(
-            spec,
-            wire,
-            engine=service.engine,
-            tokenizer=ready.tokenizer,
-            streams=service.streams,
-            metrics=service.metrics,
-            config=service.config,
-        )
+        return Answer(spec, wire, service, ready, ticket)
 
     @app.post("/v1/completions", openapi_extra=openapi.operation(
         types.CompletionAnswer, body=types.CompletionRequest, errors=BODY_ERRORS, has_events=True))
@@ -157,9 +109,10 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         raw = await read_body(request, service.config)
         arrival_s = service.engine.now_s()
         ready = service.ready()
-        body = decode_body(raw, completion.DECODER)
-        spec = await completion.plan_completion(service, ready, body, read_slo(request.headers), arrival_s)
-        return answer(ready, spec, completion.CompletionFormat(spec, ready.tokenizer))
+        wishes = read_wishes(request.headers, service.slo)
+        body = await decode_completion(raw)
+        spec = await completion.plan_completion(service, ready, body, wishes, arrival_s)
+        return answer(request, ready, spec, completion.CompletionFormat(spec, ready.tokenizer))
 
     @app.post("/v1/chat/completions", openapi_extra=openapi.operation(
         types.ChatAnswer, body=types.ChatRequest, errors=BODY_ERRORS, has_events=True))
@@ -168,9 +121,10 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         raw = await read_body(request, service.config)
         arrival_s = service.engine.now_s()
         ready = service.ready()
+        wishes = read_wishes(request.headers, service.slo)
         body = decode_body(raw, chat.DECODER)
-        spec = await chat.plan_chat(service, ready, body, read_slo(request.headers), arrival_s)
-        return answer(ready, spec, chat.ChatFormat(spec, ready.tokenizer))
+        spec = await chat.plan_chat(service, ready, body, wishes, arrival_s)
+        return answer(request, ready, spec, chat.ChatFormat(spec, ready.tokenizer))
 
 
 def _add_token_routes(app: FastAPI, service: Service) -> None:
@@ -215,7 +169,8 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 def _add_probe_routes(app: FastAPI, service: Service, page: MetricsPage) -> None:
     def readiness() -> types.Readiness:
         status = service.status
-        return types.Readiness(status=status.phase.value, detail=status.detail, fraction=status.fraction)
+        phase = "draining" if service.is_draining else status.phase.value
+        return types.Readiness(status=phase, detail=status.detail, fraction=status.fraction)
 
     async def health() -> Response:
         """200 while the process lives and the engine has not failed."""
@@ -224,7 +179,7 @@ def _add_probe_routes(app: FastAPI, service: Service, page: MetricsPage) -> None
 
     async def ready() -> Response:
         """200 once requests are taken; until then 503, saying how far loading is."""
-        is_ready = service.status.phase is EnginePhase.READY
+        is_ready = service.status.phase is EnginePhase.READY and not service.is_draining
         headers = {} if is_ready else {"retry-after": str(service.config.retry_after_s)}
         return _json(readiness(), 200 if is_ready else 503, headers)
 
@@ -241,6 +196,7 @@ def _add_probe_routes(app: FastAPI, service: Service, page: MetricsPage) -> None
     probe["responses"]["503"] = {**probe["responses"]["200"], "description": "Not ready"}
     for path, route, extra in (
         ("/health", health, probe),
+        ("/live", health, probe),
         ("/ping", health, probe),
         ("/ready", ready, probe),
         ("/version", tell_version, openapi.operation(types.Version)),
@@ -249,6 +205,22 @@ def _add_probe_routes(app: FastAPI, service: Service, page: MetricsPage) -> None
         name = path.strip("/")
         app.add_api_route(path, route, methods=["GET"], name=name, openapi_extra=extra)
         app.add_api_route(path, route, methods=["HEAD"], name=f"{name}_head", include_in_schema=False)
+
+
+def _add_admin_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/admin/reload", openapi_extra=openapi.operation(types.Reloaded, errors=(400, 401, 403)))
+    async def reload() -> Response:
+        """Read keys and limits again, as SIGHUP does."""
+        try:
+            return _json(types.Reloaded(changed=await service.reload()))
+        except ConfigError as error:
+            raise bad_request(str(error), code="configuration_error") from None
+
+    @app.post("/admin/drain", openapi_extra=openapi.operation(types.Readiness, errors=(401, 403)))
+    async def drain() -> Response:
+        """Take nothing new, finish what runs, and end, as SIGTERM does."""
+        service.end_server()
+        return _json(types.Readiness(status="draining", detail="", fraction=1.0), 202)
 
 
 def _json(body: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:

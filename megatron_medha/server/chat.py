@@ -26,16 +26,12 @@ from megatron_medha.server.openai_types import (
 )
 from megatron_medha.server.prompts import encode_prompts
 from megatron_medha.server.request_fields import (
-    Slo,
+    Wishes,
     check_common,
     check_num_logprobs,
-    created_unix_s,
-    draw_answer_id,
+    generation_spec,
     num_choices_of,
-    priority_of,
     sampling_of,
-    seed_of,
-    stops_of,
 )
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
@@ -45,7 +41,9 @@ DECODER = msgspec.json.Decoder(ChatRequest)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-async def plan_chat(service: Service, ready: Ready, body: ChatRequest, slo: Slo, arrival_s: float) -> GenerationSpec:
+async def plan_chat(
+    service: Service, ready: Ready, body: ChatRequest, wishes: Wishes, arrival_s: float
+) -> GenerationSpec:
     """Check a request, render its messages and encode them; ApiError 4xx says what is wrong."""
     config = service.config
     model = service.model_name(body.model)
@@ -70,7 +68,7 @@ async def plan_chat(service: Service, ready: Ready, body: ChatRequest, slo: Slo,
         num_prompt_logprobs=None,
         max_tokens=max_tokens,
     )
-    service.check_capacity(n)
+    service.admission.check_places(config, n)
     text = await render_messages(service, ready, body.messages, body)
     prompts = await encode_prompts(
         service,
@@ -82,28 +80,16 @@ async def plan_chat(service: Service, ready: Ready, body: ChatRequest, slo: Slo,
         param="messages",
         max_tokens_param=max_tokens_param,
     )
-    options = body.stream_options
-    return GenerationSpec(
-        answer_id=draw_answer_id("chatcmpl"),
-        created=created_unix_s(),
+    return generation_spec(
+        service,
+        body,
+        wishes,
+        id_prefix="chatcmpl",
         model=model,
         arrival_s=arrival_s,
         prompts=prompts,
         n=n,
         sampling=sampling,
-        seed=seed_of(body),
-        priority=priority_of(body),
-        ttft_slo_s=slo.ttft_s,
-        tpot_slo_s=slo.tpot_s,
-        stops=stops_of(body, config),
-        client_stop_ids=frozenset(body.stop_token_ids or ()),
-        includes_stop=bool(body.include_stop_str_in_output),
-        skips_special_tokens=body.skip_special_tokens is not False,
-        is_stream=bool(body.stream),
-        includes_usage=bool(options and options.include_usage),
-        has_continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
-        names_tokens_by_id=bool(body.return_tokens_as_token_ids),
-        returns_token_ids=bool(body.return_token_ids),
     )
 
 

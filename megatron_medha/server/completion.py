@@ -25,26 +25,20 @@ from megatron_medha.server.openai_types import (
 )
 from megatron_medha.server.prompts import encode_prompts, split_prompts
 from megatron_medha.server.request_fields import (
-    Slo,
+    Wishes,
     check_common,
     check_num_logprobs,
-    created_unix_s,
-    draw_answer_id,
+    generation_spec,
     num_choices_of,
-    priority_of,
     sampling_of,
-    seed_of,
-    stops_of,
 )
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.wire_format import MARK, EventTemplate, encode_json, sse_event
 
-DECODER = msgspec.json.Decoder(CompletionRequest)
-
 
 async def plan_completion(
-    service: Service, ready: Ready, body: CompletionRequest, slo: Slo, arrival_s: float
+    service: Service, ready: Ready, body: CompletionRequest, wishes: Wishes, arrival_s: float
 ) -> GenerationSpec:
     """Check a request and encode its prompts; ApiError 4xx says what is wrong."""
     config = service.config
@@ -68,7 +62,7 @@ async def plan_completion(
         max_tokens=max_tokens,
     )
     raw_prompts = split_prompts(body.prompt, config.max_prompts)
-    service.check_capacity(len(raw_prompts) * n)
+    service.admission.check_places(config, len(raw_prompts) * n)
     prompts = await encode_prompts(
         service,
         ready,
@@ -78,30 +72,18 @@ async def plan_completion(
         add_special_tokens=body.add_special_tokens is not False,
         param="prompt",
     )
-    options = body.stream_options
-    return GenerationSpec(
-        answer_id=draw_answer_id("cmpl"),
-        created=created_unix_s(),
+    return generation_spec(
+        service,
+        body,
+        wishes,
+        id_prefix="cmpl",
         model=model,
         arrival_s=arrival_s,
         prompts=prompts,
         n=n,
         sampling=sampling,
-        seed=seed_of(body),
-        priority=priority_of(body),
-        ttft_slo_s=slo.ttft_s,
-        tpot_slo_s=slo.tpot_s,
-        stops=stops_of(body, config),
-        client_stop_ids=frozenset(body.stop_token_ids or ()),
-        includes_stop=bool(body.include_stop_str_in_output),
-        skips_special_tokens=body.skip_special_tokens is not False,
-        is_stream=bool(body.stream),
-        includes_usage=bool(options and options.include_usage),
-        has_continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
         is_echo=is_echo,
         discards_output=max_tokens == 0,
-        names_tokens_by_id=bool(body.return_tokens_as_token_ids),
-        returns_token_ids=bool(body.return_token_ids),
     )
 
 

@@ -1,10 +1,20 @@
-"""How the HTTP server behaves: address, names, limits. Nothing here is about the engine."""
+"""How the HTTP server behaves: address, keys, limits, times. Nothing here is about the engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ipaddress
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError
+
+# Bound once, when the server starts; a reload that changes one of these is refused.
+FIXED_FIELDS = (
+    "host", "port", "served_model_names", "tls_certificate", "tls_key", "keepalive_timeout_s", "head_timeout_s",
+    "max_head_bytes", "max_connections",
+)  # fmt: skip
+SECRET_FIELDS = ("api_key", "admin_key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,9 +25,22 @@ class ServerConfig:
     port: int = 8000                          # what vLLM uses, and so what people type
     served_model_names: tuple[str, ...] = ()  # the first one signs answers; empty: the checkpoint's own name
     api_key: str | None = None                # clients send it as "Authorization: Bearer KEY"
+    api_key_file: Path | None = None          # more keys, one "NAME KEY" a line; limits per key count by name
+    admin_key: str | None = None              # for /admin and /debug, which tell about everybody's requests
+    is_open_to_all: bool = False              # a public address without keys is a mistake more often than a wish
+    tls_certificate: Path | None = None       # PEM, with the chain; for those without a proxy that ends TLS
+    tls_key: Path | None = None               # PEM
     max_body_bytes: int = 128 * 2**20         # 10M token ids as JSON are 70 MB, and a fair request
+    max_head_bytes: int = 64 * 2**10          # request line and headers; nginx takes 32 KiB, uvicorn any amount
     body_timeout_s: float = 60.0              # between two parts: a client that stops half-way must not stay for ever
+    head_timeout_s: float = 20.0              # for a whole head; slow-loris clients send a byte now and then
+    max_connections: int = 16384              # each costs a descriptor and some 30 KB
     max_live_requests: int = 8192             # sub-requests in the engine; beyond that 429 is kinder than memory
+    max_waiting_requests: int = 4096          # sub-requests without a token yet; a longer queue is mostly late
+    max_waiting_tokens: int = 64_000_000      # prompt tokens of those: six prompts of 10M tokens
+    max_live_requests_per_key: int | None = None   # sub-requests of one key, so that no client takes all places
+    max_tokens_per_minute_per_key: int | None = None  # prompt and output, a minute's worth may come at once
+    max_prompt_tokens: int | None = None      # None: whatever fits the context
     max_n: int = 128                          # OpenAI's limit
     max_prompts: int = 2048                   # prompts in one call; lm-eval and OpenAI's batches stay below
     max_stop_strings: int = 16                # OpenAI allows 4, vLLM any; every one is matched on every character
@@ -26,32 +49,70 @@ class ServerConfig:
     max_logit_bias: int = 1024                # entries; the rank applies them one by one
     max_logprobs: int = 20                    # OpenAI's limit for chat, vLLM's default
     default_max_output_tokens: int = 16       # of /v1/completions, OpenAI's number; chat takes what fits
+    refuses_late: bool = False                # whether to answer 429 where the first token is predicted to be late
+    request_timeout_s: float | None = 3600.0  # from arrival to the last token; a 10M-token prompt takes tens of minutes
+    stalled_reader_timeout_s: float = 60.0    # a client that takes nothing for so long is gone
+    max_unread_tokens: int = 4096             # per HTTP request; a token waiting for its reader takes 0.3 KB
     sse_header_wait_s: float = 1.0            # an error within this time still gets its own HTTP status
     sse_keepalive_s: float = 10.0             # between comments while a prompt is in prefill; proxies cut idle lines
+    sse_progress_s: float | None = None       # between progress comments; None: only for clients that ask
+    logs_requests: bool = True                # a line per request when it ends; the only trace of it afterwards
     engine_check_s: float = 1.0               # how soon requests end if the engine dies without a word
-    retry_after_s: int = 5                    # what clients are told with 503 and 429
+    retry_after_s: int = 5                    # what clients are told with 503 and 429 where nothing better is known
     keepalive_timeout_s: int = 30             # idle HTTP connections; load balancers often hold theirs for 30 s or more
-    drain_timeout_s: int = 5                  # what running requests get to finish after SIGTERM or Ctrl-C
+    drain_timeout_s: float = 20.0             # running requests after SIGTERM; Kubernetes kills after 30 s
     stop_timeout_s: float = 10.0              # what the ranks get to exit before they are killed
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"server.port={self.port} must be 0 (any free port) to 65535")
-        if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
-            raise ConfigError("server.api_key must be printable ASCII and not empty; leave it out to need no key")
+        for name in SECRET_FIELDS:
+            key = getattr(self, name)
+            if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+                raise ConfigError(f"server.{name} must be printable ASCII without spaces; leave it out to need no key")
         if not all(self.served_model_names):
             raise ConfigError(f"server.served_model_names={list(self.served_model_names)} has an empty name")
-        at_least_one = (
-            "max_body_bytes", "max_live_requests", "max_n", "max_prompts", "max_stop_string_chars",
-            "default_max_output_tokens", "retry_after_s",
-        )
-        at_least_zero = (
-            "max_stop_strings", "max_stop_token_ids", "max_logit_bias", "max_logprobs", "drain_timeout_s",
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            given, missing = ("tls_key", "tls_certificate") if self.tls_key else ("tls_certificate", "tls_key")
+            raise ConfigError(f"server.{given}={getattr(self, given)} needs server.{missing} beside it")
+        for name in ("tls_certificate", "tls_key", "api_key_file"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ConfigError(f"server.{name}={path}: no such file")
+        if not (self.is_loopback or self.needs_key or self.is_open_to_all):
+            raise ConfigError(
+                f"server.host={self.host} is reachable from elsewhere and no key is needed; give server.api_key or "
+                "server.api_key_file, or say server.is_open_to_all=true"
+            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        may_be_zero = {
+            "port", "max_stop_strings", "max_stop_token_ids", "max_logit_bias", "max_logprobs", "drain_timeout_s",
             "keepalive_timeout_s", "stop_timeout_s", "sse_header_wait_s",
-        )
-        above_zero = ("body_timeout_s", "sse_keepalive_s", "engine_check_s")
-        for name in (*at_least_one, *at_least_zero, *above_zero):
-            value = getattr(self, name)
-            if value < (1 if name in at_least_one else 0) or (name in above_zero and value == 0):
-                what = "at least 1" if name in at_least_one else "at least 0" if name in at_least_zero else "above 0"
-                raise ConfigError(f"server.{name}={value} must be {what}")
+        }  # fmt: skip
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if field.name in may_be_zero:
+                is_fit, what = value >= 0, "at least 0"
+            elif isinstance(value, int):
+                is_fit, what = value >= 1, "at least 1"
+            else:
+                is_fit, what = value > 0, "above 0"
+            if not (is_fit and math.isfinite(value)):
+                raise ConfigError(f"server.{field.name}={value} must be {what}")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether clients must bring a key."""
+        return self.api_key is not None or self.api_key_file is not None

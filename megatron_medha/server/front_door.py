@@ -1,4 +1,4 @@
-"""Plain ASGI around the app: request ids on every answer, and the API key. No body is touched."""
+"""Plain ASGI around the app: request ids, API keys, and the count a drain waits for. No body is touched."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_medha.server.errors import ApiError
+from megatron_medha.server.keys import Client
 from megatron_medha.server.service import Service
 
-# Probes and scrapers carry no key, and learn nothing worth one.
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})
+# Probes carry no key, and learn nothing worth one. The page at /dashboard is the same for everybody; what it shows
+# comes from /debug, with a key.
+OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/ping", "/dashboard"})
+ADMIN_PREFIXES = ("/admin/", "/debug/")
 MAX_REQUEST_ID_CHARS = 128
 
 
 class FrontDoor:
-    """Names every request, and turns away those without the key.
+    """Names every request, and turns away those without the key, and new work once the server is shutting down.
 
     Not the framework's own middleware class: that one wraps every body part in a task and a
     memory stream, which costs more per token than all the rest of the server.
@@ -39,17 +42,40 @@ class FrontDoor:
                 MutableHeaders(raw=message["headers"])["x-request-id"] = request_id
             await send(message)
 
-        if scope["path"] not in OPEN_PATHS and not self._service.is_key_right(headers.get("authorization")):
-            error = ApiError(
-                401, "a valid API key is needed: Authorization: Bearer KEY",
-                code="invalid_api_key", headers={"www-authenticate": "Bearer"},
-            )
+        path = scope["path"]
+        if path in OPEN_PATHS:
+            await self._app(scope, receive, send_named)
+            return
+        try:
+            client = self._client(path, headers)
+            if not path.startswith(ADMIN_PREFIXES) and path != "/metrics":
+                self._service.check_open()
+        except ApiError as error:
             await error.as_response()(scope, receive, send_named)
             return
-        await self._app(scope, receive, send_named)
+        state = scope.setdefault("state", {})
+        state["client"], state["request_id"], state["client_key"] = client.name, request_id, client
+        self._service.began()
+        try:
+            await self._app(scope, receive, send_named)
+        finally:
+            self._service.ended()
+
+    def _client(self, path: str, headers: Headers) -> Client:
+        keys = self._service.keys
+        client = keys.find(headers.get("authorization"))
+        if client is None:
+            raise ApiError(
+                401, "a valid API key is needed: Authorization: Bearer KEY",
+                code="invalid_api_key", headers={"www-authenticate": "Bearer"},
+            )  # fmt: skip
+        if path.startswith(ADMIN_PREFIXES) and not client.is_admin:
+            way_out = "this key is not it" if keys.has_admin_key else "start the server with server.admin_key"
+            raise ApiError(403, f"{path} needs the admin key; {way_out}", code="admin_key_needed")
+        return client
 
 
 def _request_id(given: str | None) -> str:
-    # A client's id goes back to it and nowhere else; anything odd is not worth carrying around.
+    # A client's id goes back to it and into the log; anything odd is not worth carrying around.
     is_fit = given is not None and 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
     return given if is_fit and given is not None else uuid.uuid4().hex

@@ -11,6 +11,7 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.engine.ports import TokenDelivery
 from megatron_medha.server.detokenizer import make_detokenizer
+from megatron_medha.server.slo import SloClass
 from megatron_medha.server.stop_strings import StopMatcher
 from megatron_medha.server.tokens import Tokenizer
 
@@ -39,6 +40,8 @@ class GenerationSpec:
     sampling: Sampling           # without seed and length, which differ by choice
     seed: int
     priority: int = 0
+    slo: SloClass = SloClass()
+    slo_class: str = ""
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     stops: tuple[str, ...] = ()
@@ -46,6 +49,7 @@ class GenerationSpec:
     includes_stop: bool = False
     skips_special_tokens: bool = True
     is_stream: bool = False
+    has_progress: bool = False     # comments while the prompt is computed; of effect on streams
     includes_usage: bool = False
     has_continuous_usage: bool = False
     is_echo: bool = False
@@ -67,10 +71,10 @@ class GenerationSpec:
         """The engine's name for a choice; unique because answer ids are drawn here, never taken from clients."""
         return f"{self.answer_id}-{index}"
 
-    def engine_request(self, index: int) -> tuple[Request, array[int], Sampling]:
-        """What the engine is handed for a choice."""
+    def engine_numbers(self, index: int) -> Request:
+        """What the scheduler knows of a choice."""
         prompt = self.prompts[index // self.n]
-        request = Request(
+        return Request(
             request_id=self.request_id(index),
             num_prompt_tokens=len(prompt.token_ids),
             max_output_tokens=prompt.max_output_tokens,
@@ -78,11 +82,18 @@ class GenerationSpec:
             ttft_slo_s=self.ttft_slo_s,
             tpot_slo_s=self.tpot_slo_s,
             priority=self.priority,
+            deadline_multiplier=self.slo.deadline_multiplier,
+            min_deadline_s=self.slo.min_deadline_s,
+            slo_class=self.slo_class,
         )
+
+    def engine_request(self, index: int) -> tuple[Request, array[int], Sampling]:
+        """What the engine is handed for a choice."""
+        prompt = self.prompts[index // self.n]
         seed = (self.seed + index) & SEED_MASK
         sampling = replace(self.sampling, seed=seed, max_output_tokens=prompt.max_output_tokens)
         # A copy: the engine owns what it is given and may append, and choices share their prompt.
-        return request, prompt.token_ids[:], sampling
+        return self.engine_numbers(index), prompt.token_ids[:], sampling
 
 
 class Piece(NamedTuple):

@@ -41,6 +41,11 @@ RELATIVE_ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 RATIOS = (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 5.0, 10.0)
 NUM_TOKENS = tuple(float(base * 10**power) for power in range(8) for base in (1, 2, 5))
 NUM_STEP_TOKENS = (1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
+RELATIVE_SLACKS = (-100.0, -10.0, -5.0, -2.0, -1.0, -0.5, -0.2, 0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 100.0)
+KVP_DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+# Prompt tokens up to which a request is of a length class.
+LENGTH_CLASSES = ((1_000, "1k"), (10_000, "10k"), (100_000, "100k"), (1_000_000, "1m"))
+LONGEST_CLASS = "longer"
 NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -78,6 +83,7 @@ class Metrics:
         self.num_output_tokens = 0
         self.num_ttft_slo_met = 0
         self.num_ttft_slo_missed = 0
+        self.num_cut_off: dict[str, int] = {}
         self.num_ended: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         # on the engine's thread
         self.queue_s = Histogram(REQUEST_S)
@@ -87,6 +93,14 @@ class Metrics:
         self.step_relative_error = Histogram(RELATIVE_ERRORS)
         self.step_ratio = Histogram(RATIOS)
         self.step_tokens = Histogram(NUM_STEP_TOKENS)
+        self.relative_slack = Histogram(RELATIVE_SLACKS)
+        self.kvp_degree = Histogram(KVP_DEGREES)
+        self.num_deadlines_met: dict[tuple[str, str], int] = {}     # by length class and SLO class
+        self.num_deadlines_missed: dict[tuple[str, str], int] = {}
+        self.num_paused_prefills = 0
+        self.num_recomputed_tokens = 0
+        self.stage_busy_s = 0.0
+        self.work_present_s = 0.0
         self.num_preemptions = 0
         self.num_preempted_tokens = 0
         self.num_rejected = 0
@@ -135,6 +149,22 @@ class Metrics:
     def choices_ended(self, reason: str, num_choices: int) -> None:
         """Choices ended without being complete: "abort" or "error"."""
         self.num_ended[reason] += num_choices
+
+    def cut_off(self, why: str) -> None:
+        """An HTTP request ended without its whole answer."""
+        self.num_cut_off[why] = self.num_cut_off.get(why, 0) + 1
+
+    # what the journal's watch sees, on the engine's thread
+
+    def first_token_scheduled(
+        self, num_prompt_tokens: int, slo_class: str, relative_slack: float, is_in_time: bool, kvp_degree: int
+    ) -> None:
+        """A request's prompt is computed; relative_slack: what was left of its deadline, in units of its own work."""
+        self.relative_slack.observe(relative_slack)
+        self.kvp_degree.observe(kvp_degree)
+        counts = self.num_deadlines_met if is_in_time else self.num_deadlines_missed
+        key = (length_class(num_prompt_tokens), slo_class)
+        counts[key] = counts.get(key, 0) + 1
 
     # steps, on the engine's thread
 
@@ -192,3 +222,8 @@ class Metrics:
     def _forget(self, request_id: str) -> None:
         self._arrival_s.pop(request_id, None)
         self._scheduled_s.pop(request_id, None)
+
+
+def length_class(num_prompt_tokens: int) -> str:
+    """The class of prompts about as long as this: named after its upper end."""
+    return next((name for most, name in LENGTH_CLASSES if num_prompt_tokens <= most), LONGEST_CLASS)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from megatron_medha.engine.ports import EngineClient
+from megatron_medha.engine.ports import EngineClient, EnginePhase
+from megatron_medha.server.admission import Admission
 from megatron_medha.server.metrics import Histogram, Metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -35,6 +36,9 @@ HISTOGRAMS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("params_max_tokens", "request_params_max_tokens", ("request_params_max_tokens",),
      "Output tokens that a request may have"),
     ("step_tokens", "iteration_tokens_total", ("iteration_tokens_total",), "Tokens of a step"),
+    ("relative_slack", "relative_slack_at_first_token", (),
+     "What was left of a request's first-token deadline, in units of its own predicted prefill; below 0: missed"),
+    ("kvp_degree", "kvp_degree", (), "KVP ranks that hold a request's KV when its first token comes"),
     ("step_predicted_s", "step_predicted_seconds", (), "Duration of a step as the scheduler predicted it"),
     ("step_actual_s", "step_actual_seconds", (), "Duration of a step as the ranks measured it"),
     ("step_relative_error", "step_prediction_relative_error", (), "|predicted / actual - 1| of a step"),
@@ -46,6 +50,11 @@ COUNTERS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("num_output_tokens", "generation_tokens", ("generation_tokens",), "Tokens generated"),
     ("num_preemptions", "num_preemptions", ("num_preemptions",), "Sequences that lost their KV to a decode"),
     ("num_preempted_tokens", "preempted_tokens", (), "Tokens that had to be recomputed because KV was lost"),
+    ("num_recomputed_tokens", "recomputed_tokens", (), "Prompt and output tokens computed more than once"),
+    ("num_paused_prefills", "prefill_pauses", (), "Prefills that others overtook at a chunk boundary, with KV kept"),
+    ("stage_busy_s", "stage_busy_seconds", (), "Time the ranks computed, by the step and pipeline stage"),
+    ("work_present_s", "work_present_seconds", (),
+     "Time in which there was work; 1 - stage_busy / work_present is the share of bubbles"),
     ("num_rejected", "rejected_requests", (), "Requests refused by the scheduler"),
     ("num_ttft_slo_met", "ttft_slo_met", (), "Requests that met the TTFT target they brought"),
     ("num_ttft_slo_missed", "ttft_slo_missed", (), "Requests that missed the TTFT target they brought"),
@@ -57,8 +66,9 @@ LABELS = ("model_name", "engine")
 class MetricsPage:
     """Writes /metrics; a collector of prometheus_client with a registry of its own."""
 
-    def __init__(self, metrics: Metrics, engine: EngineClient) -> None:
+    def __init__(self, metrics: Metrics, engine: EngineClient, admission: Admission) -> None:
         self._metrics = metrics
+        self._admission = admission
         self._engine = engine
         self._labels = ["", "0"]
         self._registry = CollectorRegistry()
@@ -83,15 +93,42 @@ class MetricsPage:
                 counter = CounterMetricFamily(name, meaning, labels=LABELS)
                 counter.add_metric(self._labels, value)
                 yield counter
+        status = self._engine.status
+        for name, count, meaning in (
+            ("rank_failures", status.num_failures, "Times that ranks were lost"),
+            ("rank_recoveries", status.num_recoveries, "Times that ranks that were lost came up again"),
+        ):
+            counter = CounterMetricFamily(f"medha:{name}", meaning, labels=LABELS)
+            counter.add_metric(self._labels, count)
+            yield counter
         for name in _names("request_success", ("request_success",)):
             ended = CounterMetricFamily(name, "Requests that ended, by reason", labels=(*LABELS, "finished_reason"))
             for reason, count in self._metrics.num_ended.items():
                 ended.add_metric([*self._labels, reason], count)
             yield ended
+        yield self._by_label("requests_cut_off", "HTTP requests that ended without their whole answer", ("reason",),
+                             (((reason,), count) for reason, count in self._metrics.num_cut_off.items()))
+        for name in _names("admission_rejections", ("admission_rejections",)):
+            yield self._by_label(name, "Requests answered 429", ("reason",),
+                                 (((reason,), count) for reason, count in self._admission.num_refused.items()))
+        for name, meaning, counts in (
+            ("deadlines_met", "Requests whose first token came in time", self._metrics.num_deadlines_met),
+            ("deadlines_missed", "Requests whose first token came late", self._metrics.num_deadlines_missed),
+        ):
+            yield self._by_label(name, meaning, ("length_class", "slo_class"), counts.copy().items())
         for attribute, own_name, vllm_names, meaning in HISTOGRAMS:
             histogram: Histogram = getattr(self._metrics, attribute)
             for name in _names(own_name, vllm_names):
                 yield self._histogram(name, meaning, histogram)
+
+    def _by_label(
+        self, name: str, meaning: str, labels: tuple[str, ...], counts: Iterable[tuple[tuple[str, ...], int]]
+    ) -> CounterMetricFamily:
+        full_name = name if ":" in name else f"medha:{name}"
+        family = CounterMetricFamily(full_name, meaning, labels=(*LABELS, *labels))
+        for values, count in counts:
+            family.add_metric([*self._labels, *values], count)
+        return family
 
     def _histogram(self, name: str, meaning: str, histogram: Histogram) -> HistogramMetricFamily:
         counts = list(histogram.counts)  # the engine's thread may be counting meanwhile
@@ -108,7 +145,9 @@ class MetricsPage:
         load = self._engine.load
         num_used = load.num_blocks - load.num_free_blocks
         kv_usage = num_used / load.num_blocks if load.num_blocks else 0.0
+        is_ready = self._engine.status.phase is EnginePhase.READY
         gauges = (
+            ("is_ready", (), float(is_ready), "1 while requests run; 0 while the model loads or ranks come up again"),
             ("num_requests_running", ("num_requests_running",), load.num_prefilling + load.num_decoding,
              "Requests in prefill or decode"),
             ("num_requests_waiting", ("num_requests_waiting",), load.num_waiting, "Requests not begun"),

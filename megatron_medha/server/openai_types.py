@@ -295,6 +295,12 @@ class Readiness(Struct, kw_only=True):
     fraction: float
 
 
+class Reloaded(Struct, kw_only=True):
+    """Answer of POST /admin/reload."""
+
+    changed: list[str]  # names of the settings that have another value now
+
+
 class Version(Struct, kw_only=True):
     """Answer of GET /version."""
 

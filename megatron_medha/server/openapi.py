@@ -12,7 +12,7 @@ from megatron_medha.server.errors import ErrorAnswer
 BODIES = (
     types.CompletionRequest, types.CompletionAnswer, types.ChatRequest, types.ChatAnswer, types.TokenizeRequest,
     types.TokenizeAnswer, types.DetokenizeRequest, types.DetokenizeAnswer, types.Model, types.ModelList,
-    types.Readiness, types.Version, ErrorAnswer,
+    types.Readiness, types.Reloaded, types.Version, ErrorAnswer,
 )
 REF_TEMPLATE = "#/components/schemas/{name}"
 

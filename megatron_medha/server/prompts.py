@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import Prompt
 from megatron_medha.server.service import Ready, Service
 
-RawPrompt = str | list[int]
+RawPrompt: TypeAlias = "str | list[int] | array[int]"  # array has no item types at run time
+
+_SLICE_IDS = 65_536  # looked at without letting another thread run: a millisecond
 
 
-def split_prompts(prompt: str | Sequence[str | int | list[int]], max_prompts: int) -> list[RawPrompt]:
+def split_prompts(prompt: str | array[int] | Sequence[str | int | list[int]], max_prompts: int) -> list[RawPrompt]:
     """The one or more prompts in OpenAI's `prompt` field: text, ids, or a list of either."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | array):
         return [prompt]
     if not prompt:
         raise bad_request("prompt: expected at least one token or text, got an empty list", "prompt")
@@ -40,18 +43,20 @@ async def encode_prompts(
     max_tokens_param: str = "max_tokens",
 ) -> tuple[Prompt, ...]:
     """Encode and check prompts against the context; without max_tokens they get the default, or what fits."""
-    limit = ready.facts.max_request_tokens
+    limit, most = ready.facts.max_request_tokens, service.config.max_prompt_tokens
     tokenizer = ready.tokenizer
     for raw in raw_prompts:
-        at_least = len(raw) if isinstance(raw, list) else tokenizer.min_num_tokens(raw)
+        at_least = tokenizer.min_num_tokens(raw) if isinstance(raw, str) else len(raw)
+        if most is not None and at_least > most:
+            raise _over_prompt_limit(at_least, most, param)
         if at_least >= limit:
-            raise _too_long(str(at_least) if isinstance(raw, list) else f"at least {at_least}", limit, param)
+            raise _too_long(f"at least {at_least}" if isinstance(raw, str) else str(at_least), limit, param)
 
     def encode(raw: RawPrompt) -> array[int]:
         if isinstance(raw, str):
             ids = tokenizer.encode(raw, add_special_tokens=add_special_tokens)
         else:
-            ids = _as_ids(raw, param)
+            ids = raw if isinstance(raw, array) else _as_ids(raw, param)
         check_ids(ids, ready.facts.shape.vocab_size, param)
         return ids
 
@@ -59,6 +64,8 @@ async def encode_prompts(
     encoded = await service.work_on_text(num_chars, lambda: [encode(raw) for raw in raw_prompts])
     prompts = []
     for raw, token_ids in zip(raw_prompts, encoded, strict=True):
+        if most is not None and len(token_ids) > most:
+            raise _over_prompt_limit(len(token_ids), most, param)
         room = limit - len(token_ids)
         if room < 1:
             raise _too_long(str(len(token_ids)), limit, param)
@@ -79,7 +86,8 @@ def check_ids(token_ids: array[int], vocab_size: int, param: str) -> None:
     """ApiError 400 unless there are ids and the model has an embedding for each."""
     if not token_ids:
         raise bad_request(f"{param}: the prompt is empty", param, "empty_prompt")
-    lowest, highest = min(token_ids), max(token_ids)
+    slices = [token_ids[begin : begin + _SLICE_IDS] for begin in range(0, len(token_ids), _SLICE_IDS)]
+    lowest, highest = min(min(ids) for ids in slices), max(max(ids) for ids in slices)
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
         raise bad_request(
@@ -107,6 +115,15 @@ def _too_long(num_tokens: str, limit: int, param: str) -> ApiError:
         f"at least one output token must fit",
         param,
         "context_length_exceeded",
+    )
+
+
+def _over_prompt_limit(num_tokens: int, limit: int, param: str) -> ApiError:
+    return ApiError(
+        413,
+        f"the prompt has at least {num_tokens} tokens, this server takes {limit} (server.max_prompt_tokens)",
+        param=param,
+        code="prompt_too_long",
     )
 
 

@@ -17,24 +17,28 @@ from starlette.requests import ClientDisconnect, Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
+from megatron_medha.server.generation import GenerationSpec, Prompt
 from megatron_medha.server.openai_types import SharedFields
-from megatron_medha.server.service import Ready
+from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 
 T = TypeVar("T")
 
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
 MAX_PRIORITY = 2**31 - 1
 MAX_SLO_MS = 1e9
-# OpenAI's tiers on our scale, where lower runs first; a request's own priority goes before its tier.
-PRIORITY_BY_TIER = {"auto": 0, "default": 0, "standard_only": 0, "scale": 0, "flex": 1, "priority": -1}
+YES = frozenset({"1", "true", "yes", "on"})
+NO = frozenset({"0", "false", "no", "off"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slo:
-    """Latency targets a client gave in its headers, seconds."""
+class Wishes:
+    """What a client asks for in its headers."""
 
-    ttft_s: float | None
-    tpot_s: float | None
+    ttft_s: float | None = None   # latency targets
+    tpot_s: float | None = None
+    slo_class: str | None = None
+    has_progress: bool | None = None  # comments while the prompt is computed; None: as the server is configured
 
 
 async def read_body(request: Request, config: ServerConfig) -> bytes:
@@ -87,9 +91,23 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise bad_request("the body is not valid JSON: nested too deeply", code="invalid_json") from None
 
 
-def read_slo(headers: Headers) -> Slo:
-    """Latency targets from x-slo-ttft-ms and x-slo-tpot-ms; ApiError 400 if they are no positive numbers."""
-    return Slo(ttft_s=_slo_s(headers, "x-slo-ttft-ms"), tpot_s=_slo_s(headers, "x-slo-tpot-ms"))
+def read_wishes(headers: Headers, slo: SloConfig) -> Wishes:
+    """From x-slo-ttft-ms, x-slo-tpot-ms, x-slo-class and x-medha-progress; ApiError 400 names the one that is wrong."""
+    slo_class = headers.get("x-slo-class")
+    if slo_class is None:
+        # A gateway's objective means a class of ours where the names agree; it has objectives for others too.
+        objective = headers.get("x-gateway-inference-objective")
+        slo_class = objective if objective in slo.names else None
+    elif slo_class not in slo.names:
+        raise bad_request(
+            f"x-slo-class: expected one of {', '.join(slo.names)}, got `{slo_class[:40]}`", "x-slo-class"
+        )
+    return Wishes(
+        ttft_s=_slo_s(headers, "x-slo-ttft-ms"),
+        tpot_s=_slo_s(headers, "x-slo-tpot-ms"),
+        slo_class=slo_class,
+        has_progress=_flag(headers, "x-medha-progress"),
+    )
 
 
 def draw_answer_id(prefix: str) -> str:
@@ -111,18 +129,69 @@ def seed_of(fields: SharedFields) -> int:
     return fields.seed & MAX_INT64
 
 
-def priority_of(fields: SharedFields) -> int:
-    """Lower runs first: the client's number, or what its service tier means."""
-    if fields.priority is not None:
-        if abs(fields.priority) > MAX_PRIORITY:
-            raise bad_request("priority: expected a 32-bit integer", "priority")
-        return fields.priority
-    if fields.service_tier is None:
-        return 0
-    if fields.service_tier not in PRIORITY_BY_TIER:
-        known = ", ".join(sorted(PRIORITY_BY_TIER))
-        raise bad_request(f"service_tier: expected one of {known}, got `{fields.service_tier[:40]}`", "service_tier")
-    return PRIORITY_BY_TIER[fields.service_tier]
+def generation_spec(
+    service: Service,
+    fields: SharedFields,
+    wishes: Wishes,
+    *,
+    id_prefix: str,
+    model: str,
+    arrival_s: float,
+    prompts: tuple[Prompt, ...],
+    n: int,
+    sampling: Sampling,
+    is_echo: bool = False,
+    discards_output: bool = False,
+) -> GenerationSpec:
+    """All that both kinds of completion take from their shared fields; ApiError 400 names the one that is wrong."""
+    options = fields.stream_options
+    slo_class = class_of(fields, wishes, service.slo)
+    slo = service.slo.find(slo_class)
+    return GenerationSpec(
+        answer_id=draw_answer_id(id_prefix),
+        created=created_unix_s(),
+        model=model,
+        arrival_s=arrival_s,
+        prompts=prompts,
+        n=n,
+        sampling=sampling,
+        seed=seed_of(fields),
+        priority=priority_of(fields, slo.priority),
+        slo=slo,
+        slo_class=slo_class,
+        ttft_slo_s=wishes.ttft_s,
+        tpot_slo_s=wishes.tpot_s,
+        stops=stops_of(fields, service.config),
+        client_stop_ids=frozenset(fields.stop_token_ids or ()),
+        includes_stop=bool(fields.include_stop_str_in_output),
+        skips_special_tokens=fields.skip_special_tokens is not False,
+        is_stream=bool(fields.stream),
+        has_progress=service.config.sse_progress_s is not None if wishes.has_progress is None else wishes.has_progress,
+        includes_usage=bool(options and options.include_usage),
+        has_continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
+        is_echo=is_echo,
+        discards_output=discards_output,
+        names_tokens_by_id=bool(fields.return_tokens_as_token_ids),
+        returns_token_ids=bool(fields.return_token_ids),
+    )
+
+
+def class_of(fields: SharedFields, wishes: Wishes, slo: SloConfig) -> str:
+    """The SLO class: of the header, of the service tier (OpenAI's, or a class by its name), or the default."""
+    tier = fields.service_tier
+    if tier is not None and tier not in CLASS_BY_TIER and tier not in slo.names:
+        known = ", ".join(sorted({*CLASS_BY_TIER, *slo.names}))
+        raise bad_request(f"service_tier: expected one of {known}, got `{tier[:40]}`", "service_tier")
+    return wishes.slo_class or CLASS_BY_TIER.get(tier or "auto", tier) or slo.default_class
+
+
+def priority_of(fields: SharedFields, class_priority: int) -> int:
+    """Lower runs first: the client's number, or its class's."""
+    if fields.priority is None:
+        return class_priority
+    if abs(fields.priority) > MAX_PRIORITY:
+        raise bad_request("priority: expected a 32-bit integer", "priority")
+    return fields.priority
 
 
 def stops_of(fields: SharedFields, config: ServerConfig) -> tuple[str, ...]:
@@ -237,6 +306,15 @@ def _slo_s(headers: Headers, name: str) -> float | None:
     if not 0 < value_ms <= MAX_SLO_MS:  # NaN fails this too
         raise bad_request(f"{name}: expected milliseconds above 0 and at most {MAX_SLO_MS:g}, got `{text[:40]}`", name)
     return value_ms / 1e3
+
+
+def _flag(headers: Headers, name: str) -> bool | None:
+    text = headers.get(name)
+    if text is None:
+        return None
+    if text.lower() not in YES | NO:
+        raise bad_request(f"{name}: expected 1 or 0, got `{text[:40]}`", name)
+    return text.lower() in YES
 
 
 def _missing_field(what: str) -> str:

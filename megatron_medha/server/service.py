@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
-from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.admission import Admission, retry_after
+from megatron_medha.server.config import FIXED_FIELDS, ServerConfig
 from megatron_medha.server.errors import ApiError
+from megatron_medha.server.generation import GenerationSpec
+from megatron_medha.server.journal import Journal
+from megatron_medha.server.keys import KeyRing
 from megatron_medha.server.metrics import Metrics
+from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.streams import EngineLost, Streams
 from megatron_medha.server.tokens import Tokenizer
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 # Text up to this long is encoded on the event loop: about a millisecond, less than what others wait anyway.
 MAX_INLINE_CHARS = 2_000
+# What answers that were cut off by a drain get to say so; those that cannot in that time have no reader.
+_TELLING_S = 1.0
+
+
+# While ranks come up again, requests wait for them: a few seconds later they run, which beats asking again.
+_TAKES_REQUESTS = (EnginePhase.READY, EnginePhase.RECOVERING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +49,30 @@ class Service:
     """The server without its routes."""
 
     def __init__(
-        self, engine: EngineClient, tokenizer: Tokenizer | Future[Tokenizer], config: ServerConfig, metrics: Metrics
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer | Future[Tokenizer],
+        config: ServerConfig,
+        *,
+        metrics: Metrics,
+        journal: Journal,
+        slo: SloConfig,
+        read_config: Callable[[], ServerConfig] | None = None,
     ) -> None:
+        """journal: the one that watches the engine. read_config: reads the configuration again, for reload()."""
         self.engine = engine
         self.config = config
+        self.keys = KeyRing(config)
+        self.slo = slo
         self.metrics = metrics
+        self.journal = journal
         self.streams = Streams(engine.now_s)
+        self.admission = Admission(engine.now_s, journal.forecast)
+        self.is_draining = False
+        self.end_server: Callable[[], None] = lambda: None  # set by whoever runs the server
+        self._read_config = read_config
+        self._num_active = 0  # HTTP requests that a drain waits for
+        self._is_idle: asyncio.Event | None = None
         self.started_unix_s = int(time.time())
         self._tokenizer = tokenizer
         self._text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
@@ -60,11 +92,73 @@ class Service:
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
         self._text_threads.shutdown(wait=False, cancel_futures=True)
 
+    async def drain(self) -> None:
+        """Take nothing new; return when what runs is done, or when its time is up and it has been told."""
+        if self.is_draining:
+            return
+        self.is_draining = True
+        self._is_idle = asyncio.Event()
+        if not self._num_active:
+            return
+        log.info("drain_began", extra={"fields": {"num_active": self._num_active}})
+        for timeout_s, is_told in ((self.config.drain_timeout_s, True), (_TELLING_S, False)):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._is_idle.wait()
+                return
+            except TimeoutError:
+                if is_told:
+                    log.warning("drain_timed_out", extra={"fields": {"num_cut_off": self._num_active}})
+                    self.streams.end_all(self._stopping)
+
+    def began(self) -> None:
+        """An HTTP request that a drain waits for has come in."""
+        self._num_active += 1
+
+    def ended(self) -> None:
+        """One of those is over."""
+        self._num_active -= 1
+        if not self._num_active and self._is_idle is not None:
+            self._is_idle.set()
+
+    def check_open(self) -> None:
+        """ApiError 503 once the server is shutting down."""
+        if self.is_draining:
+            raise self._stopping()
+
+    def _stopping(self) -> ApiError:
+        return ApiError(
+            503, "the server is shutting down", code="server_stopping",
+            headers={**retry_after(self.config.retry_after_s), "connection": "close"},
+        )  # fmt: skip
+
+    async def reload(self) -> list[str]:
+        """Read keys and limits again; the names of the settings that changed. ConfigError: nothing has changed."""
+        if self._read_config is None:
+            raise ConfigError("this server was not started from a configuration that can be read again")
+        config = await asyncio.to_thread(self._read_config)
+        changed = [
+            name for name in ServerConfig.__dataclass_fields__ if getattr(config, name) != getattr(self.config, name)
+        ]
+        fixed = [name for name in changed if name in FIXED_FIELDS]
+        if fixed:
+            raise ConfigError(f"server.{fixed[0]} cannot change while the server runs; start it again")
+        self.keys, self.config = KeyRing(config), config
+        log.info("reloaded", extra={"fields": {"changed": ",".join(changed) or "keys only"}})
+        return changed
+
+    async def reload_and_log(self) -> None:
+        """As reload(), for a signal, which nobody answers."""
+        try:
+            await self.reload()
+        except ConfigError as error:
+            log.error("reload_refused", extra={"fields": {"why": str(error)}})
+
     @property
     def status(self) -> EngineStatus:
         """The engine's status, or the tokenizer's where that is what is missing."""
         status = self.engine.status
-        if status.phase is not EnginePhase.READY or not isinstance(self._tokenizer, Future):
+        if status.phase not in _TAKES_REQUESTS or not isinstance(self._tokenizer, Future):
             return status
         if not self._tokenizer.done():
             return EngineStatus(EnginePhase.LOADING, "loading the tokenizer", status.fraction)
@@ -73,16 +167,18 @@ class Service:
 
     def ready(self) -> Ready:
         """What routes work with; ApiError 503 while loading and once failed."""
+        self.check_open()
         status = self.status
         facts = self.engine.facts
         match status.phase:
-            case EnginePhase.READY if facts is not None:
+            case EnginePhase.READY | EnginePhase.RECOVERING if facts is not None:
                 tokenizer = self._tokenizer.result() if isinstance(self._tokenizer, Future) else self._tokenizer
                 return Ready(facts, tokenizer)
             case EnginePhase.FAILED:
                 raise ApiError(503, f"the engine has failed: {status.detail}", code="engine_failed")
             case EnginePhase.STOPPED:
-                raise ApiError(503, "the server is shutting down", code="engine_stopped")
+                raise ApiError(503, "the server is shutting down", code="engine_stopped",
+                               headers=retry_after(self.config.retry_after_s))
             case _:
                 percent = f"{100 * status.fraction:.0f}%"
                 detail = f": {status.detail}" if status.detail else ""
@@ -93,15 +189,9 @@ class Service:
                     headers={"retry-after": str(self.config.retry_after_s)},
                 )
 
-    def check_capacity(self, num_choices: int) -> None:
-        """ApiError 429 if that many more sub-requests are too many."""
-        if len(self.streams) + num_choices > self.config.max_live_requests:
-            raise ApiError(
-                429,
-                f"{len(self.streams)} requests are running or waiting, the limit is {self.config.max_live_requests}",
-                code="too_many_requests",
-                headers={"retry-after": str(self.config.retry_after_s)},
-            )
+    def progress_comment(self, spec: GenerationSpec) -> bytes:
+        """An SSE comment: how far the first choice's prompt is."""
+        return self.journal.progress(spec.request_id(0), self.engine.now_s()).as_comment()
 
     def served_names(self) -> tuple[str, ...]:
         """Names clients may use; empty before the checkpoint's own name is known."""
@@ -121,14 +211,6 @@ class Service:
                 404, f"the model `{asked}` does not exist; served: {served}", param="model", code="model_not_found"
             )
         return asked
-
-    def is_key_right(self, authorization: str | None) -> bool:
-        """Whether the Authorization header carries the key, if one is needed; in constant time."""
-        if self.config.api_key is None:
-            return True
-        scheme, _, key = (authorization or "").partition(" ")
-        is_same = hmac.compare_digest(key.strip().encode("utf-8", "replace"), self.config.api_key.encode())
-        return is_same and scheme.lower() == "bearer"
 
     async def work_on_text(self, num_chars: int, work: Callable[[], T]) -> T:
         """Run tokenizer or template work: here if the text is short, else on a thread."""

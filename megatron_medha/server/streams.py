@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from megatron_medha.engine.ports import Delivery
+from megatron_medha.server.errors import ApiError
 
 
 class Timed(NamedTuple):
@@ -25,17 +26,30 @@ class EngineLost(Exception):
     """The engine ended without a word to this request."""
 
 
+def reader_too_slow(num_unread: int) -> ApiError:
+    """What ends a request whose client does not read."""
+    return ApiError(503, f"the client left {num_unread} tokens unread; the request has ended", code="reader_too_slow")
+
+
 class Stream:
     """What one HTTP request waits for: the deliveries of all its sub-requests, in order. Event loop only."""
 
-    def __init__(self, request_ids: Iterable[str]) -> None:
+    def __init__(self, request_ids: Iterable[str], max_unread: int, on_overflow: Callable[[], None]) -> None:
         self.request_ids = tuple(request_ids)
+        self._max_unread = max_unread
+        self._on_overflow = on_overflow
         self._items: deque[Timed] = deque()
         self._end: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, item: Timed) -> None:
-        """Add a delivery."""
+        """Add a delivery; one too many unread ends the stream."""
+        if self._end is not None:
+            return
+        if len(self._items) >= self._max_unread:
+            self.end(reader_too_slow(self._max_unread))
+            self._on_overflow()
+            return
         self._items.append(item)
         self._wake()
 
@@ -43,6 +57,7 @@ class Stream:
         """No delivery matters any more: next() raises this from now on. The first reason stays."""
         if self._end is None:
             self._end = why
+            self._items.clear()
             self._wake()
 
     async def next(self) -> Timed:
@@ -91,9 +106,12 @@ class Streams:
         """Say which loop serves the clients; before the engine starts."""
         self._loop = loop
 
-    def open(self, request_ids: Sequence[str]) -> Stream:
-        """Wait for these sub-requests; before they are submitted."""
-        stream = Stream(request_ids)
+    def open(self, request_ids: Sequence[str], max_unread: int, on_overflow: Callable[[], None]) -> Stream:
+        """Wait for these sub-requests; before they are submitted.
+
+        Beyond max_unread deliveries that nobody has taken the stream ends, and on_overflow is called.
+        """
+        stream = Stream(request_ids, max_unread, on_overflow)
         for request_id in stream.request_ids:
             assert request_id not in self._by_request_id, f"request id {request_id} is in use"
             self._by_request_id[request_id] = stream

@@ -15,10 +15,11 @@ from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware, RooflineCost
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.engine.engine import Engine, World
+from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Sampled, Streams
 from megatron_medha.sim.world import true_step_s
 
@@ -94,14 +95,13 @@ def live_engine(
     block_size: int,
     stop_token_ids: tuple[int, ...] = (),
     observers: tuple[Observer, ...] = (),
+    watchers: tuple[Watcher, ...] = (),
     decision_log: Path | None = None,
 ) -> Engine:
     """An engine whose world is simulated in wall time, one replica of one rank."""
 
     @contextmanager
-    def open_world(
-        inbox: Inbox, streams: Streams, note_loading: Callable[[str, float], None]
-    ) -> Iterator[World | None]:
+    def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
         truth = true_step_s(RooflineCost(shape=shape, hardware=hardware))
         yield World(
             runtime=LiveRuntime(inbox, streams, truth, shape.vocab_size),
@@ -117,4 +117,4 @@ def live_engine(
             device=f"simulated {hardware.name}",
         )
 
-    return Engine(open_world, observers=observers, decision_log=decision_log)
+    return Engine(open_world, observers=observers, watchers=watchers, decision_log=decision_log)

@@ -1,4 +1,4 @@
-"""A simulated replica in virtual time: an event heap, pipeline stages, and a cost model that is the truth."""
+"""A simulated replica in virtual time: an event heap over pipeline stages, and the world that remembers everything."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from megatron_medha.core.batch import (
 )
 from megatron_medha.core.cost import CostModel, StepLoad, step_s
 from megatron_medha.core.request import Request
+from megatron_medha.sim.pipeline import Pipeline, StepTimes
 
 
 @dataclass(slots=True)
@@ -45,33 +46,30 @@ def all_went_well(batch: Batch, duration_s: float) -> Completed:
     return Completed(batch_id=batch.batch_id, duration_s=duration_s)
 
 
-class SimulatedWorld:
-    """A Runtime over one replica of `spp` stages; each batch takes what the true cost model says.
+class World:
+    """A Runtime in virtual time over one replica: a heap of events, and a pipeline that batches run through.
 
-    truth: maps a batch to its seconds over all stages; stages share it evenly. A batch enters stage 0 when it
-    is submitted, and every later stage when both it and the stage are free.
+    arrivals: requests in order of arrival; the next one is asked for when the last has come.
     outcome: what to report when a batch has taken so many seconds.
+    front_s: from a request's arrival until the scheduler learns of it: HTTP, tokenizer.
     """
 
     def __init__(
         self,
         arrivals: Iterable[Request],
-        truth: Callable[[Batch], float],
-        spp: int = 1,
+        pipeline: Pipeline,
         outcome: Callable[[Batch, float], Completed] = all_went_well,
+        front_s: float = 0.0,
     ) -> None:
-        self._truth = truth
+        self._front_s = front_s
+        self._arrivals = iter(arrivals)
+        self._next_arrival = next(self._arrivals, None)
         self._outcome = outcome
-        self._spp = spp
         self._heap: list[tuple[float, int, Event]] = []
         self._num_pushed = 0
         self._now_s = 0.0
-        self._stage_free_s = [0.0] * spp
         self._num_in_flight = 0
-        self.records: dict[str, RequestRecord] = {}
-        for request in arrivals:
-            self.records.setdefault(request.request_id, RequestRecord(request))
-            self.push(request.arrival_s, Arrived(request))
+        self.pipeline = pipeline
 
     def push(self, at_s: float, event: Event) -> None:
         """Let an event happen at a moment; events of the same moment happen in the order they were pushed."""
@@ -92,6 +90,11 @@ class SimulatedWorld:
 
     def next_event(self) -> Event | None:
         """See Runtime."""
+        request = self._next_arrival
+        if request is not None and (not self._heap or request.arrival_s + self._front_s <= self._heap[0][0]):
+            self._next_arrival = next(self._arrivals, None)
+            self._now_s = request.arrival_s + self._front_s
+            return Arrived(request)
         if not self._heap:
             return None
         self._now_s, _, event = heappop(self._heap)
@@ -100,26 +103,47 @@ class SimulatedWorld:
         elif isinstance(event, RanksLost):
             self._heap = [entry for entry in self._heap if not isinstance(entry[2], Completed | FirstStageDone)]
             heapify(self._heap)
-            self._stage_free_s = [self._now_s] * self._spp
+            self.pipeline.clear(self._now_s)
             self._num_in_flight = 0
         return event
 
     def has_room(self) -> bool:
         """See Runtime."""
-        return self._num_in_flight < self._spp and self._stage_free_s[0] <= self._now_s
+        return self._num_in_flight < self.pipeline.spp and self.pipeline.first_stage_free_s <= self._now_s
+
+    def enter(self, batch: Batch, times: StepTimes) -> None:
+        """Send a batch through the pipeline."""
+        done_s = self.pipeline.run(batch.batch_id, times, self._now_s)
+        if self.pipeline.spp > 1:
+            self.push(self.pipeline.first_stage_free_s, FirstStageDone(batch.batch_id))
+        self.push(done_s, self._outcome(batch, times.duration_s))
+        self._num_in_flight += 1
+
+
+class SimulatedWorld(World):
+    """A world that remembers every token of every request: for tests, and for small runs.
+
+    truth: maps a batch to its seconds over all stages; stages share it evenly.
+    """
+
+    def __init__(
+        self,
+        arrivals: Iterable[Request],
+        truth: Callable[[Batch], float],
+        spp: int = 1,
+        outcome: Callable[[Batch, float], Completed] = all_went_well,
+    ) -> None:
+        super().__init__((), Pipeline(spp), outcome)
+        self._truth = truth
+        self.records: dict[str, RequestRecord] = {}
+        for request in arrivals:
+            self.records.setdefault(request.request_id, RequestRecord(request))
+            self.push(request.arrival_s, Arrived(request))
 
     def submit(self, batch: Batch) -> None:
         """See Runtime."""
-        duration_s = self._truth(batch)
-        stage_s = duration_s / self._spp
-        done_s = self._now_s
-        for stage in range(self._spp):
-            done_s = max(done_s, self._stage_free_s[stage]) + stage_s
-            self._stage_free_s[stage] = done_s
-            if stage == 0 and self._spp > 1:
-                self.push(done_s, FirstStageDone(batch.batch_id))
-        self.push(done_s, self._outcome(batch, duration_s))
-        self._num_in_flight += 1
+        spp = self.pipeline.spp
+        self.enter(batch, StepTimes(((self._truth(batch) / spp,) * spp,)))
 
     def emit(self, output: Output) -> None:
         """See Runtime."""

@@ -13,6 +13,16 @@ def num_usable_cores() -> int:
         return os.cpu_count() or 1
 
 
+def num_threads_of_rank(wanted: int | None, num_ranks: int) -> int:
+    """Threads of one rank: as many as asked for, or its share of the cores.
+
+    num_ranks: of the layout; they share this machine's cores unless a launcher says how many run here.
+    """
+    if wanted is not None:
+        return wanted
+    return max(1, num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))
+
+
 def let_idle_threads_sleep(num_threads: int) -> None:
     """Make OpenMP threads sleep at barriers when they fill every core; must run before torch is imported.
 

@@ -24,7 +24,7 @@ from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
-from megatron_medha.worker.cpu_share import num_usable_cores
+from megatron_medha.worker.cpu_share import num_threads_of_rank
 from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.kv_cache import allocate_kv, num_kv_blocks
 from megatron_medha.worker.rank import Rank
@@ -41,7 +41,7 @@ Progress = Callable[[str, float], None]  # what is being done, and how much of i
 
 def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     """A rank that has computed its first tokens, and what the front is told about it."""
-    num_threads = config.num_threads or num_usable_cores()
+    num_threads = num_threads_of_rank(config.num_threads, config.layout.world_size)
     torch.set_num_threads(num_threads)
     keep_freed_memory()
     device = device_of(config.device)

@@ -1,4 +1,8 @@
-"""A rank as a process: `python -m megatron_medha.worker.main '<RankConfig as JSON>'`."""
+"""A rank as a process: `python -m megatron_medha.worker.main '<RankConfig as JSON>'`.
+
+`python -m megatron_medha.worker.main --attach tcp://HOST:PORT --key FILE` instead waits for a front process elsewhere
+to say what to be, and starts that rank (cluster/agent.py).
+"""
 
 from __future__ import annotations
 
@@ -9,57 +13,77 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import msgspec
 import zmq
 
-from megatron_medha.cluster.messages import FromRank, Heartbeat, Loading, RankFailed, ToRank
+from megatron_medha.cluster.keys import Keys
+from megatron_medha.cluster.messages import (
+    FromRank,
+    Heartbeat,
+    Loading,
+    RankFailed,
+    Ready,
+    StepDone,
+)
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
+from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_threads_of_rank
+from megatron_medha.worker.front_inbox import FrontInbox, SocketInbox
 
 log = logging.getLogger("megatron_medha.worker")
 
+
+Serve = Callable[[FrontInbox, Callable[[StepDone], None]], None]  # takes steps, answers, until told to stop
+LoadRank = Callable[[RankConfig, Callable[[str, float], None]], tuple[Serve, Ready]]
+
 _PR_SET_PDEATHSIG = 1
-# How soon an orphan notices where the kernel does not tell it; an idle rank wakes up this often.
-_PARENT_CHECK_MS = 1000
 _GOODBYE_MS = 2000
-_HEARTBEAT_S = 1.0
+_HEARTBEAT_INTERVAL_S = 1.0
 
 
-def main(argv: list[str]) -> int:
-    """Serve until told to stop or left alone; 1 after an error, which the front is told about first."""
+def main(argv: list[str], load: LoadRank | None = None) -> int:
+    """Serve until told to stop or left alone; 1 after an error, which the front is told about first.
+
+    load: brings the rank up; by default the model's (worker/load.py).
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("megatron_medha").setLevel(logging.INFO)
     # Megatron warns at import of every optional package (Apex, Transformer Engine, ...) it does without.
     # So does torch of interfaces that Megatron's checkpoint reader still uses.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    if argv and argv[0] == "--attach":
+        from megatron_medha.cluster.agent import attach
+
+        return attach(argv)
     if len(argv) != 1:
-        print("usage: python -m megatron_medha.worker.main '<RankConfig as JSON>'", file=sys.stderr)
+        print(
+            "usage: python -m megatron_medha.worker.main '<RankConfig as JSON>'\n"
+            "       python -m megatron_medha.worker.main --attach tcp://HOST:PORT --key FILE",
+            file=sys.stderr,
+        )
         return 2
     parent_pid = os.getppid()
     _die_with_parent(parent_pid)
     # Ctrl-C reaches the whole process group; when and how ranks end is the front's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(argv[0], type=RankConfig)
-    let_idle_threads_sleep(config.num_threads or num_usable_cores())
+    let_idle_threads_sleep(num_threads_of_rank(config.num_threads, config.layout.world_size))
 
     context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, f"rank-{config.rank}".encode())
-    socket.setsockopt(zmq.LINGER, _GOODBYE_MS)
-    socket.connect(config.front_endpoint)
+    socket = _connect(context, config, f"rank-{config.rank}")
     encoder = msgspec.msgpack.Encoder()
 
     def send(message: FromRank) -> None:
         socket.send(encoder.encode(message))
 
-    is_over = threading.Event()
-    heart = threading.Thread(target=_beat, args=(context, config, is_over), name="heartbeat", daemon=True)
-    heart.start()
     try:
-        _serve(config, socket, send, parent_pid)
+        with _heartbeats(context, config):
+            _serve(config, socket, send, parent_pid, load or _load_model)
         return 0
     except MedhaError as error:  # the user's fault: the front says it, a stack trace would only hide it
         send(RankFailed(config.rank, type(error).__name__, str(error)))
@@ -69,70 +93,74 @@ def main(argv: list[str]) -> int:
         send(RankFailed(config.rank, type(error).__name__, str(error)))
         return 1
     finally:
-        is_over.set()
-        heart.join()
         socket.close()
         context.term()
 
 
-def _serve(config: RankConfig, socket: zmq.Socket[bytes], send: Callable[[FromRank], None], parent_pid: int) -> None:
-    """Load, report ready, answer messages until Shutdown or until the parent is gone."""
-    send(Loading(config.rank, "libraries", 0.0))
+def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Serve, Ready]:
     # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
     from megatron_medha.worker.load import load_rank
     from megatron_medha.worker.step_loop import run_steps
 
-    rank, ready = load_rank(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
+    rank, ready = load_rank(config, progress)
+    return partial(run_steps, rank), ready
+
+
+def _serve(
+    config: RankConfig,
+    socket: zmq.Socket[bytes],
+    send: Callable[[FromRank], None],
+    parent_pid: int,
+    load: LoadRank,
+) -> None:
+    """Load, report ready, answer messages until Shutdown or until the parent is gone."""
+    send(Loading(config.rank, "libraries", 0.0))
+    serve, ready = load(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
     send(ready)
-    run_steps(rank, _FrontInbox(socket, parent_pid), send)
+    serve(SocketInbox(socket, parent_pid), send)
 
 
-class _FrontInbox:
-    """Messages of the front, for as long as the process that started this one lives."""
-
-    def __init__(self, socket: zmq.Socket[bytes], parent_pid: int) -> None:
-        self._socket, self._parent_pid = socket, parent_pid
-        self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
-
-    def wait(self) -> ToRank | None:
-        """See Inbox."""
-        while not self._socket.poll(_PARENT_CHECK_MS):
-            if os.getppid() != self._parent_pid:
-                log.warning("parent_gone")
-                return None
-        return self._decoder.decode(self._socket.recv())
-
-    def poll(self) -> ToRank | None:
-        """See Inbox."""
-        try:
-            return self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
-            return None
-
-
-def _beat(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, is_over: threading.Event) -> None:
-    """Tell the front every second that this process runs, on a socket of its own: sockets belong to one thread."""
+def _connect(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, identity: str) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, f"rank-{config.rank}-heartbeat".encode())
-    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IDENTITY, identity.encode())
+    socket.setsockopt(zmq.LINGER, _GOODBYE_MS)
+    if config.key_file is not None:
+        Keys.load(Path(config.key_file)).secure_rank(socket)
     socket.connect(config.front_endpoint)
-    beat = msgspec.msgpack.encode(Heartbeat(config.rank))
-    while True:
-        # A front that does not read gets no more than the socket's buffer holds; the rank goes on.
-        try:
-            socket.send(beat, zmq.NOBLOCK)
-        except zmq.Again:
-            log.warning("heartbeat_not_sent")
-        if is_over.wait(_HEARTBEAT_S):
-            socket.close()
-            return
+    return socket
+
+
+@contextmanager
+def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> Iterator[None]:
+    """Tell the front that the process runs, from a thread of its own: a socket is one thread's."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        socket = _connect(context, config, f"rank-{config.rank}-heartbeat")
+        message = msgspec.msgpack.encode(Heartbeat(config.rank))
+        while not stop.is_set():
+            # A front that does not read gets no more than the socket's buffer holds; the rank goes on.
+            try:
+                socket.send(message, zmq.NOBLOCK)
+            except zmq.Again:
+                log.warning("heartbeat_not_sent")
+            stop.wait(_HEARTBEAT_INTERVAL_S)
+        socket.close(linger=0)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _die_with_parent(parent_pid: int) -> None:
     """Ask Linux to end this process when the one that started it ends, however it ends."""
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it ended before we had asked
         sys.exit(1)
 

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
-from megatron_medha.cluster.messages import Shutdown, Step, StepDone, ToRank
+from megatron_medha.cluster.messages import Shutdown, Step, StepDone
+from megatron_medha.worker.front_inbox import FrontInbox
 from megatron_medha.worker.rank import Rank
 
 
-class Inbox(Protocol):
-    """Where messages from the front come in."""
-
-    def wait(self) -> ToRank | None:
-        """The next message; None when none will come any more."""
-
-    def poll(self) -> ToRank | None:
-        """The next message if it is there already."""
-
-
-def run_steps(rank: Rank, inbox: Inbox, answer: Callable[[StepDone], None]) -> None:
+def run_steps(rank: Rank, inbox: FrontInbox, answer: Callable[[StepDone], None]) -> None:
     """Serve until told to stop; steps that came before are computed first, as other ranks count on it."""
     is_over = False
 
@@ -42,7 +32,7 @@ def run_steps(rank: Rank, inbox: Inbox, answer: Callable[[StepDone], None]) -> N
             is_over = not _announced(rank, inbox.wait())
 
 
-def _announced(rank: Rank, message: ToRank | None) -> bool:
+def _announced(rank: Rank, message: Step | Shutdown | None) -> bool:
     """Tell the rank of a step; False when the message ends its work."""
     match message:
         case Step():

@@ -6,73 +6,28 @@ import os
 import random
 import signal
 import threading
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clients import TIMEOUT_S, Client, wait_until_ready
 
 from megatron_medha.cluster.engine import cluster_engine
+from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import FinishReason
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
-from megatron_medha.core.request import Request
-from megatron_medha.core.sampling import Sampling
+from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.decision_log import read_log, replay
 from megatron_medha.engine.engine import Engine
-from megatron_medha.engine.ports import Delivery, EnginePhase, ErrorDelivery, TokenDelivery
+from megatron_medha.engine.ports import EnginePhase, ErrorDelivery, TokenDelivery
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 
-TIMEOUT_S = 60.0
 VOCAB_SIZE = 512
 BLOCK_SIZE = 16
 HARDWARE = Hardware(name="test", flops_per_s=5e10, memory_bytes_per_s=1e10)
-
-
-class Client:
-    """Everything the engine delivered, by request, with a way to wait for it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.deliveries: dict[str, list[Delivery]] = {}
-        self._changed = threading.Condition()
-        engine.start(self._take)
-
-    def _take(self, deliveries: Sequence[Delivery]) -> None:
-        with self._changed:
-            for delivery in deliveries:
-                self.deliveries.setdefault(delivery.request_id, []).append(delivery)
-            self._changed.notify_all()
-
-    def send(self, request_id: str, prompt: Sequence[int], num_outputs: int, **sampling: Any) -> None:
-        request = Request(
-            request_id=request_id,
-            num_prompt_tokens=len(prompt),
-            max_output_tokens=num_outputs,
-            arrival_s=self.engine.now_s(),
-        )
-        parameters = {"max_output_tokens": num_outputs, "temperature": 0.0, "seed": 1, **sampling}
-        self.engine.submit(request, array("i", prompt), Sampling(**parameters))
-
-    def wait(self, request_id: str, num_deliveries: int | None = None) -> list[Delivery]:
-        """Until the request has ended, or that many deliveries have come."""
-
-        def is_there() -> bool:
-            got = self.deliveries.get(request_id, [])
-            if num_deliveries is not None and len(got) >= num_deliveries:
-                return True
-            return bool(got) and (isinstance(got[-1], ErrorDelivery) or got[-1].finish_reason is not None)
-
-        with self._changed:
-            assert self._changed.wait_for(is_there, TIMEOUT_S), f"{request_id}: {self.deliveries.get(request_id)}"
-            return list(self.deliveries[request_id])
-
-    def tokens(self, request_id: str) -> list[int]:
-        got = self.wait(request_id)
-        assert all(isinstance(delivery, TokenDelivery) for delivery in got), got
-        return [delivery.token_id for delivery in got]
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +52,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def make_engine(checkpoint: Path, *, kv_blocks: int = 2048, log: Path | None = None, **scheduler: Any) -> Engine:
+def make_engine(
+    checkpoint: Path,
+    *,
+    kv_blocks: int = 2048,
+    log: Path | None = None,
+    recovery: RecoveryConfig | None = None,
+    layout: ParallelLayout = ParallelLayout(),  # noqa: B008
+    shard_tokens: int | None = None,
+    **scheduler: Any,
+) -> Engine:
     block_bytes = 2 * 2 * 2 * 16 * BLOCK_SIZE * 4  # K and V, layers, heads, head dim, tokens, fp32
     return cluster_engine(
         rank_config=RankConfig(
+            layout=layout,
+            max_tokens_per_shard=shard_tokens,
             front_endpoint="",
             checkpoint=str(checkpoint),
             device="cpu",
@@ -110,22 +76,9 @@ def make_engine(checkpoint: Path, *, kv_blocks: int = 2048, log: Path | None = N
         ),
         scheduler_config=SchedulerConfig(**scheduler),
         hardware=HARDWARE,
+        recovery=recovery,
         decision_log=log,
     )
-
-
-def wait_until_ready(engine: Engine) -> None:
-    ready = threading.Event()
-
-    def look() -> None:
-        if engine.status.phase is EnginePhase.LOADING:
-            threading.Timer(0.05, look).start()
-        else:
-            ready.set()
-
-    look()
-    assert ready.wait(TIMEOUT_S)
-    assert engine.status.phase is EnginePhase.READY, engine.status
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +213,36 @@ def test_what_a_real_run_decided_replays_to_identical_batches(checkpoint: Path, 
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the rank's process through /proc")
-def test_a_killed_rank_ends_every_request_with_an_error_and_no_request_hangs(checkpoint: Path) -> None:
+def test_two_ranks_answer_as_one_does_also_when_one_is_killed_on_the_way(
+    checkpoint: Path, shared_client: Client
+) -> None:
+    requests = {f"k{seed}": (random_prompt(seed, 100 + 200 * seed), 60) for seed in range(5)}
+    for name, (prompt, num_outputs) in requests.items():
+        shared_client.send(name, prompt, num_outputs)
+    answers = {name: shared_client.tokens(name) for name in requests}
+
     others = rank_pids()
-    engine = make_engine(checkpoint)
+    # Two of them end up on both ranks.
+    engine = make_engine(checkpoint, layout=ParallelLayout(kvp=2), shard_tokens=512)
+    client = Client(engine)
+    wait_until_ready(engine)
+    for name, (prompt, num_outputs) in requests.items():
+        client.send(name, prompt, num_outputs, num_prompt_logprobs=0)
+    client.wait("k1", num_deliveries=5)
+    os.kill(max(rank_pids() - others), signal.SIGKILL)
+    assert {name: client.tokens(name) for name in requests} == answers
+    for name, (prompt, _) in requests.items():
+        first, *rest = client.deliveries[name]
+        assert [entry.token_id for entry in first.prompt_logprobs] == prompt[1:]
+        assert all(delivery.prompt_logprobs is None for delivery in rest)
+    assert engine.status.num_failures == engine.status.num_recoveries == 1
+    engine.stop(TIMEOUT_S)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the rank's process through /proc")
+def test_a_killed_rank_that_may_not_start_again_ends_every_request_with_an_error(checkpoint: Path) -> None:
+    others = rank_pids()
+    engine = make_engine(checkpoint, recovery=RecoveryConfig(max_failures=1))
     client = Client(engine)
     wait_until_ready(engine)
     client.send("running", random_prompt(1, 50), 1900)

@@ -32,6 +32,18 @@ def test_it_answers_as_the_curl_line_says(start: Start, simulated: Words) -> Non
     assert _complete(url)["usage"]["completion_tokens"] == 3
 
 
+def test_two_replicas_answer_behind_one_port_and_log_their_decisions_apart(
+    start: Start, simulated: Words, tmp_path: Path
+) -> None:
+    medha = start(*simulated, "parallel.dp=2", f"tracking.decision_log={tmp_path / 'decisions.jsonl'}")
+    url = medha.url()
+    assert "2 replicas of simulated h100" in medha.line_with("ready after")
+    assert _complete(url)["usage"]["completion_tokens"] == 3
+    medha.process.send_signal(signal.SIGINT)
+    assert medha.end() == 0
+    assert sorted(path.name for path in tmp_path.glob("decisions*")) == ["decisions.0.jsonl", "decisions.1.jsonl"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_stops_it_with_code_0(start: Start, simulated: Words, number: signal.Signals) -> None:
     medha = start(*simulated)

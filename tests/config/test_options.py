@@ -14,16 +14,29 @@ from omegaconf import OmegaConf
 
 import megatron_medha
 from megatron_medha.cluster import machine
+from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.cluster.launch_config import LaunchConfig
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.compose import compose, freeze, option_names
-from megatron_medha.config import ModelOptions, ServeConfig, ServeOptions, SimulatedModel, TrackingConfig
+from megatron_medha.config import (
+    ModelOptions,
+    ParallelOptions,
+    ServeConfig,
+    ServeOptions,
+    SimulatedModel,
+    TrackingConfig,
+)
 from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.policies import POLICIES
 from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.slo import SloConfig
 
 Configure = Callable[..., ServeConfig]
+
+BASELINE_POLICIES = ("ssjf", "qlm")  # named for the systems they come from, and configured as those are
 
 PACKAGE = Path(megatron_medha.__file__).parent
 
@@ -42,8 +55,11 @@ def test_without_overrides_every_component_gets_its_own_defaults(configure: Conf
     [
         ("scheduler", "lars", SchedulerConfig),
         ("server", "local", ServerConfig),
+        ("slo", "default", SloConfig),
         ("model", "auto", ModelOptions),
-        ("parallel", "single", ParallelLayout),
+        ("parallel", "single", ParallelOptions),
+        ("launch", "local", LaunchConfig),
+        ("recovery", "restart", RecoveryConfig),
         ("tracking", "none", TrackingConfig),
     ],
 )
@@ -76,8 +92,22 @@ def test_the_options_of_train_tiny_are_those_of_its_class() -> None:
 @pytest.mark.parametrize("option", option_names("scheduler"))
 def test_every_scheduler_option_composes(configure: Configure, option: str) -> None:
     config = configure(f"scheduler={option}").scheduler
-    if not option.startswith(("vllm", "whole")):
+    if option in POLICIES and option not in BASELINE_POLICIES:
         assert config == SchedulerConfig(policy=option)
+
+
+def test_the_medha_ablations_change_the_policy_and_drop_what_is_ours(configure: Configure) -> None:
+    for policy in ("fcfs", "edf", "lrs", "srpt"):
+        config = configure(f"scheduler=medha_{policy}").scheduler
+        assert config == SchedulerConfig(policy=policy, has_space_sharing=False, progress_share=0.0)
+
+
+def test_a_baseline_system_neither_shares_steps_nor_promises_progress(configure: Configure) -> None:
+    for option in (*BASELINE_POLICIES, "vllm_long_threshold", "vllm_v1_threshold", "reserved_pool"):
+        config = configure(f"scheduler={option}").scheduler
+        assert config.is_preemptive == (option == "qlm")  # which evicts
+        assert not config.has_space_sharing and not config.progress_share
+        assert (config.chunking, config.fixed_chunk_tokens) == (Chunking.FIXED, 2048)
 
 
 def test_the_vllm_options_are_first_come_first_served_with_a_token_budget(configure: Configure) -> None:
@@ -175,6 +205,7 @@ def test_a_list_of_names_becomes_a_tuple(configure: Configure) -> None:
 def test_every_key_of_every_default_option_has_a_comment_or_a_plain_name() -> None:
     for group, option in [
         ("model", "auto"), ("parallel", "single"), ("scheduler", "lars"), ("server", "local"), ("tracking", "none"),
+        ("launch", "local"), ("recovery", "restart"),
     ]:  # fmt: skip
         lines = (_conf() / group / f"{option}.yaml").read_text().splitlines()
         assert lines[0].startswith("# ")
@@ -202,9 +233,22 @@ def _read(name: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
 
 
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True)
     return path
+
+
+def test_ranks_of_one_machine_share_its_cores_and_memory(configure: Configure) -> None:
+    alone = configure().world
+    config = configure("parallel.spp=2", "parallel.kvp=2", "parallel.dp=2", "parallel.max_tokens_per_shard=4096")
+    assert isinstance(alone, RankConfig) and isinstance(config.world, RankConfig)
+    assert config.num_replicas == 2
+    assert config.world.layout == ParallelLayout(spp=2, kvp=2)
+    assert config.world.max_tokens_per_shard == 4096
+    assert config.world.num_threads == max(1, machine.num_usable_cores() // 8) and alone.num_threads is None
+    assert config.world.kv_memory_bytes < alone.kv_memory_bytes / 4

@@ -73,7 +73,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: 
         ("model.device=tpu", "use one of auto, cpu"),
         ("model.dtype=int8", "use one of auto, float32, bfloat16"),
         ("log_level=loud", "use one of debug, info"),
-        ("model.attention_backend=magic", "use one of auto, aten"),
+        ("model.attention_backend=magic", "use one of auto, native, aten"),
         ("model.fp8=delayed", "use one of none, tensorwise, blockwise"),
     ],
 )
@@ -102,6 +102,9 @@ def test_a_value_outside_a_closed_set_is_refused_with_the_set(refusal: Refusal, 
         "hardware.memory_efficiency=2",
         "hardware.step_overhead_s=-1",
         "parallel.tp=0",
+        "parallel.max_tokens_per_shard=0",
+        "recovery.heartbeat_timeout_s=0.5",
+        "recovery.max_failures=0",
         "tracking.interval_s=0",
     ],
 )
@@ -116,9 +119,38 @@ def test_a_tile_larger_than_a_batch_is_refused(refusal: Refusal) -> None:
     assert message == "scheduler.tile_tokens=256 must not exceed scheduler.max_batch_tokens=128"
 
 
-@pytest.mark.parametrize("axis", ["tp", "spp", "kvp", "dp"])
-def test_more_than_one_rank_is_refused_as_not_served_yet(refusal: Refusal, axis: str) -> None:
-    assert refusal(f"parallel.{axis}=2").startswith(f"parallel.{axis}=2: more than one rank is not served yet")
+def test_kv_parallel_ranks_need_to_be_told_how_long_a_shard_is(refusal: Refusal) -> None:
+    message = refusal("parallel.kvp=2")
+    assert message.startswith("parallel.max_tokens_per_shard=null: parallel.kvp=2")
+    message = refusal("parallel.kvp=2", "parallel.max_tokens_per_shard=100")
+    assert message == "parallel.max_tokens_per_shard=100 must be a multiple of model.block_size=16"
+
+
+def test_ranks_that_share_this_machine_share_its_memory(refusal: Refusal) -> None:
+    assert "on each of 4 ranks" in refusal("parallel.tp=2", "parallel.dp=2", "model.kv_memory_gib=900000")
+
+
+def test_a_simulated_server_has_replicas_of_one_rank(refusal: Refusal) -> None:
+    options = ("runtime=sim", "model=llama3_8b", "hardware=h100", "model.kv_memory_gib=1", "parallel.spp=2")
+    assert "2 ranks per replica" in refusal(*options)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("launch=attach",), "model.kv_memory_gib=null"),
+        (("launch=attach", "launch.key_file=null"), "launch.key_file=null: connections between machines"),
+        (("launch=attach", "launch.address=null"), "launch.address=null: ranks that attach need one"),
+        (("launch=attach", "launch.address=udp://x:1"), "launch.address=udp://x:1: must be tcp://HOST:PORT"),
+        (("launch=attach", "launch.address=tcp://x:70000"), "launch.address=tcp://x:70000: must be tcp://HOST:PORT"),
+        (("launch.address=tcp://x:1",), "launch.address=tcp://x:1: ranks of this machine need none"),
+        (("launch.attach_timeout_s=0",), "launch.attach_timeout_s=0 must be between"),
+    ],
+)
+def test_ranks_that_attach_need_an_address_keys_and_a_size(
+    refusal: Refusal, overrides: tuple[str, ...], words: str
+) -> None:
+    assert words in refusal(*overrides)
 
 
 def test_float16_is_refused_with_the_reason(refusal: Refusal) -> None:

@@ -70,5 +70,5 @@ def test_hrrn_is_the_negative_response_ratio() -> None:
 
 
 def test_every_policy_is_known_by_its_own_name() -> None:
-    assert set(POLICIES) == {"fcfs", "sjf", "srpt", "edf", "lrs", "lars", "hrrn"}
+    assert set(POLICIES) == {"fcfs", "sjf", "srpt", "edf", "lrs", "lars", "hrrn", "ssjf", "qlm"}
     assert all(policy.__name__ == name for name, policy in POLICIES.items())

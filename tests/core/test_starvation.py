@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_medha.core.batch import Arrived, Event, Output, TokenOut
 from megatron_medha.core.chunking import PrefillTimes
@@ -19,6 +21,7 @@ from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware, RooflineCost
 from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.policies import POLICIES
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.engine.loop import serve
@@ -131,6 +134,66 @@ def test_the_progress_share_of_a_lower_class_is_its_own_too() -> None:
     limit_s = bound_s(config, EVERY_S)
     ttft_s = long_ttft_s(config, memory, EndlessShorts(low, EVERY_S, NUM_SHORT, 1, 2 * limit_s))
     assert ttft_s is not None and ttft_s <= limit_s
+
+
+DRAWN = st.lists(
+    st.tuples(
+        st.one_of(st.integers(1, 150), st.integers(1, 3000)),  # prompt tokens
+        st.integers(1, 4),                                     # output tokens
+        st.floats(0.0, 4.0),                                   # arrival
+        st.integers(0, 2),                                     # priority class
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(
+    drawn=DRAWN,
+    policy=st.sampled_from(sorted(POLICIES)),
+    share=st.floats(0.1, 0.9),
+    is_preemptive=st.booleans(),
+    has_space_sharing=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_request_of_a_random_burst_has_its_first_token_within_the_bound(
+    drawn: list[tuple[int, int, float, int]], policy: str, share: float, is_preemptive: bool, has_space_sharing: bool
+) -> None:
+    config = SchedulerConfig(
+        policy=policy, step_budget_s=BUDGET_S, progress_share=share, is_preemptive=is_preemptive,
+        has_space_sharing=has_space_sharing, min_deadline_s=0.05,
+    )  # fmt: skip
+    requests = [
+        Request(
+            request_id=f"r{i}", num_prompt_tokens=num, max_output_tokens=num_out, arrival_s=at_s, priority=level
+        )
+        for i, (num, num_out, at_s, level) in enumerate(drawn)
+    ]
+    memory = KVMemory(num_blocks=100_000, block_size=4, max_context_len=SHAPE.max_context_len)
+    world = SimulatedWorld(requests, true_step_s(COST))
+    serve(Scheduler(config, COST, memory), world)
+    for request, limit_s in bounds_s(config, requests):
+        assert world.records[request.request_id].token_times_s[0] <= limit_s
+
+
+def bounds_s(config: SchedulerConfig, requests: list[Request]) -> Iterator[tuple[Request, float]]:
+    """Each request, and the moment by which its first token is promised (core/packing.py)."""
+    times = PrefillTimes(config.chunk_rule, COST, BUDGET_S, SHAPE.max_context_len)
+    halves = PrefillTimes(config.chunk_rule, COST, BUDGET_S / 2, SHAPE.max_context_len)
+    due = sorted(
+        (
+            request.arrival_s
+            + max(config.deadline_multiplier * times.prefill_s(request.num_prompt_tokens), config.min_deadline_s),
+            request.arrival_s,
+            request.request_id,
+            request,
+        )
+        for request in requests
+    )
+    earlier_s = 0.0
+    for count, (deadline_s, _, _, request) in enumerate(due):
+        earlier_s += halves.prefill_s(request.num_prompt_tokens)
+        yield request, deadline_s + (earlier_s + BUDGET_S / 2) / config.progress_share + (count + 2) * BUDGET_S
 
 
 def short_of_memory(progress_share: float, until_s: float) -> float | None:

@@ -66,3 +66,24 @@ def test_asking_beyond_the_blocks_is_a_bug() -> None:
         table.slots(3, 2)
     with pytest.raises(AssertionError):
         table.prefix(5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_runs_in_order_hold_every_token_and_old_views_stay_true(seed: int) -> None:
+    random_ = random.Random(seed)
+    table = SlotTable(4, 1)
+    slots: list[int] = []
+    views: list[tuple[np.ndarray, int]] = []
+    for _ in range(40):
+        first, count = random_.randrange(1000), random_.randint(1, 3)
+        table.append([(first, count)])
+        slots += range(4 * first, 4 * (first + count))
+        views.append((table.runs_in_order(), len(slots)))
+    for runs, num_tokens in views:
+        ends = [*runs[1:, 0].tolist(), num_tokens]
+        listed = [
+            slot + token - first_token
+            for (first_token, slot), end in zip(runs.tolist(), ends, strict=True)
+            for token in range(first_token, end)
+        ]
+        assert listed == slots[:num_tokens]

@@ -7,9 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.kernels.native_build import NativeUnavailable
+from megatron_medha.kernels.native_linear import NativeLinear
+from megatron_medha.model import packed_linear
 from megatron_medha.model.build import build_model
 from megatron_medha.model.model_config import ModelConfig
-from megatron_medha.model.packed_linear import PackedLinear, _operators_exist, pack_linears
+from megatron_medha.model.packed_linear import (
+    OneDnnLinear,
+    PackedLinear,
+    _operators_exist,
+    fastest_linear,
+    pack_linears,
+)
 from megatron_medha.parallel.groups import build_groups, init_distributed
 
 CPU = torch.device("cpu")
@@ -25,7 +34,7 @@ def test_a_packed_linear_is_the_plain_one(num_tokens: int, has_bias: bool, dtype
     weight_OI, bias_O = torch.randn(96, 200).to(dtype), torch.randn(96).to(dtype) if has_bias else None
     input_T1I = torch.randn(num_tokens, 1, 200).to(dtype)
     with torch.inference_mode():
-        output, bias = PackedLinear(weight_OI, bias_O)(input_T1I)
+        output, bias = PackedLinear(OneDnnLinear, weight_OI, bias_O)(input_T1I)
     expected = F.linear(input_T1I, weight_OI, bias_O)
     assert bias is None and output.shape == expected.shape and output.dtype == dtype
     # Sums of 200 products of size 1; bf16 outputs of size 14 keep 8 bits.
@@ -79,3 +88,30 @@ def test_every_weight_has_the_dtype_asked_for() -> None:
     )
     model = build_model(config, dtype=torch.bfloat16, device=CPU, pgs=build_groups(ParallelLayout()))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("native_s", "kernel"), [(1.0, "native"), (1.7, "native"), (1.9, "OneDnn"), (4.0, "OneDnn")])
+def test_bf16_layers_take_the_native_kernel_where_it_is_clearly_faster(
+    native_s: float, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        NativeLinear(torch.zeros(1, 2, dtype=torch.bfloat16), None)
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(
+        packed_linear, "_trial_s", lambda linear, _: [native_s if isinstance(linear, NativeLinear) else 2.1] * 3
+    )
+    make = fastest_linear(torch.zeros(64, 32, dtype=torch.bfloat16))
+    assert make is not None and make.__name__.lower().startswith(kernel.lower())
+    assert fastest_linear(torch.zeros(64, 32)) is OneDnnLinear
+
+
+def test_without_a_native_library_bf16_layers_take_onednn_and_say_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise NativeUnavailable("there is no C++ compiler")
+
+    monkeypatch.setattr(packed_linear, "NativeLinear", fail)
+    assert fastest_linear(torch.zeros(64, 32, dtype=torch.bfloat16)) is OneDnnLinear
+    assert "there is no C++ compiler" in caplog.text

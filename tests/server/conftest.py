@@ -10,15 +10,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one; test folders are no packages
 
 from fake_engine import FakeEngine
 from running_server import CHAT_TEMPLATE, Running, StartServer, byte_tokenizer_backend
 
-from megatron_medha.server.app import bind, create_app, uvicorn_config
+from megatron_medha.server.app import create_app
 from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.running import Server, bind, uvicorn_config
 from megatron_medha.server.tokens import Tokenizer
 
 
@@ -55,17 +55,12 @@ def start_server(tokenizer: Tokenizer, ending: list[Running]) -> Iterator[StartS
 
     def start(engine: FakeEngine | None = None, tokenizer: object = tokenizer, **settings: object) -> Running:
         engine = engine or FakeEngine()
-        config = ServerConfig(port=0, engine_check_s=0.01, drain_timeout_s=0, **settings)
-        app = create_app(engine, tokenizer, config)
+        parts = {name: settings.pop(name) for name in ("journal", "metrics", "slo", "read_config") if name in settings}
+        config = ServerConfig(**{"port": 0, "engine_check_s": 0.01, "drain_timeout_s": 0, **settings})
+        app = create_app(engine, tokenizer, config, **parts)
         listener = bind(config)
         has_started = threading.Event()
-
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: object = None) -> None:
-                await super().startup(sockets=sockets)
-                has_started.set()
-
-        server = Server(uvicorn_config(app, config))
+        server = Server(uvicorn_config(app, config), app.state.service, has_started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         assert has_started.wait(10)

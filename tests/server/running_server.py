@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import uvicorn
 from fake_engine import FakeEngine
 from tokenizers import decoders, models, pre_tokenizers
 
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.server.generation import GenerationSpec, Prompt
 from megatron_medha.server.service import Service
 
 CHAT_TEMPLATE = (
@@ -62,9 +65,13 @@ class Running:
             lines = list(response.iter_lines())
         return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
-    def connect(self, path: str, body: bytes, headers: str = "") -> socket.socket:
-        """Send a POST over a raw socket."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+    def connect(self, path: str, body: bytes, headers: str = "", receive_bytes: int | None = None) -> socket.socket:
+        """Send a POST over a raw socket; receive_bytes: of its buffer, for a reader that soon stalls."""
+        connection = socket.socket()
+        connection.settimeout(20)
+        if receive_bytes is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.connect(("127.0.0.1", self.port))
         head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
         connection.sendall(head.encode() + body)
         return connection
@@ -85,6 +92,15 @@ class Running:
         assert loop is not None
         loop.call_soon_threadsafe(check)
         assert done.wait(10), "streams are left open"
+
+
+def spec(num_tokens: int = 4, n: int = 1, **fields: object) -> GenerationSpec:
+    """A request with a prompt of so many tokens."""
+    prompt = Prompt(token_ids=array("i", [1] * num_tokens), text=None, max_output_tokens=5)
+    return GenerationSpec(
+        answer_id="x", created=0, model="m", arrival_s=0.0, prompts=(prompt,), n=n,
+        sampling=Sampling(max_output_tokens=1), seed=0, **fields,
+    )  # fmt: skip
 
 
 StartServer = Callable[..., Running]

@@ -12,8 +12,9 @@ from running_server import Running, StartServer
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.ports import EnginePhase, EngineStatus
-from megatron_medha.server.app import create_app, run
+from megatron_medha.server.app import create_app
 from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.running import run
 from megatron_medha.server.tokens import Tokenizer
 
 PATH = "/v1/completions"
@@ -42,6 +43,20 @@ def test_while_loading_requests_are_told_to_come_back(start_server: StartServer)
     server.engine.status = EngineStatus(EnginePhase.READY, "", 1.0)
     assert server.get("/ready").status_code == 200
     assert server.post(PATH, {"prompt": "a"}).status_code == 200
+
+
+def test_while_ranks_come_up_again_requests_are_taken_and_probes_tell_the_truth(start_server: StartServer) -> None:
+    server = start_server(FakeEngine())
+    server.engine.status = EngineStatus(EnginePhase.RECOVERING, "rank 1 was ended by SIGKILL", 0.5, 2, 1)
+    ready = server.get("/ready")
+    assert ready.status_code == 503 and int(ready.headers["retry-after"]) > 0
+    assert ready.json() == {"status": "recovering", "detail": "rank 1 was ended by SIGKILL", "fraction": 0.5}
+    assert server.get("/health").status_code == 200
+    assert server.post(PATH, {"prompt": "a"}).status_code == 200
+    page = server.get("/metrics").text.splitlines()
+    samples = {line.split("{")[0]: float(line.split()[-1]) for line in page if line.startswith("medha:")}
+    assert samples["medha:rank_failures_total"] == 2 and samples["medha:rank_recoveries_total"] == 1
+    assert samples["medha:is_ready"] == 0
 
 
 def test_the_port_listens_before_the_tokenizer_is_there(start_server: StartServer, tokenizer: Tokenizer) -> None:

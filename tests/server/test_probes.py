@@ -14,10 +14,10 @@ from running_server import Running, StartServer
 from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, FinishReason, Preempted, TokenOut
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
-from megatron_medha.server.app import bind
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.metrics_page import MetricsPage
+from megatron_medha.server.running import bind
 
 PATH = "/v1/completions"
 
@@ -60,8 +60,10 @@ def test_without_the_key_only_probes_answer(start_server: StartServer) -> None:
         assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
         assert server.get("/v1/models", headers=encoded).status_code == 401
     assert server.post(PATH, {"prompt": "a"}, headers={"authorization": "Bearer secret"}).status_code == 200
-    assert server.get("/health").status_code == 200
-    assert server.get("/metrics").status_code == 200
+    for path in ("/health", "/live", "/ready", "/ping", "/dashboard"):
+        assert server.get(path).status_code == 200
+    for path in ("/metrics", "/version", "/openapi.json", "/docs", "/nothing"):
+        assert server.get(path).status_code == 401
 
 
 def test_a_clients_request_id_comes_back_and_others_get_one(server: Running) -> None:
@@ -114,7 +116,7 @@ def test_metrics_watch_the_loop(server: Running) -> None:
     )
     outputs = [TokenOut("r", 0, FinishReason.LENGTH), Preempted("s", 5)]
     metrics.handled(Completed(batch_id=0, duration_s=0.04), outputs, 3.5)
-    samples = samples_of(MetricsPage(metrics, server.engine).render("m").decode())
+    samples = samples_of(MetricsPage(metrics, server.engine, server.service.admission).render("m").decode())
     assert samples["medha:request_queue_time_seconds_sum"] == 2.0
     assert samples["medha:request_prefill_time_seconds_sum"] == 0.5
     assert samples["medha:step_predicted_seconds_sum"] == 0.03

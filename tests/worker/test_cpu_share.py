@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
+from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_threads_of_rank, num_usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +36,13 @@ def test_a_policy_of_the_user_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_at_least_one_core_is_usable() -> None:
     assert num_usable_cores() >= 1
+
+
+@pytest.mark.parametrize(("wanted", "num_ranks", "num_threads"), [(None, 1, 2), (None, 2, 1), (None, 8, 1), (4, 2, 4)])
+def test_ranks_share_the_cores_unless_told_otherwise(wanted: int | None, num_ranks: int, num_threads: int) -> None:
+    assert num_threads_of_rank(wanted, num_ranks) == num_threads
+
+
+def test_ranks_on_other_machines_take_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert num_threads_of_rank(None, 2) == 2

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 import zmq
 
 from megatron_medha.cluster.messages import (
@@ -31,6 +32,7 @@ from megatron_medha.cluster.messages import (
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.blocks import Extent
+from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 
 TIMEOUT_S = 120  # for a start on a busy machine
@@ -47,13 +49,12 @@ class FrontSocket:
         self._decoder = msgspec.msgpack.Decoder(FromRank)
         self.num_heartbeats = 0
 
-    def send(self, message: ToRank) -> None:
-        self._socket.send_multipart([b"rank-0", msgspec.msgpack.encode(message)])
+    def send(self, message: ToRank, rank: int = 0) -> None:
+        self._socket.send_multipart([b"rank-%d" % rank, msgspec.msgpack.encode(message)])
 
     def receive(self) -> FromRank:
         """The next message that is not a heartbeat."""
         while isinstance(message := self.receive_any(), Heartbeat):
-            assert message.rank == 0
             self.num_heartbeats += 1
         return message
 
@@ -109,6 +110,40 @@ def test_a_rank_loads_answers_steps_ignores_ctrl_c_and_ends_when_told(
 
         front_socket.send(Shutdown())
         assert process.wait(TIMEOUT_S) == 0
+
+
+def test_two_ranks_of_a_pipeline_meet_and_stream_a_prompt(
+    front_socket: FrontSocket, rank_config: RankConfig, theirs: tuple[Any, Path], tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(
+        rank_config, layout=ParallelLayout(spp=2), front_endpoint=front_socket.endpoint,
+        init_method=f"file://{tmp_path}/meeting",
+    )  # fmt: skip
+    token_ids = list(range(5, 65))
+    new = NewRequest("a", array("i", token_ids).tobytes(), 60, Sampling(max_output_tokens=4, temperature=0.0))
+    with (
+        subprocess.Popen(command(config)) as first,
+        subprocess.Popen(command(msgspec.structs.replace(config, rank=1))) as second,
+    ):
+        ready = [front_socket.receive_until(Ready)[0] for _ in range(2)]
+        assert {message.rank for message in ready} == {0, 1}
+        assert ready[0].num_blocks == ready[1].num_blocks
+        extents = (Extent(0, 4),)
+        for batch_id in range(3):  # all at once: more than the front would, and nothing gets out of order
+            start = 20 * batch_id
+            chunk = Chunk("a", start, 20, batch_id == 2, (0,), () if start else extents)
+            for rank in range(2):
+                front_socket.send(Step(batch_id, (chunk,), () if start else (new,)), rank)
+        done = [front_socket.receive() for _ in range(6)]
+        assert all(isinstance(message, StepDone) for message in done)
+        for rank in range(2):
+            assert [message.batch_id for message in done if message.rank == rank] == [0, 1, 2]
+        (token,) = [token for message in done for token in message.tokens]
+        with torch.inference_mode():
+            assert token.token_id == theirs[0](torch.tensor([token_ids])).logits[0, -1].argmax()
+        for rank in range(2):
+            front_socket.send(Shutdown(), rank)
+        assert first.wait(TIMEOUT_S) == second.wait(TIMEOUT_S) == 0
 
 
 def test_a_rank_that_cannot_load_says_why_and_exits_with_1(

@@ -1,0 +1,132 @@
+"""How much faster does a second kvp rank make decoding at long context? 1 rank against kvp=2, a thread each.
+
+    python -m experiments.kvp_decode.run                       # 64K and 256K tokens of context
+    python -m experiments.kvp_decode.run --context 65536 --steps 20
+
+The context's KV is random numbers: what is in it does not change the time, and computing 256K tokens of prompt
+would take an hour. The attention part is everything between query and merged output in every layer, exchange and
+merge included; bar: 1.8 times faster. Beside it the time per output token, and what exchange and merge cost of it.
+Figures are the best and the median of the steps; by the clock, so they mean something on idle cores only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.lib.plain_model import save_plain_model
+from experiments.lib.rank_processes import RankProcesses, rank_processes
+from megatron_medha.cluster.messages import NewRequest, Step
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.batch import Chunk
+from megatron_medha.core.blocks import Extent
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.sampling import Sampling
+
+BAR = 1.8
+MODEL = {"hidden_size": 512, "ffn_size": 1376, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+BLOCK_SIZE = 64
+
+
+def prepare(rank: Any, notes: dict[str, float]) -> None:
+    """In a rank: fill the KV memory, and time the attention part and what of it is this rank's own work."""
+    from megatron_medha.model.attention import PagedCoreAttention
+
+    for layer in rank._kv_layers:
+        layer.k.normal_()
+        layer.v.normal_()
+
+    def timed(function: Any, label: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started_s = time.perf_counter()
+            result = function(*args, **kwargs)
+            notes[label] = notes.get(label, 0.0) + time.perf_counter() - started_s
+            return result
+
+        return call
+
+    for module in rank.model.modules():
+        if isinstance(module, PagedCoreAttention):
+            module.forward = timed(module.forward, "attention")
+    for name in ("attend", "attend_with_lse"):
+        setattr(rank._backend, name, timed(getattr(rank._backend, name), "own"))
+
+
+def decode(ranks: RankProcesses, checkpoint: Path, kvp: int, context: int, num_steps: int) -> list[dict[str, float]]:
+    """Decode one request; per step its seconds: in all, and on the slowest rank the attention part and its own work."""
+    shard = context // kvp
+    num_blocks = shard // BLOCK_SIZE + num_steps // BLOCK_SIZE + 2
+    block_bytes = 2 * BLOCK_SIZE * MODEL["num_kv_heads"] * MODEL["head_dim"] * 4 * MODEL["num_layers"]
+    # The last shard takes the output too.
+    shard_tokens = num_blocks * BLOCK_SIZE
+    ranks.load(
+        RankConfig(
+            layout=ParallelLayout(kvp=kvp), front_endpoint="", checkpoint=str(checkpoint), device="cpu",
+            dtype="float32", block_size=BLOCK_SIZE, kv_memory_bytes=num_blocks * block_bytes, num_threads=1,
+            max_tokens_per_shard=shard_tokens,
+        ),  # fmt: skip
+        prepare,
+    )
+    first = (kvp - 1) * shard_tokens + shard  # the first decoded position, behind full shards
+    prompt = array("i", (index % 1000 for index in range(first + 1)))
+    new = NewRequest("a", prompt.tobytes(), first + 1, Sampling(max_output_tokens=num_steps, temperature=0.0))
+    extents = (Extent(0, num_blocks),)
+    # A chunk of one token at the start of each shard brings its blocks; what lies between is random already.
+    opening = [Chunk("a", i * shard_tokens, 1, False, tuple(range(i + 1)), extents) for i in range(kvp)]
+    steps, sampled = [], ()
+    todo = [*opening, *(Chunk("a", first + i, 1, True, tuple(range(kvp))) for i in range(num_steps))]
+    known: set[int] = set()
+    for batch_id, chunk in enumerate(tqdm(todo, desc=f"kvp={kvp} context={context}", unit="step")):
+        started_s = time.perf_counter()
+        for rank in range(kvp):
+            is_part = rank in chunk.kvp_ranks
+            news = (new,) if is_part and rank not in known else ()
+            known.update({rank} if is_part else set())
+            ranks.send(rank, Step(batch_id, (chunk,) if is_part else (), news, (), sampled if kvp > 1 else ()))
+        answers = []
+        while len(answers) < kvp:
+            answers += list(ranks.answers())
+        duration_s = time.perf_counter() - started_s
+        if chunk.samples_token:
+            slowest = max(answers, key=lambda answer: answer.notes["attention"])
+            steps.append({"step": duration_s, **slowest.notes})
+            sampled = tuple((t.request_id, t.token_id) for answer in answers for t in answer.done.tokens)
+    return steps[2:]  # the first ones touch memory for the first time
+
+
+def main() -> None:
+    """Both layouts at each context."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, action="append", help="tokens (default: 65536 and 262144)")
+    parser.add_argument("--steps", type=int, default=30, help="tokens to decode (default: 30)")
+    args = parser.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory() as name, rank_processes(2) as ranks:
+        save_plain_model(Path(name), **MODEL)
+        for context in args.context or (65536, 262144):
+            one, two = (decode(ranks, Path(name), kvp, context, args.steps) for kvp in (1, 2))
+            found.append((context, one, two))
+    print(
+        f"milliseconds per output token; bar: {BAR}x; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    )
+    print(f"{'context':>8}{'':>8}{'attention 1':>13}{'attention 2':>13}{'speed-up':>10}{'exchange, merge':>17}"
+          f"{'TPOT 1':>9}{'TPOT 2':>9}")
+    for context, one, two in found:
+        for label, of in (("best", min), ("median", statistics.median)):
+            one_s, two_s = (of([step["attention"] for step in steps]) for steps in (one, two))
+            merge_s = of([step["attention"] - step["own"] for step in two])
+            tpot = [of([step["step"] for step in steps]) for steps in (one, two)]
+            print(f"{context:>8}{label:>8}{one_s * 1e3:>13.2f}{two_s * 1e3:>13.2f}{one_s / two_s:>9.2f}x"
+                  f"{merge_s * 1e3:>17.2f}{tpot[0] * 1e3:>9.2f}{tpot[1] * 1e3:>9.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+// Attention of a packed batch over paged keys and values on a CPU: the library behind native_attention.py.
+//
+// The work is cut into units, one for some query rows of one kv head (rows of all its query heads, folded), and where
+// that leaves threads idle also by keys. A row's result is the same to the last bit however the work is cut: keys fall
+// into partitions at fixed positions; within one, tiles are added by online softmax; partitions are merged in order.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "layout.h"
+#include "simd.h"
+#include "storage.h"
+#include "sums.h"
+#include "team.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr double LN_2 = 0.693147180559945309417;
+// Query rows of a unit: their sums, scores and queries stay in L2 beside a tile of keys (450 KiB at head dim 128).
+constexpr int64_t MAX_UNIT_ROWS = 192;
+// From so many register tiles of rows on, widening bf16 once per tile of keys is cheaper than at each use.
+constexpr int64_t MIN_TILES_TO_WIDEN = 3;
+// Reading keys for a single row takes as long as computing this many.
+constexpr int64_t MIN_COST_ROWS = 8;
+// Row * key * dim products below which waking a second thread costs more than it saves (some 50 us of work).
+constexpr int64_t MIN_PARALLEL_COST = 1 << 21;
+constexpr int64_t WRITE_TOKENS = 64;  // of an item that writes
+constexpr int64_t MIN_PARALLEL_WRITE = 1 << 16;  // numbers; likewise
+
+// The first key of the partition after the one that starts at `key`. Partitions grow with the position, so that
+// a million keys are 192 of them, and partial results stay small.
+int64_t next_partition(int64_t key) {
+    int64_t size = 1024;
+    while (size * 64 <= key) size *= 2;
+    return key + size;
+}
+
+// Some rows of one kv head: folded rows [first_row, end_row) of `rows`, row = token * queries_per_kv_head + query.
+struct Unit {
+    const Rows *rows;
+    int64_t head, first_row, end_row;
+    int64_t num_keys;     // that its last row sees
+    int64_t num_parts;    // work items it is cut into
+    float *partial;       // one Sums for each partition, if cut; else null
+    std::atomic<int64_t> num_parts_left;
+};
+
+struct Item {
+    Unit *unit;
+    int64_t first_key, end_key;
+    int64_t first_partition;
+};
+
+template <class T>
+class Work {
+  public:
+    explicit Work(const Call &call) : call_(call), dim_((call.head_dim + GROUP - 1) / GROUP * GROUP) {}
+
+    void run() {
+        const int64_t num_pieces = (call_.num_tokens + WRITE_TOKENS - 1) / WRITE_TOKENS;
+        if (call_.slots != nullptr) {
+            const int64_t count = call_.num_tokens * call_.num_kv_heads * dim_;
+            const auto write_piece = [&](int64_t i) {
+                const int64_t first = i % num_pieces * WRITE_TOKENS;
+                write(i / num_pieces, first, std::min(first + WRITE_TOKENS, call_.num_tokens));
+            };
+            share(call_.run_team, threads_for(count >= MIN_PARALLEL_WRITE), call_.num_kv_heads * num_pieces, write_piece);
+        }
+        const int64_t cost = plan() * dim_;
+        const auto attend_item = [&](int64_t i) { attend(items_[i]); };
+        const int64_t num_items = static_cast<int64_t>(items_.size());
+        share(call_.run_team, threads_for(cost >= MIN_PARALLEL_COST), num_items, attend_item);
+    }
+
+  private:
+    int64_t threads_for(bool is_parallel) const { return is_parallel ? call_.num_threads : 1; }
+
+    void write(int64_t head, int64_t first, int64_t end) {
+        const int64_t head_dim = call_.head_dim;
+        for (int64_t t = first; t < end; ++t) {
+            if (call_.slots[t] < 0) continue;
+            const int64_t group = call_.slots[t] / GROUP, lane = call_.slots[t] % GROUP;
+            const int64_t base = head * call_.pool_head_stride + group * GROUP * dim_;
+            T *const k_to = static_cast<T *>(call_.k_pool) + base;
+            T *const v_to = static_cast<T *>(call_.v_pool) + base;
+            const T *k = static_cast<const T *>(call_.k) + t * call_.k_token_stride + head * call_.k_head_stride;
+            const T *v = static_cast<const T *>(call_.v) + t * call_.v_token_stride + head * call_.v_head_stride;
+            for (int64_t d = 0; d < head_dim; ++d) k_to[Place<T>::key(lane, d, dim_)] = k[d];
+            for (int64_t d = 0; d < head_dim; ++d) v_to[Place<T>::value(lane, d, dim_)] = v[d];
+            // Dimensions that only fill up are zeros, so that they add nothing.
+            for (int64_t d = head_dim; d < dim_; ++d) {
+                k_to[Place<T>::key(lane, d, dim_)] = 0;
+                v_to[Place<T>::value(lane, d, dim_)] = 0;
+            }
+        }
+    }
+
+    int64_t keys_of(const Rows &rows, int64_t row) const {  // that a folded row sees
+        return rows.num_keys + rows.is_causal * (row / call_.queries_per_kv_head);
+    }
+
+    // Units and items; returns the cost of all, in products of rows and keys.
+    int64_t plan() {
+        const int64_t group = call_.queries_per_kv_head;
+        int64_t num_units = 0;
+        for (int64_t i = 0; i < call_.num_rows; ++i) num_units += call_.num_kv_heads * blocks_of(call_.rows[i]);
+        units_ = std::vector<Unit>(num_units);
+        int64_t cost = 0;
+        Unit *unit = units_.data();
+        for (int64_t i = 0; i < call_.num_rows; ++i) {
+            const Rows &rows = call_.rows[i];
+            const int64_t num_rows = rows.num_tokens * group, num_blocks = blocks_of(rows);
+            for (int64_t head = 0; head < call_.num_kv_heads; ++head)
+                for (int64_t b = 0; b < num_blocks; ++b, ++unit) {
+                    unit->rows = &rows;
+                    unit->head = head;
+                    unit->first_row = num_rows * b / num_blocks;
+                    unit->end_row = num_rows * (b + 1) / num_blocks;
+                    unit->num_keys = keys_of(rows, unit->end_row - 1);
+                    cost += cost_of(*unit);
+                }
+        }
+        // A quarter of a thread's share: the last item to end keeps the others waiting for an eighth on average.
+        const int64_t target = std::max<int64_t>(1, cost / (4 * call_.num_threads));
+        int64_t partial_size = 0;
+        for (Unit &u : units_) partial_size += cut(u, target);
+        static thread_local Buffer partial_memory;
+        float *partial = partial_memory.at_least<float>(partial_size);
+        for (Unit &u : units_)
+            if (u.num_parts > 1) {
+                u.partial = partial;
+                partial += num_partitions(u.num_keys) * Sums::size(u.end_row - u.first_row, dim_);
+            }
+        return cost;
+    }
+
+    int64_t blocks_of(const Rows &rows) const {
+        return (rows.num_tokens * call_.queries_per_kv_head + MAX_UNIT_ROWS - 1) / MAX_UNIT_ROWS;
+    }
+    static int64_t cost_of(const Unit &u) { return std::max(u.end_row - u.first_row, MIN_COST_ROWS) * u.num_keys; }
+    static int64_t num_partitions(int64_t num_keys) {
+        int64_t count = 0;
+        for (int64_t key = 0; key < num_keys; key = next_partition(key)) ++count;
+        return count;
+    }
+
+    // Appends the unit's items; returns the floats its partial results take.
+    int64_t cut(Unit &unit, int64_t target) {
+        const int64_t keys_per_item = std::max<int64_t>(1, target * unit.num_keys / std::max<int64_t>(1, cost_of(unit)));
+        const size_t first_item = items_.size();
+        int64_t partition = 0;
+        Item item{&unit, 0, 0, 0};
+        for (int64_t key = 0; key < unit.num_keys; ++partition) {
+            if (key - item.first_key >= keys_per_item) {
+                item.end_key = key;
+                items_.push_back(item);
+                item.first_key = key;
+                item.first_partition = partition;
+            }
+            key = next_partition(key);
+        }
+        item.end_key = unit.num_keys;
+        items_.push_back(item);  // also without any keys: somebody must write zeros
+        unit.num_parts = static_cast<int64_t>(items_.size() - first_item);
+        unit.num_parts_left.store(unit.num_parts);
+        unit.partial = nullptr;
+        return unit.num_parts > 1 ? partition * Sums::size(unit.end_row - unit.first_row, dim_) : 0;
+    }
+
+    void attend(const Item &item) {
+        Unit &unit = *item.unit;
+        const int64_t num_rows = unit.end_row - unit.first_row, size = Sums::size(num_rows, dim_);
+        static thread_local Buffer memory;
+        // Queries, two sums, scores and decays, a tile of widened keys and values.
+        float *scratch = memory.at_least<float>(
+            num_rows * dim_ + 2 * size + num_rows * (TILE_KEYS + 1) + 2 * TILE_KEYS * dim_
+        );
+        float *const queries = scratch;
+        float *const sums_memory = queries + num_rows * dim_;
+        float *const tile_memory = sums_memory + 2 * size;
+        pack_queries(unit, queries);
+        Sums all(sums_memory, num_rows);
+        bool is_first = true;
+        int64_t partition = item.first_partition;
+        for (int64_t key = item.first_key; key < item.end_key; ++partition) {
+            const int64_t end = std::min(next_partition(key), item.end_key);
+            Sums sums = unit.partial != nullptr ? Sums(unit.partial + partition * size, num_rows)
+                        : is_first              ? all
+                                                : Sums(sums_memory + size, num_rows);
+            sums.clear(num_rows, dim_);
+            add_keys(unit, key, end, queries, sums, tile_memory);
+            if (unit.partial == nullptr && !is_first) all.merge(sums, num_rows, dim_);
+            is_first = false;
+            key = end;
+        }
+        if (unit.partial == nullptr) {
+            if (is_first) all.clear(num_rows, dim_);
+            write_out(unit, all);
+        } else if (unit.num_parts_left.fetch_sub(1) == 1) {  // the last of the unit's items to end
+            Sums first(unit.partial, num_rows);
+            for (int64_t p = 1, count = num_partitions(unit.num_keys); p < count; ++p)
+                first.merge(Sums(unit.partial + p * size, num_rows), num_rows, dim_);
+            write_out(unit, first);
+        }
+    }
+
+    // The register tiles of a unit: tile i holds rows [first_row_of(i), first_row_of(i + 1)), as evenly as can be.
+    struct RowTiles {
+        int64_t num_rows, count;
+        explicit RowTiles(int64_t n) : num_rows(n), count((n + MAX_ROWS - 1) / MAX_ROWS) {}
+        int64_t first_row_of(int64_t i) const { return num_rows * i / count; }
+    };
+
+    // Scaled for powers of two, in the order a register tile reads them.
+    void pack_queries(const Unit &unit, float *queries) const {
+        const RowTiles tiles(unit.end_row - unit.first_row);
+        const float scale = static_cast<float>(call_.scale / LN_2);
+        for (int64_t i = 0; i < tiles.count; ++i) {
+            const int64_t first = tiles.first_row_of(i), count = tiles.first_row_of(i + 1) - first;
+            float *to = queries + first * dim_;
+            for (int64_t r = 0; r < count; ++r) {
+                const int64_t row = unit.first_row + first + r;
+                const int64_t token = unit.rows->first_token + row / call_.queries_per_kv_head;
+                const T *q = static_cast<const T *>(call_.q) + token * call_.q_token_stride +
+                             unit.head * call_.q_head_stride + row % call_.queries_per_kv_head * call_.q_group_stride;
+                for (int64_t d = 0; d < call_.head_dim; ++d) to[d * count + r] = to_float(q[d]) * scale;
+                for (int64_t d = call_.head_dim; d < dim_; ++d) to[d * count + r] = 0.0f;
+            }
+        }
+    }
+
+    // Online softmax over keys [first_key, end_key), tile by tile.
+    void add_keys(
+        const Unit &unit, int64_t first_key, int64_t end_key, const float *queries, Sums &sums, float *memory
+    ) const {
+        const int64_t num_rows = unit.end_row - unit.first_row;
+        float *const widened = memory + num_rows * (TILE_KEYS + 1);
+        const bool widens = RowTiles(num_rows).count >= MIN_TILES_TO_WIDEN;
+        const Run *const runs = unit.rows->runs, *const end_run = runs + unit.rows->num_runs;
+        const Run *run = std::upper_bound(runs, end_run, first_key, [](int64_t key, const Run &r) {
+            return key < r.first_key;
+        }) - 1;
+        KeyGroup<T> groups[TILE_GROUPS];
+        for (int64_t key = first_key; key < end_key;) {
+            const int64_t tile_start = key;
+            int num_groups = 0;
+            while (num_groups < TILE_GROUPS && key < end_key) {
+                if (run + 1 < end_run && key >= run[1].first_key) ++run;
+                const int64_t end_of_run = run + 1 < end_run ? run[1].first_key : end_key;
+                const int64_t slot = run->first_slot + key - run->first_key, lane = slot % GROUP;
+                const int64_t count = std::min(std::min(end_of_run, end_key) - key, GROUP - lane);
+                const int64_t base = unit.head * call_.pool_head_stride + slot / GROUP * GROUP * dim_;
+                groups[num_groups++] = {
+                    static_cast<const T *>(call_.k_pool) + base, static_cast<const T *>(call_.v_pool) + base, key,
+                    static_cast<int>(lane), static_cast<int>(lane + count)
+                };
+                key += count;
+            }
+            const bool is_whole = key - tile_start == TILE_KEYS && key <= keys_of(*unit.rows, unit.first_row);
+            if constexpr (sizeof(T) == 2) {
+                if (widens) {
+                    KeyGroup<float> wide[TILE_GROUPS];
+                    for (int g = 0; g < num_groups; ++g) {
+                        float *const k = widened + g * 2 * GROUP * dim_, *const v = k + GROUP * dim_;
+                        widen_group(groups[g], k, v, dim_);
+                        wide[g] = {k, v, groups[g].first_key, groups[g].first_lane, groups[g].end_lane};
+                    }
+                    add_tile(unit, wide, num_groups, is_whole, queries, sums, memory);
+                    continue;
+                }
+            }
+            add_tile(unit, groups, num_groups, is_whole, queries, sums, memory);
+        }
+    }
+
+    template <class Stored>
+    void add_tile(
+        const Unit &unit, KeyGroup<Stored> *groups, int num_groups, bool is_whole, const float *queries, Sums &sums,
+        float *memory
+    ) const {
+        const int64_t num_rows = unit.end_row - unit.first_row;
+        const RowTiles tiles(num_rows);
+        float *const scores = memory, *const decay = memory + num_rows * TILE_KEYS;
+        // A panel that the groups do not fill repeats the last one; its scores are hidden below.
+        int num_padded = num_groups;
+        KeyGroup<Stored> padded[TILE_GROUPS];
+        std::copy_n(groups, num_groups, padded);
+        while (num_padded % PANEL_GROUPS != 0) padded[num_padded++] = groups[num_groups - 1];
+        for (int g = 0; g < num_padded; g += PANEL_GROUPS)
+            for (int64_t i = 0; i < tiles.count; ++i) {
+                const int64_t first = tiles.first_row_of(i), count = tiles.first_row_of(i + 1) - first;
+                score_panel_of<Stored>(static_cast<int>(count))(
+                    padded + g, queries + first * dim_, dim_, scores + first * TILE_KEYS + g * GROUP
+                );
+            }
+        for (int64_t r = 0; r < num_rows; ++r) {
+            float *const row = scores + r * TILE_KEYS;
+            if (!is_whole) hide(row, groups, num_groups, num_padded, keys_of(*unit.rows, unit.first_row + r));
+            decay[r] = softmax_row(row, num_padded * VECS_PER_GROUP, sums.max[r], sums.total + r * WIDTH);
+        }
+        const int64_t num_columns = dim_ / WIDTH, num_panels = (num_columns + MAX_COLUMNS - 1) / MAX_COLUMNS;
+        for (int64_t p = 0; p < num_panels; ++p) {
+            const int64_t first_column = num_columns * p / num_panels;
+            const int64_t columns = num_columns * (p + 1) / num_panels - first_column;
+            for (int64_t i = 0; i < tiles.count; ++i) {
+                const int64_t first = tiles.first_row_of(i), count = tiles.first_row_of(i + 1) - first;
+                add_values_of<Stored>(static_cast<int>(count), static_cast<int>(columns))(
+                    groups, num_groups, scores + first * TILE_KEYS, decay + first,
+                    sums.values + first * dim_ + first_column * WIDTH, dim_, first_column * WIDTH
+                );
+            }
+        }
+    }
+
+    // -inf for lanes that are not the sequence's, and for keys at positions from num_keys on.
+    template <class Stored>
+    static void hide(float *row, const KeyGroup<Stored> *groups, int num_groups, int num_padded, int64_t num_keys) {
+        for (int g = 0; g < num_groups; ++g) {
+            const KeyGroup<Stored> &group = groups[g];
+            const int64_t seen = std::clamp<int64_t>(num_keys - group.first_key, 0, group.end_lane - group.first_lane);
+            std::fill(row + g * GROUP, row + g * GROUP + group.first_lane, MINUS_INFINITY);
+            std::fill(row + g * GROUP + group.first_lane + seen, row + (g + 1) * GROUP, MINUS_INFINITY);
+        }
+        std::fill(row + num_groups * GROUP, row + num_padded * GROUP, MINUS_INFINITY);
+    }
+
+    // Scores to weights relative to the new maximum; returns what earlier weights are multiplied by.
+    static float softmax_row(float *row, int num_vecs, float &max_so_far, float *total) {
+        Vec highest = load(row);
+        for (int i = 1; i < num_vecs; ++i) highest = max(highest, load(row + i * WIDTH));
+        const float new_max = std::max(max_so_far, reduce_max(highest));
+        // A row that has seen no key yet: any finite maximum makes its weights exactly 0.
+        const float origin = new_max == MINUS_INFINITY ? 0.0f : new_max;
+        Vec sum = splat(0.0f);
+        for (int i = 0; i < num_vecs; ++i) {
+            const Vec weight = exp2_of_nonpositive(load(row + i * WIDTH) - splat(origin));
+            store(row + i * WIDTH, weight);
+            sum = sum + weight;
+        }
+        float decay = 1.0f;
+        if (new_max != max_so_far) {
+            float lanes[WIDTH];
+            store(lanes, exp2_of_nonpositive(splat(max_so_far - origin)));
+            decay = lanes[0];
+        }
+        max_so_far = new_max;
+        store(total, fma(load(total), splat(decay), sum));
+        return decay;
+    }
+
+    void write_out(const Unit &unit, const Sums &sums) const {
+        for (int64_t r = 0; r < unit.end_row - unit.first_row; ++r) {
+            const int64_t row = unit.first_row + r, group = call_.queries_per_kv_head;
+            const int64_t token = unit.rows->first_token + row / group;
+            const int64_t index = (token * call_.num_kv_heads + unit.head) * group + row % group;
+            const float total = reduce_add(load(sums.total + r * WIDTH));
+            const bool is_empty = sums.max[r] == MINUS_INFINITY;
+            const float share = is_empty ? 0.0f : 1.0f / total;
+            T *const out = static_cast<T *>(call_.out) + index * call_.head_dim;
+            const float *const values = sums.values + r * dim_;
+            for (int64_t d = 0; d < call_.head_dim; ++d) from_float(values[d] * share, out + d);
+            if (call_.lse != nullptr)
+                call_.lse[index] = is_empty ? MINUS_INFINITY
+                                            : static_cast<float>((sums.max[r] + std::log2(static_cast<double>(total))) * LN_2);
+        }
+    }
+
+    const Call &call_;
+    const int64_t dim_;
+    std::vector<Unit> units_;
+    std::vector<Item> items_;
+};
+
+}  // namespace
+
+// 0, or 1 when memory ran out; then nothing of the output can be used.
+extern "C" int medha_attend(const Call *call) {
+    try {
+        if (call->is_bf16)
+            Work<uint16_t>(*call).run();
+        else
+            Work<float>(*call).run();
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}
+
+// 2^x of count floats, count a multiple of 16; for the test of its accuracy.
+extern "C" void medha_exp2(const float *x, float *y, int64_t count) {
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    for (int64_t i = 0; i < count; i += WIDTH) store(y + i, exp2_of_nonpositive(load(x + i)));
+    _mm_setcsr(before);
+}

@@ -1,0 +1,175 @@
+// Linear layers with bf16 weights and fp32 arithmetic, for processors without a bf16 dot product.
+//
+// out [T, O] = in [T, I] . weight [O, I]^T + bias [O], in, bias and out in bf16 too. The weight lies packed as the keys
+// of attention do (layout.h): [O/16][I/2][16][2], so the same register tiles serve. Decodes read it as it is, half the
+// bytes of fp32; more rows widen each block of it once.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "layout.h"
+#include "simd.h"
+#include "storage.h"
+#include "sums.h"
+#include "team.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t PANEL = PANEL_GROUPS * GROUP;  // outputs of a register tile
+constexpr int64_t DEPTH = 256;      // inputs of a widened block: 64 KiB with 64 outputs, in L2
+constexpr int64_t MAX_ROWS_OF_ITEM = 96;
+constexpr int64_t MAX_ROWS_UNWIDENED = 2 * MAX_ROWS;
+// Multiplications below which a second thread costs more than it saves (some 50 us of work).
+constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 21;
+
+template <int R>
+void add_products(const float *weights, const float *in, int64_t depth, float *sums) {
+    Vec sum[R][MAX_COLUMNS];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = load(sums + r * PANEL + c * WIDTH);
+    for (int64_t d = 0; d < depth; ++d) {
+        Vec column[MAX_COLUMNS];
+        for (int c = 0; c < MAX_COLUMNS; ++c) column[c] = load(weights + d * PANEL + c * WIDTH);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            const Vec x = splat(in[d * R + r]);
+            for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = fma(x, column[c], sum[r][c]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < MAX_COLUMNS; ++c) store(sums + r * PANEL + c * WIDTH, sum[r][c]);
+}
+
+using AddProducts = void (*)(const float *, const float *, int64_t, float *);
+constexpr AddProducts ADD_PRODUCTS[] = {add_products<1>, add_products<2>, add_products<3>,
+                                        add_products<4>, add_products<5>, add_products<6>};
+
+}  // namespace
+
+// Mirrored field by field by LinearCall in native_linear.py. Sizes in elements; the weight is padded with zeros to
+// a multiple of 64 outputs and of 2 inputs.
+struct LinearCall {
+    int64_t num_rows, num_inputs, num_outputs;
+    const uint16_t *in;  // dense
+    const uint16_t *weight;
+    const uint16_t *bias;  // or null
+    uint16_t *out;         // dense
+    RunTeam run_team;
+    int64_t num_threads;
+};
+
+namespace {
+
+class Linear {
+  public:
+    explicit Linear(const LinearCall &call)
+        : call_(call), depth_((call.num_inputs + 1) / 2 * 2), num_tiles_((call.num_rows + MAX_ROWS - 1) / MAX_ROWS) {}
+
+    void run() {
+        static thread_local Buffer packed_memory;
+        packed_ = packed_memory.at_least<float>(call_.num_rows * depth_);
+        const bool is_parallel = call_.num_rows * call_.num_inputs * call_.num_outputs >= MIN_PARALLEL_PRODUCTS;
+        const int64_t num_threads = is_parallel ? call_.num_threads : 1;
+        // Few rows are packed faster than a second thread wakes up.
+        share(call_.run_team, num_tiles_ > 8 ? num_threads : 1, num_tiles_, [&](int64_t tile) { pack(tile); });
+        const int64_t num_panels = (call_.num_outputs + PANEL - 1) / PANEL;
+        if (call_.num_rows <= MAX_ROWS_UNWIDENED) {
+            // Several panels an item: a run of memory that the processor's prefetching follows.
+            const int64_t num_items = std::min(num_panels, 4 * num_threads);
+            share(call_.run_team, num_threads, num_items, [&](int64_t i) {
+                for (int64_t p = num_panels * i / num_items; p < num_panels * (i + 1) / num_items; ++p) multiply(p);
+            });
+            return;
+        }
+        const int64_t num_blocks = (call_.num_rows + MAX_ROWS_OF_ITEM - 1) / MAX_ROWS_OF_ITEM;
+        share(call_.run_team, num_threads, num_panels * num_blocks, [&](int64_t i) {
+            const int64_t block = i % num_blocks;
+            multiply_widened(i / num_blocks, num_tiles_ * block / num_blocks, num_tiles_ * (block + 1) / num_blocks);
+        });
+    }
+
+  private:
+    int64_t first_row_of(int64_t tile) const { return call_.num_rows * tile / num_tiles_; }
+
+    void pack(int64_t tile) {
+        const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
+        float *to = packed_ + first * depth_;
+        for (int64_t r = 0; r < count; ++r) {
+            const uint16_t *row = call_.in + (first + r) * call_.num_inputs;
+            for (int64_t d = 0; d < call_.num_inputs; ++d) to[d * count + r] = to_float(row[d]);
+            if (depth_ > call_.num_inputs) to[call_.num_inputs * count + r] = 0.0f;
+        }
+    }
+
+    const uint16_t *group(int64_t panel, int g) const {
+        return call_.weight + (panel * PANEL_GROUPS + g) * GROUP * depth_;
+    }
+
+    void multiply(int64_t panel) const {
+        KeyGroup<uint16_t> groups[PANEL_GROUPS];
+        for (int g = 0; g < PANEL_GROUPS; ++g) groups[g] = {group(panel, g), nullptr, 0, 0, 0};
+        float sums[MAX_ROWS * TILE_KEYS];
+        for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+            const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
+            score_panel_of<uint16_t>(static_cast<int>(count))(groups, packed_ + first * depth_, depth_, sums);
+            for (int64_t r = 0; r < count; ++r) write_out(first + r, panel, sums + r * TILE_KEYS);
+        }
+    }
+
+    void multiply_widened(int64_t panel, int64_t first_tile, int64_t end_tile) const {
+        static thread_local Buffer memory;
+        const int64_t first_row = first_row_of(first_tile), num_rows = first_row_of(end_tile) - first_row;
+        float *const sums = memory.at_least<float>(num_rows * PANEL + DEPTH * PANEL);
+        float *const widened = sums + num_rows * PANEL;
+        std::fill_n(sums, num_rows * PANEL, 0.0f);
+        for (int64_t start = 0; start < depth_; start += DEPTH) {
+            const int64_t depth = std::min(DEPTH, depth_ - start);
+            for (int g = 0; g < PANEL_GROUPS; ++g) widen(group(panel, g) + start * GROUP, widened + g * GROUP, depth);
+            for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+                const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
+                ADD_PRODUCTS[count - 1](
+                    widened, packed_ + first * depth_ + start * count, depth, sums + (first - first_row) * PANEL
+                );
+            }
+        }
+        for (int64_t r = 0; r < num_rows; ++r) write_out(first_row + r, panel, sums + r * PANEL);
+    }
+
+    static void widen(const uint16_t *from, float *to, int64_t depth) {
+        for (int64_t d = 0; d < depth; d += 2)
+            for (int c = 0; c < VECS_PER_GROUP; ++c) {
+                Vec even, odd;
+                load_pairs(from + d * GROUP + c * 2 * WIDTH, even, odd);
+                store(to + d * PANEL + c * WIDTH, even);
+                store(to + (d + 1) * PANEL + c * WIDTH, odd);
+            }
+    }
+
+    void write_out(int64_t row, int64_t panel, const float *sums) const {
+        const int64_t first = panel * PANEL, count = std::min(PANEL, call_.num_outputs - first);
+        uint16_t *out = call_.out + row * call_.num_outputs + first;
+        if (call_.bias == nullptr)
+            for (int64_t o = 0; o < count; ++o) from_float(sums[o], out + o);
+        else
+            for (int64_t o = 0; o < count; ++o) from_float(sums[o] + to_float(call_.bias[first + o]), out + o);
+    }
+
+    const LinearCall &call_;
+    const int64_t depth_, num_tiles_;
+    float *packed_ = nullptr;
+};
+
+}  // namespace
+
+// 0, or 1 when memory ran out; then the output cannot be used.
+extern "C" int medha_linear(const LinearCall *call) {
+    try {
+        Linear(*call).run();
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}

@@ -1,0 +1,91 @@
+// Vectors of floats as wide as the instruction set this file is compiled for: AVX-512 or AVX2.
+// The includer's arithmetic is the same in both, so only these few operations differ.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+
+using Vec = __m512;
+constexpr int WIDTH = 16;
+constexpr int MAX_COLUMNS = 4;  // of a register tile; 6 rows x 4 columns + operands fill the 32 registers
+
+static inline Vec load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void store(float *p, Vec x) { _mm512_storeu_ps(p, x); }
+static inline Vec splat(float x) { return _mm512_set1_ps(x); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+static inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
+static inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }
+
+// Two bf16 vectors interleaved element by element: the first is in the low halves of 32-bit words.
+static inline void load_pairs(const uint16_t *p, Vec &first, Vec &second) {
+    const __m512i words = _mm512_loadu_si512(p);
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+static inline Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// x * 2^n for integer n >= -200; below 2^-126 the result is 0, given flush-to-zero.
+static inline Vec times_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+using Vec = __m256;
+constexpr int WIDTH = 8;
+constexpr int MAX_COLUMNS = 2;  // 6 rows x 2 columns + operands fill the 16 registers
+
+static inline Vec load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void store(float *p, Vec x) { _mm256_storeu_ps(p, x); }
+static inline Vec splat(float x) { return _mm256_set1_ps(x); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+
+static inline float reduce_max(Vec x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+
+static inline float reduce_add(Vec x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+
+static inline void load_pairs(const uint16_t *p, Vec &first, Vec &second) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+    first = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+    second = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+static inline Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+static inline Vec times_power_of_two(Vec x, Vec n) {
+    // The exponent field is added to; where that would wrap, the result is 0.
+    const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    const Vec scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), shift));
+    return _mm256_and_ps(scaled, _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ));
+}
+
+#else
+#error "compiled for neither AVX-512 nor AVX2 with FMA"
+#endif
+
+// 2^x for x <= 0, and exactly 0 below -126. NaN of NaN. Relative error below 2e-7 (a test measures it). Needs flush-to-zero.
+static inline Vec exp2_of_nonpositive(Vec x) {
+    x = max(splat(-200.0f), x);  // in this order NaN stays NaN
+    const Vec n = nearest(x);
+    const Vec f = x - n;  // in [-0.5, 0.5]
+    // Degree 5 with constant term 1, least largest relative error on the interval: 9.2e-8 before rounding.
+    Vec y = splat(1.3264727e-3f);
+    y = fma(y, f, splat(9.6715130e-3f));
+    y = fma(y, f, splat(5.5507336e-2f));
+    y = fma(y, f, splat(2.4022242e-1f));
+    y = fma(y, f, splat(6.9314700e-1f));
+    y = fma(y, f, splat(1.0f));
+    return times_power_of_two(y, n);
+}

@@ -1,0 +1,196 @@
+"""The CPU attention backend `native`: one C++ call per layer writes a batch's keys and values and attends.
+
+Shapes: T query tokens, K key/value heads, G query heads per key/value head, H = K * G, D head dim, N groups of 16
+slots.
+Storage is fp32 or bf16, arithmetic fp32. A token's output depends on its own sequence alone, to the last bit: not on
+who shares its batch, on how its prompt was cut into chunks, on where its blocks lie if they are multiples of 16
+tokens, or on the number of threads. How keys and values lie in the pool: native/layout.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_medha.kernels.backends import LayerKV, QueryRange
+from megatron_medha.kernels.native_build import native_library, native_target, openmp_team
+
+_GROUP = 16
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class NativeCall(ctypes.Structure):
+    """`Call` of native/layout.h, field by field."""
+
+    _fields_ = [
+        ("is_bf16", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("queries_per_kv_head", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("num_threads", ctypes.c_int32),
+        ("run_team", ctypes.c_void_p),
+        ("k_pool", ctypes.c_void_p),
+        ("v_pool", ctypes.c_void_p),
+        ("pool_head_stride", ctypes.c_int64),
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("q_token_stride", ctypes.c_int64),
+        ("q_head_stride", ctypes.c_int64),
+        ("q_group_stride", ctypes.c_int64),
+        ("k_token_stride", ctypes.c_int64),
+        ("k_head_stride", ctypes.c_int64),
+        ("v_token_stride", ctypes.c_int64),
+        ("v_head_stride", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+    ]
+
+
+class KeyRange(NamedTuple):
+    """Consecutive rows of the packed batch, and the earlier keys of their sequence that this pool holds."""
+
+    first_row: int
+    num_rows: int
+    num_keys: int     # that the first row sees
+    is_causal: bool   # each further row sees one key more; otherwise all see the same
+    runs: np.ndarray  # int64 [R, 2]: first key, first slot
+
+
+class BatchPlan(NamedTuple):
+    """A packed batch as the library takes it. Arrays whose addresses are in `rows` are kept alive beside it."""
+
+    slots: np.ndarray | None  # int64 [T]; -1: a row of another rank's shard, not written here
+    rows: np.ndarray          # int64 [ranges, 6]: `Rows` of native/layout.h
+    runs: tuple[np.ndarray, ...]
+    num_threads: int
+    is_all_written: bool
+
+
+class NativeAttention:
+    """Attention backend `native`."""
+
+    name = "native"
+    min_run_tokens = 1  # every run is read where it lies
+
+    def __init__(self, target: str | None = None) -> None:
+        """target: as for `native_library`, which may raise NativeUnavailable."""
+        self.target = target or native_target()
+        self.library = native_library(self.target)
+        self._attend = self.library.medha_attend
+        self._run_team = openmp_team()
+
+    def allocate(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerKV:
+        """Uninitialised KV of one layer: two tensors [K, N, 16 * D], D rounded up to a multiple of 16."""
+        if dtype not in _DTYPES:
+            raise ValueError(f"the native backend keeps KV in float32 or bfloat16, not in {dtype}")
+        num_groups = -(-num_blocks * block_size // _GROUP)
+        shape = (num_kv_heads, num_groups, _GROUP * (-(-head_dim // _GROUP) * _GROUP))
+        return LayerKV(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+
+    def plan(self, ranges: Sequence[QueryRange]) -> BatchPlan:
+        """Slots to write and keys to read, for all layers of one step."""
+        slots = [
+            table.slots(start, num_rows) if is_written else np.full(num_rows, -1, dtype=np.int64)
+            for _, num_rows, start, table, is_written in ranges
+        ]
+        keys = [
+            KeyRange(first_row, num_rows, start + is_written, is_written, table.runs_in_order())
+            for first_row, num_rows, start, table, is_written in ranges
+        ]
+        return self.plan_keys(keys, slots[0] if len(slots) == 1 else np.concatenate(slots))
+
+    def plan_keys(self, ranges: Sequence[KeyRange], slots: np.ndarray | None) -> BatchPlan:
+        """The general case: rows that see any number of the pool's keys. slots: of the batch's own; None: unwritten."""
+        rows = np.array(
+            [(r.first_row, r.num_rows, r.num_keys, r.is_causal, r.runs.ctypes.data, len(r.runs)) for r in ranges],
+            dtype=np.int64,
+        )
+        is_all_written = slots is None or int(slots.min(initial=0)) >= 0
+        return BatchPlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads(), is_all_written)
+
+    def attend(
+        self, plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+    ) -> Tensor:
+        """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
+        assert plan.is_all_written, "rows of another rank's shard need attend_with_lse"
+        return self._call(plan, q_TKGD, k_TKD, v_TKD, layer, scale, None)
+
+    def attend_with_lse(
+        self, plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`attend`, and the natural log-sum-exp of the scaled scores, lse_TH fp32. No key seen: 0 and -inf."""
+        num_tokens, num_kv_heads, group, _ = q_TKGD.shape
+        lse_TH = torch.empty(num_tokens, num_kv_heads * group)
+        return self._call(plan, q_TKGD, k_TKD, v_TKD, layer, scale, lse_TH), lse_TH
+
+    def _call(
+        self,
+        plan: BatchPlan,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: LayerKV,
+        scale: float,
+        lse_TH: Tensor | None,
+    ) -> Tensor:
+        num_tokens, num_kv_heads, group, head_dim = q_TKGD.shape
+        if k_TKD.shape != (num_tokens, num_kv_heads, head_dim) or v_TKD.shape != k_TKD.shape:
+            raise ValueError(
+                f"queries {tuple(q_TKGD.shape)}, keys {tuple(k_TKD.shape)}, values {tuple(v_TKD.shape)} disagree"
+            )
+        pool, dtype = layer.k, layer.k.dtype
+        if q_TKGD.dtype != dtype or k_TKD.dtype != dtype or v_TKD.dtype != dtype:
+            raise ValueError(f"queries {q_TKGD.dtype}, keys {k_TKD.dtype}, values {v_TKD.dtype}, but KV is {dtype}")
+        if pool.shape[0] != num_kv_heads or pool.shape[2] != _GROUP * (-(-head_dim // _GROUP) * _GROUP):
+            raise ValueError(f"{num_kv_heads} heads of {head_dim} do not fit a pool {tuple(pool.shape)}")
+        if plan.slots is not None and len(plan.slots) != num_tokens:
+            raise ValueError(f"a plan for {len(plan.slots)} tokens was given {num_tokens}")
+        (q_token, q_head, q_group, q_dim), (k_token, k_head, k_dim) = q_TKGD.stride(), k_TKD.stride()
+        v_token, v_head, v_dim = v_TKD.stride()
+        if not (q_dim == k_dim == v_dim == 1) and head_dim > 1:
+            raise ValueError("the last dimension of queries, keys and values must be dense")
+        out_THD = torch.empty(num_tokens, num_kv_heads * group, head_dim, dtype=dtype)
+        call = NativeCall(
+            dtype == torch.bfloat16,
+            num_tokens,
+            num_kv_heads,
+            group,
+            head_dim,
+            scale,
+            plan.num_threads,
+            self._run_team,
+            pool.data_ptr(),
+            layer.v.data_ptr(),
+            pool.stride(0),
+            q_TKGD.data_ptr(),
+            k_TKD.data_ptr(),
+            v_TKD.data_ptr(),
+            q_token,
+            q_head,
+            q_group,
+            k_token,
+            k_head,
+            v_token,
+            v_head,
+            None if plan.slots is None else plan.slots.ctypes.data,
+            out_THD.data_ptr(),
+            None if lse_TH is None else lse_TH.data_ptr(),
+            plan.rows.ctypes.data,
+            len(plan.rows),
+        )
+        if self._attend(ctypes.byref(call)):
+            raise MemoryError("the attention library could not allocate its working memory")
+        return out_THD

@@ -1,0 +1,144 @@
+"""Builds and loads the C++ library of attention and linear layers: on first use, into the user's cache.
+
+On first use rather than at install: it takes a few seconds once, links to nothing but the C++ runtime (tensors come as
+data pointers through ctypes, so no torch headers and no rebuild when torch changes), and an environment that was
+installed on one machine may run on another. A machine without a compiler loses the kernel and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent / "native"
+# By what torch calls the machine's vector instructions. The 2 lists are what simd.h asks for, and what it may use.
+_TARGET_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+# GCC 12's own AVX-512 headers trip its warnings about uninitialised values; nothing here reads errno.
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
+_BUILD_TIMEOUT_S = 120.0
+
+
+class NativeUnavailable(Exception):
+    """Why the library cannot be had on this machine; the message is for the log."""
+
+
+def native_target() -> str:
+    """The vector instructions to build for: AVX512 or AVX2. Raises NativeUnavailable on other machines."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise NativeUnavailable(f"it is written for x86-64, and this machine is {platform.machine()}")
+    # Names with suffixes, as AVX512_VNNI, may come.
+    for target in _TARGET_FLAGS:
+        if capability.startswith(target):
+            return target
+    raise NativeUnavailable(f"it needs AVX2, and torch finds {capability} here")
+
+
+@functools.cache
+def native_library(target: str | None = None) -> ctypes.CDLL:
+    """The library for `target`, by default the best this machine runs; built unless a build of it is in the cache.
+
+    Raises NativeUnavailable if there is no compiler, or it fails, or the machine lacks the instructions.
+    """
+    path = _built(target or native_target())
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"{path} cannot be loaded: {error}") from error
+    library.medha_attend.argtypes = [ctypes.c_void_p]
+    library.medha_attend.restype = ctypes.c_int
+    library.medha_linear.argtypes = [ctypes.c_void_p]
+    library.medha_linear.restype = ctypes.c_int
+    library.medha_exp2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    library.medha_exp2.restype = None
+    return library
+
+
+@functools.cache
+def openmp_team() -> int | None:
+    """The address of GOMP_parallel in this process; None: no runtime that has it, and one thread does all the work.
+
+    torch's own OpenMP threads are to do the work: a runtime linked to the library would have threads of its own, two
+    sets of them on the same cores. The symbol is looked up by name, as wheels rename the file of the runtime.
+    """
+    return ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value
+
+
+def cache_directory() -> Path:
+    """Where builds are kept: $XDG_CACHE_HOME or ~/.cache, in a directory of the project's own."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "megatron_medha"
+
+
+def _built(target: str) -> Path:
+    """The file of the library; ranks that start together build it once."""
+    name = f"kernels-{target.lower()}-{_digest(target)}.so"
+    try:
+        directory = cache_directory()
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / name
+        if path.exists():
+            return path
+        with open(directory / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _compile(target, path)
+        return path
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        path = Path(_private_directory()) / name
+        if not path.exists():
+            log.info("native_kernels_not_cached reason=%s", error)
+            _compile(target, path)
+        return path
+
+
+@functools.cache
+def _private_directory() -> str:
+    """For this process alone, where the cache cannot be written."""
+    return tempfile.mkdtemp(prefix="megatron_medha-")
+
+
+def _digest(target: str) -> str:
+    """Of everything the build depends on but the compiler."""
+    digest = hashlib.sha256(repr((_FLAGS, _TARGET_FLAGS[target])).encode())
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(target: str, path: Path) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise NativeUnavailable("there is no C++ compiler (c++, g++ or clang++, or $CXX)")
+    started_s = time.monotonic()
+    # Beside its final place and then renamed: nobody ever loads half a file.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
+    command = [compiler, *_FLAGS, *_TARGET_FLAGS[target], *sources, "-o", str(unfinished)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
+        if done.returncode:
+            raise NativeUnavailable(f"{compiler} failed: {(done.stderr or done.stdout).strip()[:500]}")
+        os.replace(unfinished, path)
+    except subprocess.TimeoutExpired as error:
+        raise NativeUnavailable(f"{compiler} took longer than {_BUILD_TIMEOUT_S:.0f} s") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    log.info("native_kernels_built target=%s path=%s seconds=%.1f", target, path, time.monotonic() - started_s)

@@ -1,0 +1,73 @@
+"""Linear layers with bf16 weights and fp32 arithmetic: the Python side of native/linear.cpp.
+
+For processors without a bf16 dot product, on which oneDNN's bf16 layers reach a quarter of its fp32 ones' rate. This
+keeps the bf16 weight's size, which decodes are bound by, and multiplies at the fp32 rate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_medha.kernels.native_build import native_library, openmp_team
+
+_GROUP = 16
+_PANEL = 64  # outputs; a multiple of every instruction set's register tile
+
+
+class LinearCall(ctypes.Structure):
+    """`LinearCall` of native/linear.cpp, field by field."""
+
+    _fields_ = [
+        ("num_rows", ctypes.c_int64),
+        ("num_inputs", ctypes.c_int64),
+        ("num_outputs", ctypes.c_int64),
+        ("in", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("run_team", ctypes.c_void_p),
+        ("num_threads", ctypes.c_int64),
+    ]
+
+
+class NativeLinear:
+    """One layer with its weight packed: [..., I] -> [..., O], bf16."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, target: str | None = None) -> None:
+        """Both bf16, both copied. target: as for `native_library`, which may raise NativeUnavailable."""
+        if weight_OI.dtype != torch.bfloat16 or bias_O is not None and bias_O.dtype != torch.bfloat16:
+            raise ValueError(f"a native linear layer is bfloat16, not {weight_OI.dtype}")
+        self._run = native_library(target).medha_linear
+        self._team = openmp_team()
+        self.num_outputs, self.num_inputs = weight_OI.shape
+        padded_OI = F.pad(weight_OI.detach(), (0, self.num_inputs % 2, 0, -self.num_outputs % _PANEL))
+        # [O/16, 16, I/2, 2] -> [O/16, I/2, 16, 2]
+        self._packed = padded_OI.view(-1, _GROUP, padded_OI.shape[1] // 2, 2).transpose(1, 2).contiguous()
+        self._bias = None if bias_O is None else bias_O.detach().clone()
+        self._weight_ptr = self._packed.data_ptr()
+        self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
+
+    def __call__(self, input_: Tensor) -> Tensor:
+        """Raises ValueError for another dtype or size."""
+        if input_.dtype != torch.bfloat16 or input_.shape[-1] != self.num_inputs:
+            raise ValueError(f"{input_.dtype} {tuple(input_.shape)} for a layer of {self.num_inputs} bfloat16 inputs")
+        input_ = input_.contiguous()
+        out = torch.empty(*input_.shape[:-1], self.num_outputs, dtype=torch.bfloat16)
+        call = LinearCall(
+            input_.numel() // self.num_inputs,
+            self.num_inputs,
+            self.num_outputs,
+            input_.data_ptr(),
+            self._weight_ptr,
+            self._bias_ptr,
+            out.data_ptr(),
+            self._team,
+            torch.get_num_threads(),
+        )
+        if self._run(ctypes.byref(call)):
+            raise MemoryError("the linear library could not allocate its working memory")
+        return out

@@ -1,0 +1,128 @@
+"""One streaming completion as a client of any OpenAI-compatible server sees it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from megatron_medha.core.errors import ConfigError
+
+# A line of a stream may hold the log-probabilities of a whole prompt; aiohttp's own limit of 64 KiB would end it.
+_READ_BUFFER_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The server under load."""
+
+    url: str                                  # without /v1
+    model: str | None = None                  # None: the first one it lists
+    api_key: str | None = None
+    request_timeout_s: float = 3600.0
+    fields: dict[str, Any] = field(default_factory=dict)  # added to every request's body
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def session(self) -> aiohttp.ClientSession:
+        """Connections of its own for every request, as many as there are requests at a time."""
+        headers = dict(self.headers)
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        return aiohttp.ClientSession(
+            headers=headers,
+            # Some servers close an idle connection just as the next request goes out: that is no fault of theirs.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=self.request_timeout_s),
+            read_bufsize=_READ_BUFFER_BYTES,
+        )
+
+
+@dataclass(slots=True)
+class Streamed:
+    """What came back; times are of time.monotonic()."""
+
+    sent_s: float
+    token_times_s: list[float] = field(default_factory=list)  # one per event that brought text or a token
+    num_tokens: int = 0         # by the server's own count, where it gives one
+    status: int | None = None   # of HTTP; None: no answer at all
+    error: str | None = None
+
+
+async def find_model(target: Target, session: aiohttp.ClientSession) -> str:
+    """The model's name as the server lists it. Raises ConfigError if nobody answers there, or not in OpenAI's way."""
+    try:
+        async with session.get(f"{target.url}/v1/models") as response:
+            listed = await response.json(content_type=None)
+            return target.model or str(listed["data"][0]["id"])
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise ConfigError(f"url={target.url}: nobody answers there ({error}); try `medha serve`") from None
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"url={target.url}: GET /v1/models answered {response.status}, not a list of models ({error!r}); "
+            "is an api_key missing, or is this not an OpenAI-compatible server?"
+        ) from None
+
+
+async def complete(
+    target: Target, session: aiohttp.ClientSession, model: str, prompt: Sequence[int], max_tokens: int
+) -> Streamed:
+    """One greedy streaming completion of exactly max_tokens tokens. What goes wrong is told in the result."""
+    body = {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **target.fields,
+    }
+    payload = json.dumps(body, separators=(",", ":")).encode()
+    streamed = Streamed(time.monotonic())
+    try:
+        async with session.post(
+            f"{target.url}/v1/completions", data=payload, headers={"Content-Type": "application/json"}
+        ) as response:
+            streamed.status = response.status
+            if response.status != 200:
+                streamed.error = _message(await response.text())
+            else:
+                async for event in _events(response):
+                    _note(streamed, event, time.monotonic())
+    except TimeoutError:
+        streamed.error = f"no end within {target.request_timeout_s:g} s"
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        streamed.error = f"{type(error).__name__}: {error}"
+    streamed.num_tokens = streamed.num_tokens or len(streamed.token_times_s)
+    if len(streamed.token_times_s) == streamed.num_tokens + 1:
+        streamed.token_times_s.pop()  # some servers say why a stream ended in an event of its own
+    if streamed.error is None and streamed.num_tokens != max_tokens:
+        streamed.error = f"{streamed.num_tokens} tokens instead of {max_tokens}"
+    return streamed
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.content:
+        if line.startswith(b"data:") and not line.startswith(b"data: [DONE]"):
+            yield json.loads(line[5:])
+
+
+def _note(streamed: Streamed, event: dict[str, Any], now_s: float) -> None:
+    if "error" in event:
+        streamed.error = _message(json.dumps(event))
+    elif event.get("choices"):
+        streamed.token_times_s.append(now_s)
+    if event.get("usage"):
+        streamed.num_tokens = event["usage"]["completion_tokens"]
+
+
+def _message(text: str) -> str:
+    """The error in OpenAI's shape, or the beginning of whatever was sent."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200]

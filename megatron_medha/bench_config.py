@@ -1,0 +1,108 @@
+"""The options of `medha bench`, and what they become. Hydra is not needed to read this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from megatron_medha.bench.client import Target
+from megatron_medha.bench.prompts import TokenRange
+from megatron_medha.config import TrackingConfig
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.engine.capacity import CapacitySearch
+from megatron_medha.engine.outcome import Slo
+from megatron_medha.engine.summary import LengthClasses
+from megatron_medha.engine.workload import WorkloadConfig
+from megatron_medha.simulate_config import Plots
+
+
+class Idle(Enum):
+    """Where TTFT alone on the server comes from."""
+
+    MEASURE = "measure"
+    SKIP = "skip"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapacityOptions:
+    """Whether and how the most load under the SLO is searched for."""
+
+    start_qps: float | None = None
+    tolerance: float = 0.025
+    max_probes: int = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """Everything a user can say, as conf/bench.yaml lays it out."""
+
+    url: str = "http://127.0.0.1:8000"
+    model: str | None = None
+    api_key: str | None = None
+    out: Path | None = None
+    seed: int = 0
+    concurrency: int | None = None
+    exclude_share: float = 0.1
+    idle: Idle = Idle.MEASURE
+    lowest_token: int = 32
+    highest_token: int = 126
+    request_timeout_s: float = 3600.0
+    max_drain_s: float | None = None
+    plots: Plots = Plots.AUTO
+    objective: str = "all.goodput_per_s"
+    workload: WorkloadConfig
+    slo: Slo
+    classes: LengthClasses
+    capacity: CapacityOptions
+    tracking: TrackingConfig
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"url={self.url}: not an address; it begins with http:// or https://")
+        if self.concurrency is not None and not 1 <= self.concurrency <= 100_000:
+            raise ConfigError(f"concurrency={self.concurrency}: must be between 1 and 100000")
+        if not 0.0 <= self.exclude_share < 0.5:
+            raise ConfigError(f"exclude_share={self.exclude_share:g}: must be at least 0 and below 0.5")
+        if self.request_timeout_s <= 0.0:
+            raise ConfigError(f"request_timeout_s={self.request_timeout_s:g}: must be positive")
+        if self.max_drain_s is not None and self.max_drain_s < 0.0:
+            raise ConfigError(f"max_drain_s={self.max_drain_s:g}: must not be negative")
+        if self.idle is Idle.SKIP and self.slo.ttft_s is None:
+            raise ConfigError(
+                "idle=skip: first-token deadlines follow from TTFT alone on the server; "
+                "give slo.ttft_s, or idle=measure"
+            )
+        if self.capacity.start_qps is not None and self.concurrency is not None:
+            raise ConfigError(
+                f"capacity.start_qps={self.capacity.start_qps:g}: capacity is a rate of arrivals; "
+                f"leave concurrency={self.concurrency} away"
+            )
+        for key in ("decision_log", "metrics_log"):
+            if (path := getattr(self.tracking, key)) is not None:
+                raise ConfigError(f"tracking.{key}={path}: the server writes that, not its client; "
+                    "use tracking=none or tracking=wandb")
+
+    @property
+    def target(self) -> Target:
+        """The server."""
+        url = self.url.rstrip("/").removesuffix("/v1")
+        return Target(
+            url=url, model=self.model, api_key=self.api_key, request_timeout_s=self.request_timeout_s
+        )
+
+    @property
+    def tokens(self) -> TokenRange:
+        """What prompts are made of."""
+        return TokenRange(lowest=self.lowest_token, highest=self.highest_token)
+
+    def capacity_search(self) -> CapacitySearch | None:
+        """A search that has not begun, if one is asked for."""
+        if self.capacity.start_qps is None:
+            return None
+        return CapacitySearch(
+            start_qps=self.capacity.start_qps,
+            attainment=self.slo.attainment,
+            tolerance=self.capacity.tolerance,
+            max_probes=self.capacity.max_probes,
+        )

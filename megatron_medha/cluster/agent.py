@@ -1,0 +1,273 @@
+"""The agent of one rank on a machine of its own: attaches to the front, starts the rank it is told to be, ends it.
+
+Started by a launcher of several machines, which says by environment variables which rank it is. No torch here: the
+agent outlives the ranks that fail, and starts them again when the front says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket as sockets
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from megatron_medha.cluster.agent_messages import AgentState, Leave, Redirect, ToAgent, Want
+from megatron_medha.cluster.keys import Keys
+from megatron_medha.cluster.launch import WORKER_COMMAND, RankProcess
+from megatron_medha.cluster.launch_config import split_address
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.errors import ConfigError, RankError
+
+_SAY_INTERVAL_S = 1.0
+_CHECK_MS = 100           # how soon the end of the rank's process is noticed
+_FRONT_TIMEOUT_S = 30.0   # silence of the front after which it counts as gone
+_MAX_FAILED_HANDSHAKES = 3  # one may be the front's end in the middle of it
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_SIOCGIFADDR = 0x8915     # from linux/sockios.h
+_HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
+
+
+def attach(argv: Sequence[str], command: Sequence[str] = WORKER_COMMAND) -> int:
+    """`--attach tcp://HOST:PORT --key FILE`: be a rank until the front has ended; 1 if it is lost, 2 if refused.
+
+    command: what a rank is started with.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_medha.worker.main",
+        description="Attach to `medha serve launch=attach` as one of its ranks.",
+        epilog="example: torchrun --nproc-per-node 8 -m megatron_medha.worker.main --attach tcp://HOST:5570 "
+        "--key medha.key",
+    )
+    parser.add_argument("--attach", required=True, metavar="tcp://HOST:PORT", help="where the front listens")
+    parser.add_argument("--key", required=True, type=Path, metavar="FILE", help="the key file of the front")
+    parser.add_argument(
+        "--rank", type=int, help=f"which rank; by default what the launcher says in {', '.join(_RANK_VARIABLES)}"
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="how long to wait for the front")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers add it
+    arguments = parser.parse_args(argv)
+    try:
+        rank = _rank_of_launcher() if arguments.rank is None else arguments.rank
+        agent = Agent(arguments.attach, arguments.key, rank, arguments.timeout, command)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        agent.run()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RankError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        agent.close()
+    return 0
+
+
+class Agent:
+    """Keeps one rank as the front wants it."""
+
+    def __init__(self, address: str, key_file: Path, rank: int, timeout_s: float, command: Sequence[str]) -> None:
+        """Raises ConfigError for an address or a key file that cannot be."""
+        self._host, self._port = split_address("--attach", address)
+        self._keys = Keys.load(key_file)
+        self._key_file = key_file
+        self._rank = rank
+        self._command = command
+        self._timeout_s = timeout_s  # for the first word of the front
+        self._local_address = _local_address(self._host, self._port)
+        self._process: RankProcess | None = None
+        self._start: int | None = None            # that the process belongs to
+        self._ended: tuple[int, int] | None = None
+        self._free_port = _free_port(self._local_address)
+        self._context = zmq.Context()
+        self._connect(self._port)
+        self._decoder: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
+        self._num_failed_handshakes = 0
+        self._is_attached = False
+
+    def run(self) -> None:
+        """Until the front has ended. Raises RankError if it is lost, ConfigError if it refuses us."""
+        heard_s = time.monotonic()
+        said_s = 0.0
+        while True:
+            now_s = time.monotonic()
+            limit_s = _FRONT_TIMEOUT_S if self._is_attached else self._timeout_s
+            if now_s - heard_s > limit_s:
+                raise RankError(f"nothing heard from the front at {self._endpoint} for {limit_s:g} s")
+            if self._look_after_process() or now_s - said_s >= _SAY_INTERVAL_S:
+                said_s = now_s
+                self._say_state()
+            self._check_handshakes()
+            if not self._socket.poll(_CHECK_MS):
+                continue
+            message = self._decoder.decode(self._socket.recv())
+            heard_s = time.monotonic()
+            match message:
+                case Want():
+                    self._note_attached()
+                    if self._follow(message):
+                        said_s = 0.0
+                case Redirect():
+                    self._reconnect(self._port + message.port_offset)
+                    said_s = 0.0
+                case Leave(why, is_error):
+                    if is_error:
+                        raise ConfigError(why)
+                    print(f"rank {self._rank}: {why}", file=sys.stderr)
+                    return
+
+    def close(self) -> None:
+        """End the rank, and the connection."""
+        self._end_process()
+        self._disconnect()
+        self._context.term()
+
+    # ---- the process ----
+
+    def _follow(self, want: Want) -> bool:
+        """Make it so; whether anything had to be done."""
+        if want.config is None:
+            if self._process is None:
+                return False
+            self._end_process()
+            return True
+        if want.start == self._start or (self._ended is not None and self._ended[0] == want.start):
+            return False
+        self._end_process()
+        config = msgspec.structs.replace(
+            want.config,
+            front_endpoint=want.config.front_endpoint.replace("*", self._host),
+            key_file=str(self._key_file),
+        )
+        self._process = RankProcess.start(config, self._command, self._environment(config))
+        self._start = want.start
+        self._ended = None
+        return True
+
+    def _look_after_process(self) -> bool:
+        """Whether the process has ended by itself since last time."""
+        if self._process is None or (code := self._process.exit_code) is None:
+            return False
+        assert self._start is not None
+        self._ended = (self._start, code)
+        self._process = self._start = None
+        return True
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.process.wait()
+            self._process = self._start = None
+            self._free_port = _free_port(self._local_address)
+
+    def _environment(self, config: RankConfig) -> dict[str, str]:
+        environment = {
+            # The launcher's count is over all replicas, and its own meeting is not ours.
+            "RANK": str(config.rank),
+            "WORLD_SIZE": str(config.layout.world_size),
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
+        }
+        interface = _interface_of(self._local_address)
+        if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
+            environment["GLOO_SOCKET_IFNAME"] = interface
+        return environment
+
+    # ---- the connection ----
+
+    def _connect(self, port: int) -> None:
+        self._endpoint = f"tcp://{self._host}:{port}"
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, b"agent-%d" % self._rank)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._keys.secure_rank(self._socket)
+        self._monitor = self._socket.get_monitor_socket(_HANDSHAKE_FAILED)
+        try:
+            self._socket.connect(self._endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"--attach {self._endpoint}: {error}") from None
+
+    def _disconnect(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+
+    def _reconnect(self, port: int) -> None:
+        self._disconnect()
+        self._connect(port)
+
+    def _check_handshakes(self) -> None:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            self._num_failed_handshakes += 1
+            is_refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            if not self._is_attached and (is_refused or self._num_failed_handshakes >= _MAX_FAILED_HANDSHAKES):
+                raise ConfigError(
+                    f"--key {self._key_file}: the front at {self._endpoint} has other keys; copy its key file here"
+                )
+
+    def _note_attached(self) -> None:
+        if not self._is_attached:
+            self._is_attached = True
+            print(f"rank {self._rank}: attached to {self._endpoint}", file=sys.stderr)
+
+    def _say_state(self) -> None:
+        state = AgentState(self._rank, self._local_address, self._free_port, self._start, self._ended)
+        self._socket.send(msgspec.msgpack.encode(state))
+
+
+def _rank_of_launcher() -> int:
+    for name in _RANK_VARIABLES:
+        if (value := os.environ.get(name)) is not None:
+            if not value.isdigit():
+                raise ConfigError(f"{name}={value}: not the number of a rank")
+            return int(value)
+    raise ConfigError(
+        f"no launcher says which rank this is ({', '.join(_RANK_VARIABLES)}); start it with torchrun, deepspeed or "
+        "srun, or give --rank N"
+    )
+
+
+def _local_address(host: str, port: int) -> str:
+    """Which of this machine's addresses faces the front; nothing is sent."""
+    try:
+        with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
+            probe.connect((host, port))
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(f"--attach tcp://{host}:{port}: there is no way there ({error.strerror})") from None
+
+
+def _free_port(address: str) -> int:
+    with sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface with this IPv4 address, where the system tells; gloo wants its name."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    wanted = sockets.inet_aton(address)
+    with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
+        for _, name in sockets.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue  # it has no address
+            if found[20:24] == wanted:
+                return name
+    return None

@@ -1,0 +1,43 @@
+"""What the front and the agents say to each other: state, not commands, so that a lost message costs a second only.
+
+An agent (cluster/agent.py) looks after one rank on a machine the front cannot start processes on.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from megatron_medha.cluster.rank_config import RankConfig
+
+
+class AgentState(msgspec.Struct, frozen=True, array_like=True, tag="agent_state"):
+    """Agent to front, every second and at every change."""
+
+    rank: int                      # over all replicas, as the launcher counts
+    address: str                   # of its machine, as seen on the way to the front
+    free_port: int                 # there; for ranks to meet at
+    running: int | None            # which start its rank's process belongs to
+    ended: tuple[int, int] | None  # start and exit code of a process that ended by itself
+
+
+class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
+    """Front to agent, every second and at every change: the rank that should run now."""
+
+    start: int
+    config: RankConfig | None  # None: no process
+
+
+class Redirect(msgspec.Struct, frozen=True, array_like=True, tag="redirect"):
+    """Front to agent: its replica listens that many ports higher."""
+
+    port_offset: int
+
+
+class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
+    """Front to agent: end your process, and yourself."""
+
+    why: str
+    is_error: bool
+
+
+ToAgent = Want | Redirect | Leave

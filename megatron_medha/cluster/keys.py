@@ -1,0 +1,81 @@
+"""The keys of encrypted connections (ZeroMQ CURVE): a file that the front writes and ranks on other machines read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from megatron_medha.core.errors import ConfigError
+
+
+class Keys(msgspec.Struct, frozen=True, kw_only=True):
+    """Who holds the file may be a rank of this server; nobody else can connect, or listen in."""
+
+    front_public: str
+    front_secret: str
+    rank_public: str
+    rank_secret: str
+
+    @classmethod
+    def load_or_make(cls, path: Path) -> Keys:
+        """The keys in the file; where there is none it is written, readable for its owner alone. Raises ConfigError."""
+        if path.exists():
+            return cls.load(path)
+        front_public, front_secret = zmq.curve_keypair()
+        rank_public, rank_secret = zmq.curve_keypair()
+        keys = cls(
+            front_public=front_public.decode(),
+            front_secret=front_secret.decode(),
+            rank_public=rank_public.decode(),
+            rank_secret=rank_secret.decode(),
+        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(keys)) + b"\n")
+        except OSError as error:
+            raise ConfigError(f"launch.key_file={path}: cannot be written ({error.strerror})") from None
+        return keys
+
+    @classmethod
+    def load(cls, path: Path) -> Keys:
+        """The keys in the file. Raises ConfigError if it cannot be read or holds something else."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except OSError as error:
+            raise ConfigError(f"key file {path}: cannot be read ({error.strerror}); the front writes it") from None
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"key file {path}: not one that the front wrote ({error})") from None
+
+    def secure_front(self, socket: zmq.Socket[bytes]) -> None:
+        """Make a socket of the front take encrypted connections only; before it is bound."""
+        socket.curve_secretkey = self.front_secret.encode()
+        socket.curve_publickey = self.front_public.encode()
+        socket.curve_server = True
+
+    def secure_rank(self, socket: zmq.Socket[bytes]) -> None:
+        """Make a socket of a rank connect encrypted; before it is connected."""
+        socket.curve_secretkey = self.rank_secret.encode()
+        socket.curve_publickey = self.rank_public.encode()
+        socket.curve_serverkey = self.front_public.encode()
+
+    def guard(self, context: zmq.Context[zmq.Socket[bytes]]) -> ThreadAuthenticator:
+        """Refuse whoever does not hold the ranks' key, on all sockets of this context; to be stopped before it ends."""
+        guard = ThreadAuthenticator(context)
+        guard.start()
+        guard.configure_curve_callback(credentials_provider=_OneKey(self.rank_public.encode()))
+        return guard
+
+
+class _OneKey:
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether this public key may connect."""
+        return key == self._key

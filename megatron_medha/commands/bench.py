@@ -1,0 +1,216 @@
+"""`medha bench`: puts a running server under load, and writes what its clients saw into a run directory."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_medha.commands.arguments import FLAGS, parse_arguments
+from megatron_medha.commands.options_help import describe_options
+from megatron_medha.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_medha.bench.load import Sent
+    from megatron_medha.bench_config import BenchOptions
+    from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.engine.capacity import CapacitySearch
+
+USAGE = f"""\
+usage: medha bench [group=option] [key=value ...]
+       medha bench -m key=value,value ...
+
+Sends a workload to any server that speaks OpenAI's completions API, streaming, with prompts as token ids; prints
+latencies by length class, SLO attainment and goodput, and leaves every request in a directory. TTFT counts from the
+moment a request was due, not from when this client got round to sending it.
+
+examples:
+  medha bench                                      # two minutes of small prompts, one in twenty a long one
+  medha bench url=http://gpu-7:8000 workload=medha_mix_05pct workload.qps=0.5 classes=medha
+  medha bench concurrency=8 workload.num_requests=200
+  medha bench capacity=search workload.num_requests=300 slo.tpot_s=0.1
+  medha bench workload=trace workload.path=trace.csv.gz workload.time_scale=0.5 tracking=wandb
+  medha bench -m workload.qps=0.5,1,2 out=multirun/load     # see medha simulate --help for -m
+
+flags:
+{FLAGS}"""
+
+def run(words: Sequence[str]) -> int:
+    """Run one load, or a search of several."""
+    arguments = parse_arguments(words)
+    if arguments.wants_help:
+        print(USAGE, describe_options("bench"), sep="\n", end="")
+        return 0
+    from megatron_medha.bench_config import BenchOptions
+    from megatron_medha.compose import as_yaml, compose, freeze
+
+    if arguments.is_multirun:
+        from megatron_medha.commands.multirun import multirun
+
+        return multirun("bench", BenchOptions, arguments, bench)
+    composed = compose("bench", BenchOptions, arguments.overrides, arguments.config_dir)
+    if arguments.shows_config:
+        print(as_yaml(composed, arguments.resolves_config), end="")
+        return 0
+    bench(freeze(composed, BenchOptions), as_yaml(composed, resolves=True))
+    return 0
+
+
+def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
+    """One `medha bench` with its output; returns what is in summary.json."""
+    from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.compose import yaml_values
+    from megatron_medha.sim.run_directory import RunDirectory
+    from megatron_medha.simulate_config import Plots
+
+    if options.plots is Plots.ALWAYS and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plots=always: matplotlib is not installed; pip install 'megatron_medha[plots]'")
+    out = (options.out or Path(f"outputs/bench/{datetime.now():%Y-%m-%d-%H%M%S-%f}")).expanduser()
+    config = yaml_values(composed_yaml)
+    config.pop("api_key")  # a secret; nothing that is written down needs it
+    config.pop("out")      # a directory may be moved
+    directory = RunDirectory.create(out, json_as_yaml(config), options.seed)
+    tracker = WandbRun(options.tracking, "bench", config, directory.path)
+    try:
+        values = asyncio.run(_Bench(options, directory, tracker).run())
+    except BaseException:
+        tracker.fail()
+        raise
+    if options.plots is not Plots.NEVER and importlib.util.find_spec("matplotlib") is not None:
+        from megatron_medha.commands.plots import plot_run
+
+        plot_run(directory.path)
+    tracker.finish(directory.path)
+    print(f"results are in {directory.path}")
+    return values
+
+
+def json_as_yaml(values: dict[str, Any]) -> str:
+    """The composed options as YAML again."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+class _Bench:
+    """The steps of one `medha bench`."""
+
+    def __init__(self, options: BenchOptions, directory: Any, tracker: WandbRun) -> None:
+        self._options = options
+        self._directory = directory
+        self._tracker = tracker
+
+    async def run(self) -> dict[str, Any]:
+        from megatron_medha.bench.client import find_model
+        from megatron_medha.bench.load import Client
+        from megatron_medha.engine.workload import Workload
+
+        options = self._options
+        workload = Workload(options.workload, options.seed)
+        target = options.target
+        async with target.session() as session:
+            model = await find_model(target, session)
+            facts = workload.facts
+            print(
+                f"{facts.num_requests:,} requests to {model} at {target.url}: {facts.num_prompt_tokens:,} prompt "
+                f"tokens, the longest {facts.max_prompt_tokens:,}; {facts.num_output_tokens:,} output tokens"
+            )
+            isolated_s = await self._isolated(target, session, model, workload)
+            client = Client(
+                target=target, session=session, model=model, tokens=options.tokens, slo=options.slo,
+                seed=options.seed, isolated_s=isolated_s,
+            )  # fmt: skip
+            search = options.capacity_search()
+            if search is None:
+                return await self._load(client, workload, "")
+            return await self._search(client, search)
+
+    async def _isolated(self, target: Any, session: Any, model: str, workload: Any) -> Callable[[int], float]:
+        from tqdm import tqdm
+
+        from megatron_medha.bench.idle import lengths_between, measure_idle
+        from megatron_medha.bench_config import Idle
+
+        options = self._options
+        if options.idle is Idle.SKIP:
+            return lambda num_tokens: 0.0
+        least = min(request.num_prompt_tokens for request in workload.requests())
+        lengths = lengths_between(least, workload.facts.max_prompt_tokens)
+        with tqdm(lengths, unit="length", desc="alone on the server", file=sys.stderr, dynamic_ncols=True) as bar:
+
+            def note(num_tokens: int, seconds: float) -> None:
+                bar.set_postfix_str(f"{num_tokens:,} tokens {seconds:.3g} s", refresh=False)
+                bar.update()
+
+            idle = await measure_idle(target, session, model, options.tokens, lengths, options.seed, note)
+        self._directory.write_json("idle.json", {"num_tokens": idle.num_tokens, "ttft_s": idle.seconds})
+        return idle.at
+
+    async def _search(self, client: Any, search: CapacitySearch) -> dict[str, Any]:
+        from dataclasses import replace
+
+        from megatron_medha.engine.workload import Workload
+
+        runs: list[dict[str, Any]] = []
+        values: dict[str, Any] = {}
+        while (qps := search.next_qps()) is not None:
+            config = replace(self._options.workload, qps=qps)
+            values = await self._load(client, Workload(config, self._options.seed), f"qps {qps:.4g}: ")
+            counted = values["all"]
+            probe = search.note(qps, counted["num_met"], counted["num_requests"])
+            verdict = ("passes" if probe.passes else "fails") + ("" if probe.is_clear else ", but not for certain")
+            print(f"qps {qps:.4g}: {counted['attainment']:.1%} meet the SLO: {verdict}\n")
+            runs.append({"qps": qps, "passes": probe.passes, "is_clear": probe.is_clear, **values})
+        best = search.best_qps
+        print(
+            "no rate met the SLO" if best is None
+            else f"capacity {best:.4g} requests per second" + ("" if search.is_resolved else " at least, not resolved")
+        )  # fmt: skip
+        passed = next((one for one in runs if one["qps"] == best), values)
+        values = {**passed, "capacity_qps": best, "is_resolved": search.is_resolved, "probes": runs}
+        self._directory.write_json("summary.json", values)
+        return values
+
+    async def _load(self, client: Any, workload: Any, label: str) -> dict[str, Any]:
+        from tqdm import tqdm
+
+        from megatron_medha.bench.load import closed_loop, open_loop
+        from megatron_medha.bench.measured import Measured, Window
+        from megatron_medha.engine.summary_table import summary_table
+
+        options, facts = self._options, workload.facts
+        if options.concurrency is None:
+            window = Window.of_open_loop(facts.last_arrival_s, options.exclude_share)
+        else:
+            window = Window.of_closed_loop(facts.num_requests, options.exclude_share)
+        measured = Measured(options.classes, options.slo, window)
+        with (
+            (self._directory.path / "requests.jsonl").open("w", encoding="utf-8") as stream,
+            tqdm(total=facts.num_requests, unit="request", desc=label, file=sys.stderr, dynamic_ncols=True) as bar,
+        ):
+
+            def note(sent: Sent) -> None:
+                is_counted = measured.add(sent)
+                row = self._directory.request_values(sent.outcome, options.classes, options.slo)
+                row |= {"send_lag_s": round(sent.send_lag_s, 6), "is_counted": is_counted}
+                stream.write(json.dumps(row) + "\n")
+                bar.update()
+                self._tracker.sample(
+                    (sent.outcome.last_token_s or sent.outcome.request.arrival_s),
+                    {f"{row['length_class']}.ttft_s": row["ttft_s"], f"{row['length_class']}.tpot_s": row["tpot_s"]},
+                )
+
+            if options.concurrency is None:
+                await open_loop(client, workload.requests(), note, options.max_drain_s)
+            else:
+                await closed_loop(client, workload.requests(), options.concurrency, note)
+        values = measured.values()
+        table = summary_table(values) + measured.remarks()
+        print(f"\n{table}")
+        self._directory.finish(values, table)
+        return values

@@ -1,0 +1,195 @@
+"""`medha explain RUN REQUEST`: why this request waited, step by step, from the run's decision log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from megatron_medha.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_medha.engine.explain import Ahead, Explanation, Phase
+
+USAGE = """\
+usage: medha explain RUN REQUEST
+
+Decides a recorded run again and watches one request: who was computed before it, with which slack, where memory or
+the pipeline kept it waiting. RUN is the directory of a simulation that was run with record=full, or a decision log.
+REQUEST is an id as in the run's requests.jsonl; "worst-short" and "worst-long" stand for the request of that length
+class with the longest time to first token.
+
+examples:
+  medha simulate parallel.tp=8 parallel.spp=2 workload.duration_s=300 record=full out=runs/a
+  medha explain runs/a r17
+  medha explain runs/a worst-short
+"""
+
+_MAX_PHASES = 40
+_MAX_NAMES = 3
+
+
+def run(words: Sequence[str]) -> int:
+    """Explain one request."""
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if len(words) != 2:
+        raise ConfigError("give one run and one request: medha explain RUN REQUEST")
+    from megatron_medha.engine.decision_log import ReplayError, read_log
+    from megatron_medha.engine.explain import explain
+    from megatron_medha.engine.scheduler_setup import SchedulerSetup
+
+    log = _log(Path(words[0]).expanduser())
+    request_id = _request_id(log.parent, words[1])
+    with log.open(encoding="utf-8") as stream:
+        try:
+            header, records = read_log(_with_progress(stream, log))
+            found = explain(records, SchedulerSetup.from_header(header).build(), request_id)
+        except (ReplayError, UnicodeDecodeError) as error:
+            raise ReplayError(f"{log}: {error}") from error
+    if found is None:
+        raise ConfigError(f"{request_id}: no such request in {log}; requests.jsonl beside it lists them")
+    print(text_of(found), end="")
+    return 0
+
+
+def text_of(found: Explanation) -> str:
+    """The explanation for a terminal."""
+    lines = [*_head(found), ""]
+    if found.rejection is not None:
+        return "\n".join([*lines, f"rejected: {found.rejection}", ""])
+    lines.append(f"{'from, s':>11} {'to, s':>11}  {'slack / work':>18}  what happened")
+    if found.learnt_s > found.request.arrival_s:
+        lines.append(f"{found.request.arrival_s:11.3f} {found.learnt_s:11.3f}  {'':>18}  on its way to the scheduler")
+    phases = found.at_most(_MAX_PHASES)
+    for phase, end_s in zip(phases, [*(later.start_s for later in phases[1:]), found.first_token_s], strict=True):
+        slack = f"{phase.first_slack:.2f} to {phase.last_slack:.2f}" if phase.num_batches > 1 else (
+            f"{phase.first_slack:.2f}"
+        )
+        until_s = end_s if end_s is not None else phase.end_s
+        lines.append(f"{phase.start_s:11.3f} {until_s:11.3f}  {slack:>18}  {_what(phase)}")
+    return "\n".join([*lines, *_tail(found), ""])
+
+
+def _head(found: Explanation) -> list[str]:
+    request = found.request
+    lines = [
+        f"{request.request_id}: {request.num_prompt_tokens:,} prompt tokens, {request.max_output_tokens:,} to answer; "
+        f"arrived at {request.arrival_s:.3f} s; policy {found.policy}"
+    ]
+    if found.first_token_s is not None:
+        ttft_s = found.first_token_s - request.arrival_s
+        late_s = found.first_token_s - found.deadline_s
+        kept = f"missed by {late_s:.3f} s" if late_s > 0 else f"met with {-late_s:.3f} s to spare"
+        lines.append(
+            f"first token after {ttft_s:.3f} s; its prefill alone is {found.work_s:.3f} s of work, as the scheduler "
+            f"sees it; deadline {found.deadline_s - request.arrival_s:.3f} s: {kept}"
+        )
+    elif found.rejection is None:
+        lines.append("no first token before the run ended")
+    lines.append(f"{found.num_ahead_on_arrival} other prefills were unfinished when it came")
+    return lines
+
+
+def _what(phase: Phase) -> str:
+    from megatron_medha.engine.explain import Why
+
+    batches = f"{phase.num_batches:,} batch{'es' if phase.num_batches > 1 else ''}"
+    beside = _names(list(phase.ahead.values()))
+    decodes = f"{phase.num_decodes / phase.num_batches:.0f} decodes"
+    match phase.why:
+        case Why.COMPUTED:
+            shared = f", beside {beside}" if beside else ""
+            return f"computed: {phase.num_tokens:,} tokens in {batches}{shared}; {decodes}"
+        case Why.TURNS:
+            return f"computed: {phase.num_tokens:,} tokens in {phase.num_computed:,} of {batches}; others: {beside}"
+        case Why.IN_FLIGHT:
+            return f"its chunk is in the pipeline; {batches} of others" + (f": {beside}" if beside else "")
+        case Why.PASSED:
+            return f"passed over in {batches} for {beside}; {decodes}"
+        case Why.NO_MEMORY:
+            return f"no KV memory for its whole prompt; {batches}" + (f" for {beside}" if beside else "")
+        case Why.NO_PLACE:
+            return f"as many requests own KV as may (scheduler.max_num_sequences); {batches}" + (
+                f" for {beside}" if beside else ""
+            )
+        case Why.NO_ROOM:
+            return f"no room: {batches} of decodes alone, {decodes} each"
+
+
+def _names(others: list[Ahead]) -> str:
+    others = sorted(others, key=lambda one: -one.num_tokens)
+    named = [
+        f"{one.request.request_id} +{one.num_tokens:,} (slack {one.first_slack:.2f})" for one in others[:_MAX_NAMES]
+    ]
+    rest = others[_MAX_NAMES:]
+    if rest:
+        named.append(f"{len(rest)} more +{sum(one.num_tokens for one in rest):,}")
+    return ", ".join(named)
+
+
+def _tail(found: Explanation) -> list[str]:
+    lines: list[str] = []
+    if found.first_token_s is not None:
+        end = "" if found.end_s is None else f"; {found.num_tokens_out:,} tokens by {found.end_s:.3f} s"
+        lines.append(f"{found.first_token_s:11.3f} {'':>11}  {'':>18}  first token{end}")
+    if found.num_preemptions:
+        lines.append(f"its KV was taken {found.num_preemptions} times for decodes without memory; "
+            f"{found.num_tokens_lost:,} tokens were computed again")
+    ahead = found.ahead
+    if ahead:
+        lines += ["", "who went before it:"]
+        for one in ahead[:10]:
+            lines.append(
+                f"  {one.request.request_id:<8} {one.request.num_prompt_tokens:>9,} prompt tokens, came at "
+                f"{one.request.arrival_s:.3f} s: {one.num_tokens:,} tokens in {one.num_batches:,} batches, "
+                f"slack / work {one.first_slack:.2f} to {one.last_slack:.2f}"
+            )
+        if len(ahead) > 10:
+            lines.append(f"  and {len(ahead) - 10} more with {sum(one.num_tokens for one in ahead[10:]):,} tokens")
+    return lines
+
+
+def _log(run: Path) -> Path:
+    from megatron_medha.sim.run_directory import CONFIG, DECISIONS
+
+    if run.is_file():
+        return run
+    if (run / DECISIONS).is_file():
+        return run / DECISIONS
+    if (run / CONFIG).is_file():
+        raise ConfigError(f"{run}: this run has no decision log; run it again with record=full")
+    raise ConfigError(f"{run}: no run of medha simulate, and no decision log")
+
+
+def _request_id(run: Path, word: str) -> str:
+    name = word.removeprefix("worst-")
+    if name == word:
+        return word
+    import json
+
+    from megatron_medha.sim.run_directory import REQUESTS
+
+    if not (run / REQUESTS).is_file():
+        raise ConfigError(f"{word}: {run} has no {REQUESTS} to look it up in; give a request's id")
+    worst, worst_s = None, -1.0
+    with (run / REQUESTS).open(encoding="utf-8") as stream:
+        for line in stream:
+            values = json.loads(line)
+            if values["length_class"] == name and (values["ttft_s"] or 0.0) > worst_s:
+                worst, worst_s = values["request_id"], values["ttft_s"] or 0.0
+    if worst is None:
+        raise ConfigError(f"{word}: no request of that class; worst-short, worst-medium and worst-long are known")
+    return str(worst)
+
+
+def _with_progress(stream: TextIO, log: Path) -> Iterator[str]:
+    from tqdm import tqdm
+
+    size = log.stat().st_size
+    with tqdm(total=size, unit="B", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.5) as bar:
+        for line in stream:
+            bar.update(len(line))
+            yield line

@@ -1,0 +1,160 @@
+"""`-m`: a job for every combination of values, by Hydra's own sweepers and launchers; and going on with what is left.
+
+A job's directory is `out`/NUMBER. One that holds a summary of the same options is done: a sweep that was interrupted,
+started again with the same `out`, runs only what is missing. A job that fails leaves its error beside its config, and
+the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, open_dict
+
+from megatron_medha.commands.arguments import Arguments
+from megatron_medha.compose import CONF_MODULE, as_yaml, freeze, register_schema, yaml_values
+from megatron_medha.config_errors import explain
+from megatron_medha.core.errors import ConfigError, MedhaError
+
+T = TypeVar("T")
+RunJob = Callable[[T, str], dict[str, Any]]
+
+# A job's directory is a run directory like any other, with no files of Hydra's among ours.
+_HYDRA_WORDS = (
+    "hydra.sweep.subdir=${hydra.job.num}",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+
+ERROR, SUMMARY, CONFIG, OVERRIDES = "error.txt", "summary.json", "config.yaml", "overrides.txt"
+
+
+def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: RunJob[T]) -> int:
+    """Run the sweep; the exit code is 1 if a job failed.
+
+    run_job: options and their YAML -> the values of summary.json; writes into options.out.
+    """
+    words, out = _without_out(arguments.overrides)
+    sweep = (out or Path("multirun") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}").expanduser().absolute()
+    words = [f"hydra.sweep.dir={json.dumps(str(sweep))}", *_HYDRA_WORDS, *words]
+    if arguments.config_dir is not None:
+        words.append(f"hydra.searchpath=[file://{arguments.config_dir.resolve()}]")
+    register_schema(name, config_class)
+    try:
+        _run_hydra(name, words, _Job(config_class, run_job))
+    except HydraException as error:
+        given = OverridesParser.create().parse_overrides([*arguments.overrides])
+        raise ConfigError(explain(error, name, config_class, given)) from error
+    failed = sorted(sweep.glob(f"*/{ERROR}"), key=lambda path: path.parent.name)
+    done = list(sweep.glob(f"*/{SUMMARY}"))
+    print(f"{len(done)} jobs done, {len(failed)} failed; results are in {sweep}, `medha report {sweep}` compares them")
+    for path in failed:
+        print(f"job {path.parent.name} failed: {path.read_text(encoding='utf-8').strip()}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One job, wherever a launcher runs it: it may be pickled and sent to another machine."""
+
+    config_class: type
+    run_job: RunJob[Any]
+
+    def __call__(self, config: DictConfig) -> float:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra = HydraConfig.get()
+        directory = Path(hydra.runtime.output_dir)
+        overrides = list(hydra.overrides.task)
+        print(f"job {hydra.job.num}: {' '.join(overrides) or 'no overrides'}")
+        with open_dict(config):
+            config.out = str(directory)
+            tracking = config.get("tracking")
+            if tracking is not None and tracking.wandb_project is not None and tracking.wandb_group is None:
+                tracking.wandb_group = directory.parent.name
+        values = self._summary_of(directory, config)
+        if values is not None:
+            print(f"job {hydra.job.num} is done already")
+            return _objective(values, config.objective)
+        _empty(directory)
+        try:
+            options = freeze(config, self.config_class)
+            values = self.run_job(options, as_yaml(config, resolves=True))
+            (directory / OVERRIDES).write_text("".join(f"{word}\n" for word in overrides), encoding="utf-8")
+            return _objective(values, config.objective)
+        except MedhaError as error:
+            (directory / ERROR).write_text(f"{' '.join(overrides)}: {error}\n", encoding="utf-8")
+            return float("nan")
+
+    def _summary_of(self, directory: Path, config: DictConfig) -> dict[str, Any] | None:
+        """What this job came to earlier; None if it did not end, or ran with other options."""
+        try:
+            written = yaml_values((directory / CONFIG).read_text(encoding="utf-8"))
+            values: dict[str, Any] = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        asked = yaml_values(as_yaml(config, resolves=True))
+        # Written without where it goes, and without secrets.
+        is_same = {key: value for key, value in asked.items() if key in written} == written
+        return values if is_same else None
+
+
+def _objective(values: dict[str, Any], path: str) -> float:
+    """The figure at a path like all.goodput_per_s. Raises ConfigError if there is none."""
+    found: Any = values
+    for key in path.split("."):
+        if not isinstance(found, dict) or key not in found:
+            raise ConfigError(f"objective={path}: no such figure in summary.json; at {key} there are "
+                f"{', '.join(found) if isinstance(found, dict) else 'none'}")
+        found = found[key]
+    if not isinstance(found, int | float):
+        raise ConfigError(f"objective={path}: {found!r} is not a number")
+    return float(found)
+
+
+def _without_out(overrides: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The sweep's own directory is `out`; a job's follows from it."""
+    words, out = [], None
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key == "out":
+            if "," in value:
+                raise ConfigError(f"{word}: one directory for the sweep; each job gets its own in it")
+            out = Path(value)
+        else:
+            words.append(word)
+    return words, out
+
+
+def _empty(directory: Path) -> None:
+    """Remove what an interrupted job left."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _run_hydra(name: str, words: Sequence[str], job: _Job) -> None:
+    """Hydra's own entry point reads sys.argv and ends the process on errors; both are kept in here."""
+    import hydra
+
+    arguments, sys.argv = sys.argv, [f"medha {name}", "--multirun", *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors as exceptions; main() shows them in one line
+    try:
+        hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name=name)(job)()
+    finally:
+        sys.argv = arguments
+        del os.environ["HYDRA_FULL_ERROR"]
+

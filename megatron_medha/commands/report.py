@@ -1,0 +1,61 @@
+"""`medha report`: one page that puts runs side by side, simulated or measured, from what their directories hold."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_medha.commands.arguments import parse_arguments
+from megatron_medha.core.errors import ConfigError, DependencyError
+
+USAGE = """\
+usage: medha report DIR... [out=DIR]
+
+Finds all runs in the directories (of medha simulate, medha bench, and their sweeps) and writes report.md and
+report.html: what differed between the runs, latencies by length class, SLO attainment, goodput, and which runs no
+other run beats in both TTFT and throughput. The HTML page holds its pictures and needs nothing else.
+
+  out=DIR   where the report goes; by default into the first directory
+
+examples:
+  medha report multirun/policies
+  medha report outputs/bench/2026-11-20-101500 multirun/policies out=reports/a
+"""
+
+
+def run(words: Sequence[str]) -> int:
+    """Write a report."""
+    arguments = parse_arguments(words)
+    if arguments.wants_help or not words:
+        print(USAGE, end="")
+        return 0
+    directories, out = _sorted_out(arguments.overrides)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DependencyError("a report needs matplotlib; pip install 'megatron_medha[plots]'")
+    from megatron_medha.commands.report_page import write_report
+    from megatron_medha.commands.report_runs import find_runs
+
+    runs = find_runs(directories)
+    if not runs:
+        where = " ".join(map(str, directories))
+        raise ConfigError(f"{where}: no finished run in there (a directory with summary.json)")
+    for path in write_report(runs, out or directories[0]):
+        print(path)
+    return 0
+
+
+def _sorted_out(words: Sequence[str]) -> tuple[list[Path], Path | None]:
+    directories: list[Path] = []
+    out: Path | None = None
+    for word in words:
+        if word.startswith("out="):
+            out = Path(word.removeprefix("out=")).expanduser()
+        else:
+            path = Path(word).expanduser()
+            if not path.is_dir():
+                raise ConfigError(f"{word}: no such directory")
+            directories.append(path)
+    if not directories:
+        raise ConfigError("no directory to report on; give one or several")
+    return directories, out

@@ -1,0 +1,140 @@
+"""The report's two pages and their pictures. Needs matplotlib."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from megatron_medha.commands.report_runs import Run, differing_keys, pareto
+from megatron_medha.engine.summary import CLASSES
+from megatron_medha.engine.summary_table import number_text, percent_text, seconds_text
+
+_COLOURS = {"short": "#1f77b4", "medium": "#2ca02c", "long": "#d62728"}
+_MAX_RUN_PICTURES = 24  # runs whose own plots go onto the page
+
+
+def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Write report.md, report.html and their pictures; returns the pages."""
+    out.mkdir(parents=True, exist_ok=True)
+    classes = [name for name in CLASSES if any(name in run.classes for run in runs)]
+    header, rows = _table(runs, classes)
+    pictures = [path for path in (_ttft_bars(runs, classes, out), _pareto_plot(runs, classes[0], out)) if path]
+    front = pareto(runs, classes[0])
+    facts = {
+        "num_runs": len(runs),
+        "num_simulated": sum(run.is_simulated for run in runs),
+        "header": header,
+        "rows": rows,
+        "front": [run.name for run in front],
+        "front_class": classes[0],
+        "runs": [
+            {"name": run.name, "pictures": sorted(run.path.glob("*.png"))} for run in runs[:_MAX_RUN_PICTURES]
+        ],
+    }
+    markdown, html = out / "report.md", out / "report.html"
+    markdown.write_text(_render("report.md.j2", facts | {"pictures": [path.name for path in pictures]}), "utf-8")
+    html.write_text(_render("report.html.j2", facts | {"pictures": pictures}), "utf-8")
+    return [markdown, html]
+
+
+def _table(runs: Sequence[Run], classes: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    keys = differing_keys(runs)
+    kinds = len({run.is_simulated for run in runs}) > 1
+    header = ["run", *(["what"] if kinds else []), *(_short(key) for key in keys)]
+    for name in classes:
+        header += [f"{name} TTFT p50", "p99", f"{name} TPOT p50"]
+    header += ["meet SLO", "goodput /s", "tokens/s"]
+    rows = []
+    for run in runs:
+        row = [run.name, *([("simulated" if run.is_simulated else "measured")] if kinds else [])]
+        row += [str(run.options[key]) for key in keys]
+        for name in classes:
+            row += [
+                seconds_text(run.latency_s(name, "ttft_s", "p50")),
+                seconds_text(run.latency_s(name, "ttft_s", "p99")),
+                seconds_text(run.latency_s(name, "tpot_s", "p50")),
+            ]
+        every = run.values["all"]
+        row.append(percent_text(every["attainment"]))
+        row += [number_text(every["goodput_per_s"]), number_text(every["tokens_per_s"])]
+        rows.append(row)
+    return header, rows
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("Agg")
+    figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.42 * len(runs)), layout="constrained")
+    height = 0.8 / len(classes)
+    for place, name in enumerate(classes):
+        for index, run in enumerate(runs):
+            p50, p99 = run.latency_s(name, "ttft_s", "p50"), run.latency_s(name, "ttft_s", "p99")
+            if p50 is None or p99 is None:
+                continue
+            y = index + (place - (len(classes) - 1) / 2) * height
+            label = name if index == next(i for i, one in enumerate(runs) if name in one.classes) else None
+            axes.plot([p50, p99], [y, y], color=_COLOURS[name], linewidth=3, alpha=0.5, solid_capstyle="round")
+            axes.plot([p50], [y], "o", color=_COLOURS[name], markersize=5, label=label)
+            axes.plot([p99], [y], "|", color=_COLOURS[name], markersize=9, markeredgewidth=2)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(runs)), [_label(run, runs) for run in runs], fontsize="small")
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set(xlabel="seconds", title="TTFT by length class: dot p50, bar p99")
+    axes.legend(fontsize="small")
+    path = out / "report_ttft.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _pareto_plot(runs: Sequence[Run], name: str, out: Path) -> Path | None:
+    from matplotlib import pyplot
+
+    front = pareto(runs, name)
+    if not front:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for run in runs:
+        ttft_s = run.latency_s(name, "ttft_s", "p99")
+        if ttft_s is not None and run.values["all"]["tokens_per_s"]:
+            point = (run.values["all"]["tokens_per_s"], ttft_s)
+            axes.plot(*point, "o", color="#d62728" if run in front else "grey")
+            axes.annotate(_label(run, runs), point, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
+    line = [(run.values["all"]["tokens_per_s"], run.latency_s(name, "ttft_s", "p99")) for run in front]
+    axes.plot(*zip(*line, strict=True), color="#d62728", alpha=0.4)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.set(xlabel="tokens per second, prompts and answers", ylabel=f"p99 TTFT of {name} prompts, seconds",
+             title="Red: no other run is better in both")  # fmt: skip
+    path = out / "report_pareto.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _label(run: Run, runs: Sequence[Run]) -> str:
+    """What differs, said shortly; the run's name where that is nothing."""
+    told = ", ".join(f"{_short(key)}={run.options[key]}" for key in differing_keys(runs)[:4])
+    return told if len(runs) > 1 and told else run.name
+
+
+def _render(template: str, facts: dict[str, Any]) -> str:
+    source = (importlib.resources.files("megatron_medha.commands") / template).read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=template.endswith(".html.j2"), keep_trailing_newline=True)
+    environment.filters["data_url"] = _data_url
+    return environment.from_string(source).render(facts)
+
+
+def _data_url(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -1,0 +1,111 @@
+"""Finished runs as a report sees them: where they are, what they were told, what came out, and how they compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_medha.compose import yaml_values
+from megatron_medha.core.errors import ConfigError
+
+# Of no interest when runs are compared.
+_IGNORED_KEYS = ("out", "plots", "requests", "objective", "tracking.", "record.")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished run."""
+
+    name: str                   # its directory, as short as tells it from the others
+    path: Path
+    options: Mapping[str, Any]  # by dotted key
+    values: Mapping[str, Any]   # summary.json
+    is_simulated: bool
+
+    def latency_s(self, length_class: str, name: str, percentile: str) -> float | None:
+        """A figure of summary.json; None where the run has no such requests."""
+        found: float | None = self.values["classes"].get(length_class, {}).get(name, {}).get(percentile)
+        return found
+
+    @property
+    def classes(self) -> list[str]:
+        """The length classes it has requests of."""
+        return list(self.values["classes"])
+
+
+def find_runs(directories: Sequence[Path]) -> list[Run]:
+    """All runs under the directories, in their order, a sweep's by number. Raises ConfigError for a broken one."""
+    paths: list[Path] = []
+    for directory in directories:
+        found = {summary.parent for summary in directory.rglob("summary.json")}
+        paths += sorted(found - set(paths), key=_natural)
+    root = _common(paths)
+    return [_read(path, str(path.relative_to(root)) if path != root else path.name) for path in paths]
+
+
+def differing_keys(runs: Iterable[Run]) -> list[str]:
+    """Options that are not the same in all runs, in the order of their first appearance."""
+    values: dict[str, set[str]] = {}
+    present: dict[str, int] = {}
+    runs = list(runs)
+    for run in runs:
+        for key, value in run.options.items():
+            if not key.startswith(_IGNORED_KEYS):
+                values.setdefault(key, set()).add(json.dumps(value))
+                present[key] = present.get(key, 0) + 1
+    # An option that only some commands have says what kind of run it was, not how it was set.
+    return [key for key, found in values.items() if len(found) > 1 and present[key] == len(runs)]
+
+
+def pareto(runs: Iterable[Run], length_class: str) -> list[Run]:
+    """Runs that no other one beats in both p99 TTFT of that class and tokens per second, by throughput."""
+    points = [
+        (run.values["all"]["tokens_per_s"], ttft_s, run)
+        for run in runs
+        if (ttft_s := run.latency_s(length_class, "ttft_s", "p99")) is not None and run.values["all"]["tokens_per_s"]
+    ]
+    front: list[Run] = []
+    least_s = float("inf")
+    for _, ttft_s, run in sorted(points, key=lambda point: (-point[0], point[1])):
+        if ttft_s < least_s:
+            front.append(run)
+            least_s = ttft_s
+    return front[::-1]
+
+
+def _read(path: Path, name: str) -> Run:
+    try:
+        values = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        options = yaml_values((path / "config.yaml").read_text(encoding="utf-8"))
+        assert isinstance(values["classes"], dict) and isinstance(values["all"], dict)
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        raise ConfigError(f"{path}: not a run directory of this version ({error!r}); move it away") from None
+    return Run(name, path, dict(_flat(options)), values, is_simulated="machine" in values)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _natural(path: Path) -> tuple[tuple[int, int, str], ...]:
+    """Job 10 after job 9."""
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.parts)
+
+
+def _common(paths: Sequence[Path]) -> Path:
+    if not paths:
+        return Path()
+    parents = [path.resolve().parts for path in paths]
+    shared = 0
+    while all(len(parts) > shared + 1 and parts[shared] == parents[0][shared] for parts in parents):
+        shared += 1
+    # Of the paths as given, not resolved: their tails are the same.
+    depth = len(paths[0].parts) - (len(parents[0]) - shared)
+    return Path(*paths[0].parts[:depth]) if depth > 0 else Path()

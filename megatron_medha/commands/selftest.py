@@ -1,0 +1,247 @@
+"""`medha selftest`: throws nonsense at a running server, leaves in the middle, and counts what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_medha.commands import selftest_cases as cases
+from megatron_medha.commands.arguments import parse_arguments
+from megatron_medha.commands.options_help import describe_options
+from megatron_medha.commands.selftest_wire import Broken, Wire, check
+from megatron_medha.core.errors import ConfigError, MedhaError
+
+USAGE = """\
+usage: medha selftest [key=value ...]
+
+Sends a running server what no client should: wrong types, huge numbers, deep JSON, broken UTF-8, bytes that are no
+HTTP, crawling heads, half-closed sockets, clients that leave. It holds if nothing is answered with a 5xx other than
+503, every error has OpenAI's shape, nothing hangs, and every KV block is free afterwards. Exit code 0: all held.
+
+examples:
+  medha selftest
+  medha selftest url=http://127.0.0.1:8001 seed=7 num_random=5000
+  medha selftest is_patient=true
+"""
+
+_QUIET_S = 30.0          # for requests that were left to leave the engine
+_LOOK_S = 0.1
+_MAX_SHOWN = 10
+_PATIENCE_S = 130.0      # for heads (20 s) and bodies (60 s) that never come, by the server's own defaults
+_GUARDED = ("/v1/models", "/metrics", "/version", "/openapi.json", "/debug/schedule", "/tokenize", "/admin/reload")
+
+
+class SelftestError(MedhaError):
+    """The server cannot be tested; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelftestConfig:
+    """Which server, and how much."""
+
+    url: str = "http://127.0.0.1:8000"
+    api_key: str | None = None
+    seed: int = 0
+    num_random: int = 500
+    num_parallel: int = 16
+    timeout_s: float = 60.0
+    is_patient: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.match(r"https?://[^/]", self.url):
+            raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
+        if min(self.num_random, self.num_parallel) < 1 or self.timeout_s <= 0:
+            raise ConfigError("num_random, num_parallel and timeout_s must be above 0")
+
+
+@dataclass(slots=True)
+class Group:
+    """Cases of one kind."""
+
+    name: str
+    num_tried: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+Case = tuple[str, Callable[[], Awaitable[None]]]
+
+
+def run(words: Sequence[str]) -> int:
+    """Test one server."""
+    arguments = parse_arguments(words)
+    if arguments.wants_help:
+        print(USAGE, describe_options("selftest"), sep="\n", end="")
+        return 0
+    from megatron_medha.compose import as_yaml, compose, freeze
+
+    composed = compose("selftest", SelftestConfig, arguments.overrides, arguments.config_dir)
+    if arguments.shows_config:
+        print(as_yaml(composed, arguments.resolves_config), end="")
+        return 0
+    groups = asyncio.run(selftest(freeze(composed, SelftestConfig)))
+    print(table(groups))
+    return 1 if any(group.failures for group in groups) else 0
+
+
+async def selftest(config: SelftestConfig) -> list[Group]:
+    """Try everything; after each group the server must be as it was before."""
+    wire = Wire(config.url, config.api_key, config.timeout_s)
+    try:
+        num_blocks = await _num_free_blocks(wire)
+    except OSError as error:
+        raise SelftestError(f"{config.url} cannot be reached: {error}") from None
+    if num_blocks is None:
+        raise SelftestError(f"{config.url} does not show /metrics to this key, or is not ready or not idle")
+    rng = random.Random(config.seed)
+    kinds: list[tuple[str, Iterable[Case]]] = [
+        ("broken JSON", (_posted(wire, path, body) for path, body in cases.broken_bodies())),
+        ("wrong fields", (_posted(wire, path, body) for path, body in cases.wrong_fields())),
+        ("random bodies", (_posted(wire, *case) for case in cases.random_bodies(rng, config.num_random))),
+        ("no HTTP", (_sent(wire, raw) for raw in cases.raw_requests(rng))),
+        ("half-closed sockets", (_half_closed(wire, body) for body, _ in cases.long_streams(rng, 10))),
+        ("the same id twice", (_same_id(wire) for _ in range(20))),
+        ("clients that leave", (
+            _left(wire, body, num_bytes) for body, num_bytes in cases.long_streams(rng, max(1, config.num_random // 10))
+        )),
+        ("bodies that stop", (_stopped(wire, share / 10) for share in range(10))),
+    ]  # fmt: skip
+    if config.api_key is not None:
+        stranger = Wire(config.url, None, config.timeout_s)
+        kinds.append(("without the key", (_turned_away(stranger, path) for path in _GUARDED)))
+    if config.is_patient:
+        patient = Wire(config.url, config.api_key, _PATIENCE_S)
+        kinds.append(("crawling heads and bodies", (_crawling(patient, has_head) for has_head in (True, False) * 4)))
+    return [await _try_all(name, of_kind, wire, config, num_blocks) for name, of_kind in kinds]
+
+
+def table(groups: Sequence[Group]) -> str:
+    """What was tried and what held, and the first failures in words."""
+    lines = [f"{'cases':<28}{'tried':>8}{'held':>8}"]
+    lines += [f"{group.name:<28}{group.num_tried:>8}{group.num_tried - len(group.failures):>8}" for group in groups]
+    for group in groups:
+        lines += [f"\n{group.name}: {failure}" for failure in group.failures[:_MAX_SHOWN]]
+    return "\n".join(lines)
+
+
+async def _try_all(
+    name: str, of_kind: Iterable[Case], wire: Wire, config: SelftestConfig, num_blocks: int
+) -> Group:
+    from tqdm import tqdm
+
+    group = Group(name)
+    places = asyncio.Semaphore(config.num_parallel)
+
+    async def attempt(what: str, work: Callable[[], Awaitable[None]], bar: tqdm[None]) -> None:
+        try:
+            await work()
+        except Broken as error:
+            group.failures.append(f"{what}: {error}")
+        except OSError as error:
+            group.failures.append(f"{what}: cannot connect: {error}")
+        finally:
+            places.release()
+            bar.update()
+
+    with tqdm(desc=name, unit="case", file=sys.stderr, leave=False) as bar:
+        async with asyncio.TaskGroup() as tasks:
+            for what, work in of_kind:
+                await places.acquire()
+                group.num_tried += 1
+                tasks.create_task(attempt(what, work, bar))
+    group.num_tried += 1
+    num_free = await _num_free_when_quiet(wire)
+    if num_free != num_blocks:
+        group.failures.append(f"afterwards {num_free} KV blocks are free, before it were {num_blocks}")
+    return group
+
+
+async def _num_free_when_quiet(wire: Wire) -> int | None:
+    """Free blocks once no request is live; as they are when that does not come."""
+    num_free = None
+    for _ in range(int(_QUIET_S / _LOOK_S)):
+        num_free = await _num_free_blocks(wire)
+        if num_free is not None:
+            return num_free
+        await asyncio.sleep(_LOOK_S)
+    return num_free
+
+
+async def _num_free_blocks(wire: Wire) -> int | None:
+    answer = await wire.ask("GET", "/metrics")
+    if answer is None or answer.status != 200:
+        return None
+    values = dict(re.findall(rb"^medha:(\w+)\{[^}]*\} ([\d.e+]+)$", answer.body, re.MULTILINE))
+    is_idle = float(values[b"num_requests_running"]) == float(values[b"num_requests_waiting"]) == 0
+    return int(float(values[b"num_free_blocks"])) if is_idle and float(values[b"num_blocks"]) else None
+
+
+def _posted(wire: Wire, path: str, body: bytes, headers: dict[str, str] | None = None) -> Case:
+    async def work() -> None:
+        check(await wire.ask("POST", path, body, headers))
+
+    return f"POST {path} {body[:120]!r}{f' {headers}' if headers else ''}", work
+
+
+def _sent(wire: Wire, raw: bytes) -> Case:
+    async def work() -> None:
+        # Some of these are requests that only lack their end; saying that no more comes is their end.
+        check(await wire.send(raw, is_half_closed=True))
+
+    return repr(raw[:120]), work
+
+
+def _half_closed(wire: Wire, body: bytes) -> Case:
+    async def work() -> None:
+        # Answered or closed, both are right: the end of sending is all that a client that leaves says, too.
+        check(await wire.send(wire.request("POST", cases.COMPLETIONS, body), is_half_closed=True))
+
+    return f"half-closed {body[:80]!r}", work
+
+
+def _same_id(wire: Wire) -> Case:
+    async def work() -> None:
+        body = cases.as_json(cases.VALID[cases.COMPLETIONS])
+        answers = await asyncio.gather(
+            *(wire.ask("POST", cases.COMPLETIONS, body, {"x-request-id": "the-same"}) for _ in range(2))
+        )
+        for answer in answers:
+            check(answer)
+
+    return "two requests of one id", work
+
+
+def _left(wire: Wire, body: bytes, num_bytes: int) -> Case:
+    async def work() -> None:
+        await wire.leave(wire.request("POST", cases.COMPLETIONS, body), num_bytes)
+
+    return f"left after {num_bytes} bytes of {body[:80]!r}", work
+
+
+def _stopped(wire: Wire, share: float) -> Case:
+    async def work() -> None:
+        raw = wire.request("POST", cases.COMPLETIONS, cases.as_json(cases.VALID[cases.COMPLETIONS]))
+        await wire.leave(raw[: int(share * len(raw))], 0)
+
+    return f"gone after {share:.0%} of a request", work
+
+
+def _turned_away(stranger: Wire, path: str) -> Case:
+    async def work() -> None:
+        answer = await stranger.ask("GET", path)
+        if answer is None or answer.status != 401:
+            raise Broken(f"status {answer.status if answer else None} without a key")
+        check(answer)
+
+    return f"GET {path} without a key", work
+
+
+def _crawling(wire: Wire, has_head: bool) -> Case:
+    async def work() -> None:
+        raw = wire.request("POST", cases.COMPLETIONS, b"x" * 100)
+        check(await wire.send(raw[:-50] if has_head else raw[:30]))
+
+    return f"a {'body' if has_head else 'head'} that never ends", work

@@ -1,0 +1,129 @@
+"""What `medha selftest` tries: bodies that are wrong, bytes that are no HTTP, clients that leave."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+
+COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+PATHS = (COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE)
+
+# As JSON text, since not all of it is what json.dumps would write.
+NASTY = (
+    "null", "true", "-1", "0", "1.5", "-0.0", "1e999", "-1e999", "NaN", "Infinity", "2147483648", "9223372036854775808",
+    "1" + "0" * 400, '""', '"x"', '"\\u0000"', '"\\ud800"', '"\\udfff\\ud800"', "[]", "{}", "[[]]", '[""]', "[null]",
+    "[-1]", "[2147483648]", '{"a":1}', '"' + "a" * 3000 + '"', "[" * 200 + "]" * 200, '"\\u202e\\ufeff"', "[1,\"a\"]",
+)  # fmt: skip
+# max_tokens is always there and small, or wrong: a chat without it may fill the whole context, and take as long.
+FIELDS = (
+    "model", "stream", "stream_options", "n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
+    "skip_special_tokens", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "logit_bias", "priority", "service_tier", "user", "return_token_ids", "response_format",
+    "prompt", "best_of", "echo", "logprobs", "suffix", "add_special_tokens", "messages", "max_completion_tokens",
+    "chat_template", "chat_template_kwargs", "top_logprobs", "tools", "tool_choice", "functions", "tokens",
+)  # fmt: skip
+LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
+VALID = {
+    COMPLETIONS: {"prompt": '"abc"', "max_tokens": "2"},
+    CHAT: {"messages": '[{"role":"user","content":"hi"}]', "max_tokens": "2"},
+    TOKENIZE: {"prompt": '"abc"'},
+    DETOKENIZE: {"tokens": "[1,2]"},
+}
+NASTY_HEADERS = (
+    ("x-slo-ttft-ms", "nan"), ("x-slo-ttft-ms", "-1"), ("x-slo-tpot-ms", "1e400"), ("x-slo-class", "gold"),
+    ("x-medha-progress", "perhaps"), ("x-request-id", "a" * 5000), ("x-request-id", "\xff\xfe"),
+    ("content-type", "text/plain"), ("authorization", "Bearer " + "x" * 3000), ("authorization", "\xff"),
+    ("traceparent", "00-zz"), ("expect", "100-continue"), ("accept", "nothing/atall"), ("content-encoding", "gzip"),
+)  # fmt: skip
+
+
+def broken_bodies() -> Iterator[tuple[str, bytes]]:
+    """Path and body: JSON that is none, or none of ours."""
+    for path in PATHS:
+        good = as_json(VALID[path])
+        yield from (
+            (path, body)
+            for body in (
+                b"", b" ", b"{", b"[]", b"null", b"12", b"\xff", b"\x00", b"\xef\xbb\xbf" + good, good + b"x",
+                good[:-1], good + good, b"prompt=a", good.replace(b'"', b"'"), b'{"prompt": "\xff\xfe"}',
+                good.replace(b"{", b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b",", 1),
+                good.replace(b"{", b'{"x":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b",", 1),
+                good.replace(b"{", b'{"n":' + b"9" * 100_000 + b",", 1),
+                good.replace(b"{", b'{"max_tokens":1,"max_tokens":2,', 1),
+                b'{"' + b"k" * 100_000 + b'":1}', b"\x1f\x8b\x08\x00", b"[" + b"1," * 100_000 + b"1]",
+            )
+        )  # fmt: skip
+
+
+def wrong_fields() -> Iterator[tuple[str, bytes]]:
+    """Every field of every route with every nasty value, one at a time."""
+    for path in PATHS:
+        for field in FIELDS:
+            for value in NASTY:
+                if field in LENGTH_FIELDS and value == "null" and path == CHAT:
+                    continue
+                yield path, as_json({**VALID[path], field: value})
+
+
+def random_bodies(rng: random.Random, count: int) -> Iterator[tuple[str, bytes, dict[str, str]]]:
+    """Several fields wrong at once, bytes flipped, headers wrong."""
+    for _ in range(count):
+        path = rng.choice(PATHS)
+        fields = dict(VALID[path])
+        for _ in range(rng.randrange(1, 5)):
+            field = rng.choice(FIELDS)
+            if field not in LENGTH_FIELDS:
+                fields[field] = rng.choice(NASTY)
+        body = bytearray(as_json(fields))
+        for _ in range(rng.choice((0, 0, 1, 3))):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        headers = dict(rng.sample(NASTY_HEADERS, rng.choice((0, 0, 1, 2))))
+        yield path, bytes(body), headers
+
+
+def raw_requests(rng: random.Random) -> Iterator[bytes]:
+    """Bytes that are no HTTP, or hardly."""
+    good = as_json(VALID[COMPLETIONS])
+    length = b"content-length: %d\r\n" % len(good)
+    post = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    yield from (
+        b"\x00\x01\x02\r\n\r\n", b"\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET /\x00 HTTP/1.1\r\n\r\n",
+        b"GET /%00%ff%2e%2e/ HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        b"GET " + b"/" + b"a" * 200_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\n" + b"x-a: " + b"b" * 200_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\n" + b"x-a: b\r\n" * 20_000 + b"\r\n",
+        b"GET /health HTTP/1.0\r\n\r\n", b"HEAD /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        b"BREW /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        b"DELETE /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        post + b"content-length: -4\r\n\r\n" + good, post + b"content-length: x\r\n\r\n" + good,
+        post + b"content-length: 99999999999999999999\r\n\r\n" + good,
+        post + length + b"content-length: 3\r\n\r\n" + good,
+        post + length + b"transfer-encoding: chunked\r\n\r\n" + good,
+        post + b"transfer-encoding: chunked\r\n\r\nzz\r\n" + good,
+        post + b"transfer-encoding: chunked\r\n\r\n5\r\n{\"pro\r\n0\r\n\r\n",
+        post + b"upgrade: websocket\r\nconnection: upgrade\r\n" + length + b"\r\n" + good,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40),
+    )  # fmt: skip
+    for _ in range(40):
+        yield rng.randbytes(rng.randrange(1, 400))
+
+
+def long_streams(rng: random.Random, count: int) -> Iterator[tuple[bytes, int]]:
+    """Bodies of requests worth leaving, and after how many bytes of their answer."""
+    for _ in range(count):
+        num_tokens = rng.choice((1, 5, 40, 400))
+        fields = {
+            "prompt": json.dumps([rng.randrange(1, 3)] * num_tokens),
+            "max_tokens": str(rng.choice((50, 100))),
+            "ignore_eos": "true",
+            "stream": rng.choice(("true", "false")),
+            "n": str(rng.choice((1, 1, 3))),
+        }
+        yield as_json(fields), rng.choice((0, 1, 500, 3000)) if fields["stream"] == "true" else 0
+
+
+def as_json(fields: dict[str, str]) -> bytes:
+    """An object of fields whose values are JSON text already."""
+    return ("{" + ",".join(f'"{name}":{value}' for name, value in fields.items()) + "}").encode()

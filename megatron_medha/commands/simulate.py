@@ -1,0 +1,189 @@
+"""`medha simulate`: composes the configuration, runs the simulation with a progress bar, and writes a run directory."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_medha.commands.arguments import FLAGS, parse_arguments
+from megatron_medha.commands.options_help import describe_options
+from megatron_medha.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.sim.run_directory import RunDirectory
+    from megatron_medha.sim.simulation import Simulation, SimulationResult
+    from megatron_medha.simulate_config import SimulateOptions
+
+USAGE = f"""\
+usage: medha simulate [group=option] [key=value ...]
+       medha simulate -m key=value,value ...
+
+Runs the server's own scheduler in virtual time on a machine that is only calculated, under a workload that is drawn
+or read from a trace; prints latencies by length class, and leaves requests, samples, plots and a Perfetto trace of
+the stages in a directory. No GPU and no checkpoint is needed.
+
+examples:
+  medha simulate model=llama3_8b hardware=a100 parallel.tp=8 parallel.spp=2 workload=medha_mix_05pct
+  medha simulate parallel.tp=8 parallel.spp=2 scheduler=vllm_chunk_512 workload.qps=0.25 seed=1
+  medha simulate parallel.tp=8 workload=trace workload.path=AzureLLMInferenceTrace_conv.csv workload.duration_s=600
+  medha simulate parallel.tp=8 parallel.spp=2 record=full out=runs/a && medha explain runs/a r17
+  medha simulate truth=noisy belief=online workload.arrivals=gamma workload.cv=3
+  medha simulate -m scheduler=fcfs,edf,lars workload.qps=0.25,0.75 out=multirun/policies
+
+flags:
+{FLAGS}"""
+
+_INSTALL_PLOTS = "pip install 'megatron_medha[plots]'"
+
+
+def run(words: Sequence[str]) -> int:
+    """Simulate once."""
+    arguments = parse_arguments(words)
+    if arguments.wants_help:
+        print(USAGE, describe_options("simulate"), sep="\n", end="")
+        return 0
+    from megatron_medha.compose import as_yaml, compose, freeze
+    from megatron_medha.simulate_config import SimulateOptions
+
+    if arguments.is_multirun:
+        from megatron_medha.commands.multirun import multirun
+
+        return multirun("simulate", SimulateOptions, arguments, simulate)
+    composed = compose("simulate", SimulateOptions, arguments.overrides, arguments.config_dir)
+    if arguments.shows_config:
+        print(as_yaml(composed, arguments.resolves_config), end="")
+        return 0
+    simulate(freeze(composed, SimulateOptions), as_yaml(composed, resolves=True))
+    return 0
+
+
+def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
+    """One simulation with its output; returns what is in summary.json."""
+    from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.compose import yaml_values
+    from megatron_medha.engine.summary_table import summary_table
+    from megatron_medha.sim.run_directory import RunDirectory
+    from megatron_medha.sim.simulation import Simulation
+    from megatron_medha.simulate_config import RequestsFormat, simulation_config
+
+    config = simulation_config(options)
+    _check_extras(options)
+    simulation = Simulation(config)
+    out = (options.out or Path(f"outputs/simulate/{datetime.now():%Y-%m-%d-%H%M%S-%f}")).expanduser()
+    # The directory's own name is left out of what is in it: two runs of the same options are equal to the byte.
+    directory = RunDirectory.create(out, _without_out(composed_yaml), config.seed)
+    tracker = WandbRun(options.tracking, "simulate", yaml_values(composed_yaml), directory.path)
+    _say_what_runs(options, simulation)
+    began_s = time.perf_counter()
+    try:
+        result = _with_progress(simulation, directory, options, tracker)
+    except BaseException:
+        tracker.fail()
+        raise
+    took_s = time.perf_counter() - began_s
+    table = summary_table(result.values)
+    directory.finish(result.values, table)
+    print(f"\n{table}")
+    print(f"{result.end_s:,.0f} simulated seconds in {took_s:.1f} s, {result.end_s / took_s:,.0f} times real time")
+    if options.requests is RequestsFormat.PARQUET:
+        from megatron_medha.commands.parquet import write_parquet
+
+        write_parquet(directory.path)
+    _plot(options, directory)
+    tracker.finish(directory.path)
+    print(f"results are in {directory.path}")
+    return result.values
+
+
+def _with_progress(
+    simulation: Simulation, directory: RunDirectory, options: SimulateOptions, tracker: WandbRun
+) -> SimulationResult:
+    from tqdm import tqdm
+
+    from megatron_medha.engine.summary import CLASSES
+
+    facts = simulation.workload.facts
+    with (
+        directory.recording(simulation.config, options.record) as watchers,
+        tqdm(total=facts.num_requests, unit="request", file=sys.stderr, dynamic_ncols=True, mininterval=0.2) as bar,
+    ):
+        write_sample = watchers.on_sample
+
+        def show(sample: object) -> None:
+            from megatron_medha.sim.simulation import Sample
+
+            assert isinstance(sample, Sample)
+            write_sample(sample)
+            bar.set_postfix_str(
+                f"simulated {sample.now_s:,.0f} s, {len(sample.waiting)} wait, {sample.num_decoding} decode",
+                refresh=False,
+            )
+            bar.update(sample.num_ended - bar.n)
+            slacks = {name: [one.relative_slack for one in sample.waiting if one.length_class == name]
+                      for name in CLASSES}  # fmt: skip
+            tracker.sample(
+                sample.now_s,
+                {
+                    "num_waiting": len(sample.waiting),
+                    "num_decoding": sample.num_decoding,
+                    "num_ended": sample.num_ended,
+                    "kv_used_share": sample.kv_used_share,
+                    **{f"{name}.least_relative_slack": min(found) for name, found in slacks.items() if found},
+                },
+            )
+
+        watchers.on_sample = show
+        result = simulation.run(watchers)
+        bar.update(facts.num_requests - bar.n)
+    return result
+
+
+def _say_what_runs(options: SimulateOptions, simulation: Simulation) -> None:
+    facts, layout, setup = simulation.workload.facts, options.parallel.replica, simulation.config.setup
+    kv_tokens = setup.num_blocks * setup.block_size * layout.kvp
+    print(
+        f"{setup.shape.name} on {layout.world_size} {setup.hardware.name} (tp {layout.tp}, spp {layout.spp}, "
+        f"kvp {layout.kvp}), KV for {kv_tokens:,} tokens, policy {setup.config.policy}\n"
+        f"{facts.num_requests:,} requests in {facts.last_arrival_s:,.0f} s: {facts.num_prompt_tokens:,} prompt tokens, "
+        f"the longest {facts.max_prompt_tokens:,}; {facts.num_output_tokens:,} output tokens"
+    )
+    assert options.model.shape is not None
+    if facts.max_request_tokens > options.model.shape.max_context_len:
+        print(
+            f"the longest request has {facts.max_request_tokens:,} tokens, more than the "
+            f"{options.model.shape.max_context_len:,} that {setup.shape.name} was made for: "
+            "simulated as if it had been extended"
+        )
+
+
+def _check_extras(options: SimulateOptions) -> None:
+    """What is not installed is found out before the run, not after it."""
+    from megatron_medha.simulate_config import Plots, RequestsFormat
+
+    if options.plots is Plots.ALWAYS and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"plots=always: matplotlib is not installed; {_INSTALL_PLOTS}, or plots=never")
+    if options.requests is RequestsFormat.PARQUET and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError("requests=parquet: pyarrow is not installed; pip install pyarrow, or requests=jsonl")
+
+
+def _plot(options: SimulateOptions, directory: RunDirectory) -> None:
+    from megatron_medha.simulate_config import Plots
+
+    if options.plots is Plots.NEVER:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no plots: matplotlib is not installed ({_INSTALL_PLOTS})")
+        return
+    from megatron_medha.commands.plots import plot_run
+
+    plot_run(directory.path)
+
+
+def _without_out(composed_yaml: str) -> str:
+    return "".join(line for line in composed_yaml.splitlines(keepends=True) if not line.startswith("out:"))

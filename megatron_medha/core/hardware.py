@@ -1,0 +1,97 @@
+"""What a cluster is made of: accelerators, how many, and the links between them. No models, no predictions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_medha.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What one device reaches over a link, each way, in collectives and in messages to a single peer."""
+
+    bytes_per_s: float = 1e10  # bus bandwidth as NCCL's tests define it: volume that must cross, over seconds
+    latency_s: float = 1e-4    # of one collective or message, whatever its size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """Devices of one kind (accelerators, or CPU sockets) and their links; `num_devices` of them make the cluster.
+
+    The efficiencies are what kernels reach of the data sheet. The overheads of steps, layers and chunks are only a
+    first guess for a machine that OnlineCost will watch; a simulated cluster takes them from EngineCosts.
+    Raises ConfigError for a value out of range.
+    """
+
+    name: str
+    flops_per_s: float                  # dense matmul peak of one device, 2-byte types (on a CPU: the type served)
+    memory_bytes_per_s: float
+    fp8_flops_per_s: float | None = None  # the same for 1-byte types; None: no faster than flops_per_s
+    memory_bytes: float | None = None   # of one device; None: not known, nothing can be laid out on it
+    num_sms: int = 1                    # processors of one device that a kernel's tiles are spread over
+    linear_efficiency: float = 0.7      # of the peak, reached by large matrix products
+    attention_efficiency: float = 0.5   # of the peak, reached by long-context attention that keeps all processors busy
+    lone_tile_efficiency: float = 0.5   # of one processor's peak, reached by a single attention tile on it
+    memory_efficiency: float = 0.8
+    kernel_overhead_s: float = 0.0      # filling and draining the device, per kernel
+    step_overhead_s: float = 2e-3       # scheduling, messages and sampling of a step
+    layer_overhead_s: float = 2e-5      # launches of one layer
+    chunk_overhead_s: float = 2e-5      # per sequence in a step
+    num_devices: int = 1
+    devices_per_node: int = 1
+    intra_node: Link = Link()
+    inter_node: Link = Link()
+
+    def __post_init__(self) -> None:
+        for key, low, high in (
+            ("flops_per_s", 1e3, 1e21),
+            ("memory_bytes_per_s", 1e3, 1e21),
+            ("fp8_flops_per_s", 1e3, 1e21),
+            ("memory_bytes", 1e3, 1e21),
+            ("num_sms", 1, 1 << 20),
+            ("linear_efficiency", 0.001, 1.0),
+            ("attention_efficiency", 0.001, 1.0),
+            ("lone_tile_efficiency", 0.001, 1.0),
+            ("memory_efficiency", 0.001, 1.0),
+            ("kernel_overhead_s", 0.0, 10.0),
+            ("step_overhead_s", 0.0, 10.0),
+            ("layer_overhead_s", 0.0, 10.0),
+            ("chunk_overhead_s", 0.0, 10.0),
+            ("num_devices", 1, 1 << 24),
+            ("devices_per_node", 1, 1 << 24),
+        ):
+            _check_range(f"hardware.{key}", getattr(self, key), low, high)
+        for key in ("intra_node", "inter_node"):
+            link: Link = getattr(self, key)
+            _check_range(f"hardware.{key}.bytes_per_s", link.bytes_per_s, 1e3, 1e21)
+            _check_range(f"hardware.{key}.latency_s", link.latency_s, 0.0, 10.0)
+
+    def matmul_flops_per_s(self, bytes_per_element: int) -> float:
+        """The peak in a type of this size."""
+        return self.fp8_flops_per_s or self.flops_per_s if bytes_per_element == 1 else self.flops_per_s
+
+    def link(self, num_adjacent: int) -> Link:
+        """The slowest link among this many neighbouring devices, the first of which is the first of its node."""
+        return self.intra_node if num_adjacent <= self.devices_per_node else self.inter_node
+
+
+def all_reduce_s(link: Link, num_ranks: int, num_bytes: float) -> float:
+    """Sum of a tensor of `num_bytes` over the ranks: every byte but a rank's own share crosses twice (ring)."""
+    return link.latency_s + 2 * (num_ranks - 1) / num_ranks * num_bytes / link.bytes_per_s if num_ranks > 1 else 0.0
+
+
+def all_gather_s(link: Link, num_ranks: int, num_bytes: float) -> float:
+    """Every rank gets the `num_bytes` of every other one."""
+    return link.latency_s + (num_ranks - 1) * num_bytes / link.bytes_per_s if num_ranks > 1 else 0.0
+
+
+def send_s(link: Link, num_bytes: float) -> float:
+    """A message to one peer."""
+    return link.latency_s + num_bytes / link.bytes_per_s
+
+
+def _check_range(key: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not (low <= value <= high and math.isfinite(value)):
+        raise ConfigError(f"{key}={value:g}: must be between {low:g} and {high:g}")

@@ -1,0 +1,86 @@
+"""When requests come: arrival processes of a mean rate, seeded. No lengths here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import count
+from math import cos, pi
+from random import Random
+
+from megatron_medha.core.errors import ConfigError
+
+
+class Arrivals(Enum):
+    """Where arrival times come from."""
+
+    AUTO = "auto"          # the trace's own where it has some, else poisson
+    RECORDED = "recorded"  # the trace's own
+    CONSTANT = "constant"  # one every 1 / qps seconds
+    POISSON = "poisson"
+    GAMMA = "gamma"        # independent gaps with a given coefficient of variation
+    BURST = "burst"        # Poisson, with a higher rate at the beginning of every period
+    DIURNAL = "diurnal"    # Poisson, with a rate that swings over a period as over a day
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalShape:
+    """How arrivals scatter around their mean rate."""
+
+    cv: float            # gamma: standard deviation of gaps over their mean; 1 is Poisson
+    burst_factor: float  # burst: rate within a burst over the mean rate
+    burst_s: float       # burst: length of one
+    period_s: float      # burst, diurnal: from the start of one burst or night to the next
+    amplitude: float     # diurnal: the rate swings by this share of its mean, 0 to 1
+
+
+def arrival_times_s(kind: Arrivals, qps: float, draw: Random, shape: ArrivalShape) -> Iterator[float]:
+    """Endless arrival times, ascending from 0, at a mean of `qps` per second.
+
+    Raises ConfigError where bursts would need a negative rate between them.
+    """
+    match kind:
+        case Arrivals.CONSTANT:
+            return (index / qps for index in count())
+        case Arrivals.POISSON:
+            return _running_sum(lambda: draw.expovariate(qps))
+        case Arrivals.GAMMA:
+            shape_parameter = 1.0 / shape.cv**2
+            return _running_sum(lambda: draw.gammavariate(shape_parameter, 1.0 / (shape_parameter * qps)))
+        case Arrivals.BURST:
+            busy = shape.burst_factor * shape.burst_s / shape.period_s  # share of arrivals that come in bursts
+            if shape.burst_s >= shape.period_s or busy > 1.0:
+                raise ConfigError(
+                    f"workload.burst_factor={shape.burst_factor:g}: bursts of workload.burst_s={shape.burst_s:g} every "
+                    f"workload.period_s={shape.period_s:g} would bring more than all requests; at most "
+                    f"period_s / burst_s = {shape.period_s / shape.burst_s:g}, with burst_s below period_s"
+                )
+            calm = (1.0 - busy) / (1.0 - shape.burst_s / shape.period_s)
+            return _thinned(
+                lambda at_s: qps * (shape.burst_factor if at_s % shape.period_s < shape.burst_s else calm),
+                qps * max(shape.burst_factor, calm),
+                draw,
+            )
+        case Arrivals.DIURNAL:
+            return _thinned(
+                lambda at_s: qps * (1.0 - shape.amplitude * cos(2.0 * pi * at_s / shape.period_s)),
+                qps * (1.0 + shape.amplitude),
+                draw,
+            )
+        case Arrivals.AUTO | Arrivals.RECORDED:
+            raise AssertionError(f"{kind} draws nothing")
+
+
+def _running_sum(gap_s: Callable[[], float]) -> Iterator[float]:
+    now_s = 0.0
+    while True:
+        now_s += gap_s()
+        yield now_s
+
+
+def _thinned(rate: Callable[[float], float], max_rate: float, draw: Random) -> Iterator[float]:
+    """An inhomogeneous Poisson process (Lewis and Shedler 1979): candidates at the highest rate, kept by the rate."""
+    for at_s in _running_sum(lambda: draw.expovariate(max_rate)):
+        if draw.random() * max_rate < rate(at_s):
+            yield at_s

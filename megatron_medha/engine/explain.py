@@ -1,0 +1,245 @@
+"""Why a request waited: a recorded run is decided again, and one request is watched from arrival to end. No text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from megatron_medha.core.batch import Arrived, Batch, Chunk, Event, FinishReason, Output, Preempted, Rejected, TokenOut
+from megatron_medha.core.policies import relative_slack
+from megatron_medha.core.request import Request, Sequence
+from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.engine.decision_log import Recorded, ReplayError
+
+
+class Why(Enum):
+    """Where a request stood while a batch was formed."""
+
+    COMPUTED = "computed"      # it is in the batch
+    IN_FLIGHT = "in flight"    # all of its prompt is in the pipeline, or its last chunk has not left stage 0
+    PASSED = "passed over"     # others are in the batch in its place
+    NO_MEMORY = "no memory"    # its blocks cannot be taken
+    NO_PLACE = "no place"      # as many requests as may own KV do
+    TURNS = "turns"            # now this, now that: several phases put together
+    NO_ROOM = "no room"        # nobody's prefill is in the batch: decodes fill it
+
+
+@dataclass(slots=True)
+class Ahead:
+    """Another request whose prefill was computed while the one that is watched was not."""
+
+    request: Request
+    num_tokens: int = 0
+    num_batches: int = 0
+    first_slack: float = 0.0  # relative slack, when first and when last it was put before
+    last_slack: float = 0.0
+
+
+@dataclass(slots=True)
+class Phase:
+    """A stretch in which the same was true of every batch."""
+
+    why: Why
+    start_s: float
+    end_s: float
+    first_slack: float       # of the watched request: (deadline - now - remaining work) / work
+    last_slack: float
+    num_batches: int = 0
+    num_computed: int = 0    # batches it is in itself
+    num_tokens: int = 0      # of the watched request, computed in this stretch
+    num_decodes: int = 0     # over all batches
+    ahead: dict[str, Ahead] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Explanation:
+    """All that is known of one request from a decision log."""
+
+    request: Request
+    policy: str
+    learnt_s: float                # when the scheduler learnt of it
+    deadline_s: float = 0.0        # as believed when the first chunk was formed, or last
+    work_s: float = 0.0            # predicted time of its prefill, alone
+    phases: list[Phase] = field(default_factory=list)
+    first_token_s: float | None = None
+    end_s: float | None = None
+    num_tokens_out: int = 0
+    num_preemptions: int = 0
+    num_tokens_lost: int = 0
+    rejection: str | None = None
+    num_ahead_on_arrival: int = 0  # prefills not ended when it came
+
+    @property
+    def ahead(self) -> list[Ahead]:
+        """Everybody that was put before it, most tokens first."""
+        sums = _added_up(phase for phase in self.phases if phase.why is not Why.COMPUTED)
+        return sorted(sums.values(), key=lambda one: -one.num_tokens)
+
+    def at_most(self, num_phases: int) -> list[Phase]:
+        """The phases; where there are more, those of equal stretches of time put together."""
+        phases = self.phases
+        if len(phases) <= num_phases:
+            return phases
+        start_s = phases[0].start_s
+        window_s = (phases[-1].end_s - start_s) / num_phases
+        windows: dict[int, list[Phase]] = {}
+        for phase in phases:
+            windows.setdefault(min(int((phase.start_s - start_s) / window_s), num_phases - 1), []).append(phase)
+        return [_joined(some) for some in windows.values()]
+
+
+def _added_up(phases: Iterable[Phase]) -> dict[str, Ahead]:
+    sums: dict[str, Ahead] = {}
+    for phase in phases:
+        for request_id, one in phase.ahead.items():
+            total = sums.setdefault(request_id, Ahead(one.request, 0, 0, one.first_slack))
+            total.num_tokens += one.num_tokens
+            total.num_batches += one.num_batches
+            total.last_slack = one.last_slack
+    return sums
+
+
+def _joined(phases: list[Phase]) -> Phase:
+    return Phase(
+        phases[0].why if len({phase.why for phase in phases}) == 1 else Why.TURNS,
+        phases[0].start_s,
+        phases[-1].end_s,
+        phases[0].first_slack,
+        phases[-1].last_slack,
+        num_batches=sum(phase.num_batches for phase in phases),
+        num_computed=sum(phase.num_computed for phase in phases),
+        num_tokens=sum(phase.num_tokens for phase in phases),
+        num_decodes=sum(phase.num_decodes for phase in phases),
+        ahead=_added_up(phases),
+    )
+
+
+def explain(records: Iterable[Recorded], scheduler: Scheduler, request_id: str) -> Explanation | None:
+    """Decide a recorded run again until `request_id` has ended; None if it never arrives.
+
+    Raises ReplayError where a decision differs from the recorded one: what we say would not be true of it.
+    """
+    found: Explanation | None = None
+    requests: dict[str, Request] = {}
+    for record in records:
+        if not isinstance(record.entry, Batch):
+            outputs = _handle(record, record.entry, scheduler)
+            if isinstance(record.entry, Arrived):
+                request = record.entry.request
+                requests[request.request_id] = request
+                if request.request_id == request_id:
+                    found = _arrived(request, scheduler, record.now_s)
+            if found is not None and _note_outputs(found, outputs, record.now_s):
+                return found
+            for output in outputs:
+                if isinstance(output, TokenOut) and output.finish_reason is not None:
+                    requests.pop(output.request_id, None)
+            continue
+        if found is None:
+            _schedule(record, record.entry, scheduler)
+            continue
+        seq = next((seq for seq in scheduler.sequences if seq.request_id == request_id), None)
+        if seq is None or not seq.is_prefill:
+            _schedule(record, record.entry, scheduler)
+            continue
+        slacks = {other.request_id: relative_slack(other, record.now_s) for other in scheduler.sequences
+                  if other.is_prefill}  # fmt: skip
+        blocked = _blocked(seq, scheduler)
+        found.deadline_s, found.work_s = seq.deadline_s, seq.total_work_s
+        _schedule(record, record.entry, scheduler)
+        _note_batch(found, record.entry, record.now_s, slacks, blocked, requests)
+    return found
+
+
+def _handle(record: Recorded, event: Event, scheduler: Scheduler) -> list[Output]:
+    try:
+        return scheduler.handle(event, record.now_s)
+    except KeyError as error:
+        raise ReplayError(f"line {record.line}: {event} concerns no batch in flight") from error
+
+
+def _schedule(record: Recorded, recorded: Batch, scheduler: Scheduler) -> None:
+    batch = scheduler.schedule(record.now_s)
+    if batch != recorded:
+        raise ReplayError(f"line {record.line}: recorded {recorded}, but the replay decides {batch}")
+
+
+def _arrived(request: Request, scheduler: Scheduler, now_s: float) -> Explanation:
+    others = [seq for seq in scheduler.sequences if seq.is_prefill and seq.request_id != request.request_id]
+    return Explanation(request, scheduler.config.policy, now_s, num_ahead_on_arrival=len(others))
+
+
+def _note_outputs(found: Explanation, outputs: list[Output], now_s: float) -> bool:
+    """Whether the request has ended."""
+    for output in outputs:
+        if output.request_id != found.request.request_id:
+            continue
+        match output:
+            case TokenOut(_, _, finish_reason):
+                found.num_tokens_out += 1
+                if found.first_token_s is None:
+                    found.first_token_s = now_s
+                found.end_s = now_s
+                if isinstance(finish_reason, FinishReason):
+                    return True
+            case Preempted(_, num_tokens_lost):
+                found.num_preemptions += 1
+                found.num_tokens_lost += num_tokens_lost
+            case Rejected(_, why):
+                found.rejection = why
+                return True
+    return False
+
+
+def _blocked(seq: Sequence, scheduler: Scheduler) -> Why | None:
+    """What keeps a request out of the next batch whoever else is there."""
+    if not seq.num_unscheduled_tokens or seq.num_first_stage_tokens < seq.num_scheduled_tokens:
+        return Why.IN_FLIGHT
+    if not seq.is_waiting:
+        return None
+    if scheduler.memory.num_owners >= scheduler.config.max_num_sequences:
+        return Why.NO_PLACE
+    return Why.NO_MEMORY if scheduler.memory.plan(seq) is None else None
+
+
+def _note_batch(
+    found: Explanation,
+    batch: Batch,
+    now_s: float,
+    slacks: dict[str, float],
+    blocked: Why | None,
+    requests: dict[str, Request],
+) -> None:
+    request_id = found.request.request_id
+    prefills: list[Chunk] = [chunk for chunk in batch.chunks if chunk.request_id in slacks]
+    own = next((chunk for chunk in prefills if chunk.request_id == request_id), None)
+    others = [chunk for chunk in prefills if chunk is not own]
+    if own is not None:
+        why = Why.COMPUTED
+    elif blocked is not None:
+        why = blocked
+    else:
+        why = Why.PASSED if others else Why.NO_ROOM
+    slack = slacks[request_id]
+    phase = found.phases[-1] if found.phases else None
+    # A stretch ends when the reason changes, or when it is somebody else who goes before.
+    is_same = phase is not None and phase.why is why and (
+        why is Why.COMPUTED or {chunk.request_id for chunk in others} <= set(phase.ahead) or not phase.ahead
+    )
+    if phase is None or not is_same:
+        phase = Phase(why, now_s, now_s, slack, slack)
+        found.phases.append(phase)
+    phase.end_s, phase.last_slack = now_s, slack
+    phase.num_batches += 1
+    phase.num_decodes += len(batch.chunks) - len(prefills)
+    if own is not None:
+        phase.num_computed += 1
+        phase.num_tokens += own.num_tokens
+    for chunk in others:
+        one = phase.ahead.setdefault(
+            chunk.request_id, Ahead(requests[chunk.request_id], first_slack=slacks[chunk.request_id])
+        )
+        one.num_tokens += chunk.num_tokens
+        one.num_batches += 1
+        one.last_slack = slacks[chunk.request_id]

@@ -1,0 +1,165 @@
+"""Several independent replicas as one engine: each its own scheduler, thread and ranks; requests are placed here."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_medha.core.batch import Batch, Completed, Event, FirstStageDone, Output
+from megatron_medha.core.placement import place
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.engine.engine import Engine
+from megatron_medha.engine.ports import (
+    Delivery,
+    EngineFacts,
+    EngineLoad,
+    EnginePhase,
+    EngineStatus,
+    ErrorDelivery,
+    Observer,
+    Sink,
+)
+
+# The phase of all together is the first of these that any replica is in: one that is up serves for all.
+_PRECEDENCE = (
+    EnginePhase.LOADING, EnginePhase.READY, EnginePhase.RECOVERING, EnginePhase.FAILED, EnginePhase.STOPPED,
+)  # fmt: skip
+
+
+class Replicas:
+    """Implements EngineClient over several engines."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = tuple(engines)
+        self._lock = threading.Lock()  # between requests that are placed at the same time
+        self._places: dict[str, Engine] = {}  # of live requests
+        self._sink: Sink | None = None
+        self._has_been_up = False
+
+    @property
+    def status(self) -> EngineStatus:
+        """See EngineClient. Until all have been up, one that fails fails all; later the others serve on."""
+        statuses = [engine.status for engine in self._engines]
+        phases = [status.phase for status in statuses]
+        if EnginePhase.FAILED in phases and not self._has_been_up:
+            phase = EnginePhase.FAILED
+        else:
+            phase = next(phase for phase in _PRECEDENCE if phase in phases)
+        self._has_been_up |= phase is EnginePhase.READY
+        return EngineStatus(
+            phase,
+            _detail(statuses, phase),
+            min((status.fraction for status in statuses if status.phase is phase), default=0.0),
+            sum(status.num_failures for status in statuses),
+            sum(status.num_recoveries for status in statuses),
+        )
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """See EngineClient: what holds on every replica."""
+        facts = [engine.facts for engine in self._engines]
+        first = facts[0]
+        known = [entry for entry in facts if entry is not None]
+        if first is None or len(known) < len(facts):
+            return None
+        return replace(
+            first,
+            num_blocks=min(entry.num_blocks for entry in known),
+            max_request_tokens=min(entry.max_request_tokens for entry in known),
+            device=f"{len(known)} replicas of {first.device}",
+        )
+
+    @property
+    def load(self) -> EngineLoad:
+        """See EngineClient: of all replicas together."""
+        loads = [engine.load for engine in self._engines]
+        return EngineLoad(
+            num_waiting=sum(load.num_waiting for load in loads),
+            num_prefilling=sum(load.num_prefilling for load in loads),
+            num_decoding=sum(load.num_decoding for load in loads),
+            num_free_blocks=sum(load.num_free_blocks for load in loads),
+            num_blocks=sum(load.num_blocks for load in loads),
+            num_waiting_tokens=sum(load.num_waiting_tokens for load in loads),
+        )
+
+    def now_s(self) -> float:
+        """See EngineClient."""
+        return self._engines[0].now_s()
+
+    def start(self, sink: Sink) -> None:
+        """See EngineClient; called on the threads of all replicas."""
+        self._sink = sink
+        for engine in self._engines:
+            engine.start(self._deliver)
+
+    def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
+        """See EngineClient."""
+        with self._lock:
+            engine = self._place(request.num_prompt_tokens)
+            self._places[request.request_id] = engine
+            engine.submit(request, token_ids, sampling)
+
+    def abort(self, request_id: str) -> None:
+        """See EngineClient."""
+        engine = self._places.pop(request_id, None)
+        if engine is not None:  # None: it has ended
+            engine.abort(request_id)
+
+    def stop(self, timeout_s: float) -> None:
+        """See EngineClient; all at the same time."""
+        threads = [threading.Thread(target=engine.stop, args=(timeout_s,)) for engine in self._engines]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _place(self, num_prompt_tokens: int) -> Engine:
+        alive = [
+            engine for engine in self._engines
+            if engine.status.phase in (EnginePhase.READY, EnginePhase.RECOVERING)
+        ] or self._engines  # that say themselves why they take nothing
+        return alive[place([engine.load_for(num_prompt_tokens) for engine in alive])]
+
+    def _deliver(self, deliveries: Sequence[Delivery]) -> None:
+        assert self._sink is not None
+        for delivery in deliveries:
+            if isinstance(delivery, ErrorDelivery) or delivery.finish_reason is not None:
+                self._places.pop(delivery.request_id, None)
+        self._sink(deliveries)
+
+
+class SharedObserver:
+    """Lets the threads of several engines tell one observer, which sees batch ids that no two of them share."""
+
+    def __init__(self, observer: Observer, lock: threading.Lock, replica: int, num_replicas: int) -> None:
+        self._observer = observer
+        self._lock = lock
+        self._replica = replica
+        self._num_replicas = num_replicas
+
+    def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
+        """See Observer."""
+        if isinstance(event, Completed | FirstStageDone):
+            event = replace(event, batch_id=self._unique(event.batch_id))
+        with self._lock:
+            self._observer.handled(event, outputs, now_s)
+
+    def scheduled(self, batch: Batch, now_s: float) -> None:
+        """See Observer."""
+        with self._lock:
+            self._observer.scheduled(replace(batch, batch_id=self._unique(batch.batch_id)), now_s)
+
+    def _unique(self, batch_id: int) -> int:
+        return batch_id * self._num_replicas + self._replica
+
+
+def _detail(statuses: Sequence[EngineStatus], phase: EnginePhase) -> str:
+    """Words of the first replica in this phase; and of those that are worse off."""
+    words = [next((status.detail for status in statuses if status.phase is phase), "")]
+    for index, status in enumerate(statuses):
+        if phase is EnginePhase.READY and status.phase is not phase:
+            words.append(f"replica {index} is {status.phase.value}: {status.detail}")
+    return "; ".join(words)

@@ -1,0 +1,221 @@
+"""The traffic a system is put under: requests in order of arrival, the same ones for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import Enum
+from itertools import islice
+from math import isfinite
+from pathlib import Path
+from random import Random
+
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.request import Request
+from megatron_medha.engine.arrivals import Arrivals, ArrivalShape, arrival_times_s
+from megatron_medha.engine.lengths import MixScales, draw_mix
+from megatron_medha.engine.trace_file import TraceFile
+
+
+class ZeroLengths(Enum):
+    """What to do with trace rows that have no prompt or no output tokens."""
+
+    ERROR = "error"
+    SKIP = "skip"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadConfig:
+    """Requests from a trace, or drawn from the quantiles of the paper's mix."""
+
+    path: Path | None = None
+    zero_lengths: ZeroLengths = ZeroLengths.ERROR
+    long_share: float = 0.0488
+    long_prompt_scale: float = 1.0
+    short_prompt_scale: float = 1.0
+    output_scale: float = 1.0
+    arrivals: Arrivals = Arrivals.AUTO
+    qps: float | None = None
+    time_scale: float = 1.0
+    duration_s: float | None = None
+    num_requests: int | None = None
+    cv: float = 2.0
+    burst_factor: float = 5.0
+    burst_s: float = 30.0
+    period_s: float = 300.0
+    amplitude: float = 0.8
+
+    def __post_init__(self) -> None:
+        for key, low, high in (
+            ("long_share", 0.0, 1.0),
+            ("long_prompt_scale", 1e-3, 1e4),
+            ("short_prompt_scale", 1e-3, 1e4),
+            ("output_scale", 1e-3, 1e4),
+            ("qps", 1e-6, 1e6),
+            ("time_scale", 1e-6, 1e6),
+            ("duration_s", 1e-3, 1e9),
+            ("num_requests", 1, 1 << 40),
+            ("cv", 0.05, 100.0),
+            ("burst_factor", 1.0, 1e6),
+            ("burst_s", 1e-3, 1e9),
+            ("period_s", 1e-3, 1e9),
+            ("amplitude", 0.0, 1.0),
+        ):
+            value = getattr(self, key)
+            if value is not None and not (low <= value <= high and isfinite(value)):
+                raise ConfigError(f"workload.{key}={value:g}: must be between {low:g} and {high:g}")
+
+    @property
+    def shape(self) -> ArrivalShape:
+        """How arrivals scatter."""
+        return ArrivalShape(**{field.name: getattr(self, field.name) for field in fields(ArrivalShape)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadFacts:
+    """What one pass over all requests tells."""
+
+    num_requests: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    max_prompt_tokens: int
+    max_request_tokens: int  # prompt and output of one
+    last_arrival_s: float
+
+
+class Workload:
+    """Every call of requests() gives the same requests, one by one: a simulated day need not be held in memory.
+
+    Raises ConfigError, on construction, for options that contradict each other, and for a trace that cannot be read
+    to the end of the part that is needed.
+    """
+
+    def __init__(self, config: WorkloadConfig, seed: int) -> None:
+        self.config = config
+        self._seed = seed
+        self._stretch = 1.0
+        self._is_recorded = False
+        if config.path is None:
+            self._check_synthetic()
+        else:
+            self._look_into(self._trace(config.path))
+        self.facts = self._count()
+
+    def requests(self) -> Iterator[Request]:
+        """The requests, in order of arrival; ids r0, r1, ... in that order."""
+        config = self.config
+        for index, (arrival_s, num_prompt_tokens, num_output_tokens) in enumerate(
+            islice(self._recorded() if self._is_recorded else self._drawn(), config.num_requests)
+        ):
+            if config.duration_s is not None and arrival_s >= config.duration_s:
+                return
+            yield Request(
+                request_id=f"r{index}",
+                num_prompt_tokens=num_prompt_tokens,
+                max_output_tokens=num_output_tokens,
+                arrival_s=arrival_s,
+            )
+
+    def _trace(self, path: Path) -> TraceFile:
+        return TraceFile(
+            path=path.expanduser(), skips_zero_lengths=self.config.zero_lengths is ZeroLengths.SKIP
+        )
+
+    def _check_synthetic(self) -> None:
+        config = self.config
+        if config.arrivals is Arrivals.RECORDED:
+            raise ConfigError("workload.arrivals=recorded: only a trace has recorded arrivals; give workload.path=FILE")
+        if config.qps is None:
+            raise ConfigError("workload.qps=null: a synthetic mix needs a rate; give requests per second, "
+                "or give a trace, workload.path=FILE")
+        if config.duration_s is None and config.num_requests is None:
+            raise ConfigError("workload.duration_s=null: a synthetic mix has no end of its own; "
+                "give seconds, or workload.num_requests")
+        if config.time_scale != 1.0:
+            raise ConfigError(f"workload.time_scale={config.time_scale:g}: scales recorded arrivals; "
+                "for a synthetic mix give workload.qps")
+
+    def _look_into(self, trace: TraceFile) -> None:
+        """Decide where arrivals come from, and read as many rows as will be used, so that errors come at the start."""
+        config = self.config
+        first = next(trace.rows(), None)
+        if first is None:
+            raise ConfigError(f"workload.path={config.path}: no requests in it; it needs at least one row")
+        has_times = first.arrival_s is not None
+        if config.arrivals is Arrivals.RECORDED and not has_times:
+            raise ConfigError(f"workload.arrivals=recorded: {config.path} has no arrival times; "
+                "use workload.arrivals=poisson with workload.qps")
+        self._is_recorded = has_times and config.arrivals in (Arrivals.AUTO, Arrivals.RECORDED)
+        if not self._is_recorded:
+            if config.qps is None:
+                raise ConfigError(f"workload.qps=null: arrivals for {config.path} have to be drawn; "
+                    "give requests per second")
+            if config.time_scale != 1.0:
+                raise ConfigError(f"workload.time_scale={config.time_scale:g}: scales recorded arrivals; "
+                    "these are drawn, give workload.qps")
+            return
+        self._stretch = config.time_scale
+        if config.qps is not None:
+            if config.time_scale != 1.0:
+                raise ConfigError(f"workload.time_scale={config.time_scale:g}: workload.qps={config.qps:g} scales "
+                    "the recorded arrivals too; give one of them")
+            num_rows, last_s = 0, 0.0
+            for row in trace.rows():
+                num_rows += 1
+                last_s = row.arrival_s or 0.0
+            if not last_s:
+                raise ConfigError(f"workload.qps={config.qps:g}: all requests of {config.path} come at once; "
+                    "use workload.arrivals=poisson")
+            self._stretch = num_rows / last_s / config.qps
+
+    def _recorded(self) -> Iterator[tuple[float, int, int]]:
+        """Arrival, prompt and output tokens of every row."""
+        assert self.config.path is not None
+        for arrival_s, num_prompt_tokens, num_output_tokens in self._trace(self.config.path).rows():
+            assert arrival_s is not None
+            yield arrival_s * self._stretch, num_prompt_tokens, num_output_tokens
+
+    def _drawn(self) -> Iterator[tuple[float, int, int]]:
+        """The same with arrivals that are drawn, and lengths of the trace or the mix.
+
+        Arrivals and lengths have streams of random numbers of their own: another rate or process leaves every
+        request's lengths as they were.
+        """
+        config = self.config
+        assert config.qps is not None
+        kind = Arrivals.POISSON if config.arrivals is Arrivals.AUTO else config.arrivals
+        arrivals_s = arrival_times_s(kind, config.qps, Random(f"arrivals {self._seed}"), config.shape)
+        if config.path is not None:
+            for arrival_s, row in zip(arrivals_s, self._trace(config.path).rows(), strict=False):
+                yield arrival_s, row.num_prompt_tokens, row.num_output_tokens
+        else:
+            draw = Random(f"lengths {self._seed}")
+            scales = MixScales(
+                short_prompts=config.short_prompt_scale,
+                long_prompts=config.long_prompt_scale,
+                outputs=config.output_scale,
+            )
+            for arrival_s in arrivals_s:
+                yield arrival_s, *draw_mix(draw, config.long_share, scales)
+
+    def _count(self) -> WorkloadFacts:
+        num_requests = num_prompt_tokens = num_output_tokens = max_prompt = max_request = 0
+        last_s = 0.0
+        for request in self.requests():
+            num_requests += 1
+            num_prompt_tokens += request.num_prompt_tokens
+            num_output_tokens += request.max_output_tokens
+            max_prompt = max(max_prompt, request.num_prompt_tokens)
+            max_request = max(max_request, request.num_prompt_tokens + request.max_output_tokens)
+            last_s = request.arrival_s
+        if not num_requests:
+            raise ConfigError(f"workload.duration_s={self.config.duration_s}: no request arrives within it; "
+                "give more, or a higher workload.qps")
+        return WorkloadFacts(
+            num_requests=num_requests,
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=num_output_tokens,
+            max_prompt_tokens=max_prompt,
+            max_request_tokens=max_request,
+            last_arrival_s=last_s,
+        )

@@ -1,0 +1,139 @@
+"""Running the application on uvicorn: the listening socket, TLS, signals, and the drain before the end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Coroutine
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.connection import connection_class
+from megatron_medha.server.service import Service
+
+# Idle connections close at once; what is left after the drain are answers whose last bytes are on their way.
+_FLUSH_S = 1
+
+
+class Server(uvicorn.Server):
+    """Says when it listens; at the first signal drains, at the second ends at once; SIGHUP reloads."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_listening: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._service = service
+        self._on_listening = on_listening
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_ending = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets=sockets)
+        if not self.started:
+            return
+        self._service.end_server = self.end
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
+            self._loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._service.reload_and_log()))
+        if self._on_listening is not None:
+            self._on_listening()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal to end, in the middle of whatever the main thread does."""
+        self._captured_signals.append(sig)
+        if self._is_ending or self._loop is None:
+            self.force_exit = self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.end)
+
+    def end(self) -> None:
+        """Drain, then stop; on the event loop."""
+        if not self._is_ending:
+            self._is_ending = True
+            self._spawn(self._drain())
+
+    async def _drain(self) -> None:
+        await self._service.drain()
+        self.should_exit = True
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def run(app: FastAPI, config: ServerConfig, on_listening: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM; on_listening is told the base URL. ConfigError if the port is taken."""
+    check_tls(config)
+    with bind(config) as listener:
+        host, port = listener.getsockname()[:2]
+        scheme = "https" if config.tls_certificate is not None else "http"
+        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        say = None if on_listening is None else lambda: on_listening(url)
+        try:
+            Server(uvicorn_config(app, config), app.state.service, say).run(sockets=[listener])
+        except KeyboardInterrupt:
+            pass  # uvicorn raises the signal again after it has shut down; by then all is done
+        except SystemExit:
+            if app.state.startup_error is None:
+                raise
+    if app.state.startup_error is not None:
+        raise app.state.startup_error
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A socket on the configured address, before anything slow is started; ConfigError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+        # Another listener with SO_REUSEADDR shows only here.
+        listener.listen(2048)
+    except (OSError, UnicodeError) as error:
+        listener.close()
+        raise ConfigError(
+            f"server.host={config.host} server.port={config.port} cannot be listened on ({error}); "
+            f"choose another server.port, or end what uses it"
+        ) from error
+    return listener
+
+
+def check_tls(config: ServerConfig) -> None:
+    """ConfigError if the certificate and its key cannot be used together."""
+    if config.tls_certificate is None or config.tls_key is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_certificate, config.tls_key)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(
+            f"server.tls_certificate={config.tls_certificate} server.tls_key={config.tls_key}: {error}"
+        ) from None
+
+
+def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    """How uvicorn runs the app; uvloop is used where it is installed."""
+    return uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        http=connection_class(config),
+        lifespan="on",
+        log_level="error",  # a client's malformed bytes are no news; our own errors are
+        log_config=None,    # its lines go where ours go
+        access_log=False,
+        server_header=False,
+        ws="none",
+        ssl_certfile=config.tls_certificate,
+        ssl_keyfile=config.tls_key,
+        timeout_keep_alive=config.keepalive_timeout_s,
+        timeout_graceful_shutdown=_FLUSH_S,
+    )

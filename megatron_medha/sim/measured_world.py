@@ -1,0 +1,80 @@
+"""The world of `medha simulate`: arrivals as they come, a ledger of requests, a sample of the state now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, Event, Output, Preempted, Rejected, TokenOut
+from megatron_medha.core.request import Request
+from megatron_medha.sim.ledger import Ledger
+from megatron_medha.sim.pipeline import Pipeline, StepTimes
+from megatron_medha.sim.world import World
+
+
+class MeasuredWorld(World):
+    """Keeps nothing of a request that has ended but what the ledger has made of it.
+
+    on_sample: called at most once every sample_s of simulated time, at the next event.
+    until_s: no event after this moment happens.
+    """
+
+    def __init__(
+        self,
+        arrivals: Iterable[Request],
+        pipeline: Pipeline,
+        truth: Callable[[Batch], StepTimes],
+        ledger: Ledger,
+        until_s: float = float("inf"),
+        sample_s: float = float("inf"),
+        on_sample: Callable[[float], None] = lambda now_s: None,
+        front_s: float = 0.0,
+    ) -> None:
+        super().__init__(arrivals, pipeline, front_s=front_s)
+        self._truth = truth
+        self._ledger = ledger
+        self._until_s = until_s
+        self._sample_s = sample_s
+        self._next_sample_s = 0.0
+        self._on_sample = on_sample
+        self._flights: dict[int, tuple[list[Chunk], float]] = {}  # prefill chunks, and when it was submitted
+        self._batch_start_s = 0.0  # of the batch completed last, whose tokens are handed out
+        self._active_since_s = 0.0
+        self.active_s = 0.0        # with at least one batch in flight
+
+    def next_event(self) -> Event | None:
+        """See Runtime."""
+        event = super().next_event()
+        if event is None or self._now_s > self._until_s:
+            return None
+        if isinstance(event, Completed):
+            prefills, self._batch_start_s = self._flights.pop(event.batch_id)
+            if prefills:
+                self._ledger.completed(prefills, self._batch_start_s, self._now_s)
+            if not self._flights:
+                self.active_s += self._now_s - self._active_since_s
+        elif isinstance(event, Arrived):
+            self._ledger.arrived(event.request)
+        if self._now_s >= self._next_sample_s:
+            self._next_sample_s = self._now_s + self._sample_s
+            self._on_sample(self._now_s)
+        return event
+
+    def submit(self, batch: Batch) -> None:
+        """See Runtime."""
+        if not self._flights:
+            self._active_since_s = self._now_s
+        prefills = [chunk for chunk in batch.chunks if chunk.num_tokens > 1 or not chunk.start]
+        self._flights[batch.batch_id] = prefills, self._now_s
+        if prefills:
+            self._ledger.submitted(prefills, self._now_s)
+        self.enter(batch, self._truth(batch))
+
+    def emit(self, output: Output) -> None:
+        """See Runtime."""
+        match output:
+            case TokenOut(request_id, _, finish_reason):
+                self._ledger.token(request_id, self._batch_start_s, self._now_s, finish_reason is not None)
+            case Preempted(request_id, num_tokens_lost):
+                self._ledger.preempted(request_id, num_tokens_lost)
+            case Rejected(request_id, why):
+                self._ledger.rejected(request_id, why)

@@ -1,0 +1,200 @@
+"""One simulation from configuration to summary: system, world, ledger and truth put together. No files, no console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.utilisation import mbu, mfu
+from megatron_medha.engine.loop import serve
+from megatron_medha.engine.outcome import Outcome, Slo
+from megatron_medha.engine.ports import Decisions, Observer
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.engine.summary import LengthClasses, Summary
+from megatron_medha.engine.workload import Workload, WorkloadConfig
+from megatron_medha.sim.isolated import IsolatedTimes
+from megatron_medha.sim.ledger import Ledger
+from megatron_medha.sim.measured_world import MeasuredWorld
+from megatron_medha.sim.pipeline import Pipeline, Span
+from megatron_medha.sim.system import build_system
+from megatron_medha.sim.truth import Truth, TruthConfig
+
+_NUM_SAMPLES = 400  # of the state, over the time in which requests arrive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationConfig:
+    """All that decides what happens in a simulation: the same config gives the same results, to the last bit."""
+
+    setup: SchedulerSetup
+    workload: WorkloadConfig
+    slo: Slo = Slo()
+    classes: LengthClasses = LengthClasses()
+    truth: TruthConfig = TruthConfig()
+    seed: int = 0
+    max_drain_s: float | None = None  # after the last arrival the run ends, whoever is left; None: when all have ended
+    sample_s: float | None = None     # between two samples of the state; None: _NUM_SAMPLES in all
+
+    @property
+    def shard_tokens(self) -> int:
+        """Tokens of one request on one KVP rank, at most."""
+        return self.setup.max_tokens_per_shard or self.setup.num_blocks * self.setup.block_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingRequest:
+    """A request without its first token, at a moment."""
+
+    request_id: str
+    length_class: str
+    relative_slack: float  # (deadline - now - remaining work) / work, by T_iso; negative once late
+    is_started: bool
+    is_late: bool          # its first-token deadline has passed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The state of the replica at a moment."""
+
+    now_s: float
+    num_ended: int
+    num_decoding: int
+    waiting: tuple[WaitingRequest, ...]
+    kv_used_share: float | None  # of all blocks; None for a system that does not tell
+
+
+@dataclass(slots=True)
+class Watchers:
+    """What looks on while a simulation runs, without changing it."""
+
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None
+    on_sample: Callable[[Sample], None] = lambda sample: None
+    on_span: Callable[[Span], None] | None = None
+    observers: tuple[Observer, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationResult:
+    """What came out; the values are plain numbers, ready for JSON."""
+
+    summary: Summary
+    values: dict[str, Any]
+    end_s: float  # simulated time of the last event
+
+
+class Simulation:
+    """A simulation that is ready to run, once. Raises ConfigError for a workload that cannot be."""
+
+    def __init__(self, config: SimulationConfig) -> None:
+        self.config = config
+        self.workload = Workload(config.workload, config.seed)
+        setup = config.setup
+        max_request_tokens = _max_request_tokens(config)
+        if self.workload.facts.max_request_tokens > max_request_tokens:
+            raise ConfigError(
+                f"the workload's longest request has {self.workload.facts.max_request_tokens:,} tokens, but this "
+                f"machine has KV memory for requests of up to {max_request_tokens:,}; give it more GPUs (parallel.tp, "
+                "parallel.spp, parallel.kvp), a larger parallel.max_tokens_per_shard if set, or another workload"
+            )
+        self._cost = setup.cluster_cost
+        # Noise is left out, and the system is Medha's own whatever is under test: all are held to the same deadlines.
+        reference = replace(setup, config=SchedulerConfig(), learns=False)
+        quiet = Truth(self._cost, config.shard_tokens, replace(config.truth, noise=0.0), config.seed)
+        self.isolated_s = IsolatedTimes(
+            lambda: build_system(reference),
+            quiet,
+            lambda: Pipeline(setup.layout.spp, setup.layout.kvp),
+            self.workload.facts.max_prompt_tokens,
+            self._cost.engine.request_s,
+        )
+
+    def run(self, watchers: Watchers, system: Decisions | None = None) -> SimulationResult:
+        """From the first arrival to the end. system: what decides; None: what the config says."""
+        config, facts = self.config, self.workload.facts
+        system = system or build_system(config.setup)
+        truth = Truth(self._cost, config.shard_tokens, config.truth, config.seed)
+        summary = Summary(config.classes, config.slo)
+        ledger = Ledger(summary, config.slo, self.isolated_s, watchers.on_outcome)
+        pipeline = Pipeline(config.setup.layout.spp, config.setup.layout.kvp, watchers.on_span)
+        memory = getattr(system, "memory", None)
+        kv_shares: list[float] = []
+
+        def look(now_s: float) -> None:
+            sample = self._sample(now_s, ledger, memory if isinstance(memory, KVMemory) else None)
+            if sample.kv_used_share is not None:
+                kv_shares.append(sample.kv_used_share)
+            watchers.on_sample(sample)
+
+        world = MeasuredWorld(
+            self.workload.requests(),
+            pipeline,
+            truth,
+            ledger,
+            until_s=float("inf") if config.max_drain_s is None else facts.last_arrival_s + config.max_drain_s,
+            sample_s=config.sample_s or max(facts.last_arrival_s / _NUM_SAMPLES, 1e-3),
+            on_sample=look,
+            front_s=self._cost.engine.request_s,
+        )
+        serve(system, world, watchers.observers)
+        ledger.close()
+        values = summary.as_values()
+        values["machine"] = self._machine_values(world, truth, summary.duration_s, kv_shares)
+        return SimulationResult(summary=summary, values=values, end_s=world.now_s())
+
+    def _sample(self, now_s: float, ledger: Ledger, memory: KVMemory | None) -> Sample:
+        config = self.config
+        waiting: list[WaitingRequest] = []
+        for live in ledger.live:
+            if live.first_token_s is None:
+                left_s = live.isolated_s - (self.isolated_s(live.num_prefilled) if live.num_prefilled else 0.0)
+                until_deadline_s = live.request.arrival_s + config.slo.deadline_s(live.isolated_s) - now_s
+                waiting.append(
+                    WaitingRequest(
+                        request_id=live.request.request_id,
+                        length_class=config.classes.of(live.request.num_prompt_tokens),
+                        relative_slack=(until_deadline_s - left_s) / live.isolated_s,
+                        is_started=live.first_scheduled_s is not None,
+                        is_late=until_deadline_s < 0.0,
+                    )
+                )
+        return Sample(
+            now_s=now_s,
+            num_ended=ledger.num_ended,
+            num_decoding=ledger.num_live - len(waiting),
+            waiting=tuple(waiting),
+            kv_used_share=None
+            if memory is None
+            else 1.0 - memory.num_free_blocks / (memory.num_blocks * memory.kvp),
+        )
+
+    def _machine_values(
+        self, world: MeasuredWorld, truth: Truth, duration_s: float, kv_shares: list[float]
+    ) -> dict[str, Any]:
+        setup = self.config.setup
+        layout, hardware, work = setup.layout, setup.hardware, truth.work
+        num_gpus = layout.world_size
+        busy_s = [sum(stage) for stage in world.pipeline.busy_s]
+        num_lanes = layout.spp * layout.kvp
+        span_s = max(duration_s, 1e-9)
+        return {
+            "num_gpus": num_gpus,
+            "num_batches": work.num_batches,
+            "num_tokens_computed": work.num_tokens,
+            "active_share": world.active_s / span_s,
+            "utilisation": sum(busy_s) / (num_lanes * span_s),
+            "utilisation_by_stage": [seconds / (layout.kvp * span_s) for seconds in busy_s],
+            # Of the time with work in the pipeline, what stages and KVP ranks spent waiting.
+            "bubbles": 1.0 - sum(busy_s) / (num_lanes * world.active_s) if world.active_s else None,
+            "mfu": mfu(work.flops(setup.shape), hardware, num_gpus, span_s, setup.shape.bytes_per_element),
+            "mbu": mbu(work.num_bytes(setup.shape), hardware, num_gpus, span_s),
+            "kv_used_mean": sum(kv_shares) / len(kv_shares) if kv_shares else None,
+            "kv_used_max": max(kv_shares, default=None),
+        }
+
+
+def _max_request_tokens(config: SimulationConfig) -> int:
+    return min(config.setup.shape.max_context_len, config.setup.layout.kvp * config.shard_tokens)

@@ -1,0 +1,55 @@
+"""Messages of the front, as the rank's loop takes them. No torch here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from megatron_medha.cluster.messages import Ping, Shutdown, Step, ToRank
+
+_log = logging.getLogger(__name__)
+
+# How soon an orphan notices where the kernel does not tell it; an idle rank wakes up this often.
+_PARENT_CHECK_MS = 1000
+
+
+class FrontInbox(Protocol):
+    """Where messages of the front come in."""
+
+    def wait(self) -> Step | Shutdown | None:
+        """The next message; None when none will come any more."""
+
+    def poll(self) -> Step | Shutdown | None:
+        """The next message if it is there already."""
+
+
+class SocketInbox:
+    """A FrontInbox, for as long as the process that started this one lives."""
+
+    def __init__(self, socket: zmq.Socket[bytes], parent_pid: int) -> None:
+        self._socket, self._parent_pid = socket, parent_pid
+        self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+
+    def wait(self) -> Step | Shutdown | None:
+        """See FrontInbox."""
+        while True:
+            while not self._socket.poll(_PARENT_CHECK_MS):
+                if os.getppid() != self._parent_pid:
+                    _log.warning("parent_gone")
+                    return None
+            if (message := self.poll()) is not None:
+                return message
+
+    def poll(self) -> Step | Shutdown | None:
+        """See FrontInbox."""
+        while True:
+            try:
+                message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return None
+            if not isinstance(message, Ping):
+                return message

@@ -1,0 +1,159 @@
+"""A rank without a model: its tokens follow from the tokens before them, and it checks all that it is told.
+
+It runs worker/main.py's own loop. The checkpoint directory of its configuration may hold fault.json:
+{"rank": r, "kind": "hang" | "stop" | "close" | "exit" | "load", "token": t}. A rank that meets the token in a prompt
+(for "load": when it starts) removes the file and fails that way, once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import zmq
+
+from megatron_medha.cluster.messages import Ready, SampledToken, Step, StepDone
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.blocks import Extent
+from megatron_medha.core.layout import Coord
+from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.worker.front_inbox import FrontInbox
+from megatron_medha.worker.main import Serve, main
+
+VOCAB_SIZE = 1000
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """What follows these tokens; no two different histories are likely to agree."""
+    state = 7
+    for token in tokens:
+        state = (state * 1_000_003 + token + 1) % 2_147_483_647
+    return 3 + state % (VOCAB_SIZE - 3)
+
+
+def continuation(prompt: Sequence[int], num_outputs: int) -> list[int]:
+    """All that an undisturbed request gets."""
+    tokens = list(prompt)
+    for _ in range(num_outputs):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeRank:
+    """Remembers tokens and block tables as a real rank does."""
+
+    def __init__(self, config: RankConfig, num_blocks: int) -> None:
+        self._config = config
+        self._coord: Coord = config.layout.coord_of(config.rank)
+        self._num_blocks = num_blocks
+        self._tokens: dict[str, list[int]] = {}
+        self._blocks: dict[str, list[int]] = {}
+        self._is_last_stage = self._coord.pp == config.layout.spp - 1
+        self._last_batch_id = -1
+        self.answers = self._coord.tp == 0
+
+    def run(self, step: Step) -> StepDone:
+        assert step.batch_id > self._last_batch_id, "batches out of order"
+        self._last_batch_id = step.batch_id
+        for request_id in step.released:
+            self._tokens.pop(request_id, None)
+            self._blocks.pop(request_id, None)
+        for new in step.new_requests:
+            assert new.request_id not in self._tokens, f"{new.request_id} was announced twice"
+            tokens = array("i")
+            tokens.frombytes(new.token_ids)
+            self._tokens[new.request_id] = list(tokens)
+        for request_id, token_id in step.sampled:
+            self._tokens[request_id].append(token_id)
+        sampled = []
+        for chunk in step.chunks:
+            kvp_ranks, end = chunk.kvp_ranks, chunk.start + chunk.num_tokens
+            assert self._coord.kvp in kvp_ranks, f"{chunk} has no part here"
+            tokens = self._tokens[chunk.request_id]
+            assert len(tokens) >= end, f"{chunk}: only {len(tokens)} tokens are known"
+            self._fail_if_told(tokens)
+            is_last = self._coord.kvp == kvp_ranks[-1]
+            if is_last:
+                self._write_kv(chunk.request_id, chunk.start, end, len(kvp_ranks), chunk.new_extents)
+            if chunk.samples_token:
+                assert len(tokens) == end, f"{chunk}: sampled from {end} of {len(tokens)} tokens"
+                if is_last and self._is_last_stage:
+                    token_id = next_token(tokens)
+                    sampled.append(SampledToken(chunk.request_id, token_id))
+                    if self._config.layout.world_size == 1:
+                        tokens.append(token_id)
+        return StepDone(step.batch_id, self._config.rank, 0.001, tuple(sampled))
+
+    def _write_kv(self, request_id: str, start: int, end: int, num_shards: int, extents: Sequence[Extent]) -> None:
+        shard_tokens = self._config.max_tokens_per_shard
+        shard_start = 0 if shard_tokens is None else (num_shards - 1) * shard_tokens
+        if start == shard_start:
+            self._blocks[request_id] = []
+        owned = self._blocks[request_id]
+        for first, count in extents:
+            owned.extend(range(first, first + count))
+        everything = [block for blocks in self._blocks.values() for block in blocks]
+        assert len(set(everything)) == len(everything), "a block has two owners"
+        assert all(0 <= block < self._num_blocks for block in owned)
+        assert (end - shard_start) <= len(owned) * self._config.block_size, "a token without a block"
+
+    def _fail_if_told(self, tokens: Sequence[int]) -> None:
+        kind = _take_fault(self._config, tokens)
+        match kind:
+            case "hang":
+                threading.Event().wait()
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "exit":
+                os._exit(3)
+            case "close":
+                for found in gc.get_objects():
+                    if isinstance(found, zmq.Socket) and not found.closed and found.identity.startswith(b"rank"):
+                        found.close(linger=0)
+                threading.Event().wait()
+
+
+def _take_fault(config: RankConfig, tokens: Sequence[int] | None = None) -> str | None:
+    """The fault this rank is to have now: on these tokens, or without them, while it loads."""
+    path = Path(config.checkpoint) / "fault.json"
+    if not path.exists():
+        return None
+    fault = json.loads(path.read_text())
+    is_due = fault["kind"] == "load" if tokens is None else fault["kind"] != "load" and fault["token"] in tokens
+    if fault["rank"] != config.rank or not is_due:
+        return None
+    path.unlink()
+    return str(fault["kind"])
+
+
+def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Serve, Ready]:
+    """Takes no time, unless it is told to fail."""
+    progress("model", 0.5)
+    if _take_fault(config) == "load":
+        raise ValueError("told to fail")
+    shape = ModelShape(
+        name="fake", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
+        vocab_size=VOCAB_SIZE, max_context_len=4096,
+    )  # fmt: skip
+    # Ranks may differ in what they have room for; the least of all counts.
+    num_blocks = config.kv_memory_bytes + config.rank
+    rank = FakeRank(config, config.kv_memory_bytes)
+
+    def serve(inbox: FrontInbox, answer: Callable[[StepDone], None]) -> None:
+        while isinstance(message := inbox.wait(), Step):
+            done = rank.run(message)
+            if rank.answers:
+                answer(done)
+
+    return serve, Ready(config.rank, shape, num_blocks, config.block_size, (), "fake")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], load))

@@ -1,0 +1,244 @@
+"""Ranks that others start: agents attach over encrypted TCP, on this machine and from another network namespace."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from clients import TIMEOUT_S, wait_until, wait_until_ready
+from fake_cluster import FakeCluster, assert_all_are_answered, mixed_load
+from fake_rank import continuation
+
+from megatron_medha.cluster.attach import attached_ranks
+from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.cluster.keys import Keys
+from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.engine.ports import EnginePhase
+from megatron_medha.engine.replicas import Replicas
+
+FAKE_AGENT = (sys.executable, str(Path(__file__).with_name("fake_agent.py")))
+AGENT = (sys.executable, "-m", "megatron_medha.worker.main")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Site:
+    """A front that ranks attach to, and the agents that were started for it."""
+
+    def __init__(self, directory: Path, host: str = "127.0.0.1", num_replicas: int = 1) -> None:
+        self.directory = directory
+        self.address = f"tcp://{host}:{free_port()}"
+        self.key_file = directory / "medha.key"
+        self.num_replicas = num_replicas
+        self.launch = LaunchConfig(
+            kind=LaunchKind.ATTACH, address=self.address, key_file=self.key_file, attach_timeout_s=TIMEOUT_S
+        )
+        self.agents: dict[int, subprocess.Popen[str]] = {}
+        self._exits = ExitStack()
+
+    def cluster(self, layout: ParallelLayout, replica: int = 0, **options: Any) -> FakeCluster:
+        open_ranks = attached_ranks(self.launch, replica, self.num_replicas)
+        cluster = FakeCluster(self.directory, layout, open_ranks=open_ranks, **options)
+        self._exits.callback(cluster.engine.stop, TIMEOUT_S)
+        return cluster
+
+    def start_agent(
+        self, rank: int, *, key_file: Path | None = None, prefix: Sequence[str] = ()
+    ) -> subprocess.Popen[str]:
+        """As a launcher does: which rank it is stands in the environment."""
+        agent = self._exits.enter_context(
+            subprocess.Popen(
+                [*prefix, *FAKE_AGENT, "--attach", self.address, "--key", str(key_file or self.key_file)],
+                env={**os.environ, "RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        self._exits.callback(agent.kill)
+        self.agents[rank] = agent
+        return agent
+
+    def rank_pid(self, rank: int) -> int:
+        """The rank's process: its agent's only child."""
+        agent = self.agents[rank].pid
+        (child,) = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        return int(child)
+
+    def close(self) -> None:
+        self._exits.close()
+
+
+@pytest.fixture
+def make_site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
+    sites: list[Site] = []
+
+    def make(**options: Any) -> Site:
+        sites.append(Site(tmp_path, **options))
+        return sites[-1]
+
+    yield make
+    for site in sites:
+        site.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the rank's process through /proc")
+def test_attached_ranks_serve_come_back_after_a_kill_and_leave_with_the_front(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    cluster = site.cluster(ParallelLayout(tp=2), recovery=RecoveryConfig(heartbeat_timeout_s=2.0)).connect()
+    site.start_agent(0)
+    wait_until(lambda: "waiting for ranks 1 to attach" in cluster.engine.status.detail, lambda: cluster.engine.status)
+    site.start_agent(1)
+    wait_until_ready(cluster.engine)
+    load = {**mixed_load(11, 20), "long": ([1, 2, 3], 2000)}
+    for name, (prompt, num_outputs) in load.items():
+        cluster.client.send(name, prompt, num_outputs)
+    cluster.client.wait("long", num_deliveries=20)
+    os.kill(site.rank_pid(1), signal.SIGKILL)
+    wait_until(lambda: cluster.engine.status.num_recoveries == 1, lambda: cluster.engine.status)
+    # And a whole "machine": the agent takes its rank with it, and the launcher starts another.
+    site.agents[0].kill()
+    wait_until(lambda: cluster.engine.status.phase is EnginePhase.RECOVERING)
+    site.start_agent(0)
+    assert_all_are_answered(cluster.client, load)
+    assert cluster.engine.status.num_recoveries == 2
+    cluster.engine.stop(TIMEOUT_S)
+    assert [site.agents[rank].wait(TIMEOUT_S) for rank in (0, 1)] == [0, 0]
+
+
+def test_agents_find_the_replica_they_belong_to(make_site: Callable[..., Site]) -> None:
+    site = make_site(num_replicas=2)
+    clusters = [site.cluster(ParallelLayout(), replica) for replica in range(2)]
+    engine = Replicas([cluster.engine for cluster in clusters])
+    deliveries: list[object] = []
+    engine.start(deliveries.extend)
+    surplus = site.start_agent(2)
+    for rank in (1, 0):
+        site.start_agent(rank)
+    wait_until_ready(engine)
+    assert surplus.wait(TIMEOUT_S) == 2
+    assert surplus.stderr is not None and "one too many: the server has 2" in surplus.stderr.read()
+
+
+def test_a_rank_with_other_keys_is_refused_and_told_so(make_site: Callable[..., Site], tmp_path: Path) -> None:
+    site = make_site()
+    cluster = site.cluster(ParallelLayout()).connect()
+    right = Keys.load(site.key_file)
+    strangers = Keys.load_or_make(tmp_path / "stranger.key")
+    # One knows nothing of the front; the other knows its public key, but holds no key the front trusts.
+    half = Keys(**{**{field: getattr(strangers, field) for field in strangers.__struct_fields__},
+                   "front_public": right.front_public})
+    (tmp_path / "half.key").write_bytes(msgspec.json.encode(half))
+    for name in ("stranger.key", "half.key"):
+        agent = site.start_agent(0, key_file=tmp_path / name)
+        assert agent.wait(TIMEOUT_S) == 2
+        assert agent.stderr is not None and "has other keys" in agent.stderr.read()
+    assert "waiting for ranks 0" in cluster.engine.status.detail
+    site.start_agent(0)
+    wait_until_ready(cluster.engine)
+    cluster.client.send("after", [4], 5)
+    assert cluster.client.tokens("after") == continuation([4], 5)
+
+
+def test_ranks_that_never_come_end_the_start_with_their_numbers(tmp_path: Path) -> None:
+    launch = LaunchConfig(
+        kind=LaunchKind.ATTACH, address=f"tcp://127.0.0.1:{free_port()}", key_file=tmp_path / "key",
+        attach_timeout_s=1.0,
+    )  # fmt: skip
+    cluster = FakeCluster(tmp_path, ParallelLayout(tp=2), open_ranks=attached_ranks(launch)).connect()
+    wait_until(lambda: cluster.engine.status.phase is EnginePhase.FAILED)
+    assert "nothing heard of the agents of ranks 0, 1" in cluster.engine.status.detail
+    cluster.engine.stop(TIMEOUT_S)
+
+
+def test_the_key_file_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys" / "medha.key"
+    made = Keys.load_or_make(path)
+    assert Keys.load_or_make(path) == made == Keys.load(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="not one that the front wrote"):
+        Keys.load(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--attach", "nowhere", "--key", "KEY"], {"RANK": "0"}, "--attach=nowhere: must be tcp://HOST:PORT"),
+        (["--attach", "tcp://127.0.0.1:9", "--key", "none"], {"RANK": "0"}, "key file none: cannot be read"),
+        (["--attach", "tcp://127.0.0.1:9", "--key", "KEY"], {}, "no launcher says which rank this is"),
+        (["--attach", "tcp://127.0.0.1:9", "--key", "KEY"], {"SLURM_PROCID": "x"}, "SLURM_PROCID=x"),
+        (["--attach", "tcp://127.0.0.1:9", "--key", "KEY", "--timeout", "0.5"], {"RANK": "0"}, "nothing heard"),
+    ],
+)
+def test_an_agent_that_cannot_attach_says_why(
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], words: str
+) -> None:
+    Keys.load_or_make(tmp_path / "key")
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "SLURM_PROCID")}
+    outcome = subprocess.run(
+        [*AGENT, *(str(tmp_path / "key") if word == "KEY" else word for word in arguments)],
+        env={**clean, **environment}, capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert outcome.returncode in (1, 2) and words in outcome.stderr
+
+
+@pytest.fixture
+def other_host() -> Iterator[str]:
+    """A network namespace that reaches this one over a pair of virtual cables, as another machine would."""
+    name, here, there = f"medha-{os.getpid()}", f"mh{os.getpid()}", f"mt{os.getpid()}"
+    if shutil.which("ip") is None:
+        pytest.skip("the ip command is not installed")
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no privilege to make a network namespace: {made.stderr.strip()}")
+    try:
+        for command in (
+            f"ip link add {here} type veth peer name {there} netns {name}",
+            f"ip addr add 10.213.77.1/30 dev {here}",
+            f"ip link set {here} up",
+            f"ip -n {name} addr add 10.213.77.2/30 dev {there}",
+            f"ip -n {name} link set {there} up",
+        ):
+            done = subprocess.run(command.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no privilege to connect a network namespace: {done.stderr.strip()}")
+        yield name
+    finally:
+        subprocess.run(["ip", "link", "del", here], capture_output=True)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_ranks_of_two_hosts_serve_together_and_survive_the_loss_of_one(
+    other_host: str, make_site: Callable[..., Site]
+) -> None:
+    site = make_site(host="10.213.77.1")
+    elsewhere = ("ip", "netns", "exec", other_host)
+    recovery = RecoveryConfig(heartbeat_timeout_s=2.0)
+    cluster = site.cluster(ParallelLayout(spp=2), recovery=recovery).connect()
+    site.start_agent(0)
+    site.start_agent(1, prefix=elsewhere)
+    wait_until_ready(cluster.engine)
+    load = {**mixed_load(12, 20), "long": ([1, 2, 3], 2000)}
+    for name, (prompt, num_outputs) in load.items():
+        cluster.client.send(name, prompt, num_outputs)
+    cluster.client.wait("long", num_deliveries=20)
+    site.agents[1].kill()
+    wait_until(lambda: cluster.engine.status.phase is EnginePhase.RECOVERING)
+    site.start_agent(1, prefix=elsewhere)
+    assert_all_are_answered(cluster.client, load)

@@ -1,0 +1,132 @@
+"""Ranks that die, hang or fall silent under load: nobody loses a token, and nobody gets one twice.
+
+The ranks are processes without a model (fake_rank.py): what each request must get is known beforehand.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from clients import TIMEOUT_S, wait_until
+from fake_cluster import POISON, StartCluster, assert_all_are_answered, mixed_load
+from fake_rank import continuation
+
+from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.engine.ports import EnginePhase, ErrorDelivery
+
+
+@pytest.mark.parametrize(
+    ("layout", "shard_tokens"),
+    [
+        (ParallelLayout(), None),
+        (ParallelLayout(tp=2), None),
+        (ParallelLayout(spp=3), None),
+        (ParallelLayout(kvp=3), 256),
+        (ParallelLayout(tp=2, spp=2, kvp=2), 384),
+    ],
+    ids=["single", "tp2", "spp3", "kvp3", "tp2-spp2-kvp2"],
+)
+def test_every_layout_answers_a_mixed_load_in_little_memory(
+    start: StartCluster, layout: ParallelLayout, shard_tokens: int | None
+) -> None:
+    cluster = start(layout, num_blocks=60, shard_tokens=shard_tokens)
+    load = mixed_load(1, 40)
+    for name, (prompt, num_outputs) in load.items():
+        cluster.client.send(name, prompt, num_outputs)
+    assert_all_are_answered(cluster.client, load)
+    assert cluster.engine.facts is not None and cluster.engine.facts.num_blocks == 60
+
+
+def test_each_rank_killed_in_turn_at_random_moments_costs_nobody_a_token(start: StartCluster) -> None:
+    cluster = start(ParallelLayout(spp=2, kvp=2), shard_tokens=384)
+    rng = random.Random(2)
+    load = mixed_load(2, 100)
+    num_tokens = sum(num_outputs for _, num_outputs in load.values())
+    for name, (prompt, num_outputs) in load.items():
+        cluster.client.send(name, prompt, num_outputs)
+    for rank in range(4):
+        # Somewhere in this rank's quarter of the work.
+        cluster.client.wait_for_tokens(int(num_tokens * (rank + rng.random()) / 4 * 0.95))
+        cluster.kill(rank)
+        wait_until(lambda: cluster.engine.status.num_recoveries == rank + 1, lambda: cluster.engine.status)  # noqa: B023
+    assert_all_are_answered(cluster.client, load)
+    assert cluster.engine.status.num_failures == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "min_step_timeout_s"),
+    [("hang", 0.5), ("stop", 3600.0), ("close", 3600.0), ("exit", 3600.0)],  # only a hang is the watchdog's to find
+)
+def test_a_rank_that_fails_in_any_way_is_found_and_replaced(
+    start: StartCluster, kind: str, min_step_timeout_s: float
+) -> None:
+    recovery = RecoveryConfig(
+        heartbeat_timeout_s=1.5, step_timeout_factor=1.0, min_step_timeout_s=min_step_timeout_s
+    )
+    cluster = start(ParallelLayout(spp=2), recovery=recovery)
+    load = {**mixed_load(3, 10), "poisoned": ([*range(200), POISON], 20)}
+    cluster.poison(1, kind)
+    for name, (prompt, num_outputs) in load.items():
+        cluster.client.send(name, prompt, num_outputs)
+    assert_all_are_answered(cluster.client, load)
+    assert cluster.engine.status.num_failures == cluster.engine.status.num_recoveries == 1
+
+
+def test_while_ranks_come_up_again_requests_are_taken_and_aborts_are_heard(start: StartCluster) -> None:
+    cluster = start(ParallelLayout(tp=2))
+    client = cluster.client
+    client.send("early", [1, 2, 3], 30)
+    client.send("doomed", [4, 5, 6], 3000)
+    client.wait("doomed", num_deliveries=3)
+    cluster.kill(1)
+    wait_until(lambda: cluster.engine.status.phase is EnginePhase.RECOVERING)
+    client.send("late", [7, 8, 9], 30)
+    client.engine.abort("doomed")
+    assert client.tokens("early") == continuation([1, 2, 3], 30)
+    assert client.tokens("late") == continuation([7, 8, 9], 30)
+    assert cluster.engine.status.phase is EnginePhase.READY
+    wait_until(lambda: cluster.engine.load.num_free_blocks == cluster.engine.load.num_blocks)
+    assert len(client.deliveries["doomed"]) < 3000
+
+
+def test_failures_that_come_too_often_end_every_request_with_the_reason(start: StartCluster) -> None:
+    cluster = start(ParallelLayout(), recovery=RecoveryConfig(max_failures=2, failure_window_s=3600.0))
+    cluster.client.send("endless", [1, 2, 3], 4000)
+    cluster.client.wait("endless", num_deliveries=2)
+    cluster.kill(0)
+    wait_until(lambda: cluster.engine.status.num_recoveries == 1)
+    cluster.kill(0)
+    last = cluster.client.wait("endless")[-1]
+    assert isinstance(last, ErrorDelivery) and not last.is_client_fault
+    assert "SIGKILL" in last.message and "failure 2 within 3600 s" in last.message
+    assert cluster.engine.status.phase is EnginePhase.FAILED
+
+
+@pytest.mark.parametrize("max_starts", [1, 2])
+def test_ranks_that_cannot_start_again_are_tried_as_often_as_configured(start: StartCluster, max_starts: int) -> None:
+    cluster = start(ParallelLayout(spp=2), recovery=RecoveryConfig(max_starts=max_starts))
+    cluster.client.send("patient", [1, 2, 3], 1000)
+    cluster.client.wait("patient", num_deliveries=2)
+    cluster.poison(1, "load")
+    cluster.kill(0)
+    if max_starts == 2:
+        assert cluster.client.tokens("patient") == continuation([1, 2, 3], 1000)
+        return
+    last = cluster.client.wait("patient")[-1]
+    assert isinstance(last, ErrorDelivery)
+    assert "told to fail" in last.message and "SIGKILL" in last.message
+    assert cluster.engine.status.phase is EnginePhase.FAILED
+
+
+def test_an_engine_that_is_stopped_while_its_ranks_come_up_leaves_no_process(start: StartCluster) -> None:
+    cluster = start(ParallelLayout(tp=2))
+    processes = cluster.processes
+    cluster.kill(0)
+    wait_until(lambda: cluster.engine.status.phase is EnginePhase.RECOVERING)
+    wait_until(lambda: bool(cluster.processes) and cluster.processes[0] is not processes[0])
+    processes += cluster.processes
+    cluster.engine.stop(TIMEOUT_S)
+    assert cluster.engine.status.phase is EnginePhase.STOPPED
+    assert all(process.exit_code is not None for process in processes)

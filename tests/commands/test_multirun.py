@@ -1,0 +1,75 @@
+"""-m: a job per combination, started again where it was left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_medha.main import main
+
+SMALL = ["parallel.tp=8", "workload.duration_s=5", "plots=never", "record.trace_duration_s=0"]
+
+
+def sweep(out: Path, *words: str) -> int:
+    return main(["simulate", "-m", *SMALL, f"out={out}", *words])
+
+
+def test_a_sweep_has_a_run_directory_per_combination_and_goes_on_where_it_was_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(tmp_path, "scheduler=fcfs,lars", "workload.qps=1,2") == 0
+    first = {path.parent.name: path.read_bytes() for path in tmp_path.glob("*/summary.json")}
+    assert sorted(first) == ["0", "1", "2", "3"]
+    assert "scheduler=lars\n" in (tmp_path / "2" / "overrides.txt").read_text()
+    for path in (tmp_path / "1").iterdir():
+        path.unlink()                                    # as if interrupted before it had begun, ...
+    (tmp_path / "3" / "summary.json").unlink()           # ... and before it had ended
+    capsys.readouterr()
+
+    assert sweep(tmp_path, "scheduler=fcfs,lars", "workload.qps=1,2") == 0
+
+    printed = capsys.readouterr().out
+    assert [f"job {job} is done already" in printed for job in range(4)] == [True, False, True, False]
+    assert {path.parent.name: path.read_bytes() for path in tmp_path.glob("*/summary.json")} == first
+
+
+def test_a_job_of_other_options_is_not_taken_for_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(tmp_path, "workload.qps=1") == 0
+    assert sweep(tmp_path, "workload.qps=2") == 0
+
+    assert "done already" not in capsys.readouterr().out
+    assert "qps: 2.0" in (tmp_path / "0" / "config.yaml").read_text()
+
+
+def test_a_job_that_fails_says_why_and_the_others_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(tmp_path, "parallel.kvp=1,0", "workload.qps=1") == 1
+
+    assert "job 1 failed: " in (error := capsys.readouterr().err)
+    assert "parallel.kvp=0 must be at least 1" in error
+    assert json.loads((tmp_path / "0" / "summary.json").read_text())["all"]["num_requests"] > 0
+
+
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("scheduler=fcfs,larz", "scheduler=larz: there is no such option; did you mean lars?"),
+        ("scheduler.policyy=fcfs,lars", "did you mean scheduler.policy?"),
+    ],
+)
+def test_a_sweep_over_what_does_not_exist_is_refused_before_any_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, why: str
+) -> None:
+    assert sweep(tmp_path, word) == 2
+
+    assert why in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/config.yaml"))
+
+
+def test_an_objective_that_is_not_in_the_summary_names_what_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(tmp_path, "objective=all.godput", "workload.qps=1") == 1
+
+    assert "objective=all.godput: no such figure" in capsys.readouterr().err

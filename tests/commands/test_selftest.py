@@ -1,0 +1,95 @@
+"""`medha selftest` against servers that hold and servers that do not."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_medha.commands import selftest_cases as cases
+from megatron_medha.commands.selftest import SelftestConfig, selftest, table
+from megatron_medha.commands.selftest_wire import Broken, check, parse
+from megatron_medha.main import main
+
+Words = tuple[str, ...]
+Start = Callable[..., Any]  # conftest.Medha
+
+
+@pytest.fixture
+def few_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of cases take half a minute."""
+    monkeypatch.setattr(cases, "FIELDS", ("n", "prompt", "stop"))
+
+
+def test_a_server_of_ours_holds_and_shows_nothing_without_its_key(
+    start: Start, simulated: Words, few_fields: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    medha = start(*simulated, "server.admin_key=sk-root", "server.api_key=sk-user", "log_level=warning")
+    url = medha.url()
+    medha.line_with("ready after")
+    assert main(["selftest", f"url={url}", "num_random=60", "api_key=sk-user"]) == 0, capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "without the key" in out and "afterwards" not in out
+    medha.process.send_signal(signal.SIGTERM)
+    assert medha.end() == 0
+    assert medha.errors.read_text() == ""  # nothing that was sent is an error of ours
+
+
+def test_a_server_that_is_not_there_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "url=http://127.0.0.1:9"]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+    assert main(["selftest", "url=127.0.0.1"]) == 2
+
+
+METRICS = (
+    "medha:num_requests_running{{}} 0.0\nmedha:num_requests_waiting{{}} 0.0\n"
+    "medha:num_blocks{{}} 9.0\nmedha:num_free_blocks{{}} {num_free}\n"
+)
+
+
+async def broken_server(answer: bytes, free_blocks: list[int]) -> tuple[asyncio.Server, int]:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.read(65536)
+        body = METRICS.format(num_free=float(free_blocks.pop(0) if len(free_blocks) > 1 else free_blocks[0])).encode()
+        is_scrape = head.startswith(b"GET /metrics")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + body if is_scrape else answer)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    return server, server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "free_blocks", "what"),
+    [
+        (b"HTTP/1.1 500 Oops\r\n\r\nTraceback", [9], "status 500"),
+        (b"HTTP/1.1 400 Bad\r\ncontent-type: application/json\r\n\r\n{}", [9], "OpenAI's shape"),
+        (b"HTTP/1.1 503 Busy\r\n\r\n", [9], "without Retry-After"),
+        (b"what?", [9], "not an HTTP answer"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", [9, 8], "afterwards 8 KV blocks are free, before it were 9"),
+    ],
+)
+def test_what_a_server_does_wrong_is_found(
+    answer: bytes, free_blocks: list[int], what: str, few_fields: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases, "PATHS", (cases.COMPLETIONS,))
+    monkeypatch.setattr(cases, "wrong_fields", lambda: iter(()))
+
+    async def work() -> str:
+        server, port = await broken_server(answer, free_blocks)
+        async with server:
+            return table(await selftest(SelftestConfig(url=f"http://127.0.0.1:{port}", num_random=1, timeout_s=5.0)))
+
+    assert what in asyncio.run(work())
+
+
+def test_an_answer_in_chunks_is_put_together() -> None:
+    raw = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+    assert parse(raw).body == b"abcde"
+    check(None)
+    with pytest.raises(Broken, match="without its size"):
+        parse(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n")

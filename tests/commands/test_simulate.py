@@ -1,0 +1,155 @@
+"""`medha simulate`, `medha explain` and `medha plan` as a person types them, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_medha.main import main
+
+Capture = pytest.CaptureFixture[str]
+
+MACHINE = ("hardware=a100_x16", "parallel.tp=8", "parallel.spp=2", "plots=never")
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """A document that arrives first, and questions behind it."""
+    path = tmp_path / "trace.csv"
+    questions = "".join(f"{0.5 + 0.2 * index},800,5\n" for index in range(8))
+    path.write_text(f"arrival_s,prompt_tokens,output_tokens\n0,150000,3\n{questions}")
+    return path
+
+
+@pytest.fixture
+def run(trace: Path, tmp_path: Path, capsys: Capture) -> Path:
+    """A finished run with its decision log."""
+    out = tmp_path / "run"
+    assert main(["simulate", *MACHINE, "workload=trace", f"workload.path={trace}", "record=full", f"out={out}"]) == 0
+    capsys.readouterr()
+    return out
+
+
+def test_simulate_prints_a_table_by_length_class_and_says_where_the_results_are(
+    trace: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "results" / "a"
+    words = ["simulate", *MACHINE, "workload=trace", f"workload.path={trace}", f"out={out}"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "9 requests in 2 s: 156,400 prompt tokens" in text
+    assert "long p99" in text and "meet the SLO" in text and "MFU" in text
+    assert f"results are in {out}" in text
+    assert json.loads((out / "summary.json").read_text())["all"]["num_finished"] == 9
+    assert main(words) == 2
+    assert "not empty; name another" in capsys.readouterr().err
+
+
+def test_the_synthetic_mix_needs_no_file(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "run"
+    words = ("workload=medha_mix_00pct", "workload.num_requests=3", "workload.duration_s=null", f"out={out}")
+    assert main(["simulate", *MACHINE, *words]) == 0
+    assert len((out / "requests.jsonl").read_text().splitlines()) == 3
+
+
+def test_two_runs_of_the_same_options_are_equal_to_the_byte(run: Path, trace: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    main(["simulate", *MACHINE, "workload=trace", f"workload.path={trace}", "record=full", f"out={again}"])
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == {
+        path.name: path.read_bytes() for path in again.iterdir()
+    }
+
+
+def test_a_recorded_run_replays(run: Path, capsys: Capture) -> None:
+    assert main(["replay", str(run / "decisions.jsonl")]) == 0
+    assert "all equal" in capsys.readouterr().out
+
+
+def test_plots_show_what_the_files_hold(run: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from megatron_medha.commands.plots import plot_run
+
+    assert [path.name for path in plot_run(run)] == ["ttft_cdf.png", "latency.png", "slack.png", "stages.png"]
+    assert all((run / name).stat().st_size > 5_000 for name in ("ttft_cdf.png", "slack.png", "stages.png"))
+
+
+def test_explain_says_who_went_before_a_request(run: Path, capsys: Capture) -> None:
+    assert main(["explain", str(run), "worst-short"]) == 0
+    text = capsys.readouterr().out
+    assert "800 prompt tokens" in text and "computed: 800 tokens in" in text
+    assert "who went before it:" in text and "r0 " in text and "150,000 prompt tokens" in text
+    assert "first token; 5 tokens" in text
+
+
+def test_explain_names_what_is_missing(run: Path, trace: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["explain", str(run), "r99"]) == 2
+    assert "r99: no such request" in capsys.readouterr().err
+    assert main(["explain", str(run), "worst-medium"]) == 2
+    assert "no request of that class" in capsys.readouterr().err
+    (run / "decisions.jsonl").unlink()
+    assert main(["explain", str(run), "r1"]) == 2
+    assert "run it again with record=full" in capsys.readouterr().err
+    assert main(["explain", str(tmp_path / "nowhere"), "r1"]) == 2
+    assert "no run of medha simulate" in capsys.readouterr().err
+    assert main(["explain", str(run)]) == 2
+
+
+def test_explain_refuses_a_log_that_was_changed(run: Path, capsys: Capture) -> None:
+    log = run / "decisions.jsonl"
+    lines = log.read_text().splitlines()
+    place = next(index for index, line in enumerate(lines) if '"batch":' in line)
+    lines[place] = lines[place].replace('"predicted_s":', '"predicted_s":1')
+    log.write_text("\n".join(lines) + "\n")
+    assert main(["explain", str(run), "r8"]) == 1
+    assert f"line {place + 1}: recorded" in capsys.readouterr().err
+
+
+def test_plan_finds_the_fewest_gpus(trace: Path, capsys: Capture) -> None:
+    words = ("hardware=a100_x8", "hardware.num_devices=2", "max_kvp=1", "num_processes=1", "trial_s=3")
+    mix = ("workload=medha_mix_00pct", "workload.qps=1")
+    assert main(["plan", *words, *mix]) == 0
+    text = capsys.readouterr().out
+    assert "1 a100_x8 GPUs: parallel.tp=1 parallel.spp=1" in text
+    assert main(["plan", *words, *mix, "slo.ttft_s=1e-3"]) == 1
+    assert "none of" in capsys.readouterr().out
+
+
+def test_plan_finds_the_load_that_a_cluster_carries(capsys: Capture) -> None:
+    words = ("find=capacity", "hardware=a100_x8", "hardware.num_devices=2", "max_kvp=1", "num_processes=1")
+    mix = ("workload=medha_mix_00pct", "workload.qps=8", "trial_s=2", "resolution=1")
+    assert main(["plan", *words, *mix]) == 0
+    assert "requests/s on 2 GPUs of a100_x8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        (("simulate", "parallel.tp=7"), "parallel.tp=7 must divide model.shape.num_heads=32"),
+        (("simulate", "hardware=a100_x8", "parallel.tp=8", "parallel.spp=2"), "take a larger cluster"),
+        (("simulate", "model=llama3_70b", "hardware=a100"), "does not fit"),
+        (("simulate", "model=auto"), "use model=llama3_8b"),
+        (("simulate", "parallel.dp=2"), "simulate one of them with its share of the load"),
+        (("simulate", "workload=trace"), "give a trace, workload.path=FILE"),
+        (("simulate", "workload.path=/nowhere.csv"), "no such file"),
+        (("simulate", "workload.qps=-1"), "workload.qps=-1: must be between"),
+        (("simulate", "truth.noise=9"), "truth.noise=9: must be between"),
+        (("simulate", "slo.ttft=1"), "did you mean slo.ttft_s?"),
+        (("plan", "hardware=a100"), "take a cluster, like hardware=a100_x16"),
+        (("plan", "policies=[fastest]"), "choose from fcfs"),
+        (("plan", "hardware=a100_x8", "model=llama3_405b"), "no layout can serve this workload"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(words: tuple[str, ...], way_out: str, capsys: Capture) -> None:
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert way_out in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["simulate", "explain", "plan"])
+def test_every_command_has_help_with_an_example(name: str, capsys: Capture) -> None:
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: medha {name}" in text and f"  medha {name}" in text
+    assert max(len(line) for line in text.splitlines()) <= 120

@@ -1,0 +1,169 @@
+"""What fits on a device, by hand and by law, and what is said where it does not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from megatron_medha.core.capacity import Reserve, check_layout, num_kv_blocks, stage_footprint
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.hardware import Hardware
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.model_shape import ModelShape
+
+# One layer: attention weights 8 * 4 * (2*2 + 2*2) = 256, MLP 3 * 8 * 16 = 384; head and embedding 8 * 10 = 80 each.
+HAND = ModelShape(
+    name="hand", num_layers=4, hidden_size=8, ffn_hidden_size=16, num_heads=2, num_kv_heads=2, head_dim=4,
+    vocab_size=10, max_context_len=1000,
+)  # fmt: skip
+DEVICES = Hardware(
+    name="devices", flops_per_s=1e6, memory_bytes_per_s=1e5, memory_bytes=20_000.0, num_devices=16, devices_per_node=4
+)
+RESERVE = Reserve(block_size=2, utilisation=0.5, max_batch_tokens=3, max_num_sequences=2)
+LLAMA_70B = ModelShape(
+    name="llama3_70b", num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_heads=64, num_kv_heads=8,
+    head_dim=128, vocab_size=128256, max_context_len=1 << 20,
+)  # fmt: skip
+H100S = Hardware(
+    name="h100_x128", flops_per_s=989e12, memory_bytes_per_s=3.35e12, memory_bytes=8.49e10, num_devices=128,
+    devices_per_node=8,
+)  # fmt: skip
+
+
+def test_a_rank_holds_its_layers_and_the_ends_hold_embedding_and_head() -> None:
+    layout = ParallelLayout(spp=3)  # 2, 1 and 1 layers
+    first, middle, last = (stage_footprint(HAND, DEVICES, layout, stage, RESERVE) for stage in range(3))
+    assert first.weights == (2 * 640 + 80) * 2
+    assert middle.weights == 640 * 2
+    assert last.weights == (640 + 80) * 2
+    assert first.block == 2 * middle.block == 2 * (2 * 2 * 4) * 2 * 2
+    # 3 tokens * (4*8 + (2*2+2*2)*4 + 3*16) values of 2 bytes; 2 rows of 10 logits of 4 bytes on the last stage.
+    assert middle.activations == 3 * 112 * 2
+    assert last.activations == 3 * 112 * 2 + 2 * 10 * 4
+    assert first.budget == 10_000
+
+
+def test_blocks_are_what_the_fullest_stage_has_left() -> None:
+    # All on one rank: 10,000 - (4*640 + 160) * 2 - (672 + 80) bytes, by blocks of 4 layers * 16 values * 2 * 2 bytes.
+    assert num_kv_blocks(HAND, DEVICES, ParallelLayout(), RESERVE) == (10_000 - 5440 - 752) // 256
+
+
+def test_tied_embeddings_are_held_once_where_both_ends_are_one_rank() -> None:
+    tied = replace(HAND, has_tied_embeddings=True)
+    assert stage_footprint(tied, DEVICES, ParallelLayout(), 0, RESERVE).weights == (4 * 640 + 80) * 2
+    assert stage_footprint(tied, DEVICES, ParallelLayout(spp=2), 1, RESERVE).weights == (2 * 640 + 80) * 2
+
+
+def test_tensor_parallel_ranks_cut_weights_and_kv_heads_but_no_head_in_two() -> None:
+    shape = replace(HAND, num_heads=4)
+    one, two, four = (stage_footprint(shape, DEVICES, ParallelLayout(tp=tp), 0, RESERVE) for tp in (1, 2, 4))
+    assert two.weights == one.weights / 2 and four.weights == one.weights / 4
+    assert two.block == one.block / 2 and four.block == two.block
+
+
+def test_all_experts_are_held_though_few_are_used() -> None:
+    experts = replace(HAND, num_experts=4, num_experts_per_token=2)
+    weights = stage_footprint(experts, DEVICES, ParallelLayout(), 0, RESERVE).weights
+    assert weights == (4 * (256 + 8 * 4 + 4 * 384) + 160) * 2
+
+
+def test_a_70b_model_fits_eight_h100_with_a_million_tokens_to_spare_but_not_one() -> None:
+    # 70.6B weights of 2 bytes over 8 devices: 17.6 GB each; 40 KiB of KV per token and rank.
+    num_blocks = num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(tp=8), Reserve())
+    assert 1_300_000 < num_blocks * 16 < 1_450_000
+    with pytest.raises(ConfigError, match="no room for a KV block"):
+        num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(), Reserve())
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers_and_the_smallest_layout_that_does() -> None:
+    with pytest.raises(ConfigError) as error:
+        num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(), Reserve())
+    message = str(error.value)
+    assert "llama3_70b on h100_x128 with tp=1 spp=1 kvp=1 does not fit" in message
+    assert "may use 71.2 GiB; weights take 131.4, activations of 8192 tokens" in message
+    assert message.endswith("parallel.tp=2 parallel.spp=1 parallel.kvp=1 would fit")
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_what_would_hold_it() -> None:
+    with pytest.raises(ConfigError) as error:
+        num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(tp=8), Reserve(), num_tokens=4_000_000)
+    message = str(error.value)
+    assert "not 4,000,000" in message
+    assert message.endswith("would fit")
+
+
+def test_a_cluster_that_is_too_small_is_told_how_large_it_would_have_to_be() -> None:
+    with pytest.raises(ConfigError, match=r"on 32 devices instead of the 8 there are"):
+        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=8), ParallelLayout(tp=8), Reserve(), num_tokens=4_000_000)
+
+
+def test_kvp_ranks_are_given_up_only_where_the_cluster_is_too_small_for_them() -> None:
+    asked = ParallelLayout(tp=1, kvp=4)
+    with pytest.raises(ConfigError, match=r"parallel.tp=2 parallel.spp=1 parallel.kvp=4 would fit$"):
+        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=16), asked, Reserve())
+    with pytest.raises(ConfigError, match=r"parallel.tp=2 parallel.spp=1 parallel.kvp=2 would fit$"):
+        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=4), asked, Reserve())
+
+
+def test_a_model_that_no_layout_holds_is_refused_with_that() -> None:
+    with pytest.raises(ConfigError, match="No layout of such devices holds it"):
+        num_kv_blocks(HAND, replace(DEVICES, memory_bytes=1_000.0), ParallelLayout(), RESERVE)
+
+
+def test_devices_of_unknown_memory_are_refused() -> None:
+    with pytest.raises(ConfigError, match="hardware.memory_bytes=null of devices"):
+        num_kv_blocks(HAND, replace(DEVICES, memory_bytes=None), ParallelLayout(), RESERVE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("utilisation", 0.0), ("utilisation", 1.5), ("block_size", 0), ("max_batch_tokens", 0)]
+)
+def test_a_reserve_out_of_range_is_refused(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"memory.{key}={value:g}"):
+        replace(RESERVE, **{key: value})
+
+
+LAYOUTS = st.builds(
+    ParallelLayout,
+    tp=st.sampled_from([1, 2, 4, 8]),
+    spp=st.sampled_from([1, 2, 3, 5, 8]),
+    kvp=st.sampled_from([1, 2, 4]),
+)
+
+
+@given(layout=LAYOUTS, num_tokens=st.sampled_from([1, 1_000_000, 8_000_000]), gigabytes=st.integers(10, 200))
+def test_the_way_out_fits_indeed(layout: ParallelLayout, num_tokens: int, gigabytes: int) -> None:
+    hardware = replace(H100S, memory_bytes=gigabytes * 1e9, num_devices=1024)
+    try:
+        num_blocks = num_kv_blocks(LLAMA_70B, hardware, layout, Reserve(), num_tokens=num_tokens)
+    except ConfigError as error:
+        found = re.search(r"parallel.tp=(\d+) parallel.spp=(\d+) parallel.kvp=(\d+) would fit", str(error))
+        assume(found is not None)
+        assert found is not None
+        tp, spp, kvp = map(int, found.groups())
+        larger = replace(hardware, num_devices=1 << 20)
+        way_out = ParallelLayout(tp=tp, spp=spp, kvp=kvp)
+        assert way_out != layout
+        assert num_kv_blocks(LLAMA_70B, larger, way_out, Reserve(), num_tokens=num_tokens) >= 1
+    else:
+        assert num_blocks * 16 * layout.kvp >= num_tokens
+        for stage in range(layout.spp):
+            footprint = stage_footprint(LLAMA_70B, hardware, layout, stage, Reserve())
+            assert footprint.weights + footprint.activations + num_blocks * footprint.block <= footprint.budget
+
+
+@given(layout=LAYOUTS)
+def test_the_stages_of_a_layout_hold_every_weight_once(layout: ParallelLayout) -> None:
+    total = sum(
+        stage_footprint(LLAMA_70B, H100S, layout, stage, Reserve()).weights * layout.tp for stage in range(layout.spp)
+    )
+    assert total == pytest.approx(LLAMA_70B.num_params * 2)
+
+
+def test_kv_heads_that_tp_neither_divides_nor_is_a_multiple_of_are_refused() -> None:
+    with pytest.raises(ConfigError, match="parallel.tp=4 must divide, or be a multiple of"):
+        check_layout(replace(HAND, num_heads=12, num_kv_heads=6), DEVICES, ParallelLayout(tp=4))

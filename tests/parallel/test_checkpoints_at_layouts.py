@@ -1,0 +1,132 @@
+"""Checkpoints of every kind at every layout: each rank reads its own part, and together they are the model."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.lib.rank_processes import RankProcesses, leave_group
+from experiments.three_axes.walk import LAYOUTS, Reference, random_case, save_model, walk
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.layout import ParallelLayout
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied embeddings": ("Llama", {"tie_word_embeddings": True}),
+    "biases of queries, keys and values": ("Qwen2", {}),
+    "norms of queries and keys": ("Qwen3", {"head_dim": 16}),
+}
+
+
+def config_of(directory: Path, layout: ParallelLayout) -> RankConfig:
+    return RankConfig(
+        layout=layout, front_endpoint="", checkpoint=str(directory), device="cpu", kv_memory_bytes=1 << 20
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hugging_face_directory_is_the_same_model_at_tp_2_spp_2(
+    family: str, ranks: RankProcesses, tmp_path: Path
+) -> None:
+    name, options = FAMILIES[family]
+    reference = save_model(tmp_path, name, **options)
+    walk(random_case(LAYOUTS["tp=2 spp=2 kvp=1"], 1, num_requests=3), ranks, tmp_path, reference)
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 1), (1, 4))])
+def test_a_megatron_checkpoint_saved_at_one_layout_is_the_same_model_at_another(
+    saved_at: tuple[int, int],
+    loaded_at: tuple[int, int],
+    ranks: RankProcesses,
+    model: tuple[Path, Reference],
+    tmp_path: Path,
+) -> None:
+    directory, reference = model
+    saving, loading = (ParallelLayout(tp=tp, spp=spp) for tp, spp in (saved_at, loaded_at))
+    target = tmp_path / "megatron"
+    ranks.unload()
+    # The directory to write to travels in a field that loading weights has no use for.
+    ranks.call(convert, RankConfig(
+        layout=saving, front_endpoint=str(target), checkpoint=str(directory), device="cpu", kv_memory_bytes=0
+    ))  # fmt: skip
+    walk(random_case(loading, 2, num_requests=3), ranks, target, reference)
+
+
+def convert(config: RankConfig, connection: Connection) -> None:
+    """In a rank: read a Hugging Face directory, write a Megatron checkpoint, both by parts."""
+    import torch
+
+    from megatron_medha.model.build import build_model
+    from megatron_medha.model.checkpoint import load_weights, read_model_config
+    from megatron_medha.model.megatron_checkpoint import save_megatron_checkpoint
+    from megatron_medha.parallel.groups import build_groups, init_distributed
+
+    multiprocessing.current_process()._config["daemon"] = False  # Megatron writes in processes of its own
+    leave_group()
+    device = torch.device("cpu")
+    init_distributed(config.layout, config.rank, device=device, init_method=config.init_method)
+    model_config = read_model_config(config.checkpoint)
+    model = build_model(
+        model_config, dtype=torch.float32, device=device, pgs=build_groups(config.layout), is_initialized=False
+    )
+    load_weights(model, model_config, config.checkpoint, lambda what, fraction: None)
+    save_megatron_checkpoint(model, model_config, Path(config.front_endpoint), 1)
+    connection.send("saved")
+
+
+def bytes_read(config: RankConfig, connection: Connection) -> None:
+    """In a rank: how many bytes of weights are read from the files, tensor by tensor."""
+    import torch
+
+    from megatron_medha.model import hf_checkpoint
+    from megatron_medha.model.build import build_model
+    from megatron_medha.model.checkpoint import load_weights, read_model_config
+    from megatron_medha.parallel.groups import build_groups, init_distributed
+
+    leave_group()
+    device = torch.device("cpu")
+    init_distributed(config.layout, config.rank, device=device, init_method=config.init_method)
+    model_config = read_model_config(config.checkpoint)
+    model = build_model(
+        model_config, dtype=torch.float32, device=device, pgs=build_groups(config.layout), is_initialized=False
+    )
+    num_bytes = 0
+    read_part = hf_checkpoint._part
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal num_bytes
+        part = read_part(*args)
+        num_bytes += part.nbytes
+        return part
+
+    hf_checkpoint._part = counted
+    try:
+        load_weights(model, model_config, config.checkpoint, lambda what, fraction: None)
+    finally:
+        hf_checkpoint._part = read_part
+    connection.send((num_bytes, sum(parameter.nbytes for parameter in model.parameters())))
+
+
+def test_a_rank_reads_no_more_than_its_own_weights(ranks: RankProcesses, model: tuple[Path, Reference]) -> None:
+    ranks.unload()
+    for num_read, num_held in ranks.call(bytes_read, config_of(model[0], ParallelLayout(tp=2, spp=2))):
+        assert 0.95 * num_held < num_read <= num_held  # less by the rows that fill the vocabulary up
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (ParallelLayout(tp=4), r"parallel.tp=4 must divide model.num_kv_heads=2 .* tp=2 and its divisors"),
+        (ParallelLayout(tp=3), r"parallel.tp=3 must divide model.num_heads=8 "),
+        (ParallelLayout(spp=3), r"parallel.spp=3 must divide model.num_layers=4 "),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused_with_the_numbers(
+    layout: ParallelLayout, message: str, ranks: RankProcesses, model: tuple[Path, Reference]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ranks.load(config_of(model[0], layout))

@@ -1,0 +1,315 @@
+"""What the server can tell: why a request waited, how far it is, what was predicted, and the numbers for it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+from fake_engine import FakeEngine
+from live_server import FAST, SHAPE, LiveEngine
+from running_server import Running, StartServer, spec
+
+from megatron_medha.core.batch import Arrived, Batch, Completed, Preempted
+from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.cost import RooflineCost
+from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.request import Request
+from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.server.forecast import WorkAhead
+from megatron_medha.server.insight import Ran, Wait, tell
+from megatron_medha.server.journal import MAX_RUNS, MAX_STORIES, Journal, Run, _thinned
+from megatron_medha.server.metrics import Metrics, length_class
+from megatron_medha.server.slo import SloClass, SloConfig
+
+PATH = "/v1/completions"
+
+
+class World:
+    """A scheduler and its watch, driven by hand: each step takes a second."""
+
+    def __init__(self, *, num_blocks: int = 1000, **config: object) -> None:
+        memory = KVMemory(num_blocks=num_blocks, block_size=16, max_context_len=4096, kvp=1, watermark=0.0)
+        settings = {"max_batch_tokens": 64, "max_num_sequences": 8, "progress_share": 0.0, **config}
+        self.scheduler = Scheduler(SchedulerConfig(**settings), RooflineCost(shape=SHAPE, hardware=FAST), memory)
+        self.metrics = Metrics()
+        self.journal = Journal(self.metrics)
+        self.watch = self.journal.watch(self.scheduler)
+        self.now_s = 0.0
+
+    def arrive(self, request_id: str, num_tokens: int, **fields: object) -> None:
+        request = Request(
+            request_id=request_id, num_prompt_tokens=num_tokens, max_output_tokens=2, arrival_s=self.now_s, **fields
+        )
+        event = Arrived(request)
+        self.watch.handled(event, self.scheduler.handle(event, self.now_s), self.now_s)
+
+    def step(self, num_steps: int = 1) -> Batch | None:
+        batch = None
+        for _ in range(num_steps):
+            batch = self.scheduler.schedule(self.now_s)
+            if batch is None:
+                return None
+            self.watch.scheduled(batch, self.now_s)
+            self.now_s += 1.0
+            event = Completed(batch_id=batch.batch_id, duration_s=0.5)
+            self.watch.handled(event, self.scheduler.handle(event, self.now_s), self.now_s)
+        return batch
+
+    def told(self, request_id: str) -> list[Wait | Ran]:
+        story = self.journal.story(request_id)
+        assert story is not None
+        return tell(story, self.journal.steps_between(0.0, self.now_s), self.now_s).timeline
+
+
+def test_a_story_says_who_went_first_and_that_the_kv_was_kept() -> None:
+    world = World()
+    world.arrive("long", 640)
+    world.step(3)
+    world.arrive("urgent", 128, priority=-1)
+    world.step(9)
+    first, wait, second = world.told("long")
+    assert isinstance(first, Ran) and (first.from_s, first.num_chunks, first.num_tokens) == (0.0, 3, 192)
+    assert isinstance(wait, Wait) and wait.why == "others were more urgent; its KV was kept"
+    assert wait.num_steps == 2
+    assert [(one["request_id"], one["num_tokens"]) for one in wait.went_first] == [("urgent", 128)]
+    assert isinstance(second, Ran) and second.start == 192
+    assert world.metrics.num_paused_prefills == 1 and world.metrics.num_recomputed_tokens == 0
+    story = world.journal.story("long")
+    assert story is not None and story.num_pauses == 1
+
+
+def test_a_story_says_that_memory_was_missing() -> None:
+    world = World(num_blocks=20)
+    world.arrive("holder", 300)
+    world.step(2)
+    world.arrive("waiter", 200)
+    world.step(3)
+    [wait] = world.told("waiter")
+    assert isinstance(wait, Wait) and wait.why == "not enough free KV memory"
+
+
+def test_slack_falls_while_a_request_waits_and_stands_while_it_runs() -> None:
+    world = World()
+    world.arrive("a", 64, ttft_slo_s=100.0)
+    world.arrive("b", 64, ttft_slo_s=200.0)
+    world.step(2)
+    story = world.journal.story("b")
+    assert story is not None
+    slack = tell(story, [], world.now_s).slack
+    assert slack[0][1] == pytest.approx(200.0, abs=0.1) and slack[1][1] == pytest.approx(199.0, abs=0.1)
+
+
+def test_tokens_computed_again_after_a_loss_are_counted() -> None:
+    world = World()
+    world.arrive("r", 128)
+    world.step(2)  # two chunks, and with them the first token
+    seq = world.scheduler.sequence("r")
+    assert seq is not None
+    world.scheduler._restart(seq, world.now_s)
+    world.watch.handled(Completed(batch_id=-1, duration_s=0.0), [Preempted("r", 128)], world.now_s)
+    world.step(2)
+    assert world.metrics.num_recomputed_tokens == 128
+    story = world.journal.story("r")
+    assert story is not None and [lost.num_tokens for lost in story.losses] == [128]
+
+
+def test_deadlines_are_counted_by_length_and_class_and_bubbles_by_time() -> None:
+    world = World()
+    world.arrive("quick", 64, ttft_slo_s=5.0, slo_class="interactive")
+    world.arrive("late", 2000, ttft_slo_s=2.0, slo_class="batch")
+    world.step(60)
+    assert world.metrics.num_deadlines_met == {("1k", "interactive"): 1}
+    assert world.metrics.num_deadlines_missed == {("10k", "batch"): 1}
+    assert sum(world.metrics.relative_slack.counts) == 2
+    assert world.metrics.stage_busy_s == pytest.approx(0.5 * world.now_s, rel=0.05)
+    assert world.metrics.work_present_s == pytest.approx(world.now_s, rel=0.05)
+    assert [length_class(n) for n in (1, 1000, 1001, 10**6, 10**6 + 1)] == ["1k", "1k", "10k", "1m", "longer"]
+
+
+def test_the_journal_is_bounded() -> None:
+    world = World()
+    for number in range(MAX_STORIES + 10):
+        world.arrive(f"r{number}", 16)
+    assert world.journal.story("r0") is None and len(world.journal.stories) == MAX_STORIES
+    story = world.journal.stories["r100"]
+    story.runs = [Run(i, i + 0.5, 2 * i, 2 * i, 32 * i, 32, 1, 0.0, 0.0) for i in range(MAX_RUNS + 1)]
+    thin = _thinned(story.runs)
+    assert len(thin) <= MAX_RUNS // 2 + 1
+    assert (thin[0].from_s, thin[-1].until_s) == (0, MAX_RUNS + 0.5)
+    assert sum(run.num_tokens for run in thin) == 32 * (MAX_RUNS + 1)
+
+
+# ---- predictions ----
+
+
+def test_only_what_is_due_earlier_goes_before_a_prompt() -> None:
+    world = World()
+    world.arrive("long", 4000, ttft_slo_s=1000.0)
+    world.arrive("short", 64, ttft_slo_s=1.0)
+    world.arrive("cheap", 640, ttft_slo_s=1.0, priority=1)
+    ahead = WorkAhead.of(world.scheduler)
+    work = {seq.request_id: seq.remaining_work_s for seq in world.scheduler.sequences}
+    assert ahead.due_before(0, 0.5).work_s == 0.0
+    assert ahead.due_before(0, 2.0).work_s == pytest.approx(work["short"])
+    assert ahead.due_before(0, 2000.0).work_s == pytest.approx(work["short"] + work["long"])
+    assert ahead.due_before(1, 2.0).work_s == pytest.approx(sum(work.values()))
+    fcfs = World(policy="fcfs")
+    fcfs.arrive("long", 4000)
+    assert WorkAhead.of(fcfs.scheduler).due_before(0, 0.1).num_prompts == 1
+
+
+def live(start_server: StartServer, engine: LiveEngine, **settings: object) -> Running:
+    server = start_server(engine, journal=engine.journal, metrics=engine.journal.metrics, **settings)
+    while server.get("/ready").status_code != 200:
+        time.sleep(0.001)  # the engine's thread starts; nothing tells
+    return server
+
+
+def test_what_would_be_late_is_refused_with_its_prediction_and_the_rest_is_served(start_server: StartServer) -> None:
+    engine = LiveEngine()
+    server = live(start_server, engine, refuses_late=True)
+    engine.audit.stop_at(lambda scheduler: scheduler.num_sequences > 0)
+    ahead = server.connect(PATH, json.dumps({"prompt": [1] * 4000, "max_tokens": 2}).encode())
+    engine.audit.wait_until_stopped()
+    late = server.post(PATH, {"prompt": [1] * 4000, "max_tokens": 2}, headers={"x-slo-ttft-ms": "1"})
+    assert late.status_code == 429 and late.json()["error"]["code"] == "deadline_would_be_missed"
+    assert int(late.headers["retry-after"]) >= 1 and int(late.headers["x-predicted-ttft-ms"]) > 1
+    engine.audit.go_on()
+    assert server.post(PATH, {"prompt": [1] * 40}, headers={"x-slo-ttft-ms": "60000"}).status_code == 200
+    ahead.close()
+    engine.wait_until_idle()
+
+
+def test_what_was_admitted_a_moment_ago_counts_before_the_engine_has_told_of_it(start_server: StartServer) -> None:
+    engine = LiveEngine()
+    server = live(start_server, engine)
+    forecast = server.service.journal.forecast
+    alone = forecast.predict(spec(2000))
+    forecast.count_in(spec(2000))
+    behind = forecast.predict(spec(2000))
+    assert alone is not None and behind is not None
+    assert alone.ahead_s == 0.0 and behind.ahead_s == pytest.approx(alone.ttft_s)
+
+
+# ---- over HTTP ----
+
+
+def test_progress_comments_come_only_to_those_who_ask(start_server: StartServer) -> None:
+    for headers, settings, is_told in (
+        ({"x-medha-progress": "1"}, {}, True),
+        ({}, {"sse_progress_s": 0.01}, True),
+        ({"x-medha-progress": "0"}, {"sse_progress_s": 0.01}, False),
+        ({}, {}, False),
+    ):
+        engine = LiveEngine()
+        server = live(start_server, engine, sse_header_wait_s=0.0, **settings)
+        engine.audit.stop_at(lambda scheduler: any(seq.num_scheduled_tokens >= 2000 for seq in scheduler.sequences))
+        body = {"prompt": [1] * 4000, "max_tokens": 1, "stream": True}
+        with server.client.stream("POST", PATH, json=body, headers=headers) as response:
+            engine.audit.wait_until_stopped()
+            engine.audit.go_on()
+            lines = [line for line in response.iter_lines() if line.startswith(":")]
+        shares = [float(match[1]) for line in lines if (match := re.match(r": prefill ([\d.]+)% eta_s=[\d.]+ ", line))]
+        assert bool(shares) == is_told and shares == sorted(shares), lines
+    assert server.post(PATH, {"prompt": "a"}, headers={"x-medha-progress": "maybe"}).status_code == 400
+
+
+def test_the_debug_routes_tell_the_story_of_an_answer(start_server: StartServer) -> None:
+    engine = LiveEngine()
+    server = live(start_server, engine)
+    answer = server.post(PATH, {"prompt": [1] * 640, "max_tokens": 2, "n": 2}).json()
+    story = server.get(f"/debug/requests/{answer['id']}").json()
+    assert [choice["request_id"] for choice in story["choices"]] == [f"{answer['id']}-0", f"{answer['id']}-1"]
+    first = story["choices"][0]
+    assert first["outcome"] == "length" and first["num_scheduled_tokens"] == 640 and first["slo_class"] == "standard"
+    assert 0 <= first["first_scheduled_s"] < first["first_token_s"] <= first["ended_s"]
+    one = server.get(f"/debug/requests/{answer['id']}-1").json()["choices"]
+    assert len(one) == 1
+    assert server.get("/debug/requests/nobody").status_code == 404
+    assert [entry["request_id"] for entry in server.get("/debug/requests").json()["requests"]][0].startswith("cmpl-")
+    live_view = server.get("/debug/live").json()
+    assert live_view["status"] == "ready" and live_view["view"]["queue"] == []
+    assert "medha:relative_slack_at_first_token_bucket" in server.get("/metrics").text
+
+
+def test_the_schedule_shows_who_waits_and_why(start_server: StartServer) -> None:
+    engine = LiveEngine(num_blocks=220, policy="fcfs")
+    server = live(start_server, engine)
+    server.get("/debug/schedule")
+    holder = server.connect(PATH, json.dumps({"prompt": [1] * 3000, "max_tokens": 500, "ignore_eos": True}).encode())
+    engine.audit.wait_for(lambda scheduler: scheduler.memory.num_free_blocks < 40)
+    waiter = server.connect(PATH, json.dumps({"prompt": [2] * 2000, "max_tokens": 5}).encode())
+    queue: list = []
+    while not any(entry["num_prompt_tokens"] == 2000 for entry in queue):
+        queue = server.get("/debug/schedule").json()["view"]["queue"]
+    [entry] = [entry for entry in queue if entry["num_prompt_tokens"] == 2000]
+    assert entry["why"] == "not enough free KV memory" and entry["status"] == "waiting"
+    assert entry["slack_s"] < entry["deadline_in_s"]
+    holder.close()
+    waiter.close()
+    engine.wait_until_idle()
+
+
+# ---- classes ----
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields", "name", "priority"),
+    [
+        ({}, {}, "standard", 0),
+        ({"x-slo-class": "batch"}, {}, "batch", 1),
+        ({}, {"service_tier": "flex"}, "batch", 1),
+        ({}, {"service_tier": "priority"}, "interactive", -1),
+        ({}, {"service_tier": "interactive"}, "interactive", -1),
+        ({}, {"service_tier": "auto"}, "standard", 0),
+        ({"x-slo-class": "batch"}, {"service_tier": "priority"}, "batch", 1),
+        ({"x-slo-class": "batch"}, {"priority": -5}, "batch", -5),
+        ({"x-gateway-inference-objective": "batch"}, {}, "batch", 1),
+        ({"x-gateway-inference-objective": "another-team"}, {}, "standard", 0),
+    ],
+)
+def test_a_request_gets_the_class_it_names(
+    start_server: StartServer, headers: dict, fields: dict, name: str, priority: int
+) -> None:
+    server = start_server()
+    assert server.post(PATH, {"prompt": "a", **fields}, headers=headers).status_code == 200
+    request = server.engine.submitted[0].request
+    assert (request.slo_class, request.priority) == (name, priority)
+    assert request.deadline_multiplier == (20.0 if name == "batch" else None)
+
+
+def test_an_unknown_class_is_refused_and_the_default_can_be_chosen(start_server: StartServer) -> None:
+    server = start_server(FakeEngine(), slo=SloConfig(default_class="batch", batch=SloClass(priority=3)))
+    assert server.post(PATH, {"prompt": "a"}).status_code == 200
+    assert server.engine.submitted[0].request.priority == 3
+    refused = server.post(PATH, {"prompt": "a"}, headers={"x-slo-class": "gold"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "x-slo-class"
+
+
+def test_batch_work_yields_to_interactive_work_without_starving() -> None:
+    world = World(progress_share=0.1, step_budget_s=0.05)
+    batch = {"priority": 1, "slo_class": "batch", "deadline_multiplier": 20.0, "min_deadline_s": 60.0}
+    world.arrive("batch", 640, **batch)
+    first_tokens: dict[str, float] = {}
+    for number in range(400):  # each second brings more interactive work than a step can do
+        world.arrive(f"i{number}", 128, priority=-1, slo_class="interactive")
+        world.step()
+        story = world.journal.story("batch")
+        assert story is not None
+        if story.first_token_s is not None:
+            break
+        if number == 50:
+            assert story.num_scheduled_tokens == 0  # not due yet: it has yielded
+            first_tokens["waited"] = world.now_s
+    assert first_tokens and story.first_token_s is not None and story.first_token_s > 60.0
+
+
+def test_the_first_token_of_a_finished_request_is_in_the_story() -> None:
+    world = World()
+    world.arrive("r", 10)
+    world.step(2)
+    story = world.journal.story("r")
+    assert story is not None and (story.first_token_s, story.ended_s, story.outcome) == (1.0, 2.0, "length")
+    assert world.journal.story_ids("r") == ["r"]

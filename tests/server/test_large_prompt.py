@@ -1,0 +1,67 @@
+"""Bodies of many token ids: the same as any other, but the event loop runs between their slices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from array import array
+
+import pytest
+from fake_engine import FakeEngine
+from running_server import StartServer
+
+from megatron_medha.server.errors import ApiError
+from megatron_medha.server.large_prompt import MIN_BYTES, SLICE_BYTES, decode_completion
+
+IDS = [place * 7919 % 100_000 for place in range(200_000)]
+
+
+def decode(body: bytes) -> object:
+    return asyncio.run(decode_completion(body)).prompt
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" ,\n", ":\t")])
+def test_a_long_list_of_ids_is_decoded_whole(separators: tuple[str, str]) -> None:
+    assert decode(json.dumps({"prompt": IDS, "max_tokens": 1}, separators=separators).encode()) == array("i", IDS)
+
+
+def test_others_run_between_the_slices() -> None:
+    async def work() -> int:
+        num_turns = 0
+
+        async def count() -> None:
+            nonlocal num_turns
+            while True:
+                num_turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count())
+        await decode_completion(json.dumps({"prompt": IDS}).encode())
+        counting.cancel()
+        return num_turns
+
+    assert asyncio.run(work()) > 10
+
+
+@pytest.mark.parametrize("prompt", ["a" * MIN_BYTES, ["a" * MIN_BYTES, "b"], [IDS, IDS[:3]], [[]] * MIN_BYTES])
+def test_other_large_prompts_are_decoded_as_before(prompt: object) -> None:
+    assert decode(json.dumps({"prompt": prompt}).encode()) == prompt
+
+
+@pytest.mark.parametrize(
+    "prompt", ["1," * SLICE_BYTES * 4 + "1.5", "1," * SLICE_BYTES * 4 + '"a",null', "1," * SLICE_BYTES * 4 + "--1"]
+)
+def test_what_is_wrong_in_a_large_body_is_refused(prompt: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        decode(b'{"prompt":[' + prompt.encode() + b"]}")
+    assert caught.value.status == 400
+
+
+def test_large_prompts_go_through_the_server_and_wrong_ids_are_named(start_server: StartServer) -> None:
+    server = start_server(FakeEngine(max_request_tokens=500_000, vocab_size=100_000))
+    answer = server.post("/v1/completions", {"prompt": IDS, "max_tokens": 2, "return_token_ids": True}).json()
+    assert answer["usage"]["prompt_tokens"] == len(IDS) and answer["choices"][0]["token_ids"] == IDS[:2]
+    assert server.engine.submitted[0].prompt == array("i", IDS)
+    for wrong in (100_000, -1, 2**31, 10**30):
+        refused = server.post("/v1/completions", {"prompt": [*IDS, wrong]})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt"

@@ -1,0 +1,86 @@
+"""The order in which a rank takes, computes and answers steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_medha.cluster.messages import Shutdown, Step, StepDone, ToRank
+from megatron_medha.worker.step_loop import run_steps
+
+
+class FakeRank:
+    """Notes what is asked of it; while it computes a step, it looks for others once, as between two layers."""
+
+    def __init__(self, log: list[str], *, receives: bool, answers: bool) -> None:
+        self.log, self.receives, self.answers = log, receives, answers
+        self.before_layer: Callable[[], None] | None = None
+        self._announced: deque[Step] = deque()
+
+    @property
+    def num_announced(self) -> int:
+        return len(self._announced)
+
+    def announce(self, step: Step) -> None:
+        self.log.append(f"announce {step.batch_id}")
+        self._announced.append(step)
+
+    def compute(self) -> StepDone:
+        step = self._announced.popleft()
+        self.log.append(f"compute {step.batch_id}")
+        if self.before_layer is not None:
+            self.before_layer()
+        return StepDone(step.batch_id, 0, 0.0)
+
+
+class FakeInbox:
+    """Messages that are there only once a rank has begun to compute the step named with them."""
+
+    def __init__(self, log: list[str], messages: list[tuple[str | None, ToRank]]) -> None:
+        self._log, self._messages = log, deque(messages)
+
+    def wait(self) -> ToRank | None:
+        return self._messages.popleft()[1] if self._messages else None
+
+    def poll(self) -> ToRank | None:
+        if self._messages and (self._messages[0][0] is None or self._messages[0][0] in self._log):
+            return self._messages.popleft()[1]
+        return None
+
+
+def log_of(messages: list[tuple[str | None, ToRank]], *, receives: bool = False, answers: bool = True) -> list[str]:
+    log: list[str] = []
+    rank: Any = FakeRank(log, receives=receives, answers=answers)
+    run_steps(rank, FakeInbox(log, messages), lambda done: log.append(f"answer {done.batch_id}"))
+    return log
+
+
+STREAM = [(None, Step(1, ())), ("compute 1", Step(2, ())), ("answer 2", Shutdown())]
+
+
+def test_a_later_stage_hears_of_the_next_step_while_it_computes_one() -> None:
+    assert log_of(STREAM, receives=True) == [
+        "announce 1", "compute 1", "announce 2", "answer 1", "compute 2", "answer 2"
+    ]  # fmt: skip
+
+
+def test_the_first_stage_looks_for_the_next_step_when_it_has_done_one() -> None:
+    assert log_of(STREAM) == ["announce 1", "compute 1", "answer 1", "announce 2", "compute 2", "answer 2"]
+
+
+@pytest.mark.parametrize("receives", [False, True])
+def test_steps_that_came_before_the_end_are_computed(receives: bool) -> None:
+    messages = [(None, Step(1, ())), (None, Step(2, ())), (None, Shutdown()), (None, Step(3, ()))]
+    log = log_of(messages, receives=receives)
+    assert log == ["announce 1", "announce 2", "compute 1", "answer 1", "compute 2", "answer 2"]
+
+
+def test_a_rank_whose_front_is_gone_ends() -> None:
+    assert log_of([]) == []
+
+
+def test_only_the_speaker_of_a_tensor_parallel_group_answers() -> None:
+    assert log_of([(None, Step(1, ()))], answers=False) == ["announce 1", "compute 1"]
