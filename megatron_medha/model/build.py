@@ -13,6 +13,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_medha.core.errors import ConfigError
@@ -46,7 +48,7 @@ def build_model(
     tp = pgs.tp.size()
     model = _CheckpointedGPTModel(
         config=transformer_config,
-        transformer_layer_spec=_layer_spec(config, device),
+        transformer_layer_spec=_block_spec(config, device, pgs),
         vocab_size=-(-config.vocab_size // tp) * tp,  # padded, so that any tp divides it
         max_sequence_length=config.max_context_len,
         pre_process=pgs.pp.rank() == 0,
@@ -81,6 +83,15 @@ def transformer_engine_works(device: torch.device) -> bool:
         log.warning("transformer_engine_unusable", exc_info=True)
         return False
     return True
+
+
+def _block_spec(config: ModelConfig, device: torch.device, pgs: MedhaPGs) -> TransformerBlockSubmodules | ModuleSpec:
+    """This stage's layers, and off CUDA the last norm: Megatron would take Transformer Engine's where it is installed."""
+    spec = _layer_spec(config, device)
+    if transformer_engine_works(device):
+        return spec
+    num_layers = config.num_layers // pgs.pp.size()
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=WrappedTorchNorm)
 
 
 def _layer_spec(config: ModelConfig, device: torch.device) -> ModuleSpec:
