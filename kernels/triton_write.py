@@ -181,7 +181,7 @@ def rotate_and_write(
         write_quantised_kernel[(pieces_W4.shape[0], num_kv_heads)](
             k_TKD, v_TKD, cos_TD, signed_sin_TD, pieces_W4, kv.k_NKPD, kv.v_NKPD, kv.k_scale_NK, kv.v_scale_NK,
             num_kv_heads, *k_TKD.stride()[:2], *v_TKD.stride()[:2],
-            HEAD_DIM=head_dim, PAGE=kv.block_size, ROTATES=cos_TD is not None, num_warps=4,
+            HEAD_DIM=head_dim, PAGE=kv.block_size, ROTATES=cos_TD is not None, num_warps=8,
         )  # fmt: skip
     return q_out_TKGD
 

@@ -69,7 +69,7 @@ def reports_of(compiles_all: bool) -> Iterator[dict[str, Any]]:
     constants = {"HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE, "ROTATES": True}
     yield {
         "kernel": "write_quantised", "block_m": 0, "has_tma": False,
-        **_compile(write_quantised_kernel, data, constants, 4),
+        **_compile(write_quantised_kernel, data, constants, 8),
     }  # fmt: skip
 
 

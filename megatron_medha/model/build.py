@@ -86,7 +86,7 @@ def transformer_engine_works(device: torch.device) -> bool:
 
 
 def _block_spec(config: ModelConfig, device: torch.device, pgs: MedhaPGs) -> TransformerBlockSubmodules | ModuleSpec:
-    """This stage's layers, and off CUDA the last norm: Megatron would take Transformer Engine's where it is installed."""
+    """This stage's layers, and off CUDA the last norm, which Megatron would take from Transformer Engine otherwise."""
     spec = _layer_spec(config, device)
     if transformer_engine_works(device):
         return spec
