@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import mul
 
 from megatron_medha.core.cost import RooflineCost, StepLoad
+from megatron_medha.core.fitted_cost import FittedCost
 
 _NUM_FEATURES = 8
 _NOISE = 0.04                # of a step's duration, what a quiet machine shows between equal steps
@@ -71,6 +72,7 @@ class OnlineCost:
             [weight[i] if i == j else 0.0 for j in range(_NUM_FEATURES)] for i in range(_NUM_FEATURES)
         ]
         self._moments = [w * value for w, value in zip(weight, self.theta, strict=True)]
+        self._prior_weight = weight
         self._damping = [_DAMPING * w for w in weight]
         self._usual_error = 0.5
         self._pace = 1.0           # actual over fitted, of the last few steps
@@ -80,6 +82,24 @@ class OnlineCost:
         self._reference_s = self._reference()
         self.num_observed = 0
         self.revision = 0
+
+    def start_from(self, profile: FittedCost) -> None:
+        """Go on from a profile, as if its steps had just been observed. Call it before anything is observed."""
+        assert not self.num_observed, "a profile is where learning starts"
+        self._hinges_tokens = profile.hinges_tokens
+        self.theta = list(profile.theta)
+        self._gram = [
+            [value + (weight if i == j else 0.0) for j, value in enumerate(row)]
+            for i, (row, weight) in enumerate(zip(profile.gram, self._prior_weight, strict=True))
+        ]
+        self._moments = [
+            value + weight * start
+            for value, weight, start in zip(profile.moments, self._prior_weight, self.theta, strict=True)
+        ]
+        self._usual_error = max(profile.error_p50, _NOISE)
+        self._paced = list(self.theta)
+        self._reference_s = self._reference()
+        self.revision += 1
 
     @property
     def pace(self) -> float:
