@@ -153,7 +153,7 @@ class ServeOptions:
     recovery: RecoveryConfig
     scheduler: SchedulerConfig
     server: ServerConfig
-    slo: SloConfig
+    slo_classes: SloConfig
     hardware: Hardware
     workload: WorkloadOptions
     tracking: TrackingConfig
@@ -196,7 +196,7 @@ class ServeConfig:
     tokenizer: Path
     scheduler: SchedulerConfig
     server: ServerConfig
-    slo: SloConfig
+    slo_classes: SloConfig
     hardware: Hardware
     profile: FittedCost | None
     tracking: TrackingConfig
@@ -216,7 +216,7 @@ def serve_config(options: ServeOptions) -> ServeConfig:
         tokenizer=_tokenizer(options),
         scheduler=options.scheduler,
         server=options.server,
-        slo=options.slo,
+        slo_classes=options.slo_classes,
         hardware=options.hardware,
         profile=_profile(options.profile, options.parallel.replica),
         tracking=options.tracking,

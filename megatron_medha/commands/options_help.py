@@ -25,11 +25,15 @@ def describe_options(name: str) -> str:
     sections: list[str] = []
     if defaults:
         sections.append("groups (group=option; * is the default):\n" + "".join(_groups(conf, defaults)))
-    rows = [*_keys(top, "")]
+    own = dict(_keys(top, ""))
+    # What the command's own file says of a group's key is in force, not what the option says; it stands with the group.
+    rows = {key: said for key, said in own.items() if key.partition(".")[0] not in defaults}
     for group, option in defaults.items():
-        rows += _keys((conf / group / f"{option}.yaml").read_text(encoding="utf-8"), f"{group}.")
-    width = min(max(len(setting) for setting, _ in rows), _MAX_SETTING_WIDTH)
-    keys = "".join(_wrapped(f"  {setting:<{width}}  ", comment) for setting, comment in rows)
+        rows |= _keys((conf / group / f"{option}.yaml").read_text(encoding="utf-8"), f"{group}.")
+        rows |= {key: said for key, said in own.items() if key.startswith(f"{group}.")}
+    settings = [(f"{key}={value}", comment) for key, (value, comment) in rows.items()]
+    width = min(max(len(setting) for setting, _ in settings), _MAX_SETTING_WIDTH)
+    keys = "".join(_wrapped(f"  {setting:<{width}}  ", comment) for setting, comment in settings)
     sections.append(f"keys (key=value; shown with their defaults):\n{keys}")
     return "\n".join(sections)
 
@@ -41,7 +45,7 @@ def _groups(conf: Traversable, defaults: dict[str, str]) -> Iterator[str]:
             option = item.name.removesuffix(".yaml")
             mark = "*" if option == default else " "
             label = group if place == 0 else ""
-            yield _wrapped(f"  {label:<10} {mark}{option:<17} ", _first_comment(item))
+            yield _wrapped(f"  {label:<11} {mark}{option:<19} ", _first_comment(item))
 
 
 def _wrapped(label: str, text: str) -> str:
@@ -60,7 +64,8 @@ def _first_comment(item: Traversable) -> str:
     return " ".join(words)
 
 
-def _keys(text: str, prefix: str) -> Iterator[tuple[str, str]]:
+def _keys(text: str, prefix: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Key, and its value with what is said of it."""
     outer = ""
     for line in text.splitlines():
         match = _KEY_LINE.match(line)
@@ -69,4 +74,4 @@ def _keys(text: str, prefix: str) -> Iterator[tuple[str, str]]:
             if not indent:
                 outer = "" if value else f"{key}."
             if value:
-                yield f"{prefix}{outer if indent else ''}{key}={value}", comment or ""
+                yield f"{prefix}{outer if indent else ''}{key}", (value, comment or "")

@@ -94,7 +94,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
         config.server,
         metrics,
         journal=journal,
-        slo=config.slo,
+        slo=config.slo_classes,
         read_config=read_server_config,
         traces=Traces(config.tracking.otlp_endpoint) if config.tracking.otlp_endpoint is not None else None,
     )

@@ -25,7 +25,7 @@ class SloClass:
         for name in ("deadline_multiplier", "min_deadline_s"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"slo.*.{name}={value} must be above 0, or null for the scheduler's own")
+                raise ConfigError(f"slo_classes.*.{name}={value} must be above 0, or null for the scheduler's own")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,9 @@ class SloConfig:
 
     def __post_init__(self) -> None:
         if self.default_class not in self.names:
-            raise ConfigError(f"slo.default_class={self.default_class}: not known; use one of {', '.join(self.names)}")
+            raise ConfigError(
+                f"slo_classes.default_class={self.default_class}: not known; use one of {', '.join(self.names)}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -184,3 +184,19 @@ def test_every_command_has_help_with_an_example(name: str, capsys: Capture) -> N
     text = capsys.readouterr().out
     assert f"usage: medha {name}" in text and f"  medha {name}" in text
     assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_help_shows_each_key_once_and_as_it_is_in_force(capsys: Capture) -> None:
+    main(["simulate", "--help"])
+    text = capsys.readouterr().out
+    assert "model.kv_memory_gib=null" in text and "kv_memory_gib=48" not in text
+    assert text.count("model.kv_memory_gib=") == 1
+
+
+def test_simulate_and_serve_list_only_the_targets_that_fit_them(capsys: Capture) -> None:
+    main(["simulate", "--help"])
+    simulated = capsys.readouterr().out
+    main(["serve", "--help"])
+    served = capsys.readouterr().out
+    assert "slo.ttft_multiplier=" in simulated and "default_class" not in simulated
+    assert "slo_classes.default_class=" in served and "ttft_multiplier" not in served

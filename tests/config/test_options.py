@@ -55,7 +55,7 @@ def test_without_overrides_every_component_gets_its_own_defaults(configure: Conf
     [
         ("scheduler", "lars", SchedulerConfig),
         ("server", "local", ServerConfig),
-        ("slo", "default", SloConfig),
+        ("slo_classes", "default", SloConfig),
         ("model", "auto", ModelOptions),
         ("parallel", "single", ParallelOptions),
         ("launch", "local", LaunchConfig),

@@ -64,8 +64,6 @@ def test_the_mix_shows_every_key_of_a_workload_with_load_and_end_set() -> None:
 @pytest.mark.parametrize("group", ["slo", "classes", "truth", "memory", "record", "engine", "scheduler", "system"])
 def test_every_option_composes(group: str) -> None:
     for option in option_names(group):
-        if (group, option) == ("slo", "default"):
-            continue  # the classes of medha serve
         words = [f"{group}={option}", "hardware=a100_x16", "parallel.tp=8", "parallel.spp=2"]
         config = simulation_config(freeze(compose("simulate", SimulateOptions, words), SimulateOptions))
         assert config.setup.layout.world_size == 16
