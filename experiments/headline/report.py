@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.headline.systems import TITLES
 
-OURS = "lars_margin"
+OURS = "lars"
 BASELINE = "loongserve_blocking"
 CAPACITY_BAR = 5.7
 BARS = (("p50", "all", 30.0), ("p90", "all", 174.0), ("p99", "all", 174.0))

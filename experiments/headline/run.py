@@ -30,10 +30,10 @@ HERE = Path(__file__).parent
 LONG_SHARES = {"0": 0.0, "1": 0.00995, "5": 0.0488}  # as measured in the authors' files of that name
 SETTINGS = {"model": "llama3_8b", "hardware": "a100_x16", "seed": 42, "ttft_multiplier": 1.5, "min_ttft_s": 0.5}
 KEY_SYSTEMS = (
-    "lars_margin", "lars", "medha_srpt", "hrrn", "loongserve", "loongserve_blocking", "loongserve_reserved",
+    "lars", "lars_no_margin", "medha_srpt", "hrrn", "loongserve", "loongserve_blocking", "loongserve_reserved",
     "loongserve_eager", "vllm_long_threshold", "static_cp", "vllm_chunk_2048",
 )  # fmt: skip
-HOUR_SYSTEMS = ("lars_margin", "loongserve_blocking", "loongserve", "vllm_chunk_2048")
+HOUR_SYSTEMS = ("lars", "loongserve_blocking", "loongserve", "vllm_chunk_2048")
 CAPACITY_QPS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 ATTAINMENT = 0.9
 
@@ -60,10 +60,10 @@ def plan(minutes: int) -> list[Run]:
 
 
 def later(minutes: int) -> list[Run]:
-    """What comes after the capacities."""
-    runs = [Run(system, "5", 0.75, 60) for system in HOUR_SYSTEMS]
-    runs += [Run(system, percent, 0.75, minutes) for percent in ("1", "0") for system in KEY_SYSTEMS]
-    return runs + [Run(system, "5", qps, minutes) for qps in (0.25, 1.25) for system in KEY_SYSTEMS]
+    """What comes after the capacities; hours last, for they take the longest."""
+    runs = [Run(system, percent, 0.75, minutes) for percent in ("1", "0") for system in KEY_SYSTEMS]
+    runs += [Run(system, "5", qps, minutes) for qps in (0.25, 1.25) for system in KEY_SYSTEMS]
+    return runs + [Run(system, "5", 0.75, 60) for system in HOUR_SYSTEMS]
 
 
 def capacity(run: Callable[[Run], dict[str, Any]], system: str, minutes: int) -> tuple[float, float]:

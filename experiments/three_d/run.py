@@ -30,7 +30,7 @@ def main() -> int:
     on = Cluster(shape=LLAMA3_70B, hardware=hardware("h100_x64", 64), engine=engine())
     # Both are held to the same deadlines, those of the pipeline alone.
     isolated_s = on.isolated(LAYOUTS["2D"], 2_000_000)
-    results = Results(HERE / "results.json", {"minutes": arguments.minutes, "scheduler": "lars_margin"})
+    results = Results(HERE / "results.json", {"minutes": arguments.minutes, "scheduler": "lars"})
     print("| layout | requests/s | short p50 | p90 | p99 | long p50 | p90 | TPOT p50 | p90 |")
     print("|" + " --- |" * 9)
     for qps in (0.25, 0.75):
@@ -39,7 +39,7 @@ def main() -> int:
             if key not in results.runs:
                 shard_tokens = SHARD_TOKENS if layout.kvp > 1 else None
                 measured = measure(
-                    on.scheduler(scheduler("lars_margin"), layout, shard_tokens=shard_tokens),
+                    on.scheduler(scheduler("lars"), layout, shard_tokens=shard_tokens),
                     WorkloadConfig(qps=qps, duration_s=60.0 * arguments.minutes, long_prompt_scale=2.0),
                     42, isolated_s, Slo(), runs_on=(layout, on.truth(layout, shard_tokens)),
                     front_s=on.engine.request_s, drain_s=20.0 * arguments.minutes, label=key,
