@@ -45,6 +45,9 @@ class MeasuredWorld(World):
         """See Runtime."""
         event = super().next_event()
         if event is None or self._now_s > self._until_s:
+            if self._flights:  # cut off while batches ran
+                self.active_s += min(self._now_s, self._until_s) - self._active_since_s
+                self._flights.clear()
             return None
         if isinstance(event, Completed):
             prefills, self._batch_start_s = self._flights.pop(event.batch_id)

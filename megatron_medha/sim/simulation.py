@@ -192,7 +192,8 @@ class Simulation:
         pipeline = world.pipeline
         busy_s = [sum(stage) for stage in pipeline.busy_s]
         num_lanes = pipeline.spp * pipeline.kvp
-        span_s = max(duration_s, 1e-9)
+        # A run that is cut off may have worked on for long after the last token that came out.
+        span_s = max(duration_s, world.active_s, 1e-9)
         return {
             "num_gpus": num_gpus,
             "num_batches": work.num_batches,

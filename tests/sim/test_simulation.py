@@ -200,6 +200,11 @@ def test_utilisation_and_memory_are_shares() -> None:
         assert 0.0 < machine[key] < 1.0, key
 
 
+def test_utilisation_of_a_run_that_is_cut_off_in_the_middle_of_its_work_counts_that_work() -> None:
+    machine = Simulation(config(qps=50.0, long_share=0.5, max_drain_s=0.5)).run(Watchers()).values["machine"]
+    assert 0.0 <= machine["bubbles"] < 1.0 and 0.5 < machine["active_share"] <= 1.0
+
+
 def test_memory_does_not_grow_with_the_length_of_a_run(tmp_path: Path) -> None:
     # All requests are equal, so that what is remembered of steps is complete after a few of them.
     path = tmp_path / "equal.csv"
