@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import re
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from megatron_medha.bench_config import BenchOptions
 from megatron_medha.cluster import machine
@@ -137,8 +137,7 @@ def combinations(arguments: Arguments) -> list[tuple[str, ...]]:
             choices.append([f"{override.key_or_group}={override.value().start}"])
         else:
             choices.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
-    jobs = [*product(*choices)]
-    return jobs[:FIRST_TRIED]
+    return [*itertools.islice(itertools.product(*choices), FIRST_TRIED)]
 
 
 def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> None:
@@ -162,14 +161,17 @@ def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> 
 
 
 def composed(name: str, overrides: tuple[str, ...], config_dir: Path | None) -> DictConfig:
-    """As compose() gives it. Groups take 0.3 s to compose, so each set of them once; single keys come last anyway."""
-    groups = tuple(word for word in overrides if (ROOT / "conf" / word.partition("=")[0]).is_dir())
-    keys = [word for word in overrides if word not in groups]
+    """As compose() gives it. That takes 0.3 s, so groups come from what was composed before; keys come last anyway."""
     if config_dir is not None:
         return compose(name, OPTIONS[name], overrides, config_dir)
-    config = copy.deepcopy(with_groups(name, groups))
-    # What Hydra itself does with them.
+    config = copy.deepcopy(with_groups(name, ()))
+    for word in filter(names_option, overrides):
+        group = word.partition("=")[0]
+        option = (options_shown(name).get(word) or with_groups(name, (word,)))[group]
+        OmegaConf.update(config, group, OmegaConf.to_container(option, resolve=False))
+    keys = [word for word in overrides if not names_option(word)]
     try:
+        # What Hydra itself does with them.
         ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(keys), config)
     except HydraException:
         return compose(name, OPTIONS[name], overrides)  # says best what is wrong
@@ -177,8 +179,31 @@ def composed(name: str, overrides: tuple[str, ...], config_dir: Path | None) -> 
 
 
 @functools.cache
+def options_shown(name: str) -> dict[str, DictConfig]:
+    """Every option that the pages give to a command, several composed at once: one of each group."""
+    by_group: dict[str, list[str]] = {}
+    for _, command in shown():
+        if command.words[0] == name and command.error is None:
+            arguments = parse_arguments(command.words[1:])
+            if arguments.config_dir is None:
+                for word in filter(names_option, itertools.chain(*combinations(arguments))):
+                    words = by_group.setdefault(word.partition("=")[0], [])
+                    if word not in words:
+                        words.append(word)
+    found: dict[str, DictConfig] = {}
+    for words in itertools.zip_longest(*by_group.values()):
+        together = tuple(word for word in words if word is not None)
+        found |= dict.fromkeys(together, with_groups(name, together))
+    return found
+
+
+@functools.cache
 def with_groups(name: str, groups: tuple[str, ...]) -> DictConfig:
     return compose(name, OPTIONS[name], groups)
+
+
+def names_option(word: str) -> bool:
+    return (ROOT / "conf" / word.partition("=")[0]).is_dir()
 
 
 def train_tiny_keys() -> set[str]:
