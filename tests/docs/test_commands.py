@@ -193,7 +193,10 @@ def options_shown(name: str) -> dict[str, DictConfig]:
     found: dict[str, DictConfig] = {}
     for words in itertools.zip_longest(*by_group.values()):
         together = tuple(word for word in words if word is not None)
-        found |= dict.fromkeys(together, with_groups(name, together))
+        try:
+            found |= dict.fromkeys(together, with_groups(name, together))
+        except ConfigError:
+            continue  # one of them is wrong: those commands compose it alone, and say so
     return found
 
 
