@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -65,32 +67,54 @@ class AttentionBackend(Protocol):
         """
 
 
+@runtime_checkable
+class RotatingBackend(Protocol):
+    """A backend that also rotates queries and keys, in the pass that writes keys and values to the pool."""
+
+    def attend_rotating(
+        self,
+        plan: Any,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        layer: LayerKV,
+        scale: float,
+    ) -> Tensor:
+        """`attend` with queries and keys still to be rotated by (cos_TD, signed_sin_TD), fp32."""
+
+
 def backend_names(device: torch.device) -> tuple[str, ...]:
     """The backends that run on such a device, the best first."""
-    return {"cpu": ("native", "aten")}.get(device.type, ())
+    if device.type != "cuda":
+        rehearsed = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
+        return {"cpu": ("native", "aten", *rehearsed)}.get(device.type, ())
+    return (*(package for package in ("triton", "flash_attn") if find_spec(package)), "torch")
 
 
-def attention_backend(name: str, device: torch.device) -> AttentionBackend:
+def attention_backend(name: str, device: torch.device, group: int = 1) -> AttentionBackend:
     """The backend called `name`; "auto" takes the best one for the device that can be had, and logs which and why.
+
+    group: query heads per key/value head.
 
     Raises ValueError for a name nobody answers to on this device, or one that cannot be had on this machine.
     """
     names = backend_names(device)
     if name == "auto" and names:
-        return _best(names)
+        return _best(names, device, group)
     if name not in names:
         known = ", ".join(["auto", *names]) if names else "none for this device yet"
         raise ValueError(f"attention_backend={name} does not exist for device {device.type}; known: {known}")
     try:
-        return _made(name)
+        return _made(name, device, group)
     except NativeUnavailable as error:
         raise ValueError(f"attention_backend={name} cannot be had here: {error}; use attention_backend=auto") from error
 
 
-def _best(names: Sequence[str]) -> AttentionBackend:
+def _best(names: Sequence[str], device: torch.device, group: int) -> AttentionBackend:
     for name in names:
         try:
-            backend = _made(name)
+            backend = _made(name, device, group)
         except NativeUnavailable as error:
             log.warning("attention_backend_unavailable name=%s reason=%s", name, error)
             continue
@@ -99,7 +123,7 @@ def _best(names: Sequence[str]) -> AttentionBackend:
     raise AssertionError("the last backend of a device can always be had")
 
 
-def _made(name: str) -> AttentionBackend:
+def _made(name: str, device: torch.device, group: int) -> AttentionBackend:
     match name:
         case "native":
             from megatron_medha.kernels.native_attention import NativeAttention
@@ -109,5 +133,13 @@ def _made(name: str) -> AttentionBackend:
             from megatron_medha.kernels.cpu_attention import CpuAttention
 
             return CpuAttention()
+        case "triton":
+            from megatron_medha.kernels.triton_backend import TritonAttention
+
+            return TritonAttention(device, group=group)
+        case "flash_attn" | "torch":
+            from megatron_medha.kernels.flash_backend import FlashAttention
+
+            return FlashAttention(device, library=name)
         case _:
             raise AssertionError(f"backend {name} is named but not made")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 
+import msgspec
+
 from megatron_medha.cluster import machine
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
@@ -14,11 +16,14 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 
+_CUDA_BACKENDS = ("triton", "flash_attn", "torch")
+DEFAULT_BLOCK_SIZE = 16  # tokens, on CPU and in simulations; CUDA's backends have their own
 _MAX_BLOCK_SIZE = 4096  # tokens; beyond that the last block of every request wastes more than tables ever cost
 
 
@@ -42,9 +47,12 @@ class ModelOptions:
 
     dtype: str = "auto"
     device: str = "auto"
-    block_size: int = 16
+    block_size: int | None = None
     kv_memory_gib: float | None = None
     kv_memory_share: float = 0.5
+    kv_dtype: str = "auto"
+    fp8: str = "none"
+    cuda_graphs: bool = True
     max_context_len: int | None = None
     num_threads: int | None = None
     attention_backend: str = "auto"
@@ -57,10 +65,14 @@ class ModelOptions:
                 "use bfloat16, which takes the same memory"
             )
         _check_member("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        if self.device == "cuda":
-            raise ConfigError("model.device=cuda: no attention kernel for CUDA is there yet; use cpu")
-        _check_member("model.device", self.device, ("auto", "cpu"))
-        _check_member("model.attention_backend", self.attention_backend, ("auto", "native", "aten"))
+        _check_member("model.device", self.device, ("auto", "cpu", "cuda"))
+        _check_member("model.attention_backend", self.attention_backend, ("auto", "native", "aten", *_CUDA_BACKENDS))
+        _check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
+        _check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
+        if self.device == "cpu" and self.attention_backend in _CUDA_BACKENDS:
+            raise ConfigError(f"model.attention_backend={self.attention_backend}: needs model.device=cuda; use auto")
+        if self.device == "cpu" and self.kv_dtype != "auto":
+            raise ConfigError(f"model.kv_dtype={self.kv_dtype}: needs model.device=cuda; use auto")
         _check_range("model.block_size", self.block_size, 1, _MAX_BLOCK_SIZE)
         _check_range("model.kv_memory_gib", self.kv_memory_gib, 1e-6, 1e6)
         _check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
@@ -131,6 +143,7 @@ class ServeOptions:
 
     checkpoint: Path | None
     tokenizer: Path | None = None
+    profile: Path | None = None
     runtime: RuntimeKind = RuntimeKind.RANKS
     log_level: str = "info"
     log_format: LogFormat = LogFormat.TEXT
@@ -144,6 +157,23 @@ class ServeOptions:
     hardware: Hardware
     workload: WorkloadOptions
     tracking: TrackingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """Everything a user can say to `medha profile`, as conf/profile.yaml lays it out."""
+
+    checkpoint: Path | None
+    file: Path
+    seconds: float
+    model: ModelOptions
+    parallel: ParallelOptions
+    launch: LaunchConfig
+
+    def __post_init__(self) -> None:
+        _check_range("seconds", self.seconds, 1.0, 3600.0)
+        if self.parallel.num_ranks > 1:
+            raise ConfigError("parallel: a profile is measured on one rank; use parallel=single")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +198,7 @@ class ServeConfig:
     server: ServerConfig
     slo: SloConfig
     hardware: Hardware
+    profile: FittedCost | None
     tracking: TrackingConfig
     log_level: str
     log_format: LogFormat
@@ -176,7 +207,7 @@ class ServeConfig:
 def serve_config(options: ServeOptions) -> ServeConfig:
     """The options, checked against each other and against this machine. Raises ConfigError."""
     _check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
-    world = _simulated_model(options) if options.runtime is RuntimeKind.SIM else _rank_config(options)
+    world = _simulated_model(options) if options.runtime is RuntimeKind.SIM else rank_config(options)
     return ServeConfig(
         world=world,
         num_replicas=options.parallel.dp,
@@ -187,38 +218,46 @@ def serve_config(options: ServeOptions) -> ServeConfig:
         server=options.server,
         slo=options.slo,
         hardware=options.hardware,
+        profile=_profile(options.profile, options.parallel.replica),
         tracking=options.tracking,
         log_level=options.log_level,
         log_format=options.log_format,
     )
 
 
-def _rank_config(options: ServeOptions) -> RankConfig:
+def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
+    """What a rank is told that runs this checkpoint. Raises ConfigError."""
     model = options.model
     if model.shape is not None:
         raise ConfigError(
             f"model.shape.name={model.shape.name}: with runtime=ranks the checkpoint says what the model is; "
             "use model=auto, or runtime=sim to simulate this one"
         )
-    checkpoint = _checkpoint(options)
+    checkpoint = _checkpoint(options.checkpoint)
     parallel = options.parallel
+    device = model.device if model.device != "auto" else ("cuda" if machine.has_cuda_device() else "cpu")
     if parallel.kvp > 1 and parallel.max_tokens_per_shard is None:
         raise ConfigError(
             f"parallel.max_tokens_per_shard=null: parallel.kvp={parallel.kvp} ranks share a request's KV by token "
             "range; say how many tokens of it go on each, e.g. 32768"
         )
-    if (shard_tokens := parallel.max_tokens_per_shard) is not None and shard_tokens % model.block_size:
+    block_size = model.block_size or DEFAULT_BLOCK_SIZE  # larger ones, of CUDA's backends, are checked by the rank
+    if (shard_tokens := parallel.max_tokens_per_shard) is not None and shard_tokens % block_size:
         raise ConfigError(
-            f"parallel.max_tokens_per_shard={shard_tokens} must be a multiple of model.block_size={model.block_size}"
+            f"parallel.max_tokens_per_shard={shard_tokens} must be a multiple of model.block_size={block_size}"
         )
     return RankConfig(
         layout=parallel.replica,
         front_endpoint="",
         checkpoint=str(checkpoint),
-        device="cpu" if model.device == "auto" else model.device,
+        device=device,
         dtype=model.dtype,
         block_size=model.block_size,
-        kv_memory_bytes=_kv_memory_bytes(options, checkpoint),
+        kv_memory_bytes=_device_kv_bytes(model) if device == "cuda" else _kv_memory_bytes(options, checkpoint),
+        kv_memory_share=model.kv_memory_share,
+        kv_dtype=model.kv_dtype,
+        fp8=model.fp8,
+        cuda_graphs=model.cuda_graphs,
         max_tokens_per_shard=parallel.max_tokens_per_shard,
         max_context_len=model.max_context_len,
         num_threads=_num_threads(options),
@@ -226,7 +265,12 @@ def _rank_config(options: ServeOptions) -> RankConfig:
     )
 
 
-def _kv_memory_bytes(options: ServeOptions, checkpoint: Path) -> int:
+def _device_kv_bytes(model: ModelOptions) -> int | None:
+    """None: the rank takes its share once the weights are on the GPU, whose memory is not seen from here."""
+    return None if model.kv_memory_gib is None else int(model.kv_memory_gib * machine.GIB)
+
+
+def _kv_memory_bytes(options: ServeOptions | ProfileOptions, checkpoint: Path) -> int:
     """Of each rank. Ranks of this machine share its memory."""
     model, parallel = options.model, options.parallel
     wanted_gib = model.kv_memory_gib
@@ -261,7 +305,7 @@ def _kv_memory_bytes(options: ServeOptions, checkpoint: Path) -> int:
     return kv_bytes // parallel.num_ranks
 
 
-def _num_threads(options: ServeOptions) -> int | None:
+def _num_threads(options: ServeOptions | ProfileOptions) -> int | None:
     """Of each rank: several on one machine share its cores, one takes them all."""
     if options.model.num_threads is not None or options.launch.kind is LaunchKind.ATTACH:
         return options.model.num_threads
@@ -287,14 +331,15 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
         shape = _with_context(shape, model.max_context_len)
     if model.kv_memory_gib is None:
         raise ConfigError("model.kv_memory_gib=null: runtime=sim needs the KV memory to simulate; give GiB")
-    block_bytes = model.block_size * shape.kv_bytes_per_token
+    block_size = model.block_size or DEFAULT_BLOCK_SIZE
+    block_bytes = block_size * shape.kv_bytes_per_token
     num_blocks = int(model.kv_memory_gib * machine.GIB) // block_bytes
     if num_blocks < 1:
         raise ConfigError(
-            f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {model.block_size} tokens, "
+            f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {block_size} tokens, "
             f"which takes {block_bytes / machine.GIB:.2g} GiB"
         )
-    return SimulatedModel(shape=shape, num_blocks=num_blocks, block_size=model.block_size)
+    return SimulatedModel(shape=shape, num_blocks=num_blocks, block_size=block_size)
 
 
 def _with_context(shape: ModelShape, max_context_len: int) -> ModelShape:
@@ -302,14 +347,27 @@ def _with_context(shape: ModelShape, max_context_len: int) -> ModelShape:
     return ModelShape(**{**values, "max_context_len": max_context_len})
 
 
-def _checkpoint(options: ServeOptions) -> Path:
+def _profile(path: Path | None, layout: ParallelLayout) -> FittedCost | None:
+    if path is None:
+        return None
+    if layout.world_size > 1:
+        raise ConfigError(f"profile={path}: measured on one rank; leave it out with several")
+    try:
+        return msgspec.json.decode(path.expanduser().read_bytes(), type=FittedCost)
+    except OSError as error:
+        raise ConfigError(f"profile={path}: {error.strerror}; `medha profile` writes one") from None
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"profile={path}: not a profile ({error}); `medha profile` writes one") from None
+
+
+def _checkpoint(given: Path | None) -> Path:
     example = "`medha train-tiny` makes a small one in checkpoints/tiny within two minutes"
-    if options.checkpoint is None:
+    if given is None:
         raise ConfigError(f"checkpoint is missing; give checkpoint=DIR, Megatron or Hugging Face; {example}")
-    directory = options.checkpoint.expanduser()
+    directory = given.expanduser()
     if not directory.is_dir():
         what = "a file, not a directory" if directory.exists() else "no such directory"
-        raise ConfigError(f"checkpoint={options.checkpoint}: {what}; {example}")
+        raise ConfigError(f"checkpoint={given}: {what}; {example}")
     return directory
 
 

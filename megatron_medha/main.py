@@ -23,6 +23,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("megatron_medha.commands.serve", "serve a checkpoint behind the OpenAI API"),
     "chat": Command("megatron_medha.commands.chat", "talk to a server from the terminal"),
     "train-tiny": Command("megatron_medha.commands.train_tiny", "train a tiny GPT, to have one to serve"),
+    "profile": Command("megatron_medha.commands.profile", "measure how long steps take here, for profile=FILE"),
     "simulate": Command("megatron_medha.commands.simulate", "run a workload on a machine that is only calculated"),
     "explain": Command("megatron_medha.commands.explain", "say why a simulated request waited, step by step"),
     "plan": Command("megatron_medha.commands.plan", "find the layout that meets a target with the fewest GPUs"),

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.cluster.machine import GIB
-from megatron_medha.config import ModelOptions, ParallelOptions, TrackingConfig
+from megatron_medha.config import DEFAULT_BLOCK_SIZE, ModelOptions, ParallelOptions, TrackingConfig
 from megatron_medha.core.capacity import Reserve, check_layout, num_kv_blocks
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.engine_costs import EngineCosts
@@ -114,7 +114,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
         engine=options.engine,
         layout=layout,
         num_blocks=_num_blocks(options, model.shape, hardware),
-        block_size=model.block_size,
+        block_size=model.block_size or DEFAULT_BLOCK_SIZE,
         max_tokens_per_shard=options.parallel.max_tokens_per_shard,
         learns=options.belief is Belief.ONLINE,
     )
@@ -127,7 +127,7 @@ def _num_blocks(options: SimulateOptions, shape: ModelShape, hardware: Hardware)
     model, layout = options.model, options.parallel.replica
     if model.kv_memory_gib is None:
         reserve = Reserve(
-            block_size=model.block_size,
+            block_size=model.block_size or DEFAULT_BLOCK_SIZE,
             utilisation=options.memory.utilisation,
             max_batch_tokens=options.scheduler.max_batch_tokens,
             max_num_sequences=options.scheduler.max_num_sequences,
@@ -136,11 +136,12 @@ def _num_blocks(options: SimulateOptions, shape: ModelShape, hardware: Hardware)
     check_layout(shape, hardware, layout)
     num_layers = max(shape.num_stage_layers(stage, layout.spp) for stage in range(layout.spp))
     share = num_layers / shape.num_layers / min(layout.tp, shape.num_kv_heads)
-    block_bytes = model.block_size * shape.kv_bytes_per_token * share
+    block_size = model.block_size or DEFAULT_BLOCK_SIZE
+    block_bytes = block_size * shape.kv_bytes_per_token * share
     num_blocks = int(model.kv_memory_gib * GIB / block_bytes)
     if num_blocks < 1:
         raise ConfigError(
-            f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {model.block_size} tokens, "
+            f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {block_size} tokens, "
             f"which takes {block_bytes / GIB:.2g} GiB on each GPU"
         )
     return num_blocks

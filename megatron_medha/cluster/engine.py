@@ -16,6 +16,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
+from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
@@ -44,6 +45,7 @@ def cluster_engine(
     rank_config: RankConfig,
     scheduler_config: SchedulerConfig,
     hardware: Hardware,
+    profile: FittedCost | None = None,
     recovery: RecoveryConfig | None = None,
     open_ranks: OpenRanks | None = None,
     observers: tuple[Observer, ...] = (),
@@ -69,6 +71,7 @@ def cluster_engine(
                         config=scheduler_config,
                         shape=started.first.shape,
                         hardware=hardware,
+                        profile=profile,
                         layout=layout,
                         num_blocks=started.num_blocks,
                         block_size=started.first.block_size,

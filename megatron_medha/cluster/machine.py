@@ -42,6 +42,11 @@ def memory_bytes_per_s() -> float:
     return min(num_usable_cores() * _BYTES_PER_S_OF_CORE, _MAX_BYTES_PER_S)
 
 
+def has_cuda_device() -> bool:
+    """Whether the driver shows an NVIDIA GPU; whether torch can use it, the rank finds out."""
+    return Path("/dev/nvidiactl").exists() and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def free_memory_bytes() -> int | None:
     """Bytes that could be allocated now without swapping, within the container's limit; None where nobody says."""
     available = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)

@@ -18,8 +18,12 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: str                  # directory: Megatron torch_dist or Hugging Face safetensors
     device: str = "auto"             # auto, cpu, cuda
     dtype: str = "auto"              # auto (the checkpoint's own), float32, bfloat16
-    block_size: int = 16             # tokens per KV block
-    kv_memory_bytes: int             # for all KV blocks of this rank
+    block_size: int | None = None    # tokens per KV block; None: what the attention backend works best with
+    kv_memory_bytes: int | None      # for all KV blocks of this rank; None: kv_memory_share of free device memory
+    kv_memory_share: float = 0.5     # read only on a GPU, and while kv_memory_bytes is None
+    kv_dtype: str = "auto"           # auto (the model's), fp8_e4m3
+    fp8: str = "none"                # recipe of linear layers: none, tensorwise, blockwise
+    cuda_graphs: bool = True         # read only on a GPU
     # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S); None: all that fit.
     max_tokens_per_shard: int | None = None
     max_context_len: int | None = None  # None: the checkpoint's own

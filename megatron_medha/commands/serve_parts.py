@@ -55,6 +55,7 @@ def _replica(
                 rank_config=config.world,
                 scheduler_config=config.scheduler,
                 hardware=config.hardware,
+                profile=config.profile,
                 recovery=config.recovery,
                 open_ranks=_open_ranks(config, replica),
                 observers=(observer,),

@@ -5,14 +5,13 @@ from __future__ import annotations
 from operator import mul
 
 from megatron_medha.core.cost import RooflineCost, StepLoad
+from megatron_medha.core.fitted_cost import FittedCost
 
 _NUM_FEATURES = 8
 _NOISE = 0.04                # of a step's duration, what a quiet machine shows between equal steps
 _PRIOR_SPREAD = 30.0         # times its start value that a coefficient may be off; start values are only a tie-break
 _KEPT = 0.999                # of what was learnt, from step to step: about the last 1,000 steps count
 _KEPT_WHEN_WRONG = 0.25      # the same once the fit is taken to be wrong: the machine has changed, or the roofline lied
-_FIRST_STEPS = 64            # so many are learnt from one by one; ...
-_BLOCK_STEPS = 4             # ... later ones, while they fit, in blocks, at a third of the time per step
 _SURPRISE = 4.0              # times the usual error that makes a step a surprise (a page fault, a neighbour), ...
 _MIN_SURPRISE = 0.05         # ... but never below this relative error
 _MAX_SURPRISES = 2.5         # in short order after which it is the fit that is wrong, not the steps
@@ -73,16 +72,34 @@ class OnlineCost:
             [weight[i] if i == j else 0.0 for j in range(_NUM_FEATURES)] for i in range(_NUM_FEATURES)
         ]
         self._moments = [w * value for w, value in zip(weight, self.theta, strict=True)]
+        self._prior_weight = weight
         self._damping = [_DAMPING * w for w in weight]
         self._usual_error = 0.5
         self._pace = 1.0           # actual over fitted, of the last few steps
         self._pace_benefit = 0.0    # how much smaller, relative errors, predictions are with it than without, of late
         self._paced = list(self.theta)  # the coefficients times the pace
         self._surprises = 0.0
-        self._block: list[list[float]] = []  # features of steps that have not been learnt from yet
         self._reference_s = self._reference()
         self.num_observed = 0
         self.revision = 0
+
+    def start_from(self, profile: FittedCost) -> None:
+        """Go on from a profile, as if its steps had just been observed. Call it before anything is observed."""
+        assert not self.num_observed, "a profile is where learning starts"
+        self._hinges_tokens = profile.hinges_tokens
+        self.theta = list(profile.theta)
+        self._gram = [
+            [value + (weight if i == j else 0.0) for j, value in enumerate(row)]
+            for i, (row, weight) in enumerate(zip(profile.gram, self._prior_weight, strict=True))
+        ]
+        self._moments = [
+            value + weight * start
+            for value, weight, start in zip(profile.moments, self._prior_weight, self.theta, strict=True)
+        ]
+        self._usual_error = max(profile.error_p50, _NOISE)
+        self._paced = list(self.theta)
+        self._reference_s = self._reference()
+        self.revision += 1
 
     @property
     def pace(self) -> float:
@@ -129,26 +146,16 @@ class OnlineCost:
         kept = self._share_kept(abs(1.0 - fitted))
         if load.chunk_context:
             self._follow(fitted)
-        self._block.append(features)
-        self.num_observed += 1
-        if len(self._block) == _BLOCK_STEPS or self.num_observed <= _FIRST_STEPS or kept != _KEPT:
-            self._learn(kept if kept != _KEPT else _KEPT ** len(self._block))
+        gram, moments = self._gram, self._moments
+        for i, feature in enumerate(features):
+            gram[i] = [kept * value + feature * other for value, other in zip(gram[i], features)]  # noqa: B905
+            moments[i] = kept * moments[i] + feature
+        self._descend()
         pace = self.pace
         self._paced = [pace * value for value in self.theta]
+        self.num_observed += 1
         if self.num_observed % _REVISION_STEPS == 0:
             self._revise()
-
-    def _learn(self, kept: float) -> None:
-        """Add the steps of the block to the normal equations, of which so much still counts; then solve on."""
-        # Written out, since this is most of what a decision's learning costs: gram = kept * gram + sum of f f'.
-        features = list(zip(*self._block, strict=True))  # by feature, over the steps of the block
-        for i, (row, values) in enumerate(zip(self._gram, features, strict=True)):
-            self._gram[i] = [
-                kept * value + sum(map(mul, values, others)) for value, others in zip(row, features)  # noqa: B905
-            ]
-            self._moments[i] = kept * self._moments[i] + sum(values)
-        self._block.clear()
-        self._descend()
 
     def _follow(self, fitted: float) -> None:
         """Take a step's time into the pace, and how well the pace so far would have foretold it."""

@@ -30,10 +30,9 @@ Policy = Callable[[Sequence], Priority]
 def slack_s(seq: Sequence, now_s: float) -> float:
     """Seconds to spare before `seq` must run without a pause to meet its deadline; negative when late.
 
-    s = arrival + d - t - w(t) (Medha section 4.1), less the margin: who starts when its slack is just used up is
-    late by the step that was in flight and by what its own step takes beside its chunk.
+    s = arrival + d - t - w(t) (Medha section 4.1).
     """
-    return seq.deadline_s - seq.margin_s - now_s - seq.remaining_work_s
+    return seq.deadline_s - now_s - seq.remaining_work_s
 
 
 def relative_slack(seq: Sequence, now_s: float) -> float:
@@ -61,14 +60,18 @@ def edf(seq: Sequence) -> Priority:
     return Priority(seq.deadline_s)
 
 
+# Those that go by slack keep a margin of it in hand. Who waits until its slack is just used up is late by the step that
+# is in flight then, by the others whose turn has come too, and by what its own step takes beside its chunk.
+
+
 def lrs(seq: Sequence) -> Priority:
     """Least absolute slack first."""
-    return Priority(slack_s(seq, 0.0), -1.0)
+    return Priority(slack_s(seq, 0.0) - seq.margin_s, -1.0)
 
 
 def lars(seq: Sequence) -> Priority:
     """Least relative slack first: length-aware, so neither long nor short requests are always the urgent ones."""
-    return Priority(slack_s(seq, 0.0) / seq.total_work_s, -1.0 / seq.total_work_s)
+    return Priority((slack_s(seq, 0.0) - seq.margin_s) / seq.total_work_s, -1.0 / seq.total_work_s)
 
 
 def hrrn(seq: Sequence) -> Priority:

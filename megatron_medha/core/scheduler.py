@@ -33,7 +33,6 @@ from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Request, Sequence, Status
 from megatron_medha.core.step_budget import StepAim
 
-
 _MOST_IN_HAND = 0.8  # of a deadline
 
 
@@ -113,7 +112,8 @@ class Scheduler:
 
     def _margin_s(self, target_s: float) -> float:
         """What slack leaves in hand of a target; of a target shorter than ten steps, most of it."""
-        return min(self.config.slack_margin_steps * self._feasible_s(self.config.step_budget_s), _MOST_IN_HAND * target_s)
+        steps_s = self.config.slack_margin_steps * self._feasible_s(self.config.step_budget_s)
+        return min(steps_s, _MOST_IN_HAND * target_s)
 
     # ---- events ----
 

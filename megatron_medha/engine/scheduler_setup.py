@@ -12,6 +12,7 @@ from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import CostModel, Hardware, RooflineCost
 from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
@@ -32,6 +33,7 @@ class SchedulerSetup:
     block_size: int
     max_tokens_per_shard: int | None = None  # of one request on one KVP rank; None: all its memory
     engine: EngineCosts | None = None  # for a cluster that is only calculated; None: the roofline of one that runs
+    profile: FittedCost | None = None  # what the cost model starts from, instead of the hardware's data sheet
     learns: bool = True  # False: predictions stay what they are before anything has run, as a simulation may want it
 
     @property
@@ -41,10 +43,21 @@ class SchedulerSetup:
         return CachedClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout)
 
     def build(self) -> Scheduler:
-        """A scheduler that has seen nothing yet; its cost model starts from the roofline and learns."""
+        """A scheduler that has seen nothing yet; its cost model starts from the profile or the roofline and learns.
+
+        Raises ConfigError if the profile is of another model.
+        """
         roofline = RooflineCost(shape=self.shape, hardware=self.hardware, layout=self.layout)
         start: CostModel = roofline if self.engine is None else self.cluster_cost
-        cost: CostModel = OnlineCost(roofline) if self.learns else start
+        online = OnlineCost(roofline)
+        if self.profile is not None:
+            if self.profile.shape != self.shape:
+                raise ConfigError(
+                    f"profile: measured with {self.profile.shape.name} at another shape or dtype than "
+                    f"{self.shape.name} is served in; run `medha profile` again"
+                )
+            online.start_from(self.profile)
+        cost: CostModel = online if self.learns else start
         memory = KVMemory(
             num_blocks=self.num_blocks,
             block_size=self.block_size,

@@ -31,6 +31,8 @@ class PagedCoreAttention(torch.nn.Module):
     ) -> Tensor:
         """A packed batch over paged KV; returns out_THD."""
         layer = batch.kv_layers[layer_index]
+        if batch.is_rotated_by_backend:
+            return batch.backend.attend_rotating(batch.plan, q_TKGD, k_TKD, v_TKD, batch.rotation, layer, self.scale)
         if batch.shared is None:
             return batch.backend.attend(batch.plan, q_TKGD, k_TKD, v_TKD, layer, self.scale)
         first_row = batch.shared.first_row
@@ -86,23 +88,34 @@ class MedhaSelfAttention(SelfAttention):
         """
         if inference_context is None:
             return self._forward_training(hidden_states)
-        q_TKGD, k_TKD, v_TKD = self._rotated(hidden_states, inference_context)
+        project = self._projected if inference_context.is_rotated_by_backend else self._rotated
+        q_TKGD, k_TKD, v_TKD = project(hidden_states, inference_context)
         out_THD = self.core_attention(q_TKGD, k_TKD, v_TKD, inference_context, self._layer_index)
         return self.linear_proj(out_THD.flatten(1).unsqueeze(1))
 
     def _rotated(self, hidden_T1C: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, K, G, D] and keys [T, K, D] at their positions, and values [T, K, D]."""
         if self._has_qk_norm:
+            q_TKGD, k_TKD, v_TKD = self._projected(hidden_T1C, batch)
+            return rotate(q_TKGD, batch.rotation), rotate(k_TKD, batch.rotation), v_TKD
+        mixed_TKJD = self._mixed(hidden_T1C)
+        turned_TKJD = rotate(mixed_TKJD[:, :, :-1], batch.rotation)  # all but the value at once
+        return turned_TKJD[:, :, :-1], turned_TKJD[:, :, -1], mixed_TKJD[:, :, -1]
+
+    def _projected(self, hidden_T1C: Tensor, _: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same before rotation."""
+        if self._has_qk_norm:
             query, key, value = self.get_query_key_value_tensors(hidden_T1C, None)
             num_tokens, _, num_kv_heads, head_dim = key.shape
-            q_TKGD = query.view(num_tokens, num_kv_heads, -1, head_dim)
-            return rotate(q_TKGD, batch.rotation), rotate(key.squeeze(1), batch.rotation), value.squeeze(1)
-        # Megatron's layout is queries, key and value of one group after another: all but the value turn at once.
+            return query.view(num_tokens, num_kv_heads, -1, head_dim), key.squeeze(1), value.squeeze(1)
+        mixed_TKJD = self._mixed(hidden_T1C)
+        return mixed_TKJD[:, :, :-2], mixed_TKJD[:, :, -2], mixed_TKJD[:, :, -1]
+
+    def _mixed(self, hidden_T1C: Tensor) -> Tensor:
+        """Megatron's layout: queries, key and value of one group after another, [T, K, G + 2, D]."""
         mixed, (_, head_dim, _) = self.get_query_key_value_tensors(hidden_T1C, None, split_qkv=False)
         num_tokens, _, num_kv_heads, _ = mixed.shape
-        mixed_TKJD = mixed.view(num_tokens, num_kv_heads, -1, head_dim)
-        turned_TKJD = rotate(mixed_TKJD[:, :, :-1], batch.rotation)
-        return turned_TKJD[:, :, :-1], turned_TKJD[:, :, -1], mixed_TKJD[:, :, -1]
+        return mixed.view(num_tokens, num_kv_heads, -1, head_dim)
 
     def _forward_training(self, hidden_SBC: Tensor) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.get_query_key_value_tensors(hidden_SBC, None)

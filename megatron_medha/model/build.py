@@ -13,10 +13,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.model.attention import MedhaSelfAttention, PagedCoreAttention
+from megatron_medha.model.fp8 import fp8_config
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.rotary import Rotary
@@ -32,18 +35,20 @@ def build_model(
     device: torch.device,
     pgs: MedhaPGs,
     is_initialized: bool = True,
+    fp8: str = "none",
 ) -> GPTModel:
     """This rank's part of the model, on `device`, in eval mode.
 
     is_initialized: False leaves the weights as memory was, for a checkpoint that overwrites every one of them.
+    fp8: a recipe of model/fp8.py; only what Transformer Engine must know when layers are made is settled here.
     Raises ConfigError if the layout does not divide the model.
     """
     check_divisible(config, tp=pgs.tp.size(), spp=pgs.pp.size())
-    transformer_config = _transformer_config(config, dtype, device, pgs, is_initialized)
+    transformer_config = _transformer_config(config, dtype, device, pgs, is_initialized, fp8)
     tp = pgs.tp.size()
     model = _CheckpointedGPTModel(
         config=transformer_config,
-        transformer_layer_spec=_layer_spec(config, device),
+        transformer_layer_spec=_block_spec(config, device, pgs),
         vocab_size=-(-config.vocab_size // tp) * tp,  # padded, so that any tp divides it
         max_sequence_length=config.max_context_len,
         pre_process=pgs.pp.rank() == 0,
@@ -80,6 +85,15 @@ def transformer_engine_works(device: torch.device) -> bool:
     return True
 
 
+def _block_spec(config: ModelConfig, device: torch.device, pgs: MedhaPGs) -> TransformerBlockSubmodules | ModuleSpec:
+    """This stage's layers, and off CUDA the last norm, which Megatron would take from Transformer Engine otherwise."""
+    spec = _layer_spec(config, device)
+    if transformer_engine_works(device):
+        return spec
+    num_layers = config.num_layers // pgs.pp.size()
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=WrappedTorchNorm)
+
+
 def _layer_spec(config: ModelConfig, device: torch.device) -> ModuleSpec:
     """One decoder layer: Transformer Engine's linear layers and norms on CUDA, Megatron's own elsewhere."""
     if transformer_engine_works(device):
@@ -95,7 +109,7 @@ def _layer_spec(config: ModelConfig, device: torch.device) -> ModuleSpec:
 
 
 def _transformer_config(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, pgs: MedhaPGs, is_initialized: bool
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, pgs: MedhaPGs, is_initialized: bool, fp8: str
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -130,6 +144,7 @@ def _transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         batch_p2p_sync=False,
+        **(fp8_config(fp8) if transformer_engine_works(device) else {}),
     )
 
 

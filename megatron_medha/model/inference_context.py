@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
-from megatron_medha.kernels.backends import AttentionBackend, LayerKV
+from megatron_medha.kernels.backends import AttentionBackend, LayerKV, RotatingBackend
 from megatron_medha.model.rotary import Rotation
 from megatron_medha.parallel.kv_exchange import KVExchange
 
@@ -56,6 +56,8 @@ class PackedBatch(BaseInferenceContext):
         self.kv_layers = kv_layers
         self.rotation = rotation
         self.shared = shared
+        # Rows whose partial results go to other ranks are rotated beforehand: those ranks attend with them as they are.
+        self.is_rotated_by_backend = shared is None and isinstance(backend, RotatingBackend)
         self.before_layer = before_layer
         self.hidden: Tensor | None = None
         self._logit_rows = logit_rows
@@ -68,6 +70,11 @@ class PackedBatch(BaseInferenceContext):
     def is_decode_only(self) -> bool:
         """False, always: Megatron asks only to choose among CUDA graphs, which are not used through it."""
         return False
+
+    @property
+    def padding_slice(self) -> slice:
+        """Rows that Megatron zeroes before an FP8 model: none, rows that fill up a batch are never looked at."""
+        return slice(0, 0)
 
     def last_token_logits(self, hidden_1TC: Tensor) -> Tensor:
         """Megatron's name for choosing the rows that go through the output layer: [1, T, C] -> [R, C]."""

@@ -50,6 +50,8 @@ def pack_linears(model: GPTModel) -> None:
     for module in model.modules():
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
             continue
+        if "forward" in vars(module):  # quantised already
+            continue
         weight = module.weight if module.weight is not None else shared_weight
         if weight is not None and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
             layers.append((module, weight))

@@ -40,6 +40,7 @@ class Rotary:
         ) else None
         self._frequencies_F = _scaled_frequencies(config.head_dim, config.rope_theta, scaling)
         self._amplitude = _yarn_amplitude(scaling) if scaling.kind == "yarn" else 1.0
+        self._on_device: dict[torch.device, Tensor] = {}
         self._consecutive: dict[tuple[int, torch.device], Rotation] = {}
 
     def at(self, positions_T: Tensor, lengths_T: Tensor | None = None) -> Rotation:
@@ -52,13 +53,18 @@ class Rotary:
             lengths_T = positions_T + 1 if lengths_T is None else lengths_T
             angles_TF = positions_T.double()[:, None] * self._dynamic_frequencies(lengths_T)
         else:
-            frequencies_F = self._frequencies_F.to(positions_T.device)
+            frequencies_F = self._frequencies_on(positions_T.device)
             angles_TF = torch.outer(positions_T.double(), frequencies_F)  # exact: 24 bits times 24 bits
         is_rounded_T1 = positions_T[:, None] < _NUM_ROUNDED_POSITIONS
         angles_TF = torch.where(is_rounded_T1, angles_TF.float().double(), angles_TF)
         sin_TF = (torch.sin(angles_TF) * self._amplitude).float()
         cos_TF = (torch.cos(angles_TF) * self._amplitude).float()
         return Rotation(torch.cat((cos_TF, cos_TF), dim=-1), torch.cat((-sin_TF, sin_TF), dim=-1))
+
+    @property
+    def depends_on_lengths(self) -> bool:
+        """Whether angles need a look at the lengths on the host, which a CUDA graph cannot take."""
+        return self._dynamic_from is not None
 
     def consecutive(self, num_tokens: int, device: torch.device) -> Rotation:
         """At positions [0, num_tokens), kept: training asks for the same ones at every step."""
@@ -71,12 +77,18 @@ class Rotary:
                 self._consecutive[key] = self.at(torch.arange(num_tokens, device=device), lengths_T)
         return self._consecutive[key]
 
+    def _frequencies_on(self, device: torch.device) -> Tensor:
+        """Copied once: a copy per step would be one more thing the host waits for."""
+        if device not in self._on_device:
+            self._on_device[device] = self._frequencies_F.to(device)
+        return self._on_device[device]
+
     def _dynamic_frequencies(self, lengths_T: Tensor) -> Tensor:
         """fp64, one row per token, or a single row where all have the model's own length at most."""
         assert self._dynamic_from is not None
         longest = int(lengths_T.max())
         if longest <= self._dynamic_from:
-            return self._frequencies_F.to(lengths_T.device)[None]
+            return self._frequencies_on(lengths_T.device)[None]
         lengths, row_T = torch.unique(lengths_T.clamp(min=self._dynamic_from), return_inverse=True)
         dim, factor = self._head_dim, self._scaling.factor
         rows = [

@@ -85,8 +85,8 @@ class Sampler:
         edited_RV = self._edited(raw_RV, rows)
         # max carries NaN and +inf along, so a look at every logit is saved.
         best_R, greedy_R = edited_RV.max(dim=-1)
-        token_ids = greedy_R.tolist()
-        is_sound = torch.isfinite(best_R).tolist()
+        # One look for both: on a GPU every look waits for all that is under way.
+        token_ids, is_sound = torch.stack((greedy_R, torch.isfinite(best_R).to(greedy_R.dtype))).tolist()
         drawn = [index for index, row in enumerate(rows) if not row.sampling.is_greedy and is_sound[index]]
         if drawn:
             chosen = _draw(_take_rows(edited_RV, drawn), [rows[index] for index in drawn])

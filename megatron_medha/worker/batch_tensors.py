@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.stream_pipeline import StagePlan
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.inference_context import PackedBatch, SharedRows
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
@@ -76,16 +76,21 @@ def append_extents(
             request.slot_table.append(chunk.new_extents)
 
 
-def step_tensors(
-    chunks: Sequence[tuple[Chunk, StoredRequest]],
-    *,
-    plan: StagePlan,
-    backend: AttentionBackend,
-    kv_layers: Sequence[LayerKV],
-    rotary: Rotary,
-    shards: KVShards,
-    before_layer: Callable[[], None] | None = None,
-) -> StepTensors:
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """One step as the host packs it: rows of all chunks along one axis. Nothing of it is on the device yet."""
+
+    token_ids_T: np.ndarray  # int64
+    positions_T: np.ndarray  # int64
+    lengths_T: np.ndarray    # int64, of the sequence when the token was computed
+    logit_rows: tuple[int, ...]
+    hidden_rows: tuple[np.ndarray, ...]
+    ranges: tuple[QueryRange, ...]
+    sampling_requests: tuple[StoredRequest, ...]
+    prompt_rows: tuple[PromptRows, ...]
+
+
+def host_step(chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan, shards: KVShards) -> HostStep:
     """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already."""
     num_tokens = plan.num_tokens
     token_ids = np.empty(num_tokens, dtype=np.int64)
@@ -119,18 +124,52 @@ def step_tensors(
                     hidden_rows.append(np.arange(row, row + num_predicted))
                     prompt_rows.append(PromptRows(request, start + 1, num_predicted))
         row = end_row
-    positions_T = torch.from_numpy(positions)
+    return HostStep(
+        token_ids_T=token_ids,
+        positions_T=positions,
+        lengths_T=lengths,
+        logit_rows=tuple(logit_rows),
+        hidden_rows=tuple(hidden_rows),
+        ranges=tuple(ranges),
+        sampling_requests=tuple(sampling_requests),
+        prompt_rows=tuple(prompt_rows),
+    )
+
+
+def step_tensors(
+    host: HostStep,
+    chunks: Sequence[tuple[Chunk, StoredRequest]],
+    *,
+    plan: StagePlan,
+    backend: AttentionBackend,
+    kv_layers: Sequence[LayerKV],
+    rotary: Rotary,
+    shards: KVShards,
+    staging: Staging,
+    before_layer: Callable[[], None] | None = None,
+) -> StepTensors:
+    """A packed step on its way to the device, by `staging`; nothing waits for the device."""
+    hidden_rows, ranges = host.hidden_rows, host.ranges
+    token_ids_T, positions_T, lengths_T, logit_rows_R, hidden_rows_P = staging.upload(
+        [
+            host.token_ids_T,
+            host.positions_T,
+            host.lengths_T,
+            np.array(host.logit_rows, dtype=np.int64),
+            np.concatenate(hidden_rows) if hidden_rows else np.empty(0, dtype=np.int64),
+        ]
+    )
     batch = PackedBatch(
         backend=backend,
         plan=backend.plan(ranges[: plan.num_alone]) if plan.num_alone else None,
         kv_layers=kv_layers,
-        rotation=rotary.at(positions_T, torch.from_numpy(lengths)),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-        hidden_rows=torch.from_numpy(np.concatenate(hidden_rows)) if hidden_rows else None,
+        rotation=rotary.at(positions_T, lengths_T),
+        logit_rows=logit_rows_R,
+        hidden_rows=hidden_rows_P if hidden_rows else None,
         shared=_shared_rows(chunks, ranges[plan.num_alone :], plan, backend, shards) if plan.shared else None,
         before_layer=before_layer,
     )
-    return StepTensors(torch.from_numpy(token_ids).unsqueeze(0), batch, tuple(sampling_requests), tuple(prompt_rows))
+    return StepTensors(token_ids_T.unsqueeze(0), batch, host.sampling_requests, host.prompt_rows)
 
 
 def _shared_rows(

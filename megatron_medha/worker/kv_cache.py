@@ -16,6 +16,8 @@ def num_kv_blocks(
     Raises ConfigError if not even one does.
     """
     block_bytes = 2 * num_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
+    if dtype == torch.float8_e4m3fn:
+        block_bytes += 2 * num_layers * num_kv_heads * 4  # a scale per block and head, fp32
     num_blocks = kv_memory_bytes // block_bytes
     if num_blocks < 1:
         raise ConfigError(
@@ -42,5 +44,7 @@ def allocate_kv(
         return tuple(
             backend.allocate(num_blocks, block_size, num_kv_heads, head_dim, dtype) for _ in range(num_layers)
         )
+    except ValueError as error:  # blocks or heads the backend has no kernel for
+        raise ConfigError(f"attention_backend={backend.name}: {error}") from error
     except RuntimeError as error:  # torch has no narrower type for a refused host allocation
         raise ConfigError(f"{num_blocks} KV blocks of {block_size} tokens do not fit into memory: {error}") from error

@@ -18,17 +18,21 @@ from megatron_medha.core.blocks import Extent, num_blocks_for
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend, backend_names
-from megatron_medha.model.build import build_model, check_divisible
+from megatron_medha.model.build import build_model, check_divisible, transformer_engine_works
 from megatron_medha.model.checkpoint import load_weights, read_model_config
+from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.native_passes import use_native_passes
 from megatron_medha.model.packed_linear import pack_linears
+from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
 from megatron_medha.worker.cpu_share import num_threads_of_rank
+from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.kv_cache import allocate_kv, num_kv_blocks
 from megatron_medha.worker.rank import Rank
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WARM_UP_TOKENS = 64
+_CPU_BLOCK_SIZE = 16  # tokens: wastes little, and runs of blocks are read as one anyway
 _PROGRESS_INTERVAL_S = 0.1
 _M_TRIM_THRESHOLD = -1  # from malloc.h
 _M_MMAP_THRESHOLD = -3
@@ -47,41 +51,48 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     dtype = dtype_of(config.dtype, model_config.dtype)
     max_context_len = context_len_of(config.max_context_len, model_config.max_context_len)
     try:
-        backend = attention_backend(config.attention_backend, device)
+        backend = attention_backend(
+            config.attention_backend, device, group=model_config.num_heads // model_config.num_kv_heads
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
+    block_size = config.block_size or getattr(backend, "block_size", _CPU_BLOCK_SIZE)
+    kv_dtype = kv_dtype_of(config.kv_dtype, dtype, backend.name)
+    has_transformer_engine = transformer_engine_works(device)
+    check_fp8(config.fp8, dtype=dtype, has_transformer_engine=has_transformer_engine, tp=config.layout.tp)
     check_divisible(model_config, tp=config.layout.tp, spp=config.layout.spp)
     if config.layout.world_size > 1:
         progress("the other ranks", 0.0)
     init_distributed(config.layout, config.rank, device=device, init_method=config.init_method)
     pgs = build_groups(config.layout)
     progress("model", 0.0)
-    model = build_model(model_config, dtype=dtype, device=device, pgs=pgs, is_initialized=False)
+    model = build_model(model_config, dtype=dtype, device=device, pgs=pgs, is_initialized=False, fp8=config.fp8)
     load_weights(model, model_config, directory, _rarely(progress))
     model.requires_grad_(False)
+    quantise_linears(model, config.fp8, has_transformer_engine)
     pack_linears(model)
     use_native_passes(model)
 
     num_layers = len(model.decoder.layers)
     num_kv_heads = model_config.num_kv_heads // config.layout.tp
     num_blocks = num_kv_blocks(
-        config.kv_memory_bytes,
-        block_size=config.block_size,
+        config.kv_memory_bytes or free_device_bytes(device, config.kv_memory_share),
+        block_size=block_size,
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=model_config.head_dim,
-        dtype=dtype,
+        dtype=kv_dtype,
     )
     num_blocks = least_of_all_ranks(num_blocks)
     kv_layers = allocate_kv(
         backend,
         num_blocks,
-        block_size=config.block_size,
+        block_size=block_size,
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=model_config.head_dim,
-        dtype=dtype,
+        dtype=kv_dtype,
     )
     rank = Rank(
         rank=config.rank,
@@ -89,21 +100,24 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
         config=model_config,
         backend=backend,
         kv_layers=kv_layers,
-        block_size=config.block_size,
-        shard_tokens=config.max_tokens_per_shard or num_blocks * config.block_size,
+        block_size=block_size,
+        shard_tokens=config.max_tokens_per_shard or num_blocks * block_size,
         device=device,
         pgs=pgs,
     )
     progress("warm-up", 0.0)
-    warm_up(rank, num_blocks=num_blocks, block_size=config.block_size)
+    warm_up(rank, num_blocks=num_blocks, block_size=block_size)
+    if device.type == "cuda" and config.cuda_graphs:
+        progress("CUDA graphs", 0.0)
+        rank.graphs = step_graphs(model, backend, kv_layers, Rotary(model_config), device, pgs)
     ready = Ready(
         rank=config.rank,
         # Only the report is narrowed: the model's own length may enter its rotary frequencies.
         shape=dataclasses.replace(model_config.shape(dtype.itemsize), max_context_len=max_context_len),
         num_blocks=num_blocks,
-        block_size=config.block_size,
+        block_size=block_size,
         stop_token_ids=model_config.stop_token_ids,
-        device=f"{device.type}, {num_threads} threads, {str(dtype).removeprefix('torch.')}, {backend.name} attention",
+        device=_described(device, num_threads, dtype, kv_dtype, config.fp8, backend.name),
     )
     return rank, ready
 
@@ -125,6 +139,25 @@ def warm_up(rank: Rank, *, num_blocks: int, block_size: int) -> None:
     sampled = () if rank.samples_for_itself else ((request_id, 0),)
     rank.run(Step(-1, (Chunk(request_id, num_tokens, 1, True, ranks),), sampled=sampled))
     rank.run(Step(0, (), (), (request_id,)))
+
+
+def free_device_bytes(device: torch.device, share: float) -> int:
+    """That share of what is free on the GPU now that the weights are there. Raises ConfigError on a CPU."""
+    if device.type != "cuda":
+        raise ConfigError("kv_memory_bytes=None: only a GPU's memory is shared out by the rank; give a number")
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return int(free_bytes * share)
+
+
+def kv_dtype_of(name: str, dtype: torch.dtype, backend_name: str) -> torch.dtype:
+    """What KV is stored in; "auto" is the model's dtype. Raises ConfigError."""
+    if name == "auto":
+        return dtype
+    if name != "fp8_e4m3":
+        raise ConfigError(f"kv_dtype={name} is not one of auto, fp8_e4m3")
+    if backend_name != "triton":
+        raise ConfigError(f"kv_dtype=fp8_e4m3 needs attention_backend=triton, not {backend_name}; use kv_dtype=auto")
+    return torch.float8_e4m3fn
 
 
 def context_len_of(wanted: int | None, of_checkpoint: int) -> int:
@@ -170,6 +203,17 @@ def dtype_of(name: str, checkpoint_dtype: str) -> torch.dtype:
     if name not in _DTYPES:
         raise ConfigError(f"dtype={name} is not one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def _described(
+    device: torch.device, num_threads: int, dtype: torch.dtype, kv_dtype: torch.dtype, fp8: str, backend_name: str
+) -> str:
+    """For the line the front prints when the model is ready."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {num_threads} threads"
+    parts = [name, str(dtype).removeprefix("torch."), f"{backend_name} attention"]
+    parts += [f"KV in {str(kv_dtype).removeprefix('torch.')}"] if kv_dtype != dtype else []
+    parts += [f"FP8 linear layers ({fp8})"] if fp8 != "none" else []
+    return ", ".join(parts)
 
 
 def _rarely(progress: Progress) -> Progress:

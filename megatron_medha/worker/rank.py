@@ -16,12 +16,21 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.stream_pipeline import Place, StagePlan, stage_plan
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV
+from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.sampler import Sampler, SamplingRow, prompt_logprobs
 from megatron_medha.parallel.groups import MedhaPGs
 from megatron_medha.parallel.stage_link import Arriving, StageLink
-from megatron_medha.worker.batch_tensors import KVShards, PromptRows, StepTensors, append_extents, step_tensors
+from megatron_medha.worker.batch_tensors import (
+    KVShards,
+    PromptRows,
+    StepTensors,
+    append_extents,
+    host_step,
+    step_tensors,
+)
+from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
 # Logits of a whole chunk may not fit in memory (8192 x 152K fp32 is 5 GB); prompt logprobs go through in slices.
@@ -49,6 +58,7 @@ class Rank:
     """
 
     before_layer: Callable[[], None] | None = None
+    graphs: StepGraphs | None = None  # set once they are captured
 
     def __init__(
         self,
@@ -79,6 +89,7 @@ class Rank:
         # In a layout of several, tokens are sampled elsewhere too; the front tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
         self._rotary = Rotary(config)
+        self._staging = Staging(device)
         self._sampler = Sampler(config.vocab_size, device)
         self._requests = TokenStore(config.vocab_size)
         self._announced: deque[_Announced] = deque()
@@ -151,13 +162,20 @@ class Rank:
         prompt: list[PromptLogprobs] = []
         if work.chunks:
             append_extents(work.chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
+            host = host_step(work.chunks, plan=plan, shards=self._shards)
+            logits_RV = None if self.graphs is None else self.graphs.run(host)
+            if logits_RV is not None:
+                tokens = self._sample(logits_RV, host.sampling_requests, failed)
+                return self._done(work, started_s, tokens, prompt, failed)
             tensors = step_tensors(
+                host,
                 work.chunks,
                 plan=plan,
                 backend=self._backend,
                 kv_layers=self._kv_layers,
                 rotary=self._rotary,
                 shards=self._shards,
+                staging=self._staging,
                 before_layer=self.before_layer,
             )
             if hidden_T1C is not None:
@@ -169,6 +187,16 @@ class Rank:
                 self._link.send(output)
             else:
                 tokens, prompt = self._results(output[0], tensors, failed)
+        return self._done(work, started_s, tokens, prompt, failed)
+
+    def _done(
+        self,
+        work: _Announced,
+        started_s: float,
+        tokens: Sequence[SampledToken],
+        prompt: Sequence[PromptLogprobs],
+        failed: Sequence[tuple[str, str]],
+    ) -> StepDone:
         is_last_stage = self._place.stage == self._link.num_stages - 1
         return StepDone(
             batch_id=work.step.batch_id,

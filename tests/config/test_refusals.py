@@ -74,6 +74,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: 
         ("model.dtype=int8", "use one of auto, float32, bfloat16"),
         ("log_level=loud", "use one of debug, info"),
         ("model.attention_backend=magic", "use one of auto, native, aten"),
+        ("model.fp8=delayed", "use one of none, tensorwise, blockwise"),
     ],
 )
 def test_a_value_outside_a_closed_set_is_refused_with_the_set(refusal: Refusal, override: str, allowed: str) -> None:
@@ -156,8 +157,9 @@ def test_float16_is_refused_with_the_reason(refusal: Refusal) -> None:
     assert "use bfloat16" in refusal("model.dtype=float16")
 
 
-def test_cuda_is_refused_while_it_has_no_attention_kernel(refusal: Refusal) -> None:
-    assert "no attention kernel for CUDA" in refusal("model.device=cuda")
+@pytest.mark.parametrize("override", ["model.attention_backend=triton", "model.kv_dtype=fp8_e4m3"])
+def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(refusal: Refusal, override: str) -> None:
+    assert refusal("model.device=cpu", override) == f"{override}: needs model.device=cuda; use auto"
 
 
 def test_more_kv_memory_than_is_free_is_refused(refusal: Refusal) -> None:

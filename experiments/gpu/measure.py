@@ -1,0 +1,108 @@
+"""What the parts of the GPU check share: the machine, the clock, rows of the table."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured figure beside its bar."""
+
+    what: str
+    figure: float
+    unit: str
+    bar: float | None = None
+    is_bar_a_ceiling: bool = False  # True: lower is better
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Whether the bar is met; nothing where there is none."""
+        if self.bar is None:
+            return ""
+        return "met" if (self.figure <= self.bar if self.is_bar_a_ceiling else self.figure >= self.bar) else "MISSED"
+
+    def text(self) -> str:
+        """One line of the table."""
+        bar = "" if self.bar is None else f"{'<=' if self.is_bar_a_ceiling else '>='} {self.bar:.3g}"
+        return f"{self.what:<66} {self.figure:>10.4g} {self.unit:<9} {bar:>9} {self.verdict:<7}{self.note}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+@dataclass(slots=True)
+class Check:
+    """One run of the script: where, how large, how long, and what earlier parts have found out."""
+
+    device: torch.device
+    is_tiny: bool
+    deadline_s: float  # on time.monotonic
+    seed: int = 0
+    facts: dict[str, float] = field(default_factory=dict)  # measured rates that later parts are held against
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this is a measurement or a rehearsal."""
+        return self.device.type == "cuda"
+
+    def add(self, row: Row) -> None:
+        """Take a figure into the table and say it."""
+        self.rows.append(row)
+        print(row.text(), flush=True)
+
+    def has_time(self, seconds: float = 0.0) -> bool:
+        """Whether so much time is left before the end of the run."""
+        return time.monotonic() + seconds < self.deadline_s
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def time_s(self, work: Callable[[], Any], *, budget_s: float = 0.2) -> float:
+        """Median seconds of `work` on the device, by events; one run where this is a rehearsal."""
+        work()
+        if not self.is_cuda:
+            started_s = time.perf_counter()
+            work()
+            return time.perf_counter() - started_s
+        self.synchronize()
+        started_s = time.perf_counter()
+        work()
+        self.synchronize()
+        count = max(3, min(50, int(budget_s / max(time.perf_counter() - started_s, 1e-6))))
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        for begin, end in events:
+            begin.record()
+            work()
+            end.record()
+        self.synchronize()
+        times = sorted(begin.elapsed_time(end) * 1e-3 for begin, end in events)
+        return times[len(times) // 2]
+
+    @contextmanager
+    def memory_freed(self) -> Iterator[None]:
+        """Give cached device memory back afterwards: the next part allocates in other sizes."""
+        try:
+            yield
+        finally:
+            gc.collect()  # captured graphs hold their rank in cycles
+            if self.is_cuda:
+                torch.cuda.empty_cache()
+
+
+def percentile(values: list[float], share: float) -> float:
+    """By nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -1,0 +1,279 @@
+"""The parts of the GPU check that run a whole model of Llama-3 8B's shape, with random weights, through worker.Rank."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from experiments.gpu.in_process import Outcome, run_engine
+from experiments.gpu.measure import Check, Row, percentile
+from megatron_medha.cluster.messages import NewRequest, Step
+from megatron_medha.core.batch import Chunk
+from megatron_medha.core.blocks import Extent, num_blocks_for
+from megatron_medha.core.cost import Hardware
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.kernels.backends import attention_backend
+from megatron_medha.kernels.paged_kv import E4M3
+from megatron_medha.model.build import build_model, transformer_engine_works
+from megatron_medha.model.fp8 import quantise_linears
+from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.packed_linear import pack_linears
+from megatron_medha.model.rotary import Rotary
+from megatron_medha.parallel.groups import build_groups, init_distributed
+from megatron_medha.worker.cuda_graphs import step_graphs
+from megatron_medha.worker.kv_cache import allocate_kv
+from megatron_medha.worker.rank import Rank
+
+LLAMA3_8B = ModelConfig(
+    name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14_336, num_heads=32, num_kv_heads=8,
+    head_dim=128, vocab_size=128_256, max_context_len=1 << 21, norm_epsilon=1e-5, rope_theta=5e5, dtype="bfloat16",
+)  # fmt: skip
+TINY = ModelConfig(
+    name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=96, num_heads=4, num_kv_heads=2, head_dim=16,
+    vocab_size=128, max_context_len=1 << 21, norm_epsilon=1e-5, rope_theta=5e5, dtype="bfloat16",
+)  # fmt: skip
+_CHUNK = 4096  # of a prefill alone: the whole budget of a large step
+_NUM_SAMPLED_DEPTHS = 9
+
+
+class OneRank:
+    """A rank with random weights and random KV, over which requests begin at any depth."""
+
+    def __init__(
+        self, check: Check, config: ModelConfig, num_tokens: int, *, dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: torch.dtype | None = None, fp8: str = "none", has_graphs: bool = False,
+        device: torch.device | None = None, are_weights_portable: bool = False,
+    ) -> None:  # fmt: skip
+        """num_tokens: KV for so many. are_weights_portable: the same on every device, made on the CPU."""
+        self.check, self.config = check, config
+        self.device = device or check.device
+        init_distributed(ParallelLayout(), 0, device=self.device)
+        pgs = build_groups(ParallelLayout())
+        model = build_model(config, dtype=dtype, device=self.device, pgs=pgs, is_initialized=False, fp8=fp8)
+        _randomise(model, torch.device("cpu") if are_weights_portable else self.device)
+        model.requires_grad_(False)
+        quantise_linears(model, fp8, transformer_engine_works(self.device))
+        pack_linears(model)
+        backend = attention_backend("auto", self.device, group=config.num_heads // config.num_kv_heads)
+        self.block_size = getattr(backend, "block_size", 16)
+        self.num_blocks = num_blocks_for(num_tokens, self.block_size) + 64
+        kv_layers = allocate_kv(
+            backend, self.num_blocks, block_size=self.block_size, num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=kv_dtype or dtype,
+        )  # fmt: skip
+        for layer in kv_layers:
+            for pool in (layer.k_NKPD, layer.v_NKPD) if self.device.type == "cuda" else layer[:2]:
+                pool.view(torch.uint8).random_(0, 64)  # bytes below 64 are finite numbers below 2 in every format
+        self.rank = Rank(
+            rank=0, model=model, config=config, backend=backend, kv_layers=kv_layers, block_size=self.block_size,
+            shard_tokens=self.num_blocks * self.block_size, device=self.device, pgs=pgs,
+        )  # fmt: skip
+        self._num_steps = 0
+        if has_graphs and self.device.type == "cuda":
+            self.rank.graphs = step_graphs(model, backend, kv_layers, Rotary(config), self.device, pgs)
+
+    def step(self, *chunks: Chunk, new: tuple[NewRequest, ...] = (), released: tuple[str, ...] = ()) -> float:
+        """Seconds of one step, the device waited for."""
+        self._num_steps += 1
+        started_s = time.perf_counter()
+        self.rank.run(Step(self._num_steps, chunks, new, released))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started_s
+
+    def begin(self, request_id: str, num_tokens: int) -> None:
+        """Announce a request with all its blocks; its first token alone is computed."""
+        ids = array("i", [(7 * i + 3) % self.config.vocab_size for i in range(num_tokens)]).tobytes()
+        sampling = Sampling(max_output_tokens=1 << 20, temperature=0.0)
+        extent = Extent(0, num_blocks_for(num_tokens + 64, self.block_size))
+        self.step(
+            Chunk(request_id, 0, 1, False, (0,), (extent,)), new=(NewRequest(request_id, ids, num_tokens, sampling),)
+        )
+
+
+def _randomise(model: torch.nn.Module, device: torch.device) -> None:
+    """Small random matrices made on `device`, norms of 1: activations stay finite over 32 layers."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+            continue
+        # Matrices have the same names in Megatron's and in Transformer Engine's layers.
+        generator = torch.Generator(device=device).manual_seed(zlib.crc32(name.encode()))
+        parameter.data.copy_(torch.randn(parameter.shape, device=device, generator=generator).mul_(0.02))
+
+
+def same_as_cpu(check: Check) -> None:
+    """A small model of the 8B's head shape on the device against the CPU in fp32: logits after chunks and decodes."""
+    config = TINY if check.is_tiny else ModelConfig(
+        name="small", num_layers=4, hidden_size=1024, ffn_hidden_size=2048, num_heads=8, num_kv_heads=2, head_dim=128,
+        vocab_size=4096, max_context_len=4096, norm_epsilon=1e-5, rope_theta=5e5,
+    )  # fmt: skip
+    logits = {}
+    variants = {
+        "cpu": (torch.device("cpu"), torch.float32, None, "none"),
+        "device": (check.device, torch.bfloat16, None, "none"),
+        "device, FP8 linear layers": (check.device, torch.bfloat16, None, "tensorwise"),
+    }
+    if check.is_cuda:
+        variants["device, e4m3 KV"] = (check.device, torch.bfloat16, E4M3, "none")
+    for name, (device, dtype, kv_dtype, fp8) in variants.items():
+        world = OneRank(
+            check, config, 2048, dtype=dtype, kv_dtype=kv_dtype, fp8=fp8, device=device, are_weights_portable=True
+        )
+        caught: list[torch.Tensor] = []
+        world.rank._sampler.sample = _catching(world.rank._sampler.sample, caught)
+        num_tokens = 60 if check.is_tiny else 700
+        world.begin("a", num_tokens)
+        first = num_tokens // 2
+        world.step(Chunk("a", 1, first - 1, False))
+        world.step(Chunk("a", first, num_tokens - first, True))
+        logits[name] = caught[0].float().cpu()
+    largest = logits["cpu"].abs().max().item()
+    for name in list(variants)[1:]:
+        error = (logits[name] - logits["cpu"]).abs().max().item() / largest
+        bar = 0.03 if name == "device" else None  # bf16 through the layers; that of FP8 is stated, not judged
+        check.add(Row(f"logits against the CPU's in fp32: {name}", error, "of max", bar, True))
+
+
+
+def _catching(sample: Callable[..., Any], caught: list[torch.Tensor]) -> Callable[..., Any]:
+    def catch(logits_RV: torch.Tensor, rows: Any) -> Any:
+        if len(logits_RV):
+            caught.append(logits_RV.clone())
+        return sample(logits_RV, rows)
+
+    return catch
+
+
+def prefill(check: Check) -> None:
+    """A whole prompt of 128K, and 512K from measured chunks at several depths: causal MFU against the bf16 rate."""
+    config = TINY if check.is_tiny else LLAMA3_8B
+    whole, sampled = (96, 192) if check.is_tiny else (131_072, 524_288)
+    chunk = 32 if check.is_tiny else _CHUNK
+    world = OneRank(check, config, sampled + 64)
+    shape = config.shape(2)
+    rate = check.facts.get("matmul_flops_per_s", math.nan)
+
+    world.begin("whole", whole)
+    pieces = [Chunk("whole", start, min(chunk, whole - start), False) for start in range(1, whole, chunk)]
+    total_s = sum(world.step(piece) for piece in pieces)
+    check.facts["prefill_128k_s"] = total_s
+    check.add(Row(f"prefill of {whole}: TTFT", total_s, "s"))
+    check.add(Row(f"prefill of {whole}: causal MFU", _flops(shape, whole) / total_s / rate, "", 0.6))
+    world.step(released=("whole",))
+
+    world.begin("sampled", sampled)
+    depths = [1 + i * (sampled - 1 - chunk) // (_NUM_SAMPLED_DEPTHS - 1) for i in range(_NUM_SAMPLED_DEPTHS)]
+    times = []
+    for depth in depths:
+        if not check.has_time(20):
+            check.add(Row(f"prefill of {sampled}: no time left", math.nan, ""))
+            return
+        times.append(min(world.step(Chunk("sampled", depth, chunk, False)) for _ in range(2)))
+    # Chunk time grows linearly with depth, so the trapezoid of samples is the sum over all chunks.
+    mean_s = sum((a + b) / 2 for a, b in zip(times, times[1:], strict=False)) / (len(times) - 1)
+    total_s = mean_s * sampled / chunk
+    note = f" from {len(times)} depths"
+    check.add(Row(f"prefill of {sampled}: TTFT", total_s, "s", note=note))
+    check.add(Row(f"prefill of {sampled}: causal MFU", _flops(shape, sampled) / total_s / rate, "", 0.6, note=note))
+
+
+def _flops(shape: Any, num_tokens: int) -> float:
+    """Causal: 2 P N + 2 N^2 h d L, P the layers' weights."""
+    attention = 2.0 * num_tokens**2 * shape.num_heads * shape.head_dim * shape.num_layers
+    return 2.0 * shape.num_layers * shape.num_layer_params * num_tokens + attention
+
+
+def tpot(check: Check) -> None:
+    """Decode of one sequence at 128K: against reading weights and KV once at copy bandwidth."""
+    config, context = (TINY, 60) if check.is_tiny else (LLAMA3_8B, 131_072)
+    world = OneRank(check, config, context + 256, has_graphs=True)
+    shape = config.shape(2)
+    num_weights = shape.num_layers * shape.num_layer_params + shape.num_head_params
+    num_bytes = 2 * num_weights + context * shape.kv_bytes_per_token
+    floor_s = num_bytes / check.facts.get("copy_bytes_per_s", math.nan)
+    _decodes(world, "a", context, 4)
+    graphs = world.rank.graphs
+    seconds = _decodes(world, "b", context, 8 if check.is_tiny else 60)
+    what = f"decode at {context}: TPOT {'with' if graphs else 'without'} CUDA graphs"
+    check.add(Row(what, 1e3 * seconds, "ms", note=f" floor {1e3 * floor_s:.2f} ms"))
+    check.add(Row(f"{what}, against the floor", seconds / floor_s, "x", 1.25, True))
+    if graphs is not None:
+        world.rank.graphs = None
+        check.add(Row(f"decode at {context}: TPOT without CUDA graphs", 1e3 * _decodes(world, "c", context, 30), "ms"))
+
+
+def _decodes(world: OneRank, request_id: str, context: int, count: int) -> float:
+    """Median seconds of a token after `context` tokens of KV that nobody has computed."""
+    world.begin(request_id, context)
+    world.step(Chunk(request_id, context - 1, 1, True))
+    times = [world.step(Chunk(request_id, context + i, 1, True)) for i in range(count)]
+    world.step(released=(request_id,))
+    return percentile(times, 0.5)
+
+
+def million(check: Check) -> None:
+    """A 1M-token context with e4m3 KV on the one GPU: runs, TTFT from sampled depths, TPOT; FP8 KV halves memory."""
+    config, context, chunk = (TINY, 100, 32) if check.is_tiny else (LLAMA3_8B, 1_048_576, _CHUNK)
+    kv_dtype = E4M3 if check.is_cuda else None
+    world = OneRank(check, config, context + 128, kv_dtype=kv_dtype, has_graphs=True)
+    kv_bytes = config.shape(2 if kv_dtype is None else 1).kv_bytes_per_token * context
+    check.add(Row(f"KV of {context} tokens", kv_bytes / 2**30, "GiB"))
+    world.begin("long", context)
+    depths = [1 + i * (context - 1 - chunk) // 4 for i in range(5)]
+    times = [world.step(Chunk("long", depth, chunk, False)) for depth in depths if check.has_time(20)]
+    if len(times) == len(depths):
+        mean_s = sum((a + b) / 2 for a, b in zip(times, times[1:], strict=False)) / (len(times) - 1)
+        floor_s = _flops(config.shape(2), context) / check.facts.get("matmul_flops_per_s", math.nan)
+        note = f" from 5 depths; all FLOPs at the matmul rate: {floor_s:.0f} s"
+        check.add(Row(f"prefill of {context}, FP8 KV: TTFT", mean_s * context / chunk, "s", note=note))
+    world.step(released=("long",))
+    seconds = _decodes(world, "decoding", context - 64 if check.is_cuda else context - 8, 4 if check.is_tiny else 30)
+    floor_s = kv_bytes / check.facts.get("copy_bytes_per_s", math.nan)
+    note = f" reading KV alone: {1e3 * floor_s:.2f} ms"
+    check.add(Row(f"decode at {context}, FP8 KV: TPOT", 1e3 * seconds, "ms", note=note))
+
+
+def convoy(check: Check) -> None:
+    """Short requests beside a long prefill, the real scheduler over the real rank, in this process."""
+    config = TINY if check.is_tiny else LLAMA3_8B
+    long_tokens, short_tokens, rate, idle_s = (400, 12, 2.0, 2.0) if check.is_tiny else (131_072, 256, 16.0, 4.0)
+    world = OneRank(check, config, long_tokens + (1 << 13 if check.is_tiny else 1 << 17), has_graphs=True)
+    hardware = Hardware(
+        name="measured",
+        flops_per_s=check.facts.get("matmul_flops_per_s", 1e11),
+        memory_bytes_per_s=check.facts.get("copy_bytes_per_s", 1e10),
+    )
+    idle = run_engine(world, hardware, long_tokens=0, short_tokens=short_tokens, shorts_per_s=rate, seconds=idle_s)
+    alone = run_engine(world, hardware, long_tokens=long_tokens, short_tokens=short_tokens, shorts_per_s=0.0)
+    mixed = run_engine(world, hardware, long_tokens=long_tokens, short_tokens=short_tokens, shorts_per_s=rate)
+    budget_s = mixed.budget_s
+    idle_p99, mixed_p99 = percentile(idle.short_ttft_s, 0.99), percentile(mixed.short_ttft_s, 0.99)
+    check.add(Row("short TTFT p99 idle", 1e3 * idle_p99, "ms"))
+    bar_ms = 1e3 * (2 * idle_p99 + budget_s)
+    check.add(Row(f"short TTFT p99 beside a prefill of {long_tokens}", 1e3 * mixed_p99, "ms", bar_ms, True))
+    shorts_s = percentile(idle.short_ttft_s, 0.5) * len(mixed.short_ttft_s)
+    check.add(Row("long TTFT alone", alone.long_ttft_s, "s"))
+    check.add(Row("long TTFT beside short ones", mixed.long_ttft_s, "s", 1.05 * alone.long_ttft_s + shorts_s, True))
+    _cost_rows(check, [idle, alone, mixed])
+
+
+def _cost_rows(check: Check, outcomes: list[Outcome]) -> None:
+    steps = [step for outcome in outcomes for step in outcome.steps]
+    learnt = [abs(1 - predicted / actual) for predicted, actual, _ in steps[500:]]
+    if not learnt:
+        check.add(Row(f"cost model: only {len(steps)} steps, 500 are needed", math.nan, ""))
+        return
+    check.add(Row("cost model after 500 steps: error p50", percentile(learnt, 0.5), "rel"))
+    check.add(Row("cost model after 500 steps: error p95", percentile(learnt, 0.95), "rel", 0.05, True))
+    budget_s = outcomes[-1].budget_s
+    kept = [actual <= 1.05 * budget_s for _, actual, is_mixed in outcomes[-1].steps if is_mixed]
+    if kept:
+        check.add(Row("mixed steps at most 5% over their budget", sum(kept) / len(kept), "", 0.99))

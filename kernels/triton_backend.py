@@ -1,0 +1,316 @@
+"""The Triton attention backend: a few launches per layer over lists made once per step.
+
+Per layer: rotate and write (one launch, two for e4m3), attention of chunks (one), of single tokens (one), merging of
+what was cut (up to two). Nothing here waits for the device. Checked in Triton's interpreter and compiled for sm_90;
+not yet run on a GPU.
+
+Shapes: T tokens, K key/value heads, G query heads per key/value head, H = K * G, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_medha.kernels.backends import QueryRange
+from megatron_medha.kernels.block_tables import BlockTables
+from megatron_medha.kernels.paged_kv import E4M3, PagedKV, allocate_paged
+from megatron_medha.kernels.staging import Staging
+from megatron_medha.kernels.triton_attention import DeviceWork, TileConfig, paged_attention
+from megatron_medha.kernels.triton_merge import merge_tiles
+from megatron_medha.kernels.triton_tiles import DECODE_TILES, INTERPRETED_TILE, PREFILL_TILES
+from megatron_medha.kernels.triton_write import WRITE_COLUMNS, rotate_and_write
+from megatron_medha.kernels.work_list import (
+    ITEM_COLUMNS,
+    MERGE_COLUMNS,
+    NUM_WAVES_TRIED,
+    RowRange,
+    WorkList,
+    work_list,
+)
+
+# Two programs, so that the interpreter's runs cut tiles into parts, too.
+_INTERPRETED_PROGRAMS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """What a step needs on the device, still on the host, in a fixed order: see `arrays`."""
+
+    slots_T: np.ndarray    # int64; -1 where nothing is written; empty for e4m3 pools
+    pieces_W4: np.ndarray  # int32; empty for plain pools
+    chunks: WorkList
+    decodes: WorkList
+    places: np.ndarray     # int64, and
+    blocks: np.ndarray     # int32: what is new in the block tables
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """For staging; `TritonAttention.on_device` takes them back in this order."""
+        return [
+            self.slots_T, self.pieces_W4, self.chunks.items_NI, self.chunks.merges_MI, self.decodes.items_NI,
+            self.decodes.merges_MI, self.places, self.blocks,
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRoom:
+    """The fixed lengths of a plan's lists inside a CUDA graph."""
+
+    num_tokens: int
+    num_pieces: int
+    num_chunk_tiles: int
+    num_chunk_items: int
+    num_decode_tiles: int
+    num_decode_items: int
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """The same on the device."""
+
+    slots_T: Tensor
+    pieces_W4: Tensor
+    chunks: DeviceWork
+    decodes: DeviceWork
+    tables_SB: Tensor
+    is_padded: bool = False  # some rows belong to nobody: their output is 0, not whatever memory held
+
+
+class TritonAttention:
+    """Attention backend `triton`. One object serves all layers of a rank."""
+
+    name = "triton"
+    min_run_tokens = 1  # blocks are read through tables; runs do not matter
+    block_size = 128    # at least one inner step of the kernel; half of it is what a request wastes on average
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        group: int,
+        prefill_tile: TileConfig | None = None,
+        decode_tile: TileConfig | None = None,
+    ) -> None:
+        """group: query heads per key/value head of this rank. On a CPU Triton's interpreter must be in use."""
+        is_cuda = device.type == "cuda"
+        self.device = device
+        self._group = group
+        self._prefill_tile = prefill_tile or (PREFILL_TILES[0] if is_cuda else INTERPRETED_TILE)
+        self._decode_tile = decode_tile or (DECODE_TILES[0] if is_cuda else INTERPRETED_TILE)
+        self._num_sms = (
+            torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else _INTERPRETED_PROGRAMS
+        )
+        if group > min(self._prefill_tile.block_m, self._decode_tile.block_m):
+            raise ValueError(f"{group} query heads per key/value head: tiles have {self._decode_tile.block_m} rows")
+        self._staging = Staging(device)
+        self._num_kv_heads = 0
+        self._is_quantised = False
+        self.tables: BlockTables | None = None
+
+    def use_tiles(self, *, prefill_tile: TileConfig | None = None, decode_tile: TileConfig | None = None) -> None:
+        """Other tiles from the next plan on; plans and graphs made before are void."""
+        self._prefill_tile = prefill_tile or self._prefill_tile
+        self._decode_tile = decode_tile or self._decode_tile
+
+    def allocate(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> PagedKV:
+        """Uninitialised KV of one layer. Raises ValueError for blocks and heads the kernels have no tiles for."""
+        if self.tables is None:
+            self.tables = BlockTables(num_blocks, block_size, self.device)
+            self._block_size = block_size
+        self._num_kv_heads, self._is_quantised = num_kv_heads, dtype == E4M3
+        return allocate_paged(num_blocks, block_size, num_kv_heads, head_dim, dtype, self.device)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether KV is stored in e4m3."""
+        return self._is_quantised
+
+    def room(self, num_tokens: int, num_sequences: int, *, has_chunks: bool) -> PlanRoom:
+        """Lists long enough for nearly every step of that many tokens and sequences."""
+        def items(tile: TileConfig, num_tiles: int) -> int:
+            return num_tiles + NUM_WAVES_TRIED * self._num_sms * tile.programs_per_sm // self._num_kv_heads
+
+        num_tiles = -(-num_tokens // self._prefill_tile.tokens_per_tile(self._group)) + num_sequences
+        return PlanRoom(
+            num_tokens=num_tokens,
+            num_pieces=min(num_tokens, num_tokens // self._block_size + 2 * num_sequences),
+            num_chunk_tiles=num_tiles if has_chunks else 0,
+            num_chunk_items=items(self._prefill_tile, num_tiles) if has_chunks else 0,
+            num_decode_tiles=num_sequences,
+            num_decode_items=items(self._decode_tile, num_sequences),
+        )
+
+    def plan(self, ranges: Sequence[QueryRange]) -> DevicePlan:
+        """Lists for all layers of one step, on their way to the device in one copy."""
+        host = self.host_plan(ranges)
+        return self.on_device(host, self._staging.upload(host.arrays))
+
+    def host_plan(self, ranges: Sequence[QueryRange]) -> HostPlan:
+        """The lists of one step. Afterwards the device's block tables are taken to know what `places` names."""
+        assert self.tables is not None, "a plan before any KV"
+        places, blocks = self.tables.news(r.table for r in ranges)
+        chunks, decodes = [], []
+        for first_row, num_rows, start, table, is_written in ranges:
+            # Rows of another rank's shard see all that lies in this one, whatever their own order.
+            rows = RowRange(
+                first_row, num_rows, start if is_written else start - 1, int(is_written), self.tables.row_of(table)
+            )
+            (decodes if num_rows == 1 else chunks).append(rows)
+        slots_T, pieces_W4 = self._writes(ranges)
+        return HostPlan(
+            slots_T=slots_T,
+            pieces_W4=pieces_W4,
+            chunks=self._cut(chunks, self._prefill_tile),
+            decodes=self._cut(decodes, self._decode_tile),
+            places=places,
+            blocks=blocks,
+        )
+
+    def on_device(self, host: HostPlan, tensors: Sequence[Tensor], is_padded: bool = False) -> DevicePlan:
+        """tensors: `host.arrays`, copied. Enqueues what is new for the block tables."""
+        assert self.tables is not None
+        slots_T, pieces_W4, chunk_items, chunk_merges, decode_items, decode_merges, places, blocks = tensors
+        self.tables.tell(places, blocks)
+        return DevicePlan(
+            slots_T=slots_T,
+            pieces_W4=pieces_W4,
+            chunks=DeviceWork(chunk_items, chunk_merges, host.chunks.num_parts),
+            decodes=DeviceWork(decode_items, decode_merges, host.decodes.num_parts),
+            tables_SB=self.tables.tables_SB,
+            is_padded=is_padded,
+        )
+
+    def attend(
+        self, plan: DevicePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: PagedKV, scale: float
+    ) -> Tensor:
+        """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
+        return self._attend(plan, q_TKGD, k_TKD, v_TKD, (None, None), layer, scale, False)[0]
+
+    def attend_with_lse(
+        self, plan: DevicePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: PagedKV, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` over one shard of each sequence; (out_THD, lse_TH fp32)."""
+        out_THD, lse_TH = self._attend(plan, q_TKGD, k_TKD, v_TKD, (None, None), layer, scale, True)
+        assert lse_TH is not None
+        return out_THD, lse_TH
+
+    def attend_rotating(
+        self,
+        plan: DevicePlan,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        layer: PagedKV,
+        scale: float,
+    ) -> Tensor:
+        """`attend` with queries and keys still to be rotated, by (cos_TD, signed_sin_TD) fp32; returns out_THD."""
+        return self._attend(plan, q_TKGD, k_TKD, v_TKD, angles, layer, scale, False)[0]
+
+    def _attend(
+        self,
+        plan: DevicePlan,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        angles: tuple[Tensor | None, Tensor | None],
+        layer: PagedKV,
+        scale: float,
+        has_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        slots_T, pieces_W4 = (None, plan.pieces_W4) if self._is_quantised else (plan.slots_T, None)
+        q_TKGD = rotate_and_write(q_TKGD, k_TKD, v_TKD, *angles, layer, slots_T=slots_T, pieces_W4=pieces_W4)
+        return self.attend_written(plan, q_TKGD, layer, scale, has_lse)
+
+    def attend_written(
+        self, plan: DevicePlan, q_TKGD: Tensor, layer: PagedKV, scale: float, has_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over what the pool holds, nothing written: (out_THD, lse_TH or None)."""
+        out_TKGD = torch.zeros_like(q_TKGD) if plan.is_padded else torch.empty_like(q_TKGD)
+        lse_TKG = torch.empty(q_TKGD.shape[:3], dtype=torch.float32, device=q_TKGD.device) if has_lse else None
+        for work, tile in ((plan.chunks, self._prefill_tile), (plan.decodes, self._decode_tile)):
+            parts = paged_attention(
+                q_TKGD, layer, plan.tables_SB, work, config=tile, scale=scale, out_TKGD=out_TKGD, lse_TKG=lse_TKG
+            )
+            if parts is not None:
+                merge_tiles(parts, work.merges_MI, out_TKGD, lse_TKG)
+        return out_TKGD.flatten(1, 2), None if lse_TKG is None else lse_TKG.flatten(1, 2)
+
+    def _cut(self, ranges: Sequence[RowRange], tile: TileConfig) -> WorkList:
+        return work_list(
+            ranges,
+            tokens_per_tile=tile.tokens_per_tile(self._group),
+            block_n=min(tile.block_n, self._block_size),
+            num_kv_heads=self._num_kv_heads,
+            num_programs=self._num_sms * tile.programs_per_sm,
+        )
+
+    def _writes(self, ranges: Sequence[QueryRange]) -> tuple[np.ndarray, np.ndarray]:
+        """Slots of all rows, or pieces of blocks; whichever the pool is written by."""
+        if not self._is_quantised:
+            slots = [
+                r.table.slots(r.start, r.num_rows) if r.is_written else np.full(r.num_rows, -1, np.int64)
+                for r in ranges
+            ]
+            return np.concatenate(slots), np.empty((0, WRITE_COLUMNS), np.int32)
+        pieces = [block_pieces(r, self._block_size) for r in ranges if r.is_written]
+        empty = np.empty((0, WRITE_COLUMNS), np.int32)
+        return np.empty(0, np.int64), np.concatenate(pieces) if pieces else empty
+
+
+def block_pieces(rows: QueryRange, block_size: int) -> np.ndarray:
+    """int32 [W, WRITE_COLUMNS]: the parts of blocks that these rows fill, in order."""
+    end = rows.start + rows.num_rows
+    first_block = rows.start // block_size
+    begin = np.maximum(np.arange(first_block, -(-end // block_size), dtype=np.int64) * block_size, rows.start)
+    blocks = rows.table.slots(rows.start, rows.num_rows)[begin - rows.start] // block_size
+    counts = np.minimum((begin // block_size + 1) * block_size, end) - begin
+    return np.stack((blocks, begin % block_size, counts, rows.first_row + begin - rows.start), axis=1).astype(np.int32)
+
+
+def padded(host: HostPlan, room: PlanRoom, is_quantised: bool) -> HostPlan:
+    """The plan at a graph's lengths; items, merges and pieces of 0 rows do nothing, slots of -1 neither.
+
+    Raises ValueError when it does not fit: the step then runs without the graph.
+    """
+    slots_T = np.full(0 if is_quantised else room.num_tokens, -1, np.int64)
+    pieces_W4 = np.zeros((room.num_pieces if is_quantised else 0, WRITE_COLUMNS), np.int32)
+    for name, target, source in (("slots", slots_T, host.slots_T), ("pieces", pieces_W4, host.pieces_W4)):
+        if len(source) > len(target):
+            raise ValueError(f"{len(source)} {name}; room for {len(target)}")
+        target[: len(source)] = source
+    return HostPlan(
+        slots_T=slots_T,
+        pieces_W4=pieces_W4,
+        chunks=_padded_work(host.chunks, room.num_chunk_items, room.num_chunk_tiles),
+        decodes=_padded_work(host.decodes, room.num_decode_items, room.num_decode_tiles),
+        places=host.places,
+        blocks=host.blocks,
+    )
+
+
+def empty_plan(room: PlanRoom, is_quantised: bool) -> HostPlan:
+    """A plan of nothing at a graph's lengths, to capture it with."""
+    nothing = work_list([], tokens_per_tile=1, block_n=1, num_kv_heads=1, num_programs=1)
+    no_write = np.empty((0, WRITE_COLUMNS), np.int32)
+    none = np.empty(0, np.int64)
+    return padded(HostPlan(none, no_write, nothing, nothing, none, none.astype(np.int32)), room, is_quantised)
+
+
+def _padded_work(work: WorkList, num_items: int, num_merges: int) -> WorkList:
+    if len(work.items_NI) > num_items or len(work.merges_MI) > num_merges or work.num_parts > num_items:
+        raise ValueError(
+            f"{len(work.items_NI)} items, {len(work.merges_MI)} merges; room for {num_items} and {num_merges}"
+        )
+    items = np.zeros((num_items, ITEM_COLUMNS), np.int32)
+    merges = np.zeros((num_merges, MERGE_COLUMNS), np.int32)
+    items[: len(work.items_NI)] = work.items_NI
+    merges[: len(work.merges_MI)] = work.merges_MI
+    return WorkList(items, merges, num_items, work.makespan_blocks)

@@ -1,0 +1,67 @@
+"""`medha profile`: measures a grid of steps with a checkpoint on this machine, fits the cost model, writes it down."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from megatron_medha.commands.arguments import parse_arguments
+from megatron_medha.commands.options_help import describe_options
+
+USAGE = """\
+usage: medha profile checkpoint=DIR [key=value ...]
+
+Runs some hundred steps of the model as `medha serve` would, in under 3 minutes, and fits how long a step takes. The
+server starts from that with profile=FILE and goes on learning; without a profile it is as good after some hundred
+steps of its own.
+
+examples:
+  medha profile checkpoint=checkpoints/tiny
+  medha profile checkpoint=DIR file=h200.json model.device=cuda model.kv_dtype=fp8_e4m3
+  medha serve checkpoint=DIR profile=profile.json
+"""
+
+
+def run(words: Sequence[str]) -> int:
+    """Measure, fit, write, and say how well it predicts."""
+    arguments = parse_arguments(words)
+    if arguments.wants_help:
+        print(USAGE, describe_options("profile"), sep="\n", end="")
+        return 0
+    from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
+
+    let_idle_threads_sleep(num_usable_cores())
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from megatron_medha.compose import as_yaml, compose, freeze
+    from megatron_medha.config import ProfileOptions, rank_config
+
+    composed = compose("profile", ProfileOptions, arguments.overrides, arguments.config_dir)
+    if arguments.shows_config:
+        print(as_yaml(composed, arguments.resolves_config), end="")
+        return 0
+    options = freeze(composed, ProfileOptions)
+    config = rank_config(options)
+
+    from tqdm import tqdm
+
+    from megatron_medha.core.fitted_cost import fit
+    from megatron_medha.worker.load import load_rank
+    from megatron_medha.worker.profile import grid, measure
+
+    rank, ready = load_rank(config, lambda what, fraction: None)
+    points = grid(ready.num_blocks * ready.block_size, ready.shape.max_context_len)
+    with tqdm(total=len(points), unit="step", desc="measuring") as bar:
+        steps = measure(rank, ready, points, seconds=options.seconds, note=bar.update)
+    fitted = fit(steps, shape=ready.shape, chip=ready.device, dtype=config.dtype)
+    path = options.file.expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(fitted), indent=1) + "\n", encoding="utf-8")
+    print(
+        f"{len(steps)} of {len(points)} steps on {ready.device}\n"
+        f"prediction error of steps held out of the fit: p50 {100 * fitted.error_p50:.1f}%, "
+        f"p95 {100 * fitted.error_p95:.1f}%\n"
+        f"written to {path}; medha serve checkpoint={options.checkpoint} profile={path}"
+    )
+    return 0

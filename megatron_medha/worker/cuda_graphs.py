@@ -1,0 +1,212 @@
+"""Steps replayed as CUDA graphs: one launch instead of hundreds, for decodes and for small chunks.
+
+A graph is captured per number of tokens, over static buffers that each step fills by one copy. What a step lacks is
+filled up with rows that belong to nobody: they write nothing, attend to nothing and nobody looks at their logits. The
+attention's work lists are data too, so a graph serves any mixture of lengths. Steps that fit no graph run eagerly.
+Tested over buffers that are replayed by hand on a CPU; no graph has been captured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_medha.kernels.backends import AttentionBackend, LayerKV
+from megatron_medha.kernels.staging import Staging, packed_offsets, views_of
+from megatron_medha.model.inference_context import PackedBatch
+from megatron_medha.model.rotary import Rotary
+from megatron_medha.parallel.groups import MedhaPGs
+from megatron_medha.worker.batch_tensors import HostStep
+
+log = logging.getLogger(__name__)
+
+# Powers of two waste at most half of a small step's rows, whose weights are read anyway.
+_DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Above 512 tokens of an 8B model on an H100 a layer takes longer than its launches.
+_CHUNK_SIZES = (64, 128, 256, 512)
+_CHUNK_SEQUENCES = 32  # in a step that has a chunk
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # work -> (replay, its output)
+
+
+class GraphShape(NamedTuple):
+    """What a graph has room for; smaller ones sort first."""
+
+    num_tokens: int
+    num_sequences: int  # hence rows of logits
+    has_chunks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    room: Any
+    buffer: Tensor
+    replay: Callable[[], None]
+    logits_RV: Tensor
+
+
+class StepGraphs:
+    """The captured graphs of one rank."""
+
+    def __init__(
+        self,
+        model: GPTModel,
+        backend: Any,
+        kv_layers: Sequence[LayerKV],
+        rotary: Rotary,
+        device: torch.device,
+        *,
+        shapes: Sequence[GraphShape],
+        capture: Capture,
+    ) -> None:
+        """backend: a TritonAttention. Captures at once; raises what a capture raises."""
+        self._model, self._backend, self._kv_layers, self._rotary = model, backend, kv_layers, rotary
+        self._device = device
+        self._capture = capture
+        self._staging = Staging(device)
+        self._shapes = sorted(shapes)
+        self._graphs: dict[GraphShape, _Captured] = {}
+        self._capture_all()
+
+    @torch.inference_mode()
+    def run(self, host: HostStep) -> Tensor | None:
+        """Logits of the step's sampling rows, valid until the next call; None when no graph fits."""
+        if host.prompt_rows or not all(r.is_written for r in host.ranges):
+            return None
+        shape = self.shape_for(host)
+        if shape is None:
+            return None
+        if self._generation != self._backend.tables.generation:
+            log.info("cuda_graphs_recaptured why=block_tables_grew")
+            self._capture_all()
+        graph = self._graphs[shape]
+        from megatron_medha.kernels.triton_backend import padded
+
+        plan = self._backend.host_plan(host.ranges)
+        try:
+            fitted = padded(plan, graph.room, self._backend.is_quantised)
+        except ValueError as error:
+            # The tables have taken note of the blocks that are new; the eager path would not hear of them again.
+            self._tell(plan)
+            log.info("cuda_graph_passed_over tokens=%d why=%s", len(host.token_ids_T), error)
+            return None
+        self._tell(plan)
+        self._staging.upload(self._arrays(shape, host, fitted), graph.buffer)
+        graph.replay()
+        return graph.logits_RV[: len(host.logit_rows)]
+
+    def shape_for(self, host: HostStep) -> GraphShape | None:
+        """The smallest graph with room for the step."""
+        num_tokens, num_sequences = len(host.token_ids_T), len(host.ranges)
+        has_chunks = any(r.num_rows > 1 for r in host.ranges)
+        for shape in self._shapes:
+            if shape.num_tokens >= num_tokens and shape.num_sequences >= num_sequences and (
+                shape.has_chunks or not has_chunks
+            ):
+                return shape
+        return None
+
+    def _tell(self, plan: Any) -> None:
+        if len(plan.places):
+            self._backend.tables.tell(*self._staging.upload([plan.places, plan.blocks]))
+
+    @torch.inference_mode()
+    def _capture_all(self) -> None:
+        from megatron_medha.kernels.triton_backend import empty_plan
+
+        self._graphs.clear()
+        self._generation = self._backend.tables.generation
+        # The largest first: smaller ones then find all the memory they need in the pool.
+        for shape in reversed(self._shapes):
+            room = self._backend.room(shape.num_tokens, shape.num_sequences, has_chunks=shape.has_chunks)
+            empty = empty_plan(room, self._backend.is_quantised)
+            arrays = self._arrays(shape, None, empty)
+            _, num_bytes = packed_offsets([array.nbytes for array in arrays])
+            buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+            self._staging.upload(arrays, buffer)
+            tensors = views_of(buffer, [(array.shape, array.dtype) for array in arrays])
+            replay, logits_RV = self._capture(lambda t=tensors, p=empty: self._forward(t, p))  # type: ignore[misc]
+            self._graphs[shape] = _Captured(room, buffer, replay, logits_RV)
+
+    def _forward(self, tensors: Sequence[Tensor], empty: Any) -> Tensor:
+        token_ids_T, positions_T, lengths_T, logit_rows_R, *lists = tensors
+        nothing = torch.empty(0, dtype=torch.int64, device=self._device)
+        plan = self._backend.on_device(empty, [*lists, nothing, nothing.to(torch.int32)], is_padded=True)
+        batch = PackedBatch(
+            backend=self._backend,
+            plan=plan,
+            kv_layers=self._kv_layers,
+            rotation=self._rotary.at(positions_T, lengths_T),
+            logit_rows=logit_rows_R,
+        )
+        logits_1RV = self._model(
+            token_ids_T.unsqueeze(0), None, None, inference_context=batch, runtime_gather_output=True
+        )
+        return logits_1RV[0]
+
+    def _arrays(self, shape: GraphShape, host: HostStep | None, plan: Any) -> list[np.ndarray]:
+        """A step's arrays at the graph's lengths, in the order `_forward` takes them."""
+        token_ids, positions, lengths = (np.zeros(shape.num_tokens, np.int64) for _ in range(3))
+        logit_rows = np.zeros(shape.num_sequences, np.int64)
+        lengths += 1
+        if host is not None:
+            num_tokens = len(host.token_ids_T)
+            token_ids[:num_tokens], positions[:num_tokens] = host.token_ids_T, host.positions_T
+            lengths[:num_tokens] = host.lengths_T
+            logit_rows[: len(host.logit_rows)] = host.logit_rows
+        return [token_ids, positions, lengths, logit_rows, *plan.arrays[:-2]]
+
+
+def step_graphs(
+    model: GPTModel,
+    backend: AttentionBackend,
+    kv_layers: Sequence[LayerKV],
+    rotary: Rotary,
+    device: torch.device,
+    pgs: MedhaPGs,
+) -> StepGraphs | None:
+    """Graphs for decodes and small chunks; None, with the reason in the log, where there can be none."""
+    reason = None
+    if backend.name != "triton":
+        reason = f"attention_backend={backend.name} looks at lengths on the host"
+    elif pgs.tp.size() * pgs.pp.size() * pgs.kvp.size() > 1:
+        reason = "several ranks exchange data between layers"
+    elif rotary.depends_on_lengths:
+        reason = "dynamic rotary scaling looks at lengths on the host"
+    if reason is not None:
+        log.warning("cuda_graphs_off why=%s", reason)
+        return None
+    shapes = [GraphShape(size, size, False) for size in _DECODE_SIZES]
+    shapes += [GraphShape(size, _CHUNK_SEQUENCES, True) for size in _CHUNK_SIZES]
+    try:
+        return StepGraphs(model, backend, kv_layers, rotary, device, shapes=shapes, capture=cuda_capture())
+    except RuntimeError as error:  # torch has no narrower type for what cannot be captured
+        log.warning("cuda_graphs_off why=%s", str(error).splitlines()[0], exc_info=True)
+        torch.cuda.synchronize(device)
+        return None
+
+
+def cuda_capture() -> Capture:
+    """Capture as torch's CUDA graphs that share one memory pool, as they never run at the same time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        # Once outside of it: kernels are compiled and workspaces allocated, which capturing forbids.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            output = work()
+        return graph.replay, output
+
+    return capture

@@ -1,0 +1,84 @@
+"""Work lists: every row meets every key it sees exactly once, and programs end together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_medha.kernels.work_list import RowRange, WorkList, work_list
+
+HEADS = 8
+
+
+def cut(lengths: list[tuple[int, int]], num_programs: int = 132, block_n: int = 64, is_causal: bool = True) -> WorkList:
+    """lengths: (rows, keys before them)."""
+    ranges, row = [], 0
+    for index, (rows, start) in enumerate(lengths):
+        ranges.append(RowRange(row, rows, start if is_causal else start - 1, int(is_causal), index))
+        row += rows
+    return work_list(ranges, tokens_per_tile=16, block_n=block_n, num_kv_heads=HEADS, num_programs=num_programs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 70), st.integers(0, 5000)), min_size=1, max_size=5),
+    st.integers(1, 300),
+    st.booleans(),
+)
+def test_items_cover_every_key_of_every_row_once(
+    lengths: list[tuple[int, int]], num_programs: int, is_causal: bool
+) -> None:
+    work = cut(lengths, num_programs, is_causal=is_causal)
+    covered: dict[int, list[tuple[int, int]]] = {}
+    parts = []
+    for first_row, rows, last_key, step, begin, end, _, part in work.items_NI.tolist():
+        assert begin % 64 == 0
+        parts += [part] if part >= 0 else []
+        for row in range(first_row, first_row + rows):
+            seen = last_key + step * (row - first_row) + 1
+            covered.setdefault(row, []).append((begin, min(end, max(seen, begin))))
+    row = 0
+    for rows, start in lengths:
+        for offset in range(rows):
+            pieces = sorted(covered[row])
+            ends = [0, *(end for _, end in pieces)]
+            wanted = start + offset + 1 if is_causal else start
+            assert max(ends) == wanted
+            assert all(begin <= end for begin, end in pieces)
+            full = [piece for piece in pieces if piece[0] < wanted]
+            assert all(a[1] == b[0] for a, b in zip(full, full[1:], strict=False))
+            row += 1
+    assert sorted(parts) == list(range(work.num_parts))
+    merged = [first + i for _, _, first, count in work.merges_MI.tolist() for i in range(count)]
+    assert sorted(merged) == list(range(work.num_parts))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([(64, 100_000)], id="a small chunk over a long prefix"),
+        pytest.param([(1, 1_000_000)], id="one long decode"),
+        pytest.param([(1, 1_000_000), *[(1, 1_000)] * 31], id="one long decode among short ones"),
+        pytest.param([(128, 32_000), *[(1, 8_000)] * 16], id="mixed"),
+    ],
+)
+def test_programs_end_within_a_tenth_of_one_another(lengths: list[tuple[int, int]]) -> None:
+    work = cut(lengths)
+    blocks = -(-(work.items_NI[:, 5] - work.items_NI[:, 4]) // 64)
+    ideal = blocks.sum() * HEADS / 132
+    busy = np.zeros(132)
+    for size in np.repeat(np.sort(blocks)[::-1], HEADS):  # as the hardware hands them out
+        busy[busy.argmin()] += size
+    assert busy.max() <= 1.1 * ideal + 4
+
+
+def test_short_sequences_are_not_cut() -> None:
+    work = cut([(1, 100), (1, 400), (30, 0)])
+    assert work.num_parts == 0
+    assert len(work.merges_MI) == 0
+
+
+def test_no_rows_make_no_items() -> None:
+    assert len(cut([]).items_NI) == 0

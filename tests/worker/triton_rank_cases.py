@@ -1,0 +1,73 @@
+"""A whole rank over the Triton kernels, interpreted. Run by test_triton_rank.py, in a process of its own."""
+
+from __future__ import annotations
+
+from megatron_medha.kernels.triton_interpreter import use_interpreter
+
+use_interpreter()
+
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import msgspec  # noqa: E402
+import torch  # noqa: E402
+
+from megatron_medha.cluster.rank_config import RankConfig  # noqa: E402
+from megatron_medha.core.batch import Chunk  # noqa: E402
+from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs  # noqa: E402
+from megatron_medha.worker.load import load_rank  # noqa: E402
+from tests.worker.conftest import Front  # noqa: E402
+
+
+def prompt(num_tokens: int, seed: int) -> list[int]:
+    return torch.randint(4, 512, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def tokens_of(config: RankConfig, front: Front | None = None) -> tuple[list[int], str]:
+    """Two requests in mixed batches: a prompt in chunks beside one that decodes."""
+    front = front or Front(*load_rank(config, lambda what, fraction: None))
+    done = [
+        front.step([front.first("short", 9, room=16, samples=True)], [front.new("short", prompt(9, 1))]),
+        front.step([front.first("long", 20, room=48), Chunk("short", 9, 1, True)], [front.new("long", prompt(37, 2))]),
+        front.step([Chunk("short", 10, 1, True), Chunk("long", 20, 17, True)]),
+        front.step([Chunk("long", 37, 1, True), Chunk("short", 11, 1, True)]),
+    ]
+    return [token.token_id for step in done for token in step.tokens], front.ready.device
+
+
+def test_a_rank_over_the_triton_kernels_says_what_one_over_the_cpus_says(
+    rank_config: RankConfig, theirs: tuple[Any, Path]
+) -> None:
+    config = msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20)
+    expected, _ = tokens_of(config)
+    found, device = tokens_of(msgspec.structs.replace(config, attention_backend="triton"))
+    assert "triton attention" in device
+    assert found == expected
+    # e4m3 KV moves logits by some percent; that it runs and says so is what is looked at here.
+    found, device = tokens_of(msgspec.structs.replace(config, attention_backend="triton", kv_dtype="fp8_e4m3"))
+    assert "KV in float8_e4m3fn" in device
+    assert len(found) == len(expected)
+
+
+def test_steps_replayed_over_static_buffers_say_what_eager_steps_say(rank_config: RankConfig) -> None:
+    config = msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20)
+    expected, _ = tokens_of(config)
+    replays = []
+
+    def by_hand(work: Any) -> Any:
+        output = work()
+
+        def replay() -> None:
+            replays.append(output.shape[0])
+            output.copy_(work())
+
+        return replay, output
+
+    rank, ready = load_rank(msgspec.structs.replace(config, attention_backend="triton"), lambda what, fraction: None)
+    rank.graphs = StepGraphs(
+        rank.model, rank._backend, rank._kv_layers, rank._rotary, torch.device("cpu"),
+        shapes=[GraphShape(2, 2, False), GraphShape(24, 3, True)], capture=by_hand,
+    )  # fmt: skip
+    found, _ = tokens_of(config, Front(rank, ready))
+    assert found == expected
+    assert replays == [3, 3, 3, 2]  # rows of logits: three steps with a chunk, one of decodes

@@ -1,0 +1,122 @@
+"""Compiles every Triton kernel for sm_90, no GPU needed, and prints what each takes.
+
+    python tools/compile_kernels.py            # the default tiles and every kernel
+    python tools/compile_kernels.py --all      # all tiles of kernels/triton_tiles.py, minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_medha.kernels.triton_attention import TileConfig, attention_kernel
+from megatron_medha.kernels.triton_merge import merge_kernel
+from megatron_medha.kernels.triton_tiles import DECODE_TILES, PREFILL_TILES
+from megatron_medha.kernels.triton_write import rotate_and_write_kernel, write_quantised_kernel
+
+_GROUP, _HEAD_DIM, _PAGE = 4, 128, 128  # Llama-3 8B, blocks as the triton backend makes them
+_POINTERS = {
+    **dict.fromkeys(("lse", "part_out", "part_lse", "cos", "signed_sin", "k_scale", "v_scale"), "*fp32"),
+    **dict.fromkeys(("block_tables", "items", "merges", "pieces"), "*i32"),
+    "slots": "*i64",
+}
+
+
+def main() -> int:
+    """Compile, print, and fail with the compiler's error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every tile, not only those in use")
+    parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
+    arguments = parser.parse_args()
+    reports = []
+    for report in reports_of(arguments.all):
+        reports.append(report)
+        if not arguments.json:
+            print(", ".join(f"{key}={value}" for key, value in report.items()), flush=True)
+    if arguments.json:
+        print(json.dumps(reports))
+    return 0
+
+
+def reports_of(compiles_all: bool) -> Iterator[dict[str, Any]]:
+    """What each kernel takes."""
+    for tiles in (PREFILL_TILES, DECODE_TILES):
+        for tile in tiles if compiles_all else tiles[:1]:
+            yield _attention(tile, "bf16")
+            yield _attention(tile, "fp8e4nv")
+    constants = {"GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "BLOCK_M": 64, "ROWS": 16, "HAS_LSE": True}
+    yield {"kernel": "merge", "block_m": 0, "has_tma": False, **_compile(merge_kernel, {"out": "*bf16"}, constants, 4)}
+    data = dict.fromkeys(("q", "k", "v", "q_out", "k_pool", "v_pool"), "*bf16")
+    constants = {
+        "GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE, "TOKENS": 8, "ROWS": 32, "ROTATES": True, "WRITES": True
+    }  # fmt: skip
+    yield {
+        "kernel": "rotate_and_write", "block_m": 0, "has_tma": False,
+        **_compile(rotate_and_write_kernel, data, constants, 4),
+    }  # fmt: skip
+    data = {"k": "*bf16", "v": "*bf16", "k_pool": "*fp8e4nv", "v_pool": "*fp8e4nv"}
+    constants = {"HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE, "ROTATES": True}
+    yield {
+        "kernel": "write_quantised", "block_m": 0, "has_tma": False,
+        **_compile(write_quantised_kernel, data, constants, 8),
+    }  # fmt: skip
+
+
+def _attention(tile: TileConfig, kv_type: str) -> dict[str, Any]:
+    block_n, is_quantised = min(tile.block_n, _PAGE), kv_type == "fp8e4nv"
+    pool = f"tensordesc<{kv_type}[{block_n},{_HEAD_DIM}]>" if tile.has_tma else f"*{kv_type}"
+    constants = {
+        "GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE, "BLOCK_M": tile.block_m, "BLOCK_N": block_n,
+        "NUM_STAGES": tile.num_stages, "IS_QUANTISED": is_quantised, "HAS_TMA": tile.has_tma, "HAS_LSE": False,
+        "lse": None, **({} if is_quantised else {"k_scale": None, "v_scale": None}),
+    }  # fmt: skip
+    types = {"q": "*bf16", "out": "*bf16", "keys": pool, "values": pool, "scale_log2": "fp32"}
+    return {
+        "kernel": "attention", "kv": kv_type, "block_m": tile.block_m, "block_n": block_n, "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages, "has_tma": tile.has_tma,
+        **_compile(attention_kernel, types, constants, tile.num_warps),
+    }  # fmt: skip
+
+
+def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int) -> dict[str, Any]:
+    known = {**_POINTERS, **types, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: known.get(name, "i32") for name in kernel.arg_names}
+    # Pointers are aligned as torch aligns them; strides and counts are left unknown, as the worst case.
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    ptx = compiled.asm["ptx"]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [str(tools / "cuobjdump"), "-res-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return {
+        "registers": int(found.group(1)),
+        "stack_bytes": int(found.group(2)),
+        "shared_bytes": compiled.metadata.shared,
+        "num_wgmma": ptx.count("wgmma.mma_async"),
+        "num_mma": ptx.count("mma.sync"),
+        "num_tma_loads": ptx.count("cp.async.bulk.tensor"),
+        "num_async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
