@@ -20,7 +20,7 @@ from megatron_medha.cluster import machine
 from megatron_medha.commands.arguments import Arguments, parse_arguments
 from megatron_medha.commands.selftest import SelftestConfig
 from megatron_medha.compose import compose, freeze
-from megatron_medha.config import ServeOptions, serve_config
+from megatron_medha.config import ProfileOptions, ServeOptions, serve_config
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.workload import Workload
 from megatron_medha.main import COMMANDS
@@ -37,6 +37,7 @@ OPTIONS: dict[str, type] = {
     "simulate": SimulateOptions,
     "bench": BenchOptions,
     "plan": PlanOptions,
+    "profile": ProfileOptions,
     "chat": ChatConfig,
     "selftest": SelftestConfig,
 }
@@ -147,7 +148,9 @@ def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> 
         return
     options = freeze(composed(name, overrides, arguments.config_dir), OPTIONS[name])
     if isinstance(options, ServeOptions):
-        if options.checkpoint is not None or options.tokenizer is not None:
+        # A profile is measured; there is none to read here.
+        has_files = not any(word.startswith("profile=") for word in overrides)
+        if has_files and (options.checkpoint is not None or options.tokenizer is not None):
             serve_config(options)
     elif isinstance(options, SimulateOptions):
         if options.workload.path is None or options.workload.path.exists():
