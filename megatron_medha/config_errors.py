@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -120,8 +121,14 @@ def type_at(config_class: type, key: str) -> Any:
         kind = _without_none(kind)
         if not (dataclasses.is_dataclass(kind) and isinstance(kind, type)):
             return None
-        kind = get_type_hints(kind).get(part)
+        kind = _hints(kind).get(part)
     return kind
+
+
+@functools.cache
+def _hints(config_class: type) -> dict[str, Any]:
+    # A start asks for the type of every one of some hundred keys, and annotations are text that has to be evaluated.
+    return get_type_hints(config_class)
 
 
 def _without_none(kind: Any) -> Any:

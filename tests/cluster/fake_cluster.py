@@ -46,6 +46,7 @@ class FakeCluster:
         self.ranks: LocalRanks
         self.engine: Engine = cluster_engine(
             rank_config=RankConfig(
+                block_size=16,
                 layout=layout,
                 front_endpoint="",
                 checkpoint=str(directory),

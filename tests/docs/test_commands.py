@@ -1,0 +1,217 @@
+"""What the pages tell people to type works: every command composes, and the reference is what --help says."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from megatron_medha.bench_config import BenchOptions
+from megatron_medha.cluster import machine
+from megatron_medha.commands.arguments import Arguments, parse_arguments
+from megatron_medha.commands.selftest import SelftestConfig
+from megatron_medha.compose import compose, freeze
+from megatron_medha.config import ProfileOptions, ServeOptions, serve_config
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.engine.workload import Workload
+from megatron_medha.main import COMMANDS
+from megatron_medha.plan_config import PlanOptions
+from megatron_medha.server.chat_client import ChatConfig
+from megatron_medha.simulate_config import SimulateOptions, simulation_config
+from tests.docs.commands_in_text import Shown, commands_in
+from tools.cli_reference import reference
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPTIONS: dict[str, type] = {
+    "serve": ServeOptions,
+    "simulate": SimulateOptions,
+    "bench": BenchOptions,
+    "plan": PlanOptions,
+    "profile": ProfileOptions,
+    "chat": ChatConfig,
+    "selftest": SelftestConfig,
+}
+NUM_WORDS = {"explain": (2, 2), "replay": (1, 1), "version": (0, 0)}
+FIRST_TRIED = 4  # of a sweep's combinations
+
+
+def shown() -> Iterator[tuple[str, Shown]]:
+    seen: set[tuple[str, ...]] = set()
+    for page in PAGES:
+        for command in commands_in(page.read_text(encoding="utf-8")):
+            if command.words not in seen:
+                seen.add(command.words)
+                yield f"{page.name}:{command.line} medha {' '.join(command.words)}", command
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What the placeholders of the pages stand for; a machine with room for every example."""
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "tiny").symlink_to(directory)
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,10\n1,200,20\n")
+    (tmp_path / "my_conf" / "scheduler").mkdir(parents=True)
+    (tmp_path / "my_conf" / "scheduler" / "mine.yaml").write_text("defaults:\n  - lars\n\nstep_budget_s: 0.03\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1 << 42)
+    monkeypatch.setenv("MEDHA_API_KEY", "a-key")
+    return {"DIR2": str(directory), "DIR": str(directory), "FILE": str(trace), "URL": "http://127.0.0.1:8000"}
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, id=name) for name, command in shown()])
+def test_a_command_that_a_page_shows_composes(command: Shown, world: dict[str, str]) -> None:
+    name, *words = command.words
+    if name == "COMMAND":
+        return
+    assert name in COMMANDS, f"there is no `medha {name}`"
+    if command.error is not None:
+        with pytest.raises(ConfigError) as caught:
+            check(name, [placed(word, world) for word in words])
+        assert str(caught.value) == command.error
+        return
+    check(name, [placed(word, world) for word in words])
+
+
+def test_the_reference_is_what_help_prints_now() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == reference(), (
+        "run python tools/cli_reference.py > docs/cli.md"
+    )
+
+
+def test_every_link_between_the_pages_leads_somewhere() -> None:
+    broken = [
+        f"{page.name}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def placed(word: str, world: dict[str, str]) -> str:
+    """A word with the placeholders filled in."""
+    key, equals, value = word.partition("=")
+    return key + equals + world.get(value, value)
+
+
+def check(name: str, words: list[str]) -> None:
+    """Everything of a command that can be wrong before it begins to run."""
+    if name in NUM_WORDS:
+        if words != ["--help"]:
+            low, high = NUM_WORDS[name]
+            assert low <= len(words) <= high, f"medha {name} takes {low} to {high} words"
+        return
+    arguments = parse_arguments(words)
+    if name == "report":
+        assert arguments.wants_help or any("=" not in word for word in words), "medha report needs a directory"
+        assert all("=" not in word or word.startswith("out=") for word in words)
+    elif not arguments.wants_help:
+        for overrides in combinations(arguments):
+            compose_all(name, overrides, arguments)
+
+
+def combinations(arguments: Arguments) -> list[tuple[str, ...]]:
+    """The jobs of a sweep, the first few of them; Hydra's own words are not ours to check."""
+    if not arguments.is_multirun:
+        return [arguments.overrides]
+    choices: list[list[str]] = []
+    for override in OverridesParser.create().parse_overrides([*arguments.overrides]):
+        if override.key_or_group.split(".")[0].split("/")[0] == "hydra":
+            continue
+        if not override.is_sweep_override():
+            choices.append([str(override.input_line)])
+        elif override.is_interval_sweep():
+            choices.append([f"{override.key_or_group}={override.value().start}"])
+        else:
+            choices.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
+    return [*itertools.islice(itertools.product(*choices), FIRST_TRIED)]
+
+
+def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> None:
+    if name == "train-tiny":
+        # Its options' class imports torch: names are checked, which is all that can rot.
+        assert {word.partition("=")[0] for word in overrides} <= train_tiny_keys()
+        return
+    options = freeze(composed(name, overrides, arguments.config_dir), OPTIONS[name])
+    if isinstance(options, ServeOptions):
+        # A profile is measured; there is none to read here.
+        has_files = not any(word.startswith("profile=") for word in overrides)
+        if has_files and (options.checkpoint is not None or options.tokenizer is not None):
+            serve_config(options)
+    elif isinstance(options, SimulateOptions):
+        if options.workload.path is None or options.workload.path.exists():
+            simulation_config(options)
+    elif isinstance(options, PlanOptions):
+        assert options.hardware.num_devices > 1, "a plan wants a cluster"
+    elif isinstance(options, BenchOptions):
+        options.capacity_search()
+        if options.workload.path is not None and options.workload.path.exists():
+            Workload(options.workload, options.seed)
+
+
+def composed(name: str, overrides: tuple[str, ...], config_dir: Path | None) -> DictConfig:
+    """As compose() gives it. That takes 0.3 s, so groups come from what was composed before; keys come last anyway."""
+    if config_dir is not None:
+        return compose(name, OPTIONS[name], overrides, config_dir)
+    config = copy.deepcopy(with_groups(name, ()))
+    for word in filter(names_option, overrides):
+        group = word.partition("=")[0]
+        option = (options_shown(name).get(word) or with_groups(name, (word,)))[group]
+        OmegaConf.update(config, group, OmegaConf.to_container(option, resolve=False))
+    keys = [word for word in overrides if not names_option(word)]
+    try:
+        # What Hydra itself does with them.
+        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(keys), config)
+    except HydraException:
+        return compose(name, OPTIONS[name], overrides)  # says best what is wrong
+    return config
+
+
+@functools.cache
+def options_shown(name: str) -> dict[str, DictConfig]:
+    """Every option that the pages give to a command, several composed at once: one of each group."""
+    by_group: dict[str, list[str]] = {}
+    for _, command in shown():
+        if command.words[0] == name and command.error is None:
+            arguments = parse_arguments(command.words[1:])
+            if arguments.config_dir is None:
+                for word in filter(names_option, itertools.chain(*combinations(arguments))):
+                    words = by_group.setdefault(word.partition("=")[0], [])
+                    if word not in words:
+                        words.append(word)
+    found: dict[str, DictConfig] = {}
+    for words in itertools.zip_longest(*by_group.values()):
+        together = tuple(word for word in words if word is not None)
+        try:
+            found |= dict.fromkeys(together, with_groups(name, together))
+        except ConfigError:
+            continue  # one of them is wrong: those commands compose it alone, and say so
+    return found
+
+
+@functools.cache
+def with_groups(name: str, groups: tuple[str, ...]) -> DictConfig:
+    return compose(name, OPTIONS[name], groups)
+
+
+def names_option(word: str) -> bool:
+    return (ROOT / "conf" / word.partition("=")[0]).is_dir()
+
+
+def train_tiny_keys() -> set[str]:
+    text = (ROOT / "conf" / "train_tiny.yaml").read_text(encoding="utf-8")
+    return set(re.findall(r"^(\w+):", text, re.MULTILINE)) - {"defaults"}

@@ -1,0 +1,52 @@
+"""Prints docs/cli.md: what `medha COMMAND --help` says, for every command.
+
+    python tools/cli_reference.py > docs/cli.md
+
+The texts come from the commands' USAGE and from conf/ (megatron_medha/commands/options_help.py): change those, not the
+page. A test compares the page with what this prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+from megatron_medha.main import COMMANDS, main, usage
+
+# Its --help prints what is installed here: true on one machine only.
+_VERSION = "usage: medha version\n\nPrints the versions of megatron_medha, megatron-core, torch and Python."
+
+_HEAD = """\
+# Command line
+
+Every command, group, option and key, as `medha COMMAND --help` shows them. Made by `python tools/cli_reference.py`
+from `conf/` and the commands themselves; a test holds the two together.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    return "\n".join([_HEAD, *_sections()])
+
+
+def _sections() -> Iterator[str]:
+    yield _block(usage())
+    for name, command in COMMANDS.items():
+        text = _VERSION if name == "version" else _help(name)
+        yield f"## medha {name}\n\n{command.summary[0].upper()}{command.summary[1:]}.\n\n{_block(text)}"
+
+
+def _help(name: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exit_code = main([name, "--help"])
+    assert exit_code == 0, f"medha {name} --help ended with {exit_code}"
+    return printed.getvalue()
+
+
+def _block(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
