@@ -15,7 +15,7 @@ Talks to a running server. {help}.
 
 examples:
   medha chat
-  medha chat url=http://127.0.0.1:8001 temperature=0.7 'system="Answer in one sentence."'
+  medha chat url=http://127.0.0.1:8001 temperature=0.7 'system_prompt="Answer in one sentence."'
 """
 
 

@@ -25,7 +25,7 @@ class ChatConfig:
 
     url: str = "http://127.0.0.1:8000"
     model: str | None = None        # None: the first one that is served
-    system: str | None = None
+    system_prompt: str | None = None
     api_key: str | None = None
     max_tokens: int | None = None   # None: what fits
     temperature: float | None = None
@@ -45,8 +45,8 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.config.system:
-            self.set_system(self.config.system)
+        if self.config.system_prompt:
+            self.set_system(self.config.system_prompt)
 
     def set_system(self, text: str) -> None:
         """Begin with this system prompt from now on."""

@@ -16,7 +16,7 @@ def test_a_conversation_keeps_its_history_and_system_prompt(start_server: StartS
     server = start_server(FakeEngine(rule=say([111, 107, 257])))
     lines = iter(["hello", "", "/system be brief", "again", "/clear", "anew", "/quit"])
     out = io.StringIO()
-    chat(ChatConfig(url=server.url, system="be kind"), read_line=lambda _: next(lines), out=out)
+    chat(ChatConfig(url=server.url, system_prompt="be kind"), read_line=lambda _: next(lines), out=out)
     assert out.getvalue().count("ok\n") == 3
     prompts = [bytes(live.prompt.tolist()).decode() for live in server.engine.submitted]
     assert prompts == [
