@@ -2,7 +2,7 @@
 
 flash_attn reads pages through block tables (blocks of a multiple of 256 tokens); torch's kernel knows no pages, so
 every layer's keys are gathered first, which costs as much memory traffic again: a fallback, and a yardstick.
-Not yet run on a GPU; the plumbing is tested against functions of the same signatures.
+Nothing of this file has run yet: it needs a GPU.
 
 Shapes: T tokens, K key/value heads, G query heads per key/value head, H = K * G, D head dim, N blocks, P tokens per
 block, S sequences, B blocks of the longest of them.
