@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         print(f"medha {name}: there is no such command; {_nearest(name)}medha --help lists them", file=sys.stderr)
         return 2
+    if not sys.stderr.isatty():
+        # Written to a log, a progress bar that moves ten times a second buries everything else.
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     try:
         exit_code: int = importlib.import_module(command.module).run(arguments[1:])
         sys.stdout.flush()

@@ -189,7 +189,7 @@ def _with_progress(stream: TextIO, log: Path) -> Iterator[str]:
     from tqdm import tqdm
 
     size = log.stat().st_size
-    with tqdm(total=size, unit="B", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.5) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, file=sys.stderr, leave=False) as bar:
         for line in stream:
             bar.update(len(line))
             yield line

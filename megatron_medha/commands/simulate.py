@@ -112,7 +112,7 @@ def _with_progress(
     facts = simulation.workload.facts
     with (
         directory.recording(simulation.config, options.record) as watchers,
-        tqdm(total=facts.num_requests, unit="request", file=sys.stderr, dynamic_ncols=True, mininterval=0.2) as bar,
+        tqdm(total=facts.num_requests, unit="request", file=sys.stderr, dynamic_ncols=True) as bar,
     ):
         write_sample = watchers.on_sample
 
