@@ -31,6 +31,7 @@ class SchedulerConfig:
     output_error: float = 0.5             # of output_lengths=noisy: standard deviation of the logarithm
     deadline_multiplier: float = 1.5      # of the prompt's own predicted prefill time
     min_deadline_s: float = 0.5
+    has_triage: bool = True               # long prefills that cannot meet their deadline any more let others go first
     slack_margin_steps: float = 8.0       # in step budgets, kept in hand of every deadline by policies that go by slack
     has_space_sharing: bool = True
     max_relative_slack: float = 0.4       # rho_max: the most of a step that a long prefill gives away

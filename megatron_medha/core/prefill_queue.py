@@ -1,22 +1,24 @@
-"""The prefills whose next chunk may start, in the order they should: by priority class, then by policy."""
+"""The prefills whose next chunk may start, in the order they should: by priority class, by triage, by policy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heapify, heappop, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
+from math import inf
 from typing import NamedTuple
 
 from megatron_medha.core.kinetic_queue import KineticQueue, Place
-from megatron_medha.core.policies import Policy
+from megatron_medha.core.policies import Policy, Priority
 from megatron_medha.core.request import Sequence
 
-_BEFORE_ALL_CLASSES = float("-inf")
+_BEFORE_ALL_CLASSES = -inf
 
 
 class _Kind(NamedTuple):
     """What prefills of one queue have in common."""
 
     level: float      # priority class
+    is_lost: bool     # large, and cannot meet its deadline any more, however fast it goes
     is_waiting: bool  # owns no KV
     is_large: bool    # cannot end within one step, however empty
 
@@ -26,6 +28,11 @@ class PrefillQueue:
 
     Kinds are kept apart because thousands may wait while no memory is free, or be too large for what is left of a
     step, and a batch must find the few that can join it behind any number of those.
+
+    Triage: by slack alone, those that are late go first. A long prefill whose deadline is lost would then hold up
+    others until theirs are lost too, and in the end all are late by about as much. So it lets all of its class go
+    first that can still be in time, and keeps what the progress share gives it; among the lost, the least remaining
+    work goes first. A prompt that ends within a step is never put back: there is nothing to be gained by it.
     """
 
     def __init__(self, policy: Policy, is_preemptive: bool, num_step_tokens: int) -> None:
@@ -34,6 +41,9 @@ class PrefillQueue:
         self._is_preemptive = is_preemptive
         self._queues: dict[_Kind, KineticQueue] = {}
         self._sequences: dict[str, tuple[Sequence, _Kind]] = {}
+        # Heap of (moment, id): when a large one will be lost unless it runs. May hold what has run or gone since; such
+        # entries go when their moment comes.
+        self._losses: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -42,10 +52,15 @@ class PrefillQueue:
         """Make `seq` a candidate: its next chunk may start."""
         is_waiting = seq.is_waiting
         level = seq.request.priority if is_waiting or self._is_preemptive else _BEFORE_ALL_CLASSES
-        kind = _Kind(level, is_waiting, seq.num_unscheduled_tokens > self.num_step_tokens)
+        is_large = seq.num_unscheduled_tokens > self.num_step_tokens
+        is_lost = is_large and seq.lost_s < now_s
+        if is_large and not is_lost and seq.lost_s < inf:
+            heappush(self._losses, (seq.lost_s, seq.request_id))
+        kind = _Kind(level, is_lost, is_waiting, is_large)
         if (queue := self._queues.get(kind)) is None:
             queue = self._queues[kind] = KineticQueue()
-        queue.add(seq.request_id, self._policy(seq), seq.request.arrival_s, now_s)
+        line = Priority(seq.remaining_work_s) if is_lost else self._policy(seq)
+        queue.add(seq.request_id, line, seq.request.arrival_s, now_s)
         self._sequences[seq.request_id] = (seq, kind)
 
     def discard(self, seq: Sequence, now_s: float) -> None:
@@ -59,6 +74,12 @@ class PrefillQueue:
 
     def candidates(self, now_s: float) -> Candidates:
         """All of them, most urgent first, as of now. The queue must not change while this is read."""
+        while self._losses and self._losses[0][0] < now_s:
+            _, request_id = heappop(self._losses)
+            seq, kind = self._sequences.get(request_id, (None, None))
+            if seq is not None and kind is not None and kind.is_large and not kind.is_lost and seq.lost_s < now_s:
+                self.discard(seq, now_s)
+                self.add(seq, now_s)
         return Candidates(self._queues, self._sequences, now_s)
 
 
@@ -86,10 +107,10 @@ class Candidates:
         self._has_large = False
 
     def __iter__(self) -> Iterator[Sequence]:
-        for level in sorted({kind.level for kind in self._queues}):
+        for group in sorted({kind[:2] for kind in self._queues}):  # by class, then those that are not lost
             heads: list[tuple[Place, _Kind, Iterator[Place]]] = []
             for kind, queue in self._queues.items():
-                if kind.level == level and self._includes(kind):
+                if kind[:2] == group and self._includes(kind):
                     places = queue.in_order(self._now_s)
                     heads.append((next(places), kind, places))
             heapify(heads)  # places never compare equal

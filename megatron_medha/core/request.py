@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 
 from megatron_medha.core.blocks import BlockTable
 
@@ -52,6 +53,7 @@ class Sequence:
 
     request: Request
     deadline_s: float              # absolute, for the first token
+    lost_deadline_s: float = inf   # the deadline that triage goes by; inf: it is never given up
     margin_s: float = 0.0          # of its deadline, kept in hand by policies that go by slack
     total_work_s: float            # predicted time of the whole prefill, alone
     status: Status = Status.WAITING
@@ -88,6 +90,11 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Known tokens whose KV does not exist in every layer yet."""
         return self.num_known_tokens - self.num_computed_tokens
+
+    @property
+    def lost_s(self) -> float:
+        """When it can no longer meet lost_deadline_s, however fast it goes."""
+        return self.lost_deadline_s - self.remaining_work_s
 
     @property
     def is_waiting(self) -> bool:

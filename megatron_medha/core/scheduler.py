@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from math import inf
 
 from megatron_medha.core.batch import (
     Aborted,
@@ -110,6 +111,15 @@ class Scheduler:
             self.config.min_deadline_s if least_s is None else least_s,
         )
 
+    def _lost_deadline_s(self, request: Request, target_s: float, total_work_s: float) -> float:
+        """The deadline that triage goes by: its own, or the one that its work alone would give it, if that is later.
+
+        So a prompt that asks for what cannot be done is not put behind those that ask for nothing.
+        """
+        if not self.config.has_triage:
+            return inf
+        return request.arrival_s + max(target_s, self.config.deadline_multiplier * total_work_s)
+
     def _margin_s(self, target_s: float) -> float:
         """What slack leaves in hand of a target; of a target shorter than ten steps, most of it."""
         steps_s = self.config.slack_margin_steps * self._feasible_s(self.config.step_budget_s)
@@ -154,6 +164,7 @@ class Scheduler:
             seq = Sequence(
                 request=request,
                 deadline_s=request.arrival_s + target_s,
+                lost_deadline_s=self._lost_deadline_s(request, target_s, total_s),
                 margin_s=self._margin_s(target_s),
                 total_work_s=total_s,
                 remaining_work_s=total_s,
@@ -263,6 +274,8 @@ class Scheduler:
         self.memory.release(seq)
         seq.move_to(Status.WAITING)
         seq.num_preemptions += 1
+        if seq.num_output_tokens:
+            seq.lost_deadline_s = inf  # somebody is reading its answer: it is in time if it goes on at once
         seq.num_scheduled_tokens = seq.num_first_stage_tokens = seq.num_computed_tokens = 0
         seq.remaining_work_s = self.predicted_prefill_s(seq.num_known_tokens)
         heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
@@ -405,8 +418,10 @@ class Scheduler:
         if total_s == seq.total_work_s:
             return
         seq.total_work_s = total_s
+        target_s = self.ttft_target_s(seq.request, total_s)
+        if seq.lost_deadline_s < inf:
+            seq.lost_deadline_s = self._lost_deadline_s(seq.request, target_s, total_s)
         if seq.request.ttft_slo_s is None:
-            target_s = self.ttft_target_s(seq.request, total_s)
             seq.deadline_s, seq.margin_s = seq.request.arrival_s + target_s, self._margin_s(target_s)
             heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
 

@@ -93,20 +93,25 @@ def test_the_options_of_train_tiny_are_those_of_its_class() -> None:
 def test_every_scheduler_option_composes(configure: Configure, option: str) -> None:
     config = configure(f"scheduler={option}").scheduler
     if option in POLICIES and option not in BASELINE_POLICIES:
-        assert config == SchedulerConfig(policy=option)
+        assert config == SchedulerConfig(policy=option, has_triage=option == "lars")
 
 
 def test_the_medha_ablations_change_the_policy_and_drop_what_is_ours(configure: Configure) -> None:
     for policy in ("fcfs", "edf", "lrs", "srpt"):
         config = configure(f"scheduler=medha_{policy}").scheduler
-        assert config == SchedulerConfig(policy=policy, has_space_sharing=False, progress_share=0.0)
+        assert config == SchedulerConfig(
+            policy=policy, has_space_sharing=False, progress_share=0.0, has_triage=False
+        )
+    assert configure("scheduler=medha_lars").scheduler == SchedulerConfig(
+        policy="lars", slack_margin_steps=0.0, progress_share=0.0, has_triage=False
+    )
 
 
 def test_a_baseline_system_neither_shares_steps_nor_promises_progress(configure: Configure) -> None:
     for option in (*BASELINE_POLICIES, "vllm_long_threshold", "vllm_v1_threshold", "reserved_pool"):
         config = configure(f"scheduler={option}").scheduler
         assert config.is_preemptive == (option == "qlm")  # which evicts
-        assert not config.has_space_sharing and not config.progress_share
+        assert not config.has_space_sharing and not config.progress_share and not config.has_triage
         assert (config.chunking, config.fixed_chunk_tokens) == (Chunking.FIXED, 2048)
 
 

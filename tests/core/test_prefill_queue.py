@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from math import inf
+from typing import Any
+
+import pytest
+
 from megatron_medha.core.policies import fcfs
 from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Request, Sequence, Status
@@ -91,3 +96,50 @@ def test_one_that_is_discarded_is_gone_and_a_second_time_does_no_harm() -> None:
     queue.discard(seq, 0.0)
     queue.discard(seq, 0.0)
     assert ids(queue) == ["b"] and len(queue) == 1
+
+
+def long_one(name: str, arrival_s: float, lost_s: float, **more: Any) -> Sequence:
+    """A prompt of two seconds' work and more than a step that is lost from lost_s on."""
+    seq = sequence(name, arrival_s, num_tokens=1000, **more)
+    seq.remaining_work_s, seq.lost_deadline_s = 2.0, lost_s + 2.0
+    return seq
+
+
+def order(queue: PrefillQueue, now_s: float) -> list[str]:
+    return [seq.request_id for seq in queue.candidates(now_s)]
+
+
+def test_a_long_prefill_whose_deadline_is_lost_goes_behind_those_that_can_be_in_time() -> None:
+    queue = queue_of(long_one("lost", 1.0, 5.0), long_one("timely", 2.0, 50.0), sequence("short", 3.0))
+    assert order(queue, 5.0) == ["lost", "timely", "short"]
+    assert order(queue, 5.1) == ["timely", "short", "lost"]
+    assert order(queue, 50.1) == ["short", "lost", "timely"], "among the lost, by remaining work, then arrival"
+
+
+def test_a_higher_class_goes_first_even_if_it_is_lost() -> None:
+    queue = queue_of(long_one("lost", 1.0, 5.0), long_one("batch", 0.0, 50.0, priority=1))
+    assert order(queue, 9.0) == ["lost", "batch"]
+
+
+def test_a_prefill_that_has_made_progress_is_lost_later_than_it_seemed() -> None:
+    seq = long_one("a", 1.0, 5.0)
+    queue = queue_of(seq, long_one("b", 2.0, 50.0))
+    queue.discard(seq, 4.0)
+    seq.remaining_work_s = 1.0
+    queue.add(seq, 5.5)
+    assert order(queue, 5.9) == ["a", "b"]
+    assert order(queue, 6.1) == ["b", "a"]
+
+
+def test_what_ends_within_a_step_is_never_put_back() -> None:
+    short = sequence("short", 1.0)
+    short.lost_deadline_s = 1.0
+    assert order(queue_of(short, long_one("long", 2.0, 50.0)), 9.0) == ["short", "long"]
+
+
+@pytest.mark.parametrize("lost_s", [5.0, inf])
+def test_what_is_gone_or_never_lost_leaves_no_trace(lost_s: float) -> None:
+    seq = long_one("a", 1.0, lost_s)
+    queue = queue_of(seq)
+    queue.discard(seq, 1.0)
+    assert order(queue, 9.0) == [] and not len(queue)

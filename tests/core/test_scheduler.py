@@ -449,7 +449,7 @@ def test_paused_prefills_are_found_behind_any_number_that_find_no_memory() -> No
 
 
 def test_the_overdue_prefill_that_is_first_by_policy_gets_a_whole_step_not_its_share() -> None:
-    bench = Bench(num_blocks=5000, policy="edf", tile_tokens=4)
+    bench = Bench(num_blocks=5000, policy="edf", tile_tokens=4, has_triage=False)
     bench.arrive(request("late", num_tokens=3000))
     bench.now_s = 100.0
     bench.arrive(*(request(f"s{index}", num_tokens=60, num_out=1, at_s=100.0) for index in range(9)))
