@@ -200,4 +200,6 @@ class KVMemory:
 
     def _set_capacity(self, seq: Sequence) -> None:
         last = seq.block_table.shards[-1]
-        seq.capacity_tokens = last.start + last.num_blocks * self.block_size
+        seq.capacity_tokens = capacity = last.start + last.num_blocks * self.block_size
+        # The last output token is sampled, but never computed.
+        seq.change_tokens = min(capacity, seq.request.num_prompt_tokens + seq.request.max_output_tokens - 1)
