@@ -20,7 +20,7 @@ class Planned(NamedTuple):
     parts: tuple[Part, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Held:
     """A chunk whose final size is found when all others are in."""
 
@@ -36,6 +36,7 @@ class BatchBuilder:
         self.loads: list[StepLoad] = []
         self.prefills: list[Planned] = []
         self._held: list[_Held] = []
+        self._last_most = 0  # where the search for the next begins
         self._rule = rule
         self._credit_rule = replace(rule, chunking=Chunking.ADAPTIVE)
         self._cost = cost
@@ -75,20 +76,26 @@ class BatchBuilder:
 
     def most_tokens(self) -> int:
         """No prefill, however little of it is computed, can have more tokens than this in the step."""
-        return max(
-            largest_chunk(self._rule, self._cost, load, 0, self._rule.max_tokens, self.budget_s) for load in self.loads
-        ) + self._rule.tile_tokens  # as a prompt's last chunk need not be whole tiles
+        rule = self._rule
+        most = max([
+            largest_chunk(rule, self._cost, load, 0, rule.max_tokens, self.budget_s, self._last_most)
+            for load in self.loads
+        ])
+        self._last_most = most
+        return most + rule.tile_tokens  # as a prompt's last chunk need not be whole tiles
 
     def fits_whole(self, seq: Sequence, parts: tuple[Part, ...]) -> bool:
         """Whether all of `seq` that is left stays within the budget on each of its ranks."""
-        num_tokens = seq.num_unscheduled_tokens
-        most = min(self._memory.chunk_limit(seq.num_scheduled_tokens), self._rule.max_chunk_tokens)
-        return num_tokens <= most and all(
-            self.loads[rank].num_tokens + num_tokens <= self._rule.max_tokens
-            and step_s(self._cost, self.loads[rank]) + self._extra_s(part, num_tokens) <= self.budget_s
-            for part in parts
-            for rank in (part.kvp_rank,)
-        )
+        num_tokens, rule = seq.num_unscheduled_tokens, self._rule
+        if num_tokens > rule.max_chunk_tokens or num_tokens > self._memory.chunk_limit(seq.num_scheduled_tokens):
+            return False
+        for part in parts:
+            load = self.loads[part.kvp_rank]
+            if load.num_tokens + num_tokens > rule.max_tokens or (
+                step_s(self._cost, load) + self._extra_s(part, num_tokens) > self.budget_s
+            ):
+                return False
+        return True
 
     def fit_credit(self, seq: Sequence, parts: tuple[Part, ...], credit_s: float) -> int:
         """The most tokens of `seq` that cost at most credit_s and keep the budget.

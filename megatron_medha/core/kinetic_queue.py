@@ -14,8 +14,8 @@ from typing import Any
 from megatron_medha.core.kinetic_tournament import Entry, KineticTournament
 from megatron_medha.core.policies import Priority
 
-_LEAST_FRONT = 12  # more than a batch skips of one kind, so that few looks have to ask for more
-_MOST_FRONT = 24   # far enough from the least that entries do not go to and fro
+_LEAST_FRONT = 4   # more are pulled to the front when somebody asks for more, and stay there
+_MOST_FRONT = 16   # all that a batch looks at, as a rule
 
 # priority at the moment asked, arrival, id, item; places of several queues merge by the first three
 Place = tuple[float, float, str, Any]
@@ -43,7 +43,7 @@ class KineticQueue:
         """Add an item, or give the one of that id a new priority."""
         if item_id in self._rest:
             self._rest.pop(item_id, now_s)
-        self._front[item_id] = Entry(*priority, arrival_s, item_id, item)
+        self._front[item_id] = (priority.at_zero, priority.slope, arrival_s, item_id, item)
 
     def remove(self, item_id: str, now_s: float) -> None:
         """Take an item out; it must be there."""
@@ -51,7 +51,7 @@ class KineticQueue:
             self._rest.pop(item_id, now_s)
 
     def first_places(self, now_s: float) -> list[Place]:
-        """The first dozen or two, in order, as of now."""
+        """The first few, in order, as of now."""
         places: list[Place] = [
             (at_zero + slope * now_s, arrival_s, item_id, item)
             for at_zero, slope, arrival_s, item_id, item in self._front.values()
@@ -61,21 +61,16 @@ class KineticQueue:
             while len(places) > _MOST_FRONT:
                 self._demote(places, now_s)
         if len(self._rest):
-            while (place := self._next(now_s)) is not None:
-                if len(places) < _LEAST_FRONT:
-                    self._pull(place, now_s)
-                    insort(places, place)
-                elif place < places[-1]:
-                    # Whoever is last gives way: a newcomer may come after any number of the rest.
-                    self._pull(place, now_s)
-                    insort(places, place)
-                    self._demote(places, now_s)
+            while (place := self._next(now_s)) is not None and (len(places) < _LEAST_FRONT or place < places[-1]):
+                if len(places) > _LEAST_FRONT:
+                    self._demote(places, now_s)  # as a newcomer, whom any number of the rest may precede
                 else:
-                    break
+                    self._pull(place, now_s)
+                    insort(places, place)
         return places
 
     def more_places(self, now_s: float) -> list[Place]:
-        """The next dozen, in order; call it at the same moment as first_places."""
+        """The next few, in order; call it at the same moment as first_places."""
         places: list[Place] = []
         while len(places) < _LEAST_FRONT and (place := self._next(now_s)) is not None:
             self._pull(place, now_s)
@@ -93,7 +88,7 @@ class KineticQueue:
         entry = self._rest.first(now_s)
         if entry is None:
             return None
-        return entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item
+        return entry[0] + entry[1] * now_s, entry[2], entry[3], entry[4]
 
     def _demote(self, places: list[Place], now_s: float) -> None:
         self._rest.add(self._front.pop(places.pop()[2]), now_s)

@@ -76,18 +76,18 @@ class Candidates:
         self._queues = queues
         self._num_candidates = num_candidates
         self._now_s = now_s
-        self._has_all = self._has_waiting = self._has_large = True
+        self._has_waiting = self._has_large = True
 
     def __len__(self) -> int:
         return self._num_candidates
 
     def leave_out_waiting(self) -> None:
         """From here on only those that own KV."""
-        self._has_waiting, self._has_all = False, False
+        self._has_waiting = False
 
     def leave_out_large(self) -> None:
         """From here on only those that might end within a step."""
-        self._has_large, self._has_all = False, False
+        self._has_large = False
 
     def __iter__(self) -> Iterator[Sequence]:
         levels = {kind.level for kind in self._queues}
@@ -99,7 +99,7 @@ class Candidates:
                     self._extend(places, queue, queue.first_places(self._now_s), unfinished)
             places.sort()
             for index, (_, _, request_id, (seq, kind)) in enumerate(places):  # grows while it is read
-                if self._has_all or self._includes(kind):
+                if (self._has_waiting or not kind.is_waiting) and (self._has_large or not kind.is_large):
                     yield seq
                 if request_id in unfinished and self._includes(kind):
                     queue, following = unfinished[request_id], places[index + 1 :]

@@ -186,8 +186,8 @@ class Scheduler:
         self.cost.observe(flight.load, event.duration_s)
         self._aim.learn(flight.batch, event.duration_s)
         self._refresh_times()
-        stopped, failed = event.stopped, dict(event.failed)
-        is_calm = not stopped and not failed
+        failed = dict(event.failed)
+        is_calm = not event.stopped and not failed
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
         decoding, decodes, batch_id = Status.DECODING, self._decodes, event.batch_id
         new_tuple = tuple.__new__  # half the time of the class's own, and it is a NamedTuple for the same reason
