@@ -197,7 +197,7 @@ class BatchBuilder:
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
         loads = self.loads
-        return not (loads[0].num_sequences if len(loads) == 1 else any([load.num_sequences for load in loads]))
+        return not (loads[0].num_sequences if len(loads) == 1 else any(load.num_sequences for load in loads))
 
     def _load(self, planned: Planned) -> None:
         if planned.num_tokens:

@@ -1,8 +1,8 @@
 """A queue whose priorities move in time along straight lines. It knows nothing of sequences.
 
-Who looks into it wants the first few in order. Those are kept apart from the rest: the front, a handful of lines that is
-evaluated and sorted whenever somebody looks, and behind it a tournament (core/kinetic_tournament.py) of any number of
-others, of which only the winner's value is needed: while it comes after the whole front, the rest may rest.
+Who looks into it wants the first few in order. They are kept apart from the rest: the front, a handful of lines that
+are evaluated and sorted whenever somebody looks, and behind it a tournament (core/kinetic_tournament.py) of any number
+of others, of which only the winner's value is needed: while it comes after the whole front, nobody else there matters.
 """
 
 from __future__ import annotations

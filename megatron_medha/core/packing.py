@@ -49,7 +49,9 @@ class PrefillPacker:
         self._memory = memory
         self._max_gift_s = config.max_saved_gift_steps * config.step_budget_s
         self._gift_s = [self._max_gift_s] * memory.kvp
-        self._has_limited_places = config.max_partial_prefills is not None or config.max_long_partial_prefills is not None
+        self._has_limited_places = (
+            config.max_partial_prefills is not None or config.max_long_partial_prefills is not None
+        )
         self._overdue: Sequence | None = None
         self._credit_s = 0.0
 

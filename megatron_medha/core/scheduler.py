@@ -22,6 +22,7 @@ from megatron_medha.core.batch import (
     TokenOut,
 )
 from megatron_medha.core.batch_builder import BatchBuilder
+from megatron_medha.core.blocks import Extent
 from megatron_medha.core.chunking import PrefillTimes
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import CostModel, StepLoad, step_s
@@ -393,15 +394,14 @@ class Scheduler:
         chunks: list[Chunk] = []
         new_tuple = tuple.__new__  # as in _complete
         for request_id, seq in self._decodes.items():
-            start = seq.num_scheduled_tokens
+            start, table = seq.num_scheduled_tokens, seq.block_table
             seq.num_scheduled_tokens = start + 1
             seq.num_batches_in_flight = 1
-            table = seq.block_table
+            extents: tuple[Extent, ...] = ()
             if table.unsent_extents:
-                chunks.append(Chunk(request_id, start, 1, True, table.kvp_ranks, tuple(table.unsent_extents)))
+                extents = tuple(table.unsent_extents)
                 table.unsent_extents.clear()
-            else:
-                chunks.append(new_tuple(Chunk, (request_id, start, 1, True, table.kvp_ranks, ())))
+            chunks.append(new_tuple(Chunk, (request_id, start, 1, True, table.kvp_ranks, extents)))
         self._decodes.clear()
         for seq, num_tokens, _ in builder.prefills:
             start = seq.num_scheduled_tokens
