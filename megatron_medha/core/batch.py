@@ -25,9 +25,8 @@ class Chunk(NamedTuple):
     new_extents: tuple[Extent, ...] = ()  # blocks added to the table of the last of kvp_ranks: a delta
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """One step's work."""
+class Batch(NamedTuple):
+    """One step's work. It, FirstStageDone and Completed come once per step, and are NamedTuples as Chunk is."""
 
     batch_id: int
     chunks: tuple[Chunk, ...]
@@ -53,15 +52,13 @@ class Arrived:
     request: Request
 
 
-@dataclass(frozen=True, slots=True)
-class FirstStageDone:
+class FirstStageDone(NamedTuple):
     """A batch left stage 0 of the pipeline."""
 
     batch_id: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completed:
+class Completed(NamedTuple):
     """A batch left the last stage."""
 
     batch_id: int

@@ -20,7 +20,7 @@ class Planned(NamedTuple):
     parts: tuple[Part, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Held:
     """A chunk whose final size is found when all others are in."""
 
@@ -29,16 +29,25 @@ class _Held:
 
 
 class BatchBuilder:
-    """Collects decodes and prefill chunks, and keeps the load of every KVP rank."""
+    """Collects decodes and prefill chunks, and keeps the load of every KVP rank. Used for one batch after another."""
 
-    def __init__(self, rule: ChunkRule, cost: CostModel, memory: KVMemory, budget_s: float) -> None:
-        self.budget_s = budget_s
-        self.loads = [StepLoad() for _ in range(memory.kvp)]
+    def __init__(self, rule: ChunkRule, cost: CostModel, memory: KVMemory) -> None:
+        self.budget_s = 0.0
+        self.loads: list[StepLoad] = []
         self.prefills: list[Planned] = []
         self._held: list[_Held] = []
+        self._last_most = 0  # where the search for the next begins
         self._rule = rule
+        self._credit_rule = replace(rule, chunking=Chunking.ADAPTIVE)
         self._cost = cost
         self._memory = memory
+        self._kvp = memory.kvp
+
+    def begin(self, budget_s: float) -> None:
+        """Start an empty batch."""
+        self.budget_s = budget_s
+        self.loads = [StepLoad()] if self._kvp == 1 else [StepLoad() for _ in range(self._kvp)]
+        self.prefills.clear()
 
     def add_decodes(self, sequences: Collection[Sequence]) -> None:
         """Add the next token of each."""
@@ -67,32 +76,37 @@ class BatchBuilder:
 
     def most_tokens(self) -> int:
         """No prefill, however little of it is computed, can have more tokens than this in the step."""
-        return max(
-            largest_chunk(self._rule, self._cost, load, 0, self._rule.max_tokens, self.budget_s) for load in self.loads
-        ) + self._rule.tile_tokens  # as a prompt's last chunk need not be whole tiles
+        rule = self._rule
+        most = max([
+            largest_chunk(rule, self._cost, load, 0, rule.max_tokens, self.budget_s, self._last_most)
+            for load in self.loads
+        ])
+        self._last_most = most
+        return most + rule.tile_tokens  # as a prompt's last chunk need not be whole tiles
 
     def fits_whole(self, seq: Sequence, parts: tuple[Part, ...]) -> bool:
         """Whether all of `seq` that is left stays within the budget on each of its ranks."""
-        num_tokens = seq.num_unscheduled_tokens
-        most = min(self._memory.chunk_limit(seq.num_scheduled_tokens), self._rule.max_chunk_tokens)
-        return num_tokens <= most and all(
-            self.loads[rank].num_tokens + num_tokens <= self._rule.max_tokens
-            and step_s(self._cost, self.loads[rank]) + self._extra_s(part, num_tokens) <= self.budget_s
-            for part in parts
-            for rank in (part.kvp_rank,)
-        )
+        num_tokens, rule = seq.num_unscheduled_tokens, self._rule
+        if num_tokens > rule.max_chunk_tokens or num_tokens > self._memory.chunk_limit(seq.num_scheduled_tokens):
+            return False
+        for part in parts:
+            load = self.loads[part.kvp_rank]
+            if load.num_tokens + num_tokens > rule.max_tokens or (
+                step_s(self._cost, load) + self._extra_s(part, num_tokens) > self.budget_s
+            ):
+                return False
+        return True
 
     def fit_credit(self, seq: Sequence, parts: tuple[Part, ...], credit_s: float) -> int:
         """The most tokens of `seq` that cost at most credit_s and keep the budget.
 
         One tile may break the budget if the credit pays for it: in a step full of decodes nothing else would.
         """
-        rule = replace(self._rule, chunking=Chunking.ADAPTIVE)
         most = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
         for rank, context in parts:
             load = self.loads[rank]
             budget_s = min(self.budget_s, step_s(self._cost, load) + credit_s)
-            most = largest_chunk(rule, self._cost, load, context, most, budget_s)
+            most = largest_chunk(self._credit_rule, self._cost, load, context, most, budget_s)
         if not most:
             tile = self.tile(seq)
             if tile > 0 and all(self._extra_s(part, tile) <= credit_s for part in parts):
@@ -176,12 +190,14 @@ class BatchBuilder:
     @property
     def num_tokens(self) -> int:
         """Query tokens on the fullest KVP rank."""
-        return max(load.num_tokens for load in self.loads)
+        loads = self.loads
+        return loads[0].num_tokens if len(loads) == 1 else max([load.num_tokens for load in loads])
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return not any(load.num_sequences for load in self.loads)
+        loads = self.loads
+        return not (loads[0].num_sequences if len(loads) == 1 else any(load.num_sequences for load in loads))
 
     def _load(self, planned: Planned) -> None:
         if planned.num_tokens:

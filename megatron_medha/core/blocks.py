@@ -87,9 +87,13 @@ class BlockPool:
 
     def _take(self, start: int, count: int) -> None:
         length = self._lengths[start]
-        self._remove(start)
-        if length > count:
-            self._insert(start + count, length - count)
+        if length > count:  # what is left keeps its place among the starts
+            del self._lengths[start], self._by_length[bisect_left(self._by_length, (length, start))]
+            self._lengths[start + count] = length - count
+            self._starts[bisect_left(self._starts, start)] = start + count
+            insort(self._by_length, (length - count, start + count))
+        else:
+            self._remove(start)
         self.num_free_blocks -= count
 
     def _insert(self, start: int, length: int) -> None:

@@ -53,40 +53,59 @@ def largest_chunk(
         return max(min(limit, rule.fixed_tokens - load.num_tokens), 0)
     if limit <= 0:
         return 0
-    tile_tokens, base_tokens, num_sequences = rule.tile_tokens, load.num_tokens, load.num_sequences + 1
-    left_s = budget_s - load.attention_s
-
-    def excess_s(count: int) -> float:
-        return cost.linear_s(base_tokens + count, num_sequences) + cost.attention_s(start, count) - left_s
-
+    tile_tokens = rule.tile_tokens
     if limit < num_tokens:
         limit -= limit % tile_tokens
-    guess = guess_tokens - guess_tokens % tile_tokens
-    if tile_tokens <= guess < limit:
-        if excess_s(guess) <= 0.0:
-            if excess_s(min(guess + tile_tokens, limit)) > 0.0:
-                return guess
-        elif guess > tile_tokens and excess_s(guess - tile_tokens) <= 0.0:
-            return guess - tile_tokens
-    if not limit or (high_s := excess_s(limit)) <= 0.0:
-        return limit
-    low_s = excess_s(0)
-    if low_s > 0.0:
-        return 0
-    # In tiles: low fits (or is 0), high does not. Time is nearly linear in tokens, so the straight line between the
-    # two hits at once as a rule; where it does not, halving ends the search.
-    low, high, num_looks = 0, -(-limit // tile_tokens), 0
+    low, high = 0, -(-limit // tile_tokens)  # in tiles: low is known to fit (or is 0), high not to
+    low_s = high_s = None
+    guess = guess_tokens // tile_tokens
+    if 0 < guess < high:
+        seconds = _excess_s(cost, load, start, guess * tile_tokens, budget_s)
+        if seconds <= 0.0:
+            low, low_s = guess, seconds
+            if guess + 1 < high:
+                seconds = _excess_s(cost, load, start, (guess + 1) * tile_tokens, budget_s)
+                if seconds > 0.0:
+                    return guess * tile_tokens
+                low, low_s = guess + 1, seconds
+        else:
+            high, high_s = guess, seconds
+            if guess > 1:
+                seconds = _excess_s(cost, load, start, (guess - 1) * tile_tokens, budget_s)
+                if seconds <= 0.0:
+                    return (guess - 1) * tile_tokens
+                high, high_s = guess - 1, seconds
+    if high_s is None:
+        high_s = _excess_s(cost, load, start, limit, budget_s)
+        if high_s <= 0.0:
+            return limit
+    if low_s is None:
+        low_s = _excess_s(cost, load, start, 0, budget_s)
+        if low_s > 0.0:
+            return 0
+    # Time is nearly linear in tokens, so the straight line between the two hits at once as a rule; where it does not,
+    # halving ends the search.
+    num_looks = 0
     while high - low > 1:
         middle = (low + high) // 2
         if num_looks < _MAX_LINEAR_LOOKS:
             middle = min(max(low + int((high - low) * low_s / (low_s - high_s)), low + 1), high - 1)
-        seconds = excess_s(middle * tile_tokens)
+        seconds = _excess_s(cost, load, start, middle * tile_tokens, budget_s)
         if seconds <= 0.0:
             low, low_s = middle, seconds
         else:
             high, high_s = middle, seconds
         num_looks += 1
     return low * tile_tokens
+
+
+def _excess_s(cost: CostModel, load: StepLoad, start: int, num_tokens: int, budget_s: float) -> float:
+    """By how much a chunk would break the budget of a step; at most 0 if it fits."""
+    return (
+        cost.linear_s(load.num_tokens + num_tokens, load.num_sequences + 1)
+        + cost.attention_s(start, num_tokens)
+        - (budget_s - load.attention_s)
+    )
 
 
 class PrefillTimes:

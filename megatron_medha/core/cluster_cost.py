@@ -92,18 +92,28 @@ class ClusterCost:
 
         Hidden states travel beside the next step's work: hop_s delays this step, but occupies no stage.
         """
-        layers = self._stage_layers[stage]
-        device_s = layers * (self.layer_s(load.num_tokens) + load.attention_s / self.shape.num_layers)
-        if stage == self.layout.spp - 1:
-            device_s += self.head_s(load.num_sequences)
-        if not self._is_graph(load):
-            device_s = max(device_s, layers * self.engine.layer_launch_s)
-        return device_s + (self.engine.stage_entry_s if stage else self.host_s(load.num_sequences))
+        return self.stages_s(load)[stage]
+
+    def stages_s(self, load: StepLoad) -> tuple[float, ...]:
+        """stage_s of every stage."""
+        layer_s = self.layer_s(load.num_tokens) + load.attention_s / self._num_layers
+        is_graph, num_sequences = self._is_graph(load), load.num_sequences
+        before_s = self.host_s(num_sequences)
+        seconds: list[float] = []
+        for layers in self._stage_layers:
+            device_s = layers * layer_s
+            if len(seconds) == len(self._stage_layers) - 1:
+                device_s += self.head_s(num_sequences)
+            if not is_graph:
+                device_s = max(device_s, layers * self.engine.layer_launch_s)
+            seconds.append(device_s + before_s)
+            before_s = self.engine.stage_entry_s
+        return tuple(seconds)
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of a step that has all stages to itself."""
         hops_s = sum([self.hop_s(load.num_tokens, stage) for stage in range(self.layout.spp - 1)])
-        return sum([self.stage_s(load, stage) for stage in range(self.layout.spp)]) + hops_s
+        return sum(self.stages_s(load)) + hops_s
 
     def _is_graph(self, load: StepLoad) -> bool:
         longest = self.engine.graph_max_context

@@ -1,135 +1,97 @@
 """A queue whose priorities move in time along straight lines. It knows nothing of sequences.
 
-A kinetic tournament: a binary tree in which each node holds the winner of its subtree and the moment until
-which that result is certain, the earliest crossing of two lines below it. Asking for the winner re-plays only
-matches that have expired; changing an entry re-plays one path. Both cost O(log n) instead of a sort of all.
+Who looks into it wants the first few in order. They are kept apart from the rest: the front, a handful of lines that
+are evaluated and sorted whenever somebody looks, and behind it a tournament (core/kinetic_tournament.py) of any number
+of others, of which only the winner's value is needed: while it comes after the whole front, nobody else there matters.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush
+from typing import Any
 
+from megatron_medha.core.kinetic_tournament import Entry, KineticTournament
 from megatron_medha.core.policies import Priority
 
-_NEVER_S = float("inf")
+_LEAST_FRONT = 4   # more are pulled to the front when somebody asks for more, and stay there
+_MOST_FRONT = 16   # all that a batch looks at, as a rule
 
-# at_zero and slope of the line, then arrival and id for ties
-_Entry = tuple[float, float, float, str]
-# priority now, arrival, id, and the node of the tree where the id has won; ids of several queues merge by it
-Place = tuple[float, float, str, int]
+# priority at the moment asked, arrival, id, item; places of several queues merge by the first three
+Place = tuple[float, float, str, Any]
 
 
 class KineticQueue:
-    """Ids in order of their priority at the moment asked; ties go by (arrival, id)."""
+    """Items in order of their priority at the moment asked; ties go by (arrival, id)."""
 
     def __init__(self) -> None:
-        self._num_slots = 1
-        self._entries: list[_Entry | None] = [None, None]  # by node; winners above, leaves from _num_slots on
-        self._expires_s: list[float] = [_NEVER_S, _NEVER_S]
-        self._leaf_of: dict[str, int] = {}
-        self._free_leaves: list[int] = [1]
+        self._front: dict[str, Entry] = {}  # at the last look these came before all of the rest; newcomers join here
+        self._rest = KineticTournament()
 
     def __len__(self) -> int:
-        return len(self._leaf_of)
+        return len(self._front) + len(self._rest)
 
     def __contains__(self, item_id: str) -> bool:
-        return item_id in self._leaf_of
+        return item_id in self._front or item_id in self._rest
 
-    def add(self, item_id: str, priority: Priority, arrival_s: float, now_s: float) -> None:
-        """Add an id, or give one that is there a new priority."""
-        leaf = self._leaf_of.get(item_id)
-        if leaf is None:
-            if not self._free_leaves:
-                self._double(now_s)
-            leaf = self._leaf_of[item_id] = heappop(self._free_leaves)
-        self._entries[leaf] = (priority.at_zero, priority.slope, arrival_s, item_id)
-        self._replay_path(leaf, now_s)
+    @property
+    def has_rest(self) -> bool:
+        """Whether there are more than the last look has shown."""
+        return len(self._rest) > 0
+
+    def add(self, item_id: str, priority: Priority, arrival_s: float, item: Any, now_s: float) -> None:
+        """Add an item, or give the one of that id a new priority."""
+        if item_id in self._rest:
+            self._rest.pop(item_id, now_s)
+        self._front[item_id] = (priority.at_zero, priority.slope, arrival_s, item_id, item)
 
     def remove(self, item_id: str, now_s: float) -> None:
-        """Take an id out; it must be there."""
-        leaf = self._leaf_of.pop(item_id)
-        self._entries[leaf] = None
-        heappush(self._free_leaves, leaf)
-        self._replay_path(leaf, now_s)
+        """Take an item out; it must be there."""
+        if self._front.pop(item_id, None) is None:
+            self._rest.pop(item_id, now_s)
+
+    def first_places(self, now_s: float) -> list[Place]:
+        """The first few, in order, as of now."""
+        places: list[Place] = [
+            (at_zero + slope * now_s, arrival_s, item_id, item)
+            for at_zero, slope, arrival_s, item_id, item in self._front.values()
+        ]
+        if len(places) > 1:
+            places.sort()
+            while len(places) > _MOST_FRONT:
+                self._demote(places, now_s)
+        if len(self._rest):
+            while (place := self._next(now_s)) is not None and (len(places) < _LEAST_FRONT or place < places[-1]):
+                if len(places) > _LEAST_FRONT:
+                    self._demote(places, now_s)  # as a newcomer, whom any number of the rest may precede
+                else:
+                    self._pull(place, now_s)
+                    insort(places, place)
+        return places
+
+    def more_places(self, now_s: float) -> list[Place]:
+        """The next few, in order; call it at the same moment as first_places."""
+        places: list[Place] = []
+        while len(places) < _LEAST_FRONT and (place := self._next(now_s)) is not None:
+            self._pull(place, now_s)
+            places.append(place)
+        return places
 
     def in_order(self, now_s: float) -> Iterator[Place]:
-        """Places of all ids from the lowest priority up, as of now. The queue must not change while this is read."""
-        entries, expires_s = self._entries, self._expires_s
-        if expires_s[1] <= now_s:
-            self._refresh(1, now_s)
-        winner = entries[1]
-        if winner is None:
-            return
-        node, item_id = 1, winner[3]
-        yield (winner[0] + winner[1] * now_s, winner[2], item_id, node)
-        frontier: list[Place] = []
-        while True:
-            # The subtree of this node without its winner: the siblings along the winner's path.
-            leaf = self._leaf_of[item_id]
-            while leaf > node:
-                sibling = leaf ^ 1
-                if expires_s[sibling] <= now_s:
-                    self._refresh(sibling, now_s)
-                if (entry := entries[sibling]) is not None:
-                    heappush(frontier, (entry[0] + entry[1] * now_s, entry[2], entry[3], sibling))
-                leaf >>= 1
-            if not frontier:
-                return
-            place = heappop(frontier)
-            item_id, node = place[2], place[3]
-            yield place
+        """Places of all, as of now. The queue must not change while this is read."""
+        places = self.first_places(now_s)
+        while places:
+            yield from places
+            places = self.more_places(now_s)
 
-    def _refresh(self, node: int, now_s: float) -> None:
-        """Play all expired matches of the subtree again; the node's own must have expired. Leaves never do."""
-        expires_s, left = self._expires_s, 2 * node
-        if expires_s[left] <= now_s:
-            self._refresh(left, now_s)
-        if expires_s[left + 1] <= now_s:
-            self._refresh(left + 1, now_s)
-        self._replay(node, now_s)
+    def _next(self, now_s: float) -> Place | None:
+        entry = self._rest.first(now_s)
+        if entry is None:
+            return None
+        return entry[0] + entry[1] * now_s, entry[2], entry[3], entry[4]
 
-    def _replay_path(self, leaf: int, now_s: float) -> None:
-        entries, expires_s = self._entries, self._expires_s
-        while leaf > 1:
-            # The sibling's side may have expired unseen and its winner be stale. Then what is found here has expired
-            # too, and is played again when somebody looks.
-            leaf >>= 1
-            winner, until_s = entries[leaf], expires_s[leaf]
-            self._replay(leaf, now_s)
-            if entries[leaf] is winner and expires_s[leaf] == until_s:
-                return  # nothing above has changed by this
+    def _demote(self, places: list[Place], now_s: float) -> None:
+        self._rest.add(self._front.pop(places.pop()[2]), now_s)
 
-    def _replay(self, node: int, now_s: float) -> None:
-        left, right = 2 * node, 2 * node + 1
-        expires_s = self._expires_s[left]
-        if self._expires_s[right] < expires_s:
-            expires_s = self._expires_s[right]
-        one, other = self._entries[left], self._entries[right]
-        if one is None or other is None:
-            winner = other if one is None else one
-        else:
-            one_value, other_value = one[0] + one[1] * now_s, other[0] + other[1] * now_s
-            if one_value < other_value or one_value == other_value and (one[2], one[3]) < (other[2], other[3]):
-                winner, loser = one, other
-            else:
-                winner, loser = other, one
-            if loser[1] < winner[1]:  # the loser's line falls faster and will cross
-                crossing_s = (loser[0] - winner[0]) / (winner[1] - loser[1])
-                if crossing_s < expires_s:
-                    # A crossing that rounding puts into the past is re-played at the next look.
-                    expires_s = crossing_s if crossing_s > now_s else now_s
-        self._entries[node] = winner
-        self._expires_s[node] = expires_s
-
-    def _double(self, now_s: float) -> None:
-        leaves = self._entries[self._num_slots :]
-        old_num_slots = self._num_slots
-        self._num_slots *= 2
-        self._entries = [None] * self._num_slots + leaves + [None] * old_num_slots
-        self._expires_s = [_NEVER_S] * (2 * self._num_slots)
-        self._leaf_of = {entry[3]: self._num_slots + slot for slot, entry in enumerate(leaves) if entry is not None}
-        self._free_leaves = list(range(self._num_slots + old_num_slots, 2 * self._num_slots))
-        heapify(self._free_leaves)
-        for node in range(self._num_slots - 1, 0, -1):
-            self._replay(node, now_s)
+    def _pull(self, place: Place, now_s: float) -> None:
+        self._front[place[2]] = self._rest.pop(place[2], now_s)

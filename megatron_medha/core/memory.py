@@ -42,6 +42,7 @@ class KVMemory:
     _shard_tokens: int = field(init=False)
     _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills
     _reservation: _Reservation | None = field(init=False, default=None)
+    _num_kept: int = field(init=False)  # blocks below the watermark
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1:
@@ -51,6 +52,7 @@ class KVMemory:
             )
         self.pools = [BlockPool(self.num_blocks) for _ in range(self.kvp)]
         self._pending_work = [0] * self.kvp
+        self._num_kept = int(self.watermark * self.num_blocks)
         self._shard_tokens = self.max_tokens_per_shard or self.num_blocks * self.block_size
         if self._shard_tokens % self.block_size or not 0 < self._shard_tokens <= self.num_blocks * self.block_size:
             raise ConfigError(
@@ -79,10 +81,14 @@ class KVMemory:
         The least pending work first; a rank too full for a whole shard may still hold the last one. All or
         nothing: growing while it prefills could leave several long prompts each waiting for the others' blocks.
         """
-        unused = list(range(self.kvp)) if self.kvp == 1 else sorted(range(self.kvp), key=self._pending_work.__getitem__)
-        ranks: list[int] = []
         num_tokens = seq.num_known_tokens
-        kept = int(self.watermark * self.num_blocks) if self.num_owners else 0
+        kept = self._num_kept if self.owners else 0
+        if self.kvp == 1:
+            count = num_blocks_for(num_tokens, self.block_size)
+            fits = self.pools[0].num_free_blocks - count >= kept + self._num_reserved(0, seq)
+            return (0,) if fits and num_tokens <= self._shard_tokens else None
+        unused = sorted(range(self.kvp), key=self._pending_work.__getitem__)
+        ranks: list[int] = []
         for start in range(0, num_tokens, self._shard_tokens):
             count = num_blocks_for(min(self._shard_tokens, num_tokens - start), self.block_size)
             for rank in unused:
@@ -200,4 +206,6 @@ class KVMemory:
 
     def _set_capacity(self, seq: Sequence) -> None:
         last = seq.block_table.shards[-1]
-        seq.capacity_tokens = last.start + last.num_blocks * self.block_size
+        seq.capacity_tokens = capacity = last.start + last.num_blocks * self.block_size
+        # The last output token is sampled, but never computed.
+        seq.change_tokens = min(capacity, seq.request.num_prompt_tokens + seq.request.max_output_tokens - 1)

@@ -132,11 +132,12 @@ class OnlineCost:
             return
         low, high = self._hinges_tokens
         per_s = 1.0 / duration_s
+        num_tokens = load.num_tokens
         features = [
             per_s,
-            load.num_tokens * per_s,
-            max(0.0, load.num_tokens - low) * per_s,
-            max(0.0, load.num_tokens - high) * per_s,
+            num_tokens * per_s,
+            (num_tokens - low) * per_s if num_tokens > low else 0.0,
+            (num_tokens - high) * per_s if num_tokens > high else 0.0,
             load.num_sequences * per_s,
             load.chunk_pairs * per_s,
             load.chunk_context * per_s,
@@ -152,7 +153,7 @@ class OnlineCost:
             moments[i] = kept * moments[i] + feature
         self._descend()
         pace = self.pace
-        self._paced = [pace * value for value in self.theta]
+        self._paced = [pace * value for value in self.theta] if pace != 1.0 else self.theta.copy()
         self.num_observed += 1
         if self.num_observed % _REVISION_STEPS == 0:
             self._revise()

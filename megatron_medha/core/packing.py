@@ -47,7 +47,11 @@ class PrefillPacker:
         self._config = config
         self._cost = cost
         self._memory = memory
+        self._max_gift_s = config.max_saved_gift_steps * config.step_budget_s
         self._gift_s = [self._max_gift_s] * memory.kvp
+        self._has_limited_places = (
+            config.max_partial_prefills is not None or config.max_long_partial_prefills is not None
+        )
         self._overdue: Sequence | None = None
         self._credit_s = 0.0
 
@@ -70,8 +74,9 @@ class PrefillPacker:
         most_tokens: float = inf
         if not self._has_place(overdue):
             candidates.leave_out_waiting()
-        has_prefill, is_full = owed is not None, builder.is_full()
         has_others = len(candidates) > 1
+        has_prefill = owed is not None
+        is_full = has_prefill and builder.is_full()
         places = _Places(self._config, self._memory, len(candidates)) if self._has_limited_places else None
         for seq in candidates:
             if num_skipped > self._config.max_skips or has_prefill and is_full:
@@ -117,7 +122,7 @@ class PrefillPacker:
                     most_tokens = builder.most_tokens()
             else:
                 self._add(builder, Planned(seq, num_tokens, parts), used_s)
-            has_prefill, is_full = True, builder.is_full()
+            has_prefill, is_full = True, has_others and builder.is_full()
         for seq in builder.add_held():
             if seq.is_waiting:
                 self._memory.release(seq)  # others have used the whole step: it has not begun after all
@@ -125,10 +130,6 @@ class PrefillPacker:
             self._add_tile(builder, first or overdue)
         if not builder.is_empty:
             self._settle(builder, overdue, credit_s, gift_s, used_s, long_ranks)
-
-    @property
-    def _max_gift_s(self) -> float:
-        return self._config.max_saved_gift_steps * self._config.step_budget_s
 
     def _plan(self, seq: Sequence) -> tuple[int, ...] | None:
         """KVP ranks for a sequence without KV, () for one that has it, None when there is no memory for it now."""
@@ -176,10 +177,6 @@ class PrefillPacker:
             limit = int(open_share * config.fixed_chunk_tokens) - builder.num_tokens
             return builder.fit(seq, parts, limit=max(limit, 0))
         return builder.fit(seq, parts, open_share)
-
-    @property
-    def _has_limited_places(self) -> bool:
-        return self._config.max_partial_prefills is not None or self._config.max_long_partial_prefills is not None
 
     def _kept(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heappop, heappush
 from math import inf
 from typing import NamedTuple
 
@@ -40,63 +40,69 @@ class PrefillQueue:
         self._policy = policy
         self._is_preemptive = is_preemptive
         self._queues: dict[_Kind, KineticQueue] = {}
-        self._sequences: dict[str, tuple[Sequence, _Kind]] = {}
-        # Heap of (moment, id): when a large one will be lost unless it runs. May hold what has run or gone since; such
-        # entries go when their moment comes.
-        self._losses: list[tuple[float, str]] = []
+        self._kinds: dict[str, _Kind] = {}  # by request id
+        # Heap of (moment, count, sequence): when a large one is lost unless it runs. May hold what has run or gone since;
+        # such entries go when their moment comes.
+        self._losses: list[tuple[float, int, Sequence]] = []
+        self._num_losses = 0
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return len(self._kinds)
 
     def add(self, seq: Sequence, now_s: float) -> None:
-        """Make `seq` a candidate: its next chunk may start."""
+        """Make `seq` a candidate: its next chunk may start. One that is there is given its new place."""
+        request = seq.request
         is_waiting = seq.is_waiting
-        level = seq.request.priority if is_waiting or self._is_preemptive else _BEFORE_ALL_CLASSES
+        level = request.priority if is_waiting or self._is_preemptive else _BEFORE_ALL_CLASSES
         is_large = seq.num_unscheduled_tokens > self.num_step_tokens
         is_lost = is_large and seq.lost_s < now_s
-        if is_large and not is_lost and seq.lost_s < inf:
-            heappush(self._losses, (seq.lost_s, seq.request_id))
         kind = _Kind(level, is_lost, is_waiting, is_large)
-        if (queue := self._queues.get(kind)) is None:
-            queue = self._queues[kind] = KineticQueue()
+        old = self._kinds.get(request.request_id)
+        if old != kind:
+            if old is not None:
+                self._remove(request.request_id, old, now_s)
+            self._kinds[request.request_id] = kind
+            if kind not in self._queues:
+                self._queues[kind] = KineticQueue()
+        if is_large and not is_lost and seq.lost_s < inf:
+            self._num_losses += 1
+            heappush(self._losses, (seq.lost_s, self._num_losses, seq))
         line = Priority(seq.remaining_work_s) if is_lost else self._policy(seq)
-        queue.add(seq.request_id, line, seq.request.arrival_s, now_s)
-        self._sequences[seq.request_id] = (seq, kind)
+        self._queues[kind].add(request.request_id, line, request.arrival_s, (seq, kind), now_s)
 
     def discard(self, seq: Sequence, now_s: float) -> None:
         """Take `seq` out, if it is there."""
-        _, kind = self._sequences.pop(seq.request_id, (None, None))
+        kind = self._kinds.pop(seq.request_id, None)
         if kind is not None:
-            queue = self._queues[kind]
-            queue.remove(seq.request_id, now_s)
-            if not queue:
-                del self._queues[kind]
+            self._remove(seq.request_id, kind, now_s)
 
     def candidates(self, now_s: float) -> Candidates:
         """All of them, most urgent first, as of now. The queue must not change while this is read."""
         while self._losses and self._losses[0][0] < now_s:
-            _, request_id = heappop(self._losses)
-            seq, kind = self._sequences.get(request_id, (None, None))
-            if seq is not None and kind is not None and kind.is_large and not kind.is_lost and seq.lost_s < now_s:
-                self.discard(seq, now_s)
+            _, _, seq = heappop(self._losses)
+            kind = self._kinds.get(seq.request_id)
+            if seq.is_prefill and kind is not None and kind.is_large and not kind.is_lost and seq.lost_s < now_s:
                 self.add(seq, now_s)
-        return Candidates(self._queues, self._sequences, now_s)
+        return Candidates(self._queues, len(self._kinds), now_s)
+
+    def _remove(self, request_id: str, kind: _Kind, now_s: float) -> None:
+        queue = self._queues[kind]
+        queue.remove(request_id, now_s)
+        if not queue:
+            del self._queues[kind]
 
 
 class Candidates:
     """An iterator over prefills, most urgent first, from which whole kinds can be left out midway."""
 
-    def __init__(
-        self, queues: dict[_Kind, KineticQueue], sequences: dict[str, tuple[Sequence, _Kind]], now_s: float
-    ) -> None:
+    def __init__(self, queues: dict[_Kind, KineticQueue], num_candidates: int, now_s: float) -> None:
         self._queues = queues
-        self._sequences = sequences
+        self._num_candidates = num_candidates
         self._now_s = now_s
-        self._has_waiting = True
-        self._has_large = True
+        self._has_waiting = self._has_large = True
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return self._num_candidates
 
     def leave_out_waiting(self) -> None:
         """From here on only those that own KV."""
@@ -107,21 +113,28 @@ class Candidates:
         self._has_large = False
 
     def __iter__(self) -> Iterator[Sequence]:
-        for group in sorted({kind[:2] for kind in self._queues}):  # by class, then those that are not lost
-            heads: list[tuple[Place, _Kind, Iterator[Place]]] = []
+        groups = {kind[:2] for kind in self._queues}  # by class, then those that are not lost
+        for group in sorted(groups) if len(groups) > 1 else groups:
+            places: list[Place] = []
+            unfinished: dict[str, KineticQueue] = {}  # queues of which more can be asked for, by the last id known
             for kind, queue in self._queues.items():
                 if kind[:2] == group and self._includes(kind):
-                    places = queue.in_order(self._now_s)
-                    heads.append((next(places), kind, places))
-            heapify(heads)  # places never compare equal
-            while heads:
-                place, kind, places = heads[0]
-                if self._includes(kind):
-                    yield self._sequences[place[2]][0]
-                if self._includes(kind) and (following := next(places, None)) is not None:
-                    heapreplace(heads, (following, kind, places))
-                else:
-                    heappop(heads)
+                    self._extend(places, queue, queue.first_places(self._now_s), unfinished)
+            places.sort()
+            for index, (_, _, request_id, (seq, kind)) in enumerate(places):  # grows while it is read
+                if (self._has_waiting or not kind.is_waiting) and (self._has_large or not kind.is_large):
+                    yield seq
+                if request_id in unfinished and self._includes(kind):
+                    queue, following = unfinished[request_id], places[index + 1 :]
+                    self._extend(following, queue, queue.more_places(self._now_s), unfinished)
+                    places[index + 1 :] = sorted(following)
+
+    def _extend(
+        self, places: list[Place], queue: KineticQueue, more: list[Place], unfinished: dict[str, KineticQueue]
+    ) -> None:
+        places += more
+        if queue.has_rest:
+            unfinished[more[-1][2]] = queue
 
     def _includes(self, kind: _Kind) -> bool:
         return (self._has_waiting or not kind.is_waiting) and (self._has_large or not kind.is_large)

@@ -68,13 +68,13 @@ class Sequence:
     answer_work_s: float = 0.0       # predicted time of its output tokens, alone
     estimated_wait_s: float = 0.0    # work of those that would go before it, when it arrived; only some policies ask
     capacity_tokens: int = 0         # tokens its blocks hold
+    change_tokens: int = 0           # a decode that has computed so many ends, or needs a block; up to there it goes on
     first_scheduled_s: float | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
+    request_id: str = field(init=False)  # the request's: asked for too often to be a property
 
-    @property
-    def request_id(self) -> str:
-        """The request's id."""
-        return self.request.request_id
+    def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
 
     @property
     def num_known_tokens(self) -> int:
@@ -84,7 +84,7 @@ class Sequence:
     @property
     def num_unscheduled_tokens(self) -> int:
         """Known tokens no batch has been given yet."""
-        return self.num_known_tokens - self.num_scheduled_tokens
+        return self.request.num_prompt_tokens + self.num_output_tokens - self.num_scheduled_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -23,6 +23,7 @@ from megatron_medha.core.batch import (
     TokenOut,
 )
 from megatron_medha.core.batch_builder import BatchBuilder
+from megatron_medha.core.blocks import Extent
 from megatron_medha.core.chunking import PrefillTimes
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import CostModel, StepLoad, step_s
@@ -62,10 +63,12 @@ class Scheduler:
         self._decodes: dict[str, Sequence] = {}     # ready for their next token, oldest first
         self._growing: list[Sequence] = []          # need a block before their next token
         self._deadlines: list[tuple[float, float, str]] = []  # heap of (deadline, arrival, id); may hold the dead
+        self._builder = BatchBuilder(config.chunk_rule, cost, memory)
         self._packer = PrefillPacker(config, cost, memory)
         self._outputs = OutputPredictor(config.output_lengths, config.output_error)
         self._num_tpot_slos = 0                     # live sequences that bring a TPOT target
         self._in_flight: dict[int, _InFlight] = {}
+        self._is_first_stage_free = True
         self._released: list[str] = []
         self._next_batch_id = 0
         self._times = self._predict_times()
@@ -133,10 +136,10 @@ class Scheduler:
         match event:
             case Completed():
                 self._complete(event, now_s, outputs)
-            case Arrived(request):
-                self._arrive(request, now_s, outputs)
-            case FirstStageDone(batch_id):
-                self._leave_first_stage(self._in_flight[batch_id], now_s)
+            case FirstStageDone():
+                self._leave_first_stage(self._in_flight[event.batch_id])
+            case Arrived():
+                self._arrive(event.request, now_s, outputs)
             case Aborted(request_id):
                 if (seq := self._sequences.get(request_id)) is not None and not seq.is_done:
                     self._end(seq, Status.ABORTED, now_s)
@@ -179,54 +182,76 @@ class Scheduler:
             return
         outputs.append(Rejected(request.request_id, why, is_client_fault=True))
 
-    def _leave_first_stage(self, flight: _InFlight, now_s: float) -> None:
+    def _leave_first_stage(self, flight: _InFlight) -> None:
         flight.has_left_first_stage = True
-        prefills = slice(flight.num_decodes, None)
-        for chunk, seq in zip(flight.batch.chunks[prefills], flight.sequences[prefills], strict=True):
-            seq.num_first_stage_tokens = chunk.start + chunk.num_tokens
-            if not chunk.samples_token and seq.status is Status.PREFILLING:
-                self._prefills.add(seq, now_s)
+        self._is_first_stage_free = True
+        num_decodes = flight.num_decodes
+        chunks, sequences = flight.batch.chunks, flight.sequences
+        for index in range(num_decodes, len(chunks)):
+            chunk = chunks[index]
+            sequences[index].num_first_stage_tokens = chunk.start + chunk.num_tokens
 
     def _complete(self, event: Completed, now_s: float, outputs: list[Output]) -> None:
         flight = self._in_flight.pop(event.batch_id)
         if not flight.has_left_first_stage:
-            self._leave_first_stage(flight, now_s)
+            self._leave_first_stage(flight)
         self.cost.observe(flight.load, event.duration_s)
         self._aim.learn(flight.batch, event.duration_s)
         self._refresh_times()
-        stopped, failed = frozenset(event.stopped), dict(event.failed)
+        failed = dict(event.failed)
+        is_calm = not event.stopped and not failed
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
         decoding, decodes, batch_id = Status.DECODING, self._decodes, event.batch_id
         new_tuple = tuple.__new__  # half the time of the class's own, and it is a NamedTuple for the same reason
         for chunk, seq in zip(flight.batch.chunks, flight.sequences, strict=True):
-            request_id = chunk.request_id
-            seq.num_batches_in_flight -= 1
-            if seq.status is not decoding and seq.is_done:
-                if not seq.num_batches_in_flight:
-                    self._forget(seq)
-                continue
-            seq.num_computed_tokens = end = chunk.start + chunk.num_tokens
-            if seq.num_first_stage_tokens < end:
-                seq.num_first_stage_tokens = end
-            if failed and request_id in failed:
-                self._end(seq, Status.ABORTED, now_s)
-                outputs.append(Rejected(request_id, failed[request_id], is_client_fault=False))
-            elif chunk.samples_token:
+            end = seq.num_scheduled_tokens  # of a decode: it is in no other batch
+            if is_calm and seq.status is decoding and end < seq.change_tokens:
+                seq.num_batches_in_flight = 0
+                seq.num_computed_tokens = seq.num_first_stage_tokens = end
                 seq.num_output_tokens += 1
-                if request_id in stopped:
-                    outputs.append(TokenOut(request_id, batch_id, FinishReason.STOP))
-                    self._end(seq, Status.FINISHED, now_s)
-                elif seq.num_output_tokens >= seq.request.max_output_tokens:
-                    outputs.append(TokenOut(request_id, batch_id, FinishReason.LENGTH))
-                    self._end(seq, Status.FINISHED, now_s)
-                else:
-                    outputs.append(new_tuple(TokenOut, (request_id, batch_id, None)))
-                    if seq.status is not decoding:
-                        seq.move_to(decoding)
-                    if seq.num_scheduled_tokens < seq.capacity_tokens:
-                        decodes[request_id] = seq
-                    else:
-                        self._growing.append(seq)
+                request_id = chunk[0]
+                outputs.append(new_tuple(TokenOut, (request_id, batch_id, None)))
+                decodes[request_id] = seq
+            else:
+                self._complete_chunk(chunk, seq, event, failed, now_s, outputs)
+
+    def _complete_chunk(
+        self,
+        chunk: Chunk,
+        seq: Sequence,
+        event: Completed,
+        failed: dict[str, str],
+        now_s: float,
+        outputs: list[Output],
+    ) -> None:
+        """Any chunk, of a prompt or of a decode, whatever has become of its sequence."""
+        request_id = chunk.request_id
+        seq.num_batches_in_flight -= 1
+        if seq.is_done:
+            if not seq.num_batches_in_flight:
+                self._forget(seq)
+            return
+        seq.num_computed_tokens = end = chunk.start + chunk.num_tokens
+        if seq.num_first_stage_tokens < end:
+            seq.num_first_stage_tokens = end
+        if request_id in failed:
+            self._end(seq, Status.ABORTED, now_s)
+            outputs.append(Rejected(request_id, failed[request_id], is_client_fault=False))
+        elif chunk.samples_token:
+            seq.num_output_tokens += 1
+            reason = FinishReason.STOP if request_id in event.stopped else None
+            if reason is None and seq.num_output_tokens >= seq.request.max_output_tokens:
+                reason = FinishReason.LENGTH
+            outputs.append(TokenOut(request_id, event.batch_id, reason))
+            if reason is not None:
+                self._end(seq, Status.FINISHED, now_s)
+                return
+            if seq.status is not Status.DECODING:
+                seq.move_to(Status.DECODING)
+            if end < seq.capacity_tokens:
+                self._decodes[request_id] = seq
+            else:
+                self._growing.append(seq)
 
     def _estimated_wait_s(self, seq: Sequence) -> float:
         """Prefill work that goes before this newcomer's by the policy, which must be a line without slope."""
@@ -259,6 +284,7 @@ class Scheduler:
     def _restart_all(self, now_s: float) -> None:
         """The ranks came up empty: every sequence that owned KV computes its known tokens again."""
         self._in_flight.clear()
+        self._is_first_stage_free = True
         self._growing.clear()
         for seq in list(self._sequences.values()):
             seq.num_batches_in_flight = 0
@@ -336,12 +362,11 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> Batch | None:
         """Choose the next batch; None when nothing can run."""
-        if len(self._in_flight) >= self._spp or any(
-            not flight.has_left_first_stage for flight in self._in_flight.values()
-        ):
+        if not self._is_first_stage_free or len(self._in_flight) >= self._spp:
             return None
         budget_s = self._budget_s()
-        builder = BatchBuilder(self._rule, self.cost, self.memory, self._aim.share * budget_s)
+        builder = self._builder
+        builder.begin(self._aim.share * budget_s)
         builder.add_decodes(self._decodes.values())
         if self._prefills:
             self._packer.pack(builder, self._prefills.candidates(now_s), self._longest_overdue(now_s), now_s)
@@ -349,7 +374,7 @@ class Scheduler:
             return None
         load = builder.slowest_load
         num_decodes = len(self._decodes)
-        sequences = [*self._decodes.values(), *(planned.seq for planned in builder.prefills)]
+        sequences = [*self._decodes.values(), *[planned.seq for planned in builder.prefills]]
         batch = Batch(
             batch_id=self._next_batch_id,
             chunks=self._commit(builder, now_s),
@@ -361,6 +386,7 @@ class Scheduler:
         self._next_batch_id += 1
         self._released.clear()
         self._in_flight[batch.batch_id] = _InFlight(batch, sequences, num_decodes, load)
+        self._is_first_stage_free = False
         return batch
 
     def _budget_s(self) -> float:
@@ -381,18 +407,16 @@ class Scheduler:
         chunks: list[Chunk] = []
         new_tuple = tuple.__new__  # as in _complete
         for request_id, seq in self._decodes.items():
-            start = seq.num_scheduled_tokens
+            start, table = seq.num_scheduled_tokens, seq.block_table
             seq.num_scheduled_tokens = start + 1
             seq.num_batches_in_flight = 1
-            table = seq.block_table
+            extents: tuple[Extent, ...] = ()
             if table.unsent_extents:
-                chunks.append(Chunk(request_id, start, 1, True, table.kvp_ranks, tuple(table.unsent_extents)))
+                extents = tuple(table.unsent_extents)
                 table.unsent_extents.clear()
-            else:
-                chunks.append(new_tuple(Chunk, (request_id, start, 1, True, table.kvp_ranks, ())))
+            chunks.append(new_tuple(Chunk, (request_id, start, 1, True, table.kvp_ranks, extents)))
         self._decodes.clear()
         for seq, num_tokens, _ in builder.prefills:
-            self._prefills.discard(seq, now_s)
             start = seq.num_scheduled_tokens
             if seq.is_waiting:
                 seq.move_to(Status.PREFILLING)
@@ -402,6 +426,10 @@ class Scheduler:
             seq.last_chunk_tokens = num_tokens
             seq.num_batches_in_flight += 1
             self._predict_work(seq)
+            if seq.num_unscheduled_tokens:
+                self._prefills.add(seq, now_s)  # nobody asks for the next batch before this one has left stage 0
+            else:
+                self._prefills.discard(seq, now_s)
             chunks.append(self._prefill_chunk(seq, start, num_tokens))
         return tuple(chunks)
 
@@ -411,10 +439,9 @@ class Scheduler:
         A deadline that was derived from the prompt's own work follows the belief: a first estimate that was half the
         truth would make a long prompt look overdue through no fault of anybody, and others would wait for it.
         """
-        seq.remaining_work_s = max(
-            0.0, self._times.remaining_s(seq.num_scheduled_tokens, seq.num_known_tokens) / self._spp
-        )
-        total_s = self.predicted_prefill_s(seq.num_known_tokens)
+        whole_s = self._times.prefill_s(seq.num_known_tokens)
+        seq.remaining_work_s = max(0.0, (whole_s - self._times.prefill_s(seq.num_scheduled_tokens)) / self._spp)
+        total_s = whole_s / self._spp
         if total_s == seq.total_work_s:
             return
         seq.total_work_s = total_s

@@ -48,11 +48,11 @@ class DecisionLog:
 
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""
-        self._write({"now_s": now_s, "event": type(event).__name__, **asdict(event)})
+        self._write({"now_s": now_s, "event": type(event).__name__, **_fields(event)})
 
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer."""
-        self._write({"now_s": now_s, "batch": asdict(batch)})
+        self._write({"now_s": now_s, "batch": batch._asdict()})
 
     def _write(self, record: dict[str, Any]) -> None:
         self._stream.write(json.dumps(record, separators=(",", ":")) + "\n")
@@ -97,6 +97,10 @@ def replay(records: Iterable[Recorded], decisions: Decisions) -> int:
             raise ReplayError(f"line {record.line}: recorded {record.entry}, but the replay decides {batch}")
         num_batches += 1
     return num_batches
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    return event._asdict() if isinstance(event, tuple) else asdict(event)
 
 
 def _parse(line: int, text: str) -> dict[str, Any]:

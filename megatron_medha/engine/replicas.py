@@ -143,14 +143,14 @@ class SharedObserver:
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""
         if isinstance(event, Completed | FirstStageDone):
-            event = replace(event, batch_id=self._unique(event.batch_id))
+            event = event._replace(batch_id=self._unique(event.batch_id))
         with self._lock:
             self._observer.handled(event, outputs, now_s)
 
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer."""
         with self._lock:
-            self._observer.scheduled(replace(batch, batch_id=self._unique(batch.batch_id)), now_s)
+            self._observer.scheduled(batch._replace(batch_id=self._unique(batch.batch_id)), now_s)
 
     def _unique(self, batch_id: int) -> int:
         return batch_id * self._num_replicas + self._replica

@@ -74,10 +74,9 @@ class MeasuredWorld(World):
 
     def emit(self, output: Output) -> None:
         """See Runtime."""
-        match output:
-            case TokenOut(request_id, _, finish_reason):
-                self._ledger.token(request_id, self._batch_start_s, self._now_s, finish_reason is not None)
-            case Preempted(request_id, num_tokens_lost):
-                self._ledger.preempted(request_id, num_tokens_lost)
-            case Rejected(request_id, why):
-                self._ledger.rejected(request_id, why)
+        if isinstance(output, TokenOut):
+            self._ledger.token(output.request_id, self._batch_start_s, self._now_s, output.finish_reason is not None)
+        elif isinstance(output, Preempted):
+            self._ledger.preempted(output.request_id, output.num_tokens_lost)
+        elif isinstance(output, Rejected):
+            self._ledger.rejected(output.request_id, output.why)

@@ -61,8 +61,7 @@ class Truth:
     def __init__(self, cost: ClusterCost, shard_tokens: int, config: TruthConfig, seed: int) -> None:
         self._cost = cost
         self._spp = cost.layout.spp
-        self._stages = range(self._spp)
-        self._num_stage_layers = [cost.shape.num_stage_layers(stage, self._spp) for stage in self._stages]
+        self._num_stage_layers = [cost.shape.num_stage_layers(stage, self._spp) for stage in range(self._spp)]
         self._kvp = cost.layout.kvp
         self._shard_tokens = shard_tokens
         self._config = config
@@ -142,7 +141,7 @@ class Truth:
 
     def _stages_s(self, load: StepLoad) -> tuple[float, ...]:
         if self._is_exact:
-            return tuple([self._cost.stage_s(load, stage) for stage in self._stages])
+            return self._cost.stages_s(load)
         config = self._config
         layer_attention_s = load.attention_s / self._cost.shape.num_layers
         attention_s = [count * layer_attention_s for count in self._num_stage_layers]
@@ -152,10 +151,10 @@ class Truth:
         return tuple(
             factor
             * (
-                config.linear_bias * (self._cost.stage_s(load, stage) - attention_s[stage])
-                + config.attention_bias * attention_s[stage]
+                config.linear_bias * (stage_s - stage_attention_s)
+                + config.attention_bias * stage_attention_s
             )
-            for stage in self._stages
+            for stage_s, stage_attention_s in zip(self._cost.stages_s(load), attention_s, strict=True)
         )
 
 

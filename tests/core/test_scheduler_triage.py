@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_medha.core.batch import RanksLost
-from tests.core.test_scheduler import Bench, request
+from tests.core.scheduler_bench import Bench, request
 
 
 def first_tokens(bench: Bench) -> dict[str, float]:

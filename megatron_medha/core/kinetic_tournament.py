@@ -1,0 +1,113 @@
+"""Who comes first among lines that move in time: a kinetic tournament. It knows nothing of sequences.
+
+A binary tree in which each node holds the winner of its subtree and the moment until
+which that result is certain, the earliest crossing of two lines below it. Asking for the winner re-plays only
+matches that have expired; changing an entry re-plays one path. Both cost O(log n) instead of a sort of all.
+"""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+from typing import Any
+
+_NEVER_S = float("inf")
+
+
+# at_zero and slope of a line, then arrival and id for ties, and whatever it stands for: the lowest value
+# at_zero + slope * now_s wins. A plain tuple: thousands are made per second.
+Entry = tuple[float, float, float, str, Any]
+
+
+class KineticTournament:
+    """Entries, by id, and the first of them at the moment asked."""
+
+    def __init__(self) -> None:
+        self._num_slots = 1
+        self._entries: list[Entry | None] = [None, None]  # by node; winners above, leaves from _num_slots on
+        self._expires_s: list[float] = [_NEVER_S, _NEVER_S]
+        self._leaf_of: dict[str, int] = {}
+        self._free_leaves: list[int] = [1]
+
+    def __len__(self) -> int:
+        return len(self._leaf_of)
+
+    def __contains__(self, item_id: str) -> bool:
+        return item_id in self._leaf_of
+
+    def add(self, entry: Entry, now_s: float) -> None:
+        """Add an entry; its id must be new."""
+        if not self._free_leaves:
+            self._double(now_s)
+        leaf = self._leaf_of[entry[3]] = heappop(self._free_leaves)
+        self._entries[leaf] = entry
+        self._replay_path(leaf, now_s)
+
+    def pop(self, item_id: str, now_s: float) -> Entry:
+        """Take an entry out; its id must be there."""
+        leaf = self._leaf_of.pop(item_id)
+        entry = self._entries[leaf]
+        assert entry is not None
+        self._entries[leaf] = None
+        heappush(self._free_leaves, leaf)
+        self._replay_path(leaf, now_s)
+        return entry
+
+    def first(self, now_s: float) -> Entry | None:
+        """The winner as of now; None if nobody takes part."""
+        if self._expires_s[1] <= now_s:
+            self._refresh(1, now_s)
+        return self._entries[1]
+
+    def _refresh(self, node: int, now_s: float) -> None:
+        """Play all expired matches of the subtree again; the node's own must have expired. Leaves never do."""
+        expires_s, left = self._expires_s, 2 * node
+        if expires_s[left] <= now_s:
+            self._refresh(left, now_s)
+        if expires_s[left + 1] <= now_s:
+            self._refresh(left + 1, now_s)
+        self._replay(node, now_s)
+
+    def _replay_path(self, leaf: int, now_s: float) -> None:
+        entries, expires_s = self._entries, self._expires_s
+        while leaf > 1:
+            # The sibling's side may have expired unseen and its winner be stale. Then what is found here has expired
+            # too, and is played again when somebody looks.
+            leaf >>= 1
+            winner, until_s = entries[leaf], expires_s[leaf]
+            self._replay(leaf, now_s)
+            if entries[leaf] is winner and expires_s[leaf] == until_s:
+                return  # nothing above has changed by this
+
+    def _replay(self, node: int, now_s: float) -> None:
+        left, right = 2 * node, 2 * node + 1
+        expires_s = self._expires_s[left]
+        if self._expires_s[right] < expires_s:
+            expires_s = self._expires_s[right]
+        one, other = self._entries[left], self._entries[right]
+        if one is None or other is None:
+            winner = other if one is None else one
+        else:
+            one_value, other_value = one[0] + one[1] * now_s, other[0] + other[1] * now_s
+            if one_value < other_value or one_value == other_value and (one[2], one[3]) < (other[2], other[3]):
+                winner, loser = one, other
+            else:
+                winner, loser = other, one
+            if loser[1] < winner[1]:  # the loser's line falls faster and will cross
+                crossing_s = (loser[0] - winner[0]) / (winner[1] - loser[1])
+                if crossing_s < expires_s:
+                    # A crossing that rounding puts into the past is re-played at the next look.
+                    expires_s = crossing_s if crossing_s > now_s else now_s
+        self._entries[node] = winner
+        self._expires_s[node] = expires_s
+
+    def _double(self, now_s: float) -> None:
+        leaves = self._entries[self._num_slots :]
+        old_num_slots = self._num_slots
+        self._num_slots *= 2
+        self._entries = [None] * self._num_slots + leaves + [None] * old_num_slots
+        self._expires_s = [_NEVER_S] * (2 * self._num_slots)
+        self._leaf_of = {entry[3]: self._num_slots + slot for slot, entry in enumerate(leaves) if entry is not None}
+        self._free_leaves = list(range(self._num_slots + old_num_slots, 2 * self._num_slots))
+        heapify(self._free_leaves)
+        for node in range(self._num_slots - 1, 0, -1):
+            self._replay(node, now_s)

@@ -1,0 +1,70 @@
+"""How much goes into a step: chunks, tiles and the budget."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_bench import COST, Bench, request
+
+from megatron_medha.core.chunking import Chunking
+from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.errors import ConfigError
+
+
+def test_chunks_of_a_long_prompt_are_whole_tiles_within_the_budget() -> None:
+    bench = Bench(tile_tokens=16)
+    bench.arrive(request("a", num_tokens=1001))
+    batches = []
+    while not batches or not batches[-1].chunks[0].samples_token:
+        batches.append(bench.step()[0])
+    sizes = [batch.chunks[0].num_tokens for batch in batches]
+    assert sum(sizes) == 1001 and all(size % 16 == 0 for size in sizes[:-1]) and len(sizes) > 3
+    assert all(batch.predicted_s <= batch.budget_s == 0.05 for batch in batches)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_prefill_whose_tile_exceeds_the_budget_runs_tile_by_tile() -> None:
+    # Also with slack to give away: what nobody takes must come back to it, or the machine would stand still.
+    bench = Bench(num_blocks=20_000, step_budget_s=0.01)
+    bench.arrive(request("a", num_tokens=50_000, ttft_slo_s=1e6))
+    sizes: list[int] = []
+    while sum(sizes) < 50_000:
+        batch = bench.step()[0]
+        sizes.append(batch.chunks[0].num_tokens)
+    assert sizes[-2] == 32 and batch.predicted_s > batch.budget_s
+
+
+def test_a_step_full_of_decodes_still_takes_one_tile() -> None:
+    bench = Bench(num_blocks=20_000, step_budget_s=0.01)
+    bench.arrive(*(request(f"d{index}", num_tokens=200, num_out=50) for index in range(40)))
+    while any(seq.is_prefill for seq in bench.scheduler.sequences):
+        bench.step()
+    bench.arrive(request("a", num_tokens=100, at_s=bench.now_s))
+    batch = bench.schedule()
+    assert batch.predicted_s > batch.budget_s
+    assert [chunk.num_tokens for chunk in batch.chunks if chunk.request_id == "a"] == [32]
+
+
+def test_a_tpot_target_lowers_the_budget_while_its_request_decodes() -> None:
+    bench = Bench()
+    bench.arrive(request("a", num_out=3, tpot_slo_s=0.02))
+    assert [bench.step()[0].budget_s for _ in range(3)] == [0.05, 0.02, 0.02]
+    bench.arrive(request("b", at_s=bench.now_s))
+    assert bench.step()[0].budget_s == 0.05
+
+
+def test_a_budget_below_the_fixed_costs_of_a_step_is_raised_to_twice_them() -> None:
+    bench = Bench(step_budget_s=1e-4)
+    bench.arrive(request("a"))
+    assert bench.schedule().budget_s == 2 * COST.linear_s(1, 1)
+
+
+def test_decodes_never_overfill_a_step() -> None:
+    with pytest.raises(ConfigError, match="scheduler.max_num_sequences=9 .* scheduler.max_batch_tokens=8"):
+        SchedulerConfig(max_num_sequences=9, max_batch_tokens=8, tile_tokens=8)
+
+
+@pytest.mark.parametrize(("chunking", "sizes"), [(Chunking.FIXED, [100, 100, 50]), (Chunking.WHOLE, [250])])
+def test_the_baselines_chunk_as_they_are_known_to(chunking: Chunking, sizes: list[int]) -> None:
+    bench = Bench(chunking=chunking, fixed_chunk_tokens=100)
+    bench.arrive(request("a", num_tokens=250, num_out=1))
+    assert [bench.step()[0].chunks[0].num_tokens for _ in sizes] == sizes
