@@ -41,8 +41,8 @@ class PrefillQueue:
         self._is_preemptive = is_preemptive
         self._queues: dict[_Kind, KineticQueue] = {}
         self._kinds: dict[str, _Kind] = {}  # by request id
-        # Heap of (moment, count, sequence): when a large one is lost unless it runs. May hold what has run or gone since;
-        # such entries go when their moment comes.
+        # Heap of (moment, count, sequence): when a large one is lost unless it runs. What has run or gone since may be
+        # in it still, until its moment comes.
         self._losses: list[tuple[float, int, Sequence]] = []
         self._num_losses = 0
 
