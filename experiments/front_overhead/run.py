@@ -69,6 +69,7 @@ class Load:
 
 
 def main() -> int:
+    """Measures both loads; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokenizer", default="checkpoints/tiny", help="directory with tokenizer.json")
     parser.add_argument("--tokens", type=int, default=2000, help="of each stream (default 2000)")
