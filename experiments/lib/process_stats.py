@@ -14,14 +14,13 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
-def rss_bytes(pid: int) -> int:
-    """Memory of a process that is resident, shared pages included."""
-    return _kb(pid, "smaps_rollup", "Rss:")
+def anonymous_bytes(pid: int) -> int:
+    """Resident memory of a process that is no file: what it has allocated itself.
 
-
-def pss_bytes(pid: int) -> int:
-    """Memory of a process that is resident, each shared page divided by those who share it."""
-    return _kb(pid, "smaps_rollup", "Pss:")
+    RSS and PSS count pages of libraries as well, which come and go with other processes that use them.
+    """
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Anonymous:"))
 
 
 def children(pid: int) -> list[int]:
@@ -30,8 +29,3 @@ def children(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         found.update(map(int, (task / "children").read_text(encoding="utf-8").split()))
     return sorted(found)
-
-
-def _kb(pid: int, file: str, name: str) -> int:
-    text = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(name))
