@@ -41,7 +41,7 @@ IDLE_TIMEOUT_S = 60.0
 MIB = 2**20
 OVERRIDES = (
     "kv_audit=true", "server.logs_requests=false", "model.kv_memory_gib=0.02", "parallel.kvp=2",
-    "parallel.max_tokens_per_shard=1024", "model.num_threads=1",
+    "parallel.max_tokens_per_shard=1024", "model.num_threads=1", "recovery.heartbeat_timeout_s=120",
 )  # fmt: skip
 
 
@@ -105,10 +105,11 @@ async def soak(port: int, pid: int, seconds: float, seed: int) -> tuple[Tally, l
         asyncio.create_task(client(port, random.Random(1000 * seed + place), vocab, until_s, tally))
         for place in range(NUM_CLIENTS)
     ]
+    processes = (pid, *children(pid))  # none may be replaced: a rank that is lost would end the run here
     samples = []
     with tqdm(total=round(seconds), unit="s", desc="soak") as progress:
         while (now_s := time.monotonic()) < until_s:
-            samples.append((now_s - began_s, [anonymous_bytes(one) for one in (pid, *children(pid))]))
+            samples.append((now_s - began_s, [anonymous_bytes(one) for one in processes]))
             progress.update(round(now_s - began_s) - progress.n)
             progress.set_postfix(whole=tally.num_whole, left=tally.num_left, lost=len(tally.lost))
             await asyncio.sleep(SAMPLE_INTERVAL_S)
