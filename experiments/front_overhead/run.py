@@ -90,7 +90,7 @@ def measure(step_s: float, arguments: argparse.Namespace, core: int) -> Load:
         "runtime=sim", f"tokenizer={arguments.tokenizer}", "model=llama3_8b", "model.shape.vocab_size=250",
         "hardware=h100", "hardware.flops_per_s=1e21", "hardware.memory_bytes_per_s=1e21",
         f"hardware.step_overhead_s={step_s}", "hardware.layer_overhead_s=0", "hardware.kernel_overhead_s=0",
-        f"scheduler.max_num_sequences={NUM_STREAMS}", "server.logs_requests=false",
+        f"scheduler.max_num_sequences={NUM_STREAMS}",
     )  # fmt: skip
     with serving_process(*overrides, core=core, checkout=arguments.checkout) as server:
         port, pid = server.port, server.process.pid

@@ -40,7 +40,7 @@ T_95_OF_8 = 2.306  # Student's t, two-sided 95%, for ten spans less the line's t
 IDLE_TIMEOUT_S = 60.0
 MIB = 2**20
 OVERRIDES = (
-    "kv_audit=true", "server.logs_requests=false", "model.kv_memory_gib=0.02", "parallel.kvp=2",
+    "kv_audit=true", "model.kv_memory_gib=0.02", "parallel.kvp=2",
     "parallel.max_tokens_per_shard=1024", "model.num_threads=1", "recovery.heartbeat_timeout_s=120",
 )  # fmt: skip
 
