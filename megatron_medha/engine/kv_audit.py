@@ -43,18 +43,3 @@ class KVAudit:
                 end = start + count
             assert end == memory.num_blocks, f"KVP rank {kvp_rank}: blocks [{end}, {memory.num_blocks}) are lost"
         self.num_checks += 1
-
-    def num_told_blocks(self, kvp_rank: int) -> int:
-        """Blocks of this KVP rank that its ranks know of, once they have all batches scheduled so far.
-
-        They hear of a shard with the first chunk that is written to it, and of later blocks with the next chunk.
-        """
-        num_blocks = 0
-        for seq in self._scheduler.memory.owners.values():
-            table = seq.block_table
-            for shard in table.shards:
-                if shard.kvp_rank == kvp_rank and seq.num_scheduled_tokens > shard.start:
-                    num_blocks += shard.num_blocks
-                    if shard is table.shards[-1]:
-                        num_blocks -= sum(count for _, count in table.unsent_extents)
-        return num_blocks

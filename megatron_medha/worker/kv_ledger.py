@@ -8,7 +8,10 @@ from megatron_medha.worker.batch_tensors import KVShards
 
 
 class KVLedger:
-    """Blocks by request, from the steps alone; AssertionError where two requests hold one block."""
+    """Blocks by request, from the steps alone; AssertionError where a request holds a block twice, or one that is none.
+
+    Two requests may hold the same block here: one that lost its KV is not told of until it starts again.
+    """
 
     def __init__(self, num_blocks: int, shards: KVShards) -> None:
         self._num_blocks = num_blocks
@@ -26,10 +29,10 @@ class KVLedger:
                 if chunk.start == self._shards.first_token(chunk):
                     self._extents[chunk.request_id] = []
                 self._extents[chunk.request_id].extend(Extent(*extent) for extent in chunk.new_extents)
-        runs = sorted((*extent, name) for name, extents in self._extents.items() for extent in extents)
-        end = 0
-        for start, count, name in runs:
-            assert start >= end, f"block {start} of {name} has another owner too"
-            end = start + count
-        assert end <= self._num_blocks, f"block {end - 1} is none of {self._num_blocks}"
-        return num_requests, sum(count for _, count, _ in runs)
+        for name, extents in self._extents.items():
+            end = 0
+            for start, count in sorted(extents):
+                assert start >= end, f"{name} holds block {start} twice"
+                end = start + count
+            assert end <= self._num_blocks, f"block {end - 1} of {name} is none of {self._num_blocks}"
+        return num_requests, sum(count for extents in self._extents.values() for _, count in extents)

@@ -141,7 +141,7 @@ def test_requests_aborted_between_stages_and_while_shards_grow_leave_nothing_on_
     start: StartCluster, layout: ParallelLayout, shard_tokens: int | None
 ) -> None:
     # The audit compares each rank's requests and blocks with the scheduler's after every step.
-    cluster = start(layout, num_blocks=60, shard_tokens=shard_tokens)
+    cluster = start(layout, shard_tokens=shard_tokens)
     client, rng = cluster.client, random.Random(4)
     kept = {}
     for number in range(60):
