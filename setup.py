@@ -30,7 +30,7 @@ setup(
         "hydra-core==1.3.8",
         "omegaconf>=2.3,<2.4",
         "aiohttp>=3.10,<4",  # the client of medha bench: an event reaches it sooner than through httpx
-        "fastapi>=0.115,<1",
+        "starlette>=0.46,<2",
         "uvicorn>=0.34,<1",
         "httptools>=0.6",
         "uvloop>=0.21; sys_platform != 'win32'",

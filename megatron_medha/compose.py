@@ -35,8 +35,7 @@ from megatron_medha.config_errors import (
     way_out,
 )
 from megatron_medha.core.errors import ConfigError
-
-CONF_MODULE = "megatron_medha.conf"
+from megatron_medha.remembered_options import CONF_MODULE, decode_path
 
 T = TypeVar("T")
 
@@ -82,9 +81,16 @@ def freeze(config: DictConfig, config_class: type[T]) -> T:
         if value == "???":
             raise ConfigError(f"{key} is missing; give it as {key}=VALUE")
     try:
-        return msgspec.convert(values, config_class, dec_hook=_decode)
+        return msgspec.convert(values, config_class, dec_hook=decode_path)
     except msgspec.ValidationError as error:
         raise ConfigError(explain_conversion(str(error), values, config_class)) from error
+
+
+def plain_values(config: DictConfig) -> dict[str, Any]:
+    """The composed configuration as freeze() saw it."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def as_yaml(config: DictConfig, resolves: bool) -> str:
@@ -132,12 +138,6 @@ def option_names(group: str) -> list[str]:
     """The options of a group, as files under conf/."""
     directory = importlib.resources.files(CONF_MODULE) / group
     return sorted(item.name.removesuffix(".yaml") for item in directory.iterdir() if item.name.endswith(".yaml"))
-
-
-def _decode(kind: type, value: Any) -> Any:
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    raise TypeError(f"expected {kind.__name__}, got {value!r}")
 
 
 def _schema_type(kind: Any) -> Any:

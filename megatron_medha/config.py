@@ -147,6 +147,7 @@ class ServeOptions:
     runtime: RuntimeKind = RuntimeKind.RANKS
     log_level: str = "info"
     log_format: LogFormat = LogFormat.TEXT
+    kv_audit: bool = False
     model: ModelOptions
     parallel: ParallelOptions
     launch: LaunchConfig
@@ -183,6 +184,7 @@ class SimulatedModel:
     shape: ModelShape
     num_blocks: int
     block_size: int
+    is_audited: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +264,7 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
         max_context_len=model.max_context_len,
         num_threads=_num_threads(options),
         attention_backend=model.attention_backend,
+        is_audited=isinstance(options, ServeOptions) and options.kv_audit,
     )
 
 
@@ -339,7 +342,9 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
             f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {block_size} tokens, "
             f"which takes {block_bytes / machine.GIB:.2g} GiB"
         )
-    return SimulatedModel(shape=shape, num_blocks=num_blocks, block_size=block_size)
+    return SimulatedModel(
+        shape=shape, num_blocks=num_blocks, block_size=block_size, is_audited=options.kv_audit
+    )
 
 
 def _with_context(shape: ModelShape, max_context_len: int) -> ModelShape:

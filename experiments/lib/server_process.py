@@ -12,6 +12,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 
 def free_port() -> int:
@@ -21,12 +23,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+
+
 @contextmanager
 def serving(*overrides: str, timeout_s: float = 300.0) -> Iterator[int]:
     """The port of a server with these overrides, ready to answer; it is gone when the block ends."""
+    with serving_process(*overrides, timeout_s=timeout_s) as server:
+        yield server.port
+
+
+@contextmanager
+def serving_process(
+    *overrides: str, timeout_s: float = 300.0, core: int | None = None, checkout: Path | None = None
+) -> Iterator[Server]:
+    """As serving(), with its process.
+
+    core: the only one it may run on. checkout: another working copy, with an environment of its own, to compare with.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "megatron_medha", "serve", f"server.port={port}", *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # errors and warnings stay visible
+    python = sys.executable if checkout is None else str(checkout / ".venv" / "bin" / "python")
+    pin = [] if core is None else ["taskset", "--cpu-list", str(core)]
+    command = [*pin, python, "-m", "megatron_medha", "serve", f"server.port={port}", *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=checkout)  # errors and warnings stay visible
     try:
         deadline_s = time.monotonic() + timeout_s
         while not _is_ready(port):
@@ -35,7 +59,7 @@ def serving(*overrides: str, timeout_s: float = 300.0) -> Iterator[int]:
             if time.monotonic() > deadline_s:
                 raise SystemExit(f"the server was not ready within {timeout_s:.0f} s")
             time.sleep(0.1)
-        yield port
+        yield Server(port, process)
     finally:
         process.send_signal(signal.SIGINT)
         try:

@@ -12,6 +12,7 @@ import zmq
 
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import WORKER_COMMAND, LocalRanks, Ranks
+from megatron_medha.cluster.rank_audit import RankAudit
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.config import SchedulerConfig
@@ -57,12 +58,13 @@ def cluster_engine(
     rank_config: of any rank; its number and addresses are filled in here. open_ranks: by default on this machine.
     """
     layout = rank_config.layout
+    audit = RankAudit(layout) if rank_config.is_audited else None
     configs = [msgspec.structs.replace(rank_config, rank=rank) for rank in range(layout.world_size)]
 
     @contextmanager
     def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
         with (open_ranks or local_ranks())(configs) as ranks:
-            runtime = ClusterRuntime(ranks, layout, inbox, streams, board, recovery or RecoveryConfig())
+            runtime = ClusterRuntime(ranks, layout, inbox, streams, board, recovery or RecoveryConfig(), audit)
             try:
                 started = runtime.start()
                 yield None if started is None else World(
@@ -83,4 +85,6 @@ def cluster_engine(
             finally:
                 runtime.shut_down()
 
+    if audit is not None:
+        watchers = (*watchers, audit.watch)
     return Engine(open_world, observers=observers, watchers=watchers, decision_log=decision_log)

@@ -98,6 +98,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     tokens: tuple[SampledToken, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     failed: tuple[tuple[str, str], ...] = ()  # (request_id, why): only that request is harmed
+    held: tuple[int, int] | None = None  # requests and KV blocks of this rank with this step; told under audit only
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"):

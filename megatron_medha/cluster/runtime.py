@@ -28,6 +28,7 @@ from megatron_medha.cluster.messages import (
     StepDone,
 )
 from megatron_medha.cluster.mirror import RankMirror
+from megatron_medha.cluster.rank_audit import RankAudit
 from megatron_medha.cluster.start_progress import StartProgress
 from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output, RanksLost, TokenOut
 from megatron_medha.core.errors import RankError
@@ -61,9 +62,11 @@ class ClusterRuntime:
         streams: Streams,
         board: StatusBoard,
         recovery: RecoveryConfig,
+        audit: RankAudit | None = None,
     ) -> None:
         """Starts nothing. layout: of this replica, dp = 1."""
         assert layout.dp == 1
+        self._audit = audit
         self._ranks = ranks
         self._layout = layout
         self._inbox = inbox
@@ -110,6 +113,8 @@ class ClusterRuntime:
     def shut_down(self) -> None:
         """End the ranks: in order where they serve, at once where they do not."""
         is_serving = self._phase is not _Phase.STARTING
+        if self._audit is not None:
+            self._audit.report()
         if is_serving:
             for rank in range(self._layout.world_size):
                 try:
@@ -152,6 +157,8 @@ class ClusterRuntime:
         self._collector.clear()
         self._mirror.clear()
         self._watchdog.clear()
+        if self._audit is not None:
+            self._audit.clear()
         # A loss that the scheduler has not heard of yet is part of this one.
         self._events = deque(event for event in self._events if not isinstance(event, RanksLost))
         self._start_ranks()
@@ -201,6 +208,8 @@ class ClusterRuntime:
         self._watchdog.submitted(batch.batch_id, batch.predicted_s, self.now_s())
         link, layout = self._ranks.link, self._layout
         payloads = [link.encode(step) for step in self._mirror.steps(batch)]
+        if self._audit is not None:
+            self._audit.submitted(batch.batch_id, self._mirror.num_known())
         try:
             for rank in range(layout.world_size):
                 link.send_encoded(rank, payloads[layout.coord_of(rank).kvp])
@@ -264,6 +273,8 @@ class ClusterRuntime:
         self._heartbeats.heard(message.rank, self.now_s())
         match message:
             case StepDone() if self._phase is not _Phase.STARTING:
+                if self._audit is not None:
+                    self._audit.answered(message)
                 for event in self._collector.take(message):
                     self._events.append(self._keep(event) if isinstance(event, BatchResult) else event)
             case Heartbeat():

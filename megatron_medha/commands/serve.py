@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from megatron_medha.commands.arguments import FLAGS, parse_arguments
+from megatron_medha.commands.arguments import FLAGS, Arguments, parse_arguments
 from megatron_medha.commands.logs import set_up_logging
 from megatron_medha.commands.options_help import describe_options
 from megatron_medha.engine.ports import EnginePhase
@@ -53,19 +53,45 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE, describe_options("serve"), sep="\n", end="")
         return 0
-    from megatron_medha.compose import as_yaml, compose, freeze
-    from megatron_medha.config import ServeOptions, serve_config
-
-    composed = compose("serve", ServeOptions, arguments.overrides, arguments.config_dir)
     if arguments.shows_config:
+        from megatron_medha.compose import as_yaml, compose
+        from megatron_medha.config import ServeOptions
+
+        composed = compose("serve", ServeOptions, arguments.overrides, arguments.config_dir)
         print(as_yaml(composed, arguments.resolves_config), end="")
         return 0
-    options = freeze(composed, ServeOptions)
+    from megatron_medha.config import serve_config
+
     def read_server_config() -> ServerConfig:
         """What the files and the environment say now, for a reload."""
-        return freeze(compose("serve", ServeOptions, arguments.overrides, arguments.config_dir), ServeOptions).server
+        return _composed(arguments).server
 
+    options = _known_options(arguments)
     return _serve(serve_config(options), options, read_server_config)
+
+
+def _known_options(arguments: Arguments) -> ServeOptions:
+    """The options, from an earlier start with the same command line where nothing has changed since."""
+    if arguments.config_dir is not None:
+        return _composed(arguments)
+    from megatron_medha.config import ServeOptions
+    from megatron_medha.remembered_options import digest_of, recall
+
+    digest = digest_of("serve", arguments.overrides)
+    return recall(digest, ServeOptions) or _composed(arguments, digest)
+
+
+def _composed(arguments: Arguments, digest: str | None = None) -> ServeOptions:
+    """The options as Hydra composes them, remembered under the digest."""
+    from megatron_medha.compose import as_yaml, compose, freeze, plain_values
+    from megatron_medha.config import ServeOptions
+    from megatron_medha.remembered_options import remember
+
+    composed = compose("serve", ServeOptions, arguments.overrides, arguments.config_dir)
+    options = freeze(composed, ServeOptions)
+    if digest is not None:
+        remember(digest, plain_values(composed), as_yaml(composed, resolves=False))
+    return options
 
 
 def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Callable[[], ServerConfig]) -> int:

@@ -15,6 +15,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.config import ServeConfig, ServeOptions
 from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.engine.engine import Engine, Watcher
+from megatron_medha.engine.kv_audit import KVAudit
 from megatron_medha.engine.ports import EngineClient, Observer
 from megatron_medha.engine.replicas import Replicas, SharedObserver
 from megatron_medha.server.config import SECRET_FIELDS
@@ -70,7 +71,7 @@ def _replica(
                 num_blocks=model.num_blocks,
                 block_size=model.block_size,
                 observers=(observer,),
-                watchers=(watcher,),
+                watchers=(watcher, KVAudit) if model.is_audited else (watcher,),
                 decision_log=decision_log,
             )
 

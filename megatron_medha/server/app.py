@@ -6,11 +6,10 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_medha.core.errors import ConfigError
@@ -18,6 +17,7 @@ from megatron_medha.engine.ports import EngineClient, EnginePhase
 from megatron_medha.server import chat, completion, errors, insight, openapi, tokenize
 from megatron_medha.server import openai_types as types
 from megatron_medha.server.answer import Answer
+from megatron_medha.server.api import Api
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import bad_request
 from megatron_medha.server.front_door import FrontDoor
@@ -46,7 +46,7 @@ def create_app(
     slo: SloConfig | None = None,
     read_config: Callable[[], ServerConfig] | None = None,
     traces: Traces | None = None,
-) -> FastAPI:
+) -> Api:
     """The application. It starts the engine when it starts, and stops it when it stops.
 
     metrics, journal: those that watch the engine; without them, step metrics and stories stay empty.
@@ -66,7 +66,7 @@ def create_app(
     )
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         try:
             await service.start()
         except Exception as error:
@@ -75,7 +75,9 @@ def create_app(
         yield
         await service.stop()
 
-    app = FastAPI(title="megatron_medha", version=package_version(), lifespan=lifespan, redoc_url=None)
+    app = Api(
+        title="megatron_medha", version=package_version(), lifespan=lifespan, components=openapi.components
+    )
     app.state.service = service
     app.state.startup_error = None
     errors.install(app)
@@ -86,7 +88,6 @@ def create_app(
     _add_probe_routes(app, service, MetricsPage(metrics, engine, service.admission))
     _add_admin_routes(app, service)
     insight.add_routes(app, service)
-    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 
 
@@ -98,7 +99,7 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def _add_generation_routes(app: FastAPI, service: Service) -> None:
+def _add_generation_routes(app: Api, service: Service) -> None:
     def answer(request: Request, ready: Ready, spec: GenerationSpec, wire: WireFormat) -> Answer:
         # From here to the answer's own start nothing waits, so that the ticket cannot be lost.
         service.check_open()
@@ -131,7 +132,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         return answer(request, ready, spec, chat.ChatFormat(spec, ready.tokenizer))
 
 
-def _add_token_routes(app: FastAPI, service: Service) -> None:
+def _add_token_routes(app: Api, service: Service) -> None:
     @app.post("/tokenize", openapi_extra=openapi.operation(
         types.TokenizeAnswer, body=types.TokenizeRequest, errors=BODY_ERRORS))
     async def tokenize_text(request: Request) -> Response:
@@ -149,7 +150,7 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
         return _json(await tokenize.detokenize(service, ready, decode_body(raw, tokenize.DETOKENIZE_DECODER)))
 
 
-def _add_model_routes(app: FastAPI, service: Service) -> None:
+def _add_model_routes(app: Api, service: Service) -> None:
     def describe(name: str) -> types.Model:
         facts = service.engine.facts
         return types.Model(
@@ -170,7 +171,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return _json(describe(service.model_name(name)))
 
 
-def _add_probe_routes(app: FastAPI, service: Service, page: MetricsPage) -> None:
+def _add_probe_routes(app: Api, service: Service, page: MetricsPage) -> None:
     def readiness() -> types.Readiness:
         status = service.status
         phase = "draining" if service.is_draining else status.phase.value
@@ -211,7 +212,7 @@ def _add_probe_routes(app: FastAPI, service: Service, page: MetricsPage) -> None
         app.add_api_route(path, route, methods=["HEAD"], name=f"{name}_head", include_in_schema=False)
 
 
-def _add_admin_routes(app: FastAPI, service: Service) -> None:
+def _add_admin_routes(app: Api, service: Service) -> None:
     @app.post("/admin/reload", openapi_extra=openapi.operation(types.Reloaded, errors=(400, 401, 403)))
     async def reload() -> Response:
         """Read keys and limits again, as SIGHUP does."""
@@ -229,11 +230,3 @@ def _add_admin_routes(app: FastAPI, service: Service) -> None:
 
 def _json(body: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(encode_json(body), status, headers, media_type="application/json")
-
-
-def _schema(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(openapi.components())
-        app.openapi_schema = schema
-    return app.openapi_schema

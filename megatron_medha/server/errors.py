@@ -6,8 +6,7 @@ import logging
 from http import HTTPStatus
 
 import msgspec
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -86,11 +85,10 @@ def error_type(status: int) -> str:
             return "invalid_request_error"
 
 
-def install(app: FastAPI) -> None:
+def install(app: Starlette) -> None:
     """Make every error that leaves a route, or that no route caused, take OpenAI's shape."""
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(Exception, _answer_our_bug)
 
 
@@ -111,14 +109,6 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         headers=dict(error.headers or {}),
     )
     return answer.as_response()
-
-
-async def _answer_validation_error(request: Request, error: Exception) -> Response:
-    # The framework would answer 422 in its own shape; OpenAI's clients know 400.
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first.get("loc", ())[1:]) or None
-    return bad_request(str(first.get("msg", "invalid request")), param).as_response()
 
 
 async def _answer_our_bug(request: Request, error: Exception) -> Response:

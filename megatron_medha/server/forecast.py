@@ -67,25 +67,52 @@ class Predicted:
 
 
 class Forecast:
-    """Predictions from the latest WorkAhead and from what was admitted since it was taken. Event loop only.
+    """Predictions from the latest WorkAhead of each replica and from what was admitted since. Event loop only.
 
-    update() alone is called on the engine's thread; it replaces one reference.
+    A request is taken to go where its first token would come soonest, as placement does. update() alone is called on
+    the engines' threads; it replaces one reference.
     """
 
     def __init__(self) -> None:
-        self._ahead: WorkAhead | None = None
-        self._counted_for: WorkAhead | None = None
-        self._since: list[tuple[int, float, float]] = []  # admitted since then: priority, deadline, work
+        self._ahead: dict[int, WorkAhead] = {}  # by replica
+        self._since: dict[int, _Since] = {}     # by replica
 
-    def update(self, ahead: WorkAhead) -> None:
-        """What the engine has now."""
-        self._ahead = ahead
+    def update(self, ahead: WorkAhead, replica: int = 0) -> None:
+        """What that replica's engine has now."""
+        self._ahead[replica] = ahead
 
     def predict(self, spec: GenerationSpec) -> Predicted | None:
-        """For the last choice of this request; None before the engine is ready."""
-        ahead = self._ahead
+        """For the last choice of this request; None before an engine is ready."""
+        best = self._best(spec)
+        return None if best is None else best[1]
+
+    def due_before(self, priority: int, deadline_s: float, own_work_s: float, replica: int = 0) -> Before:
+        """What goes before a prompt that is there already and has so much work left itself."""
+        ahead = self._ahead.get(replica)
         if ahead is None:
-            return None
+            return Before(0.0, 0)
+        before = ahead.due_before(priority, deadline_s)
+        return Before(max(0.0, before.work_s - own_work_s), max(0, before.num_prompts - 1))
+
+    def count_in(self, spec: GenerationSpec) -> None:
+        """This request was admitted: until the next update it is in nobody's sum."""
+        best = self._best(spec)
+        if best is None:
+            return
+        replica, _ = best
+        ahead = self._ahead[replica]
+        counted = self._counted(replica, ahead)
+        for index in range(spec.num_choices):
+            request = spec.engine_numbers(index)
+            work_s = ahead.scheduler.predicted_prefill_s(request.num_prompt_tokens)
+            counted.append((request.priority, request.arrival_s + self._target_s(ahead, request), work_s))
+
+    def _best(self, spec: GenerationSpec) -> tuple[int, Predicted] | None:
+        """The replica where the request would have its first token soonest, and when."""
+        on_each = [(replica, self._predict_on(replica, ahead, spec)) for replica, ahead in tuple(self._ahead.items())]
+        return min(on_each, key=lambda one: one[1].ttft_s, default=None)
+
+    def _predict_on(self, replica: int, ahead: WorkAhead, spec: GenerationSpec) -> Predicted:
         requests = [spec.engine_numbers(index) for index in range(spec.num_choices)]
         own_s = sum(ahead.scheduler.predicted_prefill_s(request.num_prompt_tokens) for request in requests)
         last = requests[-1]
@@ -93,37 +120,26 @@ class Forecast:
         deadline_s = last.arrival_s + target_s
         ahead_s = ahead.due_before(last.priority, deadline_s).work_s + sum(
             work_s
-            for priority, other_s, work_s in self._counted(ahead)
+            for priority, other_s, work_s in self._counted(replica, ahead)
             if (priority, other_s) <= (last.priority, deadline_s)
         )
         return Predicted(ahead_s + own_s, target_s, ahead_s)
 
-    def due_before(self, priority: int, deadline_s: float, own_work_s: float) -> Before:
-        """What goes before a prompt that is there already and has so much work left itself."""
-        if self._ahead is None:
-            return Before(0.0, 0)
-        before = self._ahead.due_before(priority, deadline_s)
-        return Before(max(0.0, before.work_s - own_work_s), max(0, before.num_prompts - 1))
-
-    def count_in(self, spec: GenerationSpec) -> None:
-        """This request was admitted: until the next update it is in nobody's sum."""
-        ahead = self._ahead
-        if ahead is None:
-            return
-        counted = self._counted(ahead)
-        for index in range(spec.num_choices):
-            request = spec.engine_numbers(index)
-            work_s = ahead.scheduler.predicted_prefill_s(request.num_prompt_tokens)
-            counted.append((request.priority, request.arrival_s + self._target_s(ahead, request), work_s))
-
-    def _counted(self, ahead: WorkAhead) -> list[tuple[int, float, float]]:
-        if ahead is not self._counted_for:
-            self._counted_for = ahead
-            self._since.clear()
-        return self._since
+    def _counted(self, replica: int, ahead: WorkAhead) -> list[tuple[int, float, float]]:
+        since = self._since.get(replica)
+        if since is None or since.ahead is not ahead:
+            since = self._since[replica] = _Since(ahead, [])
+        return since.admitted
 
     @staticmethod
     def _target_s(ahead: WorkAhead, request: Request) -> float:
         total_s = ahead.scheduler.predicted_prefill_s(request.num_prompt_tokens)
         return ahead.scheduler.ttft_target_s(request, total_s)
 
+
+@dataclass(frozen=True, slots=True)
+class _Since:
+    """What was admitted since that look: priority, deadline, work."""
+
+    ahead: WorkAhead
+    admitted: list[tuple[int, float, float]]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from starlette.responses import Response
 
 from megatron_medha.server import openapi
+from megatron_medha.server.api import Api
 from megatron_medha.server.errors import ApiError
 from megatron_medha.server.journal import Step, Story
 from megatron_medha.server.live_view import LiveView
@@ -74,7 +74,7 @@ class StoryAnswer(msgspec.Struct, frozen=True):
     slack: list[tuple[float, float]]  # (seconds since arrival, slack in seconds), joined by straight lines
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: Api, service: Service) -> None:
     """Put the routes into the application."""
     page = importlib.resources.files("megatron_medha.server").joinpath("dashboard.html").read_bytes()
 

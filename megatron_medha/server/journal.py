@@ -73,6 +73,7 @@ class Story:
     total_work_s: float
     remaining_work_s: float
     num_blocks_needed: int
+    replica: int = 0                 # whose scheduler has it
     num_scheduled_tokens: int = 0
     num_ever_computed: int = 0       # the most tokens it ever had KV for: what is below and computed again was lost
     first_scheduled_s: float | None = None
@@ -136,10 +137,14 @@ class Journal:
         self.steps: deque[Step] = deque(maxlen=MAX_STEPS)
         self.watched_until_s = 0.0
         self.live_view: LiveView | None = None
+        self._num_watches = 0
 
     def watch(self, scheduler: Scheduler) -> Watch:
         """An observer of this scheduler's loop; for Engine(watchers=...)."""
-        return Watch(self, scheduler)
+        with self.lock:
+            replica = self._num_watches
+            self._num_watches += 1
+        return Watch(self, scheduler, replica)
 
     def story(self, request_id: str) -> Story | None:
         """A copy of one story; None if it is unknown or forgotten."""
@@ -172,7 +177,8 @@ class Journal:
                 return Progress(0.0, 0.0, 0)
             share = story.num_scheduled_tokens / story.request.num_prompt_tokens
             priority, deadline_s, own_s = story.request.priority, story.deadline_s, story.remaining_work_s
-        before = self.forecast.due_before(priority, deadline_s, own_s)
+            replica = story.replica
+        before = self.forecast.due_before(priority, deadline_s, own_s, replica)
         return Progress(share, before.work_s + own_s, before.num_prompts)
 
     def look(self, now_s: float) -> LiveView | None:
@@ -184,8 +190,9 @@ class Journal:
 class Watch:
     """An Observer of one scheduler's loop."""
 
-    def __init__(self, journal: Journal, scheduler: Scheduler) -> None:
+    def __init__(self, journal: Journal, scheduler: Scheduler, replica: int) -> None:
         self._journal = journal
+        self._replica = replica
         self._metrics = journal.metrics
         self._scheduler = scheduler
         self._prefilling: dict[str, Story] = {}  # whose next token needs chunks
@@ -194,7 +201,7 @@ class Watch:
         self._next_look_s = 0.0
         self._was_idle = True
         self._last_s = 0.0
-        journal.forecast.update(WorkAhead.of(scheduler))
+        journal.forecast.update(WorkAhead.of(scheduler), replica)
         journal.live_view = look_at(scheduler, (), 0.0)
 
     def handled(self, event: Event, outputs: Items[Output], now_s: float) -> None:
@@ -270,7 +277,7 @@ class Watch:
             return  # refused
         story = Story(
             request, seq.deadline_s, seq.total_work_s, seq.remaining_work_s,
-            -(-request.num_prompt_tokens // self._scheduler.memory.block_size),
+            -(-request.num_prompt_tokens // self._scheduler.memory.block_size), self._replica,
         )  # fmt: skip
         stories = self._journal.stories
         stories[request.request_id] = self._prefilling[request.request_id] = story
@@ -359,7 +366,7 @@ class Watch:
 
     def _look(self, now_s: float) -> None:
         began_s = time.perf_counter()
-        self._journal.forecast.update(WorkAhead.of(self._scheduler))
+        self._journal.forecast.update(WorkAhead.of(self._scheduler), self._replica)
         if now_s < self._journal.watched_until_s:
             self._journal.live_view = look_at(self._scheduler, tuple(self._in_flight.values()), now_s)
         cost_s = time.perf_counter() - began_s

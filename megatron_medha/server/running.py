@@ -12,9 +12,9 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.server.api import Api
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.connection import connection_class
 from megatron_medha.server.service import Service
@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
         task.add_done_callback(self._tasks.discard)
 
 
-def run(app: FastAPI, config: ServerConfig, on_listening: Callable[[str], None] | None = None) -> None:
+def run(app: Api, config: ServerConfig, on_listening: Callable[[str], None] | None = None) -> None:
     """Serve until SIGINT or SIGTERM; on_listening is told the base URL. ConfigError if the port is taken."""
     check_tls(config)
     with bind(config) as listener:
@@ -119,7 +119,7 @@ def check_tls(config: ServerConfig) -> None:
         ) from None
 
 
-def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+def uvicorn_config(app: Api, config: ServerConfig) -> uvicorn.Config:
     """How uvicorn runs the app; uvloop is used where it is installed."""
     return uvicorn.Config(
         app,

@@ -28,6 +28,7 @@ from megatron_medha.parallel.groups import build_groups, init_distributed, least
 from megatron_medha.worker.cpu_share import num_threads_of_rank
 from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.kv_cache import allocate_kv, num_kv_blocks
+from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.rank import Rank
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -107,6 +108,8 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     )
     progress("warm-up", 0.0)
     warm_up(rank, num_blocks=num_blocks, block_size=block_size)
+    if config.is_audited:
+        rank.ledger = KVLedger(num_blocks, rank.shards)
     if device.type == "cuda" and config.cuda_graphs:
         progress("CUDA graphs", 0.0)
         rank.graphs = step_graphs(model, backend, kv_layers, Rotary(model_config), device, pgs)

@@ -99,6 +99,9 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
 
 def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Serve, Ready]:
     # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
+    from megatron_medha.worker.megatron_import import import_megatron
+
+    import_megatron(config.device)
     from megatron_medha.worker.load import load_rank
     from megatron_medha.worker.step_loop import run_steps
 

@@ -31,6 +31,7 @@ from megatron_medha.worker.batch_tensors import (
     step_tensors,
 )
 from megatron_medha.worker.cuda_graphs import StepGraphs
+from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
 # Logits of a whole chunk may not fit in memory (8192 x 152K fp32 is 5 GB); prompt logprobs go through in slices.
@@ -47,6 +48,7 @@ class _Announced:
     plan: StagePlan
     arriving: Arriving | None
     duration_s: float  # spent on it so far
+    held: tuple[int, int] | None  # by the ledger
 
 
 class Rank:
@@ -59,6 +61,7 @@ class Rank:
 
     before_layer: Callable[[], None] | None = None
     graphs: StepGraphs | None = None  # set once they are captured
+    ledger: KVLedger | None = None    # set where the rank is audited
 
     def __init__(
         self,
@@ -98,6 +101,11 @@ class Rank:
     def num_announced(self) -> int:
         """Steps this rank knows of and has not computed."""
         return len(self._announced)
+
+    @property
+    def shards(self) -> KVShards:
+        """Its part of each request's KV."""
+        return self._shards
 
     @property
     def kvp_rank(self) -> int:
@@ -147,6 +155,7 @@ class Rank:
                 plan=plan,
                 arriving=None if plan.receives_from is None else self._link.post_receive(plan.num_tokens),
                 duration_s=time.monotonic() - started_s,
+                held=None if self.ledger is None else self.ledger.announced(step, len(self._requests)),
             )
         )
 
@@ -205,6 +214,7 @@ class Rank:
             tokens=tuple(tokens),
             prompt_logprobs=tuple(prompt),
             failed=tuple(failed) if is_last_stage else (),
+            held=work.held,
         )
 
     def _results(

@@ -52,6 +52,7 @@ class FakeCluster:
                 checkpoint=str(directory),
                 kv_memory_bytes=num_blocks,
                 max_tokens_per_shard=shard_tokens,
+                is_audited=True,  # every load here is also a test of the accounting
             ),
             # Steps of a few dozen tokens, so that prompts come in several chunks and batches overlap.
             scheduler_config=SchedulerConfig(step_budget_s=0.002, max_batch_tokens=96, max_num_sequences=64),

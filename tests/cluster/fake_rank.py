@@ -1,8 +1,8 @@
 """A rank without a model: its tokens follow from the tokens before them, and it checks all that it is told.
 
 It runs worker/main.py's own loop. The checkpoint directory of its configuration may hold fault.json:
-{"rank": r, "kind": "hang" | "stop" | "close" | "exit" | "load", "token": t}. A rank that meets the token in a prompt
-(for "load": when it starts) removes the file and fails that way, once.
+{"rank": r, "kind": "hang" | "stop" | "close" | "exit" | "lose" | "load", "token": t}. A rank that meets the token in a
+prompt (for "load": when it starts) removes the file and fails that way, once.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class FakeRank:
         self._blocks: dict[str, list[int]] = {}
         self._is_last_stage = self._coord.pp == config.layout.spp - 1
         self._last_batch_id = -1
+        self._num_lost_blocks = 0  # of its books, where it is told to lose some
         self.answers = self._coord.tp == 0
 
     def run(self, step: Step) -> StepDone:
@@ -89,7 +90,8 @@ class FakeRank:
                     sampled.append(SampledToken(chunk.request_id, token_id))
                     if self._config.layout.world_size == 1:
                         tokens.append(token_id)
-        return StepDone(step.batch_id, self._config.rank, 0.001, tuple(sampled))
+        held = (len(self._tokens), sum(map(len, self._blocks.values())) - self._num_lost_blocks)
+        return StepDone(step.batch_id, self._config.rank, 0.001, tuple(sampled), held=held)
 
     def _write_kv(self, request_id: str, start: int, end: int, num_shards: int, extents: Sequence[Extent]) -> None:
         shard_tokens = self._config.max_tokens_per_shard
@@ -111,6 +113,8 @@ class FakeRank:
                 threading.Event().wait()
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            case "lose":
+                self._num_lost_blocks += 1
             case "exit":
                 os._exit(3)
             case "close":

@@ -130,3 +130,38 @@ def test_an_engine_that_is_stopped_while_its_ranks_come_up_leaves_no_process(sta
     cluster.engine.stop(TIMEOUT_S)
     assert cluster.engine.status.phase is EnginePhase.STOPPED
     assert all(process.exit_code is not None for process in processes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shard_tokens"),
+    [(ParallelLayout(spp=2, kvp=2), 128), (ParallelLayout(spp=3), None)],
+    ids=["spp2-kvp2", "spp3"],
+)
+def test_requests_aborted_between_stages_and_while_shards_grow_leave_nothing_on_any_rank(
+    start: StartCluster, layout: ParallelLayout, shard_tokens: int | None
+) -> None:
+    # The audit compares each rank's requests and blocks with the scheduler's after every step.
+    cluster = start(layout, shard_tokens=shard_tokens)
+    client, rng = cluster.client, random.Random(4)
+    kept = {}
+    for number in range(60):
+        prompt = [rng.randrange(900) for _ in range(rng.choice((10, 120, 127, 200)))]
+        client.send(f"r{number}", prompt, 40)
+        if number % 4:
+            client.wait_for_tokens(rng.randrange(3 * number + 1))
+            cluster.engine.abort(f"r{number if number % 4 != 1 else max(1, number - 3)}")
+        else:
+            kept[f"r{number}"] = (prompt, 40)
+    assert_all_are_answered(client, kept)
+    client.send("last", [1, 2, 3], 2)
+    assert client.tokens("last") == continuation([1, 2, 3], 2)
+    assert cluster.engine.status.phase is EnginePhase.READY
+
+
+def test_a_rank_whose_books_disagree_with_the_schedulers_ends_the_server(start: StartCluster) -> None:
+    cluster = start(ParallelLayout(kvp=2), shard_tokens=256)
+    cluster.poison(1, "lose")
+    cluster.client.send("poisoned", [*range(300), POISON], 20)
+    (last,) = cluster.client.wait("poisoned")[-1:]
+    assert isinstance(last, ErrorDelivery)
+    assert "rank 1 holds (requests, blocks)" in cluster.engine.status.detail

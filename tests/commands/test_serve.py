@@ -17,6 +17,7 @@ from megatron_medha.main import main
 
 Words = tuple[str, ...]
 Start = Callable[..., Any]  # conftest.Medha
+KEYS = ("server.api_key=sk-secret", "server.admin_key=sk-root")
 
 
 def test_it_says_when_it_listens_and_when_it_is_ready_and_how_to_ask(start: Start, simulated: Words) -> None:
@@ -154,7 +155,7 @@ def _request(url: str, body: dict[str, object]) -> urllib.request.Request:
 
 
 def test_log_lines_are_json_where_asked_and_hold_no_key(start: Start, simulated: Words) -> None:
-    medha = start(*simulated, "log_format=json", "server.api_key=sk-secret", "server.admin_key=sk-root")
+    medha = start(*simulated, "log_format=json", "server.logs_requests=true", *KEYS)
     url = medha.url()
     medha.line_with("ready after")
     request = _request(url, {"prompt": "hello world", "max_tokens": 3, "ignore_eos": True})

@@ -313,3 +313,18 @@ def test_the_first_token_of_a_finished_request_is_in_the_story() -> None:
     story = world.journal.story("r")
     assert story is not None and (story.first_token_s, story.ended_s, story.outcome) == (1.0, 2.0, "length")
     assert world.journal.story_ids("r") == ["r"]
+
+
+def test_with_two_replicas_what_was_admitted_goes_where_it_is_soonest(start_server: StartServer) -> None:
+    engine = LiveEngine()
+    server = live(start_server, engine)
+    assert engine.audit.scheduler is not None
+    forecast = server.service.journal.forecast
+    forecast.update(WorkAhead.of(engine.audit.scheduler), 1)
+    predicted = []
+    for _ in range(4):
+        predicted.append(forecast.predict(spec(2000)))
+        forecast.count_in(spec(2000))
+    ahead_s = [one.ahead_s for one in predicted if one is not None]
+    own_s = ahead_s[2]
+    assert own_s > 0.0 and ahead_s == [0.0, 0.0, own_s, own_s]
