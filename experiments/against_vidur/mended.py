@@ -60,6 +60,19 @@ def _slack(base: type, job: Job) -> type:
     return Mended
 
 
+def _gift(base: type, job: Job) -> type:
+    class Mended(base):  # type: ignore[misc, valid-type]
+        def _get_next_batch(self, time: float) -> Any:
+            self._num_candidates = len(self._request_queue) + len(self._partial_prefill_queue)
+            return super()._get_next_batch(time)
+
+        def _get_remaining_slack_fraction(self, time: float, request: Any) -> float:
+            # Of one candidate alone the order says nothing, and a chunk of no slack is a whole one.
+            return 0.0 if self._num_candidates == 1 else float(super()._get_remaining_slack_fraction(time, request))
+
+    return Mended
+
+
 def _chunks(base: type, job: Job) -> type:
     tile = fcfs.EXECUTION_TIME_PREDICTION_CHUNK_SIZE_GRANULARITY
 
@@ -100,4 +113,4 @@ def _chunks(base: type, job: Job) -> type:
     return Mended
 
 
-_MENDERS = {"deadline": _deadline, "queues": _queues, "slack": _slack, "chunks": _chunks}
+_MENDERS = {"deadline": _deadline, "queues": _queues, "slack": _slack, "gift": _gift, "chunks": _chunks}
