@@ -14,7 +14,7 @@ RULES = {
     "deadline": "theirs sets EDF's deadline with the multiplier, then again without it",
     "queues": "theirs lets prefills that have begun go first, whatever their priority; newcomers get what is left",
     "slack": "theirs divides slack by the deadline, not by the request's own work",
-    "gift": "theirs shrinks a long prefill's chunk by its slack though nobody is there to take the rest of the step",
+    "answers": "theirs lets no long prefill into a step in which an answer to a long prompt is being decoded",
     "chunks": "theirs takes the first chunk within 10% of the budget, above or below, of 1,024 tokens at most",
 }
 

@@ -60,15 +60,17 @@ def _slack(base: type, job: Job) -> type:
     return Mended
 
 
-def _gift(base: type, job: Job) -> type:
+def _answers(base: type, job: Job) -> type:
     class Mended(base):  # type: ignore[misc, valid-type]
-        def _get_next_batch(self, time: float) -> Any:
-            self._num_candidates = len(self._request_queue) + len(self._partial_prefill_queue)
-            return super()._get_next_batch(time)
-
-        def _get_remaining_slack_fraction(self, time: float, request: Any) -> float:
-            # Of one candidate alone the order says nothing, and a chunk of no slack is a whole one.
-            return 0.0 if self._num_candidates == 1 else float(super()._get_remaining_slack_fraction(time, request))
+        def _get_request_next_num_q_tokens(self, time: float, request: Any, tracker: Any) -> int:
+            processed = tracker.batch_request_num_processed_tokens
+            tracker.batch_request_num_processed_tokens = [
+                [tokens for tokens, count in zip(of_group, counts, strict=True) if count > 1]
+                for of_group, counts in zip(processed, tracker.batch_num_q_tokens, strict=True)
+            ]
+            num_tokens = int(super()._get_request_next_num_q_tokens(time, request, tracker))
+            tracker.batch_request_num_processed_tokens = processed
+            return num_tokens
 
     return Mended
 
@@ -113,4 +115,4 @@ def _chunks(base: type, job: Job) -> type:
     return Mended
 
 
-_MENDERS = {"deadline": _deadline, "queues": _queues, "slack": _slack, "gift": _gift, "chunks": _chunks}
+_MENDERS = {"deadline": _deadline, "queues": _queues, "slack": _slack, "answers": _answers, "chunks": _chunks}

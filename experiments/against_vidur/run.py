@@ -66,7 +66,7 @@ COMPARISONS = (
             "scheduler.policy=lars", "scheduler.progress_share=0", "scheduler.slack_margin_steps=0",
             "scheduler.long_prefill_tokens=262144", "scheduler.max_relative_slack=0.5",
         ),
-        ("deadline", "queues", "slack", "gift", "chunks"),
+        ("deadline", "queues", "slack", "answers", "chunks"),
     ),
 )  # fmt: skip
 
