@@ -184,6 +184,8 @@ def quantiles(ttft_s: Sequence[float], job: Job) -> dict[Key, float]:
     found = {}
     for name, low, high in (("short", 0, 8192), ("long", 100_001, 1 << 60)):
         values = sorted(ttft_s[index] for index, row in enumerate(job.requests) if low <= row[1] < high)
+        if not values:
+            raise SystemExit(f"no {name} prompt in the stream: take more --seconds")
         for percent in (50, 90):
             found[name, percent] = percentile(values, percent)
     return found
