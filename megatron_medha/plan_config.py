@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import product
@@ -12,11 +13,11 @@ from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.policies import POLICIES
 from megatron_medha.engine.outcome import Slo
 from megatron_medha.engine.summary import LengthClasses
 from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig
+from megatron_medha.sim.system import SystemConfig, SystemKind
 from megatron_medha.sim.trial import Trial, at_rate
 from megatron_medha.sim.truth import TruthConfig
 from megatron_medha.simulate_config import MemoryOptions, SimulateOptions, simulation_config
@@ -34,7 +35,9 @@ class PlanOptions:
     """Everything a user can say, as conf/plan.yaml lays it out."""
 
     find: Find = Find.CHEAPEST
-    policies: tuple[str, ...] = ("lars",)
+    schedulers: tuple[str, ...] = ()
+    systems: tuple[str, ...] = ()
+    gpu_usd_per_h: float | None = None
     max_kvp: int = 4
     max_dp: int = 8
     trial_s: float = 600.0
@@ -43,6 +46,7 @@ class PlanOptions:
     num_processes: int | None = None
     seed: int = 0
     model: ModelOptions
+    system: SystemConfig = SystemConfig()
     scheduler: SchedulerConfig
     hardware: Hardware
     engine: EngineCosts
@@ -53,12 +57,8 @@ class PlanOptions:
     memory: MemoryOptions
 
     def __post_init__(self) -> None:
-        for policy in self.policies:
-            if policy not in POLICIES:
-                raise ConfigError(f"policies=[{policy}]: not known; choose from {', '.join(POLICIES)}")
-        if not self.policies:
-            raise ConfigError("policies=[]: name at least one")
         for key, low, high in (
+            ("gpu_usd_per_h", 0.0, 1e6),
             ("max_kvp", 1, 1 << 10),
             ("max_dp", 1, 1 << 20),
             ("trial_s", 1.0, 1e9),
@@ -72,14 +72,29 @@ class PlanOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A way to decide that is tried in every layout."""
+
+    name: str  # an option of scheduler=, or of system= where no scheduler of ours decides
+    system: SystemConfig
+    scheduler: SchedulerConfig
+
+    def is_tried_in(self, layout: ParallelLayout, devices_per_node: int) -> bool:
+        """A system of instances cuts GPUs by rules of its own: of all layouts of its GPUs it is tried in one."""
+        if self.system.kind is SystemKind.MEDHA:
+            return True
+        return layout.kvp == 1 and layout.tp == min(layout.world_size, devices_per_node)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
     """What can be tried, and what cannot be with the reason."""
 
     trials: tuple[Trial, ...]            # by GPUs, ascending
-    impossible: tuple[tuple[ParallelLayout, str], ...]
+    impossible: tuple[tuple[ParallelLayout, str], ...]  # layouts that no contender can have
 
 
-def candidates(options: PlanOptions) -> Candidates:
+def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candidates:
     """Every layout that the hardware has GPUs for: tp within a node, powers of two, whatever fits the memory.
 
     Raises ConfigError if the hardware is a single device, or if nothing fits.
@@ -98,23 +113,25 @@ def candidates(options: PlanOptions) -> Candidates:
         layout = ParallelLayout(tp=tp, spp=spp, kvp=kvp)
         if layout.world_size > hardware.num_devices:
             continue
-        for policy in options.policies:
+        num_possible, why = 0, ""
+        tried = [one for one in contenders if one.is_tried_in(layout, hardware.devices_per_node)]
+        for contender in tried:
             try:
-                trial = Trial(config=simulation_config(_simulate_options(options, layout, policy)))
+                config = simulation_config(_simulate_options(options, layout, contender))
             except ConfigError as error:
-                impossible.append((layout, str(error)))
-                break
-            if trial.config.shard_tokens * kvp < longest:
-                impossible.append(
-                    (layout, f"its KV memory holds {trial.config.shard_tokens * kvp:,} tokens, and the longest "
-                     f"request has {longest:,}")
-                )  # fmt: skip
-                break
+                why = str(error)
+                continue
+            if (most := config.max_request_tokens) < longest:
+                why = f"its KV memory holds {most:,} tokens of one request, and the longest has {longest:,}"
+                continue
+            num_possible += 1
             trials += [
-                replace(trial, dp=dp)
+                Trial(name=contender.name, config=config, dp=dp)
                 for dp in range(1, options.max_dp + 1)
                 if dp * layout.world_size <= hardware.num_devices
             ]
+        if tried and not num_possible:
+            impossible.append((layout, why))
     if not trials:
         layout, why = impossible[-1]
         raise ConfigError(
@@ -134,7 +151,7 @@ def _by_cost(trial: Trial) -> tuple[int, int, int, int]:
     return trial.num_gpus, trial.dp, layout.kvp, layout.spp
 
 
-def _simulate_options(options: PlanOptions, layout: ParallelLayout, policy: str) -> SimulateOptions:
+def _simulate_options(options: PlanOptions, layout: ParallelLayout, contender: Contender) -> SimulateOptions:
     workload = options.workload
     duration_s = min(options.trial_s, workload.duration_s or options.trial_s)
     return SimulateOptions(
@@ -142,7 +159,8 @@ def _simulate_options(options: PlanOptions, layout: ParallelLayout, policy: str)
         max_drain_s=options.max_drain_s,
         model=options.model,
         parallel=ParallelOptions(tp=layout.tp, spp=layout.spp, kvp=layout.kvp),
-        scheduler=replace(options.scheduler, policy=policy),
+        system=contender.system,
+        scheduler=contender.scheduler,
         hardware=options.hardware,
         engine=options.engine,
         workload=replace(workload, duration_s=duration_s),

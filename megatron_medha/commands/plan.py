@@ -1,4 +1,4 @@
-"""`medha plan`: simulates layouts in parallel processes, and says which is the cheapest, or carries the most."""
+"""`medha plan`: simulates layouts and schedulers in parallel processes; says which is the cheapest, or carries most."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from itertools import groupby
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from megatron_medha.commands.arguments import FLAGS, parse_arguments
 from megatron_medha.commands.options_help import describe_options
+from megatron_medha.commands.plan_table import (
+    best_first,
+    cost_text,
+    print_best,
+    print_loads,
+    print_verdicts,
+    say_what_is_tried,
+    settings_text,
+)
+from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_medha.plan_config import Candidates, PlanOptions
+    from megatron_medha.plan_config import Contender, PlanOptions
     from megatron_medha.sim.trial import Trial, Verdict
 
 T = TypeVar("T")
@@ -23,19 +34,19 @@ R = TypeVar("R")
 USAGE = f"""\
 usage: medha plan [group=option] [key=value ...]
 
-Simulates the layouts (tp, spp, kvp, replicas) that a cluster has GPUs and memory for, in parallel processes. Prints
-the fewest GPUs with which slo.attainment of all requests meet their targets, or the most load that all GPUs carry.
-Trials that cannot pass any more end early.
+Simulates the layouts (tp, spp, kvp, replicas) that a cluster has GPUs and memory for, in parallel processes, under one
+scheduler or several, and under other systems. Prints the fewest GPUs with which slo.attainment of all requests meet
+their targets, or the most load that all GPUs carry, and what a request costs. Trials that cannot pass end early.
 
 examples:
   medha plan model=llama3_8b hardware=a100_x16 workload=medha_mix_05pct workload.qps=0.25
   medha plan model=llama3_70b hardware=h100_x16 workload=medha_mix_00pct workload.qps=2 slo.ttft_s=1 slo.tpot_s=0.05
-  medha plan find=capacity hardware=a100_x8 workload=medha_mix_00pct policies=[lars,fcfs]
+  medha plan find=capacity hardware=a100_x8 workload=medha_mix_00pct schedulers=[lars,vllm_chunk_512]
+  medha plan systems=[medha,loongserve] schedulers=[lars,fcfs] workload.qps=0.25 gpu_usd_per_h=2.5
 
 flags:
 {FLAGS}"""
 
-_MAX_ROWS = 30
 _MAX_DOUBLINGS = 12
 
 
@@ -53,8 +64,8 @@ def run(words: Sequence[str]) -> int:
         print(as_yaml(composed, arguments.resolves_config), end="")
         return 0
     options = freeze(composed, PlanOptions)
-    found = candidates(options)
-    _say_what_is_tried(options, found)
+    found = candidates(options, contenders(options, arguments.overrides, arguments.config_dir))
+    say_what_is_tried(options, found)
     num_processes = options.num_processes or len(os.sched_getaffinity(0))
     # Not forked: a child must not inherit what Hydra and the progress bar hold.
     with ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
@@ -62,60 +73,99 @@ def run(words: Sequence[str]) -> int:
         return search(options, found.trials, pool)
 
 
+def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path | None) -> list[Contender]:
+    """Who is tried: every option of scheduler= that was named under our own system, and every other system."""
+    from megatron_medha.compose import compose, freeze
+    from megatron_medha.plan_config import Contender, PlanOptions
+    from megatron_medha.sim.system import SystemKind
+
+    def chosen(group: str, default: str) -> str:
+        return next((word.partition("=")[2] for word in overrides if word.startswith(f"{group}=")), default)
+
+    def with_options(**names: str) -> PlanOptions:
+        words = [word for word in overrides if word.partition("=")[0] not in names]
+        return freeze(compose("plan", PlanOptions, [*words, *(f"{group}={name}" for group, name in names.items())],
+                              config_dir), PlanOptions)  # fmt: skip
+
+    schedulers = options.schedulers or (chosen("scheduler", "lars"),)
+    found: list[Contender] = []
+    for system in options.systems or (chosen("system", "medha"),):
+        own = with_options(system=system)
+        if own.system.kind is SystemKind.MEDHA:
+            for name in schedulers:
+                scheduler = with_options(system=system, scheduler=name).scheduler
+                found.append(Contender(name=name, system=own.system, scheduler=scheduler))
+        else:
+            found.append(Contender(name=system, system=own.system, scheduler=own.scheduler))
+    if len({one.name for one in found}) < len(found):
+        raise ConfigError(f"schedulers={list(schedulers)} systems={list(options.systems)}: name each one once")
+    return found
+
+
 def _cheapest(options: PlanOptions, trials: Sequence[Trial], pool: ProcessPoolExecutor) -> int:
-    """All candidates of a size at once, the smallest size first; the first size of which one passes ends it."""
+    """All candidates of a size at once, the smallest size first; a contender is done with the first that passes."""
     from megatron_medha.sim.trial import judge
 
     verdicts: list[Verdict] = []
-    winners: list[Verdict] = []
+    best: dict[str, Verdict] = {}
     with _bar(len(trials)) as bar:
         for num_gpus, group in groupby(trials, key=lambda trial: trial.num_gpus):
             bar.set_postfix_str(f"{num_gpus} GPUs")
-            verdicts += _all(pool, judge, group, bar.update)
-            winners = [verdict for verdict in verdicts if verdict.passes]
-            if winners:
-                break
-    _print_table(
-        [[*_layout_cells(verdict.trial), *_verdict_cells(verdict)] for verdict in _best_first(verdicts)],
-        ["GPUs", "tp", "spp", "kvp", "dp", "policy", "meet SLO", "TTFT p90", "TPOT p90", "busy", ""],
-    )
-    if not winners:
+            of_size = list(group)
+            tried = [trial for trial in of_size if trial.name not in best]
+            bar.update(len(of_size) - len(tried))
+            found = list(_all(pool, judge, tried, bar.update))
+            verdicts += found
+            for verdict in best_first(verdict for verdict in found if verdict.passes):
+                best.setdefault(verdict.trial.name, verdict)
+    print_verdicts(verdicts)
+    if not best:
         print(
             f"\nnone of {len(verdicts)} candidates meets the SLO for {options.slo.attainment:.0%} of the requests; "
             "take a larger cluster, less load (find=capacity says how much) or a looser slo"
         )
         return 1
-    best = _best_first(winners)[0]
-    layout = best.trial.config.setup.layout
+    qps = options.workload.qps or _offered_qps(verdicts)
+    names = {trial.name for trial in trials}
+    print_best(options, {name: (best[name].trial, qps) if name in best else None for name in sorted(names)})
+    winner = min(best_first(best.values()), key=lambda verdict: verdict.trial.num_gpus)
     print(
-        f"\n{best.trial.num_gpus} {options.hardware.name} GPUs: parallel.tp={layout.tp} parallel.spp={layout.spp} "
-        f"parallel.kvp={layout.kvp} on {best.trial.dp} replica{'s' if best.trial.dp > 1 else ''}, "
-        f"scheduler.policy={best.trial.config.setup.config.policy}; {best.attainment:.1%} meet the SLO "
-        f"({options.slo.attainment:.0%} must)"
+        f"\n{winner.trial.num_gpus} {options.hardware.name} GPUs: {settings_text(winner.trial)}; "
+        f"{winner.attainment:.1%} meet the SLO ({options.slo.attainment:.0%} must)\n"
+        f"{cost_text(options, winner.trial, qps)}"
     )
     return 0
+
+
+def _offered_qps(verdicts: Sequence[Verdict]) -> float:
+    """Of a trace as it was recorded; one replica takes all of it."""
+    from megatron_medha.sim.simulation import Simulation
+
+    facts = Simulation(verdicts[0].trial.config).workload.facts
+    return facts.num_requests / max(facts.last_arrival_s, 1.0)
 
 
 def _capacity(options: PlanOptions, trials: Sequence[Trial], pool: ProcessPoolExecutor) -> int:
     """The largest load of every candidate that uses all GPUs it can, each searched in a process of its own."""
     largest: dict[tuple[object, str], Trial] = {}
     for trial in trials:  # ascending: the last one of a layout has the most replicas
-        largest[trial.config.setup.layout, trial.config.setup.config.policy] = trial
+        largest[trial.config.setup.layout, trial.name] = trial
     chosen = list(largest.values())
     with _bar(len(chosen)) as bar:
         results = list(_all(pool, _Search(options.resolution), chosen, bar.update))
     results.sort(key=lambda result: -result[1])
-    rows = [[*_layout_cells(trial), f"{qps:.3f}", f"{qps / trial.num_gpus:.4f}"] for trial, qps in results]
-    _print_table(rows, ["GPUs", "tp", "spp", "kvp", "dp", "policy", "requests/s", "per GPU"])
-    best, qps = results[0]
+    print_loads(results)
+    trial, qps = results[0]
     if not qps:
         print(f"\nno load, however small, meets the SLO for {options.slo.attainment:.0%} of the requests")
         return 1
-    layout = best.config.setup.layout
+    best: dict[str, tuple[Trial, float] | None] = {}
+    for one in results:
+        best.setdefault(one[0].name, one if one[1] else None)
+    print_best(options, best)
     print(
-        f"\n{qps:.3f} requests/s on {best.num_gpus} GPUs of {options.hardware.name}: parallel.tp={layout.tp} "
-        f"parallel.spp={layout.spp} parallel.kvp={layout.kvp} on {best.dp} replica{'s' if best.dp > 1 else ''}, "
-        f"scheduler.policy={best.config.setup.config.policy}"
+        f"\n{qps:.3f} requests/s on {trial.num_gpus} GPUs of {options.hardware.name}: {settings_text(trial)}\n"
+        f"{cost_text(options, trial, qps)}"
     )
     return 0
 
@@ -159,51 +209,6 @@ def _all(
     for future in as_completed(futures):
         advance()
         yield future.result()
-
-
-def _best_first(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    return sorted(
-        verdicts,
-        key=lambda verdict: (
-            not verdict.passes, -(verdict.attainment or 0.0), verdict.trial.num_gpus, _layout_cells(verdict.trial),
-        ),
-    )  # fmt: skip
-
-
-def _layout_cells(trial: Trial) -> list[str]:
-    layout, policy = trial.config.setup.layout, trial.config.setup.config.policy
-    return [str(trial.num_gpus), str(layout.tp), str(layout.spp), str(layout.kvp), str(trial.dp), policy]
-
-
-def _verdict_cells(verdict: Verdict) -> list[str]:
-    if verdict.attainment is None or verdict.ttft_p90_s is None:
-        return ["-", "-", "-", "-", verdict.why]
-    ttft = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in verdict.ttft_p90_s.items() if seconds is not None)
-    tpot = "-" if verdict.tpot_p90_s is None else f"{verdict.tpot_p90_s * 1e3:.0f} ms"
-    return [f"{verdict.attainment:.1%}", ttft, tpot, f"{verdict.utilisation or 0.0:.0%}", ""]
-
-
-def _print_table(rows: list[list[str]], header: list[str]) -> None:
-    left_out = len(rows) - _MAX_ROWS
-    rows = [header, *rows[:_MAX_ROWS]]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
-    print()
-    for row in rows:
-        print("  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
-    if left_out > 0:
-        print(f"and {left_out} more")
-
-
-def _say_what_is_tried(options: PlanOptions, found: Candidates) -> None:
-    name = found.trials[0].config.setup.shape.name
-    print(
-        f"{name} on up to {options.hardware.num_devices} GPUs of {options.hardware.name}: "
-        f"{len(found.trials)} candidates; {len(found.impossible)} layouts cannot be"
-    )
-    for layout, why in found.impossible[:3]:
-        print(f"  tp={layout.tp} spp={layout.spp} kvp={layout.kvp}: {why}")
-    if len(found.impossible) > 3:
-        print(f"  and {len(found.impossible) - 3} more")
 
 
 def _bar(total: int):  # type: ignore[no-untyped-def]  # tqdm has no types

@@ -41,6 +41,7 @@ flags:
 {FLAGS}"""
 
 _INSTALL_PLOTS = "pip install 'megatron_medha[plots]'"
+_INSTALL_PARQUET = "pip install 'megatron_medha[parquet]'"
 
 
 def run(words: Sequence[str]) -> int:
@@ -179,7 +180,7 @@ def _check_extras(options: SimulateOptions) -> None:
     if options.plots is Plots.ALWAYS and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(f"plots=always: matplotlib is not installed; {_INSTALL_PLOTS}, or plots=never")
     if options.requests is RequestsFormat.PARQUET and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError("requests=parquet: pyarrow is not installed; pip install pyarrow, or requests=jsonl")
+        raise ConfigError(f"requests=parquet: pyarrow is not installed; {_INSTALL_PARQUET}, or requests=jsonl")
 
 
 def _plot(options: SimulateOptions, directory: RunDirectory) -> None:

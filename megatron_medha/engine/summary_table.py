@@ -101,8 +101,8 @@ def _times(value: float | None) -> str:
 
 
 def percent_text(value: float | None) -> str:
-    """A share in percent; - for None."""
-    return "-" if value is None else f"{100.0 * value:.1f}%"
+    """A share in percent; - for None. What rounds to nothing has no sign: sums of seconds are off in the last bit."""
+    return "-" if value is None else f"{round(100.0 * value, 1) + 0.0:.1f}%"
 
 
 def number_text(value: float | None) -> str:

@@ -50,6 +50,13 @@ class SimulationConfig:
         """Tokens of one request on one KVP rank, at most."""
         return self.setup.max_tokens_per_shard or self.setup.num_blocks * self.setup.block_size
 
+    @property
+    def max_request_tokens(self) -> int:
+        """No request may have more, prompt and answer."""
+        most = min(self.setup.shape.max_context_len, self.setup.layout.kvp * self.shard_tokens)
+        # What no machine of the scheduler's could hold has no time alone, and with that no deadline.
+        return most if self.instances is None else min(most, self.instances.max_request_tokens)
+
     def pipeline(self, on_span: Callable[[Span], None] | None = None) -> Pipeline:
         """The stages and KVP ranks that batches run on; of a system of instances, one stage with each as a rank."""
         if self.instances is not None:
@@ -105,7 +112,7 @@ class Simulation:
         self.config = config
         self.workload = Workload(config.workload, config.seed)
         setup = config.setup
-        max_request_tokens = _max_request_tokens(config)
+        max_request_tokens = config.max_request_tokens
         if self.workload.facts.max_request_tokens > max_request_tokens:
             raise ConfigError(
                 f"the workload's longest request has {self.workload.facts.max_request_tokens:,} tokens, but this "
@@ -208,9 +215,3 @@ class Simulation:
             "kv_used_mean": sum(kv_shares) / len(kv_shares) if kv_shares else None,
             "kv_used_max": max(kv_shares, default=None),
         }
-
-
-def _max_request_tokens(config: SimulationConfig) -> int:
-    most = min(config.setup.shape.max_context_len, config.setup.layout.kvp * config.shard_tokens)
-    # What no machine of the scheduler's could hold has no time alone, and with that no deadline.
-    return most if config.instances is None else min(most, config.instances.max_request_tokens)

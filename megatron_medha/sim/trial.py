@@ -13,6 +13,7 @@ from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, 
 class Trial:
     """A replica under its share of the load; `dp` of them make the candidate."""
 
+    name: str  # of who decides in it
     config: SimulationConfig
     dp: int = 1
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_medha.compose import option_names
+from megatron_medha.commands.plan import contenders
+from megatron_medha.compose import compose, freeze, option_names
+from megatron_medha.core.chunking import Chunking
 from megatron_medha.main import main
+from megatron_medha.plan_config import PlanOptions
 
 Capture = pytest.CaptureFixture[str]
 
@@ -54,6 +58,27 @@ def test_the_synthetic_mix_needs_no_file(tmp_path: Path, capsys: Capture) -> Non
     words = ("workload=medha_mix_00pct", "workload.num_requests=3", "workload.duration_s=null", f"out={out}")
     assert main(["simulate", *MACHINE, *words]) == 0
     assert len((out / "requests.jsonl").read_text().splitlines()) == 3
+
+
+def test_parquet_has_the_rows_of_the_json_lines_and_a_type_for_every_column(trace: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs megatron_medha[parquet]")
+    out = tmp_path / "run"
+    words = ["simulate", *MACHINE, "workload=trace", f"workload.path={trace}", "requests=parquet", f"out={out}"]
+    assert main(words) == 0
+    table = parquet.read_table(out / "requests.parquet")
+    assert table.to_pylist() == [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
+    # Nobody was rejected, and still: tables of several runs must fit together.
+    assert str(table.schema.field("why").type) == "string"
+
+
+def test_parquet_without_pyarrow_is_refused_before_the_run(
+    trace: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    out = tmp_path / "run"
+    words = ["simulate", *MACHINE, "workload=trace", f"workload.path={trace}", "requests=parquet", f"out={out}"]
+    assert main(words) == 2
+    assert "pip install 'megatron_medha[parquet]'" in capsys.readouterr().err and not out.exists()
 
 
 def test_two_runs_of_the_same_options_are_equal_to_the_byte(run: Path, trace: Path, tmp_path: Path) -> None:
@@ -145,6 +170,28 @@ def test_plan_finds_the_load_that_a_cluster_carries(capsys: Capture) -> None:
     assert "requests/s on 2 GPUs of a100_x8" in capsys.readouterr().out
 
 
+def test_plan_says_what_every_system_needs_and_what_that_costs(capsys: Capture) -> None:
+    words = ("hardware=a100_x8", "hardware.num_devices=2", "max_kvp=1", "num_processes=1", "trial_s=3")
+    mix = ("workload=medha_mix_00pct", "workload.qps=1", "gpu_usd_per_h=3.6")
+    # An instance of loongserve has two GPUs; one GPU is enough for ours.
+    assert main(["plan", *words, *mix, "systems=[medha,loongserve]", "schedulers=[lars,vllm_chunk_512]"]) == 0
+    text = capsys.readouterr().out
+    at_best = [line.split() for line in text.partition("at best:")[2].splitlines() if line.strip()]
+    costs = {row[5]: (row[0], row[-2], row[-1]) for row in at_best[1:4]}
+    one, two = ("1", "3.60", "1.000"), ("2", "7.20", "2.000")
+    assert costs == {"lars": one, "vllm_chunk_512": one, "loongserve": two}
+    assert "1.00 s of GPU time per request; $3.60 an hour, $1.000 per 1,000 requests" in text
+
+
+def test_a_scheduler_that_is_tried_is_the_option_of_that_name_with_the_overrides_on_top() -> None:
+    overrides = ["scheduler=fcfs", "scheduler.step_budget_s=0.07", "schedulers=[lars,vllm_chunk_512]"]
+    options = freeze(compose("plan", PlanOptions, overrides), PlanOptions)
+    lars, vllm = contenders(options, overrides, None)
+    assert (lars.name, lars.scheduler.policy, lars.scheduler.step_budget_s) == ("lars", "lars", 0.07)
+    assert (vllm.name, vllm.scheduler.step_budget_s) == ("vllm_chunk_512", 0.07)
+    assert vllm.scheduler.chunking is Chunking.FIXED
+
+
 @pytest.mark.parametrize(
     ("words", "way_out"),
     [
@@ -168,7 +215,10 @@ def test_plan_finds_the_load_that_a_cluster_carries(capsys: Capture) -> None:
         ((*LOONGSERVE, "parallel.tp=8", "system.instance_tp=1", "model=llama3_70b"), "does not fit"),
         (("simulate", "system=static_cp", "parallel.tp=8", "system.num_reserved=1"), "scheduler.reserved_share"),
         (("plan", "hardware=a100"), "take a cluster, like hardware=a100_x16"),
-        (("plan", "policies=[fastest]"), "choose from fcfs"),
+        (("plan", "schedulers=[fastest]"), "scheduler=fastest"),
+        (("plan", "systems=[fastest]"), "system=fastest"),
+        (("plan", "schedulers=[lars,lars]"), "name each one once"),
+        (("plan", "gpu_usd_per_h=-1"), "gpu_usd_per_h=-1: must be between"),
         (("plan", "hardware=a100_x8", "model=llama3_405b"), "no layout can serve this workload"),
     ],
 )

@@ -1,0 +1,115 @@
+"""What `medha plan` prints: candidates, and the best of every contender with what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_medha.engine.summary_table import number_text, seconds_text
+
+if TYPE_CHECKING:
+    from megatron_medha.plan_config import Candidates, PlanOptions
+    from megatron_medha.sim.trial import Trial, Verdict
+
+_MAX_ROWS = 30
+_LAYOUT = ("GPUs", "tp", "spp", "kvp", "dp", "system")
+
+
+def say_what_is_tried(options: PlanOptions, found: Candidates) -> None:
+    """The size of the search, and why some of it cannot be."""
+    name = found.trials[0].config.setup.shape.name
+    print(
+        f"{name} on up to {options.hardware.num_devices} GPUs of {options.hardware.name}: "
+        f"{len(found.trials)} candidates; {len(found.impossible)} layouts cannot be"
+    )
+    for layout, why in found.impossible[:3]:
+        print(f"  tp={layout.tp} spp={layout.spp} kvp={layout.kvp}: {why}")
+    if len(found.impossible) > 3:
+        print(f"  and {len(found.impossible) - 3} more")
+
+
+def best_first(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Those that pass, then by share of requests that meet the SLO; of equals the one of fewer GPUs."""
+    return sorted(
+        verdicts,
+        key=lambda verdict: (
+            not verdict.passes, -(verdict.attainment or 0.0), verdict.trial.num_gpus, _layout_cells(verdict.trial),
+        ),
+    )  # fmt: skip
+
+
+def print_verdicts(verdicts: Iterable[Verdict]) -> None:
+    """All candidates that were tried at one load."""
+    _print_table(
+        [[*_layout_cells(verdict.trial), *_verdict_cells(verdict)] for verdict in best_first(verdicts)],
+        [*_LAYOUT, "meet SLO", "TTFT p90", "TPOT p90", "busy", ""],
+    )
+
+
+def print_loads(results: Sequence[tuple[Trial, float]]) -> None:
+    """All candidates with the load each carries, the largest first."""
+    rows = [[*_layout_cells(trial), f"{qps:.3f}", f"{qps / trial.num_gpus:.4f}"] for trial, qps in results]
+    _print_table(rows, [*_LAYOUT, "requests/s", "per GPU"])
+
+
+def print_best(options: PlanOptions, best: Mapping[str, tuple[Trial, float] | None]) -> None:
+    """What every contender needs at best (None: it cannot do it), the cheapest per request first."""
+    if len(best) == 1:
+        return
+    found = [one for one in best.values() if one is not None]
+    found.sort(key=lambda one: one[0].num_gpus / one[1])
+    rows = [[*_layout_cells(trial), f"{qps:.3f}", *_cost_cells(options, trial, qps)] for trial, qps in found]
+    rows += [["-", "-", "-", "-", "-", name, "-", "-", *(["-", "-"] if options.gpu_usd_per_h is not None else [])]
+             for name, one in best.items() if one is None]  # fmt: skip
+    prices = ["$/h", "$ per 1,000 requests"] if options.gpu_usd_per_h is not None else []
+    print("\nat best:", end="")
+    _print_table(rows, [*_LAYOUT, "requests/s", "GPU time per request", *prices])
+
+
+def cost_text(options: PlanOptions, trial: Trial, qps: float) -> str:
+    """What a request costs under this load."""
+    cells = _cost_cells(options, trial, qps)
+    text = f"{cells[0]} of GPU time per request"
+    return text if len(cells) == 1 else f"{text}; ${cells[1]} an hour, ${cells[2]} per 1,000 requests"
+
+
+def settings_text(trial: Trial) -> str:
+    """The overrides that make it."""
+    layout = trial.config.setup.layout
+    decides = "" if trial.config.instances is None else f"system={trial.name} "
+    return (
+        f"{decides}parallel.tp={layout.tp} parallel.spp={layout.spp} parallel.kvp={layout.kvp} on {trial.dp} "
+        f"replica{'s' if trial.dp > 1 else ''}" + ("" if decides else f", scheduler={trial.name}")
+    )
+
+
+def _cost_cells(options: PlanOptions, trial: Trial, qps: float) -> list[str]:
+    cells = [seconds_text(trial.num_gpus / qps)]
+    if options.gpu_usd_per_h is not None:
+        usd_per_h = trial.num_gpus * options.gpu_usd_per_h
+        cells += [f"{usd_per_h:,.2f}", number_text(usd_per_h / 3.6 / qps)]
+    return cells
+
+
+def _layout_cells(trial: Trial) -> list[str]:
+    layout = trial.config.setup.layout
+    return [str(trial.num_gpus), str(layout.tp), str(layout.spp), str(layout.kvp), str(trial.dp), trial.name]
+
+
+def _verdict_cells(verdict: Verdict) -> list[str]:
+    if verdict.attainment is None or verdict.ttft_p90_s is None:
+        return ["-", "-", "-", "-", verdict.why]
+    ttft = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in verdict.ttft_p90_s.items() if seconds is not None)
+    tpot = "-" if verdict.tpot_p90_s is None else f"{verdict.tpot_p90_s * 1e3:.0f} ms"
+    return [f"{verdict.attainment:.1%}", ttft, tpot, f"{verdict.utilisation or 0.0:.0%}", ""]
+
+
+def _print_table(rows: list[list[str]], header: list[str]) -> None:
+    left_out = len(rows) - _MAX_ROWS
+    rows = [header, *rows[:_MAX_ROWS]]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
+    print()
+    for row in rows:
+        print("  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+    if left_out > 0:
+        print(f"and {left_out} more")
