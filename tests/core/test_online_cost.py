@@ -148,7 +148,8 @@ def errors_of(
         return seconds * (1.0 + draw.gauss(0.0, 0.03)) * (5.0 if draw.random() < 0.01 else 1.0)
 
     memory = KVMemory(num_blocks=200_000, block_size=16, max_context_len=prior.shape.max_context_len)
-    scheduler = Scheduler(SchedulerConfig(max_num_sequences=48), cost, memory)
+    # Without triage, under which the deep contexts that the model has not seen yet come later than by step 500.
+    scheduler = Scheduler(SchedulerConfig(max_num_sequences=48, has_triage=False), cost, memory)
     serve(scheduler, ClosedWorld(prior.shape, duration_s, num_steps))
     return cost, errors
 
