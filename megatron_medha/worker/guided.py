@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.engine.guidance import GrammarCompiler, GrammarError, error_of
+from megatron_medha.engine.guidance import GRAMMAR_FAULT, GrammarCompiler, GrammarError, error_of
 from megatron_medha.worker.token_store import StoredRequest
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class GuidedSampling:
             try:
                 by_row[row] = self._mask(request, request.sampling.grammar)
             except GrammarError as error:
-                faults[request.request_id] = f"structured output: {error}"
+                faults[request.request_id] = f"{GRAMMAR_FAULT}{error}"
         return Allowed(by_row, faults)
 
     def _mask(self, request: StoredRequest, grammar: str) -> Tensor:
