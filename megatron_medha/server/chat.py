@@ -51,7 +51,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 async def plan_chat(
-    service: Service, ready: Ready, body: ChatRequest, wishes: Wishes, arrival_s: float
+    service: Service,
+    ready: Ready,
+    body: ChatRequest,
+    wishes: Wishes,
+    arrival_s: float,
+    *,
+    id_prefix: str = "chatcmpl",
 ) -> GenerationSpec:
     """Check a request, render its messages and encode them; ApiError 4xx says what is wrong."""
     config = service.config
@@ -77,7 +83,7 @@ async def plan_chat(
         wishes,
         arrival_s,
         Particulars(
-            id_prefix="chatcmpl",
+            id_prefix=id_prefix,
             num_prompts=1,
             read_prompts=read_prompts,
             prompt_param="messages",
