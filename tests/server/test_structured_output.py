@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import FakeEngine, Rule, say
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from running_server import Running, StartServer
 
@@ -175,6 +175,7 @@ CALLS = st.lists(st.tuples(
 ), min_size=1, max_size=3)  # fmt: skip
 
 
+@settings(max_examples=40, deadline=None)
 @given(calls=CALLS, size=st.integers(1, 9), said=st.sampled_from(["", "so <b> "]), syntax=st.sampled_from(CallSyntax))
 def test_calls_are_found_however_the_text_is_cut(calls: list, size: int, said: str, syntax: CallSyntax) -> None:
     written = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
@@ -199,6 +200,7 @@ def test_calls_are_found_however_the_text_is_cut(calls: list, size: int, said: s
     assert list(zip(names, map(json.loads, arguments), strict=True)) == calls
 
 
+@settings(max_examples=60, deadline=None)
 @given(text=st.text(alphabet='<tool_call>/{}[]":,f name', max_size=60), size=st.integers(1, 9))
 def test_what_is_no_call_stays_text(text: str, size: int) -> None:
     finder = CallFinder(ToolUse(syntax=CallSyntax.HERMES, names=frozenset({"unlikely"})))
