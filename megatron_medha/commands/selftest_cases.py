@@ -79,7 +79,8 @@ def hostile_grammars() -> Iterator[tuple[str, bytes]]:
         deep = {"type": "array", "items": deep}
     schemas: tuple[object, ...] = (
         {"type": "nothing"}, {"type": 5}, {"properties": [1]}, {"required": "a"}, {"enum": []}, {"$ref": "#/no"}, False,
-        {"$ref": "http://127.0.0.1:1/x"}, {"$ref": "file:///etc/passwd"}, {"allOf": [{"type": "string"}, {"type": "null"}]},
+        {"$ref": "http://127.0.0.1:1/x"}, {"$ref": "file:///etc/passwd"},
+        {"allOf": [{"type": "string"}, {"type": "null"}]},
         {"$defs": {**doubled, "d30": {"type": "object"}}, "$ref": "#/$defs/d0"}, among, deep,
         {"type": "string", "minLength": 10**9}, {"type": "array", "items": {"type": "null"}, "minItems": 10**8},
         {"type": "string", "pattern": "(a{1000}){1000}"}, {"type": "string", "pattern": "(a"},
@@ -90,12 +91,14 @@ def hostile_grammars() -> Iterator[tuple[str, bytes]]:
     )  # fmt: skip
     regexes = (
         "(a", "(?=a)b", "(a)\\1", "(a+)+$", "(a{1000}){1000}", "(((a{1,100}){1,100}){1,100}){1,100}", ".*a.{300}b",
-        "a?" * 2000 + "a" * 2000, "(" * 2000 + "a" + ")" * 2000, "a" * 100_000, "\\p{L}{500}", "[", "[^\x00-\U0010ffff]", "",
+        "a?" * 2000 + "a" * 2000, "(" * 2000 + "a" + ")" * 2000, "a" * 100_000, "\\p{L}{500}", "[", "",
+        "[^\x00-\U0010ffff]",
     )  # fmt: skip
     rules = "".join(f'\nr{place}: "a" start' for place in range(150))
     grammars = (
         "start: start", "start: x", "start: start start | \"a\" | ", "root ::= root", "root ::= (", "%llguidance {",
-        "start: " + " | ".join(f"r{place}" for place in range(150)) + rules, "start: <[1000000000]>", "\x00", "start: /(/",
+        "start: " + " | ".join(f"r{place}" for place in range(150)) + rules, "start: <[1000000000]>", "\x00",
+        "start: /(/",
     )  # fmt: skip
     for schema in schemas:
         text = json.dumps(schema)
