@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_medha.bench.batch import BatchServer, Counts
 
 USAGE = """\
-usage: medha run-batch INPUT OUTPUT [key=value ...]
+usage: medha run-batch INPUT OUTPUT [key=value ...] [-- key=value ...]
 
 Sends every request of a file to a server and writes every answer into another. Both are in the format of OpenAI's
 batches: lines with custom_id, method, url and body; lines with custom_id and response or error. Interrupted, the same
@@ -31,7 +31,9 @@ been answered with 200; 1: look at the rows that have not.
 examples:
   medha run-batch requests.jsonl answers.jsonl
   medha run-batch requests.jsonl answers.jsonl url=http://gpu-7:8000 concurrency=256
-  medha run-batch requests.jsonl answers.jsonl checkpoint=DIR serve=[model.kv_memory_gib=8]
+  medha run-batch requests.jsonl answers.jsonl checkpoint=DIR -- model.kv_memory_gib=8
+
+What stands after -- are options of medha serve, for the server that checkpoint=DIR starts.
 """
 
 _END_TIMEOUT_S = 20.0  # for a server of ours to end in order
@@ -87,15 +89,23 @@ def run(words: Sequence[str]) -> int:
 
 
 def with_file_keys(words: Sequence[str]) -> list[str]:
-    """The words, the first two that are no options being the files."""
+    """The words, the first two that are no options being the files, and those after -- the server's."""
     keys = iter(("input", "output"))
     named = []
-    for word in words:
+    place = words.index("--") if "--" in words else len(words)
+    for word in words[:place]:
         is_file = not word.startswith("-") and "=" not in word
         key = next(keys, None) if is_file else None
         # Quoted: names of files may hold what has a meaning in options.
-        named.append(f"{key}='{word}'" if key is not None else word)
+        named.append(f"{key}={_quoted(word)}" if key is not None else word)
+    if words[place + 1 :]:
+        named.append(f"serve=[{','.join(map(_quoted, words[place + 1 :]))}]")
     return named
+
+
+def _quoted(word: str) -> str:
+    escaped = word.replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def run_batch(options: BatchOptions) -> int:
@@ -158,7 +168,8 @@ def _server(options: BatchOptions) -> Iterator[str]:
     if options.checkpoint is None:
         yield options.url
         return
-    command = [sys.executable, "-m", "megatron_medha", "serve", f"checkpoint='{options.checkpoint}'", "server.port=0"]
+    checkpoint = f"checkpoint={_quoted(str(options.checkpoint))}"
+    command = [sys.executable, "-m", "megatron_medha", "serve", checkpoint, "server.port=0"]
     command.append("server.logs_requests=false")  # the rows tell, and the bar would be torn
     process = subprocess.Popen(
         [*command, *options.serve], stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -9,7 +9,7 @@ import pytest
 from fake_engine import FakeEngine
 from running_server import Running, StartServer
 
-from megatron_medha.commands.run_batch import run
+from megatron_medha.commands.run_batch import run, with_file_keys
 from megatron_medha.core.errors import ConfigError
 
 
@@ -94,9 +94,16 @@ def test_nothing_of_another_file_is_lost(server: Running, tmp_path: Path) -> Non
         assert out.read_text() == text and [path.name for path in tmp_path.iterdir()].count("out.jsonl.kept") == 0
 
 
+def test_the_words_of_the_command_line_find_their_keys() -> None:
+    words = ["it's.jsonl", "url=http://x", "b.jsonl", "--", "parallel.tp=2", "model=auto"]
+    assert with_file_keys(words) == [
+        "input='it\\'s.jsonl'", "url=http://x", "output='b.jsonl'", "serve=['parallel.tp=2','model=auto']",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "key"),
-    [(["url=ftp://x"], "url"), (["concurrency=0"], "concurrency"), (["serve=[a=1]"], "serve"),
+    [(["url=ftp://x"], "url"), (["concurrency=0"], "concurrency"), (["--", "a=1"], "serve"),
      (["url=http://127.0.0.1:9"], "url"), (["max_tries=0"], "max_tries"),
      (["request_timeout_s=0"], "request_timeout_s")],
 )  # fmt: skip
