@@ -39,8 +39,8 @@ setup(
         "safetensors>=0.5",
         "tokenizers>=0.21",
         # Structured output. No torch, no other packages, 3 MB, one wheel for every Python; xgrammar needs torch and
-        # transformers, which the front process must not load.
-        "llguidance>=1.6,<2",
+        # transformers, which the front process must not load. 1.6 takes one end token only, models have several.
+        "llguidance>=1.9.1,<2",
         "jinja2>=3.1",
         "prometheus-client>=0.21",
         "tqdm>=4.66",
