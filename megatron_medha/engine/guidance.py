@@ -41,8 +41,13 @@ class GrammarCompiler:
 
         stop_token_ids: at least one; what may follow once the grammar is satisfied.
         """
-        import llguidance
-
+        try:
+            import llguidance
+        except ModuleNotFoundError:
+            raise GrammarError(
+                "structured output needs llguidance, which is not installed on the server: "
+                "pip install 'llguidance>=1.9.1,<2'"
+            ) from None
         try:
             self._tokenizer = llguidance.LLTokenizer(
                 tokenizer_json, n_vocab=_num_ids(tokenizer_json, vocab_size), eos_token=list(stop_token_ids)
