@@ -38,6 +38,9 @@ setup(
         "msgspec>=0.19",
         "safetensors>=0.5",
         "tokenizers>=0.21",
+        # Structured output. No torch, no other packages, 3 MB, one wheel for every Python; xgrammar needs torch and
+        # transformers, which the front process must not load. 1.6 takes one end token only, models have several.
+        "llguidance>=1.9.1,<2",
         "jinja2>=3.1",
         "prometheus-client>=0.21",
         "tqdm>=4.66",
@@ -59,7 +62,8 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "httpx>=0.27",
-            "openai>=1.60",
+            "openai>=1.66",  # the first with responses
+            "jsonschema>=4.20",
             "transformers>=5.0,<6",
             "matplotlib>=3.9",
             "ruff>=0.8",

@@ -209,7 +209,13 @@ class ServeConfig:
 def serve_config(options: ServeOptions) -> ServeConfig:
     """The options, checked against each other and against this machine. Raises ConfigError."""
     _check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
-    world = _simulated_model(options) if options.runtime is RuntimeKind.SIM else rank_config(options)
+    world: RankConfig | SimulatedModel
+    if options.runtime is RuntimeKind.SIM:
+        world = _simulated_model(options)
+    else:
+        world = rank_config(options)
+        if options.tokenizer is not None:
+            world = msgspec.structs.replace(world, tokenizer=str(_tokenizer(options)))
     return ServeConfig(
         world=world,
         num_replicas=options.parallel.dp,

@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "explain": Command("megatron_medha.commands.explain", "say why a simulated request waited, step by step"),
     "plan": Command("megatron_medha.commands.plan", "find the layout that meets a target with the fewest GPUs"),
     "bench": Command("megatron_medha.commands.bench", "put a running server under load and measure it"),
+    "run-batch": Command("megatron_medha.commands.run_batch", "answer a file of requests, OpenAI's batch format"),
     "report": Command("megatron_medha.commands.report", "put runs side by side on one page"),
     "replay": Command("megatron_medha.commands.replay", "check that a decision log replays to the same batches"),
     "selftest": Command("megatron_medha.commands.selftest", "throw nonsense at a running server and see it hold"),

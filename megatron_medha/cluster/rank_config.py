@@ -16,6 +16,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     front_endpoint: str              # ZeroMQ address of the front's ROUTER socket
     key_file: str | None = None      # keys of an encrypted connection (cluster/keys.py); None: it is not encrypted
     checkpoint: str                  # directory: Megatron torch_dist or Hugging Face safetensors
+    tokenizer: str | None = None     # directory with tokenizer.json, read for structured output; None: the checkpoint
     device: str = "auto"             # auto, cpu, cuda
     dtype: str = "auto"              # auto (the checkpoint's own), float32, bfloat16
     block_size: int | None = None    # tokens per KV block; None: what the attention backend works best with

@@ -100,6 +100,7 @@ async def selftest(config: SelftestConfig) -> list[Group]:
     kinds: list[tuple[str, Iterable[Case]]] = [
         ("broken JSON", (_posted(wire, path, body) for path, body in cases.broken_bodies())),
         ("wrong fields", (_posted(wire, path, body) for path, body in cases.wrong_fields())),
+        ("hostile grammars", (_posted(wire, path, body) for path, body in cases.hostile_grammars())),
         ("random bodies", (_posted(wire, *case) for case in cases.random_bodies(rng, config.num_random))),
         ("no HTTP", (_sent(wire, raw) for raw in cases.raw_requests(rng))),
         ("half-closed sockets", (_half_closed(wire, body) for body, _ in cases.long_streams(rng, 10))),

@@ -7,7 +7,8 @@ import random
 from collections.abc import Iterator
 
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
-PATHS = (COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE)
+RESPONSES = "/v1/responses"
+PATHS = (COMPLETIONS, CHAT, RESPONSES, TOKENIZE, DETOKENIZE)
 
 # As JSON text, since not all of it is what json.dumps would write.
 NASTY = (
@@ -22,11 +23,14 @@ FIELDS = (
     "frequency_penalty", "logit_bias", "priority", "service_tier", "user", "return_token_ids", "response_format",
     "prompt", "best_of", "echo", "logprobs", "suffix", "add_special_tokens", "messages", "max_completion_tokens",
     "chat_template", "chat_template_kwargs", "top_logprobs", "tools", "tool_choice", "functions", "tokens",
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "parallel_tool_calls",
+    "input", "instructions", "max_output_tokens", "text", "store", "previous_response_id", "background", "metadata",
 )  # fmt: skip
-LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
+LENGTH_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 VALID = {
     COMPLETIONS: {"prompt": '"abc"', "max_tokens": "2"},
     CHAT: {"messages": '[{"role":"user","content":"hi"}]', "max_tokens": "2"},
+    RESPONSES: {"input": '"hi"', "max_output_tokens": "2"},
     TOKENIZE: {"prompt": '"abc"'},
     DETOKENIZE: {"tokens": "[1,2]"},
 }
@@ -61,9 +65,56 @@ def wrong_fields() -> Iterator[tuple[str, bytes]]:
     for path in PATHS:
         for field in FIELDS:
             for value in NASTY:
-                if field in LENGTH_FIELDS and value == "null" and path == CHAT:
+                if field in LENGTH_FIELDS and value == "null" and path in (CHAT, RESPONSES):
                     continue
                 yield path, as_json({**VALID[path], field: value})
+
+
+def hostile_grammars() -> Iterator[tuple[str, bytes]]:
+    """Schemas, regexes and grammars that are wrong, huge, deep or slow, in every field that takes one."""
+    doubled = {f"d{depth}": {"allOf": [{"$ref": f"#/$defs/d{depth + 1}"}] * 2} for depth in range(30)}
+    among = {"anyOf": [{"type": "object", "properties": {f"p{place}": {"$ref": "#"}}} for place in range(500)]}
+    deep: dict[str, object] = {}
+    for _ in range(100):
+        deep = {"type": "array", "items": deep}
+    schemas: tuple[object, ...] = (
+        {"type": "nothing"}, {"type": 5}, {"properties": [1]}, {"required": "a"}, {"enum": []}, {"$ref": "#/no"}, False,
+        {"$ref": "http://127.0.0.1:1/x"}, {"$ref": "file:///etc/passwd"},
+        {"allOf": [{"type": "string"}, {"type": "null"}]},
+        {"$defs": {**doubled, "d30": {"type": "object"}}, "$ref": "#/$defs/d0"}, among, deep,
+        {"type": "string", "minLength": 10**9}, {"type": "array", "items": {"type": "null"}, "minItems": 10**8},
+        {"type": "string", "pattern": "(a{1000}){1000}"}, {"type": "string", "pattern": "(a"},
+        {"type": "integer", "multipleOf": 1234567, "minimum": 3, "maximum": 10**30}, {"enum": ["x" * 60_000]},
+        {"type": "number", "minimum": 1e-300, "maximum": 1e300}, {"enum": [str(place) for place in range(6000)]},
+        {"type": "object", "properties": {str(place): {"type": "string"} for place in range(2000)}},
+        {"x-guidance": {"whitespace_pattern": "("}}, {"format": "nothing"}, {"type": "string", "format": 5},
+    )  # fmt: skip
+    regexes = (
+        "(a", "(?=a)b", "(a)\\1", "(a+)+$", "(a{1000}){1000}", "(((a{1,100}){1,100}){1,100}){1,100}", ".*a.{300}b",
+        "a?" * 2000 + "a" * 2000, "(" * 2000 + "a" + ")" * 2000, "a" * 100_000, "\\p{L}{500}", "[", "",
+        "[^\x00-\U0010ffff]",
+    )  # fmt: skip
+    rules = "".join(f'\nr{place}: "a" start' for place in range(150))
+    grammars = (
+        "start: start", "start: x", "start: start start | \"a\" | ", "root ::= root", "root ::= (", "%llguidance {",
+        "start: " + " | ".join(f"r{place}" for place in range(150)) + rules, "start: <[1000000000]>", "\x00",
+        "start: /(/",
+    )  # fmt: skip
+    for schema in schemas:
+        text = json.dumps(schema)
+        wrapped = json.dumps({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+        yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "guided_json": text})
+        yield CHAT, as_json({**VALID[CHAT], "response_format": wrapped})
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        yield CHAT, as_json({**VALID[CHAT], "tools": json.dumps([tool]), "tool_choice": '"required"'})
+        form = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+        yield RESPONSES, as_json({**VALID[RESPONSES], "text": json.dumps(form)})
+    for regex in regexes:
+        yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "structured_outputs": json.dumps({"regex": regex})})
+    for grammar in grammars:
+        yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "guided_grammar": json.dumps(grammar)})
+    for choice in ([], [""], ["a"] * 5000, ["\x00\"\\"], ["a" * 70_000]):
+        yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "guided_choice": json.dumps(choice)})
 
 
 def random_bodies(rng: random.Random, count: int) -> Iterator[tuple[str, bytes, dict[str, str]]]:

@@ -26,6 +26,7 @@ class Sampling:
     frequency_penalty: float = 0.0        # over output only
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # the model's end tokens included, unless ignore_eos
+    grammar: str | None = None            # what the output must match, in llguidance's form; None: any text
     num_logprobs: int | None = None       # None: no logprobs; 0: the chosen token's only; n: and the n best
     num_prompt_logprobs: int | None = None  # the same for every prompt position after the first
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_medha.core.batch import Output, Preempted, Rejected, TokenOut
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
+from megatron_medha.engine.guidance import GRAMMAR_FAULT
 from megatron_medha.engine.ports import Delivery, ErrorDelivery, Sink, TokenDelivery
 
 
@@ -68,7 +69,9 @@ class Streams:
                 if finish_reason is not None:
                     del self._streams[request_id]
             case Rejected():
-                self._deliveries.append(ErrorDelivery(output.request_id, output.why, output.is_client_fault))
+                # The scheduler knows of no grammars; one that turns out to be too much was its client's choice.
+                is_client_fault = output.is_client_fault or output.why.startswith(GRAMMAR_FAULT)
+                self._deliveries.append(ErrorDelivery(output.request_id, output.why, is_client_fault))
                 self.drop(output.request_id)
             case Preempted():
                 pass  # the client only sees a pause

@@ -2,15 +2,15 @@
 
 Tensor letters: T tokens, R rows (one per request), V vocabulary.
 
-Order of one draw: logit_bias, stop tokens masked while the output is shorter than min_output_tokens,
-repetition, presence and frequency penalties, temperature, top_k, top_p, min_p, one inverse-CDF draw.
+Order of one draw: what a grammar forbids, logit_bias, stop tokens masked while the output is shorter than
+min_output_tokens, repetition, presence and frequency penalties, temperature, top_k, top_p, min_p, one inverse-CDF draw.
 Log-probabilities describe the raw distribution of the model, before every step of that list
 (vLLM calls this "raw_logprobs" and has it as its default too).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,17 +72,20 @@ class Sampler:
         self._device = torch.device(device)
 
     @torch.inference_mode()
-    def sample(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledRow | None]:
+    def sample(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], allowed: Mapping[int, Tensor] | None = None
+    ) -> list[SampledRow | None]:
         """One token per row; None where the logits hold NaN, +inf or nothing finite.
 
         logits_RV: any float dtype, at least vocab_size columns; left unchanged.
+        allowed: (vocab_size,) bool by row: the only tokens that may be chosen there.
         A None row is the fault of that request alone: the caller fails it and keeps the others.
         """
         assert logits_RV.shape[0] == len(rows), f"{logits_RV.shape[0]} rows of logits for {len(rows)} requests"
         if not rows:
             return []
         raw_RV = logits_RV[:, : self._vocab_size].float()
-        edited_RV = self._edited(raw_RV, rows)
+        edited_RV = self._edited(self._allowed(raw_RV, allowed) if allowed else raw_RV, rows)
         # max carries NaN and +inf along, so a look at every logit is saved.
         best_R, greedy_R = edited_RV.max(dim=-1)
         # One look for both: on a GPU every look waits for all that is under way.
@@ -97,6 +100,12 @@ class Sampler:
             SampledRow(token_id, logprobs.get(index)) if is_sound[index] else None
             for index, token_id in enumerate(token_ids)
         ]
+
+    def _allowed(self, raw_RV: Tensor, allowed: Mapping[int, Tensor]) -> Tensor:
+        edited_RV = raw_RV.clone()
+        for r, allowed_V in allowed.items():
+            edited_RV[r].masked_fill_(~allowed_V.to(self._device), -torch.inf)
+        return edited_RV
 
     def _edited(self, raw_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """The logits after bias, stop masking and penalties; raw_RV itself when no row asks for any."""

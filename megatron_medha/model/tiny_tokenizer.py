@@ -18,11 +18,17 @@ USER_ID = NUM_BYTES + SPECIAL_TOKENS.index("<|user|>")
 ASSISTANT_ID = NUM_BYTES + SPECIAL_TOKENS.index("<|assistant|>")
 
 # A role's token, the text, the end token: also how the training text writes conversations.
+# Tools are only named: a model of this size calls them where it is made to.
 CHAT_TEMPLATE = (
+    "{%- if tools -%}{{- '<|system|>Tools: ' + (tools | tojson) -}}"
+    "{{- ' Call one as <tool_call>{\"name\": ..., \"arguments\": {...}}</tool_call><|eos|>' -}}{%- endif -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] in ['user', 'assistant', 'tool'] -%}{{- '<|' + message['role'] + '|>' -}}"
     "{%- else -%}{{- '<|system|>' -}}{%- endif -%}"
-    "{{- message['content'] -}}{{- '<|eos|>' -}}"
+    "{{- message['content'] or '' -}}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{{- '<tool_call>' + (call['function'] | tojson) + '</tool_call>' -}}{%- endfor -%}"
+    "{{- '<|eos|>' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )

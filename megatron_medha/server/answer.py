@@ -20,7 +20,7 @@ from megatron_medha.server.patience import Patience
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.streams import EngineLost, Gone, Stream
 from megatron_medha.server.traces import Ended
-from megatron_medha.server.wire_format import DONE_EVENT, WireFormat
+from megatron_medha.server.wire_format import WireFormat
 
 log = logging.getLogger(__name__)
 
@@ -209,13 +209,13 @@ class Answer(Response):
             piece = await self._next_piece(stream)
         while True:
             usage = self._usage([self._choices[piece.choice_index]]) if spec.has_continuous_usage else None
-            await self._send_part(send, wire.event(piece, usage))
+            if event := wire.event(piece, usage):
+                await self._send_part(send, event)
             if not self._num_open:
                 break
             piece = await self._next_piece(stream)
-        if spec.includes_usage:
-            await self._send_part(send, wire.usage_event(self._usage()))
-        await self._send_part(send, DONE_EVENT)
+        for event in wire.closing_events(self._usage()):
+            await self._send_part(send, event)
         await send({"type": "http.response.body", "body": b""})
 
     async def _send_comments(self, stream: Stream, send: Send) -> None:
@@ -241,8 +241,8 @@ class Answer(Response):
             await self._start(send, error.status, headers)
             await send({"type": "http.response.body", "body": body})
         elif self._spec.is_stream:
-            await self._send_part(send, b"data: " + body + b"\n\n")
-            await self._send_part(send, DONE_EVENT)
+            for event in self._wire.error_events(error):
+                await self._send_part(send, event)
             await send({"type": "http.response.body", "body": b""})
 
     async def _start(self, send: Send, status: int, headers: Mapping[str, str]) -> None:

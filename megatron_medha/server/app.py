@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.ports import EngineClient, EnginePhase
-from megatron_medha.server import chat, completion, errors, insight, openapi, tokenize
+from megatron_medha.server import chat, completion, errors, insight, openapi, responses, tokenize
 from megatron_medha.server import openai_types as types
 from megatron_medha.server.answer import Answer
 from megatron_medha.server.api import Api
@@ -27,6 +27,7 @@ from megatron_medha.server.large_prompt import decode_completion
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.metrics_page import CONTENT_TYPE, MetricsPage
 from megatron_medha.server.request_fields import decode_body, read_body, read_wishes
+from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.tokens import Tokenizer
@@ -130,6 +131,19 @@ def _add_generation_routes(app: Api, service: Service) -> None:
         body = decode_body(raw, chat.DECODER)
         spec = await chat.plan_chat(service, ready, body, wishes, arrival_s)
         return answer(request, ready, spec, chat.ChatFormat(spec, ready.tokenizer))
+
+
+    @app.post("/v1/responses", openapi_extra=openapi.operation(
+        ResponseAnswer, body=ResponsesRequest, errors=BODY_ERRORS, has_events=True))
+    async def create_response(request: Request) -> Response:
+        """Answer a chat, as OpenAI's newer clients ask for it. Nothing is stored."""
+        raw = await read_body(request, service.config)
+        arrival_s = service.engine.now_s()
+        ready = service.ready()
+        wishes = read_wishes(request.headers, service.slo)
+        body = decode_body(raw, responses.DECODER)
+        spec = await responses.plan_response(service, ready, body, wishes, arrival_s)
+        return answer(request, ready, spec, responses.ResponsesFormat(spec, body))
 
 
 def _add_token_routes(app: Api, service: Service) -> None:

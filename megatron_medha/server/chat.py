@@ -8,11 +8,12 @@ from typing import Any
 import msgspec
 
 from megatron_medha.server.chat_template import ChatTemplateError
-from megatron_medha.server.errors import bad_request
+from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.logprobs import TokenNamer, chat_logprobs, chat_token, token_namer
 from megatron_medha.server.openai_types import (
     AnswerMessage,
+    CalledFunction,
     ChatAnswer,
     ChatChoice,
     ChatChunk,
@@ -20,81 +21,108 @@ from megatron_medha.server.openai_types import (
     ChatLogprobs,
     ChatRequest,
     Delta,
+    FunctionDelta,
     Message,
     TokenizeRequest,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
     Usage,
 )
-from megatron_medha.server.prompts import encode_prompts
-from megatron_medha.server.request_fields import (
-    Wishes,
-    check_common,
-    check_num_logprobs,
-    generation_spec,
-    num_choices_of,
-    sampling_of,
-)
+from megatron_medha.server.planning import Particulars, plan
+from megatron_medha.server.prompts import RawPrompt
+from megatron_medha.server.request_fields import Wishes, num_choices_of
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
-from megatron_medha.server.wire_format import MARK, EventTemplate, encode_json, sse_event
+from megatron_medha.server.tool_calls import CallBegan, CallFinder, CallWent, Found, Said
+from megatron_medha.server.tools import CallSyntax, ToolUse, definitions_of, syntax_of_template, tool_use
+from megatron_medha.server.wire_format import (
+    DONE_EVENT,
+    MARK,
+    EventTemplate,
+    encode_json,
+    error_events,
+    sse_event,
+)
 
 DECODER = msgspec.json.Decoder(ChatRequest)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 async def plan_chat(
-    service: Service, ready: Ready, body: ChatRequest, wishes: Wishes, arrival_s: float
+    service: Service,
+    ready: Ready,
+    body: ChatRequest,
+    wishes: Wishes,
+    arrival_s: float,
+    *,
+    id_prefix: str = "chatcmpl",
 ) -> GenerationSpec:
     """Check a request, render its messages and encode them; ApiError 4xx says what is wrong."""
     config = service.config
-    model = service.model_name(body.model)
-    check_common(body)
-    if (body.tools or body.functions) and body.tool_choice != "none":
-        raise bad_request("tools: tool calls are not supported", "tools", "unsupported_parameter")
+    if body.functions:
+        raise bad_request("functions: send them as tools", "functions", "unsupported_parameter")
+    tools = chat_tools(service, ready, body.tools, body.tool_choice, body.parallel_tool_calls)
     n = num_choices_of(body, config)
-    if body.top_logprobs is not None:
-        if not body.logprobs:
-            raise bad_request("top_logprobs: only together with logprobs=true", "top_logprobs")
-        check_num_logprobs(body.top_logprobs, config, "top_logprobs")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise bad_request("top_logprobs: only together with logprobs=true", "top_logprobs")
     max_tokens, max_tokens_param = body.max_tokens, "max_tokens"
     if body.max_completion_tokens is not None:
         max_tokens, max_tokens_param = body.max_completion_tokens, "max_completion_tokens"
     if max_tokens == 0:
         raise bad_request(f"{max_tokens_param}: expected at least 1", max_tokens_param)
-    sampling = sampling_of(
-        body,
-        ready,
-        config,
-        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        num_prompt_logprobs=None,
-        max_tokens=max_tokens,
-    )
-    service.admission.check_places(config, n)
-    text = await render_messages(service, ready, body.messages, body)
-    prompts = await encode_prompts(
+
+    async def read_prompts() -> Sequence[RawPrompt]:
+        return [await render_messages(service, ready, body.messages, body, definitions_of(tools))]
+
+    return await plan(
         service,
         ready,
-        [text],
-        max_tokens=max_tokens,
-        default_max_tokens=None,
-        add_special_tokens=adds_special_tokens(ready, body.add_special_tokens),
-        param="messages",
-        max_tokens_param=max_tokens_param,
-    )
-    return generation_spec(
-        service,
         body,
         wishes,
-        id_prefix="chatcmpl",
-        model=model,
-        arrival_s=arrival_s,
-        prompts=prompts,
-        n=n,
-        sampling=sampling,
+        arrival_s,
+        Particulars(
+            id_prefix=id_prefix,
+            num_prompts=1,
+            read_prompts=read_prompts,
+            prompt_param="messages",
+            add_special_tokens=adds_special_tokens(ready, body.add_special_tokens),
+            n=n,
+            num_drawn=n,
+            max_tokens=max_tokens,
+            max_tokens_param=max_tokens_param,
+            num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            logprobs_param="top_logprobs",
+            tools=tools,
+        ),
+    )
+
+
+def chat_tools(
+    service: Service,
+    ready: Ready,
+    tools: Sequence[Tool] | None,
+    choice: ToolChoice | str | None,
+    is_parallel: bool | None,
+) -> ToolUse | None:
+    """How an answer may call tools, with this model; ApiError 400 for what does not fit."""
+    template, configured = ready.tokenizer.template, service.config.tool_syntax
+    return tool_use(
+        tools,
+        choice,
+        is_parallel=is_parallel,
+        syntax=syntax_of_template(template.source) if configured == "auto" else CallSyntax(configured),
+        uses_tools=template.uses_tools,
     )
 
 
 async def render_messages(
-    service: Service, ready: Ready, messages: list[Message], fields: ChatRequest | TokenizeRequest
+    service: Service,
+    ready: Ready,
+    messages: list[Message],
+    fields: ChatRequest | TokenizeRequest,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The prompt's text; ApiError 400 for messages that are none, or that the template refuses."""
     if fields.chat_template is not None:
@@ -115,6 +143,7 @@ async def render_messages(
             plain,
             add_generation_prompt=not continues and adds_prompt is not False,
             continue_final_message=continues,
+            tools=tools,
             extra=fields.chat_template_kwargs,
         )
 
@@ -147,6 +176,14 @@ def _plain_message(place: int, message: Message) -> dict[str, Any]:
         raise bad_request(f"{param}.content: expected text, got none", f"{param}.content")
     plain: dict[str, Any] = msgspec.to_builtins(message)
     plain["content"] = content
+    for index, call in enumerate(message.tool_calls or ()):
+        # Templates write arguments as JSON themselves, so they get them read.
+        place_of_call = f"{param}.tool_calls[{index}].function.arguments"
+        try:
+            arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise bad_request(f"{place_of_call}: expected a JSON object as text", place_of_call) from None
+        plain["tool_calls"][index]["function"]["arguments"] = arguments
     return plain
 
 
@@ -159,10 +196,12 @@ class ChatFormat:
         self._name: TokenNamer = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
         self._num_top = spec.sampling.num_logprobs
         self._is_plain = not (
-            self._num_top is not None or spec.has_continuous_usage or spec.returns_token_ids
+            self._num_top is not None or spec.has_continuous_usage or spec.returns_token_ids or spec.tools is not None
         )
         sample = ChatChunkChoice(index=0, delta=Delta(content=MARK))
         self._template = EventTemplate(spec, self._encode_event(sample, None))
+        self._finders = [] if spec.tools is None else [CallFinder(spec.tools) for _ in range(spec.num_choices)]
+        self._untold: list[list[Piece]] = [[] for _ in self._finders]  # tokens whose text is not told yet
 
     def opening_events(self) -> Sequence[bytes]:
         """For each choice an event that says who speaks, with no text yet."""
@@ -173,40 +212,41 @@ class ChatFormat:
         return [self._encode_event(choice, None, is_opening=True) for choice in opening]
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
-        """The event of one token."""
+        """The event of one token. With tools: of what the text so far has become, which may be several or none."""
         if self._is_plain and piece.finish_reason is None:
             return self._template.fill(piece.choice_index, piece.text)
-        choice = ChatChunkChoice(
-            index=piece.choice_index,
-            delta=Delta(content=piece.text),
-            logprobs=self._logprobs([piece]),
-            finish_reason=piece.finish_reason,
-            stop_reason=piece.stop_reason if piece.finish_reason is not None else msgspec.UNSET,
-            token_ids=_token_ids([piece]) if self._spec.returns_token_ids else msgspec.UNSET,
-        )
-        return self._encode_event(choice, usage)
+        if self._finders:
+            return self._events_with_calls(piece, usage)
+        return self._event([piece], Delta(content=piece.text), piece.finish_reason, usage)
 
-    def usage_event(self, usage: Usage) -> bytes:
-        """The event after the last token: usage, and no choices."""
+    def closing_events(self, usage: Usage) -> Sequence[bytes]:
+        """Usage where the client wants it, with no choices, and the end."""
         spec = self._spec
-        return sse_event(
-            ChatChunk(id=spec.answer_id, created=spec.created, model=spec.model, choices=[], usage=usage)
-        )
+        if not spec.includes_usage:
+            return (DONE_EVENT,)
+        chunk = ChatChunk(id=spec.answer_id, created=spec.created, model=spec.model, choices=[], usage=usage)
+        return sse_event(chunk), DONE_EVENT
+
+    def error_events(self, error: ApiError) -> Sequence[bytes]:
+        """The error in place of what would have followed."""
+        return error_events(error)
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
         """The answer that is not a stream."""
         spec = self._spec
-        choices = [
-            ChatChoice(
-                index=index,
-                message=AnswerMessage(content="".join(piece.text for piece in pieces)),
-                logprobs=self._logprobs(pieces),
-                finish_reason=pieces[-1].finish_reason or "",
-                stop_reason=pieces[-1].stop_reason,
-                token_ids=_token_ids(pieces) if spec.returns_token_ids else msgspec.UNSET,
+        choices = []
+        for index, pieces in enumerate(pieces_by_choice):
+            message = read_message("".join(piece.text for piece in pieces), spec.tools)
+            choices.append(
+                ChatChoice(
+                    index=index,
+                    message=message,
+                    logprobs=self._logprobs(pieces),
+                    finish_reason=_finish_reason(pieces[-1], message.tool_calls is not msgspec.UNSET) or "",
+                    stop_reason=pieces[-1].stop_reason,
+                    token_ids=_token_ids(pieces) if spec.returns_token_ids else msgspec.UNSET,
+                )
             )
-            for index, pieces in enumerate(pieces_by_choice)
-        ]
         answer = ChatAnswer(
             id=spec.answer_id,
             created=spec.created,
@@ -216,6 +256,39 @@ class ChatFormat:
             prompt_token_ids=self._prompt_ids(),
         )
         return encode_json(answer)
+
+    def _events_with_calls(self, piece: Piece, usage: Usage | None) -> bytes:
+        finder, untold = self._finders[piece.choice_index], self._untold[piece.choice_index]
+        untold.append(piece)
+        found = finder.push(piece.text)
+        if piece.finish_reason is not None:
+            found += finder.finish()
+        deltas = [_delta_of(one) for one in found]
+        reason = _finish_reason(piece, finder.has_calls)
+        if reason is not None:
+            deltas.append(Delta())
+        events = []
+        for place, delta in enumerate(deltas):
+            is_last = place == len(deltas) - 1
+            # What is said of tokens goes with the first event they become a part of.
+            events.append(self._event(untold[:], delta, reason if is_last else None, usage))
+            untold.clear()
+            untold += [] if is_last else [piece._replace(token_id=None)]
+        return b"".join(events)
+
+    def _event(
+        self, pieces: Sequence[Piece], delta: Delta, finish_reason: str | None, usage: Usage | None
+    ) -> bytes:
+        last = pieces[-1]
+        choice = ChatChunkChoice(
+            index=last.choice_index,
+            delta=delta,
+            logprobs=self._logprobs(pieces),
+            finish_reason=finish_reason,
+            stop_reason=last.stop_reason if finish_reason is not None else msgspec.UNSET,
+            token_ids=_token_ids(pieces) if self._spec.returns_token_ids else msgspec.UNSET,
+        )
+        return self._encode_event(choice, usage)
 
     def _encode_event(self, choice: ChatChunkChoice, usage: Usage | None, *, is_opening: bool = False) -> bytes:
         spec = self._spec
@@ -243,6 +316,41 @@ class ChatFormat:
                 if piece.token_id is not None and piece.logprobs is not None
             ]
         )
+
+
+def read_message(text: str, tools: ToolUse | None) -> AnswerMessage:
+    """An answer's text as message, its calls told from it."""
+    if tools is None:
+        return AnswerMessage(content=text)
+    finder = CallFinder(tools)
+    content, calls = "", []
+    for found in [*finder.push(text), *finder.finish()]:
+        match found:
+            case Said():
+                content += found.text
+            case CallBegan():
+                calls.append(ToolCall(id=found.call_id, function=CalledFunction(name=found.name, arguments="")))
+            case CallWent():
+                calls[found.index].function.arguments += found.arguments
+    if not calls:
+        return AnswerMessage(content=content)
+    return AnswerMessage(content=content or None, tool_calls=calls)
+
+
+def _delta_of(found: Found) -> Delta:
+    match found:
+        case Said():
+            return Delta(content=found.text)
+        case CallBegan():
+            function = FunctionDelta(name=found.name, arguments="")
+            call = ToolCallDelta(index=found.index, id=found.call_id, type="function", function=function)
+        case CallWent():
+            call = ToolCallDelta(index=found.index, function=FunctionDelta(arguments=found.arguments))
+    return Delta(tool_calls=[call])
+
+
+def _finish_reason(piece: Piece, has_calls: bool) -> str | None:
+    return "tool_calls" if has_calls and piece.finish_reason == "stop" else piece.finish_reason
 
 
 def _token_ids(pieces: Sequence[Piece]) -> list[int]:

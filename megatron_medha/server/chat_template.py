@@ -22,8 +22,10 @@ class ChatTemplate:
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
         self.is_plain = source is None
+        self.source = source
         self._special_tokens = dict(special_tokens)
-        self._template = _compile(source if source is not None else PLAIN_TEMPLATE)
+        self._template, variables = _compile(source if source is not None else PLAIN_TEMPLATE)
+        self.uses_tools = "tools" in variables
 
     def render(
         self,
@@ -31,10 +33,13 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text; ChatTemplateError if the template refuses the messages."""
         variables: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **(extra or {})}
+        if tools:
+            variables["tools"] = [dict(tool) for tool in tools]
         variables["messages"] = [dict(message) for message in messages]
         variables["add_generation_prompt"] = add_generation_prompt
         try:
@@ -55,10 +60,12 @@ def _cut_after(text: str, final_content: str) -> str:
     return text[: place + len(content)]
 
 
-def _compile(source: str) -> Any:
+def _compile(source: str) -> tuple[Any, set[str]]:
+    """The template, and the variables it reads without setting them."""
     # Jinja takes 60 ms to import: inside, so that a tokenizer loaded on a thread pays for it there.
     import jinja2
     import jinja2.ext
+    import jinja2.meta
     import jinja2.nodes
     import jinja2.sandbox
 
@@ -82,7 +89,7 @@ def _compile(source: str) -> Any:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = _strftime_now
     try:
-        return environment.from_string(source)
+        return environment.from_string(source), jinja2.meta.find_undeclared_variables(environment.parse(source))
     except jinja2.exceptions.TemplateSyntaxError as error:
         raise ChatTemplateError(f"the chat template has a mistake in line {error.lineno}: {error}") from error
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.detokenizer import make_detokenizer
-from megatron_medha.server.errors import bad_request
+from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import GenerationSpec, Piece, Prompt
 from megatron_medha.server.logprobs import (
     TokenNamer,
@@ -23,18 +24,19 @@ from megatron_medha.server.openai_types import (
     CompletionRequest,
     Usage,
 )
-from megatron_medha.server.prompts import encode_prompts, split_prompts
-from megatron_medha.server.request_fields import (
-    Wishes,
-    check_common,
-    check_num_logprobs,
-    generation_spec,
-    num_choices_of,
-    sampling_of,
-)
+from megatron_medha.server.planning import Particulars, plan
+from megatron_medha.server.prompts import RawPrompt, split_prompts
+from megatron_medha.server.request_fields import Wishes, num_choices_of
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
-from megatron_medha.server.wire_format import MARK, EventTemplate, encode_json, sse_event
+from megatron_medha.server.wire_format import (
+    DONE_EVENT,
+    MARK,
+    EventTemplate,
+    encode_json,
+    error_events,
+    sse_event,
+)
 
 
 async def plan_completion(
@@ -42,49 +44,62 @@ async def plan_completion(
 ) -> GenerationSpec:
     """Check a request and encode its prompts; ApiError 4xx says what is wrong."""
     config = service.config
-    model = service.model_name(body.model)
-    check_common(body)
     if body.suffix:
-        raise bad_request("suffix: filling in between is not supported", "suffix", "unsupported_parameter")
+        raise bad_request(
+            "suffix: filling in between is not supported; put all of the text into the prompt", "suffix",
+            "unsupported_parameter",
+        )  # fmt: skip
     n = num_choices_of(body, config)
-    if body.best_of is not None and body.best_of != n:
-        raise bad_request(f"best_of: only best_of == n is supported, n is {n}", "best_of", "unsupported_parameter")
-    if body.logprobs is not None:
-        check_num_logprobs(body.logprobs, config, "logprobs")
-    max_tokens = body.max_tokens
-    is_echo = bool(body.echo)
-    sampling = sampling_of(
-        body,
-        ready,
-        config,
-        num_logprobs=body.logprobs,
-        num_prompt_logprobs=body.logprobs if is_echo else None,
-        max_tokens=max_tokens,
-    )
     raw_prompts = split_prompts(body.prompt, config.max_prompts)
-    service.admission.check_places(config, len(raw_prompts) * n)
-    prompts = await encode_prompts(
+
+    async def read_prompts() -> Sequence[RawPrompt]:
+        return raw_prompts
+
+    return await plan(
         service,
         ready,
-        raw_prompts,
-        max_tokens=max_tokens,
-        default_max_tokens=max(config.default_max_output_tokens, sampling.min_output_tokens),
-        add_special_tokens=body.add_special_tokens is not False,
-        param="prompt",
-    )
-    return generation_spec(
-        service,
         body,
         wishes,
-        id_prefix="cmpl",
-        model=model,
-        arrival_s=arrival_s,
-        prompts=prompts,
-        n=n,
-        sampling=sampling,
-        is_echo=is_echo,
-        discards_output=max_tokens == 0,
+        arrival_s,
+        Particulars(
+            id_prefix="cmpl",
+            num_prompts=len(raw_prompts),
+            read_prompts=read_prompts,
+            prompt_param="prompt",
+            add_special_tokens=body.add_special_tokens is not False,
+            n=n,
+            num_drawn=_num_drawn(body, n, config),
+            max_tokens=body.max_tokens,
+            default_max_tokens=config.default_max_output_tokens,
+            num_logprobs=body.logprobs,
+            is_echo=bool(body.echo),
+        ),
     )
+
+
+def _num_drawn(body: CompletionRequest, n: int, config: ServerConfig) -> int:
+    if body.best_of is None or body.best_of == n:
+        return n
+    if body.best_of < n:
+        raise bad_request(f"best_of: expected at least n={n}, got {body.best_of}", "best_of")
+    if body.best_of > config.max_n:
+        raise bad_request(f"best_of: at most {config.max_n} (server.max_n)", "best_of")
+    if body.stream:
+        raise bad_request("best_of: not with stream, since the best is known only in the end", "best_of")
+    return body.best_of
+
+
+def _best(pieces_by_choice: Sequence[Sequence[Piece]], spec: GenerationSpec) -> list[Sequence[Piece]]:
+    """Of each prompt's choices those with the highest cumulative log-probability, numbered anew."""
+    best: list[Sequence[Piece]] = []
+    for first in range(0, len(pieces_by_choice), spec.n):
+        of_prompt = sorted(pieces_by_choice[first : first + spec.n], key=_cumulative_logprob, reverse=True)
+        best += of_prompt[: spec.num_answered]
+    return [[piece._replace(choice_index=index) for piece in pieces] for index, pieces in enumerate(best)]
+
+
+def _cumulative_logprob(pieces: Sequence[Piece]) -> float:
+    return sum(piece.logprobs.logprob for piece in pieces if piece.logprobs is not None)
 
 
 class CompletionFormat:
@@ -94,7 +109,7 @@ class CompletionFormat:
         self._spec = spec
         self._tokenizer = tokenizer
         self._name: TokenNamer = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
-        self._has_logprobs = spec.sampling.num_logprobs is not None
+        self._has_logprobs = spec.has_logprobs
         self._is_plain = not (self._has_logprobs or spec.has_continuous_usage or spec.returns_token_ids)
         self._template = EventTemplate(spec, self._encode_event(CompletionChoice(index=0, text=MARK), None))
         self._echo_by_prompt: dict[int, str] = {}
@@ -110,12 +125,18 @@ class CompletionFormat:
             return self._template.fill(piece.choice_index, piece.text)
         return self._encode_event(self._choice([piece]), usage)
 
-    def usage_event(self, usage: Usage) -> bytes:
-        """The event after the last token: usage, and no choices."""
-        return sse_event(self._answer([], usage))
+    def closing_events(self, usage: Usage) -> Sequence[bytes]:
+        """Usage where the client wants it, with no choices, and the end."""
+        return (sse_event(self._answer([], usage)), DONE_EVENT) if self._spec.includes_usage else (DONE_EVENT,)
+
+    def error_events(self, error: ApiError) -> Sequence[bytes]:
+        """The error in place of what would have followed."""
+        return error_events(error)
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
         """The answer that is not a stream."""
+        if self._spec.num_answered < self._spec.n:
+            pieces_by_choice = _best(pieces_by_choice, self._spec)
         return encode_json(self._answer([self._choice(pieces) for pieces in pieces_by_choice], usage))
 
     def _encode_event(self, choice: CompletionChoice, usage: Usage | None) -> bytes:
@@ -131,7 +152,7 @@ class CompletionFormat:
     def _choice(self, pieces: Sequence[Piece]) -> CompletionChoice:
         spec = self._spec
         first, last = pieces[0], pieces[-1]
-        prompt_index = first.choice_index // spec.n
+        prompt_index = first.choice_index // spec.num_answered
         prompt = spec.prompts[prompt_index]
         text = "".join(piece.text for piece in pieces)
         is_begin = spec.is_echo and first.is_first

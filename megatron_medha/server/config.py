@@ -14,6 +14,7 @@ FIXED_FIELDS = (
     "host", "port", "served_model_names", "tls_certificate", "tls_key", "keepalive_timeout_s", "head_timeout_s",
     "max_head_bytes", "max_connections",
 )  # fmt: skip
+TOOL_SYNTAXES = ("auto", "hermes", "llama3_json")
 SECRET_FIELDS = ("api_key", "admin_key")
 
 
@@ -47,7 +48,11 @@ class ServerConfig:
     max_stop_string_chars: int = 1024         # text up to this long may be held back from the client
     max_stop_token_ids: int = 128
     max_logit_bias: int = 1024                # entries; the rank applies them one by one
+    max_schema_chars: int = 65_536            # of a JSON schema, and of all tools together; OpenAI allows 120,000
+    max_regex_chars: int = 4_096              # of a regex or a grammar: hostile ones of 8 KiB take seconds to compile
+    grammar_timeout_s: float = 2.0            # to compile one; a rank compiles it too, and others wait meanwhile
     max_logprobs: int = 20                    # OpenAI's limit for chat, vLLM's default
+    tool_syntax: str = "auto"                 # how the model writes calls: hermes, llama3_json; auto: see its template
     default_max_output_tokens: int = 16       # of /v1/completions, OpenAI's number; chat takes what fits
     refuses_late: bool = False                # whether to answer 429 where the first token is predicted to be late
     request_timeout_s: float | None = 3600.0  # from arrival to the last token; a 10M-token prompt takes tens of minutes
@@ -84,6 +89,8 @@ class ServerConfig:
                 f"server.host={self.host} is reachable from elsewhere and no key is needed; give server.api_key or "
                 "server.api_key_file, or say server.is_open_to_all=true"
             )
+        if self.tool_syntax not in TOOL_SYNTAXES:
+            raise ConfigError(f"server.tool_syntax={self.tool_syntax} is not one of {', '.join(TOOL_SYNTAXES)}")
         self._check_numbers()
 
     def _check_numbers(self) -> None:

@@ -14,6 +14,7 @@ from megatron_medha.server.detokenizer import make_detokenizer
 from megatron_medha.server.slo import SloClass
 from megatron_medha.server.stop_strings import StopMatcher
 from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.server.tools import ToolUse
 
 SEED_MASK = 2**63 - 1
 
@@ -36,7 +37,8 @@ class GenerationSpec:
     model: str
     arrival_s: float
     prompts: tuple[Prompt, ...]
-    n: int
+    n: int                       # choices of each prompt that are generated
+    num_answered: int            # and of those, how many are answered: the best ones
     sampling: Sampling           # without seed and length, which differ by choice
     seed: int
     priority: int = 0
@@ -52,10 +54,12 @@ class GenerationSpec:
     has_progress: bool = False     # comments while the prompt is computed; of effect on streams
     includes_usage: bool = False
     has_continuous_usage: bool = False
+    has_logprobs: bool = False     # whether they are answered; they may be there for choosing alone
     is_echo: bool = False
     discards_output: bool = False  # max_tokens 0: the prompt is what the client wants to know about
     names_tokens_by_id: bool = False
     returns_token_ids: bool = False
+    tools: ToolUse | None = None   # None: whatever the answer says is text
 
     @property
     def num_choices(self) -> int:

@@ -24,6 +24,33 @@ class StreamOptions(Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchemaFormat(Struct, kw_only=True):
+    """The schema an answer must match. An answer always does, also where `strict` is not set."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, kw_only=True):
+    """What form an answer takes: text, json_object or json_schema."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Struct, kw_only=True):
+    """vLLM's way to say what an answer must match: one of these."""
+
+    json: dict[str, Any] | str | bool | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    structural_tag: Any = None  # refused
+
+
 class SharedFields(Struct, kw_only=True):
     """What both kinds of completion understand."""
 
@@ -52,7 +79,12 @@ class SharedFields(Struct, kw_only=True):
     user: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | bool | None = None  # vLLM's older names for the same
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class CompletionRequest(SharedFields, kw_only=True):
@@ -64,6 +96,50 @@ class CompletionRequest(SharedFields, kw_only=True):
     logprobs: Count | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None
+
+
+class FunctionDefinition(Struct, kw_only=True, omit_defaults=True):
+    """A function that a chat may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # JSON schema of its arguments
+    strict: bool | None = None
+
+
+class Tool(Struct, kw_only=True):
+    """A tool that a chat may call."""
+
+    type: str
+    function: FunctionDefinition
+
+
+class NamedFunction(Struct, kw_only=True):
+    """A function by its name."""
+
+    name: str
+
+
+class ToolChoice(Struct, kw_only=True):
+    """The tool that must be called."""
+
+    type: str
+    function: NamedFunction
+
+
+class CalledFunction(Struct, kw_only=True):
+    """Which function was called, and with what."""
+
+    name: str
+    arguments: str  # JSON
+
+
+class ToolCall(Struct, kw_only=True):
+    """A call that the model made."""
+
+    id: str
+    type: str = "function"
+    function: CalledFunction
 
 
 class ContentPart(Struct, kw_only=True):
@@ -79,7 +155,7 @@ class Message(Struct, kw_only=True, omit_defaults=True):
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -94,8 +170,9 @@ class ChatRequest(SharedFields, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
 
@@ -111,6 +188,7 @@ class TokenizeRequest(Struct, kw_only=True):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
     return_token_strs: bool | None = None
 
 
@@ -196,8 +274,25 @@ class AnswerMessage(Struct, kw_only=True):
     """What the assistant said."""
 
     role: str = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+class FunctionDelta(Struct, kw_only=True):
+    """What one event adds to a call: its name, or a piece of its arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallDelta(Struct, kw_only=True):
+    """What one event adds to one of an answer's calls."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
 
 
 class Delta(Struct, kw_only=True):
@@ -205,6 +300,7 @@ class Delta(Struct, kw_only=True):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):

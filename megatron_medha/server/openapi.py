@@ -8,11 +8,12 @@ import msgspec
 
 from megatron_medha.server import openai_types as types
 from megatron_medha.server.errors import ErrorAnswer
+from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
 
 BODIES = (
     types.CompletionRequest, types.CompletionAnswer, types.ChatRequest, types.ChatAnswer, types.TokenizeRequest,
     types.TokenizeAnswer, types.DetokenizeRequest, types.DetokenizeAnswer, types.Model, types.ModelList,
-    types.Readiness, types.Reloaded, types.Version, ErrorAnswer,
+    types.Readiness, types.Reloaded, types.Version, ResponsesRequest, ResponseAnswer, ErrorAnswer,
 )
 REF_TEMPLATE = "#/components/schemas/{name}"
 

@@ -17,9 +17,8 @@ from starlette.requests import ClientDisconnect, Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
-from megatron_medha.server.generation import GenerationSpec, Prompt
 from megatron_medha.server.openai_types import SharedFields
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.service import Ready
 from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 
 T = TypeVar("T")
@@ -129,53 +128,6 @@ def seed_of(fields: SharedFields) -> int:
     return fields.seed & MAX_INT64
 
 
-def generation_spec(
-    service: Service,
-    fields: SharedFields,
-    wishes: Wishes,
-    *,
-    id_prefix: str,
-    model: str,
-    arrival_s: float,
-    prompts: tuple[Prompt, ...],
-    n: int,
-    sampling: Sampling,
-    is_echo: bool = False,
-    discards_output: bool = False,
-) -> GenerationSpec:
-    """All that both kinds of completion take from their shared fields; ApiError 400 names the one that is wrong."""
-    options = fields.stream_options
-    slo_class = class_of(fields, wishes, service.slo)
-    slo = service.slo.find(slo_class)
-    return GenerationSpec(
-        answer_id=draw_answer_id(id_prefix),
-        created=created_unix_s(),
-        model=model,
-        arrival_s=arrival_s,
-        prompts=prompts,
-        n=n,
-        sampling=sampling,
-        seed=seed_of(fields),
-        priority=priority_of(fields, slo.priority),
-        slo=slo,
-        slo_class=slo_class,
-        ttft_slo_s=wishes.ttft_s,
-        tpot_slo_s=wishes.tpot_s,
-        stops=stops_of(fields, service.config),
-        client_stop_ids=frozenset(fields.stop_token_ids or ()),
-        includes_stop=bool(fields.include_stop_str_in_output),
-        skips_special_tokens=fields.skip_special_tokens is not False,
-        is_stream=bool(fields.stream),
-        has_progress=service.config.sse_progress_s is not None if wishes.has_progress is None else wishes.has_progress,
-        includes_usage=bool(options and options.include_usage),
-        has_continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
-        is_echo=is_echo,
-        discards_output=discards_output,
-        names_tokens_by_id=bool(fields.return_tokens_as_token_ids),
-        returns_token_ids=bool(fields.return_token_ids),
-    )
-
-
 def class_of(fields: SharedFields, wishes: Wishes, slo: SloConfig) -> str:
     """The SLO class: of the header, of the service tier (OpenAI's, or a class by its name), or the default."""
     tier = fields.service_tier
@@ -224,6 +176,7 @@ def sampling_of(
     num_logprobs: int | None,
     num_prompt_logprobs: int | None,
     max_tokens: int | None,
+    grammar: str | None,
 ) -> Sampling:
     """Sampling parameters; seed and length are filled in per choice."""
     min_tokens = fields.min_tokens or 0
@@ -251,6 +204,7 @@ def sampling_of(
         stop_token_ids=tuple(dict.fromkeys((*model_stop_ids, *client_stop_ids))),
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
+        grammar=grammar,
     )
 
 
@@ -261,12 +215,7 @@ def check_num_logprobs(num_logprobs: int, config: ServerConfig, param: str) -> N
 
 
 def check_common(fields: SharedFields) -> None:
-    """ApiError 400 for what we cannot do and would not pass over in silence."""
-    kind = (fields.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise bad_request(
-            "response_format: only {\"type\": \"text\"} is supported", "response_format", "unsupported_parameter"
-        )
+    """ApiError 400 for what contradicts itself and we would not pass over in silence."""
     if fields.stream_options is not None and not fields.stream:
         raise bad_request("stream_options: only together with stream=true", "stream_options")
 

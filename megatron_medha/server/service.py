@@ -16,6 +16,7 @@ from megatron_medha.server.admission import Admission, retry_after
 from megatron_medha.server.config import FIXED_FIELDS, ServerConfig
 from megatron_medha.server.errors import ApiError
 from megatron_medha.server.generation import GenerationSpec
+from megatron_medha.server.guided import Grammars
 from megatron_medha.server.journal import Journal
 from megatron_medha.server.keys import KeyRing
 from megatron_medha.server.metrics import Metrics
@@ -73,6 +74,7 @@ class Service:
         self.is_draining = False
         self.end_server: Callable[[], None] = lambda: None  # set by whoever runs the server
         self.traces = traces
+        self.grammars = Grammars()
         self._read_config = read_config
         self._num_active = 0  # HTTP requests that a drain waits for
         self._is_idle: asyncio.Event | None = None
@@ -94,6 +96,7 @@ class Service:
         await asyncio.to_thread(self.engine.stop, self.config.stop_timeout_s)
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
         self._text_threads.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
 

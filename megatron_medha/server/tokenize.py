@@ -6,11 +6,12 @@ from array import array
 
 import msgspec
 
-from megatron_medha.server.chat import adds_special_tokens, render_messages
+from megatron_medha.server.chat import adds_special_tokens, chat_tools, render_messages
 from megatron_medha.server.errors import bad_request
 from megatron_medha.server.openai_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from megatron_medha.server.prompts import check_ids
 from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.tools import definitions_of
 
 TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
 DETOKENIZE_DECODER = msgspec.json.Decoder(DetokenizeRequest)
@@ -22,7 +23,8 @@ async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> Tok
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("prompt: expected either prompt or messages", "prompt")
     if body.messages is not None:
-        text = await render_messages(service, ready, body.messages, body)
+        tools = chat_tools(service, ready, body.tools, "required" if body.tools else None, None)
+        text = await render_messages(service, ready, body.messages, body, definitions_of(tools))
         adds_special = adds_special_tokens(ready, body.add_special_tokens)
     else:
         text = body.prompt or ""

@@ -87,6 +87,11 @@ class Tokenizer:
         """How entries stand for text."""
         return self._kind
 
+    def as_json(self) -> str:
+        """The contents of tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> array[int]:
         """Token ids of a text, int32. With special tokens: what the post-processor and add_bos_token ask for."""
         adds = add_special_tokens and self.config.add_bos_token is not False

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from megatron_medha.server.errors import ApiError
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.openai_types import Usage
 
@@ -22,10 +23,13 @@ class WireFormat(Protocol):
         """Events before the first token."""
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
-        """The event of one token; usage where the client wants it in every event."""
+        """The event of one token, none or several; usage where the client wants it in every event."""
 
-    def usage_event(self, usage: Usage) -> bytes:
-        """The event after the last token."""
+    def closing_events(self, usage: Usage) -> Sequence[bytes]:
+        """Events after the last token."""
+
+    def error_events(self, error: ApiError) -> Sequence[bytes]:
+        """Events that end a stream which has begun."""
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
         """The answer that is not a stream."""
@@ -34,6 +38,11 @@ class WireFormat(Protocol):
 def sse_event(body: object) -> bytes:
     """One server-sent event holding this object as JSON."""
     return b"data: " + encode_json(body) + b"\n\n"
+
+
+def error_events(error: ApiError) -> Sequence[bytes]:
+    """As OpenAI's completions have it: the error object, and the end."""
+    return b"data: " + error.as_json() + b"\n\n", DONE_EVENT
 
 
 class EventTemplate:

@@ -27,6 +27,7 @@ from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
 from megatron_medha.worker.cpu_share import num_threads_of_rank
 from megatron_medha.worker.cuda_graphs import step_graphs
+from megatron_medha.worker.guided import GuidedSampling
 from megatron_medha.worker.kv_cache import allocate_kv, num_kv_blocks
 from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.rank import Rank
@@ -105,6 +106,11 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
         shard_tokens=config.max_tokens_per_shard or num_blocks * block_size,
         device=device,
         pgs=pgs,
+        guided=GuidedSampling(
+            Path(config.tokenizer or config.checkpoint) / "tokenizer.json",
+            model_config.vocab_size,
+            model_config.stop_token_ids,
+        ),
     )
     progress("warm-up", 0.0)
     warm_up(rank, num_blocks=num_blocks, block_size=block_size)

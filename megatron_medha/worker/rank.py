@@ -31,6 +31,7 @@ from megatron_medha.worker.batch_tensors import (
     step_tensors,
 )
 from megatron_medha.worker.cuda_graphs import StepGraphs
+from megatron_medha.worker.guided import GuidedSampling
 from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
@@ -75,8 +76,9 @@ class Rank:
         shard_tokens: int,
         device: torch.device,
         pgs: MedhaPGs,
+        guided: GuidedSampling | None = None,
     ) -> None:
-        """shard_tokens: of one request on one kvp rank."""
+        """shard_tokens: of one request on one kvp rank. guided: None where no request has a grammar."""
         self.model = model
         self._rank = rank
         self._config = config
@@ -94,6 +96,7 @@ class Rank:
         self._rotary = Rotary(config)
         self._staging = Staging(device)
         self._sampler = Sampler(config.vocab_size, device)
+        self._guided = guided
         self._requests = TokenStore(config.vocab_size)
         self._announced: deque[_Announced] = deque()
 
@@ -243,10 +246,17 @@ class Rank:
             )
             for request in requests
         ]
+        allowed = None
+        if any(request.sampling.grammar is not None for request in requests):
+            assert self._guided is not None, "a request has a grammar"
+            allowed = self._guided.allowed(requests)
+        all_sampled = self._sampler.sample(logits_RV, rows, allowed.by_row if allowed is not None else None)
         tokens: list[SampledToken] = []
-        for request, sampled in zip(requests, self._sampler.sample(logits_RV, rows), strict=True):
-            if sampled is None:
-                failed.append((request.request_id, "the model's output is not a number for this request"))
+        for request, sampled in zip(requests, all_sampled, strict=True):
+            fault = allowed.faults.get(request.request_id) if allowed is not None else None
+            if fault is not None or sampled is None:
+                why = fault or "the model's output is not a number for this request"
+                failed.append((request.request_id, why))
                 continue
             if self.samples_for_itself:
                 request.append(sampled.token_id)

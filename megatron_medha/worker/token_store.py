@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from megatron_medha.cluster.messages import NewRequest
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.slot_table import SlotTable
+
+if TYPE_CHECKING:
+    from megatron_medha.worker.guided import Guided
 
 _MIN_GROWTH_TOKENS = 256
 
@@ -28,6 +32,7 @@ class StoredRequest:
         self.num_tokens = len(token_ids)
         self.output_ids: list[int] = token_ids[self.num_prompt_tokens :].tolist()
         self.slot_table: SlotTable | None = None  # a chunk that starts at 0 brings a new one
+        self.guided: Guided | None = None         # where tokens are sampled, once one is, of a request with a grammar
         self.fault: str | None = _fault_of(token_ids, new.num_prompt_tokens, vocab_size)
         self._tokens = token_ids  # of any length from num_tokens on; read-only until it is first grown
         self._prompt_ids: Tensor | None = None

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from megatron_medha.bench_config import BenchOptions
 from megatron_medha.cluster import machine
 from megatron_medha.commands.arguments import Arguments, parse_arguments
+from megatron_medha.commands.run_batch import BatchOptions, with_file_keys
 from megatron_medha.commands.selftest import SelftestConfig
 from megatron_medha.compose import compose, freeze
 from megatron_medha.config import ProfileOptions, ServeOptions, serve_config
@@ -40,6 +41,7 @@ OPTIONS: dict[str, type] = {
     "profile": ProfileOptions,
     "chat": ChatConfig,
     "selftest": SelftestConfig,
+    "run-batch": BatchOptions,
 }
 NUM_WORDS = {"explain": (2, 2), "replay": (1, 1), "version": (0, 0)}
 FIRST_TRIED = 4  # of a sweep's combinations
@@ -115,7 +117,7 @@ def check(name: str, words: list[str]) -> None:
             low, high = NUM_WORDS[name]
             assert low <= len(words) <= high, f"medha {name} takes {low} to {high} words"
         return
-    arguments = parse_arguments(words)
+    arguments = parse_arguments(with_file_keys(words) if name == "run-batch" else words)
     if name == "report":
         assert arguments.wants_help or any("=" not in word for word in words), "medha report needs a directory"
         assert all("=" not in word or word.startswith("out=") for word in words)
@@ -166,7 +168,7 @@ def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> 
 def composed(name: str, overrides: tuple[str, ...], config_dir: Path | None) -> DictConfig:
     """As compose() gives it. That takes 0.3 s, so groups come from what was composed before; keys come last anyway."""
     if config_dir is not None:
-        return compose(name, OPTIONS[name], overrides, config_dir)
+        return compose(conf_of(name), OPTIONS[name], overrides, config_dir)
     config = copy.deepcopy(with_groups(name, ()))
     for word in filter(names_option, overrides):
         group = word.partition("=")[0]
@@ -177,7 +179,7 @@ def composed(name: str, overrides: tuple[str, ...], config_dir: Path | None) -> 
         # What Hydra itself does with them.
         ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(keys), config)
     except HydraException:
-        return compose(name, OPTIONS[name], overrides)  # says best what is wrong
+        return compose(conf_of(name), OPTIONS[name], overrides)  # says best what is wrong
     return config
 
 
@@ -186,7 +188,7 @@ def options_shown(name: str) -> dict[str, DictConfig]:
     """Every option that the pages give to a command, several composed at once: one of each group."""
     by_group: dict[str, list[str]] = {}
     for _, command in shown():
-        if command.words[0] == name and command.error is None:
+        if command.words[0] == name and command.error is None and name != "run-batch":
             arguments = parse_arguments(command.words[1:])
             if arguments.config_dir is None:
                 for word in filter(names_option, itertools.chain(*combinations(arguments))):
@@ -205,7 +207,12 @@ def options_shown(name: str) -> dict[str, DictConfig]:
 
 @functools.cache
 def with_groups(name: str, groups: tuple[str, ...]) -> DictConfig:
-    return compose(name, OPTIONS[name], groups)
+    return compose(conf_of(name), OPTIONS[name], groups)
+
+
+def conf_of(name: str) -> str:
+    """The file of a command in conf/."""
+    return name.replace("-", "_")
 
 
 def names_option(word: str) -> bool:

@@ -22,6 +22,22 @@ def chat(**fields: object) -> dict:
     return {"messages": HI, **fields}
 
 
+def tool(name: str = "f") -> dict:
+    return {"type": "function", "function": {"name": name}}
+
+
+def called(arguments: str) -> dict:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def nested(depth: int) -> dict:
+    schema: dict = {}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
 # path, body (an object, or raw bytes), status, param
 BAD_BODIES = [
     (COMPLETIONS, b"", 400, None),
@@ -83,7 +99,9 @@ BAD_BODIES = [
     (COMPLETIONS, prompt(n=0), 400, "n"),
     (COMPLETIONS, prompt(n=129), 400, "n"),
     (COMPLETIONS, prompt(n=10**50), 400, "n"),
-    (COMPLETIONS, prompt(best_of=2), 400, "best_of"),
+    (COMPLETIONS, prompt(best_of=2, n=3), 400, "best_of"),
+    (COMPLETIONS, prompt(best_of=129), 400, "best_of"),
+    (COMPLETIONS, prompt(best_of=2, stream=True), 400, "best_of"),
     (COMPLETIONS, prompt(seed="x"), 400, "seed"),
     (COMPLETIONS, prompt(seed=2**63), 400, "seed"),
     (COMPLETIONS, prompt(stop=""), 400, "stop"),
@@ -110,7 +128,33 @@ BAD_BODIES = [
     (COMPLETIONS, prompt(stream_options={"include_usage": True}), 400, "stream_options"),
     (COMPLETIONS, prompt(stream=True, stream_options=7), 400, "stream_options"),
     (COMPLETIONS, prompt(suffix="end"), 400, "suffix"),
-    (COMPLETIONS, prompt(response_format={"type": "json_object"}), 400, "response_format"),
+    (COMPLETIONS, prompt(response_format={"type": "xml"}), 400, "response_format.type"),
+    (COMPLETIONS, prompt(response_format={}), 400, "response_format.type"),
+    (COMPLETIONS, prompt(response_format="json"), 400, "response_format"),
+    (COMPLETIONS, prompt(response_format={"type": "json_schema"}), 400, "response_format.json_schema.schema"),
+    (COMPLETIONS, prompt(guided_json={"type": 5}), 400, "guided_json"),
+    (COMPLETIONS, prompt(guided_json="{"), 400, "guided_json"),
+    (COMPLETIONS, prompt(guided_json="[1]"), 400, "guided_json"),
+    (COMPLETIONS, prompt(guided_json=False), 400, "guided_json"),
+    (COMPLETIONS, prompt(guided_json={"minimum": 3, "maximum": 1, "type": "integer"}), 400, "guided_json"),
+    (COMPLETIONS, prompt(guided_json={"$ref": "http://127.0.0.1/schema"}), 400, "guided_json"),
+    (COMPLETIONS, prompt(guided_json={"enum": ["x" * 70_000]}), 400, "guided_json"),
+    (COMPLETIONS, prompt(guided_json={"type": "string", "pattern": "a?" * 5000}), 400, "guided_json"),
+    (COMPLETIONS, prompt(guided_json=nested(300)), 400, "guided_json"),
+    (COMPLETIONS, prompt(guided_regex="(a"), 400, "guided_regex"),
+    (COMPLETIONS, prompt(guided_regex="(?=a)b"), 400, "guided_regex"),
+    (COMPLETIONS, prompt(guided_regex="a" * 9000), 400, "guided_regex"),
+    (COMPLETIONS, prompt(guided_choice=[]), 400, "guided_choice"),
+    (COMPLETIONS, prompt(guided_choice=["a", ""]), 400, "guided_choice"),
+    (COMPLETIONS, prompt(guided_choice="a"), 400, "guided_choice"),
+    (COMPLETIONS, prompt(guided_grammar="start: x"), 400, "guided_grammar"),
+    (COMPLETIONS, prompt(guided_grammar="start: start"), 400, "guided_grammar"),
+    (COMPLETIONS, prompt(guided_grammar="no grammar"), 400, "guided_grammar"),
+    (COMPLETIONS, prompt(structured_outputs={"structural_tag": {}}), 400, "structured_outputs"),
+    (COMPLETIONS, prompt(structured_outputs={"regex": 5}), 400, "structured_outputs.regex"),
+    (COMPLETIONS, prompt(guided_regex="a", guided_choice=["a"]), 400, "guided_choice"),
+    (COMPLETIONS, prompt(guided_regex="a", ignore_eos=True), 400, "ignore_eos"),
+    (COMPLETIONS, prompt(guided_regex="a", min_tokens=2), 400, "min_tokens"),
     (COMPLETIONS, prompt(model="gpt-9"), 404, "model"),
     (COMPLETIONS, prompt(model=3), 400, "model"),
     (CHAT, {}, 400, "messages"),
@@ -130,7 +174,16 @@ BAD_BODIES = [
     (CHAT, chat(logprobs=5), 400, "logprobs"),
     (CHAT, chat(top_logprobs=2), 400, "top_logprobs"),
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
-    (CHAT, chat(tools=[{"type": "function"}]), 400, "tools"),
+    (CHAT, chat(tools=[{"type": "function"}]), 400, "tools[0].function"),
+    (CHAT, chat(tools=[{"type": "web_search", "function": {"name": "f"}}]), 400, "tools[0].type"),
+    (CHAT, chat(tools=[{"type": "function", "function": {"name": "a b"}}]), 400, "tools[0].function.name"),
+    (CHAT, chat(tools=[tool(), tool()]), 400, "tools[1].function.name"),
+    (CHAT, chat(tools=[tool(str(place)) for place in range(129)]), 400, "tools"),
+    (CHAT, chat(tools=[tool()]), 400, "tools"),  # the template has no place for them
+    (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
+    (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),
+    (CHAT, {"messages": [*HI, called("{")]}, 400, "messages[1].tool_calls[0].function.arguments"),
+    (CHAT, {"messages": [*HI, called("[1]")]}, 400, "messages[1].tool_calls[0].function.arguments"),
     (CHAT, chat(chat_template="{{ 1 }}"), 400, "chat_template"),
     (CHAT, chat(chat_template_kwargs=[1]), 400, "chat_template_kwargs"),
     (CHAT, chat(continue_final_message=True, add_generation_prompt=True), 400, "continue_final_message"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,15 @@ def rank_config(theirs: tuple[Any, Path]) -> RankConfig:
     )
 
 
-@pytest.fixture
-def front(rank_config: RankConfig) -> Front:
-    """A fresh rank in this process, and the front it answers to."""
+@pytest.fixture(scope="session")
+def front_of() -> Callable[[RankConfig], Front]:
+    """Starts a rank in this process, and the front it answers to."""
     from megatron_medha.worker.load import load_rank
 
-    return Front(*load_rank(rank_config, lambda what, fraction: None))
+    return lambda config: Front(*load_rank(config, lambda what, fraction: None))
+
+
+@pytest.fixture
+def front(rank_config: RankConfig, front_of: Callable[[RankConfig], Front]) -> Front:
+    """A fresh rank with the tiny checkpoint."""
+    return front_of(rank_config)

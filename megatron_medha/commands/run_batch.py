@@ -1,0 +1,197 @@
+"""`medha run-batch`: answers a file of requests, by a server that runs or by one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from megatron_medha.commands.arguments import parse_arguments
+from megatron_medha.commands.options_help import describe_options
+from megatron_medha.core.errors import ConfigError, MedhaError
+
+if TYPE_CHECKING:
+    from megatron_medha.bench.batch import BatchServer, Counts
+
+USAGE = """\
+usage: medha run-batch INPUT OUTPUT [key=value ...] [-- key=value ...]
+
+Sends every request of a file to a server and writes every answer into another. Both are in the format of OpenAI's
+batches: lines with custom_id, method, url and body; lines with custom_id and response or error. Interrupted, the same
+command goes on where it was. A line that is no request becomes an error row that names it. Exit code 0: every line has
+been answered with 200; 1: look at the rows that have not.
+
+examples:
+  medha run-batch requests.jsonl answers.jsonl
+  medha run-batch requests.jsonl answers.jsonl url=http://gpu-7:8000 concurrency=256
+  medha run-batch requests.jsonl answers.jsonl checkpoint=DIR -- model.kv_memory_gib=8
+
+What stands after -- are options of medha serve, for the server that checkpoint=DIR starts.
+"""
+
+_END_TIMEOUT_S = 20.0  # for a server of ours to end in order
+
+
+class BatchError(MedhaError):
+    """The batch cannot run; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions:
+    """Everything a user can say, as conf/run_batch.yaml lays it out."""
+
+    input: Path
+    output: Path
+    url: str = "http://127.0.0.1:8000"
+    checkpoint: Path | None = None
+    serve: tuple[str, ...] = ()
+    api_key: str | None = None
+    slo_class: str | None = "batch"
+    concurrency: int = 64
+    max_tries: int = 8
+    request_timeout_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if not re.match(r"https?://[^/]", self.url):
+            raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
+        if not 1 <= self.concurrency <= 10_000:
+            raise ConfigError(f"concurrency={self.concurrency}: must be between 1 and 10000")
+        if self.max_tries < 1:
+            raise ConfigError(f"max_tries={self.max_tries}: must be at least 1")
+        if self.request_timeout_s <= 0:
+            raise ConfigError(f"request_timeout_s={self.request_timeout_s:g}: must be positive")
+        if self.input == self.output:
+            raise ConfigError(f"output={self.output}: is the input too; take another file")
+        if self.serve and self.checkpoint is None:
+            raise ConfigError(f"serve={list(self.serve)}: needs checkpoint=DIR; a server that runs is not changed")
+
+
+def run(words: Sequence[str]) -> int:
+    """Answer one file."""
+    arguments = parse_arguments(with_file_keys(words))
+    if arguments.wants_help:
+        print(USAGE, describe_options("run_batch"), sep="\n", end="")
+        return 0
+    from megatron_medha.compose import as_yaml, compose, freeze
+
+    composed = compose("run_batch", BatchOptions, arguments.overrides, arguments.config_dir)
+    if arguments.shows_config:
+        print(as_yaml(composed, arguments.resolves_config), end="")
+        return 0
+    return run_batch(freeze(composed, BatchOptions))
+
+
+def with_file_keys(words: Sequence[str]) -> list[str]:
+    """The words, the first two that are no options being the files, and those after -- the server's."""
+    keys = iter(("input", "output"))
+    named = []
+    place = words.index("--") if "--" in words else len(words)
+    for word in words[:place]:
+        is_file = not word.startswith("-") and "=" not in word
+        key = next(keys, None) if is_file else None
+        # Quoted: names of files may hold what has a meaning in options.
+        named.append(f"{key}={_quoted(word)}" if key is not None else word)
+    if words[place + 1 :]:
+        named.append(f"serve=[{','.join(map(_quoted, words[place + 1 :]))}]")
+    return named
+
+
+def _quoted(word: str) -> str:
+    escaped = word.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def run_batch(options: BatchOptions) -> int:
+    """One batch with its output; 0 if every line has been answered."""
+    from tqdm import tqdm
+
+    from megatron_medha.bench.batch import BatchServer, custom_ids, keep_done, num_rows
+
+    num_lines = num_rows(options.input)
+    done = keep_done(options.output, lambda: custom_ids(options.input))
+    if len(done) == num_lines:
+        print(f"{num_lines:,} rows: all were answered; {options.output}")
+        return 0
+    headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
+    if options.slo_class is not None:
+        headers["x-slo-class"] = options.slo_class
+    with _server(options) as url:
+        server = BatchServer(
+            url=url.rstrip("/").removesuffix("/v1"),
+            headers=headers,
+            concurrency=min(options.concurrency, max(1, num_lines)),
+            max_tries=options.max_tries,
+            request_timeout_s=options.request_timeout_s,
+        )
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            options.output.open("a", encoding="utf-8") as out,
+            tqdm(total=num_lines, initial=len(done), unit="row", file=sys.stderr, dynamic_ncols=True) as bar,
+        ):
+            try:
+                counts = asyncio.run(_run(options, done, server, out, bar.update))
+            except KeyboardInterrupt:
+                bar.close()
+                print("interrupted; the same command goes on from here", file=sys.stderr)
+                raise
+    kept = f"{counts.num_kept:,} were there, " if counts.num_kept else ""
+    print(
+        f"{num_lines:,} rows: {kept}{counts.num_answered:,} answered, {counts.num_refused:,} refused, "
+        f"{counts.num_failed:,} failed, {counts.num_bad_lines:,} bad lines; {options.output}"
+    )
+    return 0 if counts.is_clean else 1
+
+
+async def _run(
+    options: BatchOptions, done: frozenset[str], server: BatchServer, out: TextIO, note: Callable[[], object]
+) -> Counts:
+    from megatron_medha.bench.batch import read_rows, run_rows
+    from megatron_medha.bench.client import Target, find_model
+
+    # Nobody there, or a wrong key, is said at once, not once a row.
+    target = Target(url=server.url, api_key=options.api_key)
+    async with target.session() as session:
+        await find_model(target, session)
+    return await run_rows(read_rows(options.input), done, server, out, note)
+
+
+@contextmanager
+def _server(options: BatchOptions) -> Iterator[str]:
+    """The address of a server: the one that runs, or one of our own for as long as it is needed."""
+    if options.checkpoint is None:
+        yield options.url
+        return
+    checkpoint = f"checkpoint={_quoted(str(options.checkpoint))}"
+    command = [sys.executable, "-m", "megatron_medha", "serve", checkpoint, "server.port=0"]
+    command.append("server.logs_requests=false")  # the rows tell, and the bar would be torn
+    process = subprocess.Popen(
+        [*command, *options.serve], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )  # a session of its own: Ctrl-C is ours, and the server ends when we say
+    try:
+        assert process.stdout is not None
+        url = None
+        for line in process.stdout:
+            if (listening := re.match(r"listening on (\S+)", line)) is not None:
+                url = listening.group(1)
+            if line.startswith(("loading", "ready")):
+                print(line.rstrip(), file=sys.stderr)
+            if url is not None and line.startswith("ready"):
+                break
+        else:
+            raise BatchError(f"the server for checkpoint={options.checkpoint} has ended; it says why above")
+        yield url
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.communicate(timeout=_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()

@@ -1,0 +1,110 @@
+"""Grammars an answer must match, by llguidance: compiled within limits, kept for whoever asks with the same one again.
+
+The front compiles each to find out whether it can be; the rank that samples compiles it to mask logits. What a schema
+or a regex means is the library's business.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_medha.core.errors import MedhaError
+
+if TYPE_CHECKING:
+    import llguidance
+
+GRAMMAR_FAULT = "structured output: "  # how the reason begins that a rank gives for such a request's end
+
+# Below the library's own limits: a step's fuel is spent while all other requests of the batch wait. Regexes and
+# grammars of 4 KiB made to be slow take 0.5 s at most (one core, a vocabulary of bytes), with its own 2 s and more.
+_INITIAL_LEXER_FUEL = 200_000     # an enum of 8,000 values still compiles
+_STEP_LEXER_FUEL = 50_000         # 4 ms by the library's own account
+_STEP_MAX_ITEMS = 20_000          # 1 ms
+_MAX_ITEMS_IN_ROW = 1_000
+_MAX_LEXER_STATES = 50_000        # 100 MB
+_MAX_GRAMMAR_SIZE = 100_000
+_NUM_KEPT = 64                    # compiled grammars; clients send the same few over and over
+
+
+class GrammarError(MedhaError):
+    """A grammar that cannot be used; the message is the library's."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary. One thread at a time."""
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
+        """Takes a second for a vocabulary of 150,000. GrammarError if the library cannot read the tokenizer.
+
+        stop_token_ids: at least one; what may follow once the grammar is satisfied.
+        """
+        try:
+            import llguidance
+        except ModuleNotFoundError:
+            raise GrammarError(
+                "structured output needs llguidance, which is not installed on the server: "
+                "pip install 'llguidance>=1.9.1,<2'"
+            ) from None
+        try:
+            self._tokenizer = llguidance.LLTokenizer(
+                tokenizer_json, n_vocab=_num_ids(tokenizer_json, vocab_size), eos_token=list(stop_token_ids)
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise GrammarError(f"this model's tokenizer cannot be guided: {error}") from None
+        self._limits = llguidance.LLParserLimits(
+            max_items_in_row=_MAX_ITEMS_IN_ROW,
+            initial_lexer_fuel=_INITIAL_LEXER_FUEL,
+            step_lexer_fuel=_STEP_LEXER_FUEL,
+            step_max_items=_STEP_MAX_ITEMS,
+            max_lexer_states=_MAX_LEXER_STATES,
+            max_grammar_size=_MAX_GRAMMAR_SIZE,
+            verbose_errors=False,
+        )
+        self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+
+    @classmethod
+    def of_file(cls, path: Path, vocab_size: int, stop_token_ids: Sequence[int]) -> GrammarCompiler:
+        """For the tokenizer in this tokenizer.json."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise GrammarError(f"{path}: {error.strerror}") from None
+        return cls(text, vocab_size, stop_token_ids)
+
+    def matcher(self, grammar: str) -> llguidance.LLMatcher:
+        """A matcher that has seen nothing yet, and can go on. GrammarError says what is wrong with the grammar.
+
+        grammar: in the form that the library's own LLMatcher.grammar_from_... functions give.
+        """
+        kept = self._kept.get(grammar)
+        if kept is None:
+            import llguidance
+
+            kept = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+            # Some grammars turn out to be too much, or to be empty, only where a first token is to be chosen.
+            mask = kept.compute_bitmask() if not kept.is_error() else b""
+            if kept.is_error():
+                raise GrammarError(error_of(kept))
+            if not any(mask):
+                raise GrammarError("no text matches it")
+            self._kept[grammar] = kept
+            if len(self._kept) > _NUM_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(grammar)
+        return kept.deep_copy()
+
+
+def error_of(matcher: llguidance.LLMatcher) -> str:
+    """The library's message, without the marks it leaves where details were left out."""
+    message: str = matcher.get_error()
+    return message.replace("<non-verbose/>", "").strip()
+
+
+def _num_ids(tokenizer_json: str, vocab_size: int) -> int:
+    # The library wants a place for each of the tokenizer's own entries too, should the model have fewer.
+    import tokenizers
+
+    return max(vocab_size, tokenizers.Tokenizer.from_str(tokenizer_json).get_vocab_size(with_added_tokens=True))

@@ -1,0 +1,172 @@
+"""Tools a chat may call: the fields of a request, checked, and what an answer that must call one has to match."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from megatron_medha.server.errors import ApiError, bad_request
+from megatron_medha.server.guided import Guide, json_guide
+from megatron_medha.server.openai_types import NamedFunction, Tool, ToolChoice
+
+MAX_TOOLS = 128           # OpenAI's limit
+MAX_REQUIRED_CALLS = 16   # of one answer that must call; a model that does not end by itself has to be ended
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")  # OpenAI's rule, and dots, which servers of tools use
+
+
+class CallSyntax(Enum):
+    """How calls are written in the text of an answer."""
+
+    HERMES = "hermes"            # <tool_call>{"name": ..., "arguments": {...}}</tool_call>: Qwen, Hermes
+    LLAMA3_JSON = "llama3_json"  # {"name": ..., "parameters": {...}}; ...: Llama 3.1 and later
+    LIST = "list"                # [{"name": ..., "arguments": {...}}, ...]: what we guide an answer to
+    ARGUMENTS = "arguments"      # {...}: the arguments of the one tool that must be called
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """How an answer may call tools."""
+
+    syntax: CallSyntax
+    names: frozenset[str]
+    guide: Guide | None = None     # what makes it call: tool_choice required, or a tool by name
+    only: str | None = None        # the tool that must be called
+    is_parallel: bool = True       # whether several calls are answered
+    definitions: tuple[dict[str, Any], ...] = ()  # as the template gets them
+
+
+def tool_use(
+    tools: Sequence[Tool] | None,
+    choice: ToolChoice | str | None,
+    *,
+    is_parallel: bool | None,
+    syntax: CallSyntax | None,
+    uses_tools: bool,
+) -> ToolUse | None:
+    """How an answer to this request may call tools; None where it may not. ApiError 400 for what does not fit.
+
+    syntax: in which the model calls, None where that is not known. uses_tools: whether its chat template knows tools.
+    """
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise bad_request("tool_choice: only together with tools", "tool_choice")
+        return None
+    check_tools(tools)
+    if choice == "none":
+        return None
+    if not uses_tools:
+        raise bad_request(
+            "tools: this model's chat template has no place for tools, so the model cannot know of them; "
+            "leave tools away or send tool_choice=none", "tools", "tools_not_supported",
+        )  # fmt: skip
+    names = frozenset(tool.function.name for tool in tools)
+    definitions = tuple(_definition(tool) for tool in tools)
+    match choice:
+        case None | "auto":
+            if syntax is None:
+                raise bad_request(
+                    "tool_choice: how this model writes calls is not known from its chat template; use required or "
+                    "a tool's name, or start the server with server.tool_syntax", "tool_choice", "tools_not_supported",
+                )  # fmt: skip
+            return ToolUse(syntax=syntax, names=names, is_parallel=is_parallel is not False, definitions=definitions)
+        case "required":
+            most = 1 if is_parallel is False else MAX_REQUIRED_CALLS
+            guide = json_guide(_calls_schema(tools, most), "tools")
+            return ToolUse(syntax=CallSyntax.LIST, names=names, guide=guide, definitions=definitions)
+        case ToolChoice(type="function", function=NamedFunction(name=name)):
+            for tool in tools:
+                if tool.function.name == name:
+                    return ToolUse(
+                        syntax=CallSyntax.ARGUMENTS, names=names, only=name, definitions=definitions,
+                        guide=json_guide(_arguments_schema(tool), "tools"),
+                    )  # fmt: skip
+            raise bad_request(f"tool_choice: there is no tool `{name[:64]}` among tools", "tool_choice")
+        case _:
+            raise _no_such_choice()
+
+
+def definitions_of(tools: ToolUse | None) -> tuple[dict[str, Any], ...]:
+    """What a chat template is told."""
+    return () if tools is None else tools.definitions
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    """ApiError 400 for tools that cannot be."""
+    if len(tools) > MAX_TOOLS:
+        raise bad_request(f"tools: at most {MAX_TOOLS}, got {len(tools)}", "tools")
+    names = set()
+    for place, tool in enumerate(tools):
+        param = f"tools[{place}]"
+        if tool.type != "function":
+            raise bad_request(f"{param}.type: only `function` is supported", f"{param}.type", "unsupported_parameter")
+        if not _NAME.match(tool.function.name):
+            raise bad_request(
+                f"{param}.function.name: expected 1 to 64 letters, digits, `_`, `-` or `.`", f"{param}.function.name"
+            )
+        if tool.function.name in names:
+            raise bad_request(f"{param}.function.name: `{tool.function.name}` is there twice", f"{param}.function.name")
+        names.add(tool.function.name)
+
+
+def syntax_of_template(source: str | None) -> CallSyntax | None:
+    """How a model calls whose chat template this is; None where it does not show."""
+    if source is None:
+        return None
+    if "<tool_call>" in source:
+        return CallSyntax.HERMES
+    if "parameters" in source and ("<|python_tag|>" in source or "ipython" in source):
+        return CallSyntax.LLAMA3_JSON
+    return None
+
+
+def _no_such_choice() -> ApiError:
+    return bad_request(
+        'tool_choice: expected none, auto, required or {"type": "function", "function": {"name": ...}}', "tool_choice"
+    )
+
+
+def _definition(tool: Tool) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(tool)
+    return plain
+
+
+def _arguments_schema(tool: Tool) -> dict[str, Any]:
+    # Arguments are always an object; without parameters it is an empty one.
+    given = tool.function.parameters
+    if given is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {"type": "object", **given}
+
+
+def _calls_schema(tools: Sequence[Tool], most: int) -> dict[str, Any]:
+    definitions, calls = {}, []
+    for place, tool in enumerate(tools):
+        root = f"#/$defs/tool{place}"
+        definitions[f"tool{place}"] = _moved(_arguments_schema(tool), root)
+        calls.append({
+            "type": "object",
+            "properties": {"name": {"const": tool.function.name}, "arguments": {"$ref": root}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        })  # fmt: skip
+    return {"$defs": definitions, "type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}}
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """The same schema where its own root lies at `root` of another."""
+    match schema:
+        case dict():
+            return {
+                key: root + value[1:] if key == "$ref" and isinstance(value, str) and value.startswith("#")
+                else _moved(value, root)
+                for key, value in schema.items()
+            }  # fmt: skip
+        case list():
+            return [_moved(value, root) for value in schema]
+        case _:
+            return schema

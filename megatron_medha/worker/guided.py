@@ -1,0 +1,89 @@
+"""Which tokens a request's grammar allows next, where tokens are sampled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_medha.engine.guidance import GRAMMAR_FAULT, GrammarCompiler, GrammarError, error_of
+from megatron_medha.worker.token_store import StoredRequest
+
+if TYPE_CHECKING:
+    import llguidance
+
+# All other requests of the batch wait for a mask, so a grammar that takes longer ends its request. It gets that far
+# only if it was quick at the beginning, which the front has tried.
+MAX_MASK_S = 1.0
+
+
+@dataclass(slots=True)
+class Guided:
+    """How far a request's output has got in its grammar."""
+
+    matcher: llguidance.LLMatcher
+    num_consumed: int = 0  # output tokens the matcher has seen
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Masks of a batch, and requests that have none."""
+
+    by_row: Mapping[int, Tensor]  # (vocab_size,) bool
+    faults: Mapping[str, str]     # why a request cannot go on, by its id
+
+
+class GuidedSampling:
+    """Masks for the requests of a rank that have a grammar.
+
+    A matcher follows from the request's output so far. It is kept with the request while that lives on the rank, and
+    made again from the tokens where the request comes anew, after a rank's death or on another kvp rank.
+    """
+
+    def __init__(self, tokenizer: Path, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
+        """tokenizer: of tokenizer.json; read when the first request with a grammar comes."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._stop_token_ids = stop_token_ids
+        self._compiler: GrammarCompiler | None = None
+
+    def allowed(self, requests: Sequence[StoredRequest]) -> Allowed:
+        """Masks by place in `requests`, of those that have a grammar."""
+        by_row: dict[int, Tensor] = {}
+        faults: dict[str, str] = {}
+        for row, request in enumerate(requests):
+            if request.sampling.grammar is None:
+                continue
+            try:
+                by_row[row] = self._mask(request, request.sampling.grammar)
+            except GrammarError as error:
+                faults[request.request_id] = f"{GRAMMAR_FAULT}{error}"
+        return Allowed(by_row, faults)
+
+    def _mask(self, request: StoredRequest, grammar: str) -> Tensor:
+        if request.guided is None:
+            request.guided = Guided(self._compile(grammar))
+        guided = request.guided
+        started_s = time.monotonic()
+        new_ids = request.output_ids[guided.num_consumed :]
+        if new_ids and not guided.matcher.consume_tokens(new_ids):
+            raise GrammarError(error_of(guided.matcher) or "the output so far does not match")
+        guided.num_consumed += len(new_ids)
+        bits = np.frombuffer(guided.matcher.compute_bitmask(), dtype=np.uint8)
+        if guided.matcher.is_error():
+            raise GrammarError(error_of(guided.matcher))
+        if (taken_s := time.monotonic() - started_s) > MAX_MASK_S:
+            raise GrammarError(f"the next token took {taken_s:.1f} s to find, the limit is {MAX_MASK_S:g} s")
+        is_allowed = np.unpackbits(bits, bitorder="little", count=self._vocab_size)
+        return torch.from_numpy(is_allowed).view(torch.bool)
+
+    def _compile(self, grammar: str) -> llguidance.LLMatcher:
+        if self._compiler is None:
+            self._compiler = GrammarCompiler.of_file(self._tokenizer, self._vocab_size, self._stop_token_ids)
+        return self._compiler.matcher(grammar)

@@ -1,0 +1,276 @@
+"""Structured output and tool calls over HTTP: what reaches the engine, and what clients see of its answer."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import openai
+import pytest
+from fake_engine import FakeEngine, Rule, say
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running_server import Running, StartServer
+
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.engine.guidance import GrammarCompiler
+from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
+from megatron_medha.server.tool_calls import CallBegan, CallFinder, CallWent, Said
+from megatron_medha.server.tools import CallSyntax, ToolUse
+
+pytest.importorskip("llguidance")
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+HI = [{"role": "user", "content": "hi"}]
+END = 257
+TEMPLATE = (
+    "{% if tools %}<|tools|>{{ tools | tojson }}<tool_call>\n{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or m.tool_calls[0].function.arguments.city }}\n{% endfor %}"
+)
+WEATHER = {
+    "type": "object", "required": ["city", "days"], "additionalProperties": False,
+    "properties": {"city": {"$ref": "#/$defs/city"}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "$defs": {"city": {"enum": ["Bergen", "Oslo"]}},
+}  # fmt: skip
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+def obey(tokenizer: Tokenizer) -> Rule:
+    """A model of no sense that samples as a rank does: anything that the grammar allows."""
+    compiler = GrammarCompiler(tokenizer.as_json(), 300, (END,))
+    matchers: dict[str, Any] = {}
+
+    def next_token(request: Request, prompt: Sequence[int], sampling: Sampling, place: int) -> int:
+        if sampling.grammar is None:
+            return END
+        if place == 0:
+            matchers[request.request_id] = compiler.matcher(sampling.grammar)
+        matcher = matchers[request.request_id]
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        token = random.Random(f"{place}{sampling.seed}").choice([one for one in range(300) if bits >> one & 1])
+        if token != END:
+            assert matcher.consume_token(token)
+        return token
+
+    return next_token
+
+
+@pytest.fixture
+def with_tools(tokenizer: Tokenizer) -> Tokenizer:
+    return Tokenizer(tokenizer._backend, TokenizerConfig(eos_token="</s>", chat_template=TEMPLATE))
+
+
+@pytest.fixture
+def obedient(start_server: StartServer, with_tools: Tokenizer) -> Running:
+    return start_server(FakeEngine(rule=obey(with_tools)), with_tools)
+
+
+@pytest.fixture
+def says(start_server: StartServer, with_tools: Tokenizer) -> Callable[[str], Running]:
+    return lambda text: start_server(FakeEngine(rule=say([*text.encode(), END])), with_tools)
+
+
+def client_of(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_match"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "w", "schema": WEATHER, "strict": True}}},
+         lambda text: json.loads(text)["city"] in ("Bergen", "Oslo") and list(json.loads(text)) == ["city", "days"]),
+        ({"guided_json": json.dumps(WEATHER)}, lambda text: 1 <= json.loads(text)["days"] <= 9),
+        ({"structured_outputs": {"regex": "[0-9]{4}-x+y"}}, lambda text: text[4:6] == "-x" and text[:4].isdigit()),
+        ({"structured_outputs": {"choice": ["yes", 'n"o']}}, lambda text: text in ("yes", 'n"o')),
+        ({"guided_grammar": 'root ::= "a" [0-9] "b"'}, lambda text: len(text) == 3 and text[1].isdigit()),
+        ({"guided_grammar": 'start: "a" /[0-9]/ "b"'}, lambda text: len(text) == 3 and text[1].isdigit()),
+    ],
+)  # fmt: skip
+def test_an_answer_matches_what_the_request_says(
+    obedient: Running, fields: dict, is_match: Callable[[str], bool]
+) -> None:
+    body = {"prompt": "a", "max_tokens": 300, "seed": 1, **fields}
+    choices = obedient.post(COMPLETIONS, {**body, "n": 2}).json()["choices"]
+    assert [choice["finish_reason"] for choice in choices] == ["stop", "stop"]
+    assert all(is_match(choice["text"]) for choice in choices), choices
+    streamed = obedient.events(COMPLETIONS, body)
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in streamed[:-1]) == choices[0]["text"]
+
+
+def test_a_grammar_that_takes_too_long_is_refused(start_server: StartServer) -> None:
+    server = start_server(grammar_timeout_s=1e-3)
+    rules = "".join(f'\nr{place}: "a" start' for place in range(100))
+    grammar = "start: " + " | ".join(f"r{place}" for place in range(100)) + rules
+    error = server.post(COMPLETIONS, {"prompt": "a", "guided_grammar": grammar}).json()["error"]
+    assert (error["code"], error["param"]) == ("grammar_too_complex", "guided_grammar")
+    assert not server.engine.submitted
+
+
+def test_without_an_end_token_nothing_can_be_guided(start_server: StartServer) -> None:
+    server = start_server(FakeEngine(stop_token_ids=()))
+    assert "end token" in server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"}).json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("choice", "most"), [("required", 16), ({"type": "function", "function": {"name": "now"}}, 1)])
+def test_an_answer_that_must_call_does(obedient: Running, choice: Any, most: int) -> None:
+    chat = client_of(obedient).chat.completions
+    for seed in range(3):
+        body = {"model": "fake-model", "messages": HI, "tools": TOOLS, "tool_choice": choice, "seed": seed}
+        answer = chat.create(**body).choices[0]
+        assert answer.finish_reason == "tool_calls" and answer.message.content is None
+        calls = answer.message.tool_calls
+        assert calls and len(calls) <= most
+        for call in calls:
+            arguments = json.loads(call.function.arguments)
+            assert set(arguments) == ({"city", "days"} if call.function.name == "weather" else set())
+        with chat.stream(**body) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        assert streamed.finish_reason == "tool_calls"
+        assert [one.function.arguments for one in streamed.message.tool_calls or ()] == [
+            call.function.arguments for call in calls
+        ]
+
+
+def test_calls_are_told_from_text_whole_and_in_a_stream(says: Callable[[str], Running]) -> None:
+    call = '{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}'
+    server = says(f"Let me see.<tool_call>\n{call}\n</tool_call>\n<tool_call>{{\"name\": \"now\"}}</tool_call>")
+    chat = client_of(server).chat.completions
+    body: Any = {"model": "fake-model", "messages": HI, "tools": TOOLS}
+    message = chat.create(**body).choices[0].message
+    assert message.content == "Let me see."
+    assert [(one.function.name, one.function.arguments) for one in message.tool_calls or ()] == [
+        ("weather", '{"city": "Oslo", "days": 2}'), ("now", "{}"),
+    ]
+    with chat.stream(**body) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    assert streamed.content == "Let me see."
+    assert [(one.function.name, one.function.arguments) for one in streamed.tool_calls or ()] == [
+        (one.function.name, one.function.arguments) for one in message.tool_calls or ()
+    ]
+    alone = chat.create(**body, parallel_tool_calls=False).choices[0].message
+    assert [one.function.name for one in alone.tool_calls or ()] == ["weather"]
+    plain = chat.create(**{**body, "tool_choice": "none"}).choices[0].message
+    assert plain.tool_calls is None and plain.content is not None and "<tool_call>" in plain.content
+
+
+def test_the_template_is_told_of_tools_and_gets_arguments_as_objects(says: Callable[[str], Running]) -> None:
+    server = says("ok")
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert server.post(CHAT, {"messages": messages, "tools": TOOLS}).status_code == 200
+    prompt = bytes(server.engine.submitted[-1].prompt.tolist()).decode()
+    assert prompt.endswith("<|assistant|>Oslo\n") and '"name": "weather"' in prompt
+    counted = server.post("/tokenize", {"messages": messages, "tools": TOOLS}).json()["count"]
+    assert counted == len(prompt)
+
+
+CALLS = st.lists(st.tuples(
+    st.sampled_from(["f", "g"]),
+    st.dictionaries(st.text(max_size=4), st.recursive(st.text(max_size=6) | st.integers(), st.lists, max_leaves=3)),
+), min_size=1, max_size=3)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(calls=CALLS, size=st.integers(1, 9), said=st.sampled_from(["", "so <b> "]), syntax=st.sampled_from(CallSyntax))
+def test_calls_are_found_however_the_text_is_cut(calls: list, size: int, said: str, syntax: CallSyntax) -> None:
+    written = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
+    only = None
+    match syntax:
+        case CallSyntax.HERMES:
+            text = said + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in written)
+        case CallSyntax.LLAMA3_JSON:
+            said, text = "", "; ".join(written)
+        case CallSyntax.LIST:
+            said, text = "", f"[{', '.join(written)}]"
+        case CallSyntax.ARGUMENTS:
+            calls = calls[:1]
+            said, text, only = "", json.dumps(calls[0][1]), calls[0][0]
+    finder = CallFinder(ToolUse(syntax=syntax, names=frozenset("fg"), only=only))
+    found = [one for begin in range(0, len(text), size) for one in finder.push(text[begin : begin + size])]
+    found += finder.finish()
+    assert "".join(one.text for one in found if isinstance(one, Said)) == said
+    names = [one.name for one in found if isinstance(one, CallBegan)]
+    arguments = ["".join(one.arguments for one in found if isinstance(one, CallWent) and one.index == index)
+                 for index in range(len(names))]  # fmt: skip
+    assert list(zip(names, map(json.loads, arguments), strict=True)) == calls
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet='<tool_call>/{}[]":,f name', max_size=60), size=st.integers(1, 9))
+def test_what_is_no_call_stays_text(text: str, size: int) -> None:
+    finder = CallFinder(ToolUse(syntax=CallSyntax.HERMES, names=frozenset({"unlikely"})))
+    found = [one for begin in range(0, len(text), size) for one in finder.push(text[begin : begin + size])]
+    found += finder.finish()
+    assert "".join(one.text for one in found if isinstance(one, Said)) == text
+
+
+def test_openais_client_gets_responses_whole_and_streamed(says: Callable[[str], Running]) -> None:
+    server = says("Good day.")
+    responses = client_of(server).responses
+    body: Any = {"model": "fake-model", "input": "hi", "instructions": "Be kind."}
+    answer = responses.create(**body)
+    assert (answer.status, answer.output_text, answer.store) == ("completed", "Good day.", False)
+    assert answer.usage is not None and answer.usage.output_tokens == 10
+    assert bytes(server.engine.submitted[-1].prompt.tolist()).decode() == "<|system|>Be kind.\n<|user|>hi\n"
+    events = list(responses.create(**body, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:4]] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    ]
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "Good day."
+    assert events[-1].type == "response.completed" and events[-1].response.output_text == "Good day."
+    cut = responses.create(**body, max_output_tokens=4)
+    assert (cut.status, cut.output_text) == ("incomplete", "Good")
+    assert cut.incomplete_details is not None and cut.incomplete_details.reason == "max_output_tokens"
+
+
+def test_responses_call_tools_and_are_guided(obedient: Running) -> None:
+    responses = client_of(obedient).responses
+    tool: Any = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
+    body: Any = {"model": "fake-model", "input": HI, "tools": [tool], "extra_body": {"seed": 1}}
+    body["tool_choice"] = "required"
+    answer = responses.create(**body)
+    calls = [item for item in answer.output if item.type == "function_call"]
+    assert calls and all(json.loads(call.arguments)["city"] in ("Oslo", "Bergen") for call in calls)
+    *_, last = responses.create(**body, stream=True)
+    assert [item.arguments for item in last.response.output] == [call.arguments for call in calls]
+    follow_up = [*HI, *(item.model_dump() for item in calls[:1]),
+                 {"type": "function_call_output", "call_id": calls[0].call_id, "output": "rain"}]  # fmt: skip
+    schema = {"type": "json_schema", "name": "w", "schema": WEATHER}
+    final = responses.create(model="fake-model", input=follow_up, text={"format": schema})
+    assert json.loads(final.output_text)["city"] in ("Oslo", "Bergen")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"),
+        ({"background": True}, "background"), ({"conversation": "c"}, "conversation"), ({"input": []}, "input"),
+        ({"input": 5}, "input"), ({"input": [{"type": "item_reference"}]}, "input[0].type"),
+        ({"input": [{"type": "function_call_output"}]}, "input[0]"), ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": -1}, "temperature"), ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"truncation": "auto"}, "truncation"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"), ({"tool_choice": "required"}, "tool_choice"),
+    ],
+)  # fmt: skip
+def test_a_response_that_cannot_be_is_refused(says: Callable[[str], Running], fields: dict, param: str) -> None:
+    answer = says("x").post(RESPONSES, {"input": "hi", **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_the_best_of_several_are_answered(start_server: StartServer) -> None:
+    # The fake's log-probabilities fall with the token's id.
+    server = start_server(FakeEngine(rule=lambda request, prompt, sampling, place: 90 - (sampling.seed or 0)))
+    body = {"prompt": ["a", "b"], "best_of": 4, "n": 2, "seed": 0, "max_tokens": 2}
+    answer = server.post(COMPLETIONS, body).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"]["completion_tokens"] == 16
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+    single = server.post(COMPLETIONS, {**body, "n": 4, "logprobs": 0}).json()["choices"]
+    ranked = sorted(single[:4], key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+    assert [choice["text"] for choice in answer["choices"][:2]] == [choice["text"] for choice in ranked[:2]]
