@@ -63,17 +63,18 @@ class TimedInbox:
 
 def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Callable[..., None], Any]:
     """The usual rank, its library's functions replaced by timed ones before anything takes them from it."""
-    from megatron_medha.kernels.native_build import native_library
+    from megatron_medha.kernels.native_build import native_library, native_target
     from megatron_medha.worker.load import load_rank
     from megatron_medha.worker.step_loop import run_steps
 
     timers = Timers()
-    library = native_library()
-    for name in NATIVE:
-        function = getattr(library, name, None)
-        if function is not None:
-            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
-            setattr(library, name, timers.timed(name, function))
+    # Kept by argument, as they are asked for: three objects of one library.
+    for library in (native_library(), native_library(None), native_library(native_target())):
+        for name in NATIVE:
+            function = getattr(library, name, None)
+            if function is not None:
+                function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
+                setattr(library, name, timers.timed(name, function))
     rank, ready = load_rank(config, progress)
     for name in ("sample", "best"):
         setattr(rank._sampler, name, timers.timed("sampling", getattr(rank._sampler, name)))
