@@ -4,8 +4,8 @@
     python -m experiments.step_overhead.run --checkpoint DIR --threads 2 --repeats 5
 
 Per step, medians over all decode steps of the batch size: from one batch to the next as the front sees it; inside
-native functions and sampling on the rank; the rest of the rank's time; the scheduler; what is left, the way between the
-processes. CPU time of both processes beside it, which a busy machine distorts less. Bar: 15% of a step outside kernels
+native functions and sampling on the rank; the rest of the rank's time; what is left, in which the rank waits for the
+front. CPU time of both processes beside it, which a busy machine distorts less. Bar: 15% of a step outside kernels
 at batch 8.
 """
 
@@ -35,6 +35,7 @@ from experiments.peers.checkpoint import make_checkpoint
 from experiments.peers.load import prompt
 
 BAR = 0.15
+SHARE = "outside kernels, share"
 READY_TIMEOUT_S = 240.0
 WARM_UP_TOKENS = 32
 
@@ -63,6 +64,8 @@ def main() -> None:
     table = as_table(found)
     (args.out / "table.md").write_text(table)
     print(table)
+    if 8 in found and found[8][SHARE] > BAR:
+        sys.exit(1)
 
 
 async def load(
@@ -112,9 +115,9 @@ def figures(size: int, front: list[dict[str, Any]], rank: list[dict[str, Any]]) 
         "step": wall_s,
         "kernels": kernels_s,
         "rank outside kernels": rank_s - kernels_s,
-        "scheduler": scheduler_s,
-        "the way between, and the front's other threads": wall_s - rank_s - scheduler_s,
-        "outside kernels, share": 1 - kernels_s / wall_s,
+        "rank idle: front, and the way there and back": wall_s - rank_s,
+        "of it, scheduler": scheduler_s,
+        SHARE: 1 - kernels_s / wall_s,
     }
 
 
@@ -126,7 +129,7 @@ def as_table(found: dict[int, dict[str, float]]) -> str:
         cells = (f"{100 * f[key]:.0f}%" if key.endswith("share") else f"{1e3 * f[key]:.2f}" for f in found.values())
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     if 8 in found:
-        share = found[8]["outside kernels, share"]
+        share = found[8][SHARE]
         lines.append(f"\noutside kernels at batch 8: {share:.0%}, bar {BAR:.0%}: {'met' if share <= BAR else 'missed'}")
     return "\n".join(lines) + "\n"
 

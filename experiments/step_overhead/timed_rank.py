@@ -80,20 +80,20 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Ca
         setattr(rank._sampler, name, timers.timed("sampling", getattr(rank._sampler, name)))
 
     def serve(inbox: FrontInbox, answer: Callable[[StepDone], None]) -> None:
-        begun: dict[int, tuple[Step, float]] = {}
+        known: dict[int, Step] = {}
 
         def came(step: Step) -> None:
-            begun[step.batch_id] = (step, time.perf_counter())
+            known[step.batch_id] = step
 
         def answer_timed(done: StepDone) -> None:
             answer(done)
-            step, began_s = begun.pop(done.batch_id)
+            step = known.pop(done.batch_id)
             num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
             timers.steps.append(
                 {
                     "chunks": len(step.chunks),
                     "tokens": num_tokens,
-                    "rank_s": time.perf_counter() - began_s,
+                    "rank_s": done.duration_s,  # also what it computed before it was asked
                     "kernels": dict(timers.seconds),
                 }
             )
