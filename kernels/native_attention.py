@@ -77,6 +77,11 @@ class BatchPlan(NamedTuple):
     is_all_written: bool
 
 
+def pool_width(head_dim: int) -> int:
+    """Numbers of a group of 16 tokens of one head, whose dimensions are filled up to a multiple of 16."""
+    return _GROUP * (-(-head_dim // _GROUP) * _GROUP)
+
+
 class NativeAttention:
     """Attention backend `native`."""
 
@@ -97,20 +102,29 @@ class NativeAttention:
         if dtype not in _DTYPES:
             raise ValueError(f"the native backend keeps KV in float32 or bfloat16, not in {dtype}")
         num_groups = -(-num_blocks * block_size // _GROUP)
-        shape = (num_kv_heads, num_groups, _GROUP * (-(-head_dim // _GROUP) * _GROUP))
+        shape = (num_kv_heads, num_groups, pool_width(head_dim))
         return LayerKV(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
 
     def plan(self, ranges: Sequence[QueryRange]) -> BatchPlan:
         """Slots to write and keys to read, for all layers of one step."""
-        slots = [
-            table.slots(start, num_rows) if is_written else np.full(num_rows, -1, dtype=np.int64)
-            for _, num_rows, start, table, is_written in ranges
-        ]
-        keys = [
-            KeyRange(first_row, num_rows, start + is_written, is_written, table.runs_in_order())
-            for first_row, num_rows, start, table, is_written in ranges
-        ]
-        return self.plan_keys(keys, slots[0] if len(slots) == 1 else np.concatenate(slots))
+        is_all_written = all(r.is_written for r in ranges)
+        if is_all_written and all(r.num_rows == 1 for r in ranges):
+            slots = np.array([r.table.slot(r.start) for r in ranges], dtype=np.int64)
+        else:
+            pieces = [
+                r.table.slots(r.start, r.num_rows) if r.is_written else np.full(r.num_rows, -1, dtype=np.int64)
+                for r in ranges
+            ]
+            slots = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        runs = tuple(r.table.runs_in_order() for r in ranges)
+        rows = np.array(
+            [
+                (r.first_row, r.num_rows, r.start + r.is_written, r.is_written, r.table.runs_address, len(table_runs))
+                for r, table_runs in zip(ranges, runs, strict=True)
+            ],
+            dtype=np.int64,
+        )
+        return BatchPlan(slots, rows, runs, torch.get_num_threads(), is_all_written)
 
     def plan_keys(self, ranges: Sequence[KeyRange], slots: np.ndarray | None) -> BatchPlan:
         """The general case: rows that see any number of the pool's keys. slots: of the batch's own; None: unwritten."""
@@ -154,7 +168,7 @@ class NativeAttention:
         pool, dtype = layer.k, layer.k.dtype
         if q_TKGD.dtype != dtype or k_TKD.dtype != dtype or v_TKD.dtype != dtype:
             raise ValueError(f"queries {q_TKGD.dtype}, keys {k_TKD.dtype}, values {v_TKD.dtype}, but KV is {dtype}")
-        if pool.shape[0] != num_kv_heads or pool.shape[2] != _GROUP * (-(-head_dim // _GROUP) * _GROUP):
+        if pool.shape[0] != num_kv_heads or pool.shape[2] != pool_width(head_dim):
             raise ValueError(f"{num_kv_heads} heads of {head_dim} do not fit a pool {tuple(pool.shape)}")
         if plan.slots is not None and len(plan.slots) != num_tokens:
             raise ValueError(f"a plan for {len(plan.slots)} tokens was given {num_tokens}")

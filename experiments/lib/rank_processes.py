@@ -208,6 +208,8 @@ def _load(config: RankConfig, connection: Connection, prepare: Prepare | None) -
             logits.append(output[0].float().numpy())
 
         rank.model.register_forward_hook(keep)
+    # One forward pass for each answer: that of a step run ahead could not be told from the next.
+    rank.run_ahead = lambda: False  # type: ignore[method-assign]
 
     notes: dict[str, float] = {}
     if prepare is not None:

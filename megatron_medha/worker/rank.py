@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,6 @@ from megatron_medha.parallel.stage_link import Arriving, StageLink
 from megatron_medha.worker.batch_tensors import (
     KVShards,
     PromptRows,
-    StepTensors,
     append_extents,
     host_step,
     step_tensors,
@@ -33,8 +32,10 @@ from megatron_medha.worker.batch_tensors import (
 from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.guided import GuidedSampling
 from megatron_medha.worker.kv_ledger import KVLedger
+from megatron_medha.worker.run_ahead import Chosen, Found, Held, Work, next_decodes
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
+_NOT_A_NUMBER = "the model's output is not a number for this request"
 # Logits of a whole chunk may not fit in memory (8192 x 152K fp32 is 5 GB); prompt logprobs go through in slices.
 _PROMPT_SLICE_LOGITS = 1 << 24
 
@@ -50,6 +51,16 @@ class _Announced:
     arriving: Arriving | None
     duration_s: float  # spent on it so far
     held: tuple[int, int] | None  # by the ledger
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """What a run of the model has given."""
+
+    requests: tuple[StoredRequest, ...]  # in the order of the logit rows
+    logits_RV: Tensor
+    prompt: Sequence[PromptLogprobs] = ()
+    output: Tensor | None = None  # for the next stage
 
 
 class Rank:
@@ -99,6 +110,8 @@ class Rank:
         self._guided = guided
         self._requests = TokenStore(config.vocab_size)
         self._announced: deque[_Announced] = deque()
+        self._last: Work = ()            # what was computed last, if its decodes may be computed ahead
+        self._held: Held | None = None   # computed ahead of the front's asking
 
     @property
     def num_announced(self) -> int:
@@ -166,40 +179,80 @@ class Rank:
     def compute(self) -> StepDone:
         """Compute the step announced first. A fault of one request fails that request alone."""
         work = self._announced.popleft()
-        plan = work.plan
         hidden_T1C = None if work.arriving is None else work.arriving.wait()
         started_s = time.monotonic()
         failed = list(work.failed)
-        tokens: list[SampledToken] = []
+        chunks, plan, held, ahead_s = work.chunks, work.plan, [], 0.0
+        if self._held is not None:
+            chunks, held = self._held.split(chunks)
+            ahead_s = self._held.duration_s if held else 0.0
+            self._held = None
+            plan = stage_plan(work.step.batch_id, [chunk for chunk, _ in chunks], self._place, self._link.num_stages)
+        tokens = self._tokens(held, failed)
+        prompt: Sequence[PromptLogprobs] = ()
+        if chunks:
+            found = self._forward(chunks, plan, hidden_T1C)
+            if found.output is not None:
+                self._link.send(found.output)
+            elif self._is_first_of_tp:
+                chosen = zip(found.requests, self._chosen(found.logits_RV, found.requests), strict=True)
+                tokens += self._tokens(chosen, failed)
+                prompt = found.prompt
+        can_run_ahead = self.samples_for_itself and self.graphs is None and not failed
+        self._last = work.chunks if can_run_ahead else ()
+        return self._done(work, started_s - ahead_s, tokens, prompt, failed)
+
+    @torch.inference_mode()
+    def run_ahead(self) -> bool:
+        """Compute the decodes that surely follow the last step, before the front asks; False if none are known.
+
+        Nothing is said of them and no token is appended until they are asked for. Their keys and values go where the
+        front will want them: to blocks that are the requests' own until a later step says otherwise.
+        """
+        decodes = next_decodes(self._last)
+        self._last = ()
+        if not decodes:
+            return False
+        started_s = time.monotonic()
+        plan = stage_plan(0, [chunk for chunk, _ in decodes], self._place, self._link.num_stages)
+        found = self._forward(decodes, plan, None)
+        chosen = zip(found.requests, self._chosen(found.logits_RV, found.requests), strict=True)
+        held = [Found(request, request.num_tokens - 1, sampled) for request, sampled in chosen]
+        self._held = Held(held, time.monotonic() - started_s)
+        return True
+
+    def _forward(
+        self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan, hidden_T1C: Tensor | None
+    ) -> _Forward:
+        """Run the model over chunks."""
+        append_extents(chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
+        host = host_step(chunks, plan=plan, shards=self._shards)
+        logits_RV = None if self.graphs is None else self.graphs.run(host)
+        if logits_RV is not None:
+            return _Forward(host.sampling_requests, logits_RV)
+        tensors = step_tensors(
+            host,
+            chunks,
+            plan=plan,
+            backend=self._backend,
+            kv_layers=self._kv_layers,
+            rotary=self._rotary,
+            shards=self._shards,
+            staging=self._staging,
+            before_layer=self.before_layer,
+        )
+        if hidden_T1C is not None:
+            self.model.set_input_tensor(hidden_T1C)
+        output = self.model(
+            tensors.token_ids_1T, None, None, inference_context=tensors.batch, runtime_gather_output=True
+        )
+        if plan.sends_to is not None:
+            return _Forward((), output, output=output)
         prompt: list[PromptLogprobs] = []
-        if work.chunks:
-            append_extents(work.chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
-            host = host_step(work.chunks, plan=plan, shards=self._shards)
-            logits_RV = None if self.graphs is None else self.graphs.run(host)
-            if logits_RV is not None:
-                tokens = self._sample(logits_RV, host.sampling_requests, failed)
-                return self._done(work, started_s, tokens, prompt, failed)
-            tensors = step_tensors(
-                host,
-                work.chunks,
-                plan=plan,
-                backend=self._backend,
-                kv_layers=self._kv_layers,
-                rotary=self._rotary,
-                shards=self._shards,
-                staging=self._staging,
-                before_layer=self.before_layer,
-            )
-            if hidden_T1C is not None:
-                self.model.set_input_tensor(hidden_T1C)
-            output = self.model(
-                tensors.token_ids_1T, None, None, inference_context=tensors.batch, runtime_gather_output=True
-            )
-            if plan.sends_to is not None:
-                self._link.send(output)
-            else:
-                tokens, prompt = self._results(output[0], tensors, failed)
-        return self._done(work, started_s, tokens, prompt, failed)
+        if tensors.prompt_rows:  # all ranks of a tensor-parallel group take part in the output layer
+            assert tensors.batch.hidden is not None
+            prompt = self._prompt_logprobs(tensors.batch.hidden, tensors.prompt_rows)
+        return _Forward(tensors.sampling_requests, output[0], prompt)
 
     def _done(
         self,
@@ -220,22 +273,25 @@ class Rank:
             held=work.held,
         )
 
-    def _results(
-        self, logits_RV: Tensor, tensors: StepTensors, failed: list[tuple[str, str]]
-    ) -> tuple[list[SampledToken], list[PromptLogprobs]]:
-        """What the last stage has found out. All ranks of a tensor-parallel group take part in the output layer."""
-        prompt: list[PromptLogprobs] = []
-        if tensors.prompt_rows:
-            assert tensors.batch.hidden is not None
-            prompt = self._prompt_logprobs(tensors.batch.hidden, tensors.prompt_rows)
-        if not self._is_first_of_tp:
-            return [], []
-        return self._sample(logits_RV, tensors.sampling_requests, failed), prompt
-
-    def _sample(
-        self, logits_RV: Tensor, requests: Sequence[StoredRequest], failed: list[tuple[str, str]]
+    def _tokens(
+        self, chosen: Iterable[tuple[StoredRequest, Chosen]], failed: list[tuple[str, str]]
     ) -> list[SampledToken]:
-        """One token per request; requests with unusable logits go to `failed`."""
+        """Note each request's token; requests that have none go to `failed`."""
+        tokens: list[SampledToken] = []
+        for request, sampled in chosen:
+            if isinstance(sampled, str):
+                failed.append((request.request_id, sampled))
+                continue
+            if self.samples_for_itself:
+                request.append(sampled.token_id)
+            is_stop = sampled.token_id in request.stop_token_ids
+            tokens.append(SampledToken(request.request_id, sampled.token_id, is_stop, sampled.logprobs))
+        return tokens
+
+    def _chosen(self, logits_RV: Tensor, requests: Sequence[StoredRequest]) -> list[Chosen]:
+        """One per request: its token, or why it has none."""
+        if all(request.takes_the_best for request in requests):
+            return [sampled or _NOT_A_NUMBER for sampled in self._sampler.best(logits_RV)]
         rows = [
             SamplingRow(
                 sampling=request.sampling,
@@ -250,19 +306,12 @@ class Rank:
         if any(request.sampling.grammar is not None for request in requests):
             assert self._guided is not None, "a request has a grammar"
             allowed = self._guided.allowed(requests)
-        all_sampled = self._sampler.sample(logits_RV, rows, allowed.by_row if allowed is not None else None)
-        tokens: list[SampledToken] = []
-        for request, sampled in zip(requests, all_sampled, strict=True):
-            fault = allowed.faults.get(request.request_id) if allowed is not None else None
-            if fault is not None or sampled is None:
-                why = fault or "the model's output is not a number for this request"
-                failed.append((request.request_id, why))
-                continue
-            if self.samples_for_itself:
-                request.append(sampled.token_id)
-            is_stop = sampled.token_id in request.stop_token_ids
-            tokens.append(SampledToken(request.request_id, sampled.token_id, is_stop, sampled.logprobs))
-        return tokens
+        all_sampled = self._sampler.sample(logits_RV, rows, None if allowed is None else allowed.by_row)
+        faults = {} if allowed is None else allowed.faults
+        return [
+            faults.get(request.request_id, sampled or _NOT_A_NUMBER)
+            for request, sampled in zip(requests, all_sampled, strict=True)
+        ]
 
     def _prompt_logprobs(self, hidden_PC: Tensor, prompt_rows: Sequence[PromptRows]) -> list[PromptLogprobs]:
         """The output layer once more, over the rows that predict prompt tokens."""

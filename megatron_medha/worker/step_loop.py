@@ -10,7 +10,10 @@ from megatron_medha.worker.rank import Rank
 
 
 def run_steps(rank: Rank, inbox: FrontInbox, answer: Callable[[StepDone], None]) -> None:
-    """Serve until told to stop; steps that came before are computed first, as other ranks count on it."""
+    """Serve until told to stop; steps that came before are computed first, as other ranks count on it.
+
+    While the front takes up an answer and forms the next step, the rank computes the decodes that surely follow.
+    """
     is_over = False
 
     def take_arrived() -> None:
@@ -28,6 +31,8 @@ def run_steps(rank: Rank, inbox: FrontInbox, answer: Callable[[StepDone], None])
                 answer(done)
         elif is_over:
             return
+        elif rank.run_ahead():
+            continue  # the front may have said something meanwhile
         else:
             is_over = not _announced(rank, inbox.wait())
 

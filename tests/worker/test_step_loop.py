@@ -15,8 +15,9 @@ from megatron_medha.worker.step_loop import run_steps
 class FakeRank:
     """Notes what is asked of it; while it computes a step, it looks for others once, as between two layers."""
 
-    def __init__(self, log: list[str], *, receives: bool, answers: bool) -> None:
+    def __init__(self, log: list[str], *, receives: bool, answers: bool, num_ahead: int = 0) -> None:
         self.log, self.receives, self.answers = log, receives, answers
+        self.num_ahead = num_ahead  # times that something surely follows
         self.before_layer: Callable[[], None] | None = None
         self._announced: deque[Step] = deque()
 
@@ -27,6 +28,12 @@ class FakeRank:
     def announce(self, step: Step) -> None:
         self.log.append(f"announce {step.batch_id}")
         self._announced.append(step)
+
+    def run_ahead(self) -> bool:
+        self.num_ahead -= 1
+        if self.num_ahead >= 0:
+            self.log.append("run ahead")
+        return self.num_ahead >= 0
 
     def compute(self) -> StepDone:
         step = self._announced.popleft()
@@ -51,9 +58,9 @@ class FakeInbox:
         return None
 
 
-def log_of(messages: list[tuple[str | None, ToRank]], *, receives: bool = False, answers: bool = True) -> list[str]:
+def log_of(messages: list[tuple[str | None, ToRank]], **of_rank: Any) -> list[str]:
     log: list[str] = []
-    rank: Any = FakeRank(log, receives=receives, answers=answers)
+    rank: Any = FakeRank(log, **{"receives": False, "answers": True, **of_rank})
     run_steps(rank, FakeInbox(log, messages), lambda done: log.append(f"answer {done.batch_id}"))
     return log
 
@@ -84,3 +91,15 @@ def test_a_rank_whose_front_is_gone_ends() -> None:
 
 def test_only_the_speaker_of_a_tensor_parallel_group_answers() -> None:
     assert log_of([(None, Step(1, ()))], answers=False) == ["announce 1", "compute 1"]
+
+
+def test_a_rank_runs_ahead_once_it_has_answered_and_looks_for_messages_then() -> None:
+    messages = [(None, Step(1, ())), ("run ahead", Step(2, ())), ("answer 2", Shutdown())]
+    assert log_of(messages, num_ahead=1) == [
+        "announce 1", "compute 1", "answer 1", "run ahead", "announce 2", "compute 2", "answer 2"
+    ]  # fmt: skip
+
+
+def test_a_step_that_has_come_is_not_made_to_wait_for_what_may_follow() -> None:
+    log = log_of([(None, Step(1, ())), ("compute 1", Step(2, ())), ("answer 2", Shutdown())], num_ahead=9)
+    assert "run ahead" not in log

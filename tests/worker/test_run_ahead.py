@@ -1,0 +1,120 @@
+"""A rank that computes decodes before it is asked says exactly what one says that does not."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from megatron_medha.cluster.messages import StepDone
+from megatron_medha.core.batch import Chunk
+
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.9, "seed": 7, "top_p": 0.9},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "num_logprobs": 2},
+    {"temperature": 1.2, "seed": 3, "min_output_tokens": 6, "stop_token_ids": tuple(range(200))},
+)
+
+
+class Walk:
+    """A front's life with one rank: requests come, decode, end by length or stop, are aborted, lose their KV."""
+
+    def __init__(self, front: Any, name: str, seed: int, *, runs_ahead: bool) -> None:
+        self.front, self.name, self.runs_ahead = front, name, runs_ahead
+        self.random = random.Random(seed)
+        self.prompts: dict[str, list[int]] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.limits: dict[str, int] = {}
+        self.samplings: dict[str, dict[str, Any]] = {}
+        self.released: list[str] = []
+        self.num_ahead = 0
+        self.said: list[Any] = []
+
+    def run(self, num_steps: int) -> list[Any]:
+        for step in range(num_steps):
+            chunks, new = [], []
+            if self.random.random() < 0.3 and len(self.prompts) < 5:
+                chunks, new = self.arrival(f"{self.name}-{step}")
+            if self.prompts and self.random.random() < 0.1:
+                self.end(self.random.choice(list(self.prompts)))  # its client has gone
+            elif self.prompts and self.random.random() < 0.1 and not new:
+                chunks, new = self.lost_kv(self.random.choice(list(self.prompts)))
+            begun = {chunk.request_id for chunk in chunks}
+            chunks = [chunk for chunk in chunks if chunk.request_id in self.prompts]
+            chunks += [self.decode(request_id) for request_id in self.prompts if request_id not in begun]
+            new = [one for one in new if one.request_id in self.prompts]
+            self.random.shuffle(chunks)
+            done: StepDone = self.front.step(chunks, new, self.released)
+            self.released = []
+            self.take(done)
+            if self.runs_ahead:
+                self.num_ahead += self.front.rank.run_ahead()
+        self.front.step(released=[*self.prompts, *self.released])
+        return self.said
+
+    def arrival(self, request_id: str) -> tuple[list[Chunk], list[Any]]:
+        length = self.random.randint(1, 40)
+        self.prompts[request_id] = [self.random.randrange(4, 512) for _ in range(length)]
+        self.outputs[request_id] = []
+        self.limits[request_id] = self.random.randint(1, 25)
+        self.samplings[request_id] = self.random.choice(SAMPLINGS)
+        return self.whole(request_id)
+
+    def lost_kv(self, request_id: str) -> tuple[list[Chunk], list[Any]]:
+        self.released.append(request_id)
+        return self.whole(request_id)
+
+    def whole(self, request_id: str) -> tuple[list[Chunk], list[Any]]:
+        prompt, tokens = self.prompts[request_id], self.prompts[request_id] + self.outputs[request_id]
+        sampling = {**self.samplings[request_id], "max_output_tokens": self.limits[request_id]}
+        new = self.front.new(request_id, tokens, num_prompt_tokens=len(prompt), **sampling)
+        # Room for what it has, so that the next block comes with a decode.
+        return [self.front.first(request_id, len(tokens), room=len(tokens), samples=True)], [new]
+
+    def decode(self, request_id: str) -> Chunk:
+        start = len(self.prompts[request_id]) + len(self.outputs[request_id]) - 1
+        extents = self.front.pool.allocate(1) if start % 16 == 0 else ()
+        return Chunk(request_id, start, 1, True, (0,), extents)
+
+    def take(self, done: StepDone) -> None:
+        assert not done.failed
+        # Requests of two walks bear the number of the step they came in.
+        said = ((one.request_id.split("-")[1], one.token_id, one.is_stop, one.logprobs) for one in done.tokens)
+        self.said += sorted(said, key=lambda one: one[0])
+        for token in done.tokens:
+            self.outputs[token.request_id].append(token.token_id)
+            if token.is_stop or len(self.outputs[token.request_id]) == self.limits[token.request_id]:
+                self.end(token.request_id)
+
+    def end(self, request_id: str) -> None:
+        self.released.append(request_id)
+        del self.prompts[request_id], self.outputs[request_id]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_running_ahead_changes_no_token(front: Any, seed: int) -> None:
+    expected = Walk(front, "plain", seed, runs_ahead=False).run(60)
+    ahead = Walk(front, "ahead", seed, runs_ahead=True)
+    assert ahead.run(60) == expected
+    assert len(expected) > 60 and ahead.num_ahead > 20  # both were worth the name
+
+
+def test_nothing_is_run_ahead_within_a_prompt_or_after_the_last_token(front: Any) -> None:
+    front.step([front.first("a", 10, room=40)], [front.new("a", range(4, 24), max_output_tokens=2)])
+    assert not front.rank.run_ahead()
+    front.step([Chunk("a", 10, 10, True)])
+    assert front.rank.run_ahead() and not front.rank.run_ahead()
+    front.step([Chunk("a", 20, 1, True)])
+    assert not front.rank.run_ahead()
+
+
+def test_a_new_chunk_beside_decodes_run_ahead_is_computed_alone(front: Any) -> None:
+    front.step([front.first("a", 20, room=40, samples=True)], [front.new("a", range(4, 24))])
+    assert front.rank.run_ahead()
+    sizes: list[int] = []
+    hook = front.rank.model.register_forward_pre_hook(lambda model, args: sizes.append(args[0].shape[1]))
+    done = front.step([Chunk("a", 20, 1, True), front.first("b", 7, room=40)], [front.new("b", range(4, 30))])
+    hook.remove()
+    assert sizes == [7] and [token.request_id for token in done.tokens] == ["a"]
