@@ -116,6 +116,8 @@ class TrackingConfig:
 
     decision_log: Path | None = None
     metrics_log: Path | None = None
+    timeline: Path | None = None
+    timeline_s: float = 300.0
     interval_s: float = 10.0
     wandb_project: str | None = None
     wandb_mode: str = "auto"
@@ -125,16 +127,21 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         _check_member("tracking.wandb_mode", self.wandb_mode, ("auto", "online", "offline"))
         _check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
+        _check_range("tracking.timeline_s", self.timeline_s, 0.1, 1e9)
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ConfigError(
                 f"tracking.otlp_endpoint={self.otlp_endpoint}: give an address like http://127.0.0.1:4318/v1/traces"
             )
-        for key in ("decision_log", "metrics_log"):
+        taken: dict[Path, str] = {}
+        for key in ("decision_log", "metrics_log", "timeline"):
             path: Path | None = getattr(self, key)
-            if path is not None and path.is_dir():
+            if path is None:
+                continue
+            if path.is_dir():
                 raise ConfigError(f"tracking.{key}={path}: a directory; name a file")
-        if self.decision_log is not None and self.decision_log == self.metrics_log:
-            raise ConfigError(f"tracking.metrics_log={self.metrics_log}: the decision log goes there; name another")
+            if path in taken:
+                raise ConfigError(f"tracking.{key}={path}: the {taken[path]} goes there; name another")
+            taken[path] = key.replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +215,11 @@ def serve_config(options: ServeOptions) -> ServeConfig:
     """The options, checked against each other and against this machine. Raises ConfigError."""
     _check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
     world = _simulated_model(options) if options.runtime is RuntimeKind.SIM else rank_config(options)
+    if isinstance(world, SimulatedModel) and options.tracking.timeline is not None:
+        raise ConfigError(
+            f"tracking.timeline={options.tracking.timeline}: with runtime=sim no rank runs; `medha simulate` writes a "
+            "timeline of simulated ones"
+        )
     return ServeConfig(
         world=world,
         num_replicas=options.parallel.dp,

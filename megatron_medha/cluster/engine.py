@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -13,6 +13,7 @@ import zmq
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import WORKER_COMMAND, LocalRanks, Ranks
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
@@ -25,6 +26,7 @@ from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Streams
 
 OpenRanks = Callable[[Sequence[RankConfig]], AbstractContextManager[Ranks]]
+OpenTimeline = Callable[[float], AbstractContextManager[RunTimeline]]  # given the present moment
 
 
 def local_ranks(replica: int = 0, command: Sequence[str] = WORKER_COMMAND) -> OpenRanks:
@@ -51,20 +53,27 @@ def cluster_engine(
     observers: tuple[Observer, ...] = (),
     watchers: tuple[Watcher, ...] = (),
     decision_log: Path | None = None,
+    open_timeline: OpenTimeline | None = None,
 ) -> Engine:
     """An engine whose world is one replica; nothing starts before its start().
 
     rank_config: of any rank; its number and addresses are filled in here. open_ranks: by default on this machine.
+    open_timeline: None: none is written.
     """
     layout = rank_config.layout
     configs = [msgspec.structs.replace(rank_config, rank=rank) for rank in range(layout.world_size)]
 
     @contextmanager
     def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
-        with (open_ranks or local_ranks())(configs) as ranks:
+        with ExitStack() as stack:
+            ranks = stack.enter_context((open_ranks or local_ranks())(configs))
             runtime = ClusterRuntime(ranks, layout, inbox, streams, board, recovery or RecoveryConfig())
             try:
                 started = runtime.start()
+                timelines: tuple[RunTimeline, ...] = ()
+                if started is not None and open_timeline is not None:
+                    timelines = (stack.enter_context(open_timeline(runtime.now_s())),)
+                    runtime.on_step = timelines[0].step_done
                 yield None if started is None else World(
                     runtime=runtime,
                     setup=SchedulerSetup(
@@ -79,6 +88,7 @@ def cluster_engine(
                     ),
                     stop_token_ids=started.first.stop_token_ids,
                     device=started.device,
+                    observers=timelines,
                 )
             finally:
                 runtime.shut_down()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from enum import Enum
 
 import zmq
@@ -52,6 +53,8 @@ class _Phase(Enum):
 
 class ClusterRuntime:
     """A Runtime over the ranks of one replica."""
+
+    on_step: Callable[[StepDone, float], None] | None = None  # told of every answer while it serves, and when it came
 
     def __init__(
         self,
@@ -264,6 +267,8 @@ class ClusterRuntime:
         self._heartbeats.heard(message.rank, self.now_s())
         match message:
             case StepDone() if self._phase is not _Phase.STARTING:
+                if self.on_step is not None:
+                    self.on_step(message, self.now_s())
                 for event in self._collector.take(message):
                     self._events.append(self._keep(event) if isinstance(event, BatchResult) else event)
             case Heartbeat():

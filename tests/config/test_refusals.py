@@ -232,9 +232,16 @@ def test_a_tracking_file_that_is_a_directory_is_refused(refusal: Refusal, tmp_pa
     assert "name a file" in refusal(f"tracking.decision_log={tmp_path}")
 
 
-def test_both_logs_in_one_file_are_refused(refusal: Refusal, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["metrics_log", "timeline"])
+def test_two_logs_in_one_file_are_refused(refusal: Refusal, tmp_path: Path, key: str) -> None:
     file = tmp_path / "log"
-    assert "name another" in refusal(f"tracking.decision_log={file}", f"tracking.metrics_log={file}")
+    assert "name another" in refusal(f"tracking.decision_log={file}", f"tracking.{key}={file}")
+
+
+def test_a_timeline_without_ranks_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").touch()
+    simulated = ("runtime=sim", "model=llama3_8b", "hardware=h100", "checkpoint=null", f"tokenizer={tmp_path}")
+    assert "medha simulate" in refusal(*simulated, "tracking.timeline=trace.json")
 
 
 def test_a_folder_of_own_options_must_exist(refusal: Refusal, tmp_path: Path) -> None:
