@@ -1,4 +1,4 @@
-"""Exchanges through shared memory and through the group, between three processes: every bit arrives, in order."""
+"""Shared memory between three processes, and the group beyond it: every bit of every part and sum arrives, in order."""
 
 from __future__ import annotations
 
@@ -46,6 +46,25 @@ def check(rank, slots):
                     out, lse = values(other, batch, layer, kind, dtype)
                     assert torch.equal(part.out_THD, out[rows]) and torch.equal(part.lse_TH, lse[rows]), (batch, layer)
 
+def check_sums(group, slots, device):
+    from megatron_medha.parallel.tp_sum import SharedSum, tp_sum
+    total = tp_sum(group, device)
+    assert isinstance(total, SharedSum) == (slots is not None)
+    for step in range(40):
+        shape = (1 + 37 * step % 600, 1, 128)  # some are more than a slot takes
+        dtype = (torch.float32, torch.bfloat16)[step % 3 == 0]
+        everyone = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(NUM_RANKS * step + rank)).to(dtype)
+            for rank in range(NUM_RANKS)
+        ]
+        mine = everyone[group.rank()].clone()
+        total(mine)
+        expected = sum(x.double() for x in everyone)
+        assert (mine.double() - expected).abs().max() < (1e-6, 0.1)[dtype == torch.bfloat16], step
+        found = [torch.empty_like(mine) for _ in range(NUM_RANKS)]
+        dist.all_gather(found, mine)
+        assert all(torch.equal(found[0], other) for other in found), step
+
 def run(rank, path, sees_memory):
     dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=NUM_RANKS)
     if not sees_memory and rank == 1:
@@ -54,6 +73,7 @@ def run(rank, path, sees_memory):
     slots = SharedSlots.open(dist.group.WORLD, torch.device("cpu"))
     assert (slots is not None) == sees_memory
     check(rank, slots)
+    check_sums(dist.group.WORLD, slots, torch.device('cpu'))
 
 def in_processes(path, sees_memory):
     children = []
@@ -73,7 +93,7 @@ sys.exit(in_processes(sys.argv[1], sys.argv[2] == "True"))
 
 
 @pytest.mark.parametrize("sees_memory", [True, False])
-def test_parts_of_any_size_arrive_between_any_ranks(tmp_path: Path, sees_memory: bool) -> None:
+def test_parts_and_sums_of_any_size_arrive_between_any_ranks(tmp_path: Path, sees_memory: bool) -> None:
     outcome = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / "meeting"), str(sees_memory)],
         capture_output=True,
@@ -88,5 +108,5 @@ def test_nothing_is_left_behind_in_shared_memory(tmp_path: Path) -> None:
     if not directory.is_dir():
         pytest.skip("no /dev/shm")
     before = set(directory.glob("medha-kvp-*"))
-    test_parts_of_any_size_arrive_between_any_ranks(tmp_path, True)
+    test_parts_and_sums_of_any_size_arrive_between_any_ranks(tmp_path, True)
     assert not set(directory.glob("medha-kvp-*")) - before
