@@ -248,10 +248,10 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
     checkpoint = _checkpoint(options.checkpoint)
     parallel = options.parallel
     device = model.device if model.device != "auto" else ("cuda" if machine.has_cuda_device() else "cpu")
-    if parallel.kvp > 1 and parallel.max_tokens_per_shard is None:
+    if parallel.kvp > 1 and parallel.max_tokens_per_shard is None and device == "cuda" and model.kv_memory_gib is None:
         raise ConfigError(
             f"parallel.max_tokens_per_shard=null: parallel.kvp={parallel.kvp} ranks share a request's KV by token "
-            "range; say how many tokens of it go on each, e.g. 32768"
+            "range, and how many fit on a GPU may differ after a restart; give this, e.g. 32768, or model.kv_memory_gib"
         )
     block_size = model.block_size or DEFAULT_BLOCK_SIZE  # larger ones, of CUDA's backends, are checked by the rank
     if (shard_tokens := parallel.max_tokens_per_shard) is not None and shard_tokens % block_size:

@@ -18,6 +18,7 @@ from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
 from megatron_medha.core.fitted_cost import FittedCost
+from megatron_medha.core.memory import default_shard_tokens
 from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
@@ -74,6 +75,12 @@ def cluster_engine(
                 if started is not None and open_timeline is not None:
                     timelines = (stack.enter_context(open_timeline(runtime.now_s())),)
                     runtime.on_step = timelines[0].step_done
+                shard_tokens = rank_config.max_tokens_per_shard
+                if started is not None and shard_tokens is None and layout.kvp > 1:
+                    first = started.first
+                    shard_tokens = default_shard_tokens(
+                        started.num_blocks, first.block_size, first.shape.max_context_len, layout.kvp
+                    )
                 yield None if started is None else World(
                     runtime=runtime,
                     setup=SchedulerSetup(
@@ -84,7 +91,7 @@ def cluster_engine(
                         layout=layout,
                         num_blocks=started.num_blocks,
                         block_size=started.first.block_size,
-                        max_tokens_per_shard=rank_config.max_tokens_per_shard,
+                        max_tokens_per_shard=shard_tokens,
                     ),
                     stop_token_ids=started.first.stop_token_ids,
                     device=started.device,

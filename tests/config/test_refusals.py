@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.config import ServeConfig
+
 Refusal = Callable[..., str]
 
 
@@ -119,9 +122,16 @@ def test_a_tile_larger_than_a_batch_is_refused(refusal: Refusal) -> None:
     assert message == "scheduler.tile_tokens=256 must not exceed scheduler.max_batch_tokens=128"
 
 
-def test_kv_parallel_ranks_need_to_be_told_how_long_a_shard_is(refusal: Refusal) -> None:
-    message = refusal("parallel.kvp=2")
+def test_gpus_of_kv_parallel_ranks_need_to_be_told_how_long_a_shard_is(
+    refusal: Refusal, configure: Callable[..., ServeConfig]
+) -> None:
+    message = refusal("parallel.kvp=2", "model.device=cuda")
     assert message.startswith("parallel.max_tokens_per_shard=null: parallel.kvp=2")
+    world = configure("parallel.kvp=2", "model.device=cuda", "model.kv_memory_gib=4").world
+    assert isinstance(world, RankConfig) and world.max_tokens_per_shard is None
+
+
+def test_a_shard_is_made_of_whole_blocks(refusal: Refusal) -> None:
     message = refusal("parallel.kvp=2", "parallel.max_tokens_per_shard=100")
     assert message == "parallel.max_tokens_per_shard=100 must be a multiple of model.block_size=16"
 
