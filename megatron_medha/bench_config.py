@@ -78,7 +78,7 @@ class BenchOptions:
                 f"capacity.start_qps={self.capacity.start_qps:g}: capacity is a rate of arrivals; "
                 f"leave concurrency={self.concurrency} away"
             )
-        for key in ("decision_log", "metrics_log"):
+        for key in ("decision_log", "metrics_log", "timeline"):
             if (path := getattr(self.tracking, key)) is not None:
                 raise ConfigError(f"tracking.{key}={path}: the server writes that, not its client; "
                     "use tracking=none or tracking=wandb")

@@ -116,6 +116,8 @@ class TrackingConfig:
 
     decision_log: Path | None = None
     metrics_log: Path | None = None
+    timeline: Path | None = None
+    timeline_s: float = 300.0
     interval_s: float = 10.0
     wandb_project: str | None = None
     wandb_mode: str = "auto"
@@ -125,16 +127,21 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         _check_member("tracking.wandb_mode", self.wandb_mode, ("auto", "online", "offline"))
         _check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
+        _check_range("tracking.timeline_s", self.timeline_s, 0.1, 1e9)
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ConfigError(
                 f"tracking.otlp_endpoint={self.otlp_endpoint}: give an address like http://127.0.0.1:4318/v1/traces"
             )
-        for key in ("decision_log", "metrics_log"):
+        taken: dict[Path, str] = {}
+        for key in ("decision_log", "metrics_log", "timeline"):
             path: Path | None = getattr(self, key)
-            if path is not None and path.is_dir():
+            if path is None:
+                continue
+            if path.is_dir():
                 raise ConfigError(f"tracking.{key}={path}: a directory; name a file")
-        if self.decision_log is not None and self.decision_log == self.metrics_log:
-            raise ConfigError(f"tracking.metrics_log={self.metrics_log}: the decision log goes there; name another")
+            if path in taken:
+                raise ConfigError(f"tracking.{key}={path}: the {taken[path]} goes there; name another")
+            taken[path] = key.replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +223,11 @@ def serve_config(options: ServeOptions) -> ServeConfig:
         world = rank_config(options)
         if options.tokenizer is not None:
             world = msgspec.structs.replace(world, tokenizer=str(_tokenizer(options)))
+    if isinstance(world, SimulatedModel) and options.tracking.timeline is not None:
+        raise ConfigError(
+            f"tracking.timeline={options.tracking.timeline}: with runtime=sim no rank runs; `medha simulate` writes a "
+            "timeline of simulated ones"
+        )
     return ServeConfig(
         world=world,
         num_replicas=options.parallel.dp,
@@ -244,10 +256,10 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
     checkpoint = _checkpoint(options.checkpoint)
     parallel = options.parallel
     device = model.device if model.device != "auto" else ("cuda" if machine.has_cuda_device() else "cpu")
-    if parallel.kvp > 1 and parallel.max_tokens_per_shard is None:
+    if parallel.kvp > 1 and parallel.max_tokens_per_shard is None and device == "cuda" and model.kv_memory_gib is None:
         raise ConfigError(
             f"parallel.max_tokens_per_shard=null: parallel.kvp={parallel.kvp} ranks share a request's KV by token "
-            "range; say how many tokens of it go on each, e.g. 32768"
+            "range, and how many fit on a GPU may differ after a restart; give this, e.g. 32768, or model.kv_memory_gib"
         )
     block_size = model.block_size or DEFAULT_BLOCK_SIZE  # larger ones, of CUDA's backends, are checked by the rank
     if (shard_tokens := parallel.max_tokens_per_shard) is not None and shard_tokens % block_size:

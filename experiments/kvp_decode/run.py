@@ -5,7 +5,13 @@
 
 The context's KV is random numbers: what is in it does not change the time, and computing 256K tokens of prompt
 would take an hour. The attention part is everything between query and merged output in every layer, exchange and
-merge included; bar: 1.8 times faster. Beside it the time per output token, and what exchange and merge cost of it.
+merge included; bar: 1.8 times faster. Beside it what exchange and merge cost of it, waiting for the other rank
+included, and the time per output token.
+
+Decoding reads memory and does little else, so two more ratios of the same run say what a second core can add here:
+`reads` is how much more two processes read from memory per second than one does, each its own part, summing it up and
+nothing else; `kernel` compares the attention kernel's time alone, without exchange and merge.
+
 Figures are the best and the median of the steps by the clock, which mean something on idle cores only, and the
 median by the thread's own CPU time, which other programs enter through caches and memory alone; waiting for the
 other rank is not in it.
@@ -19,9 +25,11 @@ import statistics
 import tempfile
 import time
 from array import array
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
 from experiments.lib.plain_model import save_plain_model
@@ -36,6 +44,8 @@ from megatron_medha.core.sampling import Sampling
 BAR = 1.8
 MODEL = {"hidden_size": 512, "ffn_size": 1376, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
 BLOCK_SIZE = 64
+READ_BYTES = 1 << 28  # as much KV as 64K tokens have, and far more than caches hold
+READ_S = 4.0
 
 
 def prepare(rank: Any, notes: dict[str, float]) -> None:
@@ -61,6 +71,22 @@ def prepare(rank: Any, notes: dict[str, float]) -> None:
             module.forward = timed(module.forward, "attention")
     for name in ("attend", "attend_with_lse"):
         setattr(rank._backend, name, timed(getattr(rank._backend, name), "own"))
+
+
+def read_memory(config: RankConfig, connection: Connection) -> None:
+    """In a process: read so many bytes again and again for a while; sends the seconds of every pass."""
+    import torch
+
+    torch.set_num_threads(1)
+    values = torch.zeros(READ_BYTES // config.layout.world_size // 4)
+    passes_s: list[float] = []
+    end_s = time.perf_counter() + READ_S
+    while time.perf_counter() < end_s:
+        started_s = time.perf_counter()
+        values.sum()
+        passes_s.append(time.perf_counter() - started_s)
+    # What was measured before the other process had begun, or after it had ended, is of one process.
+    connection.send(passes_s[len(passes_s) // 10 : -(len(passes_s) // 10) or None])
 
 
 def decode(ranks: RankProcesses, checkpoint: Path, kvp: int, context: int, num_steps: int) -> list[dict[str, float]]:
@@ -114,13 +140,23 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as name, rank_processes(2) as ranks:
         save_plain_model(Path(name), **MODEL)
+        plain = RankConfig(front_endpoint="", checkpoint="", kv_memory_bytes=0)
+        reads = [
+            ranks.call(read_memory, msgspec.structs.replace(plain, layout=ParallelLayout(kvp=kvp))) for kvp in (1, 2)
+        ]
         for context in args.context or (65536, 262144):
             one, two = (decode(ranks, Path(name), kvp, context, args.steps) for kvp in (1, 2))
             found.append((context, one, two))
     print(
         f"milliseconds per output token; bar: {BAR}x; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     )
-    print(f"{'context':>8}{'':>8}{'attention 1':>13}{'attention 2':>13}{'speed-up':>10}{'exchange, merge':>17}"
+    for label, of in (("best", min), ("median", statistics.median)):
+        (one_s,), two_s = ([of(passes_s) for passes_s in found_s] for found_s in reads)
+        rate = sum(READ_BYTES / 2 / seconds for seconds in two_s)
+        print(f"reads, {label}: {READ_BYTES / one_s / 1e9:.1f} GB/s by one process, {rate / 1e9:.1f} by two: "
+              f"{rate * one_s / READ_BYTES:.2f}x")
+    print(f"{'context':>8}{'':>8}{'attention 1':>13}{'attention 2':>13}{'speed-up':>10}{'kernel':>8}"
+          f"{'exchange, merge':>17}"
           f"{'TPOT 1':>9}{'TPOT 2':>9}")
     for context, one, two in found:
         for label, clock, of in (
@@ -129,6 +165,8 @@ def main() -> None:
             one_s, two_s = (of([step["attention" + clock] for step in steps]) for steps in (one, two))
             merge_s = of([step["attention" + clock] - step["own" + clock] for step in two])
             line = f"{context:>8}{label:>8}{one_s * 1e3:>13.2f}{two_s * 1e3:>13.2f}{one_s / two_s:>9.2f}x"
+            own_one_s, own_two_s = (of([step["own" + clock] for step in steps]) for steps in (one, two))
+            line += f"{own_one_s / own_two_s:>7.2f}x"
             line += f"{merge_s * 1e3:>17.2f}"
             if not clock:
                 line += "".join(f"{of([step['step'] for step in steps]) * 1e3:>9.2f}" for steps in (one, two))

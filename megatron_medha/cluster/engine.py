@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -14,10 +14,12 @@ from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import WORKER_COMMAND, LocalRanks, Ranks
 from megatron_medha.cluster.rank_audit import RankAudit
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
 from megatron_medha.core.fitted_cost import FittedCost
+from megatron_medha.core.memory import default_shard_tokens
 from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
@@ -26,6 +28,7 @@ from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Streams
 
 OpenRanks = Callable[[Sequence[RankConfig]], AbstractContextManager[Ranks]]
+OpenTimeline = Callable[[float], AbstractContextManager[RunTimeline]]  # given the present moment
 
 
 def local_ranks(replica: int = 0, command: Sequence[str] = WORKER_COMMAND) -> OpenRanks:
@@ -52,10 +55,12 @@ def cluster_engine(
     observers: tuple[Observer, ...] = (),
     watchers: tuple[Watcher, ...] = (),
     decision_log: Path | None = None,
+    open_timeline: OpenTimeline | None = None,
 ) -> Engine:
     """An engine whose world is one replica; nothing starts before its start().
 
     rank_config: of any rank; its number and addresses are filled in here. open_ranks: by default on this machine.
+    open_timeline: None: none is written.
     """
     layout = rank_config.layout
     audit = RankAudit(layout) if rank_config.is_audited else None
@@ -63,10 +68,21 @@ def cluster_engine(
 
     @contextmanager
     def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
-        with (open_ranks or local_ranks())(configs) as ranks:
+        with ExitStack() as stack:
+            ranks = stack.enter_context((open_ranks or local_ranks())(configs))
             runtime = ClusterRuntime(ranks, layout, inbox, streams, board, recovery or RecoveryConfig(), audit)
             try:
                 started = runtime.start()
+                timelines: tuple[RunTimeline, ...] = ()
+                if started is not None and open_timeline is not None:
+                    timelines = (stack.enter_context(open_timeline(runtime.now_s())),)
+                    runtime.on_step = timelines[0].step_done
+                shard_tokens = rank_config.max_tokens_per_shard
+                if started is not None and shard_tokens is None and layout.kvp > 1:
+                    first = started.first
+                    shard_tokens = default_shard_tokens(
+                        started.num_blocks, first.block_size, first.shape.max_context_len, layout.kvp
+                    )
                 yield None if started is None else World(
                     runtime=runtime,
                     setup=SchedulerSetup(
@@ -77,10 +93,11 @@ def cluster_engine(
                         layout=layout,
                         num_blocks=started.num_blocks,
                         block_size=started.first.block_size,
-                        max_tokens_per_shard=rank_config.max_tokens_per_shard,
+                        max_tokens_per_shard=shard_tokens,
                     ),
                     stop_token_ids=started.first.stop_token_ids,
                     device=started.device,
+                    observers=timelines,
                 )
             finally:
                 runtime.shut_down()

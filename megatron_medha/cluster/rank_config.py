@@ -25,7 +25,8 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_dtype: str = "auto"           # auto (the model's), fp8_e4m3
     fp8: str = "none"                # recipe of linear layers: none, tensorwise, blockwise
     cuda_graphs: bool = True         # read only on a GPU
-    # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S); None: all that fit.
+    # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S).
+    # None: core/memory.py's default, which the front knows too.
     max_tokens_per_shard: int | None = None
     max_context_len: int | None = None  # None: the checkpoint's own
     num_threads: int | None = None   # None: its share of the CPU cores it may use

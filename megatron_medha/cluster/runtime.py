@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from enum import Enum
 
 import zmq
@@ -53,6 +54,8 @@ class _Phase(Enum):
 
 class ClusterRuntime:
     """A Runtime over the ranks of one replica."""
+
+    on_step: Callable[[StepDone, float], None] | None = None  # told of every answer while it serves, and when it came
 
     def __init__(
         self,
@@ -275,6 +278,8 @@ class ClusterRuntime:
             case StepDone() if self._phase is not _Phase.STARTING:
                 if self._audit is not None:
                     self._audit.answered(message)
+                if self.on_step is not None:
+                    self.on_step(message, self.now_s())
                 for event in self._collector.take(message):
                     self._events.append(self._keep(event) if isinstance(event, BatchResult) else event)
             case Heartbeat():

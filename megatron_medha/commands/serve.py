@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 USAGE = f"""\
 usage: medha serve checkpoint=DIR [group=option] [key=value ...]
 
-Serves one model behind the OpenAI API. DIR is a Megatron torch_dist checkpoint or a Hugging Face model (Llama,
-Mistral, Qwen2, Qwen3; safetensors); which of the two is recognised. Options are written as in Hydra.
+Serves one model behind the OpenAI API. DIR is a Megatron torch_dist checkpoint, a Hugging Face model (Llama, Mistral,
+Qwen2, Qwen3; safetensors) or one of DeepSpeed's ZeRO; which of them is recognised. Options are written as in Hydra.
 
 examples:
   medha serve checkpoint=checkpoints/tiny

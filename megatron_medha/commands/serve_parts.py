@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from megatron_medha.cluster.attach import attached_ranks
-from megatron_medha.cluster.engine import OpenRanks, cluster_engine, local_ranks
+from megatron_medha.cluster.engine import OpenRanks, OpenTimeline, cluster_engine, local_ranks
 from megatron_medha.cluster.launch_config import LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.config import ServeConfig, ServeOptions
 from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.engine.engine import Engine, Watcher
@@ -26,7 +28,7 @@ def make_engine(config: ServeConfig, observer: Observer, watcher: Watcher) -> En
     """The engine for ranks or for a simulation; nothing runs before its start()."""
     num_replicas = config.num_replicas
     if num_replicas == 1:
-        return _replica(config, 0, observer, watcher, config.tracking.decision_log)
+        return _replica(config, 0, observer, watcher, config.tracking.decision_log, config.tracking.timeline)
     lock = threading.Lock()
 
     def watch(scheduler: Scheduler) -> Observer:
@@ -41,6 +43,7 @@ def make_engine(config: ServeConfig, observer: Observer, watcher: Watcher) -> En
                 SharedObserver(observer, lock, replica, num_replicas),
                 watch,
                 _log_of_replica(config.tracking.decision_log, replica),
+                _log_of_replica(config.tracking.timeline, replica),
             )
             for replica in range(num_replicas)
         ]
@@ -48,8 +51,9 @@ def make_engine(config: ServeConfig, observer: Observer, watcher: Watcher) -> En
 
 
 def _replica(
-    config: ServeConfig, replica: int, observer: Observer, watcher: Watcher, decision_log: Path | None
-) -> Engine:
+    config: ServeConfig, replica: int, observer: Observer, watcher: Watcher, decision_log: Path | None,
+    timeline: Path | None,
+) -> Engine:  # fmt: skip
     match config.world:
         case RankConfig():
             return cluster_engine(
@@ -62,6 +66,7 @@ def _replica(
                 observers=(observer,),
                 watchers=(watcher,),
                 decision_log=decision_log,
+                open_timeline=_open_timeline(config, timeline),
             )
         case model:
             return live_engine(
@@ -80,6 +85,13 @@ def _open_ranks(config: ServeConfig, replica: int) -> OpenRanks:
     if config.launch.kind is LaunchKind.ATTACH:
         return attached_ranks(config.launch, replica, config.num_replicas)
     return local_ranks(replica)
+
+
+def _open_timeline(config: ServeConfig, path: Path | None) -> OpenTimeline | None:
+    if path is None:
+        return None
+    assert isinstance(config.world, RankConfig)
+    return partial(RunTimeline.writing, path, config.world.layout, duration_s=config.tracking.timeline_s)
 
 
 def _log_of_replica(path: Path | None, replica: int) -> Path | None:

@@ -17,6 +17,15 @@ class Part(NamedTuple):
     context: int  # earlier tokens of the sequence on that rank
 
 
+def default_shard_tokens(num_blocks: int, block_size: int, max_context_len: int, kvp: int) -> int:
+    """Tokens of one request on one KVP rank where nobody has said: the longest context in even parts, in whole blocks.
+
+    So only what is longer than that part is shared out, and the longest request reads as much KV on every rank. At most
+    what a rank has memory for.
+    """
+    return min(num_blocks, num_blocks_for(-(-max_context_len // kvp), block_size)) * block_size
+
+
 @dataclass(slots=True)
 class _Reservation:
     """Blocks kept back for one sequence that has waited too long: a share of all that has been freed since."""

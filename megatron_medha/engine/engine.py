@@ -49,6 +49,7 @@ class World:
     setup: SchedulerSetup
     stop_token_ids: tuple[int, ...]
     device: str
+    observers: tuple[Observer, ...] = ()  # of its own
 
 
 class OpenWorld(Protocol):
@@ -171,7 +172,7 @@ class Engine:
     def _serve(self, world: World, streams: Streams) -> None:
         scheduler = self._scheduler = world.setup.build()
         watching = (watch(scheduler) for watch in self._watchers)
-        observers = (*self._observers, *watching, _LoadObserver(scheduler, self._note_load))
+        observers = (*self._observers, *world.observers, *watching, _LoadObserver(scheduler, self._note_load))
         if self._decision_log is not None:
             observers = (*observers, DecisionLog.open(self._decision_log, world.setup.header()))
         self._note_load(scheduler, ())

@@ -17,6 +17,7 @@ from megatron_medha.model.megatron_checkpoint import (
     read_megatron_config,
 )
 from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.zero_checkpoint import find_zero_checkpoint, load_zero_weights, read_zero_config
 
 
 class CheckpointKind(Enum):
@@ -24,6 +25,7 @@ class CheckpointKind(Enum):
 
     MEGATRON = "Megatron torch_dist"
     HUGGING_FACE = "Hugging Face safetensors"
+    ZERO = "DeepSpeed ZeRO"
 
 
 def checkpoint_kind(directory: Path) -> CheckpointKind:
@@ -34,10 +36,13 @@ def checkpoint_kind(directory: Path) -> CheckpointKind:
         return CheckpointKind.MEGATRON
     if (directory / "config.json").is_file() and hf_weight_files(directory):
         return CheckpointKind.HUGGING_FACE
+    if find_zero_checkpoint(directory) is not None:
+        return CheckpointKind.ZERO
     raise CheckpointError(
         f"{directory}: no checkpoint found. Looked for a Megatron torch_dist checkpoint (metadata.json and .metadata, "
-        "here or in the iter_* directory that latest_checkpointed_iteration.txt names) and for a Hugging Face "
-        f"checkpoint (config.json and *.safetensors). {_what_is_there(directory)}"
+        "here or in the iter_* directory that latest_checkpointed_iteration.txt names), for a Hugging Face checkpoint "
+        "(config.json and *.safetensors) and for one of DeepSpeed's ZeRO (latest, which names a directory with "
+        f"*_optim_states.pt). {_what_is_there(directory)}"
     )
 
 
@@ -53,6 +58,8 @@ def read_model_config(directory: Path | str) -> ModelConfig:
             return read_megatron_config(directory)
         case CheckpointKind.HUGGING_FACE:
             return read_hf_config(directory)
+        case CheckpointKind.ZERO:
+            return read_zero_config(directory)
 
 
 def load_weights(
@@ -70,6 +77,8 @@ def load_weights(
             load_megatron_weights(model, config, directory, progress)
         case CheckpointKind.HUGGING_FACE:
             load_hf_weights(model, config, directory, progress)
+        case CheckpointKind.ZERO:
+            load_zero_weights(model, config, directory, progress)
 
 
 def _what_is_there(directory: Path) -> str:

@@ -146,9 +146,7 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
     assert not unfilled, f"no checkpoint tensor fills {sorted(unfilled)}"
     file_of = _files_by_key(directory)
     _check_headers(expected, file_of, config, directory)
-    num_ids = len(range(config.vocab_size)[share.rows(config.vocab_size)])
-    for name in {_OUR_EMBEDDING, _OUR_LM_HEAD} & set(parameters):
-        parameters[name][num_ids:].zero_()  # rows that only fill up; nothing else sets them
+    num_ids = zero_padding_rows(parameters, config, share)
     wanted = {key: placement for key, placement in expected.items() if placement.parameter is not None}
     num_loaded = 0
     for path in sorted({file_of[key] for key in wanted}):
@@ -163,6 +161,14 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
     tied = expected[_EMBEDDING].parameter
     if config.has_tied_embeddings and _LM_HEAD in file_of and tied is not None:
         _check_tied_head(file_of[_LM_HEAD], expected[_EMBEDDING], share, parameters[tied][:num_ids])
+
+
+def zero_padding_rows(parameters: Mapping[str, Tensor], config: ModelConfig, share: Share) -> int:
+    """Rows that only fill up the vocabulary, which nothing else sets; returns how many others this rank has."""
+    num_ids = len(range(config.vocab_size)[share.rows(config.vocab_size)])
+    for name in {_OUR_EMBEDDING, _OUR_LM_HEAD} & set(parameters):
+        parameters[name][num_ids:].zero_()
+    return num_ids
 
 
 def _part(file: Any, key: str, placement: Placement, share: Share) -> Tensor:
@@ -227,7 +233,7 @@ def _check_headers(
         with opened(path) as file:
             for key in sorted(file.keys()):
                 if key not in expected:
-                    if not _may_be_ignored(key, config):
+                    if not may_be_ignored(key, config):
                         problems.append(f"{path}: tensor {key} is not part of this model")
                     continue
                 header = file.get_slice(key)
@@ -252,7 +258,7 @@ def _where_expected(directory: Path) -> Path:
     return paths[0] if len(paths) == 1 else directory
 
 
-def _may_be_ignored(key: str, config: ModelConfig) -> bool:
+def may_be_ignored(key: str, config: ModelConfig) -> bool:
     """Tables that old checkpoints keep though they follow from the config, and a copy of tied embeddings."""
     return key.endswith(".rotary_emb.inv_freq") or (key == _LM_HEAD and config.has_tied_embeddings)
 

@@ -75,7 +75,7 @@ def read_megatron_config(directory: Path) -> ModelConfig:
     if dtype not in _DTYPES:
         raise UnsupportedModelError(f"{iteration / '.metadata'}: {_EMBEDDING} has dtype {dtype}")
     home = directory.resolve() if iteration != directory else directory.resolve().parent
-    num_ids, stop_token_ids = _tokenizer_facts((directory, home))
+    num_ids, stop_token_ids = tokenizer_facts((directory, home))
     return config_from_args(
         args,
         path,
@@ -99,7 +99,7 @@ def load_megatron_weights(
     iteration = _found(directory)
     progress(f"weights from {iteration.name}", 0.0)
     tensors, prefix = _tensors(iteration)
-    wanted = _sharded_state_dict(model, _layout_of(tensors))
+    wanted = sharded_state_dict(model, _layout_of(tensors))
     # Megatron's factories (SwiGLU) would load halves and concatenate them: a second copy. Applied beforehand,
     # they leave views of the parameter's halves, which are filled in place.
     apply_factories(wanted)
@@ -131,7 +131,7 @@ def save_megatron_checkpoint(model: Any, config: ModelConfig, directory: Path, i
             "args": args,
             "checkpoint_version": 3.0,
             "iteration": iteration,
-            "model": _sharded_state_dict(model, {}),
+            "model": sharded_state_dict(model, {}),
         },
         str(target),
     )
@@ -215,7 +215,7 @@ def _layout_of(tensors: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
-def _sharded_state_dict(model: Any, layout: Mapping[str, bool]) -> dict[str, Any]:
+def sharded_state_dict(model: Any, layout: Mapping[str, bool]) -> dict[str, Any]:
     """Megatron's description of the model's tensors. Extra states are left out: they only hold FP8 history."""
     metadata = {**layout, "dp_cp_group": model.pg_collection.dp_cp}
     state = model.sharded_state_dict(prefix="", metadata=metadata)
@@ -262,7 +262,7 @@ def _check_tensors(
         raise CheckpointError("\n".join(problems[:_MAX_PROBLEMS_SHOWN] + more))
 
 
-def _tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[int, ...]]:
+def tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[int, ...]]:
     """How many ids the tokenizer.json beside the checkpoint has, and its end tokens; (None, ()) without one."""
     home = next((d for d in directories if (d / "tokenizer.json").is_file()), None)
     if home is None:

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,12 +38,13 @@ _TRIALS = 5
 _MIN_GAIN = 1.2
 
 
-def pack_linears(model: GPTModel) -> None:
+def pack_linears(model: GPTModel, sum_over_tp: Callable[[Tensor], object] | None = None) -> None:
     """Replace the forward of every parallel linear layer by one over packed weights; inference only, for good.
 
     The row-major weights are given up, or the model would be in memory twice; only a tied output layer on the stage
-    of its embedding keeps them, as the embedding reads its rows. Tensor-parallel layers communicate as Megatron's own
-    do. Does nothing where it cannot help: other devices, a torch without the operators.
+    of its embedding keeps them, as the embedding reads its rows. Tensor-parallel layers communicate where Megatron's
+    own do. Does nothing where it cannot help: other devices, a torch without the operators.
+    sum_over_tp: what sums a row-parallel layer's output over its ranks, in place; None: the group's all-reduce.
     """
     shared_weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     layers = []
@@ -67,7 +69,8 @@ def pack_linears(model: GPTModel) -> None:
             module.forward = _PackedColumns(packed, module)  # type: ignore[method-assign]
         else:
             assert module.bias is None and module.input_is_parallel, "a row-parallel layer this was not written for"
-            module.forward = _PackedRows(packed, module.tp_group)  # type: ignore[method-assign]
+            total = sum_over_tp or partial(dist.all_reduce, group=module.tp_group)
+            module.forward = _PackedRows(packed, total)  # type: ignore[method-assign]
         if module.weight is not None:
             weight.data = weight.data.new_empty(0)
 
@@ -164,12 +167,12 @@ class _PackedColumns:
 class _PackedRows:
     """This rank's summand of a row-parallel layer, and the sum over all ranks."""
 
-    def __init__(self, packed: PackedLinear, group: dist.ProcessGroup) -> None:
-        self._packed, self._group = packed, group
+    def __init__(self, packed: PackedLinear, sum_over_tp: Callable[[Tensor], object]) -> None:
+        self._packed, self._sum_over_tp = packed, sum_over_tp
 
     def __call__(self, input_: Tensor) -> tuple[Tensor, None]:
         output, _ = self._packed(input_)
-        dist.all_reduce(output, group=self._group)
+        self._sum_over_tp(output)
         return output, None
 
 

@@ -23,6 +23,12 @@ import torch._utils
 
 from megatron_medha.core.errors import CheckpointError
 
+
+def _tensor_without_attributes(rebuild: Any, _type: Any, args: tuple[Any, ...], _state: Any) -> Any:
+    """A tensor that somebody's Python attributes were saved with, without them: rebuild is of the list below."""
+    return rebuild(*args)
+
+
 # Constructors of plain data. None of them runs code taken from the file.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): argparse.Namespace,
@@ -36,10 +42,12 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("io", "BytesIO"): io.BytesIO,
     ("pathlib", "PosixPath"): Path,
     ("pathlib._local", "PosixPath"): Path,
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._tensor", "_rebuild_from_type_v2"): _tensor_without_attributes,
     ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
 }
 
@@ -109,10 +117,13 @@ class _PickleModule:
         return _Unpickler(file, **kwargs).load()
 
 
-def load_torch_file(path: Path) -> Any:
-    """What torch.save wrote to that file, on the CPU. Raises CheckpointError naming the file when it is damaged."""
+def load_torch_file(path: Path, is_mapped: bool = False) -> Any:
+    """What torch.save wrote to that file, on the CPU. Raises CheckpointError naming the file when it is damaged.
+
+    is_mapped: tensors stay in the file until they are looked at.
+    """
     try:
-        return torch.load(path, map_location="cpu", pickle_module=_PickleModule, weights_only=False)
+        return torch.load(path, map_location="cpu", pickle_module=_PickleModule, weights_only=False, mmap=is_mapped)
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path}: cannot be read, damaged or incomplete: {error}") from error
 

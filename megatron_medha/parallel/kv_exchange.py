@@ -5,12 +5,15 @@ Shapes: T query tokens of the shared chunks, H query heads of this rank, D head 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_medha.parallel.shared_slots import SLOT_BYTES, SharedSlots
 
 
 class RankSet(NamedTuple):
@@ -21,76 +24,109 @@ class RankSet(NamedTuple):
     num_rows: int
 
 
+class Part(NamedTuple):
+    """Attention over one rank's shard."""
+
+    out_THD: Tensor
+    lse_TH: Tensor  # fp32
+
+    def rows(self, first_row: int, num_rows: int) -> Part:
+        """Of some query tokens."""
+        return Part(*(x[first_row : first_row + num_rows] for x in self))
+
+
 class KVExchange:
     """The exchanges of one batch; every layer begins one. All ranks of a set call with the same rows."""
 
-    def __init__(self, group: dist.ProcessGroup, sets: Sequence[RankSet]) -> None:
-        """group: of the ranks that differ in their kvp index only. sets: of the batch, the same order on every rank."""
+    def __init__(
+        self, group: dist.ProcessGroup, sets: Sequence[RankSet], shared_slots: SharedSlots | None = None
+    ) -> None:
+        """group: of the ranks that differ in their kvp index only. sets: of the batch, the same order on every rank.
+
+        shared_slots: of the same group; small messages take that way.
+        """
         self._group = group
         self._rank = group.rank()
+        self._slots = shared_slots
         self.sets = tuple(sets)
-        self._peers = sorted({rank for found in sets for rank in found.kvp_ranks} - {self._rank})
+        peers = sorted({rank for found in sets for rank in found.kvp_ranks} - {self._rank})
+        self._sets_of = {peer: [found for found in sets if peer in found.kvp_ranks] for peer in peers}
         self._num_rows = sum(found.num_rows for found in sets)
+        self._slot_parts: dict[tuple[int, int], tuple[Part, Part]] = {}  # by peer and slot: ours, theirs
 
     def begin(self, out_THD: Tensor, lse_TH: Tensor) -> PartsOnTheirWay:
-        """Post this rank's partial attention to every peer, and room for theirs; does not wait."""
+        """Give this rank's partial attention to every peer, and make room for theirs; does not wait."""
         assert len(out_THD) == self._num_rows, f"{len(out_THD)} rows for an exchange of {self._num_rows}"
-        packed_THE = pack(out_THD, lse_TH)
-        works: list[dist.Work | None] = []
-        leaving: list[Tensor] = []
-        arriving: dict[int, Tensor] = {}
+        own = Part(out_THD, lse_TH)
+        arriving: dict[int, Callable[[], Part]] = {}
         # All are posted before any is waited for, so the order in which peers get to theirs does not matter.
-        for peer in self._peers:
-            rows = [found for found in self.sets if peer in found.kvp_ranks]
-            if len(rows) == len(self.sets):
-                part_THE = packed_THE
-            else:
-                part_THE = torch.cat([packed_THE[s.first_row : s.first_row + s.num_rows] for s in rows])
-            arriving[peer] = torch.empty_like(part_THE)
-            works.append(dist.irecv(arriving[peer], group=self._group, group_src=peer))
-            works.append(dist.isend(part_THE, group=self._group, group_dst=peer))
-            leaving.append(part_THE)
-        return PartsOnTheirWay(self, packed_THE, out_THD.shape[-1], works, leaving, arriving)
+        for peer, sets in self._sets_of.items():
+            leaving = own
+            if len(sets) < len(self.sets):
+                leaving = Part(*map(torch.cat, zip(*(own.rows(s.first_row, s.num_rows) for s in sets), strict=True)))
+            # As much comes back, so both ends choose the same way.
+            is_small = self._slots is not None and _num_bytes(leaving) <= SLOT_BYTES
+            arriving[peer] = (self._through_slots if is_small else self._through_group)(peer, leaving)
+        return PartsOnTheirWay(self, own, arriving)
 
     @property
     def rank(self) -> int:
         """This rank's kvp index."""
         return self._rank
 
+    def _through_slots(self, peer: int, leaving: Part) -> Callable[[], Part]:
+        slots = self._slots
+        assert slots is not None
+        number = slots.next_number(peer)
+        place = (peer, number % 2)
+        # Making views costs more than all the rest; the layers of a batch share them.
+        if place not in self._slot_parts:
+            ours, theirs = slots.slots(peer, number)
+            self._slot_parts[place] = (_laid_out(ours, leaving), _laid_out(theirs, leaving))
+        ours_part, theirs_part = self._slot_parts[place]
+        ours_part.out_THD.copy_(leaving.out_THD)
+        ours_part.lse_TH.copy_(leaving.lse_TH)
+        slots.send(peer)
+
+        def wait() -> Part:
+            slots.wait(peer, number)
+            return theirs_part
+
+        return wait
+
+    def _through_group(self, peer: int, leaving: Part) -> Callable[[], Part]:
+        leaving_THE = pack(*leaving)
+        arriving_THE = torch.empty_like(leaving_THE)
+        works = (
+            dist.irecv(arriving_THE, group=self._group, group_src=peer),
+            dist.isend(leaving_THE, group=self._group, group_dst=peer),
+        )
+        # leaving_THE is passed on only to be kept from being freed while it is on its way.
+        return partial(_wait_for, works, leaving_THE, arriving_THE, leaving.out_THD.shape[-1])
+
 
 class PartsOnTheirWay:
     """One layer's exchange between its beginning and its end."""
 
-    def __init__(
-        self,
-        exchange: KVExchange,
-        own_THE: Tensor,
-        head_dim: int,
-        works: Sequence[dist.Work | None],
-        leaving: Sequence[Tensor],
-        arriving: dict[int, Tensor],
-    ) -> None:
-        self._exchange, self._own_THE, self._head_dim = exchange, own_THE, head_dim
-        self._works, self._arriving = works, arriving
-        self._leaving = leaving  # only kept from being freed while they are on their way
+    def __init__(self, exchange: KVExchange, own: Part, arriving: dict[int, Callable[[], Part]]) -> None:
+        self._exchange, self._own, self._arriving = exchange, own, arriving
 
-    def wait(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """For each rank set, every rank's (out_THD, lse_TH) in ascending order of ranks: the same on all of them."""
-        for work in self._works:
-            assert work is not None, "this rank is of its own kvp group"
-            work.wait()
-        found: list[list[tuple[Tensor, Tensor]]] = []
-        num_read = dict.fromkeys(self._arriving, 0)
+    def wait(self) -> list[list[Part]]:
+        """For each rank set, every rank's part in ascending order of ranks: the same on all of them.
+
+        To be read before the next exchange begins.
+        """
+        arrived = {peer: wait() for peer, wait in self._arriving.items()}
+        found: list[list[Part]] = []
+        num_read = dict.fromkeys(arrived, 0)
         for ranks, first_row, num_rows in self._exchange.sets:
             parts = []
             for rank in ranks:
                 if rank == self._exchange.rank:
-                    part_THE = self._own_THE[first_row : first_row + num_rows]
+                    parts.append(self._own.rows(first_row, num_rows))
                 else:
-                    row = num_read[rank]
-                    part_THE = self._arriving[rank][row : row + num_rows]
+                    parts.append(arrived[rank].rows(num_read[rank], num_rows))
                     num_read[rank] += num_rows
-                parts.append(unpack(part_THE, self._head_dim))
             found.append(parts)
         return found
 
@@ -100,7 +136,28 @@ def pack(out_THD: Tensor, lse_TH: Tensor) -> Tensor:
     return torch.cat((out_THD, lse_TH.contiguous()[..., None].view(out_THD.dtype)), dim=-1)
 
 
-def unpack(packed_THE: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def unpack(packed_THE: Tensor, head_dim: int) -> Part:
     """What `pack` was given."""
     lse_TH = packed_THE[..., head_dim:].contiguous().view(torch.float32).squeeze(-1)
-    return packed_THE[..., :head_dim], lse_TH
+    return Part(packed_THE[..., :head_dim], lse_TH)
+
+
+def _wait_for(works: Sequence[dist.Work | None], leaving_THE: Tensor, arriving_THE: Tensor, head_dim: int) -> Part:
+    for work in works:
+        assert work is not None, "this rank is of its own kvp group"
+        work.wait()
+    return unpack(arriving_THE, head_dim)
+
+
+def _num_bytes(part: Part) -> int:
+    return sum(x.numel() * x.element_size() for x in part) + 8  # the gap of _laid_out
+
+
+def _laid_out(slot: Tensor, like: Part) -> Part:
+    """A part like this one in the bytes of a slot."""
+    num_bytes = like.out_THD.numel() * like.out_THD.element_size()
+    first = -(-num_bytes // 8) * 8  # fp32 is aligned
+    return Part(
+        slot[:num_bytes].view(like.out_THD.dtype).view(like.out_THD.shape),
+        slot[first : first + 4 * like.lse_TH.numel()].view(torch.float32).view(like.lse_TH.shape),
+    )

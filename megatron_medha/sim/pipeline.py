@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from megatron_medha.engine.timeline import Span
+
 
 class StepTimes(NamedTuple):
     """What a batch takes.
@@ -24,16 +26,6 @@ class StepTimes(NamedTuple):
         """Of the step when it has the pipeline to itself, by its slowest rank."""
         ranks = self.stage_s
         return (sum(ranks[0]) if len(ranks) == 1 else max([sum(seconds) for seconds in ranks])) + sum(self.hops_s)
-
-
-class Span(NamedTuple):
-    """A batch on one stage of one KVP rank."""
-
-    batch_id: int
-    stage: int
-    kvp_rank: int
-    start_s: float
-    end_s: float
 
 
 class Pipeline:

@@ -26,8 +26,8 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.decision_log import DecisionLog
 from megatron_medha.engine.outcome import Outcome, Slo
 from megatron_medha.engine.summary import LengthClasses
+from megatron_medha.engine.timeline import Timeline
 from megatron_medha.sim.simulation import Sample, SimulationConfig, Watchers
-from megatron_medha.sim.timeline import Timeline
 
 CONFIG, RUN, REQUESTS, SAMPLES = "config.yaml", "run.json", "requests.jsonl", "samples.jsonl"
 SUMMARY, TABLE, TRACE, DECISIONS = "summary.json", "summary.txt", "trace.json", "decisions.jsonl"
@@ -92,7 +92,10 @@ class RunDirectory:
                 end_s = record.trace_start_s + record.trace_duration_s
                 stream = stack.enter_context((self.path / TRACE).open("w", encoding="utf-8"))
                 rank_name = "KVP rank" if config.instances is None else "instance"
-                timeline = Timeline(stream, config.pipeline(), rank_name, record.trace_start_s, end_s)
+                lanes = config.pipeline()
+                timeline = Timeline(
+                    stream, spp=lanes.spp, kvp=lanes.kvp, rank_name=rank_name, start_s=record.trace_start_s, end_s=end_s
+                )
                 stack.callback(timeline.close)
                 watchers.on_span = timeline.span
                 watchers.observers += (timeline,)

@@ -15,11 +15,12 @@ from megatron_medha.engine.outcome import Outcome, Slo
 from megatron_medha.engine.ports import Decisions, Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.summary import LengthClasses, Summary
+from megatron_medha.engine.timeline import Span
 from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.measured_world import MeasuredWorld
-from megatron_medha.sim.pipeline import Pipeline, Span
+from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import InstancesSetup, build_system
 from megatron_medha.sim.systems.instances_world import InstancesWorld
 from megatron_medha.sim.truth import Truth, TruthConfig, Work

@@ -17,6 +17,7 @@ from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.inference_context import PackedBatch, SharedRows
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
+from megatron_medha.parallel.shared_slots import SharedSlots
 from megatron_medha.worker.token_store import StoredRequest
 
 
@@ -46,6 +47,7 @@ class KVShards:
     kvp_rank: int
     shard_tokens: int  # index i of a chunk's kvp_ranks holds tokens [i * shard_tokens, (i + 1) * shard_tokens)
     group: dist.ProcessGroup  # of the kvp ranks
+    shared_slots: SharedSlots | None = None  # between them, where they are on one machine
 
     def is_last_of(self, chunk: Chunk) -> bool:
         """Whether this rank writes the chunk's keys and values, and samples after it."""
@@ -192,5 +194,5 @@ def _shared_rows(
     return SharedRows(
         first_row=first_row,
         plan=backend.plan([found._replace(first_row=found.first_row - first_row) for found in ranges]),
-        exchange=KVExchange(shards.group, sets),
+        exchange=KVExchange(shards.group, sets, shards.shared_slots),
     )

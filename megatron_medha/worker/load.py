@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.blocks import Extent, num_blocks_for
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.memory import default_shard_tokens
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend, backend_names
 from megatron_medha.model.build import build_model, check_divisible, transformer_engine_works
@@ -26,6 +28,7 @@ from megatron_medha.model.native_passes import use_native_passes
 from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
+from megatron_medha.parallel.tp_sum import tp_sum
 from megatron_medha.worker.cpu_share import num_threads_of_rank
 from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.guided import GuidedSampling
@@ -74,7 +77,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     load_weights(model, model_config, directory, _rarely(progress))
     model.requires_grad_(False)
     quantise_linears(model, config.fp8, has_transformer_engine)
-    pack_linears(model)
+    pack_linears(model, tp_sum(pgs.tp, device))
     use_native_passes(model)
     use_native_decoder(model)
 
@@ -105,7 +108,8 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
         backend=backend,
         kv_layers=kv_layers,
         block_size=block_size,
-        shard_tokens=config.max_tokens_per_shard or num_blocks * block_size,
+        shard_tokens=config.max_tokens_per_shard
+        or default_shard_tokens(num_blocks, block_size, max_context_len, config.layout.kvp),
         device=device,
         pgs=pgs,
         guided=GuidedSampling(
@@ -198,12 +202,30 @@ def device_of(name: str) -> torch.device:
     """The device to run on; "auto" is CUDA where it is usable and has an attention backend. Raises ConfigError."""
     if name == "auto":
         is_usable = torch.cuda.is_available() and backend_names(torch.device("cuda"))
-        return torch.device("cuda" if is_usable else "cpu")
+        return device_of("cuda" if is_usable else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but there is no usable CUDA device; use device=cpu")
     if name not in ("cpu", "cuda"):
         raise ConfigError(f"device={name} is not one of auto, cpu, cuda")
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_device_index(os.environ, torch.cuda.device_count()))
+    torch.cuda.set_device(device)  # what says "cuda" alone, as Megatron does, means this one
+    return device
+
+
+def local_device_index(environment: Mapping[str, str], num_devices: int) -> int:
+    """Which of this machine's GPUs is this rank's: as many as ranks here, in their order. Raises ConfigError."""
+    name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environment), None)
+    if name is None or num_devices == 1 and "CUDA_VISIBLE_DEVICES" in environment:
+        return 0  # alone here, or the launcher has shown this rank its own device only
+    index = int(environment[name])
+    if index >= num_devices:
+        raise ConfigError(
+            f"{name}={index}: this machine shows {num_devices} CUDA devices, and every rank needs one of its own; "
+            "take smaller parallel.* or more machines (launch=attach)"
+        )
+    return index
 
 
 def dtype_of(name: str, checkpoint_dtype: str) -> torch.dtype:

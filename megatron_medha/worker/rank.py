@@ -21,6 +21,7 @@ from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.sampler import Sampler, SamplingRow, prompt_logprobs
 from megatron_medha.parallel.groups import MedhaPGs
+from megatron_medha.parallel.shared_slots import SharedSlots
 from megatron_medha.parallel.stage_link import Arriving, StageLink
 from megatron_medha.worker.batch_tensors import (
     KVShards,
@@ -96,7 +97,7 @@ class Rank:
         self._backend = backend
         self._kv_layers = kv_layers
         self._block_size = block_size
-        self._shards = KVShards(pgs.kvp.rank(), shard_tokens, pgs.kvp)
+        self._shards = KVShards(pgs.kvp.rank(), shard_tokens, pgs.kvp, SharedSlots.open(pgs.kvp, device))
         self._link = StageLink(
             pgs.pp, hidden_size=config.hidden_size, dtype=next(model.parameters()).dtype, device=device
         )

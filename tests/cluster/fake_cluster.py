@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_medha.cluster.engine import OpenRanks, cluster_engine, local_ranks
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import LocalRanks, RankProcess, Ranks
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
@@ -39,6 +41,7 @@ class FakeCluster:
         shard_tokens: int | None = None,
         recovery: RecoveryConfig = PATIENT,
         open_ranks: OpenRanks | None = None,
+        timeline: Path | None = None,
     ) -> None:
         """open_ranks: by default on this machine, as processes that kill() can reach."""
         self.directory = directory
@@ -59,6 +62,7 @@ class FakeCluster:
             hardware=Hardware(name="test", flops_per_s=1e10, memory_bytes_per_s=1e9),
             recovery=recovery,
             open_ranks=open_ranks or self._open_ranks,
+            open_timeline=timeline and partial(RunTimeline.writing, timeline, layout, duration_s=3600.0),
         )
         self.client: Client
 

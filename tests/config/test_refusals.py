@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.config import ServeConfig
+
 Refusal = Callable[..., str]
 
 
@@ -119,9 +122,16 @@ def test_a_tile_larger_than_a_batch_is_refused(refusal: Refusal) -> None:
     assert message == "scheduler.tile_tokens=256 must not exceed scheduler.max_batch_tokens=128"
 
 
-def test_kv_parallel_ranks_need_to_be_told_how_long_a_shard_is(refusal: Refusal) -> None:
-    message = refusal("parallel.kvp=2")
+def test_gpus_of_kv_parallel_ranks_need_to_be_told_how_long_a_shard_is(
+    refusal: Refusal, configure: Callable[..., ServeConfig]
+) -> None:
+    message = refusal("parallel.kvp=2", "model.device=cuda")
     assert message.startswith("parallel.max_tokens_per_shard=null: parallel.kvp=2")
+    world = configure("parallel.kvp=2", "model.device=cuda", "model.kv_memory_gib=4").world
+    assert isinstance(world, RankConfig) and world.max_tokens_per_shard is None
+
+
+def test_a_shard_is_made_of_whole_blocks(refusal: Refusal) -> None:
     message = refusal("parallel.kvp=2", "parallel.max_tokens_per_shard=100")
     assert message == "parallel.max_tokens_per_shard=100 must be a multiple of model.block_size=16"
 
@@ -232,9 +242,16 @@ def test_a_tracking_file_that_is_a_directory_is_refused(refusal: Refusal, tmp_pa
     assert "name a file" in refusal(f"tracking.decision_log={tmp_path}")
 
 
-def test_both_logs_in_one_file_are_refused(refusal: Refusal, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["metrics_log", "timeline"])
+def test_two_logs_in_one_file_are_refused(refusal: Refusal, tmp_path: Path, key: str) -> None:
     file = tmp_path / "log"
-    assert "name another" in refusal(f"tracking.decision_log={file}", f"tracking.metrics_log={file}")
+    assert "name another" in refusal(f"tracking.decision_log={file}", f"tracking.{key}={file}")
+
+
+def test_a_timeline_without_ranks_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").touch()
+    simulated = ("runtime=sim", "model=llama3_8b", "hardware=h100", "checkpoint=null", f"tokenizer={tmp_path}")
+    assert "medha simulate" in refusal(*simulated, "tracking.timeline=trace.json")
 
 
 def test_a_folder_of_own_options_must_exist(refusal: Refusal, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.memory import KVMemory, Part
+from megatron_medha.core.memory import KVMemory, Part, default_shard_tokens
 from megatron_medha.core.request import Request, Sequence
 
 
@@ -167,6 +167,12 @@ def test_a_share_of_what_is_freed_is_kept_for_the_one_it_is_reserved_for() -> No
 def test_a_request_can_have_what_memory_and_context_allow() -> None:
     assert memory_of(10, kvp=3, shard_blocks=5).max_request_tokens == 60
     assert memory_of(10_000).max_request_tokens == 10_000
+
+
+def test_where_nobody_says_how_long_a_shard_is_the_longest_context_is_cut_evenly() -> None:
+    assert default_shard_tokens(1000, 16, max_context_len=4096, kvp=2) == 2048
+    assert default_shard_tokens(1000, 16, max_context_len=100, kvp=3) == 48  # whole blocks
+    assert default_shard_tokens(50, 16, max_context_len=4096, kvp=2) == 800  # no more than there is memory for
 
 
 @pytest.mark.parametrize(("num_blocks", "shard_tokens"), [(0, None), (10, 6), (10, 44)])

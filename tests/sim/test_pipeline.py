@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_medha.sim.pipeline import Pipeline, Span, StepTimes
+from megatron_medha.engine.timeline import Span
+from megatron_medha.sim.pipeline import Pipeline, StepTimes
 
 
 def run(pipeline: Pipeline, *steps: StepTimes) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.worker.load import context_len_of, device_of, dtype_of, load_rank
+from megatron_medha.worker.load import context_len_of, device_of, dtype_of, load_rank, local_device_index
 
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:
@@ -235,6 +235,16 @@ def test_impossible_settings_name_key_value_and_way_out(rank_config: RankConfig)
         context_len_of(9000, 4096)
     with pytest.raises(ConfigError, match="attention_backend=warp"):
         load_rank(msgspec.structs.replace(rank_config, attention_backend="warp"), lambda what, fraction: None)
+
+
+def test_every_rank_takes_the_gpu_its_launcher_gives_it() -> None:
+    assert local_device_index({}, 4) == 0
+    assert local_device_index({"LOCAL_RANK": "3"}, 4) == 3
+    assert local_device_index({"SLURM_LOCALID": "2"}, 4) == 2
+    # srun --gpus-per-task=1 shows each rank its own device only.
+    assert local_device_index({"SLURM_LOCALID": "2", "CUDA_VISIBLE_DEVICES": "2"}, 1) == 0
+    with pytest.raises(ConfigError, match="LOCAL_RANK=4: this machine shows 4 CUDA devices"):
+        local_device_index({"LOCAL_RANK": "4"}, 4)
 
 
 def test_the_dtype_is_the_checkpoints_own_unless_asked_otherwise() -> None:

@@ -4,64 +4,96 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from megatron_medha.core.batch import Batch, Event, Output
+from megatron_medha.core.batch import Batch, Completed, Event, Output, RanksLost
 from megatron_medha.engine.outcome import Outcome
-from megatron_medha.sim.pipeline import Pipeline, Span
 
 _REQUESTS_PID = 1_000_000  # above any KVP rank
+
+
+class Span(NamedTuple):
+    """A batch on one stage of one KVP rank."""
+
+    batch_id: int
+    stage: int
+    kvp_rank: int
+    start_s: float
+    end_s: float
 
 
 class Timeline:
     """An Observer, and a taker of spans and outcomes, that writes trace events as they come.
 
-    https://ui.perfetto.dev and chrome://tracing read the file: one process per KVP rank, one track per stage, and
-    every request that ended with its waiting, prefill and decode. Times in the file are microseconds.
+    https://ui.perfetto.dev and chrome://tracing read the file: one process per KVP rank with one track per stage and
+    a counter of the tokens whose KV it holds, and every request that ended with its waiting, prefill and decode.
+    Times in the file are microseconds.
     """
 
-    def __init__(self, stream: TextIO, lanes: Pipeline, rank_name: str, start_s: float, end_s: float) -> None:
+    def __init__(
+        self, stream: TextIO, *, spp: int, kvp: int, rank_name: str, start_s: float, end_s: float,
+        zero_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        """start_s, end_s: the window. zero_s: what is time 0 in the file."""
         self._stream = stream
-        self._start_s = start_s
-        self._end_s = end_s
-        self._descriptions: dict[int, tuple[str, dict[str, Any]]] = {}  # of the batch at hand, by KVP rank
-        self._batch: Batch | None = None
+        self._start_s, self._end_s, self._zero_s = start_s, end_s, zero_s
+        self._batches: dict[int, Batch] = {}  # that have not completed
+        self._held: list[dict[str, int]] = [{} for _ in range(kvp)]  # tokens by request, on every KVP rank
         self._separator = "\n"
         stream.write('{"displayTimeUnit":"ms","traceEvents":[')
-        for rank in range(lanes.kvp):
+        for rank in range(kvp):
             self._meta("process_name", rank, 0, f"{rank_name} {rank}")
-            for stage in range(lanes.spp):
+            for stage in range(spp):
                 self._meta("thread_name", rank, stage, f"stage {stage}")
         self._meta("process_name", _REQUESTS_PID, 0, "requests")
 
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""
+        match event:
+            case Completed(batch_id=batch_id):
+                self._batches.pop(batch_id, None)
+            case RanksLost():
+                self._batches.clear()
+                self._held = [{} for _ in self._held]
+            case _:
+                pass
 
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer. The spans of this batch come next."""
-        self._batch = batch
-        self._descriptions.clear()
+        self._batches[batch.batch_id] = batch
 
     def span(self, span: Span) -> None:
-        """A batch ran on a stage."""
-        if span.end_s < self._start_s or span.start_s > self._end_s:
+        """A batch ran on a stage; nothing is said of a rank without a part in it."""
+        if span.start_s > self._end_s:
             return
-        batch = self._batch
-        assert batch is not None and batch.batch_id == span.batch_id
-        if span.kvp_rank not in self._descriptions:
-            self._descriptions[span.kvp_rank] = _description(batch, span.kvp_rank)
-        name, arguments = self._descriptions[span.kvp_rank]
+        batch = self._batches[span.batch_id]
+        chunks = batch.chunks_on(span.kvp_rank)
+        if span.stage == 0:
+            held = self._held[span.kvp_rank]
+            for request_id in batch.released:
+                held.pop(request_id, None)
+            for chunk in chunks:
+                if chunk.kvp_ranks[-1] == span.kvp_rank:
+                    held[chunk.request_id] = held.get(chunk.request_id, 0) + chunk.num_tokens
+        if not chunks or span.end_s < self._start_s:
+            return
+        name, arguments = _description(batch, span.kvp_rank)
         self._write(
             {
                 "name": name,
                 "ph": "X",
                 "pid": span.kvp_rank,
                 "tid": span.stage,
-                "ts": _us(span.start_s),
+                "ts": self._us(span.start_s),
                 "dur": _us(span.end_s - span.start_s),
                 "args": arguments,
             }
         )
+        if span.stage == 0:
+            held_tokens = {"tokens": sum(self._held[span.kvp_rank].values())}
+            self._write(
+                {"name": "KV", "ph": "C", "pid": span.kvp_rank, "ts": self._us(span.end_s), "args": held_tokens}
+            )
 
     def ended(self, outcome: Outcome) -> None:
         """A request ended: its phases, as far as they lie in the window."""
@@ -79,8 +111,8 @@ class Timeline:
                 "pid": _REQUESTS_PID, "tid": 0,
             }  # fmt: skip
             facts = {"prompt_tokens": request.num_prompt_tokens, "output_tokens": request.max_output_tokens}
-            self._write({**common, "ph": "b", "ts": _us(start_s), "args": facts})
-            self._write({**common, "ph": "e", "ts": _us(end_s)})
+            self._write({**common, "ph": "b", "ts": self._us(start_s), "args": facts})
+            self._write({**common, "ph": "e", "ts": self._us(end_s)})
 
     def close(self) -> None:
         """End the file; it is no JSON before that."""
@@ -92,6 +124,9 @@ class Timeline:
     def _write(self, event: dict[str, Any]) -> None:
         self._stream.write(self._separator + json.dumps(event, separators=(",", ":")))
         self._separator = ",\n"
+
+    def _us(self, at_s: float) -> float:
+        return _us(at_s - self._zero_s)
 
 
 def _description(batch: Batch, kvp_rank: int) -> tuple[str, dict[str, Any]]:
@@ -106,9 +141,13 @@ def _description(batch: Batch, kvp_rank: int) -> tuple[str, dict[str, Any]]:
         "predicted_ms": round(1e3 * batch.predicted_s, 3),
         "num_decodes": num_decodes,
         "chunks": [
-            {"request": chunk.request_id, "start": chunk.start, "tokens": chunk.num_tokens} for chunk in prefills
+            {
+                "request": chunk.request_id, "start": chunk.start, "tokens": chunk.num_tokens,
+                "kvp_ranks": list(chunk.kvp_ranks),
+            }
+            for chunk in prefills
         ],
-    }
+    }  # fmt: skip
 
 
 def _us(seconds: float) -> float:
