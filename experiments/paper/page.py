@@ -1,0 +1,4 @@
+"""placeholder"""
+from pathlib import Path
+def write_page(root: Path) -> Path:
+    return root
