@@ -47,9 +47,9 @@ CHUNKED = ("vllm_chunk_2048", "vllm_chunk_512")
 OTHERS = {
     ("1", 0.75): OURS_AND_LOONGSERVE,
     ("0", 0.75): OURS_AND_LOONGSERVE,
-    ("5", 0.25): (*OURS_AND_LOONGSERVE, *POLICIES, *CHUNKED),
-    ("5", 1.25): (*OURS_AND_LOONGSERVE, *CHUNKED),
-    ("5", 1.75): ("lars", "loongserve", "loongserve_blocking", "loongserve_reserved", *CHUNKED),
+    ("5", 0.25): ("lars", "lars_no_margin", "loongserve_blocking", "loongserve", *POLICIES, *CHUNKED),
+    ("5", 1.25): ("lars", "lars_no_margin", "loongserve_reserved"),
+    ("5", 1.75): ("lars", *CHUNKED),
     ("0", 0.25): ("lars", "loongserve", "loongserve_blocking"),
     ("0", 1.75): ("lars", "loongserve", "loongserve_blocking"),
 }

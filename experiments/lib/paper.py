@@ -298,7 +298,10 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        self._path.write_text(json.dumps(self._values, indent=1) + "\n")
+        # At once, so that a run that is killed leaves what it had.
+        beside = self._path.with_suffix(".part")
+        beside.write_text(json.dumps(self._values, indent=1) + "\n")
+        beside.replace(self._path)
 
 
 def quiet() -> None:

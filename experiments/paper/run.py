@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -56,7 +58,7 @@ class Runs:
         with (STATE / f"{task.name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"experiments.{task.name}.run", *words], cwd=ROOT, stdout=log, stderr=log,
-                env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}, start_new_session=True,
             )  # fmt: skip
         self.running[task.name] = (task, process, time.monotonic())
 
@@ -78,10 +80,9 @@ class Runs:
         return ended
 
     def stop(self) -> None:
-        """End what runs."""
+        """End what runs, with the processes it has started."""
         for _, process, _ in self.running.values():
-            process.terminate()
-        for _, process, _ in self.running.values():
+            os.killpg(process.pid, signal.SIGKILL)  # results are written after every run; nothing else is lost
             process.wait()
 
 
@@ -150,7 +151,9 @@ def main() -> int:
     if broken:
         print(f"no page: {', '.join(broken)} broke off", file=sys.stderr)
         return 1
-    print(f"{write_page(ROOT)} after {(time.monotonic() - began_s) / 60:.1f} minutes")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{write_page(ROOT).relative_to(ROOT)} after {(time.monotonic() - began_s) / 60:.1f} minutes, "
+          f"{(used.ru_utime + used.ru_stime) / 60:.1f} minutes of one core")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What an experiment's results follow from, as one number: the simulator, its options, and the experiment's own code."""
+"""What an experiment's results follow from, as one number: the simulator, its options, the experiment's own code."""
 
 from __future__ import annotations
 
