@@ -1,15 +1,16 @@
 """Each mechanism taken away alone: what it is worth, where it has work to do.
 
-    python -m experiments.ablations.run
+    python -m experiments.ablations.run      # after experiments/headline, of which it takes over what is the same
 
 Three tables, simulated. Scheduling: Llama-3 8B on 16 A100, tp 8 x 2 stages, 10 minutes of chats with 5% long prompts at
 0.25 and 0.75 requests/s. Overload: the same for 5 minutes at 1.75 requests/s until all are done, with and without
-progress_share. Parallelism: one prompt of 1M tokens prefilled alone on 64 H100, and the tokens after it.
+progress_share, under SRPT. Parallelism: one prompt of 1M tokens prefilled alone on 64 H100, and the tokens after it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,20 @@ from megatron_medha.engine.workload import WorkloadConfig
 HERE = Path(__file__).parent
 QPS = (0.25, 0.75)
 MINUTES = 10
-VARIANTS = {
-    "all mechanisms": ("lars",),
-    "no LARS: first come, first served": ("lars", "scheduler.policy=fcfs", "scheduler.is_preemptive=false"),
-    "no LARS: absolute slack": ("lars", "scheduler.policy=lrs"),
+# What is taken away, and a system of experiments/headline that has been run there, or a configuration that is run here.
+VARIANTS: dict[str, str | tuple[str, ...]] = {
+    "all mechanisms": "lars",
+    "no LARS: first come, first served": "medha_fcfs",
+    "no LARS: absolute slack": "medha_lrs",
     "no adaptive chunks: 512 tokens a step": ("lars", "scheduler.chunking=fixed", "scheduler.fixed_chunk_tokens=512"),
     "no adaptive chunks: 2,048": ("lars", "scheduler.chunking=fixed", "scheduler.fixed_chunk_tokens=2048"),
-    "no space sharing": ("lars_no_sharing",),
-    "no progress_share": ("lars_no_progress",),
-    "no slack margin": ("lars", "scheduler.slack_margin_steps=0"),
+    "no space sharing": "lars_no_sharing",
+    "no progress_share": "lars_no_progress",
+    "no slack margin": "lars_no_margin",
 }
 OVERLOAD_QPS, OVERLOAD_MINUTES = 1.75, 5
 OVERLOAD = {
-    f"{policy}, progress_share={share}": ("lars", f"scheduler.policy={policy}", f"scheduler.progress_share={share}")
-    for policy in ("lars", "srpt")
+    f"SRPT, progress_share={share}": ("lars", "scheduler.policy=srpt", f"scheduler.progress_share={share}")
     for share in (0.1, 0)
 }
 NUM_TOKENS = 1_000_000
@@ -54,15 +55,17 @@ def main() -> int:
     """Run what is missing, print, draw."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = Results(HERE / "results.json", {"minutes": MINUTES, "seed": 42})
-    _scheduling(results)
+    headline = json.loads((HERE.parent / "headline" / "results.json").read_text())["runs"]
+    _scheduling(results, headline)
     _overload(results)
     _parallelism(results)
     _draw(results.runs)
     return 0
 
 
-def _run(results: Results, name: str, words: tuple[str, ...], qps: float, minutes: int, drain_s: float) -> Any:
+def _run(results: Results, name: str, words: str | tuple[str, ...], qps: float, minutes: int, drain_s: float) -> Any:
     if name not in results.runs:
+        assert not isinstance(words, str), f"{name} is a run of experiments/headline"
         on = cluster()
         measured = measure(
             on.scheduler(scheduler(*words), LAYOUT), WorkloadConfig(qps=qps, duration_s=60.0 * minutes), 42,
@@ -75,12 +78,14 @@ def _run(results: Results, name: str, words: tuple[str, ...], qps: float, minute
     return results.runs[name]
 
 
-def _scheduling(results: Results) -> None:
+def _scheduling(results: Results, headline: dict[str, Any]) -> None:
     print("| requests/s | | short p50 | p99 | long p50 | p90 | SLO short | long | all | TPOT p50 | p99 |")
     print("|" + " --- |" * 11)
     for qps in QPS:
-        for title, words in VARIANTS.items():
-            values = _run(results, f"{title}, {qps}/s", words, qps, MINUTES, 20.0 * MINUTES)
+        for title, variant in VARIANTS.items():
+            if isinstance(variant, str):
+                results.put(f"{title}, {qps}/s", headline[f"{variant} 5% {qps}/s {MINUTES}min"])
+            values = _run(results, f"{title}, {qps}/s", variant, qps, MINUTES, 20.0 * MINUTES)
             cells = [f"{values['short'][f'ttft_p{percent}_s']:.3g}" for percent in (50, 99)]
             cells += [f"{values['long'][f'ttft_p{percent}_s']:.3g}" for percent in (50, 90)]
             cells += [f"{values[group]['attainment']:.0%}" for group in ("short", "long", "all")]

@@ -34,7 +34,7 @@ examples:
   medha bench capacity=search workload.num_requests=300 slo.tpot_s=0.1
   medha bench workload=trace workload.path=trace.csv.gz workload.time_scale=0.5 tracking=wandb
   medha bench -m workload.qps=0.5,1,2 out=multirun/load
-  medha bench -m serve='checkpoint=DIR scheduler=fcfs','checkpoint=DIR scheduler=lars' workload.qps=0.5,1
+  medha bench -m "serve='checkpoint=DIR scheduler=fcfs','checkpoint=DIR scheduler=lars'" workload.qps=0.5,1
 
 flags:
 {FLAGS}"""
