@@ -58,13 +58,21 @@ def served(words: str, directory: Path) -> Iterator[str]:
 
 
 def _composed(overrides: list[str]) -> str:
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.singleton import Singleton
     from omegaconf import OmegaConf
 
     from megatron_medha.commands.serve_parts import public_options
     from megatron_medha.compose import compose, freeze
     from megatron_medha.config import ServeOptions
 
-    options = freeze(compose("serve", ServeOptions, overrides), ServeOptions)
+    # The job of a sweep runs inside of Hydra, which allows one composition at a time.
+    outer = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        options = freeze(compose("serve", ServeOptions, overrides), ServeOptions)
+    finally:
+        Singleton.set_state(outer)
     return OmegaConf.to_yaml(OmegaConf.create(public_options(options)))
 
 
