@@ -66,7 +66,7 @@ def test_a_load_starts_the_server_that_it_names_and_a_report_compares_it_by_the_
     server = f"runtime=sim model=llama3_8b hardware=h100 tokenizer={tokenizer_dir}"
     serve = f"serve='{server} scheduler=fcfs'"
     small = ("workload.num_requests=3", "workload.qps=20", "workload.long_share=0", "idle=skip", "slo.ttft_s=1")
-    words = ("highest_token=2", "lowest_token=0", "plots=never", f"out={tmp_path / 'load'}")
+    words = ("highest_token=2", "lowest_token=0", "exclude_share=0", "plots=never", f"out={tmp_path / 'load'}")
     assert main(["bench", "-m", serve, *small, *words]) == 0
     assert sweep(tmp_path / "simulated", "scheduler=lars", "workload.qps=1") == 0
 
