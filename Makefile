@@ -20,12 +20,13 @@ TESTS = $(wildcard $(TEST_GROUPS)) $(filter-out $(TEST_GROUPS) tests/__pycache__
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test clean
+.PHONY: help serve test paper clean
 
 help:
 	@echo 'make serve   install, train a tiny model on first use, and serve it on http://127.0.0.1:8000'
 	@echo '             CHECKPOINT=DIR serves another one; ARGS="server.port=8001 ..." adds options'
 	@echo 'make test    install with development tools; lint, type check, and run all tests'
+	@echo 'make paper   run every simulated experiment, two at a time, and write docs/paper.md; ARGS="--page" or "--fresh"'
 	@echo 'make clean   remove .venv and caches; checkpoints stay'
 
 # Only the tiny one can be made; that another one is missing, the server says better.
@@ -39,6 +40,10 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy megatron_medha/core megatron_medha/engine
 	TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q --timeout 300 $(TESTS)
+
+# The figures of the Medha paper beside ours; what has run with the same sources is not run again.
+paper: $(VENV)/installed-dev
+	@$(BIN)/python -m experiments.paper.run $(ARGS)
 
 # A stamp per kind of installation: nothing but its time is looked at when the server is started again.
 $(VENV)/installed: setup.py pyproject.toml | $(VENV)/bin/pip

@@ -38,6 +38,7 @@ class BenchOptions:
     """Everything a user can say, as conf/bench.yaml lays it out."""
 
     url: str = "http://127.0.0.1:8000"
+    serve: str | None = None
     model: str | None = None
     api_key: str | None = None
     out: Path | None = None

@@ -1,7 +1,7 @@
 """The paper's headline on the simulator: Llama-3 8B on 16 A100, chats with 0, 1 or 5% long prompts, every baseline.
 
-    python -m experiments.headline.run                       # 10 simulated minutes of everything; capacities; hours
-    python -m experiments.headline.run --only lars,loongserve
+    python -m experiments.headline.run --jobs 2              # 10 simulated minutes of everything; capacities
+    python -m experiments.headline.run --only lars,loongserve_blocking --minutes 60
     python -m experiments.headline.run --report              # the table and the picture from results.json alone
 
 Poisson arrivals; deadlines, seed and attainment target are those of the Medha authors' harness: first token within
@@ -14,26 +14,45 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Lock
 from typing import Any
+
+from tqdm import tqdm
 
 from experiments.headline.report import report
 from experiments.headline.systems import LAYOUT, TITLES, build, cluster
-from experiments.lib.paper import Results, measure
+from experiments.lib.paper import Cluster, Results, measure, quiet
 from megatron_medha.engine.outcome import Slo
 from megatron_medha.engine.summary import LengthClasses
 from megatron_medha.engine.workload import WorkloadConfig
+from megatron_medha.sim.isolated import IsolatedTimes
 
 HERE = Path(__file__).parent
 LONG_SHARES = {"0": 0.0, "1": 0.00995, "5": 0.0488}  # as measured in the authors' files of that name
 SETTINGS = {"model": "llama3_8b", "hardware": "a100_x16", "seed": 42, "ttft_multiplier": 1.5, "min_ttft_s": 0.5}
-KEY_SYSTEMS = (
+CAPACITY_SYSTEMS = (
     "lars", "lars_no_margin", "medha_srpt", "hrrn", "loongserve", "loongserve_blocking", "loongserve_reserved",
     "loongserve_eager", "vllm_long_threshold", "static_cp", "vllm_chunk_2048",
 )  # fmt: skip
-HOUR_SYSTEMS = ("lars", "loongserve_blocking", "loongserve", "vllm_chunk_2048")
+OURS_AND_LOONGSERVE = ("lars", "lars_no_margin", "loongserve_blocking", "loongserve", "loongserve_reserved")
+POLICIES = ("medha_fcfs", "medha_edf", "medha_lrs", "lars_no_sharing", "lars_no_progress")
+CHUNKED = ("vllm_chunk_2048", "vllm_chunk_512")
+# Beside 5% long at 0.75 requests/s: which systems run what, by share of long prompts and requests/s.
+OTHERS = {
+    ("1", 0.75): OURS_AND_LOONGSERVE,
+    ("0", 0.75): OURS_AND_LOONGSERVE,
+    ("5", 0.25): ("lars", "lars_no_margin", "loongserve_blocking", "loongserve", *POLICIES, *CHUNKED),
+    ("5", 1.25): ("lars", "lars_no_margin", "loongserve_reserved"),
+    ("5", 1.75): ("lars", *CHUNKED),
+    ("0", 0.25): ("lars", "loongserve", "loongserve_blocking"),
+    ("0", 1.75): ("lars", "loongserve", "loongserve_blocking"),
+}
 CAPACITY_QPS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 ATTAINMENT = 0.9
 
@@ -53,29 +72,84 @@ class Run:
         return f"{self.system} {self.percent}% {self.qps:g}/s {self.minutes}min"
 
 
-def plan(minutes: int) -> list[Run]:
-    """What the tables need, in the order of what matters most."""
-    runs = [Run(system, "5", 0.75, minutes) for system in (*KEY_SYSTEMS, *TITLES)]
-    return list(dict.fromkeys(runs))
+def plan(system: str, minutes: int) -> list[Run]:
+    """What the tables need of a system, in the order of what matters most."""
+    runs = [Run(system, "5", 0.75, minutes)]
+    return runs + [Run(system, percent, qps, minutes) for (percent, qps), names in OTHERS.items() if system in names]
 
 
-def later(minutes: int) -> list[Run]:
-    """What comes after the capacities; hours last, for they take the longest."""
-    runs = [Run(system, percent, 0.75, minutes) for percent in ("1", "0") for system in KEY_SYSTEMS]
-    runs += [Run(system, "5", qps, minutes) for qps in (0.25, 1.25) for system in KEY_SYSTEMS]
-    return runs + [Run(system, "5", 0.75, 60) for system in HOUR_SYSTEMS]
-
-
-def capacity(run: Callable[[Run], dict[str, Any]], system: str, minutes: int) -> tuple[float, float]:
+@dataclass(slots=True)
+class Capacity:
     """The most requests/s of CAPACITY_QPS at which 90% meet their deadline, and the next, at which they do not."""
-    low, high = 0, len(CAPACITY_QPS) - 1  # passes, or 0; does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if run(Run(system, "5", CAPACITY_QPS[middle], minutes))["all"]["attainment"] >= ATTAINMENT:
-            low = middle
+
+    low: int = 0                        # passes, or 0
+    high: int = len(CAPACITY_QPS) - 1   # does not
+
+    def qps(self) -> Iterator[float]:
+        """The loads to try; after each, `note` what came of it."""
+        while self.high - self.low > 1:
+            yield CAPACITY_QPS[(self.low + self.high) // 2]
+
+    def note(self, attainment: float) -> None:
+        """Of the load tried last."""
+        middle = (self.low + self.high) // 2
+        if attainment >= ATTAINMENT:
+            self.low = middle
         else:
-            high = middle
-    return CAPACITY_QPS[low], CAPACITY_QPS[high]
+            self.high = middle
+
+
+@cache
+def _cluster() -> tuple[Cluster, IsolatedTimes]:
+    """Of this process."""
+    on = cluster()
+    return on, on.isolated(LAYOUT, 1_000_000)
+
+
+def simulate(run: Run) -> dict[str, Any]:
+    """One simulation; nothing is remembered but times of prompts alone."""
+    on, isolated_s = _cluster()
+    system = build(run.system, on)
+    workload = WorkloadConfig(long_share=LONG_SHARES[run.percent], qps=run.qps, duration_s=60.0 * run.minutes)
+    return measure(
+        system.decisions, workload, 42, isolated_s, Slo(), runs_on=system.runs_on, front_s=on.engine.request_s,
+        drain_s=20.0 * run.minutes, label=run.name,
+    ).values(LengthClasses())  # fmt: skip
+
+
+def simulate_all(systems: list[str], minutes: int, results: Results, num_jobs: int) -> None:
+    """Run what is missing: one system after the other in each of so many processes."""
+    lock = Lock()
+    with (
+        ProcessPoolExecutor(num_jobs, mp_context=get_context("spawn"), initializer=quiet) as processes,
+        ThreadPoolExecutor(num_jobs) as threads,
+        tqdm(unit="run", desc="headline", smoothing=0.0) as bar,
+    ):
+        bar.total = sum(len(plan(name, minutes)) + 2 * (name in CAPACITY_SYSTEMS) for name in systems)
+
+        def simulated(run: Run) -> dict[str, Any]:
+            if run.name not in results.runs:
+                values = processes.submit(simulate, run).result()
+                with lock:
+                    results.put(run.name, values)
+            with lock:
+                bar.update()
+            values = results.runs[run.name]
+            return values
+
+        def all_of(name: str) -> None:
+            for run in plan(name, minutes):
+                simulated(run)
+            if name in CAPACITY_SYSTEMS:
+                capacity = Capacity()
+                for qps in capacity.qps():
+                    capacity.note(simulated(Run(name, "5", qps, minutes))["all"]["attainment"])
+                with lock:
+                    results.note("capacity", name, (CAPACITY_QPS[capacity.low], CAPACITY_QPS[capacity.high]))
+
+        for done in [threads.submit(all_of, name) for name in systems]:
+            done.result()
+    results.sort()
 
 
 def main() -> int:
@@ -83,6 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=int, default=10, help="simulated minutes of arrivals (default 10)")
     parser.add_argument("--only", help="systems, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     results = Results(HERE / "results.json", SETTINGS)
@@ -90,32 +165,7 @@ def main() -> int:
     if unknown := [name for name in wanted if name not in TITLES]:
         parser.error(f"no such system: {', '.join(unknown)}; there are {', '.join(TITLES)}")
     if not arguments.report:
-        on = cluster()
-        isolated_s = on.isolated(LAYOUT, 1_000_000)
-
-        def simulated(run: Run) -> dict[str, Any]:
-            if run.name not in results.runs:
-                system = build(run.system, on)
-                workload = WorkloadConfig(
-                    long_share=LONG_SHARES[run.percent], qps=run.qps, duration_s=60.0 * run.minutes
-                )
-                measured = measure(
-                    system.decisions, workload, 42, isolated_s, Slo(), runs_on=system.runs_on,
-                    front_s=on.engine.request_s, drain_s=20.0 * run.minutes, label=run.name,
-                )  # fmt: skip
-                results.put(run.name, measured.values(LengthClasses()))
-            values: dict[str, Any] = results.runs[run.name]
-            return values
-
-        for run in plan(arguments.minutes):
-            if run.system in wanted:
-                simulated(run)
-        for name in KEY_SYSTEMS:
-            if name in wanted:
-                results.note("capacity", name, capacity(simulated, name, arguments.minutes))
-        for run in later(arguments.minutes):
-            if run.system in wanted:
-                simulated(run)
+        simulate_all(wanted, arguments.minutes, results, arguments.jobs)
     return report(results.runs, results.notes("capacity"), arguments.minutes, HERE)
 
 

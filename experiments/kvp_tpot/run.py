@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.lib.paper import LLAMA3_8B, Cluster, Results, engine, figure, hardware
+from experiments.lib.paper import LLAMA3_8B, Cluster, Results, figure, h100
 from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.sim.pipeline import Pipeline
@@ -45,7 +45,7 @@ def main() -> int:
             times_s = []
             for kvp in DEGREES:
                 layout = ParallelLayout(tp=tp, spp=4, kvp=kvp)
-                cluster = Cluster(shape=LLAMA3_8B, hardware=hardware("h100", layout.world_size), engine=engine())
+                cluster = h100(LLAMA3_8B, layout)
                 times_s.append(tpot_s(cluster, layout, num_tokens))
             name = f"tp {tp}, {num_tokens // 1_000_000}M"
             results.put(name, {"tpot_ms": [round(1e3 * seconds, 2) for seconds in times_s]})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,11 @@ def measure(
     return Measured(outcomes, summary, min(world.now_s(), until_s))
 
 
+def h100(shape: ModelShape, layout: ParallelLayout) -> Cluster:
+    """As many H100 as the layout has ranks."""
+    return Cluster(shape=shape, hardware=hardware("h100", layout.world_size), engine=engine())
+
+
 def alone_s(cluster: Cluster, layout: ParallelLayout, config: SchedulerConfig, num_tokens: int) -> float:
     """TTFT of one prompt alone, whether or not its KV would fit."""
     times = IsolatedTimes(
@@ -245,6 +251,11 @@ def alone_s(cluster: Cluster, layout: ParallelLayout, config: SchedulerConfig, n
         cluster.engine.request_s,
     )
     return times(num_tokens)
+
+
+def best_alone_s(cluster: Cluster, layout: ParallelLayout, chunk_sizes: Iterable[int], num_tokens: int) -> float:
+    """TTFT of one prompt alone in chunks of the best of these sizes."""
+    return min(alone_s(cluster, layout, fixed_chunks(size), num_tokens) for size in chunk_sizes)
 
 
 class Results:
@@ -279,8 +290,23 @@ class Results:
         self.runs[name] = values
         self._write()
 
+    def sort(self) -> None:
+        """By name, for runs that end in no order of their own, and write the file."""
+        for group in self._values:
+            if group != "settings":
+                self._values[group] = dict(sorted(self._values[group].items()))
+        self._write()
+
     def _write(self) -> None:
-        self._path.write_text(json.dumps(self._values, indent=1) + "\n")
+        # At once, so that a run that is killed leaves what it had.
+        beside = self._path.with_suffix(".part")
+        beside.write_text(json.dumps(self._values, indent=1) + "\n")
+        beside.replace(self._path)
+
+
+def quiet() -> None:
+    """No bars of single runs from this process: another one shows how far all of them are."""
+    os.environ["TQDM_DISABLE"] = "1"
 
 
 def fixed_chunks(num_tokens: int) -> SchedulerConfig:

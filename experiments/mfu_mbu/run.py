@@ -15,32 +15,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.kvp_tpot.run import tpot_s
-from experiments.lib.paper import (
-    LLAMA3_8B,
-    LLAMA3_70B,
-    Cluster,
-    Results,
-    alone_s,
-    engine,
-    figure,
-    fixed_chunks,
-    hardware,
-)
+from experiments.lib.paper import LLAMA3_8B, LLAMA3_70B, Results, best_alone_s, figure, h100
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.utilisation import prefill_flops
 
 HERE = Path(__file__).parent
 TP = 8
 TOKENS = (128_000, 256_000, 512_000, 1_000_000, 2_000_000)
 STAGES = (1, 4, 16)
 DEGREES = (1, 2, 4, 8)
-
-
-def causal_flops(shape: ModelShape, num_tokens: int) -> float:
-    """Of a whole prefill."""
-    pairs = 0.5 * num_tokens * (num_tokens + 1)
-    linear = 2.0 * num_tokens * shape.num_layers * shape.num_layer_params
-    return linear + 4.0 * pairs * shape.head_dim * shape.num_heads * shape.num_layers
 
 
 def main() -> int:
@@ -53,12 +36,12 @@ def main() -> int:
     print("|" + " --- |" * (2 + len(TOKENS)))
     cases = [(shape, spp) for shape in (LLAMA3_8B, LLAMA3_70B) for spp in STAGES]
     for shape, spp in tqdm(cases, leave=False):
-        cluster = Cluster(shape=shape, hardware=hardware("h100", TP * spp), engine=engine())
         layout = ParallelLayout(tp=TP, spp=spp)
+        cluster = h100(shape, layout)
         mfu = [
-            causal_flops(shape, n)
+            prefill_flops(shape, n)
             / (TP * spp * cluster.hardware.flops_per_s)
-            / min(alone_s(cluster, layout, fixed_chunks(size), n) for size in (1024, 4096))
+            / best_alone_s(cluster, layout, (1024, 4096), n)
             for n in TOKENS
         ]
         name = f"{shape.name}, {TP * spp} GPUs"
@@ -73,7 +56,7 @@ def main() -> int:
             mbu = []
             for kvp in DEGREES:
                 layout = ParallelLayout(tp=TP, kvp=kvp)
-                cluster = Cluster(shape=shape, hardware=hardware("h100", layout.world_size), engine=engine())
+                cluster = h100(shape, layout)
                 weights = shape.num_layers * shape.num_layer_params + shape.num_head_params
                 num_bytes = kvp * weights * shape.bytes_per_element + num_tokens * shape.kv_bytes_per_token
                 bandwidth = layout.world_size * cluster.hardware.memory_bytes_per_s

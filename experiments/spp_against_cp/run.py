@@ -15,17 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.lib.paper import (
-    LLAMA3_8B,
-    Cluster,
-    Instances,
-    Results,
-    alone_s,
-    engine,
-    figure,
-    fixed_chunks,
-    hardware,
-)
+from experiments.lib.paper import LLAMA3_8B, Instances, Results, best_alone_s, figure, h100
 from megatron_medha.core.layout import ParallelLayout
 
 HERE = Path(__file__).parent
@@ -49,9 +39,9 @@ def main() -> int:
     print("| GPUs | stream pipeline, s | " + " | ".join(RINGS) + " | paper |")
     print("|" + " --- |" * (3 + len(RINGS)))
     for num_gpus, paper in tqdm(PAPER.items(), leave=False):
-        cluster = Cluster(shape=LLAMA3_8B, hardware=hardware("h100", num_gpus), engine=engine())
         layout = ParallelLayout(tp=TP, spp=num_gpus // TP)
-        spp_s = min(alone_s(cluster, layout, fixed_chunks(size), NUM_TOKENS) for size in CHUNKS)
+        cluster = h100(LLAMA3_8B, layout)
+        spp_s = best_alone_s(cluster, layout, CHUNKS, NUM_TOKENS)
         ring = Instances(cluster=cluster, tp=TP).cost
         ratios = {
             title: replace(ring, **options).prefill_s(num_gpus // TP, NUM_TOKENS, float(NUM_TOKENS) ** 2, 1) / spp_s

@@ -14,17 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.lib.paper import (
-    LLAMA3_8B,
-    LLAMA3_70B,
-    Cluster,
-    Results,
-    alone_s,
-    engine,
-    figure,
-    fixed_chunks,
-    hardware,
-)  # fmt: skip
+from experiments.lib.paper import LLAMA3_8B, LLAMA3_70B, Results, best_alone_s, figure, h100
 from megatron_medha.core.layout import ParallelLayout
 
 HERE = Path(__file__).parent
@@ -48,10 +38,10 @@ def main() -> int:
     for shape, num_tokens in tqdm(cases, leave=False):
         times_s, fits = [], []
         for spp in STAGES:
-            cluster = Cluster(shape=shape, hardware=hardware("h100", TP * spp), engine=engine())
             layout = ParallelLayout(tp=TP, spp=spp)
+            cluster = h100(shape, layout)
             sizes = CHUNKS if num_tokens == TOKENS[0] else CHUNKS[1:3]
-            times_s.append(min(alone_s(cluster, layout, fixed_chunks(size), num_tokens) for size in sizes))
+            times_s.append(best_alone_s(cluster, layout, sizes, num_tokens))
             fits.append(num_tokens < cluster.kv_tokens(TP * spp))
         efficiency = [times_s[0] / (spp * seconds) for spp, seconds in zip(STAGES, times_s, strict=True)]
         num_missed += efficiency[-1] < BAR

@@ -1,6 +1,6 @@
 """Two dimensions against three on 64 H100: Llama-3 70B, tp 8 x 8 stages, or tp 8 x 4 stages x 2 KV shards.
 
-    python -m experiments.three_d.run                 # 5 simulated minutes at 0.25 and 0.75 requests/s
+    python -m experiments.three_d.run                 # 5 simulated minutes at 0.25 to 1.75 requests/s
 
 5% long prompts of up to 2M tokens. With two shards a request keeps at most 1M tokens on one replica.
 """
@@ -18,6 +18,7 @@ from megatron_medha.engine.summary import LengthClasses
 from megatron_medha.engine.workload import WorkloadConfig
 
 HERE = Path(__file__).parent
+QPS = (0.25, 0.75, 1.25, 1.75)
 SHARD_TOKENS = 1_048_576
 LAYOUTS = {"2D": ParallelLayout(tp=8, spp=8), "3D": ParallelLayout(tp=8, spp=4, kvp=2)}
 
@@ -33,7 +34,7 @@ def main() -> int:
     results = Results(HERE / "results.json", {"minutes": arguments.minutes, "scheduler": "lars"})
     print("| layout | requests/s | short p50 | p90 | p99 | long p50 | p90 | TPOT p50 | p90 |")
     print("|" + " --- |" * 9)
-    for qps in (0.25, 0.75):
+    for qps in QPS:
         for name, layout in LAYOUTS.items():
             key = f"{name} {qps}/s"
             if key not in results.runs:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_medha.commands.arguments import FLAGS, parse_arguments
-from megatron_medha.commands.options_help import describe_options
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.commands.arguments import FLAGS
+from megatron_medha.commands.job_command import check_plots, directory_of, plot, run_job_command
 
 if TYPE_CHECKING:
     from megatron_medha.bench.load import Sent
@@ -35,56 +33,44 @@ examples:
   medha bench concurrency=8 workload.num_requests=200
   medha bench capacity=search workload.num_requests=300 slo.tpot_s=0.1
   medha bench workload=trace workload.path=trace.csv.gz workload.time_scale=0.5 tracking=wandb
-  medha bench -m workload.qps=0.5,1,2 out=multirun/load     # see medha simulate --help for -m
+  medha bench -m workload.qps=0.5,1,2 out=multirun/load
+  medha bench -m "serve='checkpoint=DIR scheduler=fcfs','checkpoint=DIR scheduler=lars'" workload.qps=0.5,1
 
 flags:
 {FLAGS}"""
 
+
 def run(words: Sequence[str]) -> int:
     """Run one load, or a search of several."""
-    arguments = parse_arguments(words)
-    if arguments.wants_help:
-        print(USAGE, describe_options("bench"), sep="\n", end="")
-        return 0
+    return run_job_command("bench", words, USAGE, _options_class, bench)
+
+
+def _options_class() -> type[BenchOptions]:
     from megatron_medha.bench_config import BenchOptions
-    from megatron_medha.compose import as_yaml, compose, freeze
 
-    if arguments.is_multirun:
-        from megatron_medha.commands.multirun import multirun
-
-        return multirun("bench", BenchOptions, arguments, bench)
-    composed = compose("bench", BenchOptions, arguments.overrides, arguments.config_dir)
-    if arguments.shows_config:
-        print(as_yaml(composed, arguments.resolves_config), end="")
-        return 0
-    bench(freeze(composed, BenchOptions), as_yaml(composed, resolves=True))
-    return 0
+    return BenchOptions
 
 
 def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     """One `medha bench` with its output; returns what is in summary.json."""
+    from megatron_medha.commands.served import served
     from megatron_medha.commands.wandb_run import WandbRun
     from megatron_medha.compose import yaml_values
     from megatron_medha.sim.run_directory import RunDirectory
-    from megatron_medha.simulate_config import Plots
 
-    if options.plots is Plots.ALWAYS and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("plots=always: matplotlib is not installed; pip install 'megatron_medha[plots]'")
-    out = (options.out or Path(f"outputs/bench/{datetime.now():%Y-%m-%d-%H%M%S-%f}")).expanduser()
+    check_plots(options.plots)
     config = yaml_values(composed_yaml)
     config.pop("api_key")  # a secret; nothing that is written down needs it
     config.pop("out")      # a directory may be moved
-    directory = RunDirectory.create(out, json_as_yaml(config), options.seed)
+    directory = RunDirectory.create(directory_of(options.out, "bench"), json_as_yaml(config), options.seed)
     tracker = WandbRun(options.tracking, "bench", config, directory.path)
     try:
-        values = asyncio.run(_Bench(options, directory, tracker).run())
+        with nullcontext(options.url) if options.serve is None else served(options.serve, directory.path) as url:
+            values = asyncio.run(_Bench(replace(options, url=url), directory, tracker).run())
     except BaseException:
         tracker.fail()
         raise
-    if options.plots is not Plots.NEVER and importlib.util.find_spec("matplotlib") is not None:
-        from megatron_medha.commands.plots import plot_run
-
-        plot_run(directory.path)
+    plot(options.plots, directory.path)
     tracker.finish(directory.path)
     print(f"results are in {directory.path}")
     return values
@@ -152,8 +138,6 @@ class _Bench:
         return idle.at
 
     async def _search(self, client: Any, search: CapacitySearch) -> dict[str, Any]:
-        from dataclasses import replace
-
         from megatron_medha.engine.workload import Workload
 
         runs: list[dict[str, Any]] = []

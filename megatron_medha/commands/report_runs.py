@@ -13,6 +13,7 @@ from megatron_medha.core.errors import ConfigError
 
 # Of no interest when runs are compared.
 _IGNORED_KEYS = ("out", "plots", "requests", "objective", "tracking.", "record.")
+_SERVER_KEYS = ("scheduler.", "parallel.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,14 @@ def _read(path: Path, name: str) -> Run:
         assert isinstance(values["classes"], dict) and isinstance(values["all"], dict)
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise ConfigError(f"{path}: not a run directory of this version ({error!r}); move it away") from None
-    return Run(name, path, dict(_flat(options)), values, is_simulated="machine" in values)
+    # A load's own server says what a simulation is told: the two are compared by it.
+    flat = {key: value for key, value in _server_options(path).items() if key.startswith(_SERVER_KEYS)}
+    return Run(name, path, flat | dict(_flat(options)), values, is_simulated="machine" in values)
+
+
+def _server_options(path: Path) -> dict[str, Any]:
+    server = path / "server.yaml"
+    return dict(_flat(yaml_values(server.read_text(encoding="utf-8")))) if server.exists() else {}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,12 +6,10 @@ import importlib.util
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_medha.commands.arguments import FLAGS, parse_arguments
-from megatron_medha.commands.options_help import describe_options
+from megatron_medha.commands.arguments import FLAGS
+from megatron_medha.commands.job_command import check_plots, directory_of, plot, run_job_command
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,29 +38,17 @@ examples:
 flags:
 {FLAGS}"""
 
-_INSTALL_PLOTS = "pip install 'megatron_medha[plots]'"
 _INSTALL_PARQUET = "pip install 'megatron_medha[parquet]'"
 
-
 def run(words: Sequence[str]) -> int:
-    """Simulate once."""
-    arguments = parse_arguments(words)
-    if arguments.wants_help:
-        print(USAGE, describe_options("simulate"), sep="\n", end="")
-        return 0
-    from megatron_medha.compose import as_yaml, compose, freeze
+    """Simulate once, or for every combination."""
+    return run_job_command("simulate", words, USAGE, _options_class, simulate)
+
+
+def _options_class() -> type[SimulateOptions]:
     from megatron_medha.simulate_config import SimulateOptions
 
-    if arguments.is_multirun:
-        from megatron_medha.commands.multirun import multirun
-
-        return multirun("simulate", SimulateOptions, arguments, simulate)
-    composed = compose("simulate", SimulateOptions, arguments.overrides, arguments.config_dir)
-    if arguments.shows_config:
-        print(as_yaml(composed, arguments.resolves_config), end="")
-        return 0
-    simulate(freeze(composed, SimulateOptions), as_yaml(composed, resolves=True))
-    return 0
+    return SimulateOptions
 
 
 def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
@@ -77,9 +63,8 @@ def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     config = simulation_config(options)
     _check_extras(options)
     simulation = Simulation(config)
-    out = (options.out or Path(f"outputs/simulate/{datetime.now():%Y-%m-%d-%H%M%S-%f}")).expanduser()
     # The directory's own name is left out of what is in it: two runs of the same options are equal to the byte.
-    directory = RunDirectory.create(out, _without_out(composed_yaml), config.seed)
+    directory = RunDirectory.create(directory_of(options.out, "simulate"), _without_out(composed_yaml), config.seed)
     tracker = WandbRun(options.tracking, "simulate", yaml_values(composed_yaml), directory.path)
     _say_what_runs(options, simulation)
     began_s = time.perf_counter()
@@ -97,7 +82,7 @@ def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
         from megatron_medha.commands.parquet import write_parquet
 
         write_parquet(directory.path)
-    _plot(options, directory)
+    plot(options.plots, directory.path)
     tracker.finish(directory.path)
     print(f"results are in {directory.path}")
     return result.values
@@ -175,25 +160,11 @@ def _say_what_runs(options: SimulateOptions, simulation: Simulation) -> None:
 
 def _check_extras(options: SimulateOptions) -> None:
     """What is not installed is found out before the run, not after it."""
-    from megatron_medha.simulate_config import Plots, RequestsFormat
+    from megatron_medha.simulate_config import RequestsFormat
 
-    if options.plots is Plots.ALWAYS and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"plots=always: matplotlib is not installed; {_INSTALL_PLOTS}, or plots=never")
+    check_plots(options.plots)
     if options.requests is RequestsFormat.PARQUET and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(f"requests=parquet: pyarrow is not installed; {_INSTALL_PARQUET}, or requests=jsonl")
-
-
-def _plot(options: SimulateOptions, directory: RunDirectory) -> None:
-    from megatron_medha.simulate_config import Plots
-
-    if options.plots is Plots.NEVER:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"no plots: matplotlib is not installed ({_INSTALL_PLOTS})")
-        return
-    from megatron_medha.commands.plots import plot_run
-
-    plot_run(directory.path)
 
 
 def _without_out(composed_yaml: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_medha.commands.report_runs import differing_keys, find_runs
 from megatron_medha.main import main
 
 SMALL = ["parallel.tp=8", "workload.duration_s=5", "plots=never", "record.trace_duration_s=0"]
@@ -33,6 +36,54 @@ def test_a_sweep_has_a_run_directory_per_combination_and_goes_on_where_it_was_le
     printed = capsys.readouterr().out
     assert [f"job {job} is done already" in printed for job in range(4)] == [True, False, True, False]
     assert {path.parent.name: path.read_bytes() for path in tmp_path.glob("*/summary.json")} == first
+
+
+def test_a_sweep_that_was_killed_goes_on_and_comes_to_what_it_would_have_come_to(
+    tmp_path: Path, start: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("scheduler=fcfs,lars", "workload.qps=1,2")
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    medha = start("simulate", "-m", *SMALL, f"out={killed}", *words, python_flags=("-u",))
+    medha.line_with("job 2: ")
+    medha.process.kill()
+    medha.end()
+    assert (killed / "1" / "summary.json").exists() and not (killed / "3" / "summary.json").exists()
+
+    assert sweep(killed, *words) == 0
+
+    printed = capsys.readouterr().out
+    assert "job 0 is done already" in printed and "job 1 is done already" in printed
+    assert "job 3 is done already" not in printed
+    assert sweep(undisturbed, *words) == 0
+    for job in "0123":
+        name = f"{job}/summary.json"
+        assert (killed / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_a_load_starts_the_server_that_it_names_and_a_report_compares_it_by_the_servers_options(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = f"runtime=sim model=llama3_8b hardware=h100 tokenizer={tokenizer_dir}"
+    serve = f"serve='{server} scheduler=fcfs'"
+    small = ("workload.num_requests=3", "workload.qps=20", "workload.long_share=0", "idle=skip", "slo.ttft_s=1")
+    words = ("highest_token=2", "lowest_token=0", "exclude_share=0", "plots=never", f"out={tmp_path / 'load'}")
+    assert main(["bench", "-m", serve, *small, *words]) == 0
+    assert sweep(tmp_path / "simulated", "scheduler=lars", "workload.qps=1") == 0
+
+    measured, simulated = find_runs([tmp_path / "load", tmp_path / "simulated"])
+
+    assert measured.values["all"]["num_finished"] == 3
+    assert (measured.options["scheduler.policy"], simulated.options["scheduler.policy"]) == ("fcfs", "lars")
+    assert "scheduler.policy" in differing_keys([measured, simulated])
+    assert not measured.is_simulated
+
+
+def test_a_server_that_does_not_come_up_fails_its_job_with_what_it_said(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", f"serve='checkpoint={tokenizer_dir}'", f"out={tmp_path / 'load'}"]) == 1
+
+    assert "the server of this run ended with code" in capsys.readouterr().err
 
 
 def test_a_job_of_other_options_is_not_taken_for_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
