@@ -77,6 +77,11 @@ class BatchPlan(NamedTuple):
     is_all_written: bool
 
 
+def pool_width(head_dim: int) -> int:
+    """Numbers of a group of 16 tokens of one head, whose dimensions are filled up to a multiple of 16."""
+    return _GROUP * (-(-head_dim // _GROUP) * _GROUP)
+
+
 class NativeAttention:
     """Attention backend `native`."""
 
@@ -97,7 +102,7 @@ class NativeAttention:
         if dtype not in _DTYPES:
             raise ValueError(f"the native backend keeps KV in float32 or bfloat16, not in {dtype}")
         num_groups = -(-num_blocks * block_size // _GROUP)
-        shape = (num_kv_heads, num_groups, _GROUP * (-(-head_dim // _GROUP) * _GROUP))
+        shape = (num_kv_heads, num_groups, pool_width(head_dim))
         return LayerKV(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
 
     def plan(self, ranges: Sequence[QueryRange]) -> BatchPlan:
@@ -154,7 +159,7 @@ class NativeAttention:
         pool, dtype = layer.k, layer.k.dtype
         if q_TKGD.dtype != dtype or k_TKD.dtype != dtype or v_TKD.dtype != dtype:
             raise ValueError(f"queries {q_TKGD.dtype}, keys {k_TKD.dtype}, values {v_TKD.dtype}, but KV is {dtype}")
-        if pool.shape[0] != num_kv_heads or pool.shape[2] != _GROUP * (-(-head_dim // _GROUP) * _GROUP):
+        if pool.shape[0] != num_kv_heads or pool.shape[2] != pool_width(head_dim):
             raise ValueError(f"{num_kv_heads} heads of {head_dim} do not fit a pool {tuple(pool.shape)}")
         if plan.slots is not None and len(plan.slots) != num_tokens:
             raise ValueError(f"a plan for {len(plan.slots)} tokens was given {num_tokens}")

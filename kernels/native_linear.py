@@ -19,7 +19,7 @@ _PANEL = 64  # outputs; a multiple of every instruction set's register tile
 
 
 class LinearCall(ctypes.Structure):
-    """`LinearCall` of native/linear.cpp, field by field."""
+    """`LinearCall` of native/calls.h, field by field."""
 
     _fields_ = [
         ("num_rows", ctypes.c_int64),
@@ -31,6 +31,7 @@ class LinearCall(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("run_team", ctypes.c_void_p),
         ("num_threads", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
     ]
 
 
@@ -48,8 +49,8 @@ class NativeLinear:
         # [O/16, 16, I/2, 2] -> [O/16, I/2, 16, 2]
         self._packed = padded_OI.view(-1, _GROUP, padded_OI.shape[1] // 2, 2).transpose(1, 2).contiguous()
         self._bias = None if bias_O is None else bias_O.detach().clone()
-        self._weight_ptr = self._packed.data_ptr()
-        self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
+        self.weight_ptr = self._packed.data_ptr()
+        self.bias_ptr = None if self._bias is None else self._bias.data_ptr()
 
     def __call__(self, input_: Tensor) -> Tensor:
         """Raises ValueError for another dtype or size."""
@@ -62,11 +63,12 @@ class NativeLinear:
             self.num_inputs,
             self.num_outputs,
             input_.data_ptr(),
-            self._weight_ptr,
-            self._bias_ptr,
+            self.weight_ptr,
+            self.bias_ptr,
             out.data_ptr(),
             self._team,
             torch.get_num_threads(),
+            None,
         )
         if self._run(ctypes.byref(call)):
             raise MemoryError("the linear library could not allocate its working memory")

@@ -16,7 +16,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PassCall(ctypes.Structure):
-    """`PassCall` of native/pointwise.cpp, field by field."""
+    """`PassCall` of native/calls.h, field by field."""
 
     _fields_ = [
         ("is_bf16", ctypes.c_int64),

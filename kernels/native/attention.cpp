@@ -10,6 +10,7 @@
 #include <new>
 #include <vector>
 
+#include "crew.h"
 #include "layout.h"
 #include "simd.h"
 #include "storage.h"
@@ -68,16 +69,18 @@ class Work {
                 const int64_t first = i % num_pieces * WRITE_TOKENS;
                 write(i / num_pieces, first, std::min(first + WRITE_TOKENS, call_.num_tokens));
             };
-            share(call_.run_team, threads_for(count >= MIN_PARALLEL_WRITE), call_.num_kv_heads * num_pieces, write_piece);
+            share(call_.run_team, threads_for(count, MIN_PARALLEL_WRITE), call_.num_kv_heads * num_pieces, write_piece);
         }
         const int64_t cost = plan() * dim_;
         const auto attend_item = [&](int64_t i) { attend(items_[i]); };
         const int64_t num_items = static_cast<int64_t>(items_.size());
-        share(call_.run_team, threads_for(cost >= MIN_PARALLEL_COST), num_items, attend_item);
+        share(call_.run_team, threads_for(cost, MIN_PARALLEL_COST), num_items, attend_item);
     }
 
   private:
-    int64_t threads_for(bool is_parallel) const { return is_parallel ? call_.num_threads : 1; }
+    int64_t threads_for(int64_t work, int64_t asleep) const {
+        return threads_worth_it(call_.run_team, call_.num_threads, work, asleep);
+    }
 
     void write(int64_t head, int64_t first, int64_t end) {
         const int64_t head_dim = call_.head_dim;
@@ -377,7 +380,6 @@ class Work {
 
 }  // namespace
 
-// 0, or 1 when memory ran out; then nothing of the output can be used.
 extern "C" int medha_attend(const Call *call) {
     try {
         if (call->is_bf16)

@@ -50,3 +50,6 @@ struct Rows {
 struct Run {
     int64_t first_key, first_slot;
 };
+
+// 0, or 1 when memory ran out; then nothing of the output can be used.
+extern "C" int medha_attend(const Call *call);

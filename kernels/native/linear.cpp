@@ -9,6 +9,8 @@
 #include <cstring>
 #include <new>
 
+#include "calls.h"
+#include "crew.h"
 #include "layout.h"
 #include "simd.h"
 #include "storage.h"
@@ -24,6 +26,7 @@ constexpr int64_t MAX_ROWS_OF_ITEM = 96;
 constexpr int64_t MAX_ROWS_UNWIDENED = 2 * MAX_ROWS;
 // Multiplications below which a second thread costs more than it saves (some 50 us of work).
 constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 21;
+constexpr int64_t MIN_PARALLEL_PACKED = 1 << 16;  // numbers; likewise
 
 template <int R>
 void add_products(const float *weights, const float *in, int64_t depth, float *sums) {
@@ -47,22 +50,6 @@ using AddProducts = void (*)(const float *, const float *, int64_t, float *);
 constexpr AddProducts ADD_PRODUCTS[] = {add_products<1>, add_products<2>, add_products<3>,
                                         add_products<4>, add_products<5>, add_products<6>};
 
-}  // namespace
-
-// Mirrored field by field by LinearCall in native_linear.py. Sizes in elements; the weight is padded with zeros to
-// a multiple of 64 outputs and of 2 inputs.
-struct LinearCall {
-    int64_t num_rows, num_inputs, num_outputs;
-    const uint16_t *in;  // dense
-    const uint16_t *weight;
-    const uint16_t *bias;  // or null
-    uint16_t *out;         // dense
-    RunTeam run_team;
-    int64_t num_threads;
-};
-
-namespace {
-
 class Linear {
   public:
     explicit Linear(const LinearCall &call)
@@ -71,10 +58,13 @@ class Linear {
     void run() {
         static thread_local Buffer packed_memory;
         packed_ = packed_memory.at_least<float>(call_.num_rows * depth_);
-        const bool is_parallel = call_.num_rows * call_.num_inputs * call_.num_outputs >= MIN_PARALLEL_PRODUCTS;
-        const int64_t num_threads = is_parallel ? call_.num_threads : 1;
-        // Few rows are packed faster than a second thread wakes up.
-        share(call_.run_team, num_tiles_ > 8 ? num_threads : 1, num_tiles_, [&](int64_t tile) { pack(tile); });
+        const int64_t num_products = call_.num_rows * call_.num_inputs * call_.num_outputs;
+        const int64_t num_threads =
+            threads_worth_it(call_.run_team, call_.num_threads, num_products, MIN_PARALLEL_PRODUCTS);
+        const int64_t packers = threads_worth_it(
+            call_.run_team, num_threads, call_.num_rows * call_.num_inputs, MIN_PARALLEL_PACKED
+        );
+        share(call_.run_team, packers, num_tiles_, [&](int64_t tile) { pack(tile); });
         const int64_t num_panels = (call_.num_outputs + PANEL - 1) / PANEL;
         if (call_.num_rows <= MAX_ROWS_UNWIDENED) {
             // Several panels an item: a run of memory that the processor's prefetching follows.
@@ -151,10 +141,17 @@ class Linear {
     void write_out(int64_t row, int64_t panel, const float *sums) const {
         const int64_t first = panel * PANEL, count = std::min(PANEL, call_.num_outputs - first);
         uint16_t *out = call_.out + row * call_.num_outputs + first;
+        uint16_t rounded[PANEL];
         if (call_.bias == nullptr)
-            for (int64_t o = 0; o < count; ++o) from_float(sums[o], out + o);
+            for (int64_t o = 0; o < count; ++o) from_float(sums[o], rounded + o);
         else
-            for (int64_t o = 0; o < count; ++o) from_float(sums[o] + to_float(call_.bias[first + o]), out + o);
+            for (int64_t o = 0; o < count; ++o) from_float(sums[o] + to_float(call_.bias[first + o]), rounded + o);
+        if (call_.residual == nullptr) {
+            std::copy_n(rounded, count, out);
+            return;
+        }
+        const uint16_t *residual = call_.residual + row * call_.num_outputs + first;
+        for (int64_t o = 0; o < count; ++o) from_float(to_float(residual[o]) + to_float(rounded[o]), out + o);
     }
 
     const LinearCall &call_;
@@ -164,7 +161,6 @@ class Linear {
 
 }  // namespace
 
-// 0, or 1 when memory ran out; then the output cannot be used.
 extern "C" int medha_linear(const LinearCall *call) {
     try {
         Linear(*call).run();

@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <new>
 
+#include "calls.h"
+#include "crew.h"
+#include "rows.h"
 #include "simd.h"
 #include "storage.h"
 #include "sums.h"
@@ -14,7 +17,7 @@ namespace {
 constexpr float LOG2_E = 1.44269504088896340736f;
 // Numbers below which a second thread costs more than it saves (some 50 us of work).
 constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 17;
-constexpr int64_t ROWS_OF_ITEM = 16;
+constexpr int64_t ROWS_OF_ITEM = 16, ROWS_OF_AWAKE_ITEM = 2;
 
 struct Pass {
     RunTeam run_team;
@@ -23,33 +26,23 @@ struct Pass {
     // body(row, fp32 memory for `memory_rows` rows) for every row
     template <class Body>
     void each_row(int64_t memory_rows, const Body &body) const {
-        const int64_t num_items = (num_rows + ROWS_OF_ITEM - 1) / ROWS_OF_ITEM;
-        const int64_t threads = num_rows * width >= MIN_PARALLEL_NUMBERS ? num_threads : 1;
+        const int64_t size = is_awake(run_team) && num_rows < 4 * ROWS_OF_ITEM ? ROWS_OF_AWAKE_ITEM : ROWS_OF_ITEM;
+        const int64_t num_items = (num_rows + size - 1) / size;
+        const int64_t threads = threads_worth_it(run_team, num_threads, num_rows * width, MIN_PARALLEL_NUMBERS);
         share(run_team, threads, num_items, [&](int64_t item) {
             static thread_local Buffer memory;
             float *const rows = memory.at_least<float>(memory_rows * (width + WIDTH));
-            const int64_t end = std::min((item + 1) * ROWS_OF_ITEM, num_rows);
-            for (int64_t row = item * ROWS_OF_ITEM; row < end; ++row) body(row, rows);
+            const int64_t end = std::min((item + 1) * size, num_rows);
+            for (int64_t row = item * size; row < end; ++row) body(row, rows);
         });
     }
 };
-
-// Up to a multiple of WIDTH, filled with zeros.
-template <class T>
-void widen_row(const T *from, float *to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
-    for (int64_t i = count; i % WIDTH != 0; ++i) to[i] = 0.0f;
-}
 
 template <class T>
 void rms_norm(const Pass &pass, const T *in, const T *weight, float epsilon, T *out) {
     const int64_t width = pass.width;
     pass.each_row(1, [&](int64_t row, float *x) {
-        widen_row(in + row * width, x, width);
-        Vec squares = splat(0.0f);
-        for (int64_t i = 0; i < width; i += WIDTH) squares = fma(load(x + i), load(x + i), squares);
-        const float scale = 1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(width) + epsilon);
-        for (int64_t i = 0; i < width; ++i) from_float(x[i] * scale * to_float(weight[i]), out + row * width + i);
+        rms_norm_row(in + row * width, weight, epsilon, width, x, out + row * width);
     });
 }
 
@@ -75,17 +68,6 @@ void gated_silu(const Pass &pass, const T *in, T *out) {
 
 }  // namespace
 
-// Mirrored field by field by PassCall in native_pointwise.py. in and out are dense, fp32 or bf16.
-struct PassCall {
-    int64_t is_bf16;
-    RunTeam run_team;
-    int64_t num_threads, num_rows, width;
-    const void *in, *weight;
-    void *out;
-    float epsilon;
-};
-
-// out [rows, width] = in [rows, width] / sqrt(mean of squares + epsilon) * weight [width]. 0, or 1 without memory.
 extern "C" int medha_rms_norm(const PassCall *call) {
     const Pass pass{call->run_team, call->num_threads, call->num_rows, call->width};
     try {
@@ -105,7 +87,6 @@ extern "C" int medha_rms_norm(const PassCall *call) {
     }
 }
 
-// out [rows, width] = silu(in [rows, :width]) * in [rows, width:2 width]. 0, or 1 without memory.
 extern "C" int medha_gated_silu(const PassCall *call) {
     const Pass pass{call->run_team, call->num_threads, call->num_rows, call->width};
     try {

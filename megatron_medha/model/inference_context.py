@@ -60,8 +60,8 @@ class PackedBatch(BaseInferenceContext):
         self.is_rotated_by_backend = shared is None and isinstance(backend, RotatingBackend)
         self.before_layer = before_layer
         self.hidden: Tensor | None = None
-        self._logit_rows = logit_rows
-        self._hidden_rows = hidden_rows
+        self.logit_rows = logit_rows
+        self.hidden_rows = hidden_rows
 
     def is_static_batching(self) -> bool:
         """False: rows of many requests, each at its own position."""
@@ -79,6 +79,6 @@ class PackedBatch(BaseInferenceContext):
     def last_token_logits(self, hidden_1TC: Tensor) -> Tensor:
         """Megatron's name for choosing the rows that go through the output layer: [1, T, C] -> [R, C]."""
         hidden_TC = hidden_1TC.squeeze(0)
-        if self._hidden_rows is not None:
-            self.hidden = hidden_TC.index_select(0, self._hidden_rows)
-        return hidden_TC.index_select(0, self._logit_rows)
+        if self.hidden_rows is not None:
+            self.hidden = hidden_TC.index_select(0, self.hidden_rows)
+        return hidden_TC.index_select(0, self.logit_rows)

@@ -102,11 +102,11 @@ class PackedLinear:
 
     def __init__(self, make: MakeLinear, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         """The weight is copied."""
-        self._multiply = make(weight_OI.detach(), None if bias_O is None else bias_O.detach())
+        self.multiply = make(weight_OI.detach(), None if bias_O is None else bias_O.detach())
 
     def __call__(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """[..., I] -> ([..., O], None). Weight and gathering, which Megatron may pass, are settled already."""
-        return self._multiply(input_), None
+        return self.multiply(input_), None
 
 
 class OneDnnLinear:

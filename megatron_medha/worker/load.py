@@ -21,6 +21,7 @@ from megatron_medha.kernels.backends import attention_backend, backend_names
 from megatron_medha.model.build import build_model, check_divisible, transformer_engine_works
 from megatron_medha.model.checkpoint import load_weights, read_model_config
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
+from megatron_medha.model.native_decoder_model import use_native_decoder
 from megatron_medha.model.native_passes import use_native_passes
 from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.model.rotary import Rotary
@@ -73,6 +74,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     quantise_linears(model, config.fp8, has_transformer_engine)
     pack_linears(model)
     use_native_passes(model)
+    use_native_decoder(model)
 
     num_layers = len(model.decoder.layers)
     num_kv_heads = model_config.num_kv_heads // config.layout.tp

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +115,11 @@ def front(rank_config: RankConfig) -> Front:
     from megatron_medha.worker.load import load_rank
 
     return Front(*load_rank(rank_config, lambda what, fraction: None))
+
+
+@pytest.fixture
+def make_front() -> Callable[[RankConfig], Front]:
+    """Brings a rank up in this process, with the front it answers to."""
+    from megatron_medha.worker.load import load_rank
+
+    return lambda config: Front(*load_rank(config, lambda what, fraction: None))

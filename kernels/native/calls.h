@@ -1,0 +1,36 @@
+// What the entry points for linear layers and for the passes between them take.
+#pragma once
+
+#include <cstdint>
+
+#include "team.h"
+
+// Mirrored field by field by LinearCall in native_linear.py. Sizes in elements; the weight is padded with zeros to
+// a multiple of 64 outputs and of 2 inputs.
+struct LinearCall {
+    int64_t num_rows, num_inputs, num_outputs;
+    const uint16_t *in;  // dense
+    const uint16_t *weight;
+    const uint16_t *bias;  // or null
+    uint16_t *out;         // dense
+    RunTeam run_team;
+    int64_t num_threads;
+    const uint16_t *residual;  // of out's shape, added to what was rounded; may be `out` itself; or null
+};
+
+// Mirrored field by field by PassCall in native_pointwise.py. in and out are dense, fp32 or bf16.
+struct PassCall {
+    int64_t is_bf16;
+    RunTeam run_team;
+    int64_t num_threads, num_rows, width;
+    const void *in, *weight;
+    void *out;
+    float epsilon;
+};
+
+// 0, or 1 when memory ran out; then the output cannot be used.
+extern "C" int medha_linear(const LinearCall *call);
+// out [rows, width] = in [rows, width] / sqrt(mean of squares + epsilon) * weight [width].
+extern "C" int medha_rms_norm(const PassCall *call);
+// out [rows, width] = silu(in [rows, :width]) * in [rows, width:2 width].
+extern "C" int medha_gated_silu(const PassCall *call);

@@ -1,0 +1,110 @@
+// See crew.h.
+
+#include "crew.h"
+
+#include <sched.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace {
+
+// Some 50 us: the gaps between the jobs of a step are shorter. After that others may have the core.
+constexpr int NUM_SPINS = 1000;
+constexpr uint64_t OPEN = 1 << 15, MEMBERS = OPEN - 1;
+constexpr int NUMBER_SHIFT = 16;
+
+class Pause {
+  public:
+    void once() {
+        if (++count_ < NUM_SPINS)
+            _mm_pause();
+        else
+            sched_yield();
+    }
+    void reset() { count_ = 0; }
+
+  private:
+    int count_ = 0;
+};
+
+struct Crew {
+    // Number of the job, whether it may still be joined, and how many workers are at it.
+    alignas(64) std::atomic<uint64_t> job{0};
+    alignas(64) std::atomic<bool> is_on_duty{false};
+    void (*body)(void *) = nullptr;
+    void *data = nullptr;
+    std::mutex duty;  // held during a shift
+    std::mutex door;
+    std::condition_variable called;
+    int64_t num_workers = 0;
+
+    // Never destroyed: workers sleep in it when the process ends.
+    static Crew &get() {
+        static Crew *const crew = new Crew;
+        return *crew;
+    }
+
+    void work() {
+        uint64_t last = 0;
+        for (;;) {
+            {
+                std::unique_lock<std::mutex> lock(door);
+                called.wait(lock, [this] { return is_on_duty.load(); });
+            }
+            Pause pause;
+            while (is_on_duty.load(std::memory_order_acquire)) {
+                uint64_t seen = job.load(std::memory_order_acquire);
+                if (!(seen & OPEN) || seen >> NUMBER_SHIFT == last) {
+                    pause.once();
+                    continue;
+                }
+                if (!job.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) continue;
+                last = seen >> NUMBER_SHIFT;
+                body(data);
+                job.fetch_sub(1, std::memory_order_acq_rel);
+                pause.reset();
+            }
+        }
+    }
+
+    void run(void (*new_body)(void *), void *new_data) {
+        body = new_body;
+        data = new_data;
+        const uint64_t number = (job.load(std::memory_order_relaxed) >> NUMBER_SHIFT) + 1;
+        job.store(number << NUMBER_SHIFT | OPEN, std::memory_order_release);
+        new_body(new_data);
+        job.fetch_and(~OPEN, std::memory_order_acq_rel);
+        Pause pause;
+        while (job.load(std::memory_order_acquire) & MEMBERS) pause.once();
+    }
+};
+
+}  // namespace
+
+void run_crew(void (*body)(void *), void *data, unsigned, unsigned) { Crew::get().run(body, data); }
+
+Shift::Shift(int64_t num_threads) : has_crew_(false) {
+    if (num_threads < 2) return;
+    Crew &crew = Crew::get();
+    if (!crew.duty.try_lock()) return;
+    has_crew_ = true;
+    try {
+        for (; crew.num_workers < num_threads - 1; ++crew.num_workers) std::thread([&crew] { crew.work(); }).detach();
+    } catch (const std::system_error &) {  // no more threads to be had: fewer do the same work
+    }
+    {
+        const std::lock_guard<std::mutex> lock(crew.door);
+        crew.is_on_duty.store(true);
+    }
+    crew.called.notify_all();
+}
+
+Shift::~Shift() {
+    if (!has_crew_) return;
+    Crew &crew = Crew::get();
+    crew.is_on_duty.store(false, std::memory_order_release);
+    crew.duty.unlock();
+}

@@ -1,0 +1,245 @@
+"""A whole step of a dense bf16 decoder in one native call: the Python side of native/decoder.cpp.
+
+Called one by one from Python, the functions of a decode step of a small model take less time than the way to them.
+
+Shapes: T tokens, R rows of logits, C hidden size, V outputs, D head dim, K key/value heads, G query heads of each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_medha.kernels.backends import LayerKV
+from megatron_medha.kernels.native_attention import BatchPlan, pool_width
+from megatron_medha.kernels.native_build import native_library
+from megatron_medha.kernels.native_linear import NativeLinear
+
+
+class _DecoderLayer(ctypes.Structure):
+    """`DecoderLayer` of native/decoder.cpp, field by field."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "attention_norm",
+            "mlp_norm",
+            "q_norm",
+            "k_norm",
+            "qkv",
+            "qkv_bias",
+            "proj",
+            "gate_and_up",
+            "down",
+            "k_pool",
+            "v_pool",
+        )
+    ]
+
+
+class _DecoderCall(ctypes.Structure):
+    """`DecoderCall` of native/decoder.cpp, field by field."""
+
+    _fields_ = [
+        ("run_team", ctypes.c_void_p),
+        ("num_threads", ctypes.c_int64),
+        ("hidden_size", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("queries_per_kv_head", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("ffn_size", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("layers", ctypes.c_void_p),
+        ("num_layers", ctypes.c_int64),
+        ("pool_head_stride", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
+        ("token_ids", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("signed_sin", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("num_logit_rows", ctypes.c_int64),
+        ("logit_rows", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("num_outputs", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSizes:
+    """What all layers share."""
+
+    hidden_size: int
+    num_kv_heads: int
+    queries_per_kv_head: int
+    head_dim: int
+    ffn_size: int
+    epsilon: float
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One layer's weights; norms are bf16 and dense."""
+
+    attention_norm_C: Tensor
+    mlp_norm_C: Tensor
+    q_norm_D: Tensor | None
+    k_norm_D: Tensor | None
+    qkv: NativeLinear  # outputs: for each key/value head its queries, its key, its value
+    proj: NativeLinear
+    gate_and_up: NativeLinear
+    down: NativeLinear
+
+
+@dataclass(frozen=True, slots=True)
+class OutputWeights:
+    """What turns hidden states into logits."""
+
+    norm_C: Tensor
+    linear: NativeLinear
+
+
+class NativeDecoder:
+    """Layers of one pipeline stage, before them the embedding on the first, behind them the output on the last."""
+
+    def __init__(
+        self,
+        sizes: DecoderSizes,
+        layers: Sequence[LayerWeights],
+        embedding_VC: Tensor | None,
+        output: OutputWeights | None,
+        target: str | None = None,
+    ) -> None:
+        """Keeps the weights and reads them where they lie. target: as for `native_library`, which may raise.
+
+        Raises ValueError for weights that do not fit one another.
+        """
+        self._run = native_library(target).medha_decoder
+        self._sizes, self._layers, self._embedding_VC, self._output = sizes, tuple(layers), embedding_VC, output
+        self._check()
+        self._kv_layers: Sequence[LayerKV] = ()
+        self._table = (_DecoderLayer * len(layers))()
+        for row, layer in zip(self._table, layers, strict=True):
+            row.attention_norm, row.mlp_norm = layer.attention_norm_C.data_ptr(), layer.mlp_norm_C.data_ptr()
+            row.q_norm = None if layer.q_norm_D is None else layer.q_norm_D.data_ptr()
+            row.k_norm = None if layer.k_norm_D is None else layer.k_norm_D.data_ptr()
+            row.qkv, row.qkv_bias = layer.qkv.weight_ptr, layer.qkv.bias_ptr
+            row.proj, row.gate_and_up, row.down = (
+                linear.weight_ptr for linear in (layer.proj, layer.gate_and_up, layer.down)
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Of this stage."""
+        return len(self._layers)
+
+    @property
+    def num_outputs(self) -> int:
+        """V; 0 without an output layer."""
+        return 0 if self._output is None else self._output.linear.num_outputs
+
+    def run(
+        self,
+        hidden_TC: Tensor,
+        plan: BatchPlan,
+        kv_layers: Sequence[LayerKV],
+        angles: tuple[Tensor, Tensor],
+        *,
+        token_ids_T: Tensor | None = None,
+        logit_rows_R: Tensor | None = None,
+        layers: range | None = None,
+    ) -> Tensor | None:
+        """Run `layers` (all by default) over a batch: hidden_TC, bf16, is overwritten with what the last one leaves.
+
+        token_ids_T: int64, valid ones; hidden_TC is filled with their embeddings first. logit_rows_R: int64, rows whose
+        logits [R, V] come back. angles: cosines and signed sines [T, D], fp32. plan and kv_layers: of NativeAttention.
+        Raises ValueError for what does not fit.
+        """
+        sizes, num_tokens = self._sizes, len(hidden_TC)
+        cos_TD, signed_sin_TD = angles
+        if hidden_TC.dtype != torch.bfloat16 or hidden_TC.shape[1] != sizes.hidden_size:
+            raise ValueError(f"hidden states {hidden_TC.dtype} {tuple(hidden_TC.shape)} for size {sizes.hidden_size}")
+        if cos_TD.shape != (num_tokens, sizes.head_dim) or cos_TD.dtype != torch.float32:
+            raise ValueError(f"angles {cos_TD.dtype} {tuple(cos_TD.shape)} for {num_tokens} tokens of {sizes.head_dim}")
+        if plan.slots is None or not plan.is_all_written or len(plan.slots) != num_tokens:
+            raise ValueError(f"the plan does not write the {num_tokens} tokens of the batch")
+        assert hidden_TC.is_contiguous() and cos_TD.is_contiguous() and signed_sin_TD.is_contiguous()
+        self._take_pools(kv_layers)
+        layers = range(len(self._layers)) if layers is None else layers
+        logits_RV = None
+        if logit_rows_R is not None:
+            assert self._output is not None, "this stage has no output layer"
+            logits_RV = torch.empty(len(logit_rows_R), self.num_outputs, dtype=torch.bfloat16)
+        call = _DecoderCall(
+            None,
+            plan.num_threads,
+            sizes.hidden_size,
+            sizes.num_kv_heads,
+            sizes.queries_per_kv_head,
+            sizes.head_dim,
+            sizes.ffn_size,
+            sizes.epsilon,
+            sizes.scale,
+            ctypes.addressof(self._table) + layers.start * ctypes.sizeof(_DecoderLayer),
+            len(layers),
+            kv_layers[0].k.stride(0),
+            num_tokens,
+            None if token_ids_T is None else token_ids_T.data_ptr(),
+            None if token_ids_T is None or self._embedding_VC is None else self._embedding_VC.data_ptr(),
+            hidden_TC.data_ptr(),
+            cos_TD.data_ptr(),
+            signed_sin_TD.data_ptr(),
+            plan.slots.ctypes.data,
+            plan.rows.ctypes.data,
+            len(plan.rows),
+        )
+        if logits_RV is not None and logit_rows_R is not None and self._output is not None:
+            call.num_logit_rows, call.logit_rows = len(logit_rows_R), logit_rows_R.data_ptr()
+            call.final_norm, call.output = self._output.norm_C.data_ptr(), self._output.linear.weight_ptr
+            call.num_outputs, call.logits = self.num_outputs, logits_RV.data_ptr()
+        if self._run(ctypes.byref(call)):
+            raise MemoryError("the decoder library could not allocate its working memory")
+        return logits_RV
+
+    def _take_pools(self, kv_layers: Sequence[LayerKV]) -> None:
+        """Note where keys and values lie; every step brings the same ones."""
+        if kv_layers is self._kv_layers:
+            return
+        shape = (self._sizes.num_kv_heads, pool_width(self._sizes.head_dim))
+        assert len(kv_layers) == len(self._table), f"KV of {len(kv_layers)} layers for {len(self._table)}"
+        for row, layer in zip(self._table, kv_layers, strict=True):
+            if layer.k.dtype != torch.bfloat16 or (layer.k.shape[0], layer.k.shape[2]) != shape:
+                raise ValueError(f"a pool {layer.k.dtype} {tuple(layer.k.shape)} for heads and width {shape}")
+            row.k_pool, row.v_pool = layer.k.data_ptr(), layer.v.data_ptr()
+        self._kv_layers = kv_layers
+
+    def _check(self) -> None:
+        sizes = self._sizes
+        heads = sizes.num_kv_heads * sizes.queries_per_kv_head
+        for layer in self._layers:
+            linears = (
+                (layer.qkv, sizes.hidden_size, (heads + 2 * sizes.num_kv_heads) * sizes.head_dim),
+                (layer.proj, heads * sizes.head_dim, sizes.hidden_size),
+                (layer.gate_and_up, sizes.hidden_size, 2 * sizes.ffn_size),
+                (layer.down, sizes.ffn_size, sizes.hidden_size),
+            )
+            for linear, num_inputs, num_outputs in linears:
+                if (linear.num_inputs, linear.num_outputs) != (num_inputs, num_outputs):
+                    raise ValueError(
+                        f"a layer {linear.num_inputs} -> {linear.num_outputs} instead of {num_inputs} -> {num_outputs}"
+                    )
+            norms = (layer.attention_norm_C, layer.mlp_norm_C, layer.q_norm_D, layer.k_norm_D)
+            for norm, size in zip(norms, (sizes.hidden_size,) * 2 + (sizes.head_dim,) * 2, strict=True):
+                if norm is not None and (norm.dtype != torch.bfloat16 or norm.shape != (size,)):
+                    raise ValueError(f"a norm {norm.dtype} {tuple(norm.shape)} instead of bfloat16 ({size},)")

@@ -1,0 +1,131 @@
+"""Whole steps in one native call against the same model's layers called one by one: equal to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.batch import Chunk
+from megatron_medha.kernels.native_build import NativeUnavailable, native_library
+from megatron_medha.model import packed_linear
+from megatron_medha.model.native_decoder_model import _NativeForward
+
+
+@pytest.fixture(autouse=True)
+def _native_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is faster on this machine."""
+    try:
+        native_library()
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(packed_linear, "_MIN_GAIN", 0.0)
+
+
+@pytest.fixture
+def load(tmp_path: Path, rank_config: RankConfig, make_front: Callable[[RankConfig], Any]) -> Callable[..., Any]:
+    """Makes a tiny random model of some kind, and a bf16 rank of it."""
+
+    def load(kind: str, num_threads: int = 2) -> Any:
+        save_tiny(kind, tmp_path)
+        return make_front(
+            msgspec.structs.replace(
+                rank_config, checkpoint=str(tmp_path), dtype="bfloat16", num_threads=num_threads
+            )
+        )
+
+    return load
+
+
+def save_tiny(kind: str, directory: Path) -> None:
+    """A checkpoint of transformers' model of that kind."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config_class, model_class = (getattr(transformers, f"{kind}{part}") for part in ("Config", "ForCausalLM"))
+    config = config_class(
+        vocab_size=300,
+        hidden_size=72,
+        intermediate_size=104,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=24,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=kind == "Qwen3",
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = model_class(config)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:  # norms and biases begin as ones and zeros, which hide a missing one
+            torch.nn.init.uniform_(weight, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(weight)
+    model.to(torch.bfloat16).save_pretrained(directory)
+
+
+def all_logits(front: Any) -> list[torch.Tensor]:
+    """Of mixed steps: prompts in pieces beside decodes."""
+    found: list[torch.Tensor] = []
+    hook = front.rank.model.register_forward_hook(lambda model, args, output: found.append(output.clone()))
+    prompts = {"a": 5, "b": 90, "c": 33}
+    new = [front.new(name, [3 + (7 * i) % 290 for i in range(length)]) for name, length in prompts.items()]
+    first = [front.first(name, min(length, 40), room=200, samples=length <= 40) for name, length in prompts.items()]
+    front.step(first, new)
+    front.step([Chunk("b", 40, 50, True), Chunk("a", 5, 1, True), Chunk("c", 33, 1, True)])
+    for step in range(4):
+        front.step(
+            [Chunk(name, length + step + (name != "b"), 1, True) for name, length in prompts.items()]
+        )
+    front.step(released=list(prompts))
+    hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+def test_a_step_in_one_call_gives_the_logits_of_its_layers_one_by_one(
+    kind: str, load: Callable[..., Any]
+) -> None:
+    front = load(kind)
+    native = front.rank.model.forward
+    assert isinstance(native, _NativeForward)
+    at_once = all_logits(front)
+    front.rank.model.forward = native._plain
+    one_by_one = all_logits(front)
+    assert len(at_once) == 6
+    assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+
+
+def test_threads_and_a_layer_at_a_time_change_no_bit(load: Callable[..., Any]) -> None:
+    front = load("Llama", num_threads=3)
+    with_threads = all_logits(front)
+    num_calls = 0
+
+    def before_layer() -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    front.rank.before_layer = before_layer
+    by_layer = all_logits(front)
+    assert num_calls == 6 * 3
+    torch.set_num_threads(1)
+    alone = all_logits(front)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(with_threads, by_layer, alone, strict=True))
+
+
+def test_prompt_logprobs_come_from_the_same_hidden_states(load: Callable[..., Any]) -> None:
+    front = load("Qwen2")
+    new = [front.new("p", list(range(10, 30)), num_prompt_logprobs=1)]
+    chunk = [front.first("p", 20, room=40, samples=True)]
+    at_once = front.step(chunk, new)
+    front.rank.model.forward = front.rank.model.forward._plain
+    one_by_one = front.step(chunk, new)
+    assert at_once.prompt_logprobs == one_by_one.prompt_logprobs != ()
+
+
+def test_a_model_in_fp32_keeps_its_own_forward(front: Any) -> None:
+    assert "forward" not in vars(front.rank.model)
