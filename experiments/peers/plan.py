@@ -82,6 +82,7 @@ def plans(sizes: Sizes) -> dict[str, list[Visit]]:
         visit("medha", 13, [*solo, far]),
         visit("vllm", 13, [*solo, far]),
         visit("vllm-cap-64", 13, [far]),
+        visit("vllm-float32", 11, solo),
     ]
     full = [
         *quick,

@@ -49,6 +49,7 @@ def servers(threads: int, ours: Sequence[str] = (), variants: Sequence[str] = ()
     known = [
         _medha("medha", threads, ours),
         _vllm("vllm", threads),
+        _vllm("vllm-float32", threads, "--dtype", "float32"),  # for CPUs without bf16 instructions
         _vllm("vllm-cap-64", threads, *_capped(64)),
         _vllm("vllm-cap-128", threads, *_capped(128)),
         _llama("llama.cpp", threads),
@@ -86,6 +87,7 @@ def _vllm(name: str, threads: int, *flags: str) -> Server:
         found = [*(peers / "vllm").glob("lib/libiomp5.so"), find_library("tcmalloc_minimal")]
         return {
             "LD_PRELOAD": ":".join(str(library) for library in found if library),
+            "VLLM_CACHE_ROOT": str(peers / "vllm" / "cache"),  # of what it compiled: minutes at the first start
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
