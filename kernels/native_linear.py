@@ -14,8 +14,7 @@ from torch import Tensor
 
 from megatron_medha.kernels.native_build import native_library, openmp_team
 
-_GROUP = 16
-_PANEL = 64  # outputs; a multiple of every instruction set's register tile
+_PANEL = 64  # outputs that lie together; a multiple of every instruction set's register tile
 
 
 class LinearCall(ctypes.Structure):
@@ -46,8 +45,8 @@ class NativeLinear:
         self._team = openmp_team()
         self.num_outputs, self.num_inputs = weight_OI.shape
         padded_OI = F.pad(weight_OI.detach(), (0, self.num_inputs % 2, 0, -self.num_outputs % _PANEL))
-        # [O/16, 16, I/2, 2] -> [O/16, I/2, 16, 2]
-        self._packed = padded_OI.view(-1, _GROUP, padded_OI.shape[1] // 2, 2).transpose(1, 2).contiguous()
+        # [O/64, 64, I/2, 2] -> [O/64, I/2, 64, 2]
+        self._packed = padded_OI.view(-1, _PANEL, padded_OI.shape[1] // 2, 2).transpose(1, 2).contiguous()
         self._bias = None if bias_O is None else bias_O.detach().clone()
         self.weight_ptr = self._packed.data_ptr()
         self.bias_ptr = None if self._bias is None else self._bias.data_ptr()

@@ -1,29 +1,33 @@
 // Linear layers with bf16 weights and fp32 arithmetic, for processors without a bf16 dot product.
 //
-// out [T, O] = in [T, I] . weight [O, I]^T + bias [O], in, bias and out in bf16 too. The weight lies packed as the keys
-// of attention do (layout.h): [O/16][I/2][16][2], so the same register tiles serve. Decodes read it as it is, half the
-// bytes of fp32; more rows widen each block of it once.
+// out [T, O] = in [T, I] . weight [O, I]^T + bias [O], in, bias and out in bf16 too. The weight lies packed as
+// [O/64][I/2][64][2]: decodes read it as it is, half the bytes of fp32 and in one ascending run; more rows widen each
+// block of it once.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "calls.h"
 #include "crew.h"
-#include "layout.h"
 #include "simd.h"
 #include "storage.h"
 #include "sums.h"
 #include "team.h"
-#include "tiles.h"
 
 namespace {
 
-constexpr int64_t PANEL = PANEL_GROUPS * GROUP;  // outputs of a register tile
+constexpr int64_t PACKED = 64;               // outputs that lie together
+constexpr int64_t PANEL = MAX_COLUMNS * WIDTH;  // outputs of a register tile
+static_assert(PACKED % PANEL == 0, "a register tile lies in one pack");
+constexpr int64_t AHEAD = 8 * 2 * PACKED;    // numbers, 2 KiB: what decodes fetch beforehand
 constexpr int64_t DEPTH = 256;      // inputs of a widened block: 64 KiB with 64 outputs, in L2
+constexpr int MAX_ROWS = 6;         // of a register tile
 constexpr int64_t MAX_ROWS_OF_ITEM = 96;
-constexpr int64_t MAX_ROWS_UNWIDENED = 2 * MAX_ROWS;
+constexpr int MAX_ROWS_UNWIDENED = 2 * MAX_ROWS;  // of a register tile of half the width
+constexpr int columns_of(int64_t num_rows) { return num_rows <= MAX_ROWS ? MAX_COLUMNS : MAX_COLUMNS / 2; }
 // Multiplications below which a second thread costs more than it saves (some 50 us of work).
 constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 21;
 constexpr int64_t MIN_PARALLEL_PACKED = 1 << 16;  // numbers; likewise
@@ -46,6 +50,39 @@ void add_products(const float *weights, const float *in, int64_t depth, float *s
         for (int c = 0; c < MAX_COLUMNS; ++c) store(sums + r * PANEL + c * WIDTH, sum[r][c]);
 }
 
+// Weights as they lie, C vectors of outputs wide; sums [R][C vectors]. The same products in the same order as
+// add_products. More rows than a tile of full width holds get one of half the width: weights are read and widened once.
+template <int R, int C>
+void multiply_packed(const uint16_t *weights, const float *in, int64_t depth, float *sums) {
+    Vec sum[R][C] = {};
+    for (int64_t d = 0; d < depth; d += 2) {
+        Vec even[C], odd[C];
+        for (int c = 0; c < C; ++c) {
+            load_pairs(weights + d * PACKED + c * 2 * WIDTH, even[c], odd[c]);
+            __builtin_prefetch(weights + d * PACKED + c * 2 * WIDTH + AHEAD);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            const Vec x = splat(in[d * R + r]);
+            for (int c = 0; c < C; ++c) sum[r][c] = fma(x, even[c], sum[r][c]);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            const Vec x = splat(in[(d + 1) * R + r]);
+            for (int c = 0; c < C; ++c) sum[r][c] = fma(x, odd[c], sum[r][c]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) store(sums + r * C * WIDTH + c * WIDTH, sum[r][c]);
+}
+
+using MultiplyPacked = void (*)(const uint16_t *, const float *, int64_t, float *);
+template <int... R>
+constexpr MultiplyPacked multiply_packed_of(int num_rows, std::integer_sequence<int, R...>) {
+    constexpr MultiplyPacked all[] = {multiply_packed<R + 1, columns_of(R + 1)>...};
+    return all[num_rows - 1];
+}
+
 using AddProducts = void (*)(const float *, const float *, int64_t, float *);
 constexpr AddProducts ADD_PRODUCTS[] = {add_products<1>, add_products<2>, add_products<3>,
                                         add_products<4>, add_products<5>, add_products<6>};
@@ -53,7 +90,7 @@ constexpr AddProducts ADD_PRODUCTS[] = {add_products<1>, add_products<2>, add_pr
 class Linear {
   public:
     explicit Linear(const LinearCall &call)
-        : call_(call), depth_((call.num_inputs + 1) / 2 * 2), num_tiles_((call.num_rows + MAX_ROWS - 1) / MAX_ROWS) {}
+        : call_(call), depth_((call.num_inputs + 1) / 2 * 2), num_tiles_(call.num_rows <= MAX_ROWS_UNWIDENED ? call.num_rows > 0 : (call.num_rows + MAX_ROWS - 1) / MAX_ROWS) {}
 
     void run() {
         static thread_local Buffer packed_memory;
@@ -65,15 +102,17 @@ class Linear {
             call_.run_team, num_threads, call_.num_rows * call_.num_inputs, MIN_PARALLEL_PACKED
         );
         share(call_.run_team, packers, num_tiles_, [&](int64_t tile) { pack(tile); });
-        const int64_t num_panels = (call_.num_outputs + PANEL - 1) / PANEL;
         if (call_.num_rows <= MAX_ROWS_UNWIDENED) {
             // Several panels an item: a run of memory that the processor's prefetching follows.
-            const int64_t num_items = std::min(num_panels, 4 * num_threads);
+            const int64_t width = columns_of(call_.num_rows) * WIDTH, num_tiles = (call_.num_outputs + width - 1) / width;
+            const int64_t num_items = std::min(num_tiles, 4 * num_threads);
             share(call_.run_team, num_threads, num_items, [&](int64_t i) {
-                for (int64_t p = num_panels * i / num_items; p < num_panels * (i + 1) / num_items; ++p) multiply(p);
+                for (int64_t t = num_tiles * i / num_items; t < num_tiles * (i + 1) / num_items; ++t)
+                    multiply(t * width, width);
             });
             return;
         }
+        const int64_t num_panels = (call_.num_outputs + PANEL - 1) / PANEL;
         const int64_t num_blocks = (call_.num_rows + MAX_ROWS_OF_ITEM - 1) / MAX_ROWS_OF_ITEM;
         share(call_.run_team, num_threads, num_panels * num_blocks, [&](int64_t i) {
             const int64_t block = i % num_blocks;
@@ -94,19 +133,19 @@ class Linear {
         }
     }
 
-    const uint16_t *group(int64_t panel, int g) const {
-        return call_.weight + (panel * PANEL_GROUPS + g) * GROUP * depth_;
+    const uint16_t *weights(int64_t first_output) const {
+        return call_.weight + first_output / PACKED * PACKED * depth_ + first_output % PACKED * 2;
     }
 
-    void multiply(int64_t panel) const {
-        KeyGroup<uint16_t> groups[PANEL_GROUPS];
-        for (int g = 0; g < PANEL_GROUPS; ++g) groups[g] = {group(panel, g), nullptr, 0, 0, 0};
-        float sums[MAX_ROWS * TILE_KEYS];
-        for (int64_t tile = 0; tile < num_tiles_; ++tile) {
-            const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
-            score_panel_of<uint16_t>(static_cast<int>(count))(groups, packed_ + first * depth_, depth_, sums);
-            for (int64_t r = 0; r < count; ++r) write_out(first + r, panel, sums + r * TILE_KEYS);
-        }
+    // All rows, outputs [first, first + width).
+    void multiply(int64_t first, int64_t width) const {
+        if (call_.num_rows == 0) return;
+        float sums[MAX_ROWS * PANEL];
+        const int num_rows = static_cast<int>(call_.num_rows);
+        multiply_packed_of(num_rows, std::make_integer_sequence<int, MAX_ROWS_UNWIDENED>())(
+            weights(first), packed_, depth_, sums
+        );
+        for (int64_t r = 0; r < num_rows; ++r) write_out(r, first, width, sums + r * width);
     }
 
     void multiply_widened(int64_t panel, int64_t first_tile, int64_t end_tile) const {
@@ -117,7 +156,7 @@ class Linear {
         std::fill_n(sums, num_rows * PANEL, 0.0f);
         for (int64_t start = 0; start < depth_; start += DEPTH) {
             const int64_t depth = std::min(DEPTH, depth_ - start);
-            for (int g = 0; g < PANEL_GROUPS; ++g) widen(group(panel, g) + start * GROUP, widened + g * GROUP, depth);
+            widen(weights(panel * PANEL) + start * PACKED, widened, depth);
             for (int64_t tile = first_tile; tile < end_tile; ++tile) {
                 const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
                 ADD_PRODUCTS[count - 1](
@@ -125,21 +164,21 @@ class Linear {
                 );
             }
         }
-        for (int64_t r = 0; r < num_rows; ++r) write_out(first_row + r, panel, sums + r * PANEL);
+        for (int64_t r = 0; r < num_rows; ++r) write_out(first_row + r, panel * PANEL, PANEL, sums + r * PANEL);
     }
 
     static void widen(const uint16_t *from, float *to, int64_t depth) {
         for (int64_t d = 0; d < depth; d += 2)
-            for (int c = 0; c < VECS_PER_GROUP; ++c) {
+            for (int c = 0; c < MAX_COLUMNS; ++c) {
                 Vec even, odd;
-                load_pairs(from + d * GROUP + c * 2 * WIDTH, even, odd);
+                load_pairs(from + d * PACKED + c * 2 * WIDTH, even, odd);
                 store(to + d * PANEL + c * WIDTH, even);
                 store(to + (d + 1) * PANEL + c * WIDTH, odd);
             }
     }
 
-    void write_out(int64_t row, int64_t panel, const float *sums) const {
-        const int64_t first = panel * PANEL, count = std::min(PANEL, call_.num_outputs - first);
+    void write_out(int64_t row, int64_t first, int64_t width, const float *sums) const {
+        const int64_t count = std::min(width, call_.num_outputs - first);
         uint16_t *out = call_.out + row * call_.num_outputs + first;
         uint16_t rounded[PANEL];
         if (call_.bias == nullptr)
