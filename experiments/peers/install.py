@@ -58,6 +58,7 @@ def install_llama(peers: Path, checkpoint: Path) -> None:
         venv = tree / "venv"
         run([sys.executable, "-m", "venv", str(venv)])
         pip = [str(venv / "bin" / "python"), "-m", "pip"]
+        run([*pip, "install", "-q", "sentencepiece"])  # the converter imports it, whatever the tokenizer
         package = "llama-cpp-python==0.3.36"
         run([*pip, "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(tree), package])
         (archive,) = tree.glob("llama_cpp_python-*.tar.gz")
@@ -74,8 +75,9 @@ def install_llama(peers: Path, checkpoint: Path) -> None:
     gguf = peers / f"{checkpoint.name}.gguf"
     if not gguf.exists():
         (source_tree,) = tree.glob("llama_cpp_python-*/vendor/llama.cpp")
-        # With our own interpreter: it has the torch and transformers the converter wants, and lacks only its gguf.
-        environment = {"PYTHONPATH": str(source_tree / "gguf-py")}
+        # With our own interpreter, which has the torch and transformers the converter wants.
+        (site,) = (tree / "venv").glob("lib/python3*/site-packages")
+        environment = {"PYTHONPATH": f"{source_tree / 'gguf-py'}{os.pathsep}{site}"}
         run([sys.executable, "-c", _GGUF, str(source_tree), str(checkpoint), str(gguf)], environment)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from experiments.peers.load import Decode, Load, LongsAtOnce, Mixed, Prefill, Seen
 
 LONGS_8K, LONGS_16K = (8192, 16384), (16384, 32768)
-FEW_ABOVE = 8192  # longer prompts take so long that one is steady enough
+START_S = 30.0   # expected of a server's start and warm-up
+FEW_ABOVE = 4096  # longer prompts take so long that one is steady enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,27 @@ class Cell:
         return f"{self.server}.{self.load}.{self.seed}"
 
 
+    @property
+    def expected_s(self) -> float:
+        """Roughly, on two cores: so that the time that is left can be told."""
+        kind, _, size = self.load.partition("-")
+        if kind == "prefill":
+            # 32K takes a minute, 8K ten seconds.
+            return int(size) / 1000 * (1.0 + int(size) / 32768)
+        return {"decode": 20.0, "mixed": 220.0, "longs": 90.0}[kind]
+
+
 @dataclass(frozen=True, slots=True)
 class Visit:
     """A server that is started for some cells."""
 
     server: str
     cells: tuple[Cell, ...]
+
+    @property
+    def expected_s(self) -> float:
+        """With the start, most of which is vLLM's compiling."""
+        return sum(cell.expected_s for cell in self.cells) + START_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from experiments.peers import report
 from experiments.peers.checkpoint import make_checkpoint
 from experiments.peers.load import Endpoint, Load, Mixed, warm_up
 from experiments.peers.meter import CpuSeconds
-from experiments.peers.plan import Cell, Sizes, Store, Visit, load_of, plans
+from experiments.peers.plan import START_S, Cell, Sizes, Store, Visit, load_of, plans
 from experiments.peers.servers import Server, Started, servers, started
 
 
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         help="our server once more, as medha-NAME, after every visit of medha; again for more")
     add("--threads", type=int, default=os.cpu_count() or 1, help="that every server computes with; default: all cores")
     add("--lengths", default="256,1024,8192,16384,32768", help="of lone prompts; default: %(default)s")
-    add("--repeats", type=int, default=3, help="of decodes and of lone prompts up to 8192 tokens; default: %(default)s")
+    add("--repeats", type=int, default=3, help="of decodes and of lone prompts up to 4096 tokens; default: %(default)s")
     add("--requests", type=int, default=100, help="of a mixed stream; six tenths with 16K-32K; default: %(default)s")
     add("--rate", type=float, help="requests/s of mixed streams; default: from --utilisation")
     add("--utilisation", type=float, default=0.7, help="of --rate-from under the mixed stream; default: %(default)s")
@@ -128,18 +128,21 @@ def _run(
     visits: list[Visit], known: dict[str, Server], peers: Path, checkpoint: Path, store: Store, sizes: Sizes,
     args: argparse.Namespace,
 ) -> None:  # fmt: skip
-    with tqdm(total=sum(len(one.cells) for one in visits), unit="cell", desc="cells", dynamic_ncols=True) as bar:
+    total_s = sum(one.expected_s for one in visits)
+    bar_format = "{percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}"
+    with tqdm(total=total_s, bar_format=bar_format, dynamic_ncols=True) as bar:
         for one in visits:
             server = known[one.server]
             bar.set_postfix_str(f"starting {one.server}")
             with started(server, peers, checkpoint, args.out / f"{one.server}.log") as running:
                 endpoint = Endpoint(running.port, server.knows_priority)
                 asyncio.run(warm_up(endpoint))
+                bar.update(START_S)
                 for cell in one.cells:
                     bar.set_postfix_str(f"{cell.server} {cell.load} seed {cell.seed}")
                     load = load_of(cell, sizes, store, args.rate, args.rate_from)
                     _measure(cell, load, endpoint, running, store)
-                    bar.update()
+                    bar.update(cell.expected_s)
 
 
 def _measure(cell: Cell, load: Load, endpoint: Endpoint, running: Started, store: Store) -> None:
