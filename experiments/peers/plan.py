@@ -98,7 +98,8 @@ def plans(sizes: Sizes) -> dict[str, list[Visit]]:
         visit("medha", 13, [*solo, far]),
         visit("vllm", 13, [*solo, far]),
         visit("vllm-cap-64", 13, [far]),
-        visit("vllm-float32", 11, solo),
+        visit("vllm-float32", 11, [*solo, near]),
+        visit("vllm-float32-cap-64", 11, [near]),
     ]
     full = [
         *quick,

@@ -51,6 +51,7 @@ def servers(threads: int, ours: Sequence[str] = (), variants: Sequence[str] = ()
         _vllm("vllm", threads),
         _vllm("vllm-float32", threads, "--dtype", "float32"),  # for CPUs without bf16 instructions
         _vllm("vllm-cap-64", threads, *_capped(64)),
+        _vllm("vllm-float32-cap-64", threads, "--dtype", "float32", *_capped(64)),
         _vllm("vllm-cap-128", threads, *_capped(128)),
         _llama("llama.cpp", threads),
         _llama("llama.cpp-b256", threads, "-fa", "off", "-ctk", "bf16", "-ctv", "bf16", "-b", "256", "-ub", "256"),
