@@ -107,15 +107,24 @@ class NativeAttention:
 
     def plan(self, ranges: Sequence[QueryRange]) -> BatchPlan:
         """Slots to write and keys to read, for all layers of one step."""
-        slots = [
-            table.slots(start, num_rows) if is_written else np.full(num_rows, -1, dtype=np.int64)
-            for _, num_rows, start, table, is_written in ranges
-        ]
-        keys = [
-            KeyRange(first_row, num_rows, start + is_written, is_written, table.runs_in_order())
-            for first_row, num_rows, start, table, is_written in ranges
-        ]
-        return self.plan_keys(keys, slots[0] if len(slots) == 1 else np.concatenate(slots))
+        is_all_written = all(r.is_written for r in ranges)
+        if is_all_written and all(r.num_rows == 1 for r in ranges):
+            slots = np.array([r.table.slot(r.start) for r in ranges], dtype=np.int64)
+        else:
+            pieces = [
+                r.table.slots(r.start, r.num_rows) if r.is_written else np.full(r.num_rows, -1, dtype=np.int64)
+                for r in ranges
+            ]
+            slots = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        runs = tuple(r.table.runs_in_order() for r in ranges)
+        rows = np.array(
+            [
+                (r.first_row, r.num_rows, r.start + r.is_written, r.is_written, r.table.runs_address, len(table_runs))
+                for r, table_runs in zip(ranges, runs, strict=True)
+            ],
+            dtype=np.int64,
+        )
+        return BatchPlan(slots, rows, runs, torch.get_num_threads(), is_all_written)
 
     def plan_keys(self, ranges: Sequence[KeyRange], slots: np.ndarray | None) -> BatchPlan:
         """The general case: rows that see any number of the pool's keys. slots: of the batch's own; None: unwritten."""

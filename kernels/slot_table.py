@@ -33,6 +33,7 @@ class SlotTable:
         self._sealed_long: tuple[tuple[int, int], ...] = ()
         self._sealed_short = np.empty(0, dtype=np.int64)
         self._in_order = np.empty((4, 2), dtype=np.int64)  # as `runs_in_order`; rows past the last run are spare
+        self.runs_address = self._in_order.ctypes.data  # of the first of `runs_in_order`; asking numpy takes a us
 
     def append(self, extents: Iterable[tuple[int, int]]) -> None:
         """Add extents (first block, number of blocks) at the end."""
@@ -49,8 +50,16 @@ class SlotTable:
             if len(self._runs) > len(self._in_order):
                 # A copy, never in place: a batch that is being computed may still read the old one.
                 self._in_order = np.concatenate((self._in_order, np.empty_like(self._in_order)))
+                self.runs_address = self._in_order.ctypes.data
             self._in_order[len(self._runs) - 1] = self.num_slots, first_slot
             self.num_slots += count
+
+    def slot(self, token: int) -> int:
+        """The slot of one token."""
+        first_token, first_slot, _ = self._runs[-1]
+        if first_token <= token < self.num_slots:
+            return first_slot + token - first_token
+        return int(self.slots(token, 1)[0])
 
     def slots(self, start: int, num_tokens: int) -> np.ndarray:
         """Slots of the tokens [start, start + num_tokens), int64."""

@@ -41,6 +41,7 @@ class Rotary:
         self._frequencies_F = _scaled_frequencies(config.head_dim, config.rope_theta, scaling)
         self._amplitude = _yarn_amplitude(scaling) if scaling.kind == "yarn" else 1.0
         self._on_device: dict[torch.device, Tensor] = {}
+        self._first_positions: Rotation | None = None  # [0, _NUM_ROUNDED_POSITIONS), on the CPU
         self._consecutive: dict[tuple[int, torch.device], Rotation] = {}
 
     def at(self, positions_T: Tensor, lengths_T: Tensor | None = None) -> Rotation:
@@ -49,6 +50,17 @@ class Rotary:
         lengths_T: length of the sequence when the token was computed, prompt tokens counting the whole prompt. Only
         dynamic scaling looks at it; it makes that independent of how the prompt was cut. Default: position + 1.
         """
+        if not self._is_in_table(positions_T):
+            return self._computed(positions_T, lengths_T)
+        table = self._table()
+        return Rotation(table.cos_TD[positions_T], table.signed_sin_TD[positions_T])
+
+    def _is_in_table(self, positions_T: Tensor) -> bool:
+        """Whether angles can be looked up: a decode step on a CPU has a dozen small operations less then."""
+        is_fixed = self._dynamic_from is None and positions_T.device.type == "cpu" and positions_T.numel() > 0
+        return is_fixed and int(positions_T.max()) < _NUM_ROUNDED_POSITIONS
+
+    def _computed(self, positions_T: Tensor, lengths_T: Tensor | None) -> Rotation:
         if self._dynamic_from is not None and positions_T.numel():
             lengths_T = positions_T + 1 if lengths_T is None else lengths_T
             angles_TF = positions_T.double()[:, None] * self._dynamic_frequencies(lengths_T)
@@ -60,6 +72,12 @@ class Rotary:
         sin_TF = (torch.sin(angles_TF) * self._amplitude).float()
         cos_TF = (torch.cos(angles_TF) * self._amplitude).float()
         return Rotation(torch.cat((cos_TF, cos_TF), dim=-1), torch.cat((-sin_TF, sin_TF), dim=-1))
+
+    def _table(self) -> Rotation:
+        if self._first_positions is None:
+            with torch.inference_mode(False):  # training must be able to use it later
+                self._first_positions = self._computed(torch.arange(_NUM_ROUNDED_POSITIONS), None)
+        return self._first_positions
 
     @property
     def depends_on_lengths(self) -> bool:

@@ -98,6 +98,16 @@ class Sampler:
             for index, token_id in enumerate(token_ids)
         ]
 
+    @torch.inference_mode()
+    def best(self, logits_RV: Tensor) -> list[SampledRow | None]:
+        """`sample` for rows whose sampling `takes_the_best`, without a look at each row's parameters."""
+        best_R, greedy_R = logits_RV[:, : self._vocab_size].float().max(dim=-1)
+        token_ids, is_sound = torch.stack((greedy_R, torch.isfinite(best_R).to(greedy_R.dtype))).tolist()
+        return [
+            SampledRow(token_id, None) if sound else None
+            for token_id, sound in zip(token_ids, is_sound, strict=True)
+        ]
+
     def _edited(self, raw_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """The logits after bias, stop masking and penalties; raw_RV itself when no row asks for any."""
         biased = [(r, token_id, bias) for r, row in enumerate(rows) for token_id, bias in row.sampling.logit_bias]
@@ -159,6 +169,12 @@ class Sampler:
 
     def _column(self, values: Sequence[float]) -> Tensor:
         return self._tensor(values, torch.float32).unsqueeze(1)
+
+
+def takes_the_best(sampling: Sampling) -> bool:
+    """Whether the next token is always the one with the largest logit of the model, and nothing else is asked."""
+    is_edited = sampling.logit_bias or sampling.min_output_tokens or _has_penalty(sampling)
+    return sampling.is_greedy and not is_edited and sampling.num_logprobs is None
 
 
 @torch.inference_mode()

@@ -105,9 +105,13 @@ def host_step(chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan,
     for chunk, request in (chunks[index] for index in plan.order):
         start, count = chunk.start, chunk.num_tokens
         end_row = row + count
-        token_ids[row:end_row] = request.tokens(start, count)
-        positions[row:end_row] = start if count == 1 else np.arange(start, start + count)
-        np.maximum(positions[row:end_row] + 1, request.num_prompt_tokens, out=lengths[row:end_row])
+        if count == 1:  # a decode, mostly
+            token_ids[row], positions[row] = request.token(start), start
+            lengths[row] = max(start + 1, request.num_prompt_tokens)
+        else:
+            token_ids[row:end_row] = request.tokens(start, count)
+            positions[row:end_row] = np.arange(start, start + count)
+            np.maximum(positions[row:end_row] + 1, request.num_prompt_tokens, out=lengths[row:end_row])
         assert request.slot_table is not None, f"{chunk.request_id}: a chunk at {start} without blocks"
         ranges.append(shards.query_range(chunk, row, request.slot_table))
         if chunk.samples_token:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_medha.cluster.messages import NewRequest
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.model.sampler import takes_the_best
 
 _MIN_GROWTH_TOKENS = 256
 
@@ -23,6 +24,7 @@ class StoredRequest:
         token_ids = np.frombuffer(new.token_ids, dtype="<i4")
         self.request_id = new.request_id
         self.sampling: Sampling = new.sampling
+        self.takes_the_best = takes_the_best(new.sampling)
         self.stop_token_ids = frozenset(new.sampling.stop_token_ids)
         self.num_prompt_tokens = new.num_prompt_tokens
         self.num_tokens = len(token_ids)
@@ -44,6 +46,11 @@ class StoredRequest:
         end = start + num_tokens
         assert end <= self.num_tokens, f"{self.request_id}: token {end - 1} of {self.num_tokens} is asked for"
         return self._tokens[start:end]
+
+    def token(self, index: int) -> int:
+        """One token."""
+        assert index < self.num_tokens, f"{self.request_id}: token {index} of {self.num_tokens} is asked for"
+        return int(self._tokens[index])
 
     def append(self, token_id: int) -> None:
         """Add a sampled token."""

@@ -57,6 +57,7 @@ def test_every_prefix_and_range_holds_exactly_its_tokens_slots(seed: int) -> Non
         start = random_.randrange(len(plain))
         num_tokens = random_.randint(1, len(plain) - start)
         assert np.array_equal(table.slots(start, num_tokens), plain[start : start + num_tokens])
+        assert table.slot(start) == plain[start]
 
 
 def test_asking_beyond_the_blocks_is_a_bug() -> None:
@@ -64,6 +65,8 @@ def test_asking_beyond_the_blocks_is_a_bug() -> None:
     table.append([(0, 1)])
     with pytest.raises(AssertionError):
         table.slots(3, 2)
+    with pytest.raises(AssertionError):
+        table.slot(4)
     with pytest.raises(AssertionError):
         table.prefix(5)
 

@@ -143,6 +143,14 @@ def test_rotation_keeps_the_dtype_and_computes_in_fp32() -> None:
     assert torch.equal(turned, rotate(x_THD.float(), rotation).bfloat16())
 
 
+def test_angles_that_are_looked_up_are_those_that_are_computed() -> None:
+    rotary = ours(RopeScaling())
+    positions_T = torch.tensor([0, 1, 777, 8191])
+    beside_a_later_one = rotary.at(torch.cat((positions_T, torch.tensor([8192]))))
+    for looked_up, computed in zip(rotary.at(positions_T), beside_a_later_one, strict=True):
+        assert torch.equal(looked_up, computed[:4])
+
+
 @pytest.mark.parametrize("position", [131_072, 1_000_003, 9_999_999])
 def test_angles_stay_exact_at_long_positions(position: int) -> None:
     rotary = ours(RopeScaling())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.model.sampler import Sampler, SamplingRow, draw_uniform, prompt_logprobs
+from megatron_medha.model.sampler import Sampler, SamplingRow, draw_uniform, prompt_logprobs, takes_the_best
 
 VOCAB_SIZE = 12
 
@@ -267,3 +267,32 @@ def test_the_logits_given_are_left_as_they_were():
 
 def test_an_empty_batch_gives_nothing():
     assert Sampler(VOCAB_SIZE, "cpu").sample(torch.empty(0, VOCAB_SIZE), []) == []
+
+
+def test_a_batch_that_takes_the_best_is_sampled_as_any_other() -> None:
+    greedy = row(temperature=0.0)
+    assert takes_the_best(greedy.sampling)
+    # bf16 ties often; padding columns hold the largest of all.
+    logits_RV = torch.randint(0, 4, (50, VOCAB_SIZE + 3)).bfloat16()
+    logits_RV[:, VOCAB_SIZE:] = 9.0
+    logits_RV[3, 5], logits_RV[4, 0], logits_RV[5] = torch.nan, torch.inf, -torch.inf
+    sampler = Sampler(VOCAB_SIZE, "cpu")
+    found = sampler.best(logits_RV)
+    assert found == sampler.sample(logits_RV, [greedy] * 50)
+    assert [index for index, chosen in enumerate(found) if chosen is None] == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 1.0},
+        {"logit_bias": ((1, 2.0),)},
+        {"min_output_tokens": 1, "stop_token_ids": (2,)},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"num_logprobs": 0},
+    ],
+)
+def test_whoever_asks_for_more_than_the_best_token_is_looked_at(asked: dict[str, object]) -> None:
+    assert not takes_the_best(Sampling(**{"max_output_tokens": 5, "temperature": 0.0, **asked}))
