@@ -42,7 +42,8 @@ async def complete(
 ) -> Streamed:
     """One greedy streaming completion of exactly `max_tokens` tokens; on_token is called at each piece.
 
-    may_join_tokens: several may come in one piece, as some servers send them when they are short of CPU.
+    may_join_tokens: several may come in one piece, as some servers send them when they are short of CPU; and a piece
+    without text is none, as some end a stream with one.
     fields: more of the request's body, for what a server has beyond OpenAI's API.
     """
     body = json.dumps(
@@ -66,7 +67,7 @@ async def complete(
                     event = json.loads(line[6:])
                     if "error" in event:
                         result.error = event["error"]["message"]
-                    elif event.get("choices"):
+                    elif event.get("choices") and (event["choices"][0]["text"] or not may_join_tokens):
                         result.token_times_s.append(now_s)
                         result.text += event["choices"][0]["text"]
                         on_token()
