@@ -85,7 +85,12 @@ LONGS = [f"longs-{at_once}" for at_once in (1, 2, 4, 8)]
 def plans(sizes: Sizes) -> dict[str, list[Visit]]:
     """By name, in order of importance: whoever stops one in the middle has what matters most."""
     solo, near, far = solo_loads(sizes), mixed_load(LONGS_8K), mixed_load(LONGS_16K)
-    smoke = [visit(server, 1, ["prefill-1024", "decode-1", "decode-8", near]) for server in ("vllm", "medha")]
+    smoke = [
+        visit("vllm", 1, ["prefill-1024", "decode-8", near]),
+        visit("medha", 1, ["prefill-1024", "decode-1", "decode-8", near, "longs-8"]),
+        visit("vllm-cap-64", 1, [near]),
+        visit("llama.cpp", 1, ["prefill-1024", "decode-1", "decode-8", near]),
+    ]
     quick = [
         visit("vllm", 11, [*solo, near]),
         visit("medha", 11, [*solo, near]),

@@ -1,7 +1,7 @@
 """Our server and its peers in turn, on one checkpoint and one load; tables, verdicts and pictures.
 
-    python -m experiments.peers.run --plan quick                # half an hour on two quiet cores
-    python -m experiments.peers.run --plan smoke                # some minutes: ours and vLLM, one length
+    python -m experiments.peers.run --plan quick                # an hour on two quiet cores, what matters most first
+    python -m experiments.peers.run --plan smoke --requests 20  # the same in small: does all of it run?
     python -m experiments.peers.run --plan full                 # two hours: more seeds, cap 128, llama.cpp -b 256
     python -m experiments.peers.run --report                    # tables and pictures from what there is
     python -m experiments.peers.run --only medha,vllm --skip longs
