@@ -91,32 +91,37 @@ def plans(sizes: Sizes) -> dict[str, list[Visit]]:
         visit("vllm-cap-64", 1, [near]),
         visit("llama.cpp", 1, ["prefill-1024", "decode-1", "decode-8", near]),
     ]
+    # The longest lone prompts take minutes on some servers: they come last.
+    first, last = [load for load in solo if load != "prefill-32768"], [load for load in solo if load == "prefill-32768"]
     quick = [
-        visit("vllm", 11, [*solo, near]),
-        visit("medha", 11, [*solo, near]),
+        visit("vllm", 11, [*first, near]),
+        visit("medha", 11, [*first, near]),
         visit("vllm-cap-64", 11, [near]),
-        visit("llama.cpp", 11, solo),
+        visit("llama.cpp", 11, first),
+        visit("vllm-float32", 11, first),
         visit("medha", 12, [near, *LONGS]),
         visit("vllm", 12, [near]),
         visit("vllm-cap-64", 12, [near]),
         visit("llama.cpp", 12, [near]),
-        visit("medha", 13, [*solo, far]),
-        visit("vllm", 13, [*solo, far]),
+        visit("medha", 13, [*first, *last, near, far]),
+        visit("vllm", 13, [*last, far]),
         visit("vllm-cap-64", 13, [far]),
-        visit("vllm-float32", 11, [*solo, near]),
-        visit("vllm-float32-cap-64", 11, [near]),
+        visit("vllm-float32", 13, [*last, near]),
+        visit("vllm-float32-cap-64", 13, [near]),
+        visit("llama.cpp", 13, last),
     ]
     full = [
         *quick,
         visit("vllm-cap-128", 11, [near]),
         visit("vllm-cap-128", 12, [near]),
-        visit("vllm-cap-64", 14, [near, *LONGS]),
-        visit("medha", 14, [*solo, near, far, *LONGS]),
-        visit("vllm", 14, [*solo, near, far]),
-        visit("vllm-cap-64", 15, [far]),
-        visit("llama.cpp", 14, [*solo, near]),
-        visit("llama.cpp-b256", 14, [*solo, near]),
-        visit("vllm-cap-128", 14, [*LONGS, far]),
+        visit("vllm-cap-64", 15, [near, *LONGS]),
+        visit("medha", 15, [*solo, near, far, *LONGS]),
+        visit("vllm", 15, [*solo, near, far]),
+        visit("vllm-cap-64", 16, [far]),
+        visit("medha", 16, [far]),
+        visit("llama.cpp", 15, [*solo, near]),
+        visit("llama.cpp-b256", 15, [*solo, near]),
+        visit("vllm-cap-128", 15, [*LONGS, far]),
     ]
     return {"smoke": smoke, "quick": quick, "full": full}
 
