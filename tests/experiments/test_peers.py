@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from experiments.lib.http_stream import Streamed
 from experiments.peers import report
-from experiments.peers.load import Mixed, Seen
+from experiments.peers.load import LONGS_AT_ONCE_IN_ALL, LongsAtOnce, Mixed, Seen
 from experiments.peers.plan import LONGS_8K, Cell, Sizes, Store, load_of, mixed_load, plans
 from experiments.peers.report import Results, verdicts
 from experiments.peers.servers import servers
@@ -124,3 +126,27 @@ def test_the_table_says_where_a_neighbour_was_busy(tmp_path: Path):
     assert "PROVISIONAL" not in report.as_markdown(Results(store.read_all()), "medha")
     store.write(Cell("vllm", "decode-1", 11), Seen(rates=[1.0]), ABOUT | {"other_cores": 0.6})
     assert "PROVISIONAL" in report.as_markdown(Results(store.read_all()), "medha")
+
+
+class FakeEndpoint:
+    """Answers at once, and notes how many long prompts were under way together."""
+
+    def __init__(self) -> None:
+        self.num_longs, self.most_longs, self.all_longs = 0, 0, 0
+
+    async def ask(self, tokens: list[int], num_outputs: int, *, is_long: bool = False) -> Streamed:
+        self.num_longs += is_long
+        self.all_longs += is_long
+        self.most_longs = max(self.most_longs, self.num_longs)
+        await asyncio.sleep(0)
+        self.num_longs -= is_long
+        return Streamed(len(tokens), 0.0, [1.0] * num_outputs)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 8])
+def test_waves_of_any_size_bring_the_same_long_prompts(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("experiments.peers.load.WAVE_SHORTS_PER_S", 1000.0)
+    endpoint = FakeEndpoint()
+    seen = asyncio.run(LongsAtOnce(at_once).run(endpoint, 1))  # type: ignore[arg-type]
+    assert (endpoint.most_longs, endpoint.all_longs) == (at_once, LONGS_AT_ONCE_IN_ALL)
+    assert len(seen.long_ttft_s) == LONGS_AT_ONCE_IN_ALL and seen.short_ttft_s
