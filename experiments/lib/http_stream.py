@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -38,13 +38,17 @@ async def complete(
     *,
     may_join_tokens: bool = False,
     on_token: Callable[[], object] = lambda: None,
+    fields: Mapping[str, object] | None = None,
 ) -> Streamed:
     """One greedy streaming completion of exactly `max_tokens` tokens; on_token is called at each piece.
 
-    may_join_tokens: several may come in one piece, as some servers send them when they are short of CPU.
+    may_join_tokens: several may come in one piece, as some servers send them when they are short of CPU; and a piece
+    without text is none, as some end a stream with one.
+    fields: more of the request's body, for what a server has beyond OpenAI's API.
     """
     body = json.dumps(
         {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        | dict(fields or {})
     ).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
@@ -63,7 +67,7 @@ async def complete(
                     event = json.loads(line[6:])
                     if "error" in event:
                         result.error = event["error"]["message"]
-                    elif event.get("choices"):
+                    elif event.get("choices") and (event["choices"][0]["text"] or not may_join_tokens):
                         result.token_times_s.append(now_s)
                         result.text += event["choices"][0]["text"]
                         on_token()

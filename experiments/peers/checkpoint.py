@@ -14,8 +14,9 @@ def make_checkpoint(directory: Path, seed: int = 0) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    # One merge, as llama.cpp refuses a vocabulary without any.
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "aa"]
+    backend = Tokenizer(models.BPE(vocab={text: index for index, text in enumerate(letters)}, merges=[("a", "a")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])

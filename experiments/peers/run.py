@@ -1,118 +1,169 @@
-"""Our server and its peers in turn, on one checkpoint and one load; a table and plots.
+"""Our server and its peers in turn, on one checkpoint and one load; tables, verdicts and pictures.
 
-    python -m experiments.peers.run --only medha                    # ours alone, nothing to install
-    python -m experiments.peers.run                                 # installs vLLM and llama.cpp first
-    python -m experiments.peers.run --only medha,vllm-cap-64 --rounds 3 --rate 2.5 --requests 200
-    python -m experiments.peers.run --long 16384-32768 --seeds 11,12
+    python -m experiments.peers.run --plan quick                # an hour on two quiet cores, what matters most first
+    python -m experiments.peers.run --plan smoke --requests 20  # the same in small: does all of it run?
+    python -m experiments.peers.run --plan full                 # two hours: more seeds, cap 128, llama.cpp -b 256
+    python -m experiments.peers.run --report                    # tables and pictures from what there is
+    python -m experiments.peers.run --only medha,vllm --skip longs
+    python -m experiments.peers.run --only medha,medha-b30 --variant b30=scheduler.step_budget_s=0.03
 
-Each round starts every server once, one at a time, and gives it the same requests: lone prompts and decodes, then
-a mixed stream with 95% short prompts (64-256 tokens) and 5% long ones. Peers are installed into --peers, with network,
-about 4 GB, 10 minutes. Figures of a machine that does other work as well mean nothing; medians over rounds.
+It makes a checkpoint of random weights (28 million parameters, bf16), installs vLLM's CPU build and llama.cpp's
+llama-server into --peers (network, 5 GB, a C++ compiler and cmake, some 20 minutes, once), then starts one server at a
+time and gives it its cells: lone prompts of 256 to 32K tokens, answers at batch 1 and 8, a mixed stream (19 of 20
+prompts of 64 to 256 tokens, one of 8K to 16K or 16K to 32K), eight long prompts in waves of 1, 2, 4 and 8. Every cell
+is a file under --out/cells: what was interrupted goes on when it is started again, and a cell is measured again once
+its file is gone. A plan runs in order of importance, so it may be stopped at any time; --report shows what there is.
+
+The rate of the mixed stream is the same for all: what keeps --rate-from (vLLM) busy 70% of the time by its own lone
+prompts and decodes, measured in the same run. CPU seconds of server and of others are noted with every cell; where
+others took more than 0.15 cores the table says PROVISIONAL. Ends with code 1 where a bar is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import statistics
+import signal
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
-from experiments.peers.checkpoint import make_checkpoint
-from experiments.peers.load import mixed, mixed_stream, solo
-from experiments.peers.servers import servers, started
+from tqdm import tqdm
 
-DEFAULT_PEERS = Path.home() / ".cache" / "megatron_medha" / "peers"
+from experiments.peers import report
+from experiments.peers.checkpoint import make_checkpoint
+from experiments.peers.load import Endpoint, Load, Mixed, warm_up
+from experiments.peers.meter import CpuSeconds
+from experiments.peers.plan import START_S, Cell, Sizes, Store, Visit, load_of, plans
+from experiments.peers.servers import Server, Started, servers, started
 
 
 def main() -> None:
-    """Install, run the rounds, write results.json, table.md and the plots into --out."""
+    """Install, run what is missing, report."""
+    args = _parser().parse_args()
+    # Ended from outside, servers end as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; the same command goes on from here"))
+    sizes = Sizes(
+        lengths=tuple(int(length) for length in args.lengths.split(",")),
+        repeats=args.repeats,
+        num_requests=args.requests,
+        num_requests_16k=max(20, args.requests * 6 // 10),
+        utilisation=args.utilisation,
+    )
+    known = servers(args.threads, args.medha, args.variant)
+    wanted = args.only.split(",") if args.only else None
+    if unknown := set(wanted or ()) - set(known):
+        raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    peers = args.peers or args.out / "installed"
+    for directory in (peers, args.out):
+        directory.mkdir(parents=True, exist_ok=True)
+    store = Store(args.out / "cells")
+    if not args.report:
+        checkpoint = (args.checkpoint or peers / "random-small").resolve()
+        visits = _with_variants(plans(sizes)[args.plan], known)
+        visits = [left for one in visits if (left := _left(one, wanted, args.skip, store))]
+        if not (checkpoint / "config.json").exists():
+            print("making the checkpoint", flush=True)
+            make_checkpoint(checkpoint)
+        for name in dict.fromkeys(one.server for one in visits):
+            known[name].install(peers.resolve(), checkpoint)
+        _run(visits, known, peers.resolve(), checkpoint, store, sizes, args)
+    cells = store.read_all()
+    if not cells:
+        raise SystemExit(f"--report: there are no cells in {args.out / 'cells'} yet")
+    results = report.Results(cells)
+    found = report.write(results, args.judge, args.out)
+    print((args.out / "table.md").read_text())
+    print(f"tables and pictures are in {args.out}")
+    sys.exit(0 if all(one.is_kept for one in found) else 1)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a Hugging Face directory; default: one is made")
-    parser.add_argument("--only", help="names, with commas; default: all")
-    parser.add_argument("--peers", type=Path, default=DEFAULT_PEERS, help="where peers are installed")
-    parser.add_argument("--out", type=Path, default=Path("outputs/peers"))
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--lengths", default="1024,8192,16384,32768", help="of lone prompts")
-    parser.add_argument("--repeats", type=int, default=3, help="of each lone prompt and decode")
-    parser.add_argument("--requests", type=int, default=100, help="of a mixed stream; 0: none")
-    parser.add_argument("--rate", type=float, default=2.5, help="requests a second")
-    parser.add_argument("--long", default="8192-16384", help="tokens of a long prompt, from-to")
-    parser.add_argument("--seeds", default="11", help="a mixed stream for each")
-    args = parser.parse_args()
-    known = servers(args.threads)
-    names = args.only.split(",") if args.only else list(known)
-    if unknown := set(names) - set(known):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    low, _, high = args.long.partition("-")
-    args.peers.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.checkpoint or args.peers / "random-small"
-    if not (checkpoint / "config.json").exists():
-        make_checkpoint(checkpoint)
-    for name in names:
-        known[name].install(args.peers, checkpoint.resolve())
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for round_ in range(args.rounds):
-        for name in names:
-            with started(known[name], args.peers, checkpoint.resolve()) as port:
-                figures = asyncio.run(solo(port, [int(n) for n in args.lengths.split(",")], args.repeats, round_))
-                for seed in [int(seed) for seed in args.seeds.split(",")] if args.requests else []:
-                    arrivals = mixed_stream(args.requests, args.rate, (int(low), int(high or low)), seed)
-                    of_stream = asyncio.run(mixed(port, arrivals, seed))
-                    figures |= {f"{key}, seed {seed}": value for key, value in of_stream.items()}
-            results[name].append(figures)
-            print(f"round {round_ + 1} of {args.rounds}: {name} done", file=sys.stderr, flush=True)
-            written = json.dumps({"arguments": vars(args), "results": results}, default=str)
-            (args.out / "results.json").write_text(written)
-    medians = {
-        name: {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
-        for name, rounds in results.items()
+    add = parser.add_argument
+    add("--plan", choices=list(plans(Sizes())), default="quick", help="what is measured; default: %(default)s")
+    add("--out", type=Path, default=Path("outputs/peers"), help="cells, logs, tables, pictures; default: %(default)s")
+    add("--peers", type=Path, help="where peers are installed, and kept for the next run; default: OUT/installed")
+    add("--checkpoint", type=Path, help="Hugging Face directory, for all; default: PEERS/random-small, made if missing")
+    add("--only", help="servers of the plan, with commas; default: all of them")
+    add("--skip", default="", help="cells whose names begin so, with commas: prefill-32768,longs")
+    add("--report", action="store_true", help="run nothing: tables and pictures from the cells there are")
+    add("--judge", default="medha", help="which of our servers is held to the bars; default: %(default)s")
+    add("--medha", action="append", default=[], metavar="OVERRIDE", help="key=value of `medha serve`; again for more")
+    add("--variant", action="append", default=[], metavar="NAME=OVERRIDE,...",
+        help="our server once more, as medha-NAME, after every visit of medha; again for more")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="that every server computes with; default: all cores")
+    add("--lengths", default="256,1024,8192,16384,32768", help="of lone prompts; default: %(default)s")
+    add("--repeats", type=int, default=3, help="of decodes and of lone prompts up to 4096 tokens; default: %(default)s")
+    add("--requests", type=int, default=100, help="of a mixed stream; six tenths with 16K-32K; default: %(default)s")
+    add("--rate", type=float, help="requests/s of mixed streams; default: from --utilisation")
+    add("--utilisation", type=float, default=0.7, help="of --rate-from under the mixed stream; default: %(default)s")
+    add("--rate-from", default="vllm", metavar="SERVER", help="whose lone cells it comes from; default: %(default)s")
+    return parser
+
+
+def _with_variants(visits: list[Visit], known: dict[str, Server]) -> list[Visit]:
+    """After each visit of ours the same ones of our variants."""
+    variants = [name for name in known if name.startswith("medha-")]
+    found = []
+    for one in visits:
+        found.append(one)
+        if one.server == "medha":
+            found += [Visit(name, tuple(Cell(name, cell.load, cell.seed) for cell in one.cells)) for name in variants]
+    return found
+
+
+def _left(one: Visit, wanted: list[str] | None, skip: str, store: Store) -> Visit | None:
+    """What of a visit is asked for and not done; None if nothing is."""
+    if wanted and one.server not in wanted:
+        return None
+    prefixes = tuple(prefix for prefix in skip.split(",") if prefix)
+    cells = tuple(cell for cell in one.cells if not store.has(cell) and not cell.load.startswith(prefixes))
+    return Visit(one.server, cells) if cells else None
+
+
+def _run(
+    visits: list[Visit], known: dict[str, Server], peers: Path, checkpoint: Path, store: Store, sizes: Sizes,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    total_s = sum(one.expected_s for one in visits)
+    bar_format = "{percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}"
+    with tqdm(total=total_s, bar_format=bar_format, dynamic_ncols=True) as bar:
+        for one in visits:
+            server = known[one.server]
+            bar.set_postfix_str(f"starting {one.server}")
+            with started(server, peers, checkpoint, args.out / f"{one.server}.log") as running:
+                endpoint = Endpoint(running.port, server.knows_priority)
+                asyncio.run(warm_up(endpoint))
+                bar.update(START_S)
+                for cell in one.cells:
+                    bar.set_postfix_str(f"{cell.server} {cell.load} seed {cell.seed}")
+                    load = load_of(cell, sizes, store, args.rate, args.rate_from)
+                    _measure(cell, load, endpoint, running, store)
+                    bar.update(cell.expected_s)
+
+
+def _measure(cell: Cell, load: Load, endpoint: Endpoint, running: Started, store: Store) -> None:
+    before, begun_s = CpuSeconds.now(running.pid), time.monotonic()
+    seen = asyncio.run(load.run(endpoint, cell.seed))
+    after, took_s = CpuSeconds.now(running.pid), time.monotonic() - begun_s
+    server_s, client_s = after.server - before.server, after.client - before.client
+    others_s = after.machine - before.machine - server_s - client_s
+    about = {
+        "flags": running.flags,
+        "ready_after_s": running.ready_after_s,
+        "took_s": took_s,
+        "server_cpu_s": server_s,
+        "server_cores": server_s / took_s,
+        "client_cores": client_s / took_s,
+        "other_cores": max(0.0, others_s / took_s),
+        "rate_per_s": load.rate if isinstance(load, Mixed) else None,
     }
-    table = as_table(medians)
-    (args.out / "table.md").write_text(table)
-    print(table)
-    plot(medians, args.out)
-
-
-def as_table(medians: dict[str, dict[str, float]]) -> str:
-    """One row a figure, one column a server."""
-    lines = ["| | " + " | ".join(medians) + " |", "| --- |" + " --- |" * len(medians)]
-    for key in next(iter(medians.values())):
-        cells = (f"{value:,.0f}" if (value := figures[key]) >= 100 else f"{value:.3g}" for figures in medians.values())
-        lines.append(f"| {key} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(medians: dict[str, dict[str, float]], out: Path) -> None:
-    """Bars of each figure, the solo ones and the mixed ones on a page each."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plots: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    keys = list(next(iter(medians.values())))
-    pages = {
-        "solo": [key for key in keys if key.startswith(("prefill", "decode"))],
-        "mixed": [key for key in keys if "seed" in key],
-    }
-    for page, shown in pages.items():
-        if not shown:
-            continue
-        figure, axes = pyplot.subplots(1, len(shown), figsize=(2.4 * len(shown), 3.2), squeeze=False)
-        for axis, key in zip(axes[0], shown, strict=True):
-            axis.bar(list(medians), [figures[key] for figures in medians.values()])
-            axis.set_title(key, fontsize=8)
-            axis.tick_params(axis="x", rotation=60, labelsize=7)
-        figure.tight_layout()
-        figure.savefig(out / f"{page}.png", dpi=120)
-        print(f"{out / page}.png")
+    store.write(cell, seen, about)
+    row = report.figures({"cell": {}, "seen": asdict(seen), **about})
+    tqdm.write(f"{cell.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None))
 
 
 if __name__ == "__main__":

