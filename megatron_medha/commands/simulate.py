@@ -40,6 +40,7 @@ flags:
 
 _INSTALL_PARQUET = "pip install 'megatron_medha[parquet]'"
 
+
 def run(words: Sequence[str]) -> int:
     """Simulate once, or for every combination."""
     return run_job_command("simulate", words, USAGE, _options_class, simulate)
