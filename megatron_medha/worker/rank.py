@@ -129,6 +129,12 @@ class Rank:
         """Its index among the kvp ranks."""
         return self._place.kvp
 
+    def clear_kv(self) -> None:
+        """Set all KV memory to zero. What nobody has written may hold anything, and on a CPU is not in memory yet."""
+        for layer in self._kv_layers:
+            for values in layer:
+                values.view(torch.uint8).zero_()
+
     @property
     def receives(self) -> bool:
         """Whether there is a stage before this one."""

@@ -240,7 +240,7 @@ def test_samples_show_slack_falling_while_a_request_waits() -> None:
 @pytest.fixture
 def trial() -> Callable[..., Trial]:
     def run(qps: float) -> Trial:
-        return at_rate(Trial(config=config(long_share=0.0, num_requests=40), dp=2), qps)
+        return at_rate(Trial(name="lars", config=config(long_share=0.0, num_requests=40), dp=2), qps)
 
     return run
 
