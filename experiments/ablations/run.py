@@ -35,7 +35,8 @@ VARIANTS: dict[str, str | tuple[str, ...]] = {
     "no adaptive chunks: 2,048": ("lars", "scheduler.chunking=fixed", "scheduler.fixed_chunk_tokens=2048"),
     "no space sharing": "lars_no_sharing",
     "no progress_share": "lars_no_progress",
-    "no slack margin": "lars_no_margin",
+    "no triage": "lars_no_triage",
+    "no triage, no slack margin": "lars_no_margin",
 }
 OVERLOAD_QPS, OVERLOAD_MINUTES = 1.75, 5
 OVERLOAD = {

@@ -41,7 +41,7 @@ CAPACITY_SYSTEMS = (
     "loongserve_eager", "vllm_long_threshold", "static_cp", "vllm_chunk_2048",
 )  # fmt: skip
 OURS_AND_LOONGSERVE = ("lars", "lars_no_margin", "loongserve_blocking", "loongserve", "loongserve_reserved")
-POLICIES = ("medha_fcfs", "medha_edf", "medha_lrs", "lars_no_sharing", "lars_no_progress")
+POLICIES = ("medha_fcfs", "medha_edf", "medha_lrs", "lars_no_triage", "lars_no_sharing", "lars_no_progress")
 CHUNKED = ("vllm_chunk_2048", "vllm_chunk_512")
 # Beside 5% long at 0.75 requests/s: which systems run what, by share of long prompts and requests/s.
 OTHERS = {

@@ -14,7 +14,8 @@ LAYOUT = ParallelLayout(tp=8, spp=2)
 # Options of conf/scheduler, all on tp 8 x spp 2, and how the tables call them.
 CONFIGURATIONS = {
     "lars": "LARS (ours, default)",
-    "lars_no_margin": "LARS without slack_margin_steps (the paper's to the letter)",
+    "lars_no_margin": "LARS without slack_margin_steps and triage (the paper's to the letter)",
+    "lars_no_triage": "LARS without triage",
     "lars_no_progress": "LARS without progress_share",
     "lars_no_sharing": "LARS without space sharing",
     "medha_fcfs": "Medha-FCFS",
@@ -43,7 +44,7 @@ INSTANCES = {
 }
 TITLES = {**CONFIGURATIONS, **INSTANCES}
 # Names that are no option of conf/scheduler: an option and what differs from it.
-_WORDS = {"lars_no_margin": ("lars", "scheduler.slack_margin_steps=0")}
+_WORDS = {"lars_no_margin": ("lars", "scheduler.slack_margin_steps=0", "scheduler.has_triage=false")}
 
 
 @dataclass(frozen=True, slots=True)
