@@ -25,8 +25,8 @@ the experiment: `python -m experiments.NAME.run` runs it alone.
 
 **In short.** What follows from arithmetic and scheduling is there: the convoy and its end, the price of small chunks,
 how prefills scale over stages and decodes over KV shards. What is not there: a stream pipeline that beats an ideal
-ring, a gain from space sharing at 0.75 requests/s (at 0.25 it is 1.4 times), a p99 of all requests 174 times better
-when one in twenty is long, and half the time per token of three dimensions against two.
+ring, a p99 of all requests 174 times better when one in twenty is long, and half the time per token of three
+dimensions against two.
 """
 
 
