@@ -48,8 +48,10 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end, in the middle of whatever the main thread does."""
+        # The loop may not have got round to ending yet when the second one comes.
+        is_second = self._is_ending or bool(self._captured_signals)
         self._captured_signals.append(sig)
-        if self._is_ending or self._loop is None:
+        if is_second or self._loop is None:
             self.force_exit = self.should_exit = True
         else:
             self._loop.call_soon_threadsafe(self.end)

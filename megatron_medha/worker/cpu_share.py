@@ -1,4 +1,4 @@
-"""How a rank shares its CPU cores with its neighbours. No torch here: it must be settled before torch is loaded."""
+"""How a rank shares cores and memory with its neighbours. No torch here: it must be settled before torch is loaded."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def let_idle_threads_sleep(num_threads: int) -> None:
     """
     if num_threads > 1 and num_threads >= num_usable_cores():
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def bound_kernel_cache() -> None:
+    """Keep fewer of oneDNN's compiled kernels; must run before torch is imported.
+
+    It keeps one per shape, 1,024 of them by default, and every step of a server has a shape of its own: a rank of the
+    tiny model grew by 270 MiB until it had that many. A step of decodes needs a few dozen.
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY, where set, is obeyed.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

@@ -32,7 +32,7 @@ from megatron_medha.cluster.messages import (
 )
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_threads_of_rank
+from megatron_medha.worker.cpu_share import bound_kernel_cache, let_idle_threads_sleep, num_threads_of_rank
 from megatron_medha.worker.front_inbox import FrontInbox, SocketInbox
 
 log = logging.getLogger("megatron_medha.worker")
@@ -73,6 +73,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(argv[0], type=RankConfig)
     let_idle_threads_sleep(num_threads_of_rank(config.num_threads, config.layout.world_size))
+    bound_kernel_cache()
 
     context = zmq.Context()
     socket = _connect(context, config, f"rank-{config.rank}")

@@ -41,21 +41,20 @@ def test_a_sweep_has_a_run_directory_per_combination_and_goes_on_where_it_was_le
 def test_a_sweep_that_was_killed_goes_on_and_comes_to_what_it_would_have_come_to(
     tmp_path: Path, start: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("scheduler=fcfs,lars", "workload.qps=1,2")
+    words = ("scheduler=fcfs,lars,srpt",)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     medha = start("simulate", "-m", *SMALL, f"out={killed}", *words, python_flags=("-u",))
-    medha.line_with("job 2: ")
+    medha.line_with("job 1: ")
     medha.process.kill()
     medha.end()
-    assert (killed / "1" / "summary.json").exists() and not (killed / "3" / "summary.json").exists()
+    assert (killed / "0" / "summary.json").exists() and not (killed / "2" / "summary.json").exists()
 
     assert sweep(killed, *words) == 0
 
     printed = capsys.readouterr().out
-    assert "job 0 is done already" in printed and "job 1 is done already" in printed
-    assert "job 3 is done already" not in printed
+    assert "job 0 is done already" in printed and "job 2 is done already" not in printed
     assert sweep(undisturbed, *words) == 0
-    for job in "0123":
+    for job in "012":
         name = f"{job}/summary.json"
         assert (killed / name).read_bytes() == (undisturbed / name).read_bytes()
 
