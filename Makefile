@@ -11,11 +11,12 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Cheap and without torch first; folders that are not named here run last.
-TEST_GROUPS := tests/core tests/engine tests/sim tests/config tests/commands tests/server tests/bench tests/cluster tests/kernels \
-	tests/parallel tests/model tests/worker
-TESTS = $(wildcard $(TEST_GROUPS)) $(filter-out $(TEST_GROUPS) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) \
-	$(wildcard tests/test_*.py)
+# Two halves side by side: what runs ranks or tensors, and the rest; its cheap folders first.
+RANK_TESTS := $(wildcard tests/kernels tests/parallel tests/model tests/worker tests/cluster)
+FIRST_TESTS := tests/core tests/engine tests/sim tests/config
+OTHER_TESTS = $(wildcard $(FIRST_TESTS)) \
+	$(filter-out $(RANK_TESTS) $(FIRST_TESTS) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
+PYTEST = TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q --timeout 300
 
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
@@ -39,7 +40,12 @@ checkpoints/tiny: | $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy megatron_medha/core megatron_medha/engine
-	TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q --timeout 300 $(TESTS)
+	@echo 'tests, in two halves; what the one with ranks prints comes when both are done'
+	@log=$$(mktemp); status=0; \
+	$(PYTEST) $(RANK_TESTS) >$$log 2>&1 & ranks=$$!; trap 'kill $$ranks 2>/dev/null' EXIT; \
+	$(PYTEST) $(OTHER_TESTS) || status=$$?; \
+	wait $$ranks || status=$$?; \
+	cat $$log; rm $$log; exit $$status
 
 # The figures of the Medha paper beside ours; what has run with the same sources is not run again.
 paper: $(VENV)/installed-dev
