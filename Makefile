@@ -42,7 +42,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/mypy megatron_medha/core megatron_medha/engine
 	@echo 'tests, in two halves; what the one with ranks prints comes when both are done'
 	@log=$$(mktemp); status=0; \
-	$(PYTEST) $(RANK_TESTS) >$$log 2>&1 & ranks=$$!; trap 'kill $$ranks 2>/dev/null' EXIT; \
+	$(PYTEST) $(RANK_TESTS) >$$log 2>&1 & ranks=$$!; trap 'kill $$ranks 2>/dev/null || true' EXIT; \
 	$(PYTEST) $(OTHER_TESTS) || status=$$?; \
 	wait $$ranks || status=$$?; \
 	cat $$log; rm $$log; exit $$status
