@@ -57,6 +57,7 @@ class FakeRank:
         self._blocks: dict[str, list[int]] = {}
         self._is_last_stage = self._coord.pp == config.layout.spp - 1
         self._last_batch_id = -1
+        self._robbed: set[str] = set()  # another has been given their blocks: they lost their KV, which nobody told us
         self._num_lost_blocks = 0  # of its books, where it is told to lose some
         self.answers = self._coord.tp == 0
 
@@ -98,11 +99,15 @@ class FakeRank:
         shard_start = 0 if shard_tokens is None else (num_shards - 1) * shard_tokens
         if start == shard_start:
             self._blocks[request_id] = []
+            self._robbed.discard(request_id)
+        assert request_id not in self._robbed, "a block has two owners"
         owned = self._blocks[request_id]
-        for first, count in extents:
-            owned.extend(range(first, first + count))
-        everything = [block for blocks in self._blocks.values() for block in blocks]
-        assert len(set(everything)) == len(everything), "a block has two owners"
+        given = {block for first, count in extents for block in range(first, first + count)}
+        assert given.isdisjoint(owned)
+        owned.extend(given)
+        for other, blocks in self._blocks.items():
+            if other != request_id and not given.isdisjoint(blocks):
+                self._robbed.add(other)
         assert all(0 <= block < self._num_blocks for block in owned)
         assert (end - shard_start) <= len(owned) * self._config.block_size, "a token without a block"
 
