@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-import signal
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
-from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_medha.bench.batch import BatchServer, Counts
@@ -35,13 +34,6 @@ examples:
 
 What stands after -- are options of medha serve, for the server that checkpoint=DIR starts.
 """
-
-_END_TIMEOUT_S = 20.0  # for a server of ours to end in order
-
-
-class BatchError(MedhaError):
-    """The batch cannot run; the message says why."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions:
@@ -168,30 +160,10 @@ def _server(options: BatchOptions) -> Iterator[str]:
     if options.checkpoint is None:
         yield options.url
         return
-    checkpoint = f"checkpoint={_quoted(str(options.checkpoint))}"
-    command = [sys.executable, "-m", "megatron_medha", "serve", checkpoint, "server.port=0"]
-    command.append("server.logs_requests=false")  # the rows tell, and the bar would be torn
-    process = subprocess.Popen(
-        [*command, *options.serve], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )  # a session of its own: Ctrl-C is ours, and the server ends when we say
-    try:
-        assert process.stdout is not None
-        url = None
-        for line in process.stdout:
-            if (listening := re.match(r"listening on (\S+)", line)) is not None:
-                url = listening.group(1)
-            if line.startswith(("loading", "ready")):
-                print(line.rstrip(), file=sys.stderr)
-            if url is not None and line.startswith("ready"):
-                break
-        else:
-            raise BatchError(f"the server for checkpoint={options.checkpoint} has ended; it says why above")
-        yield url
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        try:
-            process.communicate(timeout=_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+    from megatron_medha.commands.served import server_process
+
+    with tempfile.TemporaryDirectory() as directory:
+        print(f"starting medha serve checkpoint={options.checkpoint}", file=sys.stderr)
+        checkpoint = f"checkpoint={_quoted(str(options.checkpoint))}"
+        with server_process([checkpoint, *options.serve], Path(directory) / "server.log") as url:
+            yield url

@@ -1,24 +1,27 @@
-"""A server that lives as long as one bench run: `medha serve` as a process of its own, on a free port."""
+"""A server that lives as long as one run: `medha serve` as a process of its own, on a free port."""
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from megatron_medha.cluster.parentage import die_with_parent
 from megatron_medha.core.errors import ConfigError, MedhaError
 
 LOG, OPTIONS = "server.log", "server.yaml"
 _READY_S = 600.0   # a big checkpoint takes minutes to load
 _POLL_S = 0.1
+_LISTENING = re.compile(r"^listening on (\S+)", re.MULTILINE)  # what `medha serve` prints
+_READY = re.compile(r"^ready after ", re.MULTILINE)
 _STOP_S = 30.0
 _TAIL_LINES = 5
 
@@ -32,22 +35,33 @@ def served(words: str, directory: Path) -> Iterator[str]:
     """The URL of a server with these words of `medha serve`, ready to answer; it is gone when the block ends.
 
     Leaves its composed options and its log in `directory`. Raises ConfigError if the words do not compose, and
-    ServerError, with the last lines of its log, if it ends before it is ready.
+    ServerError as server_process() does.
     """
     overrides = shlex.split(words)
     if any(word.startswith(("server.port=", "server.host=", "-")) for word in overrides):
         raise ConfigError(f"serve={words}: give options of medha serve without flags, address and port")
     (directory / OPTIONS).write_text(_composed(overrides), encoding="utf-8")
-    port = _free_port()
-    command = [sys.executable, "-m", "megatron_medha", "serve", *overrides, "server.host=127.0.0.1",
-               f"server.port={port}"]  # fmt: skip
-    with (directory / LOG).open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        print(f"starting medha serve {words}")
-        _wait_until_ready(process, url, directory / LOG)
+    print(f"starting medha serve {words}")
+    with server_process([*overrides, "server.host=127.0.0.1"], directory / LOG) as url:
         yield url
+
+
+@contextmanager
+def server_process(overrides: Sequence[str], log: Path) -> Iterator[str]:
+    """The URL of a `medha serve` with these overrides on a free port, ready to answer; gone when the block ends.
+
+    It ends with this process, too, however that ends. Raises ServerError, with the last lines of its log, if it ends
+    before it is ready.
+    """
+    command = [sys.executable, "-m", "megatron_medha", "serve", *overrides, "server.port=0"]
+    # A session of its own: Ctrl-C is ours, and the server ends when we say.
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )  # fmt: skip
+    try:
+        yield _wait_until_ready(process, log)
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -76,26 +90,16 @@ def _composed(overrides: list[str]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(public_options(options)))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
     deadline_s = time.monotonic() + _READY_S
-    while not _is_ready(url):
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
-            what = f"was not ready within {_READY_S:.0f} s" if process.poll() is None else \
-                f"ended with code {process.returncode}"
+    while True:
+        has_ended, is_late = process.poll() is not None, time.monotonic() > deadline_s
+        said = log.read_text(encoding="utf-8", errors="replace")
+        url = _LISTENING.search(said)
+        if url is not None and _READY.search(said) is not None:
+            return url.group(1)
+        if has_ended or is_late:
+            tail = "\n".join(said.splitlines()[-_TAIL_LINES:])
+            what = f"ended with code {process.returncode}" if has_ended else f"was not ready within {_READY_S:.0f} s"
             raise ServerError(f"the server of this run {what}; {log} ends with:\n{tail}")
         time.sleep(_POLL_S)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5.0):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False

@@ -6,7 +6,6 @@ to say what to be, and starts that rank (cluster/agent.py).
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -30,6 +29,7 @@ from megatron_medha.cluster.messages import (
     Ready,
     StepDone,
 )
+from megatron_medha.cluster.parentage import die_with_parent
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.worker.cpu_share import bound_kernel_cache, let_idle_threads_sleep, num_threads_of_rank
@@ -41,7 +41,6 @@ log = logging.getLogger("megatron_medha.worker")
 Serve = Callable[[FrontInbox, Callable[[StepDone], None]], None]  # takes steps, answers, until told to stop
 LoadRank = Callable[[RankConfig, Callable[[str, float], None]], tuple[Serve, Ready]]
 
-_PR_SET_PDEATHSIG = 1
 _GOODBYE_MS = 2000
 _HEARTBEAT_INTERVAL_S = 1.0
 
@@ -68,7 +67,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
         )
         return 2
     parent_pid = os.getppid()
-    _die_with_parent(parent_pid)
+    die_with_parent(parent_pid)
     # Ctrl-C reaches the whole process group; when and how ranks end is the front's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(argv[0], type=RankConfig)
@@ -158,15 +157,6 @@ def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> 
     finally:
         stop.set()
         thread.join()
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Ask Linux to end this process when the one that started it ends, however it ends."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before we had asked
-        sys.exit(1)
 
 
 if __name__ == "__main__":
