@@ -35,6 +35,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
         "runs": [
             {"name": run.name, "pictures": sorted(run.path.glob("*.png"))} for run in runs[:_MAX_RUN_PICTURES]
         ],
+        "num_without_pictures": max(0, len(runs) - _MAX_RUN_PICTURES),
     }
     markdown, html = out / "report.md", out / "report.html"
     markdown.write_text(_render("report.md.j2", facts | {"pictures": [path.name for path in pictures]}), "utf-8")
