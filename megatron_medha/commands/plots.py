@@ -40,9 +40,18 @@ def plot_run(run: Path) -> list[Path]:
     return written
 
 
+def plain_numbers(axis: Any) -> None:
+    """0.1 rather than a power of ten on a logarithmic axis that is drawn; between those too, where there is but one."""
+    axis.axes.autoscale_view()
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}" if high < 10.0 * low else "")
+
+
 def _ttft_cdf(axes: Any, requests: list[dict[str, Any]]) -> None:
     for name, colour in _COLOURS.items():
-        arrived = [one for one in requests if one["length_class"] == name]
+        # A load's first and last requests are sent, but not counted.
+        arrived = [one for one in requests if one["length_class"] == name and one.get("is_counted", True)]
         ttft_s = sorted(one["ttft_s"] for one in arrived if one["ttft_s"] is not None)
         if not ttft_s:
             continue
@@ -50,7 +59,7 @@ def _ttft_cdf(axes: Any, requests: list[dict[str, Any]]) -> None:
         shares = [(index + 1) / len(arrived) for index in range(len(ttft_s))]
         axes.step(ttft_s, shares, where="post", color=colour, label=f"{name}: {len(arrived):,} requests")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    plain_numbers(axes.xaxis)
     axes.set(xlabel="TTFT, seconds", ylabel="share of requests", title="Time to first token", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -67,7 +76,7 @@ def _latency(axes: Any, requests: list[dict[str, Any]]) -> None:
     if missed:
         axes.scatter(*zip(*missed, strict=True), s=24, marker="x", color="black", label="no first token, at deadline")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
+    plain_numbers(axes.yaxis)
     axes.set(xlabel="arrival, seconds", ylabel="TTFT, seconds", title="Time to first token over the run")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from megatron_medha.commands.plots import plain_numbers
 from megatron_medha.commands.report_runs import Run, differing_keys, pareto
 from megatron_medha.engine.summary import CLASSES
 from megatron_medha.engine.summary_table import number_text, percent_text, seconds_text
@@ -88,11 +89,12 @@ def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
             axes.plot([p50], [y], "o", color=_COLOURS[name], markersize=5, label=label)
             axes.plot([p99], [y], "|", color=_COLOURS[name], markersize=9, markeredgewidth=2)
     axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(runs)), [_label(run, runs) for run in runs], fontsize="small")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set(xlabel="seconds", title="TTFT by length class: dot p50, bar p99")
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
     path = out / "report_ttft.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -115,6 +117,7 @@ def _pareto_plot(runs: Sequence[Run], name: str, out: Path) -> Path | None:
     line = [(run.values["all"]["tokens_per_s"], run.latency_s(name, "ttft_s", "p99")) for run in front]
     axes.plot(*zip(*line, strict=True), color="#d62728", alpha=0.4)
     axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.set(xlabel="tokens per second, prompts and answers", ylabel=f"p99 TTFT of {name} prompts, seconds",
              title="Red: no other run is better in both")  # fmt: skip
