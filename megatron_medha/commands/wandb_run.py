@@ -53,7 +53,7 @@ def begin(
         name=name,
         mode=mode_of(tracking.wandb_mode),
         config=dict(config),
-        dir=str(directory),
+        dir=str(directory.absolute()),  # W&B's own process may have been started elsewhere
         settings=wandb.Settings(console="off", silent=True),
     )
     run.define_metric("time_s")
