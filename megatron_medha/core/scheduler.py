@@ -252,10 +252,12 @@ class Scheduler:
                 return
             if seq.status is not Status.DECODING:
                 seq.move_to(Status.DECODING)
-            if end < seq.capacity_tokens:
-                self._decodes[request_id] = seq
-            else:
+            if end >= seq.capacity_tokens:
                 self._growing.append(seq)
+                return
+            if end >= seq.change_tokens:
+                self.memory.grow_early(seq)
+            self._decodes[request_id] = seq
 
     def _estimated_wait_s(self, seq: Sequence) -> float:
         """Prefill work that goes before this newcomer's by the policy, which must be a line without slope."""
