@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from megatron_medha.commands.plots import plain_numbers
 from megatron_medha.commands.report_runs import Run, differing_keys, pareto
 from megatron_medha.engine.summary import CLASSES
 from megatron_medha.engine.summary_table import number_text, percent_text, seconds_text
@@ -35,6 +36,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
         "runs": [
             {"name": run.name, "pictures": sorted(run.path.glob("*.png"))} for run in runs[:_MAX_RUN_PICTURES]
         ],
+        "num_without_pictures": max(0, len(runs) - _MAX_RUN_PICTURES),
     }
     markdown, html = out / "report.md", out / "report.html"
     markdown.write_text(_render("report.md.j2", facts | {"pictures": [path.name for path in pictures]}), "utf-8")
@@ -47,8 +49,8 @@ def _table(runs: Sequence[Run], classes: Sequence[str]) -> tuple[list[str], list
     kinds = len({run.is_simulated for run in runs}) > 1
     header = ["run", *(["what"] if kinds else []), *(_short(key) for key in keys)]
     for name in classes:
-        header += [f"{name} TTFT p50", "p99", f"{name} TPOT p50"]
-    header += ["meet SLO", "goodput /s", "tokens/s"]
+        header += [f"{name} TTFT p50", "p99", f"{name} TPOT p50", f"{name} meet SLO"]
+    header += ["all meet SLO", "goodput /s", "tokens/s"]
     rows = []
     for run in runs:
         row = [run.name, *([("simulated" if run.is_simulated else "measured")] if kinds else [])]
@@ -58,6 +60,7 @@ def _table(runs: Sequence[Run], classes: Sequence[str]) -> tuple[list[str], list
                 seconds_text(run.latency_s(name, "ttft_s", "p50")),
                 seconds_text(run.latency_s(name, "ttft_s", "p99")),
                 seconds_text(run.latency_s(name, "tpot_s", "p50")),
+                percent_text(run.values["classes"].get(name, {}).get("attainment")),
             ]
         every = run.values["all"]
         row.append(percent_text(every["attainment"]))
@@ -67,7 +70,8 @@ def _table(runs: Sequence[Run], classes: Sequence[str]) -> tuple[list[str], list
 
 
 def _short(key: str) -> str:
-    return key.rpartition(".")[2]
+    name = key.rpartition(".")[2]
+    return key if name in ("kind", "name") else name  # of what, their group says
 
 
 def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
@@ -87,11 +91,12 @@ def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
             axes.plot([p50], [y], "o", color=_COLOURS[name], markersize=5, label=label)
             axes.plot([p99], [y], "|", color=_COLOURS[name], markersize=9, markeredgewidth=2)
     axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(runs)), [_label(run, runs) for run in runs], fontsize="small")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set(xlabel="seconds", title="TTFT by length class: dot p50, bar p99")
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
     path = out / "report_ttft.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -114,6 +119,7 @@ def _pareto_plot(runs: Sequence[Run], name: str, out: Path) -> Path | None:
     line = [(run.values["all"]["tokens_per_s"], run.latency_s(name, "ttft_s", "p99")) for run in front]
     axes.plot(*zip(*line, strict=True), color="#d62728", alpha=0.4)
     axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.set(xlabel="tokens per second, prompts and answers", ylabel=f"p99 TTFT of {name} prompts, seconds",
              title="Red: no other run is better in both")  # fmt: skip

@@ -114,6 +114,10 @@ class Scheduler:
             self.config.min_deadline_s if least_s is None else least_s,
         )
 
+    def is_put_back(self, seq: Sequence, now_s: float) -> bool:
+        """Whether triage lets others go before this prefill: it takes more than a step, and its deadline is lost."""
+        return seq.lost_s < now_s and seq.num_unscheduled_tokens > self._times.num_step_tokens
+
     def _lost_deadline_s(self, request: Request, target_s: float, total_work_s: float) -> float:
         """The deadline that triage goes by: its own, or the one that its work alone would give it, if that is later.
 

@@ -140,9 +140,11 @@ def test_ranks_that_share_this_machine_share_its_memory(refusal: Refusal) -> Non
     assert "on each of 4 ranks" in refusal("parallel.tp=2", "parallel.dp=2", "model.kv_memory_gib=900000")
 
 
-def test_a_simulated_server_has_replicas_of_one_rank(refusal: Refusal) -> None:
-    options = ("runtime=sim", "model=llama3_8b", "hardware=h100", "model.kv_memory_gib=1", "parallel.spp=2")
-    assert "2 ranks per replica" in refusal(*options)
+def test_a_simulated_replica_fits_its_hardware(refusal: Refusal) -> None:
+    simulated = ("runtime=sim", "model=llama3_8b", "hardware=h100_x8")
+    assert "take a larger cluster" in refusal(*simulated, "parallel.tp=8", "parallel.spp=2")
+    assert "must be a multiple of" in refusal(*simulated, "parallel.kvp=2", "parallel.max_tokens_per_shard=1001")
+    assert "too small for one block" in refusal(*simulated, "parallel.tp=8", "model.kv_memory_gib=1e-5")
 
 
 @pytest.mark.parametrize(
