@@ -96,7 +96,7 @@ class Service:
         await asyncio.to_thread(self.engine.stop, self.config.stop_timeout_s)
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
         self._text_threads.shutdown(wait=False, cancel_futures=True)
-        self.grammars.close()
+        await self.grammars.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
 
