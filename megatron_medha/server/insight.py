@@ -55,6 +55,7 @@ class StoryAnswer(msgspec.Struct, frozen=True):
     """All that is remembered of one request."""
 
     request_id: str
+    replica: int
     slo_class: str
     priority: int
     num_prompt_tokens: int
@@ -140,7 +141,8 @@ def add_routes(app: Api, service: Service) -> None:
 
 
 def tell(story: Story, steps: Sequence[Step], now_s: float) -> StoryAnswer:
-    """The story with its waits explained by the steps that went on meanwhile."""
+    """The story with its waits explained by the steps that went on meanwhile, on its own replica."""
+    steps = [step for step in steps if step.replica == story.replica]
     request, begin_s = story.request, story.request.arrival_s
     timeline: list[Wait | Ran] = []
     slack = [(0.0, story.deadline_s - begin_s - story.total_work_s)]
@@ -173,6 +175,7 @@ def tell(story: Story, steps: Sequence[Step], now_s: float) -> StoryAnswer:
         slack.append((story.first_token_s - begin_s, story.deadline_s - story.first_token_s))
     return StoryAnswer(
         request_id=request.request_id,
+        replica=story.replica,
         slo_class=request.slo_class,
         priority=request.priority,
         num_prompt_tokens=request.num_prompt_tokens,
@@ -263,6 +266,7 @@ def _latest_steps(service: Service, count: int) -> list[Step]:
 def _step(step: Step) -> dict[str, Any]:
     return {
         "batch_id": step.batch_id,
+        "replica": step.replica,
         "at_s": step.at_s,
         "num_decodes": step.num_decodes,
         "num_tokens": step.num_tokens,
