@@ -7,6 +7,7 @@ import math
 import secrets
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,6 +29,17 @@ MAX_PRIORITY = 2**31 - 1
 MAX_SLO_MS = 1e9
 YES = frozenset({"1", "true", "yes", "on"})
 NO = frozenset({"0", "false", "no", "off"})
+
+# Options that change an answer elsewhere and do nothing here, what they may be all the same, and the way out.
+_REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("use_beam_search", (None, False), "not supported; best_of chooses among samples"),
+    ("length_penalty", (None, 1), "of beam search, which is not supported"),
+    ("bad_words", (None, []), "not supported; logit_bias forbids single tokens"),
+    ("allowed_token_ids", (None,), "not supported; structured_outputs says what an answer may be"),
+    ("logits_processors", (None, []), "not supported"),
+    ("prompt_logprobs", (None,), "not supported; echo with logprobs of /v1/completions has them"),
+    ("truncate_prompt_tokens", (None,), "not supported: prompts are never cut here"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +230,14 @@ def check_common(fields: SharedFields) -> None:
     """ApiError 400 for what contradicts itself and we would not pass over in silence."""
     if fields.stream_options is not None and not fields.stream:
         raise bad_request("stream_options: only together with stream=true", "stream_options")
+    refuse_all(fields, _REFUSED)
+
+
+def refuse_all(fields: object, refused: Sequence[tuple[str, tuple[object, ...], str]]) -> None:
+    """ApiError 400 at the first of these fields that asks for something; by name, what it may be, and the way out."""
+    for name, allowed, way_out in refused:
+        if getattr(fields, name) not in allowed:
+            raise bad_request(f"{name}: {way_out}", name, "unsupported_parameter")
 
 
 def _stop_ids(fields: SharedFields, vocab_size: int, config: ServerConfig) -> tuple[int, ...]:
