@@ -19,7 +19,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.openai_types import SharedFields
-from megatron_medha.server.service import Ready
+from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 
 T = TypeVar("T")
@@ -27,6 +27,7 @@ T = TypeVar("T")
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
 MAX_PRIORITY = 2**31 - 1
 MAX_SLO_MS = 1e9
+SMALL_BODY_BYTES = 64 * 2**10  # not counted: those always get in, and all connections together are 1 GiB of them
 YES = frozenset({"1", "true", "yes", "on"})
 NO = frozenset({"0", "false", "no", "off"})
 
@@ -52,10 +53,12 @@ class Wishes:
     has_progress: bool | None = None  # comments while the prompt is computed; None: as the server is configured
 
 
-async def read_body(request: Request, config: ServerConfig) -> bytes:
-    """The whole body; ApiError 413 if it is too large, 408 if it does not come."""
+async def read_body(request: Request, service: Service) -> bytes:
+    """The whole body; ApiError 413 if it is too large, 408 if it does not come, 503 if others' leave no room for it."""
+    config = service.config
     parts: list[bytes] = []
     num_bytes = 0
+    num_held = 0  # of those, counted against the room that all share
     is_too_large = False
     try:
         loop = asyncio.get_running_loop()
@@ -68,6 +71,17 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
                 is_too_large = is_too_large or num_bytes > config.max_body_bytes
                 if not is_too_large:
                     parts.append(part)
+                    if num_bytes > SMALL_BODY_BYTES:
+                        service.num_body_bytes += num_bytes - num_held
+                        num_held = num_bytes
+                        if service.num_body_bytes > config.max_bodies_bytes:
+                            raise ApiError(
+                                503,
+                                f"other requests are sending bodies of {config.max_bodies_bytes} bytes in all "
+                                "(server.max_bodies_bytes)",
+                                code="bodies_waiting",
+                                headers={"retry-after": str(config.retry_after_s), "connection": "close"},
+                            )
                 elif num_bytes > 2 * config.max_body_bytes:
                     break
     except TimeoutError:
@@ -76,6 +90,8 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
         ) from None
     except ClientDisconnect:
         raise ApiError(400, "the client closed the connection before its body was complete") from None
+    finally:
+        service.num_body_bytes -= num_held
     if is_too_large:
         raise ApiError(
             413,

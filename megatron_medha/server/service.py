@@ -71,6 +71,7 @@ class Service:
         self.journal = journal
         self.streams = Streams(engine.now_s)
         self.admission = Admission(engine.now_s, journal.forecast)
+        self.num_body_bytes = 0  # of large bodies on their way in
         self.is_draining = False
         self.end_server: Callable[[], None] = lambda: None  # set by whoever runs the server
         self.traces = traces
