@@ -19,7 +19,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.openai_types import SharedFields
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.service import SMALL_BODY_BYTES, Ready, Service
 from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 
 T = TypeVar("T")
@@ -27,7 +27,6 @@ T = TypeVar("T")
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
 MAX_PRIORITY = 2**31 - 1
 MAX_SLO_MS = 1e9
-SMALL_BODY_BYTES = 64 * 2**10  # not counted: those always get in, and all connections together are 1 GiB of them
 YES = frozenset({"1", "true", "yes", "on"})
 NO = frozenset({"0", "false", "no", "off"})
 
@@ -72,16 +71,8 @@ async def read_body(request: Request, service: Service) -> bytes:
                 if not is_too_large:
                     parts.append(part)
                     if num_bytes > SMALL_BODY_BYTES:
-                        service.num_body_bytes += num_bytes - num_held
+                        service.hold_text(num_bytes - num_held)
                         num_held = num_bytes
-                        if service.num_body_bytes > config.max_bodies_bytes:
-                            raise ApiError(
-                                503,
-                                f"other requests are sending bodies of {config.max_bodies_bytes} bytes in all "
-                                "(server.max_bodies_bytes)",
-                                code="bodies_waiting",
-                                headers={"retry-after": str(config.retry_after_s), "connection": "close"},
-                            )
                 elif num_bytes > 2 * config.max_body_bytes:
                     break
     except TimeoutError:
@@ -91,7 +82,7 @@ async def read_body(request: Request, service: Service) -> bytes:
     except ClientDisconnect:
         raise ApiError(400, "the client closed the connection before its body was complete") from None
     finally:
-        service.num_body_bytes -= num_held
+        service.release_text(num_held)
     if is_too_large:
         raise ApiError(
             413,
