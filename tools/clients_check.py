@@ -5,7 +5,7 @@
 
 Starts `medha serve` on the checkpoint, installs each client into an environment of its own (kept under --directory, so
 that a second run is quick), and runs its script of tools/clients/ against the server. Installing needs a package
-registry; lm-eval and guidellm bring torch, and aiperf some 60 packages. After each client the server must be idle, with every KV block free. Exits
+registry; lm-eval and guidellm bring torch. After each client the server must be idle, with every KV block free. Exits
 with 1 if one fails.
 """
 
