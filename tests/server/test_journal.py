@@ -220,7 +220,7 @@ def test_a_wait_is_explained_by_the_requests_own_replica_and_a_look_shows_all() 
     first = World(policy="fcfs")
     second = World(policy="fcfs", journal=first.journal)
     for replica, world in enumerate((first, second)):
-        world.arrive(f"long-{replica}", 640)
+        world.arrive(f"long-{replica}", 640, priority=-1)
         world.arrive(f"short-{replica}", 32)
     first.journal.look(0.0)
     for _ in range(3):
