@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -205,13 +206,12 @@ def _wait(
     slack_from_s: float,
     slack_until_s: float,
 ) -> Wait | None:
-    """What went on between two runs; None if no step did."""
+    """What went on between two runs; None if no step did. steps: of one replica, in order."""
     own_id, begin_s = story.request.request_id, story.request.arrival_s
-    between = [
-        step
-        for step in steps
-        if from_s < step.at_s < until_s and all(part.request_id != own_id for part in step.parts)
-    ]
+    # A long story has hundreds of waits among thousands of steps.
+    first = bisect_right(steps, from_s, key=lambda step: step.at_s)
+    last = bisect_left(steps, until_s, lo=first, key=lambda step: step.at_s)
+    between = [step for step in steps[first:last] if all(part.request_id != own_id for part in step.parts)]
     if not between:
         return None
     num_tokens: dict[str, int] = {}
@@ -220,7 +220,7 @@ def _wait(
         for part in step.parts:
             num_tokens[part.request_id] = num_tokens.get(part.request_id, 0) + part.num_tokens
             slacks.setdefault(part.request_id, part.relative_slack)
-    first = sorted(num_tokens, key=lambda one: -num_tokens[one])[:MAX_GOING_FIRST]
+    most = sorted(num_tokens, key=lambda one: -num_tokens[one])[:MAX_GOING_FIRST]
     num_without_memory = sum(step.num_free_blocks < story.num_blocks_needed for step in between)
     if not is_held and 2 * num_without_memory > len(between):
         why = "not enough free KV memory"
@@ -234,7 +234,7 @@ def _wait(
         why=why,
         num_steps=len(between),
         went_first=[
-            {"request_id": one, "num_tokens": num_tokens[one], "relative_slack": slacks[one]} for one in first
+            {"request_id": one, "num_tokens": num_tokens[one], "relative_slack": slacks[one]} for one in most
         ],
         slack_from_s=slack_from_s,
         slack_until_s=slack_until_s,
