@@ -8,6 +8,7 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -41,6 +42,7 @@ class GrammarTrials:
         self._places = asyncio.Semaphore(_MAX_PROCESSES)
         self._idle: list[Process] = []
         self._all: set[Process] = set()
+        self._is_closed = False
 
     async def compile(self, trial: Trial, timeout_s: float) -> str:
         """The grammar; GrammarError with the library's reason, TooMuch or TrialsBusy where there is none."""
@@ -62,7 +64,8 @@ class GrammarTrials:
         return tried.grammar
 
     async def close(self) -> None:
-        """End all processes."""
+        """End all processes; what waits for one gets TrialsBusy."""
+        self._is_closed = True
         for process in tuple(self._all):
             await self._end(process)
 
@@ -83,6 +86,8 @@ class GrammarTrials:
         return tried
 
     async def _process(self) -> Process:
+        if self._is_closed:
+            raise TrialsBusy("the server is shutting down")
         while self._idle:
             process = self._idle.pop()
             if process.returncode is None:
@@ -112,7 +117,8 @@ class GrammarTrials:
     async def _end(self, process: Process) -> None:
         self._all.discard(process)
         if process.returncode is None:
-            process.kill()
+            with suppress(ProcessLookupError):  # it has ended, and the loop has not heard yet
+                process.kill()
         await process.wait()
 
 

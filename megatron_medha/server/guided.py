@@ -100,10 +100,9 @@ class Grammars:
 
     async def close(self) -> None:
         """No more will be asked for."""
-        for task in tuple(self._under_way.values()):
-            task.cancel()
         if self._trials is not None:
             await self._trials.close()
+            await asyncio.gather(*self._under_way.values(), return_exceptions=True)
 
     async def _find_out(self, guide: Guide, ready: Ready, config: ServerConfig) -> _Verdict:
         if self._trials is None:
