@@ -223,6 +223,24 @@ def guidellm(place: Place) -> list[str]:
     ]  # fmt: skip
 
 
+def aiperf(place: Place) -> list[str]:
+    """Forty requests, four at a time. Its workers take tokenizers from a hub's cache only, so there is one here."""
+    home, revision = place.directory / "hub_home", "0" * 40
+    cached = home / "hub" / "models--local--tokenizer"
+    for folder in (cached / "refs", cached / "snapshots" / revision):
+        folder.mkdir(parents=True, exist_ok=True)
+    (cached / "refs" / "main").write_text(revision, encoding="utf-8")
+    for source in place.tokenizer.glob("*token*.json"):
+        (cached / "snapshots" / revision / source.name).write_bytes(source.read_bytes())
+    return [
+        "env", f"HF_HOME={home}", str(place.directory / "bin" / "aiperf"), "profile", "-m", place.model,
+        "-u", place.url, "--endpoint-type", "completions", "--streaming", "--tokenizer", "local/tokenizer",
+        "--isl", "100", "--osl", "16", "--concurrency", "4", "--request-count", "40", "--random-seed", "1",
+        "--extra-inputs", "ignore_eos:true", "--ui", "none",
+        "--output-artifact-dir", str(place.directory / "artifacts"),
+    ]  # fmt: skip
+
+
 # Versions are those the page docs/clients.md tells of.
 CLIENTS = {
     "openai-python": Client(("openai==3.54.0",), python_script("openai_python.py")),
@@ -230,6 +248,7 @@ CLIENTS = {
     "langchain-openai": Client(("langchain-openai==1.7.3",), python_script("langchain_client.py")),
     "litellm": Client(("litellm==1.106.2",), python_script("litellm_client.py")),
     "lm-eval": Client(("lm-eval[api]==0.4.13", "torch==2.13.0+cpu", "transformers<6"), lm_eval),
+    "aiperf": Client(("aiperf==0.13.0",), aiperf),
     "guidellm": Client(("guidellm==0.8.1", "torch==2.13.0+cpu"), guidellm),
 }
 

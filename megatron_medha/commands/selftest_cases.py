@@ -25,6 +25,8 @@ FIELDS = (
     "chat_template", "chat_template_kwargs", "top_logprobs", "tools", "tool_choice", "functions", "tokens",
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "parallel_tool_calls",
     "input", "instructions", "max_output_tokens", "text", "store", "previous_response_id", "background", "metadata",
+    "documents", "reasoning_effort", "modalities", "use_beam_search", "length_penalty", "bad_words",
+    "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens",
 )  # fmt: skip
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 VALID = {
@@ -77,7 +79,10 @@ def hostile_grammars() -> Iterator[tuple[str, bytes]]:
     deep: dict[str, object] = {}
     for _ in range(100):
         deep = {"type": "array", "items": deep}
+    # The library's limits do not end this one.
+    endless = {"allOf": [{"type": "string", "pattern": f".*{place}.*"} for place in range(40)]}
     schemas: tuple[object, ...] = (
+        endless,
         {"type": "nothing"}, {"type": 5}, {"properties": [1]}, {"required": "a"}, {"enum": []}, {"$ref": "#/no"}, False,
         {"$ref": "http://127.0.0.1:1/x"}, {"$ref": "file:///etc/passwd"},
         {"allOf": [{"type": "string"}, {"type": "null"}]},
@@ -113,6 +118,13 @@ def hostile_grammars() -> Iterator[tuple[str, bytes]]:
         yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "structured_outputs": json.dumps({"regex": regex})})
     for grammar in grammars:
         yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "guided_grammar": json.dumps(grammar)})
+    for depth in range(460, 1000, 12):  # as deep as JSON can be read in Python, and half as deep
+        nested = '{"items":' * depth + "{}" + "}" * depth
+        yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "guided_json": nested})
+        tools = f'[{{"type":"function","function":{{"name":"f","parameters":{nested}}}}}]'
+        yield CHAT, as_json({**VALID[CHAT], "tools": tools, "tool_choice": '"required"'})
+        text = f'{{"format":{{"type":"json_schema","name":"x","schema":{nested}}}}}'
+        yield RESPONSES, as_json({**VALID[RESPONSES], "text": text})
     for choice in ([], [""], ["a"] * 5000, ["\x00\"\\"], ["a" * 70_000]):
         yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "guided_choice": json.dumps(choice)})
 

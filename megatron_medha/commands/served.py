@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from megatron_medha.cluster.parentage import die_with_parent
 from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.engine.parentage import die_with_parent
 
 LOG, OPTIONS = "server.log", "server.yaml"
 _READY_S = 600.0   # a big checkpoint takes minutes to load

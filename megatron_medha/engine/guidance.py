@@ -81,20 +81,24 @@ class GrammarCompiler:
         """
         kept = self._kept.get(grammar)
         if kept is None:
-            import llguidance
-
-            kept = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-            # Some grammars turn out to be too much, or to be empty, only where a first token is to be chosen.
-            mask = kept.compute_bitmask() if not kept.is_error() else b""
-            if kept.is_error():
-                raise GrammarError(error_of(kept))
-            if not any(mask):
-                raise GrammarError("no text matches it")
-            self._kept[grammar] = kept
+            kept = self._kept[grammar] = self.compile(grammar)
             if len(self._kept) > _NUM_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(grammar)
         return kept.deep_copy()
+
+    def compile(self, grammar: str) -> llguidance.LLMatcher:
+        """As matcher(), but nothing is kept."""
+        import llguidance
+
+        made = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        # Some grammars turn out to be too much, or to be empty, only where a first token is to be chosen.
+        mask = made.compute_bitmask() if not made.is_error() else b""
+        if made.is_error():
+            raise GrammarError(error_of(made))
+        if not any(mask):
+            raise GrammarError("no text matches it")
+        return made
 
 
 def error_of(matcher: llguidance.LLMatcher) -> str:

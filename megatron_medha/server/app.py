@@ -112,7 +112,7 @@ def _add_generation_routes(app: Api, service: Service) -> None:
         types.CompletionAnswer, body=types.CompletionRequest, errors=BODY_ERRORS, has_events=True))
     async def completions(request: Request) -> Response:
         """Continue one or more prompts."""
-        raw = await read_body(request, service.config)
+        raw = await read_body(request, service)
         arrival_s = service.engine.now_s()
         ready = service.ready()
         wishes = read_wishes(request.headers, service.slo)
@@ -124,7 +124,7 @@ def _add_generation_routes(app: Api, service: Service) -> None:
         types.ChatAnswer, body=types.ChatRequest, errors=BODY_ERRORS, has_events=True))
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        raw = await read_body(request, service.config)
+        raw = await read_body(request, service)
         arrival_s = service.engine.now_s()
         ready = service.ready()
         wishes = read_wishes(request.headers, service.slo)
@@ -137,7 +137,7 @@ def _add_generation_routes(app: Api, service: Service) -> None:
         ResponseAnswer, body=ResponsesRequest, errors=BODY_ERRORS, has_events=True))
     async def create_response(request: Request) -> Response:
         """Answer a chat, as OpenAI's newer clients ask for it. Nothing is stored."""
-        raw = await read_body(request, service.config)
+        raw = await read_body(request, service)
         arrival_s = service.engine.now_s()
         ready = service.ready()
         wishes = read_wishes(request.headers, service.slo)
@@ -151,7 +151,7 @@ def _add_token_routes(app: Api, service: Service) -> None:
         types.TokenizeAnswer, body=types.TokenizeRequest, errors=BODY_ERRORS))
     async def tokenize_text(request: Request) -> Response:
         """Token ids of a prompt or of messages."""
-        raw = await read_body(request, service.config)
+        raw = await read_body(request, service)
         ready = service.ready()
         return _json(await tokenize.tokenize(service, ready, decode_body(raw, tokenize.TOKENIZE_DECODER)))
 
@@ -159,7 +159,7 @@ def _add_token_routes(app: Api, service: Service) -> None:
         types.DetokenizeAnswer, body=types.DetokenizeRequest, errors=BODY_ERRORS))
     async def detokenize_ids(request: Request) -> Response:
         """Text of token ids."""
-        raw = await read_body(request, service.config)
+        raw = await read_body(request, service)
         ready = service.ready()
         return _json(await tokenize.detokenize(service, ready, decode_body(raw, tokenize.DETOKENIZE_DECODER)))
 

@@ -32,7 +32,7 @@ from megatron_medha.server.openai_types import (
 )
 from megatron_medha.server.planning import Particulars, plan
 from megatron_medha.server.prompts import RawPrompt
-from megatron_medha.server.request_fields import Wishes, num_choices_of
+from megatron_medha.server.request_fields import Wishes, num_choices_of, refuse_all
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.tool_calls import CallBegan, CallFinder, CallWent, Found, Said
@@ -49,6 +49,15 @@ from megatron_medha.server.wire_format import (
 DECODER = msgspec.json.Decoder(ChatRequest)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
+# As far as time goes, a message is worth so many characters of text, however empty it is.
+_CHARS_PER_MESSAGE = 50
+# What we cannot do, what it may be all the same, and the way out.
+_REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("functions", (None, []), "send them as tools"),
+    ("echo", (None, False), "not supported here; continue_final_message goes on with what was said"),
+    ("modalities", (None, ["text"]), "answers are text"),
+)
+
 
 async def plan_chat(
     service: Service,
@@ -61,8 +70,7 @@ async def plan_chat(
 ) -> GenerationSpec:
     """Check a request, render its messages and encode them; ApiError 4xx says what is wrong."""
     config = service.config
-    if body.functions:
-        raise bad_request("functions: send them as tools", "functions", "unsupported_parameter")
+    refuse_all(body, _REFUSED)
     tools = chat_tools(service, ready, body.tools, body.tool_choice, body.parallel_tool_calls)
     n = num_choices_of(body, config)
     if body.top_logprobs is not None and not body.logprobs:
@@ -134,24 +142,40 @@ async def render_messages(
         raise bad_request(
             "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
         )
-    plain = [_plain_message(place, message) for place, message in enumerate(messages)]
-    if not plain:
+    if not messages:
         raise bad_request("messages: expected at least one message, got an empty list", "messages")
+    limit = ready.facts.max_request_tokens
+    if len(messages) > limit:
+        raise bad_request(
+            f"messages: {len(messages)} of them cannot fit the {limit} tokens that prompt and output together may have",
+            "messages", "context_length_exceeded",
+        )  # fmt: skip
+    extra = dict(fields.chat_template_kwargs or {})
+    for name in ("documents", "reasoning_effort"):
+        if (value := getattr(fields, name)) is not None:
+            extra.setdefault(name, value)
 
     def render() -> str:
         return ready.tokenizer.template.render(
-            plain,
+            [_plain_message(place, message) for place, message in enumerate(messages)],
             add_generation_prompt=not continues and adds_prompt is not False,
             continue_final_message=continues,
             tools=tools,
-            extra=fields.chat_template_kwargs,
+            extra=extra,
         )
 
-    num_chars = sum(len(message["content"] or "") for message in plain)
+    num_chars = len(msgspec.json.encode(extra)) + sum(map(_num_chars, messages))
     try:
         return await service.work_on_text(num_chars, render)
     except ChatTemplateError as error:
         raise bad_request(f"messages: {error}", "messages") from None
+
+
+def _num_chars(message: Message) -> int:
+    content = message.content
+    parts = sum(len(part.text or "") + _CHARS_PER_MESSAGE for part in content) if isinstance(content, list) else 0
+    calls = sum(len(call.function.arguments) + _CHARS_PER_MESSAGE for call in message.tool_calls or ())
+    return _CHARS_PER_MESSAGE + (len(content) if isinstance(content, str) else parts) + calls
 
 
 def adds_special_tokens(ready: Ready, asked: bool | None) -> bool:

@@ -32,6 +32,7 @@ class ServerConfig:
     tls_certificate: Path | None = None       # PEM, with the chain; for those without a proxy that ends TLS
     tls_key: Path | None = None               # PEM
     max_body_bytes: int = 128 * 2**20         # 10M token ids as JSON are 70 MB, and a fair request
+    max_bodies_bytes: int = 2**30             # of bodies coming in and text not tokenized yet: eight of the largest
     max_head_bytes: int = 64 * 2**10          # request line and headers; nginx takes 32 KiB, uvicorn any amount
     body_timeout_s: float = 60.0              # between two parts: a client that stops half-way must not stay for ever
     head_timeout_s: float = 20.0              # for a whole head; slow-loris clients send a byte now and then
@@ -91,6 +92,11 @@ class ServerConfig:
             )
         if self.tool_syntax not in TOOL_SYNTAXES:
             raise ConfigError(f"server.tool_syntax={self.tool_syntax} is not one of {', '.join(TOOL_SYNTAXES)}")
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"server.max_bodies_bytes={self.max_bodies_bytes} must hold at least one body of "
+                f"server.max_body_bytes={self.max_body_bytes}"
+            )
         self._check_numbers()
 
     def _check_numbers(self) -> None:

@@ -89,6 +89,7 @@ def install(app: Starlette) -> None:
     """Make every error that leaves a route, or that no route caused, take OpenAI's shape."""
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(RecursionError, _answer_too_deep)
     app.add_exception_handler(Exception, _answer_our_bug)
 
 
@@ -109,6 +110,13 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         headers=dict(error.headers or {}),
     )
     return answer.as_response()
+
+
+async def _answer_too_deep(request: Request, error: Exception) -> Response:
+    # Nothing here is deep but what clients send: a schema that could just be decoded is gone through once more with
+    # less of the stack left.
+    log.warning("body_too_deep", extra={"fields": {"path": request.url.path}})
+    return bad_request("the body is nested too deeply", code="invalid_json").as_response()
 
 
 async def _answer_our_bug(request: Request, error: Exception) -> Response:

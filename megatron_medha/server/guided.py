@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from megatron_medha.engine.guidance import GrammarCompiler, GrammarError
+from megatron_medha.engine.grammar_process import GuideKind, Trial, Vocabulary
+from megatron_medha.engine.guidance import GrammarError
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
+from megatron_medha.server.grammar_trials import GrammarTrials, TooMuch, TrialsBusy
 from megatron_medha.server.openai_types import ResponseFormat, SharedFields, StructuredOutputs
 
 if TYPE_CHECKING:
     from megatron_medha.server.service import Ready
 
-# As json.dumps writes it. Were whitespace free, a weak model could go on with blanks until its tokens run out.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_NUM_KNOWN = 256      # grammars known to compile
-_QUEUE_S = 10.0       # for the grammars of others; each takes server.grammar_timeout_s, hostile ones a few times that
+_NUM_KNOWN = 256     # guides whose fate is known
+_REFUSED_S = 60.0    # how long one that took too long is refused at once: clients that send it again get it again
 _MAX_ERROR_CHARS = 500
-
-
-class GuideKind(Enum):
-    """How a guide is written."""
-
-    JSON_SCHEMA = "json_schema"
-    REGEX = "regex"
-    CHOICE = "choice"    # Lark, written here
-    GRAMMAR = "grammar"  # Lark, or GBNF as llama.cpp has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,89 +60,73 @@ def check_guidable(fields: SharedFields, ready: Ready, param: str) -> None:
         raise bad_request(f"{param}: this model has no end token, with which to end an answer that is complete", param)
 
 
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What is known of a guide."""
+
+    grammar: str | None
+    why: str = ""              # there is none
+    code: str = ""
+    until_s: float = math.inf  # of the loop's clock; after that it is tried again
+
+
 class Grammars:
-    """Turns guides into grammars. Compiling one is work for a thread, and bounded in time."""
+    """Turns guides into grammars. What came of a guide is remembered, and asked once for all who want it at a time."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-        self._compiler: GrammarCompiler | None = None
-        self._known: OrderedDict[Guide, str] = OrderedDict()
+        self._trials: GrammarTrials | None = None
+        self._known: OrderedDict[Guide, _Verdict] = OrderedDict()
+        self._under_way: dict[Guide, asyncio.Task[_Verdict]] = {}
 
     async def grammar_of(self, guide: Guide, ready: Ready, config: ServerConfig) -> str:
         """For Sampling.grammar; ApiError 400 with the library's message where it cannot be compiled in time."""
-        if (known := self._known.get(guide)) is not None:
-            self._known.move_to_end(guide)
-            return known
         _check_size(guide, config)
-        loop = asyncio.get_running_loop()
-        has_begun: asyncio.Future[None] = loop.create_future()
-
-        def work() -> str:
+        verdict = self._known.get(guide)
+        if verdict is None or verdict.until_s < asyncio.get_running_loop().time():
+            task = self._under_way.get(guide)
+            if task is None:
+                task = self._under_way[guide] = asyncio.create_task(self._find_out(guide, ready, config))
+                task.add_done_callback(lambda done: self._found_out(guide, done))
             try:
-                compiler = self._compiler_for(ready)
-            finally:
-                loop.call_soon_threadsafe(lambda: has_begun.done() or has_begun.set_result(None))
-            grammar = _written_out(guide)
-            compiler.matcher(grammar)
-            return grammar
+                verdict = await asyncio.shield(task)
+            except TrialsBusy as error:
+                raise ApiError(503, str(error), code="grammars_waiting",
+                               headers={"retry-after": str(config.retry_after_s)}) from None  # fmt: skip
+        else:
+            self._known.move_to_end(guide)
+        if verdict.grammar is None:
+            raise bad_request(f"{guide.param}: {verdict.why}", guide.param, verdict.code)
+        return verdict.grammar
 
-        done = loop.run_in_executor(self._thread, work)
+    async def close(self) -> None:
+        """No more will be asked for."""
+        if self._trials is not None:
+            await self._trials.close()
+            await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+
+    async def _find_out(self, guide: Guide, ready: Ready, config: ServerConfig) -> _Verdict:
+        if self._trials is None:
+            facts, tokenizer = ready.facts, ready.tokenizer
+            self._trials = GrammarTrials(
+                lambda: Vocabulary(tokenizer.as_json(), facts.shape.vocab_size, facts.stop_token_ids)
+            )
         try:
-            async with asyncio.timeout(_QUEUE_S):
-                await has_begun
-        except TimeoutError:
-            done.cancel()
-            raise ApiError(503, "too many grammars are being compiled", code="grammars_waiting",
-                           headers={"retry-after": str(config.retry_after_s)}) from None  # fmt: skip
-        try:
-            async with asyncio.timeout(config.grammar_timeout_s):
-                grammar = await asyncio.shield(done)
-        except TimeoutError:
-            done.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody asks any more
-            raise bad_request(
-                f"{guide.param}: not compiled within {config.grammar_timeout_s:g} s; make it smaller or simpler",
-                guide.param, "grammar_too_complex",
-            ) from None  # fmt: skip
+            grammar = await self._trials.compile(Trial(guide.kind, guide.text), config.grammar_timeout_s)
+        except TooMuch as error:
+            until_s = asyncio.get_running_loop().time() + _REFUSED_S
+            return _Verdict(None, f"{error}; make it smaller or simpler", "grammar_too_complex", until_s)
         except GrammarError as error:
-            why = str(error)[:_MAX_ERROR_CHARS]
-            raise bad_request(f"{guide.param}: {why}", guide.param, "invalid_grammar") from None
-        self._known[guide] = grammar
+            return _Verdict(None, str(error)[:_MAX_ERROR_CHARS], "invalid_grammar")
+        return _Verdict(grammar)
+
+    def _found_out(self, guide: Guide, task: asyncio.Task[_Verdict]) -> None:
+        del self._under_way[guide]
+        if task.cancelled() or task.exception() is not None:
+            return
+        self._known[guide] = task.result()
+        self._known.move_to_end(guide)
         if len(self._known) > _NUM_KNOWN:
             self._known.popitem(last=False)
-        return grammar
-
-    def close(self) -> None:
-        """No more will be asked for."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _compiler_for(self, ready: Ready) -> GrammarCompiler:
-        if self._compiler is None:
-            facts = ready.facts
-            self._compiler = GrammarCompiler(ready.tokenizer.as_json(), facts.shape.vocab_size, facts.stop_token_ids)
-        return self._compiler
-
-
-def _written_out(guide: Guide) -> str:
-    from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    match guide.kind:
-        case GuideKind.JSON_SCHEMA:
-            try:
-                grammar: str = LLMatcher.grammar_from_json_schema(guide.text, _JSON_STYLE)
-            except ValueError as error:
-                raise GrammarError(str(error)) from None
-        case GuideKind.CHOICE:
-            grammar = LLMatcher.grammar_from_lark(guide.text)
-        case GuideKind.REGEX:
-            grammar = LLMatcher.grammar_from_regex(guide.text)
-        case GuideKind.GRAMMAR:
-            try:
-                lark = any_to_lark(guide.text)
-            except Exception as error:  # a parser in Python, with errors of every kind
-                raise GrammarError(f"neither Lark nor GBNF: {error}") from None
-            grammar = LLMatcher.grammar_from_lark(lark)
-    return grammar
 
 
 def _of_format(given: ResponseFormat | None) -> Iterator[Guide]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class StoryAnswer(msgspec.Struct, frozen=True):
     """All that is remembered of one request."""
 
     request_id: str
+    replica: int
     slo_class: str
     priority: int
     num_prompt_tokens: int
@@ -140,7 +142,8 @@ def add_routes(app: Api, service: Service) -> None:
 
 
 def tell(story: Story, steps: Sequence[Step], now_s: float) -> StoryAnswer:
-    """The story with its waits explained by the steps that went on meanwhile."""
+    """The story with its waits explained by the steps that went on meanwhile, on its own replica."""
+    steps = [step for step in steps if step.replica == story.replica]
     request, begin_s = story.request, story.request.arrival_s
     timeline: list[Wait | Ran] = []
     slack = [(0.0, story.deadline_s - begin_s - story.total_work_s)]
@@ -173,6 +176,7 @@ def tell(story: Story, steps: Sequence[Step], now_s: float) -> StoryAnswer:
         slack.append((story.first_token_s - begin_s, story.deadline_s - story.first_token_s))
     return StoryAnswer(
         request_id=request.request_id,
+        replica=story.replica,
         slo_class=request.slo_class,
         priority=request.priority,
         num_prompt_tokens=request.num_prompt_tokens,
@@ -202,13 +206,12 @@ def _wait(
     slack_from_s: float,
     slack_until_s: float,
 ) -> Wait | None:
-    """What went on between two runs; None if no step did."""
+    """What went on between two runs; None if no step did. steps: of one replica, in order."""
     own_id, begin_s = story.request.request_id, story.request.arrival_s
-    between = [
-        step
-        for step in steps
-        if from_s < step.at_s < until_s and all(part.request_id != own_id for part in step.parts)
-    ]
+    # A long story has hundreds of waits among thousands of steps.
+    first = bisect_right(steps, from_s, key=lambda step: step.at_s)
+    last = bisect_left(steps, until_s, lo=first, key=lambda step: step.at_s)
+    between = [step for step in steps[first:last] if all(part.request_id != own_id for part in step.parts)]
     if not between:
         return None
     num_tokens: dict[str, int] = {}
@@ -217,7 +220,7 @@ def _wait(
         for part in step.parts:
             num_tokens[part.request_id] = num_tokens.get(part.request_id, 0) + part.num_tokens
             slacks.setdefault(part.request_id, part.relative_slack)
-    first = sorted(num_tokens, key=lambda one: -num_tokens[one])[:MAX_GOING_FIRST]
+    most = sorted(num_tokens, key=lambda one: -num_tokens[one])[:MAX_GOING_FIRST]
     num_without_memory = sum(step.num_free_blocks < story.num_blocks_needed for step in between)
     if not is_held and 2 * num_without_memory > len(between):
         why = "not enough free KV memory"
@@ -231,7 +234,7 @@ def _wait(
         why=why,
         num_steps=len(between),
         went_first=[
-            {"request_id": one, "num_tokens": num_tokens[one], "relative_slack": slacks[one]} for one in first
+            {"request_id": one, "num_tokens": num_tokens[one], "relative_slack": slacks[one]} for one in most
         ],
         slack_from_s=slack_from_s,
         slack_until_s=slack_until_s,
@@ -263,6 +266,7 @@ def _latest_steps(service: Service, count: int) -> list[Step]:
 def _step(step: Step) -> dict[str, Any]:
     return {
         "batch_id": step.batch_id,
+        "replica": step.replica,
         "at_s": step.at_s,
         "num_decodes": step.num_decodes,
         "num_tokens": step.num_tokens,

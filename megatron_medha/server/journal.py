@@ -29,7 +29,7 @@ from megatron_medha.core.batch import (
 from megatron_medha.core.request import Request, Sequence
 from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.server.forecast import Forecast, WorkAhead
-from megatron_medha.server.live_view import LiveView, look_at
+from megatron_medha.server.live_view import LiveView, joined, look_at
 from megatron_medha.server.metrics import Metrics
 
 MAX_STORIES = 2048   # requests remembered; the oldest goes first
@@ -109,6 +109,7 @@ class Step:
     budget_s: float
     num_free_blocks: int
     num_owners: int
+    replica: int
     has_left_first_stage: bool = False
     duration_s: float | None = None
 
@@ -136,7 +137,7 @@ class Journal:
         self.stories: OrderedDict[str, Story] = OrderedDict()
         self.steps: deque[Step] = deque(maxlen=MAX_STEPS)
         self.watched_until_s = 0.0
-        self.live_view: LiveView | None = None
+        self.live_views: dict[int, LiveView] = {}  # by replica
         self._num_watches = 0
 
     def watch(self, scheduler: Scheduler) -> Watch:
@@ -182,9 +183,9 @@ class Journal:
         return Progress(share, before.work_s + own_s, before.num_prompts)
 
     def look(self, now_s: float) -> LiveView | None:
-        """The latest look at the queue; asking keeps further ones coming for a while."""
+        """The latest look at the queue of all replicas; asking keeps further ones coming for a while."""
         self.watched_until_s = now_s + WATCHED_S
-        return self.live_view
+        return joined([view for _, view in sorted(self.live_views.copy().items())])
 
 
 class Watch:
@@ -202,7 +203,7 @@ class Watch:
         self._was_idle = True
         self._last_s = 0.0
         journal.forecast.update(WorkAhead.of(scheduler), replica)
-        journal.live_view = look_at(scheduler, (), 0.0)
+        journal.live_views[replica] = look_at(scheduler, (), 0.0, replica)
 
     def handled(self, event: Event, outputs: Items[Output], now_s: float) -> None:
         """See Observer."""
@@ -263,7 +264,7 @@ class Watch:
             memory = self._scheduler.memory
             step = Step(
                 batch.batch_id, now_s, tuple(reversed(parts)), len(batch.chunks) - len(parts), batch.num_tokens,
-                batch.predicted_s, batch.budget_s, memory.num_free_blocks, memory.num_owners,
+                batch.predicted_s, batch.budget_s, memory.num_free_blocks, memory.num_owners, self._replica,
             )  # fmt: skip
             self._journal.steps.append(step)
             self._in_flight[batch.batch_id] = step
@@ -367,8 +368,10 @@ class Watch:
     def _look(self, now_s: float) -> None:
         began_s = time.perf_counter()
         self._journal.forecast.update(WorkAhead.of(self._scheduler), self._replica)
-        if now_s < self._journal.watched_until_s:
-            self._journal.live_view = look_at(self._scheduler, tuple(self._in_flight.values()), now_s)
+        # An empty one is always taken: while others are watched, nothing more comes from a replica without work.
+        if now_s < self._journal.watched_until_s or not self._scheduler.num_sequences:
+            in_flight = tuple(self._in_flight.values())
+            self._journal.live_views[self._replica] = look_at(self._scheduler, in_flight, now_s, self._replica)
         cost_s = time.perf_counter() - began_s
         self._next_look_s = now_s + max(LOOK_INTERVAL_S, LOOK_COST_SHARE * cost_s)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from heapq import nsmallest
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,6 +38,7 @@ class Queued(msgspec.Struct, frozen=True):
     total_work_s: float
     kvp_ranks: tuple[int, ...]
     num_preemptions: int
+    replica: int
 
 
 class Decoding(msgspec.Struct, frozen=True):
@@ -46,6 +49,7 @@ class Decoding(msgspec.Struct, frozen=True):
     num_output_tokens: int
     max_output_tokens: int
     kvp_ranks: tuple[int, ...]
+    replica: int
 
 
 class FlyingPart(msgspec.Struct, frozen=True):
@@ -69,26 +73,53 @@ class Flying(msgspec.Struct, frozen=True):
     num_tokens: int
     num_decodes: int
     parts: tuple[FlyingPart, ...]
+    replica: int
 
 
 class LiveView(msgspec.Struct, frozen=True):
-    """All of it."""
+    """All of it, of one replica or of several."""
 
     at_s: float
     policy: str
+    num_replicas: int
     num_stages: int
     num_kvp_ranks: int
     num_waiting: int
     num_prefilling: int
     num_decoding: int
-    num_blocks: int
-    num_free_blocks: tuple[int, ...]  # by KVP rank
+    num_blocks: int                   # of each KVP rank
+    num_free_blocks: tuple[int, ...]  # by KVP rank, replica after replica
     queue: tuple[Queued, ...]
     decoding: tuple[Decoding, ...]
     in_flight: tuple[Flying, ...]
 
 
-def look_at(scheduler: Scheduler, steps: tuple[Step, ...], now_s: float) -> LiveView:
+def joined(views: Items[LiveView]) -> LiveView | None:
+    """What several replicas look like together, as of the latest look; None where there is none."""
+    if len(views) < 2:
+        return views[0] if views else None
+    first = views[0]
+    queue = (queued for view in views for queued in view.queue)
+    return LiveView(
+        at_s=max(view.at_s for view in views),
+        policy=first.policy,
+        num_replicas=len(views),
+        num_stages=first.num_stages,
+        num_kvp_ranks=first.num_kvp_ranks,
+        num_waiting=sum(view.num_waiting for view in views),
+        num_prefilling=sum(view.num_prefilling for view in views),
+        num_decoding=sum(view.num_decoding for view in views),
+        num_blocks=first.num_blocks,
+        num_free_blocks=tuple(count for view in views for count in view.num_free_blocks),
+        queue=tuple(
+            nsmallest(MAX_QUEUED, queue, key=lambda one: (one.priority, one.relative_slack, one.request_id))
+        ),
+        decoding=tuple(islice((one for view in views for one in view.decoding), MAX_DECODING)),
+        in_flight=tuple(flying for view in views for flying in view.in_flight),
+    )
+
+
+def look_at(scheduler: Scheduler, steps: tuple[Step, ...], now_s: float, replica: int) -> LiveView:
     """O(live sequences), with a list of the most urgent ones."""
     counts = dict.fromkeys(Status, 0)
     prefills: list[Sequence] = []
@@ -106,6 +137,7 @@ def look_at(scheduler: Scheduler, steps: tuple[Step, ...], now_s: float) -> Live
     return LiveView(
         at_s=now_s,
         policy=scheduler.config.policy,
+        num_replicas=1,
         num_stages=scheduler.spp,
         num_kvp_ranks=memory.kvp,
         num_waiting=counts[Status.WAITING],
@@ -113,11 +145,11 @@ def look_at(scheduler: Scheduler, steps: tuple[Step, ...], now_s: float) -> Live
         num_decoding=counts[Status.DECODING],
         num_blocks=memory.num_blocks,
         num_free_blocks=tuple(pool.num_free_blocks for pool in memory.pools),
-        queue=tuple(_queued(scheduler, seq, now_s) for seq in most_urgent),
+        queue=tuple(_queued(scheduler, seq, now_s, replica) for seq in most_urgent),
         decoding=tuple(
             Decoding(
                 seq.request_id, seq.request.num_prompt_tokens, seq.num_output_tokens, seq.request.max_output_tokens,
-                seq.block_table.kvp_ranks,
+                seq.block_table.kvp_ranks, replica,
             )
             for seq in decoding
         ),  # fmt: skip
@@ -125,7 +157,7 @@ def look_at(scheduler: Scheduler, steps: tuple[Step, ...], now_s: float) -> Live
     )
 
 
-def _queued(scheduler: Scheduler, seq: Sequence, now_s: float) -> Queued:
+def _queued(scheduler: Scheduler, seq: Sequence, now_s: float, replica: int) -> Queued:
     request = seq.request
     return Queued(
         request_id=seq.request_id,
@@ -143,6 +175,7 @@ def _queued(scheduler: Scheduler, seq: Sequence, now_s: float) -> Queued:
         total_work_s=seq.total_work_s,
         kvp_ranks=seq.block_table.kvp_ranks,
         num_preemptions=seq.num_preemptions,
+        replica=replica,
     )
 
 
@@ -170,4 +203,5 @@ def _flying(step: Step, now_s: float) -> Flying:
             FlyingPart(part.request_id, part.start, part.num_tokens, part.relative_slack, part.kvp_ranks)
             for part in step.parts
         ),
+        replica=step.replica,
     )

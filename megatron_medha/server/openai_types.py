@@ -85,6 +85,14 @@ class SharedFields(Struct, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    # Options of others that change an answer and that there is nothing for here: refused unless they ask for nothing.
+    use_beam_search: Any = None
+    length_penalty: Any = None
+    bad_words: Any = None
+    allowed_token_ids: Any = None
+    logits_processors: Any = None
+    prompt_logprobs: Any = None
+    truncate_prompt_tokens: Any = None
 
 
 class CompletionRequest(SharedFields, kw_only=True):
@@ -175,6 +183,10 @@ class ChatRequest(SharedFields, kw_only=True):
     parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
+    documents: list[dict[str, Any]] | None = None  # for the template
+    reasoning_effort: str | None = None            # likewise
+    echo: Any = None        # refused unless they ask for nothing, as the fields above
+    modalities: Any = None
 
 
 class TokenizeRequest(Struct, kw_only=True):
@@ -189,6 +201,8 @@ class TokenizeRequest(Struct, kw_only=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     return_token_strs: bool | None = None
 
 

@@ -7,6 +7,7 @@ import math
 import secrets
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.openai_types import SharedFields
-from megatron_medha.server.service import Ready
+from megatron_medha.server.service import SMALL_BODY_BYTES, Ready, Service
 from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 
 T = TypeVar("T")
@@ -28,6 +29,17 @@ MAX_PRIORITY = 2**31 - 1
 MAX_SLO_MS = 1e9
 YES = frozenset({"1", "true", "yes", "on"})
 NO = frozenset({"0", "false", "no", "off"})
+
+# Options that change an answer elsewhere and do nothing here, what they may be all the same, and the way out.
+_REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("use_beam_search", (None, False), "not supported; best_of chooses among samples"),
+    ("length_penalty", (None, 1), "of beam search, which is not supported"),
+    ("bad_words", (None, []), "not supported; logit_bias forbids single tokens"),
+    ("allowed_token_ids", (None,), "not supported; structured_outputs says what an answer may be"),
+    ("logits_processors", (None, []), "not supported"),
+    ("prompt_logprobs", (None,), "not supported; echo with logprobs of /v1/completions has them"),
+    ("truncate_prompt_tokens", (None,), "not supported: prompts are never cut here"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +52,12 @@ class Wishes:
     has_progress: bool | None = None  # comments while the prompt is computed; None: as the server is configured
 
 
-async def read_body(request: Request, config: ServerConfig) -> bytes:
-    """The whole body; ApiError 413 if it is too large, 408 if it does not come."""
+async def read_body(request: Request, service: Service) -> bytes:
+    """The whole body; ApiError 413 if it is too large, 408 if it does not come, 503 if others' leave no room for it."""
+    config = service.config
     parts: list[bytes] = []
     num_bytes = 0
+    num_held = 0  # of those, counted against the room that all share
     is_too_large = False
     try:
         loop = asyncio.get_running_loop()
@@ -56,6 +70,9 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
                 is_too_large = is_too_large or num_bytes > config.max_body_bytes
                 if not is_too_large:
                     parts.append(part)
+                    if num_bytes > SMALL_BODY_BYTES:
+                        service.hold_text(num_bytes - num_held)
+                        num_held = num_bytes
                 elif num_bytes > 2 * config.max_body_bytes:
                     break
     except TimeoutError:
@@ -64,6 +81,8 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
         ) from None
     except ClientDisconnect:
         raise ApiError(400, "the client closed the connection before its body was complete") from None
+    finally:
+        service.release_text(num_held)
     if is_too_large:
         raise ApiError(
             413,
@@ -218,6 +237,14 @@ def check_common(fields: SharedFields) -> None:
     """ApiError 400 for what contradicts itself and we would not pass over in silence."""
     if fields.stream_options is not None and not fields.stream:
         raise bad_request("stream_options: only together with stream=true", "stream_options")
+    refuse_all(fields, _REFUSED)
+
+
+def refuse_all(fields: object, refused: Sequence[tuple[str, tuple[object, ...], str]]) -> None:
+    """ApiError 400 at the first of these fields that asks for something; by name, what it may be, and the way out."""
+    for name, allowed, way_out in refused:
+        if getattr(fields, name) not in allowed:
+            raise bad_request(f"{name}: {way_out}", name, "unsupported_parameter")
 
 
 def _stop_ids(fields: SharedFields, vocab_size: int, config: ServerConfig) -> tuple[int, ...]:

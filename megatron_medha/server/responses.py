@@ -24,7 +24,7 @@ from megatron_medha.server.openai_types import (
     ToolChoice,
     Usage,
 )
-from megatron_medha.server.request_fields import Wishes
+from megatron_medha.server.request_fields import Wishes, refuse_all
 from megatron_medha.server.responses_types import (
     IncompleteDetails,
     InputItem,
@@ -48,7 +48,7 @@ from megatron_medha.server.wire_format import encode_json
 DECODER = msgspec.json.Decoder(ResponsesRequest)
 
 # What we cannot do, what it may be all the same, and the way out.
-_REFUSED = (
+_REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("previous_response_id", (None,), "answers are not stored here; send the earlier messages and answers in input"),
     ("conversation", (None,), "conversations are not stored here; send the earlier messages and answers in input"),
     ("store", (None, False), "answers are not stored here; send store=false or leave it away"),
@@ -71,9 +71,7 @@ async def plan_response(
     service: Service, ready: Ready, body: ResponsesRequest, wishes: Wishes, arrival_s: float
 ) -> GenerationSpec:
     """As plan_chat, of the chat that this is; ApiError 4xx says what is wrong."""
-    for name, allowed, way_out in _REFUSED:
-        if getattr(body, name) not in allowed:
-            raise bad_request(f"{name}: {way_out}", name, "unsupported_parameter")
+    refuse_all(body, _REFUSED)
     try:
         # Ranges are those of chats, and checked as those are.
         chat = msgspec.convert(msgspec.to_builtins(_as_chat(body)), ChatRequest)

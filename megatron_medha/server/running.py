@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import ssl
@@ -51,6 +52,9 @@ class Server(uvicorn.Server):
         # The loop may not have got round to ending yet when the second one comes.
         is_second = self._is_ending or bool(self._captured_signals)
         self._captured_signals.append(sig)
+        if is_second:
+            # Every answer that is cut off now would be told of with a traceback.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         if is_second or self._loop is None:
             self.force_exit = self.should_exit = True
         else:

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 
 # Text up to this long is encoded on the event loop: about a millisecond, less than what others wait anyway.
 MAX_INLINE_CHARS = 2_000
+# Longer text is work of 0.1 s and more, up to a minute: it waits for its like only.
+LONG_TEXT_CHARS = 400_000
+# Not counted where large bodies are: those always get in, and all connections together are 1 GiB of them.
+SMALL_BODY_BYTES = 64 * 2**10
 # What answers that were cut off by a drain get to say so; those that cannot in that time have no reader.
 _TELLING_S = 1.0
 
@@ -71,6 +75,7 @@ class Service:
         self.journal = journal
         self.streams = Streams(engine.now_s)
         self.admission = Admission(engine.now_s, journal.forecast)
+        self.num_held_bytes = 0  # of large bodies on their way in, and of text that waits for a thread
         self.is_draining = False
         self.end_server: Callable[[], None] = lambda: None  # set by whoever runs the server
         self.traces = traces
@@ -81,6 +86,7 @@ class Service:
         self.started_unix_s = int(time.time())
         self._tokenizer = tokenizer
         self._text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
+        self._long_text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="long-text")
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -95,8 +101,9 @@ class Service:
             self._watch.cancel()
         await asyncio.to_thread(self.engine.stop, self.config.stop_timeout_s)
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
-        self._text_threads.shutdown(wait=False, cancel_futures=True)
-        self.grammars.close()
+        for threads in (self._text_threads, self._long_text_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
+        await self.grammars.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
 
@@ -221,10 +228,32 @@ class Service:
         return asked
 
     async def work_on_text(self, num_chars: int, work: Callable[[], T]) -> T:
-        """Run tokenizer or template work: here if the text is short, else on a thread."""
+        """Run tokenizer or template work: here if the text is short, else on a thread, long text on others."""
         if num_chars <= MAX_INLINE_CHARS:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._text_threads, work)
+        threads = self._text_threads if num_chars <= LONG_TEXT_CHARS else self._long_text_threads
+        num_held = num_chars if num_chars > SMALL_BODY_BYTES else 0
+        self.hold_text(num_held)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
+        finally:
+            self.release_text(num_held)
+
+    def hold_text(self, num_bytes: int) -> None:
+        """Count bytes that a request keeps in memory before it is admitted; ApiError 503 if there is no room."""
+        if self.num_held_bytes + num_bytes > self.config.max_bodies_bytes:
+            raise ApiError(
+                503,
+                f"requests that are not admitted yet hold {self.num_held_bytes} bytes, {num_bytes} more are too many "
+                f"(server.max_bodies_bytes={self.config.max_bodies_bytes})",
+                code="bodies_waiting",
+                headers={**retry_after(self.config.retry_after_s), "connection": "close"},
+            )
+        self.num_held_bytes += num_bytes
+
+    def release_text(self, num_bytes: int) -> None:
+        """They are gone, or the request is admitted and counted there."""
+        self.num_held_bytes -= num_bytes
 
     async def _watch_engine(self) -> None:
         # The engine tells each request how it ended. Should it die without a word, nobody waits for ever.

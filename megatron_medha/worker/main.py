@@ -29,9 +29,9 @@ from megatron_medha.cluster.messages import (
     Ready,
     StepDone,
 )
-from megatron_medha.cluster.parentage import die_with_parent
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import MedhaError
+from megatron_medha.engine.parentage import die_with_parent
 from megatron_medha.worker.cpu_share import bound_kernel_cache, let_idle_threads_sleep, num_threads_of_rank
 from megatron_medha.worker.front_inbox import FrontInbox, SocketInbox
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
+import time
+from collections.abc import Callable
 
 import httpx
 import pytest
 from fake_engine import FakeEngine
 from running_server import Running, StartServer
 
+from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
+
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+RESPONSES = "/v1/responses"
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -22,8 +28,8 @@ def chat(**fields: object) -> dict:
     return {"messages": HI, **fields}
 
 
-def tool(name: str = "f") -> dict:
-    return {"type": "function", "function": {"name": name}}
+def tool(name: str = "f", **fields: object) -> dict:
+    return {"type": "function", "function": {"name": name, **fields}}
 
 
 def called(arguments: str) -> dict:
@@ -184,6 +190,15 @@ BAD_BODIES = [
     (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),
     (CHAT, {"messages": [*HI, called("{")]}, 400, "messages[1].tool_calls[0].function.arguments"),
     (CHAT, {"messages": [*HI, called("[1]")]}, 400, "messages[1].tool_calls[0].function.arguments"),
+    (CHAT, {"messages": [{"role": "user", "content": ""}] * 1001}, 400, "messages"),
+    (CHAT, chat(echo=True), 400, "echo"),
+    (CHAT, chat(modalities=["text", "audio"]), 400, "modalities"),
+    (CHAT, chat(use_beam_search=True), 400, "use_beam_search"),
+    (COMPLETIONS, prompt(length_penalty=0.5), 400, "length_penalty"),
+    (COMPLETIONS, prompt(bad_words=["x"]), 400, "bad_words"),
+    (COMPLETIONS, prompt(allowed_token_ids=[5]), 400, "allowed_token_ids"),
+    (COMPLETIONS, prompt(prompt_logprobs=2), 400, "prompt_logprobs"),
+    (COMPLETIONS, prompt(truncate_prompt_tokens=10), 400, "truncate_prompt_tokens"),
     (CHAT, chat(chat_template="{{ 1 }}"), 400, "chat_template"),
     (CHAT, chat(chat_template_kwargs=[1]), 400, "chat_template_kwargs"),
     (CHAT, chat(continue_final_message=True, add_generation_prompt=True), 400, "continue_final_message"),
@@ -240,6 +255,32 @@ def test_unknown_paths_and_wrong_methods_have_the_same_shape(server: Running) ->
     assert_openai_error(server.client.delete("/health"), 405, None)
 
 
+@pytest.mark.parametrize(
+    ("path", "body_of"),
+    [
+        (COMPLETIONS, lambda inner: prompt(guided_json=inner)),
+        (CHAT, lambda inner: chat(response_format={"type": "json_schema", "json_schema": {"schema": inner}})),
+        (CHAT, lambda inner: chat(tools=[tool(parameters=inner)], tool_choice="required")),
+        (CHAT, lambda inner: chat(chat_template_kwargs=inner)),
+        (RESPONSES, lambda inner: {"input": "a", "tools": [{"type": "function", "name": "f", "parameters": inner}]}),
+        (RESPONSES, lambda inner: {"input": "a", "text": {"format": {"type": "json_schema", "schema": inner}}}),
+    ],
+)
+def test_json_of_no_depth_breaks_the_server(
+    start_server: StartServer, tokenizer: Tokenizer, path: str, body_of: Callable[[object], dict]
+) -> None:
+    source = "{{ tools | tojson }}{{ messages[0].content }}"
+    server = start_server(FakeEngine(max_request_tokens=10**6), Tokenizer(tokenizer._backend, TokenizerConfig(
+        chat_template=source)))  # fmt: skip
+    limit = sys.getrecursionlimit()
+    for depth in (*range(20, limit - 220, 37), *range(limit - 220, limit, 4)):
+        # json's own encoder would not go so deep.
+        inner = '{"properties":' * depth + "{}" + "}" * depth
+        body = json.dumps({**body_of("INNER"), "max_tokens": 1, "max_output_tokens": 1})
+        answer = server.client.post(path, content=body.replace('"INNER"', inner).encode())
+        assert answer.status_code in (200, 400), (depth, answer.text)
+
+
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_a_body_that_is_too_large_is_refused(start_server: StartServer, is_chunked: bool) -> None:
     server = start_server(max_body_bytes=1000)
@@ -247,6 +288,22 @@ def test_a_body_that_is_too_large_is_refused(start_server: StartServer, is_chunk
     response = server.client.post(COMPLETIONS, content=iter([body]) if is_chunked else body)
     assert_openai_error(response, 413, None)
     assert server.post(COMPLETIONS, {"prompt": "a"}).status_code == 200
+
+
+def test_bodies_that_crawl_cannot_fill_memory(start_server: StartServer) -> None:
+    server = start_server(max_body_bytes=300_000, max_bodies_bytes=300_000)
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: 250000\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as crawling:
+        crawling.sendall(head + b" " * 200_000)
+        while server.service.num_held_bytes < 200_000:
+            time.sleep(0.001)  # it is on its way
+        refused = server.client.post(COMPLETIONS, content=json.dumps({"prompt": "a" * 150_000}).encode())
+        assert_openai_error(refused, 503, None)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert server.post(COMPLETIONS, {"prompt": "a"}).status_code == 200
+        crawling.sendall(b" " * 50_000)
+        assert crawling.recv(1000).startswith(b"HTTP/1.1 400")
+    assert server.service.num_held_bytes == 0
 
 
 def test_a_body_that_never_ends_is_given_up(start_server: StartServer) -> None:

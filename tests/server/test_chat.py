@@ -136,3 +136,19 @@ def test_a_stream_that_fails_half_way_tells_openais_client(start_server: StartSe
             if number == 2:
                 server.engine.fail("rank 0 died")
     server.assert_nothing_is_left()
+
+
+def test_what_a_template_may_want_to_know_reaches_it(start_server: StartServer, tokenizer: Tokenizer) -> None:
+    source = "{{ reasoning_effort }}|{{ documents[0].text }}|{{ style }}|{{ messages[0].content }}"
+    server = start_server(tokenizer=Tokenizer(tokenizer._backend, TokenizerConfig(chat_template=source)))
+    body = {
+        "messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "low", "documents": [{"text": "d"}],
+        "chat_template_kwargs": {"style": "s"}, "max_tokens": 1,
+        # Options that there is nothing for here, in the form that asks for nothing.
+        "use_beam_search": False, "length_penalty": 1.0, "bad_words": [], "echo": False, "modalities": ["text"],
+    }  # fmt: skip
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.status_code == 200, answer.text
+    assert bytes(server.engine.submitted[-1].prompt.tolist()).decode() == "low|d|s|hi"
+    counted = server.post("/tokenize", {name: body[name] for name in list(body)[:4]}).json()["count"]
+    assert counted == len("low|d|s|hi")

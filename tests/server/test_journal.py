@@ -29,12 +29,12 @@ PATH = "/v1/completions"
 class World:
     """A scheduler and its watch, driven by hand: each step takes a second."""
 
-    def __init__(self, *, num_blocks: int = 1000, **config: object) -> None:
+    def __init__(self, *, num_blocks: int = 1000, journal: Journal | None = None, **config: object) -> None:
         memory = KVMemory(num_blocks=num_blocks, block_size=16, max_context_len=4096, kvp=1, watermark=0.0)
         settings = {"max_batch_tokens": 64, "max_num_sequences": 8, "progress_share": 0.0, **config}
         self.scheduler = Scheduler(SchedulerConfig(**settings), RooflineCost(shape=SHAPE, hardware=FAST), memory)
-        self.metrics = Metrics()
-        self.journal = Journal(self.metrics)
+        self.journal = Journal(Metrics()) if journal is None else journal
+        self.metrics = self.journal.metrics
         self.watch = self.journal.watch(self.scheduler)
         self.now_s = 0.0
 
@@ -214,6 +214,30 @@ def test_progress_comments_come_only_to_those_who_ask(start_server: StartServer)
         shares = [float(match[1]) for line in lines if (match := re.match(r": prefill ([\d.]+)% eta_s=[\d.]+ ", line))]
         assert bool(shares) == is_told and shares == sorted(shares), lines
     assert server.post(PATH, {"prompt": "a"}, headers={"x-medha-progress": "maybe"}).status_code == 400
+
+
+def test_a_wait_is_explained_by_the_requests_own_replica_and_a_look_shows_all() -> None:
+    first = World(policy="fcfs")
+    second = World(policy="fcfs", journal=first.journal)
+    for replica, world in enumerate((first, second)):
+        world.arrive(f"long-{replica}", 640, priority=-1)
+        world.arrive(f"short-{replica}", 32)
+    first.journal.look(0.0)
+    for _ in range(3):
+        first.step()
+        second.step()
+    view = first.journal.look(first.now_s)
+    assert view is not None and (view.num_replicas, view.num_prefilling + view.num_waiting) == (2, 4)
+    assert [(one.request_id, one.replica) for one in view.queue if one.request_id.startswith("long")] == [
+        ("long-0", 0), ("long-1", 1),
+    ]  # fmt: skip
+    for replica, world in enumerate((first, second)):
+        waits = [entry for entry in world.told(f"short-{replica}") if isinstance(entry, Wait)]
+        assert {went["request_id"] for wait in waits for went in wait.went_first} == {f"long-{replica}"}
+    while second.step():
+        pass
+    left = first.journal.look(first.now_s)
+    assert left is not None and {one.replica for one in left.queue} == {0}
 
 
 def test_the_debug_routes_tell_the_story_of_an_answer(start_server: StartServer) -> None:

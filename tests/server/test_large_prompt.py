@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from array import array
 
 import pytest
@@ -12,6 +14,8 @@ from running_server import StartServer
 
 from megatron_medha.server.errors import ApiError
 from megatron_medha.server.large_prompt import MIN_BYTES, SLICE_BYTES, decode_completion
+from megatron_medha.server.service import LONG_TEXT_CHARS, MAX_INLINE_CHARS
+from megatron_medha.server.tokens import Tokenizer
 
 IDS = [place * 7919 % 100_000 for place in range(200_000)]
 
@@ -65,3 +69,37 @@ def test_large_prompts_go_through_the_server_and_wrong_ids_are_named(start_serve
     for wrong in (100_000, -1, 2**31, 10**30):
         refused = server.post("/v1/completions", {"prompt": [*IDS, wrong]})
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt"
+
+
+class _SlowTokenizer(Tokenizer):
+    """Takes its time with long text."""
+
+    may_go_on: threading.Event
+    has_begun: threading.Semaphore
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> array[int]:
+        if len(text) > LONG_TEXT_CHARS:
+            self.has_begun.release()
+            assert self.may_go_on.wait(20)
+        return super().encode(text, add_special_tokens=add_special_tokens)
+
+
+def test_long_texts_keep_only_each_other_waiting(start_server: StartServer, tokenizer: Tokenizer) -> None:
+    slow = _SlowTokenizer(tokenizer._backend, tokenizer.config)
+    slow.may_go_on, slow.has_begun = threading.Event(), threading.Semaphore(0)
+    room = 5 * LONG_TEXT_CHARS
+    server = start_server(FakeEngine(max_request_tokens=10**6), slow, max_body_bytes=room, max_bodies_bytes=room)
+    body = json.dumps({"prompt": "a" * (LONG_TEXT_CHARS + 1), "max_tokens": 1}).encode()
+    long = [server.connect("/v1/completions", body) for _ in range(4)]
+    while server.service.num_held_bytes < 4 * LONG_TEXT_CHARS:
+        time.sleep(0.001)  # all four have arrived
+    for _ in range(2):
+        assert slow.has_begun.acquire(timeout=10)
+    answer = server.post("/v1/completions", {"prompt": "b" * (MAX_INLINE_CHARS + 1), "max_tokens": 1})
+    assert answer.status_code == 200
+    too_many = server.post("/v1/completions", {"prompt": "c" * (LONG_TEXT_CHARS + 1)})
+    assert (too_many.status_code, too_many.json()["error"]["code"]) == (503, "bodies_waiting")
+    slow.may_go_on.set()
+    for connection in long:
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        connection.close()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -109,6 +112,39 @@ def test_a_grammar_that_takes_too_long_is_refused(start_server: StartServer) -> 
     error = server.post(COMPLETIONS, {"prompt": "a", "guided_grammar": grammar}).json()["error"]
     assert (error["code"], error["param"]) == ("grammar_too_complex", "guided_grammar")
     assert not server.engine.submitted
+
+
+def never_compiled(place: int) -> dict:
+    """A schema that keeps the library busy for hours, whatever its limits are."""
+    return {"allOf": [{"type": "string", "pattern": f".*{place}{other}.*"} for other in range(40)]}
+
+
+def test_grammars_that_never_end_hurt_nobody_else(start_server: StartServer) -> None:
+    server = start_server(grammar_timeout_s=0.5)
+    with ThreadPoolExecutor(8) as threads:
+        hostile = [{"prompt": "a", "guided_json": never_compiled(place)} for place in (1, 2, 3, 3, 3)]
+        refused = [threads.submit(server.post, COMPLETIONS, body) for body in hostile]
+        served = [threads.submit(server.post, COMPLETIONS, {"prompt": "a", "guided_regex": f"a{place}+"})
+                  for place in range(3)]  # fmt: skip
+    assert [one.result().status_code for one in served] == [200] * 3
+    errors = [one.result().json()["error"] for one in refused]
+    assert {(error["code"], error["param"]) for error in errors} == {("grammar_too_complex", "guided_json")}
+    trials = server.service.grammars._trials
+    assert trials is not None and not trials._places.locked()
+    # What is left has nothing to do: one that hung would not answer.
+    assert {one.pid for one in trials._all} == {one.pid for one in trials._idle}
+
+
+def test_a_grammar_process_that_was_killed_is_replaced(start_server: StartServer) -> None:
+    server = start_server()
+    assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"}).status_code == 200
+    trials = server.service.grammars._trials
+    assert trials is not None
+    killed = [one.pid for one in trials._all]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "b"}).status_code == 200
+    assert not {one.pid for one in trials._all} & set(killed)
 
 
 def test_without_an_end_token_nothing_can_be_guided(start_server: StartServer) -> None:

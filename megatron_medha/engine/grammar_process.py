@@ -1,0 +1,118 @@
+"""The program that compiles grammars in a process of its own, so that one that does not end can be ended.
+
+The library's limits do not hold everywhere: a schema of 1 KB that wants eighteen patterns at once (allOf) keeps it busy
+for hours without a look at its fuel. A thread that compiles it can neither be stopped nor left behind.
+
+Both sides speak JSON, a line each: first a Vocabulary, answered by a Tried, then a Trial and a Tried in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from megatron_medha.engine.guidance import GrammarCompiler, GrammarError
+from megatron_medha.engine.parentage import die_with_parent
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+COMMAND = ("-m", "megatron_medha.engine.grammar_process")
+
+# Beyond that an allocation fails and the process ends; a vocabulary of 150,000 takes 0.1 GiB, a grammar less.
+_MAX_MEMORY_BYTES = 4 * 2**30
+# As json.dumps writes it. Were whitespace free, a weak model could go on with blanks until its tokens run out.
+_JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class GuideKind(Enum):
+    """How a guide is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"    # Lark, written here
+    GRAMMAR = "grammar"  # Lark, or GBNF as llama.cpp has it
+
+
+class Vocabulary(msgspec.Struct, frozen=True):
+    """What grammars are compiled for; see GrammarCompiler."""
+
+    tokenizer_json: str
+    vocab_size: int
+    stop_token_ids: tuple[int, ...]
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """A guide, as a client wrote it."""
+
+    kind: GuideKind
+    text: str
+
+
+class Tried(msgspec.Struct, frozen=True):
+    """What came of it."""
+
+    grammar: str = ""         # for GrammarCompiler.matcher
+    error: str | None = None  # why there is none
+
+
+def main() -> None:
+    """Compile what comes in until nothing more does."""
+    die_with_parent(int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; whoever started this decides
+    resource.setrlimit(resource.RLIMIT_DATA, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    compiler: GrammarCompiler | None = None
+    for line in sys.stdin.buffer:
+        try:
+            if compiler is None:
+                given = msgspec.json.decode(line, type=Vocabulary)
+                compiler = GrammarCompiler(given.tokenizer_json, given.vocab_size, given.stop_token_ids)
+                tried = Tried()
+            else:
+                tried = Tried(_compiled(compiler, msgspec.json.decode(line, type=Trial)))
+        except GrammarError as error:
+            tried = Tried(error=str(error))
+        answers.write(msgspec.json.encode(tried) + b"\n")
+        answers.flush()
+
+
+def _compiled(compiler: GrammarCompiler, trial: Trial) -> str:
+    grammar = _written_out(trial)
+    compiler.compile(grammar)
+    return grammar
+
+
+def _written_out(trial: Trial) -> str:
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    match trial.kind:
+        case GuideKind.JSON_SCHEMA:
+            try:
+                grammar: str = LLMatcher.grammar_from_json_schema(trial.text, _JSON_STYLE)
+            except ValueError as error:
+                raise GrammarError(str(error)) from None
+        case GuideKind.CHOICE:
+            grammar = LLMatcher.grammar_from_lark(trial.text)
+        case GuideKind.REGEX:
+            grammar = LLMatcher.grammar_from_regex(trial.text)
+        case GuideKind.GRAMMAR:
+            try:
+                lark = any_to_lark(trial.text)
+            except Exception as error:  # a parser in Python, with errors of every kind
+                raise GrammarError(f"neither Lark nor GBNF: {error}") from None
+            grammar = LLMatcher.grammar_from_lark(lark)
+    return grammar
+
+
+if __name__ == "__main__":
+    main()
