@@ -55,6 +55,7 @@ class ModelOptions:
     kv_memory_share: float = 0.5
     kv_dtype: str = "auto"
     fp8: str = "none"
+    weight_dtype: str = "auto"
     cuda_graphs: bool = True
     max_context_len: int | None = None
     num_threads: int | None = None
@@ -72,10 +73,15 @@ class ModelOptions:
         _check_member("model.attention_backend", self.attention_backend, ("auto", "native", "aten", *_CUDA_BACKENDS))
         _check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
         _check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
+        _check_member("model.weight_dtype", self.weight_dtype, ("auto", "int8"))
         if self.device == "cpu" and self.attention_backend in _CUDA_BACKENDS:
             raise ConfigError(f"model.attention_backend={self.attention_backend}: needs model.device=cuda; use auto")
         if self.device == "cpu" and self.kv_dtype != "auto":
             raise ConfigError(f"model.kv_dtype={self.kv_dtype}: needs model.device=cuda; use auto")
+        if self.device == "cuda" and self.weight_dtype != "auto":
+            raise ConfigError(f"model.weight_dtype={self.weight_dtype}: needs model.device=cpu; there is model.fp8")
+        if self.fp8 != "none" and self.weight_dtype != "auto":
+            raise ConfigError(f"model.weight_dtype={self.weight_dtype}: not together with model.fp8={self.fp8}")
         _check_range("model.block_size", self.block_size, 1, _MAX_BLOCK_SIZE)
         _check_range("model.kv_memory_gib", self.kv_memory_gib, 1e-6, 1e6)
         _check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
@@ -282,6 +288,7 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
         kv_memory_share=model.kv_memory_share,
         kv_dtype=model.kv_dtype,
         fp8=model.fp8,
+        weight_dtype=model.weight_dtype,
         cuda_graphs=model.cuda_graphs,
         max_tokens_per_shard=parallel.max_tokens_per_shard,
         max_context_len=model.max_context_len,

@@ -78,6 +78,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: 
         ("log_level=loud", "use one of debug, info"),
         ("model.attention_backend=magic", "use one of auto, native, aten"),
         ("model.fp8=delayed", "use one of none, tensorwise, blockwise"),
+        ("model.weight_dtype=int4", "use one of auto, int8"),
     ],
 )
 def test_a_value_outside_a_closed_set_is_refused_with_the_set(refusal: Refusal, override: str, allowed: str) -> None:
@@ -172,6 +173,11 @@ def test_float16_is_refused_with_the_reason(refusal: Refusal) -> None:
 @pytest.mark.parametrize("override", ["model.attention_backend=triton", "model.kv_dtype=fp8_e4m3"])
 def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(refusal: Refusal, override: str) -> None:
     assert refusal("model.device=cpu", override) == f"{override}: needs model.device=cuda; use auto"
+
+
+@pytest.mark.parametrize("override", ["model.device=cuda", "model.fp8=tensorwise"])
+def test_int8_weights_are_refused_where_there_is_another_way(refusal: Refusal, override: str) -> None:
+    assert refusal(override, "model.weight_dtype=int8").startswith("model.weight_dtype=int8: ")
 
 
 def test_more_kv_memory_than_is_free_is_refused(refusal: Refusal) -> None:
