@@ -54,7 +54,7 @@ paper: $(VENV)/installed-dev
 # A stamp per kind of installation: nothing but its time is looked at when the server is started again.
 $(VENV)/installed: setup.py pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install "$(TORCH)"
-	$(BIN)/pip install -e .
+	$(BIN)/pip install -e '.[plots]'
 	@touch $@
 
 $(VENV)/installed-dev: setup.py pyproject.toml | $(VENV)/bin/pip

@@ -190,6 +190,8 @@ class Rank:
         started_s = time.monotonic()
         failed = list(work.failed)
         chunks, plan, held, ahead_s = work.chunks, work.plan, [], 0.0
+        # Also for decodes that were computed ahead: what they bring is for the tokens after them.
+        append_extents(chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
         if self._held is not None:
             chunks, held = self._held.split(chunks)
             ahead_s = self._held.duration_s if held else 0.0
@@ -231,8 +233,7 @@ class Rank:
     def _forward(
         self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan, hidden_T1C: Tensor | None
     ) -> _Forward:
-        """Run the model over chunks."""
-        append_extents(chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
+        """Run the model over chunks; their blocks are noted already."""
         host = host_step(chunks, plan=plan, shards=self._shards)
         logits_RV = None if self.graphs is None else self.graphs.run(host)
         if logits_RV is not None:

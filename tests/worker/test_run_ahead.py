@@ -27,6 +27,7 @@ class Walk:
         self.prompts: dict[str, list[int]] = {}
         self.outputs: dict[str, list[int]] = {}
         self.limits: dict[str, int] = {}
+        self.blocks: dict[str, int] = {}
         self.samplings: dict[str, dict[str, Any]] = {}
         self.released: list[str] = []
         self.num_ahead = 0
@@ -71,12 +72,16 @@ class Walk:
         sampling = {**self.samplings[request_id], "max_output_tokens": self.limits[request_id]}
         new = self.front.new(request_id, tokens, num_prompt_tokens=len(prompt), **sampling)
         # Room for what it has, so that the next block comes with a decode.
+        self.blocks[request_id] = -(-len(tokens) // 16)
         return [self.front.first(request_id, len(tokens), room=len(tokens), samples=True)], [new]
 
     def decode(self, request_id: str) -> Chunk:
         start = len(self.prompts[request_id]) + len(self.outputs[request_id]) - 1
-        extents = self.front.pool.allocate(1) if start % 16 == 0 else ()
-        return Chunk(request_id, start, 1, True, (0,), extents)
+        # Its block comes with the token that needs it, or with the one before.
+        num_blocks = self.blocks[request_id]
+        is_due = start == 16 * num_blocks or start == 16 * num_blocks - 1 and self.random.random() < 0.5
+        self.blocks[request_id] += is_due
+        return Chunk(request_id, start, 1, True, (0,), self.front.pool.allocate(1) if is_due else ())
 
     def take(self, done: StepDone) -> None:
         assert not done.failed
