@@ -14,18 +14,21 @@ from torch import Tensor
 
 from megatron_medha.kernels.slot_table import SlotTable
 
-_FIRST_ROWS = 64
+# Growing costs every captured graph, seconds in the middle of serving; memory for a table is small beside KV.
+_MIN_FIRST_ROWS = 64
+_FIRST_BYTES = 64 << 20
 
 
 class BlockTables:
     """int32 [S, B]. A row belongs to a SlotTable for as long as that lives."""
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device) -> None:
-        """num_blocks: of the pool; no sequence can have more."""
+        """num_blocks: of the pool; no sequence can have more, and no more sequences can have any."""
         self._block_size = block_size
-        self.tables_SB = torch.zeros(_FIRST_ROWS, num_blocks, dtype=torch.int32, device=device)
+        num_rows = min(num_blocks, max(_MIN_FIRST_ROWS, _FIRST_BYTES // (4 * num_blocks)))
+        self.tables_SB = torch.zeros(num_rows, num_blocks, dtype=torch.int32, device=device)
         self.generation = 0  # changes when tables_SB is another tensor: captured graphs that read it are void
-        self._free_rows = list(range(_FIRST_ROWS - 1, -1, -1))
+        self._free_rows = list(range(num_rows - 1, -1, -1))
         self._rows: weakref.WeakKeyDictionary[SlotTable, int] = weakref.WeakKeyDictionary()
         self._num_known: dict[int, int] = {}  # by row: slots whose blocks the device has been told of
 
@@ -65,5 +68,6 @@ class BlockTables:
     def _grow(self) -> None:
         old = self.tables_SB
         self.tables_SB = torch.cat((old, torch.zeros_like(old)))
-        self._free_rows = list(range(2 * old.shape[0] - 1, old.shape[0] - 1, -1)) + self._free_rows
+        # The same list: sequences that live now give their rows back to it.
+        self._free_rows.extend(range(2 * old.shape[0] - 1, old.shape[0] - 1, -1))
         self.generation += 1

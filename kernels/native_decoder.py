@@ -20,24 +20,19 @@ from megatron_medha.kernels.native_build import native_library
 from megatron_medha.kernels.native_linear import NativeLinear
 
 
+class _Weight(ctypes.Structure):
+    """`Weight` of native/decoder.cpp, field by field."""
+
+    _fields_ = [("values", ctypes.c_void_p), ("scales", ctypes.c_void_p)]
+
+
 class _DecoderLayer(ctypes.Structure):
     """`DecoderLayer` of native/decoder.cpp, field by field."""
 
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            "attention_norm",
-            "mlp_norm",
-            "q_norm",
-            "k_norm",
-            "qkv",
-            "qkv_bias",
-            "proj",
-            "gate_and_up",
-            "down",
-            "k_pool",
-            "v_pool",
-        )
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "qkv_bias")),
+        *((name, _Weight) for name in ("qkv", "proj", "gate_and_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("k_pool", "v_pool")),
     ]
 
 
@@ -69,7 +64,7 @@ class _DecoderCall(ctypes.Structure):
         ("num_logit_rows", ctypes.c_int64),
         ("logit_rows", ctypes.c_void_p),
         ("final_norm", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
+        ("output", _Weight),
         ("num_outputs", ctypes.c_int64),
         ("logits", ctypes.c_void_p),
     ]
@@ -134,9 +129,9 @@ class NativeDecoder:
             row.attention_norm, row.mlp_norm = layer.attention_norm_C.data_ptr(), layer.mlp_norm_C.data_ptr()
             row.q_norm = None if layer.q_norm_D is None else layer.q_norm_D.data_ptr()
             row.k_norm = None if layer.k_norm_D is None else layer.k_norm_D.data_ptr()
-            row.qkv, row.qkv_bias = layer.qkv.weight_ptr, layer.qkv.bias_ptr
-            row.proj, row.gate_and_up, row.down = (
-                linear.weight_ptr for linear in (layer.proj, layer.gate_and_up, layer.down)
+            row.qkv_bias = layer.qkv.bias_ptr
+            row.qkv, row.proj, row.gate_and_up, row.down = (
+                _weight_of(linear) for linear in (layer.qkv, layer.proj, layer.gate_and_up, layer.down)
             )
 
     @property
@@ -206,7 +201,7 @@ class NativeDecoder:
         )
         if logits_RV is not None and logit_rows_R is not None and self._output is not None:
             call.num_logit_rows, call.logit_rows = len(logit_rows_R), logit_rows_R.data_ptr()
-            call.final_norm, call.output = self._output.norm_C.data_ptr(), self._output.linear.weight_ptr
+            call.final_norm, call.output = self._output.norm_C.data_ptr(), _weight_of(self._output.linear)
             call.num_outputs, call.logits = self.num_outputs, logits_RV.data_ptr()
         if self._run(ctypes.byref(call)):
             raise MemoryError("the decoder library could not allocate its working memory")
@@ -243,3 +238,7 @@ class NativeDecoder:
             for norm, size in zip(norms, (sizes.hidden_size,) * 2 + (sizes.head_dim,) * 2, strict=True):
                 if norm is not None and (norm.dtype != torch.bfloat16 or norm.shape != (size,)):
                     raise ValueError(f"a norm {norm.dtype} {tuple(norm.shape)} instead of bfloat16 ({size},)")
+
+
+def _weight_of(linear: NativeLinear) -> _Weight:
+    return _Weight(linear.weight_ptr, linear.scales_ptr)

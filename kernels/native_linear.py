@@ -1,7 +1,7 @@
-"""Linear layers with bf16 weights and fp32 arithmetic: the Python side of native/linear.cpp.
+"""Linear layers with bf16 or int8 weights and fp32 arithmetic: the Python side of native/linear.cpp.
 
 For processors without a bf16 dot product, on which oneDNN's bf16 layers reach a quarter of its fp32 ones' rate. This
-keeps the bf16 weight's size, which decodes are bound by, and multiplies at the fp32 rate.
+keeps the stored weight's size, which decodes are bound by, and multiplies at the fp32 rate.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class LinearCall(ctypes.Structure):
         ("num_outputs", ctypes.c_int64),
         ("in", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("run_team", ctypes.c_void_p),
@@ -37,18 +38,29 @@ class LinearCall(ctypes.Structure):
 class NativeLinear:
     """One layer with its weight packed: [..., I] -> [..., O], bf16."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, target: str | None = None) -> None:
-        """Both bf16, both copied. target: as for `native_library`, which may raise NativeUnavailable."""
-        if weight_OI.dtype != torch.bfloat16 or bias_O is not None and bias_O.dtype != torch.bfloat16:
-            raise ValueError(f"a native linear layer is bfloat16, not {weight_OI.dtype}")
+    def __init__(
+        self, weight_OI: Tensor, bias_O: Tensor | None, target: str | None = None, *, scale_O: Tensor | None = None
+    ) -> None:
+        """weight: bf16, or int8 with scale_O (fp32), which its outputs are multiplied by. bias: bf16. All are copied.
+
+        target: as for `native_library`, which may raise NativeUnavailable. Raises ValueError for other dtypes.
+        """
+        stored = torch.bfloat16 if scale_O is None else torch.int8
+        if weight_OI.dtype != stored or bias_O is not None and bias_O.dtype != torch.bfloat16:
+            raise ValueError(f"a native linear layer is bfloat16, or int8 with scales, not {weight_OI.dtype}")
         self._run = native_library(target).medha_linear
         self._team = openmp_team()
         self.num_outputs, self.num_inputs = weight_OI.shape
+        if scale_O is not None and (scale_O.shape != (self.num_outputs,) or scale_O.dtype != torch.float32):
+            raise ValueError(f"scales {scale_O.dtype} {tuple(scale_O.shape)} for {self.num_outputs} outputs")
         padded_OI = F.pad(weight_OI.detach(), (0, self.num_inputs % 2, 0, -self.num_outputs % _PANEL))
-        # [O/64, 64, I/2, 2] -> [O/64, I/2, 64, 2]
-        self._packed = padded_OI.view(-1, _PANEL, padded_OI.shape[1] // 2, 2).transpose(1, 2).contiguous()
+        # [O/64, 64, I/2, 2] -> [O/64, I/2, 64, 2], or [O/64, 64, I] -> [O/64, I, 64]
+        together = 2 if scale_O is None else 1
+        self._packed = padded_OI.view(-1, _PANEL, padded_OI.shape[1] // together, together).transpose(1, 2).contiguous()
+        self._scales = None if scale_O is None else scale_O.detach().clone()
         self._bias = None if bias_O is None else bias_O.detach().clone()
         self.weight_ptr = self._packed.data_ptr()
+        self.scales_ptr = None if self._scales is None else self._scales.data_ptr()
         self.bias_ptr = None if self._bias is None else self._bias.data_ptr()
 
     def __call__(self, input_: Tensor) -> Tensor:
@@ -63,6 +75,7 @@ class NativeLinear:
             self.num_outputs,
             input_.data_ptr(),
             self.weight_ptr,
+            self.scales_ptr,
             self.bias_ptr,
             out.data_ptr(),
             self._team,

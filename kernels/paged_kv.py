@@ -7,6 +7,7 @@ the view [N, P, K, D] of the same memory, as it only asks for a contiguous last 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,11 @@ class PagedKV:
     v_NKPD: Tensor
     k_scale_NK: Tensor | None = None  # fp32
     v_scale_NK: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The tensors that are there, as the CPU backends' LayerKV gives them."""
+        tensors = (self.k_NKPD, self.v_NKPD, self.k_scale_NK, self.v_scale_NK)
+        return (tensor for tensor in tensors if tensor is not None)
 
     @property
     def block_size(self) -> int:

@@ -9,6 +9,7 @@ mask; only the last blocks of a tile are masked.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -193,8 +194,7 @@ def paged_attention(
         keys, values = (TensorDescriptor.from_tensor(x.view(-1, head_dim), [block_n, head_dim]) for x in (keys, values))
     is_quantised = kv.k_scale_NK is not None
     attention_kernel[(num_items, num_kv_heads)](
-        q_TKGD, keys, values, kv.k_scale_NK, kv.v_scale_NK, out_TKGD, lse_TKG,
-        None if parts is None else parts[0], None if parts is None else parts[1],
+        q_TKGD, keys, values, kv.k_scale_NK, kv.v_scale_NK, out_TKGD, lse_TKG, *(parts or _no_parts(q_TKGD.device)),
         block_tables_SB, work.items_NI,
         block_tables_SB.shape[1], num_kv_heads, scale * 1.4426950408889634,  # log2(e)
         GROUP=group, HEAD_DIM=head_dim, PAGE=kv.block_size, BLOCK_M=config.block_m, BLOCK_N=block_n,
@@ -202,6 +202,12 @@ def paged_attention(
         HAS_LSE=lse_TKG is not None, num_warps=config.num_warps,
     )  # fmt: skip
     return parts if work.num_parts else None
+
+
+@cache
+def _no_parts(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stand in for buffers that no item writes to: None would be another kernel, compiled in the middle of serving."""
+    return torch.empty(0, dtype=torch.float32, device=device), torch.empty(0, dtype=torch.float32, device=device)
 
 
 def _check(

@@ -30,7 +30,8 @@ def _angles(cos, signed_sin, at, is_wanted, ROTATES: tl.constexpr, HALF: tl.cons
     return cosines, sines
 
 
-@triton.jit
+# One kernel for any number of tokens: Triton would compile others for 1 and for multiples of 16.
+@triton.jit(do_not_specialize=["num_tokens"])
 def rotate_and_write_kernel(
     q, k, v, cos, signed_sin, slots, q_out, k_pool, v_pool,
     num_tokens, num_kv_heads, q_stride_t, q_stride_k, q_stride_g, k_stride_t, k_stride_k, v_stride_t, v_stride_k,

@@ -13,11 +13,14 @@ from megatron_medha.cluster import machine
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.capacity import check_layout, cluster_for, num_blocks_in
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
+from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.memory import default_shard_tokens
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.slo import SloConfig
@@ -52,6 +55,7 @@ class ModelOptions:
     kv_memory_share: float = 0.5
     kv_dtype: str = "auto"
     fp8: str = "none"
+    weight_dtype: str = "auto"
     cuda_graphs: bool = True
     max_context_len: int | None = None
     num_threads: int | None = None
@@ -69,10 +73,15 @@ class ModelOptions:
         _check_member("model.attention_backend", self.attention_backend, ("auto", "native", "aten", *_CUDA_BACKENDS))
         _check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
         _check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
+        _check_member("model.weight_dtype", self.weight_dtype, ("auto", "int8"))
         if self.device == "cpu" and self.attention_backend in _CUDA_BACKENDS:
             raise ConfigError(f"model.attention_backend={self.attention_backend}: needs model.device=cuda; use auto")
         if self.device == "cpu" and self.kv_dtype != "auto":
             raise ConfigError(f"model.kv_dtype={self.kv_dtype}: needs model.device=cuda; use auto")
+        if self.device == "cuda" and self.weight_dtype != "auto":
+            raise ConfigError(f"model.weight_dtype={self.weight_dtype}: needs model.device=cpu; there is model.fp8")
+        if self.fp8 != "none" and self.weight_dtype != "auto":
+            raise ConfigError(f"model.weight_dtype={self.weight_dtype}: not together with model.fp8={self.fp8}")
         _check_range("model.block_size", self.block_size, 1, _MAX_BLOCK_SIZE)
         _check_range("model.kv_memory_gib", self.kv_memory_gib, 1e-6, 1e6)
         _check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
@@ -163,6 +172,7 @@ class ServeOptions:
     server: ServerConfig
     slo_classes: SloConfig
     hardware: Hardware
+    engine: EngineCosts
     workload: WorkloadOptions
     tracking: TrackingConfig
 
@@ -186,11 +196,15 @@ class ProfileOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedModel:
-    """What stands in for a checkpoint under runtime=sim."""
+    """What stands in for a checkpoint, and for the ranks that run it, under runtime=sim."""
 
     shape: ModelShape
-    num_blocks: int
+    hardware: Hardware      # as many devices as the layout has ranks, or more
+    engine: EngineCosts
+    layout: ParallelLayout  # of one replica
+    num_blocks: int         # of each KVP rank
     block_size: int
+    max_tokens_per_shard: int
     is_audited: bool = False
 
 
@@ -262,10 +276,7 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
             "range, and how many fit on a GPU may differ after a restart; give this, e.g. 32768, or model.kv_memory_gib"
         )
     block_size = model.block_size or DEFAULT_BLOCK_SIZE  # larger ones, of CUDA's backends, are checked by the rank
-    if (shard_tokens := parallel.max_tokens_per_shard) is not None and shard_tokens % block_size:
-        raise ConfigError(
-            f"parallel.max_tokens_per_shard={shard_tokens} must be a multiple of model.block_size={block_size}"
-        )
+    _check_shards(parallel, block_size)
     return RankConfig(
         layout=parallel.replica,
         front_endpoint="",
@@ -277,6 +288,7 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
         kv_memory_share=model.kv_memory_share,
         kv_dtype=model.kv_dtype,
         fp8=model.fp8,
+        weight_dtype=model.weight_dtype,
         cuda_graphs=model.cuda_graphs,
         max_tokens_per_shard=parallel.max_tokens_per_shard,
         max_context_len=model.max_context_len,
@@ -284,6 +296,13 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
         attention_backend=model.attention_backend,
         is_audited=isinstance(options, ServeOptions) and options.kv_audit,
     )
+
+
+def _check_shards(parallel: ParallelOptions, block_size: int) -> None:
+    if (shard_tokens := parallel.max_tokens_per_shard) is not None and shard_tokens % block_size:
+        raise ConfigError(
+            f"parallel.max_tokens_per_shard={shard_tokens} must be a multiple of model.block_size={block_size}"
+        )
 
 
 def _device_kv_bytes(model: ModelOptions) -> int | None:
@@ -341,27 +360,27 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
             "model.shape=null: runtime=sim needs the sizes of the model to simulate; use model=llama3_8b, "
             "or an option of your own with --config-dir"
         )
-    parallel = options.parallel
-    if (num_ranks := parallel.replica.world_size) > 1:
-        raise ConfigError(
-            f"parallel: {num_ranks} ranks per replica, but runtime=sim serves replicas of one; use parallel.dp only"
-        )
-    shape = model.shape
+    shape, layout = model.shape, options.parallel.replica
+    hardware = cluster_for(options.hardware, layout)
+    check_layout(shape, hardware, layout)
     if model.max_context_len is not None:
         _check_range("model.max_context_len", model.max_context_len, 2, shape.max_context_len)
         shape = _with_context(shape, model.max_context_len)
     if model.kv_memory_gib is None:
         raise ConfigError("model.kv_memory_gib=null: runtime=sim needs the KV memory to simulate; give GiB")
     block_size = model.block_size or DEFAULT_BLOCK_SIZE
-    block_bytes = block_size * shape.kv_bytes_per_token
-    num_blocks = int(model.kv_memory_gib * machine.GIB) // block_bytes
-    if num_blocks < 1:
-        raise ConfigError(
-            f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {block_size} tokens, "
-            f"which takes {block_bytes / machine.GIB:.2g} GiB"
-        )
+    _check_shards(options.parallel, block_size)
+    num_blocks = num_blocks_in(shape, layout, model.kv_memory_gib, block_size)
     return SimulatedModel(
-        shape=shape, num_blocks=num_blocks, block_size=block_size, is_audited=options.kv_audit
+        shape=shape,
+        hardware=hardware,
+        engine=options.engine,
+        layout=layout,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_tokens_per_shard=options.parallel.max_tokens_per_shard
+        or default_shard_tokens(num_blocks, block_size, shape.max_context_len, layout.kvp),
+        is_audited=options.kv_audit,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -14,7 +15,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.outcome import Slo
-from megatron_medha.engine.summary import LengthClasses
+from megatron_medha.engine.summary import CLASSES, LengthClasses
 from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig, SystemKind
@@ -38,6 +39,7 @@ class PlanOptions:
     schedulers: tuple[str, ...] = ()
     systems: tuple[str, ...] = ()
     gpu_usd_per_h: float | None = None
+    each_class: bool = False
     max_kvp: int = 4
     max_dp: int = 8
     trial_s: float = 600.0
@@ -55,6 +57,11 @@ class PlanOptions:
     classes: LengthClasses
     truth: TruthConfig
     memory: MemoryOptions
+
+    @property
+    def workload_s(self) -> float:
+        """Seconds of the workload that a trial runs on."""
+        return min(self.trial_s, self.workload.duration_s or self.trial_s)
 
     def __post_init__(self) -> None:
         for key, low, high in (
@@ -91,6 +98,7 @@ class Candidates:
     """What can be tried, and what cannot be with the reason."""
 
     trials: tuple[Trial, ...]            # by GPUs, ascending
+    num_by_class: dict[str, int]         # requests of a trial, by length class; classes without any are left out
     impossible: tuple[tuple[ParallelLayout, str], ...]  # layouts that no contender can have
 
 
@@ -105,7 +113,9 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
             f"hardware={hardware.name}: a single device leaves nothing to search; take a cluster, like "
             "hardware=a100_x16, or give hardware.num_devices"
         )
-    longest = _longest_request(options)
+    workload = Workload(replace(options.workload, duration_s=options.workload_s), options.seed)
+    longest = workload.facts.max_request_tokens
+    counts = Counter(options.classes.of(request.num_prompt_tokens) for request in workload.requests())
     trials: list[Trial] = []
     impossible: list[tuple[ParallelLayout, str]] = []
     tps = [degree for degree in _powers(hardware.devices_per_node) if degree <= hardware.num_devices]
@@ -126,7 +136,7 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
                 continue
             num_possible += 1
             trials += [
-                Trial(name=contender.name, config=config, dp=dp)
+                Trial(name=contender.name, config=config, dp=dp, each_class=options.each_class)
                 for dp in range(1, options.max_dp + 1)
                 if dp * layout.world_size <= hardware.num_devices
             ]
@@ -143,7 +153,11 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
         trials = [at_rate(trial, qps) for trial in trials]
     elif any(trial.dp > 1 for trial in trials) or options.find is Find.CAPACITY:
         raise ConfigError("workload.qps=null: a plan varies the load on a replica; give requests per second")
-    return Candidates(trials=tuple(sorted(trials, key=_by_cost)), impossible=tuple(impossible))
+    return Candidates(
+        trials=tuple(sorted(trials, key=_by_cost)),
+        num_by_class={name: counts[name] for name in CLASSES if counts[name]},
+        impossible=tuple(impossible),
+    )
 
 
 def _by_cost(trial: Trial) -> tuple[int, int, int, int]:
@@ -152,8 +166,6 @@ def _by_cost(trial: Trial) -> tuple[int, int, int, int]:
 
 
 def _simulate_options(options: PlanOptions, layout: ParallelLayout, contender: Contender) -> SimulateOptions:
-    workload = options.workload
-    duration_s = min(options.trial_s, workload.duration_s or options.trial_s)
     return SimulateOptions(
         seed=options.seed,
         max_drain_s=options.max_drain_s,
@@ -163,18 +175,13 @@ def _simulate_options(options: PlanOptions, layout: ParallelLayout, contender: C
         scheduler=contender.scheduler,
         hardware=options.hardware,
         engine=options.engine,
-        workload=replace(workload, duration_s=duration_s),
+        workload=replace(options.workload, duration_s=options.workload_s),
         slo=options.slo,
         classes=options.classes,
         truth=options.truth,
         memory=options.memory,
         record=RecordConfig(),
     )
-
-
-def _longest_request(options: PlanOptions) -> int:
-    duration_s = min(options.trial_s, options.workload.duration_s or options.trial_s)
-    return Workload(replace(options.workload, duration_s=duration_s), options.seed).facts.max_request_tokens
 
 
 def _powers(most: int) -> list[int]:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from megatron_medha.cluster.machine import GIB
 from megatron_medha.config import DEFAULT_BLOCK_SIZE, ModelOptions, ParallelOptions, TrackingConfig
-from megatron_medha.core.capacity import Reserve, check_layout, num_kv_blocks
+from megatron_medha.core.capacity import Reserve, check_layout, cluster_for, num_blocks_in, num_kv_blocks
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.errors import ConfigError
@@ -117,7 +116,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
         hardware=hardware,
         engine=options.engine,
         layout=layout,
-num_blocks=_num_blocks(options, model.shape, hardware, layout),
+        num_blocks=_num_blocks(options, model.shape, hardware, layout),
         block_size=model.block_size or DEFAULT_BLOCK_SIZE,
         max_tokens_per_shard=options.parallel.max_tokens_per_shard,
         learns=options.belief is Belief.ONLINE,
@@ -181,19 +180,4 @@ def _num_blocks(options: SimulateOptions, shape: ModelShape, hardware: Hardware,
         )
         return num_kv_blocks(shape, hardware, layout, reserve)
     check_layout(shape, hardware, layout)
-    num_layers = max(shape.num_stage_layers(stage, layout.spp) for stage in range(layout.spp))
-    share = num_layers / shape.num_layers / min(layout.tp, shape.num_kv_heads)
-    block_size = model.block_size or DEFAULT_BLOCK_SIZE
-    block_bytes = block_size * shape.kv_bytes_per_token * share
-    num_blocks = int(model.kv_memory_gib * GIB / block_bytes)
-    if num_blocks < 1:
-        raise ConfigError(
-            f"model.kv_memory_gib={model.kv_memory_gib:g}: too small for one block of {block_size} tokens, "
-            f"which takes {block_bytes / GIB:.2g} GiB on each GPU"
-        )
-    return num_blocks
-
-
-def cluster_for(hardware: Hardware, layout: ParallelLayout) -> Hardware:
-    """A single device (hardware=a100) stands for as many as the layout needs; a cluster (a100_x16) is what it is."""
-    return replace(hardware, num_devices=layout.world_size) if hardware.num_devices == 1 else hardware
+    return num_blocks_in(shape, layout, model.kv_memory_gib, model.block_size or DEFAULT_BLOCK_SIZE)

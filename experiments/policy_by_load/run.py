@@ -38,7 +38,7 @@ def bench_words(checkpoint: str, out: Path) -> list[str]:
 def simulate_words(slower: float, out: Path) -> list[str]:
     """`medha simulate -m` over the same, on a CPU that is so many times slower than conf/hardware/cpu."""
     conf = str((HERE / "conf").relative_to(Path.cwd()))
-    return ["simulate", "-m", "--config-dir", conf, "model=tiny", "hardware=cpu", "engine=medha",
+    return ["simulate", "-m", "--config-dir", conf, "model=tiny", "hardware=cpu", "parallel=single",
             f"truth.linear_bias={slower:g}", f"truth.attention_bias={slower:g}", "belief=online", "classes=small",
             f"scheduler={','.join(POLICIES)}", *WORKLOAD, "record.trace_duration_s=0", f"out={out}"]  # fmt: skip
 

@@ -66,7 +66,10 @@ def main() -> int:
         simulation = Simulation(config)
         facts = simulation.workload.facts
         num_hours = round(arguments.hours)
-        with directory.recording(config, options.record) as watchers, tqdm(total=num_hours, unit="hour") as bar:
+        with (
+            directory.recording(config, options.record, facts.last_arrival_s) as watchers,
+            tqdm(total=num_hours, unit="hour") as bar,
+        ):
             write = watchers.on_sample
             bar.write("hour     MiB")
 

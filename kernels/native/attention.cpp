@@ -144,7 +144,8 @@ class Work {
     int64_t blocks_of(const Rows &rows) const {
         return (rows.num_tokens * call_.queries_per_kv_head + MAX_UNIT_ROWS - 1) / MAX_UNIT_ROWS;
     }
-    static int64_t cost_of(const Unit &u) { return std::max(u.end_row - u.first_row, MIN_COST_ROWS) * u.num_keys; }
+    static int64_t rows_that_cost(const Unit &u) { return std::max(u.end_row - u.first_row, MIN_COST_ROWS); }
+    static int64_t cost_of(const Unit &u) { return rows_that_cost(u) * u.num_keys; }
     static int64_t num_partitions(int64_t num_keys) {
         int64_t count = 0;
         for (int64_t key = 0; key < num_keys; key = next_partition(key)) ++count;
@@ -153,7 +154,7 @@ class Work {
 
     // Appends the unit's items; returns the floats its partial results take.
     int64_t cut(Unit &unit, int64_t target) {
-        const int64_t keys_per_item = std::max<int64_t>(1, target * unit.num_keys / std::max<int64_t>(1, cost_of(unit)));
+        const int64_t keys_per_item = std::max<int64_t>(1, target / rows_that_cost(unit));
         const size_t first_item = items_.size();
         int64_t partition = 0;
         Item item{&unit, 0, 0, 0};

@@ -10,7 +10,8 @@
 struct LinearCall {
     int64_t num_rows, num_inputs, num_outputs;
     const uint16_t *in;  // dense
-    const uint16_t *weight;
+    const void *weight;
+    const float *scales;   // of an int8 weight, by output; null: the weight is bf16
     const uint16_t *bias;  // or null
     uint16_t *out;         // dense
     RunTeam run_team;

@@ -17,12 +17,19 @@
 #include "sums.h"
 #include "team.h"
 
-// Mirrored field by field by DecoderLayer in native_decoder.py. Weights of products lie as LinearCall wants them.
+// Mirrored field by field by _Weight in native_decoder.py; as in LinearCall.
+struct Weight {
+    const void *values;
+    const float *scales;
+};
+
+// Mirrored field by field by _DecoderLayer in native_decoder.py.
 struct DecoderLayer {
     const uint16_t *attention_norm, *mlp_norm;  // [hidden]
     const uint16_t *q_norm, *k_norm;            // [head_dim], or null
-    const uint16_t *qkv, *qkv_bias;             // outputs [kv heads][queries of it, key, value][head_dim]; bias or null
-    const uint16_t *proj, *gate_and_up, *down;
+    const uint16_t *qkv_bias;                   // or null
+    Weight qkv;                                 // outputs [kv heads][queries of it, key, value][head_dim]
+    Weight proj, gate_and_up, down;
     void *k_pool, *v_pool;
 };
 
@@ -46,7 +53,8 @@ struct DecoderCall {
 
     int64_t num_logit_rows;  // 0: no output layer here
     const int64_t *logit_rows;
-    const uint16_t *final_norm, *output;
+    const uint16_t *final_norm;
+    Weight output;
     int64_t num_outputs;
     uint16_t *logits;  // [logit rows][outputs]
 };
@@ -165,11 +173,11 @@ class Decoder {
     }
 
     void multiply(
-        const uint16_t *in, int64_t num_rows, int64_t num_inputs, const uint16_t *weight, const uint16_t *bias,
+        const uint16_t *in, int64_t num_rows, int64_t num_inputs, const Weight &weight, const uint16_t *bias,
         uint16_t *out, int64_t num_outputs, const uint16_t *residual
     ) {
-        const LinearCall call{num_rows, num_inputs, num_outputs,       in,      weight, bias,
-                              out,      team_,      call_.num_threads, residual};
+        const LinearCall call{num_rows, num_inputs, num_outputs, in,    weight.values,     weight.scales,
+                              bias,     out,        team_,       call_.num_threads, residual};
         check(medha_linear(&call));
     }
 

@@ -1,8 +1,8 @@
-// Linear layers with bf16 weights and fp32 arithmetic, for processors without a bf16 dot product.
+// Linear layers with bf16 or int8 weights and fp32 arithmetic, for processors without a bf16 dot product.
 //
-// out [T, O] = in [T, I] . weight [O, I]^T + bias [O], in, bias and out in bf16 too. The weight lies packed as
-// [O/64][I/2][64][2]: decodes read it as it is, half the bytes of fp32 and in one ascending run; more rows widen each
-// block of it once.
+// out [T, O] = in [T, I] . weight [O, I]^T + bias [O], in, bias and out in bf16; an int8 weight is multiplied by its
+// output's scale. The weight lies packed, bf16 as [O/64][I/2][64][2], int8 as [O/64][I][64]: decodes read it as it is,
+// half or a quarter of the bytes of fp32 and in one ascending run; more rows widen each block of it once.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t PACKED = 64;               // outputs that lie together
 constexpr int64_t PANEL = MAX_COLUMNS * WIDTH;  // outputs of a register tile
 static_assert(PACKED % PANEL == 0, "a register tile lies in one pack");
-constexpr int64_t AHEAD = 8 * 2 * PACKED;    // numbers, 2 KiB: what decodes fetch beforehand
+constexpr int64_t AHEAD = 2048;              // bytes: what decodes fetch beforehand
 constexpr int64_t DEPTH = 256;      // inputs of a widened block: 64 KiB with 64 outputs, in L2
 constexpr int MAX_ROWS = 6;         // of a register tile
 constexpr int64_t MAX_ROWS_OF_ITEM = 96;
@@ -31,6 +31,22 @@ constexpr int columns_of(int64_t num_rows) { return num_rows <= MAX_ROWS ? MAX_C
 // Multiplications below which a second thread costs more than it saves (some 50 us of work).
 constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 21;
 constexpr int64_t MIN_PARALLEL_PACKED = 1 << 16;  // numbers; likewise
+
+// Weights of inputs d and d + 1 (d even), for the vector of outputs that begins at output o of a pack.
+inline const uint16_t *place(const uint16_t *pack, int64_t d, int64_t o) { return pack + d * PACKED + 2 * o; }
+inline const int8_t *place(const int8_t *pack, int64_t d, int64_t o) { return pack + d * PACKED + o; }
+inline void load_two(const uint16_t *at, Vec &first, Vec &second) { load_pairs(at, first, second); }
+inline void load_two(const int8_t *at, Vec &first, Vec &second) {
+    first = load_bytes(at);
+    second = load_bytes(at + PACKED);
+}
+template <class W>
+constexpr int64_t BYTES_OF_VEC = WIDTH * (sizeof(W) == 2 ? 4 : 1);  // that lie together: bf16 has both inputs there
+inline void fetch_two(const uint16_t *at) { __builtin_prefetch(at + AHEAD / 2); }
+inline void fetch_two(const int8_t *at) {
+    __builtin_prefetch(at + AHEAD);
+    __builtin_prefetch(at + PACKED + AHEAD);
+}
 
 template <int R>
 void add_products(const float *weights, const float *in, int64_t depth, float *sums) {
@@ -50,16 +66,18 @@ void add_products(const float *weights, const float *in, int64_t depth, float *s
         for (int c = 0; c < MAX_COLUMNS; ++c) store(sums + r * PANEL + c * WIDTH, sum[r][c]);
 }
 
-// Weights as they lie, C vectors of outputs wide; sums [R][C vectors]. The same products in the same order as
-// add_products. More rows than a tile of full width holds get one of half the width: weights are read and widened once.
-template <int R, int C>
-void multiply_packed(const uint16_t *weights, const float *in, int64_t depth, float *sums) {
+// Weights as they lie, C vectors of outputs wide from output o of a pack; sums [R][C vectors]. The same products in the
+// same order as add_products. More rows than a tile of full width holds get one of half the width: weights are read and
+// widened once.
+template <class W, int R, int C>
+void multiply_packed(const W *pack, int64_t o, const float *in, int64_t depth, float *sums) {
     Vec sum[R][C] = {};
     for (int64_t d = 0; d < depth; d += 2) {
         Vec even[C], odd[C];
         for (int c = 0; c < C; ++c) {
-            load_pairs(weights + d * PACKED + c * 2 * WIDTH, even[c], odd[c]);
-            __builtin_prefetch(weights + d * PACKED + c * 2 * WIDTH + AHEAD);
+            const W *const at = place(pack, d, o + c * WIDTH);
+            load_two(at, even[c], odd[c]);
+            if (c * BYTES_OF_VEC<W> % 64 == 0) fetch_two(at);  // once a line
         }
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
@@ -76,10 +94,11 @@ void multiply_packed(const uint16_t *weights, const float *in, int64_t depth, fl
         for (int c = 0; c < C; ++c) store(sums + r * C * WIDTH + c * WIDTH, sum[r][c]);
 }
 
-using MultiplyPacked = void (*)(const uint16_t *, const float *, int64_t, float *);
-template <int... R>
-constexpr MultiplyPacked multiply_packed_of(int num_rows, std::integer_sequence<int, R...>) {
-    constexpr MultiplyPacked all[] = {multiply_packed<R + 1, columns_of(R + 1)>...};
+template <class W>
+using MultiplyPacked = void (*)(const W *, int64_t, const float *, int64_t, float *);
+template <class W, int... R>
+constexpr MultiplyPacked<W> multiply_packed_of(int num_rows, std::integer_sequence<int, R...>) {
+    constexpr MultiplyPacked<W> all[] = {multiply_packed<W, R + 1, columns_of(R + 1)>...};
     return all[num_rows - 1];
 }
 
@@ -87,6 +106,8 @@ using AddProducts = void (*)(const float *, const float *, int64_t, float *);
 constexpr AddProducts ADD_PRODUCTS[] = {add_products<1>, add_products<2>, add_products<3>,
                                         add_products<4>, add_products<5>, add_products<6>};
 
+// W: what a weight is stored in.
+template <class W>
 class Linear {
   public:
     explicit Linear(const LinearCall &call)
@@ -133,8 +154,8 @@ class Linear {
         }
     }
 
-    const uint16_t *weights(int64_t first_output) const {
-        return call_.weight + first_output / PACKED * PACKED * depth_ + first_output % PACKED * 2;
+    const W *pack_of(int64_t output) const {
+        return static_cast<const W *>(call_.weight) + output / PACKED * PACKED * depth_;
     }
 
     // All rows, outputs [first, first + width).
@@ -142,8 +163,8 @@ class Linear {
         if (call_.num_rows == 0) return;
         float sums[MAX_ROWS * PANEL];
         const int num_rows = static_cast<int>(call_.num_rows);
-        multiply_packed_of(num_rows, std::make_integer_sequence<int, MAX_ROWS_UNWIDENED>())(
-            weights(first), packed_, depth_, sums
+        multiply_packed_of<W>(num_rows, std::make_integer_sequence<int, MAX_ROWS_UNWIDENED>())(
+            pack_of(first), first % PACKED, packed_, depth_, sums
         );
         for (int64_t r = 0; r < num_rows; ++r) write_out(r, first, width, sums + r * width);
     }
@@ -156,7 +177,7 @@ class Linear {
         std::fill_n(sums, num_rows * PANEL, 0.0f);
         for (int64_t start = 0; start < depth_; start += DEPTH) {
             const int64_t depth = std::min(DEPTH, depth_ - start);
-            widen(weights(panel * PANEL) + start * PACKED, widened, depth);
+            widen(pack_of(panel * PANEL) + start * PACKED, panel * PANEL % PACKED, widened, depth);
             for (int64_t tile = first_tile; tile < end_tile; ++tile) {
                 const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
                 ADD_PRODUCTS[count - 1](
@@ -167,11 +188,11 @@ class Linear {
         for (int64_t r = 0; r < num_rows; ++r) write_out(first_row + r, panel * PANEL, PANEL, sums + r * PANEL);
     }
 
-    static void widen(const uint16_t *from, float *to, int64_t depth) {
+    static void widen(const W *pack, int64_t o, float *to, int64_t depth) {
         for (int64_t d = 0; d < depth; d += 2)
             for (int c = 0; c < MAX_COLUMNS; ++c) {
                 Vec even, odd;
-                load_pairs(from + d * PACKED + c * 2 * WIDTH, even, odd);
+                load_two(place(pack, d, o + c * WIDTH), even, odd);
                 store(to + d * PANEL + c * WIDTH, even);
                 store(to + (d + 1) * PANEL + c * WIDTH, odd);
             }
@@ -181,6 +202,11 @@ class Linear {
         const int64_t count = std::min(width, call_.num_outputs - first);
         uint16_t *out = call_.out + row * call_.num_outputs + first;
         uint16_t rounded[PANEL];
+        float scaled[PANEL];
+        if (call_.scales != nullptr) {
+            for (int64_t o = 0; o < count; ++o) scaled[o] = sums[o] * call_.scales[first + o];
+            sums = scaled;
+        }
         if (call_.bias == nullptr)
             for (int64_t o = 0; o < count; ++o) from_float(sums[o], rounded + o);
         else
@@ -202,7 +228,10 @@ class Linear {
 
 extern "C" int medha_linear(const LinearCall *call) {
     try {
-        Linear(*call).run();
+        if (call->scales == nullptr)
+            Linear<uint16_t>(*call).run();
+        else
+            Linear<int8_t>(*call).run();
         return 0;
     } catch (const std::bad_alloc &) {
         return 1;

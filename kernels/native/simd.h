@@ -27,6 +27,10 @@ static inline void load_pairs(const uint16_t *p, Vec &first, Vec &second) {
     second = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+static inline Vec load_bytes(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
+
 static inline Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 // x * 2^n for integer n >= -200; below 2^-126 the result is 0, given flush-to-zero.
@@ -60,6 +64,10 @@ static inline void load_pairs(const uint16_t *p, Vec &first, Vec &second) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
     first = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
     second = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+static inline Vec load_bytes(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
 }
 
 static inline Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

@@ -67,10 +67,8 @@ async def find_model(target: Target, session: aiohttp.ClientSession) -> str:
         ) from None
 
 
-async def complete(
-    target: Target, session: aiohttp.ClientSession, model: str, prompt: Sequence[int], max_tokens: int
-) -> Streamed:
-    """One greedy streaming completion of exactly max_tokens tokens. What goes wrong is told in the result."""
+def completion_body(target: Target, model: str, prompt: Sequence[int], max_tokens: int) -> bytes:
+    """What is posted for one greedy streaming completion of exactly max_tokens tokens."""
     body = {
         "model": model,
         "prompt": list(prompt),
@@ -81,11 +79,15 @@ async def complete(
         "stream_options": {"include_usage": True},
         **target.fields,
     }
-    payload = json.dumps(body, separators=(",", ":")).encode()
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+async def complete(target: Target, session: aiohttp.ClientSession, body: bytes, max_tokens: int) -> Streamed:
+    """One completion_body, sent and read to its end. What goes wrong is told in the result."""
     streamed = Streamed(time.monotonic())
     try:
         async with session.post(
-            f"{target.url}/v1/completions", data=payload, headers={"Content-Type": "application/json"}
+            f"{target.url}/v1/completions", data=body, headers={"Content-Type": "application/json"}
         ) as response:
             streamed.status = response.status
             if response.status != 200:

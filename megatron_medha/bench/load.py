@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import aiohttp
 
-from megatron_medha.bench.client import Streamed, Target, complete
+from megatron_medha.bench.client import Streamed, Target, complete, completion_body
 from megatron_medha.bench.prompts import TokenRange
 from megatron_medha.core.request import Request
 from megatron_medha.engine.outcome import DeadlineMisses, Ending, Outcome, Slo
@@ -39,13 +39,14 @@ class Client:
     seed: int
     isolated_s: Callable[[int], float]    # TTFT of a prompt of that length alone on the idle server
 
-    def prompt(self, request: Request) -> list[int]:
-        """The request's token ids."""
-        return self.tokens.prompt(request.num_prompt_tokens, self.seed, request.request_id)
+    def body(self, request: Request) -> bytes:
+        """What is posted for the request: its token ids, drawn and encoded."""
+        prompt = self.tokens.prompt(request.num_prompt_tokens, self.seed, request.request_id)
+        return completion_body(self.target, self.model, prompt, request.max_output_tokens)
 
-    async def send(self, request: Request, prompt: list[int], start_s: float) -> Sent:
+    async def send(self, request: Request, body: bytes, start_s: float) -> Sent:
         """One request, from its planned arrival (seconds after start_s) to its end."""
-        streamed = await complete(self.target, self.session, self.model, prompt, request.max_output_tokens)
+        streamed = await complete(self.target, self.session, body, request.max_output_tokens)
         return self._sent(request, streamed, start_s)
 
     def unfinished(self, request: Request) -> Sent:
@@ -95,10 +96,10 @@ async def open_loop(
     """
     start_s = time.monotonic() + _PREPARE_S
 
-    async def send_at(request: Request, prompt: list[int]) -> None:
+    async def send_at(request: Request, body: bytes) -> None:
         await asyncio.sleep(start_s + request.arrival_s - time.monotonic())
         try:
-            sent = await client.send(request, prompt, start_s)
+            sent = await client.send(request, body, start_s)
         except asyncio.CancelledError:
             note(client.unfinished(request))
             raise
@@ -110,7 +111,7 @@ async def open_loop(
         for request in requests:
             # Not all at once: prompts of an hour of long requests do not fit into memory.
             await asyncio.sleep(max(0.0, start_s + request.arrival_s - _PREPARE_S - time.monotonic()))
-            task = tasks.create_task(send_at(request, client.prompt(request)))
+            task = tasks.create_task(send_at(request, client.body(request)))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
             end_s = start_s + request.arrival_s
@@ -130,9 +131,9 @@ async def closed_loop(
 
     async def one_after_another() -> None:
         for request in waiting:
-            prompt = client.prompt(request)
+            body = client.body(request)
             arrived = replace(request, arrival_s=time.monotonic() - start_s)
-            note(await client.send(arrived, prompt, start_s))
+            note(await client.send(arrived, body, start_s))
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(concurrency):

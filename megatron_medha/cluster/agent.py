@@ -20,6 +20,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from megatron_medha.cluster.agent_messages import AgentState, Leave, Redirect, ToAgent, Want
+from megatron_medha.cluster.health import MAX_LOOK_INTERVAL_S
 from megatron_medha.cluster.keys import Keys
 from megatron_medha.cluster.launch import WORKER_COMMAND, RankProcess
 from megatron_medha.cluster.launch_config import split_address
@@ -99,12 +100,15 @@ class Agent:
 
     def run(self) -> None:
         """Until the front has ended. Raises RankError if it is lost, ConfigError if it refuses us."""
-        heard_s = time.monotonic()
-        said_s = 0.0
+        looked_s = time.monotonic()
+        silent_s = said_s = 0.0
         while True:
             now_s = time.monotonic()
+            # As in Heartbeats: time in which we did not look, stopped or put aside, is not the front's silence.
+            silent_s += min(now_s - looked_s, MAX_LOOK_INTERVAL_S)
+            looked_s = now_s
             limit_s = _FRONT_TIMEOUT_S if self._is_attached else self._timeout_s
-            if now_s - heard_s > limit_s:
+            if silent_s > limit_s:
                 raise RankError(f"nothing heard from the front at {self._endpoint} for {limit_s:g} s")
             if self._look_after_process() or now_s - said_s >= _SAY_INTERVAL_S:
                 said_s = now_s
@@ -113,7 +117,7 @@ class Agent:
             if not self._socket.poll(_CHECK_MS):
                 continue
             message = self._decoder.decode(self._socket.recv())
-            heard_s = time.monotonic()
+            silent_s = 0.0
             match message:
                 case Want():
                     self._note_attached()

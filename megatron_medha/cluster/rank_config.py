@@ -24,6 +24,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_share: float = 0.5     # read only on a GPU, and while kv_memory_bytes is None
     kv_dtype: str = "auto"           # auto (the model's), fp8_e4m3
     fp8: str = "none"                # recipe of linear layers: none, tensorwise, blockwise
+    weight_dtype: str = "auto"       # of linear layers: auto (the model's), int8 (bf16 models on a CPU)
     cuda_graphs: bool = True         # read only on a GPU
     # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S).
     # None: core/memory.py's default, which the front knows too.

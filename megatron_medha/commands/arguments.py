@@ -11,10 +11,13 @@ from megatron_medha.core.errors import ConfigError
 FLAGS = """\
   --help              this text
   --cfg job           print the composed configuration and exit; with --resolve also what ${...} refers to
+  --config-dir DIR    a folder of your own options, laid out as conf/ is: DIR/scheduler/mine.yaml is scheduler=mine
+"""
+SWEEP_FLAGS = f"""\
+{FLAGS}\
   -m, --multirun      a run for every combination of values separated by commas, each in a directory of its own under
                       out=DIR; started again with the same DIR, only what is missing runs. hydra/launcher=joblib,
                       submitit_slurm or ray and hydra/sweeper=optuna work where their plugins are installed
-  --config-dir DIR    a folder of your own options, laid out as conf/ is: DIR/scheduler/mine.yaml is scheduler=mine
 """
 
 # What people type who come from other servers.
@@ -52,8 +55,11 @@ class Arguments:
     is_multirun: bool = False
 
 
-def parse_arguments(words: Sequence[str]) -> Arguments:
-    """Sort the words of a command line. Raises ConfigError for a flag that does not exist."""
+def parse_arguments(words: Sequence[str], *, can_sweep: bool = False) -> Arguments:
+    """Sort the words of a command line. Raises ConfigError for a flag that does not exist.
+
+    can_sweep: the command has -m.
+    """
     overrides: list[str] = []
     config_dir: Path | None = None
     shows_config = resolves_config = wants_help = is_multirun = False
@@ -64,6 +70,8 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
         if word in ("-h", "--help"):
             wants_help = True
         elif word in ("-m", "--multirun"):
+            if not can_sweep:
+                raise ConfigError(f"{word}: only medha simulate and medha bench run for every combination of values")
             is_multirun = True
         elif word == "--resolve":
             resolves_config = True

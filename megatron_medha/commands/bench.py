@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_medha.commands.arguments import FLAGS
+from megatron_medha.commands.arguments import SWEEP_FLAGS
 from megatron_medha.commands.job_command import check_plots, directory_of, plot, run_job_command
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ examples:
   medha bench -m "serve='checkpoint=DIR scheduler=fcfs','checkpoint=DIR scheduler=lars'" workload.qps=0.5,1
 
 flags:
-{FLAGS}"""
+{SWEEP_FLAGS}"""
 
 
 def run(words: Sequence[str]) -> int:
@@ -63,6 +65,7 @@ def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     config.pop("api_key")  # a secret; nothing that is written down needs it
     config.pop("out")      # a directory may be moved
     directory = RunDirectory.create(directory_of(options.out, "bench"), json_as_yaml(config), options.seed)
+    directory.write_json("machine.json", {"platform": platform.platform(), "num_cores": os.cpu_count()})
     tracker = WandbRun(options.tracking, "bench", config, directory.path)
     try:
         with nullcontext(options.url) if options.serve is None else served(options.serve, directory.path) as url:
@@ -101,11 +104,7 @@ class _Bench:
         target = options.target
         async with target.session() as session:
             model = await find_model(target, session)
-            facts = workload.facts
-            print(
-                f"{facts.num_requests:,} requests to {model} at {target.url}: {facts.num_prompt_tokens:,} prompt "
-                f"tokens, the longest {facts.max_prompt_tokens:,}; {facts.num_output_tokens:,} output tokens"
-            )
+            print(f"{model} at {target.url}\n{workload}")
             isolated_s = await self._isolated(target, session, model, workload)
             client = Client(
                 target=target, session=session, model=model, tokens=options.tokens, slo=options.slo,

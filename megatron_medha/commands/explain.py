@@ -21,7 +21,7 @@ REQUEST is an id as in the run's requests.jsonl; "worst-short" and "worst-long" 
 class with the longest time to first token.
 
 examples:
-  medha simulate parallel.tp=8 parallel.spp=2 workload.duration_s=300 record=full out=runs/a
+  medha simulate workload.duration_s=300 record=full out=runs/a
   medha explain runs/a r17
   medha explain runs/a worst-short
 """
@@ -64,13 +64,26 @@ def text_of(found: Explanation) -> str:
     if found.learnt_s > found.request.arrival_s:
         lines.append(f"{found.request.arrival_s:11.3f} {found.learnt_s:11.3f}  {'':>18}  on its way to the scheduler")
     phases = found.at_most(_MAX_PHASES)
+    put_back_s = found.put_back_s
     for phase, end_s in zip(phases, [*(later.start_s for later in phases[1:]), found.first_token_s], strict=True):
+        if put_back_s is not None and put_back_s <= phase.start_s:
+            lines.append(_put_back(put_back_s))
+            put_back_s = None
         slack = f"{phase.first_slack:.2f} to {phase.last_slack:.2f}" if phase.num_batches > 1 else (
             f"{phase.first_slack:.2f}"
         )
         until_s = end_s if end_s is not None else phase.end_s
         lines.append(f"{phase.start_s:11.3f} {until_s:11.3f}  {slack:>18}  {_what(phase)}")
+    if put_back_s is not None:
+        lines.append(_put_back(put_back_s))
     return "\n".join([*lines, *_tail(found), ""])
+
+
+def _put_back(at_s: float) -> str:
+    return (
+        f"{at_s:11.3f} {'':>11}  {'':>18}  its deadline is lost, however fast it goes: from here on prompts that can "
+        "still be in time go first, and it keeps what scheduler.progress_share gives it (scheduler.has_triage)"
+    )
 
 
 def _head(found: Explanation) -> list[str]:

@@ -30,7 +30,7 @@ def run_job_command(
     load_class: imports the options' class, which --help does without. job: options and their resolved YAML -> the
     values of summary.json.
     """
-    arguments = parse_arguments(words)
+    arguments = parse_arguments(words, can_sweep=True)
     if arguments.wants_help:
         print(usage, describe_options(name), sep="\n", end="")
         return 0

@@ -84,13 +84,14 @@ class _Job:
             if tracking is not None and tracking.wandb_project is not None and tracking.wandb_group is None:
                 tracking.wandb_group = directory.parent.name
         values = self._summary_of(directory, config)
-        if values is not None:
-            print(f"job {hydra.job.num} is done already")
-            return _objective(values, config.objective)
-        _empty(directory)
         try:
-            options = freeze(config, self.config_class)
-            values = self.run_job(options, as_yaml(config, resolves=True))
+            if values is None:
+                _empty(directory)
+                options = freeze(config, self.config_class)
+                values = self.run_job(options, as_yaml(config, resolves=True))
+            else:
+                print(f"job {hydra.job.num} is done already")
+                (directory / ERROR).unlink(missing_ok=True)  # it had ended, but without the figure asked for then
             (directory / OVERRIDES).write_text("".join(f"{word}\n" for word in overrides), encoding="utf-8")
             return _objective(values, config.objective)
         except MedhaError as error:
@@ -105,7 +106,8 @@ class _Job:
         except (OSError, ValueError):
             return None
         asked = yaml_values(as_yaml(config, resolves=True))
-        # Written without where it goes, and without secrets.
+        # Written without where it goes, and without secrets; what the sweep is after changes no run.
+        asked["objective"] = written.get("objective")
         is_same = {key: value for key, value in asked.items() if key in written} == written
         return values if is_same else None
 

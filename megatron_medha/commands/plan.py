@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, TypeVar
 from megatron_medha.commands.arguments import FLAGS, parse_arguments
 from megatron_medha.commands.options_help import describe_options
 from megatron_medha.commands.plan_table import (
+    attainment_text,
     best_first,
     cost_text,
+    gpus_text,
     print_best,
     print_loads,
     print_verdicts,
@@ -41,6 +43,7 @@ their targets, or the most load that all GPUs carry, and what a request costs. T
 examples:
   medha plan model=llama3_8b hardware=a100_x16 workload=medha_mix_05pct workload.qps=0.25
   medha plan model=llama3_70b hardware=h100_x16 workload=medha_mix_00pct workload.qps=2 slo.ttft_s=1 slo.tpot_s=0.05
+  medha plan workload.qps=0.1 each_class=true      # nine in ten of the long ones too, not only of all requests
   medha plan find=capacity hardware=a100_x8 workload=medha_mix_00pct schedulers=[lars,vllm_chunk_512]
   medha plan systems=[medha,loongserve] schedulers=[lars,fcfs] workload.qps=0.25 gpu_usd_per_h=2.5
 
@@ -121,7 +124,7 @@ def _cheapest(options: PlanOptions, trials: Sequence[Trial], pool: ProcessPoolEx
     print_verdicts(verdicts)
     if not best:
         print(
-            f"\nnone of {len(verdicts)} candidates meets the SLO for {options.slo.attainment:.0%} of the requests; "
+            f"\nnone of {len(verdicts)} candidates meets the SLO for {_asked(options)}; "
             "take a larger cluster, less load (find=capacity says how much) or a looser slo"
         )
         return 1
@@ -130,11 +133,20 @@ def _cheapest(options: PlanOptions, trials: Sequence[Trial], pool: ProcessPoolEx
     print_best(options, {name: (best[name].trial, qps) if name in best else None for name in sorted(names)})
     winner = min(best_first(best.values()), key=lambda verdict: verdict.trial.num_gpus)
     print(
-        f"\n{winner.trial.num_gpus} {options.hardware.name} GPUs: {settings_text(winner.trial)}; "
-        f"{winner.attainment:.1%} meet the SLO ({options.slo.attainment:.0%} must)\n"
+        f"\n{gpus_text(winner.trial.num_gpus)} of {options.hardware.name}: {settings_text(winner.trial)}; "
+        f"{attainment_text(winner)} meet the SLO; {_asked(options)} must\n"
         f"{cost_text(options, winner.trial, qps)}"
     )
+    assert winner.attainment_by_class is not None
+    missed = [name for name, share in winner.attainment_by_class.items() if share < options.slo.attainment]
+    if missed:
+        print(f"{' and '.join(missed)} requests do not, and are too few to matter among all; "
+              "each_class=true asks it of every class")  # fmt: skip
     return 0
+
+
+def _asked(options: PlanOptions) -> str:
+    return f"{options.slo.attainment:.0%} of {'each length class' if options.each_class else 'all requests'}"
 
 
 def _offered_qps(verdicts: Sequence[Verdict]) -> float:
@@ -157,14 +169,14 @@ def _capacity(options: PlanOptions, trials: Sequence[Trial], pool: ProcessPoolEx
     print_loads(results)
     trial, qps = results[0]
     if not qps:
-        print(f"\nno load, however small, meets the SLO for {options.slo.attainment:.0%} of the requests")
+        print(f"\nno load, however small, meets the SLO for {_asked(options)}")
         return 1
     best: dict[str, tuple[Trial, float] | None] = {}
     for one in results:
         best.setdefault(one[0].name, one if one[1] else None)
     print_best(options, best)
     print(
-        f"\n{qps:.3f} requests/s on {trial.num_gpus} GPUs of {options.hardware.name}: {settings_text(trial)}\n"
+        f"\n{qps:.3f} requests/s on {gpus_text(trial.num_gpus)} of {options.hardware.name}: {settings_text(trial)}\n"
         f"{cost_text(options, trial, qps)}"
     )
     return 0

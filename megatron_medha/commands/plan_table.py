@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatron_medha.sim.trial import Trial, Verdict
 
 _MAX_ROWS = 30
+_FEW = 20  # requests of a class, of whose share that meets the SLO little can be said: each is 5% of it
 _LAYOUT = ("GPUs", "tp", "spp", "kvp", "dp", "system")
 
 
@@ -26,6 +27,13 @@ def say_what_is_tried(options: PlanOptions, found: Candidates) -> None:
         print(f"  tp={layout.tp} spp={layout.spp} kvp={layout.kvp}: {why}")
     if len(found.impossible) > 3:
         print(f"  and {len(found.impossible) - 3} more")
+    counts = found.num_by_class
+    tried = " and ".join(f"{count:,} {name}" for name, count in counts.items())
+    print(f"on {options.workload_s:g} s of the workload: {tried} requests, shared by the replicas")
+    misses_long = not options.workload.path and options.workload.long_share > 0.0 and len(counts) == 1
+    if misses_long or min(counts.values()) < _FEW:
+        rare = "long" if misses_long else min(counts, key=counts.__getitem__)
+        print(f"hardly any {rare} ones, so chance decides about them: a larger trial_s brings more")
 
 
 def best_first(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -66,11 +74,23 @@ def print_best(options: PlanOptions, best: Mapping[str, tuple[Trial, float] | No
     _print_table(rows, [*_LAYOUT, "requests/s", "GPU time per request", *prices])
 
 
+def gpus_text(num_gpus: int) -> str:
+    """So many GPUs."""
+    return f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}"
+
+
 def cost_text(options: PlanOptions, trial: Trial, qps: float) -> str:
     """What a request costs under this load."""
     cells = _cost_cells(options, trial, qps)
     text = f"{cells[0]} of GPU time per request"
     return text if len(cells) == 1 else f"{text}; ${cells[1]} an hour, ${cells[2]} per 1,000 requests"
+
+
+def attainment_text(verdict: Verdict) -> str:
+    """The share of requests that meet the SLO, and that of every length class where there are several."""
+    assert verdict.attainment is not None and verdict.attainment_by_class is not None
+    by_class = ", ".join(f"{name} {share:.1%}" for name, share in verdict.attainment_by_class.items())
+    return f"{verdict.attainment:.1%}" + (f" ({by_class})" if len(verdict.attainment_by_class) > 1 else "")
 
 
 def settings_text(trial: Trial) -> str:
@@ -101,7 +121,7 @@ def _verdict_cells(verdict: Verdict) -> list[str]:
         return ["-", "-", "-", "-", verdict.why]
     ttft = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in verdict.ttft_p90_s.items() if seconds is not None)
     tpot = "-" if verdict.tpot_p90_s is None else f"{verdict.tpot_p90_s * 1e3:.0f} ms"
-    return [f"{verdict.attainment:.1%}", ttft, tpot, f"{verdict.utilisation or 0.0:.0%}", ""]
+    return [attainment_text(verdict), ttft, tpot, f"{verdict.utilisation or 0.0:.0%}", ""]
 
 
 def _print_table(rows: list[list[str]], header: list[str]) -> None:

@@ -40,9 +40,18 @@ def plot_run(run: Path) -> list[Path]:
     return written
 
 
+def plain_numbers(axis: Any) -> None:
+    """0.1 rather than a power of ten on a logarithmic axis that is drawn; between those too, where there is but one."""
+    axis.axes.autoscale_view()
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}" if high < 10.0 * low else "")
+
+
 def _ttft_cdf(axes: Any, requests: list[dict[str, Any]]) -> None:
     for name, colour in _COLOURS.items():
-        arrived = [one for one in requests if one["length_class"] == name]
+        # A load's first and last requests are sent, but not counted.
+        arrived = [one for one in requests if one["length_class"] == name and one.get("is_counted", True)]
         ttft_s = sorted(one["ttft_s"] for one in arrived if one["ttft_s"] is not None)
         if not ttft_s:
             continue
@@ -50,6 +59,7 @@ def _ttft_cdf(axes: Any, requests: list[dict[str, Any]]) -> None:
         shares = [(index + 1) / len(arrived) for index in range(len(ttft_s))]
         axes.step(ttft_s, shares, where="post", color=colour, label=f"{name}: {len(arrived):,} requests")
     axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
     axes.set(xlabel="TTFT, seconds", ylabel="share of requests", title="Time to first token", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -66,6 +76,7 @@ def _latency(axes: Any, requests: list[dict[str, Any]]) -> None:
     if missed:
         axes.scatter(*zip(*missed, strict=True), s=24, marker="x", color="black", label="no first token, at deadline")
     axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
     axes.set(xlabel="arrival, seconds", ylabel="TTFT, seconds", title="Time to first token over the run")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -81,15 +92,18 @@ def _slack(axes: Any, samples: list[dict[str, Any]]) -> None:
         short = [slack for _, name, slack, _ in sample["waiting"] if name == "short"]
         if short:
             least.append((sample["now_s"], min(short)))
-    for place, points in enumerate(list(lines.values())[:_MAX_LONG_LINES]):
-        label = "one long or medium request each" if not place else None
+    shown = list(lines.values())[:_MAX_LONG_LINES]
+    which = f", the first {len(shown)} of {len(lines)}" if len(lines) > len(shown) else ""
+    for place, points in enumerate(shown):
+        label = f"one long or medium request each{which}" if not place else None
         axes.plot(*zip(*points, strict=True), color=_COLOURS["long"], alpha=0.5, linewidth=1, label=label)
     if least:
         axes.scatter(*zip(*least, strict=True), s=8, color=_COLOURS["short"], label="the least of all short ones")
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.set_yscale("symlog", linthresh=1.0)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="simulated seconds", ylabel="slack / time alone", title="Relative slack of requests that wait "
-             "for their first token; below 0 the deadline is missed")  # fmt: skip
+             "for their first token; below 0 the deadline cannot be met")  # fmt: skip
     axes.grid(alpha=0.3)
     if lines or least:
         axes.legend()
@@ -116,7 +130,9 @@ def _stages(axes: Any, spans: list[dict[str, Any]]) -> None:
         axes.bar(0, 0, color=colours[name], label=name)
     axes.bar(0, 0, color="lightgrey", label="decodes only")
     axes.set_xlim(start_us / 1e6, start_us / 1e6 + _GANTT_S)
-    axes.set_yticks(range(len(lanes)), [f"KVP {rank}, stage {stage}" for rank, stage in lanes])
+    has_kvp = len({rank for rank, _ in lanes}) > 1
+    axes.set_yticks(range(len(lanes)), [f"KVP {rank}, stage {stage}" if has_kvp else f"stage {stage}"
+                                        for rank, stage in lanes])  # fmt: skip
     axes.invert_yaxis()
     axes.set(xlabel="simulated seconds", title="Chunks on stages, by request")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")

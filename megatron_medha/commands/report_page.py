@@ -10,11 +10,14 @@ from typing import Any
 
 import jinja2
 
-from megatron_medha.commands.report_runs import Run, differing_keys, pareto
+from megatron_medha.commands.plots import plain_numbers
+from megatron_medha.commands.report_runs import Run, differing_keys, pareto, telling_keys
 from megatron_medha.engine.summary import CLASSES
 from megatron_medha.engine.summary_table import number_text, percent_text, seconds_text
 
 _COLOURS = {"short": "#1f77b4", "medium": "#2ca02c", "long": "#d62728"}
+_FRONT_COLOUR = "#d62728"
+_MAX_LISTED = 24        # runs named beside the Pareto plot; of more, only the front is
 _MAX_RUN_PICTURES = 24  # runs whose own plots go onto the page
 
 
@@ -35,6 +38,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
         "runs": [
             {"name": run.name, "pictures": sorted(run.path.glob("*.png"))} for run in runs[:_MAX_RUN_PICTURES]
         ],
+        "num_without_pictures": max(0, len(runs) - _MAX_RUN_PICTURES),
     }
     markdown, html = out / "report.md", out / "report.html"
     markdown.write_text(_render("report.md.j2", facts | {"pictures": [path.name for path in pictures]}), "utf-8")
@@ -44,20 +48,21 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
 
 def _table(runs: Sequence[Run], classes: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     keys = differing_keys(runs)
-    kinds = len({run.is_simulated for run in runs}) > 1
+    kinds = _has_both_kinds(runs)
     header = ["run", *(["what"] if kinds else []), *(_short(key) for key in keys)]
     for name in classes:
-        header += [f"{name} TTFT p50", "p99", f"{name} TPOT p50"]
-    header += ["meet SLO", "goodput /s", "tokens/s"]
+        header += [f"{name} TTFT p50", "p99", f"{name} TPOT p50", f"{name} meet SLO"]
+    header += ["all meet SLO", "goodput /s", "tokens/s"]
     rows = []
     for run in runs:
-        row = [run.name, *([("simulated" if run.is_simulated else "measured")] if kinds else [])]
+        row = [run.name, *([_kind(run)] if kinds else [])]
         row += [str(run.options[key]) for key in keys]
         for name in classes:
             row += [
                 seconds_text(run.latency_s(name, "ttft_s", "p50")),
                 seconds_text(run.latency_s(name, "ttft_s", "p99")),
                 seconds_text(run.latency_s(name, "tpot_s", "p50")),
+                percent_text(run.values["classes"].get(name, {}).get("attainment")),
             ]
         every = run.values["all"]
         row.append(percent_text(every["attainment"]))
@@ -67,7 +72,8 @@ def _table(runs: Sequence[Run], classes: Sequence[str]) -> tuple[list[str], list
 
 
 def _short(key: str) -> str:
-    return key.rpartition(".")[2]
+    name = key.rpartition(".")[2]
+    return key if name in ("kind", "name") else name  # of what, their group says
 
 
 def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
@@ -87,11 +93,12 @@ def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
             axes.plot([p50], [y], "o", color=_COLOURS[name], markersize=5, label=label)
             axes.plot([p99], [y], "|", color=_COLOURS[name], markersize=9, markeredgewidth=2)
     axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(runs)), [_label(run, runs) for run in runs], fontsize="small")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set(xlabel="seconds", title="TTFT by length class: dot p50, bar p99")
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
     path = out / "report_ttft.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -104,29 +111,47 @@ def _pareto_plot(runs: Sequence[Run], name: str, out: Path) -> Path | None:
     front = pareto(runs, name)
     if not front:
         return None
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for run in runs:
-        ttft_s = run.latency_s(name, "ttft_s", "p99")
-        if ttft_s is not None and run.values["all"]["tokens_per_s"]:
-            point = (run.values["all"]["tokens_per_s"], ttft_s)
-            axes.plot(*point, "o", color="#d62728" if run in front else "grey")
-            axes.annotate(_label(run, runs), point, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
-    line = [(run.values["all"]["tokens_per_s"], run.latency_s(name, "ttft_s", "p99")) for run in front]
-    axes.plot(*zip(*line, strict=True), color="#d62728", alpha=0.4)
+    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
+    listed = runs if len(runs) <= _MAX_LISTED else front
+    for number, run in enumerate(runs, 1):
+        ttft_s, tokens_per_s = run.latency_s(name, "ttft_s", "p99"), run.values["all"]["tokens_per_s"]
+        if ttft_s is None or not tokens_per_s:
+            continue
+        label = f"{number}: {_label(run, runs)}" if run in listed else None
+        colour = _FRONT_COLOUR if run in front else "grey"
+        axes.plot(tokens_per_s, ttft_s, "s" if run.is_simulated else "o", color=colour, label=label)
+        place = (tokens_per_s, ttft_s)
+        axes.annotate(str(number), place, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
+    for kind in sorted({run.is_simulated for run in front}):
+        of_kind = [run for run in front if run.is_simulated is kind]
+        line = [(run.values["all"]["tokens_per_s"], run.latency_s(name, "ttft_s", "p99")) for run in of_kind]
+        axes.plot(*zip(*line, strict=True), color=_FRONT_COLOUR, alpha=0.4, linestyle="--" if kind else "-")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="x-small")
     axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
+    of_its_kind = " of its kind" if _has_both_kinds(runs) else ""
     axes.set(xlabel="tokens per second, prompts and answers", ylabel=f"p99 TTFT of {name} prompts, seconds",
-             title="Red: no other run is better in both")  # fmt: skip
+             title=f"Red: no other run{of_its_kind} is better in both")  # fmt: skip
     path = out / "report_pareto.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
 
 
+def _has_both_kinds(runs: Sequence[Run]) -> bool:
+    return len({run.is_simulated for run in runs}) > 1
+
+
+def _kind(run: Run) -> str:
+    return "simulated" if run.is_simulated else "measured"
+
+
 def _label(run: Run, runs: Sequence[Run]) -> str:
     """What differs, said shortly; the run's name where that is nothing."""
-    told = ", ".join(f"{_short(key)}={run.options[key]}" for key in differing_keys(runs)[:4])
-    return told if len(runs) > 1 and told else run.name
+    told = [_kind(run)] if _has_both_kinds(runs) else []
+    told += [f"{_short(key)}={run.options[key]}" for key in telling_keys(runs)[:4]]
+    return ", ".join(told) or run.name
 
 
 def _render(template: str, facts: dict[str, Any]) -> str:

@@ -61,8 +61,31 @@ def differing_keys(runs: Iterable[Run]) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1 and present[key] == len(runs)]
 
 
+def telling_keys(runs: Sequence[Run]) -> list[str]:
+    """The differing keys without those that the ones before settle, as a policy does its own options."""
+    told: list[str] = []
+    groups: set[tuple[str, ...]] = {()}
+    for key in differing_keys(runs):
+        finer = {tuple(json.dumps(run.options[name]) for name in [*told, key]) for run in runs}
+        if len(finer) > len(groups):
+            told, groups = [*told, key], finer
+    return told
+
+
 def pareto(runs: Iterable[Run], length_class: str) -> list[Run]:
-    """Runs that no other one beats in both p99 TTFT of that class and tokens per second, by throughput."""
+    """Runs that no other one beats in both p99 TTFT of that class and tokens per second, by throughput.
+
+    Measured and simulated ones do not compete: the machines are not the same.
+    """
+    runs = list(runs)
+    return [
+        run
+        for is_simulated in (False, True)
+        for run in _front([run for run in runs if run.is_simulated is is_simulated], length_class)
+    ]
+
+
+def _front(runs: Sequence[Run], length_class: str) -> list[Run]:
     points = [
         (run.values["all"]["tokens_per_s"], ttft_s, run)
         for run in runs

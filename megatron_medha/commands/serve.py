@@ -43,6 +43,7 @@ flags:
 _POLL_S = 0.05
 _PROGRESS_INTERVAL_S = 5.0
 _FORCED_STOP_S = 1.0
+_TRACKING_STOP_S = 30.0  # W&B may have logs to send
 # A rank that refuses what the user asked for reports the name of the error first.
 _USER_ERRORS = ("ConfigError: ", "CheckpointError: ", "UnsupportedModelError: ", "DependencyError: ")
 
@@ -139,9 +140,9 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     finally:
         gc.enable()
         watch.end()
-        tracking.stop(timeout_s=5.0)
         # Where the server was forced to stop, it has not stopped the engine.
         engine.stop(_FORCED_STOP_S)
+        tracking.stop(_TRACKING_STOP_S)  # last: it keeps the logs, which are complete now
     return _exit_code(watch, stops)
 
 

@@ -20,6 +20,7 @@ from megatron_medha.engine.engine import Engine, Watcher
 from megatron_medha.engine.kv_audit import KVAudit
 from megatron_medha.engine.ports import EngineClient, Observer
 from megatron_medha.engine.replicas import Replicas, SharedObserver
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.server.config import SECRET_FIELDS
 from megatron_medha.sim.live import live_engine
 
@@ -70,11 +71,16 @@ def _replica(
             )
         case model:
             return live_engine(
-                shape=model.shape,
-                hardware=config.hardware,
-                scheduler_config=config.scheduler,
-                num_blocks=model.num_blocks,
-                block_size=model.block_size,
+                setup=SchedulerSetup(
+                    config=config.scheduler,
+                    shape=model.shape,
+                    hardware=model.hardware,
+                    engine=model.engine,
+                    layout=model.layout,
+                    num_blocks=model.num_blocks,
+                    block_size=model.block_size,
+                    max_tokens_per_shard=model.max_tokens_per_shard,
+                ),
                 observers=(observer,),
                 watchers=(watcher, KVAudit) if model.is_audited else (watcher,),
                 decision_log=decision_log,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_medha.commands.arguments import FLAGS
+from megatron_medha.commands.arguments import SWEEP_FLAGS
 from megatron_medha.commands.job_command import check_plots, directory_of, plot, run_job_command
 from megatron_medha.core.errors import ConfigError
 
@@ -27,16 +27,18 @@ or read from a trace; prints latencies by length class, and leaves requests, sam
 the stages in a directory. No GPU and no checkpoint is needed.
 
 examples:
-  medha simulate model=llama3_8b hardware=a100 parallel.tp=8 parallel.spp=2 workload=medha_mix_05pct
-  medha simulate -m parallel.tp=8 parallel.spp=2 system=medha,loongserve,static_cp workload.duration_s=600
-  medha simulate parallel.tp=8 parallel.spp=2 scheduler=vllm_chunk_512 workload.qps=0.25 seed=1
-  medha simulate parallel.tp=8 workload=trace workload.path=AzureLLMInferenceTrace_conv.csv workload.duration_s=600
-  medha simulate parallel.tp=8 parallel.spp=2 record=full out=runs/a && medha explain runs/a r17
+  medha simulate                                   # the Medha paper's traffic, ten minutes of it, on its 16 A100
+  medha simulate system=loongserve                 # the same requests under LoongServe-like sequence parallelism
+  medha simulate model=llama3_70b_1m hardware=h100 parallel.tp=8 parallel.spp=4 workload.qps=0.25 seed=1
+  medha simulate scheduler=vllm_chunk_512 workload=medha_mix_01pct
+  medha simulate parallel.spp=1 workload=trace workload.path=AzureLLMInferenceTrace_conv.csv workload.duration_s=600
+  medha simulate record=full out=runs/a && medha explain runs/a r17
+  medha simulate -m system=medha,loongserve,static_cp out=multirun/systems
   medha simulate truth=noisy belief=online workload.arrivals=gamma workload.cv=3
   medha simulate -m scheduler=fcfs,edf,lars workload.qps=0.25,0.75 out=multirun/policies
 
 flags:
-{FLAGS}"""
+{SWEEP_FLAGS}"""
 
 _INSTALL_PARQUET = "pip install 'megatron_medha[parquet]'"
 
@@ -98,7 +100,7 @@ def _with_progress(
 
     facts = simulation.workload.facts
     with (
-        directory.recording(simulation.config, options.record) as watchers,
+        directory.recording(simulation.config, options.record, facts.last_arrival_s) as watchers,
         tqdm(total=facts.num_requests, unit="request", file=sys.stderr, dynamic_ncols=True) as bar,
     ):
         write_sample = watchers.on_sample
@@ -146,9 +148,7 @@ def _say_what_runs(options: SimulateOptions, simulation: Simulation) -> None:
             f"kvp {layout.kvp}"
     print(
         f"{setup.shape.name} on {layout.world_size} {setup.hardware.name} ({where}), KV for {kv_tokens:,} tokens, "
-        f"{who}\n"
-        f"{facts.num_requests:,} requests in {facts.last_arrival_s:,.0f} s: {facts.num_prompt_tokens:,} prompt tokens, "
-        f"the longest {facts.max_prompt_tokens:,}; {facts.num_output_tokens:,} output tokens"
+        f"{who}\n{simulation.workload}"
     )
     assert options.model.shape is not None
     if facts.max_request_tokens > options.model.shape.max_context_len:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import threading
@@ -10,10 +9,11 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+from megatron_medha.commands.wandb_run import begin, check_wandb, keep
 from megatron_medha.config import TrackingConfig
-from megatron_medha.core.errors import DependencyError
 from megatron_medha.engine.ports import EngineClient
 from megatron_medha.server.metrics import Histogram, Metrics
 
@@ -35,11 +35,7 @@ class Tracking:
         self, config: TrackingConfig, engine: EngineClient, metrics: Metrics, options: dict[str, Any]
     ) -> None:
         """options: the composed configuration, kept with the run. Raises DependencyError if wandb is missing."""
-        if config.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-            raise DependencyError(
-                f"tracking.wandb_project={config.wandb_project}: wandb is not installed; "
-                "pip install 'megatron_medha[tracking]', or tracking=jsonl"
-            )
+        check_wandb(config)
         self._config = config
         self._engine = engine
         self._metrics = metrics
@@ -76,6 +72,12 @@ class Tracking:
             sample.update(self._since_last(name, getattr(metrics, name)))
         return sample
 
+    def _files(self) -> list[Path]:
+        """What the server has written for later, of every replica."""
+        logs = [path for path in (self._config.decision_log, self._config.timeline) if path is not None]
+        of_replicas = [found for path in logs for found in path.parent.glob(f"{path.stem}.*{path.suffix}")]
+        return [*logs, *of_replicas, *([self._config.metrics_log] if self._config.metrics_log is not None else [])]
+
     def _since_last(self, name: str, histogram: Histogram) -> Sample:
         counts, total = list(histogram.counts), histogram.total
         last_counts = self._last_counts.get(name, [0] * len(counts))
@@ -99,10 +101,8 @@ class Tracking:
                 closers.append(stream.close)
                 writers.append(lambda sample: void(stream.write(json.dumps(sample) + "\n")))
             if self._config.wandb_project is not None:
-                import wandb
-
-                run = wandb.init(project=self._config.wandb_project, job_type="serve", config=self._options)
-                closers.append(run.finish)
+                run = begin(self._config, "serve", self._options, Path())
+                closers += [lambda: keep(run, "server-logs", self._files()), run.finish]
                 writers.append(run.log)
             is_last = False
             while not is_last:

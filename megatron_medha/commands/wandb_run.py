@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ _MAX_ROWS = 10_000  # of a table of requests; W&B shows no more, and the whole i
 # Files of a run directory that are worth keeping with the run.
 _ARTIFACT_FILES = (
     "config.yaml", "run.json", "summary.json", "summary.txt", "requests.jsonl", "requests.parquet", "samples.jsonl",
-    "decisions.jsonl", "trace.json",
+    "decisions.jsonl", "trace.json", "machine.json", "idle.json", "server.yaml", "server.log",
 )  # fmt: skip
 
 
@@ -31,36 +31,60 @@ def mode_of(wandb_mode: str) -> str:
     return "online" if has_key else "offline"
 
 
+def check_wandb(tracking: TrackingConfig) -> None:
+    """Raises DependencyError if wandb is asked for and missing."""
+    if tracking.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise DependencyError(
+            f"tracking.wandb_project={tracking.wandb_project}: wandb is not installed; "
+            "pip install 'megatron_medha[tracking]', or tracking=none"
+        )
+
+
+def begin(
+    tracking: TrackingConfig, job_type: str, config: Mapping[str, Any], directory: Path, name: str | None = None
+) -> Any:
+    """A run of W&B's, as the options ask for it; its own files go into `directory`/wandb."""
+    import wandb
+
+    run: Any = wandb.init(
+        project=tracking.wandb_project,
+        group=tracking.wandb_group,
+        job_type=job_type,
+        name=name,
+        mode=mode_of(tracking.wandb_mode),
+        config=dict(config),
+        dir=str(directory.absolute()),  # W&B's own process may have been started elsewhere
+        settings=wandb.Settings(console="off", silent=True),
+    )
+    run.define_metric("time_s")
+    run.define_metric("*", step_metric="time_s")
+    return run
+
+
+def keep(run: Any, kind: str, files: Iterable[Path]) -> None:
+    """Those of the files that exist, as an artifact of the run."""
+    import wandb
+
+    artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
+    found = [path for path in files if path.is_file()]
+    for path in found:
+        artifact.add_file(str(path))
+    if found:
+        run.log_artifact(artifact)
+
+
 class WandbRun:
-    """One W&B run, or nothing at all where none is asked for."""
+    """One W&B run over a run directory, or nothing at all where none is asked for."""
 
     def __init__(self, tracking: TrackingConfig, job_type: str, config: Mapping[str, Any], directory: Path) -> None:
         """Raises DependencyError if wandb is asked for and missing."""
+        check_wandb(tracking)
         self._run: Any = None
         if tracking.wandb_project is None:
             return
-        if importlib.util.find_spec("wandb") is None:
-            raise DependencyError(
-                f"tracking.wandb_project={tracking.wandb_project}: wandb is not installed; "
-                "pip install 'megatron_medha[tracking]', or tracking=none"
-            )
-        import wandb
-
-        mode = mode_of(tracking.wandb_mode)
-        self._run = wandb.init(
-            project=tracking.wandb_project,
-            group=tracking.wandb_group,
-            job_type=job_type,
-            name=directory.name,
-            mode=mode,
-            config=dict(config),
-            # Its files go beside the results, so that a run that was made offline can be found and synced.
-            dir=str(directory),
-            settings=wandb.Settings(console="off", silent=True),
-        )
-        self._run.define_metric("time_s")
-        self._run.define_metric("*", step_metric="time_s")
-        if mode == "offline":
+        # Its files go beside the results, so that a run that was made offline can be found and synced.
+        self._run = begin(tracking, job_type, config, directory, directory.name)
+        if mode_of(tracking.wandb_mode) == "offline":
             print(f"W&B offline: `wandb sync {directory}/wandb/offline-run-*` sends it later")
 
     def sample(self, time_s: float, values: Mapping[str, float | None]) -> None:
@@ -83,11 +107,7 @@ class WandbRun:
             logged["requests"] = table
         if logged:
             self._run.log(logged)
-        artifact = wandb.Artifact(f"run-{self._run.id}", type="run-directory")
-        for name in _ARTIFACT_FILES:
-            if (directory / name).is_file():
-                artifact.add_file(str(directory / name))
-        self._run.log_artifact(artifact)
+        keep(self._run, "run-directory", [directory / name for name in _ARTIFACT_FILES])
         self._run.finish()
 
     def fail(self) -> None:

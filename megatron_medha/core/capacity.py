@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_medha.core.errors import ConfigError
@@ -57,6 +57,28 @@ def check_layout(shape: ModelShape, hardware: Hardware, layout: ParallelLayout) 
             f"hardware.num_devices={hardware.num_devices} of {hardware.name}: tp={layout.tp} x spp={layout.spp} x "
             f"kvp={layout.kvp} x dp={layout.dp} needs {layout.world_size}; take a larger cluster or smaller degrees"
         )
+
+
+def cluster_for(hardware: Hardware, layout: ParallelLayout) -> Hardware:
+    """A single device (hardware=a100) stands for as many as the layout needs; a cluster (a100_x16) is what it is."""
+    return replace(hardware, num_devices=layout.world_size) if hardware.num_devices == 1 else hardware
+
+
+def num_blocks_in(shape: ModelShape, layout: ParallelLayout, kv_memory_gib: float, block_size: int) -> int:
+    """KV blocks of one KVP rank where so much of each device's memory is given to them; the fullest stage decides.
+
+    Raises ConfigError if that is too little for one.
+    """
+    num_layers = max(shape.num_stage_layers(stage, layout.spp) for stage in range(layout.spp))
+    share = num_layers / shape.num_layers / min(layout.tp, shape.num_kv_heads)
+    block_bytes = block_size * shape.kv_bytes_per_token * share
+    num_blocks = int(kv_memory_gib * _GIB / block_bytes)
+    if num_blocks < 1:
+        raise ConfigError(
+            f"model.kv_memory_gib={kv_memory_gib:g}: too small for one block of {block_size} tokens, "
+            f"which takes {block_bytes / _GIB:.2g} GiB on each device"
+        )
+    return num_blocks
 
 
 def stage_footprint(

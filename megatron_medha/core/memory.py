@@ -164,6 +164,16 @@ class KVMemory:
         self._set_capacity(seq)
         return True
 
+    def grow_early(self, seq: Sequence) -> None:
+        """Give a decode its next block before it needs it, if there is one for everybody who may.
+
+        A rank that knows where the token after the next goes can compute it before it is asked to.
+        """
+        last = seq.block_table.shards[-1]
+        is_shard_full = last.num_blocks * self.block_size >= self._shard_tokens
+        if not is_shard_full and self.pools[last.kvp_rank].num_free_blocks > self._num_kept + self.num_owners:
+            self.grow(seq)
+
     def growth_ranks(self, seq: Sequence) -> set[int]:
         """KVP ranks on which a free block would let `seq` grow."""
         last = seq.block_table.shards[-1]
@@ -217,4 +227,5 @@ class KVMemory:
         last = seq.block_table.shards[-1]
         seq.capacity_tokens = capacity = last.start + last.num_blocks * self.block_size
         # The last output token is sampled, but never computed.
-        seq.change_tokens = min(capacity, seq.request.num_prompt_tokens + seq.request.max_output_tokens - 1)
+        last_tokens = seq.request.num_prompt_tokens + seq.request.max_output_tokens - 1
+        seq.change_tokens = last_tokens if last_tokens <= capacity else capacity - 1

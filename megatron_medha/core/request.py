@@ -68,7 +68,7 @@ class Sequence:
     answer_work_s: float = 0.0       # predicted time of its output tokens, alone
     estimated_wait_s: float = 0.0    # work of those that would go before it, when it arrived; only some policies ask
     capacity_tokens: int = 0         # tokens its blocks hold
-    change_tokens: int = 0           # a decode that has computed so many ends, or needs a block; up to there it goes on
+    change_tokens: int = 0           # a decode that has computed so many ends, or wants a block; up to there it goes on
     first_scheduled_s: float | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
     request_id: str = field(init=False)  # the request's: asked for too often to be a property

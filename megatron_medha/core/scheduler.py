@@ -114,6 +114,10 @@ class Scheduler:
             self.config.min_deadline_s if least_s is None else least_s,
         )
 
+    def is_put_back(self, seq: Sequence, now_s: float) -> bool:
+        """Whether triage lets others go before this prefill: it takes more than a step, and its deadline is lost."""
+        return seq.lost_s < now_s and seq.num_unscheduled_tokens > self._times.num_step_tokens
+
     def _lost_deadline_s(self, request: Request, target_s: float, total_work_s: float) -> float:
         """The deadline that triage goes by: its own, or the one that its work alone would give it, if that is later.
 
@@ -248,10 +252,12 @@ class Scheduler:
                 return
             if seq.status is not Status.DECODING:
                 seq.move_to(Status.DECODING)
-            if end < seq.capacity_tokens:
-                self._decodes[request_id] = seq
-            else:
+            if end >= seq.capacity_tokens:
                 self._growing.append(seq)
+                return
+            if end >= seq.change_tokens:
+                self.memory.grow_early(seq)
+            self._decodes[request_id] = seq
 
     def _estimated_wait_s(self, seq: Sequence) -> float:
         """Prefill work that goes before this newcomer's by the policy, which must be a line without slope."""

@@ -61,6 +61,7 @@ class Explanation:
     learnt_s: float                # when the scheduler learnt of it
     deadline_s: float = 0.0        # as believed when the first chunk was formed, or last
     work_s: float = 0.0            # predicted time of its prefill, alone
+    put_back_s: float | None = None  # when triage first let others go before it, its deadline being lost
     phases: list[Phase] = field(default_factory=list)
     first_token_s: float | None = None
     end_s: float | None = None
@@ -77,15 +78,20 @@ class Explanation:
         return sorted(sums.values(), key=lambda one: -one.num_tokens)
 
     def at_most(self, num_phases: int) -> list[Phase]:
-        """The phases; where there are more, those of equal stretches of time put together."""
+        """The phases; where there are more, those of equal stretches of time put together.
+
+        What was before the deadline was lost and what came after are kept apart, for which there may be one more.
+        """
         phases = self.phases
         if len(phases) <= num_phases:
             return phases
         start_s = phases[0].start_s
         window_s = (phases[-1].end_s - start_s) / num_phases
-        windows: dict[int, list[Phase]] = {}
+        windows: dict[tuple[bool, int], list[Phase]] = {}
         for phase in phases:
-            windows.setdefault(min(int((phase.start_s - start_s) / window_s), num_phases - 1), []).append(phase)
+            is_put_back = self.put_back_s is not None and phase.start_s >= self.put_back_s
+            window = min(int((phase.start_s - start_s) / window_s), num_phases - 1)
+            windows.setdefault((is_put_back, window), []).append(phase)
         return [_joined(some) for some in windows.values()]
 
 
@@ -139,7 +145,7 @@ def explain(records: Iterable[Recorded], scheduler: Scheduler, request_id: str) 
         if found is None:
             _schedule(record, record.entry, scheduler)
             continue
-        seq = next((seq for seq in scheduler.sequences if seq.request_id == request_id), None)
+        seq = scheduler.sequence(request_id)
         if seq is None or not seq.is_prefill:
             _schedule(record, record.entry, scheduler)
             continue
@@ -147,6 +153,8 @@ def explain(records: Iterable[Recorded], scheduler: Scheduler, request_id: str) 
                   if other.is_prefill}  # fmt: skip
         blocked = _blocked(seq, scheduler)
         found.deadline_s, found.work_s = seq.deadline_s, seq.total_work_s
+        if found.put_back_s is None and scheduler.is_put_back(seq, record.now_s):
+            found.put_back_s = record.now_s
         _schedule(record, record.entry, scheduler)
         _note_batch(found, record.entry, record.now_s, slacks, blocked, requests)
     return found
@@ -223,8 +231,8 @@ def _note_batch(
         why = Why.PASSED if others else Why.NO_ROOM
     slack = slacks[request_id]
     phase = found.phases[-1] if found.phases else None
-    # A stretch ends when the reason changes, or when it is somebody else who goes before.
-    is_same = phase is not None and phase.why is why and (
+    # A stretch ends when the reason changes, when it is somebody else who goes before, or when the deadline is lost.
+    is_same = phase is not None and phase.why is why and found.put_back_s != now_s and (
         why is Why.COMPUTED or {chunk.request_id for chunk in others} <= set(phase.ahead) or not phase.ahead
     )
     if phase is None or not is_same:

@@ -116,6 +116,24 @@ class Workload:
                 arrival_s=arrival_s,
             )
 
+    def __str__(self) -> str:
+        """Where requests and their arrivals come from, and how much there is of them; for people."""
+        config, facts = self.config, self.facts
+        rate = "" if config.qps is None else f" at {config.qps:g} requests/s"
+        if config.path is None or not self._is_recorded:
+            kind = Arrivals.POISSON if config.arrivals is Arrivals.AUTO else config.arrivals
+            arrivals = f"arrivals {kind.value}{rate}"
+        elif self._stretch == 1.0:
+            arrivals = "arrivals as recorded"
+        else:
+            arrivals = f"arrivals as recorded, {self._stretch:.4g} times as far apart" + (f",{rate}" if rate else "")
+        source = "drawn from the mix" if config.path is None else f"of {config.path}"
+        return (
+            f"{facts.num_requests:,} requests in {facts.last_arrival_s:,.0f} s, {source}, {arrivals}: "
+            f"{facts.num_prompt_tokens:,} prompt tokens, the longest {facts.max_prompt_tokens:,}; "
+            f"{facts.num_output_tokens:,} output tokens"
+        )
+
     def _trace(self, path: Path) -> TraceFile:
         return TraceFile(
             path=path.expanduser(), skips_zero_lengths=self.config.zero_lengths is ZeroLengths.SKIP

@@ -4,7 +4,7 @@ fp32: oneDNN's own layout. Against F.linear on the row-major weight, one thread,
 times faster, and not slower at 512 tokens. bf16: oneDNN's, or the native layers of kernels/native_linear.py, whichever
 is faster on this machine when tried. Without bf16 instructions that is native by 2 to 4 times at any number of tokens
 (AVX-512 server CPU, one thread, 3072 x 512: 1 token 250 against 343 us, 8 tokens 0.57 against 1.9 ms, 256 tokens
-7.9 against 34 ms; fp32 weights took 0.73, 0.97 and 10 ms).
+7.9 against 34 ms; fp32 weights took 0.73, 0.97 and 10 ms). Or native with int8 weights, if asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.kernels.native_linear import NativeLinear
+from megatron_medha.model.int8_weights import int8_linear
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,16 @@ _TRIALS = 5
 _MIN_GAIN = 1.2
 
 
-def pack_linears(model: GPTModel, sum_over_tp: Callable[[Tensor], object] | None = None) -> None:
+def pack_linears(
+    model: GPTModel, sum_over_tp: Callable[[Tensor], object] | None = None, *, has_int8_weights: bool = False
+) -> None:
     """Replace the forward of every parallel linear layer by one over packed weights; inference only, for good.
 
     The row-major weights are given up, or the model would be in memory twice; only a tied output layer on the stage
     of its embedding keeps them, as the embedding reads its rows. Tensor-parallel layers communicate where Megatron's
     own do. Does nothing where it cannot help: other devices, a torch without the operators.
     sum_over_tp: what sums a row-parallel layer's output over its ranks, in place; None: the group's all-reduce.
+    has_int8_weights: a bf16 model's are rounded to int8; whether that can be had, check_weight_dtype has said.
     """
     shared_weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     layers = []
@@ -58,11 +62,17 @@ def pack_linears(model: GPTModel, sum_over_tp: Callable[[Tensor], object] | None
             layers.append((module, weight))
     if not layers:
         return
-    make = fastest_linear(max((weight for _, weight in layers), key=Tensor.numel))
+    largest = max((weight for _, weight in layers), key=Tensor.numel)
+    make = int8_linear if has_int8_weights else fastest_linear(largest)
     if make is None:
         return
+    if has_int8_weights:
+        log.info("linear_layers kernel=native dtype=int8 weights=%d", sum(weight.numel() for _, weight in layers))
     for module, weight in layers:
-        packed = PackedLinear(make, weight, module.bias)
+        make_this = make
+        if has_int8_weights and isinstance(module, RowParallelLinear) and get_pg_size(module.tp_group) > 1:
+            make_this = partial(int8_linear, group=module.tp_group)
+        packed = PackedLinear(make_this, weight, module.bias)
         if get_pg_size(module.tp_group) == 1:
             module.forward = packed  # type: ignore[method-assign]
         elif isinstance(module, ColumnParallelLinear):

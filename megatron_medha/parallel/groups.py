@@ -70,6 +70,9 @@ def build_groups(layout: ParallelLayout) -> MedhaPGs:
     pgs.tp_cp = pgs.expt_tp = pgs.tp_ep = pgs.tp
     pgs.tp_ep_pp = pgs.mp
     pgs.embd, pgs.pos_embd = _embedding_groups(grid)
+    if dist.get_backend() == "nccl" and layout.kvp > 1:
+        # NCCL makes a group's communicator at its first use, with all of its ranks; exchanges later have but some.
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=pgs.kvp)
     return pgs
 
 

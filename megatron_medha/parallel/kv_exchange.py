@@ -59,6 +59,7 @@ class KVExchange:
         assert len(out_THD) == self._num_rows, f"{len(out_THD)} rows for an exchange of {self._num_rows}"
         own = Part(out_THD, lse_TH)
         arriving: dict[int, Callable[[], Part]] = {}
+        beyond_slots: dict[int, Part] = {}
         # All are posted before any is waited for, so the order in which peers get to theirs does not matter.
         for peer, sets in self._sets_of.items():
             leaving = own
@@ -66,7 +67,12 @@ class KVExchange:
                 leaving = Part(*map(torch.cat, zip(*(own.rows(s.first_row, s.num_rows) for s in sets), strict=True)))
             # As much comes back, so both ends choose the same way.
             is_small = self._slots is not None and _num_bytes(leaving) <= SLOT_BYTES
-            arriving[peer] = (self._through_slots if is_small else self._through_group)(peer, leaving)
+            if is_small:
+                arriving[peer] = self._through_slots(peer, leaving)
+            else:
+                beyond_slots[peer] = leaving
+        if beyond_slots:
+            arriving |= self._through_group(beyond_slots)
         return PartsOnTheirWay(self, own, arriving)
 
     @property
@@ -94,15 +100,28 @@ class KVExchange:
 
         return wait
 
-    def _through_group(self, peer: int, leaving: Part) -> Callable[[], Part]:
-        leaving_THE = pack(*leaving)
-        arriving_THE = torch.empty_like(leaving_THE)
-        works = (
-            dist.irecv(arriving_THE, group=self._group, group_src=peer),
-            dist.isend(leaving_THE, group=self._group, group_dst=peer),
-        )
-        # leaving_THE is passed on only to be kept from being freed while it is on its way.
-        return partial(_wait_for, works, leaving_THE, arriving_THE, leaving.out_THD.shape[-1])
+    def _through_group(self, leaving: dict[int, Part]) -> dict[int, Callable[[], Part]]:
+        """One message each way per peer; all at once, as NCCL runs single ones in the order they were posted.
+
+        Two ranks that both post their receive first would then wait for each other for ever.
+        """
+        messages = {}
+        for peer, part in leaving.items():
+            leaving_THE = pack(*part)
+            messages[peer] = (leaving_THE, torch.empty_like(leaving_THE))
+        posts = []
+        for peer, (leaving_THE, arriving_THE) in messages.items():
+            posts.append(dist.P2POp(dist.irecv, arriving_THE, group=self._group, group_peer=peer))
+            posts.append(dist.P2POp(dist.isend, leaving_THE, group=self._group, group_peer=peer))
+        works = dist.batch_isend_irecv(posts)
+
+        def wait(peer: int) -> Part:
+            while works:
+                works.pop().wait()
+            leaving_THE, arriving_THE = messages[peer]  # both kept from being freed while they are on their way
+            return unpack(arriving_THE, leaving[peer].out_THD.shape[-1])
+
+        return {peer: partial(wait, peer) for peer in leaving}
 
 
 class PartsOnTheirWay:
@@ -140,13 +159,6 @@ def unpack(packed_THE: Tensor, head_dim: int) -> Part:
     """What `pack` was given."""
     lse_TH = packed_THE[..., head_dim:].contiguous().view(torch.float32).squeeze(-1)
     return Part(packed_THE[..., :head_dim], lse_TH)
-
-
-def _wait_for(works: Sequence[dist.Work | None], leaving_THE: Tensor, arriving_THE: Tensor, head_dim: int) -> Part:
-    for work in works:
-        assert work is not None, "this rank is of its own kvp group"
-        work.wait()
-    return unpack(arriving_THE, head_dim)
 
 
 def _num_bytes(part: Part) -> int:

@@ -6,6 +6,7 @@ side: 0.3 to 1 ms for each layer of each token on busy cores. Here it is a copy 
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import platform
@@ -16,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # One decode of 100 requests with 8 heads of 64 in fp32, or a chunk of 30 tokens of a large model; what is longer is
 # bound by bandwidth, and goes through the group.
@@ -47,22 +50,22 @@ class SharedSlots:
 
     @staticmethod
     def size_of(num_ranks: int) -> int:
-        """Bytes for so many ranks; what is never used takes no memory."""
+        """Bytes for so many ranks."""
         return num_ranks * num_ranks * (_LINE_BYTES + 2 * SLOT_BYTES)
 
     @classmethod
     def open(cls, group: dist.ProcessGroup, device: torch.device) -> SharedSlots | None:
-        """Of a group's ranks; None on a GPU, alone, and unless all are on one machine. Collective."""
+        """Of a group's ranks; None on a GPU, alone, without memory, and unless all are on one machine. Collective."""
         # A counter tells of a message written before it: of all processors these keep that order by themselves.
         is_ordered = platform.machine() in ("x86_64", "AMD64")
         if device.type != "cpu" or group.size() == 1 or not is_ordered:
             return None
         directory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
         told: list[str | None] = [None]
+        descriptor = -1
         if group.rank() == 0:
             descriptor, name = tempfile.mkstemp(prefix="medha-kvp-", dir=directory)
             os.ftruncate(descriptor, cls.size_of(group.size()))
-            os.close(descriptor)
             told = [name]
         dist.broadcast_object_list(told, group=group, group_src=0)
         assert told[0] is not None
@@ -70,11 +73,12 @@ class SharedSlots:
             slots = cls(Path(told[0]), group.rank(), group.size())
         except OSError:  # on another machine, or in another container, it is not there
             slots = None
-        has_all = torch.tensor([slots is not None], dtype=torch.int32)
-        dist.all_reduce(has_all, dist.ReduceOp.MIN, group=group)
+        have_all = _is_true_for_all(slots is not None, group)
         if group.rank() == 0:
             Path(told[0]).unlink()  # what is mapped stays
-        return slots if has_all.item() else None
+            have_all = have_all and _is_reserved(descriptor, cls.size_of(group.size()))
+            os.close(descriptor)
+        return slots if _is_true_for_all(have_all, group) else None
 
     def next_number(self, peer: int) -> int:
         """Of the next message to a peer, and of what it sends for it."""
@@ -113,3 +117,23 @@ class SharedSlots:
     def _slot(self, sender: int, receiver: int, number: int) -> Tensor:
         first = (2 * self._place(sender, receiver) + number % 2) * SLOT_BYTES
         return self._slots[first : first + SLOT_BYTES]
+
+
+def _is_true_for_all(fact: bool, group: dist.ProcessGroup) -> bool:
+    """Collective."""
+    facts = torch.tensor([fact], dtype=torch.int32)
+    dist.all_reduce(facts, dist.ReduceOp.MIN, group=group)
+    return bool(facts.item())
+
+
+def _is_reserved(descriptor: int, num_bytes: int) -> bool:
+    """Whether the file's memory is there: where it is not, the first write to a page would be the end of the rank.
+
+    A container's /dev/shm often has 64 MiB, whatever the machine has.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        log.warning("shared_memory_unused bytes=%d reason=%s", num_bytes, error)
+        return False
+    return True

@@ -10,30 +10,40 @@ from contextlib import contextmanager
 from heapq import heappop, heappush
 from pathlib import Path
 
-from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware, RooflineCost
-from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.batch import Aborted, Batch, Completed, Event, FirstStageDone, Output
 from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Sampled, Streams
-from megatron_medha.sim.world import true_step_s
+from megatron_medha.sim.pipeline import Pipeline, StepTimes
+from megatron_medha.sim.truth import Truth, TruthConfig
 
 
 class LiveRuntime:
-    """A Runtime whose steps take their predicted time on the wall clock; tokens count up from the prompt's last."""
+    """A Runtime whose batches go through a simulated pipeline on the wall clock.
 
-    def __init__(self, inbox: Inbox, streams: Streams, truth: Callable[[Batch], float], vocab_size: int) -> None:
+    Tokens count up from the prompt's last. truth: what a batch takes on every stage.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        streams: Streams,
+        truth: Callable[[Batch], StepTimes],
+        pipeline: Pipeline,
+        vocab_size: int,
+    ) -> None:
         self._inbox = inbox
         self._streams = streams
         self._truth = truth
+        self._pipeline = pipeline
         self._vocab_size = vocab_size
         self._events: deque[Event | None] = deque()
-        self._due: list[tuple[float, int, Completed, Batch]] = []
+        self._due: list[tuple[float, int, FirstStageDone | Completed]] = []  # heap; the count keeps equal moments apart
+        self._num_pushed = 0
+        self._in_flight: dict[int, Batch] = {}
         self._last_tokens: dict[str, int] = {}
         self._sampled: dict[str, Sampled] = {}
 
@@ -48,34 +58,44 @@ class LiveRuntime:
             wait_s = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
             if select.select([self._inbox], [], [], wait_s)[0]:
                 self._events.extend(self._inbox.drain())
-            elif self._due:
-                _, _, completed, batch = heappop(self._due)
-                self._events.append(self._sample(completed, batch))
+            # One of each kind at a time: clients that never pause do not hold up steps, nor the other way round.
+            if self._due and self._due[0][0] <= time.monotonic():
+                self._events.append(heappop(self._due)[2])
         event = self._events.popleft()
-        if isinstance(event, Aborted):
+        if isinstance(event, Completed):
+            event = self._sample(event)
+        elif isinstance(event, Aborted):
             self._streams.drop(event.request_id)
         return event
 
     def has_room(self) -> bool:
         """See Runtime."""
-        return not self._due
+        is_free = self._pipeline.first_stage_free_s <= time.monotonic()
+        return is_free and len(self._in_flight) < self._pipeline.spp
 
     def submit(self, batch: Batch) -> None:
         """See Runtime."""
         for request_id in batch.released:
             self._last_tokens.pop(request_id, None)
-        duration_s = self._truth(batch)
-        completed = Completed(batch_id=batch.batch_id, duration_s=duration_s)
-        heappush(self._due, (time.monotonic() + duration_s, batch.batch_id, completed, batch))
+        times = self._truth(batch)
+        done_s = self._pipeline.run(batch.batch_id, times, time.monotonic())
+        self._in_flight[batch.batch_id] = batch
+        if self._pipeline.spp > 1:
+            self._push(self._pipeline.first_stage_free_s, FirstStageDone(batch.batch_id))
+        self._push(done_s, Completed(batch_id=batch.batch_id, duration_s=times.duration_s))
 
     def emit(self, output: Output) -> None:
         """See Runtime."""
         self._streams.emit(output, self._sampled)
 
-    def _sample(self, completed: Completed, batch: Batch) -> Completed:
+    def _push(self, at_s: float, event: FirstStageDone | Completed) -> None:
+        heappush(self._due, (at_s, self._num_pushed, event))
+        self._num_pushed += 1
+
+    def _sample(self, completed: Completed) -> Completed:
         self._sampled = {}
         stopped: list[str] = []
-        for chunk in batch.chunks:
+        for chunk in self._in_flight.pop(completed.batch_id).chunks:
             stream = self._streams.get(chunk.request_id)
             if chunk.samples_token and stream is not None:
                 last = self._last_tokens.get(chunk.request_id, stream.token_ids[-1])
@@ -88,33 +108,24 @@ class LiveRuntime:
 
 def live_engine(
     *,
-    shape: ModelShape,
-    hardware: Hardware,
-    scheduler_config: SchedulerConfig,
-    num_blocks: int,
-    block_size: int,
+    setup: SchedulerSetup,
     stop_token_ids: tuple[int, ...] = (),
     observers: tuple[Observer, ...] = (),
     watchers: tuple[Watcher, ...] = (),
     decision_log: Path | None = None,
 ) -> Engine:
-    """An engine whose world is simulated in wall time, one replica of one rank."""
+    """An engine whose world is simulated in wall time: one replica, in the layout and with the costs of `setup`."""
 
     @contextmanager
     def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
-        truth = true_step_s(RooflineCost(shape=shape, hardware=hardware))
+        layout, name = setup.layout, setup.hardware.name
+        shard_tokens = setup.max_tokens_per_shard or setup.num_blocks * setup.block_size
+        truth = Truth(setup.cluster_cost, shard_tokens, TruthConfig(), seed=0)
         yield World(
-            runtime=LiveRuntime(inbox, streams, truth, shape.vocab_size),
-            setup=SchedulerSetup(
-                config=scheduler_config,
-                shape=shape,
-                hardware=hardware,
-                layout=ParallelLayout(),
-                num_blocks=num_blocks,
-                block_size=block_size,
-            ),
+            runtime=LiveRuntime(inbox, streams, truth, Pipeline(layout.spp, layout.kvp), setup.shape.vocab_size),
+            setup=setup,
             stop_token_ids=stop_token_ids,
-            device=f"simulated {hardware.name}",
+            device=f"simulated {name}" if layout.world_size == 1 else f"{layout.world_size} simulated {name}",
         )
 
     return Engine(open_world, observers=observers, watchers=watchers, decision_log=decision_log)

@@ -32,13 +32,15 @@ from megatron_medha.sim.simulation import Sample, SimulationConfig, Watchers
 CONFIG, RUN, REQUESTS, SAMPLES = "config.yaml", "run.json", "requests.jsonl", "samples.jsonl"
 SUMMARY, TABLE, TRACE, DECISIONS = "summary.json", "summary.txt", "trace.json", "decisions.jsonl"
 
+_BUILT_UP = 0.1  # of the arrivals' time: what a load needs to build up, as medha bench leaves it out
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordConfig:
     """What a run writes down beside its summary."""
 
     decision_log: bool = False
-    trace_start_s: float = 0.0
+    trace_start_s: float | None = None  # None: _BUILT_UP of the time in which requests arrive
     trace_duration_s: float = 30.0
     sample_s: float | None = None
 
@@ -81,7 +83,9 @@ class RunDirectory:
         (self.path / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     @contextmanager
-    def recording(self, config: SimulationConfig, record: RecordConfig) -> Iterator[Watchers]:
+    def recording(
+        self, config: SimulationConfig, record: RecordConfig, last_arrival_s: float
+    ) -> Iterator[Watchers]:
         """What has to look on for the files to be written; they are complete when the context ends."""
         with ExitStack() as stack:
             requests = stack.enter_context((self.path / REQUESTS).open("w", encoding="utf-8"))
@@ -89,12 +93,13 @@ class RunDirectory:
             watchers = Watchers()
             timeline: Timeline | None = None
             if record.trace_duration_s:
-                end_s = record.trace_start_s + record.trace_duration_s
+                start_s = _BUILT_UP * last_arrival_s if record.trace_start_s is None else record.trace_start_s
+                end_s = start_s + record.trace_duration_s
                 stream = stack.enter_context((self.path / TRACE).open("w", encoding="utf-8"))
                 rank_name = "KVP rank" if config.instances is None else "instance"
                 lanes = config.pipeline()
                 timeline = Timeline(
-                    stream, spp=lanes.spp, kvp=lanes.kvp, rank_name=rank_name, start_s=record.trace_start_s, end_s=end_s
+                    stream, spp=lanes.spp, kvp=lanes.kvp, rank_name=rank_name, start_s=start_s, end_s=end_s
                 )
                 stack.callback(timeline.close)
                 watchers.on_span = timeline.span

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from megatron_medha.core.errors import ConfigError
@@ -16,6 +17,7 @@ class Trial:
     name: str  # of who decides in it
     config: SimulationConfig
     dp: int = 1
+    each_class: bool = False  # slo.attainment is asked of every length class, not only of all requests together
 
     @property
     def num_gpus(self) -> int:
@@ -30,6 +32,7 @@ class Verdict:
     trial: Trial
     passes: bool
     attainment: float | None = None  # None: ended early, it could no longer pass
+    attainment_by_class: dict[str, float] | None = None  # of length classes with requests
     ttft_p90_s: dict[str, float | None] | None = None  # by length class
     tpot_p90_s: float | None = None
     utilisation: float | None = None
@@ -47,21 +50,26 @@ def judge(trial: Trial) -> Verdict:
         simulation = Simulation(config)
     except ConfigError as error:
         return Verdict(trial=trial, passes=False, why=str(error))
-    num_allowed = (1.0 - config.slo.attainment) * simulation.workload.facts.num_requests
-    num_missed = 0
+
+    def judged_as(length_class: str) -> str:
+        return f"{length_class} " if trial.each_class else ""
+
+    classes_of = (config.classes.of(request.num_prompt_tokens) for request in simulation.workload.requests())
+    num_requests = Counter(map(judged_as, classes_of))
+    num_missed: Counter[str] = Counter()
 
     def count(outcome: Outcome) -> None:
-        nonlocal num_missed
-        num_missed += not config.slo.is_met(outcome)
+        if not config.slo.is_met(outcome):
+            num_missed[judged_as(config.classes.of(outcome.request.num_prompt_tokens))] += 1
 
     def look(sample: Sample) -> None:
         # Late without a first token is missed already, however it ends.
-        num_late = sum(one.is_late for one in sample.waiting)
-        if num_missed + num_late > num_allowed:
-            raise _Hopeless(
-                f"{num_missed + num_late} of {simulation.workload.facts.num_requests} requests had missed the SLO "
-                f"after {sample.now_s:,.0f} s"
-            )
+        lost = num_missed + Counter(judged_as(one.length_class) for one in sample.waiting if one.is_late)
+        for name, num_lost in lost.items():
+            if num_lost > (1.0 - config.slo.attainment) * num_requests[name]:
+                raise _Hopeless(
+                    f"{num_lost} of {num_requests[name]} {name}requests had missed the SLO after {sample.now_s:,.0f} s"
+                )
 
     try:
         result = simulation.run(Watchers(on_outcome=count, on_sample=look))
@@ -69,10 +77,13 @@ def judge(trial: Trial) -> Verdict:
         return Verdict(trial=trial, passes=False, why=str(error))
     everything, classes = result.values["all"], result.values["classes"]
     attainment = everything["attainment"]
+    by_class = {name: found["attainment"] for name, found in classes.items() if found["attainment"] is not None}
+    asked = by_class.values() if trial.each_class else [attainment]
     return Verdict(
         trial=trial,
-        passes=attainment >= config.slo.attainment,
+        passes=min(asked) >= config.slo.attainment,
         attainment=attainment,
+        attainment_by_class=by_class,
         ttft_p90_s={name: found["ttft_s"]["p90"] for name, found in classes.items()},
         tpot_p90_s=everything["tpot_s"]["p90"],
         utilisation=result.values["machine"]["utilisation"],

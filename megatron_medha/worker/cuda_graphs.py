@@ -64,12 +64,15 @@ class StepGraphs:
         device: torch.device,
         *,
         shapes: Sequence[GraphShape],
-        capture: Capture,
+        new_capture: Callable[[], Capture],
     ) -> None:
-        """backend: a TritonAttention. Captures at once; raises what a capture raises."""
+        """backend: a TritonAttention. new_capture: for graphs captured together.
+
+        Captures at once; raises what a capture raises.
+        """
         self._model, self._backend, self._kv_layers, self._rotary = model, backend, kv_layers, rotary
         self._device = device
-        self._capture = capture
+        self._new_capture = new_capture
         self._staging = Staging(device)
         self._shapes = sorted(shapes)
         self._graphs: dict[GraphShape, _Captured] = {}
@@ -83,13 +86,13 @@ class StepGraphs:
         shape = self.shape_for(host)
         if shape is None:
             return None
-        if self._generation != self._backend.tables.generation:
-            log.info("cuda_graphs_recaptured why=block_tables_grew")
-            self._capture_all()
-        graph = self._graphs[shape]
         from megatron_medha.kernels.triton_backend import padded
 
         plan = self._backend.host_plan(host.ranges)
+        if self._generation != self._backend.tables.generation:  # perhaps for this very plan
+            log.info("cuda_graphs_recaptured why=block_tables_grew")
+            self._capture_all()
+        graph = self._graphs[shape]
         try:
             fitted = padded(plan, graph.room, self._backend.is_quantised)
         except ValueError as error:
@@ -122,6 +125,7 @@ class StepGraphs:
         from megatron_medha.kernels.triton_backend import empty_plan
 
         self._graphs.clear()
+        capture = self._new_capture()
         self._generation = self._backend.tables.generation
         # The largest first: smaller ones then find all the memory they need in the pool.
         for shape in reversed(self._shapes):
@@ -132,7 +136,7 @@ class StepGraphs:
             buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
             self._staging.upload(arrays, buffer)
             tensors = views_of(buffer, [(array.shape, array.dtype) for array in arrays])
-            replay, logits_RV = self._capture(lambda t=tensors, p=empty: self._forward(t, p))  # type: ignore[misc]
+            replay, logits_RV = capture(lambda t=tensors, p=empty: self._forward(t, p))  # type: ignore[misc]
             self._graphs[shape] = _Captured(room, buffer, replay, logits_RV)
 
     def _forward(self, tensors: Sequence[Tensor], empty: Any) -> Tensor:
@@ -186,7 +190,7 @@ def step_graphs(
     shapes = [GraphShape(size, size, False) for size in _DECODE_SIZES]
     shapes += [GraphShape(size, _CHUNK_SEQUENCES, True) for size in _CHUNK_SIZES]
     try:
-        return StepGraphs(model, backend, kv_layers, rotary, device, shapes=shapes, capture=cuda_capture())
+        return StepGraphs(model, backend, kv_layers, rotary, device, shapes=shapes, new_capture=cuda_capture)
     except RuntimeError as error:  # torch has no narrower type for what cannot be captured
         log.warning("cuda_graphs_off why=%s", str(error).splitlines()[0], exc_info=True)
         torch.cuda.synchronize(device)
@@ -194,7 +198,11 @@ def step_graphs(
 
 
 def cuda_capture() -> Capture:
-    """Capture as torch's CUDA graphs that share one memory pool, as they never run at the same time."""
+    """Capture as torch's CUDA graphs that share one memory pool, as they never run at the same time.
+
+    The pool is theirs alone: torch's allocator refuses one whose graphs have all been given up ("use_count > 0 INTERNAL
+    ASSERT FAILED").
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

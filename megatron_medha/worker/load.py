@@ -23,6 +23,7 @@ from megatron_medha.kernels.backends import attention_backend, backend_names
 from megatron_medha.model.build import build_model, check_divisible, transformer_engine_works
 from megatron_medha.model.checkpoint import load_weights, read_model_config
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
+from megatron_medha.model.int8_weights import check_weight_dtype
 from megatron_medha.model.native_decoder_model import use_native_decoder
 from megatron_medha.model.native_passes import use_native_passes
 from megatron_medha.model.packed_linear import pack_linears
@@ -67,6 +68,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     kv_dtype = kv_dtype_of(config.kv_dtype, dtype, backend.name)
     has_transformer_engine = transformer_engine_works(device)
     check_fp8(config.fp8, dtype=dtype, has_transformer_engine=has_transformer_engine, tp=config.layout.tp)
+    check_weight_dtype(config.weight_dtype, dtype=dtype, device=device, fp8=config.fp8)
     check_divisible(model_config, tp=config.layout.tp, spp=config.layout.spp)
     if config.layout.world_size > 1:
         progress("the other ranks", 0.0)
@@ -77,7 +79,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     load_weights(model, model_config, directory, _rarely(progress))
     model.requires_grad_(False)
     quantise_linears(model, config.fp8, has_transformer_engine)
-    pack_linears(model, tp_sum(pgs.tp, device))
+    pack_linears(model, tp_sum(pgs.tp, device), has_int8_weights=config.weight_dtype == "int8")
     use_native_passes(model)
     use_native_decoder(model)
 
@@ -132,7 +134,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
         num_blocks=num_blocks,
         block_size=block_size,
         stop_token_ids=model_config.stop_token_ids,
-        device=_described(device, num_threads, dtype, kv_dtype, config.fp8, backend.name),
+        device=_described(device, num_threads, dtype, kv_dtype, config, backend.name),
     )
     return rank, ready
 
@@ -239,13 +241,19 @@ def dtype_of(name: str, checkpoint_dtype: str) -> torch.dtype:
 
 
 def _described(
-    device: torch.device, num_threads: int, dtype: torch.dtype, kv_dtype: torch.dtype, fp8: str, backend_name: str
+    device: torch.device,
+    num_threads: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    config: RankConfig,
+    backend_name: str,
 ) -> str:
     """For the line the front prints when the model is ready."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {num_threads} threads"
     parts = [name, str(dtype).removeprefix("torch."), f"{backend_name} attention"]
     parts += [f"KV in {str(kv_dtype).removeprefix('torch.')}"] if kv_dtype != dtype else []
-    parts += [f"FP8 linear layers ({fp8})"] if fp8 != "none" else []
+    parts += [f"FP8 linear layers ({config.fp8})"] if config.fp8 != "none" else []
+    parts += ["int8 weights"] if config.weight_dtype == "int8" else []
     return ", ".join(parts)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from scripted_server import Event, ScriptedServer, token, usage
 
-from megatron_medha.bench.client import Streamed, Target, complete, find_model
+from megatron_medha.bench.client import Streamed, Target, complete, completion_body, find_model
 from megatron_medha.bench.prompts import TokenRange
 from megatron_medha.core.errors import ConfigError
 
@@ -18,7 +18,8 @@ def streamed(server: ScriptedServer, max_tokens: int = 3, **target: object) -> S
         async with server.running():
             made = Target(url=server.url, **target)  # type: ignore[arg-type]
             async with made.session() as session:
-                return await complete(made, session, "scripted", [65, 66], max_tokens)
+                body = completion_body(made, "scripted", [65, 66], max_tokens)
+                return await complete(made, session, body, max_tokens)
 
     return asyncio.run(one())
 

@@ -16,15 +16,32 @@ def test_the_rank_that_has_been_silent_longest_is_named() -> None:
     heartbeats = Heartbeats(range(3), 4.0, now_s=0.0)
     for rank, now_s in ((0, 3.0), (2, 3.5)):
         heartbeats.heard(rank, now_s)
-    assert heartbeats.failure(4.0) is None
+    assert [heartbeats.failure(now_s) for now_s in (1.0, 2.0, 3.0, 4.0)] == [None] * 4
     assert heartbeats.failure(4.5) == "rank 1 has been silent for 4.5 s"
 
 
 def test_silence_is_measured_from_when_the_limit_changed() -> None:
     heartbeats = Heartbeats(range(2), 60.0, now_s=0.0)
     heartbeats.restart(4.0, now_s=50.0)
-    assert heartbeats.failure(53.9) is None
+    assert [heartbeats.failure(now_s) for now_s in (51.0, 52.0, 53.0, 53.9)] == [None] * 4
     assert heartbeats.failure(54.1) is not None
+
+
+def test_a_front_that_was_put_aside_itself_does_not_take_its_own_pause_for_silence() -> None:
+    heartbeats = Heartbeats(range(2), 4.0, now_s=0.0)
+    assert heartbeats.failure(0.25) is None
+    assert heartbeats.failure(30.0) is None  # what the ranks have said meanwhile is about to be read
+    heartbeats.heard(1, 30.1)
+    assert heartbeats.failure(30.25) is None
+    assert [heartbeats.failure(now_s) for now_s in (31.0, 32.0)] == [None] * 2
+    assert heartbeats.failure(33.0) == "rank 0 has been silent for 4.2 s"
+
+
+def test_a_silent_rank_is_found_however_seldom_the_front_gets_to_look() -> None:
+    heartbeats = Heartbeats(range(1), 4.0, now_s=0.0)
+    found = [heartbeats.failure(now_s) for now_s in (10.0, 20.0, 30.0, 40.0, 50.0)]
+    assert found[:4] == [None] * 4
+    assert found[4] is not None
 
 
 def test_a_step_may_take_ten_times_its_prediction_and_no_more() -> None:

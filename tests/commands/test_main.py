@@ -93,6 +93,7 @@ def test_cfg_job_with_resolve_prints_what_references_mean(capsys: pytest.Capture
         (["--colour"], "options are written key=value"),
         (["--cfg", "hydra"], "only --cfg job"),
         (["--config-dir"], "needs a value"),
+        (["-m", "a=1,2"], "only medha simulate and medha bench"),
     ],
 )
 def test_a_flag_that_does_not_exist_is_refused_with_the_key_to_write(words: list[str], way_out: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from megatron_medha.commands.report_runs import differing_keys, find_runs
 from megatron_medha.main import main
 
-SMALL = ["parallel.tp=8", "workload.duration_s=5", "plots=never", "record.trace_duration_s=0"]
+SMALL = ["parallel.spp=1", "workload.duration_s=5", "plots=never", "record.trace_duration_s=0"]
 
 
 def sweep(out: Path, *words: str) -> int:
@@ -123,3 +123,7 @@ def test_an_objective_that_is_not_in_the_summary_names_what_is(
     assert sweep(tmp_path, "objective=all.godput", "workload.qps=1") == 1
 
     assert "objective=all.godput: no such figure" in capsys.readouterr().err
+
+    # The run itself is as good as any: with a figure that is there it is not run again.
+    assert sweep(tmp_path, "objective=all.goodput_per_s", "workload.qps=1") == 0
+    assert "job 0 is done already" in capsys.readouterr().out

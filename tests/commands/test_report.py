@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_medha.commands.report_runs import differing_keys, find_runs, pareto
+from megatron_medha.commands.report_runs import Run, differing_keys, find_runs, pareto, telling_keys
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.main import main
 
@@ -53,6 +53,26 @@ def test_the_pareto_front_is_what_no_other_run_beats_in_both(tmp_path: Path) -> 
         write_run(tmp_path / name, qps=float(name), ttft_s=ttft_s, tokens_per_s=tokens_per_s)
 
     assert [run.name for run in pareto(find_runs([tmp_path]), "short")] == ["0", "1"]
+
+
+def run(name: str, ttft_s: float, tokens_per_s: float, is_simulated: bool = False, **options: object) -> Run:
+    values = {"classes": {"short": {"ttft_s": {"p99": ttft_s}}}, "all": {"tokens_per_s": tokens_per_s}}
+    return Run(name, Path(name), options, values, is_simulated)
+
+
+def test_measured_and_simulated_runs_do_not_compete() -> None:
+    runs = [run("slow", 2.0, 10.0), run("sim", 1.0, 30.0, is_simulated=True), run("fast", 1.5, 20.0)]
+    assert [one.name for one in pareto(runs, "short")] == ["fast", "sim"]
+
+
+def test_an_option_that_another_one_settles_tells_nothing() -> None:
+    runs = [
+        run(f"{policy}{qps}", 1.0, 1.0, policy=policy, has_triage=policy == "lars", qps=qps)
+        for policy in ("fcfs", "edf", "lars")
+        for qps in (1.0, 2.0)
+    ]
+    assert differing_keys(runs) == ["policy", "has_triage", "qps"]
+    assert telling_keys(runs) == ["policy", "qps"]
 
 
 def test_a_report_has_a_row_per_run_and_a_page_that_needs_no_other_file(

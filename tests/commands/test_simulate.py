@@ -45,7 +45,7 @@ def test_simulate_prints_a_table_by_length_class_and_says_where_the_results_are(
     words = ["simulate", *MACHINE, "workload=trace", f"workload.path={trace}", f"out={out}"]
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert "9 requests in 2 s: 156,400 prompt tokens" in text
+    assert f"9 requests in 2 s, of {trace}, arrivals as recorded: 156,400 prompt tokens" in text
     assert "long p99" in text and "meet the SLO" in text and "MFU" in text
     assert f"results are in {out}" in text
     assert json.loads((out / "summary.json").read_text())["all"]["num_finished"] == 9
@@ -130,6 +130,19 @@ def test_explain_says_who_went_before_a_request(run: Path, capsys: Capture) -> N
     assert "first token; 5 tokens" in text
 
 
+def test_explain_says_when_triage_let_others_go_first(tmp_path: Path, capsys: Capture) -> None:
+    crowd, out = tmp_path / "crowd.csv", tmp_path / "run"
+    crowd.write_text("arrival_s,prompt_tokens,output_tokens\n" + "0,400000,2\n" * 4)
+    assert main(["simulate", *MACHINE, "workload=trace", f"workload.path={crowd}", "record=full", f"out={out}"]) == 0
+    capsys.readouterr()
+    assert main(["explain", str(out), "worst-long"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = [index for index, line in enumerate(lines) if "its deadline is lost" in line]
+    # It has lost when its slack is used up; what happened from then on is told apart from what was before.
+    assert lines[place + 1].split()[0] == lines[place].split()[0]
+    assert -0.1 < float(lines[place + 1].split()[2]) <= 0.0
+
+
 def test_explain_names_what_is_missing(run: Path, trace: Path, tmp_path: Path, capsys: Capture) -> None:
     assert main(["explain", str(run), "r99"]) == 2
     assert "r99: no such request" in capsys.readouterr().err
@@ -158,9 +171,25 @@ def test_plan_finds_the_fewest_gpus(trace: Path, capsys: Capture) -> None:
     mix = ("workload=medha_mix_00pct", "workload.qps=1")
     assert main(["plan", *words, *mix]) == 0
     text = capsys.readouterr().out
-    assert "1 a100_x8 GPUs: parallel.tp=1 parallel.spp=1" in text
+    assert "1 GPU of a100_x8: parallel.tp=1 parallel.spp=1" in text
+    assert "on 3 s of the workload: 2 short requests" in text and "hardly any short ones" in text
     assert main(["plan", *words, *mix, "slo.ttft_s=1e-3"]) == 1
     assert "none of" in capsys.readouterr().out
+
+
+def test_a_plan_shows_every_class_and_may_ask_the_slo_of_each(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "trace.csv"
+    questions = "".join(f"{1 + index},800,5\n" for index in range(30))
+    path.write_text(f"arrival_s,prompt_tokens,output_tokens\n0,150000,3\n{questions}")
+    words = ("hardware=a100_x8", "hardware.num_devices=2", "max_kvp=1", "max_dp=1", "num_processes=1")
+    load = ("workload=trace", f"workload.path={path}", "slo.ttft_s=1")
+    assert main(["plan", *words, *load]) == 0
+    text = capsys.readouterr().out
+    assert "30 short and 1 long requests" in text and "hardly any long ones" in text
+    assert "96.8% (short 100.0%, long 0.0%) meet the SLO; 90% of all requests must" in text
+    assert "each_class=true asks it of every class" in text
+    assert main(["plan", *words, *load, "each_class=true"]) == 1
+    assert "1 of 1 long requests had missed the SLO" in capsys.readouterr().out
 
 
 def test_plan_finds_the_load_that_a_cluster_carries(capsys: Capture) -> None:
@@ -196,8 +225,8 @@ def test_a_scheduler_that_is_tried_is_the_option_of_that_name_with_the_overrides
     ("words", "way_out"),
     [
         (("simulate", "parallel.tp=7"), "parallel.tp=7 must divide model.shape.num_heads=32"),
-        (("simulate", "hardware=a100_x8", "parallel.tp=8", "parallel.spp=2"), "take a larger cluster"),
-        (("simulate", "model=llama3_70b", "hardware=a100"), "does not fit"),
+        (("simulate", "hardware=a100_x8"), "take a larger cluster"),
+        (("simulate", "model=llama3_70b", "hardware=a100", "parallel=single"), "does not fit"),
         (("simulate", "model=auto"), "use model=llama3_8b"),
         (("simulate", "parallel.dp=2"), "simulate one of them with its share of the load"),
         (("simulate", "workload=trace"), "give a trace, workload.path=FILE"),
@@ -205,15 +234,15 @@ def test_a_scheduler_that_is_tried_is_the_option_of_that_name_with_the_overrides
         (("simulate", "workload.qps=-1"), "workload.qps=-1: must be between"),
         (("simulate", "truth.noise=9"), "truth.noise=9: must be between"),
         (("simulate", "slo.ttft=1"), "did you mean slo.ttft_s?"),
-        ((*LOONGSERVE, "parallel.tp=8", "system.instance_tp=3"), "system.instance_tp=3 must divide the 8 GPUs"),
-        ((*LOONGSERVE, "parallel.tp=8", "parallel.spp=2", "system.instance_tp=16"), "does not leave its node"),
-        ((*LOONGSERVE, "parallel.tp=8", "system.num_reserved=4"), "one at least must be left for long prompts"),
-        ((*LOONGSERVE, "parallel.tp=8", "parallel.max_tokens_per_shard=4096"), "leave it null"),
-        ((*LOONGSERVE, "parallel.tp=8", "truth=noisy"), "use truth=exact, or system=medha"),
-        ((*LOONGSERVE, "parallel.tp=8", "belief=online"), "use belief=exact"),
-        ((*LOONGSERVE, "parallel.tp=8", "record=full"), "use record=standard"),
-        ((*LOONGSERVE, "parallel.tp=8", "system.instance_tp=1", "model=llama3_70b"), "does not fit"),
-        (("simulate", "system=static_cp", "parallel.tp=8", "system.num_reserved=1"), "scheduler.reserved_share"),
+        ((*LOONGSERVE, "system.instance_tp=3"), "system.instance_tp=3 must divide the 16 GPUs"),
+        ((*LOONGSERVE, "system.instance_tp=16"), "does not leave its node"),
+        ((*LOONGSERVE, "system.num_reserved=8"), "one at least must be left for long prompts"),
+        ((*LOONGSERVE, "parallel.max_tokens_per_shard=4096"), "leave it null"),
+        ((*LOONGSERVE, "truth=noisy"), "use truth=exact, or system=medha"),
+        ((*LOONGSERVE, "belief=online"), "use belief=exact"),
+        ((*LOONGSERVE, "record=full"), "use record=standard"),
+        ((*LOONGSERVE, "system.instance_tp=1", "model=llama3_70b"), "does not fit"),
+        (("simulate", "system=static_cp", "system.num_reserved=1"), "scheduler.reserved_share"),
         (("plan", "hardware=a100"), "take a cluster, like hardware=a100_x16"),
         (("plan", "schedulers=[fastest]"), "scheduler=fastest"),
         (("plan", "systems=[fastest]"), "system=fastest"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ from omegaconf import OmegaConf
 from megatron_medha.compose import compose, freeze
 from megatron_medha.main import main
 from megatron_medha.simulate_config import SimulateOptions, simulation_config
+from tests.commands.conftest import Start
 from tests.commands.wandb_file import WandbFile
+
+Words = tuple[str, ...]
 
 pytest.importorskip("wandb", reason="wandb is not installed: pip install 'megatron_medha[tracking]'")
 
 SWEEP = Path(__file__).parents[2] / "experiments" / "wandb_sweep" / "sweep.yaml"
-SMALL = ("parallel.tp=8", "workload.duration_s=5", "record.trace_duration_s=0", "plots=never", "seed=3")
+SMALL = ("parallel.spp=1", "workload.duration_s=5", "record.trace_duration_s=0", "plots=never", "seed=3")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,20 @@ def test_requests_are_a_table_and_the_directory_is_an_artifact(written: WandbFil
     assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == requests
     (names,) = (names for _, kind, names in written.artifacts if kind == "run-directory")
     assert {"config.yaml", "run.json", "summary.json", "summary.txt", "requests.jsonl", "samples.jsonl"} == set(names)
+
+
+def test_a_server_keeps_its_samples_and_its_decision_log(start: Start, simulated: Words, tmp_path: Path) -> None:
+    log = tmp_path / "decisions.jsonl"
+    words = ("tracking=wandb", "tracking.wandb_mode=offline", "tracking.wandb_group=mine", "tracking.interval_s=1000")
+    medha = start(*simulated, *words, f"tracking.decision_log={log}")
+    medha.line_with("ready after")
+    medha.process.send_signal(signal.SIGINT)
+    assert medha.end() == 0
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    written = WandbFile(path)
+    assert written.config["scheduler"]["policy"] == "lars" and written.exit_codes == [0]
+    assert [row["num_waiting"] for row in written.history] == [0]
+    assert [(kind, names) for _, kind, names in written.artifacts] == [("server-logs", ["decisions.jsonl"])]
 
 
 def test_the_run_has_ended_well(written: WandbFile) -> None:

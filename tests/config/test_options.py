@@ -191,6 +191,15 @@ def test_a_simulated_model_needs_no_checkpoint(configure: Configure, checkpoint:
     assert config.world.num_blocks == 48 * 2**30 // (131_072 * 16)
 
 
+def test_a_simulated_replica_may_have_many_ranks(configure: Configure, checkpoint: Path) -> None:
+    layout = ("parallel.tp=8", "parallel.spp=2", "parallel.kvp=2")
+    config = configure("runtime=sim", "model=llama3_8b", "hardware=a100", *layout, f"tokenizer={checkpoint}")
+    assert isinstance(config.world, SimulatedModel)
+    # Each rank holds half of the layers and one of eight KV heads; the two kvp ranks share 131,072 tokens evenly.
+    assert config.world.num_blocks == 16 * (48 * 2**30 // (131_072 * 16))
+    assert (config.world.hardware.num_devices, config.world.max_tokens_per_shard) == (32, 65_536)
+
+
 def test_a_simulated_context_can_be_shortened(configure: Configure) -> None:
     config = configure("runtime=sim", "model=llama3_8b", "model.max_context_len=4096")
     assert isinstance(config.world, SimulatedModel)

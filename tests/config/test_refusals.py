@@ -78,6 +78,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: 
         ("log_level=loud", "use one of debug, info"),
         ("model.attention_backend=magic", "use one of auto, native, aten"),
         ("model.fp8=delayed", "use one of none, tensorwise, blockwise"),
+        ("model.weight_dtype=int4", "use one of auto, int8"),
     ],
 )
 def test_a_value_outside_a_closed_set_is_refused_with_the_set(refusal: Refusal, override: str, allowed: str) -> None:
@@ -140,9 +141,11 @@ def test_ranks_that_share_this_machine_share_its_memory(refusal: Refusal) -> Non
     assert "on each of 4 ranks" in refusal("parallel.tp=2", "parallel.dp=2", "model.kv_memory_gib=900000")
 
 
-def test_a_simulated_server_has_replicas_of_one_rank(refusal: Refusal) -> None:
-    options = ("runtime=sim", "model=llama3_8b", "hardware=h100", "model.kv_memory_gib=1", "parallel.spp=2")
-    assert "2 ranks per replica" in refusal(*options)
+def test_a_simulated_replica_fits_its_hardware(refusal: Refusal) -> None:
+    simulated = ("runtime=sim", "model=llama3_8b", "hardware=h100_x8")
+    assert "take a larger cluster" in refusal(*simulated, "parallel.tp=8", "parallel.spp=2")
+    assert "must be a multiple of" in refusal(*simulated, "parallel.kvp=2", "parallel.max_tokens_per_shard=1001")
+    assert "too small for one block" in refusal(*simulated, "parallel.tp=8", "model.kv_memory_gib=1e-5")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +173,11 @@ def test_float16_is_refused_with_the_reason(refusal: Refusal) -> None:
 @pytest.mark.parametrize("override", ["model.attention_backend=triton", "model.kv_dtype=fp8_e4m3"])
 def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(refusal: Refusal, override: str) -> None:
     assert refusal("model.device=cpu", override) == f"{override}: needs model.device=cuda; use auto"
+
+
+@pytest.mark.parametrize("override", ["model.device=cuda", "model.fp8=tensorwise"])
+def test_int8_weights_are_refused_where_there_is_another_way(refusal: Refusal, override: str) -> None:
+    assert refusal(override, "model.weight_dtype=int8").startswith("model.weight_dtype=int8: ")
 
 
 def test_more_kv_memory_than_is_free_is_refused(refusal: Refusal) -> None:

@@ -58,7 +58,7 @@ def test_the_file_of_a_command_shows_every_key_with_the_default_of_the_class(nam
 
 def test_the_mix_shows_every_key_of_a_workload_with_load_and_end_set() -> None:
     defaults = {field.name: plain(field.default) for field in dataclasses.fields(WorkloadConfig)}
-    assert shown("workload/medha_mix_05pct") == defaults | {"qps": 0.75, "duration_s": 3600.0}
+    assert shown("workload/medha_mix_05pct") == defaults | {"qps": 0.75, "duration_s": 600.0}
 
 
 @pytest.mark.parametrize("group", ["slo", "classes", "truth", "memory", "record", "engine", "scheduler", "system"])

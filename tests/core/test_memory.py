@@ -139,6 +139,19 @@ def test_a_decode_that_fills_its_last_shard_goes_on_on_another_rank() -> None:
     ]  # fmt: skip
 
 
+def test_a_block_is_given_early_only_in_the_same_shard_and_while_there_is_one_for_everybody() -> None:
+    memory = memory_of(4, kvp=2, shard_blocks=2)
+    seq, other = sequence("a", 4), sequence("b", 4)
+    memory.take(seq, (0,))
+    memory.grow_early(seq)
+    assert seq.block_table.num_blocks == 2 and seq.block_table.unsent_extents == [(1, 1)]
+    memory.grow_early(seq)
+    assert seq.block_table.num_blocks == 2, "the next one would open a shard"
+    memory.take(other, (0,))
+    memory.grow_early(other)
+    assert other.block_table.num_blocks == 1, "one block is free, and two may need it"
+
+
 def test_prompts_leave_the_watermark_free_unless_they_are_alone() -> None:
     memory = memory_of(10, watermark=0.2)
     small, large = sequence("small", 4), sequence("large", 36)

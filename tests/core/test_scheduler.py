@@ -130,3 +130,14 @@ def test_asking_when_nothing_can_run_changes_no_later_decision() -> None:
         return made
 
     assert batches(0) == batches(5)
+
+
+def test_a_decode_is_given_its_next_block_a_token_before_it_needs_it() -> None:
+    bench = Bench()
+    bench.arrive(request("a", num_tokens=6, num_out=8))
+    steps = [bench.step()[0].chunks[0] for _ in range(8)]
+    # Blocks hold 4 tokens; the request's last token, at position 13, is never computed.
+    assert [(chunk.start, chunk.new_extents) for chunk in steps if chunk.new_extents] == [
+        (0, ((0, 2),)), (7, ((2, 1),)), (11, ((3, 1),))
+    ]  # fmt: skip
+    bench.assert_empty()

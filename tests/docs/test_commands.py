@@ -44,6 +44,7 @@ OPTIONS: dict[str, type] = {
     "run-batch": BatchOptions,
 }
 NUM_WORDS = {"explain": (2, 2), "replay": (1, 1), "version": (0, 0)}
+SWEEPS = ("simulate", "bench")
 FIRST_TRIED = 4  # of a sweep's combinations
 
 
@@ -117,7 +118,7 @@ def check(name: str, words: list[str]) -> None:
             low, high = NUM_WORDS[name]
             assert low <= len(words) <= high, f"medha {name} takes {low} to {high} words"
         return
-    arguments = parse_arguments(with_file_keys(words) if name == "run-batch" else words)
+    arguments = parse_arguments(with_file_keys(words) if name == "run-batch" else words, can_sweep=name in SWEEPS)
     if name == "report":
         assert arguments.wants_help or any("=" not in word for word in words), "medha report needs a directory"
         assert all("=" not in word or word.startswith("out=") for word in words)
@@ -189,7 +190,7 @@ def options_shown(name: str) -> dict[str, DictConfig]:
     by_group: dict[str, list[str]] = {}
     for _, command in shown():
         if command.words[0] == name and command.error is None and name != "run-batch":
-            arguments = parse_arguments(command.words[1:])
+            arguments = parse_arguments(command.words[1:], can_sweep=name in SWEEPS)
             if arguments.config_dir is None:
                 for word in filter(names_option, itertools.chain(*combinations(arguments))):
                     words = by_group.setdefault(word.partition("=")[0], [])

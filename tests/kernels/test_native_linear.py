@@ -46,3 +46,25 @@ def test_what_is_not_a_number_stays_so(native: NativeAttention) -> None:
     linear = NativeLinear(torch.ones(3, 4, dtype=torch.bfloat16), None, native.target)
     output = linear(torch.tensor([[1.0, torch.nan, 0.0, 0.0], [torch.inf, 0.0, 0.0, 0.0]]).bfloat16())
     assert output[0].isnan().all() and output[1].isposinf().all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 12, 13, 100])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1, 2), (65, 513), (320, 17)])
+def test_an_int8_linear_is_the_plain_one_over_the_scaled_weight(
+    native: NativeAttention, num_tokens: int, num_outputs: int, num_inputs: int
+) -> None:
+    weight_OI = torch.randint(-128, 128, (num_outputs, num_inputs), dtype=torch.int8)
+    scale_O, bias_O = torch.rand(num_outputs) / 128, torch.randn(num_outputs).bfloat16()
+    input_TI = torch.randn(num_tokens, num_inputs).bfloat16()
+    output = NativeLinear(weight_OI, bias_O, native.target, scale_O=scale_O)(input_TI)
+    exact = input_TI.double() @ (weight_OI.double() * scale_O[:, None].double()).T + bias_O.double()
+    assert ((output.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+
+
+def test_an_int8_linears_token_does_not_depend_on_how_many_others_there_are(native: NativeAttention) -> None:
+    weight_OI = torch.randint(-127, 128, (130, 600), dtype=torch.int8)
+    linear = NativeLinear(weight_OI, None, native.target, scale_O=torch.rand(130))
+    input_TI = torch.randn(200, 600).bfloat16()
+    whole = linear(input_TI)
+    for rows in (slice(0, 1), slice(3, 7), slice(100, 112), slice(50, 190)):
+        assert torch.equal(linear(input_TI[rows]), whole[rows])

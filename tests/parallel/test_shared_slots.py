@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import os, sys
+import errno, os, sys
 import torch
 import torch.distributed as dist
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
@@ -65,22 +65,25 @@ def check_sums(group, slots, device):
         dist.all_gather(found, mine)
         assert all(torch.equal(found[0], other) for other in found), step
 
-def run(rank, path, sees_memory):
+def run(rank, path, memory):
     dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=NUM_RANKS)
-    if not sees_memory and rank == 1:
+    if memory == "elsewhere" and rank == 1:
         def is_elsewhere(*_): raise FileNotFoundError
         SharedSlots.__init__ = is_elsewhere
+    if memory == "full":
+        def is_full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.posix_fallocate = is_full
     slots = SharedSlots.open(dist.group.WORLD, torch.device("cpu"))
-    assert (slots is not None) == sees_memory
+    assert (slots is not None) == (memory == "shared")
     check(rank, slots)
     check_sums(dist.group.WORLD, slots, torch.device('cpu'))
 
-def in_processes(path, sees_memory):
+def in_processes(path, memory):
     children = []
     for rank in range(NUM_RANKS):
         if not (pid := os.fork()):
             try:
-                run(rank, path, sees_memory)
+                run(rank, path, memory)
             except BaseException as error:
                 print(rank, repr(error), file=sys.stderr, flush=True)
                 os._exit(1)
@@ -88,14 +91,14 @@ def in_processes(path, sees_memory):
         children.append(pid)
     return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
 
-sys.exit(in_processes(sys.argv[1], sys.argv[2] == "True"))
+sys.exit(in_processes(sys.argv[1], sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("sees_memory", [True, False])
-def test_parts_and_sums_of_any_size_arrive_between_any_ranks(tmp_path: Path, sees_memory: bool) -> None:
+@pytest.mark.parametrize("memory", ["shared", "elsewhere", "full"])
+def test_parts_and_sums_of_any_size_arrive_between_any_ranks(tmp_path: Path, memory: str) -> None:
     outcome = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / "meeting"), str(sees_memory)],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / "meeting"), memory],
         capture_output=True,
         text=True,
         timeout=180,
@@ -108,5 +111,5 @@ def test_nothing_is_left_behind_in_shared_memory(tmp_path: Path) -> None:
     if not directory.is_dir():
         pytest.skip("no /dev/shm")
     before = set(directory.glob("medha-kvp-*"))
-    test_parts_and_sums_of_any_size_arrive_between_any_ranks(tmp_path, True)
+    test_parts_and_sums_of_any_size_arrive_between_any_ranks(tmp_path, "shared")
     assert not set(directory.glob("medha-kvp-*")) - before

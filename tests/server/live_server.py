@@ -8,9 +8,12 @@ from typing import Any
 
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
+from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.engine.engine import Engine
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.server.journal import Journal
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.sim.live import live_engine
@@ -21,6 +24,9 @@ SHAPE = ModelShape(
     vocab_size=300, max_context_len=4096,
 )  # fmt: skip
 FAST = Hardware(name="fast", flops_per_s=1e15, memory_bytes_per_s=1e13, step_overhead_s=1e-3, layer_overhead_s=0.0)
+NO_LAUNCHES = EngineCosts(
+    name="fast", step_s=1e-3, sequence_s=0.0, stage_entry_s=0.0, layer_launch_s=0.0, request_s=0.0
+)
 
 
 class Audit:
@@ -99,11 +105,15 @@ class LiveEngine:
         self._aborted: list[str] = []
         self._changed = threading.Condition()
         self.engine: Engine = live_engine(
-            shape=SHAPE,
-            hardware=FAST,
-            scheduler_config=SchedulerConfig(**{"max_batch_tokens": 64, "max_num_sequences": 32, **scheduler}),
-            num_blocks=num_blocks,
-            block_size=16,
+            setup=SchedulerSetup(
+                config=SchedulerConfig(**{"max_batch_tokens": 64, "max_num_sequences": 32, **scheduler}),
+                shape=SHAPE,
+                hardware=FAST,
+                engine=NO_LAUNCHES,
+                layout=ParallelLayout(),
+                num_blocks=num_blocks,
+                block_size=16,
+            ),
             observers=(self.journal.metrics,),
             watchers=(self.journal.watch, self.audit.watch),
         )

@@ -6,26 +6,42 @@ import threading
 from array import array
 from collections.abc import Sequence
 
-from megatron_medha.core.batch import FinishReason
+import pytest
+
+from megatron_medha.core.batch import Batch, Completed, FinishReason, FirstStageDone
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware
+from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
+from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Delivery, EnginePhase, ErrorDelivery, TokenDelivery
-from megatron_medha.sim.live import live_engine
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.engine.streams import Streams
+from megatron_medha.sim.live import LiveRuntime, live_engine
+from megatron_medha.sim.pipeline import Pipeline, StepTimes
 
 SHAPE = ModelShape(
     name="sim", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
     vocab_size=100, max_context_len=4096,
 )
-FAST = Hardware(name="fast", flops_per_s=1e15, memory_bytes_per_s=1e13, step_overhead_s=1e-4, layer_overhead_s=0.0)
+FAST = Hardware(
+    name="fast", flops_per_s=1e15, memory_bytes_per_s=1e13, step_overhead_s=1e-4, layer_overhead_s=0.0, num_devices=8
+)
+ONE_RANK = ParallelLayout()
+FAST_ENGINE = EngineCosts(
+    name="fast", step_s=1e-4, sequence_s=0.0, stage_entry_s=0.0, layer_launch_s=0.0, request_s=0.0
+)
 
 
-def run(num_outputs: int, **sampling: object) -> list[Delivery]:
-    engine = live_engine(
-        shape=SHAPE, hardware=FAST, scheduler_config=SchedulerConfig(), num_blocks=100, block_size=16
-    )
+def run(num_outputs: int, layout: ParallelLayout = ONE_RANK, **sampling: object) -> list[Delivery]:
+    setup = SchedulerSetup(
+        config=SchedulerConfig(), shape=SHAPE, hardware=FAST, engine=FAST_ENGINE, layout=layout, num_blocks=100,
+        block_size=16,
+    )  # fmt: skip
+    engine = live_engine(setup=setup)
     got: list[Delivery] = []
     has_ended, is_ready = threading.Event(), threading.Event()
 
@@ -57,6 +73,28 @@ def test_tokens_count_up_from_the_prompt_and_wrap_at_the_vocabulary() -> None:
     got = run(4)
     assert [d.token_id for d in got if isinstance(d, TokenDelivery)] == [98, 99, 0, 1]
     assert got[-1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(tp=2, spp=2), ParallelLayout(spp=2, kvp=2)])
+def test_a_replica_of_many_ranks_gives_the_tokens_of_one(layout: ParallelLayout) -> None:
+    got = run(4, layout)
+    assert [d.token_id for d in got if isinstance(d, TokenDelivery)] == [98, 99, 0, 1]
+
+
+def test_the_next_batch_enters_when_the_first_stage_is_free_not_when_the_last_one_is() -> None:
+    streams = Streams(lambda deliveries: None)
+    runtime = LiveRuntime(Inbox(), streams, lambda batch: StepTimes(((0.01, 0.02),)), Pipeline(2), vocab_size=100)
+    assert runtime.has_room()
+    runtime.submit(empty_batch(0))
+    assert not runtime.has_room()
+    assert runtime.next_event() == FirstStageDone(0) and runtime.has_room()
+    runtime.submit(empty_batch(1))
+    rest = [runtime.next_event() for _ in range(3)]
+    assert rest == [FirstStageDone(1), Completed(batch_id=0, duration_s=0.03), Completed(batch_id=1, duration_s=0.03)]
+
+
+def empty_batch(batch_id: int) -> Batch:
+    return Batch(batch_id=batch_id, chunks=(), released=(), created_s=0.0, budget_s=0.05, predicted_s=0.03)
 
 
 def test_a_stop_token_ends_a_simulated_request() -> None:

@@ -37,7 +37,7 @@ ENGINE = EngineCosts(
     name="test", step_s=1.5e-3, stage_entry_s=0.0, sequence_s=5e-6, layer_launch_s=1e-4, request_s=5e-3
 )
 
-STANDARD = RecordConfig()
+STANDARD = RecordConfig(trace_start_s=0.0)
 
 
 def config(
@@ -69,8 +69,9 @@ def outcomes(given: SimulationConfig) -> list[Outcome]:
 
 def record(given: SimulationConfig, path: Path, wanted: RecordConfig = STANDARD) -> Path:
     directory = RunDirectory.create(path, "some: config\n", given.seed)
-    with directory.recording(given, wanted) as watchers:
-        result = Simulation(given).run(watchers)
+    simulation = Simulation(given)
+    with directory.recording(given, wanted, simulation.workload.facts.last_arrival_s) as watchers:
+        result = simulation.run(watchers)
     directory.finish(result.values, "table\n")
     return path
 
@@ -94,7 +95,7 @@ def test_a_request_alone_takes_as_long_as_a_request_alone() -> None:
 
 def test_the_same_seed_gives_the_same_files_to_the_byte(tmp_path: Path) -> None:
     given = config(truth=TruthConfig(noise=0.1), seed=7)
-    wanted = RecordConfig(decision_log=True)
+    wanted = RecordConfig(decision_log=True, trace_start_s=0.0)
     first, second = (record(given, tmp_path / name, wanted) for name in ("a", "b"))
     names = sorted(path.name for path in first.iterdir())
     assert {"requests.jsonl", "samples.jsonl", "summary.json", "trace.json", "decisions.jsonl"} <= set(names)
@@ -108,7 +109,7 @@ def test_another_seed_gives_other_results() -> None:
 
 def test_watching_changes_nothing(tmp_path: Path) -> None:
     given = config()
-    record(given, tmp_path / "run", RecordConfig(decision_log=True))
+    record(given, tmp_path / "run", RecordConfig(decision_log=True, trace_start_s=0.0))
     lines = (tmp_path / "run" / "requests.jsonl").read_text().splitlines()
     watched = [json.loads(line)["ttft_s"] for line in lines]
     assert watched == [round(one.ttft_s or 0.0, 6) for one in outcomes(given)]
@@ -132,7 +133,8 @@ def test_a_run_directory_is_json_throughout_and_adds_up(tmp_path: Path) -> None:
 
 
 def test_the_trace_shows_on_every_kvp_rank_what_that_rank_computed(tmp_path: Path) -> None:
-    run = record(config(kvp=2, long_share=0.3), tmp_path / "run", RecordConfig(decision_log=True))
+    wanted = RecordConfig(decision_log=True, trace_start_s=0.0)
+    run = record(config(kvp=2, long_share=0.3), tmp_path / "run", wanted)
     recorded: dict[int, dict[int, set[str]]] = {}
     for line in (run / "decisions.jsonl").read_text().splitlines():
         for request_id, _, count, _, ranks, _ in json.loads(line).get("batch", {"chunks": ()})["chunks"]:

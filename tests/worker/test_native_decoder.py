@@ -31,11 +31,15 @@ def _native_linears(monkeypatch: pytest.MonkeyPatch) -> None:
 def load(tmp_path: Path, rank_config: RankConfig, front_of: Callable[[RankConfig], Any]) -> Callable[..., Any]:
     """Makes a tiny random model of some kind, and a bf16 rank of it."""
 
-    def load(kind: str, num_threads: int = 2) -> Any:
+    def load(kind: str, num_threads: int = 2, weight_dtype: str = "auto") -> Any:
         save_tiny(kind, tmp_path)
         return front_of(
             msgspec.structs.replace(
-                rank_config, checkpoint=str(tmp_path), dtype="bfloat16", num_threads=num_threads
+                rank_config,
+                checkpoint=str(tmp_path),
+                dtype="bfloat16",
+                num_threads=num_threads,
+                weight_dtype=weight_dtype,
             )
         )
 
@@ -86,11 +90,13 @@ def all_logits(front: Any) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "weights"), [("Llama", "auto"), ("Qwen2", "auto"), ("Qwen3", "auto"), ("Qwen2", "int8")]
+)
 def test_a_step_in_one_call_gives_the_logits_of_its_layers_one_by_one(
-    kind: str, load: Callable[..., Any]
+    kind: str, weights: str, load: Callable[..., Any]
 ) -> None:
-    front = load(kind)
+    front = load(kind, weight_dtype=weights)
     native = front.rank.model.forward
     assert isinstance(native, _NativeForward)
     at_once = all_logits(front)
@@ -98,6 +104,14 @@ def test_a_step_in_one_call_gives_the_logits_of_its_layers_one_by_one(
     one_by_one = all_logits(front)
     assert len(at_once) == 6
     assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+
+
+def test_int8_weights_change_logits_a_little_and_are_told_of(load: Callable[..., Any]) -> None:
+    plain, rounded = load("Llama"), load("Llama", weight_dtype="int8")
+    assert rounded.ready.device.endswith("int8 weights")
+    for before, after in zip(all_logits(plain), all_logits(rounded), strict=True):
+        error = (after.float() - before.float()).norm() / before.float().norm()
+        assert 0.0 < error < 0.1  # weights of deviation 0.2 through three layers; 0.063 seen
 
 
 def test_threads_and_a_layer_at_a_time_change_no_bit(load: Callable[..., Any]) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import msgspec  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from megatron_medha.cluster.rank_config import RankConfig  # noqa: E402
 from megatron_medha.core.batch import Chunk  # noqa: E402
+from megatron_medha.kernels import block_tables  # noqa: E402
 from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs  # noqa: E402
 from megatron_medha.worker.load import load_rank  # noqa: E402
 from tests.worker.conftest import Front  # noqa: E402
@@ -49,6 +51,16 @@ def test_a_rank_over_the_triton_kernels_says_what_one_over_the_cpus_says(
     assert len(found) == len(expected)
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8_e4m3"])
+def test_kv_memory_of_the_triton_kernels_can_be_cleared_for_a_profile(rank_config: RankConfig, kv_dtype: str) -> None:
+    config = msgspec.structs.replace(
+        rank_config, kv_memory_bytes=1 << 20, attention_backend="triton", kv_dtype=kv_dtype
+    )
+    rank, _ = load_rank(config, lambda what, fraction: None)
+    rank.clear_kv()
+    assert all(not tensor.float().any() for layer in rank._kv_layers for tensor in layer)
+
+
 def test_steps_replayed_over_static_buffers_say_what_eager_steps_say(rank_config: RankConfig) -> None:
     config = msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20)
     expected, _ = tokens_of(config)
@@ -66,8 +78,37 @@ def test_steps_replayed_over_static_buffers_say_what_eager_steps_say(rank_config
     rank, ready = load_rank(msgspec.structs.replace(config, attention_backend="triton"), lambda what, fraction: None)
     rank.graphs = StepGraphs(
         rank.model, rank._backend, rank._kv_layers, rank._rotary, torch.device("cpu"),
-        shapes=[GraphShape(2, 2, False), GraphShape(24, 3, True)], capture=by_hand,
+        shapes=[GraphShape(2, 2, False), GraphShape(24, 3, True)], new_capture=lambda: by_hand,
     )  # fmt: skip
     found, _ = tokens_of(config, Front(rank, ready))
     assert found == expected
     assert replays == [3, 3, 3, 2]  # rows of logits: three steps with a chunk, one of decodes
+
+
+def test_no_graph_is_replayed_over_block_tables_that_grew_since_it_was_captured(
+    rank_config: RankConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_tables, "_MIN_FIRST_ROWS", 1)
+    monkeypatch.setattr(block_tables, "_FIRST_BYTES", 0)
+    config = msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20, attention_backend="triton")
+    rank, ready = load_rank(config, lambda what, fraction: None)
+    captured_over: list[int] = []  # one entry for each time that all graphs were captured
+    replayed_over: list[tuple[int, int]] = []
+
+    def new_capture() -> Any:
+        generation = rank._backend.tables.generation
+        captured_over.append(generation)
+
+        def capture(work: Any) -> Any:
+            return lambda: replayed_over.append((generation, rank._backend.tables.generation)), work()
+
+        return capture
+
+    rank.graphs = StepGraphs(
+        rank.model, rank._backend, rank._kv_layers, rank._rotary, torch.device("cpu"),
+        shapes=[GraphShape(24, 3, True)], new_capture=new_capture,
+    )  # fmt: skip
+    tokens_of(config, Front(rank, ready))
+    assert captured_over == [0, 1]  # the second request needs a second row
+    assert len(replayed_over) == 4
+    assert all(then == now for then, now in replayed_over)

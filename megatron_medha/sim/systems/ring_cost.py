@@ -41,7 +41,7 @@ class RingCost:
             return linear_s + attention_s
         own_s = attention_s / num_instances**2  # causal pairs of an instance's own part
         hop_attention_s = own_s if self.is_striped else 2.0 * own_s
-        sent_s = self._hop_send_s(num_instances, stripe_tokens)
+        sent_s = self.hop_send_s(num_instances, stripe_tokens)
         hop_s = max(hop_attention_s, sent_s) if self.overlaps else hop_attention_s + sent_s
         return linear_s + own_s + (num_instances - 1) * hop_s
 
@@ -63,14 +63,14 @@ class RingCost:
         num_bytes = num_tokens * self.shape.kv_bytes_per_token / self._kv_parts
         return send_s(self.hardware.inter_node, num_bytes)
 
-    @property
-    def _kv_parts(self) -> int:
-        return min(self.tp, self.shape.num_kv_heads)
-
-    def _hop_send_s(self, num_instances: int, stripe_tokens: int) -> float:
+    def hop_send_s(self, num_instances: int, stripe_tokens: int) -> float:
         """One hop of all layers, over the slowest link of the ring."""
         link = self.hardware.link(num_instances * self.tp)
         num_bytes = stripe_tokens * self.shape.kv_bytes_per_token / self._kv_parts
         if self.sent_heads is not None:
             num_bytes *= self.sent_heads / self.shape.num_kv_heads
         return send_s(link, num_bytes) + (self.shape.num_layers - 1) * link.latency_s
+
+    @property
+    def _kv_parts(self) -> int:
+        return min(self.tp, self.shape.num_kv_heads)
