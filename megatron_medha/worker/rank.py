@@ -189,6 +189,8 @@ class Rank:
         hidden_T1C = None if work.arriving is None else work.arriving.wait()
         started_s = time.monotonic()
         failed = list(work.failed)
+        # Of those computed ahead too: a block may come with the token before the first that needs it.
+        append_extents(work.chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
         chunks, plan, held, ahead_s = work.chunks, work.plan, [], 0.0
         if self._held is not None:
             chunks, held = self._held.split(chunks)
@@ -231,8 +233,7 @@ class Rank:
     def _forward(
         self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan, hidden_T1C: Tensor | None
     ) -> _Forward:
-        """Run the model over chunks."""
-        append_extents(chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
+        """Run the model over chunks, whose blocks are noted already."""
         host = host_step(chunks, plan=plan, shards=self._shards)
         logits_RV = None if self.graphs is None else self.graphs.run(host)
         if logits_RV is not None:

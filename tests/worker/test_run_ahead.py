@@ -27,6 +27,7 @@ class Walk:
         self.prompts: dict[str, list[int]] = {}
         self.outputs: dict[str, list[int]] = {}
         self.limits: dict[str, int] = {}
+        self.room: dict[str, int] = {}
         self.samplings: dict[str, dict[str, Any]] = {}
         self.released: list[str] = []
         self.num_ahead = 0
@@ -71,12 +72,17 @@ class Walk:
         sampling = {**self.samplings[request_id], "max_output_tokens": self.limits[request_id]}
         new = self.front.new(request_id, tokens, num_prompt_tokens=len(prompt), **sampling)
         # Room for what it has, so that the next block comes with a decode.
+        self.room[request_id] = -(-len(tokens) // 16) * 16
         return [self.front.first(request_id, len(tokens), room=len(tokens), samples=True)], [new]
 
     def decode(self, request_id: str) -> Chunk:
         start = len(self.prompts[request_id]) + len(self.outputs[request_id]) - 1
-        extents = self.front.pool.allocate(1) if start % 16 == 0 else ()
-        return Chunk(request_id, start, 1, True, (0,), extents)
+        # The front gives a block when it is needed or, where there are enough, with the token before.
+        num_left = self.room[request_id] - start
+        if num_left > 1 or num_left == 1 and self.random.random() < 0.5:
+            return Chunk(request_id, start, 1, True, (0,))
+        self.room[request_id] += 16
+        return Chunk(request_id, start, 1, True, (0,), self.front.pool.allocate(1))
 
     def take(self, done: StepDone) -> None:
         assert not done.failed
