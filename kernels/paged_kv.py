@@ -72,8 +72,12 @@ def check_pool_shape(block_size: int, head_dim: int) -> None:
 def allocate_paged(
     num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> PagedKV:
-    """Uninitialised KV of one layer. dtype e4m3 comes with scales. Raises ValueError for shapes without a kernel."""
+    """Uninitialised KV of one layer. dtype e4m3 comes with scales. Raises ValueError for what has no kernel."""
     check_pool_shape(block_size, head_dim)
+    if dtype == torch.float32 and device.type == "cuda":
+        # Exact fp32 products take no tensor core: compiled for sm_90, tiles spill 6 to 12 KB a thread at head dim 128,
+        # and at 256 need more shared memory than there is.
+        raise ValueError("float32 keys and values have no kernel on a GPU; use model.dtype=bfloat16")
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
     k_NKPD, v_NKPD = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     if dtype != E4M3:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -43,9 +44,10 @@ def run(words: Sequence[str]) -> int:
 
     log = _log(Path(words[0]).expanduser())
     request_id = _request_id(log.parent, words[1])
-    with log.open(encoding="utf-8") as stream:
+    # Closed before anything is printed: the log is read only until the request has ended, and the bar would stay.
+    with log.open(encoding="utf-8") as stream, closing(_with_progress(stream, log)) as lines:
         try:
-            header, records = read_log(_with_progress(stream, log))
+            header, records = read_log(lines)
             found = explain(records, SchedulerSetup.from_header(header).build(), request_id)
         except (ReplayError, UnicodeDecodeError) as error:
             raise ReplayError(f"{log}: {error}") from error
@@ -198,7 +200,7 @@ def _request_id(run: Path, word: str) -> str:
     return str(worst)
 
 
-def _with_progress(stream: TextIO, log: Path) -> Iterator[str]:
+def _with_progress(stream: TextIO, log: Path) -> Generator[str, None, None]:
     from tqdm import tqdm
 
     size = log.stat().st_size

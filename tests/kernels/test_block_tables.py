@@ -1,4 +1,4 @@
-"""Rows of the device's block tables."""
+"""Rows of the device's block tables, and the pools they point into."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from megatron_medha.kernels import block_tables
 from megatron_medha.kernels.block_tables import BlockTables
+from megatron_medha.kernels.paged_kv import allocate_paged
 from megatron_medha.kernels.slot_table import SlotTable
 
 
@@ -29,3 +30,8 @@ def test_tables_begin_with_a_row_for_every_sequence_that_can_have_a_block_while_
     num_blocks: int, num_rows: int
 ) -> None:
     assert BlockTables(num_blocks, 16, torch.device("meta")).tables_SB.shape == (num_rows, num_blocks)
+
+
+def test_fp32_pools_are_refused_on_a_gpu_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match="use model.dtype=bfloat16"):
+        allocate_paged(4, 16, 2, 128, torch.float32, torch.device("cuda"))

@@ -217,27 +217,30 @@ def test_progress_comments_come_only_to_those_who_ask(start_server: StartServer)
 
 
 def test_a_wait_is_explained_by_the_requests_own_replica_and_a_look_shows_all() -> None:
-    first = World(policy="fcfs")
-    second = World(policy="fcfs", journal=first.journal)
-    for replica, world in enumerate((first, second)):
-        world.arrive(f"long-{replica}", 640, priority=-1)
-        world.arrive(f"short-{replica}", 32)
-    first.journal.look(0.0)
-    for _ in range(3):
-        first.step()
-        second.step()
-    view = first.journal.look(first.now_s)
-    assert view is not None and (view.num_replicas, view.num_prefilling + view.num_waiting) == (2, 4)
-    assert [(one.request_id, one.replica) for one in view.queue if one.request_id.startswith("long")] == [
-        ("long-0", 0), ("long-1", 1),
-    ]  # fmt: skip
-    for replica, world in enumerate((first, second)):
-        waits = [entry for entry in world.told(f"short-{replica}") if isinstance(entry, Wait)]
-        assert {went["request_id"] for wait in waits for went in wait.went_first} == {f"long-{replica}"}
-    while second.step():
+    worlds = [World()]
+    journal = worlds[0].journal
+    worlds.append(World(journal=journal))
+    for replica, world in enumerate(worlds):
+        world.arrive(f"long-{replica}", 640)
+        world.step(3)
+        world.arrive(f"urgent-{replica}", 128, priority=-1)
+    journal.look(3.0)
+    for world in worlds:
+        world.step()
+    view = journal.look(4.0)
+    assert view is not None and view.num_replicas == 2 and len(view.num_free_blocks) == 2
+    assert {(one.request_id, one.replica) for one in view.queue} == {
+        ("long-0", 0), ("urgent-0", 0), ("long-1", 1), ("urgent-1", 1),
+    }  # fmt: skip
+    worlds[0].step()
+    while worlds[1].step():
         pass
-    left = first.journal.look(first.now_s)
+    left = journal.look(5.0)
     assert left is not None and {one.replica for one in left.queue} == {0}
+    worlds[0].step(8)
+    for replica, world in enumerate(worlds):
+        waits = [entry for entry in world.told(f"long-{replica}") if isinstance(entry, Wait)]
+        assert {went["request_id"] for wait in waits for went in wait.went_first} == {f"urgent-{replica}"}
 
 
 def test_the_debug_routes_tell_the_story_of_an_answer(start_server: StartServer) -> None:
