@@ -32,6 +32,8 @@ class Part(NamedTuple):
 
     def rows(self, first_row: int, num_rows: int) -> Part:
         """Of some query tokens."""
+        if num_rows == len(self.out_THD):  # the common case, once a layer
+            return self
         return Part(*(x[first_row : first_row + num_rows] for x in self))
 
 
