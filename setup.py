@@ -57,6 +57,8 @@ setup(
         "parquet": ["pyarrow>=18"],
         # Search and parallel jobs for -m. The sweeper is made for optuna 2; it brings 2.10.
         "sweep": ["hydra-optuna-sweeper==1.3.0", "hydra-joblib-launcher==1.2.0"],
+        "slurm": ["hydra-submitit-launcher==1.2.0"],
+        "ray": ["hydra-ray-launcher==1.2.2"],  # apart from "sweep": it wants an older cloudpickle than joblib
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
