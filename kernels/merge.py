@@ -36,8 +36,14 @@ def merge_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
         return parts[0]
     if len(parts) == 2:
         # The common case, prefix and own chunk, in three small operations instead of ten.
-        (first_THD, first_lse_TH), (second_THD, second_lse_TH) = parts
-        share_TH = torch.sigmoid(second_lse_TH - first_lse_TH)
-        out_THD = torch.lerp(first_THD.float(), second_THD.float(), share_TH[..., None])
-        return out_THD.to(first_THD.dtype), torch.logaddexp(first_lse_TH, second_lse_TH)
+        return merge_outputs(parts), torch.logaddexp(parts[0][1], parts[1][1])
     return merge_states(torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts]))
+
+
+def merge_outputs(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The output alone of `merge_parts`."""
+    if len(parts) != 2:
+        return merge_parts(parts)[0]
+    (first_THD, first_lse_TH), (second_THD, second_lse_TH) = parts
+    share_TH1 = torch.sigmoid(second_lse_TH - first_lse_TH).unsqueeze(-1)
+    return torch.lerp(first_THD.float(), second_THD.float(), share_TH1).to(first_THD.dtype)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_medha.kernels.merge import merge_parts
+from megatron_medha.kernels.merge import merge_outputs
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary, rotate
 
@@ -48,7 +48,7 @@ class PagedCoreAttention(torch.nn.Module):
             outs.append(
                 batch.backend.attend(batch.plan, q_TKGD[alone], k_TKD[alone], v_TKD[alone], layer, self.scale)
             )
-        outs += [merge_parts(parts)[0] for parts in on_their_way.wait()]
+        outs += [merge_outputs(parts) for parts in on_their_way.wait()]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def forward_training(self, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:

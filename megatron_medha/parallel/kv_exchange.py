@@ -6,7 +6,7 @@ Shapes: T query tokens of the shared chunks, H query heads of this rank, D head 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,6 @@ class KVExchange:
         peers = sorted({rank for found in sets for rank in found.kvp_ranks} - {self._rank})
         self._sets_of = {peer: [found for found in sets if peer in found.kvp_ranks] for peer in peers}
         self._num_rows = sum(found.num_rows for found in sets)
-        self._slot_parts: dict[tuple[int, int], tuple[Part, Part]] = {}  # by peer and slot: ours, theirs
 
     def begin(self, out_THD: Tensor, lse_TH: Tensor) -> PartsOnTheirWay:
         """Give this rank's partial attention to every peer, and make room for theirs; does not wait."""
@@ -86,19 +85,15 @@ class KVExchange:
         slots = self._slots
         assert slots is not None
         number = slots.next_number(peer)
-        place = (peer, number % 2)
-        # Making views costs more than all the rest; the layers of a batch share them.
-        if place not in self._slot_parts:
-            ours, theirs = slots.slots(peer, number)
-            self._slot_parts[place] = (_laid_out(ours, leaving), _laid_out(theirs, leaving))
-        ours_part, theirs_part = self._slot_parts[place]
-        ours_part.out_THD.copy_(leaving.out_THD)
-        ours_part.lse_TH.copy_(leaving.lse_TH)
+        out_THD, lse_TH = leaving
+        ours, theirs = _slot_parts(slots, peer, number % 2, out_THD.dtype, out_THD.shape, lse_TH.shape)
+        ours.out_THD.copy_(out_THD)
+        ours.lse_TH.copy_(lse_TH)
         slots.send(peer)
 
         def wait() -> Part:
             slots.wait(peer, number)
-            return theirs_part
+            return theirs
 
         return wait
 
@@ -164,14 +159,23 @@ def unpack(packed_THE: Tensor, head_dim: int) -> Part:
 
 
 def _num_bytes(part: Part) -> int:
-    return sum(x.numel() * x.element_size() for x in part) + 8  # the gap of _laid_out
+    return part.out_THD.nbytes + part.lse_TH.nbytes + 8  # the gap of _laid_out
 
 
-def _laid_out(slot: Tensor, like: Part) -> Part:
-    """A part like this one in the bytes of a slot."""
-    num_bytes = like.out_THD.numel() * like.out_THD.element_size()
+@lru_cache(maxsize=256)
+def _slot_parts(
+    slots: SharedSlots, peer: int, slot: int, dtype: torch.dtype, out_shape: torch.Size, lse_shape: torch.Size
+) -> tuple[Part, Part]:
+    """What goes to a peer through a slot, and what comes from it; making views costs more than all the rest."""
+    ours, theirs = slots.slots(peer, slot)
+    return _laid_out(ours, dtype, out_shape, lse_shape), _laid_out(theirs, dtype, out_shape, lse_shape)
+
+
+def _laid_out(slot: Tensor, dtype: torch.dtype, out_shape: torch.Size, lse_shape: torch.Size) -> Part:
+    """A part of these shapes in the bytes of a slot."""
+    num_bytes = out_shape.numel() * dtype.itemsize
     first = -(-num_bytes // 8) * 8  # fp32 is aligned
     return Part(
-        slot[:num_bytes].view(like.out_THD.dtype).view(like.out_THD.shape),
-        slot[first : first + 4 * like.lse_TH.numel()].view(torch.float32).view(like.lse_TH.shape),
+        slot[:num_bytes].view(dtype).view(out_shape),
+        slot[first : first + 4 * lse_shape.numel()].view(torch.float32).view(lse_shape),
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_medha.kernels import reference
-from megatron_medha.kernels.merge import merge_parts, merge_states
+from megatron_medha.kernels.merge import merge_outputs, merge_parts, merge_states
 
 
 def test_plain_attention_is_the_definition_of_attention() -> None:
@@ -83,6 +83,7 @@ def test_merging_a_list_agrees_with_merging_a_stack(num_parts: int) -> None:
     expected_THD, expected_lse_TH = merge_states(*(torch.stack(part) for part in zip(*parts, strict=True)))
     assert torch.allclose(out_THD, expected_THD, rtol=0, atol=1e-6)
     assert torch.allclose(lse_TH, expected_lse_TH, rtol=0, atol=1e-6)
+    assert torch.equal(merge_outputs(parts), out_THD)
 
 
 def test_merging_refuses_shapes_that_disagree() -> None:
