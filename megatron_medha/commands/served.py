@@ -21,6 +21,7 @@ LOG, OPTIONS = "server.log", "server.yaml"
 _READY_S = 600.0   # a big checkpoint takes minutes to load
 _POLL_S = 0.1
 _LISTENING = re.compile(r"^listening on (\S+)", re.MULTILINE)  # what `medha serve` prints
+_LOADING = re.compile(r"^loading: .*(?=\n)", re.MULTILINE)   # whole lines; a big checkpoint takes minutes
 _READY = re.compile(r"^ready after ", re.MULTILINE)
 _STOP_S = 30.0
 _TAIL_LINES = 5
@@ -92,9 +93,14 @@ def _composed(overrides: list[str]) -> str:
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
     deadline_s = time.monotonic() + _READY_S
+    num_told = 0
     while True:
         has_ended, is_late = process.poll() is not None, time.monotonic() > deadline_s
         said = log.read_text(encoding="utf-8", errors="replace")
+        progress = _LOADING.findall(said)
+        for line in progress[num_told:]:
+            print(line, file=sys.stderr)
+        num_told = len(progress)
         url = _LISTENING.search(said)
         if url is not None and _READY.search(said) is not None:
             return url.group(1)

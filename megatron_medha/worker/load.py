@@ -55,7 +55,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     device = device_of(config.device)
     directory = Path(config.checkpoint)
     model_config = read_model_config(directory)
-    dtype = dtype_of(config.dtype, model_config.dtype)
+    dtype = dtype_of(config.dtype, model_config.dtype, device)
     max_context_len = context_len_of(config.max_context_len, model_config.max_context_len)
     try:
         backend = attention_backend(
@@ -230,13 +230,16 @@ def local_device_index(environment: Mapping[str, str], num_devices: int) -> int:
     return index
 
 
-def dtype_of(name: str, checkpoint_dtype: str) -> torch.dtype:
-    """The dtype to run in; "auto" is the checkpoint's own, float16 being run as bfloat16. Raises ConfigError."""
-    if name == "auto":
-        # fp16 matmuls are thousands of times slower than bf16 ones on CPU (measured), and overflow where bf16 does not.
-        return _DTYPES.get(checkpoint_dtype, torch.bfloat16)
-    if name not in _DTYPES:
+def dtype_of(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype to run in; "auto" is the checkpoint's own, or bfloat16 where that is not run. Raises ConfigError."""
+    if name not in ("auto", *_DTYPES):
         raise ConfigError(f"dtype={name} is not one of auto, {', '.join(_DTYPES)}")
+    # A GPU has no kernel for fp32 KV (kernels/paged_kv.py), and nobody wants fp32 there unasked. fp16 matmuls are
+    # thousands of times slower than bf16 ones on CPU (measured), and overflow where bf16 does not.
+    if device.type == "cuda" and name == "float32":
+        raise ConfigError("model.dtype=float32: no kernels for it on a GPU; use auto, bfloat16 or model.device=cpu")
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else _DTYPES.get(checkpoint_dtype, torch.bfloat16)
     return _DTYPES[name]
 
 

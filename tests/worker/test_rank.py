@@ -14,6 +14,8 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.worker.load import context_len_of, device_of, dtype_of, load_rank, local_device_index
 
+CPU = torch.device("cpu")
+
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return torch.randint(4, 512, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -228,7 +230,7 @@ def test_bfloat16_runs_and_reports_itself(rank_config: RankConfig) -> None:
 
 def test_impossible_settings_name_key_value_and_way_out(rank_config: RankConfig) -> None:
     with pytest.raises(ConfigError, match="dtype=float8 is not one of auto, float32, bfloat16"):
-        dtype_of("float8", "float32")
+        dtype_of("float8", "float32", CPU)
     with pytest.raises(ConfigError, match="device=tpu is not one of auto, cpu, cuda"):
         device_of("tpu")
     with pytest.raises(ConfigError, match="max_context_len=9000 must lie between 1 and the checkpoint's own 4096"):
@@ -248,7 +250,14 @@ def test_every_rank_takes_the_gpu_its_launcher_gives_it() -> None:
 
 
 def test_the_dtype_is_the_checkpoints_own_unless_asked_otherwise() -> None:
-    assert dtype_of("auto", "float32") == torch.float32
-    assert dtype_of("auto", "bfloat16") == torch.bfloat16
-    assert dtype_of("auto", "float16") == torch.bfloat16
-    assert dtype_of("float32", "bfloat16") == torch.float32
+    assert dtype_of("auto", "float32", CPU) == torch.float32
+    assert dtype_of("auto", "bfloat16", CPU) == torch.bfloat16
+    assert dtype_of("auto", "float16", CPU) == torch.bfloat16
+    assert dtype_of("float32", "bfloat16", CPU) == torch.float32
+
+
+def test_on_a_gpu_a_float32_checkpoint_runs_in_bfloat16_and_nobody_gets_float32() -> None:
+    cuda = torch.device("cuda")
+    assert dtype_of("auto", "float32", cuda) == dtype_of("bfloat16", "float32", cuda) == torch.bfloat16
+    with pytest.raises(ConfigError, match="model.dtype=float32: .* use auto, bfloat16 or model.device=cpu"):
+        dtype_of("float32", "bfloat16", cuda)
