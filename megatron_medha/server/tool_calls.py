@@ -176,7 +176,8 @@ class _CallReader:
     def give_up(self) -> list[Found]:
         """The text ends here."""
         is_told = self._began is not None or self._is_silent
-        return [] if is_told or not self._text else [Said(self._before + self._text)]
+        text = self._before + self._text
+        return [] if is_told or not text else [Said(text)]
 
     def _read(self, char: str, found: list[Found]) -> None:
         if self._in_string:

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import FakeEngine, Rule, say
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from running_server import Running, StartServer
 
@@ -236,6 +236,7 @@ def test_calls_are_found_however_the_text_is_cut(calls: list, size: int, said: s
     assert list(zip(names, map(json.loads, arguments), strict=True)) == calls
 
 
+@example(text="<tool_call>", size=1)
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(alphabet='<tool_call>/{}[]":,f name', max_size=60), size=st.integers(1, 9))
 def test_what_is_no_call_stays_text(text: str, size: int) -> None:
