@@ -106,7 +106,9 @@ class RankProcesses:
         for rank in range(self._num_loaded):
             self.send(rank, Shutdown())
         for rank in range(self._num_loaded):
-            assert self._receive(rank) == "over"
+            # A batch is over with its last stage's answer; those of the stages before may still be under way.
+            while (message := self._receive(rank)) != "over":
+                assert isinstance(message, Answer), message
         self._num_loaded = 0
 
     def close(self) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from experiments.lib.rank_processes import RankProcesses
-from experiments.three_axes.walk import LAYOUTS, VOCAB_SIZE, Case, Reference, random_case, walk
+from experiments.three_axes.walk import LAYOUTS, VOCAB_SIZE, Case, Reference, Walk, random_case, walk
+from megatron_medha.core.batch import Arrived
 from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.layout import ParallelLayout
@@ -79,3 +80,16 @@ def test_the_chunks_of_one_prompt_stream_through_the_stages(
     outcome = walk(case_of(ParallelLayout(spp=2), [(120, 1)], shard_tokens=400, chunk=8), ranks, *model)
     assert outcome.num_batches == 15
     assert outcome.num_streamed == 14  # every one but the first enters while the one before is in stage 1
+
+
+def test_ranks_take_another_layout_while_answers_of_earlier_stages_are_still_unread(
+    ranks: RankProcesses, model: tuple[Path, Reference]
+) -> None:
+    # A front that has all it wants of a batch, its last stage's answer, does not wait for the other stages' word.
+    case = case_of(ParallelLayout(spp=2), [(8, 1)], shard_tokens=400, chunk=8)
+    unfinished = Walk(case, ranks, model[0])
+    unfinished.handle(Arrived(case.requests[0]))
+    batch = unfinished.scheduler.schedule(0.0)
+    assert batch is not None
+    unfinished.submit(batch)
+    walk(case_of(ParallelLayout(), [(8, 1)], shard_tokens=400, chunk=8), ranks, *model)
