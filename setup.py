@@ -54,6 +54,7 @@ setup(
         "tracking": ["wandb==0.31.0"],
         "otel": ["opentelemetry-sdk>=1.30,<2", "opentelemetry-exporter-otlp-proto-http>=1.30,<2"],
         "plots": ["matplotlib>=3.9"],
+        "compile": ["mypy>=1.13", "setuptools>=77"],
         "parquet": ["pyarrow>=18"],
         # Search and parallel jobs for -m. The sweeper is made for optuna 2; it brings 2.10.
         "sweep": ["hydra-optuna-sweeper==1.3.0", "hydra-joblib-launcher==1.2.0"],

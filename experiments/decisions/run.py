@@ -22,6 +22,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from megatron_medha.compiled_core import use_compiled_core
+
+IS_COMPILED = use_compiled_core()
+
 from megatron_medha.core.batch import Arrived, Batch, Event, Output, TokenOut
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import Hardware, RooflineCost

@@ -13,6 +13,10 @@ import argparse
 import time
 from dataclasses import dataclass
 
+from megatron_medha.compiled_core import use_compiled_core
+
+IS_COMPILED = use_compiled_core()
+
 from megatron_medha.compose import compose, freeze
 from megatron_medha.core.batch import Batch, Event, Output
 from megatron_medha.engine.ports import Decisions

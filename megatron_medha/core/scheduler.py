@@ -207,7 +207,7 @@ class Scheduler:
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
         decoding, decodes, batch_id = Status.DECODING, self._decodes, event.batch_id
         new_tuple = tuple.__new__  # half the time of the class's own, and it is a NamedTuple for the same reason
-        for chunk, seq in zip(flight.batch.chunks, flight.sequences, strict=True):
+        for chunk, seq in zip(flight.batch.chunks, flight.sequences):  # noqa: B905
             end = seq.num_scheduled_tokens  # of a decode: it is in no other batch
             if is_calm and seq.status is decoding and end < seq.change_tokens:
                 seq.num_batches_in_flight = 0
