@@ -26,17 +26,21 @@ from types import ModuleType
 
 from megatron_medha.core.errors import DependencyError, MedhaError
 
-# What runs at every step. Not those whose classes are read from options, messages and files field by field, or have
-# subclasses outside (cluster_cost), which only classes made by Python allow; nor errors: it is loaded too early.
+# What runs at every step, in a simulated world too. Not those whose classes are read from options, messages and files
+# field by field, or have subclasses elsewhere, which only classes made by Python allow.
 MODULES = (
-    "batch_builder", "blocks", "chunking", "cost", "kernel_costs", "kinetic_queue", "kinetic_tournament", "memory",
-    "online_cost", "output_length", "packing", "policies", "prefill_queue", "request", "scheduler", "step_budget",
+    "core.batch_builder", "core.blocks", "core.chunking", "core.cost", "core.kernel_costs", "core.kinetic_queue",
+    "core.kinetic_tournament", "core.memory", "core.online_cost", "core.output_length", "core.packing",
+    "core.policies", "core.prefill_queue", "core.request", "core.scheduler", "core.step_budget", "engine.loop",
+    "sim.ledger", "sim.pipeline", "sim.truth",
 )  # fmt: skip
 SWITCH = "MEDHA_COMPILED_CORE"  # environment; "0": interpret, whatever the cache holds
-_CORE = Path(__file__).parent / "core"
-_PACKAGE = "megatron_medha.core"
+_PACKAGE = "megatron_medha"
+_FLOORS = ("core", "engine", "sim")  # where they stand, with all that they may import of ours
+_HERE = Path(__file__).parent
 _GROUP = "medha_core"
 _SHARED = f"{_GROUP}__mypyc"  # the library with the code of all of them; each module is a file that points into it
+_PREFIX = "core-"
 _SUFFIX = EXTENSION_SUFFIXES[0]
 _BUILD_TIMEOUT_S = 900.0
 _LOOK_INTERVAL_S = 0.5
@@ -57,10 +61,15 @@ class CompileError(MedhaError):
 def compiled_directory() -> Path:
     """Where the build of the sources that stand here is, or would be."""
     digest = hashlib.sha256(repr((MODULES, _BUILD, sysconfig.get_platform(), sys.version_info[:2])).encode())
-    for source in sorted(_CORE.glob("*.py")):  # of the others too: compiled code knows the constants it has seen
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for floor in _FLOORS:
+        for source in sorted((_HERE / floor).rglob("*.py")):  # of all: compiled code knows the constants it has seen
+            digest.update(f"{source.relative_to(_HERE)}\0".encode() + source.read_bytes() + b"\0")
+    return _cache_directory() / f"{_PREFIX}{digest.hexdigest()[:16]}"
+
+
+def _cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "megatron_medha" / f"core-{digest.hexdigest()[:16]}"
+    return (Path(base) if base else Path.home() / ".cache") / "megatron_medha"
 
 
 def use_compiled_core() -> bool:
@@ -73,8 +82,10 @@ def use_compiled_core() -> bool:
     if os.environ.get(SWITCH) == "0":
         return False
     try:
+        if not any(_cache_directory().glob(f"{_PREFIX}*")):
+            return False  # to read and digest the sources takes longer than this
         directory = compiled_directory()
-    except RuntimeError:  # no home directory
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
         return False
     if not (directory / f"{_SHARED}{_SUFFIX}").exists():
         return False
@@ -100,17 +111,19 @@ def compile_core(tell: Callable[[float], None], optimisation: str = "3") -> Path
                 _build(Path(place), tell, optimisation)
                 built = Path(place) / "built"
                 built.mkdir()
-                for library in [*Path(place).glob(f"*{_SUFFIX}"), *Path(place).glob(f"megatron_medha/core/*{_SUFFIX}")]:
-                    shutil.move(library, built)
+                shutil.move(Path(place) / f"{_SHARED}{_SUFFIX}", built)
+                for name in MODULES:
+                    library = Path(place) / _PACKAGE / f"{name.replace('.', '/')}{_SUFFIX}"
+                    shutil.move(library, built / f"{name}{_SUFFIX}")
                 os.replace(built, directory)  # whole or not at all
     return directory
 
 
 def _build(place: Path, tell: Callable[[float], None], optimisation: str) -> None:
-    core = place / "megatron_medha" / "core"
-    shutil.copytree(_CORE, core, ignore=shutil.ignore_patterns("__pycache__"))
-    (place / "megatron_medha" / "__init__.py").touch()
-    files = [f"megatron_medha/core/{name}.py" for name in MODULES]
+    for floor in _FLOORS:
+        shutil.copytree(_HERE / floor, place / _PACKAGE / floor, ignore=shutil.ignore_patterns("__pycache__"))
+    (place / _PACKAGE / "__init__.py").touch()
+    files = [f"{_PACKAGE}/{name.replace('.', '/')}.py" for name in MODULES]
     command = [sys.executable, "-P", "-c", _BUILD, json.dumps([files, optimisation])]
     with open(place / "log", "w+") as log:
         build = subprocess.Popen(command, cwd=place, stdout=log, stderr=subprocess.STDOUT)

@@ -263,11 +263,8 @@ class Scheduler:
         """Prefill work that goes before this newcomer's by the policy, which must be a line without slope."""
         policy = POLICIES[self.config.policy]
         place = policy(seq).at_zero
-        return sum(
-            other.remaining_work_s
-            for other in self._sequences.values()
-            if other.is_prefill and policy(other).at_zero <= place
-        )
+        others = [other for other in self._sequences.values() if other.is_prefill and policy(other).at_zero <= place]
+        return sum([other.remaining_work_s for other in others], 0.0)
 
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
