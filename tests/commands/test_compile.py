@@ -70,7 +70,7 @@ def test_who_has_loaded_the_scheduler_already_goes_on_with_it(cache: Path) -> No
     before = list(sys.meta_path)
     directory = compiled_directory()
     directory.mkdir(parents=True)
-    (directory / f"medha_core__mypyc{compiled_core._SUFFIX}").touch()
+    compiled_core._library(directory, compiled_core._SHARED).touch()
     assert not use_compiled_core()
     assert sys.meta_path == before
 
