@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from array import array
@@ -174,6 +175,10 @@ def main() -> None:
                 line += f"{merge_s * 1e3:>17.2f}"
                 line += "".join(f"{of([step['step'] for step in steps]) * 1e3:>9.2f}" for steps in (one, two))
             print(line)
+    ratios = [min(step["attention"] for step in one) / min(step["attention"] for step in two) for _, one, two in found]
+    print(f"the best of the attention part: {', '.join(f'{ratio:.2f}x' for ratio in ratios)}; bar {BAR}x: "
+          f"{'kept' if min(ratios) >= BAR else 'MISSED'}")
+    sys.exit(min(ratios) < BAR)
 
 
 if __name__ == "__main__":
