@@ -6,6 +6,7 @@
     python -m experiments.peers.run --report                    # tables and pictures from what there is
     python -m experiments.peers.run --only medha,vllm --skip longs
     python -m experiments.peers.run --only medha,medha-b30 --variant b30=scheduler.step_budget_s=0.03
+    python -m experiments.peers.run --cells medha.longs-1.11,medha.longs-8.11,vllm.prefill-32768.13   # these alone
 
 It makes a checkpoint of random weights (28 million parameters, bf16), installs vLLM's CPU build and llama.cpp's
 llama-server into --peers (network, 5 GB, a C++ compiler and cmake, some 20 minutes, once), then starts one server at a
@@ -36,7 +37,7 @@ from experiments.peers import report
 from experiments.peers.checkpoint import make_checkpoint
 from experiments.peers.load import Endpoint, Load, Mixed, warm_up
 from experiments.peers.meter import CpuSeconds
-from experiments.peers.plan import START_S, Cell, Sizes, Store, Visit, load_of, plans
+from experiments.peers.plan import START_S, Cell, Sizes, Store, Visit, load_of, named_visits, plans
 from experiments.peers.servers import Server, Started, servers, started
 
 
@@ -62,7 +63,8 @@ def main() -> None:
     store = Store(args.out / "cells")
     if not args.report:
         checkpoint = (args.checkpoint or peers / "random-small").resolve()
-        visits = _with_variants(plans(sizes)[args.plan], known)
+        planned = _with_variants(plans(sizes)[args.plan], known)
+        visits = named_visits(args.cells.split(","), known) if args.cells else planned
         visits = [left for one in visits if (left := _left(one, wanted, args.skip, store))]
         if not (checkpoint / "config.json").exists():
             print("making the checkpoint", flush=True)
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", type=Path, help="where peers are installed, and kept for the next run; default: OUT/installed")
     add("--checkpoint", type=Path, help="Hugging Face directory, for all; default: PEERS/random-small, made if missing")
     add("--only", help="servers of the plan, with commas; default: all of them")
+    add("--cells", metavar="SERVER.LOAD.SEED,...", help="instead of a plan: these cells, each server started once")
     add("--skip", default="", help="cells whose names begin so, with commas: prefill-32768,longs")
     add("--report", action="store_true", help="run nothing: tables and pictures from the cells there are")
     add("--judge", default="medha", help="which of our servers is held to the bars; default: %(default)s")
