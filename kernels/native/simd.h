@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -25,6 +26,22 @@ static inline void load_pairs(const uint16_t *p, Vec &first, Vec &second) {
     const __m512i words = _mm512_loadu_si512(p);
     first = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
     second = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// WIDTH bf16 numbers.
+static inline Vec load(const uint16_t *p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+// Rounded as from_float does it: to the nearest, ties to even; NaN stays NaN.
+static inline void store(uint16_t *p, Vec x) {
+    const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, _mm512_set1_epi32(1)));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i sound = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(sound));
 }
 
 static inline Vec load_bytes(const int8_t *p) {
@@ -66,6 +83,22 @@ static inline void load_pairs(const uint16_t *p, Vec &first, Vec &second) {
     second = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+static inline Vec load(const uint16_t *p) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+}
+
+static inline void store(uint16_t *p, Vec x) {
+    const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+    const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(high, _mm256_set1_epi32(1)));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i sound = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    // Packing goes by halves of 128 bits: the wanted words are the first quarter and the third.
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(sound, sound), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_castsi256_si128(words));
+}
+
 static inline Vec load_bytes(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
 }
@@ -97,3 +130,19 @@ static inline Vec exp2_of_nonpositive(Vec x) {
     y = fma(y, f, splat(1.0f));
     return times_power_of_two(y, n);
 }
+
+// Memory that will be read next, fetched line by line between other work: a burst of fetches would be waited for.
+class Ahead {
+  public:
+    Ahead(const void *from, int64_t bytes, int64_t num_calls)
+        : next_(static_cast<const char *>(from)), end_(next_ + bytes), bytes_of_call_((bytes / num_calls + 127) / 64 * 64) {}
+    // One of the num_calls parts.
+    void fetch() {
+        for (const char *const end = std::min(next_ + bytes_of_call_, end_); next_ < end; next_ += 64)
+            __builtin_prefetch(next_, 0, 2);
+    }
+
+  private:
+    const char *next_, *const end_;
+    const int64_t bytes_of_call_;
+};
