@@ -62,6 +62,7 @@ class Sizes:
     repeats: int = 3
     num_requests: int = 100
     num_requests_16k: int = 60     # they take several times as long
+    longs_tokens: int = 12288      # of each of the eight long prompts of longs-N
     utilisation: float = 0.7
 
 
@@ -153,7 +154,7 @@ def load_of(cell: Cell, sizes: Sizes, store: Store, rate: float | None, rate_fro
     if kind == "decode":
         return Decode(int(rest), sizes.repeats)
     if kind == "longs":
-        return LongsAtOnce(int(rest))
+        return LongsAtOnce(int(rest), sizes.longs_tokens)
     low, _, high = rest.partition("-")
     long_tokens = int(low), int(high)
     num_requests = sizes.num_requests if long_tokens == LONGS_8K else sizes.num_requests_16k

@@ -51,6 +51,7 @@ def main() -> None:
         repeats=args.repeats,
         num_requests=args.requests,
         num_requests_16k=max(20, args.requests * 6 // 10),
+        longs_tokens=args.longs_tokens,
         utilisation=args.utilisation,
     )
     known = servers(args.threads, args.medha, args.variant)
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lengths", default="256,1024,8192,16384,32768", help="of lone prompts; default: %(default)s")
     add("--repeats", type=int, default=3, help="of decodes and of lone prompts up to 4096 tokens; default: %(default)s")
     add("--requests", type=int, default=100, help="of a mixed stream; six tenths with 16K-32K; default: %(default)s")
+    add("--longs-tokens", type=int, default=Sizes().longs_tokens, help="of a prompt of longs-N; default: %(default)s")
     add("--rate", type=float, help="requests/s of mixed streams; default: from --utilisation")
     add("--utilisation", type=float, default=0.7, help="of --rate-from under the mixed stream; default: %(default)s")
     add("--rate-from", default="vllm", metavar="SERVER", help="whose lone cells it comes from; default: %(default)s")

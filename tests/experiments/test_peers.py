@@ -160,6 +160,6 @@ class FakeEndpoint:
 def test_waves_of_any_size_bring_the_same_long_prompts(at_once: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("experiments.peers.load.WAVE_SHORTS_PER_S", 1000.0)
     endpoint = FakeEndpoint()
-    seen = asyncio.run(LongsAtOnce(at_once).run(endpoint, 1))  # type: ignore[arg-type]
+    seen = asyncio.run(LongsAtOnce(at_once, 100).run(endpoint, 1))  # type: ignore[arg-type]
     assert (endpoint.most_longs, endpoint.all_longs) == (at_once, LONGS_AT_ONCE_IN_ALL)
     assert len(seen.long_ttft_s) == LONGS_AT_ONCE_IN_ALL and seen.short_ttft_s
