@@ -10,6 +10,7 @@
 #include <new>
 #include <vector>
 
+#include "ahead.h"
 #include "crew.h"
 #include "layout.h"
 #include "simd.h"

@@ -10,6 +10,7 @@
 #include <new>
 #include <utility>
 
+#include "ahead.h"
 #include "calls.h"
 #include "crew.h"
 #include "simd.h"

@@ -4,7 +4,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -130,19 +129,3 @@ static inline Vec exp2_of_nonpositive(Vec x) {
     y = fma(y, f, splat(1.0f));
     return times_power_of_two(y, n);
 }
-
-// Memory that will be read next, fetched line by line between other work: a burst of fetches would be waited for.
-class Ahead {
-  public:
-    Ahead(const void *from, int64_t bytes, int64_t num_calls)
-        : next_(static_cast<const char *>(from)), end_(next_ + bytes), bytes_of_call_((bytes / num_calls + 127) / 64 * 64) {}
-    // One of the num_calls parts.
-    void fetch() {
-        for (const char *const end = std::min(next_ + bytes_of_call_, end_); next_ < end; next_ += 64)
-            __builtin_prefetch(next_, 0, 2);
-    }
-
-  private:
-    const char *next_, *const end_;
-    const int64_t bytes_of_call_;
-};

@@ -40,9 +40,10 @@ class PlainDecodes:
         self._num_positions = len(angles.cos_TD)
 
     def logits(self, decodes: Work) -> Tensor | None:
-        """[R, V], a row a decode, until the next call; None where a position is beyond the angles kept.
+        """[R, V], a row a decode, until the next call.
 
-        Each decode is of the last token of its request, which has been sampled, and for which there is a slot.
+        None where there are others than decodes, each of the token its request has sampled last, or where a position is
+        beyond the angles kept.
         """
         token_ids: list[int] = []
         positions: list[int] = []
@@ -50,9 +51,10 @@ class PlainDecodes:
         rows: list[int] = []
         for row, (chunk, request) in enumerate(decodes):
             position, table = chunk.start, request.slot_table
-            if position >= self._num_positions:
+            is_last = position + 1 == request.num_tokens > request.num_prompt_tokens
+            if not (is_last and chunk.samples_token) or position >= self._num_positions:
                 return None
-            assert table is not None and position + 1 == request.num_tokens, f"{request.request_id} at {position}"
+            assert table is not None, f"{request.request_id}: a decode at {position} without blocks"
             token_ids.append(request.output_ids[-1])
             positions.append(position)
             slots.append(table.slot(position))

@@ -107,7 +107,9 @@ class Rank:
         # In a layout of several, tokens are sampled elsewhere too; the front tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
         self._rotary = Rotary(config)
-        self._plain_decodes = plain_decodes(model, backend, kv_layers, self._rotary)
+        self._plain_decodes = (
+            plain_decodes(model, backend, kv_layers, self._rotary) if self.samples_for_itself else None
+        )
         self._staging = Staging(device)
         self._sampler = Sampler(config.vocab_size, device)
         self._guided = guided
@@ -201,7 +203,7 @@ class Rank:
         tokens = self._tokens(held, failed)
         prompt: Sequence[PromptLogprobs] = ()
         if chunks:
-            found = self._forward(chunks, plan or self._plan(work.step.batch_id, chunks), hidden_T1C)
+            found = self._forward(chunks, plan, hidden_T1C)
             if found.output is not None:
                 self._link.send(found.output)
             elif self._is_first_of_tp:
@@ -224,12 +226,8 @@ class Rank:
         if not decodes:
             return False
         started_s = time.monotonic()
-        requests: Sequence[StoredRequest] = [request for _, request in decodes]
-        logits_RV = None if self._plain_decodes is None else self._plain_decodes.logits(decodes)
-        if logits_RV is None:
-            found = self._forward(decodes, self._plan(0, decodes), None)
-            requests, logits_RV = found.requests, found.logits_RV
-        chosen = zip(requests, self._chosen(logits_RV, requests), strict=True)
+        found = self._forward(decodes, None, None)
+        chosen = zip(found.requests, self._chosen(found.logits_RV, found.requests), strict=True)
         held = [Found(request, request.num_tokens - 1, sampled) for request, sampled in chosen]
         self._held = Held(held, time.monotonic() - started_s)
         return True
@@ -238,9 +236,12 @@ class Rank:
         return stage_plan(batch_id, [chunk for chunk, _ in chunks], self._place, self._link.num_stages)
 
     def _forward(
-        self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan, hidden_T1C: Tensor | None
+        self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan | None, hidden_T1C: Tensor | None
     ) -> _Forward:
-        """Run the model over chunks; their blocks are noted already."""
+        """Run the model over chunks; their blocks are noted already. plan: where it has been made already."""
+        if self._plain_decodes is not None and (found_RV := self._plain_decodes.logits(chunks)) is not None:
+            return _Forward(tuple(request for _, request in chunks), found_RV)
+        plan = plan or self._plan(0, chunks)
         host = host_step(chunks, plan=plan, shards=self._shards)
         logits_RV = None if self.graphs is None else self.graphs.run(host)
         if logits_RV is not None:

@@ -125,17 +125,21 @@ def native_front(
     return front_of(msgspec.structs.replace(rank_config, dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("num_positions", [16, 8192])  # most decodes of the walk are beyond 16, none beyond 8192
-def test_decodes_in_one_native_call_say_what_they_say_step_by_step(native_front: Any, num_positions: int) -> None:
-    short_way = native_front.rank._plain_decodes
+# Most decodes of the walk are beyond position 16, none beyond 8192.
+@pytest.mark.parametrize(("num_positions", "runs_ahead"), [(16, True), (8192, True), (8192, False)])
+def test_decodes_by_the_short_way_say_what_all_others_say(
+    native_front: Any, num_positions: int, runs_ahead: bool
+) -> None:
+    rank, short_way = native_front.rank, native_front.rank._plain_decodes
+    rank._plain_decodes = None
     expected = Walk(native_front, "plain", 5, runs_ahead=False).run(60)
-    short_way._num_positions = num_positions
-    ahead = Walk(native_front, "ahead", 5, runs_ahead=True)
-    assert ahead.run(60) == expected
-    assert ahead.num_ahead > 20
+    rank._plain_decodes, short_way._num_positions = short_way, num_positions
+    walk = Walk(native_front, "short", 5, runs_ahead=runs_ahead)
+    assert walk.run(60) == expected
+    assert (walk.num_ahead > 20) == runs_ahead
 
 
-def test_a_decode_in_one_native_call_has_the_logits_of_the_model(native_front: Any) -> None:
+def test_a_decode_by_the_short_way_has_the_logits_of_the_model(native_front: Any) -> None:
     rank, lengths = native_front.rank, {"a": 20, "b": 3, "c": 33}
     seen: list[torch.Tensor] = []
     best = rank._sampler.best
@@ -148,7 +152,7 @@ def test_a_decode_in_one_native_call_has_the_logits_of_the_model(native_front: A
     new = [native_front.new(name, range(4, 4 + length)) for name, length in lengths.items()]
     native_front.step([native_front.first(name, n, room=60, samples=True) for name, n in lengths.items()], new)
     assert rank.run_ahead()
-    rank._held = None
+    rank._held = rank._plain_decodes = None
     native_front.step([Chunk(name, length, 1, True) for name, length in lengths.items()])
     assert len(seen) == 3 and torch.equal(seen[1], seen[2])
 
