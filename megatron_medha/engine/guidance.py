@@ -1,11 +1,12 @@
 """Grammars an answer must match, by llguidance: compiled within limits, kept for whoever asks with the same one again.
 
-The front compiles each to find out whether it can be; the rank that samples compiles it to mask logits. What a schema
-or a regex means is the library's business.
+The front compiles each to find out whether it can be; the ranks that sample compile it to mask logits, beside their
+steps, before its request comes to them. What a schema or a regex means is the library's business.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ class GrammarError(MedhaError):
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary. One thread at a time."""
+    """Compiles grammars for one vocabulary, on any threads; while one compiles, others get what is kept."""
 
     def __init__(self, tokenizer_json: str, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
         """Takes a second for a vocabulary of 150,000. GrammarError if the library cannot read the tokenizer.
@@ -64,6 +65,7 @@ class GrammarCompiler:
             verbose_errors=False,
         )
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()  # around self._kept, never while anything is compiled
 
     @classmethod
     def of_file(cls, path: Path, vocab_size: int, stop_token_ids: Sequence[int]) -> GrammarCompiler:
@@ -79,13 +81,24 @@ class GrammarCompiler:
 
         grammar: in the form that the library's own LLMatcher.grammar_from_... functions give.
         """
-        kept = self._kept.get(grammar)
-        if kept is None:
-            kept = self._kept[grammar] = self.compile(grammar)
+        return self._keep(grammar).deep_copy()
+
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar that matcher() will be asked for; GrammarError as there."""
+        self._keep(grammar)
+
+    def _keep(self, grammar: str) -> llguidance.LLMatcher:
+        with self._lock:
+            kept = self._kept.get(grammar)
+            if kept is not None:
+                self._kept.move_to_end(grammar)
+                return kept
+        made = self.compile(grammar)
+        with self._lock:
+            self._kept[grammar] = made
             if len(self._kept) > _NUM_KEPT:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(grammar)
-        return kept.deep_copy()
+        return made
 
     def compile(self, grammar: str) -> llguidance.LLMatcher:
         """As matcher(), but nothing is kept."""
