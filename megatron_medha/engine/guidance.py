@@ -53,8 +53,12 @@ class GrammarCompiler:
             self._tokenizer = llguidance.LLTokenizer(
                 tokenizer_json, n_vocab=_num_ids(tokenizer_json, vocab_size), eos_token=list(stop_token_ids)
             )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise GrammarError(f"this model's tokenizer cannot be guided: {error}") from None
+        except BaseException as error:
+            # Two libraries read it: one raises bare Exceptions, and where the other panics that is not even one, of a
+            # class that has no public name.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise GrammarError(f"this model's tokenizer cannot be guided: {error}") from None
+            raise
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=_MAX_ITEMS_IN_ROW,
             initial_lexer_fuel=_INITIAL_LEXER_FUEL,
@@ -72,8 +76,8 @@ class GrammarCompiler:
         """For the tokenizer in this tokenizer.json."""
         try:
             text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise GrammarError(f"{path}: {error.strerror}") from None
+        except (OSError, UnicodeError) as error:
+            raise GrammarError(f"{path}: {error}") from None
         return cls(text, vocab_size, stop_token_ids)
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
