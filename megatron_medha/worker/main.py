@@ -35,6 +35,7 @@ from megatron_medha.cluster.messages import (
 )
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import MedhaError
+from megatron_medha.engine.freed_memory import GIVE_BACK_INTERVAL_S, give_back_freed_memory
 from megatron_medha.engine.parentage import die_with_parent
 from megatron_medha.worker.cpu_share import bound_kernel_cache, let_idle_threads_sleep, num_threads_of_rank
 from megatron_medha.worker.front_inbox import FrontInbox, SocketInbox
@@ -134,7 +135,7 @@ def _serve(
     """Load, report ready, answer messages until Shutdown or until the parent is gone."""
     send(Loading(config.rank, "libraries", 0.0))
     serve, ready, prepare = load(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
-    with _preparing(context, config, prepare) as take:
+    with _preparing(context, config, prepare) as take, _giving_back_memory():
         send(ready)
         serve(SocketInbox(socket, parent_pid, take), send)
 
@@ -167,6 +168,24 @@ def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> 
         socket.close(linger=0)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def _giving_back_memory() -> Iterator[None]:
+    """From a thread of its own: it takes milliseconds, which steps need not wait for."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(GIVE_BACK_INTERVAL_S):
+            give_back_freed_memory()
+
+    thread = threading.Thread(target=work, name="memory", daemon=True)
     thread.start()
     try:
         yield
