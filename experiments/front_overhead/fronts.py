@@ -49,8 +49,9 @@ def ours(step_s: float, tokenizer: Path, core: int, checkout: Path | None, *, lo
         overrides = (
             "runtime=sim", f"tokenizer={tokenizer}", "model=llama3_8b", "model.shape.vocab_size=250",
             "hardware=h100", "hardware.flops_per_s=1e21", "hardware.memory_bytes_per_s=1e21",
-            f"hardware.step_overhead_s={step_s}", "hardware.layer_overhead_s=0", "hardware.kernel_overhead_s=0",
-            f"scheduler.max_num_sequences={NUM_STREAMS}",
+            "hardware.step_overhead_s=0", "hardware.layer_overhead_s=0", "hardware.kernel_overhead_s=0",
+            f"engine.step_s={step_s}", "engine.sequence_s=0", "engine.stage_entry_s=0", "engine.layer_launch_s=0",
+            "engine.request_s=0", f"scheduler.max_num_sequences={NUM_STREAMS}",
             *([f"tracking.decision_log={log}"] if logs_steps else []),
         )  # fmt: skip
         with serving_process(*overrides, core=core, checkout=checkout) as server:

@@ -147,7 +147,10 @@ def _between_s(received: list[Received], starts: StepStarts, step_s: float) -> a
     of_streams = [starts[stream.answer_id] for stream in received]
     first_s, last_s = max(one[0] for one in of_streams), min(one[-1] for one in of_streams)
     steps = sorted({start_s for one in of_streams for start_s in one if first_s <= start_s <= last_s})
-    return array("d", sorted(later - earlier - step_s for earlier, later in pairwise(steps)))
+    between_s = array("d", sorted(later - earlier - step_s for earlier, later in pairwise(steps)))
+    if between_s[0] < -0.01 * step_s:
+        raise SystemExit(f"a simulated step took {1e3 * (between_s[0] + step_s):.2f} ms, not {1e3 * step_s:g}")
+    return between_s
 
 
 def report(name: str, fast: Load, paced: list[Load]) -> bool:
