@@ -151,6 +151,11 @@ class Rank:
         """Whether the front hears of this rank's steps: one rank of each tensor-parallel group speaks for it."""
         return self._is_first_of_tp
 
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar that a request to come will have; on any thread."""
+        assert self._guided is not None, "a request has a grammar"
+        self._guided.prepare(grammar)
+
     def run(self, step: Step) -> StepDone:
         """Announce and compute one step."""
         self.announce(step)
