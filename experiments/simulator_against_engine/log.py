@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from math import dist, log1p
 from pathlib import Path
-from statistics import median
+from statistics import NormalDist, correlation, median
 from typing import Any
 
 from megatron_medha.core.batch import Arrived, Batch, Completed
 from megatron_medha.core.cost import StepLoad
-from megatron_medha.core.fitted_cost import FittedCost, MeasuredStep, fit
+from megatron_medha.core.fitted_cost import MeasuredStep, fit
 from megatron_medha.core.request import Request
 from megatron_medha.engine.decision_log import Recorded, read_log
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.world import true_step_s
+
+_NUM_SIMILAR = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,11 @@ class Step:
     submitted_s: float
     completed_s: float
     reported_s: float  # by the rank: without messages and the scheduler's own time
+
+    @property
+    def whole_s(self) -> float:
+        """From its submission until the scheduler heard of its end."""
+        return self.completed_s - self.submitted_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,32 +98,66 @@ class ServedLog:
         )
 
 
-class LikeSteps:
-    """How long a batch takes: the fit, times what the fit was off by in the most similar steps that were measured.
+class SimilarSteps:
+    """How long a batch takes: what a similar step of the calibration took, corrected for what the two differ by.
 
-    The fit is a law with eight coefficients, good to some percent; where a law is off, it is off in all similar steps,
-    and a median over requests of one kind would be too.
+    Which of the most similar ones is drawn, so that steps scatter as they did. A scheduler that is told of steps
+    without scatter learns other things than one that is told of real ones: it aims lower the more steps break their
+    budget, and where a law of eight coefficients is 10% off, without scatter all steps of a kind break it or none do.
+    Neighbouring steps are slow or fast together as much as those of the calibration were.
     """
 
-    _NUM_NEAREST = 24
+    def __init__(self, steps: Sequence[Step], setup: SchedulerSetup) -> None:
+        assert setup.layout.world_size == 1, "loads below are those of one rank"
+        measured = [MeasuredStep(load_of(step.batch), step.whole_s) for step in steps]
+        self.law = fit(measured, shape=setup.shape, chip=setup.hardware.name, dtype="served")
+        self._law_s = true_step_s(self.law)
+        self._known = [(_place(step.batch), step, step.whole_s / self._law_s(step.batch)) for step in steps]
+        self._similar: dict[tuple[float, ...], list[tuple[Step, float]]] = {}
+        self.persistence = _persistence([self._rank_of(step) for step in steps])
+        self.reset(0)
 
-    def __init__(self, fitted: FittedCost, steps: Sequence[Step], durations_s: Sequence[float]) -> None:
-        self.fitted = fitted
-        self._fitted_s = true_step_s(fitted)
-        self._known = [
-            (_place(step.batch), duration_s, self._fitted_s(step.batch))
-            for step, duration_s in zip(steps, durations_s, strict=True)
-        ]
-        self._factors: dict[tuple[float, ...], float] = {}
+    def reset(self, seed: int) -> None:
+        """Begin another series of draws."""
+        self._draw = random.Random(seed)
+        self._state = self._draw.gauss(0.0, 1.0)
+        self._reported: tuple[int, float] = (-1, 0.0)
 
-    def __call__(self, batch: Batch) -> float:
-        """Seconds."""
+    def whole_s(self, batch: Batch) -> float:
+        """Seconds from a batch's submission until the scheduler hears of its end; drawn anew at each call."""
+        similar = self._similar_to(batch)
+        self._state = self.persistence * self._state + (1.0 - self.persistence**2) ** 0.5 * self._draw.gauss(0.0, 1.0)
+        step, _ = similar[int(NormalDist().cdf(self._state) * len(similar))]
+        scale = self._law_s(batch) / self._law_s(step.batch)
+        self._reported = batch.batch_id, scale * step.reported_s
+        return scale * step.whole_s
+
+    def completed(self, batch: Batch, _: float) -> Completed:
+        """What the scheduler is told of the batch drawn last: the time that ranks report, from which it learns."""
+        batch_id, duration_s = self._reported
+        assert batch_id == batch.batch_id
+        return Completed(batch_id=batch_id, duration_s=duration_s)
+
+    def _similar_to(self, batch: Batch) -> list[tuple[Step, float]]:
+        """Steps with their times over the law's, the fastest first."""
         place = _place(batch)
-        key = tuple(round(4.0 * value) for value in place)  # 25% apart is near enough to share a factor
-        if key not in self._factors:
-            nearest = nsmallest(self._NUM_NEAREST, self._known, key=lambda known: dist(known[0], place))
-            self._factors[key] = sum(known[1] for known in nearest) / sum(known[2] for known in nearest)
-        return self._fitted_s(batch) * self._factors[key]
+        key = tuple(round(4.0 * value) for value in place)  # 25% apart is near enough to share them
+        if key not in self._similar:
+            nearest = nsmallest(_NUM_SIMILAR, self._known, key=lambda known: dist(known[0], place))
+            self._similar[key] = sorted(((step, ratio) for _, step, ratio in nearest), key=lambda known: known[1])
+        return self._similar[key]
+
+    def _rank_of(self, step: Step) -> float:
+        """Where a step stands among those similar to it: of a standard normal distribution."""
+        ratio = step.whole_s / self._law_s(step.batch)
+        ratios = [known for _, known in self._similar_to(step.batch)]
+        below = sum(known < ratio for known in ratios)
+        return NormalDist().inv_cdf((below + 0.5) / (len(ratios) + 1))
+
+
+def _persistence(states: Sequence[float]) -> float:
+    """Correlation of each with the next."""
+    return max(0.0, correlation(states[1:], states[:-1]))
 
 
 def _place(batch: Batch) -> tuple[float, ...]:
@@ -135,40 +177,24 @@ def _place(batch: Batch) -> tuple[float, ...]:
 class Calibration:
     """What a simulation of this machine needs to know."""
 
-    whole: LikeSteps      # seconds from a batch's submission until the scheduler hears of its end
-    reported: LikeSteps   # seconds that ranks report, of which the scheduler learns
-    front_in_s: float     # from the moment a client means to send until the scheduler hears of it
-    front_out_s: float    # from the end of the first token's step until the client has it
-
-    @property
-    def error_p50(self) -> float:
-        """Relative, of steps held out of the fit."""
-        return self.whole.fitted.error_p50
-
-    @property
-    def error_p95(self) -> float:
-        """Relative, of steps held out of the fit."""
-        return self.whole.fitted.error_p95
+    steps: SimilarSteps
+    front_in_s: float   # from the moment a client means to send until the scheduler hears of it
+    front_out_s: float  # from the end of the first token's step until the client has it
 
 
-def calibrate(log: ServedLog, began_s: float, meant_s: dict[int, float], ttft_s: dict[int, float]) -> Calibration:
-    """From a log and what the client knows by prompt length: when it meant to send, after began_s; TTFT since then."""
-    setup = log.setup
-    assert setup.layout.world_size == 1, "loads below are those of one rank"
-    loads = [load_of(step.batch) for step in log.steps]
+def calibrate(log: ServedLog, meant_s: dict[int, float], ttft_s: dict[int, float]) -> Calibration:
+    """From the steps of these prompts, and from what the client knows of them.
 
-    def fitted(durations_s: list[float]) -> LikeSteps:
-        steps = [MeasuredStep(load, duration_s) for load, duration_s in zip(loads, durations_s, strict=True)]
-        law = fit(steps, shape=setup.shape, chip=setup.hardware.name, dtype="served")
-        return LikeSteps(law, log.steps, durations_s)
-
+    By prompt length: when the client meant to send it, of the server's clock, and the seconds from then to its first
+    token.
+    """
+    lengths = log.lengths
     return Calibration(
-        whole=fitted([step.completed_s - step.submitted_s for step in log.steps]),
-        reported=fitted([step.reported_s for step in log.steps]),
-        front_in_s=median(log.arrivals[length][0] - began_s - at_s for length, at_s in meant_s.items()),
-        front_out_s=median(
-            began_s + meant_s[length] + seconds - log.first_tokens_s[length] for length, seconds in ttft_s.items()
+        steps=SimilarSteps(
+            [step for step in log.steps if lengths[step.batch.chunks[0].request_id] in meant_s], log.setup
         ),
+        front_in_s=median(log.arrivals[length][0] - at_s for length, at_s in meant_s.items()),
+        front_out_s=median(at_s + ttft_s[length] - log.first_tokens_s[length] for length, at_s in meant_s.items()),
     )
 
 
