@@ -253,7 +253,7 @@ def main() -> int:
     """Run, print, and say whether the bar is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path)
-    parser.add_argument("--seconds", type=float, default=38.0, help="of each stretch")
+    parser.add_argument("--seconds", type=float, default=34.0, help="of each stretch")
     parser.add_argument("--qps", type=float, default=0.6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long", type=int, nargs=2, default=(1500, 3000), help="tokens of long prompts")
