@@ -42,7 +42,8 @@ def simulate(
     for length, at_s in meant_s.items():
         asked = log.arrivals[length][1]
         arrivals.append(replace(asked, request_id=f"p{length}", arrival_s=at_s + calibration.front_in_s))
-    world = SimulatedWorld(arrivals, calibration.steps.whole_s, outcome=calibration.steps.completed)
+    steps = calibration.steps
+    world = SimulatedWorld(arrivals, lambda batch: steps.whole_s(batch, batch.created_s), outcome=steps.completed)
     seen = _Batches()
     serve(_scheduler_at(log, min(meant_s.values())), world, (seen,))
     ttft_s = {
@@ -68,7 +69,7 @@ def _scheduler_at(log: ServedLog, at_s: float) -> Scheduler:
 
 
 def decided_alike(
-    log: ServedLog, calibration: Calibration, meant_s: dict[int, float], whole_s: Callable[[Step], float]
+    log: ServedLog, calibration: Calibration, meant_s: dict[int, float], whole_s: Callable[[Step, float], float]
 ) -> dict[int, float]:
     """TTFT by prompt length had the server's batches, in their order, taken these seconds: no scheduler has a part."""
     lengths = log.lengths
@@ -78,7 +79,8 @@ def decided_alike(
         names = [lengths[chunk.request_id] for chunk in step.batch.chunks]
         if names[0] not in meant_s:
             continue
-        end_s = max(end_s, *(meant_s[name] + calibration.front_in_s for name in names)) + whole_s(step)
+        start_s = max(end_s, *(meant_s[name] + calibration.front_in_s for name in names))
+        end_s = start_s + whole_s(step, start_s)
         for name, chunk in zip(names, step.batch.chunks, strict=True):
             if chunk.samples_token:
                 ttft_s.setdefault(name, end_s + calibration.front_out_s - meant_s[name])

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
-from math import dist, log1p
+from math import exp, log
 from pathlib import Path
-from statistics import NormalDist, correlation, median
+from statistics import median
 from typing import Any
 
 from megatron_medha.core.batch import Arrived, Batch, Completed
-from megatron_medha.core.cost import StepLoad
-from megatron_medha.core.fitted_cost import MeasuredStep, fit
+from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.core.request import Request
 from megatron_medha.engine.decision_log import Recorded, read_log
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.world import true_step_s
 
-_NUM_SIMILAR = 24
+_PACE_S = 0.15        # how far a step's neighbours tell of it; what two steps share is halved after 0.2 s
+_PRIOR_WEIGHT = 0.3   # of the stretch's mean among a step's neighbours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,39 +98,47 @@ class ServedLog:
         )
 
 
-class SimilarSteps:
-    """How long a batch takes: what a similar step of the calibration took, corrected for what the two differ by.
+class MachineSteps:
+    """How long steps take on a machine whose pace changes: the law's seconds, times the pace, times what is left.
 
-    Which of the most similar ones is drawn, so that steps scatter as they did. A scheduler that is told of steps
-    without scatter learns other things than one that is told of real ones: it aims lower the more steps break their
-    budget, and where a law of eight coefficients is 10% off, without scatter all steps of a kind break it or none do.
-    Neighbouring steps are slow or fast together as much as those of the calibration were.
+    law: of a grid of steps that nobody decided. One fitted to what a server ran is wrong: it fills steps to a budget,
+    so large chunks are those of moments when the machine was fast, and 64 tokens seem to cost hardly more than 32.
+
+    The pace is what the steps around a step took over the law. In a simulation it is that of a stretch of the
+    calibration, begun anywhere, and what is left is that of one of its steps, so that steps scatter as they did. A
+    scheduler that is told of steps without scatter learns other things than one that is told of real ones: it aims
+    lower the more steps break their budget.
     """
 
-    def __init__(self, steps: Sequence[Step], setup: SchedulerSetup) -> None:
-        assert setup.layout.world_size == 1, "loads below are those of one rank"
-        measured = [MeasuredStep(load_of(step.batch), step.whole_s) for step in steps]
-        self.law = fit(measured, shape=setup.shape, chip=setup.hardware.name, dtype="served")
-        self._law_s = true_step_s(self.law)
-        self._known = [(_place(step.batch), step, step.whole_s / self._law_s(step.batch)) for step in steps]
-        self._similar: dict[tuple[float, ...], list[tuple[Step, float]]] = {}
-        self.persistence = _persistence([self._rank_of(step) for step in steps])
-        self.reset(0)
+    def __init__(self, law: FittedCost, stretches: Sequence[Sequence[Step]]) -> None:
+        self._law_s = true_step_s(law)
+        self.paces: list[float] = []
+        self._paths: list[tuple[list[float], list[float]]] = []
+        # Of each step what is left of its seconds, and of those the share that ranks report; by whether it has a chunk.
+        self._left: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+        for stretch in stretches:
+            over_law = [step.whole_s / self._law_s(step.batch) for step in stretch]
+            paces = _paces(stretch, over_law)
+            self._paths.append(([step.submitted_s - stretch[0].submitted_s for step in stretch], paces))
+            self.paces += paces
+            for step, ratio, pace in zip(stretch, over_law, paces, strict=True):
+                self._left[has_prefill(step.batch)].append((ratio / pace, step.reported_s / step.whole_s))
+        self.begin(0, 0.0)
 
-    def reset(self, seed: int) -> None:
-        """Begin another series of draws."""
+    def begin(self, seed: int, now_s: float) -> None:
+        """Begin another series of draws at a moment."""
         self._draw = random.Random(seed)
-        self._state = self._draw.gauss(0.0, 1.0)
+        self._times_s, self._pace = self._draw.choice(self._paths)
+        self._offset_s = self._draw.uniform(0.0, self._times_s[-1]) - now_s
         self._reported: tuple[int, float] = (-1, 0.0)
 
-    def whole_s(self, batch: Batch) -> float:
-        """Seconds from a batch's submission until the scheduler hears of its end; drawn anew at each call."""
-        similar = self._similar_to(batch)
-        self._state = self.persistence * self._state + (1.0 - self.persistence**2) ** 0.5 * self._draw.gauss(0.0, 1.0)
-        step, _ = similar[int(NormalDist().cdf(self._state) * len(similar))]
-        scale = self._law_s(batch) / self._law_s(step.batch)
-        self._reported = batch.batch_id, scale * step.reported_s
-        return scale * step.whole_s
+    def whole_s(self, batch: Batch, now_s: float) -> float:
+        """Seconds from a batch's submission, now, until the scheduler hears of its end; drawn anew at each call."""
+        left, reported_share = self._draw.choice(self._left[has_prefill(batch)])
+        place = bisect_right(self._times_s, (self._offset_s + now_s) % self._times_s[-1]) - 1
+        whole_s = self._law_s(batch) * self._pace[place] * left
+        self._reported = batch.batch_id, whole_s * reported_share
+        return whole_s
 
     def completed(self, batch: Batch, _: float) -> Completed:
         """What the scheduler is told of the batch drawn last: the time that ranks report, from which it learns."""
@@ -138,72 +146,60 @@ class SimilarSteps:
         assert batch_id == batch.batch_id
         return Completed(batch_id=batch_id, duration_s=duration_s)
 
-    def _similar_to(self, batch: Batch) -> list[tuple[Step, float]]:
-        """Steps with their times over the law's, the fastest first."""
-        place = _place(batch)
-        key = tuple(round(4.0 * value) for value in place)  # 25% apart is near enough to share them
-        if key not in self._similar:
-            nearest = nsmallest(_NUM_SIMILAR, self._known, key=lambda known: dist(known[0], place))
-            self._similar[key] = sorted(((step, ratio) for _, step, ratio in nearest), key=lambda known: known[1])
-        return self._similar[key]
-
-    def _rank_of(self, step: Step) -> float:
-        """Where a step stands among those similar to it: of a standard normal distribution."""
-        ratio = step.whole_s / self._law_s(step.batch)
-        ratios = [known for _, known in self._similar_to(step.batch)]
-        below = sum(known < ratio for known in ratios)
-        return NormalDist().inv_cdf((below + 0.5) / (len(ratios) + 1))
+    @property
+    def left(self) -> list[float]:
+        """Of all steps of the calibration, the seconds over those of the law at the machine's pace then."""
+        return [left for kind in self._left.values() for left, _ in kind]
 
 
-def _persistence(states: Sequence[float]) -> float:
-    """Correlation of each with the next."""
-    return max(0.0, correlation(states[1:], states[:-1]))
+def has_prefill(batch: Batch) -> bool:
+    """Whether anything but decodes is in it."""
+    return any(chunk.num_tokens > 1 or not chunk.start for chunk in batch.chunks)
 
 
-def _place(batch: Batch) -> tuple[float, ...]:
-    """Where a batch stands among others: logarithms of what is in it, and apart whether it has prefill chunks."""
-    load = load_of(batch)
-    num_decodes = sum(chunk.num_tokens == 1 and chunk.start > 0 for chunk in batch.chunks)
-    return (
-        100.0 if load.chunk_context else 0.0,
-        log1p(load.num_tokens - num_decodes),
-        0.5 * log1p(load.chunk_context),
-        log1p(num_decodes),
-        0.25 * log1p(load.decode_context),
-    )
+def _paces(stretch: Sequence[Step], over_law: Sequence[float]) -> list[float]:
+    """The machine's pace at every step, from what the steps around it took, over the law; a step's own is left out."""
+    logs = [log(ratio) for ratio in over_law]
+    found = []
+    mean = sum(logs) / len(logs)
+    for index, step in enumerate(stretch):
+        weight, total = _PRIOR_WEIGHT, _PRIOR_WEIGHT * mean
+        for others in (range(index - 1, -1, -1), range(index + 1, len(stretch))):
+            for other in others:
+                apart_s = abs(stretch[other].submitted_s - step.submitted_s)
+                if apart_s > 3.0 * _PACE_S:
+                    break
+                weight += (share := exp(-apart_s / _PACE_S))
+                total += share * logs[other]
+        found.append(exp(total / weight))
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """What a simulation of this machine needs to know."""
 
-    steps: SimilarSteps
+    steps: MachineSteps
     front_in_s: float   # from the moment a client means to send until the scheduler hears of it
     front_out_s: float  # from the end of the first token's step until the client has it
 
 
-def calibrate(log: ServedLog, meant_s: dict[int, float], ttft_s: dict[int, float]) -> Calibration:
-    """From the steps of these prompts, and from what the client knows of them.
+def calibrate(
+    law: FittedCost, log: ServedLog, stretches: Sequence[tuple[dict[int, float], dict[int, float]]]
+) -> Calibration:
+    """From the steps of these stretches, and from what the client knows of them.
 
-    By prompt length: when the client meant to send it, of the server's clock, and the seconds from then to its first
-    token.
+    Of each, by prompt length: when the client meant to send it, of the server's clock, and the seconds from then to its
+    first token.
     """
+    assert log.setup.layout.world_size == 1, "the law is that of one rank"
     lengths = log.lengths
+    known = [(length, at_s, ttft_s[length]) for meant_s, ttft_s in stretches for length, at_s in meant_s.items()]
+    steps = [
+        [step for step in log.steps if lengths[step.batch.chunks[0].request_id] in meant_s] for meant_s, _ in stretches
+    ]
     return Calibration(
-        steps=SimilarSteps(
-            [step for step in log.steps if lengths[step.batch.chunks[0].request_id] in meant_s], log.setup
-        ),
-        front_in_s=median(log.arrivals[length][0] - at_s for length, at_s in meant_s.items()),
-        front_out_s=median(at_s + ttft_s[length] - log.first_tokens_s[length] for length, at_s in meant_s.items()),
+        steps=MachineSteps(law, steps),
+        front_in_s=median(log.arrivals[length][0] - at_s for length, at_s, _ in known),
+        front_out_s=median(at_s + seconds - log.first_tokens_s[length] for length, at_s, seconds in known),
     )
-
-
-def load_of(batch: Batch) -> StepLoad:
-    """What one rank had to compute in it."""
-    load = StepLoad()
-    for chunk in batch.chunks:
-        if chunk.num_tokens == 1 and chunk.start:
-            load.add_decodes(1, chunk.start + 1, 0.0)
-        else:
-            load.add_chunk(chunk.start, chunk.num_tokens, 0.0)
-    return load

@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +47,7 @@ from experiments.simulator_against_engine.compare import (
     simulate,
 )
 from experiments.simulator_against_engine.log import ServedLog, Step, calibrate
+from megatron_medha.core.fitted_cost import FittedCost
 from megatron_medha.engine.summary import percentile
 
 BAR = 0.05
@@ -52,8 +55,9 @@ GAP_S = 1.0  # from the end of a stretch to the next
 WARM_UP_S = 10.0
 FIRST_ID, LAST_ID = 40, 120  # bytes of text: every model's vocabulary has them
 SHORT_TOKENS, OUTPUT_TOKENS = (64, 512), (4, 16)
-LOG, CLIENT = "decisions.jsonl", "client.json"
-NUM_DRAWS = 8  # simulations of each stretch, with other draws of its steps; figures are their medians
+LAW, LOG, CLIENT = "law.json", "decisions.jsonl", "client.json"
+GRID_S = 30.0  # of measuring
+NUM_DRAWS = 16  # simulations of each stretch, with other draws of its steps; figures are their medians
 # A rank that shares its core with the front and the client takes 10 to 50% longer whenever they have something to do:
 # how long a step takes would be a matter of the client. On two cores, one is left to them.
 OVERRIDES = ("model.num_threads=1",)
@@ -136,6 +140,13 @@ async def send(port: int, stretch: Stretch, bar: tqdm[Any]) -> Stretch:
     return replace(stretch, began_s=began_s, ttft_s=ttft_s)
 
 
+def measure_law(checkpoint: Path, directory: Path) -> None:
+    """The grid, in a process of its own, which is gone when the server starts."""
+    module = "experiments.simulator_against_engine.grid"
+    words = [str(checkpoint), str(directory / LAW), "--seconds", str(GRID_S), *OVERRIDES]
+    subprocess.run([sys.executable, "-m", module, *words], check=True)
+
+
 def serve_and_send(checkpoint: Path, stretches: Sequence[Stretch], directory: Path, *overrides: str) -> None:
     """One server under all of them; leaves its log and what the client knows in the directory."""
     with (
@@ -156,30 +167,24 @@ def quantiles(stretches: Sequence[Stretch], ttft_s: dict[int, float]) -> tuple[f
 class Comparison:
     """The engine's TTFT, and what the simulator makes of it with ever more of the engine replaced."""
 
-    def __init__(self, log: ServedLog, stretches: Sequence[Stretch]) -> None:
+    def __init__(self, law: FittedCost, log: ServedLog, stretches: Sequence[Stretch]) -> None:
         self.log = log
         self.compared = [stretch for stretch in stretches if stretch.kind is Kind.COMPARISON]
         self.ttft_s = {name: seconds for stretch in self.compared for name, seconds in stretch.ttft_s.items()}
-        meant_s: dict[int, float] = {}
-        ttft_s: dict[int, float] = {}
-        for stretch in stretches:
-            if stretch.kind is Kind.CALIBRATION:
-                meant_s |= stretch.meant_s
-                ttft_s |= stretch.ttft_s
-        self.calibration = calibrate(log, meant_s, ttft_s)
+        calibrating = [stretch for stretch in stretches if stretch.kind is Kind.CALIBRATION]
+        self.calibration = calibrate(law, log, [(stretch.meant_s, stretch.ttft_s) for stretch in calibrating])
         self.decisions: list[Decision] = []  # the simulator's, with the first draw
 
     def own_steps(self) -> list[dict[int, float]]:
         """The engine's own batches and their own seconds: only what is between client and scheduler is replaced."""
-        return [self._decided_alike(lambda step: step.whole_s)]
+        return [self._decided_alike(lambda step, _: step.whole_s, 0)]
 
     def told_steps(self) -> list[dict[int, float]]:
         """The engine's own batches, their seconds as the calibration tells them; of every draw."""
         steps = self.calibration.steps
         found = []
         for seed in range(NUM_DRAWS):
-            steps.reset(seed)
-            found.append(self._decided_alike(lambda step: steps.whole_s(step.batch)))
+            found.append(self._decided_alike(lambda step, now_s: steps.whole_s(step.batch, now_s), seed))
         return found
 
     def free(self) -> list[dict[int, float]]:
@@ -187,9 +192,9 @@ class Comparison:
         found = []
         with tqdm(total=NUM_DRAWS * len(self.compared), desc="simulated", unit="stretch", leave=False) as bar:
             for seed in range(NUM_DRAWS):
-                self.calibration.steps.reset(seed)
                 ttft_s: dict[int, float] = {}
-                for stretch in self.compared:
+                for place, stretch in enumerate(self.compared):
+                    self.calibration.steps.begin(len(self.compared) * seed + place, stretch.began_s)
                     part, decisions = simulate(self.log, self.calibration, stretch.meant_s)
                     ttft_s |= part
                     self.decisions += decisions if not seed else []
@@ -197,22 +202,25 @@ class Comparison:
                 found.append(ttft_s)
         return found
 
-    def _decided_alike(self, whole_s: Callable[[Step], float]) -> dict[int, float]:
+    def _decided_alike(self, whole_s: Callable[[Step, float], float], seed: int) -> dict[int, float]:
         ttft_s: dict[int, float] = {}
-        for stretch in self.compared:
+        for place, stretch in enumerate(self.compared):
+            self.calibration.steps.begin(len(self.compared) * seed + place, stretch.began_s)
             ttft_s |= decided_alike(self.log, self.calibration, stretch.meant_s, whole_s)
         return ttft_s
 
 
-def report(log: ServedLog, stretches: Sequence[Stretch]) -> bool:
+def report(law: FittedCost, log: ServedLog, stretches: Sequence[Stretch]) -> bool:
     """Figures beside bars; whether they are met."""
-    comparison = Comparison(log, stretches)
+    comparison = Comparison(law, log, stretches)
     calibration, compared, ttft_s = comparison.calibration, comparison.compared, comparison.ttft_s
-    law = calibration.steps.law
+    paces, off = sorted(calibration.steps.paces), sorted(abs(left - 1.0) for left in calibration.steps.left)
     print(
-        f"{law.num_steps:,} steps of calibration, each told by a law that had not seen it: off by p50 "
-        f"{law.error_p50:.1%}, p95 {law.error_p95:.1%}; how a step is off and how the next is: correlation "
-        f"{calibration.steps.persistence:.2f}; {1e3 * calibration.front_in_s:.1f} ms from client to scheduler, "
+        f"law: {law.num_steps} steps of the grid, those held out told with an error of p50 {law.error_p50:.1%}, p95 "
+        f"{law.error_p95:.1%}\ncalibration: {len(paces):,} steps; the machine's pace: "
+        + ", ".join(f"p{percent} {percentile(paces, percent):.2f}" for percent in (10, 50, 90))
+        + f" of the law's seconds; steps at their pace are off by p50 {percentile(off, 50):.1%}, p95 "
+        f"{percentile(off, 95):.1%}; {1e3 * calibration.front_in_s:.1f} ms from client to scheduler, "
         f"{1e3 * calibration.front_out_s:.1f} ms back\n"
     )
     print(f"{'TTFT':52s} {'p50 s':>8s} {'p90 s':>8s} {'p99 s':>8s}")
@@ -253,7 +261,7 @@ def main() -> int:
     """Run, print, and say whether the bar is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path)
-    parser.add_argument("--seconds", type=float, default=34.0, help="of each stretch")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each stretch")
     parser.add_argument("--qps", type=float, default=0.6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long", type=int, nargs=2, default=(1500, 3000), help="tokens of long prompts")
@@ -271,9 +279,11 @@ def main() -> int:
                 make_checkpoint(checkpoint)
             bounds = (arguments.long[0], arguments.long[1])
             stretches = plan(arguments.seconds, arguments.qps, bounds, arguments.repeats)
+            measure_law(checkpoint, directory)
             serve_and_send(checkpoint, stretches, directory, *OVERRIDES, *arguments.override)
         sent = msgspec.json.decode((directory / CLIENT).read_bytes(), type=list[Stretch])
-        is_met = report(ServedLog.read(directory / LOG), sent)
+        law = msgspec.json.decode((directory / LAW).read_bytes(), type=FittedCost)
+        is_met = report(law, ServedLog.read(directory / LOG), sent)
     return 0 if is_met else 1
 
 
