@@ -1,6 +1,6 @@
 """Times of a fixed grid of steps on the loaded rank, and the law fitted to them: what nobody's decisions are in.
 
-    python -m experiments.simulator_against_engine.grid CHECKPOINT LAW.json --seconds 40 [override ...]
+    python -m experiments.simulator_against_engine.grid CHECKPOINT GRID.json --seconds 40 [override ...]
 
 As `medha profile` does it, over the chunks and contexts that this experiment's prompts have.
 """
@@ -8,13 +8,14 @@ As `medha profile` does it, over the chunks and contexts that this experiment's 
 from __future__ import annotations
 
 import argparse
-import json
 import random
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
+import msgspec
 from tqdm import tqdm
+
+from experiments.simulator_against_engine.log import Grid
 
 CHUNKS = (0, 8, 16, 32, 48, 64, 96, 128)
 CONTEXTS = (0, 256, 1024, 3000)
@@ -26,7 +27,7 @@ def main() -> None:
     """Measure, fit, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("law", type=Path, help="where the fit is written")
+    parser.add_argument("grid", type=Path, help="where steps and fit are written")
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("overrides", nargs="*", help="options of medha profile, as key=value")
     arguments = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
     with tqdm(total=len(points), unit="step", desc="grid", leave=False) as bar:
         steps = measure(rank, ready, points, seconds=arguments.seconds, note=bar.update)
     law = fit(steps, shape=ready.shape, chip=ready.device, dtype=config.dtype)
-    arguments.law.write_text(json.dumps(asdict(law), indent=1) + "\n", encoding="utf-8")
+    arguments.grid.write_bytes(msgspec.json.encode(Grid(law=law, steps=tuple(steps))))
 
 
 if __name__ == "__main__":

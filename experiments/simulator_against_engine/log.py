@@ -6,18 +6,21 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log
+from heapq import nsmallest
+from math import dist, exp, log, log1p
+from operator import mul
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from megatron_medha.core.batch import Arrived, Batch, Completed
-from megatron_medha.core.fitted_cost import FittedCost
+from megatron_medha.core.cost import StepLoad
+from megatron_medha.core.fitted_cost import FittedCost, MeasuredStep, features_of
 from megatron_medha.core.request import Request
 from megatron_medha.engine.decision_log import Recorded, read_log
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.world import true_step_s
 
+_NUM_SIMILAR = 4
 _PACE_S = 0.15        # how far a step's neighbours tell of it; what two steps share is halved after 0.2 s
 _PRIOR_WEIGHT = 0.3   # of the stretch's mean among a step's neighbours
 
@@ -98,11 +101,45 @@ class ServedLog:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A grid of steps that nobody decided, as they were measured, and the law fitted to them."""
+
+    law: FittedCost
+    steps: tuple[MeasuredStep, ...]
+
+    def seconds(self, load: StepLoad) -> float:
+        """The law's, times what it is off by in the steps that are most similar: it is straight where steps are not."""
+        place = _place(load)
+        nearest = nsmallest(_NUM_SIMILAR, self.steps, key=lambda step: dist(_place(step.load), place))
+        weights = [1.0 / (0.1 + dist(_place(step.load), place)) for step in nearest]
+        off_by = sum(
+            weight * step.duration_s / self._law_s(step.load) for weight, step in zip(weights, nearest, strict=True)
+        )
+        return self._law_s(load) * off_by / sum(weights)
+
+    def _law_s(self, load: StepLoad) -> float:
+        return sum(map(mul, self.law.theta, features_of(load, self.law.hinges_tokens)))
+
+
+def _place(load: StepLoad) -> tuple[float, ...]:
+    """Where a step stands among others: logarithms of what is in it, and apart whether it has a chunk."""
+    num_decodes = load.num_sequences - 1 if load.chunk_context else load.num_sequences
+    return (
+        10.0 if load.chunk_context else 0.0,
+        2.0 * log1p(load.num_tokens - num_decodes),
+        0.5 * log1p(load.chunk_context),
+        log1p(num_decodes),
+        0.25 * log1p(load.decode_context),
+    )
+
+
 class MachineSteps:
     """How long steps take on a machine whose pace changes: the law's seconds, times the pace, times what is left.
 
-    law: of a grid of steps that nobody decided. One fitted to what a server ran is wrong: it fills steps to a budget,
-    so large chunks are those of moments when the machine was fast, and 64 tokens seem to cost hardly more than 32.
+    grid: what they take by a law that nobody's decisions are in. One fitted to what a server ran is wrong: it fills
+    steps to a budget, so large chunks are those of moments when the machine was fast, and 64 tokens seem to cost
+    hardly more than 32.
 
     The pace is what the steps around a step took over the law. In a simulation it is that of a stretch of the
     calibration, begun anywhere, and what is left is that of one of its steps, so that steps scatter as they did. A
@@ -110,14 +147,14 @@ class MachineSteps:
     lower the more steps break their budget.
     """
 
-    def __init__(self, law: FittedCost, stretches: Sequence[Sequence[Step]]) -> None:
-        self._law_s = true_step_s(law)
+    def __init__(self, grid: Grid, stretches: Sequence[Sequence[Step]]) -> None:
+        self._grid = grid
         self.paces: list[float] = []
         self._paths: list[tuple[list[float], list[float]]] = []
         # Of each step what is left of its seconds, and of those the share that ranks report; by whether it has a chunk.
         self._left: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for stretch in stretches:
-            over_law = [step.whole_s / self._law_s(step.batch) for step in stretch]
+            over_law = [step.whole_s / grid.seconds(load_of(step.batch)) for step in stretch]
             paces = _paces(stretch, over_law)
             self._paths.append(([step.submitted_s - stretch[0].submitted_s for step in stretch], paces))
             self.paces += paces
@@ -136,7 +173,7 @@ class MachineSteps:
         """Seconds from a batch's submission, now, until the scheduler hears of its end; drawn anew at each call."""
         left, reported_share = self._draw.choice(self._left[has_prefill(batch)])
         place = bisect_right(self._times_s, (self._offset_s + now_s) % self._times_s[-1]) - 1
-        whole_s = self._law_s(batch) * self._pace[place] * left
+        whole_s = self._grid.seconds(load_of(batch)) * self._pace[place] * left
         self._reported = batch.batch_id, whole_s * reported_share
         return whole_s
 
@@ -185,7 +222,7 @@ class Calibration:
 
 
 def calibrate(
-    law: FittedCost, log: ServedLog, stretches: Sequence[tuple[dict[int, float], dict[int, float]]]
+    grid: Grid, log: ServedLog, stretches: Sequence[tuple[dict[int, float], dict[int, float]]]
 ) -> Calibration:
     """From the steps of these stretches, and from what the client knows of them.
 
@@ -199,7 +236,18 @@ def calibrate(
         [step for step in log.steps if lengths[step.batch.chunks[0].request_id] in meant_s] for meant_s, _ in stretches
     ]
     return Calibration(
-        steps=MachineSteps(law, steps),
+        steps=MachineSteps(grid, steps),
         front_in_s=median(log.arrivals[length][0] - at_s for length, at_s, _ in known),
         front_out_s=median(at_s + seconds - log.first_tokens_s[length] for length, at_s, seconds in known),
     )
+
+
+def load_of(batch: Batch) -> StepLoad:
+    """What one rank has to compute in it."""
+    load = StepLoad()
+    for chunk in batch.chunks:
+        if chunk.num_tokens == 1 and chunk.start:
+            load.add_decodes(1, chunk.start + 1, 0.0)
+        else:
+            load.add_chunk(chunk.start, chunk.num_tokens, 0.0)
+    return load

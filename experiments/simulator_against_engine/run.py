@@ -46,16 +46,15 @@ from experiments.simulator_against_engine.compare import (
     decided_alike,
     simulate,
 )
-from experiments.simulator_against_engine.log import ServedLog, Step, calibrate
-from megatron_medha.core.fitted_cost import FittedCost
+from experiments.simulator_against_engine.log import Grid, ServedLog, Step, calibrate
 from megatron_medha.engine.summary import percentile
 
 BAR = 0.05
 GAP_S = 1.0  # from the end of a stretch to the next
 WARM_UP_S = 10.0
 FIRST_ID, LAST_ID = 40, 120  # bytes of text: every model's vocabulary has them
-SHORT_TOKENS, OUTPUT_TOKENS = (64, 512), (4, 16)
-LAW, LOG, CLIENT = "law.json", "decisions.jsonl", "client.json"
+SHORT_TOKENS, OUTPUT_TOKENS = (32, 400), (4, 12)
+GRID, LOG, CLIENT = "grid.json", "decisions.jsonl", "client.json"
 GRID_S = 30.0  # of measuring
 NUM_DRAWS = 16  # simulations of each stretch, with other draws of its steps; figures are their medians
 # A rank that shares its core with the front and the client takes 10 to 50% longer whenever they have something to do:
@@ -140,10 +139,10 @@ async def send(port: int, stretch: Stretch, bar: tqdm[Any]) -> Stretch:
     return replace(stretch, began_s=began_s, ttft_s=ttft_s)
 
 
-def measure_law(checkpoint: Path, directory: Path) -> None:
+def measure_grid(checkpoint: Path, directory: Path) -> None:
     """The grid, in a process of its own, which is gone when the server starts."""
     module = "experiments.simulator_against_engine.grid"
-    words = [str(checkpoint), str(directory / LAW), "--seconds", str(GRID_S), *OVERRIDES]
+    words = [str(checkpoint), str(directory / GRID), "--seconds", str(GRID_S), *OVERRIDES]
     subprocess.run([sys.executable, "-m", module, *words], check=True)
 
 
@@ -167,12 +166,12 @@ def quantiles(stretches: Sequence[Stretch], ttft_s: dict[int, float]) -> tuple[f
 class Comparison:
     """The engine's TTFT, and what the simulator makes of it with ever more of the engine replaced."""
 
-    def __init__(self, law: FittedCost, log: ServedLog, stretches: Sequence[Stretch]) -> None:
+    def __init__(self, grid: Grid, log: ServedLog, stretches: Sequence[Stretch]) -> None:
         self.log = log
         self.compared = [stretch for stretch in stretches if stretch.kind is Kind.COMPARISON]
         self.ttft_s = {name: seconds for stretch in self.compared for name, seconds in stretch.ttft_s.items()}
         calibrating = [stretch for stretch in stretches if stretch.kind is Kind.CALIBRATION]
-        self.calibration = calibrate(law, log, [(stretch.meant_s, stretch.ttft_s) for stretch in calibrating])
+        self.calibration = calibrate(grid, log, [(stretch.meant_s, stretch.ttft_s) for stretch in calibrating])
         self.decisions: list[Decision] = []  # the simulator's, with the first draw
 
     def own_steps(self) -> list[dict[int, float]]:
@@ -210,10 +209,11 @@ class Comparison:
         return ttft_s
 
 
-def report(law: FittedCost, log: ServedLog, stretches: Sequence[Stretch]) -> bool:
+def report(grid: Grid, log: ServedLog, stretches: Sequence[Stretch]) -> bool:
     """Figures beside bars; whether they are met."""
-    comparison = Comparison(law, log, stretches)
+    comparison = Comparison(grid, log, stretches)
     calibration, compared, ttft_s = comparison.calibration, comparison.compared, comparison.ttft_s
+    law = grid.law
     paces, off = sorted(calibration.steps.paces), sorted(abs(left - 1.0) for left in calibration.steps.left)
     print(
         f"law: {law.num_steps} steps of the grid, those held out told with an error of p50 {law.error_p50:.1%}, p95 "
@@ -262,9 +262,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=30.0, help="of each stretch")
-    parser.add_argument("--qps", type=float, default=0.6)
+    parser.add_argument("--qps", type=float, default=1.2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--long", type=int, nargs=2, default=(1500, 3000), help="tokens of long prompts")
+    parser.add_argument("--long", type=int, nargs=2, default=(1000, 2000), help="tokens of long prompts")
     parser.add_argument("--override", action="append", default=[], help="more overrides for the server")
     parser.add_argument("--keep", type=Path, help="a directory for the log; default: a temporary one")
     parser.add_argument("--again", type=Path, help="a directory of --keep: nothing is served, its log is read")
@@ -279,11 +279,11 @@ def main() -> int:
                 make_checkpoint(checkpoint)
             bounds = (arguments.long[0], arguments.long[1])
             stretches = plan(arguments.seconds, arguments.qps, bounds, arguments.repeats)
-            measure_law(checkpoint, directory)
+            measure_grid(checkpoint, directory)
             serve_and_send(checkpoint, stretches, directory, *OVERRIDES, *arguments.override)
         sent = msgspec.json.decode((directory / CLIENT).read_bytes(), type=list[Stretch])
-        law = msgspec.json.decode((directory / LAW).read_bytes(), type=FittedCost)
-        is_met = report(law, ServedLog.read(directory / LOG), sent)
+        grid = msgspec.json.decode((directory / GRID).read_bytes(), type=Grid)
+        is_met = report(grid, ServedLog.read(directory / LOG), sent)
     return 0 if is_met else 1
 
 
