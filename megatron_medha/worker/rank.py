@@ -35,6 +35,7 @@ from megatron_medha.worker.guided import GuidedSampling
 from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.plain_decodes import plain_decodes
 from megatron_medha.worker.run_ahead import Chosen, Found, Held, Work, next_decodes
+from megatron_medha.worker.step_clock import StepClock
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
 _NOT_A_NUMBER = "the model's output is not a number for this request"
@@ -111,6 +112,7 @@ class Rank:
             plain_decodes(model, backend, kv_layers, self._rotary) if self.samples_for_itself else None
         )
         self._staging = Staging(device)
+        self._clock = StepClock(device)
         self._sampler = Sampler(config.vocab_size, device)
         self._guided = guided
         self._requests = TokenStore(config.vocab_size)
@@ -148,6 +150,11 @@ class Rank:
     def answers(self) -> bool:
         """Whether the front hears of this rank's steps: one rank of each tensor-parallel group speaks for it."""
         return self._is_first_of_tp
+
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar that a request to come will have; on any thread."""
+        assert self._guided is not None, "a request has a grammar"
+        self._guided.prepare(grammar)
 
     def run(self, step: Step) -> StepDone:
         """Announce and compute one step."""
@@ -191,7 +198,7 @@ class Rank:
         """Compute the step announced first. A fault of one request fails that request alone."""
         work = self._announced.popleft()
         hidden_T1C = None if work.arriving is None else work.arriving.wait()
-        started_s = time.monotonic()
+        self._clock.start()
         failed = list(work.failed)
         chunks, plan, held, ahead_s = work.chunks, work.plan, [], 0.0
         # Also for decodes that were computed ahead: what they bring is for the tokens after them.
@@ -212,7 +219,7 @@ class Rank:
                 prompt = found.prompt
         can_run_ahead = self.samples_for_itself and self.graphs is None and not failed
         self._last = work.chunks if can_run_ahead else ()
-        return self._done(work, started_s - ahead_s, tokens, prompt, failed)
+        return self._done(work, self._clock.stop() + ahead_s, tokens, prompt, failed)
 
     @torch.inference_mode()
     def run_ahead(self) -> bool:
@@ -273,7 +280,7 @@ class Rank:
     def _done(
         self,
         work: _Announced,
-        started_s: float,
+        duration_s: float,
         tokens: Sequence[SampledToken],
         prompt: Sequence[PromptLogprobs],
         failed: Sequence[tuple[str, str]],
@@ -282,7 +289,7 @@ class Rank:
         return StepDone(
             batch_id=work.step.batch_id,
             rank=self._rank,
-            duration_s=work.duration_s + time.monotonic() - started_s,
+            duration_s=work.duration_s + duration_s,
             tokens=tuple(tokens),
             prompt_logprobs=tuple(prompt),
             failed=tuple(failed) if is_last_stage else (),
