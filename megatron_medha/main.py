@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_medha.compiled_core import use_compiled_core
 from megatron_medha.core.errors import ConfigError, MedhaError
 
 
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command("megatron_medha.commands.report", "put runs side by side on one page"),
     "replay": Command("megatron_medha.commands.replay", "check that a decision log replays to the same batches"),
     "selftest": Command("megatron_medha.commands.selftest", "throw nonsense at a running server and see it hold"),
+    "compile": Command("megatron_medha.commands.compile", "translate the scheduler to C: faster decisions"),
     "version": Command("megatron_medha.commands.version", "print the version"),
 }
 
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         # Written to a log, a progress bar that moves ten times a second buries everything else.
         os.environ.setdefault("TQDM_MININTERVAL", "10")
+    use_compiled_core()
     try:
         exit_code: int = importlib.import_module(command.module).run(arguments[1:])
         sys.stdout.flush()

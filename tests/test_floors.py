@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -79,9 +80,9 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
     yield from walk(tree, True)
 
 
-def parsed() -> Iterator[tuple[Path, ast.Module]]:
-    for path in files():
-        yield path, ast.parse(path.read_text(encoding="utf-8"), str(path))
+@functools.cache
+def parsed() -> list[tuple[Path, ast.Module]]:
+    return [(path, ast.parse(path.read_text(encoding="utf-8"), str(path))) for path in files()]
 
 
 def test_imports_go_down_the_floors_only() -> None:

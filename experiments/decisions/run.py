@@ -1,6 +1,6 @@
 """The scheduler's own time per step, handle and schedule together, under 100, 1,000 and 10,000 live requests.
 
-    python -m experiments.decisions.run
+    medha compile && python -m experiments.decisions.run    # without the first: interpreted
 
 The real Scheduler with OnlineCost is driven by the simulated world in a closed loop: each request that ends is
 replaced by a new one, so the number of live requests stays the same and the machine is always overloaded. Prompts
@@ -21,6 +21,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+
+from megatron_medha.compiled_core import use_compiled_core
+
+IS_COMPILED = use_compiled_core()
 
 from megatron_medha.core.batch import Arrived, Batch, Event, Output, TokenOut
 from megatron_medha.core.config import SchedulerConfig
@@ -222,8 +226,9 @@ def main() -> None:
     parser.add_argument("--policy", default="lars")
     arguments = parser.parse_args()
     config = SchedulerConfig(policy=arguments.policy, max_num_sequences=arguments.sequences)
+    kind = "compiled" if IS_COMPILED else "interpreted"
     print(
-        f"python {sys.version.split()[0]}, {loop_s() * 1e3:.1f} ms for a million empty loops; "
+        f"python {sys.version.split()[0]}, {kind}, {loop_s() * 1e3:.1f} ms for a million empty loops; "
         f"policy {arguments.policy}, {arguments.steps} steps, CPU microseconds"
     )
     print("                per step           | one decision |  with arrivals |")

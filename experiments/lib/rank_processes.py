@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _PRELOADED = ["megatron_medha.worker.load", "megatron_medha.worker.step_loop"]
 # Nothing of a tiny model takes this long, however busy the machine is: whoever is silent for longer is stuck.
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 Prepare = Callable[["Rank", dict[str, float]], None]
 

@@ -21,6 +21,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_medha.compiled_core import use_compiled_core
+
+IS_COMPILED = use_compiled_core()
+
 from megatron_medha.compose import as_yaml, compose, freeze
 from megatron_medha.sim.run_directory import RunDirectory
 from megatron_medha.sim.simulation import Sample, Simulation

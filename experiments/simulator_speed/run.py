@@ -1,6 +1,6 @@
 """How much faster than real time is the simulator? One hour of the paper's mix on 16 A100s, on one core.
 
-    python -m experiments.simulator_speed.run
+    medha compile && python -m experiments.simulator_speed.run    # without the first: interpreted
 
 Bar: 300 times real time in CPU time of this process, workload and deadlines included; goal: 1,000. A second run with
 a stop watch around the scheduler says how much of the time is its own: it is the very object that serves, and a
@@ -12,6 +12,10 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+
+from megatron_medha.compiled_core import use_compiled_core
+
+IS_COMPILED = use_compiled_core()
 
 from megatron_medha.compose import compose, freeze
 from megatron_medha.core.batch import Batch, Event, Output
@@ -81,6 +85,7 @@ def main() -> int:
     whole_s = time.perf_counter() - began_s
     share = (timed.seconds - timed.num_calls * watch_s()) / whole_s
     speed = end_s / best_s
+    print("compiled" if IS_COMPILED else "interpreted")
     print(
         f"{end_s:,.0f} simulated seconds, {num_batches:,} batches ({num_batches / end_s:.0f} a second) in {best_s:.1f} "
         f"s of CPU time, best of {arguments.repeats}: {best_s / num_batches * 1e6:.0f} us a batch\n"

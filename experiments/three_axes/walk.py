@@ -2,7 +2,7 @@
 
 One walk is one layout, one random configuration (chunk rule and size, block and shard size, memory small enough for
 preemptions) and a random mix of requests. Time is virtual: what a step took is drawn, so that budgets, slack and
-preemptions vary without waiting for them.
+preemptions vary without waiting for them. So is which stage is done first: a walk is the same however busy the machine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from array import array
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +215,7 @@ class Walk:
         self.known: list[set[str]] = [set() for _ in range(self.layout.kvp)]          # by kvp rank
         self.unsent: list[list[tuple[str, int]]] = [[] for _ in range(self.layout.kvp)]
         self.batches: dict[int, Batch] = {}
+        self.in_first_stage: deque[int] = deque()  # of those, where there is more than one stage
         self.done: dict[tuple[int, int], list[Answer]] = {}  # by batch and stage
         self.sampled: dict[str, tuple[SampledToken, np.ndarray]] = {}
         self.outcome = Outcome()
@@ -235,8 +237,7 @@ class Walk:
             while (batch := self.scheduler.schedule(self.now_s)) is not None:
                 self.submit(batch)
             if self.batches:
-                for answer in self.ranks.answers():
-                    self.take(answer)
+                self.advance()
             else:
                 assert waiting or not self.scheduler.num_sequences, "live requests, and no batch can be formed"
         return self.outcome
@@ -250,6 +251,8 @@ class Walk:
             self.outcome.most_kvp_ranks, *(len(chunk.kvp_ranks) for chunk in batch.chunks)
         )
         self.batches[batch.batch_id] = batch
+        if self.layout.spp > 1:
+            self.in_first_stage.append(batch.batch_id)
         for kvp in range(self.layout.kvp):
             chunks = batch.chunks_on(kvp)
             self.known[kvp].difference_update(batch.released)
@@ -268,25 +271,32 @@ class Walk:
         token_ids = array("i", prompt + self.clients[request_id].tokens)
         return NewRequest(request_id, token_ids.tobytes(), len(prompt), self.case.sampling[request_id])
 
-    def take(self, answer: Answer) -> None:
-        """A rank's answer; the scheduler hears of it when all kvp ranks of a stage have answered."""
-        done = answer.done
-        coord = self.layout.coord_of(done.rank)
-        assert coord.tp == 0
-        answers = self.done.setdefault((done.batch_id, coord.pp), [])
-        answers.append(answer)
-        if len(answers) < self.layout.kvp or done.batch_id not in self.batches:
-            return
-        if coord.pp == self.layout.spp - 1:
-            self.complete(done.batch_id)
-        elif coord.pp == 0:
-            self.handle(FirstStageDone(done.batch_id))
+    def advance(self) -> None:
+        """A batch leaves the first stage, or the oldest the last one: which of the two is drawn."""
+        oldest = next(iter(self.batches))
+        if self.in_first_stage and (self.in_first_stage[0] == oldest or self.rng.random() < 0.5):
+            batch_id = self.in_first_stage.popleft()
+            self.answers_of(batch_id, 0)
+            self.handle(FirstStageDone(batch_id))
+        else:
+            self.complete(oldest)
+
+    def answers_of(self, batch_id: int, stage: int) -> list[Answer]:
+        """What all kvp ranks of a stage have said of a batch, by rank; waits for it, and keeps what else comes."""
+        found = self.done.setdefault((batch_id, stage), [])
+        while len(found) < self.layout.kvp:
+            for answer in self.ranks.answers():
+                coord = self.layout.coord_of(answer.done.rank)
+                assert coord.tp == 0
+                self.done.setdefault((answer.done.batch_id, coord.pp), []).append(answer)
+        return sorted(found, key=lambda answer: answer.done.rank)
 
     def complete(self, batch_id: int) -> None:
         """The last stage is done on every kvp rank."""
+        answers = self.answers_of(batch_id, self.layout.spp - 1)
         batch = self.batches.pop(batch_id)
         failed: list[tuple[str, str]] = []
-        for answer in self.done[batch_id, self.layout.spp - 1]:
+        for answer in answers:
             failed += self.results(answer, batch, self.layout.coord_of(answer.done.rank))
         duration_s = self.rng.choice((0.5, 1.0, 2.0)) * batch.predicted_s
         self.now_s += duration_s

@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 _CHECK_INTERVAL_S = 0.25    # how soon a dead rank is noticed
 _PING_INTERVAL_S = 1.0      # how soon a closed connection is
-_LAST_WORDS_MS = 200
+_LAST_WORDS_S = 1.0         # that a rank may have sent before it ended, behind those of others
 _SHUTDOWN_TIMEOUT_S = 5.0   # a rank finishes its step first
 
 
@@ -277,9 +277,9 @@ class ClusterRuntime:
             for rank in range(self._layout.world_size):
                 self._ranks.link.send(rank, Ping())
         if exits := self._ranks.exits():
-            # Its last words may still be on their way.
-            self._ranks.link.socket.poll(_LAST_WORDS_MS)
-            self._receive()
+            until_s = now_s if all(ended.was_killed for ended in exits) else now_s + _LAST_WORDS_S
+            while self._ranks.link.socket.poll(int(max(0.0, until_s - self.now_s()) * 1000)):
+                self._receive()
             raise RankError(str(exits[0]))
         if (why := self._heartbeats.failure(now_s) or self._watchdog.failure(now_s)) is not None:
             raise RankError(why)

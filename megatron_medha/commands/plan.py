@@ -24,6 +24,7 @@ from megatron_medha.commands.plan_table import (
     say_what_is_tried,
     settings_text,
 )
+from megatron_medha.compiled_core import use_compiled_core
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run(words: Sequence[str]) -> int:
     say_what_is_tried(options, found)
     num_processes = options.num_processes or len(os.sched_getaffinity(0))
     # Not forked: a child must not inherit what Hydra and the progress bar hold.
-    with ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), use_compiled_core) as pool:
         search = _cheapest if options.find is Find.CHEAPEST else _capacity
         return search(options, found.trials, pool)
 

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from megatron_medha.compiled_core import use_compiled_core
 from megatron_medha.core.errors import ConfigError
 
 
@@ -16,6 +17,7 @@ def run(words: Sequence[str]) -> int:
     for package in ("megatron_medha", "megatron-core", "torch"):
         print(f"{package} {_version(package)}")
     print(f"python {platform.python_version()}")
+    print(f"decisions {'compiled' if use_compiled_core() else 'interpreted (medha compile makes them faster)'}")
     return 0
 
 

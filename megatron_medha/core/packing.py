@@ -78,8 +78,9 @@ class PrefillPacker:
         has_prefill = owed is not None
         is_full = has_prefill and builder.is_full()
         places = _Places(self._config, self._memory, len(candidates)) if self._has_limited_places else None
+        max_skips = self._config.max_skips
         for seq in candidates:
-            if num_skipped > self._config.max_skips or has_prefill and is_full:
+            if num_skipped > max_skips or has_prefill and is_full:
                 break
             if places is not None and not places.has_one_for(seq):
                 continue  # others may pass it: it does not count as one that did not fit
@@ -89,7 +90,7 @@ class PrefillPacker:
             plan = self._plan(seq)
             if plan is None:
                 num_without_memory += 1
-                if num_without_memory > self._config.max_skips:
+                if num_without_memory > max_skips:
                     candidates.leave_out_waiting()
                 continue
             first = first or seq
@@ -119,7 +120,7 @@ class PrefillPacker:
                 builder.hold(Planned(seq, max(num_kept, num_least), parts), num_tokens)
                 if has_others and len(long_ranks) == len(gift_s) and self._config.long_prefill_tokens is None:
                     candidates.leave_out_large()
-                    most_tokens = builder.most_tokens()
+                    most_tokens = float(builder.most_tokens())
             else:
                 self._add(builder, Planned(seq, num_tokens, parts), used_s)
             has_prefill, is_full = True, has_others and builder.is_full()

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
-from typing import NamedTuple
 
 from megatron_medha.core.kinetic_queue import KineticQueue, Place
 from megatron_medha.core.policies import Policy, Priority
 from megatron_medha.core.request import Sequence
 
 _BEFORE_ALL_CLASSES = -inf
+_MOST_KINDS = 16  # that are kept though nobody is of them at the moment: most come back soon
 
 
-class _Kind(NamedTuple):
-    """What prefills of one queue have in common."""
+@dataclass(slots=True, eq=False)
+class _Kind:
+    """Prefills of one kind, and what they have in common."""
 
     level: float      # priority class
     is_lost: bool     # large, and cannot meet its deadline any more, however fast it goes
     is_waiting: bool  # owns no KV
     is_large: bool    # cannot end within one step, however empty
+    queue: KineticQueue = field(default_factory=KineticQueue)
 
 
 class PrefillQueue:
@@ -39,64 +42,77 @@ class PrefillQueue:
         self.num_step_tokens = num_step_tokens  # that fit into an empty step; of effect on what is added from now on
         self._policy = policy
         self._is_preemptive = is_preemptive
-        self._queues: dict[_Kind, KineticQueue] = {}
-        self._kinds: dict[str, _Kind] = {}  # by request id
+        self._kinds: list[_Kind] = []         # by class, in each those that are not lost first
+        self._kind_of: dict[str, _Kind] = {}  # by request id
         # Heap of (moment, count, sequence): when a large one is lost unless it runs. What has run or gone since may be
         # in it still, until its moment comes.
         self._losses: list[tuple[float, int, Sequence]] = []
         self._num_losses = 0
 
     def __len__(self) -> int:
-        return len(self._kinds)
+        return len(self._kind_of)
 
     def add(self, seq: Sequence, now_s: float) -> None:
         """Make `seq` a candidate: its next chunk may start. One that is there is given its new place."""
-        request = seq.request
+        request, request_id = seq.request, seq.request_id
         is_waiting = seq.is_waiting
         level = request.priority if is_waiting or self._is_preemptive else _BEFORE_ALL_CLASSES
         is_large = seq.num_unscheduled_tokens > self.num_step_tokens
         is_lost = is_large and seq.lost_s < now_s
-        kind = _Kind(level, is_lost, is_waiting, is_large)
-        old = self._kinds.get(request.request_id)
-        if old != kind:
-            if old is not None:
-                self._remove(request.request_id, old, now_s)
-            self._kinds[request.request_id] = kind
-            if kind not in self._queues:
-                self._queues[kind] = KineticQueue()
+        kind = self._kind_of.get(request_id)
+        if (
+            kind is None or kind.is_waiting is not is_waiting or kind.is_large is not is_large
+            or kind.is_lost is not is_lost or kind.level != level
+        ):  # fmt: skip
+            if kind is not None:
+                kind.queue.remove(request_id, now_s)
+            self._kind_of[request_id] = kind = self._kind(level, is_lost, is_waiting, is_large)
         if is_large and not is_lost and seq.lost_s < inf:
             self._num_losses += 1
             heappush(self._losses, (seq.lost_s, self._num_losses, seq))
         line = Priority(seq.remaining_work_s) if is_lost else self._policy(seq)
-        self._queues[kind].add(request.request_id, line, request.arrival_s, (seq, kind), now_s)
+        kind.queue.add(request_id, line, request.arrival_s, (seq, kind), now_s)
 
     def discard(self, seq: Sequence, now_s: float) -> None:
         """Take `seq` out, if it is there."""
-        kind = self._kinds.pop(seq.request_id, None)
+        kind = self._kind_of.pop(seq.request_id, None)
         if kind is not None:
-            self._remove(seq.request_id, kind, now_s)
+            kind.queue.remove(seq.request_id, now_s)
 
     def candidates(self, now_s: float) -> Candidates:
         """All of them, most urgent first, as of now. The queue must not change while this is read."""
         while self._losses and self._losses[0][0] < now_s:
             _, _, seq = heappop(self._losses)
-            kind = self._kinds.get(seq.request_id)
+            kind = self._kind_of.get(seq.request_id)
             if seq.is_prefill and kind is not None and kind.is_large and not kind.is_lost and seq.lost_s < now_s:
                 self.add(seq, now_s)
-        return Candidates(self._queues, len(self._kinds), now_s)
+        return Candidates(self._kinds, len(self._kind_of), now_s)
 
-    def _remove(self, request_id: str, kind: _Kind, now_s: float) -> None:
-        queue = self._queues[kind]
-        queue.remove(request_id, now_s)
-        if not queue:
-            del self._queues[kind]
+    def _kind(self, level: float, is_lost: bool, is_waiting: bool, is_large: bool) -> _Kind:
+        for kind in self._kinds:
+            if (
+                kind.is_waiting is is_waiting and kind.is_large is is_large and kind.is_lost is is_lost
+                and kind.level == level
+            ):  # fmt: skip
+                return kind
+        if len(self._kinds) >= _MOST_KINDS:
+            self._kinds = [kind for kind in self._kinds if len(kind.queue)]
+        new = _Kind(level, is_lost, is_waiting, is_large)
+        self._kinds.append(new)
+        self._kinds.sort(key=_group)
+        return new
+
+
+def _group(kind: _Kind) -> tuple[float, bool]:
+    """Kinds of a group are one queue to the policy."""
+    return kind.level, kind.is_lost
 
 
 class Candidates:
     """An iterator over prefills, most urgent first, from which whole kinds can be left out midway."""
 
-    def __init__(self, queues: dict[_Kind, KineticQueue], num_candidates: int, now_s: float) -> None:
-        self._queues = queues
+    def __init__(self, kinds: list[_Kind], num_candidates: int, now_s: float) -> None:
+        self._kinds = kinds
         self._num_candidates = num_candidates
         self._now_s = now_s
         self._has_waiting = self._has_large = True
@@ -113,20 +129,25 @@ class Candidates:
         self._has_large = False
 
     def __iter__(self) -> Iterator[Sequence]:
-        groups = {kind[:2] for kind in self._queues}  # by class, then those that are not lost
-        for group in sorted(groups) if len(groups) > 1 else groups:
+        kinds, now_s = self._kinds, self._now_s
+        first = 0
+        while first < len(kinds):
+            group = _group(kinds[first])
             places: list[Place] = []
             unfinished: dict[str, KineticQueue] = {}  # queues of which more can be asked for, by the last id known
-            for kind, queue in self._queues.items():
-                if kind[:2] == group and self._includes(kind):
-                    self._extend(places, queue, queue.first_places(self._now_s), unfinished)
+            while first < len(kinds) and _group(kinds[first]) == group:
+                kind = kinds[first]
+                first += 1
+                if len(kind.queue) and self._includes(kind):
+                    self._extend(places, kind.queue, kind.queue.first_places(now_s), unfinished)
             places.sort()
             for index, (_, _, request_id, (seq, kind)) in enumerate(places):  # grows while it is read
-                if (self._has_waiting or not kind.is_waiting) and (self._has_large or not kind.is_large):
-                    yield seq
+                if not self._includes(kind):
+                    continue
+                yield seq
                 if request_id in unfinished and self._includes(kind):
                     queue, following = unfinished[request_id], places[index + 1 :]
-                    self._extend(following, queue, queue.more_places(self._now_s), unfinished)
+                    self._extend(following, queue, queue.more_places(now_s), unfinished)
                     places[index + 1 :] = sorted(following)
 
     def _extend(

@@ -207,7 +207,7 @@ class Scheduler:
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
         decoding, decodes, batch_id = Status.DECODING, self._decodes, event.batch_id
         new_tuple = tuple.__new__  # half the time of the class's own, and it is a NamedTuple for the same reason
-        for chunk, seq in zip(flight.batch.chunks, flight.sequences, strict=True):
+        for chunk, seq in zip(flight.batch.chunks, flight.sequences):  # noqa: B905
             end = seq.num_scheduled_tokens  # of a decode: it is in no other batch
             if is_calm and seq.status is decoding and end < seq.change_tokens:
                 seq.num_batches_in_flight = 0
@@ -263,11 +263,8 @@ class Scheduler:
         """Prefill work that goes before this newcomer's by the policy, which must be a line without slope."""
         policy = POLICIES[self.config.policy]
         place = policy(seq).at_zero
-        return sum(
-            other.remaining_work_s
-            for other in self._sequences.values()
-            if other.is_prefill and policy(other).at_zero <= place
-        )
+        others = [other for other in self._sequences.values() if other.is_prefill and policy(other).at_zero <= place]
+        return sum([other.remaining_work_s for other in others], 0.0)
 
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
         self._prefills.discard(seq, now_s)

@@ -25,7 +25,8 @@ class StepTimes(NamedTuple):
     def duration_s(self) -> float:
         """Of the step when it has the pipeline to itself, by its slowest rank."""
         ranks = self.stage_s
-        return (sum(ranks[0]) if len(ranks) == 1 else max([sum(seconds) for seconds in ranks])) + sum(self.hops_s)
+        slowest_s = sum(ranks[0], 0.0) if len(ranks) == 1 else max([sum(seconds, 0.0) for seconds in ranks])
+        return slowest_s + sum(self.hops_s, 0.0)
 
 
 class Pipeline:

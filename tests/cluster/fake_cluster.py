@@ -26,7 +26,8 @@ from megatron_medha.engine.engine import Engine
 
 FAKE_RANK = (sys.executable, str(Path(__file__).with_name("fake_rank.py")))
 POISON = 999
-PATIENT = RecoveryConfig(max_failures=100)
+# Silence is no failure here: on a busy machine a rank may be put aside for seconds.
+PATIENT = RecoveryConfig(max_failures=100, heartbeat_timeout_s=60.0)
 
 
 class FakeCluster:
@@ -89,6 +90,16 @@ class FakeCluster:
     def kill(self, rank: int) -> None:
         """SIGKILL, as the kernel's memory killer sends it."""
         next(process for process in self.processes if process.rank == rank).kill()
+
+    @contextmanager
+    def holding_starts(self) -> Iterator[None]:
+        """Ranks that start in this block do not come up before its end."""
+        hold = self.directory / "hold"
+        hold.touch()
+        try:
+            yield
+        finally:
+            hold.unlink()
 
     def poison(self, rank: int, kind: str) -> None:
         """The rank fails in this way, once."""

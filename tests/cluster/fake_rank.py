@@ -2,7 +2,8 @@
 
 It runs worker/main.py's own loop. The checkpoint directory of its configuration may hold fault.json:
 {"rank": r, "kind": "hang" | "stop" | "close" | "exit" | "lose" | "load", "token": t}. A rank that meets the token in a
-prompt (for "load": when it starts) removes the file and fails that way, once.
+prompt (for "load": when it starts) removes the file and fails that way, once. While there is a file called hold, ranks
+that start wait.
 """
 
 from __future__ import annotations
@@ -146,8 +147,10 @@ def _take_fault(config: RankConfig, tokens: Sequence[int] | None = None) -> str 
 
 
 def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
-    """Takes no time, unless it is told to fail."""
+    """Takes no time, unless it is told to wait or to fail."""
     progress("model", 0.5)
+    while (Path(config.checkpoint) / "hold").exists():
+        threading.Event().wait(0.01)
     if _take_fault(config) == "load":
         raise ValueError("told to fail")
     shape = ModelShape(

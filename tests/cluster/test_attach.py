@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,10 +33,17 @@ FAKE_AGENT = (sys.executable, str(Path(__file__).with_name("fake_agent.py")))
 AGENT = (sys.executable, "-m", "megatron_medha.worker.main")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(num_ports: int = 1) -> int:
+    """The first of so many that nobody listens on, nor is given by the system to whoever asks for any port."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with ExitStack() as probes:
+            try:
+                for offset in range(num_ports):
+                    probes.enter_context(socket.socket()).bind(("127.0.0.1", port + offset))
+            except OSError:
+                continue
+        return port
 
 
 class Site:
@@ -43,7 +51,7 @@ class Site:
 
     def __init__(self, directory: Path, host: str = "127.0.0.1", num_replicas: int = 1) -> None:
         self.directory = directory
-        self.address = f"tcp://{host}:{free_port()}"
+        self.address = f"tcp://{host}:{free_port(num_replicas)}"
         self.key_file = directory / "medha.key"
         self.num_replicas = num_replicas
         self.launch = LaunchConfig(
@@ -100,7 +108,7 @@ def make_site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the rank's process through /proc")
 def test_attached_ranks_serve_come_back_after_a_kill_and_leave_with_the_front(make_site: Callable[..., Site]) -> None:
     site = make_site()
-    cluster = site.cluster(ParallelLayout(tp=2), recovery=RecoveryConfig(heartbeat_timeout_s=2.0)).connect()
+    cluster = site.cluster(ParallelLayout(tp=2), recovery=RecoveryConfig()).connect()
     site.start_agent(0)
     wait_until(lambda: "waiting for ranks 1 to attach" in cluster.engine.status.detail, lambda: cluster.engine.status)
     site.start_agent(1)
@@ -148,7 +156,7 @@ def test_a_rank_with_other_keys_is_refused_and_told_so(make_site: Callable[..., 
         agent = site.start_agent(0, key_file=tmp_path / name)
         assert agent.wait(TIMEOUT_S) == 2
         assert agent.stderr is not None and "has other keys" in agent.stderr.read()
-    assert "waiting for ranks 0" in cluster.engine.status.detail
+    wait_until(lambda: "waiting for ranks 0" in cluster.engine.status.detail, lambda: cluster.engine.status)
     site.start_agent(0)
     wait_until_ready(cluster.engine)
     cluster.client.send("after", [4], 5)
@@ -199,38 +207,44 @@ def test_an_agent_that_cannot_attach_says_why(
 
 
 @pytest.fixture
-def other_host() -> Iterator[str]:
-    """A network namespace that reaches this one over a pair of virtual cables, as another machine would."""
+def other_host() -> Iterator[tuple[str, str]]:
+    """A network namespace that reaches this one over a pair of virtual cables, as another machine would.
+
+    Its name, and this machine's address as seen from there.
+    """
     name, here, there = f"medha-{os.getpid()}", f"mh{os.getpid()}", f"mt{os.getpid()}"
     if shutil.which("ip") is None:
         pytest.skip("the ip command is not installed")
+    # A network of this process alone: others may run the same test beside it.
+    network = 4 * (os.getpid() % (1 << 14))
+    ours, theirs = (f"10.213.{(network + host) >> 8}.{(network + host) & 255}" for host in (1, 2))
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"no privilege to make a network namespace: {made.stderr.strip()}")
     try:
         for command in (
             f"ip link add {here} type veth peer name {there} netns {name}",
-            f"ip addr add 10.213.77.1/30 dev {here}",
+            f"ip addr add {ours}/30 dev {here}",
             f"ip link set {here} up",
-            f"ip -n {name} addr add 10.213.77.2/30 dev {there}",
+            f"ip -n {name} addr add {theirs}/30 dev {there}",
             f"ip -n {name} link set {there} up",
         ):
             done = subprocess.run(command.split(), capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"no privilege to connect a network namespace: {done.stderr.strip()}")
-        yield name
+        yield name, ours
     finally:
         subprocess.run(["ip", "link", "del", here], capture_output=True)
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def test_ranks_of_two_hosts_serve_together_and_survive_the_loss_of_one(
-    other_host: str, make_site: Callable[..., Site]
+    other_host: tuple[str, str], make_site: Callable[..., Site]
 ) -> None:
-    site = make_site(host="10.213.77.1")
-    elsewhere = ("ip", "netns", "exec", other_host)
-    recovery = RecoveryConfig(heartbeat_timeout_s=2.0)
-    cluster = site.cluster(ParallelLayout(spp=2), recovery=recovery).connect()
+    namespace, address = other_host
+    site = make_site(host=address)
+    elsewhere = ("ip", "netns", "exec", namespace)
+    cluster = site.cluster(ParallelLayout(spp=2), recovery=RecoveryConfig()).connect()
     site.start_agent(0)
     site.start_agent(1, prefix=elsewhere)
     wait_until_ready(cluster.engine)

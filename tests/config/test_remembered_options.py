@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -57,5 +58,7 @@ def test_old_ones_go_when_there_are_many(cache: Path) -> None:
     values, unresolved = plain_values(composed), as_yaml(composed, resolves=False)
     for number in range(MAX_FILES + 3):
         remember(f"digest{number}", values, unresolved)
+        # As if some time had passed: the clock of file systems may stand for ten milliseconds.
+        os.utime(cache / f"digest{number}.msgpack", (number, number))
     assert len(list(cache.iterdir())) == MAX_FILES
     assert recall(f"digest{MAX_FILES + 2}", ServeOptions) is not None

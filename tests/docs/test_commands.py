@@ -43,7 +43,7 @@ OPTIONS: dict[str, type] = {
     "selftest": SelftestConfig,
     "run-batch": BatchOptions,
 }
-NUM_WORDS = {"explain": (2, 2), "replay": (1, 1), "version": (0, 0)}
+NUM_WORDS = {"explain": (2, 2), "replay": (1, 1), "version": (0, 0), "compile": (0, 1)}
 SWEEPS = ("simulate", "bench")
 FIRST_TRIED = 4  # of a sweep's combinations
 

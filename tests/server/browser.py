@@ -66,9 +66,9 @@ class Page:
         return result["result"].get("value")
 
     def until(self, condition: str) -> None:
-        """Wait until a JavaScript condition holds; the page looks at it, twenty seconds at most."""
+        """Wait until a JavaScript condition holds; the page looks at it, two minutes at most."""
         done = self.evaluate(
-            f"new Promise(done => {{ const end = Date.now() + 20000; (function look() {{ if ({condition}) done(true); "
+            f"new Promise(done => {{ const end = Date.now() + 120000; (function look() {{ if ({condition}) done(true); "
             "else if (Date.now() > end) done(false); else setTimeout(look, 20); })(); })"
         )
         assert done, f"never: {condition}; {self.problems}"

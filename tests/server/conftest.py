@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one; test folders are no packages
 
-from fake_engine import FakeEngine
+from fake_engine import WAIT_S, FakeEngine
 from running_server import CHAT_TEMPLATE, Running, StartServer, byte_tokenizer_backend
 
 from megatron_medha.server.app import create_app
@@ -44,7 +44,7 @@ def ending() -> Iterator[list[Running]]:
     servers: list[Running] = []
     yield servers
     for running in servers:
-        running.thread.join(10)
+        running.thread.join(WAIT_S)
         assert not running.thread.is_alive()
 
 
@@ -64,10 +64,10 @@ def start_server(tokenizer: Tokenizer, ending: list[Running]) -> Iterator[StartS
         server = Server(uvicorn_config(app, config), app.state.service, has_started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        assert has_started.wait(10)
+        assert has_started.wait(WAIT_S)
         port = listener.getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        client = httpx.Client(base_url=url, timeout=20, verify=False, trust_env=False)
+        client = httpx.Client(base_url=url, timeout=WAIT_S, verify=False, trust_env=False)
         running = Running(url, port, engine, app.state.service, server, thread, client)
         started.append(running)
         return running

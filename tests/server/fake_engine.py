@@ -24,7 +24,7 @@ from megatron_medha.engine.ports import (
     TokenDelivery,
 )
 
-WAIT_S = 10.0
+WAIT_S = 120.0  # for what comes at once unless the machine is busy
 
 Rule = Callable[[Request, Sequence[int], Sampling, int], int]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from megatron_medha.core.config import SchedulerConfig
@@ -11,6 +13,8 @@ from megatron_medha.core.cost import Hardware
 from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling
 from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.engine.engine import Engine
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
@@ -18,7 +22,7 @@ from megatron_medha.server.journal import Journal
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.sim.live import live_engine
 
-WAIT_S = 20.0
+WAIT_S = 120.0  # for what comes at once unless the machine is busy
 SHAPE = ModelShape(
     name="sim", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
     vocab_size=300, max_context_len=4096,
@@ -39,6 +43,7 @@ class Audit:
         self._changed = threading.Condition()
         self._stop_at: Callable[[Scheduler], bool] | None = None
         self._is_stopped = False
+        self._awaited: Callable[[Scheduler], bool] | None = None
 
     def watch(self, scheduler: Scheduler) -> Audit:
         """For Engine(watchers=...)."""
@@ -55,9 +60,10 @@ class Audit:
         self._check()
 
     def stop_at(self, is_moment: Callable[[Scheduler], bool]) -> None:
-        """The engine stands still when this becomes true, until go_on()."""
+        """The engine stands still when this becomes true, until go_on(); from where it stands now, if it does."""
         with self._changed:
-            self._stop_at = is_moment
+            self._stop_at, self._is_stopped = is_moment, False
+            self._changed.notify_all()
 
     def wait_until_stopped(self) -> None:
         """Until that moment has come."""
@@ -71,11 +77,16 @@ class Audit:
             self._changed.notify_all()
 
     def wait_for(self, is_true: Callable[[Scheduler], bool]) -> None:
-        """Until this is true of the scheduler, looked at after every event."""
-        assert self.scheduler is not None
-        scheduler = self.scheduler
+        """Until this has been true of the scheduler, looked at now and after every event, however soon it passes."""
         with self._changed:
-            assert self._changed.wait_for(lambda: is_true(scheduler), WAIT_S), "it never became true"
+            self._awaited = is_true
+            self._look()
+            assert self._changed.wait_for(lambda: self._awaited is None, WAIT_S), "it never became true"
+
+    def _look(self) -> None:
+        assert self.scheduler is not None
+        if self._awaited is not None and self._awaited(self.scheduler):
+            self._awaited = None
 
     def _check(self) -> None:
         assert self.scheduler is not None
@@ -90,6 +101,7 @@ class Audit:
             assert len(blocks) + memory.pools[rank].num_free_blocks == memory.num_blocks, "blocks are lost"
         self.num_checks += 1
         with self._changed:
+            self._look()
             if self._stop_at is not None and not self._is_stopped and self._stop_at(self.scheduler):
                 self._is_stopped = True
             self._changed.notify_all()
@@ -97,11 +109,17 @@ class Audit:
 
 
 class LiveEngine:
-    """The engine, with what it is told to abort on record."""
+    """The engine, with what it is told to begin and to abort on record.
 
-    def __init__(self, *, num_blocks: int = 600, metrics: Metrics | None = None, **scheduler: Any) -> None:
+    step_s: what a step takes, of the wall clock; long for what must still run when a busy machine comes to look.
+    """
+
+    def __init__(
+        self, *, num_blocks: int = 600, step_s: float = 1e-3, metrics: Metrics | None = None, **scheduler: Any
+    ) -> None:
         self.audit = Audit()
         self.journal = Journal(metrics or Metrics())
+        self._submitted: list[str] = []
         self._aborted: list[str] = []
         self._changed = threading.Condition()
         self.engine: Engine = live_engine(
@@ -109,7 +127,7 @@ class LiveEngine:
                 config=SchedulerConfig(**{"max_batch_tokens": 64, "max_num_sequences": 32, **scheduler}),
                 shape=SHAPE,
                 hardware=FAST,
-                engine=NO_LAUNCHES,
+                engine=replace(NO_LAUNCHES, step_s=step_s),
                 layout=ParallelLayout(),
                 num_blocks=num_blocks,
                 block_size=16,
@@ -121,6 +139,13 @@ class LiveEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
+    def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
+        """As the engine's."""
+        self.engine.submit(request, token_ids, sampling)
+        with self._changed:
+            self._submitted.append(request.request_id)
+            self._changed.notify_all()
+
     def abort(self, request_id: str) -> None:
         """As the engine's."""
         self.engine.abort(request_id)
@@ -128,14 +153,21 @@ class LiveEngine:
             self._aborted.append(request_id)
             self._changed.notify_all()
 
+    def wait_for_submitted(self, num_requests: int) -> None:
+        """Until the server has handed so many over; the scheduler hears of them with its next event."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self._submitted) >= num_requests, WAIT_S)
+
     def wait_for_aborts(self, num_aborts: int) -> None:
         """Until the server has asked for so many."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self._aborted) >= num_aborts, WAIT_S)
 
     def wait_until_idle(self) -> None:
-        """Until no request is alive; then every block must be free."""
-        self.audit.wait_for(lambda scheduler: not scheduler.num_sequences)
-        assert self.audit.scheduler is not None
-        memory = self.audit.scheduler.memory
-        assert memory.num_free_blocks == memory.num_blocks and not memory.owners
+        """Until no request is alive and every block is free."""
+
+        def is_idle(scheduler: Scheduler) -> bool:
+            memory = scheduler.memory
+            return not (scheduler.num_sequences or memory.owners) and memory.num_free_blocks == memory.num_blocks
+
+        self.audit.wait_for(is_idle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import httpx
 import tokenizers
 import uvicorn
-from fake_engine import FakeEngine
+from fake_engine import WAIT_S, FakeEngine
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_medha.core.sampling import Sampling
@@ -68,7 +69,7 @@ class Running:
     def connect(self, path: str, body: bytes, headers: str = "", receive_bytes: int | None = None) -> socket.socket:
         """Send a POST over a raw socket; receive_bytes: of its buffer, for a reader that soon stalls."""
         connection = socket.socket()
-        connection.settimeout(20)
+        connection.settimeout(WAIT_S)
         if receive_bytes is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         connection.connect(("127.0.0.1", self.port))
@@ -95,7 +96,15 @@ class Running:
         loop = self.service.streams._loop
         assert loop is not None
         loop.call_soon_threadsafe(check)
-        assert done.wait(10), "it never came to pass"
+        assert done.wait(WAIT_S), "it never came to pass"
+
+
+def eventually(is_true: Callable[[], bool]) -> None:
+    """Look at what the server does after an answer has gone out, and nobody tells, until it is done."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < deadline_s, "it never became true"
+        time.sleep(0.001)
 
 
 def spec(num_tokens: int = 4, n: int = 1, **fields: object) -> GenerationSpec:

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from running_server import Running, StartServer, spec
+from running_server import Running, StartServer, eventually, spec
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.server.admission import Admission
@@ -107,10 +107,10 @@ def test_limits_reach_clients_as_429_and_leave_nothing(start_server: StartServer
         assert response.status_code == 429 and response.json()["error"]["type"] == "rate_limit_error"
         assert "server.max_waiting_requests" in response.text
     server.assert_nothing_is_left()
+    eventually(lambda: server.service.admission.num_live == 0)
     page = server.get("/metrics").text
     labels = 'engine="0",model_name="fake-model",reason="max_waiting_requests"'
     assert f"vllm:admission_rejections_total{{{labels}}} 1.0" in page
-    assert server.service.admission.num_live == 0
 
 
 def test_a_prompt_over_the_configured_length_is_413(start_server: StartServer) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import WAIT_S, FakeEngine
 from running_server import Running, StartServer
 
 from megatron_medha.core.errors import ConfigError
@@ -159,7 +159,7 @@ def test_stopping_the_server_ends_what_is_in_flight(start_server: StartServer) -
     connection = server.connect(PATH, json.dumps({"prompt": "abc"}).encode())
     server.engine.wait_for_submitted(1)
     server.server.should_exit = True
-    server.thread.join(10)
+    server.thread.join(WAIT_S)
     assert not server.thread.is_alive()
     connection.close()
     assert server.engine.status.phase is EnginePhase.STOPPED

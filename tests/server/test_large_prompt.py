@@ -9,7 +9,7 @@ import time
 from array import array
 
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import WAIT_S, FakeEngine
 from running_server import StartServer
 
 from megatron_medha.server.errors import ApiError
@@ -80,7 +80,7 @@ class _SlowTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> array[int]:
         if len(text) > LONG_TEXT_CHARS:
             self.has_begun.release()
-            assert self.may_go_on.wait(20)
+            assert self.may_go_on.wait(WAIT_S)
         return super().encode(text, add_special_tokens=add_special_tokens)
 
 
@@ -94,7 +94,7 @@ def test_long_texts_keep_only_each_other_waiting(start_server: StartServer, toke
     while server.service.num_held_bytes < 4 * LONG_TEXT_CHARS:
         time.sleep(0.001)  # all four have arrived
     for _ in range(2):
-        assert slow.has_begun.acquire(timeout=10)
+        assert slow.has_begun.acquire(timeout=WAIT_S)
     answer = server.post("/v1/completions", {"prompt": "b" * (MAX_INLINE_CHARS + 1), "max_tokens": 1})
     assert answer.status_code == 200
     too_many = server.post("/v1/completions", {"prompt": "c" * (LONG_TEXT_CHARS + 1)})

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import WAIT_S, FakeEngine
 from running_server import Running, StartServer
 
 from megatron_medha.core.errors import ConfigError
@@ -56,7 +56,7 @@ def test_a_drain_finishes_what_runs_and_refuses_what_is_new(start_server: StartS
     rest = read_until(running, b"[DONE]")
     assert b'"finish_reason":"length"' in rest and b'"error"' not in rest
     running.close()
-    server.thread.join(10)
+    server.thread.join(WAIT_S)
     assert not server.thread.is_alive()
     assert server.engine.status.phase is EnginePhase.STOPPED and server.engine.aborted == []
 
@@ -73,7 +73,7 @@ def test_what_is_not_done_by_the_deadline_is_told(start_server: StartServer, is_
     rest = read_until(running, b"server_stopping")
     assert is_stream or rest.startswith(b"HTTP/1.1 503")
     running.close()
-    server.thread.join(10)
+    server.thread.join(WAIT_S)
     assert not server.thread.is_alive()
     server.engine.wait_until_idle()
 
@@ -86,14 +86,14 @@ def test_a_second_signal_ends_at_once(start_server: StartServer) -> None:
         while server.get("/ready").status_code == 200:
             pass
         tell(server, signal.SIGTERM)
-        server.thread.join(10)
+        server.thread.join(WAIT_S)
         assert not server.thread.is_alive()
 
 
 def test_the_admin_route_drains_as_a_signal_does(start_server: StartServer) -> None:
     server = start_server()
     assert server.post("/admin/drain", {}).status_code == 202
-    server.thread.join(10)
+    server.thread.join(WAIT_S)
     assert not server.thread.is_alive()
 
 
@@ -101,11 +101,11 @@ def test_the_admin_route_drains_as_a_signal_does(start_server: StartServer) -> N
 
 
 def test_a_head_that_crawls_is_cut_off(start_server: StartServer) -> None:
-    server = start_server(head_timeout_s=0.05)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    server = start_server(head_timeout_s=0.5)  # the last head below is to be well within it
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-slow: ")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         assert connection.recv(1000) == b""  # it never said anything: closed without a word
     assert server.post(PATH, {"prompt": "a"}).status_code == 200
 
@@ -114,7 +114,7 @@ def test_a_head_that_crawls_is_cut_off(start_server: StartServer) -> None:
 def test_a_head_that_is_too_large_is_refused(start_server: StartServer, part: str) -> None:
     server = start_server(max_head_bytes=2000)
     path, value = (part, "1") if part.startswith("/") else ("/health", part)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\nx-large: {value}\r\n\r\n".encode())
         answer = read_until(connection, b"head_too_large")
     assert answer.startswith(b"HTTP/1.1 431")
@@ -152,7 +152,7 @@ def test_with_a_certificate_the_server_speaks_tls(
 ) -> None:
     server = start_server(tls_certificate=certificate[0], tls_key=certificate[1])
     context = ssl.create_default_context(cafile=certificate[0])
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plain, context.wrap_socket(
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as plain, context.wrap_socket(
         plain, server_hostname="127.0.0.1"
     ) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")

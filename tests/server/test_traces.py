@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from live_server import LiveEngine
+from live_server import WAIT_S, LiveEngine
 from running_server import StartServer
 
 from megatron_medha.core.errors import DependencyError
@@ -54,7 +54,7 @@ def test_a_request_is_a_span_with_its_phases_under_the_clients_trace(start_serve
     body = {"prompt": [1] * 500, "max_tokens": 3}
     assert server.post("/v1/completions", body, headers={"traceparent": parent}).status_code == 200
     server.server.should_exit = True
-    assert kept.done.wait(10)
+    assert kept.done.wait(WAIT_S)
     by_name = {span.name: span for span in kept.spans}
     request = by_name["request"]
     assert f"{request.context.trace_id:032x}" == "ab" * 16 and f"{request.parent.span_id:016x}" == "cd" * 8

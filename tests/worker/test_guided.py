@@ -102,8 +102,11 @@ def answer(front: Any, room: int = 1500, known: list[int] | None = None, **sampl
 
 @hypothesis.given(schema=SCHEMAS, seed=st.integers(0, 2**32))
 @hypothesis.settings(
-    max_examples=12, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+    max_examples=12,
+    suppress_health_check=[
+        *hypothesis.settings.default.suppress_health_check, hypothesis.HealthCheck.function_scoped_fixture
+    ],
+)  # fmt: skip
 def test_random_weights_give_json_of_any_schema(bytes_front: Any, schema: dict, seed: int) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     output = answer(bytes_front, temperature=1.0, seed=seed, grammar=of_schema(schema))

@@ -41,7 +41,7 @@ def test_the_command_writes_a_profile_that_serving_can_read(theirs: tuple[Any, P
     file = tmp_path / "profile.json"
     command = [
         sys.executable, "-W", "ignore", "-m", "megatron_medha", "profile", f"checkpoint={theirs[1]}", f"file={file}",
-        "seconds=3", "model.kv_memory_gib=0.02", "model.num_threads=1",
+        "seconds=5", "model.kv_memory_gib=0.02", "model.num_threads=1",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
