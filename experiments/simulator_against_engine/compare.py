@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from experiments.simulator_against_engine.log import Calibration, ServedLog
-from megatron_medha.core.batch import Batch, Completed, Event, Output
+from experiments.simulator_against_engine.log import Calibration, ServedLog, Step
+from megatron_medha.core.batch import Batch, Event, Output
+from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.engine.decision_log import replay
 from megatron_medha.engine.loop import serve
 from megatron_medha.sim.world import SimulatedWorld
@@ -30,31 +31,60 @@ class _Batches:
 
 
 def simulate(
-    log: ServedLog, calibration: Calibration, requests: Sequence[tuple[float, int, int]]
+    log: ServedLog, calibration: Calibration, meant_s: dict[int, float]
 ) -> tuple[dict[int, float], list[Decision]]:
     """TTFT by prompt length as the client would see it, and the decisions.
 
-    requests: when each was meant to be sent, tokens of its prompt and of its answer. Of the log only the setup and
-    what clients asked of each request (sampling, targets) are used, no times.
+    meant_s: when the client meant to send each prompt of a stretch, before and after which the server was idle. Of the
+    log are used what clients asked of each request, and of what was before the stretch what the scheduler had learnt.
     """
     arrivals = []
-    for at_s, length, num_output_tokens in requests:
+    for length, at_s in meant_s.items():
         asked = log.arrivals[length][1]
-        assert asked.max_output_tokens == num_output_tokens
         arrivals.append(replace(asked, request_id=f"p{length}", arrival_s=at_s + calibration.front_in_s))
-
-    def outcome(batch: Batch, _: float) -> Completed:
-        return Completed(batch_id=batch.batch_id, duration_s=calibration.reported(batch))
-
-    world = SimulatedWorld(arrivals, calibration.whole, outcome=outcome)
+    steps = calibration.steps
+    world = SimulatedWorld(arrivals, lambda batch: steps.whole_s(batch, batch.created_s), outcome=steps.completed)
     seen = _Batches()
-    serve(log.setup.build(), world, (seen,))
+    serve(_scheduler_at(log, min(meant_s.values())), world, (seen,))
     ttft_s = {
         length: world.records[f"p{length}"].token_times_s[0] + calibration.front_out_s - at_s
-        for at_s, length, _ in requests
+        for length, at_s in meant_s.items()
     }
-    lengths = {f"p{length}": length for _, length, _ in requests}
+    lengths = {f"p{length}": length for length in meant_s}
     return ttft_s, chunks_of(seen.batches, lengths)
+
+
+def _scheduler_at(log: ServedLog, at_s: float) -> Scheduler:
+    """The server's own, as it was at a moment when nothing ran."""
+    scheduler = log.setup.build()
+    for record in log.records:
+        if record.now_s >= at_s:
+            break
+        if isinstance(record.entry, Batch):
+            scheduler.schedule(record.now_s)
+        else:
+            scheduler.handle(record.entry, record.now_s)
+    assert not scheduler.num_sequences, "something of the stretch before was still running"
+    return scheduler
+
+
+def decided_alike(
+    log: ServedLog, calibration: Calibration, meant_s: dict[int, float], whole_s: Callable[[Step, float], float]
+) -> dict[int, float]:
+    """TTFT by prompt length had the server's batches, in their order, taken these seconds: no scheduler has a part."""
+    lengths = log.lengths
+    ttft_s: dict[int, float] = {}
+    end_s = 0.0
+    for step in log.steps:
+        names = [lengths[chunk.request_id] for chunk in step.batch.chunks]
+        if names[0] not in meant_s:
+            continue
+        start_s = max(end_s, *(meant_s[name] + calibration.front_in_s for name in names))
+        end_s = start_s + whole_s(step, start_s)
+        for name, chunk in zip(names, step.batch.chunks, strict=True):
+            if chunk.samples_token:
+                ttft_s.setdefault(name, end_s + calibration.front_out_s - meant_s[name])
+    return ttft_s
 
 
 def chunks_of(batches: Iterable[Batch], lengths: dict[str, int]) -> list[Decision]:
@@ -73,7 +103,7 @@ def agreement(log: ServedLog, real: list[Decision], simulated: list[Decision]) -
     """
     names = set(log.lengths.values())
     simulated_names = {length for batch in simulated for length, _, _ in batch}
-    # The first request, which only wakes the server, is not in the simulation.
+    # Requests of the calibration are not in the simulation.
     real = [kept for batch in real if (kept := tuple(part for part in batch if part[0] in simulated_names))]
     num_equal = next(
         (index for index, (a, b) in enumerate(zip(real, simulated, strict=False)) if a != b),

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
-from math import dist, log1p
+from math import dist, exp, log, log1p
+from operator import mul
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from megatron_medha.core.batch import Arrived, Batch, Completed
 from megatron_medha.core.cost import StepLoad
-from megatron_medha.core.fitted_cost import FittedCost, MeasuredStep, fit
+from megatron_medha.core.fitted_cost import FittedCost, MeasuredStep, features_of
 from megatron_medha.core.request import Request
 from megatron_medha.engine.decision_log import Recorded, read_log
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.world import true_step_s
+
+_NUM_SIMILAR = 4
+_PACE_S = 0.15        # how far a step's neighbours tell of it; what two steps share is halved after 0.2 s
+_PRIOR_WEIGHT = 0.3   # of the stretch's mean among a step's neighbours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +33,11 @@ class Step:
     submitted_s: float
     completed_s: float
     reported_s: float  # by the rank: without messages and the scheduler's own time
+
+    @property
+    def whole_s(self) -> float:
+        """From its submission until the scheduler heard of its end."""
+        return self.completed_s - self.submitted_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,90 +101,149 @@ class ServedLog:
         )
 
 
-class LikeSteps:
-    """How long a batch takes: the fit, times what the fit was off by in the most similar steps that were measured.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A grid of steps that nobody decided, as they were measured, and the law fitted to them."""
 
-    The fit is a law with eight coefficients, good to some percent; where a law is off, it is off in all similar steps,
-    and a median over requests of one kind would be too.
-    """
+    law: FittedCost
+    steps: tuple[MeasuredStep, ...]
 
-    _NUM_NEAREST = 24
+    def seconds(self, load: StepLoad) -> float:
+        """The law's, times what it is off by in the steps that are most similar: it is straight where steps are not."""
+        place = _place(load)
+        nearest = nsmallest(_NUM_SIMILAR, self.steps, key=lambda step: dist(_place(step.load), place))
+        weights = [1.0 / (0.1 + dist(_place(step.load), place)) for step in nearest]
+        off_by = sum(
+            weight * step.duration_s / self._law_s(step.load) for weight, step in zip(weights, nearest, strict=True)
+        )
+        return self._law_s(load) * off_by / sum(weights)
 
-    def __init__(self, fitted: FittedCost, steps: Sequence[Step], durations_s: Sequence[float]) -> None:
-        self.fitted = fitted
-        self._fitted_s = true_step_s(fitted)
-        self._known = [
-            (_place(step.batch), duration_s, self._fitted_s(step.batch))
-            for step, duration_s in zip(steps, durations_s, strict=True)
-        ]
-        self._factors: dict[tuple[float, ...], float] = {}
-
-    def __call__(self, batch: Batch) -> float:
-        """Seconds."""
-        place = _place(batch)
-        key = tuple(round(4.0 * value) for value in place)  # 25% apart is near enough to share a factor
-        if key not in self._factors:
-            nearest = nsmallest(self._NUM_NEAREST, self._known, key=lambda known: dist(known[0], place))
-            self._factors[key] = sum(known[1] for known in nearest) / sum(known[2] for known in nearest)
-        return self._fitted_s(batch) * self._factors[key]
+    def _law_s(self, load: StepLoad) -> float:
+        return sum(map(mul, self.law.theta, features_of(load, self.law.hinges_tokens)))
 
 
-def _place(batch: Batch) -> tuple[float, ...]:
-    """Where a batch stands among others: logarithms of what is in it, and apart whether it has prefill chunks."""
-    load = load_of(batch)
-    num_decodes = sum(chunk.num_tokens == 1 and chunk.start > 0 for chunk in batch.chunks)
+def _place(load: StepLoad) -> tuple[float, ...]:
+    """Where a step stands among others: logarithms of what is in it, and apart whether it has a chunk."""
+    num_decodes = load.num_sequences - 1 if load.chunk_context else load.num_sequences
     return (
-        100.0 if load.chunk_context else 0.0,
-        log1p(load.num_tokens - num_decodes),
+        10.0 if load.chunk_context else 0.0,
+        2.0 * log1p(load.num_tokens - num_decodes),
         0.5 * log1p(load.chunk_context),
         log1p(num_decodes),
         0.25 * log1p(load.decode_context),
     )
 
 
+class MachineSteps:
+    """How long steps take on a machine whose pace changes: the law's seconds, times the pace, times what is left.
+
+    grid: what they take by a law that nobody's decisions are in. One fitted to what a server ran is wrong: it fills
+    steps to a budget, so large chunks are those of moments when the machine was fast, and 64 tokens seem to cost
+    hardly more than 32.
+
+    The pace is what the steps around a step took over the law. In a simulation it is that of a stretch of the
+    calibration, begun anywhere, and what is left is that of one of its steps, so that steps scatter as they did. A
+    scheduler that is told of steps without scatter learns other things than one that is told of real ones: it aims
+    lower the more steps break their budget.
+    """
+
+    def __init__(self, grid: Grid, stretches: Sequence[Sequence[Step]]) -> None:
+        self._grid = grid
+        self.paces: list[float] = []
+        self._paths: list[tuple[list[float], list[float]]] = []
+        # Of each step what is left of its seconds, and of those the share that ranks report; by whether it has a chunk.
+        self._left: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+        for stretch in stretches:
+            over_law = [step.whole_s / grid.seconds(load_of(step.batch)) for step in stretch]
+            paces = _paces(stretch, over_law)
+            self._paths.append(([step.submitted_s - stretch[0].submitted_s for step in stretch], paces))
+            self.paces += paces
+            for step, ratio, pace in zip(stretch, over_law, paces, strict=True):
+                self._left[has_prefill(step.batch)].append((ratio / pace, step.reported_s / step.whole_s))
+        self.begin(0, 0.0)
+
+    def begin(self, seed: int, now_s: float) -> None:
+        """Begin another series of draws at a moment."""
+        self._draw = random.Random(seed)
+        self._times_s, self._pace = self._draw.choice(self._paths)
+        self._offset_s = self._draw.uniform(0.0, self._times_s[-1]) - now_s
+        self._reported: tuple[int, float] = (-1, 0.0)
+
+    def whole_s(self, batch: Batch, now_s: float) -> float:
+        """Seconds from a batch's submission, now, until the scheduler hears of its end; drawn anew at each call."""
+        left, reported_share = self._draw.choice(self._left[has_prefill(batch)])
+        place = bisect_right(self._times_s, (self._offset_s + now_s) % self._times_s[-1]) - 1
+        whole_s = self._grid.seconds(load_of(batch)) * self._pace[place] * left
+        self._reported = batch.batch_id, whole_s * reported_share
+        return whole_s
+
+    def completed(self, batch: Batch, _: float) -> Completed:
+        """What the scheduler is told of the batch drawn last: the time that ranks report, from which it learns."""
+        batch_id, duration_s = self._reported
+        assert batch_id == batch.batch_id
+        return Completed(batch_id=batch_id, duration_s=duration_s)
+
+    @property
+    def left(self) -> list[float]:
+        """Of all steps of the calibration, the seconds over those of the law at the machine's pace then."""
+        return [left for kind in self._left.values() for left, _ in kind]
+
+
+def has_prefill(batch: Batch) -> bool:
+    """Whether anything but decodes is in it."""
+    return any(chunk.num_tokens > 1 or not chunk.start for chunk in batch.chunks)
+
+
+def _paces(stretch: Sequence[Step], over_law: Sequence[float]) -> list[float]:
+    """The machine's pace at every step, from what the steps around it took, over the law; a step's own is left out."""
+    logs = [log(ratio) for ratio in over_law]
+    found = []
+    mean = sum(logs) / len(logs)
+    for index, step in enumerate(stretch):
+        weight, total = _PRIOR_WEIGHT, _PRIOR_WEIGHT * mean
+        for others in (range(index - 1, -1, -1), range(index + 1, len(stretch))):
+            for other in others:
+                apart_s = abs(stretch[other].submitted_s - step.submitted_s)
+                if apart_s > 3.0 * _PACE_S:
+                    break
+                weight += (share := exp(-apart_s / _PACE_S))
+                total += share * logs[other]
+        found.append(exp(total / weight))
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """What a simulation of this machine needs to know."""
 
-    whole: LikeSteps      # seconds from a batch's submission until the scheduler hears of its end
-    reported: LikeSteps   # seconds that ranks report, of which the scheduler learns
-    front_in_s: float     # from the moment a client means to send until the scheduler hears of it
-    front_out_s: float    # from the end of the first token's step until the client has it
-
-    @property
-    def error_p50(self) -> float:
-        """Relative, of steps held out of the fit."""
-        return self.whole.fitted.error_p50
-
-    @property
-    def error_p95(self) -> float:
-        """Relative, of steps held out of the fit."""
-        return self.whole.fitted.error_p95
+    steps: MachineSteps
+    front_in_s: float   # from the moment a client means to send until the scheduler hears of it
+    front_out_s: float  # from the end of the first token's step until the client has it
 
 
-def calibrate(log: ServedLog, began_s: float, meant_s: dict[int, float], ttft_s: dict[int, float]) -> Calibration:
-    """From a log and what the client knows by prompt length: when it meant to send, after began_s; TTFT since then."""
-    setup = log.setup
-    assert setup.layout.world_size == 1, "loads below are those of one rank"
-    loads = [load_of(step.batch) for step in log.steps]
+def calibrate(
+    grid: Grid, log: ServedLog, stretches: Sequence[tuple[dict[int, float], dict[int, float]]]
+) -> Calibration:
+    """From the steps of these stretches, and from what the client knows of them.
 
-    def fitted(durations_s: list[float]) -> LikeSteps:
-        steps = [MeasuredStep(load, duration_s) for load, duration_s in zip(loads, durations_s, strict=True)]
-        law = fit(steps, shape=setup.shape, chip=setup.hardware.name, dtype="served")
-        return LikeSteps(law, log.steps, durations_s)
-
+    Of each, by prompt length: when the client meant to send it, of the server's clock, and the seconds from then to its
+    first token.
+    """
+    assert log.setup.layout.world_size == 1, "the law is that of one rank"
+    lengths = log.lengths
+    known = [(length, at_s, ttft_s[length]) for meant_s, ttft_s in stretches for length, at_s in meant_s.items()]
+    steps = [
+        [step for step in log.steps if lengths[step.batch.chunks[0].request_id] in meant_s] for meant_s, _ in stretches
+    ]
     return Calibration(
-        whole=fitted([step.completed_s - step.submitted_s for step in log.steps]),
-        reported=fitted([step.reported_s for step in log.steps]),
-        front_in_s=median(log.arrivals[length][0] - began_s - at_s for length, at_s in meant_s.items()),
-        front_out_s=median(
-            began_s + meant_s[length] + seconds - log.first_tokens_s[length] for length, seconds in ttft_s.items()
-        ),
+        steps=MachineSteps(grid, steps),
+        front_in_s=median(log.arrivals[length][0] - at_s for length, at_s, _ in known),
+        front_out_s=median(at_s + seconds - log.first_tokens_s[length] for length, at_s, seconds in known),
     )
 
 
 def load_of(batch: Batch) -> StepLoad:
-    """What one rank had to compute in it."""
+    """What one rank has to compute in it."""
     load = StepLoad()
     for chunk in batch.chunks:
         if chunk.num_tokens == 1 and chunk.start:

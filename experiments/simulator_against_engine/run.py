@@ -2,178 +2,288 @@
 
     python -m experiments.simulator_against_engine.run                    # a model of random weights, 28M parameters
     python -m experiments.simulator_against_engine.run checkpoints/tiny
+    python -m experiments.simulator_against_engine.run --again DIR        # of a run with --keep DIR: the figures anew
 
-1. Calibration: a server that knows nothing of the machine is put under a stream of short prompts and a few long ones.
-   From its decision log come how long steps take, and the time between client and scheduler.
-2. A second server starts from that profile and is put --repeats times under another stream.
-3. The simulator is given the times at which the client meant to send, the scheduler's setup from the log, and step 1's
-   cost as the truth; it has seen nothing of step 2.
+One server is put under stretches of short prompts with a long one now and then, idle in between: a warm-up, then by
+turns a stretch of calibration and one of comparison. The machine's own speed drifts from minute to minute; that way
+both see the same of it. The stretches of comparison are all the same stream, those of calibration all different.
+
+From the stretches of calibration come how long steps take, and the time between client and scheduler. For each stretch
+of comparison the simulator is given the times at which the client meant to send, and what the server's scheduler had
+learnt until then; of the stretch itself it sees nothing.
 
 Bar, for a quiet machine: TTFT p50 and p99, as the client saw them, within 5%. Printed beside it: how much the repeats
-differ among themselves, which no simulator can undercut, and how far the decisions of both agree.
+differ among themselves, which no simulator can undercut; the same with only one thing replaced at a time; and how far
+the decisions of both agree.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
+from statistics import median
+from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
 from experiments.lib.http_stream import complete
 from experiments.lib.server_process import serving
 from experiments.peers.checkpoint import make_checkpoint
-from experiments.simulator_against_engine.compare import agreement, chunks_of, simulate
-from experiments.simulator_against_engine.log import Calibration, ServedLog, calibrate
+from experiments.simulator_against_engine.compare import (
+    Decision,
+    agreement,
+    chunks_of,
+    decided_alike,
+    simulate,
+)
+from experiments.simulator_against_engine.log import Grid, ServedLog, Step, calibrate
 from megatron_medha.engine.summary import percentile
 
 BAR = 0.05
-GAP_S = 3.0  # between repeats, in which everything ends
+GAP_S = 1.0  # from the end of a stretch to the next
+WARM_UP_S = 10.0
 FIRST_ID, LAST_ID = 40, 120  # bytes of text: every model's vocabulary has them
+SHORT_TOKENS, OUTPUT_TOKENS = (32, 400), (4, 12)
+GRID, LOG, CLIENT = "grid.json", "decisions.jsonl", "client.json"
+GRID_S = 30.0  # of measuring
+NUM_DRAWS = 16  # simulations of each stretch, with other draws of its steps; figures are their medians
+# A rank that shares its core with the front and the client takes 10 to 50% longer whenever they have something to do:
+# how long a step takes would be a matter of the client. On two cores, one is left to them.
+OVERRIDES = ("model.num_threads=1",)
+
+
+class Kind(Enum):
+    """What a stretch is for."""
+
+    WARM_UP = "warm_up"
+    CALIBRATION = "calibration"
+    COMPARISON = "comparison"
+
+
+Asked = tuple[float, int, int]  # seconds after the stretch began, tokens of the prompt and of the answer
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A request as the client means to send it. No two prompts have the same length: it is their name in all logs."""
+class Stretch:
+    """Requests as the client means to send them. No two prompts of a run have the same length: it is their name."""
 
-    at_s: float
-    num_prompt_tokens: int
-    num_output_tokens: int
-    repeat: int
+    kind: Kind
+    asked: tuple[Asked, ...]
+    began_s: float = 0.0  # of the server's clock
+    ttft_s: dict[int, float] = field(default_factory=dict)  # by prompt length, from when it was meant to be sent
+
+    @property
+    def meant_s(self) -> dict[int, float]:
+        """By prompt length, when the client meant to send it, of the server's clock."""
+        return {length: self.began_s + at_s for at_s, length, _ in self.asked}
 
 
-def stream(seed: int, seconds: float, qps: float, long_tokens: tuple[int, int], taken: set[int]) -> list[Planned]:
-    """Poisson arrivals; every 15th prompt is long."""
+def stream(
+    seed: int, seconds: float, qps: float, long_tokens: tuple[int, int], taken: set[int], spacing: int = 1
+) -> tuple[Asked, ...]:
+    """Poisson arrivals; every 15th prompt is long.
+
+    spacing: lengths are multiples of it, and those up to the next multiple are taken too.
+    """
     rng = random.Random(seed)
-    planned: list[Planned] = []
+    found: list[Asked] = []
     at_s = 0.0
     while (at_s := at_s + rng.expovariate(qps)) < seconds:
-        bounds = long_tokens if len(planned) % 15 == 7 else (64, 1024)
-        length = rng.choice([n for n in range(*bounds) if n not in taken])
-        taken.add(length)
-        planned.append(Planned(at_s, length, rng.randint(8, 32), 0))
-    return planned
+        low, high = long_tokens if len(found) % 15 == 7 else SHORT_TOKENS
+        free = [n for n in range(low - low % -spacing, high, spacing) if taken.isdisjoint(range(n, n + spacing))]
+        length = rng.choice(free)
+        taken.update(range(length, length + spacing))
+        found.append((at_s, length, rng.randint(*OUTPUT_TOKENS)))
+    return tuple(found)
 
 
-def repeated(planned: Sequence[Planned], repeats: int, period_s: float) -> list[Planned]:
-    """The same stream again and again, every prompt some tokens longer each time: lengths stay names."""
-    return [
-        Planned(one.at_s + repeat * period_s, one.num_prompt_tokens + repeat, one.num_output_tokens, repeat)
-        for repeat in range(repeats)
-        for one in planned
-    ]
+def plan(seconds: float, qps: float, long_tokens: tuple[int, int], repeats: int) -> list[Stretch]:
+    """All stretches in their order."""
+    taken: set[int] = set()
+    compared = stream(0, seconds, qps, long_tokens, taken, repeats)
+    stretches = [Stretch(Kind.WARM_UP, stream(1, WARM_UP_S, qps, long_tokens, taken))]
+    for repeat in range(repeats):
+        stretches.append(Stretch(Kind.CALIBRATION, stream(2 + repeat, seconds, qps, long_tokens, taken)))
+        longer = tuple((at_s, length + repeat, count) for at_s, length, count in compared)
+        stretches.append(Stretch(Kind.COMPARISON, longer))
+    return stretches
 
 
-async def send(port: int, planned: Sequence[Planned], label: str) -> tuple[float, dict[int, float]]:
-    """When the stream began; by prompt length the seconds from when it was meant to be sent to its first token."""
+async def send(port: int, stretch: Stretch, bar: tqdm[Any]) -> Stretch:
+    """The stretch, once all of its answers have come to their end."""
     rng = random.Random(0)
-    prompts = [[rng.randint(FIRST_ID, LAST_ID) for _ in range(one.num_prompt_tokens)] for one in planned]
-    began_s = time.monotonic() + 0.5
-    found: dict[int, float] = {}
-    with tqdm(total=len(planned), desc=label, unit="request", leave=False) as bar:
+    prompts = [[rng.randint(FIRST_ID, LAST_ID) for _ in range(length)] for _, length, _ in stretch.asked]
+    began_s = time.monotonic() + GAP_S
+    ttft_s: dict[int, float] = {}
 
-        async def one(plan: Planned, prompt: list[int]) -> None:
-            await asyncio.sleep(began_s + plan.at_s - time.monotonic())
-            answer = await complete(port, prompt, plan.num_output_tokens, may_join_tokens=True)
-            if answer.error is not None:
-                raise SystemExit(f"a request of {plan.num_prompt_tokens} tokens failed: {answer.error}")
-            found[plan.num_prompt_tokens] = answer.token_times_s[0] - began_s - plan.at_s
-            bar.update()
+    async def one(asked: Asked, prompt: list[int]) -> None:
+        at_s, length, num_output_tokens = asked
+        await asyncio.sleep(began_s + at_s - time.monotonic())
+        answer = await complete(port, prompt, num_output_tokens, may_join_tokens=True)
+        if answer.error is not None:
+            raise SystemExit(f"a request of {length} tokens failed: {answer.error}")
+        ttft_s[length] = answer.token_times_s[0] - began_s - at_s
+        bar.update()
 
-        await asyncio.gather(*(one(plan, prompt) for plan, prompt in zip(planned, prompts, strict=True)))
-    return began_s, found
+    await asyncio.gather(*(one(asked, prompt) for asked, prompt in zip(stretch.asked, prompts, strict=True)))
+    return replace(stretch, began_s=began_s, ttft_s=ttft_s)
 
 
-def serve_and_send(
-    checkpoint: Path, planned: Sequence[Planned], log: Path, label: str, *overrides: str
-) -> tuple[float, dict[int, float], ServedLog]:
-    """One server under one stream."""
-    with serving(f"checkpoint={checkpoint}", f"tracking.decision_log={log}", *overrides) as port:
+def measure_grid(checkpoint: Path, directory: Path) -> None:
+    """The grid, in a process of its own, which is gone when the server starts."""
+    module = "experiments.simulator_against_engine.grid"
+    words = [str(checkpoint), str(directory / GRID), "--seconds", str(GRID_S), *OVERRIDES]
+    subprocess.run([sys.executable, "-m", module, *words], check=True)
+
+
+def serve_and_send(checkpoint: Path, stretches: Sequence[Stretch], directory: Path, *overrides: str) -> None:
+    """One server under all of them; leaves its log and what the client knows in the directory."""
+    with (
+        serving(f"checkpoint={checkpoint}", f"tracking.decision_log={directory / LOG}", *overrides) as port,
+        tqdm(total=sum(len(stretch.asked) for stretch in stretches), desc="served", unit="request", leave=False) as bar,
+    ):
         asyncio.run(complete(port, [FIRST_ID] * 33, 2))  # whatever a server puts off until its first request
-        began_s, ttft_s = asyncio.run(send(port, planned, label))
-    return began_s, ttft_s, ServedLog.read(log)
+        sent = [asyncio.run(send(port, stretch, bar)) for stretch in stretches]
+    (directory / CLIENT).write_bytes(msgspec.json.encode(sent))
 
 
-def report(
-    planned: Sequence[Planned], real: dict[int, float], simulated: dict[int, float], calibration: Calibration
-) -> bool:
-    """Figures beside bars."""
+def quantiles(stretches: Sequence[Stretch], ttft_s: dict[int, float]) -> tuple[float, ...]:
+    """p50, p90 and p99 over all requests of the stretches."""
+    values = sorted(ttft_s[length] for stretch in stretches for length in stretch.meant_s)
+    return tuple(percentile(values, p) for p in (50, 90, 99))
 
-    def quantiles(ttft_s: dict[int, float], chosen: Sequence[Planned]) -> list[float]:
-        values = sorted(ttft_s[one.num_prompt_tokens] for one in chosen)
-        return [percentile(values, p) for p in (50, 90, 99)]
 
+class Comparison:
+    """The engine's TTFT, and what the simulator makes of it with ever more of the engine replaced."""
+
+    def __init__(self, grid: Grid, log: ServedLog, stretches: Sequence[Stretch]) -> None:
+        self.log = log
+        self.compared = [stretch for stretch in stretches if stretch.kind is Kind.COMPARISON]
+        self.ttft_s = {name: seconds for stretch in self.compared for name, seconds in stretch.ttft_s.items()}
+        calibrating = [stretch for stretch in stretches if stretch.kind is Kind.CALIBRATION]
+        self.calibration = calibrate(grid, log, [(stretch.meant_s, stretch.ttft_s) for stretch in calibrating])
+        self.decisions: list[Decision] = []  # the simulator's, with the first draw
+
+    def own_steps(self) -> list[dict[int, float]]:
+        """The engine's own batches and their own seconds: only what is between client and scheduler is replaced."""
+        return [self._decided_alike(lambda step, _: step.whole_s, 0)]
+
+    def told_steps(self) -> list[dict[int, float]]:
+        """The engine's own batches, their seconds as the calibration tells them; of every draw."""
+        steps = self.calibration.steps
+        found = []
+        for seed in range(NUM_DRAWS):
+            found.append(self._decided_alike(lambda step, now_s: steps.whole_s(step.batch, now_s), seed))
+        return found
+
+    def free(self) -> list[dict[int, float]]:
+        """The simulator's own batches; of every draw."""
+        found = []
+        with tqdm(total=NUM_DRAWS * len(self.compared), desc="simulated", unit="stretch", leave=False) as bar:
+            for seed in range(NUM_DRAWS):
+                ttft_s: dict[int, float] = {}
+                for place, stretch in enumerate(self.compared):
+                    self.calibration.steps.begin(len(self.compared) * seed + place, stretch.began_s)
+                    part, decisions = simulate(self.log, self.calibration, stretch.meant_s)
+                    ttft_s |= part
+                    self.decisions += decisions if not seed else []
+                    bar.update()
+                found.append(ttft_s)
+        return found
+
+    def _decided_alike(self, whole_s: Callable[[Step, float], float], seed: int) -> dict[int, float]:
+        ttft_s: dict[int, float] = {}
+        for place, stretch in enumerate(self.compared):
+            self.calibration.steps.begin(len(self.compared) * seed + place, stretch.began_s)
+            ttft_s |= decided_alike(self.log, self.calibration, stretch.meant_s, whole_s)
+        return ttft_s
+
+
+def report(grid: Grid, log: ServedLog, stretches: Sequence[Stretch]) -> bool:
+    """Figures beside bars; whether they are met."""
+    comparison = Comparison(grid, log, stretches)
+    calibration, compared, ttft_s = comparison.calibration, comparison.compared, comparison.ttft_s
+    law = grid.law
+    paces, off = sorted(calibration.steps.paces), sorted(abs(left - 1.0) for left in calibration.steps.left)
     print(
-        f"steps of the calibration, told by a fit that had not seen them: off by p50 {calibration.error_p50:.1%}, "
-        f"p95 {calibration.error_p95:.1%}; {1e3 * calibration.front_in_s:.1f} ms from client to scheduler, "
+        f"law: {law.num_steps} steps of the grid, those held out told with an error of p50 {law.error_p50:.1%}, p95 "
+        f"{law.error_p95:.1%}\ncalibration: {len(paces):,} steps; the machine's pace: "
+        + ", ".join(f"p{percent} {percentile(paces, percent):.2f}" for percent in (10, 50, 90))
+        + f" of the law's seconds; steps at their pace are off by p50 {percentile(off, 50):.1%}, p95 "
+        f"{percentile(off, 95):.1%}; {1e3 * calibration.front_in_s:.1f} ms from client to scheduler, "
         f"{1e3 * calibration.front_out_s:.1f} ms back\n"
     )
-    print(f"{'TTFT':24s} {'p50 s':>8s} {'p90 s':>8s} {'p99 s':>8s}")
-    num_repeats = 1 + max(one.repeat for one in planned)
-    for repeat in range(num_repeats):
-        chosen = [one for one in planned if one.repeat == repeat]
-        for name, ttft_s in (("engine", real), ("simulator", simulated)):
-            print(f"{f'repeat {repeat + 1}, {name}':24s} " + " ".join(f"{v:8.4f}" for v in quantiles(ttft_s, chosen)))
-    pooled_real, pooled_simulated = quantiles(real, planned), quantiles(simulated, planned)
-    ratios = [a / b for a, b in zip(pooled_simulated, pooled_real, strict=True)]
-    for name, values in (("all, engine", pooled_real), ("all, simulator", pooled_simulated)):
-        print(f"{name:24s} " + " ".join(f"{v:8.4f}" for v in values))
-    print(f"{'simulator / engine':24s} " + " ".join(f"{v:8.3f}" for v in ratios))
+    print(f"{'TTFT':52s} {'p50 s':>8s} {'p90 s':>8s} {'p99 s':>8s}")
+
+    def show(name: str, values: Sequence[float], digits: int = 4) -> None:
+        print(f"{name:52s} " + " ".join(f"{value:8.{digits}f}" for value in values))
+
+    free = comparison.free()
+    each = [quantiles([stretch], ttft_s) for stretch in compared]
+    for repeat, stretch in enumerate(compared):
+        show(f"repeat {repeat + 1}, engine", each[repeat])
+        show("          simulator", _medians([quantiles([stretch], draw) for draw in free]))
+    real = quantiles(compared, ttft_s)
+    show("all, engine", real)
+    show("     simulator", _medians([quantiles(compared, draw) for draw in free]))
+    print("\nover the engine")
+    ratios: tuple[float, ...] = ()
+    for name, draws in (
+        ("the engine's batches and their own seconds", comparison.own_steps()),
+        ("the engine's batches, seconds by the calibration", comparison.told_steps()),
+        ("simulator", free),
+    ):
+        found = _medians([quantiles(compared, draw) for draw in draws])
+        ratios = tuple(a / b for a, b in zip(found, real, strict=True))
+        show(name, ratios, 3)
+    show("repeats of the engine: the longest over the shortest", [max(v) / min(v) for v in zip(*each, strict=True)], 3)
     is_met = all(abs(ratio - 1.0) <= BAR for ratio in (ratios[0], ratios[2]))
     print(f"\np50 and p99 within {BAR:.0%}: {'met' if is_met else 'missed'}")
+    print(agreement(log, chunks_of(log.batches, log.lengths), comparison.decisions))
     return is_met
+
+
+def _medians(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(median(values) for values in zip(*rows, strict=True))
 
 
 def main() -> int:
     """Run, print, and say whether the bar is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of each stream")
-    parser.add_argument("--qps", type=float, default=1.5)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each stretch")
+    parser.add_argument("--qps", type=float, default=1.2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--long", type=int, nargs=2, default=(4000, 8000), help="tokens of long prompts")
-    parser.add_argument("--override", action="append", default=[], help="more overrides for the servers")
-    parser.add_argument("--keep", type=Path, help="a directory for logs and profile; default: a temporary one")
+    parser.add_argument("--long", type=int, nargs=2, default=(1000, 2000), help="tokens of long prompts")
+    parser.add_argument("--override", action="append", default=[], help="more overrides for the server")
+    parser.add_argument("--keep", type=Path, help="a directory for the log; default: a temporary one")
+    parser.add_argument("--again", type=Path, help="a directory of --keep: nothing is served, its log is read")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        directory = arguments.keep or Path(scratch)
+        directory = arguments.again or arguments.keep or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        checkpoint, extra = arguments.checkpoint, arguments.override
-        if checkpoint is None:
-            checkpoint = directory / "checkpoint"
-            make_checkpoint(checkpoint)
-        bounds = (arguments.long[0], arguments.long[1])
-        first = stream(1, arguments.seconds, arguments.qps, bounds, set())
-        began_s, ttft_s, log = serve_and_send(checkpoint, first, directory / "first.jsonl", "calibration", *extra)
-        calibration = calibrate(log, began_s, {one.num_prompt_tokens: one.at_s for one in first}, ttft_s)
-        profile = directory / "profile.json"
-        profile.write_text(json.dumps(asdict(calibration.reported.fitted)), encoding="utf-8")
-
-        # Lengths that are multiples of the number of repeats leave room for those of the repeats.
-        once = stream(2, arguments.seconds, arguments.qps, bounds, set())
-        taken: set[int] = set()
-        spaced = []
-        for one in once:
-            length = one.num_prompt_tokens - one.num_prompt_tokens % arguments.repeats
-            while length in taken:
-                length += arguments.repeats
-            taken.add(length)
-            spaced.append(Planned(one.at_s, length, one.num_output_tokens, 0))
-        planned = repeated(spaced, arguments.repeats, arguments.seconds + GAP_S)
-        began_s, real, log = serve_and_send(
-            checkpoint, planned, directory / "second.jsonl", "comparison", f"profile={profile}", *extra
-        )
-    requests = [(one.at_s, one.num_prompt_tokens, one.num_output_tokens) for one in planned]
-    simulated, decisions = simulate(log, calibration, requests)
-    is_met = report(planned, real, simulated, calibration)
-    print(agreement(log, chunks_of(log.batches, log.lengths), decisions))
+        if arguments.again is None:
+            checkpoint = arguments.checkpoint
+            if checkpoint is None:
+                checkpoint = directory / "checkpoint"
+                make_checkpoint(checkpoint)
+            bounds = (arguments.long[0], arguments.long[1])
+            stretches = plan(arguments.seconds, arguments.qps, bounds, arguments.repeats)
+            measure_grid(checkpoint, directory)
+            serve_and_send(checkpoint, stretches, directory, *OVERRIDES, *arguments.override)
+        sent = msgspec.json.decode((directory / CLIENT).read_bytes(), type=list[Stretch])
+        grid = msgspec.json.decode((directory / GRID).read_bytes(), type=Grid)
+        is_met = report(grid, ServedLog.read(directory / LOG), sent)
     return 0 if is_met else 1
 
 

@@ -113,7 +113,8 @@ def _what(phase: Phase) -> str:
 
     batches = f"{phase.num_batches:,} batch{'es' if phase.num_batches > 1 else ''}"
     beside = _names(list(phase.ahead.values()))
-    decodes = f"{phase.num_decodes / phase.num_batches:.0f} decodes"
+    num_decodes = round(phase.num_decodes / phase.num_batches)
+    decodes = f"{num_decodes} decode{'' if num_decodes == 1 else 's'}"
     match phase.why:
         case Why.COMPUTED:
             shared = f", beside {beside}" if beside else ""
@@ -190,13 +191,15 @@ def _request_id(run: Path, word: str) -> str:
     if not (run / REQUESTS).is_file():
         raise ConfigError(f"{word}: {run} has no {REQUESTS} to look it up in; give a request's id")
     worst, worst_s = None, -1.0
+    others: set[str] = set()
     with (run / REQUESTS).open(encoding="utf-8") as stream:
         for line in stream:
             values = json.loads(line)
+            others.add(f"worst-{values['length_class']}")
             if values["length_class"] == name and (values["ttft_s"] or 0.0) > worst_s:
                 worst, worst_s = values["request_id"], values["ttft_s"] or 0.0
     if worst is None:
-        raise ConfigError(f"{word}: no request of that class; worst-short, worst-medium and worst-long are known")
+        raise ConfigError(f"{word}: {run} has no request of that class; it has {' and '.join(sorted(others))}")
     return str(worst)
 
 

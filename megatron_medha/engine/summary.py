@@ -185,6 +185,7 @@ class Summary:
         values: dict[str, Any] = {
             "num_requests": sum(one.num_requests for one in sums),
             **{f"num_{ending.value}": endings[ending.value] for ending in Ending},
+            "num_first_tokens": sum(len(one.samples["ttft_s"]) for one in sums),
             "attainment": self.attainment(names),
             "num_preemptions": sum(one.num_preemptions for one in sums),
             "num_tokens_lost": sum(one.num_tokens_lost for one in sums),

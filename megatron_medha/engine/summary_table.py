@@ -19,7 +19,7 @@ _PERCENTILES = ("p50", "p90", "p99")
 def summary_table(values: Mapping[str, Any]) -> str:
     """Latencies by length class, targets met, throughput, and what the machine did; ends with a newline."""
     classes: Mapping[str, Any] = values["classes"]
-    blocks = [_latencies(classes), _counts(values), _machine(values)]
+    blocks = [_latencies(classes) + _left_out(values), _counts(values), _machine(values)]
     return "\n".join(block for block in blocks if block)
 
 
@@ -33,6 +33,14 @@ def _latencies(classes: Mapping[str, Any]) -> str:
         ]
         rows.append([label, *cells])
     return _aligned(rows)
+
+
+def _left_out(values: Mapping[str, Any]) -> str:
+    """Who is not in the latencies: percentiles of those who got through look good where many did not."""
+    num_left_out = values["all"]["num_requests"] - values["all"]["num_first_tokens"]
+    if not num_left_out:
+        return ""
+    return f"{num_left_out:,} requests have no first token and are in none of these figures\n"
 
 
 def _counts(values: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -159,7 +159,9 @@ class TraceFile:
         value = values.get(found.arrival)
         try:
             if found.seconds_per_unit is None:
-                return datetime.fromisoformat(str(value)).timestamp()
+                at = datetime.fromisoformat(str(value))
+                # Not this machine's own zone: an hour of a year would come twice, and the trace would go back.
+                return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
             seconds = float(str(value)) * found.seconds_per_unit
         except ValueError:
             wanted = "a date and time" if found.seconds_per_unit is None else "a number"

@@ -144,8 +144,8 @@ class Workload:
         if config.arrivals is Arrivals.RECORDED:
             raise ConfigError("workload.arrivals=recorded: only a trace has recorded arrivals; give workload.path=FILE")
         if config.qps is None:
-            raise ConfigError("workload.qps=null: a synthetic mix needs a rate; give requests per second, "
-                "or give a trace, workload.path=FILE")
+            raise ConfigError("workload.path=null and workload.qps=null: name a trace, workload.path=FILE, "
+                "or give the synthetic mix a rate in requests per second")
         if config.duration_s is None and config.num_requests is None:
             raise ConfigError("workload.duration_s=null: a synthetic mix has no end of its own; "
                 "give seconds, or workload.num_requests")

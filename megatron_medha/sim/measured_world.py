@@ -39,14 +39,17 @@ class MeasuredWorld(World):
         self._flights: dict[int, tuple[list[Chunk], float]] = {}  # prefill chunks, and when it was submitted
         self._batch_start_s = 0.0  # of the batch completed last, whose tokens are handed out
         self._active_since_s = 0.0
-        self.active_s = 0.0        # with at least one batch in flight
+        self.active_s = 0.0        # with at least one batch in flight; those cut off run to their end
 
     def next_event(self) -> Event | None:
         """See Runtime."""
         event = super().next_event()
         if event is None or self._now_s > self._until_s:
-            if self._flights:  # cut off while batches ran
-                self.active_s += min(self._now_s, self._until_s) - self._active_since_s
+            if self._flights:  # cut off while batches ran: all of their work is counted, so all of their time is
+                ends_s = [at_s for at_s, _, other in self._heap if isinstance(other, Completed)]
+                if isinstance(event, Completed):
+                    ends_s.append(self._now_s)
+                self.active_s += max(ends_s) - self._active_since_s
                 self._flights.clear()
             return None
         if isinstance(event, Completed):

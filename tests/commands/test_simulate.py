@@ -147,7 +147,7 @@ def test_explain_names_what_is_missing(run: Path, trace: Path, tmp_path: Path, c
     assert main(["explain", str(run), "r99"]) == 2
     assert "r99: no such request" in capsys.readouterr().err
     assert main(["explain", str(run), "worst-medium"]) == 2
-    assert "no request of that class" in capsys.readouterr().err
+    assert "has no request of that class; it has worst-long and worst-short" in capsys.readouterr().err
     (run / "decisions.jsonl").unlink()
     assert main(["explain", str(run), "r1"]) == 2
     assert "run it again with record=full" in capsys.readouterr().err
@@ -229,7 +229,7 @@ def test_a_scheduler_that_is_tried_is_the_option_of_that_name_with_the_overrides
         (("simulate", "model=llama3_70b", "hardware=a100", "parallel=single"), "does not fit"),
         (("simulate", "model=auto"), "use model=llama3_8b"),
         (("simulate", "parallel.dp=2"), "simulate one of them with its share of the load"),
-        (("simulate", "workload=trace"), "give a trace, workload.path=FILE"),
+        (("simulate", "workload=trace"), "name a trace, workload.path=FILE"),
         (("simulate", "workload.path=/nowhere.csv"), "no such file"),
         (("simulate", "workload.qps=-1"), "workload.qps=-1: must be between"),
         (("simulate", "truth.noise=9"), "truth.noise=9: must be between"),

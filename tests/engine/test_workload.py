@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -145,6 +146,18 @@ def test_recorded_arrivals_are_taken_as_they_are(write: Write, name: str, text: 
 )  # fmt: skip
 def test_public_formats_are_recognised_and_start_at_second_0(write: Write, name: str, text: str) -> None:
     assert rows(WorkloadConfig(path=write(text, name))) == [(0.0, 10, 3), (1.5, 20, 4)]
+
+
+def test_times_without_a_zone_do_not_follow_the_clock_changes_of_this_machine(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-03-31 01:59:00,10,3\n2024-03-31 03:00:00,20,4\n")
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+        time.tzset()
+        found = rows(WorkloadConfig(path=path))
+    time.tzset()
+    assert [row[0] for row in found] == [0.0, 3660.0]
 
 
 OURS = "arrival_s,prompt_tokens,output_tokens\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.errors import ConfigError
@@ -20,6 +21,7 @@ from megatron_medha.engine.arrivals import Arrivals
 from megatron_medha.engine.decision_log import read_log, replay
 from megatron_medha.engine.outcome import Ending, Outcome, Slo
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.engine.summary_table import summary_table
 from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig, RunDirectory
 from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, Watchers
@@ -189,6 +191,13 @@ def test_a_run_may_end_before_everybody_has_finished() -> None:
     assert not any(Slo().is_met(one) for one in unfinished)
 
 
+def test_a_table_says_how_many_are_not_in_its_latencies() -> None:
+    cut = Simulation(config(qps=50.0, long_share=0.5, max_drain_s=0.5)).run(Watchers()).values
+    num_without = sum(one.first_token_s is None for one in outcomes(config(qps=50.0, long_share=0.5, max_drain_s=0.5)))
+    assert num_without and f"{num_without} requests have no first token" in summary_table(cut)
+    assert "no first token" not in summary_table(Simulation(config(num_requests=3)).run(Watchers()).values)
+
+
 def test_a_request_that_no_machine_of_this_size_can_hold_is_refused_before_the_run() -> None:
     given = config()
     small = replace(given, setup=replace(given.setup, num_blocks=100))
@@ -205,6 +214,15 @@ def test_utilisation_and_memory_are_shares() -> None:
 def test_utilisation_of_a_run_that_is_cut_off_in_the_middle_of_its_work_counts_that_work() -> None:
     machine = Simulation(config(qps=50.0, long_share=0.5, max_drain_s=0.5)).run(Watchers()).values["machine"]
     assert 0.0 <= machine["bubbles"] < 1.0 and 0.5 < machine["active_share"] <= 1.0
+
+
+def test_a_stage_is_never_busy_for_more_than_all_of_the_time_wherever_a_run_is_cut_off() -> None:
+    # One batch of seconds is in flight at the cut.
+    whole = SchedulerConfig(policy="fcfs", chunking=Chunking.WHOLE, max_batch_tokens=1 << 20)
+    given = config(spp=1, qps=50.0, long_share=0.5, max_drain_s=0.5)
+    given = replace(given, setup=replace(given.setup, config=whole))
+    machine = Simulation(given).run(Watchers()).values["machine"]
+    assert 0.5 < max(machine["utilisation_by_stage"]) <= 1.0 + 1e-9 and machine["bubbles"] == pytest.approx(0.0)
 
 
 def test_memory_does_not_grow_with_the_length_of_a_run(tmp_path: Path) -> None:
