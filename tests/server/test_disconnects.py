@@ -9,7 +9,7 @@ from array import array
 
 import pytest
 from fake_engine import WAIT_S, FakeEngine
-from running_server import Running, StartServer
+from running_server import Running, StartServer, eventually
 
 from megatron_medha.server.tokens import Tokenizer
 
@@ -126,12 +126,12 @@ def test_long_text_of_a_client_that_left_while_it_waited_is_never_tokenized(
     ]
     assert {slow.begun.get(timeout=WAIT_S) for _ in connections} == set("ab")  # both threads are busy
     leaving = server.connect(PATH, json.dumps({"prompt": 100_000 * "c", "max_tokens": 1}).encode())
-    server.wait_until(lambda: server.service.num_held_bytes == 300_000)
+    eventually(lambda: server.service.num_held_bytes == 300_000)
     leaving.close()
-    server.wait_until(lambda: server.service.num_held_bytes == 200_000)
+    eventually(lambda: server.service.num_held_bytes == 200_000)
     slow.may_go_on.set()
     for connection, letter in zip(connections, "ab"):
         assert f'"text":"{letter}"'.encode() in read_until(connection, b'"usage"')
         connection.close()
-    server.wait_until(lambda: server.service.num_held_bytes == 0)
+    eventually(lambda: server.service.num_held_bytes == 0)
     assert slow.begun.empty()
