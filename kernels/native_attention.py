@@ -140,7 +140,7 @@ class NativeAttention:
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
         assert plan.is_all_written, "rows of another rank's shard need attend_with_lse"
-        return self._call(plan, q_TKGD, k_TKD, v_TKD, layer, scale, None)
+        return self._attended(*self.prepared(plan, q_TKGD, k_TKD, v_TKD, layer, scale, None))
 
     def attend_with_lse(
         self, plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
@@ -148,9 +148,14 @@ class NativeAttention:
         """`attend`, and the natural log-sum-exp of the scaled scores, lse_TH fp32. No key seen: 0 and -inf."""
         num_tokens, num_kv_heads, group, _ = q_TKGD.shape
         lse_TH = torch.empty(num_tokens, num_kv_heads * group)
-        return self._call(plan, q_TKGD, k_TKD, v_TKD, layer, scale, lse_TH), lse_TH
+        return self._attended(*self.prepared(plan, q_TKGD, k_TKD, v_TKD, layer, scale, lse_TH)), lse_TH
 
-    def _call(
+    def _attended(self, call: NativeCall, out_THD: Tensor) -> Tensor:
+        if self._attend(ctypes.byref(call)):
+            raise MemoryError("the attention library could not allocate its working memory")
+        return out_THD
+
+    def prepared(
         self,
         plan: BatchPlan,
         q_TKGD: Tensor,
@@ -159,7 +164,11 @@ class NativeAttention:
         layer: LayerKV,
         scale: float,
         lse_TH: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[NativeCall, Tensor]:
+        """What an entry point of the library takes, and the output it fills, out_THD. It holds nothing alive.
+
+        Raises ValueError for what does not fit.
+        """
         num_tokens, num_kv_heads, group, head_dim = q_TKGD.shape
         if k_TKD.shape != (num_tokens, num_kv_heads, head_dim) or v_TKD.shape != k_TKD.shape:
             raise ValueError(
@@ -205,6 +214,4 @@ class NativeAttention:
             plan.rows.ctypes.data,
             len(plan.rows),
         )
-        if self._attend(ctypes.byref(call)):
-            raise MemoryError("the attention library could not allocate its working memory")
-        return out_THD
+        return call, out_THD

@@ -64,7 +64,10 @@ def native_library(target: str | None = None) -> ctypes.CDLL:
         raise NativeUnavailable(f"{path} cannot be loaded: {error}") from error
     library.medha_attend.argtypes = [ctypes.c_void_p]
     library.medha_attend.restype = ctypes.c_int
-    for name in ("medha_linear", "medha_rms_norm", "medha_gated_silu", "medha_decoder"):
+    library.medha_attend_shard.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    library.medha_merge_shards.argtypes = library.medha_attend_shard.argtypes
+    library.medha_attend_shard.restype = library.medha_merge_shards.restype = ctypes.c_int
+    for name in ("medha_linear", "medha_rms_norm", "medha_gated_silu", "medha_decoder", "medha_merge"):
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
     library.medha_exp2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]

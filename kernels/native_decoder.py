@@ -8,6 +8,7 @@ Shapes: T tokens, R rows of logits, C hidden size, V outputs, D head dim, K key/
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class _DecoderCall(ctypes.Structure):
         ("hidden", ctypes.c_void_p),
         ("cos", ctypes.c_void_p),
         ("signed_sin", ctypes.c_void_p),
+        ("angle_rows", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("num_rows", ctypes.c_int64),
@@ -124,6 +126,8 @@ class NativeDecoder:
         self._sizes, self._layers, self._embedding_VC, self._output = sizes, tuple(layers), embedding_VC, output
         self._check()
         self._kv_layers: Sequence[LayerKV] = ()
+        self._decode_call: _DecoderCall | None = None
+        self._decoded: tuple[Tensor, Tensor] = torch.empty(0), torch.empty(0)  # its hidden states and logits
         self._table = (_DecoderLayer * len(layers))()
         for row, layer in zip(self._table, layers, strict=True):
             row.attention_norm, row.mlp_norm = layer.attention_norm_C.data_ptr(), layer.mlp_norm_C.data_ptr()
@@ -195,6 +199,7 @@ class NativeDecoder:
             hidden_TC.data_ptr(),
             cos_TD.data_ptr(),
             signed_sin_TD.data_ptr(),
+            None,
             plan.slots.ctypes.data,
             plan.rows.ctypes.data,
             len(plan.rows),
@@ -206,6 +211,64 @@ class NativeDecoder:
         if self._run(ctypes.byref(call)):
             raise MemoryError("the decoder library could not allocate its working memory")
         return logits_RV
+
+    def decode(
+        self, numbers: array[int], num_tokens: int, kv_layers: Sequence[LayerKV], table: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """One token each of T sequences through a whole model: logits [T, V], which the next call overwrites.
+
+        For steps of decodes alone: what `run` builds anew for each step takes longer than anything else outside of the
+        library, since a step's weights have driven it out of the caches. Here the call is kept, and all numbers come in
+        one array of int64: token ids [T], positions [T], slots [T], rows [T, 6] as in BatchPlan, 0 to T - 1.
+
+        table: cosines and signed sines by position, fp32, longer than any position. No number is looked at here.
+        """
+        assert len(numbers) == 10 * num_tokens and num_tokens, f"{len(numbers)} numbers for {num_tokens} tokens"
+        self._take_pools(kv_layers)
+        call = self._decode_call
+        if call is None or len(self._decoded[0]) < num_tokens:
+            call = self._decode_call = self._call_for(num_tokens, kv_layers, table)
+        call.num_threads = torch.get_num_threads()
+        call.num_tokens = call.num_rows = call.num_logit_rows = num_tokens
+        first, _ = numbers.buffer_info()
+        size = num_tokens * numbers.itemsize
+        call.token_ids, call.angle_rows, call.slots = first, first + size, first + 2 * size
+        call.rows, call.logit_rows = first + 3 * size, first + 9 * size
+        if self._run(ctypes.byref(call)):
+            raise MemoryError("the decoder library could not allocate its working memory")
+        return self._decoded[1][:num_tokens]
+
+    def _call_for(
+        self, num_tokens: int, kv_layers: Sequence[LayerKV], table: tuple[Tensor, Tensor]
+    ) -> _DecoderCall:
+        """What is the same in every call of `decode` with so many tokens at most."""
+        sizes, (cos_PD, signed_sin_PD) = self._sizes, table
+        assert self._embedding_VC is not None and self._output is not None, "a part of a model does not decode alone"
+        assert cos_PD.shape == signed_sin_PD.shape and cos_PD.shape[1] == sizes.head_dim
+        assert cos_PD.dtype == torch.float32 and cos_PD.is_contiguous() and signed_sin_PD.is_contiguous()
+        hidden_TC = torch.empty(num_tokens, sizes.hidden_size, dtype=torch.bfloat16)
+        logits_TV = torch.empty(num_tokens, self.num_outputs, dtype=torch.bfloat16)
+        self._decoded = hidden_TC, logits_TV
+        return _DecoderCall(
+            hidden_size=sizes.hidden_size,
+            num_kv_heads=sizes.num_kv_heads,
+            queries_per_kv_head=sizes.queries_per_kv_head,
+            head_dim=sizes.head_dim,
+            ffn_size=sizes.ffn_size,
+            epsilon=sizes.epsilon,
+            scale=sizes.scale,
+            layers=ctypes.addressof(self._table),
+            num_layers=len(self._layers),
+            pool_head_stride=kv_layers[0].k.stride(0),
+            embedding=self._embedding_VC.data_ptr(),
+            hidden=hidden_TC.data_ptr(),
+            cos=cos_PD.data_ptr(),
+            signed_sin=signed_sin_PD.data_ptr(),
+            final_norm=self._output.norm_C.data_ptr(),
+            output=_weight_of(self._output.linear),
+            num_outputs=self.num_outputs,
+            logits=logits_TV.data_ptr(),
+        )
 
     def _take_pools(self, kv_layers: Sequence[LayerKV]) -> None:
         """Note where keys and values lie; every step brings the same ones."""

@@ -35,6 +35,11 @@ class SlotTable:
         self._in_order = np.empty((4, 2), dtype=np.int64)  # as `runs_in_order`; rows past the last run are spare
         self.runs_address = self._in_order.ctypes.data  # of the first of `runs_in_order`; asking numpy takes a us
 
+    @property
+    def num_runs(self) -> int:
+        """Of `runs_in_order`."""
+        return len(self._runs)
+
     def append(self, extents: Iterable[tuple[int, int]]) -> None:
         """Add extents (first block, number of blocks) at the end."""
         for first_block, num_blocks in extents:

@@ -40,9 +40,9 @@ class Staging:
 
         The tensors share one buffer. They are valid for work enqueued on the current stream after this call.
         """
-        offsets, num_bytes = packed_offsets([array.nbytes for array in arrays])
         if self._device.type == "cpu" and into is None:
             return [torch.from_numpy(array) for array in arrays]
+        offsets, num_bytes = packed_offsets([array.nbytes for array in arrays])
         staged = self._pinned(num_bytes)
         host = staged.numpy()
         for array, offset in zip(arrays, offsets, strict=True):

@@ -87,7 +87,7 @@ def use_compiled_core() -> bool:
         directory = compiled_directory()
     except (OSError, RuntimeError):  # RuntimeError: no home directory
         return False
-    if not (directory / f"{_SHARED}{_SUFFIX}").exists():
+    if not _library(directory, _SHARED).exists():
         return False
     if any(f"{_PACKAGE}.{name}" in sys.modules for name in MODULES):
         return False  # too late: half of core would be compiled
@@ -110,13 +110,17 @@ def compile_core(tell: Callable[[float], None], optimisation: str = "3") -> Path
             with tempfile.TemporaryDirectory(prefix="build-", dir=directory.parent) as place:
                 _build(Path(place), tell, optimisation)
                 built = Path(place) / "built"
-                built.mkdir()
-                shutil.move(Path(place) / f"{_SHARED}{_SUFFIX}", built)
-                for name in MODULES:
-                    library = Path(place) / _PACKAGE / f"{name.replace('.', '/')}{_SUFFIX}"
-                    shutil.move(library, built / f"{name}{_SUFFIX}")
+                for name in (_SHARED, *(f"{_PACKAGE}.{name}" for name in MODULES)):
+                    target = _library(built, name)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.move(_library(Path(place), name), target)
                 os.replace(built, directory)  # whole or not at all
     return directory
+
+
+def _library(directory: Path, name: str) -> Path:
+    # Where mypyc puts it, below what it takes for the root, and where the module itself says it is (__file__).
+    return directory / f"{name.replace('.', '/')}{_SUFFIX}"
 
 
 def _build(place: Path, tell: Callable[[float], None], optimisation: str) -> None:
@@ -152,8 +156,8 @@ class _CompiledCore(MetaPathFinder):
     """Finds the compiled modules before Python finds their sources."""
 
     def __init__(self, directory: Path) -> None:
-        self._files = {f"{_PACKAGE}.{name}": directory / f"{name}{_SUFFIX}" for name in MODULES}
-        self._files[_SHARED] = directory / f"{_SHARED}{_SUFFIX}"
+        names = (_SHARED, *(f"{_PACKAGE}.{name}" for name in MODULES))
+        self._files = {name: _library(directory, name) for name in names}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

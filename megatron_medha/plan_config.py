@@ -20,7 +20,7 @@ from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig, SystemKind
 from megatron_medha.sim.trial import Trial, at_rate
-from megatron_medha.sim.truth import TruthConfig
+from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.simulate_config import MemoryOptions, SimulateOptions, simulation_config
 
 

@@ -21,7 +21,7 @@ from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.simulation import SimulationConfig
 from megatron_medha.sim.system import InstancesSetup, SystemConfig, SystemKind, build_system
-from megatron_medha.sim.truth import TruthConfig
+from megatron_medha.sim.truth_config import TruthConfig
 
 # Prompts longer than what a model was trained for cost what they cost: a simulation is bound by KV memory alone.
 _NO_CONTEXT_LIMIT = 1 << 40

@@ -1,6 +1,6 @@
 """Does our simulator say what the authors' own says, and how much sooner?
 
-    python -m experiments.against_vidur.run
+    medha compile && python -m experiments.against_vidur.run    # without the first: interpreted
 
 vidur 0.0.26 with its Mnemosyne policies and this simulator, on the same requests, machine, memory and cost model (ours,
 plugged into both). vidur goes into an environment of its own beside this file, made on the first run (1 GB; several
@@ -25,6 +25,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
+
+from megatron_medha.compiled_core import use_compiled_core
+
+IS_COMPILED = use_compiled_core()
 
 from experiments.against_vidur.exchange import RULES, Answer, Job
 from megatron_medha.compose import compose, freeze

@@ -1,56 +1,63 @@
-"""What does a token cost on its way through the front? 64 streams over HTTP, on one core, beside a client on another.
+"""What does a token cost on its way through the front, and how late is it? 64 streams over HTTP, server on one core.
 
     python -m experiments.front_overhead.run --tokenizer checkpoints/tiny
+    python -m experiments.front_overhead.run --tokenizer checkpoints/tiny --peers outputs/peers/installed   # and vLLM's
 
-The server runs a simulated model whose steps take a fixed time and no CPU: what is left is the front, scheduler
-included. It is pinned to one core and the client to another. Two loads:
+The model is simulated: its steps take a fixed time and no CPU, so what is left is the front, scheduler included. The
+server is pinned to one core and the client to another. With --peers the same is asked of vLLM, which is installed there
+if it is not yet (network, 3.5 GB) and whose model is simulated too (vllm_executor.py). Three loads:
 
-* as fast as it goes: steps of a tenth of a millisecond. CPU time per token, and tokens a second.
-* paced: steps of 10 ms, so 6,400 tokens a second are due. How much later than its step each token arrives: the gap to
-  the token before it, less the step.
+* as fast as it goes: steps of a tenth of a millisecond. CPU time per token over all processes, and tokens a second.
+* steps of 10 ms, so 6,400 tokens a second are due, and steps of 50 ms, 1,280 a second. Added latency: when the client
+  has a token, less when the work of its step was over. And what lies between the end of a step and the next one's
+  beginning, which each token waits for too.
 
-CPU time counts whoever shares the core; tokens a second do not. Exits with 1 if a bar is missed.
+CPU time counts whoever shares the core; tokens a second do not. Exits with 1 if a bar of ours is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 import time
 from array import array
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.front_overhead.client import NUM_STREAMS, Received, read_streams
+from experiments.front_overhead.fronts import Front, StepStarts, ours, vllm
 from experiments.lib.process_stats import cpu_s
-from experiments.lib.server_process import serving_process
+from experiments.peers.meter import process_tree
 
-NUM_STREAMS = 64
 MAX_CPU_S_PER_TOKEN = 200e-6
 MIN_TOKENS_PER_S = 5_000
 FAST_STEP_S = 1e-4
-PACED_STEP_S = 10e-3
-PROMPT = "a prompt of some words"
+PACED_STEPS_S = (10e-3, 50e-3)
 WARM_UP_TOKENS = 50
-END_OF_EVENT = b"}\n\n"
+OpenFront = Callable[[float], AbstractContextManager[Front]]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the client saw of one load, and what the server's process used meanwhile."""
+    """What the client saw of one load, and what the server's processes used meanwhile."""
 
     num_tokens: int
     wall_s: float
     server_cpu_s: float
-    gaps_s: array[float]  # between two tokens of one stream, sorted
+    added_s: array[float]    # to each token's way to the client, sorted; empty where steps were not written down
+    between_s: array[float]  # end of a step to the beginning of the next one, sorted
 
     @property
     def cpu_s_per_token(self) -> float:
-        """Of the server's process, all threads."""
+        """Of the server's processes, all threads."""
         return self.server_cpu_s / self.num_tokens
 
     @property
@@ -60,102 +67,118 @@ class Load:
 
     @property
     def cores_used(self) -> float:
-        """By the server's process; below 1 where others had the core, or the client was the slower one."""
+        """By the server; below 1 where others had the core, or the client or the model was the slower one."""
         return self.server_cpu_s / self.wall_s
-
-    def gap_s(self, quantile: float) -> float:
-        """A quantile of the gaps."""
-        return self.gaps_s[min(len(self.gaps_s) - 1, int(quantile * len(self.gaps_s)))]
 
 
 def main() -> int:
-    """Measures both loads; 1 if a bar is missed."""
+    """Measures all loads; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tokenizer", default="checkpoints/tiny", help="directory with tokenizer.json")
-    parser.add_argument("--tokens", type=int, default=2000, help="of each stream (default 2000)")
+    parser.add_argument("--tokenizer", type=Path, default=Path("checkpoints/tiny"),
+                        help="directory with tokenizer.json and tokenizer_config.json")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=1000, help="of each stream, as fast as it goes (default 1000)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each round that is paced (default 6)")
     parser.add_argument("--rounds", type=int, default=3, help="of each load; the median counts (default 3)")
     parser.add_argument("--checkout", type=Path, help="another working copy, whose server is measured instead")
+    parser.add_argument("--peers", type=Path, help="folder with vLLM in it, or where it is to be installed")
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         parser.error("needs two cores: one for the server, one for the client")
     os.sched_setaffinity(0, {cores[1]})
-    fast = measure(FAST_STEP_S, arguments, cores[0])
-    return report(fast, measure(PACED_STEP_S, arguments, cores[0]))
+
+    def our_front(step_s: float, *, logs_steps: bool) -> AbstractContextManager[Front]:
+        return ours(step_s, arguments.tokenizer, cores[0], arguments.checkout, logs_steps=logs_steps)
+
+    with our_front(FAST_STEP_S, logs_steps=False) as front:
+        fast = measure(front, FAST_STEP_S, arguments.tokens, arguments.rounds)
+    paced = []
+    for step_s in PACED_STEPS_S:
+        with our_front(step_s, logs_steps=True) as front:
+            paced.append(measure(front, step_s, round(arguments.seconds / step_s), arguments.rounds))
+    is_met = report("ours", fast, paced)
+    if arguments.peers is not None:
+        peers = arguments.peers.resolve()
+        with vllm(arguments.tokenizer, cores[0], peers, peers / "front_overhead.log") as front:
+            fast = measure(front, FAST_STEP_S, arguments.tokens, arguments.rounds)
+            paced = [
+                measure(front, step_s, round(arguments.seconds / step_s), arguments.rounds)
+                for step_s in PACED_STEPS_S
+            ]
+        report("vLLM", fast, paced)
+    return 0 if is_met else 1
 
 
-def measure(step_s: float, arguments: argparse.Namespace, core: int) -> Load:
-    """The median round, by CPU time, of a server of its own."""
-    overrides = (
-        "runtime=sim", f"tokenizer={arguments.tokenizer}", "model=llama3_8b", "model.shape.vocab_size=250",
-        "hardware=h100", "hardware.flops_per_s=1e21", "hardware.memory_bytes_per_s=1e21",
-        f"hardware.step_overhead_s={step_s}", "hardware.layer_overhead_s=0", "hardware.kernel_overhead_s=0",
-        f"scheduler.max_num_sequences={NUM_STREAMS}",
-    )  # fmt: skip
-    with serving_process(*overrides, core=core, checkout=arguments.checkout) as server:
-        port, pid = server.port, server.process.pid
-        asyncio.run(load(port, pid, WARM_UP_TOKENS))
-        rounds = []
-        for _ in tqdm(range(arguments.rounds), desc=f"steps of {1e3 * step_s:g} ms", unit="round"):
-            rounds.append(asyncio.run(load(port, pid, arguments.tokens)))
+def measure(front: Front, step_s: float, num_tokens: int, num_rounds: int) -> Load:
+    """The median round, by CPU time."""
+    front.set_step(step_s)
+    asyncio.run(read_streams(front.port, WARM_UP_TOKENS, front.count))
+    rounds = []
+    for _ in tqdm(range(num_rounds), desc=f"steps of {1e3 * step_s:g} ms", unit="round"):
+        rounds.append(_measure_once(front, step_s, num_tokens))
     return sorted(rounds, key=lambda one: one.cpu_s_per_token)[len(rounds) // 2]
 
 
-async def load(port: int, pid: int, num_tokens: int) -> Load:
-    """All streams at once, each of that many tokens."""
-    began_s, began_cpu_s = time.monotonic(), cpu_s(pid)
-    streams = await asyncio.gather(*(stream(port, num_tokens) for _ in range(NUM_STREAMS)))
-    wall_s, used_s = time.monotonic() - began_s, cpu_s(pid) - began_cpu_s
-    gaps = array("d", sorted(gap_s for gaps_s in streams for gap_s in gaps_s))
-    return Load(NUM_STREAMS * num_tokens, wall_s, used_s, gaps)
+def _measure_once(front: Front, step_s: float, num_tokens: int) -> Load:
+    began_s, began_cpu_s = time.monotonic(), _cpu_s(front.pid)
+    received = asyncio.run(read_streams(front.port, num_tokens, front.count))
+    wall_s, used_s = time.monotonic() - began_s, _cpu_s(front.pid) - began_cpu_s
+    starts = {} if front.step_starts is None else front.step_starts()
+    added_s, between_s = _added_s(received, starts, step_s), _between_s(received, starts, step_s)
+    return Load(NUM_STREAMS * num_tokens, wall_s, used_s, added_s, between_s)
 
 
-async def stream(port: int, num_tokens: int) -> array[float]:
-    """The gaps between the tokens of one completion. Looks for ends of events only, so that the client keeps up."""
-    body = json.dumps({"prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
-    gaps_s = array("d")
-    last_s: float | None = None
-    num_seen = 0
-    rest = b""
-    while part := await reader.read(1 << 16):
-        now_s = time.monotonic()
-        whole = rest + part
-        num_events = whole.count(END_OF_EVENT)
-        rest = whole[whole.rfind(END_OF_EVENT) + len(END_OF_EVENT) :] if num_events else whole
-        num_seen += num_events
-        if last_s is not None:
-            gaps_s.extend([now_s - last_s] * min(num_events, 1))
-            gaps_s.extend([0.0] * (num_events - 1))  # those that came together with one before
-        if num_events:
-            last_s = now_s
-    writer.close()
-    if num_seen != num_tokens:
-        raise SystemExit(f"a stream brought {num_seen} tokens, not {num_tokens}: {whole[-300:]!r}")
-    return gaps_s
+def _cpu_s(pid: int) -> float:
+    return sum(map(cpu_s, process_tree(pid)))
 
 
-def report(fast: Load, paced: Load) -> int:
-    """Prints figures beside bars; the exit code."""
+def _added_s(received: list[Received], starts: StepStarts, step_s: float) -> array[float]:
+    added_s = array("d")
+    for stream in received if starts else ():
+        of_answer = starts[stream.answer_id]
+        added_s.extend(at_s - start_s - step_s for at_s, start_s in zip(stream.times_s, of_answer, strict=True))
+    return array("d", sorted(added_s))
+
+
+def _between_s(received: list[Received], starts: StepStarts, step_s: float) -> array[float]:
+    """While all streams were there."""
+    if not starts:
+        return array("d")
+    of_streams = [starts[stream.answer_id] for stream in received]
+    first_s, last_s = max(one[0] for one in of_streams), min(one[-1] for one in of_streams)
+    steps = sorted({start_s for one in of_streams for start_s in one if first_s <= start_s <= last_s})
+    between_s = array("d", sorted(later - earlier - step_s for earlier, later in pairwise(steps)))
+    if between_s[0] < -0.01 * step_s:
+        raise SystemExit(f"a simulated step took {1e3 * (between_s[0] + step_s):.2f} ms, not {1e3 * step_s:g}")
+    return between_s
+
+
+def report(name: str, fast: Load, paced: list[Load]) -> bool:
+    """Prints figures beside bars; whether they are kept."""
     is_cheap = fast.cpu_s_per_token <= MAX_CPU_S_PER_TOKEN
     is_quick = fast.tokens_per_s >= MIN_TOKENS_PER_S
-    cheap_bar, quick_bar = f"{1e6 * MAX_CPU_S_PER_TOKEN:.0f} us", f"{MIN_TOKENS_PER_S:,}"
-    say("CPU time per token, as fast as it goes", f"{1e6 * fast.cpu_s_per_token:.0f} us", cheap_bar, is_cheap)
-    say("tokens a second on one core", f"{fast.tokens_per_s:,.0f} ({fast.cores_used:.0%} of it)", quick_bar, is_quick)
-    say(f"the same, {NUM_STREAMS / PACED_STEP_S:,.0f} tokens a second due: CPU time per token",
-        f"{1e6 * paced.cpu_s_per_token:.0f} us")  # fmt: skip
-    say("tokens a second", f"{paced.tokens_per_s:,.0f} ({paced.cores_used:.0%} of it)")
-    for quantile in (0.5, 0.9, 0.99):
-        added_s = max(0.0, paced.gap_s(quantile) - PACED_STEP_S)
-        say(f"a token later than its step, p{100 * quantile:g}", f"{1e3 * added_s:.2f} ms")
-    return 0 if is_cheap and is_quick else 1
+    line = partial(say, name)
+    line("CPU time per token, as fast as it goes", f"{1e6 * fast.cpu_s_per_token:.0f} us",
+         f"{1e6 * MAX_CPU_S_PER_TOKEN:.0f} us", is_cheap)  # fmt: skip
+    line("tokens a second on one core", f"{fast.tokens_per_s:,.0f} ({fast.cores_used:.0%} of it)",
+         f"{MIN_TOKENS_PER_S:,}", is_quick)  # fmt: skip
+    for step_s, load in zip(PACED_STEPS_S, paced, strict=True):
+        what = f"{NUM_STREAMS / step_s:,.0f} tokens a second due"
+        line(f"{what}: tokens a second", f"{load.tokens_per_s:,.0f} ({load.cores_used:.0%} of the core)")
+        line(f"{what}: CPU time per token", f"{1e6 * load.cpu_s_per_token:.0f} us")
+        for quantile in (0.5, 0.99):
+            line(f"{what}: added to a token, p{100 * quantile:g}", f"{1e3 * _quantile(load.added_s, quantile):.2f} ms")
+        line(f"{what}: between two steps, p50", f"{1e3 * _quantile(load.between_s, 0.5):.2f} ms")
+    return is_cheap and is_quick
 
 
-def say(what: str, figure: str, bar: str = "", is_met: bool = True) -> None:
+def _quantile(values: array[float], quantile: float) -> float:
+    return values[min(len(values) - 1, int(quantile * len(values)))]
+
+
+def say(name: str, what: str, figure: str, bar: str = "", is_met: bool = True) -> None:
     """One line of the report."""
-    print(f"{what:60s} {figure:24s} {'bar ' + bar if bar else ''}{'' if is_met else ', missed'}".rstrip())
+    print(f"{name:5s} {what:60s} {figure:24s} {'bar ' + bar if bar else ''}{'' if is_met else ', missed'}".rstrip())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from experiments.lib.paper import LLAMA3_8B, Cluster, Results, figure, h100
 from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.sim.pipeline import Pipeline
-from megatron_medha.sim.truth import Truth, TruthConfig
+from megatron_medha.sim.truth import Truth
+from megatron_medha.sim.truth_config import TruthConfig
 
 HERE = Path(__file__).parent
 DEGREES = (1, 2, 4)

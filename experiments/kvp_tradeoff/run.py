@@ -19,7 +19,8 @@ from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.summary import percentile
 from megatron_medha.sim.pipeline import Pipeline
-from megatron_medha.sim.truth import Truth, TruthConfig
+from megatron_medha.sim.truth import Truth
+from megatron_medha.sim.truth_config import TruthConfig
 
 HERE = Path(__file__).parent
 DEGREES = (1, 2, 4)

@@ -34,7 +34,8 @@ from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import InstancesSetup, build_system
 from megatron_medha.sim.systems.instances_world import InstancesWorld
 from megatron_medha.sim.systems.ring_cost import RingCost
-from megatron_medha.sim.truth import Truth, TruthConfig
+from megatron_medha.sim.truth import Truth
+from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.simulate_config import SimulateOptions
 
 LLAMA3_8B = ModelShape(

@@ -24,7 +24,8 @@ from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import build_system
-from megatron_medha.sim.truth import Truth, TruthConfig
+from megatron_medha.sim.truth import Truth
+from megatron_medha.sim.truth_config import TruthConfig
 
 HERE = Path(__file__).parent
 QPS, MINUTES = 0.75, 5

@@ -16,7 +16,6 @@ FIRST_ID = 300  # past single bytes and special tokens
 DECODE_TOKENS = 128
 SHORT_TOKENS = (64, 256)
 SHORT_OUTPUTS, LONG_OUTPUTS = (16, 64), (16, 32)
-LONGS_AT_ONCE_TOKENS = 12288
 LONGS_AT_ONCE_IN_ALL = 8
 # Of the waves' short prompts: what a chat-like background brings, some 10% of two cores' time.
 WAVE_SHORTS_PER_S = 2.0
@@ -171,6 +170,7 @@ class LongsAtOnce:
     """Eight long prompts in waves of so many at once, beside a steady stream of short ones."""
 
     at_once: int
+    num_tokens: int  # of each long prompt
 
     async def run(self, endpoint: Endpoint, seed: int) -> Seen:
         """The next wave comes when all of this one have their first token: the same work for every size of wave."""
@@ -179,7 +179,7 @@ class LongsAtOnce:
         is_over = asyncio.Event()
 
         async def long_one() -> None:
-            stream = await endpoint.ask(prompt(LONGS_AT_ONCE_TOKENS, rng), 1, is_long=True)
+            stream = await endpoint.ask(prompt(self.num_tokens, rng), 1, is_long=True)
             seen.add(stream, 1, is_long=True)
 
         async def short_one() -> None:

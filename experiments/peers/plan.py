@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -61,6 +62,7 @@ class Sizes:
     repeats: int = 3
     num_requests: int = 100
     num_requests_16k: int = 60     # they take several times as long
+    longs_tokens: int = 12288      # of each of the eight long prompts of longs-N
     utilisation: float = 0.7
 
 
@@ -80,6 +82,23 @@ def mixed_load(long_tokens: tuple[int, int]) -> str:
 
 
 LONGS = [f"longs-{at_once}" for at_once in (1, 2, 4, 8)]
+_CELL_NAME = re.compile(r"(.+)\.((?:prefill|decode|longs)-[1-9]\d*|mixed-[1-9]\d*-[1-9]\d*)\.(\d+)")
+
+
+def named_visits(names: Sequence[str], known: Collection[str]) -> list[Visit]:
+    """Cells by the names of their files; a server is started once for all of its own, in the order they are named.
+
+    Raises SystemExit for what is no cell of a known server.
+    """
+    cells: dict[str, list[Cell]] = {}
+    for name in dict.fromkeys(names):
+        parts = _CELL_NAME.fullmatch(name)
+        if parts is None or parts[1] not in known:
+            raise SystemExit(
+                f"--cells: {name} is no cell; one is SERVER.LOAD.SEED, as in medha.longs-4.11, of {', '.join(known)}"
+            )
+        cells.setdefault(parts[1], []).append(Cell(parts[1], parts[2], int(parts[3])))
+    return [Visit(server, tuple(own)) for server, own in cells.items()]
 
 
 def plans(sizes: Sizes) -> dict[str, list[Visit]]:
@@ -135,7 +154,7 @@ def load_of(cell: Cell, sizes: Sizes, store: Store, rate: float | None, rate_fro
     if kind == "decode":
         return Decode(int(rest), sizes.repeats)
     if kind == "longs":
-        return LongsAtOnce(int(rest))
+        return LongsAtOnce(int(rest), sizes.longs_tokens)
     low, _, high = rest.partition("-")
     long_tokens = int(low), int(high)
     num_requests = sizes.num_requests if long_tokens == LONGS_8K else sizes.num_requests_16k

@@ -6,6 +6,7 @@
     python -m experiments.peers.run --report                    # tables and pictures from what there is
     python -m experiments.peers.run --only medha,vllm --skip longs
     python -m experiments.peers.run --only medha,medha-b30 --variant b30=scheduler.step_budget_s=0.03
+    python -m experiments.peers.run --cells medha.longs-1.11,medha.longs-8.11,vllm.prefill-32768.13   # these alone
 
 It makes a checkpoint of random weights (28 million parameters, bf16), installs vLLM's CPU build and llama.cpp's
 llama-server into --peers (network, 5 GB, a C++ compiler and cmake, some 20 minutes, once), then starts one server at a
@@ -36,7 +37,7 @@ from experiments.peers import report
 from experiments.peers.checkpoint import make_checkpoint
 from experiments.peers.load import Endpoint, Load, Mixed, warm_up
 from experiments.peers.meter import CpuSeconds
-from experiments.peers.plan import START_S, Cell, Sizes, Store, Visit, load_of, plans
+from experiments.peers.plan import START_S, Cell, Sizes, Store, Visit, load_of, named_visits, plans
 from experiments.peers.servers import Server, Started, servers, started
 
 
@@ -50,6 +51,7 @@ def main() -> None:
         repeats=args.repeats,
         num_requests=args.requests,
         num_requests_16k=max(20, args.requests * 6 // 10),
+        longs_tokens=args.longs_tokens,
         utilisation=args.utilisation,
     )
     known = servers(args.threads, args.medha, args.variant)
@@ -62,7 +64,8 @@ def main() -> None:
     store = Store(args.out / "cells")
     if not args.report:
         checkpoint = (args.checkpoint or peers / "random-small").resolve()
-        visits = _with_variants(plans(sizes)[args.plan], known)
+        planned = _with_variants(plans(sizes)[args.plan], known)
+        visits = named_visits(args.cells.split(","), known) if args.cells else planned
         visits = [left for one in visits if (left := _left(one, wanted, args.skip, store))]
         if not (checkpoint / "config.json").exists():
             print("making the checkpoint", flush=True)
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", type=Path, help="where peers are installed, and kept for the next run; default: OUT/installed")
     add("--checkpoint", type=Path, help="Hugging Face directory, for all; default: PEERS/random-small, made if missing")
     add("--only", help="servers of the plan, with commas; default: all of them")
+    add("--cells", metavar="SERVER.LOAD.SEED,...", help="instead of a plan: these cells, each server started once")
     add("--skip", default="", help="cells whose names begin so, with commas: prefill-32768,longs")
     add("--report", action="store_true", help="run nothing: tables and pictures from the cells there are")
     add("--judge", default="medha", help="which of our servers is held to the bars; default: %(default)s")
@@ -98,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lengths", default="256,1024,8192,16384,32768", help="of lone prompts; default: %(default)s")
     add("--repeats", type=int, default=3, help="of decodes and of lone prompts up to 4096 tokens; default: %(default)s")
     add("--requests", type=int, default=100, help="of a mixed stream; six tenths with 16K-32K; default: %(default)s")
+    add("--longs-tokens", type=int, default=Sizes().longs_tokens, help="of a prompt of longs-N; default: %(default)s")
     add("--rate", type=float, help="requests/s of mixed streams; default: from --utilisation")
     add("--utilisation", type=float, default=0.7, help="of --rate-from under the mixed stream; default: %(default)s")
     add("--rate-from", default="vllm", metavar="SERVER", help="whose lone cells it comes from; default: %(default)s")

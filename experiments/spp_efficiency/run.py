@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from array import array
@@ -114,6 +115,10 @@ def main() -> None:
         of_ideal = f"{replayed / ideal:>10.3f}" if label == "2 stages" else ""
         print(f"{label:<10}{wall_s:>12.1f}{measured:>12.3f}{replayed_s:>15.1f}{replayed:>12.3f}{of_ideal:>10}"
               f"   CPU s by stage: {', '.join(f'{sum(stage):.1f}' for stage in cpu_s)}")
+    (two_s,), *_ = found["2 stages"]
+    is_kept = one_s / two_s / 2 >= BAR * ideal
+    print(f"2 stages, measured: {one_s / two_s / 2 / ideal:.3f} of ideal; bar {BAR}: {'kept' if is_kept else 'MISSED'}")
+    sys.exit(not is_kept)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_medha.cluster.messages import Shutdown, Step, StepDone
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.worker.front_inbox import FrontInbox
-from megatron_medha.worker.main import main
+from megatron_medha.worker.main import Loaded, main
 
 NATIVE = ("medha_decoder", "medha_attend", "medha_linear", "medha_rms_norm", "medha_gated_silu")
 
@@ -61,7 +61,7 @@ class TimedInbox:
         return message
 
 
-def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Callable[..., None], Any]:
+def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
     """The usual rank, its library's functions replaced by timed ones before anything takes them from it."""
     from megatron_medha.kernels.native_build import native_library, native_target
     from megatron_medha.worker.load import load_rank
@@ -102,7 +102,7 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Ca
         run_steps(rank, TimedInbox(inbox, came), answer_timed)
         Path(os.environ["STEP_OVERHEAD_OUT"], "rank.json").write_text(json.dumps(timers.steps))
 
-    return serve, ready
+    return Loaded(serve, ready, rank.prepare)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@
 #include <new>
 #include <vector>
 
+#include "ahead.h"
 #include "crew.h"
 #include "layout.h"
 #include "simd.h"
@@ -244,6 +245,7 @@ class Work {
         const int64_t num_rows = unit.end_row - unit.first_row;
         float *const widened = memory + num_rows * (TILE_KEYS + 1);
         const bool widens = RowTiles(num_rows).count >= MIN_TILES_TO_WIDEN;
+        const int64_t num_score_panels = RowTiles(num_rows).count * (TILE_GROUPS / PANEL_GROUPS);
         const Run *const runs = unit.rows->runs, *const end_run = runs + unit.rows->num_runs;
         const Run *run = std::upper_bound(runs, end_run, first_key, [](int64_t key, const Run &r) {
             return key < r.first_key;
@@ -267,24 +269,34 @@ class Work {
             const bool is_whole = key - tile_start == TILE_KEYS && key <= keys_of(*unit.rows, unit.first_row);
             if constexpr (sizeof(T) == 2) {
                 if (widens) {
+                    // Widening waits for memory, and the products over a tile last long enough to fetch the next one:
+                    // as if it lay behind this one, mostly true.
+                    const KeyGroup<T> &last = groups[num_groups - 1];
+                    const int64_t tile_bytes = key < end_key ? TILE_KEYS * dim_ * sizeof(T) : 0;
+                    Ahead next_keys(last.k + GROUP * dim_, tile_bytes, num_score_panels);
+                    Ahead next_values(last.v + GROUP * dim_, tile_bytes, num_score_panels);
                     KeyGroup<float> wide[TILE_GROUPS];
                     for (int g = 0; g < num_groups; ++g) {
                         float *const k = widened + g * 2 * GROUP * dim_, *const v = k + GROUP * dim_;
                         widen_group(groups[g], k, v, dim_);
                         wide[g] = {k, v, groups[g].first_key, groups[g].first_lane, groups[g].end_lane};
                     }
-                    add_tile(unit, wide, num_groups, is_whole, queries, sums, memory);
+                    add_tile(unit, wide, num_groups, is_whole, queries, sums, memory, [&] {
+                        next_keys.fetch();
+                        next_values.fetch();
+                    });
                     continue;
                 }
             }
-            add_tile(unit, groups, num_groups, is_whole, queries, sums, memory);
+            add_tile(unit, groups, num_groups, is_whole, queries, sums, memory, [] {});
         }
     }
 
-    template <class Stored>
+    // fetch: called once for each register tile of scores.
+    template <class Stored, class Fetch>
     void add_tile(
         const Unit &unit, KeyGroup<Stored> *groups, int num_groups, bool is_whole, const float *queries, Sums &sums,
-        float *memory
+        float *memory, const Fetch &fetch
     ) const {
         const int64_t num_rows = unit.end_row - unit.first_row;
         const RowTiles tiles(num_rows);
@@ -297,15 +309,17 @@ class Work {
         for (int g = 0; g < num_padded; g += PANEL_GROUPS)
             for (int64_t i = 0; i < tiles.count; ++i) {
                 const int64_t first = tiles.first_row_of(i), count = tiles.first_row_of(i + 1) - first;
+                fetch();
                 score_panel_of<Stored>(static_cast<int>(count))(
                     padded + g, queries + first * dim_, dim_, scores + first * TILE_KEYS + g * GROUP
                 );
             }
-        for (int64_t r = 0; r < num_rows; ++r) {
-            float *const row = scores + r * TILE_KEYS;
-            if (!is_whole) hide(row, groups, num_groups, num_padded, keys_of(*unit.rows, unit.first_row + r));
-            decay[r] = softmax_row(row, num_padded * VECS_PER_GROUP, sums.max[r], sums.total + r * WIDTH);
-        }
+        if (!is_whole)
+            for (int64_t r = 0; r < num_rows; ++r)
+                hide(
+                    scores + r * TILE_KEYS, groups, num_groups, num_padded, keys_of(*unit.rows, unit.first_row + r)
+                );
+        softmax(scores, num_rows, num_padded * VECS_PER_GROUP, sums, decay);
         const int64_t num_columns = dim_ / WIDTH, num_panels = (num_columns + MAX_COLUMNS - 1) / MAX_COLUMNS;
         for (int64_t p = 0; p < num_panels; ++p) {
             const int64_t first_column = num_columns * p / num_panels;
@@ -332,29 +346,37 @@ class Work {
         std::fill(row + num_groups * GROUP, row + num_padded * GROUP, MINUS_INFINITY);
     }
 
-    // Scores to weights relative to the new maximum; returns what earlier weights are multiplied by.
-    static float softmax_row(float *row, int num_vecs, float &max_so_far, float *total) {
-        Vec highest = load(row);
-        for (int i = 1; i < num_vecs; ++i) highest = max(highest, load(row + i * WIDTH));
-        const float new_max = std::max(max_so_far, reduce_max(highest));
-        // A row that has seen no key yet: any finite maximum makes its weights exactly 0.
-        const float origin = new_max == MINUS_INFINITY ? 0.0f : new_max;
-        Vec sum = splat(0.0f);
-        for (int i = 0; i < num_vecs; ++i) {
-            const Vec weight = exp2_of_nonpositive(load(row + i * WIDTH) - splat(origin));
-            store(row + i * WIDTH, weight);
-            sum = sum + weight;
+    // Scores to weights relative to each row's new maximum; decay: what its earlier weights are multiplied by. All
+    // maxima first: a row's powers would have to wait for its own.
+    static void softmax(float *scores, int64_t num_rows, int num_vecs, Sums &sums, float *decay) {
+        for (int64_t r = 0; r < num_rows; ++r) {
+            const float *const row = scores + r * TILE_KEYS;
+            Vec highest = load(row);
+            for (int i = 1; i < num_vecs; ++i) highest = max(highest, load(row + i * WIDTH));
+            const float old_max = sums.max[r], new_max = std::max(old_max, reduce_max(highest));
+            decay[r] = 1.0f;
+            if (new_max != old_max) {
+                float lanes[WIDTH];
+                store(lanes, exp2_of_nonpositive(splat(old_max - origin_of(new_max))));
+                decay[r] = lanes[0];
+            }
+            sums.max[r] = new_max;
         }
-        float decay = 1.0f;
-        if (new_max != max_so_far) {
-            float lanes[WIDTH];
-            store(lanes, exp2_of_nonpositive(splat(max_so_far - origin)));
-            decay = lanes[0];
+        for (int64_t r = 0; r < num_rows; ++r) {
+            float *const row = scores + r * TILE_KEYS, *const total = sums.total + r * WIDTH;
+            const Vec origin = splat(origin_of(sums.max[r]));
+            Vec sum = splat(0.0f);
+            for (int i = 0; i < num_vecs; ++i) {
+                const Vec weight = exp2_of_nonpositive(load(row + i * WIDTH) - origin);
+                store(row + i * WIDTH, weight);
+                sum = sum + weight;
+            }
+            store(total, fma(load(total), splat(decay[r]), sum));
         }
-        max_so_far = new_max;
-        store(total, fma(load(total), splat(decay), sum));
-        return decay;
     }
+
+    // A row that has seen no key yet: any finite maximum makes its weights exactly 0.
+    static float origin_of(float max) { return max == MINUS_INFINITY ? 0.0f : max; }
 
     void write_out(const Unit &unit, const Sums &sums) const {
         for (int64_t r = 0; r < unit.end_row - unit.first_row; ++r) {

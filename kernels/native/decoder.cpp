@@ -46,7 +46,8 @@ struct DecoderCall {
     const int64_t *token_ids;   // with `embedding`; null: `hidden` comes from the stage before
     const uint16_t *embedding;  // [vocabulary][hidden]
     uint16_t *hidden;           // [T][hidden], in and out: what the last layer leaves
-    const float *cos, *signed_sin;  // [T][head_dim]
+    const float *cos, *signed_sin;  // [angles][head_dim]
+    const int64_t *angle_rows;      // [T], of each token in these; null: its own
     const int64_t *slots;
     const Rows *rows;
     int64_t num_rows;
@@ -124,7 +125,8 @@ class Decoder {
     // Queries and keys of one token: normalised where the model does that, and turned by the token's angles.
     void rotate(const DecoderLayer &layer, int64_t token, float *row) {
         const int64_t dim = call_.head_dim, half = dim / 2;
-        const float *const cos = call_.cos + token * dim, *const signed_sin = call_.signed_sin + token * dim;
+        const int64_t angles = (call_.angle_rows == nullptr ? token : call_.angle_rows[token]) * dim;
+        const float *const cos = call_.cos + angles, *const signed_sin = call_.signed_sin + angles;
         for (int64_t head = 0; head < call_.num_kv_heads; ++head)
             for (int64_t i = 0; i < group_ - 1; ++i) {
                 uint16_t *const x = mixed_ + token * mixed_size_ + (head * group_ + i) * dim;

@@ -10,6 +10,7 @@
 #include <new>
 #include <utility>
 
+#include "ahead.h"
 #include "calls.h"
 #include "crew.h"
 #include "simd.h"
@@ -24,6 +25,7 @@ constexpr int64_t PANEL = MAX_COLUMNS * WIDTH;  // outputs of a register tile
 static_assert(PACKED % PANEL == 0, "a register tile lies in one pack");
 constexpr int64_t AHEAD = 2048;              // bytes: what decodes fetch beforehand
 constexpr int64_t DEPTH = 256;      // inputs of a widened block: 64 KiB with 64 outputs, in L2
+static_assert(DEPTH % WIDTH == 0, "inputs are packed by vectors");
 constexpr int MAX_ROWS = 6;         // of a register tile
 constexpr int64_t MAX_ROWS_OF_ITEM = 96;
 constexpr int MAX_ROWS_UNWIDENED = 2 * MAX_ROWS;  // of a register tile of half the width
@@ -48,18 +50,23 @@ inline void fetch_two(const int8_t *at) {
     __builtin_prefetch(at + PACKED + AHEAD);
 }
 
+// Rows of a tile lie side by side, WIDTH inputs of each at a time: in [depth / WIDTH][R][WIDTH].
 template <int R>
-void add_products(const float *weights, const float *in, int64_t depth, float *sums) {
+void add_products(const float *weights, const float *in, int64_t depth, float *sums, Ahead &next) {
     Vec sum[R][MAX_COLUMNS];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = load(sums + r * PANEL + c * WIDTH);
-    for (int64_t d = 0; d < depth; ++d) {
-        Vec column[MAX_COLUMNS];
-        for (int c = 0; c < MAX_COLUMNS; ++c) column[c] = load(weights + d * PANEL + c * WIDTH);
+    for (; depth > 0; depth -= WIDTH, in += R * WIDTH) {
+        const int64_t count = std::min<int64_t>(WIDTH, depth);
+        next.fetch();
+        for (int64_t d = 0; d < count; ++d, weights += PANEL) {
+            Vec column[MAX_COLUMNS];
+            for (int c = 0; c < MAX_COLUMNS; ++c) column[c] = load(weights + c * WIDTH);
 #pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-            const Vec x = splat(in[d * R + r]);
-            for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = fma(x, column[c], sum[r][c]);
+            for (int r = 0; r < R; ++r) {
+                const Vec x = splat(in[r * WIDTH + d]);
+                for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = fma(x, column[c], sum[r][c]);
+            }
         }
     }
     for (int r = 0; r < R; ++r)
@@ -72,22 +79,25 @@ void add_products(const float *weights, const float *in, int64_t depth, float *s
 template <class W, int R, int C>
 void multiply_packed(const W *pack, int64_t o, const float *in, int64_t depth, float *sums) {
     Vec sum[R][C] = {};
-    for (int64_t d = 0; d < depth; d += 2) {
-        Vec even[C], odd[C];
-        for (int c = 0; c < C; ++c) {
-            const W *const at = place(pack, d, o + c * WIDTH);
-            load_two(at, even[c], odd[c]);
-            if (c * BYTES_OF_VEC<W> % 64 == 0) fetch_two(at);  // once a line
-        }
+    for (int64_t start = 0; start < depth; start += WIDTH, in += R * WIDTH) {
+        const int64_t count = std::min<int64_t>(WIDTH, depth - start);
+        for (int64_t d = 0; d < count; d += 2) {
+            Vec even[C], odd[C];
+            for (int c = 0; c < C; ++c) {
+                const W *const at = place(pack, start + d, o + c * WIDTH);
+                load_two(at, even[c], odd[c]);
+                if (c * BYTES_OF_VEC<W> % 64 == 0) fetch_two(at);  // once a line
+            }
 #pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            const Vec x = splat(in[d * R + r]);
-            for (int c = 0; c < C; ++c) sum[r][c] = fma(x, even[c], sum[r][c]);
-        }
+            for (int r = 0; r < R; ++r) {
+                const Vec x = splat(in[r * WIDTH + d]);
+                for (int c = 0; c < C; ++c) sum[r][c] = fma(x, even[c], sum[r][c]);
+            }
 #pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            const Vec x = splat(in[(d + 1) * R + r]);
-            for (int c = 0; c < C; ++c) sum[r][c] = fma(x, odd[c], sum[r][c]);
+            for (int r = 0; r < R; ++r) {
+                const Vec x = splat(in[r * WIDTH + d + 1]);
+                for (int c = 0; c < C; ++c) sum[r][c] = fma(x, odd[c], sum[r][c]);
+            }
         }
     }
     for (int r = 0; r < R; ++r)
@@ -102,7 +112,7 @@ constexpr MultiplyPacked<W> multiply_packed_of(int num_rows, std::integer_sequen
     return all[num_rows - 1];
 }
 
-using AddProducts = void (*)(const float *, const float *, int64_t, float *);
+using AddProducts = void (*)(const float *, const float *, int64_t, float *, Ahead &);
 constexpr AddProducts ADD_PRODUCTS[] = {add_products<1>, add_products<2>, add_products<3>,
                                         add_products<4>, add_products<5>, add_products<6>};
 
@@ -111,11 +121,16 @@ template <class W>
 class Linear {
   public:
     explicit Linear(const LinearCall &call)
-        : call_(call), depth_((call.num_inputs + 1) / 2 * 2), num_tiles_(call.num_rows <= MAX_ROWS_UNWIDENED ? call.num_rows > 0 : (call.num_rows + MAX_ROWS - 1) / MAX_ROWS) {}
+        : call_(call),
+          depth_((call.num_inputs + 1) / 2 * 2),
+          packed_depth_((depth_ + WIDTH - 1) / WIDTH * WIDTH),
+          num_tiles_(
+              call.num_rows <= MAX_ROWS_UNWIDENED ? call.num_rows > 0 : (call.num_rows + MAX_ROWS - 1) / MAX_ROWS
+          ) {}
 
     void run() {
         static thread_local Buffer packed_memory;
-        packed_ = packed_memory.at_least<float>(call_.num_rows * depth_);
+        packed_ = packed_memory.at_least<float>(call_.num_rows * packed_depth_);
         const int64_t num_products = call_.num_rows * call_.num_inputs * call_.num_outputs;
         const int64_t num_threads =
             threads_worth_it(call_.run_team, call_.num_threads, num_products, MIN_PARALLEL_PRODUCTS);
@@ -144,13 +159,16 @@ class Linear {
   private:
     int64_t first_row_of(int64_t tile) const { return call_.num_rows * tile / num_tiles_; }
 
+    // As add_products reads them; zeros fill up what is not there.
     void pack(int64_t tile) {
         const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
-        float *to = packed_ + first * depth_;
+        float *const to = packed_ + first * packed_depth_;
         for (int64_t r = 0; r < count; ++r) {
-            const uint16_t *row = call_.in + (first + r) * call_.num_inputs;
-            for (int64_t d = 0; d < call_.num_inputs; ++d) to[d * count + r] = to_float(row[d]);
-            if (depth_ > call_.num_inputs) to[call_.num_inputs * count + r] = 0.0f;
+            const uint16_t *const row = call_.in + (first + r) * call_.num_inputs;
+            int64_t d = 0;
+            for (; d + WIDTH <= call_.num_inputs; d += WIDTH) store(to + d * count + r * WIDTH, load(row + d));
+            for (int64_t i = 0; d + i < packed_depth_; ++i)
+                to[d * count + r * WIDTH + i] = d + i < call_.num_inputs ? to_float(row[d + i]) : 0.0f;
         }
     }
 
@@ -177,11 +195,16 @@ class Linear {
         std::fill_n(sums, num_rows * PANEL, 0.0f);
         for (int64_t start = 0; start < depth_; start += DEPTH) {
             const int64_t depth = std::min(DEPTH, depth_ - start);
-            widen(pack_of(panel * PANEL) + start * PACKED, panel * PANEL % PACKED, widened, depth);
+            const W *const block = pack_of(panel * PANEL) + start * PACKED;
+            widen(block, panel * PANEL % PACKED, widened, depth);
+            const int64_t next_depth = std::min(DEPTH, depth_ - start - depth);
+            const int64_t num_fetches = (end_tile - first_tile) * ((depth + WIDTH - 1) / WIDTH);
+            Ahead next(block + depth * PACKED, next_depth * PACKED * sizeof(W), num_fetches);
             for (int64_t tile = first_tile; tile < end_tile; ++tile) {
                 const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
                 ADD_PRODUCTS[count - 1](
-                    widened, packed_ + first * depth_ + start * count, depth, sums + (first - first_row) * PANEL
+                    widened, packed_ + first * packed_depth_ + start * count, depth, sums + (first - first_row) * PANEL,
+                    next
                 );
             }
         }
@@ -199,28 +222,34 @@ class Linear {
     }
 
     void write_out(int64_t row, int64_t first, int64_t width, const float *sums) const {
-        const int64_t count = std::min(width, call_.num_outputs - first);
-        uint16_t *out = call_.out + row * call_.num_outputs + first;
-        uint16_t rounded[PANEL];
-        float scaled[PANEL];
-        if (call_.scales != nullptr) {
-            for (int64_t o = 0; o < count; ++o) scaled[o] = sums[o] * call_.scales[first + o];
-            sums = scaled;
+        const int64_t count = std::min(width, call_.num_outputs - first), at = row * call_.num_outputs + first;
+        int64_t o = 0;
+        for (; o + WIDTH <= count; o += WIDTH) {
+            Vec sum = load(sums + o);
+            if (call_.scales != nullptr) sum = sum * load(call_.scales + first + o);
+            if (call_.bias != nullptr) sum = sum + load(call_.bias + first + o);
+            if (call_.residual != nullptr) {
+                uint16_t rounded[WIDTH];
+                store(rounded, sum);
+                sum = load(call_.residual + at + o) + load(rounded);
+            }
+            store(call_.out + at + o, sum);
         }
-        if (call_.bias == nullptr)
-            for (int64_t o = 0; o < count; ++o) from_float(sums[o], rounded + o);
-        else
-            for (int64_t o = 0; o < count; ++o) from_float(sums[o] + to_float(call_.bias[first + o]), rounded + o);
-        if (call_.residual == nullptr) {
-            std::copy_n(rounded, count, out);
-            return;
+        for (; o < count; ++o) {
+            float sum = sums[o];
+            if (call_.scales != nullptr) sum = sum * call_.scales[first + o];
+            if (call_.bias != nullptr) sum = sum + to_float(call_.bias[first + o]);
+            if (call_.residual != nullptr) {
+                uint16_t rounded;
+                from_float(sum, &rounded);
+                sum = to_float(call_.residual[at + o]) + to_float(rounded);
+            }
+            from_float(sum, call_.out + at + o);
         }
-        const uint16_t *residual = call_.residual + row * call_.num_outputs + first;
-        for (int64_t o = 0; o < count; ++o) from_float(to_float(residual[o]) + to_float(rounded[o]), out + o);
     }
 
     const LinearCall &call_;
-    const int64_t depth_, num_tiles_;
+    const int64_t depth_, packed_depth_, num_tiles_;
     float *packed_ = nullptr;
 };
 

@@ -41,7 +41,14 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
     """Front to rank: nothing. That it cannot be sent any more tells that the rank has closed its connection."""
 
 
-ToRank = Step | Shutdown | Ping
+class Prepare(msgspec.Struct, frozen=True, array_like=True, tag="prepare"):
+    """Front to rank: compile this grammar beside the steps, and say when that is done."""
+
+    number: int
+    grammar: str
+
+
+ToRank = Step | Shutdown | Ping | Prepare
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):
@@ -86,6 +93,13 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
     rank: int
 
 
+class Prepared(msgspec.Struct, frozen=True, array_like=True, tag="prepared"):
+    """Rank to front: that grammar is compiled, or cannot be, of which its request will hear."""
+
+    rank: int
+    number: int
+
+
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     """Rank to front: its stage's work of the batch is done. Ranks with tp index 0 send it.
 
@@ -109,4 +123,4 @@ class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"
     message: str
 
 
-FromRank = Loading | Ready | Heartbeat | StepDone | RankFailed
+FromRank = Loading | Ready | Heartbeat | Prepared | StepDone | RankFailed

@@ -15,6 +15,7 @@ from enum import Enum
 import zmq
 
 from megatron_medha.cluster.collector import BatchResult, StepCollector
+from megatron_medha.cluster.grammar_gate import GrammarGate
 from megatron_medha.cluster.health import FailureCount, Heartbeats, RecoveryConfig, StepWatchdog
 from megatron_medha.cluster.launch import Ranks
 from megatron_medha.cluster.messages import (
@@ -23,6 +24,7 @@ from megatron_medha.cluster.messages import (
     Loading,
     NewRequest,
     Ping,
+    Prepared,
     RankFailed,
     Ready,
     Shutdown,
@@ -78,6 +80,7 @@ class ClusterRuntime:
         self._recovery = recovery
         self._collector = StepCollector(layout)
         self._mirror = RankMirror(layout, self._describe)
+        self._gate = GrammarGate(_sampling_ranks(layout), self._grammar_of)
         self._watchdog = StepWatchdog(recovery)
         self._failures = FailureCount(recovery)
         self._heartbeats = Heartbeats(range(layout.world_size), recovery.load_heartbeat_timeout_s, 0.0)
@@ -164,6 +167,7 @@ class ClusterRuntime:
             self._audit.clear()
         # A loss that the scheduler has not heard of yet is part of this one.
         self._events = deque(event for event in self._events if not isinstance(event, RanksLost))
+        self._gate.restart()
         self._start_ranks()
 
     def _ranks_are_ready(self) -> None:
@@ -230,14 +234,21 @@ class ClusterRuntime:
         token_ids = stream.token_ids + stream.output_ids if stream.output_ids else stream.token_ids
         return NewRequest(request_id, token_ids.tobytes(), len(stream.token_ids), stream.sampling)
 
+    def _grammar_of(self, request_id: str) -> str | None:
+        stream = self._streams.get(request_id)
+        return None if stream is None else stream.sampling.grammar
+
     # ---- waiting ----
 
     def _wait(self) -> None:
         """Wait for anything to happen, a fraction of a second at most, and take it up."""
         polled = dict(self._poller.poll(int(_CHECK_INTERVAL_S * 1000)))
         if self._inbox.fileno() in polled:
-            self._events.extend(self._inbox.drain())
+            for event in self._inbox.drain():
+                self._events.extend(self._gate.admit(event))
         try:
+            if self._phase is not _Phase.STARTING:
+                self._ask_for_grammars()
             if self._ranks.link.socket in polled:
                 self._receive()
             if any(socket in polled for socket in self._ranks.sockets):
@@ -246,6 +257,12 @@ class ClusterRuntime:
                 self._check()
         except RankError as error:
             self._lose_ranks(str(error))
+
+    def _ask_for_grammars(self) -> None:
+        for question in self._gate.take_questions():
+            payload = self._ranks.link.encode(question)
+            for rank in self._gate.ranks:
+                self._ranks.link.send_encoded(rank, payload)
 
     def _check(self) -> None:
         now_s = self.now_s()
@@ -284,6 +301,8 @@ class ClusterRuntime:
                     self._events.append(self._keep(event) if isinstance(event, BatchResult) else event)
             case Heartbeat():
                 pass
+            case Prepared():
+                self._events.extend(self._gate.take(message))
             case Loading() if self._phase is _Phase.STARTING:
                 self._progress.take(message)
                 self._note_start(self._progress.what, self._progress.fraction)
@@ -317,3 +336,8 @@ class ClusterRuntime:
             self._board.loading(what, fraction)
         else:
             self._board.recovering(f"{self._why_lost}; starting again: {what}", fraction)
+
+
+def _sampling_ranks(layout: ParallelLayout) -> list[int]:
+    coords = {rank: layout.coord_of(rank) for rank in range(layout.world_size)}
+    return [rank for rank, coord in coords.items() if coord.pp == layout.spp - 1 and coord.tp == 0]

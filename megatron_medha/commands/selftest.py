@@ -6,32 +6,37 @@ import asyncio
 import random
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from megatron_medha.commands import selftest_cases as cases
 from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
-from megatron_medha.commands.selftest_wire import Broken, Wire, check
+from megatron_medha.commands.selftest_wire import Begun, Broken, Wire, check
 from megatron_medha.core.errors import ConfigError, MedhaError
 
 USAGE = """\
 usage: medha selftest [key=value ...]
 
 Sends a running server what no client should: wrong types, huge numbers, deep JSON, broken UTF-8, bytes that are no
-HTTP, crawling heads, half-closed sockets, clients that leave. It holds if nothing is answered with a 5xx other than
-503, every error has OpenAI's shape, nothing hangs, and every KV block is free afterwards. Exit code 0: all held.
+HTTP, crawling heads, half-closed sockets, clients that leave, more of everything than there are limits for. It holds
+if nothing is answered with a 5xx other than 503, every error has OpenAI's shape, nothing hangs, nothing is let through
+beyond a limit, and every KV block is free afterwards. Exit code 0: all held.
 
 examples:
   medha selftest
   medha selftest url=http://127.0.0.1:8001 seed=7 num_random=5000
   medha selftest is_patient=true
+  medha selftest ends_server=true admin_key=KEY    # at last, whether it drains: then it is gone
 """
 
 _QUIET_S = 30.0          # for requests that were left to leave the engine
 _LOOK_S = 0.1
 _MAX_SHOWN = 10
 _PATIENCE_S = 130.0      # for heads (20 s) and bodies (60 s) that never come, by the server's own defaults
+_NUM_DRAINED = 4         # streams that run when the server is told to end
 _GUARDED = ("/v1/models", "/metrics", "/version", "/openapi.json", "/debug/schedule", "/tokenize", "/admin/reload")
 
 
@@ -50,6 +55,8 @@ class SelftestConfig:
     num_parallel: int = 16
     timeout_s: float = 60.0
     is_patient: bool = False
+    ends_server: bool = False
+    admin_key: str | None = None
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/]", self.url):
@@ -100,6 +107,7 @@ async def selftest(config: SelftestConfig) -> list[Group]:
     kinds: list[tuple[str, Iterable[Case]]] = [
         ("broken JSON", (_posted(wire, path, body) for path, body in cases.broken_bodies())),
         ("wrong fields", (_posted(wire, path, body) for path, body in cases.wrong_fields())),
+        ("beyond the limits", (_refused(wire, path, body) for path, body in cases.beyond_limits())),
         ("hostile grammars", (_posted(wire, path, body) for path, body in cases.hostile_grammars())),
         ("random bodies", (_posted(wire, *case) for case in cases.random_bodies(rng, config.num_random))),
         ("no HTTP", (_sent(wire, raw) for raw in cases.raw_requests(rng))),
@@ -116,7 +124,11 @@ async def selftest(config: SelftestConfig) -> list[Group]:
     if config.is_patient:
         patient = Wire(config.url, config.api_key, _PATIENCE_S)
         kinds.append(("crawling heads and bodies", (_crawling(patient, has_head) for has_head in (True, False) * 4)))
-    return [await _try_all(name, of_kind, wire, config, num_blocks) for name, of_kind in kinds]
+    groups = [await _try_all(name, of_kind, wire, config, num_blocks) for name, of_kind in kinds]
+    if config.ends_server:
+        admin = Wire(config.url, config.admin_key or config.api_key, config.timeout_s)
+        groups.append(await _drained(wire, admin))
+    return groups
 
 
 def table(groups: Sequence[Group]) -> str:
@@ -175,9 +187,11 @@ async def _num_free_blocks(wire: Wire) -> int | None:
     answer = await wire.ask("GET", "/metrics")
     if answer is None or answer.status != 200:
         return None
-    values = dict(re.findall(rb"^medha:(\w+)\{[^}]*\} ([\d.e+]+)$", answer.body, re.MULTILINE))
-    is_idle = float(values[b"num_requests_running"]) == float(values[b"num_requests_waiting"]) == 0
-    return int(float(values[b"num_free_blocks"])) if is_idle and float(values[b"num_blocks"]) else None
+    values: dict[bytes, float] = defaultdict(float)  # over all replicas
+    for name, value in re.findall(rb"^medha:(\w+)\{[^}]*\} ([\d.e+]+)$", answer.body, re.MULTILINE):
+        values[name] += float(value)
+    is_idle = values[b"num_requests_running"] == values[b"num_requests_waiting"] == 0
+    return int(values[b"num_free_blocks"]) if is_idle and values[b"num_blocks"] else None
 
 
 def _posted(wire: Wire, path: str, body: bytes, headers: dict[str, str] | None = None) -> Case:
@@ -185,6 +199,76 @@ def _posted(wire: Wire, path: str, body: bytes, headers: dict[str, str] | None =
         check(await wire.ask("POST", path, body, headers))
 
     return f"POST {path} {body[:120]!r}{f' {headers}' if headers else ''}", work
+
+
+def _refused(wire: Wire, path: str, body: bytes) -> Case:
+    async def work() -> None:
+        answer = await wire.ask("POST", path, body)
+        check(answer)
+        if answer is None or answer.status < 400:
+            raise Broken(f"status {answer.status if answer else None}, though it is beyond any limit")
+
+    return f"POST {path} {body[:120]!r}", work
+
+
+async def _drained(wire: Wire, admin: Wire) -> Group:
+    """Tell the server to end: what runs must end well or be told, what is new refused, and then nobody listens."""
+    group = Group("drain, the server is gone")
+    raw = wire.request("POST", cases.COMPLETIONS, cases.as_json(cases.LONG_STREAM))
+    try:
+        streams = [await wire.begin(raw) for _ in range(_NUM_DRAINED)]
+    except (Broken, OSError) as error:
+        return Group(group.name, 1, [f"{_NUM_DRAINED} streams before it: {error}"])
+    tries: list[tuple[str, Callable[[], Awaitable[None]]]] = [
+        ("POST /admin/drain", lambda: _told_to_drain(admin)),
+        ("a request after that", lambda: _comes_too_late(wire)),
+        *((f"stream {place}", partial(_ends_well, stream)) for place, stream in enumerate(streams)),
+        ("the end of the server", lambda: _is_gone(wire)),
+    ]
+    for what, work in tries:
+        group.num_tried += 1
+        try:
+            await work()
+        except Broken as error:
+            group.failures.append(f"{what}: {error}")
+            if group.num_tried == 1:
+                break  # it has not been told, so nothing else can be expected of it
+    for stream in streams:
+        stream.close()
+    return group
+
+
+async def _told_to_drain(admin: Wire) -> None:
+    answer = await admin.ask("POST", "/admin/drain")
+    if answer is None or answer.status != 202:
+        raise Broken(f"status {answer.status if answer else None}; it needs admin_key where the server has one")
+
+
+async def _comes_too_late(wire: Wire) -> None:
+    try:
+        answer = await wire.ask("POST", cases.COMPLETIONS, cases.as_json(cases.VALID[cases.COMPLETIONS]))
+    except OSError:
+        return  # it has ended already
+    check(answer)
+    if answer is not None and answer.status != 503:
+        raise Broken(f"status {answer.status}, though the server is shutting down")
+
+
+async def _ends_well(stream: Begun) -> None:
+    answer = await stream.rest()
+    if b"data: [DONE]" not in answer and b'"error"' not in answer:
+        raise Broken(f"it was cut off without a word, after {answer[-200:]!r}")
+
+
+async def _is_gone(wire: Wire) -> None:
+    for _ in range(int(wire.timeout_s / _LOOK_S)):
+        try:
+            _, writer = await wire.connect()
+        except OSError:
+            return
+        writer.close()
+        await asyncio.sleep(_LOOK_S)
+    raise Broken(f"it still listens after {wire.timeout_s:g} s")
 
 
 def _sent(wire: Wire, raw: bytes) -> Case:

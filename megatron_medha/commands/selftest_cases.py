@@ -36,6 +36,7 @@ VALID = {
     TOKENIZE: {"prompt": '"abc"'},
     DETOKENIZE: {"tokens": "[1,2]"},
 }
+LONG_STREAM = {"prompt": '"abc"', "max_tokens": "100", "ignore_eos": "true", "stream": "true"}
 NASTY_HEADERS = (
     ("x-slo-ttft-ms", "nan"), ("x-slo-ttft-ms", "-1"), ("x-slo-tpot-ms", "1e400"), ("x-slo-class", "gold"),
     ("x-medha-progress", "perhaps"), ("x-request-id", "a" * 5000), ("x-request-id", "\xff\xfe"),
@@ -70,6 +71,30 @@ def wrong_fields() -> Iterator[tuple[str, bytes]]:
                 if field in LENGTH_FIELDS and value == "null" and path in (CHAT, RESPONSES):
                     continue
                 yield path, as_json({**VALID[path], field: value})
+
+
+def beyond_limits() -> Iterator[tuple[str, bytes]]:
+    """More of everything than any server would allow."""
+    many = 100_000
+    texts, ids = json.dumps(["a"] * many), json.dumps(list(range(many)))
+    schema = json.dumps({"enum": ["x" * 10 * many]})
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * 10 * many, "parameters": {}}}
+    of_all = {
+        "stop": texts, "stop_token_ids": ids, "logit_bias": json.dumps(dict.fromkeys(range(many), 1)),
+        "guided_json": schema, "guided_regex": json.dumps("a" * 10 * many), "n": str(many),
+    }  # fmt: skip
+    of_completions = {
+        "prompt": texts, "best_of": str(many), "logprobs": str(many), "max_tokens": str(2**31 - 1),
+    }  # fmt: skip
+    of_chat = {
+        "top_logprobs": str(many), "max_completion_tokens": str(2**31 - 1), "tools": json.dumps([tool]),
+    }  # fmt: skip
+    for path, fields in ((COMPLETIONS, of_all | of_completions), (CHAT, of_all | of_chat)):
+        for name, value in fields.items():
+            needed = {"logprobs": "true"} if name == "top_logprobs" else {}
+            yield path, as_json({**VALID[path], **needed, name: value})
+    yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "stop": json.dumps("x" * 10 * many)})
+    yield RESPONSES, as_json({**VALID[RESPONSES], "max_output_tokens": str(2**31 - 1)})
 
 
 def hostile_grammars() -> Iterator[tuple[str, bytes]]:

@@ -24,6 +24,34 @@ class Answered:
     body: bytes
 
 
+@dataclass(slots=True)
+class Begun:
+    """An answer that has begun."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    timeout_s: float
+    first: bytes = b""
+
+    async def read(self, num_bytes: int) -> bytes:
+        """So many bytes at most, -1: all until the end; Broken if it hangs."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await self.reader.read(num_bytes)
+        except TimeoutError:
+            raise Broken(f"nothing more within {self.timeout_s:g} s") from None
+        except OSError:
+            return b""
+
+    async def rest(self) -> bytes:
+        """All of the answer."""
+        return self.first + await self.read(-1)
+
+    def close(self) -> None:
+        """Enough of it."""
+        self.writer.transport.abort()
+
+
 @dataclass(frozen=True, slots=True)
 class Wire:
     """The server's address, and how long it may keep silent."""
@@ -73,6 +101,14 @@ class Wire:
         finally:
             writer.close()
         return parse(answer) if answer else None
+
+    async def begin(self, raw: bytes) -> Begun:
+        """Send a request and wait for the first bytes of its answer; Broken if none come."""
+        reader, writer = await self.connect()
+        begun = Begun(reader, writer, self.timeout_s)
+        writer.write(raw)
+        begun.first = await begun.read(1)
+        return begun
 
     async def leave(self, raw: bytes, after_bytes: int) -> None:
         """Send bytes, read so many of the answer, and go away."""

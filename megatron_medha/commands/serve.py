@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_medha.commands.arguments import FLAGS, Arguments, parse_arguments
 from megatron_medha.commands.logs import set_up_logging
 from megatron_medha.commands.options_help import describe_options
+from megatron_medha.engine.freed_memory import GIVE_BACK_INTERVAL_S, give_back_freed_memory
 from megatron_medha.engine.ports import EnginePhase
 
 if TYPE_CHECKING:
@@ -239,7 +240,11 @@ class _Watch:
             return None
         self._say_ready()
         lost_s: float | None = None
+        gave_back_s = time.monotonic()
         while not self._stop.wait(2 * _POLL_S):
+            if time.monotonic() - gave_back_s > GIVE_BACK_INTERVAL_S:
+                give_back_freed_memory()
+                gave_back_s = time.monotonic()
             status = self._service.status
             match status.phase:
                 case EnginePhase.FAILED:

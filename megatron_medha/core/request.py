@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from math import inf
+from typing import Any
 
 from megatron_medha.core.blocks import BlockTable
 
@@ -42,6 +44,14 @@ class Request:
     deadline_multiplier: float | None = None  # of its SLO class, instead of the scheduler's own
     min_deadline_s: float | None = None       # likewise
     slo_class: str = ""              # the name of that class, for those who watch
+
+    def __reduce__(self) -> tuple[Callable[[tuple[Any, ...]], Request], tuple[tuple[Any, ...]]]:
+        # The way of dataclasses with slots is lost on a compiled class.
+        return _request_of, (tuple([getattr(self, each.name) for each in fields(Request)]),)
+
+
+def _request_of(values: tuple[Any, ...]) -> Request:
+    return Request(**{each.name: value for each, value in zip(fields(Request), values, strict=True)})
 
 
 @dataclass(slots=True, kw_only=True)

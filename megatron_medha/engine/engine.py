@@ -28,6 +28,7 @@ from megatron_medha.engine.ports import (
     EngineStatus,
     ErrorDelivery,
     Observer,
+    ReplicaState,
     Runtime,
     Sink,
 )
@@ -107,6 +108,11 @@ class Engine:
     def load(self) -> EngineLoad:
         """See EngineClient; at most 0.1 s behind."""
         return self._load
+
+    @property
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        """See EngineClient."""
+        return (ReplicaState(self.status, self.load),)
 
     def load_for(self, num_prompt_tokens: int) -> ReplicaLoad:
         """What a prompt of that length would find before it; from any thread, at most 0.1 s behind."""
@@ -213,8 +219,13 @@ class _LoadObserver:
 
     def handled(self, event: Event, outputs: object, now_s: float) -> None:
         """See Observer."""
-        if isinstance(event, Arrived):
-            self._arrived.append(event.request.request_id)
+        match event:
+            case Arrived():
+                self._arrived.append(event.request.request_id)
+            case Aborted():  # it may have been on its way still
+                self._arrived.append(event.request_id)
+            case _:
+                pass
         if now_s - self._taken_s > _SNAPSHOT_INTERVAL_S or not self._scheduler.num_sequences:
             self._note(self._scheduler, self._arrived)
             self._arrived.clear()

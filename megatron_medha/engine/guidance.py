@@ -1,11 +1,12 @@
 """Grammars an answer must match, by llguidance: compiled within limits, kept for whoever asks with the same one again.
 
-The front compiles each to find out whether it can be; the rank that samples compiles it to mask logits. What a schema
-or a regex means is the library's business.
+The front compiles each to find out whether it can be; the ranks that sample compile it to mask logits, beside their
+steps, before its request comes to them. What a schema or a regex means is the library's business.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ class GrammarError(MedhaError):
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary. One thread at a time."""
+    """Compiles grammars for one vocabulary, on any threads; while one compiles, others get what is kept."""
 
     def __init__(self, tokenizer_json: str, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
         """Takes a second for a vocabulary of 150,000. GrammarError if the library cannot read the tokenizer.
@@ -52,8 +53,12 @@ class GrammarCompiler:
             self._tokenizer = llguidance.LLTokenizer(
                 tokenizer_json, n_vocab=_num_ids(tokenizer_json, vocab_size), eos_token=list(stop_token_ids)
             )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise GrammarError(f"this model's tokenizer cannot be guided: {error}") from None
+        except BaseException as error:
+            # Two libraries read it: one raises bare Exceptions, and where the other panics that is not even one, of a
+            # class that has no public name.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise GrammarError(f"this model's tokenizer cannot be guided: {error}") from None
+            raise
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=_MAX_ITEMS_IN_ROW,
             initial_lexer_fuel=_INITIAL_LEXER_FUEL,
@@ -64,14 +69,15 @@ class GrammarCompiler:
             verbose_errors=False,
         )
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()  # around self._kept, never while anything is compiled
 
     @classmethod
     def of_file(cls, path: Path, vocab_size: int, stop_token_ids: Sequence[int]) -> GrammarCompiler:
         """For the tokenizer in this tokenizer.json."""
         try:
             text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise GrammarError(f"{path}: {error.strerror}") from None
+        except (OSError, UnicodeError) as error:
+            raise GrammarError(f"{path}: {error}") from None
         return cls(text, vocab_size, stop_token_ids)
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
@@ -79,13 +85,24 @@ class GrammarCompiler:
 
         grammar: in the form that the library's own LLMatcher.grammar_from_... functions give.
         """
-        kept = self._kept.get(grammar)
-        if kept is None:
-            kept = self._kept[grammar] = self.compile(grammar)
+        return self._keep(grammar).deep_copy()
+
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar that matcher() will be asked for; GrammarError as there."""
+        self._keep(grammar)
+
+    def _keep(self, grammar: str) -> llguidance.LLMatcher:
+        with self._lock:
+            kept = self._kept.get(grammar)
+            if kept is not None:
+                self._kept.move_to_end(grammar)
+                return kept
+        made = self.compile(grammar)
+        with self._lock:
+            self._kept[grammar] = made
             if len(self._kept) > _NUM_KEPT:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(grammar)
-        return kept.deep_copy()
+        return made
 
     def compile(self, grammar: str) -> llguidance.LLMatcher:
         """As matcher(), but nothing is kept."""

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from megatron_medha.core.batch import Batch, Event, FinishReason, Output
 from megatron_medha.core.model_shape import ModelShape
@@ -122,6 +122,13 @@ class EngineLoad:
     num_waiting_tokens: int  # prompt tokens not computed yet, over all live requests
 
 
+class ReplicaState(NamedTuple):
+    """One of the independent replicas behind an engine."""
+
+    status: EngineStatus
+    load: EngineLoad
+
+
 class EngineClient(Protocol):
     """The engine as the server sees it. Every method may be called from any thread and returns at once."""
 
@@ -136,6 +143,10 @@ class EngineClient(Protocol):
     @property
     def load(self) -> EngineLoad:
         """How busy it is."""
+
+    @property
+    def replicas(self) -> Sequence[ReplicaState]:
+        """The same of each replica; one where there are not several."""
 
     def now_s(self) -> float:
         """The clock that Request.arrival_s is measured on."""

@@ -20,6 +20,7 @@ from megatron_medha.engine.ports import (
     EngineStatus,
     ErrorDelivery,
     Observer,
+    ReplicaState,
     Sink,
 )
 
@@ -84,6 +85,11 @@ class Replicas:
             num_blocks=sum(load.num_blocks for load in loads),
             num_waiting_tokens=sum(load.num_waiting_tokens for load in loads),
         )
+
+    @property
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        """See EngineClient."""
+        return tuple(ReplicaState(engine.status, engine.load) for engine in self._engines)
 
     def now_s(self) -> float:
         """See EngineClient."""

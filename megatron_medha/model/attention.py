@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_medha.kernels.merge import merge_outputs
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary, rotate
 
@@ -35,21 +34,14 @@ class PagedCoreAttention(torch.nn.Module):
             return batch.backend.attend_rotating(batch.plan, q_TKGD, k_TKD, v_TKD, batch.rotation, layer, self.scale)
         if batch.shared is None:
             return batch.backend.attend(batch.plan, q_TKGD, k_TKD, v_TKD, layer, self.scale)
-        first_row = batch.shared.first_row
+        first_row, attention = batch.shared.first_row, batch.shared.attention
+        if not first_row:
+            return attention.attend(q_TKGD, k_TKD, v_TKD, layer, self.scale)
         alone, shared = slice(0, first_row), slice(first_row, None)
-        on_their_way = batch.shared.exchange.begin(
-            *batch.backend.attend_with_lse(
-                batch.shared.plan, q_TKGD[shared], k_TKD[shared], v_TKD[shared], layer, self.scale
-            )
-        )
+        merged = attention.begin(q_TKGD[shared], k_TKD[shared], v_TKD[shared], layer, self.scale)
         # What no other rank has a part in is computed while theirs is on its way.
-        outs = []
-        if first_row:
-            outs.append(
-                batch.backend.attend(batch.plan, q_TKGD[alone], k_TKD[alone], v_TKD[alone], layer, self.scale)
-            )
-        outs += [merge_outputs(parts) for parts in on_their_way.wait()]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        out_THD = batch.backend.attend(batch.plan, q_TKGD[alone], k_TKD[alone], v_TKD[alone], layer, self.scale)
+        return torch.cat((out_THD, merged()))
 
     def forward_training(self, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
         """Plain causal attention with gradients, [S, B, H, D]. Megatron's own is 40 times slower on CPU."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV, RotatingBackend
 from megatron_medha.model.rotary import Rotation
-from megatron_medha.parallel.kv_exchange import KVExchange
+from megatron_medha.model.shared_attention import SharedAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,7 @@ class SharedRows:
     """The last rows of a packed batch, of requests whose KV lies on several kvp ranks."""
 
     first_row: int
-    plan: Any             # the backend's own, for these rows alone, over this rank's shards
-    exchange: KVExchange
+    attention: SharedAttention  # of these rows alone
 
 
 @cache

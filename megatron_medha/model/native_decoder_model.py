@@ -42,11 +42,18 @@ def use_native_decoder(model: GPTModel) -> None:
     model.forward = _NativeForward(model, decoder)  # type: ignore[method-assign]
 
 
+def whole_decoder(model: GPTModel) -> NativeDecoder | None:
+    """The native decoder that runs the model, where it does and the model is not one stage of several."""
+    forward = model.forward
+    is_whole = isinstance(forward, _NativeForward) and model.pre_process and model.post_process
+    return forward.decoder if is_whole else None
+
+
 class _NativeForward:
     """Stands in for the forward of a GPTModel. Batches with rows shared among kvp ranks take the model's own."""
 
     def __init__(self, model: GPTModel, decoder: NativeDecoder) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
         self._plain = model.forward
         self._block = model.decoder
         self._is_first, self._is_last = model.pre_process, model.post_process
@@ -62,7 +69,7 @@ class _NativeForward:
             hidden_TC = torch.empty(len(token_ids_T), self._hidden_size, dtype=torch.bfloat16)
         else:
             token_ids_T, hidden_TC = None, self._block.input_tensor[:, 0].contiguous()
-        decoder = self._decoder
+        decoder = self.decoder
         logit_rows_R = batch.logit_rows if self._is_last else None
         if batch.before_layer is None:
             logits_RV = decoder.run(

@@ -79,6 +79,10 @@ class Rotary:
                 self._first_positions = self._computed(torch.arange(_NUM_ROUNDED_POSITIONS), None)
         return self._first_positions
 
+    def first_positions(self) -> Rotation | None:
+        """Cosines and sines by position, of the first ones, on the CPU; None where they depend on more."""
+        return None if self._dynamic_from is not None else self._table()
+
     @property
     def depends_on_lengths(self) -> bool:
         """Whether angles need a look at the lengths on the host, which a CUDA graph cannot take."""

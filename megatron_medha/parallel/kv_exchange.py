@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_medha.parallel.shared_slots import SLOT_BYTES, SharedSlots
+
+_GAP_BYTES = 8  # at most, between output and log-sum-exp in a slot
 
 
 class RankSet(NamedTuple):
@@ -54,6 +57,22 @@ class KVExchange:
         peers = sorted({rank for found in sets for rank in found.kvp_ranks} - {self._rank})
         self._sets_of = {peer: [found for found in sets if peer in found.kvp_ranks] for peer in peers}
         self._num_rows = sum(found.num_rows for found in sets)
+        self._most_rows = max(sum(found.num_rows for found in sets) for sets in self._sets_of.values())
+
+    @property
+    def links(self) -> np.ndarray | None:
+        """Of SharedSlots, for whoever exchanges through shared memory without `begin`; None: there is none."""
+        return None if self._slots is None else self._slots.links
+
+    def fits_slots(self, row_bytes: int) -> bool:
+        """Whether every message goes through shared memory, with so many bytes of output and log-sum-exp a row."""
+        return self._slots is not None and self._most_rows * row_bytes + _GAP_BYTES <= SLOT_BYTES
+
+    def wait_for_slots(self) -> None:
+        """Until every peer's answer to what was sent last is there. Raises TimeoutError after half an hour."""
+        assert self._slots is not None
+        for peer in self._sets_of:
+            self._slots.wait(peer, self._slots.last_number(peer))
 
     def begin(self, out_THD: Tensor, lse_TH: Tensor) -> PartsOnTheirWay:
         """Give this rank's partial attention to every peer, and make room for theirs; does not wait."""
@@ -159,7 +178,7 @@ def unpack(packed_THE: Tensor, head_dim: int) -> Part:
 
 
 def _num_bytes(part: Part) -> int:
-    return part.out_THD.nbytes + part.lse_TH.nbytes + 8  # the gap of _laid_out
+    return part.out_THD.nbytes + part.lse_TH.nbytes + _GAP_BYTES
 
 
 @lru_cache(maxsize=256)

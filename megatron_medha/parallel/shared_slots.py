@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,7 +47,7 @@ class SharedSlots:
         num_pairs = num_ranks * num_ranks
         self._counters = memoryview(self._memory)[: num_pairs * _LINE_BYTES].cast("q")
         self._slots = torch.frombuffer(self._memory, dtype=torch.uint8, offset=num_pairs * _LINE_BYTES)
-        self._num_sent = [0] * num_ranks  # to each peer; as many have come from it, or are about to
+        self.links = self._addresses()
 
     @staticmethod
     def size_of(num_ranks: int) -> int:
@@ -80,9 +81,13 @@ class SharedSlots:
             os.close(descriptor)
         return slots if _is_true_for_all(have_all, group) else None
 
+    def last_number(self, peer: int) -> int:
+        """Of the last message to a peer, and of what it has sent for it, or is about to."""
+        return self._counters[self._counter(self._rank, peer)]
+
     def next_number(self, peer: int) -> int:
-        """Of the next message to a peer, and of what it sends for it."""
-        return self._num_sent[peer] + 1
+        """Of the next one."""
+        return self.last_number(peer) + 1
 
     def slots(self, peer: int, number: int) -> tuple[Tensor, Tensor]:
         """Where the message of that number goes, and where the peer's comes; uint8.
@@ -93,12 +98,11 @@ class SharedSlots:
 
     def send(self, peer: int) -> None:
         """The next message lies in its slot: let the peer have it."""
-        self._num_sent[peer] += 1
-        self._counters[self._place(self._rank, peer) * _LINE_BYTES // 8] = self._num_sent[peer]
+        self._counters[self._counter(self._rank, peer)] += 1
 
     def wait(self, peer: int, number: int) -> None:
         """Until the peer's message of that number is there. Raises TimeoutError after half an hour."""
-        counters, place = self._counters, self._place(peer, self._rank) * _LINE_BYTES // 8
+        counters, place = self._counters, self._counter(peer, self._rank)
         if counters[place] >= number:
             return
         started_s = time.monotonic()
@@ -113,6 +117,22 @@ class SharedSlots:
 
     def _place(self, sender: int, receiver: int) -> int:
         return sender * self._num_ranks + receiver
+
+    def _counter(self, sender: int, receiver: int) -> int:
+        return self._place(sender, receiver) * _LINE_BYTES // 8
+
+    def _addresses(self) -> np.ndarray:
+        """int64 [ranks, 6]: for each peer where even and odd messages go, where they come, and both counters."""
+        first_counter = self._slots.data_ptr() - self._num_ranks**2 * _LINE_BYTES
+        found = np.zeros((self._num_ranks, 6), dtype=np.int64)
+        for peer in range(self._num_ranks):
+            (even, even_back), (odd, odd_back) = self.slots(peer, 0), self.slots(peer, 1)
+            found[peer] = [
+                *(slot.data_ptr() for slot in (even, odd, even_back, odd_back)),
+                first_counter + 8 * self._counter(self._rank, peer),
+                first_counter + 8 * self._counter(peer, self._rank),
+            ]
+        return found
 
     def _slot(self, sender: int, receiver: int, number: int) -> Tensor:
         first = (2 * self._place(sender, receiver) + number % 2) * SLOT_BYTES

@@ -26,6 +26,7 @@ from megatron_medha.server.journal import Journal
 from megatron_medha.server.large_prompt import decode_completion
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.metrics_page import CONTENT_TYPE, MetricsPage
+from megatron_medha.server.presence import unless_gone
 from megatron_medha.server.request_fields import decode_body, read_body, read_wishes
 from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
 from megatron_medha.server.service import Ready, Service
@@ -117,7 +118,8 @@ def _add_generation_routes(app: Api, service: Service) -> None:
         ready = service.ready()
         wishes = read_wishes(request.headers, service.slo)
         body = await decode_completion(raw)
-        spec = await completion.plan_completion(service, ready, body, wishes, arrival_s)
+        planning = completion.plan_completion(service, ready, body, wishes, arrival_s)
+        spec = await unless_gone(request, len(raw), planning)
         return answer(request, ready, spec, completion.CompletionFormat(spec, ready.tokenizer))
 
     @app.post("/v1/chat/completions", openapi_extra=openapi.operation(
@@ -129,9 +131,8 @@ def _add_generation_routes(app: Api, service: Service) -> None:
         ready = service.ready()
         wishes = read_wishes(request.headers, service.slo)
         body = decode_body(raw, chat.DECODER)
-        spec = await chat.plan_chat(service, ready, body, wishes, arrival_s)
+        spec = await unless_gone(request, len(raw), chat.plan_chat(service, ready, body, wishes, arrival_s))
         return answer(request, ready, spec, chat.ChatFormat(spec, ready.tokenizer))
-
 
     @app.post("/v1/responses", openapi_extra=openapi.operation(
         ResponseAnswer, body=ResponsesRequest, errors=BODY_ERRORS, has_events=True))
@@ -142,7 +143,8 @@ def _add_generation_routes(app: Api, service: Service) -> None:
         ready = service.ready()
         wishes = read_wishes(request.headers, service.slo)
         body = decode_body(raw, responses.DECODER)
-        spec = await responses.plan_response(service, ready, body, wishes, arrival_s)
+        planning = responses.plan_response(service, ready, body, wishes, arrival_s)
+        spec = await unless_gone(request, len(raw), planning)
         return answer(request, ready, spec, responses.ResponsesFormat(spec, body))
 
 
@@ -153,7 +155,8 @@ def _add_token_routes(app: Api, service: Service) -> None:
         """Token ids of a prompt or of messages."""
         raw = await read_body(request, service)
         ready = service.ready()
-        return _json(await tokenize.tokenize(service, ready, decode_body(raw, tokenize.TOKENIZE_DECODER)))
+        work = tokenize.tokenize(service, ready, decode_body(raw, tokenize.TOKENIZE_DECODER))
+        return _json(await unless_gone(request, len(raw), work))
 
     @app.post("/detokenize", openapi_extra=openapi.operation(
         types.DetokenizeAnswer, body=types.DetokenizeRequest, errors=BODY_ERRORS))

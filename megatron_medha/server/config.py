@@ -51,7 +51,7 @@ class ServerConfig:
     max_logit_bias: int = 1024                # entries; the rank applies them one by one
     max_schema_chars: int = 65_536            # of a JSON schema, and of all tools together; OpenAI allows 120,000
     max_regex_chars: int = 4_096              # of a regex or a grammar: hostile ones of 8 KiB take seconds to compile
-    grammar_timeout_s: float = 2.0            # to compile one; a rank compiles it too, and others wait meanwhile
+    grammar_timeout_s: float = 2.0            # to compile one; ranks compile it too, beside their steps
     max_logprobs: int = 20                    # OpenAI's limit for chat, vLLM's default
     tool_syntax: str = "auto"                 # how the model writes calls: hermes, llama3_json; auto: see its template
     default_max_output_tokens: int = 16       # of /v1/completions, OpenAI's number; chat takes what fits

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from megatron_medha.engine.ports import EngineClient, EnginePhase
+from megatron_medha.engine.ports import EngineClient, EnginePhase, ReplicaState
 from megatron_medha.server.admission import Admission
 from megatron_medha.server.metrics import Histogram, Metrics
 
@@ -60,7 +60,19 @@ COUNTERS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("num_ttft_slo_missed", "ttft_slo_missed", (), "Requests that missed the TTFT target they brought"),
 )
 
-LABELS = ("model_name", "engine")
+GAUGES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("is_ready", (), "1 while requests run; 0 while the model loads or ranks come up again"),
+    ("num_requests_running", ("num_requests_running",), "Requests in prefill or decode"),
+    ("num_requests_waiting", ("num_requests_waiting",), "Requests not begun"),
+    ("kv_cache_usage_perc", ("kv_cache_usage_perc", "gpu_cache_usage_perc"), "Share of KV blocks in use, 0 to 1"),
+    ("num_waiting_tokens", (), "Prompt tokens not computed yet"),
+    ("num_prefilling", (), "Requests in prefill"),
+    ("num_decoding", (), "Requests in decode"),
+    ("num_free_blocks", (), "KV blocks that are free"),
+    ("num_blocks", (), "KV blocks"),
+)
+
+LABELS = ("model_name", "engine")  # engine: the replica, from 0; "all" for what several count together
 
 
 class MetricsPage:
@@ -77,7 +89,7 @@ class MetricsPage:
 
     def render(self, model_name: str) -> bytes:
         """The page, with this model's name on every sample."""
-        self._labels = [model_name, "0"]
+        self._labels = [model_name, "0" if len(self._engine.replicas) == 1 else "all"]
         return generate_latest(self._registry)
 
     def describe(self) -> list[Metric]:
@@ -93,13 +105,13 @@ class MetricsPage:
                 counter = CounterMetricFamily(name, meaning, labels=LABELS)
                 counter.add_metric(self._labels, value)
                 yield counter
-        status = self._engine.status
-        for name, count, meaning in (
-            ("rank_failures", status.num_failures, "Times that ranks were lost"),
-            ("rank_recoveries", status.num_recoveries, "Times that ranks that were lost came up again"),
+        for name, attribute, meaning in (
+            ("rank_failures", "num_failures", "Times that ranks were lost"),
+            ("rank_recoveries", "num_recoveries", "Times that ranks that were lost came up again"),
         ):
             counter = CounterMetricFamily(f"medha:{name}", meaning, labels=LABELS)
-            counter.add_metric(self._labels, count)
+            for place, replica in enumerate(self._engine.replicas):
+                counter.add_metric(self._labels_of(place), getattr(replica.status, attribute))
             yield counter
         for name in _names("request_success", ("request_success",)):
             ended = CounterMetricFamily(name, "Requests that ended, by reason", labels=(*LABELS, "finished_reason"))
@@ -142,28 +154,33 @@ class MetricsPage:
         return family
 
     def _gauges(self) -> Iterator[Metric]:
-        load = self._engine.load
-        num_used = load.num_blocks - load.num_free_blocks
-        kv_usage = num_used / load.num_blocks if load.num_blocks else 0.0
-        is_ready = self._engine.status.phase is EnginePhase.READY
-        gauges = (
-            ("is_ready", (), float(is_ready), "1 while requests run; 0 while the model loads or ranks come up again"),
-            ("num_requests_running", ("num_requests_running",), load.num_prefilling + load.num_decoding,
-             "Requests in prefill or decode"),
-            ("num_requests_waiting", ("num_requests_waiting",), load.num_waiting, "Requests not begun"),
-            ("kv_cache_usage_perc", ("kv_cache_usage_perc", "gpu_cache_usage_perc"), kv_usage,
-             "Share of KV blocks in use, 0 to 1"),
-            ("num_waiting_tokens", (), load.num_waiting_tokens, "Prompt tokens not computed yet"),
-            ("num_prefilling", (), load.num_prefilling, "Requests in prefill"),
-            ("num_decoding", (), load.num_decoding, "Requests in decode"),
-            ("num_free_blocks", (), load.num_free_blocks, "KV blocks that are free"),
-            ("num_blocks", (), load.num_blocks, "KV blocks"),
-        )
-        for own_name, vllm_names, value, meaning in gauges:
+        values = [_values_of(replica) for replica in self._engine.replicas]
+        for own_name, vllm_names, meaning in GAUGES:
             for name in _names(own_name, vllm_names):
                 gauge = GaugeMetricFamily(name, meaning, labels=LABELS)
-                gauge.add_metric(self._labels, value)
+                for place, of_replica in enumerate(values):
+                    gauge.add_metric(self._labels_of(place), of_replica[own_name])
                 yield gauge
+
+    def _labels_of(self, place: int) -> list[str]:
+        return [self._labels[0], str(place)]
+
+
+def _values_of(replica: ReplicaState) -> dict[str, float]:
+    """By the names of GAUGES."""
+    status, load = replica
+    num_used = load.num_blocks - load.num_free_blocks
+    return {
+        "is_ready": float(status.phase is EnginePhase.READY),
+        "num_requests_running": load.num_prefilling + load.num_decoding,
+        "num_requests_waiting": load.num_waiting,
+        "kv_cache_usage_perc": num_used / load.num_blocks if load.num_blocks else 0.0,
+        "num_waiting_tokens": load.num_waiting_tokens,
+        "num_prefilling": load.num_prefilling,
+        "num_decoding": load.num_decoding,
+        "num_free_blocks": load.num_free_blocks,
+        "num_blocks": load.num_blocks,
+    }
 
 
 def _names(own_name: str, vllm_names: tuple[str, ...]) -> list[str]:

@@ -228,16 +228,29 @@ class Service:
         return asked
 
     async def work_on_text(self, num_chars: int, work: Callable[[], T]) -> T:
-        """Run tokenizer or template work: here if the text is short, else on a thread, long text on others."""
+        """Run tokenizer or template work: here if the text is short, else on a thread, long text on others.
+
+        Work that has not begun when its caller is cancelled never does; what has begun counts until it is done.
+        """
         if num_chars <= MAX_INLINE_CHARS:
             return work()
         threads = self._text_threads if num_chars <= LONG_TEXT_CHARS else self._long_text_threads
         num_held = num_chars if num_chars > SMALL_BODY_BYTES else 0
         self.hold_text(num_held)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(threads, work)
-        finally:
+        working = threads.submit(work)
+        done = asyncio.wrap_future(working)
+
+        def end(_: asyncio.Future[T]) -> None:
             self.release_text(num_held)
+            if not done.cancelled():
+                done.exception()  # its caller may be gone
+
+        done.add_done_callback(end)
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            working.cancel()
+            raise
 
     def hold_text(self, num_bytes: int) -> None:
         """Count bytes that a request keeps in memory before it is admitted; ApiError 503 if there is no room."""

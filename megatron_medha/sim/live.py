@@ -18,7 +18,8 @@ from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Sampled, Streams
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
-from megatron_medha.sim.truth import Truth, TruthConfig
+from megatron_medha.sim.truth import Truth
+from megatron_medha.sim.truth_config import TruthConfig
 
 
 class LiveRuntime:

@@ -23,7 +23,8 @@ from megatron_medha.sim.measured_world import MeasuredWorld
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import InstancesSetup, build_system
 from megatron_medha.sim.systems.instances_world import InstancesWorld
-from megatron_medha.sim.truth import Truth, TruthConfig, Work
+from megatron_medha.sim.truth import Truth, Work
+from megatron_medha.sim.truth_config import TruthConfig
 
 _NUM_SAMPLES = 400  # of the state, over the time in which requests arrive
 

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import exp, isfinite
+from math import exp
 from random import Random
 
 from megatron_medha.core.batch import Batch
 from megatron_medha.core.cluster_cost import ClusterCost
 from megatron_medha.core.cost import StepLoad
-from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.utilisation import matmul_flops
 from megatron_medha.sim.pipeline import StepTimes
+from megatron_medha.sim.truth_config import TruthConfig
 
 _NUM_TOKEN_COUNTS = 1 << 14  # of steps, whose hops are remembered
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TruthConfig:
-    """How the world differs from what the cost model says; by default not at all."""
-
-    linear_bias: float = 1.0     # factor on everything but attention
-    attention_bias: float = 1.0  # factor on attention
-    noise: float = 0.0           # standard deviation of the logarithm of a factor on each step and KVP rank
-
-    def __post_init__(self) -> None:
-        for key, low, high in (("linear_bias", 1e-3, 1e3), ("attention_bias", 1e-3, 1e3), ("noise", 0.0, 2.0)):
-            value = getattr(self, key)
-            if not (low <= value <= high and isfinite(value)):
-                raise ConfigError(f"truth.{key}={value:g}: must be between {low:g} and {high:g}")
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from megatron_medha.kernels.slot_table import SlotTable
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.inference_context import PackedBatch, SharedRows
 from megatron_medha.model.rotary import Rotary
+from megatron_medha.model.shared_attention import SharedAttention
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
 from megatron_medha.parallel.shared_slots import SharedSlots
 from megatron_medha.worker.token_store import StoredRequest
@@ -191,8 +192,6 @@ def _shared_rows(
         num_rows = sum(chunks[index][0].num_tokens for index in indices)
         sets.append(RankSet(kvp_ranks, row, num_rows))
         row += num_rows
-    return SharedRows(
-        first_row=first_row,
-        plan=backend.plan([found._replace(first_row=found.first_row - first_row) for found in ranges]),
-        exchange=KVExchange(shards.group, sets, shards.shared_slots),
-    )
+    plan_of_rows = backend.plan([found._replace(first_row=found.first_row - first_row) for found in ranges])
+    exchange = KVExchange(shards.group, sets, shards.shared_slots)
+    return SharedRows(first_row, SharedAttention(backend, plan_of_rows, exchange))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 import zmq
 
-from megatron_medha.cluster.messages import Ping, Shutdown, Step, ToRank
+from megatron_medha.cluster.messages import Ping, Prepare, Shutdown, Step, ToRank
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ class FrontInbox(Protocol):
 class SocketInbox:
     """A FrontInbox, for as long as the process that started this one lives."""
 
-    def __init__(self, socket: zmq.Socket[bytes], parent_pid: int) -> None:
-        self._socket, self._parent_pid = socket, parent_pid
+    def __init__(self, socket: zmq.Socket[bytes], parent_pid: int, prepare: Callable[[Prepare], None]) -> None:
+        """prepare: takes what is to be done beside the steps; must not wait."""
+        self._socket, self._parent_pid, self._prepare = socket, parent_pid, prepare
         self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 
     def wait(self) -> Step | Shutdown | None:
@@ -51,5 +53,10 @@ class SocketInbox:
                 message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return None
-            if not isinstance(message, Ping):
-                return message
+            match message:
+                case Step() | Shutdown():
+                    return message
+                case Prepare():
+                    self._prepare(message)
+                case Ping():
+                    pass

@@ -74,6 +74,14 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
         progress("the other ranks", 0.0)
     init_distributed(config.layout, config.rank, device=device, init_method=config.init_method)
     pgs = build_groups(config.layout)
+    guided = GuidedSampling(
+        Path(config.tokenizer or config.checkpoint) / "tokenizer.json",
+        model_config.vocab_size,
+        model_config.stop_token_ids,
+    )
+    if pgs.tp.rank() == 0 and pgs.pp.rank() == pgs.pp.size() - 1:  # it samples
+        progress("vocabulary", 0.0)
+        guided.load()
     progress("model", 0.0)
     model = build_model(model_config, dtype=dtype, device=device, pgs=pgs, is_initialized=False, fp8=config.fp8)
     load_weights(model, model_config, directory, _rarely(progress))
@@ -114,11 +122,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
         or default_shard_tokens(num_blocks, block_size, max_context_len, config.layout.kvp),
         device=device,
         pgs=pgs,
-        guided=GuidedSampling(
-            Path(config.tokenizer or config.checkpoint) / "tokenizer.json",
-            model_config.vocab_size,
-            model_config.stop_token_ids,
-        ),
+        guided=guided,
     )
     progress("warm-up", 0.0)
     warm_up(rank, num_blocks=num_blocks, block_size=block_size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import zmq
@@ -25,12 +27,15 @@ from megatron_medha.cluster.messages import (
     FromRank,
     Heartbeat,
     Loading,
+    Prepare,
+    Prepared,
     RankFailed,
     Ready,
     StepDone,
 )
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import MedhaError
+from megatron_medha.engine.freed_memory import GIVE_BACK_INTERVAL_S, give_back_freed_memory
 from megatron_medha.engine.parentage import die_with_parent
 from megatron_medha.worker.cpu_share import bound_kernel_cache, let_idle_threads_sleep, num_threads_of_rank
 from megatron_medha.worker.front_inbox import FrontInbox, SocketInbox
@@ -39,7 +44,17 @@ log = logging.getLogger("megatron_medha.worker")
 
 
 Serve = Callable[[FrontInbox, Callable[[StepDone], None]], None]  # takes steps, answers, until told to stop
-LoadRank = Callable[[RankConfig, Callable[[str, float], None]], tuple[Serve, Ready]]
+
+
+class Loaded(NamedTuple):
+    """A rank that is up."""
+
+    serve: Serve
+    ready: Ready
+    prepare: Callable[[str], None]  # compiles a grammar; called on a thread of its own, beside `serve`
+
+
+LoadRank = Callable[[RankConfig, Callable[[str, float], None]], Loaded]
 
 _GOODBYE_MS = 2000
 _HEARTBEAT_INTERVAL_S = 1.0
@@ -83,7 +98,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
 
     try:
         with _heartbeats(context, config):
-            _serve(config, socket, send, parent_pid, load or _load_model)
+            _serve(config, context, socket, send, parent_pid, load or _load_model)
         return 0
     except MedhaError as error:  # the user's fault: the front says it, a stack trace would only hide it
         send(RankFailed(config.rank, type(error).__name__, str(error)))
@@ -97,7 +112,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
         context.term()
 
 
-def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Serve, Ready]:
+def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
     # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
     from megatron_medha.worker.megatron_import import import_megatron
 
@@ -106,11 +121,12 @@ def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> t
     from megatron_medha.worker.step_loop import run_steps
 
     rank, ready = load_rank(config, progress)
-    return partial(run_steps, rank), ready
+    return Loaded(partial(run_steps, rank), ready, rank.prepare)
 
 
 def _serve(
     config: RankConfig,
+    context: zmq.Context[zmq.Socket[bytes]],
     socket: zmq.Socket[bytes],
     send: Callable[[FromRank], None],
     parent_pid: int,
@@ -118,9 +134,10 @@ def _serve(
 ) -> None:
     """Load, report ready, answer messages until Shutdown or until the parent is gone."""
     send(Loading(config.rank, "libraries", 0.0))
-    serve, ready = load(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
-    send(ready)
-    serve(SocketInbox(socket, parent_pid), send)
+    serve, ready, prepare = load(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
+    with _preparing(context, config, prepare) as take, _giving_back_memory():
+        send(ready)
+        serve(SocketInbox(socket, parent_pid, take), send)
 
 
 def _connect(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, identity: str) -> zmq.Socket[bytes]:
@@ -156,6 +173,52 @@ def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> 
         yield
     finally:
         stop.set()
+        thread.join()
+
+
+@contextmanager
+def _giving_back_memory() -> Iterator[None]:
+    """From a thread of its own: it takes milliseconds, which steps need not wait for."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(GIVE_BACK_INTERVAL_S):
+            give_back_freed_memory()
+
+    thread = threading.Thread(target=work, name="memory", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def _preparing(
+    context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, prepare: Callable[[str], None]
+) -> Iterator[Callable[[Prepare], None]]:
+    """Takes grammars, compiles one after the other on a thread, and tells the front over a socket of its own."""
+    waiting: queue.SimpleQueue[Prepare | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        socket = _connect(context, config, f"rank-{config.rank}-grammars")
+        while (message := waiting.get()) is not None:
+            try:
+                prepare(message.grammar)
+            except Exception as error:  # outermost, as in main(): nobody else would say so
+                log.exception("grammar_thread_failed")
+                socket.send(msgspec.msgpack.encode(RankFailed(config.rank, type(error).__name__, str(error))))
+                break
+            socket.send(msgspec.msgpack.encode(Prepared(config.rank, message.number)))
+        socket.close()
+
+    thread = threading.Thread(target=work, name="grammars", daemon=True)
+    thread.start()
+    try:
+        yield waiting.put
+    finally:
+        waiting.put(None)
         thread.join()
 
 

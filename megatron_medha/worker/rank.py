@@ -33,7 +33,9 @@ from megatron_medha.worker.batch_tensors import (
 from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.guided import GuidedSampling
 from megatron_medha.worker.kv_ledger import KVLedger
+from megatron_medha.worker.plain_decodes import plain_decodes
 from megatron_medha.worker.run_ahead import Chosen, Found, Held, Work, next_decodes
+from megatron_medha.worker.step_clock import StepClock
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
 _NOT_A_NUMBER = "the model's output is not a number for this request"
@@ -48,7 +50,7 @@ class _Announced:
     step: Step
     chunks: tuple[tuple[Chunk, StoredRequest], ...]  # that can be computed
     failed: tuple[tuple[str, str], ...]
-    plan: StagePlan
+    plan: StagePlan | None  # None: made when it is computed
     arriving: Arriving | None
     duration_s: float  # spent on it so far
     held: tuple[int, int] | None  # by the ledger
@@ -106,7 +108,11 @@ class Rank:
         # In a layout of several, tokens are sampled elsewhere too; the front tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
         self._rotary = Rotary(config)
+        self._plain_decodes = (
+            plain_decodes(model, backend, kv_layers, self._rotary) if self.samples_for_itself else None
+        )
         self._staging = Staging(device)
+        self._clock = StepClock(device)
         self._sampler = Sampler(config.vocab_size, device)
         self._guided = guided
         self._requests = TokenStore(config.vocab_size)
@@ -145,6 +151,11 @@ class Rank:
         """Whether the front hears of this rank's steps: one rank of each tensor-parallel group speaks for it."""
         return self._is_first_of_tp
 
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar that a request to come will have; on any thread."""
+        assert self._guided is not None, "a request has a grammar"
+        self._guided.prepare(grammar)
+
     def run(self, step: Step) -> StepDone:
         """Announce and compute one step."""
         self.announce(step)
@@ -169,14 +180,14 @@ class Rank:
                 chunks.append((chunk, request))
             else:  # every rank finds the same fault in it, so all of them leave it out
                 failed.append((chunk.request_id, request.fault))
-        plan = stage_plan(step.batch_id, [chunk for chunk, _ in chunks], self._place, self._link.num_stages)
+        plan = self._plan(step.batch_id, chunks) if self.receives else None
         self._announced.append(
             _Announced(
                 step=step,
                 chunks=tuple(chunks),
                 failed=tuple(failed),
                 plan=plan,
-                arriving=None if plan.receives_from is None else self._link.post_receive(plan.num_tokens),
+                arriving=self._link.post_receive(plan.num_tokens) if plan is not None and plan.receives_from else None,
                 duration_s=time.monotonic() - started_s,
                 held=None if self.ledger is None else self.ledger.announced(step, len(self._requests)),
             )
@@ -187,7 +198,7 @@ class Rank:
         """Compute the step announced first. A fault of one request fails that request alone."""
         work = self._announced.popleft()
         hidden_T1C = None if work.arriving is None else work.arriving.wait()
-        started_s = time.monotonic()
+        self._clock.start()
         failed = list(work.failed)
         chunks, plan, held, ahead_s = work.chunks, work.plan, [], 0.0
         # Also for decodes that were computed ahead: what they bring is for the tokens after them.
@@ -196,7 +207,6 @@ class Rank:
             chunks, held = self._held.split(chunks)
             ahead_s = self._held.duration_s if held else 0.0
             self._held = None
-            plan = stage_plan(work.step.batch_id, [chunk for chunk, _ in chunks], self._place, self._link.num_stages)
         tokens = self._tokens(held, failed)
         prompt: Sequence[PromptLogprobs] = ()
         if chunks:
@@ -209,7 +219,7 @@ class Rank:
                 prompt = found.prompt
         can_run_ahead = self.samples_for_itself and self.graphs is None and not failed
         self._last = work.chunks if can_run_ahead else ()
-        return self._done(work, started_s - ahead_s, tokens, prompt, failed)
+        return self._done(work, self._clock.stop() + ahead_s, tokens, prompt, failed)
 
     @torch.inference_mode()
     def run_ahead(self) -> bool:
@@ -223,17 +233,22 @@ class Rank:
         if not decodes:
             return False
         started_s = time.monotonic()
-        plan = stage_plan(0, [chunk for chunk, _ in decodes], self._place, self._link.num_stages)
-        found = self._forward(decodes, plan, None)
+        found = self._forward(decodes, None, None)
         chosen = zip(found.requests, self._chosen(found.logits_RV, found.requests), strict=True)
         held = [Found(request, request.num_tokens - 1, sampled) for request, sampled in chosen]
         self._held = Held(held, time.monotonic() - started_s)
         return True
 
+    def _plan(self, batch_id: int, chunks: Sequence[tuple[Chunk, StoredRequest]]) -> StagePlan:
+        return stage_plan(batch_id, [chunk for chunk, _ in chunks], self._place, self._link.num_stages)
+
     def _forward(
-        self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan, hidden_T1C: Tensor | None
+        self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan | None, hidden_T1C: Tensor | None
     ) -> _Forward:
-        """Run the model over chunks; their blocks are noted already."""
+        """Run the model over chunks; their blocks are noted already. plan: where it has been made already."""
+        if self._plain_decodes is not None and (found_RV := self._plain_decodes.logits(chunks)) is not None:
+            return _Forward(tuple(request for _, request in chunks), found_RV)
+        plan = plan or self._plan(0, chunks)
         host = host_step(chunks, plan=plan, shards=self._shards)
         logits_RV = None if self.graphs is None else self.graphs.run(host)
         if logits_RV is not None:
@@ -265,7 +280,7 @@ class Rank:
     def _done(
         self,
         work: _Announced,
-        started_s: float,
+        duration_s: float,
         tokens: Sequence[SampledToken],
         prompt: Sequence[PromptLogprobs],
         failed: Sequence[tuple[str, str]],
@@ -274,7 +289,7 @@ class Rank:
         return StepDone(
             batch_id=work.step.batch_id,
             rank=self._rank,
-            duration_s=work.duration_s + time.monotonic() - started_s,
+            duration_s=work.duration_s + duration_s,
             tokens=tuple(tokens),
             prompt_logprobs=tuple(prompt),
             failed=tuple(failed) if is_last_stage else (),

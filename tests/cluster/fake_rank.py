@@ -26,7 +26,7 @@ from megatron_medha.core.blocks import Extent
 from megatron_medha.core.layout import Coord
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.worker.front_inbox import FrontInbox
-from megatron_medha.worker.main import Serve, main
+from megatron_medha.worker.main import Loaded, main
 
 VOCAB_SIZE = 1000
 
@@ -61,6 +61,7 @@ class FakeRank:
         self._robbed: set[str] = set()  # another has been given their blocks: they lost their KV, which nobody told us
         self._num_lost_blocks = 0  # of its books, where it is told to lose some
         self.answers = self._coord.tp == 0
+        self.prepared: list[str] = []  # grammars
 
     def run(self, step: Step) -> StepDone:
         assert step.batch_id > self._last_batch_id, "batches out of order"
@@ -70,6 +71,8 @@ class FakeRank:
             self._blocks.pop(request_id, None)
         for new in step.new_requests:
             assert new.request_id not in self._tokens, f"{new.request_id} was announced twice"
+            if self._is_last_stage and self.answers and new.sampling.grammar is not None:
+                assert new.sampling.grammar in self.prepared, f"{new.request_id} came before its grammar"
             tokens = array("i")
             tokens.frombytes(new.token_ids)
             self._tokens[new.request_id] = list(tokens)
@@ -143,7 +146,7 @@ def _take_fault(config: RankConfig, tokens: Sequence[int] | None = None) -> str 
     return str(fault["kind"])
 
 
-def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Serve, Ready]:
+def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
     """Takes no time, unless it is told to wait or to fail."""
     progress("model", 0.5)
     while (Path(config.checkpoint) / "hold").exists():
@@ -164,7 +167,8 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> tuple[Se
             if rank.answers:
                 answer(done)
 
-    return serve, Ready(config.rank, shape, num_blocks, config.block_size, (), "fake")
+    ready = Ready(config.rank, shape, num_blocks, config.block_size, (), "fake")
+    return Loaded(serve, ready, rank.prepared.append)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from megatron_medha.main import main
 
 ROOT = Path(__file__).parents[2]
 NEEDS_COMPILER = pytest.mark.skipif(
-    shutil.which(os.environ.get("CC", "cc")) is None, reason="there is no C compiler"
+    shutil.which(os.environ.get("CC", "cc")) is None
+    or not (Path(sysconfig.get_path("include")) / "Python.h").exists(),
+    reason="there is no C compiler, or Python came without its headers",
 )
 
 
@@ -70,7 +73,7 @@ def test_who_has_loaded_the_scheduler_already_goes_on_with_it(cache: Path) -> No
     before = list(sys.meta_path)
     directory = compiled_directory()
     directory.mkdir(parents=True)
-    (directory / f"medha_core__mypyc{compiled_core._SUFFIX}").touch()
+    compiled_core._library(directory, compiled_core._SHARED).touch()
     assert not use_compiled_core()
     assert sys.meta_path == before
 

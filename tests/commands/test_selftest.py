@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -24,17 +23,18 @@ def few_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "FIELDS", ("n", "prompt", "stop"))
 
 
-def test_a_server_of_ours_holds_and_shows_nothing_without_its_key(
+def test_a_server_of_ours_holds_shows_nothing_without_its_key_and_drains(
     start: Start, simulated: Words, few_fields: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     medha = start(*simulated, "server.admin_key=sk-root", "server.api_key=sk-user", "log_level=warning")
     url = medha.url()
     medha.line_with("ready after")
-    assert main(["selftest", f"url={url}", "num_random=60", "api_key=sk-user"]) == 0, capsys.readouterr().out
+    keys = ["api_key=sk-user", "admin_key=sk-root"]
+    code = main(["selftest", f"url={url}", "num_random=60", "ends_server=true", *keys])
     out = capsys.readouterr().out
-    assert "without the key" in out and "afterwards" not in out
-    medha.process.send_signal(signal.SIGTERM)
-    assert medha.end() == 0
+    assert code == 0, out
+    assert all(name in out for name in ("beyond the limits", "without the key", "drain")) and "afterwards" not in out
+    assert medha.end() == 0  # it was told to
     assert medha.errors.read_text() == ""  # nothing that was sent is an error of ours
 
 
@@ -70,6 +70,7 @@ async def broken_server(answer: bytes, free_blocks: list[int]) -> tuple[asyncio.
         (b"HTTP/1.1 400 Bad\r\ncontent-type: application/json\r\n\r\n{}", [9], "OpenAI's shape"),
         (b"HTTP/1.1 503 Busy\r\n\r\n", [9], "without Retry-After"),
         (b"what?", [9], "not an HTTP answer"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", [9], "status 200, though it is beyond any limit"),
         (b"HTTP/1.1 200 OK\r\n\r\n", [9, 8], "afterwards 8 KV blocks are free, before it were 9"),
     ],
 )

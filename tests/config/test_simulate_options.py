@@ -18,7 +18,7 @@ from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.plan_config import PlanOptions
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig
-from megatron_medha.sim.truth import TruthConfig
+from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.simulate_config import MemoryOptions, SimulateOptions, simulation_config
 
 CONF = Path(megatron_medha.__file__).parents[1] / "conf"

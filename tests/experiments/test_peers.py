@@ -10,7 +10,7 @@ import pytest
 from experiments.lib.http_stream import Streamed
 from experiments.peers import report
 from experiments.peers.load import LONGS_AT_ONCE_IN_ALL, LongsAtOnce, Mixed, Seen
-from experiments.peers.plan import LONGS_8K, Cell, Sizes, Store, load_of, mixed_load, plans
+from experiments.peers.plan import LONGS_8K, Cell, Sizes, Store, load_of, mixed_load, named_visits, plans
 from experiments.peers.report import Results, verdicts
 from experiments.peers.servers import servers
 
@@ -35,6 +35,19 @@ def test_every_plan_measures_what_the_rate_comes_from_before_its_first_mixed_str
         first_mixed = next(index for index, cell in enumerate(cells) if cell.load.startswith("mixed"))
         before = {cell.load for cell in cells[:first_mixed] if cell.server == "vllm"}
         assert "decode-8" in before and "prefill-1024" in before
+
+
+def test_cells_are_asked_for_by_the_names_of_their_files_and_each_server_starts_once():
+    names = ["llama.cpp.longs-4.11", "medha.mixed-8192-16384.12", "llama.cpp.prefill-32768.13"]
+    visits = named_visits(names, servers(2))
+    assert [visit.server for visit in visits] == ["llama.cpp", "medha"]
+    assert sorted(cell.name for visit in visits for cell in visit.cells) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["medha.longs-4", "medha.longs-0.11", "nobody.longs-4.11", "medha.mixed-8192.11"])
+def test_what_is_no_cell_of_a_known_server_is_refused(name: str):
+    with pytest.raises(SystemExit, match="is no cell"):
+        named_visits([name], servers(2))
 
 
 def test_a_cell_that_was_written_is_not_run_again(tmp_path: Path):
@@ -147,6 +160,6 @@ class FakeEndpoint:
 def test_waves_of_any_size_bring_the_same_long_prompts(at_once: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("experiments.peers.load.WAVE_SHORTS_PER_S", 1000.0)
     endpoint = FakeEndpoint()
-    seen = asyncio.run(LongsAtOnce(at_once).run(endpoint, 1))  # type: ignore[arg-type]
+    seen = asyncio.run(LongsAtOnce(at_once, 100).run(endpoint, 1))  # type: ignore[arg-type]
     assert (endpoint.most_longs, endpoint.all_longs) == (at_once, LONGS_AT_ONCE_IN_ALL)
     assert len(seen.long_ttft_s) == LONGS_AT_ONCE_IN_ALL and seen.short_ttft_s

@@ -19,6 +19,7 @@ from megatron_medha.engine.ports import (
     EnginePhase,
     EngineStatus,
     ErrorDelivery,
+    ReplicaState,
     Sink,
     TokenDelivery,
 )
@@ -96,6 +97,11 @@ class FakeEngine:
             num_waiting=0, num_prefilling=0, num_decoding=num_live, num_free_blocks=100 - num_live,
             num_blocks=100, num_waiting_tokens=0,
         )
+
+    @property
+    def replicas(self) -> Sequence[ReplicaState]:
+        """One."""
+        return (ReplicaState(self.status, self.load),)
 
     def now_s(self) -> float:
         """A monotonic clock."""

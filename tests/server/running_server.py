@@ -80,11 +80,15 @@ class Running:
     def assert_nothing_is_left(self) -> None:
         """No sub-request in the engine, no stream waiting for one."""
         self.engine.wait_until_idle()
+        # Sub-requests end before their streams are closed; both within one turn of the loop.
+        self.wait_until(lambda: len(self.service.streams) == 0)
+
+    def wait_until(self, is_true: Callable[[], bool]) -> None:
+        """Look at the server, on its own loop, until it is so."""
         done = threading.Event()
 
         def check() -> None:
-            # Sub-requests end before their streams are closed; both within one turn of the loop.
-            if len(self.service.streams) == 0:
+            if is_true():
                 done.set()
             else:
                 loop.call_later(0.001, check)
@@ -92,7 +96,7 @@ class Running:
         loop = self.service.streams._loop
         assert loop is not None
         loop.call_soon_threadsafe(check)
-        assert done.wait(WAIT_S), "streams are left open"
+        assert done.wait(WAIT_S), "it never came to pass"
 
 
 def eventually(is_true: Callable[[], bool]) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import queue
+import threading
+from array import array
 
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import WAIT_S, FakeEngine
 from running_server import Running, StartServer
+
+from megatron_medha.server.tokens import Tokenizer
 
 PATH = "/v1/completions"
 
@@ -92,3 +97,41 @@ def test_every_client_of_many_gets_its_own_tokens_though_others_leave(stepped: R
         connection.close()
     stepped.engine.wait_for_aborts(4)
     stepped.assert_nothing_is_left()
+
+
+class SlowTokenizer:
+    """Says that it encodes, and goes on when it may."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.begun: queue.Queue[str] = queue.Queue()
+        self.may_go_on = threading.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, **options: bool) -> array[int]:
+        self.begun.put(text[0])
+        assert self.may_go_on.wait(WAIT_S)
+        return self._tokenizer.encode(text, **options)
+
+
+def test_long_text_of_a_client_that_left_while_it_waited_is_never_tokenized(
+    start_server: StartServer, tokenizer: Tokenizer
+) -> None:
+    slow = SlowTokenizer(tokenizer)
+    server = start_server(FakeEngine(max_request_tokens=200_000), slow)
+    connections = [
+        server.connect(PATH, json.dumps({"prompt": 100_000 * letter, "max_tokens": 1}).encode()) for letter in "ab"
+    ]
+    assert {slow.begun.get(timeout=WAIT_S) for _ in connections} == set("ab")  # both threads are busy
+    leaving = server.connect(PATH, json.dumps({"prompt": 100_000 * "c", "max_tokens": 1}).encode())
+    server.wait_until(lambda: server.service.num_held_bytes == 300_000)
+    leaving.close()
+    server.wait_until(lambda: server.service.num_held_bytes == 200_000)
+    slow.may_go_on.set()
+    for connection, letter in zip(connections, "ab"):
+        assert f'"text":"{letter}"'.encode() in read_until(connection, b'"usage"')
+        connection.close()
+    server.wait_until(lambda: server.service.num_held_bytes == 0)
+    assert slow.begun.empty()

@@ -6,14 +6,18 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import Running, StartServer
 
 from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, FinishReason, Preempted, TokenOut
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
+from megatron_medha.engine.ports import EnginePhase, EngineStatus, ReplicaState
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.metrics_page import MetricsPage
@@ -126,6 +130,24 @@ def test_metrics_watch_the_loop(server: Running) -> None:
     assert samples["medha:iteration_tokens_total_sum"] == 8
     assert samples["medha:num_preemptions_total"] == 1
     assert samples["medha:preempted_tokens_total"] == 5
+
+
+def test_metrics_tell_replicas_apart(server: Running) -> None:
+    class Pair(FakeEngine):
+        @property
+        def replicas(self) -> Sequence[ReplicaState]:
+            lost = EngineStatus(EnginePhase.FAILED, num_failures=3)
+            return (ReplicaState(self.status, self.load), ReplicaState(lost, replace(self.load, num_free_blocks=25)))
+
+    page = MetricsPage(Metrics(), Pair(), server.service.admission).render("m").decode()
+    samples = {
+        (sample.name, sample.labels["engine"]): sample.value
+        for family in text_string_to_metric_families(page) for sample in family.samples if "engine" in sample.labels
+    }
+    of_each = {"medha:is_ready": (1, 0), "medha:rank_failures_total": (0, 3), "vllm:kv_cache_usage_perc": (0, 0.75)}
+    for name, values in of_each.items():
+        assert (samples[name, "0"], samples[name, "1"]) == values
+    assert samples["medha:generation_tokens_total", "all"] == 0
 
 
 def test_the_schema_lists_routes_and_bodies(server: Running) -> None:

@@ -26,7 +26,7 @@ from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig, RunDirectory
 from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, Watchers
 from megatron_medha.sim.trial import Trial, at_rate, judge
-from megatron_medha.sim.truth import TruthConfig
+from megatron_medha.sim.truth_config import TruthConfig
 
 SHAPE = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import Sampling
+from megatron_medha.engine.guidance import GrammarCompiler
 from megatron_medha.model.sampler import Sampler, SamplingRow
 from megatron_medha.model.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
 
@@ -165,3 +168,36 @@ def test_a_mask_changes_the_choice_and_not_the_log_probabilities() -> None:
     assert (free.token_id, masked.token_id, other.token_id) == (7, 3, 7)
     assert masked.logprobs is not None and free.logprobs is not None
     assert masked.logprobs.top == free.logprobs.top and masked.logprobs.rank == 5
+
+
+def test_a_grammar_that_was_prepared_is_not_compiled_for_its_request(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = GrammarCompiler.of_file(checkpoint / "tokenizer.json", VOCAB_SIZE, (EOS_ID,))
+    compiler.prepare(of_regex("[0-9]{3}"))
+    monkeypatch.setattr(compiler, "compile", lambda grammar: pytest.fail("compiled again"))
+    assert any(compiler.matcher(of_regex("[0-9]{3}")).compute_bitmask())
+
+
+def test_while_a_grammar_is_prepared_others_get_what_is_kept(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = GrammarCompiler.of_file(checkpoint / "tokenizer.json", VOCAB_SIZE, (EOS_ID,))
+    kept = compiler.compile(of_regex("[a-z]"))
+    compiler.prepare(of_regex("[0-9]"))
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def slow(grammar: str) -> Any:
+        has_begun.set()
+        may_end.wait()
+        return kept
+
+    monkeypatch.setattr(compiler, "compile", slow)
+    with ThreadPoolExecutor() as threads:
+        try:
+            preparing = threads.submit(compiler.prepare, of_regex("[a-z]"))
+            has_begun.wait()
+            threads.submit(compiler.matcher, of_regex("[0-9]")).result(timeout=60)
+            assert not preparing.done()
+        finally:
+            may_end.set()

@@ -22,6 +22,8 @@ from megatron_medha.cluster.messages import (
     Heartbeat,
     Loading,
     NewRequest,
+    Prepare,
+    Prepared,
     RankFailed,
     Ready,
     Shutdown,
@@ -107,6 +109,9 @@ def test_a_rank_loads_answers_steps_ignores_ctrl_c_and_ends_when_told(
         assert isinstance(done, StepDone)
         assert done.batch_id == 1 and done.duration_s > 0
         assert [token.request_id for token in done.tokens] == ["a"]
+
+        front_socket.send(Prepare(7, "no grammar at all"))  # of which its request would hear
+        assert front_socket.receive() == Prepared(0, 7)
 
         front_socket.send(Shutdown())
         assert process.wait(TIMEOUT_S) == 0

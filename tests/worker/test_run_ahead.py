@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
+import torch
 
 from megatron_medha.cluster.messages import StepDone
+from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
+from megatron_medha.kernels.native_build import NativeUnavailable, native_library
+from megatron_medha.model import packed_linear
 
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -104,6 +110,51 @@ def test_running_ahead_changes_no_token(front: Any, seed: int) -> None:
     ahead = Walk(front, "ahead", seed, runs_ahead=True)
     assert ahead.run(60) == expected
     assert len(expected) > 60 and ahead.num_ahead > 20  # both were worth the name
+
+
+@pytest.fixture
+def native_front(
+    rank_config: RankConfig, front_of: Callable[[RankConfig], Any], monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """A rank whose whole model is one native call, whatever is faster on this machine."""
+    try:
+        native_library()
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(packed_linear, "_MIN_GAIN", 0.0)
+    return front_of(msgspec.structs.replace(rank_config, dtype="bfloat16"))
+
+
+# Most decodes of the walk are beyond position 16, none beyond 8192.
+@pytest.mark.parametrize(("num_positions", "runs_ahead"), [(16, True), (8192, True), (8192, False)])
+def test_decodes_by_the_short_way_say_what_all_others_say(
+    native_front: Any, num_positions: int, runs_ahead: bool
+) -> None:
+    rank, short_way = native_front.rank, native_front.rank._plain_decodes
+    rank._plain_decodes = None
+    expected = Walk(native_front, "plain", 5, runs_ahead=False).run(60)
+    rank._plain_decodes, short_way._num_positions = short_way, num_positions
+    walk = Walk(native_front, "short", 5, runs_ahead=runs_ahead)
+    assert walk.run(60) == expected
+    assert (walk.num_ahead > 20) == runs_ahead
+
+
+def test_a_decode_by_the_short_way_has_the_logits_of_the_model(native_front: Any) -> None:
+    rank, lengths = native_front.rank, {"a": 20, "b": 3, "c": 33}
+    seen: list[torch.Tensor] = []
+    best = rank._sampler.best
+
+    def noted(logits_RV: torch.Tensor) -> Any:
+        seen.append(logits_RV.clone())
+        return best(logits_RV)
+
+    rank._sampler.best = noted
+    new = [native_front.new(name, range(4, 4 + length)) for name, length in lengths.items()]
+    native_front.step([native_front.first(name, n, room=60, samples=True) for name, n in lengths.items()], new)
+    assert rank.run_ahead()
+    rank._held = rank._plain_decodes = None
+    native_front.step([Chunk(name, length, 1, True) for name, length in lengths.items()])
+    assert len(seen) == 3 and torch.equal(seen[1], seen[2])
 
 
 def test_nothing_is_run_ahead_within_a_prompt_or_after_the_last_token(front: Any) -> None:

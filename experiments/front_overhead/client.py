@@ -1,0 +1,59 @@
+"""Sixty-four streams read at once by a client that does no more than note when each token came."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NUM_STREAMS = 64
+PROMPT = "a prompt of some words"
+_END_OF_EVENT = b"}\n\n"
+_ID = re.compile(rb'"id": ?"([^"]+)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One stream: the server's name for the answer, and when each of its tokens came, on the monotonic clock."""
+
+    answer_id: str
+    times_s: array[float]
+
+
+async def read_streams(port: int, num_tokens: int, count: Callable[[bytes], int]) -> list[Received]:
+    """All streams at once, each of so many tokens. count: tokens in the whole events it is given."""
+    return await asyncio.gather(*(_read(port, num_tokens, count) for _ in range(NUM_STREAMS)))
+
+
+async def _read(port: int, num_tokens: int, count: Callable[[bytes], int]) -> Received:
+    body = json.dumps({"prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
+    times_s = array("d")
+    whole = rest = b""
+    answer_id: re.Match[bytes] | None = None
+    while part := await reader.read(1 << 16):
+        now_s = time.monotonic()
+        whole = rest + part
+        end = whole.rfind(_END_OF_EVENT) + len(_END_OF_EVENT)
+        if end < len(_END_OF_EVENT):
+            rest = whole
+            continue
+        if answer_id is None:
+            answer_id = _ID.search(whole)
+        times_s.extend([now_s] * count(whole[:end]))
+        rest = whole[end:]
+    writer.close()
+    if len(times_s) != num_tokens or answer_id is None:
+        raise SystemExit(f"a stream brought {len(times_s)} tokens, not {num_tokens}: {whole[-300:]!r}")
+    return Received(answer_id[1].decode(), times_s)
+
+
+def count_events(events: bytes) -> int:
+    """Of a server that sends an event per token."""
+    return events.count(_END_OF_EVENT)

@@ -1,0 +1,74 @@
+"""Where requests wait until the ranks have compiled their grammars: a step must not, since all others wait for it.
+
+A rank compiles beside its steps (worker/main.py) and remembers what it compiled last. The front asks for every request
+all the same, so nothing has to be known here of what a rank has forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from megatron_medha.cluster.messages import Prepare, Prepared
+from megatron_medha.core.batch import Aborted, Arrived, Event
+
+
+class GrammarGate:
+    """Holds arrivals back. It sends nothing: questions to the ranks are handed out."""
+
+    def __init__(self, ranks: Iterable[int], grammar_of: Callable[[str], str | None]) -> None:
+        """ranks: that sample. grammar_of: a request's, by its id."""
+        self.ranks = frozenset(ranks)
+        self._grammar_of = grammar_of
+        self._held: dict[int, Arrived] = {}       # by number, in the order they came
+        self._questions: dict[int, Prepare] = {}  # of those
+        self._missing: dict[int, set[int]] = {}   # ranks that have not answered yet
+        self._number_of: dict[str, int] = {}      # by request id
+        self._unasked: list[int] = []
+        self._next_number = 0
+
+    def admit(self, event: Event | None) -> Sequence[Event | None]:
+        """What may go on now that this has come: the event, or nothing yet."""
+        match event:
+            case Arrived(request):
+                grammar = self._grammar_of(request.request_id)
+                if grammar is not None:
+                    self._hold(event, grammar)
+                    return ()
+            case Aborted(request_id) if request_id in self._number_of:
+                self._release(self._number_of[request_id])
+            case _:
+                pass
+        return (event,)
+
+    def take_questions(self) -> Sequence[Prepare]:
+        """What all ranks are to be asked; each once, until they are others."""
+        unasked, self._unasked = self._unasked, []
+        return [self._questions[number] for number in unasked if number in self._held]
+
+    def take(self, message: Prepared) -> Sequence[Event]:
+        """A rank has answered; what may go on."""
+        missing = self._missing.get(message.number)
+        if missing is None:
+            return ()  # its client has gone
+        missing.discard(message.rank)
+        return () if missing else (self._release(message.number),)
+
+    def restart(self) -> None:
+        """The ranks are others, which know of nothing yet."""
+        self._unasked = list(self._held)
+        for number in self._held:
+            self._missing[number] = set(self.ranks)
+
+    def _hold(self, arrived: Arrived, grammar: str) -> None:
+        number = self._next_number
+        self._next_number += 1
+        self._held[number] = arrived
+        self._questions[number] = Prepare(number, grammar)
+        self._missing[number] = set(self.ranks)
+        self._number_of[arrived.request.request_id] = number
+        self._unasked.append(number)
+
+    def _release(self, number: int) -> Arrived:
+        arrived = self._held.pop(number)
+        del self._questions[number], self._missing[number], self._number_of[arrived.request.request_id]
+        return arrived

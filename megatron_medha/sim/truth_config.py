@@ -1,0 +1,23 @@
+"""How a simulated world may differ from what the cost model says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+from megatron_medha.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TruthConfig:
+    """How the world differs from what the cost model says; by default not at all."""
+
+    linear_bias: float = 1.0     # factor on everything but attention
+    attention_bias: float = 1.0  # factor on attention
+    noise: float = 0.0           # standard deviation of the logarithm of a factor on each step and KVP rank
+
+    def __post_init__(self) -> None:
+        for key, low, high in (("linear_bias", 1e-3, 1e3), ("attention_bias", 1e-3, 1e3), ("noise", 0.0, 2.0)):
+            value = getattr(self, key)
+            if not (low <= value <= high and isfinite(value)):
+                raise ConfigError(f"truth.{key}={value:g}: must be between {low:g} and {high:g}")
