@@ -1,6 +1,6 @@
-"""Half an hour of mixed load with clients that leave at random: does memory grow, is a block or an answer lost?
+"""An hour of mixed load with clients that leave at random: does memory grow, is a block or an answer lost?
 
-    python -m experiments.soak.run checkpoints/tiny --minutes 30
+    python -m experiments.soak.run checkpoints/tiny --minutes 60
 
 A server on real ranks, with little KV memory, so that answers preempt each other, and with kv_audit=true: after every
 step the scheduler's blocks are checked, and each rank's own book against them; the first mismatch ends the server.
@@ -75,7 +75,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("override", nargs="*", help="further options of medha serve")
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--warm-up-minutes", type=float, help="until all books and caches are full; default: a fifth")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     overrides = (f"checkpoint={arguments.checkpoint}", *OVERRIDES, *arguments.override)
@@ -85,13 +86,17 @@ def main() -> int:
         state = idle_state(server.port)
         is_alive = server.process.poll() is None
     names = ["front", *(f"rank {rank}" for rank in range(len(samples[0][1]) - 1))]
-    slopes = [slope(name, [(at_s, sample[place]) for at_s, sample in samples]) for place, name in enumerate(names)]
+    warm_up_minutes = arguments.warm_up_minutes or WARM_UP_SHARE * arguments.minutes
+    slopes = [
+        slope(name, [(at_s, sample[place]) for at_s, sample in samples if at_s >= 60.0 * warm_up_minutes])
+        for place, name in enumerate(names)
+    ]
     results = {
-        "minutes": arguments.minutes, "tally": asdict(tally), "slopes": [asdict(one) for one in slopes],
-        "at_the_end": state, "samples": samples,
+        "minutes": arguments.minutes, "warm_up_minutes": warm_up_minutes, "tally": asdict(tally),
+        "slopes": [asdict(one) for one in slopes], "at_the_end": state, "samples": samples,
     }  # fmt: skip
     (HERE / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
-    plot(names, samples)
+    plot(names, samples, warm_up_minutes)
     return report(tally, slopes, state, is_alive)
 
 
@@ -176,9 +181,8 @@ def idle_state(port: int) -> dict[str, int]:
         time.sleep(0.2)
 
 
-def slope(process: str, samples: list[tuple[float, int]]) -> Slope:
+def slope(process: str, late: list[tuple[float, int]]) -> Slope:
     """Of a line through the means of ten spans after the warm-up: single samples are too much like their neighbours."""
-    late = samples[int(WARM_UP_SHARE * len(samples)) :]
     size = len(late) // NUM_SPANS
     spans = [late[place * size : (place + 1) * size] for place in range(NUM_SPANS)]
     xs = [fmean(at_s for at_s, _ in span) / 3600 for span in spans]
@@ -203,7 +207,7 @@ def report(tally: Tally, slopes: list[Slope], state: dict[str, int], is_alive: b
     return 0 if is_met else 1
 
 
-def plot(names: list[str], samples: list[tuple[float, list[int]]]) -> None:
+def plot(names: list[str], samples: list[tuple[float, list[int]]], warm_up_minutes: float) -> None:
     """Memory over time, each process in its own panel: they differ by hundreds of MiB."""
     import matplotlib
 
@@ -213,7 +217,7 @@ def plot(names: list[str], samples: list[tuple[float, list[int]]]) -> None:
     figure, panels = plt.subplots(len(names), 1, sharex=True, figsize=(8, 1.6 * len(names)), layout="constrained")
     for place, (name, panel) in enumerate(zip(names, panels, strict=True)):
         panel.plot([at_s / 60 for at_s, _ in samples], [sample[place] / MIB for _, sample in samples], lw=1)
-        panel.axvline(WARM_UP_SHARE * samples[-1][0] / 60, color="grey", lw=0.8, ls=":")
+        panel.axvline(warm_up_minutes, color="grey", lw=0.8, ls=":")
         panel.set_ylabel(f"{name}, MiB")
     panels[-1].set_xlabel("minutes; dotted: end of the warm-up")
     figure.savefig(HERE / "soak.png", dpi=110)
