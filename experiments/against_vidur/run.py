@@ -47,7 +47,8 @@ MACHINE = (
     "model=llama3_8b", "hardware=a100_x16", "parallel.tp=8", "parallel.spp=2", "workload=medha_mix_05pct",
     "engine.request_s=0",  # theirs has no front
 )  # fmt: skip
-_BATCH = ("scheduler.has_space_sharing=false", "scheduler.progress_share=0", "scheduler.slack_margin_steps=0")
+_OURS = ("scheduler.has_triage=false", "scheduler.progress_share=0", "scheduler.slack_margin_steps=0")  # theirs has none
+_BATCH = ("scheduler.has_space_sharing=false", *_OURS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ COMPARISONS = (
     Comparison(
         "st",
         (
-            "scheduler.policy=lars", "scheduler.progress_share=0", "scheduler.slack_margin_steps=0",
+            "scheduler.policy=lars", *_OURS,
             "scheduler.long_prefill_tokens=262144", "scheduler.max_relative_slack=0.5",
         ),
         ("deadline", "queues", "slack", "answers", "chunks"),
