@@ -47,7 +47,8 @@ MACHINE = (
     "model=llama3_8b", "hardware=a100_x16", "parallel.tp=8", "parallel.spp=2", "workload=medha_mix_05pct",
     "engine.request_s=0",  # theirs has no front
 )  # fmt: skip
-_OURS = ("scheduler.has_triage=false", "scheduler.progress_share=0", "scheduler.slack_margin_steps=0")  # theirs has none
+# Theirs has none of these.
+_OURS = ("scheduler.has_triage=false", "scheduler.progress_share=0", "scheduler.slack_margin_steps=0")
 _BATCH = ("scheduler.has_space_sharing=false", *_OURS)
 
 
