@@ -108,7 +108,9 @@ def make_site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the rank's process through /proc")
 def test_attached_ranks_serve_come_back_after_a_kill_and_leave_with_the_front(make_site: Callable[..., Site]) -> None:
     site = make_site()
-    cluster = site.cluster(ParallelLayout(tp=2), recovery=RecoveryConfig()).connect()
+    # Both losses are seen without waiting for silence, which a busy machine makes, too.
+    recovery = RecoveryConfig(heartbeat_timeout_s=60.0)
+    cluster = site.cluster(ParallelLayout(tp=2), recovery=recovery).connect()
     site.start_agent(0)
     wait_until(lambda: "waiting for ranks 1 to attach" in cluster.engine.status.detail, lambda: cluster.engine.status)
     site.start_agent(1)
