@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_medha.core.errors import DependencyError, MedhaError
+from megatron_medha.user_cache import user_cache
 
 # What runs at every step, in a simulated world too. Not those whose classes are read from options, messages and files
 # field by field, or have subclasses elsewhere, which only classes made by Python allow.
@@ -43,6 +44,7 @@ _SHARED = f"{_GROUP}__mypyc"  # the library with the code of all of them; each m
 _PREFIX = "core-"
 _SUFFIX = EXTENSION_SUFFIXES[0]
 _BUILD_TIMEOUT_S = 900.0
+_MOST_BUILDS = 8  # that are kept, of 2 MB each; those of other sources or of another Python may be wanted again
 _LOOK_INTERVAL_S = 0.5
 _BUILD = f"""
 import json, sys
@@ -64,12 +66,7 @@ def compiled_directory() -> Path:
     for floor in _FLOORS:
         for source in sorted((_HERE / floor).rglob("*.py")):  # of all: compiled code knows the constants it has seen
             digest.update(f"{source.relative_to(_HERE)}\0".encode() + source.read_bytes() + b"\0")
-    return _cache_directory() / f"{_PREFIX}{digest.hexdigest()[:16]}"
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "megatron_medha"
+    return user_cache() / f"{_PREFIX}{digest.hexdigest()[:16]}"
 
 
 def use_compiled_core() -> bool:
@@ -82,7 +79,7 @@ def use_compiled_core() -> bool:
     if os.environ.get(SWITCH) == "0":
         return False
     try:
-        if not any(_cache_directory().glob(f"{_PREFIX}*")):
+        if not any(user_cache().glob(f"{_PREFIX}*")):
             return False  # to read and digest the sources takes longer than this
         directory = compiled_directory()
     except (OSError, RuntimeError):  # RuntimeError: no home directory
@@ -102,20 +99,35 @@ def compile_core(tell: Callable[[float], None], optimisation: str = "3") -> Path
     """
     if find_spec("mypyc") is None:
         raise DependencyError("medha compile needs mypy's compiler: pip install 'megatron_medha[compile]'")
-    directory = compiled_directory()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not directory.exists():
-            with tempfile.TemporaryDirectory(prefix="build-", dir=directory.parent) as place:
-                _build(Path(place), tell, optimisation)
-                built = Path(place) / "built"
-                for name in (_SHARED, *(f"{_PACKAGE}.{name}" for name in MODULES)):
-                    target = _library(built, name)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.move(_library(Path(place), name), target)
-                os.replace(built, directory)  # whole or not at all
+    try:
+        directory = compiled_directory()
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with open(directory.parent / "core.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not directory.exists():
+                with tempfile.TemporaryDirectory(prefix="build-", dir=directory.parent) as place:
+                    _build(Path(place), tell, optimisation)
+                    os.replace(_gathered(Path(place)), directory)  # whole or not at all
+                _remove_oldest(directory.parent)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        raise CompileError(f"nothing can be kept in the user's cache ({error}); set XDG_CACHE_HOME") from error
     return directory
+
+
+def _gathered(place: Path) -> Path:
+    """The libraries of a build, in a directory of their own."""
+    built = place / "built"
+    for name in (_SHARED, *(f"{_PACKAGE}.{name}" for name in MODULES)):
+        target = _library(built, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(_library(place, name), target)
+    return built
+
+
+def _remove_oldest(cache: Path) -> None:
+    oldest_first = sorted(cache.glob(f"{_PREFIX}*"), key=lambda one: one.stat().st_mtime_ns)
+    for old in oldest_first[:-_MOST_BUILDS]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _library(directory: Path, name: str) -> Path:

@@ -22,6 +22,7 @@ import msgspec
 
 from megatron_medha.cluster import machine
 from megatron_medha.server.config import SECRET_FIELDS
+from megatron_medha.user_cache import user_cache
 
 CONF_MODULE = "megatron_medha.conf"
 MAX_FILES = 32  # of a few KB; a person has fewer ways to start a server
@@ -89,6 +90,4 @@ def decode_path(kind: type, value: Any) -> Any:
 
 
 def _path(digest: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    directory = (Path(base) if base else Path.home() / ".cache") / "megatron_medha" / "options"
-    return directory / f"{digest}.msgpack"
+    return user_cache() / "options" / f"{digest}.msgpack"

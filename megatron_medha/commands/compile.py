@@ -39,7 +39,10 @@ def run(words: Sequence[str]) -> int:
     if words and words[0] != "--remove":
         print(USAGE, end="")
         return 0
-    directory = compiled_directory()
+    try:
+        directory = compiled_directory()
+    except RuntimeError as error:
+        raise ConfigError(f"there is no home directory to keep a build in ({error}); set XDG_CACHE_HOME") from None
     if words:
         is_there = directory.exists()
         shutil.rmtree(directory, ignore_errors=True)

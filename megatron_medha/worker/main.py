@@ -151,8 +151,20 @@ def _connect(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, identi
 
 
 @contextmanager
+def _beside(name: str, work: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Does `work` on a thread of its own; `end` is called for it to return."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end()
+        thread.join()
+
+
+@contextmanager
 def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> Iterator[None]:
-    """Tell the front that the process runs, from a thread of its own: a socket is one thread's."""
+    """Tell the front that the process runs, over a socket of the thread's own."""
     stop = threading.Event()
 
     def beat() -> None:
@@ -167,31 +179,21 @@ def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> 
             stop.wait(_HEARTBEAT_INTERVAL_S)
         socket.close(linger=0)
 
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
+    with _beside("heartbeat", beat, stop.set):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @contextmanager
 def _giving_back_memory() -> Iterator[None]:
-    """From a thread of its own: it takes milliseconds, which steps need not wait for."""
+    """It takes milliseconds, which steps need not wait for."""
     stop = threading.Event()
 
     def work() -> None:
         while not stop.wait(GIVE_BACK_INTERVAL_S):
             give_back_freed_memory()
 
-    thread = threading.Thread(target=work, name="memory", daemon=True)
-    thread.start()
-    try:
+    with _beside("memory", work, stop.set):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @contextmanager
@@ -213,13 +215,8 @@ def _preparing(
             socket.send(msgspec.msgpack.encode(Prepared(config.rank, message.number)))
         socket.close()
 
-    thread = threading.Thread(target=work, name="grammars", daemon=True)
-    thread.start()
-    try:
+    with _beside("grammars", work, lambda: waiting.put(None)):
         yield waiting.put
-    finally:
-        waiting.put(None)
-        thread.join()
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ class Rank:
                 chunks=tuple(chunks),
                 failed=tuple(failed),
                 plan=plan,
-                arriving=self._link.post_receive(plan.num_tokens) if plan is not None and plan.receives_from else None,
+                arriving=self._link.post_receive(plan.num_tokens) if plan and plan.receives_from else None,
                 duration_s=time.monotonic() - started_s,
                 held=None if self.ledger is None else self.ledger.announced(step, len(self._requests)),
             )

@@ -98,3 +98,22 @@ def test_removing_what_is_not_there_is_no_failure(cache: Path, capsys: pytest.Ca
 def test_an_unknown_word_is_refused_by_name(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", "--fast"]) == 2
     assert "--fast" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(["compile"]) == 1
+    message = capsys.readouterr().err
+    assert str(tmp_path / "file") in message and "set XDG_CACHE_HOME" in message
+
+
+def test_only_the_newest_builds_are_kept(tmp_path: Path) -> None:
+    for age in range(compiled_core._MOST_BUILDS + 2):
+        build = tmp_path / f"core-{age}"
+        build.mkdir()
+        os.utime(build, ns=(10**9 * (100 - age),) * 2)
+    compiled_core._remove_oldest(tmp_path)
+    assert {build.name for build in tmp_path.iterdir()} == {f"core-{age}" for age in range(compiled_core._MOST_BUILDS)}
