@@ -272,8 +272,9 @@ class _Watch:
         print(
             f"ready after {process_age_s():.2f} s: {facts.shape.name} on {facts.device}; "
             f"KV for {num_tokens:,} tokens, requests up to {facts.max_request_tokens:,}\n\n"
+            # Not greedy: the tiny model would write nothing but spaces.
             f"  curl {self._url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
-            """    -d '{"prompt": "def main():", "max_tokens": 100, "temperature": 0}'\n"""
+            """    -d '{"prompt": "def main():", "max_tokens": 100, "temperature": 0.7, "seed": 1}'\n"""
             f"  medha chat url={self._url}\n",
             flush=True,
         )
