@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -49,10 +48,12 @@ class BatchBuilder:
         self.loads = [StepLoad()] if self._kvp == 1 else [StepLoad() for _ in range(self._kvp)]
         self.prefills.clear()
 
-    def add_decodes(self, sequences: Collection[Sequence]) -> None:
+    def add_decodes(self, sequences: list[Sequence]) -> None:
         """Add the next token of each."""
         if len(self.loads) == 1:
-            context = sum([seq.num_scheduled_tokens for seq in sequences]) + len(sequences)
+            context = len(sequences)
+            for seq in sequences:
+                context += seq.num_scheduled_tokens
             self.loads[0].add_decodes(len(sequences), context, self._cost.decode_attention_s(context))
             return
         nums = [0] * len(self.loads)

@@ -28,13 +28,13 @@ class BlockPool:
     num_blocks_ever_freed: int = field(init=False, default=0)  # the pace at which memory comes back
     _starts: list[int] = field(init=False)        # of the free extents, ascending
     _lengths: dict[int, int] = field(init=False)  # start -> length
-    _by_length: list[tuple[int, int]] = field(init=False)  # (length, start), ascending
+    _by_length: list[int] = field(init=False)     # length * num_blocks + start, ascending: one number, as pairs are slow
 
     def __post_init__(self) -> None:
         self.num_free_blocks = self.num_blocks
         self._starts = [0] if self.num_blocks else []
         self._lengths = {0: self.num_blocks} if self.num_blocks else {}
-        self._by_length = [(self.num_blocks, 0)] if self.num_blocks else []
+        self._by_length = [self.num_blocks * self.num_blocks] if self.num_blocks else []
 
     @property
     def free_extents(self) -> tuple[Extent, ...]:
@@ -50,8 +50,8 @@ class BlockPool:
         while needed:
             # The shortest run that holds all of it keeps long runs whole for long prompts;
             # where none does, the longest run leaves the fewest pieces.
-            index = min(bisect_left(self._by_length, (needed, 0)), len(self._by_length) - 1)
-            length, start = self._by_length[index]
+            index = min(bisect_left(self._by_length, needed * self.num_blocks), len(self._by_length) - 1)
+            length, start = divmod(self._by_length[index], self.num_blocks)
             count = min(needed, length)
             self._take(start, count)
             taken.append(Extent(start, count))
@@ -88,10 +88,10 @@ class BlockPool:
     def _take(self, start: int, count: int) -> None:
         length = self._lengths[start]
         if length > count:  # what is left keeps its place among the starts
-            del self._lengths[start], self._by_length[bisect_left(self._by_length, (length, start))]
+            del self._lengths[start], self._by_length[bisect_left(self._by_length, length * self.num_blocks + start)]
             self._lengths[start + count] = length - count
             self._starts[bisect_left(self._starts, start)] = start + count
-            insort(self._by_length, (length - count, start + count))
+            insort(self._by_length, (length - count) * self.num_blocks + start + count)
         else:
             self._remove(start)
         self.num_free_blocks -= count
@@ -99,12 +99,12 @@ class BlockPool:
     def _insert(self, start: int, length: int) -> None:
         self._lengths[start] = length
         insort(self._starts, start)
-        insort(self._by_length, (length, start))
+        insort(self._by_length, length * self.num_blocks + start)
 
     def _remove(self, start: int) -> None:
         length = self._lengths.pop(start)
         del self._starts[bisect_left(self._starts, start)]
-        del self._by_length[bisect_left(self._by_length, (length, start))]
+        del self._by_length[bisect_left(self._by_length, length * self.num_blocks + start)]
 
 
 @dataclass(slots=True)

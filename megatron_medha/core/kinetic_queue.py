@@ -43,7 +43,7 @@ class KineticQueue:
         """Add an item, or give the one of that id a new priority."""
         if item_id in self._rest:
             self._rest.pop(item_id, now_s)
-        self._front[item_id] = (priority.at_zero, priority.slope, arrival_s, item_id, item)
+        self._front[item_id] = Entry(priority.at_zero, priority.slope, arrival_s, item_id, item)
 
     def remove(self, item_id: str, now_s: float) -> None:
         """Take an item out; it must be there."""
@@ -53,8 +53,8 @@ class KineticQueue:
     def first_places(self, now_s: float) -> list[Place]:
         """The first few, in order, as of now."""
         places: list[Place] = [
-            (at_zero + slope * now_s, arrival_s, item_id, item)
-            for at_zero, slope, arrival_s, item_id, item in self._front.values()
+            (entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item)
+            for entry in self._front.values()
         ]
         if len(places) > 1:
             places.sort()
@@ -88,7 +88,7 @@ class KineticQueue:
         entry = self._rest.first(now_s)
         if entry is None:
             return None
-        return entry[0] + entry[1] * now_s, entry[2], entry[3], entry[4]
+        return entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item
 
     def _demote(self, places: list[Place], now_s: float) -> None:
         self._rest.add(self._front.pop(places.pop()[2]), now_s)

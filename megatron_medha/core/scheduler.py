@@ -60,7 +60,7 @@ class Scheduler:
         self._rule = config.chunk_rule
         self._aim = StepAim()
         self._sequences: dict[str, Sequence] = {}
-        self._decodes: dict[str, Sequence] = {}     # ready for their next token, oldest first
+        self._decodes: list[Sequence] = []          # ready for their next token, oldest first
         self._growing: list[Sequence] = []          # need a block before their next token
         self._deadlines: list[tuple[float, float, str]] = []  # heap of (deadline, arrival, id); may hold the dead
         self._builder = BatchBuilder(config.chunk_rule, cost, memory)
@@ -213,9 +213,8 @@ class Scheduler:
                 seq.num_batches_in_flight = 0
                 seq.num_computed_tokens = seq.num_first_stage_tokens = end
                 seq.num_output_tokens += 1
-                request_id = chunk[0]
-                outputs.append(new_tuple(TokenOut, (request_id, batch_id, None)))
-                decodes[request_id] = seq
+                outputs.append(new_tuple(TokenOut, (seq.request_id, batch_id, None)))
+                decodes.append(seq)
             else:
                 self._complete_chunk(chunk, seq, event, failed, now_s, outputs)
 
@@ -257,7 +256,7 @@ class Scheduler:
                 return
             if end >= seq.change_tokens:
                 self.memory.grow_early(seq)
-            self._decodes[request_id] = seq
+            self._decodes.append(seq)
 
     def _estimated_wait_s(self, seq: Sequence) -> float:
         """Prefill work that goes before this newcomer's by the policy, which must be a line without slope."""
@@ -270,9 +269,9 @@ class Scheduler:
         self._prefills.discard(seq, now_s)
         seq.move_to(status)
         if status is Status.FINISHED:
-            self._outputs.learn(seq.num_output_tokens)
-        self._decodes.pop(seq.request_id, None)
-        if self._growing:
+            self._outputs.learn(seq.num_output_tokens)  # its last token has just come: it has not joined the others again
+        else:
+            self._decodes[:] = [other for other in self._decodes if other is not seq]
             self._growing = [other for other in self._growing if other is not seq]
         # The blocks of a sequence in flight are still being written to: they return with its last batch.
         if not seq.num_batches_in_flight:
@@ -289,6 +288,7 @@ class Scheduler:
         self._in_flight.clear()
         self._is_first_stage_free = True
         self._growing.clear()
+        self._decodes.clear()
         for seq in list(self._sequences.values()):
             seq.num_batches_in_flight = 0
             if seq.is_done:
@@ -299,7 +299,7 @@ class Scheduler:
 
     def _restart(self, seq: Sequence, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
-        self._decodes.pop(seq.request_id, None)
+        self._decodes[:] = [other for other in self._decodes if other is not seq]
         self.memory.release(seq)
         seq.move_to(Status.WAITING)
         seq.num_preemptions += 1
@@ -327,7 +327,7 @@ class Scheduler:
                 if victim is seq:
                     break
             else:
-                self._decodes[seq.request_id] = seq
+                self._decodes.append(seq)
 
     def _victim(self, needy: Sequence, now_s: float) -> Sequence | None:
         ranks = self.memory.growth_ranks(needy)
@@ -370,17 +370,17 @@ class Scheduler:
         budget_s = self._budget_s()
         builder = self._builder
         builder.begin(self._aim.share * budget_s)
-        builder.add_decodes(self._decodes.values())
+        builder.add_decodes(self._decodes)
         if self._prefills:
             self._packer.pack(builder, self._prefills.candidates(now_s), self._longest_overdue(now_s), now_s)
         if builder.is_empty:
             return None
         load = builder.slowest_load
-        num_decodes = len(self._decodes)
-        sequences = [*self._decodes.values(), *[planned.seq for planned in builder.prefills]]
+        sequences, self._decodes = self._decodes, []
+        num_decodes = len(sequences)
         batch = Batch(
             batch_id=self._next_batch_id,
-            chunks=self._commit(builder, now_s),
+            chunks=self._commit(sequences, builder, now_s),
             released=tuple(self._released),
             created_s=now_s,
             budget_s=budget_s,
@@ -388,6 +388,7 @@ class Scheduler:
         )
         self._next_batch_id += 1
         self._released.clear()
+        sequences += [planned.seq for planned in builder.prefills]
         self._in_flight[batch.batch_id] = _InFlight(batch, sequences, num_decodes, load)
         self._is_first_stage_free = False
         return batch
@@ -395,7 +396,7 @@ class Scheduler:
     def _budget_s(self) -> float:
         budget_s = self.config.step_budget_s
         if self._num_tpot_slos:
-            for seq in self._decodes.values():
+            for seq in self._decodes:
                 if seq.request.tpot_slo_s is not None:
                     budget_s = min(budget_s, seq.request.tpot_slo_s)
         return self._feasible_s(budget_s)
@@ -405,11 +406,11 @@ class Scheduler:
         # step's overhead each. Twice those costs is the least at which half of the time goes into tokens.
         return max(budget_s, 2.0 * self.cost.linear_s(1, 1))
 
-    def _commit(self, builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
+    def _commit(self, decodes: list[Sequence], builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
         """Turn what was planned into chunks, and move every cursor."""
         chunks: list[Chunk] = []
         new_tuple = tuple.__new__  # as in _complete
-        for request_id, seq in self._decodes.items():
+        for seq in decodes:
             start, table = seq.num_scheduled_tokens, seq.block_table
             seq.num_scheduled_tokens = start + 1
             seq.num_batches_in_flight = 1
@@ -417,8 +418,7 @@ class Scheduler:
             if table.unsent_extents:
                 extents = tuple(table.unsent_extents)
                 table.unsent_extents.clear()
-            chunks.append(new_tuple(Chunk, (request_id, start, 1, True, table.kvp_ranks, extents)))
-        self._decodes.clear()
+            chunks.append(new_tuple(Chunk, (seq.request_id, start, 1, True, table.kvp_ranks, extents)))
         for seq, num_tokens, _ in builder.prefills:
             start = seq.num_scheduled_tokens
             if seq.is_waiting:
