@@ -28,7 +28,7 @@ class BlockPool:
     num_blocks_ever_freed: int = field(init=False, default=0)  # the pace at which memory comes back
     _starts: list[int] = field(init=False)        # of the free extents, ascending
     _lengths: dict[int, int] = field(init=False)  # start -> length
-    _by_length: list[int] = field(init=False)     # length * num_blocks + start, ascending: one number, as pairs are slow
+    _by_length: list[int] = field(init=False)     # length * num_blocks + start, ascending: pairs are slow
 
     def __post_init__(self) -> None:
         self.num_free_blocks = self.num_blocks

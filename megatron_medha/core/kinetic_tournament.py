@@ -118,7 +118,9 @@ class KineticTournament:
         self._num_slots *= 2
         self._entries = [None] * self._num_slots + leaves + [None] * old_num_slots
         self._expires_s = [_NEVER_S] * (2 * self._num_slots)
-        self._leaf_of = {entry.item_id: self._num_slots + slot for slot, entry in enumerate(leaves) if entry is not None}
+        self._leaf_of = {
+            entry.item_id: self._num_slots + slot for slot, entry in enumerate(leaves) if entry is not None
+        }
         self._free_leaves = list(range(self._num_slots + old_num_slots, 2 * self._num_slots))
         heapify(self._free_leaves)
         for node in range(self._num_slots - 1, 0, -1):

@@ -24,7 +24,7 @@ _REVISION_STEPS = 16         # steps between two looks at the reference predicti
 _MIN_STEP_S = 1e-7           # a step takes some time, whatever the fit says
 
 
-class OnlineCost(CostModel):  # named as its base so that compiled code can call it without looking its methods up
+class OnlineCost(CostModel):  # compiled code calls without a look-up only what names its protocol
     """A linear model of step time with coefficients >= 0: least squares on relative errors, old steps fading.
 
     Predicted seconds = theta . features, with the features 1, tokens, tokens past each hinge, sequences,
@@ -156,8 +156,10 @@ class OnlineCost(CostModel):  # named as its base so that compiled code can call
         gram, moments, damping = self._gram, self._moments, self._damping
         for i, feature in enumerate((f0, f1, f2, f3, f4, f5, f6, f7)):
             g0, g1, g2, g3, g4, g5, g6, g7 = gram[i]
-            g0, g1, g2, g3 = kept * g0 + feature * f0, kept * g1 + feature * f1, kept * g2 + feature * f2, kept * g3 + feature * f3
-            g4, g5, g6, g7 = kept * g4 + feature * f4, kept * g5 + feature * f5, kept * g6 + feature * f6, kept * g7 + feature * f7
+            g0, g1 = kept * g0 + feature * f0, kept * g1 + feature * f1
+            g2, g3 = kept * g2 + feature * f2, kept * g3 + feature * f3
+            g4, g5 = kept * g4 + feature * f4, kept * g5 + feature * f5
+            g6, g7 = kept * g6 + feature * f6, kept * g7 + feature * f7
             gram[i] = row = [g0, g1, g2, g3, g4, g5, g6, g7]
             moments[i] = moment = kept * moments[i] + feature
             t0, t1, t2, t3, t4, t5, t6, t7 = theta

@@ -269,8 +269,8 @@ class Scheduler:
         self._prefills.discard(seq, now_s)
         seq.move_to(status)
         if status is Status.FINISHED:
-            self._outputs.learn(seq.num_output_tokens)  # its last token has just come: it has not joined the others again
-        else:
+            self._outputs.learn(seq.num_output_tokens)
+        else:  # one that has finished comes from a batch and is in neither
             self._decodes[:] = [other for other in self._decodes if other is not seq]
             self._growing = [other for other in self._growing if other is not seq]
         # The blocks of a sequence in flight are still being written to: they return with its last batch.
