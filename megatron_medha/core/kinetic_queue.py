@@ -17,8 +17,9 @@ from megatron_medha.core.policies import Priority
 _LEAST_FRONT = 4   # more are pulled to the front when somebody asks for more, and stay there
 _MOST_FRONT = 16   # all that a batch looks at, as a rule
 
-# priority at the moment asked, arrival, id, item; places of several queues merge by the first three
-Place = tuple[float, float, str, Any]
+# (priority at the moment asked, arrival, id, item); places of several queues merge by the first three. Their type says
+# no more because compiled tuples of known types are taken apart and put together again wherever they are moved.
+Place = tuple[Any, ...]
 
 
 class KineticQueue:

@@ -7,25 +7,26 @@ matches that have expired; changing an entry re-plays one path. Both cost O(log 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any
 
 _NEVER_S = float("inf")
 
 
-@dataclass(slots=True, eq=False)
 class Entry:
     """A line, and whatever it stands for: the lowest value at_zero + slope * now_s wins. Not to be changed.
 
     Compiled, a tuple would be taken apart and put together again wherever it is moved.
     """
 
-    at_zero: float
-    slope: float
-    arrival_s: float  # and item_id: for ties
-    item_id: str
-    item: Any
+    __slots__ = ("arrival_s", "at_zero", "item", "item_id", "slope")
+
+    def __init__(self, at_zero: float, slope: float, arrival_s: float, item_id: str, item: Any) -> None:
+        self.at_zero = at_zero
+        self.slope = slope
+        self.arrival_s = arrival_s  # and item_id: for ties
+        self.item_id = item_id
+        self.item = item
 
 
 class KineticTournament:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf
 
@@ -38,15 +37,17 @@ from megatron_medha.core.step_budget import StepAim
 _MOST_IN_HAND = 0.8  # of a deadline
 
 
-@dataclass(slots=True)
 class _InFlight:
     """A batch the runtime has, with what the cost model needs to learn from it."""
 
-    batch: Batch
-    sequences: list[Sequence]  # of its chunks, in their order
-    num_decodes: int           # they come first
-    load: StepLoad
-    has_left_first_stage: bool = False
+    __slots__ = ("batch", "has_left_first_stage", "load", "num_decodes", "sequences")
+
+    def __init__(self, batch: Batch, sequences: list[Sequence], num_decodes: int, load: StepLoad) -> None:
+        self.batch = batch
+        self.sequences = sequences      # of its chunks, in their order
+        self.num_decodes = num_decodes  # they come first
+        self.load = load
+        self.has_left_first_stage = False
 
 
 class Scheduler:
@@ -207,13 +208,14 @@ class Scheduler:
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
         decoding, decodes, batch_id = Status.DECODING, self._decodes, event.batch_id
         new_tuple = tuple.__new__  # half the time of the class's own, and it is a NamedTuple for the same reason
+        token_out = TokenOut
         for chunk, seq in zip(flight.batch.chunks, flight.sequences):  # noqa: B905
             end = seq.num_scheduled_tokens  # of a decode: it is in no other batch
             if is_calm and seq.status is decoding and end < seq.change_tokens:
                 seq.num_batches_in_flight = 0
                 seq.num_computed_tokens = seq.num_first_stage_tokens = end
                 seq.num_output_tokens += 1
-                outputs.append(new_tuple(TokenOut, (seq.request_id, batch_id, None)))
+                outputs.append(new_tuple(token_out, (seq.request_id, batch_id, None)))
                 decodes.append(seq)
             else:
                 self._complete_chunk(chunk, seq, event, failed, now_s, outputs)
@@ -245,7 +247,7 @@ class Scheduler:
             reason = FinishReason.STOP if request_id in event.stopped else None
             if reason is None and seq.num_output_tokens >= seq.request.max_output_tokens:
                 reason = FinishReason.LENGTH
-            outputs.append(TokenOut(request_id, event.batch_id, reason))
+            outputs.append(tuple.__new__(TokenOut, (request_id, event.batch_id, reason)))
             if reason is not None:
                 self._end(seq, Status.FINISHED, now_s)
                 return
@@ -378,18 +380,14 @@ class Scheduler:
         load = builder.slowest_load
         sequences, self._decodes = self._decodes, []
         num_decodes = len(sequences)
-        batch = Batch(
-            batch_id=self._next_batch_id,
-            chunks=self._commit(sequences, builder, now_s),
-            released=tuple(self._released),
-            created_s=now_s,
-            budget_s=budget_s,
-            predicted_s=step_s(self.cost, load),
-        )
+        batch_id = self._next_batch_id
+        chunks = self._commit(sequences, builder, now_s)
+        released, predicted_s = tuple(self._released), step_s(self.cost, load)
+        batch = tuple.__new__(Batch, (batch_id, chunks, released, now_s, budget_s, predicted_s))
         self._next_batch_id += 1
         self._released.clear()
         sequences += [planned.seq for planned in builder.prefills]
-        self._in_flight[batch.batch_id] = _InFlight(batch, sequences, num_decodes, load)
+        self._in_flight[batch_id] = _InFlight(batch, sequences, num_decodes, load)
         self._is_first_stage_free = False
         return batch
 
@@ -409,7 +407,7 @@ class Scheduler:
     def _commit(self, decodes: list[Sequence], builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
         """Turn what was planned into chunks, and move every cursor."""
         chunks: list[Chunk] = []
-        new_tuple = tuple.__new__  # as in _complete
+        new_tuple, chunk = tuple.__new__, Chunk  # as in _complete
         for seq in decodes:
             start, table = seq.num_scheduled_tokens, seq.block_table
             seq.num_scheduled_tokens = start + 1
@@ -418,8 +416,9 @@ class Scheduler:
             if table.unsent_extents:
                 extents = tuple(table.unsent_extents)
                 table.unsent_extents.clear()
-            chunks.append(new_tuple(Chunk, (seq.request_id, start, 1, True, table.kvp_ranks, extents)))
-        for seq, num_tokens, _ in builder.prefills:
+            chunks.append(new_tuple(chunk, (seq.request_id, start, 1, True, table.kvp_ranks, extents)))
+        for planned in builder.prefills:
+            seq, num_tokens = planned.seq, planned.num_tokens
             start = seq.num_scheduled_tokens
             if seq.is_waiting:
                 seq.move_to(Status.PREFILLING)
@@ -464,7 +463,8 @@ class Scheduler:
         # The first chunk on a shard brings all its blocks; a prompt's never grow after that.
         extents = tuple(last.extents) if last.start == start else ()
         samples_token = end == seq.num_known_tokens
-        return Chunk(seq.request_id, start, num_tokens, samples_token, table.kvp_ranks[:num_active], extents)
+        ranks = table.kvp_ranks[:num_active]
+        return tuple.__new__(Chunk, (seq.request_id, start, num_tokens, samples_token, ranks, extents))
 
     # ---- deadlines ----
 
