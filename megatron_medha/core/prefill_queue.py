@@ -142,7 +142,8 @@ class Candidates:
                     self._extend(places, kind.queue, kind.queue.first_places(now_s), unfinished)
             places.sort()
             for index, place in enumerate(places):  # grows while it is read
-                seq, kind = place[3]
+                item: tuple[Sequence, _Kind] = place[3]
+                seq, kind = item
                 if not self._includes(kind):
                     continue
                 yield seq
