@@ -24,7 +24,7 @@ _REVISION_STEPS = 16         # steps between two looks at the reference predicti
 _MIN_STEP_S = 1e-7           # a step takes some time, whatever the fit says
 
 
-class OnlineCost(CostModel):  # compiled code calls without a look-up only what names its protocol
+class OnlineCost(CostModel):
     """A linear model of step time with coefficients >= 0: least squares on relative errors, old steps fading.
 
     Predicted seconds = theta . features, with the features 1, tokens, tokens past each hinge, sequences,
@@ -36,6 +36,8 @@ class OnlineCost(CostModel):  # compiled code calls without a look-up only what 
     tenths of a second and then fast again, too short for the fit and too long to be noise (autocorrelation of the
     fit's errors 0.8 from step to step, on a rented 2-core machine). Where following it has not helped of late,
     because errors are independent from step to step, it stays at 1.
+
+    It names its protocol because compiled code then calls it directly, with numbers that are not boxed.
 
     Tried and worse: a Kalman filter on the same features. Coefficients cut off at 0 after its update left it sure
     of a wrong fit when the roofline was ten times too slow.
@@ -152,7 +154,7 @@ class OnlineCost(CostModel):  # compiled code calls without a look-up only what 
             self._follow(fitted)
         # The newest step is added to the equations row by row, and each row at once moves its coefficient towards the
         # least squares with every coefficient >= 0: one sweep of coordinate descent, and the next step goes on where
-        # this one stopped. Written out, as 8 is not many: loops over lists of floats took twice as long.
+        # this one stopped. Written out: as loops over lists it is three times the instructions, compiled.
         gram, moments, damping = self._gram, self._moments, self._damping
         for i, feature in enumerate((f0, f1, f2, f3, f4, f5, f6, f7)):
             g0, g1, g2, g3, g4, g5, g6, g7 = gram[i]
