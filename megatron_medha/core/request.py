@@ -20,7 +20,7 @@ class Status(Enum):
     FINISHED = "finished"
     ABORTED = "aborted"        # by the client or by a fault of this request alone
 
-    # There is one object of each. Enum's own is a call into Python, 10 and more of them per step of the scheduler.
+    # There is one object of each. Enum's own is a call into Python, several per step of the scheduler.
     __hash__ = object.__hash__
 
 
