@@ -246,8 +246,9 @@ def print_table(found: Sequence[Compared]) -> bool:
 
 def print_speed(found: Sequence[Compared]) -> bool:
     """CPU seconds side by side; whether the bar is met by the sum over all policies."""
+    print(f"\nours {'compiled' if IS_COMPILED else 'interpreted'}")
     print(
-        f"\n{'policy':17s} {'ours s':>7s} {'theirs s':>9s} {'ratio':>6s} {'in our cost':>12s} {'their table':>12s} "
+        f"{'policy':17s} {'ours s':>7s} {'theirs s':>9s} {'ratio':>6s} {'in our cost':>12s} {'their table':>12s} "
         f"{'batches':>8s}"
     )
     for one in found:
