@@ -6,18 +6,17 @@ vidur's environment; every class here is a subclass of ours, put in the place of
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from vidur.entities import Batch
 from vidur.scheduler.replica_scheduler import mnemosyne_fcfs_replica_scheduler as fcfs
 from vidur.scheduler.replica_scheduler import mnemosyne_st_replica_scheduler as st
 from vidur.scheduler.replica_scheduler.replica_scheduler_registry import ReplicaSchedulerRegistry
 from vidur.types import ReplicaSchedulerType
 
 from experiments.against_vidur.exchange import RULES, Job
+from megatron_medha.core.chunking import Chunking, ChunkRule, PrefillTimes
+from megatron_medha.engine.cached_cost import CachedClusterCost
 
 TILE = fcfs.EXECUTION_TIME_PREDICTION_CHUNK_SIZE_GRANULARITY
 
@@ -150,42 +149,22 @@ def _stages(base: type, job: Job) -> type:
 
 
 def _work(base: type, job: Job) -> type:
+    rule = ChunkRule(
+        chunking=Chunking.ADAPTIVE, tile_tokens=TILE, max_tokens=job.max_batch_tokens, fixed_tokens=job.chunk_tokens
+    )
+    cost = CachedClusterCost(shape=job.shape, hardware=job.hardware, engine=job.engine, layout=job.layout)
+    times = PrefillTimes(rule, cost, job.step_budget_s, job.max_tokens)
+
+    class OurTable:
+        def get_prefill_time(self, num_prefill_tokens: int, num_processed_tokens: int = 0) -> float:
+            return times.remaining_s(num_processed_tokens, num_prefill_tokens) / job.layout.spp
+
     class Mended(base):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._prefill_time_calculator = LargestChunks(self._step_s, job)
-
-        def _step_s(self, start: int, count: int) -> float:
-            batch = Batch(0, [None], [count], [start], [1], [1], 0)
-            return float(self._execution_time_predictor.get_execution_time(batch, pipeline_stage=0).total_time)
+            self._prefill_time_calculator = OurTable()
 
     return Mended
-
-
-class LargestChunks:
-    """Prefill times of a prompt alone, in the largest chunks whose steps keep the budget, for any length."""
-
-    def __init__(self, stage_s: Callable[[int, int], float], job: Job) -> None:
-        self._stage_s = stage_s
-        self._starts, self._seconds = [0], [0.0]
-        budget_s = job.step_budget_s / job.layout.spp
-        while self._starts[-1] < job.max_tokens:
-            start = self._starts[-1]
-            low, high = 1, job.max_batch_tokens // TILE + 1  # in tiles: low is taken, high does not fit
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if stage_s(start, middle * TILE) <= budget_s else (low, middle)
-            self._starts.append(start + low * TILE)
-            self._seconds.append(self._seconds[-1] + stage_s(start, low * TILE))
-
-    def get_prefill_time(self, num_prefill_tokens: int, num_processed_tokens: int = 0) -> float:
-        """Seconds of what is left; the pipeline's stages work on chunks of the same prompt."""
-        return self._until_s(num_prefill_tokens) - self._until_s(num_processed_tokens)
-
-    def _until_s(self, num_tokens: int) -> float:
-        index = bisect_right(self._starts, num_tokens) - 1
-        left = num_tokens - self._starts[index]
-        return self._seconds[index] + (self._stage_s(self._starts[index], left) if left else 0.0)
 
 
 def _rest(base: type, job: Job) -> type:
@@ -247,6 +226,8 @@ def _debts(base: type, job: Job) -> type:
             self._is_sized = True
             num_tokens = int(super()._get_request_next_num_q_tokens(time, request, tracker))
             self._is_sized = False
+            if not num_tokens and done >= job.long_tokens and not tracker.long_request:
+                self._offered_s = None  # it is not in this step
             if num_tokens and done < job.long_tokens:
                 self._taken_s += tracker._compute_batch_execution_time(
                     0, [request], [num_tokens], [done], [1], [0]
