@@ -193,7 +193,7 @@ class PrefillPacker:
         given = min(max(relative_slack(seq, now_s), 0.0), self._config.max_relative_slack)
         if not given:
             return num_tokens
-        offered_s = self._max_gift_s
+        offered_s = inf
         for part in parts:
             rank = part.kvp_rank
             saved_s = gift_s[rank] + given * builder.budget_s
