@@ -150,9 +150,15 @@ class Linear {
         }
         const int64_t num_panels = (call_.num_outputs + PANEL - 1) / PANEL;
         const int64_t num_blocks = (call_.num_rows + MAX_ROWS_OF_ITEM - 1) / MAX_ROWS_OF_ITEM;
-        share(call_.run_team, num_threads, num_panels * num_blocks, [&](int64_t i) {
+        const int64_t num_items = num_panels * num_blocks;
+        share(call_.run_team, num_threads, num_items, [&](int64_t i) {
             const int64_t block = i % num_blocks;
-            multiply_widened(i / num_blocks, num_tiles_ * block / num_blocks, num_tiles_ * (block + 1) / num_blocks);
+            // The item that this thread takes next, if all take as long.
+            const int64_t next = i + num_threads < num_items ? (i + num_threads) / num_blocks : num_panels;
+            multiply_widened(
+                i / num_blocks, num_tiles_ * block / num_blocks, num_tiles_ * (block + 1) / num_blocks,
+                next < num_panels ? pack_of(next * PANEL) : nullptr
+            );
         });
     }
 
@@ -187,7 +193,8 @@ class Linear {
         for (int64_t r = 0; r < num_rows; ++r) write_out(r, first, width, sums + r * width);
     }
 
-    void multiply_widened(int64_t panel, int64_t first_tile, int64_t end_tile) const {
+    // after: weights that will probably be multiplied next, or null.
+    void multiply_widened(int64_t panel, int64_t first_tile, int64_t end_tile, const W *after) const {
         static thread_local Buffer memory;
         const int64_t first_row = first_row_of(first_tile), num_rows = first_row_of(end_tile) - first_row;
         float *const sums = memory.at_least<float>(num_rows * PANEL + DEPTH * PANEL);
@@ -197,9 +204,10 @@ class Linear {
             const int64_t depth = std::min(DEPTH, depth_ - start);
             const W *const block = pack_of(panel * PANEL) + start * PACKED;
             widen(block, panel * PANEL % PACKED, widened, depth);
-            const int64_t next_depth = std::min(DEPTH, depth_ - start - depth);
+            const int64_t num_left = depth_ - start - depth;
+            const int64_t next_depth = num_left > 0 ? std::min(DEPTH, num_left) : after != nullptr ? depth : 0;
             const int64_t num_fetches = (end_tile - first_tile) * ((depth + WIDTH - 1) / WIDTH);
-            Ahead next(block + depth * PACKED, next_depth * PACKED * sizeof(W), num_fetches);
+            Ahead next(num_left > 0 ? block + depth * PACKED : after, next_depth * PACKED * sizeof(W), num_fetches);
             for (int64_t tile = first_tile; tile < end_tile; ++tile) {
                 const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
                 ADD_PRODUCTS[count - 1](

@@ -201,7 +201,8 @@ class Scheduler:
         if not flight.has_left_first_stage:
             self._leave_first_stage(flight)
         self.cost.observe(flight.load, event.duration_s)
-        self._aim.learn(flight.batch, event.duration_s)
+        if flight.num_decodes:  # others may have filled the whole budget
+            self._aim.learn(flight.batch, event.duration_s)
         self._refresh_times()
         failed = dict(event.failed)
         is_calm = not event.stopped and not failed
@@ -371,7 +372,7 @@ class Scheduler:
             return None
         budget_s = self._budget_s()
         builder = self._builder
-        builder.begin(self._aim.share * budget_s)
+        builder.begin(self._aim.share * budget_s if self._has_decodes() else budget_s)
         builder.add_decodes(self._decodes)
         if self._prefills:
             self._packer.pack(builder, self._prefills.candidates(now_s), self._longest_overdue(now_s), now_s)
@@ -390,6 +391,12 @@ class Scheduler:
         self._in_flight[batch_id] = _InFlight(batch, sequences, num_decodes, load)
         self._is_first_stage_free = False
         return batch
+
+    def _has_decodes(self) -> bool:
+        """Whether anybody's next token waits for the next step: with it, for memory, or behind it in the pipeline."""
+        return bool(self._decodes or self._growing) or any(
+            chunk.samples_token for flight in self._in_flight.values() for chunk in flight.batch.chunks
+        )
 
     def _budget_s(self) -> float:
         budget_s = self.config.step_budget_s

@@ -15,6 +15,7 @@ class StepAim:
 
     1 on a machine whose steps take what is predicted. Where they scatter (cores shared with strangers), half of all
     steps would break a budget that predictions fill exactly; aiming lower keeps it in all but a few percent.
+    The budget is there for those who read: a step that no decode waits for need not be lowered, and teaches nothing.
     """
 
     def __init__(self) -> None:

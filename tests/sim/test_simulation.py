@@ -170,8 +170,8 @@ def test_a_biased_truth_takes_longer_than_believed() -> None:
         Simulation(config(long_share=0.5, truth=TruthConfig(linear_bias=a, attention_bias=b))).isolated_s
         for a, b in ((1.0, 1.0), (1.5, 1.5), (1.0, 1.5), (1.5, 1.0))
     )
-    # More than 1.5: the scheduler finds its steps too long, and makes chunks smaller.
-    assert 1.5 <= all_of_it(100_000) / exact(100_000) < 1.8
+    # Only the front's own share is not biased: chunks stay as large, as no decode waits for these steps.
+    assert 1.49 < all_of_it(100_000) / exact(100_000) <= 1.5
     assert attention(100_000) > 1.02 * exact(100_000) and linear(100_000) > 1.02 * exact(100_000)
     assert attention(500) < 1.05 * exact(500) < linear(500)
 
