@@ -16,6 +16,10 @@ RULES = {
     "slack": "theirs divides slack by the deadline, not by the request's own work",
     "answers": "theirs lets no long prefill into a step in which an answer to a long prompt is being decoded",
     "chunks": "theirs takes the first chunk within 10% of the budget, above or below, of 1,024 tokens at most",
+    "stages": "theirs takes a step's time for its first stage's, times the number of stages",
+    "work": "theirs tabulates prefill times by that search for chunks, of prompts rounded up to 256 tokens",
+    "rest": "theirs leaves to nobody what a long prefill gives of its step and no other takes",
+    "debts": "theirs gives the same share of the next step, however much of this one others have taken",
 }
 
 

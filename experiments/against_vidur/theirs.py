@@ -21,6 +21,8 @@ from typing import Any
 
 from vidur import config as vidur_config
 from vidur.entities import Batch, KVParallelBatch, Request
+from vidur.events.batch_stage_arrival_event import BatchStageArrivalEvent
+from vidur.events.batch_stage_end_event import BatchStageEndEvent
 from vidur.execution_time_predictor import ExecutionTimePredictorRegistry
 from vidur.execution_time_predictor.base_execution_time_predictor import BaseExecutionTimePredictor
 from vidur.request_generator import RequestGeneratorRegistry
@@ -37,9 +39,32 @@ from megatron_medha.engine.cached_cost import CachedClusterCost
 GRANULARITY = edf.PREFILL_TIME_PREDICTION_CACHE_GRANULARITY
 
 
+def cost_of(job: Job) -> CachedClusterCost:
+    """Our cost model of the job's machine."""
+    return CachedClusterCost(shape=job.shape, hardware=job.hardware, engine=job.engine, layout=job.layout)
+
+
+def take_hops(job: Job) -> None:
+    """Let a batch arrive at its next stage later by the hop: it delays this batch, but occupies no stage.
+
+    Theirs knows no time between stages.
+    """
+    cost, handle_event = cost_of(job), BatchStageEndEvent.handle_event
+
+    def handle(self: Any, scheduler: Any, metrics_store: Any) -> list[Any]:
+        events: list[Any] = handle_event(self, scheduler, metrics_store)
+        (batch,) = self._batch.batch_mapping.values()
+        for event in events:
+            if isinstance(event, BatchStageArrivalEvent):
+                event._time += cost.hop_s(sum(batch.num_q_tokens), self._stage_id)
+        return events
+
+    BatchStageEndEvent.handle_event = handle
+
+
 def predictor_class(job: Job) -> type:
     """Our cost model behind their protocol: seconds that a batch occupies a stage."""
-    cost = CachedClusterCost(shape=job.shape, hardware=job.hardware, engine=job.engine, layout=job.layout)
+    cost = cost_of(job)
     last = job.layout.spp - 1
 
     class OurCost(BaseExecutionTimePredictor):  # type: ignore[misc]  # vidur has no types
@@ -47,7 +72,8 @@ def predictor_class(job: Job) -> type:
 
         def get_execution_time(self, batch: Batch | KVParallelBatch, pipeline_stage: int) -> Any:
             began_s = time.perf_counter()
-            if isinstance(batch, KVParallelBatch):
+            is_planned = not isinstance(batch, KVParallelBatch)
+            if not is_planned:
                 (batch,) = batch.batch_mapping.values()
             load = StepLoad()
             num_decodes = decode_context = 0
@@ -60,8 +86,8 @@ def predictor_class(job: Job) -> type:
             if num_decodes:
                 load.add_decodes(num_decodes, decode_context, cost.decode_attention_s(decode_context))
             seconds = cost.stage_s(load, pipeline_stage)
-            if pipeline_stage < last:
-                seconds += cost.hop_s(load.num_tokens, pipeline_stage)  # theirs knows no time between stages
+            if is_planned and pipeline_stage < last:
+                seconds += cost.hop_s(load.num_tokens, pipeline_stage)  # of batches that run: `take_hops`
             OurCost.seconds += time.perf_counter() - began_s
             return SimpleNamespace(total_time=seconds, model_time=seconds)
 
@@ -155,6 +181,7 @@ def run(job: Job) -> Answer:
     RequestGeneratorRegistry.unregister(RequestGeneratorType.SYNTHETIC)
     RequestGeneratorRegistry.register(RequestGeneratorType.SYNTHETIC, generator_class(requests))
     edf.PrefillTimeCalculator = SharedPathPrefillTimes
+    take_hops(job)
     mend(job)
     config = vidur_config.SimulationConfig(
         log_level="warning",

@@ -25,6 +25,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_medha.compiled_core import use_compiled_core
+
+use_compiled_core()  # in the processes of a run too: each imports this file
+
 from experiments.headline.report import report
 from experiments.headline.systems import LAYOUT, TITLES, build, cluster
 from experiments.lib.paper import Cluster, Results, measure, quiet

@@ -1,6 +1,6 @@
 """Does the memory of a simulation stay flat over a simulated day?
 
-    python -m experiments.simulated_day.run
+    medha compile && python -m experiments.simulated_day.run    # without the first: interpreted
 
 86,400 simulated seconds of the paper's mix on 16 A100 at 0.75 requests/s on average, by day more and by night less
 (64,800 requests), with all that `medha simulate` writes: request rows and samples go to disk as they come. Answers are
@@ -91,7 +91,8 @@ def main() -> int:
         num_rows = sum(1 for _ in (directory.path / "requests.jsonl").open())
         num_bytes = sum(file.stat().st_size for file in directory.path.iterdir())
     print(
-        f"{facts.num_requests:,} requests, {result.values['machine']['num_batches']:,} batches, {result.end_s:,.0f} "
+        f"{'compiled' if IS_COMPILED else 'interpreted'}: {facts.num_requests:,} requests, "
+        f"{result.values['machine']['num_batches']:,} batches, {result.end_s:,.0f} "
         f"simulated seconds in {took_s:.0f} s ({took_cpu_s:.0f} s of CPU time, {result.end_s / took_cpu_s:,.0f} times "
         f"real time); {num_rows:,} rows, {num_bytes / MIB:.0f} MiB on disk"
     )

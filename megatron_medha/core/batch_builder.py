@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 from megatron_medha.core.chunking import Chunking, ChunkRule, largest_chunk
 from megatron_medha.core.cost import CostModel, StepLoad, step_s
@@ -12,20 +10,25 @@ from megatron_medha.core.memory import KVMemory, Part
 from megatron_medha.core.request import Sequence
 
 
-class Planned(NamedTuple):
+class Planned:
     """A prefill chunk of the batch being formed."""
 
-    seq: Sequence
-    num_tokens: int
-    parts: tuple[Part, ...]
+    __slots__ = ("num_tokens", "parts", "seq")
+
+    def __init__(self, seq: Sequence, num_tokens: int, parts: tuple[Part, ...]) -> None:
+        self.seq = seq
+        self.num_tokens = num_tokens
+        self.parts = parts
 
 
-@dataclass(slots=True, eq=False)
 class _Held:
     """A chunk whose final size is found when all others are in."""
 
-    planned: Planned  # what is kept for it however many others come; its load is counted from the start
-    num_wanted: int   # what it takes if nobody else comes
+    __slots__ = ("num_wanted", "planned")
+
+    def __init__(self, planned: Planned, num_wanted: int) -> None:
+        self.planned = planned        # what is kept for it however many others come; its load is counted from the start
+        self.num_wanted = num_wanted  # what it takes if nobody else comes
 
 
 class BatchBuilder:
@@ -49,18 +52,20 @@ class BatchBuilder:
         self.loads = [StepLoad()] if self._kvp == 1 else [StepLoad() for _ in range(self._kvp)]
         self.prefills.clear()
 
-    def add_decodes(self, sequences: Collection[Sequence]) -> None:
+    def add_decodes(self, sequences: list[Sequence]) -> None:
         """Add the next token of each."""
         if len(self.loads) == 1:
-            context = sum([seq.num_scheduled_tokens for seq in sequences]) + len(sequences)
+            context = len(sequences)
+            for seq in sequences:
+                context += seq.num_scheduled_tokens
             self.loads[0].add_decodes(len(sequences), context, self._cost.decode_attention_s(context))
             return
         nums = [0] * len(self.loads)
         contexts = [0] * len(self.loads)
         for seq in sequences:
-            for rank, context in self._memory.parts(seq, ()):
-                nums[rank] += 1
-                contexts[rank] += context + 1
+            for part in self._memory.parts(seq, ()):
+                nums[part.kvp_rank] += 1
+                contexts[part.kvp_rank] += part.context + 1
         for rank, load in enumerate(self.loads):
             load.add_decodes(nums[rank], contexts[rank], self._cost.decode_attention_s(contexts[rank]))
 
@@ -70,8 +75,9 @@ class BatchBuilder:
         most = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
         if limit is not None:
             most = min(most, limit)
-        for rank, context in parts:
-            most = largest_chunk(self._rule, self._cost, self.loads[rank], context, most, self.budget_s * share, guess)
+        for part in parts:
+            load = self.loads[part.kvp_rank]
+            most = largest_chunk(self._rule, self._cost, load, part.context, most, self.budget_s * share, guess)
         return most
 
     def most_tokens(self) -> int:
@@ -103,10 +109,10 @@ class BatchBuilder:
         One tile may break the budget if the credit pays for it: in a step full of decodes nothing else would.
         """
         most = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
-        for rank, context in parts:
-            load = self.loads[rank]
+        for part in parts:
+            load = self.loads[part.kvp_rank]
             budget_s = min(self.budget_s, step_s(self._cost, load) + credit_s)
-            most = largest_chunk(self._credit_rule, self._cost, load, context, most, budget_s)
+            most = largest_chunk(self._credit_rule, self._cost, load, part.context, most, budget_s)
         if not most:
             tile = self.tile(seq)
             if tile > 0 and all(self._extra_s(part, tile) <= credit_s for part in parts):
@@ -146,16 +152,16 @@ class BatchBuilder:
         """Put the held chunks into the batch, as large as what is left allows; those that got nothing come back."""
         left_out: list[Sequence] = []
         for held in self._held:
-            seq, num_kept, parts = held.planned
-            if num_kept >= held.num_wanted:
-                self.prefills.append(held.planned)
+            planned = held.planned
+            if planned.num_tokens >= held.num_wanted:
+                self.prefills.append(planned)
                 continue
-            self._unload(held.planned)
-            count = max(num_kept, self.fit(seq, parts, limit=held.num_wanted))
+            self._unload(planned)
+            count = max(planned.num_tokens, self.fit(planned.seq, planned.parts, limit=held.num_wanted))
             if count > 0:
-                self.add(Planned(seq, count, parts))
+                self.add(Planned(planned.seq, count, planned.parts))
             else:
-                left_out.append(seq)
+                left_out.append(planned.seq)
         self._held.clear()
         return left_out
 
@@ -177,9 +183,9 @@ class BatchBuilder:
         return max(
             self._cost.linear_s(load.num_tokens, load.num_sequences)
             - self._cost.linear_s(load.num_tokens - planned.num_tokens, load.num_sequences - 1)
-            + self._cost.attention_s(context, planned.num_tokens)
-            for rank, context in planned.parts
-            for load in (self.loads[rank],)
+            + self._cost.attention_s(part.context, planned.num_tokens)
+            for part in planned.parts
+            for load in (self.loads[part.kvp_rank],)
         )
 
     @property
@@ -201,15 +207,15 @@ class BatchBuilder:
 
     def _load(self, planned: Planned) -> None:
         if planned.num_tokens:
-            for rank, context in planned.parts:
-                attention_s = self._cost.attention_s(context, planned.num_tokens)
-                self.loads[rank].add_chunk(context, planned.num_tokens, attention_s)
+            for part in planned.parts:
+                attention_s = self._cost.attention_s(part.context, planned.num_tokens)
+                self.loads[part.kvp_rank].add_chunk(part.context, planned.num_tokens, attention_s)
 
     def _unload(self, planned: Planned) -> None:
         if planned.num_tokens:
-            for rank, context in planned.parts:
-                attention_s = self._cost.attention_s(context, planned.num_tokens)
-                self.loads[rank].remove_chunk(context, planned.num_tokens, attention_s)
+            for part in planned.parts:
+                attention_s = self._cost.attention_s(part.context, planned.num_tokens)
+                self.loads[part.kvp_rank].remove_chunk(part.context, planned.num_tokens, attention_s)
 
     def _extra_s(self, part: Part, num_tokens: int) -> float:
         load = self.loads[part.kvp_rank]

@@ -45,7 +45,7 @@ def largest_chunk(
     found by bracketing, since predictions never fall as chunks grow. 0 when not even one tile fits. guess_tokens is
     looked at first (a prompt's last chunk is seldom more than a tile off); it changes no result.
     """
-    limit = min(num_tokens, rule.max_tokens - load.num_tokens, rule.max_chunk_tokens)
+    limit = min(min(num_tokens, rule.max_tokens - load.num_tokens), rule.max_chunk_tokens)
     if rule.chunking is Chunking.WHOLE:
         # A prompt longer than one step's buffers still has to be cut.
         return max(limit, 0)

@@ -17,8 +17,9 @@ from megatron_medha.core.policies import Priority
 _LEAST_FRONT = 4   # more are pulled to the front when somebody asks for more, and stay there
 _MOST_FRONT = 16   # all that a batch looks at, as a rule
 
-# priority at the moment asked, arrival, id, item; places of several queues merge by the first three
-Place = tuple[float, float, str, Any]
+# (priority at the moment asked, arrival, id, item); places of several queues merge by the first three. Their type says
+# no more because compiled tuples of known types are taken apart and put together again wherever they are moved.
+Place = tuple[Any, ...]
 
 
 class KineticQueue:
@@ -43,7 +44,7 @@ class KineticQueue:
         """Add an item, or give the one of that id a new priority."""
         if item_id in self._rest:
             self._rest.pop(item_id, now_s)
-        self._front[item_id] = (priority.at_zero, priority.slope, arrival_s, item_id, item)
+        self._front[item_id] = Entry(priority.at_zero, priority.slope, arrival_s, item_id, item)
 
     def remove(self, item_id: str, now_s: float) -> None:
         """Take an item out; it must be there."""
@@ -53,8 +54,8 @@ class KineticQueue:
     def first_places(self, now_s: float) -> list[Place]:
         """The first few, in order, as of now."""
         places: list[Place] = [
-            (at_zero + slope * now_s, arrival_s, item_id, item)
-            for at_zero, slope, arrival_s, item_id, item in self._front.values()
+            (entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item)
+            for entry in self._front.values()
         ]
         if len(places) > 1:
             places.sort()
@@ -88,7 +89,7 @@ class KineticQueue:
         entry = self._rest.first(now_s)
         if entry is None:
             return None
-        return entry[0] + entry[1] * now_s, entry[2], entry[3], entry[4]
+        return entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item
 
     def _demote(self, places: list[Place], now_s: float) -> None:
         self._rest.add(self._front.pop(places.pop()[2]), now_s)

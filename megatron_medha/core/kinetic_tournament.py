@@ -13,9 +13,20 @@ from typing import Any
 _NEVER_S = float("inf")
 
 
-# at_zero and slope of a line, then arrival and id for ties, and whatever it stands for: the lowest value
-# at_zero + slope * now_s wins. A plain tuple: thousands are made per second.
-Entry = tuple[float, float, float, str, Any]
+class Entry:
+    """A line, and whatever it stands for: the lowest value at_zero + slope * now_s wins. Not to be changed.
+
+    Compiled, a tuple would be taken apart and put together again wherever it is moved.
+    """
+
+    __slots__ = ("arrival_s", "at_zero", "item", "item_id", "slope")
+
+    def __init__(self, at_zero: float, slope: float, arrival_s: float, item_id: str, item: Any) -> None:
+        self.at_zero = at_zero
+        self.slope = slope
+        self.arrival_s = arrival_s  # and item_id: for ties
+        self.item_id = item_id
+        self.item = item
 
 
 class KineticTournament:
@@ -38,7 +49,7 @@ class KineticTournament:
         """Add an entry; its id must be new."""
         if not self._free_leaves:
             self._double(now_s)
-        leaf = self._leaf_of[entry[3]] = heappop(self._free_leaves)
+        leaf = self._leaf_of[entry.item_id] = heappop(self._free_leaves)
         self._entries[leaf] = entry
         self._replay_path(leaf, now_s)
 
@@ -87,13 +98,15 @@ class KineticTournament:
         if one is None or other is None:
             winner = other if one is None else one
         else:
-            one_value, other_value = one[0] + one[1] * now_s, other[0] + other[1] * now_s
-            if one_value < other_value or one_value == other_value and (one[2], one[3]) < (other[2], other[3]):
+            one_value, other_value = one.at_zero + one.slope * now_s, other.at_zero + other.slope * now_s
+            if one_value < other_value or one_value == other_value and (
+                (one.arrival_s, one.item_id) < (other.arrival_s, other.item_id)
+            ):
                 winner, loser = one, other
             else:
                 winner, loser = other, one
-            if loser[1] < winner[1]:  # the loser's line falls faster and will cross
-                crossing_s = (loser[0] - winner[0]) / (winner[1] - loser[1])
+            if loser.slope < winner.slope:  # the loser's line falls faster and will cross
+                crossing_s = (loser.at_zero - winner.at_zero) / (winner.slope - loser.slope)
                 if crossing_s < expires_s:
                     # A crossing that rounding puts into the past is re-played at the next look.
                     expires_s = crossing_s if crossing_s > now_s else now_s
@@ -106,7 +119,9 @@ class KineticTournament:
         self._num_slots *= 2
         self._entries = [None] * self._num_slots + leaves + [None] * old_num_slots
         self._expires_s = [_NEVER_S] * (2 * self._num_slots)
-        self._leaf_of = {entry[3]: self._num_slots + slot for slot, entry in enumerate(leaves) if entry is not None}
+        self._leaf_of = {
+            entry.item_id: self._num_slots + slot for slot, entry in enumerate(leaves) if entry is not None
+        }
         self._free_leaves = list(range(self._num_slots + old_num_slots, 2 * self._num_slots))
         heapify(self._free_leaves)
         for node in range(self._num_slots - 1, 0, -1):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from megatron_medha.core.blocks import BlockPool, KVShard, num_blocks_for
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Sequence
 
 
-class Part(NamedTuple):
+@dataclass(slots=True, init=False)
+class Part:
     """One KVP rank's part in the next chunk of a sequence."""
 
     kvp_rank: int
     context: int  # earlier tokens of the sequence on that rank
+
+    def __init__(self, kvp_rank: int, context: int) -> None:  # by hand for the reason StepLoad's is
+        self.kvp_rank = kvp_rank
+        self.context = context
 
 
 def default_shard_tokens(num_blocks: int, block_size: int, max_context_len: int, kvp: int) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from operator import mul
-
-from megatron_medha.core.cost import RooflineCost, StepLoad
+from megatron_medha.core.cost import CostModel, RooflineCost, StepLoad
 from megatron_medha.core.fitted_cost import FittedCost
 
 _NUM_FEATURES = 8
@@ -26,7 +24,7 @@ _REVISION_STEPS = 16         # steps between two looks at the reference predicti
 _MIN_STEP_S = 1e-7           # a step takes some time, whatever the fit says
 
 
-class OnlineCost:
+class OnlineCost(CostModel):
     """A linear model of step time with coefficients >= 0: least squares on relative errors, old steps fading.
 
     Predicted seconds = theta . features, with the features 1, tokens, tokens past each hinge, sequences,
@@ -38,6 +36,8 @@ class OnlineCost:
     tenths of a second and then fast again, too short for the fit and too long to be noise (autocorrelation of the
     fit's errors 0.8 from step to step, on a rented 2-core machine). Where following it has not helped of late,
     because errors are independent from step to step, it stays at 1.
+
+    It names its protocol because compiled code then calls it directly, with numbers that are not boxed.
 
     Tried and worse: a Kalman filter on the same features. Coefficients cut off at 0 after its update left it sure
     of a wrong fit when the roofline was ten times too slow.
@@ -81,7 +81,7 @@ class OnlineCost:
         self._surprises = 0.0
         self._reference_s = self._reference()
         self.num_observed = 0
-        self.revision = 0
+        self._revision = 0
 
     def start_from(self, profile: FittedCost) -> None:
         """Go on from a profile, as if its steps had just been observed. Call it before anything is observed."""
@@ -99,7 +99,12 @@ class OnlineCost:
         self._usual_error = max(profile.error_p50, _NOISE)
         self._paced = list(self.theta)
         self._reference_s = self._reference()
-        self.revision += 1
+        self._revision += 1
+
+    @property
+    def revision(self) -> int:
+        """See CostModel."""
+        return self._revision
 
     @property
     def pace(self) -> float:
@@ -133,25 +138,39 @@ class OnlineCost:
         low, high = self._hinges_tokens
         per_s = 1.0 / duration_s
         num_tokens = load.num_tokens
-        features = [
-            per_s,
-            num_tokens * per_s,
-            (num_tokens - low) * per_s if num_tokens > low else 0.0,
-            (num_tokens - high) * per_s if num_tokens > high else 0.0,
-            load.num_sequences * per_s,
-            load.chunk_pairs * per_s,
-            load.chunk_context * per_s,
-            load.decode_context * per_s,
-        ]
-        fitted = sum(map(mul, self.theta, features))  # over actual
+        f0 = per_s
+        f1 = num_tokens * per_s
+        f2 = (num_tokens - low) * per_s if num_tokens > low else 0.0
+        f3 = (num_tokens - high) * per_s if num_tokens > high else 0.0
+        f4 = load.num_sequences * per_s
+        f5 = load.chunk_pairs * per_s
+        f6 = load.chunk_context * per_s
+        f7 = load.decode_context * per_s
+        theta = self.theta
+        t0, t1, t2, t3, t4, t5, t6, t7 = theta
+        fitted = t0 * f0 + t1 * f1 + t2 * f2 + t3 * f3 + t4 * f4 + t5 * f5 + t6 * f6 + t7 * f7  # over actual
         kept = self._share_kept(abs(1.0 - fitted))
         if load.chunk_context:
             self._follow(fitted)
-        gram, moments = self._gram, self._moments
-        for i, feature in enumerate(features):
-            gram[i] = [kept * value + feature * other for value, other in zip(gram[i], features)]  # noqa: B905
-            moments[i] = kept * moments[i] + feature
-        self._descend()
+        # The newest step is added to the equations row by row, and each row at once moves its coefficient towards the
+        # least squares with every coefficient >= 0: one sweep of coordinate descent, and the next step goes on where
+        # this one stopped. Written out: as loops over lists it is three times the instructions, compiled.
+        gram, moments, damping = self._gram, self._moments, self._damping
+        for i, feature in enumerate((f0, f1, f2, f3, f4, f5, f6, f7)):
+            g0, g1, g2, g3, g4, g5, g6, g7 = gram[i]
+            g0, g1 = kept * g0 + feature * f0, kept * g1 + feature * f1
+            g2, g3 = kept * g2 + feature * f2, kept * g3 + feature * f3
+            g4, g5 = kept * g4 + feature * f4, kept * g5 + feature * f5
+            g6, g7 = kept * g6 + feature * f6, kept * g7 + feature * f7
+            gram[i] = row = [g0, g1, g2, g3, g4, g5, g6, g7]
+            moments[i] = moment = kept * moments[i] + feature
+            t0, t1, t2, t3, t4, t5, t6, t7 = theta
+            gradient = moment - (
+                g0 * t0 + g1 * t1 + g2 * t2 + g3 * t3 + g4 * t4 + g5 * t5 + g6 * t6 + g7 * t7
+            )
+            value = theta[i] + gradient / (row[i] + damping[i])
+            theta[i] = value if value > 0.0 else 0.0
+        theta[0] = max(theta[0], _MIN_STEP_S)
         pace = self.pace
         self._paced = [pace * value for value in self.theta] if pace != 1.0 else self.theta.copy()
         self.num_observed += 1
@@ -178,23 +197,13 @@ class OnlineCost:
         self._surprises -= 1.0
         return _KEPT_WHEN_WRONG
 
-    def _descend(self) -> None:
-        """Move theta towards the least squares with every coefficient >= 0, one coefficient at a time."""
-        # One sweep; the next step goes on where this one stopped.
-        theta = self.theta
-        for i, row in enumerate(self._gram):
-            gradient = self._moments[i] - sum(map(mul, row, theta))
-            value = theta[i] + gradient / (row[i] + self._damping[i])
-            theta[i] = value if value > 0.0 else 0.0
-        theta[0] = max(theta[0], _MIN_STEP_S)
-
     def _revise(self) -> None:
         reference_s = self._reference()
         if any(
             abs(new - old) > _REVISION_CHANGE * old for new, old in zip(reference_s, self._reference_s, strict=True)
         ):
             self._reference_s = reference_s
-            self.revision += 1
+            self._revision += 1
 
     def _reference(self) -> tuple[float, float, float]:
         """What the fit says of three steps, at its usual pace: a passing pace is no reason for new tables.

@@ -193,8 +193,9 @@ class PrefillPacker:
         given = min(max(relative_slack(seq, now_s), 0.0), self._config.max_relative_slack)
         if not given:
             return num_tokens
-        offered_s = self._max_gift_s
-        for rank, _ in parts:
+        offered_s = inf
+        for part in parts:
+            rank = part.kvp_rank
             saved_s = gift_s[rank] + given * builder.budget_s
             gift_s[rank] = min(saved_s, max(self._max_gift_s, given * builder.budget_s))
             offered_s = min(offered_s, gift_s[rank])
@@ -208,11 +209,11 @@ class PrefillPacker:
 
     def _add(self, builder: BatchBuilder, planned: Planned, used_s: list[float]) -> None:
         """Put in a chunk of one that is not long, and note what it takes from the gifts of those that are."""
-        for rank, _ in planned.parts:
-            used_s[rank] -= step_s(self._cost, builder.loads[rank])
+        for part in planned.parts:
+            used_s[part.kvp_rank] -= step_s(self._cost, builder.loads[part.kvp_rank])
         builder.add(planned)
-        for rank, _ in planned.parts:
-            used_s[rank] += step_s(self._cost, builder.loads[rank])
+        for part in planned.parts:
+            used_s[part.kvp_rank] += step_s(self._cost, builder.loads[part.kvp_rank])
 
     def _owed_chunk(self, builder: BatchBuilder, overdue: Sequence | None) -> tuple[float, Planned | None]:
         """What the overdue prefill has saved up by this step, and the chunk it pays for, held in the batch."""

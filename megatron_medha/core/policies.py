@@ -8,16 +8,21 @@ evaluating 10,000 priorities at every step (core/kinetic_queue.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from megatron_medha.core.request import Sequence
 
 
-class Priority(NamedTuple):
+@dataclass(slots=True, init=False)
+class Priority:
     """The line at_zero + slope * now_s; lower runs first."""
 
     at_zero: float
-    slope: float = 0.0
+    slope: float
+
+    def __init__(self, at_zero: float, slope: float = 0.0) -> None:  # by hand for the reason StepLoad's is
+        self.at_zero = at_zero
+        self.slope = slope
 
     def at(self, now_s: float) -> float:
         """The priority at a moment."""

@@ -141,11 +141,13 @@ class Candidates:
                 if len(kind.queue) and self._includes(kind):
                     self._extend(places, kind.queue, kind.queue.first_places(now_s), unfinished)
             places.sort()
-            for index, (_, _, request_id, (seq, kind)) in enumerate(places):  # grows while it is read
+            for index, place in enumerate(places):  # grows while it is read
+                item: tuple[Sequence, _Kind] = place[3]
+                seq, kind = item
                 if not self._includes(kind):
                     continue
                 yield seq
-                if request_id in unfinished and self._includes(kind):
+                if unfinished and (request_id := place[2]) in unfinished and self._includes(kind):
                     queue, following = unfinished[request_id], places[index + 1 :]
                     self._extend(following, queue, queue.more_places(now_s), unfinished)
                     places[index + 1 :] = sorted(following)

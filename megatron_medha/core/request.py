@@ -20,6 +20,9 @@ class Status(Enum):
     FINISHED = "finished"
     ABORTED = "aborted"        # by the client or by a fault of this request alone
 
+    # There is one object of each. Enum's own is a call into Python, several per step of the scheduler.
+    __hash__ = object.__hash__
+
 
 LIFECYCLE: dict[Status, frozenset[Status]] = {
     Status.WAITING: frozenset({Status.PREFILLING, Status.ABORTED}),

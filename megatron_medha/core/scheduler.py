@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf
 
@@ -38,15 +37,17 @@ from megatron_medha.core.step_budget import StepAim
 _MOST_IN_HAND = 0.8  # of a deadline
 
 
-@dataclass(slots=True)
 class _InFlight:
     """A batch the runtime has, with what the cost model needs to learn from it."""
 
-    batch: Batch
-    sequences: list[Sequence]  # of its chunks, in their order
-    num_decodes: int           # they come first
-    load: StepLoad
-    has_left_first_stage: bool = False
+    __slots__ = ("batch", "has_left_first_stage", "load", "num_decodes", "sequences")
+
+    def __init__(self, batch: Batch, sequences: list[Sequence], num_decodes: int, load: StepLoad) -> None:
+        self.batch = batch
+        self.sequences = sequences      # of its chunks, in their order
+        self.num_decodes = num_decodes  # they come first
+        self.load = load
+        self.has_left_first_stage = False
 
 
 class Scheduler:
@@ -60,7 +61,7 @@ class Scheduler:
         self._rule = config.chunk_rule
         self._aim = StepAim()
         self._sequences: dict[str, Sequence] = {}
-        self._decodes: dict[str, Sequence] = {}     # ready for their next token, oldest first
+        self._decodes: list[Sequence] = []          # ready for their next token, oldest first
         self._growing: list[Sequence] = []          # need a block before their next token
         self._deadlines: list[tuple[float, float, str]] = []  # heap of (deadline, arrival, id); may hold the dead
         self._builder = BatchBuilder(config.chunk_rule, cost, memory)
@@ -208,15 +209,15 @@ class Scheduler:
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
         decoding, decodes, batch_id = Status.DECODING, self._decodes, event.batch_id
         new_tuple = tuple.__new__  # half the time of the class's own, and it is a NamedTuple for the same reason
+        token_out = TokenOut
         for chunk, seq in zip(flight.batch.chunks, flight.sequences):  # noqa: B905
             end = seq.num_scheduled_tokens  # of a decode: it is in no other batch
             if is_calm and seq.status is decoding and end < seq.change_tokens:
                 seq.num_batches_in_flight = 0
                 seq.num_computed_tokens = seq.num_first_stage_tokens = end
                 seq.num_output_tokens += 1
-                request_id = chunk[0]
-                outputs.append(new_tuple(TokenOut, (request_id, batch_id, None)))
-                decodes[request_id] = seq
+                outputs.append(new_tuple(token_out, (seq.request_id, batch_id, None)))
+                decodes.append(seq)
             else:
                 self._complete_chunk(chunk, seq, event, failed, now_s, outputs)
 
@@ -247,7 +248,7 @@ class Scheduler:
             reason = FinishReason.STOP if request_id in event.stopped else None
             if reason is None and seq.num_output_tokens >= seq.request.max_output_tokens:
                 reason = FinishReason.LENGTH
-            outputs.append(TokenOut(request_id, event.batch_id, reason))
+            outputs.append(tuple.__new__(TokenOut, (request_id, event.batch_id, reason)))
             if reason is not None:
                 self._end(seq, Status.FINISHED, now_s)
                 return
@@ -258,7 +259,7 @@ class Scheduler:
                 return
             if end >= seq.change_tokens:
                 self.memory.grow_early(seq)
-            self._decodes[request_id] = seq
+            self._decodes.append(seq)
 
     def _estimated_wait_s(self, seq: Sequence) -> float:
         """Prefill work that goes before this newcomer's by the policy, which must be a line without slope."""
@@ -272,8 +273,8 @@ class Scheduler:
         seq.move_to(status)
         if status is Status.FINISHED:
             self._outputs.learn(seq.num_output_tokens)
-        self._decodes.pop(seq.request_id, None)
-        if self._growing:
+        else:  # one that has finished comes from a batch and is in neither
+            self._decodes[:] = [other for other in self._decodes if other is not seq]
             self._growing = [other for other in self._growing if other is not seq]
         # The blocks of a sequence in flight are still being written to: they return with its last batch.
         if not seq.num_batches_in_flight:
@@ -290,6 +291,7 @@ class Scheduler:
         self._in_flight.clear()
         self._is_first_stage_free = True
         self._growing.clear()
+        self._decodes.clear()
         for seq in list(self._sequences.values()):
             seq.num_batches_in_flight = 0
             if seq.is_done:
@@ -300,7 +302,7 @@ class Scheduler:
 
     def _restart(self, seq: Sequence, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
-        self._decodes.pop(seq.request_id, None)
+        self._decodes[:] = [other for other in self._decodes if other is not seq]
         self.memory.release(seq)
         seq.move_to(Status.WAITING)
         seq.num_preemptions += 1
@@ -328,7 +330,7 @@ class Scheduler:
                 if victim is seq:
                     break
             else:
-                self._decodes[seq.request_id] = seq
+                self._decodes.append(seq)
 
     def _victim(self, needy: Sequence, now_s: float) -> Sequence | None:
         ranks = self.memory.growth_ranks(needy)
@@ -371,25 +373,22 @@ class Scheduler:
         budget_s = self._budget_s()
         builder = self._builder
         builder.begin(self._aim.share * budget_s if self._has_decodes() else budget_s)
-        builder.add_decodes(self._decodes.values())
+        builder.add_decodes(self._decodes)
         if self._prefills:
             self._packer.pack(builder, self._prefills.candidates(now_s), self._longest_overdue(now_s), now_s)
         if builder.is_empty:
             return None
         load = builder.slowest_load
-        num_decodes = len(self._decodes)
-        sequences = [*self._decodes.values(), *[planned.seq for planned in builder.prefills]]
-        batch = Batch(
-            batch_id=self._next_batch_id,
-            chunks=self._commit(builder, now_s),
-            released=tuple(self._released),
-            created_s=now_s,
-            budget_s=budget_s,
-            predicted_s=step_s(self.cost, load),
-        )
+        sequences, self._decodes = self._decodes, []
+        num_decodes = len(sequences)
+        batch_id = self._next_batch_id
+        chunks = self._commit(sequences, builder, now_s)
+        released, predicted_s = tuple(self._released), step_s(self.cost, load)
+        batch = tuple.__new__(Batch, (batch_id, chunks, released, now_s, budget_s, predicted_s))
         self._next_batch_id += 1
         self._released.clear()
-        self._in_flight[batch.batch_id] = _InFlight(batch, sequences, num_decodes, load)
+        sequences += [planned.seq for planned in builder.prefills]
+        self._in_flight[batch_id] = _InFlight(batch, sequences, num_decodes, load)
         self._is_first_stage_free = False
         return batch
 
@@ -402,7 +401,7 @@ class Scheduler:
     def _budget_s(self) -> float:
         budget_s = self.config.step_budget_s
         if self._num_tpot_slos:
-            for seq in self._decodes.values():
+            for seq in self._decodes:
                 if seq.request.tpot_slo_s is not None:
                     budget_s = min(budget_s, seq.request.tpot_slo_s)
         return self._feasible_s(budget_s)
@@ -412,11 +411,11 @@ class Scheduler:
         # step's overhead each. Twice those costs is the least at which half of the time goes into tokens.
         return max(budget_s, 2.0 * self.cost.linear_s(1, 1))
 
-    def _commit(self, builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
+    def _commit(self, decodes: list[Sequence], builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
         """Turn what was planned into chunks, and move every cursor."""
         chunks: list[Chunk] = []
-        new_tuple = tuple.__new__  # as in _complete
-        for request_id, seq in self._decodes.items():
+        new_tuple, chunk = tuple.__new__, Chunk  # as in _complete
+        for seq in decodes:
             start, table = seq.num_scheduled_tokens, seq.block_table
             seq.num_scheduled_tokens = start + 1
             seq.num_batches_in_flight = 1
@@ -424,9 +423,9 @@ class Scheduler:
             if table.unsent_extents:
                 extents = tuple(table.unsent_extents)
                 table.unsent_extents.clear()
-            chunks.append(new_tuple(Chunk, (request_id, start, 1, True, table.kvp_ranks, extents)))
-        self._decodes.clear()
-        for seq, num_tokens, _ in builder.prefills:
+            chunks.append(new_tuple(chunk, (seq.request_id, start, 1, True, table.kvp_ranks, extents)))
+        for planned in builder.prefills:
+            seq, num_tokens = planned.seq, planned.num_tokens
             start = seq.num_scheduled_tokens
             if seq.is_waiting:
                 seq.move_to(Status.PREFILLING)
@@ -471,7 +470,8 @@ class Scheduler:
         # The first chunk on a shard brings all its blocks; a prompt's never grow after that.
         extents = tuple(last.extents) if last.start == start else ()
         samples_token = end == seq.num_known_tokens
-        return Chunk(seq.request_id, start, num_tokens, samples_token, table.kvp_ranks[:num_active], extents)
+        ranks = table.kvp_ranks[:num_active]
+        return tuple.__new__(Chunk, (seq.request_id, start, num_tokens, samples_token, ranks, extents))
 
     # ---- deadlines ----
 

@@ -53,6 +53,16 @@ def test_over_time_a_long_prefill_gives_away_no_more_than_its_slack_allows() -> 
     assert 0.3 <= share <= 0.41
 
 
+def test_a_long_prefill_that_saves_nothing_up_still_leaves_each_step_the_share_its_slack_allows() -> None:
+    bench = Bench(num_blocks=20_000, policy="fcfs", max_relative_slack=0.4, max_saved_gift_steps=0.0)
+    bench.arrive(request("long", num_tokens=20_000, ttft_slo_s=1e4))
+    alone = bench.step()[0].chunks[0].num_tokens
+    bench.arrive(request("short", num_tokens=40, at_s=bench.now_s))
+    tokens = {chunk.request_id: chunk.num_tokens for chunk in bench.schedule().chunks}
+    assert tokens["short"] == 40
+    assert 0 < tokens["long"] < alone
+
+
 def test_without_space_sharing_the_most_urgent_prefill_takes_the_whole_step() -> None:
     bench = Bench(num_blocks=5000, has_space_sharing=False, policy="fcfs")
     bench.arrive(request("long", num_tokens=5000), request("short", num_tokens=50, at_s=0.01))
