@@ -22,6 +22,7 @@ from megatron_medha.engine.scheduler_setup import SchedulerSetup
 
 _NUM_SIMILAR = 4
 _PACE_S = 0.15        # how far a step's neighbours tell of it; what two steps share is halved after 0.2 s
+_NUM_PATHS = 2        # stretches of calibration whose pace a simulation may follow: before and after what is simulated
 _PRIOR_WEIGHT = 0.3   # of the stretch's mean among a step's neighbours
 
 
@@ -150,13 +151,14 @@ class MachineSteps:
     def __init__(self, grid: Grid, stretches: Sequence[Sequence[Step]]) -> None:
         self._grid = grid
         self.paces: list[float] = []
-        self._paths: list[tuple[list[float], list[float]]] = []
+        self._paths: list[tuple[float, list[float], list[float]]] = []  # when it began, when each step did, the pace
         # Of each step what is left of its seconds, and of those the share that ranks report; by whether it has a chunk.
         self._left: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for stretch in stretches:
             over_law = [step.whole_s / grid.seconds(load_of(step.batch)) for step in stretch]
             paces = _paces(stretch, over_law)
-            self._paths.append(([step.submitted_s - stretch[0].submitted_s for step in stretch], paces))
+            began_s = stretch[0].submitted_s
+            self._paths.append((began_s, [step.submitted_s - began_s for step in stretch], paces))
             self.paces += paces
             for step, ratio, pace in zip(stretch, over_law, paces, strict=True):
                 self._left[has_prefill(step.batch)].append((ratio / pace, step.reported_s / step.whole_s))
@@ -165,7 +167,8 @@ class MachineSteps:
     def begin(self, seed: int, now_s: float) -> None:
         """Begin another series of draws at a moment."""
         self._draw = random.Random(seed)
-        self._times_s, self._pace = self._draw.choice(self._paths)
+        nearest = nsmallest(_NUM_PATHS, self._paths, key=lambda path: abs(path[0] + 0.5 * path[1][-1] - now_s))
+        _, self._times_s, self._pace = self._draw.choice(nearest)
         self._offset_s = self._draw.uniform(0.0, self._times_s[-1]) - now_s
         self._reported: tuple[int, float] = (-1, 0.0)
 

@@ -53,7 +53,7 @@ BAR = 0.05
 GAP_S = 1.0  # from the end of a stretch to the next
 WARM_UP_S = 10.0
 FIRST_ID, LAST_ID = 40, 120  # bytes of text: every model's vocabulary has them
-SHORT_TOKENS, OUTPUT_TOKENS = (32, 400), (4, 12)
+SHORT_TOKENS, OUTPUT_TOKENS = (32, 600), (4, 12)
 GRID, LOG, CLIENT = "grid.json", "decisions.jsonl", "client.json"
 GRID_S = 30.0  # of measuring
 NUM_DRAWS = 16  # simulations of each stretch, with other draws of its steps; figures are their medians
@@ -142,7 +142,7 @@ async def send(port: int, stretch: Stretch, bar: tqdm[Any]) -> Stretch:
 def measure_grid(checkpoint: Path, directory: Path) -> None:
     """The grid, in a process of its own, which is gone when the server starts."""
     module = "experiments.simulator_against_engine.grid"
-    words = [str(checkpoint), str(directory / GRID), "--seconds", str(GRID_S), *OVERRIDES]
+    words = ["--seconds", str(GRID_S), str(checkpoint), str(directory / GRID), *OVERRIDES]
     subprocess.run([sys.executable, "-m", module, *words], check=True)
 
 
@@ -152,7 +152,8 @@ def serve_and_send(checkpoint: Path, stretches: Sequence[Stretch], directory: Pa
         serving(f"checkpoint={checkpoint}", f"tracking.decision_log={directory / LOG}", *overrides) as port,
         tqdm(total=sum(len(stretch.asked) for stretch in stretches), desc="served", unit="request", leave=False) as bar,
     ):
-        asyncio.run(complete(port, [FIRST_ID] * 33, 2))  # whatever a server puts off until its first request
+        # Whatever a server puts off until its first request. Of a length that no other prompt has.
+        asyncio.run(complete(port, [FIRST_ID] * (SHORT_TOKENS[0] - 1), 2))
         sent = [asyncio.run(send(port, stretch, bar)) for stretch in stretches]
     (directory / CLIENT).write_bytes(msgspec.json.encode(sent))
 
@@ -262,8 +263,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=30.0, help="of each stretch")
-    parser.add_argument("--qps", type=float, default=1.2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--qps", type=float, default=1.0)
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--long", type=int, nargs=2, default=(1000, 2000), help="tokens of long prompts")
     parser.add_argument("--override", action="append", default=[], help="more overrides for the server")
     parser.add_argument("--keep", type=Path, help="a directory for the log; default: a temporary one")
