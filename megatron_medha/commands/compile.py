@@ -1,4 +1,4 @@
-"""`medha compile`: translate the scheduler to C, for decisions in less than half the time."""
+"""`medha compile`: translate the scheduler to C, for decisions in a third of the time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ USAGE = f"""\
 usage: medha compile [--remove]
 
 Translates the scheduler's {len(MODULES)} modules to C (mypyc) and compiles them, once, in one to two minutes, into the
-user's cache ($XDG_CACHE_HOME or ~/.cache). From then on medha serve, simulate, plan and replay decide the same in half
-the time. An edit of the sources makes them run interpreted again, until they are compiled anew; nothing else depends
+user's cache ($XDG_CACHE_HOME or ~/.cache). From then on medha serve, simulate, plan and replay decide the same in a
+third of the time. An edit of the sources makes them run interpreted again, until they are compiled anew; nothing else depends
 on it. Needs a C compiler and `pip install 'megatron_medha[compile]'`.
 
   --remove   remove the build of these sources
