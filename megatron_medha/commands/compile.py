@@ -18,8 +18,8 @@ usage: medha compile [--remove]
 
 Translates the scheduler's {len(MODULES)} modules to C (mypyc) and compiles them, once, in one to two minutes, into the
 user's cache ($XDG_CACHE_HOME or ~/.cache). From then on medha serve, simulate, plan and replay decide the same in a
-third of the time. An edit of the sources makes them run interpreted again, until they are compiled anew; nothing else depends
-on it. Needs a C compiler and `pip install 'megatron_medha[compile]'`.
+third of the time. An edit of the sources makes them run interpreted again, until they are compiled anew; nothing else
+depends on it. Needs a C compiler and `pip install 'megatron_medha[compile]'`.
 
   --remove   remove the build of these sources
 
