@@ -8,6 +8,7 @@ from megatron_medha.core.engine_costs import EngineCosts
 from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.engine.cached_cost import CachedClusterCost
 
 # Rules of theirs that mended.py can replace.
 RULES = {
@@ -46,6 +47,10 @@ class Job:
     long_tokens: int             # of st: computed so far
     has_metrics: bool            # theirs collects and writes its metrics and trace, as it does by default
     scratch: str                 # a directory for whatever vidur writes
+
+    def cost(self) -> CachedClusterCost:
+        """Our cost model of the job's machine."""
+        return CachedClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

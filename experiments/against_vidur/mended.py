@@ -16,7 +16,6 @@ from vidur.types import ReplicaSchedulerType
 
 from experiments.against_vidur.exchange import RULES, Job
 from megatron_medha.core.chunking import Chunking, ChunkRule, PrefillTimes
-from megatron_medha.engine.cached_cost import CachedClusterCost
 
 TILE = fcfs.EXECUTION_TIME_PREDICTION_CHUNK_SIZE_GRANULARITY
 
@@ -152,8 +151,7 @@ def _work(base: type, job: Job) -> type:
     rule = ChunkRule(
         chunking=Chunking.ADAPTIVE, tile_tokens=TILE, max_tokens=job.max_batch_tokens, fixed_tokens=job.chunk_tokens
     )
-    cost = CachedClusterCost(shape=job.shape, hardware=job.hardware, engine=job.engine, layout=job.layout)
-    times = PrefillTimes(rule, cost, job.step_budget_s, job.max_tokens)
+    times = PrefillTimes(rule, job.cost(), job.step_budget_s, job.max_tokens)
 
     class OurTable:
         def get_prefill_time(self, num_prefill_tokens: int, num_processed_tokens: int = 0) -> float:

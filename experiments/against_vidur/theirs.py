@@ -34,14 +34,8 @@ from vidur.types import ExecutionTimePredictorType, RequestGeneratorType
 from experiments.against_vidur.exchange import Answer, Job
 from experiments.against_vidur.mended import mend
 from megatron_medha.core.cost import StepLoad
-from megatron_medha.engine.cached_cost import CachedClusterCost
 
 GRANULARITY = edf.PREFILL_TIME_PREDICTION_CACHE_GRANULARITY
-
-
-def cost_of(job: Job) -> CachedClusterCost:
-    """Our cost model of the job's machine."""
-    return CachedClusterCost(shape=job.shape, hardware=job.hardware, engine=job.engine, layout=job.layout)
 
 
 def take_hops(job: Job) -> None:
@@ -49,7 +43,7 @@ def take_hops(job: Job) -> None:
 
     Theirs knows no time between stages.
     """
-    cost, handle_event = cost_of(job), BatchStageEndEvent.handle_event
+    cost, handle_event = job.cost(), BatchStageEndEvent.handle_event
 
     def handle(self: Any, scheduler: Any, metrics_store: Any) -> list[Any]:
         events: list[Any] = handle_event(self, scheduler, metrics_store)
@@ -64,7 +58,7 @@ def take_hops(job: Job) -> None:
 
 def predictor_class(job: Job) -> type:
     """Our cost model behind their protocol: seconds that a batch occupies a stage."""
-    cost = cost_of(job)
+    cost = job.cost()
     last = job.layout.spp - 1
 
     class OurCost(BaseExecutionTimePredictor):  # type: ignore[misc]  # vidur has no types

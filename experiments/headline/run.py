@@ -33,8 +33,8 @@ from experiments.headline.report import report
 from experiments.headline.systems import LAYOUT, TITLES, build, cluster
 from experiments.lib.paper import Cluster, Results, measure, quiet
 from megatron_medha.engine.outcome import Slo
-from megatron_medha.engine.summary import LengthClasses
-from megatron_medha.engine.workload import WorkloadConfig
+from megatron_medha.engine.summary import LengthClasses, percentile
+from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.isolated import IsolatedTimes
 
 HERE = Path(__file__).parent
@@ -166,6 +166,15 @@ def simulate_hour(results: Results) -> None:
     results.sort()
 
 
+def print_alone(minutes: int) -> None:
+    """TTFT had every prompt of the headline's load the machine to itself: what no order of them can undercut."""
+    _, isolated_s = _cluster()
+    workload = Workload(WorkloadConfig(long_share=LONG_SHARES["5"], qps=0.75, duration_s=60.0 * minutes), 42)
+    alone_s = sorted(isolated_s(request.num_prompt_tokens) for request in workload.requests())
+    figures = ", ".join(f"p{percent} {percentile(alone_s, percent):.3g} s" for percent in (50, 90, 99))
+    print(f"\nevery prompt alone on the machine, {minutes} minutes: TTFT {figures}; {sum(alone_s):,.0f} s in all")
+
+
 def main() -> int:
     """Run what is missing; print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,6 +192,8 @@ def main() -> int:
         simulate_hour(results)
     elif not arguments.report:
         simulate_all(wanted, arguments.minutes, results, arguments.jobs)
+    for minutes in (arguments.minutes, HOUR_MINUTES):
+        print_alone(minutes)
     return report(results.runs, results.notes("capacity"), arguments.minutes, HERE)
 
 

@@ -142,10 +142,10 @@ class MachineSteps:
     steps to a budget, so large chunks are those of moments when the machine was fast, and 64 tokens seem to cost
     hardly more than 32.
 
-    The pace is what the steps around a step took over the law. In a simulation it is that of a stretch of the
-    calibration, begun anywhere, and what is left is that of one of its steps, so that steps scatter as they did. A
-    scheduler that is told of steps without scatter learns other things than one that is told of real ones: it aims
-    lower the more steps break their budget.
+    The pace is what the steps around a step took over the law. In a simulation it is that of a stretch of calibration
+    before or after what is simulated, as machines change within minutes, begun anywhere; what is left is that of one
+    of all the calibration's steps, so that steps scatter as they did. A scheduler that is told of steps without
+    scatter learns other things than one that is told of real ones: it aims lower the more steps break their budget.
     """
 
     def __init__(self, grid: Grid, stretches: Sequence[Sequence[Step]]) -> None:

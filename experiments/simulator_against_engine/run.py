@@ -101,6 +101,11 @@ def stream(
     while (at_s := at_s + rng.expovariate(qps)) < seconds:
         low, high = long_tokens if len(found) % 15 == 7 else SHORT_TOKENS
         free = [n for n in range(low - low % -spacing, high, spacing) if taken.isdisjoint(range(n, n + spacing))]
+        if not free:
+            raise SystemExit(
+                f"there are not that many different lengths from {low} to {high} tokens: give less --seconds, --qps or "
+                "--repeats"
+            )
         length = rng.choice(free)
         taken.update(range(length, length + spacing))
         found.append((at_s, length, rng.randint(*OUTPUT_TOKENS)))

@@ -86,7 +86,9 @@ def main() -> int:
         state = idle_state(server.port)
         is_alive = server.process.poll() is None
     names = ["front", *(f"rank {rank}" for rank in range(len(samples[0][1]) - 1))]
-    warm_up_minutes = arguments.warm_up_minutes or WARM_UP_SHARE * arguments.minutes
+    warm_up_minutes = arguments.warm_up_minutes
+    if warm_up_minutes is None:
+        warm_up_minutes = WARM_UP_SHARE * arguments.minutes
     slopes = [
         slope(name, [(at_s, sample[place]) for at_s, sample in samples if at_s >= 60.0 * warm_up_minutes])
         for place, name in enumerate(names)
