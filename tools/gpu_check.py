@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal")
     parser.add_argument("--minutes", type=float, default=_MINUTES, help=f"when to stop (default {_MINUTES:g})")
     parser.add_argument("--out", type=Path, help="JSON; default: $OUT/gpu_check.json or experiments/gpu/latest.json")
+    parser.add_argument("--also-failed", type=int, default=0, help=argparse.SUPPRESS)  # by the process before this one
     arguments = parser.parse_args()
     started_s = time.monotonic()
     use_checkout()
@@ -46,6 +48,11 @@ def main() -> int:
         from megatron_medha.kernels.triton_interpreter import use_interpreter
 
         use_interpreter()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    logging.getLogger("megatron_medha").setLevel(logging.INFO)  # which library computes what
+    from megatron_medha.worker.megatron_import import import_megatron
+
+    import_megatron(arguments.device)
     parts = known_parts()
     if arguments.list:
         for name, part in parts.items():
@@ -70,22 +77,39 @@ def main() -> int:
         device=torch.device(arguments.device), is_tiny=arguments.tiny, deadline_s=started_s + 60 * arguments.minutes
     )
     check.facts.update(results.get("facts", {}))
-    num_failed = 0
-    for name in wanted:
+    num_failed = run_parts([(name, parts[name]) for name in wanted], check, results, path, arguments.also_failed)
+    print(f"--- {time.monotonic() - started_s:.0f} s; {num_failed} parts failed; {path}")
+    return 1 if num_failed else 0
+
+
+def run_parts(
+    parts: Sequence[tuple[str, Callable[[Any], None]]], check: Any, results: dict[str, Any], path: Path, num_failed: int
+) -> int:
+    """One after another, with results written after each; how many have failed, those before included.
+
+    Where a part leaves the device unusable for this process, those that are left run in another, in place of this one.
+    """
+    started_s = time.monotonic()
+    for index, (name, part) in enumerate(parts):
         if not check.has_time(15):
             print(f"--- {name}: no time left; run it with --part {name}", flush=True)
             continue
         print(f"--- {name} ({time.monotonic() - started_s:.0f} s)", flush=True)
         check.rows = []
-        error = run_part(parts[name], check)
+        error = run_part(part, check)
         num_failed += error is not None
         results["parts"][name] = {"rows": [row.as_dict() for row in check.rows], "error": error}
         results["facts"] = check.facts
-        results["seconds"] = time.monotonic() - started_s
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"--- {time.monotonic() - started_s:.0f} s; {num_failed} parts failed; {path}")
-    return 1 if num_failed else 0
+        rest = [name for name, _ in parts[index + 1 :]]
+        if error is not None and rest and not check.device_answers():
+            print(f"--- the device does not answer this process any more; a new one runs {', '.join(rest)}", flush=True)
+            minutes = (check.deadline_s - time.monotonic()) / 60
+            words = ["--part", ",".join(rest), "--minutes", str(minutes), "--out", str(path)]
+            os.execv(sys.executable, [sys.executable, __file__, *words, "--also-failed", str(num_failed)])
+        check.free_memory()  # after the except clause: the exception held what the part had on the device
+    return num_failed
 
 
 def known_parts() -> dict[str, Callable[[Any], None]]:
@@ -103,14 +127,15 @@ def known_parts() -> dict[str, Callable[[Any], None]]:
         "prefill": model_parts.prefill,
         "convoy": model_parts.convoy,
         "million": model_parts.million,
+        "profile": model_parts.profile,
     }
 
 
 def run_part(part: Callable[[Any], None], check: Any) -> str | None:
     """Its traceback if it fails; whatever one part breaks, the others are still worth their minutes."""
     try:
-        with check.memory_freed():
-            part(check)
+        part(check)
+        check.synchronize()  # what fails on the device is said later, and is this part's
         return None
     except Exception:  # outermost: reported in the table, counted in the exit code
         error = traceback.format_exc()

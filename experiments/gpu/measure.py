@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
+_CYCLES_PER_S = 2e9  # of the device's clock, about
+_MAX_SLEEP_S = 0.2
+_MORE_THAN_CACHE_BYTES = 256 << 20  # an H200 has 60 MB
+_PIECE_BLOCKS = 4096  # random numbers come in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +75,11 @@ class Check:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
-    def time_s(self, work: Callable[[], Any], *, budget_s: float = 0.2) -> float:
-        """Median seconds of `work` on the device, by events; one run where this is a rehearsal."""
+    def time_s(self, work: Callable[[], Any], *, budget_s: float = 0.2, is_cold: bool = False) -> float:
+        """Median seconds of `work` on the device, by events; one run where this is a rehearsal.
+
+        is_cold: what `work` reads is not in the cache when it begins.
+        """
         work()
         if not self.is_cuda:
             started_s = time.perf_counter()
@@ -80,10 +88,16 @@ class Check:
         self.synchronize()
         started_s = time.perf_counter()
         work()
+        enqueued_s = time.perf_counter() - started_s
         self.synchronize()
         count = max(3, min(50, int(budget_s / max(time.perf_counter() - started_s, 1e-6))))
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        other = torch.empty(_MORE_THAN_CACHE_BYTES if is_cold else 0, dtype=torch.uint8, device=self.device)
+        # The device is kept busy until all is enqueued: it would otherwise wait between kernels for a host that takes
+        # longer over a launch than they run, and that would be the figure.
+        torch.cuda._sleep(int(_CYCLES_PER_S * min(_MAX_SLEEP_S, 2 * count * (enqueued_s + 2e-5))))
         for begin, end in events:
+            other.zero_()
             begin.record()
             work()
             end.record()
@@ -91,15 +105,28 @@ class Check:
         times = sorted(begin.elapsed_time(end) * 1e-3 for begin, end in events)
         return times[len(times) // 2]
 
-    @contextmanager
-    def memory_freed(self) -> Iterator[None]:
-        """Give cached device memory back afterwards: the next part allocates in other sizes."""
+    def device_answers(self) -> bool:
+        """Whether it still computes for this process: after an illegal access it does not, whatever is asked."""
         try:
-            yield
-        finally:
-            gc.collect()  # captured graphs hold their rank in cycles
-            if self.is_cuda:
-                torch.cuda.empty_cache()
+            return bool(torch.ones(2, device=self.device).sum().item() == 2.0)
+        except RuntimeError:
+            return False
+
+    def free_memory(self) -> None:
+        """Give cached device memory back: the next part allocates in other sizes."""
+        gc.collect()  # captured graphs hold their rank in cycles
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def fill_with_random_kv(layer: Iterable[Tensor]) -> None:
+    """Normal numbers for keys and values, scales of 1. Of zeros, products would be faster than any model's."""
+    for values in layer:
+        if values.dim() == 2:
+            values.fill_(1.0)
+            continue
+        for part in values.split(_PIECE_BLOCKS):
+            part.copy_(torch.randn(part.shape, device=part.device).to(part.dtype))
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from experiments.gpu.in_process import Outcome, run_engine
-from experiments.gpu.measure import Check, Row, percentile
-from megatron_medha.cluster.messages import NewRequest, Step
+from experiments.gpu.in_process import Engine, Outcome
+from experiments.gpu.measure import Check, Row, fill_with_random_kv, percentile
+from megatron_medha.cluster.messages import NewRequest, Ready, Step
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.blocks import Extent, num_blocks_for
 from megatron_medha.core.cost import Hardware
+from megatron_medha.core.fitted_cost import fit
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend
@@ -28,6 +29,7 @@ from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.groups import build_groups, init_distributed
 from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.kv_cache import allocate_kv
+from megatron_medha.worker.profile import grid, measure
 from megatron_medha.worker.rank import Rank
 
 LLAMA3_8B = ModelConfig(
@@ -68,8 +70,8 @@ class OneRank:
             num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=kv_dtype or dtype,
         )  # fmt: skip
         for layer in kv_layers:
-            for pool in (layer.k_NKPD, layer.v_NKPD) if self.device.type == "cuda" else layer[:2]:
-                pool.view(torch.uint8).random_(0, 64)  # bytes below 64 are finite numbers below 2 in every format
+            fill_with_random_kv(layer)
+        self.num_kv_bytes = sum(values.numel() * values.itemsize for layer in kv_layers for values in layer)
         self.rank = Rank(
             rank=0, model=model, config=config, backend=backend, kv_layers=kv_layers, block_size=self.block_size,
             shard_tokens=self.num_blocks * self.block_size, device=self.device, pgs=pgs,
@@ -120,6 +122,8 @@ def same_as_cpu(check: Check) -> None:
         "device": (check.device, torch.bfloat16, None, "none"),
         "device, FP8 linear layers": (check.device, torch.bfloat16, None, "tensorwise"),
     }
+    if transformer_engine_works(check.device):
+        variants["device, FP8 linear layers, blockwise"] = (check.device, torch.bfloat16, None, "blockwise")
     if check.is_cuda:
         variants["device, e4m3 KV"] = (check.device, torch.bfloat16, E4M3, "none")
     for name, (device, dtype, kv_dtype, fp8) in variants.items():
@@ -139,7 +143,6 @@ def same_as_cpu(check: Check) -> None:
         error = (logits[name] - logits["cpu"]).abs().max().item() / largest
         bar = 0.03 if name == "device" else None  # bf16 through the layers; that of FP8 is stated, not judged
         check.add(Row(f"logits against the CPU's in fp32: {name}", error, "of max", bar, True))
-
 
 
 def prefill(check: Check) -> None:
@@ -216,6 +219,10 @@ def million(check: Check) -> None:
     world = OneRank(check, config, context + 128, kv_dtype=kv_dtype, has_graphs=True)
     kv_bytes = config.shape(2 if kv_dtype is None else 1).kv_bytes_per_token * context
     check.add(Row(f"KV of {context} tokens", kv_bytes / 2**30, "GiB"))
+    bf16_bytes = config.shape(2).kv_bytes_per_token * world.num_blocks * world.block_size
+    share = world.num_kv_bytes / bf16_bytes
+    bar = 0.505 if check.is_cuda else None  # a scale per block and head comes on top
+    check.add(Row("all KV memory, scales too, against bf16's", share, "x", bar, True))
     world.begin("long", context)
     depths = [1 + i * (context - 1 - chunk) // 4 for i in range(5)]
     times = [world.step(Chunk("long", depth, chunk, False)) for depth in depths if check.has_time(20)]
@@ -232,38 +239,68 @@ def million(check: Check) -> None:
 
 
 def convoy(check: Check) -> None:
-    """Short requests beside a long prefill, the real scheduler over the real rank, in this process."""
+    """Short requests beside the end of a 512K prefill, the real scheduler over the real rank, in this process."""
     config = TINY if check.is_tiny else LLAMA3_8B
-    long_tokens, short_tokens, rate, idle_s = (400, 12, 2.0, 2.0) if check.is_tiny else (131_072, 256, 16.0, 4.0)
-    world = OneRank(check, config, long_tokens + (1 << 13 if check.is_tiny else 1 << 17), has_graphs=True)
+    # The last 16K tokens there take some 10 s; from the start it would be minutes, alone and again beside others.
+    long_tokens, long_from, short_tokens, rate, idle_s = (
+        (400, 200, 12, 2.0, 2.0) if check.is_tiny else (524_288, 524_288 - 16_384, 256, 16.0, 8.0)
+    )
+    world = OneRank(check, config, long_tokens + (1 << 13 if check.is_tiny else 1 << 15), has_graphs=True)
     hardware = Hardware(
         name="measured",
         flops_per_s=check.facts.get("matmul_flops_per_s", 1e11),
         memory_bytes_per_s=check.facts.get("copy_bytes_per_s", 1e10),
     )
-    idle = run_engine(world, hardware, long_tokens=0, short_tokens=short_tokens, shorts_per_s=rate, seconds=idle_s)
-    alone = run_engine(world, hardware, long_tokens=long_tokens, short_tokens=short_tokens, shorts_per_s=0.0)
-    mixed = run_engine(world, hardware, long_tokens=long_tokens, short_tokens=short_tokens, shorts_per_s=rate)
-    budget_s = mixed.budget_s
+    engine = Engine(world, hardware)
+    shorts = {"short_tokens": short_tokens, "shorts_per_s": rate}
+    engine.run(**shorts, seconds=0.25 * idle_s)  # kernels that no graph has launched are compiled here
+    idle = engine.run(**shorts, seconds=idle_s)
+    alone = engine.run(short_tokens=short_tokens, shorts_per_s=0.0, long_tokens=long_tokens, long_from=long_from)
+    mixed = engine.run(**shorts, long_tokens=long_tokens, long_from=long_from)
+    budget_s = engine.config.step_budget_s
+    what, note = f"a prefill of {long_tokens}", f" its last {long_tokens - long_from} tokens, over random KV"
     idle_p99, mixed_p99 = percentile(idle.short_ttft_s, 0.99), percentile(mixed.short_ttft_s, 0.99)
-    check.add(Row("short TTFT p99 idle", 1e3 * idle_p99, "ms"))
+    check.add(Row("short TTFT p99 idle", 1e3 * idle_p99, "ms", note=f" of {len(idle.short_ttft_s)}"))
     bar_ms = 1e3 * (2 * idle_p99 + budget_s)
-    check.add(Row(f"short TTFT p99 beside a prefill of {long_tokens}", 1e3 * mixed_p99, "ms", bar_ms, True))
+    mixed_note = f" of {len(mixed.short_ttft_s)};{note}"
+    check.add(Row(f"short TTFT p99 beside {what}", 1e3 * mixed_p99, "ms", bar_ms, True, mixed_note))
     shorts_s = percentile(idle.short_ttft_s, 0.5) * len(mixed.short_ttft_s)
-    check.add(Row("long TTFT alone", alone.long_ttft_s, "s"))
-    check.add(Row("long TTFT beside short ones", mixed.long_ttft_s, "s", 1.05 * alone.long_ttft_s + shorts_s, True))
-    _cost_rows(check, [idle, alone, mixed])
+    check.add(Row(f"{what} alone", alone.long_s, "s", note=note))
+    bar_s = 1.05 * alone.long_s + shorts_s
+    bar_note = f"{note}; short ones' work {shorts_s:.2f} s"
+    check.add(Row(f"{what} beside short ones", mixed.long_s, "s", bar_s, True, bar_note))
+    _cost_rows(check, [idle, alone, mixed], budget_s)
 
 
-def _cost_rows(check: Check, outcomes: list[Outcome]) -> None:
+def _cost_rows(check: Check, outcomes: list[Outcome], budget_s: float) -> None:
+    """outcomes: of one engine, in their order; it has learnt from one to the next."""
     steps = [step for outcome in outcomes for step in outcome.steps]
     learnt = [abs(1 - predicted / actual) for predicted, actual, _ in steps[500:]]
     if not learnt:
         check.add(Row(f"cost model: only {len(steps)} steps, 500 are needed", math.nan, ""))
         return
+    note = f" of {len(learnt)}"
     check.add(Row("cost model after 500 steps: error p50", percentile(learnt, 0.5), "rel"))
-    check.add(Row("cost model after 500 steps: error p95", percentile(learnt, 0.95), "rel", 0.05, True))
-    budget_s = outcomes[-1].budget_s
-    kept = [actual <= 1.05 * budget_s for _, actual, is_mixed in outcomes[-1].steps if is_mixed]
-    if kept:
-        check.add(Row("mixed steps at most 5% over their budget", sum(kept) / len(kept), "", 0.99))
+    check.add(Row("cost model after 500 steps: error p95", percentile(learnt, 0.95), "rel", 0.05, True, note))
+    mixed = [(predicted, actual) for predicted, actual, is_mixed in outcomes[-1].steps if is_mixed]
+    if mixed:
+        errors = [abs(1 - predicted / actual) for predicted, actual in mixed]
+        check.add(Row("cost model, mixed steps: error p95", percentile(errors, 0.95), "rel", note=f" of {len(mixed)}"))
+        kept = sum(actual <= 1.05 * budget_s for _, actual in mixed) / len(mixed)
+        check.add(Row("mixed steps at most 5% over their budget", kept, "", 0.99, note=f" of {len(mixed)}"))
+
+
+def profile(check: Check) -> None:
+    """What `medha profile` does after loading: a grid of steps, the fit, its error on steps held out of it."""
+    config, seconds = (TINY, 2.0) if check.is_tiny else (LLAMA3_8B, 60.0)
+    world = OneRank(check, config, 2048 if check.is_tiny else 300_000, has_graphs=True)
+    ready = Ready(0, config.shape(2), world.num_blocks, world.block_size, (), "")
+    points = grid(world.num_blocks * world.block_size, config.max_context_len)
+    started_s = time.perf_counter()
+    steps = measure(world.rank, ready, points, seconds=seconds, note=lambda count: None)
+    fitted = fit(steps, shape=ready.shape, chip=str(world.device), dtype="bfloat16")
+    took_s = time.perf_counter() - started_s
+    note = f" {len(steps)} of {len(points)} kinds of step"
+    check.add(Row("profile: time without loading", took_s, "s", 180.0, True, note))
+    check.add(Row("profile: error p50 of steps held out", fitted.error_p50, "rel"))
+    check.add(Row("profile: error p95 of steps held out", fitted.error_p95, "rel"))
