@@ -1,7 +1,8 @@
-"""Compiles every Triton kernel for sm_90, no GPU needed, and prints what each takes.
+"""Compiles every Triton kernel, no GPU needed, and prints what each takes.
 
-    python tools/compile_kernels.py            # the default tiles and every kernel
-    python tools/compile_kernels.py --all      # all tiles of kernels/triton_tiles.py, minutes
+    python tools/compile_kernels.py                   # the default tiles and every kernel, for sm_90 (Hopper)
+    python tools/compile_kernels.py --all             # all tiles of kernels/triton_tiles.py, minutes
+    python tools/compile_kernels.py --capability 100  # for sm_100 (Blackwell)
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every tile, not only those in use")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
+    parser.add_argument("--capability", type=int, default=90, help="compute capability times 10 (default 90)")
     arguments = parser.parse_args()
     reports = []
-    for report in reports_of(arguments.all):
+    for report in reports_of(arguments.all, arguments.capability):
         reports.append(report)
         if not arguments.json:
             print(", ".join(f"{key}={value}" for key, value in report.items()), flush=True)
@@ -49,31 +51,34 @@ def main() -> int:
     return 0
 
 
-def reports_of(compiles_all: bool) -> Iterator[dict[str, Any]]:
+def reports_of(compiles_all: bool, capability: int) -> Iterator[dict[str, Any]]:
     """What each kernel takes."""
+    def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int) -> dict[str, Any]:
+        return _compile(kernel, types, constants, num_warps, capability)
+
     for tiles in (PREFILL_TILES, DECODE_TILES):
         for tile in tiles if compiles_all else tiles[:1]:
-            yield _attention(tile, "bf16")
-            yield _attention(tile, "fp8e4nv")
+            yield _attention(tile, "bf16", capability)
+            yield _attention(tile, "fp8e4nv", capability)
     constants = {"GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "BLOCK_M": 64, "ROWS": 16, "HAS_LSE": True}
-    yield {"kernel": "merge", "block_m": 0, "has_tma": False, **_compile(merge_kernel, {"out": "*bf16"}, constants, 4)}
+    yield {"kernel": "merge", "block_m": 0, "has_tma": False, **compiled(merge_kernel, {"out": "*bf16"}, constants, 4)}
     data = dict.fromkeys(("q", "k", "v", "q_out", "k_pool", "v_pool"), "*bf16")
     constants = {
         "GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE, "TOKENS": 8, "ROWS": 32, "ROTATES": True, "WRITES": True
     }  # fmt: skip
     yield {
         "kernel": "rotate_and_write", "block_m": 0, "has_tma": False,
-        **_compile(rotate_and_write_kernel, data, constants, 4),
+        **compiled(rotate_and_write_kernel, data, constants, 4),
     }  # fmt: skip
     data = {"k": "*bf16", "v": "*bf16", "k_pool": "*fp8e4nv", "v_pool": "*fp8e4nv"}
     constants = {"HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE, "ROTATES": True}
     yield {
         "kernel": "write_quantised", "block_m": 0, "has_tma": False,
-        **_compile(write_quantised_kernel, data, constants, 8),
+        **compiled(write_quantised_kernel, data, constants, 8),
     }  # fmt: skip
 
 
-def _attention(tile: TileConfig, kv_type: str) -> dict[str, Any]:
+def _attention(tile: TileConfig, kv_type: str, capability: int) -> dict[str, Any]:
     block_n, is_quantised = min(tile.block_n, _PAGE), kv_type == "fp8e4nv"
     pool = f"tensordesc<{kv_type}[{block_n},{_HEAD_DIM}]>" if tile.has_tma else f"*{kv_type}"
     constants = {
@@ -85,11 +90,13 @@ def _attention(tile: TileConfig, kv_type: str) -> dict[str, Any]:
     return {
         "kernel": "attention", "kv": kv_type, "block_m": tile.block_m, "block_n": block_n, "num_warps": tile.num_warps,
         "num_stages": tile.num_stages, "has_tma": tile.has_tma,
-        **_compile(attention_kernel, types, constants, tile.num_warps),
+        **_compile(attention_kernel, types, constants, tile.num_warps, capability),
     }  # fmt: skip
 
 
-def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int) -> dict[str, Any]:
+def _compile(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int, capability: int
+) -> dict[str, Any]:
     known = {**_POINTERS, **types, **dict.fromkeys(constants, "constexpr")}
     signature = {name: known.get(name, "i32") for name in kernel.arg_names}
     # Pointers are aligned as torch aligns them; strides and counts are left unknown, as the worst case.
@@ -97,7 +104,7 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_
         (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
     ptx = compiled.asm["ptx"]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -112,6 +119,7 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_
         "stack_bytes": int(found.group(2)),
         "shared_bytes": compiled.metadata.shared,
         "num_wgmma": ptx.count("wgmma.mma_async"),
+        "num_tcgen05": ptx.count("tcgen05.mma"),
         "num_mma": ptx.count("mma.sync"),
         "num_tma_loads": ptx.count("cp.async.bulk.tensor"),
         "num_async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),

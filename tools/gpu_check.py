@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from checkout import ROOT, use_checkout  # noqa: E402
 
 _MINUTES = 9.0
+_LATEST = ROOT / "experiments" / "gpu" / "latest.json"
 
 
 def main() -> int:
@@ -67,19 +68,35 @@ def main() -> int:
         parser.error("no usable CUDA device; --device cpu --tiny rehearses the script")
     from experiments.gpu.measure import Check
 
-    path = arguments.out or (Path(os.environ["OUT"]) / "gpu_check.json" if "OUT" in os.environ else (
-        ROOT / "experiments" / "gpu" / "latest.json"
-    ))  # fmt: skip
-    results = json.loads(path.read_text()) if path.exists() else {"parts": {}}
-    results["machine"] = machine()
-    results["is_rehearsal"] = arguments.tiny
+    beside = Path(os.environ["OUT"]) / "gpu_check.json" if "OUT" in os.environ else _LATEST
+    path = arguments.out or beside
+    results = earlier_results(path, arguments.tiny)
     check = Check(
         device=torch.device(arguments.device), is_tiny=arguments.tiny, deadline_s=started_s + 60 * arguments.minutes
     )
     check.facts.update(results.get("facts", {}))
+    if not arguments.tiny and "rates" not in wanted and "matmul_flops_per_s" not in check.facts:
+        wanted.insert(0, "rates")  # what the figures of others are shares of
     num_failed = run_parts([(name, parts[name]) for name in wanted], check, results, path, arguments.also_failed)
     print(f"--- {time.monotonic() - started_s:.0f} s; {num_failed} parts failed; {path}")
     return 1 if num_failed else 0
+
+
+def earlier_results(path: Path, is_rehearsal: bool) -> dict[str, Any]:
+    """What earlier runs of the same kind on the same chip have left, with this run's machine noted."""
+    found = machine()
+    for known in (path, _LATEST):
+        if not known.exists() or (known != path and is_rehearsal):
+            continue
+        results: dict[str, Any] = json.loads(known.read_text())
+        is_same_chip = results["machine"].get("chip") == found.get("chip")
+        if results["is_rehearsal"] == is_rehearsal and is_same_chip:
+            return {**results, "machine": found}
+    if path.exists():
+        kept = path.with_suffix(".earlier.json")
+        print(f"--- {path} is of another chip or of a rehearsal; it is {kept.name} from now on", flush=True)
+        path.replace(kept)
+    return {"parts": {}, "machine": found, "is_rehearsal": is_rehearsal}
 
 
 def run_parts(
