@@ -51,7 +51,7 @@ class BatchBuilder:
         self._memory = memory
         self._kvp = memory.kvp
 
-    def begin(self, budget_s: float, has_waiting_decodes: bool = False) -> None:
+    def begin(self, budget_s: float, has_waiting_decodes: bool) -> None:
         """Start an empty batch. has_waiting_decodes: somebody's next token waits for it, so that tiles may be cut."""
         self.budget_s = budget_s
         self._has_waiting_decodes = has_waiting_decodes
@@ -129,9 +129,8 @@ class BatchBuilder:
     def tile(self, seq: Sequence, parts: tuple[Part, ...]) -> int:
         """The least a chunk of `seq` can be: a tile, or the end of its prompt, shard or step buffer.
 
-        Where the context is so long that a tile breaks the budget, and somebody's next token waits for the step, tiles
-        are cut in two, and again: half as many tokens a step are lost on a prompt that is long anyway, while every
-        answer beside it would have stood still for the rest.
+        Where the context is so long that a tile breaks the budget, and somebody's next token waits for the step, a tile
+        is cut in two, and again: the prompt takes a little longer, and answers beside it keep their pace.
         """
         tile = min(
             seq.num_unscheduled_tokens,
@@ -140,12 +139,12 @@ class BatchBuilder:
             self._rule.max_chunk_tokens,
             self._rule.max_tokens - self.num_tokens,
         )
-        if not self._has_waiting_decodes or self._rule.chunking is not Chunking.ADAPTIVE:
+        if tile < 2 or not self._has_waiting_decodes or self._rule.chunking is not Chunking.ADAPTIVE:
             return tile
         tile_s = self._most_extra_s(parts, tile)
         for _ in range(_MOST_HALVINGS):
             half = tile // 2
-            if not half or tile_s <= _LEAST_TILE_SHARE * self.budget_s or self._fits(parts, tile, self.budget_s):
+            if half < 1 or tile_s <= _LEAST_TILE_SHARE * self.budget_s or self._fits(parts, tile, self.budget_s):
                 break
             half_s = self._most_extra_s(parts, half)
             if half_s > (1.0 - _LEAST_SAVED) * tile_s:
