@@ -19,6 +19,7 @@ from megatron_medha.engine.scheduler_setup import SchedulerSetup
 if TYPE_CHECKING:
     from experiments.gpu.model_parts import OneRank
 
+_NUM_OUTPUT_TOKENS = 8
 
 @dataclass(slots=True)
 class Outcome:
@@ -32,8 +33,8 @@ class Outcome:
 class Engine:
     """One scheduler, whose cost model goes on learning from run to run, over one rank."""
 
-    def __init__(self, world: OneRank, hardware: Hardware) -> None:
-        self.config = SchedulerConfig(step_budget_s=0.05)
+    def __init__(self, world: OneRank, hardware: Hardware, max_chunk_tokens: int | None = None) -> None:
+        self.config = SchedulerConfig(step_budget_s=0.05, max_chunk_tokens=max_chunk_tokens)
         self._world = world
         self._scheduler = SchedulerSetup(
             config=self.config, shape=world.config.shape(2), hardware=hardware, layout=ParallelLayout(),
@@ -52,13 +53,12 @@ class Engine:
         long_tokens: int = 0,
         long_from: int = 0,
         seconds: float = 0.0,
-        num_output_tokens: int = 8,
     ) -> Outcome:
         """One long prompt (none for 0 tokens) and short ones at a steady rate until it has its first token.
 
-        long_from: chunks of the long prompt that begin before this token are not computed, the KV there is what the
-        pool holds; the scheduler's clock is put forward by what they were predicted to take, and its cost model hears
-        nothing of them. Short ones begin to come when it gets there.
+        long_from: chunks of the long prompt that end by this token are not computed, the KV there is what the pool
+        holds; the scheduler's clock is put forward by what they were predicted to take, and its cost model hears
+        nothing of them. Short ones begin to come with the first that is computed.
         seconds: how long short ones come where there is no long one. Ends when all requests have.
         """
         self._num_runs += 1
@@ -68,8 +68,8 @@ class Engine:
         num_shorts = 0
         started_s = self._now_s()
         if long_tokens:
-            self._arrive(long_id, long_tokens, started_s, num_output_tokens)
-        is_in_window = not long_tokens
+            self._arrive(long_id, long_tokens, started_s)
+        is_in_window = not long_from
         while True:
             now_s = self._now_s()
             has_more = is_in_window and (
@@ -78,7 +78,7 @@ class Engine:
             while shorts_per_s and has_more and started_s + num_shorts / shorts_per_s <= now_s:
                 request_id = f"{self._num_runs}-short-{num_shorts}"
                 arrival_s[request_id] = started_s + num_shorts / shorts_per_s
-                self._arrive(request_id, short_tokens, arrival_s[request_id], num_output_tokens)
+                self._arrive(request_id, short_tokens, arrival_s[request_id])
                 num_shorts += 1
             batch = self._scheduler.schedule(now_s)
             if batch is None:
@@ -88,11 +88,11 @@ class Engine:
                 continue
             if not is_in_window:
                 (chunk,) = batch.chunks
-                if chunk.start < long_from:
+                if chunk.start + chunk.num_tokens <= long_from:
                     self._pass_over(batch, chunk)
                     continue
                 is_in_window, started_s = True, now_s
-            duration_s = self._compute(batch, num_output_tokens)
+            duration_s = self._compute(batch)
             outcome.steps.append((batch.predicted_s, duration_s, len(batch.chunks) > 1))
             done_s = self._now_s()
             for output in self._scheduler.handle(Completed(batch_id=batch.batch_id, duration_s=duration_s), done_s):
@@ -113,10 +113,10 @@ class Engine:
     def _now_s(self) -> float:
         return time.monotonic() + self._passed_over_s
 
-    def _arrive(self, request_id: str, num_tokens: int, now_s: float, num_output_tokens: int) -> None:
+    def _arrive(self, request_id: str, num_tokens: int, now_s: float) -> None:
         self._lengths[request_id] = num_tokens
         request = Request(
-            request_id=request_id, num_prompt_tokens=num_tokens, max_output_tokens=num_output_tokens, arrival_s=now_s
+            request_id=request_id, num_prompt_tokens=num_tokens, max_output_tokens=_NUM_OUTPUT_TOKENS, arrival_s=now_s
         )
         outputs = self._scheduler.handle(Arrived(request), now_s)
         assert not outputs, outputs
@@ -124,11 +124,11 @@ class Engine:
     def _pass_over(self, batch: Batch, chunk: Chunk) -> None:
         """Let the rank hear of the chunk's blocks by way of its first token; nothing else of it is computed."""
         begun_s = time.monotonic()
-        self._compute(batch._replace(chunks=(chunk._replace(num_tokens=1, samples_token=False),)), 1)
+        self._compute(batch._replace(chunks=(chunk._replace(num_tokens=1, samples_token=False),)))
         self._passed_over_s += batch.predicted_s - (time.monotonic() - begun_s)
         self._scheduler.handle(Completed(batch_id=batch.batch_id, duration_s=0.0), self._now_s())
 
-    def _compute(self, batch: Batch, num_output_tokens: int) -> float:
+    def _compute(self, batch: Batch) -> float:
         """Seconds of the step, the device waited for."""
         new = []
         for chunk in batch.chunks:
@@ -137,7 +137,7 @@ class Engine:
             self._told.add(chunk.request_id)
             count, first = self._lengths[chunk.request_id], len(self._told)
             ids = array("i", [(11 * i + first) % self._world.config.vocab_size for i in range(count)])
-            sampling = Sampling(max_output_tokens=num_output_tokens, temperature=0.0)
+            sampling = Sampling(max_output_tokens=_NUM_OUTPUT_TOKENS, temperature=0.0)
             new.append(NewRequest(chunk.request_id, ids.tobytes(), count, sampling))
         begun_s = time.perf_counter()
         self._world.rank.run(Step(batch.batch_id, batch.chunks, tuple(new), batch.released))
