@@ -34,7 +34,7 @@ class ChatConfig:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"chat.url={self.url} must look like http://127.0.0.1:8000")
+            raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
 
 
 @dataclass
