@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
 from megatron_medha.commands.writable import check_writable
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.server.chat_client import is_http_address
 
 if TYPE_CHECKING:
     from megatron_medha.bench.batch import BatchServer, Counts
@@ -52,7 +52,7 @@ class BatchOptions:
     request_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        if not re.match(r"https?://[^/]", self.url):
+        if not is_http_address(self.url):
             raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
         if not 1 <= self.concurrency <= 10_000:
             raise ConfigError(f"concurrency={self.concurrency}: must be between 1 and 10000")

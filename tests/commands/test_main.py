@@ -116,8 +116,10 @@ def test_flags_and_overrides_may_stand_in_any_order() -> None:
     assert arguments.shows_config
 
 
-def test_chat_refuses_an_address_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", "url=localhost"]) == 2
+@pytest.mark.parametrize("url", ["localhost", "http://h:99999", "http://h:abc", "http://", "'http://[::1'"])
+@pytest.mark.parametrize("words", [["chat"], ["selftest"], ["run-batch", "in", "out"]])
+def test_an_address_that_is_none_is_refused(words: list[str], url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, f"url={url}"]) == 2
     assert "must look like http://" in capsys.readouterr().err
 
 
