@@ -31,7 +31,8 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE, describe_options("profile"), sep="\n", end="")
         return 0
-    from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
+    from megatron_medha.cluster.machine import num_usable_cores
+    from megatron_medha.worker.cpu_share import let_idle_threads_sleep
 
     let_idle_threads_sleep(num_usable_cores())
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
