@@ -19,7 +19,8 @@ from megatron_medha.kernels.backends import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.rotary import Rotary
-from megatron_medha.model.sampler import Sampler, SamplingRow, prompt_logprobs
+from megatron_medha.model.sampler import Sampler, SamplingRow
+from megatron_medha.model.token_logprobs import prompt_logprobs
 from megatron_medha.parallel.groups import MedhaPGs
 from megatron_medha.parallel.shared_slots import SharedSlots
 from megatron_medha.parallel.stage_link import Arriving, StageLink
@@ -314,11 +315,11 @@ class Rank:
     def _chosen(self, logits_RV: Tensor, requests: Sequence[StoredRequest]) -> list[Chosen]:
         """One per request: its token, or why it has none."""
         if all(request.takes_the_best for request in requests):
-            return [sampled or _NOT_A_NUMBER for sampled in self._sampler.best(logits_RV)]
+            return [sampled or _NOT_A_NUMBER for sampled in self._sampler.choose_best(logits_RV).rows()]
         rows = [
             SamplingRow(
                 sampling=request.sampling,
-                prompt_ids=request.prompt_ids,
+                prompt_ids=request.prompt_ids(self._staging),
                 output_ids=request.output_ids,
                 seed=request.sampling.seed or 0,
                 num_output_tokens=len(request.output_ids),

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megatron_medha.cluster.messages import NewRequest
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.sampler import takes_the_best
 
 if TYPE_CHECKING:
@@ -39,11 +39,10 @@ class StoredRequest:
         self._tokens = token_ids  # of any length from num_tokens on; read-only until it is first grown
         self._prompt_ids: Tensor | None = None
 
-    @property
-    def prompt_ids(self) -> Tensor:
-        """Prompt tokens, int32."""
-        if self._prompt_ids is None:
-            self._prompt_ids = torch.tensor(self._tokens[: self.num_prompt_tokens])
+    def prompt_ids(self, staging: Staging) -> Tensor | None:
+        """Prompt tokens, int32, where they are penalised: copied to the device once."""
+        if self._prompt_ids is None and self.sampling.repetition_penalty != 1.0:
+            (self._prompt_ids,) = staging.upload([self._tokens[: self.num_prompt_tokens].copy()])
         return self._prompt_ids
 
     def tokens(self, start: int, num_tokens: int) -> np.ndarray:
