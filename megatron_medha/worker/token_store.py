@@ -12,7 +12,7 @@ from megatron_medha.cluster.messages import NewRequest
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.slot_table import SlotTable
 from megatron_medha.kernels.staging import Staging
-from megatron_medha.model.sampler import takes_the_best
+from megatron_medha.model.sampler import has_penalty, takes_the_best
 
 if TYPE_CHECKING:
     from megatron_medha.worker.guided import Guided
@@ -29,6 +29,8 @@ class StoredRequest:
         self.request_id = new.request_id
         self.sampling: Sampling = new.sampling
         self.takes_the_best = takes_the_best(new.sampling)
+        # Whether what may come next depends on which tokens came before.
+        self.depends_on_tokens = new.sampling.grammar is not None or has_penalty(new.sampling)
         self.stop_token_ids = frozenset(new.sampling.stop_token_ids)
         self.num_prompt_tokens = new.num_prompt_tokens
         self.num_tokens = len(token_ids)
