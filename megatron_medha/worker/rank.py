@@ -247,7 +247,7 @@ class Rank:
     def _launched_ahead(self, work: Work, underway: Sequence[Underway]) -> Held | None:
         """`run_ahead` before the host has seen a step's tokens: they are taken where they are, on the device.
 
-        None where what follows is not known yet, or is no graph's: a step of hundreds of launches is not given away.
+        None where what follows is not known yet, or fits no graph.
         """
         if self.graphs is None or not self.samples_for_itself or self._announced:
             return None
