@@ -9,6 +9,10 @@ from megatron_medha.core.cost import CostModel, StepLoad, step_s
 from megatron_medha.core.memory import KVMemory, Part
 from megatron_medha.core.request import Sequence
 
+_MOST_HALVINGS = 2       # of a tile that breaks a step's budget
+_LEAST_SAVED = 0.25      # of a tile's time, by halving it; where reading the context takes most of it, little is
+_LEAST_TILE_SHARE = 0.5  # of the budget: a tile that takes no more is left whole, in a step full of others too
+
 
 class Planned:
     """A prefill chunk of the batch being formed."""
@@ -38,6 +42,7 @@ class BatchBuilder:
         self.budget_s = 0.0
         self.loads: list[StepLoad] = []
         self.prefills: list[Planned] = []
+        self._has_waiting_decodes = False
         self._held: list[_Held] = []
         self._last_most = 0  # where the search for the next begins
         self._rule = rule
@@ -46,9 +51,10 @@ class BatchBuilder:
         self._memory = memory
         self._kvp = memory.kvp
 
-    def begin(self, budget_s: float) -> None:
-        """Start an empty batch."""
+    def begin(self, budget_s: float, has_waiting_decodes: bool) -> None:
+        """Start an empty batch. has_waiting_decodes: somebody's next token waits for it, so that tiles may be cut."""
         self.budget_s = budget_s
+        self._has_waiting_decodes = has_waiting_decodes
         self.loads = [StepLoad()] if self._kvp == 1 else [StepLoad() for _ in range(self._kvp)]
         self.prefills.clear()
 
@@ -71,13 +77,18 @@ class BatchBuilder:
 
     def fit(self, seq: Sequence, parts: tuple[Part, ...], share: float = 1.0, limit: int | None = None) -> int:
         """The most tokens of `seq`, `limit` at most, with which its ranks stay within `share` of the budget."""
-        guess = seq.last_chunk_tokens
-        most = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
+        guess, budget_s = seq.last_chunk_tokens, self.budget_s * share
+        wanted = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
         if limit is not None:
-            most = min(most, limit)
+            wanted = min(wanted, limit)
+        most = wanted
         for part in parts:
             load = self.loads[part.kvp_rank]
-            most = largest_chunk(self._rule, self._cost, load, part.context, most, self.budget_s * share, guess)
+            most = largest_chunk(self._rule, self._cost, load, part.context, most, budget_s, guess)
+        if not most and wanted > 0 and self._has_waiting_decodes:
+            tile = min(self.tile(seq, parts), wanted)
+            if tile > 0 and self._fits(parts, tile, budget_s):
+                return tile
         return most
 
     def most_tokens(self) -> int:
@@ -95,13 +106,9 @@ class BatchBuilder:
         num_tokens, rule = seq.num_unscheduled_tokens, self._rule
         if num_tokens > rule.max_chunk_tokens or num_tokens > self._memory.chunk_limit(seq.num_scheduled_tokens):
             return False
-        for part in parts:
-            load = self.loads[part.kvp_rank]
-            if load.num_tokens + num_tokens > rule.max_tokens or (
-                step_s(self._cost, load) + self._extra_s(part, num_tokens) > self.budget_s
-            ):
-                return False
-        return True
+        if any(self.loads[part.kvp_rank].num_tokens + num_tokens > rule.max_tokens for part in parts):
+            return False
+        return self._fits(parts, num_tokens, self.budget_s)
 
     def fit_credit(self, seq: Sequence, parts: tuple[Part, ...], credit_s: float) -> int:
         """The most tokens of `seq` that cost at most credit_s and keep the budget.
@@ -114,20 +121,36 @@ class BatchBuilder:
             budget_s = min(self.budget_s, step_s(self._cost, load) + credit_s)
             most = largest_chunk(self._credit_rule, self._cost, load, part.context, most, budget_s)
         if not most:
-            tile = self.tile(seq)
+            tile = self.tile(seq, parts)
             if tile > 0 and all(self._extra_s(part, tile) <= credit_s for part in parts):
                 return tile
         return most
 
-    def tile(self, seq: Sequence) -> int:
-        """The least a chunk of `seq` can be: a tile, or the end of its prompt, shard or step buffer."""
-        return min(
+    def tile(self, seq: Sequence, parts: tuple[Part, ...]) -> int:
+        """The least a chunk of `seq` can be: a tile, or the end of its prompt, shard or step buffer.
+
+        Where the context is so long that a tile breaks the budget, and somebody's next token waits for the step, a tile
+        is cut in two, and again: the prompt takes a little longer, and answers beside it keep their pace.
+        """
+        tile = min(
             seq.num_unscheduled_tokens,
             self._memory.chunk_limit(seq.num_scheduled_tokens),
             self._rule.tile_tokens,
             self._rule.max_chunk_tokens,
             self._rule.max_tokens - self.num_tokens,
         )
+        if tile < 2 or not self._has_waiting_decodes or self._rule.chunking is not Chunking.ADAPTIVE:
+            return tile
+        tile_s = self._most_extra_s(parts, tile)
+        for _ in range(_MOST_HALVINGS):
+            half = tile // 2
+            if half < 1 or tile_s <= _LEAST_TILE_SHARE * self.budget_s or self._fits(parts, tile, self.budget_s):
+                break
+            half_s = self._most_extra_s(parts, half)
+            if half_s > (1.0 - _LEAST_SAVED) * tile_s:
+                break
+            tile, tile_s = half, half_s
+        return tile
 
     def add(self, planned: Planned) -> None:
         """Put a chunk into the batch."""
@@ -216,6 +239,15 @@ class BatchBuilder:
             for part in planned.parts:
                 attention_s = self._cost.attention_s(part.context, planned.num_tokens)
                 self.loads[part.kvp_rank].remove_chunk(part.context, planned.num_tokens, attention_s)
+
+    def _fits(self, parts: tuple[Part, ...], num_tokens: int, budget_s: float) -> bool:
+        for part in parts:
+            if step_s(self._cost, self.loads[part.kvp_rank]) + self._extra_s(part, num_tokens) > budget_s:
+                return False
+        return True
+
+    def _most_extra_s(self, parts: tuple[Part, ...], num_tokens: int) -> float:
+        return max([self._extra_s(part, num_tokens) for part in parts])
 
     def _extra_s(self, part: Part, num_tokens: int) -> float:
         load = self.loads[part.kvp_rank]

@@ -104,7 +104,7 @@ class PrefillPacker:
             if not num_tokens and not has_prefill:
                 # However full of decodes the step is, one tile goes in: less urgent ones must not pass a prefill
                 # whose context has become so long that no tile fits beside them.
-                num_tokens = builder.tile(seq)
+                num_tokens = builder.tile(seq, parts)
             if num_tokens <= 0:
                 num_skipped += 1
                 continue
@@ -205,7 +205,7 @@ class PrefillPacker:
             return 0
         # Never less than a tile: where a tile takes most of a step, it gives whole steps now and then, not slices.
         num_kept = builder.fit(seq, parts, 1.0 - max(offered_s, 0.0) / builder.budget_s, num_tokens)
-        return max(num_kept, min(builder.tile(seq), num_tokens))
+        return max(num_kept, min(builder.tile(seq, parts), num_tokens))
 
     def _add(self, builder: BatchBuilder, planned: Planned, used_s: list[float]) -> None:
         """Put in a chunk of one that is not long, and note what it takes from the gifts of those that are."""
@@ -243,7 +243,7 @@ class PrefillPacker:
         if plan and self._memory.num_owners >= self._config.max_num_sequences:
             return
         parts = self._memory.parts(seq, plan)
-        num_tokens = max(builder.fit(seq, parts), builder.tile(seq))
+        num_tokens = max(builder.fit(seq, parts), builder.tile(seq, parts))
         if num_tokens > 0:
             if plan:
                 self._memory.take(seq, plan)

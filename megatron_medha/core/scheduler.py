@@ -372,7 +372,8 @@ class Scheduler:
             return None
         budget_s = self._budget_s()
         builder = self._builder
-        builder.begin(self._aim.share * budget_s if self._has_decodes() else budget_s)
+        has_decodes = self._has_decodes()
+        builder.begin(self._aim.share * budget_s if has_decodes else budget_s, has_decodes)
         builder.add_decodes(self._decodes)
         if self._prefills:
             self._packer.pack(builder, self._prefills.candidates(now_s), self._longest_overdue(now_s), now_s)

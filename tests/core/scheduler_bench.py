@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_medha.core.batch import Arrived, Batch, Completed, Output
 from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware, RooflineCost
+from megatron_medha.core.cost import CostModel, Hardware, RooflineCost
 from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request, Sequence
@@ -30,7 +30,14 @@ class Bench:
     """A scheduler whose world is moved by hand."""
 
     def __init__(
-        self, *, num_blocks: int = 1000, kvp: int = 1, shard_tokens: int | None = None, spp: int = 1, **config: Any
+        self,
+        *,
+        num_blocks: int = 1000,
+        kvp: int = 1,
+        shard_tokens: int | None = None,
+        spp: int = 1,
+        cost: CostModel = COST,
+        **config: Any,
     ) -> None:
         self.memory = KVMemory(
             num_blocks=num_blocks,
@@ -40,7 +47,7 @@ class Bench:
             max_tokens_per_shard=shard_tokens,
             watermark=0.0,
         )
-        self.scheduler = Scheduler(SchedulerConfig(**config), COST, self.memory, spp)
+        self.scheduler = Scheduler(SchedulerConfig(**config), cost, self.memory, spp)
         self.now_s = 0.0
 
     def handle(self, event: Any) -> list[Output]:

@@ -7,6 +7,7 @@ from scheduler_bench import COST, Bench, request
 
 from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.cost import RooflineCost
 from megatron_medha.core.errors import ConfigError
 
 
@@ -34,14 +35,48 @@ def test_a_prefill_whose_tile_exceeds_the_budget_runs_tile_by_tile() -> None:
 
 
 def test_a_step_full_of_decodes_still_takes_one_tile() -> None:
-    bench = Bench(num_blocks=20_000, step_budget_s=0.01)
-    bench.arrive(*(request(f"d{index}", num_tokens=200, num_out=50) for index in range(40)))
+    bench = Bench(num_blocks=20_000, step_budget_s=0.02)
+    bench.arrive(*(request(f"d{index}", num_tokens=200, num_out=500) for index in range(100)))
     while any(seq.is_prefill for seq in bench.scheduler.sequences):
         bench.step()
     bench.arrive(request("a", num_tokens=100, at_s=bench.now_s))
     batch = bench.schedule()
     assert batch.predicted_s > batch.budget_s
     assert [chunk.num_tokens for chunk in batch.chunks if chunk.request_id == "a"] == [32]
+
+
+def decoding_beside(bench: Bench, context: int) -> list[int]:
+    """Sizes of a long prompt's chunks from `context` tokens on, the first three of them beside an answer."""
+    bench.arrive(request("long", num_tokens=context + 500))
+    while (seq := bench.scheduler.sequence("long")) and seq.num_scheduled_tokens < context:
+        bench.step()
+    bench.arrive(request("short", num_tokens=1, num_out=4, at_s=bench.now_s, min_deadline_s=0.0))
+    sizes = []
+    while len(sizes) < 5:
+        batch = bench.step()[0]
+        if bench.scheduler.sequence("short") is None or batch.chunks[0].request_id == "short" and batch.chunks[0].start:
+            sizes.append(sum(chunk.num_tokens for chunk in batch.chunks if chunk.request_id == "long"))
+    return sizes
+
+
+@pytest.mark.parametrize(("context", "cut"), [(1_000, 32), (1_600, 16), (50_000, 8)])
+def test_a_tile_that_breaks_the_budget_is_cut_while_an_answer_waits_for_the_step(context: int, cut: int) -> None:
+    bench = Bench(num_blocks=20_000, step_budget_s=0.05, has_space_sharing=False, max_skips=0)
+    sizes = decoding_beside(bench, context)
+    assert sizes == [cut, cut, cut, 32, 32]
+
+
+class ReadingTheContext(RooflineCost):
+    """A machine on which a chunk's attention takes as long as reading what is before it."""
+
+    def attention_s(self, start: int, num_tokens: int) -> float:
+        return 1e-5 * start
+
+
+def test_a_tile_is_not_cut_where_half_of_it_would_take_as_long() -> None:
+    cost = ReadingTheContext(shape=COST.shape, hardware=COST.hardware)
+    bench = Bench(cost=cost, num_blocks=20_000, step_budget_s=0.05, has_space_sharing=False, max_skips=0)
+    assert decoding_beside(bench, 10_000) == [32] * 5
 
 
 def test_a_tpot_target_lowers_the_budget_while_its_request_decodes() -> None:
