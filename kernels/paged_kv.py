@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0  # the largest finite value of e4m3
 # tl.dot wants at least 16 keys, and a block is at least one inner step of the kernel.
 _MIN_BLOCK_SIZE = 16
 _HEAD_DIMS = (16, 32, 64, 128, 256)

@@ -31,7 +31,7 @@ from megatron_medha.user_cache import user_cache
 # field by field, or have subclasses elsewhere, which only classes made by Python allow.
 MODULES = (
     "core.batch_builder", "core.blocks", "core.chunking", "core.cost", "core.kernel_costs", "core.kinetic_queue",
-    "core.kinetic_tournament", "core.memory", "core.online_cost", "core.output_length", "core.packing",
+    "core.kinetic_tournament", "core.memory", "core.online_cost", "core.output_length", "core.overdue", "core.packing",
     "core.policies", "core.prefill_queue", "core.request", "core.scheduler", "core.step_budget", "engine.loop",
     "sim.ledger", "sim.pipeline", "sim.truth",
 )  # fmt: skip

@@ -63,6 +63,8 @@ def compose(name: str, config_class: type, overrides: Sequence[str], config_dir:
             return hydra_compose(name, [*search, *overrides])
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(explain(error, name, config_class, parsed)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config-dir {config_dir}: {_not_utf8(config_dir)} is not UTF-8; save it so") from error
     except (AssertionError, ValueError) as error:
         # Hydra 1.3.8 and OmegaConf 2.3 let these through, e.g. for model.shape.name=x while model.shape is null.
         given = " ".join(overrides) or f"conf/{name}.yaml"
@@ -192,6 +194,17 @@ def _check_config_dir(directory: Path, config_class: type) -> None:
         name = path.relative_to(directory)
         if ours.joinpath(*name.parts).is_file():
             raise ConfigError(f"--config-dir {directory}: {name} has the name of an option that exists; rename it")
+
+
+def _not_utf8(directory: Path | None) -> Path:
+    """The first option in there that is no text."""
+    assert directory is not None, "our own options are UTF-8"
+    for path in sorted(directory.rglob("*.yaml")):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return path.relative_to(directory)
+    raise AssertionError("every file in there is UTF-8")
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -36,6 +37,8 @@ COMMANDS: dict[str, Command] = {
     "compile": Command("megatron_medha.commands.compile", "translate the scheduler to C: faster decisions"),
     "version": Command("megatron_medha.commands.version", "print the version"),
 }
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's part of it
 
 EXAMPLES = """\
 examples:
@@ -72,12 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MedhaError as error:
         print(f"medha {name}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         # The reader of our output has gone (medha serve --help | head); Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        print(f"medha {name}: {error.filename or 'results'}: {error.strerror}; make room, or write elsewhere",
+            file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def usage() -> str:

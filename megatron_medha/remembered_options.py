@@ -85,6 +85,8 @@ def remember(digest: str, values: dict[str, Any], unresolved: str) -> None:
 def decode_path(kind: type, value: Any) -> Any:
     """For msgspec: a Path from its text."""
     if kind is Path and isinstance(value, str):
+        if not value:  # checkpoint=$UNSET; a Path would make the current directory of it
+            raise ValueError("Expected a path, got an empty text")
         return Path(value)
     raise TypeError(f"expected {kind.__name__}, got {value!r}")
 

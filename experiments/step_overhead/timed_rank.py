@@ -76,7 +76,7 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
                 function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
                 setattr(library, name, timers.timed(name, function))
     rank, ready = load_rank(config, progress)
-    for name in ("sample", "best"):
+    for name in ("choose", "choose_best"):
         setattr(rank._sampler, name, timers.timed("sampling", getattr(rank._sampler, name)))
 
     def serve(inbox: FrontInbox, answer: Callable[[StepDone], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from megatron_medha.cluster.messages import StepDone
@@ -12,6 +12,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.request import Request
 from megatron_medha.engine.outcome import Ending, Outcome
+from megatron_medha.engine.side_file import SideFile
 from megatron_medha.engine.timeline import Span, Timeline
 
 
@@ -34,11 +35,10 @@ class RunTimeline:
     def writing(cls, path: Path, layout: ParallelLayout, now_s: float, duration_s: float) -> Iterator[RunTimeline]:
         """A timeline in a file, which is complete when the context ends. Raises ConfigError."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = path.open("w", encoding="utf-8")
+            stream = SideFile.open(path, by_line=False)
         except OSError as error:
             raise ConfigError(f"tracking.timeline={path}: cannot be written ({error.strerror})") from error
-        with stream:
+        with closing(stream):
             timeline = Timeline(
                 stream, spp=layout.spp, kvp=layout.kvp, rank_name="KVP rank", start_s=now_s, end_s=now_s + duration_s,
                 zero_s=now_s,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from itertools import groupby
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -71,10 +73,29 @@ def run(words: Sequence[str]) -> int:
     found = candidates(options, contenders(options, arguments.overrides, arguments.config_dir))
     say_what_is_tried(options, found)
     num_processes = options.num_processes or len(os.sched_getaffinity(0))
-    # Not forked: a child must not inherit what Hydra and the progress bar hold.
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), use_compiled_core) as pool:
+    with processes(num_processes) as pool:
         search = _cheapest if options.find is Find.CHEAPEST else _capacity
         return search(options, found.trials, pool)
+
+
+@contextmanager
+def processes(num_processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Where candidates are tried. An error or Ctrl-C here ends those at work, and nobody waits for the others."""
+    before = active_children()
+    # Not forked: a child must not inherit what Hydra and the progress bar hold.
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), _begin) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for child in active_children():
+                if child not in before:
+                    child.terminate()
+            raise
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what it means
+    use_compiled_core()
 
 
 def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path | None) -> list[Contender]:

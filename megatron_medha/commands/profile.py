@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
+from megatron_medha.commands.writable import check_writable
 
 USAGE = """\
 usage: medha profile checkpoint=DIR [key=value ...]
@@ -30,7 +31,8 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE, describe_options("profile"), sep="\n", end="")
         return 0
-    from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_usable_cores
+    from megatron_medha.cluster.machine import num_usable_cores
+    from megatron_medha.worker.cpu_share import let_idle_threads_sleep
 
     let_idle_threads_sleep(num_usable_cores())
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
@@ -43,6 +45,8 @@ def run(words: Sequence[str]) -> int:
         return 0
     options = freeze(composed, ProfileOptions)
     config = rank_config(options)
+    path = options.file.expanduser()
+    check_writable("file", path)
 
     from tqdm import tqdm
 
@@ -55,8 +59,6 @@ def run(words: Sequence[str]) -> int:
     with tqdm(total=len(points), unit="step", desc="measuring") as bar:
         steps = measure(rank, ready, points, seconds=options.seconds, note=bar.update)
     fitted = fit(steps, shape=ready.shape, chip=ready.device, dtype=config.dtype)
-    path = options.file.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(fitted), indent=1) + "\n", encoding="utf-8")
     print(
         f"{len(steps)} of {len(points)} steps on {ready.device}\n"

@@ -12,6 +12,7 @@ import jinja2
 
 from megatron_medha.commands.plots import plain_numbers
 from megatron_medha.commands.report_runs import Run, differing_keys, pareto, telling_keys
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.summary import CLASSES
 from megatron_medha.engine.summary_table import number_text, percent_text, seconds_text
 
@@ -23,7 +24,11 @@ _MAX_RUN_PICTURES = 24  # runs whose own plots go onto the page
 
 def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     """Write report.md, report.html and their pictures; returns the pages."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.md").touch()
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written ({error.strerror}); name another directory") from error
     classes = [name for name in CLASSES if any(name in run.classes for run in runs)]
     header, rows = _table(runs, classes)
     pictures = [path for path in (_ttft_bars(runs, classes, out), _pareto_plot(runs, classes[0], out)) if path]

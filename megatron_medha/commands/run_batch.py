@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
+from megatron_medha.commands.writable import check_writable
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.server.chat_client import is_http_address
 
 if TYPE_CHECKING:
     from megatron_medha.bench.batch import BatchServer, Counts
@@ -51,7 +52,7 @@ class BatchOptions:
     request_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        if not re.match(r"https?://[^/]", self.url):
+        if not is_http_address(self.url):
             raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
         if not 1 <= self.concurrency <= 10_000:
             raise ConfigError(f"concurrency={self.concurrency}: must be between 1 and 10000")
@@ -107,6 +108,7 @@ def run_batch(options: BatchOptions) -> int:
     from megatron_medha.bench.batch import BatchServer, custom_ids, keep_done, num_rows
 
     num_lines = num_rows(options.input)
+    check_writable("output", options.output)
     done = keep_done(options.output, lambda: custom_ids(options.input))
     if len(done) == num_lines:
         print(f"{num_lines:,} rows: all were answered; {options.output}")
@@ -122,7 +124,6 @@ def run_batch(options: BatchOptions) -> int:
             max_tries=options.max_tries,
             request_timeout_s=options.request_timeout_s,
         )
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         with (
             options.output.open("a", encoding="utf-8") as out,
             tqdm(total=num_lines, initial=len(done), unit="row", file=sys.stderr, dynamic_ncols=True) as bar,

@@ -16,6 +16,7 @@ from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
 from megatron_medha.commands.selftest_wire import Begun, Broken, Wire, check
 from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.server.chat_client import is_http_address
 
 USAGE = """\
 usage: medha selftest [key=value ...]
@@ -59,7 +60,7 @@ class SelftestConfig:
     admin_key: str | None = None
 
     def __post_init__(self) -> None:
-        if not re.match(r"https?://[^/]", self.url):
+        if not is_http_address(self.url):
             raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
         if min(self.num_random, self.num_parallel) < 1 or self.timeout_s <= 0:
             raise ConfigError("num_random, num_parallel and timeout_s must be above 0")

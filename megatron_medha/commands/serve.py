@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,7 @@ def _exit_code(watch: _Watch, stops: _Stops) -> int:
         os._exit(130)
     if not watch.has_listened:
         return 130 if stops.came_early else 1
-    print("stopped", flush=True)
+    say("stopped")
     return 0
 
 
@@ -186,7 +187,7 @@ class _Stops:
         def handle(number: int, frame: FrameType | None) -> None:
             self.num_signals += 1
             if self.num_signals == 1 and is_asked_for():
-                print("\nstopping; once more to stop at once", flush=True)
+                say("\nstopping; once more to stop at once")
             inner(number, frame)
 
         return handle
@@ -212,7 +213,7 @@ class _Watch:
         """The server listens there."""
         self._url = url
         self.has_listened = True
-        print(f"listening on {url} after {process_age_s():.2f} s; loading the model", flush=True)
+        say(f"listening on {url} after {process_age_s():.2f} s; loading the model")
         self._thread.start()
 
     def end(self) -> None:
@@ -235,7 +236,7 @@ class _Watch:
                     return None
                 case _ if time.monotonic() - said_s > _PROGRESS_INTERVAL_S:
                     said_s = time.monotonic()
-                    print(f"loading: {status.detail}, {100 * status.fraction:.0f}%", flush=True)
+                    say(f"loading: {status.detail}, {100 * status.fraction:.0f}%")
         else:
             return None
         self._say_ready()
@@ -251,9 +252,9 @@ class _Watch:
                     return self._fail(status.detail)
                 case EnginePhase.RECOVERING if lost_s is None:
                     lost_s = time.monotonic()
-                    print(f"recovering: {status.detail}; requests wait", flush=True)
+                    say(f"recovering: {status.detail}; requests wait")
                 case EnginePhase.READY if lost_s is not None:
-                    print(f"ready again after {time.monotonic() - lost_s:.1f} s", flush=True)
+                    say(f"ready again after {time.monotonic() - lost_s:.1f} s")
                     lost_s = None
                 case _:
                     pass
@@ -269,15 +270,24 @@ class _Watch:
         facts = self._service.engine.facts
         num_tokens = facts.num_blocks * facts.block_size
         key = " -H \"Authorization: Bearer $MEDHA_API_KEY\"" if self._needs_key else ""
-        print(
+        say(
             f"ready after {process_age_s():.2f} s: {facts.shape.name} on {facts.device}; "
             f"KV for {num_tokens:,} tokens, requests up to {facts.max_request_tokens:,}\n\n"
             # Not greedy: the tiny model would write nothing but spaces.
             f"  curl {self._url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
             """    -d '{"prompt": "def main():", "max_tokens": 100, "temperature": 0.7, "seed": 1}'\n"""
-            f"  medha chat url={self._url}\n",
-            flush=True,
+            f"  medha chat url={self._url}\n"
         )
+
+
+def say(text: str) -> None:
+    """Tell whoever reads stdout. A server whose log has lost its reader, or its disk, serves on, and can be stopped."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # Of what is left in the buffer Python would complain again at exit.
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def process_age_s() -> float:

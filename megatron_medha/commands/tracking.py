@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medha.commands.wandb_run import begin, check_wandb, keep
+from megatron_medha.commands.writable import check_writable
 from megatron_medha.config import TrackingConfig
 from megatron_medha.engine.ports import EngineClient
 from megatron_medha.server.metrics import Histogram, Metrics
@@ -34,8 +35,13 @@ class Tracking:
     def __init__(
         self, config: TrackingConfig, engine: EngineClient, metrics: Metrics, options: dict[str, Any]
     ) -> None:
-        """options: the composed configuration, kept with the run. Raises DependencyError if wandb is missing."""
+        """options: the composed configuration, kept with the run. Raises DependencyError if wandb is missing, and
+        ConfigError if a file cannot be written: before the model is loaded.
+        """
         check_wandb(config)
+        for key in ("decision_log", "metrics_log", "timeline"):
+            if (path := getattr(config, key)) is not None:
+                check_writable(f"tracking.{key}", path)
         self._config = config
         self._engine = engine
         self._metrics = metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf
 
 from megatron_medha.core.kinetic_queue import KineticQueue, Place
@@ -12,6 +12,8 @@ from megatron_medha.core.policies import Policy, Priority
 from megatron_medha.core.request import Sequence
 
 _BEFORE_ALL_CLASSES = -inf
+_MOST_LOSSES_PER_LIVE = 4  # entries of self._losses; of more, those that mean nothing any more are taken out ...
+_LEAST_SWEPT = 256         # ... if there are so many at all
 _MOST_KINDS = 16  # that are kept though nobody is of them at the moment: most come back soon
 
 
@@ -70,6 +72,8 @@ class PrefillQueue:
         if is_large and not is_lost and seq.lost_s < inf:
             self._num_losses += 1
             heappush(self._losses, (seq.lost_s, self._num_losses, seq))
+            if len(self._losses) > max(_LEAST_SWEPT, _MOST_LOSSES_PER_LIVE * len(self._kind_of)):
+                self._sweep_losses()
         line = Priority(seq.remaining_work_s) if is_lost else self._policy(seq)
         kind.queue.add(request_id, line, request.arrival_s, (seq, kind), now_s)
 
@@ -88,6 +92,16 @@ class PrefillQueue:
                 self.add(seq, now_s)
         return Candidates(self._kinds, len(self._kind_of), now_s)
 
+    def _sweep_losses(self) -> None:
+        """Keep one entry of each that may still be lost: each chunk of a prompt leaves one behind."""
+        latest = {
+            seq.request_id: (lost_s, count, seq)
+            for lost_s, count, seq in sorted(self._losses, key=_count)
+            if seq.is_prefill and seq.lost_s == lost_s and seq.request_id in self._kind_of
+        }
+        self._losses = list(latest.values())
+        heapify(self._losses)
+
     def _kind(self, level: float, is_lost: bool, is_waiting: bool, is_large: bool) -> _Kind:
         for kind in self._kinds:
             if (
@@ -101,6 +115,10 @@ class PrefillQueue:
         self._kinds.append(new)
         self._kinds.sort(key=_group)
         return new
+
+
+def _count(loss: tuple[float, int, Sequence]) -> int:
+    return loss[1]
 
 
 def _group(kind: _Kind) -> tuple[float, bool]:

@@ -100,11 +100,6 @@ class Sequence:
         return self.request.num_prompt_tokens + self.num_output_tokens - self.num_scheduled_tokens
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        """Known tokens whose KV does not exist in every layer yet."""
-        return self.num_known_tokens - self.num_computed_tokens
-
-    @property
     def lost_s(self) -> float:
         """When it can no longer meet lost_deadline_s, however fast it goes."""
         return self.lost_deadline_s - self.remaining_work_s

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import heappop, heappush
 from math import inf
 
 from megatron_medha.core.batch import (
@@ -28,6 +27,7 @@ from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import CostModel, StepLoad, step_s
 from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.output_length import OutputPredictor
+from megatron_medha.core.overdue import Overdue
 from megatron_medha.core.packing import PrefillPacker
 from megatron_medha.core.policies import NEEDS_WAIT_ESTIMATE, POLICIES, relative_slack
 from megatron_medha.core.prefill_queue import PrefillQueue
@@ -63,7 +63,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._decodes: list[Sequence] = []          # ready for their next token, oldest first
         self._growing: list[Sequence] = []          # need a block before their next token
-        self._deadlines: list[tuple[float, float, str]] = []  # heap of (deadline, arrival, id); may hold the dead
+        self._overdue = Overdue(self._sequences)
         self._builder = BatchBuilder(config.chunk_rule, cost, memory)
         self._packer = PrefillPacker(config, cost, memory)
         self._outputs = OutputPredictor(config.output_lengths, config.output_error)
@@ -182,7 +182,7 @@ class Scheduler:
                 seq.estimated_wait_s = self._estimated_wait_s(seq)
             self._sequences[request.request_id] = seq
             self._num_tpot_slos += request.tpot_slo_s is not None
-            heappush(self._deadlines, (seq.deadline_s, request.arrival_s, request.request_id))
+            self._overdue.add(seq)
             self._prefills.add(seq, now_s)
             return
         outputs.append(Rejected(request.request_id, why, is_client_fault=True))
@@ -310,7 +310,7 @@ class Scheduler:
             seq.lost_deadline_s = inf  # somebody is reading its answer: it is in time if it goes on at once
         seq.num_scheduled_tokens = seq.num_first_stage_tokens = seq.num_computed_tokens = 0
         seq.remaining_work_s = self.predicted_prefill_s(seq.num_known_tokens)
-        heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
+        self._overdue.add(seq)
         self._prefills.add(seq, now_s)
 
     def _grow(self, now_s: float, outputs: list[Output]) -> None:
@@ -460,7 +460,7 @@ class Scheduler:
             seq.lost_deadline_s = self._lost_deadline_s(seq.request, target_s, total_s)
         if seq.request.ttft_slo_s is None:
             seq.deadline_s, seq.margin_s = seq.request.arrival_s + target_s, self._margin_s(target_s)
-            heappush(self._deadlines, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
+            self._overdue.add(seq)
 
     def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
         end, table = start + num_tokens, seq.block_table
@@ -477,15 +477,8 @@ class Scheduler:
     # ---- deadlines ----
 
     def _longest_overdue(self, now_s: float) -> Sequence | None:
-        """The prefill with the earliest deadline that has passed."""
-        heap = self._deadlines
-        while heap and heap[0][0] < now_s:
-            seq = self._sequences.get(heap[0][2])
-            # One whose last chunk is in the pipeline needs nothing any more; if it loses its KV it is pushed again.
-            if seq is not None and seq.is_prefill and seq.num_unscheduled_tokens and seq.deadline_s == heap[0][0]:
-                return seq if self.config.progress_share else None
-            heappop(heap)
-        return None
+        """The prefill that a share of every step is kept for."""
+        return self._overdue.longest(now_s) if self.config.progress_share else None
 
     def _refresh_times(self) -> None:
         if self._times.revision != self.cost.revision:

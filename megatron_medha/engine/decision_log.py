@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_medha.core.batch import (
     Aborted,
@@ -23,6 +23,7 @@ from megatron_medha.core.blocks import Extent
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.core.request import Request
 from megatron_medha.engine.ports import Decisions
+from megatron_medha.engine.side_file import SideFile, TextSink
 
 _EVENTS: dict[str, type[Event]] = {
     kind.__name__: kind for kind in (Arrived, FirstStageDone, Completed, Aborted, RanksLost)
@@ -36,15 +37,14 @@ class ReplayError(MedhaError):
 class DecisionLog:
     """An Observer that writes. The first line is the configuration; times are exact, so a replay is too."""
 
-    def __init__(self, stream: TextIO, header: dict[str, Any]) -> None:
+    def __init__(self, stream: TextSink, header: dict[str, Any]) -> None:
         self._stream = stream
         self._write({"header": header})
 
     @classmethod
     def open(cls, path: Path, header: dict[str, Any]) -> DecisionLog:
-        """Write to a file, flushed line by line so that a crash loses nothing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return cls(path.open("w", buffering=1, encoding="utf-8"), header)
+        """Write to a file, flushed line by line so that a crash loses nothing. Raises OSError."""
+        return cls(SideFile.open(path, by_line=True), header)
 
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from megatron_medha.core.batch import Batch, Completed, Event, Output, RanksLost
 from megatron_medha.engine.outcome import Outcome
+from megatron_medha.engine.side_file import TextSink
 
 _REQUESTS_PID = 1_000_000  # above any KVP rank
 
@@ -31,7 +32,7 @@ class Timeline:
     """
 
     def __init__(
-        self, stream: TextIO, *, spp: int, kvp: int, rank_name: str, start_s: float, end_s: float,
+        self, stream: TextSink, *, spp: int, kvp: int, rank_name: str, start_s: float, end_s: float,
         zero_s: float = 0.0,
     ) -> None:  # fmt: skip
         """start_s, end_s: the window. zero_s: what is time 0 in the file."""

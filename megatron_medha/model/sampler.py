@@ -1,6 +1,11 @@
 """Choosing next tokens from logits, and their log-probabilities. Stop handling and detokenising are elsewhere.
 
-Tensor letters: T tokens, R rows (one per request), V vocabulary.
+Tensor letters: R rows (one per request), D of these that draw, A that ask for log-probabilities, P that have penalties,
+V vocabulary.
+
+On a GPU nothing waits for the device before the tokens are asked for: what the host knows goes there in one pinned
+copy, branches depend on that alone, and what it wants to know comes back in another. Hence no `torch.tensor` there (its
+copy is waited for), no boolean index, no `bincount` and no accumulating `index_put_` (both look at their indices).
 
 Order of one draw: what a grammar forbids, logit_bias, stop tokens masked while the output is shorter than
 min_output_tokens, repetition, presence and frequency penalties, temperature, top_k, top_p, min_p, one inverse-CDF draw.
@@ -12,20 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
-
-_MASK_64 = (1 << 64) - 1
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-# fp32 copies of prompt logits are made in slices of this many elements: 64 MiB each.
-_PROMPT_SLICE_ELEMENTS = 1 << 24
-_MIN_TEMPERATURE = 1e-30
-_BLOCK_SIZE = 256
-_NUCLEUS_GUESS = 1024
+from megatron_medha.kernels.staging import Staging
+from megatron_medha.model.draw import Draws, column, draw, draws_of, take_rows
+from megatron_medha.model.token_logprobs import Logprobs, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class SamplingRow:
     """What choosing one request's next token depends on, besides its logits."""
 
     sampling: Sampling
-    prompt_ids: Tensor         # (num_prompt_tokens,), any integer dtype and device; read by the repetition penalty
+    # (num_prompt_tokens,), any integer dtype, on the sampler's device; read by the repetition penalty alone
+    prompt_ids: Tensor | None
     output_ids: Sequence[int]  # tokens emitted so far; read by the penalties
     seed: int
     num_output_tokens: int     # emitted so far, hence also the index of this draw
@@ -46,21 +48,44 @@ class SampledRow(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
-def _mix_64(value: int) -> int:
-    """The finaliser of SplitMix64: a bijection of 64-bit integers. Source: Steele et al., OOPSLA 2014."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return value ^ (value >> 31)
+class Choices:
+    """Tokens that the device has been asked to choose. Only `rows` waits for it."""
 
+    def __init__(
+        self, token_ids_R: Tensor, is_sound_R: Tensor, logprobs: Logprobs | None, nums_top: Mapping[int, int]
+    ) -> None:
+        """nums_top: by row, of those that asked for log-probabilities, in the order of `logprobs`."""
+        self.token_ids_R = token_ids_R  # int64, on the device; within the vocabulary also where a row has no token
+        self._nums_top = nums_top
+        parts = [token_ids_R, is_sound_R]  # cat turns booleans into int64
+        if logprobs is not None:
+            parts += [part.double().view(torch.int64) if part.is_floating_point() else part for part in logprobs.flat]
+        self._found = torch.cat(parts)
+        self._is_there: torch.cuda.Event | None = None
+        if token_ids_R.device.type == "cuda":
+            pinned = torch.empty(self._found.shape, dtype=torch.int64, pin_memory=True)
+            self._found = pinned.copy_(self._found, non_blocking=True)
+            self._is_there = torch.cuda.Event()
+            self._is_there.record()
 
-def draw_uniform(seed: int, draw: int) -> float:
-    """The uniform number in [0, 1) of a request's draw: a function of (seed, draw) alone.
-
-    No generator has a state to lose, so a recomputed or retried request draws the same numbers
-    in whatever batch, on whatever device.
-    """
-    start = _mix_64((seed + _GOLDEN_GAMMA) & _MASK_64)
-    return (_mix_64((start + (draw + 1) * _GOLDEN_GAMMA) & _MASK_64) >> 11) * 2.0**-53
+    def rows(self) -> list[SampledRow | None]:
+        """The tokens; None where the logits hold NaN, +inf or nothing finite."""
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        num_rows, num_asking = len(self.token_ids_R), len(self._nums_top)
+        if not num_asking:
+            found = self._found.tolist()
+            token_ids, is_sound = found[:num_rows], found[num_rows:]
+            return [
+                SampledRow(token_id, None) if sound else None
+                for token_id, sound in zip(token_ids, is_sound, strict=True)
+            ]
+        token_ids, is_sound = self._found[: 2 * num_rows].view(2, num_rows).tolist()
+        logprobs = Logprobs.of_flat(self._found[2 * num_rows :], num_asking)
+        asked = dict(zip(self._nums_top, logprobs.listed(list(self._nums_top.values())), strict=True))
+        return [
+            SampledRow(token_id, asked.get(row)) if is_sound[row] else None for row, token_id in enumerate(token_ids)
+        ]
 
 
 class Sampler:
@@ -70,281 +95,158 @@ class Sampler:
         """Columns of the logits past vocab_size are padding and are never looked at."""
         self._vocab_size = vocab_size
         self._device = torch.device(device)
+        self._staging = Staging(self._device)
 
-    @torch.inference_mode()
     def sample(
         self, logits_RV: Tensor, rows: Sequence[SamplingRow], allowed: Mapping[int, Tensor] | None = None
     ) -> list[SampledRow | None]:
-        """One token per row; None where the logits hold NaN, +inf or nothing finite.
-
-        logits_RV: any float dtype, at least vocab_size columns; left unchanged.
-        allowed: (vocab_size,) bool by row: the only tokens that may be chosen there.
-        A None row is the fault of that request alone: the caller fails it and keeps the others.
-        """
-        assert logits_RV.shape[0] == len(rows), f"{logits_RV.shape[0]} rows of logits for {len(rows)} requests"
-        if not rows:
-            return []
-        raw_RV = logits_RV[:, : self._vocab_size].float()
-        edited_RV = self._edited(self._allowed(raw_RV, allowed) if allowed else raw_RV, rows)
-        # max carries NaN and +inf along, so a look at every logit is saved.
-        best_R, greedy_R = edited_RV.max(dim=-1)
-        # One look for both: on a GPU every look waits for all that is under way.
-        token_ids, is_sound = torch.stack((greedy_R, torch.isfinite(best_R).to(greedy_R.dtype))).tolist()
-        drawn = [index for index, row in enumerate(rows) if not row.sampling.is_greedy and is_sound[index]]
-        if drawn:
-            chosen = _draw(_take_rows(edited_RV, drawn), [rows[index] for index in drawn])
-            for index, token_id in zip(drawn, chosen, strict=True):
-                token_ids[index] = token_id
-        logprobs = self._logprobs(raw_RV, rows, token_ids, is_sound)
-        return [
-            SampledRow(token_id, logprobs.get(index)) if is_sound[index] else None
-            for index, token_id in enumerate(token_ids)
-        ]
-
-    def _allowed(self, raw_RV: Tensor, allowed: Mapping[int, Tensor]) -> Tensor:
-        edited_RV = raw_RV.clone()
-        for r, allowed_V in allowed.items():
-            edited_RV[r].masked_fill_(~allowed_V.to(self._device), -torch.inf)
-        return edited_RV
+        """`choose`, waited for. A None row is its request's fault alone: the caller fails that and keeps the others."""
+        return self.choose(logits_RV, rows, allowed).rows() if rows else []
 
     @torch.inference_mode()
-    def best(self, logits_RV: Tensor) -> list[SampledRow | None]:
-        """`sample` for rows whose sampling `takes_the_best`, without a look at each row's parameters."""
+    def choose(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], allowed: Mapping[int, Tensor] | None = None
+    ) -> Choices:
+        """Have the device choose one token per row.
+
+        logits_RV: any float dtype, at least vocab_size columns; left unchanged.
+        allowed: (vocab_size,) bool by row, on the CPU: the only tokens that may be chosen there.
+        """
+        assert logits_RV.shape[0] == len(rows), f"{logits_RV.shape[0]} rows of logits for {len(rows)} requests"
+        raw_RV = logits_RV[:, : self._vocab_size].float()
+        allowed = allowed or {}
+        nums_top = {
+            r: row.sampling.num_logprobs for r, row in enumerate(rows) if row.sampling.num_logprobs is not None
+        }
+        drawn = [r for r, row in enumerate(rows) if not row.sampling.is_greedy]
+        drawn_rows = [rows[r] for r in drawn]
+        edits, draws, asking, masks = self._on_device(
+            _edits_of(rows, self._vocab_size),
+            draws_of(drawn, drawn_rows, self._vocab_size) if drawn else (),
+            [np.array(list(nums_top), np.int64)] if nums_top else (),
+            [mask_V.numpy() for mask_V in allowed.values()],
+        )
+        edited_RV = raw_RV.clone() if edits or masks else raw_RV
+        for r, mask_V in zip(allowed, masks, strict=True):
+            edited_RV[r].masked_fill_(~mask_V, -torch.inf)
+        if edits:
+            _edit(edited_RV, _Edits(*edits), rows)
+        # max carries NaN and +inf along, so a look at every logit is saved.
+        best_R, token_ids_R = edited_RV.max(dim=-1)
+        if draws:
+            on_device = Draws(*draws)
+            drawn_D = draw(take_rows(edited_RV, on_device.rows_D), drawn_rows, on_device, self._may_look)
+            is_all = len(drawn) == len(rows)
+            token_ids_R = drawn_D if is_all else token_ids_R.index_copy(0, on_device.rows_D, drawn_D)
+        logprobs = None
+        if nums_top:
+            asking_A = asking[0]
+            raw_AV, ids_A = take_rows(raw_RV, asking_A), take_rows(token_ids_R, asking_A)
+            logprobs = token_logprobs(raw_AV, ids_A, max(nums_top.values()), self._may_look)
+        return Choices(token_ids_R, torch.isfinite(best_R), logprobs, nums_top)
+
+    @torch.inference_mode()
+    def choose_best(self, logits_RV: Tensor) -> Choices:
+        """`choose` for rows whose sampling `takes_the_best`, without a look at each row's parameters."""
         best_R, greedy_R = logits_RV[:, : self._vocab_size].float().max(dim=-1)
-        token_ids, is_sound = torch.stack((greedy_R, torch.isfinite(best_R).to(greedy_R.dtype))).tolist()
-        return [
-            SampledRow(token_id, None) if sound else None
-            for token_id, sound in zip(token_ids, is_sound, strict=True)
-        ]
+        return Choices(greedy_R, torch.isfinite(best_R), None, {})
 
-    def _edited(self, raw_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        """The logits after bias, stop masking and penalties; raw_RV itself when no row asks for any."""
-        biased = [(r, token_id, bias) for r, row in enumerate(rows) for token_id, bias in row.sampling.logit_bias]
-        masked = [
-            (r, token_id)
-            for r, row in enumerate(rows)
-            if row.num_output_tokens < row.sampling.min_output_tokens
-            for token_id in row.sampling.stop_token_ids
-            if token_id < self._vocab_size
-        ]
-        penalised = [r for r, row in enumerate(rows) if _has_penalty(row.sampling)]
-        if not (biased or masked or penalised):
-            return raw_RV
-        edited_RV = raw_RV.clone()
-        if biased:
-            row_ids, token_ids, biases = zip(*biased, strict=True)
-            at = (self._tensor(row_ids), self._tensor(token_ids))
-            edited_RV.index_put_(at, self._tensor(biases, torch.float32), accumulate=True)
-        if masked:
-            row_ids, token_ids = zip(*masked, strict=True)
-            edited_RV[self._tensor(row_ids), self._tensor(token_ids)] = -torch.inf
-        if penalised:
-            at_P = self._tensor(penalised)
-            edited_RV[at_P] = self._penalised(edited_RV[at_P], [rows[r] for r in penalised])
-        return edited_RV
+    @property
+    def _may_look(self) -> bool:
+        """Whether the host may look at what the device has found and go on accordingly."""
+        return self._device.type == "cpu"
 
-    def _penalised(self, logits_PV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        """Repetition over prompt and output, then frequency and presence over the output."""
-        counts_PV = torch.zeros_like(logits_PV)
-        is_seen_PV = torch.zeros_like(logits_PV, dtype=torch.bool)
-        for p, row in enumerate(rows):
-            if len(row.output_ids):
-                output_ids = self._tensor(row.output_ids)
-                counts_PV[p] = torch.bincount(output_ids, minlength=self._vocab_size)
-            if row.sampling.repetition_penalty != 1.0:
-                is_seen_PV[p, row.prompt_ids.to(self._device, torch.int64)] = True
-        is_output_PV = counts_PV > 0
-        repetition_P1 = self._column([row.sampling.repetition_penalty for row in rows])
-        frequency_P1 = self._column([row.sampling.frequency_penalty for row in rows])
-        presence_P1 = self._column([row.sampling.presence_penalty for row in rows])
-        scale_PV = torch.where(logits_PV > 0, 1.0 / repetition_P1, repetition_P1)
-        logits_PV = torch.where(is_seen_PV | is_output_PV, logits_PV * scale_PV, logits_PV)
-        return logits_PV - frequency_P1 * counts_PV - presence_P1 * is_output_PV
-
-    def _logprobs(
-        self, raw_RV: Tensor, rows: Sequence[SamplingRow], token_ids: Sequence[int], is_sound: Sequence[bool]
-    ) -> dict[int, TokenLogprobs]:
-        """By row, for the rows that asked; nothing is computed when none did."""
-        asking = [r for r, row in enumerate(rows) if row.sampling.num_logprobs is not None and is_sound[r]]
-        if not asking:
-            return {}
-        nums_top = [rows[r].sampling.num_logprobs or 0 for r in asking]
-        ids = self._tensor([token_ids[r] for r in asking])
-        found = _token_logprobs(_take_rows(raw_RV, asking), ids, nums_top)
-        return dict(zip(asking, found, strict=True))
-
-    def _tensor(self, values: Sequence[int] | Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
-
-    def _column(self, values: Sequence[float]) -> Tensor:
-        return self._tensor(values, torch.float32).unsqueeze(1)
+    def _on_device(self, *groups: Sequence[np.ndarray]) -> list[list[Tensor]]:
+        """Groups of arrays, all in one copy."""
+        arrays = [array for group in groups for array in group]
+        tensors = iter(self._staging.upload(arrays) if arrays else ())
+        return [[next(tensors) for _ in group] for group in groups]
 
 
 def takes_the_best(sampling: Sampling) -> bool:
     """Whether the next token is always the one with the largest logit of the model, and nothing else is asked."""
-    is_edited = sampling.logit_bias or sampling.min_output_tokens or _has_penalty(sampling)
+    is_edited = sampling.logit_bias or sampling.min_output_tokens or has_penalty(sampling)
     is_free = sampling.grammar is None and sampling.num_logprobs is None
     return sampling.is_greedy and is_free and not is_edited
 
 
-@torch.inference_mode()
-def prompt_logprobs(logits_TV: Tensor, next_token_ids: Tensor, num_top: int) -> list[TokenLogprobs]:
-    """Log-probability of each prompt token under the logits of the position before it.
-
-    logits_TV: any float dtype; padding columns past the true vocabulary already cut off by the caller.
-    next_token_ids: (T,) integers, the tokens that follow. Positions with NaN logits give NaN log-probabilities.
-    """
-    num_tokens, vocab_size = logits_TV.shape
-    step = max(1, _PROMPT_SLICE_ELEMENTS // vocab_size)
-    next_token_ids = next_token_ids.to(logits_TV.device, torch.int64)
-    found: list[TokenLogprobs] = []
-    for first in range(0, num_tokens, step):
-        part_TV = logits_TV[first : first + step].float()
-        found += _token_logprobs(part_TV, next_token_ids[first : first + step], [num_top] * part_TV.shape[0])
-    return found
-
-
-def _has_penalty(sampling: Sampling) -> bool:
+def has_penalty(sampling: Sampling) -> bool:
+    """Whether the next token depends on which ones came before it."""
     has_output_penalty = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
     return sampling.repetition_penalty != 1.0 or has_output_penalty
 
 
-def _take_rows(logits_RV: Tensor, indices: Sequence[int]) -> Tensor:
-    """Those rows; no copy when it is all of them."""
-    if len(indices) == logits_RV.shape[0]:
-        return logits_RV
-    return logits_RV[torch.tensor(indices, device=logits_RV.device)]
+class _Edits(NamedTuple):
+    """What changes logits before a token is chosen: arrays on the host, then tensors on the device."""
+
+    bias_rows: Any        # int64
+    bias_ids: Any         # int64
+    biases: Any           # fp32
+    masked_rows: Any      # int64
+    masked_ids: Any       # int64
+    penalised_P: Any      # int64
+    output_places: Any    # int64, in a flattened [P, V]: one for each token of the outputs
+    repetition_P1: Any    # fp32
+    frequency_P1: Any     # fp32
+    presence_P1: Any      # fp32
 
 
-def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """One token per row from softmax(logits / temperature), filtered; rows are finite at their maximum."""
-    # Below the floor every temperature gives the greedy token, but fp32 would make it 0 and 0 / 0 is NaN.
-    temperatures = torch.tensor(
-        [max(row.sampling.temperature, _MIN_TEMPERATURE) for row in rows], device=logits_RV.device
-    )
-    # The maximum is taken off first: a tiny temperature may then overflow to -inf, never to +inf or NaN.
-    scaled_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperatures.unsqueeze(1)
-    filtered = [r for r, row in enumerate(rows) if _has_rank_filter(row.sampling, scaled_RV.shape[1])]
-    if filtered:
-        part = _take_rows(scaled_RV, filtered)
-        cut = _rank_filtered(part, [rows[r].sampling for r in filtered])
-        scaled_RV = scaled_RV.index_copy(0, torch.tensor(filtered, device=scaled_RV.device), cut)
-    weights_RV = scaled_RV.exp()
-    min_ps = [row.sampling.min_p for row in rows]
-    if any(min_ps):
-        # The best token has weight exp(0) = 1, so min_p * max probability is min_p in these units.
-        floor_R1 = torch.tensor(min_ps, device=weights_RV.device).unsqueeze(1)
-        weights_RV = weights_RV * (weights_RV >= floor_R1)
-    uniforms = torch.tensor(
-        [draw_uniform(row.seed, row.num_output_tokens) for row in rows], dtype=torch.float64, device=weights_RV.device
-    )
-    return _inverse_cdf(weights_RV, uniforms.unsqueeze(1)).tolist()
-
-
-def _inverse_cdf(weights_RV: Tensor, uniforms_R1: Tensor) -> Tensor:
-    """(R,) ids: the first token whose cumulative weight, in order of id, exceeds uniform * total.
-
-    Two levels, sums of blocks and then the tokens of one block: a running fp64 sum over the whole vocabulary
-    takes longer than everything else here (1.0 ms of 1.6 ms for 152K tokens on one core). fp64 across blocks,
-    because an fp32 sum of the whole would swallow the tokens of the tail.
-    """
-    weights_RBK = _in_blocks(weights_RV)
-    cumulative_RB = _cumulative_of_blocks(weights_RBK)
-    targets_R1 = uniforms_R1 * cumulative_RB[:, -1:]
-    # right=True everywhere: what is found exceeds the target, thus has weight of its own.
-    block_R1 = torch.searchsorted(cumulative_RB, targets_R1, right=True)
-    before_R1 = torch.where(block_R1 > 0, cumulative_RB.gather(1, (block_R1 - 1).clamp(min=0)), 0.0)
-    row_R = torch.arange(weights_RV.shape[0], device=weights_RV.device)
-    cumulative_RK = weights_RBK[row_R, block_R1.squeeze(1)].cumsum(dim=-1, dtype=torch.float64)
-    offset_R1 = torch.searchsorted(cumulative_RK, targets_R1 - before_R1, right=True)
-    # The two sums of a block may differ in their last bits; then its last token that has weight is meant.
-    last_R1 = torch.searchsorted(cumulative_RK, cumulative_RK[:, -1:].contiguous())
-    return (block_R1 * _BLOCK_SIZE + torch.minimum(offset_R1, last_R1)).squeeze(1)
-
-
-def _in_blocks(weights_RV: Tensor) -> Tensor:
-    """(R, blocks, _BLOCK_SIZE), filled up with weight 0."""
-    num_missing = -weights_RV.shape[1] % _BLOCK_SIZE
-    return torch.nn.functional.pad(weights_RV, (0, num_missing)).unflatten(1, (-1, _BLOCK_SIZE))
-
-
-def _cumulative_of_blocks(weights_RBK: Tensor) -> Tensor:
-    """(R, blocks) fp64 running sums of the blocks' weights, each block summed in fp32."""
-    return weights_RBK.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-
-
-def _has_rank_filter(sampling: Sampling, vocab_size: int) -> bool:
-    return 0 < sampling.top_k < vocab_size or sampling.top_p < 1.0
-
-
-def _rank_filtered(logits_RV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """-inf on the tokens that top_k and then top_p exclude.
-
-    Both cut at a value, so tokens that tie with the last one kept are kept too: which of them
-    a sort would put first depends on the device and the batch, the value does not.
-    """
-    vocab_size = logits_RV.shape[1]
-    has_top_k = [0 < s.top_k < vocab_size for s in samplings]
-    # A nucleus rarely holds more than some hundred tokens, and a whole sort costs ten times that selection.
-    sought = [s.top_k if limited else _NUCLEUS_GUESS for s, limited in zip(samplings, has_top_k, strict=True)]
-    sorted_RC = logits_RV.topk(min(max(sought), vocab_size), dim=-1).values
-    last_R1 = torch.tensor(sought, device=logits_RV.device).clamp(max=sorted_RC.shape[1]).unsqueeze(1) - 1
-    has_top_k_R1 = torch.tensor(has_top_k, device=logits_RV.device).unsqueeze(1)
-    cut_R1 = torch.where(has_top_k_R1, sorted_RC.gather(1, last_R1), -torch.inf)
-    if any(s.top_p < 1.0 for s in samplings):
-        top_p_R1 = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=logits_RV.device).unsqueeze(1)
-        rank_1C = torch.arange(sorted_RC.shape[1], device=logits_RV.device).unsqueeze(0)
-        is_in_RC = ~has_top_k_R1 | (rank_1C <= last_R1)
-        in_RC = torch.where(is_in_RC, sorted_RC, -torch.inf)
-        whole_R1 = _cumulative_of_blocks(_in_blocks(logits_RV.exp()))[:, -1:]
-        mass_R1 = torch.where(has_top_k_R1, in_RC.double().exp().cumsum(dim=-1)[:, -1:], whole_R1)
-        nucleus_R1, is_found_R1 = _nucleus_cut(in_RC, top_p_R1 * mass_R1)
-        unfound = (~is_found_R1 & ~has_top_k_R1 & (top_p_R1 < 1.0)).flatten().nonzero().flatten()
-        if unfound.numel():
-            whole_UV = logits_RV[unfound].sort(dim=-1, descending=True).values
-            nucleus_R1[unfound], _ = _nucleus_cut(whole_UV, (top_p_R1 * mass_R1)[unfound])
-        cut_R1 = torch.where(top_p_R1 < 1.0, torch.maximum(cut_R1, nucleus_R1), cut_R1)
-    return logits_RV.masked_fill(logits_RV < cut_R1, -torch.inf)
-
-
-def _nucleus_cut(sorted_RC: Tensor, mass_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest logit kept when every token is kept before which less than `mass` lies; the best one always.
-
-    sorted_RC: descending. Returns (R, 1) cuts and whether the mass was reached within C.
-    """
-    weights_RC = sorted_RC.double().exp()
-    cumulative_RC = weights_RC.cumsum(dim=-1)
-    num_kept_R1 = (cumulative_RC - weights_RC < mass_R1).sum(dim=-1, keepdim=True).clamp(min=1)
-    return sorted_RC.gather(1, num_kept_R1 - 1), cumulative_RC[:, -1:] >= mass_R1
-
-
-def _token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, nums_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Of one token per row and the best nums_top[r]; equal tokens get bit-equal numbers in both places."""
-    logsumexp_R1 = logits_RV.logsumexp(dim=-1, keepdim=True)
-    own_R1 = logits_RV.gather(1, token_ids_R.unsqueeze(1))
-    ranks = ((logits_RV > own_R1).sum(dim=-1) + 1).tolist()
-    own = (own_R1 - logsumexp_R1).squeeze(1).tolist()
-    num_top = min(max(nums_top), logits_RV.shape[1])
-    best_ids: list[list[int]] = [[]] * len(own)
-    best: list[list[float]] = [[]] * len(own)
-    if num_top:
-        best_RN, ids_RN = _stable_topk(logits_RV, num_top)
-        best_ids, best = ids_RN.tolist(), (best_RN - logsumexp_R1).tolist()
-    return [
-        TokenLogprobs(token_id, own[r], ranks[r], tuple(zip(best_ids[r][:wanted], best[r][:wanted], strict=True)))
-        for r, (token_id, wanted) in enumerate(zip(token_ids_R.tolist(), nums_top, strict=True))
+def _edits_of(rows: Sequence[SamplingRow], vocab_size: int) -> _Edits | tuple[()]:
+    """Bias, stop masking and penalties; nothing when no row asks for any."""
+    biases: dict[tuple[int, int], float] = {}
+    for r, row in enumerate(rows):
+        for token_id, bias in row.sampling.logit_bias:
+            biases[r, token_id] = biases.get((r, token_id), 0.0) + bias
+    masked = [
+        (r, token_id)
+        for r, row in enumerate(rows)
+        if row.num_output_tokens < row.sampling.min_output_tokens
+        for token_id in row.sampling.stop_token_ids
+        if token_id < vocab_size
     ]
+    penalised = [r for r, row in enumerate(rows) if has_penalty(row.sampling)]
+    if not (biases or masked or penalised):
+        return ()
+    samplings = [rows[r].sampling for r in penalised]
+    outputs = [np.array(rows[r].output_ids, np.int64) + p * vocab_size for p, r in enumerate(penalised)]
+    return _Edits(
+        bias_rows=np.array([r for r, _ in biases], np.int64),
+        bias_ids=np.array([token_id for _, token_id in biases], np.int64),
+        biases=np.array(list(biases.values()), np.float32),
+        masked_rows=np.array([r for r, _ in masked], np.int64),
+        masked_ids=np.array([token_id for _, token_id in masked], np.int64),
+        penalised_P=np.array(penalised, np.int64),
+        output_places=np.concatenate([np.empty(0, np.int64), *outputs]),
+        repetition_P1=column([s.repetition_penalty for s in samplings], np.float32),
+        frequency_P1=column([s.frequency_penalty for s in samplings], np.float32),
+        presence_P1=column([s.presence_penalty for s in samplings], np.float32),
+    )
 
 
-def _stable_topk(logits_RV: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
-    """The num_top best values and ids of each row; equal values in order of id.
+def _edit(logits_RV: Tensor, edits: _Edits, rows: Sequence[SamplingRow]) -> None:
+    """Bias, stop masking and penalties, in place."""
+    if len(edits.biases):
+        at = (edits.bias_rows, edits.bias_ids)
+        logits_RV[at] = logits_RV[at] + edits.biases
+    if len(edits.masked_ids):
+        logits_RV[edits.masked_rows, edits.masked_ids] = -torch.inf
+    if len(edits.penalised_P):
+        penalised = [row for row in rows if has_penalty(row.sampling)]
+        at_P = edits.penalised_P
+        logits_RV[at_P] = _penalised(logits_RV[at_P], edits, penalised)
 
-    topk alone leaves that order open, and bf16 logits tie often.
-    """
-    num_seen = min(num_top + 1, logits_RV.shape[1])
-    values_RN, ids_RN = logits_RV.topk(num_seen, dim=-1)
-    for r in (values_RN[:, 1:] == values_RN[:, :-1]).any(dim=-1).nonzero().flatten().tolist():
-        candidates = (logits_RV[r] >= values_RN[r, -1]).nonzero().flatten()
-        order = logits_RV[r, candidates].argsort(descending=True, stable=True)[:num_seen]
-        ids_RN[r] = candidates[order]
-    return values_RN[:, :num_top], ids_RN[:, :num_top]
+
+def _penalised(logits_PV: Tensor, edits: _Edits, rows: Sequence[SamplingRow]) -> Tensor:
+    """Repetition over prompt and output, then frequency and presence over the output."""
+    counts_PV = torch.zeros_like(logits_PV)
+    # Small whole numbers: fp32 holds their sums exactly, whatever the order they are added in.
+    counts_PV.view(-1).scatter_add_(0, edits.output_places, torch.ones_like(edits.output_places, dtype=torch.float32))
+    is_seen_PV = torch.zeros_like(logits_PV, dtype=torch.bool)
+    for p, row in enumerate(rows):
+        if row.sampling.repetition_penalty != 1.0:
+            assert row.prompt_ids is not None, "a repetition penalty without a prompt"
+            is_seen_PV[p, row.prompt_ids.to(logits_PV.device, torch.int64)] = True
+    is_output_PV = counts_PV > 0
+    scale_PV = torch.where(logits_PV > 0, 1.0 / edits.repetition_P1, edits.repetition_P1)
+    logits_PV = torch.where(is_seen_PV | is_output_PV, logits_PV * scale_PV, logits_PV)
+    return logits_PV - edits.frequency_P1 * counts_PV - edits.presence_P1 * is_output_PV

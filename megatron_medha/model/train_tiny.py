@@ -263,9 +263,12 @@ def _num_cores() -> int:
 @contextmanager
 def _unfinished(directory: Path) -> Iterator[Path]:
     """A directory beside it to write into, which becomes it if all goes well and vanishes otherwise."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+    except OSError as error:
+        raise ConfigError(f"directory={directory}: cannot be written ({error.strerror}); name another") from error
     try:
         yield unfinished
         unfinished.replace(directory)  # takes the place of an empty directory too

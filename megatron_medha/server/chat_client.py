@@ -32,9 +32,17 @@ class ChatConfig:
     timeout_s: float = 600.0        # between two pieces of an answer; long prompts prefill for minutes
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"chat.url={self.url} must look like http://127.0.0.1:8000")
+        if not is_http_address(self.url):
+            raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
+
+
+def is_http_address(url: str) -> bool:
+    """Whether a server could be there."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, brackets that do not close
+        return False
 
 
 @dataclass

@@ -30,13 +30,18 @@ async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> Tok
         text = body.prompt or ""
         adds_special = body.add_special_tokens is not False
     tokenizer = ready.tokenizer
-    ids = await service.work_on_text(len(text), lambda: tokenizer.encode(text, add_special_tokens=adds_special))
-    return TokenizeAnswer(
-        count=len(ids),
-        max_model_len=ready.facts.max_request_tokens,
-        tokens=ids.tolist(),
-        token_strs=[tokenizer.token_name(token_id) for token_id in ids] if body.return_token_strs else None,
-    )
+
+    def work() -> TokenizeAnswer:
+        ids = tokenizer.encode(text, add_special_tokens=adds_special)
+        return TokenizeAnswer(
+            count=len(ids),
+            max_model_len=ready.facts.max_request_tokens,
+            tokens=ids.tolist(),
+            # Of a long text as slow as the encoding, and no work for the loop that serves tokens either.
+            token_strs=[tokenizer.token_name(token_id) for token_id in ids] if body.return_token_strs else None,
+        )
+
+    return await service.work_on_text(len(text), work)
 
 
 async def detokenize(service: Service, ready: Ready, body: DetokenizeRequest) -> DetokenizeAnswer:

@@ -93,8 +93,13 @@ class HostStep:
     prompt_rows: tuple[PromptRows, ...]
 
 
-def host_step(chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan, shards: KVShards) -> HostStep:
-    """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already."""
+def host_step(
+    chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan, shards: KVShards, num_unseen: int = 0
+) -> HostStep:
+    """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already.
+
+    num_unseen: 1 where these are decodes of tokens that the device alone knows; the ids here are 0 then.
+    """
     num_tokens = plan.num_tokens
     token_ids = np.empty(num_tokens, dtype=np.int64)
     positions = np.empty(num_tokens, dtype=np.int64)
@@ -109,7 +114,7 @@ def host_step(chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan,
         start, count = chunk.start, chunk.num_tokens
         end_row = row + count
         if count == 1:  # a decode, mostly
-            token_ids[row], positions[row] = request.token(start), start
+            token_ids[row], positions[row] = 0 if num_unseen else request.token(start), start
             lengths[row] = max(start + 1, request.num_prompt_tokens)
         else:
             token_ids[row:end_row] = request.tokens(start, count)
@@ -118,8 +123,8 @@ def host_step(chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan,
         assert request.slot_table is not None, f"{chunk.request_id}: a chunk at {start} without blocks"
         ranges.append(shards.query_range(chunk, row, request.slot_table))
         if chunk.samples_token:
-            assert start + count == request.num_tokens, (
-                f"{chunk.request_id}: samples after token {start + count} of {request.num_tokens}"
+            assert start + count == request.num_tokens + num_unseen, (
+                f"{chunk.request_id}: samples after token {start + count} of {request.num_tokens} + {num_unseen}"
             )
         if shards.is_last_of(chunk):
             if chunk.samples_token:

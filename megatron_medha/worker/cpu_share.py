@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import os
 
-
-def num_usable_cores() -> int:
-    """Cores this process may run on, which a container or taskset may have narrowed."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
+from megatron_medha.cluster.machine import num_usable_cores
 
 
 def num_threads_of_rank(wanted: int | None, num_ranks: int) -> int:

@@ -48,6 +48,7 @@ class GraphShape(NamedTuple):
 class _Captured:
     room: Any
     buffer: Tensor
+    token_ids_T: Tensor  # a view of it
     replay: Callable[[], None]
     logits_RV: Tensor
 
@@ -79,8 +80,12 @@ class StepGraphs:
         self._capture_all()
 
     @torch.inference_mode()
-    def run(self, host: HostStep) -> Tensor | None:
-        """Logits of the step's sampling rows, valid until the next call; None when no graph fits."""
+    def run(self, host: HostStep, token_ids_T: Tensor | None = None) -> Tensor | None:
+        """Logits of the step's sampling rows, valid until the next call; None when no graph fits.
+
+        token_ids_T: int64, on the device, in place of the host's. Nothing waits: a step may be launched while the one
+        before is under way, as all that writes the buffers and reads the logits is on one stream.
+        """
         if host.prompt_rows or not all(r.is_written for r in host.ranges):
             return None
         shape = self.shape_for(host)
@@ -102,6 +107,8 @@ class StepGraphs:
             return None
         self._tell(plan)
         self._staging.upload(self._arrays(shape, host, fitted), graph.buffer)
+        if token_ids_T is not None:
+            graph.token_ids_T[: len(token_ids_T)].copy_(token_ids_T)
         graph.replay()
         return graph.logits_RV[: len(host.logit_rows)]
 
@@ -124,6 +131,8 @@ class StepGraphs:
     def _capture_all(self) -> None:
         from megatron_medha.kernels.triton_backend import empty_plan
 
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a step under way still uses the buffers given up here
         self._graphs.clear()
         capture = self._new_capture()
         self._generation = self._backend.tables.generation
@@ -137,7 +146,7 @@ class StepGraphs:
             self._staging.upload(arrays, buffer)
             tensors = views_of(buffer, [(array.shape, array.dtype) for array in arrays])
             replay, logits_RV = capture(lambda t=tensors, p=empty: self._forward(t, p))  # type: ignore[misc]
-            self._graphs[shape] = _Captured(room, buffer, replay, logits_RV)
+            self._graphs[shape] = _Captured(room, buffer, tensors[0], replay, logits_RV)
 
     def _forward(self, tensors: Sequence[Tensor], empty: Any) -> Tensor:
         token_ids_T, positions_T, lengths_T, logit_rows_R, *lists = tensors

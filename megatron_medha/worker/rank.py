@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -19,7 +20,8 @@ from megatron_medha.kernels.backends import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.rotary import Rotary
-from megatron_medha.model.sampler import Sampler, SamplingRow, prompt_logprobs
+from megatron_medha.model.sampler import Sampler, SamplingRow
+from megatron_medha.model.token_logprobs import prompt_logprobs
 from megatron_medha.parallel.groups import MedhaPGs
 from megatron_medha.parallel.shared_slots import SharedSlots
 from megatron_medha.parallel.stage_link import Arriving, StageLink
@@ -34,11 +36,10 @@ from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.guided import GuidedSampling
 from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.plain_decodes import plain_decodes
-from megatron_medha.worker.run_ahead import Chosen, Found, Held, Work, next_decodes
+from megatron_medha.worker.run_ahead import Held, Underway, Work, next_decodes, places_of
 from megatron_medha.worker.step_clock import StepClock
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
-_NOT_A_NUMBER = "the model's output is not a number for this request"
 # Logits of a whole chunk may not fit in memory (8192 x 152K fp32 is 5 GB); prompt logprobs go through in slices.
 _PROMPT_SLICE_LOGITS = 1 << 24
 
@@ -198,28 +199,32 @@ class Rank:
         """Compute the step announced first. A fault of one request fails that request alone."""
         work = self._announced.popleft()
         hidden_T1C = None if work.arriving is None else work.arriving.wait()
-        self._clock.start()
+        span = self._clock.start()
         failed = list(work.failed)
-        chunks, plan, held, ahead_s = work.chunks, work.plan, [], 0.0
+        chunks, underway, ahead = work.chunks, [], None
         # Also for decodes that were computed ahead: what they bring is for the tokens after them.
         append_extents(chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
         if self._held is not None:
-            chunks, held = self._held.split(chunks)
-            ahead_s = self._held.duration_s if held else 0.0
+            chunks, found = self._held.split(chunks)
+            if found is not None:
+                underway.append(found)
+                ahead = self._held.span
             self._held = None
-        tokens = self._tokens(held, failed)
         prompt: Sequence[PromptLogprobs] = ()
         if chunks:
-            found = self._forward(chunks, plan, hidden_T1C)
-            if found.output is not None:
-                self._link.send(found.output)
+            forward = self._forward(chunks, work.plan, hidden_T1C)
+            if forward.output is not None:
+                self._link.send(forward.output)
             elif self._is_first_of_tp:
-                chosen = zip(found.requests, self._chosen(found.logits_RV, found.requests), strict=True)
-                tokens += self._tokens(chosen, failed)
-                prompt = found.prompt
-        can_run_ahead = self.samples_for_itself and self.graphs is None and not failed
+                underway.append(self._choose(forward.logits_RV, forward.requests))
+                prompt = forward.prompt
+        span.stop()
+        self._held = self._launched_ahead(work.chunks, underway)  # before anyone waits for the device
+        tokens = [token for one in underway for token in self._tokens(one, failed)]
+        can_run_ahead = self.samples_for_itself and self._held is None and not failed
         self._last = work.chunks if can_run_ahead else ()
-        return self._done(work, self._clock.stop() + ahead_s, tokens, prompt, failed)
+        duration_s = span.seconds() + (ahead.seconds() if ahead is not None else 0.0)
+        return self._done(work, duration_s, tokens, prompt, failed)
 
     @torch.inference_mode()
     def run_ahead(self) -> bool:
@@ -232,12 +237,36 @@ class Rank:
         self._last = ()
         if not decodes:
             return False
-        started_s = time.monotonic()
+        span = self._clock.start()
         found = self._forward(decodes, None, None)
-        chosen = zip(found.requests, self._chosen(found.logits_RV, found.requests), strict=True)
-        held = [Found(request, request.num_tokens - 1, sampled) for request, sampled in chosen]
-        self._held = Held(held, time.monotonic() - started_s)
+        underway = self._choose(found.logits_RV, found.requests)
+        span.stop()
+        self._held = Held(decodes, underway, span)
         return True
+
+    def _launched_ahead(self, work: Work, underway: Sequence[Underway]) -> Held | None:
+        """`run_ahead` before the host has seen a step's tokens: they are taken where they are, on the device.
+
+        None where what follows is not known yet, or fits no graph.
+        """
+        if self.graphs is None or not self.samples_for_itself or self._announced:
+            return None
+        decodes = next_decodes(work, num_unseen=1)
+        if not decodes:
+            return None
+        span = self._clock.start()
+        token_ids_R = torch.cat([one.choices.token_ids_R for one in underway])
+        places = places_of(decodes, underway)
+        if places != list(range(len(token_ids_R))):
+            (places_T,) = self._staging.upload([np.array(places, np.int64)])
+            token_ids_R = token_ids_R.index_select(0, places_T)
+        host = host_step(decodes, plan=self._plan(0, decodes), shards=self._shards, num_unseen=1)
+        logits_RV = self.graphs.run(host, token_ids_R)
+        if logits_RV is None:
+            return None
+        chosen = self._choose(logits_RV, host.sampling_requests, num_unseen=1)
+        span.stop()
+        return Held(decodes, chosen, span)
 
     def _plan(self, batch_id: int, chunks: Sequence[tuple[Chunk, StoredRequest]]) -> StagePlan:
         return stage_plan(batch_id, [chunk for chunk, _ in chunks], self._place, self._link.num_stages)
@@ -296,12 +325,10 @@ class Rank:
             held=work.held,
         )
 
-    def _tokens(
-        self, chosen: Iterable[tuple[StoredRequest, Chosen]], failed: list[tuple[str, str]]
-    ) -> list[SampledToken]:
-        """Note each request's token; requests that have none go to `failed`."""
+    def _tokens(self, underway: Underway, failed: list[tuple[str, str]]) -> list[SampledToken]:
+        """Wait for tokens and note each request's; requests that have none go to `failed`."""
         tokens: list[SampledToken] = []
-        for request, sampled in chosen:
+        for request, sampled in underway.chosen():
             if isinstance(sampled, str):
                 failed.append((request.request_id, sampled))
                 continue
@@ -311,17 +338,18 @@ class Rank:
             tokens.append(SampledToken(request.request_id, sampled.token_id, is_stop, sampled.logprobs))
         return tokens
 
-    def _chosen(self, logits_RV: Tensor, requests: Sequence[StoredRequest]) -> list[Chosen]:
-        """One per request: its token, or why it has none."""
+    def _choose(self, logits_RV: Tensor, requests: Sequence[StoredRequest], num_unseen: int = 0) -> Underway:
+        """Have a token chosen for each. num_unseen: 1 where the ones before them are on the device alone."""
+        every = range(len(requests))
         if all(request.takes_the_best for request in requests):
-            return [sampled or _NOT_A_NUMBER for sampled in self._sampler.best(logits_RV)]
+            return Underway(requests, self._sampler.choose_best(logits_RV), {}, every)
         rows = [
             SamplingRow(
                 sampling=request.sampling,
-                prompt_ids=request.prompt_ids,
+                prompt_ids=request.prompt_ids(self._staging),
                 output_ids=request.output_ids,
                 seed=request.sampling.seed or 0,
-                num_output_tokens=len(request.output_ids),
+                num_output_tokens=len(request.output_ids) + num_unseen,
             )
             for request in requests
         ]
@@ -329,12 +357,8 @@ class Rank:
         if any(request.sampling.grammar is not None for request in requests):
             assert self._guided is not None, "a request has a grammar"
             allowed = self._guided.allowed(requests)
-        all_sampled = self._sampler.sample(logits_RV, rows, None if allowed is None else allowed.by_row)
-        faults = {} if allowed is None else allowed.faults
-        return [
-            faults.get(request.request_id, sampled or _NOT_A_NUMBER)
-            for request, sampled in zip(requests, all_sampled, strict=True)
-        ]
+        choices = self._sampler.choose(logits_RV, rows, None if allowed is None else allowed.by_row)
+        return Underway(requests, choices, {} if allowed is None else allowed.faults, every)
 
     def _prompt_logprobs(self, hidden_PC: Tensor, prompt_rows: Sequence[PromptRows]) -> list[PromptLogprobs]:
         """The output layer once more, over the rows that predict prompt tokens."""

@@ -1,66 +1,100 @@
-"""Which decodes surely follow a step, so that the rank may compute them while the front still thinks about it."""
+"""Which decodes surely follow a step, so that the rank may compute them while the front still thinks about it.
+
+Their tokens come from the host where it knows them, else from the device: the next step is then launched before
+anyone has looked at the tokens of the last one, and the device waits for nobody between the two. Whether a token ended
+its request is found out afterwards; a decode after such a token has cost its time and is dropped.
+
+Nothing else comes of it. Its keys and values go to blocks that were the request's own when it was launched. The front
+may have released them since and may give them to another request in a step still to come, but all that such a step
+writes or reads is launched later on the same stream, so it finds its own values there, in places it has written itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_medha.core.batch import Chunk
-from megatron_medha.model.sampler import SampledRow
+from megatron_medha.model.sampler import Choices, SampledRow
+from megatron_medha.worker.step_clock import Span
 from megatron_medha.worker.token_store import StoredRequest
 
 Work = Sequence[tuple[Chunk, StoredRequest]]
 Chosen = SampledRow | str  # a token, or why there is none
 
+_NOT_A_NUMBER = "the model's output is not a number for this request"
 
-class Found(NamedTuple):
-    """One decode's result."""
 
-    request: StoredRequest
-    position: int
-    sampled: Chosen
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """Tokens the device has been asked for, a row a request."""
+
+    requests: Sequence[StoredRequest]
+    choices: Choices
+    faults: Mapping[str, str]  # why a request has no token, by its id
+    wanted: Sequence[int]      # rows that the step at hand asks for
+
+    def chosen(self) -> list[tuple[StoredRequest, Chosen]]:
+        """The wanted rows; waits for the device."""
+        sampled = self.choices.rows()
+        wanted = [(self.requests[row], sampled[row]) for row in self.wanted]
+        return [(request, self.faults.get(request.request_id, one or _NOT_A_NUMBER)) for request, one in wanted]
 
 
 class Held:
-    """Decodes computed before the front asked for them; nobody has been told of their tokens."""
+    """Decodes launched before the front asked for them; nobody has been told of their tokens."""
 
-    def __init__(self, found: Iterable[Found], duration_s: float) -> None:
-        """duration_s: what computing them took."""
-        self._found = {one.request.request_id: one for one in found}
-        self.duration_s = duration_s
+    def __init__(self, decodes: Work, underway: Underway, span: Span) -> None:
+        """span: of these decodes alone."""
+        rows = {request.request_id: row for row, request in enumerate(underway.requests)}
+        self._decodes = {chunk.request_id: (rows[chunk.request_id], chunk.start, request) for chunk, request in decodes}
+        self._underway = underway
+        self.span = span
 
-    def split(self, work: Work) -> tuple[Work, list[tuple[StoredRequest, Chosen]]]:
-        """Of a step's chunks, those still to be computed, and the results of the others."""
-        rest, found = [], []
+    def split(self, work: Work) -> tuple[Work, Underway | None]:
+        """Of a step's chunks, those still to be computed, and the others' tokens, if there are any."""
+        rest, wanted = [], []
         for chunk, request in work:
-            one = self._found.get(chunk.request_id)
+            row, position, known = self._decodes.get(chunk.request_id, (0, 0, None))
             # A request that came anew under its id is another one.
-            is_it = one is not None and one.request is request and one.position == chunk.start
-            if one is not None and is_it and chunk.num_tokens == 1 and chunk.samples_token:
-                found.append((request, one.sampled))
+            if known is request and position == chunk.start and chunk.num_tokens == 1 and chunk.samples_token:
+                wanted.append(row)
             else:
                 rest.append((chunk, request))
-        return rest, found
+        return rest, replace(self._underway, wanted=wanted) if wanted else None
 
 
-def next_decodes(work: Work) -> Work:
-    """What the front will ask for after a step whose tokens have been appended; empty where that is not known.
+def next_decodes(work: Work, *, num_unseen: int = 0) -> Work:
+    """What the front will ask for after a step; empty where that is not known.
 
-    Unknown is what follows a chunk within a prompt, and where a decode's next block lies. Requests that have ended by
-    a stop token or their length are left out; that one was ended in another way, or that others come in between, costs
-    the time of computing it and changes no result.
+    num_unseen: 0 once the step's tokens have been appended, 1 while they are on the device alone.
+
+    Unknown is what follows a chunk within a prompt, where a decode's next block lies, and, as long as its last token is
+    unseen, what a request with a grammar or penalties may say next. Requests that have ended by a stop token or their
+    length are left out; that one was ended in another way, or that others come in between, costs the time of computing
+    it and changes no result.
     """
     decodes: list[tuple[Chunk, StoredRequest]] = []
     for chunk, request in work:
-        if not chunk.samples_token or request.fault is not None:
+        if not chunk.samples_token or request.fault is not None or num_unseen and request.depends_on_tokens:
             return ()
-        if request.output_ids[-1] in request.stop_token_ids:
+        if not num_unseen and request.output_ids[-1] in request.stop_token_ids:
             continue
-        if len(request.output_ids) >= request.sampling.max_output_tokens:
+        if len(request.output_ids) + num_unseen >= request.sampling.max_output_tokens:
             continue
-        start = chunk.start + chunk.num_tokens
-        assert start + 1 == request.num_tokens, f"{request.request_id}: position {start} of {request.num_tokens} tokens"
+        start, num_tokens = chunk.start + chunk.num_tokens, request.num_tokens + num_unseen
+        assert start + 1 == num_tokens, f"{request.request_id}: position {start} of {num_tokens} tokens"
         if request.slot_table is None or request.slot_table.num_slots <= start:
             return ()
         decodes.append((Chunk(chunk.request_id, start, 1, True, chunk.kvp_ranks), request))
     return decodes
+
+
+def places_of(decodes: Work, underway: Sequence[Underway]) -> list[int]:
+    """Where each decode's token lies among those under way, laid end to end."""
+    places: dict[str, int] = {}
+    first = 0
+    for one in underway:
+        places |= {one.requests[row].request_id: first + row for row in one.wanted}
+        first += len(one.requests)
+    return [places[chunk.request_id] for chunk, _ in decodes]

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megatron_medha.cluster.messages import NewRequest
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.slot_table import SlotTable
-from megatron_medha.model.sampler import takes_the_best
+from megatron_medha.kernels.staging import Staging
+from megatron_medha.model.sampler import has_penalty, takes_the_best
 
 if TYPE_CHECKING:
     from megatron_medha.worker.guided import Guided
@@ -29,6 +29,8 @@ class StoredRequest:
         self.request_id = new.request_id
         self.sampling: Sampling = new.sampling
         self.takes_the_best = takes_the_best(new.sampling)
+        # Whether what may come next depends on which tokens came before.
+        self.depends_on_tokens = new.sampling.grammar is not None or has_penalty(new.sampling)
         self.stop_token_ids = frozenset(new.sampling.stop_token_ids)
         self.num_prompt_tokens = new.num_prompt_tokens
         self.num_tokens = len(token_ids)
@@ -39,11 +41,10 @@ class StoredRequest:
         self._tokens = token_ids  # of any length from num_tokens on; read-only until it is first grown
         self._prompt_ids: Tensor | None = None
 
-    @property
-    def prompt_ids(self) -> Tensor:
-        """Prompt tokens, int32."""
-        if self._prompt_ids is None:
-            self._prompt_ids = torch.tensor(self._tokens[: self.num_prompt_tokens])
+    def prompt_ids(self, staging: Staging) -> Tensor | None:
+        """Prompt tokens, int32, where they are penalised: copied to the device once."""
+        if self._prompt_ids is None and self.sampling.repetition_penalty != 1.0:
+            (self._prompt_ids,) = staging.upload([self._tokens[: self.num_prompt_tokens].copy()])
         return self._prompt_ids
 
     def tokens(self, start: int, num_tokens: int) -> np.ndarray:

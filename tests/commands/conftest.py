@@ -44,7 +44,8 @@ class Medha:
     def end(self) -> int:
         """Wait for its exit code."""
         assert self.process.stdout is not None
-        self.process.stdout.read()
+        if not self.process.stdout.closed:
+            self.process.stdout.read()
         exit_code = self.process.wait(60)
         self._stderr.close()
         return exit_code

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_medha.commands import version
 from megatron_medha.commands.arguments import parse_arguments
+from megatron_medha.commands.tracking import Tracking
+from megatron_medha.commands.writable import check_writable
+from megatron_medha.config import TrackingConfig
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.main import COMMANDS, main
+from megatron_medha.server.metrics import Metrics
 
 
 def test_help_lists_every_command_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +116,47 @@ def test_flags_and_overrides_may_stand_in_any_order() -> None:
     assert arguments.shows_config
 
 
-def test_chat_refuses_an_address_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", "url=localhost"]) == 2
+@pytest.mark.parametrize("url", ["localhost", "http://h:99999", "http://h:abc", "http://", "'http://[::1'"])
+@pytest.mark.parametrize("words", [["chat"], ["selftest"], ["run-batch", "in", "out"]])
+def test_an_address_that_is_none_is_refused(words: list[str], url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, f"url={url}"]) == 2
     assert "must look like http://" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_a_command_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(words: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(version, "run", write)
+    assert main(["version"]) == 1
+    assert capsys.readouterr().err == "medha version: results: No space left on device; make room, or write elsewhere\n"
+
+
+def test_a_batch_whose_answers_cannot_be_written_is_refused_before_a_server_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").write_text("{}\n")
+    assert main(["run-batch", str(tmp_path / "in"), str(tmp_path / "in" / "out")]) == 2
+    assert "output=" in (said := capsys.readouterr().err)
+    assert "cannot be written" in said
+
+
+@pytest.mark.parametrize("key", ["decision_log", "metrics_log", "timeline"])
+def test_a_log_that_cannot_be_written_is_refused_before_the_model_is_loaded(key: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = TrackingConfig(**{key: tmp_path / "file" / "log"})  # type: ignore[arg-type]
+    engine: Any = None
+    with pytest.raises(ConfigError, match=f"tracking.{key}=.*: cannot be written"):
+        Tracking(config, engine, Metrics(), {})
+
+
+def test_looking_whether_a_file_can_be_written_leaves_it_as_it_is(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "deep" / "new"
+    old.write_text("kept")
+    for path in (old, new):
+        check_writable("file", path)
+    assert old.read_text() == "kept"
+    assert new.parent.is_dir()
+    assert not new.exists()

@@ -55,6 +55,15 @@ def test_one_signal_stops_it_with_code_0(start: Start, simulated: Words, number:
     assert medha.errors.read_text() == ""
 
 
+def test_a_server_whose_output_nobody_reads_any_more_is_stopped_by_one_signal(start: Start, simulated: Words) -> None:
+    medha = start(*simulated)  # as in `medha serve | tee log`, where Ctrl-C ends tee first
+    medha.url()
+    medha.process.stdout.close()
+    medha.process.send_signal(signal.SIGINT)
+    assert medha.end() == 0
+    assert medha.errors.read_text() == ""
+
+
 def test_a_second_ctrl_c_stops_it_at_once_with_code_130(start: Start, simulated: Words) -> None:
     # An answer of 100,000 tokens would hold a graceful stop up for as long as it is allowed to.
     medha = start(*simulated, "server.drain_timeout_s=3600")

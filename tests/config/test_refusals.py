@@ -191,6 +191,7 @@ def test_kv_memory_that_is_too_small_for_one_block_is_refused(refusal: Refusal, 
 
 def test_a_missing_checkpoint_is_refused_with_the_command_that_makes_one(refusal: Refusal) -> None:
     assert "medha train-tiny" in refusal("checkpoint=null")
+    assert refusal("checkpoint=").startswith("checkpoint=: expected a path, got an empty text")
 
 
 def test_a_checkpoint_that_is_no_directory_is_refused(refusal: Refusal, tmp_path: Path) -> None:
@@ -260,6 +261,13 @@ def test_a_timeline_without_ranks_is_refused(refusal: Refusal, tmp_path: Path) -
     (tmp_path / "tokenizer.json").touch()
     simulated = ("runtime=sim", "model=llama3_8b", "hardware=h100", "checkpoint=null", f"tokenizer={tmp_path}")
     assert "medha simulate" in refusal(*simulated, "tracking.timeline=trace.json")
+
+
+def test_an_option_of_the_users_own_that_is_not_utf8_is_named(refusal: Refusal, tmp_path: Path) -> None:
+    group = tmp_path / "own" / "scheduler"
+    group.mkdir(parents=True)
+    (group / "mine.yaml").write_bytes(b"\xff\xfe")
+    assert "scheduler/mine.yaml is not UTF-8" in refusal("scheduler=mine", config_dir=tmp_path / "own")
 
 
 def test_a_folder_of_own_options_must_exist(refusal: Refusal, tmp_path: Path) -> None:

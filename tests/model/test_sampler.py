@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.model.sampler import Sampler, SamplingRow, draw_uniform, prompt_logprobs, takes_the_best
+from megatron_medha.model.draw import draw_uniform
+from megatron_medha.model.sampler import Sampler, SamplingRow, takes_the_best
+from megatron_medha.model.token_logprobs import prompt_logprobs
 
 VOCAB_SIZE = 12
 
@@ -245,7 +247,7 @@ def test_ties_are_listed_in_order_of_id():
 
 
 def test_prompt_logprobs_are_the_log_softmax_of_the_next_tokens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_medha.model.sampler._PROMPT_SLICE_ELEMENTS", 3 * VOCAB_SIZE)
+    monkeypatch.setattr("megatron_medha.model.token_logprobs._PROMPT_SLICE_ELEMENTS", 3 * VOCAB_SIZE)
     logits = some_logits(12, num_rows=8)
     next_ids = torch.arange(8, dtype=torch.int32)
     found = prompt_logprobs(logits, next_ids, num_top=2)
@@ -277,7 +279,7 @@ def test_a_batch_that_takes_the_best_is_sampled_as_any_other() -> None:
     logits_RV[:, VOCAB_SIZE:] = 9.0
     logits_RV[3, 5], logits_RV[4, 0], logits_RV[5] = torch.nan, torch.inf, -torch.inf
     sampler = Sampler(VOCAB_SIZE, "cpu")
-    found = sampler.best(logits_RV)
+    found = sampler.choose_best(logits_RV).rows()
     assert found == sampler.sample(logits_RV, [greedy] * 50)
     assert [index for index, chosen in enumerate(found) if chosen is None] == [3, 4, 5]
 

@@ -109,6 +109,14 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_that_cannot_be_made_is_refused_before_training(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="directory=.*: cannot be written"), module._unfinished(
+        tmp_path / "file" / "tiny"
+    ):
+        pass
+
+
 def test_what_is_already_there_is_not_overwritten(tmp_path: Path):
     (tmp_path / "precious").write_text("work")
     with pytest.raises(ConfigError, match="already exists"):

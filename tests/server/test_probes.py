@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +23,8 @@ from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.metrics_page import MetricsPage
 from megatron_medha.server.running import bind
+from megatron_medha.server.service import MAX_INLINE_CHARS
+from megatron_medha.server.tokens import Tokenizer
 
 PATH = "/v1/completions"
 
@@ -50,6 +53,22 @@ def test_text_and_messages_are_tokenized_and_back(server: Running) -> None:
     assert server.post("/detokenize", {"tokens": tokens}).json() == {"prompt": "<|user|>hi\n<|assistant|>"}
     assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
     assert server.post("/detokenize", {"tokens": [104, 256]}).json() == {"prompt": "h<s>"}
+
+
+def test_a_long_text_is_tokenized_and_its_tokens_named_beside_the_loop_that_serves_others(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+    name_of = Tokenizer.token_name
+
+    def token_name(self: Tokenizer, token_id: int) -> str:
+        threads.add(threading.current_thread().name)
+        return name_of(self, token_id)
+
+    monkeypatch.setattr(Tokenizer, "token_name", token_name)
+    answer = server.post("/tokenize", {"prompt": "x" * (MAX_INLINE_CHARS + 1), "return_token_strs": True}).json()
+    assert len(answer["token_strs"]) == answer["count"] > MAX_INLINE_CHARS
+    assert threads and all(name.startswith("text") for name in threads)
 
 
 def test_without_the_key_only_probes_answer(start_server: StartServer) -> None:
