@@ -129,7 +129,7 @@ class Engine:
         self._scheduler.handle(Completed(batch_id=batch.batch_id, duration_s=0.0), self._now_s())
 
     def _compute(self, batch: Batch) -> float:
-        """Seconds of the step, the device waited for."""
+        """Seconds until the step is answered: the rank waits for all of it, not for decodes it has launched ahead."""
         new = []
         for chunk in batch.chunks:
             if chunk.request_id in self._told:
@@ -141,5 +141,4 @@ class Engine:
             new.append(NewRequest(chunk.request_id, ids.tobytes(), count, sampling))
         begun_s = time.perf_counter()
         self._world.rank.run(Step(batch.batch_id, batch.chunks, tuple(new), batch.released))
-        self._world.check.synchronize()
         return time.perf_counter() - begun_s
