@@ -30,8 +30,8 @@ def default_shard_tokens(num_blocks: int, block_size: int, max_context_len: int,
     return min(num_blocks, num_blocks_for(-(-max_context_len // kvp), block_size)) * block_size
 
 
-@dataclass(slots=True)
-class _Reservation:
+@dataclass(frozen=True, slots=True)
+class Reservation:
     """Blocks kept back for one sequence that has waited too long: a share of all that has been freed since."""
 
     request_id: str
@@ -52,9 +52,9 @@ class KVMemory:
     watermark: float = 0.01  # share of blocks that prompts leave free, for decodes to grow into
     pools: list[BlockPool] = field(init=False)
     owners: dict[str, Sequence] = field(init=False, default_factory=dict)  # of blocks, by request id
+    reservation: Reservation | None = field(init=False, default=None)
     _shard_tokens: int = field(init=False)
     _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills
-    _reservation: _Reservation | None = field(init=False, default=None)
     _num_kept: int = field(init=False)  # blocks below the watermark
 
     def __post_init__(self) -> None:
@@ -140,8 +140,8 @@ class KVMemory:
         self._set_capacity(seq)
         seq.block_table.kvp_ranks = ranks
         self.owners[seq.request_id] = seq
-        if self._reservation is not None and self._reservation.request_id == seq.request_id:
-            self._reservation = None
+        if self.reservation is not None and self.reservation.request_id == seq.request_id:
+            self.reservation = None
 
     def grow(self, seq: Sequence) -> bool:
         """Give a decode one more block; False, and nothing changed, when there is none."""
@@ -209,11 +209,11 @@ class KVMemory:
         the next short one.
         """
         if seq is None or seq.block_table.shards:
-            self._reservation = None
-        elif self._reservation is None or self._reservation.request_id != seq.request_id:
+            self.reservation = None
+        elif self.reservation is None or self.reservation.request_id != seq.request_id:
             needed = num_blocks_for(min(self._shard_tokens, seq.num_known_tokens), self.block_size)
             num_ranks = num_blocks_for(seq.num_known_tokens, self._shard_tokens)
-            self._reservation = _Reservation(
+            self.reservation = Reservation(
                 seq.request_id,
                 share,
                 tuple(needed if rank < num_ranks else 0 for rank in range(self.kvp)),
@@ -221,7 +221,7 @@ class KVMemory:
             )
 
     def _num_reserved(self, rank: int, seq: Sequence) -> int:
-        reservation = self._reservation
+        reservation = self.reservation
         if reservation is None or reservation.request_id == seq.request_id:
             return 0
         freed = self.pools[rank].num_blocks_ever_freed - reservation.num_freed_at_start[rank]

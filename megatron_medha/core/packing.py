@@ -29,8 +29,8 @@ class PrefillPacker:
     says, so that in overload too every wait is bounded. Smaller chunks would read a long context more often.
 
     The bound, with p = progress_share > 0, B = step_budget_s, and W(X) the seconds of X's prefill in chunks of half a
-    step (PrefillTimes at B / 2): a request X that owns KV, or for which there is memory, when it is the longest overdue
-    has its first token by
+    step (PrefillTimes at B / 2; in cut tiles, where BatchBuilder.tile cuts them, at most 2.25 times that): a request X
+    that owns KV, or for which there is memory, when it is the longest overdue has its first token by
 
         deadline(X) + (W(X) + sum of W(Y) + B / 2) / p + (n + 2) * B
 
@@ -63,6 +63,7 @@ class PrefillPacker:
         The batch is closed after more than max_skips candidates that did not fit. If nothing can run, nothing is
         changed: a replay need not know that somebody asked.
         """
+        reservation = self._memory.reservation
         if overdue is not self._overdue:
             self._memory.reserve(None, 0.0)
         credit_s, owed = self._owed_chunk(builder, overdue)
@@ -131,6 +132,8 @@ class PrefillPacker:
             self._add_tile(builder, first or overdue)
         if not builder.is_empty:
             self._settle(builder, overdue, credit_s, gift_s, used_s, long_ranks)
+        else:
+            self._memory.reservation = reservation
 
     def _plan(self, seq: Sequence) -> tuple[int, ...] | None:
         """KVP ranks for a sequence without KV, () for one that has it, None when there is no memory for it now."""

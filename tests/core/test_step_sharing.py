@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scheduler_bench import COST, Bench, request
 
-from megatron_medha.core.batch import Aborted
+from megatron_medha.core.batch import Aborted, FirstStageDone
 
 
 def test_a_short_prompt_shares_the_step_of_a_long_one_that_has_slack() -> None:
@@ -142,3 +142,19 @@ def test_nothing_stays_reserved_for_one_that_is_gone() -> None:
     bench.handle(Aborted("late"))
     bench.arrive(request("next", num_tokens=110, num_out=1, at_s=bench.now_s))
     assert any(chunk.request_id == "next" for chunk in bench.schedule().chunks)
+
+
+def test_asking_for_a_batch_when_nothing_can_run_leaves_what_is_reserved() -> None:
+    # A replay asks only where a batch was formed.
+    bench = Bench(num_blocks=10, spp=2)
+    bench.arrive(request("owner", num_tokens=30, num_out=9))
+    bench.step()
+    bench.arrive(request("late", num_tokens=30, at_s=bench.now_s, ttft_slo_s=0.01))
+    bench.now_s += 1.0
+    batch = bench.schedule()
+    bench.handle(FirstStageDone(batch.batch_id))
+    reservation = bench.memory.reservation
+    assert reservation is not None and reservation.request_id == "late"
+    bench.arrive(request("later", num_tokens=30, at_s=bench.now_s - 2.0, ttft_slo_s=0.0))
+    assert bench.scheduler.schedule(bench.now_s) is None
+    assert bench.memory.reservation is reservation
