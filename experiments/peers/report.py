@@ -241,6 +241,8 @@ def _plot(results: Results, out: Path) -> None:
         for axis, load in zip(axes[0], mixes, strict=True):
             for name in results.servers:
                 rows = [row for seed in results.seeds(load) if (row := results.row(name, load, seed))]
+                if not rows:
+                    continue
                 xs, ys = [row["short_ttft_p99_s"] for row in rows], [row["long_ttft_p50_s"] for row in rows]
                 axis.plot(xs, ys, "o", color=colours[name], label=name)
             axis.set_xscale("log")
