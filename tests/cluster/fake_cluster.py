@@ -103,7 +103,9 @@ class FakeCluster:
 
     def poison(self, rank: int, kind: str) -> None:
         """The rank fails in this way, once."""
-        (self.directory / "fault.json").write_text(json.dumps({"rank": rank, "kind": kind, "token": POISON}))
+        written = self.directory / "fault.json.written"
+        written.write_text(json.dumps({"rank": rank, "kind": kind, "token": POISON}))
+        written.rename(self.directory / "fault.json")  # ranks look at every step: never at half of it
 
 
 def mixed_load(seed: int, num_requests: int) -> dict[str, tuple[list[int], int]]:

@@ -136,9 +136,10 @@ class FakeRank:
 def _take_fault(config: RankConfig, tokens: Sequence[int] | None = None) -> str | None:
     """The fault this rank is to have now: on these tokens, or without them, while it loads."""
     path = Path(config.checkpoint) / "fault.json"
-    if not path.exists():
+    try:
+        fault = json.loads(path.read_text())
+    except FileNotFoundError:  # never told, or another rank has just had it
         return None
-    fault = json.loads(path.read_text())
     is_due = fault["kind"] == "load" if tokens is None else fault["kind"] != "load" and fault["token"] in tokens
     if fault["rank"] != config.rank or not is_due:
         return None
