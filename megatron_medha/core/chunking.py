@@ -24,7 +24,7 @@ class ChunkRule:
     """Bounds every chunk obeys."""
 
     chunking: Chunking
-    tile_tokens: int       # adaptive chunks are multiples of this, except a prompt's last
+    tile_tokens: int       # adaptive chunks are multiples of this, except a prompt's last and tiles that are cut
     max_tokens: int        # query tokens in one step
     fixed_tokens: int      # the token budget of FIXED
     max_chunk_tokens: int = 1 << 60  # of one sequence in one step
