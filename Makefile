@@ -17,17 +17,19 @@ FIRST_TESTS := tests/core tests/engine tests/sim tests/config
 OTHER_TESTS = $(wildcard $(FIRST_TESTS)) \
 	$(filter-out $(RANK_TESTS) $(FIRST_TESTS) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
 # Sets of names are in the same order in every run, as Hypothesis's cases are (tests/conftest.py).
-PYTEST = TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=2 PYTHONHASHSEED=0 $(BIN)/python -m pytest -q --timeout 300
+PYTEST = TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=2 PYTHONHASHSEED=0 $(BIN)/python -m pytest -q --timeout 300 $(SELECTED)
+SELECTED = -m 'not slow'
 
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test paper clean
+.PHONY: help serve test test-all paper clean
 
 help:
 	@echo 'make serve   install, train a tiny model on first use, and serve it on http://127.0.0.1:8000'
 	@echo '             CHECKPOINT=DIR serves another one; ARGS="server.port=8001 ..." adds options'
-	@echo 'make test    install with development tools; lint, type check, and run all tests'
+	@echo 'make test    install with development tools; lint, type check, and run the tests'
+	@echo 'make test-all  the same with the slow tests'
 	@echo 'make paper   run every simulated experiment, two at a time, and write docs/paper.md; ARGS="--page" or "--fresh"'
 	@echo 'make clean   remove .venv and caches; checkpoints stay'
 
@@ -47,6 +49,9 @@ test: $(VENV)/installed-dev
 	$(PYTEST) $(OTHER_TESTS) || status=$$?; \
 	wait $$ranks || status=$$?; \
 	cat $$log; rm $$log; exit $$status
+
+test-all: SELECTED =
+test-all: test
 
 # The figures of the Medha paper beside ours; what has run with the same sources is not run again.
 paper: $(VENV)/installed-dev
