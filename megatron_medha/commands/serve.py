@@ -104,7 +104,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     # What is imported stays for good: collecting among it costs a tenth of the start now, and pauses later.
     gc.disable()
     # Imported after the configuration has been found right: errors should come at once.
-    from megatron_medha.commands.serve_parts import make_engine, public_options
+    from megatron_medha.commands.serve_parts import make_engine, model_name_of, public_options
     from megatron_medha.commands.tracking import Tracking
     from megatron_medha.server.app import create_app
     from megatron_medha.server.journal import Journal
@@ -126,6 +126,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
         slo=config.slo_classes,
         read_config=read_server_config,
         traces=Traces(config.tracking.otlp_endpoint) if config.tracking.otlp_endpoint is not None else None,
+        model_name=model_name_of(config),
     )
     tracking = Tracking(config.tracking, engine, metrics, public_options(options))
     watch = _Watch(app.state.service, needs_key=config.server.needs_key)

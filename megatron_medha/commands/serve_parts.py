@@ -51,6 +51,15 @@ def make_engine(config: ServeConfig, observer: Observer, watcher: Watcher) -> En
     )
 
 
+def model_name_of(config: ServeConfig) -> str:
+    """The name the engine will give the model, before it has read the checkpoint."""
+    if not isinstance(config.world, RankConfig):
+        return config.world.shape.name
+    directory = Path(config.world.checkpoint).resolve()
+    is_iteration = directory.name == "release" or directory.name.startswith("iter_")  # of Megatron's checkpoints
+    return directory.parent.name if is_iteration else directory.name
+
+
 def _replica(
     config: ServeConfig, replica: int, observer: Observer, watcher: Watcher, decision_log: Path | None,
     timeline: Path | None,

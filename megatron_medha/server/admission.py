@@ -16,6 +16,10 @@ from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.keys import Client
 
 _SECONDS_PER_MINUTE = 60.0
+REFUSAL_REASONS = (
+    "max_live_requests", "max_waiting_requests", "max_waiting_tokens", "max_live_requests_per_key",
+    "max_tokens_per_minute_per_key", "deadline_would_be_missed",
+)
 
 
 @dataclass(slots=True)

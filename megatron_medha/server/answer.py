@@ -104,6 +104,9 @@ class Answer(Response):
 
     def _end_as(self, outcome: str, reason: str, num_choices: int) -> None:
         self._outcome = outcome
+        for request_id, choice in self._choice_by_id.items():
+            if choice.first_token_s is None:
+                self._metrics.prompt_computed(self._service.journal.num_computed_prompt_tokens(request_id))
         self._metrics.choices_ended(reason, num_choices)
         self._metrics.cut_off(outcome)
 
@@ -164,6 +167,7 @@ class Answer(Response):
                 self._first_token_s = at_s
             self._ticket.first_token(choice.index)
             self._metrics.first_token(self._spec, at_s)
+            self._metrics.prompt_computed(len(choice.prompt.token_ids))
         else:
             self._metrics.next_token(at_s - choice.last_token_s)
         choice.last_token_s = at_s

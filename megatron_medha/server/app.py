@@ -48,12 +48,13 @@ def create_app(
     slo: SloConfig | None = None,
     read_config: Callable[[], ServerConfig] | None = None,
     traces: Traces | None = None,
+    model_name: str = "",
 ) -> Api:
     """The application. It starts the engine when it starts, and stops it when it stops.
 
     metrics, journal: those that watch the engine; without them, step metrics and stories stay empty.
     read_config: reads the configuration again when the server is told to reload.
-    traces: where requests are traced to.
+    traces: where requests are traced to. model_name: on metrics, until the checkpoint's own name is known.
     """
     metrics = Metrics() if metrics is None else metrics
     service = Service(
@@ -87,7 +88,7 @@ def create_app(
     _add_generation_routes(app, service)
     _add_token_routes(app, service)
     _add_model_routes(app, service)
-    _add_probe_routes(app, service, MetricsPage(metrics, engine, service.admission))
+    _add_probe_routes(app, service, MetricsPage(metrics, engine, service.admission, service.slo.names), model_name)
     _add_admin_routes(app, service)
     insight.add_routes(app, service)
     return app
@@ -188,7 +189,7 @@ def _add_model_routes(app: Api, service: Service) -> None:
         return _json(describe(service.model_name(name)))
 
 
-def _add_probe_routes(app: Api, service: Service, page: MetricsPage) -> None:
+def _add_probe_routes(app: Api, service: Service, page: MetricsPage, model_name: str) -> None:
     def readiness() -> types.Readiness:
         status = service.status
         phase = "draining" if service.is_draining else status.phase.value
@@ -211,8 +212,8 @@ def _add_probe_routes(app: Api, service: Service, page: MetricsPage) -> None:
 
     async def metrics() -> Response:
         """Prometheus' text format."""
-        names = service.served_names()
-        return Response(page.render(names[0] if names else ""), headers={"content-type": CONTENT_TYPE})
+        name = next(iter(service.served_names()), model_name)
+        return Response(page.render(name), headers={"content-type": CONTENT_TYPE})
 
     probe = openapi.operation(types.Readiness)
     probe["responses"]["503"] = {**probe["responses"]["200"], "description": "Not ready"}

@@ -32,9 +32,10 @@ from megatron_medha.server.forecast import Forecast, WorkAhead
 from megatron_medha.server.live_view import LiveView, joined, look_at
 from megatron_medha.server.metrics import Metrics
 
-MAX_STORIES = 2048   # requests remembered; the oldest goes first
+MAX_STORIES = 2048   # requests remembered, of which those that ended first go first; live ones always stay
 MAX_STEPS = 4096     # steps remembered: over three minutes of steps of 50 ms
 MAX_RUNS = 256       # of one story; beyond that neighbours are told as one
+MAX_LOSSES = 64      # of one story, the latest
 LOOK_INTERVAL_S = 0.1
 LOOK_COST_SHARE = 20  # looks take a twentieth of the engine's time at most, however long the queue
 WATCHED_S = 3.0      # after somebody looked, looks go on for so long
@@ -82,7 +83,7 @@ class Story:
     outcome: str = ""
     num_pauses: int = 0              # steps after which others went on while it kept its KV
     runs: list[Run] = field(default_factory=list)
-    losses: list[Lost] = field(default_factory=list)
+    losses: deque[Lost] = field(default_factory=lambda: deque(maxlen=MAX_LOSSES))
 
 
 @dataclass(slots=True, frozen=True)
@@ -135,6 +136,7 @@ class Journal:
         self.metrics = metrics
         self.lock = threading.Lock()
         self.stories: OrderedDict[str, Story] = OrderedDict()
+        self._ended: OrderedDict[str, None] = OrderedDict()  # whose requests are over, in that order
         self.steps: deque[Step] = deque(maxlen=MAX_STEPS)
         self.watched_until_s = 0.0
         self.live_views: dict[int, LiveView] = {}  # by replica
@@ -158,6 +160,32 @@ class Journal:
         prefix = f"{answer_id}-"
         with self.lock:
             return [one for one in self.stories if one == answer_id or one.startswith(prefix)]
+
+    def add(self, story: Story) -> None:
+        """Remember a live request; the lock is held."""
+        request_id = story.request.request_id
+        self._ended.pop(request_id, None)
+        self.stories[request_id] = story
+        self._forget_ended()
+
+    def end(self, request_id: str, outcome: str, now_s: float) -> None:
+        """The request is over; the lock is held."""
+        story = self.stories.get(request_id)
+        if story is not None and story.ended_s is None:
+            story.ended_s, story.outcome = now_s, outcome
+            self._ended[request_id] = None
+            self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        # Never a live one: the prompt that waits longest is the oldest, and its client asks how far it is.
+        while len(self.stories) > MAX_STORIES and self._ended:
+            del self.stories[self._ended.popitem(last=False)[0]]
+
+    def num_computed_prompt_tokens(self, request_id: str) -> int:
+        """How many tokens of this prompt were given to the ranks, each counted once."""
+        with self.lock:
+            story = self.stories.get(request_id)
+            return min(story.num_ever_computed, story.request.num_prompt_tokens) if story is not None else 0
 
     def recent(self, limit: int) -> list[Story]:
         """The newest stories, newest first."""
@@ -280,10 +308,8 @@ class Watch:
             request, seq.deadline_s, seq.total_work_s, seq.remaining_work_s,
             -(-request.num_prompt_tokens // self._scheduler.memory.block_size), self._replica,
         )  # fmt: skip
-        stories = self._journal.stories
-        stories[request.request_id] = self._prefilling[request.request_id] = story
-        while len(stories) > MAX_STORIES:
-            stories.popitem(last=False)
+        self._journal.add(story)
+        self._prefilling[request.request_id] = story
 
     def _note_chunk(
         self, story: Story, seq: Sequence, batch: Batch, start: int, num_tokens: int, now_s: float
@@ -343,7 +369,7 @@ class Watch:
         story = self._journal.stories.get(request_id)
         seq = self._scheduler.sequence(request_id)
         if story is None or seq is None:
-            return  # forgotten by the journal, which remembers so many only
+            return  # it has ended meanwhile
         story.losses.append(Lost(now_s, num_tokens, why))
         story.num_ever_computed = max(story.num_ever_computed, num_tokens)
         story.num_scheduled_tokens = 0
@@ -361,9 +387,7 @@ class Watch:
 
     def _end(self, request_id: str, outcome: str, now_s: float) -> None:
         self._prefilling.pop(request_id, None)
-        story = self._journal.stories.get(request_id)
-        if story is not None and story.ended_s is None:
-            story.ended_s, story.outcome = now_s, outcome
+        self._journal.end(request_id, outcome, now_s)
 
     def _look(self, now_s: float) -> None:
         began_s = time.perf_counter()
@@ -395,5 +419,5 @@ def _thinned(runs: list[Run]) -> list[Run]:
 def _copy(story: Story) -> Story:
     values = {name: getattr(story, name) for name in Story.__slots__}
     values["runs"] = [Run(*(getattr(run, name) for name in Run.__slots__)) for run in story.runs]
-    values["losses"] = list(story.losses)
+    values["losses"] = story.losses.copy()
     return Story(**values)

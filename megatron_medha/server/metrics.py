@@ -46,6 +46,11 @@ KVP_DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 # Prompt tokens up to which a request is of a length class.
 LENGTH_CLASSES = ((1_000, "1k"), (10_000, "10k"), (100_000, "100k"), (1_000_000, "1m"))
 LONGEST_CLASS = "longer"
+# Why an HTTP request ends without its whole answer. Each is shown from the start: a rate needs the 0 before the 1.
+CUT_OFF_REASONS = (
+    "client_gone", "cancelled", "reader_stalled", "reader_too_slow", "request_timeout", "request_rejected",
+    "server_stopping", "engine_failed", "internal_error",
+)
 NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -127,6 +132,10 @@ class Metrics:
                 self.num_ttft_slo_missed += 1
         self.num_output_tokens += 0 if spec.discards_output else 1
 
+    def prompt_computed(self, num_tokens: int) -> None:
+        """So much of a choice's prompt was computed: all of it with the first token, less where it ended before."""
+        self.num_prompt_tokens += num_tokens
+
     def next_token(self, gap_s: float) -> None:
         """A later token of a choice reached the server, that long after the one before."""
         self.inter_token_s.observe(gap_s)
@@ -138,7 +147,6 @@ class Metrics:
         assert choice.finish_reason is not None
         decode_s = choice.last_token_s - choice.first_token_s
         self.num_ended[choice.finish_reason] += 1
-        self.num_prompt_tokens += len(choice.prompt.token_ids)
         self.prompt_tokens.observe(len(choice.prompt.token_ids))
         self.output_tokens.observe(choice.num_tokens)
         self.e2e_s.observe(choice.last_token_s - spec.arrival_s)

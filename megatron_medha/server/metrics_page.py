@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from megatron_medha.engine.ports import EngineClient, EnginePhase, ReplicaState
-from megatron_medha.server.admission import Admission
-from megatron_medha.server.metrics import Histogram, Metrics
+from megatron_medha.server.admission import REFUSAL_REASONS, Admission
+from megatron_medha.server.metrics import CUT_OFF_REASONS, LENGTH_CLASSES, LONGEST_CLASS, Histogram, Metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -46,7 +47,7 @@ HISTOGRAMS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 )
 
 COUNTERS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
-    ("num_prompt_tokens", "prompt_tokens", ("prompt_tokens",), "Prompt tokens of requests that finished"),
+    ("num_prompt_tokens", "prompt_tokens", ("prompt_tokens",), "Prompt tokens computed, also of aborted requests"),
     ("num_output_tokens", "generation_tokens", ("generation_tokens",), "Tokens generated"),
     ("num_preemptions", "num_preemptions", ("num_preemptions",), "Sequences that lost their KV to a decode"),
     ("num_preempted_tokens", "preempted_tokens", (), "Tokens that had to be recomputed because KV was lost"),
@@ -78,11 +79,15 @@ LABELS = ("model_name", "engine")  # engine: the replica, from 0; "all" for what
 class MetricsPage:
     """Writes /metrics; a collector of prometheus_client with a registry of its own."""
 
-    def __init__(self, metrics: Metrics, engine: EngineClient, admission: Admission) -> None:
+    def __init__(
+        self, metrics: Metrics, engine: EngineClient, admission: Admission, slo_classes: Sequence[str] = ()
+    ) -> None:
         self._metrics = metrics
         self._admission = admission
         self._engine = engine
         self._labels = ["", "0"]
+        lengths = [*(name for _, name in LENGTH_CLASSES), LONGEST_CLASS]
+        self._no_deadlines = dict.fromkeys(itertools.product(lengths, slo_classes), 0)
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -119,15 +124,16 @@ class MetricsPage:
                 ended.add_metric([*self._labels, reason], count)
             yield ended
         yield self._by_label("requests_cut_off", "HTTP requests that ended without their whole answer", ("reason",),
-                             (((reason,), count) for reason, count in self._metrics.num_cut_off.items()))
+                             _with_zeros(CUT_OFF_REASONS, self._metrics.num_cut_off))
         for name in _names("admission_rejections", ("admission_rejections",)):
             yield self._by_label(name, "Requests answered 429", ("reason",),
-                                 (((reason,), count) for reason, count in self._admission.num_refused.items()))
+                                 _with_zeros(REFUSAL_REASONS, self._admission.num_refused))
         for name, meaning, counts in (
             ("deadlines_met", "Requests whose first token came in time", self._metrics.num_deadlines_met),
             ("deadlines_missed", "Requests whose first token came late", self._metrics.num_deadlines_missed),
         ):
-            yield self._by_label(name, meaning, ("length_class", "slo_class"), counts.copy().items())
+            all_counts = {**self._no_deadlines, **counts.copy()}
+            yield self._by_label(name, meaning, ("length_class", "slo_class"), all_counts.items())
         for attribute, own_name, vllm_names, meaning in HISTOGRAMS:
             histogram: Histogram = getattr(self._metrics, attribute)
             for name in _names(own_name, vllm_names):
@@ -181,6 +187,11 @@ def _values_of(replica: ReplicaState) -> dict[str, float]:
         "num_free_blocks": load.num_free_blocks,
         "num_blocks": load.num_blocks,
     }
+
+
+def _with_zeros(reasons: Sequence[str], counts: Mapping[str, int]) -> Iterator[tuple[tuple[str, ...], int]]:
+    for reason, count in {**dict.fromkeys(reasons, 0), **counts}.items():
+        yield (reason,), count
 
 
 def _names(own_name: str, vllm_names: tuple[str, ...]) -> list[str]:

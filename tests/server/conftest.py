@@ -55,7 +55,7 @@ def start_server(tokenizer: Tokenizer, ending: list[Running]) -> Iterator[StartS
 
     def start(engine: FakeEngine | None = None, tokenizer: object = tokenizer, **settings: object) -> Running:
         engine = engine or FakeEngine()
-        names = {"journal", "metrics", "slo", "read_config", "traces"} & settings.keys()
+        names = {"journal", "metrics", "slo", "read_config", "traces", "model_name"} & settings.keys()
         parts = {name: settings.pop(name) for name in names}
         config = ServerConfig(**{"port": 0, "engine_check_s": 0.01, "drain_timeout_s": 0, **settings})
         app = create_app(engine, tokenizer, config, **parts)

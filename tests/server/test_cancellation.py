@@ -12,6 +12,7 @@ from running_server import Running, StartServer, eventually
 
 from megatron_medha.core.request import Status
 from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.server.metrics import Metrics
 
 PATH = "/v1/completions"
 LONG, SHORT = 3000, 40
@@ -105,6 +106,24 @@ def test_a_client_that_leaves_gives_everything_back(
     assert len(engine.audit.released) >= 1
     eventually(lambda: server.service.admission.num_live == 0)
     assert engine.audit.num_checks > 3
+
+
+@pytest.mark.parametrize(("is_state", "num_tokens"), [(is_mid_chunk, 64), (is_decoding, LONG)])
+def test_prompt_tokens_of_a_client_that_leaves_are_counted_as_far_as_they_were_computed(
+    start_server: StartServer, is_state: Callable[[Scheduler], bool], num_tokens: int
+) -> None:
+    metrics = Metrics()
+    engine = LiveEngine(metrics=metrics)
+    server = start(start_server, engine, metrics=metrics)
+    engine.audit.stop_at(is_state)
+    leaving = server.connect(PATH, body())
+    engine.audit.wait_until_stopped()
+    leaving.close()
+    engine.wait_for_aborts(1)
+    engine.audit.go_on()
+    engine.wait_until_idle()
+    eventually(lambda: server.service.admission.num_live == 0)
+    assert num_tokens <= metrics.num_prompt_tokens <= LONG
 
 
 def test_a_client_that_leaves_while_there_is_no_memory_for_it_leaves_the_queue(start_server: StartServer) -> None:

@@ -11,7 +11,7 @@ from fake_engine import FakeEngine
 from live_server import FAST, SHAPE, LiveEngine
 from running_server import Running, StartServer, spec
 
-from megatron_medha.core.batch import Arrived, Batch, Completed, Preempted
+from megatron_medha.core.batch import Aborted, Arrived, Batch, Completed, Preempted
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.cost import RooflineCost
 from megatron_medha.core.memory import KVMemory
@@ -19,7 +19,7 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.server.forecast import WorkAhead
 from megatron_medha.server.insight import Ran, Wait, tell
-from megatron_medha.server.journal import MAX_RUNS, MAX_STORIES, Journal, Run, _thinned
+from megatron_medha.server.journal import MAX_LOSSES, MAX_RUNS, MAX_STORIES, Journal, Run, _thinned
 from megatron_medha.server.metrics import Metrics, length_class
 from megatron_medha.server.slo import SloClass, SloConfig
 
@@ -43,6 +43,10 @@ class World:
             request_id=request_id, num_prompt_tokens=num_tokens, max_output_tokens=2, arrival_s=self.now_s, **fields
         )
         event = Arrived(request)
+        self.watch.handled(event, self.scheduler.handle(event, self.now_s), self.now_s)
+
+    def abort(self, request_id: str) -> None:
+        event = Aborted(request_id)
         self.watch.handled(event, self.scheduler.handle(event, self.now_s), self.now_s)
 
     def step(self, num_steps: int = 1) -> Batch | None:
@@ -128,17 +132,46 @@ def test_deadlines_are_counted_by_length_and_class_and_bubbles_by_time() -> None
     assert [length_class(n) for n in (1, 1000, 1001, 10**6, 10**6 + 1)] == ["1k", "1k", "10k", "1m", "longer"]
 
 
-def test_the_journal_is_bounded() -> None:
+def test_a_long_prompt_keeps_its_progress_however_many_come_and_go_meanwhile() -> None:
+    world = World()
+    world.arrive("long-0", 4000, ttft_slo_s=1e6)
+    world.step(3)
+    for number in range(MAX_STORIES + 10):
+        world.arrive(f"short-{number}", 16)
+        world.abort(f"short-{number}")
+    share = world.journal.progress("long-0", world.now_s).share
+    assert share == pytest.approx(3 * 64 / 4000)
+    assert world.journal.story("long-0") is not None and world.journal.story("short-0") is None
+
+
+def test_live_requests_are_all_remembered_and_ended_ones_up_to_a_bound() -> None:
     world = World()
     for number in range(MAX_STORIES + 10):
         world.arrive(f"r{number}", 16)
-    assert world.journal.story("r0") is None and len(world.journal.stories) == MAX_STORIES
-    story = world.journal.stories["r100"]
+    assert len(world.journal.stories) == MAX_STORIES + 10
+    for number in range(100, MAX_STORIES + 10):
+        world.abort(f"r{number}")
+    assert len(world.journal.stories) == MAX_STORIES
+    assert world.journal.story("r0") is not None and world.journal.story("r100") is None
+    world.arrive("r105", 16)  # the name of one that has ended
+    for number in range(20):
+        world.arrive(f"late-{number}", 16)
+        world.abort(f"late-{number}")
+    assert world.journal.story("r105") is not None
+
+
+def test_a_story_remembers_so_many_runs_and_losses_only() -> None:
+    world = World()
+    world.arrive("r", 128)
+    story = world.journal.stories["r"]
     story.runs = [Run(i, i + 0.5, 2 * i, 2 * i, 32 * i, 32, 1, 0.0, 0.0) for i in range(MAX_RUNS + 1)]
     thin = _thinned(story.runs)
     assert len(thin) <= MAX_RUNS // 2 + 1
     assert (thin[0].from_s, thin[-1].until_s) == (0, MAX_RUNS + 0.5)
     assert sum(run.num_tokens for run in thin) == 32 * (MAX_RUNS + 1)
+    for number in range(3 * MAX_LOSSES):
+        world.watch.handled(Completed(batch_id=-1, duration_s=0.0), [Preempted("r", number)], world.now_s)
+    assert [lost.num_tokens for lost in story.losses] == list(range(2 * MAX_LOSSES, 3 * MAX_LOSSES))
 
 
 # ---- predictions ----

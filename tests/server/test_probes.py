@@ -19,8 +19,9 @@ from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, FinishRe
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
 from megatron_medha.engine.ports import EnginePhase, EngineStatus, ReplicaState
+from megatron_medha.server.admission import REFUSAL_REASONS
 from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.metrics import Metrics
+from megatron_medha.server.metrics import CUT_OFF_REASONS, Metrics
 from megatron_medha.server.metrics_page import MetricsPage
 from megatron_medha.server.running import bind
 from megatron_medha.server.service import MAX_INLINE_CHARS
@@ -127,6 +128,23 @@ def test_metrics_have_our_names_and_vllms(server: Running) -> None:
         assert f"{prefix}:num_preemptions_total" in samples
     assert samples["medha:ttft_slo_met_total"] == 2
     assert "vllm:time_to_first_token_seconds_bucket{320.0}" in samples
+
+
+def test_every_labelled_metric_is_there_with_zero_from_the_first_scrape_and_under_one_name(
+    start_server: StartServer,
+) -> None:
+    engine = FakeEngine(status=EngineStatus(EnginePhase.LOADING))
+    server = start_server(engine, model_name="fake")
+    families = [one for one in text_string_to_metric_families(server.get("/metrics").text) if one.name[:5] == "medha"]
+    assert all(family.samples for family in families), [family.name for family in families if not family.samples]
+    assert {sample.labels["model_name"] for family in families for sample in family.samples} == {"fake"}
+    labels = {
+        family.name: {sample.labels.get("reason") or sample.labels.get("slo_class") for sample in family.samples}
+        for family in families
+    }
+    assert labels["medha:requests_cut_off"] == set(CUT_OFF_REASONS)
+    assert labels["medha:admission_rejections"] == set(REFUSAL_REASONS)
+    assert labels["medha:deadlines_met"] == {"interactive", "standard", "batch"}
 
 
 def test_metrics_watch_the_loop(server: Running) -> None:
