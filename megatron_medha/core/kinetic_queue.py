@@ -1,4 +1,4 @@
-"""A queue whose priorities move in time along straight lines. It knows nothing of sequences.
+"""A queue in levels, in each of which priorities move in time along straight lines. It knows nothing of sequences.
 
 Who looks into it wants the first few in order. They are kept apart from the rest: the front, a handful of lines that
 are evaluated and sorted whenever somebody looks, and behind it a tournament (core/kinetic_tournament.py) of any number
@@ -16,14 +16,19 @@ from megatron_medha.core.policies import Priority
 
 _LEAST_FRONT = 4   # more are pulled to the front when somebody asks for more, and stay there
 _MOST_FRONT = 16   # all that a batch looks at, as a rule
+_MOST_NEW = 32     # in the front before the next look; of a burst, the others join the rest one by one, not at the look
 
-# (priority at the moment asked, arrival, id, item); places of several queues merge by the first three. Their type says
-# no more because compiled tuples of known types are taken apart and put together again wherever they are moved.
+# (level, priority at the moment asked, arrival, id, item); places of several queues merge by all but the last. Their
+# type says no more because compiled tuples of known types are taken apart and put together again when they are moved.
 Place = tuple[Any, ...]
+ITEM_ID, ITEM = 3, 4  # where they stand in a place
 
 
 class KineticQueue:
-    """Items in order of their priority at the moment asked; ties go by (arrival, id)."""
+    """Items in order of level, then of priority at the moment asked; ties go by (arrival, id).
+
+    A level is a number in an item's key and nothing more: thousands of different ones cost what one does.
+    """
 
     def __init__(self) -> None:
         self._front: dict[str, Entry] = {}  # at the last look these came before all of the rest; newcomers join here
@@ -40,11 +45,15 @@ class KineticQueue:
         """Whether there are more than the last look has shown."""
         return len(self._rest) > 0
 
-    def add(self, item_id: str, priority: Priority, arrival_s: float, item: Any, now_s: float) -> None:
-        """Add an item, or give the one of that id a new priority."""
+    def add(self, item_id: str, level: int, priority: Priority, arrival_s: float, item: Any, now_s: float) -> None:
+        """Add an item, or give the one of that id a new level and priority."""
         if item_id in self._rest:
             self._rest.pop(item_id, now_s)
-        self._front[item_id] = Entry(priority.at_zero, priority.slope, arrival_s, item_id, item)
+        entry = Entry(level, priority.at_zero, priority.slope, arrival_s, item_id, item)
+        if item_id in self._front or len(self._front) < _MOST_NEW:
+            self._front[item_id] = entry
+        else:
+            self._rest.add(entry, now_s)
 
     def remove(self, item_id: str, now_s: float) -> None:
         """Take an item out; it must be there."""
@@ -54,7 +63,7 @@ class KineticQueue:
     def first_places(self, now_s: float) -> list[Place]:
         """The first few, in order, as of now."""
         places: list[Place] = [
-            (entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item)
+            (entry.level, entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item)
             for entry in self._front.values()
         ]
         if len(places) > 1:
@@ -89,10 +98,10 @@ class KineticQueue:
         entry = self._rest.first(now_s)
         if entry is None:
             return None
-        return entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item
+        return entry.level, entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item
 
     def _demote(self, places: list[Place], now_s: float) -> None:
-        self._rest.add(self._front.pop(places.pop()[2]), now_s)
+        self._rest.add(self._front.pop(places.pop()[ITEM_ID]), now_s)
 
     def _pull(self, place: Place, now_s: float) -> None:
-        self._front[place[2]] = self._rest.pop(place[2], now_s)
+        self._front[place[ITEM_ID]] = self._rest.pop(place[ITEM_ID], now_s)

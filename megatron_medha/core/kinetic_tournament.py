@@ -1,4 +1,4 @@
-"""Who comes first among lines that move in time: a kinetic tournament. It knows nothing of sequences.
+"""The first of lines that move in time, within levels that do not: a kinetic tournament. It knows no sequences.
 
 A binary tree in which each node holds the winner of its subtree and the moment until
 which that result is certain, the earliest crossing of two lines below it. Asking for the winner re-plays only
@@ -7,21 +7,24 @@ matches that have expired; changing an entry re-plays one path. Both cost O(log 
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import Any
 
 _NEVER_S = float("inf")
 
 
 class Entry:
-    """A line, and whatever it stands for: the lowest value at_zero + slope * now_s wins. Not to be changed.
+    """A line, and the item it stands for: the lowest level wins, then the lowest at_zero + slope * now_s. Immutable.
 
     Compiled, a tuple would be taken apart and put together again wherever it is moved.
     """
 
-    __slots__ = ("arrival_s", "at_zero", "item", "item_id", "slope")
+    __slots__ = ("arrival_s", "at_zero", "item", "item_id", "level", "slope")
 
-    def __init__(self, at_zero: float, slope: float, arrival_s: float, item_id: str, item: Any) -> None:
+    def __init__(
+        self, level: int, at_zero: float, slope: float, arrival_s: float, item_id: str, item: Any
+    ) -> None:
+        self.level = level
         self.at_zero = at_zero
         self.slope = slope
         self.arrival_s = arrival_s  # and item_id: for ties
@@ -36,30 +39,32 @@ class KineticTournament:
         self._num_slots = 1
         self._entries: list[Entry | None] = [None, None]  # by node; winners above, leaves from _num_slots on
         self._expires_s: list[float] = [_NEVER_S, _NEVER_S]
-        self._leaf_of: dict[str, int] = {}
-        self._free_leaves: list[int] = [1]
+        self._slot_of: dict[str, int] = {}
+        self._free_slots: list[int] = [0]
 
     def __len__(self) -> int:
-        return len(self._leaf_of)
+        return len(self._slot_of)
 
     def __contains__(self, item_id: str) -> bool:
-        return item_id in self._leaf_of
+        return item_id in self._slot_of
 
     def add(self, entry: Entry, now_s: float) -> None:
         """Add an entry; its id must be new."""
-        if not self._free_leaves:
-            self._double(now_s)
-        leaf = self._leaf_of[entry.item_id] = heappop(self._free_leaves)
+        if not self._free_slots:
+            self._double()
+        slot = self._slot_of[entry.item_id] = heappop(self._free_slots)
+        leaf = self._num_slots + slot
         self._entries[leaf] = entry
         self._replay_path(leaf, now_s)
 
     def pop(self, item_id: str, now_s: float) -> Entry:
         """Take an entry out; its id must be there."""
-        leaf = self._leaf_of.pop(item_id)
+        slot = self._slot_of.pop(item_id)
+        leaf = self._num_slots + slot
         entry = self._entries[leaf]
         assert entry is not None
         self._entries[leaf] = None
-        heappush(self._free_leaves, leaf)
+        heappush(self._free_slots, slot)
         self._replay_path(leaf, now_s)
         return entry
 
@@ -97,6 +102,8 @@ class KineticTournament:
         one, other = self._entries[left], self._entries[right]
         if one is None or other is None:
             winner = other if one is None else one
+        elif one.level != other.level:
+            winner = one if one.level < other.level else other  # at any time: such lines need not cross
         else:
             one_value, other_value = one.at_zero + one.slope * now_s, other.at_zero + other.slope * now_s
             if one_value < other_value or one_value == other_value and (
@@ -113,16 +120,15 @@ class KineticTournament:
         self._entries[node] = winner
         self._expires_s[node] = expires_s
 
-    def _double(self, now_s: float) -> None:
-        leaves = self._entries[self._num_slots :]
-        old_num_slots = self._num_slots
+    def _double(self) -> None:
+        """Put the tree under a new root as its left half, level by level; no match has to be played for that."""
+        entries: list[Entry | None] = [None, self._entries[1]]
+        expires_s = [_NEVER_S, self._expires_s[1]]
+        width = 1  # of the old tree's level
+        while width <= self._num_slots:
+            entries += self._entries[width : 2 * width] + [None] * width
+            expires_s += self._expires_s[width : 2 * width] + [_NEVER_S] * width
+            width *= 2
+        self._entries, self._expires_s = entries, expires_s
+        self._free_slots = list(range(self._num_slots, 2 * self._num_slots))  # in order, which makes it a heap
         self._num_slots *= 2
-        self._entries = [None] * self._num_slots + leaves + [None] * old_num_slots
-        self._expires_s = [_NEVER_S] * (2 * self._num_slots)
-        self._leaf_of = {
-            entry.item_id: self._num_slots + slot for slot, entry in enumerate(leaves) if entry is not None
-        }
-        self._free_leaves = list(range(self._num_slots + old_num_slots, 2 * self._num_slots))
-        heapify(self._free_leaves)
-        for node in range(self._num_slots - 1, 0, -1):
-            self._replay(node, now_s)

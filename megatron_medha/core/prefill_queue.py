@@ -7,21 +7,19 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import inf
 
-from megatron_medha.core.kinetic_queue import KineticQueue, Place
+from megatron_medha.core.kinetic_queue import ITEM, ITEM_ID, KineticQueue, Place
 from megatron_medha.core.policies import Policy, Priority
 from megatron_medha.core.request import Sequence
 
-_BEFORE_ALL_CLASSES = -inf
+_BEFORE_ALL_CLASSES = -(2**40)  # below any priority, which are integers of 32 bits
 _MOST_LOSSES_PER_LIVE = 4  # entries of self._losses; of more, those that mean nothing any more are taken out ...
 _LEAST_SWEPT = 256         # ... if there are so many at all
-_MOST_KINDS = 16  # that are kept though nobody is of them at the moment: most come back soon
 
 
 @dataclass(slots=True, eq=False)
 class _Kind:
     """Prefills of one kind, and what they have in common."""
 
-    level: float      # priority class
     is_lost: bool     # large, and cannot meet its deadline any more, however fast it goes
     is_waiting: bool  # owns no KV
     is_large: bool    # cannot end within one step, however empty
@@ -29,10 +27,11 @@ class _Kind:
 
 
 class PrefillQueue:
-    """A queue for each kind of prefill, read as one.
+    """A queue for each of the six kinds of prefill, read as one.
 
     Kinds are kept apart because thousands may wait while no memory is free, or be too large for what is left of a
-    step, and a batch must find the few that can join it behind any number of those.
+    step, and a batch must find the few that can join it behind any number of those. Priority classes are not kept
+    apart: clients choose them, and may choose as many as there are requests.
 
     Triage: by slack alone, those that are late go first. A long prefill whose deadline is lost would then hold up
     others until theirs are lost too, and in the end all are late by about as much. So it lets all of its class go
@@ -44,7 +43,11 @@ class PrefillQueue:
         self.num_step_tokens = num_step_tokens  # that fit into an empty step; of effect on what is added from now on
         self._policy = policy
         self._is_preemptive = is_preemptive
-        self._kinds: list[_Kind] = []         # by class, in each those that are not lost first
+        self._kinds = {
+            (is_lost, is_waiting, is_large): _Kind(is_lost, is_waiting, is_large)
+            for is_lost, is_large in ((False, False), (False, True), (True, True))
+            for is_waiting in (False, True)
+        }
         self._kind_of: dict[str, _Kind] = {}  # by request id
         # Heap of (moment, count, sequence): when a large one is lost unless it runs. What has run or gone since may be
         # in it still, until its moment comes.
@@ -58,24 +61,25 @@ class PrefillQueue:
         """Make `seq` a candidate: its next chunk may start. One that is there is given its new place."""
         request, request_id = seq.request, seq.request_id
         is_waiting = seq.is_waiting
-        level = request.priority if is_waiting or self._is_preemptive else _BEFORE_ALL_CLASSES
         is_large = seq.num_unscheduled_tokens > self.num_step_tokens
         is_lost = is_large and seq.lost_s < now_s
         kind = self._kind_of.get(request_id)
         if (
             kind is None or kind.is_waiting is not is_waiting or kind.is_large is not is_large
-            or kind.is_lost is not is_lost or kind.level != level
+            or kind.is_lost is not is_lost
         ):  # fmt: skip
             if kind is not None:
                 kind.queue.remove(request_id, now_s)
-            self._kind_of[request_id] = kind = self._kind(level, is_lost, is_waiting, is_large)
+            self._kind_of[request_id] = kind = self._kinds[is_lost, is_waiting, is_large]
         if is_large and not is_lost and seq.lost_s < inf:
             self._num_losses += 1
             heappush(self._losses, (seq.lost_s, self._num_losses, seq))
             if len(self._losses) > max(_LEAST_SWEPT, _MOST_LOSSES_PER_LIVE * len(self._kind_of)):
                 self._sweep_losses()
         line = Priority(seq.remaining_work_s) if is_lost else self._policy(seq)
-        kind.queue.add(request_id, line, request.arrival_s, (seq, kind), now_s)
+        # By class, in each class those that are not lost first.
+        level = 2 * (request.priority if is_waiting or self._is_preemptive else _BEFORE_ALL_CLASSES) + is_lost
+        kind.queue.add(request_id, level, line, request.arrival_s, (seq, kind), now_s)
 
     def discard(self, seq: Sequence, now_s: float) -> None:
         """Take `seq` out, if it is there."""
@@ -90,7 +94,7 @@ class PrefillQueue:
             kind = self._kind_of.get(seq.request_id)
             if seq.is_prefill and kind is not None and kind.is_large and not kind.is_lost and seq.lost_s < now_s:
                 self.add(seq, now_s)
-        return Candidates(self._kinds, len(self._kind_of), now_s)
+        return Candidates(list(self._kinds.values()), len(self._kind_of), now_s)
 
     def _sweep_losses(self) -> None:
         """Keep one entry of each that may still be lost: each chunk of a prompt leaves one behind."""
@@ -102,28 +106,9 @@ class PrefillQueue:
         self._losses = list(latest.values())
         heapify(self._losses)
 
-    def _kind(self, level: float, is_lost: bool, is_waiting: bool, is_large: bool) -> _Kind:
-        for kind in self._kinds:
-            if (
-                kind.is_waiting is is_waiting and kind.is_large is is_large and kind.is_lost is is_lost
-                and kind.level == level
-            ):  # fmt: skip
-                return kind
-        if len(self._kinds) >= _MOST_KINDS:
-            self._kinds = [kind for kind in self._kinds if len(kind.queue)]
-        new = _Kind(level, is_lost, is_waiting, is_large)
-        self._kinds.append(new)
-        self._kinds.sort(key=_group)
-        return new
-
 
 def _count(loss: tuple[float, int, Sequence]) -> int:
     return loss[1]
-
-
-def _group(kind: _Kind) -> tuple[float, bool]:
-    """Kinds of a group are one queue to the policy."""
-    return kind.level, kind.is_lost
 
 
 class Candidates:
@@ -147,35 +132,30 @@ class Candidates:
         self._has_large = False
 
     def __iter__(self) -> Iterator[Sequence]:
-        kinds, now_s = self._kinds, self._now_s
-        first = 0
-        while first < len(kinds):
-            group = _group(kinds[first])
-            places: list[Place] = []
-            unfinished: dict[str, KineticQueue] = {}  # queues of which more can be asked for, by the last id known
-            while first < len(kinds) and _group(kinds[first]) == group:
-                kind = kinds[first]
-                first += 1
-                if len(kind.queue) and self._includes(kind):
-                    self._extend(places, kind.queue, kind.queue.first_places(now_s), unfinished)
-            places.sort()
-            for index, place in enumerate(places):  # grows while it is read
-                item: tuple[Sequence, _Kind] = place[3]
-                seq, kind = item
-                if not self._includes(kind):
-                    continue
-                yield seq
-                if unfinished and (request_id := place[2]) in unfinished and self._includes(kind):
-                    queue, following = unfinished[request_id], places[index + 1 :]
-                    self._extend(following, queue, queue.more_places(now_s), unfinished)
-                    places[index + 1 :] = sorted(following)
+        now_s = self._now_s
+        places: list[Place] = []
+        unfinished: dict[str, KineticQueue] = {}  # queues of which more can be asked for, by the last id known
+        for kind in self._kinds:
+            if len(kind.queue) and self._includes(kind):
+                self._extend(places, kind.queue, kind.queue.first_places(now_s), unfinished)
+        places.sort()
+        for index, place in enumerate(places):  # grows while it is read
+            item: tuple[Sequence, _Kind] = place[ITEM]
+            seq, kind = item
+            if not self._includes(kind):
+                continue
+            yield seq
+            if unfinished and (request_id := place[ITEM_ID]) in unfinished and self._includes(kind):
+                queue, following = unfinished[request_id], places[index + 1 :]
+                self._extend(following, queue, queue.more_places(now_s), unfinished)
+                places[index + 1 :] = sorted(following)
 
     def _extend(
         self, places: list[Place], queue: KineticQueue, more: list[Place], unfinished: dict[str, KineticQueue]
     ) -> None:
         places += more
         if queue.has_rest:
-            unfinished[more[-1][2]] = queue
+            unfinished[more[-1][ITEM_ID]] = queue
 
     def _includes(self, kind: _Kind) -> bool:
         return (self._has_waiting or not kind.is_waiting) and (self._has_large or not kind.is_large)

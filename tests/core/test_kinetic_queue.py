@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.core.kinetic_queue import KineticQueue
+from megatron_medha.core.kinetic_queue import ITEM_ID, KineticQueue
 from megatron_medha.core.policies import Priority
 
 # Lines as policies make them: constant, all of one slope, or each of its own; few values, so that ties happen.
@@ -16,9 +16,10 @@ LINES = st.builds(
     st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(-1e3, 1e3)),
     st.one_of(st.just(0.0), st.just(-1.0), st.floats(-50.0, 0.0)),
 )
+LEVELS = st.sampled_from([0, 0, 0, 1, -1, 2**33])
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(0, 40), LINES, st.integers(0, 2)),
+        st.tuples(st.just("add"), st.integers(0, 40), LEVELS, LINES, st.integers(0, 2)),
         st.tuples(st.just("remove"), st.integers(0, 40)),
         st.tuples(st.just("advance"), st.sampled_from([0.0, 1e-6, 0.3, 7.0, 1e4])),
         st.tuples(st.just("look"), st.integers(1, 41)),
@@ -27,20 +28,24 @@ STEPS = st.lists(
 )
 
 
-def sorted_ids(lines: dict[str, tuple[Priority, float]], now_s: float) -> list[tuple[float, float, str]]:
-    return sorted((line.at(now_s), arrival_s, name) for name, (line, arrival_s) in lines.items())
+Lines = dict[str, tuple[int, Priority, float]]  # level, line, arrival by id
 
 
-def assert_in_order(queue: KineticQueue, lines: dict[str, tuple[Priority, float]], now_s: float, count: int) -> None:
+def sorted_ids(lines: Lines, now_s: float) -> list[tuple[int, float, float, str]]:
+    return sorted((level, line.at(now_s), arrival_s, name) for name, (level, line, arrival_s) in lines.items())
+
+
+def assert_in_order(queue: KineticQueue, lines: Lines, now_s: float, count: int) -> None:
     """The first `count` come in order of priority; only lines that cross within rounding may have changed places."""
     expected = sorted_ids(lines, now_s)
-    got = [place[2] for place, _ in zip(queue.in_order(now_s), range(count))]
+    got = [place[ITEM_ID] for place, _ in zip(queue.in_order(now_s), range(count))]
     assert len(set(got)) == len(got) == min(count, len(lines))
-    for name, (value, arrival_s, expected_name) in zip(got, expected):
+    for name, (level, value, arrival_s, expected_name) in zip(got, expected):
         if name != expected_name:
-            line, other_arrival_s = lines[name]
+            other_level, line, other_arrival_s = lines[name]
+            assert other_level == level
             assert abs(line.at(now_s) - value) <= 1e-9 * (1.0 + abs(line.at_zero) + abs(line.slope * now_s))
-            if line.at(now_s) == value and lines[expected_name][0] == line:
+            if line.at(now_s) == value and lines[expected_name][1] == line:
                 assert other_arrival_s <= arrival_s
 
 
@@ -50,9 +55,9 @@ def test_it_gives_the_order_of_a_sort_after_any_additions_removals_and_waits(ste
     queue, lines, now_s = KineticQueue(), {}, 0.0
     for kind, *values in steps:
         if kind == "add":
-            number, line, arrival_s = values
-            lines[f"r{number}"] = (line, float(arrival_s))
-            queue.add(f"r{number}", line, float(arrival_s), None, now_s)
+            number, level, line, arrival_s = values
+            lines[f"r{number}"] = (level, line, float(arrival_s))
+            queue.add(f"r{number}", level, line, float(arrival_s), None, now_s)
         elif kind == "remove":
             if f"r{values[0]}" in lines:
                 del lines[f"r{values[0]}"]
@@ -70,7 +75,8 @@ def test_a_thousand_lines_stay_in_order_while_time_goes_on() -> None:
     queue, lines = KineticQueue(), {}
     for number in range(1000):
         work_s = 10 ** draw.uniform(-3, 2)
-        lines[f"r{number}"] = (Priority(draw.uniform(0, 100) / work_s, -1.0 / work_s), float(number))
+        line = Priority(draw.uniform(0, 100) / work_s, -1.0 / work_s)
+        lines[f"r{number}"] = (draw.choice((0, 0, 3)), line, float(number))
         queue.add(f"r{number}", *lines[f"r{number}"], None, 0.0)
     now_s = 0.0
     for _ in range(200):
@@ -86,21 +92,28 @@ def test_a_thousand_lines_stay_in_order_while_time_goes_on() -> None:
 def test_equal_priorities_go_by_arrival_and_then_by_id() -> None:
     queue = KineticQueue()
     for name, arrival_s in (("b", 1.0), ("c", 0.0), ("a", 1.0)):
-        queue.add(name, Priority(3.0, -1.0), arrival_s, None, 0.0)
-    assert [place[2] for place in queue.in_order(10.0)] == ["c", "a", "b"]
+        queue.add(name, 0, Priority(3.0, -1.0), arrival_s, None, 0.0)
+    assert [place[ITEM_ID] for place in queue.in_order(10.0)] == ["c", "a", "b"]
 
 
 def test_adding_an_id_again_moves_it() -> None:
     queue = KineticQueue()
-    queue.add("a", Priority(1.0), 0.0, None, 0.0)
-    queue.add("b", Priority(2.0), 0.0, None, 0.0)
-    queue.add("a", Priority(3.0), 0.0, None, 0.0)
-    assert [place[2] for place in queue.in_order(0.0)] == ["b", "a"] and len(queue) == 2
+    queue.add("a", 0, Priority(1.0), 0.0, None, 0.0)
+    queue.add("b", 0, Priority(2.0), 0.0, None, 0.0)
+    queue.add("a", 0, Priority(3.0), 0.0, None, 0.0)
+    assert [place[ITEM_ID] for place in queue.in_order(0.0)] == ["b", "a"] and len(queue) == 2
 
 
 def test_an_empty_queue_yields_nothing() -> None:
     queue = KineticQueue()
     assert list(queue.in_order(0.0)) == []
-    queue.add("a", Priority(1.0), 0.0, None, 0.0)
+    queue.add("a", 0, Priority(1.0), 0.0, None, 0.0)
     queue.remove("a", 0.0)
     assert list(queue.in_order(1.0)) == [] and "a" not in queue
+
+
+def test_a_lower_level_goes_first_whatever_the_lines_do() -> None:
+    queue = KineticQueue()
+    queue.add("falls fast", 1, Priority(0.0, -50.0), 0.0, None, 0.0)
+    queue.add("waits", 0, Priority(1e6), 9.0, None, 0.0)
+    assert [place[ITEM_ID] for place in queue.in_order(1e6)] == ["waits", "falls fast"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from math import inf
 from typing import Any
 
@@ -143,3 +146,43 @@ def test_what_is_gone_or_never_lost_leaves_no_trace(lost_s: float) -> None:
     queue = queue_of(seq)
     queue.discard(seq, 1.0)
     assert order(queue, 9.0) == [] and not len(queue)
+
+
+def num_lines_run(work: Callable[[], object]) -> int:
+    """Lines of Python that `work` runs: its cost, the same on every machine."""
+    lines = 0
+
+    def count(frame: object, event: str, argument: object) -> object:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def lines_of_an_arrival_and_a_look(priorities: Sequence_[int]) -> int:
+    queue = queue_of(*(sequence(f"r{index}", index, priority) for index, priority in enumerate(priorities)))
+    next(iter(queue.candidates(0.0)))
+    newcomer = sequence("newcomer", 1e6, priority=len(priorities))
+
+    def arrive_and_look() -> None:
+        queue.add(newcomer, 0.0)
+        next(iter(queue.candidates(0.0)))
+
+    return num_lines_run(arrive_and_look)
+
+
+def test_thousands_of_different_priorities_cost_what_one_does() -> None:
+    assert lines_of_an_arrival_and_a_look(range(4000)) <= 2 * lines_of_an_arrival_and_a_look([0] * 4000)
+
+
+def test_among_thousands_of_priorities_the_order_is_exact() -> None:
+    numbers = [(index * 7919) % 4001 - 2000 for index in range(4001)]
+    queue = queue_of(*(sequence(str(number), 0.0, number) for number in numbers))
+    assert ids(queue) == [str(number) for number in range(-2000, 2001)]
