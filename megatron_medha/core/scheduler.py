@@ -155,7 +155,9 @@ class Scheduler:
         return outputs
 
     def _arrive(self, request: Request, now_s: float, outputs: list[Output]) -> None:
-        num_tokens = request.num_prompt_tokens + request.max_output_tokens
+        num_tokens = request.num_prompt_tokens
+        if request.max_output_tokens > 1:  # a lone output token is never computed: a prompt scored alone may fill all
+            num_tokens += request.max_output_tokens
         if request.request_id in self._sequences:
             why = f"request id {request.request_id} is already in use"
         elif request.num_prompt_tokens < 1 or request.max_output_tokens < 1:

@@ -45,11 +45,12 @@ async def encode_prompts(
     """Encode and check prompts against the context; without max_tokens they get the default, or what fits."""
     limit, most = ready.facts.max_request_tokens, service.config.max_prompt_tokens
     tokenizer = ready.tokenizer
+    least_output = 0 if max_tokens == 0 else 1
     for raw in raw_prompts:
         at_least = tokenizer.min_num_tokens(raw) if isinstance(raw, str) else len(raw)
         if most is not None and at_least > most:
             raise _over_prompt_limit(at_least, most, param)
-        if at_least >= limit:
+        if at_least + least_output > limit:
             raise _too_long(f"at least {at_least}" if isinstance(raw, str) else str(at_least), limit, param)
 
     def encode(raw: RawPrompt) -> array[int]:
@@ -67,7 +68,7 @@ async def encode_prompts(
         if most is not None and len(token_ids) > most:
             raise _over_prompt_limit(len(token_ids), most, param)
         room = limit - len(token_ids)
-        if room < 1:
+        if room < least_output:
             raise _too_long(str(len(token_ids)), limit, param)
         if max_tokens is not None and max_tokens > room:
             raise _over_limit(len(token_ids), max_tokens, limit, max_tokens_param)
@@ -112,7 +113,7 @@ def _short(number: int) -> str:
 def _too_long(num_tokens: str, limit: int, param: str) -> ApiError:
     return bad_request(
         f"the prompt has {num_tokens} tokens, and prompt and output together may have {limit}; "
-        f"at least one output token must fit",
+        f"at least one output token must fit, unless max_tokens is 0",
         param,
         "context_length_exceeded",
     )

@@ -38,6 +38,14 @@ def test_a_request_that_failed_ends_alone() -> None:
     bench.assert_empty()
 
 
+def test_a_prompt_that_fills_the_whole_context_is_computed_for_its_own_scores() -> None:
+    bench = Bench()
+    bench.arrive(request("a", num_tokens=4000, num_out=1))
+    outputs = bench.run()
+    assert [output.finish_reason for output in outputs] == [FinishReason.LENGTH]
+    bench.assert_empty()
+
+
 def test_what_ended_is_released_with_the_next_batch_once() -> None:
     bench = Bench()
     bench.arrive(request("a", num_out=1), request("b", num_out=3))
@@ -52,6 +60,8 @@ def test_what_ended_is_released_with_the_next_batch_once() -> None:
         (request("a", num_tokens=0), "at least one prompt token"),
         (request("a", num_out=0), "at least one prompt token"),
         (request("a", num_tokens=3990, num_out=11), "exceed the 4000 tokens"),
+        (request("a", num_tokens=4000, num_out=2), "exceed the 4000 tokens"),
+        (request("a", num_tokens=4001, num_out=1), "exceed the 4000 tokens"),
     ],
 )
 def test_what_can_never_run_is_rejected_at_once(bad: Request, why: str) -> None:

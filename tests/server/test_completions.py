@@ -245,6 +245,23 @@ def test_max_tokens_zero_gives_the_prompt_alone(server: Running, is_stream: bool
         assert server.post(PATH, body).json()["usage"]["completion_tokens"] == 0
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "max_tokens", "status"),
+    [(1000, 0, 200), (999, 0, 200), (1001, 0, 400), (999, 1, 200), (1000, 1, 400), (1000, None, 400), (990, 10, 200)],
+)
+@pytest.mark.parametrize("is_text", [False, True])
+def test_a_prompt_may_fill_the_whole_context_where_nothing_is_generated(
+    server: Running, num_tokens: int, max_tokens: int | None, status: int, is_text: bool
+) -> None:
+    prompt = "d" * num_tokens if is_text else [100] * num_tokens
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    answer = server.post(PATH, body)
+    assert answer.status_code == status, answer.text
+    if status == 200:
+        scores = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+        assert len(scores) == num_tokens + (max_tokens or 0) and None not in scores[1:]
+
+
 def test_logprobs_come_with_each_event_of_a_stream(server: Running) -> None:
     events = stream_of(server, prompt="dé", max_tokens=3, logprobs=0)
     logprobs = [event["choices"][0]["logprobs"] for event in events]
