@@ -117,13 +117,13 @@ def add_routes(app: Api, service: Service) -> None:
             "num_refused": sum(service.admission.num_refused.values()),
             "stage_busy_s": metrics.stage_busy_s,
             "work_present_s": metrics.work_present_s,
-            "recent": [_summary(story) for story in service.journal.recent(30)],
+            "recent": service.journal.recent(30),
         })  # fmt: skip
 
     @app.get("/debug/requests", openapi_extra=openapi.operation(None, errors=_ERRORS))
     async def requests() -> Response:
         """The newest requests, newest first."""
-        return _json({"requests": [_summary(story) for story in service.journal.recent(MAX_LISTED)]})
+        return _json({"requests": service.journal.recent(MAX_LISTED)})
 
     @app.get("/debug/requests/{answer_id}", openapi_extra=openapi.operation(None, errors=_ERRORS))
     async def request(answer_id: str) -> Response:
@@ -282,22 +282,6 @@ def _step(step: Step) -> dict[str, Any]:
             for part in step.parts
         ],
     }  # fmt: skip
-
-
-def _summary(story: Story) -> dict[str, Any]:
-    begin_s = story.request.arrival_s
-    return {
-        "request_id": story.request.request_id,
-        "slo_class": story.request.slo_class,
-        "num_prompt_tokens": story.request.num_prompt_tokens,
-        "num_scheduled_tokens": story.num_scheduled_tokens,
-        "arrival_s": begin_s,
-        "ttft_s": _since(story.first_token_s, begin_s),
-        "target_s": story.deadline_s - begin_s,
-        "ended_s": _since(story.ended_s, begin_s),
-        "outcome": story.outcome,
-        "num_pauses": story.num_pauses,
-    }
 
 
 def _histogram(histogram: Histogram) -> dict[str, Any]:

@@ -6,12 +6,15 @@ costs per step is proportional to the prefill chunks of that step, never to the 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import islice
+
+import msgspec
 
 from megatron_medha.core.batch import (
     Aborted,
@@ -84,6 +87,38 @@ class Story:
     num_pauses: int = 0              # steps after which others went on while it kept its KV
     runs: list[Run] = field(default_factory=list)
     losses: deque[Lost] = field(default_factory=lambda: deque(maxlen=MAX_LOSSES))
+
+
+class RequestSummary(msgspec.Struct, frozen=True):
+    """A line about one request."""
+
+    request_id: str
+    slo_class: str
+    num_prompt_tokens: int
+    num_scheduled_tokens: int
+    arrival_s: float
+    ttft_s: float | None
+    target_s: float
+    ended_s: float | None    # since its arrival
+    outcome: str
+    num_pauses: int
+
+    @classmethod
+    def of(cls, story: Story) -> RequestSummary:
+        """The summary of a story as it stands."""
+        request, begin_s = story.request, story.request.arrival_s
+        return cls(
+            request_id=request.request_id,
+            slo_class=request.slo_class,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_scheduled_tokens=story.num_scheduled_tokens,
+            arrival_s=begin_s,
+            ttft_s=None if story.first_token_s is None else story.first_token_s - begin_s,
+            target_s=story.deadline_s - begin_s,
+            ended_s=None if story.ended_s is None else story.ended_s - begin_s,
+            outcome=story.outcome,
+            num_pauses=story.num_pauses,
+        )
 
 
 @dataclass(slots=True, frozen=True)
@@ -159,7 +194,8 @@ class Journal:
         """The sub-requests of an answer that are remembered, and the one that has this very id."""
         prefix = f"{answer_id}-"
         with self.lock:
-            return [one for one in self.stories if one == answer_id or one.startswith(prefix)]
+            ids = list(self.stories)
+        return [one for one in ids if one == answer_id or one.startswith(prefix)]
 
     def add(self, story: Story) -> None:
         """Remember a live request; the lock is held."""
@@ -187,10 +223,10 @@ class Journal:
             story = self.stories.get(request_id)
             return min(story.num_ever_computed, story.request.num_prompt_tokens) if story is not None else 0
 
-    def recent(self, limit: int) -> list[Story]:
-        """The newest stories, newest first."""
-        with self.lock:
-            return [_copy(story) for story in islice(reversed(self.stories.values()), limit)]
+    def recent(self, limit: int) -> list[RequestSummary]:
+        """The newest requests, newest first."""
+        with self.lock:  # which the engine's thread waits for: no list of a story is gone through
+            return [RequestSummary.of(story) for story in islice(reversed(self.stories.values()), limit)]
 
     def steps_between(self, from_s: float, until_s: float) -> list[Step]:
         """Remembered steps that were formed then."""
@@ -418,6 +454,7 @@ def _thinned(runs: list[Run]) -> list[Run]:
 
 def _copy(story: Story) -> Story:
     values = {name: getattr(story, name) for name in Story.__slots__}
-    values["runs"] = [Run(*(getattr(run, name) for name in Run.__slots__)) for run in story.runs]
+    # All but the last run stay as they are.
+    values["runs"] = [*story.runs[:-1], *(dataclasses.replace(run) for run in story.runs[-1:])]
     values["losses"] = story.losses.copy()
     return Story(**values)

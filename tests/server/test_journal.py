@@ -174,6 +174,27 @@ def test_a_story_remembers_so_many_runs_and_losses_only() -> None:
     assert [lost.num_tokens for lost in story.losses] == list(range(2 * MAX_LOSSES, 3 * MAX_LOSSES))
 
 
+def test_summaries_read_no_runs_while_the_engine_waits_for_the_lock() -> None:
+    world = World()
+    world.arrive("r", 128)
+    world.step()
+    story = world.journal.stories["r"]
+    story.runs = story.losses = object()  # type: ignore[assignment]  # nothing can be read of it
+    (summary,) = world.journal.recent(10)
+    assert (summary.request_id, summary.num_scheduled_tokens, summary.outcome) == ("r", 64, "")
+
+
+def test_a_copied_story_stays_as_it_was_while_the_request_goes_on() -> None:
+    world = World()
+    world.arrive("r", 256)
+    world.step()
+    copied = world.journal.story("r")
+    assert copied is not None
+    world.step(2)
+    assert [run.num_tokens for run in copied.runs] == [64]
+    assert [run.num_tokens for run in world.journal.stories["r"].runs] == [192]
+
+
 # ---- predictions ----
 
 
