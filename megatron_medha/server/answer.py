@@ -29,6 +29,9 @@ SSE_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # nginx would bundle events, and with them the times clients measure
 }
+# Names the fields of a request that were left out; they are paths, never text of the client's.
+IGNORED_HEADER = "x-medha-ignored"
+MAX_IGNORED = 20  # named there, of a request that may have thousands
 KEEPALIVE_COMMENT = b": waiting for the first token\n\n"
 PROGRESS_S = 1.0  # between progress comments for clients that ask, where the configuration says nothing
 # Steps whose tokens one request may have unread, however small server.max_unread_tokens is: a step brings a token of
@@ -251,6 +254,9 @@ class Answer(Response):
 
     async def _start(self, send: Send, status: int, headers: Mapping[str, str]) -> None:
         self._status = status
+        if ignored := self._spec.ignored:
+            more = f" and {len(ignored) - MAX_IGNORED} more" if len(ignored) > MAX_IGNORED else ""
+            headers = {**headers, IGNORED_HEADER: ", ".join(ignored[:MAX_IGNORED]) + more}
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
 

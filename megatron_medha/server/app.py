@@ -138,15 +138,16 @@ def _add_generation_routes(app: Api, service: Service) -> None:
     @app.post("/v1/responses", openapi_extra=openapi.operation(
         ResponseAnswer, body=ResponsesRequest, errors=BODY_ERRORS, has_events=True))
     async def create_response(request: Request) -> Response:
-        """Answer a chat, as OpenAI's newer clients ask for it. Nothing is stored."""
+        """Answer a chat, as OpenAI's newer clients send it. Answers are not stored."""
         raw = await read_body(request, service)
         arrival_s = service.engine.now_s()
         ready = service.ready()
         wishes = read_wishes(request.headers, service.slo)
         body = decode_body(raw, responses.DECODER)
-        planning = responses.plan_response(service, ready, body, wishes, arrival_s)
-        spec = await unless_gone(request, len(raw), planning)
-        return answer(request, ready, spec, responses.ResponsesFormat(spec, body))
+        client: str = request.state.client_key.name
+        planning = responses.plan_response(service, ready, body, wishes, arrival_s, client)
+        wire = await unless_gone(request, len(raw), planning)
+        return answer(request, ready, wire.spec, wire)
 
 
 def _add_token_routes(app: Api, service: Service) -> None:

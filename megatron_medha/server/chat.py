@@ -20,6 +20,7 @@ from megatron_medha.server.openai_types import (
     ChatChunkChoice,
     ChatLogprobs,
     ChatRequest,
+    ContentPart,
     Delta,
     FunctionDelta,
     Message,
@@ -36,7 +37,7 @@ from megatron_medha.server.request_fields import Wishes, num_choices_of, refuse_
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.tool_calls import CallBegan, CallFinder, CallWent, Found, Said
-from megatron_medha.server.tools import CallSyntax, ToolUse, definitions_of, syntax_of_template, tool_use
+from megatron_medha.server.tools import CallSyntax, ToolUse, definitions_of, syntax_of_template, tool_use, usable_tools
 from megatron_medha.server.wire_format import (
     DONE_EVENT,
     MARK,
@@ -67,13 +68,18 @@ async def plan_chat(
     arrival_s: float,
     *,
     id_prefix: str = "chatcmpl",
+    ignored: Sequence[str] = (),
 ) -> GenerationSpec:
-    """Check a request, render its messages and encode them; ApiError 4xx says what is wrong."""
+    """Check a request, render its messages and encode them; ApiError 4xx says what is wrong.
+
+    ignored: what a route has left out of the request already, by its names.
+    """
     config = service.config
     refuse_all(body, _REFUSED)
-    tools = chat_tools(service, ready, body.tools, body.tool_choice, body.parallel_tool_calls)
+    usable = usable_tools(body.tools, body.tool_choice)
+    tools = chat_tools(service, ready, usable.tools, usable.choice, body.parallel_tool_calls)
     n = num_choices_of(body, config)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs: only together with logprobs=true", "top_logprobs")
     max_tokens, max_tokens_param = body.max_tokens, "max_tokens"
     if body.max_completion_tokens is not None:
@@ -103,6 +109,7 @@ async def plan_chat(
             num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             logprobs_param="top_logprobs",
             tools=tools,
+            ignored=(*ignored, *usable.ignored),
         ),
     )
 
@@ -190,13 +197,10 @@ def _plain_message(place: int, message: Message) -> dict[str, Any]:
         raise bad_request(f"{param}.role: expected one of {', '.join(ROLES)}", f"{param}.role")
     content = message.content
     if isinstance(content, list):
-        for part in content:
-            if part.type != "text" or part.text is None:
-                raise bad_request(
-                    f"{param}.content: only parts of type `text`, each with its text, are supported", f"{param}.content"
-                )
-        content = "\n".join(part.text or "" for part in content)
-    if content is None and not (message.role == "assistant" and message.tool_calls):
+        content = "\n".join(_text_of_part(part, f"{param}.content", index) for index, part in enumerate(content))
+    if content is None and message.role == "assistant" and not message.tool_calls:
+        content = message.refusal or ""
+    if content is None and message.role != "assistant":
         raise bad_request(f"{param}.content: expected text, got none", f"{param}.content")
     plain: dict[str, Any] = msgspec.to_builtins(message)
     plain["content"] = content
@@ -209,6 +213,16 @@ def _plain_message(place: int, message: Message) -> dict[str, Any]:
             raise bad_request(f"{place_of_call}: expected a JSON object as text", place_of_call) from None
         plain["tool_calls"][index]["function"]["arguments"] = arguments
     return plain
+
+
+def _text_of_part(part: ContentPart, param: str, index: int) -> str:
+    text = part.refusal if part.type == "refusal" else part.text
+    if part.type not in ("text", "refusal") or text is None:
+        raise bad_request(
+            f"{param}[{index}]: this server reads text alone; expected a part of type `text` with its text, got "
+            f"`{part.type[:40]}`", param, "unsupported_content",
+        )  # fmt: skip
+    return text
 
 
 class ChatFormat:

@@ -60,6 +60,7 @@ class GenerationSpec:
     names_tokens_by_id: bool = False
     returns_token_ids: bool = False
     tools: ToolUse | None = None   # None: whatever the answer says is text
+    ignored: tuple[str, ...] = ()  # what the request asked for, and was left out: fields by their path
 
     @property
     def num_choices(self) -> int:

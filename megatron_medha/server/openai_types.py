@@ -87,7 +87,6 @@ class SharedFields(Struct, kw_only=True):
     guided_grammar: str | None = None
     # Options of others that change an answer and that there is nothing for here: refused unless they ask for nothing.
     use_beam_search: Any = None
-    length_penalty: Any = None
     bad_words: Any = None
     allowed_token_ids: Any = None
     logits_processors: Any = None
@@ -115,11 +114,11 @@ class FunctionDefinition(Struct, kw_only=True, omit_defaults=True):
     strict: bool | None = None
 
 
-class Tool(Struct, kw_only=True):
-    """A tool that a chat may call."""
+class Tool(Struct, kw_only=True, omit_defaults=True):
+    """A tool that a chat may call; those of other types have no function and are left out."""
 
     type: str
-    function: FunctionDefinition
+    function: FunctionDefinition | None = None
 
 
 class NamedFunction(Struct, kw_only=True):
@@ -128,11 +127,19 @@ class NamedFunction(Struct, kw_only=True):
     name: str
 
 
+class AllowedTools(Struct, kw_only=True):
+    """Those of the tools that may be called, and whether one must be."""
+
+    mode: str
+    tools: list[Tool]
+
+
 class ToolChoice(Struct, kw_only=True):
-    """The tool that must be called."""
+    """The tool that must be called, or the tools that may be."""
 
     type: str
-    function: NamedFunction
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class CalledFunction(Struct, kw_only=True):
@@ -155,6 +162,7 @@ class ContentPart(Struct, kw_only=True):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class Message(Struct, kw_only=True, omit_defaults=True):
@@ -162,6 +170,7 @@ class Message(Struct, kw_only=True, omit_defaults=True):
 
     role: str
     content: str | list[ContentPart] | None = None
+    refusal: str | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None

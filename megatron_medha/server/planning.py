@@ -17,6 +17,7 @@ from megatron_medha.server.request_fields import (
     class_of,
     created_unix_s,
     draw_answer_id,
+    is_tier_known,
     priority_of,
     sampling_of,
     seed_of,
@@ -44,6 +45,7 @@ class Particulars:
     logprobs_param: str = "logprobs"
     is_echo: bool = False
     tools: ToolUse | None = None
+    ignored: Sequence[str] = ()         # fields that are left out, to be named in the answer's header
 
 
 async def plan(
@@ -115,6 +117,7 @@ async def plan(
         names_tokens_by_id=bool(fields.return_tokens_as_token_ids),
         returns_token_ids=bool(fields.return_token_ids),
         tools=details.tools,
+        ignored=(*details.ignored, *(() if is_tier_known(fields, service.slo) else ("service_tier",))),
     )
 
 

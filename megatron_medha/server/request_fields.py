@@ -33,7 +33,6 @@ NO = frozenset({"0", "false", "no", "off"})
 # Options that change an answer elsewhere and do nothing here, what they may be all the same, and the way out.
 _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("use_beam_search", (None, False), "not supported; best_of chooses among samples"),
-    ("length_penalty", (None, 1), "of beam search, which is not supported"),
     ("bad_words", (None, []), "not supported; logit_bias forbids single tokens"),
     ("allowed_token_ids", (None,), "not supported; structured_outputs says what an answer may be"),
     ("logits_processors", (None, []), "not supported"),
@@ -149,11 +148,15 @@ def seed_of(fields: SharedFields) -> int:
 
 def class_of(fields: SharedFields, wishes: Wishes, slo: SloConfig) -> str:
     """The SLO class: of the header, of the service tier (OpenAI's, or a class by its name), or the default."""
+    tier = fields.service_tier or "auto"
+    by_tier = tier if tier in slo.names else CLASS_BY_TIER.get(tier)
+    return wishes.slo_class or by_tier or slo.default_class
+
+
+def is_tier_known(fields: SharedFields, slo: SloConfig) -> bool:
+    """Whether the service tier is OpenAI's or a class of ours; another one is left out, since it changes no answer."""
     tier = fields.service_tier
-    if tier is not None and tier not in CLASS_BY_TIER and tier not in slo.names:
-        known = ", ".join(sorted({*CLASS_BY_TIER, *slo.names}))
-        raise bad_request(f"service_tier: expected one of {known}, got `{tier[:40]}`", "service_tier")
-    return wishes.slo_class or CLASS_BY_TIER.get(tier or "auto", tier) or slo.default_class
+    return tier is None or tier in CLASS_BY_TIER or tier in slo.names
 
 
 def priority_of(fields: SharedFields, class_priority: int) -> int:
@@ -234,9 +237,7 @@ def check_num_logprobs(num_logprobs: int, config: ServerConfig, param: str) -> N
 
 
 def check_common(fields: SharedFields) -> None:
-    """ApiError 400 for what contradicts itself and we would not pass over in silence."""
-    if fields.stream_options is not None and not fields.stream:
-        raise bad_request("stream_options: only together with stream=true", "stream_options")
+    """ApiError 400 for options that would change the answer and that there is nothing for here."""
     refuse_all(fields, _REFUSED)
 
 

@@ -6,26 +6,32 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
-from megatron_medha.server.openai_types import Count, Probability
+from megatron_medha.server.openai_types import Count, SharedFields, TokenLogprob
 
 
 class InputPart(Struct, kw_only=True):
-    """One part of a message or of a function's output."""
+    """One part of a message."""
 
-    type: str
+    type: str = ""
     text: str | None = None
+    refusal: str | None = None
 
 
 class InputItem(Struct, kw_only=True):
-    """A message, a call that the model made, or what a call gave."""
+    """A message, a call that the model made, what a call returned, or another item of an earlier answer."""
 
     type: str = "message"
+    id: str | None = None
     role: str | None = None
     content: str | list[InputPart] | None = None
     call_id: str | None = None
     name: str | None = None
-    arguments: str | None = None
-    output: str | list[InputPart] | None = None
+    namespace: str | None = None
+    arguments: Any = None
+    input: Any = None      # of a custom tool's call
+    action: Any = None     # of a call of a tool that OpenAI defines: of a shell, of a patch
+    operation: Any = None
+    output: Any = None
 
 
 class TextFormat(Struct, kw_only=True, omit_defaults=True):
@@ -45,53 +51,52 @@ class TextOptions(Struct, kw_only=True):
 
 
 class ResponseTool(Struct, kw_only=True, omit_defaults=True):
-    """A function that may be called."""
+    """A function, a tool that takes free text, a namespace of such, or a tool that is left out."""
 
     type: str
     name: str = ""
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    format: Any = None                        # of a custom tool's text
+    tools: list[ResponseTool] | None = None   # of a namespace
 
 
-class ResponseToolChoice(Struct, kw_only=True):
-    """The function that must be called."""
+class ResponseToolChoice(Struct, kw_only=True, omit_defaults=True):
+    """The tool that must be called, or the tools that may be."""
 
     type: str
     name: str = ""
+    namespace: str | None = None
+    mode: str | None = None
+    tools: list[ResponseTool] | None = None
 
 
-class ResponsesRequest(Struct, kw_only=True):
+class Reasoning(Struct, kw_only=True):
+    """How long a model reasons; what of it is shown is left to the model."""
+
+    effort: str | None = None
+
+
+class ResponsesRequest(SharedFields, kw_only=True):
     """Body of POST /v1/responses. Any: refused unless it asks for nothing."""
 
     input: str | list[InputItem]
-    model: str | None = None
     instructions: str | None = None
     max_output_tokens: Count | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stream: bool | None = None
     text: TextOptions | None = None
     tools: list[ResponseTool] | None = None
     tool_choice: str | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, str] | None = None
-    user: str | None = None
-    service_tier: str | None = None
-    seed: int | None = None      # ours from here on, as in chats
-    priority: int | None = None
-    top_k: int | None = None
-    min_p: Probability | None = None
-    store: Any = None
+    metadata: dict[str, Any] | None = None
+    reasoning: Reasoning | None = None
+    include: list[str] | None = None
+    top_logprobs: Count | None = None
+    store: bool | None = None
     previous_response_id: Any = None
     conversation: Any = None
     background: Any = None
     prompt: Any = None
-    include: Any = None
-    reasoning: Any = None
-    truncation: Any = None
-    top_logprobs: Any = None
-    max_tool_calls: Any = None
 
 
 class OutputText(Struct, kw_only=True):
@@ -100,7 +105,7 @@ class OutputText(Struct, kw_only=True):
     type: str = "output_text"
     text: str = ""
     annotations: list[str] = []
-    logprobs: list[str] = []
+    logprobs: list[TokenLogprob] = []
 
 
 class OutputMessage(Struct, kw_only=True):
@@ -122,9 +127,22 @@ class OutputCall(Struct, kw_only=True):
     call_id: str
     name: str
     arguments: str = ""
+    namespace: str | UnsetType = UNSET
 
 
-OutputItem = OutputMessage | OutputCall
+class OutputCustomCall(Struct, kw_only=True):
+    """A call of a tool that takes free text."""
+
+    type: str = "custom_tool_call"
+    id: str
+    status: str = "in_progress"
+    call_id: str
+    name: str
+    input: str = ""
+    namespace: str | UnsetType = UNSET
+
+
+OutputItem = OutputMessage | OutputCall | OutputCustomCall
 
 
 class CachedTokens(Struct, frozen=True):
@@ -168,7 +186,7 @@ class ResponseAnswer(Struct, kw_only=True):
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
     parallel_tool_calls: bool
     previous_response_id: None = None
     store: bool = False
@@ -197,7 +215,8 @@ class ResponseEvent(Struct, kw_only=True):
     text: str | UnsetType = UNSET
     name: str | UnsetType = UNSET
     arguments: str | UnsetType = UNSET
-    logprobs: list[str] | UnsetType = UNSET
+    input: str | UnsetType = UNSET
+    logprobs: list[TokenLogprob] | UnsetType = UNSET
     code: str | None | UnsetType = UNSET
     message: str | UnsetType = UNSET
     param: str | None | UnsetType = UNSET

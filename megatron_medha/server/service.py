@@ -20,6 +20,7 @@ from megatron_medha.server.guided import Grammars
 from megatron_medha.server.journal import Journal
 from megatron_medha.server.keys import KeyRing
 from megatron_medha.server.metrics import Metrics
+from megatron_medha.server.recent_items import RecentItems
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.streams import EngineLost, Streams
 from megatron_medha.server.tokens import Tokenizer
@@ -74,6 +75,7 @@ class Service:
         self.metrics = metrics
         self.journal = journal
         self.streams = Streams(engine.now_s)
+        self.recent_items = RecentItems()
         self.admission = Admission(engine.now_s, journal.forecast)
         self.num_held_bytes = 0  # of large bodies on their way in, and of text that waits for a thread
         self.is_draining = False

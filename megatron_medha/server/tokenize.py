@@ -11,7 +11,7 @@ from megatron_medha.server.errors import bad_request
 from megatron_medha.server.openai_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from megatron_medha.server.prompts import check_ids
 from megatron_medha.server.service import Ready, Service
-from megatron_medha.server.tools import definitions_of
+from megatron_medha.server.tools import definitions_of, usable_tools
 
 TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
 DETOKENIZE_DECODER = msgspec.json.Decoder(DetokenizeRequest)
@@ -23,7 +23,8 @@ async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> Tok
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("prompt: expected either prompt or messages", "prompt")
     if body.messages is not None:
-        tools = chat_tools(service, ready, body.tools, "required" if body.tools else None, None)
+        usable = usable_tools(body.tools, None)
+        tools = chat_tools(service, ready, usable.tools, "required" if usable.tools else None, None)
         text = await render_messages(service, ready, body.messages, body, definitions_of(tools))
         adds_special = adds_special_tokens(ready, body.add_special_tokens)
     else:

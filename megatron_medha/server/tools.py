@@ -12,11 +12,12 @@ import msgspec
 
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.guided import Guide, json_guide
-from megatron_medha.server.openai_types import NamedFunction, Tool, ToolChoice
+from megatron_medha.server.openai_types import AllowedTools, NamedFunction, Tool, ToolChoice
 
 MAX_TOOLS = 128           # OpenAI's limit
 MAX_REQUIRED_CALLS = 16   # of one answer that must call; a model that does not end by itself has to be ended
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")  # OpenAI's rule, and dots, which servers of tools use
+# OpenAI's characters, and dots, which servers of tools use; Anthropic's length, which is twice OpenAI's.
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 
 
 class CallSyntax(Enum):
@@ -90,6 +91,31 @@ def tool_use(
             raise _no_such_choice()
 
 
+@dataclass(frozen=True, slots=True)
+class UsableTools:
+    """Of a request's tools those that can be called here, and the choice among them."""
+
+    tools: list[Tool] | None
+    choice: ToolChoice | str | None
+    ignored: tuple[str, ...] = ()  # paths of the others
+
+
+def usable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | str | None) -> UsableTools:
+    """Leave out tools that a server of the client's provider would run, and those that a choice does not allow."""
+    ignored = tuple(f"tools[{place}]" for place, tool in enumerate(tools or ()) if tool.type != "function")
+    kept = [tool for tool in tools or () if tool.type == "function"]
+    match choice:
+        case ToolChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=mode, tools=allowed)):
+            names = {tool.function.name for tool in allowed if tool.function is not None}
+            kept = [tool for tool in kept if tool.function is None or tool.function.name in names]
+            choice = mode
+        case ToolChoice(type="allowed_tools"):
+            raise bad_request("tool_choice.allowed_tools: expected an object with mode and tools", "tool_choice")
+        case _:
+            pass
+    return UsableTools(kept or None, choice, ignored)
+
+
 def definitions_of(tools: ToolUse | None) -> tuple[dict[str, Any], ...]:
     """What a chat template is told."""
     return () if tools is None else tools.definitions
@@ -102,11 +128,11 @@ def check_tools(tools: Sequence[Tool]) -> None:
     names = set()
     for place, tool in enumerate(tools):
         param = f"tools[{place}]"
-        if tool.type != "function":
-            raise bad_request(f"{param}.type: only `function` is supported", f"{param}.type", "unsupported_parameter")
+        if tool.function is None:
+            raise bad_request(f"{param}.function: expected the function's name and parameters", f"{param}.function")
         if not _NAME.match(tool.function.name):
             raise bad_request(
-                f"{param}.function.name: expected 1 to 64 letters, digits, `_`, `-` or `.`", f"{param}.function.name"
+                f"{param}.function.name: expected 1 to 128 letters, digits, `_`, `-` or `.`", f"{param}.function.name"
             )
         if tool.function.name in names:
             raise bad_request(f"{param}.function.name: `{tool.function.name}` is there twice", f"{param}.function.name")

@@ -287,13 +287,13 @@ def test_responses_call_tools_and_are_guided(obedient: Running) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"),
-        ({"background": True}, "background"), ({"conversation": "c"}, "conversation"), ({"input": []}, "input"),
-        ({"input": 5}, "input"), ({"input": [{"type": "item_reference"}]}, "input[0].type"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"background": True}, "background"),
+        ({"conversation": "c"}, "conversation"), ({"input": []}, "input"),
+        ({"input": 5}, "input"), ({"input": [{"type": "function_call"}]}, "input[0]"),
         ({"input": [{"type": "function_call_output"}]}, "input[0]"), ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"), ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
-        ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"truncation": "auto"}, "truncation"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"), ({"tool_choice": "required"}, "tool_choice"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"n": 2}, "n"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice"), ({"tool_choice": "required"}, "tool_choice"),
     ],
 )  # fmt: skip
 def test_a_response_that_cannot_be_is_refused(says: Callable[[str], Running], fields: dict, param: str) -> None:
