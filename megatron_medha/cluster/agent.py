@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import socket as sockets
 import struct
 import sys
@@ -25,6 +26,7 @@ from megatron_medha.cluster.keys import Keys
 from megatron_medha.cluster.launch import WORKER_COMMAND, RankProcess
 from megatron_medha.cluster.launch_config import split_address
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.wire import UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import ConfigError, RankError
 
 _SAY_INTERVAL_S = 1.0
@@ -32,6 +34,7 @@ _CHECK_MS = 100           # how soon the end of the rank's process is noticed
 _FRONT_TIMEOUT_S = 30.0   # silence of the front after which it counts as gone
 _MAX_FAILED_HANDSHAKES = 3  # one may be the front's end in the middle of it
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_MAX_MESSAGE_BYTES = 2**20  # of the front; a rank's configuration is a few kilobytes
 _SIOCGIFADDR = 0x8915     # from linux/sockios.h
 _HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -92,6 +95,10 @@ class Agent:
         self._start: int | None = None            # that the process belongs to
         self._ended: tuple[int, int] | None = None
         self._free_port = _free_port(self._local_address)
+        # The name of one agent's connections: a second agent of this rank has another, so that neither takes the
+        # other's messages.
+        self._identity = f"agent-{rank}-{secrets.token_hex(8)}".encode()
+        self._unreadable: str | None = None  # why the front's last message could not be read
         self._context = zmq.Context()
         self._connect(self._port)
         self._decoder: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
@@ -109,17 +116,27 @@ class Agent:
             looked_s = now_s
             limit_s = _FRONT_TIMEOUT_S if self._is_attached else self._timeout_s
             if silent_s > limit_s:
-                raise RankError(f"nothing heard from the front at {self._endpoint} for {limit_s:g} s")
+                why = f"; its last message could not be read: {self._unreadable}" if self._unreadable else ""
+                raise RankError(f"nothing heard from the front at {self._endpoint} for {limit_s:g} s{why}")
             if self._look_after_process() or now_s - said_s >= _SAY_INTERVAL_S:
                 said_s = now_s
                 self._say_state()
             self._check_handshakes()
             if not self._socket.poll(_CHECK_MS):
                 continue
-            message = self._decoder.decode(self._socket.recv())
+            try:
+                message = read_message(self._decoder, self._socket.recv_multipart())
+            except UnreadableMessage as error:
+                self._note_unreadable(str(error))
+                continue
             silent_s = 0.0
             match message:
                 case Want():
+                    if message.version != protocol_version():
+                        raise ConfigError(
+                            f"the front at {self._endpoint} is of version {message.version or 'unknown'}, this agent "
+                            f"of {protocol_version()}; install the same on both machines"
+                        )
                     self._note_attached()
                     if self._follow(message):
                         said_s = 0.0
@@ -193,7 +210,8 @@ class Agent:
     def _connect(self, port: int) -> None:
         self._endpoint = f"tcp://{self._host}:{port}"
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, b"agent-%d" % self._rank)
+        self._socket.setsockopt(zmq.IDENTITY, self._identity)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._keys.secure_rank(self._socket)
         self._monitor = self._socket.get_monitor_socket(_HANDSHAKE_FAILED)
@@ -226,9 +244,19 @@ class Agent:
             self._is_attached = True
             print(f"rank {self._rank}: attached to {self._endpoint}", file=sys.stderr)
 
+    def _note_unreadable(self, why: str) -> None:
+        if self._unreadable is None:
+            print(f"rank {self._rank}: a message of {self._endpoint} cannot be read: {why}", file=sys.stderr)
+        self._unreadable = why
+
     def _say_state(self) -> None:
-        state = AgentState(self._rank, self._local_address, self._free_port, self._start, self._ended)
-        self._socket.send(msgspec.msgpack.encode(state))
+        state = AgentState(
+            self._rank, self._local_address, self._free_port, self._start, self._ended, protocol_version()
+        )
+        try:
+            self._socket.send(msgspec.msgpack.encode(state), zmq.NOBLOCK)
+        except zmq.Again:
+            pass  # the front has not read the last thousand; it gets the state of another second
 
 
 def _rank_of_launcher() -> int:

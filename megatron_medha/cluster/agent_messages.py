@@ -18,6 +18,7 @@ class AgentState(msgspec.Struct, frozen=True, array_like=True, tag="agent_state"
     free_port: int                 # there; for ranks to meet at
     running: int | None            # which start its rank's process belongs to
     ended: tuple[int, int] | None  # start and exit code of a process that ended by itself
+    version: str = ""              # protocol_version() of its machine; agents of 0.1.0 at first had none
 
 
 class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
@@ -25,6 +26,7 @@ class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
 
     start: int
     config: RankConfig | None  # None: no process
+    version: str = ""          # protocol_version() of the front's machine
 
 
 class Redirect(msgspec.Struct, frozen=True, array_like=True, tag="redirect"):

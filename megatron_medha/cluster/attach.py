@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import msgspec
 import zmq
@@ -17,6 +19,7 @@ from megatron_medha.cluster.launch import Exit, Ranks
 from megatron_medha.cluster.launch_config import LaunchConfig, split_address
 from megatron_medha.cluster.link import Context, RankLink, router_socket
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.wire import RefusedPeers, UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import RankError
 
 _log = logging.getLogger(__name__)
@@ -25,6 +28,23 @@ _SAY_INTERVAL_S = 1.0
 _AGENT_TIMEOUT_S = 5.0  # an agent that has been silent that long is not there
 _END_TIMEOUT_S = 5.0    # an agent that has not ended its process by then has lost its machine, or us
 _LEAVE_LINGER_MS = 1000
+_MAX_MESSAGE_BYTES = 2**16   # of an agent, which says a few numbers
+_MAX_MESSAGES_WAITING = 64   # of one agent
+_MAX_MESSAGES_AT_ONCE = 1000  # read before anything else has its turn
+
+
+@dataclass(slots=True)
+class _AttachedAgent:
+    """An agent that looks after a rank of ours, by the name of its connection."""
+
+    peer: bytes
+    state: AgentState
+    heard_s: float
+    rival: bytes | None = None  # another that says it is this rank ...
+    rival_since_s: float = 0.0  # ... since then
+
+    def is_alive(self) -> bool:
+        return time.monotonic() - self.heard_s < _AGENT_TIMEOUT_S
 
 
 def attached_ranks(launch: LaunchConfig, replica: int = 0, num_replicas: int = 1) -> OpenRanks:
@@ -78,9 +98,11 @@ class AttachedRanks:
         self._num_replicas = num_replicas
         self._timeout_s = timeout_s
         self._address = f"tcp://{host}:{port}"
-        self._agents = router_socket(context, self._address, keys, takes_over=True)
-        self._states: dict[int, AgentState] = {}  # by rank within the replica
-        self._heard_s: dict[int, float] = {}
+        self._agents = router_socket(
+            context, self._address, keys, max_message_bytes=_MAX_MESSAGE_BYTES, queue_length=_MAX_MESSAGES_WAITING
+        )
+        self._attached: dict[int, _AttachedAgent] = {}  # by rank within the replica
+        self._refused = RefusedPeers("agents")
         self._decoder = msgspec.msgpack.Decoder(AgentState)
         self._encoder = msgspec.msgpack.Encoder()
         self._link: RankLink | None = None
@@ -106,7 +128,7 @@ class AttachedRanks:
         if self._link is not None:
             self._link.close()
         # Any port: agents are told which.
-        self._link = RankLink(self._context, f"tcp://{self._host}:*", self._keys)
+        self._link = RankLink(self._context, f"tcp://{self._host}:*", len(self._configs), self._keys)
         self._start += 1
         self._start_s = time.monotonic()
 
@@ -123,19 +145,20 @@ class AttachedRanks:
         if self._wanted is None:
             self._wanted = self._described()
             self._say(is_due=True)
-        if all(self._states[rank].running == self._start or self._ended(rank) for rank in self._states):
+        if all(agent.state.running == self._start or self._ended(rank) for rank, agent in self._attached.items()):
             return None
         return "starting processes"
 
     def poll(self) -> None:
         """See Ranks: hear the agents, and tell them what should be."""
-        while self._receive():
-            pass
+        for _ in range(_MAX_MESSAGES_AT_ONCE):
+            if not self._receive():
+                break
         self._say(is_due=time.monotonic() - self._said_s >= _SAY_INTERVAL_S)
 
     def exits(self) -> list[Exit]:
         """See Ranks."""
-        return [Exit(rank, code) for rank in sorted(self._states) if (code := self._ended(rank)) is not None]
+        return [Exit(rank, code) for rank in sorted(self._attached) if (code := self._ended(rank)) is not None]
 
     def end(self, patience_s: float) -> None:
         """See Ranks. An agent that does not answer has to attach anew; it ends its process when it hears nothing."""
@@ -152,15 +175,15 @@ class AttachedRanks:
 
     def close(self) -> None:
         """See Ranks; the agents end too."""
-        for rank in self._states:
-            self._answer(self._replica * len(self._configs) + rank, Leave("the server has ended", is_error=False))
+        for agent in self._attached.values():
+            self._answer(agent.peer, Leave("the server has ended", is_error=False))
         if self._link is not None:
             self._link.close()
         self._agents.close(linger=_LEAVE_LINGER_MS)
 
     def _described(self) -> list[RankConfig]:
         """What each rank is to be, and where they meet: on the machine of the first."""
-        first = self._states[0]
+        first = self._attached[0].state
         meeting = f"tcp://{first.address}:{first.free_port}" if len(self._configs) > 1 else None
         # The agents know the way to us better than we do.
         port = self.link.endpoint.rpartition(":")[2]
@@ -170,33 +193,33 @@ class AttachedRanks:
         ]
 
     def _is_there(self, rank: int) -> bool:
-        return rank in self._states and time.monotonic() - self._heard_s[rank] < _AGENT_TIMEOUT_S
+        return rank in self._attached and self._attached[rank].is_alive()
 
     def _running(self) -> list[int]:
-        return [rank for rank, state in self._states.items() if state.running is not None]
+        return [rank for rank, agent in self._attached.items() if agent.state.running is not None]
 
     def _ended(self, rank: int) -> int | None:
-        ended = self._states[rank].ended
+        ended = self._attached[rank].state.ended
         return ended[1] if ended is not None and ended[0] == self._start else None
 
     def _say(self, *, is_due: bool) -> None:
         if not is_due:
             return
         self._said_s = time.monotonic()
-        for rank in list(self._states):
-            want = Want(self._start, None if self._wanted is None else self._wanted[rank])
-            if not self._answer(self._replica * len(self._configs) + rank, want):
+        for rank, agent in list(self._attached.items()):
+            want = Want(self._start, None if self._wanted is None else self._wanted[rank], protocol_version())
+            if not self._answer(agent.peer, want):
                 self._drop(rank)
 
     def _drop(self, rank: int) -> None:
         """Its rank ends with the agent, or when the agent hears nothing from us; to take part it attaches anew."""
         _log.warning("agent_lost rank=%d", self._replica * len(self._configs) + rank)
-        del self._states[rank]
+        del self._attached[rank]
 
-    def _answer(self, global_rank: int, message: ToAgent) -> bool:
+    def _answer(self, peer: bytes, message: ToAgent) -> bool:
         """Whether the agent's connection is still there."""
         try:
-            self._agents.send_multipart((b"agent-%d" % global_rank, self._encoder.encode(message)))
+            self._agents.send_multipart((peer, self._encoder.encode(message)), zmq.NOBLOCK)
         except zmq.ZMQError:
             return False
         return True
@@ -206,21 +229,54 @@ class AttachedRanks:
         self.poll()
 
     def _receive(self) -> bool:
+        """Take one message up; False when there is none. A peer whose message cannot be is told so, and forgotten."""
         try:
-            _, payload = self._agents.recv_multipart(zmq.NOBLOCK)
+            peer, *frames = self._agents.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return False
-        state = self._decoder.decode(payload)
+        try:
+            state = self._checked(read_message(self._decoder, frames))
+        except UnreadableMessage as error:
+            self._refuse(peer, f"this server, version {protocol_version()}, refuses this agent: {error}")
+            return True
         replica, rank = divmod(state.rank, len(self._configs))
-        num_ranks = self._num_replicas * len(self._configs)
-        if state.rank >= num_ranks:
-            why = f"rank {state.rank} is one too many: the server has {num_ranks}"
-            self._answer(state.rank, Leave(why, is_error=True))
-        elif replica != self._replica:
-            self._answer(state.rank, Redirect(replica - self._replica))
+        if replica != self._replica:
+            self._answer(peer, Redirect(replica - self._replica))
         else:
-            if rank not in self._states:
-                _log.info("rank_attached rank=%d address=%s", state.rank, state.address)
-            self._states[rank] = state
-            self._heard_s[rank] = time.monotonic()
+            self._note_agent(rank, peer, state)
         return True
+
+    def _checked(self, state: AgentState) -> AgentState:
+        num_ranks = self._num_replicas * len(self._configs)
+        if state.version != protocol_version():
+            raise UnreadableMessage(f"it is of version {state.version or 'unknown'}; install the same on both machines")
+        if state.rank >= num_ranks:
+            raise UnreadableMessage(f"rank {state.rank} is one too many: the server has {num_ranks}")
+        if state.rank < 0:
+            raise UnreadableMessage(f"there is no rank {state.rank}")
+        try:
+            ipaddress.ip_address(state.address)
+        except ValueError as error:
+            raise UnreadableMessage(f"its own address: {error}") from None
+        if not 0 < state.free_port < 65536:
+            raise UnreadableMessage(f"there is no port {state.free_port}")
+        return state
+
+    def _note_agent(self, rank: int, peer: bytes, state: AgentState) -> None:
+        now_s = time.monotonic()
+        agent = self._attached.get(rank)
+        if agent is None or (agent.peer != peer and not agent.is_alive()):
+            _log.info("rank_attached rank=%d address=%s", state.rank, state.address)
+            self._attached[rank] = _AttachedAgent(peer, state, now_s)
+        elif agent.peer == peer:
+            agent.state, agent.heard_s = state, now_s
+        elif agent.rival != peer:
+            # After a fault of its machine the old agent may seem to be there for a while; so the new one waits.
+            agent.rival, agent.rival_since_s = peer, now_s
+        elif now_s - agent.rival_since_s > _AGENT_TIMEOUT_S:
+            agent.rival = None
+            self._refuse(peer, f"rank {state.rank} is attached already, from {agent.state.address}")
+
+    def _refuse(self, peer: bytes, why: str) -> None:
+        self._refused.refuse(peer, why)
+        self._answer(peer, Leave(why, is_error=True))

@@ -44,6 +44,11 @@ class StepCollector:
         layout = self._layout
         self._in_flight[batch_id] = _InFlight(batch_id, [layout.kvp] * layout.spp, [0.0] * layout.spp)
 
+    def expects(self, done: StepDone) -> bool:
+        """Whether this answer can be: of a batch in flight, to which that stage has not answered in full."""
+        flight = self._in_flight.get(done.batch_id)
+        return flight is not None and flight.num_left[self._layout.coord_of(done.rank).pp] > 0
+
     def take(self, done: StepDone) -> Iterable[FirstStageDone | BatchResult]:
         """Note one rank's answer; what it completes comes back, FirstStageDone before the batch's result.
 

@@ -154,7 +154,7 @@ class LocalRanks:
         assert not self._processes, "ranks are still there"
         self.close()
         self._num_starts += 1
-        self._link = RankLink(self._context, f"ipc://{self._directory}/front-{self._num_starts}")
+        self._link = RankLink(self._context, f"ipc://{self._directory}/front-{self._num_starts}", len(self._configs))
         meeting = f"file://{self._directory}/meeting-{self._num_starts}" if len(self._configs) > 1 else None
         for config in self._configs:
             environment = {

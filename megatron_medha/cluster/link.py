@@ -6,10 +6,14 @@ import msgspec
 import zmq
 
 from megatron_medha.cluster.keys import Keys
-from megatron_medha.cluster.messages import FromRank, ToRank
+from megatron_medha.cluster.messages import FromRank, Heartbeat, Prepared, RankFailed, ToRank
+from megatron_medha.cluster.wire import RefusedPeers, UnreadableMessage, read_message
 from megatron_medha.core.errors import RankError
 
 Context = zmq.Context[zmq.Socket[bytes]]
+
+_MAX_MESSAGE_BYTES = 2**28  # of a rank: log-probabilities of a long chunk are megabytes
+_MAX_REFUSED_AT_ONCE = 1000  # then others have their turn
 
 
 class RankLink:
@@ -18,8 +22,10 @@ class RankLink:
     Ranks that are started again find another address: nothing said by their predecessors can be taken for theirs.
     """
 
-    def __init__(self, context: Context, endpoint: str, keys: Keys | None = None) -> None:
-        self.socket = router_socket(context, endpoint, keys)
+    def __init__(self, context: Context, endpoint: str, num_ranks: int, keys: Keys | None = None) -> None:
+        self.socket = router_socket(context, endpoint, keys, max_message_bytes=_MAX_MESSAGE_BYTES)
+        self._num_ranks = num_ranks
+        self._refused = RefusedPeers("ranks")
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
@@ -40,12 +46,37 @@ class RankLink:
             raise RankError(f"rank {rank} cannot be reached: {error}") from None
 
     def receive(self) -> FromRank | None:
-        """The next message, None if there is none."""
-        try:
-            _, payload = self.socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-        return self._decoder.decode(payload)
+        """The next message, None if there is none. What no rank of ours would send is logged and dropped."""
+        for _ in range(_MAX_REFUSED_AT_ONCE):
+            try:
+                peer, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            try:
+                message = read_message(self._decoder, frames)
+                self._check_sender(peer, message)
+            except UnreadableMessage as error:
+                self._refused.refuse(peer, str(error))
+            else:
+                return message
+        return None
+
+    def _check_sender(self, peer: bytes, message: FromRank) -> None:
+        # A name is taken once per socket, so what the names of a rank's own connections say is said by that rank.
+        rank = message.rank
+        if not 0 <= rank < self._num_ranks:
+            raise UnreadableMessage(f"rank {rank} of {self._num_ranks}")
+        match message:
+            case Heartbeat():
+                names: tuple[bytes, ...] = (b"rank-%d-heartbeat" % rank,)
+            case Prepared():
+                names = (b"rank-%d-grammars" % rank,)
+            case RankFailed():
+                names = (b"rank-%d" % rank, b"rank-%d-grammars" % rank)
+            case _:
+                names = (b"rank-%d" % rank,)
+        if peer not in names:
+            raise UnreadableMessage(f"{type(message).__name__} of rank {rank} from a connection of another name")
 
     def close(self) -> None:
         """Close at once; unsent messages are dropped."""
@@ -53,19 +84,19 @@ class RankLink:
 
 
 def router_socket(
-    context: Context, endpoint: str, keys: Keys | None, *, takes_over: bool = False
+    context: Context, endpoint: str, keys: Keys | None, *, max_message_bytes: int, queue_length: int = 0
 ) -> zmq.Socket[bytes]:
     """A bound ROUTER; it takes encrypted connections alone where there are keys. Raises RankError.
 
-    takes_over: a peer that comes again under its name replaces the old connection, which may hang since its machine
-    went down.
+    max_message_bytes: who sends a longer one loses the connection. queue_length: messages from one peer that wait to be
+    read, and to it that wait to be sent. 0: no limit.
     """
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.SNDHWM, queue_length)
+    socket.setsockopt(zmq.RCVHWM, queue_length)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a message to a rank that is gone is an error, not a loss
-    socket.setsockopt(zmq.ROUTER_HANDOVER, int(takes_over))
     if keys is not None:
         keys.secure_front(socket)
     try:

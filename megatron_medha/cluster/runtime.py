@@ -292,7 +292,7 @@ class ClusterRuntime:
     def _take(self, message: FromRank) -> None:
         self._heartbeats.heard(message.rank, self.now_s())
         match message:
-            case StepDone() if self._phase is not _Phase.STARTING:
+            case StepDone() if self._phase is not _Phase.STARTING and self._collector.expects(message):
                 if self._audit is not None:
                     self._audit.answered(message)
                 if self.on_step is not None:

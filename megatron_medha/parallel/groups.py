@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, RankError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.parallel.cpu_shim import allow_megatron_without_cuda
 
@@ -32,7 +34,7 @@ def init_distributed(
     """Join the ranks of `layout`; does nothing when this process has joined already.
 
     init_method: torch.distributed's address (tcp://host:port, file:///path, env://); not needed for one rank.
-    Raises ConfigError if several ranks are asked for without an address.
+    Raises ConfigError if several ranks are asked for without an address, RankError if it cannot be listened on.
     """
     if dist.is_initialized():
         return
@@ -43,7 +45,31 @@ def init_distributed(
         return
     if init_method is None:
         raise ConfigError(f"{layout.world_size} ranks need an address to meet at (init_method)")
-    dist.init_process_group(backend, init_method, rank=rank, world_size=layout.world_size, timeout=_TIMEOUT)
+    if init_method.startswith("tcp://"):
+        store = _store_at(init_method, rank, layout.world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=layout.world_size, timeout=_TIMEOUT)
+    else:
+        dist.init_process_group(backend, init_method, rank=rank, world_size=layout.world_size, timeout=_TIMEOUT)
+
+
+def _store_at(address: str, rank: int, world_size: int) -> dist.TCPStore:
+    """The store at tcp://HOST:PORT. Rank 0 serves it, on that address alone: by itself it listens on all of them."""
+    parts = urlsplit(address)
+    host, port = parts.hostname, parts.port
+    if host is None or port is None:
+        raise ConfigError(f"init_method={address}: must be tcp://HOST:PORT")
+    listener = None
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listening.bind((host, port))
+                listening.listen(max(world_size, 128))
+            except OSError as error:
+                raise RankError(f"init_method={address}: cannot be listened on ({error.strerror})") from None
+            listener = listening.detach()  # the store closes it
+    return dist.TCPStore(host, port, world_size, rank == 0, _TIMEOUT, master_listen_fd=listener)
 
 
 def least_of_all_ranks(value: int) -> int:

@@ -11,6 +11,7 @@ import msgspec
 import zmq
 
 from megatron_medha.cluster.messages import Ping, Prepare, Shutdown, Step, ToRank
+from megatron_medha.cluster.wire import read_message
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class FrontInbox(Protocol):
     """Where messages of the front come in."""
 
     def wait(self) -> Step | Shutdown | None:
-        """The next message; None when none will come any more."""
+        """The next message; None when none will come any more. Raises RankError for one that cannot be read."""
 
     def poll(self) -> Step | Shutdown | None:
         """The next message if it is there already."""
@@ -50,7 +51,7 @@ class SocketInbox:
         """See FrontInbox."""
         while True:
             try:
-                message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+                message = read_message(self._decoder, self._socket.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return None
             match message:

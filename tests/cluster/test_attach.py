@@ -16,18 +16,24 @@ from typing import Any
 
 import msgspec
 import pytest
+import zmq
 from clients import TIMEOUT_S, wait_until, wait_until_ready
 from fake_cluster import FakeCluster, assert_all_are_answered, mixed_load
 from fake_rank import continuation
 
+from megatron_medha.cluster.agent_messages import AgentState, Leave, ToAgent
 from megatron_medha.cluster.attach import attached_ranks
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.keys import Keys
 from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.cluster.link import RankLink, router_socket
+from megatron_medha.cluster.messages import Heartbeat, RankFailed, StepDone
+from megatron_medha.cluster.wire import protocol_version
+from megatron_medha.core.errors import ConfigError, RankError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.ports import EnginePhase
 from megatron_medha.engine.replicas import Replicas
+from megatron_medha.worker.front_inbox import SocketInbox
 
 FAKE_AGENT = (sys.executable, str(Path(__file__).with_name("fake_agent.py")))
 AGENT = (sys.executable, "-m", "megatron_medha.worker.main")
@@ -163,6 +169,197 @@ def test_a_rank_with_other_keys_is_refused_and_told_so(make_site: Callable[..., 
     wait_until_ready(cluster.engine)
     cluster.client.send("after", [4], 5)
     assert cluster.client.tokens("after") == continuation([4], 5)
+
+
+# ---- messages that no rank of ours sends ----
+
+
+class Holder:
+    """Somebody with the ranks' key, who may send anything."""
+
+    def __init__(self, keys: Keys, endpoint: str, name: bytes) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.IDENTITY, name)
+        keys.secure_rank(self.socket)
+        self.socket.connect(endpoint)
+
+    def say(self, **fields: Any) -> None:
+        state = AgentState(**{**STATE, **fields})
+        self.socket.send(msgspec.msgpack.encode(state))
+
+    def hears(self) -> object:
+        assert self.socket.poll(TIMEOUT_S * 1000), "no answer"
+        return msgspec.msgpack.decode(self.socket.recv(), type=ToAgent)
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+
+
+STATE: dict[str, Any] = {
+    "rank": 0, "address": "127.0.0.1", "free_port": 9, "running": None, "ended": None, "version": protocol_version(),
+}  # fmt: skip
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., Holder]]:
+    holders: list[Holder] = []
+
+    def make(*arguments: Any) -> Holder:
+        holders.append(Holder(*arguments))
+        return holders[-1]
+
+    yield make
+    for holder in holders:
+        holder.close()
+
+
+def _encoded(*values: object) -> list[bytes]:
+    return [msgspec.msgpack.encode(value) for value in values]
+
+
+HOSTILE: dict[str, list[bytes]] = {
+    "no message": [b""],
+    "not msgpack": [b"\xc1\xff nonsense"],
+    "cut off": [msgspec.msgpack.encode(AgentState(**STATE))[:-9]],
+    "three frames": [b"a", b"b", b"c"],
+    "another message twice": _encoded(AgentState(**STATE)) * 2,
+    "an array without its tag": _encoded([99, "1.2.3.4", 1, None, None]),
+    "an unknown tag": _encoded(["agent_of_another_kind", 0]),
+    "a map": _encoded({"rank": 0}),
+    "nested deeply": [b"\x91" * 60_000 + b"\xc0"],
+    "of wrong types": _encoded(["agent_state", "0", 7, "port", [], {}, 5]),
+    "text that is no UTF-8": [b"\x97\xabagent_state\x00\xa2\xff\xfe\x09\xc0\xc0\xa1x"],
+    "an integer beyond 64 bits": [b"\x97\xabagent_state\xcf" + b"\xff" * 8 + b"\xa11\x09\xc0\xc0\xa1x"],
+    "rank 99": _encoded(AgentState(**{**STATE, "rank": 99})),
+    "rank -1": _encoded(AgentState(**{**STATE, "rank": -1})),
+    "rank -2**63": _encoded(AgentState(**{**STATE, "rank": -(2**63)})),
+    "an address that is none": _encoded(AgentState(**{**STATE, "address": "x; rm"})),
+    "a port that is none": _encoded(AgentState(**{**STATE, "free_port": 1 << 20})),
+    "an agent without a version": _encoded(["agent_state", 0, "127.0.0.1", 9, None, None]),
+    "an agent of another version": _encoded(AgentState(**{**STATE, "version": "0.0.9/ffffffff"})),
+}
+
+
+def test_no_message_of_a_holder_of_the_key_ends_the_wait_for_ranks_or_the_server(
+    make_site: Callable[..., Site], hold: Callable[..., Holder]
+) -> None:
+    site = make_site()
+    cluster = site.cluster(ParallelLayout()).connect()
+    keys = Keys.load(site.key_file)
+
+    def send_all(prefix: str) -> None:
+        for name, frames in HOSTILE.items():
+            # Some call themselves what an agent of before would.
+            holder = hold(keys, site.address, f"{prefix}{name}".encode())
+            holder.socket.send_multipart(frames)
+            answer = holder.hears()
+            assert isinstance(answer, Leave) and answer.is_error, name
+            assert protocol_version() in answer.why
+        hold(keys, site.address, f"{prefix}huge".encode()).socket.send(b"\0" * 2**20)
+
+    send_all("agent-0")
+    wait_until(lambda: "waiting for ranks 0" in cluster.engine.status.detail, lambda: cluster.engine.status)
+    site.start_agent(0)
+    wait_until_ready(cluster.engine)
+    send_all("agent-1")
+    cluster.client.send("after", [4], 5)
+    assert cluster.client.tokens("after") == continuation([4], 5)
+    assert cluster.engine.status.num_recoveries == 0
+
+
+def test_agent_and_server_of_other_versions_both_say_so(
+    make_site: Callable[..., Site], hold: Callable[..., Holder], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    site = make_site()
+    site.cluster(ParallelLayout()).connect()
+    keys = Keys.load(site.key_file)
+    holder = hold(keys, site.address, b"agent-0")
+    holder.say(version="0.0.9/ffffffff")
+    answer = holder.hears()
+    assert isinstance(answer, Leave) and answer.is_error
+    for text in (answer.why, caplog.text):
+        assert "0.0.9/ffffffff" in text and protocol_version() in text
+    # The other way round: a server that does not look at versions.
+    with zmq.Context() as context:
+        old_server = router_socket(context, f"tcp://127.0.0.1:{free_port()}", keys, max_message_bytes=1000)
+        site.address = old_server.getsockopt_string(zmq.LAST_ENDPOINT)
+        agent = site.start_agent(0)
+        assert old_server.poll(TIMEOUT_S * 1000)
+        peer, _ = old_server.recv_multipart()
+        for frames in ([b"\xc1"], [b"a", b"b"], _encoded(["want", "x"]), _encoded(["want", 0, None])):
+            old_server.send_multipart([peer, *frames])
+        assert agent.wait(TIMEOUT_S) == 2
+        old_server.close(linger=0)
+    assert agent.stderr is not None
+    said = agent.stderr.read()
+    assert "cannot be read: " in said and f"is of version unknown, this agent of {protocol_version()}" in said
+
+
+def test_a_second_agent_of_a_rank_is_refused_while_the_first_is_there(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    cluster = site.cluster(ParallelLayout()).connect()
+    site.start_agent(0)
+    wait_until_ready(cluster.engine)
+    second = site.start_agent(0)
+    assert second.wait(TIMEOUT_S) == 2
+    assert second.stderr is not None and "rank 0 is attached already, from 127.0.0.1" in second.stderr.read()
+    cluster.client.send("after", [4], 5)
+    assert cluster.client.tokens("after") == continuation([4], 5)
+    assert cluster.engine.status.num_recoveries == 0
+
+
+def test_what_no_rank_sends_is_dropped_by_the_link_to_the_ranks(
+    hold: Callable[..., Holder], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = Keys.load_or_make(tmp_path / "key")
+    done = StepDone(0, 0, 0.1)
+    with zmq.Context() as context:
+        link = RankLink(context, "tcp://127.0.0.1:*", 2, keys)
+        for name, frames in {
+            **HOSTILE,
+            "rank-7": _encoded(Heartbeat(7)),
+            "rank--1": _encoded(Heartbeat(-1)),
+            "rank-1": _encoded(Heartbeat(0)),
+            "rank-0-heartbeat": _encoded(done),
+            "rank-0-grammars": _encoded(done),
+            "rank-0-again": _encoded(RankFailed(0, "Error", "of somebody else")),
+        }.items():
+            hold(keys, link.endpoint, name.encode()).socket.send_multipart(frames)
+        rank = hold(keys, link.endpoint, b"rank-0")
+        heard: list[object] = []
+
+        def receive() -> bool:
+            while (message := link.receive()) is not None:
+                heard.append(message)
+            return caplog.text.count("message_refused") >= len(HOSTILE) + 6
+
+        wait_until(receive, lambda: caplog.text)
+        # Connections take names in the order they come: a second one of a name that is taken is not heard.
+        rank.socket.send_multipart(_encoded(done))
+        wait_until(lambda: receive() and bool(heard))
+        hold(keys, link.endpoint, b"rank-0").socket.send_multipart(_encoded(RankFailed(0, "Error", "of an impostor")))
+        rank.socket.send_multipart(_encoded(done))
+        wait_until(lambda: receive() and len(heard) == 2)
+        assert heard == [done, done]
+        link.close()
+        for holder in [rank]:
+            holder.close()
+
+
+def test_a_rank_that_cannot_read_its_server_says_so_instead_of_a_traceback(tmp_path: Path) -> None:
+    with zmq.Context() as context:
+        front, socket_ = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        front.bind("inproc://front")
+        socket_.connect("inproc://front")
+        inbox = SocketInbox(socket_, os.getppid(), lambda prepare: None)
+        for frames in ([b"\xc1"], [b"a", b"b"], _encoded(["step", "x"])):
+            front.send_multipart(frames)
+            with pytest.raises(RankError):
+                inbox.poll()
+        front.close(linger=0)
+        socket_.close(linger=0)
 
 
 def test_ranks_that_never_come_end_the_start_with_their_numbers(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from megatron_medha.cluster.launch import loopback_environment
 
 # Forked after the imports: four fresh interpreters importing torch and Megatron take 25 s on two cores, forks 0.3 s.
 SCRIPT = """
@@ -35,7 +39,7 @@ def check(layout, rank):
     assert (pgs.pos_embd is None) == (rank != stages[0]), "pos_embd"
     dist.barrier()
 
-def check_in_four_processes(layout):
+def in_four_processes(check, layout):
     children = []
     for rank in range(4):
         pid = os.fork()
@@ -49,14 +53,34 @@ def check_in_four_processes(layout):
         children.append(pid)
     return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
 
+def listening():
+    # Addresses that this process listens on, as /proc writes them.
+    paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    links = [os.readlink(path) for path in paths if os.path.lexists(path)]
+    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/self/net/{name}")]
+    return {words[1].rpartition(":")[0] for words in lines if words[3] == "0A" and words[9] in inodes}
+
+def check_listeners(layout, rank):
+    init_distributed(layout, rank, device=torch.device("cpu"), init_method=f"tcp://127.0.0.1:{sys.argv[2]}")
+    build_groups(layout)
+    dist.barrier()
+    assert listening() == {"0100007F"}, listening()  # 127.0.0.1
+    dist.barrier()
+
 LAYOUTS = [dict(tp=2, kvp=2), dict(spp=4), dict(spp=2, kvp=2), dict(tp=2, spp=2), dict(kvp=2, dp=2)]
-sys.exit(max(check_in_four_processes(ParallelLayout(**degrees)) for degrees in LAYOUTS))
+codes = [in_four_processes(check, ParallelLayout(**degrees)) for degrees in LAYOUTS]
+sys.exit(max(*codes, in_four_processes(check_listeners, ParallelLayout(tp=2, spp=2))))
 """
 
 
-def test_groups_hold_the_ranks_of_the_layout(tmp_path: Path) -> None:
+def test_groups_hold_the_ranks_of_the_layout_and_listen_on_the_given_address_alone(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     outcome = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / "meeting")],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / "meeting"), str(port)],
+        env={**os.environ, **loopback_environment()},
         capture_output=True,
         text=True,
         timeout=180,
