@@ -42,7 +42,7 @@ class Request:
     max_output_tokens: int
     arrival_s: float
     ttft_slo_s: float | None = None  # replaces the deadline derived from the prompt's own work
-    tpot_slo_s: float | None = None  # lowers the step budget while this request decodes
+    tpot_slo_s: float | None = None  # lowers the step budget while this request decodes, within limits
     priority: int = 0                # lower runs first, before slack is compared
     deadline_multiplier: float | None = None  # of its SLO class, instead of the scheduler's own
     min_deadline_s: float | None = None       # likewise

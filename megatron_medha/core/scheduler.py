@@ -32,7 +32,7 @@ from megatron_medha.core.packing import PrefillPacker
 from megatron_medha.core.policies import NEEDS_WAIT_ESTIMATE, POLICIES, relative_slack
 from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Request, Sequence, Status
-from megatron_medha.core.step_budget import StepAim
+from megatron_medha.core.step_budget import StepAim, shortest_fair_s
 
 _MOST_IN_HAND = 0.8  # of a deadline
 
@@ -402,12 +402,13 @@ class Scheduler:
         )
 
     def _budget_s(self) -> float:
-        budget_s = self.config.step_budget_s
-        if self._num_tpot_slos:
-            for seq in self._decodes:
-                if seq.request.tpot_slo_s is not None:
-                    budget_s = min(budget_s, seq.request.tpot_slo_s)
-        return self._feasible_s(budget_s)
+        budget_s = self._feasible_s(self.config.step_budget_s)
+        if not self._num_tpot_slos:
+            return budget_s
+        tpot_slos_s = [seq.request.tpot_slo_s for seq in self._decodes if seq.request.tpot_slo_s is not None]
+        wanted_s = self._feasible_s(min([budget_s, *tpot_slos_s]))
+        # Where nobody prefills, a short step costs nobody anything.
+        return max(wanted_s, shortest_fair_s(budget_s, self.cost.linear_s(1, 1))) if self._prefills else wanted_s
 
     def _feasible_s(self, budget_s: float) -> float:
         # A budget that the fixed costs of a step fill cannot be kept by any chunk size; tiles would then pay a

@@ -8,6 +8,7 @@ _TOLERANCE = 1.1   # a step this much over its budget has broken it
 _LOWERED = 0.01    # of the aim, after a step that broke its budget
 _RAISED = 0.0003   # after one that kept it: the two balance when 3% of the steps break theirs
 _LEAST_AIM = 0.7
+_MOST_TPOT_COST = 0.02  # of the prefills' speed, for the TPOT targets of clients
 
 
 class StepAim:
@@ -30,3 +31,12 @@ class StepAim:
             self.share = max(_LEAST_AIM, self.share - _LOWERED)
         else:
             self.share = min(1.0, self.share + _RAISED)
+
+
+def shortest_fair_s(budget_s: float, fixed_s: float) -> float:
+    """The shortest step in which prefills are at most 2% slower than in steps of budget_s.
+
+    fixed_s: what every step takes whatever it computes, at most half of budget_s. The rest of a step goes into tokens.
+    """
+    least_share = (1.0 - _MOST_TPOT_COST) * (1.0 - fixed_s / budget_s)
+    return fixed_s / (1.0 - least_share)

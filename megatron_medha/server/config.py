@@ -55,6 +55,7 @@ class ServerConfig:
     max_logprobs: int = 20                    # OpenAI's limit for chat, vLLM's default
     tool_syntax: str = "auto"                 # how the model writes calls: hermes, llama3_json; auto: see its template
     default_max_output_tokens: int = 16       # of /v1/completions, OpenAI's number; chat takes what fits
+    min_tpot_slo_ms: float = 1.0              # x-slo-tpot-ms shortens everybody's steps; nobody reads a token a ms
     refuses_late: bool = False                # whether to answer 429 where the first token is predicted to be late
     request_timeout_s: float | None = 3600.0  # from arrival to the last token; a 10M-token prompt takes tens of minutes
     stalled_reader_timeout_s: float = 60.0    # a client that takes nothing for so long is gone

@@ -14,6 +14,7 @@ from megatron_medha.server.request_fields import (
     Wishes,
     check_common,
     check_num_logprobs,
+    check_wishes,
     class_of,
     created_unix_s,
     draw_answer_id,
@@ -55,6 +56,7 @@ async def plan(
     config = service.config
     model = service.model_name(fields.model)
     check_common(fields)
+    check_wishes(wishes, config)
     num_logprobs = details.num_logprobs
     if num_logprobs is not None:
         check_num_logprobs(num_logprobs, config, details.logprobs_param)

@@ -127,6 +127,16 @@ def read_wishes(headers: Headers, slo: SloConfig) -> Wishes:
     )
 
 
+def check_wishes(wishes: Wishes, config: ServerConfig) -> None:
+    """ApiError 400 for a target that no request may have here."""
+    if wishes.tpot_s is not None and 1e3 * wishes.tpot_s < config.min_tpot_slo_ms:
+        name = "x-slo-tpot-ms"
+        raise bad_request(
+            f"{name}: {1e3 * wishes.tpot_s:g} is below the least that this server takes, {config.min_tpot_slo_ms:g} "
+            "(server.min_tpot_slo_ms); send that, or leave the header out", name,
+        )  # fmt: skip
+
+
 def draw_answer_id(prefix: str) -> str:
     """A new id; drawn here, because sub-requests are named after it and clients' own ids may collide."""
     return f"{prefix}-{uuid.uuid4().hex}"

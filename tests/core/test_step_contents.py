@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from scheduler_bench import COST, Bench, request
+from scheduler_bench import COST, HARDWARE, SHAPE, Bench, request
 
 from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.config import SchedulerConfig
@@ -85,6 +87,31 @@ def test_a_tpot_target_lowers_the_budget_while_its_request_decodes() -> None:
     assert [bench.step()[0].budget_s for _ in range(3)] == [0.05, 0.02, 0.02]
     bench.arrive(request("b", at_s=bench.now_s))
     assert bench.step()[0].budget_s == 0.05
+
+
+@pytest.mark.parametrize("tpot_slo_s", [1e-6, 1e-3, 0.01, 0.03, 0.05, 1.0])
+def test_a_clients_tpot_target_costs_the_prefills_of_others_two_percent_at_most(tpot_slo_s: float) -> None:
+    taken_s = {}
+    for target_s in (None, tpot_slo_s):
+        bench = Bench(num_blocks=20_000, max_num_sequences=64)
+        bench.arrive(request("eager", num_out=5_000, tpot_slo_s=target_s))
+        bench.step()
+        bench.arrive(*(request(f"long{place}", 5_000, num_out=1, at_s=bench.now_s) for place in range(4)))
+        bench.run_until(lambda bench=bench: bench.scheduler.num_sequences == 1)
+        taken_s[target_s] = bench.now_s
+    assert taken_s[tpot_slo_s] <= 1.03 * taken_s[None]  # 2%, and chunks are whole tiles
+
+
+def test_a_clients_tpot_target_shortens_steps_where_that_costs_others_little() -> None:
+    cost = RooflineCost(shape=SHAPE, hardware=replace(HARDWARE, step_overhead_s=1e-4))
+    bench = Bench(cost=cost)
+    bench.arrive(request("eager", num_out=50, tpot_slo_s=0.02))
+    bench.step()
+    bench.arrive(request("long", 2_000, at_s=bench.now_s))
+    fixed_s = cost.linear_s(1, 1)
+    budget_s = bench.schedule().budget_s
+    assert budget_s < 0.03
+    assert 1 - fixed_s / budget_s >= 0.979 * (1 - fixed_s / 0.05)
 
 
 def test_a_budget_below_the_fixed_costs_of_a_step_is_raised_to_twice_them() -> None:

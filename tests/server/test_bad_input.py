@@ -241,6 +241,15 @@ def test_a_latency_target_that_is_no_positive_number_is_refused(server: Running,
     assert_openai_error(server.post(COMPLETIONS, {"prompt": "a"}, headers={name: value}), 400, name)
 
 
+@pytest.mark.parametrize("value", ["0.001", "1e-30", "0.999"])
+def test_a_time_per_token_below_the_servers_least_is_refused_with_that(server: Running, value: str) -> None:
+    response = server.post(COMPLETIONS, {"prompt": "a"}, headers={"x-slo-tpot-ms": value})
+    assert_openai_error(response, 400, "x-slo-tpot-ms")
+    message = response.json()["error"]["message"]
+    assert value in message and "server.min_tpot_slo_ms" in message and " 1 " in message
+    assert server.post(COMPLETIONS, {"prompt": "a"}, headers={"x-slo-tpot-ms": "1"}).status_code == 200
+
+
 def test_the_error_of_a_long_prompt_has_the_numbers(server: Running) -> None:
     message = server.post(COMPLETIONS, {"prompt": "a" * 990, "max_tokens": 20}).json()["error"]["message"]
     assert "990" in message and "20" in message and "1000" in message and "max_tokens=10" in message
