@@ -17,6 +17,7 @@ from megatron_medha.commands.options_help import describe_options
 from megatron_medha.commands.selftest_wire import Begun, Broken, Wire, check
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.server.chat_client import is_http_address
+from megatron_medha.server.descriptors import raise_descriptor_limit
 
 USAGE = """\
 usage: medha selftest [key=value ...]
@@ -37,6 +38,7 @@ _QUIET_S = 30.0          # for requests that were left to leave the engine
 _LOOK_S = 0.1
 _MAX_SHOWN = 10
 _PATIENCE_S = 130.0      # for heads (20 s) and bodies (60 s) that never come, by the server's own defaults
+_NUM_SILENT = 1_200      # more than the 1,024 descriptors that shells and service managers give
 _NUM_DRAINED = 4         # streams that run when the server is told to end
 _GUARDED = ("/v1/models", "/metrics", "/version", "/openapi.json", "/debug/schedule", "/tokenize", "/admin/reload")
 
@@ -112,6 +114,8 @@ async def selftest(config: SelftestConfig) -> list[Group]:
         ("hostile grammars", (_posted(wire, path, body) for path, body in cases.hostile_grammars())),
         ("random bodies", (_posted(wire, *case) for case in cases.random_bodies(rng, config.num_random))),
         ("no HTTP", (_sent(wire, raw) for raw in cases.raw_requests(rng))),
+        ("HTTP framing", (_framed(wire, *case) for case in cases.framed_requests(config.api_key))),
+        ("silent connections", (_beside_silence(wire, num) for num in (100, _NUM_SILENT))),
         ("half-closed sockets", (_half_closed(wire, body) for body, _ in cases.long_streams(rng, 10))),
         ("the same id twice", (_same_id(wire) for _ in range(20))),
         ("clients that leave", (
@@ -278,6 +282,33 @@ def _sent(wire: Wire, raw: bytes) -> Case:
         check(await wire.send(raw, is_half_closed=True))
 
     return repr(raw[:120]), work
+
+
+def _framed(wire: Wire, raw: bytes, statuses: tuple[int, ...]) -> Case:
+    async def work() -> None:
+        begun = await wire.begin(raw)
+        found = tuple(int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", await begun.rest()))
+        begun.close()
+        if found != statuses:
+            raise Broken(f"statuses {found} instead of {statuses}")
+
+    return repr(raw[:200]), work
+
+
+def _beside_silence(wire: Wire, num_connections: int) -> Case:
+    async def work() -> None:
+        raise_descriptor_limit()
+        silent = await asyncio.gather(*(wire.connect() for _ in range(num_connections)), return_exceptions=True)
+        try:
+            answer = await wire.ask("GET", "/health")
+        finally:
+            for connection in silent:
+                if not isinstance(connection, BaseException):
+                    connection[1].transport.abort()
+        if answer is None or answer.status != 200:
+            raise Broken(f"/health: status {answer.status if answer else None}")
+
+    return f"{num_connections} connections that send nothing", work
 
 
 def _half_closed(wire: Wire, body: bytes) -> Case:

@@ -198,6 +198,36 @@ def raw_requests(rng: random.Random) -> Iterator[bytes]:
         yield rng.randbytes(rng.randrange(1, 400))
 
 
+def framed_requests(key: str | None) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+    """Bytes of one connection, and the statuses of its responses: the end of a body must never be in doubt.
+
+    key: sent with requests that are to be answered.
+    """
+    authorization = b"" if key is None else f"authorization: Bearer {key}\r\n".encode("latin-1")
+    good = as_json(VALID[COMPLETIONS])
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + authorization
+    last = b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    hidden = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    length, chunked = b"content-length: %d\r\n" % len(good), b"transfer-encoding: chunked\r\n"
+    chunk = b"%x\r\n%s\r\n0\r\n" % (len(good), good)
+    for offer in (
+        b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAA\r\n",
+        b"connection: upgrade\r\nupgrade: websocket\r\n",
+    ):
+        yield head + offer + length + b"\r\n" + good + last, (200, 200)
+        yield head + offer + chunked + b"\r\n" + chunk + b"\r\n" + last, (200, 200)
+        yield head + offer + b"content-length: %d\r\n\r\n" % len(hidden) + hidden + last, (400, 200)
+    trailers = b"authorization: Bearer none\r\nx-slo-ttft-ms: nan\r\n\r\n"
+    yield head + chunked + b"\r\n" + chunk + trailers + last, (200, 200)
+    yield head + b"x-a: b\r\n" * 1000 + length + b"\r\n" + good, (431,)
+    for framing in (
+        length + chunked, chunked + length, length + b"content-length: 3\r\n", b"transfer-encoding: gzip, chunked\r\n",
+        b"transfer-encoding: xchunked\r\n", b"transfer-encoding: chunked, identity\r\n", length + b"x-a: b\r\n c\r\n",
+        length + b"x-a: b\nx-c: d\r\n", length + b"x-a: \0\r\n", length + b"host: localhost\r\n",
+    ):  # fmt: skip
+        yield head + framing + b"\r\n" + (chunk + b"\r\n" if b"chunked" in framing else good) + hidden, (400,)
+
+
 def long_streams(rng: random.Random, count: int) -> Iterator[tuple[bytes, int]]:
     """Bodies of requests worth leaving, and after how many bytes of their answer."""
     for _ in range(count):

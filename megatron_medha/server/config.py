@@ -12,7 +12,7 @@ from megatron_medha.core.errors import ConfigError
 # Bound once, when the server starts; a reload that changes one of these is refused.
 FIXED_FIELDS = (
     "host", "port", "served_model_names", "tls_certificate", "tls_key", "keepalive_timeout_s", "head_timeout_s",
-    "max_head_bytes", "max_connections",
+    "max_head_bytes", "max_headers", "max_connections",
 )  # fmt: skip
 TOOL_SYNTAXES = ("auto", "hermes", "llama3_json")
 SECRET_FIELDS = ("api_key", "admin_key")
@@ -34,6 +34,7 @@ class ServerConfig:
     max_body_bytes: int = 128 * 2**20         # 10M token ids as JSON are 70 MB, and a fair request
     max_bodies_bytes: int = 2**30             # of bodies coming in and text not tokenized yet: eight of the largest
     max_head_bytes: int = 64 * 2**10          # request line and headers; nginx takes 32 KiB, uvicorn any amount
+    max_headers: int = 128                    # browsers send 20, proxies add 10; each costs a look on every route
     body_timeout_s: float = 60.0              # between two parts: a client that stops half-way must not stay for ever
     head_timeout_s: float = 20.0              # for a whole head; slow-loris clients send a byte now and then
     max_connections: int = 16384              # each costs a descriptor and some 30 KB

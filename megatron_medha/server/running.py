@@ -18,6 +18,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.server.api import Api
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.connection import connection_class
+from megatron_medha.server.descriptors import connection_limits, raise_descriptor_limit
 from megatron_medha.server.service import Service
 
 # Idle connections close at once; what is left after the drain are answers whose last bytes are on their way.
@@ -79,6 +80,7 @@ class Server(uvicorn.Server):
 def run(app: Api, config: ServerConfig, on_listening: Callable[[str], None] | None = None) -> None:
     """Serve until SIGINT or SIGTERM; on_listening is told the base URL. ConfigError if the port is taken."""
     check_tls(config)
+    raise_descriptor_limit()
     with bind(config) as listener:
         host, port = listener.getsockname()[:2]
         scheme = "https" if config.tls_certificate is not None else "http"
@@ -127,11 +129,13 @@ def check_tls(config: ServerConfig) -> None:
 
 def uvicorn_config(app: Api, config: ServerConfig) -> uvicorn.Config:
     """How uvicorn runs the app; uvloop is used where it is installed."""
+    limits = connection_limits(config.max_connections)
     return uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
-        http=connection_class(config),
+        http=connection_class(config, limits.num_connections),
+        backlog=limits.backlog,
         lifespan="on",
         log_level="error",  # a client's malformed bytes are no news; our own errors are
         log_config=None,    # its lines go where ours go

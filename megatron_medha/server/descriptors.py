@@ -1,0 +1,56 @@
+"""File descriptors: how many this process may have open, and how many connections that leaves room for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from dataclasses import dataclass
+
+_log = logging.getLogger(__name__)
+
+# For what is opened beside connections: ranks, grammar processes, logs. A rank that is started again takes 7.
+_MAX_RESERVED = 256
+_MAX_BACKLOG = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What a listening socket may take."""
+
+    num_connections: int  # open at once; beyond that only probes are answered
+    backlog: int          # the event loop may accept so many before it looks at the first
+
+
+def raise_descriptor_limit() -> None:
+    """Set the soft limit to the hard one; shells and service managers often give 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError) as error:  # macOS has a lower limit of its own, and says unlimited
+        _log.warning("descriptor_limit_kept soft=%d hard=%d reason=%s", soft, hard, error)
+
+
+def connection_limits(max_connections: int) -> ConnectionLimits:
+    """The configured number of connections, or fewer where descriptors would not suffice for more."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return ConnectionLimits(max_connections, _MAX_BACKLOG)
+    num_free = soft - _num_open()
+    num_usable = max(1, num_free - min(_MAX_RESERVED, num_free // 2))
+    num_connections = min(max_connections, num_usable)
+    if num_connections < max_connections:
+        _log.warning(
+            "connections_limited max_connections=%d descriptors=%d connections=%d; raise ulimit -n",
+            max_connections, soft, num_connections,
+        )  # fmt: skip
+    return ConnectionLimits(num_connections, min(_MAX_BACKLOG, max(16, (num_free - num_connections) // 2)))
+
+
+def _num_open() -> int:
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        return 64  # not to be known here; a server that has just started has fewer
