@@ -58,6 +58,7 @@ class Answer(Response):
         self._choice_by_id = {spec.request_id(choice.index): choice for choice in self._choices}
         self._live_ids: set[str] = set()  # in the engine
         self._num_open = spec.num_choices
+        self._path = ""                   # of the route: errors have its shape
         self._status: int | None = None   # once the answer has begun
         self._outcome = "done"
         self._num_parts = 0
@@ -68,6 +69,7 @@ class Answer(Response):
         """The ASGI application of this one answer."""
         loop = asyncio.get_running_loop()
         config = self._config
+        self._path = scope["path"]
         max_unread = max(config.max_unread_tokens, UNREAD_STEPS * self._spec.num_choices)
         stream = self._streams.open(tuple(self._choice_by_id), max_unread, self._abort_live)
         watcher = asyncio.ensure_future(_watch_client(receive, stream))
@@ -242,7 +244,7 @@ class Answer(Response):
             await self._send_part(send, event)
 
     async def _send_error(self, error: ApiError, send: Send) -> None:
-        body = error.as_json()
+        body = error.as_json(self._path)
         if self._status is None:
             headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
             await self._start(send, error.status, headers)

@@ -14,9 +14,10 @@ from starlette.responses import Response
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.ports import EngineClient, EnginePhase
-from megatron_medha.server import chat, completion, errors, insight, openapi, responses, tokenize
+from megatron_medha.server import anthropic_messages, chat, completion, errors, insight, openapi, responses, tokenize
 from megatron_medha.server import openai_types as types
 from megatron_medha.server.answer import Answer
+from megatron_medha.server.anthropic_types import MessagesAnswer, MessagesRequest, TokenCount
 from megatron_medha.server.api import Api
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import bad_request
@@ -35,6 +36,7 @@ from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.traces import Traces
 from megatron_medha.server.wire_format import WireFormat, encode_json
 
+MakeAnswer = Callable[[Request, Ready, GenerationSpec, WireFormat], Answer]
 BODY_ERRORS = (400, 401, 404, 408, 413, 429, 500, 503)
 
 
@@ -148,6 +150,32 @@ def _add_generation_routes(app: Api, service: Service) -> None:
         planning = responses.plan_response(service, ready, body, wishes, arrival_s, client)
         wire = await unless_gone(request, len(raw), planning)
         return answer(request, ready, wire.spec, wire)
+
+    _add_anthropic_routes(app, service, answer)
+
+
+def _add_anthropic_routes(app: Api, service: Service, answer: MakeAnswer) -> None:
+    @app.post("/v1/messages", openapi_extra=openapi.operation(
+        MessagesAnswer, body=MessagesRequest, errors=BODY_ERRORS, error=errors.AnthropicError, has_events=True))
+    async def create_message(request: Request) -> Response:
+        """Answer a chat, as Anthropic's clients send it."""
+        raw = await read_body(request, service)
+        arrival_s = service.engine.now_s()
+        ready = service.ready()
+        wishes = read_wishes(request.headers, service.slo)
+        body = decode_body(raw, anthropic_messages.DECODER)
+        planning = anthropic_messages.plan_message(service, ready, body, wishes, arrival_s)
+        spec = await unless_gone(request, len(raw), planning)
+        return answer(request, ready, spec, anthropic_messages.MessagesFormat(spec))
+
+    @app.post("/v1/messages/count_tokens", openapi_extra=openapi.operation(
+        TokenCount, body=MessagesRequest, errors=BODY_ERRORS, error=errors.AnthropicError))
+    async def count_message_tokens(request: Request) -> Response:
+        """How many tokens the prompt of a chat has."""
+        raw = await read_body(request, service)
+        ready = service.ready()
+        counting = anthropic_messages.count_tokens(service, ready, decode_body(raw, anthropic_messages.DECODER))
+        return _json(await unless_gone(request, len(raw), counting))
 
 
 def _add_token_routes(app: Api, service: Service) -> None:

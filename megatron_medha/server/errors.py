@@ -1,8 +1,9 @@
-"""Errors in OpenAI's shape: what a client did wrong, or what went wrong here, as HTTP answers."""
+"""Errors in OpenAI's shape, or Anthropic's: what a client did wrong, or what went wrong here, as HTTP answers."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 
 import msgspec
@@ -12,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 log = logging.getLogger(__name__)
+
+ANTHROPIC_PREFIX = "/v1/messages"  # routes whose errors have Anthropic's shape
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -29,8 +32,22 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
     error: ErrorBody
 
 
+class AnthropicErrorBody(msgspec.Struct, frozen=True):
+    """The inside of Anthropic's error object."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(msgspec.Struct, frozen=True):
+    """Anthropic's error object."""
+
+    error: AnthropicErrorBody
+    type: str = "error"
+
+
 class ApiError(Exception):
-    """Ends a request with this HTTP status and OpenAI's error object."""
+    """Ends a request with this HTTP status and an error object."""
 
     def __init__(
         self,
@@ -48,14 +65,25 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers or {}
 
-    def as_json(self) -> bytes:
-        """The body of the answer."""
+    def as_json(self, path: str = "") -> bytes:
+        """The body of the answer; of the path depends whose shape it has."""
+        if path.startswith(ANTHROPIC_PREFIX):
+            return msgspec.json.encode(AnthropicError(AnthropicErrorBody(_anthropic_type(self.status), self.message)))
         body = ErrorBody(self.message, error_type(self.status), self.param, self.code)
         return msgspec.json.encode(ErrorAnswer(body))
 
-    def as_response(self) -> Response:
+    def as_response(self, path: str = "") -> Response:
         """The whole answer."""
-        return Response(self.as_json(), self.status, self.headers, media_type="application/json")
+        return Response(self.as_json(path), self.status, self.headers, media_type="application/json")
+
+    def rename_field(self, paths: Mapping[str, str]) -> None:
+        """Name the field as the client does. paths: its own by ours; the longest that begins the field's counts."""
+        given = self.param or ""
+        known = [path for path in paths if given == path or given.startswith((f"{path}.", f"{path}["))]
+        if known:
+            longest = max(known, key=len)
+            self.param = paths[longest] + given[len(longest) :]
+            self.message = self.message.replace(given, self.param)
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -85,6 +113,18 @@ def error_type(status: int) -> str:
             return "invalid_request_error"
 
 
+def _anthropic_type(status: int) -> str:
+    match status:
+        case 413:
+            return "request_too_large"
+        case 503:
+            return "overloaded_error"
+        case _ if status >= 500:
+            return "api_error"
+        case _:
+            return error_type(status)
+
+
 def install(app: Starlette) -> None:
     """Make every error that leaves a route, or that no route caused, take OpenAI's shape."""
     app.add_exception_handler(ApiError, _answer_api_error)
@@ -95,7 +135,7 @@ def install(app: Starlette) -> None:
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.as_response()
+    return error.as_response(request.url.path)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -109,16 +149,16 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         code=phrase.lower().replace(" ", "_"),
         headers=dict(error.headers or {}),
     )
-    return answer.as_response()
+    return answer.as_response(request.url.path)
 
 
 async def _answer_too_deep(request: Request, error: Exception) -> Response:
     # Nothing here is deep but what clients send: a schema that could just be decoded is gone through once more with
     # less of the stack left.
     log.warning("body_too_deep", extra={"fields": {"path": request.url.path}})
-    return bad_request("the body is nested too deeply", code="invalid_json").as_response()
+    return bad_request("the body is nested too deeply", code="invalid_json").as_response(request.url.path)
 
 
 async def _answer_our_bug(request: Request, error: Exception) -> Response:
     # The framework re-raises after this answer, so the traceback is logged by the server.
-    return our_bug().as_response()
+    return our_bug().as_response(request.url.path)

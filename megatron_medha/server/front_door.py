@@ -51,7 +51,7 @@ class FrontDoor:
             if not path.startswith(ADMIN_PREFIXES) and path != "/metrics":
                 self._service.check_open()
         except ApiError as error:
-            await error.as_response()(scope, receive, send_named)
+            await error.as_response(path)(scope, receive, send_named)
             return
         state = scope.setdefault("state", {})
         state["client"], state["request_id"], state["client_key"] = client.name, request_id, client
@@ -64,10 +64,14 @@ class FrontDoor:
 
     def _client(self, path: str, headers: Headers) -> Client:
         keys = self._service.keys
-        client = keys.find(headers.get("authorization"))
+        # Anthropic's clients send x-api-key, some beside another Authorization.
+        x_api_key = headers.get("x-api-key")
+        given = [headers.get("authorization"), None if x_api_key is None else f"Bearer {x_api_key}"]
+        tried = [one for one in given if one is not None] or [None]
+        client = next((found for one in tried if (found := keys.find(one)) is not None), None)
         if client is None:
             raise ApiError(
-                401, "a valid API key is needed: Authorization: Bearer KEY",
+                401, "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
                 code="invalid_api_key", headers={"www-authenticate": "Bearer"},
             )  # fmt: skip
         if path.startswith(ADMIN_PREFIXES) and not client.is_admin:

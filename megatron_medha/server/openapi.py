@@ -7,13 +7,15 @@ from typing import Any
 import msgspec
 
 from megatron_medha.server import openai_types as types
-from megatron_medha.server.errors import ErrorAnswer
+from megatron_medha.server.anthropic_types import MessagesAnswer, MessagesRequest, TokenCount
+from megatron_medha.server.errors import AnthropicError, ErrorAnswer
 from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
 
 BODIES = (
     types.CompletionRequest, types.CompletionAnswer, types.ChatRequest, types.ChatAnswer, types.TokenizeRequest,
     types.TokenizeAnswer, types.DetokenizeRequest, types.DetokenizeAnswer, types.Model, types.ModelList,
-    types.Readiness, types.Reloaded, types.Version, ResponsesRequest, ResponseAnswer, ErrorAnswer,
+    types.Readiness, types.Reloaded, types.Version, ResponsesRequest, ResponseAnswer, MessagesRequest, MessagesAnswer,
+    TokenCount, ErrorAnswer, AnthropicError,
 )
 REF_TEMPLATE = "#/components/schemas/{name}"
 
@@ -25,7 +27,12 @@ def components() -> dict[str, Any]:
 
 
 def operation(
-    answer: type | None, *, body: type | None = None, errors: tuple[int, ...] = (), has_events: bool = False
+    answer: type | None,
+    *,
+    body: type | None = None,
+    errors: tuple[int, ...] = (),
+    error: type = ErrorAnswer,
+    has_events: bool = False,
 ) -> dict[str, Any]:
     """What a route takes and gives, for its openapi_extra."""
     ok: dict[str, Any] = {"application/json": {"schema": _ref(answer)}} if answer is not None else {"text/plain": {}}
@@ -34,7 +41,7 @@ def operation(
     responses: dict[str, Any] = {"200": {"description": "OK", "content": ok}}
     for status in errors:
         responses[str(status)] = {
-            "description": "Error", "content": {"application/json": {"schema": _ref(ErrorAnswer)}},
+            "description": "Error", "content": {"application/json": {"schema": _ref(error)}},
         }
     extra: dict[str, Any] = {"responses": responses}
     if body is not None:

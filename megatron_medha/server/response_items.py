@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.server.errors import ApiError, bad_request
+from megatron_medha.server.errors import bad_request
 from megatron_medha.server.openai_types import CalledFunction, ContentPart, Message, ToolCall
 from megatron_medha.server.response_tools import custom_call_arguments, function_name
 from megatron_medha.server.responses_types import InputItem, InputPart
@@ -63,18 +63,6 @@ def read_items(
             item = found
         _add_item(history, item, path)
     return history
-
-
-def in_words_of_responses(error: ApiError, paths: dict[str, str]) -> None:
-    """Rename the field that an error of a chat names to what it is on this route."""
-    if error.param is None:
-        return
-    known = [path for path in paths if error.param == path or error.param.startswith((f"{path}.", f"{path}["))]
-    if known:
-        longest = max(known, key=len)
-        param = paths[longest] + error.param[len(longest) :]
-        error.message = error.message.replace(error.param, param)
-        error.param = param
 
 
 def _add_item(history: History, item: InputItem, path: str) -> None:

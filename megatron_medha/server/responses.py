@@ -21,7 +21,7 @@ from megatron_medha.server.openai_types import (
 )
 from megatron_medha.server.recent_items import RecentItems
 from megatron_medha.server.request_fields import Wishes, refuse_all
-from megatron_medha.server.response_items import in_words_of_responses, read_items
+from megatron_medha.server.response_items import read_items
 from megatron_medha.server.response_tools import ChatTools, KnownTool, chat_tools_of, text_argument
 from megatron_medha.server.responses_types import (
     IncompleteDetails,
@@ -85,7 +85,7 @@ async def plan_response(
     try:
         spec = await plan_chat(service, ready, chat, wishes, arrival_s, id_prefix="resp", ignored=ignored)
     except ApiError as error:
-        in_words_of_responses(error, {**_PATHS, **history.paths, **tools.paths})
+        error.rename_field({**_PATHS, **history.paths, **tools.paths})
         raise
     return ResponsesFormat(spec, body, tools, ready.tokenizer, None if body.store is False else recent, client)
 
