@@ -188,7 +188,7 @@ def memory() -> Iterator[Row]:
         ("llama3_70b_1m", {"tp": 8, "spp": 8}),
         ("llama3_70b_1m", {"tp": 8, "spp": 16}),
         ("llama3_405b", {"tp": 8, "spp": 2}),
-        ("qwen3_235b_a22b", {"tp": 4, "spp": 4}),
+        ("qwen3_235b_a22b", {"tp": 4, "spp": 2}),
     ):
         layout = ParallelLayout(**degrees)
         num_blocks = num_kv_blocks(options.model_shape(model), hardware, layout, reserve)

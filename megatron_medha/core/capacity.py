@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from math import gcd
+from typing import Protocol
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.hardware import Hardware
@@ -48,10 +50,44 @@ class Footprint:
         return int((self.budget - self.weights - self.activations) // self.block)
 
 
+class Dimensions(Protocol):
+    """The sizes of a model that tensor and pipeline parallelism divide."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def num_layers(self) -> int: ...  # noqa: D102
+    @property
+    def num_heads(self) -> int: ...  # noqa: D102
+    @property
+    def num_kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def ffn_hidden_size(self) -> int: ...  # noqa: D102
+
+
+def check_divides(model: Dimensions, *, tp: int, spp: int) -> None:
+    """Raises ConfigError, with every size that the degrees do not divide: one rule for plans and servers."""
+    counts = {key: getattr(model, key) for key in ("num_heads", "num_kv_heads", "ffn_hidden_size")}
+    reasons = []
+    if undivided := [f"model.{key}={count}" for key, count in counts.items() if count % tp]:
+        reasons.append(
+            f"parallel.tp={tp} must divide {', '.join(undivided)} of {model.name}; "
+            f"tp={gcd(*counts.values())} and its divisors divide all that tp shares out"
+        )
+    if model.num_layers % spp:
+        reasons.append(f"parallel.spp={spp} must divide model.num_layers={model.num_layers} of {model.name}")
+    if reasons:
+        raise ConfigError("; ".join(reasons))
+
+
 def check_layout(shape: ModelShape, hardware: Hardware, layout: ParallelLayout) -> None:
     """Raises ConfigError if the degrees do not divide the model, or are more than the devices."""
-    if why := _indivisible(shape, layout):
-        raise ConfigError(why)
+    check_divides(shape, tp=layout.tp, spp=layout.spp)
+    check_devices(hardware, layout)
+
+
+def check_devices(hardware: Hardware, layout: ParallelLayout) -> None:
+    """Raises ConfigError if the layout needs more devices than there are."""
     if layout.world_size > hardware.num_devices:
         raise ConfigError(
             f"hardware.num_devices={hardware.num_devices} of {hardware.name}: tp={layout.tp} x spp={layout.spp} x "
@@ -171,7 +207,7 @@ def _way_out(
         if tp > max(hardware.devices_per_node, layout.tp) or spp > shape.num_layers:
             continue
         other = ParallelLayout(tp=tp, spp=spp, kvp=kvp, dp=layout.dp)
-        if _indivisible(shape, other) or not _fits(shape, hardware, other, reserve, num_tokens):
+        if not _divides(shape, other) or not _fits(shape, hardware, other, reserve, num_tokens):
             continue
         is_larger, num_given_up = other.world_size > hardware.num_devices, max(0, layout.kvp - kvp)
         num_changed = (tp != layout.tp) + (spp != layout.spp) + (kvp != layout.kvp)
@@ -183,17 +219,9 @@ def _way_out(
     return f"parallel.tp={best.tp} parallel.spp={best.spp} parallel.kvp={best.kvp} would fit{size}"
 
 
-def _indivisible(shape: ModelShape, layout: ParallelLayout) -> str:
-    """Why the degrees cannot cut this model; empty if they can."""
-    if shape.num_heads % layout.tp:
-        return f"parallel.tp={layout.tp} must divide model.shape.num_heads={shape.num_heads} of {shape.name}"
-    if max(layout.tp, shape.num_kv_heads) % min(layout.tp, shape.num_kv_heads):
-        return (
-            f"parallel.tp={layout.tp} must divide, or be a multiple of, "
-            f"model.shape.num_kv_heads={shape.num_kv_heads} of {shape.name}"
-        )
-    if layout.spp > shape.num_layers:
-        return (
-            f"parallel.spp={layout.spp} must not exceed model.shape.num_layers={shape.num_layers} of {shape.name}"
-        )
-    return ""
+def _divides(shape: ModelShape, layout: ParallelLayout) -> bool:
+    try:
+        check_divides(shape, tp=layout.tp, spp=layout.spp)
+    except ConfigError:
+        return False
+    return True

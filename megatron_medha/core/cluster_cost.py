@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_medha.core.capacity import check_layout
+from megatron_medha.core.capacity import check_devices
 from megatron_medha.core.cost import StepLoad
 from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.hardware import Hardware, all_gather_s, send_s
 from megatron_medha.core.kernel_costs import ACTIVATION_BYTES, AttentionKernels, LinearKernels
 from megatron_medha.core.layout import ParallelLayout
@@ -19,13 +20,15 @@ class ClusterCost:
     that has enough attention, and they know steps that are launched as one graph.
 
     Contexts are those of one KVP rank's shard; the step of several ranks takes as long as the slowest.
-    Raises ConfigError if the layout does not divide the model or needs more devices than there are.
+    It prices more layouts than this engine serves (core/capacity.py: check_layout): ranks that repeat a KV head, stages
+    that differ by a layer. Raises ConfigError for those that no engine has, or that need more devices than there are.
     """
 
     def __init__(
         self, *, shape: ModelShape, hardware: Hardware, engine: EngineCosts, layout: ParallelLayout
     ) -> None:
-        check_layout(shape, hardware, layout)
+        _check_cut(shape, layout)
+        check_devices(hardware, layout)
         self.shape, self.hardware, self.engine, self.layout = shape, hardware, engine, layout
         self._linear = LinearKernels(shape, hardware, layout.tp)
         self._attention = AttentionKernels(shape, hardware, layout.tp, engine.attention_tile_rows)
@@ -129,3 +132,17 @@ class ClusterCost:
         fixed_s = send_s(link, 0.0) + all_gather_s(hardware.link(tp), tp, 0.0)
         total_s = send_s(link, share_bytes) + all_gather_s(hardware.link(tp), tp, share_bytes)
         return fixed_s, total_s - fixed_s
+
+
+def _check_cut(shape: ModelShape, layout: ParallelLayout) -> None:
+    if shape.num_heads % layout.tp:
+        raise ConfigError(f"parallel.tp={layout.tp} must divide model.num_heads={shape.num_heads} of {shape.name}")
+    if max(layout.tp, shape.num_kv_heads) % min(layout.tp, shape.num_kv_heads):
+        raise ConfigError(
+            f"parallel.tp={layout.tp} must divide, or be a multiple of, model.num_kv_heads={shape.num_kv_heads} "
+            f"of {shape.name}"
+        )
+    if layout.spp > shape.num_layers:
+        raise ConfigError(
+            f"parallel.spp={layout.spp} must not exceed model.num_layers={shape.num_layers} of {shape.name}"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.capacity import check_divides
 from megatron_medha.model.attention import MedhaSelfAttention, PagedCoreAttention
 from megatron_medha.model.fp8 import fp8_config
 from megatron_medha.model.layer import MedhaTransformerLayer
@@ -43,7 +42,7 @@ def build_model(
     fp8: a recipe of model/fp8.py; only what Transformer Engine must know when layers are made is settled here.
     Raises ConfigError if the layout does not divide the model.
     """
-    check_divisible(config, tp=pgs.tp.size(), spp=pgs.pp.size())
+    check_divides(config, tp=pgs.tp.size(), spp=pgs.pp.size())
     transformer_config = _transformer_config(config, dtype, device, pgs, is_initialized, fp8)
     tp = pgs.tp.size()
     model = _CheckpointedGPTModel(
@@ -146,20 +145,3 @@ def _transformer_config(
         batch_p2p_sync=False,
         **(fp8_config(fp8) if transformer_engine_works(device) else {}),
     )
-
-
-def check_divisible(config: ModelConfig, *, tp: int, spp: int) -> None:
-    """Raise ConfigError, with the numbers, if the layout does not divide the model."""
-    counts = {
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "ffn_hidden_size": config.ffn_hidden_size,
-    }
-    for key, count in counts.items():
-        if count % tp:
-            raise ConfigError(
-                f"parallel.tp={tp} must divide model.{key}={count} of {config.name}; "
-                f"tp={gcd(*counts.values())} and its divisors divide all that tp shares out"
-            )
-    if config.num_layers % spp:
-        raise ConfigError(f"parallel.spp={spp} must divide model.num_layers={config.num_layers} of {config.name}")

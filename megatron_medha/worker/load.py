@@ -16,11 +16,12 @@ from megatron_medha.cluster.messages import NewRequest, Ready, Step
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.blocks import Extent, num_blocks_for
+from megatron_medha.core.capacity import check_divides
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.memory import default_shard_tokens
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend, backend_names
-from megatron_medha.model.build import build_model, check_divisible, transformer_engine_works
+from megatron_medha.model.build import build_model, transformer_engine_works
 from megatron_medha.model.checkpoint import load_weights, read_model_config
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.int8_weights import check_weight_dtype
@@ -69,7 +70,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     has_transformer_engine = transformer_engine_works(device)
     check_fp8(config.fp8, dtype=dtype, has_transformer_engine=has_transformer_engine, tp=config.layout.tp)
     check_weight_dtype(config.weight_dtype, dtype=dtype, device=device, fp8=config.fp8)
-    check_divisible(model_config, tp=config.layout.tp, spp=config.layout.spp)
+    check_divides(model_config, tp=config.layout.tp, spp=config.layout.spp)
     if config.layout.world_size > 1:
         progress("the other ranks", 0.0)
     init_distributed(config.layout, config.rank, device=device, init_method=config.init_method)

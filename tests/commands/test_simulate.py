@@ -224,7 +224,7 @@ def test_a_scheduler_that_is_tried_is_the_option_of_that_name_with_the_overrides
 @pytest.mark.parametrize(
     ("words", "way_out"),
     [
-        (("simulate", "parallel.tp=7"), "parallel.tp=7 must divide model.shape.num_heads=32"),
+        (("simulate", "parallel.tp=7"), "parallel.tp=7 must divide model.num_heads=32"),
         (("simulate", "hardware=a100_x8"), "take a larger cluster"),
         (("simulate", "model=llama3_70b", "hardware=a100", "parallel=single"), "does not fit"),
         (("simulate", "model=auto"), "use model=llama3_8b"),

@@ -164,6 +164,15 @@ def test_the_stages_of_a_layout_hold_every_weight_once(layout: ParallelLayout) -
     assert total == pytest.approx(LLAMA_70B.num_params * 2)
 
 
-def test_kv_heads_that_tp_neither_divides_nor_is_a_multiple_of_are_refused() -> None:
-    with pytest.raises(ConfigError, match="parallel.tp=4 must divide, or be a multiple of"):
-        check_layout(replace(HAND, num_heads=12, num_kv_heads=6), DEVICES, ParallelLayout(tp=4))
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        (ParallelLayout(tp=16), "tp=16 must divide model.num_kv_heads=8"),
+        (ParallelLayout(spp=3), "spp=3 must divide model.num_layers=80"),
+        (ParallelLayout(tp=16, spp=3), "num_kv_heads=8.*; parallel.spp=3 must divide"),
+        (ParallelLayout(tp=128), "model.num_heads=64, model.num_kv_heads=8"),
+    ],
+)
+def test_degrees_that_do_not_divide_a_model_are_refused_with_every_reason(layout: ParallelLayout, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check_layout(LLAMA_70B, replace(DEVICES, num_devices=1 << 20), layout)

@@ -295,8 +295,8 @@ def test_fp8_weights_halve_reading_and_products_where_the_hardware_multiplies_th
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"tp": 3}, "parallel.tp=3 must divide model.shape.num_heads=2 of hand"),
-        ({"spp": 5}, "parallel.spp=5 must not exceed model.shape.num_layers=4 of hand"),
+        ({"tp": 3}, "parallel.tp=3 must divide model.num_heads=2 of hand"),
+        ({"spp": 5}, "parallel.spp=5 must not exceed model.num_layers=4 of hand"),
         ({"spp": 4, "kvp": 8}, "hardware.num_devices=16 of slow: tp=1 x spp=4 x kvp=8 x dp=1 needs 32"),
     ],
 )
