@@ -110,6 +110,7 @@ async def selftest(config: SelftestConfig) -> list[Group]:
     kinds: list[tuple[str, Iterable[Case]]] = [
         ("broken JSON", (_posted(wire, path, body) for path, body in cases.broken_bodies())),
         ("wrong fields", (_posted(wire, path, body) for path, body in cases.wrong_fields())),
+        ("extreme numbers", (_posted(wire, path, body) for path, body in cases.extreme_numbers())),
         ("beyond the limits", (_refused(wire, path, body) for path, body in cases.beyond_limits())),
         ("hostile grammars", (_posted(wire, path, body) for path, body in cases.hostile_grammars())),
         ("random bodies", (_posted(wire, *case) for case in cases.random_bodies(rng, config.num_random))),

@@ -198,6 +198,22 @@ def raw_requests(rng: random.Random) -> Iterator[bytes]:
         yield rng.randbytes(rng.randrange(1, 400))
 
 
+def extreme_numbers() -> Iterator[tuple[str, bytes]]:
+    """Sampling parameters at the ends of what float32, float64 and integers hold: taken or refused, never a failure."""
+    values = (
+        "5e-324", "1e-320", "1e-45", "1e-38", "1e-30", "1e30", "1e38", "3.5e38", "1.7976931348623157e308", "-0.0", "-5e-324",
+        "1" + "0" * 300, "-9223372036854775809", "18446744073709551616",
+    )  # fmt: skip
+    fields = (
+        "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+        "priority",
+    )  # fmt: skip
+    for field in fields:
+        for value in values:
+            for others in ({}, {"temperature": "0.7", "top_p": "0.9", "logit_bias": '{"1":100,"2":-100}'}):
+                yield COMPLETIONS, as_json({**VALID[COMPLETIONS], **others, field: value})
+
+
 def framed_requests(key: str | None) -> Iterator[tuple[bytes, tuple[int, ...]]]:
     """Bytes of one connection, and the statuses of its responses: the end of a body must never be in doubt.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MASK_64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _MIN_TEMPERATURE = 1e-30
+_MAX_TEMPERATURE = float(np.finfo(np.float32).max)
 _BLOCK_SIZE = 256
 _NUCLEUS_GUESS = 1024
 
@@ -71,7 +72,10 @@ def draws_of(indices: Sequence[int], rows: Sequence[SamplingRow], vocab_size: in
     return Draws(
         rows_D=np.array(indices, np.int64),
         # Below the floor every temperature gives the greedy token, but fp32 would make it 0 and 0 / 0 is NaN.
-        temperatures_D1=column([max(row.sampling.temperature, _MIN_TEMPERATURE) for row in rows], np.float32),
+        # Above the largest fp32 all are as good as infinite, but -inf / inf, of a token that is masked out, is NaN.
+        temperatures_D1=column(
+            [min(max(row.sampling.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE) for row in rows], np.float32
+        ),
         uniforms_D1=column([draw_uniform(row.seed, row.num_output_tokens) for row in rows], np.float64),
         min_ps_D1=column([row.sampling.min_p for row in rows], np.float32),
         filtered_F=np.array(filtered, np.int64),

@@ -70,7 +70,8 @@ class SharedFields(Struct, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
     min_p: Probability | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    # Logits are multiplied by it or its inverse, in float32: beyond these bounds they would overflow.
+    repetition_penalty: Annotated[float, Meta(ge=1e-30, le=1e30)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None

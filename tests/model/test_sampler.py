@@ -56,6 +56,24 @@ def reference_distribution(logits: list[float], r: SamplingRow) -> list[float]:
     return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("allowed", [None, {0: torch.arange(VOCAB_SIZE) < 3}])
+@pytest.mark.parametrize("penalty", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-38, 1.0, 1e30, 3.5e38, 1.7e308])
+def test_the_most_extreme_parameters_leave_a_token_that_is_allowed(
+    temperature: float, penalty: float, allowed: dict[int, torch.Tensor] | None
+) -> None:
+    extreme = row(
+        prompt=(1, 2), output=(2, 3), temperature=temperature, repetition_penalty=penalty, top_p=5e-324, min_p=1e-320,
+        presence_penalty=2.0, frequency_penalty=-2.0, logit_bias=((1, 100.0), (2, -100.0)),
+    )  # fmt: skip
+    logits = some_logits(3) * 1000
+    for one in (extreme, row(prompt=(1,), temperature=temperature, repetition_penalty=penalty)):
+        (sampled,) = Sampler(VOCAB_SIZE, "cpu").sample(logits, [one], allowed)
+        assert sampled is not None
+        assert allowed is None or sampled.token_id < 3
+
+
 def some_logits(seed: int, num_rows: int = 1, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 2
 
