@@ -201,8 +201,8 @@ def raw_requests(rng: random.Random) -> Iterator[bytes]:
 def extreme_numbers() -> Iterator[tuple[str, bytes]]:
     """Sampling parameters at the ends of what float32, float64 and integers hold: taken or refused, never a failure."""
     values = (
-        "5e-324", "1e-320", "1e-45", "1e-38", "1e-30", "1e30", "1e38", "3.5e38", "1.7976931348623157e308", "-0.0", "-5e-324",
-        "1" + "0" * 300, "-9223372036854775809", "18446744073709551616",
+        "5e-324", "1e-320", "1e-45", "1e-38", "1e-30", "1e30", "1e38", "3.5e38", "1.7976931348623157e308", "-0.0",
+        "-5e-324", "1" + "0" * 300, "-9223372036854775809", "18446744073709551616",
     )  # fmt: skip
     fields = (
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",

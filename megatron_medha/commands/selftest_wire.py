@@ -71,7 +71,7 @@ class Wire:
 
     def request(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
         """The bytes of a request; headers: instead of the usual ones where the names agree."""
-        usual = {"host": "selftest", "connection": "close", "content-length": str(len(body))}
+        usual = {"host": urlsplit(self.url).netloc, "connection": "close", "content-length": str(len(body))}
         if self.api_key is not None:
             usual["authorization"] = f"Bearer {self.api_key}"
         lines = "".join(f"{name}: {value}\r\n" for name, value in {**usual, **(headers or {})}.items())

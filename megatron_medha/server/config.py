@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ FIXED_FIELDS = (
     "max_head_bytes", "max_headers", "max_connections",
 )  # fmt: skip
 TOOL_SYNTAXES = ("auto", "hermes", "llama3_json")
+_ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 SECRET_FIELDS = ("api_key", "admin_key")
 
 
@@ -28,6 +30,8 @@ class ServerConfig:
     api_key: str | None = None                # clients send it as "Authorization: Bearer KEY"
     api_key_file: Path | None = None          # more keys, one "NAME KEY" a line; limits per key count by name
     admin_key: str | None = None              # for /admin and /debug, which tell about everybody's requests
+    allowed_hosts: tuple[str, ...] = ()       # without a key: names besides loopback ones, against DNS rebinding
+    allowed_origins: tuple[str, ...] = ()     # pages that may use the server (CORS); without a key also against CSRF
     is_open_to_all: bool = False              # a public address without keys is a mistake more often than a wish
     tls_certificate: Path | None = None       # PEM, with the chain; for those without a proxy that ends TLS
     tls_key: Path | None = None               # PEM
@@ -92,6 +96,7 @@ class ServerConfig:
                 f"server.host={self.host} is reachable from elsewhere and no key is needed; give server.api_key or "
                 "server.api_key_file, or say server.is_open_to_all=true"
             )
+        self._check_sites()
         if self.tool_syntax not in TOOL_SYNTAXES:
             raise ConfigError(f"server.tool_syntax={self.tool_syntax} is not one of {', '.join(TOOL_SYNTAXES)}")
         if self.max_bodies_bytes < self.max_body_bytes:
@@ -100,6 +105,20 @@ class ServerConfig:
                 f"server.max_body_bytes={self.max_body_bytes}"
             )
         self._check_numbers()
+
+    def _check_sites(self) -> None:
+        for host in self.allowed_hosts:
+            if host != "*" and re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host) is None:
+                raise ConfigError(
+                    f"server.allowed_hosts: {host}: names and addresses in lower case, without scheme, port and "
+                    f"brackets; * is any"
+                )
+        for origin in self.allowed_origins:
+            if origin not in ("*", "null") and _ORIGIN.fullmatch(origin) is None:
+                raise ConfigError(
+                    f"server.allowed_origins: {origin}: origins are written SCHEME://HOST or SCHEME://HOST:PORT in "
+                    f"lower case, without a path and without the scheme's own port; * is any"
+                )
 
     def _check_numbers(self) -> None:
         may_be_zero = {

@@ -1,19 +1,23 @@
-"""Plain ASGI around the app: request ids, API keys, and the count a drain waits for. No body is touched."""
+"""Plain ASGI around the app: request ids, API keys, sites, and the count a drain waits for. No body is touched."""
 
 from __future__ import annotations
 
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megatron_medha.server.cross_site import answer_preflight, check_host, check_origin, cors_headers
 from megatron_medha.server.errors import ApiError
 from megatron_medha.server.keys import Client
 from megatron_medha.server.service import Service
 
 # Probes carry no key, and learn nothing worth one. The page at /dashboard is the same for everybody; what it shows
 # comes from /debug, with a key.
-OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/ping", "/dashboard"})
+# Nor does a probe's Host count: it is the address of a pod or whatever a load balancer writes.
+PROBE_PATHS = frozenset({"/health", "/live", "/ready", "/ping"})
+OPEN_PATHS = PROBE_PATHS | {"/dashboard"}
 ADMIN_PREFIXES = ("/admin/", "/debug/")
 MAX_REQUEST_ID_CHARS = 128
 
@@ -36,22 +40,24 @@ class FrontDoor:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
+        of_site = cors_headers(headers, self._service.config)
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(raw=message["headers"])["x-request-id"] = request_id
+                message["headers"].extend(of_site)
             await send(message)
 
         path = scope["path"]
-        if path in OPEN_PATHS:
-            await self._app(scope, receive, send_named)
-            return
         try:
-            client = self._client(path, headers)
-            if not path.startswith(ADMIN_PREFIXES) and path != "/metrics":
+            early = self._check_site(scope, headers)
+            client = self._client(path, headers) if early is None and path not in OPEN_PATHS else None
+            if client is not None and not path.startswith(ADMIN_PREFIXES) and path != "/metrics":
                 self._service.check_open()
         except ApiError as error:
-            await error.as_response(path)(scope, receive, send_named)
+            early = error.as_response(path)
+        if early is not None or client is None:
+            await (early or self._app)(scope, receive, send_named)
             return
         state = scope.setdefault("state", {})
         state["client"], state["request_id"], state["client_key"] = client.name, request_id, client
@@ -61,6 +67,14 @@ class FrontDoor:
             await self._app(scope, receive, send_named)
         finally:
             self._service.ended()
+
+    def _check_site(self, scope: Scope, headers: Headers) -> Response | None:
+        """The response to a CORS preflight, which carries no key; None: go on. ApiError for pages that may not."""
+        config = self._service.config
+        if not config.needs_key and scope["path"] not in PROBE_PATHS:
+            check_host(headers, config, (scope.get("server") or (None,))[0])
+            check_origin(scope["method"], headers, config)
+        return answer_preflight(scope["method"], headers, config)
 
     def _client(self, path: str, headers: Headers) -> Client:
         keys = self._service.keys
