@@ -119,6 +119,10 @@ class WorkloadOptions:
     """Empty: a server takes its traffic from its clients."""
 
 
+_MAX_WANDB_PROJECT_CHARS = 128     # W&B's limits
+_NOT_IN_WANDB_PROJECT = "/\\#?%:"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingConfig:
     """What is written down while serving."""
@@ -137,6 +141,12 @@ class TrackingConfig:
         _check_member("tracking.wandb_mode", self.wandb_mode, ("auto", "online", "offline"))
         _check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
         _check_range("tracking.timeline_s", self.timeline_s, 0.1, 1e9)
+        project = "x" if self.wandb_project is None else self.wandb_project
+        if not 0 < len(project) <= _MAX_WANDB_PROJECT_CHARS or set(project) & set(_NOT_IN_WANDB_PROJECT):
+            raise ConfigError(
+                f"tracking.wandb_project={project[:80]}: a project of W&B has 1 to {_MAX_WANDB_PROJECT_CHARS} "
+                f"characters, none of {' '.join(_NOT_IN_WANDB_PROJECT)}; null for none"
+            )
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ConfigError(
                 f"tracking.otlp_endpoint={self.otlp_endpoint}: give an address like http://127.0.0.1:4318/v1/traces"

@@ -56,11 +56,12 @@ def _options_class() -> type[BenchOptions]:
 def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     """One `medha bench` with its output; returns what is in summary.json."""
     from megatron_medha.commands.served import served
-    from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.commands.wandb_run import WandbRun, check_wandb
     from megatron_medha.compose import yaml_values
     from megatron_medha.sim.run_directory import RunDirectory
 
     check_plots(options.plots)
+    check_wandb(options.tracking)
     config = yaml_values(composed_yaml)
     config.pop("api_key")  # a secret; nothing that is written down needs it
     config.pop("out")      # a directory may be moved
@@ -74,8 +75,8 @@ def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
         tracker.fail()
         raise
     plot(options.plots, directory.path)
-    tracker.finish(directory.path)
     print(f"results are in {directory.path}")
+    tracker.finish(directory.path)
     return values
 
 

@@ -86,8 +86,8 @@ def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
 
         write_parquet(directory.path)
     plot(options.plots, directory.path)
-    tracker.finish(directory.path)
     print(f"results are in {directory.path}")
+    tracker.finish(directory.path)
     return result.values
 
 
@@ -161,9 +161,11 @@ def _say_what_runs(options: SimulateOptions, simulation: Simulation) -> None:
 
 def _check_extras(options: SimulateOptions) -> None:
     """What is not installed is found out before the run, not after it."""
+    from megatron_medha.commands.wandb_run import check_wandb
     from megatron_medha.simulate_config import RequestsFormat
 
     check_plots(options.plots)
+    check_wandb(options.tracking)
     if options.requests is RequestsFormat.PARQUET and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(f"requests=parquet: pyarrow is not installed; {_INSTALL_PARQUET}, or requests=jsonl")
 

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_medha.commands.wandb_run import begin, check_wandb, keep
 from megatron_medha.commands.writable import check_writable
 from megatron_medha.config import TrackingConfig
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.ports import EngineClient
 from megatron_medha.server.metrics import Histogram, Metrics
 
@@ -36,7 +37,7 @@ class Tracking:
         self, config: TrackingConfig, engine: EngineClient, metrics: Metrics, options: dict[str, Any]
     ) -> None:
         """options: the composed configuration, kept with the run. Raises DependencyError if wandb is missing, and
-        ConfigError if a file cannot be written: before the model is loaded.
+        ConfigError for what W&B would refuse or a file that cannot be written: before the model is loaded.
         """
         check_wandb(config)
         for key in ("decision_log", "metrics_log", "timeline"):
@@ -116,6 +117,8 @@ class Tracking:
                 sample = {"time_s": round(time.monotonic() - started_s, 3), **self.sample()}
                 for write in writers:
                     write(sample)
+        except ConfigError as error:  # of W&B
+            _log.error("tracking_failed", extra={"fields": {"why": str(error)}})
         except Exception:  # outermost of this thread: whatever a tracker does, requests are served on
             _log.exception("tracking_failed")
         finally:

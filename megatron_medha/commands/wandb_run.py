@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_medha.config import TrackingConfig
-from megatron_medha.core.errors import DependencyError
+from megatron_medha.core.errors import ConfigError, DependencyError
 
 _MAX_ROWS = 10_000  # of a table of requests; W&B shows no more, and the whole is in the artifact
+
+# Of WANDB_MODE. "dryrun" and "run" are older names of offline and online.
+_WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+_MAX_REASON_CHARS = 400
 
 # Files of a run directory that are worth keeping with the run.
 _ARTIFACT_FILES = (
@@ -32,30 +38,60 @@ def mode_of(wandb_mode: str) -> str:
 
 
 def check_wandb(tracking: TrackingConfig) -> None:
-    """Raises DependencyError if wandb is asked for and missing."""
-    if tracking.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+    """Raises DependencyError if wandb is asked for and missing, and ConfigError for what it would refuse at once."""
+    if tracking.wandb_project is None:
+        return
+    if importlib.util.find_spec("wandb") is None:
         raise DependencyError(
             f"tracking.wandb_project={tracking.wandb_project}: wandb is not installed; "
             "pip install 'megatron_medha[tracking]', or tracking=none"
         )
+    mode = mode_of(tracking.wandb_mode)
+    if mode not in _WANDB_MODES:
+        raise ConfigError(
+            f"WANDB_MODE={mode}: not one of {', '.join(_WANDB_MODES)}; change it, or set tracking.wandb_mode"
+        )
+    if mode in ("online", "shared", "run") and not _may_have_key():
+        key = "WANDB_MODE" if tracking.wandb_mode == "auto" else "tracking.wandb_mode"
+        raise ConfigError(
+            f"{key}={mode}: W&B needs an API key, and there is none; run `wandb login` or set WANDB_API_KEY, "
+            "or use tracking.wandb_mode=offline"
+        )
+
+
+@contextmanager
+def refusals(tracking: TrackingConfig) -> Iterator[None]:
+    """Turns W&B's own errors into ConfigError: a wrong key or setting, a server that is not reached, a full disk."""
+    import pydantic  # which wandb checks its settings with
+    import wandb
+
+    try:
+        yield
+    except (wandb.Error, pydantic.ValidationError, OSError) as error:
+        why = " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__
+        raise ConfigError(
+            f"tracking.wandb_project={tracking.wandb_project}: W&B fails: {why}; correct that, or use "
+            "tracking.wandb_mode=offline, or tracking=none"
+        ) from None
 
 
 def begin(
     tracking: TrackingConfig, job_type: str, config: Mapping[str, Any], directory: Path, name: str | None = None
 ) -> Any:
-    """A run of W&B's, as the options ask for it; its own files go into `directory`/wandb."""
+    """A run of W&B's, as the options ask for it; its own files go into `directory`/wandb. ConfigError: W&B fails."""
     import wandb
 
-    run: Any = wandb.init(
-        project=tracking.wandb_project,
-        group=tracking.wandb_group,
-        job_type=job_type,
-        name=name,
-        mode=mode_of(tracking.wandb_mode),
-        config=dict(config),
-        dir=str(directory.absolute()),  # W&B's own process may have been started elsewhere
-        settings=wandb.Settings(console="off", silent=True),
-    )
+    with refusals(tracking):
+        run: Any = wandb.init(
+            project=tracking.wandb_project,
+            group=tracking.wandb_group,
+            job_type=job_type,
+            name=name,
+            mode=mode_of(tracking.wandb_mode),
+            config=dict(config),
+            dir=str(directory.absolute()),  # W&B's own process may have been started elsewhere
+            settings=wandb.Settings(console="off", silent=True),
+        )
     run.define_metric("time_s")
     run.define_metric("*", step_metric="time_s")
     return run
@@ -77,8 +113,9 @@ class WandbRun:
     """One W&B run over a run directory, or nothing at all where none is asked for."""
 
     def __init__(self, tracking: TrackingConfig, job_type: str, config: Mapping[str, Any], directory: Path) -> None:
-        """Raises DependencyError if wandb is asked for and missing."""
+        """Raises what check_wandb() and begin() raise."""
         check_wandb(tracking)
+        self._tracking = tracking
         self._run: Any = None
         if tracking.wandb_project is None:
             return
@@ -93,9 +130,18 @@ class WandbRun:
             self._run.log({"time_s": time_s} | {key: value for key, value in values.items() if value is not None})
 
     def finish(self, directory: Path) -> None:
-        """Everything that came out; the run ends."""
-        if self._run is None:
-            return
+        """Everything that came out; the run ends. ConfigError: W&B fails."""
+        if self._run is not None:
+            with refusals(self._tracking):
+                self._log_results(directory)
+                self._run.finish()
+
+    def fail(self) -> None:
+        """The run ended before its end."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
+
+    def _log_results(self, directory: Path) -> None:
         import wandb
 
         summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
@@ -108,12 +154,6 @@ class WandbRun:
         if logged:
             self._run.log(logged)
         keep(self._run, "run-directory", [directory / name for name in _ARTIFACT_FILES])
-        self._run.finish()
-
-    def fail(self) -> None:
-        """The run ended before its end."""
-        if self._run is not None:
-            self._run.finish(exit_code=1)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -133,6 +173,12 @@ def _first_lines(path: Path, count: int) -> Iterator[dict[str, Any]]:
 
 def _netrc() -> str:
     try:
-        return (Path.home() / ".netrc").read_text(encoding="utf-8")
-    except OSError:
+        return (Path(os.environ.get("NETRC") or Path.home() / ".netrc")).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
         return ""
+
+
+def _may_have_key() -> bool:
+    # Which host's key it takes is W&B's business. On a terminal it asks for one.
+    is_set = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    return is_set or "password" in _netrc() or sys.stdin.isatty()
