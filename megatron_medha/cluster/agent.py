@@ -172,7 +172,12 @@ class Agent:
             front_endpoint=want.config.front_endpoint.replace("*", self._host),
             key_file=str(self._key_file),
         )
-        self._process = RankProcess.start(config, self._command, self._environment(config))
+        try:
+            self._process = RankProcess.start(config, self._command, self._environment(config))
+        except OSError as error:  # no descriptor, process or memory; the front says again what it wants
+            print(f"rank {self._rank}: no process can be started just now: {error}", file=sys.stderr)
+            self._process = self._start = None
+            return False
         self._start = want.start
         self._ended = None
         return True

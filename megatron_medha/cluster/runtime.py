@@ -46,6 +46,7 @@ _CHECK_INTERVAL_S = 0.25    # how soon a dead rank is noticed
 _PING_INTERVAL_S = 1.0      # how soon a closed connection is
 _LAST_WORDS_S = 1.0         # that a rank may have sent before it ended, behind those of others
 _SHUTDOWN_TIMEOUT_S = 5.0   # a rank finishes its step first
+_START_AGAIN_S = 1.0        # after the system had no process or descriptor for us
 
 
 class _Phase(Enum):
@@ -87,6 +88,8 @@ class ClusterRuntime:
         self._phase = _Phase.STARTING
         self._progress = StartProgress(layout.world_size)
         self._num_starts = 0               # since the ranks were last ready
+        self._start_again_s: float | None = None    # when to try again, while no process can be started
+        self._start_failed_s: float | None = None   # since when none can be
         self._why_lost = ""
         self._ready_s = self._served_s = 0.0  # when the ranks came up last; how long they have served before that
         self._num_blocks: int | None = None  # promised to the scheduler
@@ -134,12 +137,32 @@ class ClusterRuntime:
         self._num_starts += 1
         self._phase = _Phase.STARTING
         self._progress = StartProgress(self._layout.world_size)
-        self._ranks.start()
+        self._try_to_start()
+
+    def _try_to_start(self) -> None:
         self._poller = zmq.Poller()
+        self._poller.register(self._inbox.fileno(), zmq.POLLIN)
+        self._start_again_s = None
+        try:
+            self._ranks.start()
+        except (OSError, zmq.ZMQError) as error:  # no descriptor, process or memory to be had just now
+            self._put_off_start(error)
+            return
+        self._start_failed_s = None
         for socket in (self._ranks.link.socket, *self._ranks.sockets):
             self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(self._inbox.fileno(), zmq.POLLIN)
         self._heartbeats.restart(self._recovery.load_heartbeat_timeout_s, self.now_s())
+
+    def _put_off_start(self, error: Exception) -> None:
+        """Try again later; RankError if this is the first start, or too long ago that one succeeded."""
+        now_s = self.now_s()
+        self._start_failed_s = now_s if self._start_failed_s is None else self._start_failed_s
+        self._ranks.end(0.0)
+        if self._num_blocks is None or now_s - self._start_failed_s > self._recovery.load_heartbeat_timeout_s:
+            raise RankError(f"the ranks cannot be started: {error}") from error
+        _log.error("ranks_not_started retry_s=%g why=%s", _START_AGAIN_S, error)
+        self._note_start(f"no process can be started ({error})", 0.0)
+        self._start_again_s = now_s + _START_AGAIN_S
 
     def _lose_ranks(self, why: str) -> None:
         """The ranks can no longer be used: end all of them and start them again, or give up (RankError)."""
@@ -246,6 +269,10 @@ class ClusterRuntime:
         if self._inbox.fileno() in polled:
             for event in self._inbox.drain():
                 self._events.extend(self._gate.admit(event))
+        if self._start_again_s is not None:
+            if self.now_s() >= self._start_again_s:
+                self._try_to_start()
+            return
         try:
             if self._phase is not _Phase.STARTING:
                 self._ask_for_grammars()

@@ -96,7 +96,11 @@ class GrammarTrials:
         if not self._first_line:
             self._first_line = await asyncio.to_thread(lambda: msgspec.json.encode(self._vocabulary()) + b"\n")
         command = (sys.executable, *COMMAND, str(os.getpid()))
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, limit=_MAX_ANSWER_BYTES)
+        try:
+            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, limit=_MAX_ANSWER_BYTES)
+        except OSError as error:  # no descriptor, process or memory to be had just now
+            log.error("grammar_process_not_started", extra={"fields": {"why": str(error)}})
+            raise TrialsBusy("no process to compile grammars can be started; try again later") from None
         self._all.add(process)
         tried: Tried | None = None
         try:

@@ -5,14 +5,18 @@ The ranks are processes without a model (fake_rank.py): what each request must g
 
 from __future__ import annotations
 
+import errno
+import math
 import random
 
 import pytest
+import zmq
 from clients import TIMEOUT_S, wait_until
 from fake_cluster import POISON, StartCluster, assert_all_are_answered, mixed_load
 from fake_rank import continuation
 
 from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.cluster.launch import RankProcess
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.ports import EnginePhase, ErrorDelivery
 
@@ -78,6 +82,56 @@ def test_a_rank_that_fails_in_any_way_is_found_and_replaced(
         cluster.client.send(name, prompt, num_outputs)
     assert_all_are_answered(cluster.client, load)
     assert cluster.engine.status.num_failures == cluster.engine.status.num_recoveries == 1
+
+
+class NoProcesses:
+    """A machine that starts no process for a while."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception, num_failures: float = math.inf) -> None:
+        self._start, self._error, self._num_left = RankProcess.start, error, num_failures
+        monkeypatch.setattr(RankProcess, "start", self)
+
+    def __call__(self, *arguments: object) -> RankProcess:
+        """As RankProcess.start."""
+        if self._num_left <= 0:
+            return self._start(*arguments)  # type: ignore[arg-type]
+        self._num_left -= 1
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        zmq.ZMQError(errno.EMFILE),
+    ],
+    ids=["EMFILE", "EAGAIN", "zmq"],
+)  # fmt: skip
+def test_ranks_that_cannot_be_started_just_now_are_started_later(
+    start: StartCluster, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("megatron_medha.cluster.runtime._START_AGAIN_S", 0.01)
+    cluster = start(ParallelLayout(tp=2), recovery=RecoveryConfig(heartbeat_timeout_s=60.0, max_starts=1))
+    load = mixed_load(4, 10)
+    for name, (prompt, num_outputs) in load.items():
+        cluster.client.send(name, prompt, num_outputs)
+    NoProcesses(monkeypatch, error, num_failures=3)
+    cluster.kill(1)
+    assert_all_are_answered(cluster.client, load)
+    assert cluster.engine.status.num_failures == cluster.engine.status.num_recoveries == 1
+
+
+def test_a_machine_that_starts_no_process_for_long_ends_the_server(
+    start: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_medha.cluster.runtime._START_AGAIN_S", 0.01)
+    limits = {"heartbeat_timeout_s": 60.0, "load_heartbeat_timeout_s": 1.5}
+    cluster = start(ParallelLayout(), recovery=RecoveryConfig(**limits))
+    NoProcesses(monkeypatch, OSError(errno.EMFILE, "Too many open files"))
+    cluster.kill(0)
+    wait_until(lambda: cluster.engine.status.phase is EnginePhase.FAILED, lambda: cluster.engine.status)
+    assert "cannot be started: [Errno 24] Too many open files" in cluster.engine.status.detail
 
 
 def test_while_ranks_come_up_again_requests_are_taken_and_aborts_are_heard(start: StartCluster) -> None:

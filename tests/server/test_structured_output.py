@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -134,6 +135,21 @@ def test_grammars_that_never_end_hurt_nobody_else(start_server: StartServer, mon
     assert trials is not None and not trials._places.locked()
     # What is left has nothing to do: one that hung would not answer.
     assert {one.pid for one in trials._all} == {one.pid for one in trials._idle}
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN, errno.ENOMEM])
+def test_a_grammar_process_that_cannot_be_started_fails_its_request_alone(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    async def no_process(*command: str, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    server = start_server()
+    with monkeypatch.context() as patch:
+        patch.setattr("asyncio.create_subprocess_exec", no_process)
+        response = server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"})
+    assert response.status_code == 503 and response.headers["retry-after"]
+    assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"}).status_code == 200
 
 
 def test_a_grammar_process_that_was_killed_is_replaced(start_server: StartServer) -> None:
