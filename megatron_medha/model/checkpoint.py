@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.model.hf_checkpoint import hf_weight_files, load_hf_weights
+from megatron_medha.model.hf_checkpoint import hf_weight_files, load_hf_weights, num_stored_elements
 from megatron_medha.model.hf_config import read_hf_config
 from megatron_medha.model.megatron_checkpoint import (
     find_megatron_checkpoint,
@@ -17,6 +17,7 @@ from megatron_medha.model.megatron_checkpoint import (
     read_megatron_config,
 )
 from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.weight_checks import refuse_larger_model
 from megatron_medha.model.zero_checkpoint import find_zero_checkpoint, load_zero_weights, read_zero_config
 
 
@@ -57,7 +58,9 @@ def read_model_config(directory: Path | str) -> ModelConfig:
         case CheckpointKind.MEGATRON:
             return read_megatron_config(directory)
         case CheckpointKind.HUGGING_FACE:
-            return read_hf_config(directory)
+            config = read_hf_config(directory)
+            refuse_larger_model(config, directory / "config.json", num_stored_elements(directory))
+            return config
         case CheckpointKind.ZERO:
             return read_zero_config(directory)
 

@@ -7,21 +7,24 @@ matrix, group by group (the queries of a group, its key, its value), and the MLP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.model.hf_config import read_json
+from megatron_medha.engine.checkpoint_files import open_regular, path_inside, read_bytes
 from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.weight_checks import is_finite, refuse_non_finite
 
-INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 _LM_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 _QKV, _FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"  # within a layer of ours
@@ -29,8 +32,16 @@ _OUR_LM_HEAD = "output_layer.weight"
 _OUR_EMBEDDING = "embedding.word_embeddings.weight"
 _DTYPES = ("F64", "F32", "BF16", "F16")
 _MAX_PROBLEMS_SHOWN = 8
+_MAX_INDEX_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 64 << 20  # 100 bytes a tensor
 
 Progress = Callable[[str, float], None]  # what is being done, and which fraction of it is: 0..1
+
+
+class _Index(msgspec.Struct):
+    """What is read of the index."""
+
+    weight_map: dict[str, str]
 
 
 class Share(NamedTuple):
@@ -141,26 +152,30 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
     """
     parameters = dict(model.named_parameters())
     share = share_of(model)
-    expected = placements(config, set(parameters), share)
+    file_of = _files_by_key(directory)
+    expected = with_tied_head(placements(config, set(parameters), share), file_of, config)
     unfilled = set(parameters) - {placement.parameter for placement in expected.values()}
     assert not unfilled, f"no checkpoint tensor fills {sorted(unfilled)}"
-    file_of = _files_by_key(directory)
     _check_headers(expected, file_of, config, directory)
     num_ids = zero_padding_rows(parameters, config, share)
     wanted = {key: placement for key, placement in expected.items() if placement.parameter is not None}
     num_loaded = 0
     for path in sorted({file_of[key] for key in wanted}):
+        not_finite = []
         with opened(path) as file:
-            for key in (key for key in sorted(file.keys()) if key in wanted):
+            for key in (key for key in sorted(file.keys()) if key in wanted and file_of[key] == path):
                 placement = wanted[key]
                 assert placement.parameter is not None
                 destination = placement.view(parameters[placement.parameter])
                 destination.copy_(_part(file, key, placement, share).view(destination.shape))
+                if not is_finite(destination):
+                    not_finite.append(key)
                 num_loaded += 1
                 progress(f"weights from {path.name}", num_loaded / len(wanted))
-    tied = expected[_EMBEDDING].parameter
-    if config.has_tied_embeddings and _LM_HEAD in file_of and tied is not None:
-        _check_tied_head(file_of[_LM_HEAD], expected[_EMBEDDING], share, parameters[tied][:num_ids])
+        refuse_non_finite(path, not_finite)
+    if config.has_tied_embeddings and _LM_HEAD in file_of and _EMBEDDING in wanted:
+        tied = parameters[str(wanted[_EMBEDDING].parameter)]
+        _check_tied_head(file_of[_LM_HEAD], expected[_EMBEDDING], share, tied[:num_ids])
 
 
 def zero_padding_rows(parameters: Mapping[str, Tensor], config: ModelConfig, share: Share) -> int:
@@ -180,31 +195,59 @@ def _part(file: Any, key: str, placement: Placement, share: Share) -> Tensor:
     return part[rows] if placement.split_dim == 0 else part[:, rows]
 
 
+def with_tied_head(
+    expected: dict[str, Placement], keys: Collection[str], config: ModelConfig
+) -> dict[str, Placement]:
+    """The same, by the head's name where tied embeddings are stored under that alone, as by safetensors' save_model."""
+    if config.has_tied_embeddings and _LM_HEAD in keys and _EMBEDDING not in keys:
+        return {_LM_HEAD if key == _EMBEDDING else key: placement for key, placement in expected.items()}
+    return expected
+
+
 def hf_weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, index or not; empty when it has none.
 
-    Raises CheckpointError when the index is broken or names a file that is not there.
+    Where two saves left a single file and an index of shards, the single file is taken, as by transformers.
+    Raises CheckpointError when the index is needed and is broken or names a file that is not there.
     """
-    index = directory / INDEX_NAME
+    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
+    if single.is_file():
+        with suppress(CheckpointError):
+            paths = _indexed_files(index)
+            if single in paths and all(path.is_file() for path in paths):
+                return paths
+        return [single]
     if index.is_file():
-        names = set(read_json(index).within("weight_map").fields.values())
-        paths = [directory / str(name) for name in sorted(names, key=str)]
+        paths = _indexed_files(index)
         for path in paths:
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing, though {INDEX_NAME} names it")
-        if not paths:
-            raise CheckpointError(f"{index}: weight_map is empty")
         return paths
-    single = directory / "model.safetensors"
-    if single.is_file():
-        return [single]
     # "consolidated" files hold the same weights again, in Mistral's own naming.
     return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("consolidated"))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(read_bytes(index, _MAX_INDEX_BYTES), type=_Index).weight_map
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{index}: cannot be read as an index of tensors: {error}") from error
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    names = set(_weight_map(index).values())
+    if not names:
+        raise CheckpointError(f"{index}: weight_map is empty")
+    return [path_inside(index.parent, name, index.name) for name in sorted(names)]
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """A safetensors file, its header checked. Raises CheckpointError naming it when it is damaged."""
+    with open_regular(path) as start:
+        num_header_bytes = int.from_bytes(start.read(8), "little")
+    if num_header_bytes > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: its header takes {num_header_bytes} bytes; damaged")
     try:
         # Reading, too, may fail: a file on a network mount can be cut short after it was opened.
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -214,14 +257,31 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def _files_by_key(directory: Path) -> dict[str, Path]:
+    """Where each tensor is. Raises CheckpointError if one is in two files that differ in it."""
     file_of: dict[str, Path] = {}
     for path in hf_weight_files(directory):
         with opened(path) as file:
             for key in sorted(file.keys()):
-                if key in file_of:
-                    raise CheckpointError(f"{path}: tensor {key} is in {file_of[key].name} too")
-                file_of[key] = path
+                if key not in file_of:
+                    file_of[key] = path
+                elif not _is_same_tensor(file, file_of[key], key):
+                    raise CheckpointError(f"{path}: tensor {key} is in {file_of[key].name} too, with other values")
     return file_of
+
+
+def _is_same_tensor(file: Any, other: Path, key: str) -> bool:
+    with opened(other) as second:
+        is_alike = file.get_slice(key).get_shape() == second.get_slice(key).get_shape()
+        return is_alike and torch.equal(file.get_tensor(key), second.get_tensor(key))
+
+
+def num_stored_elements(directory: Path) -> int:
+    """Of all tensors in the checkpoint's files together, from their headers."""
+    num_elements = 0
+    for path in hf_weight_files(directory):
+        with opened(path) as file:
+            num_elements += sum(prod(file.get_slice(key).get_shape()) for key in sorted(file.keys()))
+    return num_elements
 
 
 def _check_headers(
@@ -231,7 +291,7 @@ def _check_headers(
     problems = [f"{_where_expected(directory)}: tensor {key} is missing" for key in expected if key not in file_of]
     for path in sorted(set(file_of.values())):
         with opened(path) as file:
-            for key in sorted(file.keys()):
+            for key in (key for key in sorted(file.keys()) if file_of[key] == path):
                 if key not in expected:
                     if not may_be_ignored(key, config):
                         problems.append(f"{path}: tensor {key} is not part of this model")

@@ -6,12 +6,12 @@ rope_parameters (transformers 5).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.engine.checkpoint_files import read_json_object
 from megatron_medha.model.model_config import ModelConfig, RopeScaling
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -79,13 +79,7 @@ class JsonFields:
 
 def read_json(path: Path) -> JsonFields:
     """The object in that file. Raises CheckpointError when it cannot be read or is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a JSON object")
-    return JsonFields(path, value)
+    return JsonFields(path, read_json_object(path))
 
 
 def read_hf_config(directory: Path) -> ModelConfig:

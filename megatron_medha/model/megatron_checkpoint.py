@@ -10,25 +10,26 @@ from __future__ import annotations
 import argparse
 import queue
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.engine.checkpoint_files import read_word
+from megatron_medha.model.hf_checkpoint import share_of, zero_padding_rows
 from megatron_medha.model.hf_config import read_json
 from megatron_medha.model.megatron_args import args_from_config, config_from_args
 from megatron_medha.model.model_config import ModelConfig
-from megatron_medha.model.safe_pickle import load_pickle, load_torch_file
+from megatron_medha.model.safe_pickle import load_torch_file
+from megatron_medha.model.stored_tensors import StoredTensor, TensorFiles, read_index
+from megatron_medha.model.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
 from megatron_medha.parallel.cpu_shim import allow_megatron_without_cuda
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -50,7 +51,7 @@ def find_megatron_checkpoint(directory: Path) -> Path | None:
     tracker = directory / TRACKER_NAME
     if not tracker.is_file():
         return None
-    stated = tracker.read_text(errors="replace").strip()
+    stated = read_word(tracker)
     if stated != "release" and not stated.isdecimal():
         raise CheckpointError(f"{tracker}: holds {stated[:40]!r}, not a number of iterations or 'release'")
     iteration = directory / (stated if stated == "release" else f"iter_{int(stated):07d}")
@@ -62,7 +63,7 @@ def find_megatron_checkpoint(directory: Path) -> Path | None:
 def read_megatron_config(directory: Path) -> ModelConfig:
     """The architecture, from the arguments in common.pt and the shapes in .metadata."""
     iteration = _found(directory)
-    tensors, _ = _tensors(iteration)
+    tensors = _tensors(iteration)
     path = iteration / "common.pt"
     common = load_torch_file(path)
     args = common.get("args") if isinstance(common, Mapping) else None
@@ -71,20 +72,22 @@ def read_megatron_config(directory: Path) -> ModelConfig:
     embedding = tensors.get(_EMBEDDING)
     if embedding is None:
         raise CheckpointError(f"{iteration / '.metadata'}: tensor {_EMBEDDING} is missing")
-    dtype = embedding.properties.dtype
+    dtype = embedding.dtype
     if dtype not in _DTYPES:
         raise UnsupportedModelError(f"{iteration / '.metadata'}: {_EMBEDDING} has dtype {dtype}")
     home = directory.resolve() if iteration != directory else directory.resolve().parent
     num_ids, stop_token_ids = tokenizer_facts((directory, home))
-    return config_from_args(
+    config = config_from_args(
         args,
         path,
         name=home.name,
         dtype=_DTYPES[dtype],
-        num_embedding_rows=embedding.size[0],
+        num_embedding_rows=embedding.shape[0],
         num_tokenizer_ids=num_ids,
         stop_token_ids=stop_token_ids,
     )
+    refuse_larger_model(config, path, sum(prod(tensor.shape) for tensor in tensors.values()))
+    return config
 
 
 @torch.no_grad()
@@ -98,18 +101,18 @@ def load_megatron_weights(
     allow_megatron_without_cuda()
     iteration = _found(directory)
     progress(f"weights from {iteration.name}", 0.0)
-    tensors, prefix = _tensors(iteration)
+    tensors = _tensors(iteration)
     wanted = sharded_state_dict(model, _layout_of(tensors))
     # Megatron's factories (SwiGLU) would load halves and concatenate them: a second copy. Applied beforehand,
     # they leave views of the parameter's halves, which are filled in place.
     apply_factories(wanted)
     _check_tensors(wanted, _keys_of_all_stages(model, wanted), tensors, config, iteration)
+    files = TensorFiles()
     for part in nested_values(wanted):
-        part.key = prefix + part.key
-    try:
-        dist_checkpointing.load(wanted, str(iteration), common_strategy=_NoCommonState())
-    except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{iteration}: tensors cannot be read, damaged or incomplete: {error}") from error
+        # A stack of layers has an axis more in the checkpoint than a layer's parameter has.
+        files.fill(part.data[(None,) * part.prepend_axis_num], part.global_offset, tensors[part.key])
+    zero_padding_rows(dict(model.named_parameters()), config, share_of(model))
+    refuse_non_finite(iteration, [part.key for part in nested_values(wanted) if not is_finite(part.data)])
     progress(f"weights from {iteration.name}", 1.0)
 
 
@@ -137,13 +140,6 @@ def save_megatron_checkpoint(model: Any, config: ModelConfig, directory: Path, i
     )
     (directory / TRACKER_NAME).write_text(str(iteration))
     return target
-
-
-class _NoCommonState(TorchCommonLoadStrategy):
-    """Keeps Megatron from unpickling common.pt a second time, its own way."""
-
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        return {}
 
 
 def _sharded_backend(directory: Path) -> str | None:
@@ -181,29 +177,15 @@ def _found(directory: Path) -> Path:
     return iteration
 
 
-def _tensors(iteration: Path) -> tuple[dict[str, TensorStorageMetadata], str]:
-    """The model's tensors in .metadata by their name without prefix, and that prefix; their data checked to be there.
-
-    Our own unpickler reads it before Megatron does with pickle: afterwards it is known to be harmless.
-    """
-    path = iteration / ".metadata"
-    metadata = load_pickle(path)
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path}: not an index of torch.distributed.checkpoint")
-    for key, stored in (metadata.storage_data or {}).items():
-        file = iteration / stored.relative_path
-        size_bytes = file.stat().st_size if file.is_file() else None
-        if size_bytes is None or size_bytes < stored.offset + stored.length:
-            found = "is missing" if size_bytes is None else f"ends after {size_bytes} bytes"
-            raise CheckpointError(f"{file}: {found}, so tensor {key.fqn} is incomplete")
-    everything = metadata.state_dict_metadata
+def _tensors(iteration: Path) -> dict[str, StoredTensor]:
+    """The model's tensors in .metadata by their name without prefix; their data is checked to be there."""
+    everything = read_index(iteration, [prefix + root for prefix in _PREFIXES for root in _MODEL_ROOTS])
     prefix = next((prefix for prefix in _PREFIXES if prefix + _EMBEDDING in everything), "")
-    tensors = {
+    return {
         key.removeprefix(prefix): stored
         for key, stored in everything.items()
-        if key.startswith(tuple(prefix + root for root in _MODEL_ROOTS)) and isinstance(stored, TensorStorageMetadata)
+        if key.startswith(tuple(prefix + root for root in _MODEL_ROOTS))
     }
-    return tensors, prefix
 
 
 def _layout_of(tensors: Mapping[str, Any]) -> dict[str, bool]:
@@ -233,7 +215,7 @@ def _keys_of_all_stages(model: Any, wanted: Mapping[str, Any]) -> set[str]:
 def _check_tensors(
     wanted: Mapping[str, Any],
     known_keys: set[str],
-    tensors: Mapping[str, TensorStorageMetadata],
+    tensors: Mapping[str, StoredTensor],
     config: ModelConfig,
     iteration: Path,
 ) -> None:
@@ -246,13 +228,13 @@ def _check_tensors(
         if stored is None:
             problems.append(f"{path}: tensor {key} is missing")
             continue
-        shape, expected = tuple(stored.size), tuple(part.global_shape)
+        shape, expected = stored.shape, tuple(part.global_shape)
         # Embeddings are padded to a multiple that depends on the layout they were trained in.
         is_padded = part.allow_shape_mismatch and shape[1:] == expected[1:] and shape[0] >= config.vocab_size
         if shape != expected and not is_padded:
             problems.append(f"{path}: tensor {key} has shape {list(shape)}, args in common.pt say {list(expected)}")
-        elif stored.properties.dtype not in _DTYPES:
-            problems.append(f"{path}: tensor {key} has dtype {stored.properties.dtype}; weights must be floats")
+        elif stored.dtype not in _DTYPES:
+            problems.append(f"{path}: tensor {key} has dtype {stored.dtype}; weights must be floats")
     for key in tensors:
         if key not in known_keys and not key.endswith("._extra_state"):
             problems.append(f"{path}: tensor {key} is not part of this model")

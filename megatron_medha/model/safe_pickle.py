@@ -1,59 +1,40 @@
-"""Reading pickles of strangers without running their code: classes off an allow-list become inert placeholders.
+"""Reads the pickles and torch.save archives of strangers as data: no code of theirs runs, no object of ours changes.
 
 Megatron's common.pt and torch's .metadata are pickles. torch.load(weights_only=True) refuses the whole file at the
 first class it does not know, and training scripts put classes of their own into the arguments they save; here such a
-value is carried along as an Opaque, which matters only to who looks at it.
+value becomes an Opaque, which matters only to code that looks at it.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
-import dataclasses
-import enum
-import importlib
-import io
-import pickle
-import types
+import mmap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-import torch._utils
 
 from megatron_medha.core.errors import CheckpointError
+from megatron_medha.engine.checkpoint_files import open_regular, read_bytes
+from megatron_medha.model.pickle_machine import (
+    Global,
+    Meanings,
+    Opaque,
+    PickleError,
+    Record,
+    SavedNamespace,
+    unpickle,
+)
+from megatron_medha.model.torch_archive import MAX_DIMS, TorchArchive, map_file, rebuilt_tensor
 
+__all__ = ["Opaque", "Record", "SavedNamespace", "load_pickle", "load_torch_file", "read_archive", "size_of"]
 
-def _tensor_without_attributes(rebuild: Any, _type: Any, args: tuple[Any, ...], _state: Any) -> Any:
-    """A tensor that somebody's Python attributes were saved with, without them: rebuild is of the list below."""
-    return rebuild(*args)
+_MAX_PICKLE_BYTES = 256 << 20  # an index of a large model's optimizer state has tens of megabytes
 
-
-# Constructors of plain data. None of them runs code taken from the file.
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("argparse", "Namespace"): argparse.Namespace,
-    ("types", "SimpleNamespace"): types.SimpleNamespace,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "complex"): complex,
-    ("builtins", "slice"): slice,
-    ("builtins", "bytearray"): bytearray,
-    ("io", "BytesIO"): io.BytesIO,
-    ("pathlib", "PosixPath"): Path,
-    ("pathlib._local", "PosixPath"): Path,
-    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._tensor", "_rebuild_from_type_v2"): _tensor_without_attributes,
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
-}
-
-# Modules whose dataclasses and enums may be made: an index of torch.distributed.checkpoint consists of them.
-_MODULES_OF_PLAIN_CLASSES = (
+# Modules whose classes may be read: an index of torch.distributed.checkpoint consists of them.
+_MODULES_OF_RECORDS = (
     "torch.distributed._shard.metadata",
+    "torch.distributed._shard.sharded_tensor.metadata",
     "torch.distributed.checkpoint.filesystem",
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.planner",
@@ -61,80 +42,122 @@ _MODULES_OF_PLAIN_CLASSES = (
 )
 
 
-class Opaque:
-    """Stands for an object of a class that is not on the allow-list."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Accepts whatever the pickle passes."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Accepts whatever the pickle passes."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Accepts what a pickled subclass of dict holds."""
-
-    def append(self, value: Any) -> None:
-        """Accepts what a pickled subclass of list holds."""
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}, not read>"
+def _namespace(*_: Any) -> SavedNamespace:
+    return SavedNamespace()
 
 
-class _Unpickler(pickle.Unpickler):
-    """pickle.Unpickler over the allow-list."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = _ALLOWED.get((module, name))
-        if allowed is not None:
-            return allowed
-        if module in _MODULES_OF_PLAIN_CLASSES:
-            found = getattr(importlib.import_module(module), name, None)
-            if dataclasses.is_dataclass(found) or (isinstance(found, type) and issubclass(found, enum.Enum)):
-                return found
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return type(f"{module}.{name}", (Opaque,), {})
+def _dict(*args: Any) -> dict[Any, Any]:
+    if args and not isinstance(args[-1], list | dict):
+        return {}  # of a defaultdict, what makes new items
+    return {} if not args else _dict_of(args[-1])
 
 
-class _StrictUnpickler(_Unpickler):
-    """Refuses what is off the allow-list: afterwards the file is known to be harmless to pickle itself."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
-        if isinstance(found, type) and issubclass(found, Opaque):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong in it")
-        return found
+def _dict_of(items: Any) -> dict[Any, Any]:
+    pairs = items.items() if isinstance(items, dict) else items
+    return {key: value for key, value in pairs if isinstance(key, str)}
 
 
-class _PickleModule:
-    """What torch.load asks of its pickle_module."""
-
-    Unpickler = _Unpickler
-    UnpicklingError = pickle.UnpicklingError
-
-    @staticmethod
-    def load(file: BinaryIO, **kwargs: Any) -> Any:
-        return _Unpickler(file, **kwargs).load()
+def _list(*args: Any) -> list[Any]:
+    return list(args[0]) if args and isinstance(args[0], list | tuple) else []
 
 
-def load_torch_file(path: Path, is_mapped: bool = False) -> Any:
-    """What torch.save wrote to that file, on the CPU. Raises CheckpointError naming the file when it is damaged.
+def size_of(sizes: Any = ()) -> torch.Size:
+    """A tensor's shape. Raises PickleError for what is none."""
+    is_shape = isinstance(sizes, tuple) and len(sizes) <= MAX_DIMS
+    if not is_shape or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+        raise PickleError("a shape that is none")
+    return torch.Size(sizes)
 
-    is_mapped: tensors stay in the file until they are looked at.
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int):
+        raise PickleError("an enum's value that is no number")
+    return value
+
+
+def _opaque(*_: Any) -> Opaque:
+    return Opaque("a value")
+
+
+# What makes plain data, by name. None of it is what the name means in Python: see pickle_machine.
+_MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("argparse", "Namespace"): _namespace,
+    ("types", "SimpleNamespace"): _namespace,
+    ("collections", "OrderedDict"): _dict,
+    ("collections", "defaultdict"): _dict,
+    ("builtins", "set"): _list,
+    ("builtins", "frozenset"): _list,
+    ("builtins", "complex"): _opaque,
+    ("builtins", "slice"): _opaque,
+    ("builtins", "bytearray"): _opaque,
+    ("io", "BytesIO"): _opaque,
+    ("pathlib", "PosixPath"): _opaque,
+    ("pathlib._local", "PosixPath"): _opaque,
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _integer,
+    ("torch", "Size"): size_of,
+    ("torch", "device"): _opaque,
+    ("torch.serialization", "_get_layout"): _opaque,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch._utils", "_rebuild_tensor"): rebuilt_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): rebuilt_tensor,
+}
+
+
+def _find(found: Global) -> Any:
+    """dtypes are values; everything else stays a name."""
+    if found.module == "torch" and isinstance(dtype := getattr(torch, found.name, None), torch.dtype):
+        return dtype
+    return found
+
+
+def _find_strictly(found: Global) -> Any:
+    """Refuses what is off the allow-list."""
+    value = _find(found)
+    if value is found and _maker(found) is None:
+        raise PickleError(f"{found} does not belong in it")
+    return value
+
+
+def _maker(found: Global) -> Callable[..., Any] | None:
+    if found.module in _MODULES_OF_RECORDS:
+        return lambda *args: Record(found.name, state=args)
+    return _MAKERS.get((found.module, found.name))
+
+
+def _make(found: Global, args: tuple[Any, ...]) -> Any:
+    if (found.module, found.name) == ("torch._tensor", "_rebuild_from_type_v2"):
+        # A tensor that somebody's Python attributes were saved with, read without them.
+        rebuild, _, inner, *_ = args
+        return _make(rebuild, inner) if isinstance(rebuild, Global) and isinstance(inner, tuple) else Opaque(rebuild)
+    make = _maker(found)
+    return Opaque(found) if make is None else make(*args)
+
+
+def load_torch_file(path: Path) -> Any:
+    """What torch.save wrote to that file; tensors stay in the file until they are looked at.
+
+    Raises CheckpointError naming the file when it is damaged, or is anything else than data.
     """
-    try:
-        return torch.load(path, map_location="cpu", pickle_module=_PickleModule, weights_only=False, mmap=is_mapped)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise CheckpointError(f"{path}: cannot be read, damaged or incomplete: {error}") from error
+    with open_regular(path) as file:
+        try:
+            mapping = map_file(file)
+            return read_archive(mapping, 0, len(mapping))
+        except PickleError as error:
+            raise CheckpointError(f"{path}: cannot be read, damaged or incomplete: {error}") from error
+
+
+def read_archive(mapping: mmap.mmap, start: int, stop: int) -> Any:
+    """What torch.save wrote to those bytes of a mapped file. Raises PickleError."""
+    archive = TorchArchive(mapping, start, stop)
+    return unpickle(archive.pickled(), Meanings(_find, _make, archive.storage))
 
 
 def load_pickle(path: Path) -> Any:
     """What pickle.dump wrote to that file.
 
-    Raises CheckpointError naming the file when it is damaged or holds any class off the allow-list.
+    Raises CheckpointError naming the file when it is damaged or names anything off the allow-list.
     """
     try:
-        with path.open("rb") as file:
-            return _StrictUnpickler(file).load()
-    except Exception as error:  # a damaged pickle raises nearly anything
+        return unpickle(read_bytes(path, _MAX_PICKLE_BYTES), Meanings(_find_strictly, _make))
+    except PickleError as error:
         raise CheckpointError(f"{path}: cannot be read, damaged or incomplete: {error}") from error

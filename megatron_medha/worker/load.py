@@ -17,7 +17,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.blocks import Extent, num_blocks_for
 from megatron_medha.core.capacity import check_divides
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import CheckpointError, ConfigError
 from megatron_medha.core.memory import default_shard_tokens
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend, backend_names
@@ -157,7 +157,12 @@ def warm_up(rank: Rank, *, num_blocks: int, block_size: int) -> None:
     extent = Extent(0, num_blocks_for(num_tokens + 1, block_size))
     # Of this kvp rank alone: its pipeline and tensor-parallel partners run the same.
     ranks = (rank.kvp_rank,)
-    rank.run(Step(-2, (Chunk(request_id, 0, num_tokens, True, ranks, (extent,)),), (new,)))
+    done = rank.run(Step(-2, (Chunk(request_id, 0, num_tokens, True, ranks, (extent,)),), (new,)))
+    if done.failed:
+        raise CheckpointError(
+            f"the model computes no numbers from its first tokens: {done.failed[0][1]}. Its weights are finite but too "
+            "large for the dtype, or the architecture is not the one they were trained with"
+        )
     sampled = () if rank.samples_for_itself else ((request_id, 0),)
     rank.run(Step(-1, (Chunk(request_id, num_tokens, 1, True, ranks),), sampled=sampled))
     rank.run(Step(0, (), (), (request_id,)))

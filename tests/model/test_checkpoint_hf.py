@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
@@ -278,6 +278,95 @@ def test_a_missing_shard_is_named(tmp_path: Path, groups: MedhaPGs):
     gone.unlink()
     with pytest.raises(CheckpointError, match=gone.name):
         load(tmp_path, groups)
+
+
+def scaled(model: Any, factor: float) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    return model
+
+
+def assert_loads_what_transformers_does(directory: Path, groups: MedhaPGs) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        actual, expected = load(directory, groups)(ids, None, None), reference(ids).logits
+    assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("first", "second"), [("60KB", "5GB"), ("5GB", "60KB"), ("60KB", "100KB")])
+def test_of_two_saves_into_one_directory_the_one_transformers_takes_is_loaded(
+    first: str, second: str, tmp_path: Path, groups: MedhaPGs
+):
+    model = make_checkpoint(tmp_path, first, model_type="llama")
+    scaled(model, 1.1).save_pretrained(tmp_path, max_shard_size=second)
+    assert_loads_what_transformers_does(tmp_path, groups)
+
+
+def test_an_index_that_names_files_of_an_earlier_save_is_passed_over(llama: Path, groups: MedhaPGs):
+    for stale in ('{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}', "{"):
+        (llama / "model.safetensors.index.json").write_text(stale)
+        assert_loads_what_transformers_does(llama, groups)
+
+
+def test_an_index_of_which_the_single_file_is_a_part_is_followed(tmp_path: Path, groups: MedhaPGs):
+    reference = make_checkpoint(tmp_path, model_type="llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    norm = {"model.norm.weight": tensors.pop("model.norm.weight")}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(norm, tmp_path / "norm.safetensors", metadata={"format": "pt"})
+    weight_map = dict.fromkeys(tensors, "model.safetensors") | dict.fromkeys(norm, "norm.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        assert torch.allclose(load(tmp_path, groups)(ids, None, None), reference(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_tensor_in_two_shards_is_loaded_if_both_agree_and_refused_if_not(
+    factor: int, tmp_path: Path, groups: MedhaPGs
+):
+    make_checkpoint(tmp_path, "60KB", model_type="llama")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    key, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {key: tensor * factor}, second, metadata={"format": "pt"})
+    if factor == 1:
+        assert_loads_what_transformers_does(tmp_path, groups)
+    else:
+        with pytest.raises(CheckpointError, match=f"tensor {key} is in .* too, with other values"):
+            load(tmp_path, groups)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_a_tied_model_may_store_its_head_alone(model_type: str, tmp_path: Path, groups: MedhaPGs):
+    model = make_checkpoint(tmp_path, model_type=model_type, tie_word_embeddings=True)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    assert_loads_what_transformers_does(tmp_path, groups)
+
+
+def test_an_untied_model_with_its_head_alone_is_refused(llama: Path, groups: MedhaPGs):
+    edit_tensors(llama, **{"model.embed_tokens.weight": None})
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight is missing"):
+        load(llama, groups)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_named_in_one_line(value: float, llama: Path, groups: MedhaPGs):
+    tensors = load_file(llama / "model.safetensors")
+    names = ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+    for name in names:
+        tensors[name][3, 5] = value
+    edit_tensors(llama, **tensors)
+    with pytest.raises(CheckpointError, match=", ".join(names) + ": NaN or infinity.*take an earlier") as caught:
+        load(llama, groups)
+    assert "\n" not in str(caught.value)
+
+
+def test_large_weights_whose_sum_overflows_are_numbers(llama: Path, groups: MedhaPGs):
+    edit_tensors(llama, **{"lm_head.weight": torch.full((101, 64), 1e38)})
+    load(llama, groups)
 
 
 def test_what_is_no_checkpoint_says_what_was_looked_for(tmp_path: Path):

@@ -8,6 +8,7 @@ import enum
 import json
 import pickle
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,22 @@ def test_arguments_of_unknown_classes_do_no_harm(tmp_path: Path, groups: MedhaPG
     extra = {"attention_backend": TrainingChoice.FAST, "save": Path("/x"), "hooks": [TrainingChoice.FAST]}
     save_like_megatron_lm(random_model(groups), tmp_path / "small", **extra)
     assert read_model_config(tmp_path / "small").num_layers == 3
+
+
+def test_arguments_in_a_simple_namespace_are_read_too(saved: Path):
+    path = saved / "iter_0000100" / "common.pt"
+    common = torch.load(path, weights_only=False)
+    torch.save(common | {"args": types.SimpleNamespace(**vars(common["args"]))}, path)
+    assert read_model_config(saved) == CONFIG
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, groups: MedhaPGs):
+    model = random_model(groups)
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.linear_fc2.weight[3, 5] = float("nan")
+    save_megatron_checkpoint(model, CONFIG, tmp_path / "small", 100)
+    with pytest.raises(CheckpointError, match=r"iter_0000100: decoder.layers.mlp.linear_fc2.weight: NaN or infinity"):
+        load(tmp_path / "small", groups)
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path, groups: MedhaPGs):

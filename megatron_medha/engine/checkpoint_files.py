@@ -1,0 +1,74 @@
+"""Opening files of a checkpoint: regular ones, no larger than they may be, inside of its directory.
+
+Whoever made the checkpoint is a stranger: a FIFO would hold the start up for good, /dev/zero or a gigabyte of brackets
+would fill the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from megatron_medha.core.errors import CheckpointError
+
+MAX_JSON_BYTES = 4 << 20         # config.json and its like: kilobytes; in Python objects it takes 30 times as much
+MAX_TOKENIZER_BYTES = 128 << 20  # the largest known are 35 MB
+_MAX_SHOWN = 80
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file, opened for reading. Raises CheckpointError if it is none, or a device, a pipe or a directory."""
+    try:
+        # O_NONBLOCK: opening a FIFO would wait for a writer. It means nothing for regular files.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"{path}: is not a regular file")
+    return file
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """All of a regular file. Raises CheckpointError if it is larger than that, or cannot be read."""
+    with open_regular(path) as file:
+        try:
+            content = file.read(max_bytes + 1)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if len(content) > max_bytes:
+        raise CheckpointError(f"{path}: is larger than {max_bytes} bytes, which no such file is")
+    return content
+
+
+def read_word(path: Path) -> str:
+    """The text of a file that holds one name or number."""
+    return read_bytes(path, 4096).decode(errors="replace").strip()
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in that file. Raises CheckpointError when it cannot be read or is none."""
+    try:
+        value = json.loads(read_bytes(path, max_bytes))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def path_inside(directory: Path, name: object, source: str) -> Path:
+    """The file of that name in the directory. Raises CheckpointError, with the source, for one that leads out of it."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or ".." in parts or str(name).startswith("/") or "\0" in str(name):
+        raise CheckpointError(f"{directory / source}: names {shown(name)}, which is no file inside of the directory")
+    return directory.joinpath(*parts)
+
+
+def shown(value: object) -> str:
+    """A value for an error message, cut if it is long."""
+    text = repr(value[: 2 * _MAX_SHOWN] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
