@@ -1,18 +1,19 @@
 """The argparse Namespace that Megatron-LM keeps in its checkpoints, read into a ModelConfig and written from one.
 
-Names and defaults are those of Megatron-LM's command line.
+Names are those of Megatron-LM's command line. Since core 0.16 two of them follow TransformerConfig: norm_epsilon became
+layernorm_epsilon, apply_layernorm_1p became layernorm_zero_centered_gamma. Both are read.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.model.megatron_arg_names import NEEDED, READ, REQUIREMENTS, is_harmless
 from megatron_medha.model.model_config import ModelConfig, RopeScaling
 from megatron_medha.model.safe_pickle import Opaque
 
@@ -21,30 +22,8 @@ _ROPE_LOW_FREQ_FACTOR = 1.0
 _ROPE_HIGH_FREQ_FACTOR = 4.0
 _ROPE_ORIGINAL_CONTEXT_LEN = 8192
 
-# What must hold for the model to be one of the Llama family: (name, value when absent, is it fine, why not).
-_REQUIREMENTS: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
-    ("position_embedding_type", "learned_absolute", lambda v: v == "rope", "positions must be rotary (rope)"),
-    ("normalization", "LayerNorm", lambda v: v == "RMSNorm", "norms must be RMSNorm"),
-    ("swiglu", False, bool, "the MLP must be gated SiLU (--swiglu)"),
-    ("add_bias_linear", True, lambda v: not v, "linear layers must have no bias (--disable-bias-linear)"),
-    ("rotary_percent", 1.0, lambda v: v == 1.0, "rotary positions turn whole heads here"),
-    ("rotary_interleaved", False, lambda v: not v, "rotary pairs are the two halves of a head here"),
-    ("apply_layernorm_1p", False, lambda v: not v, "norm weights are not zero-centred here"),
-    ("num_experts", None, lambda v: not v, "mixtures of experts are not served yet"),
-    ("multi_latent_attention", False, lambda v: not v, "only grouped-query attention is"),
-    ("experimental_attention_variant", None, lambda v: not v, "only grouped-query attention is"),
-    ("attention_output_gate", False, lambda v: not v, "only plain grouped-query attention is"),
-    ("window_size", None, lambda v: v is None, "every layer must see the whole context"),
-    ("qk_l2_norm", False, lambda v: not v, "q and k are normalised by RMSNorm or not at all here"),
-    ("softmax_type", "vanilla", lambda v: v == "vanilla", "the attention's softmax must be plain"),
-    ("no_rope_freq", None, lambda v: not v, "every layer must have rotary positions"),
-    ("apply_residual_connection_post_layernorm", False, lambda v: not v, "the residual must bypass the norms"),
-    ("heterogeneous_layers_config_path", None, lambda v: not v, "layers must all be alike"),
-    ("hybrid_attention_ratio", 0.0, lambda v: not v, "every layer must have attention"),
-    ("hybrid_override_pattern", None, lambda v: not v, "every layer must have attention"),
-    ("activation_func_clamp_value", None, lambda v: v is None, "the MLP's activation must be plain SiLU"),
-    ("glu_linear_offset", 0.0, lambda v: not v, "the MLP's gate must be plain"),
-)
+# Arguments that have two names: until core 0.15, since core 0.16.
+_RENAMED = (("norm_epsilon", "layernorm_epsilon"), ("apply_layernorm_1p", "layernorm_zero_centered_gamma"))
 
 
 def config_from_args(
@@ -61,15 +40,13 @@ def config_from_args(
 
     path: the file they come from, for errors. num_embedding_rows, dtype: of the stored embedding.
     num_tokenizer_ids: ids of the tokenizer beside the checkpoint, if there is one.
-    Raises CheckpointError if arguments are missing or contradict each other, UnsupportedModelError with the reason
-    for what cannot be run.
+    Raises CheckpointError if arguments are missing or contradict each other, UnsupportedModelError with all the
+    reasons why the model cannot be run.
     """
-    for key, default, is_fine, why in _REQUIREMENTS:
-        value = getattr(args, key, default)
-        if not is_fine(default if value is None else value):
-            raise UnsupportedModelError(f"{path}: args.{key}={value!r} is not supported: {why}")
+    _check_complete(args, path)
+    _refuse_unsupported(args, path)
     num_heads = _integer(args, path, "num_attention_heads")
-    is_grouped = getattr(args, "group_query_attention", False)
+    is_grouped = args.group_query_attention
     num_kv_heads = _integer(args, path, "num_query_groups") if is_grouped else num_heads
     hidden_size = _integer(args, path, "hidden_size")
     return ModelConfig(
@@ -79,15 +56,15 @@ def config_from_args(
         ffn_hidden_size=_integer(args, path, "ffn_hidden_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_integer(args, path, "kv_channels", hidden_size // num_heads),
+        head_dim=_integer(args, path, "kv_channels"),
         vocab_size=_vocab_size(args, path, num_embedding_rows, num_tokenizer_ids),
         max_context_len=_integer(args, path, "max_position_embeddings"),
-        norm_epsilon=_number(args, path, "norm_epsilon", 1e-5),
-        rope_theta=_number(args, path, "rotary_base", 10000.0),
+        norm_epsilon=_number(args, path, _either(args, "norm_epsilon", "layernorm_epsilon")),
+        rope_theta=_rope_theta(args, path),
         rope_scaling=_rope_scaling(args, path),
         has_qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
         has_qk_norm=bool(getattr(args, "qk_layernorm", False)),
-        has_tied_embeddings=not getattr(args, "untie_embeddings_and_output_weights", False),
+        has_tied_embeddings=not args.untie_embeddings_and_output_weights,
         dtype=dtype,
         stop_token_ids=stop_token_ids,
     )
@@ -155,6 +132,53 @@ def args_from_config(config: ModelConfig, dtype: torch.dtype) -> argparse.Namesp
     return args
 
 
+def _check_complete(args: argparse.Namespace, path: Path) -> None:
+    """Raise CheckpointError for every argument that is needed and absent, or stated twice with different values."""
+    problems = [f"args.{key} is missing" for key in sorted(NEEDED) if not hasattr(args, key)]
+    for old, new in _RENAMED:
+        values = [getattr(args, key) for key in (old, new) if getattr(args, key, None) is not None]
+        if not values:
+            problems.append(f"args.{old} (args.{new} since core 0.16) is missing")
+        elif values[0] != values[-1]:
+            problems.append(f"args.{old}={values[0]!r} and args.{new}={values[-1]!r} are two names of one argument")
+    if problems:
+        raise CheckpointError("\n".join(f"{path}: {problem}" for problem in problems))
+
+
+def _either(args: argparse.Namespace, old: str, new: str) -> str:
+    """The one of two names that is stated."""
+    return new if getattr(args, old, None) is None else old
+
+
+def _refuse_unsupported(args: argparse.Namespace, path: Path) -> None:
+    """Raise UnsupportedModelError for everything that would change the answer, all at once."""
+    problems = [
+        f"args.{name}={getattr(args, name)!r} is not supported: {reason}"
+        for name, is_fine, reason in REQUIREMENTS
+        if hasattr(args, name) and not is_fine(getattr(args, name))
+    ]
+    known = READ | {requirement.name for requirement in REQUIREMENTS}
+    problems += [
+        f"args.{name}={value!r} is not supported: this argument is not known here, and may change what the model "
+        "computes. If it does not, delete it from 'args' in this file and start again"
+        for name, value in sorted(vars(args).items())
+        if _is_set(value) and name not in known and not is_harmless(name)
+    ]
+    if problems:
+        raise UnsupportedModelError("\n".join(f"{path}: {problem}" for problem in problems))
+
+
+def _is_set(value: Any) -> bool:
+    """Whether an unknown argument asks for something. Off, absent and empty are what an option is by default."""
+    return isinstance(value, torch.Tensor) or bool(value)
+
+
+def _rope_theta(args: argparse.Namespace, path: Path) -> float:
+    # Before core 0.8 the base was 10,000 and no argument. The other two names came with 0.8 and 0.9.
+    is_fixed = not any(hasattr(args, key) for key in ("rotary_base", "use_legacy_models", "ckpt_format"))
+    return 10000.0 if is_fixed else _number(args, path, "rotary_base")
+
+
 def _rope_scaling(args: argparse.Namespace, path: Path) -> RopeScaling:
     is_llama3 = bool(getattr(args, "use_rope_scaling", False))
     interpolation = getattr(args, "rotary_seq_len_interpolation_factor", None)
@@ -181,8 +205,10 @@ def _vocab_size(
     """Rows of the embedding that mean a token; Megatron pads it to a multiple of 128 * tp."""
     stated = getattr(args, "vocab_size", None)
     if stated is not None:
-        # Megatron's NullTokenizer adds an end token of its own to the number it is told.
-        vocab_size = _integer(args, path, "vocab_size") + (getattr(args, "tokenizer_type", None) == "NullTokenizer")
+        # Until core 0.17 Megatron's NullTokenizer adds an end token of its own to the vocabulary.
+        is_null = getattr(args, "tokenizer_type", None) == "NullTokenizer"
+        adds_end = is_null and not hasattr(args, "null_tokenizer_eod_id")
+        vocab_size = _integer(args, path, "vocab_size") + adds_end
     else:
         vocab_size = num_tokenizer_ids or num_embedding_rows
     if vocab_size > num_embedding_rows:

@@ -167,7 +167,7 @@ def test_every_way_megatron_names_its_tensors_is_read(
 
 
 def test_arguments_of_unknown_classes_do_no_harm(tmp_path: Path, groups: MedhaPGs):
-    extra = {"attention_backend": TrainingChoice.FAST, "save": Path("/x"), "hooks": [TrainingChoice.FAST]}
+    extra = {"attention_backend": TrainingChoice.FAST, "save": Path("/x"), "profile_ranks": [TrainingChoice.FAST]}
     save_like_megatron_lm(random_model(groups), tmp_path / "small", **extra)
     assert read_model_config(tmp_path / "small").num_layers == 3
 

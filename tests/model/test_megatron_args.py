@@ -1,0 +1,186 @@
+"""Arguments as Megatron-LM's own parsers leave them: each version's are read as it meant them, or refused.
+
+megatron_args/*.json were recorded by running parse_args and validate_args of each version of Megatron-LM with its
+ModelOpt arguments. A file holds what differs from the version before; "changes" are what more options changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.model.megatron_arg_names import NEEDED
+from megatron_medha.model.megatron_args import config_from_args
+from megatron_medha.model.model_config import ModelConfig, RopeScaling
+
+RECORDED = sorted((Path(__file__).parent / "megatron_args").glob("*.json"))
+LLAMA = ModelConfig(
+    name="small", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_heads=4, num_kv_heads=2, head_dim=16,
+    vocab_size=101, max_context_len=256, norm_epsilon=1e-5, rope_theta=10000.0, dtype="bfloat16",
+)  # fmt: skip
+
+# What more options make of it; the others leave it as it is.
+SERVED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_mha": {"num_kv_heads": 4},
+    "epsilon": {"norm_epsilon": 1e-6},
+    "interpolation": {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
+    "llama3_rope": {
+        "rope_theta": 500000.0,
+        "rope_scaling": RopeScaling(kind="llama3", factor=4.0, original_max_context_len=8192),
+    },
+    "qkv_bias": {"has_qkv_bias": True},
+    "qk_norm": {"has_qk_norm": True},
+    "kv_channels": {"head_dim": 32},
+    "tied": {"has_tied_embeddings": True},
+    "fp16": {}, "apply_qk_scaling": {}, "softmax_fp32": {}, "seq_parallel_te": {}, "fp8": {}, "residual_fp32": {},
+    "init": {}, "mtp": {},
+    "tok": {"vocab_size": 128},
+}  # fmt: skip
+REFUSED = {
+    "one_p": "apply_layernorm_1p|layernorm_zero_centered_gamma",
+    "percent": "rotary_percent",
+    "interleaved": "rotary_interleaved",
+    "layernorm": "normalization",
+    "gelu": "swiglu",
+    "squared_relu": "squared_relu",
+    "quick_geglu": "quick_geglu",
+    "biases": "add_bias_linear",
+    "moe": "num_experts",
+    "mla": "multi_latent_attention",
+    "mup": "use_mup",
+    "mup_mults": "use_mup",
+    "window": "window_size",
+    "window_skip": "window_size",
+    "sinks": "softmax_type",
+    "off_by_one": "softmax_type",
+    "output_gate": "attention_output_gate",
+    "no_rope_freq": "no_rope_freq",
+    "qk_l2": "qk_l2_norm",
+    "post_residual": "apply_residual_connection_post_layernorm",
+    "clamp": "activation_func_clamp_value",
+    "glu_offset": "glu_linear_offset",
+    "spec": "spec",
+    "hyper": "enable_hyper_connections",
+    "linear_attention": "linear_attention_type",
+    **dict.fromkeys(("gpt", "learned", "nope", "mrope", "yarn"), "position_embedding_type"),
+}
+
+
+class OfMegatron(enum.Enum):
+    """Stands for its enums: whoever reads a checkpoint does not have their classes."""
+
+    VALUE = 1
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"dtype"}:
+        return getattr(torch, value["dtype"].removeprefix("torch."))
+    return OfMegatron.VALUE if isinstance(value, dict) else value
+
+
+def recorded() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(version, case, arguments) of every command line that was recorded."""
+    base: dict[str, Any] = {}
+    for path in RECORDED:
+        file = json.loads(path.read_text())
+        base = {k: v for k, v in base.items() if k not in file["absent"]} | file["llama"]
+        for case, changes in {"llama": {}, **file["changes"]}.items():
+            yield file["version"], case, {key: _decoded(value) for key, value in (base | changes).items()}
+
+
+BY_VERSION: dict[str, dict[str, dict[str, Any]]] = {}
+for _version, _case, _args in recorded():
+    BY_VERSION.setdefault(_version, {})[_case] = _args
+NEWEST = BY_VERSION["main"]["llama"]
+
+
+def read(args: dict[str, Any]) -> ModelConfig:
+    return config_from_args(
+        argparse.Namespace(**args), Path("common.pt"), name="small", dtype="bfloat16", num_embedding_rows=128,
+        num_tokenizer_ids=None, stop_token_ids=(),
+    )  # fmt: skip
+
+
+def test_every_command_line_recorded_has_an_expectation():
+    assert {case for cases in BY_VERSION.values() for case in cases} == set(SERVED) | set(REFUSED)
+    assert len(BY_VERSION) == 18
+
+
+@pytest.mark.parametrize("version", BY_VERSION)
+def test_arguments_of_every_version_of_megatron_are_read_as_it_meant_them(version: str):
+    for case, args in BY_VERSION[version].items():
+        if case not in SERVED:
+            continue
+        changes = dict(SERVED[case])
+        if case == "llama3_rope" and "rope_scaling_factor" not in args:  # core 0.10 had no choice but 8
+            changes["rope_scaling"] = dataclasses.replace(changes["rope_scaling"], factor=8.0)
+        if case != "tok" and "null_tokenizer_eod_id" in args:  # its end token is one of the vocabulary since 0.18
+            changes["vocab_size"] = 100
+        assert read(args) == dataclasses.replace(LLAMA, **changes), case
+
+
+@pytest.mark.parametrize("version", BY_VERSION)
+def test_what_would_change_the_answer_is_refused_for_every_version_of_megatron(version: str):
+    for case, args in BY_VERSION[version].items():
+        if case in REFUSED:
+            with pytest.raises(UnsupportedModelError, match=rf"common\.pt: args\.({REFUSED[case]})="):
+                read(args)
+
+
+def test_all_reasons_are_given_at_once():
+    with pytest.raises(UnsupportedModelError) as caught:
+        read(BY_VERSION["0.15.0"]["gpt"] | {"softmax_scale": 0.5})
+    for key in ("position_embedding_type", "normalization", "swiglu", "add_bias_linear", "softmax_scale"):
+        assert f"args.{key}=" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        {"softmax_scale": 0.5}, {"attn_logit_softcapping": 30.0}, {"embedding_multiplier": 12}, {"no_such": True},
+        {"layer_scales": [1.0, 2.0]}, {"my_attention": "linear"}, {"my_layer": OfMegatron.VALUE},
+        {"mask": torch.zeros(2)},
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_set_and_unknown_is_refused(unknown: dict[str, Any]):
+    with pytest.raises(UnsupportedModelError, match=f"args.{next(iter(unknown))}=.*not known"):
+        read(NEWEST | unknown)
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}])
+def test_an_unknown_argument_that_is_off_is_passed_over(value: Any):
+    assert read(NEWEST | {"no_such": value}) == read(NEWEST)
+
+
+@pytest.mark.parametrize("key", [*sorted(NEEDED), "layernorm_epsilon", "layernorm_zero_centered_gamma", "rotary_base"])
+def test_an_argument_that_is_needed_and_absent_is_named(key: str):
+    with pytest.raises(CheckpointError, match=rf"args\.{key}|since core 0.16|args.{key} is missing"):
+        read({k: v for k, v in NEWEST.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "values"),
+    [
+        ("norm_epsilon", "layernorm_epsilon", (1e-5, 1e-6)),
+        ("apply_layernorm_1p", "layernorm_zero_centered_gamma", (True, False)),
+        ("apply_layernorm_1p", "layernorm_zero_centered_gamma", (False, True)),
+    ],
+)
+def test_two_names_of_one_argument_must_agree(old: str, new: str, values: tuple[Any, Any]):
+    with pytest.raises(CheckpointError, match=rf"args\.{old}={values[0]}.* args\.{new}={values[1]}"):
+        read(NEWEST | {old: values[0], new: values[1]})
+
+
+@pytest.mark.parametrize("value", [1e-5, None])
+def test_the_older_name_of_an_argument_may_stand_beside_the_newer(value: float | None):
+    assert read(NEWEST | {"norm_epsilon": value}) == read(NEWEST)
