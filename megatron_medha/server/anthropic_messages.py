@@ -18,6 +18,7 @@ from megatron_medha.server.anthropic_types import (
     TokenCount,
     ToolUseBlock,
 )
+from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.chat import plan_chat
 from megatron_medha.server.errors import ANTHROPIC_PREFIX, ApiError
 from megatron_medha.server.generation import GenerationSpec, Piece
@@ -32,7 +33,7 @@ from megatron_medha.server.openai_types import (
 from megatron_medha.server.request_fields import Wishes, refuse_all
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokenize import tokenize
-from megatron_medha.server.tool_calls import CallBegan, CallFinder, CallWent, Found, Said
+from megatron_medha.server.tool_calls import finder_of
 from megatron_medha.server.wire_format import encode_json
 
 DECODER = msgspec.json.Decoder(MessagesRequest)
@@ -113,7 +114,7 @@ class MessagesFormat:
 
     def __init__(self, spec: GenerationSpec) -> None:
         self._spec = spec
-        self._finder = None if spec.tools is None else CallFinder(spec.tools)
+        self._finder = None if spec.tools is None else finder_of(spec)
         self._blocks: list[TextBlock | ToolUseBlock] = []
         self._arguments = ""   # of the open call
         self._is_open = False
@@ -152,7 +153,7 @@ class MessagesFormat:
     def _push(self, piece: Piece) -> None:
         found: list[Found] = self._finder.push(piece.text) if self._finder is not None else [Said(piece.text)]
         if piece.finish_reason is not None and self._finder is not None:
-            found += self._finder.finish()
+            found += self._finder.finish(is_cut=piece.finish_reason == "length")
         for one in found:
             self._add(one)
         if piece.finish_reason is not None:

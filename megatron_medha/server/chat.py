@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.chat_template import ChatTemplateError
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import GenerationSpec, Piece
@@ -36,8 +37,8 @@ from megatron_medha.server.prompts import RawPrompt
 from megatron_medha.server.request_fields import Wishes, num_choices_of, refuse_all
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
-from megatron_medha.server.tool_calls import CallBegan, CallFinder, CallWent, Found, Said
-from megatron_medha.server.tools import CallSyntax, ToolUse, definitions_of, syntax_of_template, tool_use, usable_tools
+from megatron_medha.server.tool_calls import CallFinder, finder_of
+from megatron_medha.server.tools import ToolUse, definitions_of, syntax_of, tool_use, usable_tools
 from megatron_medha.server.wire_format import (
     DONE_EVENT,
     MARK,
@@ -122,12 +123,12 @@ def chat_tools(
     is_parallel: bool | None,
 ) -> ToolUse | None:
     """How an answer may call tools, with this model; ApiError 400 for what does not fit."""
-    template, configured = ready.tokenizer.template, service.config.tool_syntax
+    template = ready.tokenizer.template
     return tool_use(
         tools,
         choice,
         is_parallel=is_parallel,
-        syntax=syntax_of_template(template.source) if configured == "auto" else CallSyntax(configured),
+        syntax=syntax_of(service.config.tool_syntax, template.source),
         uses_tools=template.uses_tools,
     )
 
@@ -238,7 +239,7 @@ class ChatFormat:
         )
         sample = ChatChunkChoice(index=0, delta=Delta(content=MARK))
         self._template = EventTemplate(spec, self._encode_event(sample, None))
-        self._finders = [] if spec.tools is None else [CallFinder(spec.tools) for _ in range(spec.num_choices)]
+        self._finders = [] if spec.tools is None else [finder_of(spec) for _ in range(spec.num_choices)]
         self._untold: list[list[Piece]] = [[] for _ in self._finders]  # tokens whose text is not told yet
 
     def opening_events(self) -> Sequence[bytes]:
@@ -274,7 +275,10 @@ class ChatFormat:
         spec = self._spec
         choices = []
         for index, pieces in enumerate(pieces_by_choice):
-            message = read_message("".join(piece.text for piece in pieces), spec.tools)
+            text = "".join(piece.text for piece in pieces)
+            message = AnswerMessage(content=text)
+            if spec.tools is not None:
+                message = read_message(text, finder_of(spec), is_cut=pieces[-1].finish_reason == "length")
             choices.append(
                 ChatChoice(
                     index=index,
@@ -300,7 +304,7 @@ class ChatFormat:
         untold.append(piece)
         found = finder.push(piece.text)
         if piece.finish_reason is not None:
-            found += finder.finish()
+            found += finder.finish(is_cut=piece.finish_reason == "length")
         deltas = [_delta_of(one) for one in found]
         reason = _finish_reason(piece, finder.has_calls)
         if reason is not None:
@@ -356,13 +360,10 @@ class ChatFormat:
         )
 
 
-def read_message(text: str, tools: ToolUse | None) -> AnswerMessage:
+def read_message(text: str, finder: CallFinder, *, is_cut: bool = False) -> AnswerMessage:
     """An answer's text as message, its calls told from it."""
-    if tools is None:
-        return AnswerMessage(content=text)
-    finder = CallFinder(tools)
     content, calls = "", []
-    for found in [*finder.push(text), *finder.finish()]:
+    for found in [*finder.push(text), *finder.finish(is_cut=is_cut)]:
         match found:
             case Said():
                 content += found.text

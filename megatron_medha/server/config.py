@@ -9,14 +9,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.server.call_syntax import CallSyntax
 
 # Bound once, when the server starts; a reload that changes one of these is refused.
 FIXED_FIELDS = (
     "host", "port", "served_model_names", "tls_certificate", "tls_key", "keepalive_timeout_s", "head_timeout_s",
     "max_head_bytes", "max_headers", "max_connections",
 )  # fmt: skip
-TOOL_SYNTAXES = ("auto", "hermes", "llama3_json")
 _ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
+_OUR_OWN = (CallSyntax.LIST, CallSyntax.ARGUMENTS)
+TOOL_SYNTAXES = ("auto", *(syntax.value for syntax in CallSyntax if syntax not in _OUR_OWN))
 SECRET_FIELDS = ("api_key", "admin_key")
 
 
@@ -58,7 +60,7 @@ class ServerConfig:
     max_regex_chars: int = 4_096              # of a regex or a grammar: hostile ones of 8 KiB take seconds to compile
     grammar_timeout_s: float = 2.0            # to compile one; ranks compile it too, beside their steps
     max_logprobs: int = 20                    # OpenAI's limit for chat, vLLM's default
-    tool_syntax: str = "auto"                 # how the model writes calls: hermes, llama3_json; auto: see its template
+    tool_syntax: str = "auto"                 # how the model writes calls: hermes, mistral, ...; auto: see its template
     default_max_output_tokens: int = 16       # of /v1/completions, OpenAI's number; chat takes what fits
     min_tpot_slo_ms: float = 1.0              # x-slo-tpot-ms shortens everybody's steps; nobody reads a token a ms
     refuses_late: bool = False                # whether to answer 429 where the first token is predicted to be late

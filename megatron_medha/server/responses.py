@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.chat import plan_chat
 from megatron_medha.server.errors import ApiError, ErrorBody, error_type
 from megatron_medha.server.generation import GenerationSpec, Piece
@@ -40,7 +41,7 @@ from megatron_medha.server.responses_types import (
 )
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
-from megatron_medha.server.tool_calls import CallBegan, CallFinder, CallWent, Found, Said
+from megatron_medha.server.tool_calls import finder_of
 from megatron_medha.server.wire_format import encode_json
 
 DECODER = msgspec.json.Decoder(ResponsesRequest)
@@ -119,7 +120,7 @@ class ResponsesFormat:
         self._name = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
         self._recent = recent
         self._client = client
-        self._finder = None if spec.tools is None else CallFinder(spec.tools)
+        self._finder = None if spec.tools is None else finder_of(spec)
         self._items: list[OutputItem] = []
         self._open: OutputItem | None = None
         self._arguments = ""                  # of the open call, as the model writes them
@@ -166,7 +167,8 @@ class ResponsesFormat:
         found: list[Found] = self._finder.push(piece.text) if self._finder is not None else [Said(piece.text)]
         if piece.finish_reason is not None:
             self._finish_reason = piece.finish_reason
-            found += self._finder.finish() if self._finder is not None else []
+            if self._finder is not None:
+                found += self._finder.finish(is_cut=piece.finish_reason == "length")
             if not (self._items or found):
                 found = [Said("")]
         for one in found:

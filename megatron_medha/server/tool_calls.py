@@ -2,58 +2,62 @@
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
-from dataclasses import dataclass
 
-from megatron_medha.server.tools import CallSyntax, ToolUse
+from megatron_medha.server.call_readers import (
+    CallBegan,
+    CallReader,
+    CallWent,
+    Found,
+    JsonCall,
+    PythonCall,
+    Said,
+    TagCall,
+)
+from megatron_medha.server.call_syntax import MARKS, REASONING, opens_reasoning
+from megatron_medha.server.generation import GenerationSpec
+from megatron_medha.server.tools import ToolUse
 
-OPENING, CLOSING = "<tool_call>", "</tool_call>"
-# The usual order of a call's fields; then arguments can be sent on as they come.
-_HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_BETWEEN = " \t\r\n;,"  # between calls: Llama writes semicolons, a list has commas
+__all__ = ["CallBegan", "CallFinder", "CallWent", "Found", "Said"]
 
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """Text for the reader."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallBegan:
-    """A call of this tool; its arguments follow."""
-
-    index: int
-    call_id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallWent:
-    """More of the arguments of the call that began last, as the model wrote them."""
-
-    index: int
-    arguments: str
-
-
-Found = Said | CallBegan | CallWent
+_BETWEEN = " \t\r\n;,[]"  # between calls: Llama writes semicolons, a list has brackets and commas
+_PYTHON_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_QUOTES = "`'\""
 
 
 class CallFinder:
-    """Tells calls from text. What looks like a call and is none stays text: nothing is lost."""
+    """Tells calls from text. What looks like a call and is none stays text: nothing is lost.
 
-    def __init__(self, use: ToolUse) -> None:
+    White space right after a call, or before everything, goes with the words that follow; where none follow, it goes.
+    What is found does not depend on how the text is cut into pieces.
+    """
+
+    def __init__(self, use: ToolUse, *, is_reasoning: bool = False) -> None:
+        """is_reasoning: whether the prompt ends with the mark that opens what the model thinks."""
         self._use = use
-        self._rest = ""             # not yet told what it is
-        self._reader: _CallReader | None = None
+        self._marks = marks = MARKS[use.syntax]
+        start = "" if marks.tags is None else marks.tags.start
+        # Passed over in a section: an opening said twice, and what surrounds single calls.
+        self._passed = tuple(mark for mark in (*marks.between, *marks.openings) if mark != start)
+        self._all_marks = (*self._passed, *marks.closings, *([start] if start else ()))
+        self._rest = ""                      # not yet known what it is
+        self._space = ""                     # white space that waits for words
+        self._holds_space = True
+        self._last_char = ""
         self._num_calls = 0
-        self._is_text = False       # from here on all is text
-        self._awaits_closing = False
+        self._reader: CallReader | None = None
+        self._section: str | None = None     # what was skipped of a section since its last call, or since it began
+        self._is_marked = False              # whether the section has an opening
+        self._section_has_calls = False
+        self._is_after_call = False          # nothing but white space since
+        self._owes_closing = False           # words came before the section's end
+        self._reasoning_end: str | None = None
+        self._may_be_bare = self._marks.is_bare
         if use.only is not None:
-            self._reader = _CallReader(self, arguments_of=use.only)
+            self._reader = JsonCall(self, arguments_of=use.only)
+        elif is_reasoning and use.guide is None:
+            self._reasoning_end = REASONING[0][1]
 
     @property
     def has_calls(self) -> bool:
@@ -68,200 +72,194 @@ class CallFinder:
             pass
         return found
 
-    def finish(self) -> list[Found]:
-        """No more text follows."""
+    def finish(self, *, is_cut: bool = False) -> list[Found]:
+        """No more text follows. is_cut: because there was no room for more."""
         found: list[Found] = []
         if self._reader is not None:
-            found += self._reader.give_up()
+            self._reader.give_up(found, is_cut=is_cut)
+            self._section = None if self._reader.is_text else self._section
             self._reader = None
-        if self._rest and not (self.has_calls and (self._awaits_closing or not self._rest.strip(_BETWEEN + "[]"))):
-            found.append(Said(self._rest))
-        self._rest = ""
+        rest, self._rest = self._rest, ""
+        if self._section is not None and not self._section_has_calls:
+            self.say(self._section + rest, found)
+        elif not (self._section is not None or self._is_after_call) or not self._is_part_of_mark(rest.strip()):
+            self.say(rest, found)
+        if self._space and not self.has_calls:
+            found.append(Said(self._space))
         return found
 
-    def begin(self, name: str) -> CallBegan:
-        """Count a call."""
+    # what readers ask for
+
+    def begin(self, name: str, found: list[Found]) -> CallBegan | None:
+        """Count a call; None where it is one more than is answered."""
+        self._section, self._section_has_calls = "", True
+        self._space, self._holds_space, self._last_char = "", True, ""
+        if self._num_calls and not self._use.is_parallel:
+            return None
         self._num_calls += 1
-        return CallBegan(self._num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
+        began = CallBegan(self._num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
+        found.append(began)
+        return began
 
-    def knows(self, name: str) -> bool:
-        """Whether that is a tool of this request."""
-        return name in self._use.names
+    def accepts(self, name: str, *, has_arguments: bool) -> bool:
+        """Whether JSON with this name is a call. Between marks any is: whoever has the tools can say that one lacks."""
+        if name in self._use.names:
+            return True
+        return self._use.guide is None and (self._is_marked or has_arguments)
 
-    @property
-    def answers_more(self) -> bool:
-        """Whether one more call would be answered."""
-        return self._use.is_parallel or not self._num_calls
+    def say(self, text: str, found: list[Found]) -> None:
+        """Text, of which white space may have to wait."""
+        if not text:
+            return
+        self._last_char = text[-1]
+        if self._holds_space:
+            if text.isspace():
+                self._space += text
+                return
+            text, self._space = self._space + text, ""
+            self._holds_space = self._is_after_call = False
+        found.append(Said(text))
+
+    # steps: each looks at what there is, and is false when more text is needed
 
     def _step(self, found: list[Found]) -> bool:
-        """One step with what is there; false when more text is needed."""
         if self._reader is not None:
-            self._rest = self._reader.push(self._rest, found)
-            if self._reader.is_done:
-                is_hermes = self._use.syntax is CallSyntax.HERMES
-                self._awaits_closing = is_hermes and not self._reader.is_text
-                self._is_text = not is_hermes and self._reader.is_text
-                self._reader = None
-            return bool(self._rest)
-        if self._awaits_closing:
-            self._rest = self._rest.lstrip()
-            if CLOSING.startswith(self._rest) and self._rest != CLOSING:
-                return False
-            self._rest = self._rest.removeprefix(CLOSING)
-            self._awaits_closing = False
-            return bool(self._rest)
-        if self._is_text:
-            found.append(Said(self._rest))
-            self._rest = ""
-            return False
-        return self._open_hermes(found) if self._use.syntax is CallSyntax.HERMES else self._open_bare()
+            return self._read(self._reader, found)
+        if self._reasoning_end is not None:
+            return self._reason(self._reasoning_end, found)
+        if self._may_be_bare:
+            return self._begin_bare(found)
+        if self._section is not None:
+            return self._look_for_call(self._section, found)
+        return self._look_for_mark(found)
 
-    def _open_hermes(self, found: list[Found]) -> bool:
-        place = self._rest.find(OPENING)
-        keep = place if place >= 0 else len(self._rest) - _overlap(self._rest, OPENING)
-        said = self._rest[:keep]
-        if said and (said.strip() or not self.has_calls):  # calls are a line each
-            found.append(Said(said))
+    def _read(self, reader: CallReader, found: list[Found]) -> bool:
+        self._rest = reader.push(self._rest, found)
+        if reader.is_done:
+            self._reader = None
+            if reader.is_text:
+                self._section = None
+        return bool(self._rest)
+
+    def _reason(self, end: str, found: list[Found]) -> bool:
+        place = self._rest.find(end)
+        keep = place + len(end) if place >= 0 else len(self._rest) - _overlap(self._rest, end)
+        self.say(self._rest[:keep], found)
+        self._rest = self._rest[keep:]
+        if place >= 0:
+            self._reasoning_end = None
+            self._holds_space = True
+            self._may_be_bare = self._marks.is_bare
+        return place >= 0
+
+    def _begin_bare(self, found: list[Found]) -> bool:
+        """The text begins: with a call, or with reasoning."""
+        text = self._rest.lstrip()
+        if not text or any(opening.startswith(text) for opening, _ in REASONING):
+            return False
+        self._may_be_bare = False
+        if not text.startswith(tuple(opening for opening, _ in REASONING)):
+            self._enter_section("")
+        return True
+
+    def _look_for_mark(self, found: list[Found]) -> bool:
+        marks = self._marks
+        closings = marks.closings if self._is_after_call or self._owes_closing else ()
+        sought = (*marks.openings, *closings, *(opening for opening, _ in REASONING))
+        place, mark = min(
+            ((place, mark) for mark in sought if (place := self._rest.find(mark)) >= 0), default=(-1, ""),
+        )  # fmt: skip
         if place < 0:
+            keep = len(self._rest) - max(_overlap(self._rest, mark) for mark in sought)
+            self.say(self._rest[:keep], found)
             self._rest = self._rest[keep:]
             return False
-        self._rest = self._rest[place + len(OPENING) :]
-        self._reader = _CallReader(self, before=OPENING)
-        return True
-
-    def _open_bare(self) -> bool:
-        # A list's brackets are of our own making; Llama has none.
-        skipped = _BETWEEN + ("[]" if self._use.syntax is CallSyntax.LIST else "")
-        begin = self._rest.lstrip(skipped)
-        if not begin:
-            return False
-        if begin.startswith("{"):
-            self._reader = _CallReader(self, before=self._rest[: len(self._rest) - len(begin)])
-            self._rest = begin
+        before, self._rest = self._rest[:place], self._rest[place + len(mark) :]
+        self.say(before, found)
+        if mark in closings and (self._is_after_call or self._owes_closing):
+            self._owes_closing = False
+        elif mark in marks.openings:
+            is_tag = marks.tags is not None and mark == marks.tags.start
+            self._rest = mark + self._rest if is_tag else self._rest
+            self._enter_section("" if is_tag else mark)
         else:
-            self._is_text = True
+            is_quoted = self._last_char != "" and self._last_char in _QUOTES
+            self.say(mark, found)
+            if not is_quoted and mark not in closings:
+                self._reasoning_end = dict(REASONING)[mark]
         return True
 
+    def _enter_section(self, opening: str) -> None:
+        self._section, self._is_marked = opening, not self._marks.is_bare or bool(opening)
+        self._section_has_calls = False
 
-class _CallReader:
-    """One call as JSON, or only its arguments, arriving in pieces."""
+    def _look_for_call(self, section: str, found: list[Found]) -> bool:
+        marks, begin = self._marks, self._num_skipped()
+        skipped, text = self._rest[:begin], self._rest[begin:]
+        passed = next((mark for mark in self._passed if text.startswith(mark)), None)
+        closing = next((mark for mark in marks.closings if text.startswith(mark)), None)
+        if not text or self._is_part_of_mark(text):
+            self._section, self._rest = section + skipped, text
+            return False
+        if passed is not None:
+            self._section = section + skipped + ("" if self._section_has_calls else passed)
+            self._rest = text[len(passed) :]
+        elif closing is not None and self._section_has_calls:
+            self._rest = text[len(closing) :]
+            self._section, self._is_after_call, self._owes_closing = None, True, False
+        else:
+            return self._begin_call(section + skipped, text, found)
+        return True
 
-    def __init__(self, finder: CallFinder, *, before: str = "", arguments_of: str | None = None) -> None:
-        """before: what stood before it, and belongs to the text if this is no call."""
-        self._finder = finder
-        self._before = before
-        self._text = ""
-        self._depth = 0
-        self._in_string = False
-        self._is_escaped = False
-        self._name = arguments_of
-        self._began: CallBegan | None = None
-        self._is_silent = False               # one call too many: read, and not answered
-        self._is_in_arguments = arguments_of is not None
-        self._arguments_depth = 0 if arguments_of is not None else 1  # of what they stand in
-        self._num_sent = 0                    # characters before here need not be sent
-        self.is_done = False
-        self.is_text = False                  # it was no call
+    def _begin_call(self, skipped: str, text: str, found: list[Found]) -> bool:
+        """A call begins, or something that may become one: then false. If neither, the section has ended with words."""
+        marks, tags = self._marks, self._marks.tags
+        self._section, self._rest = skipped, text
+        before = _words_among(skipped) if self._section_has_calls else skipped
+        name = _PYTHON_NAME.match(text) if marks.is_python else None
+        if text.startswith("{"):
+            self._reader = JsonCall(self, before=before)
+        elif tags is not None and (tags.start and text.startswith(tags.start) or tags.head_so_far.match(text)):
+            self._reader = TagCall(self, tags, marks.closings, self._use.schemas, before=before)
+        elif marks.head is not None and (head := marks.head.match(text)):
+            self._rest = text[head.end() :]
+            self._reader = JsonCall(self, before=before + head.group(), arguments_of=head.group(1))
+        elif name is not None and text[name.end() :].startswith("("):
+            self._reader = PythonCall(self, before=before)
+        elif name is not None and name.end() == len(text) or (
+            marks.head_so_far is not None and marks.head_so_far.fullmatch(text)
+        ):
+            return False
+        else:
+            self._owes_closing = self._section_has_calls and bool(marks.closings)
+            self._section = None
+            self.say(before, found)
+        return True
 
-    def push(self, text: str, found: list[Found]) -> str:
-        """Take a piece; what comes after the object is returned."""
-        for place, char in enumerate(text):
-            self._text += char
-            self._read(char, found)
-            if self.is_done:
-                return text[place + 1 :]
-        self._tell(found)
-        return ""
+    def _num_skipped(self) -> int:
+        """How many characters at the beginning of the rest may stand between calls."""
+        between = _BETWEEN + ("}" if self._section_has_calls else "")
+        for place, char in enumerate(self._rest):
+            if char not in between or self._rest.startswith(self._all_marks, place):
+                return place
+            if char == "[" and self._is_part_of_mark(self._rest[place:]):
+                return place
+        return len(self._rest)
 
-    def give_up(self) -> list[Found]:
-        """The text ends here."""
-        is_told = self._began is not None or self._is_silent
-        text = self._before + self._text
-        return [] if is_told or not text else [Said(text)]
-
-    def _read(self, char: str, found: list[Found]) -> None:
-        if self._in_string:
-            if self._is_escaped:
-                self._is_escaped = False
-            elif char == "\\":
-                self._is_escaped = True
-            elif char == '"':
-                self._in_string = False
-            return
-        if not self._depth and char != "{" and not char.isspace():
-            self._be_text(found)
-            return
-        match char:
-            case '"':
-                self._in_string = True
-            case "{" | "[":
-                if char == "{" and self._depth == 1 and self._name is None:
-                    self._look_at_head()
-                self._depth += 1
-            case "}" | "]":
-                self._depth -= 1
-                if self._is_in_arguments and self._depth == self._arguments_depth:
-                    self._tell(found)
-                    self._is_in_arguments = False
-                if not self._depth:
-                    self._end(found)
-            case _:
-                pass
-
-    def _look_at_head(self) -> None:
-        head = _HEAD.match(self._text.lstrip())
-        if head is not None and self._finder.knows(name := json.loads(head.group(1), strict=False)):
-            self._name = name
-            self._is_in_arguments = True
-            self._num_sent = len(self._text) - 1
-
-    def _tell(self, found: list[Found]) -> None:
-        """Send on what there is of the arguments."""
-        more = self._text[self._num_sent :]
-        if self._is_in_arguments and more and (self._began is not None or more.strip()):
-            self._begin(found)
-            if self._began is not None:
-                found.append(CallWent(self._began.index, more))
-            self._num_sent = len(self._text)
-
-    def _begin(self, found: list[Found]) -> None:
-        if self._began is None and not self._is_silent and self._name is not None:
-            if self._finder.answers_more:
-                self._began = self._finder.begin(self._name)
-                found.append(self._began)
-            else:
-                self._is_silent = True
-
-    def _end(self, found: list[Found]) -> None:
-        self.is_done = True
-        if self._began is not None or self._is_silent:
-            return
-        # Fields in another order, or no call at all.
-        name, arguments = _parse_call(self._text)
-        if arguments is None or not self._finder.knows(name):
-            self._be_text(found)
-            return
-        self._name = name
-        self._begin(found)
-        if self._began is not None:
-            found.append(CallWent(self._began.index, arguments))
-
-    def _be_text(self, found: list[Found]) -> None:
-        found.append(Said(self._before + self._text))
-        self.is_done = self.is_text = True
+    def _is_part_of_mark(self, text: str) -> bool:
+        return any(len(text) < len(mark) and mark.startswith(text) for mark in self._all_marks)
 
 
-def _parse_call(text: str) -> tuple[str, str | None]:
-    try:
-        call = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return "", None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return "", None
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if isinstance(arguments, dict):
-        return call["name"], json.dumps(arguments, ensure_ascii=False)
-    return call["name"], arguments if isinstance(arguments, str) else None
+def finder_of(spec: GenerationSpec) -> CallFinder:
+    """For one choice of a chat with tools."""
+    assert spec.tools is not None
+    return CallFinder(spec.tools, is_reasoning=opens_reasoning(spec.prompts[0].text or ""))
+
+
+def _words_among(skipped: str) -> str:
+    """Of what stands after a call and before words, that which belongs to the words."""
+    between, bracket, words = skipped.partition("[")
+    return "".join(char for char in between if char.isspace()) + bracket + words
 
 
 def _overlap(text: str, mark: str) -> int:

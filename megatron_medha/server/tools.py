@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import msgspec
 
+from megatron_medha.server.call_syntax import CallSyntax, syntax_of_template
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.guided import Guide, json_guide
 from megatron_medha.server.openai_types import AllowedTools, NamedFunction, Tool, ToolChoice
@@ -18,15 +18,6 @@ MAX_TOOLS = 128           # OpenAI's limit
 MAX_REQUIRED_CALLS = 16   # of one answer that must call; a model that does not end by itself has to be ended
 # OpenAI's characters, and dots, which servers of tools use; Anthropic's length, which is twice OpenAI's.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
-
-
-class CallSyntax(Enum):
-    """How calls are written in the text of an answer."""
-
-    HERMES = "hermes"            # <tool_call>{"name": ..., "arguments": {...}}</tool_call>: Qwen, Hermes
-    LLAMA3_JSON = "llama3_json"  # {"name": ..., "parameters": {...}}; ...: Llama 3.1 and later
-    LIST = "list"                # [{"name": ..., "arguments": {...}}, ...]: what we guide an answer to
-    ARGUMENTS = "arguments"      # {...}: the arguments of the one tool that must be called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +30,12 @@ class ToolUse:
     only: str | None = None        # the tool that must be called
     is_parallel: bool = True       # whether several calls are answered
     definitions: tuple[dict[str, Any], ...] = ()  # as the template gets them
+
+    @property
+    def schemas(self) -> dict[str, Any]:
+        """Of each tool's arguments, where it has one."""
+        functions = [definition["function"] for definition in self.definitions]
+        return {function["name"]: function.get("parameters") for function in functions}
 
 
 def tool_use(
@@ -139,15 +136,9 @@ def check_tools(tools: Sequence[Tool]) -> None:
         names.add(tool.function.name)
 
 
-def syntax_of_template(source: str | None) -> CallSyntax | None:
-    """How a model calls whose chat template this is; None where it does not show."""
-    if source is None:
-        return None
-    if "<tool_call>" in source:
-        return CallSyntax.HERMES
-    if "parameters" in source and ("<|python_tag|>" in source or "ipython" in source):
-        return CallSyntax.LLAMA3_JSON
-    return None
+def syntax_of(configured: str, template: str | None) -> CallSyntax | None:
+    """How the model calls: as configured, or as its chat template shows; None where it does not."""
+    return syntax_of_template(template) if configured == "auto" else CallSyntax(configured)
 
 
 def _no_such_choice() -> ApiError:

@@ -14,16 +14,12 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import WAIT_S, FakeEngine, Rule, say
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from running_server import Running, StartServer
 
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.engine.guidance import GrammarCompiler
 from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
-from megatron_medha.server.tool_calls import CallBegan, CallFinder, CallWent, Said
-from megatron_medha.server.tools import CallSyntax, ToolUse
 
 pytest.importorskip("llguidance")
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -220,47 +216,6 @@ def test_the_template_is_told_of_tools_and_gets_arguments_as_objects(says: Calla
     assert prompt.endswith("<|assistant|>Oslo\n") and '"name": "weather"' in prompt
     counted = server.post("/tokenize", {"messages": messages, "tools": TOOLS}).json()["count"]
     assert counted == len(prompt)
-
-
-CALLS = st.lists(st.tuples(
-    st.sampled_from(["f", "g"]),
-    st.dictionaries(st.text(max_size=4), st.recursive(st.text(max_size=6) | st.integers(), st.lists, max_leaves=3)),
-), min_size=1, max_size=3)  # fmt: skip
-
-
-@settings(max_examples=40, deadline=None)
-@given(calls=CALLS, size=st.integers(1, 9), said=st.sampled_from(["", "so <b> "]), syntax=st.sampled_from(CallSyntax))
-def test_calls_are_found_however_the_text_is_cut(calls: list, size: int, said: str, syntax: CallSyntax) -> None:
-    written = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
-    only = None
-    match syntax:
-        case CallSyntax.HERMES:
-            text = said + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in written)
-        case CallSyntax.LLAMA3_JSON:
-            said, text = "", "; ".join(written)
-        case CallSyntax.LIST:
-            said, text = "", f"[{', '.join(written)}]"
-        case CallSyntax.ARGUMENTS:
-            calls = calls[:1]
-            said, text, only = "", json.dumps(calls[0][1]), calls[0][0]
-    finder = CallFinder(ToolUse(syntax=syntax, names=frozenset("fg"), only=only))
-    found = [one for begin in range(0, len(text), size) for one in finder.push(text[begin : begin + size])]
-    found += finder.finish()
-    assert "".join(one.text for one in found if isinstance(one, Said)) == said
-    names = [one.name for one in found if isinstance(one, CallBegan)]
-    arguments = ["".join(one.arguments for one in found if isinstance(one, CallWent) and one.index == index)
-                 for index in range(len(names))]  # fmt: skip
-    assert list(zip(names, map(json.loads, arguments), strict=True)) == calls
-
-
-@example(text="<tool_call>", size=1)
-@settings(max_examples=60, deadline=None)
-@given(text=st.text(alphabet='<tool_call>/{}[]":,f name', max_size=60), size=st.integers(1, 9))
-def test_what_is_no_call_stays_text(text: str, size: int) -> None:
-    finder = CallFinder(ToolUse(syntax=CallSyntax.HERMES, names=frozenset({"unlikely"})))
-    found = [one for begin in range(0, len(text), size) for one in finder.push(text[begin : begin + size])]
-    found += finder.finish()
-    assert "".join(one.text for one in found if isinstance(one, Said)) == text
 
 
 def test_openais_client_gets_responses_whole_and_streamed(says: Callable[[str], Running]) -> None:

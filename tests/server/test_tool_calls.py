@@ -1,0 +1,327 @@
+"""Calls of tools in the text of an answer: found in every syntax, however the text is cut into pieces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
+from megatron_medha.server.call_syntax import MARKS, CallSyntax, syntax_of_template
+from megatron_medha.server.tool_calls import CallFinder
+from megatron_medha.server.tools import ToolUse
+
+Call = tuple[str, dict[str, Any]]
+PROPERTIES = {
+    "text": {"type": "string"}, "count": {"type": "integer"}, "share": {"anyOf": [{"type": "number"},
+    {"type": "null"}]},
+    "is_on": {"type": "boolean"}, "rows": {"type": "array"}, "more": {"$ref": "#/$defs/more"},
+    "mode": {"enum": ["1", "true", "{}"]},
+}  # fmt: skip
+SCHEMA = {"type": "object", "properties": PROPERTIES, "$defs": {"more": {"type": "object"}}}
+DEFINITIONS = tuple({"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in "fg")
+
+
+def as_tags(head: str, parameter: str, between: str, end: str) -> Callable[[str, dict], str]:
+    def write(name: str, arguments: dict) -> str:
+        written = [
+            parameter.replace("KEY", key).replace("VALUE", value if isinstance(value, str) else json.dumps(value))
+            for key, value in arguments.items()
+        ]
+        return head.replace("NAME", name) + between.join(written) + end
+
+    return write
+
+
+def as_json(name: str, arguments: dict, name_key: str = "name", key: str = "arguments") -> str:
+    return json.dumps({name_key: name, key: arguments}, ensure_ascii=len(name) % 2 == 0)
+
+
+def as_python(name: str, arguments: dict) -> str:
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+
+
+def around(before: str, after: str, write: Callable[[str, dict], str] = as_json) -> Callable[[list[Call]], str]:
+    return lambda calls: "\n".join(before + write(*call) + after for call in calls)
+
+
+def joined(
+    before: str, after: str, write: Callable[[str, dict], str] = as_json, sep: str = ", "
+) -> Callable[[list[Call]], str]:
+    return lambda calls: before + sep.join(write(*call) for call in calls) + after
+
+
+FUNCTION = as_tags("<function=NAME>\n", "<parameter=KEY>\nVALUE\n</parameter>\n", "", "</function>")
+WRITERS: tuple[tuple[CallSyntax, Callable[[list[Call]], str]], ...] = (
+    (CallSyntax.HERMES, around("<tool_call>\n", "\n</tool_call>")),
+    (CallSyntax.HERMES, joined("<tool_call>\n", "\n</tool_call>", sep="\n")),
+    (CallSyntax.HERMES, joined("<tool_call>[", "]</tool_call>")),
+    (CallSyntax.HERMES, around("<tool_call>\n", "\n</tool_call>", FUNCTION)),
+    (CallSyntax.QWEN_XML, around("<tool_call>\n", "\n</tool_call>", FUNCTION)),
+    (CallSyntax.QWEN_XML, around("", "", FUNCTION)),
+    (CallSyntax.QWEN_XML, around("<seed:tool_call>\n", "\n</seed:tool_call>", FUNCTION)),
+    (CallSyntax.LLAMA3_JSON, joined("<|python_tag|>", "", sep="; ")),
+    (CallSyntax.MISTRAL, joined("[TOOL_CALLS] [", "]")),
+    (CallSyntax.MISTRAL, around("[TOOL_CALLS]", "", lambda name, arguments: f"{name}[ARGS]{json.dumps(arguments)}")),
+    (CallSyntax.MISTRAL, around("[TOOL_CALLS]", "", lambda name, arguments: f"{name}{json.dumps(arguments)}")),
+    (CallSyntax.MISTRAL,
+     around("[TOOL_CALLS]", "", lambda name, arguments: f"{name}[CALL_ID]a1B2c3D4e[ARGS]{json.dumps(arguments)}")),
+    (CallSyntax.DEEPSEEK, lambda calls: "<｜tool▁calls▁begin｜>" + around(
+        "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+        lambda name, arguments: f"{name}<｜tool▁sep｜>{json.dumps(arguments)}",
+    )(calls) + "<｜tool▁calls▁end｜>"),
+    (CallSyntax.DEEPSEEK, lambda calls: "<｜tool▁calls▁begin｜>" + around(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```<｜tool▁call▁end｜>",
+        lambda name, arguments: f"{name}\n```json\n{json.dumps(arguments)}",
+    )(calls) + "<｜tool▁calls▁end｜>"),
+    (CallSyntax.DEEPSEEK_DSML, joined("<｜DSML｜function_calls>\n", "</｜DSML｜function_calls>", as_tags(
+        '<｜DSML｜invoke name="NAME">\n', '<｜DSML｜parameter name="KEY">VALUE</｜DSML｜parameter>', "\n",
+        "</｜DSML｜invoke>\n",
+    ), "")),
+    (CallSyntax.GLM, around("<tool_call>", "</tool_call>", as_tags(
+        "NAME\n", "<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n", "", ""))),
+    (CallSyntax.KIMI, lambda calls: "<|tool_calls_section_begin|>" + around(
+        "<|tool_call_begin|>", "<|tool_call_end|>",
+        lambda name, arguments: f"functions.{name}:0<|tool_call_argument_begin|>{json.dumps(arguments)}",
+    )(calls) + "<|tool_calls_section_end|>"),
+    (CallSyntax.MINIMAX, joined("<minimax:tool_call>\n", "</minimax:tool_call>", as_tags(
+        '<invoke name="NAME">\n', '<parameter name="KEY">VALUE</parameter>\n', "", "</invoke>\n"), "")),
+    (CallSyntax.GRANITE, joined("<|tool_call|>[", "]")),
+    (CallSyntax.COHERE, joined("<|START_ACTION|>[\n", "\n]<|END_ACTION|>",
+                               lambda name, arguments: as_json(name, arguments, "tool_name", "parameters"))),
+    (CallSyntax.JAMBA, joined("<tool_calls>[\n", "\n]</tool_calls>")),
+    (CallSyntax.NEMOTRON, joined("<TOOLCALL>[", "]</TOOLCALL>")),
+    (CallSyntax.PYTHONIC, joined("<|tool_call_start|>[", "]<|tool_call_end|>", as_python)),
+    (CallSyntax.PYTHONIC, joined("<function_calls>\n", "\n</function_calls>", as_python, "\n")),
+)  # fmt: skip
+BARE_WRITERS: tuple[tuple[CallSyntax, Callable[[list[Call]], str]], ...] = (
+    (CallSyntax.LLAMA3_JSON, joined("", "", sep="; ")),
+    (CallSyntax.LLAMA3_JSON, joined("[", "]", lambda name, arguments: as_json(name, arguments, "function",
+    "parameters"))),
+    (CallSyntax.PYTHONIC, joined("[", "]", as_python)),
+    (CallSyntax.LIST, joined("[", "]")),
+)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="<\r"), max_size=8)
+ARGUMENTS = st.fixed_dictionaries({}, optional={
+    "text": TEXT, "count": st.integers(), "share": st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    "is_on": st.booleans(), "rows": st.lists(TEXT | st.integers(), max_size=3), "mode": st.sampled_from(["1", "true",
+    "{}"]),
+    "more": st.dictionaries(TEXT, TEXT | st.none() | st.booleans(), max_size=2),
+})  # fmt: skip
+CALLS = st.lists(st.tuples(st.sampled_from("fg"), ARGUMENTS), min_size=1, max_size=2)
+WORDS = st.sampled_from(["", "", "So: ", "\n\nThen:\n", " x\n\n    return 1", "- a\n- b\n", " if a < b: ", "}", "\t"])
+
+
+def use_of(syntax: CallSyntax, **fields: Any) -> ToolUse:
+    return ToolUse(syntax=syntax, names=frozenset("fg"), definitions=DEFINITIONS, **fields)
+
+
+def read(use: ToolUse, pieces: list[str], *, is_cut: bool = False, **fields: Any) -> list[str | tuple[str, str]]:
+    """Text and calls in order."""
+    finder = CallFinder(use, **fields)
+    found: list[Found] = [one for piece in pieces for one in finder.push(piece)]
+    told: list[Any] = []
+    for one in [*found, *finder.finish(is_cut=is_cut)]:
+        match one:
+            case Said(text):
+                if told and isinstance(told[-1], str):
+                    told[-1] += text
+                else:
+                    told.append(text)
+            case CallBegan(name=name):
+                told.append((name, ""))
+            case CallWent(index, arguments):
+                assert index == sum(isinstance(entry, tuple) for entry in told) - 1
+                told[-1] = (told[-1][0], told[-1][1] + arguments)
+    return told
+
+
+def cut(text: str, sizes: list[int]) -> list[str]:
+    pieces = []
+    while text:
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(text[:size])
+        text = text[size:]
+    return pieces
+
+
+def calls_in(told: list[Any]) -> list[Call]:
+    return [(one[0], json.loads(one[1])) for one in told if isinstance(one, tuple)]
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(writer=st.sampled_from(WRITERS), first=CALLS, second=CALLS, words=st.tuples(WORDS, WORDS, WORDS), sizes=SIZES)
+def test_calls_and_the_words_around_them_do_not_depend_on_how_the_text_is_cut(
+    writer: tuple, first: list[Call], second: list[Call], words: tuple[str, str, str], sizes: list[int]
+) -> None:
+    syntax, write = writer
+    before, between, after = words
+    if syntax in (CallSyntax.LLAMA3_JSON, CallSyntax.PYTHONIC):
+        before, between = before or "So ", between.strip("} \n\t") or "and"
+    if syntax not in (CallSyntax.HERMES, CallSyntax.GLM):
+        between, after = between.replace("}", ""), after.replace("}", "")
+    text = before + write(first) + between + write(second) + after
+    told = read(use_of(syntax), cut(text, sizes))
+    assert told == read(use_of(syntax), [text]), text
+    assert calls_in(told) == [*first, *second]
+    said = "".join(one for one in told if isinstance(one, str))
+    assert said == "".join(one for one in (before, between, after) if one.strip()), text
+
+
+@settings(max_examples=60, deadline=None)
+@given(writer=st.sampled_from(BARE_WRITERS), calls=CALLS, sizes=SIZES)
+def test_an_answer_that_begins_with_calls_needs_no_mark(writer: tuple, calls: list[Call], sizes: list[int]) -> None:
+    syntax, write = writer
+    told = read(use_of(syntax), cut(write(calls), sizes))
+    assert all(isinstance(one, tuple) for one in told) and calls_in(told) == calls
+
+
+@settings(max_examples=30, deadline=None)
+@given(arguments=ARGUMENTS, sizes=SIZES)
+def test_arguments_alone_are_the_call_that_must_be(arguments: dict, sizes: list[int]) -> None:
+    told = read(use_of(CallSyntax.ARGUMENTS, only="f"), cut(json.dumps(arguments), sizes))
+    assert calls_in(told) == [("f", arguments)]
+
+
+def parts_of(syntax: CallSyntax) -> list[str]:
+    marks = MARKS[syntax]
+    parts = [*marks.openings, *marks.closings, *marks.between, "<think>", "</think>", '{"name": "f", ',
+    '"arguments": {}']
+    if marks.tags is not None:
+        parts += [marks.tags.start, marks.tags.end, marks.tags.parameter_start, marks.tags.parameter_end, "f>", '"f">']
+    return [*parts, "{", "}", "[", "]", " ", "\n", ",", '"', "f", "f(", ")", "a=1", ":", ">", "<", "`", "\\", "1"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), syntax=st.sampled_from(CallSyntax), sizes=SIZES)
+def test_whatever_a_model_writes_is_read_alike_however_it_is_cut(
+    data: st.DataObject, syntax: CallSyntax, sizes: list[int]
+) -> None:
+    text = "".join(data.draw(st.lists(st.sampled_from(parts_of(syntax)), max_size=14)))
+    use = use_of(syntax, only="f" if syntax is CallSyntax.ARGUMENTS else None)
+    whole = read(use, [text])
+    assert read(use, cut(text, sizes)) == whole
+    if not any(isinstance(one, tuple) for one in whole):
+        assert "".join(map(str, whole)) == text
+
+
+@example(text="<tool_call>", size=1)
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet='<tool_call>/{}[]":,f name', max_size=60), size=st.integers(1, 9))
+def test_what_is_no_call_stays_text(text: str, size: int) -> None:
+    assert "".join(map(str, read(use_of(CallSyntax.HERMES), cut(text, [size])))) == text
+
+
+def hermes(inner: str) -> str:
+    return f"<tool_call>\n{inner}\n</tool_call>"
+
+
+CALL, F = '{"name": "f", "arguments": {"text": "P"}}', ("f", '{"text": "P"}')
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (hermes(CALL + "}"), [F]), (hermes(CALL[:-1]), [F]), (CALL.join(["<tool_call>", ""]), [F]),
+        (hermes(CALL) + "\n</tool_call>", [F]), ("<tool_call>" + hermes(CALL), [F]),
+        (hermes(CALL + "\n" + CALL), [F, F]),
+        (hermes(f"[{CALL}, {CALL}]"), [F, F]),
+        (hermes(CALL.replace('"P"', '"a\nb\tc"')), [("f", '{"text": "a\\nb\\tc"}')]),
+        (hermes(CALL.replace("P", "it\\'s \\d")), [("f", '{"text": "it\'s \\\\d"}')]),
+        (hermes(CALL.replace('"P"', '"P",')), [F]), (hermes("{'name': 'f', 'arguments': {'text': 'P'}}"), [F]),
+        (hermes('{"name": "now", "arguments": null}'), [("now", "{}")]), (hermes('{"name": "now"}'), [("now", "{}")]),
+        (hermes('{"name": "now", "arguments": ""}'), [("now", "{}")]),
+        (hermes('{"arguments": {"text": "P"}, "name": "f"}'), [F]),
+        (hermes('{"name": "f", "arguments": "{\\"text\\": \\"P\\"}"}'), [F]),
+        (hermes('{"type": "function", "function": {"name": "f", "arguments": {"text": "P"}}}'), [F]),
+        (hermes(CALL.replace('"f"', '"none"')), [("none", '{"text": "P"}')]),
+        (hermes('{"answer": 1}'), [hermes('{"answer": 1}')]), (hermes("I can."), [hermes("I can.")]),
+        (hermes(CALL + " Done."), [F, " Done.\n"]), (f"<tool_call>{CALL}\nDone.", [F, "\nDone."]),
+        (f"\n\n{hermes(CALL)}\n", [F]), (f"Well.\n{hermes(CALL)}\n\nDone.", ["Well.\n", F, "\n\nDone."]),
+        (hermes("<function=f>\n<parameter=text>\nP\n</parameter>\n</function>"), [F]),
+    ],
+)  # fmt: skip
+def test_calls_that_are_nearly_right_are_calls_and_leave_no_marks_behind(text: str, right: list) -> None:
+    for pieces in ([text], list(text)):
+        assert read(use_of(CallSyntax.HERMES), pieces) == right
+
+
+def function(text: str) -> str:
+    return f"<function=f>\n<parameter=text>\n{text}\n</parameter>\n</function>"
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (function("P"), [F]), (function("P").removesuffix("</function>"), [F]), (hermes(CALL), [F]),
+        (hermes(function("P").removesuffix("</function>")), [F]),
+        (hermes("<function=now>\n</function>"), [("now", "{}")]),
+        (function("a\n</parameter>\nb </function> c"), [("f", '{"text": "a\\n</parameter>\\nb </function> c"}')]),
+        (function("\n  12\n"), [("f", '{"text": "\\n  12\\n"}')]), (function("None"), [("f", '{"text": "None"}')]),
+        (function("{}").replace("=text", "=more"), [("f", '{"more": {}}')]),
+        (function("True").replace("=text", "=is_on"), [("f", '{"is_on": true}')]),
+        (function("12345678901234567890123").replace("=text", "=count"), [("f", '{"count": 12345678901234567890123}')]),
+        (function("2.0").replace("=text", "=count"), [("f", '{"count": 2}')]),
+        (function("many").replace("=text", "=count"), [("f", '{"count": "many"}')]),
+        (function("null").replace("=text", "=share"), [("f", '{"share": null}')]),
+        (function("1").replace("=text", "=mode"), [("f", '{"mode": "1"}')]),
+        (function("7").replace("=text", "=unknown"), [("f", '{"unknown": "7"}')]),
+        ("Look:\n\n" + hermes(function("P")) + "\n\nDone.", ["Look:\n\n", F, "\n\nDone."]),
+        ("<function= is not closed", ["<function= is not closed"]), ("a <parameter=x> b", ["a <parameter=x> b"]),
+    ],
+)  # fmt: skip
+def test_calls_as_tags_have_values_of_the_types_that_the_schema_says(text: str, right: list) -> None:
+    for pieces in ([text], list(text)):
+        assert read(use_of(CallSyntax.QWEN_XML), pieces) == right
+
+
+THOUGHT = "I could write " + hermes(CALL) + " but no.\n"
+
+
+@pytest.mark.parametrize("syntax", [CallSyntax.HERMES, CallSyntax.QWEN_XML, CallSyntax.LLAMA3_JSON])
+@pytest.mark.parametrize(("opening", "closing"), [("<think>\n", "</think>"), ("[THINK]", "[/THINK]")])
+def test_a_call_that_is_only_thought_about_is_none(syntax: CallSyntax, opening: str, closing: str) -> None:
+    thought = opening + THOUGHT + closing
+    call = CALL if syntax is CallSyntax.LLAMA3_JSON else hermes(CALL)
+    for text, right in (
+        (thought + "\n\nSunny.", [thought + "\n\nSunny."]), (thought + "\n\n" + call, [thought, F]),
+        (opening + THOUGHT, [opening + THOUGHT]),
+    ):  # fmt: skip
+        assert read(use_of(syntax), [text]) == read(use_of(syntax), list(text)) == right
+    assert read(use_of(CallSyntax.HERMES), list(f"Say `<think>`: {hermes(CALL)}")) == ["Say `<think>`: ", F]
+
+
+@pytest.mark.parametrize("syntax", [CallSyntax.HERMES, CallSyntax.LLAMA3_JSON])
+def test_reasoning_that_the_prompt_has_opened_ends_where_it_says(syntax: CallSyntax) -> None:
+    call = CALL if syntax is CallSyntax.LLAMA3_JSON else hermes(CALL)
+    text = f"{CALL} {THOUGHT}</think>\n\n{call}"
+    assert read(use_of(syntax), list(text), is_reasoning=True) == [f"{CALL} {THOUGHT}</think>", F]
+
+
+@pytest.mark.parametrize(("syntax", "text"), [
+    (CallSyntax.HERMES, hermes(CALL)), (CallSyntax.QWEN_XML, hermes(function("P"))), (CallSyntax.LLAMA3_JSON, CALL),
+    (CallSyntax.GLM, "<tool_call>f\n<arg_key>text</arg_key>\n<arg_value>P</arg_value>\n</tool_call>"),
+])  # fmt: skip
+def test_a_call_that_was_cut_is_not_completed(syntax: CallSyntax, text: str) -> None:
+    end = text.index("P") + 1
+    assert read(use_of(syntax), [text[:end]], is_cut=True) == [("f", '{"text": "P')]
+
+
+@pytest.mark.parametrize(
+    ("template", "syntax"),
+    [
+        ("<tool_call>{{ tools }}", CallSyntax.HERMES),
+        ("<tool_call>\n<function={{ n }}>\n<parameter=", CallSyntax.QWEN_XML),
+        ("[TOOL_CALLS]", CallSyntax.MISTRAL), ("<tool_call>{{ n }}<arg_key>", CallSyntax.GLM), ("{{ messages }}", None),
+        ('{"name": x, "parameters": y} <|python_tag|>', CallSyntax.LLAMA3_JSON), (None, None),
+    ],
+)  # fmt: skip
+def test_the_template_shows_how_its_model_calls(template: str | None, syntax: CallSyntax | None) -> None:
+    assert syntax_of_template(template) is syntax
