@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_medha.core.errors import MedhaError
+from megatron_medha.core.errors import CheckpointError, MedhaError
+from megatron_medha.engine.tokenizer_file import read_tokenizer_file
 
 if TYPE_CHECKING:
     import llguidance
@@ -75,9 +76,9 @@ class GrammarCompiler:
     def of_file(cls, path: Path, vocab_size: int, stop_token_ids: Sequence[int]) -> GrammarCompiler:
         """For the tokenizer in this tokenizer.json."""
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise GrammarError(f"{path}: {error}") from None
+            text = read_tokenizer_file(path)
+        except CheckpointError as error:
+            raise GrammarError(str(error)) from None
         return cls(text, vocab_size, stop_token_ids)
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:

@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.engine.checkpoint_files import read_word
+from megatron_medha.engine.tokenizer_file import token_ids
 from megatron_medha.model.hf_checkpoint import share_of, zero_padding_rows
 from megatron_medha.model.hf_config import read_json
 from megatron_medha.model.megatron_args import args_from_config, config_from_args
@@ -249,13 +250,7 @@ def tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[in
     home = next((d for d in directories if (d / "tokenizer.json").is_file()), None)
     if home is None:
         return None, ()
-    tokenizer = read_json(home / "tokenizer.json")
-    vocab = tokenizer.within("model").fields.get("vocab") or {}
-    if isinstance(vocab, list):  # Unigram: pairs of token and score, in order of id
-        vocab = {token: token_id for token_id, (token, _) in enumerate(vocab)}
-    ids: dict[str, int] = dict(vocab)
-    for token in tokenizer.fields.get("added_tokens") or []:
-        ids[token["content"]] = token["id"]
+    ids = token_ids(home / "tokenizer.json")
     stops: list[int] = []
     for name, key in (("generation_config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
         if not (home / name).is_file():
@@ -265,6 +260,6 @@ def tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[in
             stated = stated.get("content")
         for token in stated if isinstance(stated, list) else [stated]:
             token_id = ids.get(token) if isinstance(token, str) else token
-            if token_id is not None:
+            if type(token_id) is int:
                 stops.append(token_id)
-    return max(ids.values()) + 1, tuple(dict.fromkeys(stops))
+    return max(ids.values(), default=-1) + 1, tuple(dict.fromkeys(stops))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,12 +14,32 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from megatron_medha.core.errors import CheckpointError
+from megatron_medha.engine.checkpoint_files import read_bytes, read_json_object
+from megatron_medha.engine.tokenizer_file import read_tokenizer_file
 from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
 
 if TYPE_CHECKING:
     import tokenizers
 
+# Patterns that never end are likely to show at repetitions.
+_TRIAL = "Hello, world! 12345 \n\t" + "a" * 64 + " " * 64 + "1" * 64 + "." * 64 + "\u4f60\u597d"
+_MAX_TEMPLATE_BYTES = 4 << 20
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+
+
+class TokenizerPanicError(Exception):
+    """The library has given up on a text, as the checkpoint's tokenizer.json makes it."""
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Panics of the Rust library are no Exceptions, and would pass by whatever ends a request in good order."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerPanicError(f"the tokenizer library has given up: {error}") from None
 
 
 class PieceKind(Enum):
@@ -71,12 +92,15 @@ class Tokenizer:
             raise CheckpointError(
                 f"{path} is missing; the server needs a Hugging Face fast tokenizer (save_pretrained writes one)"
             )
+        content = read_tokenizer_file(path)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            with _panics_as_errors():
+                backend = tokenizers.Tokenizer.from_str(content)
+                backend.no_truncation()
+                backend.no_padding()
+                backend.encode(_TRIAL)  # some broken files show at the first text only
         except Exception as error:  # the library raises bare Exception for every kind of broken file
             raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
-        backend.no_truncation()
-        backend.no_padding()
         try:
             return cls(backend, load_tokenizer_config(directory))
         except ChatTemplateError as error:
@@ -96,7 +120,8 @@ class Tokenizer:
         """Token ids of a text, int32. With special tokens: what the post-processor and add_bos_token ask for."""
         adds = add_special_tokens and self.config.add_bos_token is not False
         # encode() would hold the interpreter lock throughout; the batch form releases it, and the event loop lives.
-        ids = array("i", self._backend.encode_batch_fast([text], add_special_tokens=adds)[0].ids)
+        with _panics_as_errors():
+            ids = array("i", self._backend.encode_batch_fast([text], add_special_tokens=adds)[0].ids)
         bos = self.bos_token_id
         if adds and self.config.add_bos_token and bos is not None and (not ids or ids[0] != bos):
             ids.insert(0, bos)
@@ -110,7 +135,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        with _panics_as_errors():
+            text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -175,7 +201,7 @@ def _find_chat_template(directory: Path, configured: Any) -> str | None:
     # The file wins over the key, as in transformers; the key may hold several templates by name.
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path, _MAX_TEMPLATE_BYTES).decode(errors="replace")
     if isinstance(configured, list):
         by_name = {entry.get("name"): entry.get("template") for entry in configured if isinstance(entry, dict)}
         configured = by_name.get("default")
@@ -185,10 +211,7 @@ def _find_chat_template(directory: Path, configured: Any) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no JSON object: {error}") from error
+    return read_json_object(path)
 
 
 def _piece_kind(decoder: Any) -> tuple[PieceKind, list[tuple[str, str]]]:

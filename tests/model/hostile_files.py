@@ -1,7 +1,7 @@
 """Writes files of checkpoints that would run code, change the process, hang the load or fill the memory if they could.
 
-MEGATRON and HUGGING_FACE have, by the name of a case, the function that spoils a sound checkpoint's directory and what
-the refusal must name.
+MEGATRON, HUGGING_FACE and TOKENIZER have, by the name of a case, the function that spoils the directory of a sound
+checkpoint, and what the refusal must name.
 """
 
 from __future__ import annotations
@@ -323,4 +323,42 @@ HUGGING_FACE: dict[str, tuple[Spoil, str]] = {
             (directory / "model.safetensors").unlink(),
             (directory / "model.safetensors.index.json").write_text('{"weight_map": ' + DEEP_JSON + "}")),
         "model.safetensors.index.json"),
+}  # fmt: skip
+
+
+def pipeline(section: str, **step: Any) -> Spoil:
+    """A tokenizer with that one step."""
+    return edited("tokenizer.json", **{section: step})
+
+
+def split(pattern: str) -> Spoil:
+    return pipeline("pre_tokenizer", type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+
+
+TOKENIZER: dict[str, tuple[Spoil, str]] = {
+    "a pattern that never ends": (split("(a+)+$"), "tokenizer.json"),
+    "another pattern that never ends": (split("(1|11)+x"), "tokenizer.json"),
+    "a long pattern": (split("|".join(f"a{number}" for number in range(20_000))), "tokenizer.json"),
+    "a pattern of many parentheses": (split("(" * 10_000 + "a" + ")" * 10_000), "tokenizer.json"),
+    "a table of gigabytes": (pipeline("normalizer", type="Precompiled", precompiled_charsmap="/////w=="),
+                             "tokenizer.json"),
+    "a table of nothing": (pipeline("normalizer", type="Precompiled", precompiled_charsmap="BAAAAAEAAAAA"),
+                           "tokenizer.json"),
+    "megabytes for each letter": (
+        pipeline("normalizer", type="Replace", pattern={"String": "l"}, content="l" * 30_000_000), "tokenizer.json"),
+    "text between all letters": (
+        pipeline("normalizer", type="Replace", pattern={"String": ""}, content="x"), "tokenizer.json"),
+    "millions of special tokens": (
+        pipeline("post_processor", type="TemplateProcessing",
+                 single=[{"SpecialToken": {"id": "q", "type_id": 0}}] * 50_000,
+                 pair=[], special_tokens={"q": {"id": "q", "ids": list(range(1000)), "tokens": ["x"] * 1000}}),
+        "tokenizer.json"),
+    "deep JSON of a tokenizer": (content("tokenizer.json", '{"model": ' + DEEP_JSON + "}"), "tokenizer.json"),
+    "deep JSON of a normalizer": (content("tokenizer.json", '{"normalizer": ' + DEEP_JSON + "}"), "tokenizer.json"),
+    "deep JSON of a tokenizer's config": (content("tokenizer_config.json", '{"a": ' + DEEP_JSON + "}"),
+                                          "tokenizer_config.json"),
+    "a pipe as tokenizer": (fifo("tokenizer.json"), "tokenizer.json"),
+    "a device as tokenizer": (link_to("tokenizer.json", "/dev/zero"), "tokenizer.json"),
+    "a large template": (content("chat_template.jinja", "x" * (64 << 20)), "chat_template.jinja"),
+    "a device as special tokens": (link_to("special_tokens_map.json", "/dev/zero"), ""),
 }  # fmt: skip

@@ -39,9 +39,8 @@ WATCHED = [
 
 
 def load(directory: Path, groups: MedhaPGs) -> None:
-    if (directory / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(directory)
-        tokenizer.encode("Hello, world")
+    if (directory / "tokenizer_config.json").exists():
+        Tokenizer.load(directory).encode("Hello, world")
         return
     config = read_model_config(directory)
     model = build_model(config, dtype=torch.float32, device=torch.device("cpu"), pgs=groups, is_initialized=False)

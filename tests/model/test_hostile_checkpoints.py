@@ -16,15 +16,16 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
 from megatron_medha.model.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.tiny_tokenizer import save_tiny_tokenizer
 from megatron_medha.parallel.groups import build_groups, init_distributed
-from tests.model.hostile_files import HUGGING_FACE, MEGATRON
+from tests.model.hostile_files import HUGGING_FACE, MEGATRON, TOKENIZER
 
 LOADING = Path(__file__).with_name("hostile_loading.py")
 CONFIG = ModelConfig(
     name="small", num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=8,
     vocab_size=100, max_context_len=128, norm_epsilon=1e-6, rope_theta=10000.0,
 )  # fmt: skip
-CASES = {"megatron": MEGATRON, "hugging face": HUGGING_FACE}
+CASES = {"megatron": MEGATRON, "hugging face": HUGGING_FACE, "tokenizer": TOKENIZER}
 NAMES = [name for cases in CASES.values() for name in cases]
 
 
@@ -40,6 +41,8 @@ def sound_checkpoints(home: Path) -> dict[str, Path]:
         num_key_value_heads=2, max_position_embeddings=128, eos_token_id=2,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(home / "sound hugging face")
+    (home / "sound tokenizer").mkdir()
+    save_tiny_tokenizer(home / "sound tokenizer", 512)
     return {kind: home / f"sound {kind}" for kind in CASES}
 
 
@@ -84,7 +87,7 @@ def test_the_sound_checkpoints_are_loaded_under_the_same_limits(outcomes: dict[s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hostile_file_is_refused_by_its_name_and_changes_nothing(name: str, outcomes: dict[str, dict[str, object]]):
-    file_name = {**MEGATRON, **HUGGING_FACE}[name][1]
+    file_name = {**MEGATRON, **HUGGING_FACE, **TOKENIZER}[name][1]
     result = str(outcomes[name]["result"])
     assert result.startswith("refused: ") and file_name in result or (not file_name and result == "loaded"), result
     assert len(result) < 2000
