@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import faulthandler
 import gc
 import os
 import signal
@@ -45,6 +47,8 @@ flags:
 _POLL_S = 0.05
 _PROGRESS_INTERVAL_S = 5.0
 _FORCED_STOP_S = 1.0
+_HARD_EXIT_S = 5.0      # after the second signal, where stopping at once does not work
+_SIGNALLED = 130        # exit code
 _TRACKING_STOP_S = 30.0  # W&B may have logs to send
 # A rank that refuses what the user asked for reports the name of the error first.
 _USER_ERRORS = ("ConfigError: ", "CheckpointError: ", "UnsupportedModelError: ", "DependencyError: ")
@@ -135,6 +139,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
         gc.freeze()
         gc.enable()
         stops.count(lambda: watch.failure is None)
+        app.state.service.prepare()
         watch.start(url)
         tracking.start()
 
@@ -158,9 +163,9 @@ def _exit_code(watch: _Watch, stops: _Stops) -> int:
         # Threads that tokenize a long prompt would hold us up; the second Ctrl-C means now.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130)
+        os._exit(_SIGNALLED)
     if not watch.has_listened:
-        return 130 if stops.came_early else 1
+        return _SIGNALLED if stops.came_early else 1
     say("stopped")
     return 0
 
@@ -171,6 +176,7 @@ class _Stops:
     def __init__(self) -> None:
         self.num_signals = 0
         self.came_early = False
+        self._num_ends = 0
 
     def watch_for_early_ones(self) -> None:
         """From now on; uvicorn puts these back when it has shut down and raises its signal again."""
@@ -189,13 +195,34 @@ class _Stops:
             self.num_signals += 1
             if self.num_signals == 1 and is_asked_for():
                 say("\nstopping; once more to stop at once")
+            elif self.num_signals == 2:
+                _exit_for_certain()
+            elif self.num_signals > 2:
+                os._exit(_SIGNALLED)
             inner(number, frame)
 
         return handle
 
     def _end(self, number: int, frame: FrameType | None) -> None:
+        # Once it comes while the server starts, or from uvicorn after it has stopped; after that, what is left hangs.
+        self._num_ends += 1
+        if self._num_ends > 1:
+            os._exit(_SIGNALLED)
         self.came_early = not self.num_signals
         raise KeyboardInterrupt
+
+
+def _exit_for_certain() -> None:
+    """End within seconds, whatever the event loop and other threads do; ranks end with this process."""
+    # A thread of C: where another holds the interpreter's lock, none of Python's runs. It prints where all are.
+    faulthandler.dump_traceback_later(_HARD_EXIT_S + 1.0, exit=True)
+    # Not threading's: the signal may have come while the main thread held one of its locks.
+    _thread.start_new_thread(_exit_later, ())
+
+
+def _exit_later() -> None:
+    time.sleep(_HARD_EXIT_S)
+    os._exit(_SIGNALLED)
 
 
 class _Watch:

@@ -32,6 +32,7 @@ from megatron_medha.server.request_fields import decode_body, read_body, read_wi
 from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.slo import SloConfig
+from megatron_medha.server.template_renders import TemplateRenders
 from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.traces import Traces
 from megatron_medha.server.wire_format import WireFormat, encode_json
@@ -51,12 +52,14 @@ def create_app(
     read_config: Callable[[], ServerConfig] | None = None,
     traces: Traces | None = None,
     model_name: str = "",
+    renders: TemplateRenders | None = None,
 ) -> Api:
     """The application. It starts the engine when it starts, and stops it when it stops.
 
     metrics, journal: those that watch the engine; without them, step metrics and stories stay empty.
     read_config: reads the configuration again when the server is told to reload.
     traces: where requests are traced to. model_name: on metrics, until the checkpoint's own name is known.
+    renders: of another owner, who closes them.
     """
     metrics = Metrics() if metrics is None else metrics
     service = Service(
@@ -68,6 +71,7 @@ def create_app(
         slo=SloConfig() if slo is None else slo,
         read_config=read_config,
         traces=traces,
+        renders=renders,
     )
 
     @asynccontextmanager

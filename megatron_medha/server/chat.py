@@ -163,20 +163,19 @@ async def render_messages(
         if (value := getattr(fields, name)) is not None:
             extra.setdefault(name, value)
 
-    def render() -> str:
-        return ready.tokenizer.template.render(
-            [_plain_message(place, message) for place, message in enumerate(messages)],
-            add_generation_prompt=not continues and adds_prompt is not False,
-            continue_final_message=continues,
-            tools=tools,
-            extra=extra,
-        )
-
+    options = {
+        "add_generation_prompt": not continues and adds_prompt is not False,
+        "continue_final_message": continues,
+        "tools": tuple(tools),
+        "extra": extra,
+    }
+    plain = [_plain_message(place, message) for place, message in enumerate(messages)]
     num_chars = len(msgspec.json.encode(extra)) + sum(map(_num_chars, messages))
     try:
-        return await service.work_on_text(num_chars, render)
+        return await service.render(ready.tokenizer.template, plain, options, num_chars)
     except ChatTemplateError as error:
-        raise bad_request(f"messages: {error}", "messages") from None
+        param = "messages" if error.place is None else f"messages[{error.place}]"
+        raise bad_request(f"{param}: {error}", param) from None
 
 
 def _num_chars(message: Message) -> int:

@@ -1,7 +1,13 @@
-"""From messages to the text of a prompt: the checkpoint's Jinja template, or a plain one."""
+"""From messages to the text of a prompt: the checkpoint's Jinja template, or a plain one.
+
+A template is a program that comes with the checkpoint, and may loop for ever or ask for all memory there is. Parsing is
+safe. Compiling is not, since Jinja computes constants then, nor is rendering: the server does both in another process
+(template_process.py).
+"""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -11,21 +17,27 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+_MAX_TEMPLATE_CHARS = 2**20  # the longest known are 30,000; a longer one would take long to parse
 
 
 class ChatTemplateError(Exception):
     """The template is broken, or refuses these messages; the message says why."""
 
+    def __init__(self, why: str, place: int | None = None) -> None:
+        super().__init__(why)
+        self.place = place  # of the message that is at fault, where it is one
+
 
 class ChatTemplate:
-    """A compiled template. It comes with the checkpoint and runs sandboxed: data, not code of ours."""
+    """A template. It comes with the checkpoint and runs sandboxed: data, not code of ours."""
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+        """Parses it. Raises ChatTemplateError if it is no template."""
         self.is_plain = source is None
         self.source = source
-        self._special_tokens = dict(special_tokens)
-        self._template, variables = _compile(source if source is not None else PLAIN_TEMPLATE)
-        self.uses_tools = "tools" in variables
+        self.special_tokens = dict(special_tokens)
+        self.uses_tools = _reads(source if source is not None else PLAIN_TEMPLATE, "tools")
+        self._template: Any = None
 
     def render(
         self,
@@ -37,35 +49,62 @@ class ChatTemplate:
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text; ChatTemplateError if the template refuses the messages."""
-        variables: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **(extra or {})}
+        variables: dict[str, Any] = {"tools": None, "documents": None, **self.special_tokens, **(extra or {})}
         if tools:
             variables["tools"] = [dict(tool) for tool in tools]
-        variables["messages"] = [dict(message) for message in messages]
+        # The template closes the last message. What continues it begins at the mark, and all after that goes.
+        mark = f"end{secrets.token_hex(16)}" if continue_final_message else ""
+        variables["messages"] = [*map(dict, messages[:-1]), *(_with_mark(one, mark) for one in messages[-1:])]
         variables["add_generation_prompt"] = add_generation_prompt
         try:
+            if self._template is None:
+                self._template = _environment().from_string(PLAIN_TEMPLATE if self.source is None else self.source)
             text: str = self._template.render(variables)
         except Exception as error:  # templates are programs: any error in one is about these messages
-            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
-        if continue_final_message:
-            return _cut_after(text, str(messages[-1].get("content") or ""))
-        return text
+            what = "it asks for too much memory" if isinstance(error, MemoryError) else error
+            raise ChatTemplateError(f"the chat template refuses these messages: {what}") from error
+        if not mark:
+            return text
+        place = text.rfind(mark)
+        if place < 0:
+            raise ChatTemplateError(
+                "continue_final_message needs a final message that the chat template writes out whole",
+                len(messages) - 1,
+            )
+        return text[:place]
 
 
-def _cut_after(text: str, final_content: str) -> str:
-    # The template closes the last message; to continue it, everything after its content goes.
-    content = final_content.strip()
-    place = text.rfind(content)
-    if not content or place < 0:
-        raise ChatTemplateError("continue_final_message needs a final message that the chat template writes out whole")
-    return text[: place + len(content)]
+def _with_mark(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    content = message.get("content")
+    if not mark:
+        return dict(message)
+    if isinstance(content, list):
+        *parts, last = content or [{"type": "text", "text": ""}]
+        return {**message, "content": [*parts, {**last, "text": f"{last.get('text') or ''}{mark}"}]}
+    return {**message, "content": f"{content or ''}{mark}"}
 
 
-def _compile(source: str) -> tuple[Any, set[str]]:
-    """The template, and the variables it reads without setting them."""
+def _reads(source: str, name: str) -> bool:
+    """Whether the template reads a variable of this name."""
+    import jinja2.exceptions
+    import jinja2.nodes
+
+    if len(source) > _MAX_TEMPLATE_CHARS:
+        raise ChatTemplateError(f"the chat template has {len(source)} characters, more than {_MAX_TEMPLATE_CHARS}")
+    try:
+        # Not jinja2.meta, which computes constants as the compiler does.
+        names = _environment().parse(source).find_all(jinja2.nodes.Name)
+        return any(one.name == name and one.ctx == "load" for one in names)
+    except jinja2.exceptions.TemplateSyntaxError as error:
+        raise ChatTemplateError(f"the chat template has a mistake in line {error.lineno}: {error}") from error
+    except RecursionError:
+        raise ChatTemplateError("the chat template is nested too deeply") from None
+
+
+def _environment() -> Any:
     # Jinja takes 60 ms to import: inside, so that a tokenizer loaded on a thread pays for it there.
     import jinja2
     import jinja2.ext
-    import jinja2.meta
     import jinja2.nodes
     import jinja2.sandbox
 
@@ -88,10 +127,7 @@ def _compile(source: str) -> tuple[Any, set[str]]:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(source), jinja2.meta.find_undeclared_variables(environment.parse(source))
-    except jinja2.exceptions.TemplateSyntaxError as error:
-        raise ChatTemplateError(f"the chat template has a mistake in line {error.lineno}: {error}") from error
+    return environment
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
@@ -103,5 +139,3 @@ def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, 
 
 def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
-
-

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
 from megatron_medha.server.admission import Admission, retry_after
+from megatron_medha.server.chat_template import ChatTemplate
 from megatron_medha.server.config import FIXED_FIELDS, ServerConfig
 from megatron_medha.server.errors import ApiError
 from megatron_medha.server.generation import GenerationSpec
@@ -23,6 +24,7 @@ from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.recent_items import RecentItems
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.streams import EngineLost, Streams
+from megatron_medha.server.template_renders import NoRenderProcess, TemplateRenders
 from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.traces import Traces
 
@@ -66,8 +68,12 @@ class Service:
         slo: SloConfig,
         read_config: Callable[[], ServerConfig] | None = None,
         traces: Traces | None = None,
+        renders: TemplateRenders | None = None,
     ) -> None:
-        """journal: the one that watches the engine. read_config: reads the configuration again, for reload()."""
+        """journal: the one that watches the engine. read_config: reads the configuration again, for reload().
+
+        renders: of another owner, who closes them.
+        """
         self.engine = engine
         self.config = config
         self.keys = KeyRing(config)
@@ -82,6 +88,8 @@ class Service:
         self.end_server: Callable[[], None] = lambda: None  # set by whoever runs the server
         self.traces = traces
         self.grammars = Grammars()
+        self._renders = TemplateRenders() if renders is None else renders
+        self._owns_renders = renders is None
         self._read_config = read_config
         self._num_active = 0  # HTTP requests that a drain waits for
         self._is_idle: asyncio.Event | None = None
@@ -106,6 +114,8 @@ class Service:
         for threads in (self._text_threads, self._long_text_threads):
             threads.shutdown(wait=False, cancel_futures=True)
         await self.grammars.close()
+        if self._owns_renders:
+            await asyncio.to_thread(self._renders.close)
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
 
@@ -230,16 +240,42 @@ class Service:
         return asked
 
     async def work_on_text(self, num_chars: int, work: Callable[[], T]) -> T:
-        """Run tokenizer or template work: here if the text is short, else on a thread, long text on others.
+        """Run tokenizer work: here if the text is short, else on a thread, long text on others.
 
         Work that has not begun when its caller is cancelled never does; what has begun counts until it is done.
         """
         if num_chars <= MAX_INLINE_CHARS:
             return work()
         threads = self._text_threads if num_chars <= LONG_TEXT_CHARS else self._long_text_threads
+        return await self._wait_for(num_chars, lambda: threads.submit(work))
+
+    async def render(
+        self, template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any], num_chars: int
+    ) -> str:
+        """The prompt's text, made in another process: as TemplateRenders.submit. ApiError 503 if there is none."""
+        try:
+            return await self._wait_for(
+                num_chars, lambda: self._renders.submit(template, messages, options, num_chars)
+            )
+        except NoRenderProcess as error:
+            headers = retry_after(self.config.retry_after_s)
+            raise ApiError(503, str(error), code="no_render_process", headers=headers) from None
+
+    def prepare(self) -> None:
+        """Start what the first chat would otherwise wait for, once the tokenizer is there."""
+        if isinstance(self._tokenizer, Tokenizer):
+            self._renders.prepare(self._tokenizer.template)
+        else:
+            self._tokenizer.add_done_callback(self._prepare)
+
+    def _prepare(self, loaded: Future[Tokenizer]) -> None:
+        if loaded.exception() is None:
+            self._renders.prepare(loaded.result().template)
+
+    async def _wait_for(self, num_chars: int, begin: Callable[[], Future[T]]) -> T:
         num_held = num_chars if num_chars > SMALL_BODY_BYTES else 0
         self.hold_text(num_held)
-        working = threads.submit(work)
+        working = begin()
         done = asyncio.wrap_future(working)
 
         def end(_: asyncio.Future[T]) -> None:

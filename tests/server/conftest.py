@@ -19,6 +19,7 @@ from running_server import CHAT_TEMPLATE, Running, StartServer, byte_tokenizer_b
 from megatron_medha.server.app import create_app
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.running import Server, bind, uvicorn_config
+from megatron_medha.server.template_renders import TemplateRenders
 from megatron_medha.server.tokens import Tokenizer
 
 
@@ -48,17 +49,25 @@ def ending() -> Iterator[list[Running]]:
         assert not running.thread.is_alive()
 
 
+@pytest.fixture(scope="session")
+def renders() -> Iterator[TemplateRenders]:
+    """One for all servers: each would start a process for its first chat."""
+    renders = TemplateRenders()
+    yield renders
+    renders.close()
+
+
 @pytest.fixture
-def start_server(tokenizer: Tokenizer, ending: list[Running]) -> Iterator[StartServer]:
+def start_server(tokenizer: Tokenizer, ending: list[Running], renders: TemplateRenders) -> Iterator[StartServer]:
     """Starts servers on free ports, and stops them after the test."""
     started: list[Running] = []
 
     def start(engine: FakeEngine | None = None, tokenizer: object = tokenizer, **settings: object) -> Running:
         engine = engine or FakeEngine()
-        names = {"journal", "metrics", "slo", "read_config", "traces", "model_name"} & settings.keys()
+        names = {"journal", "metrics", "slo", "read_config", "traces", "model_name", "renders"} & settings.keys()
         parts = {name: settings.pop(name) for name in names}
         config = ServerConfig(**{"port": 0, "engine_check_s": 0.01, "drain_timeout_s": 0, **settings})
-        app = create_app(engine, tokenizer, config, **parts)
+        app = create_app(engine, tokenizer, config, **{"renders": renders, **parts})
         listener = bind(config)
         has_started = threading.Event()
         server = Server(uvicorn_config(app, config), app.state.service, has_started.set)

@@ -190,4 +190,4 @@ def test_the_final_message_can_be_continued() -> None:
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
     messages = [*USER, {"role": "assistant", "content": "Well, "}]
     text = ChatTemplate(source, {}).render(messages, add_generation_prompt=False, continue_final_message=True)
-    assert text == "[user]hi[end][assistant]Well,"
+    assert text == "[user]hi[end][assistant]Well, "

@@ -1,0 +1,191 @@
+"""Chat templates rendered in processes of their own: a few, started when they are needed, ended where they hang."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from megatron_medha.core.errors import MedhaError
+from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.server.template_process import COMMAND, HEADER, Job, Rendered
+
+log = logging.getLogger(__name__)
+
+_LONG_CHARS = 400_000    # a longer chat waits for its like only
+_CPU_S = 2.0             # that a template may take, ...
+_CPU_S_PER_CHAR = 1e-6   # ... and more for long messages: the usual ones take a hundredth of that
+_WALL_PER_CPU = 10.0     # on a machine that is busy with the model
+_START_S = 60.0
+_MOST_ANSWER_BYTES = 2**26  # and forty times what was sent; the process itself stays far below
+_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV")
+
+
+class NoRenderProcess(MedhaError):
+    """None comes up, or the server is shutting down."""
+
+
+class TemplateRenders:
+    """The processes, and the threads that wait for them. submit() and close() may be called from any thread."""
+
+    def __init__(self, cpu_s: float = _CPU_S) -> None:
+        """cpu_s: that a template may take over short messages."""
+        self._cpu_s = cpu_s
+        self._short = ThreadPoolExecutor(max_workers=2, thread_name_prefix="render")
+        self._long = ThreadPoolExecutor(max_workers=2, thread_name_prefix="long-render")
+        self._lock = threading.Lock()
+        self._idle: list[_RenderProcess] = []
+        self._all: set[_RenderProcess] = set()
+        self._is_closed = False
+        self._logged_mappings: set[str] = set()
+
+    def submit(
+        self, template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any], num_chars: int
+    ) -> Future[str]:
+        """The prompt's text. ChatTemplateError if the template refuses the messages, loses one, or does not end;
+        NoRenderProcess if there is none to render it.
+        """
+        threads = self._short if num_chars <= _LONG_CHARS else self._long
+        cpu_s = self._cpu_s + _CPU_S_PER_CHAR * num_chars
+        job = Job(template.source, template.special_tokens, messages, options, cpu_s)
+        try:
+            return threads.submit(self._render, job)
+        except RuntimeError:
+            raise NoRenderProcess("the server is shutting down") from None
+
+    def prepare(self, template: ChatTemplate) -> None:
+        """Start a process and compile the template there, so that the first chat need not wait for it."""
+        with suppress(NoRenderProcess):
+            self.submit(template, [{"role": "user", "content": "hi"}], {}, 0).add_done_callback(_log_error)
+
+    def close(self) -> None:
+        """End all processes; what waits for one gets NoRenderProcess."""
+        with self._lock:
+            self._is_closed = True
+            processes = tuple(self._all)
+        for process in processes:
+            process.kill()
+        for threads in (self._short, self._long):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _render(self, job: Job) -> str:
+        try:
+            payload = pickle.dumps(job, protocol=5)
+        except RecursionError:
+            raise ChatTemplateError("the messages are nested too deeply") from None
+        rendered = self._ask(self._take(), payload, job.cpu_s)
+        if rendered is None and self._is_closed:
+            raise NoRenderProcess("the server is shutting down")
+        if rendered is None:
+            raise ChatTemplateError("the chat template does not end, or asks for too much memory")
+        if rendered.error is not None:
+            raise ChatTemplateError(rendered.error, rendered.place)
+        if rendered.mapping:
+            self._log_mapping(rendered.mapping)
+        return rendered.text
+
+    def _ask(self, process: _RenderProcess, payload: bytes, cpu_s: float) -> Rendered | None:
+        """None if the process has ended over it, or was ended."""
+        rendered = process.ask(payload, _START_S * process.is_new + _WALL_PER_CPU * cpu_s)
+        with self._lock:
+            if rendered is not None and not self._is_closed:
+                self._idle.append(process)
+                return rendered
+            self._all.discard(process)
+        process.kill()
+        process.close()
+        return rendered
+
+    def _take(self) -> _RenderProcess:
+        with self._lock:
+            while self._idle:
+                process = self._idle.pop()
+                if not process.has_ended:
+                    return process
+                self._all.discard(process)
+        try:
+            process = _RenderProcess()
+        except OSError as error:  # no descriptors, no memory
+            raise NoRenderProcess(f"no process for chat templates can be started: {error}") from None
+        with self._lock:
+            if not self._is_closed:
+                self._all.add(process)
+                return process
+        process.kill()
+        process.close()
+        raise NoRenderProcess("the server is shutting down")
+
+    def _log_mapping(self, mapping: str) -> None:
+        if mapping not in self._logged_mappings:
+            self._logged_mappings.add(mapping)
+            log.info("chat_messages_mapped", extra={"fields": {"how": mapping}})
+
+
+def _log_error(rendered: Future[str]) -> None:
+    error = None if rendered.cancelled() else rendered.exception()
+    if error is not None:
+        log.warning("chat_template_not_ready", extra={"fields": {"why": str(error)}})
+
+
+class _RenderProcess:
+    """One process, used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = socket.socketpair()
+        self.is_new = True
+        environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, *COMMAND, str(os.getpid())], stdin=theirs, stdout=subprocess.DEVNULL, env=environment
+            )
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def ask(self, payload: bytes, timeout_s: float) -> Rendered | None:
+        """What it answers; None if it ends instead, or takes longer."""
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            self._connection.settimeout(timeout_s)
+            self._connection.sendall(HEADER.pack(len(payload)) + payload)
+            num_bytes = HEADER.unpack(self._receive(HEADER.size, deadline_s))[0]
+            if num_bytes > _MOST_ANSWER_BYTES + 40 * len(payload):
+                return None
+            answer = self._receive(num_bytes, deadline_s)
+        except (OSError, EOFError):
+            return None
+        self.is_new = False
+        try:
+            return msgspec.msgpack.decode(answer, type=Rendered)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+
+    def kill(self) -> None:
+        """End it, whatever it does; another thread that waits for its answer gets None."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """Give its descriptor back; nobody waits for it."""
+        self._connection.close()
+
+    def _receive(self, num_bytes: int, deadline_s: float) -> bytes:
+        received = bytearray()
+        while len(received) < num_bytes:
+            self._connection.settimeout(max(1e-3, deadline_s - time.monotonic()))
+            part = self._connection.recv(min(num_bytes - len(received), 2**20))
+            if not part:
+                raise EOFError
+            received += part
+        return bytes(received)
