@@ -17,6 +17,7 @@ from megatron_medha.core.errors import CheckpointError
 from megatron_medha.engine.checkpoint_files import read_bytes, read_json_object
 from megatron_medha.engine.tokenizer_file import read_tokenizer_file
 from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.server.text_slices import CHAR_OF_BYTE, SLICE_CHARS, slice_encoder
 
 if TYPE_CHECKING:
     import tokenizers
@@ -40,6 +41,14 @@ def _panics_as_errors() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise TokenizerPanicError(f"the tokenizer library has given up: {error}") from None
+
+
+class TooManyTokens(Exception):
+    """A text has more tokens than were asked for; it is not encoded to its end."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"at least {at_least} tokens")
+        self.at_least = at_least
 
 
 class PieceKind(Enum):
@@ -78,9 +87,11 @@ class Tokenizer:
         self._bytes_by_id: dict[int, bytes] = {}
         # A byte-level tokenizer never shrinks text except into its longest entry, so a prompt that
         # cannot fit is refused without encoding it: 100 MB of text would keep a core busy for a minute.
+        # Others compose characters (of up to four, by NFC and NFKC) or strip a few.
         strips = any(token.lstrip or token.rstrip for token in added.values())
-        is_bounded = self._kind is PieceKind.BYTE_LEVEL and backend.normalizer is None and not strips
-        self._max_token_chars = max(map(len, backend.get_vocab()), default=1) if is_bounded else None
+        is_exact = self._kind is PieceKind.BYTE_LEVEL and backend.normalizer is None and not strips
+        self._max_token_chars = max(map(len, backend.get_vocab()), default=1) * (1 if is_exact else 4)
+        self._encode_slices = slice_encoder(backend)
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -116,27 +127,48 @@ class Tokenizer:
         text: str = self._backend.to_str()
         return text
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> array[int]:
-        """Token ids of a text, int32. With special tokens: what the post-processor and add_bos_token ask for."""
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> array[int]:
+        """Token ids of a text, int32. With special tokens: what the post-processor and add_bos_token ask for.
+
+        TooManyTokens as soon as there are more than max_tokens.
+        """
         adds = add_special_tokens and self.config.add_bos_token is not False
-        # encode() would hold the interpreter lock throughout; the batch form releases it, and the event loop lives.
+        ids = array("i")
         with _panics_as_errors():
-            ids = array("i", self._backend.encode_batch_fast([text], add_special_tokens=adds)[0].ids)
+            for part in self._parts(text, adds):
+                ids.extend(part)
+                if max_tokens is not None and len(ids) > max_tokens:
+                    raise TooManyTokens(len(ids))
         bos = self.bos_token_id
         if adds and self.config.add_bos_token and bos is not None and (not ids or ids[0] != bos):
             ids.insert(0, bos)
         return ids
 
+    def _parts(self, text: str, adds_special: bool) -> Iterator[Sequence[int]]:
+        if len(text) <= SLICE_CHARS or self._encode_slices is None:
+            # encode() would hold the interpreter lock throughout; the batch form releases it, and the event loop lives.
+            yield self._backend.encode_batch_fast([text], add_special_tokens=adds_special)[0].ids
+            return
+        # What the post-processor puts around a text is what belongs to no text.
+        around = self._backend.encode(text[0], add_special_tokens=adds_special)
+        num_before = around.sequence_ids.index(0)
+        yield around.ids[:num_before]
+        yield from self._encode_slices(text)
+        yield around.ids[len(around) - around.sequence_ids[::-1].index(0) :]
+
+    def max_chars(self, num_tokens: int) -> int:
+        """The length that no text of so many tokens exceeds."""
+        return (num_tokens + 1) * self._max_token_chars
+
     def min_num_tokens(self, text: str) -> int:
         """A cheap lower bound on the number of tokens of a text."""
-        if self._max_token_chars is None:
-            return 0
         return len(text) // self._max_token_chars
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence."""
+        # As for encoding, only the batch form releases the interpreter lock.
         with _panics_as_errors():
-            text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+            text: str = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -243,11 +275,4 @@ def _piece_kind(decoder: Any) -> tuple[PieceKind, list[tuple[str, str]]]:
     return kind, replacements
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    # GPT-2's alphabet: printable Latin-1 stands for itself, every other byte for a letter from 256 on, in order.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_level_alphabet()
+_BYTE_OF_CHAR = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}

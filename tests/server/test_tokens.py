@@ -122,7 +122,7 @@ def test_bos_comes_from_the_post_processor_once() -> None:
 
 def test_a_byte_level_tokenizer_bounds_token_counts_from_below() -> None:
     assert BYTES.min_num_tokens("x" * 4000) == 1000  # </s> is its longest entry
-    assert characters().min_num_tokens("x" * 4000) == 0
+    assert characters().min_num_tokens("x" * 4000) == 1000  # its normalizer may make one of four characters
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
