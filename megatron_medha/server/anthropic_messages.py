@@ -30,13 +30,14 @@ from megatron_medha.server.openai_types import (
     TokenizeRequest,
     Usage,
 )
+from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.request_fields import Wishes, refuse_all
 from megatron_medha.server.service import Ready, Service
-from megatron_medha.server.tokenize import tokenize
+from megatron_medha.server.tokenize import token_ids_of
 from megatron_medha.server.tool_calls import finder_of
 from megatron_medha.server.wire_format import encode_json
 
-DECODER = msgspec.json.Decoder(MessagesRequest)
+BODY = BodyType(msgspec.json.Decoder(MessagesRequest), texts=frozenset({"messages", "system"}))
 
 _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("n", (None, 1), "one answer at a time; /v1/chat/completions gives several"),
@@ -75,7 +76,7 @@ async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) ->
         reasoning_effort=chat.reasoning_effort,
     )
     try:
-        return TokenCount(input_tokens=(await tokenize(service, ready, fields)).count)
+        return TokenCount(input_tokens=len(await token_ids_of(service, ready, fields)))
     except ApiError as error:
         error.rename_field(conversation.paths)
         raise

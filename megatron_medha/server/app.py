@@ -24,11 +24,11 @@ from megatron_medha.server.errors import bad_request
 from megatron_medha.server.front_door import FrontDoor
 from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.journal import Journal
-from megatron_medha.server.large_prompt import decode_completion
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.metrics_page import CONTENT_TYPE, MetricsPage
 from megatron_medha.server.presence import unless_gone
-from megatron_medha.server.request_fields import decode_body, read_body, read_wishes
+from megatron_medha.server.request_body import decode_request
+from megatron_medha.server.request_fields import read_body, read_wishes
 from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.slo import SloConfig
@@ -120,39 +120,42 @@ def _add_generation_routes(app: Api, service: Service) -> None:
         types.CompletionAnswer, body=types.CompletionRequest, errors=BODY_ERRORS, has_events=True))
     async def completions(request: Request) -> Response:
         """Continue one or more prompts."""
-        raw = await read_body(request, service)
-        arrival_s = service.engine.now_s()
-        ready = service.ready()
-        wishes = read_wishes(request.headers, service.slo)
-        body = await decode_completion(raw)
-        planning = completion.plan_completion(service, ready, body, wishes, arrival_s)
-        spec = await unless_gone(request, len(raw), planning)
+        with service.hold_body() as held:
+            raw = await read_body(request, service, held)
+            arrival_s = service.engine.now_s()
+            ready = service.ready()
+            wishes = read_wishes(request.headers, service.slo)
+            body = await decode_request(raw, completion.BODY, ready.max_prompt_chars)
+            planning = completion.plan_completion(service, ready, body, wishes, arrival_s)
+            spec = await unless_gone(request, held.num_bytes, planning)
         return answer(request, ready, spec, completion.CompletionFormat(spec, ready.tokenizer))
 
     @app.post("/v1/chat/completions", openapi_extra=openapi.operation(
         types.ChatAnswer, body=types.ChatRequest, errors=BODY_ERRORS, has_events=True))
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        raw = await read_body(request, service)
-        arrival_s = service.engine.now_s()
-        ready = service.ready()
-        wishes = read_wishes(request.headers, service.slo)
-        body = decode_body(raw, chat.DECODER)
-        spec = await unless_gone(request, len(raw), chat.plan_chat(service, ready, body, wishes, arrival_s))
+        with service.hold_body() as held:
+            raw = await read_body(request, service, held)
+            arrival_s = service.engine.now_s()
+            ready = service.ready()
+            wishes = read_wishes(request.headers, service.slo)
+            body = await decode_request(raw, chat.BODY, ready.max_prompt_chars)
+            spec = await unless_gone(request, held.num_bytes, chat.plan_chat(service, ready, body, wishes, arrival_s))
         return answer(request, ready, spec, chat.ChatFormat(spec, ready.tokenizer))
 
     @app.post("/v1/responses", openapi_extra=openapi.operation(
         ResponseAnswer, body=ResponsesRequest, errors=BODY_ERRORS, has_events=True))
     async def create_response(request: Request) -> Response:
         """Answer a chat, as OpenAI's newer clients send it. Answers are not stored."""
-        raw = await read_body(request, service)
-        arrival_s = service.engine.now_s()
-        ready = service.ready()
-        wishes = read_wishes(request.headers, service.slo)
-        body = decode_body(raw, responses.DECODER)
-        client: str = request.state.client_key.name
-        planning = responses.plan_response(service, ready, body, wishes, arrival_s, client)
-        wire = await unless_gone(request, len(raw), planning)
+        with service.hold_body() as held:
+            raw = await read_body(request, service, held)
+            arrival_s = service.engine.now_s()
+            ready = service.ready()
+            wishes = read_wishes(request.headers, service.slo)
+            body = await decode_request(raw, responses.BODY, ready.max_prompt_chars)
+            client: str = request.state.client_key.name
+            planning = responses.plan_response(service, ready, body, wishes, arrival_s, client)
+            wire = await unless_gone(request, held.num_bytes, planning)
         return answer(request, ready, wire.spec, wire)
 
     _add_anthropic_routes(app, service, answer)
@@ -163,23 +166,26 @@ def _add_anthropic_routes(app: Api, service: Service, answer: MakeAnswer) -> Non
         MessagesAnswer, body=MessagesRequest, errors=BODY_ERRORS, error=errors.AnthropicError, has_events=True))
     async def create_message(request: Request) -> Response:
         """Answer a chat, as Anthropic's clients send it."""
-        raw = await read_body(request, service)
-        arrival_s = service.engine.now_s()
-        ready = service.ready()
-        wishes = read_wishes(request.headers, service.slo)
-        body = decode_body(raw, anthropic_messages.DECODER)
-        planning = anthropic_messages.plan_message(service, ready, body, wishes, arrival_s)
-        spec = await unless_gone(request, len(raw), planning)
+        with service.hold_body() as held:
+            raw = await read_body(request, service, held)
+            arrival_s = service.engine.now_s()
+            ready = service.ready()
+            wishes = read_wishes(request.headers, service.slo)
+            body = await decode_request(raw, anthropic_messages.BODY, ready.max_prompt_chars)
+            planning = anthropic_messages.plan_message(service, ready, body, wishes, arrival_s)
+            spec = await unless_gone(request, held.num_bytes, planning)
         return answer(request, ready, spec, anthropic_messages.MessagesFormat(spec))
 
     @app.post("/v1/messages/count_tokens", openapi_extra=openapi.operation(
         TokenCount, body=MessagesRequest, errors=BODY_ERRORS, error=errors.AnthropicError))
     async def count_message_tokens(request: Request) -> Response:
         """How many tokens the prompt of a chat has."""
-        raw = await read_body(request, service)
-        ready = service.ready()
-        counting = anthropic_messages.count_tokens(service, ready, decode_body(raw, anthropic_messages.DECODER))
-        return _json(await unless_gone(request, len(raw), counting))
+        with service.hold_body() as held:
+            raw = await read_body(request, service, held)
+            ready = service.ready()
+            body = await decode_request(raw, anthropic_messages.BODY, ready.max_prompt_chars)
+            counting = anthropic_messages.count_tokens(service, ready, body)
+            return _json(await unless_gone(request, held.num_bytes, counting))
 
 
 def _add_token_routes(app: Api, service: Service) -> None:
@@ -187,18 +193,21 @@ def _add_token_routes(app: Api, service: Service) -> None:
         types.TokenizeAnswer, body=types.TokenizeRequest, errors=BODY_ERRORS))
     async def tokenize_text(request: Request) -> Response:
         """Token ids of a prompt or of messages."""
-        raw = await read_body(request, service)
-        ready = service.ready()
-        work = tokenize.tokenize(service, ready, decode_body(raw, tokenize.TOKENIZE_DECODER))
-        return _json(await unless_gone(request, len(raw), work))
+        with service.hold_body() as held:
+            raw = await read_body(request, service, held)
+            ready = service.ready()
+            body = await decode_request(raw, tokenize.TOKENIZE_BODY, ready.max_prompt_chars)
+            return await unless_gone(request, held.num_bytes, tokenize.tokenize(service, ready, body))
 
     @app.post("/detokenize", openapi_extra=openapi.operation(
         types.DetokenizeAnswer, body=types.DetokenizeRequest, errors=BODY_ERRORS))
     async def detokenize_ids(request: Request) -> Response:
         """Text of token ids."""
-        raw = await read_body(request, service)
-        ready = service.ready()
-        return _json(await tokenize.detokenize(service, ready, decode_body(raw, tokenize.DETOKENIZE_DECODER)))
+        with service.hold_body() as held:
+            raw = await read_body(request, service, held)
+            ready = service.ready()
+            body = await decode_request(raw, tokenize.DETOKENIZE_BODY)
+            return await unless_gone(request, held.num_bytes, tokenize.detokenize(service, ready, body))
 
 
 def _add_model_routes(app: Api, service: Service) -> None:

@@ -34,6 +34,7 @@ from megatron_medha.server.openai_types import (
 )
 from megatron_medha.server.planning import Particulars, plan
 from megatron_medha.server.prompts import RawPrompt
+from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.request_fields import Wishes, num_choices_of, refuse_all
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
@@ -48,7 +49,7 @@ from megatron_medha.server.wire_format import (
     sse_event,
 )
 
-DECODER = msgspec.json.Decoder(ChatRequest)
+BODY = BodyType(msgspec.json.Decoder(ChatRequest), texts=frozenset({"messages"}))
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 # As far as time goes, a message is worth so many characters of text, however empty it is.

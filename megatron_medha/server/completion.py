@@ -26,6 +26,7 @@ from megatron_medha.server.openai_types import (
 )
 from megatron_medha.server.planning import Particulars, plan
 from megatron_medha.server.prompts import RawPrompt, split_prompts
+from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.request_fields import Wishes, num_choices_of
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
@@ -37,6 +38,8 @@ from megatron_medha.server.wire_format import (
     error_events,
     sse_event,
 )
+
+BODY = BodyType(msgspec.json.Decoder(CompletionRequest), texts=frozenset({"prompt"}), ids=frozenset({"prompt"}))
 
 
 async def plan_completion(

@@ -38,7 +38,7 @@ class ServerConfig:
     tls_certificate: Path | None = None       # PEM, with the chain; for those without a proxy that ends TLS
     tls_key: Path | None = None               # PEM
     max_body_bytes: int = 128 * 2**20         # 10M token ids as JSON are 70 MB, and a fair request
-    max_bodies_bytes: int = 2**30             # of bodies coming in and text not tokenized yet: eight of the largest
+    max_bodies_bytes: int = 2**30             # of bodies until their requests are admitted: eight of the largest
     max_head_bytes: int = 64 * 2**10          # request line and headers; nginx takes 32 KiB, uvicorn any amount
     max_headers: int = 128                    # browsers send 20, proxies add 10; each costs a look on every route
     body_timeout_s: float = 60.0              # between two parts: a client that stops half-way must not stay for ever

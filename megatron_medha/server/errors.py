@@ -15,6 +15,8 @@ from starlette.responses import Response
 log = logging.getLogger(__name__)
 
 ANTHROPIC_PREFIX = "/v1/messages"  # routes whose errors have Anthropic's shape
+MAX_MESSAGE_CHARS = 2_000
+MAX_PARAM_CHARS = 200
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -58,10 +60,12 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        # Some messages quote what a client sent, which may be megabytes.
+        message = message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}..."
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = param
+        self.param = None if param is None else param[:MAX_PARAM_CHARS]
         self.code = code
         self.headers = headers or {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -179,7 +178,7 @@ def _each(
     if choice is not None:
         if not choice or not all(choice):
             raise bad_request(f"{prefix}choice: expected at least one text, none of them empty", f"{prefix}choice")
-        lark = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choice)
+        lark = "start: " + " | ".join(msgspec.json.encode(text).decode() for text in choice)
         yield Guide(GuideKind.CHOICE, lark, f"{prefix}choice")
     if grammar is not None:
         yield Guide(GuideKind.GRAMMAR, grammar, f"{prefix}grammar")

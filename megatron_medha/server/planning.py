@@ -86,6 +86,7 @@ async def plan(
         add_special_tokens=details.add_special_tokens,
         param=details.prompt_param,
         max_tokens_param=details.max_tokens_param,
+        keeps_text=details.is_echo,
     )
     options = fields.stream_options
     slo_class = class_of(fields, wishes, service.slo)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import Prompt
 from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.tokens import TooManyTokens
 
 RawPrompt: TypeAlias = "str | list[int] | array[int]"  # array has no item types at run time
 
@@ -21,7 +22,7 @@ def split_prompts(prompt: str | array[int] | Sequence[str | int | list[int]], ma
         return [prompt]
     if not prompt:
         raise bad_request("prompt: expected at least one token or text, got an empty list", "prompt")
-    kinds = {type(item) for item in prompt}
+    kinds = {list if isinstance(item, array) else type(item) for item in prompt}
     if kinds == {int}:
         return [list(prompt)]  # type: ignore[arg-type]  # every item is an int
     if len(kinds) != 1:
@@ -41,59 +42,74 @@ async def encode_prompts(
     add_special_tokens: bool,
     param: str,
     max_tokens_param: str = "max_tokens",
+    keeps_text: bool = False,
 ) -> tuple[Prompt, ...]:
     """Encode and check prompts against the context; without max_tokens they get the default, or what fits."""
-    limit, most = ready.facts.max_request_tokens, service.config.max_prompt_tokens
+    limit = ready.facts.max_request_tokens
     tokenizer = ready.tokenizer
     least_output = 0 if max_tokens == 0 else 1
     for raw in raw_prompts:
         at_least = tokenizer.min_num_tokens(raw) if isinstance(raw, str) else len(raw)
-        if most is not None and at_least > most:
-            raise _over_prompt_limit(at_least, most, param)
-        if at_least + least_output > limit:
-            raise _too_long(f"at least {at_least}" if isinstance(raw, str) else str(at_least), limit, param)
+        check_length(at_least, limit - least_output, ready, service, param, is_exact=not isinstance(raw, str))
 
     def encode(raw: RawPrompt) -> array[int]:
         if isinstance(raw, str):
-            ids = tokenizer.encode(raw, add_special_tokens=add_special_tokens)
+            ids = tokenizer.encode(raw, add_special_tokens=add_special_tokens, max_tokens=limit - least_output)
         else:
             ids = raw if isinstance(raw, array) else _as_ids(raw, param)
         check_ids(ids, ready.facts.shape.vocab_size, param)
         return ids
 
     num_chars = sum(map(len, raw_prompts))
-    encoded = await service.work_on_text(num_chars, lambda: [encode(raw) for raw in raw_prompts])
+    try:
+        encoded = await service.work_on_text(num_chars, lambda: [encode(raw) for raw in raw_prompts])
+    except TooManyTokens as error:
+        check_length(error.at_least, limit - least_output, ready, service, param, is_exact=False)
+        raise
     prompts = []
     for raw, token_ids in zip(raw_prompts, encoded, strict=True):
-        if most is not None and len(token_ids) > most:
-            raise _over_prompt_limit(len(token_ids), most, param)
+        check_length(len(token_ids), limit - least_output, ready, service, param)
         room = limit - len(token_ids)
-        if room < least_output:
-            raise _too_long(str(len(token_ids)), limit, param)
         if max_tokens is not None and max_tokens > room:
             raise _over_limit(len(token_ids), max_tokens, limit, max_tokens_param)
         wanted = max_tokens if max_tokens is not None else min(default_max_tokens or room, room)
         prompts.append(
             Prompt(
                 token_ids=token_ids,
-                text=raw if isinstance(raw, str) else None,
+                text=raw if keeps_text and isinstance(raw, str) else None,
                 max_output_tokens=max(1, wanted),  # max_tokens 0: one is computed and thrown away
             )
         )
     return tuple(prompts)
 
 
+def check_length(
+    num_tokens: int, most: int, ready: Ready, service: Service, param: str, *, is_exact: bool = True
+) -> None:
+    """ApiError unless a prompt of so many tokens is within `most`, of the context, and server.max_prompt_tokens.
+
+    is_exact: whether it has so many tokens, or at least so many.
+    """
+    allowed = service.config.max_prompt_tokens
+    if allowed is not None and num_tokens > allowed:
+        raise _over_prompt_limit(num_tokens, allowed, param)
+    if num_tokens > most:
+        how_many = str(num_tokens) if is_exact else f"at least {num_tokens}"
+        raise _too_long(how_many, ready.facts.max_request_tokens, param)
+
+
 def check_ids(token_ids: array[int], vocab_size: int, param: str) -> None:
     """ApiError 400 unless there are ids and the model has an embedding for each."""
     if not token_ids:
         raise bad_request(f"{param}: the prompt is empty", param, "empty_prompt")
-    slices = [token_ids[begin : begin + _SLICE_IDS] for begin in range(0, len(token_ids), _SLICE_IDS)]
-    lowest, highest = min(min(ids) for ids in slices), max(max(ids) for ids in slices)
-    if lowest < 0 or highest >= vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise bad_request(
-            f"{param}: token id {wrong} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})", param
-        )
+    for begin in range(0, len(token_ids), _SLICE_IDS):
+        ids = token_ids[begin : begin + _SLICE_IDS]
+        lowest, highest = min(ids), max(ids)
+        if lowest < 0 or highest >= vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise bad_request(
+                f"{param}: token id {wrong} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})", param
+            )
 
 
 def _as_ids(raw: list[int], param: str) -> array[int]:

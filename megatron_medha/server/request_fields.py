@@ -9,9 +9,8 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 
@@ -19,10 +18,8 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.openai_types import SharedFields
-from megatron_medha.server.service import SMALL_BODY_BYTES, Ready, Service
+from megatron_medha.server.service import HeldBytes, Ready, Service
 from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
-
-T = TypeVar("T")
 
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
 MAX_PRIORITY = 2**31 - 1
@@ -51,12 +48,11 @@ class Wishes:
     has_progress: bool | None = None  # comments while the prompt is computed; None: as the server is configured
 
 
-async def read_body(request: Request, service: Service) -> bytes:
+async def read_body(request: Request, service: Service, held: HeldBytes) -> bytearray:
     """The whole body; ApiError 413 if it is too large, 408 if it does not come, 503 if others' leave no room for it."""
     config = service.config
-    parts: list[bytes] = []
+    body = bytearray()
     num_bytes = 0
-    num_held = 0  # of those, counted against the room that all share
     is_too_large = False
     try:
         loop = asyncio.get_running_loop()
@@ -68,10 +64,8 @@ async def read_body(request: Request, service: Service) -> bytes:
                 # sending when the connection closes never gets to see the answer.
                 is_too_large = is_too_large or num_bytes > config.max_body_bytes
                 if not is_too_large:
-                    parts.append(part)
-                    if num_bytes > SMALL_BODY_BYTES:
-                        service.hold_text(num_bytes - num_held)
-                        num_held = num_bytes
+                    held.grow_to(num_bytes)
+                    body += part
                 elif num_bytes > 2 * config.max_body_bytes:
                     break
     except TimeoutError:
@@ -80,8 +74,6 @@ async def read_body(request: Request, service: Service) -> bytes:
         ) from None
     except ClientDisconnect:
         raise ApiError(400, "the client closed the connection before its body was complete") from None
-    finally:
-        service.release_text(num_held)
     if is_too_large:
         raise ApiError(
             413,
@@ -89,23 +81,7 @@ async def read_body(request: Request, service: Service) -> bytes:
             code="body_too_large",
             headers={"connection": "close"},
         )
-    return b"".join(parts)
-
-
-def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """The body as its type; ApiError 400 naming the field that is wrong."""
-    if not body.strip():
-        raise bad_request("the body is empty; expected a JSON object")
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at `$.")
-        param = ".".join(part for part in (path.rstrip("`"), _missing_field(what)) if part) or None
-        raise bad_request(f"{param}: {what[0].lower()}{what[1:]}" if param else what, param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    except RecursionError:
-        raise bad_request("the body is not valid JSON: nested too deeply", code="invalid_json") from None
+    return body
 
 
 def read_wishes(headers: Headers, slo: SloConfig) -> Wishes:
@@ -302,11 +278,6 @@ def _flag(headers: Headers, name: str) -> bool | None:
     if text.lower() not in YES | NO:
         raise bad_request(f"{name}: expected 1 or 0, got `{text[:40]}`", name)
     return text.lower() in YES
-
-
-def _missing_field(what: str) -> str:
-    # The name in "Object missing required field `prompt`".
-    return what.partition("missing required field `")[2].rstrip("`")
 
 
 def _or(value: Any, default: Any) -> Any:

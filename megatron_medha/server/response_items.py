@@ -34,7 +34,8 @@ class History:
         if not self.messages or self.messages[-1].role != "assistant":
             self.add(Message(role="assistant"), path)
         last = self.messages[-1]
-        last.tool_calls = [*(last.tool_calls or []), call]
+        last.tool_calls = last.tool_calls or []
+        last.tool_calls.append(call)
         calls = f"messages[{len(self.messages) - 1}].tool_calls[{len(last.tool_calls) - 1}]"
         self.paths[calls] = path
         self.paths[f"{calls}.function"] = path

@@ -21,6 +21,7 @@ from megatron_medha.server.openai_types import (
     Usage,
 )
 from megatron_medha.server.recent_items import RecentItems
+from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.request_fields import Wishes, refuse_all
 from megatron_medha.server.response_items import read_items
 from megatron_medha.server.response_tools import ChatTools, KnownTool, chat_tools_of, text_argument
@@ -44,7 +45,7 @@ from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.tool_calls import finder_of
 from megatron_medha.server.wire_format import encode_json
 
-DECODER = msgspec.json.Decoder(ResponsesRequest)
+BODY = BodyType(msgspec.json.Decoder(ResponsesRequest), texts=frozenset({"input", "instructions"}))
 
 LOGPROBS = "message.output_text.logprobs"  # of `include`; all else there is about items that answers here do not have
 # What we cannot do, what it may be all the same, and the way out.

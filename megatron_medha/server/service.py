@@ -53,6 +53,43 @@ class Ready:
     facts: EngineFacts
     tokenizer: Tokenizer
 
+    @property
+    def max_prompt_chars(self) -> int:
+        """The length that no prompt of the model's context exceeds."""
+        return self.tokenizer.max_chars(self.facts.max_request_tokens)
+
+
+class HeldBytes:
+    """What one request holds in memory before it is admitted: counted against server.max_bodies_bytes until the end."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.num_bytes = 0
+
+    def __enter__(self) -> HeldBytes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.num_bytes > SMALL_BODY_BYTES:
+            self._service.num_held_bytes -= self.num_bytes
+
+    def grow_to(self, num_bytes: int) -> None:
+        """It is so much now; ApiError 503 if there is no room for that."""
+        if num_bytes > SMALL_BODY_BYTES:
+            before = self.num_bytes if self.num_bytes > SMALL_BODY_BYTES else 0
+            service, num_more = self._service, num_bytes - before
+            config = service.config
+            if service.num_held_bytes + num_more > config.max_bodies_bytes:
+                raise ApiError(
+                    503,
+                    f"requests that are not admitted yet hold {service.num_held_bytes} bytes, {num_more} more are "
+                    f"too many (server.max_bodies_bytes={config.max_bodies_bytes})",
+                    code="bodies_waiting",
+                    headers={**retry_after(config.retry_after_s), "connection": "close"},
+                )
+            service.num_held_bytes += num_more
+        self.num_bytes = num_bytes
+
 
 class Service:
     """The server without its routes."""
@@ -83,7 +120,7 @@ class Service:
         self.streams = Streams(engine.now_s)
         self.recent_items = RecentItems()
         self.admission = Admission(engine.now_s, journal.forecast)
-        self.num_held_bytes = 0  # of large bodies on their way in, and of text that waits for a thread
+        self.num_held_bytes = 0  # of large bodies until they are admitted, and of text that a thread still works on
         self.is_draining = False
         self.end_server: Callable[[], None] = lambda: None  # set by whoever runs the server
         self.traces = traces
@@ -242,7 +279,7 @@ class Service:
     async def work_on_text(self, num_chars: int, work: Callable[[], T]) -> T:
         """Run tokenizer work: here if the text is short, else on a thread, long text on others.
 
-        Work that has not begun when its caller is cancelled never does; what has begun counts until it is done.
+        Work that has not begun when its caller is cancelled never does; what has begun is counted until it is done.
         """
         if num_chars <= MAX_INLINE_CHARS:
             return work()
@@ -273,38 +310,27 @@ class Service:
             self._renders.prepare(loaded.result().template)
 
     async def _wait_for(self, num_chars: int, begin: Callable[[], Future[T]]) -> T:
-        num_held = num_chars if num_chars > SMALL_BODY_BYTES else 0
-        self.hold_text(num_held)
         working = begin()
         done = asyncio.wrap_future(working)
-
-        def end(_: asyncio.Future[T]) -> None:
-            self.release_text(num_held)
-            if not done.cancelled():
-                done.exception()  # its caller may be gone
-
-        done.add_done_callback(end)
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:
+            # The caller, who held the body's bytes, is gone.
             working.cancel()
+            num_left = num_chars if num_chars > SMALL_BODY_BYTES and not done.done() else 0
+            self.num_held_bytes += num_left
+
+            def end(_: asyncio.Future[T]) -> None:
+                self.num_held_bytes -= num_left
+                if not done.cancelled():
+                    done.exception()  # nobody else takes it
+
+            done.add_done_callback(end)
             raise
 
-    def hold_text(self, num_bytes: int) -> None:
-        """Count bytes that a request keeps in memory before it is admitted; ApiError 503 if there is no room."""
-        if self.num_held_bytes + num_bytes > self.config.max_bodies_bytes:
-            raise ApiError(
-                503,
-                f"requests that are not admitted yet hold {self.num_held_bytes} bytes, {num_bytes} more are too many "
-                f"(server.max_bodies_bytes={self.config.max_bodies_bytes})",
-                code="bodies_waiting",
-                headers={**retry_after(self.config.retry_after_s), "connection": "close"},
-            )
-        self.num_held_bytes += num_bytes
-
-    def release_text(self, num_bytes: int) -> None:
-        """They are gone, or the request is admitted and counted there."""
-        self.num_held_bytes -= num_bytes
+    def hold_body(self) -> HeldBytes:
+        """Counts what one request holds in memory until it is admitted; for a with statement."""
+        return HeldBytes(self)
 
     async def _watch_engine(self) -> None:
         # The engine tells each request how it ended. Should it die without a word, nobody waits for ever.

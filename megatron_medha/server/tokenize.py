@@ -1,24 +1,46 @@
-"""/tokenize and /detokenize, in vLLM's shapes."""
+"""/tokenize and /detokenize, in vLLM's shapes. What is long is encoded and sent by slices."""
 
 from __future__ import annotations
 
+import codecs
 from array import array
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import msgspec
+from starlette.responses import Response, StreamingResponse
 
 from megatron_medha.server.chat import adds_special_tokens, chat_tools, render_messages
 from megatron_medha.server.errors import bad_request
 from megatron_medha.server.openai_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
-from megatron_medha.server.prompts import check_ids
+from megatron_medha.server.prompts import check_ids, check_length
+from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.tokens import PieceKind, Tokenizer, TooManyTokens
 from megatron_medha.server.tools import definitions_of, usable_tools
+from megatron_medha.server.wire_format import encode_json
 
-TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
-DETOKENIZE_DECODER = msgspec.json.Decoder(DetokenizeRequest)
+TOKENIZE_BODY = BodyType(msgspec.json.Decoder(TokenizeRequest), texts=frozenset({"prompt", "messages"}))
+DETOKENIZE_BODY = BodyType(msgspec.json.Decoder(DetokenizeRequest), ids=frozenset({"tokens"}))
+
+_SLICE_IDS = 8_192     # encoded on the event loop at once: 1 ms, with their names 3 ms
+_SLICE_CHARS = 65_536
 
 
-async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> TokenizeAnswer:
+async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> Response:
     """Token ids of a prompt, or of messages as the chat route would encode them."""
+    ids = await token_ids_of(service, ready, body)
+    limit = ready.facts.max_request_tokens
+    names = ready.tokenizer if body.return_token_strs else None
+    if len(ids) > _SLICE_IDS:
+        return _streamed(_token_parts(ids, limit, names))
+    answer = TokenizeAnswer(
+        count=len(ids), max_model_len=limit, tokens=ids.tolist(), token_strs=names and _names(names, ids)
+    )
+    return Response(encode_json(answer), media_type="application/json")
+
+
+async def token_ids_of(service: Service, ready: Ready, body: TokenizeRequest) -> array[int]:
+    """The ids of what the body holds; ApiError 400 if they are more than the model's context."""
     service.model_name(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("prompt: expected either prompt or messages", "prompt")
@@ -30,30 +52,79 @@ async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> Tok
     else:
         text = body.prompt or ""
         adds_special = body.add_special_tokens is not False
-    tokenizer = ready.tokenizer
+    param = "prompt" if body.messages is None else "messages"
+    tokenizer, limit = ready.tokenizer, ready.facts.max_request_tokens
+    check_length(tokenizer.min_num_tokens(text), limit, ready, service, param, is_exact=False)
 
-    def work() -> TokenizeAnswer:
-        ids = tokenizer.encode(text, add_special_tokens=adds_special)
-        return TokenizeAnswer(
-            count=len(ids),
-            max_model_len=ready.facts.max_request_tokens,
-            tokens=ids.tolist(),
-            # Of a long text as slow as the encoding, and no work for the loop that serves tokens either.
-            token_strs=[tokenizer.token_name(token_id) for token_id in ids] if body.return_token_strs else None,
-        )
+    def work() -> array[int]:
+        return tokenizer.encode(text, add_special_tokens=adds_special, max_tokens=limit)
 
-    return await service.work_on_text(len(text), work)
-
-
-async def detokenize(service: Service, ready: Ready, body: DetokenizeRequest) -> DetokenizeAnswer:
-    """Text of token ids, special tokens included."""
-    service.model_name(body.model)
-    if not body.tokens:
-        return DetokenizeAnswer(prompt="")
     try:
-        ids = array("i", body.tokens)
+        ids = await service.work_on_text(len(text), work)
+    except TooManyTokens as error:
+        check_length(error.at_least, limit, ready, service, param, is_exact=False)
+        raise
+    check_length(len(ids), limit, ready, service, param)
+    return ids
+
+
+async def detokenize(service: Service, ready: Ready, body: DetokenizeRequest) -> Response:
+    """Text of token ids, special tokens included; ApiError 400 beyond the context."""
+    service.model_name(body.model)
+    check_length(len(body.tokens), ready.facts.max_request_tokens, ready, service, "tokens")
+    try:
+        ids = body.tokens if isinstance(body.tokens, array) else array("i", body.tokens)
     except OverflowError:
         raise bad_request("tokens: a token id is outside the vocabulary", "tokens") from None
-    check_ids(ids, ready.facts.shape.vocab_size, "tokens")
-    text = await service.work_on_text(len(ids), lambda: ready.tokenizer.decode(ids, skip_special_tokens=False))
-    return DetokenizeAnswer(prompt=text)
+    tokenizer = ready.tokenizer
+
+    def work() -> list[str]:
+        check_ids(ids, ready.facts.shape.vocab_size, "tokens")
+        return list(_text_parts(tokenizer, ids))
+
+    texts = await service.work_on_text(len(ids), work) if ids else []
+    if len(ids) > _SLICE_IDS:
+        return _streamed(_quoted(texts))
+    return Response(encode_json(DetokenizeAnswer(prompt="".join(texts))), media_type="application/json")
+
+
+def _streamed(parts: AsyncIterator[bytes]) -> Response:
+    return StreamingResponse(parts, media_type="application/json")
+
+
+async def _token_parts(ids: array[int], limit: int, names: Tokenizer | None) -> AsyncIterator[bytes]:
+    """A TokenizeAnswer as JSON."""
+    yield b'{"count":%d,"max_model_len":%d,"tokens":[' % (len(ids), limit)
+    for begin in range(0, len(ids), _SLICE_IDS):
+        yield (b"," if begin else b"") + encode_json(ids[begin : begin + _SLICE_IDS].tolist())[1:-1]
+    if names is None:
+        yield b'],"token_strs":null}'
+        return
+    yield b'],"token_strs":['
+    for begin in range(0, len(ids), _SLICE_IDS):
+        yield (b"," if begin else b"") + encode_json(_names(names, ids[begin : begin + _SLICE_IDS]))[1:-1]
+    yield b"]}"
+
+
+async def _quoted(texts: Sequence[str]) -> AsyncIterator[bytes]:
+    """A DetokenizeAnswer as JSON."""
+    yield b'{"prompt":"'
+    for text in texts:
+        for begin in range(0, len(text), _SLICE_CHARS):
+            yield encode_json(text[begin : begin + _SLICE_CHARS])[1:-1]
+    yield b'"}'
+
+
+def _names(tokenizer: Tokenizer, ids: array[int]) -> list[str]:
+    return [tokenizer.token_name(token_id) for token_id in ids]
+
+
+def _text_parts(tokenizer: Tokenizer, ids: array[int]) -> Iterator[str]:
+    if tokenizer.kind is not PieceKind.BYTE_LEVEL:
+        yield tokenizer.decode(ids, skip_special_tokens=False)
+        return
+    # The library makes 100 bytes of each id; the bytes of a byte-level token are known here.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for begin in range(0, len(ids), _SLICE_IDS):
+        yield decoder.decode(b"".join(map(tokenizer.token_bytes, ids[begin : begin + _SLICE_IDS])))
+    yield decoder.decode(b"", final=True)

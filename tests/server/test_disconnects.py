@@ -121,14 +121,13 @@ def test_long_text_of_a_client_that_left_while_it_waited_is_never_tokenized(
 ) -> None:
     slow = SlowTokenizer(tokenizer)
     server = start_server(FakeEngine(max_request_tokens=200_000), slow)
-    connections = [
-        server.connect(PATH, json.dumps({"prompt": 100_000 * letter, "max_tokens": 1}).encode()) for letter in "ab"
-    ]
+    bodies = [json.dumps({"prompt": 100_000 * letter, "max_tokens": 1}).encode() for letter in "abc"]
+    connections = [server.connect(PATH, body) for body in bodies[:2]]
     assert {slow.begun.get(timeout=WAIT_S) for _ in connections} == set("ab")  # both threads are busy
-    leaving = server.connect(PATH, json.dumps({"prompt": 100_000 * "c", "max_tokens": 1}).encode())
-    eventually(lambda: server.service.num_held_bytes == 300_000)
+    leaving = server.connect(PATH, bodies[2])
+    eventually(lambda: server.service.num_held_bytes == 3 * len(bodies[0]))
     leaving.close()
-    eventually(lambda: server.service.num_held_bytes == 200_000)
+    eventually(lambda: server.service.num_held_bytes == 2 * len(bodies[0]))
     slow.may_go_on.set()
     for connection, letter in zip(connections, "ab"):
         assert f'"text":"{letter}"'.encode() in read_until(connection, b'"usage"')

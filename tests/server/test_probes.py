@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import threading
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
@@ -19,12 +21,12 @@ from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, FinishRe
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
 from megatron_medha.engine.ports import EnginePhase, EngineStatus, ReplicaState
+from megatron_medha.server import tokenize
 from megatron_medha.server.admission import REFUSAL_REASONS
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.metrics import CUT_OFF_REASONS, Metrics
 from megatron_medha.server.metrics_page import MetricsPage
 from megatron_medha.server.running import bind
-from megatron_medha.server.service import MAX_INLINE_CHARS
 from megatron_medha.server.tokens import Tokenizer
 
 PATH = "/v1/completions"
@@ -56,20 +58,27 @@ def test_text_and_messages_are_tokenized_and_back(server: Running) -> None:
     assert server.post("/detokenize", {"tokens": [104, 256]}).json() == {"prompt": "h<s>"}
 
 
-def test_a_long_text_is_tokenized_and_its_tokens_named_beside_the_loop_that_serves_others(
-    server: Running, monkeypatch: pytest.MonkeyPatch
+def test_a_long_text_is_tokenized_on_a_thread_and_its_tokens_are_named_by_slices(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: set[str] = set()
-    name_of = Tokenizer.token_name
+    encode, num_named, names_of = Tokenizer.encode, [], tokenize._names
 
-    def token_name(self: Tokenizer, token_id: int) -> str:
+    def encode_long(self: Tokenizer, text: str, **options: Any) -> array[int]:
         threads.add(threading.current_thread().name)
-        return name_of(self, token_id)
+        return encode(self, text, **options)
 
-    monkeypatch.setattr(Tokenizer, "token_name", token_name)
-    answer = server.post("/tokenize", {"prompt": "x" * (MAX_INLINE_CHARS + 1), "return_token_strs": True}).json()
-    assert len(answer["token_strs"]) == answer["count"] > MAX_INLINE_CHARS
-    assert threads and all(name.startswith("text") for name in threads)
+    def names(tokenizer: Tokenizer, ids: array[int]) -> list[str]:
+        num_named.append(len(ids))
+        return names_of(tokenizer, ids)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode_long)
+    monkeypatch.setattr(tokenize, "_names", names)
+    server = start_server(FakeEngine(max_request_tokens=20_000))
+    answer = server.post("/tokenize", {"prompt": "x" * 20_000, "return_token_strs": True}).json()
+    assert len(answer["token_strs"]) == answer["count"] == 20_000
+    assert all(name.startswith("text") for name in threads)
+    assert sum(num_named) == 20_000 and max(num_named) <= 8_192
 
 
 def test_without_the_key_only_probes_answer(start_server: StartServer) -> None:

@@ -1,0 +1,268 @@
+"""One pass over a JSON body before any of it is built: counts its values, and cuts out long texts and lists of ids.
+
+A decoder makes all objects of a body in one call and holds the interpreter's lock meanwhile, so what a body holds has
+to be known before. The pass goes by small slices, and others run between them. It does not check the JSON: what it
+leaves and what it cuts out is decoded afterwards, and the decoder refuses what is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import msgspec
+
+SLICE_BYTES = 64 * 2**10        # of a text or a list of ids: some 0.2 ms
+DENSE_SLICE_BYTES = 8 * 2**10   # of everything else, where each byte may be a token of its own: some 3 ms at most
+
+SLICE_CUTS = 256                # 2 ms
+MAX_DEPTH = 1_024               # the decoder goes less deep
+
+_VALUES_OF_A_LIST_OF_IDS = 4    # as cutting one out takes more time and memory than building a value
+
+_OPEN_OBJECT, _OPEN_LIST, _CLOSE_OBJECT, _CLOSE_LIST, _COMMA = b"{[}],"
+_MARK, _TEXT, _UNFINISHED_TEXT, _SCALAR = 1, 2, 3, 4
+_TOKEN = re.compile(rb'([\[\]{},:])|("(?:[^"\\]++|\\.)*+")|(")|([^\s\[\]{},:"]++)', re.DOTALL)
+_FLAT_LIST = re.compile(rb"\[[0-9\-,\s]++(\]?)")
+_OF_FLAT_LIST = re.compile(rb"[0-9\-,\s]*+")
+
+Path: TypeAlias = "tuple[str | int, ...]"
+
+
+class ScanRefusal(Exception):
+    """The body holds more than it may, or is no JSON; the message says what, `field` in which of its fields."""
+
+    def __init__(self, field: str | None, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class TooManyValues(ScanRefusal):
+    """More values than may be built."""
+
+
+class TooManyBytes(ScanRefusal):
+    """More bytes beside texts and ids than there may be."""
+
+
+class BrokenJson(ScanRefusal):
+    """A text without its end, or brackets that do not match."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanRules:
+    """Which top-level fields hold the prompt, and how much all else may be."""
+
+    texts: frozenset[str] = frozenset()  # any text inside these may be long
+    ids: frozenset[str] = frozenset()    # these are a list of ids, or a list of such lists
+    max_values: int                      # objects, lists, texts, keys, numbers; a whole list of ids counts as four
+    max_bytes: int                       # of what is not cut out
+    min_cut_bytes: int                   # texts shorter than that are left where they are
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A text (with its quotes) or list of ids that was cut out; `mark` stands in its place."""
+
+    path: Path
+    begin: int
+    end: int
+    mark: str | list[int]
+
+
+@dataclass(slots=True)
+class Scanned:
+    """What is left of a body, and what was cut out of it."""
+
+    rest: bytes
+    cuts: list[Cut] = field(default_factory=list)
+
+
+def scan(body: bytearray | bytes, rules: ScanRules) -> Generator[None, None, Scanned]:
+    """Yields after each slice; ScanRefusal as soon as there is too much."""
+    return _Scan(body, rules).run()
+
+
+class _Scan:
+    """The state of a pass: where it is, in which containers, and what it has counted."""
+
+    def __init__(self, body: bytearray | bytes, rules: ScanRules) -> None:
+        self._body = body
+        self._rules = rules
+        self._are_objects: list[bool] = []                 # of the containers that are open
+        self._places: list[re.Match[bytes] | int | None] = []  # the key or index that each of them is at
+        self._is_key = False                               # whether the next text is a key
+        self._field: str | None = None                     # the top-level key whose value is being read
+        self._num_values = 0
+        self._num_gaps = 0     # commas and colons
+        self._values_before: dict[str | None, int] = defaultdict(int)  # by field, of those that are complete
+        self._bytes_before: dict[str | None, int] = defaultdict(int)
+        self._num_values_at_field = self._num_bytes_at_field = 0
+        self._rest: list[bytes] = []
+        self._num_rest_bytes = 0
+        self._rest_from = 0    # the first byte that is neither in the rest nor cut out
+        self._cuts: list[Cut] = []
+
+    def run(self) -> Generator[None, None, Scanned]:
+        body, size = self._body, len(self._body)
+        position = slice_end = num_cuts = 0
+        while position < size:
+            if position >= slice_end or len(self._cuts) >= num_cuts + SLICE_CUTS:
+                yield
+                slice_end, num_cuts = min(position + DENSE_SLICE_BYTES, size), len(self._cuts)
+            position = yield from self._read_tokens(position, slice_end)
+            self._check_bytes(position)
+        if self._are_objects:
+            raise BrokenJson(None, "it ends too early")
+        self._rest.append(bytes(body[self._rest_from :]))
+        return Scanned(b"".join(self._rest), self._cuts)
+
+    def _read_tokens(self, position: int, end: int) -> Generator[None, None, int]:
+        """Read the tokens between two positions, and what goes on beyond the second; where the next one may begin."""
+        rules = self._rules
+        for token in _TOKEN.finditer(self._body, position, end):
+            kind = token.lastindex
+            if kind == _MARK:
+                mark = self._body[token.start()]
+                if mark == _OPEN_LIST and self._may_be_ids():
+                    list_end = yield from self._end_of_ids(token.start())
+                    if list_end:
+                        self._num_values += _VALUES_OF_A_LIST_OF_IDS - 1
+                        self._count_value()
+                        self._cut(token.start(), list_end, [-len(self._cuts) - 1])
+                        return list_end
+                self._read_mark(mark)
+            elif kind == _UNFINISHED_TEXT:
+                text_end = yield from self._end_of_text(token.start())
+                self._count_value()
+                if self._is_key:
+                    self._begin_field(None)
+                elif self._field in rules.texts and text_end - token.start() >= rules.min_cut_bytes:
+                    self._cut(token.start(), text_end, f"\0{len(self._cuts)}")
+                return text_end
+            else:
+                self._count_value()
+                if kind == _TEXT:
+                    if self._is_key:
+                        self._begin_field(token)
+                    elif self._field in rules.texts and token.end() - token.start() >= rules.min_cut_bytes:
+                        self._cut(token.start(), token.end(), f"\0{len(self._cuts)}")
+        return end
+
+    def _read_mark(self, mark: int) -> None:
+        if mark in (_OPEN_OBJECT, _OPEN_LIST):
+            is_object = mark == _OPEN_OBJECT
+            self._count_value()
+            if len(self._are_objects) == MAX_DEPTH:
+                raise BrokenJson(self._field, "nested too deeply")
+            self._are_objects.append(is_object)
+            self._places.append(None if is_object else 0)
+            self._is_key = is_object
+            return
+        if mark in (_CLOSE_OBJECT, _CLOSE_LIST):
+            if not self._are_objects or self._are_objects.pop() != (mark == _CLOSE_OBJECT):
+                raise BrokenJson(self._field, "brackets that do not match")
+            self._places.pop()
+            self._is_key = False
+            return
+        self._num_gaps += 1
+        if not self._are_objects or self._num_gaps > 2 * self._rules.max_values:
+            raise BrokenJson(self._field, "commas and colons without values")
+        if mark == _COMMA:
+            self._is_key = self._are_objects[-1]
+            if not self._is_key:
+                self._places[-1] += 1  # type: ignore[operator]  # a list's place is an index
+
+    def _begin_field(self, key: re.Match[bytes] | None) -> None:
+        """A key was read: its value comes next. None: a key so long that nothing has that name."""
+        self._is_key = False
+        self._places[-1] = key
+        if len(self._places) == 1:
+            self._end_field(self._rest_from if key is None else key.start())
+            self._field = None if key is None else _name(key)
+
+    def _end_field(self, position: int) -> None:
+        num_bytes = self._num_rest_bytes + position - self._rest_from
+        self._values_before[self._field] += self._num_values - self._num_values_at_field
+        self._bytes_before[self._field] += num_bytes - self._num_bytes_at_field
+        self._num_values_at_field, self._num_bytes_at_field = self._num_values, num_bytes
+
+    def _may_be_ids(self) -> bool:
+        """Whether a list that begins here can be one of token ids."""
+        return self._field in self._rules.ids and self._are_objects in ([True], [True, False])
+
+    def _end_of_ids(self, begin: int) -> Generator[None, None, int]:
+        """Where a list of nothing but whole numbers ends; 0 if it is none, or is empty."""
+        body, size = self._body, len(self._body)
+        match = _FLAT_LIST.match(body, begin, begin + SLICE_BYTES)
+        if match is None:
+            return 0
+        if match.group(1):
+            return match.end()
+        end = match.end()
+        while end < size and body[end] not in b"]":
+            yield
+            match = _OF_FLAT_LIST.match(body, end, end + SLICE_BYTES)
+            if match is None or match.end() == end:
+                return 0
+            end = match.end()
+        return end + 1 if end < size else 0
+
+    def _end_of_text(self, begin: int) -> Generator[None, None, int]:
+        """Where a text ends that may be long, after its closing quote."""
+        body, size = self._body, len(self._body)
+        position = begin + 1
+        may_be_long = self._field in self._rules.texts and not self._is_key
+        while True:
+            part = body[position : position + SLICE_BYTES]
+            if b"\\" in part:  # what is escaped is no end; the slices begin outside of escapes, so pairs are pairs
+                part = part.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+            quote = part.find(b'"')
+            if quote >= 0:
+                return position + quote + 1
+            if position + len(part) >= size:
+                raise BrokenJson(self._field, "a text that does not end")
+            position += len(part) - part.endswith(b"\\")
+            if not may_be_long:
+                self._check_bytes(position)
+            yield
+
+    def _cut(self, begin: int, end: int, mark: str | list[int]) -> None:
+        path = tuple(_name(place) if isinstance(place, re.Match) else place for place in self._places)
+        if None in path:
+            return
+        encoded = msgspec.json.encode(mark)
+        self._rest += (bytes(self._body[self._rest_from : begin]), encoded)
+        self._num_rest_bytes += begin - self._rest_from + len(encoded)
+        self._rest_from = end
+        self._cuts.append(Cut(path, begin, end, mark))  # type: ignore[arg-type]  # no None in it
+
+    def _count_value(self) -> None:
+        self._num_values += 1
+        if self._num_values > self._rules.max_values:
+            self._end_field(self._rest_from)
+            worst = max(self._values_before, key=self._values_before.__getitem__)
+            raise TooManyValues(
+                worst, f"more than {self._rules.max_values} JSON values (objects, lists, texts, numbers) in one body"
+            )
+
+    def _check_bytes(self, position: int) -> None:
+        if self._num_rest_bytes + position - self._rest_from > self._rules.max_bytes:
+            self._end_field(position)
+            worst = max(self._bytes_before, key=self._bytes_before.__getitem__)
+            raise TooManyBytes(
+                worst, f"all of a body but the prompt's own text or ids may have {self._rules.max_bytes} bytes"
+            )
+
+
+def _name(key: re.Match[bytes]) -> str | None:
+    raw = key.group()
+    if b"\\" not in raw:
+        return raw[1:-1].decode(errors="replace")
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
