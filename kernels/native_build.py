@@ -30,6 +30,7 @@ _TARGET_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
+_PRIVATE_PREFIX = "megatron_medha-"
 # GCC 12's own AVX-512 headers trip its warnings about uninitialised values; nothing here reads errno.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
 _BUILD_TIMEOUT_S = 120.0
@@ -62,6 +63,9 @@ def native_library(target: str | None = None) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeUnavailable(f"{path} cannot be loaded: {error}") from error
+    finally:
+        if path.parent.name.startswith(_PRIVATE_PREFIX):
+            shutil.rmtree(path.parent, ignore_errors=True)  # what is loaded stays
     library.medha_attend.argtypes = [ctypes.c_void_p]
     library.medha_attend.restype = ctypes.c_int
     library.medha_attend_shard.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
@@ -106,17 +110,14 @@ def _built(target: str) -> Path:
                 _compile(target, path)
         return path
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
-        path = Path(_private_directory()) / name
-        if not path.exists():
-            log.info("native_kernels_not_cached reason=%s", error)
-            _compile(target, path)
-        return path
-
-
-@functools.cache
-def _private_directory() -> str:
-    """For this process alone, where the cache cannot be written."""
-    return tempfile.mkdtemp(prefix="megatron_medha-")
+        log.info("native_kernels_not_cached reason=%s", error)
+        directory = Path(tempfile.mkdtemp(prefix=_PRIVATE_PREFIX))  # for this process alone, until it is loaded
+        try:
+            _compile(target, directory / name)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return directory / name
 
 
 def _digest(target: str) -> str:

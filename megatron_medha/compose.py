@@ -36,6 +36,7 @@ from megatron_medha.config_errors import (
 )
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.remembered_options import CONF_MODULE, decode_path
+from megatron_medha.secret_values import HIDDEN, is_secret_name, without_secrets
 
 T = TypeVar("T")
 
@@ -79,7 +80,8 @@ def freeze(config: DictConfig, config_class: type[T]) -> T:
         raise ConfigError(explain_resolution(error)) from error
     for key, value in _leaves(values):
         if type_at(config_class, key) is None:  # put there with +key=value, or by an option file's @package
-            raise ConfigError(f"{key}={value}: there is no such key; {way_out(key, config_class)}")
+            shown = HIDDEN if is_secret_name(key) else value
+            raise ConfigError(f"{key}={shown}: there is no such key; {way_out(key, config_class)}")
         if value == "???":
             raise ConfigError(f"{key} is missing; give it as {key}=VALUE")
     try:
@@ -96,9 +98,10 @@ def plain_values(config: DictConfig) -> dict[str, Any]:
 
 
 def as_yaml(config: DictConfig, resolves: bool) -> str:
-    """The composed configuration; with `resolves`, ${...} is replaced by what it refers to."""
+    """The composed configuration without secrets; with `resolves`, ${...} is replaced by what it refers to."""
     try:
-        return OmegaConf.to_yaml(config, resolve=resolves)
+        values = OmegaConf.to_container(config, resolve=resolves, enum_to_str=True)
+        return OmegaConf.to_yaml(OmegaConf.create(without_secrets(values)))
     except OmegaConfBaseException as error:
         raise ConfigError(explain_resolution(error)) from error
 

@@ -22,6 +22,8 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from megatron_medha.secret_values import HIDDEN, is_secret_name
+
 
 def explain(error: Exception, name: str, config_class: type, overrides: Sequence[Override]) -> str:
     """Of an error of Hydra or OmegaConf while conf/<name>.yaml was composed."""
@@ -76,6 +78,7 @@ def explain_conversion(message: str, values: Any, config_class: type) -> str:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     kind = type_at(config_class, key)
+    value = HIDDEN if is_secret_name(key) else value
     return f"{key}={value}: {what[0].lower()}{what[1:]}; it must be {_describe(kind)}"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_medha.compiled_core import use_compiled_core
 from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.secret_values import hide_secrets
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code: int = importlib.import_module(command.module).run(arguments[1:])
         sys.stdout.flush()
         return exit_code
-    except ConfigError as error:
-        print(f"medha {name}: {error}", file=sys.stderr)
-        return 2
     except MedhaError as error:
-        print(f"medha {name}: {error}", file=sys.stderr)
-        return 1
+        print(f"medha {name}: {hide_secrets(str(error), arguments[1:])}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     except BrokenPipeError:
         # The reader of our output has gone (medha serve --help | head); Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

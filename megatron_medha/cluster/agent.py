@@ -28,6 +28,7 @@ from megatron_medha.cluster.launch_config import split_address
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.wire import UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import ConfigError, RankError
+from megatron_medha.engine.child_environment import child_environment
 
 _SAY_INTERVAL_S = 1.0
 _CHECK_MS = 100           # how soon the end of the rank's process is noticed
@@ -200,6 +201,7 @@ class Agent:
 
     def _environment(self, config: RankConfig) -> dict[str, str]:
         environment = {
+            **child_environment(),
             # The launcher's count is over all replicas, and its own meeting is not ours.
             "RANK": str(config.rank),
             "WORLD_SIZE": str(config.layout.world_size),

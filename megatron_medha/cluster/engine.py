@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.ports import Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.engine.scratch import scratch_directory
 from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Streams
 
@@ -31,15 +31,21 @@ OpenRanks = Callable[[Sequence[RankConfig]], AbstractContextManager[Ranks]]
 OpenTimeline = Callable[[float], AbstractContextManager[RunTimeline]]  # given the present moment
 
 
-def local_ranks(replica: int = 0, command: Sequence[str] = WORKER_COMMAND) -> OpenRanks:
-    """Ranks that are processes on this machine; the replica's place tells which devices are theirs."""
+def local_ranks(
+    replica: int = 0, command: Sequence[str] = WORKER_COMMAND, environment: Mapping[str, str] | None = None
+) -> OpenRanks:
+    """Ranks that are processes on this machine; the replica's place tells which devices are theirs.
+
+    environment: of the processes; None: ours without what looks like a secret.
+    """
 
     @contextmanager
     def open_ranks(configs: Sequence[RankConfig]) -> Iterator[Ranks]:
-        with tempfile.TemporaryDirectory(prefix="medha-") as directory, zmq.Context() as context:
+        with scratch_directory() as directory, zmq.Context() as context:
             yield LocalRanks(
-                configs, context, Path(directory), first_local_rank=replica * len(configs), command=command
-            )
+                configs, context, directory, first_local_rank=replica * len(configs), command=command,
+                environment=environment,
+            )  # fmt: skip
 
     return open_ranks
 

@@ -10,6 +10,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.engine.private_file import check_private
 
 
 class Keys(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +25,7 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
     def load_or_make(cls, path: Path) -> Keys:
         """The keys in the file; where there is none it is written, readable for its owner alone. Raises ConfigError."""
         if path.exists():
+            check_private(path, "launch.key_file")
             return cls.load(path)
         front_public, front_secret = zmq.curve_keypair()
         rank_public, rank_secret = zmq.curve_keypair()

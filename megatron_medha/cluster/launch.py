@@ -18,6 +18,7 @@ import zmq
 
 from megatron_medha.cluster.link import Context, RankLink
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.engine.child_environment import child_environment
 
 WORKER_COMMAND = (sys.executable, "-m", "megatron_medha.worker.main")
 
@@ -83,14 +84,17 @@ class RankProcess:
     def start(
         cls, config: RankConfig, command: Sequence[str] = WORKER_COMMAND, environment: Mapping[str, str] | None = None
     ) -> RankProcess:
-        """Start the command with the configuration as its last argument, and additional environment variables."""
+        """Start the command with the configuration as its last argument.
+
+        environment: None: ours without what looks like a secret.
+        """
         argument = msgspec.json.encode(config).decode()
         # A session of its own, so that Ctrl-C at the terminal reaches the front alone, which ends the ranks in order.
         process = subprocess.Popen(
             [*command, argument],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, **(environment or {})},
+            env=child_environment() if environment is None else environment,
         )
         return cls(config.rank, process)
 
@@ -124,16 +128,19 @@ class LocalRanks:
         *,
         first_local_rank: int = 0,
         command: Sequence[str] = WORKER_COMMAND,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """configs: of each rank; addresses are filled in here. directory: ours alone, for sockets.
 
         first_local_rank: how many ranks of other replicas come before ours on this machine.
+        environment: of the processes; None: ours without what looks like a secret.
         """
         self._configs = configs
         self._context = context
         self._directory = directory
         self._first_local_rank = first_local_rank
         self._command = command
+        self._environment = child_environment() if environment is None else environment
         self._processes: list[RankProcess] = []
         self._num_starts = 0
         self._link: RankLink | None = None
@@ -158,6 +165,7 @@ class LocalRanks:
         meeting = f"file://{self._directory}/meeting-{self._num_starts}" if len(self._configs) > 1 else None
         for config in self._configs:
             environment = {
+                **self._environment,
                 "LOCAL_RANK": str(self._first_local_rank + config.rank),  # as torchrun says which device is whose
                 **loopback_environment(),
             }

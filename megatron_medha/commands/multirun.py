@@ -25,6 +25,7 @@ from megatron_medha.commands.arguments import Arguments
 from megatron_medha.compose import CONF_MODULE, as_yaml, freeze, register_schema, yaml_values
 from megatron_medha.config_errors import explain
 from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.secret_values import hide_secrets
 
 T = TypeVar("T")
 RunJob = Callable[[T, str], dict[str, Any]]
@@ -77,7 +78,7 @@ class _Job:
         hydra = HydraConfig.get()
         directory = Path(hydra.runtime.output_dir)
         overrides = list(hydra.overrides.task)
-        print(f"job {hydra.job.num}: {' '.join(overrides) or 'no overrides'}")
+        print(f"job {hydra.job.num}: {hide_secrets(' '.join(overrides), overrides) or 'no overrides'}")
         with open_dict(config):
             config.out = str(directory)
             tracking = config.get("tracking")
@@ -92,10 +93,12 @@ class _Job:
             else:
                 print(f"job {hydra.job.num} is done already")
                 (directory / ERROR).unlink(missing_ok=True)  # it had ended, but without the figure asked for then
-            (directory / OVERRIDES).write_text("".join(f"{word}\n" for word in overrides), encoding="utf-8")
+            shown = "".join(f"{hide_secrets(word, overrides)}\n" for word in overrides)
+            (directory / OVERRIDES).write_text(shown, encoding="utf-8")
             return _objective(values, config.objective)
         except MedhaError as error:
-            (directory / ERROR).write_text(f"{' '.join(overrides)}: {error}\n", encoding="utf-8")
+            what = hide_secrets(f"{' '.join(overrides)}: {error}\n", overrides)
+            (directory / ERROR).write_text(what, encoding="utf-8")
             return float("nan")
 
     def _summary_of(self, directory: Path, config: DictConfig) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
 from megatron_medha.commands.writable import check_writable
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.engine.scratch import scratch_directory
 from megatron_medha.server.chat_client import is_http_address
 
 if TYPE_CHECKING:
@@ -163,8 +163,8 @@ def _server(options: BatchOptions) -> Iterator[str]:
         return
     from megatron_medha.commands.served import server_process
 
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch_directory() as directory:
         print(f"starting medha serve checkpoint={options.checkpoint}", file=sys.stderr)
         checkpoint = f"checkpoint={_quoted(str(options.checkpoint))}"
-        with server_process([checkpoint, *options.serve], Path(directory) / "server.log") as url:
+        with server_process([checkpoint, *options.serve], directory / "server.log") as url:
             yield url

@@ -71,7 +71,11 @@ def run(words: Sequence[str]) -> int:
 
     def read_server_config() -> ServerConfig:
         """What the files and the environment say now, for a reload."""
-        return _composed(arguments).server
+        from megatron_medha.server.running import check_private_files
+
+        server = _composed(arguments).server
+        check_private_files(server)
+        return server
 
     options = _known_options(arguments)
     return _serve(serve_config(options), options, read_server_config)

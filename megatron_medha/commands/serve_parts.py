@@ -16,12 +16,13 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.config import ServeConfig, ServeOptions
 from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.engine.child_environment import child_environment
 from megatron_medha.engine.engine import Engine, Watcher
 from megatron_medha.engine.kv_audit import KVAudit
 from megatron_medha.engine.ports import EngineClient, Observer
 from megatron_medha.engine.replicas import Replicas, SharedObserver
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.server.config import SECRET_FIELDS
+from megatron_medha.secret_values import without_secrets
 from megatron_medha.sim.live import live_engine
 
 
@@ -99,7 +100,8 @@ def _replica(
 def _open_ranks(config: ServeConfig, replica: int) -> OpenRanks:
     if config.launch.kind is LaunchKind.ATTACH:
         return attached_ranks(config.launch, replica, config.num_replicas)
-    return local_ranks(replica)
+    secrets = [secret for secret in (config.server.api_key, config.server.admin_key) if secret is not None]
+    return local_ranks(replica, environment=child_environment(secrets))
 
 
 def _open_timeline(config: ServeConfig, path: Path | None) -> OpenTimeline | None:
@@ -116,8 +118,5 @@ def _log_of_replica(path: Path | None, replica: int) -> Path | None:
 
 def public_options(options: ServeOptions) -> dict[str, Any]:
     """The options as plain values, without the keys."""
-    values: dict[str, Any] = msgspec.to_builtins(options, enc_hook=str)
-    for name in SECRET_FIELDS:
-        if values["server"][name] is not None:
-            values["server"][name] = "***"
+    values: dict[str, Any] = without_secrets(msgspec.to_builtins(options, enc_hook=str))
     return values

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.engine.parentage import die_with_parent
+from megatron_medha.secret_values import hide_secrets
 
 LOG, OPTIONS = "server.log", "server.yaml"
 _READY_S = 600.0   # a big checkpoint takes minutes to load
@@ -40,9 +41,10 @@ def served(words: str, directory: Path) -> Iterator[str]:
     """
     overrides = shlex.split(words)
     if any(word.startswith(("server.port=", "server.host=", "-")) for word in overrides):
-        raise ConfigError(f"serve={words}: give options of medha serve without flags, address and port")
+        shown = hide_secrets(words, overrides)
+        raise ConfigError(f"serve={shown}: give options of medha serve without flags, address and port")
     (directory / OPTIONS).write_text(_composed(overrides), encoding="utf-8")
-    print(f"starting medha serve {words}")
+    print(f"starting medha serve {hide_secrets(words, overrides)}")
     with server_process([*overrides, "server.host=127.0.0.1"], directory / LOG) as url:
         yield url
 

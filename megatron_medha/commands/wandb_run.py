@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_medha.config import TrackingConfig
 from megatron_medha.core.errors import ConfigError, DependencyError
+from megatron_medha.secret_values import hide_secrets
 
 _MAX_ROWS = 10_000  # of a table of requests; W&B shows no more, and the whole is in the artifact
 
@@ -81,7 +82,7 @@ def begin(
     """A run of W&B's, as the options ask for it; its own files go into `directory`/wandb. ConfigError: W&B fails."""
     import wandb
 
-    with refusals(tracking):
+    with refusals(tracking), _words_without_secrets():
         run: Any = wandb.init(
             project=tracking.wandb_project,
             group=tracking.wandb_group,
@@ -95,6 +96,17 @@ def begin(
     run.define_metric("time_s")
     run.define_metric("*", step_metric="time_s")
     return run
+
+
+@contextmanager
+def _words_without_secrets() -> Iterator[None]:
+    # W&B records the command line among a run's metadata.
+    words = sys.argv
+    sys.argv = [hide_secrets(word, words) for word in words]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 def keep(run: Any, kind: str, files: Iterable[Path]) -> None:

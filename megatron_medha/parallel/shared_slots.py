@@ -6,6 +6,7 @@ side: 0.3 to 1 ms for each layer of each token on busy cores. Here it is a copy 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import mmap
 import os
@@ -19,11 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_medha.engine.scratch import remove_abandoned_files
+
 log = logging.getLogger(__name__)
 
 # One decode of 100 requests with 8 heads of 64 in fp32, or a chunk of 30 tokens of a large model; what is longer is
 # bound by bandwidth, and goes through the group.
 SLOT_BYTES = 1 << 18
+_PREFIX = "medha-kvp-"
 _LINE_BYTES = 64     # a counter has a cache line of its own
 _PATIENCE_S = 1800.0  # as collectives have (parallel/groups.py)
 # A peer that is about as far as we are answers within this; giving the core away each time costs little, while a
@@ -65,7 +69,9 @@ class SharedSlots:
         told: list[str | None] = [None]
         descriptor = -1
         if group.rank() == 0:
-            descriptor, name = tempfile.mkstemp(prefix="medha-kvp-", dir=directory)
+            remove_abandoned_files(directory, _PREFIX)
+            descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=directory)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.ftruncate(descriptor, cls.size_of(group.size()))
             told = [name]
         dist.broadcast_object_list(told, group=group, group_src=0)

@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import msgspec
 
 from megatron_medha.core.errors import MedhaError
+from megatron_medha.engine.child_environment import child_environment
 from megatron_medha.engine.grammar_process import COMMAND, Trial, Tried, Vocabulary
 from megatron_medha.engine.guidance import GrammarError
 
@@ -35,8 +36,12 @@ class TooMuch(MedhaError):
 class GrammarTrials:
     """The processes. Event loop only."""
 
-    def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
-        """vocabulary: called on a thread, once, when the first grammar comes."""
+    def __init__(self, vocabulary: Callable[[], Vocabulary], environment: Mapping[str, str] | None = None) -> None:
+        """vocabulary: called on a thread, once, when the first grammar comes.
+
+        environment: of the processes; None: ours without what looks like a secret.
+        """
+        self._environment = child_environment() if environment is None else environment
         self._vocabulary = vocabulary
         self._first_line = b""
         self._places = asyncio.Semaphore(_MAX_PROCESSES)
@@ -97,7 +102,9 @@ class GrammarTrials:
             self._first_line = await asyncio.to_thread(lambda: msgspec.json.encode(self._vocabulary()) + b"\n")
         command = (sys.executable, *COMMAND, str(os.getpid()))
         try:
-            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, limit=_MAX_ANSWER_BYTES)
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=PIPE, stdout=PIPE, limit=_MAX_ANSWER_BYTES, env=self._environment
+            )
         except OSError as error:  # no descriptor, process or memory to be had just now
             log.error("grammar_process_not_started", extra={"fields": {"why": str(error)}})
             raise TrialsBusy("no process to compile grammars can be started; try again later") from None

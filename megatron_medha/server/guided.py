@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from megatron_medha.engine.child_environment import child_environment
 from megatron_medha.engine.grammar_process import GuideKind, Trial, Vocabulary
 from megatron_medha.engine.guidance import GrammarError
 from megatron_medha.server.config import ServerConfig
@@ -107,7 +108,8 @@ class Grammars:
         if self._trials is None:
             facts, tokenizer = ready.facts, ready.tokenizer
             self._trials = GrammarTrials(
-                lambda: Vocabulary(tokenizer.as_json(), facts.shape.vocab_size, facts.stop_token_ids)
+                lambda: Vocabulary(tokenizer.as_json(), facts.shape.vocab_size, facts.stop_token_ids),
+                child_environment([secret for secret in (config.api_key, config.admin_key) if secret is not None]),
             )
         try:
             grammar = await self._trials.compile(Trial(guide.kind, guide.text), config.grammar_timeout_s)

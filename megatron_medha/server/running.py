@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.engine.private_file import check_private
 from megatron_medha.server.api import Api
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.connection import connection_class
@@ -80,6 +81,7 @@ class Server(uvicorn.Server):
 def run(app: Api, config: ServerConfig, on_listening: Callable[[str], None] | None = None) -> None:
     """Serve until SIGINT or SIGTERM; on_listening is told the base URL. ConfigError if the port is taken."""
     check_tls(config)
+    check_private_files(config)
     raise_descriptor_limit()
     with bind(config) as listener:
         host, port = listener.getsockname()[:2]
@@ -125,6 +127,13 @@ def check_tls(config: ServerConfig) -> None:
         raise ConfigError(
             f"server.tls_certificate={config.tls_certificate} server.tls_key={config.tls_key}: {error}"
         ) from None
+
+
+def check_private_files(config: ServerConfig) -> None:
+    """ConfigError if others could read or change the files that hold keys."""
+    for name in ("api_key_file", "tls_key"):
+        if (path := getattr(config, name)) is not None:
+            check_private(path, f"server.{name}")
 
 
 def uvicorn_config(app: Api, config: ServerConfig) -> uvicorn.Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import math
 import random
+from pathlib import Path
 
 import pytest
 import zmq
@@ -132,6 +133,19 @@ def test_a_machine_that_starts_no_process_for_long_ends_the_server(
     cluster.kill(0)
     wait_until(lambda: cluster.engine.status.phase is EnginePhase.FAILED, lambda: cluster.engine.status)
     assert "cannot be started: [Errno 24] Too many open files" in cluster.engine.status.detail
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_ranks_find_no_secret_in_their_environment_or_on_their_command_line(
+    start: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDHA_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("HF_TOKEN", "hf-very-secret")
+    monkeypatch.setenv("MEDHA_PLAIN", "handed-on")
+    cluster = start(ParallelLayout(tp=2))
+    for process in cluster.processes:
+        found = b"".join(Path(f"/proc/{process.process.pid}/{name}").read_bytes() for name in ("environ", "cmdline"))
+        assert b"very-secret" not in found and b"handed-on" in found and b"LOCAL_RANK=" in found
 
 
 def test_while_ranks_come_up_again_requests_are_taken_and_aborts_are_heard(start: StartCluster) -> None:

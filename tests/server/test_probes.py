@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -97,6 +98,21 @@ def test_without_the_key_only_probes_answer(start_server: StartServer) -> None:
         assert server.get(path).status_code == 200
     for path in ("/metrics", "/version", "/openapi.json", "/docs", "/nothing"):
         assert server.get(path).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/docs", "/dashboard"])
+def test_pages_load_nothing_from_elsewhere(server: Running, path: str) -> None:
+    response = server.get(path)
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", response.text)
+    assert not re.search(r"@import|url\(", response.text)
+
+
+def test_the_page_of_routes_lists_them_all(server: Running) -> None:
+    page = server.get("/docs").text
+    assert "<script" not in page and 'href="openapi.json"' in page
+    assert all(path in page for path in server.get("/openapi.json").json()["paths"] if "{" not in path)
 
 
 def test_a_clients_request_id_comes_back_and_others_get_one(server: Running) -> None:

@@ -9,6 +9,7 @@ import random
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -131,6 +132,22 @@ def test_grammars_that_never_end_hurt_nobody_else(start_server: StartServer, mon
     assert trials is not None and not trials._places.locked()
     # What is left has nothing to do: one that hung would not answer.
     assert {one.pid for one in trials._all} == {one.pid for one in trials._idle}
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_grammar_process_finds_no_secret_in_its_environment(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDHA_ADMIN_KEY", "sk-very-secret")
+    monkeypatch.setenv("MY_VARIABLE", "sk-configured")
+    server = start_server(api_key="sk-configured")
+    headers = {"authorization": "Bearer sk-configured"}
+    assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"}, headers=headers).status_code == 200
+    trials = server.service.grammars._trials
+    assert trials is not None
+    for process in trials._all:
+        found = b"".join(Path(f"/proc/{process.pid}/{name}").read_bytes() for name in ("environ", "cmdline"))
+        assert b"PATH=" in found and b"very-secret" not in found and b"sk-configured" not in found
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN, errno.ENOMEM])

@@ -1,0 +1,66 @@
+"""Keys among the options: hidden wherever options are shown or written down."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+HIDDEN = "<not shown>"  # no key may hold a space: what is copied from a page with it is refused
+
+_NAME = re.compile(r"(?i)(?:api|admin|secret|private|access)[_-]?ke?y|secret|passw|(?<!per[_-])(?<!tls[_-])key\w{0,2}$")
+_KEY = re.compile(r"[\w.-]+=")
+_VALUE = re.compile(r"""<not\ shown>|"[^"]*"|'[^']*'|\$\{[^}]*\}|[^\s,;\[\]{}'"]+?(?=:?(?:[\s,;\[\]{}'"]|$))""")
+_PUNCTUATION = re.compile(r"[\s,:;\[\]{}'\"]+")
+_MIN_CHARS = 4  # a shorter one is part of too many words to be hidden wherever it stands
+
+
+def is_secret_name(key: str) -> bool:
+    """Whether a key like server.api_key, or a misspelt one, holds a secret. Files that hold some are none."""
+    last = key.rpartition(".")[2]
+    return _NAME.search(last) is not None and not last.lower().endswith("file")
+
+
+def without_secrets(values: Any, key: str = "") -> Any:
+    """Nested options with secrets hidden; ${...}, which only names one, stays."""
+    if isinstance(values, dict):
+        return {name: without_secrets(value, str(name)) for name, value in values.items()}
+    if isinstance(values, list):
+        return [without_secrets(value, key) for value in values]
+    if values is None or not isinstance(values, str | int | float) or isinstance(values, bool):
+        return values
+    if is_secret_name(key):
+        return values if _is_reference(str(values)) else HIDDEN
+    return _hide_assignments(values) if isinstance(values, str) else values
+
+
+def hide_secrets(text: str, words: Sequence[str] = ()) -> str:
+    """A text, such as a message about a command line, without the secrets in it and those that its words hold."""
+    text = _hide_assignments(text)
+    for place, word in enumerate(words):
+        key, has_value, value = word.partition("=")
+        if not has_value and word.startswith("-"):
+            value = words[place + 1] if place + 1 < len(words) else ""
+        if not is_secret_name(key.lstrip("-+~")) or _is_reference(value):
+            continue
+        for part in (value, *_PUNCTUATION.split(value)):
+            if len(part) >= _MIN_CHARS and not _is_reference(part):
+                text = text.replace(part, HIDDEN)
+    return text
+
+
+def _hide_assignments(text: str) -> str:
+    """Hide the values of key=value, wherever in a text they stand."""
+    shown, end = "", 0
+    for key in _KEY.finditer(text):
+        value = _VALUE.match(text, key.end())
+        if value is None or key.start() < end or not is_secret_name(key[0][:-1]):
+            continue
+        if not _is_reference(value[0].strip("\"'")):
+            shown, end = f"{shown}{text[end:key.end()]}{HIDDEN}", value.end()
+    return shown + text[end:]
+
+
+def _is_reference(value: str) -> bool:
+    # With a default behind a comma, it holds the secret itself.
+    return value in ("null", "???", "VALUE", HIDDEN) or re.fullmatch(r"\$\{[^,}]*(,\s*null)?\}", value) is not None
