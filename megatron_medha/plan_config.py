@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -15,11 +14,12 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.outcome import Slo
-from megatron_medha.engine.summary import CLASSES, LengthClasses
-from megatron_medha.engine.workload import Workload, WorkloadConfig
+from megatron_medha.engine.summary import LengthClasses
+from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig, SystemKind
-from megatron_medha.sim.trial import Trial, at_rate
+from megatron_medha.sim.trial import Trial
+from megatron_medha.sim.trial_window import TrialWindow, choose_window
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.simulate_config import MemoryOptions, SimulateOptions, simulation_config
 
@@ -42,7 +42,7 @@ class PlanOptions:
     each_class: bool = False
     max_kvp: int = 4
     max_dp: int = 8
-    trial_s: float = 600.0
+    trial_s: float | None = None
     max_drain_s: float = 600.0
     resolution: float = 0.05
     num_processes: int | None = None
@@ -57,11 +57,6 @@ class PlanOptions:
     classes: LengthClasses
     truth: TruthConfig
     memory: MemoryOptions
-
-    @property
-    def workload_s(self) -> float:
-        """Seconds of the workload that a trial runs on."""
-        return min(self.trial_s, self.workload.duration_s or self.trial_s)
 
     def __post_init__(self) -> None:
         for key, low, high in (
@@ -98,7 +93,7 @@ class Candidates:
     """What can be tried, and what cannot be with the reason."""
 
     trials: tuple[Trial, ...]            # by GPUs, ascending
-    num_by_class: dict[str, int]         # requests of a trial, by length class; classes without any are left out
+    window: TrialWindow                  # the requests that all of them are tried on
     impossible: tuple[tuple[ParallelLayout, str], ...]  # layouts that no contender can have
 
 
@@ -113,9 +108,17 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
             f"hardware={hardware.name}: a single device leaves nothing to search; take a cluster, like "
             "hardware=a100_x16, or give hardware.num_devices"
         )
-    workload = Workload(replace(options.workload, duration_s=options.workload_s), options.seed)
-    longest = workload.facts.max_request_tokens
-    counts = Counter(options.classes.of(request.num_prompt_tokens) for request in workload.requests())
+    window = choose_window(
+        options.workload,
+        options.seed,
+        options.classes,
+        attainment=options.slo.attainment,
+        each_class=options.each_class,
+        trial_s=options.trial_s,
+    )
+    if options.find is Find.CAPACITY and options.workload.qps is None:
+        raise ConfigError("workload.qps=null: find=capacity varies the load from there; give requests per second")
+    longest = window.max_request_tokens
     trials: list[Trial] = []
     impossible: list[tuple[ParallelLayout, str]] = []
     tps = [degree for degree in _powers(hardware.devices_per_node) if degree <= hardware.num_devices]
@@ -127,7 +130,7 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
         tried = [one for one in contenders if one.is_tried_in(layout, hardware.devices_per_node)]
         for contender in tried:
             try:
-                config = simulation_config(_simulate_options(options, layout, contender))
+                config = simulation_config(_simulate_options(options, layout, contender, window))
             except ConfigError as error:
                 why = str(error)
                 continue
@@ -136,7 +139,7 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
                 continue
             num_possible += 1
             trials += [
-                Trial(name=contender.name, config=config, dp=dp, each_class=options.each_class)
+                Trial(name=contender.name, config=replace(config, dp=dp), each_class=options.each_class)
                 for dp in range(1, options.max_dp + 1)
                 if dp * layout.world_size <= hardware.num_devices
             ]
@@ -148,14 +151,9 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
             f"hardware={hardware.name}: no layout can serve this workload; tp={layout.tp} spp={layout.spp} "
             f"kvp={layout.kvp}: {why}"
         )
-    qps = options.workload.qps
-    if qps is not None:
-        trials = [at_rate(trial, qps) for trial in trials]
-    elif any(trial.dp > 1 for trial in trials) or options.find is Find.CAPACITY:
-        raise ConfigError("workload.qps=null: a plan varies the load on a replica; give requests per second")
     return Candidates(
         trials=tuple(sorted(trials, key=_by_cost)),
-        num_by_class={name: counts[name] for name in CLASSES if counts[name]},
+        window=window,
         impossible=tuple(impossible),
     )
 
@@ -165,7 +163,9 @@ def _by_cost(trial: Trial) -> tuple[int, int, int, int]:
     return trial.num_gpus, trial.dp, layout.kvp, layout.spp
 
 
-def _simulate_options(options: PlanOptions, layout: ParallelLayout, contender: Contender) -> SimulateOptions:
+def _simulate_options(
+    options: PlanOptions, layout: ParallelLayout, contender: Contender, window: TrialWindow
+) -> SimulateOptions:
     return SimulateOptions(
         seed=options.seed,
         max_drain_s=options.max_drain_s,
@@ -175,7 +175,7 @@ def _simulate_options(options: PlanOptions, layout: ParallelLayout, contender: C
         scheduler=contender.scheduler,
         hardware=options.hardware,
         engine=options.engine,
-        workload=replace(options.workload, duration_s=options.workload_s),
+        workload=window.workload,
         slo=options.slo,
         classes=options.classes,
         truth=options.truth,

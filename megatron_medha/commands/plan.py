@@ -20,6 +20,7 @@ from megatron_medha.commands.plan_table import (
     best_first,
     cost_text,
     gpus_text,
+    interval_text,
     print_best,
     print_loads,
     print_verdicts,
@@ -30,7 +31,7 @@ from megatron_medha.compiled_core import use_compiled_core
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_medha.plan_config import Contender, PlanOptions
+    from megatron_medha.plan_config import Candidates, Contender, PlanOptions
     from megatron_medha.sim.trial import Trial, Verdict
 
 T = TypeVar("T")
@@ -72,10 +73,40 @@ def run(words: Sequence[str]) -> int:
     options = freeze(composed, PlanOptions)
     found = candidates(options, contenders(options, arguments.overrides, arguments.config_dir))
     say_what_is_tried(options, found)
+    if found.window.why_too_few:
+        print("\ncannot say which layout meets the SLO:\n  " + "\n  ".join(found.window.why_too_few))
+        return 1
     num_processes = options.num_processes or len(os.sched_getaffinity(0))
     with processes(num_processes) as pool:
+        if not _is_possible(options, found, pool):
+            return 1
         search = _cheapest if options.find is Find.CHEAPEST else _capacity
-        return search(options, found.trials, pool)
+        return search(options, found, pool)
+
+
+def _is_possible(options: PlanOptions, found: Candidates, pool: ProcessPoolExecutor) -> bool:
+    """Whether some layout might meet the SLO under a load that is small enough; prints how fast the best one is."""
+    from megatron_medha.sim.trial import lone_bound
+
+    single = [trial for trial in found.trials if trial.dp == 1]
+    with _bar(len(single), "layout") as bar:
+        bounds = [bound for bound in _all(pool, lone_bound, single, bar.update) if bound is not None]
+    if not bounds:
+        return True
+    fastest = min(bounds, key=lambda bound: (bound.longest_ttft_s, bound.trial.num_gpus))
+    print(
+        f"a lone prompt of {fastest.longest_prompt_tokens:,} tokens, the longest, takes {fastest.longest_ttft_s:.2f} s "
+        f"on the best layout: {settings_text(fastest.trial)}"
+    )
+    if len(bounds) < len(single) or not all(bound.why for bound in bounds):
+        return True
+    best = min(bounds, key=lambda bound: (sum(bound.num_late.values()), bound.longest_ttft_s))
+    print(
+        f"\nno layout of {gpus_text(options.hardware.num_devices)} of {options.hardware.name} can meet the SLO for "
+        f"{_asked(options)}, however small the load.\nOn the best, {settings_text(best.trial)}: {best.why}.\n"
+        "Take faster hardware, a larger cluster or a looser slo"
+    )
+    return False
 
 
 @contextmanager
@@ -127,12 +158,13 @@ def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path 
     return found
 
 
-def _cheapest(options: PlanOptions, trials: Sequence[Trial], pool: ProcessPoolExecutor) -> int:
+def _cheapest(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExecutor) -> int:
     """All candidates of a size at once, the smallest size first; a contender is done with the first that passes."""
     from megatron_medha.sim.trial import judge
 
     verdicts: list[Verdict] = []
     best: dict[str, Verdict] = {}
+    trials = candidates.trials
     with _bar(len(trials)) as bar:
         for num_gpus, group in groupby(trials, key=lambda trial: trial.num_gpus):
             bar.set_postfix_str(f"{num_gpus} GPUs")
@@ -150,13 +182,15 @@ def _cheapest(options: PlanOptions, trials: Sequence[Trial], pool: ProcessPoolEx
             "take a larger cluster, less load (find=capacity says how much) or a looser slo"
         )
         return 1
-    qps = options.workload.qps or _offered_qps(verdicts)
+    window = candidates.window
+    qps = options.workload.qps or sum(window.num_by_class.values()) / max(window.seconds, 1.0)
     names = {trial.name for trial in trials}
     print_best(options, {name: (best[name].trial, qps) if name in best else None for name in sorted(names)})
     winner = min(best_first(best.values()), key=lambda verdict: verdict.trial.num_gpus)
     print(
         f"\n{gpus_text(winner.trial.num_gpus)} of {options.hardware.name}: {settings_text(winner.trial)}; "
         f"{attainment_text(winner)} meet the SLO; {_asked(options)} must\n"
+        f"{interval_text(winner)} (95% confidence)\n"
         f"{cost_text(options, winner.trial, qps)}"
     )
     assert winner.attainment_by_class is not None
@@ -171,18 +205,10 @@ def _asked(options: PlanOptions) -> str:
     return f"{options.slo.attainment:.0%} of {'each length class' if options.each_class else 'all requests'}"
 
 
-def _offered_qps(verdicts: Sequence[Verdict]) -> float:
-    """Of a trace as it was recorded; one replica takes all of it."""
-    from megatron_medha.sim.simulation import Simulation
-
-    facts = Simulation(verdicts[0].trial.config).workload.facts
-    return facts.num_requests / max(facts.last_arrival_s, 1.0)
-
-
-def _capacity(options: PlanOptions, trials: Sequence[Trial], pool: ProcessPoolExecutor) -> int:
+def _capacity(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExecutor) -> int:
     """The largest load of every candidate that uses all GPUs it can, each searched in a process of its own."""
     largest: dict[tuple[object, str], Trial] = {}
-    for trial in trials:  # ascending: the last one of a layout has the most replicas
+    for trial in candidates.trials:  # ascending: the last one of a layout has the most replicas
         largest[trial.config.setup.layout, trial.name] = trial
     chosen = list(largest.values())
     with _bar(len(chosen)) as bar:
@@ -214,7 +240,7 @@ class _Search:
         from megatron_medha.sim.trial import at_rate, judge
 
         assert trial.config.workload.qps is not None
-        qps = trial.config.workload.qps * trial.dp
+        qps = trial.config.workload.qps
         passes = judge(at_rate(trial, qps)).passes
         low, high = (qps, None) if passes else (None, qps)
         for _ in range(_MAX_DOUBLINGS):
@@ -245,7 +271,7 @@ def _all(
         yield future.result()
 
 
-def _bar(total: int):  # type: ignore[no-untyped-def]  # tqdm has no types
+def _bar(total: int, unit: str = "candidate"):  # type: ignore[no-untyped-def]  # tqdm has no types
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="candidate", file=sys.stderr, dynamic_ncols=True)
+    return tqdm(total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_medha.engine.capacity import wilson_interval
 from megatron_medha.engine.summary_table import number_text, seconds_text
 
 if TYPE_CHECKING:
@@ -12,28 +13,28 @@ if TYPE_CHECKING:
     from megatron_medha.sim.trial import Trial, Verdict
 
 _MAX_ROWS = 30
-_FEW = 20  # requests of a class, of whose share that meets the SLO little can be said: each is 5% of it
 _LAYOUT = ("GPUs", "tp", "spp", "kvp", "dp", "system")
 
 
 def say_what_is_tried(options: PlanOptions, found: Candidates) -> None:
     """The size of the search, and why some of it cannot be."""
     name = found.trials[0].config.setup.shape.name
+    left_out = f"; {len(found.impossible)} layouts do not fit" if found.impossible else ""
     print(
         f"{name} on up to {options.hardware.num_devices} GPUs of {options.hardware.name}: "
-        f"{len(found.trials)} candidates; {len(found.impossible)} layouts cannot be"
+        f"{len(found.trials)} candidates{left_out}"
     )
     for layout, why in found.impossible[:3]:
         print(f"  tp={layout.tp} spp={layout.spp} kvp={layout.kvp}: {why}")
     if len(found.impossible) > 3:
         print(f"  and {len(found.impossible) - 3} more")
-    counts = found.num_by_class
-    tried = " and ".join(f"{count:,} {name}" for name, count in counts.items())
-    print(f"on {options.workload_s:g} s of the workload: {tried} requests, shared by the replicas")
-    misses_long = not options.workload.path and options.workload.long_share > 0.0 and len(counts) == 1
-    if misses_long or min(counts.values()) < _FEW:
-        rare = "long" if misses_long else min(counts, key=counts.__getitem__)
-        print(f"hardly any {rare} ones, so chance decides about them: a larger trial_s brings more")
+    window = found.window
+    tried = " and ".join(f"{count:,} {name}" for name, count in window.num_by_class.items())
+    print(f"each is given the same {window.seconds:,.0f} s of the workload: {tried} requests")
+    for name in window.underrepresented:
+        here = window.num_by_class.get(name, 0) / sum(window.num_by_class.values())
+        print(f"  {here:.1%} of them are {name}, of the whole workload {window.whole_share_by_class[name]:.1%}; "
+              "trial_s=null takes as many as it needs")  # fmt: skip
 
 
 def best_first(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -91,6 +92,13 @@ def attainment_text(verdict: Verdict) -> str:
     assert verdict.attainment is not None and verdict.attainment_by_class is not None
     by_class = ", ".join(f"{name} {share:.1%}" for name, share in verdict.attainment_by_class.items())
     return f"{verdict.attainment:.1%}" + (f" ({by_class})" if len(verdict.attainment_by_class) > 1 else "")
+
+
+def interval_text(verdict: Verdict) -> str:
+    """Where the share lies that more requests of this kind would show, with 95% confidence."""
+    assert verdict.attainment is not None
+    low, high = wilson_interval(round(verdict.attainment * verdict.num_requests), verdict.num_requests)
+    return f"{low:.1%} to {high:.1%} of more such requests would"
 
 
 def settings_text(trial: Trial) -> str:

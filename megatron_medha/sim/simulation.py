@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.placement import ReplicaLoad
+from megatron_medha.core.request import Request
+from megatron_medha.core.scheduler import Scheduler
 from megatron_medha.core.utilisation import mbu, mfu
 from megatron_medha.engine.loop import serve
 from megatron_medha.engine.outcome import Outcome, Slo
 from megatron_medha.engine.ports import Decisions, Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.engine.snapshot import work_of
 from megatron_medha.engine.summary import LengthClasses, Summary
 from megatron_medha.engine.timeline import Span
 from megatron_medha.engine.workload import Workload, WorkloadConfig
+from megatron_medha.sim.fleet import Fleet
 from megatron_medha.sim.isolated import IsolatedTimes
-from megatron_medha.sim.ledger import Ledger
+from megatron_medha.sim.ledger import Ledger, LiveRequest
 from megatron_medha.sim.measured_world import MeasuredWorld
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import InstancesSetup, build_system
@@ -35,10 +41,12 @@ class SimulationConfig:
 
     setup: our scheduler on the machine, which decides where `instances` is None; prompts alone under it, with the
     default configuration, set everybody's deadlines. instances: a system of instances on the same GPUs.
+    dp: replicas of that machine, which the router of `medha serve` gives the requests to.
     """
 
     setup: SchedulerSetup
     instances: InstancesSetup | None = None
+    dp: int = 1
     workload: WorkloadConfig
     slo: Slo = Slo()
     classes: LengthClasses = LengthClasses()
@@ -122,29 +130,39 @@ class Simulation:
                 "parallel.spp, parallel.kvp), a larger parallel.max_tokens_per_shard if set, or another workload"
             )
         self._cost = setup.cluster_cost
-        # Noise is left out, and the system is Medha's own whatever is under test: all are held to the same deadlines.
-        reference = replace(setup, config=SchedulerConfig(), learns=False)
+        # The system is Medha's own whatever is under test: all are held to the same deadlines.
+        self.isolated_s = self._lone_times(replace(setup, config=SchedulerConfig(), learns=False))
+
+    def _lone_times(self, setup: SchedulerSetup) -> IsolatedTimes:
+        """TTFT of a prompt alone under a scheduler, by length; noise is left out."""
+        config = self.config
         quiet = Truth(self._cost, config.shard_tokens, replace(config.truth, noise=0.0), config.seed)
-        self.isolated_s = IsolatedTimes(
-            lambda: build_system(reference),
+        return IsolatedTimes(
+            lambda: build_system(setup),
             quiet,
             lambda: Pipeline(setup.layout.spp, setup.layout.kvp),
             self.workload.facts.max_prompt_tokens,
             self._cost.engine.request_s,
         )
 
+    def least_ttft_s(self) -> Callable[[int], float] | None:
+        """A bound by prompt length: no load, however small, gives a first token sooner. None: it is not known."""
+        if self.config.instances is not None:
+            return None
+        own_s, reference_s = self._lone_times(self.config.setup), self.isolated_s
+        return lambda num_tokens: min(own_s(num_tokens), reference_s(num_tokens))
+
     def run(self, watchers: Watchers, system: Decisions | None = None) -> SimulationResult:
         """From the first arrival to the end. system: what decides; None: what the config says."""
         config, facts = self.config, self.workload.facts
-        system = system or build_system(config.instances or config.setup)
+        systems = [system] if system else [build_system(config.instances or config.setup) for _ in range(config.dp)]
         summary = Summary(config.classes, config.slo)
         ledger = Ledger(summary, config.slo, self.isolated_s, watchers.on_outcome)
-        pipeline = config.pipeline(watchers.on_span)
-        memory = getattr(system, "memory", None)
+        memories = [one for one in (getattr(system, "memory", None) for system in systems) if isinstance(one, KVMemory)]
         kv_shares: list[float] = []
 
         def look(now_s: float) -> None:
-            sample = self._sample(now_s, ledger, memory if isinstance(memory, KVMemory) else None)
+            sample = self._sample(now_s, ledger, memories)
             if sample.kv_used_share is not None:
                 kv_shares.append(sample.kv_used_share)
             watchers.on_sample(sample)
@@ -153,21 +171,48 @@ class Simulation:
         until_s = float("inf") if config.max_drain_s is None else facts.last_arrival_s + config.max_drain_s
         sample_s = config.sample_s or max(facts.last_arrival_s / _NUM_SAMPLES, 1e-3)
         front_s = self._cost.engine.request_s
-        world: MeasuredWorld
-        if config.instances is None:
-            truth = Truth(self._cost, config.shard_tokens, config.truth, config.seed)
-            world = MeasuredWorld(requests, pipeline, truth, ledger, until_s, sample_s, look, front_s)
-            work = truth.work
+        if len(systems) == 1:
+            world, work = self._world(requests, ledger, until_s, sample_s, look, watchers.on_span)
+            worlds, works = [world], [work]
+            serve(systems[0], world, watchers.observers)
+            end_s = world.now_s()
         else:
-            world = instances = InstancesWorld(requests, ledger, until_s, sample_s, look, front_s, pipeline)
-            work = instances.work
-        serve(system, world, watchers.observers)
+            # What watches batches goes by their ids, which every replica counts for itself.
+            assert watchers.on_span is None and not watchers.observers, "these watch one replica"
+            made = [self._world((), ledger, until_s, inf, lambda now_s: None, None) for _ in systems]
+            worlds, works = [world for world, _ in made], [work for _, work in made]
+
+            def load_of(replica: int, request: Request) -> ReplicaLoad:
+                return _load(systems[replica], request, (
+                    live for live in ledger.live if fleet.replica_of[live.request.request_id] == replica
+                ), self.isolated_s)  # fmt: skip
+
+            fleet = Fleet(requests, systems, worlds, load_of, front_s, sample_s, look)
+            serve(fleet, fleet)
+            end_s = fleet.now_s()
         ledger.close()
         values = summary.as_values()
-        values["machine"] = self._machine_values(world, work, summary.duration_s, kv_shares)
-        return SimulationResult(summary=summary, values=values, end_s=world.now_s())
+        values["machine"] = self._machine_values(worlds, works, summary.duration_s, kv_shares)
+        return SimulationResult(summary=summary, values=values, end_s=end_s)
 
-    def _sample(self, now_s: float, ledger: Ledger, memory: KVMemory | None) -> Sample:
+    def _world(
+        self,
+        requests: Iterable[Request],
+        ledger: Ledger,
+        until_s: float,
+        sample_s: float,
+        look: Callable[[float], None],
+        on_span: Callable[[Span], None] | None,
+    ) -> tuple[MeasuredWorld, Work]:
+        """A replica, and what it will have computed."""
+        config, pipeline, front_s = self.config, self.config.pipeline(on_span), self._cost.engine.request_s
+        if config.instances is not None:
+            instances = InstancesWorld(requests, ledger, until_s, sample_s, look, front_s, pipeline)
+            return instances, instances.work
+        truth = Truth(self._cost, config.shard_tokens, config.truth, config.seed)
+        return MeasuredWorld(requests, pipeline, truth, ledger, until_s, sample_s, look, front_s), truth.work
+
+    def _sample(self, now_s: float, ledger: Ledger, memories: Sequence[KVMemory]) -> Sample:
         config = self.config
         waiting: list[WaitingRequest] = []
         for live in ledger.live:
@@ -189,31 +234,53 @@ class Simulation:
             num_decoding=ledger.num_live - len(waiting),
             waiting=tuple(waiting),
             kv_used_share=None
-            if memory is None
-            else 1.0 - memory.num_free_blocks / (memory.num_blocks * memory.kvp),
+            if not memories
+            else 1.0
+            - sum(memory.num_free_blocks for memory in memories)
+            / sum(memory.num_blocks * memory.kvp for memory in memories),
         )
 
     def _machine_values(
-        self, world: MeasuredWorld, work: Work, duration_s: float, kv_shares: list[float]
+        self, worlds: Sequence[MeasuredWorld], works: Sequence[Work], duration_s: float, kv_shares: list[float]
     ) -> dict[str, Any]:
         setup = self.config.setup
-        hardware, num_gpus = setup.hardware, setup.layout.world_size
-        pipeline = world.pipeline
-        busy_s = [sum(stage) for stage in pipeline.busy_s]
-        num_lanes = pipeline.spp * pipeline.kvp
+        hardware, num_gpus = setup.hardware, setup.layout.world_size * len(worlds)
+        kvp = worlds[0].pipeline.kvp
+        # By stage, of all replicas.
+        busy_s = [
+            sum(map(sum, stages)) for stages in zip(*(world.pipeline.busy_s for world in worlds), strict=True)
+        ]
+        num_lanes = len(busy_s) * kvp * len(worlds)
+        active_s = sum(world.active_s for world in worlds)
         # A run that is cut off may have worked on for long after the last token that came out.
-        span_s = max(duration_s, world.active_s, 1e-9)
+        span_s = max(duration_s, 1e-9, *(world.active_s for world in worlds))
+        flops = sum(work.flops(setup.shape) for work in works)
+        num_bytes = sum(work.num_bytes(setup.shape) for work in works)
         return {
             "num_gpus": num_gpus,
-            "num_batches": work.num_batches,
-            "num_tokens_computed": work.num_tokens,
-            "active_share": world.active_s / span_s,
+            "num_batches": sum(work.num_batches for work in works),
+            "num_tokens_computed": sum(work.num_tokens for work in works),
+            "active_share": active_s / len(worlds) / span_s,
             "utilisation": sum(busy_s) / (num_lanes * span_s),
-            "utilisation_by_stage": [seconds / (pipeline.kvp * span_s) for seconds in busy_s],
+            "utilisation_by_stage": [seconds / (kvp * len(worlds) * span_s) for seconds in busy_s],
             # Of the time with work in the pipeline, what stages and KVP ranks spent waiting.
-            "bubbles": 1.0 - sum(busy_s) / (num_lanes * world.active_s) if world.active_s else None,
-            "mfu": mfu(work.flops(setup.shape), hardware, num_gpus, span_s, setup.shape.bytes_per_element),
-            "mbu": mbu(work.num_bytes(setup.shape), hardware, num_gpus, span_s) if work.num_params_read else None,
+            "bubbles": 1.0 - sum(busy_s) / (num_lanes / len(worlds) * active_s) if active_s else None,
+            "mfu": mfu(flops, hardware, num_gpus, span_s, setup.shape.bytes_per_element),
+            "mbu": mbu(num_bytes, hardware, num_gpus, span_s) if works[0].num_params_read else None,
             "kv_used_mean": sum(kv_shares) / len(kv_shares) if kv_shares else None,
             "kv_used_max": max(kv_shares, default=None),
         }
+
+
+def _load(
+    system: Decisions, request: Request, live: Iterable[LiveRequest], isolated_s: Callable[[int], float]
+) -> ReplicaLoad:
+    """What the router knows of a replica."""
+    if isinstance(system, Scheduler):
+        work = work_of(system)
+        return ReplicaLoad(
+            True, work.prefill_s, system.predicted_prefill_s(request.num_prompt_tokens), work.decode_share
+        )
+    # A system that predicts nothing: by the prompts that it has, whole.
+    waiting_s = sum(one.isolated_s for one in live if one.first_token_s is None)
+    return ReplicaLoad(True, waiting_s, isolated_s(request.num_prompt_tokens), 0.0)

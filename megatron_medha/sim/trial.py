@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_medha.core.errors import ConfigError
@@ -12,12 +13,16 @@ from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A replica under its share of the load; `dp` of them make the candidate."""
+    """A candidate: every one sees the same requests, however many replicas they are placed on."""
 
     name: str  # of who decides in it
     config: SimulationConfig
-    dp: int = 1
     each_class: bool = False  # slo.attainment is asked of every length class, not only of all requests together
+
+    @property
+    def dp(self) -> int:
+        """Replicas."""
+        return self.config.dp
 
     @property
     def num_gpus(self) -> int:
@@ -31,6 +36,7 @@ class Verdict:
 
     trial: Trial
     passes: bool
+    num_requests: int = 0
     attainment: float | None = None  # None: ended early, it could no longer pass
     attainment_by_class: dict[str, float] | None = None  # of length classes with requests
     ttft_p90_s: dict[str, float | None] | None = None  # by length class
@@ -39,34 +45,95 @@ class Verdict:
     why: str = ""                    # it fails or cannot be
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoneBound:
+    """What a candidate cannot do, however small the load is: prompts alone on it."""
+
+    trial: Trial
+    longest_prompt_tokens: int
+    longest_ttft_s: float             # of that prompt
+    num_requests: Mapping[str, int]   # by what slo.attainment is asked of: "" or a length class
+    num_late: Mapping[str, int]       # whose first token is late even so
+
+    @property
+    def why(self) -> str:
+        """Why it cannot pass; empty if it might."""
+        for name, num_late in self.num_late.items():
+            if _are_too_many(num_late, self.num_requests[name], self.trial.config.slo.attainment):
+                return (
+                    f"{num_late} of {self.num_requests[name]} {name}requests are late even alone: "
+                    f"{self.longest_prompt_tokens:,} tokens take {self.longest_ttft_s:.2f} s"
+                )
+        return ""
+
+
+def lone_bound(trial: Trial) -> LoneBound | None:
+    """The bound of a candidate; None where it is not known, or where the candidate cannot be."""
+    try:
+        return _lone_bound(trial, Simulation(trial.config))
+    except ConfigError:
+        return None
+
+
+def _lone_bound(trial: Trial, simulation: Simulation) -> LoneBound | None:
+    least_ttft_s = simulation.least_ttft_s()
+    if least_ttft_s is None:
+        return None
+    config = trial.config
+    num_requests: Counter[str] = Counter()
+    num_late: Counter[str] = Counter()
+    for request in simulation.workload.requests():
+        num_tokens = request.num_prompt_tokens
+        name = _asked_of(trial, config.classes.of(num_tokens))
+        num_requests[name] += 1
+        num_late[name] += least_ttft_s(num_tokens) > config.slo.deadline_s(simulation.isolated_s(num_tokens))
+    longest = simulation.workload.facts.max_prompt_tokens
+    return LoneBound(
+        trial=trial,
+        longest_prompt_tokens=longest,
+        longest_ttft_s=least_ttft_s(longest),
+        num_requests=num_requests,
+        num_late=num_late,
+    )
+
+
+def _are_too_many(num_missed: int, num_requests: int, attainment: float) -> bool:
+    return num_missed > (1.0 - attainment) * num_requests + 1e-6  # 1 - 0.9 is less than a tenth
+
+
+def _asked_of(trial: Trial, length_class: str) -> str:
+    """The group of which slo.attainment is asked: all requests together, or a length class."""
+    return f"{length_class} " if trial.each_class else ""
+
+
 class _Hopeless(Exception):
     """So many requests have missed that the trial cannot pass any more."""
 
 
 def judge(trial: Trial) -> Verdict:
-    """Simulate one replica, and stop as soon as it cannot pass: an overloaded one would take the longest."""
+    """Simulate it, and stop as soon as it cannot pass: an overloaded one would take the longest."""
     config = trial.config
     try:
         simulation = Simulation(config)
     except ConfigError as error:
         return Verdict(trial=trial, passes=False, why=str(error))
 
-    def judged_as(length_class: str) -> str:
-        return f"{length_class} " if trial.each_class else ""
-
-    classes_of = (config.classes.of(request.num_prompt_tokens) for request in simulation.workload.requests())
-    num_requests = Counter(map(judged_as, classes_of))
+    bound = _lone_bound(trial, simulation)
+    if bound is not None and bound.why:
+        return Verdict(trial=trial, passes=False, why=bound.why)
+    classes = (config.classes.of(request.num_prompt_tokens) for request in simulation.workload.requests())
+    num_requests = Counter(_asked_of(trial, one) for one in classes)
     num_missed: Counter[str] = Counter()
 
     def count(outcome: Outcome) -> None:
         if not config.slo.is_met(outcome):
-            num_missed[judged_as(config.classes.of(outcome.request.num_prompt_tokens))] += 1
+            num_missed[_asked_of(trial, config.classes.of(outcome.request.num_prompt_tokens))] += 1
 
     def look(sample: Sample) -> None:
         # Late without a first token is missed already, however it ends.
-        lost = num_missed + Counter(judged_as(one.length_class) for one in sample.waiting if one.is_late)
+        lost = num_missed + Counter(_asked_of(trial, one.length_class) for one in sample.waiting if one.is_late)
         for name, num_lost in lost.items():
-            if num_lost > (1.0 - config.slo.attainment) * num_requests[name]:
+            if _are_too_many(num_lost, num_requests[name], config.slo.attainment):
                 raise _Hopeless(
                     f"{num_lost} of {num_requests[name]} {name}requests had missed the SLO after {sample.now_s:,.0f} s"
                 )
@@ -82,6 +149,7 @@ def judge(trial: Trial) -> Verdict:
     return Verdict(
         trial=trial,
         passes=min(asked) >= config.slo.attainment,
+        num_requests=num_requests.total(),
         attainment=attainment,
         attainment_by_class=by_class,
         ttft_p90_s={name: found["ttft_s"]["p90"] for name, found in classes.items()},
@@ -91,6 +159,9 @@ def judge(trial: Trial) -> Verdict:
 
 
 def at_rate(trial: Trial, qps: float) -> Trial:
-    """The same candidate under another load on all its replicas together."""
-    workload = replace(trial.config.workload, qps=qps / trial.dp)
+    """The same candidate under another load: the same requests, and more of them where they come faster."""
+    workload = trial.config.workload
+    assert workload.qps is not None and workload.num_requests is not None, "a trial is given so many at some rate"
+    num_requests = max(workload.num_requests, round(workload.num_requests * qps / workload.qps))
+    workload = replace(workload, qps=qps, num_requests=num_requests)
     return replace(trial, config=replace(trial.config, workload=workload))

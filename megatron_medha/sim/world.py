@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from math import inf
 
 from megatron_medha.core.batch import (
     Aborted,
@@ -87,6 +88,11 @@ class World:
     def now_s(self) -> float:
         """See Runtime."""
         return self._now_s
+
+    @property
+    def next_event_s(self) -> float:
+        """When the next event happens, arrivals aside; infinity if there is none."""
+        return self._heap[0][0] if self._heap else inf
 
     def next_event(self) -> Event | None:
         """See Runtime."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,22 @@ def trace(tmp_path: Path) -> Path:
     questions = "".join(f"{0.5 + 0.2 * index},800,5\n" for index in range(8))
     path.write_text(f"arrival_s,prompt_tokens,output_tokens\n0,150000,3\n{questions}")
     return path
+
+
+TraceOf = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def trace_of(tmp_path: Path) -> TraceOf:
+    """The words that name a trace of prompts of these lengths."""
+
+    def write(prompt_lengths: list[int], gap_s: float = 1.0) -> tuple[str, str]:
+        path = tmp_path / "prompts.csv"
+        rows = "".join(f"{index * gap_s},{length},3\n" for index, length in enumerate(prompt_lengths))
+        path.write_text(f"arrival_s,prompt_tokens,output_tokens\n{rows}")
+        return "workload=trace", f"workload.path={path}"
+
+    return write
 
 
 @pytest.fixture
@@ -166,44 +184,81 @@ def test_explain_refuses_a_log_that_was_changed(run: Path, capsys: Capture) -> N
     assert f"line {place + 1}: recorded" in capsys.readouterr().err
 
 
-def test_plan_finds_the_fewest_gpus(trace: Path, capsys: Capture) -> None:
-    words = ("hardware=a100_x8", "hardware.num_devices=2", "max_kvp=1", "num_processes=1", "trial_s=3")
-    mix = ("workload=medha_mix_00pct", "workload.qps=1")
-    assert main(["plan", *words, *mix]) == 0
+SMALL_PLAN = ("plan", "hardware=a100_x8", "hardware.num_devices=2", "max_kvp=1", "num_processes=1")
+CHATS = ("workload=medha_mix_00pct", "workload.qps=1.5", "workload.output_scale=0.02", "trial_s=20")
+LONG_FROM_10K = ("classes.short_below=10000", "classes.long_above=10000")
+
+
+def test_plan_finds_the_fewest_gpus(capsys: Capture) -> None:
+    assert main([*SMALL_PLAN, *CHATS]) == 0
     text = capsys.readouterr().out
-    assert "1 GPU of a100_x8: parallel.tp=1 parallel.spp=1" in text
-    assert "on 3 s of the workload: 2 short requests" in text and "hardly any short ones" in text
-    assert main(["plan", *words, *mix, "slo.ttft_s=1e-3"]) == 1
+    assert "1 GPU of a100_x8: parallel.tp=1 parallel.spp=1" in text and "95% confidence" in text
+    assert re.search(r"each is given the same \d\d s of the workload: \d\d short requests", text)
+    assert main([*SMALL_PLAN, *CHATS, "slo.e2e_s=1e-3"]) == 1
     assert "none of" in capsys.readouterr().out
 
 
-def test_a_plan_shows_every_class_and_may_ask_the_slo_of_each(tmp_path: Path, capsys: Capture) -> None:
-    path = tmp_path / "trace.csv"
-    questions = "".join(f"{1 + index},800,5\n" for index in range(30))
-    path.write_text(f"arrival_s,prompt_tokens,output_tokens\n0,150000,3\n{questions}")
-    words = ("hardware=a100_x8", "hardware.num_devices=2", "max_kvp=1", "max_dp=1", "num_processes=1")
-    load = ("workload=trace", f"workload.path={path}", "slo.ttft_s=1")
-    assert main(["plan", *words, *load]) == 0
+def test_a_plan_shows_every_class_and_may_ask_the_slo_of_each(trace_of: TraceOf, capsys: Capture) -> None:
+    load = trace_of([20_000] * 20 + [800] * 300, gap_s=2.5)
+    words = (*SMALL_PLAN, "max_dp=1", *load, *LONG_FROM_10K, "slo.ttft_s=0.5")
+    assert main(words) == 0
     text = capsys.readouterr().out
-    assert "30 short and 1 long requests" in text and "hardly any long ones" in text
-    assert "96.8% (short 100.0%, long 0.0%) meet the SLO; 90% of all requests must" in text
+    assert "220 short and 20 long requests" in text
+    assert "(short 100.0%, long 0.0%) meet the SLO; 90% of all requests must" in text
     assert "each_class=true asks it of every class" in text
-    assert main(["plan", *words, *load, "each_class=true"]) == 1
-    assert "1 of 1 long requests had missed the SLO" in capsys.readouterr().out
+    assert main([*words, "each_class=true"]) == 1
+    text = capsys.readouterr().out
+    assert "no layout of 2 GPUs" in text and "20 of 20 long requests are late even alone: 20,000 tokens take" in text
+
+
+def test_a_plan_names_the_bound_that_no_layout_can_beat_before_it_searches(trace_of: TraceOf, capsys: Capture) -> None:
+    load = trace_of([500] * 280 + [20_000] * 20)
+    assert main([*SMALL_PLAN, *load, *LONG_FROM_10K, "slo.ttft_s=0.2", "slo.attainment=0.99"]) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"a lone prompt of 20,000 tokens, the longest, takes \d+\.\d\d s on the best layout", text)
+    assert "however small the load" in text and "GPUs  tp" not in text
+
+
+def test_replicas_do_not_make_a_plan_pass_over_what_comes_late(trace_of: TraceOf, capsys: Capture) -> None:
+    """A candidate of two replicas was tried on the first half of a trace, where there are no long prompts."""
+    load = trace_of([500] * 120 + [20_000, *[500] * 4] * 25, gap_s=0.15)
+    assert main([*SMALL_PLAN, *load, *LONG_FROM_10K, "slo.ttft_s=4", "each_class=true"]) == 1
+    text = capsys.readouterr().out
+    two_replicas = [line for line in text.splitlines() if line.split()[:5] == ["2", "1", "1", "1", "2"]]
+    assert len(two_replicas) == 1 and "long requests" in two_replicas[0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "more", "reason"),
+    [
+        ([500] * 300 + [120_000] * 14, (), "14 are long"),
+        ([500] * 90, ("slo.attainment=0.99",), "slo.attainment=0.99, which needs 100"),
+        ([500] * 300, ("trial_s=3",), "trial_s=null takes as many as it needs"),
+    ],
+)
+def test_a_plan_cannot_say_what_too_few_requests_do_not_show(
+    trace_of: TraceOf, lengths: list[int], more: tuple[str, ...], reason: str, capsys: Capture
+) -> None:
+    assert main([*SMALL_PLAN, *trace_of(lengths), *more]) == 1
+    text = capsys.readouterr().out
+    assert "cannot say which layout meets the SLO" in text and reason in text
+
+
+def test_a_plan_for_a_trace_takes_its_own_rate(trace_of: TraceOf, capsys: Capture) -> None:
+    words = (*SMALL_PLAN, "max_dp=2", "gpu_usd_per_h=3.6")
+    assert main([*words, *trace_of([500] * 100, gap_s=0.5)]) == 0
+    assert "1 GPU of a100_x8" in capsys.readouterr().out
 
 
 def test_plan_finds_the_load_that_a_cluster_carries(capsys: Capture) -> None:
-    words = ("find=capacity", "hardware=a100_x8", "hardware.num_devices=2", "max_kvp=1", "num_processes=1")
-    mix = ("workload=medha_mix_00pct", "workload.qps=8", "trial_s=2", "resolution=1")
-    assert main(["plan", *words, *mix]) == 0
+    assert main([*SMALL_PLAN, "find=capacity", *CHATS, "workload.qps=2", "trial_s=12", "resolution=1"]) == 0
     assert "requests/s on 2 GPUs of a100_x8" in capsys.readouterr().out
 
 
 def test_plan_says_what_every_system_needs_and_what_that_costs(capsys: Capture) -> None:
-    words = ("hardware=a100_x8", "hardware.num_devices=2", "max_kvp=1", "num_processes=1", "trial_s=3")
-    mix = ("workload=medha_mix_00pct", "workload.qps=1", "gpu_usd_per_h=3.6")
     # An instance of loongserve has two GPUs; one GPU is enough for ours.
-    assert main(["plan", *words, *mix, "systems=[medha,loongserve]", "schedulers=[lars,vllm_chunk_512]"]) == 0
+    words = ("workload.qps=1", "trial_s=null", "gpu_usd_per_h=3.6", "workload.num_requests=20")
+    assert main([*SMALL_PLAN, *CHATS, *words, "systems=[medha,loongserve]", "schedulers=[lars,vllm_chunk_512]"]) == 0
     text = capsys.readouterr().out
     at_best = [line.split() for line in text.partition("at best:")[2].splitlines() if line.strip()]
     costs = {row[5]: (row[0], row[-2], row[-1]) for row in at_best[1:4]}

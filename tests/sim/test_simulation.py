@@ -260,7 +260,7 @@ def test_samples_show_slack_falling_while_a_request_waits() -> None:
 @pytest.fixture
 def trial() -> Callable[..., Trial]:
     def run(qps: float) -> Trial:
-        return at_rate(Trial(name="lars", config=config(long_share=0.0, num_requests=40), dp=2), qps)
+        return at_rate(Trial(name="lars", config=replace(config(long_share=0.0, num_requests=40), dp=2)), qps)
 
     return run
 
@@ -271,5 +271,7 @@ def test_a_trial_passes_under_little_load_and_ends_early_under_too_much(trial: C
     assert not heavy.passes and heavy.attainment is None and "had missed the SLO after" in heavy.why
 
 
-def test_replicas_share_the_load(trial: Callable[..., Trial]) -> None:
-    assert trial(6.0).config.workload.qps == 3.0 and trial(6.0).num_gpus == 32
+def test_replicas_share_the_requests_of_one_workload(trial: Callable[..., Trial]) -> None:
+    workload = trial(6.0).config.workload
+    assert (workload.qps, workload.num_requests, trial(6.0).num_gpus) == (6.0, 120, 32)
+    assert trial(1.0).config.workload.num_requests == 40, "no fewer where they come slower"
