@@ -170,7 +170,7 @@ async def render_messages(
         "tools": tuple(tools),
         "extra": extra,
     }
-    plain = [_plain_message(place, message) for place, message in enumerate(messages)]
+    plain = (_plain_message(place, message) for place, message in enumerate(messages))
     num_chars = len(msgspec.json.encode(extra)) + sum(map(_num_chars, messages))
     try:
         return await service.render(ready.tokenizer.template, plain, options, num_chars)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -287,7 +287,7 @@ class Service:
         return await self._wait_for(num_chars, lambda: threads.submit(work))
 
     async def render(
-        self, template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any], num_chars: int
+        self, template: ChatTemplate, messages: Iterable[dict[str, Any]], options: dict[str, Any], num_chars: int
     ) -> str:
         """The prompt's text, made in another process: as TemplateRenders.submit. ApiError 503 if there is none."""
         try:

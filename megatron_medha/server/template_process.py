@@ -6,6 +6,7 @@ read with care.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -41,8 +42,9 @@ class Job(NamedTuple):
 
     source: str | None
     special_tokens: dict[str, str]
-    messages: list[dict[str, Any]]
-    options: dict[str, Any]  # of ChatTemplate.render
+    messages: list[bytes]    # pickled lists, of some messages each
+    options: dict[str, Any]  # of ChatTemplate.render, without those in variables
+    variables: bytes         # JSON: its tools and extra
     cpu_s: float             # that it may take
 
 
@@ -92,7 +94,9 @@ def _rendered(template: ChatTemplate, job: Job, num_bytes: int, takes_parts: boo
     try:
         signal.setitimer(signal.ITIMER_PROF, job.cpu_s)
         try:
-            whole = render_whole(template, job.messages, takes_parts=takes_parts, **job.options)
+            messages = [message for some in job.messages for message in pickle.loads(some)]
+            options = {**job.options, **json.loads(job.variables)}
+            whole = render_whole(template, messages, takes_parts=takes_parts, **options)
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0.0)
             _limit(resource.RLIMIT_CPU, None)

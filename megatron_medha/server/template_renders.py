@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -10,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -27,6 +30,8 @@ _CPU_S = 2.0             # that a template may take, ...
 _CPU_S_PER_CHAR = 1e-6   # ... and more for long messages: the usual ones take a hundredth of that
 _WALL_PER_CPU = 10.0     # on a machine that is busy with the model
 _START_S = 60.0
+_SLICE = 256             # messages
+_VARIABLES = ("tools", "extra")  # options that hold what clients sent
 _MOST_ANSWER_BYTES = 2**26  # and forty times what was sent; the process itself stays far below
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV")
 
@@ -50,16 +55,17 @@ class TemplateRenders:
         self._logged_mappings: set[str] = set()
 
     def submit(
-        self, template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any], num_chars: int
+        self, template: ChatTemplate, messages: Iterable[dict[str, Any]], options: dict[str, Any], num_chars: int
     ) -> Future[str]:
         """The prompt's text. ChatTemplateError if the template refuses the messages, loses one, or does not end;
         NoRenderProcess if there is none to render it.
+
+        messages: gone through on another thread; what that raises is raised. options: of ChatTemplate.render.
         """
         threads = self._short if num_chars <= _LONG_CHARS else self._long
         cpu_s = self._cpu_s + _CPU_S_PER_CHAR * num_chars
-        job = Job(template.source, template.special_tokens, messages, options, cpu_s)
         try:
-            return threads.submit(self._render, job)
+            return threads.submit(self._render, template, messages, options, cpu_s)
         except RuntimeError:
             raise NoRenderProcess("the server is shutting down") from None
 
@@ -78,12 +84,14 @@ class TemplateRenders:
         for threads in (self._short, self._long):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _render(self, job: Job) -> str:
+    def _render(
+        self, template: ChatTemplate, messages: Iterable[dict[str, Any]], options: dict[str, Any], cpu_s: float
+    ) -> str:
         try:
-            payload = pickle.dumps(job, protocol=5)
+            payload = pickle.dumps(_job(template, messages, options, cpu_s), protocol=5)
         except RecursionError:
             raise ChatTemplateError("the messages are nested too deeply") from None
-        rendered = self._ask(self._take(), payload, job.cpu_s)
+        rendered = self._ask(self._take(), payload, cpu_s)
         if rendered is None and self._is_closed:
             raise NoRenderProcess("the server is shutting down")
         if rendered is None:
@@ -129,6 +137,23 @@ class TemplateRenders:
         if mapping not in self._logged_mappings:
             self._logged_mappings.add(mapping)
             log.info("chat_messages_mapped", extra={"fields": {"how": mapping}})
+
+
+def _job(
+    template: ChatTemplate, messages: Iterable[dict[str, Any]], options: dict[str, Any], cpu_s: float
+) -> Job:
+    # In slices: the interpreter's lock is held while one is written, and the event loop waits for it.
+    left = iter(messages)
+    slices = []
+    while some := list(islice(left, _SLICE)):
+        slices.append(pickle.dumps(some, protocol=5))
+    plain = {name: value for name, value in options.items() if name not in _VARIABLES}
+    variables = {name: options[name] for name in _VARIABLES if name in options}
+    try:
+        written = msgspec.json.encode(variables)
+    except OverflowError:  # an integer of more than 64 bits
+        written = json.dumps(variables).encode()
+    return Job(template.source, template.special_tokens, slices, plain, written, cpu_s)
 
 
 def _log_error(rendered: Future[str]) -> None:

@@ -6,6 +6,7 @@ refuses the messages, they are written in other ways that mean the same and rend
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import re
@@ -20,6 +21,7 @@ Message = dict[str, Any]
 
 # Text this short may stand in a prompt by chance, so the template is also tried with a word that cannot.
 _SHORT_CHARS = 24
+_SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 # Reasoning that comes first in an answer; templates drop it from answers of earlier turns.
 _REASONING = re.compile(
     r"\s*(?:<(think|thinking|thought|reasoning|seed:think)>.*?</\1>|\[THINK\].*?\[/THINK\])", re.DOTALL
@@ -71,19 +73,17 @@ def render_whole(
 
 
 def _ways_to_write(messages: Sequence[Message]) -> Iterator[tuple[str, Sequence[Message]]]:
+    """The messages as they are, then with one change after another, then with one of the last two."""
     yield "", messages
-    ways = []
-    steps: tuple[tuple[str, Callable[[Sequence[Message]], Sequence[Message]]], ...] = (
-        ("developer as system, function as tool", _with_common_roles),
-        ("system messages as one", _with_one_system_message),
-        ("calls in messages of their own", _with_calls_apart),
-    )
-    for name, step in steps:
-        changed = step(messages)
-        if changed != messages:
+    ways: list[str] = []
+    for name, step in _STEPS:
+        if (changed := step(messages)) != messages:
             messages = changed
             ways.append(name)
             yield "; ".join(ways), messages
+    for name, step in _LAST_STEPS:
+        if (changed := step(messages)) != messages:
+            yield "; ".join([*ways, name]), changed
 
 
 def _with_common_roles(messages: Sequence[Message]) -> Sequence[Message]:
@@ -110,6 +110,47 @@ def _with_one_system_message(messages: Sequence[Message]) -> Sequence[Message]:
     return [{"role": "system", "content": text}, *(one for one in messages if one["role"] != "system")]
 
 
+def _with_empty_contents(messages: Sequence[Message]) -> Sequence[Message]:
+    return [{**one, "content": ""} if one.get("content") is None else one for one in messages]
+
+
+def _with_short_ids(messages: Sequence[Message]) -> Sequence[Message]:
+    """As Mistral's templates want them."""
+    changed = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            message = {**message, "tool_calls": [{**call, "id": _short_id(call["id"])} for call in calls]}
+        if (call_id := message.get("tool_call_id")) is not None:
+            message = {**message, "tool_call_id": _short_id(call_id)}
+        changed.append(message)
+    return changed
+
+
+def _short_id(call_id: str) -> str:
+    if _SHORT_ID.fullmatch(call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+
+def _with_calls_as_text(messages: Sequence[Message]) -> Sequence[Message]:
+    """For templates that know no calls: written as Hermes models do, and results as the user's."""
+    changed: list[Message] = []
+    for message in messages:
+        text = message.get("content") or ""
+        role = message["role"]
+        for call in message.get("tool_calls") or ():
+            function = {name: call["function"][name] for name in ("name", "arguments")}
+            written = json.dumps(function, ensure_ascii=False)
+            text += f"{chr(10) if text else ''}<tool_call>\n{written}\n</tool_call>"
+        if role == "tool":
+            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
+        if changed and role != "system" and changed[-1]["role"] == role:  # turns must alternate
+            changed[-1] = {"role": role, "content": f"{changed[-1]['content']}\n{text}"}
+        else:
+            changed.append({"role": role, "content": text})
+    return changed if any(one.get("tool_calls") or one["role"] == "tool" for one in messages) else messages
+
+
 def _with_calls_apart(messages: Sequence[Message]) -> Sequence[Message]:
     """Each call in a message of its own, without text, and its result behind it."""
     apart: list[Message] = []
@@ -124,7 +165,7 @@ def _with_calls_apart(messages: Sequence[Message]) -> Sequence[Message]:
         if message.get("content"):
             apart.append({name: value for name, value in message.items() if name != "tool_calls"})
         for call in calls:
-            apart.append({**message, "content": None, "tool_calls": [call]})
+            apart.append({**message, "content": "", "tool_calls": [call]})
             result = _place_of_result(messages, place, call["id"])
             if result is not None and len(calls) > 1:
                 placed.add(result)
@@ -144,6 +185,19 @@ def _place_of_result(messages: Sequence[Message], place: int, call_id: str) -> i
 def _in_parts(message: Message) -> Message:
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}] if content else []}
+
+
+_Step = Callable[[Sequence[Message]], Sequence[Message]]
+_STEPS: tuple[tuple[str, _Step], ...] = (
+    ("developer as system, function as tool", _with_common_roles),
+    ("system messages as one", _with_one_system_message),
+    ("no content as empty text", _with_empty_contents),
+    ("calls with ids of nine characters", _with_short_ids),
+)
+_LAST_STEPS: tuple[tuple[str, _Step], ...] = (
+    ("calls in messages of their own", _with_calls_apart),
+    ("calls and results as text", _with_calls_as_text),
+)
 
 
 # ---- what is in the prompt ----
@@ -232,7 +286,10 @@ def _first_missing(
         ends += [_find_call(text, call["function"], position, form) for call in message.get("tool_calls") or ()]
         if min(ends) < 0:
             return place
-        position = position if is_system else max(ends)
+        if message.get("tool_calls"):
+            position = max(ends[1:])  # the text beside calls may come behind their results
+        elif not is_system:
+            position = ends[0]
     return None
 
 

@@ -249,10 +249,6 @@ def test_every_message_reaches_the_prompt(source: str, messages: list[dict[str, 
         ("{% for m in messages %}{{ m.content[:20] }}{% endfor %}", [HI, _said("user", "a text that is cut" * 9)], 1),
         ("{% for m in messages | reverse %}<{{ m.content }}>{% endfor %}",
          [_said("user", "one question of some length"), _said("assistant", "one answer of some length")], 1),
-        ("{% for m in messages %}<{{ m.content or '' }}>{% endfor %}",
-         [HI, _said("assistant", None, tool_calls=[_call()]), _said("tool", "sun", tool_call_id="c1")], 1),
-        ("{% for m in messages if m.role != 'tool' %}<{{ m.content }}>{% endfor %}",
-         [HI, _said("tool", "sun", tool_call_id="c1")], 1),
     ],
 )  # fmt: skip
 def test_a_message_that_cannot_reach_the_prompt_is_named(
@@ -264,9 +260,49 @@ def test_a_message_that_cannot_reach_the_prompt_is_named(
 
 
 def test_what_a_template_itself_refuses_is_answered_in_its_words() -> None:
-    messages = [HI, _said("tool", "sun", tool_call_id="c1")]
-    with pytest.raises(ChatTemplateError, match="refuses these messages: users and assistants"):
-        render_whole(ChatTemplate(SYSTEM_LATE, {}), messages)
+    with pytest.raises(ChatTemplateError, match="refuses these messages: users begin"):
+        render_whole(ChatTemplate(
+            "{% if messages[0].role != 'user' %}{{ raise_exception('users begin') }}{% endif %}", {}
+        ), [_said("assistant", "hi")])  # fmt: skip
+
+
+GENERIC = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [SYSTEM_LATE, GENERIC])
+def test_calls_and_results_become_text_for_templates_that_know_none(source: str) -> None:
+    messages = [HI, TWO_CALLS, *RESULTS, _said("assistant", "it depends"), HI]
+    text = render_whole(ChatTemplate(source, {}), messages).text
+    assert text == (
+        '<user>hi</><assistant>let me see\n<tool_call>\n{"name": "f", "arguments": {"a": "one"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "g", "arguments": {"b": 2}}\n</tool_call></>'
+        "<user><tool_response>\nsun\n</tool_response>\n<tool_response>\nrain\n</tool_response></>"
+        "<assistant>it depends</><user>hi</>"
+    )
+
+
+def test_ids_of_calls_and_results_become_short_alike_where_the_template_wants_that() -> None:
+    source = (
+        "{% for m in messages %}{% for t in m.tool_calls or [] %}"
+        "{% if t.id | length != 9 %}{{ raise_exception('ids') }}{% endif %}[{{ t.id }} {{ t.function.name }}]"
+        "{% else %}{{ m.tool_call_id }}:{{ m.content }};{% endfor %}{% endfor %}"
+    )
+    call = _said("assistant", None, tool_calls=[_call(call_id="call_0123456789abcdef"), _call("g", "abcdef012")])
+    results = [_said("tool", "A", tool_call_id="call_0123456789abcdef"), _said("tool", "B", tool_call_id="abcdef012")]
+    text = render_whole(ChatTemplate(source, {}), [call, *results]).text
+    short_id = text[1:10]
+    assert text == f"[{short_id} f][abcdef012 g]{short_id}:A;abcdef012:B;"
+
+
+def test_text_beside_a_call_may_come_behind_its_result() -> None:
+    source = (
+        "{% for m in messages %}{% for t in m.tool_calls or [] %}[{{ t.function.name }}]"
+        "{{ messages[loop.index].content }}{% endfor %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    said = _said("assistant", "one sentence beside the call", tool_calls=[_call()])
+    result = _said("tool", "one result of the call, in words", tool_call_id="c1")
+    text = render_whole(ChatTemplate(source, {}), [said, result]).text
+    assert text == "[f]one result of the call, in wordsone sentence beside the call"
 
 
 TEXTS = ("<", "|", "e", "im_end", ">", "Sure, ", "```json\n", "{\n  ", "", "\n", "</", "assistant", "  a  ", "é ")
