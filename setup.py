@@ -29,6 +29,7 @@ setup(
         "einops>=0.8",  # used by megatron-core's HyperCommGrid, which does not declare it
         "hydra-core==1.3.8",
         "omegaconf>=2.3,<2.4",
+        "pyyaml>=6",  # run_config.yaml of Megatron-Bridge; omegaconf brings it too
         "aiohttp>=3.10,<4",  # the client of medha bench: an event reaches it sooner than through httpx
         "starlette>=0.46,<2",
         "uvicorn>=0.34,<1",

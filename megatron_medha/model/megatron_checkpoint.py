@@ -8,8 +8,9 @@ Tensor names have no prefix there; NeMo puts "module." before them, some scripts
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.engine.checkpoint_files import read_word
+from megatron_medha.engine.checkpoint_files import read_word, shown
 from megatron_medha.engine.tokenizer_file import token_ids
+from megatron_medha.model.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
 from megatron_medha.model.hf_checkpoint import share_of, zero_padding_rows
-from megatron_medha.model.hf_config import read_json
+from megatron_medha.model.hf_config import read_hf_config, read_json
 from megatron_medha.model.megatron_args import args_from_config, config_from_args
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.safe_pickle import load_torch_file
-from megatron_medha.model.stored_tensors import StoredTensor, TensorFiles, read_index
+from megatron_medha.model.stored_tensors import INDEX_NAME, StoredTensor, TensorFiles, read_index
 from megatron_medha.model.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
 from megatron_medha.parallel.cpu_shim import allow_megatron_without_cuda
 
@@ -65,30 +67,67 @@ def read_megatron_config(directory: Path) -> ModelConfig:
     """The architecture, from the arguments in common.pt and the shapes in .metadata."""
     iteration = _found(directory)
     tensors = _tensors(iteration)
+    embedding = tensors.get(_EMBEDDING)
+    if embedding is None:
+        raise CheckpointError(f"{iteration / INDEX_NAME}: tensor {_EMBEDDING} is missing")
+    dtype = embedding.dtype
+    if dtype not in _DTYPES:
+        raise UnsupportedModelError(f"{iteration / INDEX_NAME}: {_EMBEDDING} has dtype {dtype}")
+    home = directory.resolve() if iteration != directory else directory.resolve().parent
+    try:
+        args, path = _arguments(iteration)
+    except MissingFieldsError as error:
+        return _config_beside((directory, home, iteration), error, embedding, tensors)
+    num_ids, stop_token_ids = tokenizer_facts((directory, home, iteration / "tokenizer"))
+    try:
+        config = config_from_args(
+            args,
+            path,
+            name=home.name,
+            dtype=_DTYPES[dtype],
+            num_embedding_rows=embedding.shape[0],
+            num_tokenizer_ids=num_ids,
+            stop_token_ids=stop_token_ids,
+        )
+    except CheckpointError as error:
+        if path.name != RUN_CONFIG_NAME:
+            raise
+        message = str(error).replace(": args.", ": model.").replace("from 'args'", "from 'model'")
+        raise type(error)(message) from None
+    refuse_larger_model(config, path, sum(prod(tensor.shape) for tensor in tensors.values()))
+    return config
+
+
+def _config_beside(
+    directories: Sequence[Path], error: MissingFieldsError, embedding: StoredTensor, tensors: Mapping[str, StoredTensor]
+) -> ModelConfig:
+    """The architecture in the config.json of the same model, if there is one that agrees with what is stated."""
+    home = next((directory for directory in directories if (directory / "config.json").is_file()), None)
+    if home is None:
+        raise error
+    path = home / "config.json"
+    config = dataclasses.replace(read_hf_config(home), name=directories[1].name, dtype=_DTYPES[embedding.dtype])
+    for name, value in fields_of(config).items():
+        if error.stated.get(name) not in (None, value):
+            raise CheckpointError(f"{path}: says {name}={value}, {RUN_CONFIG_NAME} says {shown(error.stated[name])}")
+    refuse_larger_model(config, path, sum(prod(tensor.shape) for tensor in tensors.values()))
+    return config
+
+
+def _arguments(iteration: Path) -> tuple[argparse.Namespace, Path]:
+    """The arguments that the model was trained with, and the file that holds them: Megatron-LM's, or Bridge's."""
     path = iteration / "common.pt"
     common = load_torch_file(path)
     args = common.get("args") if isinstance(common, Mapping) else None
-    if not isinstance(args, argparse.Namespace):
-        raise CheckpointError(f"{path}: holds no 'args', from which the architecture is read")
-    embedding = tensors.get(_EMBEDDING)
-    if embedding is None:
-        raise CheckpointError(f"{iteration / '.metadata'}: tensor {_EMBEDDING} is missing")
-    dtype = embedding.dtype
-    if dtype not in _DTYPES:
-        raise UnsupportedModelError(f"{iteration / '.metadata'}: {_EMBEDDING} has dtype {dtype}")
-    home = directory.resolve() if iteration != directory else directory.resolve().parent
-    num_ids, stop_token_ids = tokenizer_facts((directory, home))
-    config = config_from_args(
-        args,
-        path,
-        name=home.name,
-        dtype=_DTYPES[dtype],
-        num_embedding_rows=embedding.shape[0],
-        num_tokenizer_ids=num_ids,
-        stop_token_ids=stop_token_ids,
+    if isinstance(args, argparse.Namespace):
+        return args, path
+    if (iteration / RUN_CONFIG_NAME).is_file():
+        return read_run_config(iteration / RUN_CONFIG_NAME), iteration / RUN_CONFIG_NAME
+    raise MissingFieldsError(
+        f"{path}: holds no 'args', from which the architecture is read, and there is neither Megatron-Bridge's "
+        f"{RUN_CONFIG_NAME} beside it nor the config.json of the same model",
+        {},
     )
-    refuse_larger_model(config, path, sum(prod(tensor.shape) for tensor in tensors.values()))
-    return config
 
 
 @torch.no_grad()

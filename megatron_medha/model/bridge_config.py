@@ -1,0 +1,169 @@
+"""run_config.yaml of Megatron-Bridge, read as the arguments that Megatron-LM would have been started with.
+
+Bridge states a model in the names of megatron-core's TransformerConfig, all fields with their values. Most are names of
+arguments too. Which of the others leave the answers alone is listed here; what else is set is refused as an argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.engine.checkpoint_files import read_bytes, shown
+from megatron_medha.model.model_config import ModelConfig
+
+RUN_CONFIG_NAME = "run_config.yaml"
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_MAX_BYTES = 1 << 20  # it has 30 KB
+
+# Classes of megatron.bridge.models that describe a model by their fields alone.
+_MODELS = re.compile(
+    r"(Bridge)?GPTModel(Provider|Config)|(Code)?Llama\d*ModelProvider\w*|MistralModelProvider|Qwen(2|25|3)ModelProvider\w*"
+)
+_LAYER_SPECS = re.compile(r"megatron\.(bridge\.models\.gpt_provider|core\.models\.gpt\.gpt_layer_specs)\.\w+")
+# Fields by the name of the argument that says the same.
+_RENAMED = {
+    "num_moe_experts": "num_experts",
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "seq_length": "max_position_embeddings",
+}
+_NEEDED = _names("""
+    activation_func add_bias_linear ffn_hidden_size gated_linear_unit hidden_size layernorm_epsilon normalization
+    num_attention_heads num_layers position_embedding_type rotary_base seq_length share_embeddings_and_output_weights
+    vocab_size
+""")
+# Whatever their value: training, layout, precision and what builds the model; details of features refused by others.
+_HARMLESS = _names("""
+    _builder_ _cpu_offloading_context _target_ activation_func_fp8_input_store autocast_dtype batch_p2p_comm
+    batch_p2p_sync bias_activation_fusion builder cpu_offloading cpu_offloading_activations
+    cpu_offloading_double_buffering cpu_offloading_weights cuda_graph_retain_backward_graph
+    cuda_graph_use_single_mempool deallocate_pipeline_outputs disable_parameter_transpose_cache embedding_init_method
+    enable_autocast extra_checkpoint_metadata finalize_model_grads_func fp8_dot_product_attention
+    fp8_multi_head_attention fp8_param fused_single_qkv_rope generation_config grad_scale_func grad_sync_func
+    hetereogenous_dist_checkpoint hf_model_id hf_model_revision init_method log_max_attention_logit
+    max_position_embeddings memory_efficient_layer_norm mtp_enabled no_sync_func num_layers_in_first_pipeline_stage
+    num_layers_in_last_pipeline_stage num_microbatches_with_partial_activation_checkpoints output_layer_init_method
+    parallel_output param_sync_func persist_layer_norm pipeline_dtype scatter_embedding_sequence_parallel
+    should_pad_vocab timers tp_only_amax_red use_arbitrary_attention_mask use_inference_optimized_layers
+    use_te_rng_tracker use_transformer_engine_full_layer_spec
+""")
+# Of Llama 3.1 providers, which scale rotary frequencies themselves; megatron-core's scaling has these values only.
+_LLAMA31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
+
+
+class MissingFieldsError(CheckpointError):
+    """run_config.yaml does not say all that is needed."""
+
+    def __init__(self, message: str, stated: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.stated = stated
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. Merge keys are refused: a few lines of them make gigabytes."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("merge keys do not belong in it")
+
+
+def read_run_config(path: Path) -> argparse.Namespace:
+    """The model's arguments, for config_from_args, which refuses what is set and may change the answers.
+
+    Raises CheckpointError naming what is missing, UnsupportedModelError for what no argument can say.
+    """
+    fields = dict(_model_section(path))
+    if missing := sorted(_NEEDED - fields.keys()):
+        raise MissingFieldsError(f"{path}: model.{', model.'.join(missing)} missing", fields)
+    args = _arguments(fields, path)
+    for name, value in fields.items():
+        if name not in _HARMLESS:
+            setattr(args, _RENAMED.get(name, name), value)
+    return args
+
+
+def _model_section(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.load(read_bytes(path, _MAX_BYTES), _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from error
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{path}: holds no 'model', from which the architecture is read")
+    if isinstance(inner := model.get("transformer"), dict):
+        model = {**model, **inner, "_target_": model.get("_target_")}
+        del model["transformer"]
+    target = model.get("_target_")
+    package, _, name = str(target).rpartition(".")
+    if target is not None and not (package.startswith("megatron.") and _MODELS.fullmatch(name)):
+        raise UnsupportedModelError(
+            f"{path}: model._target_={shown(target)} is not supported: models of GPTModelProvider and of the Llama, "
+            "Mistral, Qwen2 and Qwen3 providers are"
+        )
+    return {str(name): value for name, value in model.items()}
+
+
+def _arguments(fields: dict[str, Any], path: Path) -> argparse.Namespace:
+    """Arguments for what is named or valued differently; those fields are taken out."""
+
+    def refuse_unless(is_fine: bool, name: str, value: Any, why: str) -> None:
+        if not is_fine:
+            raise UnsupportedModelError(f"{path}: model.{name}={shown(value)} is not supported: {why}")
+
+    take = fields.pop
+    activation = take("activation_func")
+    if isinstance(activation, dict):
+        activation = activation.get("_target_")
+    is_silu = str(activation).rpartition(".")[2] == "silu"
+    refuse_unless(is_silu and take("gated_linear_unit") is True, "activation_func", activation, "it must be gated SiLU")
+    spec = take("transformer_layer_spec", None)
+    if isinstance(spec, dict):
+        spec = spec.get("_target_")
+    refuse_unless(spec is None or bool(_LAYER_SPECS.fullmatch(str(spec))), "transformer_layer_spec", spec,
+                  "layers of the training script's own are not known here")  # fmt: skip
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    is_counted = type(heads) is int and type(hidden) is int and heads > 0
+    refuse_unless(is_counted, "num_attention_heads", heads, "it must be a positive whole number, as hidden_size")
+    args = argparse.Namespace(swiglu=True, group_query_attention=True)
+    args.num_query_groups = take("num_query_groups", None) or heads
+    args.kv_channels = take("kv_channels", None) or hidden // heads
+    args.ffn_hidden_size = take("ffn_hidden_size") or 4 * hidden
+    args.untie_embeddings_and_output_weights = not take("share_embeddings_and_output_weights")
+    args.rotary_percent = take("rotary_percent", 1.0)
+    scale = take("softmax_scale", None)
+    refuse_unless(scale is None or scale == args.kv_channels**-0.5, "softmax_scale", scale, "only the usual one is")
+    if (factor := take("scale_factor", None)) is not None:
+        for name, value in _LLAMA31.items():
+            refuse_unless((stated := take(name, None)) == value, name, stated, f"it must be {value} with scale_factor")
+        args.use_rope_scaling, args.rope_scaling_factor = True, factor
+        take("rope_scaling", None), take("rope_scaling_factor", None)
+    return args
+
+
+def fields_of(config: ModelConfig) -> dict[str, Any]:
+    """Bridge's fields for what a model's weights and positions follow from."""
+    return {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_heads,
+        "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_dim,
+        "layernorm_epsilon": config.norm_epsilon,
+        "rotary_base": config.rope_theta,
+        "add_qkv_bias": config.has_qkv_bias,
+        "qk_layernorm": config.has_qk_norm,
+        "share_embeddings_and_output_weights": config.has_tied_embeddings,
+    }

@@ -1,0 +1,246 @@
+"""Checkpoints of Megatron-Bridge: run_config.yaml read as Megatron-LM's arguments are, and as strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.model.build import build_model
+from megatron_medha.model.checkpoint import load_weights, read_model_config
+from megatron_medha.model.megatron_checkpoint import save_megatron_checkpoint
+from megatron_medha.model.model_config import ModelConfig, RopeScaling
+from megatron_medha.model.tiny_tokenizer import EOS_ID, save_tiny_tokenizer
+from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    name="small", num_layers=2, hidden_size=64, ffn_hidden_size=96, num_heads=4, num_kv_heads=2, head_dim=16,
+    vocab_size=100, max_context_len=4096, norm_epsilon=1e-6, rope_theta=500000.0,
+)  # fmt: skip
+# What Bridge's GPTModelProvider has beside the fields of TransformerConfig, as it writes them.
+PROVIDER = {
+    "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider", "fp16_lm_cross_entropy": False,
+    "parallel_output": True, "make_vocab_size_divisible_by": 128, "rotary_percent": 1.0, "rope_scaling": False,
+    "rope_scaling_factor": 1.0, "rotary_scaling_factor": None, "seq_len_interpolation_factor": None,
+    "yarn_beta_fast": None, "deallocate_pipeline_outputs": True, "scatter_embedding_sequence_parallel": True,
+    "tp_only_amax_red": False, "tp_comm_overlap_cfg": None, "use_transformer_engine_full_layer_spec": False,
+    "transformer_layer_spec": {"_target_": "megatron.bridge.models.gpt_provider.default_layer_spec", "_call_": False},
+    "generation_config": {"_target_": "transformers.GenerationConfig.from_dict", "_call_": True, "config_dict": {}},
+    "hf_model_id": "meta-llama/Llama-3.2-1B", "should_pad_vocab": True, "moe_grouped_gemm": False,
+    "mtp_enabled": False, "use_te_rng_tracker": False, "cross_entropy_loss_fusion": True,
+    "gradient_accumulation_fusion": True, "restore_modelopt_state": False, "use_arbitrary_attention_mask": None,
+    "bias_activation_fusion": True, "persist_layer_norm": True, "position_embedding_type": "rope",
+}  # fmt: skip
+SILU = {"_target_": "torch.nn.functional.silu", "_call_": False}
+
+
+def plain(value: Any) -> Any:
+    """As Bridge writes it: classes, functions and dtypes by name."""
+    if isinstance(value, bool | int | float | str | list | None):
+        return value
+    if isinstance(value, torch.dtype):
+        return {"_target_": str(value), "_call_": False}
+    return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", "_call_": True}
+
+
+def model_section(config: ModelConfig = CONFIG, **changes: Any) -> dict[str, Any]:
+    """All fields of a provider, with the values that make it this model."""
+    fields = {
+        field.name: None if field.default is dataclasses.MISSING else plain(field.default)
+        for field in dataclasses.fields(TransformerConfig)
+    }
+    return fields | PROVIDER | {
+        "num_layers": config.num_layers, "hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_heads, "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_dim, "vocab_size": config.vocab_size, "seq_length": config.max_context_len,
+        "layernorm_epsilon": config.norm_epsilon, "rotary_base": config.rope_theta, "normalization": "RMSNorm",
+        "activation_func": SILU, "gated_linear_unit": True, "add_bias_linear": False,
+        "add_qkv_bias": config.has_qkv_bias, "qk_layernorm": config.has_qk_norm, "bf16": True,
+        "share_embeddings_and_output_weights": config.has_tied_embeddings,
+        "params_dtype": plain(torch.bfloat16), "hidden_dropout": 0.0, "tensor_model_parallel_size": 2,
+    } | changes  # fmt: skip
+
+
+def write(directory: Path, model: Any) -> None:
+    path = next(directory.glob("iter_*")) / "run_config.yaml"
+    path.write_text(yaml.safe_dump({"_target_": "megatron.bridge.training.config.ConfigContainer", "model": model}))
+
+
+@pytest.fixture(scope="module")
+def groups() -> MedhaPGs:
+    init_distributed(ParallelLayout(), 0, device=CPU)
+    return build_groups(ParallelLayout())
+
+
+def save(directory: Path, groups: MedhaPGs, config: ModelConfig = CONFIG) -> Any:
+    """A checkpoint as Bridge leaves it: no arguments in common.pt."""
+    torch.manual_seed(0)
+    model = build_model(config, dtype=torch.float32, device=CPU, pgs=groups)
+    step = save_megatron_checkpoint(model, dataclasses.replace(config, rope_scaling=RopeScaling()), directory, 5)
+    torch.save({"iteration": 5, "checkpoint_version": 3.0}, step / "common.pt")
+    write(directory, model_section(config))
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path: Path, groups: MedhaPGs) -> Path:
+    save(tmp_path / "small", groups)
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize(
+    "traits", [{}, {"has_tied_embeddings": True, "has_qkv_bias": True}, {"has_qk_norm": True, "head_dim": 24}]
+)
+def test_a_checkpoint_of_bridge_is_read_from_its_run_config(
+    traits: dict[str, Any], tmp_path: Path, groups: MedhaPGs
+):
+    config = dataclasses.replace(CONFIG, **traits)
+    model = save(tmp_path / "small", groups, config)
+    found = read_model_config(tmp_path / "small")
+    assert found == config
+    loaded = build_model(found, dtype=torch.float32, device=CPU, pgs=groups, is_initialized=False)
+    load_weights(loaded, found, tmp_path / "small", lambda what, fraction: None)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(dict(loaded.named_parameters())[name], parameter), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaling"),
+    [
+        ({"rope_scaling": True, "rope_scaling_factor": 32.0}, RopeScaling(
+            kind="llama3", factor=32.0, original_max_context_len=8192)),
+        ({"seq_len_interpolation_factor": 4.0}, RopeScaling(kind="linear", factor=4.0)),
+        ({"_target_": "megatron.bridge.models.llama.llama_provider.Llama31ModelProvider8B", "scale_factor": 8.0,
+          "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192},
+         RopeScaling(kind="llama3", factor=8.0, original_max_context_len=8192)),
+    ],
+)  # fmt: skip
+def test_each_way_to_state_rotary_scaling_is_read(changes: dict[str, Any], scaling: RopeScaling, saved: Path):
+    write(saved, model_section(**changes))
+    assert read_model_config(saved) == dataclasses.replace(CONFIG, rope_scaling=scaling)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_channels": None, "softmax_scale": 16**-0.5},
+        {"_target_": "megatron.bridge.models.qwen.qwen_provider.Qwen3ModelProvider600M"},
+        {"_target_": "megatron.bridge.models.mistral.mistral_provider.MistralModelProvider"},
+        {"activation_func": "silu", "fp8": "hybrid", "recompute_granularity": "full", "cpu_offloading": True},
+        {"attention_backend": {"_target_": "megatron.core.transformer.enums.AttnBackend", "_args_": [3]}},
+    ],
+)
+def test_fields_that_leave_the_answers_alone_are_passed_over(changes: dict[str, Any], saved: Path):
+    write(saved, model_section(**changes))
+    assert read_model_config(saved) == CONFIG
+
+
+def test_the_nested_form_of_newer_versions_means_the_same(saved: Path):
+    flat = model_section(_target_="megatron.bridge.models.gpt.model_config.BridgeGPTModelConfig")
+    inner = {field.name for field in dataclasses.fields(TransformerConfig)}
+    transformer = {name: value for name, value in flat.items() if name in inner}
+    transformer["_target_"] = "megatron.core.transformer.transformer_config.TransformerConfig"
+    write(saved, {name: flat[name] for name in flat.keys() - inner} | {"transformer": transformer})
+    assert read_model_config(saved) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layernorm_zero_centered_gamma", True),
+        ("activation_func", {"_target_": "torch.nn.functional.gelu", "_call_": False}),
+        ("gated_linear_unit", False),
+        ("normalization", "LayerNorm"),
+        ("position_embedding_type", "yarn"),
+        ("rotary_percent", 0.5),
+        ("rotary_interleaved", True),
+        ("num_moe_experts", 8),
+        ("window_size", [127, 0]),
+        ("softmax_scale", 0.5),
+        ("qk_l2_norm", True),
+        ("heterogeneous_block_specs", True),
+        ("restore_modelopt_state", True),
+        ("scale_embeddings_of_a_later_version", 8.0),
+        ("_target_", "megatron.bridge.models.gemma.gemma_provider.GemmaModelProvider"),
+        ("_target_", "megatron.bridge.models.qwen.qwen_provider.Qwen3MoEModelProvider30B_A3B_x.Evil"),
+        ("transformer_layer_spec", {"_target_": "my.script.layer_spec", "_call_": False}),
+    ],
+)
+def test_what_changes_the_answers_or_is_unknown_is_refused_with_its_name(name: str, value: Any, saved: Path):
+    write(saved, model_section(**{name: value}))
+    told = {"gated_linear_unit": "activation_func", "num_moe_experts": "num_experts"}.get(name, name)
+    with pytest.raises(UnsupportedModelError, match=rf"run_config\.yaml: model\.{told}="):
+        read_model_config(saved)
+
+
+def test_another_scaling_of_rotary_frequencies_is_refused(saved: Path):
+    write(saved, model_section(scale_factor=8.0, low_freq_factor=2.0, high_freq_factor=4.0, old_context_len=8192))
+    with pytest.raises(UnsupportedModelError, match="low_freq_factor=2.0"):
+        read_model_config(saved)
+
+
+def test_missing_fields_are_all_named(saved: Path):
+    write(saved, {"num_layers": 2, "hidden_size": 64})
+    told = r"run_config\.yaml: .*model\.layernorm_epsilon.*model\.rotary_base.*missing"
+    with pytest.raises(CheckpointError, match=told):
+        read_model_config(saved)
+
+
+def test_the_config_of_the_same_model_says_what_the_run_config_does_not(saved: Path):
+    fields = {
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (saved / "config.json").write_text(json.dumps(fields))
+    for stated in ({"num_layers": 2, "hidden_size": 64}, {}):
+        write(saved, stated)
+        assert read_model_config(saved) == CONFIG
+    next(saved.glob("iter_*/run_config.yaml")).unlink()
+    assert read_model_config(saved) == CONFIG
+    write(saved, {"rotary_base": 10000.0})
+    with pytest.raises(CheckpointError, match=r"config\.json: says rotary_base=500000.0, run_config.yaml says 10000.0"):
+        read_model_config(saved)
+
+
+def test_the_tokenizer_that_bridge_saves_gives_the_end_token(saved: Path, groups: MedhaPGs):
+    step = next(saved.glob("iter_*"))
+    (step / "tokenizer").mkdir()
+    save_tiny_tokenizer(step / "tokenizer", 512)
+    assert read_model_config(saved).stop_token_ids == (EOS_ID,)
+
+
+LAUGHS = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n" for before, name in zip("abcdefghi", "bcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "model: !!python/object/apply:os.system ['touch pwned']",
+        "model: " + "[" * 100_000,
+        "model: " + "{a: " * 3000 + "1" + "}" * 3000,
+        LAUGHS,
+        "model: {num_layers: " + "9" * 10_000 + "}",
+        "x" * (2 << 20),
+        "- 1",
+        "model: 1",
+        "model: {? [a, b] : 1}",
+        "\0",
+    ],
+)
+def test_a_hostile_or_broken_run_config_is_refused_by_its_name(content: str, saved: Path):
+    next(saved.glob("iter_*/run_config.yaml")).write_text(content)
+    with pytest.raises(CheckpointError, match=r"run_config\.yaml") as caught:
+        read_model_config(saved)
+    assert len(str(caught.value)) < 2000
