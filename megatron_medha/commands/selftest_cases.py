@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterator
 
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
-RESPONSES = "/v1/responses"
-PATHS = (COMPLETIONS, CHAT, RESPONSES, TOKENIZE, DETOKENIZE)
+RESPONSES, MESSAGES, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
+PATHS = (COMPLETIONS, CHAT, RESPONSES, MESSAGES, COUNT, TOKENIZE, DETOKENIZE)
 
 # As JSON text, since not all of it is what json.dumps would write.
 NASTY = (
@@ -26,13 +26,16 @@ FIELDS = (
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "parallel_tool_calls",
     "input", "instructions", "max_output_tokens", "text", "store", "previous_response_id", "background", "metadata",
     "documents", "reasoning_effort", "modalities", "use_beam_search", "length_penalty", "bad_words",
-    "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens",
+    "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "include", "reasoning", "truncation", "system",
+    "stop_sequences", "thinking", "output_config", "output_format",
 )  # fmt: skip
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 VALID = {
     COMPLETIONS: {"prompt": '"abc"', "max_tokens": "2"},
     CHAT: {"messages": '[{"role":"user","content":"hi"}]', "max_tokens": "2"},
     RESPONSES: {"input": '"hi"', "max_output_tokens": "2"},
+    MESSAGES: {"messages": '[{"role":"user","content":"hi"}]', "max_tokens": "2"},
+    COUNT: {"messages": '[{"role":"user","content":"hi"}]'},
     TOKENIZE: {"prompt": '"abc"'},
     DETOKENIZE: {"tokens": "[1,2]"},
 }
@@ -68,7 +71,7 @@ def wrong_fields() -> Iterator[tuple[str, bytes]]:
     for path in PATHS:
         for field in FIELDS:
             for value in NASTY:
-                if field in LENGTH_FIELDS and value == "null" and path in (CHAT, RESPONSES):
+                if field in LENGTH_FIELDS and value == "null" and path in (CHAT, RESPONSES, MESSAGES):
                     continue
                 yield path, as_json({**VALID[path], field: value})
 

@@ -34,17 +34,10 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
     error: ErrorBody
 
 
-class AnthropicErrorBody(msgspec.Struct, frozen=True):
-    """The inside of Anthropic's error object."""
-
-    type: str
-    message: str
-
-
 class AnthropicError(msgspec.Struct, frozen=True):
-    """Anthropic's error object."""
+    """Anthropic's error object; param and code inside are ours, and its clients pass over them."""
 
-    error: AnthropicErrorBody
+    error: ErrorBody
     type: str = "error"
 
 
@@ -71,10 +64,10 @@ class ApiError(Exception):
 
     def as_json(self, path: str = "") -> bytes:
         """The body of the answer; of the path depends whose shape it has."""
-        if path.startswith(ANTHROPIC_PREFIX):
-            return msgspec.json.encode(AnthropicError(AnthropicErrorBody(_anthropic_type(self.status), self.message)))
-        body = ErrorBody(self.message, error_type(self.status), self.param, self.code)
-        return msgspec.json.encode(ErrorAnswer(body))
+        is_anthropic = path.startswith(ANTHROPIC_PREFIX)
+        kind = _anthropic_type(self.status) if is_anthropic else error_type(self.status)
+        body = ErrorBody(self.message, kind, self.param, self.code)
+        return msgspec.json.encode(AnthropicError(body) if is_anthropic else ErrorAnswer(body))
 
     def as_response(self, path: str = "") -> Response:
         """The whole answer."""

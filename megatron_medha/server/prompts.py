@@ -128,7 +128,8 @@ def _short(number: int) -> str:
 
 def _too_long(num_tokens: str, limit: int, param: str) -> ApiError:
     return bad_request(
-        f"the prompt has {num_tokens} tokens, and prompt and output together may have {limit}; "
+        # Claude Code reads the first words, and sends less.
+        f"prompt is too long: {num_tokens} tokens > {limit} maximum of prompt and output together; "
         f"at least one output token must fit, unless max_tokens is 0",
         param,
         "context_length_exceeded",
@@ -138,7 +139,7 @@ def _too_long(num_tokens: str, limit: int, param: str) -> ApiError:
 def _over_prompt_limit(num_tokens: int, limit: int, param: str) -> ApiError:
     return ApiError(
         413,
-        f"the prompt has at least {num_tokens} tokens, this server takes {limit} (server.max_prompt_tokens)",
+        f"prompt is too long: at least {num_tokens} tokens > {limit} maximum (server.max_prompt_tokens)",
         param=param,
         code="prompt_too_long",
     )
@@ -146,8 +147,9 @@ def _over_prompt_limit(num_tokens: int, limit: int, param: str) -> ApiError:
 
 def _over_limit(num_tokens: int, max_tokens: int, limit: int, param: str) -> ApiError:
     return bad_request(
-        f"the prompt's {num_tokens} tokens and {param}={_short(max_tokens)} exceed the {limit} tokens "
-        f"that prompt and output together may have; at most {param}={limit - num_tokens} fits this prompt",
+        # Claude Code reads the numbers, and sends a smaller one.
+        f"input length and `{param}` exceed context limit: {num_tokens} + {_short(max_tokens)} > {limit}; "
+        f"at most {param}={limit - num_tokens} fits this prompt",
         param,
         "context_length_exceeded",
     )

@@ -239,6 +239,16 @@ def test_a_bad_message_gets_anthropics_error(says: Callable[..., Running], field
     assert_anthropic_error(says("x").post(MESSAGES, body), 400, "invalid_request_error", part)
 
 
+def test_a_prompt_that_does_not_fit_is_said_in_the_words_that_claude_code_reads(says: Callable[..., Running]) -> None:
+    server = says("x")
+    body = {"messages": [HI], "max_tokens": 5000}
+    length = server.post(COUNT, body).json()["input_tokens"]
+    part = f"input length and `max_tokens` exceed context limit: {length} + 5000 > 4000"
+    assert_anthropic_error(server.post(MESSAGES, body), 400, "invalid_request_error", part)
+    long = {"messages": [{"role": "user", "content": "a" * 4100}], "max_tokens": 9}
+    assert_anthropic_error(server.post(MESSAGES, long), 400, "invalid_request_error", "prompt is too long: ")
+
+
 def test_every_error_of_the_route_has_anthropics_shape(says: Callable[..., Running]) -> None:
     server = says("x", api_key="k" * 32, max_body_bytes=4000)
     key = {"x-api-key": "k" * 32}
