@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from megatron_medha.engine.guidance import GrammarCompiler, GrammarError
+from megatron_medha.engine.json_schema import translated
 from megatron_medha.engine.parentage import die_with_parent
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _written_out(trial: Trial) -> str:
     match trial.kind:
         case GuideKind.JSON_SCHEMA:
             try:
-                grammar: str = LLMatcher.grammar_from_json_schema(trial.text, _JSON_STYLE)
+                grammar: str = LLMatcher.grammar_from_json_schema(translated(trial.text), _JSON_STYLE)
             except ValueError as error:
                 raise GrammarError(str(error)) from None
         case GuideKind.CHOICE:

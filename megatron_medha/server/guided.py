@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 _NUM_KNOWN = 256     # guides whose fate is known
 _REFUSED_S = 60.0    # how long one that took too long is refused at once: clients that send it again get it again
-_MAX_ERROR_CHARS = 500
+_MAX_ERROR_CHARS = 1000
+_TOOL = re.compile(r"#/\$defs/tool([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,9 @@ class Grammars:
         else:
             self._known.move_to_end(guide)
         if verdict.grammar is None:
-            raise bad_request(f"{guide.param}: {verdict.why}", guide.param, verdict.code)
+            # Schemas of several tools are compiled as one; see tools.py.
+            why = _TOOL.sub(r"tools[\1].function.parameters", verdict.why) if guide.param == "tools" else verdict.why
+            raise bad_request(f"{guide.param}: {why}", guide.param, verdict.code)
         return verdict.grammar
 
     async def close(self) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import json
 import os
 import random
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
+import pydantic
 import pytest
 from fake_engine import WAIT_S, FakeEngine, Rule, say
 from running_server import Running, StartServer
@@ -300,3 +303,51 @@ def test_the_best_of_several_are_answered(start_server: StartServer) -> None:
     single = server.post(COMPLETIONS, {**body, "n": 4, "logprobs": 0}).json()["choices"]
     ranked = sorted(single[:4], key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
     assert [choice["text"] for choice in answer["choices"][:2]] == [choice["text"] for choice in ranked[:2]]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "odd"}}])
+def test_what_a_tools_schema_cannot_keep_is_named_with_its_place(obedient: Running, choice: Any) -> None:
+    odd = {"type": "object", "properties": {"a": {"const": 2**53 + 1}, "b": {"not": {"const": 1}}}}
+    tools = [TOOLS[1], {"type": "function", "function": {"name": "odd", "parameters": odd}}]
+    error = obedient.post(CHAT, {"messages": HI, "tools": tools, "tool_choice": choice}).json()["error"]
+    assert (error["param"], error["code"]) == ("tools", "invalid_grammar")
+    start = "tools[1].function.parameters" if choice == "required" else "#"
+    assert f"{start}/properties/a/const: 9007199254740993 " in error["message"]
+    assert f"{start}/properties/b/not: " in error["message"]
+
+
+def test_a_model_of_pydantic_is_kept_by_a_format_and_by_tools(
+    start_server: StartServer, with_tools: Tokenizer
+) -> None:
+    server = start_server(FakeEngine(rule=obey(with_tools), max_request_tokens=9000), with_tools)
+
+    class Lamp(pydantic.BaseModel):
+        kind: Literal["lamp"]
+        price: Annotated[float, pydantic.Field(ge=0, le=1e6)] | None = None
+        colours: set[Literal["red", "blue"]]
+        sold: date
+
+    class Chair(pydantic.BaseModel):
+        kind: Literal["chair"]
+        legs: int = pydantic.Field(ge=0, le=2**63 - 1)
+        maker: ipaddress.IPv4Address
+
+    class Order(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid")
+        what: Annotated[Lamp | Chair, pydantic.Field(discriminator="kind")]
+        rooms: dict[Literal["hall", "attic"], bool]
+
+    chat = client_of(server).chat.completions
+    schema: Any = Order.model_json_schema()
+    tools: Any = [*TOOLS, {"type": "function", "function": {"name": "order", "parameters": schema}}]
+    body: Any = {"model": "fake-model", "messages": HI, "max_tokens": 900}
+    format_of_it = {"type": "json_schema", "json_schema": {"name": "order", "schema": schema}}
+    named = {"type": "function", "function": {"name": "order"}}
+    for seed in range(8):
+        said = chat.create(**body, seed=seed, response_format=format_of_it).choices[0]
+        called = chat.create(**body, seed=seed, tools=tools, tool_choice=named).choices[0]
+        arguments = (called.message.tool_calls or ())[0].function.arguments
+        for choice, text in ((said, said.message.content), (called, arguments)):
+            if choice.finish_reason != "length":
+                Order.model_validate_json(text or "")
+    assert chat.create(**body, tools=tools, tool_choice="required").choices[0].message.tool_calls
