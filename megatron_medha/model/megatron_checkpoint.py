@@ -27,7 +27,8 @@ from megatron_medha.engine.checkpoint_files import read_word, shown
 from megatron_medha.engine.tokenizer_file import token_ids
 from megatron_medha.model.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
 from megatron_medha.model.hf_checkpoint import share_of, zero_padding_rows
-from megatron_medha.model.hf_config import read_hf_config, read_json
+from megatron_medha.model.hf_config import read_hf_config
+from megatron_medha.model.json_fields import read_json
 from megatron_medha.model.megatron_args import args_from_config, config_from_args
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.safe_pickle import load_torch_file

@@ -18,6 +18,7 @@ class RopeScaling:
     original_max_context_len: int = 0  # llama3, yarn
     beta_fast: float = 32.0         # yarn
     beta_slow: float = 1.0          # yarn
+    is_range_rounded: bool = True   # yarn: the range of blended dimensions, to whole ones
     attention_factor: float | None = None  # yarn; None: derived from the factor
     mscale: float | None = None     # yarn
     mscale_all_dim: float | None = None  # yarn

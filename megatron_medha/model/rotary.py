@@ -173,8 +173,10 @@ def _yarn_frequencies(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
         """The (real-valued) dimension that turns this often over the original context."""
         return dim * math.log(scaling.original_max_context_len / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension_with(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension_with(scaling.beta_slow)), dim - 1)
+    low, high = dimension_with(scaling.beta_fast), dimension_with(scaling.beta_slow)
+    if scaling.is_range_rounded:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 0.001
     interpolated_share_F = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
     powers_F = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)

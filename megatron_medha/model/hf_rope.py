@@ -1,0 +1,103 @@
+"""The rotary embedding that a Hugging Face config states, as transformers 5 understands it. The rest is hf_config.py.
+
+Two spellings: rope_parameters (transformers 5), and rope_scaling with rope_theta at the top level (transformers 4).
+Where both are there transformers takes rope_scaling, whole: a model card's recipe for long contexts adds it.
+"""
+
+from __future__ import annotations
+
+from megatron_medha.core.errors import UnsupportedModelError
+from megatron_medha.model.json_fields import JsonFields
+from megatron_medha.model.model_config import RopeScaling
+
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+_DEFAULT_THETA = 10000.0
+
+# Every field of any rope type: transformers passes over those of the other types. "finetuned" is a note for people.
+_KNOWN = frozenset(
+    ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast")
+    + ("beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "short_factor")
+    + ("long_factor", "partial_rotary_factor", "finetuned")
+)
+
+
+def rope_problems(config: JsonFields) -> list[str]:
+    """Reasons why the rotary embedding cannot be run as transformers would."""
+    rope = _stated(config)
+    problems = [
+        rope.unsupported(key, "this field of a rotary embedding is not known here")
+        for key, value in rope.fields.items()
+        if value and key not in _KNOWN
+    ]
+    if _kind(rope) not in _ROPE_TYPES:
+        key = "rope_type" if "rope_type" in rope.fields else "type"
+        problems.append(rope.unsupported(key, f"one of {', '.join(_ROPE_TYPES)} is"))
+    for fields in (rope, config):
+        if fields.fields.get("partial_rotary_factor") not in (None, 1.0):
+            problems.append(fields.unsupported("partial_rotary_factor", "rotary positions turn whole heads here"))
+    problems += _lost_theta(config)
+    return [str(problem) for problem in problems]
+
+
+def _lost_theta(config: JsonFields) -> list[UnsupportedModelError]:
+    """Against a base in rope_parameters that transformers would pass over, for its default."""
+    other = config.within("rope_parameters")
+    if not config.fields.get("rope_scaling") or "rope_theta" not in other.fields:
+        return []
+    if other.number("rope_theta") == rope_theta(config):
+        return []
+    why = "transformers passes over rope_parameters beside rope_scaling; write rope_theta into rope_scaling"
+    return [other.unsupported("rope_theta", why)]
+
+
+def rope_theta(config: JsonFields) -> float:
+    """The base of the frequencies."""
+    rope = _stated(config)
+    fields = rope if "rope_theta" in rope.fields else config
+    return fields.number("rope_theta") if "rope_theta" in fields.fields else _DEFAULT_THETA
+
+
+def rope_scaling(config: JsonFields) -> RopeScaling:
+    """How the frequencies are scaled; rope_problems has found nothing."""
+    rope = _stated(config)
+    kind = _kind(rope)
+    if kind == "default":
+        return RopeScaling()
+    if kind in ("linear", "dynamic"):
+        return RopeScaling(kind=kind, factor=rope.number("factor"))
+    # At the top level it goes before the one in rope_parameters.
+    max_positions = config.integer("max_position_embeddings")
+    original = rope.integer("original_max_position_embeddings", max_positions)
+    if config.fields.get("original_max_position_embeddings") is not None:
+        original = config.integer("original_max_position_embeddings")
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if low >= high:
+            raise rope.wrong("high_freq_factor", f"above low_freq_factor={low}")
+        return RopeScaling(
+            kind=kind,
+            factor=rope.number("factor"),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_context_len=original,
+        )
+    return RopeScaling(
+        kind=kind,
+        factor=rope.number("factor", max_positions / original),
+        original_max_context_len=original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        # null is false here, as in transformers
+        is_range_rounded="truncate" not in rope.fields or rope.flag("truncate"),
+        attention_factor=rope.optional_number("attention_factor"),
+        mscale=rope.optional_number("mscale"),
+        mscale_all_dim=rope.optional_number("mscale_all_dim"),
+    )
+
+
+def _stated(config: JsonFields) -> JsonFields:
+    return config.within("rope_scaling" if config.fields.get("rope_scaling") else "rope_parameters")
+
+
+def _kind(rope: JsonFields) -> str:
+    return str(rope.fields.get("rope_type", rope.fields.get("type", "default")))
