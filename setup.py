@@ -42,7 +42,7 @@ setup(
         # Structured output. No torch, no other packages, 3 MB, one wheel for every Python; xgrammar needs torch and
         # transformers, which the front process must not load. 1.6 takes one end token only, models have several.
         "llguidance>=1.9.1,<2",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "prometheus-client>=0.21",
         "tqdm>=4.66",
     ],

@@ -160,6 +160,15 @@ async def render_messages(
             "messages", "context_length_exceeded",
         )  # fmt: skip
     extra = dict(fields.chat_template_kwargs or {})
+    for name in ("messages", "add_generation_prompt", "continue_final_message"):
+        if name in extra:
+            param = f"chat_template_kwargs.{name}"
+            raise bad_request(f"{param}: send it as a field of the request, {name}", param)
+    if fields.documents and not ready.tokenizer.template.uses_documents:
+        raise bad_request(
+            "documents: this model's chat template has no place for them; put their text into a message", "documents",
+            "unsupported_parameter",
+        )  # fmt: skip
     for name in ("documents", "reasoning_effort"):
         if (value := getattr(fields, name)) is not None:
             extra.setdefault(name, value)

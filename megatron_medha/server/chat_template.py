@@ -36,7 +36,9 @@ class ChatTemplate:
         self.is_plain = source is None
         self.source = source
         self.special_tokens = dict(special_tokens)
-        self.uses_tools = _reads(source if source is not None else PLAIN_TEMPLATE, "tools")
+        names = _names_read(source if source is not None else PLAIN_TEMPLATE)
+        self.uses_tools = "tools" in names
+        self.uses_documents = "documents" in names
         self._template: Any = None
 
     def render(
@@ -52,6 +54,8 @@ class ChatTemplate:
         variables: dict[str, Any] = {"tools": None, "documents": None, **self.special_tokens, **(extra or {})}
         if tools:
             variables["tools"] = [dict(tool) for tool in tools]
+        if continue_final_message and messages[-1].get("tool_calls"):
+            raise ChatTemplateError("continue_final_message needs a final message without calls", len(messages) - 1)
         # The template closes the last message. What continues it begins at the mark, and all after that goes.
         mark = f"end{secrets.token_hex(16)}" if continue_final_message else ""
         variables["messages"] = [*map(dict, messages[:-1]), *(_with_mark(one, mark) for one in messages[-1:])]
@@ -84,8 +88,8 @@ def _with_mark(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
     return {**message, "content": f"{content or ''}{mark}"}
 
 
-def _reads(source: str, name: str) -> bool:
-    """Whether the template reads a variable of this name."""
+def _names_read(source: str) -> frozenset[str]:
+    """The variables that the template reads."""
     import jinja2.exceptions
     import jinja2.nodes
 
@@ -94,7 +98,7 @@ def _reads(source: str, name: str) -> bool:
     try:
         # Not jinja2.meta, which computes constants as the compiler does.
         names = _environment().parse(source).find_all(jinja2.nodes.Name)
-        return any(one.name == name and one.ctx == "load" for one in names)
+        return frozenset(one.name for one in names if one.ctx == "load")
     except jinja2.exceptions.TemplateSyntaxError as error:
         raise ChatTemplateError(f"the chat template has a mistake in line {error.lineno}: {error}") from error
     except RecursionError:

@@ -134,6 +134,8 @@ def _short_id(call_id: str) -> str:
 
 def _with_calls_as_text(messages: Sequence[Message]) -> Sequence[Message]:
     """For templates that know no calls: written as Hermes models do, and results as the user's."""
+    if not any(one.get("tool_calls") for one in messages):
+        return messages  # a result alone answers nothing
     changed: list[Message] = []
     for message in messages:
         text = message.get("content") or ""
@@ -148,7 +150,7 @@ def _with_calls_as_text(messages: Sequence[Message]) -> Sequence[Message]:
             changed[-1] = {"role": role, "content": f"{changed[-1]['content']}\n{text}"}
         else:
             changed.append({"role": role, "content": text})
-    return changed if any(one.get("tool_calls") or one["role"] == "tool" for one in messages) else messages
+    return changed
 
 
 def _with_calls_apart(messages: Sequence[Message]) -> Sequence[Message]:

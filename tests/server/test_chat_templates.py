@@ -331,6 +331,25 @@ def test_routes_map_roles_and_name_lost_messages(start_server: StartServer, toke
     _check_lost(start_server(tokenizer=_with_template(tokenizer, "{{ messages[-1].content }}")))
 
 
+def test_what_a_template_has_no_place_for_is_refused(start_server: StartServer, tokenizer: Tokenizer) -> None:
+    server = start_server(tokenizer=_with_template(tokenizer, NAMED))
+    for fields, param in (
+        ({"documents": [{"text": "d"}]}, "documents"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs.add_generation_prompt"),
+    ):
+        answer = server.post(CHAT, {"messages": [HI], "max_tokens": 1, **fields})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert server.post(CHAT, {"messages": [HI], "documents": [], "max_tokens": 1}).status_code == 200
+
+
+def test_calls_of_a_message_that_is_continued_are_not_cut_off() -> None:
+    source = NAMED.replace("<assistant>{% for t", "<assistant>{{ m.content }}{% for t")
+    said = _said("assistant", "let me see", tool_calls=[_call(a=1)])
+    text = render_whole(ChatTemplate(source, {}), [HI, said], continue_final_message=True).text
+    assert text.endswith('"arguments": {"a": 1}}\n</tool_call>')
+
+
 def _check_lost(server: Running) -> None:
     for path in (CHAT, "/tokenize"):
         answer = server.post(path, {"messages": [_said("user", "first"), HI]})
