@@ -26,6 +26,7 @@ from megatron_medha.server.openai_types import (
     ToolCall,
     ToolChoice,
 )
+from megatron_medha.server.tools import MAX_TOOLS, too_many_tools
 
 
 @dataclass(slots=True)
@@ -59,6 +60,8 @@ def read_conversation(body: MessagesRequest) -> Conversation:
         if tool.input_schema is None and tool.type not in (None, "custom"):
             chat.ignored.append(f"tools[{place}]")
             continue
+        if len(chat.tools) == MAX_TOOLS:
+            raise too_many_tools()
         chat.paths[f"tools[{len(chat.tools)}].function"] = f"tools[{place}]"
         chat.tools.append(Tool(type="function", function=FunctionDefinition(
             name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict,

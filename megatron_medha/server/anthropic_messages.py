@@ -19,7 +19,7 @@ from megatron_medha.server.anthropic_types import (
     ToolUseBlock,
 )
 from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
-from megatron_medha.server.chat import plan_chat
+from megatron_medha.server.chat import CHARS_PER_MESSAGE, plan_chat
 from megatron_medha.server.errors import ANTHROPIC_PREFIX, ApiError
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.openai_types import (
@@ -51,7 +51,7 @@ async def plan_message(
 ) -> GenerationSpec:
     """As plan_chat, of the chat that this is; ApiError 4xx says what is wrong."""
     refuse_all(body, _REFUSED)
-    conversation = read_conversation(body)
+    conversation = await _read(service, body)
     chat = _as_chat(body, conversation)
     try:
         return await plan_chat(
@@ -64,7 +64,7 @@ async def plan_message(
 
 async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) -> TokenCount:
     """How long the prompt of this request is."""
-    conversation = read_conversation(body)
+    conversation = await _read(service, body)
     chat = _as_chat(body, conversation)
     fields = TokenizeRequest(
         model=chat.model,
@@ -80,6 +80,11 @@ async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) ->
     except ApiError as error:
         error.rename_field(conversation.paths)
         raise
+
+
+async def _read(service: Service, body: MessagesRequest) -> Conversation:
+    num_blocks = sum(1 if isinstance(one.content, str) else 1 + len(one.content) for one in body.messages)
+    return await service.work_on_text(CHARS_PER_MESSAGE * num_blocks, lambda: read_conversation(body))
 
 
 def _as_chat(body: MessagesRequest, conversation: Conversation) -> ChatRequest:

@@ -53,7 +53,7 @@ BODY = BodyType(msgspec.json.Decoder(ChatRequest), texts=frozenset({"messages"})
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 # As far as time goes, a message is worth so many characters of text, however empty it is.
-_CHARS_PER_MESSAGE = 50
+CHARS_PER_MESSAGE = 50
 # What we cannot do, what it may be all the same, and the way out.
 _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("functions", (None, []), "send them as tools"),
@@ -190,9 +190,9 @@ async def render_messages(
 
 def _num_chars(message: Message) -> int:
     content = message.content
-    parts = sum(len(part.text or "") + _CHARS_PER_MESSAGE for part in content) if isinstance(content, list) else 0
-    calls = sum(len(call.function.arguments) + _CHARS_PER_MESSAGE for call in message.tool_calls or ())
-    return _CHARS_PER_MESSAGE + (len(content) if isinstance(content, str) else parts) + calls
+    parts = sum(len(part.text or "") + CHARS_PER_MESSAGE for part in content) if isinstance(content, list) else 0
+    calls = sum(len(call.function.arguments) + CHARS_PER_MESSAGE for call in message.tool_calls or ())
+    return CHARS_PER_MESSAGE + (len(content) if isinstance(content, str) else parts) + calls
 
 
 def adds_special_tokens(ready: Ready, asked: bool | None) -> bool:

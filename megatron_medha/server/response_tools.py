@@ -11,6 +11,7 @@ import msgspec
 from megatron_medha.server.errors import bad_request
 from megatron_medha.server.openai_types import FunctionDefinition, NamedFunction, Tool, ToolChoice
 from megatron_medha.server.responses_types import ResponseTool, ResponseToolChoice
+from megatron_medha.server.tools import MAX_TOOLS, too_many_tools
 
 # A custom tool takes text; here it is a function whose only argument is that text.
 TEXT_ARGUMENT = "input"
@@ -54,6 +55,8 @@ def chat_tools_of(tools: Sequence[ResponseTool] | None, choice: str | ResponseTo
             if one.type not in ("function", "custom"):
                 ignored.append(path)
                 continue
+            if len(functions) == MAX_TOOLS:
+                raise too_many_tools()
             function = _function_of(one, namespace)
             functions.append(function)
             places[function.name] = path

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
-from megatron_medha.server.chat import plan_chat
+from megatron_medha.server.chat import CHARS_PER_MESSAGE, plan_chat
 from megatron_medha.server.errors import ApiError, ErrorBody, error_type
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.logprobs import chat_token, token_namer
@@ -23,7 +23,7 @@ from megatron_medha.server.openai_types import (
 from megatron_medha.server.recent_items import RecentItems
 from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.request_fields import Wishes, refuse_all
-from megatron_medha.server.response_items import read_items
+from megatron_medha.server.response_items import History, read_items
 from megatron_medha.server.response_tools import ChatTools, KnownTool, chat_tools_of, text_argument
 from megatron_medha.server.responses_types import (
     IncompleteDetails,
@@ -69,7 +69,12 @@ async def plan_response(
     """As plan_chat, of the chat that this is; ApiError 4xx says what is wrong. client: whose items it may refer to."""
     refuse_all(body, _REFUSED)
     recent = service.recent_items
-    history = read_items(body.input, body.instructions, lambda item_id: recent.find(client, item_id))
+
+    def read() -> History:
+        return read_items(body.input, body.instructions, lambda item_id: recent.find(client, item_id))
+
+    num_items = 1 if isinstance(body.input, str) else len(body.input)
+    history = await service.work_on_text(CHARS_PER_MESSAGE * num_items, read)
     tools = chat_tools_of(body.tools, body.tool_choice)
     chat = ChatRequest(
         **{name: getattr(body, name) for name in SharedFields.__struct_fields__},

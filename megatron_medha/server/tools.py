@@ -14,7 +14,7 @@ from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.guided import Guide, json_guide
 from megatron_medha.server.openai_types import AllowedTools, NamedFunction, Tool, ToolChoice
 
-MAX_TOOLS = 128           # OpenAI's limit
+MAX_TOOLS = 512           # agents with several servers of tools offer more than OpenAI's 128
 MAX_REQUIRED_CALLS = 16   # of one answer that must call; a model that does not end by itself has to be ended
 # OpenAI's characters, and dots, which servers of tools use; Anthropic's length, which is twice OpenAI's.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
@@ -121,7 +121,7 @@ def definitions_of(tools: ToolUse | None) -> tuple[dict[str, Any], ...]:
 def check_tools(tools: Sequence[Tool]) -> None:
     """ApiError 400 for tools that cannot be."""
     if len(tools) > MAX_TOOLS:
-        raise bad_request(f"tools: at most {MAX_TOOLS}, got {len(tools)}", "tools")
+        raise too_many_tools()
     names = set()
     for place, tool in enumerate(tools):
         param = f"tools[{place}]"
@@ -134,6 +134,11 @@ def check_tools(tools: Sequence[Tool]) -> None:
         if tool.function.name in names:
             raise bad_request(f"{param}.function.name: `{tool.function.name}` is there twice", f"{param}.function.name")
         names.add(tool.function.name)
+
+
+def too_many_tools() -> ApiError:
+    """A 400 for more than MAX_TOOLS."""
+    return bad_request(f"tools: at most {MAX_TOOLS}", "tools")
 
 
 def syntax_of(configured: str, template: str | None) -> CallSyntax | None:

@@ -232,6 +232,7 @@ def test_tokens_are_counted_as_the_message_would_have_them(says: Callable[..., R
         ({"temperature": -1}, "temperature"), ({"stop_sequences": [""]}, "stop_sequences"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"), ({"tool_choice": {"type": "tool"}}, "tool_choice"),
         ({"tools": [{"name": "not a name", "input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [{"name": str(place), "input_schema": {}} for place in range(513)]}, "tools: at most 512"),
     ],
 )  # fmt: skip
 def test_a_bad_message_gets_anthropics_error(says: Callable[..., Running], fields: dict, part: str) -> None:

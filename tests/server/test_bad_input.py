@@ -175,7 +175,6 @@ BAD_BODIES = [
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": "a" * 1000}]}, 400, "messages"),
     (CHAT, chat(max_tokens=0), 400, "max_tokens"),
     (CHAT, chat(max_completion_tokens=999), 400, "max_completion_tokens"),
@@ -186,7 +185,7 @@ BAD_BODIES = [
     (CHAT, chat(tools=[{"type": "web_search"}], tool_choice="required"), 400, "tool_choice"),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "a b"}}]), 400, "tools[0].function.name"),
     (CHAT, chat(tools=[tool(), tool()]), 400, "tools[1].function.name"),
-    (CHAT, chat(tools=[tool(str(place)) for place in range(129)]), 400, "tools"),
+    (CHAT, chat(tools=[tool(str(place)) for place in range(513)]), 400, "tools"),
     (CHAT, chat(tools=[tool()]), 400, "tools"),  # the template has no place for them
     (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
     (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),

@@ -164,6 +164,13 @@ def test_a_fault_in_a_message_is_named_by_the_items_place(server: Running) -> No
     assert server.post(RESPONSES, {"input": "hi", "tools": tools}).json()["error"]["param"] == "tools[1].name"
 
 
+def test_hundreds_of_tools_can_be_offered_and_no_more(server: Running) -> None:
+    tools = [{"type": "function", "name": f"f{place}"} for place in range(513)]
+    answered(server.post(RESPONSES, {"input": "hi", "tools": tools[:30]}))
+    error = server.post(RESPONSES, {"input": "hi", "tools": tools}).json()["error"]
+    assert (error["param"], error["message"]) == ("tools", "tools: at most 512")
+
+
 def call_text(name: str, arguments: dict) -> str:
     return f'<tool_call>{{"name": "{name}", "arguments": {json.dumps(arguments)}}}</tool_call>'
 
