@@ -51,6 +51,8 @@ class RunTimeline:
     def step_done(self, done: StepDone, now_s: float) -> None:
         """A rank's answer has come, before the batch it belongs to is handled as completed."""
         coord = self._layout.coord_of(done.rank)
+        if coord.tp:
+            return  # the first of its tensor-parallel ranks, which end together, stands for all
         self._timeline.span(Span(done.batch_id, coord.pp, coord.kvp, now_s - done.duration_s, now_s))
 
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:

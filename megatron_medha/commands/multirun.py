@@ -1,8 +1,8 @@
 """`-m`: a job for every combination of values, by Hydra's own sweepers and launchers; and going on with what is left.
 
 A job's directory is `out`/NUMBER. One that holds a summary of the same options is done: a sweep that was interrupted,
-started again with the same `out`, runs only what is missing. A job that fails leaves its error beside its config, and
-the others go on.
+started again with the same words, runs only what is missing. Another sweep into the same `out` is refused. A job that
+fails leaves its error beside its config, and the others go on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +40,9 @@ _HYDRA_WORDS = (
 )
 
 ERROR, SUMMARY, CONFIG, OVERRIDES = "error.txt", "summary.json", "config.yaml", "overrides.txt"
+SWEEP = "sweep.txt"  # in `out`: the words of the sweep
+# Words that change no job's results: how jobs are run, what is made of them.
+_WITHOUT_EFFECT = ("hydra.", "hydra/", "objective=", "plots=")
 
 
 def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: RunJob[T]) -> int:
@@ -48,21 +52,91 @@ def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: Ru
     """
     words, out = _without_out(arguments.overrides)
     sweep = (out or Path("multirun") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}").expanduser().absolute()
-    words = [f"hydra.sweep.dir={json.dumps(str(sweep))}", *_HYDRA_WORDS, *words]
-    if arguments.config_dir is not None:
-        words.append(f"hydra.searchpath=[file://{arguments.config_dir.resolve()}]")
-    register_schema(name, config_class)
-    try:
-        _run_hydra(name, words, _Job(config_class, run_job))
-    except HydraException as error:
-        given = OverridesParser.create().parse_overrides([*arguments.overrides])
-        raise ConfigError(explain(error, name, config_class, given)) from error
+    if arguments.shows_config:
+        _show(name, config_class, arguments, words)
+        return 0
+    _check_same_sweep(sweep, words)
+    _sweep(name, config_class, arguments, words, sweep, _Job(config_class, run_job))
     failed = sorted(sweep.glob(f"*/{ERROR}"), key=lambda path: path.parent.name)
     done = list(sweep.glob(f"*/{SUMMARY}"))
     print(f"{len(done)} jobs done, {len(failed)} failed; results are in {sweep}, `medha report {sweep}` compares them")
     for path in failed:
         print(f"job {path.parent.name} failed: {path.read_text(encoding='utf-8').strip()}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _sweep(
+    name: str,
+    config_class: type,
+    arguments: Arguments,
+    words: Sequence[str],
+    directory: Path,
+    job: Callable[[DictConfig], float],
+) -> None:
+    words = [f"hydra.sweep.dir={json.dumps(str(directory))}", *_HYDRA_WORDS, *words]
+    if arguments.config_dir is not None:
+        words.append(f"hydra.searchpath=[file://{arguments.config_dir.resolve()}]")
+    register_schema(name, config_class)
+    try:
+        _run_hydra(name, words, job)
+    except HydraException as error:
+        given = OverridesParser.create().parse_overrides([*arguments.overrides])
+        raise ConfigError(explain(error, name, config_class, given)) from error
+
+
+def _show(name: str, config_class: type, arguments: Arguments, words: Sequence[str]) -> None:
+    """Print the configuration of every job, as YAML documents; none is run. Raises ConfigError."""
+    for word in words:
+        if word.startswith("hydra/sweeper=") and not word.endswith("=basic"):
+            raise ConfigError(
+                f"{word} with --cfg: this sweeper chooses a job's values by what the ones before came to; "
+                "leave it out, or show one job without -m"
+            )
+    words = [word for word in words if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
+    with tempfile.TemporaryDirectory() as nowhere:
+        _sweep(name, config_class, arguments, words, Path(nowhere), _ShownJob(arguments.resolves_config))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShownJob:
+    """A job whose configuration is printed instead of run."""
+
+    resolves: bool
+
+    def __call__(self, config: DictConfig) -> float:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra = HydraConfig.get()
+        overrides = list(hydra.overrides.task)
+        print(f"---\n# job {hydra.job.num}: {hide_secrets(' '.join(overrides), overrides) or 'no overrides'}")
+        print(as_yaml(config, self.resolves), end="")
+        return 0.0
+
+
+def _words_that_count(words: Sequence[str]) -> list[str]:
+    return sorted(hide_secrets(word, words) for word in words if not word.startswith(_WITHOUT_EFFECT))
+
+
+def _check_same_sweep(directory: Path, words: Sequence[str]) -> None:
+    """Raises ConfigError if `out` holds results of another sweep, or of no sweep; else writes down which one it is."""
+    wanted = _words_that_count(words)
+    try:
+        found: list[str] | None = (directory / SWEEP).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        found = None
+    if found is None and directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"out={directory}: not empty, and no sweep of this version; name another, or remove it first")
+    has_jobs = any(path for kind in (CONFIG, SUMMARY, ERROR) for path in directory.glob(f"*/{kind}"))
+    if found is not None and found != wanted and has_jobs:
+        raise ConfigError(
+            f"out={directory}: holds another sweep ({' '.join(found) or 'no overrides'}), which the same words would "
+            "continue; name another directory for this one"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / SWEEP).write_text("".join(f"{word}\n" for word in wanted), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"out={directory}: cannot be written ({error.strerror}); name another directory") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +225,7 @@ def _empty(directory: Path) -> None:
             path.unlink()
 
 
-def _run_hydra(name: str, words: Sequence[str], job: _Job) -> None:
+def _run_hydra(name: str, words: Sequence[str], job: Callable[[DictConfig], float]) -> None:
     """Hydra's own entry point reads sys.argv and ends the process on errors; both are kept in here."""
     import hydra
 

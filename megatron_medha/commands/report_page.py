@@ -99,7 +99,7 @@ def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
             axes.plot([p99], [y], "|", color=_COLOURS[name], markersize=9, markeredgewidth=2)
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
-    axes.set_yticks(range(len(runs)), [_label(run, runs) for run in runs], fontsize="small")
+    axes.set_yticks(range(len(runs)), [_named(run, runs) for run in runs], fontsize="small")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set(xlabel="seconds", title="TTFT by length class: dot p50, bar p99")
@@ -118,15 +118,15 @@ def _pareto_plot(runs: Sequence[Run], name: str, out: Path) -> Path | None:
         return None
     figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
     listed = runs if len(runs) <= _MAX_LISTED else front
-    for number, run in enumerate(runs, 1):
+    for run in runs:
         ttft_s, tokens_per_s = run.latency_s(name, "ttft_s", "p99"), run.values["all"]["tokens_per_s"]
         if ttft_s is None or not tokens_per_s:
             continue
-        label = f"{number}: {_label(run, runs)}" if run in listed else None
+        label = _named(run, runs) if run in listed else None
         colour = _FRONT_COLOUR if run in front else "grey"
         axes.plot(tokens_per_s, ttft_s, "s" if run.is_simulated else "o", color=colour, label=label)
         place = (tokens_per_s, ttft_s)
-        axes.annotate(str(number), place, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
+        axes.annotate(run.name, place, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
     for kind in sorted({run.is_simulated for run in front}):
         of_kind = [run for run in front if run.is_simulated is kind]
         line = [(run.values["all"]["tokens_per_s"], run.latency_s(name, "ttft_s", "p99")) for run in of_kind]
@@ -152,11 +152,11 @@ def _kind(run: Run) -> str:
     return "simulated" if run.is_simulated else "measured"
 
 
-def _label(run: Run, runs: Sequence[Run]) -> str:
-    """What differs, said shortly; the run's name where that is nothing."""
-    told = [_kind(run)] if _has_both_kinds(runs) else []
-    told += [f"{_short(key)}={run.options[key]}" for key in telling_keys(runs)[:4]]
-    return ", ".join(told) or run.name
+def _named(run: Run, runs: Sequence[Run]) -> str:
+    """The run's name, by which tables and pictures call it, and what differs."""
+    facts = [_kind(run)] if _has_both_kinds(runs) else []
+    facts += [f"{_short(key)}={run.options[key]}" for key in telling_keys(runs)[:4]]
+    return f"{run.name}: {', '.join(facts)}" if facts else run.name
 
 
 def _render(template: str, facts: dict[str, Any]) -> str:

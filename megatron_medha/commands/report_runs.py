@@ -92,11 +92,11 @@ def _front(runs: Sequence[Run], length_class: str) -> list[Run]:
         if (ttft_s := run.latency_s(length_class, "ttft_s", "p99")) is not None and run.values["all"]["tokens_per_s"]
     ]
     front: list[Run] = []
-    least_s = float("inf")
-    for _, ttft_s, run in sorted(points, key=lambda point: (-point[0], point[1])):
-        if ttft_s < least_s:
+    least_s, throughput = float("inf"), 0.0
+    for tokens_per_s, ttft_s, run in sorted(points, key=lambda point: (-point[0], point[1])):
+        if ttft_s < least_s or (tokens_per_s, ttft_s) == (throughput, least_s):  # equal runs are as good as each other
             front.append(run)
-            least_s = ttft_s
+            least_s, throughput = ttft_s, tokens_per_s
     return front[::-1]
 
 

@@ -28,7 +28,8 @@ class Timeline:
 
     https://ui.perfetto.dev and chrome://tracing read the file: one process per KVP rank with one track per stage and
     a counter of the tokens whose KV it holds, and every request that ended with its waiting, prefill and decode.
-    Times in the file are microseconds.
+    Times in the file are microseconds, in whole nanoseconds: viewers drop a slice that overlaps the one before on its
+    track by as little as one. A slice whose batch is said to begin before the one before has ended begins at that end.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Timeline:
         self._start_s, self._end_s, self._zero_s = start_s, end_s, zero_s
         self._batches: dict[int, Batch] = {}  # that have not completed
         self._held: list[dict[str, int]] = [{} for _ in range(kvp)]  # tokens by request, on every KVP rank
+        self._last_end_ns: dict[tuple[int, int], int] = {}  # by KVP rank and stage
         self._separator = "\n"
         stream.write('{"displayTimeUnit":"ms","traceEvents":[')
         for rank in range(kvp):
@@ -79,21 +81,25 @@ class Timeline:
         if not chunks or span.end_s < self._start_s:
             return
         name, arguments = _description(batch, span.kvp_rank)
+        track = span.kvp_rank, span.stage
+        end_ns = max(self._ns(span.end_s), self._last_end_ns.get(track, 0))
+        start_ns = max(self._ns(span.start_s), self._last_end_ns.get(track, 0))
+        self._last_end_ns[track] = end_ns
         self._write(
             {
                 "name": name,
                 "ph": "X",
                 "pid": span.kvp_rank,
                 "tid": span.stage,
-                "ts": self._us(span.start_s),
-                "dur": _us(span.end_s - span.start_s),
+                "ts": start_ns / 1000,
+                "dur": (end_ns - start_ns) / 1000,
                 "args": arguments,
             }
         )
         if span.stage == 0:
             held_tokens = {"tokens": sum(self._held[span.kvp_rank].values())}
             self._write(
-                {"name": "KV", "ph": "C", "pid": span.kvp_rank, "ts": self._us(span.end_s), "args": held_tokens}
+                {"name": "KV", "ph": "C", "pid": span.kvp_rank, "ts": end_ns / 1000, "args": held_tokens}
             )
 
     def ended(self, outcome: Outcome) -> None:
@@ -126,8 +132,11 @@ class Timeline:
         self._stream.write(self._separator + json.dumps(event, separators=(",", ":")))
         self._separator = ",\n"
 
+    def _ns(self, at_s: float) -> int:
+        return round((at_s - self._zero_s) * 1e9)
+
     def _us(self, at_s: float) -> float:
-        return _us(at_s - self._zero_s)
+        return self._ns(at_s) / 1000
 
 
 def _description(batch: Batch, kvp_rank: int) -> tuple[str, dict[str, Any]]:
@@ -149,7 +158,3 @@ def _description(batch: Batch, kvp_rank: int) -> tuple[str, dict[str, Any]]:
             for chunk in prefills
         ],
     }  # fmt: skip
-
-
-def _us(seconds: float) -> float:
-    return round(seconds * 1e6, 3)

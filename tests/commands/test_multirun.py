@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_medha.commands.report_runs import differing_keys, find_runs
 from megatron_medha.main import main
@@ -85,12 +86,47 @@ def test_a_server_that_does_not_come_up_fails_its_job_with_what_it_said(
     assert "the server of this run ended with code" in capsys.readouterr().err
 
 
-def test_a_job_of_other_options_is_not_taken_for_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sweep(tmp_path, "workload.qps=1") == 0
-    assert sweep(tmp_path, "workload.qps=2") == 0
+def test_another_sweep_into_the_same_directory_is_refused_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    assert sweep(out, "workload.qps=1,2") == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
 
-    assert "done already" not in capsys.readouterr().out
-    assert "qps: 2.0" in (tmp_path / "0" / "config.yaml").read_text()
+    assert sweep(out, "workload.qps=3") == 2
+
+    error = capsys.readouterr().err
+    assert "holds another sweep" in error and "workload.qps=1,2" in error and "name another directory" in error
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_sweep_into_a_directory_of_other_things_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert sweep(tmp_path, "workload.qps=1") == 2
+    assert "not empty" in capsys.readouterr().err and (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_words_that_change_no_result_go_on_with_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(tmp_path, "workload.qps=1,2") == 0
+    capsys.readouterr()
+    assert sweep(tmp_path, "workload.qps=1,2", "objective=all.tokens_per_s", "hydra.verbose=false") == 0
+    assert capsys.readouterr().out.count("is done already") == 2
+
+
+def test_a_sweep_is_shown_job_by_job_and_none_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sweep"
+    assert sweep(out, "scheduler=fcfs,lars", "--cfg", "job", "--resolve") == 0
+    documents = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [one["scheduler"]["policy"] for one in documents] == ["fcfs", "lars"]
+    assert not out.exists()
+
+
+def test_a_sweep_whose_values_depend_on_results_cannot_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "-m", "--cfg", "job", "hydra/sweeper=optuna"]) == 2
+    assert "hydra/sweeper=optuna with --cfg" in capsys.readouterr().err
 
 
 def test_a_job_that_fails_says_why_and_the_others_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +151,7 @@ def test_a_sweep_over_what_does_not_exist_is_refused_before_any_job(
 
     assert why in capsys.readouterr().err
     assert not list(tmp_path.glob("*/config.yaml"))
+    assert sweep(tmp_path, "workload.qps=1") == 0, "the words are corrected, and there is nothing to go on with"
 
 
 def test_an_objective_that_is_not_in_the_summary_names_what_is(

@@ -60,6 +60,11 @@ def run(name: str, ttft_s: float, tokens_per_s: float, is_simulated: bool = Fals
     return Run(name, Path(name), options, values, is_simulated)
 
 
+def test_runs_that_are_equal_are_as_good_as_each_other() -> None:
+    runs = [run("0", 1.0, 10.0), run("1", 2.0, 20.0), run("2", 1.0, 10.0), run("3", 1.0, 9.0)]
+    assert [one.name for one in pareto(runs, "short")] == ["2", "0", "1"]
+
+
 def test_measured_and_simulated_runs_do_not_compete() -> None:
     runs = [run("slow", 2.0, 10.0), run("sim", 1.0, 30.0, is_simulated=True), run("fast", 1.5, 20.0)]
     assert [one.name for one in pareto(runs, "short")] == ["fast", "sim"]
@@ -90,6 +95,21 @@ def test_a_report_has_a_row_per_run_and_a_page_that_needs_no_other_file(
     assert "| 0 | fcfs | 1.00 s | 1.00 s |" in markdown and "| 1 | lars | 2.00 s | 2.00 s |" in markdown
     assert html.count("data:image/png;base64,") == 2
     assert "src=\"http" not in html and "src=\"report" not in html
+
+
+def test_tables_and_pictures_call_a_run_by_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    for number, policy in ((0, "fcfs"), (1, "lars"), (7, "srpt")):
+        path = tmp_path / "runs" / str(number)
+        write_run(path, qps=1.0, ttft_s=1.0 + number, tokens_per_s=1.0 + number, policy=policy)
+    assert main(["report", str(tmp_path / "runs"), f"out={tmp_path / 'page'}"]) == 0
+    (bars,), (pareto_axes,) = (figure.axes for figure in figures)
+    named = ["0: policy=fcfs", "1: policy=lars", "7: policy=srpt"]
+    assert [text.get_text() for text in bars.get_yticklabels()] == named
+    assert [text.get_text() for text in pareto_axes.texts] == ["0", "1", "7"]
+    assert [text.get_text() for text in pareto_axes.get_legend().get_texts()] == named
 
 
 def test_a_directory_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
