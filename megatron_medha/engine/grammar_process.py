@@ -8,12 +8,13 @@ Both sides speak JSON, a line each: first a Vocabulary, answered by a Tried, the
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
 import sys
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -39,6 +40,7 @@ class GuideKind(Enum):
     REGEX = "regex"
     CHOICE = "choice"    # Lark, written here
     GRAMMAR = "grammar"  # Lark, or GBNF as llama.cpp has it
+    COMBINATION = "combination"  # a Combination as JSON
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
@@ -54,6 +56,13 @@ class Trial(msgspec.Struct, frozen=True):
 
     kind: GuideKind
     text: str
+
+
+class Combination(msgspec.Struct, frozen=True):
+    """A grammar in Lark, written here, that names others: `@text` is the part "text"."""
+
+    lark: str
+    parts: dict[str, Trial]
 
 
 class Tried(msgspec.Struct, frozen=True):
@@ -104,6 +113,10 @@ def _written_out(trial: Trial) -> str:
                 raise GrammarError(str(error)) from None
         case GuideKind.CHOICE:
             grammar = LLMatcher.grammar_from_lark(trial.text)
+        case GuideKind.COMBINATION:
+            given = msgspec.json.decode(trial.text, type=Combination)
+            parts = [_as_part(name, _written_out(part)) for name, part in given.parts.items()]
+            grammar = json.dumps({"grammars": [{"lark_grammar": given.lark}, *parts]})
         case GuideKind.REGEX:
             grammar = LLMatcher.grammar_from_regex(trial.text)
         case GuideKind.GRAMMAR:
@@ -113,6 +126,14 @@ def _written_out(trial: Trial) -> str:
                 raise GrammarError(f"neither Lark nor GBNF: {error}") from None
             grammar = LLMatcher.grammar_from_lark(lark)
     return grammar
+
+
+def _as_part(name: str, grammar: str) -> dict[str, Any]:
+    # The library writes JSON for schemas and regexes, and leaves Lark as it is.
+    part: dict[str, Any] = {"lark_grammar": grammar}
+    if grammar.startswith('{"grammars"'):
+        (part,) = json.loads(grammar)["grammars"]
+    return {**part, "name": name}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.request_fields import Wishes, refuse_all
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokenize import token_ids_of
-from megatron_medha.server.tool_calls import finder_of
+from megatron_medha.server.tool_calls import CallFinder
 from megatron_medha.server.wire_format import encode_json
 
 BODY = BodyType(msgspec.json.Decoder(MessagesRequest), texts=frozenset({"messages", "system"}))
@@ -120,7 +120,7 @@ class MessagesFormat:
 
     def __init__(self, spec: GenerationSpec) -> None:
         self._spec = spec
-        self._finder = None if spec.tools is None else finder_of(spec)
+        self._finder = None if spec.tools is None else CallFinder(spec.tools)
         self._blocks: list[TextBlock | ToolUseBlock] = []
         self._arguments = ""   # of the open call
         self._is_open = False

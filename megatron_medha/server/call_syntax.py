@@ -50,6 +50,7 @@ class Marks:
     openings: tuple[str, ...] = ()
     closings: tuple[str, ...] = ()
     between: tuple[str, ...] = ()        # around single calls: passed over
+    within: tuple[str, ...] = ()         # inside of a call
     is_bare: bool = False                # an answer may begin with a call, without any mark
     tags: Tags | None = None
     head: re.Pattern[str] | None = None  # before a call's arguments as JSON; group 1 is the name
@@ -97,13 +98,13 @@ MARKS = {
         closings=("<|tool_call_end|>", "<|python_end|>", "</function_calls>"), is_bare=True, is_python=True,
     ),
     CallSyntax.MISTRAL: Marks(
-        openings=("[TOOL_CALLS]",),
+        openings=("[TOOL_CALLS]",), within=("[CALL_ID]", "[ARGS]"),
         head=re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)"),
         head_so_far=re.compile(r"[\w.-]+(?:\[[A-Z_]*(?:\]\w*)?){0,2}\s*"),
     ),
     CallSyntax.DEEPSEEK: Marks(
         openings=("<｜tool▁calls▁begin｜>",), closings=("<｜tool▁calls▁end｜>",),
-        between=("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "```json", "```"),
+        between=("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "```json", "```"), within=("<｜tool▁sep｜>",),
         head=re.compile(r"(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?)?\s*(?=\{)"),
         head_so_far=re.compile(r"[\w.-]+(?:<[｜tool▁sep]*>?)?[\w.-]*\s*(?:`{1,2}|```[json]*)?\s*"),
     ),
@@ -113,7 +114,7 @@ MARKS = {
     CallSyntax.GLM: Marks(openings=("<tool_call>",), closings=("</tool_call>",), tags=_GLM_TAGS),
     CallSyntax.KIMI: Marks(
         openings=("<|tool_calls_section_begin|>",), closings=("<|tool_calls_section_end|>",),
-        between=("<|tool_call_begin|>", "<|tool_call_end|>"),
+        between=("<|tool_call_begin|>", "<|tool_call_end|>"), within=("<|tool_call_argument_begin|>",),
         head=re.compile(r"(?:functions\.)?([\w.-]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*(?=\{)"),
         head_so_far=re.compile(r"[\w.-]+(?::\d*)?\s*(?:<[|a-z_]*>?)?\s*"),
     ),
@@ -161,6 +162,13 @@ def syntax_of_template(source: str | None) -> CallSyntax | None:
     if source is None:
         return None
     return next((syntax for signs, syntax in _SIGNS if all(sign in source for sign in signs)), None)
+
+
+def tokens_of(syntax: CallSyntax) -> tuple[str, ...]:
+    """What may be special tokens, and has to be seen where calls are looked for."""
+    marks = MARKS[syntax]
+    pairs = [mark for pair in REASONING for mark in pair]
+    return (*marks.openings, *marks.closings, *marks.between, *marks.within, *pairs)
 
 
 def opens_reasoning(prompt: str) -> bool:

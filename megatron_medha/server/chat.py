@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
+from megatron_medha.server.call_syntax import CallSyntax, opens_reasoning
 from megatron_medha.server.chat_template import ChatTemplateError
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import GenerationSpec, Piece
+from megatron_medha.server.json_text import read_cut_object
 from megatron_medha.server.logprobs import TokenNamer, chat_logprobs, chat_token, token_namer
 from megatron_medha.server.openai_types import (
     AnswerMessage,
@@ -38,7 +41,8 @@ from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.request_fields import Wishes, num_choices_of, refuse_all
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
-from megatron_medha.server.tool_calls import CallFinder, finder_of
+from megatron_medha.server.tool_calls import CallFinder
+from megatron_medha.server.tool_description import SYSTEM_ROLES, with_description
 from megatron_medha.server.tools import ToolUse, definitions_of, syntax_of, tool_use, usable_tools
 from megatron_medha.server.wire_format import (
     DONE_EVENT,
@@ -89,10 +93,15 @@ async def plan_chat(
     if max_tokens == 0:
         raise bad_request(f"{max_tokens_param}: expected at least 1", max_tokens_param)
 
-    async def read_prompts() -> Sequence[RawPrompt]:
-        return [await render_messages(service, ready, body.messages, body, definitions_of(tools))]
+    is_reasoning = False
 
-    return await plan(
+    async def read_prompts() -> Sequence[RawPrompt]:
+        nonlocal is_reasoning
+        text = await render_messages(service, ready, body.messages, body, definitions_of(tools))
+        is_reasoning = opens_reasoning(text)
+        return [text]
+
+    spec = await plan(
         service,
         ready,
         body,
@@ -114,6 +123,9 @@ async def plan_chat(
             ignored=(*ignored, *usable.ignored),
         ),
     )
+    if spec.tools is not None and is_reasoning:
+        return replace(spec, tools=replace(spec.tools, is_reasoning=True))
+    return spec
 
 
 def chat_tools(
@@ -124,14 +136,8 @@ def chat_tools(
     is_parallel: bool | None,
 ) -> ToolUse | None:
     """How an answer may call tools, with this model; ApiError 400 for what does not fit."""
-    template = ready.tokenizer.template
-    return tool_use(
-        tools,
-        choice,
-        is_parallel=is_parallel,
-        syntax=syntax_of(service.config.tool_syntax, template.source),
-        uses_tools=template.uses_tools,
-    )
+    syntax = syntax_of(service.config.tool_syntax, ready.tokenizer.template)
+    return tool_use(tools, choice, is_parallel=is_parallel, syntax=syntax or CallSyntax.HERMES)
 
 
 async def render_messages(
@@ -173,18 +179,23 @@ async def render_messages(
         if (value := getattr(fields, name)) is not None:
             extra.setdefault(name, value)
 
+    plain: Iterable[dict[str, Any]] = (_plain_message(place, message) for place, message in enumerate(messages))
+    num_added = 0
+    if tools and syntax_of(service.config.tool_syntax, ready.tokenizer.template) is None:
+        num_added = messages[0].role not in SYSTEM_ROLES
+        plain, tools = with_description(plain, tools), ()
     options = {
         "add_generation_prompt": not continues and adds_prompt is not False,
         "continue_final_message": continues,
         "tools": tuple(tools),
         "extra": extra,
     }
-    plain = (_plain_message(place, message) for place, message in enumerate(messages))
     num_chars = len(msgspec.json.encode(extra)) + sum(map(_num_chars, messages))
     try:
         return await service.render(ready.tokenizer.template, plain, options, num_chars)
     except ChatTemplateError as error:
-        param = "messages" if error.place is None else f"messages[{error.place}]"
+        place = None if error.place is None else error.place - num_added
+        param = "messages" if place is None or place < 0 else f"messages[{place}]"
         raise bad_request(f"{param}: {error}", param) from None
 
 
@@ -215,13 +226,10 @@ def _plain_message(place: int, message: Message) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(message)
     plain["content"] = content
     for index, call in enumerate(message.tool_calls or ()):
-        # Templates write arguments as JSON themselves, so they get them read.
-        place_of_call = f"{param}.tool_calls[{index}].function.arguments"
-        try:
-            arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise bad_request(f"{place_of_call}: expected a JSON object as text", place_of_call) from None
-        plain["tool_calls"][index]["function"]["arguments"] = arguments
+        # Templates write arguments as JSON themselves, so they get them read. An answer's may have been cut.
+        plain["tool_calls"][index]["function"]["arguments"] = read_cut_object(call.function.arguments)
+    if not message.tool_calls:
+        plain.pop("tool_calls", None)  # templates look whether it is there
     return plain
 
 
@@ -248,7 +256,7 @@ class ChatFormat:
         )
         sample = ChatChunkChoice(index=0, delta=Delta(content=MARK))
         self._template = EventTemplate(spec, self._encode_event(sample, None))
-        self._finders = [] if spec.tools is None else [finder_of(spec) for _ in range(spec.num_choices)]
+        self._finders = [] if spec.tools is None else [CallFinder(spec.tools) for _ in range(spec.num_choices)]
         self._untold: list[list[Piece]] = [[] for _ in self._finders]  # tokens whose text is not told yet
 
     def opening_events(self) -> Sequence[bytes]:
@@ -284,10 +292,8 @@ class ChatFormat:
         spec = self._spec
         choices = []
         for index, pieces in enumerate(pieces_by_choice):
-            text = "".join(piece.text for piece in pieces)
-            message = AnswerMessage(content=text)
-            if spec.tools is not None:
-                message = read_message(text, finder_of(spec), is_cut=pieces[-1].finish_reason == "length")
+            text, is_cut = "".join(piece.text for piece in pieces), pieces[-1].finish_reason == "length"
+            message = read_message(text, spec.tools, is_cut=is_cut)
             choices.append(
                 ChatChoice(
                     index=index,
@@ -369,8 +375,11 @@ class ChatFormat:
         )
 
 
-def read_message(text: str, finder: CallFinder, *, is_cut: bool = False) -> AnswerMessage:
+def read_message(text: str, tools: ToolUse | None, *, is_cut: bool = False) -> AnswerMessage:
     """An answer's text as message, its calls told from it."""
+    if tools is None:
+        return AnswerMessage(content=text)
+    finder = CallFinder(tools)
     content, calls = "", []
     for found in [*finder.push(text), *finder.finish(is_cut=is_cut)]:
         match found:

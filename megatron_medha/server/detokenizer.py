@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
 from megatron_medha.server.tokens import PieceKind, Tokenizer
@@ -22,19 +22,25 @@ class Detokenizer(Protocol):
         """What is left: a replacement character where the last character stayed incomplete."""
 
 
-def make_detokenizer(tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
-    """The right detokenizer for this vocabulary; what follows continues the prompt."""
+def make_detokenizer(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool, shown: Iterable[str] = ()
+) -> Detokenizer:
+    """The right detokenizer for this vocabulary; what follows continues the prompt.
+
+    shown: special tokens that are not skipped.
+    """
+    skipped = tokenizer.special_ids.difference(map(tokenizer.token_id, shown)) if skip_special_tokens else frozenset()
     if tokenizer.kind is PieceKind.OTHER:
-        return WindowDetokenizer(tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens)
-    return ByteDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        return WindowDetokenizer(tokenizer, prompt_ids, skipped)
+    return ByteDetokenizer(tokenizer, skipped)
 
 
 class ByteDetokenizer:
     """For vocabularies whose entries are bytes: a UTF-8 decoder that waits for whole characters."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: Set[int] = frozenset()) -> None:
         self._bytes_of = tokenizer.token_bytes
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
@@ -49,9 +55,9 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For all other vocabularies: decodes a window of tokens again and sends what is new in it."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skipped: Set[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
-        self._skips = skip_special_tokens
+        self._skipped = skipped
         self._window = list(prompt_ids[-NUM_CONTEXT_TOKENS:])
         self._num_old_tokens = len(self._window)  # of the window; their text has been sent
         self._old_text = self._decode(self._window)
@@ -78,4 +84,5 @@ class WindowDetokenizer:
         return new
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skips)
+        shown = [token_id for token_id in token_ids if token_id not in self._skipped]
+        return self._tokenizer.decode(shown, skip_special_tokens=False)

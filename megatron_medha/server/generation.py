@@ -10,6 +10,7 @@ from megatron_medha.core.batch import FinishReason
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.engine.ports import TokenDelivery
+from megatron_medha.server.call_syntax import tokens_of
 from megatron_medha.server.detokenizer import make_detokenizer
 from megatron_medha.server.slo import SloClass
 from megatron_medha.server.stop_strings import StopMatcher
@@ -128,7 +129,10 @@ class Choice:
         self._spec = spec
         self._num_chars = 0
         self._detokenizer = make_detokenizer(
-            tokenizer, self.prompt.token_ids[-16:], skip_special_tokens=spec.skips_special_tokens
+            tokenizer,
+            self.prompt.token_ids[-16:],
+            skip_special_tokens=spec.skips_special_tokens,
+            shown=() if spec.tools is None else tokens_of(spec.tools.syntax),
         )
         self._matcher = StopMatcher(spec.stops, is_included=spec.includes_stop) if spec.stops else None
         self._has_begun = False

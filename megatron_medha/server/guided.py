@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from megatron_medha.engine.child_environment import child_environment
-from megatron_medha.engine.grammar_process import GuideKind, Trial, Vocabulary
+from megatron_medha.engine.grammar_process import Combination, GuideKind, Trial, Vocabulary
 from megatron_medha.engine.guidance import GrammarError
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
@@ -138,14 +138,14 @@ def _of_format(given: ResponseFormat | None) -> Iterator[Guide]:
     match given:
         case None | ResponseFormat(type="text"):
             return
-        case ResponseFormat(type="json_object"):
-            yield json_guide({"type": "object"}, "response_format")
-        case ResponseFormat(type="json_schema"):
-            if given.json_schema is None or given.json_schema.schema is None:
+        case ResponseFormat(type="json_object" | "json_schema"):
+            # OpenAI's place for the schema, or that of llama.cpp, Together and Fireworks.
+            schema = given.schema if given.json_schema is None else given.json_schema.schema
+            if schema is None and given.type == "json_schema":
                 raise bad_request(
                     "response_format.json_schema.schema: missing", "response_format.json_schema.schema"
                 )
-            yield json_guide(given.json_schema.schema, "response_format")
+            yield json_guide({"type": "object"} if schema is None else schema, "response_format")
         case _:
             raise bad_request(
                 f"response_format.type: expected text, json_object or json_schema, got `{given.type[:40]}`",
@@ -191,6 +191,11 @@ def _each(
 
 
 def _check_size(guide: Guide, config: ServerConfig) -> None:
+    if guide.kind is GuideKind.COMBINATION:
+        parts = msgspec.json.decode(guide.text, type=Combination).parts
+        for name, part in parts.items():
+            _check_size(Guide(part.kind, part.text, guide.param if name == "text" else "tools"), config)
+        return
     is_regex = guide.kind in (GuideKind.REGEX, GuideKind.GRAMMAR)
     key = "max_regex_chars" if is_regex else "max_schema_chars"
     most: int = getattr(config, key)

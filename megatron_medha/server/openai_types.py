@@ -38,6 +38,7 @@ class ResponseFormat(Struct, kw_only=True):
 
     type: str
     json_schema: JsonSchemaFormat | None = None
+    schema: dict[str, Any] | bool | None = None  # where llama.cpp, Together and Fireworks have it, also of json_object
 
 
 class StructuredOutputs(Struct, kw_only=True):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_medha.server.errors import bad_request
+from megatron_medha.server.call_grammar import calls_or_text
 from megatron_medha.server.generation import GenerationSpec
-from megatron_medha.server.guided import Guide, check_guidable, guide_of
+from megatron_medha.server.guided import check_guidable, guide_of
 from megatron_medha.server.openai_types import SharedFields
 from megatron_medha.server.prompts import RawPrompt, encode_prompts
 from megatron_medha.server.request_fields import (
@@ -60,8 +60,12 @@ async def plan(
     num_logprobs = details.num_logprobs
     if num_logprobs is not None:
         check_num_logprobs(num_logprobs, config, details.logprobs_param)
-    grammar = None
-    if (guide := _guide_of(fields, details.tools)) is not None:
+    grammar, tools, guide = None, details.tools, guide_of(fields)
+    if tools is not None:
+        if guide is not None and tools.guide is None:
+            tools = calls_or_text(tools, guide, ready.tokenizer.token_id)
+        guide = tools.guide  # an answer that has to call has no text to match anything
+    if guide is not None:
         check_guidable(fields, ready, guide.param)
         grammar = await service.grammars.grammar_of(guide, ready, config)
     # The best of several is known by their tokens' log-probabilities.
@@ -119,17 +123,6 @@ async def plan(
         discards_output=details.max_tokens == 0,
         names_tokens_by_id=bool(fields.return_tokens_as_token_ids),
         returns_token_ids=bool(fields.return_token_ids),
-        tools=details.tools,
+        tools=tools,
         ignored=(*details.ignored, *(() if is_tier_known(fields, service.slo) else ("service_tier",))),
     )
-
-
-def _guide_of(fields: SharedFields, tools: ToolUse | None) -> Guide | None:
-    guide = guide_of(fields)
-    if tools is None:
-        return guide
-    if guide is not None:
-        raise bad_request(
-            f"{guide.param}: not together with tools, unless tool_choice is none: an answer may be a call", guide.param
-        )
-    return tools.guide

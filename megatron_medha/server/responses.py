@@ -42,7 +42,7 @@ from megatron_medha.server.responses_types import (
 )
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import Tokenizer
-from megatron_medha.server.tool_calls import finder_of
+from megatron_medha.server.tool_calls import CallFinder
 from megatron_medha.server.wire_format import encode_json
 
 BODY = BodyType(msgspec.json.Decoder(ResponsesRequest), texts=frozenset({"input", "instructions"}))
@@ -102,7 +102,7 @@ def _format_of(text: TextOptions | None) -> ResponseFormat | None:
         return None
     given = text.format
     if given.type != "json_schema":
-        return ResponseFormat(type=given.type)
+        return ResponseFormat(type=given.type, schema=given.schema)
     return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(name=given.name, schema=given.schema))
 
 
@@ -126,7 +126,7 @@ class ResponsesFormat:
         self._name = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
         self._recent = recent
         self._client = client
-        self._finder = None if spec.tools is None else finder_of(spec)
+        self._finder = None if spec.tools is None else CallFinder(spec.tools)
         self._items: list[OutputItem] = []
         self._open: OutputItem | None = None
         self._arguments = ""                  # of the open call, as the model writes them

@@ -190,6 +190,11 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of the token with this name; None where there is none."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
     def _find_bytes(self, token_id: int) -> bytes:
         piece: str | None = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
         if piece is None:

@@ -15,8 +15,7 @@ from megatron_medha.server.call_readers import (
     Said,
     TagCall,
 )
-from megatron_medha.server.call_syntax import MARKS, REASONING, opens_reasoning
-from megatron_medha.server.generation import GenerationSpec
+from megatron_medha.server.call_syntax import MARKS, REASONING
 from megatron_medha.server.tools import ToolUse
 
 __all__ = ["CallBegan", "CallFinder", "CallWent", "Found", "Said"]
@@ -33,8 +32,7 @@ class CallFinder:
     What is found does not depend on how the text is cut into pieces.
     """
 
-    def __init__(self, use: ToolUse, *, is_reasoning: bool = False) -> None:
-        """is_reasoning: whether the prompt ends with the mark that opens what the model thinks."""
+    def __init__(self, use: ToolUse) -> None:
         self._use = use
         self._marks = marks = MARKS[use.syntax]
         start = "" if marks.tags is None else marks.tags.start
@@ -56,7 +54,7 @@ class CallFinder:
         self._may_be_bare = self._marks.is_bare
         if use.only is not None:
             self._reader = JsonCall(self, arguments_of=use.only)
-        elif is_reasoning and use.guide is None:
+        elif use.is_reasoning and use.guide is None:
             self._reasoning_end = REASONING[0][1]
 
     @property
@@ -248,12 +246,6 @@ class CallFinder:
 
     def _is_part_of_mark(self, text: str) -> bool:
         return any(len(text) < len(mark) and mark.startswith(text) for mark in self._all_marks)
-
-
-def finder_of(spec: GenerationSpec) -> CallFinder:
-    """For one choice of a chat with tools."""
-    assert spec.tools is not None
-    return CallFinder(spec.tools, is_reasoning=opens_reasoning(spec.prompts[0].text or ""))
 
 
 def _words_among(skipped: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from megatron_medha.server.call_syntax import CallSyntax, syntax_of_template
+from megatron_medha.server.chat_template import ChatTemplate
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.guided import Guide, json_guide
 from megatron_medha.server.openai_types import AllowedTools, NamedFunction, Tool, ToolChoice
@@ -29,6 +30,7 @@ class ToolUse:
     guide: Guide | None = None     # what makes it call: tool_choice required, or a tool by name
     only: str | None = None        # the tool that must be called
     is_parallel: bool = True       # whether several calls are answered
+    is_reasoning: bool = False     # whether the prompt ends with the mark that opens what the model thinks
     definitions: tuple[dict[str, Any], ...] = ()  # as the template gets them
 
     @property
@@ -43,12 +45,11 @@ def tool_use(
     choice: ToolChoice | str | None,
     *,
     is_parallel: bool | None,
-    syntax: CallSyntax | None,
-    uses_tools: bool,
+    syntax: CallSyntax,
 ) -> ToolUse | None:
     """How an answer to this request may call tools; None where it may not. ApiError 400 for what does not fit.
 
-    syntax: in which the model calls, None where that is not known. uses_tools: whether its chat template knows tools.
+    syntax: in which the model calls.
     """
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -57,33 +58,23 @@ def tool_use(
     check_tools(tools)
     if choice == "none":
         return None
-    if not uses_tools:
-        raise bad_request(
-            "tools: this model's chat template has no place for tools, so the model cannot know of them; "
-            "leave tools away or send tool_choice=none", "tools", "tools_not_supported",
-        )  # fmt: skip
-    names = frozenset(tool.function.name for tool in tools)
     definitions = tuple(_definition(tool) for tool in tools)
+    schemas = {definition["function"]["name"]: definition for definition in definitions}
+    use = ToolUse(
+        syntax=syntax, names=frozenset(schemas), is_parallel=is_parallel is not False, definitions=definitions
+    )
     match choice:
         case None | "auto":
-            if syntax is None:
-                raise bad_request(
-                    "tool_choice: how this model writes calls is not known from its chat template; use required or "
-                    "a tool's name, or start the server with server.tool_syntax", "tool_choice", "tools_not_supported",
-                )  # fmt: skip
-            return ToolUse(syntax=syntax, names=names, is_parallel=is_parallel is not False, definitions=definitions)
+            return use
         case "required":
-            most = 1 if is_parallel is False else MAX_REQUIRED_CALLS
-            guide = json_guide(_calls_schema(tools, most), "tools")
-            return ToolUse(syntax=CallSyntax.LIST, names=names, guide=guide, definitions=definitions)
+            most = MAX_REQUIRED_CALLS if use.is_parallel else 1
+            guide = json_guide(_calls_schema(definitions, most), "tools")
+            return replace(use, syntax=CallSyntax.LIST, guide=guide)
         case ToolChoice(type="function", function=NamedFunction(name=name)):
-            for tool in tools:
-                if tool.function.name == name:
-                    return ToolUse(
-                        syntax=CallSyntax.ARGUMENTS, names=names, only=name, definitions=definitions,
-                        guide=json_guide(_arguments_schema(tool), "tools"),
-                    )  # fmt: skip
-            raise bad_request(f"tool_choice: there is no tool `{name[:64]}` among tools", "tool_choice")
+            if name not in schemas:
+                raise bad_request(f"tool_choice: there is no tool `{name[:64]}` among tools", "tool_choice")
+            guide = json_guide(_arguments_schema(schemas[name]), "tools")
+            return replace(use, syntax=CallSyntax.ARGUMENTS, guide=guide, only=name)
         case _:
             raise _no_such_choice()
 
@@ -141,9 +132,11 @@ def too_many_tools() -> ApiError:
     return bad_request(f"tools: at most {MAX_TOOLS}", "tools")
 
 
-def syntax_of(configured: str, template: str | None) -> CallSyntax | None:
-    """How the model calls: as configured, or as its chat template shows; None where it does not."""
-    return syntax_of_template(template) if configured == "auto" else CallSyntax(configured)
+def syntax_of(configured: str, template: ChatTemplate) -> CallSyntax | None:
+    """How the model calls: as configured, or as its chat template shows; None where it does not, or knows no tools."""
+    if not template.uses_tools:
+        return None
+    return syntax_of_template(template.source) if configured == "auto" else CallSyntax(configured)
 
 
 def _no_such_choice() -> ApiError:
@@ -157,26 +150,33 @@ def _definition(tool: Tool) -> dict[str, Any]:
     return plain
 
 
-def _arguments_schema(tool: Tool) -> dict[str, Any]:
+def call_schema(definitions: Sequence[dict[str, Any]], arguments_key: str = "arguments") -> dict[str, Any]:
+    """Of one call of any of these tools as a JSON object."""
+    inner, calls = {}, []
+    for place, definition in enumerate(definitions):
+        root = f"#/$defs/tool{place}"
+        inner[f"tool{place}"] = _moved(_arguments_schema(definition), root)
+        calls.append({
+            "type": "object",
+            "properties": {"name": {"const": definition["function"]["name"]}, arguments_key: {"$ref": root}},
+            "required": ["name", arguments_key],
+            "additionalProperties": False,
+        })  # fmt: skip
+    return {"$defs": inner, "anyOf": calls}
+
+
+def _calls_schema(definitions: Sequence[dict[str, Any]], most: int) -> dict[str, Any]:
+    call = call_schema(definitions)
+    items = {"anyOf": call["anyOf"]}
+    return {"$defs": call["$defs"], "type": "array", "minItems": 1, "maxItems": most, "items": items}
+
+
+def _arguments_schema(definition: dict[str, Any]) -> dict[str, Any]:
     # Arguments are always an object; without parameters it is an empty one.
-    given = tool.function.parameters
+    given = definition["function"].get("parameters")
     if given is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     return {"type": "object", **given}
-
-
-def _calls_schema(tools: Sequence[Tool], most: int) -> dict[str, Any]:
-    definitions, calls = {}, []
-    for place, tool in enumerate(tools):
-        root = f"#/$defs/tool{place}"
-        definitions[f"tool{place}"] = _moved(_arguments_schema(tool), root)
-        calls.append({
-            "type": "object",
-            "properties": {"name": {"const": tool.function.name}, "arguments": {"$ref": root}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        })  # fmt: skip
-    return {"$defs": definitions, "type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}}
 
 
 def _moved(schema: Any, root: str) -> Any:

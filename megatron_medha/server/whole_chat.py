@@ -73,7 +73,7 @@ def render_whole(
 
 
 def _ways_to_write(messages: Sequence[Message]) -> Iterator[tuple[str, Sequence[Message]]]:
-    """The messages as they are, then with one change after another, then with one of the last two."""
+    """The messages as they are, then with one change after another, then with one of the last two as well."""
     yield "", messages
     ways: list[str] = []
     for name, step in _STEPS:
@@ -81,6 +81,14 @@ def _ways_to_write(messages: Sequence[Message]) -> Iterator[tuple[str, Sequence[
             messages = changed
             ways.append(name)
             yield "; ".join(ways), messages
+    yield from _last_ways(ways, messages)
+    if (changed := _with_system_in_question(messages)) != messages:
+        ways.append("system as part of the question")
+        yield "; ".join(ways), changed
+        yield from _last_ways(ways, changed)
+
+
+def _last_ways(ways: Sequence[str], messages: Sequence[Message]) -> Iterator[tuple[str, Sequence[Message]]]:
     for name, step in _LAST_STEPS:
         if (changed := step(messages)) != messages:
             yield "; ".join([*ways, name]), changed
@@ -108,6 +116,14 @@ def _with_one_system_message(messages: Sequence[Message]) -> Sequence[Message]:
         return messages
     text = "\n\n".join(message["content"] for message in system)
     return [{"role": "system", "content": text}, *(one for one in messages if one["role"] != "system")]
+
+
+def _with_system_in_question(messages: Sequence[Message]) -> Sequence[Message]:
+    """For templates that have no place for the system."""
+    if [one["role"] for one in messages[:2]] != ["system", "user"]:
+        return messages
+    system, question = messages[:2]
+    return [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *messages[2:]]
 
 
 def _with_empty_contents(messages: Sequence[Message]) -> Sequence[Message]:

@@ -236,6 +236,13 @@ RESULTS = [_said("tool", "sun", tool_call_id="c1"), _said("tool", "rain", tool_c
          "{% for k, v in t.function.arguments.items() %}<parameter={{ k }}>{{ v }}</parameter>{% endfor %}{% endfor %}"
          "{{ m.content or '' }}{% endfor %}", [_said("assistant", None, tool_calls=[_call(a="<é>", b=[1.5, "x"])])],
          "<function=f><parameter=a><é></parameter><parameter=b>[1.5, 'x']</parameter>"),
+        # Calls and results as text, where a template has no place for them.
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% endfor %}",
+         [HI, _said("assistant", None, tool_calls=[_call(a=1)]), _said("tool", "sun", tool_call_id="c1"), HI],
+         '<user>hi<assistant><tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+         "<user><tool_response>\nsun\n</tool_response>\nhi"),
+        ("{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' }}<{{ m.content }}>{% endfor %}",
+         [_said("system", "be kind"), HI], "<be kind\n\nhi>"),
     ],
 )  # fmt: skip
 def test_every_message_reaches_the_prompt(source: str, messages: list[dict[str, Any]], prompt: str) -> None:

@@ -120,9 +120,9 @@ def use_of(syntax: CallSyntax, **fields: Any) -> ToolUse:
     return ToolUse(syntax=syntax, names=frozenset("fg"), definitions=DEFINITIONS, **fields)
 
 
-def read(use: ToolUse, pieces: list[str], *, is_cut: bool = False, **fields: Any) -> list[str | tuple[str, str]]:
+def read(use: ToolUse, pieces: list[str], *, is_cut: bool = False) -> list[str | tuple[str, str]]:
     """Text and calls in order."""
-    finder = CallFinder(use, **fields)
+    finder = CallFinder(use)
     found: list[Found] = [one for piece in pieces for one in finder.push(piece)]
     told: list[Any] = []
     for one in [*found, *finder.finish(is_cut=is_cut)]:
@@ -302,7 +302,7 @@ def test_a_call_that_is_only_thought_about_is_none(syntax: CallSyntax, opening: 
 def test_reasoning_that_the_prompt_has_opened_ends_where_it_says(syntax: CallSyntax) -> None:
     call = CALL if syntax is CallSyntax.LLAMA3_JSON else hermes(CALL)
     text = f"{CALL} {THOUGHT}</think>\n\n{call}"
-    assert read(use_of(syntax), list(text), is_reasoning=True) == [f"{CALL} {THOUGHT}</think>", F]
+    assert read(use_of(syntax, is_reasoning=True), list(text)) == [f"{CALL} {THOUGHT}</think>", F]
 
 
 @pytest.mark.parametrize(("syntax", "text"), [

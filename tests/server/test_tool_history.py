@@ -1,0 +1,153 @@
+"""What a server has answered comes back as history: every template kind takes it, cut or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, say
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running_server import Running, StartServer
+
+from megatron_medha.server.chat import _plain_message
+from megatron_medha.server.chat_template import ChatTemplate
+from megatron_medha.server.json_text import read_cut_object
+from megatron_medha.server.openai_types import CalledFunction, Message, ToolCall
+from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
+from megatron_medha.server.whole_chat import render_whole
+
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+END = 257
+NAMES_ROLES = (  # as Qwen 2.5: roles that it does not name vanish
+    "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% for m in messages %}"
+    "{% if m.role in ('user', 'system') or (m.role == 'assistant' and not m.tool_calls) %}"
+    "<{{ m.role }}>{{ m.content }}</>"
+    "{% elif m.role == 'assistant' %}<assistant>{{ m.content or '' }}{% for t in m.tool_calls %}<tool_call>\n"
+    '{"name": "{{ t.function.name }}", "arguments": {{ t.function.arguments | tojson }}}\n</tool_call>{% endfor %}</>'
+    "{% elif m.role == 'tool' %}<user><tool_response>{{ m.content }}</tool_response></>{% endif %}{% endfor %}"
+)
+AS_TAGS = (  # as Qwen3-Coder: goes through the arguments
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
+    "{% for t in m.tool_calls or [] %}<tool_call>\n<function={{ t.function.name }}>\n"
+    "{% for name, value in t.function.arguments | items %}"
+    "<parameter={{ name }}>\n"
+    "{{ value if value is string else value | tojson }}\n</parameter>\n{% endfor %}</function>\n</tool_call>"
+    "{% endfor %}"
+    "{% endfor %}"
+)
+ONE_CALL = (  # as Llama 3.1: one call a message, if there is the field at all
+    "{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('one call a message') }}{% endif %}<assistant>{% set f = m.tool_calls[0].function %}"
+    '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}</>'
+    "{% else %}<{{ m.role }}>{{ m.content }}</>{% endif %}{% endfor %}{% if tools %}ipython{% endif %}"
+)
+NINE = (  # as Mistral: ids of nine letters and digits, the same for a call and its result
+    "{% for m in messages %}{% for t in m.tool_calls or [] %}{% if t.id | length != 9 %}{{ raise_exception('nine') }}"
+    "{% endif %}[TOOL_CALLS]{{ t.function.name }}[CALL_ID]{{ t.id }}[ARGS]{{ t.function.arguments | tojson }}"
+    "{% endfor %}{% if m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+    "[TOOL_RESULTS]{{ m.tool_call_id }}{% endif %}[{{ m.role }}]{{ m.content or '' }}{% endfor %}"
+    "{% if tools %}[AVAILABLE_TOOLS]{% endif %}"
+)
+PARTS = (  # as vision models: contents are lists of parts; calls have no place
+    "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"
+    "{% endfor %}</>{% endfor %}"
+)
+IN_TURN = (  # as Gemma: no system, user and assistant in turn, no tools
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
+)
+KINDS = {"names roles": NAMES_ROLES, "tags": AS_TAGS, "one call": ONE_CALL, "nine": NINE, "parts": PARTS,
+         "in turn": IN_TURN, "none": None}  # fmt: skip
+WORD = st.text("abc é\n\"'<\\", min_size=1, max_size=8).map(str.strip).filter(bool)
+CALLS = st.lists(
+    st.tuples(st.sampled_from("fg"), st.dictionaries(st.sampled_from("ab"), WORD | st.integers(0, 99), max_size=2)),
+    min_size=1, max_size=3,
+)  # fmt: skip
+
+
+def history_of(calls: list[tuple[str, str]], text: str | None) -> list[Message]:
+    made = [ToolCall(id=f"call_{place:024}", function=CalledFunction(name=name, arguments=arguments))
+            for place, (name, arguments) in enumerate(calls)]  # fmt: skip
+    results = [Message(role="tool", content=f"result {place}", tool_call_id=call.id) for place, call in enumerate(made)]
+    first, last = Message(role="user", content="What is it?"), Message(role="user", content="And?")
+    return [first, Message(role="assistant", content=text, tool_calls=made), *results, last]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None)
+@given(calls=CALLS, text=st.sampled_from([None, "Let me see."]), num_cut=st.integers(0, 12))
+def test_calls_and_results_come_back_in_every_template_kind(
+    kind: str, calls: list[tuple[str, dict]], text: str | None, num_cut: int
+) -> None:
+    written = [(name, json.dumps(arguments)) for name, arguments in calls]
+    last, arguments = written[-1]
+    written[-1] = (last, arguments[: max(0, len(arguments) - num_cut)])
+    messages = [_plain_message(place, message) for place, message in enumerate(history_of(written, text))]
+    prompt = render_whole(ChatTemplate(KINDS[kind], {}), messages).text
+    places = [prompt.index(f"result {place}") for place in range(len(calls))]
+    assert places == sorted(places) and prompt.index("What is it?") < places[0] < prompt.index("And?")
+    for _, given_arguments in written:
+        for value in read_cut_object(given_arguments).values():
+            texts = [str(value), json.dumps(value), json.dumps(value, ensure_ascii=False)]
+            assert any(one in prompt for one in texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "right"),
+    [
+        ('{"city": "Par', {"city": "Par"}), ('{"a": "line1\nline2"}', {"a": "line1\nline2"}), ('{"a": 1,}', {"a": 1}),
+        ("null", {}), ("[1]", {}), ("ls -l", {}), ("", {}), ('{"a": 1, "ci', {"a": 1}), ('{"a": tru', {}),
+        ("{" * 9999, {}),
+        ('{"a": [1, {"b": "c', {"a": [1, {"b": "c"}]}), ('{"n": 123456789012345678901}', {"n": 123456789012345678901}),
+    ],
+)  # fmt: skip
+def test_arguments_that_are_no_json_are_read_as_far_as_they_go(arguments: str, right: dict) -> None:
+    assert read_cut_object(arguments) == right
+
+
+SayIt = Callable[[str, str | None], Running]
+
+
+@pytest.fixture
+def says(start_server: StartServer, tokenizer: Tokenizer) -> SayIt:
+    def start(text: str, template: str | None) -> Running:
+        told = Tokenizer(tokenizer._backend, TokenizerConfig(eos_token="</s>", chat_template=template))
+        return start_server(FakeEngine(rule=say([*text.encode(), END])), told)
+
+    return start
+
+
+TOOL: dict[str, Any] = {"name": "f", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_was_cut_in_a_call_can_be_sent_back_on_every_route(says: SayIt, kind: str) -> None:
+    begin = {"one call": "", "nine": "[TOOL_CALLS]["}.get(kind, "<tool_call>\n")
+    text = begin + '{"name": "f", "arguments": {"city": "Par'
+    server = says(text, KINDS[kind])
+    question, size = {"role": "user", "content": "hi"}, len(text)
+
+    body = {"messages": [question], "tools": [{"type": "function", "function": TOOL}], "max_tokens": size}
+    answer = server.post(CHAT, body).json()["choices"][0]
+    assert answer["finish_reason"] == "length"
+    (call,) = answer["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"city": "Par'
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "none"}
+    again = server.post(CHAT, {**body, "messages": [question, answer["message"], result]})
+    assert again.status_code == 200, again.text
+
+    body = {"input": [question], "tools": [{"type": "function", **TOOL}], "max_output_tokens": size}
+    output = server.post(RESPONSES, body).json()["output"]
+    result = {"type": "function_call_output", "call_id": output[-1]["call_id"], "output": "none"}
+    again = server.post(RESPONSES, {**body, "input": [question, *output, result]})
+    assert again.status_code == 200, again.text
+
+    tool = {"name": "f", "input_schema": {"type": "object"}}
+    body = {"model": "fake-model", "messages": [question], "tools": [tool], "max_tokens": size}
+    content = server.post(MESSAGES, body).json()["content"]
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": content[-1]["id"], "content": "none"}]}
+    again = server.post(MESSAGES, {**body, "messages": [question, {"role": "assistant", "content": content}, result]})
+    assert again.status_code == 200, again.text
