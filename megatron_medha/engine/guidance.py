@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_medha.core.errors import CheckpointError, MedhaError
-from megatron_medha.engine.tokenizer_file import read_tokenizer_file
+from megatron_medha.engine.added_tokens import read_whole_tokenizer
 
 if TYPE_CHECKING:
     import llguidance
@@ -76,7 +76,7 @@ class GrammarCompiler:
     def of_file(cls, path: Path, vocab_size: int, stop_token_ids: Sequence[int]) -> GrammarCompiler:
         """For the tokenizer in this tokenizer.json."""
         try:
-            text = read_tokenizer_file(path)
+            text = read_whole_tokenizer(path)
         except CheckpointError as error:
             raise GrammarError(str(error)) from None
         return cls(text, vocab_size, stop_token_ids)

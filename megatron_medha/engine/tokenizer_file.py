@@ -64,10 +64,10 @@ class _Tokens(msgspec.Struct):
     added_tokens: list[_AddedToken] = []
 
 
-def token_ids(path: Path) -> dict[str, int]:
-    """The ids of all tokens in tokenizer.json. Raises CheckpointError naming the file."""
+def token_ids(content: str, path: Path) -> dict[str, int]:
+    """The ids of all tokens in the contents of a tokenizer.json. Raises CheckpointError naming the file."""
     try:
-        found = msgspec.json.decode(read_bytes(path, MAX_TOKENIZER_BYTES), type=_Tokens)
+        found = msgspec.json.decode(content, type=_Tokens)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
     vocab = found.model.vocab

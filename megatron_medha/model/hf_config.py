@@ -13,6 +13,7 @@ from megatron_medha.model.hf_config_names import DEFAULTS, READ, is_harmless
 from megatron_medha.model.hf_rope import rope_problems, rope_scaling, rope_theta
 from megatron_medha.model.json_fields import JsonFields, read_json
 from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.tokenizer_facts import end_ids, generation_end_ids, tokenizer_facts
 
 SUPPORTED_MODEL_TYPES = tuple(DEFAULTS)
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -143,13 +144,7 @@ def _dtype(config: JsonFields) -> str:
 
 
 def _stop_token_ids(directory: Path, config: JsonFields) -> tuple[int, ...]:
-    """The end tokens of generation_config.json, then those of config.json, each once."""
-    found: list[int] = []
-    path = directory / "generation_config.json"
-    for fields in ([read_json(path)] if path.is_file() else []) + [config]:
-        value = fields.fields.get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
-            raise fields.wrong("eos_token_id", "a token id or a list of them")
-        found += ids
-    return tuple(dict.fromkeys(found))
+    """The end tokens of generation_config.json, of config.json and the tokenizer's own, each once."""
+    found = (*generation_end_ids(directory), *end_ids(config), *tokenizer_facts((directory,))[1])
+    num_ids = config.integer("vocab_size")
+    return tuple(token_id for token_id in dict.fromkeys(found) if token_id < num_ids)

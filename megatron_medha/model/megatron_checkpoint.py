@@ -24,7 +24,6 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.engine.checkpoint_files import read_word, shown
-from megatron_medha.engine.tokenizer_file import token_ids
 from megatron_medha.model.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
 from megatron_medha.model.hf_checkpoint import share_of, zero_padding_rows
 from megatron_medha.model.hf_config import read_hf_config
@@ -33,6 +32,7 @@ from megatron_medha.model.megatron_args import args_from_config, config_from_arg
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.safe_pickle import load_torch_file
 from megatron_medha.model.stored_tensors import INDEX_NAME, StoredTensor, TensorFiles, read_index
+from megatron_medha.model.tokenizer_facts import tokenizer_facts
 from megatron_medha.model.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
 from megatron_medha.parallel.cpu_shim import allow_megatron_without_cuda
 
@@ -283,23 +283,3 @@ def _check_tensors(
         num_hidden = len(problems) - _MAX_PROBLEMS_SHOWN
         more = [f"and {num_hidden} more"] if num_hidden > 0 else []
         raise CheckpointError("\n".join(problems[:_MAX_PROBLEMS_SHOWN] + more))
-
-
-def tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[int, ...]]:
-    """How many ids the tokenizer.json beside the checkpoint has, and its end tokens; (None, ()) without one."""
-    home = next((d for d in directories if (d / "tokenizer.json").is_file()), None)
-    if home is None:
-        return None, ()
-    ids = token_ids(home / "tokenizer.json")
-    stops: list[int] = []
-    for name, key in (("generation_config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
-        if not (home / name).is_file():
-            continue
-        stated = read_json(home / name).fields.get(key)
-        if isinstance(stated, dict):  # an AddedToken, written out
-            stated = stated.get("content")
-        for token in stated if isinstance(stated, list) else [stated]:
-            token_id = ids.get(token) if isinstance(token, str) else token
-            if type(token_id) is int:
-                stops.append(token_id)
-    return max(ids.values(), default=-1) + 1, tuple(dict.fromkeys(stops))

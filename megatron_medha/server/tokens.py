@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import read_bytes, read_json_object
-from megatron_medha.engine.tokenizer_file import read_tokenizer_file
+from megatron_medha.engine.added_tokens import read_whole_tokenizer, token_name, token_settings
+from megatron_medha.engine.checkpoint_files import read_bytes
 from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
 from megatron_medha.server.text_slices import CHAR_OF_BYTE, SLICE_CHARS, slice_encoder
 
@@ -67,6 +67,7 @@ class TokenizerConfig:
     eos_token: str | None = None
     other_tokens: dict[str, str] = field(default_factory=dict)  # unk_token, pad_token...: templates may name them
     add_bos_token: bool | None = None  # None: whatever the tokenizer's post-processor does
+    splits_special_tokens: bool = False  # whether the names of special tokens in a text are text
     chat_template: str | None = None
 
 
@@ -91,7 +92,8 @@ class Tokenizer:
         strips = any(token.lstrip or token.rstrip for token in added.values())
         is_exact = self._kind is PieceKind.BYTE_LEVEL and backend.normalizer is None and not strips
         self._max_token_chars = max(map(len, backend.get_vocab()), default=1) * (1 if is_exact else 4)
-        self._encode_slices = slice_encoder(backend)
+        backend.encode_special_tokens = config.splits_special_tokens
+        self._encode_slices = None if config.splits_special_tokens else slice_encoder(backend)
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -103,7 +105,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{path} is missing; the server needs a Hugging Face fast tokenizer (save_pretrained writes one)"
             )
-        content = read_tokenizer_file(path)
+        content = read_whole_tokenizer(path)
         try:
             with _panics_as_errors():
                 backend = tokenizers.Tokenizer.from_str(content)
@@ -216,21 +218,23 @@ class Tokenizer:
 
 
 def load_tokenizer_config(directory: Path) -> TokenizerConfig:
-    """Read tokenizer_config.json, special_tokens_map.json and chat_template.jinja, each if present."""
-    main = _read_json(directory / "tokenizer_config.json")
-    merged = {**_read_json(directory / "special_tokens_map.json"), **main}
+    """Read tokenizer_config.json, special_tokens_map.json and chat_template.jinja, each if present.
+
+    add_bos_token and add_eos_token are passed over, as by transformers 5 where there is a tokenizer.json: its
+    post-processor says what is put around a text.
+    """
+    settings = token_settings(directory)
     special = {}
-    for key, value in merged.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
+    for key, value in settings.items():
+        text = token_name(value)
+        if key.endswith("_token") and text is not None:
             special[key] = text
-    add_bos = merged.get("add_bos_token")
     return TokenizerConfig(
         bos_token=special.pop("bos_token", None),
         eos_token=special.pop("eos_token", None),
         other_tokens=special,
-        add_bos_token=add_bos if isinstance(add_bos, bool) else None,
-        chat_template=_find_chat_template(directory, merged.get("chat_template")),
+        splits_special_tokens=settings.get("split_special_tokens") is True,
+        chat_template=_find_chat_template(directory, settings.get("chat_template")),
     )
 
 
@@ -243,12 +247,6 @@ def _find_chat_template(directory: Path, configured: Any) -> str | None:
         by_name = {entry.get("name"): entry.get("template") for entry in configured if isinstance(entry, dict)}
         configured = by_name.get("default")
     return configured if isinstance(configured, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    return read_json_object(path)
 
 
 def _piece_kind(decoder: Any) -> tuple[PieceKind, list[tuple[str, str]]]:

@@ -1,0 +1,41 @@
+"""What a model must know of the tokenizer beside it: how many ids there are, and which of them end an output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_medha.engine.added_tokens import read_whole_tokenizer, token_name, token_settings
+from megatron_medha.engine.tokenizer_file import token_ids
+from megatron_medha.model.json_fields import JsonFields, read_json
+
+
+def tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[int, ...]]:
+    """How many ids the first tokenizer.json found has, and its end tokens; (None, ()) without one.
+
+    End tokens are those of generation_config.json and the tokenizer's own, as in vLLM.
+    """
+    home = next((d for d in directories if (d / "tokenizer.json").is_file()), None)
+    if home is None:
+        return None, ()
+    path = home / "tokenizer.json"
+    ids = token_ids(read_whole_tokenizer(path), path)
+    stops = list(generation_end_ids(home))
+    end = token_name(token_settings(home).get("eos_token"))
+    if end in ids:
+        stops.append(ids[end])
+    return max(ids.values(), default=-1) + 1, tuple(dict.fromkeys(stops))
+
+
+def generation_end_ids(directory: Path) -> tuple[int, ...]:
+    """The end tokens of generation_config.json; none without one."""
+    path = directory / "generation_config.json"
+    return end_ids(read_json(path)) if path.is_file() else ()
+
+
+def end_ids(fields: JsonFields) -> tuple[int, ...]:
+    """The end tokens that a config states. Raises CheckpointError when they are no ids."""
+    value = fields.fields.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise fields.wrong("eos_token_id", "a token id or a list of them")
+    return tuple(ids)
