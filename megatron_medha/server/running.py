@@ -9,8 +9,9 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Coroutine
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
@@ -18,12 +19,14 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.engine.private_file import check_private
 from megatron_medha.server.api import Api
 from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.connection import connection_class
+from megatron_medha.server.connection import Connection, connection_class
 from megatron_medha.server.descriptors import connection_limits, raise_descriptor_limit
 from megatron_medha.server.service import Service
+from megatron_medha.server.tls_listener import TlsListener
 
 # Idle connections close at once; what is left after the drain are answers whose last bytes are on their way.
 _FLUSH_S = 1
+_MAX_HANDSHAKES = 256  # TLS handshakes at a time; one takes some milliseconds
 
 
 class Server(uvicorn.Server):
@@ -40,14 +43,27 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets=sockets)
+        context = self.config.ssl
+        await super().startup(sockets=[] if context is not None else sockets)
         if not self.started:
             return
+        if context is not None:
+            self.servers += [self._tls_listener(listener, context) for listener in sockets or ()]  # type: ignore[misc]
         self._service.end_server = self.end
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
             self._loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._service.reload_and_log()))
         if self._on_listening is not None:
             self._on_listening()
+
+    def _tls_listener(self, listener: socket.socket, context: ssl.SSLContext) -> TlsListener:
+        protocol = cast("type[Connection]", self.config.http_protocol_class)
+        return TlsListener(
+            listener,
+            context,
+            partial(protocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state),
+            max_handshakes=min(_MAX_HANDSHAKES, self.config.backlog),
+            handshake_timeout_s=protocol.settings.head_timeout_s,
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end, in the middle of whatever the main thread does."""

@@ -7,6 +7,7 @@ import signal
 import socket
 import ssl
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,36 @@ def test_with_a_certificate_the_server_speaks_tls(
     ) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def ask_over_tls(server: Running, context: ssl.SSLContext) -> bytes:
+    """The first bytes that /health answers."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as plain, context.wrap_socket(
+        plain, server_hostname="127.0.0.1"
+    ) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        return connection.recv(1000)
+
+
+def test_clients_that_never_begin_their_handshake_keep_nobody_out(
+    start_server: StartServer, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_medha.server.running._MAX_HANDSHAKES", 4)
+    server = start_server(tls_certificate=certificate[0], tls_key=certificate[1])
+    context = ssl.create_default_context(cafile=certificate[0])
+    with ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        silent = [stack.enter_context(socket.create_connection(address, timeout=WAIT_S)) for _ in range(50)]
+        silent[-1].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")  # not TLS
+        assert ask_over_tls(server, context).startswith(b"HTTP/1.1 200")
+        assert silent[0].recv(1) == b""  # one more than there may be ended the oldest
+    assert ask_over_tls(server, context).startswith(b"HTTP/1.1 200")
+
+
+def test_a_handshake_that_crawls_is_cut_off(start_server: StartServer, certificate: tuple[Path, Path]) -> None:
+    server = start_server(tls_certificate=certificate[0], tls_key=certificate[1], head_timeout_s=0.2)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
+        assert connection.recv(1) == b""
 
 
 def test_tls_files_that_do_not_fit_are_named(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
