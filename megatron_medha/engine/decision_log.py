@@ -30,6 +30,10 @@ _EVENTS: dict[str, type[Event]] = {
 }
 
 
+# Raised when a key or an event is renamed; read_log() then translates what is older.
+FORMAT = 1
+
+
 class ReplayError(MedhaError):
     """A replayed decision differs from the recorded one, or the log cannot be read; the message names the line."""
 
@@ -39,7 +43,7 @@ class DecisionLog:
 
     def __init__(self, stream: TextSink, header: dict[str, Any]) -> None:
         self._stream = stream
-        self._write({"header": header})
+        self._write({"format": FORMAT, "header": header})
 
     @classmethod
     def open(cls, path: Path, header: dict[str, Any]) -> DecisionLog:
@@ -73,9 +77,12 @@ def read_log(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Recorded]]:
     first = next(numbered, None)
     if first is None:
         raise ReplayError("the decision log is empty")
-    header = _parse(*first).get("header")
+    opening = _parse(*first)
+    header, log_format = opening.get("header"), opening.get("format", FORMAT)  # the first logs name none
     if not isinstance(header, dict):
         raise ReplayError("line 1: not the header of a decision log")
+    if log_format != FORMAT:
+        raise ReplayError(f"line 1: format {log_format} is of a later version; this one reads format {FORMAT}")
     return header, (_record(line, _parse(line, text)) for line, text in numbered)
 
 

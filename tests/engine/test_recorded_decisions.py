@@ -1,0 +1,33 @@
+"""The scheduler decides what it decided when these runs were recorded (tools/record_decisions.py)."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from megatron_medha.engine.decision_log import ReplayError, read_log, replay
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
+
+LOGS = sorted((Path(__file__).parent / "recorded").glob("*.jsonl.gz"))
+
+
+def test_walks_and_simulations_are_recorded() -> None:
+    assert len(LOGS) >= 20
+
+
+@pytest.mark.parametrize("path", LOGS, ids=lambda path: path.name.partition(".")[0])
+def test_a_recorded_run_replays_to_the_same_batches(path: Path) -> None:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        header, records = read_log(lines)
+        assert replay(records, SchedulerSetup.from_header(header).build()) > 0
+
+
+def test_a_log_of_a_later_format_is_named() -> None:
+    with pytest.raises(ReplayError, match="format 99 is of a later version"):
+        read_log(['{"format":99,"header":{}}'])
+
+
+def test_a_log_without_a_format_is_one_of_the_first() -> None:
+    assert read_log(['{"header":{"a":1}}'])[0] == {"a": 1}
