@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from megatron_medha.core.errors import CheckpointError
 MAX_JSON_BYTES = 4 << 20         # config.json and its like: kilobytes; in Python objects it takes 30 times as much
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest known are 35 MB
 _MAX_SHOWN = 80
+_MAX_LINES, _MAX_LINE = 8, 1000
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -72,3 +74,10 @@ def shown(value: object) -> str:
     """A value for an error message, cut if it is long."""
     text = repr(value[: 2 * _MAX_SHOWN] if isinstance(value, str | bytes) else value)
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems, one a line; of many the first ones, and how many more there are."""
+    lines = [problem if len(problem) <= _MAX_LINE else problem[:_MAX_LINE] + "..." for problem in problems[:_MAX_LINES]]
+    more = len(problems) - len(lines)
+    return "\n".join([*lines, f"and {more} more"] if more > 0 else lines)

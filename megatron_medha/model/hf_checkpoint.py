@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import open_regular, path_inside, read_bytes
+from megatron_medha.engine.checkpoint_files import listed, open_regular, path_inside, read_bytes
 from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.weight_checks import is_finite, refuse_non_finite
 
@@ -31,7 +31,6 @@ _QKV, _FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"  # within a layer of 
 _OUR_LM_HEAD = "output_layer.weight"
 _OUR_EMBEDDING = "embedding.word_embeddings.weight"
 _DTYPES = ("F64", "F32", "BF16", "F16")
-_MAX_PROBLEMS_SHOWN = 8
 _MAX_INDEX_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 64 << 20  # 100 bytes a tensor
 
@@ -305,9 +304,7 @@ def _check_headers(
                         f"{path}: tensor {key} has dtype {header.get_dtype()}; readable are {', '.join(_DTYPES)}"
                     )
     if problems:
-        num_hidden = len(problems) - _MAX_PROBLEMS_SHOWN
-        more = [f"and {num_hidden} more"] if num_hidden > 0 else []
-        raise CheckpointError("\n".join(problems[:_MAX_PROBLEMS_SHOWN] + more))
+        raise CheckpointError(listed(problems))
 
 
 def _where_expected(directory: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_medha.core.errors import UnsupportedModelError
+from megatron_medha.engine.checkpoint_files import listed, shown
 from megatron_medha.model.hf_config_names import DEFAULTS, READ, is_harmless
 from megatron_medha.model.hf_rope import rope_problems, rope_scaling, rope_theta
 from megatron_medha.model.json_fields import JsonFields, read_json
@@ -77,7 +78,7 @@ def _refuse_unsupported(config: JsonFields, model_type: str) -> None:
     if not problems:
         problems = _window_problems(config, model_type)  # depend on the context, and so on the rotary embedding
     if problems:
-        raise UnsupportedModelError("\n".join(problems))
+        raise UnsupportedModelError(listed(problems))
 
 
 def _unsupported_fields(config: JsonFields, model_type: str) -> list[UnsupportedModelError]:
@@ -130,8 +131,8 @@ def _window_problems(config: JsonFields, model_type: str) -> list[str]:
     if isinstance(window, int) and window >= length:
         return []
     return [
-        f"{config.path}: sliding_window={window!r} is not supported: it would cut off part of the context of {length} "
-        f"tokens. To serve the model up to its window, set max_position_embeddings to {window!r}"
+        f"{config.path}: sliding_window={shown(window)} is not supported: it would cut off part of the context of "
+        f"{length} tokens. To serve the model up to its window, set max_position_embeddings to {shown(window)}"
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.engine.checkpoint_files import read_json_object
+from megatron_medha.engine.checkpoint_files import read_json_object, shown
 
 
 class JsonFields:
@@ -52,11 +52,11 @@ class JsonFields:
 
     def wrong(self, key: str, wanted: str) -> CheckpointError:
         """The error to raise when that key holds nothing we can read."""
-        return CheckpointError(f"{self.path}: {self._where}{key}={self.fields.get(key)!r} must be {wanted}")
+        return CheckpointError(f"{self.path}: {self._where}{key[:80]}={shown(self.fields.get(key))} must be {wanted}")
 
     def unsupported(self, key: str, why: str) -> UnsupportedModelError:
         """The error to raise when that key asks for what we cannot run."""
-        stated = f"{self._where}{key}={self.fields.get(key)!r}"
+        stated = f"{self._where}{key[:80]}={shown(self.fields.get(key))}"
         return UnsupportedModelError(f"{self.path}: {stated} is not supported: {why}")
 
     def _value(self, key: str, default: Any) -> Any:

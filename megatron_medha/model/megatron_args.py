@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.engine.checkpoint_files import listed, shown
 from megatron_medha.model.megatron_arg_names import NEEDED, READ, REQUIREMENTS, is_harmless
 from megatron_medha.model.model_config import ModelConfig, RopeScaling
 from megatron_medha.model.safe_pickle import Opaque
@@ -140,9 +141,10 @@ def _check_complete(args: argparse.Namespace, path: Path) -> None:
         if not values:
             problems.append(f"args.{old} (args.{new} since core 0.16) is missing")
         elif values[0] != values[-1]:
-            problems.append(f"args.{old}={values[0]!r} and args.{new}={values[-1]!r} are two names of one argument")
+            both = f"args.{old}={shown(values[0])} and args.{new}={shown(values[-1])}"
+            problems.append(f"{both} are two names of one argument")
     if problems:
-        raise CheckpointError("\n".join(f"{path}: {problem}" for problem in problems))
+        raise CheckpointError(listed([f"{path}: {problem}" for problem in problems]))
 
 
 def _either(args: argparse.Namespace, old: str, new: str) -> str:
@@ -153,19 +155,19 @@ def _either(args: argparse.Namespace, old: str, new: str) -> str:
 def _refuse_unsupported(args: argparse.Namespace, path: Path) -> None:
     """Raise UnsupportedModelError for everything that would change the answer, all at once."""
     problems = [
-        f"args.{name}={getattr(args, name)!r} is not supported: {reason}"
+        f"args.{name}={shown(getattr(args, name))} is not supported: {reason}"
         for name, is_fine, reason in REQUIREMENTS
         if hasattr(args, name) and not is_fine(getattr(args, name))
     ]
     known = READ | {requirement.name for requirement in REQUIREMENTS}
     problems += [
-        f"args.{name}={value!r} is not supported: this argument is not known here, and may change what the model "
+        f"args.{name}={shown(value)} is not supported: this argument is not known here, and may change what the model "
         "computes. If it does not, delete it from 'args' in this file and start again"
         for name, value in sorted(vars(args).items())
         if _is_set(value) and name not in known and not is_harmless(name)
     ]
     if problems:
-        raise UnsupportedModelError("\n".join(f"{path}: {problem}" for problem in problems))
+        raise UnsupportedModelError(listed([f"{path}: {problem}" for problem in problems]))
 
 
 def _is_set(value: Any) -> bool:
@@ -221,14 +223,14 @@ def _vocab_size(
 def _integer(args: argparse.Namespace, path: Path, key: str, default: int | None = None) -> int:
     value = _stated(args, path, key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{path}: args.{key}={value!r} must be a positive whole number")
+        raise CheckpointError(f"{path}: args.{key}={shown(value)} must be a positive whole number")
     return value
 
 
 def _number(args: argparse.Namespace, path: Path, key: str, default: float | None = None) -> float:
     value = _stated(args, path, key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise CheckpointError(f"{path}: args.{key}={value!r} must be a positive number")
+        raise CheckpointError(f"{path}: args.{key}={shown(value)} must be a positive number")
     return float(value)
 
 

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.engine.checkpoint_files import read_word, shown
+from megatron_medha.engine.checkpoint_files import listed, read_word, shown
 from megatron_medha.model.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
 from megatron_medha.model.hf_checkpoint import share_of, zero_padding_rows
 from megatron_medha.model.hf_config import read_hf_config
@@ -37,12 +37,12 @@ from megatron_medha.model.weight_checks import is_finite, refuse_larger_model, r
 from megatron_medha.parallel.cpu_shim import allow_megatron_without_cuda
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
+BRIDGE_STATE_NAME = "latest_train_state.pt"
 _PREFIXES = ("", "module.", "model.")
 _EMBEDDING = "embedding.word_embeddings.weight"
 # Roots of a language model's tensor names; what else a checkpoint holds (optimizer, random state) is training's.
 _MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "encoder.", "lm_head.")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_MAX_PROBLEMS_SHOWN = 8
 
 
 def find_megatron_checkpoint(directory: Path) -> Path | None:
@@ -54,7 +54,7 @@ def find_megatron_checkpoint(directory: Path) -> Path | None:
         return _checked(directory)
     tracker = directory / TRACKER_NAME
     if not tracker.is_file():
-        return None
+        return _checked(directory / _step_of_bridge(directory)) if (directory / BRIDGE_STATE_NAME).is_file() else None
     stated = read_word(tracker)
     if stated != "release" and not stated.isdecimal():
         raise CheckpointError(f"{tracker}: holds {stated[:40]!r}, not a number of iterations or 'release'")
@@ -183,6 +183,16 @@ def save_megatron_checkpoint(model: Any, config: ModelConfig, directory: Path, i
     return target
 
 
+def _step_of_bridge(directory: Path) -> str:
+    """The directory of the iteration that the first versions of Megatron-Bridge named in a file of their own only."""
+    path = directory / BRIDGE_STATE_NAME
+    state = load_torch_file(path)
+    step = state.get("step") if isinstance(state, Mapping) else None
+    if not isinstance(step, torch.Tensor) or step.numel() != 1:
+        raise CheckpointError(f"{path}: holds no 'step', which names the iteration's directory")
+    return f"iter_{int(step):07d}"
+
+
 def _sharded_backend(directory: Path) -> str | None:
     path = directory / "metadata.json"
     if not path.is_file():
@@ -202,7 +212,7 @@ def _checked(iteration: Path) -> Path:
         )
     if backend != "torch_dist":
         raise CheckpointError(
-            f"{iteration / 'metadata.json'}: sharded_backend={backend!r} cannot be read, torch_dist can. "
+            f"{iteration / 'metadata.json'}: sharded_backend={shown(backend)} cannot be read, torch_dist can. "
             "Convert it in Megatron-LM: --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
         )
     for name in (".metadata", "common.pt"):
@@ -280,6 +290,4 @@ def _check_tensors(
         if key not in known_keys and not key.endswith("._extra_state"):
             problems.append(f"{path}: tensor {key} is not part of this model")
     if problems:
-        num_hidden = len(problems) - _MAX_PROBLEMS_SHOWN
-        more = [f"and {num_hidden} more"] if num_hidden > 0 else []
-        raise CheckpointError("\n".join(problems[:_MAX_PROBLEMS_SHOWN] + more))
+        raise CheckpointError(listed(problems))

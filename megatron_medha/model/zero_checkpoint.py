@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import path_inside, read_word
+from megatron_medha.engine.checkpoint_files import listed, path_inside, read_word
 from megatron_medha.model.hf_checkpoint import (
     may_be_ignored,
     placements,
@@ -47,7 +47,6 @@ _NORM_NAMES = {
     ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
     ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
 }
-_MAX_PROBLEMS_SHOWN = 8
 
 
 def find_zero_checkpoint(directory: Path) -> Path | None:
@@ -188,6 +187,4 @@ def _check(
         if found != shape and not is_padded:
             problems.append(f"{step}: tensor {key} has shape {list(found)}, the model's is {list(shape)}")
     if problems:
-        num_hidden = len(problems) - _MAX_PROBLEMS_SHOWN
-        more = [f"and {num_hidden} more"] if num_hidden > 0 else []
-        raise CheckpointError("\n".join([*sorted(problems)[:_MAX_PROBLEMS_SHOWN], *more]))
+        raise CheckpointError(listed(sorted(problems)))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.core.errors import CheckpointError
+from megatron_medha.engine.checkpoint_files import shown
 from megatron_medha.model.pickle_machine import PickleError
 from megatron_medha.model.safe_pickle import load_torch_file, size_of
 
@@ -64,7 +65,7 @@ def read_master_weights(step: Path) -> dict[str, Pieces]:
         if num_ranks != len(optim_paths):
             raise CheckpointError(f"{step}: Expected {num_ranks} of {OPTIM_STATES}, but found {len(optim_paths)}")
         if stage not in (1, 2, 3):
-            raise CheckpointError(f"{optim_paths[0]}: zero_stage={stage!r} cannot be read; stages 1 to 3 can")
+            raise CheckpointError(f"{optim_paths[0]}: zero_stage={shown(stage)} cannot be read; stages 1 to 3 can")
         states = [_model_states(path) for path in (model_paths if stage == 3 else model_paths[:1])]
         found = dict(_buffers(states[0]))
         found |= _frozen(states)

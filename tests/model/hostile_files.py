@@ -278,6 +278,10 @@ MEGATRON: dict[str, tuple[Spoil, str]] = {
     "pieces of a negative length": (
         with_metadata(lambda m: [vars(i).update(length=-1) for i in m.storage_data.values()]), ".metadata"),
     "a billion layers": (with_args(num_layers=10**9), "common.pt"),
+    "long values": (with_args(num_layers="9" * 1_000_000, normalization=[["x" * 1000] * 1000]), "common.pt"),
+    "a hundred thousand unknown arguments": (
+        with_args(**{f"argument_{number}": 1 for number in range(100_000)}), "common.pt"),
+    "an argument with a long name": (with_args(**{"x" * 1_000_000: 1}), "common.pt"),
     "a huge hidden size": (with_args(hidden_size=2**40, kv_channels=2**38), "common.pt"),
     "a billion layers of nothing": (
         lambda directory: (with_args(num_layers=10**9)(directory),
@@ -289,6 +293,11 @@ HUGGING_FACE: dict[str, tuple[Spoil, str]] = {
     "a huge hidden size of transformers": (edited("config.json", hidden_size=2**40, head_dim=2**38), "config.json"),
     "a huge vocabulary": (edited("config.json", vocab_size=10**15), "config.json"),
     "many heads": (edited("config.json", num_attention_heads=2**40, num_key_value_heads=2**40), "config.json"),
+    "a long value of a config": (edited("config.json", hidden_size="9" * 1_000_000), "config.json"),
+    "a value of a config that is large": (edited("config.json", model_type=[["x"] * 1000] * 300), "config.json"),
+    "a hundred thousand unknown fields": (
+        edited("config.json", **{f"field_{number}": 1 for number in range(100_000)}), "config.json"),
+    "a field with a long name": (edited("config.json", **{"x" * 1_000_000: 1}), "config.json"),
     "deep JSON of a config": (content("config.json", '{"model_type": ' + DEEP_JSON + "}"), "config.json"),
     "deep JSON beside the config": (content("generation_config.json", '{"a": ' + DEEP_JSON + "}"),
                                     "generation_config.json"),

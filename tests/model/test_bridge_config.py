@@ -219,6 +219,15 @@ def test_the_tokenizer_that_bridge_saves_gives_the_end_token(saved: Path, groups
     assert read_model_config(saved).stop_token_ids == (EOS_ID,)
 
 
+def test_the_iteration_is_found_without_megatron_lms_tracker_file(saved: Path):
+    (saved / "latest_checkpointed_iteration.txt").unlink()
+    torch.save({"step": torch.tensor(5, dtype=torch.int32)}, saved / "latest_train_state.pt")
+    assert read_model_config(saved) == CONFIG
+    torch.save({"step": "5"}, saved / "latest_train_state.pt")
+    with pytest.raises(CheckpointError, match=r"latest_train_state\.pt: holds no 'step'"):
+        read_model_config(saved)
+
+
 LAUGHS = "a: &a {x: 1}\n" + "".join(
     f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n" for before, name in zip("abcdefghi", "bcdefghij")
 )

@@ -121,7 +121,7 @@ def test_a_rank_reads_no_more_than_its_own_weights(ranks: RankProcesses, model: 
     ("layout", "message"),
     [
         (ParallelLayout(tp=4), r"parallel.tp=4 must divide model.num_kv_heads=2 .* tp=2 and its divisors"),
-        (ParallelLayout(tp=3), r"parallel.tp=3 must divide model.num_heads=8 "),
+        (ParallelLayout(tp=3), r"parallel.tp=3 must divide model.num_heads=8, "),
         (ParallelLayout(spp=3), r"parallel.spp=3 must divide model.num_layers=4 "),
     ],
 )
