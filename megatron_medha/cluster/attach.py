@@ -188,7 +188,9 @@ class AttachedRanks:
         # The agents know the way to us better than we do.
         port = self.link.endpoint.rpartition(":")[2]
         return [
-            msgspec.structs.replace(config, front_endpoint=f"tcp://*:{port}", init_method=meeting)
+            msgspec.structs.replace(
+                config, front_endpoint=f"tcp://*:{port}", link_token=self.link.token, init_method=meeting
+            )
             for config in self._configs
         ]
 

@@ -169,7 +169,9 @@ class LocalRanks:
                 "LOCAL_RANK": str(self._first_local_rank + config.rank),  # as torchrun says which device is whose
                 **loopback_environment(),
             }
-            config = msgspec.structs.replace(config, front_endpoint=self._link.endpoint, init_method=meeting)
+            config = msgspec.structs.replace(
+                config, front_endpoint=self._link.endpoint, link_token=self._link.token, init_method=meeting
+            )
             self._processes.append(RankProcess.start(config, self._command, environment))
 
     def missing(self) -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+
 import msgspec
 import zmq
 
 from megatron_medha.cluster.keys import Keys
 from megatron_medha.cluster.messages import FromRank, Heartbeat, Prepared, RankFailed, ToRank
+from megatron_medha.cluster.rank_config import connection_name
 from megatron_medha.cluster.wire import RefusedPeers, UnreadableMessage, read_message
 from megatron_medha.core.errors import RankError
 
@@ -17,13 +20,14 @@ _MAX_REFUSED_AT_ONCE = 1000  # then others have their turn
 
 
 class RankLink:
-    """One ROUTER, each rank a DEALER that calls itself rank-N.
+    """One ROUTER, each rank a DEALER that calls itself rank-N-TOKEN.
 
     Ranks that are started again find another address: nothing said by their predecessors can be taken for theirs.
     """
 
     def __init__(self, context: Context, endpoint: str, num_ranks: int, keys: Keys | None = None) -> None:
         self.socket = router_socket(context, endpoint, keys, max_message_bytes=_MAX_MESSAGE_BYTES)
+        self.token = secrets.token_hex(8)  # in the names of all connections of these ranks
         self._num_ranks = num_ranks
         self._refused = RefusedPeers("ranks")
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -41,7 +45,7 @@ class RankLink:
     def send_encoded(self, rank: int, payload: bytes) -> None:
         """See send()."""
         try:
-            self.socket.send_multipart((b"rank-%d" % rank, payload))
+            self.socket.send_multipart((connection_name(rank, "", self.token), payload))
         except zmq.ZMQError as error:
             raise RankError(f"rank {rank} cannot be reached: {error}") from None
 
@@ -68,14 +72,14 @@ class RankLink:
             raise UnreadableMessage(f"rank {rank} of {self._num_ranks}")
         match message:
             case Heartbeat():
-                names: tuple[bytes, ...] = (b"rank-%d-heartbeat" % rank,)
+                senders: tuple[str, ...] = ("heartbeat",)
             case Prepared():
-                names = (b"rank-%d-grammars" % rank,)
+                senders = ("grammars",)
             case RankFailed():
-                names = (b"rank-%d" % rank, b"rank-%d-grammars" % rank)
+                senders = ("", "grammars")
             case _:
-                names = (b"rank-%d" % rank,)
-        if peer not in names:
+                senders = ("",)
+        if peer not in [connection_name(rank, sender, self.token) for sender in senders]:
             raise UnreadableMessage(f"{type(message).__name__} of rank {rank} from a connection of another name")
 
     def close(self) -> None:

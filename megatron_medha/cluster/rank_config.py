@@ -7,6 +7,11 @@ import msgspec
 from megatron_medha.core.layout import ParallelLayout
 
 
+def connection_name(rank: int, what: str, token: str) -> bytes:
+    """What a rank's connection calls itself; what: "" for that of its steps."""
+    return "-".join(part for part in (f"rank-{rank}", what, token) if part).encode()
+
+
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a rank needs to load its share of the model and find the front process."""
 
@@ -14,6 +19,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     layout: ParallelLayout = ParallelLayout()
     init_method: str | None = None   # where the ranks of the layout meet (torch.distributed); None: there is only one
     front_endpoint: str              # ZeroMQ address of the front's ROUTER socket
+    link_token: str = ""             # part of its connections' names: others cannot take them before it does
     key_file: str | None = None      # keys of an encrypted connection (cluster/keys.py); None: it is not encrypted
     checkpoint: str                  # directory: Megatron torch_dist or Hugging Face safetensors
     tokenizer: str | None = None     # directory with tokenizer.json, read for structured output; None: the checkpoint

@@ -17,7 +17,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-_MAX_TEMPLATE_CHARS = 2**20  # the longest known are 30,000; a longer one would take long to parse
+_MAX_TEMPLATE_CHARS = 2**18  # the longest known have 30,000; a longer one would take seconds to parse
 
 
 class ChatTemplateError(Exception):
@@ -103,6 +103,8 @@ def _names_read(source: str) -> frozenset[str]:
         raise ChatTemplateError(f"the chat template has a mistake in line {error.lineno}: {error}") from error
     except RecursionError:
         raise ChatTemplateError("the chat template is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ChatTemplateError(f"the chat template cannot be read: {error}") from None
 
 
 def _environment() -> Any:

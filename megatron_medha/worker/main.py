@@ -33,7 +33,7 @@ from megatron_medha.cluster.messages import (
     Ready,
     StepDone,
 )
-from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.rank_config import RankConfig, connection_name
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.engine.freed_memory import GIVE_BACK_INTERVAL_S, give_back_freed_memory
 from megatron_medha.engine.parentage import die_with_parent
@@ -90,7 +90,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
     bound_kernel_cache()
 
     context = zmq.Context()
-    socket = _connect(context, config, f"rank-{config.rank}")
+    socket = _connect(context, config, "")
     encoder = msgspec.msgpack.Encoder()
 
     def send(message: FromRank) -> None:
@@ -140,9 +140,9 @@ def _serve(
         serve(SocketInbox(socket, parent_pid, take), send)
 
 
-def _connect(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, identity: str) -> zmq.Socket[bytes]:
+def _connect(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, what: str) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, identity.encode())
+    socket.setsockopt(zmq.IDENTITY, connection_name(config.rank, what, config.link_token))
     socket.setsockopt(zmq.LINGER, _GOODBYE_MS)
     if config.key_file is not None:
         Keys.load(Path(config.key_file)).secure_rank(socket)
@@ -168,7 +168,7 @@ def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> 
     stop = threading.Event()
 
     def beat() -> None:
-        socket = _connect(context, config, f"rank-{config.rank}-heartbeat")
+        socket = _connect(context, config, "heartbeat")
         message = msgspec.msgpack.encode(Heartbeat(config.rank))
         while not stop.is_set():
             # A front that does not read gets no more than the socket's buffer holds; the rank goes on.
@@ -204,7 +204,7 @@ def _preparing(
     waiting: queue.SimpleQueue[Prepare | None] = queue.SimpleQueue()
 
     def work() -> None:
-        socket = _connect(context, config, f"rank-{config.rank}-grammars")
+        socket = _connect(context, config, "grammars")
         while (message := waiting.get()) is not None:
             try:
                 prepare(message.grammar)

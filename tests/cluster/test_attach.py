@@ -317,6 +317,7 @@ def test_what_no_rank_sends_is_dropped_by_the_link_to_the_ranks(
     done = StepDone(0, 0, 0.1)
     with zmq.Context() as context:
         link = RankLink(context, "tcp://127.0.0.1:*", 2, keys)
+        name_of_rank = f"rank-0-{link.token}".encode()
         for name, frames in {
             **HOSTILE,
             "rank-7": _encoded(Heartbeat(7)),
@@ -324,22 +325,24 @@ def test_what_no_rank_sends_is_dropped_by_the_link_to_the_ranks(
             "rank-1": _encoded(Heartbeat(0)),
             "rank-0-heartbeat": _encoded(done),
             "rank-0-grammars": _encoded(done),
-            "rank-0-again": _encoded(RankFailed(0, "Error", "of somebody else")),
+            "rank-0": _encoded(RankFailed(0, "Error", "of somebody who does not know the token")),
+            f"rank-0-heartbeat-{link.token}": _encoded(RankFailed(0, "Error", "of another connection")),
         }.items():
             hold(keys, link.endpoint, name.encode()).socket.send_multipart(frames)
-        rank = hold(keys, link.endpoint, b"rank-0")
+        rank = hold(keys, link.endpoint, name_of_rank)
         heard: list[object] = []
 
         def receive() -> bool:
             while (message := link.receive()) is not None:
                 heard.append(message)
-            return caplog.text.count("message_refused") >= len(HOSTILE) + 6
+            return caplog.text.count("message_refused") >= len(HOSTILE) + 7
 
         wait_until(receive, lambda: caplog.text)
         # Connections take names in the order they come: a second one of a name that is taken is not heard.
         rank.socket.send_multipart(_encoded(done))
         wait_until(lambda: receive() and bool(heard))
-        hold(keys, link.endpoint, b"rank-0").socket.send_multipart(_encoded(RankFailed(0, "Error", "of an impostor")))
+        impostor = hold(keys, link.endpoint, name_of_rank)
+        impostor.socket.send_multipart(_encoded(RankFailed(0, "Error", "of an impostor")))
         rank.socket.send_multipart(_encoded(done))
         wait_until(lambda: receive() and len(heard) == 2)
         assert heard == [done, done]

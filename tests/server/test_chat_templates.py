@@ -78,7 +78,10 @@ def test_a_template_reaches_nothing_of_the_process(hurried: TemplateRenders, rea
     assert text == "hi[]" or "%s" in text  # undefined
 
 
-@pytest.mark.parametrize("source", ["(" * 100_000, "{{ " + "(" * 50_000, "{% if 1 %}" * 20_000, "x" * (2**20 + 1)])
+@pytest.mark.parametrize(
+    "source",
+    ["(" * 100_000, "{{ " + "(" * 50_000, "{% if 1 %}" * 20_000, "x" * (2**18 + 1), "{{ " + "9" * 5000 + " }}"],
+)
 def test_a_template_that_cannot_be_parsed_stops_the_start_at_once(source: str) -> None:
     if source.startswith("("):
         ChatTemplate(source, {})  # plain text
