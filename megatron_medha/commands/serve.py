@@ -118,10 +118,13 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     from megatron_medha.server.journal import Journal
     from megatron_medha.server.metrics import Metrics
     from megatron_medha.server.running import run as run_app
+    from megatron_medha.server.sampling_defaults import read_sampling_defaults
     from megatron_medha.server.tokens import Tokenizer
     from megatron_medha.server.traces import Traces
 
     metrics = Metrics()
+    homes = [directory for directory in (options.checkpoint, config.tokenizer) if directory is not None]
+    sampling_defaults = read_sampling_defaults(homes if config.server.generation_config == "auto" else ())
     journal = Journal(metrics)
     engine = make_engine(config, metrics, journal.watch)
     tokenizer: Future[Tokenizer] = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, config.tokenizer)
@@ -135,6 +138,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
         read_config=read_server_config,
         traces=Traces(config.tracking.otlp_endpoint) if config.tracking.otlp_endpoint is not None else None,
         model_name=model_name_of(config),
+        sampling_defaults=sampling_defaults,
     )
     tracking = Tracking(config.tracking, engine, metrics, public_options(options))
     watch = _Watch(app.state.service, needs_key=config.server.needs_key)

@@ -30,6 +30,7 @@ from megatron_medha.server.presence import unless_gone
 from megatron_medha.server.request_body import decode_request
 from megatron_medha.server.request_fields import read_body, read_wishes
 from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
+from megatron_medha.server.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.template_renders import TemplateRenders
@@ -53,13 +54,14 @@ def create_app(
     traces: Traces | None = None,
     model_name: str = "",
     renders: TemplateRenders | None = None,
+    sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS,
 ) -> Api:
     """The application. It starts the engine when it starts, and stops it when it stops.
 
     metrics, journal: those that watch the engine; without them, step metrics and stories stay empty.
     read_config: reads the configuration again when the server is told to reload.
     traces: where requests are traced to. model_name: on metrics, until the checkpoint's own name is known.
-    renders: of another owner, who closes them.
+    renders: of another owner, who closes them. sampling_defaults: for what requests leave out.
     """
     metrics = Metrics() if metrics is None else metrics
     service = Service(
@@ -72,6 +74,7 @@ def create_app(
         read_config=read_config,
         traces=traces,
         renders=renders,
+        sampling_defaults=sampling_defaults,
     )
 
     @asynccontextmanager
@@ -218,6 +221,7 @@ def _add_model_routes(app: Api, service: Service) -> None:
             created=service.started_unix_s,
             root=facts.shape.name if facts is not None else name,
             max_model_len=facts.max_request_tokens if facts is not None else None,
+            sampling_defaults=service.sampling_defaults,
         )
 
     @app.get("/v1/models", openapi_extra=openapi.operation(types.ModelList, errors=(401,)))

@@ -14,10 +14,11 @@ from megatron_medha.server.call_syntax import CallSyntax
 # Bound once, when the server starts; a reload that changes one of these is refused.
 FIXED_FIELDS = (
     "host", "port", "served_model_names", "tls_certificate", "tls_key", "keepalive_timeout_s", "head_timeout_s",
-    "max_head_bytes", "max_headers", "max_connections",
+    "max_head_bytes", "max_headers", "max_connections", "generation_config",
 )  # fmt: skip
 _ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 _OUR_OWN = (CallSyntax.LIST, CallSyntax.ARGUMENTS)
+GENERATION_CONFIGS = ("auto", "none")
 TOOL_SYNTAXES = ("auto", *(syntax.value for syntax in CallSyntax if syntax not in _OUR_OWN))
 SECRET_FIELDS = ("api_key", "admin_key")
 
@@ -61,6 +62,7 @@ class ServerConfig:
     grammar_timeout_s: float = 2.0            # to compile one; ranks compile it too, beside their steps
     max_logprobs: int = 20                    # OpenAI's limit for chat, vLLM's default
     tool_syntax: str = "auto"                 # how the model writes calls: hermes, mistral, ...; auto: see its template
+    generation_config: str = "auto"           # sampling defaults: of the checkpoint's generation_config.json, or none
     default_max_output_tokens: int = 16       # of /v1/completions, OpenAI's number; chat takes what fits
     min_tpot_slo_ms: float = 1.0              # x-slo-tpot-ms shortens everybody's steps; nobody reads a token a ms
     refuses_late: bool = False                # whether to answer 429 where the first token is predicted to be late
@@ -101,6 +103,10 @@ class ServerConfig:
         self._check_sites()
         if self.tool_syntax not in TOOL_SYNTAXES:
             raise ConfigError(f"server.tool_syntax={self.tool_syntax} is not one of {', '.join(TOOL_SYNTAXES)}")
+        if self.generation_config not in GENERATION_CONFIGS:
+            raise ConfigError(
+                f"server.generation_config={self.generation_config} is not one of {', '.join(GENERATION_CONFIGS)}"
+            )
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ConfigError(
                 f"server.max_bodies_bytes={self.max_bodies_bytes} must hold at least one body of "

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from megatron_medha.server.sampling_defaults import SamplingDefaults
+
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -384,6 +386,7 @@ class Model(Struct, kw_only=True):
     root: str
     parent: None = None
     max_model_len: int | None = None
+    sampling_defaults: SamplingDefaults = SamplingDefaults()  # for what requests leave out; other servers lack it
 
 
 class ModelList(Struct, kw_only=True):

@@ -197,15 +197,16 @@ def sampling_of(
     vocab_size = ready.facts.shape.vocab_size
     client_stop_ids = _stop_ids(fields, vocab_size, config)
     model_stop_ids = () if fields.ignore_eos else ready.facts.stop_token_ids
-    top_k = max(fields.top_k or 0, 0)  # -1 is vLLM's "off", 0 is ours
+    defaults = ready.sampling_defaults
+    top_k = max(_or(fields.top_k, defaults.top_k), 0)  # -1 is vLLM's "off", 0 is ours
     return Sampling(
         max_output_tokens=1,
         min_output_tokens=min_tokens,
-        temperature=_or(fields.temperature, 1.0),
+        temperature=_or(fields.temperature, defaults.temperature),
         top_k=min(top_k, vocab_size),
-        top_p=_or(fields.top_p, 1.0),
-        min_p=_or(fields.min_p, 0.0),
-        repetition_penalty=_or(fields.repetition_penalty, 1.0),
+        top_p=_or(fields.top_p, defaults.top_p),
+        min_p=_or(fields.min_p, defaults.min_p),
+        repetition_penalty=_or(fields.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=_or(fields.presence_penalty, 0.0),
         frequency_penalty=_or(fields.frequency_penalty, 0.0),
         logit_bias=_logit_bias(fields, vocab_size, config),

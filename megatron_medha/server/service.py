@@ -22,6 +22,7 @@ from megatron_medha.server.journal import Journal
 from megatron_medha.server.keys import KeyRing
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.recent_items import RecentItems
+from megatron_medha.server.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.streams import EngineLost, Streams
 from megatron_medha.server.template_renders import NoRenderProcess, TemplateRenders
@@ -52,6 +53,7 @@ class Ready:
 
     facts: EngineFacts
     tokenizer: Tokenizer
+    sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS
 
     @property
     def max_prompt_chars(self) -> int:
@@ -106,6 +108,7 @@ class Service:
         read_config: Callable[[], ServerConfig] | None = None,
         traces: Traces | None = None,
         renders: TemplateRenders | None = None,
+        sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS,
     ) -> None:
         """journal: the one that watches the engine. read_config: reads the configuration again, for reload().
 
@@ -115,6 +118,7 @@ class Service:
         self.config = config
         self.keys = KeyRing(config)
         self.slo = slo
+        self.sampling_defaults = sampling_defaults
         self.metrics = metrics
         self.journal = journal
         self.streams = Streams(engine.now_s)
@@ -237,7 +241,7 @@ class Service:
         match status.phase:
             case EnginePhase.READY | EnginePhase.RECOVERING if facts is not None:
                 tokenizer = self._tokenizer.result() if isinstance(self._tokenizer, Future) else self._tokenizer
-                return Ready(facts, tokenizer)
+                return Ready(facts, tokenizer, self.sampling_defaults)
             case EnginePhase.FAILED:
                 raise ApiError(503, f"the engine has failed: {status.detail}", code="engine_failed")
             case EnginePhase.STOPPED:

@@ -64,7 +64,8 @@ def start_server(tokenizer: Tokenizer, ending: list[Running], renders: TemplateR
 
     def start(engine: FakeEngine | None = None, tokenizer: object = tokenizer, **settings: object) -> Running:
         engine = engine or FakeEngine()
-        names = {"journal", "metrics", "slo", "read_config", "traces", "model_name", "renders"} & settings.keys()
+        names = {"journal", "metrics", "slo", "read_config", "traces", "model_name", "renders", "sampling_defaults"}
+        names &= settings.keys()
         parts = {name: settings.pop(name) for name in names}
         config = ServerConfig(**{"port": 0, "engine_check_s": 0.01, "drain_timeout_s": 0, **settings})
         app = create_app(engine, tokenizer, config, **{"renders": renders, **parts})
