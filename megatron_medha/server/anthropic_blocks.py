@@ -52,7 +52,7 @@ class Conversation:
 def read_conversation(body: MessagesRequest) -> Conversation:
     """The chat that these messages are; ApiError 400 for a block that is not text."""
     chat = Conversation()
-    if body.system is not None:
+    if body.system:
         chat.add(Message(role="system", content=_text_of(body.system, "system")), "system")
     for place, message in enumerate(body.messages):
         _add_message(chat, message, f"messages[{place}]")

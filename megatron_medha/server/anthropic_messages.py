@@ -22,6 +22,7 @@ from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.chat import CHARS_PER_MESSAGE, plan_chat
 from megatron_medha.server.errors import ANTHROPIC_PREFIX, ApiError
 from megatron_medha.server.generation import GenerationSpec, Piece
+from megatron_medha.server.json_text import read_cut_object
 from megatron_medha.server.openai_types import (
     ChatRequest,
     JsonSchemaFormat,
@@ -200,7 +201,7 @@ class MessagesFormat:
             return
         self._is_open = False
         if isinstance(block := self._blocks[-1], ToolUseBlock):
-            block.input = _arguments_of(self._arguments)
+            block.input = read_cut_object(self._arguments)  # its stop_reason says whether it was cut
         self._tell_block("content_block_stop")
 
     def _tell_block(self, kind: str, **fields: object) -> None:
@@ -230,11 +231,3 @@ class MessagesFormat:
             stop_sequence=self._stop_sequence,
             usage=self._usage(usage),
         )
-
-
-def _arguments_of(text: str) -> dict[str, object]:
-    # A call that max_tokens cut has no arguments yet; its stop_reason says so.
-    try:
-        return msgspec.json.decode(text or "{}", type=dict[str, object])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from megatron_medha.server.sampling_defaults import SamplingDefaults
@@ -153,12 +154,28 @@ class CalledFunction(Struct, kw_only=True):
     arguments: str  # JSON
 
 
+class CustomCall(Struct, kw_only=True):
+    """Which tool for free text was called, and with what."""
+
+    name: str
+    input: str
+
+
 class ToolCall(Struct, kw_only=True):
-    """A call that the model made."""
+    """A call that the model made; one of a tool for free text is read as a function's with that text."""
 
     id: str
     type: str = "function"
-    function: CalledFunction
+    function: CalledFunction | None = None
+    custom: CustomCall | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if self.custom:
+            arguments = msgspec.json.encode({"input": self.custom.input}).decode()
+            self.type, self.function = "function", CalledFunction(name=self.custom.name, arguments=arguments)
+            self.custom = UNSET
+        if self.function is None:
+            raise ValueError("a call lacks its `function`")
 
 
 class ContentPart(Struct, kw_only=True):
@@ -178,6 +195,12 @@ class Message(Struct, kw_only=True, omit_defaults=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    function_call: CalledFunction | None = None  # OpenAI's older way to write a call
+
+    def __post_init__(self) -> None:
+        if self.function_call is not None and not self.tool_calls:
+            self.tool_calls = [ToolCall(id=f"call_{self.function_call.name}", function=self.function_call)]
+        self.function_call = None
 
 
 class ChatRequest(SharedFields, kw_only=True):

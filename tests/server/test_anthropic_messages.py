@@ -185,6 +185,14 @@ def test_why_a_message_ended_is_said_in_anthropics_words(says: Callable[..., Run
     assert ask(says(""))["content"] == []
 
 
+def test_a_call_that_was_cut_has_the_arguments_so_far(says: Callable[..., Running]) -> None:
+    server = says('<tool_call>{"name": "weather", "arguments": {"city": "Oslo", "days": 12}}</tool_call>')
+    cut = ask(server, tools=[WEATHER], max_tokens=65)
+    assert (cut["stop_reason"], cut["content"][0]["input"]) == ("max_tokens", {"city": "Oslo"})
+    ask(server, [HI, {"role": "assistant", "content": cut["content"]}, HI], tools=[WEATHER], system=[])
+    assert '"city": "Oslo"' in prompt_of(server) and "<|system|>" not in prompt_of(server)
+
+
 def test_a_tool_can_be_demanded(says: Callable[..., Running]) -> None:
     pytest.importorskip("llguidance")
     server = says('{"city": "Oslo"}')

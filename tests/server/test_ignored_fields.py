@@ -145,6 +145,21 @@ def test_the_calls_of_other_tools_stay_in_the_history(server: Running) -> None:
         assert there in text, text
 
 
+def test_calls_written_in_other_ways_stay_in_a_chats_history(server: Running) -> None:
+    hi = {"role": "user", "content": "hi"}
+    custom = {"id": "a", "type": "custom", "custom": {"name": "patch", "input": "+x"}}
+    messages = [
+        hi, {"role": "assistant", "content": None, "function_call": {"name": "old", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "old", "content": "result"}, {"role": "assistant", "tool_calls": [custom]},
+        {"role": "tool", "tool_call_id": "a", "content": "patched"}, hi,
+    ]  # fmt: skip
+    answered(server.post(CHAT, {"messages": messages}))
+    text = prompt_of(server)
+    assert all(one in text for one in ('"old"', '"a": 1', "result", '"patch"', "+x", "patched")), text
+    bad = [hi, {"role": "assistant", "tool_calls": [{"id": "a"}]}]
+    assert server.post(CHAT, {"messages": bad}).json()["error"]["param"].startswith("messages[")
+
+
 @pytest.mark.parametrize("part", [{"type": "input_image", "image_url": "data:,"}, {"type": "input_file"}])
 def test_what_is_not_text_is_refused_by_its_place(server: Running, part: dict) -> None:
     for items, param in (
