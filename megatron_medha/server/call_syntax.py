@@ -87,10 +87,13 @@ _GLM_TAGS = Tags(
 )  # fmt: skip
 
 MARKS = {
-    CallSyntax.HERMES: Marks(openings=("<tool_call>",), closings=("</tool_call>",), tags=_FUNCTION_TAGS),
+    CallSyntax.HERMES: Marks(
+        openings=("<tool_call>",), closings=("</tool_call>",), between=("```json", "```", "</function>"),
+        tags=_FUNCTION_TAGS,
+    ),
     CallSyntax.QWEN_XML: Marks(
         openings=("<tool_call>", "<seed:tool_call>", "<function="), closings=("</tool_call>", "</seed:tool_call>"),
-        tags=_FUNCTION_TAGS,
+        between=("</function>",), tags=_FUNCTION_TAGS,
     ),
     CallSyntax.LLAMA3_JSON: Marks(openings=("<|python_tag|>",), is_bare=True),
     CallSyntax.PYTHONIC: Marks(
@@ -131,7 +134,8 @@ MARKS = {
 
 # Around what a model thinks before it answers. A call that it thinks about is none.
 REASONING = (
-    ("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )  # fmt: skip
 
@@ -171,6 +175,10 @@ def tokens_of(syntax: CallSyntax) -> tuple[str, ...]:
     return (*marks.openings, *marks.closings, *marks.between, *marks.within, *pairs)
 
 
-def opens_reasoning(prompt: str) -> bool:
-    """Whether what follows this prompt is thought first, since the template has opened that already."""
-    return prompt.rstrip().endswith(tuple(opening for opening, _ in REASONING))
+def reasoning_end(prompt: str, continued: str = "") -> str | None:
+    """The mark that ends the reasoning in which an answer begins: the template has opened it, or the text continued."""
+    text = prompt.rstrip()
+    for opening, closing in REASONING:
+        if text.endswith(opening) or continued.rfind(opening) > continued.rfind(closing):
+            return closing
+    return None

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
-from megatron_medha.server.call_syntax import CallSyntax, opens_reasoning
+from megatron_medha.server.call_syntax import CallSyntax, reasoning_end
 from megatron_medha.server.chat_template import ChatTemplateError
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import GenerationSpec, Piece
@@ -93,12 +93,12 @@ async def plan_chat(
     if max_tokens == 0:
         raise bad_request(f"{max_tokens_param}: expected at least 1", max_tokens_param)
 
-    is_reasoning = False
+    end: str | None = None
 
     async def read_prompts() -> Sequence[RawPrompt]:
-        nonlocal is_reasoning
+        nonlocal end
         text = await render_messages(service, ready, body.messages, body, definitions_of(tools))
-        is_reasoning = opens_reasoning(text)
+        end = reasoning_end(text, _text_continued(body))
         return [text]
 
     spec = await plan(
@@ -123,9 +123,12 @@ async def plan_chat(
             ignored=(*ignored, *usable.ignored),
         ),
     )
-    if spec.tools is not None and is_reasoning:
-        return replace(spec, tools=replace(spec.tools, is_reasoning=True))
-    return spec
+    return spec if spec.tools is None else replace(spec, tools=replace(spec.tools, reasoning_end=end))
+
+
+def _text_continued(body: ChatRequest) -> str:
+    content = body.messages[-1].content if body.continue_final_message else ""
+    return content if isinstance(content, str) else "\n".join(part.text or "" for part in content or ())
 
 
 def chat_tools(

@@ -5,17 +5,10 @@ from __future__ import annotations
 import re
 import uuid
 
-from megatron_medha.server.call_readers import (
-    CallBegan,
-    CallReader,
-    CallWent,
-    Found,
-    JsonCall,
-    PythonCall,
-    Said,
-    TagCall,
-)
+from megatron_medha.server.call_python import PythonCall
+from megatron_medha.server.call_readers import CallBegan, CallReader, CallWent, Found, JsonCall, Said
 from megatron_medha.server.call_syntax import MARKS, REASONING
+from megatron_medha.server.call_tags import TagCall
 from megatron_medha.server.tools import ToolUse
 
 __all__ = ["CallBegan", "CallFinder", "CallWent", "Found", "Said"]
@@ -46,7 +39,7 @@ class CallFinder:
         self._num_calls = 0
         self._reader: CallReader | None = None
         self._section: str | None = None     # what was skipped of a section since its last call, or since it began
-        self._is_marked = False              # whether the section has an opening
+        self.is_marked = False               # whether the section has an opening
         self._section_has_calls = False
         self._is_after_call = False          # nothing but white space since
         self._owes_closing = False           # words came before the section's end
@@ -54,8 +47,8 @@ class CallFinder:
         self._may_be_bare = self._marks.is_bare
         if use.only is not None:
             self._reader = JsonCall(self, arguments_of=use.only)
-        elif use.is_reasoning and use.guide is None:
-            self._reasoning_end = REASONING[0][1]
+        elif use.guide is None:
+            self._reasoning_end = use.reasoning_end
 
     @property
     def has_calls(self) -> bool:
@@ -73,6 +66,9 @@ class CallFinder:
     def finish(self, *, is_cut: bool = False) -> list[Found]:
         """No more text follows. is_cut: because there was no room for more."""
         found: list[Found] = []
+        if is_cut and self._section is not None and self.is_marked and not (self._reader and self._reader.has_begun):
+            # A call was cut before it had a name.
+            self._reader, self._rest, self._section_has_calls = None, "", True
         if self._reader is not None:
             self._reader.give_up(found, is_cut=is_cut)
             self._section = None if self._reader.is_text else self._section
@@ -103,7 +99,7 @@ class CallFinder:
         """Whether JSON with this name is a call. Between marks any is: whoever has the tools can say that one lacks."""
         if name in self._use.names:
             return True
-        return self._use.guide is None and (self._is_marked or has_arguments)
+        return self._use.guide is None and (self.is_marked or has_arguments)
 
     def say(self, text: str, found: list[Found]) -> None:
         """Text, of which white space may have to wait."""
@@ -188,7 +184,7 @@ class CallFinder:
         return True
 
     def _enter_section(self, opening: str) -> None:
-        self._section, self._is_marked = opening, not self._marks.is_bare or bool(opening)
+        self._section, self.is_marked = opening, not self._marks.is_bare or bool(opening)
         self._section_has_calls = False
 
     def _look_for_call(self, section: str, found: list[Found]) -> bool:

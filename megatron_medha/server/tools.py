@@ -30,7 +30,7 @@ class ToolUse:
     guide: Guide | None = None     # what makes it call: tool_choice required, or a tool by name
     only: str | None = None        # the tool that must be called
     is_parallel: bool = True       # whether several calls are answered
-    is_reasoning: bool = False     # whether the prompt ends with the mark that opens what the model thinks
+    reasoning_end: str | None = None  # where the prompt has opened the model's reasoning, the mark that ends it
     definitions: tuple[dict[str, Any], ...] = ()  # as the template gets them
 
     @property

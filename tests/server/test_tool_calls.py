@@ -246,6 +246,8 @@ CALL, F = '{"name": "f", "arguments": {"text": "P"}}', ("f", '{"text": "P"}')
         (hermes(CALL + " Done."), [F, " Done.\n"]), (f"<tool_call>{CALL}\nDone.", [F, "\nDone."]),
         (f"\n\n{hermes(CALL)}\n", [F]), (f"Well.\n{hermes(CALL)}\n\nDone.", ["Well.\n", F, "\n\nDone."]),
         (hermes("<function=f>\n<parameter=text>\nP\n</parameter>\n</function>"), [F]),
+        (hermes(f"```json\n{CALL}\n```"), [F]), (hermes(CALL + "\n</function>"), [F]),
+        (hermes('{"name": "f", "arguments": "{\\"text\\": \\"a\nb\\"}"}'), [("f", '{"text": "a\\nb"}')]),
     ],
 )  # fmt: skip
 def test_calls_that_are_nearly_right_are_calls_and_leave_no_marks_behind(text: str, right: list) -> None:
@@ -282,6 +284,15 @@ def test_calls_as_tags_have_values_of_the_types_that_the_schema_says(text: str, 
         assert read(use_of(CallSyntax.QWEN_XML), pieces) == right
 
 
+@pytest.mark.parametrize("text", [
+    '{"answer": "a long one', '{"name": "Bo", "age": 3}', '[{"a": 1}]', '{"answer": {}} x',
+])  # fmt: skip
+def test_a_json_answer_without_marks_is_text_and_comes_as_it_is_made(text: str) -> None:
+    assert read(use_of(CallSyntax.LLAMA3_JSON), list(text)) == read(use_of(CallSyntax.LLAMA3_JSON), [text]) == [text]
+    finder = CallFinder(use_of(CallSyntax.LLAMA3_JSON))
+    assert finder.push('{"answer": "a lo') == [Said('{"answer"'), Said(': "a lo')]
+
+
 THOUGHT = "I could write " + hermes(CALL) + " but no.\n"
 
 
@@ -302,7 +313,7 @@ def test_a_call_that_is_only_thought_about_is_none(syntax: CallSyntax, opening: 
 def test_reasoning_that_the_prompt_has_opened_ends_where_it_says(syntax: CallSyntax) -> None:
     call = CALL if syntax is CallSyntax.LLAMA3_JSON else hermes(CALL)
     text = f"{CALL} {THOUGHT}</think>\n\n{call}"
-    assert read(use_of(syntax, is_reasoning=True), list(text)) == [f"{CALL} {THOUGHT}</think>", F]
+    assert read(use_of(syntax, reasoning_end="</think>"), list(text)) == [f"{CALL} {THOUGHT}</think>", F]
 
 
 @pytest.mark.parametrize(("syntax", "text"), [
@@ -312,6 +323,16 @@ def test_reasoning_that_the_prompt_has_opened_ends_where_it_says(syntax: CallSyn
 def test_a_call_that_was_cut_is_not_completed(syntax: CallSyntax, text: str) -> None:
     end = text.index("P") + 1
     assert read(use_of(syntax), [text[:end]], is_cut=True) == [("f", '{"text": "P')]
+
+
+@pytest.mark.parametrize(("syntax", "text", "right"), [
+    (CallSyntax.HERMES, f"So: {hermes(CALL)}\n<tool_call>\n{{\"name\": \"", ["So: ", F]),
+    (CallSyntax.HERMES, "So: <tool_call>\n", ["So: "]), (CallSyntax.QWEN_XML, "So: <tool_call>\n<function=g", ["So: "]),
+    (CallSyntax.HERMES, "1 <", ["1 <"]), (CallSyntax.LLAMA3_JSON, '{"name', ['{"name']),
+    (CallSyntax.HERMES, hermes(CALL) + "\nSo", [F, "\nSo"]), (CallSyntax.HERMES, f"<tool_call>{CALL}</tool", [F]),
+])  # fmt: skip
+def test_a_call_that_was_cut_before_its_name_leaves_no_marks(syntax: CallSyntax, text: str, right: list) -> None:
+    assert read(use_of(syntax), [text], is_cut=True) == read(use_of(syntax), list(text), is_cut=True) == right
 
 
 @pytest.mark.parametrize(

@@ -151,3 +151,47 @@ def test_an_answer_that_was_cut_in_a_call_can_be_sent_back_on_every_route(says: 
     result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": content[-1]["id"], "content": "none"}]}
     again = server.post(MESSAGES, {**body, "messages": [question, {"role": "assistant", "content": content}, result]})
     assert again.status_code == 200, again.text
+
+
+AROUND = 'I look.\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n\nNow:\n\n    x = 1\n\n- a\n- b'
+
+
+def test_text_around_a_call_is_the_same_whole_and_in_streams_of_every_route(says: SayIt) -> None:
+    server = says(AROUND, NAMES_ROLES)
+    first, after = "I look.\n\n", "\n\nNow:\n\n    x = 1\n\n- a\n- b"
+    question = {"role": "user", "content": "hi"}
+
+    body = {"messages": [question], "tools": [{"type": "function", "function": TOOL}]}
+    assert server.post(CHAT, body).json()["choices"][0]["message"]["content"] == first + after
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in server.events(CHAT, body)[:-1]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == first + after
+
+    body = {"input": [question], "tools": [{"type": "function", **TOOL}]}
+    output = server.post(RESPONSES, body).json()["output"]
+    assert [item["content"][0]["text"] for item in output if item["type"] == "message"] == [first, after]
+    events = [json.loads(event) for event in server.events(RESPONSES, body)]
+    assert "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta") == first + after
+
+    body = {"model": "fake-model", "messages": [question], "max_tokens": 200,
+            "tools": [{"name": "f", "input_schema": {"type": "object"}}]}  # fmt: skip
+    content = server.post(MESSAGES, body).json()["content"]
+    assert [block["text"] for block in content if block["type"] == "text"] == [first, after]
+    events = [json.loads(event) for event in server.events(MESSAGES, body)]
+    texts = [event["delta"]["text"] for event in events if event.get("delta", {}).get("type") == "text_delta"]
+    assert "".join(texts) == first + after
+
+
+def test_a_call_that_is_thought_about_is_text_also_where_the_template_opens_the_thought(says: SayIt) -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    server = says(f"Perhaps {call}?\n</think>\n\nNo.", NAMES_ROLES + "<think>\n")
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function", "function": TOOL}]}
+    choice = server.post(CHAT, body).json()["choices"][0]
+    assert choice["finish_reason"] == "stop" and "tool_calls" not in choice["message"]
+    assert choice["message"]["content"] == f"Perhaps {call}?\n</think>\n\nNo."
+    assert not any("tool_calls" in json.loads(event)["choices"][0]["delta"] for event in server.events(CHAT, body)[:-1])
+    output = server.post(RESPONSES, {"input": "hi", "tools": [{"type": "function", **TOOL}]}).json()["output"]
+    assert [item["type"] for item in output] == ["message"]
+    begun = {"role": "assistant", "content": "<think>\nWell,"}
+    continued = says(f"perhaps {call}?\n</think>\n\nNo.", NAMES_ROLES)
+    body |= {"messages": [*body["messages"], begun], "continue_final_message": True, "add_generation_prompt": False}
+    assert continued.post(CHAT, body).json()["choices"][0]["finish_reason"] == "stop"
