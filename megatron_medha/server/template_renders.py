@@ -158,7 +158,7 @@ def _job(
 
 def _log_error(rendered: Future[str]) -> None:
     error = None if rendered.cancelled() else rendered.exception()
-    if error is not None:
+    if error is not None and not isinstance(error, NoRenderProcess):  # as when the server is stopped meanwhile
         log.warning("chat_template_not_ready", extra={"fields": {"why": str(error)}})
 
 
@@ -171,7 +171,10 @@ class _RenderProcess:
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, *COMMAND, str(os.getpid())], stdin=theirs, stdout=subprocess.DEVNULL, env=environment
+                [sys.executable, *COMMAND, str(os.getpid())],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=environment,
             )
 
     @property

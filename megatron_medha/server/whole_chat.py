@@ -95,7 +95,8 @@ def _last_ways(ways: Sequence[str], messages: Sequence[Message]) -> Iterator[tup
 
 
 def _with_common_roles(messages: Sequence[Message]) -> Sequence[Message]:
-    mapped, call_ids = [], {}
+    mapped: list[Message] = []
+    call_ids: dict[str | None, str] = {}
     for message in messages:
         for call in message.get("tool_calls") or ():
             call_ids[call["function"]["name"]] = call_ids[None] = call["id"]
