@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import socket
+from itertools import pairwise
 
 import pytest
+import uvicorn
 from fake_engine import WAIT_S
 from running_server import Running, StartServer
+from uvicorn.server import ServerState
+
+from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.connection import connection_class
 
 PATH = b"/v1/completions"
 BODY = json.dumps({"prompt": "ab", "max_tokens": 2}).encode()
@@ -220,3 +228,96 @@ def test_a_page_that_answers_before_the_body_does_not_wait_for_it_for_ever(start
                 continue
             except OSError:
                 break
+
+
+class Written:
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self._is_closing = False
+
+    def get_extra_info(self, name: str) -> None:
+        """Nothing is known of the other side."""
+
+    def write(self, data: bytes) -> None:
+        """Keep it."""
+        self.data += data
+
+    def close(self) -> None:
+        """No more is taken."""
+        self._is_closing = True
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        """Whether it has been closed."""
+        return self._is_closing
+
+    def get_write_buffer_size(self) -> int:
+        """All is read at once."""
+        return 0
+
+    def pause_reading(self) -> None:
+        """Nothing is read here."""
+
+    resume_reading = pause_reading
+
+
+async def echo(scope: dict, receive: object, send: object) -> None:
+    """Answers a request with its path, the names of its headers and its body."""
+    body, more = b"", True
+    while more:
+        message = await receive()  # type: ignore[operator]
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    names = b",".join(name for name, _ in scope["headers"])
+    content = b"%s|%s|%s;" % (scope["path"].encode(), names, body)
+    headers = [(b"content-length", b"%d" % len(content))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})  # type: ignore[operator]
+    await send({"type": "http.response.body", "body": content})  # type: ignore[operator]
+
+
+async def answers_to(pieces: list[bytes]) -> bytes:
+    """All that a connection is answered, by a server that echoes."""
+    config = uvicorn.Config(echo, log_config=None, lifespan="off")
+    protocol = connection_class(ServerConfig(), 10)(config, ServerState(), {})
+    transport = Written()
+    protocol.connection_made(transport)  # type: ignore[arg-type]
+    for piece in pieces:
+        if not transport.is_closing():
+            protocol.data_received(piece)
+            await asyncio.sleep(0)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    protocol.connection_lost(None)
+    return b"".join(part.partition(b"\r\n\r\n")[2] for part in transport.data.split(b"HTTP/1.1 200 OK")[1:])
+
+
+def test_however_the_bytes_are_cut_the_requests_are_the_same() -> None:
+    head = b"POST /a HTTP/1.1\r\nhost: x\r\n"
+    raw = (
+        head + H2C + b"content-length: 3\r\n\r\nGET"
+        + head + WEBSOCKET + CHUNKED + b"\r\n" + chunks(b"GET /hidden", b"trailer: x\r\n", b";a=b")
+        + b"GET /b?c HTTP/1.1\r\nhost: x\r\n" + H2C + b"\r\n"
+        + b"\r\n" + head + CHUNKED + b"\r\n" + chunks(b"no offer")
+        + b"GET http://y/d HTTP/1.1\r\nhost: x\r\n\r\n"
+    )  # fmt: skip
+    offered = b"host,connection,upgrade,http2-settings"
+    expected = (
+        b"/a|" + offered + b",content-length|GET;"
+        b"/a|host,connection,upgrade,sec-websocket-key,transfer-encoding|GET /hidden;"
+        b"/b|" + offered + b"|;"
+        b"/a|host,transfer-encoding|no offer;"
+        b"/d|host|;"
+    )  # fmt: skip
+
+    async def check() -> None:
+        cuts = [(cut,) for cut in range(1, len(raw))]
+        rng = random.Random(0)
+        cuts += [tuple(sorted(rng.sample(range(1, len(raw)), 6))) for _ in range(200)]
+        for places in cuts:
+            pieces = [raw[start:end] for start, end in pairwise((0, *places, len(raw)))]
+            assert await answers_to(pieces) == expected, places
+        assert await answers_to([raw[place : place + 1] for place in range(len(raw))]) == expected
+
+    asyncio.run(check())
