@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 _log = logging.getLogger(__name__)
 
-# For what is opened beside connections: ranks, grammar processes, logs. A rank that is started again takes 7.
-_MAX_RESERVED = 256
+# For what is opened beside connections: ranks, grammar processes, logs, and 16 connections beyond the limit. A server of
+# one rank takes 28 in all.
+_MIN_RESERVED, _MAX_RESERVED = 64, 256
+_MIN_CONNECTIONS = 4
 _MAX_BACKLOG = 2048
 
 
@@ -39,14 +41,15 @@ def connection_limits(max_connections: int) -> ConnectionLimits:
     if soft == resource.RLIM_INFINITY:
         return ConnectionLimits(max_connections, _MAX_BACKLOG)
     num_free = soft - _num_open()
-    num_usable = max(1, num_free - min(_MAX_RESERVED, num_free // 2))
-    num_connections = min(max_connections, num_usable)
+    num_reserved = min(_MAX_RESERVED, max(_MIN_RESERVED, num_free // 2))
+    num_connections = min(max_connections, max(_MIN_CONNECTIONS, num_free - num_reserved))
     if num_connections < max_connections:
         _log.warning(
             "connections_limited max_connections=%d descriptors=%d connections=%d; raise ulimit -n",
             max_connections, soft, num_connections,
         )  # fmt: skip
-    return ConnectionLimits(num_connections, min(_MAX_BACKLOG, max(16, (num_free - num_connections) // 2)))
+    num_spare = num_free - num_connections - _MIN_RESERVED // 2
+    return ConnectionLimits(num_connections, min(_MAX_BACKLOG, max(16, num_spare // 2)))
 
 
 def _num_open() -> int:

@@ -96,9 +96,9 @@ print(json.dumps([resource.getrlimit(resource.RLIMIT_NOFILE)[0], limits.num_conn
 def test_descriptors_limit_connections_and_leave_a_reserve(soft: int, hard: int) -> None:
     found = limits(soft, hard, 16384)
     assert found["soft"] == hard
-    reserve = min(256, hard // 3)
-    assert hard // 5 <= found["connections"] <= hard - reserve
-    assert found["connections"] + 16 + found["backlog"] < hard
+    assert 4 <= found["connections"] <= hard - 60
+    assert hard <= 128 or found["connections"] > hard // 3
+    assert found["connections"] + 16 + found["backlog"] + 28 <= hard
 
 
 def test_with_descriptors_enough_the_configured_number_counts() -> None:
