@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 _log = logging.getLogger(__name__)
 
-# For what is opened beside connections: ranks, grammar processes, logs, and 16 connections beyond the limit. A server of
-# one rank takes 28 in all.
+# For what is opened beside connections: ranks, grammar processes, logs, and 16 connections beyond the limit. A server
+# of one rank takes 28 in all.
 _MIN_RESERVED, _MAX_RESERVED = 64, 256
 _MIN_CONNECTIONS = 4
 _MAX_BACKLOG = 2048

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_medha.server.cross_site import answer_preflight, check_host, check_origin, cors_headers
-from megatron_medha.server.errors import ApiError
+from megatron_medha.server.errors import ApiError, our_bug
 from megatron_medha.server.keys import Client
 from megatron_medha.server.service import Service
 
@@ -42,8 +42,12 @@ class FrontDoor:
         request_id = _request_id(headers.get("x-request-id"))
         of_site = cors_headers(headers, self._service.config)
 
+        has_begun = False
+
         async def send_named(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 MutableHeaders(raw=message["headers"])["x-request-id"] = request_id
                 message["headers"].extend(of_site)
             await send(message)
@@ -65,6 +69,11 @@ class FrontDoor:
         self._service.began()
         try:
             await self._app(scope, receive, send_named)
+        except Exception:
+            # The framework answers outside of us, without the headers that say which request it was and let pages read.
+            if not has_begun:
+                await our_bug().as_response(path)(scope, receive, send_named)
+            raise
         finally:
             self._service.ended()
 

@@ -147,9 +147,10 @@ def test_an_engine_that_cannot_start_ends_the_server_with_its_error(tokenizer: T
 
 
 def test_a_bug_of_ours_is_a_500_without_details_and_leaves_nothing(start_server: StartServer) -> None:
-    server = start_server(RefusingEngine(is_stepped=True))
-    response = server.post(PATH, {"prompt": "abc", "n": 2})
+    server = start_server(RefusingEngine(is_stepped=True), allowed_origins=("*",))
+    response = server.post(PATH, {"prompt": "abc", "n": 2}, headers={"x-request-id": "mine"})
     assert response.status_code == 500
+    assert (response.headers["x-request-id"], response.headers["access-control-allow-origin"]) == ("mine", "*")
     assert response.json()["error"]["code"] == "internal_error" and "boom" not in response.text
     server.assert_nothing_is_left()
 
