@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from megatron_medha.engine.added_tokens import read_whole_tokenizer, token_name, token_settings
 from megatron_medha.engine.tokenizer_file import token_ids
 from megatron_medha.model.json_fields import JsonFields, read_json
+from megatron_medha.model.model_config import ModelConfig
 
 
 def tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[int, ...]]:
@@ -24,6 +26,14 @@ def tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[in
     if end in ids:
         stops.append(ids[end])
     return max(ids.values(), default=-1) + 1, tuple(dict.fromkeys(stops))
+
+
+def with_end_tokens_of(config: ModelConfig, tokenizer: str | None) -> ModelConfig:
+    """That model with the end tokens of a tokenizer in another directory too; as it is without one."""
+    if tokenizer is None:
+        return config
+    ends = (end for end in tokenizer_facts((Path(tokenizer),))[1] if end < config.vocab_size)
+    return dataclasses.replace(config, stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, *ends))))
 
 
 def generation_end_ids(directory: Path) -> tuple[int, ...]:

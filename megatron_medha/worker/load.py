@@ -29,6 +29,7 @@ from megatron_medha.model.native_decoder_model import use_native_decoder
 from megatron_medha.model.native_passes import use_native_passes
 from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.model.rotary import Rotary
+from megatron_medha.model.tokenizer_facts import with_end_tokens_of
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
 from megatron_medha.parallel.tp_sum import tp_sum
 from megatron_medha.worker.cpu_share import num_threads_of_rank
@@ -55,7 +56,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     keep_freed_memory()
     device = device_of(config.device)
     directory = Path(config.checkpoint)
-    model_config = read_model_config(directory)
+    model_config = with_end_tokens_of(read_model_config(directory), config.tokenizer)
     dtype = dtype_of(config.dtype, model_config.dtype, device)
     max_context_len = context_len_of(config.max_context_len, model_config.max_context_len)
     try:

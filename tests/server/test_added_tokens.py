@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.engine.added_tokens import read_whole_tokenizer
-from megatron_medha.model.tokenizer_facts import tokenizer_facts
+from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.tokenizer_facts import tokenizer_facts, with_end_tokens_of
 from megatron_medha.server.tokens import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -186,3 +188,15 @@ def test_end_tokens_of_the_generation_config_come_with_the_tokenizers_own(tmp_pa
     save(tmp_path, {"tokenizer_config.json": {"eos_token": END}})
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     assert tokenizer_facts((tmp_path,))[1] == (3, 4, NUM_IDS)
+
+
+def test_the_end_token_of_a_tokenizer_elsewhere_ends_outputs_if_the_model_has_it(tmp_path: Path) -> None:
+    save(tmp_path, {"tokenizer_config.json": {"eos_token": END}})
+    config = ModelConfig(
+        name="small", num_layers=1, hidden_size=8, ffn_hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8,
+        vocab_size=NUM_IDS + 1, max_context_len=16, norm_epsilon=1e-6, rope_theta=1e4, stop_token_ids=(3,),
+    )  # fmt: skip
+    assert with_end_tokens_of(config, str(tmp_path)).stop_token_ids == (3, NUM_IDS)
+    smaller = dataclasses.replace(config, vocab_size=NUM_IDS)
+    assert with_end_tokens_of(smaller, str(tmp_path)) == smaller
+    assert with_end_tokens_of(config, None) == config
