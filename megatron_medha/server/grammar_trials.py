@@ -1,14 +1,21 @@
-"""Compiling grammars in processes of their own: a few at once, each ended where it takes too long."""
+"""Compiling grammars in processes of their own, each ended where it takes too long.
+
+There are two lanes. A grammar first gets a fifth of a second in the quick one, then all of its time in the slow one, of
+which no client gets all places. What looks like something of its client that took longer of late goes to the slow one
+directly. So a small grammar never waits for those that take long, whoever sent them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import re
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
 import msgspec
 
@@ -16,11 +23,20 @@ from megatron_medha.core.errors import MedhaError
 from megatron_medha.engine.child_environment import child_environment
 from megatron_medha.engine.grammar_process import COMMAND, Trial, Tried, Vocabulary
 from megatron_medha.engine.guidance import GrammarError
+from megatron_medha.server.fair_places import FairPlaces
 
 log = logging.getLogger(__name__)
 
-_MAX_PROCESSES = 4       # started as they are needed; one that hangs leaves three to the others
+_QUICK_PLACES = 2        # processes at most, in all: these and the slow ones
+_QUICK_S = 0.2           # nearly all grammars take some milliseconds
+_SLOW_PLACES = 3
+_MOST_SLOW_OF_ONE = 2    # of one client, so that one is left to others
 _QUEUE_S = 10.0          # for a place among those
+_MAX_WAITING_OF_ONE = 256
+_SUSPECT_S = 60.0        # how long a client's grammars are judged by one that took too long
+_MANY_SHAPES = 8         # of those: whatever is as long as one of them is suspect then
+_MAX_CLIENTS = 1000
+_NO_SHAPE = re.compile(r"[\w\s]+")
 _START_S = 60.0          # to load the library and a large vocabulary, on a machine that is busy with the model
 _MAX_ANSWER_BYTES = 2**24  # the grammar comes back, and is as long as what was sent
 
@@ -31,6 +47,15 @@ class TrialsBusy(MedhaError):
 
 class TooMuch(MedhaError):
     """The grammar took too long, or more memory than there is for it."""
+
+
+@dataclass(slots=True)
+class _Overdue:
+    """What a client's grammars were like that took longer than the quick lane gives."""
+
+    shapes: set[int]
+    least_size: int
+    until_s: float
 
 
 class GrammarTrials:
@@ -44,26 +69,23 @@ class GrammarTrials:
         self._environment = child_environment() if environment is None else environment
         self._vocabulary = vocabulary
         self._first_line = b""
-        self._places = asyncio.Semaphore(_MAX_PROCESSES)
+        self._quick_places = FairPlaces(_QUICK_PLACES, _QUICK_PLACES)
+        self._places = FairPlaces(_SLOW_PLACES, _MOST_SLOW_OF_ONE)
+        self._overdue: dict[str, _Overdue] = {}  # by client
+        self._spare: asyncio.Task[None] | None = None
         self._idle: list[Process] = []
         self._all: set[Process] = set()
         self._is_closed = False
 
-    async def compile(self, trial: Trial, timeout_s: float) -> str:
+    async def compile(self, trial: Trial, timeout_s: float, client: str = "") -> str:
         """The grammar; GrammarError with the library's reason, TooMuch or TrialsBusy where there is none."""
-        try:
-            async with asyncio.timeout(_QUEUE_S):
-                await self._places.acquire()
-        except TimeoutError:
-            raise TrialsBusy("too many grammars are being compiled") from None
-        try:
-            tried = await self._try(trial, timeout_s)
-            if tried is None:
-                tried = await self._try(trial, timeout_s)  # the process may have been ended before it was asked
-        finally:
-            self._places.release()
+        tried: Tried | None = None
+        if timeout_s > _QUICK_S:
+            tried = await self._in_lane(self._quick_places, trial, _QUICK_S, client)
         if tried is None:
-            raise TooMuch("compiling it took more memory than there is for it")
+            tried = await self._in_lane(self._places, trial, timeout_s, client)
+        if tried is None:
+            raise TooMuch(f"not compiled within {timeout_s:g} s")
         if tried.error is not None:
             raise GrammarError(tried.error)
         return tried.grammar
@@ -71,33 +93,97 @@ class GrammarTrials:
     async def close(self) -> None:
         """End all processes; what waits for one gets TrialsBusy."""
         self._is_closed = True
+        if self._spare is not None:
+            self._spare.cancel()
         for process in tuple(self._all):
             await self._end(process)
 
-    async def _try(self, trial: Trial, timeout_s: float) -> Tried | None:
-        """None if the process has ended over it."""
-        process = await self._process()
-        tried: Tried | None = None
-        try:
-            async with asyncio.timeout(timeout_s):
-                tried = await _ask(process, msgspec.json.encode(trial) + b"\n")
-        except TimeoutError:
-            raise TooMuch(f"not compiled within {timeout_s:g} s") from None
-        finally:
-            if tried is None:  # it hangs, or is dead
-                await self._end(process)
-            else:
-                self._idle.append(process)
-        return tried
+    def _is_suspect(self, client: str, trial: Trial) -> bool:
+        overdue = self._overdue.get(client)
+        if overdue is None:
+            return False
+        if overdue.until_s < _now_s():
+            del self._overdue[client]
+            return False
+        is_long = len(overdue.shapes) >= _MANY_SHAPES and len(trial.text) >= overdue.least_size
+        return is_long or _shape_of(trial) in overdue.shapes
 
-    async def _process(self) -> Process:
+    def _note_overdue(self, client: str, trial: Trial) -> None:
+        if client not in self._overdue and len(self._overdue) >= _MAX_CLIENTS:
+            self._overdue = {name: one for name, one in self._overdue.items() if one.until_s >= _now_s()}
+        overdue = self._overdue.setdefault(client, _Overdue(set(), len(trial.text), 0.0))
+        overdue.least_size = min(overdue.least_size, len(trial.text))
+        overdue.until_s = _now_s() + _SUSPECT_S
+        if len(overdue.shapes) < _MANY_SHAPES:
+            overdue.shapes.add(_shape_of(trial))
+
+    async def _in_lane(self, places: FairPlaces, trial: Trial, timeout_s: float, client: str) -> Tried | None:
+        """None if it took longer, or is believed to, in the quick lane."""
+        is_quick = places is self._quick_places
+        if is_quick and self._is_suspect(client, trial):
+            return None
+        if places.num_waiting(client) >= _MAX_WAITING_OF_ONE:
+            raise TrialsBusy(f"{_MAX_WAITING_OF_ONE} grammars of this client wait to be compiled")
+        try:
+            async with places.place(client, len(trial.text), _QUEUE_S):
+                if is_quick and self._is_suspect(client, trial):  # as is known since it waited
+                    return None
+                tried = await self._try(trial, timeout_s, is_quick)
+                if tried is None and is_quick:
+                    self._note_overdue(client, trial)
+                return tried
+        except TimeoutError:
+            raise TrialsBusy("too many grammars are being compiled") from None
+
+    async def _try(self, trial: Trial, timeout_s: float, is_quick: bool) -> Tried | None:
+        """None if it took longer."""
+        for _ in range(2):  # a process may have been ended before it was asked
+            process = await self._process(is_quick)
+            tried: Tried | None = None
+            is_overdue = False
+            try:
+                async with asyncio.timeout(timeout_s):
+                    tried = await _ask(process, msgspec.json.encode(trial) + b"\n")
+            except TimeoutError:
+                is_overdue = True
+            finally:
+                if tried is None:  # it hangs, or is dead
+                    await self._end(process)
+                else:
+                    self._idle.append(process)
+            if is_overdue and is_quick:
+                self._want_spare()
+            if tried is not None or is_overdue:
+                return tried
+        raise TooMuch("compiling it took more memory than there is for it")
+
+    async def _process(self, is_quick: bool) -> Process:
+        """One that has nothing to do, or a new one; the slow lane leaves the last of the former to the quick one."""
         if self._is_closed:
             raise TrialsBusy("the server is shutting down")
-        while self._idle:
+        if not self._all:
+            self._want_spare()
+        while len(self._idle) > (0 if is_quick else 1):
             process = self._idle.pop()
             if process.returncode is None:
                 return process
             self._all.discard(process)
+        return await self._start()
+
+    def _want_spare(self) -> None:
+        """See to it that a process is up for the next quick one, which need not wait for that then."""
+        if len(self._idle) < _QUICK_PLACES and self._spare is None and not self._is_closed:
+            self._spare = asyncio.create_task(self._start_spare())
+
+    async def _start_spare(self) -> None:
+        try:
+            self._idle.append(await self._start())
+        except MedhaError:
+            pass  # logged; whoever needs one tries again
+        finally:
+            self._spare = None
+
+    async def _start(self) -> Process:
         if not self._first_line:
             self._first_line = await asyncio.to_thread(lambda: msgspec.json.encode(self._vocabulary()) + b"\n")
         command = (sys.executable, *COMMAND, str(os.getpid()))
@@ -131,6 +217,15 @@ class GrammarTrials:
             with suppress(ProcessLookupError):  # it has ended, and the loop has not heard yet
                 process.kill()
         await process.wait()
+
+
+def _shape_of(trial: Trial) -> int:
+    # The same with other words and numbers in it has the same shape.
+    return hash((trial.kind, _NO_SHAPE.sub("", trial.text)))
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 async def _ask(process: Process, line: bytes) -> Tried | None:

@@ -80,14 +80,17 @@ class Grammars:
         self._known: OrderedDict[Guide, _Verdict] = OrderedDict()
         self._under_way: dict[Guide, asyncio.Task[_Verdict]] = {}
 
-    async def grammar_of(self, guide: Guide, ready: Ready, config: ServerConfig) -> str:
-        """For Sampling.grammar; ApiError 400 with the library's message where it cannot be compiled in time."""
+    async def grammar_of(self, guide: Guide, ready: Ready, config: ServerConfig, client: str = "") -> str:
+        """For Sampling.grammar; ApiError 400 with the library's message where it cannot be compiled in time.
+
+        client: in whose share of the processes it is compiled.
+        """
         _check_size(guide, config)
         verdict = self._known.get(guide)
         if verdict is None or verdict.until_s < asyncio.get_running_loop().time():
             task = self._under_way.get(guide)
             if task is None:
-                task = self._under_way[guide] = asyncio.create_task(self._find_out(guide, ready, config))
+                task = self._under_way[guide] = asyncio.create_task(self._find_out(guide, ready, config, client))
                 task.add_done_callback(lambda done: self._found_out(guide, done))
             try:
                 verdict = await asyncio.shield(task)
@@ -108,7 +111,7 @@ class Grammars:
             await self._trials.close()
             await asyncio.gather(*self._under_way.values(), return_exceptions=True)
 
-    async def _find_out(self, guide: Guide, ready: Ready, config: ServerConfig) -> _Verdict:
+    async def _find_out(self, guide: Guide, ready: Ready, config: ServerConfig, client: str) -> _Verdict:
         if self._trials is None:
             facts, tokenizer = ready.facts, ready.tokenizer
             self._trials = GrammarTrials(
@@ -116,7 +119,7 @@ class Grammars:
                 child_environment([secret for secret in (config.api_key, config.admin_key) if secret is not None]),
             )
         try:
-            grammar = await self._trials.compile(Trial(guide.kind, guide.text), config.grammar_timeout_s)
+            grammar = await self._trials.compile(Trial(guide.kind, guide.text), config.grammar_timeout_s, client)
         except TooMuch as error:
             until_s = asyncio.get_running_loop().time() + _REFUSED_S
             return _Verdict(None, f"{error}; make it smaller or simpler", "grammar_too_complex", until_s)

@@ -67,7 +67,7 @@ async def plan(
         guide = tools.guide  # an answer that has to call has no text to match anything
     if guide is not None:
         check_guidable(fields, ready, guide.param)
-        grammar = await service.grammars.grammar_of(guide, ready, config)
+        grammar = await service.grammars.grammar_of(guide, ready, config, wishes.client)
     # The best of several is known by their tokens' log-probabilities.
     is_selected = details.num_drawn > details.n
     sampling = sampling_of(

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
+from megatron_medha.server.keys import ANONYMOUS
 from megatron_medha.server.openai_types import SharedFields
 from megatron_medha.server.service import HeldBytes, Ready, Service
 from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
@@ -40,12 +41,13 @@ _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
-    """What a client asks for in its headers."""
+    """What a client asks for in its headers, and who it is."""
 
     ttft_s: float | None = None   # latency targets
     tpot_s: float | None = None
     slo_class: str | None = None
     has_progress: bool | None = None  # comments while the prompt is computed; None: as the server is configured
+    client: str = ""              # the name of its key; its address where it has none
 
 
 async def read_body(request: Request, service: Service, held: HeldBytes) -> bytearray:
@@ -84,8 +86,9 @@ async def read_body(request: Request, service: Service, held: HeldBytes) -> byte
     return body
 
 
-def read_wishes(headers: Headers, slo: SloConfig) -> Wishes:
+def read_wishes(request: Request, slo: SloConfig) -> Wishes:
     """From x-slo-ttft-ms, x-slo-tpot-ms, x-slo-class and x-medha-progress; ApiError 400 names the one that is wrong."""
+    headers = request.headers
     slo_class = headers.get("x-slo-class")
     if slo_class is None:
         # A gateway's objective means a class of ours where the names agree; it has objectives for others too.
@@ -100,7 +103,13 @@ def read_wishes(headers: Headers, slo: SloConfig) -> Wishes:
         tpot_s=_slo_s(headers, "x-slo-tpot-ms"),
         slo_class=slo_class,
         has_progress=_flag(headers, "x-medha-progress"),
+        client=_client_of(request),
     )
+
+
+def _client_of(request: Request) -> str:
+    name: str = request.state.client_key.name
+    return request.client.host if name == ANONYMOUS.name and request.client is not None else name
 
 
 def check_wishes(wishes: Wishes, config: ServerConfig) -> None:

@@ -8,7 +8,8 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -166,6 +167,50 @@ def test_a_grammar_process_that_cannot_be_started_fails_its_request_alone(
         response = server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"})
     assert response.status_code == 503 and response.headers["retry-after"]
     assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"}).status_code == 200
+
+
+@pytest.fixture
+def hold_grammars(tmp_path: Path, start_server: StartServer) -> Iterator[Callable[[int], Running]]:
+    """A server with two keys; one of them has sent so many schemas that are never compiled, and waits."""
+    sockets: list[socket.socket] = []
+
+    def start(count: int) -> Running:
+        keys = tmp_path / "keys"
+        keys.write_text("one key-1\ntwo key-2\n")
+        keys.chmod(0o600)
+        server = start_server(api_key_file=keys, grammar_timeout_s=10 * WAIT_S)
+        for place in range(count):
+            body = json.dumps({"prompt": "a", "guided_json": never_compiled(place)}).encode()
+            sockets.append(socket.create_connection(("127.0.0.1", server.port), WAIT_S))
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer key-1\r\n"
+            sockets[-1].sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        while len(server.service.grammars._under_way) < count:
+            server.get("/health")
+        return server
+
+    yield start
+    for one in sockets:
+        one.close()
+
+
+@pytest.mark.parametrize("key", ["key-1", "key-2"])
+def test_a_small_grammar_never_waits_for_those_that_are_never_compiled(
+    hold_grammars: Callable[[int], Running], key: str
+) -> None:
+    server = hold_grammars(20)
+    for place in range(3):
+        body = {"prompt": "a", "guided_regex": f"a{place}+"}
+        assert server.post(COMPLETIONS, body, headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_one_client_leaves_others_a_place_for_grammars_that_take_long(
+    hold_grammars: Callable[[int], Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_medha.server.grammar_trials._QUICK_S", 1e-9)  # all of them do, then
+    server = hold_grammars(20)
+    for place in range(3):
+        body = {"prompt": "a", "guided_regex": f"b{place}+"}
+        assert server.post(COMPLETIONS, body, headers={"authorization": "Bearer key-2"}).status_code == 200
 
 
 def test_a_grammar_process_that_was_killed_is_replaced(start_server: StartServer) -> None:
