@@ -14,7 +14,7 @@ from megatron_medha.server.guided import Guide
 from megatron_medha.server.tools import MAX_REQUIRED_CALLS, ToolUse, call_schema
 
 # Each call has tags of its own. Of the other syntaxes with marks, one section holds a list of calls.
-_TAGGED_ONE_BY_ONE = (CallSyntax.HERMES, CallSyntax.QWEN_XML, CallSyntax.GLM)
+_TAGGED_ONE_BY_ONE = (CallSyntax.HERMES, CallSyntax.QWEN_XML, CallSyntax.SEED, CallSyntax.GLM)
 
 
 def calls_or_text(use: ToolUse, text: Guide, token_id_of: Callable[[str], int | None]) -> ToolUse:

@@ -11,7 +11,8 @@ class CallSyntax(Enum):
     """How calls are written in the text of an answer."""
 
     HERMES = "hermes"            # <tool_call>{"name": ..., "arguments": {...}}</tool_call>: Hermes, Qwen, Granite 4
-    QWEN_XML = "qwen_xml"        # <tool_call><function=...><parameter=...>: Qwen3-Coder, Qwen 3.5, Nemotron 3, Seed-OSS
+    QWEN_XML = "qwen_xml"        # <tool_call><function=...><parameter=...>: Qwen3-Coder, Qwen 3.5, Nemotron 3
+    SEED = "seed"                # the same in <seed:tool_call>: Seed-OSS
     LLAMA3_JSON = "llama3_json"  # {"name": ..., "parameters": {...}}; ...: Llama 3.1 and later
     PYTHONIC = "pythonic"        # [f(a=1), g()]: Llama 4 and 3.2, LFM2, Olmo 3
     MISTRAL = "mistral"          # [TOOL_CALLS][{"name": ..., "arguments": {...}}], or [TOOL_CALLS]name[ARGS]{...}
@@ -92,8 +93,12 @@ MARKS = {
         tags=_FUNCTION_TAGS,
     ),
     CallSyntax.QWEN_XML: Marks(
-        openings=("<tool_call>", "<seed:tool_call>", "<function="), closings=("</tool_call>", "</seed:tool_call>"),
-        between=("</function>",), tags=_FUNCTION_TAGS,
+        openings=("<tool_call>", "<function="), closings=("</tool_call>",), between=("</function>",),
+        tags=_FUNCTION_TAGS,
+    ),
+    CallSyntax.SEED: Marks(
+        openings=("<seed:tool_call>", "<function="), closings=("</seed:tool_call>",), between=("</function>",),
+        tags=_FUNCTION_TAGS,
     ),
     CallSyntax.LLAMA3_JSON: Marks(openings=("<|python_tag|>",), is_bare=True),
     CallSyntax.PYTHONIC: Marks(
@@ -136,7 +141,7 @@ MARKS = {
 REASONING = (
     ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )  # fmt: skip
 
 # The first row of which all parts stand in a template says how its model calls.
@@ -146,6 +151,7 @@ _SIGNS = (
     (("<|tool_calls_section_begin|>",), CallSyntax.KIMI),
     (("<minimax:tool_call>",), CallSyntax.MINIMAX),
     (("<arg_key>",), CallSyntax.GLM),
+    (("<seed:tool_call>",), CallSyntax.SEED),
     (("<function=", "<parameter="), CallSyntax.QWEN_XML),
     (("<tool_call>",), CallSyntax.HERMES),
     (("[TOOL_CALLS]",), CallSyntax.MISTRAL),

@@ -105,8 +105,8 @@ def usable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | str | None) 
 
 
 def definitions_of(tools: ToolUse | None) -> tuple[dict[str, Any], ...]:
-    """What a chat template is told."""
-    return () if tools is None else tools.definitions
+    """What a chat template is told. Many templates go through the parameters of every function."""
+    return () if tools is None else tuple(_with_parameters(definition) for definition in tools.definitions)
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
@@ -169,6 +169,14 @@ def _calls_schema(definitions: Sequence[dict[str, Any]], most: int) -> dict[str,
     call = call_schema(definitions)
     items = {"anyOf": call["anyOf"]}
     return {"$defs": call["$defs"], "type": "array", "minItems": 1, "maxItems": most, "items": items}
+
+
+def _with_parameters(definition: dict[str, Any]) -> dict[str, Any]:
+    function = definition["function"]
+    parameters = dict(function.get("parameters") or {})
+    for name, value in (("type", "object"), ("properties", {})):
+        parameters.setdefault(name, value)
+    return {**definition, "function": {**function, "parameters": parameters}}
 
 
 def _arguments_schema(definition: dict[str, Any]) -> dict[str, Any]:

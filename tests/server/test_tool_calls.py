@@ -63,7 +63,7 @@ WRITERS: tuple[tuple[CallSyntax, Callable[[list[Call]], str]], ...] = (
     (CallSyntax.HERMES, around("<tool_call>\n", "\n</tool_call>", FUNCTION)),
     (CallSyntax.QWEN_XML, around("<tool_call>\n", "\n</tool_call>", FUNCTION)),
     (CallSyntax.QWEN_XML, around("", "", FUNCTION)),
-    (CallSyntax.QWEN_XML, around("<seed:tool_call>\n", "\n</seed:tool_call>", FUNCTION)),
+    (CallSyntax.SEED, around("<seed:tool_call>\n", "\n</seed:tool_call>", FUNCTION)),
     (CallSyntax.LLAMA3_JSON, joined("<|python_tag|>", "", sep="; ")),
     (CallSyntax.MISTRAL, joined("[TOOL_CALLS] [", "]")),
     (CallSyntax.MISTRAL, around("[TOOL_CALLS]", "", lambda name, arguments: f"{name}[ARGS]{json.dumps(arguments)}")),

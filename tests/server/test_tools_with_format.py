@@ -145,6 +145,14 @@ def test_any_chat_model_can_call_tools(start_server: StartServer, tokenizer: Tok
                                              for one in message["tool_calls"])  # fmt: skip
 
 
+def test_templates_may_go_through_the_parameters_of_every_tool(start_server: StartServer, tokenizer: Tokenizer) -> None:
+    source = "{% for t in tools or [] %}{% for name in t.function.parameters.properties.keys() %}{{ name }}{% endfor %}"
+    told = with_template(tokenizer, source + "<tool_call>{% endfor %}{{ messages[0].content }}")
+    tools = [*TOOLS, {"type": "function", "function": {"name": "x", "parameters": {"type": "object"}}}]
+    answer = start_server(tokenizer=told).post(CHAT, {"messages": HI, "tools": tools, "max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize("kind", ["byte_level", "other"])
 def test_marks_of_calls_are_seen_also_where_they_are_special_tokens(
     start_server: StartServer, tokenizer: Tokenizer, kind: str
