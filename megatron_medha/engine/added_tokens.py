@@ -13,7 +13,7 @@ import msgspec
 
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.engine.checkpoint_files import read_json_object, shown
-from megatron_medha.engine.tokenizer_file import read_tokenizer_file
+from megatron_medha.engine.tokenizer_file import panics_as_errors, read_tokenizer_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -74,7 +74,10 @@ def read_whole_tokenizer(path: Path) -> str:
         present = msgspec.json.decode(content, type=_File).added_tokens
     except (msgspec.MsgspecError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
-    missing = _missing(path.parent, present)
+    try:
+        missing = _missing(path.parent, present)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path.parent / 'tokenizer_config.json'}: its tokens cannot be read: {error}") from error
     return _with(content, missing, path) if missing else content
 
 
@@ -132,7 +135,8 @@ def _with(content: str, missing: list[_Added], path: Path) -> str:
     import tokenizers
 
     try:
-        backend = tokenizers.Tokenizer.from_str(content)
+        with panics_as_errors():
+            backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception for every kind of broken file
         raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
     backend.add_tokens([_for_library(token) for token in missing])

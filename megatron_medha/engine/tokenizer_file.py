@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ _MAX_SECTION_BYTES = 8 << 20  # a table of normalisations has half of one
 _MAX_REGEX_CHARS = 32768      # the longest known have 3,000
 _MAX_TEXT_CHARS = 256         # what is inserted or replaced; the longest known have 20
 _MAX_SPECIAL_IDS = 256        # that a post-processor puts around a text
+
+
+class TokenizerPanicError(Exception):
+    """The library has given up on a file or a text."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Panics of the Rust library are no Exceptions, and would pass by whatever ends a request in good order."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerPanicError(f"the tokenizer library has given up: {error}") from None
 
 
 class _Sections(msgspec.Struct):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.engine.added_tokens import read_whole_tokenizer, token_name, token_settings
 from megatron_medha.engine.checkpoint_files import read_bytes
+from megatron_medha.engine.tokenizer_file import panics_as_errors
 from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
 from megatron_medha.server.text_slices import CHAR_OF_BYTE, SLICE_CHARS, slice_encoder
 
@@ -26,21 +26,6 @@ if TYPE_CHECKING:
 _TRIAL = "Hello, world! 12345 \n\t" + "a" * 64 + " " * 64 + "1" * 64 + "." * 64 + "\u4f60\u597d"
 _MAX_TEMPLATE_BYTES = 4 << 20
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
-
-
-class TokenizerPanicError(Exception):
-    """The library has given up on a text, as the checkpoint's tokenizer.json makes it."""
-
-
-@contextmanager
-def _panics_as_errors() -> Iterator[None]:
-    """Panics of the Rust library are no Exceptions, and would pass by whatever ends a request in good order."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise TokenizerPanicError(f"the tokenizer library has given up: {error}") from None
 
 
 class TooManyTokens(Exception):
@@ -107,7 +92,7 @@ class Tokenizer:
             )
         content = read_whole_tokenizer(path)
         try:
-            with _panics_as_errors():
+            with panics_as_errors():
                 backend = tokenizers.Tokenizer.from_str(content)
                 backend.no_truncation()
                 backend.no_padding()
@@ -136,7 +121,7 @@ class Tokenizer:
         """
         adds = add_special_tokens and self.config.add_bos_token is not False
         ids = array("i")
-        with _panics_as_errors():
+        with panics_as_errors():
             for part in self._parts(text, adds):
                 ids.extend(part)
                 if max_tokens is not None and len(ids) > max_tokens:
@@ -169,7 +154,7 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence."""
         # As for encoding, only the batch form releases the interpreter lock.
-        with _panics_as_errors():
+        with panics_as_errors():
             text: str = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
         return text
 

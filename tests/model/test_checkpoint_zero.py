@@ -117,6 +117,48 @@ def test_tensors_that_do_not_fit_the_architecture_are_named(copied: Path, groups
     assert "tensor decoder.layers.0.mlp.linear_fc2.weight has shape [64, 96], the model's is [64, 112]" in message
 
 
+def test_weights_that_are_no_numbers_are_named(copied: Path, groups: MedhaPGs) -> None:
+    for path in step_of(copied).glob("*_optim_states.pt"):
+        states = torch.load(path, weights_only=False)
+        for flat in states["optimizer_state_dict"]["fp32_flat_groups"]:
+            flat.data.fill_(torch.nan)
+        torch.save(states, path)
+    with pytest.raises(CheckpointError, match=r"decoder.final_layernorm.weight.*and \d+ more: NaN or infinity"):
+        load(copied, groups)
+
+
+def test_a_program_in_place_of_states_is_refused(copied: Path, groups: MedhaPGs) -> None:
+    path = sorted(step_of(copied).glob("*_optim_states.pt"))[1]
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    with pytest.raises(CheckpointError, match=f"{path.name}: cannot be read"):
+        load(copied, groups)
+
+
+def test_a_piece_named_again_and_again_makes_no_larger_model(copied: Path, groups: MedhaPGs) -> None:
+    for path in step_of(copied).glob("*_optim_states.pt"):
+        states = torch.load(path, weights_only=False)
+        state = states["optimizer_state_dict"]
+        state["fp32_flat_groups"] = [state["fp32_flat_groups"][0]] * 100_000
+        torch.save(states, path)
+    with pytest.raises(CheckpointError, match=r"_optim_states\.pt: its tensors are larger than the file"):
+        load(copied, groups)
+
+
+def test_a_model_far_larger_than_its_weights_is_refused_at_once(copied: Path) -> None:
+    for path in step_of(copied).glob("*_model_states.pt"):
+        states = torch.load(path, weights_only=False)
+        states["args"].num_layers = 10**9
+        torch.save(states, path)
+    with pytest.raises(CheckpointError, match=r"_model_states\.pt: describes a model of 1000000000 layers"):
+        read_model_config(copied)
+
+
+def test_a_step_outside_of_the_directory_is_refused(copied: Path) -> None:
+    (copied / "latest").write_text("../" + copied.name)
+    with pytest.raises(CheckpointError, match="latest: names .* no file inside"):
+        checkpoint_kind(copied)
+
+
 def test_a_step_that_is_not_there_is_named(copied: Path) -> None:
     (copied / "latest").write_text("global_step77")
     with pytest.raises(CheckpointError, match="global_step77: no such directory"):
