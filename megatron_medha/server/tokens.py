@@ -224,14 +224,32 @@ def load_tokenizer_config(directory: Path) -> TokenizerConfig:
 
 
 def _find_chat_template(directory: Path, configured: Any) -> str | None:
-    # The file wins over the key, as in transformers; the key may hold several templates by name.
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return read_bytes(path, _MAX_TEMPLATE_BYTES).decode(errors="replace")
+    """One template that does what transformers does with several: tool_use where there are tools, else the default."""
+    found = _chat_templates(directory, configured)
+    default, with_tools = found.get("default"), found.get("tool_use")
+    if found and default is None:
+        names = ", ".join(sorted(found)).replace("'", "")
+        default = f"{{{{ raise_exception('of the chat templates {names} none is the default') }}}}"
+    if with_tools is None or default is None:
+        return default
+    # The last newline of a template is dropped, which inside of a block it is not.
+    with_tools, default = with_tools.removesuffix("\n"), default.removesuffix("\n")
+    return f"{{%+ if tools +%}}{with_tools}{{%+ else +%}}{default}{{%+ endif +%}}"
+
+
+def _chat_templates(directory: Path, configured: Any) -> dict[str, str]:
+    """By name. Files go before what tokenizer_config.json says, as in transformers."""
+    paths = {path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
+    if (path := directory / "chat_template.jinja").is_file():
+        paths["default"] = path
+    if paths:
+        return {
+            name: read_bytes(path, _MAX_TEMPLATE_BYTES).decode(errors="replace") for name, path in paths.items()
+        }
     if isinstance(configured, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in configured if isinstance(entry, dict)}
-        configured = by_name.get("default")
-    return configured if isinstance(configured, str) else None
+        configured = {one.get("name"): one.get("template") for one in configured if isinstance(one, dict)}
+    named = configured if isinstance(configured, dict) else {"default": configured}
+    return {str(name): template for name, template in named.items() if isinstance(template, str)}
 
 
 def _piece_kind(decoder: Any) -> tuple[PieceKind, list[tuple[str, str]]]:

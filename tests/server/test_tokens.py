@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -149,12 +150,45 @@ def test_the_template_file_wins_and_named_templates_have_a_default(tmp_path: Pat
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert Tokenizer.load(tmp_path).config.chat_template == "D"
+    assert Tokenizer.load(tmp_path).template.render([]) == "D"
     (tmp_path / "chat_template.jinja").write_text("J")
     assert Tokenizer.load(tmp_path).config.chat_template == "J"
 
 
 USER = [{"role": "user", "content": "hi"}]
+DEFAULT = "{% for m in messages %}\n  {% if true %}\n{{ m.content }} \n{% endif %}{% endfor %}\n D \n\n"
+WITH_TOOLS = "\n  {% for t in tools %}\n{{ t.function.name }}\n{% endfor %}T\n"
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("way", ["string", "list", "files", "file and folder"])
+@pytest.mark.parametrize("tools", [[], TOOLS])
+def test_of_named_templates_the_one_of_transformers_is_used(
+    way: str, tools: list[dict[str, Any]], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    named = [{"name": "default", "template": DEFAULT}, {"name": "tool_use", "template": WITH_TOOLS}]
+    configured = {"string": DEFAULT, "list": named, "files": named, "file and folder": "C"}[way]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": configured}))
+    if "file" in way:
+        (tmp_path / "chat_template.jinja").write_text("J{{ messages[0].content }}\n\n")
+    if way == "file and folder":
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(WITH_TOOLS)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(USER, tools=tools or None, tokenize=False)
+    assert Tokenizer.load(tmp_path).template.render(USER, tools=tools, add_generation_prompt=False) == expected
+
+
+def test_without_a_default_template_chats_are_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    named = [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = Tokenizer.load(tmp_path).template
+    assert template.render(USER, tools=TOOLS) == "T"
+    with pytest.raises(ChatTemplateError, match="rag, tool_use none is the default"):
+        template.render(USER)
 
 
 def test_without_a_template_roles_are_written_out() -> None:
