@@ -23,6 +23,8 @@ _MAX_STEPS = 4_096   # back from there, for a place to cut
 
 EncodeSlices: TypeAlias = "Callable[[str], Iterator[list[int]]]"
 
+# These split at white space and punctuation, character by character.
+_SPLITTERS = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
 # What looks behind, or at where the text begins: with these, a word depends on what comes before it.
 _LOOKS_BACK = re.compile(r"\(\?<|\\[bBAGK]|(?<!\[)\^")
 
@@ -36,7 +38,8 @@ def slice_encoder(backend: tokenizers.Tokenizer) -> EncodeSlices | None:
     normalizer, words = _state(backend.normalizer), _steps(_state(backend.pre_tokenizer), "pretokenizers")
     kinds = {step["type"] for step in words}
     is_nfc = normalizer == {"type": "NFC"}
-    if (normalizer is None or is_nfc) and kinds <= {"ByteLevel", "Split", "Digits"} and any(map(_finds_words, words)):
+    known = kinds <= {*_SPLITTERS, "ByteLevel", "Split", "Digits"}
+    if (normalizer is None or is_nfc) and known and any(map(_finds_words, words)):
         if not all(map(_looks_ahead_only, words)):
             return None
         return partial(_by_words, backend, is_nfc, max(map(len, names), default=0) + _MARGIN_CHARS)
@@ -50,6 +53,9 @@ def _by_words(backend: tokenizers.Tokenizer, is_nfc: bool, margin: int, text: st
     while begin + size < len(text):
         piece = text[begin : begin + size]
         encoding = backend.encode_batch([piece], add_special_tokens=False)[0]
+        if not len(encoding):
+            begin += size  # white space alone, of which nothing is kept
+            continue
         num_tokens, num_chars = _last_word(encoding, piece, is_nfc, margin)
         if num_chars == 0:
             size *= 2  # one word and no end of it
@@ -179,7 +185,7 @@ def _steps(state: Any, key: str) -> list[Any]:
 
 
 def _finds_words(step: Any) -> bool:
-    return bool(step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"]))
+    return bool(step["type"] in (*_SPLITTERS, "Split") or (step["type"] == "ByteLevel" and step["use_regex"]))
 
 
 def _looks_ahead_only(step: Any) -> bool:

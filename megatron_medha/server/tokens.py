@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Patterns that never end are likely to show at repetitions.
 _TRIAL = "Hello, world! 12345 \n\t" + "a" * 64 + " " * 64 + "1" * 64 + "." * 64 + "\u4f60\u597d"
 _MAX_TEMPLATE_BYTES = 4 << 20
+_SOME_TEXT = "a b"  # of which no tokenizer removes everything
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
@@ -137,11 +138,12 @@ class Tokenizer:
             yield self._backend.encode_batch_fast([text], add_special_tokens=adds_special)[0].ids
             return
         # What the post-processor puts around a text is what belongs to no text.
-        around = self._backend.encode(text[0], add_special_tokens=adds_special)
-        num_before = around.sequence_ids.index(0)
+        around = self._backend.encode(_SOME_TEXT, add_special_tokens=adds_special)
+        num_before = around.sequence_ids.index(0) if 0 in around.sequence_ids else len(around)
         yield around.ids[:num_before]
         yield from self._encode_slices(text)
-        yield around.ids[len(around) - around.sequence_ids[::-1].index(0) :]
+        if 0 in around.sequence_ids:
+            yield around.ids[len(around) - around.sequence_ids[::-1].index(0) :]
 
     def max_chars(self, num_tokens: int) -> int:
         """The length that no text of so many tokens exceeds."""

@@ -61,6 +61,14 @@ def without_words(normalizer: object, words: object = None) -> tokenizers.Tokeni
     return backend
 
 
+def words_alone(words: object) -> tokenizers.Tokenizer:
+    vocabulary = {piece: place for place, piece in enumerate(("[UNK]", "the", "a", "x1y", "don", "3", "...", "漢字"))}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = words
+    backend.add_special_tokens(["<s>", "</s>"])
+    return backend
+
+
 def bytes_without_words() -> tokenizers.Tokenizer:
     backend = with_words()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -74,6 +82,8 @@ KINDS = {
     "qwen": lambda: with_words(GPT4, normalizer=normalizers.NFC()),
     "deepseek": lambda: with_words(r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", GPT4),
     "digits from the right": lambda: with_words(FROM_THE_RIGHT),
+    "words alone": lambda: words_alone(pre_tokenizers.Whitespace()),
+    "words of bert": lambda: words_alone(pre_tokenizers.BertPreTokenizer()),
     "no words": bytes_without_words,
     "llama2": lambda: without_words(normalizers.Sequence([normalizers.Prepend("▁"), SPACES])),
     "gemma": lambda: without_words(SPACES, pre_tokenizers.Split(" ", "merged_with_previous")),
