@@ -14,6 +14,7 @@ from functools import partial
 from megatron_medha.commands import selftest_cases as cases
 from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
+from megatron_medha.commands.selftest_watch import Seen, Watch
 from megatron_medha.commands.selftest_wire import Begun, Broken, Wire, check
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.server.chat_client import is_http_address
@@ -25,7 +26,9 @@ usage: medha selftest [key=value ...]
 Sends a running server what no client should: wrong types, huge numbers, deep JSON, broken UTF-8, bytes that are no
 HTTP, crawling heads, half-closed sockets, clients that leave, more of everything than there are limits for. It holds
 if nothing is answered with a 5xx other than 503, every error has OpenAI's shape, nothing hangs, nothing is let through
-beyond a limit, and every KV block is free afterwards. Exit code 0: all held.
+beyond a limit, and every KV block is free afterwards. Meanwhile /health is asked every 50 ms: no request may keep the
+others waiting for more than max_lag_s, or leave more memory in use than max_growth_mib and 8 times a body.
+Exit code 0: all held.
 
 examples:
   medha selftest
@@ -34,6 +37,7 @@ examples:
   medha selftest ends_server=true admin_key=KEY    # at last, whether it drains: then it is gone
 """
 
+LARGE_BODIES = "large bodies"
 _QUIET_S = 30.0          # for requests that were left to leave the engine
 _LOOK_S = 0.1
 _MAX_SHOWN = 10
@@ -57,6 +61,9 @@ class SelftestConfig:
     num_random: int = 500
     num_parallel: int = 16
     timeout_s: float = 60.0
+    large_mib: int = 16
+    max_lag_s: float = 0.05
+    max_growth_mib: int = 64
     is_patient: bool = False
     ends_server: bool = False
     admin_key: str | None = None
@@ -66,6 +73,8 @@ class SelftestConfig:
             raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
         if min(self.num_random, self.num_parallel) < 1 or self.timeout_s <= 0:
             raise ConfigError("num_random, num_parallel and timeout_s must be above 0")
+        if min(self.large_mib, self.max_growth_mib) < 1 or self.max_lag_s <= 0:
+            raise ConfigError("large_mib, max_growth_mib and max_lag_s must be above 0")
 
 
 @dataclass(slots=True)
@@ -75,6 +84,7 @@ class Group:
     name: str
     num_tried: int = 0
     failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was measured
 
 
 Case = tuple[str, Callable[[], Awaitable[None]]]
@@ -108,6 +118,8 @@ async def selftest(config: SelftestConfig) -> list[Group]:
         raise SelftestError(f"{config.url} does not show /metrics to this key, or is not ready or not idle")
     rng = random.Random(config.seed)
     kinds: list[tuple[str, Iterable[Case]]] = [
+        # First, so that the most memory that the server has had is theirs.
+        (LARGE_BODIES, (_posted(wire, path, body) for path, body in cases.large_bodies(config.large_mib * 2**20))),
         ("broken JSON", (_posted(wire, path, body) for path, body in cases.broken_bodies())),
         ("wrong fields", (_posted(wire, path, body) for path, body in cases.wrong_fields())),
         ("extreme numbers", (_posted(wire, path, body) for path, body in cases.extreme_numbers())),
@@ -130,7 +142,16 @@ async def selftest(config: SelftestConfig) -> list[Group]:
     if config.is_patient:
         patient = Wire(config.url, config.api_key, _PATIENCE_S)
         kinds.append(("crawling heads and bodies", (_crawling(patient, has_head) for has_head in (True, False) * 4)))
-    groups = [await _try_all(name, of_kind, wire, config, num_blocks) for name, of_kind in kinds]
+    watch = await Watch.start(config.url, config.api_key)
+    try:
+        before = await watch.look()
+        groups, seen = [], []
+        for name, of_kind in kinds:
+            groups.append(await _try_all(name, of_kind, wire, config, num_blocks))
+            seen.append((name, await watch.look()))
+    finally:
+        await watch.end()
+    groups.append(beside(config, before, seen))
     if config.ends_server:
         admin = Wire(config.url, config.admin_key or config.api_key, config.timeout_s)
         groups.append(await _drained(wire, admin))
@@ -142,6 +163,7 @@ def table(groups: Sequence[Group]) -> str:
     lines = [f"{'cases':<28}{'tried':>8}{'held':>8}"]
     lines += [f"{group.name:<28}{group.num_tried:>8}{group.num_tried - len(group.failures):>8}" for group in groups]
     for group in groups:
+        lines += [f"\n{note}" for note in group.notes]
         lines += [f"\n{group.name}: {failure}" for failure in group.failures[:_MAX_SHOWN]]
     return "\n".join(lines)
 
@@ -152,7 +174,8 @@ async def _try_all(
     from tqdm import tqdm
 
     group = Group(name)
-    places = asyncio.Semaphore(config.num_parallel)
+    # Large bodies go one by one: the limit of memory is that of one.
+    places = asyncio.Semaphore(1 if name == LARGE_BODIES else config.num_parallel)
 
     async def attempt(what: str, work: Callable[[], Awaitable[None]], bar: tqdm[None]) -> None:
         try:
@@ -175,6 +198,44 @@ async def _try_all(
     num_free = await _num_free_when_quiet(wire)
     if num_free != num_blocks:
         group.failures.append(f"afterwards {num_free} KV blocks are free, before it were {num_blocks}")
+    return group
+
+
+def beside(config: SelftestConfig, before: Seen, seen: Sequence[tuple[str, Seen]]) -> Group:
+    """How long others waited and how much memory the server took, against the limits."""
+    group = Group("others meanwhile", num_tried=1)
+    group.failures += [f"/health beside {name}: {failure}" for name, one in seen for failure in one.failures]
+    during, slowest = max(seen, key=lambda of: of[1].worst_health_s)
+    num_polls = sum(one.num_polls for _, one in seen)
+    group.notes.append(
+        f"/health, asked {num_polls} times: {1e3 * slowest.worst_health_s:.0f} ms at worst, beside {during}"
+    )
+    # Limits are for what one request does; the other cases come many at a time, and wait for each other.
+    (name, first), (_, last) = seen[0], seen[-1]
+    if first.worst_lag_s is not None:
+        group.num_tried += 1
+        idle_s = before.worst_lag_s or 0.0
+        worst_s, during = max((one.worst_lag_s or 0.0, of) for of, one in seen)
+        limit_s = idle_s + config.max_lag_s
+        group.notes.append(
+            f"event loop, by the server's own work: {1e3 * first.worst_lag_s:.0f} ms late at worst beside {name} "
+            f"(limit {1e3 * limit_s:.0f}: before it were {1e3 * idle_s:.0f}); {1e3 * worst_s:.0f} ms beside {during}"
+        )
+        if first.worst_lag_s > limit_s:
+            group.failures.append(f"beside {name} others waited {1e3 * first.worst_lag_s:.0f} ms")
+    if before.memory_bytes and first.peak_memory_bytes and last.memory_bytes:
+        group.num_tried += 1
+        now, after = before.memory_bytes / 2**20, last.memory_bytes / 2**20
+        # What the process has had before, while it started, is no matter.
+        has_new_peak = first.peak_memory_bytes > (before.peak_memory_bytes or 0.0)
+        peak = (first.peak_memory_bytes if has_new_peak else first.most_memory_bytes) / 2**20
+        most = max(config.max_growth_mib, 8 * config.large_mib)
+        group.notes.append(
+            f"memory: {now:.0f} MiB before, {peak:.0f} at most beside {name} (limit {now + most:.0f}); {after:.0f} in "
+            f"the end"
+        )
+        if peak > now + most:
+            group.failures.append(f"memory grew by {peak - now:.0f} MiB beside {name}, {most} are allowed for these")
     return group
 
 

@@ -81,7 +81,7 @@ def beyond_limits() -> Iterator[tuple[str, bytes]]:
     many = 100_000
     texts, ids = json.dumps(["a"] * many), json.dumps(list(range(many)))
     schema = json.dumps({"enum": ["x" * 10 * many]})
-    tool = {"type": "function", "function": {"name": "f", "description": "x" * 10 * many, "parameters": {}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     of_all = {
         "stop": texts, "stop_token_ids": ids, "logit_bias": json.dumps(dict.fromkeys(range(many), 1)),
         "guided_json": schema, "guided_regex": json.dumps("a" * 10 * many), "n": str(many),
@@ -90,7 +90,7 @@ def beyond_limits() -> Iterator[tuple[str, bytes]]:
         "prompt": texts, "best_of": str(many), "logprobs": str(many), "max_tokens": str(2**31 - 1),
     }  # fmt: skip
     of_chat = {
-        "top_logprobs": str(many), "max_completion_tokens": str(2**31 - 1), "tools": json.dumps([tool]),
+        "top_logprobs": str(many), "max_completion_tokens": str(2**31 - 1), "tools": json.dumps([tool] * many),
     }  # fmt: skip
     for path, fields in ((COMPLETIONS, of_all | of_completions), (CHAT, of_all | of_chat)):
         for name, value in fields.items():
@@ -98,6 +98,37 @@ def beyond_limits() -> Iterator[tuple[str, bytes]]:
             yield path, as_json({**VALID[path], **needed, name: value})
     yield COMPLETIONS, as_json({**VALID[COMPLETIONS], "stop": json.dumps("x" * 10 * many)})
     yield RESPONSES, as_json({**VALID[RESPONSES], "max_output_tokens": str(2**31 - 1)})
+
+
+def large_bodies(num_bytes: int) -> Iterator[tuple[str, bytes]]:
+    """Bodies of about this size with too many elements or too much text in one field, of every route."""
+
+    def many(element: str, opening: str = "[", closing: str = "]") -> str:
+        return opening + ",".join([element] * (num_bytes // (len(element) + 1))) + closing
+
+    message, part = '{"role":"user","content":""}', '{"type":"text","text":""}'
+    tool = '{"type":"function","function":{"name":"f","parameters":{}}}'
+    numbered = ",".join(f'"{place}":1' for place in range(num_bytes // 10))
+    blanks = '"' + " " * num_bytes + '"'
+    for path, field, value in (
+        *((COMPLETIONS, name, many('"a"')) for name in ("guided_choice", "stop", "prompt", "bad_words", "user")),
+        *((COMPLETIONS, name, many("1")) for name in ("stop_token_ids", "prompt")),
+        *((COMPLETIONS, name, many("[1]")) for name in ("prompt", "logits_processors")),
+        *((COMPLETIONS, name, blanks) for name in ("prompt", "guided_json", "guided_regex", "model", "suffix")),
+        (COMPLETIONS, "logit_bias", "{" + numbered + "}"),
+        (COMPLETIONS, "guided_json", many("{}", '{"a":[', "]}")),
+        (COMPLETIONS, "response_format", many("{}", '{"type":"json_schema","json_schema":{"schema":{"a":[', "]}}}")),
+        (CHAT, "messages", many(message)), (CHAT, "messages", many(part, '[{"role":"user","content":[', "]}]")),
+        (CHAT, "messages", '[{"role":"user","content":' + blanks + "}]"),
+        (CHAT, "tools", many(tool)), (CHAT, "chat_template_kwargs", many("[]", '{"a":[', "]}")),
+        (CHAT, "documents", many("{}")), (CHAT, "logit_bias", "{" + numbered + "}"),
+        (RESPONSES, "input", many(message)), (RESPONSES, "input", blanks), (RESPONSES, "tools", many(tool)),
+        (MESSAGES, "messages", many(message)), (MESSAGES, "system", many(part)), (MESSAGES, "tools", many(tool)),
+        (COUNT, "messages", many(part, '[{"role":"user","content":[', "]}]")),
+        (TOKENIZE, "prompt", '"' + "a " * (num_bytes // 2) + '"'), (TOKENIZE, "messages", many(message)),
+        (DETOKENIZE, "tokens", many("1")), (DETOKENIZE, "model", blanks),
+    ):  # fmt: skip
+        yield path, as_json({**VALID[path], field: value})
 
 
 def hostile_grammars() -> Iterator[tuple[str, bytes]]:

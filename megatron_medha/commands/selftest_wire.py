@@ -154,7 +154,9 @@ def check(answer: Answered | None) -> None:
         return
     try:
         error = json.loads(answer.body)["error"]
-        is_shaped = set(error) == {"message", "type", "param", "code"} and isinstance(error["message"], str)
+        # OpenAI's shape, or on its own routes Anthropic's.
+        is_shaped = set(error) in ({"message", "type", "param", "code"}, {"message", "type"})
+        is_shaped = is_shaped and isinstance(error["message"], str)
     except (ValueError, KeyError, TypeError):
         is_shaped = answer.body == b""  # of a HEAD
     if not is_shaped:

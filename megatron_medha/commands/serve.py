@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_medha.commands.arguments import FLAGS, Arguments, parse_arguments
 from megatron_medha.commands.logs import set_up_logging
 from megatron_medha.commands.options_help import describe_options
-from megatron_medha.engine.freed_memory import GIVE_BACK_INTERVAL_S, give_back_freed_memory
+from megatron_medha.engine.freed_memory import GIVE_BACK_INTERVAL_S, give_back_freed_memory, give_back_large_blocks
 from megatron_medha.engine.ports import EnginePhase
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     stops.watch_for_early_ones()
     # What is imported stays for good: collecting among it costs a tenth of the start now, and pauses later.
     gc.disable()
+    give_back_large_blocks()
     # Imported after the configuration has been found right: errors should come at once.
     from megatron_medha.commands.serve_parts import make_engine, model_name_of, public_options
     from megatron_medha.commands.tracking import Tracking

@@ -128,7 +128,7 @@ def _add_generation_routes(app: Api, service: Service) -> None:
             arrival_s = service.engine.now_s()
             ready = service.ready()
             wishes = read_wishes(request, service.slo)
-            body = await decode_request(raw, completion.BODY, ready.max_prompt_chars)
+            body = await decode_request(raw, completion.BODY, ready.prompt_limits)
             planning = completion.plan_completion(service, ready, body, wishes, arrival_s)
             spec = await unless_gone(request, held.num_bytes, planning)
         return answer(request, ready, spec, completion.CompletionFormat(spec, ready.tokenizer))
@@ -142,7 +142,7 @@ def _add_generation_routes(app: Api, service: Service) -> None:
             arrival_s = service.engine.now_s()
             ready = service.ready()
             wishes = read_wishes(request, service.slo)
-            body = await decode_request(raw, chat.BODY, ready.max_prompt_chars)
+            body = await decode_request(raw, chat.BODY, ready.prompt_limits)
             spec = await unless_gone(request, held.num_bytes, chat.plan_chat(service, ready, body, wishes, arrival_s))
         return answer(request, ready, spec, chat.ChatFormat(spec, ready.tokenizer))
 
@@ -155,7 +155,7 @@ def _add_generation_routes(app: Api, service: Service) -> None:
             arrival_s = service.engine.now_s()
             ready = service.ready()
             wishes = read_wishes(request, service.slo)
-            body = await decode_request(raw, responses.BODY, ready.max_prompt_chars)
+            body = await decode_request(raw, responses.BODY, ready.prompt_limits)
             client: str = request.state.client_key.name
             planning = responses.plan_response(service, ready, body, wishes, arrival_s, client)
             wire = await unless_gone(request, held.num_bytes, planning)
@@ -174,7 +174,7 @@ def _add_anthropic_routes(app: Api, service: Service, answer: MakeAnswer) -> Non
             arrival_s = service.engine.now_s()
             ready = service.ready()
             wishes = read_wishes(request, service.slo)
-            body = await decode_request(raw, anthropic_messages.BODY, ready.max_prompt_chars)
+            body = await decode_request(raw, anthropic_messages.BODY, ready.prompt_limits)
             planning = anthropic_messages.plan_message(service, ready, body, wishes, arrival_s)
             spec = await unless_gone(request, held.num_bytes, planning)
         return answer(request, ready, spec, anthropic_messages.MessagesFormat(spec))
@@ -186,7 +186,7 @@ def _add_anthropic_routes(app: Api, service: Service, answer: MakeAnswer) -> Non
         with service.hold_body() as held:
             raw = await read_body(request, service, held)
             ready = service.ready()
-            body = await decode_request(raw, anthropic_messages.BODY, ready.max_prompt_chars)
+            body = await decode_request(raw, anthropic_messages.BODY, ready.prompt_limits)
             counting = anthropic_messages.count_tokens(service, ready, body)
             return _json(await unless_gone(request, held.num_bytes, counting))
 
@@ -199,7 +199,7 @@ def _add_token_routes(app: Api, service: Service) -> None:
         with service.hold_body() as held:
             raw = await read_body(request, service, held)
             ready = service.ready()
-            body = await decode_request(raw, tokenize.TOKENIZE_BODY, ready.max_prompt_chars)
+            body = await decode_request(raw, tokenize.TOKENIZE_BODY, ready.prompt_limits)
             return await unless_gone(request, held.num_bytes, tokenize.tokenize(service, ready, body))
 
     @app.post("/detokenize", openapi_extra=openapi.operation(
@@ -209,7 +209,7 @@ def _add_token_routes(app: Api, service: Service) -> None:
         with service.hold_body() as held:
             raw = await read_body(request, service, held)
             ready = service.ready()
-            body = await decode_request(raw, tokenize.DETOKENIZE_BODY)
+            body = await decode_request(raw, tokenize.DETOKENIZE_BODY, ready.prompt_limits)
             return await unless_gone(request, held.num_bytes, tokenize.detokenize(service, ready, body))
 
 

@@ -152,7 +152,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 async def _answer_too_deep(request: Request, error: Exception) -> Response:
     # Nothing here is deep but what clients send: a schema that could just be decoded is gone through once more with
     # less of the stack left.
-    log.warning("body_too_deep", extra={"fields": {"path": request.url.path}})
+    log.info("body_too_deep", extra={"fields": {"path": request.url.path}})
     return bad_request("the body is nested too deeply", code="invalid_json").as_response(request.url.path)
 
 

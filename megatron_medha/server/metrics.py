@@ -8,6 +8,7 @@ take a lock and a walk over all buckets.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 
 from megatron_medha.core.batch import (
@@ -51,6 +52,8 @@ CUT_OFF_REASONS = (
     "client_gone", "cancelled", "reader_stalled", "reader_too_slow", "request_timeout", "request_rejected",
     "server_stopping", "engine_failed", "internal_error",
 )
+LAGS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+NUM_RECENT_LAGS = 500  # of which the greatest is shown: 10 s
 NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -84,6 +87,8 @@ class Metrics:
         self.output_tokens = Histogram(NUM_TOKENS)
         self.params_n = Histogram(NUM_CHOICES)
         self.params_max_tokens = Histogram(NUM_TOKENS)
+        self.loop_lag_s = Histogram(LAGS_S)
+        self.recent_lags_s: deque[float] = deque([0.0], maxlen=NUM_RECENT_LAGS)
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self.num_ttft_slo_met = 0

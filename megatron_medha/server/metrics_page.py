@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -31,6 +32,8 @@ HISTOGRAMS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      "From a request's first schedule to its first token"),
     ("decode_s", "request_decode_time_seconds", ("request_decode_time_seconds",),
      "From a request's first token to its last"),
+    ("loop_lag_s", "event_loop_lag_seconds", (),
+     "How late the API server's event loop runs what is due, as far as the server's own work explains it"),
     ("prompt_tokens", "request_prompt_tokens", ("request_prompt_tokens",), "Prompt tokens of a request"),
     ("output_tokens", "request_generation_tokens", ("request_generation_tokens",), "Output tokens of a request"),
     ("params_n", "request_params_n", ("request_params_n",), "The n that clients ask for"),
@@ -168,8 +171,26 @@ class MetricsPage:
                     gauge.add_metric(self._labels_of(place), of_replica[own_name])
                 yield gauge
 
+        for name, value, meaning in (
+            ("event_loop_lag_max_seconds", max(self._metrics.recent_lags_s),
+             "The greatest event_loop_lag_seconds of the last 10 s"),
+            ("process_peak_memory_bytes", _peak_memory_bytes(), "Most memory that the API server has had resident"),
+        ):  # fmt: skip
+            gauge = GaugeMetricFamily(f"medha:{name}", meaning, labels=LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge
+
     def _labels_of(self, place: int) -> list[str]:
         return [self._labels[0], str(place)]
+
+
+def _peak_memory_bytes() -> float:
+    # Not getrusage()'s: that one begins with the most that the parent process had.
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def _values_of(replica: ReplicaState) -> dict[str, float]:

@@ -9,7 +9,8 @@ from typing import TypeAlias
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import Prompt
 from megatron_medha.server.service import Ready, Service
-from megatron_medha.server.tokens import TooManyTokens
+from megatron_medha.server.text_slices import TextWithoutBreaksError
+from megatron_medha.server.tokens import Tokenizer, TooManyTokens
 
 RawPrompt: TypeAlias = "str | list[int] | array[int]"  # array has no item types at run time
 
@@ -54,7 +55,7 @@ async def encode_prompts(
 
     def encode(raw: RawPrompt) -> array[int]:
         if isinstance(raw, str):
-            ids = tokenizer.encode(raw, add_special_tokens=add_special_tokens, max_tokens=limit - least_output)
+            ids = encode_text(tokenizer, raw, add_special_tokens, limit - least_output, param)
         else:
             ids = raw if isinstance(raw, array) else _as_ids(raw, param)
         check_ids(ids, ready.facts.shape.vocab_size, param)
@@ -81,6 +82,14 @@ async def encode_prompts(
             )
         )
     return tuple(prompts)
+
+
+def encode_text(tokenizer: Tokenizer, text: str, adds_special: bool, max_tokens: int, param: str) -> array[int]:
+    """Ids of a text; TooManyTokens, or ApiError 400 for one that would take too much memory."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=adds_special, max_tokens=max_tokens)
+    except TextWithoutBreaksError as error:
+        raise bad_request(f"{param}: {error}", param, "text_without_breaks") from None
 
 
 def check_length(

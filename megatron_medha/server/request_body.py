@@ -53,22 +53,35 @@ class BodyType(Generic[T]):
     ids: frozenset[str] = frozenset()
 
 
-async def decode_request(body: bytearray, of: BodyType[T], max_chars: int | None = None) -> T:
-    """The body as its type, a long list of ids as an array; ApiError 4xx says what is wrong. `body` is emptied.
+@dataclass(frozen=True, slots=True)
+class PromptLimits:
+    """What fits the model's context: more of either cannot, and is not built."""
 
-    max_chars: of the text of one prompt; with more it cannot fit the model's context.
-    """
+    num_tokens: int
+    num_chars: int
+
+
+async def decode_request(body: bytearray, of: BodyType[T], limits: PromptLimits) -> T:
+    """The body as its type, a long list of ids as an array; ApiError 4xx says what is wrong. `body` is emptied."""
     if len(body) <= WHOLE_BYTES:
         return decode_body(body, of.decoder)
     try:
-        fields = await _run(_decode_large(body, of, max_chars))
+        fields = await _run(_decode_large(body, of, limits))
     except ScanRefusal as refusal:
         error = _as_api_error(refusal)
     else:
-        body.clear()
+        await _empty(body)
         return fields
-    body.clear()
+    await _empty(body)
     raise error
+
+
+async def _empty(body: bytearray) -> None:
+    """Give its memory back by halves: 128 MiB at once are 40 ms."""
+    while len(body) > SLICE_BYTES:
+        del body[len(body) // 2 :]
+        await asyncio.sleep(0)
+    body.clear()
 
 
 def decode_body(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
@@ -98,7 +111,7 @@ async def _run(steps: Generator[None, None, T]) -> T:
         await asyncio.sleep(0)
 
 
-def _decode_large(body: bytearray, of: BodyType[T], max_chars: int | None) -> Generator[None, None, T]:
+def _decode_large(body: bytearray, of: BodyType[T], limits: PromptLimits) -> Generator[None, None, T]:
     min_cut = _MIN_CUT_BYTES if len(body) > _SHORT_TEXTS_BYTES else len(body)
     scanned: Scanned = yield from scan(body, ScanRules(
         texts=of.texts, ids=of.ids, max_values=MAX_VALUES, max_bytes=MAX_REST_BYTES, min_cut_bytes=min_cut,
@@ -116,18 +129,17 @@ def _decode_large(body: bytearray, of: BodyType[T], max_chars: int | None) -> Ge
             # template leaves out, such as the reasoning of earlier turns.
             is_prompt = cut.path[0] in of.ids
             prompt, times = (cut.path, 1) if is_prompt else (None, _MAX_TIMES_RENDERED)
-            most = None if max_chars is None else times * max_chars - num_chars[prompt]
-            text = yield from _decode_text(body, cut, most)
+            text = yield from _decode_text(body, cut, times * limits.num_chars - num_chars[prompt])
             num_chars[prompt] += len(text)
             _put(owner, cut.path[-1], text)
         else:
-            _put(owner, cut.path[-1], (yield from _decode_ids(body, cut)))
+            _put(owner, cut.path[-1], (yield from _decode_ids(body, cut, limits.num_tokens)))
         if number % 256 == 255:
             yield
     return fields
 
 
-def _decode_text(body: bytearray, cut: Cut, max_chars: int | None) -> Generator[None, None, str]:
+def _decode_text(body: bytearray, cut: Cut, max_chars: int) -> Generator[None, None, str]:
     parts: list[str] = []
     num_chars, position, end = 0, cut.begin + 1, cut.end - 1
     while position < end:
@@ -140,19 +152,19 @@ def _decode_text(body: bytearray, cut: Cut, max_chars: int | None) -> Generator[
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
         num_chars += len(parts[-1])
-        if max_chars is not None and num_chars > max_chars:
-            raise TextTooLong(cut.path)
+        if num_chars > max_chars:
+            raise PromptTooLong(cut.path, "the text has")
         position += num_bytes
         if position < end:
             yield
     return "".join(parts)
 
 
-class TextTooLong(ScanRefusal):
-    """The long texts cannot fit the model's context."""
+class PromptTooLong(ScanRefusal):
+    """A prompt cannot fit the model's context."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path[0]), "the text has more tokens than the model's context")
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(str(path[0]), f"{what} more tokens than the model's context")
 
 
 def _num_whole_bytes(part: bytearray) -> int:
@@ -169,7 +181,7 @@ def _num_whole_bytes(part: bytearray) -> int:
     return end if high is None else high.start()
 
 
-def _decode_ids(body: bytearray, cut: Cut) -> Generator[None, None, array[int]]:
+def _decode_ids(body: bytearray, cut: Cut, max_ids: int) -> Generator[None, None, array[int]]:
     ids = array("i")
     position, end = cut.begin + 1, cut.end - 1
     while position < end:
@@ -187,6 +199,8 @@ def _decode_ids(body: bytearray, cut: Cut) -> Generator[None, None, array[int]]:
             wrong = str(max(numbers, key=abs))
             wrong = wrong if len(wrong) <= 20 else f"of {len(wrong)} digits"
             raise bad_request(f"{cut.path[0]}: token id {wrong} is outside the vocabulary", str(cut.path[0])) from None
+        if len(ids) > max_ids:
+            raise PromptTooLong(cut.path, f"these are at least {len(ids)} ids:")
         position = slice_end + 1
         if position < end:
             yield
@@ -235,7 +249,7 @@ def _as_api_error(refusal: ScanRefusal) -> ApiError:
             return bad_request(f"the body is not valid JSON: {refusal}", code="invalid_json")
         case TooManyBytes():
             return ApiError(413, f"{name}{refusal}", param=refusal.field, code="body_too_large")
-        case TextTooLong():
+        case PromptTooLong():
             return bad_request(f"{name}{refusal}", refusal.field, "context_length_exceeded")
         case _:
             return bad_request(f"{name}{refusal}", refusal.field, "too_many_values")

@@ -20,8 +20,10 @@ from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.guided import Grammars
 from megatron_medha.server.journal import Journal
 from megatron_medha.server.keys import KeyRing
+from megatron_medha.server.loop_lag import watch_lag
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.recent_items import RecentItems
+from megatron_medha.server.request_body import PromptLimits
 from megatron_medha.server.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.streams import EngineLost, Streams
@@ -56,9 +58,10 @@ class Ready:
     sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS
 
     @property
-    def max_prompt_chars(self) -> int:
-        """The length that no prompt of the model's context exceeds."""
-        return self.tokenizer.max_chars(self.facts.max_request_tokens)
+    def prompt_limits(self) -> PromptLimits:
+        """What no prompt within the model's context exceeds."""
+        num_tokens = self.facts.max_request_tokens
+        return PromptLimits(num_tokens, self.tokenizer.max_chars(num_tokens))
 
 
 class HeldBytes:
@@ -139,17 +142,20 @@ class Service:
         self._text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
         self._long_text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="long-text")
         self._watch: asyncio.Task[None] | None = None
+        self._lag_watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the engine and listen to it."""
         self.streams.attach(asyncio.get_running_loop())
         self.engine.start(self.streams.deliver)
         self._watch = asyncio.create_task(self._watch_engine())
+        self._lag_watch = asyncio.create_task(watch_lag(self.metrics))
 
     async def stop(self) -> None:
         """Stop the engine; requests still open end with an error."""
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in (self._watch, self._lag_watch):
+            if watch is not None:
+                watch.cancel()
         await asyncio.to_thread(self.engine.stop, self.config.stop_timeout_s)
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
         for threads in (self._text_threads, self._long_text_threads):

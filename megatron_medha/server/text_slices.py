@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     import tokenizers
 
 SLICE_CHARS = 32_768
+MAX_STRETCH_CHARS = 262_144  # of one word: 60 MiB of memory
 _MARGIN_CHARS = 64   # before the end of a slice, where patterns that look ahead might see its end
 _MAX_STEPS = 4_096   # back from there, for a place to cut
+
+
+
+class TextWithoutBreaksError(Exception):
+    """A text cannot be encoded by slices that are small enough; the message says why."""
+
 
 EncodeSlices: TypeAlias = "Callable[[str], Iterator[list[int]]]"
 
@@ -42,13 +49,16 @@ def slice_encoder(backend: tokenizers.Tokenizer) -> EncodeSlices | None:
     if (normalizer is None or is_nfc) and known and any(map(_finds_words, words)):
         if not all(map(_looks_ahead_only, words)):
             return None
-        return partial(_by_words, backend, is_nfc, max(map(len, names), default=0) + _MARGIN_CHARS)
+        margin = max(map(len, names), default=0) + _MARGIN_CHARS
+        return partial(_by_words, backend, is_nfc, kinds <= {*_SPLITTERS}, margin)
     if type(backend.model).__name__ == "BPE" and not is_nfc:
         return _pair_encoder(backend, normalizer, words, names)
     return None
 
 
-def _by_words(backend: tokenizers.Tokenizer, is_nfc: bool, margin: int, text: str) -> Iterator[list[int]]:
+def _by_words(
+    backend: tokenizers.Tokenizer, is_nfc: bool, drops_blanks: bool, margin: int, text: str
+) -> Iterator[list[int]]:
     begin, size = 0, SLICE_CHARS
     while begin + size < len(text):
         piece = text[begin : begin + size]
@@ -56,13 +66,27 @@ def _by_words(backend: tokenizers.Tokenizer, is_nfc: bool, margin: int, text: st
         if not len(encoding):
             begin += size  # white space alone, of which nothing is kept
             continue
+        words_end = encoding.token_to_chars(len(encoding) - 1)[1] if drops_blanks else size
+        if words_end <= size - margin:
+            yield encoding.ids
+            begin += size - margin
+            continue
         num_tokens, num_chars = _last_word(encoding, piece, is_nfc, margin)
         if num_chars == 0:
-            size *= 2  # one word and no end of it
+            size = _larger(size)  # one word and no end of it
             continue
         yield encoding.ids[:num_tokens]
         begin, size = begin + num_chars, SLICE_CHARS
     yield backend.encode_batch_fast([text[begin:]], add_special_tokens=False)[0].ids
+
+
+def _larger(size: int) -> int:
+    if size >= MAX_STRETCH_CHARS:
+        raise TextWithoutBreaksError(
+            f"a stretch of {size} characters has no break, and the tokenizer would take too much memory for it; send "
+            f"token ids"
+        )
+    return 2 * size
 
 
 def _last_word(encoding: Any, piece: str, is_nfc: bool, margin: int) -> tuple[int, int]:
@@ -133,7 +157,7 @@ class _ByPairs:
         while begin + size < len(text):
             end = self._last_cut(text, begin, begin + size)
             if end == begin:
-                size *= 2
+                size = _larger(size)
                 continue
             yield self._encode(text[begin:end])
             begin, size = end + self._prepends, SLICE_CHARS

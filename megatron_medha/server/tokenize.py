@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from megatron_medha.server.chat import adds_special_tokens, chat_tools, render_messages
 from megatron_medha.server.errors import bad_request
 from megatron_medha.server.openai_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
-from megatron_medha.server.prompts import check_ids, check_length
+from megatron_medha.server.prompts import check_ids, check_length, encode_text
 from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tokens import PieceKind, Tokenizer, TooManyTokens
@@ -57,7 +57,7 @@ async def token_ids_of(service: Service, ready: Ready, body: TokenizeRequest) ->
     check_length(tokenizer.min_num_tokens(text), limit, ready, service, param, is_exact=False)
 
     def work() -> array[int]:
-        return tokenizer.encode(text, add_special_tokens=adds_special, max_tokens=limit)
+        return encode_text(tokenizer, text, adds_special, limit, param)
 
     try:
         ids = await service.work_on_text(len(text), work)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_medha.commands import selftest_cases as cases
-from megatron_medha.commands.selftest import SelftestConfig, selftest, table
+from megatron_medha.commands.selftest import SelftestConfig, beside, selftest, table
+from megatron_medha.commands.selftest_watch import Seen
 from megatron_medha.commands.selftest_wire import Broken, check, parse
 from megatron_medha.main import main
 
@@ -30,7 +31,9 @@ def test_a_server_of_ours_holds_shows_nothing_without_its_key_and_drains(
     url = medha.url()
     medha.line_with("ready after")
     keys = ["api_key=sk-user", "admin_key=sk-root"]
-    code = main(["selftest", f"url={url}", "num_random=60", "ends_server=true", *keys])
+    # Whether it is quick is no test of what it does: other tests run beside it.
+    limits = ["max_lag_s=60", "large_mib=1"]
+    code = main(["selftest", f"url={url}", "num_random=60", "ends_server=true", *limits, *keys])
     out = capsys.readouterr().out
     assert code == 0, out
     assert all(name in out for name in ("beyond the limits", "without the key", "drain")) and "afterwards" not in out
@@ -83,7 +86,8 @@ def test_what_a_server_does_wrong_is_found(
     async def work() -> str:
         server, port = await broken_server(answer, free_blocks)
         async with server:
-            return table(await selftest(SelftestConfig(url=f"http://127.0.0.1:{port}", num_random=1, timeout_s=5.0)))
+            url = f"http://127.0.0.1:{port}"
+            return table(await selftest(SelftestConfig(url=url, num_random=1, large_mib=1, timeout_s=5.0)))
 
     assert what in asyncio.run(work())
 
@@ -94,3 +98,32 @@ def test_an_answer_in_chunks_is_put_together() -> None:
     check(None)
     with pytest.raises(Broken, match="without its size"):
         parse(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n")
+
+
+def seen(lag_ms: float | None, memory_mib: float = 100.0, peak_mib: float = 100.0, failures: Words = ()) -> Seen:
+    lag_s = None if lag_ms is None else lag_ms / 1e3
+    return Seen(9, 0.01, lag_s, memory_mib * 2**20, memory_mib * 2**20, peak_mib * 2**20, list(failures))
+
+
+@pytest.mark.parametrize(("before", "during", "what"), [
+    (seen(5), seen(54), ""), (seen(5), seen(56), "others waited 56 ms"), (seen(40), seen(85), ""),
+    (seen(5), seen(5, peak_mib=228), ""), (seen(5), seen(5, peak_mib=229), "memory grew by 129 MiB"),
+    (seen(5, peak_mib=500), seen(5, peak_mib=500), ""), (seen(5), seen(5, memory_mib=150, peak_mib=150), ""),
+    (seen(5, peak_mib=500), seen(5, memory_mib=229, peak_mib=500), "memory grew by 129 MiB"),
+    (seen(5), seen(5, failures=("status 503",)), "/health beside cases: status 503"), (seen(None), seen(None), ""),
+])  # fmt: skip
+def test_waiting_and_memory_have_limits(before: Seen, during: Seen, what: str) -> None:
+    group = beside(SelftestConfig(large_mib=16, max_lag_s=0.05), before, [("cases", during), ("no cases", seen(1))])
+    assert what in " ".join(group.failures) and bool(what) == bool(group.failures)
+    assert "/health, asked 18 times" in table([group])
+
+
+def test_a_server_that_shows_no_figures_is_tested_all_the_same() -> None:
+    group = beside(SelftestConfig(), Seen(), [("cases", Seen(num_polls=1))])
+    assert (group.num_tried, group.failures) == (1, [])
+
+
+def test_large_bodies_are_of_every_route_and_as_large_as_wished() -> None:
+    bodies = list(cases.large_bodies(10_000))
+    assert {path for path, _ in bodies} == set(cases.VALID)
+    assert all(4_000 < len(body) < 21_000 for _, body in bodies)

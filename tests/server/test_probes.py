@@ -244,3 +244,16 @@ def test_the_server_loads_neither_torch_nor_numpy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_metrics_show_how_late_the_event_loop_is_and_how_much_memory_was_used(start_server: StartServer) -> None:
+    metrics = Metrics()
+    server = start_server(metrics=metrics)
+    metrics.recent_lags_s.extend([0.0, 1.5, 0.25])
+    samples = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(server.get("/metrics").text) for sample in family.samples
+    }  # fmt: skip
+    assert samples["medha:event_loop_lag_max_seconds"] >= 1.5
+    assert samples["medha:process_peak_memory_bytes"] > 2**20
+    assert "medha:event_loop_lag_seconds_count" in samples

@@ -19,7 +19,7 @@ from running_server import StartServer
 from megatron_medha.server import anthropic_messages, chat, completion, json_scan, request_body, responses, tokenize
 from megatron_medha.server.errors import ApiError
 from megatron_medha.server.json_scan import DENSE_SLICE_BYTES, SLICE_BYTES
-from megatron_medha.server.request_body import MAX_VALUES, WHOLE_BYTES, BodyType, decode_request
+from megatron_medha.server.request_body import MAX_VALUES, WHOLE_BYTES, BodyType, PromptLimits, decode_request
 from megatron_medha.server.service import LONG_TEXT_CHARS, MAX_INLINE_CHARS
 from megatron_medha.server.tokens import Tokenizer
 
@@ -80,6 +80,7 @@ LONG = [
     (TOKENIZE, "model", f'"{"x" * (REST_BYTES + 1)}"'),
     (DETOKENIZE, "model", f'"{"x" * (REST_BYTES + 1)}"'),
 ]
+NO_LIMITS = PromptLimits(2**31, 2**31)
 IDS = [place * 7919 % 100_000 for place in range(200_000)]
 
 
@@ -89,11 +90,11 @@ def body_with(path: str, field: str, value: str) -> bytes:
 
 
 def steps_of(body: bytes, of: BodyType[Any]) -> Generator[None, None, Any]:
-    return request_body._decode_large(bytearray(body), of, None)
+    return request_body._decode_large(bytearray(body), of, NO_LIMITS)
 
 
 def decode(body: bytes, of: BodyType[Any] = completion.BODY) -> Any:
-    return asyncio.run(decode_request(bytearray(body), of))
+    return asyncio.run(decode_request(bytearray(body), of, NO_LIMITS))
 
 
 def decode_by_slices(body: bytes, of: BodyType[Any]) -> Any:
@@ -122,7 +123,7 @@ def test_too_much_in_any_field_of_any_route_is_refused_by_name_before_it_is_buil
     tracemalloc.start()
     try:
         with pytest.raises(ApiError) as caught:
-            asyncio.run(decode_request(body, BODIES[path]))
+            asyncio.run(decode_request(body, BODIES[path], NO_LIMITS))
         assert tracemalloc.get_traced_memory()[1] < most
     finally:
         tracemalloc.stop()
@@ -241,12 +242,21 @@ def test_text_that_cannot_fit_the_context_is_not_built() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(ApiError) as caught:
-            asyncio.run(decode_request(body, chat.BODY, max_chars=1000))
-        assert tracemalloc.get_traced_memory()[1] < 2**20
+            asyncio.run(decode_request(body, chat.BODY, PromptLimits(1000, 1000)))
+        assert tracemalloc.get_traced_memory()[1] < 5 * 2**20  # half of the body, while it is emptied
     finally:
         tracemalloc.stop()
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
     assert (caught.value.param, len(body)) == ("messages", 0)
+
+
+def test_more_ids_than_the_context_holds_are_not_built() -> None:
+    for of, field in ((completion.BODY, "prompt"), (tokenize.DETOKENIZE_BODY, "tokens")):
+        body = bytearray(json.dumps({field: [1] * 2**21}).encode())
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(decode_request(body, of, PromptLimits(1000, 1000)))
+        assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+        assert (caught.value.param, len(body)) == (field, 0)
 
 
 def test_large_prompts_go_through_the_server_and_wrong_ids_are_named(start_server: StartServer) -> None:

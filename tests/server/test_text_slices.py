@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megatron_medha.server import text_slices
-from megatron_medha.server.text_slices import slice_encoder
+from megatron_medha.server.text_slices import TextWithoutBreaksError, slice_encoder
 from megatron_medha.server.tokens import Tokenizer, TokenizerConfig, TooManyTokens
 
 GPT4 = (
@@ -117,6 +117,19 @@ def test_a_text_without_a_place_to_cut_is_encoded_all_the_same(
     encode = slice_encoder(backend)
     assert encode is not None
     assert sum(encode(text), []) == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_a_stretch_that_would_take_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_slices, "SLICE_CHARS", 700)
+    monkeypatch.setattr(text_slices, "MAX_STRETCH_CHARS", 2_800)
+    encode = slice_encoder(with_words())
+    assert encode is not None
+    with pytest.raises(TextWithoutBreaksError, match="2800 characters"):
+        list(encode("a " * 1000 + " " * 6000 + "a"))
+    for words in (pre_tokenizers.Whitespace(), pre_tokenizers.BertPreTokenizer()):
+        encode = slice_encoder(words_alone(words))
+        assert encode is not None
+        assert sum(encode("a " * 100 + " " * 6000 + "the a"), []) == [2] * 100 + [1, 2]
 
 
 @pytest.mark.parametrize("pattern", [r"(?<=a)b|\w+", r"\bfoo|\w+", r"^a|\w+", r"\Aa|\w+", r"(?<!x)y|\w+"])
