@@ -15,6 +15,7 @@ __all__ = ["CallBegan", "CallFinder", "CallWent", "Found", "Said"]
 
 _BETWEEN = " \t\r\n;,[]"  # between calls: Llama writes semicolons, a list has brackets and commas
 _PYTHON_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_SLICE_CHARS = 4096
 _QUOTES = "`'\""
 
 
@@ -58,9 +59,11 @@ class CallFinder:
     def push(self, text: str) -> list[Found]:
         """Take the next piece of text."""
         found: list[Found] = []
-        self._rest += text
-        while self._rest and self._step(found):
-            pass
+        # By slices: what is left of a text is copied with every step.
+        for begin in range(0, len(text), _SLICE_CHARS):
+            self._rest += text[begin : begin + _SLICE_CHARS]
+            while self._rest and self._step(found):
+                pass
         return found
 
     def finish(self, *, is_cut: bool = False) -> list[Found]:
@@ -233,12 +236,12 @@ class CallFinder:
     def _num_skipped(self) -> int:
         """How many characters at the beginning of the rest may stand between calls."""
         between = _BETWEEN + ("}" if self._section_has_calls else "")
-        for place, char in enumerate(self._rest):
-            if char not in between or self._rest.startswith(self._all_marks, place):
-                return place
-            if char == "[" and self._is_part_of_mark(self._rest[place:]):
-                return place
-        return len(self._rest)
+        num_skipped = len(self._rest) - len(self._rest.lstrip(between))
+        last = num_skipped - 1
+        is_mark = last >= 0 and (
+            self._rest.startswith(self._all_marks, last) or self._is_part_of_mark(self._rest[last:])
+        )
+        return last if is_mark else num_skipped  # a bracket may begin a mark
 
     def _is_part_of_mark(self, text: str) -> bool:
         return any(len(text) < len(mark) and mark.startswith(text) for mark in self._all_marks)
