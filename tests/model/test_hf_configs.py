@@ -18,6 +18,7 @@ from megatron_medha.core.errors import CheckpointError, UnsupportedModelError  #
 from megatron_medha.core.layout import ParallelLayout  # noqa: E402
 from megatron_medha.model.build import build_model  # noqa: E402
 from megatron_medha.model.checkpoint import load_weights, read_model_config  # noqa: E402
+from megatron_medha.model.hf_config import read_hf_config  # noqa: E402
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -235,6 +236,47 @@ OF_FAMILIES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("qwen3", "context by default", {"max_position_embeddings": DELETE}, None),
 ]  # fmt: skip
 
+# Fields as well-known checkpoints have them, with small sizes: (what config.json says, rope kind, context).
+KNOWN: dict[str, tuple[dict[str, Any], str, int]] = {
+    "Llama 3.1": ({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 1, "eos_token_id": [2, 3, 4], "hidden_act": "silu", "mlp_bias": False,
+        "max_position_embeddings": 131072, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.42.3", "use_cache": True,
+    }, "llama3", 131072),
+    "Qwen 2.5": ({
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu",
+        "max_position_embeddings": 32768, "max_window_layers": 28, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "sliding_window": 4096, "use_sliding_window": False, "use_mrope": False, "torch_dtype": "bfloat16",
+    }, "none", 32768),
+    "Qwen 3": ({
+        "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "max_position_embeddings": 40960,
+        "max_window_layers": 36, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+        "use_sliding_window": False, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    }, "none", 40960),
+    "Mistral 7B v0.3": ({
+        "model_type": "mistral", "hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0, "sliding_window": None, "torch_dtype": "bfloat16",
+    }, "none", 32768),
+    "SmolLM2": ({
+        "model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None,
+        "rope_theta": 130000, "max_position_embeddings": 8192, "transformers.js_config": {"dtype": "q4"},
+    }, "none", 8192),
+    "DeepSeek Coder": ({
+        "model_type": "llama", "max_position_embeddings": 16384, "rope_scaling": {"factor": 4.0, "type": "linear"},
+        "rope_theta": 100000, "pretraining_tp": 1,
+    }, "linear", 16384),
+    "Falcon 3": ({
+        "model_type": "llama", "activation": "swiglu", "head_dim": 256, "max_position_embeddings": 32768,
+        "rope_theta": 1000042,
+    }, "none", 32768),
+    "Yarn Llama 2": ({
+        "model_type": "llama", "auto_map": {"AutoConfig": "a.B"}, "max_position_embeddings": 65536,
+        "rope_scaling": {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096, "finetuned": True},
+    }, "yarn", 65536),
+}  # fmt: skip
+
 # A quick choice runs always: every refusal, and of the equal ones each where its family is the next in turn.
 ALL_EQUAL = [(family, name) for name in EQUAL for family in FAMILIES]
 QUICK = {(list(FAMILIES)[i % 4], name) for i, name in enumerate(EQUAL) if i % 2 == 0 or "beside" in name}
@@ -337,3 +379,16 @@ def test_all_reasons_against_a_config_are_given_at_once(homes: dict[str, Path], 
         read_model_config(variant(homes["llama"], tmp_path, changes))
     for told in ("hidden_act='gelu'", "softcap=1.0", "rope_type='longrope'", "no_such=1", "quantization_config"):
         assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_configs_of_well_known_checkpoints_are_read(name: str, tmp_path: Path):
+    fields, kind, context = KNOWN[name]
+    sizes = {
+        "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes | fields))
+    config = read_hf_config(tmp_path)
+    assert (config.rope_scaling.kind, config.max_context_len) == (kind, context)
+    assert config.rope_theta == fields.get("rope_theta", 10000.0)
