@@ -218,6 +218,8 @@ def _parse_call(text: str) -> tuple[str, str | None] | None:
             return name, _read_arguments(arguments)
         case dict():
             return name, dump(arguments)
+        case []:
+            return name, "{}"
         case _:
             return None
 

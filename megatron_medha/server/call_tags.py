@@ -10,6 +10,8 @@ from megatron_medha.server.call_syntax import Tags
 from megatron_medha.server.call_types import typed_value
 from megatron_medha.server.json_text import dump
 
+_QUOTES = "\"'"  # around names, where the syntax has none
+
 
 class TagCall(CallReader):
     """One call as tags around its parameters."""
@@ -63,7 +65,7 @@ class TagCall(CallReader):
     def _read_head(self, found: list[Found]) -> bool:
         head = self._tags.head.match(self._text)
         if head is not None:
-            name = head.group(1)
+            name = head.group(1).strip(_QUOTES)
             self._schema = self._schemas.get(name)
             self._begin(name, found)
             self._send("{", found)
@@ -80,7 +82,7 @@ class TagCall(CallReader):
         tags, text = self._tags, self._text.lstrip()
         parameter = tags.parameter.match(text)
         if parameter is not None:
-            self._key = parameter.group(1)
+            self._key = parameter.group(1).strip(_QUOTES)
             given = parameter.groupdict().get("is_string")
             self._is_string = None if given is None else given == "true"
             self._text = text[parameter.end() :]

@@ -238,6 +238,7 @@ CALL, F = '{"name": "f", "arguments": {"text": "P"}}', ("f", '{"text": "P"}')
         (hermes(CALL.replace('"P"', '"P",')), [F]), (hermes("{'name': 'f', 'arguments': {'text': 'P'}}"), [F]),
         (hermes('{"name": "now", "arguments": null}'), [("now", "{}")]), (hermes('{"name": "now"}'), [("now", "{}")]),
         (hermes('{"name": "now", "arguments": ""}'), [("now", "{}")]),
+        (hermes('{"name": "now", "arguments": []}'), [("now", "{}")]),
         (hermes('{"arguments": {"text": "P"}, "name": "f"}'), [F]),
         (hermes('{"name": "f", "arguments": "{\\"text\\": \\"P\\"}"}'), [F]),
         (hermes('{"type": "function", "function": {"name": "f", "arguments": {"text": "P"}}}'), [F]),
@@ -262,6 +263,7 @@ def function(text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "right"),
     [
+        (function("P").replace("=f", '="f"').replace("=text", "='text'"), [F]),
         (function("P"), [F]), (function("P").removesuffix("</function>"), [F]), (hermes(CALL), [F]),
         (hermes(function("P").removesuffix("</function>")), [F]),
         (hermes("<function=now>\n</function>"), [("now", "{}")]),
