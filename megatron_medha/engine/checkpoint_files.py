@@ -65,7 +65,9 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
 def path_inside(directory: Path, name: object, source: str) -> Path:
     """The file of that name in the directory. Raises CheckpointError, with the source, for one that leads out of it."""
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or ".." in parts or str(name).startswith("/") or "\0" in str(name):
+    is_inside = parts and ".." not in parts and not str(name).startswith("/")
+    # Longer ones, and those with a null, are no names: to look for them raises an OSError.
+    if not is_inside or "\0" in str(name) or any(len(part.encode(errors="replace")) > 255 for part in parts):
         raise CheckpointError(f"{directory / source}: names {shown(name)}, which is no file inside of the directory")
     return directory.joinpath(*parts)
 

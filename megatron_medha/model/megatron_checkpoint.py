@@ -56,7 +56,7 @@ def find_megatron_checkpoint(directory: Path) -> Path | None:
     if not tracker.is_file():
         return _checked(directory / _step_of_bridge(directory)) if (directory / BRIDGE_STATE_NAME).is_file() else None
     stated = read_word(tracker)
-    if stated != "release" and not stated.isdecimal():
+    if stated != "release" and not (stated.isdecimal() and len(stated) < 20):
         raise CheckpointError(f"{tracker}: holds {stated[:40]!r}, not a number of iterations or 'release'")
     iteration = directory / (stated if stated == "release" else f"iter_{int(stated):07d}")
     if not iteration.is_dir():

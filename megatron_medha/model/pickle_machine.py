@@ -71,9 +71,12 @@ class Meanings(NamedTuple):
     persistent: Callable[[Any], Any] | None = None   # what lies outside of the pickle under that id
 
 
-def unpickle(data: bytes, meanings: Meanings) -> Any:
-    """The plain data in a pickle. Raises PickleError."""
-    machine = _Machine(meanings)
+def unpickle(data: bytes, meanings: Meanings, max_objects: int = 2_000_000) -> Any:
+    """The plain data in a pickle. Raises PickleError.
+
+    max_objects: containers, objects and values to come back to; each takes a byte of the pickle and 100 of memory.
+    """
+    machine = _Machine(meanings, max_objects)
     file = io.BytesIO(data)
     try:
         while (code := file.read(1)) != b".":
@@ -95,16 +98,24 @@ def unpickle(data: bytes, meanings: Meanings) -> Any:
 class _Machine:
     """The stack and memo of one pickle. The methods op_NAME are the opcodes of pickletools, in lower case."""
 
-    def __init__(self, meanings: Meanings) -> None:
+    def __init__(self, meanings: Meanings, max_objects: int) -> None:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.meanings = meanings
+        self._num_left = max_objects
+
+    def count(self) -> None:
+        """One object more. Raises PickleError if there are too many."""
+        self._num_left -= 1
+        if self._num_left < 0:
+            raise PickleError("holds more objects than any such file")
 
     def call(self, function: Any, args: Any) -> None:
         """Leave what a call returns on the stack."""
         if not isinstance(args, tuple):
             raise PickleError("the arguments of a call are no tuple")
+        self.count()
         if isinstance(function, Opaque):
             self.stack.append(Opaque("a result"))
         elif isinstance(function, Global):
@@ -123,6 +134,7 @@ class _Machine:
     op_frame = op_proto
 
     def op_mark(self) -> None:
+        self.count()
         self.marked.append(self.stack)
         self.stack = []
 
@@ -164,6 +176,7 @@ class _Machine:
     op_long = op_long1 = op_long4 = op_int
 
     def op_empty_list(self) -> None:
+        self.count()
         self.stack.append([])
 
     op_empty_set = op_empty_list  # as a list: members need not be hashed
@@ -192,15 +205,19 @@ class _Machine:
         self.stack.append(tuple(items))
 
     def op_tuple1(self) -> None:
+        self.count()
         self.stack[-1:] = [(self.stack[-1],)]
 
     def op_tuple2(self) -> None:
+        self.count()
         self.stack[-2:] = [(self.stack[-2], self.stack[-1])]
 
     def op_tuple3(self) -> None:
+        self.count()
         self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
 
     def op_empty_dict(self) -> None:
+        self.count()
         self.stack.append({})
 
     def op_dict(self) -> None:
@@ -224,11 +241,13 @@ class _Machine:
     op_binget = op_long_binget = op_get
 
     def op_put(self, index: int) -> None:
+        self.count()
         self.memo[index] = self.stack[-1]
 
     op_binput = op_long_binput = op_put
 
     def op_memoize(self) -> None:
+        self.count()
         self.memo[len(self.memo)] = self.stack[-1]
 
     def op_global(self, names: str) -> None:

@@ -29,7 +29,8 @@ from megatron_medha.model.torch_archive import MAX_DIMS, TorchArchive, map_file,
 
 __all__ = ["Opaque", "Record", "SavedNamespace", "load_pickle", "load_torch_file", "read_archive", "size_of"]
 
-_MAX_PICKLE_BYTES = 256 << 20  # an index of a large model's optimizer state has tens of megabytes
+# The index of a large model's optimizer state has a million entries of 150 bytes, 24 objects each.
+_MAX_INDEX_BYTES, _MAX_INDEX_OBJECTS = 192 << 20, 24_000_000
 
 # Modules whose classes may be read: an index of torch.distributed.checkpoint consists of them.
 _MODULES_OF_RECORDS = (
@@ -158,6 +159,6 @@ def load_pickle(path: Path) -> Any:
     Raises CheckpointError naming the file when it is damaged or names anything off the allow-list.
     """
     try:
-        return unpickle(read_bytes(path, _MAX_PICKLE_BYTES), Meanings(_find_strictly, _make))
+        return unpickle(read_bytes(path, _MAX_INDEX_BYTES), Meanings(_find_strictly, _make), _MAX_INDEX_OBJECTS)
     except PickleError as error:
         raise CheckpointError(f"{path}: cannot be read, damaged or incomplete: {error}") from error

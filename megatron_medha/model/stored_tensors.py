@@ -6,7 +6,8 @@ Read here rather than by torch and Megatron, which unpickle the index with Pytho
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -41,7 +42,16 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: tuple[StoredChunk, ...]
+    chunks: tuple[StoredChunk, ...]  # in order of their offsets
+    longest: int                     # of the chunks, in the first dimension
+
+    def between(self, start: int, stop: int) -> Iterator[StoredChunk]:
+        """The chunks that may have a part of [start, stop) of the first dimension; a stack of layers has thousands."""
+        first = bisect_right(self.chunks, start - self.longest, key=lambda chunk: chunk.offsets[0])
+        for chunk in self.chunks[first:]:
+            if chunk.offsets[0] >= stop:
+                return
+            yield chunk
 
 
 def read_index(directory: Path, roots: Sequence[str]) -> dict[str, StoredTensor]:
@@ -94,16 +104,22 @@ def _stored_tensor(directory: Path, name: str, stored: Record, places: dict[str,
             raise CheckpointError(f"{path}: its tensors were transformed when they were saved; save them plainly")
         if not all(type(number) is int and number >= 0 for number in (start, length, *offsets, *sizes)):
             raise ValueError(f"tensor {name} has a piece in no place")
+        if not len(offsets) == len(sizes) == len(stored.fields["size"]):
+            raise ValueError(f"tensor {name} has a piece of other dimensions")
         chunks.append(StoredChunk(offsets, sizes, path, start, start + length))
     _check_files(name, chunks)
-    return StoredTensor(tuple(stored.fields["size"]), dtype, tuple(chunks))
+    chunks.sort(key=lambda chunk: chunk.offsets)
+    longest = max((chunk.sizes[0] for chunk in chunks if chunk.sizes), default=0)
+    return StoredTensor(tuple(stored.fields["size"]), dtype, tuple(chunks), longest)
 
 
 def _check_extent(tensors: Mapping[str, StoredTensor]) -> None:
     """Pieces that share bytes, or are larger than their bytes, would make a model larger than the files."""
     paths = {chunk.path for tensor in tensors.values() for chunk in tensor.chunks}
     num_bytes = sum(path.stat().st_size for path in paths)
-    if sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()) > num_bytes:
+    num_in_chunks = sum(chunk.stop - chunk.start for tensor in tensors.values() for chunk in tensor.chunks)
+    num_in_tensors = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    if max(num_in_chunks, num_in_tensors) > num_bytes:
         raise ValueError("its tensors are larger than the files")
 
 
@@ -132,7 +148,7 @@ class TensorFiles:
         sides = zip(target.shape, tensor.shape, first, strict=True)
         num_expected = torch.Size(max(0, min(size, whole - start)) for size, whole, start in sides).numel()
         num_copied = 0
-        for chunk in tensor.chunks:
+        for chunk in tensor.between(first[0], first[0] + target.shape[0]):
             begin = [max(a, b) for a, b in zip(first, chunk.offsets, strict=True)]
             end = [
                 min(a + n, b + m)

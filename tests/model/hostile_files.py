@@ -245,6 +245,19 @@ MEGATRON: dict[str, tuple[Spoil, str]] = {
                     "common.pt"),
     "a huge memo in the index": (index(b"\x80\x02N" + pickle.LONG_BINPUT + struct.pack("<I", 2**32 - 2) + b"."),
                                  ".metadata"),
+    "millions of marks": (common_pickle(b"\x80\x02" + pickle.MARK * 15_000_000 + b"."), "common.pt"),
+    "millions of memos": (common_pickle(b"\x80\x04N" + pickle.MEMOIZE * 15_000_000 + b"."), "common.pt"),
+    "a tracker of many digits": (content("latest_checkpointed_iteration.txt", "1" * 4000),
+                                 "latest_checkpointed_iteration.txt"),
+    "data in a file of a long name": (
+        with_metadata(lambda m: [vars(i).update(relative_path="x" * 5000) for i in m.storage_data.values()]),
+        ".metadata"),
+    "pieces of no dimension": (
+        with_metadata(lambda m: [vars(chunk).update(sizes=torch.Size(())) for stored in m.state_dict_metadata.values()
+                                 for chunk in stored.chunks]), ".metadata"),
+    "pieces that share their bytes": (
+        with_metadata(lambda m: [vars(i).update(relative_path="__0_0.distcp", offset=0, length=3000)
+                                 for i in m.storage_data.values()]), ".metadata"),
     "a huge string": (common_pickle(b"\x80\x04" + pickle.BINUNICODE8 + struct.pack("<Q", 2**62) + b"x."), "common.pt"),
     "a huge frame": (common_pickle(b"\x80\x04" + pickle.FRAME + struct.pack("<Q", 2**36) + b"N."), "common.pt"),
     "tuples that double": (common_pickle(doubled(80, pickle.TUPLE2)), "common.pt"),
