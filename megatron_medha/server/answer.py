@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -39,6 +39,9 @@ PROGRESS_S = 1.0  # between progress comments for clients that ask, where the co
 UNREAD_STEPS = 16
 # Above this many positions an answer is rendered off the event loop, which other streams need.
 MAX_INLINE_POSITIONS = 2_000
+_MAX_INLINE_COPIES = 100_000  # ids of a prompt that every choice gets a copy of
+
+T = TypeVar("T")
 
 
 class Answer(Response):
@@ -76,7 +79,7 @@ class Answer(Response):
         patience = Patience(loop, stream, _transport_of(scope), self._part_being_sent, config)
         patience.start(self._engine.now_s() - self._spec.arrival_s)
         try:
-            self._submit()
+            await self._submit()
             if self._spec.is_stream:
                 await self._send_stream(stream, send)
             else:
@@ -146,11 +149,13 @@ class Answer(Response):
         """The number of the part that waits for its reader; None when none does."""
         return self._num_parts if self._is_sending else None
 
-    def _submit(self) -> None:
+    async def _submit(self) -> None:
         for choice in self._choices:
             request, token_ids, sampling = self._spec.engine_request(choice.index)
             self._live_ids.add(request.request_id)
             self._engine.submit(request, token_ids, sampling)
+            if len(token_ids) > _MAX_INLINE_COPIES:
+                await asyncio.sleep(0)  # a million ids take a millisecond to copy, for each of the choices
 
     async def _next_piece(self, stream: Stream) -> Piece:
         # The next token of any choice; ApiError where a sub-request, and so the whole answer, fails.
@@ -198,11 +203,8 @@ class Answer(Response):
         while self._num_open:
             piece = await self._next_piece(stream)
             pieces[piece.choice_index].append(piece)
-        num_positions = sum(len(of_choice[0].prompt_logprobs or ()) + len(of_choice) for of_choice in pieces)
-        if num_positions > MAX_INLINE_POSITIONS:
-            body = await asyncio.to_thread(self._wire.whole, pieces, self._usage())
-        else:
-            body = self._wire.whole(pieces, self._usage())
+        num_positions = sum(map(len, pieces)) + len(pieces) * self._num_prompt_positions
+        body = await _rendered(num_positions, lambda: self._wire.whole(pieces, self._usage()))
         await self._start(send, 200, {"content-type": "application/json", "content-length": str(len(body))})
         await send({"type": "http.response.body", "body": body})
 
@@ -218,7 +220,11 @@ class Answer(Response):
             piece = await self._next_piece(stream)
         while True:
             usage = self._usage([self._choices[piece.choice_index]]) if spec.has_continuous_usage else None
-            if event := wire.event(piece, usage):
+            if piece.is_first and self._num_prompt_positions > MAX_INLINE_POSITIONS:
+                event = await asyncio.to_thread(wire.event, piece, usage)
+            else:
+                event = wire.event(piece, usage)
+            if event:
                 await self._send_part(send, event)
             if not self._num_open:
                 break
@@ -226,6 +232,13 @@ class Answer(Response):
         for event in wire.closing_events(self._usage()):
             await self._send_part(send, event)
         await send({"type": "http.response.body", "body": b""})
+
+    @property
+    def _num_prompt_positions(self) -> int:
+        """Tokens of a prompt that are in its answer too."""
+        spec = self._spec
+        is_shown = spec.is_echo or spec.returns_token_ids
+        return max(len(prompt.token_ids) for prompt in spec.prompts) if is_shown else 0
 
     async def _send_comments(self, stream: Stream, send: Send) -> None:
         """Until there is a first token: that we live, or how far the prompt is, where the client wants to know."""
@@ -240,7 +253,7 @@ class Answer(Response):
 
     async def _open_events(self, send: Send) -> None:
         await self._start(send, 200, SSE_HEADERS)
-        for event in self._wire.opening_events():
+        for event in await _rendered(self._num_prompt_positions, self._wire.opening_events):
             await self._send_part(send, event)
 
     async def _send_error(self, error: ApiError, send: Send) -> None:
@@ -269,6 +282,11 @@ class Answer(Response):
         self._is_sending = True
         await send({"type": "http.response.body", "body": body, "more_body": True})
         self._is_sending = False
+
+
+async def _rendered(num_positions: int, render: Callable[[], T]) -> T:
+    """What `render` makes of so many tokens: here, or on a thread if they are many."""
+    return render() if num_positions <= MAX_INLINE_POSITIONS else await asyncio.to_thread(render)
 
 
 def _transport_of(scope: Scope) -> asyncio.Transport | None:

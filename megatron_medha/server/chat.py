@@ -48,6 +48,7 @@ from megatron_medha.server.wire_format import (
     DONE_EVENT,
     MARK,
     EventTemplate,
+    as_sliced_json,
     encode_json,
     error_events,
     sse_event,
@@ -364,7 +365,7 @@ class ChatFormat:
 
     def _prompt_ids(self) -> list[int] | msgspec.UnsetType:
         spec = self._spec
-        return spec.prompts[0].token_ids.tolist() if spec.returns_token_ids else msgspec.UNSET
+        return as_sliced_json(spec.prompts[0].token_ids) if spec.returns_token_ids else msgspec.UNSET
 
     def _logprobs(self, pieces: Sequence[Piece]) -> ChatLogprobs | None:
         if self._num_top is None:
@@ -414,4 +415,4 @@ def _finish_reason(piece: Piece, has_calls: bool) -> str | None:
 
 
 def _token_ids(pieces: Sequence[Piece]) -> list[int]:
-    return [piece.token_id for piece in pieces if piece.token_id is not None]
+    return as_sliced_json([piece.token_id for piece in pieces if piece.token_id is not None])

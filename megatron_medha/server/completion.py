@@ -34,6 +34,7 @@ from megatron_medha.server.wire_format import (
     DONE_EVENT,
     MARK,
     EventTemplate,
+    as_sliced_json,
     encode_json,
     error_events,
     sse_event,
@@ -167,8 +168,9 @@ class CompletionFormat:
             logprobs=self._logprobs(prompt, pieces, len(echo)) if self._has_logprobs else None,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
-            token_ids=token_ids if spec.returns_token_ids else msgspec.UNSET,
-            prompt_token_ids=prompt.token_ids.tolist() if spec.returns_token_ids and first.is_first else msgspec.UNSET,
+            token_ids=as_sliced_json(token_ids) if spec.returns_token_ids else msgspec.UNSET,
+            prompt_token_ids=as_sliced_json(prompt.token_ids) if spec.returns_token_ids and first.is_first
+            else msgspec.UNSET,
         )
 
     def _logprobs(self, prompt: Prompt, pieces: Sequence[Piece], num_echo_chars: int) -> CompletionLogprobs:
@@ -179,7 +181,10 @@ class CompletionFormat:
             if piece.token_id is not None:
                 offset = num_echo_chars + piece.text_offset
                 add_completion_token(lists, piece.token_id, piece.logprobs, offset, self._name)
-        return lists
+        return CompletionLogprobs(
+            as_sliced_json(lists.tokens), as_sliced_json(lists.token_logprobs), as_sliced_json(lists.top_logprobs),
+            as_sliced_json(lists.text_offset),
+        )  # fmt: skip
 
     def _prompt_logprobs(self, prompt: Prompt, piece: Piece) -> CompletionLogprobs:
         lists = empty_completion_logprobs()

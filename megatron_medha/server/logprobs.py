@@ -7,6 +7,7 @@ from collections.abc import Callable
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.server.openai_types import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.server.wire_format import as_sliced_json
 
 # JSON has no infinity; OpenAI and vLLM write this for tokens that cannot be.
 LOWEST_LOGPROB = -9999.0
@@ -71,7 +72,7 @@ def chat_token(
 
 def chat_logprobs(tokens: list[TokenLogprob]) -> ChatLogprobs:
     """The object around the positions."""
-    return ChatLogprobs(content=tokens)
+    return ChatLogprobs(content=as_sliced_json(tokens))
 
 
 def _name_by_id(token_id: int) -> str:

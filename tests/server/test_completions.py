@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 from fake_engine import FakeEngine, say
 from running_server import Running, StartServer
 
 from megatron_medha.core.sampling import TokenLogprobs
+from megatron_medha.server import wire_format
 from megatron_medha.server.logprobs import add_completion_token, empty_completion_logprobs
 
 PATH = "/v1/completions"
@@ -294,3 +296,31 @@ def test_the_first_served_name_signs_answers_and_all_are_listed(start_server: St
     assert server.post(PATH, {"prompt": "a"}).json()["model"] == "org/one"
     assert server.post(PATH, {"prompt": "a", "model": "two"}).json()["model"] == "two"
     assert server.post(PATH, {"prompt": "a", "model": "fake-model"}).status_code == 404
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_long_prompt_in_an_answer_is_written_on_a_thread_by_slices(
+    start_server: StartServer, is_stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_encoded: list[int] = []
+    threads: set[str] = set()
+    encode = wire_format.encode_json
+
+    def encode_counted(body: object) -> bytes:
+        if isinstance(body, list):
+            num_encoded.append(len(body))
+            threads.add(threading.current_thread().name)
+        return encode(body)
+
+    monkeypatch.setattr(wire_format, "encode_json", encode_counted)
+    server = start_server(FakeEngine(max_request_tokens=20_000))
+    prompt = [97 + place % 20 for place in range(10_000)]
+    body = {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "return_token_ids": True}
+    answer = server.post("/v1/completions", {**body, "stream": is_stream})
+    first = json.loads(answer.text.removeprefix("data: ").split("\n")[0]) if is_stream else answer.json()
+    choice = first["choices"][0]
+    assert choice["prompt_token_ids"] == prompt and choice["text"][:10_000] == bytes(prompt).decode()
+    assert [len(choice["logprobs"][name]) for name in ("tokens", "top_logprobs", "text_offset")] == [10_001] * 3
+    assert choice["logprobs"]["text_offset"] == list(range(10_001))
+    assert max(num_encoded) <= 2_048 and sum(num_encoded) >= 5 * 10_000
+    assert threads and server.thread.name not in threads
