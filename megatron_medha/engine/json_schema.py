@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from megatron_medha.engine.guidance import GrammarError
-from megatron_medha.engine.schema_disjoint import are_disjoint, literals_of
+from megatron_medha.engine.schema_disjoint import are_disjoint, literals_of, types_of
 from megatron_medha.engine.schema_numbers import common_multiple_fault, count_of, literal_of, number_of, with_numbers
 from megatron_medha.engine.schema_strings import key_pattern, with_strings
 
@@ -30,10 +30,11 @@ _STRINGS = ("pattern", "format")
 _KEPT = ("type", "required", "$anchor")
 # Of these it depends on the rest of the schema whether they can be kept; see _Translation._rewrite.
 _REWRITTEN = (
-    "uniqueItems", "propertyNames", "not", "if", "dependentRequired", "dependentSchemas", "dependencies",
-    "unevaluatedProperties", "unevaluatedItems", "contains", "nullable", "$dynamicRef", "$recursiveRef",
+    "unevaluatedProperties", "unevaluatedItems", "uniqueItems", "propertyNames", "not", "if", "dependentRequired",
+    "dependentSchemas", "dependencies", "contains", "nullable", "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
+_COMBINING = {"anyOf", "allOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "$dynamicRef", "$recursiveRef"}
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "dependencies")
 
 _RELATIVE = re.compile(r"([0-9]{1,3})((?:/[^/]*)*)")  # a pointer from where it stands, some levels up and down again
@@ -63,7 +64,7 @@ class _Translation:
         self._name_of: dict[str, str] = {}      # by the pointer
         self._multiples: set[float | int] = set()
 
-    def run(self) -> Schema:
+    def run(self) -> dict[str, Any]:
         """The translated schema; GrammarError with all that cannot be kept."""
         schema = self._schema(self._root, "#")
         if fault := common_multiple_fault(self._multiples):
@@ -71,9 +72,12 @@ class _Translation:
         if self._reasons:
             shown, rest = self._reasons[:_MAX_REASONS], len(self._reasons) - _MAX_REASONS
             raise GrammarError("; ".join(shown) + (f"; and {rest} more" if rest > 0 else ""))
+        if schema is False:
+            raise GrammarError("#: nothing matches this schema")
+        if schema is True:
+            return {}
         if not self._definitions:
             return schema
-        assert isinstance(schema, dict), "a schema that refers to others is an object"
         return {**schema, "$defs": self._definitions}
 
     def _refuse(self, path: str, why: str) -> None:
@@ -222,13 +226,10 @@ class _Translation:
         if not arrays:
             self._refuse(path, "there are too few values for minItems")
             return made
-        others = {key: value for key, value in made.items() if key not in ("items", "minItems", "maxItems")}
-        types = made.get("type")
-        if types is None or isinstance(types, list):  # what is no array stays as it is
-            rest = [one for one in (types or _TYPES) if one != "array"]
-            if rest:
-                return _both(others, {"anyOf": [{"enum": arrays}, {"type": rest}]})
-        return {**others, "enum": arrays}
+        types = made.get("type", list(_TYPES))
+        rest = [one for one in types if one != "array"] if isinstance(types, list) else []
+        array: dict[str, Any] = {"enum": arrays}
+        return _both(made, {"anyOf": [array, {"type": rest}]} if rest else array)  # what is no array stays as it is
 
     def _do_propertyNames(self, made: dict[str, Any], given: dict[str, Any], path: str) -> Schema:  # noqa: N802
         names = self._resolved(given["propertyNames"])
@@ -237,13 +238,16 @@ class _Translation:
         if not isinstance(names, dict):
             return made
         others = made.get("additionalProperties", True)
-        values = literals_of(names, self._resolved)
-        pattern = key_pattern(names)
-        if values is None and pattern == "" and not set(names) & {"anyOf", "allOf", "oneOf", "not", "if"}:
+        if "string" not in types_of(names):
+            return {**made, "maxProperties": 0}
+        values, pattern = literals_of(names, self._resolved), key_pattern(names)
+        is_more = bool(set(names) & _COMBINING - ({"anyOf"} if values is not None else set()))
+        if values is None and pattern == "" and not is_more:
             return made  # every name matches
-        if (values is None and not pattern) or "patternProperties" in made or (pattern and made.get("properties")):
-            self._refuse(path, "is kept as enum, const, pattern or lengths, without properties or patternProperties "
-                               "beside it; say patternProperties and additionalProperties: false")  # fmt: skip
+        is_mixed = (pattern if values is None else pattern != "") and bool(made.get("properties") or values)
+        if is_more or (values is None and not pattern) or "patternProperties" in made or is_mixed:
+            self._refuse(path, "is kept as enum, const, pattern or lengths, one of them, without properties or "
+                               "patternProperties beside it; say patternProperties and additionalProperties: false")
             return made
         if pattern:
             return {**made, "patternProperties": {pattern: others}, "additionalProperties": False}
@@ -314,8 +318,9 @@ class _Translation:
             return []
         if any(key in given for key in _APPLICATORS if key != "allOf") or "patternProperties" in given:
             return None
-        names = list(given.get("properties", {}))
-        for one in given.get("allOf", ()):
+        properties, parts = given.get("properties"), given.get("allOf")
+        names = list(properties) if isinstance(properties, dict) else []
+        for one in parts if isinstance(parts, list) else ():
             more = None if isinstance(one, dict) and "additionalProperties" in one else self._evaluated(one)
             if more is None:
                 return None

@@ -27,7 +27,7 @@ def are_disjoint(one: Any, other: Any, resolve: Resolve, depth: int = 0) -> bool
         parts = first.get("allOf")
         if isinstance(parts, list) and any(are_disjoint(each, second, resolve, depth + 1) for each in parts):
             return True
-    types = _types(one) & _types(other)
+    types = types_of(one) & types_of(other)
     if not types:
         return True
     values, others = literals_of(one, resolve), literals_of(other, resolve)
@@ -56,7 +56,7 @@ def literals_of(schema: Any, resolve: Resolve, depth: int = 0) -> list[Any] | No
         values = [value for some in found for value in some or ()]
     else:
         return None
-    kept = [value for value in values if _type_of(value) in _types(schema)]
+    kept = [value for value in values if _type_of(value) in types_of(schema)]
     return list({_key(value): value for value in kept}.values())
 
 
@@ -68,6 +68,8 @@ def _cannot_be_one_object(one: dict[str, Any], other: dict[str, Any], resolve: R
         others = others if isinstance(others, dict) else {}
         is_closed = second.get("additionalProperties") is False and not second.get("patternProperties")
         for name in required if isinstance(required, list) else ():
+            if not isinstance(name, str):
+                continue
             if name not in others:
                 if is_closed:
                     return True
@@ -76,7 +78,8 @@ def _cannot_be_one_object(one: dict[str, Any], other: dict[str, Any], resolve: R
     return False
 
 
-def _types(schema: dict[str, Any]) -> frozenset[str]:
+def types_of(schema: dict[str, Any]) -> frozenset[str]:
+    """The types of values that a schema allows, by its own keywords; integers are numbers."""
     given = schema.get("type")
     names = [given] if isinstance(given, str) else given
     if isinstance(names, list):

@@ -88,7 +88,7 @@ def with_numbers(made: dict[str, Any], given: dict[str, Any], refuse: Callable[[
 
 def common_multiple_fault(multiples: Collection[Number]) -> str:
     """Why these cannot be in one schema, if so: where two meet, the library multiplies them in 32 bits, unchecked."""
-    product = math.prod(_coefficient(one) or 1 for one in multiples) if len(multiples) > 1 else 1
+    product = math.prod(_coefficient(one) or 1 for one in multiples if 0 < one < math.inf) if len(multiples) > 1 else 1
     if product <= _MAX_MULTIPLE:
         return ""
     shown = ", ".join(_shown(one) for one in sorted(multiples))
@@ -107,7 +107,7 @@ def _check_multiple(made: dict[str, Any], refuse: Callable[[str, str], None]) ->
     value = made.get("multipleOf")
     if value is None:
         return
-    if not _is_number(value) or not value > 0:
+    if not _is_number(value) or not 0 < value < math.inf:
         refuse("multipleOf", f"expected a number above 0, got {_shown(value)}")
     elif _coefficient(value) is None:
         refuse("multipleOf", f"{_shown(value)} has too many digits to be kept")

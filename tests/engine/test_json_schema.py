@@ -198,6 +198,28 @@ def test_what_is_no_schema_is_refused(text: str) -> None:
         translated(text)
 
 
+KEYWORDS = st.sampled_from([
+    "$ref", "type", "required", "$defs", "allOf", "anyOf", "oneOf", "prefixItems", "items", "additionalProperties",
+    "properties", "patternProperties", "const", "enum", "maxLength", "minItems", "minimum", "maximum", "multipleOf",
+    "pattern", "format", "uniqueItems", "propertyNames", "not", "if", "then", "dependentRequired", "dependencies",
+    "unevaluatedProperties", "unevaluatedItems", "contains", "nullable", "$dynamicRef", "a",
+])  # fmt: skip
+SCALARS = st.sampled_from([
+    None, True, False, 0, -1, 1.5, 2**53 + 1, 1e300, "", "#", "#/", "#/$defs/a", "1/a", "^(?!", "object", ["a"], [{}],
+])  # fmt: skip
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYWORDS, inner, max_size=4), max_leaves=12,
+))  # fmt: skip
+def test_whatever_is_sent_is_translated_or_refused(schema: Any) -> None:
+    try:
+        translated(json.dumps(schema))
+    except GrammarError as error:
+        assert str(error)
+
+
 @hypothesis.given(text=st.from_regex(r"[.@a-c]{0,6}", fullmatch=True), pattern=st.sampled_from([
     r"^(?!\.)[.@a-c]*$", r"^(?!.*\.\.)[.@a-c]*$", r"^(?=.{2,4}$)[a-c]*$", r"^(?!.*[.@])[.@a-c]*$",
     r"^(?!a)(?!.*c)[.@a-c]*$", r"^(?!$)[a-c]*$", r"^(?=[a-c])(?!\.).*$",
