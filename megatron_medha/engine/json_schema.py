@@ -97,8 +97,8 @@ class _Translation:
         refuse = lambda key, why: self._refuse(f"{path}/{key}", why)  # noqa: E731
         with_numbers(made, given, refuse)
         with_strings(made, given, refuse)
-        if isinstance(made.get("multipleOf"), int | float):
-            self._multiples.add(made["multipleOf"])
+        if isinstance(multiple := made.get("multipleOf"), int | float) and not isinstance(multiple, bool):
+            self._multiples.add(multiple)
         return self._rewrite(made, given, path)
 
     def _keyword(self, made: dict[str, Any], key: str, value: Any, path: str) -> None:

@@ -176,7 +176,9 @@ def test_a_keyword_that_forbids_nothing_or_has_other_words_is_kept(schema: dict[
     ({"unevaluatedProperties": False, "anyOf": [{"properties": {"a": {}}}, {}]}, "#/unevaluatedProperties"),
     ({"$ref": "https://example.com/other"}, "#/$ref"), ({"$ref": "#/$defs/none"}, "#/$ref"),
     ({"minimum": 5, "maximum": 3}, "minimum 5, maximum 3"), ({"items": 3}, "#/items"), ({"enum": []}, "#/enum"),
-    ({"minLength": -1}, "#/minLength"), ({"multipleOf": 0}, "#/multipleOf"), ({"$dynamicRef": "#a"}, "#/$dynamicRef"),
+    ({"minLength": -1}, "#/minLength"), ({"multipleOf": 0}, "#/multipleOf"),
+    ({"multipleOf": True, "items": {"multipleOf": 2}}, "#/multipleOf"), ({"multipleOf": 0.07}, "#/multipleOf: 0.07"),
+    ({"$dynamicRef": "#a"}, "#/$dynamicRef"),
 ])  # fmt: skip
 def test_what_cannot_be_kept_is_refused_with_its_place(schema: dict[str, Any], place: str) -> None:
     with pytest.raises(GrammarError, match=re.escape(place)):
