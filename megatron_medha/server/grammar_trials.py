@@ -231,6 +231,8 @@ def _now_s() -> float:
 async def _ask(process: Process, line: bytes) -> Tried | None:
     """What it answers; None if it has ended instead."""
     assert process.stdin is not None and process.stdout is not None
+    if process.stdin.is_closing():
+        return None  # uvloop would raise RuntimeError: the pipe's end has been heard of, the process's not yet
     try:
         process.stdin.write(line)
         await process.stdin.drain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import json
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import openai
@@ -24,6 +26,7 @@ from running_server import Running, StartServer
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.engine.guidance import GrammarCompiler
+from megatron_medha.server.grammar_trials import _ask
 from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
 
 pytest.importorskip("llguidance")
@@ -211,6 +214,18 @@ def test_one_client_leaves_others_a_place_for_grammars_that_take_long(
     for place in range(3):
         body = {"prompt": "a", "guided_regex": f"b{place}+"}
         assert server.post(COMPLETIONS, body, headers={"authorization": "Bearer key-2"}).status_code == 200
+
+
+def test_a_grammar_process_whose_pipe_has_closed_counts_as_ended() -> None:
+    class ClosedPipe:
+        def is_closing(self) -> bool:
+            return True
+
+        def write(self, line: bytes) -> None:
+            raise RuntimeError("the handler is closed")  # as uvloop does
+
+    process: Any = SimpleNamespace(stdin=ClosedPipe(), stdout=object())
+    assert asyncio.run(_ask(process, b"{}\n")) is None
 
 
 def test_a_grammar_process_that_was_killed_is_replaced(start_server: StartServer) -> None:
