@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -22,7 +23,7 @@ from megatron_medha.server.wire_format import encode_json
 TOKENIZE_BODY = BodyType(msgspec.json.Decoder(TokenizeRequest), texts=frozenset({"prompt", "messages"}))
 DETOKENIZE_BODY = BodyType(msgspec.json.Decoder(DetokenizeRequest), ids=frozenset({"tokens"}))
 
-_SLICE_IDS = 8_192     # encoded on the event loop at once: 1 ms, with their names 3 ms
+_SLICE_IDS = 4_096     # encoded on the event loop at once: 1 ms, with their names 3 ms
 _SLICE_CHARS = 65_536
 
 
@@ -89,7 +90,13 @@ async def detokenize(service: Service, ready: Ready, body: DetokenizeRequest) ->
 
 
 def _streamed(parts: AsyncIterator[bytes]) -> Response:
-    return StreamingResponse(parts, media_type="application/json")
+    return StreamingResponse(_one_by_one(parts), media_type="application/json")
+
+
+async def _one_by_one(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for part in parts:
+        yield part
+        await asyncio.sleep(0)  # sending waits only where the client reads slowly
 
 
 async def _token_parts(ids: array[int], limit: int, names: Tokenizer | None) -> AsyncIterator[bytes]:

@@ -79,7 +79,7 @@ def test_a_long_text_is_tokenized_on_a_thread_and_its_tokens_are_named_by_slices
     answer = server.post("/tokenize", {"prompt": "x" * 20_000, "return_token_strs": True}).json()
     assert len(answer["token_strs"]) == answer["count"] == 20_000
     assert all(name.startswith("text") for name in threads)
-    assert sum(num_named) == 20_000 and max(num_named) <= 8_192
+    assert sum(num_named) == 20_000 and max(num_named) <= 4_096
 
 
 def test_without_the_key_only_probes_answer(start_server: StartServer) -> None:

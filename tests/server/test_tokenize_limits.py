@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from array import array
@@ -92,13 +93,30 @@ def test_a_long_answer_is_made_in_small_parts() -> None:
     async def sizes(parts: object) -> list[int]:
         return [len(part) async for part in parts]  # type: ignore[attr-defined]
 
-    import asyncio
-
     tokenizer = Tokenizer(byte_tokenizer_backend(), TokenizerConfig())
     for parts in (
         tokenize._token_parts(array("i", [97] * 300_000), 1, tokenizer), tokenize._quoted(["\x00" * 10**6, "a"]),
     ):  # fmt: skip
         assert max(asyncio.run(sizes(parts))) <= 6 * 65_536
+
+
+def test_others_run_between_the_parts_of_an_answer() -> None:
+    async def work() -> int:
+        num_turns = 0
+
+        async def count() -> None:
+            nonlocal num_turns
+            while True:
+                num_turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count())
+        parts = tokenize._one_by_one(tokenize._token_parts(array("i", [97] * 100_000), 1, None))
+        num_parts = len([part async for part in parts])
+        counting.cancel()
+        return num_turns - num_parts
+
+    assert asyncio.run(work()) >= 0
 
 
 def test_a_refusal_does_not_repeat_megabytes(start_server: StartServer) -> None:
