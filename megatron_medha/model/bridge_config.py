@@ -71,7 +71,7 @@ class MissingFieldsError(CheckpointError):
         self.stated = stated
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Plain values only. Merge keys are refused: a few lines of them make gigabytes."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:

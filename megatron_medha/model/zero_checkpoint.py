@@ -28,8 +28,9 @@ from megatron_medha.model.hf_checkpoint import (
 )
 from megatron_medha.model.hf_config import read_hf_config
 from megatron_medha.model.megatron_args import config_from_args
-from megatron_medha.model.megatron_checkpoint import sharded_state_dict, tokenizer_facts
+from megatron_medha.model.megatron_checkpoint import sharded_state_dict
 from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.tokenizer_facts import tokenizer_facts
 from megatron_medha.model.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
 from megatron_medha.model.zero_states import (
     MODEL_STATES,

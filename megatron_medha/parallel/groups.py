@@ -52,7 +52,7 @@ def init_distributed(
         dist.init_process_group(backend, init_method, rank=rank, world_size=layout.world_size, timeout=_TIMEOUT)
 
 
-def _store_at(address: str, rank: int, world_size: int) -> dist.TCPStore:
+def _store_at(address: str, rank: int, world_size: int) -> dist.TCPStore:  # type: ignore[name-defined]
     """The store at tcp://HOST:PORT. Rank 0 serves it, on that address alone: by itself it listens on all of them."""
     parts = urlsplit(address)
     host, port = parts.hostname, parts.port
@@ -69,7 +69,9 @@ def _store_at(address: str, rank: int, world_size: int) -> dist.TCPStore:
             except OSError as error:
                 raise RankError(f"init_method={address}: cannot be listened on ({error.strerror})") from None
             listener = listening.detach()  # the store closes it
-    return dist.TCPStore(host, port, world_size, rank == 0, _TIMEOUT, master_listen_fd=listener)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, world_size, rank == 0, _TIMEOUT, master_listen_fd=listener
+    )
 
 
 def least_of_all_ranks(value: int) -> int:

@@ -96,11 +96,11 @@ def _as_chat(body: MessagesRequest, conversation: Conversation) -> ChatRequest:
         tools=conversation.tools or None,
         tool_choice=chat_choice(choice) if conversation.tools or (choice and choice.type in ("any", "tool")) else None,
         parallel_tool_calls=False if choice is not None and choice.disable_parallel_tool_use else None,
-        reasoning_effort=output and output.effort,
+        reasoning_effort=output.effort if output else None,
     )
     if body.stop_sequences:
         chat.stop = body.stop_sequences
-    if (wanted := body.output_format or (output and output.format)) is not None:
+    if (wanted := body.output_format or (output.format if output else None)) is not None:
         chat.response_format = _format_of(wanted)
     if body.thinking is not None:
         # The name that Qwen's templates read; others pass over it.

@@ -71,6 +71,14 @@ class CallReader:
         self.is_done = False
         self.is_text = False     # it was no call
 
+    def push(self, text: str, found: list[Found]) -> str:
+        """Take a piece; what comes after the call is returned."""
+        raise NotImplementedError
+
+    def give_up(self, found: list[Found], *, is_cut: bool) -> None:
+        """No more text follows."""
+        raise NotImplementedError
+
     def _begin(self, name: str, found: list[Found]) -> None:
         self.has_begun = True
         self._call = self._calls.begin(name, found)

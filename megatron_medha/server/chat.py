@@ -206,7 +206,7 @@ async def render_messages(
 def _num_chars(message: Message) -> int:
     content = message.content
     parts = sum(len(part.text or "") + CHARS_PER_MESSAGE for part in content) if isinstance(content, list) else 0
-    calls = sum(len(call.function.arguments) + CHARS_PER_MESSAGE for call in message.tool_calls or ())
+    calls = sum(len(call.called.arguments) + CHARS_PER_MESSAGE for call in message.tool_calls or ())
     return CHARS_PER_MESSAGE + (len(content) if isinstance(content, str) else parts) + calls
 
 
@@ -231,7 +231,7 @@ def _plain_message(place: int, message: Message) -> dict[str, Any]:
     plain["content"] = content
     for index, call in enumerate(message.tool_calls or ()):
         # Templates write arguments as JSON themselves, so they get them read. An answer's may have been cut.
-        plain["tool_calls"][index]["function"]["arguments"] = read_cut_object(call.function.arguments)
+        plain["tool_calls"][index]["function"]["arguments"] = read_cut_object(call.called.arguments)
     if not message.tool_calls:
         plain.pop("tool_calls", None)  # templates look whether it is there
     return plain
@@ -392,7 +392,7 @@ def read_message(text: str, tools: ToolUse | None, *, is_cut: bool = False) -> A
             case CallBegan():
                 calls.append(ToolCall(id=found.call_id, function=CalledFunction(name=found.name, arguments="")))
             case CallWent():
-                calls[found.index].function.arguments += found.arguments
+                calls[found.index].called.arguments += found.arguments
     if not calls:
         return AnswerMessage(content=content)
     return AnswerMessage(content=content or None, tool_calls=calls)
@@ -415,4 +415,5 @@ def _finish_reason(piece: Piece, has_calls: bool) -> str | None:
 
 
 def _token_ids(pieces: Sequence[Piece]) -> list[int]:
-    return as_sliced_json([piece.token_id for piece in pieces if piece.token_id is not None])
+    ids: list[int] = as_sliced_json([piece.token_id for piece in pieces if piece.token_id is not None])
+    return ids

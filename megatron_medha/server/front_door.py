@@ -90,7 +90,7 @@ class FrontDoor:
         # Anthropic's clients send x-api-key, some beside another Authorization.
         x_api_key = headers.get("x-api-key")
         given = [headers.get("authorization"), None if x_api_key is None else f"Bearer {x_api_key}"]
-        tried = [one for one in given if one is not None] or [None]
+        tried: list[str | None] = [one for one in given if one is not None] or [None]
         client = next((found for one in tried if (found := keys.find(one)) is not None), None)
         if client is None:
             raise ApiError(

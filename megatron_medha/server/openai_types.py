@@ -177,6 +177,12 @@ class ToolCall(Struct, kw_only=True):
         if self.function is None:
             raise ValueError("a call lacks its `function`")
 
+    @property
+    def called(self) -> CalledFunction:
+        """The function: every call has one once it is read."""
+        assert self.function is not None
+        return self.function
+
 
 class ContentPart(Struct, kw_only=True):
     """One part of a message."""

@@ -17,7 +17,9 @@ RawPrompt: TypeAlias = "str | list[int] | array[int]"  # array has no item types
 _SLICE_IDS = 65_536  # looked at without letting another thread run: a millisecond
 
 
-def split_prompts(prompt: str | array[int] | Sequence[str | int | list[int]], max_prompts: int) -> list[RawPrompt]:
+def split_prompts(
+    prompt: str | array[int] | Sequence[str | int | list[int] | array[int]], max_prompts: int
+) -> list[RawPrompt]:
     """The one or more prompts in OpenAI's `prompt` field: text, ids, or a list of either."""
     if isinstance(prompt, str | array):
         return [prompt]

@@ -81,13 +81,13 @@ def _add_item(history: History, item: InputItem, path: str) -> None:
             raise bad_request(f"{path}: a function_call_output lacks its call_id or its output", path)
         case _ if item.call_id is not None and item.type.endswith("_output") and item.output is not None:
             _add_output(history, path, item.call_id, item.output)
-        case _ if item.type.endswith("_call") and (call_id := item.call_id or (item.output and item.id)):
+        case _ if item.type.endswith("_call") and (own_id := item.call_id or (item.id if item.output else None)):
             # A call of a tool that OpenAI defines: of a shell, of a patch, of an MCP server.
             arguments = {name: value for name in ("action", "operation", "input") if (value := getattr(item, name))}
             given = arguments if item.arguments is None else item.arguments
-            _add_call(history, path, call_id, item.name or item.type.removesuffix("_call"), _as_text(given))
+            _add_call(history, path, own_id, item.name or item.type.removesuffix("_call"), _as_text(given))
             if item.output is not None:
-                _add_output(history, path, call_id, item.output)
+                _add_output(history, path, own_id, item.output)
         case InputItem(type="reasoning"):
             pass  # models do not read the reasoning of earlier turns
         case _:

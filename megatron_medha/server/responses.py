@@ -85,7 +85,7 @@ async def plan_response(
         tools=tools.tools,
         tool_choice=tools.choice,
         parallel_tool_calls=body.parallel_tool_calls,
-        reasoning_effort=body.reasoning and body.reasoning.effort,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
     chat.response_format = _format_of(body.text) or body.response_format
     ignored = (*history.ignored, *tools.ignored)

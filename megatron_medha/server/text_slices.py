@@ -66,7 +66,8 @@ def _by_words(
         if not len(encoding):
             begin += size  # white space alone, of which nothing is kept
             continue
-        words_end = encoding.token_to_chars(len(encoding) - 1)[1] if drops_blanks else size
+        last_word = encoding.token_to_chars(len(encoding) - 1)
+        words_end = last_word[1] if drops_blanks and last_word is not None else size
         if words_end <= size - margin:
             yield encoding.ids
             begin += size - margin

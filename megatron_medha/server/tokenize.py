@@ -35,7 +35,7 @@ async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> Res
     if len(ids) > _SLICE_IDS:
         return _streamed(_token_parts(ids, limit, names))
     answer = TokenizeAnswer(
-        count=len(ids), max_model_len=limit, tokens=ids.tolist(), token_strs=names and _names(names, ids)
+        count=len(ids), max_model_len=limit, tokens=ids.tolist(), token_strs=_names(names, ids) if names else None
     )
     return Response(encode_json(answer), media_type="application/json")
 
@@ -74,7 +74,7 @@ async def detokenize(service: Service, ready: Ready, body: DetokenizeRequest) ->
     service.model_name(body.model)
     check_length(len(body.tokens), ready.facts.max_request_tokens, ready, service, "tokens")
     try:
-        ids = body.tokens if isinstance(body.tokens, array) else array("i", body.tokens)
+        ids = array("i", body.tokens)
     except OverflowError:
         raise bad_request("tokens: a token id is outside the vocabulary", "tokens") from None
     tokenizer = ready.tokenizer

@@ -18,7 +18,7 @@ DONE_EVENT = b"data: [DONE]\n\n"
 _SLICE_ITEMS = 2_048  # encoded in one call, which holds the interpreter's lock: 3 ms of log-probabilities at most
 
 
-def as_sliced_json(items: list[Any] | array[int]) -> list[Any] | msgspec.Raw:
+def as_sliced_json(items: list[Any] | array[int]) -> Any:
     """A list to encode; a long one as the JSON that it is, encoded by slices, so that others run between them."""
     if len(items) <= _SLICE_ITEMS:
         return items if isinstance(items, list) else items.tolist()
