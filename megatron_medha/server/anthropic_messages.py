@@ -22,7 +22,7 @@ from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.chat import CHARS_PER_MESSAGE, plan_chat
 from megatron_medha.server.errors import ANTHROPIC_PREFIX, ApiError
 from megatron_medha.server.generation import GenerationSpec, Piece
-from megatron_medha.server.json_text import read_cut_object
+from megatron_medha.server.json_text import dump, read_cut_object
 from megatron_medha.server.openai_types import (
     ChatRequest,
     JsonSchemaFormat,
@@ -183,7 +183,7 @@ class MessagesFormat:
                 block.text += found.text
                 self._tell_block("content_block_delta", delta=BlockDelta(type="text_delta", text=found.text))
             case CallBegan():
-                self._begin(ToolUseBlock(id=found.call_id, name=found.name, input={}))
+                self._begin(ToolUseBlock(id=found.call_id, name=found.name))
                 self._arguments = ""
             case CallWent():
                 self._arguments += found.arguments
@@ -201,7 +201,8 @@ class MessagesFormat:
             return
         self._is_open = False
         if isinstance(block := self._blocks[-1], ToolUseBlock):
-            block.input = read_cut_object(self._arguments)  # its stop_reason says whether it was cut
+            # The message's stop_reason says whether it was cut.
+            block.input = msgspec.Raw(dump(read_cut_object(self._arguments)).encode())
         self._tell_block("content_block_stop")
 
     def _tell_block(self, kind: str, **fields: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from megatron_medha.server.openai_types import SharedFields
 
@@ -104,7 +104,7 @@ class ToolUseBlock(Struct, kw_only=True):
     type: str = "tool_use"
     id: str
     name: str
-    input: dict[str, Any]
+    input: Raw = Raw(b"{}")  # an object
 
 
 class MessagesUsage(Struct, kw_only=True, frozen=True):

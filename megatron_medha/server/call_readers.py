@@ -146,6 +146,7 @@ class JsonCall(CallReader):
 
     def give_up(self, found: list[Found], *, is_cut: bool) -> None:
         """The text ends here."""
+        self._send_arguments(found, is_end=True)
         if not is_cut and not self._json.is_in_string:
             self._break_off(found)
         elif not self.has_begun:
@@ -174,10 +175,10 @@ class JsonCall(CallReader):
             self._begin(name, found)
             self._send("{", found)
 
-    def _send_arguments(self, found: list[Found]) -> None:
+    def _send_arguments(self, found: list[Found], *, is_end: bool = False) -> None:
         if not self._is_in_arguments:
             return
-        more = self._json.take()
+        more = self._json.take(is_end=is_end)
         if not self.has_begun and more.strip():
             assert self._name is not None
             self._begin(self._name, found)
@@ -187,7 +188,7 @@ class JsonCall(CallReader):
     def _break_off(self, found: list[Found]) -> None:
         """It ends before its brackets do."""
         if self._is_in_arguments:
-            self._send_arguments(found)
+            self._send_arguments(found, is_end=True)
             self._send(self._json.completion(self._arguments_depth), found)
         self._end("".join(self._raw) + self._json.completion(), found)
 

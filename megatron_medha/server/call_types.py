@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from megatron_medha.server.json_text import loads
 
 _PYTHON = {"True": True, "False": False, "None": None}
 _ALL = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
@@ -18,7 +19,7 @@ def typed_value(text: str, schema: Any, key: str) -> Any:
     else:
         types = _types(properties[key], schema, {})
     try:
-        value = _PYTHON[text.strip()] if text.strip() in _PYTHON else json.loads(text, parse_constant=_refuse)
+        value = _PYTHON[text.strip()] if text.strip() in _PYTHON else loads(text)
     except (ValueError, RecursionError):
         return text
     return text if isinstance(value, str) else _fitting(value, text, types)
@@ -93,7 +94,3 @@ def _resolved(reference: str, root: Any) -> Any:
         if name:
             place = place.get(name) if isinstance(place, dict) else None
     return place
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(name)

@@ -102,7 +102,8 @@ class CallFinder:
         """Whether JSON with this name is a call. Between marks any is: whoever has the tools can say that one lacks."""
         if name in self._use.names:
             return True
-        return self._use.guide is None and (self.is_marked or has_arguments)
+        is_name = bool(name) and name.isprintable()
+        return is_name and self._use.guide is None and (self.is_marked or has_arguments)
 
     def say(self, text: str, found: list[Found]) -> None:
         """Text, of which white space may have to wait."""

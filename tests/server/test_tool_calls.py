@@ -196,7 +196,8 @@ def parts_of(syntax: CallSyntax) -> list[str]:
     '"arguments": {}']
     if marks.tags is not None:
         parts += [marks.tags.start, marks.tags.end, marks.tags.parameter_start, marks.tags.parameter_end, "f>", '"f">']
-    return [*parts, "{", "}", "[", "]", " ", "\n", ",", '"', "f", "f(", ")", "a=1", ":", ">", "<", "`", "\\", "1"]
+    return [*parts, "{", "}", "[", "]", " ", "\n", ",", '"', "f", "f(", ")", "a=1", ":", ">", "<", "`", "\\", "1",
+            "'", "True", "-", "Infinity", "u12"]  # fmt: skip
 
 
 @settings(max_examples=200, deadline=None)
@@ -248,12 +249,44 @@ CALL, F = '{"name": "f", "arguments": {"text": "P"}}', ("f", '{"text": "P"}')
         (f"\n\n{hermes(CALL)}\n", [F]), (f"Well.\n{hermes(CALL)}\n\nDone.", ["Well.\n", F, "\n\nDone."]),
         (hermes("<function=f>\n<parameter=text>\nP\n</parameter>\n</function>"), [F]),
         (hermes(f"```json\n{CALL}\n```"), [F]), (hermes(CALL + "\n</function>"), [F]),
+        ("<tool_call>" + CALL[:-2].replace('"P"', "'P'") + "</tool_call>", [F]),
+        ("<tool_call>" + CALL[:-2].replace('"P"', "12"), [("f", '{"text": 12}')]),
         (hermes('{"name": "f", "arguments": "{\\"text\\": \\"a\nb\\"}"}'), [("f", '{"text": "a\\nb"}')]),
     ],
 )  # fmt: skip
 def test_calls_that_are_nearly_right_are_calls_and_leave_no_marks_behind(text: str, right: list) -> None:
     for pieces in ([text], list(text)):
         assert read(use_of(CallSyntax.HERMES), pieces) == right
+
+
+@pytest.mark.parametrize(
+    ("written", "right"),
+    [
+        ("{'a': 'b'}", {"a": "b"}), ("{'a': 'it's \"so\"', 'b': [1, 'c']}", {"a": 'it\'s "so"', "b": [1, "c"]}),
+        ("{'a': 'it\\'s' , \"b\": \"it's\"}", {"a": "it's", "b": "it's"}),
+        ('{"a": True, "b": [None, False], "c": "True"}', {"a": True, "b": [None, False], "c": "True"}),
+        ('{"a": NaN, "b": -Infinity, "c": -1}', {"a": None, "b": None, "c": -1}),
+        (r'{"a": "C:\users\u00e9\u1"}', {"a": "C:\\users\u00e9\\u1"}),
+    ],
+)  # fmt: skip
+def test_arguments_in_the_words_of_python_become_json(written: str, right: dict) -> None:
+    for call in (f'{{"name": "f", "arguments": {written}}}', f'{{"arguments": {written}, "name": "f"}}'):
+        for pieces in ([hermes(call)], list(hermes(call))):
+            (found,) = read(use_of(CallSyntax.HERMES), pieces)
+            assert json.loads(found[1]) == right, call
+
+
+@pytest.mark.parametrize(
+    ("syntax", "text"),
+    [
+        (CallSyntax.PYTHONIC, "[f(share=1e999)]"),
+        (CallSyntax.HERMES, hermes('{"arguments": {"share": 1e999}, "name": "f"}')),
+        (CallSyntax.HERMES, hermes(r'{"name": "\ud83d", "arguments": {}}')),
+        (CallSyntax.HERMES, hermes(r'{"name": "f\n", "arguments": {}}')), (CallSyntax.HERMES, hermes('{"name": ""}')),
+    ],
+)  # fmt: skip
+def test_a_call_that_json_or_unicode_cannot_say_stays_text(syntax: CallSyntax, text: str) -> None:
+    assert "".join(map(str, read(use_of(syntax), list(text)))) == text
 
 
 def function(text: str) -> str:
@@ -274,6 +307,7 @@ def function(text: str) -> str:
         (function("12345678901234567890123").replace("=text", "=count"), [("f", '{"count": 12345678901234567890123}')]),
         (function("2.0").replace("=text", "=count"), [("f", '{"count": 2}')]),
         (function("many").replace("=text", "=count"), [("f", '{"count": "many"}')]),
+        (function("1e999").replace("=text", "=share"), [("f", '{"share": "1e999"}')]),
         (function("null").replace("=text", "=share"), [("f", '{"share": null}')]),
         (function("1").replace("=text", "=mode"), [("f", '{"mode": "1"}')]),
         (function("7").replace("=text", "=unknown"), [("f", '{"unknown": "7"}')]),

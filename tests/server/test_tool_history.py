@@ -153,6 +153,27 @@ def test_an_answer_that_was_cut_in_a_call_can_be_sent_back_on_every_route(says: 
     assert again.status_code == 200, again.text
 
 
+@pytest.mark.parametrize("name", ["f", r"\ud83d"])
+def test_half_a_surrogate_pair_in_a_call_is_answered_and_taken_back_on_every_route(says: SayIt, name: str) -> None:
+    call = r'<tool_call>{"name": "NAME", "arguments": {"city": "a\ud83d"}}</tool_call>'.replace("NAME", name)
+    server = says(call, NAMES_ROLES)
+    question = {"role": "user", "content": "hi"}
+
+    chat = {"messages": [question], "tools": [{"type": "function", "function": TOOL}]}
+    message = server.post(CHAT, chat).json()["choices"][0]["message"]
+    assert server.post(CHAT, {**chat, "messages": [question, message]}).status_code == 200
+    server.events(CHAT, chat)
+    response = {"input": [question], "tools": [{"type": "function", **TOOL}]}
+    output = server.post(RESPONSES, response).json()["output"]
+    assert server.post(RESPONSES, {**response, "input": [question, *output]}).status_code == 200
+    server.events(RESPONSES, response)
+    body = {"model": "fake-model", "messages": [question], "max_tokens": 200,
+            "tools": [{"name": "f", "input_schema": {"type": "object"}}]}  # fmt: skip
+    (block,) = server.post(MESSAGES, body).json()["content"]
+    assert block.get("input", {}) in ({}, {"city": "a\ud83d"})
+    assert json.loads(server.events(MESSAGES, body)[-1]) == {"type": "message_stop"}
+
+
 AROUND = 'I look.\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n\nNow:\n\n    x = 1\n\n- a\n- b'
 
 
