@@ -27,7 +27,7 @@ _MAX_SET_CHARS = 2_000    # of those values, as each is written out many times
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _STRINGS = ("pattern", "format")
-_KEPT = ("type", "required", "$anchor")
+_KEPT = ("type", "required")
 # Of these it depends on the rest of the schema whether they can be kept; see _Translation._rewrite.
 _REWRITTEN = (
     "unevaluatedProperties", "unevaluatedItems", "uniqueItems", "propertyNames", "not", "if", "dependentRequired",
@@ -91,6 +91,7 @@ class _Translation:
         if not isinstance(given, dict):
             self._refuse(path, "a schema is an object, true or false")
             return True
+        given = _without_nulls(given)
         made: dict[str, Any] = {}
         for key, value in given.items():
             self._keyword(made, key, value, f"{path}/{key}")
@@ -153,8 +154,8 @@ class _Translation:
         own = self._root.get("$id") if isinstance(self._root, dict) else None
         if isinstance(own, str) and own and pointer.startswith(own):
             pointer = "#" + pointer[len(own) :].removeprefix("#")
-        if pointer == "#" or (pointer.startswith("#") and not pointer.startswith("#/")):
-            return str(pointer)  # the whole, or an anchor
+        if pointer == "#":
+            return "#"
         if pointer not in self._name_of:
             target = self._target(pointer)
             if target is None:
@@ -166,6 +167,8 @@ class _Translation:
         return f"#/$defs/{self._name_of[pointer]}"
 
     def _target(self, pointer: str) -> Any:
+        if pointer.startswith("#") and not pointer.startswith("#/"):
+            return _anchored(self._root, unquote(pointer[1:]))
         found = self._root
         for step in pointer[2:].split("/"):
             key = unquote(step).replace("~1", "/").replace("~0", "~")  # of a JSON pointer
@@ -186,7 +189,7 @@ class _Translation:
             if found is None:
                 break
             given = found
-        return given
+        return _without_nulls(given) if isinstance(given, dict) else given
 
     # ---- keywords in other words ----
 
@@ -355,6 +358,11 @@ class _Translation:
     _do_recursiveRef = _do_dynamicRef
 
 
+def _without_nulls(given: dict[str, Any]) -> dict[str, Any]:
+    """Without keywords of no value, which serializers write for what is not set."""
+    return {key: value for key, value in given.items() if value is not None or key == "const"}
+
+
 def _and_more(made: dict[str, Any], key: str, schemas: list[Schema]) -> None:
     """Put a list of schemas under a key that may be taken."""
     if key not in made:
@@ -378,6 +386,22 @@ def _name_for(pointer: str, taken: Iterable[str]) -> str:
     while name in set(taken):
         name, number = f"{plain}_{number}", number + 1
     return name
+
+
+def _anchored(root: Any, anchor: str) -> Any:
+    """The schema of this name; None if there is none."""
+    rest = [root]
+    while rest:
+        match rest.pop():
+            case {"$anchor": name} as found if name == anchor:
+                return found
+            case dict() as found:
+                rest.extend(found.values())
+            case list() as found:
+                rest.extend(found)
+            case _:
+                pass
+    return None
 
 
 def _escaped(name: str) -> str:

@@ -155,7 +155,9 @@ def call_schema(definitions: Sequence[dict[str, Any]], arguments_key: str = "arg
     inner, calls = {}, []
     for place, definition in enumerate(definitions):
         root = f"#/$defs/tool{place}"
-        inner[f"tool{place}"] = _moved(_arguments_schema(definition), root)
+        schema = _arguments_schema(definition)
+        own_id = schema.get("$id")
+        inner[f"tool{place}"] = _moved(schema, root, own_id if isinstance(own_id, str) else "")
         calls.append({
             "type": "object",
             "properties": {"name": {"const": definition["function"]["name"]}, arguments_key: {"$ref": root}},
@@ -175,7 +177,8 @@ def _with_parameters(definition: dict[str, Any]) -> dict[str, Any]:
     function = definition["function"]
     parameters = dict(function.get("parameters") or {})
     for name, value in (("type", "object"), ("properties", {})):
-        parameters.setdefault(name, value)
+        if parameters.get(name) is None:
+            parameters[name] = value
     return {**definition, "function": {**function, "parameters": parameters}}
 
 
@@ -184,19 +187,32 @@ def _arguments_schema(definition: dict[str, Any]) -> dict[str, Any]:
     given = definition["function"].get("parameters")
     if given is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    return {"type": "object", **given}
+    return {**given, "type": "object"}
 
 
-def _moved(schema: Any, root: str) -> Any:
-    """The same schema where its own root lies at `root` of another."""
+def _moved(schema: Any, root: str, own_id: str = "") -> Any:
+    """The same schema where its own root, which own_id may name, lies at `root` of another."""
     match schema:
         case dict():
-            return {
-                key: root + value[1:] if key == "$ref" and isinstance(value, str) and value.startswith("#")
-                else _moved(value, root)
-                for key, value in schema.items()
-            }  # fmt: skip
+            moved = {}
+            for key, value in schema.items():
+                match key, value:
+                    case "$ref", str():
+                        moved[key] = _moved_pointer(value.removeprefix(own_id) or "#", root)
+                    case "$anchor", str():
+                        moved[key] = _moved_pointer(f"#{value}", root)[1:]
+                    case ("const" | "enum" | "default" | "examples"), _:
+                        moved[key] = value
+                    case _:
+                        moved[key] = _moved(value, root, own_id)
+            return moved
         case list():
-            return [_moved(value, root) for value in schema]
+            return [_moved(value, root, own_id) for value in schema]
         case _:
             return schema
+
+
+def _moved_pointer(pointer: str, root: str) -> str:
+    if pointer.startswith("#") and pointer[1:2] not in ("", "/"):
+        return f"#{root.rpartition('/')[2]}.{pointer[1:]}"  # anchors of several schemas may be the same
+    return root + pointer[1:] if pointer.startswith("#") else pointer

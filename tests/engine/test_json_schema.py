@@ -155,7 +155,8 @@ KIND = {"type": "object", "properties": {"kind": {"const": "a"}}, "required": ["
      "type": "null"},
     {"type": "object", "properties": {"title": {"type": "null"}, "not": {"type": "null"}, "$ref": {"type": "null"}},
      "required": ["title", "not", "$ref"]},
-    {"const": {"not": {}, "$ref": "nowhere", "uniqueItems": True}},
+    {"const": {"not": {}, "$ref": "nowhere", "uniqueItems": True}}, {"const": None},
+    {"$ref": "#a b", "$defs": {"x": {"$anchor": "a b", "const": 3}}},
 ], ids=json.dumps)  # fmt: skip
 def test_a_keyword_that_forbids_nothing_or_has_other_words_is_kept(schema: dict[str, Any]) -> None:
     for seed in range(3):
@@ -164,6 +165,17 @@ def test_a_keyword_that_forbids_nothing_or_has_other_words_is_kept(schema: dict[
             assert answer is None  # the value, null
         elif answer is not None:
             assert_matches(schema, answer)
+
+
+def test_a_keyword_without_a_value_forbids_nothing() -> None:
+    names = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "then", "items", "prefixItems", "contains", "properties",
+             "patternProperties", "additionalProperties", "propertyNames", "required", "dependentRequired", "type",
+             "enum", "minimum", "exclusiveMaximum", "multipleOf", "minLength", "maxItems", "minProperties", "pattern",
+             "format", "uniqueItems", "unevaluatedProperties", "unevaluatedItems", "nullable")  # fmt: skip
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {**dict.fromkeys(names), "type": "integer"}}}
+    assert translated(json.dumps(schema)) == translated(
+        json.dumps({**schema, "properties": {"a": {"type": "integer"}}})
+    )
 
 
 @pytest.mark.parametrize(("schema", "place"), [

@@ -376,6 +376,24 @@ def test_what_a_tools_schema_cannot_keep_is_named_with_its_place(obedient: Runni
     assert f"{start}/properties/b/not: " in error["message"]
 
 
+def test_names_inside_of_each_tools_schema_are_its_own(start_server: StartServer, with_tools: Tokenizer) -> None:
+    server = start_server(FakeEngine(rule=obey(with_tools), max_request_tokens=9000), with_tools)
+
+    def schema(kind: str, own_id: str) -> dict[str, Any]:
+        uses = {"named": {"$ref": "#same"}, "whole": {"$ref": f"{own_id}#/$defs/x"},
+                "same": {"const": {"$ref": "#", "$anchor": kind}}}  # fmt: skip
+        return {"$id": own_id, "type": None, "properties": uses, "required": list(uses), "additionalProperties": False,
+                "$defs": {"x": {"$anchor": "same", "enum": [kind]}}}  # fmt: skip
+
+    tools = [{"type": "function", "function": {"name": kind, "parameters": schema(kind, f"https://{kind}/s")}}
+             for kind in "ab"]  # fmt: skip
+    for choice in ("required", {"type": "function", "function": {"name": "a"}}):
+        body = {"messages": HI, "tools": tools, "tool_choice": choice, "max_tokens": 900}
+        message = server.post(CHAT, body).json()["choices"][0]["message"]
+        kind, arguments = message["tool_calls"][0]["function"].values()
+        assert json.loads(arguments) == {"named": kind, "whole": kind, "same": {"$ref": "#", "$anchor": kind}}
+
+
 def test_a_model_of_pydantic_is_kept_by_a_format_and_by_tools(
     start_server: StartServer, with_tools: Tokenizer
 ) -> None:
