@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import read_json_object, shown
+from megatron_medha.engine.checkpoint_files import cut, read_json_object, shown
 from megatron_medha.engine.tokenizer_file import panics_as_errors, read_tokenizer_file
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def read_whole_tokenizer(path: Path) -> str:
     try:
         present = msgspec.json.decode(content, type=_File).added_tokens
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
+        raise CheckpointError(f"{path} is no valid tokenizer: {cut(error)}") from error
     try:
         missing = _missing(path.parent, present)
     except (TypeError, ValueError, AttributeError) as error:
@@ -126,8 +126,10 @@ def _numbered(directory: Path, settings: dict[str, Any]) -> list[_Added]:
 
 def _converted(value: object, path: Path) -> _Added:
     try:
-        return msgspec.convert({"content": value} if isinstance(value, str) else value, _Added)
-    except msgspec.ValidationError as error:
+        token = msgspec.convert({"content": value} if isinstance(value, str) else value, _Added)
+        token.content.encode()  # half a surrogate pair is no text, and crashes the library
+        return token
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{path}: {shown(value)} is no token: {error}") from error
 
 
@@ -138,7 +140,7 @@ def _with(content: str, missing: list[_Added], path: Path) -> str:
         with panics_as_errors():
             backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception for every kind of broken file
-        raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
+        raise CheckpointError(f"{path} is no valid tokenizer: {cut(error)}") from error
     backend.add_tokens([_for_library(token) for token in missing])
     for token in missing:
         if token.id is not None and (got := backend.token_to_id(token.content)) != token.id:

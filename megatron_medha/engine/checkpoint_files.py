@@ -17,6 +17,7 @@ from megatron_medha.core.errors import CheckpointError
 
 MAX_JSON_BYTES = 4 << 20         # config.json and its like: kilobytes; in Python objects it takes 30 times as much
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest known are 35 MB
+_MAX_CONTAINERS = 200_000        # in a JSON file: the garbage collector takes seconds over a million
 _MAX_SHOWN = 80
 _MAX_LINES, _MAX_LINE = 8, 1000
 
@@ -41,6 +42,8 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
             content = file.read(max_bytes + 1)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if content is None:  # /proc/kmsg, which calls itself a regular file, has nothing to read at present
+        raise CheckpointError(f"{path}: cannot be read")
     if len(content) > max_bytes:
         raise CheckpointError(f"{path}: is larger than {max_bytes} bytes, which no such file is")
     return content
@@ -53,8 +56,11 @@ def read_word(path: Path) -> str:
 
 def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in that file. Raises CheckpointError when it cannot be read or is none."""
+    content = read_bytes(path, max_bytes)
+    if content.count(b"[") + content.count(b"{") > _MAX_CONTAINERS:
+        raise CheckpointError(f"{path}: holds more than {_MAX_CONTAINERS} lists and objects, which no such file does")
     try:
-        value = json.loads(read_bytes(path, max_bytes))
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
@@ -78,8 +84,14 @@ def shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
+def cut(error: object) -> str:
+    """An error's text, cut if it is long: some repeat what they have read."""
+    text = str(error)
+    return text if len(text) <= _MAX_LINE else text[:_MAX_LINE] + "..."
+
+
 def listed(problems: Sequence[str]) -> str:
     """Problems, one a line; of many the first ones, and how many more there are."""
-    lines = [problem if len(problem) <= _MAX_LINE else problem[:_MAX_LINE] + "..." for problem in problems[:_MAX_LINES]]
+    lines = [cut(problem) for problem in problems[:_MAX_LINES]]
     more = len(problems) - len(lines)
     return "\n".join([*lines, f"and {more} more"] if more > 0 else lines)

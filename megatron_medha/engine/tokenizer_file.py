@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import MAX_TOKENIZER_BYTES, read_bytes, shown
+from megatron_medha.engine.checkpoint_files import MAX_TOKENIZER_BYTES, cut, read_bytes, shown
 
 _MAX_SECTION_BYTES = 8 << 20  # a table of normalisations has half of one
 _MAX_REGEX_CHARS = 32768      # the longest known have 3,000
@@ -61,7 +61,7 @@ def read_tokenizer_file(path: Path) -> str:
                     raise CheckpointError(f"{path}: {name}: {why}")
         return content.decode()
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
+        raise CheckpointError(f"{path} is no valid tokenizer: {cut(error)}") from error
 
 
 class _Vocabulary(msgspec.Struct):
@@ -85,7 +85,7 @@ def token_ids(content: str, path: Path) -> dict[str, int]:
     try:
         found = msgspec.json.decode(content, type=_Tokens)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
+        raise CheckpointError(f"{path} is no valid tokenizer: {cut(error)}") from error
     vocab = found.model.vocab
     ids = vocab if isinstance(vocab, dict) else {token: place for place, (token, _) in enumerate(vocab)}
     return ids | {token.content: token.id for token in found.added_tokens}

@@ -243,11 +243,11 @@ def _indexed_files(index: Path) -> list[Path]:
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """A safetensors file, its header checked. Raises CheckpointError naming it when it is damaged."""
-    with open_regular(path) as start:
-        num_header_bytes = int.from_bytes(start.read(8), "little")
-    if num_header_bytes > _MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path}: its header takes {num_header_bytes} bytes; damaged")
     try:
+        with open_regular(path) as start:
+            num_header_bytes = int.from_bytes(start.read(8) or b"", "little")
+        if num_header_bytes > _MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: its header takes {num_header_bytes} bytes; damaged")
         # Reading, too, may fail: a file on a network mount can be cut short after it was opened.
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

@@ -88,7 +88,9 @@ def _unsupported_fields(config: JsonFields, model_type: str) -> list[Unsupported
         if value and key not in READ and not is_harmless(key, value)
     ]
     architectures = config.fields.get("architectures") or []
-    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
+    if not isinstance(architectures, list):
+        problems.append(config.unsupported("architectures", "it must be a list of names"))
+    elif architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         problems.append(config.unsupported("architectures", "only language models (...ForCausalLM) generate text"))
     if config.fields.get("quantization_config") is not None:
         problems.append(config.unsupported("quantization_config", "weights must be float32, bfloat16 or float16"))

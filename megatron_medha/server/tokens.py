@@ -14,7 +14,7 @@ import msgspec
 
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.engine.added_tokens import read_whole_tokenizer, token_name, token_settings
-from megatron_medha.engine.checkpoint_files import read_bytes
+from megatron_medha.engine.checkpoint_files import cut, read_bytes
 from megatron_medha.engine.tokenizer_file import panics_as_errors
 from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
 from megatron_medha.server.text_slices import CHAR_OF_BYTE, SLICE_CHARS, slice_encoder
@@ -99,7 +99,7 @@ class Tokenizer:
                 backend.no_padding()
                 backend.encode(_TRIAL)  # some broken files show at the first text only
         except Exception as error:  # the library raises bare Exception for every kind of broken file
-            raise CheckpointError(f"{path} is no valid tokenizer: {error}") from error
+            raise CheckpointError(f"{path} is no valid tokenizer: {cut(error)}") from error
         try:
             return cls(backend, load_tokenizer_config(directory))
         except ChatTemplateError as error:
@@ -249,7 +249,7 @@ def _chat_templates(directory: Path, configured: Any) -> dict[str, str]:
             name: read_bytes(path, _MAX_TEMPLATE_BYTES).decode(errors="replace") for name, path in paths.items()
         }
     if isinstance(configured, list):
-        configured = {one.get("name"): one.get("template") for one in configured if isinstance(one, dict)}
+        configured = {str(one.get("name")): one.get("template") for one in configured if isinstance(one, dict)}
     named = configured if isinstance(configured, dict) else {"default": configured}
     return {str(name): template for name, template in named.items() if isinstance(template, str)}
 

@@ -320,6 +320,11 @@ HUGGING_FACE: dict[str, tuple[Spoil, str]] = {
     "a pipe as weights": (
         lambda directory: ((directory / "model.safetensors").unlink(), os.mkfifo(directory / "a.safetensors")),
         "a.safetensors"),
+    "a device that has nothing to read": (link_to("generation_config.json", "/proc/kmsg"), "generation_config.json"),
+    "memory as weights": (link_to("model.safetensors", "/proc/self/mem"), "model.safetensors"),
+    "a number of architectures": (edited("config.json", architectures=1), "config.json"),
+    "a million lists": (content("generation_config.json", '{"a": [' + "[]," * 1_000_000 + "0]}"),
+                        "generation_config.json"),
     "a device as generation config": (link_to("generation_config.json", "/dev/zero"), ""),
     "a huge header": (safetensors(b"{}", 1 << 62), "model.safetensors"),
     "a header cut short": (safetensors(b"{}", 90_000_000), "model.safetensors"),
@@ -383,6 +388,12 @@ TOKENIZER: dict[str, tuple[Spoil, str]] = {
                                              extra_special_tokens=[[["x"]]]), "tokenizer_config.json"),
     "a token whose id is long": (edited("tokenizer_config.json", added_tokens_decoder={"9" * 5000: "x"}),
                                  "tokenizer_config.json"),
+    "a token that is half a character": (
+        lambda directory: (directory / "tokenizer_config.json").write_text('{"pad_token": "\\ud800"}'),
+        "tokenizer_config.json"),
+    "a template whose name is a list": (
+        edited("tokenizer_config.json", chat_template=[{"name": ["default"], "template": "x"}]), ""),
+    "a long version": (edited("tokenizer.json", version="x" * 100_000), "tokenizer.json"),
     "a pipe as tokenizer": (fifo("tokenizer.json"), "tokenizer.json"),
     "a device as tokenizer": (link_to("tokenizer.json", "/dev/zero"), "tokenizer.json"),
     "a large template": (content("chat_template.jinja", "x" * (64 << 20)), "chat_template.jinja"),
