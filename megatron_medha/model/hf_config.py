@@ -18,6 +18,10 @@ from megatron_medha.model.tokenizer_facts import end_ids, generation_end_ids, to
 
 SUPPORTED_MODEL_TYPES = tuple(DEFAULTS)
 _DTYPES = ("float32", "bfloat16", "float16")
+_UNKNOWN = (
+    "this field is not known here, and may change what the model computes. If the model computes the same without it, "
+    "delete it"
+)
 
 
 def read_hf_config(directory: Path) -> ModelConfig:
@@ -83,7 +87,7 @@ def _refuse_unsupported(config: JsonFields, model_type: str) -> None:
 
 def _unsupported_fields(config: JsonFields, model_type: str) -> list[UnsupportedModelError]:
     problems = [
-        config.unsupported(key, "this field is not known here, and may change what the model computes")
+        config.unsupported(key, _UNKNOWN)
         for key, value in config.fields.items()
         if value and key not in READ and not is_harmless(key, value)
     ]
@@ -96,6 +100,8 @@ def _unsupported_fields(config: JsonFields, model_type: str) -> list[Unsupported
         problems.append(config.unsupported("quantization_config", "weights must be float32, bfloat16 or float16"))
     if config.fields.get("hidden_act", "silu") not in ("silu", "swish"):
         problems.append(config.unsupported("hidden_act", "the MLP must be gated SiLU"))
+    if config.fields.get("is_causal", True) is not True:  # transformers takes null for false
+        problems.append(config.unsupported("is_causal", "every token must see only those before it"))
     # The other families pass over these fields.
     if model_type in ("llama", "qwen3") and config.flag("attention_bias"):
         problems.append(config.unsupported("attention_bias", "it puts a bias on the attention's output projection"))

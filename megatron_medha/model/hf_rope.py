@@ -19,15 +19,21 @@ _KNOWN = frozenset(
     + ("beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "short_factor")
     + ("long_factor", "partial_rotary_factor", "finetuned")
 )
+# Factors of vLLM that transformers passes over; 1 changes nothing. DeepSeek-R1-0528-Qwen3-8B has attn_factor.
+_OF_OTHERS = {
+    "attn_factor": "transformers passes over it, vLLM multiplies by it. Delete it for the logits of transformers; for "
+    "those of vLLM write attention_factor = attn_factor * (1 + 0.1 * ln(factor)) instead",
+    "extrapolation_factor": "transformers passes over it, vLLM does not",
+}
 
 
 def rope_problems(config: JsonFields) -> list[str]:
     """Reasons why the rotary embedding cannot be run as transformers would."""
     rope = _stated(config)
     problems = [
-        rope.unsupported(key, "this field of a rotary embedding is not known here")
+        rope.unsupported(key, _OF_OTHERS.get(key, "this field of a rotary embedding is not known here"))
         for key, value in rope.fields.items()
-        if value and key not in _KNOWN
+        if value and key not in _KNOWN and not (key in _OF_OTHERS and value == 1.0)
     ]
     if _kind(rope) not in _ROPE_TYPES:
         key = "rope_type" if "rope_type" in rope.fields else "type"

@@ -137,6 +137,15 @@ EQUAL: dict[str, dict[str, Any]] = {
         "is_llama_config": True,
         "activation": "swiglu", "max_sequence_length": 64, "temperature": 0.5, "image_token_id": 7,
     },
+    "more notes of tools": {
+        "neuron": {"num_cores": 2}, "base_model": "x", "_merge_method": "slerp", "_rope_scaling": YARN, "lora_r": 8,
+        "seq_length": 64, "bf16": True, "use_flash_attn": True, "init_std": 0.1, "loss_type": "ForCausalLM",
+        "max_new_tokens": 5, "is_decoder": True, "is_causal": True, "summary_type": "x", "pad_token": "<pad>",
+        "training_args": {"lr": 1}, "num_train_epochs": 3, "nemo_version": "2", "license": "mit", "seed": 1,
+        "embedding_dropout": 0.1, "rotary_pct": 1.0, "no_bias": True, "tp_size": 2,
+        "gradient_checkpointing_kwargs": {"a": 1},
+    },
+    "yarn with vLLM's factors of 1": scaled(YARN, attn_factor=1.0, extrapolation_factor=1),
     "no shorter context": {"max_position_embeddings": 128},
     "all kv heads absent": {"num_key_value_heads": 2},
 }  # fmt: skip
@@ -155,6 +164,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown rope field": (scaled(YARN, attention_temperature=0.5), "attention_temperature"),
     "half of each head": (scaled({"rope_type": "default"}, partial_rotary_factor=0.5), "partial_rotary_factor"),
     "half of each head, top": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "vLLM's attn_factor": (scaled(YARN, attn_factor=0.878), r"attn_factor=0\.878 .*attention_factor"),
     "linear without factor": (scaled({"rope_type": "linear"}), "factor"),
     "linear, factor a string": (scaled({"rope_type": "linear", "factor": "4"}), "factor"),
     "llama3 without factors": (scaled({"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
@@ -176,6 +186,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "logits scaling": ({"logits_scaling": 8.0}, "logits_scaling"),
     "embedding multiplier": ({"embedding_multiplier": 12}, "embedding_multiplier"),
     "query scale": ({"query_pre_attn_scalar": 64}, "query_pre_attn_scalar"),
+    "tokens see later ones": ({"is_causal": False}, "is_causal"),
+    "tokens see later ones, null": ({"is_causal": None}, "is_causal"),
+    "a token of a class": ({"use_cls_token": True}, "use_cls_token"),
+    "latent attention": ({"kv_lora_rank": 512}, "kv_lora_rank"),
     "experts": ({"num_local_experts": 8}, "num_local_experts"),
     "qk norm": ({"use_qk_norm": True}, "use_qk_norm"),
     "layers of their own": ({"per_layer_config": {"0": {"intermediate_size": 96}}}, "per_layer_config"),
@@ -279,7 +293,11 @@ KNOWN: dict[str, tuple[dict[str, Any], str, int]] = {
 
 # A quick choice runs always: every refusal, and of the equal ones each where its family is the next in turn.
 ALL_EQUAL = [(family, name) for name in EQUAL for family in FAMILIES]
-QUICK = {(list(FAMILIES)[i % 4], name) for i, name in enumerate(EQUAL) if i % 2 == 0 or "beside" in name}
+QUICK = {
+    (list(FAMILIES)[i % 4], name)
+    for i, name in enumerate(EQUAL)
+    if i % 2 == 0 or any(word in name for word in ("beside", "notes"))
+}
 
 
 @pytest.fixture(scope="module")
