@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 
@@ -43,6 +44,8 @@ ERROR, SUMMARY, CONFIG, OVERRIDES = "error.txt", "summary.json", "config.yaml", 
 SWEEP = "sweep.txt"  # in `out`: the words of the sweep
 # Words that change no job's results: how jobs are run, what is made of them.
 _WITHOUT_EFFECT = ("hydra.", "hydra/", "objective=", "plots=")
+_SWEEPER_PARAMS = "hydra.sweeper.params"  # an exception: values to sweep over
+_HYDRA_COPY = "multirun.yaml"  # Hydra writes all words of a sweep there, keys among them
 
 
 def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: RunJob[T]) -> int:
@@ -50,12 +53,17 @@ def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: Ru
 
     run_job: options and their YAML -> the values of summary.json; writes into options.out.
     """
-    words, out = _without_out(arguments.overrides)
+    try:
+        given: list[Override] = OverridesParser.create().parse_overrides([*arguments.overrides])
+    except HydraException as error:
+        raise ConfigError(explain(error, name, config_class, ())) from error
+    given, out = _without_out(given)
+    words = [override.input_line or "" for override in given]
     sweep = (out or Path("multirun") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}").expanduser().absolute()
     if arguments.shows_config:
         _show(name, config_class, arguments, words)
         return 0
-    _check_same_sweep(sweep, words)
+    _check_same_sweep(sweep, _words_that_count(given))
     _sweep(name, config_class, arguments, words, sweep, _Job(config_class, run_job))
     failed = sorted(sweep.glob(f"*/{ERROR}"), key=lambda path: path.parent.name)
     done = list(sweep.glob(f"*/{SUMMARY}"))
@@ -82,6 +90,8 @@ def _sweep(
     except HydraException as error:
         given = OverridesParser.create().parse_overrides([*arguments.overrides])
         raise ConfigError(explain(error, name, config_class, given)) from error
+    finally:
+        (directory / _HYDRA_COPY).unlink(missing_ok=True)
 
 
 def _show(name: str, config_class: type, arguments: Arguments, words: Sequence[str]) -> None:
@@ -113,13 +123,26 @@ class _ShownJob:
         return 0.0
 
 
-def _words_that_count(words: Sequence[str]) -> list[str]:
-    return sorted(hide_secrets(word, words) for word in words if not word.startswith(_WITHOUT_EFFECT))
+def _words_that_count(given: Sequence[Override]) -> list[str]:
+    """The words that decide which job is which: those with several values number the jobs by their order."""
+    words = [override.input_line or "" for override in given]
+    counted = [one for one in given if _SWEEPER_PARAMS in str(one.input_line) or not _is_without_effect(one)]
+    counted.sort(key=lambda one: "" if one.is_sweep_override() else one.get_key_element())
+    return [hide_secrets(_as_word(override), words) for override in counted]
 
 
-def _check_same_sweep(directory: Path, words: Sequence[str]) -> None:
+def _is_without_effect(override: Override) -> bool:
+    return str(override.input_line).startswith(_WITHOUT_EFFECT)
+
+
+def _as_word(override: Override) -> str:
+    if override.is_discrete_sweep():  # whichever way it is written: a,b or choice(a,b), with spaces or without
+        return f"{override.get_key_element()}={','.join(override.sweep_string_iterator())}"
+    return override.input_line or ""
+
+
+def _check_same_sweep(directory: Path, wanted: list[str]) -> None:
     """Raises ConfigError if `out` holds results of another sweep, or of no sweep; else writes down which one it is."""
-    wanted = _words_that_count(words)
     try:
         found: list[str] | None = (directory / SWEEP).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -151,6 +174,7 @@ class _Job:
 
         hydra = HydraConfig.get()
         directory = Path(hydra.runtime.output_dir)
+        (directory.parent / _HYDRA_COPY).unlink(missing_ok=True)
         overrides = list(hydra.overrides.task)
         print(f"job {hydra.job.num}: {hide_secrets(' '.join(overrides), overrides) or 'no overrides'}")
         with open_dict(config):
@@ -202,18 +226,17 @@ def _objective(values: dict[str, Any], path: str) -> float:
     return float(found)
 
 
-def _without_out(overrides: Sequence[str]) -> tuple[list[str], Path | None]:
+def _without_out(given: Sequence[Override]) -> tuple[list[Override], Path | None]:
     """The sweep's own directory is `out`; a job's follows from it."""
-    words, out = [], None
-    for word in overrides:
-        key, _, value = word.partition("=")
-        if key == "out":
-            if "," in value:
-                raise ConfigError(f"{word}: one directory for the sweep; each job gets its own in it")
-            out = Path(value)
-        else:
-            words.append(word)
-    return words, out
+    others, out = [], None
+    for override in given:
+        if override.get_key_element() != "out":
+            others.append(override)
+        elif override.is_sweep_override():
+            raise ConfigError(f"{override.input_line}: one directory for the sweep; each job gets its own in it")
+        elif (value := override.value()) is not None:
+            out = Path(str(value))
+    return others, out
 
 
 def _empty(directory: Path) -> None:

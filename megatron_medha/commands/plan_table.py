@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_medha.engine.capacity import wilson_interval
 from megatron_medha.engine.summary_table import number_text, seconds_text
+from megatron_medha.sim.trial_window import LEAST_PEAK_COVERED
 
 if TYPE_CHECKING:
     from megatron_medha.plan_config import Candidates, PlanOptions
@@ -34,6 +35,9 @@ def say_what_is_tried(options: PlanOptions, found: Candidates) -> None:
     for name in window.underrepresented:
         here = window.num_by_class.get(name, 0) / sum(window.num_by_class.values())
         print(f"  {here:.1%} of them are {name}, of the whole workload {window.whole_share_by_class[name]:.1%}; "
+              "trial_s=null takes as many as it needs")  # fmt: skip
+    if window.peak_covered < LEAST_PEAK_COVERED and options.workload.path is not None:
+        print(f"  their busiest minutes bring {window.peak_covered:.0%} of the tokens of the whole trace's busiest; "
               "trial_s=null takes as many as it needs")  # fmt: skip
 
 

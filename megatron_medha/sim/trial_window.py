@@ -6,12 +6,16 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from math import ceil
 
+from megatron_medha.core.request import Request
+from megatron_medha.engine.arrivals import Arrivals
 from megatron_medha.engine.summary import CLASSES, LengthClasses
 from megatron_medha.engine.workload import Workload, WorkloadConfig
 
 LEAST_S = 600.0            # where trial_s is not given
 LEAST_OF_A_CLASS = 20      # of fewer, each is more than 5% of what is said about them
 LEAST_SHARE_COVERED = 0.8  # of a class's share of the whole workload; a quiet morning says nothing about the afternoon
+LEAST_PEAK_COVERED = 0.8   # of the tokens that come in the busiest span of the whole workload; a burst may come late
+PEAK_SPANS_S = (60.0, 600.0)
 MOST_DRAWN = 50_000        # requests of a mix that has no end of its own
 
 
@@ -23,6 +27,7 @@ class TrialWindow:
     seconds: float                  # from the start to the last arrival
     num_by_class: dict[str, int]    # classes without any are left out
     whole_share_by_class: dict[str, float]  # of the workload as a whole, as far as it was looked at
+    peak_covered: float             # tokens of its busiest minute, or ten minutes, over those of the whole workload
     longest_prompt_tokens: int
     max_request_tokens: int
     why_too_few: tuple[str, ...]    # reasons why a verdict would mean nothing
@@ -54,15 +59,22 @@ def choose_window(
     each_class: bool,
     trial_s: float | None,
 ) -> TrialWindow:
-    """The requests of the first trial_s seconds; None: of as many as it takes, and of LEAST_S at least.
+    """The requests of the first trial_s seconds; None: of as many as it takes, and of LEAST_S or a period at least.
 
     Raises ConfigError, as Workload does.
     """
     if config.path is None and config.duration_s is None and config.num_requests is None:
         config = replace(config, num_requests=MOST_DRAWN)
     workload = Workload(config, seed)
-    whole: Counter[str] = Counter(classes.of(request.num_prompt_tokens) for request in workload.requests())
+    whole: Counter[str] = Counter()
+    whole_peaks = _Peaks()
+    for request in workload.requests():
+        whole[classes.of(request.num_prompt_tokens)] += 1
+        whole_peaks.add(request)
     num_whole = workload.facts.num_requests
+    # What is drawn is alike from period to period; a trace may hold anything anywhere.
+    is_drawn = config.path is None
+    least_s = max(LEAST_S, config.period_s if config.arrivals in (Arrivals.BURST, Arrivals.DIURNAL) else 0.0)
     all_needed = num_needed(attainment)
     needed = all_needed if each_class else LEAST_OF_A_CLASS
 
@@ -73,13 +85,20 @@ def choose_window(
         )
 
     counts: Counter[str] = Counter()
+    peaks = _Peaks()
     num_requests = longest = most_tokens = 0
     last_s = 0.0
     for request in workload.requests():
         if trial_s is not None and request.arrival_s >= trial_s and num_requests:
             break
-        if trial_s is None and request.arrival_s >= LEAST_S and covers(counts, num_requests):
+        if (
+            trial_s is None
+            and request.arrival_s >= least_s
+            and covers(counts, num_requests)
+            and (is_drawn or peaks.share_of(whole_peaks) >= LEAST_PEAK_COVERED)
+        ):
             break
+        peaks.add(request)
         num_requests += 1
         counts[classes.of(request.num_prompt_tokens)] += 1
         longest = max(longest, request.num_prompt_tokens)
@@ -103,7 +122,29 @@ def choose_window(
         seconds=last_s,
         num_by_class={name: counts[name] for name in CLASSES if counts[name]},
         whole_share_by_class={name: whole[name] / num_whole for name in CLASSES if whole[name]},
+        peak_covered=peaks.share_of(whole_peaks),
         longest_prompt_tokens=longest,
         max_request_tokens=most_tokens,
         why_too_few=tuple(reasons),
     )
+
+
+class _Peaks:
+    """The most tokens that come within one span of each of PEAK_SPANS_S."""
+
+    def __init__(self) -> None:
+        self._most = [0] * len(PEAK_SPANS_S)
+        self._latest = [(0, 0)] * len(PEAK_SPANS_S)  # number of the span, and its tokens
+
+    def add(self, request: Request) -> None:
+        """The next request, in order of arrival."""
+        for index, span_s in enumerate(PEAK_SPANS_S):
+            span, num_tokens = int(request.arrival_s // span_s), request.num_prompt_tokens + request.max_output_tokens
+            if span == self._latest[index][0]:
+                num_tokens += self._latest[index][1]
+            self._latest[index] = span, num_tokens
+            self._most[index] = max(self._most[index], num_tokens)
+
+    def share_of(self, whole: _Peaks) -> float:
+        """The least share of the whole's, of all spans."""
+        return min(most / max(of_whole, 1) for most, of_whole in zip(self._most, whole._most, strict=True))

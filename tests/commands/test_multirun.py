@@ -164,3 +164,28 @@ def test_an_objective_that_is_not_in_the_summary_names_what_is(
     # The run itself is as good as any: with a figure that is there it is not run again.
     assert sweep(tmp_path, "objective=all.goodput_per_s", "workload.qps=1") == 0
     assert "job 0 is done already" in capsys.readouterr().out
+
+
+def test_a_sweep_whose_jobs_would_be_numbered_otherwise_is_another_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(tmp_path, "scheduler=fcfs,lars", "workload.qps=1,2") == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert sweep(tmp_path, "workload.qps=1,2", "scheduler=fcfs,lars") == 2
+    assert "holds another sweep (scheduler=fcfs,lars workload.qps=1,2" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    assert main(["simulate", "-m", "scheduler=fcfs, lars", *SMALL[::-1], "workload.qps=1,2", f"out={tmp_path}"]) == 0
+    assert capsys.readouterr().out.count("is done already") == 4
+
+
+def test_a_directory_may_be_quoted_as_elsewhere(tmp_path: Path) -> None:
+    assert main(["simulate", "-m", *SMALL, "scheduler=fcfs", f'out="{tmp_path}/two words, a comma"']) == 0
+    assert (tmp_path / "two words, a comma" / "0" / "summary.json").exists()
+
+
+def test_a_key_is_in_no_file_of_a_sweep(tmp_path: Path) -> None:
+    url = "url=http://127.0.0.1:1"
+    assert main(["bench", "-m", "api_key=sk-not-for-files", url, "workload.qps=1,2", f"out={tmp_path}"]) == 1
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and "not-for-files" in path.read_text()] == []
+    assert (tmp_path / "0" / "error.txt").exists()

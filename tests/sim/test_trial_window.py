@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_medha.engine.arrivals import Arrivals
 from megatron_medha.engine.summary import LengthClasses
 from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.trial_window import TrialWindow, choose_window, num_needed
@@ -74,3 +75,23 @@ def test_where_each_class_must_meet_the_slo_each_needs_as_many(trace: Callable[.
     assert not chosen(config, attainment=0.99).why_too_few
     (reason,) = chosen(config, attainment=0.99, each_class=True).why_too_few
     assert "40 are long" in reason and "needs 100" in reason
+
+
+@pytest.mark.parametrize(
+    "rows", [[(1.0, 500)] * 1200 + [(0.1, 500)] * 3000, [(1.0, 200)] * 1200 + [(1.0, 8_000)] * 900]
+)
+def test_a_window_of_a_trace_reaches_into_its_busiest_minutes(rows: list[tuple[float, int]], tmp_path: Path) -> None:
+    at_s, lines = 0.0, ["arrival_s,prompt_tokens,output_tokens"]
+    for gap_s, num_tokens in rows:
+        at_s += gap_s
+        lines.append(f"{at_s},{num_tokens},5")
+    path = tmp_path / "trace.csv"
+    path.write_text("\n".join(lines))
+    window = chosen(WorkloadConfig(path=path))
+    assert 1200.0 < window.seconds and window.peak_covered >= 0.8
+    assert chosen(WorkloadConfig(path=path), 600.0).peak_covered < 0.2
+
+
+@pytest.mark.parametrize("arrivals", [Arrivals.BURST, Arrivals.DIURNAL])
+def test_a_window_of_drawn_bursts_or_days_holds_a_whole_period(arrivals: Arrivals) -> None:
+    assert chosen(WorkloadConfig(qps=4.0, arrivals=arrivals, period_s=2000.0)).seconds > 1990.0
