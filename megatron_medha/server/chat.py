@@ -57,6 +57,8 @@ from megatron_medha.server.wire_format import (
 BODY = BodyType(msgspec.json.Decoder(ChatRequest), texts=frozenset({"messages"}))
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
+_REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning")
+
 # As far as time goes, a message is worth so many characters of text, however empty it is.
 CHARS_PER_MESSAGE = 50
 # What we cannot do, what it may be all the same, and the way out.
@@ -207,7 +209,8 @@ def _num_chars(message: Message) -> int:
     content = message.content
     parts = sum(len(part.text or "") + CHARS_PER_MESSAGE for part in content) if isinstance(content, list) else 0
     calls = sum(len(call.called.arguments) + CHARS_PER_MESSAGE for call in message.tool_calls or ())
-    return CHARS_PER_MESSAGE + (len(content) if isinstance(content, str) else parts) + calls
+    content_chars = len(content) if isinstance(content, str) else parts
+    return CHARS_PER_MESSAGE + content_chars + calls + len(message.reasoning_content or "")
 
 
 def adds_special_tokens(ready: Ready, asked: bool | None) -> bool:
@@ -222,9 +225,16 @@ def _plain_message(place: int, message: Message) -> dict[str, Any]:
         raise bad_request(f"{param}.role: expected one of {', '.join(ROLES)}", f"{param}.role")
     content = message.content
     if isinstance(content, list):
-        content = "\n".join(_text_of_part(part, f"{param}.content", index) for index, part in enumerate(content))
+        content = "\n".join(
+            _text_of_part(part, f"{param}.content", index)
+            for index, part in enumerate(content)
+            # Models do not read the reasoning of earlier turns.
+            if message.role != "assistant" or part.type not in _REASONING_PARTS
+        )
     if content is None and message.role == "assistant" and not message.tool_calls:
         content = message.refusal or ""
+    if content is None and message.role in ("tool", "function"):
+        content = ""  # it returned nothing
     if content is None and message.role != "assistant":
         raise bad_request(f"{param}.content: expected text, got none", f"{param}.content")
     plain: dict[str, Any] = msgspec.to_builtins(message)
@@ -384,7 +394,8 @@ def read_message(text: str, tools: ToolUse | None, *, is_cut: bool = False) -> A
     if tools is None:
         return AnswerMessage(content=text)
     finder = CallFinder(tools)
-    content, calls = "", []
+    content = ""
+    calls: list[tuple[CallBegan, list[str]]] = []
     for found in [*finder.push(text), *finder.finish(is_cut=is_cut)]:
         match found:
             case Said():

@@ -151,7 +151,11 @@ class CalledFunction(Struct, kw_only=True):
     """Which function was called, and with what."""
 
     name: str
-    arguments: str  # JSON
+    arguments: str | dict[str, Any] | None = None  # text; it is made of the object that some clients send
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.arguments, str):
+            self.arguments = msgspec.json.encode(self.arguments or {}).decode()
 
 
 class CustomCall(Struct, kw_only=True):
@@ -164,7 +168,7 @@ class CustomCall(Struct, kw_only=True):
 class ToolCall(Struct, kw_only=True):
     """A call that the model made; one of a tool for free text is read as a function's with that text."""
 
-    id: str
+    id: str = ""
     type: str = "function"
     function: CalledFunction | None = None
     custom: CustomCall | UnsetType = UNSET
@@ -176,6 +180,7 @@ class ToolCall(Struct, kw_only=True):
             self.custom = UNSET
         if self.function is None:
             raise ValueError("a call lacks its `function`")
+        self.id = self.id or f"call_{self.function.name}"
 
     @property
     def called(self) -> CalledFunction:
@@ -198,6 +203,7 @@ class Message(Struct, kw_only=True, omit_defaults=True):
     role: str
     content: str | list[ContentPart] | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None  # for the template
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -205,7 +211,7 @@ class Message(Struct, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         if self.function_call is not None and not self.tool_calls:
-            self.tool_calls = [ToolCall(id=f"call_{self.function_call.name}", function=self.function_call)]
+            self.tool_calls = [ToolCall(function=self.function_call)]
         self.function_call = None
 
 

@@ -45,8 +45,11 @@ def render_whole(
     takes_parts: what is tried first, contents as lists of parts. options: of ChatTemplate.render.
     """
     first_error: ChatTemplateError | None = None
+    has_refused = False
     for as_parts in (takes_parts, not takes_parts):
         for mapping, mapped in _ways_to_write(messages):
+            if mapping.endswith(_JOINED) and not has_refused:
+                continue  # a template that leaves turns out would still do so in longer chats
             ways = [mapping] if mapping else []
             written = mapped
             if as_parts:
@@ -54,10 +57,10 @@ def render_whole(
                 ways.append("contents as parts")
             try:
                 text = template.render(written, **options)
-                place = _left_out(template, mapped, written, text, options)
             except ChatTemplateError as error:
-                first_error = first_error or error
+                first_error, has_refused = first_error or error, True
                 continue
+            place = _left_out(template, mapped, written, text, options)
             if as_parts and any(spelling in text for spelling in _SPELT_PARTS):
                 continue  # it took the list for text
             if place is None:
@@ -121,6 +124,8 @@ def _with_one_system_message(messages: Sequence[Message]) -> Sequence[Message]:
 
 def _with_system_in_question(messages: Sequence[Message]) -> Sequence[Message]:
     """For templates that have no place for the system."""
+    if [one["role"] for one in messages] == ["system"]:
+        return [{**messages[0], "role": "user"}]
     if [one["role"] for one in messages[:2]] != ["system", "user"]:
         return messages
     system, question = messages[:2]
@@ -147,6 +152,21 @@ def _short_id(call_id: str) -> str:
     if _SHORT_ID.fullmatch(call_id):
         return call_id
     return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+
+def _with_turns_joined(messages: Sequence[Message]) -> Sequence[Message]:
+    """For templates in which user and assistant must alternate."""
+    joined: list[Message] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        if last is None or last["role"] != message["role"] or message["role"] not in ("user", "assistant") or (
+            last.get("tool_calls")
+        ):
+            joined.append(message)
+            continue
+        texts = [text for one in (last, message) if (text := one.get("content"))]
+        joined[-1] = {**message, "content": "\n\n".join(texts)}
+    return joined
 
 
 def _with_calls_as_text(messages: Sequence[Message]) -> Sequence[Message]:
@@ -206,6 +226,7 @@ def _in_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": content}] if content else []}
 
 
+_JOINED = "turns of one role as one"
 _Step = Callable[[Sequence[Message]], Sequence[Message]]
 _STEPS: tuple[tuple[str, _Step], ...] = (
     ("developer as system, function as tool", _with_common_roles),
@@ -214,6 +235,7 @@ _STEPS: tuple[tuple[str, _Step], ...] = (
     ("calls with ids of nine characters", _with_short_ids),
 )
 _LAST_STEPS: tuple[tuple[str, _Step], ...] = (
+    (_JOINED, _with_turns_joined),
     ("calls in messages of their own", _with_calls_apart),
     ("calls and results as text", _with_calls_as_text),
 )

@@ -194,6 +194,13 @@ def _call(name: str = "f", call_id: str = "c1", **arguments: Any) -> dict[str, A
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+IN_TURN = (  # as Gemma and Mistral
+    "{% for m in messages %}{{ raise_exception('in turn') if loop.previtem and loop.previtem.role == m.role }}"
+    "<{{ m.role }}>{{ m.content }}{% for t in m.tool_calls or [] %}{{ t.function.arguments | tojson }}{% endfor %}"
+    "{% endfor %}"
+)
+
+
 def _said(role: str, content: str | None, **fields: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **fields}
 
@@ -246,6 +253,16 @@ RESULTS = [_said("tool", "sun", tool_call_id="c1"), _said("tool", "rain", tool_c
          "<user><tool_response>\nsun\n</tool_response>\nhi"),
         ("{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' }}<{{ m.content }}>{% endfor %}",
          [_said("system", "be kind"), HI], "<be kind\n\nhi>"),
+        ("{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' }}<{{ m.content }}>{% endfor %}",
+         [_said("system", "be kind")], "<be kind>"),
+        # Turns of one role, where they must alternate.
+        (IN_TURN, [HI, _said("user", "you"), _said("assistant", None), _said("assistant", "yes"), _said("user", "go")],
+         "<user>hi\n\nyou<assistant>yes<user>go"),
+        (IN_TURN, [HI, _said("assistant", "let me look"), _said("assistant", None, tool_calls=[_call(a="b")])],
+         '<user>hi<assistant>let me look{"a": "b"}'),
+        # Reasoning of an earlier turn, where the template has a place for it.
+        ("{% for m in messages %}[{{ m.reasoning_content }}]{{ m.content }}{% endfor %}",
+         [_said("assistant", "so", reasoning_content="why")], "[why]so"),
     ],
 )  # fmt: skip
 def test_every_message_reaches_the_prompt(source: str, messages: list[dict[str, Any]], prompt: str) -> None:

@@ -153,6 +153,27 @@ def test_an_answer_that_was_cut_in_a_call_can_be_sent_back_on_every_route(says: 
     assert again.status_code == 200, again.text
 
 
+def test_calls_and_reasoning_in_the_words_of_other_servers_are_taken_back(says: SayIt) -> None:
+    server = says("ok", "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}{{ m.content }}"
+                        "{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}")  # fmt: skip
+    function = {"name": "f", "arguments": {"city": "Oslo"}}
+    thought = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "I look."}]
+    messages = [
+        {"role": "assistant", "content": thought, "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "content": None},
+        {"role": "assistant", "reasoning_content": "Well.", "content": None, "tool_calls": [
+            {"id": "1", "function": {"name": "f", "arguments": None}}]},
+    ]  # fmt: skip
+    answer = server.post("/tokenize", {"messages": messages, "add_generation_prompt": False})
+    prompt = bytes(answer.json()["tokens"]).decode()
+    calls = [f'[{{"id": "{call_id}", "type": "function", "function": {{"name": "f", "arguments": {arguments}}}}}]'
+             for call_id, arguments in (("call_f", '{"city": "Oslo"}'), ("1", "{}"))]  # fmt: skip
+    assert prompt == f"<assistant>I look.{calls[0]}<tool><assistant>Well.None{calls[1]}"
+    too_deep = '{"a":' * 900 + "1" + "}" * 900
+    body = json.dumps({"messages": messages}).replace('{"city": "Oslo"}', too_deep)
+    assert server.client.post(CHAT, content=body.encode()).status_code in (200, 400)
+
+
 @pytest.mark.parametrize("name", ["f", r"\ud83d"])
 def test_half_a_surrogate_pair_in_a_call_is_answered_and_taken_back_on_every_route(says: SayIt, name: str) -> None:
     call = r'<tool_call>{"name": "NAME", "arguments": {"city": "a\ud83d"}}</tool_call>'.replace("NAME", name)
