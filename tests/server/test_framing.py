@@ -15,7 +15,7 @@ from running_server import Running, StartServer
 from uvicorn.server import ServerState
 
 from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.connection import connection_class
+from megatron_medha.server.connection import Connection, connection_class
 
 PATH = b"/v1/completions"
 BODY = json.dumps({"prompt": "ab", "max_tokens": 2}).encode()
@@ -235,6 +235,7 @@ class Written:
 
     def __init__(self) -> None:
         self.data = b""
+        self.is_paused = False
         self._is_closing = False
 
     def get_extra_info(self, name: str) -> None:
@@ -259,9 +260,12 @@ class Written:
         return 0
 
     def pause_reading(self) -> None:
-        """Nothing is read here."""
+        """Nothing is given on any more."""
+        self.is_paused = True
 
-    resume_reading = pause_reading
+    def resume_reading(self) -> None:
+        """It is again."""
+        self.is_paused = False
 
 
 async def echo(scope: dict, receive: object, send: object) -> None:
@@ -277,12 +281,18 @@ async def echo(scope: dict, receive: object, send: object) -> None:
     await send({"type": "http.response.body", "body": content})  # type: ignore[operator]
 
 
-async def answers_to(pieces: list[bytes]) -> bytes:
-    """All that a connection is answered, by a server that echoes."""
+def connected() -> tuple[Connection, Written]:
+    """A connection to a server that echoes."""
     config = uvicorn.Config(echo, log_config=None, lifespan="off")
     protocol = connection_class(ServerConfig(), 10)(config, ServerState(), {})
     transport = Written()
     protocol.connection_made(transport)  # type: ignore[arg-type]
+    return protocol, transport  # type: ignore[return-value]
+
+
+async def answers_to(pieces: list[bytes]) -> bytes:
+    """All that a connection is answered, by a server that echoes."""
+    protocol, transport = connected()
     for piece in pieces:
         if not transport.is_closing():
             protocol.data_received(piece)
@@ -319,5 +329,26 @@ def test_however_the_bytes_are_cut_the_requests_are_the_same() -> None:
             pieces = [raw[start:end] for start, end in pairwise((0, *places, len(raw)))]
             assert await answers_to(pieces) == expected, places
         assert await answers_to([raw[place : place + 1] for place in range(len(raw))]) == expected
+
+    asyncio.run(check())
+
+
+def test_what_comes_in_one_packet_is_parsed_by_slices_and_answered_whole() -> None:
+    live = b"GET /live HTTP/1.1\r\nhost:\r\n\r\n"
+    body = b"x" * 20_000
+    chunked = b"POST /c HTTP/1.1\r\nhost:\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunked += b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    whole = b"POST /w HTTP/1.1\r\nhost:\r\ncontent-length: %d\r\n\r\n" % (10 * len(body)) + 10 * body
+
+    async def check() -> None:
+        connection, transport = connected()
+        connection.data_received(2_000 * live + chunked + whole + live)
+        assert len(connection.pipeline) < 1_000
+        while transport.data.count(b"/live") < 2_001 and not transport.is_closing():
+            await asyncio.sleep(0)
+        assert transport.data.count(b"/c|host,transfer-encoding|" + body + b";") == 1
+        assert transport.data.count(b"/w|host,content-length|" + 10 * body + b";") == 1
+        assert not transport.is_paused
+        connection.connection_lost(None)
 
     asyncio.run(check())
