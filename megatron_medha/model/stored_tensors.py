@@ -160,6 +160,7 @@ class TensorFiles:
             part = target[_box(begin, end, first)]
             part.copy_(source[_box(begin, end, chunk.offsets)])
             num_copied += part.numel()
+            _release(self._mappings[chunk.path], chunk)
         if num_copied != num_expected:
             files = sorted({chunk.path.name for chunk in tensor.chunks})
             raise CheckpointError(f"{files}: hold {num_copied} of {num_expected} elements that are needed")
@@ -175,6 +176,12 @@ class TensorFiles:
         if not isinstance(found, Tensor) or found.shape != chunk.sizes or found.dtype != dtype:
             raise CheckpointError(f"{chunk.path}: holds no {dtype} tensor of {list(chunk.sizes)} at byte {chunk.start}")
         return found
+
+
+def _release(mapping: mmap.mmap, chunk: StoredChunk) -> None:
+    """Give the pages of a chunk back, which would count as the process's memory beside the model's own."""
+    start = chunk.start // mmap.PAGESIZE * mmap.PAGESIZE
+    mapping.madvise(mmap.MADV_DONTNEED, start, chunk.stop - start)
 
 
 def _box(begin: Sequence[int], end: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -23,6 +23,7 @@ from megatron_medha.model.checkpoint import CheckpointKind, checkpoint_kind, loa
 from megatron_medha.model.megatron_args import args_from_config
 from megatron_medha.model.megatron_checkpoint import TRACKER_NAME, save_megatron_checkpoint
 from megatron_medha.model.model_config import ModelConfig, RopeScaling
+from megatron_medha.model.stored_tensors import StoredChunk, StoredTensor, TensorFiles
 from megatron_medha.model.tiny_tokenizer import EOS_ID, save_tiny_tokenizer
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
 
@@ -340,3 +341,15 @@ def test_a_scaling_megatron_cannot_state_is_not_saved(tmp_path: Path, groups: Me
 
 def test_the_arguments_are_a_plain_namespace():
     assert type(args_from_config(CONFIG, torch.float32)) is argparse.Namespace
+
+
+def test_a_chunk_that_was_read_no_longer_counts_as_memory_of_the_process(tmp_path: Path):
+    path = tmp_path / "__0_0.distcp"
+    torch.save(torch.arange(1 << 20), path)
+    size = path.stat().st_size
+    chunk = StoredChunk((0,), (1 << 20,), path, 0, size)
+    target, files = torch.empty(1 << 20, dtype=torch.int64), TensorFiles()
+    files.fill(target, [0], StoredTensor((1 << 20,), torch.int64, (chunk,), 1 << 20))
+    assert torch.equal(target, torch.arange(1 << 20))
+    mapped = Path("/proc/self/smaps").read_text().partition(str(path))[2].partition("Rss:")[2]
+    assert int(mapped.split()[0]) * 1024 < size / 10
