@@ -119,6 +119,8 @@ def test_ranks_that_cannot_be_started_just_now_are_started_later(
         cluster.client.send(name, prompt, num_outputs)
     NoProcesses(monkeypatch, error, num_failures=3)
     cluster.kill(1)
+    # All may have been answered before the loss is found.
+    wait_until(lambda: cluster.engine.status.num_recoveries, lambda: cluster.engine.status)
     assert_all_are_answered(cluster.client, load)
     assert cluster.engine.status.num_failures == cluster.engine.status.num_recoveries == 1
 
