@@ -42,7 +42,7 @@ def test_an_error_is_shown_and_the_conversation_goes_on(start_server: StartServe
             raise EOFError from None
 
     chat(ChatConfig(url=server.url, api_key="k"), read_line=read_line, out=out)
-    assert "[400: the prompt has" in out.getvalue() and "ok\n" in out.getvalue()
+    assert "[400: " in out.getvalue() and "1000 maximum" in out.getvalue() and "ok\n" in out.getvalue()
 
 
 def test_an_answer_broken_off_ends_the_request(start_server: StartServer) -> None:
