@@ -103,8 +103,8 @@ def _as_chat(body: MessagesRequest, conversation: Conversation) -> ChatRequest:
     if (wanted := body.output_format or (output.format if output else None)) is not None:
         chat.response_format = _format_of(wanted)
     if body.thinking is not None:
-        # The name that Qwen's templates read; others pass over it.
-        chat.chat_template_kwargs = {"enable_thinking": body.thinking.type != "disabled"}
+        # The names that templates read, Qwen's and DeepSeek's; others pass over them.
+        chat.chat_template_kwargs = dict.fromkeys(("enable_thinking", "thinking"), body.thinking.type != "disabled")
     if conversation.ends_with_assistant:
         chat.continue_final_message, chat.add_generation_prompt = True, False
     return chat

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -96,13 +97,12 @@ async def plan_chat(
     if max_tokens == 0:
         raise bad_request(f"{max_tokens_param}: expected at least 1", max_tokens_param)
 
-    end: str | None = None
+    rendered = RenderedChat("")
 
     async def read_prompts() -> Sequence[RawPrompt]:
-        nonlocal end
-        text = await render_messages(service, ready, body.messages, body, definitions_of(tools))
-        end = reasoning_end(text, _text_continued(body))
-        return [text]
+        nonlocal rendered
+        rendered = await render_messages(service, ready, body.messages, body, definitions_of(tools))
+        return [rendered.text]
 
     spec = await plan(
         service,
@@ -126,7 +126,11 @@ async def plan_chat(
             ignored=(*ignored, *usable.ignored),
         ),
     )
-    return spec if spec.tools is None else replace(spec, tools=replace(spec.tools, reasoning_end=end))
+    spec = replace(spec, ignored=(*spec.ignored, *rendered.ignored))
+    if spec.tools is None:
+        return spec
+    end = reasoning_end(rendered.text, _text_continued(body))
+    return replace(spec, tools=replace(spec.tools, reasoning_end=end))
 
 
 def _text_continued(body: ChatRequest) -> str:
@@ -146,14 +150,21 @@ def chat_tools(
     return tool_use(tools, choice, is_parallel=is_parallel, syntax=syntax or CallSyntax.HERMES)
 
 
+class RenderedChat(NamedTuple):
+    """A prompt's text, and the fields of the request that are not in it."""
+
+    text: str
+    ignored: tuple[str, ...] = ()
+
+
 async def render_messages(
     service: Service,
     ready: Ready,
     messages: list[Message],
     fields: ChatRequest | TokenizeRequest,
     tools: Sequence[dict[str, Any]] = (),
-) -> str:
-    """The prompt's text; ApiError 400 for messages that are none, or that the template refuses."""
+) -> RenderedChat:
+    """The prompt; ApiError 400 for messages that are none, or that the template refuses."""
     if fields.chat_template is not None:
         # Templates are programs, and a client's could loop for ever.
         raise bad_request("chat_template: only the checkpoint's own", "chat_template", "unsupported_parameter")
@@ -185,24 +196,33 @@ async def render_messages(
         if (value := getattr(fields, name)) is not None:
             extra.setdefault(name, value)
 
-    plain: Iterable[dict[str, Any]] = (_plain_message(place, message) for place, message in enumerate(messages))
-    num_added = 0
-    if tools and syntax_of(service.config.tool_syntax, ready.tokenizer.template) is None:
-        num_added = messages[0].role not in SYSTEM_ROLES
-        plain, tools = with_description(plain, tools), ()
+    template = ready.tokenizer.template
+    describes = bool(tools) and syntax_of(service.config.tool_syntax, template) is None
+
+    def plain() -> Iterable[dict[str, Any]]:
+        made = (_plain_message(place, message) for place, message in enumerate(messages))
+        return with_description(made, tools) if describes else made
+
     options = {
         "add_generation_prompt": not continues and adds_prompt is not False,
         "continue_final_message": continues,
-        "tools": tuple(tools),
+        "tools": () if describes else tuple(tools),
         "extra": extra,
     }
     num_chars = len(msgspec.json.encode(extra)) + sum(map(_num_chars, messages))
     try:
-        return await service.render(ready.tokenizer.template, plain, options, num_chars)
+        return RenderedChat(await service.render(template, plain(), options, num_chars))
     except ChatTemplateError as error:
-        place = None if error.place is None else error.place - num_added
-        param = "messages" if place is None or place < 0 else f"messages[{place}]"
-        raise bad_request(f"{param}: {error}", param) from None
+        refusal = error
+    if fields.reasoning_effort is not None and template.uses_reasoning_effort:
+        # Clients send one of OpenAI's efforts always; some templates refuse those that their model has not learned.
+        options["extra"] = {name: value for name, value in extra.items() if name != "reasoning_effort"}
+        with suppress(ChatTemplateError):
+            return RenderedChat(await service.render(template, plain(), options, num_chars), ("reasoning_effort",))
+    num_added = describes and messages[0].role not in SYSTEM_ROLES
+    place = None if refusal.place is None else refusal.place - num_added
+    param = "messages" if place is None or place < 0 else f"messages[{place}]"
+    raise bad_request(f"{param}: {refusal}", param)
 
 
 def _num_chars(message: Message) -> int:

@@ -39,6 +39,7 @@ class ChatTemplate:
         names = _names_read(source if source is not None else PLAIN_TEMPLATE)
         self.uses_tools = "tools" in names
         self.uses_documents = "documents" in names
+        self.uses_reasoning_effort = "reasoning_effort" in names
         self._template: Any = None
 
     def render(

@@ -48,7 +48,7 @@ async def token_ids_of(service: Service, ready: Ready, body: TokenizeRequest) ->
     if body.messages is not None:
         usable = usable_tools(body.tools, None)
         tools = chat_tools(service, ready, usable.tools, "required" if usable.tools else None, None)
-        text = await render_messages(service, ready, body.messages, body, definitions_of(tools))
+        text = (await render_messages(service, ready, body.messages, body, definitions_of(tools))).text
         adds_special = adds_special_tokens(ready, body.add_special_tokens)
     else:
         text = body.prompt or ""

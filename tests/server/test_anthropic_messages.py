@@ -17,7 +17,8 @@ from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 END = 257
 TEMPLATE = (
-    "{% if tools %}<|tools|>{{ tools | tojson }}<tool_call>\n{% endif %}{{ enable_thinking }}{{ reasoning_effort }}"
+    "{% if tools %}<|tools|>{{ tools | tojson }}<tool_call>\n{% endif %}"
+    "{{ enable_thinking }}{{ thinking }}{{ reasoning_effort }}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
     "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}{% endfor %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -139,8 +140,8 @@ def test_a_call_and_its_result_go_there_and_back(says: Callable[..., Running]) -
     [
         ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
                      {"type": "text", "text": "b"}]}, "<|system|>a\nb<|end|>", None),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "True", None),
-        ({"thinking": {"type": "disabled"}}, "False", None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "TrueTrue", None),
+        ({"thinking": {"type": "disabled"}}, "FalseFalse", None),
         ({"output_config": {"effort": "low"}}, "low<|user|>", None),
         ({"metadata": {"user_id": "u"}, "service_tier": "standard_only", "container": None}, "hi", None),
         ({"context_management": {"edits": [{"type": "clear_thinking"}]}, "betas": ["a"]}, "hi", None),

@@ -138,6 +138,27 @@ def test_a_stream_that_fails_half_way_tells_openais_client(start_server: StartSe
     server.assert_nothing_is_left()
 
 
+def test_an_effort_that_the_template_refuses_is_left_out_and_named(
+    start_server: StartServer, tokenizer: Tokenizer
+) -> None:
+    source = ("{% if reasoning_effort not in (undefined, 'high') %}{{ raise_exception('none or high') }}{% endif %}"
+              "{{ reasoning_effort }}|{% for m in messages %}{{ m.content }}{% endfor %}")  # fmt: skip
+    server = start_server(tokenizer=Tokenizer(tokenizer._backend, TokenizerConfig(chat_template=source)))
+    message = {"role": "user", "content": "hi"}
+    for path, fields in (
+        ("/v1/chat/completions", {"messages": [message], "reasoning_effort": "medium"}),
+        ("/v1/responses", {"input": [message], "reasoning": {"effort": "medium"}}),
+        ("/v1/messages", {"messages": [message], "output_config": {"effort": "medium"}, "model": "fake-model"}),
+    ):
+        answer = server.post(path, {**fields, "max_tokens": 1})
+        assert (answer.status_code, answer.headers.get("x-medha-ignored")) == (200, "reasoning_effort"), answer.text
+        assert bytes(server.engine.submitted[-1].prompt.tolist()) == b"|hi"
+    body = {"messages": [message], "reasoning_effort": "high", "max_tokens": 1}
+    assert "x-medha-ignored" not in server.post("/v1/chat/completions", body).headers
+    body = {"messages": [message], "reasoning_effort": "medium"}
+    assert server.post("/tokenize", body).json()["count"] == len("|hi")
+
+
 def test_what_a_template_may_want_to_know_reaches_it(start_server: StartServer, tokenizer: Tokenizer) -> None:
     source = "{{ reasoning_effort }}|{{ documents[0].text }}|{{ style }}|{{ messages[0].content }}"
     server = start_server(tokenizer=Tokenizer(tokenizer._backend, TokenizerConfig(chat_template=source)))
