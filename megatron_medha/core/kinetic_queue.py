@@ -21,7 +21,7 @@ _MOST_NEW = 32     # in the front before the next look; of a burst, the others j
 # (level, priority at the moment asked, arrival, id, item); places of several queues merge by all but the last. Their
 # type says no more because compiled tuples of known types are taken apart and put together again when they are moved.
 Place = tuple[Any, ...]
-ITEM_ID, ITEM = 3, 4  # where they stand in a place
+LEVEL, ITEM_ID, ITEM = 0, 3, 4  # where they stand in a place
 
 
 class KineticQueue:

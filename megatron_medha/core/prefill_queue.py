@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import inf
 
-from megatron_medha.core.kinetic_queue import ITEM, ITEM_ID, KineticQueue, Place
+from megatron_medha.core.kinetic_queue import ITEM, ITEM_ID, LEVEL, KineticQueue, Place
 from megatron_medha.core.policies import Policy, Priority
 from megatron_medha.core.request import Sequence
 
@@ -24,6 +24,7 @@ class _Kind:
     is_waiting: bool  # owns no KV
     is_large: bool    # cannot end within one step, however empty
     queue: KineticQueue = field(default_factory=KineticQueue)
+    least_level: int = 0  # of those in the queue, or less
 
 
 class PrefillQueue:
@@ -79,6 +80,8 @@ class PrefillQueue:
         line = Priority(seq.remaining_work_s) if is_lost else self._policy(seq)
         # By class, in each class those that are not lost first.
         level = 2 * (request.priority if is_waiting or self._is_preemptive else _BEFORE_ALL_CLASSES) + is_lost
+        if level < kind.least_level or not len(kind.queue):
+            kind.least_level = level
         kind.queue.add(request_id, level, line, request.arrival_s, (seq, kind), now_s)
 
     def discard(self, seq: Sequence, now_s: float) -> None:
@@ -135,11 +138,28 @@ class Candidates:
         now_s = self._now_s
         places: list[Place] = []
         unfinished: dict[str, KineticQueue] = {}  # queues of which more can be asked for, by the last id known
+        lost: list[_Kind] = []  # looked into when the others of their class have been seen, which is hardly ever
         for kind in self._kinds:
-            if len(kind.queue) and self._includes(kind):
+            if not len(kind.queue) or not self._includes(kind):
+                continue
+            if kind.is_lost:
+                lost.append(kind)
+            else:
                 self._extend(places, kind.queue, kind.queue.first_places(now_s), unfinished)
         places.sort()
-        for index, place in enumerate(places):  # grows while it is read
+        lost_level = min([kind.least_level for kind in lost], default=0)
+        index = -1
+        while (index := index + 1) < len(places) or lost:  # grows while it is read
+            if lost and (index == len(places) or places[index][LEVEL] > lost_level):
+                following = places[index:]
+                for kind in lost:
+                    if self._includes(kind):
+                        self._extend(following, kind.queue, kind.queue.first_places(now_s), unfinished)
+                places[index:] = sorted(following)
+                lost = []
+                if index == len(places):
+                    return
+            place = places[index]
             item: tuple[Sequence, _Kind] = place[ITEM]
             seq, kind = item
             if not self._includes(kind):
