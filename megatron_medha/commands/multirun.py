@@ -200,7 +200,11 @@ class _Job:
             return float("nan")
 
     def _summary_of(self, directory: Path, config: DictConfig) -> dict[str, Any] | None:
-        """What this job came to earlier; None if it did not end, or ran with other options."""
+        """What this job came to earlier; None if it did not end, or only its plots are to be others.
+
+        Raises ConfigError if it ended with other options: a sweeper may choose other values each time, and
+        configuration files may have changed.
+        """
         try:
             written = yaml_values((directory / CONFIG).read_text(encoding="utf-8"))
             values: dict[str, Any] = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
@@ -209,8 +213,14 @@ class _Job:
         asked = yaml_values(as_yaml(config, resolves=True))
         # Written without where it goes, and without secrets; what the sweep is after changes no run.
         asked["objective"] = written.get("objective")
-        is_same = {key: value for key, value in asked.items() if key in written} == written
-        return values if is_same else None
+        if {key: value for key, value in asked.items() if key in written} == written:
+            return values
+        written["plots"] = asked["plots"]
+        if {key: value for key, value in asked.items() if key in written} == written:
+            return None
+        raise ConfigError(
+            f"out={directory.parent}: job {directory.name} there has ended with other options; name another directory"
+        )
 
 
 def _objective(values: dict[str, Any], path: str) -> float:

@@ -189,3 +189,13 @@ def test_a_key_is_in_no_file_of_a_sweep(tmp_path: Path) -> None:
     assert main(["bench", "-m", "api_key=sk-not-for-files", url, "workload.qps=1,2", f"out={tmp_path}"]) == 1
     assert [path for path in tmp_path.rglob("*") if path.is_file() and "not-for-files" in path.read_text()] == []
     assert (tmp_path / "0" / "error.txt").exists()
+
+
+def test_a_job_that_ended_with_other_options_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(tmp_path, "workload.qps=1,2") == 0
+    config = tmp_path / "0" / "config.yaml"  # as of a sweeper that chooses other values each time
+    config.write_text(config.read_text().replace("step_budget_s: 0.0", "step_budget_s: 0.1", 1))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert sweep(tmp_path, "workload.qps=1,2") == 2
+    assert "job 0 there has ended with other options; name another directory" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
