@@ -7,6 +7,7 @@ layernorm_epsilon, apply_layernorm_1p became layernorm_zero_centered_gamma. Both
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,14 @@ def config_from_args(
     Raises CheckpointError if arguments are missing or contradict each other, UnsupportedModelError with all the
     reasons why the model cannot be run.
     """
+    args = _without_tensors(args)
     _check_complete(args, path)
     _refuse_unsupported(args, path)
     num_heads = _integer(args, path, "num_attention_heads")
-    is_grouped = args.group_query_attention
+    is_grouped = _flag(args, path, "group_query_attention")
     num_kv_heads = _integer(args, path, "num_query_groups") if is_grouped else num_heads
     hidden_size = _integer(args, path, "hidden_size")
+    vocab_size = _vocab_size(args, path, num_embedding_rows, num_tokenizer_ids)
     return ModelConfig(
         name=name,
         num_layers=_integer(args, path, "num_layers"),
@@ -58,16 +61,16 @@ def config_from_args(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_integer(args, path, "kv_channels"),
-        vocab_size=_vocab_size(args, path, num_embedding_rows, num_tokenizer_ids),
+        vocab_size=vocab_size,
         max_context_len=_integer(args, path, "max_position_embeddings"),
         norm_epsilon=_number(args, path, _either(args, "norm_epsilon", "layernorm_epsilon")),
         rope_theta=_rope_theta(args, path),
         rope_scaling=_rope_scaling(args, path),
-        has_qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
-        has_qk_norm=bool(getattr(args, "qk_layernorm", False)),
-        has_tied_embeddings=not args.untie_embeddings_and_output_weights,
+        has_qkv_bias=_flag(args, path, "add_qkv_bias"),
+        has_qk_norm=_flag(args, path, "qk_layernorm"),
+        has_tied_embeddings=not _flag(args, path, "untie_embeddings_and_output_weights"),
         dtype=dtype,
-        stop_token_ids=stop_token_ids,
+        stop_token_ids=tuple(token_id for token_id in stop_token_ids if token_id < vocab_size),
     )
 
 
@@ -133,6 +136,12 @@ def args_from_config(config: ModelConfig, dtype: torch.dtype) -> argparse.Namesp
     return args
 
 
+def _without_tensors(args: argparse.Namespace) -> argparse.Namespace:
+    """The same; a tensor, which no option is, becomes an Opaque, which is set and equal to nothing."""
+    fields = vars(args).items()
+    return argparse.Namespace(**{k: Opaque("a tensor") if isinstance(v, torch.Tensor) else v for k, v in fields})
+
+
 def _check_complete(args: argparse.Namespace, path: Path) -> None:
     """Raise CheckpointError for every argument that is needed and absent, or stated twice with different values."""
     problems = [f"args.{key} is missing" for key in sorted(NEEDED) if not hasattr(args, key)]
@@ -164,15 +173,10 @@ def _refuse_unsupported(args: argparse.Namespace, path: Path) -> None:
         f"args.{name}={shown(value)} is not supported: this argument is not known here, and may change what the model "
         "computes. If it does not, delete it from 'args' in this file and start again"
         for name, value in sorted(vars(args).items())
-        if _is_set(value) and name not in known and not is_harmless(name)
+        if value and name not in known and not is_harmless(name)
     ]
     if problems:
         raise UnsupportedModelError(listed([f"{path}: {problem}" for problem in problems]))
-
-
-def _is_set(value: Any) -> bool:
-    """Whether an unknown argument asks for something. Off, absent and empty are what an option is by default."""
-    return isinstance(value, torch.Tensor) or bool(value)
 
 
 def _rope_theta(args: argparse.Namespace, path: Path) -> float:
@@ -182,7 +186,7 @@ def _rope_theta(args: argparse.Namespace, path: Path) -> float:
 
 
 def _rope_scaling(args: argparse.Namespace, path: Path) -> RopeScaling:
-    is_llama3 = bool(getattr(args, "use_rope_scaling", False))
+    is_llama3 = _flag(args, path, "use_rope_scaling")
     interpolation = getattr(args, "rotary_seq_len_interpolation_factor", None)
     if is_llama3 and interpolation is not None:
         raise UnsupportedModelError(
@@ -229,9 +233,16 @@ def _integer(args: argparse.Namespace, path: Path, key: str, default: int | None
 
 def _number(args: argparse.Namespace, path: Path, key: str, default: float | None = None) -> float:
     value = _stated(args, path, key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"{path}: args.{key}={shown(value)} must be a positive number")
     return float(value)
+
+
+def _flag(args: argparse.Namespace, path: Path, key: str) -> bool:
+    value = getattr(args, key, None)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"{path}: args.{key}={shown(value)} must be true or false")
+    return bool(value)
 
 
 def _stated(args: argparse.Namespace, path: Path, key: str, default: Any) -> Any:

@@ -48,4 +48,4 @@ def end_ids(fields: JsonFields) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
         raise fields.wrong("eos_token_id", "a token id or a list of them")
-    return tuple(ids)
+    return tuple(token_id for token_id in ids if token_id >= 0)  # -1 is written for none

@@ -153,6 +153,12 @@ def test_stop_tokens_come_from_both_configs(llama: Path):
     assert read_model_config(llama).stop_token_ids == (7, 5, 2)
 
 
+def test_ids_that_are_no_tokens_end_nothing(llama: Path):
+    edit_config(llama, eos_token_id=-1)
+    (llama / "generation_config.json").write_text('{"eos_token_id": [7, 1000000, -1]}')
+    assert read_model_config(llama).stop_token_ids == (7,)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -229,6 +229,7 @@ def test_the_tokenizer_beside_it_gives_vocabulary_and_end_token(tmp_path: Path, 
     model = random_model(groups, dataclasses.replace(CONFIG, vocab_size=320))
     save_like_megatron_lm(model, tmp_path / "small", vocab_size=None)
     save_tiny_tokenizer(tmp_path / "small", 512)
+    (tmp_path / "small" / "generation_config.json").write_text('{"eos_token_id": [-1, 1000000]}')
     config = read_model_config(tmp_path / "small")
     assert (config.vocab_size, config.stop_token_ids) == (264, (EOS_ID,))
 

@@ -171,6 +171,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama3, factors swapped": (scaled(LLAMA3, low_freq_factor=4.0, high_freq_factor=1.0), "high_freq_factor"),
     "yarn, truncate a string": (scaled(YARN, truncate="no"), "truncate"),
     "theta null": ({"rope_parameters": {"rope_theta": None}}, "rope_theta"),
+    "theta of 400 digits": ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta"),
     "theta negative": ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta"),
     "rope by layer type": (
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}, "full_attention"

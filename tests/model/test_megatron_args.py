@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.model.megatron_arg_names import NEEDED
+from megatron_medha.model.megatron_arg_names import NEEDED, REQUIREMENTS
 from megatron_medha.model.megatron_args import config_from_args
 from megatron_medha.model.model_config import ModelConfig, RopeScaling
 
@@ -160,6 +160,22 @@ def test_an_argument_that_is_set_and_unknown_is_refused(unknown: dict[str, Any])
 @pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}])
 def test_an_unknown_argument_that_is_off_is_passed_over(value: Any):
     assert read(NEWEST | {"no_such": value}) == read(NEWEST)
+
+
+def test_an_argument_that_is_a_tensor_is_refused_or_harmless():
+    for key in {*NEWEST, *(requirement.name for requirement in REQUIREMENTS)}:
+        try:
+            found = read(NEWEST | {key: torch.ones(3)})
+        except CheckpointError as error:
+            assert f"args.{key}" in str(error)
+        else:
+            assert found == read(NEWEST), key
+
+
+@pytest.mark.parametrize("key", ["rotary_base", "layernorm_epsilon"])
+def test_a_number_that_no_float_holds_is_named(key: str):
+    with pytest.raises(CheckpointError, match=rf"args\.{key}=1000.* must be a positive number"):
+        read(NEWEST | {key: 10**400})
 
 
 @pytest.mark.parametrize("key", [*sorted(NEEDED), "layernorm_epsilon", "layernorm_zero_centered_gamma", "rotary_base"])
