@@ -190,7 +190,7 @@ def _cheapest(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExe
     print(
         f"\n{gpus_text(winner.trial.num_gpus)} of {options.hardware.name}: {settings_text(winner.trial)}; "
         f"{attainment_text(winner)} meet the SLO; {_asked(options)} must\n"
-        f"{interval_text(winner)} (95% confidence)\n"
+        f"{interval_text(winner, window.num_by_class)}\n"
         f"{cost_text(options, winner.trial, qps)}"
     )
     assert winner.attainment_by_class is not None

@@ -98,11 +98,15 @@ def attainment_text(verdict: Verdict) -> str:
     return f"{verdict.attainment:.1%}" + (f" ({by_class})" if len(verdict.attainment_by_class) > 1 else "")
 
 
-def interval_text(verdict: Verdict) -> str:
-    """Where the share lies that more requests of this kind would show, with 95% confidence."""
-    assert verdict.attainment is not None
-    low, high = wilson_interval(round(verdict.attainment * verdict.num_requests), verdict.num_requests)
-    return f"{low:.1%} to {high:.1%} of more such requests would"
+def interval_text(verdict: Verdict, num_by_class: Mapping[str, int]) -> str:
+    """How far chance decides: the confidence interval of the share, of the worst class where each is asked for."""
+    assert verdict.attainment is not None and verdict.attainment_by_class is not None
+    share, count, what = verdict.attainment, sum(num_by_class.values()), "requests"
+    if verdict.trial.each_class:
+        name, share = min(verdict.attainment_by_class.items(), key=lambda item: item[1])
+        count, what = num_by_class[name], f"{name} requests"
+    low, high = wilson_interval(round(share * count), count)
+    return f"95% confidence interval, from {count:,} {what}: {low:.1%} to {high:.1%}"
 
 
 def settings_text(trial: Trial) -> str:

@@ -36,7 +36,6 @@ class Verdict:
 
     trial: Trial
     passes: bool
-    num_requests: int = 0
     attainment: float | None = None  # None: ended early, it could no longer pass
     attainment_by_class: dict[str, float] | None = None  # of length classes with requests
     ttft_p90_s: dict[str, float | None] | None = None  # by length class
@@ -149,7 +148,6 @@ def judge(trial: Trial) -> Verdict:
     return Verdict(
         trial=trial,
         passes=min(asked) >= config.slo.attainment,
-        num_requests=num_requests.total(),
         attainment=attainment,
         attainment_by_class=by_class,
         ttft_p90_s={name: found["ttft_s"]["p90"] for name, found in classes.items()},

@@ -7,10 +7,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_medha.commands.plan import contenders
+from megatron_medha.commands.plan_table import interval_text
 from megatron_medha.compose import compose, freeze, option_names
 from megatron_medha.core.chunking import Chunking
 from megatron_medha.main import main
@@ -334,3 +336,12 @@ def test_simulate_and_serve_list_only_the_targets_that_fit_them(capsys: Capture)
     served = capsys.readouterr().out
     assert "slo.ttft_multiplier=" in simulated and "default_class" not in simulated
     assert "slo_classes.default_class=" in served and "ttft_multiplier" not in served
+
+
+@pytest.mark.parametrize(
+    ("each_class", "said"), [(False, "1,000 requests: 98.7% to 99.7%"), (True, "29 long requests: 82.8% to 99.4%")]
+)
+def test_the_confidence_interval_of_a_plan_is_of_the_share_that_is_asked_for(each_class: bool, said: str) -> None:
+    trial = SimpleNamespace(each_class=each_class)
+    verdict = SimpleNamespace(trial=trial, attainment=0.994, attainment_by_class={"short": 0.995, "long": 28 / 29})
+    assert interval_text(verdict, {"short": 971, "long": 29}) == f"95% confidence interval, from {said}"  # type: ignore[arg-type]
