@@ -18,7 +18,7 @@ from megatron_medha.model.build import build_model
 from megatron_medha.model.checkpoint import load_weights, read_model_config
 from megatron_medha.model.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.model.model_config import ModelConfig, RopeScaling
-from megatron_medha.model.tiny_tokenizer import EOS_ID, save_tiny_tokenizer
+from megatron_medha.model.tiny_tokenizer import save_tiny_tokenizer
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
 
 CPU = torch.device("cpu")
@@ -216,7 +216,9 @@ def test_the_tokenizer_that_bridge_saves_gives_the_end_token(saved: Path, groups
     step = next(saved.glob("iter_*"))
     (step / "tokenizer").mkdir()
     save_tiny_tokenizer(step / "tokenizer", 512)
-    assert read_model_config(saved).stop_token_ids == (EOS_ID,)
+    path = step / "tokenizer" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("<|eos|>", "A"))
+    assert read_model_config(saved).stop_token_ids == (ord("A"),)  # its own end token is beyond this vocabulary
 
 
 def test_the_iteration_is_found_without_megatron_lms_tracker_file(saved: Path):
