@@ -168,7 +168,10 @@ class JsonCall(CallReader):
         head = None if self._name is not None else _HEAD.match("".join(self._raw).lstrip())
         if head is None:
             return
-        name = json.loads(head.group(1), strict=False)
+        try:
+            name = json.loads(head.group(1), strict=False)
+        except ValueError:  # an escape that JSON lacks
+            return
         if self._calls.accepts(name, has_arguments=True):
             self._json.take()
             self._name, self._is_in_arguments = name, True

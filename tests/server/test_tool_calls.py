@@ -244,6 +244,7 @@ CALL, F = '{"name": "f", "arguments": {"text": "P"}}', ("f", '{"text": "P"}')
         (hermes('{"name": "f", "arguments": "{\\"text\\": \\"P\\"}"}'), [F]),
         (hermes('{"type": "function", "function": {"name": "f", "arguments": {"text": "P"}}}'), [F]),
         (hermes(CALL.replace('"f"', '"none"')), [("none", '{"text": "P"}')]),
+        (hermes(CALL.replace('"f"', r'"\g"')), [(r"\g", '{"text": "P"}')]),
         (hermes('{"answer": 1}'), [hermes('{"answer": 1}')]), (hermes("I can."), [hermes("I can.")]),
         (hermes(CALL + " Done."), [F, " Done.\n"]), (f"<tool_call>{CALL}\nDone.", [F, "\nDone."]),
         (f"\n\n{hermes(CALL)}\n", [F]), (f"Well.\n{hermes(CALL)}\n\nDone.", ["Well.\n", F, "\n\nDone."]),
