@@ -160,7 +160,7 @@ class MessagesFormat:
     def _push(self, piece: Piece) -> None:
         found: list[Found] = self._finder.push(piece.text) if self._finder is not None else [Said(piece.text)]
         if piece.finish_reason is not None and self._finder is not None:
-            found += self._finder.finish(is_cut=piece.finish_reason == "length")
+            found += self._finder.end(piece)
         for one in found:
             self._add(one)
         if piece.finish_reason is not None:

@@ -326,14 +326,14 @@ class ChatFormat:
         spec = self._spec
         choices = []
         for index, pieces in enumerate(pieces_by_choice):
-            text, is_cut = "".join(piece.text for piece in pieces), pieces[-1].finish_reason == "length"
-            message = read_message(text, spec.tools, is_cut=is_cut)
+            finder = None if spec.tools is None else CallFinder(spec.tools)
+            message = _message_of(pieces, finder)
             choices.append(
                 ChatChoice(
                     index=index,
                     message=message,
                     logprobs=self._logprobs(pieces),
-                    finish_reason=_finish_reason(pieces[-1], message.tool_calls is not msgspec.UNSET) or "",
+                    finish_reason=_finish_reason(pieces[-1], finder) or "",
                     stop_reason=pieces[-1].stop_reason,
                     token_ids=_token_ids(pieces) if spec.returns_token_ids else msgspec.UNSET,
                 )
@@ -353,9 +353,9 @@ class ChatFormat:
         untold.append(piece)
         found = finder.push(piece.text)
         if piece.finish_reason is not None:
-            found += finder.finish(is_cut=piece.finish_reason == "length")
+            found += finder.end(piece)
         deltas = [_delta_of(one) for one in found]
-        reason = _finish_reason(piece, finder.has_calls)
+        reason = _finish_reason(piece, finder)
         if reason is not None:
             deltas.append(Delta())
         events = []
@@ -409,14 +409,13 @@ class ChatFormat:
         )
 
 
-def read_message(text: str, tools: ToolUse | None, *, is_cut: bool = False) -> AnswerMessage:
-    """An answer's text as message, its calls told from it."""
-    if tools is None:
+def _message_of(pieces: Sequence[Piece], finder: CallFinder | None) -> AnswerMessage:
+    text = "".join(piece.text for piece in pieces)
+    if finder is None:
         return AnswerMessage(content=text)
-    finder = CallFinder(tools)
     content = ""
     calls: list[tuple[CallBegan, list[str]]] = []
-    for found in [*finder.push(text), *finder.finish(is_cut=is_cut)]:
+    for found in [*finder.push(text), *finder.end(pieces[-1])]:
         match found:
             case Said():
                 content += found.text
@@ -441,8 +440,9 @@ def _delta_of(found: Found) -> Delta:
     return Delta(tool_calls=[call])
 
 
-def _finish_reason(piece: Piece, has_calls: bool) -> str | None:
-    return "tool_calls" if has_calls and piece.finish_reason == "stop" else piece.finish_reason
+def _finish_reason(piece: Piece, finder: CallFinder | None) -> str | None:
+    calls = finder is not None and finder.has_whole_calls and piece.finish_reason == "stop"
+    return "tool_calls" if calls else piece.finish_reason
 
 
 def _token_ids(pieces: Sequence[Piece]) -> list[int]:

@@ -172,14 +172,14 @@ class ResponsesFormat:
         self._untold += self._logprobs(piece)
         found: list[Found] = self._finder.push(piece.text) if self._finder is not None else [Said(piece.text)]
         if piece.finish_reason is not None:
-            self._finish_reason = piece.finish_reason
             if self._finder is not None:
-                found += self._finder.finish(is_cut=piece.finish_reason == "length")
+                found += self._finder.end(piece)
             if not (self._items or found):
                 found = [Said("")]
         for one in found:
             self._add(one)
         if piece.finish_reason is not None:
+            self._finish_reason = piece.finish_reason
             self._close()
 
     def _logprobs(self, piece: Piece) -> list[TokenLogprob]:
@@ -245,7 +245,8 @@ class ResponsesFormat:
                 self._tell_item("response.custom_tool_call_input.delta", delta=item.input)
                 self._tell_item("response.custom_tool_call_input.done", input=item.input)
                 kept = InputItem(type=item.type, call_id=item.call_id, name=item.name, input=item.input)
-        item.status = "incomplete" if self._finish_reason == "length" else "completed"
+        is_stopped = self._finish_reason is not None and self._finder is not None and self._finder.is_last_cut
+        item.status = "incomplete" if self._finish_reason == "length" or is_stopped else "completed"
         self._tell("response.output_item.done", output_index=len(self._items) - 1, item=item)
         self._open = None
         if self._recent is not None:

@@ -9,6 +9,7 @@ from megatron_medha.server.call_python import PythonCall
 from megatron_medha.server.call_readers import CallBegan, CallReader, CallWent, Found, JsonCall, Said
 from megatron_medha.server.call_syntax import MARKS, REASONING
 from megatron_medha.server.call_tags import TagCall
+from megatron_medha.server.generation import Piece
 from megatron_medha.server.tools import ToolUse
 
 __all__ = ["CallBegan", "CallFinder", "CallWent", "Found", "Said"]
@@ -32,12 +33,14 @@ class CallFinder:
         start = "" if marks.tags is None else marks.tags.start
         # Passed over in a section: an opening said twice, and what surrounds single calls.
         self._passed = tuple(mark for mark in (*marks.between, *marks.openings) if mark != start)
+        self._ends = (*marks.closings, *marks.between, "" if marks.tags is None else marks.tags.end)
         self._all_marks = (*self._passed, *marks.closings, *([start] if start else ()))
         self._rest = ""                      # not yet known what it is
         self._space = ""                     # white space that waits for words
         self._holds_space = True
         self._last_char = ""
         self._num_calls = 0
+        self.is_last_cut = False             # of the calls
         self._reader: CallReader | None = None
         self._section: str | None = None     # what was skipped of a section since its last call, or since it began
         self.is_marked = False               # whether the section has an opening
@@ -66,9 +69,21 @@ class CallFinder:
                 pass
         return found
 
+    @property
+    def has_whole_calls(self) -> bool:
+        """Whether there are calls, and the last has not been cut."""
+        return self.has_calls and not self.is_last_cut
+
+    def end(self, last: Piece) -> list[Found]:
+        """As finish(): nothing follows this piece."""
+        # A stop string that is the end of a call cuts none.
+        is_stopped = isinstance(last.stop_reason, str) and last.stop_reason.strip() not in self._ends
+        return self.finish(is_cut=last.finish_reason == "length" or is_stopped)
+
     def finish(self, *, is_cut: bool = False) -> list[Found]:
-        """No more text follows. is_cut: because there was no room for more."""
+        """No more text follows. is_cut: because there was no room for more, or it was stopped."""
         found: list[Found] = []
+        self.is_last_cut = is_cut and self._reader is not None and self._reader.has_begun
         if is_cut and self._section is not None and self.is_marked and not (self._reader and self._reader.has_begun):
             # A call was cut before it had a name.
             self._reader, self._rest, self._section_has_calls = None, "", True

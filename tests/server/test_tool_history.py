@@ -195,6 +195,28 @@ def test_half_a_surrogate_pair_in_a_call_is_answered_and_taken_back_on_every_rou
     assert json.loads(server.events(MESSAGES, body)[-1]) == {"type": "message_stop"}
 
 
+@pytest.mark.parametrize(
+    ("stop", "arguments", "is_whole"),
+    [("\n", '{"city": "Oslo"', False), ("slo", '{"city": "O', False), ("}", '{"city": "Oslo",\n"n": 1', False),
+     ("</tool_call>", '{"city": "Oslo",\n"n": 1}', True)],
+)  # fmt: skip
+def test_a_call_that_a_stop_string_cuts_is_not_completed(
+    says: SayIt, stop: str, arguments: str, is_whole: bool
+) -> None:
+    server = says('<tool_call>{"name": "f", "arguments": {"city": "Oslo",\n"n": 1}}\n</tool_call>', NAMES_ROLES)
+    question = {"role": "user", "content": "hi"}
+
+    body = {"messages": [question], "tools": [{"type": "function", "function": TOOL}], "stop": stop}
+    choice = server.post(CHAT, body).json()["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == arguments
+    assert choice["finish_reason"] == ("tool_calls" if is_whole else "stop")
+    events = [json.loads(event) for event in server.events(CHAT, body)[:-1]]
+    assert events[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    body = {"input": [question], "tools": [{"type": "function", **TOOL}], "stop": stop}
+    (item,) = server.post(RESPONSES, body).json()["output"]
+    assert item["status"] == ("completed" if is_whole else "incomplete")
+
+
 AROUND = 'I look.\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n\nNow:\n\n    x = 1\n\n- a\n- b'
 
 
