@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_medha.server.json_text import JsonText, dump, read_value
+from megatron_medha.server.json_text import JsonText, as_unicode, dump, read_value
 
 # The usual order of a call's fields; then arguments can be sent on as they come.
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*\{\Z')
@@ -240,5 +240,5 @@ def _read_arguments(text: str) -> str:
     try:
         value = read_value(text)
     except ValueError:
-        return text.strip() or "{}"
-    return dump(value) if isinstance(value, dict) else text
+        value = None
+    return dump(value) if isinstance(value, dict) else as_unicode(text.strip()) or "{}"

@@ -14,6 +14,8 @@ _IN_STRING = re.compile(r"[^\"'\\\x00-\x1f]+")
 _WORD = re.compile(r"[\w.+-]+")
 _HEX = re.compile("[0-9A-Fa-f]")
 _ESCAPE_CHARS = len(r"\u0041")
+_REPLACEMENT = r"\ufffd"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # What Python and JavaScript call values, of which some are none in JSON.
 _WORDS = {
     "True": "true", "False": "false", "None": "null", "undefined": "null", "NaN": "null", "Infinity": "null",
@@ -35,6 +37,7 @@ class JsonText:
         self._quote = ""              # of the string it is in
         self._quote_end = ""          # a single quote that may end it, and the white space after that
         self._escape = ""             # a backslash, or more of an escape
+        self._first_half = ""         # of a surrogate pair, as an escape
         self._word = ""               # outside strings, kept back until it ends
         self._comma = ""              # and the white space after it: kept back until something follows
         self._may_begin = True        # a string, here
@@ -115,7 +118,7 @@ class JsonText:
     def _end_string(self) -> None:
         """If there was a quote that may end it."""
         if self._quote_end:
-            self._cleaned.append('"' + self._quote_end[1:])
+            self._say('"' + self._quote_end[1:])
             self._quote = self._quote_end = ""
 
     def _read_string(self, text: str, place: int) -> int:
@@ -128,7 +131,7 @@ class JsonText:
             if char in ",:]}<":
                 self._end_string()
                 return place
-            self._cleaned.append("'" + json.dumps(self._quote_end[1:])[1:-1])
+            self._say("'" + json.dumps(self._quote_end[1:])[1:-1])
             self._quote_end = ""
         if self._escape:
             return self._read_escape(char, place)
@@ -138,33 +141,51 @@ class JsonText:
             self._quote_end = char
         elif char == self._quote:
             self._quote = ""
-            self._cleaned.append(char)
+            self._say(char)
         elif (run := _IN_STRING.match(text, place)) is not None:
-            self._cleaned.append(run.group())
+            self._say(run.group())
             return run.end()
         else:  # the other quote, or a control character
-            self._cleaned.append(json.dumps(char)[1:-1])
+            self._say(json.dumps(char)[1:-1])
         return place + 1
 
     def _read_escape(self, char: str, place: int) -> int:
         if len(self._escape) > 1 and _HEX.fullmatch(char) or self._escape + char == "\\u":
             self._escape += char
             if len(self._escape) == _ESCAPE_CHARS:
-                self._cleaned.append(self._escape)
-                self._escape = ""
+                self._end_code()
             return place + 1
         escape, self._escape = self._escape, ""
         if len(escape) > 1:  # a path of Windows
-            self._cleaned.append("\\" + escape)
+            self._say("\\" + escape)
             return place
         if char in '"\\/bfnrt':
-            self._cleaned.append("\\" + char)
+            self._say("\\" + char)
             return place + 1
         if char == "'":
-            self._cleaned.append(char)
+            self._say(char)
             return place + 1
-        self._cleaned.append("\\\\")
+        self._say("\\\\")
         return place
+
+    def _end_code(self) -> None:
+        """An escape of a code is complete. Halves of surrogate pairs, which are no text, are replaced."""
+        escape, self._escape = self._escape, ""
+        code = int(escape[2:], 16)
+        if 0xD800 <= code < 0xDC00:
+            self._say("")
+            self._first_half = escape
+        elif 0xDC00 <= code < 0xE000 and self._first_half:
+            self._cleaned.append(self._first_half + escape)
+            self._first_half = ""
+        else:
+            self._say(_REPLACEMENT if 0xDC00 <= code < 0xE000 else escape)
+
+    def _say(self, text: str) -> None:
+        if self._first_half:
+            self._cleaned.append(_REPLACEMENT)
+            self._first_half = ""
+        self._cleaned.append(text)
 
 
 def read_value(text: str) -> Any:
@@ -192,13 +213,13 @@ def loads(text: str, *, strict: bool = True) -> Any:
 
 
 def dump(value: Any) -> str:
-    """JSON as models write it; with escapes only where the text would be no Unicode. ValueError as in loads()."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value)
-    return text
+    """JSON as models write it, halves of surrogate pairs replaced. ValueError as in loads()."""
+    return as_unicode(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def as_unicode(text: str) -> str:
+    """The text with halves of surrogate pairs replaced, which Python's strings may have and UTF-8 may not."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def _read_strictly(text: str) -> Any:

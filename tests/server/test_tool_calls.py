@@ -244,6 +244,7 @@ CALL, F = '{"name": "f", "arguments": {"text": "P"}}', ("f", '{"text": "P"}')
         (hermes('{"name": "f", "arguments": "{\\"text\\": \\"P\\"}"}'), [F]),
         (hermes('{"type": "function", "function": {"name": "f", "arguments": {"text": "P"}}}'), [F]),
         (hermes(CALL.replace('"f"', '"none"')), [("none", '{"text": "P"}')]),
+        (hermes(r'{"name": "f", "arguments": "half \ud83d"}'), [("f", "half \ufffd")]),
         (hermes(CALL.replace('"f"', r'"\g"')), [(r"\g", '{"text": "P"}')]),
         (hermes('{"answer": 1}'), [hermes('{"answer": 1}')]), (hermes("I can."), [hermes("I can.")]),
         (hermes(CALL + " Done."), [F, " Done.\n"]), (f"<tool_call>{CALL}\nDone.", [F, "\nDone."]),
@@ -267,6 +268,7 @@ def test_calls_that_are_nearly_right_are_calls_and_leave_no_marks_behind(text: s
         ("{'a': 'it\\'s' , \"b\": \"it's\"}", {"a": "it's", "b": "it's"}),
         ('{"a": True, "b": [None, False], "c": "True"}', {"a": True, "b": [None, False], "c": "True"}),
         ('{"a": NaN, "b": -Infinity, "c": -1}', {"a": None, "b": None, "c": -1}),
+        (r'{"a": "\ud83d\ude00 \ud83d \ude00\ud83d\n\ud83d"}', {"a": "\U0001f600 \ufffd \ufffd\ufffd\n\ufffd"}),
         (r'{"a": "C:\users\u00e9\u1"}', {"a": "C:\\users\u00e9\\u1"}),
     ],
 )  # fmt: skip

@@ -182,6 +182,7 @@ def test_half_a_surrogate_pair_in_a_call_is_answered_and_taken_back_on_every_rou
 
     chat = {"messages": [question], "tools": [{"type": "function", "function": TOOL}]}
     message = server.post(CHAT, chat).json()["choices"][0]["message"]
+    assert [call["function"]["arguments"] for call in message.get("tool_calls", ())] in ([], [r'{"city": "a\ufffd"}'])
     assert server.post(CHAT, {**chat, "messages": [question, message]}).status_code == 200
     server.events(CHAT, chat)
     response = {"input": [question], "tools": [{"type": "function", **TOOL}]}
@@ -191,7 +192,7 @@ def test_half_a_surrogate_pair_in_a_call_is_answered_and_taken_back_on_every_rou
     body = {"model": "fake-model", "messages": [question], "max_tokens": 200,
             "tools": [{"name": "f", "input_schema": {"type": "object"}}]}  # fmt: skip
     (block,) = server.post(MESSAGES, body).json()["content"]
-    assert block.get("input", {}) in ({}, {"city": "a\ud83d"})
+    assert block.get("input", {}) in ({}, {"city": "a\ufffd"})
     assert json.loads(server.events(MESSAGES, body)[-1]) == {"type": "message_stop"}
 
 
