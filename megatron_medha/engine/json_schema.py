@@ -200,7 +200,7 @@ class _Translation:
         if all(are_disjoint(one, other, self._resolved) for one, other in combinations(raw, 2)):
             _and_more(made, "anyOf", options)
             return
-        self._refuse(path, "an answer might match several of these; say anyOf, or tell them apart by a required "
+        self._refuse(path, "an answer might match several of these; say anyOf, or give each a required "
                            "property with a const of its own")  # fmt: skip
 
     def _rewrite(self, made: dict[str, Any], given: dict[str, Any], path: str) -> Schema:

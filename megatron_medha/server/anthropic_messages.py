@@ -131,8 +131,8 @@ class MessagesFormat:
 
     def opening_events(self) -> Sequence[bytes]:
         """The message without its content, and a ping."""
-        self._tell("message_start", message=self._answer(None))
-        self._tell("ping")
+        self._emit("message_start", message=self._answer(None))
+        self._emit("ping")
         return self._take_events()
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
@@ -143,8 +143,8 @@ class MessagesFormat:
     def closing_events(self, usage: Usage) -> Sequence[bytes]:
         """Why the message ended, what it cost, and its end."""
         delta = BlockDelta(stop_reason=self._stop_reason, stop_sequence=self._stop_sequence)
-        self._tell("message_delta", delta=delta, usage=self._usage(usage))
-        self._tell("message_stop")
+        self._emit("message_delta", delta=delta, usage=self._usage(usage))
+        self._emit("message_stop")
         return self._take_events()
 
     def error_events(self, error: ApiError) -> Sequence[bytes]:
@@ -181,20 +181,20 @@ class MessagesFormat:
                 block = self._blocks[-1]
                 assert isinstance(block, TextBlock)
                 block.text += found.text
-                self._tell_block("content_block_delta", delta=BlockDelta(type="text_delta", text=found.text))
+                self._emit_block("content_block_delta", delta=BlockDelta(type="text_delta", text=found.text))
             case CallBegan():
                 self._begin(ToolUseBlock(id=found.call_id, name=found.name))
                 self._arguments = ""
             case CallWent():
                 self._arguments += found.arguments
                 delta = BlockDelta(type="input_json_delta", partial_json=found.arguments)
-                self._tell_block("content_block_delta", delta=delta)
+                self._emit_block("content_block_delta", delta=delta)
 
     def _begin(self, block: TextBlock | ToolUseBlock) -> None:
         self._close()
         self._blocks.append(block)
         self._is_open = True
-        self._tell_block("content_block_start", content_block=block)
+        self._emit_block("content_block_start", content_block=block)
 
     def _close(self) -> None:
         if not self._is_open:
@@ -203,12 +203,12 @@ class MessagesFormat:
         if isinstance(block := self._blocks[-1], ToolUseBlock):
             # The message's stop_reason says whether it was cut.
             block.input = msgspec.Raw(dump(read_cut_object(self._arguments)).encode())
-        self._tell_block("content_block_stop")
+        self._emit_block("content_block_stop")
 
-    def _tell_block(self, kind: str, **fields: object) -> None:
-        self._tell(kind, index=len(self._blocks) - 1, **fields)
+    def _emit_block(self, kind: str, **fields: object) -> None:
+        self._emit(kind, index=len(self._blocks) - 1, **fields)
 
-    def _tell(self, kind: str, **fields: object) -> None:
+    def _emit(self, kind: str, **fields: object) -> None:
         if self._spec.is_stream:
             event = MessagesEvent(type=kind, **fields)  # type: ignore[arg-type]
             self._events.append(b"event: " + kind.encode() + b"\ndata: " + encode_json(event) + b"\n\n")

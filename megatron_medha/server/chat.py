@@ -291,7 +291,7 @@ class ChatFormat:
         sample = ChatChunkChoice(index=0, delta=Delta(content=MARK))
         self._template = EventTemplate(spec, self._encode_event(sample, None))
         self._finders = [] if spec.tools is None else [CallFinder(spec.tools) for _ in range(spec.num_choices)]
-        self._untold: list[list[Piece]] = [[] for _ in self._finders]  # tokens whose text is not told yet
+        self._unsent: list[list[Piece]] = [[] for _ in self._finders]  # tokens whose text is in no event yet
 
     def opening_events(self) -> Sequence[bytes]:
         """For each choice an event that says who speaks, with no text yet."""
@@ -349,8 +349,8 @@ class ChatFormat:
         return encode_json(answer)
 
     def _events_with_calls(self, piece: Piece, usage: Usage | None) -> bytes:
-        finder, untold = self._finders[piece.choice_index], self._untold[piece.choice_index]
-        untold.append(piece)
+        finder, unsent = self._finders[piece.choice_index], self._unsent[piece.choice_index]
+        unsent.append(piece)
         found = finder.push(piece.text)
         if piece.finish_reason is not None:
             found += finder.end(piece)
@@ -362,9 +362,9 @@ class ChatFormat:
         for place, delta in enumerate(deltas):
             is_last = place == len(deltas) - 1
             # What is said of tokens goes with the first event they become a part of.
-            events.append(self._event(untold[:], delta, reason if is_last else None, usage))
-            untold.clear()
-            untold += [] if is_last else [piece._replace(token_id=None)]
+            events.append(self._event(unsent[:], delta, reason if is_last else None, usage))
+            unsent.clear()
+            unsent += [] if is_last else [piece._replace(token_id=None)]
         return b"".join(events)
 
     def _event(

@@ -130,15 +130,15 @@ class ResponsesFormat:
         self._items: list[OutputItem] = []
         self._open: OutputItem | None = None
         self._arguments = ""                  # of the open call, as the model writes them
-        self._untold: list[TokenLogprob] = []  # of tokens whose text is in no event yet
+        self._unsent: list[TokenLogprob] = []  # of tokens whose text is in no event yet
         self._finish_reason: str | None = None
         self._num_events = 0
         self._events: list[bytes] = []
 
     def opening_events(self) -> Sequence[bytes]:
         """That there is an answer, and that it is being made."""
-        self._tell("response.created", response=self._answer("in_progress", None))
-        self._tell("response.in_progress", response=self._answer("in_progress", None))
+        self._emit("response.created", response=self._answer("in_progress", None))
+        self._emit("response.in_progress", response=self._answer("in_progress", None))
         return self._take_events()
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
@@ -149,13 +149,13 @@ class ResponsesFormat:
     def closing_events(self, usage: Usage) -> Sequence[bytes]:
         """The whole answer once more."""
         status = self._status
-        self._tell(f"response.{status}", response=self._answer(status, usage))
+        self._emit(f"response.{status}", response=self._answer(status, usage))
         return self._take_events()
 
     def error_events(self, error: ApiError) -> Sequence[bytes]:
         """The error in place of what would have followed."""
         body = ErrorBody(error.message, error_type(error.status), error.param, error.code)
-        self._tell("error", code=error.code, message=error.message, param=error.param, error=body)
+        self._emit("error", code=error.code, message=error.message, param=error.param, error=body)
         return self._take_events()
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
@@ -169,7 +169,7 @@ class ResponsesFormat:
         return "incomplete" if self._finish_reason == "length" else "completed"
 
     def _push(self, piece: Piece) -> None:
-        self._untold += self._logprobs(piece)
+        self._unsent += self._logprobs(piece)
         found: list[Found] = self._finder.push(piece.text) if self._finder is not None else [Said(piece.text)]
         if piece.finish_reason is not None:
             if self._finder is not None:
@@ -193,15 +193,17 @@ class ResponsesFormat:
             case Said():
                 message = self._open
                 if not isinstance(message, OutputMessage):
+                    if self._items:  # the other tokens were a call's
+                        self._unsent = _last_tokens(self._unsent, found.text)
                     message = OutputMessage(id=_draw_id("msg"), content=[])
                     self._begin(message)
                     message.content.append(OutputText(logprobs=[]))
-                    self._tell_item("response.content_part.added", content_index=0, part=OutputText())
+                    self._emit_item("response.content_part.added", content_index=0, part=OutputText())
                 if found.text:
-                    logprobs, self._untold = self._untold, []
+                    logprobs, self._unsent = self._unsent, []
                     message.content[0].text += found.text
                     message.content[0].logprobs += logprobs
-                    self._tell_item(
+                    self._emit_item(
                         "response.output_text.delta", content_index=0, delta=found.text, logprobs=logprobs
                     )
             case CallBegan():
@@ -217,14 +219,14 @@ class ResponsesFormat:
             case CallWent():
                 self._arguments += found.arguments
                 if isinstance(self._open, OutputCall):
-                    self._tell_item("response.function_call_arguments.delta", delta=found.arguments)
+                    self._emit_item("response.function_call_arguments.delta", delta=found.arguments)
 
     def _begin(self, item: OutputItem) -> None:
         self._close()
         self._items.append(item)
         self._open = item
         self._arguments = ""
-        self._tell("response.output_item.added", output_index=len(self._items) - 1, item=item)
+        self._emit("response.output_item.added", output_index=len(self._items) - 1, item=item)
 
     def _close(self) -> None:
         item = self._open
@@ -232,33 +234,33 @@ class ResponsesFormat:
             return
         match item:
             case OutputMessage(content=[part]):
-                self._tell_item("response.output_text.done", content_index=0, text=part.text, logprobs=part.logprobs)
-                self._tell_item("response.content_part.done", content_index=0, part=part)
+                self._emit_item("response.output_text.done", content_index=0, text=part.text, logprobs=part.logprobs)
+                self._emit_item("response.content_part.done", content_index=0, part=part)
                 kept = InputItem(role="assistant", content=part.text)
             case OutputCall():
                 item.arguments = self._arguments
-                self._tell_item("response.function_call_arguments.done", arguments=item.arguments, name=item.name)
+                self._emit_item("response.function_call_arguments.done", arguments=item.arguments, name=item.name)
                 kept = InputItem(type=item.type, call_id=item.call_id, name=item.name, arguments=item.arguments)
             case OutputCustomCall():
                 # Its text stands in JSON, which is read once it is whole.
                 item.input = text_argument(self._arguments)
-                self._tell_item("response.custom_tool_call_input.delta", delta=item.input)
-                self._tell_item("response.custom_tool_call_input.done", input=item.input)
+                self._emit_item("response.custom_tool_call_input.delta", delta=item.input)
+                self._emit_item("response.custom_tool_call_input.done", input=item.input)
                 kept = InputItem(type=item.type, call_id=item.call_id, name=item.name, input=item.input)
         is_stopped = self._finish_reason is not None and self._finder is not None and self._finder.is_last_cut
         item.status = "incomplete" if self._finish_reason == "length" or is_stopped else "completed"
-        self._tell("response.output_item.done", output_index=len(self._items) - 1, item=item)
+        self._emit("response.output_item.done", output_index=len(self._items) - 1, item=item)
         self._open = None
         if self._recent is not None:
             if not isinstance(item, OutputMessage):
                 kept.namespace = item.namespace or None
             self._recent.add(self._client, item.id, kept)
 
-    def _tell_item(self, kind: str, **fields: object) -> None:
+    def _emit_item(self, kind: str, **fields: object) -> None:
         assert self._open is not None
-        self._tell(kind, item_id=self._open.id, output_index=len(self._items) - 1, **fields)
+        self._emit(kind, item_id=self._open.id, output_index=len(self._items) - 1, **fields)
 
-    def _tell(self, kind: str, **fields: object) -> None:
+    def _emit(self, kind: str, **fields: object) -> None:
         if self.spec.is_stream:
             event = ResponseEvent(type=kind, sequence_number=self._num_events, **fields)  # type: ignore[arg-type]
             self._num_events += 1
@@ -291,6 +293,15 @@ class ResponsesFormat:
             ),
             user=body.user,
         )  # fmt: skip
+
+
+def _last_tokens(tokens: list[TokenLogprob], text: str) -> list[TokenLogprob]:
+    """Those of which this text consists, if it is the end of theirs."""
+    num_bytes, place = len(text.encode()), len(tokens)
+    while num_bytes > 0 and place:
+        place -= 1
+        num_bytes -= len(tokens[place].bytes or ())
+    return tokens[place:]
 
 
 def _draw_id(prefix: str) -> str:

@@ -220,4 +220,4 @@ class ResponseEvent(Struct, kw_only=True):
     code: str | None | UnsetType = UNSET
     message: str | UnsetType = UNSET
     param: str | None | UnsetType = UNSET
-    error: Any | UnsetType = UNSET   # of ErrorBody; by it the openai package tells that a stream has failed
+    error: Any | UnsetType = UNSET   # of ErrorBody; by it the openai package sees that a stream has failed

@@ -21,7 +21,7 @@ _QUOTES = "`'\""
 
 
 class CallFinder:
-    """Tells calls from text. What looks like a call and is none stays text: nothing is lost.
+    """Separates calls from text. What looks like a call and is none stays text: nothing is lost.
 
     White space right after a call, or before everything, goes with the words that follow; where none follow, it goes.
     What is found does not depend on how the text is cut into pieces.

@@ -105,7 +105,7 @@ def usable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | str | None) 
 
 
 def definitions_of(tools: ToolUse | None) -> tuple[dict[str, Any], ...]:
-    """What a chat template is told. Many templates go through the parameters of every function."""
+    """What a chat template gets. Many templates go through the parameters of every function."""
     return () if tools is None else tuple(_with_parameters(definition) for definition in tools.definitions)
 
 

@@ -246,6 +246,16 @@ def test_text_around_a_call_is_the_same_whole_and_in_streams_of_every_route(says
     assert "".join(texts) == first + after
 
 
+def test_log_probabilities_of_a_response_are_those_of_its_texts_not_of_calls(says: SayIt) -> None:
+    server = says(AROUND, NAMES_ROLES)
+    body = {"input": "hi", "tools": [{"type": "function", **TOOL}], "include": ["message.output_text.logprobs"]}
+    output = server.post(RESPONSES, body).json()["output"]
+    parts = [item["content"][0] for item in output if item["type"] == "message"]
+    assert len(parts) == 2
+    for part in parts:
+        assert "".join(token["token"] for token in part["logprobs"]) == part["text"]
+
+
 def test_a_call_that_is_thought_about_is_text_also_where_the_template_opens_the_thought(says: SayIt) -> None:
     call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     server = says(f"Perhaps {call}?\n</think>\n\nNo.", NAMES_ROLES + "<think>\n")
