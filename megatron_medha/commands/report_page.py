@@ -99,7 +99,7 @@ def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
             axes.plot([p99], [y], "|", color=_COLOURS[name], markersize=9, markeredgewidth=2)
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
-    axes.set_yticks(range(len(runs)), [_named(run, runs) for run in runs], fontsize="small")
+    axes.set_yticks(range(len(runs)), [_as_label(_named(run, runs)) for run in runs], fontsize="small")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set(xlabel="seconds", title="TTFT by length class: dot p50, bar p99")
@@ -122,11 +122,11 @@ def _pareto_plot(runs: Sequence[Run], name: str, out: Path) -> Path | None:
         ttft_s, tokens_per_s = run.latency_s(name, "ttft_s", "p99"), run.values["all"]["tokens_per_s"]
         if ttft_s is None or not tokens_per_s:
             continue
-        label = _named(run, runs) if run in listed else None
+        label = _as_label(_named(run, runs)) if run in listed else None
         colour = _FRONT_COLOUR if run in front else "grey"
         axes.plot(tokens_per_s, ttft_s, "s" if run.is_simulated else "o", color=colour, label=label)
         place = (tokens_per_s, ttft_s)
-        axes.annotate(run.name, place, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
+        axes.annotate(_as_label(run.name), place, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
     for kind in sorted({run.is_simulated for run in front}):
         of_kind = [run for run in front if run.is_simulated is kind]
         line = [(run.values["all"]["tokens_per_s"], run.latency_s(name, "ttft_s", "p99")) for run in of_kind]
@@ -157,6 +157,11 @@ def _named(run: Run, runs: Sequence[Run]) -> str:
     facts = [_kind(run)] if _has_both_kinds(runs) else []
     facts += [f"{_short(key)}={run.options[key]}" for key in telling_keys(runs)[:4]]
     return f"{run.name}: {', '.join(facts)}" if facts else run.name
+
+
+def _as_label(text: str) -> str:
+    """As matplotlib shows it as it is: formulas stand between dollars, and legends leave out what begins with _."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _render(template: str, facts: dict[str, Any]) -> str:

@@ -112,6 +112,23 @@ def test_tables_and_pictures_call_a_run_by_the_same_name(tmp_path: Path, monkeyp
     assert [text.get_text() for text in pareto_axes.get_legend().get_texts()] == named
 
 
+def test_names_with_dollars_or_underscores_are_in_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    for index, name in enumerate(("x$_{y$", "_b", "c")):
+        write_run(tmp_path / "runs" / name, qps=1.0, ttft_s=1.0 + index, tokens_per_s=1.0 + index)
+    assert main(["report", str(tmp_path / "runs"), f"out={tmp_path / 'page'}"]) == 0
+    legend = figures[1].axes[0].get_legend()
+    assert sorted(text.get_text() for text in legend.get_texts()) == [" _b", "c", "x\\$_{y\\$"]
+
+
+def test_a_line_in_a_name_ends_no_cell_of_the_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "a|b", qps=1.0, ttft_s=1.0, tokens_per_s=1.0)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "| a\\|b |" in (tmp_path / "report.md").read_text()
+
+
 def test_a_directory_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
 
