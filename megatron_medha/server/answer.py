@@ -39,7 +39,8 @@ PROGRESS_S = 1.0  # between progress comments for clients that ask, where the co
 UNREAD_STEPS = 16
 # Above this many positions an answer is rendered off the event loop, which other streams need.
 MAX_INLINE_POSITIONS = 2_000
-_MAX_INLINE_COPIES = 100_000  # ids of a prompt that every choice gets a copy of
+_SUBMITTED_IDS = 100_000  # that choices get copies of before others run: 0.1 ms
+_SUBMITTED = 64           # choices before that: some 3 ms
 
 T = TypeVar("T")
 
@@ -150,12 +151,12 @@ class Answer(Response):
         return self._num_parts if self._is_sending else None
 
     async def _submit(self) -> None:
-        for choice in self._choices:
+        for number, choice in enumerate(self._choices, start=1):
             request, token_ids, sampling = self._spec.engine_request(choice.index)
             self._live_ids.add(request.request_id)
             self._engine.submit(request, token_ids, sampling)
-            if len(token_ids) > _MAX_INLINE_COPIES:
-                await asyncio.sleep(0)  # a million ids take a millisecond to copy, for each of the choices
+            if len(token_ids) > _SUBMITTED_IDS or number % _SUBMITTED == 0:
+                await asyncio.sleep(0)
 
     async def _next_piece(self, stream: Stream) -> Piece:
         # The next token of any choice; ApiError where a sub-request, and so the whole answer, fails.

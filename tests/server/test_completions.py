@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 
 import pytest
 from fake_engine import FakeEngine, say
@@ -324,3 +325,41 @@ def test_a_long_prompt_in_an_answer_is_written_on_a_thread_by_slices(
     assert choice["logprobs"]["text_offset"] == list(range(10_001))
     assert max(num_encoded) <= 2_048 and sum(num_encoded) >= 5 * 10_000
     assert threads and server.thread.name not in threads
+
+
+def test_other_requests_are_served_between_the_choices_of_one(start_server: StartServer) -> None:
+    server = start_server(FakeEngine(is_stepped=True))
+    turns_of_submissions: list[int] = []
+    turns_of_tokens: list[int] = []
+    num_turns, is_done = 0, threading.Event()
+    submit, first_token = server.engine.submit, server.service.metrics.first_token
+    loop = server.service.streams._loop
+    assert loop is not None
+
+    def turn() -> None:
+        nonlocal num_turns
+        num_turns += 1
+        if not is_done.is_set():
+            loop.call_soon(turn)
+
+    def noting_submit(*args: object) -> None:
+        turns_of_submissions.append(num_turns)
+        submit(*args)
+
+    def noting_first_token(*args: object) -> None:
+        turns_of_tokens.append(num_turns)
+        first_token(*args)
+
+    server.engine.submit = noting_submit  # type: ignore[method-assign]
+    server.service.metrics.first_token = noting_first_token  # type: ignore[method-assign]
+    loop.call_soon_threadsafe(turn)
+    try:
+        with server.connect(PATH, json.dumps({"prompt": ["a"] * 300, "max_tokens": 1}).encode()) as connection:
+            server.engine.wait_for_submitted(300)
+            server.engine.step(1)
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+    finally:
+        is_done.set()
+    for turns in (turns_of_submissions, turns_of_tokens):
+        assert len(turns) == 300
+        assert max(Counter(turns).values()) <= 64
