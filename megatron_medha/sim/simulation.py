@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -32,6 +33,7 @@ from megatron_medha.sim.systems.instances_world import InstancesWorld
 from megatron_medha.sim.truth import Truth, Work
 from megatron_medha.sim.truth_config import TruthConfig
 
+_MOST_LONE_TIMES = 64  # tables that are kept, of up to thousands of numbers each
 _NUM_SAMPLES = 400  # of the state, over the time in which requests arrive
 
 
@@ -134,16 +136,9 @@ class Simulation:
         self.isolated_s = self._lone_times(replace(setup, config=SchedulerConfig(), learns=False))
 
     def _lone_times(self, setup: SchedulerSetup) -> IsolatedTimes:
-        """TTFT of a prompt alone under a scheduler, by length; noise is left out."""
         config = self.config
-        quiet = Truth(self._cost, config.shard_tokens, replace(config.truth, noise=0.0), config.seed)
-        return IsolatedTimes(
-            lambda: build_system(setup),
-            quiet,
-            lambda: Pipeline(setup.layout.spp, setup.layout.kvp),
-            self.workload.facts.max_prompt_tokens,
-            self._cost.engine.request_s,
-        )
+        truth = replace(config.truth, noise=0.0)
+        return _lone_times(setup, config.shard_tokens, truth, self.workload.facts.max_prompt_tokens)
 
     def least_ttft_s(self) -> Callable[[int], float] | None:
         """A bound by prompt length: no load, however small, gives a first token sooner. None: it is not known."""
@@ -270,6 +265,19 @@ class Simulation:
             "kv_used_mean": sum(kv_shares) / len(kv_shares) if kv_shares else None,
             "kv_used_max": max(kv_shares, default=None),
         }
+
+
+@lru_cache(_MOST_LONE_TIMES)
+def _lone_times(setup: SchedulerSetup, shard_tokens: int, truth: TruthConfig, max_tokens: int) -> IsolatedTimes:
+    """TTFT of a prompt alone under a scheduler, by length: the same for any number of replicas and any load."""
+    cost = setup.cluster_cost
+    return IsolatedTimes(
+        lambda: build_system(setup),
+        Truth(cost, shard_tokens, truth, seed=0),
+        lambda: Pipeline(setup.layout.spp, setup.layout.kvp),
+        max_tokens,
+        cost.engine.request_s,
+    )
 
 
 def _load(

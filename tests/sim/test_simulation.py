@@ -275,3 +275,10 @@ def test_replicas_share_the_requests_of_one_workload(trial: Callable[..., Trial]
     workload = trial(6.0).config.workload
     assert (workload.qps, workload.num_requests, trial(6.0).num_gpus) == (6.0, 120, 32)
     assert trial(1.0).config.workload.num_requests == 40, "no fewer where they come slower"
+
+
+def test_prompts_alone_are_simulated_once_for_all_loads_and_numbers_of_replicas() -> None:
+    one = config(num_requests=20)
+    faster = replace(one, dp=2, workload=replace(one.workload, qps=7.0))
+    assert Simulation(faster).isolated_s is Simulation(one).isolated_s
+    assert Simulation(replace(one, truth=TruthConfig(linear_bias=1.5))).isolated_s is not Simulation(one).isolated_s
