@@ -37,6 +37,7 @@ _TYPES = ("null", "boolean", "number", "string", "array", "object")
 _COMBINING = {"anyOf", "allOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "$dynamicRef", "$recursiveRef"}
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "dependencies")
 
+_NAMES_PATTERN = re.compile(r"\^(?:([\w -]+)|\((?:\?:)?([\w -]+(?:\|[\w -]+)*)\))\$")
 _RELATIVE = re.compile(r"([0-9]{1,3})((?:/[^/]*)*)")  # a pointer from where it stands, some levels up and down again
 
 Schema = dict[str, Any] | bool
@@ -100,7 +101,8 @@ class _Translation:
         with_strings(made, given, refuse)
         if isinstance(multiple := made.get("multipleOf"), int | float) and not isinstance(multiple, bool):
             self._multiples.add(multiple)
-        return self._rewrite(made, given, path)
+        rewritten = self._rewrite(made, given, path)
+        return _with_names_of_patterns(rewritten) if isinstance(rewritten, dict) else rewritten
 
     def _keyword(self, made: dict[str, Any], key: str, value: Any, path: str) -> None:
         match key:
@@ -376,6 +378,22 @@ def _and_more(made: dict[str, Any], key: str, schemas: list[Schema]) -> None:
 def _both(one: dict[str, Any], other: Schema) -> dict[str, Any]:
     """What matches both."""
     return {**one, "allOf": [*one.get("allOf", ()), other]}
+
+
+def _with_names_of_patterns(made: dict[str, Any]) -> dict[str, Any]:
+    """Patterns all of whose names the schema lists, as these names: the library would end the object after a comma."""
+    properties, patterns = dict(made.get("properties", {})), dict(made.get("patternProperties", {}))
+    required = made["required"] if isinstance(made.get("required"), list) else []
+    listed = {*properties, *(name for name in required if isinstance(name, str))}
+    for pattern, schema in tuple(patterns.items()):
+        found = _NAMES_PATTERN.fullmatch(pattern)
+        names = [] if found is None else (found[1] or found[2]).split("|")
+        if names and listed.issuperset(names):
+            del patterns[pattern]
+            for name in names:
+                properties[name] = {"allOf": [properties[name], schema]} if name in properties else schema
+    changed = {"properties": properties, "patternProperties": patterns}
+    return {**made, **changed} if "patternProperties" in made else made
 
 
 def _name_for(pointer: str, taken: Iterable[str]) -> str:
