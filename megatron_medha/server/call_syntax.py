@@ -117,9 +117,12 @@ MARKS = {
         head_so_far=re.compile(r"[\w.-]+(?:<[｜tool▁sep]*>?)?[\w.-]*\s*(?:`{1,2}|```[json]*)?\s*"),
     ),
     CallSyntax.DEEPSEEK_DSML: Marks(
-        openings=("<｜DSML｜function_calls>",), closings=("</｜DSML｜function_calls>",), tags=_DSML_TAGS
+        openings=("<｜DSML｜function_calls>",), closings=("</｜DSML｜function_calls>",), within=("｜DSML｜",),
+        tags=_DSML_TAGS,
     ),
-    CallSyntax.GLM: Marks(openings=("<tool_call>",), closings=("</tool_call>",), tags=_GLM_TAGS),
+    CallSyntax.GLM: Marks(
+        openings=("<tool_call>",), closings=("</tool_call>",), within=("</arg_key>", "<arg_value>"), tags=_GLM_TAGS
+    ),
     CallSyntax.KIMI: Marks(
         openings=("<|tool_calls_section_begin|>",), closings=("<|tool_calls_section_end|>",),
         between=("<|tool_call_begin|>", "<|tool_call_end|>"), within=("<|tool_call_argument_begin|>",),
@@ -178,7 +181,9 @@ def tokens_of(syntax: CallSyntax) -> tuple[str, ...]:
     """What may be special tokens, and has to be seen where calls are looked for."""
     marks = MARKS[syntax]
     pairs = [mark for pair in REASONING for mark in pair]
-    return (*marks.openings, *marks.closings, *marks.between, *marks.within, *pairs)
+    tags = marks.tags
+    of_tags = () if tags is None else (tags.start, tags.end, tags.parameter_start, tags.parameter_end)
+    return (*marks.openings, *marks.closings, *marks.between, *marks.within, *of_tags, *pairs)
 
 
 def reasoning_end(prompt: str, continued: str = "") -> str | None:

@@ -166,3 +166,22 @@ def test_marks_of_calls_are_seen_also_where_they_are_special_tokens(
     assert message["content"] is None and message["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
     plain = server.post(CHAT, {"messages": HI, "tools": TOOLS, "tool_choice": "none"}).json()["choices"][0]["message"]
     assert plain["content"] == "now{}"
+
+
+@pytest.mark.parametrize(
+    ("special", "text"),
+    [
+        (("｜DSML｜",), '<｜DSML｜function_calls>\n<｜DSML｜invoke name="now">\n'
+                     '<｜DSML｜parameter name="zone" string="true">UTC</｜DSML｜parameter>\n'
+                     "</｜DSML｜invoke>\n</｜DSML｜function_calls>"),
+        (("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+         "<tool_call>now\n<arg_key>zone</arg_key>\n<arg_value>UTC</arg_value>\n</tool_call>"),
+    ],
+)  # fmt: skip
+def test_tokens_inside_of_calls_are_seen_also_where_they_are_special_ones(
+    start_server: StartServer, tokenizer: Tokenizer, special: tuple[str, ...], text: str
+) -> None:
+    told = with_template(tokenizer, text + "{{ tools }}{{ messages[0].content }}", special)
+    server = start_server(FakeEngine(rule=say([*told.encode(text, add_special_tokens=False), END])), told)
+    (call,) = server.post(CHAT, {"messages": HI, "tools": TOOLS}).json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "now", "arguments": '{"zone": "UTC"}'}
