@@ -44,8 +44,8 @@ def read_hf_config(directory: Path) -> ModelConfig:
     if config.fields.get("head_dim") is None and hidden_size % num_heads:
         raise config.wrong("hidden_size", f"a multiple of num_attention_heads={num_heads}, or head_dim be given")
     head_dim = config.integer("head_dim", hidden_size // num_heads)
-    if head_dim % 2:
-        raise config.wrong("head_dim", f"even, for rotary positions; it is {head_dim}")
+    if head_dim % 2 or head_dim < 4:
+        raise config.wrong("head_dim", f"even and at least 4, for rotary positions; it is {head_dim}")
     return ModelConfig(
         name=directory.resolve().name,
         num_layers=config.integer("num_hidden_layers"),

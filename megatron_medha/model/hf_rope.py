@@ -9,9 +9,13 @@ from __future__ import annotations
 from megatron_medha.core.errors import UnsupportedModelError
 from megatron_medha.model.json_fields import JsonFields
 from megatron_medha.model.model_config import RopeScaling
+from megatron_medha.model.weight_checks import MAX_CONTEXT_LEN
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 _DEFAULT_THETA = 10000.0
+_ORIGINAL = "original_max_position_embeddings"
+# Beyond these, formulas overflow or divide by zero.
+_MAX_THETA, _MAX_FACTOR = 1e15, 1e6
 
 # Every field of any rope type: transformers passes over those of the other types. "finetuned" is a note for people.
 _KNOWN = frozenset(
@@ -60,44 +64,58 @@ def rope_theta(config: JsonFields) -> float:
     """The base of the frequencies."""
     rope = _stated(config)
     fields = rope if "rope_theta" in rope.fields else config
-    return fields.number("rope_theta") if "rope_theta" in fields.fields else _DEFAULT_THETA
+    theta = fields.number("rope_theta") if "rope_theta" in fields.fields else _DEFAULT_THETA
+    if not 1 < theta <= _MAX_THETA:
+        raise fields.wrong("rope_theta", f"above 1 and at most {_MAX_THETA:g}")
+    return theta
 
 
 def rope_scaling(config: JsonFields) -> RopeScaling:
     """How the frequencies are scaled; rope_problems has found nothing."""
     rope = _stated(config)
+
+    def factor(key: str, default: float | None = None) -> float:
+        value = rope.number(key, default)
+        if not 1 / _MAX_FACTOR <= value <= _MAX_FACTOR:
+            raise rope.wrong(key, f"a number from {1 / _MAX_FACTOR:g} to {_MAX_FACTOR:g}")
+        return value
+
+    def optional(key: str) -> float | None:
+        return None if rope.fields.get(key) is None else factor(key)
+
     kind = _kind(rope)
     if kind == "default":
         return RopeScaling()
     if kind in ("linear", "dynamic"):
-        return RopeScaling(kind=kind, factor=rope.number("factor"))
-    # At the top level it goes before the one in rope_parameters.
+        return RopeScaling(kind=kind, factor=factor("factor"))
     max_positions = config.integer("max_position_embeddings")
-    original = rope.integer("original_max_position_embeddings", max_positions)
-    if config.fields.get("original_max_position_embeddings") is not None:
-        original = config.integer("original_max_position_embeddings")
+    # At the top level it goes before the one in rope_parameters.
+    fields = rope if config.fields.get(_ORIGINAL) is None else config
+    original = fields.integer(_ORIGINAL, max_positions)
+    if original > MAX_CONTEXT_LEN:
+        raise fields.wrong(_ORIGINAL, f"at most {MAX_CONTEXT_LEN}")
     if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        low, high = factor("low_freq_factor"), factor("high_freq_factor")
         if low >= high:
             raise rope.wrong("high_freq_factor", f"above low_freq_factor={low}")
         return RopeScaling(
             kind=kind,
-            factor=rope.number("factor"),
+            factor=factor("factor"),
             low_freq_factor=low,
             high_freq_factor=high,
             original_max_context_len=original,
         )
     return RopeScaling(
         kind=kind,
-        factor=rope.number("factor", max_positions / original),
+        factor=factor("factor", max_positions / original),
         original_max_context_len=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+        beta_fast=factor("beta_fast", 32.0),
+        beta_slow=factor("beta_slow", 1.0),
         # null is false here, as in transformers
         is_range_rounded="truncate" not in rope.fields or rope.flag("truncate"),
-        attention_factor=rope.optional_number("attention_factor"),
-        mscale=rope.optional_number("mscale"),
-        mscale_all_dim=rope.optional_number("mscale_all_dim"),
+        attention_factor=optional("attention_factor"),
+        mscale=optional("mscale"),
+        mscale_all_dim=optional("mscale_all_dim"),
     )
 
 

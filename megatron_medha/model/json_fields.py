@@ -33,10 +33,6 @@ class JsonFields:
             raise self.wrong(key, "a positive number")
         return float(value)
 
-    def optional_number(self, key: str) -> float | None:
-        """The same; None when absent or null."""
-        return None if self.fields.get(key) is None else self.number(key)
-
     def flag(self, key: str, default: bool = False) -> bool:
         """true or false; the default when absent or null."""
         value = self._value(key, default)

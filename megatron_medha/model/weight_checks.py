@@ -13,6 +13,7 @@ from megatron_medha.model.model_config import ModelConfig
 
 _MAX_SHOWN = 8
 _MAX_LAYERS = 4096  # each takes time and memory, however small its tensors
+MAX_CONTEXT_LEN = 1 << 32
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -35,7 +36,7 @@ def refuse_non_finite(path: Path, names: Sequence[str]) -> None:
 
 
 def refuse_larger_model(config: ModelConfig, path: Path, num_stored: int) -> None:
-    """Raise CheckpointError if the model is far larger than its weights, before anybody tries to build it.
+    """Raise CheckpointError if the model is far larger than its weights, or its context than any, before it is built.
 
     path: of what describes the model. num_stored: elements of all tensors. Which tensors are missing, or of another
     shape, is found when they are loaded.
@@ -45,4 +46,8 @@ def refuse_larger_model(config: ModelConfig, path: Path, num_stored: int) -> Non
         raise CheckpointError(
             f"{path}: describes a model of {config.num_layers} layers and {num_params} parameters; "
             f"the checkpoint holds {num_stored}"
+        )
+    if config.max_context_len > MAX_CONTEXT_LEN:
+        raise CheckpointError(
+            f"{path}: describes a context of {config.max_context_len} tokens; at most {MAX_CONTEXT_LEN} are served"
         )

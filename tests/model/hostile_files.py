@@ -290,6 +290,7 @@ MEGATRON: dict[str, tuple[Spoil, str]] = {
                                  for i in m.storage_data.values()]), ".metadata"),
     "pieces of a negative length": (
         with_metadata(lambda m: [vars(i).update(length=-1) for i in m.storage_data.values()]), ".metadata"),
+    "a context of 30 digits in Megatron": (with_args(max_position_embeddings=10**30), "common.pt"),
     "a billion layers": (with_args(num_layers=10**9), "common.pt"),
     "long values": (with_args(num_layers="9" * 1_000_000, normalization=[["x" * 1000] * 1000]), "common.pt"),
     "a hundred thousand unknown arguments": (
@@ -305,6 +306,7 @@ HUGGING_FACE: dict[str, tuple[Spoil, str]] = {
     "a billion layers of transformers": (edited("config.json", num_hidden_layers=10**9), "config.json"),
     "a huge hidden size of transformers": (edited("config.json", hidden_size=2**40, head_dim=2**38), "config.json"),
     "a huge vocabulary": (edited("config.json", vocab_size=10**15), "config.json"),
+    "a context of 30 digits": (edited("config.json", max_position_embeddings=10**30), "config.json"),
     "many heads": (edited("config.json", num_attention_heads=2**40, num_key_value_heads=2**40), "config.json"),
     "a long value of a config": (edited("config.json", hidden_size="9" * 1_000_000), "config.json"),
     "a value of a config that is large": (edited("config.json", model_type=[["x"] * 1000] * 300), "config.json"),

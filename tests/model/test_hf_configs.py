@@ -172,6 +172,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "yarn, truncate a string": (scaled(YARN, truncate="no"), "truncate"),
     "theta null": ({"rope_parameters": {"rope_theta": None}}, "rope_theta"),
     "theta of 400 digits": ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta"),
+    "theta of 1": (scaled(YARN, rope_theta=1.0), "rope_theta"),
+    "theta below 1": (scaled({"rope_type": "default"}, rope_theta=1e-6), "rope_theta"),
+    "theta of 300 digits": (scaled(DYNAMIC, rope_theta=1e300), "rope_theta"),
+    "yarn, a factor of 300 digits": (scaled(YARN, factor=1.7e308), "factor"),
+    "yarn, a beta of 300 digits": (scaled(YARN, beta_fast=1.7e308), "beta_fast"),
+    "yarn, a factor of nothing": (scaled(YARN, mscale=1e-300), "mscale"),
+    "llama3, a context of 30 digits": (
+        scaled(LLAMA3, original_max_position_embeddings=10**30), "original_max_position_embeddings"),
+    "dynamic with heads of 2": (scaled(DYNAMIC) | {"head_dim": 2}, "head_dim"),
     "theta negative": ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta"),
     "rope by layer type": (
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}, "full_attention"
@@ -277,6 +286,11 @@ KNOWN: dict[str, tuple[dict[str, Any], str, int]] = {
     "SmolLM2": ({
         "model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None,
         "rope_theta": 130000, "max_position_embeddings": 8192, "transformers.js_config": {"dtype": "q4"},
+    }, "none", 8192),
+    "SmolLM2 out of a GGUF file": ({
+        "model_type": "llama", "_model_name_or_path": "Smollm2 135M 8k Lc100K Mix1 Ep2", "head_dim": 64,
+        "max_position_embeddings": 8192, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "unk_token_id": 0,
     }, "none", 8192),
     "DeepSeek Coder": ({
         "model_type": "llama", "max_position_embeddings": 16384, "rope_scaling": {"factor": 4.0, "type": "linear"},
