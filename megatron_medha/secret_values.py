@@ -9,7 +9,8 @@ from typing import Any
 HIDDEN = "<not shown>"  # no key may hold a space: what is copied from a page with it is refused
 
 _NAME = re.compile(r"(?i)(?:api|admin|secret|private|access)[_-]?ke?y|secret|passw|(?<!per[_-])(?<!tls[_-])key\w{0,2}$")
-_KEY = re.compile(r"[\w.-]+=")
+# As it is assigned, or as it stands in a mapping.
+_KEY = re.compile(r"""[\w.-]+=|(?<=[{,])\s*["']?[\w.-]+["']?\s*:\s*""")
 _VALUE = re.compile(r"""<not\ shown>|"[^"]*"|'[^']*'|\$\{[^}]*\}|[^\s,;\[\]{}'"]+?(?=:?(?:[\s,;\[\]{}'"]|$))""")
 _PUNCTUATION = re.compile(r"[\s,:;\[\]{}'\"]+")
 _MIN_CHARS = 4  # a shorter one is part of too many words to be hidden wherever it stands
@@ -50,12 +51,15 @@ def hide_secrets(text: str, words: Sequence[str] = ()) -> str:
 
 
 def _hide_assignments(text: str) -> str:
-    """Hide the values of key=value, wherever in a text they stand."""
+    """Hide the values of key=value and {key: value}, wherever in a text they stand."""
     shown, end = "", 0
     for key in _KEY.finditer(text):
         value = _VALUE.match(text, key.end())
-        if value is None or key.start() < end or not is_secret_name(key[0][:-1]):
+        name = key[0].strip(" \t\"':=")
+        if value is None or key.start() < end or not is_secret_name(name):
             continue
+        if not key[0].endswith("=") and text.rfind("{", 0, key.start()) < text.rfind("}", 0, key.start()):
+            continue  # a sentence: "..., server.api_key: this key was given before"
         if not _is_reference(value[0].strip("\"'")):
             shown, end = f"{shown}{text[end:key.end()]}{HIDDEN}", value.end()
     return shown + text[end:]
@@ -63,4 +67,6 @@ def _hide_assignments(text: str) -> str:
 
 def _is_reference(value: str) -> bool:
     # With a default behind a comma, it holds the secret itself.
-    return value in ("null", "???", "VALUE", HIDDEN) or re.fullmatch(r"\$\{[^,}]*(,\s*null)?\}", value) is not None
+    if value in ("null", "???", "VALUE", "value", HIDDEN):
+        return True
+    return re.fullmatch(r"\$\{[^,}]*(,\s*null)?\}", value) is not None

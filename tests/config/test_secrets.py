@@ -58,6 +58,7 @@ def test_what_names_a_variable_or_is_null_is_shown(capsys: pytest.CaptureFixture
         (f"api_key={KEY}",), (f"--api-key={KEY}",), ("--api-key", KEY), (f"server.api_key=[{KEY}]",),
         (f"server.api_key={KEY},b",), (f"~server.api_key={KEY}",), (f"server.api_key={KEY}", "server.nothing=3"),
         (f"server.apikey={KEY}",), (f"server.admin_key='{KEY}' x",), (f"server.api_key={{a:{KEY}}}",),
+        (f"server={{api_key: {KEY}}}",), (f'server={{"api_key": "{KEY}"}}',),
         (f"server.password={KEY}",), (f"server.api_key={KEY}", "scheduler=none_of_these"),
     ],
 )  # fmt: skip
@@ -112,6 +113,10 @@ def test_values_that_are_no_secrets_stay(tmp_path: Path) -> None:
         ('serve="a=b api_key=abc admin_key=d" e', f'serve="a=b api_key={HIDDEN} admin_key={HIDDEN}" e'),
         ("api_key=${oc.env:A} admin_key=${oc.env:A,null}", "api_key=${oc.env:A} admin_key=${oc.env:A,null}"),
         ("api_key=${oc.env:A,abc}", f"api_key={HIDDEN}"),
+        ("server={port: 3, api_key: abc}: no", f"server={{port: 3, api_key: {HIDDEN}}}: no"),
+        ("""{"api_key": "abc", 'admin_key':d}""", f"""{{"api_key": {HIDDEN}, 'admin_key':{HIDDEN}}}"""),
+        ("server.api_key: not of the form key=value",) * 2,
+        ("server={}: no, server.api_key: given before", "server={}: no, server.api_key: given before"),
     ],
 )
 def test_assignments_are_hidden_wherever_they_stand(text: str, shown: str) -> None:
