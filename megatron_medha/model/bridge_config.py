@@ -17,6 +17,7 @@ import yaml
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.engine.checkpoint_files import read_bytes, shown
 from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.model.pickle_machine import PickleError, check_extent
 
 RUN_CONFIG_NAME = "run_config.yaml"
 
@@ -25,7 +26,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_MAX_BYTES = 1 << 20  # it has 30 KB
+_MAX_BYTES, _MAX_VISITS = 1 << 20, 100_000  # it has 30 KB and a thousand values
 
 # Classes of megatron.bridge.models that describe a model by their fields alone.
 _MODELS = re.compile(
@@ -97,7 +98,8 @@ def read_run_config(path: Path) -> argparse.Namespace:
 def _model_section(path: Path) -> Mapping[str, Any]:
     try:
         content = yaml.load(read_bytes(path, _MAX_BYTES), _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        check_extent(content, _MAX_VISITS)  # aliases may double a list at each line
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, PickleError) as error:
         raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from error
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):

@@ -91,7 +91,7 @@ def unpickle(data: bytes, meanings: Meanings, max_objects: int = 2_000_000) -> A
         value = machine.stack.pop()
     except (LookupError, ValueError, TypeError, OverflowError) as error:
         raise PickleError(f"damaged: {error}") from error
-    _check_extent(value, max(_MIN_VISITS, _VISITS_PER_BYTE * len(data)))
+    check_extent(value, max(_MIN_VISITS, _VISITS_PER_BYTE * len(data)))
     return value
 
 
@@ -332,8 +332,8 @@ def _set_state(target: Any, state: Any) -> None:
         fields.update((key, value) for key, value in (part or {}).items() if isinstance(key, str))
 
 
-def _check_extent(root: Any, max_visits: int) -> None:
-    """Raise if it contains itself, or is far larger written out than it is in memory: to print it would never end."""
+def check_extent(root: Any, max_visits: int) -> None:
+    """Raise PickleError if it contains itself, or is far larger written out than in memory: to print it never ends."""
     walks = [iter((root,))]
     while walks:
         for value in walks[-1]:

@@ -87,8 +87,9 @@ def read_zero_config(directory: Path) -> ModelConfig:
     if _MEGATRON_EMBEDDING not in shapes:
         raise CheckpointError(f"{path}: tensor {_MEGATRON_EMBEDDING} is missing")
     num_ids, stop_token_ids = tokenizer_facts((directory,))
+    dtype = "bfloat16" if getattr(args, "bf16", False) is True else "float32"
     config = config_from_args(
-        args, path, name=directory.resolve().name, dtype="bfloat16" if getattr(args, "bf16", False) else "float32",
+        args, path, name=directory.resolve().name, dtype=dtype,
         num_embedding_rows=shapes[_MEGATRON_EMBEDDING][0], num_tokenizer_ids=num_ids, stop_token_ids=stop_token_ids,
     )  # fmt: skip
     refuse_larger_model(config, path, num_stored)

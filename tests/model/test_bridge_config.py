@@ -234,10 +234,14 @@ LAUGHS = "a: &a {x: 1}\n" + "".join(
     f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n" for before, name in zip("abcdefghi", "bcdefghij")
 )
 
+ALIASES = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+
 
 @pytest.mark.parametrize(
     "content",
     [
+        ALIASES + "model: {_target_: *a59}",
+        "model: &model {_target_: *model}",
         "model: !!python/object/apply:os.system ['touch pwned']",
         "model: " + "[" * 100_000,
         "model: " + "{a: " * 3000 + "1" + "}" * 3000,
