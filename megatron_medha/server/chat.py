@@ -228,7 +228,7 @@ async def render_messages(
 def _num_chars(message: Message) -> int:
     content = message.content
     parts = sum(len(part.text or "") + CHARS_PER_MESSAGE for part in content) if isinstance(content, list) else 0
-    calls = sum(len(call.called.arguments) + CHARS_PER_MESSAGE for call in message.tool_calls or ())
+    calls = sum(len(call.arguments) + CHARS_PER_MESSAGE for call in message.tool_calls or ())
     content_chars = len(content) if isinstance(content, str) else parts
     return CHARS_PER_MESSAGE + content_chars + calls + len(message.reasoning_content or "")
 
@@ -261,7 +261,7 @@ def _plain_message(place: int, message: Message) -> dict[str, Any]:
     plain["content"] = content
     for index, call in enumerate(message.tool_calls or ()):
         # Templates write arguments as JSON themselves, so they get them read. An answer's may have been cut.
-        plain["tool_calls"][index]["function"]["arguments"] = read_cut_object(call.called.arguments)
+        plain["tool_calls"][index]["function"]["arguments"] = read_cut_object(call.arguments)
     if not message.tool_calls:
         plain.pop("tool_calls", None)  # templates look whether it is there
     return plain
@@ -420,12 +420,16 @@ def _message_of(pieces: Sequence[Piece], finder: CallFinder | None) -> AnswerMes
             case Said():
                 content += found.text
             case CallBegan():
-                calls.append(ToolCall(id=found.call_id, function=CalledFunction(name=found.name, arguments="")))
+                calls.append((found, []))
             case CallWent():
-                calls[found.index].called.arguments += found.arguments
+                calls[found.index][1].append(found.arguments)
     if not calls:
         return AnswerMessage(content=content)
-    return AnswerMessage(content=content or None, tool_calls=calls)
+    tool_calls = [
+        ToolCall(id=began.call_id, function=CalledFunction(name=began.name, arguments="".join(arguments)))
+        for began, arguments in calls
+    ]
+    return AnswerMessage(content=content or None, tool_calls=tool_calls)
 
 
 def _delta_of(found: Found) -> Delta:

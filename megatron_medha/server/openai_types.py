@@ -183,10 +183,10 @@ class ToolCall(Struct, kw_only=True):
         self.id = self.id or f"call_{self.function.name}"
 
     @property
-    def called(self) -> CalledFunction:
-        """The function: every call has one once it is read."""
-        assert self.function is not None
-        return self.function
+    def arguments(self) -> str:
+        """Of the function; every call has some once it is read."""
+        assert self.function is not None and isinstance(self.function.arguments, str)
+        return self.function.arguments
 
 
 class ContentPart(Struct, kw_only=True):
