@@ -155,7 +155,10 @@ class EngineClient(Protocol):
         """Start; deliveries of all requests go to `sink`, called on the engine's own thread."""
 
     def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
-        """Hand a request over; its deliveries follow through the sink. The id must be new."""
+        """Hand a request over; its deliveries follow through the sink. The id must be new.
+
+        token_ids: of the prompt; not to be changed, as the choices of one request share it.
+        """
 
     def abort(self, request_id: str) -> None:
         """End a request early; nothing more is delivered for it once this has been taken up."""

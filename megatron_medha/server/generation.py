@@ -98,8 +98,7 @@ class GenerationSpec:
         prompt = self.prompts[index // self.n]
         seed = (self.seed + index) & SEED_MASK
         sampling = replace(self.sampling, seed=seed, max_output_tokens=prompt.max_output_tokens)
-        # A copy: the engine owns what it is given and may append, and choices share their prompt.
-        return self.engine_numbers(index), prompt.token_ids[:], sampling
+        return self.engine_numbers(index), prompt.token_ids, sampling
 
 
 class Piece(NamedTuple):

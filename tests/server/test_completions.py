@@ -64,10 +64,10 @@ def test_n_gives_that_many_choices_each_with_its_own_seed(server: Running) -> No
     assert [live.sampling.seed for live in server.engine.submitted] == [7, 8, 9, 10]
 
 
-def test_every_choice_hands_the_engine_an_array_of_its_own(server: Running) -> None:
-    choices_of(server, prompt="abc", n=2, echo=True)
-    first, second = (live.prompt for live in server.engine.submitted)
-    assert first == second and first is not second
+def test_the_choices_of_a_request_share_one_prompt(server: Running) -> None:
+    choices_of(server, prompt="abc", n=3, echo=True)
+    first, *others = (live.prompt for live in server.engine.submitted)
+    assert len(others) == 2 and all(one is first for one in others)
 
 
 def test_every_request_without_a_seed_gets_one(server: Running) -> None:
