@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import groupby
+from math import inf
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -55,6 +56,7 @@ flags:
 {FLAGS}"""
 
 _MAX_DOUBLINGS = 12
+_LEAST_SEARCH_S = 60.0  # that requests of a trace take to come, where its load is varied
 
 
 def run(words: Sequence[str]) -> int:
@@ -211,8 +213,9 @@ def _capacity(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExe
     for trial in candidates.trials:  # ascending: the last one of a layout has the most replicas
         largest[trial.config.setup.layout, trial.name] = trial
     chosen = list(largest.values())
+    most_qps = _most_qps(options)
     with _bar(len(chosen)) as bar:
-        results = list(_all(pool, _Search(options.resolution), chosen, bar.update))
+        results = list(_all(pool, _Search(options.resolution, most_qps), chosen, bar.update))
     results.sort(key=lambda result: -result[1])
     print_loads(results)
     trial, qps = results[0]
@@ -227,14 +230,32 @@ def _capacity(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExe
         f"\n{qps:.3f} requests/s on {gpus_text(trial.num_gpus)} of {options.hardware.name}: {settings_text(trial)}\n"
         f"{cost_text(options, trial, qps)}"
     )
+    if 2.0 * qps > most_qps:
+        print(
+            f"It may carry more: at twice this load all requests of {options.workload.path} come within "
+            f"{_LEAST_SEARCH_S:g} s, which says nothing; take a longer trace"
+        )
     return 0
 
 
-class _Search:
-    """Doubles or halves the load until the verdict turns, then bisects; picklable."""
+def _most_qps(options: PlanOptions) -> float:
+    """The largest load at which a trace lasts long enough to show that queues do not grow."""
+    from megatron_medha.engine.workload import Workload
 
-    def __init__(self, resolution: float) -> None:
+    if options.workload.path is None:
+        return inf
+    return Workload(options.workload, options.seed).facts.num_requests / _LEAST_SEARCH_S
+
+
+class _Search:
+    """Doubles or halves the load until the verdict turns, then bisects; picklable.
+
+    most_qps: no load above it is tried.
+    """
+
+    def __init__(self, resolution: float, most_qps: float) -> None:
         self._resolution = resolution
+        self._most_qps = most_qps
 
     def __call__(self, trial: Trial) -> tuple[Trial, float]:
         from megatron_medha.sim.trial import at_rate, judge
@@ -244,7 +265,7 @@ class _Search:
         passes = judge(at_rate(trial, qps)).passes
         low, high = (qps, None) if passes else (None, qps)
         for _ in range(_MAX_DOUBLINGS):
-            if low is not None and high is not None:
+            if low is not None and (high is not None or 2.0 * low > self._most_qps):
                 break
             qps = qps * 2.0 if high is None else qps / 2.0
             if judge(at_rate(trial, qps)).passes:

@@ -18,6 +18,7 @@ from fake_rank import continuation
 
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import RankProcess
+from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.ports import EnginePhase, ErrorDelivery
 
@@ -90,6 +91,7 @@ class NoProcesses:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception, num_failures: float = math.inf) -> None:
         self._start, self._error, self._num_left = RankProcess.start, error, num_failures
+        self.num_failed = 0
         monkeypatch.setattr(RankProcess, "start", self)
 
     def __call__(self, *arguments: object) -> RankProcess:
@@ -97,6 +99,7 @@ class NoProcesses:
         if self._num_left <= 0:
             return self._start(*arguments)  # type: ignore[arg-type]
         self._num_left -= 1
+        self.num_failed += 1
         raise self._error
 
 
@@ -129,9 +132,11 @@ def test_a_machine_that_starts_no_process_for_long_ends_the_server(
     start: StartCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_medha.cluster.runtime._START_AGAIN_S", 0.01)
-    limits = {"heartbeat_timeout_s": 60.0, "load_heartbeat_timeout_s": 1.5}
-    cluster = start(ParallelLayout(), recovery=RecoveryConfig(**limits))
-    NoProcesses(monkeypatch, OSError(errno.EMFILE, "Too many open files"))
+    cluster = start(ParallelLayout(), recovery=RecoveryConfig(heartbeat_timeout_s=3600.0))
+    tries = NoProcesses(monkeypatch, OSError(errno.EMFILE, "Too many open files"))
+    now_s = ClusterRuntime.now_s
+    # Each try takes a quarter of the time there is.
+    monkeypatch.setattr(ClusterRuntime, "now_s", lambda runtime: now_s(runtime) + 15.0 * tries.num_failed)
     cluster.kill(0)
     wait_until(lambda: cluster.engine.status.phase is EnginePhase.FAILED, lambda: cluster.engine.status)
     assert "cannot be started: [Errno 24] Too many open files" in cluster.engine.status.detail

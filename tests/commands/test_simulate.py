@@ -257,6 +257,13 @@ def test_plan_finds_the_load_that_a_cluster_carries(capsys: Capture) -> None:
     assert "requests/s on 2 GPUs of a100_x8" in capsys.readouterr().out
 
 
+def test_a_trace_is_not_speeded_up_until_it_lasts_seconds(trace_of: TraceOf, capsys: Capture) -> None:
+    words = (*SMALL_PLAN, "find=capacity", "max_dp=1", *trace_of([200] * 240), "workload.qps=2", "resolution=1")
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "4.000 requests/s on" in text and "It may carry more" in text and "take a longer trace" in text
+
+
 def test_plan_says_what_every_system_needs_and_what_that_costs(capsys: Capture) -> None:
     # An instance of loongserve has two GPUs; one GPU is enough for ours.
     words = ("workload.qps=1", "trial_s=null", "gpu_usd_per_h=3.6", "workload.num_requests=20")
