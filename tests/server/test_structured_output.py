@@ -206,6 +206,20 @@ def test_a_small_grammar_never_waits_for_those_that_are_never_compiled(
         assert server.post(COMPLETIONS, body, headers={"authorization": f"Bearer {key}"}).status_code == 200
 
 
+def test_a_small_grammar_is_not_taken_for_a_slow_one_where_its_process_gets_no_time(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"}).status_code == 200
+    trials = server.service.grammars._trials
+    assert trials is not None
+    monkeypatch.setattr("megatron_medha.server.grammar_trials._QUICK_S", 1e-6)
+    monkeypatch.setattr("megatron_medha.server.grammar_trials._MOST_WAITS", 10**6)
+    monkeypatch.setattr("megatron_medha.server.grammar_trials._computed_s", lambda pid: 1.0)
+    assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "b"}).status_code == 200
+    assert not trials._overdue
+
+
 def test_one_client_leaves_others_a_place_for_grammars_that_take_long(
     hold_grammars: Callable[[int], Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
