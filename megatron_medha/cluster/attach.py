@@ -231,7 +231,7 @@ class AttachedRanks:
         self.poll()
 
     def _receive(self) -> bool:
-        """Take one message up; False when there is none. A peer whose message cannot be is told so, and forgotten."""
+        """Take one message up; False if there is none. One that cannot be read ends its peer's try."""
         try:
             peer, *frames = self._agents.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:

@@ -1,4 +1,4 @@
-"""Reading what comes over the sockets: whoever connected may send anything, and no message may end its reader."""
+"""Reading what comes over the sockets: any peer may send anything, and no message may end its reader."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from functools import partial
 from megatron_medha.commands import selftest_cases as cases
 from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
-from megatron_medha.commands.selftest_watch import Seen, Watch
+from megatron_medha.commands.selftest_watch import Seen, ServerWatch
 from megatron_medha.commands.selftest_wire import Begun, Broken, Wire, check
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.server.chat_client import is_http_address
@@ -142,7 +142,7 @@ async def selftest(config: SelftestConfig) -> list[Group]:
     if config.is_patient:
         patient = Wire(config.url, config.api_key, _PATIENCE_S)
         kinds.append(("crawling heads and bodies", (_crawling(patient, has_head) for has_head in (True, False) * 4)))
-    watch = await Watch.start(config.url, config.api_key)
+    watch = await ServerWatch.start(config.url, config.api_key)
     try:
         before = await watch.look()
         groups, seen = [], []

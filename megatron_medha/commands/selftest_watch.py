@@ -37,14 +37,14 @@ class Seen:
     failures: list[str] = field(default_factory=list)
 
 
-class Watch:
+class ServerWatch:
     """The process, and what it has seen."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     @classmethod
-    async def start(cls, url: str, api_key: str | None) -> Watch:
+    async def start(cls, url: str, api_key: str | None) -> ServerWatch:
         """Begin to look."""
         process = await asyncio.create_subprocess_exec(sys.executable, "-m", __name__, stdin=PIPE, stdout=PIPE)
         assert process.stdin is not None

@@ -1,6 +1,6 @@
 """Opening files of a checkpoint: regular ones, no larger than they may be, inside of its directory.
 
-Whoever made the checkpoint is a stranger: a FIFO would hold the start up for good, /dev/zero or a gigabyte of brackets
+Checkpoints come from strangers: a FIFO would hold the start up for good, /dev/zero or a gigabyte of brackets
 would fill the memory.
 """
 

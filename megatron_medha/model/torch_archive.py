@@ -43,7 +43,7 @@ _DTYPE_OF_STORAGE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ArchiveEntry:
     """The bytes of an archived file, within the mapping."""
 
     start: int
@@ -98,7 +98,7 @@ class TorchArchive:
             raise PickleError(f"storage {key[:40]} is missing or shorter than it should be")
         return Storage(self._mapping, entry.start, dtype, numel)
 
-    def _bytes(self, entry: Entry, max_bytes: int) -> bytes:
+    def _bytes(self, entry: ArchiveEntry, max_bytes: int) -> bytes:
         if entry.num_bytes > max_bytes:
             raise PickleError(f"its description takes {entry.num_bytes} bytes; at most {max_bytes} are read")
         return self._mapping[entry.start : entry.start + entry.num_bytes]
@@ -124,11 +124,11 @@ def rebuilt_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -
     return elements.as_strided(size, stride, offset)
 
 
-def _entries(mapping: mmap.mmap, start: int, stop: int) -> dict[str, Entry]:
+def _entries(mapping: mmap.mmap, start: int, stop: int) -> dict[str, ArchiveEntry]:
     """The archive's files by their name below its top folder."""
     try:
         num_entries, at = _directory(mapping, start, stop)
-        found: dict[str, Entry] = {}
+        found: dict[str, ArchiveEntry] = {}
         for _ in range(num_entries):
             name, entry, at = _entry(mapping, start, stop, at)
             if name in found:
@@ -157,7 +157,7 @@ def _directory(mapping: mmap.mmap, start: int, stop: int) -> tuple[int, int]:
     return num_entries, start + offset
 
 
-def _entry(mapping: mmap.mmap, start: int, stop: int, at: int) -> tuple[str, Entry, int]:
+def _entry(mapping: mmap.mmap, start: int, stop: int, at: int) -> tuple[str, ArchiveEntry, int]:
     """The entry whose header in the directory is there, its name, and where the next header is."""
     magic, method, num_stored, num_bytes, name_len, extra_len, comment_len, local = _CENTRAL.unpack_from(mapping, at)
     if magic != b"PK\x01\x02":
@@ -172,7 +172,7 @@ def _entry(mapping: mmap.mmap, start: int, stop: int, at: int) -> tuple[str, Ent
     first = start + local + _LOCAL.size + local_name_len + local_extra_len
     if magic != b"PK\x03\x04" or first + num_bytes > stop:
         raise PickleError(f"{name[:80]} is damaged or cut short")
-    return name, Entry(first, num_bytes), name_at + name_len + extra_len + comment_len
+    return name, ArchiveEntry(first, num_bytes), name_at + name_len + extra_len + comment_len
 
 
 def _with_64_bits(extra: bytes, *numbers: int) -> list[int]:

@@ -30,7 +30,7 @@ from megatron_medha.server.tools import MAX_TOOLS, too_many_tools
 
 
 @dataclass(slots=True)
-class Conversation:
+class MessagesChat:
     """The chat that a request is, where its messages came from, and what is left out of it."""
 
     messages: list[Message] = field(default_factory=list)
@@ -49,9 +49,9 @@ class Conversation:
         return self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls if self.messages else False
 
 
-def read_conversation(body: MessagesRequest) -> Conversation:
+def read_conversation(body: MessagesRequest) -> MessagesChat:
     """The chat that these messages are; ApiError 400 for a block that is not text."""
-    chat = Conversation()
+    chat = MessagesChat()
     if body.system:
         chat.add(Message(role="system", content=_text_of(body.system, "system")), "system")
     for place, message in enumerate(body.messages):
@@ -84,7 +84,7 @@ def chat_choice(choice: MessagesToolChoice | None) -> str | ToolChoice | None:
             raise bad_request("tool_choice: expected type auto, any, none, or tool with a name", "tool_choice")
 
 
-def _add_message(chat: Conversation, message: InputMessage, path: str) -> None:
+def _add_message(chat: MessagesChat, message: InputMessage, path: str) -> None:
     if isinstance(message.content, str):
         chat.add(Message(role=message.role, content=message.content), path)
         return
@@ -116,7 +116,7 @@ def _add_message(chat: Conversation, message: InputMessage, path: str) -> None:
 
 
 def _add_parts(
-    chat: Conversation, role: str, parts: Sequence[ContentPart], path: str, *, is_empty_kept: bool = False
+    chat: MessagesChat, role: str, parts: Sequence[ContentPart], path: str, *, is_empty_kept: bool = False
 ) -> None:
     if parts or is_empty_kept:
         chat.add(Message(role=role, content=list(parts)), path)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from megatron_medha.server.anthropic_blocks import Conversation, chat_choice, read_conversation
+from megatron_medha.server.anthropic_blocks import MessagesChat, chat_choice, read_conversation
 from megatron_medha.server.anthropic_types import (
     BlockDelta,
     MessagesAnswer,
@@ -83,12 +83,12 @@ async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) ->
         raise
 
 
-async def _read(service: Service, body: MessagesRequest) -> Conversation:
+async def _read(service: Service, body: MessagesRequest) -> MessagesChat:
     num_blocks = sum(1 if isinstance(one.content, str) else 1 + len(one.content) for one in body.messages)
     return await service.work_on_text(CHARS_PER_MESSAGE * num_blocks, lambda: read_conversation(body))
 
 
-def _as_chat(body: MessagesRequest, conversation: Conversation) -> ChatRequest:
+def _as_chat(body: MessagesRequest, conversation: MessagesChat) -> ChatRequest:
     choice, output = body.tool_choice, body.output_config
     chat = ChatRequest(
         **{name: getattr(body, name) for name in SharedFields.__struct_fields__},

@@ -2,7 +2,7 @@
 
 There are two lanes. A grammar first gets a fifth of a second of computing in the quick one, then all of its time in
 the slow one, of which no client gets all places. What looks like something of its client that took longer of late goes
-to the slow one directly. So a small grammar never waits for those that take long, whoever sent them.
+to the slow one directly. So a small grammar never waits for those that take long, from any client.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class GrammarTrials:
         try:
             self._idle.append(await self._start())
         except MedhaError:
-            pass  # logged; whoever needs one tries again
+            pass  # logged; the next caller tries again
         finally:
             self._spare = None
 

@@ -64,7 +64,7 @@ class _OutOfTime(BaseException):
 def main() -> None:
     """Render what comes in until nothing more does."""
     die_with_parent(int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; whoever started this decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGPROF, _stop)
     # Templates reach no file; should one find a way, it finds little.
     _limit(resource.RLIMIT_CORE, 0)
