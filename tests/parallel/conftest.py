@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.lib.rank_processes import RankProcesses, rank_processes
-from experiments.three_axes.walk import LAYOUTS, Reference, save_model
+from tests.parallel.walk import LAYOUTS, Reference, save_model
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from experiments.lib.rank_processes import RankProcesses, leave_group
-from experiments.three_axes.walk import LAYOUTS, Reference, random_case, save_model, walk
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
+from tests.parallel.walk import LAYOUTS, Reference, random_case, save_model, walk
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied embeddings": ("Llama", {"tie_word_embeddings": True}),

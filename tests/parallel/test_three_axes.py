@@ -1,24 +1,25 @@
 """Every layout of real ranks against the plain forward: each token and logit, under random chunks, shards, preemptions.
 
-The full sweep is a command: python -m experiments.three_axes.run
+MEDHA_WALKS=20 makes it a sweep of some 10,000 steps: see docs/parallelism.md.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from experiments.lib.rank_processes import RankProcesses
-from experiments.three_axes.walk import LAYOUTS, VOCAB_SIZE, Case, Reference, Walk, random_case, walk
 from megatron_medha.core.batch import Arrived
 from megatron_medha.core.chunking import Chunking
 from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
+from tests.parallel.walk import LAYOUTS, VOCAB_SIZE, Case, Reference, Walk, random_case, walk
 
-SEEDS = (0, 1)
+SEEDS = range(int(os.environ.get("MEDHA_WALKS", "2")))  # random walks of each layout
 
 
 def case_of(layout: ParallelLayout, lengths: list[tuple[int, int]], *, shard_tokens: int, chunk: int) -> Case:
