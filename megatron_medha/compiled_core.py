@@ -30,14 +30,16 @@ from megatron_medha.user_cache import user_cache
 # What runs at every step, in a simulated world too. Not those whose classes are read from options, messages and files
 # field by field, or have subclasses elsewhere, which only classes made by Python allow.
 MODULES = (
-    "core.batch_builder", "core.blocks", "core.chunking", "core.cost", "core.kernel_costs", "core.kinetic_queue",
-    "core.kinetic_tournament", "core.memory", "core.online_cost", "core.output_length", "core.overdue", "core.packing",
-    "core.policies", "core.prefill_queue", "core.request", "core.scheduler", "core.step_budget", "engine.loop",
+    "core.cost.kernel_costs", "core.cost.online_cost", "core.cost.step_cost", "core.kv.block_pool", "core.kv.kv_memory",
+    "core.loop", "core.request", "core.scheduling.batch_builder", "core.scheduling.chunking",
+    "core.scheduling.kinetic_queue", "core.scheduling.kinetic_tournament", "core.scheduling.output_length",
+    "core.scheduling.overdue", "core.scheduling.policies", "core.scheduling.prefill_packer",
+    "core.scheduling.prefill_queue", "core.scheduling.scheduler", "core.scheduling.step_budget",
     "sim.ledger", "sim.pipeline", "sim.truth",
 )  # fmt: skip
 SWITCH = "MEDHA_COMPILED_CORE"  # environment; "0": interpret, whatever the cache holds
 _PACKAGE = "megatron_medha"
-_FLOORS = ("core", "engine", "sim")  # where they stand, with all that they may import of ours
+_FLOORS = ("core", "sim", "stats", "system")  # where they stand, with all that they import of ours
 _HERE = Path(__file__).parent
 _GROUP = "medha_core"
 _SHARED = f"{_GROUP}__mypyc"  # the library with the code of all of them; each module is a file that points into it

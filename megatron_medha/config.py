@@ -13,15 +13,15 @@ from megatron_medha.cluster import machine
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.core.capacity import check_layout, cluster_for, num_blocks_in
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.capacity import check_layout, cluster_for, num_blocks_in
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.fitted_cost import FittedCost
+from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.fitted_cost import FittedCost
+from megatron_medha.core.kv.kv_memory import default_shard_tokens
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.memory import default_shard_tokens
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 

@@ -8,11 +8,11 @@ from enum import Enum
 from itertools import product
 
 from megatron_medha.config import ModelOptions, ParallelOptions
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.outcome import Slo
 from megatron_medha.engine.summary import LengthClasses
 from megatron_medha.engine.workload import WorkloadConfig

@@ -7,13 +7,13 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.config import DEFAULT_BLOCK_SIZE, ModelOptions, ParallelOptions, TrackingConfig
-from megatron_medha.core.capacity import Reserve, check_layout, cluster_for, num_blocks_in, num_kv_blocks
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.capacity import Reserve, check_layout, cluster_for, num_blocks_in, num_kv_blocks
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.outcome import Slo
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.summary import LengthClasses

@@ -158,7 +158,7 @@ def loaded_by(module: str) -> list[str]:
 
 
 def test_the_scheduler_loads_nothing_but_itself_and_the_standard_library() -> None:
-    modules = loaded_by("megatron_medha.core.scheduler")
+    modules = loaded_by("megatron_medha.core.scheduling.scheduler")
     foreign = {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names)
     assert foreign == {PACKAGE}
     ours = [name for name in modules if name.startswith(f"{PACKAGE}.")]

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from megatron_medha.compose import compose, freeze
 from megatron_medha.core.batch import Batch, Completed
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
+from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.policies import POLICIES
 from megatron_medha.core.request import Request
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.policies import POLICIES
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.decision_log import DecisionLog
-from megatron_medha.engine.loop import serve
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.side_file import TextSink
 from megatron_medha.sim.simulation import Simulation, Watchers

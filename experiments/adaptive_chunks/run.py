@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from experiments.lib.paper import LLAMA3_8B, Cluster, Results, engine, figure, hardware
 from megatron_medha.core.batch import Batch
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.loop import serve
 from megatron_medha.core.request import Request
-from megatron_medha.engine.loop import serve
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.summary import percentile
 from megatron_medha.sim.world import SimulatedWorld
 

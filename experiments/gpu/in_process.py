@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from megatron_medha.cluster.messages import NewRequest, Step
 from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, Preempted, Rejected, TokenOut
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
+from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 
 if TYPE_CHECKING:

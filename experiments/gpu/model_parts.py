@@ -14,9 +14,9 @@ from experiments.gpu.in_process import Engine, Outcome
 from experiments.gpu.measure import Check, Row, fill_with_random_kv, percentile
 from megatron_medha.cluster.messages import NewRequest, Ready, Step
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.blocks import Extent, num_blocks_for
-from megatron_medha.core.cost import Hardware
-from megatron_medha.core.fitted_cost import fit
+from megatron_medha.core.cost.fitted_cost import fit
+from megatron_medha.core.cost.step_cost import Hardware
+from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from experiments.lib.paper import LLAMA3_8B, Cluster, Instances, engine, hardware, scheduler
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.engine.ports import Decisions
+from megatron_medha.core.ports import Decisions
 from megatron_medha.sim.truth import Truth
 
 LAYOUT = ParallelLayout(tp=8, spp=2)

@@ -30,7 +30,7 @@ from experiments.lib.plain_model import save_plain_model
 from megatron_medha.cluster.messages import NewRequest, Step, StepDone
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.blocks import Extent
+from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.tiny_corpus import read_stdlib
 from megatron_medha.worker.load import load_rank

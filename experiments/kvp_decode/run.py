@@ -38,7 +38,7 @@ from experiments.lib.rank_processes import RankProcesses, rank_processes
 from megatron_medha.cluster.messages import NewRequest, Step
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.blocks import Extent
+from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 

@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 import megatron_medha
 from megatron_medha.compose import compose, freeze
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.cluster_cost import ClusterCost
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.engine_costs import EngineCosts
-from megatron_medha.core.hardware import Hardware
+from megatron_medha.core.cost.cluster_cost import ClusterCost
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.engine.loop import serve
+from megatron_medha.core.ports import Decisions
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.outcome import Outcome, Slo
-from megatron_medha.engine.ports import Decisions
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.summary import LengthClasses, Summary, percentile
 from megatron_medha.engine.workload import Workload, WorkloadConfig

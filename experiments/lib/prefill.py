@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_medha.core.cluster_cost import ClusterCost
-from megatron_medha.core.cost import StepLoad
+from megatron_medha.core.cost.cluster_cost import ClusterCost
+from megatron_medha.core.cost.step_cost import StepLoad
 
 
 def chunk_loads(cost: ClusterCost, num_tokens: int, chunk_tokens: int) -> Iterator[StepLoad]:

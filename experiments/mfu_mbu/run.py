@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from experiments.kvp_tpot.run import tpot_s
 from experiments.lib.paper import LLAMA3_8B, LLAMA3_70B, Results, best_alone_s, figure, h100
+from megatron_medha.core.cost.utilisation import prefill_flops
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.utilisation import prefill_flops
 
 HERE = Path(__file__).parent
 TP = 8

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 from experiments.lib import options
 from experiments.lib.prefill import chunk_loads, decode_s, streamed_prefill_s
-from megatron_medha.core.capacity import Reserve, num_kv_blocks
-from megatron_medha.core.cluster_cost import ClusterCost
-from megatron_medha.core.cost import StepLoad
+from megatron_medha.core.cost.capacity import Reserve, num_kv_blocks
+from megatron_medha.core.cost.cluster_cost import ClusterCost
+from megatron_medha.core.cost.step_cost import StepLoad
+from megatron_medha.core.cost.utilisation import attention_flops, batch_bytes, mbu, mfu, prefill_flops
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.utilisation import attention_flops, batch_bytes, mbu, mfu, prefill_flops
 
 HERE = Path(__file__).parent
 M = 1 << 20

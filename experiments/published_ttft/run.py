@@ -21,8 +21,8 @@ from pathlib import Path
 
 from experiments.lib import options
 from experiments.lib.prefill import decode_s, prefill_s, streamed_prefill_s
-from megatron_medha.core.cluster_cost import ClusterCost
-from megatron_medha.core.hardware import all_reduce_s, send_s
+from megatron_medha.core.cost.cluster_cost import ClusterCost
+from megatron_medha.core.cost.hardware import all_reduce_s, send_s
 from megatron_medha.core.layout import ParallelLayout
 
 BAR = 0.15

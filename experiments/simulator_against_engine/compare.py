@@ -8,9 +8,9 @@ from itertools import combinations
 
 from experiments.simulator_against_engine.log import Calibration, ServedLog, Step
 from megatron_medha.core.batch import Batch, Event, Output
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.loop import serve
+from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.decision_log import replay
-from megatron_medha.engine.loop import serve
 from megatron_medha.sim.world import SimulatedWorld
 
 Decision = tuple[tuple[int, int, int], ...]  # of each chunk: prompt length of its request, start, tokens

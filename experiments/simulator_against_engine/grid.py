@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from megatron_medha.compose import compose, freeze
     from megatron_medha.config import ProfileOptions, rank_config
-    from megatron_medha.core.fitted_cost import fit
+    from megatron_medha.core.cost.fitted_cost import fit
     from megatron_medha.worker.load import load_rank
     from megatron_medha.worker.profile import GridPoint, measure
 

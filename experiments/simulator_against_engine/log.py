@@ -14,8 +14,8 @@ from statistics import median
 from typing import Any
 
 from megatron_medha.core.batch import Arrived, Batch, Completed
-from megatron_medha.core.cost import StepLoad
-from megatron_medha.core.fitted_cost import FittedCost, MeasuredStep, features_of
+from megatron_medha.core.cost.fitted_cost import FittedCost, MeasuredStep, features_of
+from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.request import Request
 from megatron_medha.engine.decision_log import Recorded, read_log
 from megatron_medha.engine.scheduler_setup import SchedulerSetup

@@ -19,7 +19,7 @@ IS_COMPILED = use_compiled_core()
 
 from megatron_medha.compose import compose, freeze
 from megatron_medha.core.batch import Batch, Event, Output
-from megatron_medha.engine.ports import Decisions
+from megatron_medha.core.ports import Decisions
 from megatron_medha.sim.simulation import Simulation, Watchers
 from megatron_medha.sim.system import build_system
 from megatron_medha.simulate_config import SimulateOptions, simulation_config

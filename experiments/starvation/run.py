@@ -2,7 +2,7 @@
 
     python -m experiments.starvation.run              # 10 simulated minutes at 1.75 requests/s, then until all are done
 
-Llama-3 8B on 16 A100, 5% long prompts: more work than the machine can do. The bound is the one of core/packing.py:
+Llama-3 8B on 16 A100, 5% long prompts: more work than the machine can do. The bound is the one of prefill_packer.py:
 deadline + (own and earlier-due prefill work in half-step chunks + B / 2) / p + (n + 2) B.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from experiments.headline.systems import LAYOUT, cluster
 from experiments.lib.paper import Cluster, Results, measure, scheduler
-from megatron_medha.core.chunking import PrefillTimes
-from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.scheduling.chunking import PrefillTimes
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.outcome import Outcome, Slo
 from megatron_medha.engine.workload import WorkloadConfig
 

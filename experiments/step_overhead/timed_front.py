@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_medha.cluster.engine import local_ranks
 from megatron_medha.commands import serve_parts
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.main import main
 
 _batches: list[dict[str, Any]] = []

@@ -15,13 +15,13 @@ from megatron_medha.cluster.rank_audit import RankAudit
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.cluster.runtime import ClusterRuntime
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
-from megatron_medha.core.fitted_cost import FittedCost
-from megatron_medha.core.memory import default_shard_tokens
+from megatron_medha.core.cost.fitted_cost import FittedCost
+from megatron_medha.core.cost.step_cost import Hardware
+from megatron_medha.core.kv.kv_memory import default_shard_tokens
+from megatron_medha.core.ports import Observer
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
-from megatron_medha.engine.ports import Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.scratch import scratch_directory
 from megatron_medha.engine.status_board import StatusBoard

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from megatron_medha.cluster.messages import StepDone
 from megatron_medha.core.batch import Batch, Event, Output
-from megatron_medha.core.blocks import Extent
+from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.kv_audit import KVAudit
 
 _log = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     weight_dtype: str = "auto"       # of linear layers: auto (the model's), int8 (bf16 models on a CPU)
     cuda_graphs: bool = True         # read only on a GPU
     # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S).
-    # None: core/memory.py's default, which the front knows too.
+    # None: core/kv/kv_memory.py's default, which the front knows too.
     max_tokens_per_shard: int | None = None
     max_context_len: int | None = None  # None: the checkpoint's own
     num_threads: int | None = None   # None: its share of the CPU cores it may use

@@ -50,7 +50,7 @@ def run(words: Sequence[str]) -> int:
 
     from tqdm import tqdm
 
-    from megatron_medha.core.fitted_cost import fit
+    from megatron_medha.core.cost.fitted_cost import fit
     from megatron_medha.worker.load import load_rank
     from megatron_medha.worker.profile import grid, measure
 

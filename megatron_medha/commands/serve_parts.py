@@ -15,11 +15,11 @@ from megatron_medha.cluster.launch_config import LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.config import ServeConfig, ServeOptions
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.ports import EngineClient, Observer
+from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.child_environment import child_environment
 from megatron_medha.engine.engine import Engine, Watcher
 from megatron_medha.engine.kv_audit import KVAudit
-from megatron_medha.engine.ports import EngineClient, Observer
 from megatron_medha.engine.replicas import Replicas, SharedObserver
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.secret_values import without_secrets

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from megatron_medha.core.blocks import Extent
+from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.request import Request
 
 

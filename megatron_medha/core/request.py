@@ -8,7 +8,7 @@ from enum import Enum
 from math import inf
 from typing import Any
 
-from megatron_medha.core.blocks import BlockTable
+from megatron_medha.core.kv.block_pool import BlockTable
 
 
 class Status(Enum):

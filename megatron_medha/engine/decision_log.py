@@ -19,10 +19,10 @@ from megatron_medha.core.batch import (
     Output,
     RanksLost,
 )
-from megatron_medha.core.blocks import Extent
 from megatron_medha.core.errors import MedhaError
+from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.ports import Decisions
 from megatron_medha.core.request import Request
-from megatron_medha.engine.ports import Decisions
 from megatron_medha.engine.side_file import SideFile, TextSink
 
 _EVENTS: dict[str, type[Event]] = {

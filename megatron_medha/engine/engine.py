@@ -14,14 +14,8 @@ from typing import Protocol
 
 from megatron_medha.core.batch import Aborted, Arrived, Event
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.core.placement import ReplicaLoad
-from megatron_medha.core.request import Request
-from megatron_medha.core.sampling import Sampling
-from megatron_medha.core.scheduler import Scheduler
-from megatron_medha.engine.decision_log import DecisionLog
-from megatron_medha.engine.inbox import Inbox
-from megatron_medha.engine.loop import serve
-from megatron_medha.engine.ports import (
+from megatron_medha.core.loop import serve
+from megatron_medha.core.ports import (
     EngineFacts,
     EngineLoad,
     EnginePhase,
@@ -32,6 +26,12 @@ from megatron_medha.engine.ports import (
     Runtime,
     Sink,
 )
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.core.scheduling.placement import ReplicaLoad
+from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.engine.decision_log import DecisionLog
+from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.snapshot import NO_LOAD, NO_WORK, load_of, work_of
 from megatron_medha.engine.status_board import StatusBoard

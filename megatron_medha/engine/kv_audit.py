@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_medha.core.batch import Batch, Event, Output
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler import Scheduler
 
 
 class KVAudit:

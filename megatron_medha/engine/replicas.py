@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_medha.core.batch import Batch, Completed, Event, FirstStageDone, Output
-from megatron_medha.core.placement import place
-from megatron_medha.core.request import Request
-from megatron_medha.core.sampling import Sampling
-from megatron_medha.engine.engine import Engine
-from megatron_medha.engine.ports import (
+from megatron_medha.core.ports import (
     Delivery,
     EngineFacts,
     EngineLoad,
@@ -23,6 +19,10 @@ from megatron_medha.engine.ports import (
     ReplicaState,
     Sink,
 )
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.core.scheduling.placement import place
+from megatron_medha.engine.engine import Engine
 
 # The phase of all together is the first of these that any replica is in: one that is up serves for all.
 _PRECEDENCE = (

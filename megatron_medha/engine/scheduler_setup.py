@@ -7,18 +7,18 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.core.cluster_cost import ClusterCost
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import CostModel, Hardware, RooflineCost
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.cached_cost import CachedClusterCost
+from megatron_medha.core.cost.cluster_cost import ClusterCost
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.fitted_cost import FittedCost
+from megatron_medha.core.cost.online_cost import OnlineCost
+from megatron_medha.core.cost.step_cost import CostModel, Hardware, RooflineCost
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.fitted_cost import FittedCost
+from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.online_cost import OnlineCost
-from megatron_medha.core.scheduler import Scheduler
-from megatron_medha.engine.cached_cost import CachedClusterCost
+from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron_medha.core.ports import EngineLoad
 from megatron_medha.core.request import Status
-from megatron_medha.core.scheduler import Scheduler
-from megatron_medha.engine.ports import EngineLoad
+from megatron_medha.core.scheduling.scheduler import Scheduler
 
 NO_LOAD = EngineLoad(
     num_waiting=0, num_prefilling=0, num_decoding=0, num_free_blocks=0, num_blocks=0, num_waiting_tokens=0

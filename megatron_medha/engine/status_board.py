@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_medha.engine.ports import EnginePhase, EngineStatus
+from megatron_medha.core.ports import EnginePhase, EngineStatus
 
 
 class StatusBoard:

@@ -16,7 +16,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_medha.core.capacity import check_divides
+from megatron_medha.core.cost.capacity import check_divides
 from megatron_medha.model.attention import MedhaSelfAttention, PagedCoreAttention
 from megatron_medha.model.fp8 import fp8_config
 from megatron_medha.model.layer import MedhaTransformerLayer

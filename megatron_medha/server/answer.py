@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from megatron_medha.engine.ports import ErrorDelivery
+from megatron_medha.core.ports import ErrorDelivery
 from megatron_medha.server.admission import Ticket
 from megatron_medha.server.connection import TRANSPORT
 from megatron_medha.server.errors import ApiError, our_bug

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.ports import EngineClient, EnginePhase
+from megatron_medha.core.ports import EngineClient, EnginePhase
 from megatron_medha.server import anthropic_messages, chat, completion, errors, insight, openapi, responses, tokenize
 from megatron_medha.server import openai_types as types
 from megatron_medha.server.answer import Answer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_medha.core.request import Request
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.server.generation import GenerationSpec
 
 _BY_DEADLINE = frozenset({"edf", "lrs", "lars", "hrrn"})

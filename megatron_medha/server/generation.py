@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_medha.core.batch import FinishReason
+from megatron_medha.core.ports import TokenDelivery
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
-from megatron_medha.engine.ports import TokenDelivery
 from megatron_medha.server.call_syntax import tokens_of
 from megatron_medha.server.detokenizer import make_detokenizer
 from megatron_medha.server.slo import SloClass

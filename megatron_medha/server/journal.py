@@ -30,7 +30,7 @@ from megatron_medha.core.batch import (
     TokenOut,
 )
 from megatron_medha.core.request import Request, Sequence
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.server.forecast import Forecast, WorkAhead
 from megatron_medha.server.live_view import LiveView, joined, look_at
 from megatron_medha.server.metrics import Metrics

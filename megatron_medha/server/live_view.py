@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from megatron_medha.core.policies import relative_slack, slack_s
 from megatron_medha.core.request import Sequence, Status
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.policies import relative_slack, slack_s
+from megatron_medha.core.scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from megatron_medha.server.journal import Step

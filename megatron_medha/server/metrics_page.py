@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from megatron_medha.engine.ports import EngineClient, EnginePhase, ReplicaState
+from megatron_medha.core.ports import EngineClient, EnginePhase, ReplicaState
 from megatron_medha.server.admission import REFUSAL_REASONS, Admission
 from megatron_medha.server.metrics import CUT_OFF_REASONS, LENGTH_CLASSES, LONGEST_CLASS, Histogram, Metrics
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
+from megatron_medha.core.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
 from megatron_medha.server.admission import Admission, retry_after
 from megatron_medha.server.chat_template import ChatTemplate
 from megatron_medha.server.config import FIXED_FIELDS, ServerConfig

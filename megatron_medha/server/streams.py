@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from megatron_medha.engine.ports import Delivery
+from megatron_medha.core.ports import Delivery
 from megatron_medha.server.errors import ApiError
 
 _TURN = 64  # deliveries that one request takes before others run: some 2 ms

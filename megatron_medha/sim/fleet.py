@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 
 from megatron_medha.core.batch import Arrived, Batch, Event, Output
-from megatron_medha.core.placement import ReplicaLoad, place
+from megatron_medha.core.ports import Decisions
 from megatron_medha.core.request import Request
-from megatron_medha.engine.ports import Decisions
+from megatron_medha.core.scheduling.placement import ReplicaLoad, place
 from megatron_medha.sim.measured_world import MeasuredWorld
 
 

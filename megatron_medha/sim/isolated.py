@@ -6,9 +6,9 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from megatron_medha.core.batch import Batch, Completed, Event, Output
+from megatron_medha.core.loop import serve
+from megatron_medha.core.ports import Decisions
 from megatron_medha.core.request import Request
-from megatron_medha.engine.loop import serve
-from megatron_medha.engine.ports import Decisions
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
 from megatron_medha.sim.world import World
 

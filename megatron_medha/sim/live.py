@@ -11,9 +11,9 @@ from heapq import heappop, heappush
 from pathlib import Path
 
 from megatron_medha.core.batch import Aborted, Batch, Completed, Event, FirstStageDone, Output
+from megatron_medha.core.ports import Observer
 from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
-from megatron_medha.engine.ports import Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.engine.streams import Sampled, Streams

@@ -8,16 +8,16 @@ from functools import lru_cache
 from math import inf
 from typing import Any
 
-from megatron_medha.core.config import SchedulerConfig
+from megatron_medha.core.cost.utilisation import mbu, mfu
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.memory import KVMemory
-from megatron_medha.core.placement import ReplicaLoad
+from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.loop import serve
+from megatron_medha.core.ports import Decisions, Observer
 from megatron_medha.core.request import Request
-from megatron_medha.core.scheduler import Scheduler
-from megatron_medha.core.utilisation import mbu, mfu
-from megatron_medha.engine.loop import serve
+from megatron_medha.core.scheduling.placement import ReplicaLoad
+from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.outcome import Outcome, Slo
-from megatron_medha.engine.ports import Decisions, Observer
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.snapshot import work_of
 from megatron_medha.engine.summary import LengthClasses, Summary

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import count
 
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.cached_cost import CachedClusterCost
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.engine.cached_cost import CachedClusterCost
-from megatron_medha.engine.ports import Decisions
+from megatron_medha.core.ports import Decisions
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.systems.elastic import ElasticConfig, ElasticSystem, Filling
 from megatron_medha.sim.systems.pools import ReservedPools

@@ -8,10 +8,10 @@ from math import exp
 from random import Random
 
 from megatron_medha.core.batch import Batch
-from megatron_medha.core.cluster_cost import ClusterCost
-from megatron_medha.core.cost import StepLoad
+from megatron_medha.core.cost.cluster_cost import ClusterCost
+from megatron_medha.core.cost.step_cost import StepLoad
+from megatron_medha.core.cost.utilisation import matmul_flops
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.utilisation import matmul_flops
 from megatron_medha.sim.pipeline import StepTimes
 from megatron_medha.sim.truth_config import TruthConfig
 

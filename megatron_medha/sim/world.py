@@ -21,7 +21,7 @@ from megatron_medha.core.batch import (
     Rejected,
     TokenOut,
 )
-from megatron_medha.core.cost import CostModel, StepLoad, step_s
+from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.request import Request
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.stream_pipeline import StagePlan
+from megatron_medha.core.stage_plan import StagePlan
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.slot_table import SlotTable
 from megatron_medha.kernels.staging import Staging

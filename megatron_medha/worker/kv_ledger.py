@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_medha.cluster.messages import Step
-from megatron_medha.core.blocks import Extent
+from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.worker.batch_tensors import KVShards
 
 

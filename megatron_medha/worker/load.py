@@ -15,10 +15,10 @@ import torch
 from megatron_medha.cluster.messages import NewRequest, Ready, Step
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.blocks import Extent, num_blocks_for
-from megatron_medha.core.capacity import check_divides
+from megatron_medha.core.cost.capacity import check_divides
 from megatron_medha.core.errors import CheckpointError, ConfigError
-from megatron_medha.core.memory import default_shard_tokens
+from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
+from megatron_medha.core.kv.kv_memory import default_shard_tokens
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend, backend_names
 from megatron_medha.model.build import build_model, transformer_engine_works

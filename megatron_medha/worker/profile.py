@@ -12,9 +12,9 @@ import torch
 
 from megatron_medha.cluster.messages import NewRequest, Ready, Step
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.blocks import Extent, num_blocks_for
-from megatron_medha.core.cost import StepLoad
-from megatron_medha.core.fitted_cost import MeasuredStep
+from megatron_medha.core.cost.fitted_cost import MeasuredStep
+from megatron_medha.core.cost.step_cost import StepLoad
+from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.worker.rank import Rank
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_medha.cluster.messages import PromptLogprobs, SampledToken, Step, StepDone
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import TokenLogprobs
-from megatron_medha.core.stream_pipeline import Place, StagePlan, stage_plan
+from megatron_medha.core.stage_plan import Place, StagePlan, stage_plan
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.model_config import ModelConfig

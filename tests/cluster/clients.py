@@ -7,9 +7,9 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_medha.core.ports import Delivery, EngineClient, EnginePhase, ErrorDelivery, TokenDelivery
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.engine.ports import Delivery, EngineClient, EnginePhase, ErrorDelivery, TokenDelivery
 
 TIMEOUT_S = 180.0  # for starts of real ranks on a busy machine
 

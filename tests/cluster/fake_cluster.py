@@ -19,9 +19,9 @@ from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import LocalRanks, RankProcess, Ranks
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.run_timeline import RunTimeline
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
+from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.engine import Engine
 
 FAKE_RANK = (sys.executable, str(Path(__file__).with_name("fake_rank.py")))

@@ -22,7 +22,7 @@ import zmq
 
 from megatron_medha.cluster.messages import Ready, SampledToken, Step, StepDone
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.core.blocks import Extent
+from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.layout import Coord
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.worker.front_inbox import FrontInbox

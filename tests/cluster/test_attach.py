@@ -31,7 +31,7 @@ from megatron_medha.cluster.messages import Heartbeat, RankFailed, StepDone
 from megatron_medha.cluster.wire import protocol_version
 from megatron_medha.core.errors import ConfigError, RankError
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.engine.ports import EnginePhase
+from megatron_medha.core.ports import EnginePhase
 from megatron_medha.engine.replicas import Replicas
 from megatron_medha.worker.front_inbox import SocketInbox
 

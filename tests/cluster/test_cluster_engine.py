@@ -17,12 +17,12 @@ from megatron_medha.cluster.engine import cluster_engine
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import FinishReason
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
+from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.ports import EnginePhase, ErrorDelivery, TokenDelivery
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.decision_log import read_log, replay
 from megatron_medha.engine.engine import Engine
-from megatron_medha.engine.ports import EnginePhase, ErrorDelivery, TokenDelivery
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 
 VOCAB_SIZE = 512

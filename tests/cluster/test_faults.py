@@ -20,7 +20,7 @@ from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import RankProcess
 from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.engine.ports import EnginePhase, ErrorDelivery
+from megatron_medha.core.ports import EnginePhase, ErrorDelivery
 
 
 @pytest.mark.parametrize(

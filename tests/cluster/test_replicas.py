@@ -12,7 +12,7 @@ from fake_rank import continuation
 
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.engine.ports import EnginePhase, ErrorDelivery
+from megatron_medha.core.ports import EnginePhase, ErrorDelivery
 from megatron_medha.engine.replicas import Replicas
 
 

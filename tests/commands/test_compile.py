@@ -68,7 +68,7 @@ def test_a_build_of_other_sources_is_not_used(
 
 
 def test_who_has_loaded_the_scheduler_already_goes_on_with_it(cache: Path) -> None:
-    import megatron_medha.core.scheduler  # noqa: F401
+    import megatron_medha.core.scheduling.scheduler  # noqa: F401
 
     before = list(sys.meta_path)
     directory = compiled_directory()

@@ -14,7 +14,7 @@ import pytest
 from megatron_medha.commands.plan import contenders
 from megatron_medha.commands.plan_table import interval_text
 from megatron_medha.compose import compose, freeze, option_names
-from megatron_medha.core.chunking import Chunking
+from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.main import main
 from megatron_medha.plan_config import PlanOptions
 

@@ -9,17 +9,17 @@ from megatron_medha.compiled_core import use_compiled_core
 
 use_compiled_core()
 
-from megatron_medha.core import scheduler
 from megatron_medha.core.batch import Batch, Completed, Event, Output
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware, RooflineCost
-from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.cost.online_cost import OnlineCost
+from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
+from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.online_cost import OnlineCost
-from megatron_medha.core.policies import POLICIES
 from megatron_medha.core.request import Request
-from megatron_medha.engine.loop import serve
+from megatron_medha.core.scheduling import scheduler
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.policies import POLICIES
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.sim.world import SimulatedWorld
 
 NUM_WALKS = 150

@@ -12,11 +12,11 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from megatron_medha.compose import CONF_MODULE, option_names
-from megatron_medha.core.capacity import Reserve, num_kv_blocks
-from megatron_medha.core.cluster_cost import ClusterCost
-from megatron_medha.core.cost import StepLoad
-from megatron_medha.core.engine_costs import EngineCosts
-from megatron_medha.core.hardware import Hardware
+from megatron_medha.core.cost.capacity import Reserve, num_kv_blocks
+from megatron_medha.core.cost.cluster_cost import ClusterCost
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware
+from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 

@@ -26,10 +26,10 @@ from megatron_medha.config import (
     SimulatedModel,
     TrackingConfig,
 )
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.policies import POLICIES
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.policies import POLICIES
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.slo import SloConfig

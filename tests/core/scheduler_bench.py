@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_medha.core.batch import Arrived, Batch, Completed, Output
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import CostModel, Hardware, RooflineCost
-from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.cost.step_cost import CostModel, Hardware, RooflineCost
+from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request, Sequence
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,

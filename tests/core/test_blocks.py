@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.core.blocks import BlockPool, Extent, KVShard, num_blocks_for
+from megatron_medha.core.kv.block_pool import BlockPool, Extent, KVShard, num_blocks_for
 
 
 def ids(extents: list[Extent] | tuple[Extent, ...]) -> list[int]:

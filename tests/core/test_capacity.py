@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_medha.core.capacity import Reserve, check_layout, num_kv_blocks, stage_footprint
+from megatron_medha.core.cost.capacity import Reserve, check_layout, num_kv_blocks, stage_footprint
+from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 

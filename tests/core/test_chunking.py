@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.core.chunking import Chunking, ChunkRule, PrefillTimes, largest_chunk
-from megatron_medha.core.cost import CostModel, Hardware, RooflineCost, StepLoad, step_s
+from megatron_medha.core.cost.online_cost import OnlineCost
+from megatron_medha.core.cost.step_cost import CostModel, Hardware, RooflineCost, StepLoad, step_s
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.online_cost import OnlineCost
+from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule, PrefillTimes, largest_chunk
 
 LLAMA3_8B = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,

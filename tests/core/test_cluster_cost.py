@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_medha.core.cluster_cost import ClusterCost
-from megatron_medha.core.cost import StepLoad, step_s
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.cluster_cost import ClusterCost
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware, Link, all_gather_s, all_reduce_s
+from megatron_medha.core.cost.step_cost import StepLoad, step_s
+from megatron_medha.core.cost.utilisation import batch_flops, mbu, mfu
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.hardware import Hardware, Link, all_gather_s, all_reduce_s
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.utilisation import batch_flops, mbu, mfu
 
 # One layer: attention weights 8 * 4 * (2*2 + 2*2) = 256, MLP 3 * 8 * 16 = 384; head 8 * 10 = 80.
 HAND = ModelShape(

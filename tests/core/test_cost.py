@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_medha.core.cost import Hardware, RooflineCost, StepLoad, step_s
+from megatron_medha.core.cost.step_cost import Hardware, RooflineCost, StepLoad, step_s
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 

@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware, RooflineCost, StepLoad, step_s
+from megatron_medha.core.cost.fitted_cost import FittedCost, MeasuredStep, fit
+from megatron_medha.core.cost.online_cost import OnlineCost
+from megatron_medha.core.cost.step_cost import Hardware, RooflineCost, StepLoad, step_s
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.fitted_cost import FittedCost, MeasuredStep, fit
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.online_cost import OnlineCost
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 
 SHAPE = ModelShape(

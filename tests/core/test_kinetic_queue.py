@@ -7,8 +7,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.core.kinetic_queue import ITEM_ID, KineticQueue
-from megatron_medha.core.policies import Priority
+from megatron_medha.core.scheduling.kinetic_queue import ITEM_ID, KineticQueue
+from megatron_medha.core.scheduling.policies import Priority
 
 # Lines as policies make them: constant, all of one slope, or each of its own; few values, so that ties happen.
 LINES = st.builds(

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_bench import Bench, request
 
-from megatron_medha.core import overdue
-from megatron_medha.core.overdue import Overdue
-from megatron_medha.core.policies import lars
-from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Sequence, Status
+from megatron_medha.core.scheduling import overdue
+from megatron_medha.core.scheduling.overdue import Overdue
+from megatron_medha.core.scheduling.policies import lars
+from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
 
 DAYS_S = 1e6
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_medha.core.placement import ReplicaLoad, place, predicted_finish_s
+from megatron_medha.core.scheduling.placement import ReplicaLoad, place, predicted_finish_s
 
 SECONDS = st.floats(0.0, 1e4)
 LOADS = st.builds(ReplicaLoad, st.booleans(), SECONDS, SECONDS, st.floats(0.0, 3.0))

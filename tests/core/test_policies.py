@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_medha.core.policies import POLICIES, edf, fcfs, hrrn, lars, lrs, relative_slack, sjf, slack_s, srpt
 from megatron_medha.core.request import Request, Sequence
+from megatron_medha.core.scheduling.policies import (
+    POLICIES,
+    edf,
+    fcfs,
+    hrrn,
+    lars,
+    lrs,
+    relative_slack,
+    sjf,
+    slack_s,
+    srpt,
+)
 
 
 def sequence(name: str, *, arrival_s: float, work_s: float, deadline_s: float, remaining_s: float | None = None):

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_medha.core.policies import fcfs
-from megatron_medha.core.prefill_queue import PrefillQueue
 from megatron_medha.core.request import Request, Sequence, Status
+from megatron_medha.core.scheduling.policies import fcfs
+from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
 
 
 def sequence(

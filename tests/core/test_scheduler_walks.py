@@ -24,16 +24,16 @@ from megatron_medha.core.batch import (
     Rejected,
     TokenOut,
 )
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware, RooflineCost, StepLoad, step_s
-from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.cost.online_cost import OnlineCost
+from megatron_medha.core.cost.step_cost import Hardware, RooflineCost, StepLoad, step_s
+from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.online_cost import OnlineCost
-from megatron_medha.core.policies import POLICIES
 from megatron_medha.core.request import Request
-from megatron_medha.core.scheduler import Scheduler
-from megatron_medha.engine.loop import serve
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.policies import POLICIES
+from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.sim.world import SimulatedWorld
 
 SHAPE = ModelShape(

@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_medha.core.batch import Arrived, Event, Output, TokenOut
-from megatron_medha.core.chunking import PrefillTimes
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware, RooflineCost
-from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
+from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.policies import POLICIES
 from megatron_medha.core.request import Request
-from megatron_medha.core.scheduler import Scheduler
-from megatron_medha.engine.loop import serve
+from megatron_medha.core.scheduling.chunking import PrefillTimes
+from megatron_medha.core.scheduling.policies import POLICIES
+from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.sim.world import SimulatedWorld, true_step_s
 
 SHAPE = ModelShape(
@@ -186,7 +186,7 @@ def test_every_request_of_a_random_burst_has_its_first_token_within_the_bound(
 
 
 def bounds_s(config: SchedulerConfig, requests: list[Request], spp: int) -> Iterator[tuple[Request, float]]:
-    """Each request, and the moment by which its first token is promised (core/packing.py)."""
+    """Each request, and the moment by which its first token is promised (core/scheduling/prefill_packer.py)."""
     times = PrefillTimes(config.chunk_rule, COST, BUDGET_S, SHAPE.max_context_len)
     halves = PrefillTimes(config.chunk_rule, COST, BUDGET_S / 2, SHAPE.max_context_len)
     due = sorted(

@@ -7,7 +7,7 @@ import random
 from scheduler_bench import Bench, request
 
 from megatron_medha.core.batch import Batch, Completed, FirstStageDone
-from megatron_medha.core.step_budget import StepAim
+from megatron_medha.core.scheduling.step_budget import StepAim
 
 
 def step(predicted_s: float) -> Batch:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from scheduler_bench import COST, HARDWARE, SHAPE, Bench, request
 
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import RooflineCost
+from megatron_medha.core.cost.step_cost import RooflineCost
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 
 def test_chunks_of_a_long_prompt_are_whole_tiles_within_the_budget() -> None:

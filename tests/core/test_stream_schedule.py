@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_medha.core.batch import Batch, Chunk
-from megatron_medha.core.stream_pipeline import Kind, Operation, Place, dry_run, printed, stage_plan, stream_schedule
+from megatron_medha.core.stage_plan import Kind, Operation, Place, dry_run, printed, stage_plan, stream_schedule
 
 
 def batch(batch_id: int, *chunks: Chunk) -> Batch:

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_medha.core.hardware import Hardware
-from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.utilisation import (
+from megatron_medha.core.cost.hardware import Hardware
+from megatron_medha.core.cost.utilisation import (
     attention_flops,
     batch_bytes,
     batch_flops,
@@ -17,6 +16,7 @@ from megatron_medha.core.utilisation import (
     mfu,
     prefill_flops,
 )
+from megatron_medha.core.model_shape import ModelShape
 
 # One layer: attention weights 8 * 4 * (2*2 + 2*1) = 192, MLP 3 * 8 * 16 = 384; head 8 * 10 = 80.
 HAND = ModelShape(

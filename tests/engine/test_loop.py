@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_medha.core.batch import Aborted, Batch, Event, Output, TokenOut
-from megatron_medha.engine.loop import serve
+from megatron_medha.core.loop import serve
 
 
 def batch(batch_id: int) -> Batch:

@@ -34,16 +34,16 @@ from megatron_medha.core.batch import (
     Rejected,
     TokenOut,
 )
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware, RooflineCost
+from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
+from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.layout import Coord, ParallelLayout
-from megatron_medha.core.memory import KVMemory
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.policies import POLICIES
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.policies import POLICIES
+from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 VOCAB_SIZE = 509  # a prime: no tp divides it, so the padding of the vocabulary is in every comparison
 NUM_LAYERS = 4

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_medha.core.batch import FinishReason
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.request import Request
-from megatron_medha.core.sampling import Sampling, TokenLogprobs
-from megatron_medha.engine.ports import (
+from megatron_medha.core.ports import (
     Delivery,
     EngineFacts,
     EngineLoad,
@@ -23,6 +21,8 @@ from megatron_medha.engine.ports import (
     Sink,
     TokenDelivery,
 )
+from megatron_medha.core.request import Request
+from megatron_medha.core.sampling import Sampling, TokenLogprobs
 
 WAIT_S = 120.0  # for what comes at once unless the machine is busy
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.engine import Engine
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.server.journal import Journal

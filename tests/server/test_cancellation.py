@@ -11,7 +11,7 @@ from live_server import LiveEngine
 from running_server import Running, StartServer, eventually
 
 from megatron_medha.core.request import Status
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.server.metrics import Metrics
 
 PATH = "/v1/completions"

@@ -11,7 +11,7 @@ from fake_engine import WAIT_S, FakeEngine
 from running_server import Running, StartServer
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.ports import EnginePhase, EngineStatus
+from megatron_medha.core.ports import EnginePhase, EngineStatus
 from megatron_medha.server.app import create_app
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.running import run

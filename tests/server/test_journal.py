@@ -12,11 +12,11 @@ from live_server import FAST, SHAPE, LiveEngine
 from running_server import Running, StartServer, spec
 
 from megatron_medha.core.batch import Aborted, Arrived, Batch, Completed, Preempted
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import RooflineCost
-from megatron_medha.core.memory import KVMemory
+from megatron_medha.core.cost.step_cost import RooflineCost
+from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.request import Request
-from megatron_medha.core.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.forecast import WorkAhead
 from megatron_medha.server.insight import Ran, Wait, tell
 from megatron_medha.server.journal import MAX_LOSSES, MAX_RUNS, MAX_STORIES, Journal, Run, _thinned

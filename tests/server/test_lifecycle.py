@@ -15,7 +15,7 @@ from fake_engine import WAIT_S, FakeEngine
 from running_server import Running, StartServer
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.ports import EnginePhase
+from megatron_medha.core.ports import EnginePhase
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.running import check_tls
 

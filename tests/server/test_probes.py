@@ -20,8 +20,8 @@ from running_server import Running, StartServer
 
 from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, FinishReason, Preempted, TokenOut
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.ports import EnginePhase, EngineStatus, ReplicaState
 from megatron_medha.core.request import Request
-from megatron_medha.engine.ports import EnginePhase, EngineStatus, ReplicaState
 from megatron_medha.server import tokenize
 from megatron_medha.server.admission import REFUSAL_REASONS
 from megatron_medha.server.config import ServerConfig

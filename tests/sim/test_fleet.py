@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.engine_costs import EngineCosts
-from megatron_medha.core.hardware import Hardware
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.outcome import Ending, Outcome
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.workload import WorkloadConfig

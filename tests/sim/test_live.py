@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_medha.core.batch import Batch, Completed, FinishReason, FirstStageDone
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import Hardware
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.ports import Delivery, EnginePhase, ErrorDelivery, TokenDelivery
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.inbox import Inbox
-from megatron_medha.engine.ports import Delivery, EnginePhase, ErrorDelivery, TokenDelivery
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.streams import Streams
 from megatron_medha.sim.live import LiveRuntime, live_engine

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.arrivals import Arrivals
 from megatron_medha.engine.decision_log import read_log, replay
 from megatron_medha.engine.outcome import Ending, Outcome, Slo

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_medha.core.batch import Batch
-from megatron_medha.core.cost import RooflineCost
-from megatron_medha.core.hardware import Hardware, Link
+from megatron_medha.core.cost.hardware import Hardware, Link
+from megatron_medha.core.cost.step_cost import RooflineCost
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.ports import Decisions
 from megatron_medha.core.request import Request
-from megatron_medha.engine.loop import serve
 from megatron_medha.engine.outcome import Ending, Outcome, Slo
-from megatron_medha.engine.ports import Decisions
 from megatron_medha.engine.summary import LengthClasses, Summary
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.systems.admission import Admission, AdmissionRules, Census

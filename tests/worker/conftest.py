@@ -13,7 +13,7 @@ import torch
 from megatron_medha.cluster.messages import NewRequest, Ready, Step, StepDone
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.blocks import BlockPool, num_blocks_for
+from megatron_medha.core.kv.block_pool import BlockPool, num_blocks_for
 from megatron_medha.core.sampling import Sampling
 
 BLOCK_SIZE = 16

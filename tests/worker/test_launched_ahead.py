@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_medha.cluster.messages import Step
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.blocks import BlockPool, Extent
+from megatron_medha.core.kv.block_pool import BlockPool, Extent
 from megatron_medha.model.sampler import Choices
 from megatron_medha.worker.batch_tensors import HostStep, step_tensors
 from tests.worker.test_run_ahead import Walk

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.core.fitted_cost import FittedCost
+from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.worker.profile import GridPoint, grid, measure
 
 

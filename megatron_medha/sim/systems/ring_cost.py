@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-from megatron_medha.core.cost import CostModel
-from megatron_medha.core.hardware import Hardware, send_s
+from megatron_medha.core.cost.hardware import Hardware, send_s
+from megatron_medha.core.cost.step_cost import CostModel
 from megatron_medha.core.model_shape import ModelShape
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_medha.core.blocks import BlockPool, KVShard, num_blocks_for
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.block_pool import BlockPool, KVShard, num_blocks_for
 from megatron_medha.core.request import Sequence
 
 

@@ -1,7 +1,7 @@
 """A queue in levels, in each of which priorities move in time along straight lines. It knows nothing of sequences.
 
 Who looks into it wants the first few in order. They are kept apart from the rest: the front, a handful of lines that
-are evaluated and sorted whenever somebody looks, and behind it a tournament (core/kinetic_tournament.py) of any number
+are evaluated and sorted whenever somebody looks, and behind it a tournament (kinetic_tournament.py) of any number
 of others, of which only the winner's value is needed: while it comes after the whole front, nobody else there matters.
 """
 
@@ -11,8 +11,8 @@ from bisect import insort
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_medha.core.kinetic_tournament import Entry, KineticTournament
-from megatron_medha.core.policies import Priority
+from megatron_medha.core.scheduling.kinetic_tournament import Entry, KineticTournament
+from megatron_medha.core.scheduling.policies import Priority
 
 _LEAST_FRONT = 4   # more are pulled to the front when somebody asks for more, and stay there
 _MOST_FRONT = 16   # all that a batch looks at, as a rule

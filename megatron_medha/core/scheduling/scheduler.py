@@ -20,19 +20,19 @@ from megatron_medha.core.batch import (
     Rejected,
     TokenOut,
 )
-from megatron_medha.core.batch_builder import BatchBuilder
-from megatron_medha.core.blocks import Extent
-from megatron_medha.core.chunking import PrefillTimes
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import CostModel, StepLoad, step_s
-from megatron_medha.core.memory import KVMemory
-from megatron_medha.core.output_length import OutputPredictor
-from megatron_medha.core.overdue import Overdue
-from megatron_medha.core.packing import PrefillPacker
-from megatron_medha.core.policies import NEEDS_WAIT_ESTIMATE, POLICIES, relative_slack
-from megatron_medha.core.prefill_queue import PrefillQueue
+from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
+from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.request import Request, Sequence, Status
-from megatron_medha.core.step_budget import StepAim, shortest_fair_s
+from megatron_medha.core.scheduling.batch_builder import BatchBuilder
+from megatron_medha.core.scheduling.chunking import PrefillTimes
+from megatron_medha.core.scheduling.output_length import OutputPredictor
+from megatron_medha.core.scheduling.overdue import Overdue
+from megatron_medha.core.scheduling.policies import NEEDS_WAIT_ESTIMATE, POLICIES, relative_slack
+from megatron_medha.core.scheduling.prefill_packer import PrefillPacker
+from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
+from megatron_medha.core.scheduling.step_budget import StepAim, shortest_fair_s
 
 _MOST_IN_HAND = 0.8  # of a deadline
 

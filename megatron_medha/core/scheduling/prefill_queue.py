@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import inf
 
-from megatron_medha.core.kinetic_queue import ITEM, ITEM_ID, LEVEL, KineticQueue, Place
-from megatron_medha.core.policies import Policy, Priority
 from megatron_medha.core.request import Sequence
+from megatron_medha.core.scheduling.kinetic_queue import ITEM, ITEM_ID, LEVEL, KineticQueue, Place
+from megatron_medha.core.scheduling.policies import Policy, Priority
 
 _BEFORE_ALL_CLASSES = -(2**40)  # below any priority, which are integers of 32 bits
 _MOST_LOSSES_PER_LIVE = 4  # entries of self._losses; of more, those that mean nothing any more are taken out ...

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from megatron_medha.core.cluster_cost import ClusterCost
-from megatron_medha.core.engine_costs import EngineCosts
-from megatron_medha.core.hardware import Hardware
+from megatron_medha.core.cost.cluster_cost import ClusterCost
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_medha.core.hardware import Hardware
+from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.model_shape import ModelShape
 
 

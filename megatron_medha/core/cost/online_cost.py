@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_medha.core.cost import CostModel, RooflineCost, StepLoad
-from megatron_medha.core.fitted_cost import FittedCost
+from megatron_medha.core.cost.fitted_cost import FittedCost
+from megatron_medha.core.cost.step_cost import CostModel, RooflineCost, StepLoad
 
 _NUM_FEATURES = 8
 _NOISE = 0.04                # of a step's duration, what a quiet machine shows between equal steps

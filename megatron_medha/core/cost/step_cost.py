@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_medha.core.hardware import Hardware as Hardware
+from megatron_medha.core.cost.hardware import Hardware as Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 

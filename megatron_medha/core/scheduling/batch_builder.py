@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_medha.core.chunking import Chunking, ChunkRule, largest_chunk
-from megatron_medha.core.cost import CostModel, StepLoad, step_s
-from megatron_medha.core.memory import KVMemory, Part
+from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
+from megatron_medha.core.kv.kv_memory import KVMemory, Part
 from megatron_medha.core.request import Sequence
+from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule, largest_chunk
 
 _MOST_HALVINGS = 2       # of a tile that breaks a step's budget
 _LEAST_SAVED = 0.25      # of a tile's time, by halving it; where reading the context takes most of it, little is

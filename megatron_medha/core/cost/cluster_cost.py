@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_medha.core.capacity import check_devices
-from megatron_medha.core.cost import StepLoad
-from megatron_medha.core.engine_costs import EngineCosts
+from megatron_medha.core.cost.capacity import check_devices
+from megatron_medha.core.cost.engine_costs import EngineCosts
+from megatron_medha.core.cost.hardware import Hardware, all_gather_s, send_s
+from megatron_medha.core.cost.kernel_costs import ACTIVATION_BYTES, AttentionKernels, LinearKernels
+from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.hardware import Hardware, all_gather_s, send_s
-from megatron_medha.core.kernel_costs import ACTIVATION_BYTES, AttentionKernels, LinearKernels
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 
@@ -20,7 +20,7 @@ class ClusterCost:
     that has enough attention, and they know steps that are launched as one graph.
 
     Contexts are those of one KVP rank's shard; the step of several ranks takes as long as the slowest.
-    It prices more layouts than this engine serves (core/capacity.py: check_layout): ranks that repeat a KV head, stages
+    It prices more layouts than this engine serves (capacity.py: check_layout): ranks that repeat a KV head, stages
     that differ by a layer. Raises ConfigError for those that no engine has, or that need more devices than there are.
     """
 

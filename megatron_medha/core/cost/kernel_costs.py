@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil, sqrt
 
-from megatron_medha.core.hardware import Hardware, all_reduce_s
+from megatron_medha.core.cost.hardware import Hardware, all_reduce_s
 from megatron_medha.core.model_shape import ModelShape
 
 ACTIVATION_BYTES = 2  # 16-bit activations, whatever the weights are

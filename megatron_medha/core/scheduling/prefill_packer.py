@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from math import inf
 
-from megatron_medha.core.batch_builder import BatchBuilder, Planned
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
-from megatron_medha.core.cost import CostModel, step_s
-from megatron_medha.core.memory import KVMemory, Part
-from megatron_medha.core.policies import relative_slack
-from megatron_medha.core.prefill_queue import Candidates
+from megatron_medha.core.cost.step_cost import CostModel, step_s
+from megatron_medha.core.kv.kv_memory import KVMemory, Part
 from megatron_medha.core.request import Sequence
+from megatron_medha.core.scheduling.batch_builder import BatchBuilder, Planned
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.policies import relative_slack
+from megatron_medha.core.scheduling.prefill_queue import Candidates
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 _OWED_STEPS = 0.5  # the least worth of the chunks that savings pay for, in steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# However much of each step decodes take, a prefill gets on (core/packing.py); more would only be noise here.
+# However much of each step decodes take, a prefill gets on (prefill_packer.py); more would only be noise here.
 _MAX_DECODE_SHARE = 0.9
 
 

@@ -2,7 +2,7 @@
 
 Every policy here is a straight line in time as long as its sequence makes no progress. A policy therefore
 returns the line, not its value: a queue that knows the lines keeps 10,000 sequences in order without
-evaluating 10,000 priorities at every step (core/kinetic_queue.py).
+evaluating 10,000 priorities at every step (core/scheduling/kinetic_queue.py).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def hrrn(seq: Sequence) -> Priority:
 
 
 def ssjf(seq: Sequence) -> Priority:
-    """Shortest predicted job first: prefill and the answer as core/output_length.py predicts it.
+    """Shortest predicted job first: prefill and the answer as core/scheduling/output_length.py predicts it.
 
     Speculative shortest-job-first of Qiu et al. (arXiv:2404.08509).
     """

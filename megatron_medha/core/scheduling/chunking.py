@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from enum import Enum
 
-from megatron_medha.core.cost import CostModel, StepLoad
+from megatron_medha.core.cost.step_cost import CostModel, StepLoad
 
 _MAX_LINEAR_LOOKS = 4
 

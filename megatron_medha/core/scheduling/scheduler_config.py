@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_medha.core.chunking import Chunking, ChunkRule
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.output_length import OutputLengths
-from megatron_medha.core.policies import POLICIES
+from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule
+from megatron_medha.core.scheduling.output_length import OutputLengths
+from megatron_medha.core.scheduling.policies import POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from megatron_medha.core.cost import StepLoad
+from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.model_shape import ModelShape
 
 NUM_FEATURES = 8

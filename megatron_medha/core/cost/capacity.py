@@ -7,9 +7,9 @@ from itertools import product
 from math import gcd
 from typing import Protocol
 
+from megatron_medha.core.cost.hardware import Hardware
+from megatron_medha.core.cost.kernel_costs import ACTIVATION_BYTES
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.hardware import Hardware
-from megatron_medha.core.kernel_costs import ACTIVATION_BYTES
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 

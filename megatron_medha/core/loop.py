@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_medha.engine.ports import Decisions, Observer, Runtime
+from megatron_medha.core.ports import Decisions, Observer, Runtime
 
 
 def serve(decisions: Decisions, runtime: Runtime, observers: tuple[Observer, ...] = ()) -> None:
