@@ -25,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_medha.cluster import machine
 from megatron_medha.config_errors import (
     explain,
     explain_conversion,
@@ -36,7 +35,8 @@ from megatron_medha.config_errors import (
 )
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.remembered_options import CONF_MODULE, decode_path
-from megatron_medha.secret_values import HIDDEN, is_secret_name, without_secrets
+from megatron_medha.system import machine
+from megatron_medha.system.secret_values import HIDDEN, is_secret_name, without_secrets
 
 T = TypeVar("T")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 
-from megatron_medha.cluster import machine
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
@@ -24,6 +23,7 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.slo import SloConfig
+from megatron_medha.system import machine
 
 _CUDA_BACKENDS = ("triton", "flash_attn", "torch")
 DEFAULT_BLOCK_SIZE = 16  # tokens, on CPU and in simulations; CUDA's backends have their own

@@ -22,7 +22,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from megatron_medha.secret_values import HIDDEN, is_secret_name
+from megatron_medha.system.secret_values import HIDDEN, is_secret_name
 
 
 def explain(error: Exception, name: str, config_class: type, overrides: Sequence[Override]) -> str:

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_medha.compiled_core import use_compiled_core
 from megatron_medha.core.errors import ConfigError, MedhaError
-from megatron_medha.secret_values import hide_secrets
+from megatron_medha.system.compiled_core import use_compiled_core
+from megatron_medha.system.secret_values import hide_secrets
 
 
 @dataclass(frozen=True, slots=True)

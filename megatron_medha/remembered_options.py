@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from megatron_medha.cluster import machine
 from megatron_medha.server.config import SECRET_FIELDS
-from megatron_medha.user_cache import user_cache
+from megatron_medha.system import machine
+from megatron_medha.system.user_cache import user_cache
 
 CONF_MODULE = "megatron_medha.conf"
 MAX_FILES = 32  # of a few KB; a person has fewer ways to start a server

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from megatron_medha.compiled_core import use_compiled_core
+from megatron_medha.system.compiled_core import use_compiled_core
 
 IS_COMPILED = use_compiled_core()
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_medha.compiled_core import use_compiled_core
+from megatron_medha.system.compiled_core import use_compiled_core
 
 use_compiled_core()  # in the processes of a run too: each imports this file
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_medha.compiled_core import use_compiled_core
+from megatron_medha.system.compiled_core import use_compiled_core
 
 IS_COMPILED = use_compiled_core()
 

@@ -13,7 +13,7 @@ import argparse
 import time
 from dataclasses import dataclass
 
-from megatron_medha.compiled_core import use_compiled_core
+from megatron_medha.system.compiled_core import use_compiled_core
 
 IS_COMPILED = use_compiled_core()
 

@@ -28,7 +28,7 @@ from megatron_medha.cluster.launch_config import split_address
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.wire import UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import ConfigError, RankError
-from megatron_medha.engine.child_environment import child_environment
+from megatron_medha.system.child_environment import child_environment
 
 _SAY_INTERVAL_S = 1.0
 _CHECK_MS = 100           # how soon the end of the rank's process is noticed

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from megatron_medha.compiled_core import MODULES, SWITCH, compile_core, compiled_directory
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.system.compiled_core import MODULES, SWITCH, compile_core, compiled_directory
 
 _USUAL_S = 80  # on a 2-core server
 

@@ -27,7 +27,7 @@ from megatron_medha.commands.arguments import Arguments
 from megatron_medha.compose import CONF_MODULE, as_yaml, freeze, register_schema, yaml_values
 from megatron_medha.config_errors import explain
 from megatron_medha.core.errors import ConfigError, MedhaError
-from megatron_medha.secret_values import hide_secrets
+from megatron_medha.system.secret_values import hide_secrets
 
 T = TypeVar("T")
 RunJob = Callable[[T, str], dict[str, Any]]

@@ -28,8 +28,8 @@ from megatron_medha.commands.plan_table import (
     say_what_is_tried,
     settings_text,
 )
-from megatron_medha.compiled_core import use_compiled_core
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.system.compiled_core import use_compiled_core
 
 if TYPE_CHECKING:
     from megatron_medha.plan_config import Candidates, Contender, PlanOptions

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
-from megatron_medha.commands.writable import check_writable
+from megatron_medha.system.writable import check_writable
 
 USAGE = """\
 usage: medha profile checkpoint=DIR [key=value ...]
@@ -31,7 +31,7 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE, describe_options("profile"), sep="\n", end="")
         return 0
-    from megatron_medha.cluster.machine import num_usable_cores
+    from megatron_medha.system.machine import num_usable_cores
     from megatron_medha.worker.cpu_share import let_idle_threads_sleep
 
     let_idle_threads_sleep(num_usable_cores())

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, TextIO
 
 from megatron_medha.commands.arguments import parse_arguments
 from megatron_medha.commands.options_help import describe_options
-from megatron_medha.commands.writable import check_writable
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.scratch import scratch_directory
 from megatron_medha.server.chat_client import is_http_address
+from megatron_medha.system.scratch import scratch_directory
+from megatron_medha.system.writable import check_writable
 
 if TYPE_CHECKING:
     from megatron_medha.bench.batch import BatchServer, Counts

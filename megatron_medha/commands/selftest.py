@@ -18,7 +18,7 @@ from megatron_medha.commands.selftest_watch import Seen, ServerWatch
 from megatron_medha.commands.selftest_wire import Begun, Broken, Wire, check
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.server.chat_client import is_http_address
-from megatron_medha.server.descriptors import raise_descriptor_limit
+from megatron_medha.system.descriptors import raise_descriptor_limit
 
 USAGE = """\
 usage: medha selftest [key=value ...]

@@ -17,10 +17,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megatron_medha.commands.arguments import FLAGS, Arguments, parse_arguments
-from megatron_medha.commands.logs import set_up_logging
 from megatron_medha.commands.options_help import describe_options
 from megatron_medha.core.ports import EnginePhase
-from megatron_medha.engine.freed_memory import GIVE_BACK_INTERVAL_S, give_back_freed_memory, give_back_large_blocks
+from megatron_medha.system.log_lines import set_up_logging
+from megatron_medha.system.memory_trim import GIVE_BACK_INTERVAL_S, give_back_freed_memory, give_back_large_blocks
 
 if TYPE_CHECKING:
     from megatron_medha.config import ServeConfig, ServeOptions

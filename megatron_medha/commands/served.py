@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError, MedhaError
-from megatron_medha.engine.parentage import die_with_parent
-from megatron_medha.secret_values import hide_secrets
+from megatron_medha.system.parentage import die_with_parent
+from megatron_medha.system.secret_values import hide_secrets
 
 LOG, OPTIONS = "server.log", "server.yaml"
 _READY_S = 600.0   # a big checkpoint takes minutes to load

@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE, describe_options("train_tiny"), sep="\n", end="")
         return 0
-    from megatron_medha.cluster.machine import num_usable_cores
+    from megatron_medha.system.machine import num_usable_cores
     from megatron_medha.worker.cpu_share import let_idle_threads_sleep
 
     # Beside one busy program, spinning threads made a run of two minutes take more than three.

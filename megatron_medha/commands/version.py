@@ -6,8 +6,8 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from megatron_medha.compiled_core import use_compiled_core
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.system.compiled_core import use_compiled_core
 
 
 def run(words: Sequence[str]) -> int:

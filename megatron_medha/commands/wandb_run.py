@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_medha.config import TrackingConfig
 from megatron_medha.core.errors import ConfigError, DependencyError
-from megatron_medha.secret_values import hide_secrets
+from megatron_medha.system.secret_values import hide_secrets
 
 _MAX_ROWS = 10_000  # of a table of requests; W&B shows no more, and the whole is in the artifact
 

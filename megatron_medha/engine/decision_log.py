@@ -23,7 +23,7 @@ from megatron_medha.core.errors import MedhaError
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.ports import Decisions
 from megatron_medha.core.request import Request
-from megatron_medha.engine.side_file import SideFile, TextSink
+from megatron_medha.system.best_effort_file import SideFile, TextSink
 
 _EVENTS: dict[str, type[Event]] = {
     kind.__name__: kind for kind in (Arrived, FirstStageDone, Completed, Aborted, RanksLost)

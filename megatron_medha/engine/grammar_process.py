@@ -20,7 +20,7 @@ import msgspec
 
 from megatron_medha.engine.guidance import GrammarCompiler, GrammarError
 from megatron_medha.engine.json_schema import translated
-from megatron_medha.engine.parentage import die_with_parent
+from megatron_medha.system.parentage import die_with_parent
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

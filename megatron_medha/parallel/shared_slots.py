@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_medha.engine.scratch import remove_abandoned_files
+from megatron_medha.system.scratch import remove_abandoned_files
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from typing import Any, cast
 import uvicorn
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.private_file import check_private
 from megatron_medha.server.api import Api
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.connection import Connection, connection_class
-from megatron_medha.server.descriptors import connection_limits, raise_descriptor_limit
 from megatron_medha.server.service import Service
 from megatron_medha.server.tls_listener import TlsListener
+from megatron_medha.system.descriptors import connection_limits, raise_descriptor_limit
+from megatron_medha.system.private_file import check_private
 
 # Idle connections close at once; what is left after the drain are answers whose last bytes are on their way.
 _FLUSH_S = 1

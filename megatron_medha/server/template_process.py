@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from megatron_medha.engine.parentage import die_with_parent
 from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
 from megatron_medha.server.whole_chat import render_whole
+from megatron_medha.system.parentage import die_with_parent
 
 COMMAND = ("-m", "megatron_medha.server.template_process")
 HEADER = struct.Struct("<Q")  # the length of what follows

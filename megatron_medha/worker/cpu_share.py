@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_medha.cluster.machine import num_usable_cores
+from megatron_medha.system.machine import num_usable_cores
 
 
 def num_threads_of_rank(wanted: int | None, num_ranks: int) -> int:

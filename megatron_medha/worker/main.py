@@ -37,8 +37,8 @@ from megatron_medha.cluster.messages import (
 )
 from megatron_medha.cluster.rank_config import RankConfig, connection_name
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.engine.freed_memory import GIVE_BACK_INTERVAL_S, give_back_freed_memory
-from megatron_medha.engine.parentage import die_with_parent
+from megatron_medha.system.memory_trim import GIVE_BACK_INTERVAL_S, give_back_freed_memory
+from megatron_medha.system.parentage import die_with_parent
 from megatron_medha.worker.cpu_share import bound_kernel_cache, let_idle_threads_sleep, num_threads_of_rank
 from megatron_medha.worker.front_inbox import FrontInbox, SocketInbox
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.cluster import machine
+from megatron_medha.system import machine
 
 
 def test_cores_memory_and_speeds_are_positive() -> None:

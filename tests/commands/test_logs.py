@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 
-from megatron_medha.commands.logs import JsonLines, TextLines
+from megatron_medha.system.log_lines import JsonLines, TextLines
 
 
 def record(**fields: object) -> logging.LogRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 
-from megatron_medha.compiled_core import use_compiled_core
+from megatron_medha.system.compiled_core import use_compiled_core
 
 use_compiled_core()
 

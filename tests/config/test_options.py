@@ -13,7 +13,6 @@ import pytest
 from omegaconf import OmegaConf
 
 import megatron_medha
-from megatron_medha.cluster import machine
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig
 from megatron_medha.cluster.rank_config import RankConfig
@@ -33,6 +32,7 @@ from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.slo import SloConfig
+from megatron_medha.system import machine
 
 Configure = Callable[..., ServeConfig]
 

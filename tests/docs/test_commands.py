@@ -16,7 +16,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from megatron_medha.bench_config import BenchOptions
-from megatron_medha.cluster import machine
 from megatron_medha.commands.arguments import Arguments, parse_arguments
 from megatron_medha.commands.run_batch import BatchOptions, with_file_keys
 from megatron_medha.commands.selftest import SelftestConfig
@@ -28,6 +27,7 @@ from megatron_medha.main import COMMANDS
 from megatron_medha.plan_config import PlanOptions
 from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.simulate_config import SimulateOptions, simulation_config
+from megatron_medha.system import machine
 from tests.docs.commands_in_text import Shown, commands_in
 from tools.cli_reference import reference
 

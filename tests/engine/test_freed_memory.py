@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.engine.freed_memory import give_back_freed_memory
+from megatron_medha.system.memory_trim import give_back_freed_memory
 
 BLOCK_BYTES, NUM_BLOCKS = 100_000, 640  # below what glibc maps by itself
 

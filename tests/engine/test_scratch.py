@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.engine.scratch import remove_abandoned, remove_abandoned_files, scratch_directory
+from megatron_medha.system.scratch import remove_abandoned, remove_abandoned_files, scratch_directory
 
 HOLDER = """
 import sys
-from megatron_medha.engine.scratch import scratch_directory
+from megatron_medha.system.scratch import scratch_directory
 with scratch_directory() as directory:
     (directory / "socket").touch()
     print(directory, flush=True)

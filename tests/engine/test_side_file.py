@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.engine.side_file import SideFile
+from megatron_medha.system.best_effort_file import SideFile
 
 
 class FullDisk(io.StringIO):

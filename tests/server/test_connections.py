@@ -83,7 +83,7 @@ def limits(soft: int, hard: int, max_connections: int) -> dict[str, int]:
     program = f"""
 import json, resource
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
-from megatron_medha.server.descriptors import connection_limits, raise_descriptor_limit
+from megatron_medha.system.descriptors import connection_limits, raise_descriptor_limit
 raise_descriptor_limit()
 limits = connection_limits({max_connections})
 print(json.dumps([resource.getrlimit(resource.RLIMIT_NOFILE)[0], limits.num_connections, limits.backlog]))

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_medha.core.errors import DependencyError, MedhaError
-from megatron_medha.user_cache import user_cache
+from megatron_medha.system.user_cache import user_cache
 
 # What runs at every step, in a simulated world too. Not those whose classes are read from options, messages and files
 # field by field, or have subclasses elsewhere, which only classes made by Python allow.
