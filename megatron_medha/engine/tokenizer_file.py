@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import MAX_TOKENIZER_BYTES, cut, read_bytes, shown
+from megatron_medha.safe_files.checkpoint_files import MAX_TOKENIZER_BYTES, cut, read_bytes, shown
 
 _MAX_SECTION_BYTES = 8 << 20  # a table of normalisations has half of one
 _MAX_REGEX_CHARS = 32768      # the longest known have 3,000

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.engine.checkpoint_files import read_bytes, shown
 from megatron_medha.model.model_config import ModelConfig
-from megatron_medha.model.pickle_machine import PickleError, check_extent
+from megatron_medha.safe_files.checkpoint_files import read_bytes, shown
+from megatron_medha.safe_files.pickle_machine import PickleError, check_extent
 
 RUN_CONFIG_NAME = "run_config.yaml"
 

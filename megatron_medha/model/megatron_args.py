@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.engine.checkpoint_files import listed, shown
 from megatron_medha.model.megatron_arg_names import NEEDED, READ, REQUIREMENTS, is_harmless
 from megatron_medha.model.model_config import ModelConfig, RopeScaling
-from megatron_medha.model.safe_pickle import Opaque
+from megatron_medha.safe_files.checkpoint_files import listed, shown
+from megatron_medha.safe_files.safe_pickle import Opaque
 
 # Constants of RotaryEmbedding._apply_scaling in megatron-core; --use-rope-scaling offers only the factor.
 _ROPE_LOW_FREQ_FACTOR = 1.0

@@ -18,7 +18,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import listed, path_inside, read_word
 from megatron_medha.model.hf_checkpoint import (
     may_be_ignored,
     placements,
@@ -40,6 +39,7 @@ from megatron_medha.model.zero_states import (
     read_master_weights,
     read_model_states,
 )
+from megatron_medha.safe_files.checkpoint_files import listed, path_inside, read_word
 
 LATEST_NAME = "latest"
 _MEGATRON_EMBEDDING = "embedding.word_embeddings.weight"

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import shown
-from megatron_medha.model.pickle_machine import PickleError
-from megatron_medha.model.safe_pickle import load_torch_file, size_of
+from megatron_medha.safe_files.checkpoint_files import shown
+from megatron_medha.safe_files.pickle_machine import PickleError
+from megatron_medha.safe_files.safe_pickle import load_torch_file, size_of
 
 MODEL_STATES, OPTIM_STATES = "*_model_states.pt", "*_optim_states.pt"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import read_json_object, shown
+from megatron_medha.safe_files.checkpoint_files import read_json_object, shown
 
 log = logging.getLogger(__name__)
 

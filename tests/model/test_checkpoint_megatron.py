@@ -23,9 +23,9 @@ from megatron_medha.model.checkpoint import CheckpointKind, checkpoint_kind, loa
 from megatron_medha.model.megatron_args import args_from_config
 from megatron_medha.model.megatron_checkpoint import TRACKER_NAME, save_megatron_checkpoint
 from megatron_medha.model.model_config import ModelConfig, RopeScaling
-from megatron_medha.model.stored_tensors import StoredChunk, StoredTensor, TensorFiles
 from megatron_medha.model.tiny_tokenizer import EOS_ID, save_tiny_tokenizer
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
+from megatron_medha.safe_files.stored_tensors import StoredChunk, StoredTensor, TensorFiles
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(

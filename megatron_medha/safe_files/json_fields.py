@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.engine.checkpoint_files import read_json_object, shown
+from megatron_medha.safe_files.checkpoint_files import read_json_object, shown
 
 
 class JsonFields:

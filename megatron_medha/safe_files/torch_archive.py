@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_medha.model.pickle_machine import Global, PickleError
+from megatron_medha.safe_files.pickle_machine import Global, PickleError
 
 _MAX_ENTRIES = 200_000  # one per tensor
 _MAX_PICKLE_BYTES = 16 << 20

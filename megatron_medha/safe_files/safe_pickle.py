@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import open_regular, read_bytes
-from megatron_medha.model.pickle_machine import (
+from megatron_medha.safe_files.checkpoint_files import open_regular, read_bytes
+from megatron_medha.safe_files.pickle_machine import (
     Global,
     Meanings,
     Opaque,
@@ -25,7 +25,7 @@ from megatron_medha.model.pickle_machine import (
     SavedNamespace,
     unpickle,
 )
-from megatron_medha.model.torch_archive import MAX_DIMS, TorchArchive, map_file, rebuilt_tensor
+from megatron_medha.safe_files.torch_archive import MAX_DIMS, TorchArchive, map_file, rebuilt_tensor
 
 __all__ = ["Opaque", "Record", "SavedNamespace", "load_pickle", "load_torch_file", "read_archive", "size_of"]
 

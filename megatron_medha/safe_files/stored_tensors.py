@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.checkpoint_files import open_regular, path_inside
-from megatron_medha.model.pickle_machine import PickleError, Record
-from megatron_medha.model.safe_pickle import load_pickle, read_archive
-from megatron_medha.model.torch_archive import map_file
+from megatron_medha.safe_files.checkpoint_files import open_regular, path_inside
+from megatron_medha.safe_files.pickle_machine import PickleError, Record
+from megatron_medha.safe_files.safe_pickle import load_pickle, read_archive
+from megatron_medha.safe_files.torch_archive import map_file
 
 INDEX_NAME = ".metadata"
 
