@@ -119,9 +119,9 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     from megatron_medha.server.journal import Journal
     from megatron_medha.server.metrics import Metrics
     from megatron_medha.server.running import run as run_app
-    from megatron_medha.server.sampling_defaults import read_sampling_defaults
-    from megatron_medha.server.tokens import Tokenizer
     from megatron_medha.server.traces import Traces
+    from megatron_medha.text.sampling_defaults import read_sampling_defaults
+    from megatron_medha.text.tokenizer import Tokenizer
 
     metrics = Metrics()
     homes = [directory for directory in (options.checkpoint, config.tokenizer) if directory is not None]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_medha.core.errors import CheckpointError, MedhaError
-from megatron_medha.engine.added_tokens import read_whole_tokenizer
+from megatron_medha.text.added_tokens import read_whole_tokenizer
 
 if TYPE_CHECKING:
     import llguidance

@@ -30,13 +30,13 @@ from megatron_medha.server.presence import unless_gone
 from megatron_medha.server.request_body import decode_request
 from megatron_medha.server.request_fields import read_body, read_wishes
 from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
-from megatron_medha.server.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.slo import SloConfig
-from megatron_medha.server.template_renders import TemplateRenders
-from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.traces import Traces
 from megatron_medha.server.wire_format import WireFormat, encode_json
+from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
+from megatron_medha.text.template_renders import TemplateRenders
+from megatron_medha.text.tokenizer import Tokenizer
 
 MakeAnswer = Callable[[Request, Ready, GenerationSpec, WireFormat], Answer]
 BODY_ERRORS = (400, 401, 404, 408, 413, 429, 500, 503)

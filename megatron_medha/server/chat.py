@@ -11,7 +11,6 @@ import msgspec
 
 from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.call_syntax import CallSyntax, reasoning_end
-from megatron_medha.server.chat_template import ChatTemplateError
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.json_text import read_cut_object
@@ -41,7 +40,6 @@ from megatron_medha.server.prompts import RawPrompt
 from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.request_fields import Wishes, num_choices_of, refuse_all
 from megatron_medha.server.service import Ready, Service
-from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.tool_calls import CallFinder
 from megatron_medha.server.tool_description import SYSTEM_ROLES, with_description
 from megatron_medha.server.tools import ToolUse, definitions_of, syntax_of, tool_use, usable_tools
@@ -54,6 +52,8 @@ from megatron_medha.server.wire_format import (
     error_events,
     sse_event,
 )
+from megatron_medha.text.chat_template import ChatTemplateError
+from megatron_medha.text.tokenizer import Tokenizer
 
 BODY = BodyType(msgspec.json.Decoder(ChatRequest), texts=frozenset({"messages"}))
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import msgspec
 
 from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.detokenizer import make_detokenizer
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import GenerationSpec, Piece, Prompt
 from megatron_medha.server.logprobs import (
@@ -29,7 +28,6 @@ from megatron_medha.server.prompts import RawPrompt, split_prompts
 from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.request_fields import Wishes, num_choices_of
 from megatron_medha.server.service import Ready, Service
-from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.wire_format import (
     DONE_EVENT,
     MARK,
@@ -39,6 +37,8 @@ from megatron_medha.server.wire_format import (
     error_events,
     sse_event,
 )
+from megatron_medha.text.detokenizer import make_detokenizer
+from megatron_medha.text.tokenizer import Tokenizer
 
 BODY = BodyType(msgspec.json.Decoder(CompletionRequest), texts=frozenset({"prompt"}), ids=frozenset({"prompt"}))
 

@@ -11,11 +11,11 @@ from megatron_medha.core.ports import TokenDelivery
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.server.call_syntax import tokens_of
-from megatron_medha.server.detokenizer import make_detokenizer
 from megatron_medha.server.slo import SloClass
-from megatron_medha.server.stop_strings import StopMatcher
-from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.tools import ToolUse
+from megatron_medha.text.detokenizer import make_detokenizer
+from megatron_medha.text.stop_strings import StopMatcher
+from megatron_medha.text.tokenizer import Tokenizer
 
 SEED_MASK = 2**63 - 1
 

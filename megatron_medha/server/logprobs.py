@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.server.openai_types import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.wire_format import as_sliced_json
+from megatron_medha.text.tokenizer import Tokenizer
 
 # JSON has no infinity; OpenAI and vLLM write this for tokens that cannot be.
 LOWEST_LOGPROB = -9999.0

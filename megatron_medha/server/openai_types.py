@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from megatron_medha.server.sampling_defaults import SamplingDefaults
+from megatron_medha.text.sampling_defaults import SamplingDefaults
 
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]

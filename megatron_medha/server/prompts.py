@@ -9,8 +9,8 @@ from typing import TypeAlias
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.generation import Prompt
 from megatron_medha.server.service import Ready, Service
-from megatron_medha.server.text_slices import TextWithoutBreaksError
-from megatron_medha.server.tokens import Tokenizer, TooManyTokens
+from megatron_medha.text.text_slices import TextWithoutBreaksError
+from megatron_medha.text.tokenizer import Tokenizer, TooManyTokens
 
 RawPrompt: TypeAlias = "str | list[int] | array[int]"  # array has no item types at run time
 

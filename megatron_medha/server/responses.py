@@ -41,9 +41,9 @@ from megatron_medha.server.responses_types import (
     TextOptions,
 )
 from megatron_medha.server.service import Ready, Service
-from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.tool_calls import CallFinder
 from megatron_medha.server.wire_format import encode_json
+from megatron_medha.text.tokenizer import Tokenizer
 
 BODY = BodyType(msgspec.json.Decoder(ResponsesRequest), texts=frozenset({"input", "instructions"}))
 

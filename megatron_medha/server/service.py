@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
 from megatron_medha.server.admission import Admission, retry_after
-from megatron_medha.server.chat_template import ChatTemplate
 from megatron_medha.server.config import FIXED_FIELDS, ServerConfig
 from megatron_medha.server.errors import ApiError
 from megatron_medha.server.generation import GenerationSpec
@@ -24,12 +23,13 @@ from megatron_medha.server.loop_lag import watch_lag
 from megatron_medha.server.metrics import Metrics
 from megatron_medha.server.recent_items import RecentItems
 from megatron_medha.server.request_body import PromptLimits
-from megatron_medha.server.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.streams import EngineLost, Streams
-from megatron_medha.server.template_renders import NoRenderProcess, TemplateRenders
-from megatron_medha.server.tokens import Tokenizer
 from megatron_medha.server.traces import Traces
+from megatron_medha.text.chat_template import ChatTemplate
+from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
+from megatron_medha.text.template_renders import NoRenderProcess, TemplateRenders
+from megatron_medha.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

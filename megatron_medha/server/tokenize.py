@@ -16,9 +16,9 @@ from megatron_medha.server.openai_types import DetokenizeAnswer, DetokenizeReque
 from megatron_medha.server.prompts import check_ids, check_length, encode_text
 from megatron_medha.server.request_body import BodyType
 from megatron_medha.server.service import Ready, Service
-from megatron_medha.server.tokens import PieceKind, Tokenizer, TooManyTokens
 from megatron_medha.server.tools import definitions_of, usable_tools
 from megatron_medha.server.wire_format import encode_json
+from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TooManyTokens
 
 TOKENIZE_BODY = BodyType(msgspec.json.Decoder(TokenizeRequest), texts=frozenset({"prompt", "messages"}))
 DETOKENIZE_BODY = BodyType(msgspec.json.Decoder(DetokenizeRequest), ids=frozenset({"tokens"}))

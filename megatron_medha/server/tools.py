@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 
 from megatron_medha.server.call_syntax import CallSyntax, syntax_of_template
-from megatron_medha.server.chat_template import ChatTemplate
 from megatron_medha.server.errors import ApiError, bad_request
 from megatron_medha.server.guided import Guide, json_guide
 from megatron_medha.server.openai_types import AllowedTools, NamedFunction, Tool, ToolChoice
+from megatron_medha.text.chat_template import ChatTemplate
 
 MAX_TOOLS = 512           # agents with several servers of tools offer more than OpenAI's 128
 MAX_REQUIRED_CALLS = 16   # of one answer that must call; a model that does not end by itself has to be ended

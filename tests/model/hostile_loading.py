@@ -26,7 +26,7 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
 from megatron_medha.model.checkpoint import load_weights, read_model_config
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
-from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.text.tokenizer import Tokenizer
 
 MEMORY_BYTES = 1536 << 20  # beside what the imports take
 CASE_S = 20

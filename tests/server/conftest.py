@@ -19,8 +19,8 @@ from running_server import CHAT_TEMPLATE, Running, StartServer, byte_tokenizer_b
 from megatron_medha.server.app import create_app
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.running import Server, bind, uvicorn_config
-from megatron_medha.server.template_renders import TemplateRenders
-from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.text.template_renders import TemplateRenders
+from megatron_medha.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from running_server import byte_tokenizer_backend
 
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.text.tokenizer import Tokenizer
 
 END = 257
 MODEL = "scripted"

@@ -12,7 +12,7 @@ from fake_engine import FakeEngine, say
 from running_server import Running, StartServer
 
 from megatron_medha.server.answer import IGNORED_HEADER
-from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
+from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 END = 257

@@ -13,7 +13,7 @@ import pytest
 from fake_engine import WAIT_S, FakeEngine
 from running_server import Running, StartServer, eventually
 
-from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
+from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
 RESPONSES = "/v1/responses"

@@ -9,7 +9,7 @@ import pytest
 from fake_engine import FakeEngine, say
 from running_server import Running, StartServer
 
-from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
+from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 PATH = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from running_server import Running, StartServer
 
-from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
-from megatron_medha.server.template_renders import NoRenderProcess, TemplateRenders
-from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
-from megatron_medha.server.whole_chat import render_whole
+from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.text.template_renders import NoRenderProcess, TemplateRenders
+from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
+from megatron_medha.text.whole_chat import render_whole
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]

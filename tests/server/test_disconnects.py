@@ -11,7 +11,7 @@ import pytest
 from fake_engine import WAIT_S, FakeEngine
 from running_server import Running, StartServer, eventually
 
-from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.text.tokenizer import Tokenizer
 
 PATH = "/v1/completions"
 

@@ -15,7 +15,7 @@ from megatron_medha.core.ports import EnginePhase, EngineStatus
 from megatron_medha.server.app import create_app
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.running import run
-from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.text.tokenizer import Tokenizer
 
 PATH = "/v1/completions"
 

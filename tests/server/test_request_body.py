@@ -21,7 +21,7 @@ from megatron_medha.server.errors import ApiError
 from megatron_medha.server.json_scan import DENSE_SLICE_BYTES, SLICE_BYTES
 from megatron_medha.server.request_body import MAX_VALUES, WHOLE_BYTES, BodyType, PromptLimits, decode_request
 from megatron_medha.server.service import LONG_TEXT_CHARS, MAX_INLINE_CHARS
-from megatron_medha.server.tokens import Tokenizer
+from megatron_medha.text.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 MESSAGES, COUNT_TOKENS, TOKENIZE, DETOKENIZE = "/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"

@@ -12,7 +12,7 @@ from running_server import Running
 
 from megatron_medha.core.errors import CheckpointError, ConfigError
 from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.sampling_defaults import SamplingDefaults, read_sampling_defaults
+from megatron_medha.text.sampling_defaults import SamplingDefaults, read_sampling_defaults
 
 QWEN = {
     "bos_token_id": 1, "do_sample": True, "eos_token_id": [2, 3], "pad_token_id": 1, "repetition_penalty": 1.05,

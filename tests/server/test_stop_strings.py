@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_medha.server.stop_strings import StopMatcher
+from megatron_medha.text.stop_strings import StopMatcher
 
 
 def run(pieces: list[str], stops: list[str], *, is_included: bool = False) -> tuple[list[str], str | None]:

@@ -27,7 +27,7 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.engine.guidance import GrammarCompiler
 from megatron_medha.server.grammar_trials import _ask
-from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
+from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 pytest.importorskip("llguidance")
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"

@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megatron_medha.server import text_slices
-from megatron_medha.server.text_slices import TextWithoutBreaksError, slice_encoder
-from megatron_medha.server.tokens import Tokenizer, TokenizerConfig, TooManyTokens
+from megatron_medha.text import text_slices
+from megatron_medha.text.text_slices import TextWithoutBreaksError, slice_encoder
+from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig, TooManyTokens
 
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -149,7 +149,7 @@ def test_special_tokens_around_a_long_text_are_there_once(monkeypatch: pytest.Mo
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", ids[0]), ("</s>", ids[1])]
     )
-    monkeypatch.setattr("megatron_medha.server.tokens.SLICE_CHARS", 700)
+    monkeypatch.setattr("megatron_medha.text.tokenizer.SLICE_CHARS", 700)
     monkeypatch.setattr(text_slices, "SLICE_CHARS", 700)
     tokenizer, text = Tokenizer(backend, TokenizerConfig()), text_of(random.Random(0), 900)
     assert tokenizer.encode(text) == array("i", backend.encode(text).ids)

@@ -12,7 +12,7 @@ from fake_engine import FakeEngine
 from running_server import StartServer, byte_tokenizer_backend
 
 from megatron_medha.server import tokenize
-from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
+from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 LIMIT = 50_000
 CHAT = [{"role": "user", "content": "a" * (LIMIT + 1)}]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from running_server import Running, StartServer
 
 from megatron_medha.server.chat import _plain_message
-from megatron_medha.server.chat_template import ChatTemplate
 from megatron_medha.server.json_text import read_cut_object
 from megatron_medha.server.openai_types import CalledFunction, Message, ToolCall
-from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
-from megatron_medha.server.whole_chat import render_whole
+from megatron_medha.text.chat_template import ChatTemplate
+from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
+from megatron_medha.text.whole_chat import render_whole
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 END = 257

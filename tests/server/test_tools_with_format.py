@@ -16,9 +16,9 @@ from megatron_medha.engine.guidance import GrammarCompiler
 from megatron_medha.server.call_grammar import calls_or_text
 from megatron_medha.server.call_syntax import MARKS, CallSyntax
 from megatron_medha.server.guided import json_guide
-from megatron_medha.server.tokens import Tokenizer, TokenizerConfig
 from megatron_medha.server.tool_calls import CallBegan, CallFinder, CallWent, Said
 from megatron_medha.server.tools import ToolUse
+from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 pytest.importorskip("llguidance")
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.engine.added_tokens import read_whole_tokenizer, token_name, token_settings
-from megatron_medha.engine.tokenizer_file import panics_as_errors
 from megatron_medha.safe_files.checkpoint_files import cut, read_bytes
-from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
-from megatron_medha.server.text_slices import CHAR_OF_BYTE, SLICE_CHARS, slice_encoder
+from megatron_medha.text.added_tokens import read_whole_tokenizer, token_name, token_settings
+from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.text.text_slices import CHAR_OF_BYTE, SLICE_CHARS, slice_encoder
+from megatron_medha.text.tokenizer_file import panics_as_errors
 
 if TYPE_CHECKING:
     import tokenizers

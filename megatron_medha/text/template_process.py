@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from megatron_medha.server.chat_template import ChatTemplate, ChatTemplateError
-from megatron_medha.server.whole_chat import render_whole
 from megatron_medha.system.parentage import die_with_parent
+from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.text.whole_chat import render_whole
 
-COMMAND = ("-m", "megatron_medha.server.template_process")
+COMMAND = ("-m", "megatron_medha.text.template_process")
 HEADER = struct.Struct("<Q")  # the length of what follows
 
 _LEAST_MEMORY_BYTES = 2**28

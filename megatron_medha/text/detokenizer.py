@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
-from megatron_medha.server.tokens import PieceKind, Tokenizer
+from megatron_medha.text.tokenizer import PieceKind, Tokenizer
 
 # The general way re-decodes a few tokens of context, because text may depend on the tokens before it.
 NUM_CONTEXT_TOKENS = 6
