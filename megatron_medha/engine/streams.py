@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from megatron_medha.core.batch import Output, Preempted, Rejected, TokenOut
 from megatron_medha.core.ports import Delivery, ErrorDelivery, Sink, TokenDelivery
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
-from megatron_medha.engine.guidance import GRAMMAR_FAULT
+from megatron_medha.grammar.guidance import GRAMMAR_FAULT
 
 
 @dataclass(slots=True)

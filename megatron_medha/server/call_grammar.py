@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import msgspec
 
-from megatron_medha.engine.grammar_process import Combination, GuideKind, Trial
+from megatron_medha.grammar.grammar_process import Combination, GuideKind, Trial
 from megatron_medha.server.call_syntax import MARKS, CallSyntax
 from megatron_medha.server.guided import Guide
 from megatron_medha.server.tools import MAX_REQUIRED_CALLS, ToolUse, call_schema

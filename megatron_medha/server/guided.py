@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from megatron_medha.engine.grammar_process import Combination, GuideKind, Trial, Vocabulary
-from megatron_medha.engine.guidance import GrammarError
+from megatron_medha.grammar.grammar_process import Combination, GuideKind, Trial, Vocabulary
+from megatron_medha.grammar.grammar_trials import GrammarTrials, TooMuch, TrialsBusy
+from megatron_medha.grammar.guidance import GrammarError
 from megatron_medha.server.config import ServerConfig
 from megatron_medha.server.errors import ApiError, bad_request
-from megatron_medha.server.grammar_trials import GrammarTrials, TooMuch, TrialsBusy
 from megatron_medha.server.openai_types import ResponseFormat, SharedFields, StructuredOutputs
 from megatron_medha.system.child_environment import child_environment
 

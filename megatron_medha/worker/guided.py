@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.engine.guidance import GRAMMAR_FAULT, GrammarCompiler, GrammarError, error_of
+from megatron_medha.grammar.guidance import GRAMMAR_FAULT, GrammarCompiler, GrammarError, error_of
 from megatron_medha.worker.token_store import StoredRequest
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import jsonschema
 import pytest
 from hypothesis import strategies as st
 
-from megatron_medha.engine.grammar_process import GuideKind, Trial, _written_out
-from megatron_medha.engine.guidance import GrammarError
-from megatron_medha.engine.json_schema import translated
-from megatron_medha.engine.schema_strings import without_look_around
+from megatron_medha.grammar.grammar_process import GuideKind, Trial, _written_out
+from megatron_medha.grammar.guidance import GrammarError
+from megatron_medha.grammar.json_schema import translated
+from megatron_medha.grammar.schema_strings import without_look_around
 
 llguidance = pytest.importorskip("llguidance")
 RECORDED = {

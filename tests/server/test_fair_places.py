@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from megatron_medha.server.fair_places import FairPlaces
+from megatron_medha.grammar.fair_places import FairPlaces
 
 LONG_S = 1000.0
 

@@ -25,8 +25,8 @@ from running_server import Running, StartServer
 
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.engine.guidance import GrammarCompiler
-from megatron_medha.server.grammar_trials import _ask
+from megatron_medha.grammar.grammar_trials import _ask
+from megatron_medha.grammar.guidance import GrammarCompiler
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 pytest.importorskip("llguidance")
@@ -125,7 +125,7 @@ def never_compiled(place: int) -> dict:
 
 
 def test_grammars_that_never_end_hurt_nobody_else(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_medha.server.grammar_trials._QUEUE_S", WAIT_S)  # whoever waits is served in the end
+    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._QUEUE_S", WAIT_S)  # whoever waits is served in the end
     server = start_server(grammar_timeout_s=2.0)
     with ThreadPoolExecutor(8) as threads:
         hostile = [{"prompt": "a", "guided_json": never_compiled(place)} for place in (1, 2, 3, 3, 3)]
@@ -213,9 +213,9 @@ def test_a_small_grammar_is_not_taken_for_a_slow_one_where_its_process_gets_no_t
     assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"}).status_code == 200
     trials = server.service.grammars._trials
     assert trials is not None
-    monkeypatch.setattr("megatron_medha.server.grammar_trials._QUICK_S", 1e-6)
-    monkeypatch.setattr("megatron_medha.server.grammar_trials._MOST_WAITS", 10**6)
-    monkeypatch.setattr("megatron_medha.server.grammar_trials._computed_s", lambda pid: 1.0)
+    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._QUICK_S", 1e-6)
+    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._MOST_WAITS", 10**6)
+    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._computed_s", lambda pid: 1.0)
     assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "b"}).status_code == 200
     assert not trials._overdue
 
@@ -223,7 +223,7 @@ def test_a_small_grammar_is_not_taken_for_a_slow_one_where_its_process_gets_no_t
 def test_one_client_leaves_others_a_place_for_grammars_that_take_long(
     hold_grammars: Callable[[int], Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_medha.server.grammar_trials._QUICK_S", 1e-9)  # all of them do, then
+    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._QUICK_S", 1e-9)  # all of them do, then
     server = hold_grammars(20)
     for place in range(3):
         body = {"prompt": "a", "guided_regex": f"b{place}+"}

@@ -11,8 +11,8 @@ from fake_engine import FakeEngine, say
 from running_server import StartServer
 from test_structured_output import END, HI, TEMPLATE, TOOLS, WEATHER, obey
 
-from megatron_medha.engine.grammar_process import Trial, _written_out
-from megatron_medha.engine.guidance import GrammarCompiler
+from megatron_medha.grammar.grammar_process import Trial, _written_out
+from megatron_medha.grammar.guidance import GrammarCompiler
 from megatron_medha.server.call_grammar import calls_or_text
 from megatron_medha.server.call_syntax import MARKS, CallSyntax
 from megatron_medha.server.guided import json_guide

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.engine.guidance import GrammarCompiler
+from megatron_medha.grammar.guidance import GrammarCompiler
 from megatron_medha.model.sampler import Sampler, SamplingRow
 from megatron_medha.model.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
 

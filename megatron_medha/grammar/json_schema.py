@@ -14,10 +14,10 @@ from itertools import combinations, permutations
 from typing import Any
 from urllib.parse import unquote
 
-from megatron_medha.engine.guidance import GrammarError
-from megatron_medha.engine.schema_disjoint import are_disjoint, literals_of, types_of
-from megatron_medha.engine.schema_numbers import common_multiple_fault, count_of, literal_of, number_of, with_numbers
-from megatron_medha.engine.schema_strings import key_pattern, with_strings
+from megatron_medha.grammar.guidance import GrammarError
+from megatron_medha.grammar.schema_disjoint import are_disjoint, literals_of, types_of
+from megatron_medha.grammar.schema_numbers import common_multiple_fault, count_of, literal_of, number_of, with_numbers
+from megatron_medha.grammar.schema_strings import key_pattern, with_strings
 
 _MAX_REASONS = 8
 _MAX_PERMUTED = 4         # values of a set of which any order may come: 64 arrays

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from megatron_medha.engine.guidance import GrammarCompiler, GrammarError
-from megatron_medha.engine.json_schema import translated
+from megatron_medha.grammar.guidance import GrammarCompiler, GrammarError
+from megatron_medha.grammar.json_schema import translated
 from megatron_medha.system.parentage import die_with_parent
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-COMMAND = ("-m", "megatron_medha.engine.grammar_process")
+COMMAND = ("-m", "megatron_medha.grammar.grammar_process")
 
 # Beyond that an allocation fails and the process ends; a vocabulary of 150,000 takes 0.1 GiB, a grammar less.
 _MAX_MEMORY_BYTES = 4 * 2**30

@@ -22,9 +22,9 @@ from typing import Any
 import msgspec
 
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.engine.grammar_process import COMMAND, Trial, Tried, Vocabulary
-from megatron_medha.engine.guidance import GrammarError
-from megatron_medha.server.fair_places import FairPlaces
+from megatron_medha.grammar.fair_places import FairPlaces
+from megatron_medha.grammar.grammar_process import COMMAND, Trial, Tried, Vocabulary
+from megatron_medha.grammar.guidance import GrammarError
 from megatron_medha.system.child_environment import child_environment
 
 log = logging.getLogger(__name__)
