@@ -22,8 +22,8 @@ from megatron_medha.core.loop import serve
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.summary import percentile
 from megatron_medha.sim.world import SimulatedWorld
+from megatron_medha.stats.summary import percentile
 
 HERE = Path(__file__).parent
 NUM_TOKENS = 1_000_000

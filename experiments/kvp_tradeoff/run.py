@@ -17,10 +17,10 @@ from pathlib import Path
 from experiments.lib.paper import LLAMA3_8B, Results, figure, h100
 from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.engine.summary import percentile
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
+from megatron_medha.stats.summary import percentile
 
 HERE = Path(__file__).parent
 DEGREES = (1, 2, 4)

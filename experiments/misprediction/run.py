@@ -17,15 +17,15 @@ from pathlib import Path
 
 from experiments.headline.systems import LAYOUT, cluster
 from experiments.lib.paper import BLOCK_SIZE, Results, figure, measure, scheduler
-from megatron_medha.engine.outcome import Slo
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.summary import LengthClasses
 from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import build_system
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
+from megatron_medha.stats.outcome import Slo
+from megatron_medha.stats.summary import LengthClasses
 
 HERE = Path(__file__).parent
 QPS, MINUTES = 0.75, 5

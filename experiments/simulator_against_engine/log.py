@@ -17,8 +17,8 @@ from megatron_medha.core.batch import Arrived, Batch, Completed
 from megatron_medha.core.cost.fitted_cost import FittedCost, MeasuredStep, features_of
 from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.request import Request
-from megatron_medha.engine.decision_log import Recorded, read_log
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.stats.decision_log import Recorded, read_log
 
 _NUM_SIMILAR = 4
 _PACE_S = 0.15        # how far a step's neighbours tell of it; what two steps share is halved after 0.2 s

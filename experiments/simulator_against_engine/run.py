@@ -47,7 +47,7 @@ from experiments.simulator_against_engine.compare import (
     simulate,
 )
 from experiments.simulator_against_engine.log import Grid, ServedLog, Step, calibrate
-from megatron_medha.engine.summary import percentile
+from megatron_medha.stats.summary import percentile
 
 BAR = 0.05
 GAP_S = 1.0  # from the end of a stretch to the next

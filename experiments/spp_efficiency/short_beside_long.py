@@ -28,7 +28,7 @@ from experiments.lib.server_process import serving
 from experiments.no_convoy.run import check, percentile
 from experiments.spp_efficiency.run import MODEL
 from megatron_medha.core.batch import Batch, Completed
-from megatron_medha.engine.decision_log import read_log
+from megatron_medha.stats.decision_log import read_log
 
 VOCAB_SIZE = 1024
 SHORT_TOKENS = (64, 256)

@@ -27,7 +27,7 @@ import numpy
 from experiments.lib.http_stream import complete
 from experiments.lib.server_process import serving, vocab_size
 from megatron_medha.core.batch import Batch, Completed
-from megatron_medha.engine.decision_log import read_log
+from megatron_medha.stats.decision_log import read_log
 
 
 async def load(port: int, seconds: float) -> None:

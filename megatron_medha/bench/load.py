@@ -12,7 +12,7 @@ import aiohttp
 from megatron_medha.bench.client import Streamed, Target, complete, completion_body
 from megatron_medha.bench.prompts import TokenRange
 from megatron_medha.core.request import Request
-from megatron_medha.engine.outcome import DeadlineMisses, Ending, Outcome, Slo
+from megatron_medha.stats.outcome import DeadlineMisses, Ending, Outcome, Slo
 
 # Building a prompt of a million ids and its JSON takes most of a second: it is done before the request is due.
 _PREPARE_S = 2.0

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_medha.bench.load import Sent
 from megatron_medha.core.request import Request
-from megatron_medha.engine.outcome import Ending, Slo
-from megatron_medha.engine.summary import LengthClasses, Summary, percentile
+from megatron_medha.stats.outcome import Ending, Slo
+from megatron_medha.stats.summary import LengthClasses, Summary, percentile
 
 # Of a client that keeps up: p99 of how late it sends, in seconds, or as a share of the median TTFT where that is more.
 MAX_LAG_S, MAX_LAG_SHARE = 0.010, 0.01

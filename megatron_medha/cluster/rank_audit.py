@@ -10,7 +10,7 @@ from megatron_medha.core.batch import Batch, Event, Output
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.engine.kv_audit import KVAudit
+from megatron_medha.stats.kv_audit import KVAudit
 
 _log = logging.getLogger(__name__)
 

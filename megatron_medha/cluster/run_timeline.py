@@ -11,8 +11,8 @@ from megatron_medha.core.batch import Aborted, Arrived, Batch, Event, Output, Re
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.request import Request
-from megatron_medha.engine.outcome import Ending, Outcome
-from megatron_medha.engine.timeline import Span, Timeline
+from megatron_medha.stats.outcome import Ending, Outcome
+from megatron_medha.stats.timeline import Span, Timeline
 from megatron_medha.system.best_effort_file import SideFile
 
 

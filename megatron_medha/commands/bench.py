@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_medha.bench.load import Sent
     from megatron_medha.bench_config import BenchOptions
     from megatron_medha.commands.wandb_run import WandbRun
-    from megatron_medha.engine.capacity import CapacitySearch
+    from megatron_medha.stats.capacity_search import CapacitySearch
 
 USAGE = f"""\
 usage: medha bench [group=option] [key=value ...]
@@ -165,7 +165,7 @@ class _Bench:
 
         from megatron_medha.bench.load import closed_loop, open_loop
         from megatron_medha.bench.measured import Measured, Window
-        from megatron_medha.engine.summary_table import summary_table
+        from megatron_medha.stats.summary_table import summary_table
 
         options, facts = self._options, workload.facts
         if options.concurrency is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_medha.engine.explain import Ahead, Explanation, Phase
+    from megatron_medha.stats.explanation import Ahead, Explanation, Phase
 
 USAGE = """\
 usage: medha explain RUN REQUEST
@@ -38,9 +38,9 @@ def run(words: Sequence[str]) -> int:
         return 0 if words else 2
     if len(words) != 2:
         raise ConfigError("give one run and one request: medha explain RUN REQUEST")
-    from megatron_medha.engine.decision_log import ReplayError, read_log
-    from megatron_medha.engine.explain import explain
     from megatron_medha.engine.scheduler_setup import SchedulerSetup
+    from megatron_medha.stats.decision_log import ReplayError, read_log
+    from megatron_medha.stats.explanation import explain
 
     log = _log(Path(words[0]).expanduser())
     request_id = _request_id(log.parent, words[1])
@@ -109,7 +109,7 @@ def _head(found: Explanation) -> list[str]:
 
 
 def _what(phase: Phase) -> str:
-    from megatron_medha.engine.explain import Why
+    from megatron_medha.stats.explanation import Why
 
     batches = f"{phase.num_batches:,} batch{'es' if phase.num_batches > 1 else ''}"
     beside = _names(list(phase.ahead.values()))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_medha.engine.capacity import wilson_interval
-from megatron_medha.engine.summary_table import number_text, seconds_text
 from megatron_medha.sim.trial_window import LEAST_PEAK_COVERED
+from megatron_medha.stats.capacity_search import wilson_interval
+from megatron_medha.stats.summary_table import number_text, seconds_text
 
 if TYPE_CHECKING:
     from megatron_medha.plan_config import Candidates, PlanOptions

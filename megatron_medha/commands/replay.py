@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.decision_log import ReplayError, read_log, replay
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.stats.decision_log import ReplayError, read_log, replay
 
 USAGE = """\
 usage: medha replay LOG

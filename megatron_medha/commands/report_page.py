@@ -13,8 +13,8 @@ import jinja2
 from megatron_medha.commands.plots import plain_numbers
 from megatron_medha.commands.report_runs import Run, differing_keys, pareto, telling_keys
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.summary import CLASSES
-from megatron_medha.engine.summary_table import number_text, percent_text, seconds_text
+from megatron_medha.stats.summary import CLASSES
+from megatron_medha.stats.summary_table import number_text, percent_text, seconds_text
 
 _COLOURS = {"short": "#1f77b4", "medium": "#2ca02c", "long": "#d62728"}
 _FRONT_COLOUR = "#d62728"

@@ -18,10 +18,10 @@ from megatron_medha.config import ServeConfig, ServeOptions
 from megatron_medha.core.ports import EngineClient, Observer
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.engine import Engine, Watcher
-from megatron_medha.engine.kv_audit import KVAudit
 from megatron_medha.engine.replicas import Replicas, SharedObserver
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.live import live_engine
+from megatron_medha.stats.kv_audit import KVAudit
 from megatron_medha.system.child_environment import child_environment
 from megatron_medha.system.secret_values import without_secrets
 

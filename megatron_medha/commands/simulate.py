@@ -58,10 +58,10 @@ def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     """One simulation with its output; returns what is in summary.json."""
     from megatron_medha.commands.wandb_run import WandbRun
     from megatron_medha.compose import yaml_values
-    from megatron_medha.engine.summary_table import summary_table
     from megatron_medha.sim.run_directory import RunDirectory
     from megatron_medha.sim.simulation import Simulation
     from megatron_medha.simulate_config import RequestsFormat, simulation_config
+    from megatron_medha.stats.summary_table import summary_table
 
     config = simulation_config(options)
     _check_extras(options)
@@ -96,7 +96,7 @@ def _with_progress(
 ) -> SimulationResult:
     from tqdm import tqdm
 
-    from megatron_medha.engine.summary import CLASSES
+    from megatron_medha.stats.summary import CLASSES
 
     facts = simulation.workload.facts
     with (

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.request import Request
-from megatron_medha.engine.outcome import DeadlineMisses, Ending, Outcome, Slo
-from megatron_medha.engine.summary import GapCounts, Summary
+from megatron_medha.stats.outcome import DeadlineMisses, Ending, Outcome, Slo
+from megatron_medha.stats.summary import GapCounts, Summary
 
 
 class LiveRequest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from megatron_medha.engine.timeline import Span
+from megatron_medha.stats.timeline import Span
 
 
 class StepTimes(NamedTuple):

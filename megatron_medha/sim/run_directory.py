@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.decision_log import DecisionLog
-from megatron_medha.engine.outcome import Outcome, Slo
-from megatron_medha.engine.summary import LengthClasses
-from megatron_medha.engine.timeline import Timeline
 from megatron_medha.sim.simulation import Sample, SimulationConfig, Watchers
+from megatron_medha.stats.decision_log import DecisionLog
+from megatron_medha.stats.outcome import Outcome, Slo
+from megatron_medha.stats.summary import LengthClasses
+from megatron_medha.stats.timeline import Timeline
 
 CONFIG, RUN, REQUESTS, SAMPLES = "config.yaml", "run.json", "requests.jsonl", "samples.jsonl"
 SUMMARY, TABLE, TRACE, DECISIONS = "summary.json", "summary.txt", "trace.json", "decisions.jsonl"

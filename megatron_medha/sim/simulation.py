@@ -17,11 +17,8 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.placement import ReplicaLoad
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.outcome import Outcome, Slo
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.snapshot import work_of
-from megatron_medha.engine.summary import LengthClasses, Summary
-from megatron_medha.engine.timeline import Span
 from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.fleet import Fleet
 from megatron_medha.sim.isolated import IsolatedTimes
@@ -32,6 +29,9 @@ from megatron_medha.sim.system import InstancesSetup, build_system
 from megatron_medha.sim.systems.instances_world import InstancesWorld
 from megatron_medha.sim.truth import Truth, Work
 from megatron_medha.sim.truth_config import TruthConfig
+from megatron_medha.stats.outcome import Outcome, Slo
+from megatron_medha.stats.summary import LengthClasses, Summary
+from megatron_medha.stats.timeline import Span
 
 _MOST_LONE_TIMES = 64  # tables that are kept, of up to thousands of numbers each
 _NUM_SAMPLES = 400  # of the state, over the time in which requests arrive

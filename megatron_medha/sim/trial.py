@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.outcome import Outcome
 from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, Watchers
+from megatron_medha.stats.outcome import Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from megatron_medha.bench.idle import BenchError, IdleTimes, lengths_between, me
 from megatron_medha.bench.load import Client, Sent, closed_loop, open_loop
 from megatron_medha.bench.prompts import TokenRange
 from megatron_medha.core.request import Request
-from megatron_medha.engine.outcome import Ending, Slo
+from megatron_medha.stats.outcome import Ending, Slo
 
 
 def requests(count: int, every_s: float = 0.0) -> list[Request]:

@@ -21,9 +21,9 @@ from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.ports import EnginePhase, ErrorDelivery, TokenDelivery
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.decision_log import read_log, replay
 from megatron_medha.engine.engine import Engine
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.stats.decision_log import read_log, replay
 
 VOCAB_SIZE = 512
 BLOCK_SIZE = 16

@@ -13,9 +13,9 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.decision_log import DecisionLog
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.main import main
+from megatron_medha.stats.decision_log import DecisionLog
 
 SETUP = SchedulerSetup(
     config=SchedulerConfig(),

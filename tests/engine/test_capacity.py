@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.capacity import CapacitySearch, Probe, wilson_interval
+from megatron_medha.stats.capacity_search import CapacitySearch, Probe, wilson_interval
 
 
 @given(capacity=st.floats(0.01, 100.0), start=st.floats(0.01, 100.0))

@@ -21,9 +21,9 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.decision_log import DecisionLog, ReplayError, read_log, replay
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.world import SimulatedWorld
+from megatron_medha.stats.decision_log import DecisionLog, ReplayError, read_log, replay
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
-from megatron_medha.engine.outcome import DeadlineMisses, Ending, Outcome, Slo
-from megatron_medha.engine.summary import GapCounts, LengthClasses, Summary, percentile
-from megatron_medha.engine.summary_table import summary_table
+from megatron_medha.stats.outcome import DeadlineMisses, Ending, Outcome, Slo
+from megatron_medha.stats.summary import GapCounts, LengthClasses, Summary, percentile
+from megatron_medha.stats.summary_table import summary_table
 
 
 def outcome(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.engine.decision_log import ReplayError, read_log, replay
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.stats.decision_log import ReplayError, read_log, replay
 
 LOGS = sorted((Path(__file__).parent / "recorded").glob("*.jsonl.gz"))
 

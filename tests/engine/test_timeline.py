@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_medha.core.batch import Batch, Chunk
-from megatron_medha.engine.timeline import Span, Timeline
+from megatron_medha.stats.timeline import Span, Timeline
 
 SECONDS = st.floats(0.0, 100_000.0)
 

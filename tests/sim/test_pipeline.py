@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_medha.engine.timeline import Span
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
+from megatron_medha.stats.timeline import Span
 
 
 def run(pipeline: Pipeline, *steps: StepTimes) -> list[float]:

@@ -18,8 +18,6 @@ from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.ports import Decisions
 from megatron_medha.core.request import Request
-from megatron_medha.engine.outcome import Ending, Outcome, Slo
-from megatron_medha.engine.summary import LengthClasses, Summary
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.systems.admission import Admission, AdmissionRules, Census
 from megatron_medha.sim.systems.elastic import ElasticConfig, ElasticSystem, Filling
@@ -28,6 +26,8 @@ from megatron_medha.sim.systems.partition import partition
 from megatron_medha.sim.systems.pools import ReservedPools
 from megatron_medha.sim.systems.ring_cost import RingCost
 from megatron_medha.sim.systems.static import StaticConfig, StaticSystem
+from megatron_medha.stats.outcome import Ending, Outcome, Slo
+from megatron_medha.stats.summary import LengthClasses, Summary
 
 SHAPE = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,

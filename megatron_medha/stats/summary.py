@@ -10,7 +10,7 @@ from math import exp, floor, log
 from typing import Any
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.outcome import Ending, Outcome, Slo
+from megatron_medha.stats.outcome import Ending, Outcome, Slo
 
 PERCENTILES = (50, 90, 99)
 

@@ -10,7 +10,7 @@ from megatron_medha.core.batch import Arrived, Batch, Chunk, Event, FinishReason
 from megatron_medha.core.request import Request, Sequence
 from megatron_medha.core.scheduling.policies import relative_slack
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.engine.decision_log import Recorded, ReplayError
+from megatron_medha.stats.decision_log import Recorded, ReplayError
 
 
 class Why(Enum):

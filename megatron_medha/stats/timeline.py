@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megatron_medha.core.batch import Batch, Completed, Event, Output, RanksLost
-from megatron_medha.engine.outcome import Outcome
+from megatron_medha.stats.outcome import Outcome
 from megatron_medha.system.best_effort_file import TextSink
 
 _REQUESTS_PID = 1_000_000  # above any KVP rank
