@@ -15,13 +15,13 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.simulation import SimulationConfig
 from megatron_medha.sim.system import InstancesSetup, SystemConfig, SystemKind, build_system
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.outcome import Slo
 from megatron_medha.stats.summary import LengthClasses
+from megatron_medha.workload.workload import WorkloadConfig
 
 # Prompts longer than what a model was trained for cost what they cost: a simulation is bound by KV memory alone.
 _NO_CONTEXT_LIMIT = 1 << 40

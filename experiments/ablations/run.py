@@ -19,9 +19,9 @@ from experiments.headline.systems import LAYOUT, cluster
 from experiments.kvp_tpot.run import tpot_s
 from experiments.lib.paper import LLAMA3_8B, Results, best_alone_s, figure, h100, measure, scheduler
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.stats.outcome import Slo
 from megatron_medha.stats.summary import LengthClasses
+from megatron_medha.workload.workload import WorkloadConfig
 
 HERE = Path(__file__).parent
 QPS = (0.25, 0.75)

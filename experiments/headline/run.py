@@ -32,10 +32,10 @@ use_compiled_core()  # in the processes of a run too: each imports this file
 from experiments.headline.report import report
 from experiments.headline.systems import LAYOUT, TITLES, build, cluster
 from experiments.lib.paper import Cluster, Results, measure, quiet
-from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.stats.outcome import Slo
 from megatron_medha.stats.summary import LengthClasses, percentile
+from megatron_medha.workload.workload import Workload, WorkloadConfig
 
 HERE = Path(__file__).parent
 LONG_SHARES = {"0": 0.0, "1": 0.00995, "5": 0.0488}  # as measured in the authors' files of that name

@@ -24,7 +24,6 @@ from megatron_medha.core.ports import Decisions
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.measured_world import MeasuredWorld
@@ -37,6 +36,7 @@ from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.simulate_config import SimulateOptions
 from megatron_medha.stats.outcome import Outcome, Slo
 from megatron_medha.stats.summary import LengthClasses, Summary, percentile
+from megatron_medha.workload.workload import Workload, WorkloadConfig
 
 LLAMA3_8B = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,

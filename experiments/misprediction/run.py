@@ -18,7 +18,6 @@ from pathlib import Path
 from experiments.headline.systems import LAYOUT, cluster
 from experiments.lib.paper import BLOCK_SIZE, Results, figure, measure, scheduler
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import build_system
@@ -26,6 +25,7 @@ from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.outcome import Slo
 from megatron_medha.stats.summary import LengthClasses
+from megatron_medha.workload.workload import WorkloadConfig
 
 HERE = Path(__file__).parent
 QPS, MINUTES = 0.75, 5

@@ -16,8 +16,8 @@ from experiments.headline.systems import LAYOUT, cluster
 from experiments.lib.paper import Cluster, Results, measure, scheduler
 from megatron_medha.core.scheduling.chunking import PrefillTimes
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.stats.outcome import Outcome, Slo
+from megatron_medha.workload.workload import WorkloadConfig
 
 HERE = Path(__file__).parent
 SCHEDULERS = ("lars", "lars_no_triage", "srpt")  # options of conf/scheduler

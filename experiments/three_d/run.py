@@ -13,9 +13,9 @@ from pathlib import Path
 
 from experiments.lib.paper import LLAMA3_70B, Cluster, Results, engine, hardware, measure, scheduler
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.stats.outcome import Slo
 from megatron_medha.stats.summary import LengthClasses
+from megatron_medha.workload.workload import WorkloadConfig
 
 HERE = Path(__file__).parent
 QPS = (0.25, 0.75, 1.25, 1.75)

@@ -98,7 +98,7 @@ class _Bench:
     async def run(self) -> dict[str, Any]:
         from megatron_medha.bench.client import find_model
         from megatron_medha.bench.load import Client
-        from megatron_medha.engine.workload import Workload
+        from megatron_medha.workload.workload import Workload
 
         options = self._options
         workload = Workload(options.workload, options.seed)
@@ -138,7 +138,7 @@ class _Bench:
         return idle.at
 
     async def _search(self, client: Any, search: CapacitySearch) -> dict[str, Any]:
-        from megatron_medha.engine.workload import Workload
+        from megatron_medha.workload.workload import Workload
 
         runs: list[dict[str, Any]] = []
         values: dict[str, Any] = {}

@@ -240,7 +240,7 @@ def _capacity(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExe
 
 def _most_qps(options: PlanOptions) -> float:
     """The largest load at which a trace lasts long enough to show that queues do not grow."""
-    from megatron_medha.engine.workload import Workload
+    from megatron_medha.workload.workload import Workload
 
     if options.workload.path is None:
         return inf

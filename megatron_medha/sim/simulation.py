@@ -19,7 +19,6 @@ from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.snapshot import work_of
-from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.fleet import Fleet
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger, LiveRequest
@@ -32,6 +31,7 @@ from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.outcome import Outcome, Slo
 from megatron_medha.stats.summary import LengthClasses, Summary
 from megatron_medha.stats.timeline import Span
+from megatron_medha.workload.workload import Workload, WorkloadConfig
 
 _MOST_LONE_TIMES = 64  # tables that are kept, of up to thousands of numbers each
 _NUM_SAMPLES = 400  # of the state, over the time in which requests arrive

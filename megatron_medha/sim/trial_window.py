@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from megatron_medha.core.request import Request
-from megatron_medha.engine.arrivals import Arrivals
-from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.stats.summary import CLASSES, LengthClasses
+from megatron_medha.workload.arrivals import Arrivals
+from megatron_medha.workload.workload import Workload, WorkloadConfig
 
 LEAST_S = 600.0            # where trial_s is not given
 LEAST_OF_A_CLASS = 20      # of fewer, each is more than 5% of what is said about them

@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 
 import megatron_medha
 from megatron_medha.compose import compose, freeze, option_names
-from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.plan_config import PlanOptions
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig
@@ -20,6 +19,7 @@ from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.simulate_config import MemoryOptions, SimulateOptions, simulation_config
 from megatron_medha.stats.outcome import Slo
 from megatron_medha.stats.summary import LengthClasses
+from megatron_medha.workload.workload import WorkloadConfig
 
 CONF = Path(megatron_medha.__file__).parents[1] / "conf"
 

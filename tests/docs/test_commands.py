@@ -22,12 +22,12 @@ from megatron_medha.commands.selftest import SelftestConfig
 from megatron_medha.compose import compose, freeze
 from megatron_medha.config import ProfileOptions, ServeOptions, serve_config
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.workload import Workload
 from megatron_medha.main import COMMANDS
 from megatron_medha.plan_config import PlanOptions
 from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.simulate_config import SimulateOptions, simulation_config
 from megatron_medha.system import machine
+from megatron_medha.workload.workload import Workload
 from tests.docs.commands_in_text import Shown, commands_in
 from tools.cli_reference import reference
 

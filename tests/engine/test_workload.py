@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
-from megatron_medha.engine.arrivals import Arrivals
-from megatron_medha.engine.lengths import LONG_OUTPUT, LONG_PROMPT, SHORT_OUTPUT, SHORT_PROMPT, MixScales, draw_mix
-from megatron_medha.engine.workload import Workload, WorkloadConfig, ZeroLengths
+from megatron_medha.workload.arrivals import Arrivals
+from megatron_medha.workload.lengths import LONG_OUTPUT, LONG_PROMPT, SHORT_OUTPUT, SHORT_PROMPT, MixScales, draw_mix
+from megatron_medha.workload.workload import Workload, WorkloadConfig, ZeroLengths
 
 Write = Callable[..., Path]
 

@@ -13,9 +13,9 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, SimulationResult, Watchers
 from megatron_medha.stats.outcome import Ending, Outcome
+from megatron_medha.workload.workload import WorkloadConfig
 
 SHAPE = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,

@@ -17,9 +17,7 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.arrivals import Arrivals
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.workload import WorkloadConfig
 from megatron_medha.sim.run_directory import RecordConfig, RunDirectory
 from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, Watchers
 from megatron_medha.sim.trial import Trial, at_rate, judge
@@ -27,6 +25,8 @@ from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.decision_log import read_log, replay
 from megatron_medha.stats.outcome import Ending, Outcome, Slo
 from megatron_medha.stats.summary_table import summary_table
+from megatron_medha.workload.arrivals import Arrivals
+from megatron_medha.workload.workload import WorkloadConfig
 
 SHAPE = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,

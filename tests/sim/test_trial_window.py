@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.engine.arrivals import Arrivals
-from megatron_medha.engine.workload import Workload, WorkloadConfig
 from megatron_medha.sim.trial_window import TrialWindow, choose_window, num_needed
 from megatron_medha.stats.summary import LengthClasses
+from megatron_medha.workload.arrivals import Arrivals
+from megatron_medha.workload.workload import Workload, WorkloadConfig
 
 
 def chosen(config: WorkloadConfig, trial_s: float | None = None, **more: object) -> TrialWindow:

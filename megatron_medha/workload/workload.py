@@ -12,9 +12,9 @@ from random import Random
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
-from megatron_medha.engine.arrivals import Arrivals, ArrivalShape, arrival_times_s
-from megatron_medha.engine.lengths import MixScales, draw_mix
-from megatron_medha.engine.trace_file import TraceFile
+from megatron_medha.workload.arrivals import Arrivals, ArrivalShape, arrival_times_s
+from megatron_medha.workload.lengths import MixScales, draw_mix
+from megatron_medha.workload.trace_file import TraceFile
 
 
 class ZeroLengths(Enum):
