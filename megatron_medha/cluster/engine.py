@@ -22,9 +22,9 @@ from megatron_medha.core.ports import Observer
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
+from megatron_medha.engine.request_states import Streams
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.status_board import StatusBoard
-from megatron_medha.engine.streams import Streams
 from megatron_medha.system.scratch import scratch_directory
 
 OpenRanks = Callable[[Sequence[RankConfig]], AbstractContextManager[Ranks]]

@@ -37,8 +37,8 @@ from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output, 
 from megatron_medha.core.errors import RankError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.inbox import Inbox
+from megatron_medha.engine.request_states import Sampled, Streams
 from megatron_medha.engine.status_board import StatusBoard
-from megatron_medha.engine.streams import Sampled, Streams
 
 _log = logging.getLogger(__name__)
 

@@ -31,10 +31,10 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.core.scheduling.placement import ReplicaLoad
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.inbox import Inbox
+from megatron_medha.engine.request_states import Stream, Streams
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.snapshot import NO_LOAD, NO_WORK, load_of, work_of
 from megatron_medha.engine.status_board import StatusBoard
-from megatron_medha.engine.streams import Stream, Streams
 from megatron_medha.stats.decision_log import DecisionLog
 
 _log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from megatron_medha.core.batch import Aborted, Batch, Completed, Event, FirstSta
 from megatron_medha.core.ports import Observer
 from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
+from megatron_medha.engine.request_states import Sampled, Streams
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.status_board import StatusBoard
-from megatron_medha.engine.streams import Sampled, Streams
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig

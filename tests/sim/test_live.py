@@ -18,8 +18,8 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.inbox import Inbox
+from megatron_medha.engine.request_states import Streams
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.streams import Streams
 from megatron_medha.sim.live import LiveRuntime, live_engine
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
 
