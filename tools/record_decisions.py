@@ -25,8 +25,8 @@ from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.sim.sim_world import SimulatedWorld
 from megatron_medha.sim.simulation import Simulation, Watchers
-from megatron_medha.sim.world import SimulatedWorld
 from megatron_medha.simulate_config import SimulateOptions, simulation_config
 from megatron_medha.stats.decision_log import DecisionLog
 from megatron_medha.system.best_effort_file import TextSink

@@ -22,7 +22,7 @@ from megatron_medha.core.loop import serve
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.world import SimulatedWorld
+from megatron_medha.sim.sim_world import SimulatedWorld
 from megatron_medha.stats.summary import percentile
 
 HERE = Path(__file__).parent

@@ -35,7 +35,7 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.world import SimulatedWorld, true_step_s
+from megatron_medha.sim.sim_world import SimulatedWorld, true_step_s
 
 BARS_S = {1_000: 100e-6, 10_000: 1e-3}
 # Most output tokens of a request with which about 32 decode: the more wait, the more short ones LARS has to start.

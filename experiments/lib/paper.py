@@ -24,13 +24,13 @@ from megatron_medha.core.ports import Decisions
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.sim.baselines.instances_world import InstancesWorld
+from megatron_medha.sim.baselines.ring_cost import RingCost
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.measured_world import MeasuredWorld
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import InstancesSetup, build_system
-from megatron_medha.sim.systems.instances_world import InstancesWorld
-from megatron_medha.sim.systems.ring_cost import RingCost
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.simulate_config import SimulateOptions

@@ -10,7 +10,7 @@ from experiments.simulator_against_engine.log import Calibration, ServedLog, Ste
 from megatron_medha.core.batch import Batch, Event, Output
 from megatron_medha.core.loop import serve
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.sim.world import SimulatedWorld
+from megatron_medha.sim.sim_world import SimulatedWorld
 from megatron_medha.stats.decision_log import replay
 
 Decision = tuple[tuple[int, int, int], ...]  # of each chunk: prompt length of its request, start, tokens

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from experiments.lib.paper import LLAMA3_8B, Instances, Results, best_alone_s, figure, h100
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.sim.systems.ring_cost import RingCost
+from megatron_medha.sim.baselines.ring_cost import RingCost
 
 HERE = Path(__file__).parent
 NUM_TOKENS = 1_000_000

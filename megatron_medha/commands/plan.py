@@ -33,7 +33,7 @@ from megatron_medha.system.compiled_core import use_compiled_core
 
 if TYPE_CHECKING:
     from megatron_medha.plan_config import Candidates, Contender, PlanOptions
-    from megatron_medha.sim.trial import Trial, Verdict
+    from megatron_medha.sim.planning.candidate import Trial, Verdict
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,7 +88,7 @@ def run(words: Sequence[str]) -> int:
 
 def _is_possible(options: PlanOptions, found: Candidates, pool: ProcessPoolExecutor) -> bool:
     """Whether some layout might meet the SLO under a load that is small enough; prints how fast the best one is."""
-    from megatron_medha.sim.trial import lone_bound
+    from megatron_medha.sim.planning.candidate import lone_bound
 
     single = [trial for trial in found.trials if trial.dp == 1]
     with _bar(len(single), "layout") as bar:
@@ -162,7 +162,7 @@ def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path 
 
 def _cheapest(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExecutor) -> int:
     """All candidates of a size at once, the smallest size first; a contender is done with the first that passes."""
-    from megatron_medha.sim.trial import judge
+    from megatron_medha.sim.planning.candidate import judge
 
     verdicts: list[Verdict] = []
     best: dict[str, Verdict] = {}
@@ -258,7 +258,7 @@ class _Search:
         self._most_qps = most_qps
 
     def __call__(self, trial: Trial) -> tuple[Trial, float]:
-        from megatron_medha.sim.trial import at_rate, judge
+        from megatron_medha.sim.planning.candidate import at_rate, judge
 
         assert trial.config.workload.qps is not None
         qps = trial.config.workload.qps

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_medha.sim.trial_window import LEAST_PEAK_COVERED
+from megatron_medha.sim.planning.trial_window import LEAST_PEAK_COVERED
 from megatron_medha.stats.capacity_search import wilson_interval
 from megatron_medha.stats.summary_table import number_text, seconds_text
 
 if TYPE_CHECKING:
     from megatron_medha.plan_config import Candidates, PlanOptions
-    from megatron_medha.sim.trial import Trial, Verdict
+    from megatron_medha.sim.planning.candidate import Trial, Verdict
 
 _MAX_ROWS = 30
 _LAYOUT = ("GPUs", "tp", "spp", "kvp", "dp", "system")

@@ -10,7 +10,7 @@ from megatron_medha.core.loop import serve
 from megatron_medha.core.ports import Decisions
 from megatron_medha.core.request import Request
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
-from megatron_medha.sim.world import World
+from megatron_medha.sim.sim_world import World
 
 _FIRST_TOKENS = 32
 _GROWTH = 1.5  # from one length to the next among those that are one step

@@ -8,7 +8,7 @@ from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, Event, O
 from megatron_medha.core.request import Request
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
-from megatron_medha.sim.world import World
+from megatron_medha.sim.sim_world import World
 
 
 class MeasuredWorld(World):

@@ -19,13 +19,13 @@ from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.snapshot import work_of
+from megatron_medha.sim.baselines.instances_world import InstancesWorld
 from megatron_medha.sim.fleet import Fleet
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger, LiveRequest
 from megatron_medha.sim.measured_world import MeasuredWorld
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import InstancesSetup, build_system
-from megatron_medha.sim.systems.instances_world import InstancesWorld
 from megatron_medha.sim.truth import Truth, Work
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.outcome import Outcome, Slo

@@ -14,10 +14,10 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.ports import Decisions
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.systems.elastic import ElasticConfig, ElasticSystem, Filling
-from megatron_medha.sim.systems.pools import ReservedPools
-from megatron_medha.sim.systems.ring_cost import RingCost
-from megatron_medha.sim.systems.static import StaticConfig, StaticSystem
+from megatron_medha.sim.baselines.elastic import ElasticConfig, ElasticSystem, Filling
+from megatron_medha.sim.baselines.pools import ReservedPools
+from megatron_medha.sim.baselines.ring_cost import RingCost
+from megatron_medha.sim.baselines.static import StaticConfig, StaticSystem
 
 
 class SystemKind(Enum):

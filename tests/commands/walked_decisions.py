@@ -20,7 +20,7 @@ from megatron_medha.core.scheduling import scheduler
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.world import SimulatedWorld
+from megatron_medha.sim.sim_world import SimulatedWorld
 
 NUM_WALKS = 150
 SHAPE = ModelShape(

@@ -16,7 +16,7 @@ from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.output_length import OutputLengths, OutputPredictor
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.world import SimulatedWorld, true_step_s
+from megatron_medha.sim.sim_world import SimulatedWorld, true_step_s
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,

@@ -22,7 +22,7 @@ from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.world import SimulatedWorld
+from megatron_medha.sim.sim_world import SimulatedWorld
 from megatron_medha.stats.decision_log import DecisionLog, ReplayError, read_log, replay
 
 SHAPE = ModelShape(

@@ -18,9 +18,9 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.sim.planning.candidate import Trial, at_rate, judge
 from megatron_medha.sim.run_directory import RecordConfig, RunDirectory
 from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, Watchers
-from megatron_medha.sim.trial import Trial, at_rate, judge
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.decision_log import read_log, replay
 from megatron_medha.stats.outcome import Ending, Outcome, Slo

@@ -18,14 +18,14 @@ from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.ports import Decisions
 from megatron_medha.core.request import Request
+from megatron_medha.sim.baselines.dispatch import Admission, AdmissionRules, Census
+from megatron_medha.sim.baselines.elastic import ElasticConfig, ElasticSystem, Filling
+from megatron_medha.sim.baselines.instances_world import InstancesWorld
+from megatron_medha.sim.baselines.partition import partition
+from megatron_medha.sim.baselines.pools import ReservedPools
+from megatron_medha.sim.baselines.ring_cost import RingCost
+from megatron_medha.sim.baselines.static import StaticConfig, StaticSystem
 from megatron_medha.sim.ledger import Ledger
-from megatron_medha.sim.systems.admission import Admission, AdmissionRules, Census
-from megatron_medha.sim.systems.elastic import ElasticConfig, ElasticSystem, Filling
-from megatron_medha.sim.systems.instances_world import InstancesWorld
-from megatron_medha.sim.systems.partition import partition
-from megatron_medha.sim.systems.pools import ReservedPools
-from megatron_medha.sim.systems.ring_cost import RingCost
-from megatron_medha.sim.systems.static import StaticConfig, StaticSystem
 from megatron_medha.stats.outcome import Ending, Outcome, Slo
 from megatron_medha.stats.summary import LengthClasses, Summary
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.sim.trial_window import TrialWindow, choose_window, num_needed
+from megatron_medha.sim.planning.trial_window import TrialWindow, choose_window, num_needed
 from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.arrivals import Arrivals
 from megatron_medha.workload.workload import Workload, WorkloadConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_medha.core.batch import Arrived, Batch, Completed, Event, Output
-from megatron_medha.sim.systems.elastic import ElasticSystem
+from megatron_medha.sim.baselines.elastic import ElasticSystem
 
 
 class ReservedPools:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import inf
 from typing import NamedTuple
 
-from megatron_medha.sim.systems.ring_cost import RingCost
+from megatron_medha.sim.baselines.ring_cost import RingCost
 
 
 class Share(NamedTuple):

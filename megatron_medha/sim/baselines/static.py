@@ -23,7 +23,7 @@ from megatron_medha.core.batch import (
     TokenOut,
 )
 from megatron_medha.core.request import Request
-from megatron_medha.sim.systems.ring_cost import RingCost
+from megatron_medha.sim.baselines.ring_cost import RingCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

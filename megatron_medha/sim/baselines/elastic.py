@@ -29,9 +29,9 @@ from megatron_medha.core.batch import (
     TokenOut,
 )
 from megatron_medha.core.request import Request
-from megatron_medha.sim.systems.admission import Admission, AdmissionRules, Census
-from megatron_medha.sim.systems.partition import partition
-from megatron_medha.sim.systems.ring_cost import RingCost
+from megatron_medha.sim.baselines.dispatch import Admission, AdmissionRules, Census
+from megatron_medha.sim.baselines.partition import partition
+from megatron_medha.sim.baselines.ring_cost import RingCost
 
 
 class Filling(Enum):
