@@ -11,7 +11,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-from megatron_medha.cluster.engine import local_ranks
+from megatron_medha.cluster.rank_engine import local_ranks
 from megatron_medha.commands import serve_parts
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.main import main

@@ -16,8 +16,8 @@ from typing import NamedTuple, Protocol
 import msgspec
 import zmq
 
-from megatron_medha.cluster.link import Context, RankLink
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.rank_link import Context, RankLink
 from megatron_medha.system.child_environment import child_environment
 
 WORKER_COMMAND = (sys.executable, "-m", "megatron_medha.worker.main")

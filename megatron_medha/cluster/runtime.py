@@ -15,7 +15,6 @@ from enum import Enum
 import zmq
 
 from megatron_medha.cluster.collector import BatchResult, StepCollector
-from megatron_medha.cluster.grammar_gate import GrammarGate
 from megatron_medha.cluster.health import FailureCount, Heartbeats, RecoveryConfig, StepWatchdog
 from megatron_medha.cluster.launch import Ranks
 from megatron_medha.cluster.messages import (
@@ -30,8 +29,9 @@ from megatron_medha.cluster.messages import (
     Shutdown,
     StepDone,
 )
-from megatron_medha.cluster.mirror import RankMirror
+from megatron_medha.cluster.pending_grammars import GrammarGate
 from megatron_medha.cluster.rank_audit import RankAudit
+from megatron_medha.cluster.rank_state import RankMirror
 from megatron_medha.cluster.start_progress import StartProgress
 from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output, RanksLost, TokenOut
 from megatron_medha.core.errors import RankError

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.cluster.attach import attached_ranks
-from megatron_medha.cluster.engine import OpenRanks, OpenTimeline, cluster_engine, local_ranks
 from megatron_medha.cluster.launch_config import LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.rank_engine import OpenRanks, OpenTimeline, cluster_engine, local_ranks
+from megatron_medha.cluster.remote.attach import attached_ranks
 from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.config import ServeConfig, ServeOptions
 from megatron_medha.core.ports import EngineClient, Observer

@@ -1,7 +1,7 @@
 """A rank as a process: `python -m megatron_medha.worker.main '<RankConfig as JSON>'`.
 
 `python -m megatron_medha.worker.main --attach tcp://HOST:PORT --key FILE` instead waits for a front process elsewhere
-to say what to be, and starts that rank (cluster/agent.py).
+to say what to be, and starts that rank (cluster/remote/agent.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import msgspec
 import zmq
 
-from megatron_medha.cluster.keys import Keys
+from megatron_medha.cluster.curve_keys import Keys
 from megatron_medha.cluster.messages import (
     FromRank,
     Heartbeat,
@@ -74,7 +74,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
     # So does torch of interfaces that Megatron's checkpoint reader still uses.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     if argv and argv[0] == "--attach":
-        from megatron_medha.cluster.agent import attach
+        from megatron_medha.cluster.remote.agent import attach
 
         return attach(argv)
     if len(argv) != 1:

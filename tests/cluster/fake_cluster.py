@@ -14,10 +14,10 @@ from typing import Any
 from clients import Client
 from fake_rank import continuation
 
-from megatron_medha.cluster.engine import OpenRanks, cluster_engine, local_ranks
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import LocalRanks, RankProcess, Ranks
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.rank_engine import OpenRanks, cluster_engine, local_ranks
 from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout

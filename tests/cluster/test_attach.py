@@ -21,13 +21,13 @@ from clients import TIMEOUT_S, wait_until, wait_until_ready
 from fake_cluster import FakeCluster, assert_all_are_answered, mixed_load
 from fake_rank import continuation
 
-from megatron_medha.cluster.agent_messages import AgentState, Leave, ToAgent
-from megatron_medha.cluster.attach import attached_ranks
+from megatron_medha.cluster.curve_keys import Keys
 from megatron_medha.cluster.health import RecoveryConfig
-from megatron_medha.cluster.keys import Keys
 from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
-from megatron_medha.cluster.link import RankLink, router_socket
 from megatron_medha.cluster.messages import Heartbeat, RankFailed, StepDone
+from megatron_medha.cluster.rank_link import RankLink, router_socket
+from megatron_medha.cluster.remote.agent_messages import AgentState, Leave, ToAgent
+from megatron_medha.cluster.remote.attach import attached_ranks
 from megatron_medha.cluster.wire import protocol_version
 from megatron_medha.core.errors import ConfigError, RankError
 from megatron_medha.core.layout import ParallelLayout

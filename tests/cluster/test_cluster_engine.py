@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from clients import TIMEOUT_S, Client, wait_until_ready
 
-from megatron_medha.cluster.engine import cluster_engine
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.rank_engine import cluster_engine
 from megatron_medha.core.batch import FinishReason
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout

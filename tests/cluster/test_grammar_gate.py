@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_medha.cluster.grammar_gate import GrammarGate
 from megatron_medha.cluster.messages import Prepared
+from megatron_medha.cluster.pending_grammars import GrammarGate
 from megatron_medha.core.batch import Aborted, Arrived
 from megatron_medha.core.request import Request
 

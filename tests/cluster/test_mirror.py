@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_medha.cluster.messages import NewRequest, Step
-from megatron_medha.cluster.mirror import RankMirror
+from megatron_medha.cluster.rank_state import RankMirror
 from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling

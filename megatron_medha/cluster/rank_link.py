@@ -7,7 +7,7 @@ import secrets
 import msgspec
 import zmq
 
-from megatron_medha.cluster.keys import Keys
+from megatron_medha.cluster.curve_keys import Keys
 from megatron_medha.cluster.messages import FromRank, Heartbeat, Prepared, RankFailed, ToRank
 from megatron_medha.cluster.rank_config import connection_name
 from megatron_medha.cluster.wire import RefusedPeers, UnreadableMessage, read_message

@@ -20,12 +20,12 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from megatron_medha.cluster.agent_messages import AgentState, Leave, Redirect, ToAgent, Want
+from megatron_medha.cluster.curve_keys import Keys
 from megatron_medha.cluster.health import MAX_LOOK_INTERVAL_S
-from megatron_medha.cluster.keys import Keys
 from megatron_medha.cluster.launch import WORKER_COMMAND, RankProcess
 from megatron_medha.cluster.launch_config import split_address
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.remote.agent_messages import AgentState, Leave, Redirect, ToAgent, Want
 from megatron_medha.cluster.wire import UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import ConfigError, RankError
 from megatron_medha.system.child_environment import child_environment

@@ -1,6 +1,6 @@
 """What the front and the agents say to each other: state, not commands, so that a lost message costs a second only.
 
-An agent (cluster/agent.py) looks after one rank on a machine the front cannot start processes on.
+An agent (cluster/remote/agent.py) looks after one rank on a machine the front cannot start processes on.
 """
 
 from __future__ import annotations

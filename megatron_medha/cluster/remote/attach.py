@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from megatron_medha.cluster.agent_messages import AgentState, Leave, Redirect, ToAgent, Want
-from megatron_medha.cluster.engine import OpenRanks
-from megatron_medha.cluster.keys import Keys
+from megatron_medha.cluster.curve_keys import Keys
 from megatron_medha.cluster.launch import Exit, Ranks
 from megatron_medha.cluster.launch_config import LaunchConfig, split_address
-from megatron_medha.cluster.link import Context, RankLink, router_socket
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.rank_engine import OpenRanks
+from megatron_medha.cluster.rank_link import Context, RankLink, router_socket
+from megatron_medha.cluster.remote.agent_messages import AgentState, Leave, Redirect, ToAgent, Want
 from megatron_medha.cluster.wire import RefusedPeers, UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import RankError
 
