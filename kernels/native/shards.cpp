@@ -2,7 +2,7 @@
 //
 // One call a layer: when attention has gone through tens of megabytes of keys nothing else is in the caches, and each
 // step of this from Python would wait for memory. Ranks of one machine exchange parts through slots of memory they
-// share; what the slots and counters are, and why two slots are enough: megatron_medha/parallel/shared_slots.py.
+// share; what the slots and counters are, and why two slots are enough: megatron_medha/parallel/shm_channel.py.
 
 #include <immintrin.h>
 #include <sched.h>

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_medha.parallel.shared_slots import SLOT_BYTES, SharedSlots
+from megatron_medha.parallel.shm_channel import SLOT_BYTES, SharedSlots
 
 _GAP_BYTES = 8  # at most, between output and log-sum-exp in a slot
 

@@ -18,7 +18,7 @@ from megatron_medha.model.inference_context import PackedBatch, SharedRows
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.shared_attention import SharedAttention
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
-from megatron_medha.parallel.shared_slots import SharedSlots
+from megatron_medha.parallel.shm_channel import SharedSlots
 from megatron_medha.worker.token_store import StoredRequest
 
 

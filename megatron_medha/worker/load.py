@@ -31,7 +31,7 @@ from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.tokenizer_facts import with_end_tokens_of
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
-from megatron_medha.parallel.tp_sum import tp_sum
+from megatron_medha.parallel.tp_all_reduce import tp_sum
 from megatron_medha.worker.cpu_share import num_threads_of_rank
 from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.guided import GuidedSampling

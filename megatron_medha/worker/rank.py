@@ -23,7 +23,7 @@ from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.sampler import Sampler, SamplingRow
 from megatron_medha.model.token_logprobs import prompt_logprobs
 from megatron_medha.parallel.groups import MedhaPGs
-from megatron_medha.parallel.shared_slots import SharedSlots
+from megatron_medha.parallel.shm_channel import SharedSlots
 from megatron_medha.parallel.stage_link import Arriving, StageLink
 from megatron_medha.worker.batch_tensors import (
     KVShards,

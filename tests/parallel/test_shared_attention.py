@@ -20,9 +20,9 @@ from megatron_medha.kernels.native_shards import merge_natively
 from megatron_medha.kernels.slot_table import SlotTable
 from megatron_medha.model import shared_attention
 from megatron_medha.model.shared_attention import SharedAttention
-from megatron_medha.parallel import shared_slots
+from megatron_medha.parallel import shm_channel as shared_slots
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
-from megatron_medha.parallel.shared_slots import SharedSlots
+from megatron_medha.parallel.shm_channel import SharedSlots
 
 NUM_RANKS, K, G, D, BLOCK_SIZE = 3, 2, 3, 24, 16
 SCALE = D**-0.5

@@ -13,7 +13,7 @@ import errno, os, sys, tempfile
 import torch
 import torch.distributed as dist
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
-from megatron_medha.parallel.shared_slots import SLOT_BYTES, SharedSlots
+from megatron_medha.parallel.shm_channel import SLOT_BYTES, SharedSlots
 
 make_file = tempfile.mkstemp
 
@@ -55,7 +55,7 @@ def check(rank, slots):
                     assert torch.equal(part.out_THD, out[rows]) and torch.equal(part.lse_TH, lse[rows]), (batch, layer)
 
 def check_sums(group, slots, device):
-    from megatron_medha.parallel.tp_sum import SharedSum, tp_sum
+    from megatron_medha.parallel.tp_all_reduce import SharedSum, tp_sum
     total = tp_sum(group, device)
     assert isinstance(total, SharedSum) == (slots is not None)
     for step in range(40):

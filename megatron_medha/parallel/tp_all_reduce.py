@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_medha.parallel.shared_slots import SLOT_BYTES, SharedSlots
+from megatron_medha.parallel.shm_channel import SLOT_BYTES, SharedSlots
 
 log = logging.getLogger(__name__)
 
