@@ -23,9 +23,9 @@ from megatron_medha.kernels.backends import attention_backend
 from megatron_medha.kernels.paged_kv import E4M3
 from megatron_medha.model.build import build_model, transformer_engine_works
 from megatron_medha.model.fp8 import quantise_linears
-from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.model.rotary import Rotary
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
 from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.kv_cache import allocate_kv

@@ -20,8 +20,8 @@ from megatron_medha.core.cost.capacity import check_divides
 from megatron_medha.model.attention import MedhaSelfAttention, PagedCoreAttention
 from megatron_medha.model.fp8 import fp8_config
 from megatron_medha.model.layer import MedhaTransformerLayer
-from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.rotary import Rotary
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.weight_checks import is_finite, refuse_non_finite
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import listed, open_regular, path_inside, read_bytes
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"

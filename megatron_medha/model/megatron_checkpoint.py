@@ -23,13 +23,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.model.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
 from megatron_medha.model.hf_checkpoint import share_of, zero_padding_rows
-from megatron_medha.model.hf_config import read_hf_config
-from megatron_medha.model.megatron_args import args_from_config, config_from_args
-from megatron_medha.model.model_config import ModelConfig
-from megatron_medha.model.tokenizer_facts import tokenizer_facts
 from megatron_medha.model.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
+from megatron_medha.models.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
+from megatron_medha.models.hf_config import read_hf_config
+from megatron_medha.models.megatron_args import args_from_config, config_from_args
+from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.models.tokenizer_facts import tokenizer_facts
 from megatron_medha.parallel.cpu_shim import allow_megatron_without_cuda
 from megatron_medha.safe_files.checkpoint_files import listed, read_word, shown
 from megatron_medha.safe_files.json_fields import read_json

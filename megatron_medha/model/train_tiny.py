@@ -28,10 +28,10 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.build import build_model
 from megatron_medha.model.megatron_checkpoint import save_megatron_checkpoint
-from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.sampler import Sampler, SamplingRow
 from megatron_medha.model.tiny_corpus import Corpus, draw_starts, read_stdlib, windows
 from megatron_medha.model.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
 
 _SAMPLE_PROMPT = b"import os\n\n\ndef "

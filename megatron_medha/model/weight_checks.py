@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.models.model_config import ModelConfig
 
 _MAX_SHOWN = 8
 _MAX_LAYERS = 4096  # each takes time and memory, however small its tensors

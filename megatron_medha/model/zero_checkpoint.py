@@ -25,11 +25,7 @@ from megatron_medha.model.hf_checkpoint import (
     with_tied_head,
     zero_padding_rows,
 )
-from megatron_medha.model.hf_config import read_hf_config
-from megatron_medha.model.megatron_args import config_from_args
 from megatron_medha.model.megatron_checkpoint import sharded_state_dict
-from megatron_medha.model.model_config import ModelConfig
-from megatron_medha.model.tokenizer_facts import tokenizer_facts
 from megatron_medha.model.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
 from megatron_medha.model.zero_states import (
     MODEL_STATES,
@@ -39,6 +35,10 @@ from megatron_medha.model.zero_states import (
     read_master_weights,
     read_model_states,
 )
+from megatron_medha.models.hf_config import read_hf_config
+from megatron_medha.models.megatron_args import config_from_args
+from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.models.tokenizer_facts import tokenizer_facts
 from megatron_medha.safe_files.checkpoint_files import listed, path_inside, read_word
 
 LATEST_NAME = "latest"

@@ -29,7 +29,7 @@ from megatron_medha.model.native_decoder_model import use_native_decoder
 from megatron_medha.model.native_passes import use_native_passes
 from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.model.rotary import Rotary
-from megatron_medha.model.tokenizer_facts import with_end_tokens_of
+from megatron_medha.models.tokenizer_facts import with_end_tokens_of
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
 from megatron_medha.parallel.tp_all_reduce import tp_sum
 from megatron_medha.worker.cpu_share import num_threads_of_rank

@@ -11,8 +11,8 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb  # noqa: E402
 
-from megatron_medha.model.model_config import ModelConfig, RopeScaling  # noqa: E402
 from megatron_medha.model.rotary import Rotary, rotate  # noqa: E402
+from megatron_medha.models.model_config import ModelConfig, RopeScaling  # noqa: E402
 
 HEAD_DIM = 64
 

@@ -25,9 +25,9 @@ from megatron_medha.kernels.slot_table import SlotTable  # noqa: E402
 from megatron_medha.model.build import build_model  # noqa: E402
 from megatron_medha.model.checkpoint import load_weights, read_model_config  # noqa: E402
 from megatron_medha.model.inference_context import PackedBatch  # noqa: E402
-from megatron_medha.model.model_config import ModelConfig  # noqa: E402
 from megatron_medha.model.packed_linear import pack_linears  # noqa: E402
 from megatron_medha.model.rotary import Rotary  # noqa: E402
+from megatron_medha.models.model_config import ModelConfig  # noqa: E402
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed  # noqa: E402
 
 CPU = torch.device("cpu")

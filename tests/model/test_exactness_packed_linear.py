@@ -11,7 +11,6 @@ from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.kernels.native_linear import NativeLinear
 from megatron_medha.model import packed_linear
 from megatron_medha.model.build import build_model
-from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.native_passes import use_native_passes
 from megatron_medha.model.packed_linear import (
     OneDnnLinear,
@@ -20,6 +19,7 @@ from megatron_medha.model.packed_linear import (
     fastest_linear,
     pack_linears,
 )
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
 from megatron_medha.model.fp8 import ScaledLinear, check_fp8, quantise_linears, quantised_rows
-from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
 
 

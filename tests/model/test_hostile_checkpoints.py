@@ -15,8 +15,8 @@ import torch
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
 from megatron_medha.model.megatron_checkpoint import save_megatron_checkpoint
-from megatron_medha.model.model_config import ModelConfig
 from megatron_medha.model.tiny_tokenizer import save_tiny_tokenizer
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
 from megatron_medha.safe_files.safe_pickle import load_torch_file
 from tests.model.hostile_files import HUGGING_FACE, MEGATRON, TOKENIZER

@@ -17,8 +17,8 @@ def megatron_model(groups: Any) -> tuple[Any, Any]:
     import torch
 
     from megatron_medha.model.build import build_model
-    from megatron_medha.model.megatron_args import args_from_config
-    from megatron_medha.model.model_config import ModelConfig
+    from megatron_medha.models.megatron_args import args_from_config
+    from megatron_medha.models.model_config import ModelConfig
 
     config = ModelConfig(
         name="small", num_layers=2, hidden_size=64, ffn_hidden_size=96, num_heads=4, num_kv_heads=2, head_dim=16,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.json_fields import JsonFields, read_json
 from megatron_medha.text.added_tokens import read_whole_tokenizer, token_name, token_settings
 from megatron_medha.text.tokenizer_file import token_ids

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.model.model_config import ModelConfig
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import read_bytes, shown
 from megatron_medha.safe_files.pickle_machine import PickleError, check_extent
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_medha.core.errors import UnsupportedModelError
-from megatron_medha.model.hf_config_names import DEFAULTS, READ, is_harmless
-from megatron_medha.model.hf_rope import rope_problems, rope_scaling, rope_theta
-from megatron_medha.model.model_config import ModelConfig
-from megatron_medha.model.tokenizer_facts import end_ids, generation_end_ids, tokenizer_facts
+from megatron_medha.models.hf_config_names import DEFAULTS, READ, is_harmless
+from megatron_medha.models.hf_rope import rope_problems, rope_scaling, rope_theta
+from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.models.tokenizer_facts import end_ids, generation_end_ids, tokenizer_facts
 from megatron_medha.safe_files.checkpoint_files import listed, shown
 from megatron_medha.safe_files.json_fields import JsonFields, read_json
 

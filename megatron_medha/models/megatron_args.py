@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.model.megatron_arg_names import NEEDED, READ, REQUIREMENTS, is_harmless
-from megatron_medha.model.model_config import ModelConfig, RopeScaling
+from megatron_medha.models.megatron_arg_names import NEEDED, READ, REQUIREMENTS, is_harmless
+from megatron_medha.models.model_config import ModelConfig, RopeScaling
 from megatron_medha.safe_files.checkpoint_files import listed, shown
 from megatron_medha.safe_files.safe_pickle import Opaque
 
