@@ -23,11 +23,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_medha.checkpoints.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.build import build_model
-from megatron_medha.model.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.model.sampler import Sampler, SamplingRow
 from megatron_medha.model.tiny_corpus import Corpus, draw_starts, read_stdlib, windows
 from megatron_medha.model.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer

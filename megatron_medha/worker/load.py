@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_medha.checkpoints.detect import load_weights, read_model_config
 from megatron_medha.cluster.messages import NewRequest, Ready, Step
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
@@ -22,7 +23,6 @@ from megatron_medha.core.kv.kv_memory import default_shard_tokens
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.backends import attention_backend, backend_names
 from megatron_medha.model.build import build_model, transformer_engine_works
-from megatron_medha.model.checkpoint import load_weights, read_model_config
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.int8_weights import check_weight_dtype
 from megatron_medha.model.native_decoder_model import use_native_decoder

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
+from megatron_medha.checkpoints.detect import load_weights, read_model_config
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
-from megatron_medha.model.checkpoint import load_weights, read_model_config
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
 from megatron_medha.text.tokenizer import Tokenizer
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
 
+from megatron_medha.checkpoints.detect import CheckpointKind, checkpoint_kind, load_weights, read_model_config
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
-from megatron_medha.model.checkpoint import CheckpointKind, checkpoint_kind, load_weights, read_model_config
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
 
 transformers = pytest.importorskip("transformers")

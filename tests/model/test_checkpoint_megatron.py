@@ -16,11 +16,11 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_medha.checkpoints.detect import CheckpointKind, checkpoint_kind, load_weights, read_model_config
+from megatron_medha.checkpoints.megatron_checkpoint import TRACKER_NAME, save_megatron_checkpoint
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
-from megatron_medha.model.checkpoint import CheckpointKind, checkpoint_kind, load_weights, read_model_config
-from megatron_medha.model.megatron_checkpoint import TRACKER_NAME, save_megatron_checkpoint
 from megatron_medha.model.tiny_tokenizer import EOS_ID, save_tiny_tokenizer
 from megatron_medha.models.megatron_args import args_from_config
 from megatron_medha.models.model_config import ModelConfig, RopeScaling

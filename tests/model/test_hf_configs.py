@@ -14,10 +14,10 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from megatron_medha.checkpoints.detect import load_weights, read_model_config  # noqa: E402
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError  # noqa: E402
 from megatron_medha.core.layout import ParallelLayout  # noqa: E402
 from megatron_medha.model.build import build_model  # noqa: E402
-from megatron_medha.model.checkpoint import load_weights, read_model_config  # noqa: E402
 from megatron_medha.models.hf_config import read_hf_config  # noqa: E402
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed  # noqa: E402
 

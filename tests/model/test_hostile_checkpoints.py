@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_medha.checkpoints.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
-from megatron_medha.model.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.model.tiny_tokenizer import save_tiny_tokenizer
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_medha.checkpoints.detect import CheckpointKind, checkpoint_kind, load_weights, read_model_config
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model import train_tiny as module
 from megatron_medha.model.build import build_model
-from megatron_medha.model.checkpoint import CheckpointKind, checkpoint_kind, load_weights, read_model_config
 from megatron_medha.model.tiny_corpus import draw_starts, read_stdlib, windows
 from megatron_medha.model.tiny_tokenizer import (
     ASSISTANT_ID,

@@ -60,9 +60,9 @@ def convert(config: RankConfig, connection: Connection) -> None:
     """In a rank: read a Hugging Face directory, write a Megatron checkpoint, both by parts."""
     import torch
 
+    from megatron_medha.checkpoints.detect import load_weights, read_model_config
+    from megatron_medha.checkpoints.megatron_checkpoint import save_megatron_checkpoint
     from megatron_medha.model.build import build_model
-    from megatron_medha.model.checkpoint import load_weights, read_model_config
-    from megatron_medha.model.megatron_checkpoint import save_megatron_checkpoint
     from megatron_medha.parallel.groups import build_groups, init_distributed
 
     multiprocessing.current_process()._config["daemon"] = False  # Megatron writes in processes of its own
@@ -82,9 +82,9 @@ def bytes_read(config: RankConfig, connection: Connection) -> None:
     """In a rank: how many bytes of weights are read from the files, tensor by tensor."""
     import torch
 
-    from megatron_medha.model import hf_checkpoint
+    from megatron_medha.checkpoints import hf_checkpoint
+    from megatron_medha.checkpoints.detect import load_weights, read_model_config
     from megatron_medha.model.build import build_model
-    from megatron_medha.model.checkpoint import load_weights, read_model_config
     from megatron_medha.parallel.groups import build_groups, init_distributed
 
     leave_group()

@@ -17,17 +17,16 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
-from megatron_medha.core.errors import CheckpointError
-from megatron_medha.model.hf_checkpoint import (
+from megatron_medha.checkpoints.hf_checkpoint import (
     may_be_ignored,
     placements,
     share_of,
     with_tied_head,
     zero_padding_rows,
 )
-from megatron_medha.model.megatron_checkpoint import sharded_state_dict
-from megatron_medha.model.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
-from megatron_medha.model.zero_states import (
+from megatron_medha.checkpoints.megatron_checkpoint import sharded_state_dict
+from megatron_medha.checkpoints.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
+from megatron_medha.checkpoints.zero_states import (
     MODEL_STATES,
     OPTIM_STATES,
     Pieces,
@@ -35,6 +34,7 @@ from megatron_medha.model.zero_states import (
     read_master_weights,
     read_model_states,
 )
+from megatron_medha.core.errors import CheckpointError
 from megatron_medha.models.hf_config import read_hf_config
 from megatron_medha.models.megatron_args import config_from_args
 from megatron_medha.models.model_config import ModelConfig

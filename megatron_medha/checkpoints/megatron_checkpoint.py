@@ -22,9 +22,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_medha.checkpoints.hf_checkpoint import share_of, zero_padding_rows
+from megatron_medha.checkpoints.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.model.hf_checkpoint import share_of, zero_padding_rows
-from megatron_medha.model.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
 from megatron_medha.models.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
 from megatron_medha.models.hf_config import read_hf_config
 from megatron_medha.models.megatron_args import args_from_config, config_from_args

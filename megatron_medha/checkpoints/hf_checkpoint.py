@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from megatron_medha.checkpoints.weight_checks import is_finite, refuse_non_finite
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.model.weight_checks import is_finite, refuse_non_finite
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import listed, open_regular, path_inside, read_bytes
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from torch import nn
 
-from megatron_medha.core.errors import CheckpointError
-from megatron_medha.model.hf_checkpoint import hf_weight_files, load_hf_weights, num_stored_elements
-from megatron_medha.model.megatron_checkpoint import (
+from megatron_medha.checkpoints.hf_checkpoint import hf_weight_files, load_hf_weights, num_stored_elements
+from megatron_medha.checkpoints.megatron_checkpoint import (
     find_megatron_checkpoint,
     load_megatron_weights,
     read_megatron_config,
 )
-from megatron_medha.model.weight_checks import refuse_larger_model
-from megatron_medha.model.zero_checkpoint import find_zero_checkpoint, load_zero_weights, read_zero_config
+from megatron_medha.checkpoints.weight_checks import refuse_larger_model
+from megatron_medha.checkpoints.zero_checkpoint import find_zero_checkpoint, load_zero_weights, read_zero_config
+from megatron_medha.core.errors import CheckpointError
 from megatron_medha.models.hf_config import read_hf_config
 from megatron_medha.models.model_config import ModelConfig
 
