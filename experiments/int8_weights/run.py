@@ -32,7 +32,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.model.tiny_corpus import read_stdlib
+from megatron_medha.tiny.tiny_corpus import read_stdlib
 from megatron_medha.worker.load import load_rank
 from megatron_medha.worker.rank import Rank
 

@@ -1,4 +1,4 @@
-"""`medha train-tiny`: options for model/train_tiny.py. The only command that needs torch in this process."""
+"""`medha train-tiny`: options for tiny/tiny_training.py. The only command that needs torch in this process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(words: Sequence[str]) -> int:
     # Megatron-core tells of every optional package that is missing; none is needed here.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from megatron_medha.compose import as_yaml, compose, freeze
-    from megatron_medha.model.train_tiny import TrainTinyConfig, train_tiny
+    from megatron_medha.tiny.tiny_training import TrainTinyConfig, train_tiny
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class TrainTinyOptions(TrainTinyConfig):

@@ -17,9 +17,9 @@ from megatron_medha.checkpoints.megatron_checkpoint import save_megatron_checkpo
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
-from megatron_medha.model.tiny_tokenizer import save_tiny_tokenizer
 from megatron_medha.models.model_config import ModelConfig, RopeScaling
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
+from megatron_medha.tiny.tiny_tokenizer import save_tiny_tokenizer
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(

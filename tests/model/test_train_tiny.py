@@ -12,10 +12,11 @@ import torch
 from megatron_medha.checkpoints.detect import CheckpointKind, checkpoint_kind, load_weights, read_model_config
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.model import train_tiny as module
 from megatron_medha.model.build import build_model
-from megatron_medha.model.tiny_corpus import draw_starts, read_stdlib, windows
-from megatron_medha.model.tiny_tokenizer import (
+from megatron_medha.parallel.groups import build_groups, init_distributed
+from megatron_medha.tiny import tiny_training as module
+from megatron_medha.tiny.tiny_corpus import draw_starts, read_stdlib, windows
+from megatron_medha.tiny.tiny_tokenizer import (
     ASSISTANT_ID,
     EOS_ID,
     NUM_BYTES,
@@ -25,8 +26,7 @@ from megatron_medha.model.tiny_tokenizer import (
     decode_bytes,
     save_tiny_tokenizer,
 )
-from megatron_medha.model.train_tiny import TrainTinyConfig, train_tiny
-from megatron_medha.parallel.groups import build_groups, init_distributed
+from megatron_medha.tiny.tiny_training import TrainTinyConfig, train_tiny
 
 TINY = TrainTinyConfig(
     seconds=600.0, max_steps=20, num_layers=1, hidden_size=32, ffn_hidden_size=64, num_heads=2, num_kv_heads=1,

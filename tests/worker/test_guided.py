@@ -20,7 +20,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.grammar.guidance import GrammarCompiler
 from megatron_medha.model.sampler import Sampler, SamplingRow
-from megatron_medha.model.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
+from megatron_medha.tiny.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
 
 llguidance = pytest.importorskip("llguidance")
 PROMPT = list(b"Say it in JSON.")

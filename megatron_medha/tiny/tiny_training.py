@@ -29,10 +29,10 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.build import build_model
 from megatron_medha.model.sampler import Sampler, SamplingRow
-from megatron_medha.model.tiny_corpus import Corpus, draw_starts, read_stdlib, windows
-from megatron_medha.model.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
+from megatron_medha.tiny.tiny_corpus import Corpus, draw_starts, read_stdlib, windows
+from megatron_medha.tiny.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
 
 _SAMPLE_PROMPT = b"import os\n\n\ndef "
 _NUM_HELD_OUT_WINDOWS = 64

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.model.tiny_tokenizer import ASSISTANT_ID, EOS_ID, USER_ID
+from megatron_medha.tiny.tiny_tokenizer import ASSISTANT_ID, EOS_ID, USER_ID
 
 # Installed packages, and files that are data or test cases more than programs.
 _SKIPPED = {
