@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.draw import Draws, column, draw, draws_of, take_rows
-from megatron_medha.model.token_logprobs import Logprobs, token_logprobs
+from megatron_medha.model.logprobs import Logprobs, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)

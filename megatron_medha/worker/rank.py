@@ -18,9 +18,9 @@ from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.stage_plan import Place, StagePlan, stage_plan
 from megatron_medha.kernels.backends import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging
+from megatron_medha.model.logprobs import prompt_logprobs
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.sampler import Sampler, SamplingRow
-from megatron_medha.model.token_logprobs import prompt_logprobs
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs
 from megatron_medha.parallel.shm_channel import SharedSlots

@@ -11,8 +11,8 @@ import torch
 
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.draw import draw_uniform
+from megatron_medha.model.logprobs import prompt_logprobs
 from megatron_medha.model.sampler import Sampler, SamplingRow, takes_the_best
-from megatron_medha.model.token_logprobs import prompt_logprobs
 
 VOCAB_SIZE = 12
 
@@ -265,7 +265,7 @@ def test_ties_are_listed_in_order_of_id():
 
 
 def test_prompt_logprobs_are_the_log_softmax_of_the_next_tokens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_medha.model.token_logprobs._PROMPT_SLICE_ELEMENTS", 3 * VOCAB_SIZE)
+    monkeypatch.setattr("megatron_medha.model.logprobs._PROMPT_SLICE_ELEMENTS", 3 * VOCAB_SIZE)
     logits = some_logits(12, num_rows=8)
     next_ids = torch.arange(8, dtype=torch.int32)
     found = prompt_logprobs(logits, next_ids, num_top=2)
