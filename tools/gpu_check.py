@@ -51,7 +51,7 @@ def main() -> int:
         use_interpreter()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("megatron_medha").setLevel(logging.INFO)  # which library computes what
-    from megatron_medha.worker.megatron_import import import_megatron
+    from megatron_medha.worker.startup.megatron_import import import_megatron
 
     import_megatron(arguments.device)
     parts = known_parts()

@@ -29,8 +29,8 @@ from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
 from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.kv_cache import allocate_kv
-from megatron_medha.worker.profile import grid, measure
 from megatron_medha.worker.rank import Rank
+from megatron_medha.worker.startup.step_grid import grid, measure
 
 LLAMA3_8B = ModelConfig(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14_336, num_heads=32, num_kv_heads=8,

@@ -33,8 +33,8 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.tiny.tiny_corpus import read_stdlib
-from megatron_medha.worker.load import load_rank
 from megatron_medha.worker.rank import Rank
+from megatron_medha.worker.startup.load import load_rank
 
 BAR = 1.5
 KINDS = {"fp32": ("float32", "auto"), "bf16": ("bfloat16", "auto"), "int8": ("bfloat16", "int8")}  # dtype, weights

@@ -30,7 +30,7 @@ from megatron_medha.core.layout import Coord, ParallelLayout
 if TYPE_CHECKING:
     from megatron_medha.worker.rank import Rank
 
-_PRELOADED = ["megatron_medha.worker.load", "megatron_medha.worker.step_loop"]
+_PRELOADED = ["megatron_medha.worker.startup.load", "megatron_medha.worker.step_loop"]
 # Nothing of a tiny model takes this long, however busy the machine is: whoever is silent for longer is stuck.
 PATIENCE_S = 240.0
 
@@ -198,7 +198,7 @@ def _load(config: RankConfig, connection: Connection, prepare: Prepare | None) -
     """Be a rank until told to stop."""
     import torch
 
-    from megatron_medha.worker.load import load_rank
+    from megatron_medha.worker.startup.load import load_rank
     from megatron_medha.worker.step_loop import run_steps
 
     leave_group()

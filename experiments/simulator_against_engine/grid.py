@@ -34,8 +34,8 @@ def main() -> None:
     from megatron_medha.compose import compose, freeze
     from megatron_medha.config import ProfileOptions, rank_config
     from megatron_medha.core.cost.fitted_cost import fit
-    from megatron_medha.worker.load import load_rank
-    from megatron_medha.worker.profile import GridPoint, measure
+    from megatron_medha.worker.startup.load import load_rank
+    from megatron_medha.worker.startup.step_grid import GridPoint, measure
 
     words = [f"checkpoint={arguments.checkpoint}", *arguments.overrides]
     config = rank_config(freeze(compose("profile", ProfileOptions, words), ProfileOptions))

@@ -16,8 +16,8 @@ from typing import Any
 
 from megatron_medha.cluster.messages import Shutdown, Step, StepDone
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.worker.front_inbox import FrontInbox
 from megatron_medha.worker.main import Loaded, main
+from megatron_medha.worker.message_inbox import FrontInbox
 
 NATIVE = ("medha_decoder", "medha_attend", "medha_linear", "medha_rms_norm", "medha_gated_silu")
 
@@ -64,7 +64,7 @@ class TimedInbox:
 def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
     """The usual rank, its library's functions replaced by timed ones before anything takes them from it."""
     from megatron_medha.kernels.native_build import native_library, native_target
-    from megatron_medha.worker.load import load_rank
+    from megatron_medha.worker.startup.load import load_rank
     from megatron_medha.worker.step_loop import run_steps
 
     timers = Timers()

@@ -32,7 +32,7 @@ def run(words: Sequence[str]) -> int:
         print(USAGE, describe_options("profile"), sep="\n", end="")
         return 0
     from megatron_medha.system.machine import num_usable_cores
-    from megatron_medha.worker.cpu_share import let_idle_threads_sleep
+    from megatron_medha.worker.startup.cpu_share import let_idle_threads_sleep
 
     let_idle_threads_sleep(num_usable_cores())
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
@@ -51,8 +51,8 @@ def run(words: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from megatron_medha.core.cost.fitted_cost import fit
-    from megatron_medha.worker.load import load_rank
-    from megatron_medha.worker.profile import grid, measure
+    from megatron_medha.worker.startup.load import load_rank
+    from megatron_medha.worker.startup.step_grid import grid, measure
 
     rank, ready = load_rank(config, lambda what, fraction: None)
     points = grid(ready.num_blocks * ready.block_size, ready.shape.max_context_len)

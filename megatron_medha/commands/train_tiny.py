@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
         print(USAGE, describe_options("train_tiny"), sep="\n", end="")
         return 0
     from megatron_medha.system.machine import num_usable_cores
-    from megatron_medha.worker.cpu_share import let_idle_threads_sleep
+    from megatron_medha.worker.startup.cpu_share import let_idle_threads_sleep
 
     # Beside one busy program, spinning threads made a run of two minutes take more than three.
     let_idle_threads_sleep(num_usable_cores())

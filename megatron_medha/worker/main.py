@@ -39,8 +39,8 @@ from megatron_medha.cluster.rank_config import RankConfig, connection_name
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.system.memory_trim import GIVE_BACK_INTERVAL_S, give_back_freed_memory
 from megatron_medha.system.parentage import die_with_parent
-from megatron_medha.worker.cpu_share import bound_kernel_cache, let_idle_threads_sleep, num_threads_of_rank
-from megatron_medha.worker.front_inbox import FrontInbox, SocketInbox
+from megatron_medha.worker.message_inbox import FrontInbox, SocketInbox
+from megatron_medha.worker.startup.cpu_share import bound_kernel_cache, let_idle_threads_sleep, num_threads_of_rank
 
 log = logging.getLogger("megatron_medha.worker")
 
@@ -66,7 +66,7 @@ _GRAMMAR_CHARS_PER_S = 200  # one of 1,000 characters lets shorter ones go first
 def main(argv: list[str], load: LoadRank | None = None) -> int:
     """Serve until told to stop or left alone; 1 after an error, which the front is told about first.
 
-    load: brings the rank up; by default the model's (worker/load.py).
+    load: brings the rank up; by default the model's (worker/startup/load.py).
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("megatron_medha").setLevel(logging.INFO)
@@ -117,10 +117,10 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
 
 def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
     # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
-    from megatron_medha.worker.megatron_import import import_megatron
+    from megatron_medha.worker.startup.megatron_import import import_megatron
 
     import_megatron(config.device)
-    from megatron_medha.worker.load import load_rank
+    from megatron_medha.worker.startup.load import load_rank
     from megatron_medha.worker.step_loop import run_steps
 
     rank, ready = load_rank(config, progress)

@@ -33,7 +33,7 @@ from megatron_medha.worker.batch_tensors import (
     step_tensors,
 )
 from megatron_medha.worker.cuda_graphs import StepGraphs
-from megatron_medha.worker.guided import GuidedSampling
+from megatron_medha.worker.grammar_masks import GuidedSampling
 from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.plain_decodes import plain_decodes
 from megatron_medha.worker.run_ahead import Held, Underway, Work, next_decodes, places_of

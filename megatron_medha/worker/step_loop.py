@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_medha.cluster.messages import Shutdown, Step, StepDone
-from megatron_medha.worker.front_inbox import FrontInbox
+from megatron_medha.worker.message_inbox import FrontInbox
 from megatron_medha.worker.rank import Rank
 
 

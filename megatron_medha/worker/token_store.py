@@ -15,7 +15,7 @@ from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.sampler import has_penalty, takes_the_best
 
 if TYPE_CHECKING:
-    from megatron_medha.worker.guided import Guided
+    from megatron_medha.worker.grammar_masks import Guided
 
 _MIN_GROWTH_TOKENS = 256
 

@@ -25,8 +25,8 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.layout import Coord
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.worker.front_inbox import FrontInbox
 from megatron_medha.worker.main import Loaded, main
+from megatron_medha.worker.message_inbox import FrontInbox
 
 VOCAB_SIZE = 1000
 

@@ -33,7 +33,7 @@ from megatron_medha.core.errors import ConfigError, RankError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.ports import EnginePhase
 from megatron_medha.engine.replicas import Replicas
-from megatron_medha.worker.front_inbox import SocketInbox
+from megatron_medha.worker.message_inbox import SocketInbox
 
 FAKE_AGENT = (sys.executable, str(Path(__file__).with_name("fake_agent.py")))
 AGENT = (sys.executable, "-m", "megatron_medha.worker.main")

@@ -112,7 +112,7 @@ def rank_config(theirs: tuple[Any, Path]) -> RankConfig:
 @pytest.fixture(scope="session")
 def front_of() -> Callable[[RankConfig], Front]:
     """Starts a rank in this process, and the front it answers to."""
-    from megatron_medha.worker.load import load_rank
+    from megatron_medha.worker.startup.load import load_rank
 
     return lambda config: Front(*load_rank(config, lambda what, fraction: None))
 

@@ -6,12 +6,12 @@ import os
 
 import pytest
 
-from megatron_medha.worker.cpu_share import let_idle_threads_sleep, num_threads_of_rank
+from megatron_medha.worker.startup.cpu_share import let_idle_threads_sleep, num_threads_of_rank
 
 
 @pytest.fixture(autouse=True)
 def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_medha.worker.cpu_share.num_usable_cores", lambda: 2)
+    monkeypatch.setattr("megatron_medha.worker.startup.cpu_share.num_usable_cores", lambda: 2)
     monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY")
 
@@ -23,7 +23,7 @@ def test_threads_sleep_when_they_fill_every_core(num_threads: int, policy: str |
 
 
 def test_threads_may_spin_where_a_core_is_left_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_medha.worker.cpu_share.num_usable_cores", lambda: 8)
+    monkeypatch.setattr("megatron_medha.worker.startup.cpu_share.num_usable_cores", lambda: 8)
     let_idle_threads_sleep(7)
     assert "OMP_WAIT_POLICY" not in os.environ
 

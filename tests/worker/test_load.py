@@ -8,7 +8,7 @@ import pytest
 
 from megatron_medha.cluster.messages import Step, StepDone
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.worker.load import warm_up
+from megatron_medha.worker.startup.load import warm_up
 
 
 def test_a_model_whose_first_tokens_are_no_numbers_ends_the_start_with_the_reason():

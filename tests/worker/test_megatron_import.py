@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.worker.megatron_import import leave_out_broken_transformer_engine
+from megatron_medha.worker.startup.megatron_import import leave_out_broken_transformer_engine
 
 
 @pytest.mark.parametrize("fault", ["raise RuntimeError('empty meta package')", "import no_such_package_for_medha"])

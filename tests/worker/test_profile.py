@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from megatron_medha.core.cost.fitted_cost import FittedCost
-from megatron_medha.worker.profile import GridPoint, grid, measure
+from megatron_medha.worker.startup.step_grid import GridPoint, grid, measure
 
 
 def test_every_point_of_the_grid_fits_the_memory_it_was_made_for() -> None:

@@ -12,7 +12,7 @@ import torch
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.worker.load import context_len_of, device_of, dtype_of, load_rank, local_device_index
+from megatron_medha.worker.startup.load import context_len_of, device_of, dtype_of, load_rank, local_device_index
 
 CPU = torch.device("cpu")
 

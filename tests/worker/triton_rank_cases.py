@@ -17,7 +17,7 @@ from megatron_medha.cluster.rank_config import RankConfig  # noqa: E402
 from megatron_medha.core.batch import Chunk  # noqa: E402
 from megatron_medha.kernels import block_tables  # noqa: E402
 from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs  # noqa: E402
-from megatron_medha.worker.load import load_rank  # noqa: E402
+from megatron_medha.worker.startup.load import load_rank  # noqa: E402
 from tests.worker.conftest import Front  # noqa: E402
 
 

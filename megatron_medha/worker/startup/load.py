@@ -32,12 +32,12 @@ from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.tokenizer_facts import with_end_tokens_of
 from megatron_medha.parallel.groups import build_groups, init_distributed, least_of_all_ranks
 from megatron_medha.parallel.tp_all_reduce import tp_sum
-from megatron_medha.worker.cpu_share import num_threads_of_rank
 from megatron_medha.worker.cuda_graphs import step_graphs
-from megatron_medha.worker.guided import GuidedSampling
+from megatron_medha.worker.grammar_masks import GuidedSampling
 from megatron_medha.worker.kv_cache import allocate_kv, num_kv_blocks
 from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.rank import Rank
+from megatron_medha.worker.startup.cpu_share import num_threads_of_rank
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WARM_UP_TOKENS = 64
