@@ -1,7 +1,7 @@
 """Compiles every Triton kernel, no GPU needed, and prints what each takes.
 
     python tools/compile_kernels.py                   # the default tiles and every kernel, for sm_90 (Hopper)
-    python tools/compile_kernels.py --all             # all tiles of kernels/triton_tiles.py, minutes
+    python tools/compile_kernels.py --all             # all tiles of kernels/triton/triton_tiles.py, minutes
     python tools/compile_kernels.py --capability 100  # for sm_100 (Blackwell)
 """
 
@@ -21,10 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_medha.kernels.triton_attention import TileConfig, attention_kernel
-from megatron_medha.kernels.triton_merge import merge_kernel
-from megatron_medha.kernels.triton_tiles import DECODE_TILES, PREFILL_TILES
-from megatron_medha.kernels.triton_write import rotate_and_write_kernel, write_quantised_kernel
+from megatron_medha.kernels.triton.triton_attention import TileConfig, attention_kernel
+from megatron_medha.kernels.triton.triton_merge import merge_kernel
+from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, PREFILL_TILES
+from megatron_medha.kernels.triton.triton_write import rotate_and_write_kernel, write_quantised_kernel
 
 _GROUP, _HEAD_DIM, _PAGE = 4, 128, 128  # Llama-3 8B, blocks as the triton backend makes them
 _POINTERS = {

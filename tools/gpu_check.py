@@ -46,7 +46,7 @@ def main() -> int:
     if arguments.device == "cpu":
         if not arguments.tiny:
             parser.error("--device cpu needs --tiny: full sizes would take days")
-        from megatron_medha.kernels.triton_interpreter import use_interpreter
+        from megatron_medha.kernels.triton.triton_interpreter import use_interpreter
 
         use_interpreter()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")

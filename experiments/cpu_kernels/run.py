@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from megatron_medha.kernels.backends import AttentionBackend, QueryRange, attention_backend, backend_names
-from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.choose_backend import AttentionBackend, QueryRange, attention_backend, backend_names
+from megatron_medha.kernels.kv.slot_table import SlotTable
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16

@@ -14,14 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.gpu.measure import Check, Row, fill_with_random_kv
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.kernels import reference
-from megatron_medha.kernels.backends import QueryRange, backend_names
-from megatron_medha.kernels.flash_backend import FlashAttention
-from megatron_medha.kernels.paged_kv import E4M3, PagedKV
-from megatron_medha.kernels.slot_table import SlotTable
-from megatron_medha.kernels.triton_attention import TileConfig
-from megatron_medha.kernels.triton_backend import TritonAttention
-from megatron_medha.kernels.triton_tiles import DECODE_TILES, INTERPRETED_TILE, PREFILL_TILES
+from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.attention.flash_backend import FlashAttention
+from megatron_medha.kernels.choose_backend import QueryRange, backend_names
+from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV
+from megatron_medha.kernels.kv.slot_table import SlotTable
+from megatron_medha.kernels.triton.triton_attention import TileConfig
+from megatron_medha.kernels.triton.triton_backend import TritonAttention
+from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, INTERPRETED_TILE, PREFILL_TILES
 from megatron_medha.model.fp8 import ScaledLinear
 
 _HEADS, _GROUP, _HEAD_DIM = 8, 4, 128  # Llama-3 8B

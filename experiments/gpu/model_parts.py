@@ -19,8 +19,8 @@ from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.kernels.backends import attention_backend
-from megatron_medha.kernels.paged_kv import E4M3
+from megatron_medha.kernels.choose_backend import attention_backend
+from megatron_medha.kernels.kv.paged_kv import E4M3
 from megatron_medha.model.build import build_model, transformer_engine_works
 from megatron_medha.model.fp8 import quantise_linears
 from megatron_medha.model.packed_linear import pack_linears

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library
-from megatron_medha.kernels.native_linear import NativeLinear
 
 _MOST = 127  # -128 is left out: a weight and its negative are rounded alike
 _LEAST_SCALE = 1e-12  # rows of zeros

@@ -11,9 +11,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from megatron_medha.kernels.native_attention import NativeAttention
-from megatron_medha.kernels.native_decoder import DecoderSizes, LayerWeights, NativeDecoder, OutputWeights
-from megatron_medha.kernels.native_linear import NativeLinear
+from megatron_medha.kernels.attention.native_attention import NativeAttention
+from megatron_medha.kernels.linear.native_decoder import DecoderSizes, LayerWeights, NativeDecoder, OutputWeights
+from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.native_passes import NativeRMSNorm

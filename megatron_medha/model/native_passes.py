@@ -8,8 +8,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_medha.kernels.linear.native_pointwise import NativePointwise
 from megatron_medha.kernels.native_build import NativeUnavailable
-from megatron_medha.kernels.native_pointwise import NativePointwise
 from megatron_medha.model.layer import MedhaTransformerLayer
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Linear layers whose weights lie in the layout their kernel reads: the CPU path of inference.
 
 fp32: oneDNN's own layout. Against F.linear on the row-major weight, one thread, 3072 x 512, 1 to 32 tokens: 1.5 to 2.5
-times faster, and not slower at 512 tokens. bf16: oneDNN's, or the native layers of kernels/native_linear.py, whichever
+times faster, and not slower at 512 tokens. bf16: oneDNN's, or the native layers of native_linear.py, whichever
 is faster on this machine when tried. Without bf16 instructions that is native by 2 to 4 times at any number of tokens
 (AVX-512 server CPU, one thread, 3072 x 512: 1 token 250 against 343 us, 8 tokens 0.57 against 1.9 ms, 256 tokens
 7.9 against 34 ms; fp32 weights took 0.73, 0.97 and 10 ms). Or native with int8 weights, if asked for.
@@ -25,8 +25,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
+from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import NativeUnavailable
-from megatron_medha.kernels.native_linear import NativeLinear
 from megatron_medha.model.int8_weights import int8_linear
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_medha.kernels.backends import AttentionBackend, LayerKV
+from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging, packed_offsets, views_of
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary
@@ -91,7 +91,7 @@ class StepGraphs:
         shape = self.shape_for(host)
         if shape is None:
             return None
-        from megatron_medha.kernels.triton_backend import padded
+        from megatron_medha.kernels.triton.triton_backend import padded
 
         plan = self._backend.host_plan(host.ranges)
         if self._generation != self._backend.tables.generation:  # perhaps for this very plan
@@ -129,7 +129,7 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
-        from megatron_medha.kernels.triton_backend import empty_plan
+        from megatron_medha.kernels.triton.triton_backend import empty_plan
 
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a step under way still uses the buffers given up here

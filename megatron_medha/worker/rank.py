@@ -16,7 +16,7 @@ from megatron_medha.cluster.messages import PromptLogprobs, SampledToken, Step, 
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.stage_plan import Place, StagePlan, stage_plan
-from megatron_medha.kernels.backends import AttentionBackend, LayerKV
+from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.logprobs import prompt_logprobs
 from megatron_medha.model.rotary import Rotary

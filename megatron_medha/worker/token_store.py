@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_medha.cluster.messages import NewRequest
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.sampler import has_penalty, takes_the_best
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels import reference
-from megatron_medha.kernels.backends import AttentionBackend, QueryRange
-from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.choose_backend import AttentionBackend, QueryRange
+from megatron_medha.kernels.kv.slot_table import SlotTable
 
 BLOCK_SIZE = 16
 # fp32 sums of up to a thousand terms; bf16 keeps 8 bits of each output, twice (partial, then merged).

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_medha.kernels import block_tables
-from megatron_medha.kernels.block_tables import BlockTables
-from megatron_medha.kernels.paged_kv import allocate_paged
-from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.kv import block_tables
+from megatron_medha.kernels.kv.block_tables import BlockTables
+from megatron_medha.kernels.kv.paged_kv import allocate_paged
+from megatron_medha.kernels.kv.slot_table import SlotTable
 
 
 def test_rows_of_sequences_that_have_ended_are_given_out_again_also_after_the_tables_grew(

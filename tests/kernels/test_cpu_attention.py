@@ -6,9 +6,9 @@ import pytest
 import torch
 from paged_world import TOLERANCE
 
-from megatron_medha.kernels import reference
-from megatron_medha.kernels.backends import LayerKV
-from megatron_medha.kernels.cpu_attention import ReadPlan, attend_chunk, attend_prefix
+from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.attention.cpu_attention import ReadPlan, attend_chunk, attend_prefix
+from megatron_medha.kernels.choose_backend import LayerKV
 
 
 @pytest.mark.parametrize("num_tokens", [0, 5])

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_world import TOLERANCE, World
 
-from megatron_medha.kernels import reference
-from megatron_medha.kernels.backends import QueryRange
-from megatron_medha.kernels.native_attention import KeyRange, NativeAttention
+from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.attention.native_attention import KeyRange, NativeAttention
+from megatron_medha.kernels.choose_backend import QueryRange
 from megatron_medha.kernels.native_build import native_target
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_medha.kernels import native_attention, native_build
-from megatron_medha.kernels.backends import attention_backend, backend_names
+from megatron_medha.kernels import native_build
+from megatron_medha.kernels.attention import native_attention
+from megatron_medha.kernels.choose_backend import attention_backend, backend_names
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library, native_target
 
 CPU = torch.device("cpu")

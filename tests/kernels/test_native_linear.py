@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_medha.kernels.native_attention import NativeAttention
-from megatron_medha.kernels.native_linear import NativeLinear
+from megatron_medha.kernels.attention.native_attention import NativeAttention
+from megatron_medha.kernels.linear.native_linear import NativeLinear
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 12, 13, 100, 300])

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_medha.kernels.native_attention import NativeAttention
-from megatron_medha.kernels.native_pointwise import NativePointwise
+from megatron_medha.kernels.attention.native_attention import NativeAttention
+from megatron_medha.kernels.linear.native_pointwise import NativePointwise
 
 # One rounding to the output's dtype, and for fp32 the rounding of some sums and of the exponential.
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from megatron_medha.kernels import reference
-from megatron_medha.kernels.merge import merge_outputs, merge_parts, merge_states
+from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.attention.merge import merge_outputs, merge_parts, merge_states
 
 
 def test_plain_attention_is_the_definition_of_attention() -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from paged_world import BLOCK_SIZE, TOLERANCE
 
-from megatron_medha.kernels import reference
-from megatron_medha.kernels.backends import AttentionBackend, QueryRange, attention_backend
-from megatron_medha.kernels.merge import merge_states
-from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.attention.merge import merge_states
+from megatron_medha.kernels.choose_backend import AttentionBackend, QueryRange, attention_backend
+from megatron_medha.kernels.kv.slot_table import SlotTable
 
 HEAD_DIM = 16
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.kv.slot_table import SlotTable
 
 
 def slots_in(table: SlotTable, num_tokens: int) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.kernels.work_list import RowRange, WorkList, work_list
+from megatron_medha.kernels.attention.work_list import RowRange, WorkList, work_list
 
 HEADS = 8
 

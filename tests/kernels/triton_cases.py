@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_medha.kernels.triton_interpreter import use_interpreter
+from megatron_medha.kernels.triton.triton_interpreter import use_interpreter
 
 use_interpreter()
 
@@ -15,15 +15,18 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_medha.kernels import reference, work_list  # noqa: E402
-from megatron_medha.kernels.backends import QueryRange  # noqa: E402
-from megatron_medha.kernels.paged_kv import E4M3, allocate_paged  # noqa: E402
-from megatron_medha.kernels.slot_table import SlotTable  # noqa: E402
-from megatron_medha.kernels.triton_attention import DeviceWork, TileConfig, paged_attention  # noqa: E402
-from megatron_medha.kernels.triton_backend import TritonAttention, block_pieces  # noqa: E402
-from megatron_medha.kernels.triton_merge import merge_tiles  # noqa: E402
-from megatron_medha.kernels.triton_tiles import INTERPRETED_TILE  # noqa: E402
-from megatron_medha.kernels.triton_write import rotate_and_write  # noqa: E402
+from megatron_medha.kernels.attention import (
+    reference,  # noqa: E402
+    work_list,  # noqa: E402
+)
+from megatron_medha.kernels.choose_backend import QueryRange  # noqa: E402
+from megatron_medha.kernels.kv.paged_kv import E4M3, allocate_paged  # noqa: E402
+from megatron_medha.kernels.kv.slot_table import SlotTable  # noqa: E402
+from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention  # noqa: E402
+from megatron_medha.kernels.triton.triton_backend import TritonAttention, block_pieces  # noqa: E402
+from megatron_medha.kernels.triton.triton_merge import merge_tiles  # noqa: E402
+from megatron_medha.kernels.triton.triton_tiles import INTERPRETED_TILE  # noqa: E402
+from megatron_medha.kernels.triton.triton_write import rotate_and_write  # noqa: E402
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import NativeUnavailable
-from megatron_medha.kernels.native_linear import NativeLinear
 from megatron_medha.model import packed_linear
 from megatron_medha.model.build import build_model
 from megatron_medha.model.native_passes import use_native_passes

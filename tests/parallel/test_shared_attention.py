@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.backends import AttentionBackend, LayerKV, QueryRange
-from megatron_medha.kernels.cpu_attention import CpuAttention
-from megatron_medha.kernels.merge import merge_states
-from megatron_medha.kernels.native_attention import NativeAttention
+from megatron_medha.kernels.attention.cpu_attention import CpuAttention
+from megatron_medha.kernels.attention.merge import merge_states
+from megatron_medha.kernels.attention.native_attention import NativeAttention
+from megatron_medha.kernels.attention.native_shards import merge_natively
+from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV, QueryRange
+from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.native_build import NativeUnavailable
-from megatron_medha.kernels.native_shards import merge_natively
-from megatron_medha.kernels.slot_table import SlotTable
 from megatron_medha.model import shared_attention
 from megatron_medha.model.shared_attention import SharedAttention
 from megatron_medha.parallel import shm_channel as shared_slots

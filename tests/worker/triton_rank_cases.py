@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_medha.kernels.triton_interpreter import use_interpreter
+from megatron_medha.kernels.triton.triton_interpreter import use_interpreter
 
 use_interpreter()
 
@@ -15,7 +15,7 @@ import torch  # noqa: E402
 
 from megatron_medha.cluster.rank_config import RankConfig  # noqa: E402
 from megatron_medha.core.batch import Chunk  # noqa: E402
-from megatron_medha.kernels import block_tables  # noqa: E402
+from megatron_medha.kernels.kv import block_tables  # noqa: E402
 from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs  # noqa: E402
 from megatron_medha.worker.startup.load import load_rank  # noqa: E402
 from tests.worker.conftest import Front  # noqa: E402

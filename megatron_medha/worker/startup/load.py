@@ -21,7 +21,7 @@ from megatron_medha.core.errors import CheckpointError, ConfigError
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
 from megatron_medha.core.kv.kv_memory import default_shard_tokens
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.kernels.backends import attention_backend, backend_names
+from megatron_medha.kernels.choose_backend import attention_backend, backend_names
 from megatron_medha.model.build import build_model, transformer_engine_works
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.int8_weights import check_weight_dtype
@@ -245,7 +245,7 @@ def dtype_of(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dt
     """The dtype to run in; "auto" is the checkpoint's own, or bfloat16 where that is not run. Raises ConfigError."""
     if name not in ("auto", *_DTYPES):
         raise ConfigError(f"dtype={name} is not one of auto, {', '.join(_DTYPES)}")
-    # A GPU has no kernel for fp32 KV (kernels/paged_kv.py), and nobody wants fp32 there unasked. fp16 matmuls are
+    # A GPU has no kernel for fp32 KV (kernels/kv/paged_kv.py), and nobody wants fp32 there unasked. fp16 matmuls are
     # thousands of times slower than bf16 ones on CPU (measured), and overflow where bf16 does not.
     if device.type == "cuda" and name == "float32":
         raise ConfigError("model.dtype=float32: no kernels for it on a GPU; use auto, bfloat16 or model.device=cpu")

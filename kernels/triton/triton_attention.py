@@ -18,15 +18,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_medha.kernels.paged_kv import PagedKV
-from megatron_medha.kernels.work_list import ITEM_COLUMNS, WorkList
+from megatron_medha.kernels.attention.work_list import ITEM_COLUMNS, WorkList
+from megatron_medha.kernels.kv.paged_kv import PagedKV
 
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileConfig:
-    """How the kernel is compiled; which one is fastest is measured (kernels/triton_tiles.py holds the table)."""
+    """How the kernel is compiled; which one is fastest is measured (kernels/triton/triton_tiles.py holds the table)."""
 
     block_m: int     # rows of a tile
     block_n: int     # keys per inner step; never more than a block of the pool
@@ -174,7 +174,7 @@ def paged_attention(
     block_tables_SB: int32, contiguous; row s holds the blocks of the sequence that items call s.
     lse_TKG:  fp32, or None where nobody asks.
     parts:    fp32 buffers (out [parts, K, BLOCK_M, D], lse [parts, K, BLOCK_M]) to use; made here when None.
-    Returns the parts of tiles that were cut, which `merge_parts` of kernels/triton_merge.py must put together, or
+    Returns the parts of tiles that were cut, which `merge_parts` of triton_merge.py must put together, or
     None when there are none. Raises ValueError for devices, dtypes, shapes or strides it cannot take.
     """
     _check(q_TKGD, kv, block_tables_SB, work, config, out_TKGD, lse_TKG)

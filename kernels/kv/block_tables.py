@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.slot_table import SlotTable
+from megatron_medha.kernels.kv.slot_table import SlotTable
 
 # Growing costs every captured graph, seconds in the middle of serving; memory for a table is small beside KV.
 _MIN_FIRST_ROWS = 64

@@ -16,15 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.backends import QueryRange
-from megatron_medha.kernels.block_tables import BlockTables
-from megatron_medha.kernels.paged_kv import E4M3, PagedKV, allocate_paged
-from megatron_medha.kernels.staging import Staging
-from megatron_medha.kernels.triton_attention import DeviceWork, TileConfig, paged_attention
-from megatron_medha.kernels.triton_merge import merge_tiles
-from megatron_medha.kernels.triton_tiles import DECODE_TILES, INTERPRETED_TILE, PREFILL_TILES
-from megatron_medha.kernels.triton_write import WRITE_COLUMNS, rotate_and_write
-from megatron_medha.kernels.work_list import (
+from megatron_medha.kernels.attention.work_list import (
     ITEM_COLUMNS,
     MERGE_COLUMNS,
     NUM_WAVES_TRIED,
@@ -32,6 +24,14 @@ from megatron_medha.kernels.work_list import (
     WorkList,
     work_list,
 )
+from megatron_medha.kernels.choose_backend import QueryRange
+from megatron_medha.kernels.kv.block_tables import BlockTables
+from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV, allocate_paged
+from megatron_medha.kernels.staging import Staging
+from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention
+from megatron_medha.kernels.triton.triton_merge import merge_tiles
+from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, INTERPRETED_TILE, PREFILL_TILES
+from megatron_medha.kernels.triton.triton_write import WRITE_COLUMNS, rotate_and_write
 
 # Two programs, so that the interpreter's runs cut tiles into parts, too.
 _INTERPRETED_PROGRAMS = 8

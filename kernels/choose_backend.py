@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.native_build import NativeUnavailable
-from megatron_medha.kernels.slot_table import SlotTable
 
 log = logging.getLogger(__name__)
 
@@ -126,19 +126,19 @@ def _best(names: Sequence[str], device: torch.device, group: int) -> AttentionBa
 def _made(name: str, device: torch.device, group: int) -> AttentionBackend:
     match name:
         case "native":
-            from megatron_medha.kernels.native_attention import NativeAttention
+            from megatron_medha.kernels.attention.native_attention import NativeAttention
 
             return NativeAttention()
         case "aten":
-            from megatron_medha.kernels.cpu_attention import CpuAttention
+            from megatron_medha.kernels.attention.cpu_attention import CpuAttention
 
             return CpuAttention()
         case "triton":
-            from megatron_medha.kernels.triton_backend import TritonAttention
+            from megatron_medha.kernels.triton.triton_backend import TritonAttention
 
             return TritonAttention(device, group=group)
         case "flash_attn" | "torch":
-            from megatron_medha.kernels.flash_backend import FlashAttention
+            from megatron_medha.kernels.attention.flash_backend import FlashAttention
 
             return FlashAttention(device, library=name)
         case _:

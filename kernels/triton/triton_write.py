@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_medha.kernels.paged_kv import PagedKV
+from megatron_medha.kernels.kv.paged_kv import PagedKV
 
 WRITE_COLUMNS = 4  # block, first slot in it, tokens, first row of the batch; for e4m3 pools
 _ROWS_PER_PROGRAM = 32

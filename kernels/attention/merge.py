@@ -15,7 +15,7 @@ def merge_states(out_RTHD: Tensor, lse_RTH: Tensor) -> tuple[Tensor, Tensor]:
     lse_RTH:  fp32, natural log-sum-exp of the scaled scores; -inf where a shard is empty.
     Returns (out_THD, lse_TH), same dtypes; 0 and -inf where every shard is empty, never NaN.
     T and H may be any dimensions between R and D. Raises ValueError if they disagree.
-    Source: online softmax, arXiv:1805.02867; plain version in kernels/reference.py.
+    Source: online softmax, arXiv:1805.02867; plain version in kernels/attention/reference.py.
     """
     if out_RTHD.shape[:-1] != lse_RTH.shape:
         raise ValueError(f"outputs {tuple(out_RTHD.shape)} and log-sum-exps {tuple(lse_RTH.shape)} disagree")

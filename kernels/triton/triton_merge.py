@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_medha.kernels.work_list import MERGE_COLUMNS
+from megatron_medha.kernels.attention.work_list import MERGE_COLUMNS
 
 # Rows one program merges: small, because a chunk of 64 tokens has only 16 tiles of 128 rows for 132 multiprocessors.
 _ROWS_PER_PROGRAM = 16

@@ -9,7 +9,7 @@ keeps the tensor cores busy, which is why 64 x 64 at two programs each stands be
 
 from __future__ import annotations
 
-from megatron_medha.kernels.triton_attention import TileConfig
+from megatron_medha.kernels.triton.triton_attention import TileConfig
 
 # For chunks: the first is used until a measurement says otherwise.
 PREFILL_TILES = (
