@@ -21,7 +21,7 @@ from megatron_medha.core.kv.kv_memory import default_shard_tokens
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.system import machine
 

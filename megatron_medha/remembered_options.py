@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from megatron_medha.server.config import SECRET_FIELDS
+from megatron_medha.server.server_config import SECRET_FIELDS
 from megatron_medha.system import machine
 from megatron_medha.system.user_cache import user_cache
 

@@ -24,7 +24,7 @@ from megatron_medha.system.memory_trim import GIVE_BACK_INTERVAL_S, give_back_fr
 
 if TYPE_CHECKING:
     from megatron_medha.config import ServeConfig, ServeOptions
-    from megatron_medha.server.config import ServerConfig
+    from megatron_medha.server.server_config import ServerConfig
 
 USAGE = f"""\
 usage: medha serve checkpoint=DIR [group=option] [key=value ...]
@@ -71,7 +71,7 @@ def run(words: Sequence[str]) -> int:
 
     def read_server_config() -> ServerConfig:
         """What the files and the environment say now, for a reload."""
-        from megatron_medha.server.running import check_private_files
+        from megatron_medha.server.run_server import check_private_files
 
         server = _composed(arguments).server
         check_private_files(server)
@@ -116,10 +116,10 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     from megatron_medha.commands.serve_parts import make_engine, model_name_of, public_options
     from megatron_medha.commands.tracking import Tracking
     from megatron_medha.server.app import create_app
-    from megatron_medha.server.journal import Journal
-    from megatron_medha.server.metrics import Metrics
-    from megatron_medha.server.running import run as run_app
-    from megatron_medha.server.traces import Traces
+    from megatron_medha.server.observe.metrics import Metrics
+    from megatron_medha.server.observe.request_log import Journal
+    from megatron_medha.server.observe.tracing import Traces
+    from megatron_medha.server.run_server import run as run_app
     from megatron_medha.text.sampling_defaults import read_sampling_defaults
     from megatron_medha.text.tokenizer import Tokenizer
 

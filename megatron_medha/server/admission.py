@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.errors import ApiError
-from megatron_medha.server.forecast import Forecast
+from megatron_medha.server.api_keys import Client
 from megatron_medha.server.generation import GenerationSpec
-from megatron_medha.server.keys import Client
+from megatron_medha.server.http.http_errors import ApiError
+from megatron_medha.server.server_config import ServerConfig
+from megatron_medha.server.ttft_estimate import Forecast
 
 _SECONDS_PER_MINUTE = 60.0
 REFUSAL_REASONS = (

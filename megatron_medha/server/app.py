@@ -14,26 +14,32 @@ from starlette.responses import Response
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EngineClient, EnginePhase
-from megatron_medha.server import anthropic_messages, chat, completion, errors, insight, openapi, responses, tokenize
-from megatron_medha.server import openai_types as types
-from megatron_medha.server.answer import Answer
-from megatron_medha.server.anthropic_types import MessagesAnswer, MessagesRequest, TokenCount
-from megatron_medha.server.api import Api
-from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.errors import bad_request
-from megatron_medha.server.front_door import FrontDoor
+from megatron_medha.server import debug_routes as insight
+from megatron_medha.server import openapi
+from megatron_medha.server.anthropic import anthropic_messages
+from megatron_medha.server.auth import FrontDoor
+from megatron_medha.server.bodies import openai_types as types
+from megatron_medha.server.bodies.anthropic_types import MessagesAnswer, MessagesRequest, TokenCount
+from megatron_medha.server.bodies.responses_types import ResponseAnswer, ResponsesRequest
+from megatron_medha.server.generate import Answer
 from megatron_medha.server.generation import GenerationSpec
-from megatron_medha.server.journal import Journal
-from megatron_medha.server.metrics import Metrics
-from megatron_medha.server.metrics_page import CONTENT_TYPE, MetricsPage
-from megatron_medha.server.presence import unless_gone
-from megatron_medha.server.request_body import decode_request
-from megatron_medha.server.request_fields import read_body, read_wishes
-from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
+from megatron_medha.server.http import http_errors as errors
+from megatron_medha.server.http.disconnect import unless_gone
+from megatron_medha.server.http.http_errors import bad_request
+from megatron_medha.server.http.request_body import decode_request
+from megatron_medha.server.http.routing import Api
+from megatron_medha.server.observe.metrics import Metrics
+from megatron_medha.server.observe.metrics_page import CONTENT_TYPE, MetricsPage
+from megatron_medha.server.observe.request_log import Journal
+from megatron_medha.server.observe.tracing import Traces
+from megatron_medha.server.openai import chat_completions as chat
+from megatron_medha.server.openai import completions as completion
+from megatron_medha.server.openai import responses, tokenize
+from megatron_medha.server.openai.request_fields import read_body, read_wishes
+from megatron_medha.server.openai.wire_format import WireFormat, encode_json
+from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.slo import SloConfig
-from megatron_medha.server.traces import Traces
-from megatron_medha.server.wire_format import WireFormat, encode_json
 from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.text.template_renders import TemplateRenders
 from megatron_medha.text.tokenizer import Tokenizer

@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.server import openai_types as types
-from megatron_medha.server.anthropic_types import MessagesAnswer, MessagesRequest, TokenCount
-from megatron_medha.server.errors import AnthropicError, ErrorAnswer
-from megatron_medha.server.responses_types import ResponseAnswer, ResponsesRequest
+from megatron_medha.server.bodies import openai_types as types
+from megatron_medha.server.bodies.anthropic_types import MessagesAnswer, MessagesRequest, TokenCount
+from megatron_medha.server.bodies.responses_types import ResponseAnswer, ResponsesRequest
+from megatron_medha.server.http.http_errors import AnthropicError, ErrorAnswer
 
 BODIES = (
     types.CompletionRequest, types.CompletionAnswer, types.ChatRequest, types.ChatAnswer, types.TokenizeRequest,

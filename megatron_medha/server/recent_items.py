@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 
-from megatron_medha.server.responses_types import InputItem
+from megatron_medha.server.bodies.responses_types import InputItem
 
 MAX_BYTES = 16 * 2**20
 _ITEM_BYTES = 1_000  # of an item without its texts

@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
 from megatron_medha.server.admission import Admission, retry_after
-from megatron_medha.server.config import FIXED_FIELDS, ServerConfig
-from megatron_medha.server.errors import ApiError
+from megatron_medha.server.api_keys import KeyRing
 from megatron_medha.server.generation import GenerationSpec
-from megatron_medha.server.guided import Grammars
-from megatron_medha.server.journal import Journal
-from megatron_medha.server.keys import KeyRing
-from megatron_medha.server.loop_lag import watch_lag
-from megatron_medha.server.metrics import Metrics
+from megatron_medha.server.http.http_errors import ApiError
+from megatron_medha.server.http.request_body import PromptLimits
+from megatron_medha.server.observe.loop_lag import watch_lag
+from megatron_medha.server.observe.metrics import Metrics
+from megatron_medha.server.observe.request_log import Journal
+from megatron_medha.server.observe.tracing import Traces
+from megatron_medha.server.output_streams import EngineLost, Streams
 from megatron_medha.server.recent_items import RecentItems
-from megatron_medha.server.request_body import PromptLimits
+from megatron_medha.server.server_config import FIXED_FIELDS, ServerConfig
 from megatron_medha.server.slo import SloConfig
-from megatron_medha.server.streams import EngineLost, Streams
-from megatron_medha.server.traces import Traces
+from megatron_medha.server.tools.structured_output import Grammars
 from megatron_medha.text.chat_template import ChatTemplate
 from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.text.template_renders import NoRenderProcess, TemplateRenders

@@ -15,7 +15,7 @@ from megatron_medha.commands.tracking import Tracking
 from megatron_medha.config import TrackingConfig
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.main import COMMANDS, main
-from megatron_medha.server.metrics import Metrics
+from megatron_medha.server.observe.metrics import Metrics
 from megatron_medha.system.writable import check_writable
 
 

@@ -30,7 +30,7 @@ from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.chat_client import ChatConfig
-from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.system import machine
 

@@ -11,7 +11,7 @@ from megatron_medha.compose import as_yaml, compose, freeze
 from megatron_medha.config import ServeOptions
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.main import main
-from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.system.secret_values import HIDDEN, hide_secrets, is_secret_name, without_secrets
 
 KEY, ADMIN_KEY = "sk-very-secret-1", "sk-very-secret-2"

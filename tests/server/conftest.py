@@ -17,8 +17,8 @@ from fake_engine import WAIT_S, FakeEngine
 from running_server import CHAT_TEMPLATE, Running, StartServer, byte_tokenizer_backend
 
 from megatron_medha.server.app import create_app
-from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.running import Server, bind, uvicorn_config
+from megatron_medha.server.run_server import Server, bind, uvicorn_config
+from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.text.template_renders import TemplateRenders
 from megatron_medha.text.tokenizer import Tokenizer
 

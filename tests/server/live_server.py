@@ -18,8 +18,8 @@ from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.engine import Engine
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.server.journal import Journal
-from megatron_medha.server.metrics import Metrics
+from megatron_medha.server.observe.metrics import Metrics
+from megatron_medha.server.observe.request_log import Journal
 from megatron_medha.sim.live import live_engine
 
 WAIT_S = 120.0  # for what comes at once unless the machine is busy

@@ -12,11 +12,11 @@ from running_server import Running, StartServer, eventually, spec
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.server.admission import Admission
-from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.errors import ApiError
-from megatron_medha.server.forecast import Forecast
+from megatron_medha.server.api_keys import ANONYMOUS, Client, KeyRing
 from megatron_medha.server.generation import GenerationSpec
-from megatron_medha.server.keys import ANONYMOUS, Client, KeyRing
+from megatron_medha.server.http.http_errors import ApiError
+from megatron_medha.server.server_config import ServerConfig
+from megatron_medha.server.ttft_estimate import Forecast
 
 PATH = "/v1/completions"
 A, B = Client("a"), Client("b")

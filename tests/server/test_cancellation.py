@@ -12,7 +12,7 @@ from running_server import Running, StartServer, eventually
 
 from megatron_medha.core.request import Status
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.server.metrics import Metrics
+from megatron_medha.server.observe.metrics import Metrics
 
 PATH = "/v1/completions"
 LONG, SHORT = 3000, 40

@@ -11,8 +11,8 @@ from fake_engine import FakeEngine, say
 from running_server import Running, StartServer
 
 from megatron_medha.core.sampling import TokenLogprobs
-from megatron_medha.server import wire_format
-from megatron_medha.server.logprobs import add_completion_token, empty_completion_logprobs
+from megatron_medha.server.openai import wire_format
+from megatron_medha.server.openai.openai_logprobs import add_completion_token, empty_completion_logprobs
 
 PATH = "/v1/completions"
 

@@ -10,7 +10,7 @@ from fake_engine import WAIT_S
 from running_server import Running, StartServer
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.server_config import ServerConfig
 
 GUARDED = ("/debug/requests", "/debug/schedule", "/metrics", "/v1/models", "/openapi.json", "/docs", "/dashboard")
 PAGE = "http://localhost:3000"

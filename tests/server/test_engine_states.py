@@ -13,8 +13,8 @@ from running_server import Running, StartServer
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EnginePhase, EngineStatus
 from megatron_medha.server.app import create_app
-from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.running import run
+from megatron_medha.server.run_server import run
+from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.text.tokenizer import Tokenizer
 
 PATH = "/v1/completions"

@@ -14,8 +14,8 @@ from fake_engine import WAIT_S
 from running_server import Running, StartServer
 from uvicorn.server import ServerState
 
-from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.connection import Connection, connection_class
+from megatron_medha.server.http.connection import Connection, connection_class
+from megatron_medha.server.server_config import ServerConfig
 
 PATH = b"/v1/completions"
 BODY = json.dumps({"prompt": "ab", "max_tokens": 2}).encode()

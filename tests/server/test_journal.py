@@ -17,11 +17,11 @@ from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.server.forecast import WorkAhead
-from megatron_medha.server.insight import Ran, Wait, tell
-from megatron_medha.server.journal import MAX_LOSSES, MAX_RUNS, MAX_STORIES, Journal, Run, _thinned
-from megatron_medha.server.metrics import Metrics, length_class
+from megatron_medha.server.debug_routes import Ran, Wait, tell
+from megatron_medha.server.observe.metrics import Metrics, length_class
+from megatron_medha.server.observe.request_log import MAX_LOSSES, MAX_RUNS, MAX_STORIES, Journal, Run, _thinned
 from megatron_medha.server.slo import SloClass, SloConfig
+from megatron_medha.server.ttft_estimate import WorkAhead
 
 PATH = "/v1/completions"
 

@@ -16,8 +16,8 @@ from running_server import Running, StartServer
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EnginePhase
-from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.running import check_tls
+from megatron_medha.server.run_server import check_tls
+from megatron_medha.server.server_config import ServerConfig
 
 PATH = "/v1/completions"
 
@@ -172,7 +172,7 @@ def ask_over_tls(server: Running, context: ssl.SSLContext) -> bytes:
 def test_clients_that_never_begin_their_handshake_keep_nobody_out(
     start_server: StartServer, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_medha.server.running._MAX_HANDSHAKES", 4)
+    monkeypatch.setattr("megatron_medha.server.run_server._MAX_HANDSHAKES", 4)
     server = start_server(tls_certificate=certificate[0], tls_key=certificate[1])
     context = ssl.create_default_context(cafile=certificate[0])
     with ExitStack() as stack:

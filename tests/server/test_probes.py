@@ -22,12 +22,12 @@ from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, FinishRe
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EnginePhase, EngineStatus, ReplicaState
 from megatron_medha.core.request import Request
-from megatron_medha.server import tokenize
 from megatron_medha.server.admission import REFUSAL_REASONS
-from megatron_medha.server.config import ServerConfig
-from megatron_medha.server.metrics import CUT_OFF_REASONS, Metrics
-from megatron_medha.server.metrics_page import MetricsPage
-from megatron_medha.server.running import bind
+from megatron_medha.server.observe.metrics import CUT_OFF_REASONS, Metrics
+from megatron_medha.server.observe.metrics_page import MetricsPage
+from megatron_medha.server.openai import tokenize
+from megatron_medha.server.run_server import bind
+from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.text.tokenizer import Tokenizer
 
 PATH = "/v1/completions"

@@ -16,10 +16,14 @@ import pytest
 from fake_engine import WAIT_S, FakeEngine
 from running_server import StartServer
 
-from megatron_medha.server import anthropic_messages, chat, completion, json_scan, request_body, responses, tokenize
-from megatron_medha.server.errors import ApiError
-from megatron_medha.server.json_scan import DENSE_SLICE_BYTES, SLICE_BYTES
-from megatron_medha.server.request_body import MAX_VALUES, WHOLE_BYTES, BodyType, PromptLimits, decode_request
+from megatron_medha.server.anthropic import anthropic_messages
+from megatron_medha.server.http import json_scan, request_body
+from megatron_medha.server.http.http_errors import ApiError
+from megatron_medha.server.http.json_scan import DENSE_SLICE_BYTES, SLICE_BYTES
+from megatron_medha.server.http.request_body import MAX_VALUES, WHOLE_BYTES, BodyType, PromptLimits, decode_request
+from megatron_medha.server.openai import chat_completions as chat
+from megatron_medha.server.openai import completions as completion
+from megatron_medha.server.openai import responses, tokenize
 from megatron_medha.server.service import LONG_TEXT_CHARS, MAX_INLINE_CHARS
 from megatron_medha.text.tokenizer import Tokenizer
 

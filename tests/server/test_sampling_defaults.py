@@ -11,7 +11,7 @@ import pytest
 from running_server import Running
 
 from megatron_medha.core.errors import CheckpointError, ConfigError
-from megatron_medha.server.config import ServerConfig
+from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.text.sampling_defaults import SamplingDefaults, read_sampling_defaults
 
 QWEN = {

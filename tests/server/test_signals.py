@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from fake_engine import WAIT_S
 
-from megatron_medha.server.running import Server
+from megatron_medha.server.run_server import Server
 
 
 async def _no_app(*_: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeEngine
 from running_server import StartServer, byte_tokenizer_backend
 
-from megatron_medha.server import tokenize
+from megatron_medha.server.openai import tokenize
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 LIMIT = 50_000

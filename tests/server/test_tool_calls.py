@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.server.call_readers import CallBegan, CallWent, Found, Said
-from megatron_medha.server.call_syntax import MARKS, CallSyntax, syntax_of_template
-from megatron_medha.server.tool_calls import CallFinder
-from megatron_medha.server.tools import ToolUse
+from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
+from megatron_medha.server.tools.tool_calls import CallFinder
+from megatron_medha.server.tools.tool_fields import ToolUse
+from megatron_medha.text.call_syntax import MARKS, CallSyntax, syntax_of_template
 
 Call = tuple[str, dict[str, Any]]
 PROPERTIES = {

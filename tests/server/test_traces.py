@@ -11,8 +11,8 @@ from live_server import WAIT_S, LiveEngine
 from running_server import StartServer
 
 from megatron_medha.core.errors import DependencyError
-from megatron_medha.server import traces as module
-from megatron_medha.server.traces import Traces
+from megatron_medha.server.observe import tracing as module
+from megatron_medha.server.observe.tracing import Traces
 
 ENDPOINT = "http://127.0.0.1:1/v1/traces"
 

@@ -24,8 +24,8 @@ import uvicorn  # noqa: E402
 from scripted_model import MODEL, scripted_engine, scripted_tokenizer  # noqa: E402
 
 from megatron_medha.server.app import create_app  # noqa: E402
-from megatron_medha.server.config import ServerConfig  # noqa: E402
-from megatron_medha.server.running import uvicorn_config  # noqa: E402
+from megatron_medha.server.run_server import uvicorn_config  # noqa: E402
+from megatron_medha.server.server_config import ServerConfig  # noqa: E402
 
 OUR_ID = re.compile(rb"\b(?:msg|fc|ctc|call)_[0-9a-f]{24,32}\b")
 

@@ -1,0 +1,234 @@
+"""/v1/messages: a chat in Anthropic's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from megatron_medha.server.anthropic.anthropic_blocks import MessagesChat, chat_choice, read_conversation
+from megatron_medha.server.bodies.anthropic_types import (
+    BlockDelta,
+    MessagesAnswer,
+    MessagesEvent,
+    MessagesRequest,
+    MessagesUsage,
+    OutputFormat,
+    TextBlock,
+    TokenCount,
+    ToolUseBlock,
+)
+from megatron_medha.server.bodies.openai_types import (
+    ChatRequest,
+    JsonSchemaFormat,
+    ResponseFormat,
+    SharedFields,
+    TokenizeRequest,
+    Usage,
+)
+from megatron_medha.server.generation import GenerationSpec, Piece
+from megatron_medha.server.http.http_errors import ANTHROPIC_PREFIX, ApiError
+from megatron_medha.server.http.request_body import BodyType
+from megatron_medha.server.openai.chat_completions import CHARS_PER_MESSAGE, plan_chat
+from megatron_medha.server.openai.request_fields import Wishes, refuse_all
+from megatron_medha.server.openai.tokenize import token_ids_of
+from megatron_medha.server.openai.wire_format import encode_json
+from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
+from megatron_medha.server.tools.json_text import dump, read_cut_object
+from megatron_medha.server.tools.tool_calls import CallFinder
+
+BODY = BodyType(msgspec.json.Decoder(MessagesRequest), texts=frozenset({"messages", "system"}))
+
+_REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("n", (None, 1), "one answer at a time; /v1/chat/completions gives several"),
+)
+_PATHS = {"stop": "stop_sequences", "response_format.json_schema.schema": "output_config.format.schema"}
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+
+
+async def plan_message(
+    service: Service, ready: Ready, body: MessagesRequest, wishes: Wishes, arrival_s: float
+) -> GenerationSpec:
+    """As plan_chat, of the chat that this is; ApiError 4xx says what is wrong."""
+    refuse_all(body, _REFUSED)
+    conversation = await _read(service, body)
+    chat = _as_chat(body, conversation)
+    try:
+        return await plan_chat(
+            service, ready, chat, wishes, arrival_s, id_prefix="msg", ignored=conversation.ignored
+        )
+    except ApiError as error:
+        error.rename_field({**_PATHS, **conversation.paths})
+        raise
+
+
+async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) -> TokenCount:
+    """How long the prompt of this request is."""
+    conversation = await _read(service, body)
+    chat = _as_chat(body, conversation)
+    fields = TokenizeRequest(
+        model=chat.model,
+        messages=chat.messages,
+        tools=None if chat.tool_choice == "none" else chat.tools,
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final_message=chat.continue_final_message,
+        chat_template_kwargs=chat.chat_template_kwargs,
+        reasoning_effort=chat.reasoning_effort,
+    )
+    try:
+        return TokenCount(input_tokens=len(await token_ids_of(service, ready, fields)))
+    except ApiError as error:
+        error.rename_field(conversation.paths)
+        raise
+
+
+async def _read(service: Service, body: MessagesRequest) -> MessagesChat:
+    num_blocks = sum(1 if isinstance(one.content, str) else 1 + len(one.content) for one in body.messages)
+    return await service.work_on_text(CHARS_PER_MESSAGE * num_blocks, lambda: read_conversation(body))
+
+
+def _as_chat(body: MessagesRequest, conversation: MessagesChat) -> ChatRequest:
+    choice, output = body.tool_choice, body.output_config
+    chat = ChatRequest(
+        **{name: getattr(body, name) for name in SharedFields.__struct_fields__},
+        messages=conversation.messages,
+        tools=conversation.tools or None,
+        tool_choice=chat_choice(choice) if conversation.tools or (choice and choice.type in ("any", "tool")) else None,
+        parallel_tool_calls=False if choice is not None and choice.disable_parallel_tool_use else None,
+        reasoning_effort=output.effort if output else None,
+    )
+    if body.stop_sequences:
+        chat.stop = body.stop_sequences
+    if (wanted := body.output_format or (output.format if output else None)) is not None:
+        chat.response_format = _format_of(wanted)
+    if body.thinking is not None:
+        # The names that templates read, Qwen's and DeepSeek's; others pass over them.
+        chat.chat_template_kwargs = dict.fromkeys(("enable_thinking", "thinking"), body.thinking.type != "disabled")
+    if conversation.ends_with_assistant:
+        chat.continue_final_message, chat.add_generation_prompt = True, False
+    return chat
+
+
+def _format_of(given: OutputFormat) -> ResponseFormat:
+    if given.type != "json_schema":
+        return ResponseFormat(type=given.type)
+    return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(name="answer", schema=given.schema))
+
+
+class MessagesFormat:
+    """JSON of /v1/messages: blocks of content, each with its events."""
+
+    def __init__(self, spec: GenerationSpec) -> None:
+        self._spec = spec
+        self._finder = None if spec.tools is None else CallFinder(spec.tools)
+        self._blocks: list[TextBlock | ToolUseBlock] = []
+        self._arguments = ""   # of the open call
+        self._is_open = False
+        self._stop_reason = "end_turn"
+        self._stop_sequence: str | None = None
+        self._events: list[bytes] = []
+
+    def opening_events(self) -> Sequence[bytes]:
+        """The message without its content, and a ping."""
+        self._emit("message_start", message=self._answer(None))
+        self._emit("ping")
+        return self._take_events()
+
+    def event(self, piece: Piece, usage: Usage | None) -> bytes:
+        """Events of one token: of what the text so far has become."""
+        self._push(piece)
+        return b"".join(self._take_events())
+
+    def closing_events(self, usage: Usage) -> Sequence[bytes]:
+        """Why the message ended, what it cost, and its end."""
+        delta = BlockDelta(stop_reason=self._stop_reason, stop_sequence=self._stop_sequence)
+        self._emit("message_delta", delta=delta, usage=self._usage(usage))
+        self._emit("message_stop")
+        return self._take_events()
+
+    def error_events(self, error: ApiError) -> Sequence[bytes]:
+        """The error in place of what would have followed."""
+        return (b"event: error\ndata: " + error.as_json(ANTHROPIC_PREFIX) + b"\n\n",)
+
+    def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
+        """The answer that is not a stream."""
+        for piece in pieces_by_choice[0]:
+            self._push(piece)
+        return encode_json(self._answer(usage))
+
+    def _push(self, piece: Piece) -> None:
+        found: list[Found] = self._finder.push(piece.text) if self._finder is not None else [Said(piece.text)]
+        if piece.finish_reason is not None and self._finder is not None:
+            found += self._finder.end(piece)
+        for one in found:
+            self._add(one)
+        if piece.finish_reason is not None:
+            self._close()
+            self._stop_reason = _STOP_REASONS.get(piece.finish_reason, "end_turn")
+            if isinstance(piece.stop_reason, str):
+                self._stop_reason, self._stop_sequence = "stop_sequence", piece.stop_reason
+            elif self._stop_reason == "end_turn" and self._finder is not None and self._finder.has_calls:
+                self._stop_reason = "tool_use"
+
+    def _add(self, found: Found) -> None:
+        match found:
+            case Said(text=""):
+                pass
+            case Said():
+                if not (self._is_open and isinstance(self._blocks[-1], TextBlock)):
+                    self._begin(TextBlock())
+                block = self._blocks[-1]
+                assert isinstance(block, TextBlock)
+                block.text += found.text
+                self._emit_block("content_block_delta", delta=BlockDelta(type="text_delta", text=found.text))
+            case CallBegan():
+                self._begin(ToolUseBlock(id=found.call_id, name=found.name))
+                self._arguments = ""
+            case CallWent():
+                self._arguments += found.arguments
+                delta = BlockDelta(type="input_json_delta", partial_json=found.arguments)
+                self._emit_block("content_block_delta", delta=delta)
+
+    def _begin(self, block: TextBlock | ToolUseBlock) -> None:
+        self._close()
+        self._blocks.append(block)
+        self._is_open = True
+        self._emit_block("content_block_start", content_block=block)
+
+    def _close(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        if isinstance(block := self._blocks[-1], ToolUseBlock):
+            # The message's stop_reason says whether it was cut.
+            block.input = msgspec.Raw(dump(read_cut_object(self._arguments)).encode())
+        self._emit_block("content_block_stop")
+
+    def _emit_block(self, kind: str, **fields: object) -> None:
+        self._emit(kind, index=len(self._blocks) - 1, **fields)
+
+    def _emit(self, kind: str, **fields: object) -> None:
+        if self._spec.is_stream:
+            event = MessagesEvent(type=kind, **fields)  # type: ignore[arg-type]
+            self._events.append(b"event: " + kind.encode() + b"\ndata: " + encode_json(event) + b"\n\n")
+
+    def _take_events(self) -> list[bytes]:
+        events, self._events = self._events, []
+        return events
+
+    def _usage(self, usage: Usage | None) -> MessagesUsage:
+        return MessagesUsage(
+            input_tokens=self._spec.num_prompt_tokens, output_tokens=0 if usage is None else usage.completion_tokens
+        )
+
+    def _answer(self, usage: Usage | None) -> MessagesAnswer:
+        """usage: None while nothing has been generated."""
+        return MessagesAnswer(
+            id=self._spec.answer_id,
+            model=self._spec.model,
+            content=list(self._blocks),
+            stop_reason=None if usage is None else self._stop_reason,
+            stop_sequence=self._stop_sequence,
+            usage=self._usage(usage),
+        )

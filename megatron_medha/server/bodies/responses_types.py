@@ -1,0 +1,223 @@
+"""Bodies of /v1/responses and the events of its stream, as OpenAI defines them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import UNSET, Struct, UnsetType
+
+from megatron_medha.server.bodies.openai_types import Count, SharedFields, TokenLogprob
+
+
+class InputPart(Struct, kw_only=True):
+    """One part of a message."""
+
+    type: str = ""
+    text: str | None = None
+    refusal: str | None = None
+
+
+class InputItem(Struct, kw_only=True):
+    """A message, a call that the model made, what a call returned, or another item of an earlier answer."""
+
+    type: str = "message"
+    id: str | None = None
+    role: str | None = None
+    content: str | list[InputPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    namespace: str | None = None
+    arguments: Any = None
+    input: Any = None      # of a custom tool's call
+    action: Any = None     # of a call of a tool that OpenAI defines: of a shell, of a patch
+    operation: Any = None
+    output: Any = None
+
+
+class TextFormat(Struct, kw_only=True, omit_defaults=True):
+    """What form an answer takes."""
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
+class TextOptions(Struct, kw_only=True):
+    """About an answer's text."""
+
+    format: TextFormat | None = None
+
+
+class ResponseTool(Struct, kw_only=True, omit_defaults=True):
+    """A function, a tool that takes free text, a namespace of such, or a tool that is left out."""
+
+    type: str
+    name: str = ""
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    format: Any = None                        # of a custom tool's text
+    tools: list[ResponseTool] | None = None   # of a namespace
+
+
+class ResponseToolChoice(Struct, kw_only=True, omit_defaults=True):
+    """The tool that must be called, or the tools that may be."""
+
+    type: str
+    name: str = ""
+    namespace: str | None = None
+    mode: str | None = None
+    tools: list[ResponseTool] | None = None
+
+
+class Reasoning(Struct, kw_only=True):
+    """How long a model reasons; what of it is shown is left to the model."""
+
+    effort: str | None = None
+
+
+class ResponsesRequest(SharedFields, kw_only=True):
+    """Body of POST /v1/responses. Any: refused unless it asks for nothing."""
+
+    input: str | list[InputItem]
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    text: TextOptions | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: str | ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, Any] | None = None
+    reasoning: Reasoning | None = None
+    include: list[str] | None = None
+    top_logprobs: Count | None = None
+    store: bool | None = None
+    previous_response_id: Any = None
+    conversation: Any = None
+    background: Any = None
+    prompt: Any = None
+
+
+class OutputText(Struct, kw_only=True):
+    """What a message says."""
+
+    type: str = "output_text"
+    text: str = ""
+    annotations: list[str] = []
+    logprobs: list[TokenLogprob] = []
+
+
+class OutputMessage(Struct, kw_only=True):
+    """A message of an answer."""
+
+    type: str = "message"
+    id: str
+    status: str = "in_progress"
+    role: str = "assistant"
+    content: list[OutputText]
+
+
+class OutputCall(Struct, kw_only=True):
+    """A call in an answer."""
+
+    type: str = "function_call"
+    id: str
+    status: str = "in_progress"
+    call_id: str
+    name: str
+    arguments: str = ""
+    namespace: str | UnsetType = UNSET
+
+
+class OutputCustomCall(Struct, kw_only=True):
+    """A call of a tool that takes free text."""
+
+    type: str = "custom_tool_call"
+    id: str
+    status: str = "in_progress"
+    call_id: str
+    name: str
+    input: str = ""
+    namespace: str | UnsetType = UNSET
+
+
+OutputItem = OutputMessage | OutputCall | OutputCustomCall
+
+
+class CachedTokens(Struct, frozen=True):
+    """Where the prompt's KV came from."""
+
+    cached_tokens: int = 0
+
+
+class ReasoningTokens(Struct, frozen=True):
+    """What was thought and not said: never counted apart here."""
+
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(Struct, kw_only=True):
+    """What an answer cost, in tokens."""
+
+    input_tokens: int
+    input_tokens_details: CachedTokens = CachedTokens()
+    output_tokens: int
+    output_tokens_details: ReasoningTokens = ReasoningTokens()
+    total_tokens: int
+
+
+class IncompleteDetails(Struct, kw_only=True):
+    """Why an answer ended before its end."""
+
+    reason: str
+
+
+class ResponseAnswer(Struct, kw_only=True):
+    """Answer of POST /v1/responses, and part of its stream's first and last events."""
+
+    id: str
+    object: str = "response"
+    created_at: int
+    status: str
+    model: str
+    output: list[Any]  # of OutputItem; a union of two objects is nothing that msgspec's schemas can say
+    error: None = None
+    incomplete_details: IncompleteDetails | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    metadata: dict[str, Any]
+    parallel_tool_calls: bool
+    previous_response_id: None = None
+    store: bool = False
+    temperature: float
+    text: TextOptions
+    tool_choice: str | ResponseToolChoice
+    tools: list[ResponseTool]
+    top_p: float
+    truncation: str = "disabled"
+    usage: ResponseUsage | None = None
+    user: str | None = None
+
+
+class ResponseEvent(Struct, kw_only=True):
+    """One event of a stream; which fields it has depends on its type."""
+
+    type: str
+    sequence_number: int
+    response: ResponseAnswer | UnsetType = UNSET
+    output_index: int | UnsetType = UNSET
+    content_index: int | UnsetType = UNSET
+    item_id: str | UnsetType = UNSET
+    item: Any | UnsetType = UNSET    # of OutputItem
+    part: OutputText | UnsetType = UNSET
+    delta: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+    input: str | UnsetType = UNSET
+    logprobs: list[TokenLogprob] | UnsetType = UNSET
+    code: str | None | UnsetType = UNSET
+    message: str | UnsetType = UNSET
+    param: str | None | UnsetType = UNSET
+    error: Any | UnsetType = UNSET   # of ErrorBody; by it the openai package sees that a stream has failed

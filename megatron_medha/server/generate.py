@@ -1,0 +1,302 @@
+"""One generation over HTTP: hands sub-requests to the engine and sends what comes back, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from megatron_medha.core.ports import ErrorDelivery
+from megatron_medha.server.admission import Ticket
+from megatron_medha.server.bodies.openai_types import Usage
+from megatron_medha.server.generation import Choice, GenerationSpec, Piece
+from megatron_medha.server.http.connection import TRANSPORT
+from megatron_medha.server.http.http_errors import ApiError, our_bug
+from megatron_medha.server.observe.tracing import Ended
+from megatron_medha.server.openai.wire_format import WireFormat
+from megatron_medha.server.output_streams import EngineLost, Gone, Stream
+from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.timeouts import Patience
+
+log = logging.getLogger(__name__)
+
+SSE_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would bundle events, and with them the times clients measure
+}
+# Names the fields of a request that were left out; they are paths, never text of the client's.
+IGNORED_HEADER = "x-medha-ignored"
+MAX_IGNORED = 20  # named there, of a request that may have thousands
+KEEPALIVE_COMMENT = b": waiting for the first token\n\n"
+PROGRESS_S = 1.0  # between progress comments for clients that ask, where the configuration says nothing
+# Steps whose tokens one request may have unread, however small server.max_unread_tokens is: a step brings a token of
+# every choice at once.
+UNREAD_STEPS = 16
+# Above this many positions an answer is rendered off the event loop, which other streams need.
+MAX_INLINE_POSITIONS = 2_000
+_SUBMITTED_IDS = 100_000  # that choices get copies of before others run: 0.1 ms
+_SUBMITTED = 64           # choices before that: some 3 ms
+
+T = TypeVar("T")
+
+
+class Answer(Response):
+    """An ASGI response that generates while it is sent. However it ends, no sub-request outlives it."""
+
+    def __init__(self, spec: GenerationSpec, wire: WireFormat, service: Service, ready: Ready, ticket: Ticket) -> None:
+        super().__init__()
+        self._spec = spec
+        self._wire = wire
+        self._service = service
+        self._engine = service.engine
+        self._streams = service.streams
+        self._metrics = service.metrics
+        self._config = service.config  # of this moment: a reload is for those that come after it
+        self._ticket = ticket
+        self._choices = [Choice(spec, index, ready.tokenizer) for index in range(spec.num_choices)]
+        self._choice_by_id = {spec.request_id(choice.index): choice for choice in self._choices}
+        self._live_ids: set[str] = set()  # in the engine
+        self._num_open = spec.num_choices
+        self._path = ""                   # of the route: errors have its shape
+        self._status: int | None = None   # once the answer has begun
+        self._outcome = "done"
+        self._num_parts = 0
+        self._is_sending = False
+        self._first_token_s: float | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application of this one answer."""
+        loop = asyncio.get_running_loop()
+        config = self._config
+        self._path = scope["path"]
+        max_unread = max(config.max_unread_tokens, UNREAD_STEPS * self._spec.num_choices)
+        stream = self._streams.open(tuple(self._choice_by_id), max_unread, self._abort_live)
+        watcher = asyncio.ensure_future(_watch_client(receive, stream))
+        patience = Patience(loop, stream, _transport_of(scope), self._part_being_sent, config)
+        patience.start(self._engine.now_s() - self._spec.arrival_s)
+        try:
+            await self._submit()
+            if self._spec.is_stream:
+                await self._send_stream(stream, send)
+            else:
+                await self._send_whole(stream, send)
+        except Gone:
+            self._end_as(patience.outcome or "client_gone", "abort", len(self._live_ids))
+        except asyncio.CancelledError:
+            self._end_as("cancelled", "abort", len(self._live_ids))
+            raise
+        except ApiError as error:
+            self._end_as(patience.outcome or error.code or "error", "error", self._num_open)
+            await self._send_error(error, send)
+        except Exception:
+            log.exception("answer_failed", extra={"fields": {"answer_id": self._spec.answer_id}})
+            self._end_as("internal_error", "error", self._num_open)
+            await self._send_error(our_bug(), send)
+            raise
+        finally:
+            watcher.cancel()
+            patience.end()
+            self._streams.close(stream)
+            self._abort_live()
+            self._ticket.close(sum(choice.num_tokens for choice in self._choices))
+            self._tell(scope.get("state", {}))
+
+    def _abort_live(self) -> None:
+        for request_id in self._live_ids:
+            self._engine.abort(request_id)
+        self._live_ids.clear()
+
+    def _end_as(self, outcome: str, reason: str, num_choices: int) -> None:
+        self._outcome = outcome
+        for request_id, choice in self._choice_by_id.items():
+            if choice.first_token_s is None:
+                self._metrics.prompt_computed(self._service.journal.num_computed_prompt_tokens(request_id))
+        self._metrics.choices_ended(reason, num_choices)
+        self._metrics.cut_off(outcome)
+
+    def _tell(self, state: Mapping[str, Any]) -> None:
+        # The one line about a request, and its trace: what it was and how it went, never what it said.
+        spec, now_s, traces = self._spec, self._engine.now_s(), self._service.traces
+        if not self._config.logs_requests and traces is None:
+            return
+        fields = {
+            "request_id": state.get("request_id"), "answer_id": spec.answer_id, "client": state.get("client"),
+            "outcome": self._outcome, "status": self._status, "slo_class": spec.slo_class,
+            "num_choices": spec.num_choices, "num_prompt_tokens": spec.num_prompt_tokens,
+            "num_output_tokens": sum(choice.num_tokens for choice in self._choices),
+        }  # fmt: skip
+        if self._config.logs_requests:
+            ttft_s = None if self._first_token_s is None else round(self._first_token_s - spec.arrival_s, 6)
+            duration_s = round(now_s - spec.arrival_s, 6)
+            log.info("request_done", extra={"fields": {**fields, "ttft_s": ttft_s, "duration_s": duration_s}})
+        if traces is not None:
+            story = self._service.journal.story(spec.request_id(0))
+            traces.tell(Ended(
+                attributes={name: value for name, value in fields.items() if value is not None},
+                is_error=self._outcome != "done",
+                traceparent=state.get("traceparent"),
+                arrival_s=spec.arrival_s,
+                scheduled_s=story.first_scheduled_s if story is not None else None,
+                first_token_s=self._first_token_s,
+                ended_s=now_s,
+            ))  # fmt: skip
+
+    def _part_being_sent(self) -> int | None:
+        """The number of the part that waits for its reader; None when none does."""
+        return self._num_parts if self._is_sending else None
+
+    async def _submit(self) -> None:
+        for number, choice in enumerate(self._choices, start=1):
+            request, token_ids, sampling = self._spec.engine_request(choice.index)
+            self._live_ids.add(request.request_id)
+            self._engine.submit(request, token_ids, sampling)
+            if len(token_ids) > _SUBMITTED_IDS or number % _SUBMITTED == 0:
+                await asyncio.sleep(0)
+
+    async def _next_piece(self, stream: Stream) -> Piece:
+        # The next token of any choice; ApiError where a sub-request, and so the whole answer, fails.
+        try:
+            delivery, at_s = await stream.next()
+        except EngineLost as error:
+            raise ApiError(500, str(error), code="engine_failed") from error
+        request_id = delivery.request_id
+        if isinstance(delivery, ErrorDelivery):
+            self._live_ids.discard(request_id)
+            if delivery.is_client_fault:
+                raise ApiError(400, delivery.message, code="request_rejected")
+            raise ApiError(500, delivery.message, code="engine_failed")
+        choice = self._choice_by_id[request_id]
+        piece = choice.take(delivery)
+        if choice.last_token_s is None:
+            choice.first_token_s = at_s
+            if self._first_token_s is None:
+                self._first_token_s = at_s
+            self._ticket.first_token(choice.index)
+            self._metrics.first_token(self._spec, at_s)
+            self._metrics.prompt_computed(len(choice.prompt.token_ids))
+        else:
+            self._metrics.next_token(at_s - choice.last_token_s)
+        choice.last_token_s = at_s
+        if piece.finish_reason is not None:
+            self._finish(choice, request_id, is_engine_done=delivery.finish_reason is not None)
+        return piece
+
+    def _finish(self, choice: Choice, request_id: str, *, is_engine_done: bool) -> None:
+        self._num_open -= 1
+        self._live_ids.discard(request_id)
+        self._streams.forget(request_id)
+        if not is_engine_done:
+            self._engine.abort(request_id)
+        self._metrics.choice_finished(self._spec, choice)
+
+    def _usage(self, choices: list[Choice] | None = None) -> Usage:
+        num_output = sum(choice.num_tokens for choice in (self._choices if choices is None else choices))
+        num_prompt = self._spec.num_prompt_tokens
+        return Usage(num_prompt, num_output, num_prompt + num_output)
+
+    async def _send_whole(self, stream: Stream, send: Send) -> None:
+        pieces: list[list[Piece]] = [[] for _ in self._choices]
+        while self._num_open:
+            piece = await self._next_piece(stream)
+            pieces[piece.choice_index].append(piece)
+        num_positions = sum(map(len, pieces)) + len(pieces) * self._num_prompt_positions
+        body = await _rendered(num_positions, lambda: self._wire.whole(pieces, self._usage()))
+        await self._start(send, 200, {"content-type": "application/json", "content-length": str(len(body))})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _send_stream(self, stream: Stream, send: Send) -> None:
+        spec, wire = self._spec, self._wire
+        # The headers wait a little for the first token, so that a refusal by the engine still has its own status.
+        if await stream.wait(self._config.sse_header_wait_s):
+            piece = await self._next_piece(stream)
+            await self._open_events(send)
+        else:
+            await self._open_events(send)
+            await self._send_comments(stream, send)
+            piece = await self._next_piece(stream)
+        while True:
+            usage = self._usage([self._choices[piece.choice_index]]) if spec.has_continuous_usage else None
+            if piece.is_first and self._num_prompt_positions > MAX_INLINE_POSITIONS:
+                event = await asyncio.to_thread(wire.event, piece, usage)
+            else:
+                event = wire.event(piece, usage)
+            if event:
+                await self._send_part(send, event)
+            if not self._num_open:
+                break
+            piece = await self._next_piece(stream)
+        for event in wire.closing_events(self._usage()):
+            await self._send_part(send, event)
+        await send({"type": "http.response.body", "body": b""})
+
+    @property
+    def _num_prompt_positions(self) -> int:
+        """Tokens of a prompt that are in its answer too."""
+        spec = self._spec
+        is_shown = spec.is_echo or spec.returns_token_ids
+        return max(len(prompt.token_ids) for prompt in spec.prompts) if is_shown else 0
+
+    async def _send_comments(self, stream: Stream, send: Send) -> None:
+        """Until there is a first token: that we live, or how far the prompt is, where the client wants to know."""
+        if self._spec.has_progress:
+            interval_s = self._config.sse_progress_s or PROGRESS_S
+            await self._send_part(send, self._service.progress_comment(self._spec))
+            while not await stream.wait(interval_s):
+                await self._send_part(send, self._service.progress_comment(self._spec))
+        else:
+            while not await stream.wait(self._config.sse_keepalive_s):
+                await self._send_part(send, KEEPALIVE_COMMENT)
+
+    async def _open_events(self, send: Send) -> None:
+        await self._start(send, 200, SSE_HEADERS)
+        for event in await _rendered(self._num_prompt_positions, self._wire.opening_events):
+            await self._send_part(send, event)
+
+    async def _send_error(self, error: ApiError, send: Send) -> None:
+        body = error.as_json(self._path)
+        if self._status is None:
+            headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+            await self._start(send, error.status, headers)
+            await send({"type": "http.response.body", "body": body})
+        elif self._spec.is_stream:
+            for event in self._wire.error_events(error):
+                await self._send_part(send, event)
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _start(self, send: Send, status: int, headers: Mapping[str, str]) -> None:
+        self._status = status
+        if ignored := self._spec.ignored:
+            more = f" and {len(ignored) - MAX_IGNORED} more" if len(ignored) > MAX_IGNORED else ""
+            headers = {**headers, IGNORED_HEADER: ", ".join(ignored[:MAX_IGNORED]) + more}
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _send_part(self, send: Send, body: bytes) -> None:
+        # Sending waits while the reader leaves too much unread; Patience looks at how long. No clock is read here:
+        # this runs once per token.
+        self._num_parts += 1
+        self._is_sending = True
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._is_sending = False
+
+
+async def _rendered(num_positions: int, render: Callable[[], T]) -> T:
+    """What `render` makes of so many tokens: here, or on a thread if they are many."""
+    return render() if num_positions <= MAX_INLINE_POSITIONS else await asyncio.to_thread(render)
+
+
+def _transport_of(scope: Scope) -> asyncio.Transport | None:
+    transport: asyncio.Transport | None = scope.get("extensions", {}).get(TRANSPORT, {}).get("transport")
+    return transport
+
+
+async def _watch_client(receive: Receive, stream: Stream) -> None:
+    # The body has been read, so what comes next can only be the end of the connection.
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    stream.end(Gone())

@@ -1,0 +1,207 @@
+"""A look at a scheduler at one moment: who waits and why, and what is in flight. Taken on the scheduler's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from heapq import nsmallest
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from megatron_medha.core.request import Sequence, Status
+from megatron_medha.core.scheduling.policies import relative_slack, slack_s
+from megatron_medha.core.scheduling.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from megatron_medha.server.observe.request_log import Step
+
+MAX_QUEUED = 200    # shown of the queue, most urgent first
+MAX_DECODING = 100  # shown of the running answers
+
+
+class Queued(msgspec.Struct, frozen=True):
+    """A prompt that is not computed yet."""
+
+    request_id: str
+    status: str
+    why: str                 # it is not running right now, or "running"
+    slo_class: str
+    priority: int
+    num_prompt_tokens: int
+    num_scheduled_tokens: int
+    age_s: float
+    deadline_in_s: float
+    slack_s: float
+    relative_slack: float
+    remaining_work_s: float
+    total_work_s: float
+    kvp_ranks: tuple[int, ...]
+    num_preemptions: int
+    replica: int
+
+
+class Decoding(msgspec.Struct, frozen=True):
+    """A running answer."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    max_output_tokens: int
+    kvp_ranks: tuple[int, ...]
+    replica: int
+
+
+class FlyingPart(msgspec.Struct, frozen=True):
+    """A prefill chunk in flight."""
+
+    request_id: str
+    start: int
+    num_tokens: int
+    relative_slack: float
+    kvp_ranks: tuple[int, ...]
+
+
+class Flying(msgspec.Struct, frozen=True):
+    """A batch the ranks have."""
+
+    batch_id: int
+    stage: int               # 0, or 1: somewhere behind it
+    age_s: float
+    predicted_s: float
+    budget_s: float
+    num_tokens: int
+    num_decodes: int
+    parts: tuple[FlyingPart, ...]
+    replica: int
+
+
+class LiveView(msgspec.Struct, frozen=True):
+    """All of it, of one replica or of several."""
+
+    at_s: float
+    policy: str
+    num_replicas: int
+    num_stages: int
+    num_kvp_ranks: int
+    num_waiting: int
+    num_prefilling: int
+    num_decoding: int
+    num_blocks: int                   # of each KVP rank
+    num_free_blocks: tuple[int, ...]  # by KVP rank, replica after replica
+    queue: tuple[Queued, ...]
+    decoding: tuple[Decoding, ...]
+    in_flight: tuple[Flying, ...]
+
+
+def joined(views: Items[LiveView]) -> LiveView | None:
+    """What several replicas look like together, as of the latest look; None where there is none."""
+    if len(views) < 2:
+        return views[0] if views else None
+    first = views[0]
+    queue = (queued for view in views for queued in view.queue)
+    return LiveView(
+        at_s=max(view.at_s for view in views),
+        policy=first.policy,
+        num_replicas=len(views),
+        num_stages=first.num_stages,
+        num_kvp_ranks=first.num_kvp_ranks,
+        num_waiting=sum(view.num_waiting for view in views),
+        num_prefilling=sum(view.num_prefilling for view in views),
+        num_decoding=sum(view.num_decoding for view in views),
+        num_blocks=first.num_blocks,
+        num_free_blocks=tuple(count for view in views for count in view.num_free_blocks),
+        queue=tuple(
+            nsmallest(MAX_QUEUED, queue, key=lambda one: (one.priority, one.relative_slack, one.request_id))
+        ),
+        decoding=tuple(islice((one for view in views for one in view.decoding), MAX_DECODING)),
+        in_flight=tuple(flying for view in views for flying in view.in_flight),
+    )
+
+
+def look_at(scheduler: Scheduler, steps: tuple[Step, ...], now_s: float, replica: int) -> LiveView:
+    """O(live sequences), with a list of the most urgent ones."""
+    counts = dict.fromkeys(Status, 0)
+    prefills: list[Sequence] = []
+    decoding: list[Sequence] = []
+    for seq in scheduler.sequences:
+        counts[seq.status] += 1
+        if seq.is_prefill:
+            prefills.append(seq)
+        elif seq.status is Status.DECODING and len(decoding) < MAX_DECODING:
+            decoding.append(seq)
+    most_urgent = nsmallest(
+        MAX_QUEUED, prefills, key=lambda seq: (seq.request.priority, relative_slack(seq, now_s), seq.request_id)
+    )
+    memory = scheduler.memory
+    return LiveView(
+        at_s=now_s,
+        policy=scheduler.config.policy,
+        num_replicas=1,
+        num_stages=scheduler.spp,
+        num_kvp_ranks=memory.kvp,
+        num_waiting=counts[Status.WAITING],
+        num_prefilling=counts[Status.PREFILLING],
+        num_decoding=counts[Status.DECODING],
+        num_blocks=memory.num_blocks,
+        num_free_blocks=tuple(pool.num_free_blocks for pool in memory.pools),
+        queue=tuple(_queued(scheduler, seq, now_s, replica) for seq in most_urgent),
+        decoding=tuple(
+            Decoding(
+                seq.request_id, seq.request.num_prompt_tokens, seq.num_output_tokens, seq.request.max_output_tokens,
+                seq.block_table.kvp_ranks, replica,
+            )
+            for seq in decoding
+        ),  # fmt: skip
+        in_flight=tuple(_flying(step, now_s) for step in steps),
+    )
+
+
+def _queued(scheduler: Scheduler, seq: Sequence, now_s: float, replica: int) -> Queued:
+    request = seq.request
+    return Queued(
+        request_id=seq.request_id,
+        status=seq.status.value,
+        why=_why(scheduler, seq),
+        slo_class=request.slo_class,
+        priority=request.priority,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_scheduled_tokens=seq.num_scheduled_tokens,
+        age_s=now_s - request.arrival_s,
+        deadline_in_s=seq.deadline_s - now_s,
+        slack_s=slack_s(seq, now_s),
+        relative_slack=relative_slack(seq, now_s),
+        remaining_work_s=seq.remaining_work_s,
+        total_work_s=seq.total_work_s,
+        kvp_ranks=seq.block_table.kvp_ranks,
+        num_preemptions=seq.num_preemptions,
+        replica=replica,
+    )
+
+
+def _why(scheduler: Scheduler, seq: Sequence) -> str:
+    if seq.num_batches_in_flight:
+        return "running"
+    if seq.is_waiting:
+        if scheduler.memory.num_owners >= scheduler.config.max_num_sequences:
+            return f"all {scheduler.config.max_num_sequences} places (scheduler.max_num_sequences) are taken"
+        if scheduler.memory.plan(seq) is None:
+            return "not enough free KV memory"
+    return f"others go first by {scheduler.config.policy}, or the step is full"
+
+
+def _flying(step: Step, now_s: float) -> Flying:
+    return Flying(
+        batch_id=step.batch_id,
+        stage=int(step.has_left_first_stage),
+        age_s=now_s - step.at_s,
+        predicted_s=step.predicted_s,
+        budget_s=step.budget_s,
+        num_tokens=step.num_tokens,
+        num_decodes=step.num_decodes,
+        parts=tuple(
+            FlyingPart(part.request_id, part.start, part.num_tokens, part.relative_slack, part.kvp_ranks)
+            for part in step.parts
+        ),
+        replica=step.replica,
+    )

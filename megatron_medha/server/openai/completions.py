@@ -1,0 +1,209 @@
+"""/v1/completions: from its body to a GenerationSpec, and from pieces to its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from megatron_medha.server.bodies.openai_types import (
+    CompletionAnswer,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    Usage,
+)
+from megatron_medha.server.generation import GenerationSpec, Piece, Prompt
+from megatron_medha.server.http.http_errors import ApiError, bad_request
+from megatron_medha.server.http.request_body import BodyType
+from megatron_medha.server.openai.build_spec import Particulars, plan
+from megatron_medha.server.openai.openai_logprobs import (
+    TokenNamer,
+    add_completion_token,
+    empty_completion_logprobs,
+    extend_completion_logprobs,
+    token_namer,
+)
+from megatron_medha.server.openai.prompts import RawPrompt, split_prompts
+from megatron_medha.server.openai.request_fields import Wishes, num_choices_of
+from megatron_medha.server.openai.wire_format import (
+    DONE_EVENT,
+    MARK,
+    EventTemplate,
+    as_sliced_json,
+    encode_json,
+    error_events,
+    sse_event,
+)
+from megatron_medha.server.server_config import ServerConfig
+from megatron_medha.server.service import Ready, Service
+from megatron_medha.text.detokenizer import make_detokenizer
+from megatron_medha.text.tokenizer import Tokenizer
+
+BODY = BodyType(msgspec.json.Decoder(CompletionRequest), texts=frozenset({"prompt"}), ids=frozenset({"prompt"}))
+
+
+async def plan_completion(
+    service: Service, ready: Ready, body: CompletionRequest, wishes: Wishes, arrival_s: float
+) -> GenerationSpec:
+    """Check a request and encode its prompts; ApiError 4xx says what is wrong."""
+    config = service.config
+    if body.suffix:
+        raise bad_request(
+            "suffix: filling in between is not supported; put all of the text into the prompt", "suffix",
+            "unsupported_parameter",
+        )  # fmt: skip
+    n = num_choices_of(body, config)
+    raw_prompts = split_prompts(body.prompt, config.max_prompts)
+
+    async def read_prompts() -> Sequence[RawPrompt]:
+        return raw_prompts
+
+    return await plan(
+        service,
+        ready,
+        body,
+        wishes,
+        arrival_s,
+        Particulars(
+            id_prefix="cmpl",
+            num_prompts=len(raw_prompts),
+            read_prompts=read_prompts,
+            prompt_param="prompt",
+            add_special_tokens=body.add_special_tokens is not False,
+            n=n,
+            num_drawn=_num_drawn(body, n, config),
+            max_tokens=body.max_tokens,
+            default_max_tokens=config.default_max_output_tokens,
+            num_logprobs=body.logprobs,
+            is_echo=bool(body.echo),
+        ),
+    )
+
+
+def _num_drawn(body: CompletionRequest, n: int, config: ServerConfig) -> int:
+    if body.best_of is None or body.best_of == n:
+        return n
+    if body.best_of < n:
+        raise bad_request(f"best_of: expected at least n={n}, got {body.best_of}", "best_of")
+    if body.best_of > config.max_n:
+        raise bad_request(f"best_of: at most {config.max_n} (server.max_n)", "best_of")
+    if body.stream:
+        raise bad_request("best_of: not with stream, since the best is known only in the end", "best_of")
+    return body.best_of
+
+
+def _best(pieces_by_choice: Sequence[Sequence[Piece]], spec: GenerationSpec) -> list[Sequence[Piece]]:
+    """Of each prompt's choices those with the highest cumulative log-probability, numbered anew."""
+    best: list[Sequence[Piece]] = []
+    for first in range(0, len(pieces_by_choice), spec.n):
+        of_prompt = sorted(pieces_by_choice[first : first + spec.n], key=_cumulative_logprob, reverse=True)
+        best += of_prompt[: spec.num_answered]
+    return [[piece._replace(choice_index=index) for piece in pieces] for index, pieces in enumerate(best)]
+
+
+def _cumulative_logprob(pieces: Sequence[Piece]) -> float:
+    return sum(piece.logprobs.logprob for piece in pieces if piece.logprobs is not None)
+
+
+class CompletionFormat:
+    """JSON of /v1/completions."""
+
+    def __init__(self, spec: GenerationSpec, tokenizer: Tokenizer) -> None:
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._name: TokenNamer = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
+        self._has_logprobs = spec.has_logprobs
+        self._is_plain = not (self._has_logprobs or spec.has_continuous_usage or spec.returns_token_ids)
+        self._template = EventTemplate(spec, self._encode_event(CompletionChoice(index=0, text=MARK), None))
+        self._echo_by_prompt: dict[int, str] = {}
+
+    def opening_events(self) -> Sequence[bytes]:
+        """None: the first event brings the first token."""
+        return ()
+
+    def event(self, piece: Piece, usage: Usage | None) -> bytes:
+        """The event of one token; the first one brings the echoed prompt too."""
+        is_echo = self._spec.is_echo
+        if self._is_plain and piece.finish_reason is None and not (is_echo and piece.is_first):
+            return self._template.fill(piece.choice_index, piece.text)
+        return self._encode_event(self._choice([piece]), usage)
+
+    def closing_events(self, usage: Usage) -> Sequence[bytes]:
+        """Usage where the client wants it, with no choices, and the end."""
+        return (sse_event(self._answer([], usage)), DONE_EVENT) if self._spec.includes_usage else (DONE_EVENT,)
+
+    def error_events(self, error: ApiError) -> Sequence[bytes]:
+        """The error in place of what would have followed."""
+        return error_events(error)
+
+    def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
+        """The answer that is not a stream."""
+        if self._spec.num_answered < self._spec.n:
+            pieces_by_choice = _best(pieces_by_choice, self._spec)
+        return encode_json(self._answer([self._choice(pieces) for pieces in pieces_by_choice], usage))
+
+    def _encode_event(self, choice: CompletionChoice, usage: Usage | None) -> bytes:
+        with_usage = usage if usage is not None or self._spec.includes_usage else msgspec.UNSET
+        return sse_event(self._answer([choice], with_usage))
+
+    def _answer(
+        self, choices: list[CompletionChoice], usage: Usage | None | msgspec.UnsetType
+    ) -> CompletionAnswer:
+        spec = self._spec
+        return CompletionAnswer(id=spec.answer_id, created=spec.created, model=spec.model, choices=choices, usage=usage)
+
+    def _choice(self, pieces: Sequence[Piece]) -> CompletionChoice:
+        spec = self._spec
+        first, last = pieces[0], pieces[-1]
+        prompt_index = first.choice_index // spec.num_answered
+        prompt = spec.prompts[prompt_index]
+        text = "".join(piece.text for piece in pieces)
+        is_begin = spec.is_echo and first.is_first
+        echo = self._echo(prompt_index, prompt) if spec.is_echo else ""
+        token_ids = [piece.token_id for piece in pieces if piece.token_id is not None]
+        return CompletionChoice(
+            index=first.choice_index,
+            text=echo + text if is_begin else text,
+            logprobs=self._logprobs(prompt, pieces, len(echo)) if self._has_logprobs else None,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            token_ids=as_sliced_json(token_ids) if spec.returns_token_ids else msgspec.UNSET,
+            prompt_token_ids=as_sliced_json(prompt.token_ids) if spec.returns_token_ids and first.is_first
+            else msgspec.UNSET,
+        )
+
+    def _logprobs(self, prompt: Prompt, pieces: Sequence[Piece], num_echo_chars: int) -> CompletionLogprobs:
+        lists = empty_completion_logprobs()
+        if self._spec.is_echo and pieces[0].is_first:
+            extend_completion_logprobs(lists, self._prompt_logprobs(prompt, pieces[0]))
+        for piece in pieces:
+            if piece.token_id is not None:
+                offset = num_echo_chars + piece.text_offset
+                add_completion_token(lists, piece.token_id, piece.logprobs, offset, self._name)
+        return CompletionLogprobs(
+            as_sliced_json(lists.tokens), as_sliced_json(lists.token_logprobs), as_sliced_json(lists.top_logprobs),
+            as_sliced_json(lists.text_offset),
+        )  # fmt: skip
+
+    def _prompt_logprobs(self, prompt: Prompt, piece: Piece) -> CompletionLogprobs:
+        lists = empty_completion_logprobs()
+        detokenizer = make_detokenizer(
+            self._tokenizer, (), skip_special_tokens=self._spec.skips_special_tokens
+        )
+        known = piece.prompt_logprobs or ()
+        num_chars = 0
+        for position, token_id in enumerate(prompt.token_ids):
+            logprobs = known[position - 1] if 0 < position <= len(known) else None
+            add_completion_token(lists, token_id, logprobs, num_chars, self._name)
+            num_chars += len(detokenizer.push(token_id))
+        return lists
+
+    def _echo(self, prompt_index: int, prompt: Prompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        if prompt_index not in self._echo_by_prompt:
+            self._echo_by_prompt[prompt_index] = self._tokenizer.decode(
+                prompt.token_ids, skip_special_tokens=self._spec.skips_special_tokens
+            )
+        return self._echo_by_prompt[prompt_index]

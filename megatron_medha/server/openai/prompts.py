@@ -1,0 +1,166 @@
+"""From what a client sent as prompt to checked token ids."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from megatron_medha.server.generation import Prompt
+from megatron_medha.server.http.http_errors import ApiError, bad_request
+from megatron_medha.server.service import Ready, Service
+from megatron_medha.text.text_slices import TextWithoutBreaksError
+from megatron_medha.text.tokenizer import Tokenizer, TooManyTokens
+
+RawPrompt: TypeAlias = "str | list[int] | array[int]"  # array has no item types at run time
+
+_SLICE_IDS = 65_536  # looked at without letting another thread run: a millisecond
+
+
+def split_prompts(
+    prompt: str | array[int] | Sequence[str | int | list[int] | array[int]], max_prompts: int
+) -> list[RawPrompt]:
+    """The one or more prompts in OpenAI's `prompt` field: text, ids, or a list of either."""
+    if isinstance(prompt, str | array):
+        return [prompt]
+    if not prompt:
+        raise bad_request("prompt: expected at least one token or text, got an empty list", "prompt")
+    kinds = {list if isinstance(item, array) else type(item) for item in prompt}
+    if kinds == {int}:
+        return [list(prompt)]  # type: ignore[arg-type]  # every item is an int
+    if len(kinds) != 1:
+        raise bad_request("prompt: expected texts only, token ids only or lists of token ids only", "prompt")
+    if len(prompt) > max_prompts:
+        raise bad_request(f"prompt: {len(prompt)} prompts in one call exceed the limit of {max_prompts}", "prompt")
+    return list(prompt)  # type: ignore[arg-type]  # every item is a str, or every item a list
+
+
+async def encode_prompts(
+    service: Service,
+    ready: Ready,
+    raw_prompts: Sequence[RawPrompt],
+    *,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    add_special_tokens: bool,
+    param: str,
+    max_tokens_param: str = "max_tokens",
+    keeps_text: bool = False,
+) -> tuple[Prompt, ...]:
+    """Encode and check prompts against the context; without max_tokens they get the default, or what fits."""
+    limit = ready.facts.max_request_tokens
+    tokenizer = ready.tokenizer
+    least_output = 0 if max_tokens == 0 else 1
+    for raw in raw_prompts:
+        at_least = tokenizer.min_num_tokens(raw) if isinstance(raw, str) else len(raw)
+        check_length(at_least, limit - least_output, ready, service, param, is_exact=not isinstance(raw, str))
+
+    def encode(raw: RawPrompt) -> array[int]:
+        if isinstance(raw, str):
+            ids = encode_text(tokenizer, raw, add_special_tokens, limit - least_output, param)
+        else:
+            ids = raw if isinstance(raw, array) else _as_ids(raw, param)
+        check_ids(ids, ready.facts.shape.vocab_size, param)
+        return ids
+
+    num_chars = sum(map(len, raw_prompts))
+    try:
+        encoded = await service.work_on_text(num_chars, lambda: [encode(raw) for raw in raw_prompts])
+    except TooManyTokens as error:
+        check_length(error.at_least, limit - least_output, ready, service, param, is_exact=False)
+        raise
+    prompts = []
+    for raw, token_ids in zip(raw_prompts, encoded, strict=True):
+        check_length(len(token_ids), limit - least_output, ready, service, param)
+        room = limit - len(token_ids)
+        if max_tokens is not None and max_tokens > room:
+            raise _over_limit(len(token_ids), max_tokens, limit, max_tokens_param)
+        wanted = max_tokens if max_tokens is not None else min(default_max_tokens or room, room)
+        prompts.append(
+            Prompt(
+                token_ids=token_ids,
+                text=raw if keeps_text and isinstance(raw, str) else None,
+                max_output_tokens=max(1, wanted),  # max_tokens 0: one is computed and thrown away
+            )
+        )
+    return tuple(prompts)
+
+
+def encode_text(tokenizer: Tokenizer, text: str, adds_special: bool, max_tokens: int, param: str) -> array[int]:
+    """Ids of a text; TooManyTokens, or ApiError 400 for one that would take too much memory."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=adds_special, max_tokens=max_tokens)
+    except TextWithoutBreaksError as error:
+        raise bad_request(f"{param}: {error}", param, "text_without_breaks") from None
+
+
+def check_length(
+    num_tokens: int, most: int, ready: Ready, service: Service, param: str, *, is_exact: bool = True
+) -> None:
+    """ApiError unless a prompt of so many tokens is within `most`, of the context, and server.max_prompt_tokens.
+
+    is_exact: whether it has so many tokens, or at least so many.
+    """
+    allowed = service.config.max_prompt_tokens
+    if allowed is not None and num_tokens > allowed:
+        raise _over_prompt_limit(num_tokens, allowed, param)
+    if num_tokens > most:
+        how_many = str(num_tokens) if is_exact else f"at least {num_tokens}"
+        raise _too_long(how_many, ready.facts.max_request_tokens, param)
+
+
+def check_ids(token_ids: array[int], vocab_size: int, param: str) -> None:
+    """ApiError 400 unless there are ids and the model has an embedding for each."""
+    if not token_ids:
+        raise bad_request(f"{param}: the prompt is empty", param, "empty_prompt")
+    for begin in range(0, len(token_ids), _SLICE_IDS):
+        ids = token_ids[begin : begin + _SLICE_IDS]
+        lowest, highest = min(ids), max(ids)
+        if lowest < 0 or highest >= vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise bad_request(
+                f"{param}: token id {wrong} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})", param
+            )
+
+
+def _as_ids(raw: list[int], param: str) -> array[int]:
+    try:
+        return array("i", raw)
+    except OverflowError:
+        wrong = max(raw, key=abs)
+        raise bad_request(f"{param}: token id {_short(wrong)} is outside the vocabulary", param) from None
+
+
+def _short(number: int) -> str:
+    # Clients may send numbers of any length; an error message should not.
+    text = str(number) if abs(number) < 10**20 else f"of {number.bit_length()} bits"
+    return text
+
+
+def _too_long(num_tokens: str, limit: int, param: str) -> ApiError:
+    return bad_request(
+        # Claude Code reads the first words, and sends less.
+        f"prompt is too long: {num_tokens} tokens > {limit} maximum of prompt and output together; "
+        f"at least one output token must fit, unless max_tokens is 0",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def _over_prompt_limit(num_tokens: int, limit: int, param: str) -> ApiError:
+    return ApiError(
+        413,
+        f"prompt is too long: at least {num_tokens} tokens > {limit} maximum (server.max_prompt_tokens)",
+        param=param,
+        code="prompt_too_long",
+    )
+
+
+def _over_limit(num_tokens: int, max_tokens: int, limit: int, param: str) -> ApiError:
+    return bad_request(
+        # Claude Code reads the numbers, and sends a smaller one.
+        f"input length and `{param}` exceed context limit: {num_tokens} + {_short(max_tokens)} > {limit}; "
+        f"at most {param}={limit - num_tokens} fits this prompt",
+        param,
+        "context_length_exceeded",
+    )

@@ -1,0 +1,294 @@
+"""Reading a request: body, headers, and the fields both kinds of completion share, checked against the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+
+from megatron_medha.core.sampling import Sampling
+from megatron_medha.server.api_keys import ANONYMOUS
+from megatron_medha.server.bodies.openai_types import SharedFields
+from megatron_medha.server.http.http_errors import ApiError, bad_request
+from megatron_medha.server.server_config import ServerConfig
+from megatron_medha.server.service import HeldBytes, Ready, Service
+from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
+
+MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
+MAX_PRIORITY = 2**31 - 1
+MAX_SLO_MS = 1e9
+YES = frozenset({"1", "true", "yes", "on"})
+NO = frozenset({"0", "false", "no", "off"})
+
+# Options that change an answer elsewhere and do nothing here, what they may be all the same, and the way out.
+_REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("use_beam_search", (None, False), "not supported; best_of chooses among samples"),
+    ("bad_words", (None, []), "not supported; logit_bias forbids single tokens"),
+    ("allowed_token_ids", (None,), "not supported; structured_outputs says what an answer may be"),
+    ("logits_processors", (None, []), "not supported"),
+    ("prompt_logprobs", (None,), "not supported; echo with logprobs of /v1/completions has them"),
+    ("truncate_prompt_tokens", (None,), "not supported: prompts are never cut here"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What a client asks for in its headers, and who it is."""
+
+    ttft_s: float | None = None   # latency targets
+    tpot_s: float | None = None
+    slo_class: str | None = None
+    has_progress: bool | None = None  # comments while the prompt is computed; None: as the server is configured
+    client: str = ""              # the name of its key; its address where it has none
+
+
+async def read_body(request: Request, service: Service, held: HeldBytes) -> bytearray:
+    """The whole body; ApiError 413 if it is too large, 408 if it does not come, 503 if others' leave no room for it."""
+    config = service.config
+    body = bytearray()
+    num_bytes = 0
+    is_too_large = False
+    try:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(config.body_timeout_s) as patience:
+            async for part in request.stream():
+                patience.reschedule(loop.time() + config.body_timeout_s)
+                num_bytes += len(part)
+                # What is too large is read on for a while and forgotten: a client that is still
+                # sending when the connection closes never gets to see the answer.
+                is_too_large = is_too_large or num_bytes > config.max_body_bytes
+                if not is_too_large:
+                    held.grow_to(num_bytes)
+                    body += part
+                elif num_bytes > 2 * config.max_body_bytes:
+                    break
+    except TimeoutError:
+        raise ApiError(
+            408, f"nothing more of the body arrived within {config.body_timeout_s:g} s", headers={"connection": "close"}
+        ) from None
+    except ClientDisconnect:
+        raise ApiError(400, "the client closed the connection before its body was complete") from None
+    if is_too_large:
+        raise ApiError(
+            413,
+            f"the body exceeds the limit of {config.max_body_bytes} bytes",
+            code="body_too_large",
+            headers={"connection": "close"},
+        )
+    return body
+
+
+def read_wishes(request: Request, slo: SloConfig) -> Wishes:
+    """From x-slo-ttft-ms, x-slo-tpot-ms, x-slo-class and x-medha-progress; ApiError 400 names the one that is wrong."""
+    headers = request.headers
+    slo_class = headers.get("x-slo-class")
+    if slo_class is None:
+        # A gateway's objective means a class of ours where the names agree; it has objectives for others too.
+        objective = headers.get("x-gateway-inference-objective")
+        slo_class = objective if objective in slo.names else None
+    elif slo_class not in slo.names:
+        raise bad_request(
+            f"x-slo-class: expected one of {', '.join(slo.names)}, got `{slo_class[:40]}`", "x-slo-class"
+        )
+    return Wishes(
+        ttft_s=_slo_s(headers, "x-slo-ttft-ms"),
+        tpot_s=_slo_s(headers, "x-slo-tpot-ms"),
+        slo_class=slo_class,
+        has_progress=_flag(headers, "x-medha-progress"),
+        client=_client_of(request),
+    )
+
+
+def _client_of(request: Request) -> str:
+    name: str = request.state.client_key.name
+    return request.client.host if name == ANONYMOUS.name and request.client is not None else name
+
+
+def check_wishes(wishes: Wishes, config: ServerConfig) -> None:
+    """ApiError 400 for a target that no request may have here."""
+    if wishes.tpot_s is not None and 1e3 * wishes.tpot_s < config.min_tpot_slo_ms:
+        name = "x-slo-tpot-ms"
+        raise bad_request(
+            f"{name}: {1e3 * wishes.tpot_s:g} is below the least that this server takes, {config.min_tpot_slo_ms:g} "
+            "(server.min_tpot_slo_ms); send that, or leave the header out", name,
+        )  # fmt: skip
+
+
+def draw_answer_id(prefix: str) -> str:
+    """A new id; drawn here, because sub-requests are named after it and clients' own ids may collide."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def created_unix_s() -> int:
+    """The time an answer carries."""
+    return int(time.time())
+
+
+def seed_of(fields: SharedFields) -> int:
+    """The client's seed, or one drawn for it: 63 bits, not negative."""
+    if fields.seed is None:
+        return secrets.randbits(63)
+    if not MIN_INT64 <= fields.seed <= MAX_INT64:
+        raise bad_request("seed: expected a 64-bit integer", "seed")
+    return fields.seed & MAX_INT64
+
+
+def class_of(fields: SharedFields, wishes: Wishes, slo: SloConfig) -> str:
+    """The SLO class: of the header, of the service tier (OpenAI's, or a class by its name), or the default."""
+    tier = fields.service_tier or "auto"
+    by_tier = tier if tier in slo.names else CLASS_BY_TIER.get(tier)
+    return wishes.slo_class or by_tier or slo.default_class
+
+
+def is_tier_known(fields: SharedFields, slo: SloConfig) -> bool:
+    """Whether the service tier is OpenAI's or a class of ours; another one is left out, since it changes no answer."""
+    tier = fields.service_tier
+    return tier is None or tier in CLASS_BY_TIER or tier in slo.names
+
+
+def priority_of(fields: SharedFields, class_priority: int) -> int:
+    """Lower runs first: the client's number, or its class's."""
+    if fields.priority is None:
+        return class_priority
+    if abs(fields.priority) > MAX_PRIORITY:
+        raise bad_request("priority: expected a 32-bit integer", "priority")
+    return fields.priority
+
+
+def stops_of(fields: SharedFields, config: ServerConfig) -> tuple[str, ...]:
+    """The stop strings, each once."""
+    if fields.stop is None:
+        return ()
+    stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
+    if len(stops) > config.max_stop_strings:
+        raise bad_request(f"stop: {len(stops)} stop strings exceed the limit of {config.max_stop_strings}", "stop")
+    if not all(stops):
+        raise bad_request("stop: a stop string must not be empty", "stop")
+    if any(len(stop) > config.max_stop_string_chars for stop in stops):
+        raise bad_request(f"stop: a stop string may have {config.max_stop_string_chars} characters at most", "stop")
+    return tuple(dict.fromkeys(stops))
+
+
+def num_choices_of(fields: SharedFields, config: ServerConfig) -> int:
+    """How many choices each prompt gets."""
+    n = 1 if fields.n is None else fields.n
+    if n > config.max_n:
+        raise bad_request(f"n: at most {config.max_n} choices, got {n if n < 10**20 else 'more'}", "n")
+    return n
+
+
+def sampling_of(
+    fields: SharedFields,
+    ready: Ready,
+    config: ServerConfig,
+    *,
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None,
+    max_tokens: int | None,
+    grammar: str | None,
+) -> Sampling:
+    """Sampling parameters; seed and length are filled in per choice."""
+    min_tokens = fields.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise bad_request(f"min_tokens={min_tokens} must not exceed max_tokens={max_tokens}", "min_tokens")
+    if min_tokens > ready.facts.max_request_tokens:
+        raise bad_request(
+            f"min_tokens: at most {ready.facts.max_request_tokens} tokens fit a request", "min_tokens"
+        )
+    vocab_size = ready.facts.shape.vocab_size
+    client_stop_ids = _stop_ids(fields, vocab_size, config)
+    model_stop_ids = () if fields.ignore_eos else ready.facts.stop_token_ids
+    defaults = ready.sampling_defaults
+    top_k = max(_or(fields.top_k, defaults.top_k), 0)  # -1 is vLLM's "off", 0 is ours
+    return Sampling(
+        max_output_tokens=1,
+        min_output_tokens=min_tokens,
+        temperature=_or(fields.temperature, defaults.temperature),
+        top_k=min(top_k, vocab_size),
+        top_p=_or(fields.top_p, defaults.top_p),
+        min_p=_or(fields.min_p, defaults.min_p),
+        repetition_penalty=_or(fields.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=_or(fields.presence_penalty, 0.0),
+        frequency_penalty=_or(fields.frequency_penalty, 0.0),
+        logit_bias=_logit_bias(fields, vocab_size, config),
+        stop_token_ids=tuple(dict.fromkeys((*model_stop_ids, *client_stop_ids))),
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
+        grammar=grammar,
+    )
+
+
+def check_num_logprobs(num_logprobs: int, config: ServerConfig, param: str) -> None:
+    """ApiError 400 if that is more than the server gives."""
+    if num_logprobs > config.max_logprobs:
+        raise bad_request(f"{param}: at most {config.max_logprobs}", param)
+
+
+def check_common(fields: SharedFields) -> None:
+    """ApiError 400 for options that would change the answer and that there is nothing for here."""
+    refuse_all(fields, _REFUSED)
+
+
+def refuse_all(fields: object, refused: Sequence[tuple[str, tuple[object, ...], str]]) -> None:
+    """ApiError 400 at the first of these fields that asks for something; by name, what it may be, and the way out."""
+    for name, allowed, way_out in refused:
+        if getattr(fields, name) not in allowed:
+            raise bad_request(f"{name}: {way_out}", name, "unsupported_parameter")
+
+
+def _stop_ids(fields: SharedFields, vocab_size: int, config: ServerConfig) -> tuple[int, ...]:
+    ids = fields.stop_token_ids or []
+    if len(ids) > config.max_stop_token_ids:
+        raise bad_request(f"stop_token_ids: at most {config.max_stop_token_ids}, got {len(ids)}", "stop_token_ids")
+    if any(not 0 <= token_id < vocab_size for token_id in ids):
+        raise bad_request(f"stop_token_ids: expected ids from 0 to {vocab_size - 1}", "stop_token_ids")
+    return tuple(ids)
+
+
+def _logit_bias(fields: SharedFields, vocab_size: int, config: ServerConfig) -> tuple[tuple[int, float], ...]:
+    given = fields.logit_bias or {}
+    if len(given) > config.max_logit_bias:
+        raise bad_request(f"logit_bias: at most {config.max_logit_bias} entries, got {len(given)}", "logit_bias")
+    biases: dict[int, float] = {}
+    for key, bias in given.items():
+        is_id = key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size
+        if not is_id:
+            raise bad_request(
+                f"logit_bias: expected token ids from 0 to {vocab_size - 1} as keys, got `{key[:40]}`", "logit_bias"
+            )
+        biases[int(key)] = bias
+    return tuple(biases.items())
+
+
+def _slo_s(headers: Headers, name: str) -> float | None:
+    text = headers.get(name)
+    if text is None:
+        return None
+    try:
+        value_ms = float(text)
+    except ValueError:
+        value_ms = math.nan
+    if not 0 < value_ms <= MAX_SLO_MS:  # NaN fails this too
+        raise bad_request(f"{name}: expected milliseconds above 0 and at most {MAX_SLO_MS:g}, got `{text[:40]}`", name)
+    return value_ms / 1e3
+
+
+def _flag(headers: Headers, name: str) -> bool | None:
+    text = headers.get(name)
+    if text is None:
+        return None
+    if text.lower() not in YES | NO:
+        raise bad_request(f"{name}: expected 1 or 0, got `{text[:40]}`", name)
+    return text.lower() in YES
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -1,0 +1,308 @@
+"""/v1/responses: a chat in other words. Answers are not stored, so no request can go on from one by its id."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+
+from megatron_medha.server.bodies.openai_types import (
+    ChatRequest,
+    JsonSchemaFormat,
+    ResponseFormat,
+    SharedFields,
+    TokenLogprob,
+    Usage,
+)
+from megatron_medha.server.bodies.responses_types import (
+    IncompleteDetails,
+    InputItem,
+    OutputCall,
+    OutputCustomCall,
+    OutputItem,
+    OutputMessage,
+    OutputText,
+    ResponseAnswer,
+    ResponseEvent,
+    ResponsesRequest,
+    ResponseUsage,
+    TextFormat,
+    TextOptions,
+)
+from megatron_medha.server.generation import GenerationSpec, Piece
+from megatron_medha.server.http.http_errors import ApiError, ErrorBody, error_type
+from megatron_medha.server.http.request_body import BodyType
+from megatron_medha.server.openai.chat_completions import CHARS_PER_MESSAGE, plan_chat
+from megatron_medha.server.openai.openai_logprobs import chat_token, token_namer
+from megatron_medha.server.openai.request_fields import Wishes, refuse_all
+from megatron_medha.server.openai.response_items import History, read_items
+from megatron_medha.server.openai.response_tools import ChatTools, KnownTool, chat_tools_of, text_argument
+from megatron_medha.server.openai.wire_format import encode_json
+from megatron_medha.server.recent_items import RecentItems
+from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
+from megatron_medha.server.tools.tool_calls import CallFinder
+from megatron_medha.text.tokenizer import Tokenizer
+
+BODY = BodyType(msgspec.json.Decoder(ResponsesRequest), texts=frozenset({"input", "instructions"}))
+
+LOGPROBS = "message.output_text.logprobs"  # of `include`; all else there is about items that answers here do not have
+# What we cannot do, what it may be all the same, and the way out.
+_REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("previous_response_id", (None,), "answers are not stored here; send the earlier messages and answers in input"),
+    ("conversation", (None,), "conversations are not stored here; send the earlier messages and answers in input"),
+    ("background", (None, False), "answers are not stored here; stream this one, or send it with medha run-batch"),
+    ("prompt", (None,), "there are no stored prompts here; send instructions and input"),
+    ("n", (None, 1), "one answer at a time; /v1/chat/completions gives several"),
+)
+# Fields of chats in the words of this route.
+_PATHS = {
+    "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+}  # fmt: skip
+
+
+async def plan_response(
+    service: Service, ready: Ready, body: ResponsesRequest, wishes: Wishes, arrival_s: float, client: str
+) -> ResponsesFormat:
+    """As plan_chat, of the chat that this is; ApiError 4xx says what is wrong. client: whose items it may refer to."""
+    refuse_all(body, _REFUSED)
+    recent = service.recent_items
+
+    def read() -> History:
+        return read_items(body.input, body.instructions, lambda item_id: recent.find(client, item_id))
+
+    num_items = 1 if isinstance(body.input, str) else len(body.input)
+    history = await service.work_on_text(CHARS_PER_MESSAGE * num_items, read)
+    tools = chat_tools_of(body.tools, body.tool_choice)
+    chat = ChatRequest(
+        **{name: getattr(body, name) for name in SharedFields.__struct_fields__},
+        messages=history.messages,
+        max_completion_tokens=body.max_output_tokens,
+        logprobs=bool(body.top_logprobs) or LOGPROBS in (body.include or ()),
+        top_logprobs=body.top_logprobs,
+        tools=tools.tools,
+        tool_choice=tools.choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+    )
+    chat.response_format = _format_of(body.text) or body.response_format
+    ignored = (*history.ignored, *tools.ignored)
+    try:
+        spec = await plan_chat(service, ready, chat, wishes, arrival_s, id_prefix="resp", ignored=ignored)
+    except ApiError as error:
+        error.rename_field({**_PATHS, **history.paths, **tools.paths})
+        raise
+    return ResponsesFormat(spec, body, tools, ready.tokenizer, None if body.store is False else recent, client)
+
+
+def _format_of(text: TextOptions | None) -> ResponseFormat | None:
+    if text is None or text.format is None:
+        return None
+    given = text.format
+    if given.type != "json_schema":
+        return ResponseFormat(type=given.type, schema=given.schema)
+    return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(name=given.name, schema=given.schema))
+
+
+class ResponsesFormat:
+    """JSON of /v1/responses: items of output, which a stream builds before the client's eyes."""
+
+    def __init__(
+        self,
+        spec: GenerationSpec,
+        body: ResponsesRequest,
+        tools: ChatTools,
+        tokenizer: Tokenizer,
+        recent: RecentItems | None,
+        client: str,
+    ) -> None:
+        """recent: where the items are kept for this client; None: nowhere."""
+        self.spec = spec
+        self._body = body
+        self._tools = tools
+        self._tokenizer = tokenizer
+        self._name = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
+        self._recent = recent
+        self._client = client
+        self._finder = None if spec.tools is None else CallFinder(spec.tools)
+        self._items: list[OutputItem] = []
+        self._open: OutputItem | None = None
+        self._arguments = ""                  # of the open call, as the model writes them
+        self._unsent: list[TokenLogprob] = []  # of tokens whose text is in no event yet
+        self._finish_reason: str | None = None
+        self._num_events = 0
+        self._events: list[bytes] = []
+
+    def opening_events(self) -> Sequence[bytes]:
+        """That there is an answer, and that it is being made."""
+        self._emit("response.created", response=self._answer("in_progress", None))
+        self._emit("response.in_progress", response=self._answer("in_progress", None))
+        return self._take_events()
+
+    def event(self, piece: Piece, usage: Usage | None) -> bytes:
+        """Events of one token: of what the text so far has become."""
+        self._push(piece)
+        return b"".join(self._take_events())
+
+    def closing_events(self, usage: Usage) -> Sequence[bytes]:
+        """The whole answer once more."""
+        status = self._status
+        self._emit(f"response.{status}", response=self._answer(status, usage))
+        return self._take_events()
+
+    def error_events(self, error: ApiError) -> Sequence[bytes]:
+        """The error in place of what would have followed."""
+        body = ErrorBody(error.message, error_type(error.status), error.param, error.code)
+        self._emit("error", code=error.code, message=error.message, param=error.param, error=body)
+        return self._take_events()
+
+    def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
+        """The answer that is not a stream."""
+        for piece in pieces_by_choice[0]:
+            self._push(piece)
+        return encode_json(self._answer(self._status, usage))
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._finish_reason == "length" else "completed"
+
+    def _push(self, piece: Piece) -> None:
+        self._unsent += self._logprobs(piece)
+        found: list[Found] = self._finder.push(piece.text) if self._finder is not None else [Said(piece.text)]
+        if piece.finish_reason is not None:
+            if self._finder is not None:
+                found += self._finder.end(piece)
+            if not (self._items or found):
+                found = [Said("")]
+        for one in found:
+            self._add(one)
+        if piece.finish_reason is not None:
+            self._finish_reason = piece.finish_reason
+            self._close()
+
+    def _logprobs(self, piece: Piece) -> list[TokenLogprob]:
+        if not self.spec.has_logprobs or piece.logprobs is None or piece.token_id is None:
+            return []
+        num_top = self.spec.sampling.num_logprobs or 0
+        return [chat_token(piece.token_id, piece.logprobs, num_top, self._tokenizer, self._name)]
+
+    def _add(self, found: Found) -> None:
+        match found:
+            case Said():
+                message = self._open
+                if not isinstance(message, OutputMessage):
+                    if self._items:  # the other tokens were a call's
+                        self._unsent = _last_tokens(self._unsent, found.text)
+                    message = OutputMessage(id=_draw_id("msg"), content=[])
+                    self._begin(message)
+                    message.content.append(OutputText(logprobs=[]))
+                    self._emit_item("response.content_part.added", content_index=0, part=OutputText())
+                if found.text:
+                    logprobs, self._unsent = self._unsent, []
+                    message.content[0].text += found.text
+                    message.content[0].logprobs += logprobs
+                    self._emit_item(
+                        "response.output_text.delta", content_index=0, delta=found.text, logprobs=logprobs
+                    )
+            case CallBegan():
+                known = self._tools.known.get(found.name, KnownTool(found.name))
+                namespace = known.namespace or msgspec.UNSET
+                if known.is_custom:
+                    call: OutputItem = OutputCustomCall(
+                        id=_draw_id("ctc"), call_id=found.call_id, name=known.name, namespace=namespace
+                    )
+                else:
+                    call = OutputCall(id=_draw_id("fc"), call_id=found.call_id, name=known.name, namespace=namespace)
+                self._begin(call)
+            case CallWent():
+                self._arguments += found.arguments
+                if isinstance(self._open, OutputCall):
+                    self._emit_item("response.function_call_arguments.delta", delta=found.arguments)
+
+    def _begin(self, item: OutputItem) -> None:
+        self._close()
+        self._items.append(item)
+        self._open = item
+        self._arguments = ""
+        self._emit("response.output_item.added", output_index=len(self._items) - 1, item=item)
+
+    def _close(self) -> None:
+        item = self._open
+        if item is None:
+            return
+        match item:
+            case OutputMessage(content=[part]):
+                self._emit_item("response.output_text.done", content_index=0, text=part.text, logprobs=part.logprobs)
+                self._emit_item("response.content_part.done", content_index=0, part=part)
+                kept = InputItem(role="assistant", content=part.text)
+            case OutputCall():
+                item.arguments = self._arguments
+                self._emit_item("response.function_call_arguments.done", arguments=item.arguments, name=item.name)
+                kept = InputItem(type=item.type, call_id=item.call_id, name=item.name, arguments=item.arguments)
+            case OutputCustomCall():
+                # Its text stands in JSON, which is read once it is whole.
+                item.input = text_argument(self._arguments)
+                self._emit_item("response.custom_tool_call_input.delta", delta=item.input)
+                self._emit_item("response.custom_tool_call_input.done", input=item.input)
+                kept = InputItem(type=item.type, call_id=item.call_id, name=item.name, input=item.input)
+        is_stopped = self._finish_reason is not None and self._finder is not None and self._finder.is_last_cut
+        item.status = "incomplete" if self._finish_reason == "length" or is_stopped else "completed"
+        self._emit("response.output_item.done", output_index=len(self._items) - 1, item=item)
+        self._open = None
+        if self._recent is not None:
+            if not isinstance(item, OutputMessage):
+                kept.namespace = item.namespace or None
+            self._recent.add(self._client, item.id, kept)
+
+    def _emit_item(self, kind: str, **fields: object) -> None:
+        assert self._open is not None
+        self._emit(kind, item_id=self._open.id, output_index=len(self._items) - 1, **fields)
+
+    def _emit(self, kind: str, **fields: object) -> None:
+        if self.spec.is_stream:
+            event = ResponseEvent(type=kind, sequence_number=self._num_events, **fields)  # type: ignore[arg-type]
+            self._num_events += 1
+            self._events.append(b"event: " + kind.encode() + b"\ndata: " + encode_json(event) + b"\n\n")
+
+    def _take_events(self) -> list[bytes]:
+        events, self._events = self._events, []
+        return events
+
+    def _answer(self, status: str, usage: Usage | None) -> ResponseAnswer:
+        spec, body = self.spec, self._body
+        return ResponseAnswer(
+            id=spec.answer_id,
+            created_at=spec.created,
+            status=status,
+            model=spec.model,
+            output=list(self._items),
+            incomplete_details=IncompleteDetails(reason="max_output_tokens") if status == "incomplete" else None,
+            instructions=body.instructions,
+            max_output_tokens=body.max_output_tokens,
+            metadata=body.metadata or {},
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            temperature=spec.sampling.temperature,
+            text=TextOptions(format=(body.text and body.text.format) or TextFormat(type="text")),
+            tool_choice=body.tool_choice or "auto",
+            tools=self._tools.shown,
+            top_p=spec.sampling.top_p,
+            usage=None if usage is None else ResponseUsage(
+                input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
+            ),
+            user=body.user,
+        )  # fmt: skip
+
+
+def _last_tokens(tokens: list[TokenLogprob], text: str) -> list[TokenLogprob]:
+    """Those of which this text consists, if it is the end of theirs."""
+    num_bytes, place = len(text.encode()), len(tokens)
+    while num_bytes > 0 and place:
+        place -= 1
+        num_bytes -= len(tokens[place].bytes or ())
+    return tokens[place:]
+
+
+def _draw_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"

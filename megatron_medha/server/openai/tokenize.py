@@ -1,0 +1,142 @@
+"""/tokenize and /detokenize, in vLLM's shapes. What is long is encoded and sent by slices."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from array import array
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import msgspec
+from starlette.responses import Response, StreamingResponse
+
+from megatron_medha.server.bodies.openai_types import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+)
+from megatron_medha.server.http.http_errors import bad_request
+from megatron_medha.server.http.request_body import BodyType
+from megatron_medha.server.openai.chat_completions import adds_special_tokens, chat_tools, render_messages
+from megatron_medha.server.openai.prompts import check_ids, check_length, encode_text
+from megatron_medha.server.openai.wire_format import encode_json
+from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.tools.tool_fields import definitions_of, usable_tools
+from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TooManyTokens
+
+TOKENIZE_BODY = BodyType(msgspec.json.Decoder(TokenizeRequest), texts=frozenset({"prompt", "messages"}))
+DETOKENIZE_BODY = BodyType(msgspec.json.Decoder(DetokenizeRequest), ids=frozenset({"tokens"}))
+
+_SLICE_IDS = 4_096     # encoded on the event loop at once: 1 ms, with their names 3 ms
+_SLICE_CHARS = 65_536
+
+
+async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> Response:
+    """Token ids of a prompt, or of messages as the chat route would encode them."""
+    ids = await token_ids_of(service, ready, body)
+    limit = ready.facts.max_request_tokens
+    names = ready.tokenizer if body.return_token_strs else None
+    if len(ids) > _SLICE_IDS:
+        return _streamed(_token_parts(ids, limit, names))
+    answer = TokenizeAnswer(
+        count=len(ids), max_model_len=limit, tokens=ids.tolist(), token_strs=_names(names, ids) if names else None
+    )
+    return Response(encode_json(answer), media_type="application/json")
+
+
+async def token_ids_of(service: Service, ready: Ready, body: TokenizeRequest) -> array[int]:
+    """The ids of what the body holds; ApiError 400 if they are more than the model's context."""
+    service.model_name(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise bad_request("prompt: expected either prompt or messages", "prompt")
+    if body.messages is not None:
+        usable = usable_tools(body.tools, None)
+        tools = chat_tools(service, ready, usable.tools, "required" if usable.tools else None, None)
+        text = (await render_messages(service, ready, body.messages, body, definitions_of(tools))).text
+        adds_special = adds_special_tokens(ready, body.add_special_tokens)
+    else:
+        text = body.prompt or ""
+        adds_special = body.add_special_tokens is not False
+    param = "prompt" if body.messages is None else "messages"
+    tokenizer, limit = ready.tokenizer, ready.facts.max_request_tokens
+    check_length(tokenizer.min_num_tokens(text), limit, ready, service, param, is_exact=False)
+
+    def work() -> array[int]:
+        return encode_text(tokenizer, text, adds_special, limit, param)
+
+    try:
+        ids = await service.work_on_text(len(text), work)
+    except TooManyTokens as error:
+        check_length(error.at_least, limit, ready, service, param, is_exact=False)
+        raise
+    check_length(len(ids), limit, ready, service, param)
+    return ids
+
+
+async def detokenize(service: Service, ready: Ready, body: DetokenizeRequest) -> Response:
+    """Text of token ids, special tokens included; ApiError 400 beyond the context."""
+    service.model_name(body.model)
+    check_length(len(body.tokens), ready.facts.max_request_tokens, ready, service, "tokens")
+    try:
+        ids = array("i", body.tokens)
+    except OverflowError:
+        raise bad_request("tokens: a token id is outside the vocabulary", "tokens") from None
+    tokenizer = ready.tokenizer
+
+    def work() -> list[str]:
+        check_ids(ids, ready.facts.shape.vocab_size, "tokens")
+        return list(_text_parts(tokenizer, ids))
+
+    texts = await service.work_on_text(len(ids), work) if ids else []
+    if len(ids) > _SLICE_IDS:
+        return _streamed(_quoted(texts))
+    return Response(encode_json(DetokenizeAnswer(prompt="".join(texts))), media_type="application/json")
+
+
+def _streamed(parts: AsyncIterator[bytes]) -> Response:
+    return StreamingResponse(_one_by_one(parts), media_type="application/json")
+
+
+async def _one_by_one(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for part in parts:
+        yield part
+        await asyncio.sleep(0)  # sending waits only where the client reads slowly
+
+
+async def _token_parts(ids: array[int], limit: int, names: Tokenizer | None) -> AsyncIterator[bytes]:
+    """A TokenizeAnswer as JSON."""
+    yield b'{"count":%d,"max_model_len":%d,"tokens":[' % (len(ids), limit)
+    for begin in range(0, len(ids), _SLICE_IDS):
+        yield (b"," if begin else b"") + encode_json(ids[begin : begin + _SLICE_IDS].tolist())[1:-1]
+    if names is None:
+        yield b'],"token_strs":null}'
+        return
+    yield b'],"token_strs":['
+    for begin in range(0, len(ids), _SLICE_IDS):
+        yield (b"," if begin else b"") + encode_json(_names(names, ids[begin : begin + _SLICE_IDS]))[1:-1]
+    yield b"]}"
+
+
+async def _quoted(texts: Sequence[str]) -> AsyncIterator[bytes]:
+    """A DetokenizeAnswer as JSON."""
+    yield b'{"prompt":"'
+    for text in texts:
+        for begin in range(0, len(text), _SLICE_CHARS):
+            yield encode_json(text[begin : begin + _SLICE_CHARS])[1:-1]
+    yield b'"}'
+
+
+def _names(tokenizer: Tokenizer, ids: array[int]) -> list[str]:
+    return [tokenizer.token_name(token_id) for token_id in ids]
+
+
+def _text_parts(tokenizer: Tokenizer, ids: array[int]) -> Iterator[str]:
+    if tokenizer.kind is not PieceKind.BYTE_LEVEL:
+        yield tokenizer.decode(ids, skip_special_tokens=False)
+        return
+    # The library makes 100 bytes of each id; the bytes of a byte-level token are known here.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for begin in range(0, len(ids), _SLICE_IDS):
+        yield decoder.decode(b"".join(map(tokenizer.token_bytes, ids[begin : begin + _SLICE_IDS])))
+    yield decoder.decode(b"", final=True)

@@ -1,0 +1,157 @@
+"""From the engine's thread to the event loop: each delivery finds the HTTP request that waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from megatron_medha.core.ports import Delivery
+from megatron_medha.server.http.http_errors import ApiError
+
+_TURN = 64  # deliveries that one request takes before others run: some 2 ms
+
+
+class Timed(NamedTuple):
+    """A delivery, with the time at which it reached the event loop."""
+
+    delivery: Delivery
+    at_s: float
+
+
+class Gone(Exception):
+    """The client has closed its connection."""
+
+
+class EngineLost(Exception):
+    """The engine ended without a word to this request."""
+
+
+def reader_too_slow(num_unread: int) -> ApiError:
+    """What ends a request whose client does not read."""
+    return ApiError(503, f"the client left {num_unread} tokens unread; the request has ended", code="reader_too_slow")
+
+
+class Stream:
+    """What one HTTP request waits for: the deliveries of all its sub-requests, in order. Event loop only."""
+
+    def __init__(self, request_ids: Iterable[str], max_unread: int, on_overflow: Callable[[], None]) -> None:
+        self.request_ids = tuple(request_ids)
+        self._max_unread = max_unread
+        self._on_overflow = on_overflow
+        self._items: deque[Timed] = deque()
+        self._end: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._num_in_turn = 0  # taken since others could run
+
+    def push(self, item: Timed) -> None:
+        """Add a delivery; one too many unread ends the stream."""
+        if self._end is not None:
+            return
+        if len(self._items) >= self._max_unread:
+            self.end(reader_too_slow(self._max_unread))
+            self._on_overflow()
+            return
+        self._items.append(item)
+        self._wake()
+
+    def end(self, why: Exception) -> None:
+        """No delivery matters any more: next() raises this from now on. The first reason stays."""
+        if self._end is None:
+            self._end = why
+            self._items.clear()
+            self._wake()
+
+    async def next(self) -> Timed:
+        """The next delivery; raises the reason given to end()."""
+        while True:
+            if self._end is not None:
+                raise self._end
+            if not self._items:
+                await self._wait()
+            elif self._num_in_turn == _TURN:
+                await asyncio.sleep(0)
+            else:
+                self._num_in_turn += 1
+                return self._items.popleft()
+            self._num_in_turn = 0
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Whether next() has something to say, after waiting that long at most."""
+        if self._end is None and not self._items:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._wait()
+            except TimeoutError:
+                return False
+        return True
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Streams:
+    """All streams that are open. Only deliver() may be called from other threads."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._by_request_id: dict[str, Stream] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_request_id)
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Say which loop serves the clients; before the engine starts."""
+        self._loop = loop
+
+    def open(self, request_ids: Sequence[str], max_unread: int, on_overflow: Callable[[], None]) -> Stream:
+        """Wait for these sub-requests; before they are submitted.
+
+        Beyond max_unread deliveries that nobody has taken the stream ends, and on_overflow is called.
+        """
+        stream = Stream(request_ids, max_unread, on_overflow)
+        for request_id in stream.request_ids:
+            assert request_id not in self._by_request_id, f"request id {request_id} is in use"
+            self._by_request_id[request_id] = stream
+        return stream
+
+    def forget(self, request_id: str) -> None:
+        """This sub-request has ended; what may still come for it is dropped."""
+        self._by_request_id.pop(request_id, None)
+
+    def close(self, stream: Stream) -> None:
+        """The HTTP request has ended; none of its sub-requests is waited for any more."""
+        for request_id in stream.request_ids:
+            self._by_request_id.pop(request_id, None)
+
+    def end_all(self, why: Callable[[], Exception]) -> None:
+        """End every open stream."""
+        for stream in set(self._by_request_id.values()):
+            stream.end(why())
+
+    def deliver(self, deliveries: Sequence[Delivery]) -> None:
+        """The engine's sink: one wake-up of the loop for all deliveries of a step. From any thread."""
+        assert self._loop is not None, "attach() comes before the engine starts"
+        try:
+            self._loop.call_soon_threadsafe(self._dispatch, deliveries)
+        except RuntimeError:
+            # The loop is closed: the server has ended and with it every client there could be.
+            if not self._loop.is_closed():
+                raise
+
+    def _dispatch(self, deliveries: Sequence[Delivery]) -> None:
+        at_s = self._now_s()
+        for delivery in deliveries:
+            stream = self._by_request_id.get(delivery.request_id)
+            if stream is not None:  # None: ended here while the token was on its way
+                stream.push(Timed(delivery, at_s))

@@ -1,0 +1,77 @@
+"""How long one answer may take, and how long its reader may take nothing of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from megatron_medha.server.admission import retry_after
+from megatron_medha.server.http.http_errors import ApiError
+from megatron_medha.server.output_streams import Stream
+from megatron_medha.server.server_config import ServerConfig
+
+_LOOKS_PER_TIMEOUT = 4  # a stalled reader is found at most a quarter of the timeout late
+
+
+class Patience:
+    """Two timers of an answer. One timer per answer, not per token: those come thousands a second."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        stream: Stream,
+        transport: asyncio.Transport | None,
+        part_being_sent: Callable[[], int | None],
+        config: ServerConfig,
+    ) -> None:
+        """transport: of the client's connection; None where the server has none of its own (an ASGI test client)."""
+        self.outcome: str | None = None  # why it ran out
+        self._loop = loop
+        self._stream = stream
+        self._transport = transport
+        self._part_being_sent = part_being_sent
+        self._last_part: int | None = None
+        self._num_looks = 0  # that found the same part still being sent
+        self._config = config
+        self._deadline: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
+
+    def start(self, age_s: float) -> None:
+        """Begin to wait, for a request that arrived that long ago."""
+        timeout_s = self._config.request_timeout_s
+        if timeout_s is not None:
+            self._deadline = self._loop.call_later(max(0.0, timeout_s - age_s), self._take_too_long)
+        self._look_later()
+
+    def end(self) -> None:
+        """The answer is done."""
+        for timer in (self._deadline, self._look):
+            if timer is not None:
+                timer.cancel()
+
+    def _take_too_long(self) -> None:
+        self.outcome = self.outcome or "request_timeout"
+        self._stream.end(
+            ApiError(
+                503,
+                f"the request was not done within {self._config.request_timeout_s:g} s (server.request_timeout_s)",
+                code="request_timeout",
+                headers=retry_after(self._config.retry_after_s),
+            )
+        )
+
+    def _look_later(self) -> None:
+        self._look = self._loop.call_later(
+            self._config.stalled_reader_timeout_s / _LOOKS_PER_TIMEOUT, self._look_at_reader
+        )
+
+    def _look_at_reader(self) -> None:
+        part = self._part_being_sent()
+        self._num_looks = self._num_looks + 1 if part is not None and part == self._last_part else 0
+        self._last_part = part
+        if self._transport is None or self._num_looks < _LOOKS_PER_TIMEOUT:
+            self._look_later()
+            return
+        # Nothing can be said to someone who does not listen: the connection ends, and the send that waits with it.
+        self.outcome = self.outcome or "reader_stalled"
+        self._transport.abort()

@@ -1,0 +1,96 @@
+"""Values that calls carry as bare text, typed by the tool's schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_medha.server.tools.json_text import loads
+
+_PYTHON = {"True": True, "False": False, "None": None}
+_ALL = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
+
+
+def typed_value(text: str, schema: Any, key: str) -> Any:
+    """What the text of the parameter `key` stands for in a call of a tool with this schema of its arguments."""
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    if not isinstance(properties, dict) or key not in properties:
+        # Text, unless it can hardly be meant as such.
+        types = frozenset({"string", "object", "array"})
+    else:
+        types = _types(properties[key], schema, {})
+    try:
+        value = _PYTHON[text.strip()] if text.strip() in _PYTHON else loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text if isinstance(value, str) else _fitting(value, text, types)
+
+
+def _fitting(value: Any, text: str, types: frozenset[str]) -> Any:
+    match value:
+        case None:
+            is_of = "null" in types
+        case bool():
+            is_of = "boolean" in types
+        case int():
+            is_of = bool({"integer", "number"} & types)
+        case float():
+            if "number" not in types and "integer" in types and value.is_integer():
+                return int(value)
+            is_of = "number" in types
+        case dict():
+            is_of = "object" in types
+        case _:
+            is_of = "array" in types
+    return value if is_of else text
+
+
+def _types(schema: Any, root: Any, known: dict[str, frozenset[str]]) -> frozenset[str]:
+    """Which types of JSON the schema may allow. known: what references stand for; schemas may refer to themselves."""
+    if not isinstance(schema, dict):
+        return _ALL
+    types = _ALL
+    match schema.get("type"):
+        case str(one):
+            types = frozenset({one})
+        case list(several):
+            types = frozenset(one for one in several if isinstance(one, str))
+    if isinstance(reference := schema.get("$ref"), str):
+        if reference not in known:
+            known[reference] = _ALL
+            known[reference] = _types(_resolved(reference, root), root, known)
+        types &= known[reference]
+    for key in ("enum", "const"):
+        if key in schema:
+            values = schema[key] if key == "enum" and isinstance(schema[key], list) else [schema[key]]
+            types &= frozenset().union(*map(_type_of, values))
+    for key in ("anyOf", "oneOf"):
+        if isinstance(options := schema.get(key), list) and options:
+            types &= frozenset().union(*(_types(option, root, known) for option in options))
+    for part in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
+        types &= _types(part, root, known)
+    return types
+
+
+def _type_of(value: Any) -> frozenset[str]:
+    match value:
+        case None:
+            return frozenset({"null"})
+        case bool():
+            return frozenset({"boolean"})
+        case int() | float():
+            return frozenset({"integer", "number"})
+        case str():
+            return frozenset({"string"})
+        case dict():
+            return frozenset({"object"})
+        case _:
+            return frozenset({"array"})
+
+
+def _resolved(reference: str, root: Any) -> Any:
+    place = root
+    for part in reference.removeprefix("#").strip("/").split("/"):
+        name = part.replace("~1", "/").replace("~0", "~")
+        if name:
+            place = place.get(name) if isinstance(place, dict) else None
+    return place

@@ -1,0 +1,239 @@
+"""What an answer must match: from a request's fields to a grammar that ranks can follow, compiled once to try it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from megatron_medha.grammar.grammar_process import Combination, GuideKind, Trial, Vocabulary
+from megatron_medha.grammar.grammar_trials import GrammarTrials, TooMuch, TrialsBusy
+from megatron_medha.grammar.guidance import GrammarError
+from megatron_medha.server.bodies.openai_types import ResponseFormat, SharedFields, StructuredOutputs
+from megatron_medha.server.http.http_errors import ApiError, bad_request
+from megatron_medha.server.server_config import ServerConfig
+from megatron_medha.system.child_environment import child_environment
+
+if TYPE_CHECKING:
+    from megatron_medha.server.service import Ready
+
+_NUM_KNOWN = 256     # guides whose fate is known
+_REFUSED_S = 60.0    # how long one that took too long is refused at once: clients that send it again get it again
+_MAX_ERROR_CHARS = 1000
+_TOOL = re.compile(r"#/\$defs/tool([0-9]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """What an answer must match, and the field that says so."""
+
+    kind: GuideKind
+    text: str
+    param: str
+
+
+def guide_of(fields: SharedFields) -> Guide | None:
+    """What the fields of a request say; ApiError 400 where they say several things, or one we cannot do."""
+    guides = [*_of_format(fields.response_format), *_of_structured(fields.structured_outputs), *_of_old_names(fields)]
+    if len(guides) > 1:
+        params = " and ".join(guide.param for guide in guides)
+        raise bad_request(f"{params}: an answer can match one of them only", guides[1].param)
+    return guides[0] if guides else None
+
+
+def json_guide(schema: dict[str, Any] | bool, param: str) -> Guide:
+    """Text that is JSON of this schema."""
+    return Guide(GuideKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), param)
+
+
+def check_guidable(fields: SharedFields, ready: Ready, param: str) -> None:
+    """ApiError 400 for fields that contradict a guide: it says by itself where an answer ends."""
+    if fields.ignore_eos:
+        raise bad_request(f"ignore_eos: not together with {param}, which says where the answer ends", "ignore_eos")
+    if fields.min_tokens:
+        raise bad_request(f"min_tokens: not together with {param}, which says where the answer ends", "min_tokens")
+    if not ready.facts.stop_token_ids:
+        raise bad_request(f"{param}: this model has no end token, with which to end an answer that is complete", param)
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What is known of a guide."""
+
+    grammar: str | None
+    why: str = ""              # there is none
+    code: str = ""
+    until_s: float = math.inf  # of the loop's clock; after that it is tried again
+
+
+class Grammars:
+    """Turns guides into grammars. What came of a guide is remembered, and asked once for all who want it at a time."""
+
+    def __init__(self) -> None:
+        self._trials: GrammarTrials | None = None
+        self._known: OrderedDict[Guide, _Verdict] = OrderedDict()
+        self._under_way: dict[Guide, asyncio.Task[_Verdict]] = {}
+
+    async def grammar_of(self, guide: Guide, ready: Ready, config: ServerConfig, client: str = "") -> str:
+        """For Sampling.grammar; ApiError 400 with the library's message where it cannot be compiled in time.
+
+        client: in whose share of the processes it is compiled.
+        """
+        _check_size(guide, config)
+        verdict = self._known.get(guide)
+        if verdict is None or verdict.until_s < asyncio.get_running_loop().time():
+            task = self._under_way.get(guide)
+            if task is None:
+                task = self._under_way[guide] = asyncio.create_task(self._find_out(guide, ready, config, client))
+                task.add_done_callback(lambda done: self._found_out(guide, done))
+            try:
+                verdict = await asyncio.shield(task)
+            except TrialsBusy as error:
+                raise ApiError(503, str(error), code="grammars_waiting",
+                               headers={"retry-after": str(config.retry_after_s)}) from None  # fmt: skip
+        else:
+            self._known.move_to_end(guide)
+        if verdict.grammar is None:
+            # Schemas of several tools are compiled as one; see tools.py.
+            why = _TOOL.sub(r"tools[\1].function.parameters", verdict.why) if guide.param == "tools" else verdict.why
+            raise bad_request(f"{guide.param}: {why}", guide.param, verdict.code)
+        return verdict.grammar
+
+    async def close(self) -> None:
+        """No more will be asked for."""
+        if self._trials is not None:
+            await self._trials.close()
+            await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+
+    async def _find_out(self, guide: Guide, ready: Ready, config: ServerConfig, client: str) -> _Verdict:
+        if self._trials is None:
+            facts, tokenizer = ready.facts, ready.tokenizer
+            self._trials = GrammarTrials(
+                lambda: Vocabulary(tokenizer.as_json(), facts.shape.vocab_size, facts.stop_token_ids),
+                child_environment([secret for secret in (config.api_key, config.admin_key) if secret is not None]),
+            )
+        try:
+            grammar = await self._trials.compile(Trial(guide.kind, guide.text), config.grammar_timeout_s, client)
+        except TooMuch as error:
+            until_s = asyncio.get_running_loop().time() + _REFUSED_S
+            return _Verdict(None, f"{error}; make it smaller or simpler", "grammar_too_complex", until_s)
+        except GrammarError as error:
+            return _Verdict(None, str(error)[:_MAX_ERROR_CHARS], "invalid_grammar")
+        return _Verdict(grammar)
+
+    def _found_out(self, guide: Guide, task: asyncio.Task[_Verdict]) -> None:
+        del self._under_way[guide]
+        if task.cancelled() or task.exception() is not None:
+            return
+        self._known[guide] = task.result()
+        self._known.move_to_end(guide)
+        if len(self._known) > _NUM_KNOWN:
+            self._known.popitem(last=False)
+
+
+def _of_format(given: ResponseFormat | None) -> Iterator[Guide]:
+    match given:
+        case None | ResponseFormat(type="text"):
+            return
+        case ResponseFormat(type="json_object" | "json_schema"):
+            # OpenAI's place for the schema, or that of llama.cpp, Together and Fireworks.
+            schema = given.schema if given.json_schema is None else given.json_schema.schema
+            if schema is None and given.type == "json_schema":
+                raise bad_request(
+                    "response_format.json_schema.schema: missing", "response_format.json_schema.schema"
+                )
+            yield json_guide({"type": "object"} if schema is None else schema, "response_format")
+        case _:
+            raise bad_request(
+                f"response_format.type: expected text, json_object or json_schema, got `{given.type[:40]}`",
+                "response_format.type",
+            )
+
+
+def _of_structured(given: StructuredOutputs | None) -> Iterator[Guide]:
+    if given is None:
+        return
+    name = "structured_outputs"
+    if given.structural_tag is not None:
+        raise bad_request(f"{name}.structural_tag: not supported", name, "unsupported_parameter")
+    if given.json_object:
+        yield json_guide({"type": "object"}, f"{name}.json_object")
+    yield from _each(name + ".", given.json, given.regex, given.choice, given.grammar)
+
+
+def _of_old_names(fields: SharedFields) -> Iterator[Guide]:
+    given = (fields.guided_json, fields.guided_regex, fields.guided_choice, fields.guided_grammar)
+    yield from _each("guided_", *given)
+
+
+def _each(
+    prefix: str,
+    schema: dict[str, Any] | str | bool | None,
+    regex: str | None,
+    choice: list[str] | None,
+    grammar: str | None,
+) -> Iterator[Guide]:
+    if schema is not None:
+        param = f"{prefix}json"
+        yield Guide(GuideKind.JSON_SCHEMA, schema, param) if isinstance(schema, str) else json_guide(schema, param)
+    if regex is not None:
+        yield Guide(GuideKind.REGEX, regex, f"{prefix}regex")
+    if choice is not None:
+        if not choice or not all(choice):
+            raise bad_request(f"{prefix}choice: expected at least one text, none of them empty", f"{prefix}choice")
+        lark = "start: " + " | ".join(msgspec.json.encode(text).decode() for text in choice)
+        yield Guide(GuideKind.CHOICE, lark, f"{prefix}choice")
+    if grammar is not None:
+        yield Guide(GuideKind.GRAMMAR, grammar, f"{prefix}grammar")
+
+
+def _check_size(guide: Guide, config: ServerConfig) -> None:
+    if guide.kind is GuideKind.COMBINATION:
+        parts = msgspec.json.decode(guide.text, type=Combination).parts
+        for name, part in parts.items():
+            _check_size(Guide(part.kind, part.text, guide.param if name == "text" else "tools"), config)
+        return
+    is_regex = guide.kind in (GuideKind.REGEX, GuideKind.GRAMMAR)
+    key = "max_regex_chars" if is_regex else "max_schema_chars"
+    most: int = getattr(config, key)
+    if len(guide.text) > most:
+        raise bad_request(
+            f"{guide.param}: {len(guide.text)} characters, at most {most} (server.{key})", guide.param,
+            "grammar_too_complex",
+        )  # fmt: skip
+    if guide.kind is not GuideKind.JSON_SCHEMA:
+        return
+    try:
+        schema = msgspec.json.decode(guide.text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise bad_request(f"{guide.param}: not valid JSON: {error}", guide.param, "invalid_grammar") from None
+    if not isinstance(schema, dict | bool):
+        raise bad_request(f"{guide.param}: a JSON schema is an object", guide.param, "invalid_grammar")
+    if any(len(text) > config.max_regex_chars for text in _patterns(schema)):
+        raise bad_request(
+            f"{guide.param}: a pattern has more than {config.max_regex_chars} characters (server.max_regex_chars)",
+            guide.param, "grammar_too_complex",
+        )  # fmt: skip
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """Texts that a schema may use as regexes."""
+    rest = [schema]
+    while rest:
+        match rest.pop():
+            case dict() as object_:
+                if isinstance(pattern := object_.get("pattern"), str):
+                    yield pattern
+                if isinstance(patterns := object_.get("patternProperties"), dict):
+                    yield from patterns
+                rest.extend(object_.values())
+            case list() as array_:
+                rest.extend(array_)
+            case _:
+                pass

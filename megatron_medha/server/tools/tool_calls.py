@@ -1,0 +1,277 @@
+"""Finding calls of tools in the text of an answer that arrives in pieces."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from megatron_medha.server.generation import Piece
+from megatron_medha.server.tools.call_python import PythonCall
+from megatron_medha.server.tools.call_readers import CallBegan, CallReader, CallWent, Found, JsonCall, Said
+from megatron_medha.server.tools.call_tags import TagCall
+from megatron_medha.server.tools.tool_fields import ToolUse
+from megatron_medha.text.call_syntax import MARKS, REASONING
+
+__all__ = ["CallBegan", "CallFinder", "CallWent", "Found", "Said"]
+
+_BETWEEN = " \t\r\n;,[]"  # between calls: Llama writes semicolons, a list has brackets and commas
+_PYTHON_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_SLICE_CHARS = 4096
+_QUOTES = "`'\""
+
+
+class CallFinder:
+    """Separates calls from text. What looks like a call and is none stays text: nothing is lost.
+
+    White space right after a call, or before everything, goes with the words that follow; where none follow, it goes.
+    What is found does not depend on how the text is cut into pieces.
+    """
+
+    def __init__(self, use: ToolUse) -> None:
+        self._use = use
+        self._marks = marks = MARKS[use.syntax]
+        start = "" if marks.tags is None else marks.tags.start
+        # Passed over in a section: an opening said twice, and what surrounds single calls.
+        self._passed = tuple(mark for mark in (*marks.between, *marks.openings) if mark != start)
+        self._ends = (*marks.closings, *marks.between, "" if marks.tags is None else marks.tags.end)
+        self._all_marks = (*self._passed, *marks.closings, *([start] if start else ()))
+        self._rest = ""                      # not yet known what it is
+        self._space = ""                     # white space that waits for words
+        self._holds_space = True
+        self._last_char = ""
+        self._num_calls = 0
+        self.is_last_cut = False             # of the calls
+        self._reader: CallReader | None = None
+        self._section: str | None = None     # what was skipped of a section since its last call, or since it began
+        self.is_marked = False               # whether the section has an opening
+        self._section_has_calls = False
+        self._is_after_call = False          # nothing but white space since
+        self._owes_closing = False           # words came before the section's end
+        self._reasoning_end: str | None = None
+        self._may_be_bare = self._marks.is_bare
+        if use.only is not None:
+            self._reader = JsonCall(self, arguments_of=use.only)
+        elif use.guide is None:
+            self._reasoning_end = use.reasoning_end
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether any has been found so far."""
+        return self._num_calls > 0
+
+    def push(self, text: str) -> list[Found]:
+        """Take the next piece of text."""
+        found: list[Found] = []
+        # By slices: what is left of a text is copied with every step.
+        for begin in range(0, len(text), _SLICE_CHARS):
+            self._rest += text[begin : begin + _SLICE_CHARS]
+            while self._rest and self._step(found):
+                pass
+        return found
+
+    @property
+    def has_whole_calls(self) -> bool:
+        """Whether there are calls, and the last has not been cut."""
+        return self.has_calls and not self.is_last_cut
+
+    def end(self, last: Piece) -> list[Found]:
+        """As finish(): nothing follows this piece."""
+        # A stop string that is the end of a call cuts none.
+        is_stopped = isinstance(last.stop_reason, str) and last.stop_reason.strip() not in self._ends
+        return self.finish(is_cut=last.finish_reason == "length" or is_stopped)
+
+    def finish(self, *, is_cut: bool = False) -> list[Found]:
+        """No more text follows. is_cut: because there was no room for more, or it was stopped."""
+        found: list[Found] = []
+        self.is_last_cut = is_cut and self._reader is not None and self._reader.has_begun
+        if is_cut and self._section is not None and self.is_marked and not (self._reader and self._reader.has_begun):
+            # A call was cut before it had a name.
+            self._reader, self._rest, self._section_has_calls = None, "", True
+        if self._reader is not None:
+            self._reader.give_up(found, is_cut=is_cut)
+            self._section = None if self._reader.is_text else self._section
+            self._reader = None
+        rest, self._rest = self._rest, ""
+        if self._section is not None and not self._section_has_calls:
+            self.say(self._section + rest, found)
+        elif not (self._section is not None or self._is_after_call) or not self._is_part_of_mark(rest.strip()):
+            self.say(rest, found)
+        if self._space and not self.has_calls:
+            found.append(Said(self._space))
+        return found
+
+    # what readers ask for
+
+    def begin(self, name: str, found: list[Found]) -> CallBegan | None:
+        """Count a call; None where it is one more than is answered."""
+        self._section, self._section_has_calls = "", True
+        self._space, self._holds_space, self._last_char = "", True, ""
+        if self._num_calls and not self._use.is_parallel:
+            return None
+        self._num_calls += 1
+        began = CallBegan(self._num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
+        found.append(began)
+        return began
+
+    def accepts(self, name: str, *, has_arguments: bool) -> bool:
+        """Whether JSON with this name is a call. Between marks any is: whoever has the tools can say that one lacks."""
+        if name in self._use.names:
+            return True
+        is_name = bool(name) and name.isprintable()
+        return is_name and self._use.guide is None and (self.is_marked or has_arguments)
+
+    def say(self, text: str, found: list[Found]) -> None:
+        """Text, of which white space may have to wait."""
+        if not text:
+            return
+        self._last_char = text[-1]
+        if self._holds_space:
+            if text.isspace():
+                self._space += text
+                return
+            text, self._space = self._space + text, ""
+            self._holds_space = self._is_after_call = False
+        found.append(Said(text))
+
+    # steps: each looks at what there is, and is false when more text is needed
+
+    def _step(self, found: list[Found]) -> bool:
+        if self._reader is not None:
+            return self._read(self._reader, found)
+        if self._reasoning_end is not None:
+            return self._reason(self._reasoning_end, found)
+        if self._may_be_bare:
+            return self._begin_bare(found)
+        if self._section is not None:
+            return self._look_for_call(self._section, found)
+        return self._look_for_mark(found)
+
+    def _read(self, reader: CallReader, found: list[Found]) -> bool:
+        self._rest = reader.push(self._rest, found)
+        if reader.is_done:
+            self._reader = None
+            if reader.is_text:
+                self._section = None
+        return bool(self._rest)
+
+    def _reason(self, end: str, found: list[Found]) -> bool:
+        place = self._rest.find(end)
+        keep = place + len(end) if place >= 0 else len(self._rest) - _overlap(self._rest, end)
+        self.say(self._rest[:keep], found)
+        self._rest = self._rest[keep:]
+        if place >= 0:
+            self._reasoning_end = None
+            self._holds_space = True
+            self._may_be_bare = self._marks.is_bare
+        return place >= 0
+
+    def _begin_bare(self, found: list[Found]) -> bool:
+        """The text begins: with a call, or with reasoning."""
+        text = self._rest.lstrip()
+        if not text or any(opening.startswith(text) for opening, _ in REASONING):
+            return False
+        self._may_be_bare = False
+        if not text.startswith(tuple(opening for opening, _ in REASONING)):
+            self._enter_section("")
+        return True
+
+    def _look_for_mark(self, found: list[Found]) -> bool:
+        marks = self._marks
+        closings = marks.closings if self._is_after_call or self._owes_closing else ()
+        sought = (*marks.openings, *closings, *(opening for opening, _ in REASONING))
+        place, mark = min(
+            ((place, mark) for mark in sought if (place := self._rest.find(mark)) >= 0), default=(-1, ""),
+        )  # fmt: skip
+        if place < 0:
+            keep = len(self._rest) - max(_overlap(self._rest, mark) for mark in sought)
+            self.say(self._rest[:keep], found)
+            self._rest = self._rest[keep:]
+            return False
+        before, self._rest = self._rest[:place], self._rest[place + len(mark) :]
+        self.say(before, found)
+        if mark in closings and (self._is_after_call or self._owes_closing):
+            self._owes_closing = False
+        elif mark in marks.openings:
+            is_tag = marks.tags is not None and mark == marks.tags.start
+            self._rest = mark + self._rest if is_tag else self._rest
+            self._enter_section("" if is_tag else mark)
+        else:
+            is_quoted = self._last_char != "" and self._last_char in _QUOTES
+            self.say(mark, found)
+            if not is_quoted and mark not in closings:
+                self._reasoning_end = dict(REASONING)[mark]
+        return True
+
+    def _enter_section(self, opening: str) -> None:
+        self._section, self.is_marked = opening, not self._marks.is_bare or bool(opening)
+        self._section_has_calls = False
+
+    def _look_for_call(self, section: str, found: list[Found]) -> bool:
+        marks, begin = self._marks, self._num_skipped()
+        skipped, text = self._rest[:begin], self._rest[begin:]
+        passed = next((mark for mark in self._passed if text.startswith(mark)), None)
+        closing = next((mark for mark in marks.closings if text.startswith(mark)), None)
+        if not text or self._is_part_of_mark(text):
+            self._section, self._rest = section + skipped, text
+            return False
+        if passed is not None:
+            self._section = section + skipped + ("" if self._section_has_calls else passed)
+            self._rest = text[len(passed) :]
+        elif closing is not None and self._section_has_calls:
+            self._rest = text[len(closing) :]
+            self._section, self._is_after_call, self._owes_closing = None, True, False
+        else:
+            return self._begin_call(section + skipped, text, found)
+        return True
+
+    def _begin_call(self, skipped: str, text: str, found: list[Found]) -> bool:
+        """A call begins, or something that may become one: then false. If neither, the section has ended with words."""
+        marks, tags = self._marks, self._marks.tags
+        self._section, self._rest = skipped, text
+        before = _words_among(skipped) if self._section_has_calls else skipped
+        name = _PYTHON_NAME.match(text) if marks.is_python else None
+        if text.startswith("{"):
+            self._reader = JsonCall(self, before=before)
+        elif tags is not None and (tags.start and text.startswith(tags.start) or tags.head_so_far.match(text)):
+            self._reader = TagCall(self, tags, marks.closings, self._use.schemas, before=before)
+        elif marks.head is not None and (head := marks.head.match(text)):
+            self._rest = text[head.end() :]
+            self._reader = JsonCall(self, before=before + head.group(), arguments_of=head.group(1))
+        elif name is not None and text[name.end() :].startswith("("):
+            self._reader = PythonCall(self, before=before)
+        elif name is not None and name.end() == len(text) or (
+            marks.head_so_far is not None and marks.head_so_far.fullmatch(text)
+        ):
+            return False
+        else:
+            self._owes_closing = self._section_has_calls and bool(marks.closings)
+            self._section = None
+            self.say(before, found)
+        return True
+
+    def _num_skipped(self) -> int:
+        """How many characters at the beginning of the rest may stand between calls."""
+        between = _BETWEEN + ("}" if self._section_has_calls else "")
+        num_skipped = len(self._rest) - len(self._rest.lstrip(between))
+        last = num_skipped - 1
+        is_mark = last >= 0 and (
+            self._rest.startswith(self._all_marks, last) or self._is_part_of_mark(self._rest[last:])
+        )
+        return last if is_mark else num_skipped  # a bracket may begin a mark
+
+    def _is_part_of_mark(self, text: str) -> bool:
+        return any(len(text) < len(mark) and mark.startswith(text) for mark in self._all_marks)
+
+
+def _words_among(skipped: str) -> str:
+    """Of what stands after a call and before words, that which belongs to the words."""
+    between, bracket, words = skipped.partition("[")
+    return "".join(char for char in between if char.isspace()) + bracket + words
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many characters at the end of the text may be the beginning of the mark."""
+    for length in range(min(len(mark) - 1, len(text)), 0, -1):
+        if text.endswith(mark[:length]):
+            return length
+    return 0
