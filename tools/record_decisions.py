@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_medha.compose import compose, freeze
 from megatron_medha.core.batch import Batch, Completed
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
@@ -25,9 +24,10 @@ from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.options.compose import compose, freeze
+from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
 from megatron_medha.sim.sim_world import SimulatedWorld
 from megatron_medha.sim.simulation import Simulation, Watchers
-from megatron_medha.simulate_config import SimulateOptions, simulation_config
 from megatron_medha.stats.decision_log import DecisionLog
 from megatron_medha.system.best_effort_file import TextSink
 

@@ -8,10 +8,10 @@ import msgspec
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from megatron_medha.compose import CONF_MODULE
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.options.compose import CONF_MODULE
 
 T = TypeVar("T")
 

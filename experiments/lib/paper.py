@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 import megatron_medha
-from megatron_medha.compose import compose, freeze
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
@@ -24,6 +23,8 @@ from megatron_medha.core.ports import Decisions
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.options.compose import compose, freeze
+from megatron_medha.options.simulate_options import SimulateOptions
 from megatron_medha.sim.baselines.instances_world import InstancesWorld
 from megatron_medha.sim.baselines.ring_cost import RingCost
 from megatron_medha.sim.isolated import IsolatedTimes
@@ -33,7 +34,6 @@ from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import InstancesSetup, build_system
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
-from megatron_medha.simulate_config import SimulateOptions
 from megatron_medha.stats.outcome import Outcome, Slo
 from megatron_medha.stats.summary import LengthClasses, Summary, percentile
 from megatron_medha.workload.workload import Workload, WorkloadConfig

@@ -25,10 +25,10 @@ from megatron_medha.system.compiled_core import use_compiled_core
 
 IS_COMPILED = use_compiled_core()
 
-from megatron_medha.compose import as_yaml, compose, freeze
+from megatron_medha.options.compose import as_yaml, compose, freeze
+from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
 from megatron_medha.sim.run_directory import RunDirectory
 from megatron_medha.sim.simulation import Sample, Simulation
-from megatron_medha.simulate_config import SimulateOptions, simulation_config
 
 HOUR_S, WARM_HOURS, BAR_MIB = 3600.0, 2, 1.0
 MIB = 1 << 20

@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("overrides", nargs="*", help="options of medha profile, as key=value")
     arguments = parser.parse_args()
-    from megatron_medha.compose import compose, freeze
-    from megatron_medha.config import ProfileOptions, rank_config
     from megatron_medha.core.cost.fitted_cost import fit
+    from megatron_medha.options.compose import compose, freeze
+    from megatron_medha.options.serve_options import ProfileOptions, rank_config
     from megatron_medha.worker.startup.load import load_rank
     from megatron_medha.worker.startup.step_grid import GridPoint, measure
 

@@ -17,12 +17,12 @@ from megatron_medha.system.compiled_core import use_compiled_core
 
 IS_COMPILED = use_compiled_core()
 
-from megatron_medha.compose import compose, freeze
 from megatron_medha.core.batch import Batch, Event, Output
 from megatron_medha.core.ports import Decisions
+from megatron_medha.options.compose import compose, freeze
+from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
 from megatron_medha.sim.simulation import Simulation, Watchers
 from megatron_medha.sim.system import build_system
-from megatron_medha.simulate_config import SimulateOptions, simulation_config
 
 BAR, GOAL = 300.0, 1000.0
 

@@ -17,8 +17,8 @@ from megatron_medha.commands.job_command import check_plots, directory_of, plot,
 
 if TYPE_CHECKING:
     from megatron_medha.bench.load import Sent
-    from megatron_medha.bench_config import BenchOptions
     from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.options.bench_options import BenchOptions
     from megatron_medha.stats.capacity_search import CapacitySearch
 
 USAGE = f"""\
@@ -48,7 +48,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _options_class() -> type[BenchOptions]:
-    from megatron_medha.bench_config import BenchOptions
+    from megatron_medha.options.bench_options import BenchOptions
 
     return BenchOptions
 
@@ -57,7 +57,7 @@ def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     """One `medha bench` with its output; returns what is in summary.json."""
     from megatron_medha.commands.served import served
     from megatron_medha.commands.wandb_run import WandbRun, check_wandb
-    from megatron_medha.compose import yaml_values
+    from megatron_medha.options.compose import yaml_values
     from megatron_medha.sim.run_directory import RunDirectory
 
     check_plots(options.plots)
@@ -120,7 +120,7 @@ class _Bench:
         from tqdm import tqdm
 
         from megatron_medha.bench.idle import lengths_between, measure_idle
-        from megatron_medha.bench_config import Idle
+        from megatron_medha.options.bench_options import Idle
 
         options = self._options
         if options.idle is Idle.SKIP:

@@ -25,11 +25,11 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE.format(help=HELP), describe_options("chat"), sep="\n", end="")
         return 0
-    from megatron_medha.compose import compose, freeze
+    from megatron_medha.options.compose import compose, freeze
 
     config = compose("chat", ChatConfig, arguments.overrides, arguments.config_dir)
     if arguments.shows_config:
-        from megatron_medha.compose import as_yaml
+        from megatron_medha.options.compose import as_yaml
 
         print(as_yaml(config, arguments.resolves_config), end="")
         return 0

@@ -13,7 +13,7 @@ from megatron_medha.commands.options_help import describe_options
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_medha.simulate_config import Plots
+    from megatron_medha.options.simulate_options import Plots
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def run_job_command(
     if arguments.wants_help:
         print(usage, describe_options(name), sep="\n", end="")
         return 0
-    from megatron_medha.compose import as_yaml, compose, freeze
+    from megatron_medha.options.compose import as_yaml, compose, freeze
 
     config_class = load_class()
     if arguments.is_multirun:
@@ -56,7 +56,7 @@ def directory_of(out: Path | None, name: str) -> Path:
 
 def check_plots(plots: Plots) -> None:
     """Found out before the run, not after it. Raises ConfigError."""
-    from megatron_medha.simulate_config import Plots
+    from megatron_medha.options.simulate_options import Plots
 
     if plots is Plots.ALWAYS and not _can_plot():
         raise ConfigError(
@@ -66,7 +66,7 @@ def check_plots(plots: Plots) -> None:
 
 def plot(plots: Plots, directory: Path) -> None:
     """The pictures of a run, where they are wanted."""
-    from megatron_medha.simulate_config import Plots
+    from megatron_medha.options.simulate_options import Plots
 
     if plots is Plots.NEVER:
         return

@@ -24,9 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 
 from megatron_medha.commands.arguments import Arguments
-from megatron_medha.compose import CONF_MODULE, as_yaml, freeze, register_schema, yaml_values
-from megatron_medha.config_errors import explain
 from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.options.compose import CONF_MODULE, as_yaml, freeze, register_schema, yaml_values
+from megatron_medha.options.option_errors import explain
 from megatron_medha.system.secret_values import hide_secrets
 
 T = TypeVar("T")

@@ -32,7 +32,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.system.compiled_core import use_compiled_core
 
 if TYPE_CHECKING:
-    from megatron_medha.plan_config import Candidates, Contender, PlanOptions
+    from megatron_medha.options.plan_options import Candidates, Contender, PlanOptions
     from megatron_medha.sim.planning.candidate import Trial, Verdict
 
 T = TypeVar("T")
@@ -65,8 +65,8 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE, describe_options("plan"), sep="\n", end="")
         return 0
-    from megatron_medha.compose import as_yaml, compose, freeze
-    from megatron_medha.plan_config import Find, PlanOptions, candidates
+    from megatron_medha.options.compose import as_yaml, compose, freeze
+    from megatron_medha.options.plan_options import Find, PlanOptions, candidates
 
     composed = compose("plan", PlanOptions, arguments.overrides, arguments.config_dir)
     if arguments.shows_config:
@@ -133,8 +133,8 @@ def _begin() -> None:
 
 def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path | None) -> list[Contender]:
     """Who is tried: every option of scheduler= that was named under our own system, and every other system."""
-    from megatron_medha.compose import compose, freeze
-    from megatron_medha.plan_config import Contender, PlanOptions
+    from megatron_medha.options.compose import compose, freeze
+    from megatron_medha.options.plan_options import Contender, PlanOptions
     from megatron_medha.sim.system import SystemKind
 
     def chosen(group: str, default: str) -> str:

@@ -10,7 +10,7 @@ from megatron_medha.stats.capacity_search import wilson_interval
 from megatron_medha.stats.summary_table import number_text, seconds_text
 
 if TYPE_CHECKING:
-    from megatron_medha.plan_config import Candidates, PlanOptions
+    from megatron_medha.options.plan_options import Candidates, PlanOptions
     from megatron_medha.sim.planning.candidate import Trial, Verdict
 
 _MAX_ROWS = 30

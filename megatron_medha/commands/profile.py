@@ -36,8 +36,8 @@ def run(words: Sequence[str]) -> int:
 
     let_idle_threads_sleep(num_usable_cores())
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    from megatron_medha.compose import as_yaml, compose, freeze
-    from megatron_medha.config import ProfileOptions, rank_config
+    from megatron_medha.options.compose import as_yaml, compose, freeze
+    from megatron_medha.options.serve_options import ProfileOptions, rank_config
 
     composed = compose("profile", ProfileOptions, arguments.overrides, arguments.config_dir)
     if arguments.shows_config:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_medha.compose import yaml_values
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.options.compose import yaml_values
 
 # Of no interest when runs are compared.
 _IGNORED_KEYS = ("out", "plots", "requests", "objective", "tracking.", "record.")

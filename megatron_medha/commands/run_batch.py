@@ -72,7 +72,7 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE, describe_options("run_batch"), sep="\n", end="")
         return 0
-    from megatron_medha.compose import as_yaml, compose, freeze
+    from megatron_medha.options.compose import as_yaml, compose, freeze
 
     composed = compose("run_batch", BatchOptions, arguments.overrides, arguments.config_dir)
     if arguments.shows_config:

@@ -96,7 +96,7 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help:
         print(USAGE, describe_options("selftest"), sep="\n", end="")
         return 0
-    from megatron_medha.compose import as_yaml, compose, freeze
+    from megatron_medha.options.compose import as_yaml, compose, freeze
 
     composed = compose("selftest", SelftestConfig, arguments.overrides, arguments.config_dir)
     if arguments.shows_config:

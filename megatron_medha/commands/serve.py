@@ -23,7 +23,7 @@ from megatron_medha.system.log_lines import set_up_logging
 from megatron_medha.system.memory_trim import GIVE_BACK_INTERVAL_S, give_back_freed_memory, give_back_large_blocks
 
 if TYPE_CHECKING:
-    from megatron_medha.config import ServeConfig, ServeOptions
+    from megatron_medha.options.serve_options import ServeConfig, ServeOptions
     from megatron_medha.server.server_config import ServerConfig
 
 USAGE = f"""\
@@ -61,13 +61,13 @@ def run(words: Sequence[str]) -> int:
         print(USAGE, describe_options("serve"), sep="\n", end="")
         return 0
     if arguments.shows_config:
-        from megatron_medha.compose import as_yaml, compose
-        from megatron_medha.config import ServeOptions
+        from megatron_medha.options.compose import as_yaml, compose
+        from megatron_medha.options.serve_options import ServeOptions
 
         composed = compose("serve", ServeOptions, arguments.overrides, arguments.config_dir)
         print(as_yaml(composed, arguments.resolves_config), end="")
         return 0
-    from megatron_medha.config import serve_config
+    from megatron_medha.options.serve_options import serve_config
 
     def read_server_config() -> ServerConfig:
         """What the files and the environment say now, for a reload."""
@@ -85,8 +85,8 @@ def _known_options(arguments: Arguments) -> ServeOptions:
     """The options, from an earlier start with the same command line where nothing has changed since."""
     if arguments.config_dir is not None:
         return _composed(arguments)
-    from megatron_medha.config import ServeOptions
-    from megatron_medha.remembered_options import digest_of, recall
+    from megatron_medha.options.remembered_options import digest_of, recall
+    from megatron_medha.options.serve_options import ServeOptions
 
     digest = digest_of("serve", arguments.overrides)
     return recall(digest, ServeOptions) or _composed(arguments, digest)
@@ -94,9 +94,9 @@ def _known_options(arguments: Arguments) -> ServeOptions:
 
 def _composed(arguments: Arguments, digest: str | None = None) -> ServeOptions:
     """The options as Hydra composes them, remembered under the digest."""
-    from megatron_medha.compose import as_yaml, compose, freeze, plain_values
-    from megatron_medha.config import ServeOptions
-    from megatron_medha.remembered_options import remember
+    from megatron_medha.options.compose import as_yaml, compose, freeze, plain_values
+    from megatron_medha.options.remembered_options import remember
+    from megatron_medha.options.serve_options import ServeOptions
 
     composed = compose("serve", ServeOptions, arguments.overrides, arguments.config_dir)
     options = freeze(composed, ServeOptions)

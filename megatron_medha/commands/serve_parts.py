@@ -14,12 +14,12 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.rank_engine import OpenRanks, OpenTimeline, cluster_engine, local_ranks
 from megatron_medha.cluster.remote.attach import attached_ranks
 from megatron_medha.cluster.run_timeline import RunTimeline
-from megatron_medha.config import ServeConfig, ServeOptions
 from megatron_medha.core.ports import EngineClient, Observer
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.engine import Engine, Watcher
 from megatron_medha.engine.replicas import Replicas, SharedObserver
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.options.serve_options import ServeConfig, ServeOptions
 from megatron_medha.sim.live import live_engine
 from megatron_medha.stats.kv_audit import KVAudit
 from megatron_medha.system.child_environment import child_environment

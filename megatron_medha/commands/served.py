@@ -80,8 +80,8 @@ def _composed(overrides: list[str]) -> str:
     from omegaconf import OmegaConf
 
     from megatron_medha.commands.serve_parts import public_options
-    from megatron_medha.compose import compose, freeze
-    from megatron_medha.config import ServeOptions
+    from megatron_medha.options.compose import compose, freeze
+    from megatron_medha.options.serve_options import ServeOptions
 
     # The job of a sweep runs inside of Hydra, which allows one composition at a time.
     outer = Singleton.get_state()

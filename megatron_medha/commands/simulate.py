@@ -14,9 +14,9 @@ from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.options.simulate_options import SimulateOptions
     from megatron_medha.sim.run_directory import RunDirectory
     from megatron_medha.sim.simulation import Simulation, SimulationResult
-    from megatron_medha.simulate_config import SimulateOptions
 
 USAGE = f"""\
 usage: medha simulate [group=option] [key=value ...]
@@ -49,7 +49,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _options_class() -> type[SimulateOptions]:
-    from megatron_medha.simulate_config import SimulateOptions
+    from megatron_medha.options.simulate_options import SimulateOptions
 
     return SimulateOptions
 
@@ -57,10 +57,10 @@ def _options_class() -> type[SimulateOptions]:
 def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     """One simulation with its output; returns what is in summary.json."""
     from megatron_medha.commands.wandb_run import WandbRun
-    from megatron_medha.compose import yaml_values
+    from megatron_medha.options.compose import yaml_values
+    from megatron_medha.options.simulate_options import RequestsFormat, simulation_config
     from megatron_medha.sim.run_directory import RunDirectory
     from megatron_medha.sim.simulation import Simulation
-    from megatron_medha.simulate_config import RequestsFormat, simulation_config
     from megatron_medha.stats.summary_table import summary_table
 
     config = simulation_config(options)
@@ -162,7 +162,7 @@ def _say_what_runs(options: SimulateOptions, simulation: Simulation) -> None:
 def _check_extras(options: SimulateOptions) -> None:
     """What is not installed is found out before the run, not after it."""
     from megatron_medha.commands.wandb_run import check_wandb
-    from megatron_medha.simulate_config import RequestsFormat
+    from megatron_medha.options.simulate_options import RequestsFormat
 
     check_plots(options.plots)
     check_wandb(options.tracking)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medha.commands.wandb_run import begin, check_wandb, keep
-from megatron_medha.config import TrackingConfig
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EngineClient
+from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.server.observe.metrics import Histogram, Metrics
 from megatron_medha.system.writable import check_writable
 

@@ -35,7 +35,7 @@ def run(words: Sequence[str]) -> int:
     let_idle_threads_sleep(num_usable_cores())
     # Megatron-core tells of every optional package that is missing; none is needed here.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    from megatron_medha.compose import as_yaml, compose, freeze
+    from megatron_medha.options.compose import as_yaml, compose, freeze
     from megatron_medha.tiny.tiny_training import TrainTinyConfig, train_tiny
 
     @dataclass(frozen=True, slots=True, kw_only=True)

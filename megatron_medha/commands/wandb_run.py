@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_medha.config import TrackingConfig
 from megatron_medha.core.errors import ConfigError, DependencyError
+from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.system.secret_values import hide_secrets
 
 _MAX_ROWS = 10_000  # of a table of requests; W&B shows no more, and the whole is in the artifact

@@ -13,10 +13,10 @@ import pytest
 
 from megatron_medha.commands.plan import contenders
 from megatron_medha.commands.plan_table import interval_text
-from megatron_medha.compose import compose, freeze, option_names
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.main import main
-from megatron_medha.plan_config import PlanOptions
+from megatron_medha.options.compose import compose, freeze, option_names
+from megatron_medha.options.plan_options import PlanOptions
 
 Capture = pytest.CaptureFixture[str]
 

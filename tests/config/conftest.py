@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.compose import compose, freeze
-from megatron_medha.config import ServeConfig, ServeOptions, serve_config
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.options.compose import compose, freeze
+from megatron_medha.options.serve_options import ServeConfig, ServeOptions, serve_config
 
 
 @pytest.fixture

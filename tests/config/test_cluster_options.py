@@ -11,7 +11,6 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from megatron_medha.compose import CONF_MODULE, option_names
 from megatron_medha.core.cost.capacity import Reserve, num_kv_blocks
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
@@ -19,6 +18,7 @@ from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.options.compose import CONF_MODULE, option_names
 
 CLUSTERS = [name for name in option_names("hardware") if "_x" in name]
 MODELS = [name for name in option_names("model") if name != "auto"]

@@ -16,8 +16,12 @@ import megatron_medha
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.compose import compose, freeze, option_names
-from megatron_medha.config import (
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.policies import POLICIES
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
+from megatron_medha.options.compose import compose, freeze, option_names
+from megatron_medha.options.serve_options import (
     ModelOptions,
     ParallelOptions,
     ServeConfig,
@@ -25,10 +29,6 @@ from megatron_medha.config import (
     SimulatedModel,
     TrackingConfig,
 )
-from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.scheduling.chunking import Chunking
-from megatron_medha.core.scheduling.policies import POLICIES
-from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.config import ServeConfig
+from megatron_medha.options.serve_options import ServeConfig
 
 Refusal = Callable[..., str]
 

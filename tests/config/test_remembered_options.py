@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.compose import as_yaml, compose, freeze, plain_values
-from megatron_medha.config import ServeOptions
-from megatron_medha.remembered_options import MAX_FILES, digest_of, recall, remember
+from megatron_medha.options.compose import as_yaml, compose, freeze, plain_values
+from megatron_medha.options.remembered_options import MAX_FILES, digest_of, recall, remember
+from megatron_medha.options.serve_options import ServeOptions
 
 
 @pytest.fixture(autouse=True)

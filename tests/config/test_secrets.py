@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_medha.commands.serve_parts import public_options
-from megatron_medha.compose import as_yaml, compose, freeze
-from megatron_medha.config import ServeOptions
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.main import main
+from megatron_medha.options.compose import as_yaml, compose, freeze
+from megatron_medha.options.serve_options import ServeOptions
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.system.secret_values import HIDDEN, hide_secrets, is_secret_name, without_secrets
 

@@ -11,12 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 
 import megatron_medha
-from megatron_medha.compose import compose, freeze, option_names
-from megatron_medha.plan_config import PlanOptions
+from megatron_medha.options.compose import compose, freeze, option_names
+from megatron_medha.options.plan_options import PlanOptions
+from megatron_medha.options.simulate_options import MemoryOptions, SimulateOptions, simulation_config
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig
 from megatron_medha.sim.truth_config import TruthConfig
-from megatron_medha.simulate_config import MemoryOptions, SimulateOptions, simulation_config
 from megatron_medha.stats.outcome import Slo
 from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.workload import WorkloadConfig

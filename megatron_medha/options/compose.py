@@ -25,7 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_medha.config_errors import (
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.options.option_errors import (
     explain,
     explain_conversion,
     explain_resolution,
@@ -33,8 +34,7 @@ from megatron_medha.config_errors import (
     type_at,
     way_out,
 )
-from megatron_medha.core.errors import ConfigError
-from megatron_medha.remembered_options import CONF_MODULE, decode_path
+from megatron_medha.options.remembered_options import CONF_MODULE, decode_path
 from megatron_medha.system import machine
 from megatron_medha.system.secret_values import HIDDEN, is_secret_name, without_secrets
 

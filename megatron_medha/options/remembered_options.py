@@ -32,7 +32,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 # Not loaded yet when the digest is made, and part of what makes the options.
-_COMPOSERS = ("megatron_medha.compose", "megatron_medha.config_errors", "hydra", "omegaconf")
+_COMPOSERS = ("megatron_medha.options.compose", "megatron_medha.options.option_errors", "hydra", "omegaconf")
 _OUTSIDE_WORLD = re.compile(r"\$\{(?!machine:)[\w.]+:")        # ${oc.env:X} and its like, but not ${server.port}
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_medha.bench.client import Target
 from megatron_medha.bench.prompts import TokenRange
-from megatron_medha.config import TrackingConfig
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.simulate_config import Plots
+from megatron_medha.options.serve_options import TrackingConfig
+from megatron_medha.options.simulate_options import Plots
 from megatron_medha.stats.capacity_search import CapacitySearch
 from megatron_medha.stats.outcome import Slo
 from megatron_medha.stats.summary import LengthClasses

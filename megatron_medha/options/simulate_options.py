@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from megatron_medha.config import DEFAULT_BLOCK_SIZE, ModelOptions, ParallelOptions, TrackingConfig
 from megatron_medha.core.cost.capacity import Reserve, check_layout, cluster_for, num_blocks_in, num_kv_blocks
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
@@ -15,6 +14,7 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.options.serve_options import DEFAULT_BLOCK_SIZE, ModelOptions, ParallelOptions, TrackingConfig
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.simulation import SimulationConfig
 from megatron_medha.sim.system import InstancesSetup, SystemConfig, SystemKind, build_system

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import product
 
-from megatron_medha.config import ModelOptions, ParallelOptions
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
+from megatron_medha.options.serve_options import ModelOptions, ParallelOptions
+from megatron_medha.options.simulate_options import MemoryOptions, SimulateOptions, simulation_config
 from megatron_medha.sim.planning.candidate import Trial
 from megatron_medha.sim.planning.trial_window import TrialWindow, choose_window
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig, SystemKind
 from megatron_medha.sim.truth_config import TruthConfig
-from megatron_medha.simulate_config import MemoryOptions, SimulateOptions, simulation_config
 from megatron_medha.stats.outcome import Slo
 from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.workload import WorkloadConfig
