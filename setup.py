@@ -75,5 +75,5 @@ setup(
             "mypy>=1.13,<2.5",
         ],
     },
-    entry_points={"console_scripts": ["medha = megatron_medha.main:main"]},
+    entry_points={"console_scripts": ["medha = megatron_medha.cli.medha:main"]},
 )

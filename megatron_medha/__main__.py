@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from megatron_medha.main import main
+from megatron_medha.cli.medha import main
 
 sys.exit(main())

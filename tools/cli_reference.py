@@ -2,7 +2,7 @@
 
     python tools/cli_reference.py > docs/cli.md
 
-The texts come from the commands' USAGE and from conf/ (megatron_medha/commands/options_help.py): change those, not the
+The texts come from the commands' USAGE and from conf/ (megatron_medha/cli/parts/options_help.py): change those, not the
 page. A test compares the page with what this prints.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 
-from megatron_medha.main import COMMANDS, main, usage
+from megatron_medha.cli.medha import COMMANDS, main, usage
 
 # Its --help prints what is installed here: true on one machine only.
 _VERSION = "usage: medha version\n\nPrints the versions of megatron_medha, megatron-core, torch and Python."

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from experiments.lib.paper import figure
-from megatron_medha.commands.report_runs import Run, find_runs
-from megatron_medha.main import main as medha
+from megatron_medha.cli.medha import main as medha
+from megatron_medha.cli.reports.report_runs import Run, find_runs
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf"

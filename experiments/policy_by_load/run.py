@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_medha.commands.report_runs import find_runs
+from megatron_medha.cli.reports.report_runs import find_runs
 
 HERE = Path(__file__).parent
 POLICIES = ("fcfs", "edf", "lars")

@@ -11,10 +11,10 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+from megatron_medha.cli.medha import main
+from megatron_medha.cli.parts import serve_parts
 from megatron_medha.cluster.rank_engine import local_ranks
-from megatron_medha.commands import serve_parts
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.main import main
 
 _batches: list[dict[str, Any]] = []
 _since_last = 0.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import aiohttp
 
 from megatron_medha.bench.client import Target, complete, completion_body
-from megatron_medha.bench.prompts import TokenRange
+from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.errors import MedhaError
 
 _REPEATS = 3           # of each length; the least counts, as something else may have run on the machine

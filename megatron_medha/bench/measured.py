@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_medha.bench.load import Sent
+from megatron_medha.bench.load_generator import Sent
 from megatron_medha.core.request import Request
 from megatron_medha.stats.outcome import Ending, Slo
 from megatron_medha.stats.summary import LengthClasses, Summary, percentile

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.bench.client import Target
-from megatron_medha.bench.prompts import TokenRange
+from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.options.simulate_options import Plots

@@ -9,7 +9,7 @@ import pytest
 from scripted_server import Event, ScriptedServer, token, usage
 
 from megatron_medha.bench.client import Streamed, Target, complete, completion_body, find_model
-from megatron_medha.bench.prompts import TokenRange
+from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.errors import ConfigError
 
 

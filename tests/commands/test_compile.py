@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_medha.cli.medha import main
 from megatron_medha.core.errors import DependencyError
-from megatron_medha.main import main
 from megatron_medha.system import compiled_core
 from megatron_medha.system.compiled_core import MODULES, SWITCH, compile_core, compiled_directory, use_compiled_core
 
@@ -79,7 +79,7 @@ def test_who_has_loaded_the_scheduler_already_goes_on_with_it(cache: Path) -> No
 
 
 def test_nothing_of_what_is_compiled_is_loaded_before_one_can_choose() -> None:
-    loaded = run("-c", "import sys, megatron_medha.main; print(*sys.modules)").split()
+    loaded = run("-c", "import sys, megatron_medha.cli.medha; print(*sys.modules)").split()
     assert "megatron_medha.system.compiled_core" in loaded
     assert not [name for name in MODULES if f"megatron_medha.{name}" in loaded]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from megatron_medha.commands import version
-from megatron_medha.commands.arguments import parse_arguments
-from megatron_medha.commands.tracking import Tracking
+from megatron_medha.cli import version
+from megatron_medha.cli.medha import COMMANDS, main
+from megatron_medha.cli.parts.arguments import parse_arguments
+from megatron_medha.cli.parts.tracking import Tracking
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.main import COMMANDS, main
 from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.server.observe.metrics import Metrics
 from megatron_medha.system.writable import check_writable

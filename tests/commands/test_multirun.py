@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_medha.commands.report_runs import differing_keys, find_runs
-from megatron_medha.main import main
+from megatron_medha.cli.medha import main
+from megatron_medha.cli.reports.report_runs import differing_keys, find_runs
 
 SMALL = ["parallel.spp=1", "workload.duration_s=5", "plots=never", "record.trace_duration_s=0"]
 

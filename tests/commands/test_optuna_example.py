@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.main import main
+from megatron_medha.cli.medha import main
 
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'megatron_medha[sweep]'")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_medha.cli.medha import main
 from megatron_medha.core.batch import Arrived
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
@@ -14,7 +15,6 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.main import main
 from megatron_medha.stats.decision_log import DecisionLog
 
 SETUP = SchedulerSetup(

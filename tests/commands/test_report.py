@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_medha.commands.report_runs import Run, differing_keys, find_runs, pareto, telling_keys
+from megatron_medha.cli.medha import main
+from megatron_medha.cli.reports.report_runs import Run, differing_keys, find_runs, pareto, telling_keys
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.main import main
 
 
 def latencies(ttft_s: float | None) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_medha.commands import selftest_cases as cases
-from megatron_medha.commands.selftest import SelftestConfig, beside, selftest, table
-from megatron_medha.commands.selftest_watch import Seen
-from megatron_medha.commands.selftest_wire import Broken, check, parse
-from megatron_medha.main import main
+from megatron_medha.cli.fuzz import fuzz_cases as cases
+from megatron_medha.cli.fuzz.fuzz_watch import Seen
+from megatron_medha.cli.fuzz.fuzz_wire import Broken, check, parse
+from megatron_medha.cli.medha import main
+from megatron_medha.cli.selftest import SelftestConfig, beside, selftest, table
 
 Words = tuple[str, ...]
 Start = Callable[..., Any]  # conftest.Medha

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_medha.main import main
+from megatron_medha.cli.medha import main
 
 Words = tuple[str, ...]
 Start = Callable[..., Any]  # conftest.Medha

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.commands.served import ServerError, _wait_until_ready
+from megatron_medha.cli.parts.served import ServerError, _wait_until_ready
 
 
 def test_what_a_server_says_of_its_loading_is_passed_on_until_it_is_ready(

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_medha.commands.plan import contenders
-from megatron_medha.commands.plan_table import interval_text
+from megatron_medha.cli.medha import main
+from megatron_medha.cli.plan import contenders
+from megatron_medha.cli.reports.plan_table import interval_text
 from megatron_medha.core.scheduling.chunking import Chunking
-from megatron_medha.main import main
 from megatron_medha.options.compose import compose, freeze, option_names
 from megatron_medha.options.plan_options import PlanOptions
 
@@ -116,7 +116,7 @@ def test_a_recorded_run_replays(run: Path, capsys: Capture) -> None:
 
 def test_plots_show_what_the_files_hold(run: Path) -> None:
     pytest.importorskip("matplotlib")
-    from megatron_medha.commands.plots import plot_run
+    from megatron_medha.cli.reports.plots import plot_run
 
     assert [path.name for path in plot_run(run)] == ["ttft_cdf.png", "latency.png", "slack.png", "stages.png"]
     assert all((run / name).stat().st_size > 5_000 for name in ("ttft_cdf.png", "slack.png", "stages.png"))

@@ -12,8 +12,8 @@ from typing import Any
 import pydantic
 import pytest
 
-from megatron_medha.commands.tracking import Tracking
-from megatron_medha.main import main
+from megatron_medha.cli.medha import main
+from megatron_medha.cli.parts.tracking import Tracking
 from megatron_medha.options.serve_options import TrackingConfig
 
 SMALL = ("parallel.spp=1", "workload.duration_s=5", "record.trace_duration_s=0", "plots=never", "seed=3")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_medha.main import main
+from megatron_medha.cli.medha import main
 from megatron_medha.options.compose import compose, freeze
 from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
 from tests.commands.conftest import Start

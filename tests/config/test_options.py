@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import megatron_medha
+from megatron_medha.cli.parts.chat_client import ChatConfig
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig
 from megatron_medha.cluster.rank_config import RankConfig
@@ -29,7 +30,6 @@ from megatron_medha.options.serve_options import (
     SimulatedModel,
     TrackingConfig,
 )
-from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.system import machine

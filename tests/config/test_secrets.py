@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.commands.serve_parts import public_options
+from megatron_medha.cli.medha import main
+from megatron_medha.cli.parts.serve_parts import public_options
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.main import main
 from megatron_medha.options.compose import as_yaml, compose, freeze
 from megatron_medha.options.serve_options import ServeOptions
 from megatron_medha.server.server_config import ServerConfig

@@ -15,17 +15,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_medha.commands.arguments import Arguments, parse_arguments
-from megatron_medha.commands.run_batch import BatchOptions, with_file_keys
-from megatron_medha.commands.selftest import SelftestConfig
+from megatron_medha.cli.medha import COMMANDS
+from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
+from megatron_medha.cli.parts.chat_client import ChatConfig
+from megatron_medha.cli.run_batch import BatchOptions, with_file_keys
+from megatron_medha.cli.selftest import SelftestConfig
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.main import COMMANDS
 from megatron_medha.options.bench_options import BenchOptions
 from megatron_medha.options.compose import compose, freeze
 from megatron_medha.options.plan_options import PlanOptions
 from megatron_medha.options.serve_options import ProfileOptions, ServeOptions, serve_config
 from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
-from megatron_medha.server.chat_client import ChatConfig
 from megatron_medha.system import machine
 from megatron_medha.workload.workload import Workload
 from tests.docs.commands_in_text import Shown, commands_in

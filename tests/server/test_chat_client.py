@@ -8,8 +8,8 @@ import pytest
 from fake_engine import FakeEngine, say
 from running_server import StartServer
 
+from megatron_medha.cli.parts.chat_client import ChatConfig, ChatError, Conversation, chat
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.server.chat_client import ChatConfig, ChatError, Conversation, chat
 
 
 def test_a_conversation_keeps_its_history_and_system_prompt(start_server: StartServer) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fake_engine import FakeEngine
 from running_server import Running, StartServer
 
-from megatron_medha.commands.run_batch import run, with_file_keys
+from megatron_medha.cli.run_batch import run, with_file_keys
 from megatron_medha.core.errors import ConfigError
 
 

@@ -35,7 +35,7 @@ def test_a_second_signal_ends_at_once_even_before_the_loop_has_seen_the_first() 
 # As `medha serve` has them once it listens; what comes then hangs.
 STUCK = """
 import ctypes, signal, sys, threading
-from megatron_medha.commands import serve
+from megatron_medha.cli import serve
 
 serve._HARD_EXIT_S = 0.5
 stops = serve._Stops()

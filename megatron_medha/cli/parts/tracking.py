@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megatron_medha.commands.wandb_run import begin, check_wandb, keep
+from megatron_medha.cli.parts.wandb_run import begin, check_wandb, keep
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EngineClient
 from megatron_medha.options.serve_options import TrackingConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import aiohttp
 
 from megatron_medha.bench.client import Streamed, Target, complete, completion_body
-from megatron_medha.bench.prompts import TokenRange
+from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.request import Request
 from megatron_medha.stats.outcome import DeadlineMisses, Ending, Outcome, Slo
 

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from megatron_medha.commands.arguments import parse_arguments
-from megatron_medha.commands.options_help import describe_options
+from megatron_medha.cli.parts.arguments import parse_arguments
+from megatron_medha.cli.parts.options_help import describe_options
 from megatron_medha.system.writable import check_writable
 
 USAGE = """\

@@ -14,9 +14,9 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from megatron_medha.commands.arguments import FLAGS, parse_arguments
-from megatron_medha.commands.options_help import describe_options
-from megatron_medha.commands.plan_table import (
+from megatron_medha.cli.parts.arguments import FLAGS, parse_arguments
+from megatron_medha.cli.parts.options_help import describe_options
+from megatron_medha.cli.reports.plan_table import (
     attainment_text,
     best_first,
     cost_text,

@@ -23,7 +23,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 
-from megatron_medha.commands.arguments import Arguments
+from megatron_medha.cli.parts.arguments import Arguments
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.options.compose import CONF_MODULE, as_yaml, freeze, register_schema, yaml_values
 from megatron_medha.options.option_errors import explain

@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from megatron_medha.commands import selftest_cases as cases
-from megatron_medha.commands.arguments import parse_arguments
-from megatron_medha.commands.options_help import describe_options
-from megatron_medha.commands.selftest_watch import Seen, ServerWatch
-from megatron_medha.commands.selftest_wire import Begun, Broken, Wire, check
+from megatron_medha.cli.fuzz import fuzz_cases as cases
+from megatron_medha.cli.fuzz.fuzz_watch import Seen, ServerWatch
+from megatron_medha.cli.fuzz.fuzz_wire import Begun, Broken, Wire, check
+from megatron_medha.cli.parts.arguments import parse_arguments
+from megatron_medha.cli.parts.chat_client import is_http_address
+from megatron_medha.cli.parts.options_help import describe_options
 from megatron_medha.core.errors import ConfigError, MedhaError
-from megatron_medha.server.chat_client import is_http_address
 from megatron_medha.system.descriptors import raise_descriptor_limit
 
 USAGE = """\

@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_medha.commands.arguments import SWEEP_FLAGS
-from megatron_medha.commands.job_command import check_plots, directory_of, plot, run_job_command
+from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
+from megatron_medha.cli.parts.job_command import check_plots, directory_of, plot, run_job_command
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.cli.parts.wandb_run import WandbRun
     from megatron_medha.options.simulate_options import SimulateOptions
     from megatron_medha.sim.run_directory import RunDirectory
     from megatron_medha.sim.simulation import Simulation, SimulationResult
@@ -56,7 +56,7 @@ def _options_class() -> type[SimulateOptions]:
 
 def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     """One simulation with its output; returns what is in summary.json."""
-    from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.cli.parts.wandb_run import WandbRun
     from megatron_medha.options.compose import yaml_values
     from megatron_medha.options.simulate_options import RequestsFormat, simulation_config
     from megatron_medha.sim.run_directory import RunDirectory
@@ -82,7 +82,7 @@ def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     print(f"\n{table}")
     print(f"{result.end_s:,.0f} simulated seconds in {took_s:.1f} s, {result.end_s / took_s:,.0f} times real time")
     if options.requests is RequestsFormat.PARQUET:
-        from megatron_medha.commands.parquet import write_parquet
+        from megatron_medha.cli.reports.parquet import write_parquet
 
         write_parquet(directory.path)
     plot(options.plots, directory.path)
@@ -161,7 +161,7 @@ def _say_what_runs(options: SimulateOptions, simulation: Simulation) -> None:
 
 def _check_extras(options: SimulateOptions) -> None:
     """What is not installed is found out before the run, not after it."""
-    from megatron_medha.commands.wandb_run import check_wandb
+    from megatron_medha.cli.parts.wandb_run import check_wandb
     from megatron_medha.options.simulate_options import RequestsFormat
 
     check_plots(options.plots)

@@ -1,12 +1,12 @@
-"""`medha chat`: options for server/chat_client.py."""
+"""`medha chat`: options for cli/parts/chat_client.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_medha.commands.arguments import parse_arguments
-from megatron_medha.commands.options_help import describe_options
-from megatron_medha.server.chat_client import HELP, ChatConfig, chat
+from megatron_medha.cli.parts.arguments import parse_arguments
+from megatron_medha.cli.parts.chat_client import HELP, ChatConfig, chat
+from megatron_medha.cli.parts.options_help import describe_options
 
 USAGE = """\
 usage: medha chat [key=value ...]

@@ -12,12 +12,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_medha.commands.arguments import SWEEP_FLAGS
-from megatron_medha.commands.job_command import check_plots, directory_of, plot, run_job_command
+from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
+from megatron_medha.cli.parts.job_command import check_plots, directory_of, plot, run_job_command
 
 if TYPE_CHECKING:
-    from megatron_medha.bench.load import Sent
-    from megatron_medha.commands.wandb_run import WandbRun
+    from megatron_medha.bench.load_generator import Sent
+    from megatron_medha.cli.parts.wandb_run import WandbRun
     from megatron_medha.options.bench_options import BenchOptions
     from megatron_medha.stats.capacity_search import CapacitySearch
 
@@ -55,8 +55,8 @@ def _options_class() -> type[BenchOptions]:
 
 def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     """One `medha bench` with its output; returns what is in summary.json."""
-    from megatron_medha.commands.served import served
-    from megatron_medha.commands.wandb_run import WandbRun, check_wandb
+    from megatron_medha.cli.parts.served import served
+    from megatron_medha.cli.parts.wandb_run import WandbRun, check_wandb
     from megatron_medha.options.compose import yaml_values
     from megatron_medha.sim.run_directory import RunDirectory
 
@@ -97,7 +97,7 @@ class _Bench:
 
     async def run(self) -> dict[str, Any]:
         from megatron_medha.bench.client import find_model
-        from megatron_medha.bench.load import Client
+        from megatron_medha.bench.load_generator import Client
         from megatron_medha.workload.workload import Workload
 
         options = self._options
@@ -163,7 +163,7 @@ class _Bench:
     async def _load(self, client: Any, workload: Any, label: str) -> dict[str, Any]:
         from tqdm import tqdm
 
-        from megatron_medha.bench.load import closed_loop, open_loop
+        from megatron_medha.bench.load_generator import closed_loop, open_loop
         from megatron_medha.bench.measured import Measured, Window
         from megatron_medha.stats.summary_table import summary_table
 

@@ -16,8 +16,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from megatron_medha.commands.arguments import FLAGS, Arguments, parse_arguments
-from megatron_medha.commands.options_help import describe_options
+from megatron_medha.cli.parts.arguments import FLAGS, Arguments, parse_arguments
+from megatron_medha.cli.parts.options_help import describe_options
 from megatron_medha.core.ports import EnginePhase
 from megatron_medha.system.log_lines import set_up_logging
 from megatron_medha.system.memory_trim import GIVE_BACK_INTERVAL_S, give_back_freed_memory, give_back_large_blocks
@@ -113,8 +113,8 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     gc.disable()
     give_back_large_blocks()
     # Imported after the configuration has been found right: errors should come at once.
-    from megatron_medha.commands.serve_parts import make_engine, model_name_of, public_options
-    from megatron_medha.commands.tracking import Tracking
+    from megatron_medha.cli.parts.serve_parts import make_engine, model_name_of, public_options
+    from megatron_medha.cli.parts.tracking import Tracking
     from megatron_medha.server.app import create_app
     from megatron_medha.server.observe.metrics import Metrics
     from megatron_medha.server.observe.request_log import Journal

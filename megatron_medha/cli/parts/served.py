@@ -79,7 +79,7 @@ def _composed(overrides: list[str]) -> str:
     from hydra.core.singleton import Singleton
     from omegaconf import OmegaConf
 
-    from megatron_medha.commands.serve_parts import public_options
+    from megatron_medha.cli.parts.serve_parts import public_options
     from megatron_medha.options.compose import compose, freeze
     from megatron_medha.options.serve_options import ServeOptions
 

@@ -23,20 +23,20 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "serve": Command("megatron_medha.commands.serve", "serve a checkpoint behind the OpenAI API"),
-    "chat": Command("megatron_medha.commands.chat", "talk to a server from the terminal"),
-    "train-tiny": Command("megatron_medha.commands.train_tiny", "train a tiny GPT, to have one to serve"),
-    "profile": Command("megatron_medha.commands.profile", "measure how long steps take here, for profile=FILE"),
-    "simulate": Command("megatron_medha.commands.simulate", "run a workload on a machine that is only calculated"),
-    "explain": Command("megatron_medha.commands.explain", "say why a simulated request waited, step by step"),
-    "plan": Command("megatron_medha.commands.plan", "find the layout that meets a target with the fewest GPUs"),
-    "bench": Command("megatron_medha.commands.bench", "put a running server under load and measure it"),
-    "run-batch": Command("megatron_medha.commands.run_batch", "answer a file of requests, OpenAI's batch format"),
-    "report": Command("megatron_medha.commands.report", "put runs side by side on one page"),
-    "replay": Command("megatron_medha.commands.replay", "check that a decision log replays to the same batches"),
-    "selftest": Command("megatron_medha.commands.selftest", "throw nonsense at a running server and see it hold"),
-    "compile": Command("megatron_medha.commands.compile", "translate the scheduler to C: faster decisions"),
-    "version": Command("megatron_medha.commands.version", "print the version"),
+    "serve": Command("megatron_medha.cli.serve", "serve a checkpoint behind the OpenAI API"),
+    "chat": Command("megatron_medha.cli.chat", "talk to a server from the terminal"),
+    "train-tiny": Command("megatron_medha.cli.train_tiny", "train a tiny GPT, to have one to serve"),
+    "profile": Command("megatron_medha.cli.profile", "measure how long steps take here, for profile=FILE"),
+    "simulate": Command("megatron_medha.cli.simulate", "run a workload on a machine that is only calculated"),
+    "explain": Command("megatron_medha.cli.explain", "say why a simulated request waited, step by step"),
+    "plan": Command("megatron_medha.cli.plan", "find the layout that meets a target with the fewest GPUs"),
+    "bench": Command("megatron_medha.cli.bench", "put a running server under load and measure it"),
+    "run-batch": Command("megatron_medha.cli.run_batch", "answer a file of requests, OpenAI's batch format"),
+    "report": Command("megatron_medha.cli.report", "put runs side by side on one page"),
+    "replay": Command("megatron_medha.cli.replay", "check that a decision log replays to the same batches"),
+    "selftest": Command("megatron_medha.cli.selftest", "throw nonsense at a running server and see it hold"),
+    "compile": Command("megatron_medha.cli.compile", "translate the scheduler to C: faster decisions"),
+    "version": Command("megatron_medha.cli.version", "print the version"),
 }
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's part of it

@@ -10,8 +10,8 @@ from typing import Any
 
 import jinja2
 
-from megatron_medha.commands.plots import plain_numbers
-from megatron_medha.commands.report_runs import Run, differing_keys, pareto, telling_keys
+from megatron_medha.cli.reports.plots import plain_numbers
+from megatron_medha.cli.reports.report_runs import Run, differing_keys, pareto, telling_keys
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.stats.summary import CLASSES
 from megatron_medha.stats.summary_table import number_text, percent_text, seconds_text

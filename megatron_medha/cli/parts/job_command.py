@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_medha.commands.arguments import parse_arguments
-from megatron_medha.commands.options_help import describe_options
+from megatron_medha.cli.parts.arguments import parse_arguments
+from megatron_medha.cli.parts.options_help import describe_options
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def run_job_command(
 
     config_class = load_class()
     if arguments.is_multirun:
-        from megatron_medha.commands.multirun import multirun
+        from megatron_medha.cli.parts.multirun import multirun
 
         return multirun(name, config_class, arguments, job)
     composed = compose(name, config_class, arguments.overrides, arguments.config_dir)
@@ -73,7 +73,7 @@ def plot(plots: Plots, directory: Path) -> None:
     if not _can_plot():
         print("no plots: matplotlib is not installed (pip install 'megatron_medha[plots]')")
         return
-    from megatron_medha.commands.plots import plot_run
+    from megatron_medha.cli.reports.plots import plot_run
 
     plot_run(directory)
 

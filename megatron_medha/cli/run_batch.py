@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from megatron_medha.commands.arguments import parse_arguments
-from megatron_medha.commands.options_help import describe_options
+from megatron_medha.cli.parts.arguments import parse_arguments
+from megatron_medha.cli.parts.chat_client import is_http_address
+from megatron_medha.cli.parts.options_help import describe_options
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.server.chat_client import is_http_address
 from megatron_medha.system.scratch import scratch_directory
 from megatron_medha.system.writable import check_writable
 
 if TYPE_CHECKING:
-    from megatron_medha.bench.batch import BatchServer, Counts
+    from megatron_medha.bench.batch_file import BatchServer, Counts
 
 USAGE = """\
 usage: medha run-batch INPUT OUTPUT [key=value ...] [-- key=value ...]
@@ -105,7 +105,7 @@ def run_batch(options: BatchOptions) -> int:
     """One batch with its output; 0 if every line has been answered."""
     from tqdm import tqdm
 
-    from megatron_medha.bench.batch import BatchServer, custom_ids, keep_done, num_rows
+    from megatron_medha.bench.batch_file import BatchServer, custom_ids, keep_done, num_rows
 
     num_lines = num_rows(options.input)
     check_writable("output", options.output)
@@ -145,7 +145,7 @@ def run_batch(options: BatchOptions) -> int:
 async def _run(
     options: BatchOptions, done: frozenset[str], server: BatchServer, out: TextIO, note: Callable[[], object]
 ) -> Counts:
-    from megatron_medha.bench.batch import read_rows, run_rows
+    from megatron_medha.bench.batch_file import read_rows, run_rows
     from megatron_medha.bench.client import Target, find_model
 
     # Nobody there, or a wrong key, is said at once, not once a row.
@@ -161,7 +161,7 @@ def _server(options: BatchOptions) -> Iterator[str]:
     if options.checkpoint is None:
         yield options.url
         return
-    from megatron_medha.commands.served import server_process
+    from megatron_medha.cli.parts.served import server_process
 
     with scratch_directory() as directory:
         print(f"starting medha serve checkpoint={options.checkpoint}", file=sys.stderr)

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_medha.commands.arguments import parse_arguments
+from megatron_medha.cli.parts.arguments import parse_arguments
 from megatron_medha.core.errors import ConfigError, DependencyError
 
 USAGE = """\
@@ -33,8 +33,8 @@ def run(words: Sequence[str]) -> int:
     directories, out = _sorted_out(arguments.overrides)
     if importlib.util.find_spec("matplotlib") is None:
         raise DependencyError("a report needs matplotlib; pip install 'megatron_medha[plots]'")
-    from megatron_medha.commands.report_page import write_report
-    from megatron_medha.commands.report_runs import find_runs
+    from megatron_medha.cli.reports.report_page import write_report
+    from megatron_medha.cli.reports.report_runs import find_runs
 
     runs = find_runs(directories)
     if not runs:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_medha.commands.arguments import parse_arguments
-from megatron_medha.commands.options_help import describe_options
+from megatron_medha.cli.parts.arguments import parse_arguments
+from megatron_medha.cli.parts.options_help import describe_options
 
 USAGE = """\
 usage: medha train-tiny [key=value ...]
