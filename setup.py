@@ -5,17 +5,18 @@ from setuptools import find_packages, setup
 # kernels/ and conf/ stand at the top of the tree but install inside the package: a top-level
 # package called "kernels" would shadow a Hugging Face package of that name, and "conf" belongs to nobody.
 nested = {"megatron_medha.kernels": "kernels", "megatron_medha.conf": "conf"}
+kernels = [f"megatron_medha.kernels.{name}" for name in find_packages("kernels")]
 
 setup(
     name="megatron_medha",
     version="0.1.0",
     description="Serving for Megatron models under traffic that mixes short chats with million-token documents",
-    packages=[*find_packages(include=["megatron_medha", "megatron_medha.*"]), *nested],
+    packages=[*find_packages(include=["megatron_medha", "megatron_medha.*"]), *nested, *kernels],
     package_dir=nested,
     package_data={
         "megatron_medha.conf": ["**/*.yaml"],
-        "megatron_medha.commands": ["*.j2"],
-        "megatron_medha.server": ["*.html"],
+        "megatron_medha.cli.reports": ["*.j2"],
+        "megatron_medha.server.observe": ["*.html"],
         # C++ sources, built on first use: kernels/native_build.py says why not here.
         "megatron_medha.kernels": ["native/*"],
     },

@@ -1,4 +1,4 @@
-"""The house stands: imports go down only, and what must stay light does."""
+"""The rooms of the package: imports go down only, names are given once, and what must stay light does."""
 
 from __future__ import annotations
 
@@ -7,122 +7,242 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_medha"
 
-# What each floor may import of ours (besides itself), and which foreign packages it may never import.
-BELOW = {
-    "core": set(),
-    "kernels": set(),
-    "engine": {"core"},
-    "sim": {"core", "engine"},
-    "cluster": {"core", "engine"},
-    "parallel": {"core", "engine"},
-    "model": {"core", "engine", "kernels", "parallel"},
-    "worker": {"core", "engine", "kernels", "parallel", "model", "cluster"},
-    "server": {"core", "engine"},
-    "bench": {"core", "engine"},
-    "config": {"core", "engine", "sim", "cluster", "parallel", "model", "worker", "server", "bench", "kernels", "conf"},
-    "main": {
-        "core", "engine", "sim", "cluster", "parallel", "model", "worker", "server", "bench", "kernels", "conf",
-        "config",
+# What each room may import of ours besides itself, from the ground up. Rooms inside a room have rows of their own, and
+# those of core may be imported by whoever may import core.
+ROOMS = {
+    "core": {"core/kv"},
+    "core/kv": {"core"},
+    "core/cost": {"core"},
+    "core/scheduling": {"core", "core/kv", "core/cost"},
+    "system": {"core"},
+    "safe_files": {"core"},
+    "text": {"core", "system", "safe_files"},
+    "grammar": {"core", "system", "text"},
+    "stats": {"core", "system"},
+    "workload": {"core"},
+    "engine": {"core", "grammar", "stats"},
+    "sim": {"core", "engine", "stats", "workload", "sim/baselines"},
+    "sim/baselines": {"core", "sim"},
+    "sim/planning": {"core", "sim", "stats", "workload"},
+    "kernels": {"kernels/attention", "kernels/triton"},
+    "kernels/attention": {"kernels", "kernels/kv"},
+    "kernels/kv": set(),
+    "kernels/linear": {"kernels", "kernels/attention"},
+    "kernels/triton": {"kernels", "kernels/attention", "kernels/kv"},
+    "parallel": {"core", "system"},
+    "models": {"core", "safe_files", "text"},
+    "checkpoints": {"core", "safe_files", "models", "parallel"},
+    "model": {"core", "kernels", "models", "parallel"},
+    "cluster": {"core", "system", "stats", "engine"},
+    "cluster/remote": {"core", "system", "cluster"},
+    "worker": {
+        "core", "system", "grammar", "kernels", "parallel", "models", "model", "cluster", "cluster/remote",
+        "worker/startup",
     },
-}
-ONLY_FOREIGN = {"core": set(), "kernels": {"torch", "triton", "numpy", "flash_attn"}}
+    "worker/startup": {"core", "system", "kernels", "parallel", "models", "checkpoints", "model", "cluster", "worker"},
+    "server": {
+        "core", "system", "text", "grammar", "server/bodies", "server/http", "server/tools", "server/observe",
+        "server/openai", "server/anthropic",
+    },
+    "server/bodies": {"text"},
+    "server/http": {"server"},
+    "server/tools": {"core", "system", "text", "grammar", "server", "server/bodies", "server/http"},
+    "server/observe": {"core", "server"},
+    "server/openai": {"core", "text", "server", "server/bodies", "server/http", "server/tools"},
+    "server/anthropic": {"server", "server/bodies", "server/http", "server/tools", "server/openai"},
+    "bench": {"core", "stats"},
+    "tiny": {"core", "parallel", "models", "checkpoints", "model"},
+    "options": {"core", "system", "stats", "workload", "engine", "sim", "sim/planning", "cluster", "server", "bench"},
+    "cli": {
+        "core", "system", "text", "stats", "workload", "engine", "sim", "sim/planning", "cluster", "cluster/remote",
+        "worker", "worker/startup", "server", "server/observe", "bench", "tiny", "options",
+    },
+}  # fmt: skip
+# Importing these loads nothing heavy, at once or later: the API server, the simulator and the clients start fast.
+LIGHT = ("core", "system", "text", "grammar", "stats", "workload", "engine", "sim", "cluster", "server", "bench")
+LAZY = ("options", "cli")  # these may, inside functions only
 HEAVY = {"torch", "numpy", "transformers", "megatron", "deepspeed", "triton", "safetensors"}
-FRONT = {"core", "engine", "cluster", "server", "sim", "bench"}  # never import anything heavy, at module level or later
-ROOF_LAZY = {"config", "main"}                          # may, but inside functions only
+ONLY_FOREIGN = {"core": set(), "kernels": {"torch", "triton", "numpy", "flash_attn"}}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Helper", "Helpers", "Utils", "Util")
+MOST_FILES = 20  # in a folder; about a dozen is better
 
 
 def files() -> list[Path]:
     return sorted([*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 
-def floor_of(path: Path) -> str:
+def module_of(path: Path) -> str:
+    """Its dotted name below the package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] == "kernels":
-        return "kernels"
-    name = parts[1] if len(parts) > 1 else "main"
-    # The roof: what stands directly in the package, and the folders of its commands and options.
-    return name if name in BELOW else ("config" if name in {"config", "options"} else "main")
+    parts = parts if parts[0] == "kernels" else parts[1:]
+    return ".".join(parts[:-1] if parts and parts[-1] == "__init__" else parts)
 
 
-def is_typing_only(node: ast.If) -> bool:
-    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+def room_of(module: str) -> str:
+    """The innermost room it lies in; what stands directly in the package belongs to cli."""
+    parts = module.split(".")
+    inner = "/".join(parts[:2])
+    return inner if inner in ROOMS else (parts[0] if parts[0] in ROOMS else "cli")
 
 
-def imports(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
-    """Absolute dotted names imported, their lines, and whether that happens when the module is loaded."""
+def floor_of(module: str) -> str:
+    return room_of(module).split("/")[0]
 
-    def walk(node: ast.AST, at_load: bool) -> Iterator[tuple[str, int, bool]]:
+
+class Import(NamedTuple):
+    name: str  # absolute and dotted
+    line: int
+    at_load: bool  # else when a function runs, or for type checkers alone
+
+
+def imports(tree: ast.Module) -> Iterator[Import]:
+    """All of them, those for type checkers included."""
+
+    def walk(node: ast.AST, at_load: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
-                yield from ((alias.name, child.lineno, at_load) for alias in child.names)
+                yield from (Import(alias.name, child.lineno, at_load) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 assert not child.level, f"line {child.lineno}: relative import"
                 assert child.module is not None
-                if child.module == PACKAGE:  # from megatron_medha import x
-                    yield from ((f"{PACKAGE}.{alias.name}", child.lineno, at_load) for alias in child.names)
-                else:
-                    yield child.module, child.lineno, at_load
-            elif isinstance(child, ast.If) and is_typing_only(child):
-                continue
+                yield from (Import(f"{child.module}.{alias.name}", child.lineno, at_load) for alias in child.names)
             else:
                 is_later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-                yield from walk(child, at_load and not is_later)
+                is_typing = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+                yield from walk(child, at_load and not is_later and not is_typing)
 
     yield from walk(tree, True)
 
 
 @functools.cache
-def parsed() -> list[tuple[Path, ast.Module]]:
-    return [(path, ast.parse(path.read_text(encoding="utf-8"), str(path))) for path in files()]
+def parsed() -> dict[str, tuple[Path, ast.Module]]:
+    return {
+        module_of(path): (path, ast.parse(path.read_text(encoding="utf-8"), str(path)))
+        for path in files()
+        if path.name != "__init__.py"
+    }
+
+
+def target_of(name: str) -> str | None:
+    """Which of our modules an imported name is, or lies in."""
+    if not name.startswith(f"{PACKAGE}."):
+        return None
+    own = name.removeprefix(f"{PACKAGE}.")
+    for module in (own, own.rpartition(".")[0]):
+        if module in parsed():
+            return module
+    return None
+
+
+@functools.cache
+def arrows() -> dict[str, frozenset[str]]:
+    """module -> the modules of ours that it imports, at whatever time."""
+    found = {}
+    for module, (_, tree) in parsed().items():
+        targets = {target_of(each.name) for each in imports(tree)}
+        found[module] = frozenset(target for target in targets if target and target != module)
+    return found
+
+
+def circles(arrows: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """What is left when everything that imports nothing left is taken away, again and again."""
+    left = {module: set(targets) for module, targets in arrows.items()}
+    while True:
+        free = {module for module, targets in left.items() if not targets & left.keys()}
+        if not free:
+            break
+        left = {module: targets for module, targets in left.items() if module not in free}
+    return [[module, *sorted(targets & left.keys())] for module, targets in sorted(left.items())]
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": "b", "b": "c", "c": ""}) == []
+    assert circles({"a": "b", "b": "c", "c": "b"}) != []
 
 
 def test_imports_go_down_the_floors_only() -> None:
     wrong = []
-    for path, tree in parsed():
-        floor = floor_of(path)
-        for name, line, _ in imports(tree):
-            parts = name.split(".")
-            if parts[0] != PACKAGE or len(parts) == 1:
-                continue
-            target = parts[1] if parts[1] in BELOW else "main"
-            roof = {"config", "main"}
-            if target != floor and target not in BELOW[floor] and not (floor in roof and target in roof):
-                wrong.append(f"{path.relative_to(ROOT)}:{line} ({floor}) imports {name}")
+    for module, targets in arrows().items():
+        room = room_of(module)
+        allowed = ROOMS[room]
+        for target in targets:
+            there = room_of(target)
+            inside_core = there.startswith("core/") and "core" in allowed and not room.startswith("core")
+            inside_kernels = there.startswith("kernels/") and "kernels" in allowed and not room.startswith("kernels")
+            inside_cli = room == "cli" and floor_of(target) in allowed
+            if there != room and there not in allowed and not inside_core and not inside_kernels and not inside_cli:
+                wrong.append(f"{module} ({room}) imports {target} ({there})")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_in_a_circle_of_imports() -> None:
+    assert not circles(arrows())
+
+
+def test_no_room_imports_itself_in_a_circle_of_imports() -> None:
+    def between(name: Callable[[str], str]) -> list[list[str]]:
+        found: dict[str, set[str]] = {}
+        for module, targets in arrows().items():
+            found.setdefault(name(module), set()).update(name(target) for target in targets)
+        return circles({room: targets - {room} for room, targets in found.items()})
+
+    assert not between(floor_of)
+    # Inside a room: its folders, and beside them its files.
+    assert not between(lambda module: "/".join(module.split(".")[:2]))
 
 
 def test_core_needs_the_standard_library_only_and_kernels_little_more() -> None:
     wrong = []
-    for path, tree in parsed():
-        floor = floor_of(path)
-        if floor not in ONLY_FOREIGN:
-            continue
-        for name, line, _ in imports(tree):
-            top = name.split(".")[0]
-            if top not in sys.stdlib_module_names and top != PACKAGE and top not in ONLY_FOREIGN[floor]:
-                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    for module, (_, tree) in parsed().items():
+        allowed = ONLY_FOREIGN.get(floor_of(module))
+        for each in imports(tree) if allowed is not None else ():
+            top = each.name.split(".")[0]
+            if top not in sys.stdlib_module_names and top != PACKAGE and top not in allowed:
+                wrong.append(f"{module}:{each.line} imports {each.name}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_front_process_never_imports_torch() -> None:
+def reach(module: str) -> set[str]:
+    """`module` and all of ours that it imports, directly or not."""
+    found, new = set(), {module}
+    while new:
+        found |= new
+        new = {target for each in new for target in arrows()[each]} - found
+    return found
+
+
+def test_the_api_server_process_never_imports_torch() -> None:
+    heavy = {
+        module: [each for each in imports(tree) if each.name.split(".")[0] in HEAVY]
+        for module, (_, tree) in parsed().items()
+    }
     wrong = []
-    for path, tree in parsed():
-        floor = floor_of(path)
-        for name, line, at_load in imports(tree):
-            if name.split(".")[0] not in HEAVY:
-                continue
-            if floor in FRONT or floor in ROOF_LAZY and at_load:
-                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    for module in parsed():
+        if floor_of(module) in LIGHT:
+            wrong += [f"{module} reaches {each}: {heavy[each][0].name}" for each in reach(module) if heavy[each]]
+        elif floor_of(module) in LAZY:
+            wrong += [f"{module}:{each.line} imports {each.name}" for each in heavy[module] if each.at_load]
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_module_has_a_name_of_its_own() -> None:
+    stems = Counter(module.rpartition(".")[2] for module in parsed())
+    assert not [stem for stem, count in stems.items() if count > 1]
+
+
+def test_folders_stay_small() -> None:
+    folders = Counter(path.parent for path, _ in parsed().values())
+    assert not {str(folder.relative_to(ROOT)): n for folder, n in folders.items() if n > MOST_FILES}
 
 
 def test_every_init_file_is_empty() -> None:
@@ -132,8 +252,8 @@ def test_every_init_file_is_empty() -> None:
 
 def test_no_class_is_named_for_having_no_name() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
-        for path, tree in parsed()
+        f"{module}:{node.lineno} {node.name}"
+        for module, (_, tree) in parsed().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef) and node.name.endswith(FORBIDDEN_SUFFIXES)
     ]
@@ -173,6 +293,10 @@ def test_importing_core_loads_no_more_than_core() -> None:
     ]
 
 
-@pytest.mark.parametrize("floor", sorted(BELOW))
-def test_every_floor_of_the_table_is_there(floor: str) -> None:
-    assert any(floor_of(path) == floor for path in files())
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_every_room_of_the_table_is_there(room: str) -> None:
+    assert any(room_of(module) == room for module in parsed())
+
+
+def test_nothing_stands_directly_in_the_package_but_its_entrance() -> None:
+    assert {module for module in parsed() if "." not in module} == {"__main__"}

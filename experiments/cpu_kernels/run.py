@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from megatron_medha.kernels.choose_backend import AttentionBackend, QueryRange, attention_backend, backend_names
+from megatron_medha.kernels.attention.backend import AttentionBackend, QueryRange
+from megatron_medha.kernels.choose_backend import attention_backend, backend_names
 from megatron_medha.kernels.kv.slot_table import SlotTable
 
 CPU = torch.device("cpu")

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from experiments.gpu.measure import Check, Row, fill_with_random_kv
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.attention.backend import QueryRange
 from megatron_medha.kernels.attention.flash_backend import FlashAttention
-from megatron_medha.kernels.choose_backend import QueryRange, backend_names
+from megatron_medha.kernels.choose_backend import backend_names
 from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV
 from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.triton.triton_attention import TileConfig

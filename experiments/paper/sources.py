@@ -8,7 +8,8 @@ from pathlib import Path
 from experiments.paper.schedule import Task
 
 _SIMULATOR = (
-    "megatron_medha/core/**/*.py", "megatron_medha/engine/**/*.py", "megatron_medha/sim/**/*.py", "conf/simulate.yaml",
+    "megatron_medha/core/**/*.py", "megatron_medha/sim/**/*.py", "megatron_medha/stats/**/*.py",
+    "megatron_medha/workload/**/*.py", "megatron_medha/engine/scheduler_setup.py", "conf/simulate.yaml",
     "conf/*/*.yaml", "experiments/lib/paper.py", "experiments/lib/prefill.py", "experiments/lib/options.py",
 )  # fmt: skip
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_medha.kernels.attention.backend import LayerKV, QueryRange
 from megatron_medha.kernels.attention.merge import merge_parts
-from megatron_medha.kernels.choose_backend import LayerKV, QueryRange
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 

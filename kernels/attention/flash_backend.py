@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.choose_backend import QueryRange
+from megatron_medha.kernels.attention.backend import QueryRange
 from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV, allocate_paged
 from megatron_medha.kernels.staging import Staging
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.choose_backend import LayerKV, QueryRange
+from megatron_medha.kernels.attention.backend import LayerKV, QueryRange
 from megatron_medha.kernels.native_build import native_library, native_target, openmp_team
 
 _GROUP = 16

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_medha.kernels.attention.backend import LayerKV
 from megatron_medha.kernels.attention.native_attention import BatchPlan, NativeAttention, NativeCall
-from megatron_medha.kernels.choose_backend import LayerKV
 
 _NOT_YET = 2  # of native/shards.cpp
 

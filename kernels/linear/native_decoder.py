@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_medha.kernels.attention.backend import LayerKV
 from megatron_medha.kernels.attention.native_attention import BatchPlan, pool_width
-from megatron_medha.kernels.choose_backend import LayerKV
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import native_library
 

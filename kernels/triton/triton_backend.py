@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_medha.kernels.attention.backend import QueryRange
 from megatron_medha.kernels.attention.work_list import (
     ITEM_COLUMNS,
     MERGE_COLUMNS,
@@ -24,7 +25,6 @@ from megatron_medha.kernels.attention.work_list import (
     WorkList,
     work_list,
 )
-from megatron_medha.kernels.choose_backend import QueryRange
 from megatron_medha.kernels.kv.block_tables import BlockTables
 from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV, allocate_paged
 from megatron_medha.kernels.staging import Staging

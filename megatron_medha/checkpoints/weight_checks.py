@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.models.model_config import MAX_CONTEXT_LEN, ModelConfig
 
 _MAX_SHOWN = 8
 _MAX_LAYERS = 4096  # each takes time and memory, however small its tensors
-MAX_CONTEXT_LEN = 1 << 32
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron_medha.core.kv.sequence import Status
 from megatron_medha.core.ports import EngineLoad
-from megatron_medha.core.request import Status
 from megatron_medha.core.scheduling.scheduler import Scheduler
 
 NO_LOAD = EngineLoad(

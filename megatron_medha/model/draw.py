@@ -6,16 +6,14 @@ Tensor letters: R or D rows (one per request that draws), F of these with a rank
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_medha.core.sampling import Sampling
-
-if TYPE_CHECKING:
-    from megatron_medha.model.sampler import SamplingRow
+from megatron_medha.model.sampling_row import SamplingRow
 
 _MASK_64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
-from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV, RotatingBackend
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, RotatingBackend
 from megatron_medha.model.rotary import Rotation
 from megatron_medha.model.shared_attention import SharedAttention
 

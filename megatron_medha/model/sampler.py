@@ -16,7 +16,6 @@ Log-probabilities describe the raw distribution of the model, before every step 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,18 +26,7 @@ from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.draw import Draws, column, draw, draws_of, take_rows
 from megatron_medha.model.logprobs import Logprobs, token_logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """What choosing one request's next token depends on, besides its logits."""
-
-    sampling: Sampling
-    # (num_prompt_tokens,), any integer dtype, on the sampler's device; read by the repetition penalty alone
-    prompt_ids: Tensor | None
-    output_ids: Sequence[int]  # tokens emitted so far; read by the penalties
-    seed: int
-    num_output_tokens: int     # emitted so far, hence also the index of this draw
+from megatron_medha.model.sampling_row import SamplingRow
 
 
 class SampledRow(NamedTuple):

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.attention.merge import merge_outputs
 from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.attention.native_shards import BegunShard, NativeShards, merge_natively
-from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV
 from megatron_medha.parallel.kv_exchange import KVExchange
 
 # A peer that is about as far as we are answers within this; beyond it Python waits, and can be told to end.

@@ -61,3 +61,6 @@ class ModelConfig:
             bytes_per_element=bytes_per_element,
             has_tied_embeddings=self.has_tied_embeddings,
         )
+
+
+MAX_CONTEXT_LEN = 1 << 32

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_medha.server.api_keys import Client
 from megatron_medha.server.generation import GenerationSpec
-from megatron_medha.server.http.http_errors import ApiError
+from megatron_medha.server.http.http_errors import ApiError, retry_after
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.ttft_estimate import Forecast
 
@@ -149,6 +149,3 @@ class Admission:
         return ApiError(429, message, code=reason.removeprefix("max_"), headers=retry_after(retry_after_s))
 
 
-def retry_after(seconds: float) -> dict[str, str]:
-    """The header that says when to come back: whole seconds, at least one."""
-    return {"retry-after": str(max(1, math.ceil(seconds)))}

@@ -37,8 +37,9 @@ from megatron_medha.server.openai import completions as completion
 from megatron_medha.server.openai import responses, tokenize
 from megatron_medha.server.openai.request_fields import read_body, read_wishes
 from megatron_medha.server.openai.wire_format import WireFormat, encode_json
+from megatron_medha.server.ready import Ready
 from megatron_medha.server.server_config import ServerConfig
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.service import Service
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.text.template_renders import TemplateRenders

@@ -16,7 +16,8 @@ from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.routing import Api
 from megatron_medha.server.observe.metrics import Histogram
 from megatron_medha.server.observe.queue_view import LiveView
-from megatron_medha.server.observe.request_log import Step, Story
+from megatron_medha.server.observe.request_log import Story
+from megatron_medha.server.observe.steps import Step
 from megatron_medha.server.openai.wire_format import encode_json
 from megatron_medha.server.service import Service
 
@@ -78,7 +79,7 @@ class StoryAnswer(msgspec.Struct, frozen=True):
 
 def add_routes(app: Api, service: Service) -> None:
     """Put the routes into the application."""
-    page = importlib.resources.files("megatron_medha.server").joinpath("dashboard.html").read_bytes()
+    page = importlib.resources.files("megatron_medha.server.observe").joinpath("dashboard.html").read_bytes()
 
     @app.get("/dashboard", include_in_schema=False)
     async def dashboard() -> Response:

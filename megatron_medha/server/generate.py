@@ -13,13 +13,15 @@ from starlette.types import Receive, Scope, Send
 from megatron_medha.core.ports import ErrorDelivery
 from megatron_medha.server.admission import Ticket
 from megatron_medha.server.bodies.openai_types import Usage
-from megatron_medha.server.generation import Choice, GenerationSpec, Piece
+from megatron_medha.server.generation import Choice, GenerationSpec
 from megatron_medha.server.http.connection import TRANSPORT
 from megatron_medha.server.http.http_errors import ApiError, our_bug
 from megatron_medha.server.observe.tracing import Ended
 from megatron_medha.server.openai.wire_format import WireFormat
 from megatron_medha.server.output_streams import EngineLost, Gone, Stream
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.ready import Ready
+from megatron_medha.server.service import Service
+from megatron_medha.server.text_piece import Piece
 from megatron_medha.server.timeouts import Patience
 
 log = logging.getLogger(__name__)

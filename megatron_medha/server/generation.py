@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from megatron_medha.core.batch import FinishReason
 from megatron_medha.core.ports import TokenDelivery
 from megatron_medha.core.request import Request
-from megatron_medha.core.sampling import Sampling, TokenLogprobs
+from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.slo import SloClass
+from megatron_medha.server.text_piece import Piece
 from megatron_medha.server.tools.tool_fields import ToolUse
 from megatron_medha.text.call_syntax import tokens_of
 from megatron_medha.text.detokenizer import make_detokenizer
@@ -101,18 +101,6 @@ class GenerationSpec:
         return self.engine_numbers(index), prompt.token_ids, sampling
 
 
-class Piece(NamedTuple):
-    """What one token adds to a choice. Its text may be empty, or that of several tokens."""
-
-    choice_index: int
-    text: str
-    token_id: int | None  # None: the token was asked for only to have its prompt computed
-    logprobs: TokenLogprobs | None
-    text_offset: int      # characters of output decoded before this token
-    finish_reason: str | None
-    stop_reason: int | str | None
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None
-    is_first: bool
 
 
 class Choice:

@@ -7,21 +7,21 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
-from megatron_medha.server.admission import Admission, retry_after
+from megatron_medha.core.ports import EngineClient, EnginePhase, EngineStatus
+from megatron_medha.server.admission import Admission
 from megatron_medha.server.api_keys import KeyRing
 from megatron_medha.server.generation import GenerationSpec
-from megatron_medha.server.http.http_errors import ApiError
-from megatron_medha.server.http.request_body import PromptLimits
+from megatron_medha.server.http.http_errors import ApiError, retry_after
+from megatron_medha.server.http.request_body import SMALL_BODY_BYTES
 from megatron_medha.server.observe.loop_lag import watch_lag
 from megatron_medha.server.observe.metrics import Metrics
 from megatron_medha.server.observe.request_log import Journal
 from megatron_medha.server.observe.tracing import Traces
 from megatron_medha.server.output_streams import EngineLost, Streams
+from megatron_medha.server.ready import Ready
 from megatron_medha.server.recent_items import RecentItems
 from megatron_medha.server.server_config import FIXED_FIELDS, ServerConfig
 from megatron_medha.server.slo import SloConfig
@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 MAX_INLINE_CHARS = 2_000
 # Longer text is work of 0.1 s and more, up to a minute: it waits for its like only.
 LONG_TEXT_CHARS = 400_000
-# Not counted where large bodies are: those always get in, and all connections together are 1 GiB of them.
-SMALL_BODY_BYTES = 64 * 2**10
 # What answers that were cut off by a drain get to say so; those that cannot in that time have no reader.
 _TELLING_S = 1.0
 
@@ -49,19 +47,6 @@ _TELLING_S = 1.0
 _TAKES_REQUESTS = (EnginePhase.READY, EnginePhase.RECOVERING)
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """What is known once requests can be taken."""
-
-    facts: EngineFacts
-    tokenizer: Tokenizer
-    sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS
-
-    @property
-    def prompt_limits(self) -> PromptLimits:
-        """What no prompt within the model's context exceeds."""
-        num_tokens = self.facts.max_request_tokens
-        return PromptLimits(num_tokens, self.tokenizer.max_chars(num_tokens))
 
 
 class HeldBytes:

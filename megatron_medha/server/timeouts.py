@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from megatron_medha.server.admission import retry_after
-from megatron_medha.server.http.http_errors import ApiError
+from megatron_medha.server.http.http_errors import ApiError, retry_after
 from megatron_medha.server.output_streams import Stream
 from megatron_medha.server.server_config import ServerConfig
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from megatron_medha.core.batch import Arrived, Batch, Chunk, Event, FinishReason, Output, Preempted, Rejected, TokenOut
-from megatron_medha.core.request import Request, Sequence
+from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.policies import relative_slack
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.stats.decision_log import Recorded, ReplayError

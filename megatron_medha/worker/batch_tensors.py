@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.stage_plan import StagePlan
-from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV, QueryRange
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.inference_context import PackedBatch, SharedRows

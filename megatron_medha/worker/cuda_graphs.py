@@ -18,7 +18,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging, packed_offsets, views_of
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary

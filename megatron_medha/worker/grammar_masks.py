@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_medha.grammar.guidance import GRAMMAR_FAULT, GrammarCompiler, GrammarError, error_of
+from megatron_medha.worker.grammar_state import Guided
 from megatron_medha.worker.token_store import StoredRequest
 
 if TYPE_CHECKING:
-    import llguidance
+    pass
 
 _log = logging.getLogger(__name__)
 
@@ -27,12 +28,6 @@ _log = logging.getLogger(__name__)
 MAX_MASK_S = 1.0
 
 
-@dataclass(slots=True)
-class Guided:
-    """How far a request's output has got in its grammar."""
-
-    matcher: llguidance.LLMatcher
-    num_consumed: int = 0  # output tokens the matcher has seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 
 
 def num_kv_blocks(

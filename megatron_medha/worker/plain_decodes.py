@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.attention.native_attention import NativeAttention
-from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
 from megatron_medha.model.native_decoder_model import whole_decoder
 from megatron_medha.model.rotary import Rotary, Rotation

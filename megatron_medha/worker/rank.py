@@ -16,11 +16,12 @@ from megatron_medha.cluster.messages import PromptLogprobs, SampledToken, Step, 
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.stage_plan import Place, StagePlan, stage_plan
-from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.logprobs import prompt_logprobs
 from megatron_medha.model.rotary import Rotary
-from megatron_medha.model.sampler import Sampler, SamplingRow
+from megatron_medha.model.sampler import Sampler
+from megatron_medha.model.sampling_row import SamplingRow
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs
 from megatron_medha.parallel.shm_channel import SharedSlots

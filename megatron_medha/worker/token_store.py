@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -13,9 +12,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.sampler import has_penalty, takes_the_best
-
-if TYPE_CHECKING:
-    from megatron_medha.worker.grammar_masks import Guided
+from megatron_medha.worker.grammar_state import Guided
 
 _MIN_GROWTH_TOKENS = 256
 

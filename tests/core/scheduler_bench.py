@@ -8,8 +8,9 @@ from typing import Any
 from megatron_medha.core.batch import Arrived, Batch, Completed, Output
 from megatron_medha.core.cost.step_cost import CostModel, Hardware, RooflineCost
 from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.request import Request, Sequence
+from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 

@@ -8,7 +8,7 @@ import pytest
 from scheduler_bench import Bench, request
 
 from megatron_medha.core.batch import Aborted, Batch, FirstStageDone, RanksLost, TokenOut
-from megatron_medha.core.request import Status
+from megatron_medha.core.kv.sequence import Status
 
 
 def waiting(bench: Bench) -> Batch | None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.kv_memory import KVMemory, Part, default_shard_tokens
-from megatron_medha.core.request import Request, Sequence
+from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.request import Request
 
 
 def sequence(name: str, num_tokens: int) -> Sequence:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_bench import Bench, request
 
-from megatron_medha.core.request import Sequence, Status
+from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.scheduling import overdue
 from megatron_medha.core.scheduling.overdue import Overdue
 from megatron_medha.core.scheduling.policies import lars

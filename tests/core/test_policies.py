@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_medha.core.request import Request, Sequence
+from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.policies import (
     POLICIES,
     edf,

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_medha.core.request import Request, Sequence, Status
+from megatron_medha.core.kv.sequence import Sequence, Status
+from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.policies import fcfs
 from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
 

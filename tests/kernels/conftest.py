@@ -12,9 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one; test folders are no packages
 
+from megatron_medha.kernels.attention.backend import AttentionBackend
 from megatron_medha.kernels.attention.cpu_attention import CpuAttention
 from megatron_medha.kernels.attention.native_attention import NativeAttention
-from megatron_medha.kernels.choose_backend import AttentionBackend
 from megatron_medha.kernels.native_build import NativeUnavailable, native_target
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention import reference
-from megatron_medha.kernels.choose_backend import AttentionBackend, QueryRange
+from megatron_medha.kernels.attention.backend import AttentionBackend, QueryRange
 from megatron_medha.kernels.kv.slot_table import SlotTable
 
 BLOCK_SIZE = 16

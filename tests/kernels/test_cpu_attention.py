@@ -7,8 +7,8 @@ import torch
 from paged_world import TOLERANCE
 
 from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.attention.backend import LayerKV
 from megatron_medha.kernels.attention.cpu_attention import ReadPlan, attend_chunk, attend_prefix
-from megatron_medha.kernels.choose_backend import LayerKV
 
 
 @pytest.mark.parametrize("num_tokens", [0, 5])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from paged_world import TOLERANCE, World
 
 from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.attention.backend import QueryRange
 from megatron_medha.kernels.attention.native_attention import KeyRange, NativeAttention
-from megatron_medha.kernels.choose_backend import QueryRange
 from megatron_medha.kernels.native_build import native_target
 
 DTYPES = [torch.float32, torch.bfloat16]

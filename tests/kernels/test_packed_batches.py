@@ -8,7 +8,7 @@ import pytest
 import torch
 from paged_world import BLOCK_SIZE, World
 
-from megatron_medha.kernels.choose_backend import AttentionBackend, QueryRange
+from megatron_medha.kernels.attention.backend import AttentionBackend, QueryRange
 from megatron_medha.kernels.kv.slot_table import SlotTable
 
 MakeBackend = Callable[[], AttentionBackend]

@@ -7,8 +7,9 @@ import torch
 from paged_world import BLOCK_SIZE, TOLERANCE
 
 from megatron_medha.kernels.attention import reference
+from megatron_medha.kernels.attention.backend import AttentionBackend, QueryRange
 from megatron_medha.kernels.attention.merge import merge_states
-from megatron_medha.kernels.choose_backend import AttentionBackend, QueryRange, attention_backend
+from megatron_medha.kernels.choose_backend import attention_backend
 from megatron_medha.kernels.kv.slot_table import SlotTable
 
 HEAD_DIM = 16

@@ -15,11 +15,8 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_medha.kernels.attention import (
-    reference,  # noqa: E402
-    work_list,  # noqa: E402
-)
-from megatron_medha.kernels.choose_backend import QueryRange  # noqa: E402
+from megatron_medha.kernels.attention import reference, work_list  # noqa: E402
+from megatron_medha.kernels.attention.backend import QueryRange  # noqa: E402
 from megatron_medha.kernels.kv.paged_kv import E4M3, allocate_paged  # noqa: E402
 from megatron_medha.kernels.kv.slot_table import SlotTable  # noqa: E402
 from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention  # noqa: E402

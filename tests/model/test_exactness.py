@@ -21,7 +21,8 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 
 from megatron_medha.checkpoints.detect import load_weights, read_model_config  # noqa: E402
 from megatron_medha.core.layout import ParallelLayout  # noqa: E402
-from megatron_medha.kernels.choose_backend import QueryRange, attention_backend  # noqa: E402
+from megatron_medha.kernels.attention.backend import QueryRange  # noqa: E402
+from megatron_medha.kernels.choose_backend import attention_backend  # noqa: E402
 from megatron_medha.kernels.kv.slot_table import SlotTable  # noqa: E402
 from megatron_medha.model.build import build_model  # noqa: E402
 from megatron_medha.model.inference_context import PackedBatch  # noqa: E402

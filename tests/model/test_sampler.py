@@ -12,7 +12,8 @@ import torch
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.draw import draw_uniform
 from megatron_medha.model.logprobs import prompt_logprobs
-from megatron_medha.model.sampler import Sampler, SamplingRow, takes_the_best
+from megatron_medha.model.sampler import Sampler, takes_the_best
+from megatron_medha.model.sampling_row import SamplingRow
 
 VOCAB_SIZE = 12
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.attention.cpu_attention import CpuAttention
 from megatron_medha.kernels.attention.merge import merge_states
 from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.attention.native_shards import merge_natively
-from megatron_medha.kernels.choose_backend import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.model import shared_attention

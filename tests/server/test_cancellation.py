@@ -10,7 +10,7 @@ import pytest
 from live_server import LiveEngine
 from running_server import Running, StartServer, eventually
 
-from megatron_medha.core.request import Status
+from megatron_medha.core.kv.sequence import Status
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.server.observe.metrics import Metrics
 

@@ -165,7 +165,7 @@ def _as_label(text: str) -> str:
 
 
 def _render(template: str, facts: dict[str, Any]) -> str:
-    source = (importlib.resources.files("megatron_medha.commands") / template).read_text(encoding="utf-8")
+    source = (importlib.resources.files("megatron_medha.cli.reports") / template).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=template.endswith(".html.j2"), keep_trailing_newline=True)
     environment.filters["data_url"] = _data_url
     return environment.from_string(source).render(facts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.block_pool import BlockPool, KVShard, num_blocks_for
-from megatron_medha.core.request import Sequence
+from megatron_medha.core.kv.sequence import Sequence
 
 
 @dataclass(slots=True, init=False)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.kv.kv_memory import KVMemory, Part
-from megatron_medha.core.request import Sequence
+from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule, largest_chunk
 
 _MOST_HALVINGS = 2       # of a tile that breaks a step's budget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
 
-from megatron_medha.core.request import Sequence
+from megatron_medha.core.kv.sequence import Sequence
 
 # Entries of the dead that are kept for each of the living, and in all: the heap is swept when there are more. A client
 # may name a deadline days ahead (x-slo-ttft-ms), and until then nothing else would take its entry out.

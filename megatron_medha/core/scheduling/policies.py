@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_medha.core.request import Sequence
+from megatron_medha.core.kv.sequence import Sequence
 
 
 @dataclass(slots=True, init=False)

@@ -6,7 +6,7 @@ from math import inf
 
 from megatron_medha.core.cost.step_cost import CostModel, step_s
 from megatron_medha.core.kv.kv_memory import KVMemory, Part
-from megatron_medha.core.request import Sequence
+from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder, Planned
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import relative_slack

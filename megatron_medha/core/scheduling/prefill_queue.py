@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import inf
 
-from megatron_medha.core.request import Sequence
+from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.kinetic_queue import ITEM, ITEM_ID, LEVEL, KineticQueue, Place
 from megatron_medha.core.scheduling.policies import Policy, Priority
 

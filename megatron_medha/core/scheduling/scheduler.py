@@ -23,7 +23,8 @@ from megatron_medha.core.batch import (
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_memory import KVMemory
-from megatron_medha.core.request import Request, Sequence, Status
+from megatron_medha.core.kv.sequence import Sequence, Status
+from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
 from megatron_medha.core.scheduling.chunking import PrefillTimes
 from megatron_medha.core.scheduling.output_length import OutputPredictor

@@ -26,14 +26,16 @@ from megatron_medha.server.bodies.openai_types import (
     TokenizeRequest,
     Usage,
 )
-from megatron_medha.server.generation import GenerationSpec, Piece
+from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.http.http_errors import ANTHROPIC_PREFIX, ApiError
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.chat_completions import CHARS_PER_MESSAGE, plan_chat
 from megatron_medha.server.openai.request_fields import Wishes, refuse_all
 from megatron_medha.server.openai.tokenize import token_ids_of
 from megatron_medha.server.openai.wire_format import encode_json
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.ready import Ready
+from megatron_medha.server.service import Service
+from megatron_medha.server.text_piece import Piece
 from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.tools.json_text import dump, read_cut_object
 from megatron_medha.server.tools.tool_calls import CallFinder

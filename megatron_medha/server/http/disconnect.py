@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from megatron_medha.server.http.http_errors import ApiError
-from megatron_medha.server.service import SMALL_BODY_BYTES
+from megatron_medha.server.http.request_body import SMALL_BODY_BYTES
 
 T = TypeVar("T")
 

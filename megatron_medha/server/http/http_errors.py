@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -159,3 +160,8 @@ async def _answer_too_deep(request: Request, error: Exception) -> Response:
 async def _answer_our_bug(request: Request, error: Exception) -> Response:
     # The framework re-raises after this answer, so the traceback is logged by the server.
     return our_bug().as_response(request.url.path)
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """The header that says when to come back: whole seconds, at least one."""
+    return {"retry-after": str(max(1, math.ceil(seconds)))}

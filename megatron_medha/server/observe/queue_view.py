@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from heapq import nsmallest
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from megatron_medha.core.request import Sequence, Status
+from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.scheduling.policies import relative_slack, slack_s
 from megatron_medha.core.scheduling.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from megatron_medha.server.observe.request_log import Step
+from megatron_medha.server.observe.steps import Step
 
 MAX_QUEUED = 200    # shown of the queue, most urgent first
 MAX_DECODING = 100  # shown of the running answers

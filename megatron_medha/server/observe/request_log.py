@@ -29,10 +29,12 @@ from megatron_medha.core.batch import (
     Rejected,
     TokenOut,
 )
-from megatron_medha.core.request import Request, Sequence
+from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.server.observe.metrics import Metrics
 from megatron_medha.server.observe.queue_view import LiveView, joined, look_at
+from megatron_medha.server.observe.steps import Step, StepPart
 from megatron_medha.server.ttft_estimate import Forecast, WorkAhead
 
 MAX_STORIES = 2048   # requests remembered, of which those that ended first go first; live ones always stay
@@ -121,33 +123,8 @@ class RequestSummary(msgspec.Struct, frozen=True):
         )
 
 
-@dataclass(slots=True, frozen=True)
-class StepPart:
-    """One prefill chunk of a step."""
-
-    request_id: str
-    start: int
-    num_tokens: int
-    relative_slack: float
-    kvp_ranks: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class Step:
-    """One batch, as it was formed and as it went."""
-
-    batch_id: int
-    at_s: float
-    parts: tuple[StepPart, ...]
-    num_decodes: int
-    num_tokens: int
-    predicted_s: float
-    budget_s: float
-    num_free_blocks: int
-    num_owners: int
-    replica: int
-    has_left_first_stage: bool = False
-    duration_s: float | None = None
 
 
 @dataclass(slots=True, frozen=True)

@@ -22,7 +22,8 @@ from megatron_medha.server.openai.request_fields import (
     seed_of,
     stops_of,
 )
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.ready import Ready
+from megatron_medha.server.service import Service
 from megatron_medha.server.tools.call_grammar import calls_or_text
 from megatron_medha.server.tools.structured_output import check_guidable, guide_of
 from megatron_medha.server.tools.tool_fields import ToolUse

@@ -29,7 +29,7 @@ from megatron_medha.server.bodies.openai_types import (
     ToolChoice,
     Usage,
 )
-from megatron_medha.server.generation import GenerationSpec, Piece
+from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.build_spec import Particulars, plan
@@ -45,7 +45,9 @@ from megatron_medha.server.openai.wire_format import (
     error_events,
     sse_event,
 )
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.ready import Ready
+from megatron_medha.server.service import Service
+from megatron_medha.server.text_piece import Piece
 from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.tools.json_text import read_cut_object
 from megatron_medha.server.tools.tool_calls import CallFinder

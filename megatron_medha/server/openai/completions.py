@@ -13,7 +13,7 @@ from megatron_medha.server.bodies.openai_types import (
     CompletionRequest,
     Usage,
 )
-from megatron_medha.server.generation import GenerationSpec, Piece, Prompt
+from megatron_medha.server.generation import GenerationSpec, Prompt
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.build_spec import Particulars, plan
@@ -35,8 +35,10 @@ from megatron_medha.server.openai.wire_format import (
     error_events,
     sse_event,
 )
+from megatron_medha.server.ready import Ready
 from megatron_medha.server.server_config import ServerConfig
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.service import Service
+from megatron_medha.server.text_piece import Piece
 from megatron_medha.text.detokenizer import make_detokenizer
 from megatron_medha.text.tokenizer import Tokenizer
 

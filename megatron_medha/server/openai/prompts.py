@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from megatron_medha.server.generation import Prompt
 from megatron_medha.server.http.http_errors import ApiError, bad_request
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.ready import Ready
+from megatron_medha.server.service import Service
 from megatron_medha.text.text_slices import TextWithoutBreaksError
 from megatron_medha.text.tokenizer import Tokenizer, TooManyTokens
 

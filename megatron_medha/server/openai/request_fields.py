@@ -18,8 +18,9 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.api_keys import ANONYMOUS
 from megatron_medha.server.bodies.openai_types import SharedFields
 from megatron_medha.server.http.http_errors import ApiError, bad_request
+from megatron_medha.server.ready import Ready
 from megatron_medha.server.server_config import ServerConfig
-from megatron_medha.server.service import HeldBytes, Ready, Service
+from megatron_medha.server.service import HeldBytes, Service
 from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1

@@ -30,7 +30,7 @@ from megatron_medha.server.bodies.responses_types import (
     TextFormat,
     TextOptions,
 )
-from megatron_medha.server.generation import GenerationSpec, Piece
+from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.http.http_errors import ApiError, ErrorBody, error_type
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.chat_completions import CHARS_PER_MESSAGE, plan_chat
@@ -39,8 +39,10 @@ from megatron_medha.server.openai.request_fields import Wishes, refuse_all
 from megatron_medha.server.openai.response_items import History, read_items
 from megatron_medha.server.openai.response_tools import ChatTools, KnownTool, chat_tools_of, text_argument
 from megatron_medha.server.openai.wire_format import encode_json
+from megatron_medha.server.ready import Ready
 from megatron_medha.server.recent_items import RecentItems
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.service import Service
+from megatron_medha.server.text_piece import Piece
 from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.tools.tool_calls import CallFinder
 from megatron_medha.text.tokenizer import Tokenizer

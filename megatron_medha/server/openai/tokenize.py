@@ -21,7 +21,8 @@ from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.chat_completions import adds_special_tokens, chat_tools, render_messages
 from megatron_medha.server.openai.prompts import check_ids, check_length, encode_text
 from megatron_medha.server.openai.wire_format import encode_json
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.ready import Ready
+from megatron_medha.server.service import Service
 from megatron_medha.server.tools.tool_fields import definitions_of, usable_tools
 from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TooManyTokens
 

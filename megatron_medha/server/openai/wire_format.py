@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import msgspec
 
 from megatron_medha.server.bodies.openai_types import Usage
-from megatron_medha.server.generation import GenerationSpec, Piece
+from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.http.http_errors import ApiError
+from megatron_medha.server.text_piece import Piece
 
 encode_json = msgspec.json.Encoder().encode
 

@@ -8,7 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -17,11 +17,9 @@ from megatron_medha.grammar.grammar_trials import GrammarTrials, TooMuch, Trials
 from megatron_medha.grammar.guidance import GrammarError
 from megatron_medha.server.bodies.openai_types import ResponseFormat, SharedFields, StructuredOutputs
 from megatron_medha.server.http.http_errors import ApiError, bad_request
+from megatron_medha.server.ready import Ready
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.system.child_environment import child_environment
-
-if TYPE_CHECKING:
-    from megatron_medha.server.service import Ready
 
 _NUM_KNOWN = 256     # guides whose fate is known
 _REFUSED_S = 60.0    # how long one that took too long is refused at once: clients that send it again get it again

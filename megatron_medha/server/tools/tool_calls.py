@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 
-from megatron_medha.server.generation import Piece
+from megatron_medha.server.text_piece import Piece
 from megatron_medha.server.tools.call_python import PythonCall
 from megatron_medha.server.tools.call_readers import CallBegan, CallReader, CallWent, Found, JsonCall, Said
 from megatron_medha.server.tools.call_tags import TagCall
