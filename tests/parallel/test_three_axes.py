@@ -12,11 +12,11 @@ import pytest
 
 from experiments.lib.rank_processes import RankProcesses
 from megatron_medha.core.batch import Arrived
-from megatron_medha.core.chunking import Chunking
-from megatron_medha.core.config import SchedulerConfig
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
+from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from tests.parallel.walk import LAYOUTS, VOCAB_SIZE, Case, Reference, Walk, random_case, walk
 
 SEEDS = range(int(os.environ.get("MEDHA_WALKS", "2")))  # random walks of each layout
