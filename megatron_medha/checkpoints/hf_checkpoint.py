@@ -131,8 +131,8 @@ def placements(config: ModelConfig, parameter_names: set[str], share: Share) -> 
         if config.has_qkv_bias:
             layer_tensors[f"self_attn.{part}_proj.bias"] = ((rows,), 0, (f"{_QKV}.bias",), view)
         if config.has_qk_norm and part != "v":
-            names = (f"self_attention.{part}_layernorm.weight",)
-            layer_tensors[f"self_attn.{part}_norm.weight"] = ((head_dim,), None, names, whole)
+            norm = f"self_attention.{part}_layernorm.weight"
+            layer_tensors[f"self_attn.{part}_norm.weight"] = ((head_dim,), None, (norm,), whole)
     for layer in range(config.num_layers):
         ours = f"decoder.layers.{layer - share.first_layer}"
         is_here = 0 <= layer - share.first_layer < share.num_layers

@@ -63,7 +63,7 @@ class PackedBatch(BaseInferenceContext):
         self.rotation = rotation
         self.shared = shared
         # Rows whose partial results go to other ranks are rotated beforehand: those ranks attend with them as they are.
-        self.is_rotated_by_backend = shared is None and _is_rotating(type(backend))
+        self.is_rotated_by_backend = shared is None and _is_rotating(type(backend))  # type: ignore[arg-type]
         self.before_layer = before_layer
         self.hidden: Tensor | None = None
         self.logit_rows = logit_rows

@@ -59,7 +59,7 @@ class _NativeForward:
         self._is_first, self._is_last = model.pre_process, model.post_process
         self._hidden_size = model.config.hidden_size
 
-    def __call__(self, token_ids_1T: Tensor, *args: Any, inference_context: PackedBatch | None = None, **kwargs: Any):
+    def __call__(self, token_ids_1T: Tensor, *args: Any, inference_context: PackedBatch | None = None, **kwargs: Any) -> Any:
         """As GPTModel's: [1, R, V] on the last stage, hidden states [T, 1, C] before."""
         batch = inference_context
         if batch is None or batch.shared is not None or not isinstance(batch.backend, NativeAttention):
@@ -150,6 +150,7 @@ def _layer_of(layer: torch.nn.Module) -> LayerWeights:
 def _norm_of(norm: torch.nn.Module) -> Tensor:
     if not isinstance(norm.forward, NativeRMSNorm) or norm.weight.dtype != torch.bfloat16:
         raise _Unknown(f"a norm that is a {type(norm).__name__} in {norm.weight.dtype}")
+    assert isinstance(norm.weight, Tensor)
     return norm.weight
 
 

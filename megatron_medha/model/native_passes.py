@@ -26,7 +26,7 @@ def use_native_passes(model: GPTModel) -> None:
         return
     for module in model.modules():
         if isinstance(module, torch.nn.RMSNorm):
-            module.forward = NativeRMSNorm(pointwise, module)  # type: ignore[method-assign]
+            module.forward = NativeRMSNorm(pointwise, module)  # type: ignore[method-assign, assignment]
         elif isinstance(module, MedhaTransformerLayer):
             module.gated_silu = pointwise.gated_silu  # type: ignore[method-assign]
 

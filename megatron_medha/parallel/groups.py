@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -41,7 +42,7 @@ def init_distributed(
     backend = "nccl" if device.type == "cuda" else "gloo"
     if layout.world_size == 1:
         # A store in this process: no port to collide on, no file to clean up.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
         return
     if init_method is None:
         raise ConfigError(f"{layout.world_size} ranks need an address to meet at (init_method)")

@@ -1,4 +1,4 @@
-"""The HTTP application: routes over one engine. Running it is running.py's business."""
+"""The HTTP application: routes over one engine; run_server.py runs it."""
 
 from __future__ import annotations
 

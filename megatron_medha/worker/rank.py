@@ -202,7 +202,8 @@ class Rank:
         hidden_T1C = None if work.arriving is None else work.arriving.wait()
         span = self._clock.start()
         failed = list(work.failed)
-        chunks, underway, ahead = work.chunks, [], None
+        chunks: Sequence[tuple[Chunk, StoredRequest]] = work.chunks
+        underway, ahead = [], None
         # Also for decodes that were computed ahead: what they bring is for the tokens after them.
         append_extents(chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
         if self._held is not None:

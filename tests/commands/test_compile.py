@@ -62,7 +62,7 @@ def test_a_build_of_other_sources_is_not_used(
     before = compiled_directory()
     monkeypatch.setattr(compiled_core, "_HERE", copy)
     assert compiled_directory() == before
-    with open(copy / "core" / "policies.py", "a", encoding="utf-8") as source:
+    with open(copy / "core" / "scheduling" / "policies.py", "a", encoding="utf-8") as source:
         source.write("# a policy of one's own\n")
     assert compiled_directory() != before
 

@@ -77,7 +77,7 @@ def test_the_options_of_chat_are_those_of_its_class(monkeypatch: pytest.MonkeyPa
 
 def test_the_options_of_train_tiny_are_those_of_its_class() -> None:
     # Read from the source, because importing it imports torch.
-    tree = ast.parse((PACKAGE / "model" / "train_tiny.py").read_text())
+    tree = ast.parse((PACKAGE / "tiny" / "tiny_training.py").read_text())
     [config] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainTinyConfig"]
     defaults = {
         item.target.id: ast.literal_eval(item.value)

@@ -186,7 +186,7 @@ class _Job:
         try:
             if values is None:
                 _empty(directory)
-                options = freeze(config, self.config_class)
+                options: Any = freeze(config, self.config_class)
                 values = self.run_job(options, as_yaml(config, resolves=True))
             else:
                 print(f"job {hydra.job.num} is done already")

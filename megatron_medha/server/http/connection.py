@@ -72,7 +72,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """The client has connected; now it owes us a head."""
         super().connection_made(transport)
-        self.flow = _Flow(transport)
+        self.flow: _Flow = _Flow(transport)
         self._unparsed = bytearray()
         self._start_head_timer()
         if len(self.connections) - len(self.extra) <= self.num_places:

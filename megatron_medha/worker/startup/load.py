@@ -66,7 +66,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
-    block_size = config.block_size or getattr(backend, "block_size", _CPU_BLOCK_SIZE)
+    block_size = config.block_size or int(getattr(backend, "block_size", _CPU_BLOCK_SIZE))
     kv_dtype = kv_dtype_of(config.kv_dtype, dtype, backend.name)
     has_transformer_engine = transformer_engine_works(device)
     check_fp8(config.fp8, dtype=dtype, has_transformer_engine=has_transformer_engine, tp=config.layout.tp)

@@ -34,7 +34,7 @@ def import_megatron(device: str) -> None:
     # Its fused functions go through torch.compile when they are defined, which loads Dynamo and Inductor. None of them
     # runs on a CPU, where they would be compiled for seconds at their first call (model/build.py turns them off).
     compile_ = torch.compile
-    torch.compile = _as_it_is
+    torch.compile = _as_it_is  # type: ignore[assignment]
     try:
         import megatron.core  # noqa: F401
     finally:
