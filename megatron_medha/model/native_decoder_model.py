@@ -59,7 +59,9 @@ class _NativeForward:
         self._is_first, self._is_last = model.pre_process, model.post_process
         self._hidden_size = model.config.hidden_size
 
-    def __call__(self, token_ids_1T: Tensor, *args: Any, inference_context: PackedBatch | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, token_ids_1T: Tensor, *args: Any, inference_context: PackedBatch | None = None, **kwargs: Any
+    ) -> Any:
         """As GPTModel's: [1, R, V] on the last stage, hidden states [T, 1, C] before."""
         batch = inference_context
         if batch is None or batch.shared is not None or not isinstance(batch.backend, NativeAttention):

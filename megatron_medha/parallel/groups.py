@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch._C._distributed_c10d import HashStore
 
 from megatron_medha.core.errors import ConfigError, RankError
 from megatron_medha.core.layout import ParallelLayout
