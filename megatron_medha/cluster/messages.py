@@ -100,6 +100,14 @@ class Prepared(msgspec.Struct, frozen=True, array_like=True, tag="prepared"):
     number: int
 
 
+class HeldKV(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank holds: a checksum."""
+
+    num_requests: int
+    num_blocks: int
+    block_numbers: int  # their sum
+
+
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     """Rank to front: its stage's work of the batch is done. Ranks with tp index 0 send it.
 
@@ -112,7 +120,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     tokens: tuple[SampledToken, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     failed: tuple[tuple[str, str], ...] = ()  # (request_id, why): only that request is harmed
-    held: tuple[int, int] | None = None  # requests and KV blocks of this rank with this step; told under audit only
+    held: HeldKV | None = None  # by this rank with this step; sent under audit only
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"):

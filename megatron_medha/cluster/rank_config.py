@@ -38,4 +38,4 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_context_len: int | None = None  # None: the checkpoint's own
     num_threads: int | None = None   # None: its share of the CPU cores it may use
     attention_backend: str = "auto"
-    is_audited: bool = False         # whether it keeps a second book of its KV blocks and tells the front of it
+    is_audited: bool = False         # whether it counts its KV blocks a second time and sends the sums

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.cluster.kv_audit import KVAudit
 from megatron_medha.cluster.launch import WORKER_COMMAND, LocalRanks, Ranks
-from megatron_medha.cluster.rank_audit import RankAudit
+from megatron_medha.cluster.messages import StepDone
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.kv.kv_memory import default_shard_tokens
+from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.ports import Observer
+from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.engine import Engine, Watcher, World
 from megatron_medha.engine.inbox import Inbox
@@ -69,20 +73,22 @@ def cluster_engine(
     open_timeline: None: none is written.
     """
     layout = rank_config.layout
-    audit = RankAudit(layout) if rank_config.is_audited else None
     configs = [msgspec.structs.replace(rank_config, rank=rank) for rank in range(layout.world_size)]
 
     @contextmanager
     def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
         with ExitStack() as stack:
             ranks = stack.enter_context((open_ranks or local_ranks())(configs))
-            runtime = ClusterRuntime(ranks, layout, inbox, streams, board, recovery or RecoveryConfig(), audit)
+            runtime = ClusterRuntime(ranks, layout, inbox, streams, board, recovery or RecoveryConfig())
             try:
                 started = runtime.start()
-                timelines: tuple[RunTimeline, ...] = ()
+                watchers: list[Watcher] = []
                 if started is not None and open_timeline is not None:
-                    timelines = (stack.enter_context(open_timeline(runtime.now_s())),)
-                    runtime.on_step = timelines[0].step_done
+                    timeline = stack.enter_context(open_timeline(runtime.now_s()))
+                    runtime.on_step.append(timeline.step_done)
+                    watchers.append(lambda scheduler: timeline)
+                if rank_config.is_audited:
+                    watchers.append(partial(_audited, runtime, layout, stack))
                 shard_tokens = rank_config.max_tokens_per_shard
                 if started is not None and shard_tokens is None and layout.kvp > 1:
                     first = started.first
@@ -103,11 +109,21 @@ def cluster_engine(
                     ),
                     stop_token_ids=started.first.stop_token_ids,
                     device=started.device,
-                    observers=timelines,
+                    watchers=tuple(watchers),
                 )
             finally:
                 runtime.shut_down()
 
-    if audit is not None:
-        watchers = (*watchers, audit.watch)
     return Engine(open_world, observers=observers, watchers=watchers, decision_log=decision_log)
+
+
+def _audited(runtime: ClusterRuntime, layout: ParallelLayout, stack: ExitStack, scheduler: Scheduler) -> KVAudit:
+    """An audit of the scheduler and of the ranks' answers; it reports when the stack closes."""
+    audit = KVAudit(scheduler)
+
+    def answered(done: StepDone, now_s: float) -> None:
+        audit.answered(done.batch_id, layout.coord_of(done.rank).kvp, done.held)
+
+    runtime.on_step.append(answered)
+    stack.callback(audit.report)
+    return audit

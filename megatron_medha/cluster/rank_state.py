@@ -31,10 +31,6 @@ class RankMirror:
                 if request_id in known:
                     pending.append((request_id, token_id))
 
-    def num_known(self) -> list[int]:
-        """Requests that the ranks of each KVP index know, with all steps made so far."""
-        return [len(known) for known in self._known]
-
     def clear(self) -> None:
         """The ranks came up empty."""
         for known, pending in zip(self._known, self._sampled, strict=True):

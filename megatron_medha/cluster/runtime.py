@@ -30,7 +30,6 @@ from megatron_medha.cluster.messages import (
     StepDone,
 )
 from megatron_medha.cluster.pending_grammars import GrammarGate
-from megatron_medha.cluster.rank_audit import RankAudit
 from megatron_medha.cluster.rank_state import RankMirror
 from megatron_medha.cluster.start_progress import StartProgress
 from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output, RanksLost, TokenOut
@@ -58,8 +57,6 @@ class _Phase(Enum):
 class ClusterRuntime:
     """A Runtime over the ranks of one replica."""
 
-    on_step: Callable[[StepDone, float], None] | None = None  # told of every answer while it serves, and when it came
-
     def __init__(
         self,
         ranks: Ranks,
@@ -68,11 +65,10 @@ class ClusterRuntime:
         streams: Streams,
         board: StatusBoard,
         recovery: RecoveryConfig,
-        audit: RankAudit | None = None,
     ) -> None:
         """Starts nothing. layout: of this replica, dp = 1."""
         assert layout.dp == 1
-        self._audit = audit
+        self.on_step: list[Callable[[StepDone, float], None]] = []  # called with every answer and when it came
         self._ranks = ranks
         self._layout = layout
         self._inbox = inbox
@@ -122,8 +118,6 @@ class ClusterRuntime:
     def shut_down(self) -> None:
         """End the ranks: in order where they serve, at once where they do not."""
         is_serving = self._phase is not _Phase.STARTING
-        if self._audit is not None:
-            self._audit.report()
         if is_serving:
             for rank in range(self._layout.world_size):
                 try:
@@ -186,8 +180,6 @@ class ClusterRuntime:
         self._collector.clear()
         self._mirror.clear()
         self._watchdog.clear()
-        if self._audit is not None:
-            self._audit.clear()
         # A loss that the scheduler has not heard of yet is part of this one.
         self._events = deque(event for event in self._events if not isinstance(event, RanksLost))
         self._gate.restart()
@@ -238,8 +230,6 @@ class ClusterRuntime:
         self._watchdog.submitted(batch.batch_id, batch.predicted_s, self.now_s())
         link, layout = self._ranks.link, self._layout
         payloads = [link.encode(step) for step in self._mirror.steps(batch)]
-        if self._audit is not None:
-            self._audit.submitted(batch.batch_id, self._mirror.num_known())
         try:
             for rank in range(layout.world_size):
                 link.send_encoded(rank, payloads[layout.coord_of(rank).kvp])
@@ -320,10 +310,8 @@ class ClusterRuntime:
         self._heartbeats.heard(message.rank, self.now_s())
         match message:
             case StepDone() if self._phase is not _Phase.STARTING and self._collector.expects(message):
-                if self._audit is not None:
-                    self._audit.answered(message)
-                if self.on_step is not None:
-                    self.on_step(message, self.now_s())
+                for on_step in self.on_step:
+                    on_step(message, self.now_s())
                 for event in self._collector.take(message):
                     self._events.append(self._keep(event) if isinstance(event, BatchResult) else event)
             case Heartbeat():

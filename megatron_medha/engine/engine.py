@@ -42,6 +42,9 @@ _log = logging.getLogger(__name__)
 _SNAPSHOT_INTERVAL_S = 0.1
 
 
+Watcher = Callable[[Scheduler], Observer]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """A world that is up: what runs batches, and what a scheduler for it is made from."""
@@ -50,7 +53,7 @@ class World:
     setup: SchedulerSetup
     stop_token_ids: tuple[int, ...]
     device: str
-    observers: tuple[Observer, ...] = ()  # of its own
+    watchers: tuple[Watcher, ...] = ()  # of its own
 
 
 class OpenWorld(Protocol):
@@ -61,9 +64,6 @@ class OpenWorld(Protocol):
 
         The world writes on the board while it comes up, first and after a failure.
         """
-
-
-Watcher = Callable[[Scheduler], Observer]
 
 
 class Engine:
@@ -177,8 +177,8 @@ class Engine:
 
     def _serve(self, world: World, streams: Streams) -> None:
         scheduler = self._scheduler = world.setup.build()
-        watching = (watch(scheduler) for watch in self._watchers)
-        observers = (*self._observers, *world.observers, *watching, _LoadObserver(scheduler, self._note_load))
+        watching = (watch(scheduler) for watch in (*world.watchers, *self._watchers))
+        observers = (*self._observers, *watching, _LoadObserver(scheduler, self._note_load))
         if self._decision_log is not None:
             observers = (*observers, DecisionLog.open(self._decision_log, world.setup.header()))
         self._note_load(scheduler, ())

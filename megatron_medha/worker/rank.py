@@ -12,7 +12,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_medha.cluster.messages import PromptLogprobs, SampledToken, Step, StepDone
+from megatron_medha.cluster.kv_audit import SentBlocks
+from megatron_medha.cluster.messages import HeldKV, PromptLogprobs, SampledToken, Step, StepDone
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.stage_plan import Place, StagePlan, stage_plan
@@ -35,7 +36,6 @@ from megatron_medha.worker.batch_tensors import (
 )
 from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.grammar_masks import GuidedSampling
-from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.plain_decodes import plain_decodes
 from megatron_medha.worker.run_ahead import Held, Underway, Work, next_decodes, places_of
 from megatron_medha.worker.step_clock import StepClock
@@ -55,7 +55,7 @@ class _Announced:
     plan: StagePlan | None  # None: made when it is computed
     arriving: Arriving | None
     duration_s: float  # spent on it so far
-    held: tuple[int, int] | None  # by the ledger
+    held: HeldKV | None  # under audit
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Rank:
 
     before_layer: Callable[[], None] | None = None
     graphs: StepGraphs | None = None  # set once they are captured
-    ledger: KVLedger | None = None    # set where the rank is audited
+    sent_blocks: SentBlocks | None = None  # set where the rank is audited
 
     def __init__(
         self,
@@ -191,9 +191,15 @@ class Rank:
                 plan=plan,
                 arriving=self._link.post_receive(plan.num_tokens) if plan and plan.receives_from else None,
                 duration_s=time.monotonic() - started_s,
-                held=None if self.ledger is None else self.ledger.announced(step, len(self._requests)),
+                held=self._held_kv(step),
             )
         )
+
+    def _held_kv(self, step: Step) -> HeldKV | None:
+        if self.sent_blocks is None:
+            return None
+        held = self.sent_blocks.note(step.released, step.chunks)
+        return HeldKV(len(self._requests), held.num_blocks, held.block_numbers)
 
     @torch.inference_mode()
     def compute(self) -> StepDone:

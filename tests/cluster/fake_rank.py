@@ -20,7 +20,7 @@ from pathlib import Path
 
 import zmq
 
-from megatron_medha.cluster.messages import Ready, SampledToken, Step, StepDone
+from megatron_medha.cluster.messages import HeldKV, Ready, SampledToken, Step, StepDone
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.layout import Coord
@@ -95,7 +95,8 @@ class FakeRank:
                     sampled.append(SampledToken(chunk.request_id, token_id))
                     if self._config.layout.world_size == 1:
                         tokens.append(token_id)
-        held = (len(self._tokens), sum(map(len, self._blocks.values())) - self._num_lost_blocks)
+        num_blocks = sum(map(len, self._blocks.values())) - self._num_lost_blocks
+        held = HeldKV(len(self._tokens), num_blocks, sum(map(sum, self._blocks.values())))
         return StepDone(step.batch_id, self._config.rank, 0.001, tuple(sampled), held=held)
 
     def _write_kv(self, request_id: str, start: int, end: int, num_shards: int, extents: Sequence[Extent]) -> None:

@@ -241,10 +241,10 @@ def test_requests_aborted_between_stages_and_while_shards_grow_leave_nothing_on_
     assert cluster.engine.status.phase is EnginePhase.READY
 
 
-def test_a_rank_whose_books_disagree_with_the_schedulers_ends_the_server(start: StartCluster) -> None:
+def test_a_rank_whose_blocks_differ_from_the_schedulers_ends_the_server(start: StartCluster) -> None:
     cluster = start(ParallelLayout(kvp=2), shard_tokens=256)
     cluster.poison(1, "lose")
     cluster.client.send("poisoned", [*range(300), POISON], 20)
     (last,) = cluster.client.wait("poisoned")[-1:]
     assert isinstance(last, ErrorDelivery)
-    assert "rank 1 holds (requests, blocks)" in cluster.engine.status.detail
+    assert "a rank of KVP index 1 has HeldKV(" in cluster.engine.status.detail

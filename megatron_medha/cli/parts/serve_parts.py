@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from megatron_medha.cluster.kv_audit import KVAudit
 from megatron_medha.cluster.launch_config import LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.rank_engine import OpenRanks, OpenTimeline, cluster_engine, local_ranks
@@ -21,7 +22,6 @@ from megatron_medha.engine.replicas import Replicas, SharedObserver
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.serve_options import ServeConfig, ServeOptions
 from megatron_medha.sim.live import live_engine
-from megatron_medha.stats.kv_audit import KVAudit
 from megatron_medha.system.child_environment import child_environment
 from megatron_medha.system.secret_values import without_secrets
 

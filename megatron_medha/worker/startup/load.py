@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_medha.checkpoints.detect import load_weights, read_model_config
+from megatron_medha.cluster.kv_audit import SentBlocks
 from megatron_medha.cluster.messages import NewRequest, Ready, Step
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
@@ -35,7 +36,6 @@ from megatron_medha.parallel.tp_all_reduce import tp_sum
 from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.grammar_masks import GuidedSampling
 from megatron_medha.worker.kv_cache import allocate_kv, num_kv_blocks
-from megatron_medha.worker.kv_ledger import KVLedger
 from megatron_medha.worker.rank import Rank
 from megatron_medha.worker.startup.cpu_share import num_threads_of_rank
 
@@ -129,7 +129,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     progress("warm-up", 0.0)
     warm_up(rank, num_blocks=num_blocks, block_size=block_size)
     if config.is_audited:
-        rank.ledger = KVLedger(num_blocks, rank.shards)
+        rank.sent_blocks = SentBlocks(rank.kvp_rank, rank.shards.shard_tokens)
     if device.type == "cuda" and config.cuda_graphs:
         progress("CUDA graphs", 0.0)
         rank.graphs = step_graphs(model, backend, kv_layers, Rotary(model_config), device, pgs)
