@@ -1,34 +1,30 @@
-"""What an attention backend is, and the one function that chooses it."""
+"""The choice of an attention backend."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
 from megatron_medha.kernels.attention.backend import AttentionBackend
+from megatron_medha.kernels.backend_table import BACKENDS
 from megatron_medha.kernels.native_build import NativeUnavailable
 
 log = logging.getLogger(__name__)
 
 
-
-
-
-
-
-
-
-
 def backend_names(device: torch.device) -> tuple[str, ...]:
     """The backends that run on such a device, the best first."""
-    if device.type != "cuda":
-        rehearsed = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
-        return {"cpu": ("native", "aten", *rehearsed)}.get(device.type, ())
-    return (*(package for package in ("triton", "flash_attn") if find_spec(package)), "torch")
+    names = [
+        name
+        for name, entry in BACKENDS.items()
+        if entry.device == device.type and (entry.package is None or find_spec(entry.package))
+    ]
+    is_rehearsal = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (*names, "triton") if is_rehearsal else tuple(names)
 
 
 def attention_backend(name: str, device: torch.device, group: int = 1) -> AttentionBackend:
@@ -39,46 +35,22 @@ def attention_backend(name: str, device: torch.device, group: int = 1) -> Attent
     Raises ValueError for a name nobody answers to on this device, or one that cannot be had on this machine.
     """
     names = backend_names(device)
-    if name == "auto" and names:
-        return _best(names, device, group)
-    if name not in names:
+    if name != "auto" and name not in names or not names:
         known = ", ".join(["auto", *names]) if names else "none for this device yet"
         raise ValueError(f"attention_backend={name} does not exist for device {device.type}; known: {known}")
-    try:
-        return _made(name, device, group)
-    except NativeUnavailable as error:
-        raise ValueError(f"attention_backend={name} cannot be had here: {error}; use attention_backend=auto") from error
-
-
-def _best(names: Sequence[str], device: torch.device, group: int) -> AttentionBackend:
-    for name in names:
+    for candidate in names if name == "auto" else (name,):
+        module, _, kind = BACKENDS[candidate].address.partition(":")
         try:
-            backend = _made(name, device, group)
+            backend: AttentionBackend = getattr(import_module(f"megatron_medha.kernels.{module}"), kind).made(
+                candidate, device, group
+            )
         except NativeUnavailable as error:
-            log.warning("attention_backend_unavailable name=%s reason=%s", name, error)
+            if name != "auto":
+                raise ValueError(
+                    f"attention_backend={name} cannot be had here: {error}; use attention_backend=auto"
+                ) from error
+            log.warning("attention_backend_unavailable name=%s reason=%s", candidate, error)
             continue
-        log.info("attention_backend name=%s", name)
+        log.info("attention_backend name=%s", candidate)
         return backend
     raise AssertionError("the last backend of a device can always be had")
-
-
-def _made(name: str, device: torch.device, group: int) -> AttentionBackend:
-    match name:
-        case "native":
-            from megatron_medha.kernels.attention.native_attention import NativeAttention
-
-            return NativeAttention()
-        case "aten":
-            from megatron_medha.kernels.attention.cpu_attention import CpuAttention
-
-            return CpuAttention()
-        case "triton":
-            from megatron_medha.kernels.triton.triton_backend import TritonAttention
-
-            return TritonAttention(device, group=group)
-        case "flash_attn" | "torch":
-            from megatron_medha.kernels.attention.flash_backend import FlashAttention
-
-            return FlashAttention(device, library=name)
-        case _:
-            raise AssertionError(f"backend {name} is named but not made")

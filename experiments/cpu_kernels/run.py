@@ -83,7 +83,7 @@ def prepared(backend: AttentionBackend, case: Case, sizes: Sizes) -> Callable[[]
         tensor.normal_()
     ranges = []
     for index in range(case.num_sequences):
-        table = SlotTable(BLOCK_SIZE, backend.min_run_tokens)
+        table = SlotTable(BLOCK_SIZE)
         table.append([(index * blocks_each, blocks_each)])
         ranges.append(QueryRange(index * case.num_rows, case.num_rows, case.context - case.num_rows, table))
     plan = backend.plan(ranges)

@@ -59,7 +59,7 @@ class OneLayer:
         self.tables = []
         first = 0
         for count in blocks:
-            table = SlotTable(size, 1)
+            table = SlotTable(size)
             table.append([(first, count)])
             self.tables.append(table)
             first += count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -31,15 +31,29 @@ class QueryRange(NamedTuple):
 
 
 class AttentionBackend(Protocol):
-    """Causal attention of a packed batch over paged KV. One object serves all layers."""
+    """Causal attention of a packed batch over paged KV. One object serves all layers.
+
+    What a backend says of itself beside its name has a default here; a new backend is a file and a line of
+    kernels/backend_table.py.
+    """
 
     name: str
-    min_run_tokens: int  # for the slot tables it is given
+    block_size = 16             # tokens in a KV block by default: wastes little, where runs of blocks are read as one
+    is_native = False           # its plans and pools are those of the C++ library, whose other functions take them too
+    rotates = False             # there is attend_rotating
+    stores_fp8 = False          # its pool may be float8_e4m3
+    has_padded_plans = False    # its plans fit the fixed lengths of a CUDA graph
+
+    @classmethod
+    def made(cls, name: str, device: torch.device, group: int) -> Self:
+        """A backend for such a device. group: query heads per key/value head. May raise NativeUnavailable."""
+        return cls()
 
     def allocate(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> LayerKV:
         """Uninitialised KV of one layer."""
+        ...
 
     def plan(self, ranges: Sequence[QueryRange]) -> Any:
         """Everything about a batch that all layers share, computed once per step."""
@@ -51,6 +65,7 @@ class AttentionBackend(Protocol):
 
         A query at position p of its sequence sees positions [0, p]. Every range of the plan must be written.
         """
+        ...
 
     def attend_with_lse(
         self, plan: Any, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
@@ -59,11 +74,7 @@ class AttentionBackend(Protocol):
 
         A row that sees no key of this shard has lse -inf.
         """
-
-
-@runtime_checkable
-class RotatingBackend(Protocol):
-    """A backend that also rotates queries and keys, in the pass that writes keys and values to the pool."""
+        ...
 
     def attend_rotating(
         self,
@@ -76,3 +87,4 @@ class RotatingBackend(Protocol):
         scale: float,
     ) -> Tensor:
         """`attend` with queries and keys still to be rotated by (cos_TD, signed_sin_TD), fp32."""
+        raise NotImplementedError

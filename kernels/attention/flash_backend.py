@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.attention.backend import QueryRange
+from megatron_medha.kernels.attention.backend import AttentionBackend, QueryRange
 from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV, allocate_paged
 from megatron_medha.kernels.staging import Staging
 
@@ -48,10 +48,13 @@ class FlashPlan:
     groups: tuple[FlashGroup, ...]
 
 
-class FlashAttention:
+class FlashAttention(AttentionBackend):
     """Attention backends `flash_attn` and `torch`."""
 
-    min_run_tokens = 1
+    @classmethod
+    def made(cls, name: str, device: torch.device, group: int) -> Self:
+        """See AttentionBackend."""
+        return cls(device, library=name)
 
     def __init__(self, device: torch.device, *, library: str) -> None:
         """library: flash_attn or torch. Raises ImportError where flash_attn is broken."""

@@ -30,20 +30,10 @@ def merge_states(out_RTHD: Tensor, lse_RTH: Tensor) -> tuple[Tensor, Tensor]:
     return out_THD.to(out_RTHD.dtype), max_TH + torch.log(total_TH)
 
 
-def merge_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """`merge_states` of a list of non-empty (out_THD, lse_TH); one part is returned as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    if len(parts) == 2:
-        # The common case, prefix and own chunk, in three small operations instead of ten.
-        return merge_outputs(parts), torch.logaddexp(parts[0][1], parts[1][1])
-    return merge_states(torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts]))
-
-
 def merge_outputs(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The output alone of `merge_parts`."""
+    """The output of `merge_states` of a list of non-empty (out_THD, lse_TH)."""
     if len(parts) != 2:
-        return merge_parts(parts)[0]
+        return merge_states(torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts]))[0]
     (first_THD, first_lse_TH), (second_THD, second_lse_TH) = parts
     share_TH1 = torch.sigmoid(second_lse_TH - first_lse_TH).unsqueeze(-1)
     return torch.lerp(first_THD.float(), second_THD.float(), share_TH1).to(first_THD.dtype)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.attention.backend import LayerKV, QueryRange
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.native_build import native_library, native_target, openmp_team
 
 _GROUP = 16
@@ -57,16 +57,6 @@ class NativeCall(ctypes.Structure):
     ]
 
 
-class KeyRange(NamedTuple):
-    """Consecutive rows of the packed batch, and the earlier keys of their sequence that this pool holds."""
-
-    first_row: int
-    num_rows: int
-    num_keys: int     # that the first row sees
-    is_causal: bool   # each further row sees one key more; otherwise all see the same
-    runs: np.ndarray  # int64 [R, 2]: first key, first slot
-
-
 class BatchPlan(NamedTuple):
     """A packed batch as the library takes it. Arrays whose addresses are in `rows` are kept alive beside it."""
 
@@ -82,11 +72,11 @@ def pool_width(head_dim: int) -> int:
     return _GROUP * (-(-head_dim // _GROUP) * _GROUP)
 
 
-class NativeAttention:
+class NativeAttention(AttentionBackend):
     """Attention backend `native`."""
 
     name = "native"
-    min_run_tokens = 1  # every run is read where it lies
+    is_native = True
 
     def __init__(self, target: str | None = None) -> None:
         """target: as for `native_library`, which may raise NativeUnavailable."""
@@ -125,15 +115,6 @@ class NativeAttention:
             dtype=np.int64,
         )
         return BatchPlan(slots, rows, runs, torch.get_num_threads(), is_all_written)
-
-    def plan_keys(self, ranges: Sequence[KeyRange], slots: np.ndarray | None) -> BatchPlan:
-        """The general case: rows that see any number of the pool's keys. slots: of the batch's own; None: unwritten."""
-        rows = np.array(
-            [(r.first_row, r.num_rows, r.num_keys, r.is_causal, r.runs.ctypes.data, len(r.runs)) for r in ranges],
-            dtype=np.int64,
-        )
-        is_all_written = slots is None or int(slots.min(initial=0)) >= 0
-        return BatchPlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads(), is_all_written)
 
     def attend(
         self, plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float

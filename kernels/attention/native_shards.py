@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import LayerKV
-from megatron_medha.kernels.attention.native_attention import BatchPlan, NativeAttention, NativeCall
+from megatron_medha.kernels.attention.native_attention import BatchPlan, NativeCall
 
 _NOT_YET = 2  # of native/shards.cpp
 
@@ -60,14 +60,15 @@ class NativeShards:
 
     def __init__(
         self,
-        attention: NativeAttention,
+        attention: Any,
         plan: BatchPlan,
         rank: int,
         links: np.ndarray,
         sets: Sequence[tuple[Sequence[int], int, int]],
     ) -> None:
-        """plan: of all these rows. rank: this one. sets: ranks in ascending order, first row, number of rows.
+        """attention: a NativeAttention. plan: of all these rows. rank: this one.
 
+        sets: ranks in ascending order, first row, number of rows.
         links: int64 [ranks, 6], `Link` of native/shards.cpp: addresses of memory shared with each of the others.
         """
         self._attention, self._plan = attention, plan
@@ -108,8 +109,8 @@ def _is_done(found: int) -> bool:
     return found == 0
 
 
-def merge_natively(attention: NativeAttention, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The output of `merge_parts` of (out_THD, lse_TH), by the arithmetic of NativeShards: the same to the last bit."""
+def merge_natively(attention: Any, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`merge_outputs` of (out_THD, lse_TH) by the arithmetic of NativeShards: the same to the last bit."""
     outs = [out_THD.contiguous() for out_THD, _ in parts]
     lses = [lse_TH.contiguous() for _, lse_TH in parts]
     out_THD = torch.empty_like(outs[0])

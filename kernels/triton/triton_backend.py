@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.attention.backend import QueryRange
+from megatron_medha.kernels.attention.backend import AttentionBackend, QueryRange
 from megatron_medha.kernels.attention.work_list import (
     ITEM_COLUMNS,
     MERGE_COLUMNS,
@@ -81,12 +82,17 @@ class DevicePlan:
     is_padded: bool = False  # some rows belong to nobody: their output is 0, not whatever memory held
 
 
-class TritonAttention:
+class TritonAttention(AttentionBackend):
     """Attention backend `triton`. One object serves all layers of a rank."""
 
     name = "triton"
-    min_run_tokens = 1  # blocks are read through tables; runs do not matter
-    block_size = 128    # at least one inner step of the kernel; half of it is what a request wastes on average
+    block_size = 128  # at least one inner step of the kernel; half of it is what a request wastes on average
+    rotates = stores_fp8 = has_padded_plans = True
+
+    @classmethod
+    def made(cls, name: str, device: torch.device, group: int) -> Self:
+        """See AttentionBackend."""
+        return cls(device, group=group)
 
     def __init__(
         self,

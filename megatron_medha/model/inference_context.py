@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
-from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, RotatingBackend
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.model.rotary import Rotation
 from megatron_medha.model.shared_attention import SharedAttention
 
@@ -21,12 +20,6 @@ class SharedRows:
 
     first_row: int
     attention: SharedAttention  # of these rows alone
-
-
-@cache
-def _is_rotating(kind: type) -> bool:
-    """Looked up once: a check against a protocol takes 50 us, and there is one in every step."""
-    return issubclass(kind, RotatingBackend)
 
 
 class PackedBatch(BaseInferenceContext):
@@ -63,7 +56,7 @@ class PackedBatch(BaseInferenceContext):
         self.rotation = rotation
         self.shared = shared
         # Rows whose partial results go to other ranks are rotated beforehand: those ranks attend with them as they are.
-        self.is_rotated_by_backend = shared is None and _is_rotating(type(backend))  # type: ignore[arg-type]
+        self.is_rotated_by_backend = shared is None and backend.rotates
         self.before_layer = before_layer
         self.hidden: Tensor | None = None
         self.logit_rows = logit_rows

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.attention.merge import merge_outputs
-from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.attention.native_shards import BegunShard, NativeShards, merge_natively
 from megatron_medha.parallel.kv_exchange import KVExchange
 
@@ -33,7 +32,7 @@ class SharedAttention:
         self._backend, self._plan, self._exchange = backend, plan, exchange
         self._native: NativeShards | None = None
         self._merge_parts: Callable[[Sequence[tuple[Tensor, Tensor]]], Tensor] = merge_outputs
-        if isinstance(backend, NativeAttention):
+        if backend.is_native:
             self._merge_parts = partial(merge_natively, backend)
             if exchange.links is not None:
                 self._native = NativeShards(backend, plan, exchange.rank, exchange.links, exchange.sets)

@@ -66,14 +66,14 @@ class KVShards:
 
 
 def append_extents(
-    chunks: Sequence[tuple[Chunk, StoredRequest]], *, block_size: int, backend: AttentionBackend, shards: KVShards
+    chunks: Sequence[tuple[Chunk, StoredRequest]], *, block_size: int, shards: KVShards
 ) -> None:
     """Note the blocks each chunk brings to this rank; one at the very start of a shard begins a new table."""
     for chunk, request in chunks:
         if not shards.is_last_of(chunk):
             continue
         if chunk.start == shards.first_token(chunk):
-            request.slot_table = SlotTable(block_size, backend.min_run_tokens)
+            request.slot_table = SlotTable(block_size)
         if chunk.new_extents:
             assert request.slot_table is not None, f"{chunk.request_id}: first chunk starts at {chunk.start}"
             request.slot_table.append(chunk.new_extents)

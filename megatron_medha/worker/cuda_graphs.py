@@ -187,7 +187,7 @@ def step_graphs(
 ) -> StepGraphs | None:
     """Graphs for decodes and small chunks; None, with the reason in the log, where there can be none."""
     reason = None
-    if backend.name != "triton":
+    if not backend.has_padded_plans:
         reason = f"attention_backend={backend.name} looks at lengths on the host"
     elif pgs.tp.size() * pgs.pp.size() * pgs.kvp.size() > 1:
         reason = "several ranks exchange data between layers"

@@ -211,7 +211,7 @@ class Rank:
         chunks: Sequence[tuple[Chunk, StoredRequest]] = work.chunks
         underway, ahead = [], None
         # Also for decodes that were computed ahead: what they bring is for the tokens after them.
-        append_extents(chunks, block_size=self._block_size, backend=self._backend, shards=self._shards)
+        append_extents(chunks, block_size=self._block_size, shards=self._shards)
         if self._held is not None:
             chunks, found = self._held.split(chunks)
             if found is not None:

@@ -12,8 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one; test folders are no packages
 
+from megatron_medha.kernels.attention.aten_attention import AtenAttention
 from megatron_medha.kernels.attention.backend import AttentionBackend
-from megatron_medha.kernels.attention.cpu_attention import CpuAttention
 from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.native_build import NativeUnavailable, native_target
 
@@ -39,7 +39,7 @@ def native(request: pytest.FixtureRequest) -> NativeAttention:
 def make_backend(request: pytest.FixtureRequest) -> Callable[[], AttentionBackend]:
     """Makes a backend: each that runs here, in turn."""
     if request.param == "aten":
-        return CpuAttention
+        return AtenAttention
     try:
         if request.param == "AVX512" and native_target() != "AVX512":
             pytest.skip("this machine has no AVX-512")

@@ -52,7 +52,7 @@ class World:
 
     def add(self, num_tokens: int, extent_lengths: list[int] | None = None) -> PagedSequence:
         """A sequence whose blocks lie in extents of the given lengths, far from one another."""
-        table = SlotTable(self.block_size, self.backend.min_run_tokens)
+        table = SlotTable(self.block_size)
         needed = -(-num_tokens // self.block_size)
         lengths = extent_lengths or [needed]
         assert sum(lengths) >= needed

@@ -18,7 +18,7 @@ def test_rows_of_sequences_that_have_ended_are_given_out_again_also_after_the_ta
     monkeypatch.setattr(block_tables, "_FIRST_BYTES", 0)
     tables = BlockTables(8, 16, torch.device("cpu"))
     for _ in range(3):
-        live = [SlotTable(16, 1) for _ in range(4)]
+        live = [SlotTable(16) for _ in range(4)]
         assert sorted(tables.row_of(table) for table in live) == [0, 1, 2, 3]
         assert [tables.row_of(table) for table in live] == [tables.row_of(table) for table in live]
         live.clear()

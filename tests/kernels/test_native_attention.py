@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,10 +15,29 @@ from paged_world import TOLERANCE, World
 
 from megatron_medha.kernels.attention import reference
 from megatron_medha.kernels.attention.backend import QueryRange
-from megatron_medha.kernels.attention.native_attention import KeyRange, NativeAttention
+from megatron_medha.kernels.attention.native_attention import BatchPlan, NativeAttention
 from megatron_medha.kernels.native_build import native_target
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+class KeyRange(NamedTuple):
+    """Consecutive rows of the packed batch, and the earlier keys of their sequence that the pool holds."""
+
+    first_row: int
+    num_rows: int
+    num_keys: int     # that the first row sees
+    is_causal: bool   # each further row sees one key more; otherwise all see the same
+    runs: np.ndarray  # int64 [R, 2]: first key, first slot
+
+
+def plan_keys(ranges: Sequence[KeyRange], slots: np.ndarray | None) -> BatchPlan:
+    """Rows that see any number of the pool's keys. slots: of the batch's own; None: unwritten."""
+    rows = np.array(
+        [(r.first_row, r.num_rows, r.num_keys, r.is_causal, r.runs.ctypes.data, len(r.runs)) for r in ranges],
+        dtype=np.int64,
+    )
+    return BatchPlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads(), slots is not None)
 
 
 @st.composite
@@ -57,7 +78,7 @@ def test_a_long_context_is_cut_by_keys_and_merged(native: NativeAttention, dtype
     # Written without being attended to: rows that see no key.
     no_keys = KeyRange(0, 69_990, 0, False, long.table.runs_in_order())
     kv = long.k_SKD[:69_990], long.v_SKD[:69_990]
-    plan = native.plan_keys([no_keys], long.table.slots(0, 69_990))
+    plan = plan_keys([no_keys], long.table.slots(0, 69_990))
     native.attend(plan, torch.zeros(69_990, 1, 2, 16, dtype=dtype), *kv, world.layer, world.scale)
     long.num_computed = 69_990
     world.step([(short, 28)])
@@ -119,7 +140,7 @@ def test_log_sum_exps_and_rows_that_see_any_number_of_keys(
         KeyRange(num_rows, num_rows, 600, True, runs),
         KeyRange(2 * num_rows, num_rows, 0, False, np.empty((0, 2), dtype=np.int64)),  # no key at all
     ]
-    out_THD, lse_TH = native.attend_with_lse(native.plan_keys(ranges, None), q_TKGD, *kv, world.layer, world.scale)
+    out_THD, lse_TH = native.attend_with_lse(plan_keys(ranges, None), q_TKGD, *kv, world.layer, world.scale)
     for first_row, _, num_keys, is_causal, _ in ranges:
         rows = slice(first_row, first_row + num_rows)
         seen = slice(0, num_keys + (num_rows - 1) * is_causal)
@@ -203,7 +224,7 @@ def test_strided_queries_keys_and_values_are_read_where_they_lie(native: NativeA
 def test_what_does_not_fit_the_pool_is_refused(native: NativeAttention) -> None:
     world = World(native, num_kv_heads=2, group=2, head_dim=16, dtype=torch.float32)
     sequence = world.add(8)
-    plan = native.plan_keys([KeyRange(0, 3, 1, True, sequence.table.runs_in_order())], np.arange(3))
+    plan = plan_keys([KeyRange(0, 3, 1, True, sequence.table.runs_in_order())], np.arange(3))
 
     def attend(heads: int = 2, head_dim: int = 16, dtype: torch.dtype = torch.float32, tokens: int = 3) -> None:
         q, k = torch.zeros(tokens, heads, 2, head_dim, dtype=dtype), torch.zeros(tokens, heads, head_dim, dtype=dtype)

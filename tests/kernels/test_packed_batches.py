@@ -76,7 +76,7 @@ def test_a_sequences_output_does_not_depend_on_who_shares_its_batch(make_backend
 def test_shapes_that_disagree_are_refused_before_the_pool_is_touched(make_backend: MakeBackend) -> None:
     backend = make_backend()
     layer = backend.allocate(4, BLOCK_SIZE, 2, 8, torch.float32)
-    table = SlotTable(BLOCK_SIZE, backend.min_run_tokens)
+    table = SlotTable(BLOCK_SIZE)
     table.append([(0, 1)])
     plan = backend.plan([QueryRange(0, 3, 0, table)])
     with pytest.raises(ValueError, match="disagree"):

@@ -24,7 +24,7 @@ def backend(request: pytest.FixtureRequest) -> AttentionBackend:
 
 
 def table_of(backend: AttentionBackend, extents: list[tuple[int, int]]) -> SlotTable:
-    table = SlotTable(BLOCK_SIZE, backend.min_run_tokens)
+    table = SlotTable(BLOCK_SIZE)
     table.append(extents)
     return table
 

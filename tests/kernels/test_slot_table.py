@@ -1,4 +1,4 @@
-"""Slots of tokens, and the runs of a prefix, against a plain list of slots."""
+"""Slots of tokens, and their runs, against a plain list of slots."""
 
 from __future__ import annotations
 
@@ -10,38 +10,17 @@ import pytest
 from megatron_medha.kernels.kv.slot_table import SlotTable
 
 
-def slots_in(table: SlotTable, num_tokens: int) -> list[int]:
-    prefix = table.prefix(num_tokens)
-    listed = [slot for first, count in prefix.runs for slot in range(first, first + count)]
-    return listed + ([] if prefix.scattered is None else prefix.scattered.tolist())
-
-
-def test_touching_extents_are_one_run_and_need_no_copy() -> None:
-    table = SlotTable(block_size=4, min_run_tokens=100)
+def test_touching_extents_are_one_run() -> None:
+    table = SlotTable(block_size=4)
     table.append([(7, 2), (9, 1)])
-    assert table.num_slots == 12
-    assert table.prefix(10) == ((((28, 10)),), None)
-
-
-def test_a_prefix_of_nothing_is_empty() -> None:
-    table = SlotTable(block_size=4, min_run_tokens=100)
-    assert table.prefix(0) == ((), None)
-
-
-def test_short_runs_are_copied_together_and_long_ones_stay_where_they_lie() -> None:
-    table = SlotTable(block_size=4, min_run_tokens=8)
-    table.append([(10, 1), (20, 3), (2, 1)])
-    prefix = table.prefix(20)
-    assert prefix.runs == ((80, 12),)
-    assert prefix.scattered is not None
-    assert sorted(prefix.scattered.tolist()) == [8, 9, 10, 11, 40, 41, 42, 43]
+    assert (table.num_slots, table.num_runs) == (12, 1)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_prefix_and_range_holds_exactly_its_tokens_slots(seed: int) -> None:
+def test_every_range_holds_exactly_its_tokens_slots(seed: int) -> None:
     random_ = random.Random(seed)
     block_size = random_.choice((1, 4, 16))
-    table = SlotTable(block_size, min_run_tokens=random_.choice((1, 10, 1000)))
+    table = SlotTable(block_size)
     plain: list[int] = []
     free = list(range(0, 200, 1))
     for _ in range(random_.randint(1, 12)):
@@ -52,29 +31,25 @@ def test_every_prefix_and_range_holds_exactly_its_tokens_slots(seed: int) -> Non
         free = [block for block in free if not first <= block < first + count]
         table.append([(first, count)])
         plain += range(first * block_size, (first + count) * block_size)
-        for num_tokens in {len(plain), random_.randint(0, len(plain)), max(0, len(plain) - 1)}:
-            assert sorted(slots_in(table, num_tokens)) == sorted(plain[:num_tokens])
         start = random_.randrange(len(plain))
-        num_tokens = random_.randint(1, len(plain) - start)
+        num_tokens = random_.randint(0, len(plain) - start)
         assert np.array_equal(table.slots(start, num_tokens), plain[start : start + num_tokens])
         assert table.slot(start) == plain[start]
 
 
 def test_asking_beyond_the_blocks_is_a_bug() -> None:
-    table = SlotTable(block_size=4, min_run_tokens=8)
+    table = SlotTable(block_size=4)
     table.append([(0, 1)])
     with pytest.raises(AssertionError):
         table.slots(3, 2)
     with pytest.raises(AssertionError):
         table.slot(4)
-    with pytest.raises(AssertionError):
-        table.prefix(5)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_runs_in_order_hold_every_token_and_old_views_stay_true(seed: int) -> None:
     random_ = random.Random(seed)
-    table = SlotTable(4, 1)
+    table = SlotTable(4)
     slots: list[int] = []
     views: list[tuple[np.ndarray, int]] = []
     for _ in range(40):

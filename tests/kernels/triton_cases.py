@@ -55,7 +55,7 @@ class Paged:
 
     def add(self) -> SlotTable:
         heads, _, head_dim = self.shape
-        table = SlotTable(BLOCK_SIZE, 1)
+        table = SlotTable(BLOCK_SIZE)
         self.tokens[table] = tuple(torch.empty(0, heads, head_dim, dtype=self.dtype) for _ in range(2))
         return table
 
@@ -152,7 +152,7 @@ def test_e4m3_attention_is_exact_on_what_the_pool_holds_and_the_pool_holds_e4m3_
     tile = dataclasses.replace(INTERPRETED_TILE, has_tma=True)
     backend = TritonAttention(CPU, group=group, prefill_tile=tile, decode_tile=tile)
     layer = backend.allocate(16, BLOCK_SIZE, heads, head_dim, E4M3)
-    table = SlotTable(BLOCK_SIZE, 1)
+    table = SlotTable(BLOCK_SIZE)
     k, v = torch.randn(2, 60, heads, head_dim).bfloat16()
     k *= torch.arange(1, 61)[:, None, None]  # later tokens are larger: scales of half-filled blocks must grow
     done = 0
@@ -185,7 +185,7 @@ def test_e4m3_attention_is_exact_on_what_the_pool_holds_and_the_pool_holds_e4m3_
 
 
 def test_pieces_of_blocks_cover_a_chunk_once() -> None:
-    table = SlotTable(16, 1)
+    table = SlotTable(16)
     table.append([(5, 1), (9, 2), (2, 1)])
     pieces = block_pieces(QueryRange(100, 40, 10, table), 16)
     assert pieces.tolist() == [[5, 10, 6, 100], [9, 0, 16, 106], [10, 0, 16, 122], [2, 0, 2, 138]]
@@ -227,7 +227,7 @@ def test_rows_of_the_device_tables_are_used_again_once_a_sequence_is_gone() -> N
     backend = TritonAttention(CPU, group=1)
     backend.allocate(8, 16, 1, 16, torch.float32)
     assert backend.tables is not None
-    first = SlotTable(16, 1)
+    first = SlotTable(16)
     first.append([(3, 2)])
     row = backend.tables.row_of(first)
     backend.plan([QueryRange(0, 1, 0, first)])
@@ -236,13 +236,13 @@ def test_rows_of_the_device_tables_are_used_again_once_a_sequence_is_gone() -> N
     backend.plan([QueryRange(0, 1, 33, first)])
     assert backend.tables.tables_SB[row, :3].tolist() == [3, 4, 7]
     del first
-    second = SlotTable(16, 1)
+    second = SlotTable(16)
     second.append([(6, 1)])
     backend.plan([QueryRange(0, 1, 0, second)])
     assert backend.tables.row_of(second) == row
     assert backend.tables.tables_SB[row, 0] == 6
     generation = backend.tables.generation
-    others = [SlotTable(16, 1) for _ in range(200)]
+    others = [SlotTable(16) for _ in range(200)]
     assert len({backend.tables.row_of(table) for table in (second, *others)}) == 201
     assert backend.tables.generation > generation
     assert backend.tables.tables_SB[row, 0] == 6

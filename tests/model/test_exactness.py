@@ -156,7 +156,7 @@ class PagedRun:
 
     def add(self, token_ids: Tensor, *, num_extents: int = 1) -> Prompt:
         """A prompt with blocks for it, in extents that do not touch."""
-        prompt = Prompt(token_ids, SlotTable(self.block_size, self.backend.min_run_tokens))
+        prompt = Prompt(token_ids, SlotTable(self.block_size))
         blocks_each = -(-len(token_ids) // (self.block_size * num_extents))
         for _ in range(num_extents):
             prompt.table.append([(self.next_block, blocks_each)])

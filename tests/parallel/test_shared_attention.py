@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_medha.kernels.attention.aten_attention import AtenAttention
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
-from megatron_medha.kernels.attention.cpu_attention import CpuAttention
 from megatron_medha.kernels.attention.merge import merge_states
 from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.attention.native_shards import merge_natively
@@ -82,7 +82,7 @@ def ranks_of(path: Path, make_backend: Any, dtype: torch.dtype) -> list[OneRank]
     for rank, seen in enumerate(SHARD_TOKENS):
         backend = make_backend()
         layer = backend.allocate(8, BLOCK_SIZE, K, D, dtype)
-        table = SlotTable(BLOCK_SIZE, backend.min_run_tokens)
+        table = SlotTable(BLOCK_SIZE)
         table.append([(2, 4)])
         if seen:
             generator = torch.Generator().manual_seed(100 + rank)
@@ -143,7 +143,7 @@ def test_every_rank_has_the_merge_of_all_parts_layer_after_layer(
 
 
 def test_a_rank_without_the_library_exchanges_with_ranks_that_have_it(tmp_path: Path, native: Any) -> None:
-    backends = iter([native, CpuAttention, native])
+    backends = iter([native, AtenAttention, native])
     ranks = ranks_of(tmp_path / "slots", lambda: next(backends)(), torch.float32)
     parts = [rank.part_of(BATCHES[1], seed=5) for rank in ranks]
     begun = [part.shared.begin(*part.arguments()) for part in parts]

@@ -22,6 +22,7 @@ from megatron_medha.core.errors import CheckpointError, ConfigError
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
 from megatron_medha.core.kv.kv_memory import default_shard_tokens
 from megatron_medha.core.sampling import Sampling
+from megatron_medha.kernels.attention.backend import AttentionBackend
 from megatron_medha.kernels.choose_backend import attention_backend, backend_names
 from megatron_medha.model.build import build_model, transformer_engine_works
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
@@ -41,7 +42,6 @@ from megatron_medha.worker.startup.cpu_share import num_threads_of_rank
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WARM_UP_TOKENS = 64
-_CPU_BLOCK_SIZE = 16  # tokens: wastes little, and runs of blocks are read as one anyway
 _PROGRESS_INTERVAL_S = 0.1
 _M_TRIM_THRESHOLD = -1  # from malloc.h
 _M_MMAP_THRESHOLD = -3
@@ -66,8 +66,8 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
-    block_size = config.block_size or int(getattr(backend, "block_size", _CPU_BLOCK_SIZE))
-    kv_dtype = kv_dtype_of(config.kv_dtype, dtype, backend.name)
+    block_size = config.block_size or backend.block_size
+    kv_dtype = kv_dtype_of(config.kv_dtype, dtype, backend)
     has_transformer_engine = transformer_engine_works(device)
     check_fp8(config.fp8, dtype=dtype, has_transformer_engine=has_transformer_engine, tp=config.layout.tp)
     check_weight_dtype(config.weight_dtype, dtype=dtype, device=device, fp8=config.fp8)
@@ -177,14 +177,14 @@ def free_device_bytes(device: torch.device, share: float) -> int:
     return int(free_bytes * share)
 
 
-def kv_dtype_of(name: str, dtype: torch.dtype, backend_name: str) -> torch.dtype:
+def kv_dtype_of(name: str, dtype: torch.dtype, backend: AttentionBackend) -> torch.dtype:
     """What KV is stored in; "auto" is the model's dtype. Raises ConfigError."""
     if name == "auto":
         return dtype
     if name != "fp8_e4m3":
         raise ConfigError(f"kv_dtype={name} is not one of auto, fp8_e4m3")
-    if backend_name != "triton":
-        raise ConfigError(f"kv_dtype=fp8_e4m3 needs attention_backend=triton, not {backend_name}; use kv_dtype=auto")
+    if not backend.stores_fp8:
+        raise ConfigError(f"kv_dtype=fp8_e4m3 needs attention_backend=triton, not {backend.name}; use kv_dtype=auto")
     return torch.float8_e4m3fn
 
 

@@ -1,0 +1,23 @@
+"""The attention backends there are: a line each, and where to find it. Nothing is imported here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class BackendEntry(NamedTuple):
+    """One backend."""
+
+    device: str            # that it runs on: cpu or cuda
+    address: str           # module:class, below megatron_medha.kernels
+    package: str | None = None  # that it needs
+
+
+# The best of each device first; the last one of each can always be had.
+BACKENDS = {
+    "native": BackendEntry("cpu", "attention.native_attention:NativeAttention"),
+    "aten": BackendEntry("cpu", "attention.aten_attention:AtenAttention"),
+    "triton": BackendEntry("cuda", "triton.triton_backend:TritonAttention", "triton"),
+    "flash_attn": BackendEntry("cuda", "attention.flash_backend:FlashAttention", "flash_attn"),
+    "torch": BackendEntry("cuda", "attention.flash_backend:FlashAttention"),
+}
