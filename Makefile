@@ -12,8 +12,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # Two halves side by side: what runs ranks or tensors, and the rest; its cheap folders first.
-RANK_TESTS := $(wildcard tests/kernels tests/parallel tests/model tests/worker tests/cluster)
-FIRST_TESTS := tests/core tests/engine tests/sim tests/config
+RANK_TESTS := $(wildcard tests/kernels tests/parallel tests/model tests/models tests/checkpoints tests/tiny tests/worker tests/cluster)
+FIRST_TESTS := tests/core tests/stats tests/workload tests/system tests/sim tests/options
 OTHER_TESTS = $(wildcard $(FIRST_TESTS)) \
 	$(filter-out $(RANK_TESTS) $(FIRST_TESTS) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
 # Sets of names are in the same order in every run, as Hypothesis's cases are (tests/conftest.py).

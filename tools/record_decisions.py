@@ -1,6 +1,6 @@
-"""Records what the scheduler decides today, for tests/engine/test_recorded_decisions.py to compare with.
+"""Records what the scheduler decides today, for tests/stats/test_recorded_decisions.py to compare with.
 
-    python tools/record_decisions.py tests/engine/recorded
+    python tools/record_decisions.py tests/stats/recorded
 
 Random walks over configurations, layouts, failures and aborts, and a short simulation under each kind of scheduler.
 Run it again only when decisions are meant to change; the commit then says which, and why.
