@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoints.hostile_files import HUGGING_FACE, MEGATRON, TOKENIZER
 
 from megatron_medha.checkpoints.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.core.layout import ParallelLayout
@@ -20,6 +19,7 @@ from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
 from megatron_medha.safe_files.safe_pickle import load_torch_file
 from megatron_medha.tiny.tiny_tokenizer import save_tiny_tokenizer
+from tests.checkpoints.hostile_files import HUGGING_FACE, MEGATRON, TOKENIZER
 
 LOADING = Path(__file__).with_name("hostile_loading.py")
 CONFIG = ModelConfig(

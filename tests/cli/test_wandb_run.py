@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from tests.cli.conftest import Start
-from tests.cli.wandb_file import WandbFile
 
 from megatron_medha.cli.medha import main
 from megatron_medha.options.compose import compose, freeze
 from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
+from tests.cli.conftest import Start
+from tests.cli.wandb_file import WandbFile
 
 Words = tuple[str, ...]
 
