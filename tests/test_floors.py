@@ -62,7 +62,10 @@ ROOMS = {
     "server/anthropic": {"server", "server/bodies", "server/http", "server/tools", "server/openai"},
     "bench": {"core", "stats"},
     "tiny": {"core", "parallel", "models", "checkpoints", "model"},
-    "options": {"core", "system", "stats", "workload", "engine", "sim", "sim/planning", "cluster", "server", "bench"},
+    "options": {
+        "core", "system", "stats", "workload", "engine", "sim", "sim/baselines", "sim/planning", "cluster", "server",
+        "bench",
+    },
     "cli": {
         "core", "system", "text", "stats", "workload", "engine", "sim", "sim/planning", "cluster", "cluster/remote",
         "worker", "worker/startup", "server", "server/observe", "bench", "tiny", "options",

@@ -22,15 +22,17 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
-from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.compose import compose, freeze
 from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
+from megatron_medha.sim.baselines.baseline_config import BASELINE_POLICIES, BaselineConfig
 from megatron_medha.sim.sim_world import SimulatedWorld
 from megatron_medha.sim.simulation import Simulation, Watchers
+from megatron_medha.sim.system import build_scheduler
 from megatron_medha.stats.decision_log import DecisionLog
 from megatron_medha.system.best_effort_file import TextSink
 
+_POLICIES = sorted((*POLICIES, *BASELINE_POLICIES))
 WALKS = [seed for seed in range(26) if seed not in (13, 22)]  # in those nothing fits and no batch is formed
 TINY = ModelShape(
     name="tiny", num_layers=6, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -59,8 +61,8 @@ def walk(seed: int, stream: TextSink) -> None:
     """Requests of all lengths under a random configuration; some fail, stop, are aborted, or lose their ranks."""
     draw = random.Random(seed)
     kvp, spp, num_blocks = draw.choice((1, 1, 2, 3)), draw.randint(1, 3), draw.randint(4, 24)
-    config = SchedulerConfig(
-        policy=sorted(POLICIES)[seed % len(POLICIES)], is_preemptive=draw.random() < 0.7,
+    config = BaselineConfig(
+        policy=_POLICIES[seed % len(_POLICIES)], is_preemptive=draw.random() < 0.7,
         chunking=draw.choice(list(Chunking)), step_budget_s=draw.choice((1e-4, 2e-3, 0.05, 1.0)),
         tile_tokens=draw.choice((1, 4)), max_batch_tokens=draw.choice((12, 400)), fixed_chunk_tokens=16,
         max_num_sequences=draw.randint(1, 12), min_deadline_s=draw.choice((1e-3, 0.5)),
@@ -68,8 +70,8 @@ def walk(seed: int, stream: TextSink) -> None:
         max_partial_prefills=draw.choice((None, 3)), reserved_share=draw.choice((0.0, 0.3)), short_prompt_tokens=40,
     )  # fmt: skip
     setup = SchedulerSetup(
-        config=config, shape=TINY, hardware=SLOW, layout=ParallelLayout(spp=spp, kvp=kvp), num_blocks=num_blocks,
-        block_size=4, max_tokens_per_shard=None if kvp == 1 else 4 * draw.randint(1, num_blocks),
+        config=config.reduced, shape=TINY, hardware=SLOW, layout=ParallelLayout(spp=spp, kvp=kvp),
+        num_blocks=num_blocks, block_size=4, max_tokens_per_shard=None if kvp == 1 else 4 * draw.randint(1, num_blocks),
         learns=draw.random() < 0.5,
     )  # fmt: skip
     requests = [
@@ -91,7 +93,7 @@ def walk(seed: int, stream: TextSink) -> None:
     world.abort(draw.random() * 0.3, f"r{draw.randint(0, 17)}")
     if draw.random() < 0.4:
         world.lose_ranks(draw.random() * 0.3)
-    serve(setup.build(), world, (DecisionLog(stream, setup.header()),))
+    serve(build_scheduler(setup), world, (DecisionLog(stream, setup.header()),))
 
 
 def simulate(words: tuple[str, ...], stream: TextSink) -> None:

@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> int:
         return 0 if words else 2
     if len(words) != 2:
         raise ConfigError("give one run and one request: medha explain RUN REQUEST")
-    from megatron_medha.engine.scheduler_setup import SchedulerSetup
+    from megatron_medha.sim.system import build_scheduler, recorded_setup
     from megatron_medha.stats.decision_log import ReplayError, read_log
     from megatron_medha.stats.explanation import explain
 
@@ -48,7 +48,7 @@ def run(words: Sequence[str]) -> int:
     with log.open(encoding="utf-8") as stream, closing(_with_progress(stream, log)) as lines:
         try:
             header, records = read_log(lines)
-            found = explain(records, SchedulerSetup.from_header(header).build(), request_id)
+            found = explain(records, build_scheduler(recorded_setup(header)), request_id)
         except (ReplayError, UnicodeDecodeError) as error:
             raise ReplayError(f"{log}: {error}") from error
     if found is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.sim.system import build_scheduler, recorded_setup
 from megatron_medha.stats.decision_log import ReplayError, read_log, replay
 
 USAGE = """\
@@ -36,8 +36,8 @@ def run(words: Sequence[str]) -> int:
     with stream:
         try:
             header, records = read_log(stream)
-            setup = SchedulerSetup.from_header(header)
-            num_batches = replay(records, setup.build())
+            setup = recorded_setup(header)
+            num_batches = replay(records, build_scheduler(setup))
         except (ReplayError, UnicodeDecodeError) as error:
             raise ReplayError(f"{path}: {error}") from error
     print(f"{num_batches:,} batches, all equal: policy {setup.config.policy}, model {setup.shape.name}")

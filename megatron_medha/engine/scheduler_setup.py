@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -17,6 +17,8 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.scheduling.policies import Policy
+from megatron_medha.core.scheduling.prefill_packer import PrefillLimits
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
@@ -42,7 +44,7 @@ class SchedulerSetup:
         assert self.engine is not None
         return CachedClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout)
 
-    def build(self) -> Scheduler:
+    def build(self, policy: Policy | None = None, limits: PrefillLimits | None = None) -> Scheduler:
         """A scheduler that has seen nothing yet; its cost model starts from the profile or the roofline and learns.
 
         Raises ConfigError if the profile is of another model.
@@ -66,7 +68,7 @@ class SchedulerSetup:
             max_tokens_per_shard=self.max_tokens_per_shard,
             watermark=self.config.watermark,
         )
-        return Scheduler(self.config, cost, memory, self.layout.spp)
+        return Scheduler(self.config, cost, memory, self.layout.spp, policy, limits)
 
     def header(self) -> dict[str, Any]:
         """As the first line of a decision log."""
@@ -74,9 +76,12 @@ class SchedulerSetup:
         return header
 
     @classmethod
-    def from_header(cls, header: dict[str, Any]) -> SchedulerSetup:
+    def from_header(
+        cls, header: dict[str, Any], config_class: type[SchedulerConfig] = SchedulerConfig
+    ) -> SchedulerSetup:
         """The setup a decision log was recorded under. Raises ConfigError if the header is not one of ours."""
         try:
-            return msgspec.convert(header, cls)
+            config = msgspec.convert(header.get("config"), config_class)
+            return replace(msgspec.convert({**header, "config": {}}, cls), config=config)
         except msgspec.ValidationError as error:
             raise ConfigError(f"the decision log's header does not describe a scheduler: {error}") from None

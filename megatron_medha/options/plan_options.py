@@ -11,9 +11,9 @@ from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.options.serve_options import ModelOptions, ParallelOptions
 from megatron_medha.options.simulate_options import MemoryOptions, SimulateOptions, simulation_config
+from megatron_medha.sim.baselines.baseline_config import BaselineConfig
 from megatron_medha.sim.planning.candidate import Trial
 from megatron_medha.sim.planning.trial_window import TrialWindow, choose_window
 from megatron_medha.sim.run_directory import RecordConfig
@@ -49,7 +49,7 @@ class PlanOptions:
     seed: int = 0
     model: ModelOptions
     system: SystemConfig = SystemConfig()
-    scheduler: SchedulerConfig
+    scheduler: BaselineConfig
     hardware: Hardware
     engine: EngineCosts
     workload: WorkloadConfig
@@ -79,7 +79,7 @@ class Contender:
 
     name: str  # an option of scheduler=, or of system= where no scheduler of ours decides
     system: SystemConfig
-    scheduler: SchedulerConfig
+    scheduler: BaselineConfig
 
     def is_tried_in(self, layout: ParallelLayout, devices_per_node: int) -> bool:
         """A system of instances cuts GPUs by rules of its own: of all layouts of its GPUs it is tried in one."""

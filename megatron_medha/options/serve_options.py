@@ -23,6 +23,7 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig
+from megatron_medha.sim.baselines.baseline_config import BaselineConfig, check_serves
 from megatron_medha.system import machine
 
 _CUDA_BACKENDS = ("triton", "flash_attn", "torch")
@@ -178,7 +179,7 @@ class ServeOptions:
     parallel: ParallelOptions
     launch: LaunchConfig
     recovery: RecoveryConfig
-    scheduler: SchedulerConfig
+    scheduler: BaselineConfig  # refused unless it is our own
     server: ServerConfig
     slo_classes: SloConfig
     hardware: Hardware
@@ -240,6 +241,7 @@ class ServeConfig:
 def serve_config(options: ServeOptions) -> ServeConfig:
     """The options, checked against each other and against this machine. Raises ConfigError."""
     _check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
+    check_serves(scheduler := options.scheduler.reduced)
     world: RankConfig | SimulatedModel
     if options.runtime is RuntimeKind.SIM:
         world = _simulated_model(options)
@@ -258,7 +260,7 @@ def serve_config(options: ServeOptions) -> ServeConfig:
         launch=options.launch,
         recovery=options.recovery,
         tokenizer=_tokenizer(options),
-        scheduler=options.scheduler,
+        scheduler=scheduler,
         server=options.server,
         slo_classes=options.slo_classes,
         hardware=options.hardware,

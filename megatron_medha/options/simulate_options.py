@@ -12,9 +12,9 @@ from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.serve_options import DEFAULT_BLOCK_SIZE, ModelOptions, ParallelOptions, TrackingConfig
+from megatron_medha.sim.baselines.baseline_config import BaselineConfig
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.simulation import SimulationConfig
 from megatron_medha.sim.system import InstancesSetup, SystemConfig, SystemKind, build_system
@@ -69,7 +69,7 @@ class SimulateOptions:
     model: ModelOptions
     parallel: ParallelOptions
     system: SystemConfig = SystemConfig()
-    scheduler: SchedulerConfig
+    scheduler: BaselineConfig
     hardware: Hardware
     engine: EngineCosts
     workload: WorkloadConfig
@@ -111,7 +111,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
             f"its share of the load, workload.qps / {dp}")
     hardware = cluster_for(options.hardware, layout)
     setup = SchedulerSetup(
-        config=options.scheduler,
+        config=options.scheduler.reduced,
         shape=replace(model.shape, max_context_len=model.max_context_len or _NO_CONTEXT_LIMIT),
         hardware=hardware,
         engine=options.engine,
@@ -121,7 +121,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
         max_tokens_per_shard=options.parallel.max_tokens_per_shard,
         learns=options.belief is Belief.ONLINE,
     )
-    setup.build()  # whoever cannot be built says so now
+    build_system(setup)  # whoever cannot be built says so now
     return setup
 
 

@@ -15,8 +15,6 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.server.generation import GenerationSpec
 
-_BY_DEADLINE = frozenset({"edf", "lrs", "lars", "hrrn"})
-
 
 @dataclass(frozen=True, slots=True)
 class Before:
@@ -37,7 +35,7 @@ class WorkAhead:
     @classmethod
     def of(cls, scheduler: Scheduler) -> WorkAhead:
         """Taken on the scheduler's own thread; O(n log n) in its live prefills."""
-        is_by_deadline = scheduler.config.policy in _BY_DEADLINE
+        is_by_deadline = scheduler.policy.is_by_deadline
         rows = sorted(
             (seq.request.priority, seq.deadline_s if is_by_deadline else 0.0, seq.remaining_work_s)
             for seq in scheduler.sequences
@@ -51,7 +49,7 @@ class WorkAhead:
 
     def due_before(self, priority: int, deadline_s: float) -> Before:
         """What goes before a request of this priority and deadline, itself included if it is there."""
-        if self.scheduler.config.policy not in _BY_DEADLINE:
+        if not self.scheduler.policy.is_by_deadline:
             deadline_s = 0.0
         place = bisect_right(self.ranks, (priority, deadline_s))
         return Before(self.work_s[place - 1] if place else 0.0, place)

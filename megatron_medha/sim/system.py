@@ -1,10 +1,11 @@
-"""Which system decides in a simulation: the one place where a configuration becomes a Decisions object."""
+"""Which system decides in a simulation, or in its replay: where a configuration becomes a Decisions object."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
+from typing import Any
 
 from megatron_medha.core.cost.cached_cost import CachedClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
@@ -13,9 +14,13 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.ports import Decisions
+from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.sim.baselines.baseline_config import BASELINE_POLICIES, BaselineConfig
 from megatron_medha.sim.baselines.elastic import ElasticConfig, ElasticSystem, Filling
 from megatron_medha.sim.baselines.pools import ReservedPools
+from megatron_medha.sim.baselines.predicted_order import PredictedOrder
+from megatron_medha.sim.baselines.prefill_limits import PartialPrefillLimits
 from megatron_medha.sim.baselines.ring_cost import RingCost
 from megatron_medha.sim.baselines.static import StaticConfig, StaticSystem
 
@@ -84,10 +89,28 @@ class InstancesSetup:
         return RingCost(instance=instance, shape=self.shape, hardware=self.hardware, tp=tp)
 
 
+def recorded_setup(header: dict[str, Any]) -> SchedulerSetup:
+    """What a decision log was recorded under, ours or a baseline; build_scheduler() makes it. Raises ConfigError."""
+    return SchedulerSetup.from_header(header, BaselineConfig)
+
+
+def build_scheduler(setup: SchedulerSetup) -> Scheduler:
+    """Our scheduler, or what it becomes with the policy and the limits of a baseline."""
+    config = setup.config
+    if not isinstance(config, BaselineConfig):
+        return setup.build()
+    limits = PartialPrefillLimits(config) if config.has_limits else None
+    if config.policy not in BASELINE_POLICIES:
+        return setup.build(limits=limits)
+    order = PredictedOrder(config)
+    order.scheduler = scheduler = setup.build(order.policy, limits)
+    return scheduler
+
+
 def build_system(setup: SchedulerSetup | InstancesSetup) -> Decisions:
     """The system under test, which has seen nothing yet."""
     if isinstance(setup, SchedulerSetup):
-        return setup.build()
+        return build_scheduler(setup)
     config, cost, ids = setup.config, setup.cost, count()
     instances, num_tokens = tuple(range(setup.num_instances)), setup.tokens_per_instance
     if config.kind is SystemKind.STATIC:

@@ -57,8 +57,7 @@ def walk(seed: int, digest: Digest) -> None:
         step_budget_s=draw.choice((1e-4, 2e-3, 0.05, 1.0)), tile_tokens=draw.choice((1, 4)),
         max_batch_tokens=draw.choice((12, 400)), fixed_chunk_tokens=16, max_num_sequences=draw.randint(1, 12),
         min_deadline_s=draw.choice((1e-3, 0.5)), progress_share=draw.choice((0, 0.1)), max_skips=draw.choice((0, 10)),
-        watermark=draw.choice((0.0, 0.1)), max_partial_prefills=draw.choice((None, 3)),
-        reserved_share=draw.choice((0.0, 0.3)), short_prompt_tokens=40,
+        watermark=draw.choice((0.0, 0.1)),
     )  # fmt: skip
     requests = [
         Request(

@@ -82,5 +82,9 @@ def test_hrrn_is_the_negative_response_ratio() -> None:
 
 
 def test_every_policy_is_known_by_its_own_name() -> None:
-    assert set(POLICIES) == {"fcfs", "sjf", "srpt", "edf", "lrs", "lars", "hrrn", "ssjf", "qlm"}
-    assert all(policy.__name__ == name for name, policy in POLICIES.items())
+    assert set(POLICIES) == {"fcfs", "sjf", "srpt", "edf", "lrs", "lars", "hrrn"}
+    assert all(policy.priority.__name__ == name for name, policy in POLICIES.items())
+
+
+def test_those_that_look_at_deadlines_say_so() -> None:
+    assert {name for name, policy in POLICIES.items() if policy.is_by_deadline} == {"edf", "lrs", "lars", "hrrn"}

@@ -81,7 +81,6 @@ def cases(draw: st.DrawFn) -> Case:
         min_deadline_s=draw(st.sampled_from([1e-3, 0.5])),
         has_space_sharing=draw(st.booleans()),
         max_saved_gift_steps=draw(st.sampled_from([0.0, 1.0, 3.0])),
-        long_prefill_tokens=draw(st.sampled_from([None, None, 0, 20])),
         progress_share=draw(st.sampled_from([0.0, 0.1, 0.5])),
         max_skips=draw(st.sampled_from([0, 1, 10])),
         watermark=draw(st.sampled_from([0.0, 0.1])),

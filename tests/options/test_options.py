@@ -17,6 +17,7 @@ from megatron_medha.cli.parts.chat_client import ChatConfig
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
@@ -30,14 +31,15 @@ from megatron_medha.options.serve_options import (
     SimulatedModel,
     TrackingConfig,
 )
+from megatron_medha.options.simulate_options import SimulateOptions
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig
+from megatron_medha.sim.baselines.baseline_config import BaselineConfig
 from megatron_medha.system import machine
 
 Configure = Callable[..., ServeConfig]
 
-BASELINE_POLICIES = ("ssjf", "qlm")  # named for the systems they come from, and configured as those are
-
+BASELINES = ("ssjf", "ssjf_noisy", "ssjf_oracle", "qlm", "vllm_long_threshold", "reserved_pool")
 PACKAGE = Path(megatron_medha.__file__).parent
 
 
@@ -89,10 +91,10 @@ def test_the_options_of_train_tiny_are_those_of_its_class() -> None:
     assert shown == defaults
 
 
-@pytest.mark.parametrize("option", option_names("scheduler"))
-def test_every_scheduler_option_composes(configure: Configure, option: str) -> None:
+@pytest.mark.parametrize("option", [name for name in option_names("scheduler") if name not in BASELINES])
+def test_every_scheduler_option_but_baselines_serves(configure: Configure, option: str) -> None:
     config = configure(f"scheduler={option}").scheduler
-    if option in POLICIES and option not in BASELINE_POLICIES:
+    if option in POLICIES:
         assert config == SchedulerConfig(policy=option, has_triage=option == "lars")
 
 
@@ -107,9 +109,17 @@ def test_the_medha_ablations_change_the_policy_and_drop_what_is_ours(configure: 
     )
 
 
-def test_a_baseline_system_neither_shares_steps_nor_promises_progress(configure: Configure) -> None:
-    for option in (*BASELINE_POLICIES, "vllm_long_threshold", "vllm_v1_threshold", "reserved_pool"):
-        config = configure(f"scheduler={option}").scheduler
+@pytest.mark.parametrize("option", BASELINES)
+def test_a_baseline_is_for_simulations(configure: Configure, option: str) -> None:
+    with pytest.raises(ConfigError, match=r"^scheduler\.\w+=.*: a baseline, for comparisons under medha simulate"):
+        configure(f"scheduler={option}")
+
+
+def test_a_baseline_system_neither_shares_steps_nor_promises_progress() -> None:
+    for option in (*BASELINES, "vllm_v1_threshold"):
+        options = freeze(compose("simulate", SimulateOptions, [f"scheduler={option}"]), SimulateOptions)
+        config = options.scheduler.reduced
+        assert isinstance(config, BaselineConfig) == (option in BASELINES)
         assert config.is_preemptive == (option == "qlm")  # which evicts
         assert not config.has_space_sharing and not config.progress_share and not config.has_triage
         assert (config.chunking, config.fixed_chunk_tokens) == (Chunking.FIXED, 2048)

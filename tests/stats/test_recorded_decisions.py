@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.sim.system import build_scheduler, recorded_setup
 from megatron_medha.stats.decision_log import ReplayError, read_log, replay
 
 LOGS = sorted((Path(__file__).parent / "recorded").glob("*.jsonl.gz"))
@@ -21,7 +21,7 @@ def test_walks_and_simulations_are_recorded() -> None:
 def test_a_recorded_run_replays_to_the_same_batches(path: Path) -> None:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         header, records = read_log(lines)
-        assert replay(records, SchedulerSetup.from_header(header).build()) > 0
+        assert replay(records, build_scheduler(recorded_setup(header))) > 0
 
 
 def test_a_log_of_a_later_format_is_named() -> None:

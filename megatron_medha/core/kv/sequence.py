@@ -53,8 +53,6 @@ class Sequence:
     num_batches_in_flight: int = 0
     last_chunk_tokens: int = 0       # of its prefill; the next one is likely to be of about that size
     remaining_work_s: float = 0.0    # of the prefill; kept by the scheduler as chunks are scheduled
-    answer_work_s: float = 0.0       # predicted time of its output tokens, alone
-    estimated_wait_s: float = 0.0    # work of those that would go before it, when it arrived; only some policies ask
     capacity_tokens: int = 0         # tokens its blocks hold
     change_tokens: int = 0           # a decode that has computed so many ends, or wants a block; up to there it goes on
     first_scheduled_s: float | None = None

@@ -29,7 +29,13 @@ class Priority:
         return self.at_zero + self.slope * now_s
 
 
-Policy = Callable[[Sequence], Priority]
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Who runs first, and what else is to be known of that order. A new policy is one of these, and a file in conf/."""
+
+    priority: Callable[[Sequence], Priority]
+    is_by_deadline: bool = False  # an earlier deadline goes first, as a rule: what waits with a later one is no wait
+    ended: Callable[[Sequence], None] | None = None  # called with every sequence that has ended, for those that learn
 
 
 def slack_s(seq: Sequence, now_s: float) -> float:
@@ -84,29 +90,12 @@ def hrrn(seq: Sequence) -> Priority:
     return Priority(seq.request.arrival_s / seq.total_work_s - 1.0, -1.0 / seq.total_work_s)
 
 
-def ssjf(seq: Sequence) -> Priority:
-    """Shortest predicted job first: prefill and the answer as core/scheduling/output_length.py predicts it.
-
-    Speculative shortest-job-first of Qiu et al. (arXiv:2404.08509).
-    """
-    return Priority(seq.total_work_s + seq.answer_work_s)
-
-
-def qlm(seq: Sequence) -> Priority:
-    """Who is estimated to meet its deadline, least slack first; behind them, in order of arrival, who is not.
-
-    After QLM (Patke et al., arXiv:2407.00047), which estimates waiting times from the work queued ahead and orders
-    the queue for the fewest missed targets. The estimate is made on arrival: `Sequence.estimated_wait_s`.
-    """
-    latest_start_s = seq.deadline_s - seq.total_work_s
-    if seq.request.arrival_s + seq.estimated_wait_s > latest_start_s:
-        return Priority(_BEHIND_ALL_S + seq.request.arrival_s)
-    return Priority(latest_start_s)
-
-
-_BEHIND_ALL_S = 1e12  # later than any moment of any run
-NEEDS_WAIT_ESTIMATE = frozenset({"qlm"})  # policies that read Sequence.estimated_wait_s
-
 POLICIES: dict[str, Policy] = {
-    policy.__name__: policy for policy in (fcfs, sjf, srpt, edf, lrs, lars, hrrn, ssjf, qlm)
+    "fcfs": Policy(fcfs),
+    "sjf": Policy(sjf),
+    "srpt": Policy(srpt),
+    "edf": Policy(edf, is_by_deadline=True),
+    "lrs": Policy(lrs, is_by_deadline=True),
+    "lars": Policy(lars, is_by_deadline=True),
+    "hrrn": Policy(hrrn, is_by_deadline=True),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from typing import Protocol
 
 from megatron_medha.core.cost.step_cost import CostModel, step_s
 from megatron_medha.core.kv.kv_memory import KVMemory, Part
@@ -14,6 +15,22 @@ from megatron_medha.core.scheduling.prefill_queue import Candidates
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 _OWED_STEPS = 0.5  # the least worth of the chunks that savings pay for, in steps
+
+
+class PrefillLimits(Protocol):
+    """Limits that other systems put on prefills, of one batch after another. Ours has none of them."""
+
+    def begin(self, memory: KVMemory, num_candidates: int) -> None:
+        """A batch is being formed, from so many prefills."""
+
+    def admit(self, seq: Sequence) -> bool:
+        """Whether `seq` has begun, or may; if not, others pass it."""
+
+    def most_tokens(self, builder: BatchBuilder, seq: Sequence, parts: tuple[Part, ...]) -> int | None:
+        """How many tokens of `seq` the step may take; None: as many as fit."""
+
+    def begun(self, seq: Sequence) -> None:
+        """`seq` begins in this batch."""
 
 
 class PrefillPacker:
@@ -37,21 +54,17 @@ class PrefillPacker:
     over the n requests Y with deadlines before X's: only those come before it, and after their first tokens never
     again; each step saves p * B; at most one step's saving is left over when one of them ends. It holds under every
     policy while steps keep their budget, whatever arrives later.
-
-    Limits that other systems have, off by default: how many prompts may be begun and not ended (vLLM's
-    max_num_partial_prefills and max_long_partial_prefills; others pass those that may not begin), and a share of the
-    step that only short prompts may use.
     """
 
-    def __init__(self, config: SchedulerConfig, cost: CostModel, memory: KVMemory) -> None:
+    def __init__(
+        self, config: SchedulerConfig, cost: CostModel, memory: KVMemory, limits: PrefillLimits | None = None
+    ) -> None:
         self._config = config
         self._cost = cost
         self._memory = memory
+        self._limits = limits
         self._max_gift_s = config.max_saved_gift_steps * config.step_budget_s
         self._gift_s = [self._max_gift_s] * memory.kvp
-        self._has_limited_places = (
-            config.max_partial_prefills is not None or config.max_long_partial_prefills is not None
-        )
         self._overdue: Sequence | None = None
         self._credit_s = 0.0
 
@@ -78,12 +91,13 @@ class PrefillPacker:
         has_others = len(candidates) > 1
         has_prefill = owed is not None
         is_full = has_prefill and builder.is_full()
-        places = _Places(self._config, self._memory, len(candidates)) if self._has_limited_places else None
-        max_skips = self._config.max_skips
+        limits, max_skips = self._limits, self._config.max_skips
+        if limits is not None:
+            limits.begin(self._memory, len(candidates))
         for seq in candidates:
             if num_skipped > max_skips or has_prefill and is_full:
                 break
-            if places is not None and not places.has_one_for(seq):
+            if limits is not None and not limits.admit(seq):
                 continue  # others may pass it: it does not count as one that did not fit
             if seq.num_unscheduled_tokens >= most_tokens:
                 num_skipped += 1  # a long one beside the long ones there: not worth a closer look
@@ -100,7 +114,7 @@ class PrefillPacker:
             if owed is not None and seq is owed.seq:
                 builder.unhold(seq)  # its turn has come anyway: it gets what it is owed, or more
                 num_least = owed.num_tokens
-            limit = None if places is None else places.chunk_tokens
+            limit = None if limits is None else limits.most_tokens(builder, seq, parts)
             num_tokens, is_long = self._chunk(builder, seq, parts, num_least, long_ranks, limit)
             if not num_tokens and not has_prefill:
                 # However full of decodes the step is, one tile goes in: less urgent ones must not pass a prefill
@@ -111,15 +125,15 @@ class PrefillPacker:
                 continue
             if plan:
                 self._memory.take(seq, plan)
-                if places is not None:
-                    places.take(seq)
+                if limits is not None:
+                    limits.begun(seq)
                 if not self._has_place(overdue):
                     candidates.leave_out_waiting()
             if is_long:
                 long_ranks.update(part.kvp_rank for part in parts)
                 num_kept = self._kept(builder, seq, parts, num_tokens, gift_s, has_others, now_s)
                 builder.hold(Planned(seq, max(num_kept, num_least), parts), num_tokens)
-                if has_others and len(long_ranks) == len(gift_s) and self._config.long_prefill_tokens is None:
+                if has_others and len(long_ranks) == len(gift_s):
                     candidates.leave_out_large()
                     most_tokens = float(builder.most_tokens())
             else:
@@ -153,34 +167,15 @@ class PrefillPacker:
         long_ranks: set[int],
         limit: int | None,
     ) -> tuple[int, bool]:
-        """Tokens of `seq` for this step, and whether it will hold up others for more than the step at hand.
-
-        limit: of tokens, where steps are split evenly among the prefills that may run.
-        """
+        """Tokens of `seq` for this step, and whether it will hold up others for more than the step at hand."""
         config = self._config
-        if config.reserved_share and seq.request.num_prompt_tokens > config.short_prompt_tokens:
-            return max(self._fit_unreserved(builder, seq, parts), num_least), False
-        if not config.has_space_sharing or config.chunking is not Chunking.ADAPTIVE:
+        if limit is not None or not config.has_space_sharing or config.chunking is not Chunking.ADAPTIVE:
             return max(builder.fit(seq, parts, limit=limit), num_least), False
-        has_long = not long_ranks.isdisjoint(part.kvp_rank for part in parts)
-        if config.long_prefill_tokens is not None:
-            is_long = seq.num_scheduled_tokens >= config.long_prefill_tokens
-            if is_long and has_long:
-                return num_least, is_long
-            return max(builder.fit(seq, parts), num_least), is_long
-        if has_long:  # then only one that is not long may join
+        if not long_ranks.isdisjoint(part.kvp_rank for part in parts):  # then only one that is not long may join
             is_long = not builder.fits_whole(seq, parts)
             return (num_least if is_long else seq.num_unscheduled_tokens), is_long
         num_tokens = max(builder.fit(seq, parts), num_least)
         return num_tokens, num_tokens < seq.num_unscheduled_tokens
-
-    def _fit_unreserved(self, builder: BatchBuilder, seq: Sequence, parts: tuple[Part, ...]) -> int:
-        """Tokens of a prompt that is not short: the step may be filled with it only up to what is reserved."""
-        config, open_share = self._config, 1.0 - self._config.reserved_share
-        if config.chunking is Chunking.FIXED:
-            limit = int(open_share * config.fixed_chunk_tokens) - builder.num_tokens
-            return builder.fit(seq, parts, limit=max(limit, 0))
-        return builder.fit(seq, parts, open_share)
 
     def _kept(
         self,
@@ -273,36 +268,3 @@ class PrefillPacker:
             gift - used if rank in long_ranks else self._max_gift_s
             for rank, (gift, used) in enumerate(zip(gift_s, used_s, strict=True))
         ]
-
-
-class _Places:
-    """How many prompts may still begin in the batch being formed, where the number begun and not ended is limited.
-
-    Under a token budget, each gets an even part of it (vLLM's first scheduler).
-    """
-
-    def __init__(self, config: SchedulerConfig, memory: KVMemory, num_candidates: int) -> None:
-        self._long_tokens = config.short_prompt_tokens
-        self.chunk_tokens: int | None = None
-        if config.max_partial_prefills is not None and config.chunking is Chunking.FIXED:
-            self.chunk_tokens = config.fixed_chunk_tokens // max(1, min(config.max_partial_prefills, num_candidates))
-        begun = [seq for seq in memory.owners.values() if seq.is_prefill and seq.num_unscheduled_tokens]
-        num_long = sum(self._is_long(seq) for seq in begun)
-        self._num_left = inf if config.max_partial_prefills is None else config.max_partial_prefills - len(begun)
-        self._num_long_left = (
-            inf if config.max_long_partial_prefills is None else config.max_long_partial_prefills - num_long
-        )
-
-    def has_one_for(self, seq: Sequence) -> bool:
-        """Whether `seq` has begun, or may."""
-        return bool(seq.block_table.shards) or self._num_left > 0 and not (
-            self._is_long(seq) and self._num_long_left <= 0
-        )
-
-    def take(self, seq: Sequence) -> None:
-        """Count one that begins."""
-        self._num_left -= 1
-        self._num_long_left -= self._is_long(seq)
-
-    def _is_long(self, seq: Sequence) -> bool:
-        return seq.num_unscheduled_tokens > self._long_tokens

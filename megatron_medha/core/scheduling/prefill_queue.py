@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import inf
 
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.kinetic_queue import ITEM, ITEM_ID, LEVEL, KineticQueue, Place
-from megatron_medha.core.scheduling.policies import Policy, Priority
+from megatron_medha.core.scheduling.policies import Priority
 
 _BEFORE_ALL_CLASSES = -(2**40)  # below any priority, which are integers of 32 bits
 _MOST_LOSSES_PER_LIVE = 4  # entries of self._losses; of more, those that mean nothing any more are taken out ...
@@ -40,7 +40,9 @@ class PrefillQueue:
     work goes first. A prompt that ends within a step is never put back: there is nothing to be gained by it.
     """
 
-    def __init__(self, policy: Policy, is_preemptive: bool, num_step_tokens: int) -> None:
+    def __init__(
+        self, policy: Callable[[Sequence], Priority], is_preemptive: bool, num_step_tokens: int
+    ) -> None:
         self.num_step_tokens = num_step_tokens  # that fit into an empty step; of effect on what is added from now on
         self._policy = policy
         self._is_preemptive = is_preemptive

@@ -27,10 +27,9 @@ from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
 from megatron_medha.core.scheduling.chunking import PrefillTimes
-from megatron_medha.core.scheduling.output_length import OutputPredictor
 from megatron_medha.core.scheduling.overdue import Overdue
-from megatron_medha.core.scheduling.policies import NEEDS_WAIT_ESTIMATE, POLICIES, relative_slack
-from megatron_medha.core.scheduling.prefill_packer import PrefillPacker
+from megatron_medha.core.scheduling.policies import POLICIES, Policy, relative_slack
+from megatron_medha.core.scheduling.prefill_packer import PrefillLimits, PrefillPacker
 from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.core.scheduling.step_budget import StepAim, shortest_fair_s
@@ -52,12 +51,24 @@ class _InFlight:
 
 
 class Scheduler:
-    """Owns every live sequence; one thread calls it, with a clock that never runs backwards."""
+    """Owns every live sequence; one thread calls it, with a clock that never runs backwards.
 
-    def __init__(self, config: SchedulerConfig, cost: CostModel, memory: KVMemory, spp: int = 1) -> None:
+    policy: None: the one that config names. limits: on prefills, for systems that ours is compared with.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cost: CostModel,
+        memory: KVMemory,
+        spp: int = 1,
+        policy: Policy | None = None,
+        limits: PrefillLimits | None = None,
+    ) -> None:
         self.config = config
         self.cost = cost
         self.memory = memory
+        self.policy = policy or POLICIES[config.policy]
         self._spp = spp
         self._rule = config.chunk_rule
         self._aim = StepAim()
@@ -66,15 +77,14 @@ class Scheduler:
         self._growing: list[Sequence] = []          # need a block before their next token
         self._overdue = Overdue(self._sequences)
         self._builder = BatchBuilder(config.chunk_rule, cost, memory)
-        self._packer = PrefillPacker(config, cost, memory)
-        self._outputs = OutputPredictor(config.output_lengths, config.output_error)
+        self._packer = PrefillPacker(config, cost, memory, limits)
         self._num_tpot_slos = 0                     # live sequences that bring a TPOT target
         self._in_flight: dict[int, _InFlight] = {}
         self._is_first_stage_free = True
         self._released: list[str] = []
         self._next_batch_id = 0
         self._times = self._predict_times()
-        self._prefills = PrefillQueue(POLICIES[config.policy], config.is_preemptive, self._times.num_step_tokens)
+        self._prefills = PrefillQueue(self.policy.priority, config.is_preemptive, self._times.num_step_tokens)
 
     # ---- what the outside may look at ----
 
@@ -179,10 +189,7 @@ class Scheduler:
                 margin_s=self._margin_s(target_s),
                 total_work_s=total_s,
                 remaining_work_s=total_s,
-                answer_work_s=self._outputs.predict(request) * self.cost.linear_s(1, 1),
             )
-            if self.config.policy in NEEDS_WAIT_ESTIMATE:
-                seq.estimated_wait_s = self._estimated_wait_s(seq)
             self._sequences[request.request_id] = seq
             self._num_tpot_slos += request.tpot_slo_s is not None
             self._overdue.add(seq)
@@ -264,19 +271,12 @@ class Scheduler:
                 self.memory.grow_early(seq)
             self._decodes.append(seq)
 
-    def _estimated_wait_s(self, seq: Sequence) -> float:
-        """Prefill work that goes before this newcomer's by the policy, which must be a line without slope."""
-        policy = POLICIES[self.config.policy]
-        place = policy(seq).at_zero
-        others = [other for other in self._sequences.values() if other.is_prefill and policy(other).at_zero <= place]
-        return sum([other.remaining_work_s for other in others], 0.0)
-
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
         seq.move_to(status)
-        if status is Status.FINISHED:
-            self._outputs.learn(seq.num_output_tokens)
-        else:  # one that has finished comes from a batch and is in neither
+        if self.policy.ended is not None:
+            self.policy.ended(seq)
+        if status is not Status.FINISHED:  # one that has finished comes from a batch and is in neither
             self._decodes[:] = [other for other in self._decodes if other is not seq]
             self._growing = [other for other in self._growing if other is not seq]
         # The blocks of a sequence in flight are still being written to: they return with its last batch.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule
-from megatron_medha.core.scheduling.output_length import OutputLengths
 from megatron_medha.core.scheduling.policies import POLICIES
 
 
@@ -23,12 +23,6 @@ class SchedulerConfig:
     max_batch_tokens: int = 8192
     max_num_sequences: int = 256          # that own KV at the same time
     max_chunk_tokens: int | None = None   # of one prompt in a step; vLLM's long_prefill_token_threshold
-    max_partial_prefills: int | None = None  # prompts begun and not ended; None: any number
-    max_long_partial_prefills: int | None = None  # of those, prompts with more than short_prompt_tokens left
-    reserved_share: float = 0.0           # of each step, kept free of prompts longer than short_prompt_tokens
-    short_prompt_tokens: int = 8192       # prompts up to here may use the reserved share, and are not long
-    output_lengths: OutputLengths = OutputLengths.MEAN  # what policy=ssjf believes of answers
-    output_error: float = 0.5             # of output_lengths=noisy: standard deviation of the logarithm
     deadline_multiplier: float = 1.5      # of the prompt's own predicted prefill time
     min_deadline_s: float = 0.5
     has_triage: bool = True               # long prefills that cannot meet their deadline any more let others go first
@@ -36,14 +30,13 @@ class SchedulerConfig:
     has_space_sharing: bool = True
     max_relative_slack: float = 0.4       # rho_max: the most of a step that a long prefill gives away
     max_saved_gift_steps: float = 1.0     # how much unused gift a long prefill's neighbours may save up
-    long_prefill_tokens: int | None = None  # computed so far; None: long is what does not end in the step at hand
     progress_share: float = 0.1           # of each step, kept for the longest overdue prefill; 0: none
     max_skips: int = 10                   # candidates passed over before a batch is closed
     watermark: float = 0.01               # share of blocks kept free for running decodes to grow into
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ConfigError(f"scheduler.policy={self.policy} is unknown; choose one of {', '.join(POLICIES)}")
+        if self.policy not in (known := self._policies()):
+            raise ConfigError(f"scheduler.policy={self.policy} is unknown; choose one of {', '.join(known)}")
         for key, low, high in (
             ("step_budget_s", 1e-4, 3600.0),
             ("tile_tokens", 1, 1 << 20),
@@ -59,11 +52,6 @@ class SchedulerConfig:
             ("max_skips", 0, 1 << 30),
             ("watermark", 0.0, 0.5),
             ("max_chunk_tokens", 1, 1 << 30),
-            ("max_partial_prefills", 1, 1 << 20),
-            ("max_long_partial_prefills", 1, 1 << 20),
-            ("reserved_share", 0.0, 0.95),
-            ("short_prompt_tokens", 1, 1 << 40),
-            ("output_error", 0.0, 10.0),
         ):
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
@@ -79,6 +67,9 @@ class SchedulerConfig:
                 f"scheduler.max_num_sequences={self.max_num_sequences} must not exceed "
                 f"scheduler.max_batch_tokens={self.max_batch_tokens}"
             )
+
+    def _policies(self) -> Collection[str]:
+        return POLICIES
 
     @property
     def chunk_rule(self) -> ChunkRule:

@@ -8,24 +8,23 @@ import pytest
 
 from megatron_medha.core.batch import Batch
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
-from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.chunking import Chunking
-from megatron_medha.core.scheduling.output_length import OutputLengths, OutputPredictor
-from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.sim.baselines.baseline_config import BaselineConfig, OutputLengths
+from megatron_medha.sim.baselines.predicted_order import OutputPredictor
 from megatron_medha.sim.sim_world import SimulatedWorld, true_step_s
+from megatron_medha.sim.system import build_scheduler
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
     vocab_size=256, max_context_len=200_000,
 )  # fmt: skip
-COST = RooflineCost(
-    shape=SHAPE, hardware=Hardware(name="slow", flops_per_s=1e9, memory_bytes_per_s=1e10, step_overhead_s=2e-3)
-)
-FIXED = SchedulerConfig(
+SLOW = Hardware(name="slow", flops_per_s=1e9, memory_bytes_per_s=1e10, step_overhead_s=2e-3)
+FIXED = BaselineConfig(
     policy="fcfs", is_preemptive=False, chunking=Chunking.FIXED, fixed_chunk_tokens=256, has_space_sharing=False,
     progress_share=0.0,
 )  # fmt: skip
@@ -49,11 +48,14 @@ class Kept:
         self.batches.append(batch)
 
 
-def run(config: SchedulerConfig, *requests: Request) -> tuple[dict[str, float], list[Batch]]:
+def run(config: BaselineConfig, *requests: Request) -> tuple[dict[str, float], list[Batch]]:
     """First-token times by request, and all batches."""
-    memory = KVMemory(num_blocks=100_000, block_size=4, max_context_len=SHAPE.max_context_len)
-    world, kept = SimulatedWorld(requests, true_step_s(COST)), Kept()
-    serve(Scheduler(config, COST, memory), world, (kept,))
+    setup = SchedulerSetup(
+        config=config, shape=SHAPE, hardware=SLOW, layout=ParallelLayout(), num_blocks=100_000, block_size=4,
+        learns=False,
+    )  # fmt: skip
+    world, kept = SimulatedWorld(requests, true_step_s(RooflineCost(shape=SHAPE, hardware=SLOW))), Kept()
+    serve(build_scheduler(setup), world, (kept,))
     return {name: record.ttft_s for name, record in world.records.items()}, kept.batches
 
 
@@ -64,7 +66,7 @@ def test_no_prompt_gets_more_than_max_chunk_tokens_of_a_step() -> None:
 
 
 def test_adaptive_chunks_obey_max_chunk_tokens_too() -> None:
-    config = SchedulerConfig(max_chunk_tokens=64, min_deadline_s=1e-3)
+    config = BaselineConfig(max_chunk_tokens=64, min_deadline_s=1e-3)
     _, batches = run(config, request("long", 1000), request("other", 900), request("short", 50, at_s=1e-6))
     assert max(chunk.num_tokens for batch in batches for chunk in batch.chunks) == 64
 
