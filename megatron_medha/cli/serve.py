@@ -44,7 +44,6 @@ examples:
 flags:
 {FLAGS}"""
 
-_POLL_S = 0.05
 _PROGRESS_INTERVAL_S = 5.0
 _FORCED_STOP_S = 1.0
 _HARD_EXIT_S = 5.0      # after the second signal, where stopping at once does not work
@@ -142,38 +141,38 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
         sampling_defaults=sampling_defaults,
     )
     tracking = Tracking(config.tracking, engine, metrics, public_options(options))
-    watch = _Watch(app.state.service, needs_key=config.server.needs_key)
+    printer = _StatusPrinter(app.state.service, needs_key=config.server.needs_key)
 
     def on_listening(url: str) -> None:
         gc.freeze()
         gc.enable()
-        stops.count(lambda: watch.failure is None)
+        stops.count(lambda: printer.failure is None)
         app.state.service.prepare()
-        watch.start(url)
+        printer.start(url)
         tracking.start()
 
     try:
         run_app(app, config.server, on_listening)
     finally:
         gc.enable()
-        watch.end()
+        printer.end()
         # Where the server was forced to stop, it has not stopped the engine.
         engine.stop(_FORCED_STOP_S)
         tracking.stop(_TRACKING_STOP_S)  # last: it keeps the logs, which are complete now
-    return _exit_code(watch, stops)
+    return _exit_code(printer, stops)
 
 
-def _exit_code(watch: _Watch, stops: _Stops) -> int:
-    if watch.failure is not None:
-        kind = next((kind for kind in _USER_ERRORS if watch.failure.startswith(kind)), None)
-        print(f"medha serve: {watch.failure.removeprefix(kind or '')}", file=sys.stderr)
+def _exit_code(printer: _StatusPrinter, stops: _Stops) -> int:
+    if printer.failure is not None:
+        kind = next((kind for kind in _USER_ERRORS if printer.failure.startswith(kind)), None)
+        print(f"medha serve: {printer.failure.removeprefix(kind or '')}", file=sys.stderr)
         return 1 if kind is None else 2
     if stops.num_signals > 1:
         # Threads that tokenize a long prompt would hold us up; the second Ctrl-C means now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(_SIGNALLED)
-    if not watch.has_listened:
+    if not printer.has_listened:
         return _SIGNALLED if stops.came_early else 1
     say("stopped")
     return 0
@@ -234,8 +233,8 @@ def _exit_later() -> None:
     os._exit(_SIGNALLED)
 
 
-class _Watch:
-    """Says when the server listens and when the model is ready, and ends the process if the engine fails."""
+class _StatusPrinter:
+    """Prints when the server listens and when the model is ready, and ends the process if the engine fails."""
 
     def __init__(self, service: Any, needs_key: bool) -> None:
         self.failure: str | None = None
@@ -243,51 +242,39 @@ class _Watch:
         self._service = service
         self._needs_key = needs_key
         self._url = ""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._changed = threading.Event()  # the status has, or nothing more is to be printed
+        self._has_ended = False
+        self._thread = threading.Thread(target=self._run, name="status", daemon=True)
 
     def start(self, url: str) -> None:
         """The server listens there."""
         self._url = url
         self.has_listened = True
         say(f"listening on {url} after {process_age_s():.2f} s; loading the model")
+        self._service.on_status(self._changed.set)
         self._thread.start()
 
     def end(self) -> None:
-        """No more to say, unless the engine has failed since we last looked."""
-        self._stop.set()
+        """Print nothing more."""
+        self._has_ended = True
+        self._changed.set()
         status = self._service.status
         if status.phase is EnginePhase.FAILED and self.failure is None:
             self.failure = status.detail
 
     def _run(self) -> None:
-        said_s = time.monotonic()
-        while not self._stop.wait(_POLL_S):
+        is_ready, lost_s, due_s = False, None, time.monotonic() + _PROGRESS_INTERVAL_S
+        while not self._has_ended:
             status = self._service.status
             match status.phase:
-                case EnginePhase.READY:
-                    break
                 case EnginePhase.FAILED:
                     return self._fail(status.detail)
                 case EnginePhase.STOPPED:
                     return None
-                case _ if time.monotonic() - said_s > _PROGRESS_INTERVAL_S:
-                    said_s = time.monotonic()
-                    say(f"loading: {status.detail}, {100 * status.fraction:.0f}%")
-        else:
-            return None
-        self._say_ready()
-        lost_s: float | None = None
-        gave_back_s = time.monotonic()
-        while not self._stop.wait(2 * _POLL_S):
-            if time.monotonic() - gave_back_s > GIVE_BACK_INTERVAL_S:
-                give_back_freed_memory()
-                gave_back_s = time.monotonic()
-            status = self._service.status
-            match status.phase:
-                case EnginePhase.FAILED:
-                    return self._fail(status.detail)
-                case EnginePhase.RECOVERING if lost_s is None:
+                case EnginePhase.READY if not is_ready:
+                    is_ready, due_s = True, time.monotonic() + GIVE_BACK_INTERVAL_S
+                    self._say_ready()
+                case EnginePhase.RECOVERING if is_ready and lost_s is None:
                     lost_s = time.monotonic()
                     say(f"recovering: {status.detail}; requests wait")
                 case EnginePhase.READY if lost_s is not None:
@@ -295,11 +282,19 @@ class _Watch:
                     lost_s = None
                 case _:
                     pass
+            if time.monotonic() >= due_s:
+                due_s = time.monotonic() + (GIVE_BACK_INTERVAL_S if is_ready else _PROGRESS_INTERVAL_S)
+                if is_ready:
+                    give_back_freed_memory()
+                else:
+                    say(f"loading: {status.detail}, {100 * status.fraction:.0f}%")
+            self._changed.wait(max(0.0, due_s - time.monotonic()))
+            self._changed.clear()
         return None
 
     def _fail(self, detail: str) -> None:
         # A server without an engine can answer nothing but 503: better gone, so that whoever runs it starts it again.
-        if not self._stop.is_set():
+        if not self._has_ended:
             self.failure = detail
             os.kill(os.getpid(), signal.SIGTERM)
 

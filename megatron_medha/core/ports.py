@@ -136,6 +136,9 @@ class EngineClient(Protocol):
     def status(self) -> EngineStatus:
         """Loading, ready, recovering, failed or stopped."""
 
+    def on_status(self, on_change: Callable[[], None]) -> None:
+        """Have this called after every change of status, on the engine's own thread; it must return at once."""
+
     @property
     def facts(self) -> EngineFacts | None:
         """None until ready."""

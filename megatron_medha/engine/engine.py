@@ -99,6 +99,10 @@ class Engine:
         """See EngineClient."""
         return self._board.status
 
+    def on_status(self, on_change: Callable[[], None]) -> None:
+        """See EngineClient."""
+        self._board.subscribe(on_change)
+
     @property
     def facts(self) -> EngineFacts | None:
         """See EngineClient."""
@@ -202,9 +206,10 @@ class Engine:
     def _end(self, phase: EnginePhase, detail: str, why: str) -> None:
         assert self._streams is not None
         with self._lock:
-            self._board.show(phase, detail)
+            self._board.end(phase, detail)
         self._load = NO_LOAD
         self._streams.end_all(why)
+        self._board.notify()
 
 
 class _LoadObserver:

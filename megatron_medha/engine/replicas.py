@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_medha.core.batch import Batch, Completed, Event, FirstStageDone, Output
@@ -57,6 +57,11 @@ class Replicas:
             sum(status.num_failures for status in statuses),
             sum(status.num_recoveries for status in statuses),
         )
+
+    def on_status(self, on_change: Callable[[], None]) -> None:
+        """See EngineClient; called on the threads of all replicas."""
+        for engine in self._engines:
+            engine.on_status(on_change)
 
     @property
     def facts(self) -> EngineFacts | None:

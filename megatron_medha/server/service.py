@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from megatron_medha.core.errors import ConfigError
@@ -126,21 +127,20 @@ class Service:
         self._tokenizer = tokenizer
         self._text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
         self._long_text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="long-text")
-        self._watch: asyncio.Task[None] | None = None
         self._lag_watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the engine and listen to it."""
-        self.streams.attach(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self.streams.attach(loop)
+        self.engine.on_status(lambda: self._post(loop))
         self.engine.start(self.streams.deliver)
-        self._watch = asyncio.create_task(self._watch_engine())
         self._lag_watch = asyncio.create_task(watch_lag(self.metrics))
 
     async def stop(self) -> None:
         """Stop the engine; requests still open end with an error."""
-        for watch in (self._watch, self._lag_watch):
-            if watch is not None:
-                watch.cancel()
+        if self._lag_watch is not None:
+            self._lag_watch.cancel()
         await asyncio.to_thread(self.engine.stop, self.config.stop_timeout_s)
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
         for threads in (self._text_threads, self._long_text_threads):
@@ -223,6 +223,12 @@ class Service:
             return EngineStatus(EnginePhase.LOADING, "loading the tokenizer", status.fraction)
         error = self._tokenizer.exception()
         return status if error is None else EngineStatus(EnginePhase.FAILED, f"tokenizer: {error}")
+
+    def on_status(self, on_change: Callable[[], None]) -> None:
+        """Have this called after every change of status, on whichever thread makes it; it must return at once."""
+        self.engine.on_status(on_change)
+        if isinstance(self._tokenizer, Future):
+            self._tokenizer.add_done_callback(lambda _: on_change())
 
     def ready(self) -> Ready:
         """What routes work with; ApiError 503 while loading and once failed."""
@@ -327,12 +333,13 @@ class Service:
         """Counts what one request holds in memory until it is admitted; for a with statement."""
         return HeldBytes(self)
 
-    async def _watch_engine(self) -> None:
-        # The engine tells each request how it ended. Should it die without a word, nobody waits for ever.
-        while self.engine.status.phase not in (EnginePhase.FAILED, EnginePhase.STOPPED):
-            await asyncio.sleep(self.config.engine_check_s)
-        await asyncio.sleep(0)  # deliveries already on their way tell more than we can
-        detail = self.engine.status.detail or self.engine.status.phase.value
-        while True:
+    def _post(self, loop: asyncio.AbstractEventLoop) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the server has ended, and every request with it
+            loop.call_soon_threadsafe(self._end_streams_of_dead_engine)
+
+    def _end_streams_of_dead_engine(self) -> None:
+        # The engine sends each request its end before this. Should it miss one, that request still ends.
+        status = self.engine.status
+        if status.phase in (EnginePhase.FAILED, EnginePhase.STOPPED):
+            detail = status.detail or status.phase.value
             self.streams.end_all(lambda: EngineLost(f"the engine has failed: {detail}"))
-            await asyncio.sleep(self.config.engine_check_s)

@@ -67,7 +67,7 @@ def start_server(tokenizer: Tokenizer, ending: list[Running], renders: TemplateR
         names = {"journal", "metrics", "slo", "read_config", "traces", "model_name", "renders", "sampling_defaults"}
         names &= settings.keys()
         parts = {name: settings.pop(name) for name in names}
-        config = ServerConfig(**{"port": 0, "engine_check_s": 0.01, "drain_timeout_s": 0, **settings})
+        config = ServerConfig(**{"port": 0, "drain_timeout_s": 0, **settings})
         app = create_app(engine, tokenizer, config, **{"renders": renders, **parts})
         listener = bind(config)
         has_started = threading.Event()

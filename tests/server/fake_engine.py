@@ -72,8 +72,18 @@ class FakeEngine:
         self._granted = 0
         self._is_stopping = False
         self._sink: Sink | None = None
+        self._subscribers: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, daemon=True, name="fake-engine")
         self.step_batch: list[Delivery] = []
+
+    def on_status(self, on_change: Callable[[], None]) -> None:
+        """Call it when the engine fails or stops."""
+        self._subscribers.append(on_change)
+
+    def _end(self, status: EngineStatus) -> None:
+        self.status = status
+        for on_change in self._subscribers:
+            on_change()
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -135,7 +145,7 @@ class FakeEngine:
             self._is_stopping = True
             self._changed.notify_all()
         self._thread.join(timeout_s)
-        self.status = EngineStatus(EnginePhase.STOPPED)
+        self._end(EngineStatus(EnginePhase.STOPPED))
 
     # what tests do
 
@@ -148,13 +158,13 @@ class FakeEngine:
     def fail(self, why: str, *, is_silent: bool = False) -> None:
         """The engine dies; silently: without a word to those who wait."""
         with self._changed:
-            self.status = EngineStatus(EnginePhase.FAILED, why)
             dead = list(self._live)
             self._live.clear()
             self._changed.notify_all()
         if not is_silent and dead:
             assert self._sink is not None
             self._sink([ErrorDelivery(request_id, why, False) for request_id in dead])
+        self._end(EngineStatus(EnginePhase.FAILED, why))
 
     def wait_for_submitted(self, num_requests: int) -> None:
         """Wait until that many requests have ever arrived."""

@@ -213,7 +213,7 @@ def test_a_public_address_without_keys_is_refused_unless_said_so(host: str, key_
 
 
 def test_keys_and_limits_are_read_again_without_a_restart(start_server: StartServer, key_file: Path) -> None:
-    configs = {"api_key_file": key_file, "admin_key": "sk-root", "port": 0, "engine_check_s": 0.01}
+    configs = {"api_key_file": key_file, "admin_key": "sk-root", "port": 0}
     server = start_server(**configs, read_config=lambda: ServerConfig(**configs, drain_timeout_s=0))
     assert server.get("/v1/models", headers=with_key("sk-carol")).status_code == 401
     key_file.write_text("carol sk-carol\n")
@@ -227,7 +227,7 @@ def test_keys_and_limits_are_read_again_without_a_restart(start_server: StartSer
 
 @pytest.mark.parametrize(("change", "what"), [({"port": 1234}, "server.port"), ({"max_n": 0}, "server.max_n")])
 def test_a_reload_that_cannot_be_changes_nothing(start_server: StartServer, change: dict, what: str) -> None:
-    configs: dict = {"port": 0, "engine_check_s": 0.01, "drain_timeout_s": 0, "max_prompts": 7}
+    configs: dict = {"port": 0, "drain_timeout_s": 0, "max_prompts": 7}
     server = start_server(read_config=lambda: ServerConfig(**{**configs, **change}))
     answer = server.post("/admin/reload", {})
     assert answer.status_code == 400 and what in answer.json()["error"]["message"]
