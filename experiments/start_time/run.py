@@ -3,7 +3,7 @@
     python -m experiments.start_time.run checkpoints/tiny
     python -m experiments.start_time.run checkpoints/tiny --checkout ../before    # in turn with another working copy
 
-The first start is not counted: it leaves bytecode, built kernels and composed options behind. "Listening" and "ready"
+The first start is not counted: it leaves bytecode and built kernels behind. "Listening" and "ready"
 are the server's own lines. What shares the machine lengthens wall time but hardly CPU time, so both are printed; the
 bar is for the median wall time of the front. Exits with 1 if it is missed.
 """

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
-from megatron_medha.cli.parts.job_command import check_plots, directory_of, plot, run_job_command
+from megatron_medha.cli.parts.command_options import check_plots, directory_of, plot, run_job_command
 
 if TYPE_CHECKING:
     from megatron_medha.bench.load_generator import Sent
@@ -57,7 +57,7 @@ def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     """One `medha bench` with its output; returns what is in summary.json."""
     from megatron_medha.cli.parts.served import served
     from megatron_medha.cli.parts.wandb_run import WandbRun, check_wandb
-    from megatron_medha.options.compose import yaml_values
+    from megatron_medha.options.yaml_text import to_yaml, yaml_values
     from megatron_medha.sim.run_directory import RunDirectory
 
     check_plots(options.plots)
@@ -65,7 +65,7 @@ def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     config = yaml_values(composed_yaml)
     config.pop("api_key")  # a secret; nothing that is written down needs it
     config.pop("out")      # a directory may be moved
-    directory = RunDirectory.create(directory_of(options.out, "bench"), json_as_yaml(config), options.seed)
+    directory = RunDirectory.create(directory_of(options.out, "bench"), to_yaml(config), options.seed)
     directory.write_json("machine.json", {"platform": platform.platform(), "num_cores": os.cpu_count()})
     tracker = WandbRun(options.tracking, "bench", config, directory.path)
     try:
@@ -78,13 +78,6 @@ def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     print(f"results are in {directory.path}")
     tracker.finish(directory.path)
     return values
-
-
-def json_as_yaml(values: dict[str, Any]) -> str:
-    """The composed options as YAML again."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 class _Bench:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_medha.cli.parts.arguments import parse_arguments
 from megatron_medha.cli.parts.chat_client import HELP, ChatConfig, chat
-from megatron_medha.cli.parts.options_help import describe_options
+from megatron_medha.cli.parts.command_options import read_options
 
 USAGE = """\
 usage: medha chat [key=value ...]
@@ -21,17 +20,7 @@ examples:
 
 def run(words: Sequence[str]) -> int:
     """Talk until /quit or the end of input."""
-    arguments = parse_arguments(words)
-    if arguments.wants_help:
-        print(USAGE.format(help=HELP), describe_options("chat"), sep="\n", end="")
-        return 0
-    from megatron_medha.options.compose import compose, freeze
-
-    config = compose("chat", ChatConfig, arguments.overrides, arguments.config_dir)
-    if arguments.shows_config:
-        from megatron_medha.options.compose import as_yaml
-
-        print(as_yaml(config, arguments.resolves_config), end="")
-        return 0
-    chat(freeze(config, ChatConfig))
+    config = read_options("chat", words, USAGE.format(help=HELP), lambda: ChatConfig)
+    if config is not None:
+        chat(config)
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from megatron_medha.cli.parts.arguments import FLAGS, parse_arguments
-from megatron_medha.cli.parts.options_help import describe_options
+from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.cli.reports.plan_table import (
     attainment_text,
     best_first,
@@ -61,18 +61,12 @@ _LEAST_SEARCH_S = 60.0  # that requests of a trace take to come, where its load 
 
 def run(words: Sequence[str]) -> int:
     """Search; exit code 1 if nothing meets the targets."""
-    arguments = parse_arguments(words)
-    if arguments.wants_help:
-        print(USAGE, describe_options("plan"), sep="\n", end="")
+    options = read_options("plan", words, USAGE, _options_class)
+    if options is None:
         return 0
-    from megatron_medha.options.compose import as_yaml, compose, freeze
-    from megatron_medha.options.plan_options import Find, PlanOptions, candidates
+    from megatron_medha.options.plan_options import Find, candidates
 
-    composed = compose("plan", PlanOptions, arguments.overrides, arguments.config_dir)
-    if arguments.shows_config:
-        print(as_yaml(composed, arguments.resolves_config), end="")
-        return 0
-    options = freeze(composed, PlanOptions)
+    arguments = parse_arguments(words)
     found = candidates(options, contenders(options, arguments.overrides, arguments.config_dir))
     say_what_is_tried(options, found)
     if found.window.why_too_few:
@@ -84,6 +78,12 @@ def run(words: Sequence[str]) -> int:
             return 1
         search = _cheapest if options.find is Find.CHEAPEST else _capacity
         return search(options, found, pool)
+
+
+def _options_class() -> type[PlanOptions]:
+    from megatron_medha.options.plan_options import PlanOptions
+
+    return PlanOptions
 
 
 def _is_possible(options: PlanOptions, found: Candidates, pool: ProcessPoolExecutor) -> bool:

@@ -6,10 +6,13 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from megatron_medha.cli.parts.arguments import parse_arguments
-from megatron_medha.cli.parts.options_help import describe_options
+from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.system.writable import check_writable
+
+if TYPE_CHECKING:
+    from megatron_medha.options.serve_options import ProfileOptions
 
 USAGE = """\
 usage: medha profile checkpoint=DIR [key=value ...]
@@ -27,23 +30,25 @@ examples:
 
 def run(words: Sequence[str]) -> int:
     """Measure, fit, write, and say how well it predicts."""
-    arguments = parse_arguments(words)
-    if arguments.wants_help:
-        print(USAGE, describe_options("profile"), sep="\n", end="")
-        return 0
+    options = read_options("profile", words, USAGE, _options_class)
+    if options is not None:
+        _profile(options)
+    return 0
+
+
+def _options_class() -> type[ProfileOptions]:
+    from megatron_medha.options.serve_options import ProfileOptions
+
+    return ProfileOptions
+
+
+def _profile(options: ProfileOptions) -> None:
+    from megatron_medha.options.serve_options import rank_config
     from megatron_medha.system.machine import num_usable_cores
     from megatron_medha.worker.startup.cpu_share import let_idle_threads_sleep
 
     let_idle_threads_sleep(num_usable_cores())
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    from megatron_medha.options.compose import as_yaml, compose, freeze
-    from megatron_medha.options.serve_options import ProfileOptions, rank_config
-
-    composed = compose("profile", ProfileOptions, arguments.overrides, arguments.config_dir)
-    if arguments.shows_config:
-        print(as_yaml(composed, arguments.resolves_config), end="")
-        return 0
-    options = freeze(composed, ProfileOptions)
     config = rank_config(options)
     path = options.file.expanduser()
     check_writable("file", path)
@@ -66,4 +71,3 @@ def run(words: Sequence[str]) -> int:
         f"p95 {100 * fitted.error_p95:.1f}%\n"
         f"written to {path}; medha serve checkpoint={options.checkpoint} profile={path}"
     )
-    return 0

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from megatron_medha.cli.parts.arguments import parse_arguments
 from megatron_medha.cli.parts.chat_client import is_http_address
-from megatron_medha.cli.parts.options_help import describe_options
+from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.system.scratch import scratch_directory
 from megatron_medha.system.writable import check_writable
@@ -68,17 +67,8 @@ class BatchOptions:
 
 def run(words: Sequence[str]) -> int:
     """Answer one file."""
-    arguments = parse_arguments(with_file_keys(words))
-    if arguments.wants_help:
-        print(USAGE, describe_options("run_batch"), sep="\n", end="")
-        return 0
-    from megatron_medha.options.compose import as_yaml, compose, freeze
-
-    composed = compose("run_batch", BatchOptions, arguments.overrides, arguments.config_dir)
-    if arguments.shows_config:
-        print(as_yaml(composed, arguments.resolves_config), end="")
-        return 0
-    return run_batch(freeze(composed, BatchOptions))
+    options = read_options("run_batch", with_file_keys(words), USAGE, lambda: BatchOptions)
+    return 0 if options is None else run_batch(options)
 
 
 def with_file_keys(words: Sequence[str]) -> list[str]:

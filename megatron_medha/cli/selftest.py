@@ -14,9 +14,8 @@ from functools import partial
 from megatron_medha.cli.fuzz import fuzz_cases as cases
 from megatron_medha.cli.fuzz.fuzz_watch import Seen, ServerWatch
 from megatron_medha.cli.fuzz.fuzz_wire import Begun, Broken, Wire, check
-from megatron_medha.cli.parts.arguments import parse_arguments
 from megatron_medha.cli.parts.chat_client import is_http_address
-from megatron_medha.cli.parts.options_help import describe_options
+from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.system.descriptors import raise_descriptor_limit
 
@@ -92,17 +91,10 @@ Case = tuple[str, Callable[[], Awaitable[None]]]
 
 def run(words: Sequence[str]) -> int:
     """Test one server."""
-    arguments = parse_arguments(words)
-    if arguments.wants_help:
-        print(USAGE, describe_options("selftest"), sep="\n", end="")
+    config = read_options("selftest", words, USAGE, lambda: SelftestConfig)
+    if config is None:
         return 0
-    from megatron_medha.options.compose import as_yaml, compose, freeze
-
-    composed = compose("selftest", SelftestConfig, arguments.overrides, arguments.config_dir)
-    if arguments.shows_config:
-        print(as_yaml(composed, arguments.resolves_config), end="")
-        return 0
-    groups = asyncio.run(selftest(freeze(composed, SelftestConfig)))
+    groups = asyncio.run(selftest(config))
     print(table(groups))
     return 1 if any(group.failures for group in groups) else 0
 

@@ -16,8 +16,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from megatron_medha.cli.parts.arguments import FLAGS, Arguments, parse_arguments
-from megatron_medha.cli.parts.options_help import describe_options
+from megatron_medha.cli.parts.arguments import FLAGS
+from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.core.ports import EnginePhase
 from megatron_medha.system.log_lines import set_up_logging
 from megatron_medha.system.memory_trim import GIVE_BACK_INTERVAL_S, give_back_freed_memory, give_back_large_blocks
@@ -55,16 +55,8 @@ _USER_ERRORS = ("ConfigError: ", "CheckpointError: ", "UnsupportedModelError: ",
 
 def run(words: Sequence[str]) -> int:
     """Serve until Ctrl-C or SIGTERM."""
-    arguments = parse_arguments(words)
-    if arguments.wants_help:
-        print(USAGE, describe_options("serve"), sep="\n", end="")
-        return 0
-    if arguments.shows_config:
-        from megatron_medha.options.compose import as_yaml, compose
-        from megatron_medha.options.serve_options import ServeOptions
-
-        composed = compose("serve", ServeOptions, arguments.overrides, arguments.config_dir)
-        print(as_yaml(composed, arguments.resolves_config), end="")
+    options = read_options("serve", words, USAGE, _options_class)
+    if options is None:
         return 0
     from megatron_medha.options.serve_options import serve_config
 
@@ -72,36 +64,18 @@ def run(words: Sequence[str]) -> int:
         """What the files and the environment say now, for a reload."""
         from megatron_medha.server.run_server import check_private_files
 
-        server = _composed(arguments).server
-        check_private_files(server)
-        return server
+        now = read_options("serve", words, USAGE, _options_class)
+        assert now is not None
+        check_private_files(now.server)
+        return now.server
 
-    options = _known_options(arguments)
     return _serve(serve_config(options), options, read_server_config)
 
 
-def _known_options(arguments: Arguments) -> ServeOptions:
-    """The options, from an earlier start with the same command line where nothing has changed since."""
-    if arguments.config_dir is not None:
-        return _composed(arguments)
-    from megatron_medha.options.remembered_options import digest_of, recall
+def _options_class() -> type[ServeOptions]:
     from megatron_medha.options.serve_options import ServeOptions
 
-    digest = digest_of("serve", arguments.overrides)
-    return recall(digest, ServeOptions) or _composed(arguments, digest)
-
-
-def _composed(arguments: Arguments, digest: str | None = None) -> ServeOptions:
-    """The options as Hydra composes them, remembered under the digest."""
-    from megatron_medha.options.compose import as_yaml, compose, freeze, plain_values
-    from megatron_medha.options.remembered_options import remember
-    from megatron_medha.options.serve_options import ServeOptions
-
-    composed = compose("serve", ServeOptions, arguments.overrides, arguments.config_dir)
-    options = freeze(composed, ServeOptions)
-    if digest is not None:
-        remember(digest, plain_values(composed), as_yaml(composed, resolves=False))
-    return options
+    return ServeOptions
 
 
 def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Callable[[], ServerConfig]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
-from megatron_medha.cli.parts.job_command import check_plots, directory_of, plot, run_job_command
+from megatron_medha.cli.parts.command_options import check_plots, directory_of, plot, run_job_command
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def _options_class() -> type[SimulateOptions]:
 def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     """One simulation with its output; returns what is in summary.json."""
     from megatron_medha.cli.parts.wandb_run import WandbRun
-    from megatron_medha.options.compose import yaml_values
     from megatron_medha.options.simulate_options import RequestsFormat, simulation_config
+    from megatron_medha.options.yaml_text import yaml_values
     from megatron_medha.sim.run_directory import RunDirectory
     from megatron_medha.sim.simulation import Simulation
     from megatron_medha.stats.summary_table import summary_table

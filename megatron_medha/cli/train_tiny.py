@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_medha.cli.parts.arguments import parse_arguments
-from megatron_medha.cli.parts.options_help import describe_options
+from megatron_medha.cli.parts.command_options import read_options
 
 USAGE = """\
 usage: medha train-tiny [key=value ...]
@@ -24,10 +24,15 @@ examples:
 
 def run(words: Sequence[str]) -> int:
     """Train and save."""
-    arguments = parse_arguments(words)
-    if arguments.wants_help:
-        print(USAGE, describe_options("train_tiny"), sep="\n", end="")
-        return 0
+    options = read_options("train_tiny", words, USAGE, _options_class)
+    if options is not None:
+        from megatron_medha.tiny.tiny_training import train_tiny
+
+        train_tiny(options.directory.expanduser(), options)
+    return 0
+
+
+def _options_class() -> Any:
     from megatron_medha.system.machine import num_usable_cores
     from megatron_medha.worker.startup.cpu_share import let_idle_threads_sleep
 
@@ -35,8 +40,7 @@ def run(words: Sequence[str]) -> int:
     let_idle_threads_sleep(num_usable_cores())
     # Megatron-core tells of every optional package that is missing; none is needed here.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    from megatron_medha.options.compose import as_yaml, compose, freeze
-    from megatron_medha.tiny.tiny_training import TrainTinyConfig, train_tiny
+    from megatron_medha.tiny.tiny_training import TrainTinyConfig
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class TrainTinyOptions(TrainTinyConfig):
@@ -44,10 +48,4 @@ def run(words: Sequence[str]) -> int:
 
         directory: Path
 
-    config = compose("train_tiny", TrainTinyOptions, arguments.overrides, arguments.config_dir)
-    if arguments.shows_config:
-        print(as_yaml(config, arguments.resolves_config), end="")
-        return 0
-    options = freeze(config, TrainTinyOptions)
-    train_tiny(options.directory.expanduser(), options)
-    return 0
+    return TrainTinyOptions

@@ -1,186 +1,275 @@
-"""Hydra's part: composes conf/ and overrides into one frozen config class, or says in one line what is wrong.
+"""Composes conf/ and the words of a command line into one frozen config class, or says all that is wrong with them.
 
-Every way in which Hydra and OmegaConf refuse a configuration becomes a ConfigError "key=value: what; way out".
+conf/ is laid out for Hydra, and words are written as for Hydra; `-m` is Hydra's own. One configuration needs little of
+it: an option of each group, on top of the options that it names in its `defaults`, and single keys on top of those.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.resources
-import types
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
-from hydra import compose as hydra_compose
-from hydra import initialize_config_module
-from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.options.option_errors import (
-    explain,
-    explain_conversion,
-    explain_resolution,
-    first_line,
-    type_at,
-    way_out,
-)
-from megatron_medha.options.remembered_options import CONF_MODULE, decode_path
-from megatron_medha.system import machine
-from megatron_medha.system.secret_values import HIDDEN, is_secret_name, without_secrets
+from megatron_medha.options.option_errors import describe, hints_of, nearest, type_at, way_out, without_none
+from megatron_medha.options.override_words import GivenOption, read_words
+from megatron_medha.options.references import resolved
+from megatron_medha.options.yaml_text import to_yaml, yaml_values
+from megatron_medha.system.secret_values import HIDDEN, is_secret_name
 
 T = TypeVar("T")
 
-OmegaConf.register_new_resolver(
-    "machine",
-    lambda name: {"flops_per_s": machine.cpu_flops_per_s, "memory_bytes_per_s": machine.memory_bytes_per_s}[name](),
-    use_cache=True,
-    replace=True,
-)
+CONF_MODULE = "megatron_medha.conf"
+_MISSING = "???"
+_PACKAGE = re.compile(r"^#\s*@package", re.MULTILINE)
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def compose(name: str, config_class: type, overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
-    """conf/<name>.yaml with the user's overrides, typed by `config_class`; config_dir adds options of the user's own.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Composed:
+    """A configuration as plain values, in which ${...} may stand."""
 
-    Raises ConfigError for whatever does not fit.
+    values: dict[str, Any]
+    shown: dict[str, str]  # key -> how to name it in an error: the word that set it, or the file of the user's
+
+
+def compose(name: str, config_class: type, words: Sequence[str], config_dir: Path | None = None) -> Composed:
+    """conf/<name>.yaml with the user's words; config_dir adds options of the user's own.
+
+    Raises ConfigError for whatever does not fit `config_class`, all of it at once.
     """
-    parsed = [_parse(text, config_class) for text in overrides]
-    search: list[str] = []
     if config_dir is not None:
         _check_config_dir(config_dir, config_class)
-        search.append(f"hydra.searchpath=[file://{config_dir.resolve()}]")
-    register_schema(name, config_class)
-    try:
-        with initialize_config_module(CONF_MODULE, version_base="1.3"):
-            return hydra_compose(name, [*search, *overrides])
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(explain(error, name, config_class, parsed)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config-dir {config_dir}: {_not_utf8(config_dir)} is not UTF-8; save it so") from error
-    except (AssertionError, ValueError) as error:
-        # Hydra 1.3.8 and OmegaConf 2.3 let these through, e.g. for model.shape.name=x while model.shape is null.
-        given = " ".join(overrides) or f"conf/{name}.yaml"
-        raise ConfigError(f"{given}: cannot be composed ({first_line(error)}); set the outer key first") from error
+    given, errors = read_words(words)
+    composition = _Composition(config_class, config_dir, errors)
+    composition.add_command(name, given)
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return Composed(composition.values, composition.shown)
 
 
-def freeze(config: DictConfig, config_class: type[T]) -> T:
+def freeze(composed: Composed, config_class: type[T]) -> T:
     """The composed configuration as a frozen object. Raises ConfigError for missing values and bad combinations."""
-    try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain_resolution(error)) from error
-    for key, value in _leaves(values):
-        if type_at(config_class, key) is None:  # put there with +key=value, or by an option file's @package
-            shown = HIDDEN if is_secret_name(key) else value
-            raise ConfigError(f"{key}={shown}: there is no such key; {way_out(key, config_class)}")
-        if value == "???":
-            raise ConfigError(f"{key} is missing; give it as {key}=VALUE")
-    try:
-        return msgspec.convert(values, config_class, dec_hook=decode_path)
-    except msgspec.ValidationError as error:
-        raise ConfigError(explain_conversion(str(error), values, config_class)) from error
+    errors: list[str] = []
+    values = resolved(composed.values)
+    options = _frozen(config_class, values, composed.shown, "", errors)
+    if errors:
+        raise ConfigError("\n".join(errors))
+    assert isinstance(options, config_class)
+    return options
 
 
-def plain_values(config: DictConfig) -> dict[str, Any]:
-    """The composed configuration as freeze() saw it."""
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def as_yaml(config: DictConfig, resolves: bool) -> str:
+def as_yaml(composed: Composed, resolves: bool) -> str:
     """The composed configuration without secrets; with `resolves`, ${...} is replaced by what it refers to."""
-    try:
-        values = OmegaConf.to_container(config, resolve=resolves, enum_to_str=True)
-        return OmegaConf.to_yaml(OmegaConf.create(without_secrets(values)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain_resolution(error)) from error
+    return to_yaml(resolved(composed.values) if resolves else composed.values)
 
 
-def yaml_values(text: str) -> dict[str, Any]:
-    """Composed options, as as_yaml() wrote them, as plain values."""
-    values = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+def option_names(group: str, config_dir: Path | None = None) -> list[str]:
+    """The options of a group, as files under conf/ and of the user's own."""
+    homes = [importlib.resources.files(CONF_MODULE), *([] if config_dir is None else [config_dir])]
+    files = [item for home in homes if (home / group).is_dir() for item in (home / group).iterdir()]
+    return sorted(item.name.removesuffix(".yaml") for item in files if item.name.endswith(".yaml"))
 
 
-def register_schema(name: str, config_class: type) -> None:
-    """Let conf/<name>.yaml find the types of its keys, as <name>_schema."""
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema_of(config_class))
+class _Composition:
+    """Values of a config class, set one after another; `errors` collects what does not fit."""
 
+    def __init__(self, config_class: type, config_dir: Path | None, errors: list[str]) -> None:
+        self.values = _defaults_of(config_class)
+        self.shown: dict[str, str] = {}
+        self._class = config_class
+        self._config_dir = config_dir
+        self._errors = errors
 
-def schema_of(config_class: type) -> type:
-    """The same fields for OmegaConf, which wants them mutable, enums as text and paths as text."""
-    hints = get_type_hints(config_class)
-    fields = []
-    for item in dataclasses.fields(config_class):
-        kind = _schema_type(hints[item.name])
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            default: Any = dataclasses.field(default_factory=kind)
-        elif item.default is dataclasses.MISSING:
-            default = dataclasses.field(default="???")
-        elif isinstance(item.default, tuple):
-            default = dataclasses.field(default_factory=functools.partial(list, item.default))
-        elif isinstance(item.default, Enum):
-            default = dataclasses.field(default=item.default.value)
+    def add_command(self, name: str, given: Sequence[GivenOption]) -> None:
+        """What conf/<name>.yaml says, with the options that were chosen, and then the keys that were given."""
+        defaults, own = self._read(f"{name}.yaml")
+        options = {group: option for default in defaults for group, option in default.items()}
+        keys: list[GivenOption] = []
+        for one in given:
+            if "." not in one.key and dataclasses.is_dataclass(type_at(self._class, one.key)):
+                options[one.key] = one.text if one.text is not None else one.value
+                self.shown[one.key] = one.word
+            else:
+                keys.append(one)
+        for group, option in options.items():
+            self._add_option(group, option)
+        self._merge(own, "")
+        for one in keys:
+            self._set(one)
+
+    def _add_option(self, group: str, option: Any) -> None:
+        known = option_names(group, self._config_dir)
+        all_of_it = ", ".join(known)
+        word = self.shown.pop(group, f"{group}={option}")
+        if not isinstance(option, str) or option.lower() == "null":
+            self._errors.append(f"{word}: {group} is one of {all_of_it}; single keys are set as {group}.KEY=VALUE")
+        elif option not in known:
+            near = nearest(option, known)
+            self._errors.append(f"{word}: there is no such option; {near}{group} is one of {all_of_it}")
         else:
-            default = dataclasses.field(default=item.default)
-        fields.append((item.name, kind, default))
-    return dataclasses.make_dataclass(config_class.__name__, fields)
+            defaults, own = self._read(f"{group}/{option}.yaml")
+            for base in defaults:
+                self._add_option(group, base)
+            self._merge(own, f"{group}.", "" if self._is_ours(f"{group}/{option}.yaml") else f"{group}/{option}.yaml")
+
+    def _is_ours(self, name: str) -> bool:
+        return self._config_dir is None or not (self._config_dir / name).is_file()
+
+    def _read(self, name: str) -> tuple[list[Any], dict[str, Any]]:
+        """What a file builds on, and its own keys. Hydra's other ways of building are refused, not passed over."""
+        home = importlib.resources.files(CONF_MODULE) if self._is_ours(name) else self._config_dir
+        assert home is not None
+        try:
+            text = (home / name).read_text(encoding="utf-8")
+            values = yaml_values(text)
+        except ValueError as error:
+            why = "is not UTF-8; save it so" if isinstance(error, UnicodeDecodeError) else error
+            self._errors.append(f"{name} {why}")
+            return [], {}
+        defaults = values.pop("defaults", None) or []
+        is_command = "/" not in name
+        others = [one for one in defaults if one != "_self_" and isinstance(one, dict) != is_command]
+        if others or _PACKAGE.search(text) or "_self_" in defaults[:-1]:
+            self._errors.append(f"{name}: only -m knows packages and defaults like {others or '_self_ before others'}; "
+                                "name options of the same group, what they say comes first")  # fmt: skip
+        return [one for one in defaults if one != "_self_" and one not in others], values
+
+    def _merge(self, values: dict[str, Any], prefix: str, file: str = "") -> None:
+        for name, value in values.items():
+            key = f"{prefix}{name}"
+            kind = without_none(type_at(self._class, key))
+            place = f" (in {file})" if file else ""
+            if kind is None:
+                self._errors.append(f"{key}{place}: there is no such key; {way_out(key, self._class)}")
+            elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+                self._put(key, self._get(key) or _defaults_of(kind))
+                self._merge(value, f"{key}.", file)
+            else:
+                self._put(key, value)
+                if file:
+                    self.shown[key] = f"{key}={value}{place}"
+
+    def _set(self, one: GivenOption) -> None:
+        kind = type_at(self._class, one.key)
+        if kind is None:
+            self._errors.append(self._no_such_key(one))
+            return
+        bare = without_none(kind)
+        value = one.value
+        if one.text is not None and value is not None and (bare is Path or bare is str or _is_enum(bare)):
+            value = one.text
+        elif isinstance(value, dict) and dataclasses.is_dataclass(bare):
+            self._merge(value, f"{one.key}.")
+            return
+        self._put(one.key, value)
+        self.shown[one.key] = one.word
+        if "${" not in str(value):
+            try:
+                _fitted(kind, value)
+            except ValueError as error:
+                self._errors.append(f"{one.word}: {error}")
+
+    def _no_such_key(self, one: GivenOption) -> str:
+        parts = one.key.split(".")
+        for end in range(1, len(parts)):
+            outer = ".".join(parts[:end])
+            kind = type_at(self._class, outer)
+            if kind is not None and not dataclasses.is_dataclass(without_none(kind)):
+                return f"{one.word}: {outer} has no keys; it must be {describe(kind)}"
+            if kind is not None and self._get(outer) is None:
+                return f"{one.word}: cannot be composed ({outer} is null); set the outer key first"
+        word = one.word.lstrip("+")
+        return f"{word}: there is no such key; {way_out(one.key, self._class)}"
+
+    def _get(self, key: str) -> Any:
+        return functools.reduce(lambda values, part: values[part], key.split("."), self.values)
+
+    def _put(self, key: str, value: Any) -> None:
+        outer, _, last = key.rpartition(".")
+        (self._get(outer) if outer else self.values)[last] = value
 
 
-def option_names(group: str) -> list[str]:
-    """The options of a group, as files under conf/."""
-    directory = importlib.resources.files(CONF_MODULE) / group
-    return sorted(item.name.removesuffix(".yaml") for item in directory.iterdir() if item.name.endswith(".yaml"))
+def _defaults_of(config_class: Any) -> dict[str, Any]:
+    """Every key of a config class with its default as plain value, or ???."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        kind = hints_of(config_class)[field.name]
+        if dataclasses.is_dataclass(kind):
+            values[field.name] = _defaults_of(kind)
+        elif field.default is dataclasses.MISSING:
+            values[field.name] = _MISSING
+        else:
+            values[field.name] = msgspec.to_builtins(field.default, enc_hook=str)
+    return copy.deepcopy(values)
 
 
-def _schema_type(kind: Any) -> Any:
-    if get_origin(kind) in (Union, types.UnionType):
-        inner = [_schema_type(part) for part in get_args(kind) if part is not type(None)]
-        return inner[0] | None if len(inner) == 1 else kind
-    if get_origin(kind) is tuple:
-        return list[get_args(kind)[0]]  # type: ignore[misc]  # a type made at run time
-    if isinstance(kind, type) and issubclass(kind, Enum | Path):
-        return str
-    return schema_of(kind) if dataclasses.is_dataclass(kind) and isinstance(kind, type) else kind
-
-
-def _parse(text: str, config_class: type) -> Override:
+def _frozen(config_class: Any, values: dict[str, Any], shown: dict[str, str], prefix: str, errors: list[str]) -> Any:
+    """The values as the class, or None with what is wrong in errors."""
+    num_errors = len(errors)
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        key, kind = f"{prefix}{name}", hints_of(config_class)[name]
+        bare = without_none(kind)
+        if value == _MISSING:
+            errors.append(f"{key} is missing; give it as {key}=VALUE")
+        elif dataclasses.is_dataclass(bare) and isinstance(value, dict):
+            fields[name] = _frozen(bare, value, shown, f"{key}.", errors)
+        else:
+            try:
+                fields[name] = _fitted(kind, value)
+            except ValueError as error:
+                plain = f"{key}={HIDDEN if is_secret_name(key) else value}"
+                errors.append(f"{shown.get(key, plain)}: {error}")
+    if len(errors) > num_errors:
+        return None
     try:
-        override = OverridesParser.create().parse_override(text)
-    except (HydraException, OmegaConfBaseException) as error:
-        if "=" not in text:
-            raise ConfigError(f"{text}: not of the form key=value") from error
-        raise ConfigError(
-            f"{text}: the value cannot be read ({first_line(error)}); put quotes around it, "
-            f"""as in '{text.partition("=")[0]}="{text.partition("=")[2]}"'"""
-        ) from error
-    key = override.key_or_group
-    if override.is_sweep_override():
-        raise ConfigError(
-            f"{text}: several values, but only one can be; a list is written {key}=[a,b], "
-            f"a text with a comma '{key}=\"a,b\"'"
-        )
-    if key.split(".")[0] == "hydra":
-        raise ConfigError(f"{text}: Hydra's own settings change nothing here (no output directory, no sweep)")
-    if override.is_delete():
-        raise ConfigError(f"{text}: nothing can be left out; give another value, where allowed null")
-    is_group = "." not in key and dataclasses.is_dataclass(type_at(config_class, key))
-    if is_group and not isinstance(override.value(), str):
-        known = option_names(key)
-        raise ConfigError(f"{text}: {key} is one of {', '.join(known)}; single keys are set as {key}.KEY=VALUE")
-    return override
+        return config_class(**fields)
+    except ConfigError as error:
+        errors.append(str(error))
+        return None
+
+
+def _fitted(kind: Any, value: Any) -> Any:
+    """The value as what a key holds. ValueError, saying what it must be."""
+    bare = without_none(kind)
+    if bare is Path and value == "":  # checkpoint=$UNSET; a Path would make the current directory of it
+        raise ValueError(f"expected a path, got an empty text; it must be {describe(kind)}")
+    try:
+        return msgspec.convert(_read_as(bare, value), kind, dec_hook=_as_path)
+    except (msgspec.ValidationError, ValueError):
+        raise ValueError(f"it must be {describe(kind)}") from None
+
+
+def _read_as(kind: Any, value: Any) -> Any:
+    """What a text, from quotes or the environment, is as a number, and a number as a text. ValueError if it is none."""
+    if isinstance(value, str) and kind in (int, float):
+        return kind(value)
+    if isinstance(value, str | int) and kind is bool:
+        return _BOOLS.get(str(value).lower(), value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and kind is str:
+        return str(value)
+    if isinstance(value, list) and get_origin(kind) is tuple:
+        return [_read_as(get_args(kind)[0], item) for item in value]
+    return value
+
+
+def _as_path(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def _check_config_dir(directory: Path, config_class: type) -> None:
@@ -188,7 +277,7 @@ def _check_config_dir(directory: Path, config_class: type) -> None:
         raise ConfigError(f"--config-dir {directory}: no such directory")
     for field in dataclasses.fields(config_class):
         if (directory / field.name).is_dir() and not dataclasses.is_dataclass(type_at(config_class, field.name)):
-            # Hydra would take the key for a group whose options are in there.
+            # Under -m, Hydra would take the key for a group whose options are in there.
             raise ConfigError(f"--config-dir {directory}: "
                 f"its folder {field.name} has the name of a key; use another one"
             )
@@ -197,22 +286,3 @@ def _check_config_dir(directory: Path, config_class: type) -> None:
         name = path.relative_to(directory)
         if ours.joinpath(*name.parts).is_file():
             raise ConfigError(f"--config-dir {directory}: {name} has the name of an option that exists; rename it")
-
-
-def _not_utf8(directory: Path | None) -> Path:
-    """The first option in there that is no text."""
-    assert directory is not None, "our own options are UTF-8"
-    for path in sorted(directory.rglob("*.yaml")):
-        try:
-            path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            return path.relative_to(directory)
-    raise AssertionError("every file in there is UTF-8")
-
-
-def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + str(key), value

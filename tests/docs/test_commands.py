@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 
 from megatron_medha.cli.medha import COMMANDS
 from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
@@ -149,7 +144,7 @@ def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> 
         # Its options' class imports torch: names are checked, which is all that can rot.
         assert {word.partition("=")[0] for word in overrides} <= train_tiny_keys()
         return
-    options = freeze(composed(name, overrides, arguments.config_dir), OPTIONS[name])
+    options = freeze(compose(name.replace("-", "_"), OPTIONS[name], overrides, arguments.config_dir), OPTIONS[name])
     if isinstance(options, ServeOptions):
         # A profile is measured; there is none to read here.
         has_files = not any(word.startswith("profile=") for word in overrides)
@@ -164,60 +159,6 @@ def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> 
         options.capacity_search()
         if options.workload.path is not None and options.workload.path.exists():
             Workload(options.workload, options.seed)
-
-
-def composed(name: str, overrides: tuple[str, ...], config_dir: Path | None) -> DictConfig:
-    """As compose() gives it. That takes 0.3 s, so groups come from what was composed before; keys come last anyway."""
-    if config_dir is not None:
-        return compose(conf_of(name), OPTIONS[name], overrides, config_dir)
-    config = copy.deepcopy(with_groups(name, ()))
-    for word in filter(names_option, overrides):
-        group = word.partition("=")[0]
-        option = (options_shown(name).get(word) or with_groups(name, (word,)))[group]
-        OmegaConf.update(config, group, OmegaConf.to_container(option, resolve=False))
-    keys = [word for word in overrides if not names_option(word)]
-    try:
-        # What Hydra itself does with them.
-        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(keys), config)
-    except HydraException:
-        return compose(conf_of(name), OPTIONS[name], overrides)  # says best what is wrong
-    return config
-
-
-@functools.cache
-def options_shown(name: str) -> dict[str, DictConfig]:
-    """Every option that the pages give to a command, several composed at once: one of each group."""
-    by_group: dict[str, list[str]] = {}
-    for _, command in shown():
-        if command.words[0] == name and command.error is None and name != "run-batch":
-            arguments = parse_arguments(command.words[1:], can_sweep=name in SWEEPS)
-            if arguments.config_dir is None:
-                for word in filter(names_option, itertools.chain(*combinations(arguments))):
-                    words = by_group.setdefault(word.partition("=")[0], [])
-                    if word not in words:
-                        words.append(word)
-    found: dict[str, DictConfig] = {}
-    for words in itertools.zip_longest(*by_group.values()):
-        together = tuple(word for word in words if word is not None)
-        try:
-            found |= dict.fromkeys(together, with_groups(name, together))
-        except ConfigError:
-            continue  # one of them is wrong: those commands compose it alone, and say so
-    return found
-
-
-@functools.cache
-def with_groups(name: str, groups: tuple[str, ...]) -> DictConfig:
-    return compose(conf_of(name), OPTIONS[name], groups)
-
-
-def conf_of(name: str) -> str:
-    """The file of a command in conf/."""
-    return name.replace("-", "_")
-
-
-def names_option(word: str) -> bool:
-    return (ROOT / "conf" / word.partition("=")[0]).is_dir()
 
 
 def train_tiny_keys() -> set[str]:

@@ -15,18 +15,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
 
 from megatron_medha.cli.parts.arguments import Arguments
 from megatron_medha.core.errors import ConfigError, MedhaError
-from megatron_medha.options.compose import CONF_MODULE, as_yaml, freeze, register_schema, yaml_values
-from megatron_medha.options.option_errors import explain
+from megatron_medha.options.compose import CONF_MODULE, Composed, as_yaml, compose, freeze
+from megatron_medha.options.yaml_text import yaml_values
 from megatron_medha.system.secret_values import hide_secrets
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ SWEEP = "sweep.txt"  # in `out`: the words of the sweep
 _WITHOUT_EFFECT = ("hydra.", "hydra/", "objective=", "plots=")
 _SWEEPER_PARAMS = "hydra.sweeper.params"  # an exception: values to sweep over
 _HYDRA_COPY = "multirun.yaml"  # Hydra writes all words of a sweep there, keys among them
+_MAX_CHECKED = 20  # of the values of one key, before the first job runs
 
 
 def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: RunJob[T]) -> int:
@@ -56,15 +57,17 @@ def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: Ru
     try:
         given: list[Override] = OverridesParser.create().parse_overrides([*arguments.overrides])
     except HydraException as error:
-        raise ConfigError(explain(error, name, config_class, ())) from error
+        raise _as_config_error(error) from error
     given, out = _without_out(given)
+    job = _Job(name, config_class, arguments.config_dir and arguments.config_dir.resolve(), run_job)
+    _check_values(given, job)
     words = [override.input_line or "" for override in given]
     sweep = (out or Path("multirun") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}").expanduser().absolute()
     if arguments.shows_config:
-        _show(name, config_class, arguments, words)
+        _show(words, job, arguments.resolves_config)
         return 0
     _check_same_sweep(sweep, _words_that_count(given))
-    _sweep(name, config_class, arguments, words, sweep, _Job(config_class, run_job))
+    _sweep(words, sweep, job)
     failed = sorted(sweep.glob(f"*/{ERROR}"), key=lambda path: path.parent.name)
     done = list(sweep.glob(f"*/{SUMMARY}"))
     print(f"{len(done)} jobs done, {len(failed)} failed; results are in {sweep}, `medha report {sweep}` compares them")
@@ -73,28 +76,42 @@ def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: Ru
     return 1 if failed else 0
 
 
-def _sweep(
-    name: str,
-    config_class: type,
-    arguments: Arguments,
-    words: Sequence[str],
-    directory: Path,
-    job: Callable[[DictConfig], float],
-) -> None:
+def _check_values(given: Sequence[Override], job: _Job) -> None:
+    """Every value of every key by itself. Raises ConfigError before any job runs."""
+    ours = [one for one in given if not one.key_or_group.startswith("hydra")]
+    values: dict[str, list[str]] = {}
+    for one in ours:
+        word = str(one.input_line)
+        if one.is_discrete_sweep():
+            found = islice(one.sweep_string_iterator(), _MAX_CHECKED)
+            values[word] = [f"{word.partition('=')[0]}={value}" for value in found]
+        elif not one.is_sweep_override():
+            values[word] = [word]
+    first = {word: several[0] for word, several in values.items()}
+    for word, several in values.items():
+        for value in several if len(several) > 1 else ():
+            job.compose([*(first | {word: value}).values()])
+    job.compose([*first.values()])
+
+
+def _sweep(words: Sequence[str], directory: Path, job: _Job | _ShownJob) -> None:
     words = [f"hydra.sweep.dir={json.dumps(str(directory))}", *_HYDRA_WORDS, *words]
-    if arguments.config_dir is not None:
-        words.append(f"hydra.searchpath=[file://{arguments.config_dir.resolve()}]")
-    register_schema(name, config_class)
+    config_dir = job.config_dir
+    if config_dir is not None:
+        words.append(f"hydra.searchpath=[file://{config_dir}]")
     try:
-        _run_hydra(name, words, job)
+        _run_hydra(job.name, words, job)
     except HydraException as error:
-        given = OverridesParser.create().parse_overrides([*arguments.overrides])
-        raise ConfigError(explain(error, name, config_class, given)) from error
+        raise _as_config_error(error) from error
     finally:
         (directory / _HYDRA_COPY).unlink(missing_ok=True)
 
 
-def _show(name: str, config_class: type, arguments: Arguments, words: Sequence[str]) -> None:
+def _as_config_error(error: HydraException) -> ConfigError:
+    return ConfigError(str(error).strip().partition("\n")[0].rstrip("."))
+
+
+def _show(words: Sequence[str], job: _Job, resolves: bool) -> None:
     """Print the configuration of every job, as YAML documents; none is run. Raises ConfigError."""
     for word in words:
         if word.startswith("hydra/sweeper=") and not word.endswith("=basic"):
@@ -104,23 +121,7 @@ def _show(name: str, config_class: type, arguments: Arguments, words: Sequence[s
             )
     words = [word for word in words if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
     with tempfile.TemporaryDirectory() as nowhere:
-        _sweep(name, config_class, arguments, words, Path(nowhere), _ShownJob(arguments.resolves_config))
-
-
-@dataclasses.dataclass(frozen=True)
-class _ShownJob:
-    """A job whose configuration is printed instead of run."""
-
-    resolves: bool
-
-    def __call__(self, config: DictConfig) -> float:
-        from hydra.core.hydra_config import HydraConfig
-
-        hydra = HydraConfig.get()
-        overrides = list(hydra.overrides.task)
-        print(f"---\n# job {hydra.job.num}: {hide_secrets(' '.join(overrides), overrides) or 'no overrides'}")
-        print(as_yaml(config, self.resolves), end="")
-        return 0.0
+        _sweep(words, Path(nowhere), _ShownJob(job.name, job.config_class, job.config_dir, job.run_job, resolves))
 
 
 def _words_that_count(given: Sequence[Override]) -> list[str]:
@@ -166,40 +167,50 @@ def _check_same_sweep(directory: Path, wanted: list[str]) -> None:
 class _Job:
     """One job, wherever a launcher runs it: it may be pickled and sent to another machine."""
 
+    name: str
     config_class: type
+    config_dir: Path | None
     run_job: RunJob[Any]
 
-    def __call__(self, config: DictConfig) -> float:
+    def compose(self, words: Sequence[str]) -> Composed:
+        """What these words of one job come to."""
+        return compose(self.name, self.config_class, words, self.config_dir)
+
+    def __call__(self, config: object) -> float:
+        """Hydra's own composition is not looked at: it knows no types."""
         from hydra.core.hydra_config import HydraConfig
 
         hydra = HydraConfig.get()
         directory = Path(hydra.runtime.output_dir)
         (directory.parent / _HYDRA_COPY).unlink(missing_ok=True)
-        overrides = list(hydra.overrides.task)
-        print(f"job {hydra.job.num}: {hide_secrets(' '.join(overrides), overrides) or 'no overrides'}")
-        with open_dict(config):
-            config.out = str(directory)
-            tracking = config.get("tracking")
-            if tracking is not None and tracking.wandb_project is not None and tracking.wandb_group is None:
-                tracking.wandb_group = directory.parent.name
-        values = self._summary_of(directory, config)
+        words = list(hydra.overrides.task)
+        return self.run(hydra.job.num, words, hide_secrets(" ".join(words), words) or "no overrides", directory)
+
+    def run(self, number: int, words: Sequence[str], shown: str, directory: Path) -> float:
+        """Run it unless it has ended already; the figure that the sweep is after."""
+        print(f"job {number}: {shown}")
+        composed = self.compose(words)
+        composed.values["out"] = str(directory)
+        tracking = composed.values.get("tracking")
+        if tracking is not None and tracking["wandb_project"] is not None and tracking["wandb_group"] is None:
+            tracking["wandb_group"] = directory.parent.name
+        values = self._summary_of(directory, composed)
         try:
             if values is None:
                 _empty(directory)
-                options: Any = freeze(config, self.config_class)
-                values = self.run_job(options, as_yaml(config, resolves=True))
+                options: Any = freeze(composed, self.config_class)
+                values = self.run_job(options, as_yaml(composed, resolves=True))
             else:
-                print(f"job {hydra.job.num} is done already")
+                print(f"job {number} is done already")
                 (directory / ERROR).unlink(missing_ok=True)  # it had ended, but without the figure asked for then
-            shown = "".join(f"{hide_secrets(word, overrides)}\n" for word in overrides)
-            (directory / OVERRIDES).write_text(shown, encoding="utf-8")
-            return _objective(values, config.objective)
+            lines = "".join(f"{hide_secrets(word, words)}\n" for word in words)
+            (directory / OVERRIDES).write_text(lines, encoding="utf-8")
+            return _objective(values, composed.values["objective"])
         except MedhaError as error:
-            what = hide_secrets(f"{' '.join(overrides)}: {error}\n", overrides)
-            (directory / ERROR).write_text(what, encoding="utf-8")
+            (directory / ERROR).write_text(hide_secrets(f"{shown}: {error}\n", words), encoding="utf-8")
             return float("nan")
 
-    def _summary_of(self, directory: Path, config: DictConfig) -> dict[str, Any] | None:
+    def _summary_of(self, directory: Path, composed: Composed) -> dict[str, Any] | None:
         """What this job came to earlier; None if it did not end, or only its plots are to be others.
 
         Raises ConfigError if it ended with other options: a sweeper may choose other values each time, and
@@ -210,7 +221,7 @@ class _Job:
             values: dict[str, Any] = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        asked = yaml_values(as_yaml(config, resolves=True))
+        asked = yaml_values(as_yaml(composed, resolves=True))
         # Written without where it goes, and without secrets; what the sweep is after changes no run.
         asked["objective"] = written.get("objective")
         if {key: value for key, value in asked.items() if key in written} == written:
@@ -221,6 +232,19 @@ class _Job:
         raise ConfigError(
             f"out={directory.parent}: job {directory.name} there has ended with other options; name another directory"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShownJob(_Job):
+    """A job whose configuration is printed instead of run."""
+
+    resolves: bool
+
+    def run(self, number: int, words: Sequence[str], shown: str, directory: Path) -> float:
+        """Print it."""
+        print(f"---\n# job {number}: {shown}")
+        print(as_yaml(self.compose(words), self.resolves), end="")
+        return 0.0
 
 
 def _objective(values: dict[str, Any], path: str) -> float:
@@ -258,7 +282,7 @@ def _empty(directory: Path) -> None:
             path.unlink()
 
 
-def _run_hydra(name: str, words: Sequence[str], job: Callable[[DictConfig], float]) -> None:
+def _run_hydra(name: str, words: Sequence[str], job: Callable[[object], float]) -> None:
     """Hydra's own entry point reads sys.argv and ends the process on errors; both are kept in here."""
     import hydra
 

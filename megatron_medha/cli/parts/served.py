@@ -75,22 +75,12 @@ def server_process(overrides: Sequence[str], log: Path) -> Iterator[str]:
 
 
 def _composed(overrides: list[str]) -> str:
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.singleton import Singleton
-    from omegaconf import OmegaConf
-
     from megatron_medha.cli.parts.serve_parts import public_options
     from megatron_medha.options.compose import compose, freeze
     from megatron_medha.options.serve_options import ServeOptions
+    from megatron_medha.options.yaml_text import to_yaml
 
-    # The job of a sweep runs inside of Hydra, which allows one composition at a time.
-    outer = Singleton.get_state()
-    GlobalHydra.instance().clear()
-    try:
-        options = freeze(compose("serve", ServeOptions, overrides), ServeOptions)
-    finally:
-        Singleton.set_state(outer)
-    return OmegaConf.to_yaml(OmegaConf.create(public_options(options)))
+    return to_yaml(public_options(freeze(compose("serve", ServeOptions, overrides), ServeOptions)))
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:

@@ -1,4 +1,4 @@
-"""What `medha bench` and `medha simulate` have in common: help, --cfg, one run, or -m, a run for every combination."""
+"""What commands have in common: their options from the words of the command line, --help, --cfg, and -m."""
 
 from __future__ import annotations
 
@@ -8,14 +8,37 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_medha.cli.parts.arguments import parse_arguments
+from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
 from megatron_medha.cli.parts.options_help import describe_options
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_medha.options.compose import Composed
     from megatron_medha.options.simulate_options import Plots
 
 T = TypeVar("T")
+
+
+def read_options(name: str, words: Sequence[str], usage: str, load_class: Callable[[], type[T]]) -> T | None:
+    """The options of conf/<name>.yaml with these words; None if help or the configuration was asked for, and printed.
+
+    load_class: imports the options' class, which --help does without.
+    """
+    arguments = parse_arguments(words)
+    if arguments.wants_help:
+        print_help(name, usage)
+        return None
+    config_class = load_class()
+    if (composed := _compose(name, arguments, config_class)) is None:
+        return None
+    from megatron_medha.options.compose import freeze
+
+    return freeze(composed, config_class)
+
+
+def print_help(name: str, usage: str) -> None:
+    """A command's --help."""
+    print(usage, describe_options(name), sep="\n", end="")
 
 
 def run_job_command(
@@ -25,28 +48,34 @@ def run_job_command(
     load_class: Callable[[], type[T]],
     job: Callable[[T, str], dict[str, Any]],
 ) -> int:
-    """Do what the words say; the exit code.
+    """Run a job once, or with -m for every combination of values; the exit code.
 
-    load_class: imports the options' class, which --help does without. job: options and their resolved YAML -> the
-    values of summary.json.
+    job: options and their resolved YAML -> the values of summary.json.
     """
     arguments = parse_arguments(words, can_sweep=True)
     if arguments.wants_help:
-        print(usage, describe_options(name), sep="\n", end="")
+        print_help(name, usage)
         return 0
-    from megatron_medha.options.compose import as_yaml, compose, freeze
-
     config_class = load_class()
     if arguments.is_multirun:
         from megatron_medha.cli.parts.multirun import multirun
 
         return multirun(name, config_class, arguments, job)
-    composed = compose(name, config_class, arguments.overrides, arguments.config_dir)
-    if arguments.shows_config:
-        print(as_yaml(composed, arguments.resolves_config), end="")
-        return 0
-    job(freeze(composed, config_class), as_yaml(composed, resolves=True))
+    if (composed := _compose(name, arguments, config_class)) is not None:
+        from megatron_medha.options.compose import as_yaml, freeze
+
+        job(freeze(composed, config_class), as_yaml(composed, resolves=True))
     return 0
+
+
+def _compose(name: str, arguments: Arguments, config_class: type) -> Composed | None:
+    from megatron_medha.options.compose import as_yaml, compose
+
+    composed = compose(name, config_class, arguments.overrides, arguments.config_dir)
+    if not arguments.shows_config:
+        return composed
+    print(as_yaml(composed, arguments.resolves_config), end="")
+    return None
 
 
 def directory_of(out: Path | None, name: str) -> Path:
