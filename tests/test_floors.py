@@ -51,15 +51,17 @@ ROOMS = {
     },
     "worker/startup": {"core", "system", "kernels", "parallel", "models", "checkpoints", "model", "cluster", "worker"},
     "server": {
-        "core", "system", "text", "grammar", "server/bodies", "server/http", "server/tools", "server/observe",
-        "server/openai", "server/anthropic",
+        "core", "system", "text", "grammar", "server/http", "server/tools", "server/observe", "server/routes",
     },
     "server/bodies": {"text"},
-    "server/http": {"server"},
+    "server/http": {"core", "server"},
     "server/tools": {"core", "system", "text", "grammar", "server", "server/bodies", "server/http"},
     "server/observe": {"core", "server"},
     "server/openai": {"core", "text", "server", "server/bodies", "server/http", "server/tools"},
     "server/anthropic": {"server", "server/bodies", "server/http", "server/tools", "server/openai"},
+    "server/routes": {
+        "core", "text", "server", "server/bodies", "server/http", "server/observe", "server/openai", "server/anthropic",
+    },
     "bench": {"core", "stats"},
     "tiny": {"core", "parallel", "models", "checkpoints", "model"},
     "options": {

@@ -27,6 +27,16 @@ class Request:
         return _request_of, (tuple([getattr(self, each.name) for each in fields(Request)]),)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """Why a request is not admitted: by the API server's limits, its TTFT estimate, or the scheduler."""
+
+    reason: str  # for metrics and clients
+    message: str
+    retry_after_s: float | None = None     # None: as it is, it is never admitted
+    predicted_ttft_s: float | None = None  # where the estimate says no
+
+
 def _request_of(values: tuple[Any, ...]) -> Request:
     return Request(**{each.name: value for each, value in zip(fields(Request), values, strict=True)})
 

@@ -56,7 +56,7 @@ def literals_of(schema: Any, resolve: Resolve, depth: int = 0) -> list[Any] | No
         values = [value for some in found for value in some or ()]
     else:
         return None
-    kept = [value for value in values if _type_of(value) in types_of(schema)]
+    kept = [value for value in values if type_of(value) in types_of(schema)]
     return list({_key(value): value for value in kept}.values())
 
 
@@ -85,13 +85,14 @@ def types_of(schema: dict[str, Any]) -> frozenset[str]:
     if isinstance(names, list):
         return frozenset("number" if name == "integer" else str(name) for name in names)
     if "const" in schema:
-        return frozenset({_type_of(schema["const"])})
+        return frozenset({type_of(schema["const"])})
     if isinstance(schema.get("enum"), list):
-        return frozenset(_type_of(value) for value in schema["enum"])
+        return frozenset(type_of(value) for value in schema["enum"])
     return _TYPES
 
 
-def _type_of(value: Any) -> str:
+def type_of(value: Any) -> str:
+    """The type of a JSON value; integers are numbers."""
     match value:
         case None:
             return "null"

@@ -1,17 +1,16 @@
 """Whether one more request may come in: places in the queue, each key's share, and whether it would be in time.
 
-Everything here runs on the event loop. What the engine refuses (a prompt that never fits) is not decided here.
+Everything here runs on the event loop. What the scheduler rejects (a prompt that never fits) is not decided here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_medha.core.request import Rejection, Request
 from megatron_medha.server.api_keys import Client
-from megatron_medha.server.generation import GenerationSpec
-from megatron_medha.server.http.http_errors import ApiError, retry_after
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.ttft_estimate import Forecast
 
@@ -32,39 +31,36 @@ class _Account:
 
 
 class Ticket:
-    """An admitted request's places; they come back by close(), however it ends."""
+    """The places of admitted requests; they come back by close(), however those end."""
 
-    def __init__(self, admission: Admission, account: _Account, spec: GenerationSpec) -> None:
+    def __init__(self, admission: Admission, account: _Account, requests: Sequence[Request]) -> None:
+        self.requests = requests
         self._admission = admission
         self._account = account
-        self._num_live = spec.num_choices
-        self._waiting = {
-            place: len(spec.prompts[place // spec.n].token_ids) for place in range(spec.num_choices)
-        }
-        admission.num_live += self._num_live
-        admission.num_waiting += len(self._waiting)
+        self._waiting = {place: request.num_prompt_tokens for place, request in enumerate(requests)}
+        admission.num_live += len(requests)
+        admission.num_waiting += len(requests)
         admission.num_waiting_tokens += sum(self._waiting.values())
-        account.num_live += self._num_live
+        account.num_live += len(requests)
 
-    def first_token(self, choice_index: int) -> None:
-        """This choice waits no longer."""
-        num_tokens = self._waiting.pop(choice_index, None)
+    def first_token(self, place: int) -> None:
+        """This one of the requests waits no longer."""
+        num_tokens = self._waiting.pop(place, None)
         if num_tokens is not None:
             self._admission.num_waiting -= 1
             self._admission.num_waiting_tokens -= num_tokens
 
     def close(self, num_output_tokens: int) -> None:
-        """The HTTP request has ended with that many tokens in all; once only."""
-        for choice_index in list(self._waiting):
-            self.first_token(choice_index)
-        self._admission.num_live -= self._num_live
-        self._account.num_live -= self._num_live
+        """All have ended with that many tokens together; once only."""
+        for place in list(self._waiting):
+            self.first_token(place)
+        self._admission.num_live -= len(self.requests)
+        self._account.num_live -= len(self.requests)
         self._account.num_tokens_left -= num_output_tokens
-        self._num_live = 0
 
 
 class Admission:
-    """Counts what is open, over all and by key, and says no."""
+    """Counts what is open, over all and by key, and admits or rejects."""
 
     def __init__(self, now_s: Callable[[], float], forecast: Forecast) -> None:
         self.num_live = 0
@@ -75,32 +71,65 @@ class Admission:
         self._forecast = forecast
         self._accounts: dict[str, _Account] = {}
 
-    def check_places(self, config: ServerConfig, num_choices: int) -> None:
-        """ApiError 429 if that many more sub-requests are too many; before any work goes into their prompts."""
-        self._check_count("max_live_requests", self.num_live + num_choices, config.max_live_requests, config,
-                          f"{self.num_live} requests are running or waiting")
-        self._check_count("max_waiting_requests", self.num_waiting + num_choices, config.max_waiting_requests, config,
-                          f"{self.num_waiting} requests wait for their first token")
+    def check_places(self, config: ServerConfig, num_requests: int) -> Rejection | None:
+        """Whether that many more are too many; before any work goes into their prompts."""
+        return self._counted(self._without_place(config, num_requests))
 
-    def admit(self, config: ServerConfig, client: Client, spec: GenerationSpec) -> Ticket:
-        """Take the places a request needs. ApiError 429 with Retry-After if it cannot have them now."""
-        self.check_places(config, spec.num_choices)
-        num_tokens = sum(len(prompt.token_ids) for prompt in spec.prompts) * spec.n
-        # A prompt longer than the limit alone must still be possible: with nothing else waiting it gets in.
-        if self.num_waiting_tokens:
-            self._check_count("max_waiting_tokens", self.num_waiting_tokens + num_tokens, config.max_waiting_tokens,
-                              config, f"{self.num_waiting_tokens} prompt tokens wait to be computed")
+    def admit(self, config: ServerConfig, client: Client, requests: Sequence[Request]) -> Ticket | Rejection:
+        """Take the places that the requests of one HTTP request need, all or none."""
         account = self._account(config, client)
-        if config.max_live_requests_per_key is not None:
-            self._check_count("max_live_requests_per_key", account.num_live + spec.num_choices,
-                              config.max_live_requests_per_key, config,
-                              f"{account.num_live} requests of this key are running or waiting")
-        self._check_tokens_per_minute(config, account, num_tokens)
-        if config.refuses_late:
-            self._check_in_time(spec)
+        num_tokens = sum(request.num_prompt_tokens for request in requests)
+        rejection = (
+            self._without_place(config, len(requests))
+            or self._over_limits(config, account, len(requests), num_tokens)
+            or (self._if_late(requests) if config.refuses_late else None)
+        )
+        if rejection is not None:
+            self._counted(rejection)
+            return rejection
         account.num_tokens_left -= num_tokens
-        self._forecast.count_in(spec)
-        return Ticket(self, account, spec)
+        self._forecast.count_in(requests)
+        return Ticket(self, account, requests)
+
+    def _without_place(self, config: ServerConfig, num_requests: int) -> Rejection | None:
+        if self.num_live + num_requests > config.max_live_requests:
+            return _over(config, "max_live_requests", f"{self.num_live} requests are running or waiting")
+        if self.num_waiting + num_requests > config.max_waiting_requests:
+            return _over(config, "max_waiting_requests", f"{self.num_waiting} requests wait for their first token")
+        return None
+
+    def _over_limits(
+        self, config: ServerConfig, account: _Account, num_requests: int, num_tokens: int
+    ) -> Rejection | None:
+        # A prompt longer than the limit alone must still be possible: with nothing else waiting it gets in.
+        if self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > config.max_waiting_tokens:
+            what = f"{self.num_waiting_tokens} prompt tokens wait to be computed"
+            return _over(config, "max_waiting_tokens", what)
+        most = config.max_live_requests_per_key
+        if most is not None and account.num_live + num_requests > most:
+            what = f"{account.num_live} requests of this key are running or waiting"
+            return _over(config, "max_live_requests_per_key", what)
+        if (limit := config.max_tokens_per_minute_per_key) is None:
+            return None
+        # More than a minute's worth at once is possible too, when the minute is unspent; it is paid back by waiting.
+        missing = min(num_tokens, limit) - account.num_tokens_left
+        if missing <= 0:
+            return None
+        wait_s = missing * _SECONDS_PER_MINUTE / limit
+        message = f"this key may use {limit} tokens a minute; {num_tokens} more are possible in {wait_s:.0f} s"
+        return Rejection(reason="max_tokens_per_minute_per_key", message=message, retry_after_s=wait_s)
+
+    def _if_late(self, requests: Sequence[Request]) -> Rejection | None:
+        predicted = self._forecast.predict(requests)
+        if predicted is None or predicted.ttft_s <= predicted.target_s:
+            return None
+        return Rejection(
+            reason="deadline_would_be_missed",
+            message=f"the first token is predicted {predicted.ttft_s:.2f} s after arrival, {predicted.target_s:.2f} s "
+            f"are allowed; {predicted.ahead_s:.2f} s of work are due before it",
+            retry_after_s=predicted.ttft_s - predicted.target_s,
+            predicted_ttft_s=predicted.ttft_s,
+        )
 
     def _account(self, config: ServerConfig, client: Client) -> _Account:
         account = self._accounts.setdefault(client.name, _Account())
@@ -113,39 +142,12 @@ class Admission:
         account.as_of_s = now_s
         return account
 
-    def _check_tokens_per_minute(self, config: ServerConfig, account: _Account, num_tokens: int) -> None:
-        limit = config.max_tokens_per_minute_per_key
-        if limit is None:
-            return
-        # More than a minute's worth at once is possible too, when the minute is unspent; it is paid back by waiting.
-        missing = min(num_tokens, limit) - account.num_tokens_left
-        if missing > 0:
-            wait_s = missing * _SECONDS_PER_MINUTE / limit
-            raise self._refusal(
-                "max_tokens_per_minute_per_key",
-                f"this key may use {limit} tokens a minute; {num_tokens} more are possible in {wait_s:.0f} s",
-                wait_s,
-            )
-
-    def _check_in_time(self, spec: GenerationSpec) -> None:
-        predicted = self._forecast.predict(spec)
-        if predicted is None or predicted.ttft_s <= predicted.target_s:
-            return
-        error = self._refusal(
-            "deadline_would_be_missed",
-            f"the first token is predicted {predicted.ttft_s:.2f} s after arrival, {predicted.target_s:.2f} s are "
-            f"allowed; {predicted.ahead_s:.2f} s of work are due before it",
-            predicted.ttft_s - predicted.target_s,
-        )
-        error.headers["x-predicted-ttft-ms"] = f"{predicted.ttft_s * 1e3:.0f}"
-        raise error
-
-    def _check_count(self, name: str, count: int, limit: int, config: ServerConfig, what: str) -> None:
-        if count > limit:
-            raise self._refusal(name, f"{what}, the limit is {limit} (server.{name})", config.retry_after_s)
-
-    def _refusal(self, reason: str, message: str, retry_after_s: float) -> ApiError:
-        self.num_refused[reason] = self.num_refused.get(reason, 0) + 1
-        return ApiError(429, message, code=reason.removeprefix("max_"), headers=retry_after(retry_after_s))
+    def _counted(self, rejection: Rejection | None) -> Rejection | None:
+        if rejection is not None:
+            self.num_refused[rejection.reason] = self.num_refused.get(rejection.reason, 0) + 1
+        return rejection
 
 
+def _over(config: ServerConfig, name: str, what: str) -> Rejection:
+    message = f"{what}, the limit is {getattr(config, name)} (server.{name})"
+    return Rejection(reason=name, message=message, retry_after_s=config.retry_after_s)

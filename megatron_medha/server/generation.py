@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from megatron_medha.core.batch import FinishReason
 from megatron_medha.core.ports import TokenDelivery
 from megatron_medha.core.request import Request
-from megatron_medha.core.sampling import Sampling
+from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.server.slo import SloClass
-from megatron_medha.server.text_piece import Piece
 from megatron_medha.server.tools.tool_fields import ToolUse
 from megatron_medha.text.call_syntax import tokens_of
 from megatron_medha.text.detokenizer import make_detokenizer
@@ -77,30 +77,42 @@ class GenerationSpec:
         """The engine's name for a choice; unique because answer ids are drawn here, never taken from clients."""
         return f"{self.answer_id}-{index}"
 
-    def engine_numbers(self, index: int) -> Request:
-        """What the scheduler knows of a choice."""
-        prompt = self.prompts[index // self.n]
-        return Request(
-            request_id=self.request_id(index),
-            num_prompt_tokens=len(prompt.token_ids),
-            max_output_tokens=prompt.max_output_tokens,
-            arrival_s=self.arrival_s,
-            ttft_slo_s=self.ttft_slo_s,
-            tpot_slo_s=self.tpot_slo_s,
-            priority=self.priority,
-            deadline_multiplier=self.slo.deadline_multiplier,
-            min_deadline_s=self.slo.min_deadline_s,
-            slo_class=self.slo_class,
+    def requests(self) -> tuple[Request, ...]:
+        """What the scheduler gets of each choice."""
+        return tuple(
+            Request(
+                request_id=self.request_id(index),
+                num_prompt_tokens=len(prompt.token_ids),
+                max_output_tokens=prompt.max_output_tokens,
+                arrival_s=self.arrival_s,
+                ttft_slo_s=self.ttft_slo_s,
+                tpot_slo_s=self.tpot_slo_s,
+                priority=self.priority,
+                deadline_multiplier=self.slo.deadline_multiplier,
+                min_deadline_s=self.slo.min_deadline_s,
+                slo_class=self.slo_class,
+            )
+            for index, prompt in enumerate(prompt for prompt in self.prompts for _ in range(self.n))
         )
 
-    def engine_request(self, index: int) -> tuple[Request, array[int], Sampling]:
-        """What the engine is handed for a choice."""
-        prompt = self.prompts[index // self.n]
-        seed = (self.seed + index) & SEED_MASK
-        sampling = replace(self.sampling, seed=seed, max_output_tokens=prompt.max_output_tokens)
-        return self.engine_numbers(index), prompt.token_ids, sampling
+    def sampling_of(self, index: int) -> Sampling:
+        """How a choice is sampled."""
+        seed, prompt = (self.seed + index) & SEED_MASK, self.prompts[index // self.n]
+        return replace(self.sampling, seed=seed, max_output_tokens=prompt.max_output_tokens)
 
 
+class Piece(NamedTuple):
+    """What one token adds to a choice. Its text may be empty, or that of several tokens."""
+
+    choice_index: int
+    text: str
+    token_id: int | None  # None: the token was asked for only to have its prompt computed
+    logprobs: TokenLogprobs | None
+    text_offset: int      # characters of output decoded before this token
+    finish_reason: str | None
+    stop_reason: int | str | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None
+    is_first: bool
 
 
 class Choice:

@@ -5,19 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from megatron_medha.core.ports import Delivery
 from megatron_medha.server.http.http_errors import ApiError
 
 _TURN = 64  # deliveries that one request takes before others run: some 2 ms
-
-
-class Timed(NamedTuple):
-    """A delivery, with the time at which it reached the event loop."""
-
-    delivery: Delivery
-    at_s: float
 
 
 class Gone(Exception):
@@ -40,20 +32,20 @@ class Stream:
         self.request_ids = tuple(request_ids)
         self._max_unread = max_unread
         self._on_overflow = on_overflow
-        self._items: deque[Timed] = deque()
+        self._items: deque[tuple[Delivery, float]] = deque()  # each with the time at which it reached the event loop
         self._end: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._num_in_turn = 0  # taken since others could run
 
-    def push(self, item: Timed) -> None:
-        """Add a delivery; one too many unread ends the stream."""
+    def push(self, delivery: Delivery, at_s: float) -> None:
+        """Add a delivery that reached the event loop then; one too many unread ends the stream."""
         if self._end is not None:
             return
         if len(self._items) >= self._max_unread:
             self.end(reader_too_slow(self._max_unread))
             self._on_overflow()
             return
-        self._items.append(item)
+        self._items.append((delivery, at_s))
         self._wake()
 
     def end(self, why: Exception) -> None:
@@ -63,8 +55,8 @@ class Stream:
             self._items.clear()
             self._wake()
 
-    async def next(self) -> Timed:
-        """The next delivery; raises the reason given to end()."""
+    async def next(self) -> tuple[Delivery, float]:
+        """The next delivery, and when it reached the event loop; raises the reason given to end()."""
         while True:
             if self._end is not None:
                 raise self._end
@@ -154,4 +146,4 @@ class Streams:
         for delivery in deliveries:
             stream = self._by_request_id.get(delivery.request_id)
             if stream is not None:  # None: ended here while the token was on its way
-                stream.push(Timed(delivery, at_s))
+                stream.push(delivery, at_s)

@@ -24,6 +24,8 @@ from megatron_medha.server.service import Service
 from megatron_medha.system.descriptors import connection_limits, raise_descriptor_limit
 from megatron_medha.system.private_file import check_private
 
+log = logging.getLogger(__name__)
+
 # Idle connections close at once; what is left after the drain are answers whose last bytes are on their way.
 _FLUSH_S = 1
 _MAX_HANDSHAKES = 256  # TLS handshakes at a time; one takes some milliseconds
@@ -49,9 +51,9 @@ class Server(uvicorn.Server):
             return
         if context is not None:
             self.servers += [self._tls_listener(listener, context) for listener in sockets or ()]  # type: ignore[misc]
-        self._service.end_server = self.end
+        self._service.lifecycle.end_server = self.end
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
-            self._loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._service.reload_and_log()))
+            self._loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload()))
         if self._on_listening is not None:
             self._on_listening()
 
@@ -85,8 +87,14 @@ class Server(uvicorn.Server):
             self._spawn(self._drain())
 
     async def _drain(self) -> None:
-        await self._service.drain()
+        await self._service.lifecycle.drain()
         self.should_exit = True
+
+    async def _reload(self) -> None:
+        try:
+            await self._service.reload()
+        except ConfigError as error:
+            log.error("reload_refused", extra={"fields": {"why": str(error)}})
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -8,12 +8,12 @@ there first. Under the others everything that waits counts, which is too much fo
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.server.generation import GenerationSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,72 +72,54 @@ class Forecast:
     """
 
     def __init__(self) -> None:
-        self._ahead: dict[int, WorkAhead] = {}  # by replica
-        self._since: dict[int, _Since] = {}     # by replica
+        self._views: dict[int, _View] = {}  # by replica
 
     def update(self, ahead: WorkAhead, replica: int = 0) -> None:
         """What that replica's engine has now."""
-        self._ahead[replica] = ahead
+        self._views[replica] = _View(ahead, [])
 
-    def predict(self, spec: GenerationSpec) -> Predicted | None:
-        """For the last choice of this request; None before an engine is ready."""
-        best = self._best(spec)
+    def predict(self, requests: Sequence[Request]) -> Predicted | None:
+        """For the last of these, sent together, on the replica where it is soonest; None before an engine is ready."""
+        best = self._best(requests)
         return None if best is None else best[1]
 
     def due_before(self, priority: int, deadline_s: float, own_work_s: float, replica: int = 0) -> Before:
         """What goes before a prompt that is there already and has so much work left itself."""
-        ahead = self._ahead.get(replica)
-        if ahead is None:
+        view = self._views.get(replica)
+        if view is None:
             return Before(0.0, 0)
-        before = ahead.due_before(priority, deadline_s)
+        before = view.ahead.due_before(priority, deadline_s)
         return Before(max(0.0, before.work_s - own_work_s), max(0, before.num_prompts - 1))
 
-    def count_in(self, spec: GenerationSpec) -> None:
-        """This request was admitted: until the next update it is in nobody's sum."""
-        best = self._best(spec)
+    def count_in(self, requests: Sequence[Request]) -> None:
+        """These were admitted: until the next update they are in nobody's sum."""
+        best = self._best(requests)
         if best is None:
             return
-        replica, _ = best
-        ahead = self._ahead[replica]
-        counted = self._counted(replica, ahead)
-        for index in range(spec.num_choices):
-            request = spec.engine_numbers(index)
-            work_s = ahead.scheduler.predicted_prefill_s(request.num_prompt_tokens)
-            counted.append((request.priority, request.arrival_s + self._target_s(ahead, request), work_s))
+        view, _ = best
+        scheduler = view.ahead.scheduler
+        for request in requests:
+            work_s = scheduler.predicted_prefill_s(request.num_prompt_tokens)
+            deadline_s = request.arrival_s + scheduler.ttft_target_s(request, work_s)
+            view.admitted.append((request.priority, deadline_s, work_s))
 
-    def _best(self, spec: GenerationSpec) -> tuple[int, Predicted] | None:
-        """The replica where the request would have its first token soonest, and when."""
-        on_each = [(replica, self._predict_on(replica, ahead, spec)) for replica, ahead in tuple(self._ahead.items())]
+    def _best(self, requests: Sequence[Request]) -> tuple[_View, Predicted] | None:
+        on_each = [(view, view.predict(requests)) for view in tuple(self._views.values())]
         return min(on_each, key=lambda one: one[1].ttft_s, default=None)
-
-    def _predict_on(self, replica: int, ahead: WorkAhead, spec: GenerationSpec) -> Predicted:
-        requests = [spec.engine_numbers(index) for index in range(spec.num_choices)]
-        own_s = sum(ahead.scheduler.predicted_prefill_s(request.num_prompt_tokens) for request in requests)
-        last = requests[-1]
-        target_s = self._target_s(ahead, last)
-        deadline_s = last.arrival_s + target_s
-        ahead_s = ahead.due_before(last.priority, deadline_s).work_s + sum(
-            work_s
-            for priority, other_s, work_s in self._counted(replica, ahead)
-            if (priority, other_s) <= (last.priority, deadline_s)
-        )
-        return Predicted(ahead_s + own_s, target_s, ahead_s)
-
-    def _counted(self, replica: int, ahead: WorkAhead) -> list[tuple[int, float, float]]:
-        since = self._since.get(replica)
-        if since is None or since.ahead is not ahead:
-            since = self._since[replica] = _Since(ahead, [])
-        return since.admitted
-
-    @staticmethod
-    def _target_s(ahead: WorkAhead, request: Request) -> float:
-        total_s = ahead.scheduler.predicted_prefill_s(request.num_prompt_tokens)
-        return ahead.scheduler.ttft_target_s(request, total_s)
 
 
 @dataclass(frozen=True, slots=True)
-class _Since:
-    """What was admitted since that look: priority, deadline, work."""
+class _View:
+    """One replica: what its engine had at the latest update, and what was admitted since."""
 
     ahead: WorkAhead
-    admitted: list[tuple[int, float, float]]
+    admitted: list[tuple[int, float, float]]  # priority, deadline, work
+
+    def predict(self, requests: Sequence[Request]) -> Predicted:
+        scheduler, last = self.ahead.scheduler, requests[-1]
+        work_s = [scheduler.predicted_prefill_s(request.num_prompt_tokens) for request in requests]
+        target_s = scheduler.ttft_target_s(last, work_s[-1])
+        rank = (last.priority, last.arrival_s + target_s)
+        ahead_s = self.ahead.due_before(*rank).work_s
+        ahead_s += sum(other_s for priority, deadline_s, other_s in self.admitted if (priority, deadline_s) <= rank)
+        return Predicted(ahead_s + sum(work_s), target_s, ahead_s)

@@ -11,10 +11,11 @@ from fake_engine import FakeEngine
 from running_server import Running, StartServer, eventually, spec
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.server.admission import Admission
+from megatron_medha.core.request import Rejection
+from megatron_medha.server.admission import Admission, Ticket
 from megatron_medha.server.api_keys import ANONYMOUS, Client, KeyRing
 from megatron_medha.server.generation import GenerationSpec
-from megatron_medha.server.http.http_errors import ApiError
+from megatron_medha.server.http.http_errors import ApiError, rejected
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.ttft_estimate import Forecast
 
@@ -34,22 +35,29 @@ def admission(clock: Clock | None = None) -> Admission:
     return Admission(clock or Clock(), Forecast())
 
 
+def admit(admission: Admission, config: ServerConfig, client: Client, spec: GenerationSpec) -> Ticket:
+    ticket = admission.admit(config, client, spec.requests())
+    assert isinstance(ticket, Ticket)
+    return ticket
+
+
 def refusal(admission: Admission, config: ServerConfig, client: Client, spec: GenerationSpec) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        admission.admit(config, client, spec)
-    assert caught.value.status == 429
-    assert int(caught.value.headers["retry-after"]) >= 1
-    return caught.value
+    rejection = admission.admit(config, client, spec.requests())
+    assert isinstance(rejection, Rejection)
+    error = rejected(rejection)
+    assert error.status == 429
+    assert int(error.headers["retry-after"]) >= 1
+    return error
 
 
 def test_places_in_the_queue_come_back_with_the_first_token_and_live_ones_at_the_end() -> None:
     door = admission()
     config = ServerConfig(max_waiting_requests=2, max_live_requests=3)
-    ticket = door.admit(config, A, spec(n=2))
+    ticket = admit(door, config, A, spec(n=2))
     assert refusal(door, config, B, spec()).code == "waiting_requests"
     ticket.first_token(0)
     ticket.first_token(0)
-    other = door.admit(config, B, spec())
+    other = admit(door, config, B, spec())
     ticket.first_token(1)
     assert refusal(door, config, B, spec()).code == "live_requests"
     ticket.close(7)
@@ -61,42 +69,42 @@ def test_places_in_the_queue_come_back_with_the_first_token_and_live_ones_at_the
 def test_waiting_tokens_are_bounded_but_a_single_long_prompt_still_gets_in() -> None:
     door = admission()
     config = ServerConfig(max_waiting_tokens=10)
-    ticket = door.admit(config, A, spec(25))
+    ticket = admit(door, config, A, spec(25))
     assert refusal(door, config, B, spec(1)).code == "waiting_tokens"
     ticket.first_token(0)
-    door.admit(config, B, spec(1))
+    admit(door, config, B, spec(1))
 
 
 def test_a_key_at_its_limit_does_not_take_the_others_places() -> None:
     door = admission()
     config = ServerConfig(max_live_requests_per_key=2)
-    ticket = door.admit(config, A, spec(n=2))
+    ticket = admit(door, config, A, spec(n=2))
     assert refusal(door, config, A, spec()).code == "live_requests_per_key"
-    door.admit(config, B, spec())
+    admit(door, config, B, spec())
     ticket.close(0)
-    door.admit(config, A, spec())
+    admit(door, config, A, spec())
 
 
 def test_tokens_a_minute_are_spent_by_prompt_and_output_and_earned_by_waiting() -> None:
     clock = Clock()
     door = admission(clock)
     config = ServerConfig(max_tokens_per_minute_per_key=600)
-    door.admit(config, A, spec(500)).close(num_output_tokens=40)
+    admit(door, config, A, spec(500)).close(num_output_tokens=40)
     error = refusal(door, config, A, spec(100))
     assert error.headers["retry-after"] == "4"  # 40 tokens are missing, 10 come a second
-    door.admit(config, B, spec(100))
+    admit(door, config, B, spec(100))
     clock.now_s += 4.0
-    door.admit(config, A, spec(100))
+    admit(door, config, A, spec(100))
 
 
 def test_a_prompt_beyond_a_minutes_worth_is_possible_when_the_minute_is_unspent() -> None:
     clock = Clock()
     door = admission(clock)
     config = ServerConfig(max_tokens_per_minute_per_key=60)
-    door.admit(config, A, spec(600))
+    admit(door, config, A, spec(600))
     assert int(refusal(door, config, A, spec(1)).headers["retry-after"]) == 541
     clock.now_s += 541.0
-    door.admit(config, A, spec(1))
+    admit(door, config, A, spec(1))
 
 
 def test_limits_reach_clients_as_429_and_leave_nothing(start_server: StartServer) -> None:

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeEngine, say
 from running_server import Running, StartServer
 
-from megatron_medha.server.generate import IGNORED_HEADER
+from megatron_medha.server.routes.generate import IGNORED_HEADER
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"

@@ -301,7 +301,7 @@ def test_bodies_that_crawl_cannot_fill_memory(start_server: StartServer) -> None
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: 250000\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as crawling:
         crawling.sendall(head + b" " * 200_000)
-        while server.service.num_held_bytes < 200_000:
+        while server.service.bodies.num_bytes < 200_000:
             time.sleep(0.001)  # it is on its way
         refused = server.client.post(COMPLETIONS, content=json.dumps({"prompt": "a" * 150_000}).encode())
         assert_openai_error(refused, 503, None)
@@ -309,7 +309,7 @@ def test_bodies_that_crawl_cannot_fill_memory(start_server: StartServer) -> None
         assert server.post(COMPLETIONS, {"prompt": "a"}).status_code == 200
         crawling.sendall(b" " * 50_000)
         assert crawling.recv(1000).startswith(b"HTTP/1.1 400")
-    eventually(lambda: server.service.num_held_bytes == 0)
+    eventually(lambda: server.service.bodies.num_bytes == 0)
 
 
 def test_a_body_that_never_ends_is_given_up(start_server: StartServer) -> None:

@@ -117,7 +117,7 @@ def test_others_are_served_while_a_template_loops_and_the_chat_gets_a_400(
 def test_a_server_ends_while_a_template_loops(start_server: StartServer, tokenizer: Tokenizer) -> None:
     server = start_server(tokenizer=_with_template(tokenizer, LOOP), renders=None)
     has_begun = threading.Event()
-    renders = server.service._renders
+    renders = server.service.text.renders
     ask = renders._ask
 
     def ask_and_tell(*arguments: Any) -> Any:

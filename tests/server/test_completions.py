@@ -11,8 +11,9 @@ from fake_engine import FakeEngine, say
 from running_server import Running, StartServer
 
 from megatron_medha.core.sampling import TokenLogprobs
+from megatron_medha.server.bodies.openai_types import CompletionLogprobs
 from megatron_medha.server.openai import wire_format
-from megatron_medha.server.openai.openai_logprobs import add_completion_token, empty_completion_logprobs
+from megatron_medha.server.openai.openai_logprobs import add_completion_token
 
 PATH = "/v1/completions"
 
@@ -217,7 +218,7 @@ def test_logprobs_name_the_chosen_token_among_the_best(server: Running) -> None:
 
 
 def test_tokens_with_the_same_text_keep_their_logprobs_apart() -> None:
-    lists = empty_completion_logprobs()
+    lists = CompletionLogprobs([], [], [], [])
     chosen = TokenLogprobs(5, -2.0, 2, ((6, -1.0), (5, -2.0), (7, float("-inf"))))
     add_completion_token(lists, 5, chosen, 0, lambda token_id: "same")
     assert lists.top_logprobs == [{"same": -2.0, "token_id:6": -1.0, "token_id:7": -9999.0}]

@@ -123,7 +123,7 @@ def test_without_a_key_no_page_of_another_origin_has_anything_done(
 ) -> None:
     response = server.client.post(path, content=b"{}", headers={"content-type": "text/plain", **headers})
     assert response.status_code == 403 and response.json()["error"]["code"] == "origin_not_allowed"
-    assert not server.service.is_draining
+    assert not server.service.lifecycle.is_draining
 
 
 def test_pages_of_the_server_and_programs_may(server: Running) -> None:

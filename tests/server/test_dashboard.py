@@ -15,7 +15,7 @@ from running_server import Running, StartServer
 
 import megatron_medha.server
 
-PAGE = Path(megatron_medha.server.__path__[0]) / "dashboard.html"
+PAGE = Path(megatron_medha.server.__path__[0]) / "observe" / "dashboard.html"
 
 
 @pytest.fixture(scope="module")

@@ -125,12 +125,12 @@ def test_long_text_of_a_client_that_left_while_it_waited_is_never_tokenized(
     connections = [server.connect(PATH, body) for body in bodies[:2]]
     assert {slow.begun.get(timeout=WAIT_S) for _ in connections} == set("ab")  # both threads are busy
     leaving = server.connect(PATH, bodies[2])
-    eventually(lambda: server.service.num_held_bytes == 3 * len(bodies[0]))
+    eventually(lambda: server.service.bodies.num_bytes == 3 * len(bodies[0]))
     leaving.close()
-    eventually(lambda: server.service.num_held_bytes == 2 * len(bodies[0]))
+    eventually(lambda: server.service.bodies.num_bytes == 2 * len(bodies[0]))
     slow.may_go_on.set()
     for connection, letter in zip(connections, "ab"):
         assert f'"text":"{letter}"'.encode() in read_until(connection, b'"usage"')
         connection.close()
-    eventually(lambda: server.service.num_held_bytes == 0)
+    eventually(lambda: server.service.bodies.num_bytes == 0)
     assert slow.begun.empty()

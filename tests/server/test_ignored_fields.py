@@ -12,8 +12,8 @@ from fake_engine import FakeEngine, say
 from running_server import Running, StartServer
 
 from megatron_medha.server.bodies.responses_types import InputItem
-from megatron_medha.server.generate import IGNORED_HEADER
-from megatron_medha.server.recent_items import RecentItems
+from megatron_medha.server.openai.recent_items import RecentItems
+from megatron_medha.server.routes.generate import IGNORED_HEADER
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"

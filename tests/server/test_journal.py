@@ -17,9 +17,9 @@ from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.server.debug_routes import Ran, Wait, tell
 from megatron_medha.server.observe.metrics import Metrics, length_class
 from megatron_medha.server.observe.request_log import MAX_LOSSES, MAX_RUNS, MAX_STORIES, Journal, Run, _thinned
+from megatron_medha.server.routes.debug_routes import Ran, Wait, tell
 from megatron_medha.server.slo import SloClass, SloConfig
 from megatron_medha.server.ttft_estimate import WorkAhead
 
@@ -240,9 +240,9 @@ def test_what_was_admitted_a_moment_ago_counts_before_the_engine_has_told_of_it(
     engine = LiveEngine()
     server = live(start_server, engine)
     forecast = server.service.journal.forecast
-    alone = forecast.predict(spec(2000))
-    forecast.count_in(spec(2000))
-    behind = forecast.predict(spec(2000))
+    alone = forecast.predict(spec(2000).requests())
+    forecast.count_in(spec(2000).requests())
+    behind = forecast.predict(spec(2000).requests())
     assert alone is not None and behind is not None
     assert alone.ahead_s == 0.0 and behind.ahead_s == pytest.approx(alone.ttft_s)
 
@@ -405,8 +405,8 @@ def test_with_two_replicas_what_was_admitted_goes_where_it_is_soonest(start_serv
     forecast.update(WorkAhead.of(engine.audit.scheduler), 1)
     predicted = []
     for _ in range(4):
-        predicted.append(forecast.predict(spec(2000)))
-        forecast.count_in(spec(2000))
+        predicted.append(forecast.predict(spec(2000).requests()))
+        forecast.count_in(spec(2000).requests())
     ahead_s = [one.ahead_s for one in predicted if one is not None]
     own_s = ahead_s[2]
     assert own_s > 0.0 and ahead_s == [0.0, 0.0, own_s, own_s]

@@ -24,7 +24,7 @@ from megatron_medha.server.http.request_body import MAX_VALUES, WHOLE_BYTES, Bod
 from megatron_medha.server.openai import chat_completions as chat
 from megatron_medha.server.openai import completions as completion
 from megatron_medha.server.openai import responses, tokenize
-from megatron_medha.server.service import LONG_TEXT_CHARS, MAX_INLINE_CHARS
+from megatron_medha.server.text_workers import LONG_TEXT_CHARS, MAX_INLINE_CHARS
 from megatron_medha.text.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -142,7 +142,7 @@ def test_a_route_refuses_too_many_values_over_http(start_server: StartServer, pa
     body = body_with(path, "no_such_field", "[" + ",".join(["[]"] * (2 * MAX_VALUES)) + "]")
     refused = server.client.post(path, content=body)
     assert refused.status_code == 400 and "no_such_field" in refused.json()["error"]["message"]
-    assert server.service.num_held_bytes == 0
+    assert server.service.bodies.num_bytes == 0
 
 
 @pytest.mark.parametrize(("path", "field", "value", "slice_bytes"), [
@@ -291,10 +291,10 @@ def test_a_body_is_counted_until_its_request_is_admitted(start_server: StartServ
     body = json.dumps({"prompt": "a" * (LONG_TEXT_CHARS + 1), "user": "x" * 300_000, "max_tokens": 1}).encode()
     connection = server.connect("/v1/completions", body)
     assert slow.has_begun.acquire(timeout=WAIT_S)
-    assert server.service.num_held_bytes == len(body)
+    assert server.service.bodies.num_bytes == len(body)
     slow.may_go_on.set()
     assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-    assert server.service.num_held_bytes == 0
+    assert server.service.bodies.num_bytes == 0
     connection.close()
 
 
@@ -318,7 +318,7 @@ def test_long_texts_keep_only_each_other_waiting(start_server: StartServer, toke
     server = start_server(FakeEngine(max_request_tokens=10**6), slow, max_body_bytes=room, max_bodies_bytes=room)
     body = json.dumps({"prompt": "a" * (LONG_TEXT_CHARS + 1), "max_tokens": 1}).encode()
     long = [server.connect("/v1/completions", body) for _ in range(4)]
-    while server.service.num_held_bytes < 4 * LONG_TEXT_CHARS:
+    while server.service.bodies.num_bytes < 4 * LONG_TEXT_CHARS:
         time.sleep(0.001)  # all four have arrived
     for _ in range(2):
         assert slow.has_begun.acquire(timeout=WAIT_S)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from running_server import Running, StartServer
 
 from megatron_medha.server.bodies.openai_types import CalledFunction, Message, ToolCall
-from megatron_medha.server.openai.chat_completions import _plain_message
+from megatron_medha.server.openai.chat_prompt import _plain_message
 from megatron_medha.server.tools.json_text import read_cut_object
 from megatron_medha.text.chat_template import ChatTemplate
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig

@@ -14,8 +14,9 @@ from test_structured_output import END, HI, TEMPLATE, TOOLS, WEATHER, obey
 from megatron_medha.grammar.grammar_process import Trial, _written_out
 from megatron_medha.grammar.guidance import GrammarCompiler
 from megatron_medha.server.tools.call_grammar import calls_or_text
+from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Said
 from megatron_medha.server.tools.structured_output import json_guide
-from megatron_medha.server.tools.tool_calls import CallBegan, CallFinder, CallWent, Said
+from megatron_medha.server.tools.tool_calls import CallFinder
 from megatron_medha.server.tools.tool_fields import ToolUse
 from megatron_medha.text.call_syntax import MARKS, CallSyntax
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig

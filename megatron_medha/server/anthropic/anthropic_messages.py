@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from starlette.responses import Response
 
 from megatron_medha.server.anthropic.anthropic_blocks import MessagesChat, chat_choice, read_conversation
 from megatron_medha.server.bodies.anthropic_types import (
@@ -26,19 +27,18 @@ from megatron_medha.server.bodies.openai_types import (
     TokenizeRequest,
     Usage,
 )
-from megatron_medha.server.generation import GenerationSpec
+from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.http.http_errors import ANTHROPIC_PREFIX, ApiError
 from megatron_medha.server.http.request_body import BodyType
-from megatron_medha.server.openai.chat_completions import CHARS_PER_MESSAGE, plan_chat
-from megatron_medha.server.openai.request_fields import Wishes, refuse_all
+from megatron_medha.server.openai.block_format import BlockFormat
+from megatron_medha.server.openai.chat_completions import chat_spec
+from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE
+from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
 from megatron_medha.server.openai.tokenize import token_ids_of
-from megatron_medha.server.openai.wire_format import encode_json
-from megatron_medha.server.ready import Ready
-from megatron_medha.server.service import Service
-from megatron_medha.server.text_piece import Piece
+from megatron_medha.server.openai.wire_format import json_response
+from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
 from megatron_medha.server.tools.json_text import dump, read_cut_object
-from megatron_medha.server.tools.tool_calls import CallFinder
 
 BODY = BodyType(msgspec.json.Decoder(MessagesRequest), texts=frozenset({"messages", "system"}))
 
@@ -49,23 +49,20 @@ _PATHS = {"stop": "stop_sequences", "response_format.json_schema.schema": "outpu
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 
 
-async def plan_message(
-    service: Service, ready: Ready, body: MessagesRequest, wishes: Wishes, arrival_s: float
-) -> GenerationSpec:
-    """As plan_chat, of the chat that this is; ApiError 4xx says what is wrong."""
+async def plan_message(service: Service, context: RequestContext, body: MessagesRequest) -> MessagesFormat:
+    """As chat_spec, of the chat that this is; ApiError 4xx says what is wrong."""
     refuse_all(body, _REFUSED)
     conversation = await _read(service, body)
     chat = _as_chat(body, conversation)
     try:
-        return await plan_chat(
-            service, ready, chat, wishes, arrival_s, id_prefix="msg", ignored=conversation.ignored
-        )
+        spec = await chat_spec(service, context, chat, id_prefix="msg", ignored=conversation.ignored)
     except ApiError as error:
         error.rename_field({**_PATHS, **conversation.paths})
         raise
+    return MessagesFormat(spec)
 
 
-async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) -> TokenCount:
+async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) -> Response:
     """How long the prompt of this request is."""
     conversation = await _read(service, body)
     chat = _as_chat(body, conversation)
@@ -79,7 +76,7 @@ async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) ->
         reasoning_effort=chat.reasoning_effort,
     )
     try:
-        return TokenCount(input_tokens=len(await token_ids_of(service, ready, fields)))
+        return json_response(TokenCount(input_tokens=len(await token_ids_of(service, ready, fields))))
     except ApiError as error:
         error.rename_field(conversation.paths)
         raise
@@ -87,7 +84,7 @@ async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) ->
 
 async def _read(service: Service, body: MessagesRequest) -> MessagesChat:
     num_blocks = sum(1 if isinstance(one.content, str) else 1 + len(one.content) for one in body.messages)
-    return await service.work_on_text(CHARS_PER_MESSAGE * num_blocks, lambda: read_conversation(body))
+    return await service.text.run(CHARS_PER_MESSAGE * num_blocks, lambda: read_conversation(body))
 
 
 def _as_chat(body: MessagesRequest, conversation: MessagesChat) -> ChatRequest:
@@ -118,29 +115,21 @@ def _format_of(given: OutputFormat) -> ResponseFormat:
     return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(name="answer", schema=given.schema))
 
 
-class MessagesFormat:
+class MessagesFormat(BlockFormat):
     """JSON of /v1/messages: blocks of content, each with its events."""
 
     def __init__(self, spec: GenerationSpec) -> None:
-        self._spec = spec
-        self._finder = None if spec.tools is None else CallFinder(spec.tools)
+        super().__init__(spec)
         self._blocks: list[TextBlock | ToolUseBlock] = []
-        self._arguments = ""   # of the open call
         self._is_open = False
         self._stop_reason = "end_turn"
         self._stop_sequence: str | None = None
-        self._events: list[bytes] = []
 
     def opening_events(self) -> Sequence[bytes]:
         """The message without its content, and a ping."""
         self._emit("message_start", message=self._answer(None))
         self._emit("ping")
         return self._take_events()
-
-    def event(self, piece: Piece, usage: Usage | None) -> bytes:
-        """Events of one token: of what the text so far has become."""
-        self._push(piece)
-        return b"".join(self._take_events())
 
     def closing_events(self, usage: Usage) -> Sequence[bytes]:
         """Why the message ended, what it cost, and its end."""
@@ -153,17 +142,11 @@ class MessagesFormat:
         """The error in place of what would have followed."""
         return (b"event: error\ndata: " + error.as_json(ANTHROPIC_PREFIX) + b"\n\n",)
 
-    def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
-        """The answer that is not a stream."""
-        for piece in pieces_by_choice[0]:
-            self._push(piece)
-        return encode_json(self._answer(usage))
+    def _whole_answer(self, usage: Usage) -> MessagesAnswer:
+        return self._answer(usage)
 
     def _push(self, piece: Piece) -> None:
-        found: list[Found] = self._finder.push(piece.text) if self._finder is not None else [Said(piece.text)]
-        if piece.finish_reason is not None and self._finder is not None:
-            found += self._finder.end(piece)
-        for one in found:
+        for one in self._found(piece):
             self._add(one)
         if piece.finish_reason is not None:
             self._close()
@@ -211,24 +194,19 @@ class MessagesFormat:
         self._emit(kind, index=len(self._blocks) - 1, **fields)
 
     def _emit(self, kind: str, **fields: object) -> None:
-        if self._spec.is_stream:
-            event = MessagesEvent(type=kind, **fields)  # type: ignore[arg-type]
-            self._events.append(b"event: " + kind.encode() + b"\ndata: " + encode_json(event) + b"\n\n")
-
-    def _take_events(self) -> list[bytes]:
-        events, self._events = self._events, []
-        return events
+        if self.spec.is_stream:
+            self._put(kind, MessagesEvent(type=kind, **fields))  # type: ignore[arg-type]
 
     def _usage(self, usage: Usage | None) -> MessagesUsage:
         return MessagesUsage(
-            input_tokens=self._spec.num_prompt_tokens, output_tokens=0 if usage is None else usage.completion_tokens
+            input_tokens=self.spec.num_prompt_tokens, output_tokens=0 if usage is None else usage.completion_tokens
         )
 
     def _answer(self, usage: Usage | None) -> MessagesAnswer:
         """usage: None while nothing has been generated."""
         return MessagesAnswer(
-            id=self._spec.answer_id,
-            model=self._spec.model,
+            id=self.spec.answer_id,
+            model=self.spec.model,
             content=list(self._blocks),
             stop_reason=None if usage is None else self._stop_reason,
             stop_sequence=self._stop_sequence,

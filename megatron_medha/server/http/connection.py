@@ -216,7 +216,7 @@ class Connection(HttpToolsProtocol):
             self.url = read_target(method, self.url, self.parser.get_http_version(), self.headers)
             if self in self.extra and not self._take_place(method):
                 raise ApiError(503, "too many connections are open", code="too_many_connections",
-                               headers={"retry-after": str(self.settings.retry_after_s)})
+                               retry_after_s=self.settings.retry_after_s)
         except ApiError as error:
             self._refuse(error)
             return

@@ -13,6 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from megatron_medha.core.request import Rejection
+
 log = logging.getLogger(__name__)
 
 ANTHROPIC_PREFIX = "/v1/messages"  # routes whose errors have Anthropic's shape
@@ -52,8 +54,10 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
+        retry_after_s: float | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        """retry_after_s: when to come back; clients get whole seconds, at least one."""
         # Some messages quote what a client sent, which may be megabytes.
         message = message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}..."
         super().__init__(message)
@@ -62,6 +66,8 @@ class ApiError(Exception):
         self.param = None if param is None else param[:MAX_PARAM_CHARS]
         self.code = code
         self.headers = headers or {}
+        if retry_after_s is not None:
+            self.headers = {**self.headers, "retry-after": str(max(1, math.ceil(retry_after_s)))}
 
     def as_json(self, path: str = "") -> bytes:
         """The body of the answer; of the path depends whose shape it has."""
@@ -87,6 +93,19 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A 400: the client's request is wrong."""
     return ApiError(400, message, param=param, code=code)
+
+
+def rejected(rejection: Rejection) -> ApiError:
+    """A 429, or a 400 where coming back later would not help."""
+    error = ApiError(
+        400 if rejection.retry_after_s is None else 429,
+        rejection.message,
+        code=rejection.reason.removeprefix("max_"),
+        retry_after_s=rejection.retry_after_s,
+    )
+    if rejection.predicted_ttft_s is not None:
+        error.headers["x-predicted-ttft-ms"] = f"{rejection.predicted_ttft_s * 1e3:.0f}"
+    return error
 
 
 def our_bug() -> ApiError:
@@ -160,8 +179,3 @@ async def _answer_too_deep(request: Request, error: Exception) -> Response:
 async def _answer_our_bug(request: Request, error: Exception) -> Response:
     # The framework re-raises after this answer, so the traceback is logged by the server.
     return our_bug().as_response(request.url.path)
-
-
-def retry_after(seconds: float) -> dict[str, str]:
-    """The header that says when to come back: whole seconds, at least one."""
-    return {"retry-after": str(max(1, math.ceil(seconds)))}

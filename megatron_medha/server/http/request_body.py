@@ -258,7 +258,3 @@ def _as_api_error(refusal: ScanRefusal) -> ApiError:
 def _missing_field(what: str) -> str:
     # The name in "Object missing required field `prompt`".
     return what.partition("missing required field `")[2].rstrip("`")
-
-
-# Not counted where large bodies are: those always get in, and all connections together are 1 GiB of them.
-SMALL_BODY_BYTES = 64 * 2**10

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 
+from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.server.bodies.openai_types import (
     CompletionAnswer,
     CompletionChoice,
@@ -13,19 +16,13 @@ from megatron_medha.server.bodies.openai_types import (
     CompletionRequest,
     Usage,
 )
-from megatron_medha.server.generation import GenerationSpec, Prompt
+from megatron_medha.server.generation import GenerationSpec, Piece, Prompt
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.http.request_body import BodyType
-from megatron_medha.server.openai.build_spec import Particulars, plan
-from megatron_medha.server.openai.openai_logprobs import (
-    TokenNamer,
-    add_completion_token,
-    empty_completion_logprobs,
-    extend_completion_logprobs,
-    token_namer,
-)
-from megatron_medha.server.openai.prompts import RawPrompt, split_prompts
-from megatron_medha.server.openai.request_fields import Wishes, num_choices_of
+from megatron_medha.server.openai.build_spec import begin_spec
+from megatron_medha.server.openai.openai_logprobs import add_completion_token, token_namer
+from megatron_medha.server.openai.prompts import encode_prompts, split_prompts
+from megatron_medha.server.openai.request_fields import RequestContext, num_choices_of
 from megatron_medha.server.openai.wire_format import (
     DONE_EVENT,
     MARK,
@@ -35,21 +32,17 @@ from megatron_medha.server.openai.wire_format import (
     error_events,
     sse_event,
 )
-from megatron_medha.server.ready import Ready
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.service import Service
-from megatron_medha.server.text_piece import Piece
 from megatron_medha.text.detokenizer import make_detokenizer
 from megatron_medha.text.tokenizer import Tokenizer
 
 BODY = BodyType(msgspec.json.Decoder(CompletionRequest), texts=frozenset({"prompt"}), ids=frozenset({"prompt"}))
 
 
-async def plan_completion(
-    service: Service, ready: Ready, body: CompletionRequest, wishes: Wishes, arrival_s: float
-) -> GenerationSpec:
+async def plan_completion(service: Service, context: RequestContext, body: CompletionRequest) -> CompletionFormat:
     """Check a request and encode its prompts; ApiError 4xx says what is wrong."""
-    config = service.config
+    config, ready = service.config, context.ready
     if body.suffix:
         raise bad_request(
             "suffix: filling in between is not supported; put all of the text into the prompt", "suffix",
@@ -57,30 +50,29 @@ async def plan_completion(
         )  # fmt: skip
     n = num_choices_of(body, config)
     raw_prompts = split_prompts(body.prompt, config.max_prompts)
-
-    async def read_prompts() -> Sequence[RawPrompt]:
-        return raw_prompts
-
-    return await plan(
+    spec = await begin_spec(
+        service,
+        context,
+        body,
+        id_prefix="cmpl",
+        n=n,
+        num_drawn=_num_drawn(body, n, config),
+        num_prompts=len(raw_prompts),
+        max_tokens=body.max_tokens,
+        num_logprobs=body.logprobs,
+        is_echo=bool(body.echo),
+    )
+    prompts = await encode_prompts(
         service,
         ready,
-        body,
-        wishes,
-        arrival_s,
-        Particulars(
-            id_prefix="cmpl",
-            num_prompts=len(raw_prompts),
-            read_prompts=read_prompts,
-            prompt_param="prompt",
-            add_special_tokens=body.add_special_tokens is not False,
-            n=n,
-            num_drawn=_num_drawn(body, n, config),
-            max_tokens=body.max_tokens,
-            default_max_tokens=config.default_max_output_tokens,
-            num_logprobs=body.logprobs,
-            is_echo=bool(body.echo),
-        ),
+        raw_prompts,
+        max_tokens=body.max_tokens,
+        default_max_tokens=max(config.default_max_output_tokens, spec.sampling.min_output_tokens),
+        add_special_tokens=body.add_special_tokens is not False,
+        param="prompt",
+        keeps_text=spec.is_echo,
     )
+    return CompletionFormat(replace(spec, prompts=prompts), ready.tokenizer)
 
 
 def _num_drawn(body: CompletionRequest, n: int, config: ServerConfig) -> int:
@@ -112,9 +104,9 @@ class CompletionFormat:
     """JSON of /v1/completions."""
 
     def __init__(self, spec: GenerationSpec, tokenizer: Tokenizer) -> None:
-        self._spec = spec
+        self.spec = spec
         self._tokenizer = tokenizer
-        self._name: TokenNamer = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
+        self._name = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
         self._has_logprobs = spec.has_logprobs
         self._is_plain = not (self._has_logprobs or spec.has_continuous_usage or spec.returns_token_ids)
         self._template = EventTemplate(spec, self._encode_event(CompletionChoice(index=0, text=MARK), None))
@@ -126,14 +118,14 @@ class CompletionFormat:
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
         """The event of one token; the first one brings the echoed prompt too."""
-        is_echo = self._spec.is_echo
+        is_echo = self.spec.is_echo
         if self._is_plain and piece.finish_reason is None and not (is_echo and piece.is_first):
             return self._template.fill(piece.choice_index, piece.text)
         return self._encode_event(self._choice([piece]), usage)
 
     def closing_events(self, usage: Usage) -> Sequence[bytes]:
         """Usage where the client wants it, with no choices, and the end."""
-        return (sse_event(self._answer([], usage)), DONE_EVENT) if self._spec.includes_usage else (DONE_EVENT,)
+        return (sse_event(self._answer([], usage)), DONE_EVENT) if self.spec.includes_usage else (DONE_EVENT,)
 
     def error_events(self, error: ApiError) -> Sequence[bytes]:
         """The error in place of what would have followed."""
@@ -141,22 +133,22 @@ class CompletionFormat:
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
         """The answer that is not a stream."""
-        if self._spec.num_answered < self._spec.n:
-            pieces_by_choice = _best(pieces_by_choice, self._spec)
+        if self.spec.num_answered < self.spec.n:
+            pieces_by_choice = _best(pieces_by_choice, self.spec)
         return encode_json(self._answer([self._choice(pieces) for pieces in pieces_by_choice], usage))
 
     def _encode_event(self, choice: CompletionChoice, usage: Usage | None) -> bytes:
-        with_usage = usage if usage is not None or self._spec.includes_usage else msgspec.UNSET
+        with_usage = usage if usage is not None or self.spec.includes_usage else msgspec.UNSET
         return sse_event(self._answer([choice], with_usage))
 
     def _answer(
         self, choices: list[CompletionChoice], usage: Usage | None | msgspec.UnsetType
     ) -> CompletionAnswer:
-        spec = self._spec
+        spec = self.spec
         return CompletionAnswer(id=spec.answer_id, created=spec.created, model=spec.model, choices=choices, usage=usage)
 
     def _choice(self, pieces: Sequence[Piece]) -> CompletionChoice:
-        spec = self._spec
+        spec = self.spec
         first, last = pieces[0], pieces[-1]
         prompt_index = first.choice_index // spec.num_answered
         prompt = spec.prompts[prompt_index]
@@ -176,9 +168,9 @@ class CompletionFormat:
         )
 
     def _logprobs(self, prompt: Prompt, pieces: Sequence[Piece], num_echo_chars: int) -> CompletionLogprobs:
-        lists = empty_completion_logprobs()
-        if self._spec.is_echo and pieces[0].is_first:
-            extend_completion_logprobs(lists, self._prompt_logprobs(prompt, pieces[0]))
+        lists = CompletionLogprobs([], [], [], [])
+        if self.spec.is_echo and pieces[0].is_first:
+            self._add_prompt(lists, prompt.token_ids, pieces[0].prompt_logprobs or ())
         for piece in pieces:
             if piece.token_id is not None:
                 offset = num_echo_chars + piece.text_offset
@@ -188,24 +180,19 @@ class CompletionFormat:
             as_sliced_json(lists.text_offset),
         )  # fmt: skip
 
-    def _prompt_logprobs(self, prompt: Prompt, piece: Piece) -> CompletionLogprobs:
-        lists = empty_completion_logprobs()
-        detokenizer = make_detokenizer(
-            self._tokenizer, (), skip_special_tokens=self._spec.skips_special_tokens
-        )
-        known = piece.prompt_logprobs or ()
+    def _add_prompt(self, lists: CompletionLogprobs, token_ids: array[int], known: Sequence[TokenLogprobs]) -> None:
+        detokenizer = make_detokenizer(self._tokenizer, (), skip_special_tokens=self.spec.skips_special_tokens)
         num_chars = 0
-        for position, token_id in enumerate(prompt.token_ids):
+        for position, token_id in enumerate(token_ids):
             logprobs = known[position - 1] if 0 < position <= len(known) else None
             add_completion_token(lists, token_id, logprobs, num_chars, self._name)
             num_chars += len(detokenizer.push(token_id))
-        return lists
 
     def _echo(self, prompt_index: int, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
         if prompt_index not in self._echo_by_prompt:
             self._echo_by_prompt[prompt_index] = self._tokenizer.decode(
-                prompt.token_ids, skip_special_tokens=self._spec.skips_special_tokens
+                prompt.token_ids, skip_special_tokens=self.spec.skips_special_tokens
             )
         return self._echo_by_prompt[prompt_index]

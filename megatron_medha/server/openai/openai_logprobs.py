@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_medha.core.sampling import TokenLogprobs
-from megatron_medha.server.bodies.openai_types import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from megatron_medha.server.openai.wire_format import as_sliced_json
+from megatron_medha.server.bodies.openai_types import CompletionLogprobs, TokenLogprob, TopLogprob
 from megatron_medha.text.tokenizer import Tokenizer
 
 # JSON has no infinity; OpenAI and vLLM write this for tokens that cannot be.
@@ -18,11 +17,6 @@ TokenNamer = Callable[[int], str]
 def token_namer(tokenizer: Tokenizer, *, by_id: bool) -> TokenNamer:
     """How tokens are written in logprobs: their text, or "token_id:N" where the client wants no ambiguity."""
     return _name_by_id if by_id else tokenizer.token_name
-
-
-def empty_completion_logprobs() -> CompletionLogprobs:
-    """Lists to add tokens to."""
-    return CompletionLogprobs([], [], [], [])
 
 
 def add_completion_token(
@@ -47,14 +41,6 @@ def add_completion_token(
     into.top_logprobs.append(top)
 
 
-def extend_completion_logprobs(into: CompletionLogprobs, more: CompletionLogprobs) -> None:
-    """Append the positions of `more`."""
-    into.tokens.extend(more.tokens)
-    into.token_logprobs.extend(more.token_logprobs)
-    into.top_logprobs.extend(more.top_logprobs)
-    into.text_offset.extend(more.text_offset)
-
-
 def chat_token(
     token_id: int, logprobs: TokenLogprobs, num_top: int, tokenizer: Tokenizer, name: TokenNamer
 ) -> TokenLogprob:
@@ -68,11 +54,6 @@ def chat_token(
             for other, logprob in logprobs.top[:num_top]
         ],
     )
-
-
-def chat_logprobs(tokens: list[TokenLogprob]) -> ChatLogprobs:
-    """The object around the positions."""
-    return ChatLogprobs(content=as_sliced_json(tokens))
 
 
 def _name_by_id(token_id: int) -> str:

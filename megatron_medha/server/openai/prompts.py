@@ -8,8 +8,7 @@ from typing import TypeAlias
 
 from megatron_medha.server.generation import Prompt
 from megatron_medha.server.http.http_errors import ApiError, bad_request
-from megatron_medha.server.ready import Ready
-from megatron_medha.server.service import Service
+from megatron_medha.server.service import Ready, Service
 from megatron_medha.text.text_slices import TextWithoutBreaksError
 from megatron_medha.text.tokenizer import Tokenizer, TooManyTokens
 
@@ -42,10 +41,10 @@ async def encode_prompts(
     raw_prompts: Sequence[RawPrompt],
     *,
     max_tokens: int | None,
-    default_max_tokens: int | None,
+    max_tokens_param: str = "max_tokens",
+    default_max_tokens: int | None = None,
     add_special_tokens: bool,
     param: str,
-    max_tokens_param: str = "max_tokens",
     keeps_text: bool = False,
 ) -> tuple[Prompt, ...]:
     """Encode and check prompts against the context; without max_tokens they get the default, or what fits."""
@@ -66,7 +65,7 @@ async def encode_prompts(
 
     num_chars = sum(map(len, raw_prompts))
     try:
-        encoded = await service.work_on_text(num_chars, lambda: [encode(raw) for raw in raw_prompts])
+        encoded = await service.text.run(num_chars, lambda: [encode(raw) for raw in raw_prompts])
     except TooManyTokens as error:
         check_length(error.at_least, limit - least_output, ready, service, param, is_exact=False)
         raise
@@ -75,7 +74,12 @@ async def encode_prompts(
         check_length(len(token_ids), limit - least_output, ready, service, param)
         room = limit - len(token_ids)
         if max_tokens is not None and max_tokens > room:
-            raise _over_limit(len(token_ids), max_tokens, limit, max_tokens_param)
+            # Claude Code reads the numbers, and sends a smaller one.
+            raise bad_request(
+                f"input length and `{max_tokens_param}` exceed context limit: {len(token_ids)} + {_short(max_tokens)} "
+                f"> {limit}; at most {max_tokens_param}={room} fits this prompt", max_tokens_param,
+                "context_length_exceeded",
+            )  # fmt: skip
         wanted = max_tokens if max_tokens is not None else min(default_max_tokens or room, room)
         prompts.append(
             Prompt(
@@ -104,10 +108,15 @@ def check_length(
     """
     allowed = service.config.max_prompt_tokens
     if allowed is not None and num_tokens > allowed:
-        raise _over_prompt_limit(num_tokens, allowed, param)
+        message = f"prompt is too long: at least {num_tokens} tokens > {allowed} maximum (server.max_prompt_tokens)"
+        raise ApiError(413, message, param=param, code="prompt_too_long")
     if num_tokens > most:
-        how_many = str(num_tokens) if is_exact else f"at least {num_tokens}"
-        raise _too_long(how_many, ready.facts.max_request_tokens, param)
+        # Claude Code reads the first words, and sends less.
+        raise bad_request(
+            f"prompt is too long: {'' if is_exact else 'at least '}{num_tokens} tokens > "
+            f"{ready.facts.max_request_tokens} maximum of prompt and output together; at least one output token must "
+            "fit, unless max_tokens is 0", param, "context_length_exceeded",
+        )  # fmt: skip
 
 
 def check_ids(token_ids: array[int], vocab_size: int, param: str) -> None:
@@ -134,34 +143,4 @@ def _as_ids(raw: list[int], param: str) -> array[int]:
 
 def _short(number: int) -> str:
     # Clients may send numbers of any length; an error message should not.
-    text = str(number) if abs(number) < 10**20 else f"of {number.bit_length()} bits"
-    return text
-
-
-def _too_long(num_tokens: str, limit: int, param: str) -> ApiError:
-    return bad_request(
-        # Claude Code reads the first words, and sends less.
-        f"prompt is too long: {num_tokens} tokens > {limit} maximum of prompt and output together; "
-        f"at least one output token must fit, unless max_tokens is 0",
-        param,
-        "context_length_exceeded",
-    )
-
-
-def _over_prompt_limit(num_tokens: int, limit: int, param: str) -> ApiError:
-    return ApiError(
-        413,
-        f"prompt is too long: at least {num_tokens} tokens > {limit} maximum (server.max_prompt_tokens)",
-        param=param,
-        code="prompt_too_long",
-    )
-
-
-def _over_limit(num_tokens: int, max_tokens: int, limit: int, param: str) -> ApiError:
-    return bad_request(
-        # Claude Code reads the numbers, and sends a smaller one.
-        f"input length and `{param}` exceed context limit: {num_tokens} + {_short(max_tokens)} > {limit}; "
-        f"at most {param}={limit - num_tokens} fits this prompt",
-        param,
-        "context_length_exceeded",
-    )
+    return str(number) if abs(number) < 10**20 else f"of {number.bit_length()} bits"

@@ -1,26 +1,22 @@
-"""Reading a request: body, headers, and the fields both kinds of completion share, checked against the limits."""
+"""Reading a request's headers, and the fields that all generating routes share, checked against the limits."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import secrets
-import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.server.api_keys import ANONYMOUS
+from megatron_medha.server.api_keys import ANONYMOUS, Client
 from megatron_medha.server.bodies.openai_types import SharedFields
-from megatron_medha.server.http.http_errors import ApiError, bad_request
-from megatron_medha.server.ready import Ready
+from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.server_config import ServerConfig
-from megatron_medha.server.service import HeldBytes, Service
+from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
@@ -41,55 +37,27 @@ _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """What a client asks for in its headers, and who it is."""
+class RequestContext:
+    """What is known of a generating request beside its body: when it came, from whom, and what its headers ask for."""
 
-    ttft_s: float | None = None   # latency targets
+    ready: Ready
+    arrival_s: float
+    key: Client                       # in whose share it is admitted
+    address: str                      # the name of its key; its IP address where it has none
+    ttft_s: float | None = None       # latency targets
     tpot_s: float | None = None
     slo_class: str | None = None
     has_progress: bool | None = None  # comments while the prompt is computed; None: as the server is configured
-    client: str = ""              # the name of its key; its address where it has none
 
 
-async def read_body(request: Request, service: Service, held: HeldBytes) -> bytearray:
-    """The whole body; ApiError 413 if it is too large, 408 if it does not come, 503 if others' leave no room for it."""
-    config = service.config
-    body = bytearray()
-    num_bytes = 0
-    is_too_large = False
-    try:
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(config.body_timeout_s) as patience:
-            async for part in request.stream():
-                patience.reschedule(loop.time() + config.body_timeout_s)
-                num_bytes += len(part)
-                # What is too large is read on for a while and forgotten: a client that is still
-                # sending when the connection closes never gets to see the answer.
-                is_too_large = is_too_large or num_bytes > config.max_body_bytes
-                if not is_too_large:
-                    held.grow_to(num_bytes)
-                    body += part
-                elif num_bytes > 2 * config.max_body_bytes:
-                    break
-    except TimeoutError:
-        raise ApiError(
-            408, f"nothing more of the body arrived within {config.body_timeout_s:g} s", headers={"connection": "close"}
-        ) from None
-    except ClientDisconnect:
-        raise ApiError(400, "the client closed the connection before its body was complete") from None
-    if is_too_large:
-        raise ApiError(
-            413,
-            f"the body exceeds the limit of {config.max_body_bytes} bytes",
-            code="body_too_large",
-            headers={"connection": "close"},
-        )
-    return body
+def read_context(request: Request, service: Service) -> RequestContext:
+    """Now, and with x-slo-ttft-ms, x-slo-tpot-ms, x-slo-class and x-medha-progress.
 
-
-def read_wishes(request: Request, slo: SloConfig) -> Wishes:
-    """From x-slo-ttft-ms, x-slo-tpot-ms, x-slo-class and x-medha-progress; ApiError 400 names the one that is wrong."""
-    headers = request.headers
+    ApiError 400 names the header that is wrong, 503 says why no request is taken.
+    """
+    arrival_s = service.engine.now_s()
+    ready = service.ready()
+    headers, slo = request.headers, service.slo
     slo_class = headers.get("x-slo-class")
     if slo_class is None:
         # A gateway's objective means a class of ours where the names agree; it has objectives for others too.
@@ -99,38 +67,27 @@ def read_wishes(request: Request, slo: SloConfig) -> Wishes:
         raise bad_request(
             f"x-slo-class: expected one of {', '.join(slo.names)}, got `{slo_class[:40]}`", "x-slo-class"
         )
-    return Wishes(
+    key: Client = request.state.client_key
+    return RequestContext(
+        ready=ready,
+        arrival_s=arrival_s,
+        key=key,
+        address=request.client.host if key.name == ANONYMOUS.name and request.client is not None else key.name,
         ttft_s=_slo_s(headers, "x-slo-ttft-ms"),
         tpot_s=_slo_s(headers, "x-slo-tpot-ms"),
         slo_class=slo_class,
         has_progress=_flag(headers, "x-medha-progress"),
-        client=_client_of(request),
     )
 
 
-def _client_of(request: Request) -> str:
-    name: str = request.state.client_key.name
-    return request.client.host if name == ANONYMOUS.name and request.client is not None else name
-
-
-def check_wishes(wishes: Wishes, config: ServerConfig) -> None:
+def check_tpot_slo(tpot_s: float | None, config: ServerConfig) -> None:
     """ApiError 400 for a target that no request may have here."""
-    if wishes.tpot_s is not None and 1e3 * wishes.tpot_s < config.min_tpot_slo_ms:
+    if tpot_s is not None and 1e3 * tpot_s < config.min_tpot_slo_ms:
         name = "x-slo-tpot-ms"
         raise bad_request(
-            f"{name}: {1e3 * wishes.tpot_s:g} is below the least that this server takes, {config.min_tpot_slo_ms:g} "
+            f"{name}: {1e3 * tpot_s:g} is below the least that this server takes, {config.min_tpot_slo_ms:g} "
             "(server.min_tpot_slo_ms); send that, or leave the header out", name,
         )  # fmt: skip
-
-
-def draw_answer_id(prefix: str) -> str:
-    """A new id; drawn here, because sub-requests are named after it and clients' own ids may collide."""
-    return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def created_unix_s() -> int:
-    """The time an answer carries."""
-    return int(time.time())
 
 
 def seed_of(fields: SharedFields) -> int:
@@ -142,11 +99,11 @@ def seed_of(fields: SharedFields) -> int:
     return fields.seed & MAX_INT64
 
 
-def class_of(fields: SharedFields, wishes: Wishes, slo: SloConfig) -> str:
+def class_of(fields: SharedFields, asked: str | None, slo: SloConfig) -> str:
     """The SLO class: of the header, of the service tier (OpenAI's, or a class by its name), or the default."""
     tier = fields.service_tier or "auto"
     by_tier = tier if tier in slo.names else CLASS_BY_TIER.get(tier)
-    return wishes.slo_class or by_tier or slo.default_class
+    return asked or by_tier or slo.default_class
 
 
 def is_tier_known(fields: SharedFields, slo: SloConfig) -> bool:
@@ -225,12 +182,6 @@ def sampling_of(
         num_prompt_logprobs=num_prompt_logprobs,
         grammar=grammar,
     )
-
-
-def check_num_logprobs(num_logprobs: int, config: ServerConfig, param: str) -> None:
-    """ApiError 400 if that is more than the server gives."""
-    if num_logprobs > config.max_logprobs:
-        raise bad_request(f"{param}: at most {config.max_logprobs}", param)
 
 
 def check_common(fields: SharedFields) -> None:

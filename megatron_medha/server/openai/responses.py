@@ -30,21 +30,19 @@ from megatron_medha.server.bodies.responses_types import (
     TextFormat,
     TextOptions,
 )
-from megatron_medha.server.generation import GenerationSpec
+from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.http.http_errors import ApiError, ErrorBody, error_type
 from megatron_medha.server.http.request_body import BodyType
-from megatron_medha.server.openai.chat_completions import CHARS_PER_MESSAGE, plan_chat
+from megatron_medha.server.openai.block_format import BlockFormat
+from megatron_medha.server.openai.chat_completions import chat_spec
+from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE
 from megatron_medha.server.openai.openai_logprobs import chat_token, token_namer
-from megatron_medha.server.openai.request_fields import Wishes, refuse_all
+from megatron_medha.server.openai.recent_items import RecentItems
+from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
 from megatron_medha.server.openai.response_items import History, read_items
 from megatron_medha.server.openai.response_tools import ChatTools, KnownTool, chat_tools_of, text_argument
-from megatron_medha.server.openai.wire_format import encode_json
-from megatron_medha.server.ready import Ready
-from megatron_medha.server.recent_items import RecentItems
 from megatron_medha.server.service import Service
-from megatron_medha.server.text_piece import Piece
 from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
-from megatron_medha.server.tools.tool_calls import CallFinder
 from megatron_medha.text.tokenizer import Tokenizer
 
 BODY = BodyType(msgspec.json.Decoder(ResponsesRequest), texts=frozenset({"input", "instructions"}))
@@ -66,17 +64,17 @@ _PATHS = {
 
 
 async def plan_response(
-    service: Service, ready: Ready, body: ResponsesRequest, wishes: Wishes, arrival_s: float, client: str
+    service: Service, context: RequestContext, body: ResponsesRequest, *, recent: RecentItems
 ) -> ResponsesFormat:
-    """As plan_chat, of the chat that this is; ApiError 4xx says what is wrong. client: whose items it may refer to."""
+    """As chat_spec, of the chat that this is; ApiError 4xx says what is wrong. recent: items it may refer to."""
     refuse_all(body, _REFUSED)
-    recent = service.recent_items
+    client = context.key.name
 
     def read() -> History:
         return read_items(body.input, body.instructions, lambda item_id: recent.find(client, item_id))
 
     num_items = 1 if isinstance(body.input, str) else len(body.input)
-    history = await service.work_on_text(CHARS_PER_MESSAGE * num_items, read)
+    history = await service.text.run(CHARS_PER_MESSAGE * num_items, read)
     tools = chat_tools_of(body.tools, body.tool_choice)
     chat = ChatRequest(
         **{name: getattr(body, name) for name in SharedFields.__struct_fields__},
@@ -92,11 +90,11 @@ async def plan_response(
     chat.response_format = _format_of(body.text) or body.response_format
     ignored = (*history.ignored, *tools.ignored)
     try:
-        spec = await plan_chat(service, ready, chat, wishes, arrival_s, id_prefix="resp", ignored=ignored)
+        spec = await chat_spec(service, context, chat, id_prefix="resp", ignored=ignored)
     except ApiError as error:
         error.rename_field({**_PATHS, **history.paths, **tools.paths})
         raise
-    return ResponsesFormat(spec, body, tools, ready.tokenizer, None if body.store is False else recent, client)
+    return ResponsesFormat(spec, body, tools, context.ready.tokenizer, None if body.store is False else recent, client)
 
 
 def _format_of(text: TextOptions | None) -> ResponseFormat | None:
@@ -108,7 +106,7 @@ def _format_of(text: TextOptions | None) -> ResponseFormat | None:
     return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(name=given.name, schema=given.schema))
 
 
-class ResponsesFormat:
+class ResponsesFormat(BlockFormat):
     """JSON of /v1/responses: items of output, which a stream builds before the client's eyes."""
 
     def __init__(
@@ -121,21 +119,18 @@ class ResponsesFormat:
         client: str,
     ) -> None:
         """recent: where the items are kept for this client; None: nowhere."""
-        self.spec = spec
+        super().__init__(spec)
         self._body = body
         self._tools = tools
         self._tokenizer = tokenizer
         self._name = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
         self._recent = recent
         self._client = client
-        self._finder = None if spec.tools is None else CallFinder(spec.tools)
         self._items: list[OutputItem] = []
         self._open: OutputItem | None = None
-        self._arguments = ""                  # of the open call, as the model writes them
         self._unsent: list[TokenLogprob] = []  # of tokens whose text is in no event yet
         self._finish_reason: str | None = None
         self._num_events = 0
-        self._events: list[bytes] = []
 
     def opening_events(self) -> Sequence[bytes]:
         """That there is an answer, and that it is being made."""
@@ -143,15 +138,9 @@ class ResponsesFormat:
         self._emit("response.in_progress", response=self._answer("in_progress", None))
         return self._take_events()
 
-    def event(self, piece: Piece, usage: Usage | None) -> bytes:
-        """Events of one token: of what the text so far has become."""
-        self._push(piece)
-        return b"".join(self._take_events())
-
     def closing_events(self, usage: Usage) -> Sequence[bytes]:
         """The whole answer once more."""
-        status = self._status
-        self._emit(f"response.{status}", response=self._answer(status, usage))
+        self._emit(f"response.{self._status}", response=self._answer(self._status, usage))
         return self._take_events()
 
     def error_events(self, error: ApiError) -> Sequence[bytes]:
@@ -160,11 +149,8 @@ class ResponsesFormat:
         self._emit("error", code=error.code, message=error.message, param=error.param, error=body)
         return self._take_events()
 
-    def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
-        """The answer that is not a stream."""
-        for piece in pieces_by_choice[0]:
-            self._push(piece)
-        return encode_json(self._answer(self._status, usage))
+    def _whole_answer(self, usage: Usage) -> ResponseAnswer:
+        return self._answer(self._status, usage)
 
     @property
     def _status(self) -> str:
@@ -172,12 +158,9 @@ class ResponsesFormat:
 
     def _push(self, piece: Piece) -> None:
         self._unsent += self._logprobs(piece)
-        found: list[Found] = self._finder.push(piece.text) if self._finder is not None else [Said(piece.text)]
-        if piece.finish_reason is not None:
-            if self._finder is not None:
-                found += self._finder.end(piece)
-            if not (self._items or found):
-                found = [Said("")]
+        found = self._found(piece)
+        if piece.finish_reason is not None and not (self._items or found):
+            found = [Said("")]
         for one in found:
             self._add(one)
         if piece.finish_reason is not None:
@@ -264,13 +247,8 @@ class ResponsesFormat:
 
     def _emit(self, kind: str, **fields: object) -> None:
         if self.spec.is_stream:
-            event = ResponseEvent(type=kind, sequence_number=self._num_events, **fields)  # type: ignore[arg-type]
+            self._put(kind, ResponseEvent(type=kind, sequence_number=self._num_events, **fields))  # type: ignore[arg-type]
             self._num_events += 1
-            self._events.append(b"event: " + kind.encode() + b"\ndata: " + encode_json(event) + b"\n\n")
-
-    def _take_events(self) -> list[bytes]:
-        events, self._events = self._events, []
-        return events
 
     def _answer(self, status: str, usage: Usage | None) -> ResponseAnswer:
         spec, body = self.spec, self._body

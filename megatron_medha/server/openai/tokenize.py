@@ -18,11 +18,10 @@ from megatron_medha.server.bodies.openai_types import (
 )
 from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.http.request_body import BodyType
-from megatron_medha.server.openai.chat_completions import adds_special_tokens, chat_tools, render_messages
+from megatron_medha.server.openai.chat_prompt import adds_special_tokens, chat_tools, render_messages
 from megatron_medha.server.openai.prompts import check_ids, check_length, encode_text
-from megatron_medha.server.openai.wire_format import encode_json
-from megatron_medha.server.ready import Ready
-from megatron_medha.server.service import Service
+from megatron_medha.server.openai.wire_format import encode_json, json_response
+from megatron_medha.server.service import Ready, Service
 from megatron_medha.server.tools.tool_fields import definitions_of, usable_tools
 from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TooManyTokens
 
@@ -43,7 +42,7 @@ async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> Res
     answer = TokenizeAnswer(
         count=len(ids), max_model_len=limit, tokens=ids.tolist(), token_strs=_names(names, ids) if names else None
     )
-    return Response(encode_json(answer), media_type="application/json")
+    return json_response(answer)
 
 
 async def token_ids_of(service: Service, ready: Ready, body: TokenizeRequest) -> array[int]:
@@ -67,7 +66,7 @@ async def token_ids_of(service: Service, ready: Ready, body: TokenizeRequest) ->
         return encode_text(tokenizer, text, adds_special, limit, param)
 
     try:
-        ids = await service.work_on_text(len(text), work)
+        ids = await service.text.run(len(text), work)
     except TooManyTokens as error:
         check_length(error.at_least, limit, ready, service, param, is_exact=False)
         raise
@@ -89,10 +88,10 @@ async def detokenize(service: Service, ready: Ready, body: DetokenizeRequest) ->
         check_ids(ids, ready.facts.shape.vocab_size, "tokens")
         return list(_text_parts(tokenizer, ids))
 
-    texts = await service.work_on_text(len(ids), work) if ids else []
+    texts = await service.text.run(len(ids), work) if ids else []
     if len(ids) > _SLICE_IDS:
         return _streamed(_quoted(texts))
-    return Response(encode_json(DetokenizeAnswer(prompt="".join(texts))), media_type="application/json")
+    return json_response(DetokenizeAnswer(prompt="".join(texts)))
 
 
 def _streamed(parts: AsyncIterator[bytes]) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_medha.grammar.schema_disjoint import type_of
 from megatron_medha.server.tools.json_text import loads
 
 _PYTHON = {"True": True, "False": False, "None": None}
@@ -22,26 +23,10 @@ def typed_value(text: str, schema: Any, key: str) -> Any:
         value = _PYTHON[text.strip()] if text.strip() in _PYTHON else loads(text)
     except (ValueError, RecursionError):
         return text
-    return text if isinstance(value, str) else _fitting(value, text, types)
-
-
-def _fitting(value: Any, text: str, types: frozenset[str]) -> Any:
-    match value:
-        case None:
-            is_of = "null" in types
-        case bool():
-            is_of = "boolean" in types
-        case int():
-            is_of = bool({"integer", "number"} & types)
-        case float():
-            if "number" not in types and "integer" in types and value.is_integer():
-                return int(value)
-            is_of = "number" in types
-        case dict():
-            is_of = "object" in types
-        case _:
-            is_of = "array" in types
-    return value if is_of else text
+    if isinstance(value, float) and value.is_integer() and "integer" in types and "number" not in types:
+        return int(value)
+    is_fit = not isinstance(value, str) and bool(_types_of(value) & types)
+    return value if is_fit else text
 
 
 def _types(schema: Any, root: Any, known: dict[str, frozenset[str]]) -> frozenset[str]:
@@ -62,7 +47,7 @@ def _types(schema: Any, root: Any, known: dict[str, frozenset[str]]) -> frozense
     for key in ("enum", "const"):
         if key in schema:
             values = schema[key] if key == "enum" and isinstance(schema[key], list) else [schema[key]]
-            types &= frozenset().union(*map(_type_of, values))
+            types &= frozenset().union(*map(_types_of, values))
     for key in ("anyOf", "oneOf"):
         if isinstance(options := schema.get(key), list) and options:
             types &= frozenset().union(*(_types(option, root, known) for option in options))
@@ -71,20 +56,12 @@ def _types(schema: Any, root: Any, known: dict[str, frozenset[str]]) -> frozense
     return types
 
 
-def _type_of(value: Any) -> frozenset[str]:
+def _types_of(value: Any) -> frozenset[str]:
     match value:
-        case None:
-            return frozenset({"null"})
-        case bool():
-            return frozenset({"boolean"})
-        case int() | float():
+        case int() | float() if not isinstance(value, bool) and value % 1 == 0:
             return frozenset({"integer", "number"})
-        case str():
-            return frozenset({"string"})
-        case dict():
-            return frozenset({"object"})
         case _:
-            return frozenset({"array"})
+            return frozenset({type_of(value)})
 
 
 def _resolved(reference: str, root: Any) -> Any:

@@ -12,14 +12,15 @@ from typing import Any
 
 import msgspec
 
+from megatron_medha.core.ports import EngineFacts
 from megatron_medha.grammar.grammar_process import Combination, GuideKind, Trial, Vocabulary
 from megatron_medha.grammar.grammar_trials import GrammarTrials, TooMuch, TrialsBusy
 from megatron_medha.grammar.guidance import GrammarError
 from megatron_medha.server.bodies.openai_types import ResponseFormat, SharedFields, StructuredOutputs
 from megatron_medha.server.http.http_errors import ApiError, bad_request
-from megatron_medha.server.ready import Ready
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.system.child_environment import child_environment
+from megatron_medha.text.tokenizer import Tokenizer
 
 _NUM_KNOWN = 256     # guides whose fate is known
 _REFUSED_S = 60.0    # how long one that took too long is refused at once: clients that send it again get it again
@@ -50,13 +51,13 @@ def json_guide(schema: dict[str, Any] | bool, param: str) -> Guide:
     return Guide(GuideKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), param)
 
 
-def check_guidable(fields: SharedFields, ready: Ready, param: str) -> None:
+def check_guidable(fields: SharedFields, facts: EngineFacts, param: str) -> None:
     """ApiError 400 for fields that contradict a guide: it says by itself where an answer ends."""
     if fields.ignore_eos:
         raise bad_request(f"ignore_eos: not together with {param}, which says where the answer ends", "ignore_eos")
     if fields.min_tokens:
         raise bad_request(f"min_tokens: not together with {param}, which says where the answer ends", "min_tokens")
-    if not ready.facts.stop_token_ids:
+    if not facts.stop_token_ids:
         raise bad_request(f"{param}: this model has no end token, with which to end an answer that is complete", param)
 
 
@@ -78,7 +79,9 @@ class Grammars:
         self._known: OrderedDict[Guide, _Verdict] = OrderedDict()
         self._under_way: dict[Guide, asyncio.Task[_Verdict]] = {}
 
-    async def grammar_of(self, guide: Guide, ready: Ready, config: ServerConfig, client: str = "") -> str:
+    async def grammar_of(
+        self, guide: Guide, facts: EngineFacts, tokenizer: Tokenizer, config: ServerConfig, client: str = ""
+    ) -> str:
         """For Sampling.grammar; ApiError 400 with the library's message where it cannot be compiled in time.
 
         client: in whose share of the processes it is compiled.
@@ -88,13 +91,14 @@ class Grammars:
         if verdict is None or verdict.until_s < asyncio.get_running_loop().time():
             task = self._under_way.get(guide)
             if task is None:
-                task = self._under_way[guide] = asyncio.create_task(self._find_out(guide, ready, config, client))
+                trials = self._trials_for(facts, tokenizer, config)
+                task = self._under_way[guide] = asyncio.create_task(self._find_out(guide, trials, config, client))
                 task.add_done_callback(lambda done: self._found_out(guide, done))
             try:
                 verdict = await asyncio.shield(task)
             except TrialsBusy as error:
-                raise ApiError(503, str(error), code="grammars_waiting",
-                               headers={"retry-after": str(config.retry_after_s)}) from None  # fmt: skip
+                wait_s = config.retry_after_s
+                raise ApiError(503, str(error), code="grammars_waiting", retry_after_s=wait_s) from None
         else:
             self._known.move_to_end(guide)
         if verdict.grammar is None:
@@ -109,15 +113,17 @@ class Grammars:
             await self._trials.close()
             await asyncio.gather(*self._under_way.values(), return_exceptions=True)
 
-    async def _find_out(self, guide: Guide, ready: Ready, config: ServerConfig, client: str) -> _Verdict:
+    def _trials_for(self, facts: EngineFacts, tokenizer: Tokenizer, config: ServerConfig) -> GrammarTrials:
         if self._trials is None:
-            facts, tokenizer = ready.facts, ready.tokenizer
             self._trials = GrammarTrials(
                 lambda: Vocabulary(tokenizer.as_json(), facts.shape.vocab_size, facts.stop_token_ids),
                 child_environment([secret for secret in (config.api_key, config.admin_key) if secret is not None]),
             )
+        return self._trials
+
+    async def _find_out(self, guide: Guide, trials: GrammarTrials, config: ServerConfig, client: str) -> _Verdict:
         try:
-            grammar = await self._trials.compile(Trial(guide.kind, guide.text), config.grammar_timeout_s, client)
+            grammar = await trials.compile(Trial(guide.kind, guide.text), config.grammar_timeout_s, client)
         except TooMuch as error:
             until_s = asyncio.get_running_loop().time() + _REFUSED_S
             return _Verdict(None, f"{error}; make it smaller or simpler", "grammar_too_complex", until_s)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 import uuid
 
-from megatron_medha.server.text_piece import Piece
 from megatron_medha.server.tools.call_python import PythonCall
-from megatron_medha.server.tools.call_readers import CallBegan, CallReader, CallWent, Found, JsonCall, Said
+from megatron_medha.server.tools.call_readers import CallBegan, CallReader, Found, JsonCall, Said
 from megatron_medha.server.tools.call_tags import TagCall
 from megatron_medha.server.tools.tool_fields import ToolUse
 from megatron_medha.text.call_syntax import MARKS, REASONING
-
-__all__ = ["CallBegan", "CallFinder", "CallWent", "Found", "Said"]
 
 _BETWEEN = " \t\r\n;,[]"  # between calls: Llama writes semicolons, a list has brackets and commas
 _PYTHON_NAME = re.compile(r"[A-Za-z_][\w.-]*")
@@ -74,11 +71,11 @@ class CallFinder:
         """Whether there are calls, and the last has not been cut."""
         return self.has_calls and not self.is_last_cut
 
-    def end(self, last: Piece) -> list[Found]:
-        """As finish(): nothing follows this piece."""
+    def end(self, finish_reason: str | None, stop_reason: int | str | None) -> list[Found]:
+        """As finish(), for an answer that has ended for these reasons."""
         # A stop string that is the end of a call cuts none.
-        is_stopped = isinstance(last.stop_reason, str) and last.stop_reason.strip() not in self._ends
-        return self.finish(is_cut=last.finish_reason == "length" or is_stopped)
+        is_stopped = isinstance(stop_reason, str) and stop_reason.strip() not in self._ends
+        return self.finish(is_cut=finish_reason == "length" or is_stopped)
 
     def finish(self, *, is_cut: bool = False) -> list[Found]:
         """No more text follows. is_cut: because there was no room for more, or it was stopped."""

@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from megatron_medha.server import openapi
 from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.routing import Api
 from megatron_medha.server.observe.metrics import Histogram
 from megatron_medha.server.observe.queue_view import LiveView
 from megatron_medha.server.observe.request_log import Story
 from megatron_medha.server.observe.steps import Step
-from megatron_medha.server.openai.wire_format import encode_json
+from megatron_medha.server.openai.wire_format import json_response
+from megatron_medha.server.routes import openapi
 from megatron_medha.server.service import Service
 
 MAX_LISTED = 100       # stories in a list
@@ -94,15 +94,16 @@ def add_routes(app: Api, service: Service) -> None:
     @app.get("/debug/schedule", openapi_extra=openapi.operation(None, errors=_ERRORS))
     async def schedule() -> Response:
         """Who waits, with how much slack and why; what is in flight."""
-        return _json({"view": await _look(service), "steps": [_step(step) for step in _latest_steps(service, 20)]})
+        steps = [_step(step) for step in _latest_steps(service, 20)]
+        return json_response({"view": await _look(service), "steps": steps})
 
     @app.get("/debug/live", openapi_extra=openapi.operation(None, errors=_ERRORS))
     async def live() -> Response:
         """Everything the page shows, in one answer."""
         metrics, load = service.metrics, service.engine.load
-        return _json({
+        return json_response({
             "now_s": service.engine.now_s(),
-            "status": "draining" if service.is_draining else service.status.phase.value,
+            "status": "draining" if service.lifecycle.is_draining else service.status.phase.value,
             "model": next(iter(service.served_names()), ""),
             "device": service.engine.facts.device if service.engine.facts is not None else "",
             "view": await _look(service),
@@ -124,7 +125,7 @@ def add_routes(app: Api, service: Service) -> None:
     @app.get("/debug/requests", openapi_extra=openapi.operation(None, errors=_ERRORS))
     async def requests() -> Response:
         """The newest requests, newest first."""
-        return _json({"requests": service.journal.recent(MAX_LISTED)})
+        return json_response({"requests": service.journal.recent(MAX_LISTED)})
 
     @app.get("/debug/requests/{answer_id}", openapi_extra=openapi.operation(None, errors=_ERRORS))
     async def request(answer_id: str) -> Response:
@@ -139,7 +140,7 @@ def add_routes(app: Api, service: Service) -> None:
         )
         # Thousands of steps are gone through for a long one: not on the loop that serves tokens.
         told = await asyncio.to_thread(lambda: [tell(story, steps, now_s) for story in stories])
-        return _json({"choices": told})
+        return json_response({"choices": told})
 
 
 def tell(story: Story, steps: Sequence[Step], now_s: float) -> StoryAnswer:
@@ -291,7 +292,3 @@ def _histogram(histogram: Histogram) -> dict[str, Any]:
 
 def _since(at_s: float | None, begin_s: float) -> float | None:
     return None if at_s is None else at_s - begin_s
-
-
-def _json(body: object) -> Response:
-    return Response(encode_json(body), media_type="application/json")

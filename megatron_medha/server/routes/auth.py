@@ -57,7 +57,7 @@ class FrontDoor:
             early = self._check_site(scope, headers)
             client = self._client(path, headers) if early is None and path not in OPEN_PATHS else None
             if client is not None and not path.startswith(ADMIN_PREFIXES) and path != "/metrics":
-                self._service.check_open()
+                self._service.lifecycle.check_open()
         except ApiError as error:
             early = error.as_response(path)
         if early is not None or client is None:
@@ -66,7 +66,7 @@ class FrontDoor:
         state = scope.setdefault("state", {})
         state["client"], state["request_id"], state["client_key"] = client.name, request_id, client
         state["traceparent"] = headers.get("traceparent")
-        self._service.began()
+        self._service.lifecycle.began()
         try:
             await self._app(scope, receive, send_named)
         except Exception:
@@ -75,7 +75,7 @@ class FrontDoor:
                 await our_bug().as_response(path)(scope, receive, send_named)
             raise
         finally:
-            self._service.ended()
+            self._service.lifecycle.ended()
 
     def _check_site(self, scope: Scope, headers: Headers) -> Response | None:
         """The response to a CORS preflight, which carries no key; None: go on. ApiError for pages that may not."""

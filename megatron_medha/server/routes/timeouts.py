@@ -1,15 +1,47 @@
-"""How long one answer may take, and how long its reader may take nothing of it."""
+"""When work for a client ends early: it has gone, its answer takes too long, or it takes nothing of it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
-from megatron_medha.server.http.http_errors import ApiError, retry_after
+from starlette.types import Receive
+
+from megatron_medha.server.http.body_reader import SMALL_BODY_BYTES
+from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.output_streams import Stream
 from megatron_medha.server.server_config import ServerConfig
 
 _LOOKS_PER_TIMEOUT = 4  # a stalled reader is found at most a quarter of the timeout late
+
+
+T = TypeVar("T")
+
+
+async def unless_gone(receive: Receive, num_bytes: int, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` on so many bytes comes to; it is cancelled, and this is ApiError 400, once the client has gone.
+
+    Clients with a timeout send a long document again and again; a million tokens of text keep a core busy for seconds.
+    """
+    if num_bytes <= SMALL_BODY_BYTES:
+        return await work  # takes less time than it takes to look
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(until_gone(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(400, "the client closed the connection", code="client_gone")  # heard by nobody
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def until_gone(receive: Receive) -> None:
+    """Wait for the client's disconnect. The body has been read, so what comes next can only be that."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Patience:
@@ -55,7 +87,7 @@ class Patience:
                 503,
                 f"the request was not done within {self._config.request_timeout_s:g} s (server.request_timeout_s)",
                 code="request_timeout",
-                headers=retry_after(self._config.retry_after_s),
+                retry_after_s=self._config.retry_after_s,
             )
         )
 

@@ -1,4 +1,4 @@
-"""The schema at /openapi.json: api.py lists the routes, msgspec describes their bodies."""
+"""The schema at /openapi.json: routing.py lists the routes, msgspec describes their bodies."""
 
 from __future__ import annotations
 

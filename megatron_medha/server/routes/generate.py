@@ -11,18 +11,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from megatron_medha.core.ports import ErrorDelivery
+from megatron_medha.core.request import Rejection
 from megatron_medha.server.admission import Ticket
 from megatron_medha.server.bodies.openai_types import Usage
-from megatron_medha.server.generation import Choice, GenerationSpec
+from megatron_medha.server.generation import Choice, Piece
 from megatron_medha.server.http.connection import TRANSPORT
-from megatron_medha.server.http.http_errors import ApiError, our_bug
+from megatron_medha.server.http.http_errors import ApiError, our_bug, rejected
 from megatron_medha.server.observe.tracing import Ended
 from megatron_medha.server.openai.wire_format import WireFormat
 from megatron_medha.server.output_streams import EngineLost, Gone, Stream
-from megatron_medha.server.ready import Ready
+from megatron_medha.server.routes.timeouts import Patience, until_gone
 from megatron_medha.server.service import Service
-from megatron_medha.server.text_piece import Piece
-from megatron_medha.server.timeouts import Patience
+from megatron_medha.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ T = TypeVar("T")
 class Answer(Response):
     """An ASGI response that generates while it is sent. However it ends, no sub-request outlives it."""
 
-    def __init__(self, spec: GenerationSpec, wire: WireFormat, service: Service, ready: Ready, ticket: Ticket) -> None:
+    def __init__(self, wire: WireFormat, service: Service, tokenizer: Tokenizer, ticket: Ticket) -> None:
         super().__init__()
-        self._spec = spec
+        self._spec = spec = wire.spec
         self._wire = wire
         self._service = service
         self._engine = service.engine
@@ -60,7 +60,7 @@ class Answer(Response):
         self._metrics = service.metrics
         self._config = service.config  # of this moment: a reload is for those that come after it
         self._ticket = ticket
-        self._choices = [Choice(spec, index, ready.tokenizer) for index in range(spec.num_choices)]
+        self._choices = [Choice(spec, index, tokenizer) for index in range(spec.num_choices)]
         self._choice_by_id = {spec.request_id(choice.index): choice for choice in self._choices}
         self._live_ids: set[str] = set()  # in the engine
         self._num_open = spec.num_choices
@@ -154,9 +154,9 @@ class Answer(Response):
 
     async def _submit(self) -> None:
         for number, choice in enumerate(self._choices, start=1):
-            request, token_ids, sampling = self._spec.engine_request(choice.index)
+            request, token_ids = self._ticket.requests[choice.index], choice.prompt.token_ids
             self._live_ids.add(request.request_id)
-            self._engine.submit(request, token_ids, sampling)
+            self._engine.submit(request, token_ids, self._spec.sampling_of(choice.index))
             if len(token_ids) > _SUBMITTED_IDS or number % _SUBMITTED == 0:
                 await asyncio.sleep(0)
 
@@ -170,7 +170,7 @@ class Answer(Response):
         if isinstance(delivery, ErrorDelivery):
             self._live_ids.discard(request_id)
             if delivery.is_client_fault:
-                raise ApiError(400, delivery.message, code="request_rejected")
+                raise rejected(Rejection(reason="request_rejected", message=delivery.message))
             raise ApiError(500, delivery.message, code="engine_failed")
         choice = self._choice_by_id[request_id]
         piece = choice.take(delivery)
@@ -247,12 +247,16 @@ class Answer(Response):
         """Until there is a first token: that we live, or how far the prompt is, where the client wants to know."""
         if self._spec.has_progress:
             interval_s = self._config.sse_progress_s or PROGRESS_S
-            await self._send_part(send, self._service.progress_comment(self._spec))
+            await self._send_part(send, self._progress_comment())
             while not await stream.wait(interval_s):
-                await self._send_part(send, self._service.progress_comment(self._spec))
+                await self._send_part(send, self._progress_comment())
         else:
             while not await stream.wait(self._config.sse_keepalive_s):
                 await self._send_part(send, KEEPALIVE_COMMENT)
+
+    def _progress_comment(self) -> bytes:
+        # Of the first choice's prompt.
+        return self._service.journal.progress(self._spec.request_id(0), self._engine.now_s()).as_comment()
 
     async def _open_events(self, send: Send) -> None:
         await self._start(send, 200, SSE_HEADERS)
@@ -298,7 +302,5 @@ def _transport_of(scope: Scope) -> asyncio.Transport | None:
 
 
 async def _watch_client(receive: Receive, stream: Stream) -> None:
-    # The body has been read, so what comes next can only be the end of the connection.
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await until_gone(receive)
     stream.end(Gone())

@@ -1,0 +1,110 @@
+"""Routes about the server itself: models, probes, metrics, reload and drain."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from starlette.responses import Response
+
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.ports import EnginePhase
+from megatron_medha.server.bodies import openai_types as types
+from megatron_medha.server.http.http_errors import bad_request
+from megatron_medha.server.http.routing import Api
+from megatron_medha.server.observe.metrics_page import CONTENT_TYPE, MetricsPage
+from megatron_medha.server.openai.wire_format import json_response
+from megatron_medha.server.routes import openapi
+from megatron_medha.server.service import Service
+
+
+def package_version() -> str:
+    """Of the installed package."""
+    try:
+        return version("megatron_medha")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def add_model_routes(app: Api, service: Service) -> None:
+    """Which models are served."""
+
+    def describe(name: str) -> types.Model:
+        facts = service.engine.facts
+        return types.Model(
+            id=name,
+            created=service.started_unix_s,
+            root=facts.shape.name if facts is not None else name,
+            max_model_len=facts.max_request_tokens if facts is not None else None,
+            sampling_defaults=service.sampling_defaults,
+        )
+
+    @app.get("/v1/models", openapi_extra=openapi.operation(types.ModelList, errors=(401,)))
+    async def models() -> Response:
+        """The models that are served."""
+        return json_response(types.ModelList(data=[describe(name) for name in service.served_names()]))
+
+    @app.get("/v1/models/{name:path}", openapi_extra=openapi.operation(types.Model, errors=(401, 404)))
+    async def model(name: str) -> Response:
+        """One of them."""
+        return json_response(describe(service.model_name(name)))
+
+
+def add_probe_routes(app: Api, service: Service, page: MetricsPage, model_name: str) -> None:
+    """For load balancers and Prometheus. model_name: on metrics, until the checkpoint's own name is known."""
+
+    def readiness() -> types.Readiness:
+        status = service.status
+        phase = "draining" if service.lifecycle.is_draining else status.phase.value
+        return types.Readiness(status=phase, detail=status.detail, fraction=status.fraction)
+
+    async def health() -> Response:
+        """200 while the process lives and the engine has not failed."""
+        has_failed = service.status.phase is EnginePhase.FAILED
+        return json_response(readiness(), 503 if has_failed else 200)
+
+    async def ready() -> Response:
+        """200 once requests are taken; until then 503, saying how far loading is."""
+        is_ready = service.status.phase is EnginePhase.READY and not service.lifecycle.is_draining
+        headers = {} if is_ready else {"retry-after": str(service.config.retry_after_s)}
+        return json_response(readiness(), 200 if is_ready else 503, headers)
+
+    async def tell_version() -> Response:
+        """Of this server."""
+        return json_response(types.Version(version=package_version()))
+
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        name = next(iter(service.served_names()), model_name)
+        return Response(page.render(name), headers={"content-type": CONTENT_TYPE})
+
+    probe = openapi.operation(types.Readiness)
+    probe["responses"]["503"] = {**probe["responses"]["200"], "description": "Not ready"}
+    for path, route, extra in (
+        ("/health", health, probe),
+        ("/live", health, probe),
+        ("/ping", health, probe),
+        ("/ready", ready, probe),
+        ("/version", tell_version, openapi.operation(types.Version)),
+        ("/metrics", metrics, openapi.operation(None)),
+    ):
+        name = path.strip("/")
+        app.add_api_route(path, route, methods=["GET"], name=name, openapi_extra=extra)
+        app.add_api_route(path, route, methods=["HEAD"], name=f"{name}_head", include_in_schema=False)
+
+
+def add_admin_routes(app: Api, service: Service) -> None:
+    """Reload and drain, for those with the admin key."""
+
+    @app.post("/admin/reload", openapi_extra=openapi.operation(types.Reloaded, errors=(400, 401, 403)))
+    async def reload() -> Response:
+        """Read keys and limits again, as SIGHUP does."""
+        try:
+            return json_response(types.Reloaded(changed=await service.reload()))
+        except ConfigError as error:
+            raise bad_request(str(error), code="configuration_error") from None
+
+    @app.post("/admin/drain", openapi_extra=openapi.operation(types.Readiness, errors=(401, 403)))
+    async def drain() -> Response:
+        """Take nothing new, finish what runs, and end, as SIGTERM does."""
+        service.lifecycle.end_server()
+        return json_response(types.Readiness(status="draining", detail="", fraction=1.0), 202)
