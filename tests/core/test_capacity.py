@@ -9,7 +9,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_medha.core.cost.capacity import Reserve, check_layout, num_kv_blocks, stage_footprint
+from megatron_medha.core.cost.capacity import (
+    Reserve,
+    check_devices,
+    check_layout,
+    cluster_for,
+    num_blocks_in,
+    num_kv_blocks,
+    stage_footprint,
+)
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
@@ -176,3 +184,123 @@ def test_the_stages_of_a_layout_hold_every_weight_once(layout: ParallelLayout) -
 def test_degrees_that_do_not_divide_a_model_are_refused_with_every_reason(layout: ParallelLayout, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         check_layout(LLAMA_70B, replace(DEVICES, num_devices=1 << 20), layout)
+
+
+GIB = 1 << 30
+
+
+def test_kv_memory_in_gib_holds_the_blocks_of_the_stage_with_the_most_layers() -> None:
+    # A token's KV: 4 layers * 2 heads * 4 values * 2 (K and V) * 2 bytes = 128 bytes; a block of 2 tokens 256.
+    assert num_blocks_in(HAND, ParallelLayout(), 1.0, 2) == GIB // 256
+    assert num_blocks_in(HAND, ParallelLayout(), 0.5, 4) == GIB // 2 // 512
+    assert num_blocks_in(HAND, ParallelLayout(spp=2), 1.0, 2) == GIB // 128
+    assert num_blocks_in(HAND, ParallelLayout(spp=3), 1.0, 2) == GIB // 128, "2, 1 and 1 layers"
+    assert num_blocks_in(HAND, ParallelLayout(kvp=2), 1.0, 2) == GIB // 256, "of each KVP rank"
+
+
+def test_kv_memory_in_gib_is_cut_by_tensor_ranks_up_to_the_number_of_kv_heads() -> None:
+    shape = replace(HAND, num_heads=8)
+    blocks = [num_blocks_in(shape, ParallelLayout(tp=tp), 1.0, 2) for tp in (1, 2, 4, 8)]
+    assert blocks == [GIB // 256, GIB // 128, GIB // 128, GIB // 128]
+
+
+@given(
+    tp=st.sampled_from([1, 2, 4, 8]), spp=st.sampled_from([1, 2, 3, 4]), num_kv_heads=st.sampled_from([1, 2, 4]),
+    block_size=st.sampled_from([1, 16]),
+)  # fmt: skip
+def test_blocks_are_as_large_on_a_server_as_in_a_plan(tp: int, spp: int, num_kv_heads: int, block_size: int) -> None:
+    shape = replace(HAND, num_heads=8, num_kv_heads=num_kv_heads, ffn_hidden_size=64)
+    layout = ParallelLayout(tp=tp, spp=spp)
+    reserve = replace(RESERVE, block_size=block_size)
+    largest = max(stage_footprint(shape, DEVICES, layout, stage, reserve).block for stage in range(spp))
+    assert num_blocks_in(shape, layout, 1.0, block_size) == GIB // largest
+
+
+def test_kv_memory_for_one_block_is_enough_and_less_is_refused_with_what_a_block_takes() -> None:
+    assert num_blocks_in(HAND, ParallelLayout(), 256 / GIB, 2) == 1
+    with pytest.raises(ConfigError) as error:
+        num_blocks_in(LLAMA_70B, ParallelLayout(tp=8), 0.0005, 16)
+    assert str(error.value) == (
+        "model.kv_memory_gib=0.0005: too small for one block of 16 tokens, which takes 0.00061 GiB on each device"
+    )
+
+
+def test_a_single_device_stands_for_as_many_as_are_needed_and_a_cluster_for_itself() -> None:
+    layout = ParallelLayout(tp=2, spp=3, dp=2)
+    assert cluster_for(replace(DEVICES, num_devices=1), layout).num_devices == 12
+    assert cluster_for(replace(DEVICES, num_devices=2), layout).num_devices == 2
+
+
+def test_a_layout_may_take_all_devices_and_not_one_more() -> None:
+    check_devices(replace(DEVICES, num_devices=8), ParallelLayout(tp=2, spp=2, kvp=2))
+    with pytest.raises(ConfigError) as error:
+        check_devices(replace(DEVICES, num_devices=7), ParallelLayout(tp=2, spp=2, kvp=2))
+    assert str(error.value) == (
+        "hardware.num_devices=7 of devices: tp=2 x spp=2 x kvp=2 x dp=1 needs 8; "
+        "take a larger cluster or smaller degrees"
+    )
+
+
+def test_degrees_that_do_not_divide_are_named_with_those_that_would() -> None:
+    shape = replace(HAND, num_heads=12, num_kv_heads=4, ffn_hidden_size=18)
+    with pytest.raises(ConfigError) as error:
+        check_layout(shape, DEVICES, ParallelLayout(tp=3, spp=3))
+    assert str(error.value) == (
+        "parallel.tp=3 must divide model.num_kv_heads=4 of hand; tp=2 and its divisors divide all that tp shares out; "
+        "parallel.spp=3 must divide model.num_layers=4 of hand"
+    )
+    with pytest.raises(ConfigError, match=r"^parallel.tp=4 must divide model.ffn_hidden_size=18 of hand; tp=2 and "):
+        check_layout(shape, DEVICES, ParallelLayout(tp=4))
+
+
+def budget_for(num_blocks: int, layout: ParallelLayout = ParallelLayout()) -> Hardware:
+    """Devices whose first stage has room for exactly so many blocks."""
+    footprint = stage_footprint(HAND, DEVICES, layout, 0, RESERVE)
+    needed = footprint.weights + footprint.activations + num_blocks * footprint.block
+    return replace(DEVICES, memory_bytes=needed / RESERVE.utilisation)
+
+
+def test_one_block_is_enough_to_run_and_one_byte_less_is_not() -> None:
+    assert num_kv_blocks(HAND, budget_for(1), ParallelLayout(), RESERVE) == 1
+    less = budget_for(1)
+    assert less.memory_bytes is not None
+    with pytest.raises(ConfigError, match="no room for a KV block"):
+        num_kv_blocks(HAND, replace(less, memory_bytes=less.memory_bytes - 2), ParallelLayout(), RESERVE)
+
+
+def test_a_prompt_may_take_all_blocks_of_all_kvp_ranks_and_is_refused_by_the_numbers_if_it_needs_more() -> None:
+    layout = ParallelLayout(kvp=3)
+    hardware = budget_for(5)
+    assert num_kv_blocks(HAND, hardware, layout, RESERVE, num_tokens=5 * 2 * 3) == 5
+    with pytest.raises(ConfigError) as error:
+        num_kv_blocks(HAND, replace(hardware, devices_per_node=1), layout, RESERVE, num_tokens=5 * 2 * 3 + 1)
+    assert str(error.value) == (
+        "hand on devices with tp=1 spp=1 kvp=3 does not fit: a rank of stage 0 may use 0.0 GiB; weights take 0.0, "
+        "activations of 3 tokens 0.0; the rest holds 30 tokens on 3 KVP rank(s), not 31. "
+        "parallel.tp=1 parallel.spp=1 parallel.kvp=4 would fit"
+    )
+
+
+def test_the_fullest_stage_is_named_with_what_it_holds() -> None:
+    large = replace(LLAMA_70B, vocab_size=1 << 21, num_layers=4)  # the head's logits, beside little else
+    with pytest.raises(ConfigError) as error:
+        num_kv_blocks(large, replace(H100S, memory_bytes=2.5e10), ParallelLayout(spp=2), Reserve(utilisation=0.5))
+    message = str(error.value)
+    assert "a rank of stage 1 may use 11.6 GiB; weights take 35.2, activations of 8192 tokens 4.1" in message
+
+
+def test_the_way_out_changes_as_little_as_it_can() -> None:
+    # Two devices hold it, cut by tp or by stages: the one that changes fewer degrees, then the one with fewer stages.
+    hardware = replace(H100S, memory_bytes=1.7e11, devices_per_node=8)
+    with pytest.raises(ConfigError, match=r"parallel.tp=2 parallel.spp=1 parallel.kvp=1 would fit$"):
+        num_kv_blocks(LLAMA_70B, replace(hardware, memory_bytes=8.5e10), ParallelLayout(), Reserve())
+    with pytest.raises(ConfigError, match=r"parallel.tp=1 parallel.spp=2 parallel.kvp=1 would fit$"):
+        num_kv_blocks(
+            LLAMA_70B, replace(hardware, memory_bytes=8.5e10, devices_per_node=1), ParallelLayout(), Reserve()
+        )
+
+
+def test_a_larger_node_than_there_is_is_no_way_out_but_one_that_was_asked_for_is() -> None:
+    lone = replace(H100S, devices_per_node=1)
+    with pytest.raises(ConfigError, match=r"parallel.tp=4 parallel.spp=1 parallel.kvp=2 would fit$"):
+        num_kv_blocks(LLAMA_70B, lone, ParallelLayout(tp=4), Reserve(), num_tokens=700_000)

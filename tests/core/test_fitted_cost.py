@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
-from megatron_medha.core.cost.fitted_cost import FittedCost, MeasuredStep, fit
+from megatron_medha.core.cost.fitted_cost import (
+    NUM_FEATURES,
+    FittedCost,
+    MeasuredStep,
+    _solve,
+    features_of,
+    fit,
+)
 from megatron_medha.core.cost.online_cost import OnlineCost
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost, StepLoad, step_s
 from megatron_medha.core.errors import ConfigError
@@ -100,3 +109,93 @@ def test_a_profile_of_another_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="run `medha profile` again"):
         setup.build()
     assert SchedulerSetup.from_header(setup.header()) == setup
+
+
+def equations(fitted: FittedCost, measured: list[MeasuredStep]) -> tuple[list[list[float]], list[float]]:
+    """gram and moments of steps that each count by the inverse of their duration."""
+    rows = [[value / s.duration_s for value in features_of(s.load, fitted.hinges_tokens)] for s in measured]
+    gram = [[sum(row[i] * row[j] for row in rows) for j in range(NUM_FEATURES)] for i in range(NUM_FEATURES)]
+    return gram, [sum(row[i] for row in rows) for i in range(NUM_FEATURES)]
+
+
+def errors_of(theta: tuple[float, ...], hinges: tuple[float, float], measured: list[MeasuredStep]) -> list[float]:
+    return [
+        abs(1.0 - sum(a * b for a, b in zip(features_of(s.load, hinges), theta)) / s.duration_s) for s in measured
+    ]
+
+
+def test_the_features_of_a_step_are_its_counts_and_what_lies_past_each_hinge() -> None:
+    load = StepLoad()
+    load.add_chunk(5, 3, 0.0)
+    load.add_decodes(2, 40, 0.0)
+    assert features_of(load, (2.0, 4.0)) == [1.0, 5, 3.0, 1.0, 3, 6 + 7 + 8, 8, 40]
+    assert features_of(load, (5.0, 6.0))[2:4] == [0.0, 0.0]
+
+
+def test_a_fit_predicts_the_sum_of_its_coefficients_times_the_features() -> None:
+    fitted = replace(FITTED, hinges_tokens=(4.0, 16.0), theta=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0))
+    assert fitted.linear_s(4, 3) == 1 + 2 * 4 + 16 * 3
+    assert fitted.linear_s(17, 1) == 1 + 2 * 17 + 4 * 13 + 8 * 1 + 16
+    assert fitted.attention_s(5, 3) == 32 * (6 + 7 + 8) + 64 * 8
+    assert fitted.decode_attention_s(7) == 128 * 7
+    assert fitted.revision == 0
+
+
+def test_what_learning_goes_on_from_are_the_equations_of_the_measured_steps() -> None:
+    gram, moments = equations(FITTED, NOISY)
+    assert [list(row) for row in FITTED.gram] == [pytest.approx(row) for row in gram]
+    assert list(FITTED.moments) == pytest.approx(moments)
+    assert (FITTED.num_steps, FITTED.shape, FITTED.chip, FITTED.dtype) == (len(NOISY), SHAPE, "test", "float32")
+
+
+@pytest.mark.parametrize("is_wild", [False, True])
+def test_no_coefficient_could_be_changed_for_a_smaller_error(is_wild: bool) -> None:
+    # The conditions of Kuhn and Tucker: no slope where a coefficient is positive, none downwards where it is 0.
+    random_ = random.Random(3)
+    measured = [MeasuredStep(step.load, random_.uniform(1e-3, 1.0)) for step in NOISY] if is_wild else NOISY
+    fitted = fit(measured, shape=SHAPE, chip="test", dtype="float32")
+    gram, moments = equations(fitted, measured)
+    for i, value in enumerate(fitted.theta):
+        gradient = sum(a * b for a, b in zip(gram[i], fitted.theta)) - moments[i]
+        if value > 0.0:
+            assert gradient == pytest.approx(0.0, abs=1e-4 * moments[i])
+        else:
+            assert gradient >= -1e-9 * moments[i]
+    assert (0.0 in fitted.theta) == is_wild
+
+
+def test_the_hinges_are_the_pair_with_the_smallest_squared_error() -> None:
+    candidates = [4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0]
+    best = sum(error**2 for error in errors_of(FITTED.theta, FITTED.hinges_tokens, NOISY))
+    for pair in combinations(candidates, 2):
+        gram, moments = equations(replace(FITTED, hinges_tokens=pair), NOISY)
+        assert sum(error**2 for error in errors_of(tuple(_solve(gram, moments)), pair, NOISY)) >= best * (1 - 1e-9)
+    low, high = FITTED.hinges_tokens
+    assert low < high and {low, high} <= set(candidates)
+
+
+def test_the_errors_stated_are_those_of_steps_that_a_fit_of_the_others_had_not_seen() -> None:
+    errors = []
+    for fold in range(5):
+        seen = [step for index, step in enumerate(NOISY) if index % 5 != fold]
+        theta = _solve(*equations(FITTED, seen))
+        errors += errors_of(tuple(theta), FITTED.hinges_tokens, [s for i, s in enumerate(NOISY) if i % 5 == fold])
+    errors.sort()
+    assert FITTED.error_p50 == pytest.approx(errors[len(NOISY) // 2], rel=1e-6)
+    assert FITTED.error_p95 == pytest.approx(errors[int(0.95 * len(NOISY))], rel=1e-6)
+
+
+def test_fifteen_steps_are_enough_and_fourteen_are_not() -> None:
+    assert fit(steps()[:15], shape=SHAPE, chip="test", dtype="float32").num_steps == 15
+    with pytest.raises(AssertionError, match="^14 steps are too few for 8 coefficients"):
+        fit(steps()[:14], shape=SHAPE, chip="test", dtype="float32")
+
+
+def test_what_was_never_measured_costs_nothing() -> None:
+    decodes = [step for step in steps() + steps(seed=4) if not step.load.chunk_context]
+    fitted = fit(decodes, shape=SHAPE, chip="test", dtype="float32")
+    assert fitted.theta[5:7] == (0.0, 0.0) and fitted.theta[7] == pytest.approx(5e-8, rel=1e-3)
+
+
+NOISY = steps(noise=0.05)
+FITTED = fit(NOISY, shape=SHAPE, chip="test", dtype="float32")
