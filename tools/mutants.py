@@ -47,7 +47,7 @@ TESTS = tuple(ROOT / "tests" / name for name in ("core", "engine", "sim"))  # in
 SURVIVORS = ROOT / "tools" / "mutants_survivors.md"
 KEPT = ROOT / "build" / "mutants"
 # Some mutants never end, or never stop appending. Seconds are of CPU, but the last.
-IMPORT_LIMIT_S, LEAST_LIMIT_S, LIMIT_FACTOR, WALL_LIMIT_S = 30.0, 5.0, 5.0, 1800.0
+IMPORT_LIMIT_S, LEAST_LIMIT_S, LIMIT_FACTOR, WALL_LIMIT_S = 15.0, 5.0, 5.0, 1800.0
 MOST_BYTES = 6 << 30
 KILLED, SURVIVED, TIMEOUT = "killed", "survived", "timeout"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.core.kv.block_pool import BlockPool, Extent, KVShard, num_blocks_for
+from megatron_medha.core.kv.block_pool import BlockPool, BlockTable, Extent, KVShard, num_blocks_for
 
 
 def ids(extents: list[Extent] | tuple[Extent, ...]) -> list[int]:
@@ -93,3 +94,101 @@ def test_a_badly_fragmented_pool_still_serves_a_long_prompt() -> None:
     extents = pool.allocate(9_000)
     assert extents is not None and len(ids(extents)) == 9_000 == len(set(ids(extents)))
     assert extents[0].num_blocks == max(extent.num_blocks for extent in extents)
+
+
+class PlainPool:
+    """The same pool as a set of free blocks."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.free = set(range(num_blocks))
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(length, start) of each free run."""
+        starts = sorted(block for block in self.free if block - 1 not in self.free)
+        ends = sorted(block + 1 for block in self.free if block + 1 not in self.free)
+        return [(end - start, start) for start, end in zip(starts, ends)]
+
+    def allocate(self, num_blocks: int) -> tuple[tuple[int, int], ...] | None:
+        if num_blocks > len(self.free):
+            return None
+        taken = []
+        while num_blocks:
+            enough = [run for run in self.runs() if run[0] >= num_blocks]
+            length, start = min(enough) if enough else max(self.runs())
+            count = min(length, num_blocks)
+            self.free -= set(range(start, start + count))
+            taken.append((start, count))
+            num_blocks -= count
+        return tuple(taken)
+
+    def extend(self, last_block: int) -> tuple[int, int] | None:
+        if last_block + 1 in self.free:
+            self.free.remove(last_block + 1)
+            return last_block + 1, 1
+        taken = self.allocate(1)
+        return taken[0] if taken else None
+
+
+@settings(max_examples=100)
+@given(
+    num_blocks=st.integers(0, 20),
+    steps=st.lists(st.tuples(st.sampled_from(["allocate", "extend", "free"]), st.integers(0, 20)), max_size=60),
+)
+def test_a_pool_takes_the_shortest_run_that_is_long_enough_else_the_longest(num_blocks, steps) -> None:
+    pool, plain = BlockPool(num_blocks), PlainPool(num_blocks)
+    owned: list[tuple[int, int]] = []
+    num_freed = 0
+    for kind, number in steps:
+        if kind == "allocate":
+            taken = pool.allocate(number)
+            assert taken == plain.allocate(number)
+            owned += taken or ()
+        elif kind == "extend" and owned:
+            last_block = sum(owned[number % len(owned)]) - 1
+            extent = pool.extend(last_block)
+            assert extent == plain.extend(last_block)
+            owned += [extent] if extent else []
+        elif kind == "free" and owned:
+            first, count = owned.pop(number % len(owned))
+            pool.free([Extent(first, count)])
+            plain.free |= set(range(first, first + count))
+            num_freed += count
+        assert [(count, first) for first, count in pool.free_extents] == plain.runs()
+        assert (pool.num_free_blocks, pool.num_blocks_ever_freed) == (len(plain.free), num_freed)
+
+
+@pytest.mark.parametrize(
+    ("extent", "why"),
+    [
+        (Extent(-1, 1), "blocks [-1, 0) are not of this pool"),
+        (Extent(8, 3), "blocks [8, 11) are not of this pool"),
+        (Extent(1, 2), "double free of block 2"),
+        (Extent(4, 2), "double free of block 4"),
+        (Extent(3, 1), "double free of block 3"),
+    ],
+)
+def test_a_block_that_cannot_be_given_back_is_named(extent: Extent, why: str) -> None:
+    pool = BlockPool(10)
+    pool.allocate(10)
+    pool.free([Extent(2, 3)])
+    with pytest.raises(AssertionError, match=f"^{re.escape(why)}"):
+        pool.free([extent])
+
+
+def test_the_first_and_the_last_block_of_a_pool_can_be_given_back() -> None:
+    pool = BlockPool(3)
+    pool.allocate(3)
+    pool.free([Extent(2, 1), Extent(0, 1)])
+    assert pool.free_extents == ((0, 1), (2, 1))
+    pool.free([Extent(1, 1)])
+    assert pool.free_extents == ((0, 3),)
+
+
+def test_a_table_counts_the_blocks_of_all_its_shards() -> None:
+    one = KVShard(0, 0, [Extent(0, 2), Extent(5, 1)])
+    assert one.num_blocks == 3
+    one.append(Extent(6, 1))
+    assert (one.extents, one.num_blocks) == ([(0, 2), (5, 2)], 4)
+    one.append(Extent(8, 1))
+    assert (one.extents, one.num_blocks) == ([(0, 2), (5, 2), (8, 1)], 5)
+    assert BlockTable(shards=[one, KVShard(1, 20, [Extent(0, 1)])]).num_blocks == 6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -115,3 +117,110 @@ def test_what_is_left_of_a_prefill_falls_to_nothing() -> None:
     times = PrefillTimes(rule(), ROOFLINE, BUDGET_S, 100_000)
     left = [times.remaining_s(done, 100_000) for done in (0, 1, 50_000, 99_999, 100_000)]
     assert left == sorted(left, reverse=True) and left[0] == times.prefill_s(100_000) and left[-1] == 0.0
+
+
+class Counted:
+    """A cost of so much a token, in halves of seconds that add up exactly, that counts how often it is asked."""
+
+    revision = 7
+
+    def __init__(self, curve: float = 0.0) -> None:
+        self.num_asked = 0
+        self._curve = curve
+
+    def linear_s(self, num_tokens: int, num_sequences: int) -> float:
+        self.num_asked += 1
+        return 1.0 + 0.5 * num_tokens + 0.25 * num_sequences
+
+    def attention_s(self, start: int, num_tokens: int) -> float:
+        return self._curve * num_tokens * (start + num_tokens)
+
+    def decode_attention_s(self, context: int) -> float:
+        return 0.0
+
+    def observe(self, load: StepLoad, duration_s: float) -> None: ...
+
+
+@settings(max_examples=150)
+@given(
+    tile=st.sampled_from([1, 4]),
+    num_tokens=st.integers(0, 60),
+    most=st.integers(1, 50),
+    most_of_one=st.integers(1, 60),
+    decodes=st.integers(0, 3),
+    start=st.integers(0, 20),
+    budget_s=st.integers(0, 40),
+    guess=st.integers(0, 70),
+    curve=st.sampled_from([0.0, 0.015625, 0.125]),
+)
+def test_the_largest_chunk_is_exact_at_its_bounds_and_the_same_whatever_is_guessed(
+    tile: int, num_tokens: int, most: int, most_of_one: int, decodes: int, start: int, budget_s: int, guess: int,
+    curve: float,
+) -> None:  # fmt: skip
+    cost, load = Counted(curve), StepLoad()
+    load.add_decodes(decodes, 5, 0.5 * decodes)
+    chunk_rule = replace(rule(tile=tile, most=most), max_chunk_tokens=most_of_one)
+    room = min(num_tokens, most - decodes, most_of_one)
+    sizes = [size for size in range(1, room + 1) if size % tile == 0 or size == num_tokens]
+    fitting = [size for size in sizes if seconds_with(cost, load, start, size) <= budget_s]
+    expected = max(fitting, default=0)
+    assert largest_chunk(chunk_rule, cost, load, start, num_tokens, float(budget_s), guess) == expected
+    assert largest_chunk(chunk_rule, cost, load, start, num_tokens, float(budget_s)) == expected
+    fixed = replace(chunk_rule, chunking=Chunking.FIXED, fixed_tokens=30)
+    assert largest_chunk(fixed, cost, load, start, num_tokens, 0.0) == max(0, min(room, 30 - decodes))
+    whole = replace(chunk_rule, chunking=Chunking.WHOLE)
+    assert largest_chunk(whole, cost, load, start, num_tokens, 0.0) == max(0, room)
+
+
+@pytest.mark.parametrize(
+    ("guess", "most_asked"),
+    [
+        (24, 2),  # right: what is guessed fits, and a tile more does not
+        (27, 2),  # within the same tile
+        (28, 2),  # a tile too many
+        (20, 4),  # a tile too few
+        (0, 4),   # none: both ends, and the line between them
+    ],
+)
+def test_a_good_guess_saves_looks(guess: int, most_asked: int) -> None:
+    cost = Counted()
+    assert largest_chunk(rule(tile=4), cost, StepLoad(), 0, 1000, 1.25 + 0.5 * 27, guess) == 24
+    assert cost.num_asked <= most_asked
+
+
+def test_a_long_search_ends_after_four_looks_along_the_line_and_as_many_as_halving_takes() -> None:
+    cost = Counted(curve=1.0)
+    assert largest_chunk(rule(tile=1, most=1 << 20), cost, StepLoad(), 0, 1 << 20, 30.0) == 5
+    assert cost.num_asked <= 2 + 4 + 21
+
+
+def test_the_time_of_a_short_prefill_is_that_of_its_only_step() -> None:
+    cost = Counted()
+    times = PrefillTimes(rule(tile=4), cost, 1.25 + 0.5 * 64, 64)
+    assert (times.num_step_tokens, times.revision) == (64, 7)
+    for num_tokens in (1, 2, 3, 7, 40, 63, 64):
+        assert times.prefill_s(num_tokens) == 1.25 + 0.5 * num_tokens
+    assert times.prefill_s(0) == 0.0
+
+
+def test_a_prefill_of_several_steps_takes_each_steps_costs_for_each_chunk() -> None:
+    chunk_s = 1.25 + 0.5 * 64
+    times = PrefillTimes(rule(tile=4), Counted(), chunk_s, 1 << 20)
+    for num_chunks in (2, 10, 1000, 1 << 14):
+        assert times.prefill_s(64 * num_chunks) == pytest.approx(num_chunks * chunk_s)
+    assert times.remaining_s(64, 640) == pytest.approx(9 * chunk_s)
+
+
+def test_a_chunk_is_a_tile_at_least_in_predictions_too() -> None:
+    times = PrefillTimes(rule(tile=4), Counted(), 0.0, 1000)
+    assert times.num_step_tokens == 4
+    assert times.prefill_s(1000) == pytest.approx(250 * (1.25 + 2.0))
+
+
+def test_the_time_of_a_token_is_that_of_the_chunk_in_whose_middle_it_is() -> None:
+    # With attention that costs twice the keys before a chunk: 64 tokens after n take 64 * (n + 64) / 64.
+    cost = Counted(curve=1 / 64)
+    times = PrefillTimes(rule(Chunking.FIXED, tile=4, fixed=64), cost, 1.0, 100_000)
+    for num_tokens in (6400, 64_000):
+        chunks = [1.25 + 32.0 + (start + 64) for start in range(0, num_tokens, 64)]
+        assert times.prefill_s(num_tokens) == pytest.approx(sum(chunks), rel=4e-3)

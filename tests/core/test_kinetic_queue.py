@@ -7,7 +7,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.core.scheduling.kinetic_queue import ITEM_ID, KineticQueue
+from megatron_medha.core.scheduling.kinetic_queue import ITEM, ITEM_ID, LEVEL, KineticQueue
+from megatron_medha.core.scheduling.kinetic_tournament import Entry, KineticTournament
 from megatron_medha.core.scheduling.policies import Priority
 
 # Lines as policies make them: constant, all of one slope, or each of its own; few values, so that ties happen.
@@ -117,3 +118,56 @@ def test_a_lower_level_goes_first_whatever_the_lines_do() -> None:
     queue.add("falls fast", 1, Priority(0.0, -50.0), 0.0, None, 0.0)
     queue.add("waits", 0, Priority(1e6), 9.0, None, 0.0)
     assert [place[ITEM_ID] for place in queue.in_order(1e6)] == ["waits", "falls fast"]
+
+
+def test_places_come_with_level_value_arrival_and_item_from_the_front_and_from_behind_it() -> None:
+    queue = KineticQueue()
+    for number in range(60):
+        queue.add(f"r{number:02}", 1, Priority(float(number), -0.5), 2.0, number, 0.0)
+    places = list(queue.in_order(4.0))
+    assert places == [(1, number - 2.0, 2.0, f"r{number:02}", number) for number in range(60)]
+    assert places[0][LEVEL] == 1 and places[5][ITEM] == 5
+
+
+def test_a_look_shows_a_few_and_says_whether_there_are_more() -> None:
+    queue = KineticQueue()
+    assert not queue.has_rest and queue.first_places(0.0) == [] == queue.more_places(0.0)
+    for number in range(40):
+        queue.add(f"r{number:02}", 0, Priority(float(number)), 0.0, None, 0.0)
+    shown = [place[ITEM_ID] for place in queue.first_places(0.0)]
+    assert queue.has_rest and shown == [f"r{number:02}" for number in range(16)]
+    more = [place[ITEM_ID] for place in queue.more_places(0.0)]
+    assert more == [f"r{number:02}" for number in range(16, 20)]
+    assert len(queue) == 40 and all(f"r{number:02}" in queue for number in range(40))
+
+
+def test_one_behind_the_front_that_falls_before_it_is_shown_first() -> None:
+    queue = KineticQueue()
+    for number in range(40):
+        queue.add(f"r{number:02}", 0, Priority(float(number)), 0.0, None, 0.0)
+    queue.add("falls", 0, Priority(100.0, -10.0), 0.0, None, 0.0)
+    assert "falls" not in [place[ITEM_ID] for place in queue.first_places(0.0)]
+    assert [place[ITEM_ID] for place in queue.first_places(9.99)][:2] == ["r00", "falls"]
+    assert queue.first_places(10.01)[0][ITEM_ID] == "falls"
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 0)), min_size=1, max_size=30), st.integers(0, 6))
+def test_the_first_of_a_tournament_is_the_first_of_a_sort_at_every_moment(
+    lines: list[tuple[int, int]], removed: int
+) -> None:
+    tournament, left = KineticTournament(), {}
+    for number, (at_zero, slope) in enumerate(lines):
+        entry = Entry(number % 2, float(at_zero), float(slope), float(number % 3), f"r{number:02}", None)
+        tournament.add(entry, 0.0)
+        left[entry.item_id] = entry
+        assert len(tournament) == len(left) and entry.item_id in tournament
+    for now_s in (0.0, 0.5, 1.0, 1.5, 2.0, 5.0, 100.0):
+        ranked = sorted(
+            (each.level, each.at_zero + each.slope * now_s, each.arrival_s, name) for name, each in left.items()
+        )
+        first = tournament.first(now_s)
+        assert (first.item_id if first is not None else None) == (ranked[0][3] if ranked else None)
+        if ranked and removed:
+            name = ranked[min(removed, len(ranked)) - 1][3]
+            assert tournament.pop(name, now_s) is left.pop(name)
+            assert name not in tournament and len(tournament) == len(left)
