@@ -253,9 +253,9 @@ def test_degrees_that_do_not_divide_are_named_with_those_that_would() -> None:
         check_layout(shape, DEVICES, ParallelLayout(tp=4))
 
 
-def budget_for(num_blocks: int, layout: ParallelLayout = ParallelLayout()) -> Hardware:
-    """Devices whose first stage has room for exactly so many blocks."""
-    footprint = stage_footprint(HAND, DEVICES, layout, 0, RESERVE)
+def budget_for(num_blocks: int) -> Hardware:
+    """Devices that have room for exactly so many blocks."""
+    footprint = stage_footprint(HAND, DEVICES, ParallelLayout(), 0, RESERVE)
     needed = footprint.weights + footprint.activations + num_blocks * footprint.block
     return replace(DEVICES, memory_bytes=needed / RESERVE.utilisation)
 

@@ -221,6 +221,5 @@ def test_the_time_of_a_token_is_that_of_the_chunk_in_whose_middle_it_is() -> Non
     # With attention that costs twice the keys before a chunk: 64 tokens after n take 64 * (n + 64) / 64.
     cost = Counted(curve=1 / 64)
     times = PrefillTimes(rule(Chunking.FIXED, tile=4, fixed=64), cost, 1.0, 100_000)
-    for num_tokens in (6400, 64_000):
-        chunks = [1.25 + 32.0 + (start + 64) for start in range(0, num_tokens, 64)]
-        assert times.prefill_s(num_tokens) == pytest.approx(sum(chunks), rel=4e-3)
+    chunks = [1.25 + 32.0 + (start + 64) for start in range(0, 6400, 64)]
+    assert times.prefill_s(6400) == pytest.approx(sum(chunks), rel=4e-3)

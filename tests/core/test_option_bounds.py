@@ -67,9 +67,7 @@ HARDWARE_BOUNDS: dict[str, tuple[float, float]] = {
     "devices_per_node": (1, 1 << 24),
 }
 LINK_BOUNDS: dict[str, tuple[float, float]] = {"bytes_per_s": (1e3, 1e21), "latency_s": (0.0, 10.0)}
-ENGINE_BOUNDS: dict[str, tuple[float, float]] = {
-    key: (0.0, 10.0) for key in ("step_s", "sequence_s", "stage_entry_s", "layer_launch_s", "request_s")
-}
+ENGINE_COSTS = ("step_s", "sequence_s", "stage_entry_s", "layer_launch_s", "request_s")
 
 
 def outside(low: float, high: float) -> tuple[float, float]:
@@ -175,12 +173,11 @@ def test_hardware_that_names_its_speed_alone_is_one_device_with_efficiencies_and
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ENGINE_BOUNDS)
+@pytest.mark.parametrize("key", ENGINE_COSTS)
 def test_a_cost_of_an_engine_may_have_both_its_bounds_and_nothing_beyond(key: str) -> None:
-    low, high = ENGINE_BOUNDS[key]
-    for value in (low, high):
+    for value in (0.0, 10.0):
         assert getattr(replace(ENGINE, **{key: value}), key) == value
-    for value in (*outside(low, high), float("nan")):
+    for value in (*outside(0.0, 10.0), float("nan")):
         with pytest.raises(ConfigError) as error:
             replace(ENGINE, **{key: value})
         assert str(error.value) == f"engine.{key}={value:g}: must be between 0 and 10"
