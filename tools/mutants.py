@@ -43,7 +43,7 @@ from mutmut.mutation.mutators import mutation_operators
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "megatron_medha" / "core"
-TESTS = tuple(ROOT / "tests" / name for name in ("core", "engine", "sim"))  # in the order they are tried
+TESTS = tuple(ROOT / "tests" / name for name in ("core", "stats", "sim"))  # in the order they are tried
 SURVIVORS = ROOT / "tools" / "mutants_survivors.md"
 KEPT = ROOT / "build" / "mutants"
 # Some mutants never end, or never stop appending. Seconds are of CPU, but the last.

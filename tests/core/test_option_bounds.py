@@ -18,7 +18,6 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule
-from megatron_medha.core.scheduling.output_length import OutputLengths
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 HARDWARE = Hardware(name="device", flops_per_s=1e12, memory_bytes_per_s=1e11)
@@ -40,11 +39,6 @@ SCHEDULER_BOUNDS: dict[str, tuple[float, float]] = {
     "max_skips": (0, 1 << 30),
     "watermark": (0.0, 0.5),
     "max_chunk_tokens": (1, 1 << 30),
-    "max_partial_prefills": (1, 1 << 20),
-    "max_long_partial_prefills": (1, 1 << 20),
-    "reserved_share": (0.0, 0.95),
-    "short_prompt_tokens": (1, 1 << 40),
-    "output_error": (0.0, 10.0),
     # Within what a step holds: 2**30 tokens here.
     "tile_tokens": (1, 1 << 20),
     "max_num_sequences": (1, 1 << 20),
@@ -114,7 +108,7 @@ def test_an_unknown_policy_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError) as error:
         SchedulerConfig(policy="fifo")
     assert str(error.value) == (
-        "scheduler.policy=fifo is unknown; choose one of fcfs, sjf, srpt, edf, lrs, lars, hrrn, ssjf, qlm"
+        "scheduler.policy=fifo is unknown; choose one of fcfs, sjf, srpt, edf, lrs, lars, hrrn"
     )
 
 
@@ -122,11 +116,9 @@ def test_the_scheduler_is_the_papers_if_nothing_is_set() -> None:
     assert defaults(SchedulerConfig) == {
         "policy": "lars", "is_preemptive": True, "chunking": Chunking.ADAPTIVE, "step_budget_s": 0.05,
         "tile_tokens": 32, "fixed_chunk_tokens": 512, "max_batch_tokens": 8192, "max_num_sequences": 256,
-        "max_chunk_tokens": None, "max_partial_prefills": None, "max_long_partial_prefills": None,
-        "reserved_share": 0.0, "short_prompt_tokens": 8192, "output_lengths": OutputLengths.MEAN,
-        "output_error": 0.5, "deadline_multiplier": 1.5, "min_deadline_s": 0.5, "has_triage": True,
+        "max_chunk_tokens": None, "deadline_multiplier": 1.5, "min_deadline_s": 0.5, "has_triage": True,
         "slack_margin_steps": 8.0, "has_space_sharing": True, "max_relative_slack": 0.4, "max_saved_gift_steps": 1.0,
-        "long_prefill_tokens": None, "progress_share": 0.1, "max_skips": 10, "watermark": 0.01,
+        "progress_share": 0.1, "max_skips": 10, "watermark": 0.01,
     }  # fmt: skip
 
 
