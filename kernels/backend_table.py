@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 
@@ -21,3 +22,8 @@ BACKENDS = {
     "flash_attn": BackendEntry("cuda", "attention.flash_backend:FlashAttention", "flash_attn"),
     "torch": BackendEntry("cuda", "attention.flash_backend:FlashAttention"),
 }
+
+
+def is_rehearsal() -> bool:
+    """Whether Triton's kernels are interpreted, for tests of them on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
 from megatron_medha.kernels.attention.backend import AttentionBackend
-from megatron_medha.kernels.backend_table import BACKENDS
+from megatron_medha.kernels.backend_table import BACKENDS, is_rehearsal
 from megatron_medha.kernels.native_build import NativeUnavailable
 
 log = logging.getLogger(__name__)
@@ -23,8 +22,7 @@ def backend_names(device: torch.device) -> tuple[str, ...]:
         for name, entry in BACKENDS.items()
         if entry.device == device.type and (entry.package is None or find_spec(entry.package))
     ]
-    is_rehearsal = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (*names, "triton") if is_rehearsal else tuple(names)
+    return (*names, "triton") if device.type == "cpu" and is_rehearsal() else tuple(names)
 
 
 def attention_backend(name: str, device: torch.device, group: int = 1) -> AttentionBackend:

@@ -43,7 +43,7 @@ ROOMS = {
     "models": {"core", "safe_files", "text"},
     "checkpoints": {"core", "safe_files", "models", "parallel"},
     "model": {"core", "kernels", "models", "parallel"},
-    "cluster": {"core", "system", "stats", "engine"},
+    "cluster": {"core", "system", "stats", "engine", "kernels"},
     "cluster/remote": {"core", "system", "cluster"},
     "worker": {
         "core", "system", "grammar", "kernels", "parallel", "models", "model", "cluster", "cluster/remote",

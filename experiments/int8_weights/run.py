@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from experiments.lib.plain_model import save_plain_model
 from megatron_medha.cluster.messages import NewRequest, Step, StepDone
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
@@ -71,8 +72,8 @@ def compare(checkpoint: Path, threads: int, rounds: int) -> int:
     losses: dict[str, float] = {}
     for kind, (dtype, weight_dtype) in KINDS.items():
         config = RankConfig(
-            front_endpoint="inproc://nobody", checkpoint=str(checkpoint), device="cpu", dtype=dtype,
-            weight_dtype=weight_dtype, kv_memory_bytes=512 << 20, num_threads=threads,
+            front_endpoint="inproc://nobody", checkpoint=str(checkpoint), kv_memory_bytes=512 << 20,
+            model=ModelOptions(device="cpu", dtype=dtype, weight_dtype=weight_dtype, num_threads=threads),
         )  # fmt: skip
         rank, ready = load_rank(config, lambda what, fraction: None)
         prompts = held_out(ready.shape.vocab_size, is_text=checkpoint.name == "tiny")

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from experiments.lib.plain_model import save_plain_model
 from experiments.lib.rank_processes import RankProcesses, rank_processes
 from megatron_medha.cluster.messages import NewRequest, Step
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
@@ -102,9 +103,9 @@ def decode(ranks: RankProcesses, checkpoint: Path, kvp: int, context: int, num_s
     shard_tokens = num_blocks * BLOCK_SIZE
     ranks.load(
         RankConfig(
-            layout=ParallelLayout(kvp=kvp), front_endpoint="", checkpoint=str(checkpoint), device="cpu",
-            dtype="float32", block_size=BLOCK_SIZE, kv_memory_bytes=num_blocks * block_bytes, num_threads=1,
-            max_tokens_per_shard=shard_tokens,
+            layout=ParallelLayout(kvp=kvp), front_endpoint="", checkpoint=str(checkpoint),
+            model=ModelOptions(device="cpu", dtype="float32", block_size=BLOCK_SIZE, num_threads=1),
+            kv_memory_bytes=num_blocks * block_bytes, max_tokens_per_shard=shard_tokens,
         ),  # fmt: skip
         prepare,
     )

@@ -48,7 +48,7 @@ def main() -> None:
     random.Random(0).shuffle(points)  # a drift must not look like a law
     with tqdm(total=len(points), unit="step", desc="grid", leave=False) as bar:
         steps = measure(rank, ready, points, seconds=arguments.seconds, note=bar.update)
-    law = fit(steps, shape=ready.shape, chip=ready.device, dtype=config.dtype)
+    law = fit(steps, shape=ready.shape, chip=ready.device, dtype=config.model.dtype)
     arguments.grid.write_bytes(msgspec.json.encode(Grid(law=law, steps=tuple(steps))))
 
 

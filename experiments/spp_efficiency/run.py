@@ -27,6 +27,7 @@ from tqdm import tqdm
 from experiments.lib.plain_model import save_plain_model
 from experiments.lib.rank_processes import RankProcesses, rank_processes
 from megatron_medha.cluster.messages import NewRequest, Step
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
@@ -47,8 +48,9 @@ def prefill(
     block_bytes = 2 * BLOCK_SIZE * MODEL["num_kv_heads"] * MODEL["head_dim"] * 4 * MODEL["num_layers"]
     ranks.load(
         RankConfig(
-            layout=layout, front_endpoint="", checkpoint=str(checkpoint), device="cpu", dtype="float32",
-            block_size=BLOCK_SIZE, kv_memory_bytes=num_blocks * block_bytes, num_threads=1,
+            layout=layout, front_endpoint="", checkpoint=str(checkpoint),
+            model=ModelOptions(device="cpu", dtype="float32", block_size=BLOCK_SIZE, num_threads=1),
+            kv_memory_bytes=num_blocks * block_bytes,
         )  # fmt: skip
     )
     prompt = array("i", (index % 1000 for index in range(num_tokens)))

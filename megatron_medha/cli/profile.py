@@ -63,7 +63,7 @@ def _profile(options: ProfileOptions) -> None:
     points = grid(ready.num_blocks * ready.block_size, ready.shape.max_context_len)
     with tqdm(total=len(points), unit="step", desc="measuring") as bar:
         steps = measure(rank, ready, points, seconds=options.seconds, note=bar.update)
-    fitted = fit(steps, shape=ready.shape, chip=ready.device, dtype=config.dtype)
+    fitted = fit(steps, shape=ready.shape, chip=ready.device, dtype=config.model.dtype)
     path.write_text(json.dumps(asdict(fitted), indent=1) + "\n", encoding="utf-8")
     print(
         f"{len(steps)} of {len(points)} steps on {ready.device}\n"

@@ -85,6 +85,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     block_size: int
     stop_token_ids: tuple[int, ...]  # the checkpoint's own end tokens
     device: str                      # e.g. "cpu, 2 threads, float32"
+    shard_tokens: int | None = None  # of one request on one kvp rank; None: there is one kvp rank, which holds it all
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.core.layout import ParallelLayout
 
 
@@ -23,19 +24,8 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     key_file: str | None = None      # keys of an encrypted connection (curve_keys.py); None: it is not encrypted
     checkpoint: str                  # directory: Megatron torch_dist or Hugging Face safetensors
     tokenizer: str | None = None     # directory with tokenizer.json, read for structured output; None: the checkpoint
-    device: str = "auto"             # auto, cpu, cuda
-    dtype: str = "auto"              # auto (the checkpoint's own), float32, bfloat16
-    block_size: int | None = None    # tokens per KV block; None: what the attention backend works best with
-    kv_memory_bytes: int | None      # for all KV blocks of this rank; None: kv_memory_share of free device memory
-    kv_memory_share: float = 0.5     # read only on a GPU, and while kv_memory_bytes is None
-    kv_dtype: str = "auto"           # auto (the model's), fp8_e4m3
-    fp8: str = "none"                # recipe of linear layers: none, tensorwise, blockwise
-    weight_dtype: str = "auto"       # of linear layers: auto (the model's), int8 (bf16 models on a CPU)
-    cuda_graphs: bool = True         # read only on a GPU
-    # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S).
-    # None: core/kv/kv_memory.py's default, which the front knows too.
+    model: ModelOptions = ModelOptions()
+    kv_memory_bytes: int | None      # for all KV blocks of this rank; None: model.kv_memory_share of free GPU memory
+    # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S). None: the rank says.
     max_tokens_per_shard: int | None = None
-    max_context_len: int | None = None  # None: the checkpoint's own
-    num_threads: int | None = None   # None: its share of the CPU cores it may use
-    attention_backend: str = "auto"
     is_audited: bool = False         # whether it counts its KV blocks a second time and sends the sums

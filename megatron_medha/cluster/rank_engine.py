@@ -19,7 +19,6 @@ from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.step_cost import Hardware
-from megatron_medha.core.kv.kv_memory import default_shard_tokens
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.ports import Observer
 from megatron_medha.core.scheduling.scheduler import Scheduler
@@ -89,12 +88,6 @@ def cluster_engine(
                     watchers.append(lambda scheduler: timeline)
                 if rank_config.is_audited:
                     watchers.append(partial(_audited, runtime, layout, stack))
-                shard_tokens = rank_config.max_tokens_per_shard
-                if started is not None and shard_tokens is None and layout.kvp > 1:
-                    first = started.first
-                    shard_tokens = default_shard_tokens(
-                        started.num_blocks, first.block_size, first.shape.max_context_len, layout.kvp
-                    )
                 yield None if started is None else World(
                     runtime=runtime,
                     setup=SchedulerSetup(
@@ -105,7 +98,7 @@ def cluster_engine(
                         layout=layout,
                         num_blocks=started.num_blocks,
                         block_size=started.first.block_size,
-                        max_tokens_per_shard=shard_tokens,
+                        max_tokens_per_shard=started.first.shard_tokens,
                     ),
                     stop_token_ids=started.first.stop_token_ids,
                     device=started.device,

@@ -1,6 +1,9 @@
-"""The errors users can meet. Our own bugs are assertions, not these."""
+"""The errors users can meet, and the checks of options. Our own bugs are assertions, not these."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 
 class MedhaError(Exception):
@@ -25,3 +28,15 @@ class RankError(MedhaError):
 
 class DependencyError(MedhaError):
     """An optional package is missing; the message says how to install it."""
+
+
+def check_member(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises ConfigError for another value than these."""
+    if value not in allowed:
+        raise ConfigError(f"{key}={value}: not known; use one of {', '.join(allowed)}")
+
+
+def check_range(key: str, value: float | None, low: float, high: float) -> None:
+    """Raises ConfigError for a number outside of [low, high]; None is in any range."""
+    if value is not None and not (low <= value <= high and math.isfinite(value)):
+        raise ConfigError(f"{key}={value:g}: must be between {low:g} and {high:g}")

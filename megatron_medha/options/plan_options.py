@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import product
 
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.options.serve_options import ModelOptions, ParallelOptions
+from megatron_medha.options.serve_options import ParallelOptions
 from megatron_medha.options.simulate_options import MemoryOptions, SimulateOptions, simulation_config
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig
 from megatron_medha.sim.planning.candidate import Trial

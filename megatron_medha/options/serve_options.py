@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -11,12 +10,13 @@ import msgspec
 
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.cost.capacity import check_layout, cluster_for, num_blocks_in
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.step_cost import Hardware
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_member, check_range
 from megatron_medha.core.kv.kv_memory import default_shard_tokens
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
@@ -26,9 +26,7 @@ from megatron_medha.server.slo import SloConfig
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig, check_serves
 from megatron_medha.system import machine
 
-_CUDA_BACKENDS = ("triton", "flash_attn", "torch")
 DEFAULT_BLOCK_SIZE = 16  # tokens, on CPU and in simulations; CUDA's backends have their own
-_MAX_BLOCK_SIZE = 4096  # tokens; beyond that the last block of every request wastes more than tables ever cost
 
 
 class RuntimeKind(Enum):
@@ -46,73 +44,19 @@ class LogFormat(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
-    """How the model is run."""
-
-    dtype: str = "auto"
-    device: str = "auto"
-    block_size: int | None = None
-    kv_memory_gib: float | None = None
-    kv_memory_share: float = 0.5
-    kv_dtype: str = "auto"
-    fp8: str = "none"
-    weight_dtype: str = "auto"
-    cuda_graphs: bool = True
-    max_context_len: int | None = None
-    num_threads: int | None = None
-    attention_backend: str = "auto"
-    shape: ModelShape | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype == "float16":
-            raise ConfigError(
-                "model.dtype=float16: a CPU multiplies float16 matrices thousands of times slower; "
-                "use bfloat16, which takes the same memory"
-            )
-        _check_member("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _check_member("model.device", self.device, ("auto", "cpu", "cuda"))
-        _check_member("model.attention_backend", self.attention_backend, ("auto", "native", "aten", *_CUDA_BACKENDS))
-        _check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
-        _check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
-        _check_member("model.weight_dtype", self.weight_dtype, ("auto", "int8"))
-        if self.device == "cpu" and self.attention_backend in _CUDA_BACKENDS:
-            raise ConfigError(f"model.attention_backend={self.attention_backend}: needs model.device=cuda; use auto")
-        if self.device == "cpu" and self.kv_dtype != "auto":
-            raise ConfigError(f"model.kv_dtype={self.kv_dtype}: needs model.device=cuda; use auto")
-        if self.device == "cuda" and self.weight_dtype != "auto":
-            raise ConfigError(f"model.weight_dtype={self.weight_dtype}: needs model.device=cpu; there is model.fp8")
-        if self.fp8 != "none" and self.weight_dtype != "auto":
-            raise ConfigError(f"model.weight_dtype={self.weight_dtype}: not together with model.fp8={self.fp8}")
-        _check_range("model.block_size", self.block_size, 1, _MAX_BLOCK_SIZE)
-        _check_range("model.kv_memory_gib", self.kv_memory_gib, 1e-6, 1e6)
-        _check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
-        _check_range("model.max_context_len", self.max_context_len, 2, 1 << 40)
-        _check_range("model.num_threads", self.num_threads, 1, 4096)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelOptions:
+class ParallelOptions(ParallelLayout):
     """How many ranks there are on each axis, and how long the KV of one request on one rank may be."""
 
-    tp: int = 1
-    spp: int = 1
-    kvp: int = 1
-    dp: int = 1
     max_tokens_per_shard: int | None = None
 
     def __post_init__(self) -> None:
-        ParallelLayout(tp=self.tp, spp=self.spp, kvp=self.kvp, dp=self.dp)  # says what is wrong with them
-        _check_range("parallel.max_tokens_per_shard", self.max_tokens_per_shard, 1, 1 << 40)
+        ParallelLayout.__post_init__(self)
+        check_range("parallel.max_tokens_per_shard", self.max_tokens_per_shard, 1, 1 << 40)
 
     @property
     def replica(self) -> ParallelLayout:
         """The axes of one replica."""
         return ParallelLayout(tp=self.tp, spp=self.spp, kvp=self.kvp)
-
-    @property
-    def num_ranks(self) -> int:
-        """Of all replicas."""
-        return self.replica.world_size * self.dp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,9 +83,9 @@ class TrackingConfig:
     otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
-        _check_member("tracking.wandb_mode", self.wandb_mode, ("auto", "online", "offline"))
-        _check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
-        _check_range("tracking.timeline_s", self.timeline_s, 0.1, 1e9)
+        check_member("tracking.wandb_mode", self.wandb_mode, ("auto", "online", "offline"))
+        check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
+        check_range("tracking.timeline_s", self.timeline_s, 0.1, 1e9)
         project = "x" if self.wandb_project is None else self.wandb_project
         if not 0 < len(project) <= _MAX_WANDB_PROJECT_CHARS or set(project) & set(_NOT_IN_WANDB_PROJECT):
             raise ConfigError(
@@ -200,8 +144,8 @@ class ProfileOptions:
     launch: LaunchConfig
 
     def __post_init__(self) -> None:
-        _check_range("seconds", self.seconds, 1.0, 3600.0)
-        if self.parallel.num_ranks > 1:
+        check_range("seconds", self.seconds, 1.0, 3600.0)
+        if self.parallel.world_size > 1:
             raise ConfigError("parallel: a profile is measured on one rank; use parallel=single")
 
 
@@ -240,7 +184,7 @@ class ServeConfig:
 
 def serve_config(options: ServeOptions) -> ServeConfig:
     """The options, checked against each other and against this machine. Raises ConfigError."""
-    _check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
+    check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
     check_serves(scheduler := options.scheduler.reduced)
     world: RankConfig | SimulatedModel
     if options.runtime is RuntimeKind.SIM:
@@ -293,19 +237,9 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
         layout=parallel.replica,
         front_endpoint="",
         checkpoint=str(checkpoint),
-        device=device,
-        dtype=model.dtype,
-        block_size=model.block_size,
+        model=replace(model, device=device, num_threads=_num_threads(options)),
         kv_memory_bytes=_device_kv_bytes(model) if device == "cuda" else _kv_memory_bytes(options, checkpoint),
-        kv_memory_share=model.kv_memory_share,
-        kv_dtype=model.kv_dtype,
-        fp8=model.fp8,
-        weight_dtype=model.weight_dtype,
-        cuda_graphs=model.cuda_graphs,
         max_tokens_per_shard=parallel.max_tokens_per_shard,
-        max_context_len=model.max_context_len,
-        num_threads=_num_threads(options),
-        attention_backend=model.attention_backend,
         is_audited=isinstance(options, ServeOptions) and options.kv_audit,
     )
 
@@ -335,8 +269,8 @@ def _kv_memory_bytes(options: ServeOptions | ProfileOptions, checkpoint: Path) -
     free_bytes = machine.free_memory_bytes()
     if wanted_gib is not None:
         wanted_bytes = int(wanted_gib * machine.GIB)
-        if free_bytes is not None and wanted_bytes * parallel.num_ranks > free_bytes:
-            ranks = f" on each of {parallel.num_ranks} ranks" if parallel.num_ranks > 1 else ""
+        if free_bytes is not None and wanted_bytes * parallel.world_size > free_bytes:
+            ranks = f" on each of {parallel.world_size} ranks" if parallel.world_size > 1 else ""
             raise ConfigError(
                 f"model.kv_memory_gib={wanted_gib:g}{ranks}: only {free_bytes / machine.GIB:.1f} GiB are free; "
                 "take less, or null for a share of what is free"
@@ -354,14 +288,14 @@ def _kv_memory_bytes(options: ServeOptions | ProfileOptions, checkpoint: Path) -
             f"checkpoint={checkpoint}: {weight_bytes / machine.GIB:.1f} GiB of files{times} but only "
             f"{free_bytes / machine.GIB:.1f} GiB of memory are free; free some, or give model.kv_memory_gib"
         )
-    return kv_bytes // parallel.num_ranks
+    return kv_bytes // parallel.world_size
 
 
 def _num_threads(options: ServeOptions | ProfileOptions) -> int | None:
     """Of each rank: several on one machine share its cores, one takes them all."""
     if options.model.num_threads is not None or options.launch.kind is LaunchKind.ATTACH:
         return options.model.num_threads
-    num_ranks = options.parallel.num_ranks
+    num_ranks = options.parallel.world_size
     return None if num_ranks == 1 else max(1, machine.num_usable_cores() // num_ranks)
 
 
@@ -376,8 +310,8 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
     hardware = cluster_for(options.hardware, layout)
     check_layout(shape, hardware, layout)
     if model.max_context_len is not None:
-        _check_range("model.max_context_len", model.max_context_len, 2, shape.max_context_len)
-        shape = _with_context(shape, model.max_context_len)
+        check_range("model.max_context_len", model.max_context_len, 2, shape.max_context_len)
+        shape = replace(shape, max_context_len=model.max_context_len)
     if model.kv_memory_gib is None:
         raise ConfigError("model.kv_memory_gib=null: runtime=sim needs the KV memory to simulate; give GiB")
     block_size = model.block_size or DEFAULT_BLOCK_SIZE
@@ -394,11 +328,6 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
         or default_shard_tokens(num_blocks, block_size, shape.max_context_len, layout.kvp),
         is_audited=options.kv_audit,
     )
-
-
-def _with_context(shape: ModelShape, max_context_len: int) -> ModelShape:
-    values = {field.name: getattr(shape, field.name) for field in fields(shape)}
-    return ModelShape(**{**values, "max_context_len": max_context_len})
 
 
 def _profile(path: Path | None, layout: ParallelLayout) -> FittedCost | None:
@@ -438,13 +367,3 @@ def _tokenizer(options: ServeOptions) -> Path:
             "(save_pretrained of a Hugging Face fast tokenizer writes it)"
         )
     return directory
-
-
-def _check_member(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}={value}: not known; use one of {', '.join(allowed)}")
-
-
-def _check_range(key: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (low <= value <= high and math.isfinite(value)):
-        raise ConfigError(f"{key}={value:g}: must be between {low:g} and {high:g}")

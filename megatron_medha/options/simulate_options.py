@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.core.cost.capacity import Reserve, check_layout, cluster_for, num_blocks_in, num_kv_blocks
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
@@ -13,7 +14,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.options.serve_options import DEFAULT_BLOCK_SIZE, ModelOptions, ParallelOptions, TrackingConfig
+from megatron_medha.options.serve_options import DEFAULT_BLOCK_SIZE, ParallelOptions, TrackingConfig
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.simulation import SimulationConfig

@@ -89,7 +89,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
     # Ctrl-C reaches the whole process group; when and how ranks end is the front's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(argv[0], type=RankConfig)
-    let_idle_threads_sleep(num_threads_of_rank(config.num_threads, config.layout.world_size))
+    let_idle_threads_sleep(num_threads_of_rank(config.model.num_threads, config.layout.world_size))
     bound_kernel_cache()
 
     context = zmq.Context()
@@ -119,7 +119,7 @@ def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> L
     # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
     from megatron_medha.worker.startup.megatron_import import import_megatron
 
-    import_megatron(config.device)
+    import_megatron(config.model.device)
     from megatron_medha.worker.startup.load import load_rank
     from megatron_medha.worker.step_loop import run_steps
 

@@ -16,6 +16,7 @@ from fake_rank import continuation
 
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch import LocalRanks, RankProcess, Ranks
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.rank_engine import OpenRanks, cluster_engine, local_ranks
 from megatron_medha.cluster.run_timeline import RunTimeline
@@ -50,7 +51,7 @@ class FakeCluster:
         self.ranks: LocalRanks
         self.engine: Engine = cluster_engine(
             rank_config=RankConfig(
-                block_size=16,
+                model=ModelOptions(block_size=16),
                 layout=layout,
                 front_endpoint="",
                 checkpoint=str(directory),

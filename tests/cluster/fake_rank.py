@@ -114,7 +114,7 @@ class FakeRank:
             if other != request_id and not given.isdisjoint(blocks):
                 self._robbed.add(other)
         assert all(0 <= block < self._num_blocks for block in owned)
-        assert (end - shard_start) <= len(owned) * self._config.block_size, "a token without a block"
+        assert (end - shard_start) <= len(owned) * (self._config.model.block_size or 0), "a token without a block"
 
     def _fail_if_told(self, tokens: Sequence[int]) -> None:
         kind = _take_fault(self._config, tokens)
@@ -169,7 +169,8 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
             if rank.answers:
                 answer(done)
 
-    ready = Ready(config.rank, shape, num_blocks, config.block_size, (), "fake")
+    block_size = config.model.block_size or 0
+    ready = Ready(config.rank, shape, num_blocks, block_size, (), "fake", config.max_tokens_per_shard)
     return Loaded(serve, ready, rank.prepared.append)
 
 

@@ -14,6 +14,7 @@ import pytest
 from clients import TIMEOUT_S, Client, wait_until_ready
 
 from megatron_medha.cluster.health import RecoveryConfig
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.rank_engine import cluster_engine
 from megatron_medha.core.batch import FinishReason
@@ -71,10 +72,8 @@ def make_engine(
             max_tokens_per_shard=shard_tokens,
             front_endpoint="",
             checkpoint=str(checkpoint),
-            device="cpu",
-            block_size=BLOCK_SIZE,
+            model=ModelOptions(device="cpu", block_size=BLOCK_SIZE, num_threads=1),
             kv_memory_bytes=kv_blocks * block_bytes,
-            num_threads=1,
         ),
         scheduler_config=SchedulerConfig(**scheduler),
         hardware=HARDWARE,

@@ -58,7 +58,6 @@ def test_every_linear_layer_of_the_decoder_is_replaced_and_said_so(caplog: Any) 
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("delayed", torch.bfloat16, True, 1), "not known"),
         (("tensorwise", torch.float32, True, 1), "needs model.dtype=bfloat16"),
         (("blockwise", torch.bfloat16, False, 1), "needs Transformer Engine"),
         (("tensorwise", torch.bfloat16, False, 2), "only with parallel.tp=1"),

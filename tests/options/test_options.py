@@ -16,6 +16,7 @@ import megatron_medha
 from megatron_medha.cli.parts.chat_client import ChatConfig
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
@@ -24,7 +25,6 @@ from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.options.compose import compose, freeze, option_names
 from megatron_medha.options.serve_options import (
-    ModelOptions,
     ParallelOptions,
     ServeConfig,
     ServeOptions,
@@ -175,12 +175,10 @@ def test_overrides_reach_the_rank(configure: Configure, checkpoint: Path) -> Non
     assert config.world == RankConfig(
         front_endpoint="",
         checkpoint=str(checkpoint),
-        device="cpu",
-        dtype="bfloat16",
-        block_size=32,
+        model=ModelOptions(
+            device="cpu", dtype="bfloat16", block_size=32, kv_memory_gib=0.5, max_context_len=1000, num_threads=1
+        ),
         kv_memory_bytes=2**29,
-        max_context_len=1000,
-        num_threads=1,
     )
 
 
@@ -274,5 +272,5 @@ def test_ranks_of_one_machine_share_its_cores_and_memory(configure: Configure) -
     assert config.num_replicas == 2
     assert config.world.layout == ParallelLayout(spp=2, kvp=2)
     assert config.world.max_tokens_per_shard == 4096
-    assert config.world.num_threads == max(1, machine.num_usable_cores() // 8) and alone.num_threads is None
+    assert config.world.model.num_threads == max(1, machine.num_usable_cores() // 8) and alone.model.num_threads is None
     assert config.world.kv_memory_bytes < alone.kv_memory_bytes / 4

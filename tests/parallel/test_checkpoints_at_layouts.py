@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.lib.rank_processes import RankProcesses, leave_group
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
@@ -24,7 +25,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def config_of(directory: Path, layout: ParallelLayout) -> RankConfig:
     return RankConfig(
-        layout=layout, front_endpoint="", checkpoint=str(directory), device="cpu", kv_memory_bytes=1 << 20
+        layout=layout, front_endpoint="", checkpoint=str(directory), model=ModelOptions(device="cpu"),
+        kv_memory_bytes=1 << 20,
     )
 
 
@@ -51,7 +53,8 @@ def test_a_megatron_checkpoint_saved_at_one_layout_is_the_same_model_at_another(
     ranks.unload()
     # The directory to write to travels in a field that loading weights has no use for.
     ranks.call(convert, RankConfig(
-        layout=saving, front_endpoint=str(target), checkpoint=str(directory), device="cpu", kv_memory_bytes=0
+        layout=saving, front_endpoint=str(target), checkpoint=str(directory), model=ModelOptions(device="cpu"),
+        kv_memory_bytes=0,
     ))  # fmt: skip
     walk(random_case(loading, 2, num_requests=3), ranks, target, reference)
 

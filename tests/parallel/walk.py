@@ -21,6 +21,7 @@ import torch
 
 from experiments.lib.rank_processes import Answer, RankProcesses
 from megatron_medha.cluster.messages import NewRequest, SampledToken, Step, StepDone
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import (
     Aborted,
@@ -191,9 +192,9 @@ class Walk:
         self.layout = case.layout
         ready, *_ = ranks.load(
             RankConfig(
-                layout=case.layout, front_endpoint="", checkpoint=str(checkpoint), device="cpu", dtype="float32",
-                block_size=case.block_size, kv_memory_bytes=KV_BYTES, num_threads=1,
-                max_tokens_per_shard=case.shard_tokens,
+                layout=case.layout, front_endpoint="", checkpoint=str(checkpoint),
+                model=ModelOptions(device="cpu", dtype="float32", block_size=case.block_size, num_threads=1),
+                kv_memory_bytes=KV_BYTES, max_tokens_per_shard=case.shard_tokens,
             )  # fmt: skip
         )
         assert ready.num_blocks >= case.num_blocks

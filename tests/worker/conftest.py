@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_medha.cluster.messages import NewRequest, Ready, Step, StepDone
+from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import BlockPool, num_blocks_for
@@ -102,10 +103,8 @@ def rank_config(theirs: tuple[Any, Path]) -> RankConfig:
     return RankConfig(
         front_endpoint="inproc://nobody",
         checkpoint=str(theirs[1]),
-        device="cpu",
-        block_size=BLOCK_SIZE,
+        model=ModelOptions(device="cpu", block_size=BLOCK_SIZE, num_threads=1),
         kv_memory_bytes=8 << 20,
-        num_threads=1,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ def load(tmp_path: Path, rank_config: RankConfig, front_of: Callable[[RankConfig
             msgspec.structs.replace(
                 rank_config,
                 checkpoint=str(tmp_path),
-                dtype="bfloat16",
-                num_threads=num_threads,
-                weight_dtype=weight_dtype,
+                model=dataclasses.replace(
+                    rank_config.model, dtype="bfloat16", num_threads=num_threads, weight_dtype=weight_dtype
+                ),
             )
         )
         front.rank._plain_decodes = None  # they pass the model's forward by: test_run_ahead.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -122,7 +123,8 @@ def native_front(
     except NativeUnavailable as reason:
         pytest.skip(str(reason))
     monkeypatch.setattr(packed_linear, "_MIN_GAIN", 0.0)
-    return front_of(msgspec.structs.replace(rank_config, dtype="bfloat16"))
+    model = dataclasses.replace(rank_config.model, dtype="bfloat16")
+    return front_of(msgspec.structs.replace(rank_config, model=model))
 
 
 # Most decodes of the walk are beyond position 16, none beyond 8192.

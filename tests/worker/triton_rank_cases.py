@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from megatron_medha.kernels.triton.triton_interpreter import use_interpreter
 
 use_interpreter()
@@ -25,6 +27,11 @@ def prompt(num_tokens: int, seed: int) -> list[int]:
     return torch.randint(4, 512, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def on_triton(config: RankConfig, kv_dtype: str = "auto") -> RankConfig:
+    model = dataclasses.replace(config.model, attention_backend="triton", kv_dtype=kv_dtype)
+    return msgspec.structs.replace(config, model=model)
+
+
 def tokens_of(config: RankConfig, front: Front | None = None) -> tuple[list[int], str]:
     """Two requests in mixed batches: a prompt in chunks beside one that decodes."""
     front = front or Front(*load_rank(config, lambda what, fraction: None))
@@ -42,20 +49,18 @@ def test_a_rank_over_the_triton_kernels_says_what_one_over_the_cpus_says(
 ) -> None:
     config = msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20)
     expected, _ = tokens_of(config)
-    found, device = tokens_of(msgspec.structs.replace(config, attention_backend="triton"))
+    found, device = tokens_of(on_triton(config))
     assert "triton attention" in device
     assert found == expected
     # e4m3 KV moves logits by some percent; that it runs and says so is what is looked at here.
-    found, device = tokens_of(msgspec.structs.replace(config, attention_backend="triton", kv_dtype="fp8_e4m3"))
+    found, device = tokens_of(on_triton(config, "fp8_e4m3"))
     assert "KV in float8_e4m3fn" in device
     assert len(found) == len(expected)
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8_e4m3"])
 def test_kv_memory_of_the_triton_kernels_can_be_cleared_for_a_profile(rank_config: RankConfig, kv_dtype: str) -> None:
-    config = msgspec.structs.replace(
-        rank_config, kv_memory_bytes=1 << 20, attention_backend="triton", kv_dtype=kv_dtype
-    )
+    config = on_triton(msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20), kv_dtype)
     rank, _ = load_rank(config, lambda what, fraction: None)
     rank.clear_kv()
     assert all(not tensor.float().any() for layer in rank._kv_layers for tensor in layer)
@@ -75,7 +80,7 @@ def test_steps_replayed_over_static_buffers_say_what_eager_steps_say(rank_config
 
         return replay, output
 
-    rank, ready = load_rank(msgspec.structs.replace(config, attention_backend="triton"), lambda what, fraction: None)
+    rank, ready = load_rank(on_triton(config), lambda what, fraction: None)
     rank.graphs = StepGraphs(
         rank.model, rank._backend, rank._kv_layers, rank._rotary, torch.device("cpu"),
         shapes=[GraphShape(2, 2, False), GraphShape(24, 3, True)], new_capture=lambda: by_hand,
@@ -92,7 +97,7 @@ def test_no_graph_is_replayed_over_block_tables_that_grew_since_it_was_captured(
 ) -> None:
     monkeypatch.setattr(block_tables, "_MIN_FIRST_ROWS", 1)
     monkeypatch.setattr(block_tables, "_FIRST_BYTES", 0)
-    config = msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20, attention_backend="triton")
+    config = on_triton(msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20))
     rank, ready = load_rank(config, lambda what, fraction: None)
     captured_over: list[int] = []  # one entry for each time that all graphs were captured
     replayed_over: list[tuple[int, int]] = []

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import check_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +61,11 @@ class Hardware:
             ("num_devices", 1, 1 << 24),
             ("devices_per_node", 1, 1 << 24),
         ):
-            _check_range(f"hardware.{key}", getattr(self, key), low, high)
+            check_range(f"hardware.{key}", getattr(self, key), low, high)
         for key in ("intra_node", "inter_node"):
             link: Link = getattr(self, key)
-            _check_range(f"hardware.{key}.bytes_per_s", link.bytes_per_s, 1e3, 1e21)
-            _check_range(f"hardware.{key}.latency_s", link.latency_s, 0.0, 10.0)
+            check_range(f"hardware.{key}.bytes_per_s", link.bytes_per_s, 1e3, 1e21)
+            check_range(f"hardware.{key}.latency_s", link.latency_s, 0.0, 10.0)
 
     def matmul_flops_per_s(self, bytes_per_element: int) -> float:
         """The peak in a type of this size."""
@@ -90,8 +89,3 @@ def all_gather_s(link: Link, num_ranks: int, num_bytes: float) -> float:
 def send_s(link: Link, num_bytes: float) -> float:
     """A message to one peer."""
     return link.latency_s + num_bytes / link.bytes_per_s
-
-
-def _check_range(key: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (low <= value <= high and math.isfinite(value)):
-        raise ConfigError(f"{key}={value:g}: must be between {low:g} and {high:g}")

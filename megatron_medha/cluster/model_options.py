@@ -1,0 +1,57 @@
+"""How a model is run: the one place where its options are defined and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_medha.core.errors import ConfigError, check_member, check_range
+from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.kernels.backend_table import BACKENDS, is_rehearsal
+
+_MAX_BLOCK_SIZE = 4096  # tokens; beyond that the last block of every request wastes more than tables ever cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """How the model is run. conf/model/auto.yaml says more of each; what depends on the checkpoint the rank checks."""
+
+    dtype: str = "auto"                     # auto: the checkpoint's own
+    device: str = "auto"
+    block_size: int | None = None           # tokens in a KV block; None: the attention backend's own
+    kv_memory_gib: float | None = None
+    kv_memory_share: float = 0.5            # of free memory, while kv_memory_gib is None
+    kv_dtype: str = "auto"                  # auto: the model's
+    fp8: str = "none"                       # recipe of the linear layers
+    weight_dtype: str = "auto"              # of the linear layers; auto: the model's
+    cuda_graphs: bool = True                # read only on a GPU
+    max_context_len: int | None = None      # None: the checkpoint's own
+    num_threads: int | None = None          # of each rank; None: its share of the cores it may use
+    attention_backend: str = "auto"
+    shape: ModelShape | None = None         # of a model that is only simulated
+
+    def __post_init__(self) -> None:
+        if self.dtype == "float16":
+            raise ConfigError(
+                "model.dtype=float16: a CPU multiplies float16 matrices thousands of times slower; "
+                "use bfloat16, which takes the same memory"
+            )
+        check_member("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_member("model.device", self.device, ("auto", "cpu", "cuda"))
+        check_member("model.attention_backend", self.attention_backend, ("auto", *BACKENDS))
+        check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
+        check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
+        check_member("model.weight_dtype", self.weight_dtype, ("auto", "int8"))
+        is_cpu = self.device == "cpu" and not is_rehearsal()
+        if is_cpu and self.attention_backend != "auto" and BACKENDS[self.attention_backend].device == "cuda":
+            raise ConfigError(f"model.attention_backend={self.attention_backend}: needs model.device=cuda; use auto")
+        if is_cpu and self.kv_dtype != "auto":
+            raise ConfigError(f"model.kv_dtype={self.kv_dtype}: needs model.device=cuda; use auto")
+        if self.device == "cuda" and self.weight_dtype != "auto":
+            raise ConfigError(f"model.weight_dtype={self.weight_dtype}: needs model.device=cpu; there is model.fp8")
+        if self.fp8 != "none" and self.weight_dtype != "auto":
+            raise ConfigError(f"model.weight_dtype={self.weight_dtype}: not together with model.fp8={self.fp8}")
+        check_range("model.block_size", self.block_size, 1, _MAX_BLOCK_SIZE)
+        check_range("model.kv_memory_gib", self.kv_memory_gib, 1e-6, 1e6)
+        check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
+        check_range("model.max_context_len", self.max_context_len, 2, 1 << 40)
+        check_range("model.num_threads", self.num_threads, 1, 4096)

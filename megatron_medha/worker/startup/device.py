@@ -1,0 +1,97 @@
+"""What a rank runs on and in: its device, its dtypes, the memory for its KV, and how it says so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from megatron_medha.cluster.model_options import ModelOptions
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.kernels.attention.backend import AttentionBackend
+from megatron_medha.kernels.choose_backend import backend_names
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def free_device_bytes(device: torch.device, share: float) -> int:
+    """That share of what is free on the GPU now that the weights are there. Raises ConfigError on a CPU."""
+    if device.type != "cuda":
+        raise ConfigError("kv_memory_bytes=None: only a GPU's memory is shared out by the rank; give a number")
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return int(free_bytes * share)
+
+
+def kv_dtype_of(name: str, dtype: torch.dtype, backend: AttentionBackend) -> torch.dtype:
+    """What KV is stored in; "auto" is the model's dtype. Raises ConfigError."""
+    if name == "auto":
+        return dtype
+    if not backend.stores_fp8:
+        raise ConfigError(f"kv_dtype=fp8_e4m3 needs attention_backend=triton, not {backend.name}; use kv_dtype=auto")
+    return torch.float8_e4m3fn
+
+
+def context_len_of(wanted: int | None, of_checkpoint: int) -> int:
+    """The longest sequence to serve; the checkpoint's own length unless told otherwise. Raises ConfigError."""
+    if wanted is None:
+        return of_checkpoint
+    if not 0 < wanted <= of_checkpoint:
+        raise ConfigError(f"max_context_len={wanted} must lie between 1 and the checkpoint's own {of_checkpoint}")
+    return wanted
+
+
+def device_of(name: str) -> torch.device:
+    """The device to run on; "auto" is CUDA where it is usable and has an attention backend. Raises ConfigError."""
+    if name == "auto":
+        is_usable = torch.cuda.is_available() and backend_names(torch.device("cuda"))
+        return device_of("cuda" if is_usable else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but there is no usable CUDA device; use device=cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_device_index(os.environ, torch.cuda.device_count()))
+    torch.cuda.set_device(device)  # what says "cuda" alone, as Megatron does, means this one
+    return device
+
+
+def local_device_index(environment: Mapping[str, str], num_devices: int) -> int:
+    """Which of this machine's GPUs is this rank's: as many as ranks here, in their order. Raises ConfigError."""
+    name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environment), None)
+    if name is None or num_devices == 1 and "CUDA_VISIBLE_DEVICES" in environment:
+        return 0  # alone here, or the launcher has shown this rank its own device only
+    index = int(environment[name])
+    if index >= num_devices:
+        raise ConfigError(
+            f"{name}={index}: this machine shows {num_devices} CUDA devices, and every rank needs one of its own; "
+            "take smaller parallel.* or more machines (launch=attach)"
+        )
+    return index
+
+
+def dtype_of(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype to run in; "auto" is the checkpoint's own, or bfloat16 where that is not run. Raises ConfigError."""
+    # A GPU has no kernel for fp32 KV (kernels/kv/paged_kv.py), and nobody wants fp32 there unasked. fp16 matmuls are
+    # thousands of times slower than bf16 ones on CPU (measured), and overflow where bf16 does not.
+    if device.type == "cuda" and name == "float32":
+        raise ConfigError("model.dtype=float32: no kernels for it on a GPU; use auto, bfloat16 or model.device=cpu")
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else _DTYPES.get(checkpoint_dtype, torch.bfloat16)
+    return _DTYPES[name]
+
+
+def described(
+    device: torch.device,
+    num_threads: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    options: ModelOptions,
+    backend_name: str,
+) -> str:
+    """For the line the front prints when the model is ready."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {num_threads} threads"
+    parts = [name, str(dtype).removeprefix("torch."), f"{backend_name} attention"]
+    parts += [f"KV in {str(kv_dtype).removeprefix('torch.')}"] if kv_dtype != dtype else []
+    parts += [f"FP8 linear layers ({options.fp8})"] if options.fp8 != "none" else []
+    parts += ["int8 weights"] if options.weight_dtype == "int8" else []
+    return ", ".join(parts)
