@@ -205,7 +205,7 @@ def _load(config: RankConfig, connection: Connection, prepare: Prepare | None) -
     rank, ready = load_rank(config, lambda what, fraction: None)
     logits: list[np.ndarray] = []
     coord = config.layout.coord_of(config.rank)
-    if coord.pp == config.layout.spp - 1 and coord.tp == 0:
+    if coord.spp == config.layout.spp - 1 and coord.tp == 0:
         def keep(model: Any, args: Any, output: torch.Tensor) -> None:
             logits.append(output[0].float().numpy())
 

@@ -74,7 +74,7 @@ def prefill(
                 ranks.send_to_kvp_rank(0, Step(num_submitted, chunks, (new,) if start == 0 else ()))
                 num_submitted += 1
             for answer in ranks.answers():
-                stage = layout.coord_of(answer.done.rank).pp
+                stage = layout.coord_of(answer.done.rank).spp
                 cpu_s[stage].append(answer.cpu_s)
                 bar.update(stage == layout.spp - 1)
     return [[time.monotonic() - started_s], *cpu_s]

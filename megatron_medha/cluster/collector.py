@@ -47,7 +47,7 @@ class StepCollector:
     def expects(self, done: StepDone) -> bool:
         """Whether this answer can be: of a batch in flight, to which that stage has not answered in full."""
         flight = self._in_flight.get(done.batch_id)
-        return flight is not None and flight.num_left[self._layout.coord_of(done.rank).pp] > 0
+        return flight is not None and flight.num_left[self._layout.coord_of(done.rank).spp] > 0
 
     def take(self, done: StepDone) -> Iterable[FirstStageDone | BatchResult]:
         """Note one rank's answer; what it completes comes back, FirstStageDone before the batch's result.
@@ -56,7 +56,7 @@ class StepCollector:
         """
         flight = self._in_flight.get(done.batch_id)
         assert flight is not None, f"rank {done.rank} answers for batch {done.batch_id}, which is not in flight"
-        stage = self._layout.coord_of(done.rank).pp
+        stage = self._layout.coord_of(done.rank).spp
         flight.num_left[stage] -= 1
         assert flight.num_left[stage] >= 0, f"rank {done.rank} answers twice for batch {done.batch_id}"
         flight.stage_s[stage] = max(flight.stage_s[stage], done.duration_s)

@@ -53,7 +53,7 @@ class RunTimeline:
         coord = self._layout.coord_of(done.rank)
         if coord.tp:
             return  # the first of its tensor-parallel ranks, which end together, stands for all
-        self._timeline.span(Span(done.batch_id, coord.pp, coord.kvp, now_s - done.duration_s, now_s))
+        self._timeline.span(Span(done.batch_id, coord.spp, coord.kvp, now_s - done.duration_s, now_s))
 
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""

@@ -355,4 +355,4 @@ class ClusterRuntime:
 
 def _sampling_ranks(layout: ParallelLayout) -> list[int]:
     coords = {rank: layout.coord_of(rank) for rank in range(layout.world_size)}
-    return [rank for rank, coord in coords.items() if coord.pp == layout.spp - 1 and coord.tp == 0]
+    return [rank for rank, coord in coords.items() if coord.spp == layout.spp - 1 and coord.tp == 0]

@@ -13,15 +13,15 @@ class Coord(NamedTuple):
 
     tp: int
     kvp: int
-    pp: int
+    spp: int  # index of its stage
     dp: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelLayout:
-    """Degrees of the four axes; tp varies fastest, then kvp, then pipeline stages, then replicas.
+    """Degrees of the four axes; tp varies fastest, then kvp, then stages (spp), then replicas (dp).
 
-    rank = dp * (spp * kvp * tp) + pp * (kvp * tp) + kvp * tp + tp.
+    rank = dp * (spp * kvp * tp) + spp * (kvp * tp) + kvp * tp + tp.
     """
 
     tp: int = 1
@@ -44,12 +44,12 @@ class ParallelLayout:
         assert 0 <= rank < self.world_size, f"rank {rank} of {self.world_size}"
         rest, tp = divmod(rank, self.tp)
         rest, kvp = divmod(rest, self.kvp)
-        dp, pp = divmod(rest, self.spp)
-        return Coord(tp, kvp, pp, dp)
+        dp, spp = divmod(rest, self.spp)
+        return Coord(tp, kvp, spp, dp)
 
     def rank_of(self, coord: Coord) -> int:
         """The rank at a place."""
-        return ((coord.dp * self.spp + coord.pp) * self.kvp + coord.kvp) * self.tp + coord.tp
+        return ((coord.dp * self.spp + coord.spp) * self.kvp + coord.kvp) * self.tp + coord.tp
 
     def groups(self, axis: str) -> list[list[int]]:
         """Ranks that differ on this axis only, one list per group, in rank order."""

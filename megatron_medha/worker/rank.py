@@ -16,7 +16,7 @@ from megatron_medha.cluster.kv_audit import SentBlocks
 from megatron_medha.cluster.messages import HeldKV, PromptLogprobs, SampledToken, Step, StepDone
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import TokenLogprobs
-from megatron_medha.core.stage_plan import Place, StagePlan, stage_plan
+from megatron_medha.core.stage_plan import StagePlan, stage_plan
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.logprobs import prompt_logprobs
@@ -105,7 +105,7 @@ class Rank:
         self._link = StageLink(
             pgs.pp, hidden_size=config.hidden_size, dtype=next(model.parameters()).dtype, device=device
         )
-        self._place = Place(self._link.stage, pgs.kvp.rank())
+        self._is_last_stage = self._link.stage == self._link.num_stages - 1
         self._is_first_of_tp = pgs.tp.rank() == 0
         # In a layout of several, tokens are sampled elsewhere too; the front tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
@@ -135,7 +135,7 @@ class Rank:
     @property
     def kvp_rank(self) -> int:
         """Its index among the kvp ranks."""
-        return self._place.kvp
+        return self._shards.kvp_rank
 
     def clear_kv(self) -> None:
         """Set all KV memory to zero. What nobody has written may hold anything, and on a CPU is not in memory yet."""
@@ -146,7 +146,7 @@ class Rank:
     @property
     def receives(self) -> bool:
         """Whether there is a stage before this one."""
-        return self._place.stage > 0
+        return self._link.stage > 0
 
     @property
     def answers(self) -> bool:
@@ -182,14 +182,14 @@ class Rank:
                 chunks.append((chunk, request))
             else:  # every rank finds the same fault in it, so all of them leave it out
                 failed.append((chunk.request_id, request.fault))
-        plan = self._plan(step.batch_id, chunks) if self.receives else None
+        plan = self._plan(chunks) if self.receives else None
         self._announced.append(
             _Announced(
                 step=step,
                 chunks=tuple(chunks),
                 failed=tuple(failed),
                 plan=plan,
-                arriving=self._link.post_receive(plan.num_tokens) if plan and plan.receives_from else None,
+                arriving=self._link.post_receive(plan.num_tokens) if plan and plan.num_tokens else None,
                 duration_s=time.monotonic() - started_s,
                 held=self._held_kv(step),
             )
@@ -268,7 +268,7 @@ class Rank:
         if places != list(range(len(token_ids_R))):
             (places_T,) = self._staging.upload([np.array(places, np.int64)])
             token_ids_R = token_ids_R.index_select(0, places_T)
-        host = host_step(decodes, plan=self._plan(0, decodes), shards=self._shards, num_unseen=1)
+        host = host_step(decodes, plan=self._plan(decodes), shards=self._shards, num_unseen=1)
         logits_RV = self.graphs.run(host, token_ids_R)
         if logits_RV is None:
             return None
@@ -276,8 +276,8 @@ class Rank:
         span.stop()
         return Held(decodes, chosen, span)
 
-    def _plan(self, batch_id: int, chunks: Sequence[tuple[Chunk, StoredRequest]]) -> StagePlan:
-        return stage_plan(batch_id, [chunk for chunk, _ in chunks], self._place, self._link.num_stages)
+    def _plan(self, chunks: Sequence[tuple[Chunk, StoredRequest]]) -> StagePlan:
+        return stage_plan([chunk for chunk, _ in chunks], self._shards.kvp_rank)
 
     def _forward(
         self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan | None, hidden_T1C: Tensor | None
@@ -285,7 +285,7 @@ class Rank:
         """Run the model over chunks; their blocks are noted already. plan: where it has been made already."""
         if self._plain_decodes is not None and (found_RV := self._plain_decodes.logits(chunks)) is not None:
             return _Forward(tuple(request for _, request in chunks), found_RV)
-        plan = plan or self._plan(0, chunks)
+        plan = plan or self._plan(chunks)
         host = host_step(chunks, plan=plan, shards=self._shards)
         logits_RV = None if self.graphs is None else self.graphs.run(host)
         if logits_RV is not None:
@@ -306,7 +306,7 @@ class Rank:
         output = self.model(
             tensors.token_ids_1T, None, None, inference_context=tensors.batch, runtime_gather_output=True
         )
-        if plan.sends_to is not None:
+        if not self._is_last_stage:
             return _Forward((), output, output=output)
         prompt: list[PromptLogprobs] = []
         if tensors.prompt_rows:  # all ranks of a tensor-parallel group take part in the output layer
@@ -322,14 +322,13 @@ class Rank:
         prompt: Sequence[PromptLogprobs],
         failed: Sequence[tuple[str, str]],
     ) -> StepDone:
-        is_last_stage = self._place.stage == self._link.num_stages - 1
         return StepDone(
             batch_id=work.step.batch_id,
             rank=self._rank,
             duration_s=work.duration_s + duration_s,
             tokens=tuple(tokens),
             prompt_logprobs=tuple(prompt),
-            failed=tuple(failed) if is_last_stage else (),
+            failed=tuple(failed) if self._is_last_stage else (),
             held=work.held,
         )
 

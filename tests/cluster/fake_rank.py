@@ -56,7 +56,7 @@ class FakeRank:
         self._num_blocks = num_blocks
         self._tokens: dict[str, list[int]] = {}
         self._blocks: dict[str, list[int]] = {}
-        self._is_last_stage = self._coord.pp == config.layout.spp - 1
+        self._is_last_stage = self._coord.spp == config.layout.spp - 1
         self._last_batch_id = -1
         self._robbed: set[str] = set()  # another has been given their blocks: they lost their KV, which nobody told us
         self._num_lost_blocks = 0  # of its books, where it is told to lose some

@@ -28,7 +28,7 @@ def test_any_interleaving_gives_first_stages_before_results_and_results_in_order
     events: list[FirstStageDone | BatchResult] = []
     for rank in order:
         coord = layout.coord_of(rank)
-        tokens = (SampledToken(f"on-{coord.kvp}", 5),) if coord.pp == layout.spp - 1 else ()
+        tokens = (SampledToken(f"on-{coord.kvp}", 5),) if coord.spp == layout.spp - 1 else ()
         duration_s = float(1 + coord.kvp)  # the highest kvp rank is the slowest of each stage
         events += collector.take(StepDone(answered[rank], rank, duration_s, tokens))
         answered[rank] += 1

@@ -20,7 +20,7 @@ def test_every_rank_has_one_place_and_every_place_one_rank(layout: ParallelLayou
     assert [layout.rank_of(coord) for coord in coords] == list(range(layout.world_size))
 
 
-@given(LAYOUTS, st.sampled_from(["tp", "kvp", "pp", "dp"]))
+@given(LAYOUTS, st.sampled_from(["tp", "kvp", "spp", "dp"]))
 def test_the_groups_of_an_axis_cover_all_ranks_once_and_differ_in_that_axis_only(
     layout: ParallelLayout, axis: str
 ) -> None:
@@ -34,8 +34,8 @@ def test_tensor_ranks_are_neighbours_and_kvp_comes_before_stages() -> None:
     layout = ParallelLayout(tp=2, spp=4, kvp=2)  # 16 ranks, the pairs that hold one KV
     assert layout.groups("tp")[0] == [0, 1]
     assert layout.groups("kvp")[:2] == [[0, 2], [1, 3]]
-    assert layout.groups("pp")[0] == [0, 4, 8, 12]
-    assert layout.coord_of(7) == Coord(tp=1, kvp=1, pp=1, dp=0)
+    assert layout.groups("spp")[0] == [0, 4, 8, 12]
+    assert layout.coord_of(7) == Coord(tp=1, kvp=1, spp=1, dp=0)
 
 
 def test_a_degree_below_one_is_the_users_error() -> None:

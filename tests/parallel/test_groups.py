@@ -26,15 +26,15 @@ def check(layout, rank):
     ranks = dist.get_process_group_ranks
     assert ranks(pgs.tp) == mine("tp"), "tp"
     assert ranks(pgs.kvp) == mine("kvp"), "kvp"
-    assert ranks(pgs.pp) == mine("pp"), "pp"
+    assert ranks(pgs.pp) == mine("spp"), "pp"
     coord = layout.coord_of(rank)
-    replicas = [r for r in range(4) if (layout.coord_of(r).tp, layout.coord_of(r).pp) == (coord.tp, coord.pp)]
+    replicas = [r for r in range(4) if (layout.coord_of(r).tp, layout.coord_of(r).spp) == (coord.tp, coord.spp)]
     assert sorted(ranks(pgs.dp)) == replicas, "dp"
     assert pgs.cp.size() == pgs.ep.size() == 1
     total = torch.tensor([rank])
     dist.all_reduce(total, group=pgs.kvp)
     assert total.item() == sum(mine("kvp")), "all_reduce"
-    stages = mine("pp")
+    stages = mine("spp")
     assert (pgs.embd is None) == (rank not in (stages[0], stages[-1])), "embd"
     assert (pgs.pos_embd is None) == (rank != stages[0]), "pos_embd"
     dist.barrier()

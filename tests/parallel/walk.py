@@ -289,7 +289,7 @@ class Walk:
             for answer in self.ranks.answers():
                 coord = self.layout.coord_of(answer.done.rank)
                 assert coord.tp == 0
-                self.done.setdefault((answer.done.batch_id, coord.pp), []).append(answer)
+                self.done.setdefault((answer.done.batch_id, coord.spp), []).append(answer)
         return sorted(found, key=lambda answer: answer.done.rank)
 
     def complete(self, batch_id: int) -> None:
