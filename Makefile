@@ -30,7 +30,7 @@ help:
 	@echo '             CHECKPOINT=DIR serves another one; ARGS="server.port=8001 ..." adds options'
 	@echo 'make test    install with development tools; lint, type check, and run the tests'
 	@echo 'make test-all  the same with the slow tests'
-	@echo 'make paper   run every simulated experiment, two at a time, and write docs/paper.md; ARGS="--page" or "--fresh"'
+	@echo 'make paper   run every simulated experiment, two at a time, and write docs/paper.md; ARGS="--report" or "--fresh"'
 	@echo 'make clean   remove .venv and caches; checkpoints stay'
 
 # Only the tiny one can be made; that another one is missing, the server says better.
@@ -55,7 +55,7 @@ test-all: test
 
 # The figures of the Medha paper beside ours; what has run with the same sources is not run again.
 paper: $(VENV)/installed-dev
-	@$(BIN)/python -m experiments.paper.run $(ARGS)
+	@$(BIN)/python -m experiments.simulated.run --all --jobs 2 $(ARGS)
 
 # A stamp per kind of installation: nothing but its time is looked at when the server is started again.
 $(VENV)/installed: setup.py pyproject.toml | $(VENV)/bin/pip

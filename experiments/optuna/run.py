@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments.lib.paper import figure
+from experiments.lib.drawing import panels
 from megatron_medha.cli.medha import main as medha
 from megatron_medha.cli.reports.report_runs import Run, find_runs
 
@@ -96,7 +96,7 @@ def main() -> int:
 
 def draw(tried: list[Trial], defaults: list[Trial], path: Path) -> None:
     """Best so far by trial, and the objective by step budget."""
-    made, (progress, budget) = figure(5.5, 3.8, columns=2)
+    made, (progress, budget) = panels(columns=2, width=5.5, height=3.8)
     goodput = [one.goodput_per_s for one in tried]
     progress.plot(range(len(tried)), goodput, "o", color="0.6", label="trial")
     progress.step(range(len(tried)), [max(goodput[: end + 1]) for end in range(len(goodput))], where="post",

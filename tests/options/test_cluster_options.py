@@ -89,7 +89,8 @@ def test_every_model_fits_two_nodes_and_takes_longer_for_more(name: str) -> None
 
 
 def test_one_set_of_constants_tells_published_prefills_of_vllm_at_every_length() -> None:
-    # Llama-3 8B, TP8 PP2, chunks of 512, 16 A100: seconds to the first token; experiments/published_ttft has the table.
+    # Llama-3 8B, TP8 PP2, chunks of 512, 16 A100: seconds to the first token, as in
+    # experiments/simulated/published_ttft.yaml.
     published_s = {
         1: 0.084, 4: 0.300, 8: 0.557, 16: 1.11, 32: 2.34, 64: 4.74, 128: 11.6, 256: 35.7, 512: 130, 768: 288, 1024: 501,
     }  # fmt: skip
