@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 
+from experiments.lib.plain_model import save_word_tokenizer
 from experiments.lib.server_process import serving
 
 RELATIVE_TOLERANCE = 1e-4
@@ -57,18 +58,6 @@ def make_checkpoint(family: str, directory: Path) -> Any:
                 parameter.normal_(0, 0.2)  # made as zeros, which would hide a bias that is not applied
     model.save_pretrained(directory)
     return model
-
-
-def save_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A tokenizer is asked for, though only ids are sent: one word per id."""
-    tokens = {f"t{i}": i for i in range(vocab_size)}
-    model = {"type": "WordLevel", "vocab": tokens, "unk_token": "t0"}
-    content = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None, "model": model,
-    }
-    (directory / "tokenizer.json").write_text(json.dumps(content))
-    (directory / "tokenizer_config.json").write_text("{}")
 
 
 def ask(port: int, prompt: list[int]) -> dict[str, Any]:
@@ -119,7 +108,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             directory = Path(name)
             model = make_checkpoint(family, directory)
-            save_tokenizer(directory, model.config.vocab_size)
+            save_word_tokenizer(directory, model.config.vocab_size)
             rng = random.Random(1)
             prompts = [[rng.randrange(4, model.config.vocab_size) for _ in range(n)] for n in LENGTHS]
             for setting, overrides in SETTINGS.items():

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from experiments.front_overhead.client import NUM_STREAMS, count_events
 from experiments.lib.server_process import serving_process
 from experiments.peers.install import install_vllm
-from experiments.peers.servers import Server, servers, started
+from experiments.peers.servers import Server, peer, servers
 
 _STEP_TIMES = struct.Struct("d")
 _EXECUTOR = "experiments.front_overhead.vllm_executor.SimulatedExecutor"
@@ -65,7 +65,7 @@ def ours(step_s: float, tokenizer: Path, core: int, checkout: Path | None, *, lo
 def vllm(tokenizer: Path, core: int, peers: Path, log: Path) -> Iterator[Front]:
     """vLLM with its own defaults, its two processes on that core; installed below `peers` if it is not there."""
     install_vllm(peers, Path())
-    peer = servers(threads=1)["vllm"]
+    usual = servers(threads=1)["vllm"]
     with TemporaryDirectory() as name:
         directory = Path(name)
         steps, step = directory / "steps", directory / "step_s"
@@ -83,10 +83,10 @@ def vllm(tokenizer: Path, core: int, peers: Path, log: Path) -> Iterator[Front]:
             model = ["--distributed-executor-backend", _EXECUTOR]
             return ["taskset", "--cpu-list", str(core), *serve, *where, *model]
 
-        server = Server("vllm", install_vllm, command, lambda peers: {**peer.environment(peers), **simulated})
-        with started(server, peers, directory, log) as running:
+        server = Server("vllm", install_vllm, command, lambda peers: {**usual.environment(peers), **simulated})
+        with peer(server, peers, directory, log) as (running, _):
             yield Front(
-                running.port, running.pid, _count_letters, lambda step_s: _set_step(step, step_s),
+                running.port, running.process.pid, _count_letters, lambda step_s: _set_step(step, step_s),
                 lambda: _of_lines(steps),
             )  # fmt: skip
 

@@ -34,8 +34,7 @@ from tqdm import tqdm
 
 from experiments.front_overhead.client import NUM_STREAMS, Received, read_streams
 from experiments.front_overhead.fronts import Front, StepStarts, ours, vllm
-from experiments.lib.process_stats import cpu_s
-from experiments.peers.meter import process_tree
+from experiments.lib.process_stats import tree_cpu_s
 
 MAX_CPU_S_PER_TOKEN = 200e-6
 MIN_TOKENS_PER_S = 5_000
@@ -120,16 +119,12 @@ def measure(front: Front, step_s: float, num_tokens: int, num_rounds: int) -> Lo
 
 
 def _measure_once(front: Front, step_s: float, num_tokens: int) -> Load:
-    began_s, began_cpu_s = time.monotonic(), _cpu_s(front.pid)
+    began_s, began_cpu_s = time.monotonic(), tree_cpu_s(front.pid)
     received = asyncio.run(read_streams(front.port, num_tokens, front.count))
-    wall_s, used_s = time.monotonic() - began_s, _cpu_s(front.pid) - began_cpu_s
+    wall_s, used_s = time.monotonic() - began_s, tree_cpu_s(front.pid) - began_cpu_s
     starts = {} if front.step_starts is None else front.step_starts()
     added_s, between_s = _added_s(received, starts, step_s), _between_s(received, starts, step_s)
     return Load(NUM_STREAMS * num_tokens, wall_s, used_s, added_s, between_s)
-
-
-def _cpu_s(pid: int) -> float:
-    return sum(map(cpu_s, process_tree(pid)))
 
 
 def _added_s(received: list[Received], starts: StepStarts, step_s: float) -> array[float]:

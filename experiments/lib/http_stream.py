@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -79,4 +80,12 @@ async def complete(
     is_whole = 0 < num_pieces <= max_tokens if may_join_tokens else num_pieces == max_tokens
     if result.error is None and not is_whole:
         result.error = f"{num_pieces} tokens instead of {max_tokens}"
+    return result
+
+
+async def answered(port: int, prompt: list[int], max_tokens: int, **options: Any) -> Streamed:
+    """As complete(); a request that fails ends the experiment, as its figures would mean nothing."""
+    result = await complete(port, prompt, max_tokens, **options)
+    if result.error is not None:
+        raise SystemExit(f"a request of {len(prompt)} tokens failed: {result.error}")
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -46,3 +47,15 @@ def save_plain_model(
     tensors |= {name: torch.ones(hidden_size) for name in norms}
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
+
+
+def save_word_tokenizer(directory: Path, vocab_size: int) -> None:
+    """A tokenizer is asked for, though only ids are sent: one word per id."""
+    tokens = {f"t{i}": i for i in range(vocab_size)}
+    model = {"type": "WordLevel", "vocab": tokens, "unk_token": "t0"}
+    content: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None, "model": model,
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    (directory / "tokenizer_config.json").write_text("{}")

@@ -4,22 +4,23 @@
 
 Per setting one server is started; on it, in turn: the long prompt alone, short prompts one at a time while
 nothing else runs (idle), then the long prompt with the short ones arriving at random during its prefill.
-Prints a table beside the bars, writes results.json and no_convoy.png next to this file (or into --out).
+Prints a table beside the bars, writes no_convoy.png next to this file (or into --out).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.lib.http_stream import Streamed, complete
+from experiments.lib.drawing import panels
+from experiments.lib.http_stream import Streamed, answered
 from experiments.lib.server_process import serving, vocab_size
+from megatron_medha.stats.summary import percentile
 
 SETTINGS = {
     "lars": ["scheduler=lars"],
@@ -44,16 +45,7 @@ class Outcome:
     @property
     def short_p99_s(self) -> float:
         """The 99th percentile, interpolated."""
-        return percentile(self.beside_s, 99)
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """Linear interpolation, numpy's default."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+        return percentile(sorted(self.beside_s), 99)
 
 
 async def measure(setting: str, port: int, args: argparse.Namespace) -> Outcome:
@@ -67,23 +59,23 @@ async def measure(setting: str, port: int, args: argparse.Namespace) -> Outcome:
     lengths = [rng.randint(args.short_min, args.short_max) for _ in range(args.shorts)]
     for _ in range(60):  # the cost model learns the machine from traffic; let it have some
         pair = (rng.randint(args.short_min, 4 * args.short_max) for _ in range(2))
-        await asyncio.gather(*(complete(port, prompt(num_tokens), 8) for num_tokens in pair))
-    check(await complete(port, prompt(args.long // 4), 2))
+        await asyncio.gather(*(answered(port, prompt(num_tokens), 8) for num_tokens in pair))
+    await answered(port, prompt(args.long // 4), 2)
     long_prompt = prompt(args.long)
-    alone = check(await complete(port, long_prompt, 2))
-    idle = [check(await complete(port, prompt(n), args.short_output)) for n in lengths]
+    alone = await answered(port, long_prompt, 2)
+    idle = [await answered(port, prompt(n), args.short_output) for n in lengths]
 
-    long_task = asyncio.create_task(complete(port, prompt(args.long), 2))
+    long_task = asyncio.create_task(answered(port, prompt(args.long), 2))
     long_start_s = asyncio.get_running_loop().time()
     # Arrivals spread over the prefill: uniform order statistics are what Poisson arrivals look like in a window.
     offsets_s = sorted(rng.uniform(0.05, 0.9) * alone.ttft_s for _ in lengths)
 
     async def short(offset_s: float, num_tokens: int) -> Streamed:
         await asyncio.sleep(max(0.0, long_start_s + offset_s - asyncio.get_running_loop().time()))
-        return await complete(port, prompt(num_tokens), args.short_output)
+        return await answered(port, prompt(num_tokens), args.short_output)
 
-    beside = [check(r) for r in await asyncio.gather(*(short(o, n) for o, n in zip(offsets_s, lengths, strict=True)))]
-    long_beside = check(await long_task)
+    beside = await asyncio.gather(*(short(o, n) for o, n in zip(offsets_s, lengths, strict=True)))
+    long_beside = await long_task
     return Outcome(
         setting,
         [r.ttft_s for r in idle],
@@ -96,23 +88,16 @@ async def measure(setting: str, port: int, args: argparse.Namespace) -> Outcome:
     )
 
 
-def check(result: Streamed) -> Streamed:
-    """A request that failed ends the experiment."""
-    if result.error is not None:
-        sys.exit(f"a request of {result.num_prompt_tokens} tokens failed: {result.error}")
-    return result
-
-
 def report(outcomes: list[Outcome]) -> bool:
     """The table; whether LARS keeps the bars."""
     print(f"\n{'setting':<22}{'idle p50':>10}{'idle p99':>10}{'short p50':>11}{'short p99':>11}"
           f"{'long alone':>12}{'long beside':>13}{'short work':>12}")
     for o in outcomes:
-        print(f"{o.setting:<22}{statistics.median(o.idle_s):>10.3f}{percentile(o.idle_s, 99):>10.3f}"
+        print(f"{o.setting:<22}{statistics.median(o.idle_s):>10.3f}{percentile(sorted(o.idle_s), 99):>10.3f}"
               f"{statistics.median(o.beside_s):>11.3f}{o.short_p99_s:>11.3f}"
               f"{o.long_alone_s:>12.2f}{o.long_beside_s:>13.2f}{o.idle_work_s:>12.2f}")
     lars = outcomes[0]
-    short_bar_s = 2 * percentile(lars.idle_s, 99) + STEP_BUDGET_S
+    short_bar_s = 2 * percentile(sorted(lars.idle_s), 99) + STEP_BUDGET_S
     strict_bar_s = 2 * statistics.median(lars.idle_s) + STEP_BUDGET_S
     long_bar_s = 1.1 * lars.long_alone_s + lars.idle_work_s
     short_ok, long_ok = lars.short_p99_s <= short_bar_s, lars.long_beside_s <= long_bar_s
@@ -127,12 +112,7 @@ def report(outcomes: list[Outcome]) -> bool:
 
 def plot(outcomes: list[Outcome], path: Path) -> None:
     """TTFT of each short prompt over the time at which it came."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = panels(width=8, height=4.5)
     for outcome, colour in zip(outcomes, ("#0072b2", "#d55e00"), strict=False):
         axes.plot(outcome.beside_at_s, outcome.beside_s, "o", color=colour, markersize=4, label=outcome.setting)
     axes.axhline(statistics.median(outcomes[0].idle_s), color="#555555", linestyle=":", label="idle, median")
@@ -142,7 +122,6 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
     axes.set_title("Short prompts beside one long prompt in prefill")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
@@ -171,9 +150,6 @@ def main() -> None:
             f"checkpoint={args.checkpoint}", f"tracking.decision_log={log}", *overrides, *args.override
         ) as port:
             outcomes.append(asyncio.run(measure(setting, port, args)))
-    (args.out / "results.json").write_text(
-        json.dumps([{name: getattr(o, name) for name in Outcome.__slots__} for o in outcomes], indent=1)
-    )
     is_kept = report(outcomes)
     plot(outcomes, args.out / "no_convoy.png")
     sys.exit(0 if is_kept else 1)

@@ -33,12 +33,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.lib.process_stats import machine_cpu_s, tree_cpu_s
+from experiments.lib.server_process import Server as Running
+from experiments.lib.small_model import make_checkpoint
 from experiments.peers import report
-from experiments.peers.checkpoint import make_checkpoint
 from experiments.peers.load import Endpoint, Load, Mixed, warm_up
-from experiments.peers.meter import CpuSeconds
 from experiments.peers.plan import START_S, Cell, Sizes, Store, Visit, load_of, named_visits, plans
-from experiments.peers.servers import Server, Started, servers, started
+from experiments.peers.servers import Server, peer, servers
 
 
 def main() -> None:
@@ -139,31 +140,36 @@ def _run(
         for one in visits:
             server = known[one.server]
             bar.set_postfix_str(f"starting {one.server}")
-            with started(server, peers, checkpoint, args.out / f"{one.server}.log") as running:
+            with peer(server, peers, checkpoint, args.out / f"{one.server}.log") as (running, flags):
                 endpoint = Endpoint(running.port, server.knows_priority)
                 asyncio.run(warm_up(endpoint))
                 bar.update(START_S)
                 for cell in one.cells:
                     bar.set_postfix_str(f"{cell.server} {cell.load} seed {cell.seed}")
                     load = load_of(cell, sizes, store, args.rate, args.rate_from)
-                    _measure(cell, load, endpoint, running, store)
+                    _measure(cell, load, endpoint, running, flags, store)
                     bar.update(cell.expected_s)
 
 
-def _measure(cell: Cell, load: Load, endpoint: Endpoint, running: Started, store: Store) -> None:
-    before, begun_s = CpuSeconds.now(running.pid), time.monotonic()
+def _measure(
+    cell: Cell, load: Load, endpoint: Endpoint, running: Running, flags: list[str], store: Store
+) -> None:
+    def seconds() -> tuple[float, float, float]:
+        own = os.times()
+        return tree_cpu_s(running.process.pid), own.user + own.system, machine_cpu_s()
+
+    before, begun_s = seconds(), time.monotonic()
     seen = asyncio.run(load.run(endpoint, cell.seed))
-    after, took_s = CpuSeconds.now(running.pid), time.monotonic() - begun_s
-    server_s, client_s = after.server - before.server, after.client - before.client
-    others_s = after.machine - before.machine - server_s - client_s
+    took_s = time.monotonic() - begun_s
+    server_s, client_s, machine_s = (after - one for after, one in zip(seconds(), before, strict=True))
     about = {
-        "flags": running.flags,
+        "flags": flags,
         "ready_after_s": running.ready_after_s,
         "took_s": took_s,
         "server_cpu_s": server_s,
         "server_cores": server_s / took_s,
         "client_cores": client_s / took_s,
-        "other_cores": max(0.0, others_s / took_s),
+        "other_cores": max(0.0, (machine_s - server_s - client_s) / took_s),
         "rate_per_s": load.rate if isinstance(load, Mixed) else None,
     }
     store.write(cell, seen, about)

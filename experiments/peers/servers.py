@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.lib.server_process import free_port
+from experiments.lib.server_process import Server as Running
+from experiments.lib.server_process import free_port, started
 from experiments.peers.install import install_llama, install_nothing, install_vllm
-from experiments.peers.meter import process_tree
 
 READY_TIMEOUT_S = 600.0  # vLLM compiles at its first start
 MAX_CONTEXT_LEN = 65536
@@ -114,56 +108,13 @@ def _llama(name: str, threads: int, *flags: str) -> Server:
     return Server(name, install_llama, command)
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A server that answers."""
-
-    port: int
-    pid: int
-    ready_after_s: float
-    flags: list[str]   # of its command line, without what is the same for every start
-
-
 @contextmanager
-def started(server: Server, peers: Path, checkpoint: Path, log: Path) -> Iterator[Started]:
-    """The server once it is ready; it and all its descendants are gone when the block ends."""
+def peer(server: Server, peers: Path, checkpoint: Path, log: Path) -> Iterator[tuple[Running, list[str]]]:
+    """The server once it is ready, and the flags of its command line without what is the same for every start."""
     port = free_port()
-    begun_s = time.monotonic()
     command = server.command(peers, checkpoint, port)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **server.environment(peers)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        while not _answers(f"http://127.0.0.1:{port}{server.ready_path}"):
-            if process.poll() is not None or time.monotonic() - begun_s > READY_TIMEOUT_S:
-                tail = log.read_text(errors="replace")[-1500:]
-                sys.exit(f"{server.name} did not start; its output is in {log}, and ends with\n{tail}")
-            time.sleep(0.2)
-        own = [word for word in command[1:] if "/" not in word and str(port) not in word]
-        yield Started(port, process.pid, time.monotonic() - begun_s, own)
-    finally:
-        tree = process_tree(process.pid)
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for pid in tree - {process.pid}:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+    with started(
+        command, port, ready_path=server.ready_path, environment=server.environment(peers), log=log,
+        timeout_s=READY_TIMEOUT_S,
+    ) as running:  # fmt: skip
+        yield running, [word for word in command[1:] if "/" not in word and str(port) not in word]

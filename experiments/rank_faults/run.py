@@ -14,10 +14,10 @@ import argparse
 import asyncio
 import os
 import random
+import re
 import signal
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.lib.http_stream import Streamed, complete
-from experiments.lib.server_process import serving, vocab_size
+from experiments.lib.process_stats import process_tree
+from experiments.lib.server_process import Server, answers, serving_process, vocab_size
 
 BAR_S = 10.0
 POLL_S = 0.1
@@ -61,20 +62,20 @@ async def send_all(port: int, load: list[Wanted], progress: tqdm[None]) -> list[
 
 
 async def kill_in_turn(
-    port: int, num_ranks: int, rng: random.Random, progress: tqdm[None], num_tokens: int
+    server: Server, num_ranks: int, rng: random.Random, progress: tqdm[None], num_tokens: int
 ) -> list[float]:
     """Kill each rank at a random point of its share of the tokens; how long the server was not ready after each."""
-    down_s = []
+    down_s, ready = [], f"http://127.0.0.1:{server.port}/ready"
     for rank in range(num_ranks):
         due = (rank + rng.uniform(0.1, 0.8)) / num_ranks * num_tokens
         while progress.n < due:
             await asyncio.sleep(POLL_S)
-        os.kill(rank_pid(port, rank), signal.SIGKILL)
+        os.kill(rank_pids(server.process.pid)[rank], signal.SIGKILL)
         killed_s = time.monotonic()
-        while await asyncio.to_thread(is_ready, port):
+        while await asyncio.to_thread(answers, ready):
             await asyncio.sleep(POLL_S)
         noticed_s = time.monotonic()
-        while not await asyncio.to_thread(is_ready, port):
+        while not await asyncio.to_thread(answers, ready):
             await asyncio.sleep(POLL_S)
         down_s.append(time.monotonic() - killed_s)
         progress.write(f"rank {rank} killed at {due / num_tokens:.0%} of the tokens: noticed after "
@@ -82,37 +83,17 @@ async def kill_in_turn(
     return down_s
 
 
-def is_ready(port: int) -> bool:
-    """What /ready says."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return False
-
-
-def rank_pid(port: int, rank: int) -> int:
-    """The process of a rank of the server on this port."""
-    (server,) = pids_with(f"server.port={port}")
-    return next(pid for pid in pids_with(f'"rank":{rank},') if parent_of(pid) == server)
-
-
-def pids_with(words: str) -> list[int]:
-    """Processes with these words on their command line, ourselves excluded."""
-    found = []
-    for entry in Path("/proc").iterdir():
+def rank_pids(server_pid: int) -> dict[int, int]:
+    """Processes of the server's ranks, by rank: their options are on their command lines."""
+    found = {}
+    for pid in process_tree(server_pid):
         try:
-            is_other = entry.name.isdigit() and int(entry.name) != os.getpid()
-            if is_other and words in (entry / "cmdline").read_bytes().decode(errors="replace"):
-                found.append(int(entry.name))
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue  # it ended meanwhile
+        if match := re.search(r'"rank":(\d+),', words):
+            found[int(match[1])] = pid
     return found
-
-
-def parent_of(pid: int) -> int:
-    """The parent's process id."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def counter(port: int, name: str) -> int:
@@ -135,10 +116,9 @@ def main() -> None:
     # In float32, so that other batches after a fault do not round to other tokens.
     overrides = [f"checkpoint={args.checkpoint}", "model.dtype=float32", "model.kv_memory_gib=0.25", *args.parallel,
                  "recovery.failure_window_s=0"]
-    started_s = time.monotonic()
-    with serving(*overrides) as port:
-        load_s = time.monotonic() - started_s
-        num_ranks = len([pid for pid in pids_with('"rank":') if parent_of(pid) == pids_with(f"server.port={port}")[0]])
+    with serving_process(*overrides) as server:
+        port, load_s = server.port, server.ready_after_s
+        num_ranks = len(rank_pids(server.process.pid))
         load = mixed_load(rng, args.requests, vocab_size(port), args.longest)
         num_tokens = sum(wanted.num_output for wanted in load)
         print(f"{num_ranks} ranks ({' '.join(args.parallel)}) ready after {load_s:.1f} s; "
@@ -147,18 +127,18 @@ def main() -> None:
             calm = asyncio.run(send_all(port, load, progress))
 
         async def disturbed(progress: tqdm[None]) -> tuple[list[Streamed], list[float]]:
-            answers, down_s = await asyncio.gather(
-                send_all(port, load, progress), kill_in_turn(port, num_ranks, rng, progress, num_tokens)
+            found, down_s = await asyncio.gather(
+                send_all(port, load, progress), kill_in_turn(server, num_ranks, rng, progress, num_tokens)
             )
-            return answers, down_s
+            return found, down_s
 
         with tqdm(total=num_tokens, desc="with faults", unit="token") as progress:
-            answers, down_s = asyncio.run(disturbed(progress))
+            completions, down_s = asyncio.run(disturbed(progress))
         failures, recoveries = counter(port, "rank_failures"), counter(port, "rank_recoveries")
-    errors = [answer.error for answer in (*calm, *answers) if answer.error is not None]
-    num_same = sum(one.text == other.text for one, other in zip(calm, answers, strict=True))
+    errors = [answer.error for answer in (*calm, *completions) if answer.error is not None]
+    num_same = sum(one.text == other.text for one, other in zip(calm, completions, strict=True))
     bar_s = BAR_S + load_s
-    print(f"\nanswered      {len(answers) - sum(a.error is not None for a in answers)} of {len(load)}"
+    print(f"\nanswered      {len(completions) - sum(a.error is not None for a in completions)} of {len(load)}"
           f"   /metrics counts {failures} failures, {recoveries} recoveries")
     for error in errors[:3]:
         print(f"  error: {error}")

@@ -36,9 +36,9 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from experiments.lib.http_stream import complete
+from experiments.lib.http_stream import answered
 from experiments.lib.server_process import serving
-from experiments.peers.checkpoint import make_checkpoint
+from experiments.lib.small_model import make_checkpoint
 from experiments.simulator_against_engine.compare import (
     Decision,
     agreement,
@@ -134,9 +134,7 @@ async def send(port: int, stretch: Stretch, bar: tqdm[Any]) -> Stretch:
     async def one(asked: Asked, prompt: list[int]) -> None:
         at_s, length, num_output_tokens = asked
         await asyncio.sleep(began_s + at_s - time.monotonic())
-        answer = await complete(port, prompt, num_output_tokens, may_join_tokens=True)
-        if answer.error is not None:
-            raise SystemExit(f"a request of {length} tokens failed: {answer.error}")
+        answer = await answered(port, prompt, num_output_tokens, may_join_tokens=True)
         ttft_s[length] = answer.token_times_s[0] - began_s - at_s
         bar.update()
 
@@ -158,7 +156,7 @@ def serve_and_send(checkpoint: Path, stretches: Sequence[Stretch], directory: Pa
         tqdm(total=sum(len(stretch.asked) for stretch in stretches), desc="served", unit="request", leave=False) as bar,
     ):
         # Whatever a server puts off until its first request. Of a length that no other prompt has.
-        asyncio.run(complete(port, [FIRST_ID] * (SHORT_TOKENS[0] - 1), 2))
+        asyncio.run(answered(port, [FIRST_ID] * (SHORT_TOKENS[0] - 1), 2))
         sent = [asyncio.run(send(port, stretch, bar)) for stretch in stretches]
     (directory / CLIENT).write_bytes(msgspec.json.encode(sent))
 

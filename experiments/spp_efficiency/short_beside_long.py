@@ -21,14 +21,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments.exactness.run import save_tokenizer
-from experiments.lib.http_stream import Streamed, complete
-from experiments.lib.plain_model import save_plain_model
+from experiments.lib.http_stream import Streamed, answered
+from experiments.lib.plain_model import save_plain_model, save_word_tokenizer
 from experiments.lib.server_process import serving
-from experiments.no_convoy.run import check, percentile
 from experiments.spp_efficiency.run import MODEL
 from megatron_medha.core.batch import Batch, Completed
 from megatron_medha.stats.decision_log import read_log
+from megatron_medha.stats.summary import percentile
 
 VOCAB_SIZE = 1024
 SHORT_TOKENS = (64, 256)
@@ -62,19 +61,19 @@ async def measure(port: int, args: argparse.Namespace) -> tuple[list[float], lis
         return [rng.randrange(4, VOCAB_SIZE) for _ in range(num_tokens)]
 
     for _ in range(40):  # the cost model learns the machine from traffic
-        check(await complete(port, prompt(rng.randint(64, 1024)), 8))
-    check(await complete(port, prompt(args.tokens // 8), 2))
+        await answered(port, prompt(rng.randint(64, 1024)), 8)
+    await answered(port, prompt(args.tokens // 8), 2)
     lengths = [rng.randint(*SHORT_TOKENS) for _ in range(args.shorts)]
-    idle_s = [check(await complete(port, prompt(num_tokens), 4)).ttft_s for num_tokens in lengths]
-    beside_s = []
-    long = asyncio.create_task(complete(port, prompt(args.tokens), 2, timeout_s=1800.0))
+    idle_s = [(await answered(port, prompt(num_tokens), 4)).ttft_s for num_tokens in lengths]
+    beside_s: list[float] = []
+    long = asyncio.create_task(answered(port, prompt(args.tokens), 2, timeout_s=1800.0))
     await asyncio.sleep(1.0)
     while not long.done() and len(beside_s) < args.shorts:
         await asyncio.sleep(rng.uniform(0.0, 2 * args.pause))
-        result = check(await complete(port, prompt(lengths[len(beside_s)]), 4))
+        result = await answered(port, prompt(lengths[len(beside_s)]), 4)
         if not long.done():
             beside_s.append(result.ttft_s)
-    return idle_s, beside_s, check(await long)
+    return idle_s, beside_s, await long
 
 
 def main() -> None:
@@ -86,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         save_plain_model(Path(name), vocab_size=VOCAB_SIZE, **MODEL)
-        save_tokenizer(Path(name), VOCAB_SIZE)
+        save_word_tokenizer(Path(name), VOCAB_SIZE)
         log = Path(name) / "decisions.jsonl"
         with serving(
             f"checkpoint={name}", "parallel.spp=2", "model.num_threads=1", "model.kv_memory_gib=1",
@@ -99,10 +98,10 @@ def main() -> None:
         sys.exit("no short request was answered while the long prompt was computed; take more --tokens")
     print(f"{args.tokens} tokens in {len(steps_s)} chunks through 2 stages: first token after {long.ttft_s:.1f} s; "
           f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print(f"one traversal: p50 {1e3 * traversal_s:.0f} ms, p99 {1e3 * percentile(steps_s, 99):.0f} ms")
+    print(f"one traversal: p50 {1e3 * traversal_s:.0f} ms, p99 {1e3 * percentile(sorted(steps_s), 99):.0f} ms")
     is_kept = True
     for label, percent in (("p50", 50.0), ("p99", 99.0)):
-        idle, beside = percentile(idle_s, percent), percentile(beside_s, percent)
+        idle, beside = percentile(sorted(idle_s), percent), percentile(sorted(beside_s), percent)
         bar = 2 * idle + traversal_s
         is_kept &= beside <= bar
         print(f"TTFT of {len(beside_s)} short requests, {label}: idle {1e3 * idle:.0f} ms, "

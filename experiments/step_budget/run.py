@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy
 
-from experiments.lib.http_stream import complete
+from experiments.lib.http_stream import answered
 from experiments.lib.server_process import serving, vocab_size
 from megatron_medha.core.batch import Batch, Completed
 from megatron_medha.stats.decision_log import read_log
@@ -38,9 +38,7 @@ async def load(port: int, seconds: float) -> None:
         rng = random.Random(seed)
         while time.monotonic() < end_s:
             prompt = [rng.randrange(vocab) for _ in range(rng.randint(*prompt_tokens))]
-            result = await complete(port, prompt, rng.randint(*output_tokens))
-            if result.error is not None:
-                sys.exit(f"a request failed: {result.error}")
+            await answered(port, prompt, rng.randint(*output_tokens))
 
     chats = (client(seed, (32, 512), (32, 200)) for seed in range(6))
     await asyncio.gather(*chats, client(99, (1024, 8192), (1, 8)))

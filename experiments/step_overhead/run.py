@@ -16,27 +16,22 @@ import asyncio
 import json
 import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from experiments.lib.http_stream import complete
-from experiments.lib.server_process import free_port
-from experiments.peers.checkpoint import make_checkpoint
+from experiments.lib.process_stats import children
+from experiments.lib.server_process import free_port, started
+from experiments.lib.small_model import make_checkpoint
 from experiments.peers.load import prompt
 
 BAR = 0.15
 SHARE = "outside kernels, share"
-READY_TIMEOUT_S = 240.0
 WARM_UP_TOKENS = 32
 
 
@@ -140,30 +135,9 @@ def serving(checkpoint: Path, threads: int, out: Path) -> Iterator[tuple[int, di
     port = free_port()
     command = [sys.executable, "-m", "experiments.step_overhead.timed_front", "serve", f"checkpoint={checkpoint}"]
     command += [f"server.port={port}", f"model.num_threads={threads}", "model.kv_memory_gib=1"]
-    with (out / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "STEP_OVERHEAD_OUT": str(out)}
-        )
-        try:
-            deadline_s = time.monotonic() + READY_TIMEOUT_S
-            while not _answers(f"http://127.0.0.1:{port}/ready"):
-                if process.poll() is not None or time.monotonic() > deadline_s:
-                    raise SystemExit(f"the server did not start:\n{(out / 'server.log').read_text()[-2000:]}")
-                time.sleep(0.2)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            children += [
-                pid
-                for task in Path(f"/proc/{process.pid}/task").iterdir()
-                for pid in (task / "children").read_text().split()
-            ]
-            yield port, {"front": process.pid, "rank": int(children[0])}
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    with started(command, port, environment={"STEP_OVERHEAD_OUT": str(out)}, log=out / "server.log") as server:
+        pid = server.process.pid
+        yield port, {"front": pid, "rank": children(pid)[0]}
 
 
 def cpu_s(pid: int) -> float:
@@ -171,14 +145,6 @@ def cpu_s(pid: int) -> float:
     return sum(
         int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()
     ) / 1e9
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 if __name__ == "__main__":
