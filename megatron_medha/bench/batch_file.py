@@ -67,7 +67,7 @@ class BatchServer:
     url: str                  # without /v1
     headers: dict[str, str]
     concurrency: int
-    max_tries: int
+    max_attempts: int
     request_timeout_s: float
 
 
@@ -211,7 +211,7 @@ async def _send(
     payload = json.dumps(row.body).encode()
     why = ""
     response: dict[str, Any] | None = None
-    for attempt in range(server.max_tries):
+    for attempt in range(server.max_attempts):
         if attempt:
             await asyncio.sleep(_wait_s(attempt, response))
         response = None

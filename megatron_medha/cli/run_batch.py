@@ -47,7 +47,7 @@ class BatchOptions:
     api_key: str | None = None
     slo_class: str | None = "batch"
     concurrency: int = 64
-    max_tries: int = 8
+    max_attempts: int = 8
     request_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -55,8 +55,8 @@ class BatchOptions:
             raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
         if not 1 <= self.concurrency <= 10_000:
             raise ConfigError(f"concurrency={self.concurrency}: must be between 1 and 10000")
-        if self.max_tries < 1:
-            raise ConfigError(f"max_tries={self.max_tries}: must be at least 1")
+        if self.max_attempts < 1:
+            raise ConfigError(f"max_attempts={self.max_attempts}: must be at least 1")
         if self.request_timeout_s <= 0:
             raise ConfigError(f"request_timeout_s={self.request_timeout_s:g}: must be positive")
         if self.input == self.output:
@@ -111,7 +111,7 @@ def run_batch(options: BatchOptions) -> int:
             url=url.rstrip("/").removesuffix("/v1"),
             headers=headers,
             concurrency=min(options.concurrency, max(1, num_lines)),
-            max_tries=options.max_tries,
+            max_attempts=options.max_attempts,
             request_timeout_s=options.request_timeout_s,
         )
         with (

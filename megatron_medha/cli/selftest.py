@@ -26,17 +26,19 @@ Sends a running server what no client should: wrong types, huge numbers, deep JS
 HTTP, crawling heads, half-closed sockets, clients that leave, more of everything than there are limits for. It holds
 if nothing is answered with a 5xx other than 503, every error has OpenAI's shape, nothing hangs, nothing is let through
 beyond a limit, and every KV block is free afterwards. Meanwhile /health is asked every 50 ms: no request may keep the
-others waiting for more than max_lag_s, or leave more memory in use than max_growth_mib and 8 times a body.
+others waiting for more than max_lag_s, or leave more memory in use than 64 MiB and 8 times a body.
 Exit code 0: all held.
 
 examples:
   medha selftest
   medha selftest url=http://127.0.0.1:8001 seed=7 num_random=5000
-  medha selftest is_patient=true
-  medha selftest ends_server=true admin_key=KEY    # at last, whether it drains: then it is gone
+  medha selftest slow_tests=true
+  medha selftest shutdown_server=true admin_key=KEY    # at last, whether it drains: then it is gone
 """
 
 LARGE_BODIES = "large bodies"
+_NUM_PARALLEL = 16
+_MAX_GROWTH_MIB = 64     # of the server's memory, or 8 times a large body if that is more
 _QUIET_S = 30.0          # for requests that were left to leave the engine
 _LOOK_S = 0.1
 _MAX_SHOWN = 10
@@ -58,22 +60,18 @@ class SelftestConfig:
     api_key: str | None = None
     seed: int = 0
     num_random: int = 500
-    num_parallel: int = 16
     timeout_s: float = 60.0
     large_mib: int = 16
     max_lag_s: float = 0.05
-    max_growth_mib: int = 64
-    is_patient: bool = False
-    ends_server: bool = False
+    slow_tests: bool = False
+    shutdown_server: bool = False
     admin_key: str | None = None
 
     def __post_init__(self) -> None:
         if not is_http_address(self.url):
             raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
-        if min(self.num_random, self.num_parallel) < 1 or self.timeout_s <= 0:
-            raise ConfigError("num_random, num_parallel and timeout_s must be above 0")
-        if min(self.large_mib, self.max_growth_mib) < 1 or self.max_lag_s <= 0:
-            raise ConfigError("large_mib, max_growth_mib and max_lag_s must be above 0")
+        if min(self.num_random, self.large_mib) < 1 or min(self.timeout_s, self.max_lag_s) <= 0:
+            raise ConfigError("num_random, large_mib, timeout_s and max_lag_s must be above 0")
 
 
 @dataclass(slots=True)
@@ -131,7 +129,7 @@ async def selftest(config: SelftestConfig) -> list[Group]:
     if config.api_key is not None:
         stranger = Wire(config.url, None, config.timeout_s)
         kinds.append(("without the key", (_turned_away(stranger, path) for path in _GUARDED)))
-    if config.is_patient:
+    if config.slow_tests:
         patient = Wire(config.url, config.api_key, _PATIENCE_S)
         kinds.append(("crawling heads and bodies", (_crawling(patient, has_head) for has_head in (True, False) * 4)))
     watch = await ServerWatch.start(config.url, config.api_key)
@@ -144,7 +142,7 @@ async def selftest(config: SelftestConfig) -> list[Group]:
     finally:
         await watch.end()
     groups.append(beside(config, before, seen))
-    if config.ends_server:
+    if config.shutdown_server:
         admin = Wire(config.url, config.admin_key or config.api_key, config.timeout_s)
         groups.append(await _drained(wire, admin))
     return groups
@@ -167,7 +165,7 @@ async def _try_all(
 
     group = Group(name)
     # Large bodies go one by one: the limit of memory is that of one.
-    places = asyncio.Semaphore(1 if name == LARGE_BODIES else config.num_parallel)
+    places = asyncio.Semaphore(1 if name == LARGE_BODIES else _NUM_PARALLEL)
 
     async def attempt(what: str, work: Callable[[], Awaitable[None]], bar: tqdm[None]) -> None:
         try:
@@ -221,7 +219,7 @@ def beside(config: SelftestConfig, before: Seen, seen: Sequence[tuple[str, Seen]
         # What the process has had before, while it started, is no matter.
         has_new_peak = first.peak_memory_bytes > (before.peak_memory_bytes or 0.0)
         peak = (first.peak_memory_bytes if has_new_peak else first.most_memory_bytes) / 2**20
-        most = max(config.max_growth_mib, 8 * config.large_mib)
+        most = max(_MAX_GROWTH_MIB, 8 * config.large_mib)
         group.notes.append(
             f"memory: {now:.0f} MiB before, {peak:.0f} at most beside {name} (limit {now + most:.0f}); {after:.0f} in "
             f"the end"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_medha.core.errors import ConfigError
 
+LOAD_HEARTBEAT_TIMEOUT_S = 60.0  # of a rank that starts: importing libraries may hold a process up
 MAX_LOOK_INTERVAL_S = 1.0  # four times the interval at which the runtime looks (cluster/runtime.py)
 
 
@@ -16,7 +17,6 @@ class RecoveryConfig:
     """How faults of ranks are found, and how many are lived through."""
 
     heartbeat_timeout_s: float = 4.0          # silence of a rank that serves; ranks say something every second
-    load_heartbeat_timeout_s: float = 60.0    # the same while it starts: importing libraries may hold a process up
     step_timeout_factor: float = 20.0         # times its predicted duration that a step may take, ...
     min_step_timeout_s: float = 60.0          # ... but at least this: predictions can be wrong before any step is seen
     max_failures: int = 3                     # this many within failure_window_s end the server; 1: the first one does
@@ -26,7 +26,6 @@ class RecoveryConfig:
     def __post_init__(self) -> None:
         for key, low, high in (
             ("heartbeat_timeout_s", 1.5, 3600.0),
-            ("load_heartbeat_timeout_s", 1.5, 86400.0),
             ("step_timeout_factor", 1.0, 1e6),
             ("min_step_timeout_s", 0.1, 86400.0),
             ("max_failures", 1, 1 << 30),

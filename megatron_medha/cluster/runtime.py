@@ -15,7 +15,13 @@ from enum import Enum
 import zmq
 
 from megatron_medha.cluster.collector import BatchResult, StepCollector
-from megatron_medha.cluster.health import FailureCount, Heartbeats, RecoveryConfig, StepWatchdog
+from megatron_medha.cluster.health import (
+    LOAD_HEARTBEAT_TIMEOUT_S,
+    FailureCount,
+    Heartbeats,
+    RecoveryConfig,
+    StepWatchdog,
+)
 from megatron_medha.cluster.launch import Ranks
 from megatron_medha.cluster.messages import (
     FromRank,
@@ -80,7 +86,7 @@ class ClusterRuntime:
         self._gate = GrammarGate(_sampling_ranks(layout), self._grammar_of)
         self._watchdog = StepWatchdog(recovery)
         self._failures = FailureCount(recovery)
-        self._heartbeats = Heartbeats(range(layout.world_size), recovery.load_heartbeat_timeout_s, 0.0)
+        self._heartbeats = Heartbeats(range(layout.world_size), LOAD_HEARTBEAT_TIMEOUT_S, 0.0)
         self._phase = _Phase.STARTING
         self._progress = StartProgress(layout.world_size)
         self._num_starts = 0               # since the ranks were last ready
@@ -145,14 +151,14 @@ class ClusterRuntime:
         self._start_failed_s = None
         for socket in (self._ranks.link.socket, *self._ranks.sockets):
             self._poller.register(socket, zmq.POLLIN)
-        self._heartbeats.restart(self._recovery.load_heartbeat_timeout_s, self.now_s())
+        self._heartbeats.restart(LOAD_HEARTBEAT_TIMEOUT_S, self.now_s())
 
     def _put_off_start(self, error: Exception) -> None:
         """Try again later; RankError if this is the first start, or too long ago that one succeeded."""
         now_s = self.now_s()
         self._start_failed_s = now_s if self._start_failed_s is None else self._start_failed_s
         self._ranks.end(0.0)
-        if self._num_blocks is None or now_s - self._start_failed_s > self._recovery.load_heartbeat_timeout_s:
+        if self._num_blocks is None or now_s - self._start_failed_s > LOAD_HEARTBEAT_TIMEOUT_S:
             raise RankError(f"the ranks cannot be started: {error}") from error
         _log.error("ranks_not_started retry_s=%g why=%s", _START_AGAIN_S, error)
         self._note_start(f"no process can be started ({error})", 0.0)
@@ -288,7 +294,7 @@ class ClusterRuntime:
         if self._phase is _Phase.STARTING:
             if (missing := self._ranks.missing()) is not None:
                 self._note_start(missing, 0.0)
-                self._heartbeats.restart(self._recovery.load_heartbeat_timeout_s, now_s)
+                self._heartbeats.restart(LOAD_HEARTBEAT_TIMEOUT_S, now_s)
         elif now_s >= self._next_ping_s:
             self._next_ping_s = now_s + _PING_INTERVAL_S
             for rank in range(self._layout.world_size):

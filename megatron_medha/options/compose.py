@@ -22,6 +22,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.option_errors import describe, hints_of, nearest, type_at, way_out, without_none
 from megatron_medha.options.override_words import GivenOption, read_words
 from megatron_medha.options.references import resolved
+from megatron_medha.options.renamed_keys import current_key, current_words
 from megatron_medha.options.yaml_text import to_yaml, yaml_values
 from megatron_medha.system.secret_values import HIDDEN, is_secret_name
 
@@ -48,7 +49,7 @@ def compose(name: str, config_class: type, words: Sequence[str], config_dir: Pat
     """
     if config_dir is not None:
         _check_config_dir(config_dir, config_class)
-    given, errors = read_words(words)
+    given, errors = read_words(current_words(words))
     composition = _Composition(config_class, config_dir, errors)
     composition.add_command(name, given)
     if errors:
@@ -145,9 +146,14 @@ class _Composition:
 
     def _merge(self, values: dict[str, Any], prefix: str, file: str = "") -> None:
         for name, value in values.items():
-            key = f"{prefix}{name}"
-            kind = without_none(type_at(self._class, key))
             place = f" (in {file})" if file else ""
+            old = f"{prefix}{name}"
+            key = current_key(old, value, f"{old}={value}{place}")
+            if key is None:
+                continue
+            if key != old and key.rpartition(".")[2] in values:
+                self._errors.append(f"{old}{place}: an old name of {key}, which is there too; leave {name} out")
+            kind = without_none(type_at(self._class, key))
             if kind is None:
                 self._errors.append(f"{key}{place}: there is no such key; {way_out(key, self._class)}")
             elif dataclasses.is_dataclass(kind) and isinstance(value, dict):

@@ -75,7 +75,6 @@ class TrackingConfig:
     decision_log: Path | None = None
     metrics_log: Path | None = None
     timeline: Path | None = None
-    timeline_s: float = 300.0
     interval_s: float = 10.0
     wandb_project: str | None = None
     wandb_mode: str = "auto"
@@ -85,7 +84,6 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         check_member("tracking.wandb_mode", self.wandb_mode, ("auto", "online", "offline"))
         check_range("tracking.interval_s", self.interval_s, 0.1, 86400.0)
-        check_range("tracking.timeline_s", self.timeline_s, 0.1, 1e9)
         project = "x" if self.wandb_project is None else self.wandb_project
         if not 0 < len(project) <= _MAX_WANDB_PROJECT_CHARS or set(project) & set(_NOT_IN_WANDB_PROJECT):
             raise ConfigError(

@@ -82,7 +82,7 @@ class Admission:
         rejection = (
             self._without_place(config, len(requests))
             or self._over_limits(config, account, len(requests), num_tokens)
-            or (self._if_late(requests) if config.refuses_late else None)
+            or (self._if_late(requests) if config.reject_late else None)
         )
         if rejection is not None:
             self._counted(rejection)

@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
             context,
             partial(protocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state),
             max_handshakes=min(_MAX_HANDSHAKES, self.config.backlog),
-            handshake_timeout_s=protocol.settings.head_timeout_s,
+            handshake_timeout_s=protocol.settings.header_timeout_s,
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -13,13 +13,13 @@ from megatron_medha.text.call_syntax import CallSyntax
 
 # Bound once, when the server starts; a reload that changes one of these is refused.
 FIXED_FIELDS = (
-    "host", "port", "served_model_names", "tls_certificate", "tls_key", "keepalive_timeout_s", "head_timeout_s",
-    "max_head_bytes", "max_headers", "max_connections", "generation_config",
+    "host", "port", "served_model_names", "tls_certificate", "tls_key", "keepalive_timeout_s", "header_timeout_s",
+    "max_header_bytes", "max_connections", "generation_config",
 )  # fmt: skip
 _ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 _OUR_OWN = (CallSyntax.LIST, CallSyntax.ARGUMENTS)
 GENERATION_CONFIGS = ("auto", "none")
-TOOL_SYNTAXES = ("auto", *(syntax.value for syntax in CallSyntax if syntax not in _OUR_OWN))
+TOOL_CALL_PARSERS = ("auto", *(syntax.value for syntax in CallSyntax if syntax not in _OUR_OWN))
 SECRET_FIELDS = ("api_key", "admin_key")
 
 
@@ -35,15 +35,14 @@ class ServerConfig:
     admin_key: str | None = None              # for /admin and /debug, which tell about everybody's requests
     allowed_hosts: tuple[str, ...] = ()       # without a key: names besides loopback ones, against DNS rebinding
     allowed_origins: tuple[str, ...] = ()     # pages that may use the server (CORS); without a key also against CSRF
-    is_open_to_all: bool = False              # a public address without keys is a mistake more often than a wish
+    allow_unauthenticated: bool = False       # a public address without keys is a mistake more often than a wish
     tls_certificate: Path | None = None       # PEM, with the chain; for those without a proxy that ends TLS
     tls_key: Path | None = None               # PEM
     max_body_bytes: int = 128 * 2**20         # 10M token ids as JSON are 70 MB, and a fair request
-    max_bodies_bytes: int = 2**30             # of bodies until their requests are admitted: eight of the largest
-    max_head_bytes: int = 64 * 2**10          # request line and headers; nginx takes 32 KiB, uvicorn any amount
-    max_headers: int = 128                    # browsers send 20, proxies add 10; each costs a look on every route
+    max_total_body_bytes: int = 2**30         # of bodies until their requests are admitted: eight of the largest
+    max_header_bytes: int = 64 * 2**10        # request line and headers; nginx takes 32 KiB, uvicorn any amount
     body_timeout_s: float = 60.0              # between two parts: a client that stops half-way must not stay for ever
-    head_timeout_s: float = 20.0              # for a whole head; slow-loris clients send a byte now and then
+    header_timeout_s: float = 20.0            # for a whole head; slow-loris clients send a byte now and then
     max_connections: int = 16384              # each costs a descriptor and some 30 KB
     max_live_requests: int = 8192             # sub-requests in the engine; beyond that 429 is kinder than memory
     max_waiting_requests: int = 4096          # sub-requests without a token yet; a longer queue is mostly late
@@ -51,32 +50,22 @@ class ServerConfig:
     max_live_requests_per_key: int | None = None   # sub-requests of one key, so that no client takes all places
     max_tokens_per_minute_per_key: int | None = None  # prompt and output, a minute's worth may come at once
     max_prompt_tokens: int | None = None      # None: whatever fits the context
-    max_n: int = 128                          # OpenAI's limit
-    max_prompts: int = 2048                   # prompts in one call; lm-eval and OpenAI's batches stay below
-    max_stop_strings: int = 16                # OpenAI allows 4, vLLM any; every one is matched on every character
-    max_stop_string_chars: int = 1024         # text up to this long may be held back from the client
-    max_stop_token_ids: int = 128
-    max_logit_bias: int = 1024                # entries; the rank applies them one by one
-    max_schema_chars: int = 65_536            # of a JSON schema, and of all tools together; OpenAI allows 120,000
-    max_regex_chars: int = 4_096              # of a regex or a grammar: hostile ones of 8 KiB take seconds to compile
     grammar_timeout_s: float = 2.0            # to compile one; ranks compile it too, beside their steps
     max_logprobs: int = 20                    # OpenAI's limit for chat, vLLM's default
-    tool_syntax: str = "auto"                 # how the model writes calls: hermes, mistral, ...; auto: see its template
+    tool_call_parser: str = "auto"            # how the model writes calls: hermes, mistral, ...; auto: see its template
     generation_config: str = "auto"           # sampling defaults: of the checkpoint's generation_config.json, or none
-    default_max_output_tokens: int = 16       # of /v1/completions, OpenAI's number; chat takes what fits
     min_tpot_slo_ms: float = 1.0              # x-slo-tpot-ms shortens everybody's steps; nobody reads a token a ms
-    refuses_late: bool = False                # whether to answer 429 where the first token is predicted to be late
+    reject_late: bool = False                 # whether to answer 429 where the first token is predicted to be late
     request_timeout_s: float | None = 3600.0  # from arrival to the last token; a 10M-token prompt takes tens of minutes
-    stalled_reader_timeout_s: float = 60.0    # a client that takes nothing for so long is gone
-    max_unread_tokens: int = 4096             # per HTTP request; a token waiting for its reader takes 0.3 KB
+    stalled_client_timeout_s: float = 60.0    # a client that takes nothing for so long is gone
+    max_buffered_tokens: int = 4096           # per HTTP request; a token waiting for its reader takes 0.3 KB
     sse_header_wait_s: float = 1.0            # an error within this time still gets its own HTTP status
     sse_keepalive_s: float = 10.0             # between comments while a prompt is in prefill; proxies cut idle lines
     sse_progress_s: float | None = None       # between progress comments; None: only for clients that ask
-    logs_requests: bool = False               # a line per request when it ends; vLLM's default, as logs grow by it
+    log_requests: bool = False                # a line per request when it ends; vLLM's default, as logs grow by it
     retry_after_s: int = 5                    # what clients are told with 503 and 429 where nothing better is known
     keepalive_timeout_s: int = 30             # idle HTTP connections; load balancers often hold theirs for 30 s or more
     drain_timeout_s: float = 20.0             # running requests after SIGTERM; Kubernetes kills after 30 s
-    stop_timeout_s: float = 10.0              # what the ranks get to exit before they are killed
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -94,21 +83,22 @@ class ServerConfig:
             path: Path | None = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ConfigError(f"server.{name}={path}: no such file")
-        if not (self.is_loopback or self.needs_key or self.is_open_to_all):
+        if not (self.is_loopback or self.needs_key or self.allow_unauthenticated):
             raise ConfigError(
                 f"server.host={self.host} is reachable from elsewhere and no key is needed; give server.api_key or "
-                "server.api_key_file, or say server.is_open_to_all=true"
+                "server.api_key_file, or say server.allow_unauthenticated=true"
             )
         self._check_sites()
-        if self.tool_syntax not in TOOL_SYNTAXES:
-            raise ConfigError(f"server.tool_syntax={self.tool_syntax} is not one of {', '.join(TOOL_SYNTAXES)}")
+        if self.tool_call_parser not in TOOL_CALL_PARSERS:
+            known = ", ".join(TOOL_CALL_PARSERS)
+            raise ConfigError(f"server.tool_call_parser={self.tool_call_parser} is not one of {known}")
         if self.generation_config not in GENERATION_CONFIGS:
             raise ConfigError(
                 f"server.generation_config={self.generation_config} is not one of {', '.join(GENERATION_CONFIGS)}"
             )
-        if self.max_bodies_bytes < self.max_body_bytes:
+        if self.max_total_body_bytes < self.max_body_bytes:
             raise ConfigError(
-                f"server.max_bodies_bytes={self.max_bodies_bytes} must hold at least one body of "
+                f"server.max_total_body_bytes={self.max_total_body_bytes} must hold at least one body of "
                 f"server.max_body_bytes={self.max_body_bytes}"
             )
         self._check_numbers()
@@ -129,8 +119,7 @@ class ServerConfig:
 
     def _check_numbers(self) -> None:
         may_be_zero = {
-            "port", "max_stop_strings", "max_stop_token_ids", "max_logit_bias", "max_logprobs", "drain_timeout_s",
-            "keepalive_timeout_s", "stop_timeout_s", "sse_header_wait_s",
+            "port", "max_logprobs", "drain_timeout_s", "keepalive_timeout_s", "sse_header_wait_s",
         }  # fmt: skip
         for field in fields(self):
             value = getattr(self, field.name)

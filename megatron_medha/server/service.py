@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 # While ranks come up again, requests wait for them: a few seconds later they run, which beats asking again.
 _TAKES_REQUESTS = (EnginePhase.READY, EnginePhase.RECOVERING)
+_STOP_TIMEOUT_S = 10.0  # what ranks get to exit before they are killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class Service:
         """Stop the engine; requests still open end with an error."""
         if self._lag_watch is not None:
             self._lag_watch.cancel()
-        await asyncio.to_thread(self.engine.stop, self.config.stop_timeout_s)
+        await asyncio.to_thread(self.engine.stop, _STOP_TIMEOUT_S)
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
         await self.grammars.close()
         await self.text.close()

@@ -31,7 +31,8 @@ _EVENTS: dict[str, type[Event]] = {
 
 
 # Raised when a key or an event is renamed; read_log() then translates what is older.
-FORMAT = 1
+FORMAT = 2
+_KEYS_OF_FORMAT_1 = {"max_saved_gift_steps": "max_banked_steps"}  # of the scheduler's configuration
 
 
 class ReplayError(MedhaError):
@@ -78,11 +79,13 @@ def read_log(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Recorded]]:
     if first is None:
         raise ReplayError("the decision log is empty")
     opening = _parse(*first)
-    header, log_format = opening.get("header"), opening.get("format", FORMAT)  # the first logs name none
+    header, log_format = opening.get("header"), opening.get("format", 1)  # the first logs name none
     if not isinstance(header, dict):
         raise ReplayError("line 1: not the header of a decision log")
-    if log_format != FORMAT:
-        raise ReplayError(f"line 1: format {log_format} is of a later version; this one reads format {FORMAT}")
+    if log_format not in (1, FORMAT):
+        raise ReplayError(f"line 1: format {log_format} is of a later version; this one reads formats up to {FORMAT}")
+    if log_format == 1 and isinstance(header.get("config"), dict):
+        header["config"] = {_KEYS_OF_FORMAT_1.get(key, key): value for key, value in header["config"].items()}
     return header, (_record(line, _parse(line, text)) for line, text in numbered)
 
 

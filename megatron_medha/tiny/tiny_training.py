@@ -37,6 +37,8 @@ from megatron_medha.tiny.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes,
 
 _SAMPLE_PROMPT = b"import os\n\n\ndef "
 _NUM_HELD_OUT_WINDOWS = 64
+_WEIGHT_DECAY = 0.1
+_MAX_GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 _MAX_THREADS = 16  # the matrices are small: more threads wait for each other
 
 
@@ -57,8 +59,6 @@ class TrainTinyConfig:
     batch_size: int = 4              # windows of one step; few, because the number of steps counts more
     learning_rate: float = 4e-3      # at its peak; then down along a cosine to 0
     num_warmup_steps: int = 30
-    weight_decay: float = 0.1
-    max_gradient_norm: float = 1.0
     num_sample_tokens: int = 256     # written at the end, to look at
     is_quiet: bool = False           # no progress bar and no report
 
@@ -150,7 +150,7 @@ class _Trainer:
         self.num_steps = 0
         self._generator = torch.Generator().manual_seed(config.seed)
         self._optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+            self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY, fused=True
         )
 
     def train(self) -> float:
@@ -184,7 +184,7 @@ class _Trainer:
         starts = draw_starts(self.corpus.training_ids, config.sequence_len, config.batch_size, self._generator)
         loss = self._loss(*windows(self.corpus.training_ids, config.sequence_len, starts))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_gradient_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.num_steps += 1

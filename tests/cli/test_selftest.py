@@ -33,7 +33,7 @@ def test_a_server_of_ours_holds_shows_nothing_without_its_key_and_drains(
     keys = ["api_key=sk-user", "admin_key=sk-root"]
     # Whether it is quick is no test of what it does: other tests run beside it.
     limits = ["max_lag_s=60", "large_mib=1"]
-    code = main(["selftest", f"url={url}", "num_random=60", "ends_server=true", *limits, *keys])
+    code = main(["selftest", f"url={url}", "num_random=60", "shutdown_server=true", *limits, *keys])
     out = capsys.readouterr().out
     assert code == 0, out
     assert all(name in out for name in ("beyond the limits", "without the key", "drain")) and "afterwards" not in out

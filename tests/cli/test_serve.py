@@ -164,7 +164,7 @@ def _request(url: str, body: dict[str, object]) -> urllib.request.Request:
 
 
 def test_log_lines_are_json_where_asked_and_hold_no_key(start: Start, simulated: Words) -> None:
-    medha = start(*simulated, "log_format=json", "server.logs_requests=true", *KEYS)
+    medha = start(*simulated, "log_format=json", "server.log_requests=true", *KEYS)
     url = medha.url()
     medha.line_with("ready after")
     request = _request(url, {"prompt": "hello world", "max_tokens": 3, "ignore_eos": True})

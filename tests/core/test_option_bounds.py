@@ -34,7 +34,7 @@ SCHEDULER_BOUNDS: dict[str, tuple[float, float]] = {
     "min_deadline_s": (1e-6, 1e9),
     "slack_margin_steps": (0.0, 1e6),
     "max_relative_slack": (0.0, 0.99),
-    "max_saved_gift_steps": (0.0, 1e3),
+    "max_banked_steps": (0.0, 1e3),
     "progress_share": (0.0, 1.0),
     "max_skips": (0, 1 << 30),
     "watermark": (0.0, 0.5),
@@ -117,7 +117,7 @@ def test_the_scheduler_is_the_papers_if_nothing_is_set() -> None:
         "policy": "lars", "is_preemptive": True, "chunking": Chunking.ADAPTIVE, "step_budget_s": 0.05,
         "tile_tokens": 32, "fixed_chunk_tokens": 512, "max_batch_tokens": 8192, "max_num_sequences": 256,
         "max_chunk_tokens": None, "deadline_multiplier": 1.5, "min_deadline_s": 0.5, "has_triage": True,
-        "slack_margin_steps": 8.0, "has_space_sharing": True, "max_relative_slack": 0.4, "max_saved_gift_steps": 1.0,
+        "slack_margin_steps": 8.0, "has_space_sharing": True, "max_relative_slack": 0.4, "max_banked_steps": 1.0,
         "progress_share": 0.1, "max_skips": 10, "watermark": 0.01,
     }  # fmt: skip
 

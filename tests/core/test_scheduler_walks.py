@@ -80,7 +80,7 @@ def cases(draw: st.DrawFn) -> Case:
         max_num_sequences=draw(st.integers(1, min(12, max_batch_tokens))),
         min_deadline_s=draw(st.sampled_from([1e-3, 0.5])),
         has_space_sharing=draw(st.booleans()),
-        max_saved_gift_steps=draw(st.sampled_from([0.0, 1.0, 3.0])),
+        max_banked_steps=draw(st.sampled_from([0.0, 1.0, 3.0])),
         progress_share=draw(st.sampled_from([0.0, 0.1, 0.5])),
         max_skips=draw(st.sampled_from([0, 1, 10])),
         watermark=draw(st.sampled_from([0.0, 0.1])),

@@ -54,7 +54,7 @@ def test_over_time_a_long_prefill_gives_away_no_more_than_its_slack_allows() -> 
 
 
 def test_a_long_prefill_that_saves_nothing_up_still_leaves_each_step_the_share_its_slack_allows() -> None:
-    bench = Bench(num_blocks=20_000, policy="fcfs", max_relative_slack=0.4, max_saved_gift_steps=0.0)
+    bench = Bench(num_blocks=20_000, policy="fcfs", max_relative_slack=0.4, max_banked_steps=0.0)
     bench.arrive(request("long", num_tokens=20_000, ttft_slo_s=1e4))
     alone = bench.step()[0].chunks[0].num_tokens
     bench.arrive(request("short", num_tokens=40, at_s=bench.now_s))

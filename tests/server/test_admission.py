@@ -208,9 +208,9 @@ def test_limits_count_by_key(start_server: StartServer, key_file: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_a_public_address_without_keys_is_refused_unless_said_so(host: str, key_file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"server\.is_open_to_all=true"):
+    with pytest.raises(ConfigError, match=r"server\.allow_unauthenticated=true"):
         ServerConfig(host=host)
-    ServerConfig(host=host, is_open_to_all=True)
+    ServerConfig(host=host, allow_unauthenticated=True)
     ServerConfig(host=host, api_key="sk-1")
     ServerConfig(host=host, api_key_file=key_file)
     for loopback in ("127.0.0.1", "::1", "localhost", "127.9.9.9"):
@@ -233,12 +233,14 @@ def test_keys_and_limits_are_read_again_without_a_restart(start_server: StartSer
     assert server.post(PATH, {"prompt": "abc"}, headers=with_key("sk-carol")).status_code == 413
 
 
-@pytest.mark.parametrize(("change", "what"), [({"port": 1234}, "server.port"), ({"max_n": 0}, "server.max_n")])
+@pytest.mark.parametrize(
+    ("change", "what"), [({"port": 1234}, "server.port"), ({"max_logprobs": -1}, "server.max_logprobs")]
+)
 def test_a_reload_that_cannot_be_changes_nothing(start_server: StartServer, change: dict, what: str) -> None:
-    configs: dict = {"port": 0, "drain_timeout_s": 0, "max_prompts": 7}
+    configs: dict = {"port": 0, "drain_timeout_s": 0, "max_live_requests": 7}
     server = start_server(read_config=lambda: ServerConfig(**{**configs, **change}))
     answer = server.post("/admin/reload", {})
     assert answer.status_code == 400 and what in answer.json()["error"]["message"]
-    assert server.service.config.max_prompts == ServerConfig().max_prompts
+    assert server.service.config.max_live_requests == ServerConfig().max_live_requests
 
 

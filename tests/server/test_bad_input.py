@@ -297,7 +297,7 @@ def test_a_body_that_is_too_large_is_refused(start_server: StartServer, is_chunk
 
 
 def test_bodies_that_crawl_cannot_fill_memory(start_server: StartServer) -> None:
-    server = start_server(max_body_bytes=300_000, max_bodies_bytes=300_000)
+    server = start_server(max_body_bytes=300_000, max_total_body_bytes=300_000)
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: 250000\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as crawling:
         crawling.sendall(head + b" " * 200_000)

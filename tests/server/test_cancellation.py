@@ -163,7 +163,7 @@ def test_many_clients_leaving_at_random_lose_no_block(start_server: StartServer)
 
 def test_a_reader_that_stalls_is_cut_off_and_its_request_ended(start_server: StartServer) -> None:
     engine = LiveEngine()
-    server = start(start_server, engine, stalled_reader_timeout_s=0.2, max_unread_tokens=100_000)
+    server = start(start_server, engine, stalled_client_timeout_s=0.2, max_buffered_tokens=100_000)
     stalled = server.connect(PATH, body(10, max_tokens=4000, n=32), receive_bytes=4096)
     engine.wait_for_aborts(32)
     engine.wait_until_idle()
@@ -173,7 +173,7 @@ def test_a_reader_that_stalls_is_cut_off_and_its_request_ended(start_server: Sta
 
 def test_unread_tokens_are_bounded_and_the_request_ends_before_its_reader_does(start_server: StartServer) -> None:
     engine = LiveEngine()
-    server = start(start_server, engine, max_unread_tokens=50)
+    server = start(start_server, engine, max_buffered_tokens=50)
     slow = server.connect(PATH, body(10, max_tokens=4000, n=32), receive_bytes=4096)
     engine.wait_for_aborts(32)
     engine.wait_until_idle()

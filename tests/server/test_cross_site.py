@@ -96,7 +96,7 @@ def test_with_a_key_the_host_does_not_count(start_server: StartServer) -> None:
 
 
 def test_a_server_open_to_all_takes_its_address_and_any_other_but_no_foreign_name(start_server: StartServer) -> None:
-    server = start_server(host="0.0.0.0", is_open_to_all=True)
+    server = start_server(host="0.0.0.0", allow_unauthenticated=True)
     for host in ("0.0.0.0:8000", "127.0.0.1", "192.168.1.7:8000", "[2001:db8::1]"):
         assert server.get("/v1/models", headers={"host": host}).status_code == 200, host
     assert server.get("/v1/models", headers={"host": "evil.example"}).status_code == 403

@@ -179,7 +179,7 @@ def test_the_number_of_headers_is_limited(server: Running, num_headers: int) -> 
 
 @pytest.mark.parametrize("where", ["header", "extension", "trailer", "blank lines"])
 def test_what_is_neither_body_nor_complete_is_limited_too(start_server: StartServer, where: str) -> None:
-    server = start_server(max_head_bytes=4096)
+    server = start_server(max_header_bytes=4096)
     head = HEAD + CHUNKED + b"\r\n"
     first = {
         "header": b"GET /live HTTP/1.1\r\nhost: x\r\nx-a: ",
@@ -207,7 +207,7 @@ def test_what_is_neither_body_nor_complete_is_limited_too(start_server: StartSer
 
 
 def test_small_chunks_are_not_too_much_framing(start_server: StartServer) -> None:
-    server = start_server(max_head_bytes=1024)
+    server = start_server(max_header_bytes=1024)
     body = BODY + b" " * 20_000
     packets = [b"".join(b"1\r\n%c\r\n" % byte for byte in body[at : at + 2000]) for at in range(0, len(body), 2000)]
     answers = exchange(server, HEAD + CHUNKED + b"\r\n", *packets, b"0\r\n\r\n", LAST)

@@ -223,7 +223,7 @@ def live(start_server: StartServer, engine: LiveEngine, **settings: object) -> R
 
 def test_what_would_be_late_is_refused_with_its_prediction_and_the_rest_is_served(start_server: StartServer) -> None:
     engine = LiveEngine()
-    server = live(start_server, engine, refuses_late=True)
+    server = live(start_server, engine, reject_late=True)
     engine.audit.stop_at(lambda scheduler: scheduler.num_sequences > 0)
     ahead = server.connect(PATH, json.dumps({"prompt": [1] * 4000, "max_tokens": 2}).encode())
     engine.audit.wait_until_stopped()

@@ -102,7 +102,7 @@ def test_the_admin_route_drains_as_a_signal_does(start_server: StartServer) -> N
 
 
 def test_a_head_that_crawls_is_cut_off(start_server: StartServer) -> None:
-    server = start_server(head_timeout_s=0.5)  # the last head below is to be well within it
+    server = start_server(header_timeout_s=0.5)  # the last head below is to be well within it
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-slow: ")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
@@ -113,7 +113,7 @@ def test_a_head_that_crawls_is_cut_off(start_server: StartServer) -> None:
 
 @pytest.mark.parametrize("part", ["x" * 3000, "/" + "x" * 3000])
 def test_a_head_that_is_too_large_is_refused(start_server: StartServer, part: str) -> None:
-    server = start_server(max_head_bytes=2000)
+    server = start_server(max_header_bytes=2000)
     path, value = (part, "1") if part.startswith("/") else ("/health", part)
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\nx-large: {value}\r\n\r\n".encode())
@@ -185,7 +185,7 @@ def test_clients_that_never_begin_their_handshake_keep_nobody_out(
 
 
 def test_a_handshake_that_crawls_is_cut_off(start_server: StartServer, certificate: tuple[Path, Path]) -> None:
-    server = start_server(tls_certificate=certificate[0], tls_key=certificate[1], head_timeout_s=0.2)
+    server = start_server(tls_certificate=certificate[0], tls_key=certificate[1], header_timeout_s=0.2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         assert connection.recv(1) == b""
 

@@ -230,7 +230,8 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"port": 70000}, {"api_key": ""}, {"served_model_names": ("",)}, {"max_n": 0}, {"sse_keepalive_s": 0}]
+    "settings",
+    [{"port": 70000}, {"api_key": ""}, {"served_model_names": ("",)}, {"max_logprobs": -1}, {"sse_keepalive_s": 0}],
 )
 def test_settings_that_cannot_be_are_refused_by_name(settings: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):

@@ -315,7 +315,7 @@ def test_long_texts_keep_only_each_other_waiting(start_server: StartServer, toke
     slow = _SlowTokenizer(tokenizer._backend, tokenizer.config)
     slow.may_go_on, slow.has_begun = threading.Event(), threading.Semaphore(0)
     room = 5 * LONG_TEXT_CHARS
-    server = start_server(FakeEngine(max_request_tokens=10**6), slow, max_body_bytes=room, max_bodies_bytes=room)
+    server = start_server(FakeEngine(max_request_tokens=10**6), slow, max_body_bytes=room, max_total_body_bytes=room)
     body = json.dumps({"prompt": "a" * (LONG_TEXT_CHARS + 1), "max_tokens": 1}).encode()
     long = [server.connect("/v1/completions", body) for _ in range(4)]
     while server.service.bodies.num_bytes < 4 * LONG_TEXT_CHARS:

@@ -104,7 +104,7 @@ def test_the_words_of_the_command_line_find_their_keys() -> None:
 @pytest.mark.parametrize(
     ("words", "key"),
     [(["url=ftp://x"], "url"), (["concurrency=0"], "concurrency"), (["--", "a=1"], "serve"),
-     (["url=http://127.0.0.1:9"], "url"), (["max_tries=0"], "max_tries"),
+     (["url=http://127.0.0.1:9"], "url"), (["max_attempts=0"], "max_attempts"),
      (["request_timeout_s=0"], "request_timeout_s")],
 )  # fmt: skip
 def test_what_cannot_run_says_so_before_it_begins(tmp_path: Path, words: list[str], key: str) -> None:

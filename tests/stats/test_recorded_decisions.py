@@ -31,3 +31,8 @@ def test_a_log_of_a_later_format_is_named() -> None:
 
 def test_a_log_without_a_format_is_one_of_the_first() -> None:
     assert read_log(['{"header":{"a":1}}'])[0] == {"a": 1}
+
+
+def test_a_renamed_option_of_the_scheduler_is_read_from_a_log_of_the_first_format() -> None:
+    header, _ = read_log(['{"format":1,"header":{"config":{"policy":"lars","max_saved_gift_steps":0.5}}}'])
+    assert header["config"] == {"policy": "lars", "max_banked_steps": 0.5}

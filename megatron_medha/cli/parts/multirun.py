@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from megatron_medha.cli.parts.arguments import Arguments
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.options.compose import CONF_MODULE, Composed, as_yaml, compose, freeze
+from megatron_medha.options.renamed_keys import current_values, current_words
 from megatron_medha.options.yaml_text import yaml_values
 from megatron_medha.system.secret_values import hide_secrets
 
@@ -55,7 +56,7 @@ def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: Ru
     run_job: options and their YAML -> the values of summary.json; writes into options.out.
     """
     try:
-        given: list[Override] = OverridesParser.create().parse_overrides([*arguments.overrides])
+        given: list[Override] = OverridesParser.create().parse_overrides(current_words(arguments.overrides))
     except HydraException as error:
         raise _as_config_error(error) from error
     given, out = _without_out(given)
@@ -145,7 +146,7 @@ def _as_word(override: Override) -> str:
 def _check_same_sweep(directory: Path, wanted: list[str]) -> None:
     """Raises ConfigError if `out` holds results of another sweep, or of no sweep; else writes down which one it is."""
     try:
-        found: list[str] | None = (directory / SWEEP).read_text(encoding="utf-8").splitlines()
+        found: list[str] | None = current_words((directory / SWEEP).read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):
         found = None
     if found is None and directory.exists() and any(directory.iterdir()):
@@ -217,7 +218,7 @@ class _Job:
         configuration files may have changed.
         """
         try:
-            written = yaml_values((directory / CONFIG).read_text(encoding="utf-8"))
+            written = current_values(yaml_values((directory / CONFIG).read_text(encoding="utf-8")))
             values: dict[str, Any] = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None

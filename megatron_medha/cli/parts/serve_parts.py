@@ -25,6 +25,8 @@ from megatron_medha.sim.live import live_engine
 from megatron_medha.system.child_environment import child_environment
 from megatron_medha.system.secret_values import without_secrets
 
+_TIMELINE_S = 300.0  # from when the model is ready; a busy server writes about 10 MB in that time
+
 
 def make_engine(config: ServeConfig, observer: Observer, watcher: Watcher) -> EngineClient:
     """The engine for ranks or for a simulation; nothing runs before its start()."""
@@ -108,7 +110,7 @@ def _open_timeline(config: ServeConfig, path: Path | None) -> OpenTimeline | Non
     if path is None:
         return None
     assert isinstance(config.world, RankConfig)
-    return partial(RunTimeline.writing, path, config.world.layout, duration_s=config.tracking.timeline_s)
+    return partial(RunTimeline.writing, path, config.world.layout, duration_s=_TIMELINE_S)
 
 
 def _log_of_replica(path: Path | None, replica: int) -> Path | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.options.compose import yaml_values
+from megatron_medha.options.renamed_keys import current_values
+from megatron_medha.options.yaml_text import yaml_values
 
 # Of no interest when runs are compared.
 _IGNORED_KEYS = ("out", "plots", "requests", "objective", "tracking.", "record.")
@@ -103,18 +104,18 @@ def _front(runs: Sequence[Run], length_class: str) -> list[Run]:
 def _read(path: Path, name: str) -> Run:
     try:
         values = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        options = yaml_values((path / "config.yaml").read_text(encoding="utf-8"))
+        options = _options(path / "config.yaml")
         assert isinstance(values["classes"], dict) and isinstance(values["all"], dict)
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise ConfigError(f"{path}: not a run directory of this version ({error!r}); move it away") from None
     # A load's own server says what a simulation is told: the two are compared by it.
-    flat = {key: value for key, value in _server_options(path).items() if key.startswith(_SERVER_KEYS)}
-    return Run(name, path, flat | dict(_flat(options)), values, is_simulated="machine" in values)
+    server = _options(path / "server.yaml") if (path / "server.yaml").exists() else {}
+    flat = {key: value for key, value in server.items() if key.startswith(_SERVER_KEYS)}
+    return Run(name, path, flat | options, values, is_simulated="machine" in values)
 
 
-def _server_options(path: Path) -> dict[str, Any]:
-    server = path / "server.yaml"
-    return dict(_flat(yaml_values(server.read_text(encoding="utf-8")))) if server.exists() else {}
+def _options(path: Path) -> dict[str, Any]:
+    return dict(_flat(current_values(yaml_values(path.read_text(encoding="utf-8")))))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

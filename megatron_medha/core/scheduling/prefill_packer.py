@@ -37,7 +37,7 @@ class PrefillPacker:
     """Fills batches with prefill chunks; remembers what long and overdue prefills are owed.
 
     Space sharing (Medha section 4.2): the most urgent long prefill of a KVP rank gives min(rho, rho_max) of its
-    time to short ones. Here the gift is saved up while nobody takes it, for at most `max_saved_gift_steps`, so
+    time to short ones. Here the gift is saved up while nobody takes it, for at most `max_banked_steps`, so
     that a short prompt may have a whole step at once instead of a slice of several; over time the long one
     gives no more than its slack allows, and what nobody takes in a step it takes back in that step.
 
@@ -63,7 +63,7 @@ class PrefillPacker:
         self._cost = cost
         self._memory = memory
         self._limits = limits
-        self._max_gift_s = config.max_saved_gift_steps * config.step_budget_s
+        self._max_gift_s = config.max_banked_steps * config.step_budget_s
         self._gift_s = [self._max_gift_s] * memory.kvp
         self._overdue: Sequence | None = None
         self._credit_s = 0.0

@@ -27,7 +27,7 @@ class BodyBudget:
 
 
 class HeldBytes:
-    """What one request holds in memory before it is admitted: counted against server.max_bodies_bytes until the end."""
+    """What one request holds in memory before it is admitted; server.max_total_body_bytes limits all of them."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
@@ -45,11 +45,11 @@ class HeldBytes:
         if num_bytes > SMALL_BODY_BYTES:
             budget, config = self._budget, self._budget.config()
             num_more = num_bytes - (self.num_bytes if self.num_bytes > SMALL_BODY_BYTES else 0)
-            if budget.num_bytes + num_more > config.max_bodies_bytes:
+            if budget.num_bytes + num_more > config.max_total_body_bytes:
                 raise ApiError(
                     503,
                     f"requests that are not admitted yet hold {budget.num_bytes} bytes, {num_more} more are "
-                    f"too many (server.max_bodies_bytes={config.max_bodies_bytes})",
+                    f"too many (server.max_total_body_bytes={config.max_total_body_bytes})",
                     code="bodies_waiting",
                     retry_after_s=config.retry_after_s,
                     headers={"connection": "close"},

@@ -17,6 +17,7 @@ TRANSPORT = "medha.transport"
 PROBE_PATHS = frozenset({b"/health", b"/live", b"/ready", b"/ping"})
 _PROBE_METHODS = (b"GET", b"HEAD")
 _FRAMING_FIELDS = (b"content-length", b"transfer-encoding")
+_MAX_HEADERS = 128       # browsers send 20, proxies add 10; each costs a look on every route
 _MAX_EXTRA = 16          # connections beyond the limit, of which a probe may be one
 _SLICE_BYTES = 16 * 2**10  # parsed at once: 600 requests or 2,700 chunks, some 10 ms
 _CHUNK_HEADER_BYTES = 16  # of a chunk's size and line ends; more than that counts as part of the head
@@ -198,8 +199,8 @@ class Connection(HttpToolsProtocol):
         if self._is_refused or not self._is_in_head:
             return
         super().on_header(name, value)
-        if len(self.headers) > self.settings.max_headers:
-            self._refuse(ApiError(431, f"more than {self.settings.max_headers} headers", code="head_too_large"))
+        if len(self.headers) > _MAX_HEADERS:
+            self._refuse(ApiError(431, f"more than {_MAX_HEADERS} headers", code="head_too_large"))
 
     def on_headers_complete(self) -> None:
         """The head is complete."""
@@ -266,10 +267,10 @@ class Connection(HttpToolsProtocol):
             elif num_now:
                 self._watch_flush(num_now)
 
-        self.loop.call_later(self.settings.stalled_reader_timeout_s, look)
+        self.loop.call_later(self.settings.stalled_client_timeout_s, look)
 
     def _start_head_timer(self) -> None:
-        self._head_timer = self.loop.call_later(self.settings.head_timeout_s, self._head_is_late)
+        self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self._head_is_late)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -283,24 +284,25 @@ class Connection(HttpToolsProtocol):
         elif not self._is_in_head:
             self.transport.close()  # not a byte of a request: there is nothing to answer
         elif self.cycle is None or self.cycle.response_complete:
-            self._refuse(ApiError(408, f"no complete head within {self.settings.head_timeout_s:g} s"))
+            self._refuse(ApiError(408, f"no complete head within {self.settings.header_timeout_s:g} s"))
         else:
             self.transport.abort()  # a pipelined request that crawls behind one still being answered
 
     def _count_head(self, num_bytes: int) -> None:
         self._num_head_bytes += num_bytes
-        if self._num_head_bytes > self.settings.max_head_bytes:
+        if self._num_head_bytes > self.settings.max_header_bytes:
             self._refuse_head()
 
     def _count_framing(self, num_bytes: int) -> None:
         # The parser shows a header when it is complete, chunk extensions never: what it swallows is bounded here.
         self._num_framing_bytes += num_bytes
-        if self._num_framing_bytes > self.settings.max_head_bytes:
+        if self._num_framing_bytes > self.settings.max_header_bytes:
             self._refuse_head()
 
     def _refuse_head(self) -> None:
         if not self._is_refused:
-            self._refuse(ApiError(431, f"the head exceeds {self.settings.max_head_bytes} bytes", code="head_too_large"))
+            limit = self.settings.max_header_bytes
+            self._refuse(ApiError(431, f"the head exceeds {limit} bytes", code="head_too_large"))
 
     def _refuse(self, error: ApiError) -> None:
         """Answer without the application, and close."""

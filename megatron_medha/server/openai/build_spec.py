@@ -93,7 +93,7 @@ async def begin_spec(
         slo_class=slo_class,
         ttft_slo_s=context.ttft_s,
         tpot_slo_s=context.tpot_s,
-        stops=stops_of(fields, config),
+        stops=stops_of(fields),
         client_stop_ids=frozenset(fields.stop_token_ids or ()),
         includes_stop=bool(fields.include_stop_str_in_output),
         skips_special_tokens=fields.skip_special_tokens is not False,

@@ -72,7 +72,7 @@ async def chat_spec(
     refuse_all(body, _REFUSED)
     usable = usable_tools(body.tools, body.tool_choice)
     tools = chat_tools(service, ready, usable.tools, usable.choice, body.parallel_tool_calls)
-    n = num_choices_of(body, service.config)
+    n = num_choices_of(body)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs: only together with logprobs=true", "top_logprobs")
     max_tokens, max_tokens_param = body.max_tokens, "max_tokens"

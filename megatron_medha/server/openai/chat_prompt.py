@@ -40,7 +40,7 @@ def chat_tools(
     is_parallel: bool | None,
 ) -> ToolUse | None:
     """How an answer may call tools, with this model; ApiError 400 for what does not fit."""
-    syntax = syntax_of(service.config.tool_syntax, ready.tokenizer.template)
+    syntax = syntax_of(service.config.tool_call_parser, ready.tokenizer.template)
     return tool_use(tools, choice, is_parallel=is_parallel, syntax=syntax or CallSyntax.HERMES)
 
 
@@ -91,7 +91,7 @@ async def render_messages(
             extra.setdefault(name, value)
 
     template = ready.tokenizer.template
-    describes = bool(tools) and syntax_of(service.config.tool_syntax, template) is None
+    describes = bool(tools) and syntax_of(service.config.tool_call_parser, template) is None
 
     def plain() -> Iterable[dict[str, Any]]:
         made = (_plain_message(place, message) for place, message in enumerate(messages))

@@ -22,7 +22,7 @@ from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.build_spec import begin_spec
 from megatron_medha.server.openai.openai_logprobs import add_completion_token, token_namer
 from megatron_medha.server.openai.prompts import encode_prompts, split_prompts
-from megatron_medha.server.openai.request_fields import RequestContext, num_choices_of
+from megatron_medha.server.openai.request_fields import MAX_CHOICES, RequestContext, num_choices_of
 from megatron_medha.server.openai.wire_format import (
     DONE_EVENT,
     MARK,
@@ -37,6 +37,7 @@ from megatron_medha.server.service import Service
 from megatron_medha.text.detokenizer import make_detokenizer
 from megatron_medha.text.tokenizer import Tokenizer
 
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's number; chat takes what fits
 BODY = BodyType(msgspec.json.Decoder(CompletionRequest), texts=frozenset({"prompt"}), ids=frozenset({"prompt"}))
 
 
@@ -48,8 +49,8 @@ async def plan_completion(service: Service, context: RequestContext, body: Compl
             "suffix: filling in between is not supported; put all of the text into the prompt", "suffix",
             "unsupported_parameter",
         )  # fmt: skip
-    n = num_choices_of(body, config)
-    raw_prompts = split_prompts(body.prompt, config.max_prompts)
+    n = num_choices_of(body)
+    raw_prompts = split_prompts(body.prompt)
     spec = await begin_spec(
         service,
         context,
@@ -67,7 +68,7 @@ async def plan_completion(service: Service, context: RequestContext, body: Compl
         ready,
         raw_prompts,
         max_tokens=body.max_tokens,
-        default_max_tokens=max(config.default_max_output_tokens, spec.sampling.min_output_tokens),
+        default_max_tokens=max(_DEFAULT_MAX_TOKENS, spec.sampling.min_output_tokens),
         add_special_tokens=body.add_special_tokens is not False,
         param="prompt",
         keeps_text=spec.is_echo,
@@ -80,8 +81,8 @@ def _num_drawn(body: CompletionRequest, n: int, config: ServerConfig) -> int:
         return n
     if body.best_of < n:
         raise bad_request(f"best_of: expected at least n={n}, got {body.best_of}", "best_of")
-    if body.best_of > config.max_n:
-        raise bad_request(f"best_of: at most {config.max_n} (server.max_n)", "best_of")
+    if body.best_of > MAX_CHOICES:
+        raise bad_request(f"best_of: at most {MAX_CHOICES}", "best_of")
     if body.stream:
         raise bad_request("best_of: not with stream, since the best is known only in the end", "best_of")
     return body.best_of

@@ -14,12 +14,11 @@ from megatron_medha.text.tokenizer import Tokenizer, TooManyTokens
 
 RawPrompt: TypeAlias = "str | list[int] | array[int]"  # array has no item types at run time
 
+_MAX_PROMPTS = 2048  # in one call; lm-eval and OpenAI's batches stay below
 _SLICE_IDS = 65_536  # looked at without letting another thread run: a millisecond
 
 
-def split_prompts(
-    prompt: str | array[int] | Sequence[str | int | list[int] | array[int]], max_prompts: int
-) -> list[RawPrompt]:
+def split_prompts(prompt: str | array[int] | Sequence[str | int | list[int] | array[int]]) -> list[RawPrompt]:
     """The one or more prompts in OpenAI's `prompt` field: text, ids, or a list of either."""
     if isinstance(prompt, str | array):
         return [prompt]
@@ -30,8 +29,8 @@ def split_prompts(
         return [list(prompt)]  # type: ignore[arg-type]  # every item is an int
     if len(kinds) != 1:
         raise bad_request("prompt: expected texts only, token ids only or lists of token ids only", "prompt")
-    if len(prompt) > max_prompts:
-        raise bad_request(f"prompt: {len(prompt)} prompts in one call exceed the limit of {max_prompts}", "prompt")
+    if len(prompt) > _MAX_PROMPTS:
+        raise bad_request(f"prompt: {len(prompt)} prompts in one call exceed the limit of {_MAX_PROMPTS}", "prompt")
     return list(prompt)  # type: ignore[arg-type]  # every item is a str, or every item a list
 
 

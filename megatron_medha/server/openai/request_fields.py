@@ -22,6 +22,11 @@ from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
 MAX_PRIORITY = 2**31 - 1
 MAX_SLO_MS = 1e9
+MAX_CHOICES = 128             # of a prompt; OpenAI's limit
+_MAX_STOP_STRINGS = 16        # OpenAI allows 4, vLLM any; every one is matched on every character
+_MAX_STOP_STRING_CHARS = 1024  # text up to this long may be held back from the client
+_MAX_STOP_TOKEN_IDS = 128
+_MAX_LOGIT_BIAS = 1024        # entries; the rank applies them one by one
 YES = frozenset({"1", "true", "yes", "on"})
 NO = frozenset({"0", "false", "no", "off"})
 
@@ -121,25 +126,25 @@ def priority_of(fields: SharedFields, class_priority: int) -> int:
     return fields.priority
 
 
-def stops_of(fields: SharedFields, config: ServerConfig) -> tuple[str, ...]:
+def stops_of(fields: SharedFields) -> tuple[str, ...]:
     """The stop strings, each once."""
     if fields.stop is None:
         return ()
     stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
-    if len(stops) > config.max_stop_strings:
-        raise bad_request(f"stop: {len(stops)} stop strings exceed the limit of {config.max_stop_strings}", "stop")
+    if len(stops) > _MAX_STOP_STRINGS:
+        raise bad_request(f"stop: {len(stops)} stop strings exceed the limit of {_MAX_STOP_STRINGS}", "stop")
     if not all(stops):
         raise bad_request("stop: a stop string must not be empty", "stop")
-    if any(len(stop) > config.max_stop_string_chars for stop in stops):
-        raise bad_request(f"stop: a stop string may have {config.max_stop_string_chars} characters at most", "stop")
+    if any(len(stop) > _MAX_STOP_STRING_CHARS for stop in stops):
+        raise bad_request(f"stop: a stop string may have {_MAX_STOP_STRING_CHARS} characters at most", "stop")
     return tuple(dict.fromkeys(stops))
 
 
-def num_choices_of(fields: SharedFields, config: ServerConfig) -> int:
+def num_choices_of(fields: SharedFields) -> int:
     """How many choices each prompt gets."""
     n = 1 if fields.n is None else fields.n
-    if n > config.max_n:
-        raise bad_request(f"n: at most {config.max_n} choices, got {n if n < 10**20 else 'more'}", "n")
+    if n > MAX_CHOICES:
+        raise bad_request(f"n: at most {MAX_CHOICES} choices, got {n if n < 10**20 else 'more'}", "n")
     return n
 
 
@@ -162,7 +167,7 @@ def sampling_of(
             f"min_tokens: at most {ready.facts.max_request_tokens} tokens fit a request", "min_tokens"
         )
     vocab_size = ready.facts.shape.vocab_size
-    client_stop_ids = _stop_ids(fields, vocab_size, config)
+    client_stop_ids = _stop_ids(fields, vocab_size)
     model_stop_ids = () if fields.ignore_eos else ready.facts.stop_token_ids
     defaults = ready.sampling_defaults
     top_k = max(_or(fields.top_k, defaults.top_k), 0)  # -1 is vLLM's "off", 0 is ours
@@ -176,7 +181,7 @@ def sampling_of(
         repetition_penalty=_or(fields.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=_or(fields.presence_penalty, 0.0),
         frequency_penalty=_or(fields.frequency_penalty, 0.0),
-        logit_bias=_logit_bias(fields, vocab_size, config),
+        logit_bias=_logit_bias(fields, vocab_size),
         stop_token_ids=tuple(dict.fromkeys((*model_stop_ids, *client_stop_ids))),
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
@@ -196,19 +201,19 @@ def refuse_all(fields: object, refused: Sequence[tuple[str, tuple[object, ...], 
             raise bad_request(f"{name}: {way_out}", name, "unsupported_parameter")
 
 
-def _stop_ids(fields: SharedFields, vocab_size: int, config: ServerConfig) -> tuple[int, ...]:
+def _stop_ids(fields: SharedFields, vocab_size: int) -> tuple[int, ...]:
     ids = fields.stop_token_ids or []
-    if len(ids) > config.max_stop_token_ids:
-        raise bad_request(f"stop_token_ids: at most {config.max_stop_token_ids}, got {len(ids)}", "stop_token_ids")
+    if len(ids) > _MAX_STOP_TOKEN_IDS:
+        raise bad_request(f"stop_token_ids: at most {_MAX_STOP_TOKEN_IDS}, got {len(ids)}", "stop_token_ids")
     if any(not 0 <= token_id < vocab_size for token_id in ids):
         raise bad_request(f"stop_token_ids: expected ids from 0 to {vocab_size - 1}", "stop_token_ids")
     return tuple(ids)
 
 
-def _logit_bias(fields: SharedFields, vocab_size: int, config: ServerConfig) -> tuple[tuple[int, float], ...]:
+def _logit_bias(fields: SharedFields, vocab_size: int) -> tuple[tuple[int, float], ...]:
     given = fields.logit_bias or {}
-    if len(given) > config.max_logit_bias:
-        raise bad_request(f"logit_bias: at most {config.max_logit_bias} entries, got {len(given)}", "logit_bias")
+    if len(given) > _MAX_LOGIT_BIAS:
+        raise bad_request(f"logit_bias: at most {_MAX_LOGIT_BIAS} entries, got {len(given)}", "logit_bias")
     biases: dict[int, float] = {}
     for key, bias in given.items():
         is_id = key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size

@@ -36,7 +36,7 @@ IGNORED_HEADER = "x-medha-ignored"
 MAX_IGNORED = 20  # named there, of a request that may have thousands
 KEEPALIVE_COMMENT = b": waiting for the first token\n\n"
 PROGRESS_S = 1.0  # between progress comments for clients that ask, where the configuration says nothing
-# Steps whose tokens one request may have unread, however small server.max_unread_tokens is: a step brings a token of
+# Steps whose tokens one request may have unread, however small server.max_buffered_tokens is: a step brings a token of
 # every choice at once.
 UNREAD_STEPS = 16
 # Above this many positions an answer is rendered off the event loop, which other streams need.
@@ -76,7 +76,7 @@ class Answer(Response):
         loop = asyncio.get_running_loop()
         config = self._config
         self._path = scope["path"]
-        max_unread = max(config.max_unread_tokens, UNREAD_STEPS * self._spec.num_choices)
+        max_unread = max(config.max_buffered_tokens, UNREAD_STEPS * self._spec.num_choices)
         stream = self._streams.open(tuple(self._choice_by_id), max_unread, self._abort_live)
         watcher = asyncio.ensure_future(_watch_client(receive, stream))
         patience = Patience(loop, stream, _transport_of(scope), self._part_being_sent, config)
@@ -124,7 +124,7 @@ class Answer(Response):
     def _tell(self, state: Mapping[str, Any]) -> None:
         # The one line about a request, and its trace: what it was and how it went, never what it said.
         spec, now_s, traces = self._spec, self._engine.now_s(), self._service.traces
-        if not self._config.logs_requests and traces is None:
+        if not self._config.log_requests and traces is None:
             return
         fields = {
             "request_id": state.get("request_id"), "answer_id": spec.answer_id, "client": state.get("client"),
@@ -132,7 +132,7 @@ class Answer(Response):
             "num_choices": spec.num_choices, "num_prompt_tokens": spec.num_prompt_tokens,
             "num_output_tokens": sum(choice.num_tokens for choice in self._choices),
         }  # fmt: skip
-        if self._config.logs_requests:
+        if self._config.log_requests:
             ttft_s = None if self._first_token_s is None else round(self._first_token_s - spec.arrival_s, 6)
             duration_s = round(now_s - spec.arrival_s, 6)
             log.info("request_done", extra={"fields": {**fields, "ttft_s": ttft_s, "duration_s": duration_s}})

@@ -93,7 +93,7 @@ class Patience:
 
     def _look_later(self) -> None:
         self._look = self._loop.call_later(
-            self._config.stalled_reader_timeout_s / _LOOKS_PER_TIMEOUT, self._look_at_reader
+            self._config.stalled_client_timeout_s / _LOOKS_PER_TIMEOUT, self._look_at_reader
         )
 
     def _look_at_reader(self) -> None:

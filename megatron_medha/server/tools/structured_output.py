@@ -25,6 +25,8 @@ from megatron_medha.text.tokenizer import Tokenizer
 _NUM_KNOWN = 256     # guides whose fate is known
 _REFUSED_S = 60.0    # how long one that took too long is refused at once: clients that send it again get it again
 _MAX_ERROR_CHARS = 1000
+_MAX_SCHEMA_CHARS = 65_536  # of a JSON schema, and of all tools together; OpenAI allows 120,000
+_MAX_REGEX_CHARS = 4_096    # of a regex or a grammar: hostile ones of 8 KiB take seconds to compile
 _TOOL = re.compile(r"#/\$defs/tool([0-9]+)")
 
 
@@ -86,7 +88,7 @@ class Grammars:
 
         client: in whose share of the processes it is compiled.
         """
-        _check_size(guide, config)
+        _check_size(guide)
         verdict = self._known.get(guide)
         if verdict is None or verdict.until_s < asyncio.get_running_loop().time():
             task = self._under_way.get(guide)
@@ -197,20 +199,18 @@ def _each(
         yield Guide(GuideKind.GRAMMAR, grammar, f"{prefix}grammar")
 
 
-def _check_size(guide: Guide, config: ServerConfig) -> None:
+def _check_size(guide: Guide) -> None:
     if guide.kind is GuideKind.COMBINATION:
         parts = msgspec.json.decode(guide.text, type=Combination).parts
         for name, part in parts.items():
-            _check_size(Guide(part.kind, part.text, guide.param if name == "text" else "tools"), config)
+            _check_size(Guide(part.kind, part.text, guide.param if name == "text" else "tools"))
         return
     is_regex = guide.kind in (GuideKind.REGEX, GuideKind.GRAMMAR)
-    key = "max_regex_chars" if is_regex else "max_schema_chars"
-    most: int = getattr(config, key)
+    most = _MAX_REGEX_CHARS if is_regex else _MAX_SCHEMA_CHARS
     if len(guide.text) > most:
         raise bad_request(
-            f"{guide.param}: {len(guide.text)} characters, at most {most} (server.{key})", guide.param,
-            "grammar_too_complex",
-        )  # fmt: skip
+            f"{guide.param}: {len(guide.text)} characters, at most {most}", guide.param, "grammar_too_complex"
+        )
     if guide.kind is not GuideKind.JSON_SCHEMA:
         return
     try:
@@ -219,11 +219,10 @@ def _check_size(guide: Guide, config: ServerConfig) -> None:
         raise bad_request(f"{guide.param}: not valid JSON: {error}", guide.param, "invalid_grammar") from None
     if not isinstance(schema, dict | bool):
         raise bad_request(f"{guide.param}: a JSON schema is an object", guide.param, "invalid_grammar")
-    if any(len(text) > config.max_regex_chars for text in _patterns(schema)):
+    if any(len(text) > _MAX_REGEX_CHARS for text in _patterns(schema)):
         raise bad_request(
-            f"{guide.param}: a pattern has more than {config.max_regex_chars} characters (server.max_regex_chars)",
-            guide.param, "grammar_too_complex",
-        )  # fmt: skip
+            f"{guide.param}: a pattern has more than {_MAX_REGEX_CHARS} characters", guide.param, "grammar_too_complex"
+        )
 
 
 def _patterns(schema: Any) -> Iterator[str]:
