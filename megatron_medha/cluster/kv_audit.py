@@ -9,6 +9,7 @@ from megatron_medha.cluster.messages import HeldKV
 from megatron_medha.core.batch import Batch, Chunk, Completed, Event, Output, RanksLost
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.kv.shards import begins_shard
 from megatron_medha.core.scheduling.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class SentBlocks:
                 continue
             extents = self.extents.setdefault(chunk.request_id, [])
             if chunk.kvp_ranks[-1] == self._kvp_rank:
-                if chunk.start == (len(chunk.kvp_ranks) - 1) * self._shard_tokens:
+                if begins_shard(chunk.start, self._shard_tokens):
                     extents.clear()
                 extents.extend(chunk.new_extents)
         sums = [_sums(extents) for extents in self.extents.values()]
@@ -54,10 +55,9 @@ class KVAudit:
 
     def __init__(self, scheduler: Scheduler) -> None:
         memory = scheduler.memory
-        shard_tokens = memory.max_tokens_per_shard or memory.num_blocks * memory.block_size
         self._scheduler = scheduler
-        self._shard_tokens = shard_tokens
-        self._sent = [SentBlocks(rank, shard_tokens) for rank in range(memory.kvp)]
+        self._shard_tokens = memory.shard_tokens
+        self._sent = [SentBlocks(rank, memory.shard_tokens) for rank in range(memory.kvp)]
         self._expected: dict[int, list[HeldKV]] = {}  # by batch and KVP index
         self._num_answers = 0
         self._num_steps = 0

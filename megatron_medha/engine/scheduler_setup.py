@@ -39,6 +39,11 @@ class SchedulerSetup:
     learns: bool = True  # False: predictions stay what they are before anything has run, as a simulation may want it
 
     @property
+    def shard_tokens(self) -> int:
+        """Tokens of one request on one KVP rank, at most."""
+        return self.max_tokens_per_shard or self.num_blocks * self.block_size
+
+    @property
     def cluster_cost(self) -> ClusterCost:
         """The cost model of a cluster that is only calculated."""
         assert self.engine is not None

@@ -17,7 +17,7 @@ from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.errors import ConfigError, check_member, check_range
-from megatron_medha.core.kv.kv_memory import default_shard_tokens
+from megatron_medha.core.kv.shards import default_shard_tokens
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig

@@ -120,8 +120,7 @@ def live_engine(
     @contextmanager
     def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
         layout, name = setup.layout, setup.hardware.name
-        shard_tokens = setup.max_tokens_per_shard or setup.num_blocks * setup.block_size
-        truth = Truth(setup.cluster_cost, shard_tokens, TruthConfig(), seed=0)
+        truth = Truth(setup.cluster_cost, setup.shard_tokens, TruthConfig(), seed=0)
         yield World(
             runtime=LiveRuntime(inbox, streams, truth, Pipeline(layout.spp, layout.kvp), setup.shape.vocab_size),
             setup=setup,

@@ -22,6 +22,7 @@ from megatron_medha.core.batch import (
     TokenOut,
 )
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
+from megatron_medha.core.kv.shards import context_in
 from megatron_medha.core.request import Request
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
 
@@ -164,18 +165,17 @@ class SimulatedWorld(World):
                 record.num_tokens_lost += output.num_tokens_lost
 
 
-def true_step_s(cost: CostModel, kvp: int = 1, shard_tokens: int = 0) -> Callable[[Batch], float]:
+def true_step_s(cost: CostModel, kvp: int = 1, shard_tokens: int = 1 << 60) -> Callable[[Batch], float]:
     """The truth of a world whose steps take exactly what a cost model says, on the slowest of the KVP ranks.
 
-    shard_tokens: tokens of a sequence on each of its KVP ranks but the last; of no effect on one rank.
+    shard_tokens: of a sequence on one KVP rank, at most.
     """
 
     def duration_s(batch: Batch) -> float:
         loads = [StepLoad() for _ in range(kvp)]
         for chunk in batch.chunks:
             for index, rank in enumerate(chunk.kvp_ranks):
-                is_last = index == len(chunk.kvp_ranks) - 1
-                context = chunk.start - index * shard_tokens if is_last else shard_tokens
+                context = context_in(index, chunk.start, shard_tokens)
                 if chunk.num_tokens == 1 and chunk.start:
                     loads[rank].add_decodes(1, context + 1, cost.decode_attention_s(context + 1))
                 else:

@@ -58,14 +58,9 @@ class SimulationConfig:
     sample_s: float | None = None     # between two samples of the state; None: _NUM_SAMPLES in all
 
     @property
-    def shard_tokens(self) -> int:
-        """Tokens of one request on one KVP rank, at most."""
-        return self.setup.max_tokens_per_shard or self.setup.num_blocks * self.setup.block_size
-
-    @property
     def max_request_tokens(self) -> int:
         """No request may have more, prompt and answer."""
-        most = min(self.setup.shape.max_context_len, self.setup.layout.kvp * self.shard_tokens)
+        most = min(self.setup.shape.max_context_len, self.setup.layout.kvp * self.setup.shard_tokens)
         # What no machine of the scheduler's could hold has no time alone, and with that no deadline.
         return most if self.instances is None else min(most, self.instances.max_request_tokens)
 
@@ -138,7 +133,7 @@ class Simulation:
     def _lone_times(self, setup: SchedulerSetup) -> IsolatedTimes:
         config = self.config
         truth = replace(config.truth, noise=0.0)
-        return _lone_times(setup, config.shard_tokens, truth, self.workload.facts.max_prompt_tokens)
+        return _lone_times(setup, truth, self.workload.facts.max_prompt_tokens)
 
     def least_ttft_s(self) -> Callable[[int], float] | None:
         """A bound by prompt length: no load, however small, gives a first token sooner. None: it is not known."""
@@ -204,7 +199,7 @@ class Simulation:
         if config.instances is not None:
             instances = InstancesWorld(requests, ledger, until_s, sample_s, look, front_s, pipeline)
             return instances, instances.work
-        truth = Truth(self._cost, config.shard_tokens, config.truth, config.seed)
+        truth = Truth(self._cost, config.setup.shard_tokens, config.truth, config.seed)
         return MeasuredWorld(requests, pipeline, truth, ledger, until_s, sample_s, look, front_s), truth.work
 
     def _sample(self, now_s: float, ledger: Ledger, memories: Sequence[KVMemory]) -> Sample:
@@ -268,12 +263,12 @@ class Simulation:
 
 
 @lru_cache(_MOST_LONE_TIMES)
-def _lone_times(setup: SchedulerSetup, shard_tokens: int, truth: TruthConfig, max_tokens: int) -> IsolatedTimes:
+def _lone_times(setup: SchedulerSetup, truth: TruthConfig, max_tokens: int) -> IsolatedTimes:
     """TTFT of a prompt alone under a scheduler, by length: the same for any number of replicas and any load."""
     cost = setup.cluster_cost
     return IsolatedTimes(
         lambda: build_system(setup),
-        Truth(cost, shard_tokens, truth, seed=0),
+        Truth(cost, setup.shard_tokens, truth, seed=0),
         lambda: Pipeline(setup.layout.spp, setup.layout.kvp),
         max_tokens,
         cost.engine.request_s,

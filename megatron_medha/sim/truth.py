@@ -11,6 +11,7 @@ from megatron_medha.core.batch import Batch
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.cost.utilisation import matmul_flops
+from megatron_medha.core.kv.shards import context_in
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.sim.pipeline import StepTimes
 from megatron_medha.sim.truth_config import TruthConfig
@@ -105,9 +106,8 @@ class Truth:
             if len(chunk.kvp_ranks) > 1:
                 tied.add(chunk.kvp_ranks)
             merge_s = self._cost.merge_s(chunk.num_tokens, len(chunk.kvp_ranks))
-            last = len(chunk.kvp_ranks) - 1
             for index, rank in enumerate(chunk.kvp_ranks):
-                context = chunk.start - index * self._shard_tokens if index == last else self._shard_tokens
+                context = context_in(index, chunk.start, self._shard_tokens)
                 if chunk.num_tokens == 1 and chunk.start:
                     attention_s = self._cost.decode_attention_s(context + 1) + merge_s
                     loads[rank].add_decodes(1, context + 1, attention_s)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_medha.core.batch import Chunk
+from megatron_medha.core.kv.shards import begins_shard, context_in
 from megatron_medha.core.stage_plan import StagePlan
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.kv.slot_table import SlotTable
@@ -46,7 +47,7 @@ class KVShards:
     """This rank's place among the kvp ranks, and how long a shard is."""
 
     kvp_rank: int
-    shard_tokens: int  # index i of a chunk's kvp_ranks holds tokens [i * shard_tokens, (i + 1) * shard_tokens)
+    shard_tokens: int  # see core/kv/shards.py
     group: dist.ProcessGroup  # of the kvp ranks
     shared_slots: SharedSlots | None = None  # between them, where they are on one machine
 
@@ -58,11 +59,8 @@ class KVShards:
         """What the chunk's rows see of this rank's shard. A chunk lies in the last shard as a whole."""
         if not self.is_last_of(chunk):
             return QueryRange(first_row, chunk.num_tokens, self.shard_tokens, table, is_written=False)
-        return QueryRange(first_row, chunk.num_tokens, chunk.start - self.first_token(chunk), table)
-
-    def first_token(self, chunk: Chunk) -> int:
-        """Where the shard begins that the chunk is written to."""
-        return (len(chunk.kvp_ranks) - 1) * self.shard_tokens
+        context = context_in(len(chunk.kvp_ranks) - 1, chunk.start, self.shard_tokens)
+        return QueryRange(first_row, chunk.num_tokens, context, table)
 
 
 def append_extents(
@@ -72,7 +70,7 @@ def append_extents(
     for chunk, request in chunks:
         if not shards.is_last_of(chunk):
             continue
-        if chunk.start == shards.first_token(chunk):
+        if begins_shard(chunk.start, shards.shard_tokens):
             request.slot_table = SlotTable(block_size)
         if chunk.new_extents:
             assert request.slot_table is not None, f"{chunk.request_id}: first chunk starts at {chunk.start}"

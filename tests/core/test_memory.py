@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.kv.kv_memory import KVMemory, Part, default_shard_tokens
+from megatron_medha.core.kv.kv_memory import KVMemory, Part
 from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.kv.shards import default_shard_tokens
 from megatron_medha.core.request import Request
 
 

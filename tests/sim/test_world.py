@@ -131,7 +131,7 @@ def test_the_outcome_of_a_batch_can_be_chosen() -> None:
 def test_the_truth_of_a_cost_model_is_what_the_scheduler_predicts_by_it() -> None:
     errors = []
     for kvp, shard_tokens in ((1, None), (2, 400)):
-        truth = true_step_s(COST, kvp, shard_tokens or 0)
+        truth = true_step_s(COST, kvp, shard_tokens or 1600)
 
         def check(batch: Batch, truth=truth) -> float:
             errors.append(abs(truth(batch) - batch.predicted_s))

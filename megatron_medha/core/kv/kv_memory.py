@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.block_pool import BlockPool, KVShard, num_blocks_for
 from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.kv.shards import context_in, num_shards, split, tokens_left
 
 
 @dataclass(slots=True, init=False)
@@ -19,15 +20,6 @@ class Part:
     def __init__(self, kvp_rank: int, context: int) -> None:  # by hand for the reason StepLoad's is
         self.kvp_rank = kvp_rank
         self.context = context
-
-
-def default_shard_tokens(num_blocks: int, block_size: int, max_context_len: int, kvp: int) -> int:
-    """Tokens of one request on one KVP rank where nobody has said: the longest context in even parts, in whole blocks.
-
-    So only what is longer than that part is shared out, and the longest request reads as much KV on every rank. At most
-    what a rank has memory for.
-    """
-    return min(num_blocks, num_blocks_for(-(-max_context_len // kvp), block_size)) * block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +45,7 @@ class KVMemory:
     pools: list[BlockPool] = field(init=False)
     owners: dict[str, Sequence] = field(init=False, default_factory=dict)  # of blocks, by request id
     reservation: Reservation | None = field(init=False, default=None)
-    _shard_tokens: int = field(init=False)
+    shard_tokens: int = field(init=False)  # of one sequence on one KVP rank, at most
     _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills
     _num_kept: int = field(init=False)  # blocks below the watermark
 
@@ -66,17 +58,17 @@ class KVMemory:
         self.pools = [BlockPool(self.num_blocks) for _ in range(self.kvp)]
         self._pending_work = [0] * self.kvp
         self._num_kept = int(self.watermark * self.num_blocks)
-        self._shard_tokens = self.max_tokens_per_shard or self.num_blocks * self.block_size
-        if self._shard_tokens % self.block_size or not 0 < self._shard_tokens <= self.num_blocks * self.block_size:
+        self.shard_tokens = self.max_tokens_per_shard or self.num_blocks * self.block_size
+        if self.shard_tokens % self.block_size or not 0 < self.shard_tokens <= self.num_blocks * self.block_size:
             raise ConfigError(
-                f"parallel.max_tokens_per_shard={self._shard_tokens} must be a multiple of {self.block_size} "
+                f"parallel.max_tokens_per_shard={self.shard_tokens} must be a multiple of {self.block_size} "
                 f"and at most the {self.num_blocks * self.block_size} tokens a rank has memory for"
             )
 
     @property
     def max_request_tokens(self) -> int:
         """Prompt and output tokens one request can have: bound by the context and by the memory."""
-        return min(self.max_context_len, self.kvp * self._shard_tokens)
+        return min(self.max_context_len, self.kvp * self.shard_tokens)
 
     @property
     def num_owners(self) -> int:
@@ -99,11 +91,11 @@ class KVMemory:
         if self.kvp == 1:
             count = num_blocks_for(num_tokens, self.block_size)
             fits = self.pools[0].num_free_blocks - count >= kept + self._num_reserved(0, seq)
-            return (0,) if fits and num_tokens <= self._shard_tokens else None
+            return (0,) if fits and num_tokens <= self.shard_tokens else None
         unused = sorted(range(self.kvp), key=self._pending_work.__getitem__)
         ranks: list[int] = []
-        for start in range(0, num_tokens, self._shard_tokens):
-            count = num_blocks_for(min(self._shard_tokens, num_tokens - start), self.block_size)
+        for shard_tokens in split(num_tokens, self.shard_tokens):
+            count = num_blocks_for(shard_tokens, self.block_size)
             for rank in unused:
                 if self.pools[rank].num_free_blocks - count >= kept + self._num_reserved(rank, seq):
                     ranks.append(rank)
@@ -121,22 +113,20 @@ class KVMemory:
             return (Part(plan[0], 0),)
         if len(shards) == 1:
             return (Part(shards[0].kvp_rank, start),)
-        return tuple(
-            Part(shard.kvp_rank, min(start - shard.start, self._shard_tokens))
-            for shard in shards
+        return tuple([
+            Part(shard.kvp_rank, context_in(index, start, self.shard_tokens))
+            for index, shard in enumerate(shards)
             if shard.start <= start
-        )
+        ])
 
     def take(self, seq: Sequence, ranks: tuple[int, ...]) -> None:
         """Give `seq` the blocks of a plan made at this very moment."""
-        start = 0
-        for rank in ranks:
-            num_tokens = min(self._shard_tokens, seq.num_known_tokens - start)
+        for index, num_tokens in enumerate(split(seq.num_known_tokens, self.shard_tokens)):
+            rank = ranks[index]
             extents = self.pools[rank].allocate(num_blocks_for(num_tokens, self.block_size))
             assert extents is not None, f"the plan for {seq.request_id} no longer holds on KVP rank {rank}"
-            seq.block_table.shards.append(KVShard(rank, start, list(extents)))
+            seq.block_table.shards.append(KVShard(rank, index * self.shard_tokens, list(extents)))
             self._pending_work[rank] += seq.request.num_prompt_tokens**2
-            start += self._shard_tokens
         self._set_capacity(seq)
         seq.block_table.kvp_ranks = ranks
         self.owners[seq.request_id] = seq
@@ -147,7 +137,7 @@ class KVMemory:
         """Give a decode one more block; False, and nothing changed, when there is none."""
         table = seq.block_table
         last = table.shards[-1]
-        if last.num_blocks * self.block_size < self._shard_tokens:
+        if last.num_blocks * self.block_size < self.shard_tokens:
             tail = last.extents[-1]
             extent = self.pools[last.kvp_rank].extend(tail.first_block + tail.num_blocks - 1)
             if extent is None:
@@ -161,7 +151,7 @@ class KVMemory:
             rank = min(free, key=lambda rank: (self._pending_work[rank], rank))
             extents = self.pools[rank].allocate(1)
             assert extents is not None
-            table.shards.append(KVShard(rank, last.start + self._shard_tokens, list(extents)))
+            table.shards.append(KVShard(rank, last.start + self.shard_tokens, list(extents)))
             table.unsent_extents.extend(extents)
             table.kvp_ranks += (rank,)
             self._pending_work[rank] += seq.request.num_prompt_tokens**2
@@ -174,14 +164,14 @@ class KVMemory:
         A rank that knows where the token after the next goes can compute it before it is asked to.
         """
         last = seq.block_table.shards[-1]
-        is_shard_full = last.num_blocks * self.block_size >= self._shard_tokens
+        is_shard_full = last.num_blocks * self.block_size >= self.shard_tokens
         if not is_shard_full and self.pools[last.kvp_rank].num_free_blocks > self._num_kept + self.num_owners:
             self.grow(seq)
 
     def growth_ranks(self, seq: Sequence) -> set[int]:
         """KVP ranks on which a free block would let `seq` grow."""
         last = seq.block_table.shards[-1]
-        if last.num_blocks * self.block_size < self._shard_tokens:
+        if last.num_blocks * self.block_size < self.shard_tokens:
             return {last.kvp_rank}
         return set(range(self.kvp)) - {shard.kvp_rank for shard in seq.block_table.shards}
 
@@ -199,8 +189,8 @@ class KVMemory:
         del self.owners[seq.request_id]
 
     def chunk_limit(self, start: int) -> int:
-        """Tokens from `start` up to its shard's end, which no chunk may cross."""
-        return self._shard_tokens - start % self._shard_tokens
+        """See tokens_left."""
+        return tokens_left(start, self.shard_tokens)
 
     def reserve(self, seq: Sequence | None, share: float) -> None:
         """Keep `share` of all blocks freed from now on for a sequence that owns none; None ends it.
@@ -211,8 +201,8 @@ class KVMemory:
         if seq is None or seq.block_table.shards:
             self.reservation = None
         elif self.reservation is None or self.reservation.request_id != seq.request_id:
-            needed = num_blocks_for(min(self._shard_tokens, seq.num_known_tokens), self.block_size)
-            num_ranks = num_blocks_for(seq.num_known_tokens, self._shard_tokens)
+            needed = num_blocks_for(min(self.shard_tokens, seq.num_known_tokens), self.block_size)
+            num_ranks = num_shards(seq.num_known_tokens, self.shard_tokens)
             self.reservation = Reservation(
                 seq.request_id,
                 share,

@@ -24,6 +24,7 @@ from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.sequence import Sequence, Status
+from megatron_medha.core.kv.shards import begins_shard, num_shards
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
 from megatron_medha.core.scheduling.chunking import PrefillTimes
@@ -468,12 +469,10 @@ class Scheduler:
 
     def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
         end, table = start + num_tokens, seq.block_table
-        num_active = len(table.shards)
-        while table.shards[num_active - 1].start >= end:
-            num_active -= 1
-        last = table.shards[num_active - 1]
+        shard_tokens = self.memory.shard_tokens
+        num_active = num_shards(end, shard_tokens)
         # The first chunk on a shard brings all its blocks; a prompt's never grow after that.
-        extents = tuple(last.extents) if last.start == start else ()
+        extents = tuple(table.shards[num_active - 1].extents) if begins_shard(start, shard_tokens) else ()
         samples_token = end == seq.num_known_tokens
         ranks = table.kvp_ranks[:num_active]
         return tuple.__new__(Chunk, (seq.request_id, start, num_tokens, samples_token, ranks, extents))

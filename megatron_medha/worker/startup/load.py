@@ -21,7 +21,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.cost.capacity import check_divides
 from megatron_medha.core.errors import CheckpointError, ConfigError
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
-from megatron_medha.core.kv.kv_memory import default_shard_tokens
+from megatron_medha.core.kv.shards import default_shard_tokens
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.choose_backend import attention_backend
