@@ -80,7 +80,7 @@ def native_library(target: str | None = None) -> ctypes.CDLL:
 
 
 @functools.cache
-def openmp_team() -> int | None:
+def gomp_parallel_address() -> int | None:
     """The address of GOMP_parallel in this process; None: no runtime that has it, and one thread does all the work.
 
     torch's own OpenMP threads are to do the work: a runtime linked to the library would have threads of its own, two

@@ -108,7 +108,7 @@ class Mutant:
         return "\n".join([self.path.name, *(f"-{line}" for line in self.old), *(f"+{line}" for line in self.new)])
 
 
-class _Places(cst.CSTVisitor):
+class _PartialPrefillLimits(cst.CSTVisitor):
     """Every change of a module, by line: what is changed, into what, and the statement it is in."""
 
     METADATA_DEPENDENCIES = (PositionProvider,)
@@ -164,10 +164,10 @@ class Source:
         self.path = path
         self.text = path.read_text(encoding="utf-8")
         wrapper = MetadataWrapper(cst.parse_module(self.text))
-        places = _Places()
-        wrapper.visit(places)
+        limits = _PartialPrefillLimits()
+        wrapper.visit(limits)
         self._module = wrapper.module
-        self._by_line = places.by_line
+        self._by_line = limits.by_line
 
     @property
     def lines(self) -> list[int]:

@@ -26,8 +26,8 @@ from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.compose import compose, freeze
 from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
 from megatron_medha.sim.baselines.baseline_config import BASELINE_POLICIES, BaselineConfig
-from megatron_medha.sim.sim_world import SimulatedWorld
-from megatron_medha.sim.simulation import Simulation, Watchers
+from megatron_medha.sim.sim_world import RecordingSimRuntime
+from megatron_medha.sim.simulation import Simulation, SimulationHooks
 from megatron_medha.sim.system import build_scheduler
 from megatron_medha.stats.decision_log import DecisionLog
 from megatron_medha.system.best_effort_file import TextSink
@@ -89,7 +89,7 @@ def walk(seed: int, stream: TextSink) -> None:
         failed = tuple((name, "its fault") for name in ids if draw.random() < 0.02)
         return Completed(batch.batch_id, seconds, stopped, failed)
 
-    world = SimulatedWorld(requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), spp, outcome)
+    world = RecordingSimRuntime(requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), spp, outcome)
     world.abort(draw.random() * 0.3, f"r{draw.randint(0, 17)}")
     if draw.random() < 0.4:
         world.lose_ranks(draw.random() * 0.3)
@@ -102,7 +102,7 @@ def simulate(words: tuple[str, ...], stream: TextSink) -> None:
     options = freeze(compose("simulate", SimulateOptions, [*quick, *words]), SimulateOptions)
     config = simulation_config(options)
     log = DecisionLog(stream, config.setup.header())
-    Simulation(config).run(Watchers(observers=(log,)))
+    Simulation(config).run(SimulationHooks(observers=(log,)))
 
 
 def logs() -> Iterator[tuple[str, int | tuple[str, ...]]]:

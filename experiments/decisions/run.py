@@ -35,7 +35,7 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import SimulatedWorld, true_step_s
+from megatron_medha.sim.sim_world import RecordingSimRuntime, true_step_s
 
 BARS_S = {1_000: 100e-6, 10_000: 1e-3}
 # Most output tokens of a request with which about 32 decode: the more wait, the more short ones LARS has to start.
@@ -70,7 +70,7 @@ def prompts(seed: int, max_output_tokens: int) -> Iterator[Request]:
         index += 1
 
 
-class ClosedWorld(SimulatedWorld):
+class ClosedWorld(RecordingSimRuntime):
     """A world in which a new request arrives whenever one ends, until `num_batches` have been submitted."""
 
     def __init__(self, num_live: int, num_batches: int, max_output_tokens: int, seed: int) -> None:
@@ -194,7 +194,7 @@ def slope_per_decode_s(num_repeats: int) -> float:
             Request(request_id=f"request-{index}", num_prompt_tokens=50, max_output_tokens=10_000, arrival_s=0.0)
             for index in range(num_decodes)
         ]
-        world = SimulatedWorld(requests, lambda batch: 0.02)
+        world = RecordingSimRuntime(requests, lambda batch: 0.02)
         decisions = TimedDecisions(Scheduler(SchedulerConfig(), cost, memory))
         world.push(6.0, None)  # type: ignore[arg-type]  # ends the world
         serve(decisions, world)

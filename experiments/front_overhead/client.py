@@ -20,7 +20,7 @@ _ID = re.compile(rb'"id": ?"([^"]+)"')
 class Received:
     """One stream: the server's name for the answer, and when each of its tokens came, on the monotonic clock."""
 
-    answer_id: str
+    response_id: str
     times_s: array[float]
 
 
@@ -36,7 +36,7 @@ async def _read(port: int, num_tokens: int, count: Callable[[bytes], int]) -> Re
                  b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
     times_s = array("d")
     whole = rest = b""
-    answer_id: re.Match[bytes] | None = None
+    response_id: re.Match[bytes] | None = None
     while part := await reader.read(1 << 16):
         now_s = time.monotonic()
         whole = rest + part
@@ -44,14 +44,14 @@ async def _read(port: int, num_tokens: int, count: Callable[[bytes], int]) -> Re
         if end < len(_END_OF_EVENT):
             rest = whole
             continue
-        if answer_id is None:
-            answer_id = _ID.search(whole)
+        if response_id is None:
+            response_id = _ID.search(whole)
         times_s.extend([now_s] * count(whole[:end]))
         rest = whole[end:]
     writer.close()
-    if len(times_s) != num_tokens or answer_id is None:
+    if len(times_s) != num_tokens or response_id is None:
         raise SystemExit(f"a stream brought {len(times_s)} tokens, not {num_tokens}: {whole[-300:]!r}")
-    return Received(answer_id[1].decode(), times_s)
+    return Received(response_id[1].decode(), times_s)
 
 
 def count_events(events: bytes) -> int:

@@ -130,7 +130,7 @@ def _measure_once(front: Front, step_s: float, num_tokens: int) -> Load:
 def _added_s(received: list[Received], starts: StepStarts, step_s: float) -> array[float]:
     added_s = array("d")
     for stream in received if starts else ():
-        of_answer = starts[stream.answer_id]
+        of_answer = starts[stream.response_id]
         added_s.extend(at_s - start_s - step_s for at_s, start_s in zip(stream.times_s, of_answer, strict=True))
     return array("d", sorted(added_s))
 
@@ -139,7 +139,7 @@ def _between_s(received: list[Received], starts: StepStarts, step_s: float) -> a
     """While all streams were there."""
     if not starts:
         return array("d")
-    of_streams = [starts[stream.answer_id] for stream in received]
+    of_streams = [starts[stream.response_id] for stream in received]
     first_s, last_s = max(one[0] for one in of_streams), min(one[-1] for one in of_streams)
     steps = sorted({start_s for one in of_streams for start_s in one if first_s <= start_s <= last_s})
     between_s = array("d", sorted(later - earlier - step_s for earlier, later in pairwise(steps)))

@@ -7,7 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from megatron_medha.cluster.messages import NewRequest, Step
+from megatron_medha.cluster.messages import NewRequest, RankStep
 from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, Preempted, Rejected, TokenOut
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
@@ -140,5 +140,5 @@ class Engine:
             sampling = Sampling(max_output_tokens=_NUM_OUTPUT_TOKENS, temperature=0.0)
             new.append(NewRequest(chunk.request_id, ids.tobytes(), count, sampling))
         begun_s = time.perf_counter()
-        self._world.rank.run(Step(batch.batch_id, batch.chunks, tuple(new), batch.released))
+        self._world.rank.run(RankStep(batch.batch_id, batch.chunks, tuple(new), batch.released))
         return time.perf_counter() - begun_s

@@ -12,7 +12,7 @@ import torch
 
 from experiments.gpu.in_process import Engine, Outcome
 from experiments.gpu.measure import Check, Row, fill_with_random_kv, percentile
-from megatron_medha.cluster.messages import NewRequest, Ready, Step
+from megatron_medha.cluster.messages import NewRequest, RankReady, RankStep
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.cost.fitted_cost import fit
 from megatron_medha.core.cost.step_cost import Hardware
@@ -85,7 +85,7 @@ class OneRank:
         """Seconds until the step is answered: the rank waits for all of it, not for decodes it has launched ahead."""
         self._num_steps += 1
         started_s = time.perf_counter()
-        self.rank.run(Step(self._num_steps, chunks, new, released))
+        self.rank.run(RankStep(self._num_steps, chunks, new, released))
         return time.perf_counter() - started_s
 
     def begin(self, request_id: str, num_tokens: int) -> None:
@@ -208,7 +208,7 @@ def tpot(check: Check) -> None:
     check.add(Row(f"{what}, against the floor", seconds / floor_s, "x", 1.25, True))
     if graphs is not None:
         # Each step's launch and look at the tokens then lie between two steps of the device.
-        world.rank._launched_ahead = lambda work, underway: None  # type: ignore[method-assign]
+        world.rank._launch_ahead = lambda work, underway: None  # type: ignore[method-assign]
         seconds = _decodes(world, "c", context, 60)
         check.add(Row(f"{what}, none launched ahead", 1e3 * seconds, "ms"))
         world.rank.graphs = None
@@ -308,7 +308,7 @@ def profile(check: Check) -> None:
     """What `medha profile` does after loading: a grid of steps, the fit, its error on steps held out of it."""
     config, seconds = (TINY, 2.0) if check.is_tiny else (LLAMA3_8B, 60.0)
     world = OneRank(check, config, 2048 if check.is_tiny else 300_000, has_graphs=True)
-    ready = Ready(0, config.shape(2), world.num_blocks, world.block_size, (), "")
+    ready = RankReady(0, config.shape(2), world.num_blocks, world.block_size, (), "")
     points = grid(world.num_blocks * world.block_size, config.max_context_len)
     started_s = time.perf_counter()
     steps = measure(world.rank, ready, points, seconds=seconds, note=lambda count: None)

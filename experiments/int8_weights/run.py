@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.lib.plain_model import save_plain_model
-from megatron_medha.cluster.messages import NewRequest, Step, StepDone
+from megatron_medha.cluster.messages import NewRequest, RankStep, StepDone
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
@@ -72,7 +72,7 @@ def compare(checkpoint: Path, threads: int, rounds: int) -> int:
     losses: dict[str, float] = {}
     for kind, (dtype, weight_dtype) in KINDS.items():
         config = RankConfig(
-            front_endpoint="inproc://nobody", checkpoint=str(checkpoint), kv_memory_bytes=512 << 20,
+            server_endpoint="inproc://nobody", checkpoint=str(checkpoint), kv_memory_bytes=512 << 20,
             model=ModelOptions(device="cpu", dtype=dtype, weight_dtype=weight_dtype, num_threads=threads),
         )  # fmt: skip
         rank, ready = load_rank(config, lambda what, fraction: None)
@@ -175,7 +175,7 @@ def run(
         )
         for i, (name, count) in enumerate(zip(names, counts, strict=True))
     )  # fmt: skip
-    return rank.run(Step(1, chunks, new, tuple(released)))
+    return rank.run(RankStep(1, chunks, new, tuple(released)))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from experiments.lib.plain_model import save_plain_model
 from experiments.lib.rank_processes import RankProcesses, rank_processes
-from megatron_medha.cluster.messages import NewRequest, Step
+from megatron_medha.cluster.messages import NewRequest, RankStep
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
@@ -103,7 +103,7 @@ def decode(ranks: RankProcesses, checkpoint: Path, kvp: int, context: int, num_s
     shard_tokens = num_blocks * BLOCK_SIZE
     ranks.load(
         RankConfig(
-            layout=ParallelLayout(kvp=kvp), front_endpoint="", checkpoint=str(checkpoint),
+            layout=ParallelLayout(kvp=kvp), server_endpoint="", checkpoint=str(checkpoint),
             model=ModelOptions(device="cpu", dtype="float32", block_size=BLOCK_SIZE, num_threads=1),
             kv_memory_bytes=num_blocks * block_bytes, max_tokens_per_shard=shard_tokens,
         ),  # fmt: skip
@@ -124,7 +124,7 @@ def decode(ranks: RankProcesses, checkpoint: Path, kvp: int, context: int, num_s
             is_part = rank in chunk.kvp_ranks
             news = (new,) if is_part and rank not in known else ()
             known.update({rank} if is_part else set())
-            ranks.send(rank, Step(batch_id, (chunk,) if is_part else (), news, (), sampled if kvp > 1 else ()))
+            ranks.send(rank, RankStep(batch_id, (chunk,) if is_part else (), news, (), sampled if kvp > 1 else ()))
         answers = []
         while len(answers) < kvp:
             answers += list(ranks.answers())
@@ -145,7 +145,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as name, rank_processes(2) as ranks:
         save_plain_model(Path(name), **MODEL)
-        plain = RankConfig(front_endpoint="", checkpoint="", kv_memory_bytes=0)
+        plain = RankConfig(server_endpoint="", checkpoint="", kv_memory_bytes=0)
         reads = [
             ranks.call(read_memory, msgspec.structs.replace(plain, layout=ParallelLayout(kvp=kvp))) for kvp in (1, 2)
         ]

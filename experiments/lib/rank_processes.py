@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from megatron_medha.cluster.messages import Ready, Shutdown, Step, StepDone, ToRank
+from megatron_medha.cluster.messages import RankReady, RankStep, Shutdown, StepDone, ToRank
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.layout import Coord, ParallelLayout
 
@@ -61,7 +61,7 @@ class RankProcesses:
         self._num_loaded = 0
         self.layout = ParallelLayout()
 
-    def load(self, config: RankConfig, prepare: Prepare | None = None) -> list[Ready]:
+    def load(self, config: RankConfig, prepare: Prepare | None = None) -> list[RankReady]:
         """Make the first processes the ranks of config.layout; what was loaded before is given up.
 
         prepare: called in each of them with its rank; what it adds to the dict travels with the next answer.
@@ -87,7 +87,7 @@ class RankProcesses:
         """One message to one rank."""
         self._connections[rank].send_bytes(msgspec.msgpack.encode(message))
 
-    def send_to_kvp_rank(self, kvp: int, step: Step) -> None:
+    def send_to_kvp_rank(self, kvp: int, step: RankStep) -> None:
         """A step to every rank with this kvp index."""
         layout = self.layout
         for stage in range(layout.spp):

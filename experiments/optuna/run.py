@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiments.lib.drawing import panels
 from megatron_medha.cli.medha import main as medha
-from megatron_medha.cli.reports.report_runs import Run, find_runs
+from megatron_medha.cli.reports.report_runs import ReportRun, find_runs
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf"
@@ -42,7 +42,7 @@ class Trial:
     tpot_p50_s: float
 
 
-def trial(run: Run) -> Trial:
+def trial(run: ReportRun) -> Trial:
     """From a run directory."""
     options, everything = run.options, run.values["all"]
     return Trial(

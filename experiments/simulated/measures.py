@@ -21,8 +21,8 @@ from megatron_medha.options.simulate_options import SimulateOptions, simulation_
 from megatron_medha.sim.baselines.ring_cost import RingCost
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.pipeline import Pipeline
-from megatron_medha.sim.sim_world import SimulatedWorld
-from megatron_medha.sim.simulation import Simulation, SimulationConfig, Watchers
+from megatron_medha.sim.sim_world import RecordingSimRuntime
+from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks
 from megatron_medha.sim.system import build_system
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
@@ -66,7 +66,7 @@ def stream(words: Words, *, has_bound: bool = False, deadlines: Sequence[str] = 
     if deadlines:
         simulation.isolated_s = Simulation(composed((*words, *deadlines))).isolated_s
     outcomes: list[Outcome] = []
-    result = simulation.run(Watchers(on_outcome=outcomes.append))
+    result = simulation.run(SimulationHooks(on_outcome=outcomes.append))
     drain_s = float("inf") if config.max_drain_s is None else config.max_drain_s
     end_s = min(result.end_s, simulation.workload.facts.last_arrival_s + drain_s)
     values = _stream_values(config, outcomes, result.summary, end_s)
@@ -207,7 +207,7 @@ def chunks_and_a_decode(words: Words, *, num_tokens: int, chunk_tokens: int, eve
     return {"ttft_s": round(ttft_s, 1), "step_p95_s": round(percentile(sorted(traversals_s), 95), 5)}
 
 
-class _UntilFirstToken(SimulatedWorld):
+class _UntilFirstToken(RecordingSimRuntime):
     """Ends when the long prompt has its first token."""
 
     def next_event(self):  # type: ignore[no-untyped-def]
@@ -270,10 +270,10 @@ def chunked_prefill(words: Words, *, num_tokens: int, chunk: int) -> Values:
     flops = prefill_flops(cost.shape, num_tokens)
     square = flops + attention_flops(cost.shape, 0, num_tokens)  # every query with every key
     used, used_square = (mfu(one, cost.hardware, cost.layout.world_size, streamed_s) for one in (flops, square))
-    front_s = cost.engine.request_s
+    api_server_s = cost.engine.request_s
     return {
-        "streamed_s": _six(streamed_s), "streamed_ttft_s": _six(front_s + streamed_s),
-        "ttft_s": _six(front_s + waiting_s), "tbt_s": _six(_decode_s(cost, [num_tokens])),
+        "streamed_s": _six(streamed_s), "streamed_ttft_s": _six(api_server_s + streamed_s),
+        "ttft_s": _six(api_server_s + waiting_s), "tbt_s": _six(_decode_s(cost, [num_tokens])),
         "mfu_causal": _six(used), "mfu_square": _six(used_square),
     }  # fmt: skip
 

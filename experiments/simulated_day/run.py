@@ -28,7 +28,7 @@ IS_COMPILED = use_compiled_core()
 from megatron_medha.options.compose import as_yaml, compose, freeze
 from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
 from megatron_medha.sim.run_directory import RunDirectory
-from megatron_medha.sim.simulation import Sample, Simulation
+from megatron_medha.sim.simulation import Simulation, StateSample
 
 HOUR_S, WARM_HOURS, BAR_MIB = 3600.0, 2, 1.0
 MIB = 1 << 20
@@ -77,7 +77,7 @@ def main() -> int:
             write = watchers.on_sample
             bar.write("hour     MiB")
 
-            def look(sample: Sample) -> None:
+            def look(sample: StateSample) -> None:
                 write(sample)
                 if sample.now_s >= HOUR_S * (len(hours) + 1):
                     gc.collect()

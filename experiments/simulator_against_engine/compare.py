@@ -10,7 +10,7 @@ from experiments.simulator_against_engine.log import Calibration, ServedLog, Ste
 from megatron_medha.core.batch import Batch, Event, Output
 from megatron_medha.core.loop import serve
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.sim.sim_world import SimulatedWorld
+from megatron_medha.sim.sim_world import RecordingSimRuntime
 from megatron_medha.stats.decision_log import replay
 
 Decision = tuple[tuple[int, int, int], ...]  # of each chunk: prompt length of its request, start, tokens
@@ -43,7 +43,7 @@ def simulate(
         asked = log.arrivals[length][1]
         arrivals.append(replace(asked, request_id=f"p{length}", arrival_s=at_s + calibration.front_in_s))
     steps = calibration.steps
-    world = SimulatedWorld(arrivals, lambda batch: steps.whole_s(batch, batch.created_s), outcome=steps.completed)
+    world = RecordingSimRuntime(arrivals, lambda batch: steps.whole_s(batch, batch.created_s), outcome=steps.completed)
     seen = _Batches()
     serve(_scheduler_at(log, min(meant_s.values())), world, (seen,))
     ttft_s = {

@@ -18,10 +18,10 @@ from megatron_medha.system.compiled_core import use_compiled_core
 IS_COMPILED = use_compiled_core()
 
 from megatron_medha.core.batch import Batch, Event, Output
-from megatron_medha.core.ports import Decisions
+from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.options.compose import compose, freeze
 from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
-from megatron_medha.sim.simulation import Simulation, Watchers
+from megatron_medha.sim.simulation import Simulation, SimulationHooks
 from megatron_medha.sim.system import build_system
 
 BAR, GOAL = 300.0, 1000.0
@@ -31,7 +31,7 @@ BAR, GOAL = 300.0, 1000.0
 class TimedDecisions:
     """A system with a stop watch."""
 
-    system: Decisions
+    system: SchedulerProtocol
     seconds: float = 0.0
     num_calls: int = 0
 
@@ -76,12 +76,12 @@ def main() -> int:
     best_s, num_batches, end_s = float("inf"), 0, 0.0
     for _ in range(arguments.repeats):
         began_s = time.process_time()
-        result = Simulation(config).run(Watchers())
+        result = Simulation(config).run(SimulationHooks())
         best_s = min(best_s, time.process_time() - began_s)
         num_batches, end_s = result.values["machine"]["num_batches"], result.end_s
     timed = TimedDecisions(build_system(config.setup))
     began_s = time.perf_counter()
-    Simulation(config).run(Watchers(), timed)
+    Simulation(config).run(SimulationHooks(), timed)
     whole_s = time.perf_counter() - began_s
     share = (timed.seconds - timed.num_calls * watch_s()) / whole_s
     speed = end_s / best_s

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from experiments.lib.plain_model import save_plain_model
 from experiments.lib.rank_processes import RankProcesses, rank_processes
-from megatron_medha.cluster.messages import NewRequest, Step
+from megatron_medha.cluster.messages import NewRequest, RankStep
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
@@ -48,7 +48,7 @@ def prefill(
     block_bytes = 2 * BLOCK_SIZE * MODEL["num_kv_heads"] * MODEL["head_dim"] * 4 * MODEL["num_layers"]
     ranks.load(
         RankConfig(
-            layout=layout, front_endpoint="", checkpoint=str(checkpoint),
+            layout=layout, server_endpoint="", checkpoint=str(checkpoint),
             model=ModelOptions(device="cpu", dtype="float32", block_size=BLOCK_SIZE, num_threads=1),
             kv_memory_bytes=num_blocks * block_bytes,
         )  # fmt: skip
@@ -71,7 +71,7 @@ def prefill(
                 count = min(chunk, num_tokens - start)
                 extents = (Extent(0, num_blocks),) if start == 0 else ()
                 chunks = (Chunk("a", start, count, start + count == num_tokens, (0,), extents),)
-                ranks.send_to_kvp_rank(0, Step(num_submitted, chunks, (new,) if start == 0 else ()))
+                ranks.send_to_kvp_rank(0, RankStep(num_submitted, chunks, (new,) if start == 0 else ()))
                 num_submitted += 1
             for answer in ranks.answers():
                 stage = layout.coord_of(answer.done.rank).spp

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_medha.cluster.messages import Shutdown, Step, StepDone
+from megatron_medha.cluster.messages import RankStep, Shutdown, StepDone
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.worker.main import Loaded, main
-from megatron_medha.worker.message_inbox import FrontInbox
+from megatron_medha.worker.main import LoadedRank, main
+from megatron_medha.worker.message_inbox import MessageInbox
 
 NATIVE = ("medha_decoder", "medha_attend", "medha_linear", "medha_rms_norm", "medha_gated_silu")
 
@@ -44,24 +44,24 @@ class Timers:
 class TimedInbox:
     """Passes messages on; notes when a step came."""
 
-    def __init__(self, inbox: FrontInbox, came: Callable[[Step], None]) -> None:
+    def __init__(self, inbox: MessageInbox, came: Callable[[RankStep], None]) -> None:
         self._inbox, self._came = inbox, came
 
-    def wait(self) -> Step | Shutdown | None:
-        """See FrontInbox."""
+    def wait(self) -> RankStep | Shutdown | None:
+        """See MessageInbox."""
         return self._note(self._inbox.wait())
 
-    def poll(self) -> Step | Shutdown | None:
-        """See FrontInbox."""
+    def poll(self) -> RankStep | Shutdown | None:
+        """See MessageInbox."""
         return self._note(self._inbox.poll())
 
-    def _note(self, message: Step | Shutdown | None) -> Step | Shutdown | None:
-        if isinstance(message, Step):
+    def _note(self, message: RankStep | Shutdown | None) -> RankStep | Shutdown | None:
+        if isinstance(message, RankStep):
             self._came(message)
         return message
 
 
-def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
+def load(config: RankConfig, progress: Callable[[str, float], None]) -> LoadedRank:
     """The usual rank, its library's functions replaced by timed ones before anything takes them from it."""
     from megatron_medha.kernels.native_build import native_library, native_target
     from megatron_medha.worker.startup.load import load_rank
@@ -76,13 +76,13 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
                 function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
                 setattr(library, name, timers.timed(name, function))
     rank, ready = load_rank(config, progress)
-    for name in ("choose", "choose_best"):
+    for name in ("choose", "choose_greedy"):
         setattr(rank._sampler, name, timers.timed("sampling", getattr(rank._sampler, name)))
 
-    def serve(inbox: FrontInbox, answer: Callable[[StepDone], None]) -> None:
-        known: dict[int, Step] = {}
+    def serve(inbox: MessageInbox, answer: Callable[[StepDone], None]) -> None:
+        known: dict[int, RankStep] = {}
 
-        def came(step: Step) -> None:
+        def came(step: RankStep) -> None:
             known[step.batch_id] = step
 
         def answer_timed(done: StepDone) -> None:
@@ -102,7 +102,7 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
         run_steps(rank, TimedInbox(inbox, came), answer_timed)
         Path(os.environ["STEP_OVERHEAD_OUT"], "rank.json").write_text(json.dumps(timers.steps))
 
-    return Loaded(serve, ready, rank.prepare)
+    return LoadedRank(serve, ready, rank.prepare)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
-from megatron_medha.kernels.native_build import native_library, native_target, openmp_team
+from megatron_medha.kernels.native_build import gomp_parallel_address, native_library, native_target
 
 _GROUP = 16
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -57,7 +57,7 @@ class NativeCall(ctypes.Structure):
     ]
 
 
-class BatchPlan(NamedTuple):
+class NativePlan(NamedTuple):
     """A packed batch as the library takes it. Arrays whose addresses are in `rows` are kept alive beside it."""
 
     slots: np.ndarray | None  # int64 [T]; -1: a row of another rank's shard, not written here
@@ -83,7 +83,7 @@ class NativeAttention(AttentionBackend):
         self.target = target or native_target()
         self.library = native_library(self.target)
         self._attend = self.library.medha_attend
-        self._run_team = openmp_team()
+        self._run_team = gomp_parallel_address()
 
     def allocate(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -95,7 +95,7 @@ class NativeAttention(AttentionBackend):
         shape = (num_kv_heads, num_groups, pool_width(head_dim))
         return LayerKV(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
 
-    def plan(self, ranges: Sequence[QueryRange]) -> BatchPlan:
+    def plan(self, ranges: Sequence[QueryRange]) -> NativePlan:
         """Slots to write and keys to read, for all layers of one step."""
         is_all_written = all(r.is_written for r in ranges)
         if is_all_written and all(r.num_rows == 1 for r in ranges):
@@ -114,17 +114,17 @@ class NativeAttention(AttentionBackend):
             ],
             dtype=np.int64,
         )
-        return BatchPlan(slots, rows, runs, torch.get_num_threads(), is_all_written)
+        return NativePlan(slots, rows, runs, torch.get_num_threads(), is_all_written)
 
     def attend(
-        self, plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+        self, plan: NativePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
         assert plan.is_all_written, "rows of another rank's shard need attend_with_lse"
         return self._attended(*self.prepared(plan, q_TKGD, k_TKD, v_TKD, layer, scale, None))
 
     def attend_with_lse(
-        self, plan: BatchPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+        self, plan: NativePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
     ) -> tuple[Tensor, Tensor]:
         """`attend`, and the natural log-sum-exp of the scaled scores, lse_TH fp32. No key seen: 0 and -inf."""
         num_tokens, num_kv_heads, group, _ = q_TKGD.shape
@@ -138,7 +138,7 @@ class NativeAttention(AttentionBackend):
 
     def prepared(
         self,
-        plan: BatchPlan,
+        plan: NativePlan,
         q_TKGD: Tensor,
         k_TKD: Tensor,
         v_TKD: Tensor,

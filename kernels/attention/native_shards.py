@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import LayerKV
-from megatron_medha.kernels.attention.native_attention import BatchPlan, NativeCall
+from megatron_medha.kernels.attention.native_attention import NativeCall, NativePlan
 
-_NOT_YET = 2  # of native/shards.cpp
+_NOT_READY = 2  # of native/shards.cpp
 
 
 class _Exchange(ctypes.Structure):
@@ -47,7 +47,7 @@ class _Merge(ctypes.Structure):
     ]
 
 
-class BegunShard(NamedTuple):
+class PendingShard(NamedTuple):
     """One layer's attention over this rank's shard, to be merged with that of the others where it lies."""
 
     call: NativeCall
@@ -61,7 +61,7 @@ class NativeShards:
     def __init__(
         self,
         attention: Any,
-        plan: BatchPlan,
+        plan: NativePlan,
         rank: int,
         links: np.ndarray,
         sets: Sequence[tuple[Sequence[int], int, int]],
@@ -85,15 +85,15 @@ class NativeShards:
 
     def attend(
         self, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float, wait_ns: int = 0
-    ) -> tuple[BegunShard, bool]:
+    ) -> tuple[PendingShard, bool]:
         """Attend, and send the other ranks what is theirs; with wait_ns then `merge`. Returns also what that does."""
         num_tokens, num_kv_heads, group, _ = q_TKGD.shape
         lse_TH = torch.empty(num_tokens, num_kv_heads * group)
         call, out_THD = self._attention.prepared(self._plan, q_TKGD, k_TKD, v_TKD, layer, scale, lse_TH)
         found = self._attend(ctypes.byref(call), ctypes.byref(self._exchange), wait_ns)
-        return BegunShard(call, out_THD, lse_TH), _is_done(found)
+        return PendingShard(call, out_THD, lse_TH), _is_done(found)
 
-    def merge(self, begun: BegunShard, wait_ns: int) -> bool:
+    def merge(self, begun: PendingShard, wait_ns: int) -> bool:
         """Wait at most so long for the others' parts, and merge them into begun.out_THD; False: not all have come."""
         return _is_done(self._merge(ctypes.byref(begun.call), ctypes.byref(self._exchange), wait_ns))
 
@@ -104,12 +104,12 @@ class NativeShards:
 
 
 def _is_done(found: int) -> bool:
-    if found not in (0, _NOT_YET):
+    if found not in (0, _NOT_READY):
         raise MemoryError("the attention library could not allocate its working memory")
     return found == 0
 
 
-def merge_natively(attention: Any, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def native_merge(attention: Any, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """`merge_outputs` of (out_THD, lse_TH) by the arithmetic of NativeShards: the same to the last bit."""
     outs = [out_THD.contiguous() for out_THD, _ in parts]
     lses = [lse_TH.contiguous() for _, lse_TH in parts]

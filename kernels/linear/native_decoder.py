@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import LayerKV
-from megatron_medha.kernels.attention.native_attention import BatchPlan, pool_width
+from megatron_medha.kernels.attention.native_attention import NativePlan, pool_width
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import native_library
 
@@ -151,7 +151,7 @@ class NativeDecoder:
     def run(
         self,
         hidden_TC: Tensor,
-        plan: BatchPlan,
+        plan: NativePlan,
         kv_layers: Sequence[LayerKV],
         angles: tuple[Tensor, Tensor],
         *,

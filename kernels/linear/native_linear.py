@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_medha.kernels.native_build import native_library, openmp_team
+from megatron_medha.kernels.native_build import gomp_parallel_address, native_library
 
 _PANEL = 64  # outputs that lie together; a multiple of every instruction set's register tile
 
@@ -49,7 +49,7 @@ class NativeLinear:
         if weight_OI.dtype != stored or bias_O is not None and bias_O.dtype != torch.bfloat16:
             raise ValueError(f"a native linear layer is bfloat16, or int8 with scales, not {weight_OI.dtype}")
         self._run = native_library(target).medha_linear
-        self._team = openmp_team()
+        self._team = gomp_parallel_address()
         self.num_outputs, self.num_inputs = weight_OI.shape
         if scale_O is not None and (scale_O.shape != (self.num_outputs,) or scale_O.dtype != torch.float32):
             raise ValueError(f"scales {scale_O.dtype} {tuple(scale_O.shape)} for {self.num_outputs} outputs")

@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.native_build import native_library, openmp_team
+from megatron_medha.kernels.native_build import gomp_parallel_address, native_library
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -38,7 +38,7 @@ class NativePointwise:
         """target: as for `native_library`, which may raise NativeUnavailable."""
         library = native_library(target)
         self._rms_norm, self._gated_silu = library.medha_rms_norm, library.medha_gated_silu
-        self._team = openmp_team()
+        self._team = gomp_parallel_address()
 
     def rms_norm(self, input_: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
         """[..., C] -> [..., C], computed in fp32. Raises ValueError for dtypes or sizes that do not fit."""

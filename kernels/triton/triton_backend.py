@@ -59,7 +59,7 @@ class HostPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class PlanRoom:
+class PlanCapacity:
     """The fixed lengths of a plan's lists inside a CUDA graph."""
 
     num_tokens: int
@@ -138,13 +138,13 @@ class TritonAttention(AttentionBackend):
         """Whether KV is stored in e4m3."""
         return self._is_quantised
 
-    def room(self, num_tokens: int, num_sequences: int, *, has_chunks: bool) -> PlanRoom:
+    def room(self, num_tokens: int, num_sequences: int, *, has_chunks: bool) -> PlanCapacity:
         """Lists long enough for nearly every step of that many tokens and sequences."""
         def items(tile: TileConfig, num_tiles: int) -> int:
             return num_tiles + NUM_WAVES_TRIED * self._num_sms * tile.programs_per_sm // self._num_kv_heads
 
         num_tiles = -(-num_tokens // self._prefill_tile.tokens_per_tile(self._group)) + num_sequences
-        return PlanRoom(
+        return PlanCapacity(
             num_tokens=num_tokens,
             num_pieces=min(num_tokens, num_tokens // self._block_size + 2 * num_sequences),
             num_chunk_tiles=num_tiles if has_chunks else 0,
@@ -281,7 +281,7 @@ def block_pieces(rows: QueryRange, block_size: int) -> np.ndarray:
     return np.stack((blocks, begin % block_size, counts, rows.first_row + begin - rows.start), axis=1).astype(np.int32)
 
 
-def padded(host: HostPlan, room: PlanRoom, is_quantised: bool) -> HostPlan:
+def padded(host: HostPlan, room: PlanCapacity, is_quantised: bool) -> HostPlan:
     """The plan at a graph's lengths; items, merges and pieces of 0 rows do nothing, slots of -1 neither.
 
     Raises ValueError when it does not fit: the step then runs without the graph.
@@ -302,7 +302,7 @@ def padded(host: HostPlan, room: PlanRoom, is_quantised: bool) -> HostPlan:
     )
 
 
-def empty_plan(room: PlanRoom, is_quantised: bool) -> HostPlan:
+def empty_plan(room: PlanCapacity, is_quantised: bool) -> HostPlan:
     """A plan of nothing at a graph's lengths, to capture it with."""
     nothing = work_list([], tokens_per_tile=1, block_n=1, num_kv_heads=1, num_programs=1)
     no_write = np.empty((0, WRITE_COLUMNS), np.int32)

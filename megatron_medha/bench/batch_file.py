@@ -19,12 +19,12 @@ from megatron_medha.core.errors import ConfigError
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _MAX_WAIT_S = 60.0       # before a request is tried again
 # Answers that another try may change: the server is full, shutting down, or has failed.
-_PASSING = frozenset({408, 429, 500, 502, 503, 504})
+_RETRYABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 # Answers that stay the same whenever the request is sent. Another key, or another server, may change the others.
-_FINAL = frozenset({200, 400, 404, 413, 422})
+_FINAL_STATUSES = frozenset({200, 400, 404, 413, 422})
 
 
-class _Line(msgspec.Struct, kw_only=True):
+class _InputLine(msgspec.Struct, kw_only=True):
     """A line of input."""
 
     custom_id: str
@@ -34,7 +34,7 @@ class _Line(msgspec.Struct, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BatchRow:
     """A request, or why the line holds none."""
 
     number: int               # of its line, from 1
@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass(slots=True)
-class Counts:
+class BatchCounts:
     """Rows of output by what became of them."""
 
     num_kept: int = 0      # they were there before
@@ -71,7 +71,7 @@ class BatchServer:
     request_timeout_s: float
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[BatchRow]:
     """Every line that is not blank, in order. A custom_id that came before is a fault."""
     seen: set[str] = set()
     with path.open("rb") as lines:
@@ -94,7 +94,7 @@ def num_rows(path: Path) -> int:
         raise ConfigError(f"input={path}: {error.strerror}") from None
 
 
-def keep_done(path: Path, custom_ids: Callable[[], frozenset[str]]) -> frozenset[str]:
+def keep_completed_rows(path: Path, custom_ids: Callable[[], frozenset[str]]) -> frozenset[str]:
     """Ids that have an answer in the output so far; the file then holds those rows only.
 
     A line that was being written when we were interrupted goes, and so do rows that another try may change.
@@ -116,7 +116,7 @@ def keep_done(path: Path, custom_ids: Callable[[], frozenset[str]]) -> frozenset
                     raise ConfigError(f"output={path}: line {number} is no row of a batch's output; "
                         "take another file") from None
                 continue
-            if response is None or error is not None or response["status_code"] not in _FINAL:
+            if response is None or error is not None or response["status_code"] not in _FINAL_STATUSES:
                 continue
             if custom_id not in known:
                 beside.unlink()
@@ -132,13 +132,13 @@ def keep_done(path: Path, custom_ids: Callable[[], frozenset[str]]) -> frozenset
 
 
 async def run_rows(
-    rows: Iterator[Row], done: frozenset[str], server: BatchServer, out: TextIO, note: Callable[[], object]
-) -> Counts:
+    rows: Iterator[BatchRow], done: frozenset[str], server: BatchServer, out: TextIO, note: Callable[[], object]
+) -> BatchCounts:
     """Send what is not done; a row of output for each, written as its answer comes. note: called once for each."""
-    counts = Counts(num_kept=len(done))
+    counts = BatchCounts(num_kept=len(done))
     todo = (row for row in rows if row.custom_id is None or row.fault is not None or row.custom_id not in done)
 
-    def write(row: Row, response: dict[str, Any] | None, error: dict[str, str] | None) -> None:
+    def write(row: BatchRow, response: dict[str, Any] | None, error: dict[str, str] | None) -> None:
         values = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": row.custom_id, "response": response,
                   "error": error}  # fmt: skip
         out.write(json.dumps(values, ensure_ascii=False) + "\n")
@@ -159,7 +159,7 @@ async def run_rows(
                 status = response["status_code"]
                 if status == 200:
                     counts.num_answered += 1
-                elif status in _PASSING:
+                elif status in _RETRYABLE_STATUSES:
                     counts.num_failed += 1
                 else:
                     counts.num_refused += 1
@@ -176,11 +176,11 @@ async def run_rows(
     return counts
 
 
-def _read_row(number: int, line: bytes, seen: set[str]) -> Row:
+def _read_row(number: int, line: bytes, seen: set[str]) -> BatchRow:
     try:
-        given = msgspec.json.decode(line, type=_Line)
+        given = msgspec.json.decode(line, type=_InputLine)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        return Row(number, _custom_id_of(line), fault=f"no request: {error}")
+        return BatchRow(number, _custom_id_of(line), fault=f"no request: {error}")
     fault = None
     if given.custom_id in seen:
         fault = f"custom_id `{given.custom_id}` is there already"
@@ -191,7 +191,7 @@ def _read_row(number: int, line: bytes, seen: set[str]) -> Row:
     elif given.body.get("stream"):
         fault = "body.stream: a batch has no streams"
     seen.add(given.custom_id)
-    return Row(number, given.custom_id, given.url, given.body, fault)
+    return BatchRow(number, given.custom_id, given.url, given.body, fault)
 
 
 def _custom_id_of(line: bytes) -> str | None:
@@ -205,7 +205,7 @@ def _custom_id_of(line: bytes) -> str | None:
 
 
 async def _send(
-    session: aiohttp.ClientSession, server: BatchServer, row: Row
+    session: aiohttp.ClientSession, server: BatchServer, row: BatchRow
 ) -> tuple[dict[str, Any] | None, str]:
     """The answer as OpenAI's batches have it, or None and why there is none."""
     payload = json.dumps(row.body).encode()
@@ -228,7 +228,7 @@ async def _send(
                 }
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             why = str(error) or type(error).__name__
-        if response is not None and response["status_code"] not in _PASSING:
+        if response is not None and response["status_code"] not in _RETRYABLE_STATUSES:
             break
     if response is not None:
         del response["retry_after"]

@@ -42,7 +42,7 @@ class Target:
 
 
 @dataclass(slots=True)
-class Streamed:
+class StreamResult:
     """What came back; times are of time.monotonic()."""
 
     sent_s: float
@@ -82,9 +82,9 @@ def completion_body(target: Target, model: str, prompt: Sequence[int], max_token
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-async def complete(target: Target, session: aiohttp.ClientSession, body: bytes, max_tokens: int) -> Streamed:
+async def run_completion(target: Target, session: aiohttp.ClientSession, body: bytes, max_tokens: int) -> StreamResult:
     """One completion_body, sent and read to its end. What goes wrong is told in the result."""
-    streamed = Streamed(time.monotonic())
+    streamed = StreamResult(time.monotonic())
     try:
         async with session.post(
             f"{target.url}/v1/completions", data=body, headers={"Content-Type": "application/json"}
@@ -94,7 +94,7 @@ async def complete(target: Target, session: aiohttp.ClientSession, body: bytes, 
                 streamed.error = _message(await response.text())
             else:
                 async for event in _events(response):
-                    _note(streamed, event, time.monotonic())
+                    _record_event(streamed, event, time.monotonic())
     except TimeoutError:
         streamed.error = f"no end within {target.request_timeout_s:g} s"
     except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -113,7 +113,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
             yield json.loads(line[5:])
 
 
-def _note(streamed: Streamed, event: dict[str, Any], now_s: float) -> None:
+def _record_event(streamed: StreamResult, event: dict[str, Any], now_s: float) -> None:
     if "error" in event:
         streamed.error = _message(json.dumps(event))
     elif event.get("choices"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from megatron_medha.bench.client import Target, complete, completion_body
+from megatron_medha.bench.client import Target, completion_body, run_completion
 from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.errors import MedhaError
 
@@ -62,7 +62,7 @@ async def measure_idle(
         least_s = float("inf")
         for repeat in range(_REPEATS):
             prompt = tokens.prompt(num_tokens, seed, f"alone-{num_tokens}-{repeat}")
-            streamed = await complete(target, session, completion_body(target, model, prompt, 1), 1)
+            streamed = await run_completion(target, session, completion_body(target, model, prompt, 1), 1)
             if streamed.error is not None:
                 raise BenchError(f"a prompt of {num_tokens} tokens alone on the server failed: {streamed.error}")
             least_s = min(least_s, streamed.token_times_s[0] - streamed.sent_s)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import aiohttp
 
-from megatron_medha.bench.client import Streamed, Target, complete, completion_body
+from megatron_medha.bench.client import StreamResult, Target, completion_body, run_completion
 from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.request import Request
 from megatron_medha.stats.outcome import DeadlineMisses, Ending, Outcome, Slo
@@ -19,7 +19,7 @@ _PREPARE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sent:
+class SentRequest:
     """A request that has ended, with how late it was sent."""
 
     outcome: Outcome
@@ -28,7 +28,7 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Client:
+class LoadClient:
     """What requests are made with."""
 
     target: Target
@@ -44,18 +44,18 @@ class Client:
         prompt = self.tokens.prompt(request.num_prompt_tokens, self.seed, request.request_id)
         return completion_body(self.target, self.model, prompt, request.max_output_tokens)
 
-    async def send(self, request: Request, body: bytes, start_s: float) -> Sent:
+    async def send(self, request: Request, body: bytes, start_s: float) -> SentRequest:
         """One request, from its planned arrival (seconds after start_s) to its end."""
-        streamed = await complete(self.target, self.session, body, request.max_output_tokens)
+        streamed = await run_completion(self.target, self.session, body, request.max_output_tokens)
         return self._sent(request, streamed, start_s)
 
-    def unfinished(self, request: Request) -> Sent:
+    def unfinished(self, request: Request) -> SentRequest:
         """A request that was given up when the run ended."""
         isolated_s = self.isolated_s(request.num_prompt_tokens)
         outcome = Outcome(request=request, ending=Ending.UNFINISHED, why="the run ended", isolated_s=isolated_s)
-        return Sent(outcome=outcome, send_lag_s=0.0, token_times_s=())
+        return SentRequest(outcome=outcome, send_lag_s=0.0, token_times_s=())
 
-    def _sent(self, request: Request, streamed: Streamed, start_s: float) -> Sent:
+    def _sent(self, request: Request, streamed: StreamResult, start_s: float) -> SentRequest:
         times_s = tuple(at_s - start_s for at_s in streamed.token_times_s)
         gaps_s = [later - sooner for sooner, later in zip(times_s, times_s[1:], strict=False)]
         isolated_s = self.isolated_s(request.num_prompt_tokens)
@@ -76,19 +76,22 @@ class Client:
             isolated_s=isolated_s,
             deadline_miss_rate=None if misses is None else misses.rate,
         )
-        return Sent(
+        return SentRequest(
             outcome=outcome, send_lag_s=streamed.sent_s - start_s - request.arrival_s, token_times_s=times_s
         )
 
 
-def _ending(streamed: Streamed) -> Ending:
+def _ending(streamed: StreamResult) -> Ending:
     if streamed.error is None:
         return Ending.FINISHED
     return Ending.REJECTED if streamed.status is not None and streamed.status != 200 else Ending.ABORTED
 
 
 async def open_loop(
-    client: Client, requests: Iterable[Request], note: Callable[[Sent], None], max_drain_s: float | None = None
+    client: LoadClient,
+    requests: Iterable[Request],
+    note: Callable[[SentRequest], None],
+    max_drain_s: float | None = None,
 ) -> None:
     """Send each request at its arrival time, whatever has become of those before it.
 
@@ -123,7 +126,7 @@ async def open_loop(
 
 
 async def closed_loop(
-    client: Client, requests: Iterable[Request], concurrency: int, note: Callable[[Sent], None]
+    client: LoadClient, requests: Iterable[Request], concurrency: int, note: Callable[[SentRequest], None]
 ) -> None:
     """Keep so many requests going: each that ends is followed by the next. Arrival is the moment of sending."""
     start_s = time.monotonic()

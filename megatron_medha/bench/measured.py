@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_medha.bench.load_generator import Sent
+from megatron_medha.bench.load_generator import SentRequest
 from megatron_medha.core.request import Request
 from megatron_medha.stats.outcome import Ending, Slo
 from megatron_medha.stats.summary import LengthClasses, Summary, percentile
@@ -16,7 +16,7 @@ MAX_LAG_S, MAX_LAG_SHARE = 0.010, 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
+class MeasurementWindow:
     """Which requests count: those in the middle, when the load is neither building up nor running out."""
 
     first: float
@@ -24,12 +24,12 @@ class Window:
     by_arrival: bool  # first and last are arrival times; else places in the order of sending
 
     @classmethod
-    def of_open_loop(cls, last_arrival_s: float, exclude_share: float) -> Window:
+    def of_open_loop(cls, last_arrival_s: float, exclude_share: float) -> MeasurementWindow:
         """Without so much of the time in which requests arrive, at its beginning and again at its end."""
         return cls(first=exclude_share * last_arrival_s, last=(1 - exclude_share) * last_arrival_s, by_arrival=True)
 
     @classmethod
-    def of_closed_loop(cls, num_requests: int, exclude_share: float) -> Window:
+    def of_closed_loop(cls, num_requests: int, exclude_share: float) -> MeasurementWindow:
         """Without so many of the requests, the first and the last."""
         num_left_out = int(exclude_share * num_requests)
         return cls(first=num_left_out, last=num_requests - 1 - num_left_out, by_arrival=False)
@@ -45,17 +45,17 @@ class Window:
         return f"requests {self.first + 1:.0f} to {self.last + 1:.0f} in order of sending"
 
 
-class Measured:
+class BenchMeasurement:
     """Adds up requests within the window; the others were load only."""
 
-    def __init__(self, classes: LengthClasses, slo: Slo, window: Window) -> None:
+    def __init__(self, classes: LengthClasses, slo: Slo, window: MeasurementWindow) -> None:
         self._summary = Summary(classes, slo)
         self._window = window
         self._lags_s: list[float] = []
         self._why: Counter[str] = Counter()
         self._num_excluded = 0
 
-    def add(self, sent: Sent) -> bool:
+    def add(self, sent: SentRequest) -> bool:
         """Take a request in; whether it counts."""
         outcome = sent.outcome
         if outcome.ending is not Ending.FINISHED:

@@ -34,7 +34,7 @@ _DTYPES = ("F64", "F32", "BF16", "F16")
 _MAX_INDEX_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 64 << 20  # 100 bytes a tensor
 
-Progress = Callable[[str, float], None]  # what is being done, and which fraction of it is: 0..1
+ReportProgress = Callable[[str, float], None]  # what is being done, and which fraction of it is: 0..1
 
 
 class _Index(msgspec.Struct):
@@ -43,7 +43,7 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-class Share(NamedTuple):
+class ModelSlice(NamedTuple):
     """Which part of the model a rank holds."""
 
     first_layer: int  # of the whole model's, on its stage
@@ -67,14 +67,14 @@ class Placement:
     view: Callable[[Tensor], Tensor]  # the part of this rank's parameter that it fills
 
 
-def share_of(model: Any) -> Share:
+def model_slice_of(model: Any) -> ModelSlice:
     """The part of the whole that a GPTModel is."""
     layers = model.decoder.layers
     tp = model.pg_collection.tp
-    return Share(layers[0].layer_number - 1, len(layers), tp.rank(), tp.size())
+    return ModelSlice(layers[0].layer_number - 1, len(layers), tp.rank(), tp.size())
 
 
-def placements(config: ModelConfig, parameter_names: set[str], share: Share) -> dict[str, Placement]:
+def placements(config: ModelConfig, parameter_names: set[str], share: ModelSlice) -> dict[str, Placement]:
     """Every tensor a Hugging Face checkpoint of this architecture holds, by key, and where it goes.
 
     parameter_names tells Megatron's own layers from Transformer Engine's, which keep a norm in the linear after it,
@@ -143,14 +143,14 @@ def placements(config: ModelConfig, parameter_names: set[str], share: Share) -> 
 
 
 @torch.no_grad()
-def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, progress: Progress) -> None:
+def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, progress: ReportProgress) -> None:
     """Fill the model's parameters from the safetensors in the directory, one tensor at a time.
 
     All headers are checked first, so nothing is copied when a tensor is missing, surplus or of the wrong shape.
     Values are converted to the parameters' dtype and device. Raises CheckpointError naming file and key.
     """
     parameters = dict(model.named_parameters())
-    share = share_of(model)
+    share = model_slice_of(model)
     file_of = _files_by_key(directory)
     expected = with_tied_head(placements(config, set(parameters), share), file_of, config)
     unfilled = set(parameters) - {placement.parameter for placement in expected.values()}
@@ -177,7 +177,7 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
         _check_tied_head(file_of[_LM_HEAD], expected[_EMBEDDING], share, tied[:num_ids])
 
 
-def zero_padding_rows(parameters: Mapping[str, Tensor], config: ModelConfig, share: Share) -> int:
+def zero_padding_rows(parameters: Mapping[str, Tensor], config: ModelConfig, share: ModelSlice) -> int:
     """Rows that only fill up the vocabulary, which nothing else sets; returns how many others this rank has."""
     num_ids = len(range(config.vocab_size)[share.rows(config.vocab_size)])
     for name in {_OUR_EMBEDDING, _OUR_LM_HEAD} & set(parameters):
@@ -185,7 +185,7 @@ def zero_padding_rows(parameters: Mapping[str, Tensor], config: ModelConfig, sha
     return num_ids
 
 
-def _part(file: Any, key: str, placement: Placement, share: Share) -> Tensor:
+def _part(file: Any, key: str, placement: Placement, share: ModelSlice) -> Tensor:
     """This rank's part of a tensor, the only one that is read from the disk."""
     if placement.split_dim is None or share.tp == 1:
         return file.get_tensor(key)
@@ -320,7 +320,7 @@ def may_be_ignored(key: str, config: ModelConfig) -> bool:
     return key.endswith(".rotary_emb.inv_freq") or (key == _LM_HEAD and config.has_tied_embeddings)
 
 
-def _check_tied_head(path: Path, placement: Placement, share: Share, embedding_VC: Tensor) -> None:
+def _check_tied_head(path: Path, placement: Placement, share: ModelSlice, embedding_VC: Tensor) -> None:
     with opened(path) as file:
         head_VC = _part(file, _LM_HEAD, placement, share)
     if not torch.equal(head_VC.to(embedding_VC.device, embedding_VC.dtype), embedding_VC):

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_medha.checkpoints.hf_checkpoint import share_of, zero_padding_rows
+from megatron_medha.checkpoints.hf_checkpoint import model_slice_of, zero_padding_rows
 from megatron_medha.checkpoints.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.models.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
@@ -152,7 +152,7 @@ def load_megatron_weights(
     for part in nested_values(wanted):
         # A stack of layers has an axis more in the checkpoint than a layer's parameter has.
         files.fill(part.data[(None,) * part.prepend_axis_num], part.global_offset, tensors[part.key])
-    zero_padding_rows(dict(model.named_parameters()), config, share_of(model))
+    zero_padding_rows(dict(model.named_parameters()), config, model_slice_of(model))
     refuse_non_finite(iteration, [part.key for part in nested_values(wanted) if not is_finite(part.data)])
     progress(f"weights from {iteration.name}", 1.0)
 

@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from megatron_medha.checkpoints.hf_checkpoint import (
     may_be_ignored,
+    model_slice_of,
     placements,
-    share_of,
     with_tied_head,
     zero_padding_rows,
 )
@@ -122,7 +122,7 @@ def _found(directory: Path) -> Path:
 
 def _fill_from_transformers(model: Any, config: ModelConfig, tensors: Mapping[str, Pieces], step: Path) -> None:
     parameters = dict(model.named_parameters())
-    share = share_of(model)
+    share = model_slice_of(model)
     expected = with_tied_head(placements(config, set(parameters), share), tensors, config)
     shapes = {key: placement.shape for key, placement in expected.items()}
     known = {key: tensor for key, tensor in tensors.items() if key in expected or not may_be_ignored(key, config)}

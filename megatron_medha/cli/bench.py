@@ -16,7 +16,7 @@ from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
 from megatron_medha.cli.parts.command_options import check_plots, directory_of, plot, run_job_command
 
 if TYPE_CHECKING:
-    from megatron_medha.bench.load_generator import Sent
+    from megatron_medha.bench.load_generator import SentRequest
     from megatron_medha.cli.parts.wandb_run import WandbRun
     from megatron_medha.options.bench_options import BenchOptions
     from megatron_medha.stats.capacity_search import CapacitySearch
@@ -90,7 +90,7 @@ class _Bench:
 
     async def run(self) -> dict[str, Any]:
         from megatron_medha.bench.client import find_model
-        from megatron_medha.bench.load_generator import Client
+        from megatron_medha.bench.load_generator import LoadClient
         from megatron_medha.workload.workload import Workload
 
         options = self._options
@@ -100,7 +100,7 @@ class _Bench:
             model = await find_model(target, session)
             print(f"{model} at {target.url}\n{workload}")
             isolated_s = await self._isolated(target, session, model, workload)
-            client = Client(
+            client = LoadClient(
                 target=target, session=session, model=model, tokens=options.tokens, slo=options.slo,
                 seed=options.seed, isolated_s=isolated_s,
             )  # fmt: skip
@@ -113,10 +113,10 @@ class _Bench:
         from tqdm import tqdm
 
         from megatron_medha.bench.idle import lengths_between, measure_idle
-        from megatron_medha.options.bench_options import Idle
+        from megatron_medha.options.bench_options import IdleMeasurement
 
         options = self._options
-        if options.idle is Idle.SKIP:
+        if options.idle is IdleMeasurement.SKIP:
             return lambda num_tokens: 0.0
         least = min(request.num_prompt_tokens for request in workload.requests())
         lengths = lengths_between(least, workload.facts.max_prompt_tokens)
@@ -157,21 +157,21 @@ class _Bench:
         from tqdm import tqdm
 
         from megatron_medha.bench.load_generator import closed_loop, open_loop
-        from megatron_medha.bench.measured import Measured, Window
+        from megatron_medha.bench.measured import BenchMeasurement, MeasurementWindow
         from megatron_medha.stats.summary_table import summary_table
 
         options, facts = self._options, workload.facts
         if options.concurrency is None:
-            window = Window.of_open_loop(facts.last_arrival_s, options.exclude_share)
+            window = MeasurementWindow.of_open_loop(facts.last_arrival_s, options.exclude_share)
         else:
-            window = Window.of_closed_loop(facts.num_requests, options.exclude_share)
-        measured = Measured(options.classes, options.slo, window)
+            window = MeasurementWindow.of_closed_loop(facts.num_requests, options.exclude_share)
+        measured = BenchMeasurement(options.classes, options.slo, window)
         with (
             (self._directory.path / "requests.jsonl").open("w", encoding="utf-8") as stream,
             tqdm(total=facts.num_requests, unit="request", desc=label, file=sys.stderr, dynamic_ncols=True) as bar,
         ):
 
-            def note(sent: Sent) -> None:
+            def note(sent: SentRequest) -> None:
                 is_counted = measured.add(sent)
                 row = self._directory.request_values(sent.outcome, options.classes, options.slo)
                 row |= {"send_lag_s": round(sent.send_lag_s, 6), "is_counted": is_counted}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from megatron_medha.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_medha.stats.explanation import Ahead, Explanation, Phase
+    from megatron_medha.stats.explanation import Explanation, RequestAhead, RequestPhase
 
 USAGE = """\
 usage: medha explain RUN REQUEST
@@ -40,7 +40,7 @@ def run(words: Sequence[str]) -> int:
         raise ConfigError("give one run and one request: medha explain RUN REQUEST")
     from megatron_medha.sim.system import build_scheduler, recorded_setup
     from megatron_medha.stats.decision_log import ReplayError, read_log
-    from megatron_medha.stats.explanation import explain
+    from megatron_medha.stats.explanation import explain_request
 
     log = _log(Path(words[0]).expanduser())
     request_id = _request_id(log.parent, words[1])
@@ -48,7 +48,7 @@ def run(words: Sequence[str]) -> int:
     with log.open(encoding="utf-8") as stream, closing(_with_progress(stream, log)) as lines:
         try:
             header, records = read_log(lines)
-            found = explain(records, build_scheduler(recorded_setup(header)), request_id)
+            found = explain_request(records, build_scheduler(recorded_setup(header)), request_id)
         except (ReplayError, UnicodeDecodeError) as error:
             raise ReplayError(f"{log}: {error}") from error
     if found is None:
@@ -66,22 +66,22 @@ def text_of(found: Explanation) -> str:
     if found.learnt_s > found.request.arrival_s:
         lines.append(f"{found.request.arrival_s:11.3f} {found.learnt_s:11.3f}  {'':>18}  on its way to the scheduler")
     phases = found.at_most(_MAX_PHASES)
-    put_back_s = found.put_back_s
+    deprioritized_s = found.deprioritized_s
     for phase, end_s in zip(phases, [*(later.start_s for later in phases[1:]), found.first_token_s], strict=True):
-        if put_back_s is not None and put_back_s <= phase.start_s:
-            lines.append(_put_back(put_back_s))
-            put_back_s = None
+        if deprioritized_s is not None and deprioritized_s <= phase.start_s:
+            lines.append(_deprioritized(deprioritized_s))
+            deprioritized_s = None
         slack = f"{phase.first_slack:.2f} to {phase.last_slack:.2f}" if phase.num_batches > 1 else (
             f"{phase.first_slack:.2f}"
         )
         until_s = end_s if end_s is not None else phase.end_s
         lines.append(f"{phase.start_s:11.3f} {until_s:11.3f}  {slack:>18}  {_what(phase)}")
-    if put_back_s is not None:
-        lines.append(_put_back(put_back_s))
+    if deprioritized_s is not None:
+        lines.append(_deprioritized(deprioritized_s))
     return "\n".join([*lines, *_tail(found), ""])
 
 
-def _put_back(at_s: float) -> str:
+def _deprioritized(at_s: float) -> str:
     return (
         f"{at_s:11.3f} {'':>11}  {'':>18}  its deadline is lost, however fast it goes: from here on prompts that can "
         "still be in time go first, and it keeps what scheduler.progress_share gives it (scheduler.has_triage)"
@@ -108,34 +108,34 @@ def _head(found: Explanation) -> list[str]:
     return lines
 
 
-def _what(phase: Phase) -> str:
-    from megatron_medha.stats.explanation import Why
+def _what(phase: RequestPhase) -> str:
+    from megatron_medha.stats.explanation import WaitReason
 
     batches = f"{phase.num_batches:,} batch{'es' if phase.num_batches > 1 else ''}"
     beside = _names(list(phase.ahead.values()))
     num_decodes = round(phase.num_decodes / phase.num_batches)
     decodes = f"{num_decodes} decode{'' if num_decodes == 1 else 's'}"
     match phase.why:
-        case Why.COMPUTED:
+        case WaitReason.COMPUTED:
             shared = f", beside {beside}" if beside else ""
             return f"computed: {phase.num_tokens:,} tokens in {batches}{shared}; {decodes}"
-        case Why.TURNS:
+        case WaitReason.TURNS:
             return f"computed: {phase.num_tokens:,} tokens in {phase.num_computed:,} of {batches}; others: {beside}"
-        case Why.IN_FLIGHT:
+        case WaitReason.IN_FLIGHT:
             return f"its chunk is in the pipeline; {batches} of others" + (f": {beside}" if beside else "")
-        case Why.PASSED:
+        case WaitReason.PASSED:
             return f"passed over in {batches} for {beside}; {decodes}"
-        case Why.NO_MEMORY:
+        case WaitReason.NO_MEMORY:
             return f"no KV memory for its whole prompt; {batches}" + (f" for {beside}" if beside else "")
-        case Why.NO_PLACE:
+        case WaitReason.NO_PLACE:
             return f"as many requests own KV as may (scheduler.max_num_sequences); {batches}" + (
                 f" for {beside}" if beside else ""
             )
-        case Why.NO_ROOM:
+        case WaitReason.NO_ROOM:
             return f"no room: {batches} of decodes alone, {decodes} each"
 
 
-def _names(others: list[Ahead]) -> str:
+def _names(others: list[RequestAhead]) -> str:
     others = sorted(others, key=lambda one: -one.num_tokens)
     named = [
         f"{one.request.request_id} +{one.num_tokens:,} (slack {one.first_slack:.2f})" for one in others[:_MAX_NAMES]

@@ -24,16 +24,16 @@ from megatron_medha.cli.reports.plan_table import (
     interval_text,
     print_best,
     print_loads,
+    print_search_size,
     print_verdicts,
-    say_what_is_tried,
     settings_text,
 )
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.system.compiled_core import use_compiled_core
 
 if TYPE_CHECKING:
-    from megatron_medha.options.plan_options import Candidates, Contender, PlanOptions
-    from megatron_medha.sim.planning.candidate import Trial, Verdict
+    from megatron_medha.options.plan_options import Contender, PlanOptions, PlanSearchSpace
+    from megatron_medha.sim.planning.candidate import CandidateVerdict, PlanCandidate
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,7 +56,7 @@ flags:
 {FLAGS}"""
 
 _MAX_DOUBLINGS = 12
-_LEAST_SEARCH_S = 60.0  # that requests of a trace take to come, where its load is varied
+_MIN_SEARCH_S = 60.0  # that requests of a trace take to come, where its load is varied
 
 
 def run(words: Sequence[str]) -> int:
@@ -64,11 +64,11 @@ def run(words: Sequence[str]) -> int:
     options = read_options("plan", words, USAGE, _options_class)
     if options is None:
         return 0
-    from megatron_medha.options.plan_options import Find, candidates
+    from megatron_medha.options.plan_options import PlanGoal, candidates
 
     arguments = parse_arguments(words)
     found = candidates(options, contenders(options, arguments.overrides, arguments.config_dir))
-    say_what_is_tried(options, found)
+    print_search_size(options, found)
     if found.window.why_too_few:
         print("\ncannot say which layout meets the SLO:\n  " + "\n  ".join(found.window.why_too_few))
         return 1
@@ -76,7 +76,7 @@ def run(words: Sequence[str]) -> int:
     with processes(num_processes) as pool:
         if not _is_possible(options, found, pool):
             return 1
-        search = _cheapest if options.find is Find.CHEAPEST else _capacity
+        search = _cheapest if options.find is PlanGoal.CHEAPEST else _capacity
         return search(options, found, pool)
 
 
@@ -86,13 +86,13 @@ def _options_class() -> type[PlanOptions]:
     return PlanOptions
 
 
-def _is_possible(options: PlanOptions, found: Candidates, pool: ProcessPoolExecutor) -> bool:
+def _is_possible(options: PlanOptions, found: PlanSearchSpace, pool: ProcessPoolExecutor) -> bool:
     """Whether some layout might meet the SLO under a load that is small enough; prints how fast the best one is."""
-    from megatron_medha.sim.planning.candidate import lone_bound
+    from megatron_medha.sim.planning.candidate import isolated_bound
 
     single = [trial for trial in found.trials if trial.dp == 1]
     with _bar(len(single), "layout") as bar:
-        bounds = [bound for bound in _all(pool, lone_bound, single, bar.update) if bound is not None]
+        bounds = [bound for bound in _all(pool, isolated_bound, single, bar.update) if bound is not None]
     if not bounds:
         return True
     fastest = min(bounds, key=lambda bound: (bound.longest_ttft_s, bound.trial.num_gpus))
@@ -160,12 +160,12 @@ def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path 
     return found
 
 
-def _cheapest(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExecutor) -> int:
+def _cheapest(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPoolExecutor) -> int:
     """All candidates of a size at once, the smallest size first; a contender is done with the first that passes."""
-    from megatron_medha.sim.planning.candidate import judge
+    from megatron_medha.sim.planning.candidate import evaluate_candidate
 
-    verdicts: list[Verdict] = []
-    best: dict[str, Verdict] = {}
+    verdicts: list[CandidateVerdict] = []
+    best: dict[str, CandidateVerdict] = {}
     trials = candidates.trials
     with _bar(len(trials)) as bar:
         for num_gpus, group in groupby(trials, key=lambda trial: trial.num_gpus):
@@ -173,7 +173,7 @@ def _cheapest(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExe
             of_size = list(group)
             tried = [trial for trial in of_size if trial.name not in best]
             bar.update(len(of_size) - len(tried))
-            found = list(_all(pool, judge, tried, bar.update))
+            found = list(_all(pool, evaluate_candidate, tried, bar.update))
             verdicts += found
             for verdict in best_first(verdict for verdict in found if verdict.passes):
                 best.setdefault(verdict.trial.name, verdict)
@@ -207,13 +207,13 @@ def _asked(options: PlanOptions) -> str:
     return f"{options.slo.attainment:.0%} of {'each length class' if options.each_class else 'all requests'}"
 
 
-def _capacity(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExecutor) -> int:
+def _capacity(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPoolExecutor) -> int:
     """The largest load of every candidate that uses all GPUs it can, each searched in a process of its own."""
-    largest: dict[tuple[object, str], Trial] = {}
+    largest: dict[tuple[object, str], PlanCandidate] = {}
     for trial in candidates.trials:  # ascending: the last one of a layout has the most replicas
         largest[trial.config.setup.layout, trial.name] = trial
     chosen = list(largest.values())
-    most_qps = _most_qps(options)
+    most_qps = _max_qps(options)
     with _bar(len(chosen)) as bar:
         results = list(_all(pool, _Search(options.resolution, most_qps), chosen, bar.update))
     results.sort(key=lambda result: -result[1])
@@ -222,7 +222,7 @@ def _capacity(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExe
     if not qps:
         print(f"\nno load, however small, meets the SLO for {_asked(options)}")
         return 1
-    best: dict[str, tuple[Trial, float] | None] = {}
+    best: dict[str, tuple[PlanCandidate, float] | None] = {}
     for one in results:
         best.setdefault(one[0].name, one if one[1] else None)
     print_best(options, best)
@@ -233,18 +233,18 @@ def _capacity(options: PlanOptions, candidates: Candidates, pool: ProcessPoolExe
     if 2.0 * qps > most_qps:
         print(
             f"It may carry more: at twice this load all requests of {options.workload.path} come within "
-            f"{_LEAST_SEARCH_S:g} s, which says nothing; take a longer trace"
+            f"{_MIN_SEARCH_S:g} s, which says nothing; take a longer trace"
         )
     return 0
 
 
-def _most_qps(options: PlanOptions) -> float:
+def _max_qps(options: PlanOptions) -> float:
     """The largest load at which a trace lasts long enough to show that queues do not grow."""
     from megatron_medha.workload.workload import Workload
 
     if options.workload.path is None:
         return inf
-    return Workload(options.workload, options.seed).facts.num_requests / _LEAST_SEARCH_S
+    return Workload(options.workload, options.seed).facts.num_requests / _MIN_SEARCH_S
 
 
 class _Search:
@@ -255,20 +255,20 @@ class _Search:
 
     def __init__(self, resolution: float, most_qps: float) -> None:
         self._resolution = resolution
-        self._most_qps = most_qps
+        self._max_qps = most_qps
 
-    def __call__(self, trial: Trial) -> tuple[Trial, float]:
-        from megatron_medha.sim.planning.candidate import at_rate, judge
+    def __call__(self, trial: PlanCandidate) -> tuple[PlanCandidate, float]:
+        from megatron_medha.sim.planning.candidate import at_rate, evaluate_candidate
 
         assert trial.config.workload.qps is not None
         qps = trial.config.workload.qps
-        passes = judge(at_rate(trial, qps)).passes
+        passes = evaluate_candidate(at_rate(trial, qps)).passes
         low, high = (qps, None) if passes else (None, qps)
         for _ in range(_MAX_DOUBLINGS):
-            if low is not None and (high is not None or 2.0 * low > self._most_qps):
+            if low is not None and (high is not None or 2.0 * low > self._max_qps):
                 break
             qps = qps * 2.0 if high is None else qps / 2.0
-            if judge(at_rate(trial, qps)).passes:
+            if evaluate_candidate(at_rate(trial, qps)).passes:
                 low = qps
             else:
                 high = qps
@@ -276,7 +276,7 @@ class _Search:
             return trial, low or 0.0
         while high - low > self._resolution * low:
             qps = 0.5 * (low + high)
-            if judge(at_rate(trial, qps)).passes:
+            if evaluate_candidate(at_rate(trial, qps)).passes:
                 low = qps
             else:
                 high = qps

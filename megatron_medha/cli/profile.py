@@ -45,9 +45,9 @@ def _options_class() -> type[ProfileOptions]:
 def _profile(options: ProfileOptions) -> None:
     from megatron_medha.options.serve_options import rank_config
     from megatron_medha.system.machine import num_usable_cores
-    from megatron_medha.worker.startup.cpu_share import let_idle_threads_sleep
+    from megatron_medha.worker.startup.cpu_share import set_passive_omp_wait
 
-    let_idle_threads_sleep(num_usable_cores())
+    set_passive_omp_wait(num_usable_cores())
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     config = rank_config(options)
     path = options.file.expanduser()

@@ -17,7 +17,7 @@ from megatron_medha.system.scratch import scratch_directory
 from megatron_medha.system.writable import check_writable
 
 if TYPE_CHECKING:
-    from megatron_medha.bench.batch_file import BatchServer, Counts
+    from megatron_medha.bench.batch_file import BatchCounts, BatchServer
 
 USAGE = """\
 usage: medha run-batch INPUT OUTPUT [key=value ...] [-- key=value ...]
@@ -95,11 +95,11 @@ def run_batch(options: BatchOptions) -> int:
     """One batch with its output; 0 if every line has been answered."""
     from tqdm import tqdm
 
-    from megatron_medha.bench.batch_file import BatchServer, custom_ids, keep_done, num_rows
+    from megatron_medha.bench.batch_file import BatchServer, custom_ids, keep_completed_rows, num_rows
 
     num_lines = num_rows(options.input)
     check_writable("output", options.output)
-    done = keep_done(options.output, lambda: custom_ids(options.input))
+    done = keep_completed_rows(options.output, lambda: custom_ids(options.input))
     if len(done) == num_lines:
         print(f"{num_lines:,} rows: all were answered; {options.output}")
         return 0
@@ -134,7 +134,7 @@ def run_batch(options: BatchOptions) -> int:
 
 async def _run(
     options: BatchOptions, done: frozenset[str], server: BatchServer, out: TextIO, note: Callable[[], object]
-) -> Counts:
+) -> BatchCounts:
     from megatron_medha.bench.batch_file import read_rows, run_rows
     from megatron_medha.bench.client import Target, find_model
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from megatron_medha.cli.fuzz import fuzz_cases as cases
-from megatron_medha.cli.fuzz.fuzz_watch import Seen, ServerWatch
-from megatron_medha.cli.fuzz.fuzz_wire import Begun, Broken, Wire, check
+from megatron_medha.cli.fuzz.fuzz_watch import ServerMonitor, ServerObservations
+from megatron_medha.cli.fuzz.fuzz_wire import OpenResponse, RawClient, ServerMisbehaved, check
 from megatron_medha.cli.parts.chat_client import is_http_address
 from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.core.errors import ConfigError, MedhaError
@@ -40,9 +40,9 @@ LARGE_BODIES = "large bodies"
 _NUM_PARALLEL = 16
 _MAX_GROWTH_MIB = 64     # of the server's memory, or 8 times a large body if that is more
 _QUIET_S = 30.0          # for requests that were left to leave the engine
-_LOOK_S = 0.1
+_CHECK_PERIOD_S = 0.1
 _MAX_SHOWN = 10
-_PATIENCE_S = 130.0      # for heads (20 s) and bodies (60 s) that never come, by the server's own defaults
+_SLOW_TIMEOUT_S = 130.0      # for heads (20 s) and bodies (60 s) that never come, by the server's own defaults
 _NUM_SILENT = 1_200      # more than the 1,024 descriptors that shells and service managers give
 _NUM_DRAINED = 4         # streams that run when the server is told to end
 _GUARDED = ("/v1/models", "/metrics", "/version", "/openapi.json", "/debug/schedule", "/tokenize", "/admin/reload")
@@ -75,7 +75,7 @@ class SelftestConfig:
 
 
 @dataclass(slots=True)
-class Group:
+class CaseGroup:
     """Cases of one kind."""
 
     name: str
@@ -97,9 +97,9 @@ def run(words: Sequence[str]) -> int:
     return 1 if any(group.failures for group in groups) else 0
 
 
-async def selftest(config: SelftestConfig) -> list[Group]:
+async def selftest(config: SelftestConfig) -> list[CaseGroup]:
     """Try everything; after each group the server must be as it was before."""
-    wire = Wire(config.url, config.api_key, config.timeout_s)
+    wire = RawClient(config.url, config.api_key, config.timeout_s)
     try:
         num_blocks = await _num_free_blocks(wire)
     except OSError as error:
@@ -118,7 +118,7 @@ async def selftest(config: SelftestConfig) -> list[Group]:
         ("random bodies", (_posted(wire, *case) for case in cases.random_bodies(rng, config.num_random))),
         ("no HTTP", (_sent(wire, raw) for raw in cases.raw_requests(rng))),
         ("HTTP framing", (_framed(wire, *case) for case in cases.framed_requests(config.api_key))),
-        ("silent connections", (_beside_silence(wire, num) for num in (100, _NUM_SILENT))),
+        ("silent connections", (_beside_silent_connections(wire, num) for num in (100, _NUM_SILENT))),
         ("half-closed sockets", (_half_closed(wire, body) for body, _ in cases.long_streams(rng, 10))),
         ("the same id twice", (_same_id(wire) for _ in range(20))),
         ("clients that leave", (
@@ -127,12 +127,12 @@ async def selftest(config: SelftestConfig) -> list[Group]:
         ("bodies that stop", (_stopped(wire, share / 10) for share in range(10))),
     ]  # fmt: skip
     if config.api_key is not None:
-        stranger = Wire(config.url, None, config.timeout_s)
-        kinds.append(("without the key", (_turned_away(stranger, path) for path in _GUARDED)))
+        stranger = RawClient(config.url, None, config.timeout_s)
+        kinds.append(("without the key", (_rejected(stranger, path) for path in _GUARDED)))
     if config.slow_tests:
-        patient = Wire(config.url, config.api_key, _PATIENCE_S)
-        kinds.append(("crawling heads and bodies", (_crawling(patient, has_head) for has_head in (True, False) * 4)))
-    watch = await ServerWatch.start(config.url, config.api_key)
+        patient = RawClient(config.url, config.api_key, _SLOW_TIMEOUT_S)
+        kinds.append(("crawling heads and bodies", (_slow_sender(patient, has_head) for has_head in (True, False) * 4)))
+    watch = await ServerMonitor.start(config.url, config.api_key)
     try:
         before = await watch.look()
         groups, seen = [], []
@@ -141,14 +141,14 @@ async def selftest(config: SelftestConfig) -> list[Group]:
             seen.append((name, await watch.look()))
     finally:
         await watch.end()
-    groups.append(beside(config, before, seen))
+    groups.append(check_side_effects(config, before, seen))
     if config.shutdown_server:
-        admin = Wire(config.url, config.admin_key or config.api_key, config.timeout_s)
+        admin = RawClient(config.url, config.admin_key or config.api_key, config.timeout_s)
         groups.append(await _drained(wire, admin))
     return groups
 
 
-def table(groups: Sequence[Group]) -> str:
+def table(groups: Sequence[CaseGroup]) -> str:
     """What was tried and what held, and the first failures in words."""
     lines = [f"{'cases':<28}{'tried':>8}{'held':>8}"]
     lines += [f"{group.name:<28}{group.num_tried:>8}{group.num_tried - len(group.failures):>8}" for group in groups]
@@ -159,18 +159,18 @@ def table(groups: Sequence[Group]) -> str:
 
 
 async def _try_all(
-    name: str, of_kind: Iterable[Case], wire: Wire, config: SelftestConfig, num_blocks: int
-) -> Group:
+    name: str, of_kind: Iterable[Case], wire: RawClient, config: SelftestConfig, num_blocks: int
+) -> CaseGroup:
     from tqdm import tqdm
 
-    group = Group(name)
+    group = CaseGroup(name)
     # Large bodies go one by one: the limit of memory is that of one.
     places = asyncio.Semaphore(1 if name == LARGE_BODIES else _NUM_PARALLEL)
 
     async def attempt(what: str, work: Callable[[], Awaitable[None]], bar: tqdm[None]) -> None:
         try:
             await work()
-        except Broken as error:
+        except ServerMisbehaved as error:
             group.failures.append(f"{what}: {error}")
         except OSError as error:
             group.failures.append(f"{what}: cannot connect: {error}")
@@ -191,9 +191,11 @@ async def _try_all(
     return group
 
 
-def beside(config: SelftestConfig, before: Seen, seen: Sequence[tuple[str, Seen]]) -> Group:
+def check_side_effects(
+    config: SelftestConfig, before: ServerObservations, seen: Sequence[tuple[str, ServerObservations]]
+) -> CaseGroup:
     """How long others waited and how much memory the server took, against the limits."""
-    group = Group("others meanwhile", num_tried=1)
+    group = CaseGroup("others meanwhile", num_tried=1)
     group.failures += [f"/health beside {name}: {failure}" for name, one in seen for failure in one.failures]
     during, slowest = max(seen, key=lambda of: of[1].worst_health_s)
     num_polls = sum(one.num_polls for _, one in seen)
@@ -229,18 +231,18 @@ def beside(config: SelftestConfig, before: Seen, seen: Sequence[tuple[str, Seen]
     return group
 
 
-async def _num_free_when_quiet(wire: Wire) -> int | None:
+async def _num_free_when_quiet(wire: RawClient) -> int | None:
     """Free blocks once no request is live; as they are when that does not come."""
     num_free = None
-    for _ in range(int(_QUIET_S / _LOOK_S)):
+    for _ in range(int(_QUIET_S / _CHECK_PERIOD_S)):
         num_free = await _num_free_blocks(wire)
         if num_free is not None:
             return num_free
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_CHECK_PERIOD_S)
     return num_free
 
 
-async def _num_free_blocks(wire: Wire) -> int | None:
+async def _num_free_blocks(wire: RawClient) -> int | None:
     answer = await wire.ask("GET", "/metrics")
     if answer is None or answer.status != 200:
         return None
@@ -251,34 +253,34 @@ async def _num_free_blocks(wire: Wire) -> int | None:
     return int(values[b"num_free_blocks"]) if is_idle and values[b"num_blocks"] else None
 
 
-def _posted(wire: Wire, path: str, body: bytes, headers: dict[str, str] | None = None) -> Case:
+def _posted(wire: RawClient, path: str, body: bytes, headers: dict[str, str] | None = None) -> Case:
     async def work() -> None:
         check(await wire.ask("POST", path, body, headers))
 
     return f"POST {path} {body[:120]!r}{f' {headers}' if headers else ''}", work
 
 
-def _refused(wire: Wire, path: str, body: bytes) -> Case:
+def _refused(wire: RawClient, path: str, body: bytes) -> Case:
     async def work() -> None:
         answer = await wire.ask("POST", path, body)
         check(answer)
         if answer is None or answer.status < 400:
-            raise Broken(f"status {answer.status if answer else None}, though it is beyond any limit")
+            raise ServerMisbehaved(f"status {answer.status if answer else None}, though it is beyond any limit")
 
     return f"POST {path} {body[:120]!r}", work
 
 
-async def _drained(wire: Wire, admin: Wire) -> Group:
+async def _drained(wire: RawClient, admin: RawClient) -> CaseGroup:
     """Tell the server to end: what runs must end well or be told, what is new refused, and then nobody listens."""
-    group = Group("drain, the server is gone")
+    group = CaseGroup("drain, the server is gone")
     raw = wire.request("POST", cases.COMPLETIONS, cases.as_json(cases.LONG_STREAM))
     try:
         streams = [await wire.begin(raw) for _ in range(_NUM_DRAINED)]
-    except (Broken, OSError) as error:
-        return Group(group.name, 1, [f"{_NUM_DRAINED} streams before it: {error}"])
+    except (ServerMisbehaved, OSError) as error:
+        return CaseGroup(group.name, 1, [f"{_NUM_DRAINED} streams before it: {error}"])
     tries: list[tuple[str, Callable[[], Awaitable[None]]]] = [
-        ("POST /admin/drain", lambda: _told_to_drain(admin)),
-        ("a request after that", lambda: _comes_too_late(wire)),
+        ("POST /admin/drain", lambda: _start_drain(admin)),
+        ("a request after that", lambda: _is_rejected_while_draining(wire)),
         *((f"stream {place}", partial(_ends_well, stream)) for place, stream in enumerate(streams)),
         ("the end of the server", lambda: _is_gone(wire)),
     ]
@@ -286,7 +288,7 @@ async def _drained(wire: Wire, admin: Wire) -> Group:
         group.num_tried += 1
         try:
             await work()
-        except Broken as error:
+        except ServerMisbehaved as error:
             group.failures.append(f"{what}: {error}")
             if group.num_tried == 1:
                 break  # it has not been told, so nothing else can be expected of it
@@ -295,40 +297,42 @@ async def _drained(wire: Wire, admin: Wire) -> Group:
     return group
 
 
-async def _told_to_drain(admin: Wire) -> None:
+async def _start_drain(admin: RawClient) -> None:
     answer = await admin.ask("POST", "/admin/drain")
     if answer is None or answer.status != 202:
-        raise Broken(f"status {answer.status if answer else None}; it needs admin_key where the server has one")
+        raise ServerMisbehaved(
+            f"status {answer.status if answer else None}; it needs admin_key where the server has one"
+        )
 
 
-async def _comes_too_late(wire: Wire) -> None:
+async def _is_rejected_while_draining(wire: RawClient) -> None:
     try:
         answer = await wire.ask("POST", cases.COMPLETIONS, cases.as_json(cases.VALID[cases.COMPLETIONS]))
     except OSError:
         return  # it has ended already
     check(answer)
     if answer is not None and answer.status != 503:
-        raise Broken(f"status {answer.status}, though the server is shutting down")
+        raise ServerMisbehaved(f"status {answer.status}, though the server is shutting down")
 
 
-async def _ends_well(stream: Begun) -> None:
+async def _ends_well(stream: OpenResponse) -> None:
     answer = await stream.rest()
     if b"data: [DONE]" not in answer and b'"error"' not in answer:
-        raise Broken(f"it was cut off without a word, after {answer[-200:]!r}")
+        raise ServerMisbehaved(f"it was cut off without a word, after {answer[-200:]!r}")
 
 
-async def _is_gone(wire: Wire) -> None:
-    for _ in range(int(wire.timeout_s / _LOOK_S)):
+async def _is_gone(wire: RawClient) -> None:
+    for _ in range(int(wire.timeout_s / _CHECK_PERIOD_S)):
         try:
             _, writer = await wire.connect()
         except OSError:
             return
         writer.close()
-        await asyncio.sleep(_LOOK_S)
-    raise Broken(f"it still listens after {wire.timeout_s:g} s")
+        await asyncio.sleep(_CHECK_PERIOD_S)
+    raise ServerMisbehaved(f"it still listens after {wire.timeout_s:g} s")
 
 
-def _sent(wire: Wire, raw: bytes) -> Case:
+def _sent(wire: RawClient, raw: bytes) -> Case:
     async def work() -> None:
         # Some of these are requests that only lack their end; saying that no more comes is their end.
         check(await wire.send(raw, is_half_closed=True))
@@ -336,18 +340,18 @@ def _sent(wire: Wire, raw: bytes) -> Case:
     return repr(raw[:120]), work
 
 
-def _framed(wire: Wire, raw: bytes, statuses: tuple[int, ...]) -> Case:
+def _framed(wire: RawClient, raw: bytes, statuses: tuple[int, ...]) -> Case:
     async def work() -> None:
         begun = await wire.begin(raw)
         found = tuple(int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", await begun.rest()))
         begun.close()
         if found != statuses:
-            raise Broken(f"statuses {found} instead of {statuses}")
+            raise ServerMisbehaved(f"statuses {found} instead of {statuses}")
 
     return repr(raw[:200]), work
 
 
-def _beside_silence(wire: Wire, num_connections: int) -> Case:
+def _beside_silent_connections(wire: RawClient, num_connections: int) -> Case:
     async def work() -> None:
         raise_descriptor_limit()
         silent = await asyncio.gather(*(wire.connect() for _ in range(num_connections)), return_exceptions=True)
@@ -358,12 +362,12 @@ def _beside_silence(wire: Wire, num_connections: int) -> Case:
                 if not isinstance(connection, BaseException):
                     connection[1].transport.abort()
         if answer is None or answer.status != 200:
-            raise Broken(f"/health: status {answer.status if answer else None}")
+            raise ServerMisbehaved(f"/health: status {answer.status if answer else None}")
 
     return f"{num_connections} connections that send nothing", work
 
 
-def _half_closed(wire: Wire, body: bytes) -> Case:
+def _half_closed(wire: RawClient, body: bytes) -> Case:
     async def work() -> None:
         # Answered or closed, both are right: the end of sending is all that a client that leaves says, too.
         check(await wire.send(wire.request("POST", cases.COMPLETIONS, body), is_half_closed=True))
@@ -371,7 +375,7 @@ def _half_closed(wire: Wire, body: bytes) -> Case:
     return f"half-closed {body[:80]!r}", work
 
 
-def _same_id(wire: Wire) -> Case:
+def _same_id(wire: RawClient) -> Case:
     async def work() -> None:
         body = cases.as_json(cases.VALID[cases.COMPLETIONS])
         answers = await asyncio.gather(
@@ -383,14 +387,14 @@ def _same_id(wire: Wire) -> Case:
     return "two requests of one id", work
 
 
-def _left(wire: Wire, body: bytes, num_bytes: int) -> Case:
+def _left(wire: RawClient, body: bytes, num_bytes: int) -> Case:
     async def work() -> None:
         await wire.leave(wire.request("POST", cases.COMPLETIONS, body), num_bytes)
 
     return f"left after {num_bytes} bytes of {body[:80]!r}", work
 
 
-def _stopped(wire: Wire, share: float) -> Case:
+def _stopped(wire: RawClient, share: float) -> Case:
     async def work() -> None:
         raw = wire.request("POST", cases.COMPLETIONS, cases.as_json(cases.VALID[cases.COMPLETIONS]))
         await wire.leave(raw[: int(share * len(raw))], 0)
@@ -398,17 +402,17 @@ def _stopped(wire: Wire, share: float) -> Case:
     return f"gone after {share:.0%} of a request", work
 
 
-def _turned_away(stranger: Wire, path: str) -> Case:
+def _rejected(stranger: RawClient, path: str) -> Case:
     async def work() -> None:
         answer = await stranger.ask("GET", path)
         if answer is None or answer.status != 401:
-            raise Broken(f"status {answer.status if answer else None} without a key")
+            raise ServerMisbehaved(f"status {answer.status if answer else None} without a key")
         check(answer)
 
     return f"GET {path} without a key", work
 
 
-def _crawling(wire: Wire, has_head: bool) -> Case:
+def _slow_sender(wire: RawClient, has_head: bool) -> Case:
     async def work() -> None:
         raw = wire.request("POST", cases.COMPLETIONS, b"x" * 100)
         check(await wire.send(raw[:-50] if has_head else raw[:30]))

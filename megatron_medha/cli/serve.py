@@ -20,7 +20,7 @@ from megatron_medha.cli.parts.arguments import FLAGS
 from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.core.ports import EnginePhase
 from megatron_medha.system.log_lines import set_up_logging
-from megatron_medha.system.memory_trim import GIVE_BACK_INTERVAL_S, give_back_freed_memory, give_back_large_blocks
+from megatron_medha.system.memory_trim import TRIM_INTERVAL_S, malloc_trim, set_mmap_threshold
 
 if TYPE_CHECKING:
     from megatron_medha.options.serve_options import ServeConfig, ServeOptions
@@ -47,7 +47,7 @@ flags:
 _PROGRESS_INTERVAL_S = 5.0
 _FORCED_STOP_S = 1.0
 _HARD_EXIT_S = 5.0      # after the second signal, where stopping at once does not work
-_SIGNALLED = 130        # exit code
+_EXIT_CODE_SIGNALLED = 130        # exit code
 _TRACKING_STOP_S = 30.0  # W&B may have logs to send
 # A rank that refuses what the user asked for reports the name of the error first.
 _USER_ERRORS = ("ConfigError: ", "CheckpointError: ", "UnsupportedModelError: ", "DependencyError: ")
@@ -80,18 +80,18 @@ def _options_class() -> type[ServeOptions]:
 
 def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Callable[[], ServerConfig]) -> int:
     set_up_logging(config.log_level, is_json=config.log_format.value == "json")
-    stops = _Stops()
-    stops.watch_for_early_ones()
+    stops = _StopSignals()
+    stops.install_early_handlers()
     # What is imported stays for good: collecting among it costs a tenth of the start now, and pauses later.
     gc.disable()
-    give_back_large_blocks()
+    set_mmap_threshold()
     # Imported after the configuration has been found right: errors should come at once.
     from megatron_medha.cli.parts.serve_parts import make_engine, model_name_of, public_options
     from megatron_medha.cli.parts.tracking import Tracking
     from megatron_medha.server.app import create_app
     from megatron_medha.server.observe.metrics import Metrics
-    from megatron_medha.server.observe.request_log import Journal
-    from megatron_medha.server.observe.tracing import Traces
+    from megatron_medha.server.observe.request_log import RequestLog
+    from megatron_medha.server.observe.tracing import OtelTraces
     from megatron_medha.server.run_server import run as run_app
     from megatron_medha.text.sampling_defaults import read_sampling_defaults
     from megatron_medha.text.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     metrics = Metrics()
     homes = [directory for directory in (options.checkpoint, config.tokenizer) if directory is not None]
     sampling_defaults = read_sampling_defaults(homes if config.server.generation_config == "auto" else ())
-    journal = Journal(metrics)
+    journal = RequestLog(metrics)
     engine = make_engine(config, metrics, journal.watch)
     tokenizer: Future[Tokenizer] = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, config.tokenizer)
     app = create_app(
@@ -110,7 +110,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
         journal=journal,
         slo=config.slo_classes,
         read_config=read_server_config,
-        traces=Traces(config.tracking.otlp_endpoint) if config.tracking.otlp_endpoint is not None else None,
+        traces=OtelTraces(config.tracking.otlp_endpoint) if config.tracking.otlp_endpoint is not None else None,
         model_name=model_name_of(config),
         sampling_defaults=sampling_defaults,
     )
@@ -136,7 +136,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     return _exit_code(printer, stops)
 
 
-def _exit_code(printer: _StatusPrinter, stops: _Stops) -> int:
+def _exit_code(printer: _StatusPrinter, stops: _StopSignals) -> int:
     if printer.failure is not None:
         kind = next((kind for kind in _USER_ERRORS if printer.failure.startswith(kind)), None)
         print(f"medha serve: {printer.failure.removeprefix(kind or '')}", file=sys.stderr)
@@ -145,22 +145,22 @@ def _exit_code(printer: _StatusPrinter, stops: _Stops) -> int:
         # Threads that tokenize a long prompt would hold us up; the second Ctrl-C means now.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(_SIGNALLED)
+        os._exit(_EXIT_CODE_SIGNALLED)
     if not printer.has_listened:
-        return _SIGNALLED if stops.came_early else 1
-    say("stopped")
+        return _EXIT_CODE_SIGNALLED if stops.is_early else 1
+    print_line("stopped")
     return 0
 
 
-class _Stops:
+class _StopSignals:
     """SIGINT and SIGTERM: before the server listens they end the start, then uvicorn takes them and we count."""
 
     def __init__(self) -> None:
         self.num_signals = 0
-        self.came_early = False
+        self.is_early = False
         self._num_ends = 0
 
-    def watch_for_early_ones(self) -> None:
+    def install_early_handlers(self) -> None:
         """From now on; uvicorn puts these back when it has shut down and raises its signal again."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._end)
@@ -176,11 +176,11 @@ class _Stops:
         def handle(number: int, frame: FrameType | None) -> None:
             self.num_signals += 1
             if self.num_signals == 1 and is_asked_for():
-                say("\nstopping; once more to stop at once")
+                print_line("\nstopping; once more to stop at once")
             elif self.num_signals == 2:
-                _exit_for_certain()
+                _force_exit()
             elif self.num_signals > 2:
-                os._exit(_SIGNALLED)
+                os._exit(_EXIT_CODE_SIGNALLED)
             inner(number, frame)
 
         return handle
@@ -189,22 +189,22 @@ class _Stops:
         # Once it comes while the server starts, or from uvicorn after it has stopped; after that, what is left hangs.
         self._num_ends += 1
         if self._num_ends > 1:
-            os._exit(_SIGNALLED)
-        self.came_early = not self.num_signals
+            os._exit(_EXIT_CODE_SIGNALLED)
+        self.is_early = not self.num_signals
         raise KeyboardInterrupt
 
 
-def _exit_for_certain() -> None:
+def _force_exit() -> None:
     """End within seconds, whatever the event loop and other threads do; ranks end with this process."""
     # A thread of C: where another holds the interpreter's lock, none of Python's runs. It prints where all are.
     faulthandler.dump_traceback_later(_HARD_EXIT_S + 1.0, exit=True)
     # Not threading's: the signal may have come while the main thread held one of its locks.
-    _thread.start_new_thread(_exit_later, ())
+    _thread.start_new_thread(_schedule_force_exit, ())
 
 
-def _exit_later() -> None:
+def _schedule_force_exit() -> None:
     time.sleep(_HARD_EXIT_S)
-    os._exit(_SIGNALLED)
+    os._exit(_EXIT_CODE_SIGNALLED)
 
 
 class _StatusPrinter:
@@ -224,7 +224,7 @@ class _StatusPrinter:
         """The server listens there."""
         self._url = url
         self.has_listened = True
-        say(f"listening on {url} after {process_age_s():.2f} s; loading the model")
+        print_line(f"listening on {url} after {process_age_s():.2f} s; loading the model")
         self._service.on_status(self._changed.set)
         self._thread.start()
 
@@ -246,22 +246,22 @@ class _StatusPrinter:
                 case EnginePhase.STOPPED:
                     return None
                 case EnginePhase.READY if not is_ready:
-                    is_ready, due_s = True, time.monotonic() + GIVE_BACK_INTERVAL_S
-                    self._say_ready()
+                    is_ready, due_s = True, time.monotonic() + TRIM_INTERVAL_S
+                    self._print_ready()
                 case EnginePhase.RECOVERING if is_ready and lost_s is None:
                     lost_s = time.monotonic()
-                    say(f"recovering: {status.detail}; requests wait")
+                    print_line(f"recovering: {status.detail}; requests wait")
                 case EnginePhase.READY if lost_s is not None:
-                    say(f"ready again after {time.monotonic() - lost_s:.1f} s")
+                    print_line(f"ready again after {time.monotonic() - lost_s:.1f} s")
                     lost_s = None
                 case _:
                     pass
             if time.monotonic() >= due_s:
-                due_s = time.monotonic() + (GIVE_BACK_INTERVAL_S if is_ready else _PROGRESS_INTERVAL_S)
+                due_s = time.monotonic() + (TRIM_INTERVAL_S if is_ready else _PROGRESS_INTERVAL_S)
                 if is_ready:
-                    give_back_freed_memory()
+                    malloc_trim()
                 else:
-                    say(f"loading: {status.detail}, {100 * status.fraction:.0f}%")
+                    print_line(f"loading: {status.detail}, {100 * status.fraction:.0f}%")
             self._changed.wait(max(0.0, due_s - time.monotonic()))
             self._changed.clear()
         return None
@@ -272,11 +272,11 @@ class _StatusPrinter:
             self.failure = detail
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _say_ready(self) -> None:
+    def _print_ready(self) -> None:
         facts = self._service.engine.facts
         num_tokens = facts.num_blocks * facts.block_size
         key = " -H \"Authorization: Bearer $MEDHA_API_KEY\"" if self._needs_key else ""
-        say(
+        print_line(
             f"ready after {process_age_s():.2f} s: {facts.shape.name} on {facts.device}; "
             f"KV for {num_tokens:,} tokens, requests up to {facts.max_request_tokens:,}\n\n"
             # Not greedy: the tiny model would write nothing but spaces.
@@ -286,7 +286,7 @@ class _StatusPrinter:
         )
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Tell whoever reads stdout. A server whose log has lost its reader, or its disk, serves on, and can be stopped."""
     try:
         print(text, flush=True)

@@ -69,7 +69,7 @@ def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     # The directory's own name is left out of what is in it: two runs of the same options are equal to the byte.
     directory = RunDirectory.create(directory_of(options.out, "simulate"), _without_out(composed_yaml), config.seed)
     tracker = WandbRun(options.tracking, "simulate", yaml_values(composed_yaml), directory.path)
-    _say_what_runs(options, simulation)
+    _print_run(options, simulation)
     began_s = time.perf_counter()
     try:
         result = _with_progress(simulation, directory, options, tracker)
@@ -106,9 +106,9 @@ def _with_progress(
         write_sample = watchers.on_sample
 
         def show(sample: object) -> None:
-            from megatron_medha.sim.simulation import Sample
+            from megatron_medha.sim.simulation import StateSample
 
-            assert isinstance(sample, Sample)
+            assert isinstance(sample, StateSample)
             write_sample(sample)
             bar.set_postfix_str(
                 f"simulated {sample.now_s:,.0f} s, {len(sample.waiting)} wait, {sample.num_decoding} decode",
@@ -134,7 +134,7 @@ def _with_progress(
     return result
 
 
-def _say_what_runs(options: SimulateOptions, simulation: Simulation) -> None:
+def _print_run(options: SimulateOptions, simulation: Simulation) -> None:
     facts, layout, setup = simulation.workload.facts, options.parallel.replica, simulation.config.setup
     instances = simulation.config.instances
     if instances is None:

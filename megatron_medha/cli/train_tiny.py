@@ -34,10 +34,10 @@ def run(words: Sequence[str]) -> int:
 
 def _options_class() -> Any:
     from megatron_medha.system.machine import num_usable_cores
-    from megatron_medha.worker.startup.cpu_share import let_idle_threads_sleep
+    from megatron_medha.worker.startup.cpu_share import set_passive_omp_wait
 
     # Beside one busy program, spinning threads made a run of two minutes take more than three.
-    let_idle_threads_sleep(num_usable_cores())
+    set_passive_omp_wait(num_usable_cores())
     # Megatron-core tells of every optional package that is missing; none is needed here.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from megatron_medha.tiny.tiny_training import TrainTinyConfig

@@ -20,7 +20,7 @@ class BatchResult:
 
 
 @dataclass(slots=True)
-class _InFlight:
+class _PartialResult:
     batch_id: int
     num_left: list[int]       # answers to come, by stage
     stage_s: list[float]      # the slowest KVP rank's time, by stage
@@ -34,7 +34,7 @@ class StepCollector:
 
     def __init__(self, layout: ParallelLayout) -> None:
         self._layout = layout
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight: dict[int, _PartialResult] = {}
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -42,7 +42,7 @@ class StepCollector:
     def submitted(self, batch_id: int) -> None:
         """A batch went out to all ranks."""
         layout = self._layout
-        self._in_flight[batch_id] = _InFlight(batch_id, [layout.kvp] * layout.spp, [0.0] * layout.spp)
+        self._in_flight[batch_id] = _PartialResult(batch_id, [layout.kvp] * layout.spp, [0.0] * layout.spp)
 
     def expects(self, done: StepDone) -> bool:
         """Whether this answer can be: of a batch in flight, to which that stage has not answered in full."""
@@ -75,7 +75,7 @@ class StepCollector:
         self._in_flight.clear()
 
 
-def _result(flight: _InFlight) -> BatchResult:
+def _result(flight: _PartialResult) -> BatchResult:
     completed = Completed(
         batch_id=flight.batch_id,
         duration_s=sum(flight.stage_s),

@@ -13,7 +13,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.system.private_file import check_private
 
 
-class Keys(msgspec.Struct, frozen=True, kw_only=True):
+class CurveKeys(msgspec.Struct, frozen=True, kw_only=True):
     """Who holds the file may be a rank of this server; nobody else can connect, or listen in."""
 
     front_public: str
@@ -22,7 +22,7 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
     rank_secret: str
 
     @classmethod
-    def load_or_make(cls, path: Path) -> Keys:
+    def load_or_make(cls, path: Path) -> CurveKeys:
         """The keys in the file; where there is none it is written, readable for its owner alone. Raises ConfigError."""
         if path.exists():
             check_private(path, "launch.key_file")
@@ -45,7 +45,7 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
         return keys
 
     @classmethod
-    def load(cls, path: Path) -> Keys:
+    def load(cls, path: Path) -> CurveKeys:
         """The keys in the file. Raises ConfigError if it cannot be read or holds something else."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
@@ -54,13 +54,13 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
         except msgspec.DecodeError as error:
             raise ConfigError(f"key file {path}: not one that the front wrote ({error})") from None
 
-    def secure_front(self, socket: zmq.Socket[bytes]) -> None:
+    def secure_server_socket(self, socket: zmq.Socket[bytes]) -> None:
         """Make a socket of the front take encrypted connections only; before it is bound."""
         socket.curve_secretkey = self.front_secret.encode()
         socket.curve_publickey = self.front_public.encode()
         socket.curve_server = True
 
-    def secure_rank(self, socket: zmq.Socket[bytes]) -> None:
+    def secure_rank_socket(self, socket: zmq.Socket[bytes]) -> None:
         """Make a socket of a rank connect encrypted; before it is connected."""
         socket.curve_secretkey = self.rank_secret.encode()
         socket.curve_publickey = self.rank_public.encode()
@@ -70,11 +70,11 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
         """Refuse whoever does not hold the ranks' key, on all sockets of this context; to be stopped before it ends."""
         guard = ThreadAuthenticator(context)
         guard.start()
-        guard.configure_curve_callback(credentials_provider=_OneKey(self.rank_public.encode()))
+        guard.configure_curve_callback(credentials_provider=_SingleKeyAuth(self.rank_public.encode()))
         return guard
 
 
-class _OneKey:
+class _SingleKeyAuth:
     def __init__(self, key: bytes) -> None:
         self._key = key
 

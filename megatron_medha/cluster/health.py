@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_medha.core.errors import ConfigError
 
 LOAD_HEARTBEAT_TIMEOUT_S = 60.0  # of a rank that starts: importing libraries may hold a process up
-MAX_LOOK_INTERVAL_S = 1.0  # four times the interval at which the runtime looks (cluster/runtime.py)
+MAX_CHECK_INTERVAL_S = 1.0  # four times the interval at which the runtime looks (cluster/runtime.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,34 +42,34 @@ class Heartbeats:
 
     Silence counts while somebody listens: a front that was itself put aside for seconds, by a busy machine or by
     SIGSTOP, finds the clock ahead of messages that have long come. So from one look to the next at most
-    MAX_LOOK_INTERVAL_S count.
+    MAX_CHECK_INTERVAL_S count.
     """
 
     def __init__(self, ranks: Iterable[int], timeout_s: float, now_s: float) -> None:
         self._timeout_s = timeout_s
-        self._heard_s = dict.fromkeys(ranks, now_s)
-        self._looked_s = now_s
+        self._last_heard_s = dict.fromkeys(ranks, now_s)
+        self._checked_s = now_s
 
     def heard(self, rank: int, now_s: float) -> None:
         """A message of that rank came."""
-        self._heard_s[rank] = now_s
+        self._last_heard_s[rank] = now_s
 
     def restart(self, timeout_s: float, now_s: float) -> None:
         """From now on silence is measured by another limit."""
         self._timeout_s = timeout_s
-        self._looked_s = now_s
-        for rank in self._heard_s:
-            self._heard_s[rank] = now_s
+        self._checked_s = now_s
+        for rank in self._last_heard_s:
+            self._last_heard_s[rank] = now_s
 
     def failure(self, now_s: float) -> str | None:
         """The rank that has been silent for too long, in words; None while all are well. Ask often."""
-        unheeded_s = now_s - self._looked_s - MAX_LOOK_INTERVAL_S
-        self._looked_s = now_s
+        unheeded_s = now_s - self._checked_s - MAX_CHECK_INTERVAL_S
+        self._checked_s = now_s
         if unheeded_s > 0.0:
-            for rank, heard_s in self._heard_s.items():
-                self._heard_s[rank] = min(now_s, heard_s + unheeded_s)
-        rank = min(self._heard_s, key=self._heard_s.__getitem__)
-        silent_s = now_s - self._heard_s[rank]
+            for rank, heard_s in self._last_heard_s.items():
+                self._last_heard_s[rank] = min(now_s, heard_s + unheeded_s)
+        rank = min(self._last_heard_s, key=self._last_heard_s.__getitem__)
+        silent_s = now_s - self._last_heard_s[rank]
         return f"rank {rank} has been silent for {silent_s:.1f} s" if silent_s > self._timeout_s else None
 
 

@@ -80,10 +80,12 @@ class KVAudit:
         self._expected[batch.batch_id] = [sent.note(batch.released, batch.chunks) for sent in self._sent]
         self._check_sent()
 
-    def answered(self, batch_id: int, kvp_rank: int, held: HeldKV | None) -> None:
+    def answered(self, batch_id: int, kvp_rank: int, audit_counts: HeldKV | None) -> None:
         """A rank has done its part of a batch."""
         expected = self._expected[batch_id][kvp_rank]
-        assert held == expected, f"batch {batch_id}: a rank of KVP index {kvp_rank} has {held}, expected {expected}"
+        assert audit_counts == expected, (
+            f"batch {batch_id}: a rank of KVP index {kvp_rank} has {audit_counts}, expected {expected}"
+        )
         self._num_answers += 1
 
     def report(self) -> None:

@@ -23,7 +23,7 @@ from megatron_medha.system.child_environment import child_environment
 WORKER_COMMAND = (sys.executable, "-m", "megatron_medha.worker.main")
 
 
-class Exit(NamedTuple):
+class RankExit(NamedTuple):
     """A rank's process has ended."""
 
     rank: int
@@ -63,7 +63,7 @@ class Ranks(Protocol):
     def poll(self) -> None:
         """Take note of what happened to the processes."""
 
-    def exits(self) -> list[Exit]:
+    def exits(self) -> list[RankExit]:
         """The processes that have ended by themselves."""
 
     def end(self, patience_s: float) -> None:
@@ -170,7 +170,7 @@ class LocalRanks:
                 **loopback_environment(),
             }
             config = msgspec.structs.replace(
-                config, front_endpoint=self._link.endpoint, link_token=self._link.token, init_method=meeting
+                config, server_endpoint=self._link.endpoint, link_token=self._link.token, init_method=meeting
             )
             self._processes.append(RankProcess.start(config, self._command, environment))
 
@@ -181,10 +181,10 @@ class LocalRanks:
     def poll(self) -> None:
         """See Ranks; exits() looks for itself."""
 
-    def exits(self) -> list[Exit]:
+    def exits(self) -> list[RankExit]:
         """See Ranks."""
         return [
-            Exit(process.rank, code) for process in self._processes if (code := process.exit_code) is not None
+            RankExit(process.rank, code) for process in self._processes if (code := process.exit_code) is not None
         ]
 
     def end(self, patience_s: float) -> None:

@@ -18,7 +18,7 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True):
     sampling: Sampling
 
 
-class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+class RankStep(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """Front to rank: compute this batch. Every rank of a replica gets every batch, in batch order.
 
     Released requests are forgotten first, new ones added next, then sampled tokens appended.
@@ -41,14 +41,14 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
     """Front to rank: nothing. That it cannot be sent any more tells that the rank has closed its connection."""
 
 
-class Prepare(msgspec.Struct, frozen=True, array_like=True, tag="prepare"):
+class PrepareGrammar(msgspec.Struct, frozen=True, array_like=True, tag="prepare"):
     """Front to rank: compile this grammar beside the steps, and say when that is done."""
 
     number: int
     grammar: str
 
 
-ToRank = Step | Shutdown | Ping | Prepare
+ToRank = RankStep | Shutdown | Ping | PrepareGrammar
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):
@@ -68,7 +68,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[TokenLogprobs, ...]
 
 
-class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
+class RankLoading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
     """Rank to front: still starting."""
 
     rank: int
@@ -76,7 +76,7 @@ class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
     fraction: float  # 0..1
 
 
-class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+class RankReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """Rank to front: all ranks have met, the model is loaded and this much KV memory is there."""
 
     rank: int
@@ -94,7 +94,7 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
     rank: int
 
 
-class Prepared(msgspec.Struct, frozen=True, array_like=True, tag="prepared"):
+class GrammarPrepared(msgspec.Struct, frozen=True, array_like=True, tag="prepared"):
     """Rank to front: that grammar is compiled, or cannot be, of which its request will hear."""
 
     rank: int
@@ -121,7 +121,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     tokens: tuple[SampledToken, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     failed: tuple[tuple[str, str], ...] = ()  # (request_id, why): only that request is harmed
-    held: HeldKV | None = None  # by this rank with this step; sent under audit only
+    audit_counts: HeldKV | None = None  # by this rank with this step; sent under audit only
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"):
@@ -132,4 +132,4 @@ class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"
     message: str
 
 
-FromRank = Loading | Ready | Heartbeat | Prepared | StepDone | RankFailed
+FromRank = RankLoading | RankReady | Heartbeat | GrammarPrepared | StepDone | RankFailed

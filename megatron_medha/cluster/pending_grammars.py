@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from megatron_medha.cluster.messages import Prepare, Prepared
+from megatron_medha.cluster.messages import GrammarPrepared, PrepareGrammar
 from megatron_medha.core.batch import Aborted, Arrived, Event
 
 
-class GrammarGate:
+class PendingGrammars:
     """Holds arrivals back. It sends nothing: questions to the ranks are handed out."""
 
     def __init__(self, ranks: Iterable[int], grammar_of: Callable[[str], str | None]) -> None:
@@ -20,10 +20,10 @@ class GrammarGate:
         self.ranks = frozenset(ranks)
         self._grammar_of = grammar_of
         self._held: dict[int, Arrived] = {}       # by number, in the order they came
-        self._questions: dict[int, Prepare] = {}  # of those
+        self._prepare_messages: dict[int, PrepareGrammar] = {}  # of those
         self._missing: dict[int, set[int]] = {}   # ranks that have not answered yet
         self._number_of: dict[str, int] = {}      # by request id
-        self._unasked: list[int] = []
+        self._unsent_numbers: list[int] = []
         self._next_number = 0
 
     def admit(self, event: Event | None) -> Sequence[Event | None]:
@@ -40,12 +40,12 @@ class GrammarGate:
                 pass
         return (event,)
 
-    def take_questions(self) -> Sequence[Prepare]:
+    def take_prepare_messages(self) -> Sequence[PrepareGrammar]:
         """What all ranks are to be asked; each once, until they are others."""
-        unasked, self._unasked = self._unasked, []
-        return [self._questions[number] for number in unasked if number in self._held]
+        unasked, self._unsent_numbers = self._unsent_numbers, []
+        return [self._prepare_messages[number] for number in unasked if number in self._held]
 
-    def take(self, message: Prepared) -> Sequence[Event]:
+    def take(self, message: GrammarPrepared) -> Sequence[Event]:
         """A rank has answered; what may go on."""
         missing = self._missing.get(message.number)
         if missing is None:
@@ -55,7 +55,7 @@ class GrammarGate:
 
     def restart(self) -> None:
         """The ranks are others, which know of nothing yet."""
-        self._unasked = list(self._held)
+        self._unsent_numbers = list(self._held)
         for number in self._held:
             self._missing[number] = set(self.ranks)
 
@@ -63,12 +63,12 @@ class GrammarGate:
         number = self._next_number
         self._next_number += 1
         self._held[number] = arrived
-        self._questions[number] = Prepare(number, grammar)
+        self._prepare_messages[number] = PrepareGrammar(number, grammar)
         self._missing[number] = set(self.ranks)
         self._number_of[arrived.request.request_id] = number
-        self._unasked.append(number)
+        self._unsent_numbers.append(number)
 
     def _release(self, number: int) -> Arrived:
         arrived = self._held.pop(number)
-        del self._questions[number], self._missing[number], self._number_of[arrived.request.request_id]
+        del self._prepare_messages[number], self._missing[number], self._number_of[arrived.request.request_id]
         return arrived

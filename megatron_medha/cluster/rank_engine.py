@@ -23,9 +23,9 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.ports import Observer
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.engine import Engine, Watcher, World
+from megatron_medha.engine.engine import Engine, EngineBackend, ObserverFactory
 from megatron_medha.engine.inbox import Inbox
-from megatron_medha.engine.request_states import Streams
+from megatron_medha.engine.request_states import RequestStates
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.system.scratch import scratch_directory
@@ -62,7 +62,7 @@ def cluster_engine(
     recovery: RecoveryConfig | None = None,
     open_ranks: OpenRanks | None = None,
     observers: tuple[Observer, ...] = (),
-    watchers: tuple[Watcher, ...] = (),
+    watchers: tuple[ObserverFactory, ...] = (),
     decision_log: Path | None = None,
     open_timeline: OpenTimeline | None = None,
 ) -> Engine:
@@ -75,20 +75,20 @@ def cluster_engine(
     configs = [msgspec.structs.replace(rank_config, rank=rank) for rank in range(layout.world_size)]
 
     @contextmanager
-    def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
+    def open_backend(inbox: Inbox, streams: RequestStates, board: StatusBoard) -> Iterator[EngineBackend | None]:
         with ExitStack() as stack:
             ranks = stack.enter_context((open_ranks or local_ranks())(configs))
             runtime = ClusterRuntime(ranks, layout, inbox, streams, board, recovery or RecoveryConfig())
             try:
                 started = runtime.start()
-                watchers: list[Watcher] = []
+                watchers: list[ObserverFactory] = []
                 if started is not None and open_timeline is not None:
                     timeline = stack.enter_context(open_timeline(runtime.now_s()))
                     runtime.on_step.append(timeline.step_done)
                     watchers.append(lambda scheduler: timeline)
                 if rank_config.is_audited:
                     watchers.append(partial(_audited, runtime, layout, stack))
-                yield None if started is None else World(
+                yield None if started is None else EngineBackend(
                     runtime=runtime,
                     setup=SchedulerSetup(
                         config=scheduler_config,
@@ -107,7 +107,7 @@ def cluster_engine(
             finally:
                 runtime.shut_down()
 
-    return Engine(open_world, observers=observers, watchers=watchers, decision_log=decision_log)
+    return Engine(open_backend, observers=observers, watchers=watchers, decision_log=decision_log)
 
 
 def _audited(runtime: ClusterRuntime, layout: ParallelLayout, stack: ExitStack, scheduler: Scheduler) -> KVAudit:

@@ -7,16 +7,16 @@ import secrets
 import msgspec
 import zmq
 
-from megatron_medha.cluster.curve_keys import Keys
-from megatron_medha.cluster.messages import FromRank, Heartbeat, Prepared, RankFailed, ToRank
+from megatron_medha.cluster.curve_keys import CurveKeys
+from megatron_medha.cluster.messages import FromRank, GrammarPrepared, Heartbeat, RankFailed, ToRank
 from megatron_medha.cluster.rank_config import connection_name
-from megatron_medha.cluster.wire import RefusedPeers, UnreadableMessage, read_message
+from megatron_medha.cluster.wire import RejectedPeers, UnreadableMessage, read_message
 from megatron_medha.core.errors import RankError
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
 _MAX_MESSAGE_BYTES = 2**28  # of a rank: log-probabilities of a long chunk are megabytes
-_MAX_REFUSED_AT_ONCE = 1000  # then others have their turn
+_MAX_REJECTED_PER_POLL = 1000  # then others have their turn
 
 
 class RankLink:
@@ -25,11 +25,11 @@ class RankLink:
     Ranks that are started again find another address: nothing said by their predecessors can be taken for theirs.
     """
 
-    def __init__(self, context: Context, endpoint: str, num_ranks: int, keys: Keys | None = None) -> None:
+    def __init__(self, context: Context, endpoint: str, num_ranks: int, keys: CurveKeys | None = None) -> None:
         self.socket = router_socket(context, endpoint, keys, max_message_bytes=_MAX_MESSAGE_BYTES)
         self.token = secrets.token_hex(8)  # in the names of all connections of these ranks
         self._num_ranks = num_ranks
-        self._refused = RefusedPeers("ranks")
+        self._refused = RejectedPeers("ranks")
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
@@ -51,7 +51,7 @@ class RankLink:
 
     def receive(self) -> FromRank | None:
         """The next message, None if there is none. What no rank of ours would send is logged and dropped."""
-        for _ in range(_MAX_REFUSED_AT_ONCE):
+        for _ in range(_MAX_REJECTED_PER_POLL):
             try:
                 peer, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -73,7 +73,7 @@ class RankLink:
         match message:
             case Heartbeat():
                 senders: tuple[str, ...] = ("heartbeat",)
-            case Prepared():
+            case GrammarPrepared():
                 senders = ("grammars",)
             case RankFailed():
                 senders = ("", "grammars")
@@ -88,7 +88,7 @@ class RankLink:
 
 
 def router_socket(
-    context: Context, endpoint: str, keys: Keys | None, *, max_message_bytes: int, queue_length: int = 0
+    context: Context, endpoint: str, keys: CurveKeys | None, *, max_message_bytes: int, queue_length: int = 0
 ) -> zmq.Socket[bytes]:
     """A bound ROUTER; it takes encrypted connections alone where there are keys. Raises RankError.
 
@@ -102,7 +102,7 @@ def router_socket(
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a message to a rank that is gone is an error, not a loss
     if keys is not None:
-        keys.secure_front(socket)
+        keys.secure_server_socket(socket)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_medha.cluster.messages import NewRequest, Step
+from megatron_medha.cluster.messages import NewRequest, RankStep
 from megatron_medha.core.batch import Batch
 from megatron_medha.core.layout import ParallelLayout
 
 
-class RankMirror:
+class RankStateCache:
     """Turns batches into the steps of the ranks. All ranks of one KVP index, of whatever stage, get the same ones."""
 
     def __init__(self, layout: ParallelLayout, describe: Callable[[str], NewRequest]) -> None:
@@ -17,16 +17,16 @@ class RankMirror:
         self._describe = describe
         self._known: list[set[str]] = [set() for _ in range(layout.kvp)]
         # A single rank appends what it samples itself; several are told, so that all append the same.
-        self._are_told_tokens = layout.world_size > 1
+        self._broadcasts_tokens = layout.world_size > 1
         self._sampled: list[list[tuple[str, int]]] = [[] for _ in range(layout.kvp)]
 
-    def steps(self, batch: Batch) -> list[Step]:
+    def steps(self, batch: Batch) -> list[RankStep]:
         """The step of each KVP index, also where it has no chunk in it."""
         return [self._step(batch, kvp) for kvp in range(len(self._known))]
 
     def sampled(self, request_id: str, token_id: int) -> None:
         """The request goes on with this token; whoever knows the request is told with its next step."""
-        if self._are_told_tokens:
+        if self._broadcasts_tokens:
             for known, pending in zip(self._known, self._sampled, strict=True):
                 if request_id in known:
                     pending.append((request_id, token_id))
@@ -37,7 +37,7 @@ class RankMirror:
             known.clear()
             pending.clear()
 
-    def _step(self, batch: Batch, kvp: int) -> Step:
+    def _step(self, batch: Batch, kvp: int) -> RankStep:
         known = self._known[kvp]
         chunks = batch.chunks if len(self._known) == 1 else batch.chunks_on(kvp)
         # What is released is forgotten first: the same id may come again.
@@ -48,4 +48,4 @@ class RankMirror:
             self._describe(chunk.request_id) for chunk in chunks if chunk.request_id not in known
         )
         known.update(new.request_id for new in new_requests)
-        return Step(batch.batch_id, chunks, new_requests, batch.released, sampled)
+        return RankStep(batch.batch_id, chunks, new_requests, batch.released, sampled)

@@ -12,8 +12,8 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.request import Request
 from megatron_medha.stats.outcome import Ending, Outcome
-from megatron_medha.stats.timeline import Span, Timeline
-from megatron_medha.system.best_effort_file import SideFile
+from megatron_medha.stats.timeline import StageSpan, Timeline
+from megatron_medha.system.best_effort_file import BestEffortFile
 
 
 class RunTimeline:
@@ -35,7 +35,7 @@ class RunTimeline:
     def writing(cls, path: Path, layout: ParallelLayout, now_s: float, duration_s: float) -> Iterator[RunTimeline]:
         """A timeline in a file, which is complete when the context ends. Raises ConfigError."""
         try:
-            stream = SideFile.open(path, by_line=False)
+            stream = BestEffortFile.open(path, by_line=False)
         except OSError as error:
             raise ConfigError(f"tracking.timeline={path}: cannot be written ({error.strerror})") from error
         with closing(stream):
@@ -53,7 +53,7 @@ class RunTimeline:
         coord = self._layout.coord_of(done.rank)
         if coord.tp:
             return  # the first of its tensor-parallel ranks, which end together, stands for all
-        self._timeline.span(Span(done.batch_id, coord.spp, coord.kvp, now_s - done.duration_s, now_s))
+        self._timeline.span(StageSpan(done.batch_id, coord.spp, coord.kvp, now_s - done.duration_s, now_s))
 
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""

@@ -25,36 +25,36 @@ from megatron_medha.cluster.health import (
 from megatron_medha.cluster.launch import Ranks
 from megatron_medha.cluster.messages import (
     FromRank,
+    GrammarPrepared,
     Heartbeat,
-    Loading,
     NewRequest,
     Ping,
-    Prepared,
     RankFailed,
-    Ready,
+    RankLoading,
+    RankReady,
     Shutdown,
     StepDone,
 )
-from megatron_medha.cluster.pending_grammars import GrammarGate
-from megatron_medha.cluster.rank_state import RankMirror
+from megatron_medha.cluster.pending_grammars import PendingGrammars
+from megatron_medha.cluster.rank_state import RankStateCache
 from megatron_medha.cluster.start_progress import StartProgress
 from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output, RanksLost, TokenOut
 from megatron_medha.core.errors import RankError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.inbox import Inbox
-from megatron_medha.engine.request_states import Sampled, Streams
+from megatron_medha.engine.request_states import RequestStates, TokenSample
 from megatron_medha.engine.status_board import StatusBoard
 
 _log = logging.getLogger(__name__)
 
 _CHECK_INTERVAL_S = 0.25    # how soon a dead rank is noticed
 _PING_INTERVAL_S = 1.0      # how soon a closed connection is
-_LAST_WORDS_S = 1.0         # that a rank may have sent before it ended, behind those of others
+_EXIT_MESSAGE_GRACE_S = 1.0         # that a rank may have sent before it ended, behind those of others
 _SHUTDOWN_TIMEOUT_S = 5.0   # a rank finishes its step first
-_START_AGAIN_S = 1.0        # after the system had no process or descriptor for us
+_RESTART_DELAY_S = 1.0        # after the system had no process or descriptor for us
 
 
-class _Phase(Enum):
+class _RanksPhase(Enum):
     STARTING = "starting"  # processes are coming up; nothing can be submitted
     LOST = "lost"          # they are up again, but the scheduler has not heard of it yet
     SERVING = "serving"
@@ -68,7 +68,7 @@ class ClusterRuntime:
         ranks: Ranks,
         layout: ParallelLayout,
         inbox: Inbox,
-        streams: Streams,
+        streams: RequestStates,
         board: StatusBoard,
         recovery: RecoveryConfig,
     ) -> None:
@@ -82,22 +82,22 @@ class ClusterRuntime:
         self._board = board
         self._recovery = recovery
         self._collector = StepCollector(layout)
-        self._mirror = RankMirror(layout, self._describe)
-        self._gate = GrammarGate(_sampling_ranks(layout), self._grammar_of)
+        self._rank_state = RankStateCache(layout, self._describe)
+        self._pending_grammars = PendingGrammars(_sampling_ranks(layout), self._grammar_of)
         self._watchdog = StepWatchdog(recovery)
         self._failures = FailureCount(recovery)
         self._heartbeats = Heartbeats(range(layout.world_size), LOAD_HEARTBEAT_TIMEOUT_S, 0.0)
-        self._phase = _Phase.STARTING
+        self._phase = _RanksPhase.STARTING
         self._progress = StartProgress(layout.world_size)
         self._num_starts = 0               # since the ranks were last ready
-        self._start_again_s: float | None = None    # when to try again, while no process can be started
+        self._restart_at_s: float | None = None    # when to try again, while no process can be started
         self._start_failed_s: float | None = None   # since when none can be
-        self._why_lost = ""
+        self._loss_reason = ""
         self._ready_s = self._served_s = 0.0  # when the ranks came up last; how long they have served before that
         self._num_blocks: int | None = None  # promised to the scheduler
         self._events: deque[Event | None] = deque()
-        self._results: dict[int, dict[str, Sampled]] = {}  # of batches whose Completed has not been taken up
-        self._sampled: dict[str, Sampled] = {}             # of the one that was taken up last
+        self._results: dict[int, dict[str, TokenSample]] = {}  # of batches whose Completed has not been taken up
+        self._sampled: dict[str, TokenSample] = {}             # of the one that was taken up last
         self._poller = zmq.Poller()
         self._next_check_s = self._next_ping_s = 0.0
 
@@ -114,7 +114,7 @@ class ClusterRuntime:
         stops it is most often what the user asked for.
         """
         self._start_ranks()
-        while self._phase is _Phase.STARTING:
+        while self._phase is _RanksPhase.STARTING:
             self._wait()
             if None in self._events:
                 return None
@@ -123,7 +123,7 @@ class ClusterRuntime:
 
     def shut_down(self) -> None:
         """End the ranks: in order where they serve, at once where they do not."""
-        is_serving = self._phase is not _Phase.STARTING
+        is_serving = self._phase is not _RanksPhase.STARTING
         if is_serving:
             for rank in range(self._layout.world_size):
                 try:
@@ -135,34 +135,34 @@ class ClusterRuntime:
 
     def _start_ranks(self) -> None:
         self._num_starts += 1
-        self._phase = _Phase.STARTING
+        self._phase = _RanksPhase.STARTING
         self._progress = StartProgress(self._layout.world_size)
-        self._try_to_start()
+        self._attempt_start()
 
-    def _try_to_start(self) -> None:
+    def _attempt_start(self) -> None:
         self._poller = zmq.Poller()
         self._poller.register(self._inbox.fileno(), zmq.POLLIN)
-        self._start_again_s = None
+        self._restart_at_s = None
         try:
             self._ranks.start()
         except (OSError, zmq.ZMQError) as error:  # no descriptor, process or memory to be had just now
-            self._put_off_start(error)
+            self._postpone_start(error)
             return
         self._start_failed_s = None
         for socket in (self._ranks.link.socket, *self._ranks.sockets):
             self._poller.register(socket, zmq.POLLIN)
         self._heartbeats.restart(LOAD_HEARTBEAT_TIMEOUT_S, self.now_s())
 
-    def _put_off_start(self, error: Exception) -> None:
+    def _postpone_start(self, error: Exception) -> None:
         """Try again later; RankError if this is the first start, or too long ago that one succeeded."""
         now_s = self.now_s()
         self._start_failed_s = now_s if self._start_failed_s is None else self._start_failed_s
         self._ranks.end(0.0)
         if self._num_blocks is None or now_s - self._start_failed_s > LOAD_HEARTBEAT_TIMEOUT_S:
             raise RankError(f"the ranks cannot be started: {error}") from error
-        _log.error("ranks_not_started retry_s=%g why=%s", _START_AGAIN_S, error)
+        _log.error("ranks_not_started retry_s=%g why=%s", _RESTART_DELAY_S, error)
         self._note_start(f"no process can be started ({error})", 0.0)
-        self._start_again_s = now_s + _START_AGAIN_S
+        self._restart_at_s = now_s + _RESTART_DELAY_S
 
     def _lose_ranks(self, why: str) -> None:
         """The ranks can no longer be used: end all of them and start them again, or give up (RankError)."""
@@ -172,11 +172,11 @@ class ClusterRuntime:
             raise RankError(why)
         _log.error("ranks_lost why=%r", why)
         self._board.count_failure()
-        if self._phase is _Phase.STARTING:
+        if self._phase is _RanksPhase.STARTING:
             if self._num_starts >= self._recovery.max_starts:
-                raise RankError(f"{why}, while the ranks were starting again after: {self._why_lost}")
+                raise RankError(f"{why}, while the ranks were starting again after: {self._loss_reason}")
         else:
-            self._why_lost = why
+            self._loss_reason = why
             self._num_starts = 0
             self._served_s += self.now_s() - self._ready_s
             if not self._failures.failed(self._served_s):
@@ -184,28 +184,28 @@ class ClusterRuntime:
         self._board.recovering(why, 0.0)
         self._ranks.end(0.0)
         self._collector.clear()
-        self._mirror.clear()
+        self._rank_state.clear()
         self._watchdog.clear()
         # A loss that the scheduler has not heard of yet is part of this one.
         self._events = deque(event for event in self._events if not isinstance(event, RanksLost))
-        self._gate.restart()
+        self._pending_grammars.restart()
         self._start_ranks()
 
     def _ranks_are_ready(self) -> None:
         self._ready_s = self.now_s()
         self._heartbeats.restart(self._recovery.heartbeat_timeout_s, self._ready_s)
         if self._num_blocks is None:
-            self._phase = _Phase.SERVING  # start() is waiting
+            self._phase = _RanksPhase.SERVING  # start() is waiting
             return
         if self._progress.num_blocks < self._num_blocks:
             raise RankError(
                 f"the ranks came back with {self._progress.num_blocks} KV blocks instead of {self._num_blocks}"
             )
         self._num_starts = 0
-        self._phase = _Phase.LOST
-        self._events.append(RanksLost(self._why_lost))
+        self._phase = _RanksPhase.LOST
+        self._events.append(RanksLost(self._loss_reason))
         self._board.recovered(self._progress.device)
-        _log.info("ranks_recovered why_lost=%r", self._why_lost)
+        _log.info("ranks_recovered why_lost=%r", self._loss_reason)
 
     # ---- the loop's side ----
 
@@ -221,21 +221,21 @@ class ClusterRuntime:
             case Aborted():
                 self._streams.drop(event.request_id)
             case RanksLost():
-                self._phase = _Phase.SERVING
+                self._phase = _RanksPhase.SERVING
             case _:
                 pass
         return event
 
     def has_room(self) -> bool:
         """See Runtime."""
-        return self._phase is _Phase.SERVING and len(self._collector) < self._layout.spp
+        return self._phase is _RanksPhase.SERVING and len(self._collector) < self._layout.spp
 
     def submit(self, batch: Batch) -> None:
         """See Runtime."""
         self._collector.submitted(batch.batch_id)
         self._watchdog.submitted(batch.batch_id, batch.predicted_s, self.now_s())
         link, layout = self._ranks.link, self._layout
-        payloads = [link.encode(step) for step in self._mirror.steps(batch)]
+        payloads = [link.encode(step) for step in self._rank_state.steps(batch)]
         try:
             for rank in range(layout.world_size):
                 link.send_encoded(rank, payloads[layout.coord_of(rank).kvp])
@@ -246,7 +246,7 @@ class ClusterRuntime:
         """See Runtime."""
         self._streams.emit(output, self._sampled)
         if isinstance(output, TokenOut) and output.finish_reason is None:
-            self._mirror.sampled(output.request_id, self._sampled[output.request_id].token_id)
+            self._rank_state.sampled(output.request_id, self._sampled[output.request_id].token_id)
 
     def _describe(self, request_id: str) -> NewRequest:
         stream = self._streams[request_id]
@@ -264,14 +264,14 @@ class ClusterRuntime:
         polled = dict(self._poller.poll(int(_CHECK_INTERVAL_S * 1000)))
         if self._inbox.fileno() in polled:
             for event in self._inbox.drain():
-                self._events.extend(self._gate.admit(event))
-        if self._start_again_s is not None:
-            if self.now_s() >= self._start_again_s:
-                self._try_to_start()
+                self._events.extend(self._pending_grammars.admit(event))
+        if self._restart_at_s is not None:
+            if self.now_s() >= self._restart_at_s:
+                self._attempt_start()
             return
         try:
-            if self._phase is not _Phase.STARTING:
-                self._ask_for_grammars()
+            if self._phase is not _RanksPhase.STARTING:
+                self._send_prepare()
             if self._ranks.link.socket in polled:
                 self._receive()
             if any(socket in polled for socket in self._ranks.sockets):
@@ -281,17 +281,17 @@ class ClusterRuntime:
         except RankError as error:
             self._lose_ranks(str(error))
 
-    def _ask_for_grammars(self) -> None:
-        for question in self._gate.take_questions():
+    def _send_prepare(self) -> None:
+        for question in self._pending_grammars.take_prepare_messages():
             payload = self._ranks.link.encode(question)
-            for rank in self._gate.ranks:
+            for rank in self._pending_grammars.ranks:
                 self._ranks.link.send_encoded(rank, payload)
 
     def _check(self) -> None:
         now_s = self.now_s()
         self._next_check_s = now_s + _CHECK_INTERVAL_S
         self._ranks.poll()
-        if self._phase is _Phase.STARTING:
+        if self._phase is _RanksPhase.STARTING:
             if (missing := self._ranks.missing()) is not None:
                 self._note_start(missing, 0.0)
                 self._heartbeats.restart(LOAD_HEARTBEAT_TIMEOUT_S, now_s)
@@ -300,7 +300,7 @@ class ClusterRuntime:
             for rank in range(self._layout.world_size):
                 self._ranks.link.send(rank, Ping())
         if exits := self._ranks.exits():
-            until_s = now_s if all(ended.was_killed for ended in exits) else now_s + _LAST_WORDS_S
+            until_s = now_s if all(ended.was_killed for ended in exits) else now_s + _EXIT_MESSAGE_GRACE_S
             while self._ranks.link.socket.poll(int(max(0.0, until_s - self.now_s()) * 1000)):
                 self._receive()
             raise RankError(str(exits[0]))
@@ -315,19 +315,19 @@ class ClusterRuntime:
     def _take(self, message: FromRank) -> None:
         self._heartbeats.heard(message.rank, self.now_s())
         match message:
-            case StepDone() if self._phase is not _Phase.STARTING and self._collector.expects(message):
+            case StepDone() if self._phase is not _RanksPhase.STARTING and self._collector.expects(message):
                 for on_step in self.on_step:
                     on_step(message, self.now_s())
                 for event in self._collector.take(message):
-                    self._events.append(self._keep(event) if isinstance(event, BatchResult) else event)
+                    self._events.append(self._store_result(event) if isinstance(event, BatchResult) else event)
             case Heartbeat():
                 pass
-            case Prepared():
-                self._events.extend(self._gate.take(message))
-            case Loading() if self._phase is _Phase.STARTING:
+            case GrammarPrepared():
+                self._events.extend(self._pending_grammars.take(message))
+            case RankLoading() if self._phase is _RanksPhase.STARTING:
                 self._progress.take(message)
                 self._note_start(self._progress.what, self._progress.fraction)
-            case Ready() if self._phase is _Phase.STARTING:
+            case RankReady() if self._phase is _RanksPhase.STARTING:
                 self._progress.take(message)
                 if self._progress.is_complete:
                     self._ranks_are_ready()
@@ -338,12 +338,12 @@ class ClusterRuntime:
             case _:
                 raise RankError(f"unexpected {type(message).__name__} from rank {message.rank}")
 
-    def _keep(self, result: BatchResult) -> Completed:
+    def _store_result(self, result: BatchResult) -> Completed:
         """Keep what belongs to the streams until the scheduler has said which tokens go out."""
         completed = result.completed
         self._watchdog.completed(completed.batch_id, self.now_s())
         self._results[completed.batch_id] = {
-            token.request_id: Sampled(token.token_id, token.logprobs) for token in result.tokens
+            token.request_id: TokenSample(token.token_id, token.logprobs) for token in result.tokens
         }
         for part in result.prompt_logprobs:
             if (stream := self._streams.get(part.request_id)) is not None:
@@ -356,7 +356,7 @@ class ClusterRuntime:
         if self._num_blocks is None:
             self._board.loading(what, fraction)
         else:
-            self._board.recovering(f"{self._why_lost}; starting again: {what}", fraction)
+            self._board.recovering(f"{self._loss_reason}; starting again: {what}", fraction)
 
 
 def _sampling_ranks(layout: ParallelLayout) -> list[int]:

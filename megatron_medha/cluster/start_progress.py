@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_medha.cluster.messages import Loading, Ready
+from megatron_medha.cluster.messages import RankLoading, RankReady
 
 
 class StartProgress:
@@ -12,14 +12,14 @@ class StartProgress:
         self._num_ranks = num_ranks
         self._seen: dict[int, list[str]] = {rank: [] for rank in range(num_ranks)}  # what each was doing, in order
         self._fractions: dict[int, float] = dict.fromkeys(range(num_ranks), 0.0)    # of what it does now
-        self._ready: dict[int, Ready] = {}
+        self._ready: dict[int, RankReady] = {}
 
-    def take(self, message: Loading | Ready) -> None:
+    def take(self, message: RankLoading | RankReady) -> None:
         """A rank has come further."""
         match message:
-            case Ready():
+            case RankReady():
                 self._ready[message.rank] = message
-            case Loading():
+            case RankLoading():
                 seen = self._seen[message.rank]
                 if not seen or seen[-1] != message.what:
                     seen.append(message.what)
@@ -31,7 +31,7 @@ class StartProgress:
         return len(self._ready) == self._num_ranks
 
     @property
-    def first(self) -> Ready:
+    def first(self) -> RankReady:
         """What rank 0 says; the checkpoint is the same for all."""
         return self._ready[0]
 

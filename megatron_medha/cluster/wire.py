@@ -36,7 +36,7 @@ def read_message(decoder: msgspec.msgpack.Decoder[T], frames: Sequence[bytes]) -
         raise UnreadableMessage(str(error)) from None
 
 
-class RefusedPeers:
+class RejectedPeers:
     """Logs whose messages were not taken, each peer once."""
 
     def __init__(self, place: str) -> None:

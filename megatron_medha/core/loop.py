@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_medha.core.ports import Decisions, Observer, Runtime
+from megatron_medha.core.ports import Observer, Runtime, SchedulerProtocol
 
 
-def serve(decisions: Decisions, runtime: Runtime, observers: tuple[Observer, ...] = ()) -> None:
+def serve(decisions: SchedulerProtocol, runtime: Runtime, observers: tuple[Observer, ...] = ()) -> None:
     """Run until the world ends: every event goes to the scheduler, every batch to the runtime."""
     while (event := runtime.next_event()) is not None:
         now_s = runtime.now_s()

@@ -14,7 +14,7 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 
 
-class Decisions(Protocol):
+class SchedulerProtocol(Protocol):
     """The scheduler as the loop sees it."""
 
     def handle(self, event: Event, now_s: float) -> list[Output]:

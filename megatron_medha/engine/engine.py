@@ -31,7 +31,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.core.scheduling.placement import ReplicaLoad
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.inbox import Inbox
-from megatron_medha.engine.request_states import Stream, Streams
+from megatron_medha.engine.request_states import RequestState, RequestStates
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.snapshot import NO_LOAD, NO_WORK, load_of, work_of
 from megatron_medha.engine.status_board import StatusBoard
@@ -42,24 +42,26 @@ _log = logging.getLogger(__name__)
 _SNAPSHOT_INTERVAL_S = 0.1
 
 
-Watcher = Callable[[Scheduler], Observer]
+ObserverFactory = Callable[[Scheduler], Observer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World:
+class EngineBackend:
     """A world that is up: what runs batches, and what a scheduler for it is made from."""
 
     runtime: Runtime
     setup: SchedulerSetup
     stop_token_ids: tuple[int, ...]
     device: str
-    watchers: tuple[Watcher, ...] = ()  # of its own
+    watchers: tuple[ObserverFactory, ...] = ()  # of its own
 
 
-class OpenWorld(Protocol):
+class OpenBackend(Protocol):
     """Brings a world up when entered and takes it down when left."""
 
-    def __call__(self, inbox: Inbox, streams: Streams, board: StatusBoard) -> AbstractContextManager[World | None]:
+    def __call__(
+        self, inbox: Inbox, streams: RequestStates, board: StatusBoard
+    ) -> AbstractContextManager[EngineBackend | None]:
         """Entering gives None if the inbox asked to stop first. Raises MedhaError if the world cannot come up.
 
         The world writes on the board while it comes up, first and after a failure.
@@ -71,14 +73,14 @@ class Engine:
 
     def __init__(
         self,
-        open_world: OpenWorld,
+        open_backend: OpenBackend,
         *,
         observers: tuple[Observer, ...] = (),
-        watchers: tuple[Watcher, ...] = (),
+        watchers: tuple[ObserverFactory, ...] = (),
         decision_log: Path | None = None,
     ) -> None:
         """watchers: make observers that look at the scheduler itself, on the engine's thread."""
-        self._open_world = open_world
+        self._open_backend = open_backend
         self._observers = observers
         self._watchers = watchers
         self._decision_log = decision_log
@@ -91,7 +93,7 @@ class Engine:
         self._inbox = Inbox()
         self._lock = threading.Lock()  # between a request coming in and the engine ending
         self._sink: Sink | None = None
-        self._streams: Streams | None = None
+        self._streams: RequestStates | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -137,7 +139,7 @@ class Engine:
     def start(self, sink: Sink) -> None:
         """See EngineClient."""
         self._sink = sink
-        self._streams = Streams(sink)
+        self._streams = RequestStates(sink)
         self._thread.start()
 
     def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
@@ -146,7 +148,7 @@ class Engine:
         with self._lock:
             phase = self.status.phase
             if phase in (EnginePhase.READY, EnginePhase.RECOVERING):
-                self._streams.add(request.request_id, Stream(token_ids, sampling))
+                self._streams.add(request.request_id, RequestState(token_ids, sampling))
                 self._unseen[request.request_id] = request.num_prompt_tokens
                 self._inbox.put(Arrived(request))
                 return
@@ -167,7 +169,7 @@ class Engine:
     def _run(self) -> None:
         assert self._streams is not None
         try:
-            with self._open_world(self._inbox, self._streams, self._board) as world:
+            with self._open_backend(self._inbox, self._streams, self._board) as world:
                 if world is not None:
                     self._serve(world, self._streams)
         except MedhaError as error:
@@ -179,13 +181,13 @@ class Engine:
         else:
             self._end(EnginePhase.STOPPED, "", "the server is shutting down")
 
-    def _serve(self, world: World, streams: Streams) -> None:
+    def _serve(self, world: EngineBackend, streams: RequestStates) -> None:
         scheduler = self._scheduler = world.setup.build()
         watching = (watch(scheduler) for watch in (*world.watchers, *self._watchers))
-        observers = (*self._observers, *watching, _LoadObserver(scheduler, self._note_load))
+        observers = (*self._observers, *watching, _LoadObserver(scheduler, self._update_load))
         if self._decision_log is not None:
             observers = (*observers, DecisionLog.open(self._decision_log, world.setup.header()))
-        self._note_load(scheduler, ())
+        self._update_load(scheduler, ())
         self._facts = EngineFacts(
             shape=world.setup.shape,
             num_blocks=world.setup.num_blocks,
@@ -197,7 +199,7 @@ class Engine:
         self._board.show(EnginePhase.READY, world.device, 1.0)
         serve(scheduler, world.runtime, observers)
 
-    def _note_load(self, scheduler: Scheduler, arrived: Iterable[str]) -> None:
+    def _update_load(self, scheduler: Scheduler, arrived: Iterable[str]) -> None:
         self._load = load_of(scheduler)
         self._work = work_of(scheduler)
         for request_id in arrived:
@@ -220,7 +222,7 @@ class _LoadObserver:
         self._scheduler = scheduler
         self._note = note
         self._arrived: list[str] = []
-        self._taken_s = 0.0
+        self._updated_s = 0.0
 
     def handled(self, event: Event, outputs: object, now_s: float) -> None:
         """See Observer."""
@@ -231,10 +233,10 @@ class _LoadObserver:
                 self._arrived.append(event.request_id)
             case _:
                 pass
-        if now_s - self._taken_s > _SNAPSHOT_INTERVAL_S or not self._scheduler.num_sequences:
+        if now_s - self._updated_s > _SNAPSHOT_INTERVAL_S or not self._scheduler.num_sequences:
             self._note(self._scheduler, self._arrived)
             self._arrived.clear()
-            self._taken_s = now_s
+            self._updated_s = now_s
 
     def scheduled(self, batch: object, now_s: float) -> None:
         """See Observer."""

@@ -21,7 +21,7 @@ from megatron_medha.core.ports import (
 )
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.core.scheduling.placement import place
+from megatron_medha.core.scheduling.placement import choose_replica
 from megatron_medha.engine.engine import Engine
 
 # The phase of all together is the first of these that any replica is in: one that is up serves for all.
@@ -132,7 +132,7 @@ class Replicas:
             engine for engine in self._engines
             if engine.status.phase in (EnginePhase.READY, EnginePhase.RECOVERING)
         ] or self._engines  # that say themselves why they take nothing
-        return alive[place([engine.load_for(num_prompt_tokens) for engine in alive])]
+        return alive[choose_replica([engine.load_for(num_prompt_tokens) for engine in alive])]
 
     def _deliver(self, deliveries: Sequence[Delivery]) -> None:
         assert self._sink is not None

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from megatron_medha.core.batch import Output, Preempted, Rejected, TokenOut
 from megatron_medha.core.ports import Delivery, ErrorDelivery, Sink, TokenDelivery
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
-from megatron_medha.grammar.guidance import GRAMMAR_FAULT
+from megatron_medha.grammar.guidance import GRAMMAR_ERROR_PREFIX
 
 
 @dataclass(slots=True)
-class Stream:
+class RequestState:
     """What the scheduler never sees of a request."""
 
     token_ids: array[int]
@@ -23,29 +23,29 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class TokenSample:
     """A token as the world sampled it."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
 
 
-class Streams:
+class RequestStates:
     """Streams by request id. add() may be called from any thread, the rest on the engine's."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, RequestState] = {}
         self._deliveries: list[Delivery] = []
 
-    def __getitem__(self, request_id: str) -> Stream:
+    def __getitem__(self, request_id: str) -> RequestState:
         return self._streams[request_id]
 
-    def get(self, request_id: str) -> Stream | None:
+    def get(self, request_id: str) -> RequestState | None:
         """The stream, or None if it has ended."""
         return self._streams.get(request_id)
 
-    def add(self, request_id: str, stream: Stream) -> None:
+    def add(self, request_id: str, stream: RequestState) -> None:
         """Keep a stream; before its Arrived event goes out."""
         self._streams[request_id] = stream
 
@@ -53,7 +53,7 @@ class Streams:
         """Forget a stream whose client is gone."""
         self._streams.pop(request_id, None)
 
-    def emit(self, output: Output, sampled: Mapping[str, Sampled]) -> None:
+    def emit(self, output: Output, sampled: Mapping[str, TokenSample]) -> None:
         """Turn a scheduler's output into a delivery; `sampled` holds the tokens of the batch just completed."""
         match output:
             case TokenOut(request_id, _, finish_reason):
@@ -70,7 +70,7 @@ class Streams:
                     del self._streams[request_id]
             case Rejected():
                 # The scheduler knows of no grammars; one that turns out to be too much was its client's choice.
-                is_client_fault = output.is_client_fault or output.why.startswith(GRAMMAR_FAULT)
+                is_client_fault = output.is_client_fault or output.why.startswith(GRAMMAR_ERROR_PREFIX)
                 self._deliveries.append(ErrorDelivery(output.request_id, output.why, is_client_fault))
                 self.drop(output.request_id)
             case Preempted():

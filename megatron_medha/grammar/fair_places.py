@@ -13,23 +13,23 @@ _HALF_LIFE_S = 30.0  # of the time that a client has used
 _NOTHING_S = 0.01    # less than this is forgotten
 
 
-class _Waiting(NamedTuple):
+class _Waiter(NamedTuple):
     client: str
     size: int
     number: int
     turn: asyncio.Future[None]
 
 
-class FairPlaces:
+class FairSemaphore:
     """Next is the client that has the fewest places, or used the least time of late; of its work, what is smallest."""
 
-    def __init__(self, num_places: int, most_of_one: int) -> None:
-        """most_of_one: places that one client may have at a time."""
+    def __init__(self, num_places: int, max_per_client: int) -> None:
+        """max_per_client: places that one client may have at a time."""
         self._num_free = num_places
-        self._most_of_one = most_of_one
+        self._max_per_client = max_per_client
         self._running: Counter[str] = Counter()
         self._used: dict[str, tuple[float, float]] = {}  # by client: seconds, and when that was so
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_Waiter] = []
         self._numbers = count()
 
     @asynccontextmanager
@@ -52,7 +52,7 @@ class FairPlaces:
         return sum(one.client == client for one in self._waiting)
 
     async def _take(self, client: str, size: int, timeout_s: float) -> None:
-        waiting = _Waiting(client, size, next(self._numbers), asyncio.get_running_loop().create_future())
+        waiting = _Waiter(client, size, next(self._numbers), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._admit()
         try:
@@ -78,13 +78,13 @@ class FairPlaces:
     def _admit(self) -> None:
         used_s = {one.client: self._used_s(one.client) for one in self._waiting}  # once, as it falls with the time
 
-        def order(waiting: _Waiting) -> tuple[int, float, int, int]:
+        def order(waiting: _Waiter) -> tuple[int, float, int, int]:
             return self._running[waiting.client], used_s[waiting.client], waiting.size, waiting.number
 
         while self._num_free:
             may_go = [
                 one for one in self._waiting
-                if self._running[one.client] < self._most_of_one and not one.turn.done()  # done: cancelled
+                if self._running[one.client] < self._max_per_client and not one.turn.done()  # done: cancelled
             ]  # fmt: skip
             if not may_go:
                 return

@@ -20,7 +20,7 @@ import msgspec
 
 from megatron_medha.grammar.guidance import GrammarCompiler, GrammarError
 from megatron_medha.grammar.json_schema import translated
-from megatron_medha.system.parentage import die_with_parent
+from megatron_medha.system.parentage import set_pdeathsig
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -33,7 +33,7 @@ _MAX_MEMORY_BYTES = 4 * 2**30
 _JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-class GuideKind(Enum):
+class ConstraintKind(Enum):
     """How a guide is written."""
 
     JSON_SCHEMA = "json_schema"
@@ -43,7 +43,7 @@ class GuideKind(Enum):
     COMBINATION = "combination"  # a Combination as JSON
 
 
-class Vocabulary(msgspec.Struct, frozen=True):
+class GrammarVocabulary(msgspec.Struct, frozen=True):
     """What grammars are compiled for; see GrammarCompiler."""
 
     tokenizer_json: str
@@ -51,21 +51,21 @@ class Vocabulary(msgspec.Struct, frozen=True):
     stop_token_ids: tuple[int, ...]
 
 
-class Trial(msgspec.Struct, frozen=True):
+class CompileRequest(msgspec.Struct, frozen=True):
     """A guide, as a client wrote it."""
 
-    kind: GuideKind
+    kind: ConstraintKind
     text: str
 
 
-class Combination(msgspec.Struct, frozen=True):
+class GrammarCombination(msgspec.Struct, frozen=True):
     """A grammar in Lark, written here, that names others: `@text` is the part "text"."""
 
     lark: str
-    parts: dict[str, Trial]
+    parts: dict[str, CompileRequest]
 
 
-class Tried(msgspec.Struct, frozen=True):
+class CompileResult(msgspec.Struct, frozen=True):
     """What came of it."""
 
     grammar: str = ""         # for GrammarCompiler.matcher
@@ -74,7 +74,7 @@ class Tried(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """Compile what comes in until nothing more does."""
-    die_with_parent(int(sys.argv[1]))
+    set_pdeathsig(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     resource.setrlimit(resource.RLIMIT_DATA, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -84,42 +84,42 @@ def main() -> None:
     for line in sys.stdin.buffer:
         try:
             if compiler is None:
-                given = msgspec.json.decode(line, type=Vocabulary)
+                given = msgspec.json.decode(line, type=GrammarVocabulary)
                 compiler = GrammarCompiler(given.tokenizer_json, given.vocab_size, given.stop_token_ids)
-                tried = Tried()
+                tried = CompileResult()
             else:
-                tried = Tried(_compiled(compiler, msgspec.json.decode(line, type=Trial)))
+                tried = CompileResult(_compiled(compiler, msgspec.json.decode(line, type=CompileRequest)))
         except GrammarError as error:
-            tried = Tried(error=str(error))
+            tried = CompileResult(error=str(error))
         answers.write(msgspec.json.encode(tried) + b"\n")
         answers.flush()
 
 
-def _compiled(compiler: GrammarCompiler, trial: Trial) -> str:
+def _compiled(compiler: GrammarCompiler, trial: CompileRequest) -> str:
     grammar = _written_out(trial)
     compiler.compile(grammar)
     return grammar
 
 
-def _written_out(trial: Trial) -> str:
+def _written_out(trial: CompileRequest) -> str:
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
     match trial.kind:
-        case GuideKind.JSON_SCHEMA:
+        case ConstraintKind.JSON_SCHEMA:
             try:
                 grammar: str = LLMatcher.grammar_from_json_schema(translated(trial.text), _JSON_STYLE)
             except ValueError as error:
                 raise GrammarError(str(error)) from None
-        case GuideKind.CHOICE:
+        case ConstraintKind.CHOICE:
             grammar = LLMatcher.grammar_from_lark(trial.text)
-        case GuideKind.COMBINATION:
-            given = msgspec.json.decode(trial.text, type=Combination)
+        case ConstraintKind.COMBINATION:
+            given = msgspec.json.decode(trial.text, type=GrammarCombination)
             parts = [_as_part(name, _written_out(part)) for name, part in given.parts.items()]
             grammar = json.dumps({"grammars": [{"lark_grammar": given.lark}, *parts]})
-        case GuideKind.REGEX:
+        case ConstraintKind.REGEX:
             grammar = LLMatcher.grammar_from_regex(trial.text)
-        case GuideKind.GRAMMAR:
+        case ConstraintKind.GRAMMAR:
             try:
                 lark = any_to_lark(trial.text)
             except Exception as error:  # a parser in Python, with errors of every kind

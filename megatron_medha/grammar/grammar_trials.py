@@ -22,38 +22,38 @@ from typing import Any
 import msgspec
 
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.grammar.fair_places import FairPlaces
-from megatron_medha.grammar.grammar_process import COMMAND, Trial, Tried, Vocabulary
+from megatron_medha.grammar.fair_places import FairSemaphore
+from megatron_medha.grammar.grammar_process import COMMAND, CompileRequest, CompileResult, GrammarVocabulary
 from megatron_medha.grammar.guidance import GrammarError
 from megatron_medha.system.child_environment import child_environment
 
 log = logging.getLogger(__name__)
 
-_QUICK_PLACES = 2        # processes at most, in all: these and the slow ones
-_QUICK_S = 0.2           # of computing; nearly all grammars take some milliseconds
-_MOST_WAITS = 10         # times that long on the clock, where the machine is busy with other things
-_SLOW_PLACES = 3
-_MOST_SLOW_OF_ONE = 2    # of one client, so that one is left to others
+_FAST_LANE_SLOTS = 2        # processes at most, in all: these and the slow ones
+_FAST_LANE_S = 0.2           # of computing; nearly all grammars take some milliseconds
+_MAX_WAITS = 10         # times that long on the clock, where the machine is busy with other things
+_SLOW_LANE_SLOTS = 3
+_MAX_SLOW_PER_CLIENT = 2    # of one client, so that one is left to others
 _QUEUE_S = 10.0          # for a place among those
-_MAX_WAITING_OF_ONE = 256
+_MAX_WAITING_PER_CLIENT = 256
 _SUSPECT_S = 60.0        # how long a client's grammars are judged by one that took too long
 _MANY_SHAPES = 8         # of those: whatever is as long as one of them is suspect then
 _MAX_CLIENTS = 1000
 _NO_SHAPE = re.compile(r"[\w\s]+")
 _START_S = 60.0          # to load the library and a large vocabulary, on a machine that is busy with the model
-_MAX_ANSWER_BYTES = 2**24  # the grammar comes back, and is as long as what was sent
+_MAX_RESULT_BYTES = 2**24  # the grammar comes back, and is as long as what was sent
 
 
-class TrialsBusy(MedhaError):
+class CompilerBusy(MedhaError):
     """All processes are taken, or none comes up."""
 
 
-class TooMuch(MedhaError):
+class CompileLimitExceeded(MedhaError):
     """The grammar took too long, or more memory than there is for it."""
 
 
 @dataclass(slots=True)
-class _Overdue:
+class _SlowGrammars:
     """What a client's grammars were like that took longer than the quick lane gives."""
 
     shapes: set[int]
@@ -61,10 +61,12 @@ class _Overdue:
     until_s: float
 
 
-class GrammarTrials:
+class GrammarProcessPool:
     """The processes. Event loop only."""
 
-    def __init__(self, vocabulary: Callable[[], Vocabulary], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, vocabulary: Callable[[], GrammarVocabulary], environment: Mapping[str, str] | None = None
+    ) -> None:
         """vocabulary: called on a thread, once, when the first grammar comes.
 
         environment: of the processes; None: ours without what looks like a secret.
@@ -72,36 +74,36 @@ class GrammarTrials:
         self._environment = child_environment() if environment is None else environment
         self._vocabulary = vocabulary
         self._first_line = b""
-        self._quick_places = FairPlaces(_QUICK_PLACES, _QUICK_PLACES)
-        self._places = FairPlaces(_SLOW_PLACES, _MOST_SLOW_OF_ONE)
-        self._overdue: dict[str, _Overdue] = {}  # by client
+        self._fast_lane = FairSemaphore(_FAST_LANE_SLOTS, _FAST_LANE_SLOTS)
+        self._slow_lane = FairSemaphore(_SLOW_LANE_SLOTS, _MAX_SLOW_PER_CLIENT)
+        self._overdue: dict[str, _SlowGrammars] = {}  # by client
         self._spare: asyncio.Task[None] | None = None
         self._idle: list[Process] = []
         self._all: set[Process] = set()
         self._is_closed = False
 
-    async def compile(self, trial: Trial, timeout_s: float, client: str = "") -> str:
-        """The grammar; GrammarError with the library's reason, TooMuch or TrialsBusy where there is none."""
-        tried: Tried | None = None
-        if timeout_s > _QUICK_S:
-            tried = await self._in_lane(self._quick_places, trial, _QUICK_S, client)
+    async def compile(self, trial: CompileRequest, timeout_s: float, client: str = "") -> str:
+        """The grammar; GrammarError with the library's reason, CompileLimitExceeded or CompilerBusy where there is none."""
+        tried: CompileResult | None = None
+        if timeout_s > _FAST_LANE_S:
+            tried = await self._in_lane(self._fast_lane, trial, _FAST_LANE_S, client)
         if tried is None:
-            tried = await self._in_lane(self._places, trial, timeout_s, client)
+            tried = await self._in_lane(self._slow_lane, trial, timeout_s, client)
         if tried is None:
-            raise TooMuch(f"not compiled within {timeout_s:g} s")
+            raise CompileLimitExceeded(f"not compiled within {timeout_s:g} s")
         if tried.error is not None:
             raise GrammarError(tried.error)
         return tried.grammar
 
     async def close(self) -> None:
-        """End all processes; what waits for one gets TrialsBusy."""
+        """End all processes; what waits for one gets CompilerBusy."""
         self._is_closed = True
         if self._spare is not None:
             self._spare.cancel()
         for process in tuple(self._all):
             await self._end(process)
 
-    def _is_suspect(self, client: str, trial: Trial) -> bool:
+    def _is_suspect(self, client: str, trial: CompileRequest) -> bool:
         overdue = self._overdue.get(client)
         if overdue is None:
             return False
@@ -111,22 +113,24 @@ class GrammarTrials:
         is_long = len(overdue.shapes) >= _MANY_SHAPES and len(trial.text) >= overdue.least_size
         return is_long or _shape_of(trial) in overdue.shapes
 
-    def _note_overdue(self, client: str, trial: Trial) -> None:
+    def _note_overdue(self, client: str, trial: CompileRequest) -> None:
         if client not in self._overdue and len(self._overdue) >= _MAX_CLIENTS:
             self._overdue = {name: one for name, one in self._overdue.items() if one.until_s >= _now_s()}
-        overdue = self._overdue.setdefault(client, _Overdue(set(), len(trial.text), 0.0))
+        overdue = self._overdue.setdefault(client, _SlowGrammars(set(), len(trial.text), 0.0))
         overdue.least_size = min(overdue.least_size, len(trial.text))
         overdue.until_s = _now_s() + _SUSPECT_S
         if len(overdue.shapes) < _MANY_SHAPES:
             overdue.shapes.add(_shape_of(trial))
 
-    async def _in_lane(self, places: FairPlaces, trial: Trial, timeout_s: float, client: str) -> Tried | None:
+    async def _in_lane(
+        self, places: FairSemaphore, trial: CompileRequest, timeout_s: float, client: str
+    ) -> CompileResult | None:
         """None if it took longer, or is believed to, in the quick lane."""
-        is_quick = places is self._quick_places
+        is_quick = places is self._fast_lane
         if is_quick and self._is_suspect(client, trial):
             return None
-        if places.num_waiting(client) >= _MAX_WAITING_OF_ONE:
-            raise TrialsBusy(f"{_MAX_WAITING_OF_ONE} grammars of this client wait to be compiled")
+        if places.num_waiting(client) >= _MAX_WAITING_PER_CLIENT:
+            raise CompilerBusy(f"{_MAX_WAITING_PER_CLIENT} grammars of this client wait to be compiled")
         try:
             async with places.place(client, len(trial.text), _QUEUE_S):
                 if is_quick and self._is_suspect(client, trial):  # as is known since it waited
@@ -136,13 +140,13 @@ class GrammarTrials:
                     self._note_overdue(client, trial)
                 return tried
         except TimeoutError:
-            raise TrialsBusy("too many grammars are being compiled") from None
+            raise CompilerBusy("too many grammars are being compiled") from None
 
-    async def _try(self, trial: Trial, timeout_s: float, is_quick: bool) -> Tried | None:
+    async def _try(self, trial: CompileRequest, timeout_s: float, is_quick: bool) -> CompileResult | None:
         """None if it took longer."""
         for _ in range(2):  # a process may have been ended before it was asked
             process = await self._process(is_quick)
-            tried: Tried | None = None
+            tried: CompileResult | None = None
             is_overdue = False
             try:
                 asking = _ask(process, msgspec.json.encode(trial) + b"\n")
@@ -158,12 +162,12 @@ class GrammarTrials:
                 self._want_spare()
             if tried is not None or is_overdue:
                 return tried
-        raise TooMuch("compiling it took more memory than there is for it")
+        raise CompileLimitExceeded("compiling it took more memory than there is for it")
 
     async def _process(self, is_quick: bool) -> Process:
         """One that has nothing to do, or a new one; the slow lane leaves the last of the former to the quick one."""
         if self._is_closed:
-            raise TrialsBusy("the server is shutting down")
+            raise CompilerBusy("the server is shutting down")
         if not self._all:
             self._want_spare()
         while len(self._idle) > (0 if is_quick else 1):
@@ -175,7 +179,7 @@ class GrammarTrials:
 
     def _want_spare(self) -> None:
         """See to it that a process is up for the next quick one, which need not wait for that then."""
-        if len(self._idle) < _QUICK_PLACES and self._spare is None and not self._is_closed:
+        if len(self._idle) < _FAST_LANE_SLOTS and self._spare is None and not self._is_closed:
             self._spare = asyncio.create_task(self._start_spare())
 
     async def _start_spare(self) -> None:
@@ -192,13 +196,13 @@ class GrammarTrials:
         command = (sys.executable, *COMMAND, str(os.getpid()))
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=PIPE, stdout=PIPE, limit=_MAX_ANSWER_BYTES, env=self._environment
+                *command, stdin=PIPE, stdout=PIPE, limit=_MAX_RESULT_BYTES, env=self._environment
             )
         except OSError as error:  # no descriptor, process or memory to be had just now
             log.error("grammar_process_not_started", extra={"fields": {"why": str(error)}})
-            raise TrialsBusy("no process to compile grammars can be started; try again later") from None
+            raise CompilerBusy("no process to compile grammars can be started; try again later") from None
         self._all.add(process)
-        tried: Tried | None = None
+        tried: CompileResult | None = None
         try:
             async with asyncio.timeout(_START_S):
                 tried = await _ask(process, self._first_line)
@@ -209,7 +213,7 @@ class GrammarTrials:
                 await self._end(process)
         if tried is None:
             log.error("grammar_process_failed", extra={"fields": {"code": process.returncode}})
-            raise TrialsBusy("the process that compiles grammars does not come up; the server's log may say why")
+            raise CompilerBusy("the process that compiles grammars does not come up; the server's log may say why")
         if tried.error is not None:
             raise GrammarError(tried.error)
         return process
@@ -222,12 +226,14 @@ class GrammarTrials:
         await process.wait()
 
 
-async def _within(asking: Coroutine[Any, Any, Tried | None], timeout_s: float, pid: int | None) -> Tried | None:
+async def _within(
+    asking: Coroutine[Any, Any, CompileResult | None], timeout_s: float, pid: int | None
+) -> CompileResult | None:
     """What comes of it; TimeoutError once it took too long: of a process's own time where pid names one."""
     task = asyncio.ensure_future(asking)
     try:
         began_s = None if pid is None else _computed_s(pid)
-        for _ in range(1 if began_s is None else _MOST_WAITS):
+        for _ in range(1 if began_s is None else _MAX_WAITS):
             await asyncio.wait((task,), timeout=timeout_s)
             if task.done():
                 return task.result()
@@ -248,7 +254,7 @@ def _computed_s(pid: int) -> float | None:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _shape_of(trial: Trial) -> int:
+def _shape_of(trial: CompileRequest) -> int:
     # The same with other words and numbers in it has the same shape.
     return hash((trial.kind, _NO_SHAPE.sub("", trial.text)))
 
@@ -257,7 +263,7 @@ def _now_s() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def _ask(process: Process, line: bytes) -> Tried | None:
+async def _ask(process: Process, line: bytes) -> CompileResult | None:
     """What it answers; None if it has ended instead."""
     assert process.stdin is not None and process.stdout is not None
     if process.stdin.is_closing():
@@ -268,4 +274,4 @@ async def _ask(process: Process, line: bytes) -> Tried | None:
     except (BrokenPipeError, ConnectionResetError):
         return None
     answer = await process.stdout.readline()
-    return msgspec.json.decode(answer, type=Tried) if answer else None
+    return msgspec.json.decode(answer, type=CompileResult) if answer else None

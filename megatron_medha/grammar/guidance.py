@@ -18,7 +18,7 @@ from megatron_medha.text.added_tokens import read_whole_tokenizer
 if TYPE_CHECKING:
     import llguidance
 
-GRAMMAR_FAULT = "structured output: "  # how the reason begins that a rank gives for such a request's end
+GRAMMAR_ERROR_PREFIX = "structured output: "  # how the reason begins that a rank gives for such a request's end
 
 # Below the library's own limits: a step's fuel is spent while all other requests of the batch wait. With these the
 # first mask of (a{1000}){1000} takes 0.25 s of a core (a vocabulary of bytes), of an ambiguous grammar of 5.5 KB 1.3 s.
@@ -28,7 +28,7 @@ _STEP_MAX_ITEMS = 20_000          # 1 ms
 _MAX_ITEMS_IN_ROW = 1_000
 _MAX_LEXER_STATES = 50_000        # 100 MB
 _MAX_GRAMMAR_SIZE = 100_000
-_NUM_KEPT = 64                    # compiled grammars; clients send the same few over and over
+_MAX_CACHED = 64                    # compiled grammars; clients send the same few over and over
 
 
 class GrammarError(MedhaError):
@@ -101,7 +101,7 @@ class GrammarCompiler:
         made = self.compile(grammar)
         with self._lock:
             self._kept[grammar] = made
-            if len(self._kept) > _NUM_KEPT:
+            if len(self._kept) > _MAX_CACHED:
                 self._kept.popitem(last=False)
         return made
 

@@ -14,10 +14,10 @@ _MAX_BOUND = 9 * 10**18
 _MAX_COUNT = 2**31 - 1
 _MAX_MULTIPLE = 2**32 - 1  # the library's
 _MAX_DIGITS = 400
-_LEAST_READ = 1e-6        # what is nearer to zero is sent as it is, and may come out one digit in 17 off
+_MIN_READ = 1e-6        # what is nearer to zero is sent as it is, and may come out one digit in 17 off
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
-Refuse = Callable[[str], None]
+RefuseNumber = Callable[[str], None]
 Number = int | float
 
 
@@ -31,7 +31,7 @@ def number_of(text: str) -> Number:
     return value
 
 
-def literal_of(value: Any, refuse: Refuse) -> Any:
+def literal_of(value: Any, refuse: RefuseNumber) -> Any:
     """A const or enum as the library has to get it; one with a number that would come out as another is refused."""
     match value:
         case bool() | None | str():
@@ -47,7 +47,7 @@ def literal_of(value: Any, refuse: Refuse) -> Any:
             return {name: literal_of(one, refuse) for name, one in value.items()}
 
 
-def count_of(made: dict[str, Any], key: str, value: Any, refuse: Refuse) -> None:
+def count_of(made: dict[str, Any], key: str, value: Any, refuse: RefuseNumber) -> None:
     """Put a length or count into `made`, if it limits anything."""
     is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1 and value >= 0
     if not is_whole:
@@ -136,7 +136,7 @@ def _is_exact(value: Number) -> bool:
 
 def _sent(value: Number) -> Number | None:
     """The number to send so that the library has `value`: it reads decimals with an error of the last bit at times."""
-    if abs(value) < _LEAST_READ or (isinstance(value, int) and abs(value) < 2**63):
+    if abs(value) < _MIN_READ or (isinstance(value, int) and abs(value) < 2**63):
         return value
     tried = above = below = value = float(value)
     for _ in range(4):

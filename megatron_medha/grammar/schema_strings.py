@@ -51,12 +51,12 @@ _BEGINNINGS = (
     (r"^P(?!$)", _DURATION),
 )
 _DECIMAL = re.compile(r"\^\(\?!\^\[-\+\.\]\*\$\)\[\+-\]\?0\*(.*)\Z", re.DOTALL)  # of pydantic up to 2.12
-_MOST_DIGITS = 40
+_MAX_DECIMAL_DIGITS = 40
 
-Refuse = Callable[[str, str], None]
+RefuseString = Callable[[str, str], None]
 
 
-def with_strings(made: dict[str, Any], given: dict[str, Any], refuse: Refuse) -> None:
+def with_strings(made: dict[str, Any], given: dict[str, Any], refuse: RefuseString) -> None:
     """Pattern and format in `made` as the library can keep them; what it cannot is refused by its key."""
     name = made.pop("format", None)
     pattern = made.get("pattern")
@@ -169,7 +169,10 @@ def _decimal(rest: str) -> str:
     whole = re.search(r"(?<!\.)(?<!\?)\\d\{0,(\d+)\}", rest)
     places = re.search(r"\.\??\\d\{0,(\d+)\}", rest)
     if whole is not None and places is not None:
-        num_whole, num_places = min(int(whole.group(1)), _MOST_DIGITS), min(int(places.group(1)), _MOST_DIGITS)
+        num_whole, num_places = (
+            min(int(whole.group(1)), _MAX_DECIMAL_DIGITS),
+            min(int(places.group(1)), _MAX_DECIMAL_DIGITS),
+        )
         if most is not None:
             num_places = min(num_places, int(most.group(1)) - 1)
         fraction = rf"(\.\d{{1,{num_places}}})" if num_places else ""
@@ -177,7 +180,7 @@ def _decimal(rest: str) -> str:
             return rf"^[+-]?0?{fraction}$" if fraction else "^0$"
         return rf"^[+-]?\d{{1,{num_whole}}}{fraction}?$" if fraction else rf"^[+-]?\d{{1,{num_whole}}}$"
     if whole is not None:
-        num_digits = min(int(whole.group(1)), _MOST_DIGITS)
+        num_digits = min(int(whole.group(1)), _MAX_DECIMAL_DIGITS)
         split = [rf"\d{{1,{some}}}\.\d{{1,{num_digits - some}}}" for some in range(1, num_digits)]
         either = "|".join([rf"\d{{1,{num_digits}}}", *split])
         return f"^[+-]?({either})$"

@@ -48,7 +48,7 @@ class Draws(NamedTuple):
     uniforms_D1: Any      # fp64
     min_ps_D1: Any        # fp32
     filtered_F: Any       # int64, among the rows that draw
-    num_sought_F1: Any    # int64
+    num_candidates_F1: Any    # int64
     has_top_k_F1: Any     # bool
     top_ps_F1: Any        # fp64
 
@@ -77,19 +77,19 @@ def draws_of(indices: Sequence[int], rows: Sequence[SamplingRow], vocab_size: in
         uniforms_D1=column([draw_uniform(row.seed, row.num_output_tokens) for row in rows], np.float64),
         min_ps_D1=column([row.sampling.min_p for row in rows], np.float32),
         filtered_F=np.array(filtered, np.int64),
-        num_sought_F1=column([_num_sought(s, vocab_size) for s in samplings], np.int64),
+        num_candidates_F1=column([_num_candidates(s, vocab_size) for s in samplings], np.int64),
         has_top_k_F1=column([_has_top_k(s, vocab_size) for s in samplings], np.bool_),
         top_ps_F1=column([s.top_p for s in samplings], np.float64),
     )
 
 
-def draw(logits_DV: Tensor, rows: Sequence[SamplingRow], draws: Draws, may_look: bool) -> Tensor:
+def draw(logits_DV: Tensor, rows: Sequence[SamplingRow], draws: Draws, allows_host_sync: bool) -> Tensor:
     """One token per row from softmax(logits / temperature), filtered; any where a row is not finite at its maximum."""
     # The maximum is taken off first: a tiny temperature may then overflow to -inf, never to +inf or NaN.
     scaled_DV = (logits_DV - logits_DV.amax(dim=-1, keepdim=True)) / draws.temperatures_D1
     if len(draws.filtered_F):
         samplings = [row.sampling for row in rows if _has_rank_filter(row.sampling, scaled_DV.shape[1])]
-        cut = _rank_filtered(take_rows(scaled_DV, draws.filtered_F), samplings, draws, may_look)
+        cut = _rank_filtered(take_rows(scaled_DV, draws.filtered_F), samplings, draws, allows_host_sync)
         scaled_DV = scaled_DV.index_copy(0, draws.filtered_F, cut)
     weights_DV = scaled_DV.exp()
     if any(row.sampling.min_p for row in rows):
@@ -140,22 +140,22 @@ def _has_rank_filter(sampling: Sampling, vocab_size: int) -> bool:
     return _has_top_k(sampling, vocab_size) or sampling.top_p < 1.0
 
 
-def _num_sought(sampling: Sampling, vocab_size: int) -> int:
+def _num_candidates(sampling: Sampling, vocab_size: int) -> int:
     """Of the best logits, those looked at first: a nucleus rarely holds more than some hundred tokens."""
     return sampling.top_k if _has_top_k(sampling, vocab_size) else min(_NUCLEUS_GUESS, vocab_size)
 
 
-def _rank_filtered(logits_FV: Tensor, samplings: Sequence[Sampling], draws: Draws, may_look: bool) -> Tensor:
+def _rank_filtered(logits_FV: Tensor, samplings: Sequence[Sampling], draws: Draws, allows_host_sync: bool) -> Tensor:
     """-inf on the tokens that top_k and then top_p exclude.
 
     Both cut at a value, so tokens that tie with the last one kept are kept too: which of them
     a sort would put first depends on the device and the batch, the value does not.
     """
     vocab_size = logits_FV.shape[1]
-    has_top_k_F1, last_F1, top_p_F1 = draws.has_top_k_F1, draws.num_sought_F1 - 1, draws.top_ps_F1
-    if may_look or all(_has_top_k(s, vocab_size) for s in samplings):
+    has_top_k_F1, last_F1, top_p_F1 = draws.has_top_k_F1, draws.num_candidates_F1 - 1, draws.top_ps_F1
+    if allows_host_sync or all(_has_top_k(s, vocab_size) for s in samplings):
         # A whole sort costs ten times the selection of the best on a CPU.
-        sorted_FC = logits_FV.topk(max(_num_sought(s, vocab_size) for s in samplings), dim=-1).values
+        sorted_FC = logits_FV.topk(max(_num_candidates(s, vocab_size) for s in samplings), dim=-1).values
     else:  # whether the guess was wide enough would be known on the device alone
         sorted_FC = logits_FV.sort(dim=-1, descending=True).values
     cut_F1 = torch.where(has_top_k_F1, sorted_FC.gather(1, last_F1), -torch.inf)
@@ -166,7 +166,7 @@ def _rank_filtered(logits_FV: Tensor, samplings: Sequence[Sampling], draws: Draw
         whole_F1 = _cumulative_of_blocks(_in_blocks(logits_FV.exp()))[:, -1:]
         mass_F1 = torch.where(has_top_k_F1, in_FC.double().exp().cumsum(dim=-1)[:, -1:], whole_F1)
         nucleus_F1, is_found_F1 = _nucleus_cut(in_FC, top_p_F1 * mass_F1)
-        if may_look:
+        if allows_host_sync:
             unfound = (~is_found_F1 & ~has_top_k_F1 & (top_p_F1 < 1.0)).flatten().nonzero().flatten()
             if unfound.numel():
                 whole_UV = logits_FV[unfound].sort(dim=-1, descending=True).values

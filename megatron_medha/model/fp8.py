@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = 448.0
-_LEAST_SCALE = 1e-12  # rows of zeros
+_MIN_SCALE = 1e-12  # rows of zeros
 # torch._scaled_mm takes dimensions of the weight that are multiples of this.
 _ALIGNMENT = 16
 
@@ -113,5 +113,5 @@ class ScaledLinear:
 
 def quantised_rows(x_RC: Tensor) -> tuple[Tensor, Tensor]:
     """(e4m3 [R, C], fp32 scales [R, 1]) with x = values * scale, to e4m3's 1/16."""
-    scale_R1 = (x_RC.abs().amax(dim=1, keepdim=True).float() / _E4M3_MAX).clamp_(min=_LEAST_SCALE)
+    scale_R1 = (x_RC.abs().amax(dim=1, keepdim=True).float() / _E4M3_MAX).clamp_(min=_MIN_SCALE)
     return (x_RC / scale_R1).to(_E4M3), scale_R1

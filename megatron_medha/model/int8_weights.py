@@ -10,8 +10,8 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library
 
-_MOST = 127  # -128 is left out: a weight and its negative are rounded alike
-_LEAST_SCALE = 1e-12  # rows of zeros
+_INT8_MAX = 127  # -128 is left out: a weight and its negative are rounded alike
+_MIN_SCALE = 1e-12  # rows of zeros
 _SLICE_OUTPUTS = 4096  # rounded at a time: in fp32 an output layer of 128K x 4K takes 2 GB
 
 
@@ -38,7 +38,7 @@ def int8_linear(weight_OI: Tensor, bias_O: Tensor | None, group: dist.ProcessGro
     largest_O = weight_OI.abs().amax(dim=1).float()
     if group is not None:
         dist.all_reduce(largest_O, dist.ReduceOp.MAX, group=group)
-    scale_O = (largest_O / _MOST).clamp_(min=_LEAST_SCALE)
+    scale_O = (largest_O / _INT8_MAX).clamp_(min=_MIN_SCALE)
     rounded_OI = torch.empty(weight_OI.shape, dtype=torch.int8)
     for first in range(0, len(weight_OI), _SLICE_OUTPUTS):
         part = slice(first, first + _SLICE_OUTPUTS)

@@ -30,7 +30,7 @@ def prompt_logprobs(logits_TV: Tensor, next_token_ids: Tensor, num_top: int) -> 
     found: list[TokenLogprobs] = []
     for first in range(0, num_tokens, step):
         part_TV = logits_TV[first : first + step].float()
-        logprobs = token_logprobs(part_TV, next_token_ids[first : first + step], num_top, may_look=True)
+        logprobs = token_logprobs(part_TV, next_token_ids[first : first + step], num_top, allows_host_sync=True)
         found += logprobs.listed([num_top] * part_TV.shape[0])
     return found
 
@@ -68,23 +68,23 @@ class Logprobs(NamedTuple):
         ]
 
 
-def token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int, may_look: bool) -> Logprobs:
+def token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int, allows_host_sync: bool) -> Logprobs:
     """Equal tokens get bit-equal numbers in both places."""
     logsumexp_R1 = logits_RV.logsumexp(dim=-1, keepdim=True)
     own_R1 = logits_RV.gather(1, token_ids_R.unsqueeze(1))
     ranks_R = (logits_RV > own_R1).sum(dim=-1) + 1
-    best_RN, ids_RN = _stable_topk(logits_RV, min(num_top, logits_RV.shape[1]), may_look)
+    best_RN, ids_RN = _stable_topk(logits_RV, min(num_top, logits_RV.shape[1]), allows_host_sync)
     return Logprobs((own_R1 - logsumexp_R1).squeeze(1), ranks_R, best_RN - logsumexp_R1, ids_RN, token_ids_R)
 
 
-def _stable_topk(logits_RV: Tensor, num_top: int, may_look: bool) -> tuple[Tensor, Tensor]:
+def _stable_topk(logits_RV: Tensor, num_top: int, allows_host_sync: bool) -> tuple[Tensor, Tensor]:
     """The num_top best values and ids of each row; equal values in order of id.
 
     topk alone leaves that order open, and bf16 logits tie often.
     """
     if num_top == 0:
         return logits_RV[:, :0], torch.empty_like(logits_RV[:, :0], dtype=torch.int64)
-    if not may_look:
+    if not allows_host_sync:
         values_RV, ids_RV = logits_RV.sort(dim=-1, descending=True, stable=True)
         return values_RV[:, :num_top], ids_RV[:, :num_top]
     num_seen = min(num_top + 1, logits_RV.shape[1])

@@ -22,7 +22,7 @@ from megatron_medha.model.packed_linear import PackedLinear
 log = logging.getLogger(__name__)
 
 
-class _Unknown(Exception):
+class _UnsupportedPart(Exception):
     """A part of the model that the native decoder does not have; the message is for the log."""
 
 
@@ -35,7 +35,7 @@ def use_native_decoder(model: GPTModel) -> None:
         return
     try:
         decoder = _decoder_of(model)
-    except _Unknown as reason:
+    except _UnsupportedPart as reason:
         log.info("native_decoder used=no reason=%r", str(reason))
         return
     log.info("native_decoder used=yes layers=%d", decoder.num_layers)
@@ -103,17 +103,17 @@ class _NativeForward:
 
 
 def _decoder_of(model: GPTModel) -> NativeDecoder:
-    """The same weights in a native decoder. Raises _Unknown."""
+    """The same weights in a native decoder. Raises _UnsupportedPart."""
     config = model.config
     layers = [_layer_of(layer) for layer in model.decoder.layers]
     if not layers:
-        raise _Unknown("a stage without layers")
+        raise _UnsupportedPart("a stage without layers")
     first = model.decoder.layers[0]
     embedding = None
     if model.pre_process:
         embedding = model.embedding.word_embeddings.weight
         if embedding.dtype != torch.bfloat16 or not embedding.is_contiguous():
-            raise _Unknown(f"an embedding in {embedding.dtype}")
+            raise _UnsupportedPart(f"an embedding in {embedding.dtype}")
     output = None
     if model.post_process:
         output = OutputWeights(_norm_of(model.decoder.final_layernorm), _linear_of(model.output_layer))
@@ -131,12 +131,12 @@ def _decoder_of(model: GPTModel) -> NativeDecoder:
 
 def _layer_of(layer: torch.nn.Module) -> LayerWeights:
     if type(layer) is not MedhaTransformerLayer or type(layer.mlp) is not MLP:
-        raise _Unknown(f"a layer that is a {type(layer).__name__} with a {type(layer.mlp).__name__}")
+        raise _UnsupportedPart(f"a layer that is a {type(layer).__name__} with a {type(layer.mlp).__name__}")
     attention = layer.self_attention
     has_qk_norm = layer.config.qk_layernorm
     for linear in (attention.linear_proj, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
         if linear.bias is not None:
-            raise _Unknown("a bias where Llama's family has none")
+            raise _UnsupportedPart("a bias where Llama's family has none")
     return LayerWeights(
         attention_norm_C=_norm_of(layer.input_layernorm),
         mlp_norm_C=_norm_of(layer.pre_mlp_layernorm),
@@ -151,7 +151,7 @@ def _layer_of(layer: torch.nn.Module) -> LayerWeights:
 
 def _norm_of(norm: torch.nn.Module) -> Tensor:
     if not isinstance(norm.forward, NativeRMSNorm) or norm.weight.dtype != torch.bfloat16:
-        raise _Unknown(f"a norm that is a {type(norm).__name__} in {norm.weight.dtype}")
+        raise _UnsupportedPart(f"a norm that is a {type(norm).__name__} in {norm.weight.dtype}")
     assert isinstance(norm.weight, Tensor)
     return norm.weight
 
@@ -159,5 +159,5 @@ def _norm_of(norm: torch.nn.Module) -> Tensor:
 def _linear_of(linear: ColumnParallelLinear | RowParallelLinear) -> NativeLinear:
     packed = linear.forward
     if not isinstance(packed, PackedLinear) or not isinstance(packed.multiply, NativeLinear):
-        raise _Unknown("linear layers that are not native ones on a single tensor-parallel rank")
+        raise _UnsupportedPart("linear layers that are not native ones on a single tensor-parallel rank")
     return packed.multiply

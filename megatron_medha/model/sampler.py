@@ -36,43 +36,43 @@ class SampledRow(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
-class Choices:
+class PendingSamples:
     """Tokens that the device has been asked to choose. Only `rows` waits for it."""
 
     def __init__(
-        self, token_ids_R: Tensor, is_sound_R: Tensor, logprobs: Logprobs | None, nums_top: Mapping[int, int]
+        self, token_ids_R: Tensor, is_finite_R: Tensor, logprobs: Logprobs | None, nums_top: Mapping[int, int]
     ) -> None:
         """nums_top: by row, of those that asked for log-probabilities, in the order of `logprobs`."""
         self.token_ids_R = token_ids_R  # int64, on the device; within the vocabulary also where a row has no token
         self._nums_top = nums_top
-        parts = [token_ids_R, is_sound_R]  # cat turns booleans into int64
+        parts = [token_ids_R, is_finite_R]  # cat turns booleans into int64
         if logprobs is not None:
             parts += [part.double().view(torch.int64) if part.is_floating_point() else part for part in logprobs.flat]
         self._found = torch.cat(parts)
-        self._is_there: torch.cuda.Event | None = None
+        self._is_ready: torch.cuda.Event | None = None
         if token_ids_R.device.type == "cuda":
             pinned = torch.empty(self._found.shape, dtype=torch.int64, pin_memory=True)
             self._found = pinned.copy_(self._found, non_blocking=True)
-            self._is_there = torch.cuda.Event()
-            self._is_there.record()
+            self._is_ready = torch.cuda.Event()
+            self._is_ready.record()
 
     def rows(self) -> list[SampledRow | None]:
         """The tokens; None where the logits hold NaN, +inf or nothing finite."""
-        if self._is_there is not None:
-            self._is_there.synchronize()
+        if self._is_ready is not None:
+            self._is_ready.synchronize()
         num_rows, num_asking = len(self.token_ids_R), len(self._nums_top)
         if not num_asking:
             found = self._found.tolist()
-            token_ids, is_sound = found[:num_rows], found[num_rows:]
+            token_ids, is_finite = found[:num_rows], found[num_rows:]
             return [
                 SampledRow(token_id, None) if sound else None
-                for token_id, sound in zip(token_ids, is_sound, strict=True)
+                for token_id, sound in zip(token_ids, is_finite, strict=True)
             ]
-        token_ids, is_sound = self._found[: 2 * num_rows].view(2, num_rows).tolist()
+        token_ids, is_finite = self._found[: 2 * num_rows].view(2, num_rows).tolist()
         logprobs = Logprobs.of_flat(self._found[2 * num_rows :], num_asking)
         asked = dict(zip(self._nums_top, logprobs.listed(list(self._nums_top.values())), strict=True))
         return [
-            SampledRow(token_id, asked.get(row)) if is_sound[row] else None for row, token_id in enumerate(token_ids)
+            SampledRow(token_id, asked.get(row)) if is_finite[row] else None for row, token_id in enumerate(token_ids)
         ]
 
 
@@ -94,7 +94,7 @@ class Sampler:
     @torch.inference_mode()
     def choose(
         self, logits_RV: Tensor, rows: Sequence[SamplingRow], allowed: Mapping[int, Tensor] | None = None
-    ) -> Choices:
+    ) -> PendingSamples:
         """Have the device choose one token per row.
 
         logits_RV: any float dtype, at least vocab_size columns; left unchanged.
@@ -123,24 +123,24 @@ class Sampler:
         best_R, token_ids_R = edited_RV.max(dim=-1)
         if draws:
             on_device = Draws(*draws)
-            drawn_D = draw(take_rows(edited_RV, on_device.rows_D), drawn_rows, on_device, self._may_look)
+            drawn_D = draw(take_rows(edited_RV, on_device.rows_D), drawn_rows, on_device, self._allows_host_sync)
             is_all = len(drawn) == len(rows)
             token_ids_R = drawn_D if is_all else token_ids_R.index_copy(0, on_device.rows_D, drawn_D)
         logprobs = None
         if nums_top:
             asking_A = asking[0]
             raw_AV, ids_A = take_rows(raw_RV, asking_A), take_rows(token_ids_R, asking_A)
-            logprobs = token_logprobs(raw_AV, ids_A, max(nums_top.values()), self._may_look)
-        return Choices(token_ids_R, torch.isfinite(best_R), logprobs, nums_top)
+            logprobs = token_logprobs(raw_AV, ids_A, max(nums_top.values()), self._allows_host_sync)
+        return PendingSamples(token_ids_R, torch.isfinite(best_R), logprobs, nums_top)
 
     @torch.inference_mode()
-    def choose_best(self, logits_RV: Tensor) -> Choices:
-        """`choose` for rows whose sampling `takes_the_best`, without a look at each row's parameters."""
+    def choose_greedy(self, logits_RV: Tensor) -> PendingSamples:
+        """`choose` for rows whose sampling `is_plain_greedy`, without a look at each row's parameters."""
         best_R, greedy_R = logits_RV[:, : self._vocab_size].float().max(dim=-1)
-        return Choices(greedy_R, torch.isfinite(best_R), None, {})
+        return PendingSamples(greedy_R, torch.isfinite(best_R), None, {})
 
     @property
-    def _may_look(self) -> bool:
+    def _allows_host_sync(self) -> bool:
         """Whether the host may look at what the device has found and go on accordingly."""
         return self._device.type == "cpu"
 
@@ -151,7 +151,7 @@ class Sampler:
         return [[next(tensors) for _ in group] for group in groups]
 
 
-def takes_the_best(sampling: Sampling) -> bool:
+def is_plain_greedy(sampling: Sampling) -> bool:
     """Whether the next token is always the one with the largest logit of the model, and nothing else is asked."""
     is_edited = sampling.logit_bias or sampling.min_output_tokens or has_penalty(sampling)
     is_free = sampling.grammar is None and sampling.num_logprobs is None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.attention.merge import merge_outputs
-from megatron_medha.kernels.attention.native_shards import BegunShard, NativeShards, merge_natively
+from megatron_medha.kernels.attention.native_shards import NativeShards, PendingShard, native_merge
 from megatron_medha.parallel.kv_exchange import KVExchange
 
 # A peer that is about as far as we are answers within this; beyond it Python waits, and can be told to end.
@@ -33,7 +33,7 @@ class SharedAttention:
         self._native: NativeShards | None = None
         self._merge_parts: Callable[[Sequence[tuple[Tensor, Tensor]]], Tensor] = merge_outputs
         if backend.is_native:
-            self._merge_parts = partial(merge_natively, backend)
+            self._merge_parts = partial(native_merge, backend)
             if exchange.links is not None:
                 self._native = NativeShards(backend, plan, exchange.rank, exchange.links, exchange.sets)
 
@@ -73,7 +73,7 @@ class SharedAttention:
         row_bytes = num_kv_heads * group * (head_dim * q_TKGD.element_size() + 4)
         return self._native if self._exchange.fits_slots(row_bytes) else None
 
-    def _merged(self, native: NativeShards, begun: BegunShard) -> Tensor:
+    def _merged(self, native: NativeShards, begun: PendingShard) -> Tensor:
         while not native.merge(begun, _NATIVE_WAIT_NS):
             self._exchange.wait_for_slots()
         return begun.out_THD

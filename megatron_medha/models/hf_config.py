@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_medha.core.errors import UnsupportedModelError
-from megatron_medha.models.hf_config_names import DEFAULTS, READ, is_harmless
+from megatron_medha.models.hf_config_names import DEFAULTS, READ, is_harmless_field
 from megatron_medha.models.hf_rope import rope_problems, rope_scaling, rope_theta
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import end_ids, generation_end_ids, tokenizer_facts
@@ -89,7 +89,7 @@ def _unsupported_fields(config: JsonFields, model_type: str) -> list[Unsupported
     problems = [
         config.unsupported(key, _UNKNOWN)
         for key, value in config.fields.items()
-        if value and key not in READ and not is_harmless(key, value)
+        if value and key not in READ and not is_harmless_field(key, value)
     ]
     architectures = config.fields.get("architectures") or []
     if not isinstance(architectures, list):

@@ -66,7 +66,7 @@ _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def is_harmless(name: str, value: Any) -> bool:
+def is_harmless_field(name: str, value: Any) -> bool:
     """Whether this field leaves the logits alone."""
     is_named = name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES) or name.endswith(_HARMLESS_SUFFIXES)
     is_token = name.endswith("_token") and isinstance(value, str)  # use_cls_token is a switch

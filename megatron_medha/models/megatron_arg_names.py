@@ -228,6 +228,6 @@ _HARMLESS = _names("""
 """)
 
 
-def is_harmless(name: str) -> bool:
+def is_harmless_argument(name: str) -> bool:
     """Whether this argument, whatever its value, leaves the answers of a model of the Llama family alone."""
     return name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES)

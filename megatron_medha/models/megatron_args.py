@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.models.megatron_arg_names import NEEDED, READ, REQUIREMENTS, is_harmless
+from megatron_medha.models.megatron_arg_names import NEEDED, READ, REQUIREMENTS, is_harmless_argument
 from megatron_medha.models.model_config import ModelConfig, RopeScaling
 from megatron_medha.safe_files.checkpoint_files import listed, shown
 from megatron_medha.safe_files.safe_pickle import Opaque
@@ -173,7 +173,7 @@ def _refuse_unsupported(args: argparse.Namespace, path: Path) -> None:
         f"args.{name}={shown(value)} is not supported: this argument is not known here, and may change what the model "
         "computes. If it does not, delete it from 'args' in this file and start again"
         for name, value in sorted(vars(args).items())
-        if value and name not in known and not is_harmless(name)
+        if value and name not in known and not is_harmless_argument(name)
     ]
     if problems:
         raise UnsupportedModelError(listed([f"{path}: {problem}" for problem in problems]))

@@ -17,7 +17,7 @@ from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.workload import WorkloadConfig
 
 
-class Idle(Enum):
+class IdleMeasurement(Enum):
     """Where TTFT alone on the server comes from."""
 
     MEASURE = "measure"
@@ -45,7 +45,7 @@ class BenchOptions:
     seed: int = 0
     concurrency: int | None = None
     exclude_share: float = 0.1
-    idle: Idle = Idle.MEASURE
+    idle: IdleMeasurement = IdleMeasurement.MEASURE
     lowest_token: int = 32
     highest_token: int = 126
     request_timeout_s: float = 3600.0
@@ -69,7 +69,7 @@ class BenchOptions:
             raise ConfigError(f"request_timeout_s={self.request_timeout_s:g}: must be positive")
         if self.max_drain_s is not None and self.max_drain_s < 0.0:
             raise ConfigError(f"max_drain_s={self.max_drain_s:g}: must not be negative")
-        if self.idle is Idle.SKIP and self.slo.ttft_s is None:
+        if self.idle is IdleMeasurement.SKIP and self.slo.ttft_s is None:
             raise ConfigError(
                 "idle=skip: first-token deadlines follow from TTFT alone on the server; "
                 "give slo.ttft_s, or idle=measure"

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import msgspec
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.options.option_errors import describe, hints_of, nearest, type_at, way_out, without_none
+from megatron_medha.options.option_errors import describe, hints_of, nearest, suggest_key, type_at, without_none
 from megatron_medha.options.override_words import GivenOption, read_words
 from megatron_medha.options.references import resolved
 from megatron_medha.options.renamed_keys import current_key, current_words
@@ -155,7 +155,7 @@ class _Composition:
                 self._errors.append(f"{old}{place}: an old name of {key}, which is there too; leave {name} out")
             kind = without_none(type_at(self._class, key))
             if kind is None:
-                self._errors.append(f"{key}{place}: there is no such key; {way_out(key, self._class)}")
+                self._errors.append(f"{key}{place}: there is no such key; {suggest_key(key, self._class)}")
             elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
                 self._put(key, self._get(key) or _defaults_of(kind))
                 self._merge(value, f"{key}.", file)
@@ -194,7 +194,7 @@ class _Composition:
             if kind is not None and self._get(outer) is None:
                 return f"{one.word}: cannot be composed ({outer} is null); set the outer key first"
         word = one.word.lstrip("+")
-        return f"{word}: there is no such key; {way_out(one.key, self._class)}"
+        return f"{word}: there is no such key; {suggest_key(one.key, self._class)}"
 
     def _get(self, key: str) -> Any:
         return functools.reduce(lambda values, part: values[part], key.split("."), self.values)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
-def way_out(key: str, config_class: type) -> str:
+def suggest_key(key: str, config_class: type) -> str:
     """The nearest key to one that does not exist, or those there are."""
     keys = _all_keys(config_class)
     parent, _, last = key.rpartition(".")

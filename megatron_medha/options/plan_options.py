@@ -15,7 +15,7 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.options.serve_options import ParallelOptions
 from megatron_medha.options.simulate_options import MemoryOptions, SimulateOptions, simulation_config
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig
-from megatron_medha.sim.planning.candidate import Trial
+from megatron_medha.sim.planning.candidate import PlanCandidate
 from megatron_medha.sim.planning.trial_window import TrialWindow, choose_window
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig, SystemKind
@@ -25,7 +25,7 @@ from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.workload import WorkloadConfig
 
 
-class Find(Enum):
+class PlanGoal(Enum):
     """What is looked for."""
 
     CHEAPEST = "cheapest"  # the fewest GPUs that meet the SLO under workload.qps
@@ -36,7 +36,7 @@ class Find(Enum):
 class PlanOptions:
     """Everything a user can say, as conf/plan.yaml lays it out."""
 
-    find: Find = Find.CHEAPEST
+    find: PlanGoal = PlanGoal.CHEAPEST
     schedulers: tuple[str, ...] = ()
     systems: tuple[str, ...] = ()
     gpu_usd_per_h: float | None = None
@@ -90,15 +90,15 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
+class PlanSearchSpace:
     """What can be tried, and what cannot be with the reason."""
 
-    trials: tuple[Trial, ...]            # by GPUs, ascending
+    trials: tuple[PlanCandidate, ...]            # by GPUs, ascending
     window: TrialWindow                  # the requests that all of them are tried on
     impossible: tuple[tuple[ParallelLayout, str], ...]  # layouts that no contender can have
 
 
-def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candidates:
+def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> PlanSearchSpace:
     """Every layout that the hardware has GPUs for: tp within a node, powers of two, whatever fits the memory.
 
     Raises ConfigError if the hardware is a single device, or if nothing fits.
@@ -117,10 +117,10 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
         each_class=options.each_class,
         trial_s=options.trial_s,
     )
-    if options.find is Find.CAPACITY and options.workload.qps is None:
+    if options.find is PlanGoal.CAPACITY and options.workload.qps is None:
         raise ConfigError("workload.qps=null: find=capacity varies the load from there; give requests per second")
     longest = window.max_request_tokens
-    trials: list[Trial] = []
+    trials: list[PlanCandidate] = []
     impossible: list[tuple[ParallelLayout, str]] = []
     tps = [degree for degree in _powers(hardware.devices_per_node) if degree <= hardware.num_devices]
     for tp, spp, kvp in product(tps, _powers(hardware.num_devices), _powers(options.max_kvp)):
@@ -140,7 +140,7 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
                 continue
             num_possible += 1
             trials += [
-                Trial(name=contender.name, config=replace(config, dp=dp), each_class=options.each_class)
+                PlanCandidate(name=contender.name, config=replace(config, dp=dp), each_class=options.each_class)
                 for dp in range(1, options.max_dp + 1)
                 if dp * layout.world_size <= hardware.num_devices
             ]
@@ -152,14 +152,14 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> Candida
             f"hardware={hardware.name}: no layout can serve this workload; tp={layout.tp} spp={layout.spp} "
             f"kvp={layout.kvp}: {why}"
         )
-    return Candidates(
+    return PlanSearchSpace(
         trials=tuple(sorted(trials, key=_by_cost)),
         window=window,
         impossible=tuple(impossible),
     )
 
 
-def _by_cost(trial: Trial) -> tuple[int, int, int, int]:
+def _by_cost(trial: PlanCandidate) -> tuple[int, int, int, int]:
     layout = trial.config.setup.layout
     return trial.num_gpus, trial.dp, layout.kvp, layout.spp
 

@@ -233,7 +233,7 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
     _check_shards(parallel, block_size)
     return RankConfig(
         layout=parallel.replica,
-        front_endpoint="",
+        server_endpoint="",
         checkpoint=str(checkpoint),
         model=replace(model, device=device, num_threads=_num_threads(options)),
         kv_memory_bytes=_device_kv_bytes(model) if device == "cuda" else _kv_memory_bytes(options, checkpoint),

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.cluster.model_options import ModelOptions
-from megatron_medha.core.cost.capacity import Reserve, check_layout, cluster_for, num_blocks_in, num_kv_blocks
+from megatron_medha.core.cost.capacity import MemoryBudget, check_layout, cluster_for, num_blocks_in, num_kv_blocks
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
@@ -28,7 +28,7 @@ from megatron_medha.workload.workload import WorkloadConfig
 _NO_CONTEXT_LIMIT = 1 << 40
 
 
-class Belief(Enum):
+class SchedulerCostModel(Enum):
     """What the scheduler goes by."""
 
     EXACT = "exact"    # the cost model the world is made from, but for the world's bias and noise
@@ -63,7 +63,7 @@ class SimulateOptions:
 
     out: Path | None = None
     seed: int = 0
-    belief: Belief = Belief.EXACT
+    belief: SchedulerCostModel = SchedulerCostModel.EXACT
     max_drain_s: float | None = None
     plots: Plots = Plots.AUTO
     requests: RequestsFormat = RequestsFormat.JSONL
@@ -120,7 +120,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
         num_blocks=_num_blocks(options, model.shape, hardware, layout),
         block_size=model.block_size or DEFAULT_BLOCK_SIZE,
         max_tokens_per_shard=options.parallel.max_tokens_per_shard,
-        learns=options.belief is Belief.ONLINE,
+        learns=options.belief is SchedulerCostModel.ONLINE,
     )
     build_system(setup)  # whoever cannot be built says so now
     return setup
@@ -145,7 +145,7 @@ def _instances_setup(options: SimulateOptions, setup: SchedulerSetup) -> Instanc
             f"parallel.max_tokens_per_shard={options.parallel.max_tokens_per_shard}: system.kind={name} places KV by "
             "rules of its own; leave it null"
         )
-    if options.belief is Belief.ONLINE:
+    if options.belief is SchedulerCostModel.ONLINE:
         raise ConfigError(f"belief=online: system.kind={name} is given exact predictions; use belief=exact")
     if options.truth != TruthConfig():
         raise ConfigError(
@@ -173,7 +173,7 @@ def _num_blocks(options: SimulateOptions, shape: ModelShape, hardware: Hardware,
     """KV blocks of one KVP rank. A block is spread over the rank's stages and KV heads; the fullest stage decides."""
     model = options.model
     if model.kv_memory_gib is None:
-        reserve = Reserve(
+        reserve = MemoryBudget(
             block_size=model.block_size or DEFAULT_BLOCK_SIZE,
             utilisation=options.memory.utilisation,
             max_batch_tokens=options.scheduler.max_batch_tokens,

@@ -75,7 +75,7 @@ def _store_at(address: str, rank: int, world_size: int) -> dist.TCPStore:  # typ
     )
 
 
-def least_of_all_ranks(value: int) -> int:
+def min_over_ranks(value: int) -> int:
     """The smallest of all ranks' values. Collective."""
     least = torch.tensor([value], dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(least, dist.ReduceOp.MIN)

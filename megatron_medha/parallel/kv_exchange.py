@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_medha.parallel.shm_channel import SLOT_BYTES, SharedSlots
+from megatron_medha.parallel.shm_channel import SLOT_BYTES, ShmChannel
 
 _GAP_BYTES = 8  # at most, between output and log-sum-exp in a slot
 
@@ -27,24 +27,24 @@ class RankSet(NamedTuple):
     num_rows: int
 
 
-class Part(NamedTuple):
+class PartialAttention(NamedTuple):
     """Attention over one rank's shard."""
 
     out_THD: Tensor
     lse_TH: Tensor  # fp32
 
-    def rows(self, first_row: int, num_rows: int) -> Part:
+    def rows(self, first_row: int, num_rows: int) -> PartialAttention:
         """Of some query tokens."""
         if num_rows == len(self.out_THD):  # the common case, once a layer
             return self
-        return Part(*(x[first_row : first_row + num_rows] for x in self))
+        return PartialAttention(*(x[first_row : first_row + num_rows] for x in self))
 
 
 class KVExchange:
     """The exchanges of one batch; every layer begins one. All ranks of a set call with the same rows."""
 
     def __init__(
-        self, group: dist.ProcessGroup, sets: Sequence[RankSet], shared_slots: SharedSlots | None = None
+        self, group: dist.ProcessGroup, sets: Sequence[RankSet], shared_slots: ShmChannel | None = None
     ) -> None:
         """group: of the ranks that differ in their kvp index only. sets: of the batch, the same order on every rank.
 
@@ -61,7 +61,7 @@ class KVExchange:
 
     @property
     def links(self) -> np.ndarray | None:
-        """Of SharedSlots, for whoever exchanges through shared memory without `begin`; None: there is none."""
+        """Of ShmChannel, for whoever exchanges through shared memory without `begin`; None: there is none."""
         return None if self._slots is None else self._slots.links
 
     def fits_slots(self, row_bytes: int) -> bool:
@@ -74,17 +74,19 @@ class KVExchange:
         for peer in self._sets_of:
             self._slots.wait(peer, self._slots.last_number(peer))
 
-    def begin(self, out_THD: Tensor, lse_TH: Tensor) -> PartsOnTheirWay:
+    def begin(self, out_THD: Tensor, lse_TH: Tensor) -> PendingExchange:
         """Give this rank's partial attention to every peer, and make room for theirs; does not wait."""
         assert len(out_THD) == self._num_rows, f"{len(out_THD)} rows for an exchange of {self._num_rows}"
-        own = Part(out_THD, lse_TH)
-        arriving: dict[int, Callable[[], Part]] = {}
-        beyond_slots: dict[int, Part] = {}
+        own = PartialAttention(out_THD, lse_TH)
+        arriving: dict[int, Callable[[], PartialAttention]] = {}
+        beyond_slots: dict[int, PartialAttention] = {}
         # All are posted before any is waited for, so the order in which peers get to theirs does not matter.
         for peer, sets in self._sets_of.items():
             leaving = own
             if len(sets) < len(self.sets):
-                leaving = Part(*map(torch.cat, zip(*(own.rows(s.first_row, s.num_rows) for s in sets), strict=True)))
+                leaving = PartialAttention(
+                    *map(torch.cat, zip(*(own.rows(s.first_row, s.num_rows) for s in sets), strict=True))
+                )
             # As much comes back, so both ends choose the same way.
             is_small = self._slots is not None and _num_bytes(leaving) <= SLOT_BYTES
             if is_small:
@@ -93,14 +95,14 @@ class KVExchange:
                 beyond_slots[peer] = leaving
         if beyond_slots:
             arriving |= self._through_group(beyond_slots)
-        return PartsOnTheirWay(self, own, arriving)
+        return PendingExchange(self, own, arriving)
 
     @property
     def rank(self) -> int:
         """This rank's kvp index."""
         return self._rank
 
-    def _through_slots(self, peer: int, leaving: Part) -> Callable[[], Part]:
+    def _through_slots(self, peer: int, leaving: PartialAttention) -> Callable[[], PartialAttention]:
         slots = self._slots
         assert slots is not None
         number = slots.next_number(peer)
@@ -110,13 +112,13 @@ class KVExchange:
         ours.lse_TH.copy_(lse_TH)
         slots.send(peer)
 
-        def wait() -> Part:
+        def wait() -> PartialAttention:
             slots.wait(peer, number)
             return theirs
 
         return wait
 
-    def _through_group(self, leaving: dict[int, Part]) -> dict[int, Callable[[], Part]]:
+    def _through_group(self, leaving: dict[int, PartialAttention]) -> dict[int, Callable[[], PartialAttention]]:
         """One message each way per peer; all at once, as NCCL runs single ones in the order they were posted.
 
         Two ranks that both post their receive first would then wait for each other for ever.
@@ -131,7 +133,7 @@ class KVExchange:
             posts.append(dist.P2POp(dist.isend, leaving_THE, group=self._group, group_peer=peer))
         works = dist.batch_isend_irecv(posts)
 
-        def wait(peer: int) -> Part:
+        def wait(peer: int) -> PartialAttention:
             while works:
                 works.pop().wait()
             leaving_THE, arriving_THE = messages[peer]  # both kept from being freed while they are on their way
@@ -140,19 +142,21 @@ class KVExchange:
         return {peer: partial(wait, peer) for peer in leaving}
 
 
-class PartsOnTheirWay:
+class PendingExchange:
     """One layer's exchange between its beginning and its end."""
 
-    def __init__(self, exchange: KVExchange, own: Part, arriving: dict[int, Callable[[], Part]]) -> None:
+    def __init__(
+        self, exchange: KVExchange, own: PartialAttention, arriving: dict[int, Callable[[], PartialAttention]]
+    ) -> None:
         self._exchange, self._own, self._arriving = exchange, own, arriving
 
-    def wait(self) -> list[list[Part]]:
+    def wait(self) -> list[list[PartialAttention]]:
         """For each rank set, every rank's part in ascending order of ranks: the same on all of them.
 
         To be read before the next exchange begins.
         """
         arrived = {peer: wait() for peer, wait in self._arriving.items()}
-        found: list[list[Part]] = []
+        found: list[list[PartialAttention]] = []
         num_read = dict.fromkeys(arrived, 0)
         for ranks, first_row, num_rows in self._exchange.sets:
             parts = []
@@ -171,30 +175,30 @@ def pack(out_THD: Tensor, lse_TH: Tensor) -> Tensor:
     return torch.cat((out_THD, lse_TH.contiguous()[..., None].view(out_THD.dtype)), dim=-1)
 
 
-def unpack(packed_THE: Tensor, head_dim: int) -> Part:
+def unpack(packed_THE: Tensor, head_dim: int) -> PartialAttention:
     """What `pack` was given."""
     lse_TH = packed_THE[..., head_dim:].contiguous().view(torch.float32).squeeze(-1)
-    return Part(packed_THE[..., :head_dim], lse_TH)
+    return PartialAttention(packed_THE[..., :head_dim], lse_TH)
 
 
-def _num_bytes(part: Part) -> int:
+def _num_bytes(part: PartialAttention) -> int:
     return part.out_THD.nbytes + part.lse_TH.nbytes + _GAP_BYTES
 
 
 @lru_cache(maxsize=256)
 def _slot_parts(
-    slots: SharedSlots, peer: int, slot: int, dtype: torch.dtype, out_shape: torch.Size, lse_shape: torch.Size
-) -> tuple[Part, Part]:
+    slots: ShmChannel, peer: int, slot: int, dtype: torch.dtype, out_shape: torch.Size, lse_shape: torch.Size
+) -> tuple[PartialAttention, PartialAttention]:
     """What goes to a peer through a slot, and what comes from it; making views costs more than all the rest."""
     ours, theirs = slots.slots(peer, slot)
     return _laid_out(ours, dtype, out_shape, lse_shape), _laid_out(theirs, dtype, out_shape, lse_shape)
 
 
-def _laid_out(slot: Tensor, dtype: torch.dtype, out_shape: torch.Size, lse_shape: torch.Size) -> Part:
+def _laid_out(slot: Tensor, dtype: torch.dtype, out_shape: torch.Size, lse_shape: torch.Size) -> PartialAttention:
     """A part of these shapes in the bytes of a slot."""
     num_bytes = out_shape.numel() * dtype.itemsize
     first = -(-num_bytes // 8) * 8  # fp32 is aligned
-    return Part(
+    return PartialAttention(
         slot[:num_bytes].view(dtype).view(out_shape),
         slot[first : first + 4 * lse_shape.numel()].view(torch.float32).view(lse_shape),
     )

@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 SLOT_BYTES = 1 << 18
 _PREFIX = "medha-kvp-"
 _LINE_BYTES = 64     # a counter has a cache line of its own
-_PATIENCE_S = 1800.0  # as collectives have (parallel/groups.py)
+_TIMEOUT_S = 1800.0  # as collectives have (parallel/groups.py)
 # A peer that is about as far as we are answers within this; giving the core away each time costs little, while a
 # sleep of any length takes at least 0.1 ms. Beyond it the core is left to whoever works.
 _SPIN_S = 2e-3
-_NAP_S = 5e-5
+_SLEEP_S = 5e-5
 
 
-class SharedSlots:
+class ShmChannel:
     """For each ordered pair of ranks a counter of messages sent, and two slots that they go to in turn.
 
     Two ranks write to each other in lockstep: message n + 1 leaves only when n has come back and been read. So message
@@ -59,7 +59,7 @@ class SharedSlots:
         return num_ranks * num_ranks * (_LINE_BYTES + 2 * SLOT_BYTES)
 
     @classmethod
-    def open(cls, group: dist.ProcessGroup, device: torch.device) -> SharedSlots | None:
+    def open(cls, group: dist.ProcessGroup, device: torch.device) -> ShmChannel | None:
         """Of a group's ranks; None on a GPU, alone, without memory, and unless all are on one machine. Collective."""
         # A counter tells of a message written before it: of all processors these keep that order by themselves.
         is_ordered = platform.machine() in ("x86_64", "AMD64")
@@ -116,10 +116,10 @@ class SharedSlots:
             waited_s = time.monotonic() - started_s
             if waited_s < _SPIN_S:
                 os.sched_yield()
-            elif waited_s < _PATIENCE_S:
-                time.sleep(_NAP_S)
+            elif waited_s < _TIMEOUT_S:
+                time.sleep(_SLEEP_S)
             else:
-                raise TimeoutError(f"kvp rank {peer} has sent nothing for {_PATIENCE_S:g} s")
+                raise TimeoutError(f"kvp rank {peer} has sent nothing for {_TIMEOUT_S:g} s")
 
     def _place(self, sender: int, receiver: int) -> int:
         return sender * self._num_ranks + receiver

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Arriving(NamedTuple):
+class PendingReceive(NamedTuple):
     """Hidden states on their way: room for them, and what to wait for."""
 
     hidden_T1C: Tensor
@@ -37,12 +37,12 @@ class StageLink:
         self._hidden_size, self._dtype, self._device = hidden_size, dtype, device
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # kept from being freed while they are on their way
 
-    def post_receive(self, num_tokens: int) -> Arriving:
+    def post_receive(self, num_tokens: int) -> PendingReceive:
         """Make room for the next batch's hidden states; they arrive in the order of these calls."""
         hidden_T1C = torch.empty(num_tokens, 1, self._hidden_size, dtype=self._dtype, device=self._device)
         work = dist.irecv(hidden_T1C, group=self._group, group_src=self.stage - 1)
         assert work is not None, "this rank is of its own stage's group"
-        return Arriving(hidden_T1C, work)
+        return PendingReceive(hidden_T1C, work)
 
     def send(self, hidden_T1C: Tensor) -> None:
         """Send to the next stage without waiting for it to be ready."""

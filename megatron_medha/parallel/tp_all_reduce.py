@@ -15,27 +15,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_medha.parallel.shm_channel import SLOT_BYTES, SharedSlots
+from megatron_medha.parallel.shm_channel import SLOT_BYTES, ShmChannel
 
 log = logging.getLogger(__name__)
 
 
-def tp_sum(group: dist.ProcessGroup, device: torch.device) -> Callable[[Tensor], None]:
+def tp_all_reduce(group: dist.ProcessGroup, device: torch.device) -> Callable[[Tensor], None]:
     """What sums a tensor over the group's ranks, in place. Collective, and so is each call of it."""
-    slots = SharedSlots.open(group, device)
+    slots = ShmChannel.open(group, device)
     if slots is None:
         return partial(_sum_through, group)
     log.info("tp_sum shared_memory_up_to_bytes=%d beyond=%s", SLOT_BYTES, dist.get_backend(group))
-    return SharedSum(group, slots)
+    return ShmAllReduce(group, slots)
 
 
-class SharedSum:
+class ShmAllReduce:
     """Every rank writes its summand for every other, and adds up what has come in the order of ranks: the same bits.
 
     Larger tensors go through the group.
     """
 
-    def __init__(self, group: dist.ProcessGroup, slots: SharedSlots) -> None:
+    def __init__(self, group: dist.ProcessGroup, slots: ShmChannel) -> None:
         self._group, self._slots = group, slots
         self._rank = group.rank()
         self._peers = [rank for rank in range(group.size()) if rank != self._rank]

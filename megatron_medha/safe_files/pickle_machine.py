@@ -63,7 +63,7 @@ class SavedNamespace(argparse.Namespace):
     """The arguments of a training script, read from a file."""
 
 
-class Meanings(NamedTuple):
+class GlobalResolvers(NamedTuple):
     """What a pickle's names mean; each of these functions may raise PickleError."""
 
     find: Callable[[Global], Any]                    # the value a name stands for; the Global itself if it is called
@@ -71,7 +71,7 @@ class Meanings(NamedTuple):
     persistent: Callable[[Any], Any] | None = None   # what lies outside of the pickle under that id
 
 
-def unpickle(data: bytes, meanings: Meanings, max_objects: int = 2_000_000) -> Any:
+def unpickle(data: bytes, meanings: GlobalResolvers, max_objects: int = 2_000_000) -> Any:
     """The plain data in a pickle. Raises PickleError.
 
     max_objects: containers, objects and values to come back to; each takes a byte of the pickle and 100 of memory.
@@ -98,7 +98,7 @@ def unpickle(data: bytes, meanings: Meanings, max_objects: int = 2_000_000) -> A
 class _Machine:
     """The stack and memo of one pickle. The methods op_NAME are the opcodes of pickletools, in lower case."""
 
-    def __init__(self, meanings: Meanings, max_objects: int) -> None:
+    def __init__(self, meanings: GlobalResolvers, max_objects: int) -> None:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}

@@ -18,7 +18,7 @@ from megatron_medha.core.errors import CheckpointError
 from megatron_medha.safe_files.checkpoint_files import open_regular, read_bytes
 from megatron_medha.safe_files.pickle_machine import (
     Global,
-    Meanings,
+    GlobalResolvers,
     Opaque,
     PickleError,
     Record,
@@ -150,7 +150,7 @@ def load_torch_file(path: Path) -> Any:
 def read_archive(mapping: mmap.mmap, start: int, stop: int) -> Any:
     """What torch.save wrote to those bytes of a mapped file. Raises PickleError."""
     archive = TorchArchive(mapping, start, stop)
-    return unpickle(archive.pickled(), Meanings(_find, _make, archive.storage))
+    return unpickle(archive.pickled(), GlobalResolvers(_find, _make, archive.storage))
 
 
 def load_pickle(path: Path) -> Any:
@@ -159,6 +159,6 @@ def load_pickle(path: Path) -> Any:
     Raises CheckpointError naming the file when it is damaged or names anything off the allow-list.
     """
     try:
-        return unpickle(read_bytes(path, _MAX_INDEX_BYTES), Meanings(_find_strictly, _make), _MAX_INDEX_OBJECTS)
+        return unpickle(read_bytes(path, _MAX_INDEX_BYTES), GlobalResolvers(_find_strictly, _make), _MAX_INDEX_OBJECTS)
     except PickleError as error:
         raise CheckpointError(f"{path}: cannot be read, damaged or incomplete: {error}") from error

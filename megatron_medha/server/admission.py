@@ -10,19 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_medha.core.request import Rejection, Request
-from megatron_medha.server.api_keys import Client
+from megatron_medha.server.api_keys import ApiClient
 from megatron_medha.server.server_config import ServerConfig
-from megatron_medha.server.ttft_estimate import Forecast
+from megatron_medha.server.ttft_estimate import TtftEstimator
 
 _SECONDS_PER_MINUTE = 60.0
-REFUSAL_REASONS = (
+REJECTION_REASONS = (
     "max_live_requests", "max_waiting_requests", "max_waiting_tokens", "max_live_requests_per_key",
     "max_tokens_per_minute_per_key", "deadline_would_be_missed",
 )
 
 
 @dataclass(slots=True)
-class _Account:
+class _KeyUsage:
     """What one key has open, and how many tokens it may still have this minute."""
 
     num_live: int = 0
@@ -30,10 +30,10 @@ class _Account:
     as_of_s: float = 0.0
 
 
-class Ticket:
+class AdmissionTicket:
     """The places of admitted requests; they come back by close(), however those end."""
 
-    def __init__(self, admission: Admission, account: _Account, requests: Sequence[Request]) -> None:
+    def __init__(self, admission: AdmissionControl, account: _KeyUsage, requests: Sequence[Request]) -> None:
         self.requests = requests
         self._admission = admission
         self._account = account
@@ -59,23 +59,25 @@ class Ticket:
         self._account.num_tokens_left -= num_output_tokens
 
 
-class Admission:
+class AdmissionControl:
     """Counts what is open, over all and by key, and admits or rejects."""
 
-    def __init__(self, now_s: Callable[[], float], forecast: Forecast) -> None:
+    def __init__(self, now_s: Callable[[], float], forecast: TtftEstimator) -> None:
         self.num_live = 0
         self.num_waiting = 0
         self.num_waiting_tokens = 0
         self.num_refused: dict[str, int] = {}
         self._now_s = now_s
         self._forecast = forecast
-        self._accounts: dict[str, _Account] = {}
+        self._accounts: dict[str, _KeyUsage] = {}
 
-    def check_places(self, config: ServerConfig, num_requests: int) -> Rejection | None:
+    def check_capacity(self, config: ServerConfig, num_requests: int) -> Rejection | None:
         """Whether that many more are too many; before any work goes into their prompts."""
         return self._counted(self._without_place(config, num_requests))
 
-    def admit(self, config: ServerConfig, client: Client, requests: Sequence[Request]) -> Ticket | Rejection:
+    def admit(
+        self, config: ServerConfig, client: ApiClient, requests: Sequence[Request]
+    ) -> AdmissionTicket | Rejection:
         """Take the places that the requests of one HTTP request need, all or none."""
         account = self._account(config, client)
         num_tokens = sum(request.num_prompt_tokens for request in requests)
@@ -88,8 +90,8 @@ class Admission:
             self._counted(rejection)
             return rejection
         account.num_tokens_left -= num_tokens
-        self._forecast.count_in(requests)
-        return Ticket(self, account, requests)
+        self._forecast.reserve(requests)
+        return AdmissionTicket(self, account, requests)
 
     def _without_place(self, config: ServerConfig, num_requests: int) -> Rejection | None:
         if self.num_live + num_requests > config.max_live_requests:
@@ -99,7 +101,7 @@ class Admission:
         return None
 
     def _over_limits(
-        self, config: ServerConfig, account: _Account, num_requests: int, num_tokens: int
+        self, config: ServerConfig, account: _KeyUsage, num_requests: int, num_tokens: int
     ) -> Rejection | None:
         # A prompt longer than the limit alone must still be possible: with nothing else waiting it gets in.
         if self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > config.max_waiting_tokens:
@@ -131,8 +133,8 @@ class Admission:
             predicted_ttft_s=predicted.ttft_s,
         )
 
-    def _account(self, config: ServerConfig, client: Client) -> _Account:
-        account = self._accounts.setdefault(client.name, _Account())
+    def _account(self, config: ServerConfig, client: ApiClient) -> _KeyUsage:
+        account = self._accounts.setdefault(client.name, _KeyUsage())
         now_s, limit = self._now_s(), config.max_tokens_per_minute_per_key
         if limit is None:
             account.num_tokens_left = math.inf

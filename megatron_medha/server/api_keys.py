@@ -11,19 +11,19 @@ from megatron_medha.server.server_config import ServerConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Client:
+class ApiClient:
     """Whoever stands behind a key. The name goes into logs and metrics, the key never."""
 
     name: str
     is_admin: bool = False
 
 
-ANONYMOUS = Client("anonymous")
-LOCAL_ADMIN = Client("anonymous", is_admin=True)  # where no key is needed, whoever comes may look at everything
+ANONYMOUS = ApiClient("anonymous")
+LOCAL_ADMIN = ApiClient("anonymous", is_admin=True)  # where no key is needed, whoever comes may look at everything
 CONFIGURED_NAME, ADMIN_NAME = "default", "admin"
 
 
-class KeyRing:
+class ApiKeys:
     """The keys that open this server. Only digests are kept, all of one length."""
 
     def __init__(self, config: ServerConfig) -> None:
@@ -31,21 +31,21 @@ class KeyRing:
         self._needs_key = config.needs_key or config.admin_key is not None
         self._is_open = not config.needs_key
         self._has_admin_key = config.admin_key is not None
-        self._clients: list[tuple[bytes, Client]] = []
+        self._clients: list[tuple[bytes, ApiClient]] = []
         if config.admin_key is not None:
-            self._add(config.admin_key, Client(ADMIN_NAME, is_admin=True), "server.admin_key")
+            self._add(config.admin_key, ApiClient(ADMIN_NAME, is_admin=True), "server.admin_key")
         if config.api_key is not None:
-            self._add(config.api_key, Client(CONFIGURED_NAME), "server.api_key")
+            self._add(config.api_key, ApiClient(CONFIGURED_NAME), "server.api_key")
         if config.api_key_file is not None:
             self._read(config)
 
-    def find(self, authorization: str | None) -> Client | None:
+    def find(self, authorization: str | None) -> ApiClient | None:
         """Who this Authorization header belongs to; None: nobody who may come in."""
         if not self._needs_key:
             return LOCAL_ADMIN
         scheme, _, key = (authorization or "").partition(" ")
         digest = _digest(key.strip().encode("utf-8", "replace"))
-        found: Client | None = None
+        found: ApiClient | None = None
         for known, client in self._clients:  # all of them, so that the time tells nothing
             if hmac.compare_digest(digest, known):
                 found = client
@@ -76,12 +76,12 @@ class KeyRing:
             name, key = words
             if name in (ADMIN_NAME, ANONYMOUS.name):
                 raise ConfigError(f"server.api_key_file={path}: line {number}: the name {name} is the server's own")
-            self._add(key, Client(name), f"server.api_key_file={path}: line {number}")
+            self._add(key, ApiClient(name), f"server.api_key_file={path}: line {number}")
             num_keys += 1
         if not num_keys:
             raise ConfigError(f"server.api_key_file={path} holds no key; expected lines `NAME KEY`")
 
-    def _add(self, key: str, client: Client, where: str) -> None:
+    def _add(self, key: str, client: ApiClient, where: str) -> None:
         digest = _digest(key.encode())
         if any(known == digest for known, _ in self._clients):
             raise ConfigError(f"{where}: this key was given before")

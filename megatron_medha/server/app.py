@@ -13,15 +13,15 @@ from megatron_medha.server.http import http_errors
 from megatron_medha.server.http.routing import Api
 from megatron_medha.server.observe.metrics import Metrics
 from megatron_medha.server.observe.metrics_page import MetricsPage
-from megatron_medha.server.observe.request_log import Journal
-from megatron_medha.server.observe.tracing import Traces
+from megatron_medha.server.observe.request_log import RequestLog
+from megatron_medha.server.observe.tracing import OtelTraces
 from megatron_medha.server.routes import body_routes, debug_routes, openapi, service_routes
-from megatron_medha.server.routes.auth import FrontDoor
+from megatron_medha.server.routes.auth import AuthMiddleware
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.service import Service
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
-from megatron_medha.text.template_renders import TemplateRenders
+from megatron_medha.text.template_renders import TemplateProcessPool
 from megatron_medha.text.tokenizer import Tokenizer
 
 
@@ -31,12 +31,12 @@ def create_app(
     config: ServerConfig,
     metrics: Metrics | None = None,
     *,
-    journal: Journal | None = None,
+    journal: RequestLog | None = None,
     slo: SloConfig | None = None,
     read_config: Callable[[], ServerConfig] | None = None,
-    traces: Traces | None = None,
+    traces: OtelTraces | None = None,
     model_name: str = "",
-    renders: TemplateRenders | None = None,
+    renders: TemplateProcessPool | None = None,
     sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS,
 ) -> Api:
     """The application. It starts the engine when it starts, and stops it when it stops.
@@ -52,7 +52,7 @@ def create_app(
         tokenizer,
         config,
         metrics=metrics,
-        journal=Journal(metrics) if journal is None else journal,
+        journal=RequestLog(metrics) if journal is None else journal,
         slo=SloConfig() if slo is None else slo,
         read_config=read_config,
         traces=traces,
@@ -77,7 +77,7 @@ def create_app(
     app.state.service = service
     app.state.startup_error = None
     http_errors.install(app)
-    app.add_middleware(FrontDoor, service=service)
+    app.add_middleware(AuthMiddleware, service=service)
     page = MetricsPage(metrics, engine, service.admission, service.slo.names)
     body_routes.add_generating_routes(app, service)
     body_routes.add_token_routes(app, service)

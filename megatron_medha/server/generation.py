@@ -33,7 +33,7 @@ class Prompt:
 class GenerationSpec:
     """One HTTP request, checked: nothing in it can be refused any more but by the engine."""
 
-    answer_id: str
+    response_id: str
     created: int
     model: str
     arrival_s: float
@@ -75,7 +75,7 @@ class GenerationSpec:
 
     def request_id(self, index: int) -> str:
         """The engine's name for a choice; unique because answer ids are drawn here, never taken from clients."""
-        return f"{self.answer_id}-{index}"
+        return f"{self.response_id}-{index}"
 
     def requests(self) -> tuple[Request, ...]:
         """What the scheduler gets of each choice."""

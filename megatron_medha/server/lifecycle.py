@@ -7,19 +7,19 @@ import logging
 from collections.abc import Callable
 
 from megatron_medha.server.http.http_errors import ApiError
-from megatron_medha.server.output_streams import Streams
+from megatron_medha.server.output_streams import OutputStreams
 from megatron_medha.server.server_config import ServerConfig
 
 log = logging.getLogger(__name__)
 
 # What answers that were cut off by a drain get to say so; those that cannot in that time have no reader.
-_TELLING_S = 1.0
+_CUT_OFF_GRACE_S = 1.0
 
 
 class Lifecycle:
     """Counts the HTTP requests that a drain waits for."""
 
-    def __init__(self, streams: Streams, config: Callable[[], ServerConfig]) -> None:
+    def __init__(self, streams: OutputStreams, config: Callable[[], ServerConfig]) -> None:
         self.is_draining = False
         self.end_server: Callable[[], None] = lambda: None  # set by whoever runs the server
         self._streams = streams
@@ -59,7 +59,7 @@ class Lifecycle:
             log.warning("drain_timed_out", extra={"fields": {"num_cut_off": self._num_active}})
             self._streams.end_all(self._stopping)
         try:
-            async with asyncio.timeout(_TELLING_S):
+            async with asyncio.timeout(_CUT_OFF_GRACE_S):
                 await self._is_idle.wait()
         except TimeoutError:
             pass

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from megatron_medha.core.ports import Delivery
 from megatron_medha.server.http.http_errors import ApiError
 
-_TURN = 64  # deliveries that one request takes before others run: some 2 ms
+_MAX_PER_TURN = 64  # deliveries that one request takes before others run: some 2 ms
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client has closed its connection."""
 
 
@@ -25,7 +25,7 @@ def reader_too_slow(num_unread: int) -> ApiError:
     return ApiError(503, f"the client left {num_unread} tokens unread; the request has ended", code="reader_too_slow")
 
 
-class Stream:
+class OutputStream:
     """What one HTTP request waits for: the deliveries of all its sub-requests, in order. Event loop only."""
 
     def __init__(self, request_ids: Iterable[str], max_unread: int, on_overflow: Callable[[], None]) -> None:
@@ -62,7 +62,7 @@ class Stream:
                 raise self._end
             if not self._items:
                 await self._wait()
-            elif self._num_in_turn == _TURN:
+            elif self._num_in_turn == _MAX_PER_TURN:
                 await asyncio.sleep(0)
             else:
                 self._num_in_turn += 1
@@ -91,13 +91,13 @@ class Stream:
             self._waiter.set_result(None)
 
 
-class Streams:
+class OutputStreams:
     """All streams that are open. Only deliver() may be called from other threads."""
 
     def __init__(self, now_s: Callable[[], float]) -> None:
         self._now_s = now_s
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._by_request_id: dict[str, Stream] = {}
+        self._by_request_id: dict[str, OutputStream] = {}
 
     def __len__(self) -> int:
         return len(self._by_request_id)
@@ -106,12 +106,12 @@ class Streams:
         """Say which loop serves the clients; before the engine starts."""
         self._loop = loop
 
-    def open(self, request_ids: Sequence[str], max_unread: int, on_overflow: Callable[[], None]) -> Stream:
+    def open(self, request_ids: Sequence[str], max_unread: int, on_overflow: Callable[[], None]) -> OutputStream:
         """Wait for these sub-requests; before they are submitted.
 
         Beyond max_unread deliveries that nobody has taken the stream ends, and on_overflow is called.
         """
-        stream = Stream(request_ids, max_unread, on_overflow)
+        stream = OutputStream(request_ids, max_unread, on_overflow)
         for request_id in stream.request_ids:
             assert request_id not in self._by_request_id, f"request id {request_id} is in use"
             self._by_request_id[request_id] = stream
@@ -121,7 +121,7 @@ class Streams:
         """This sub-request has ended; what may still come for it is dropped."""
         self._by_request_id.pop(request_id, None)
 
-    def close(self, stream: Stream) -> None:
+    def close(self, stream: OutputStream) -> None:
         """The HTTP request has ended; none of its sub-requests is waited for any more."""
         for request_id in stream.request_ids:
             self._by_request_id.pop(request_id, None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.text.call_syntax import CallSyntax
+from megatron_medha.text.call_syntax import ToolSyntax
 
 # Bound once, when the server starts; a reload that changes one of these is refused.
 FIXED_FIELDS = (
@@ -17,9 +17,9 @@ FIXED_FIELDS = (
     "max_header_bytes", "max_connections", "generation_config",
 )  # fmt: skip
 _ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
-_OUR_OWN = (CallSyntax.LIST, CallSyntax.ARGUMENTS)
+_OUR_OWN = (ToolSyntax.LIST, ToolSyntax.ARGUMENTS)
 GENERATION_CONFIGS = ("auto", "none")
-TOOL_CALL_PARSERS = ("auto", *(syntax.value for syntax in CallSyntax if syntax not in _OUR_OWN))
+TOOL_CALL_PARSERS = ("auto", *(syntax.value for syntax in ToolSyntax if syntax not in _OUR_OWN))
 SECRET_FIELDS = ("api_key", "admin_key")
 
 

@@ -12,34 +12,34 @@ from dataclasses import dataclass
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
-from megatron_medha.server.admission import Admission
-from megatron_medha.server.api_keys import KeyRing
+from megatron_medha.server.admission import AdmissionControl
+from megatron_medha.server.api_keys import ApiKeys
 from megatron_medha.server.http.body_reader import BodyBudget
 from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.request_body import PromptLimits
 from megatron_medha.server.lifecycle import Lifecycle
-from megatron_medha.server.observe.loop_lag import watch_lag
+from megatron_medha.server.observe.loop_lag import measure_loop_lag
 from megatron_medha.server.observe.metrics import Metrics
-from megatron_medha.server.observe.request_log import Journal
-from megatron_medha.server.observe.tracing import Traces
-from megatron_medha.server.output_streams import EngineLost, Streams
+from megatron_medha.server.observe.request_log import RequestLog
+from megatron_medha.server.observe.tracing import OtelTraces
+from megatron_medha.server.output_streams import EngineLost, OutputStreams
 from megatron_medha.server.server_config import FIXED_FIELDS, ServerConfig
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.text_workers import TextWorkers
-from megatron_medha.server.tools.structured_output import Grammars
+from megatron_medha.server.tools.structured_output import GrammarCache
 from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
-from megatron_medha.text.template_renders import TemplateRenders
+from megatron_medha.text.template_renders import TemplateProcessPool
 from megatron_medha.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 # While ranks come up again, requests wait for them: a few seconds later they run, which beats asking again.
-_TAKES_REQUESTS = (EnginePhase.READY, EnginePhase.RECOVERING)
+_ACCEPTING_PHASES = (EnginePhase.READY, EnginePhase.RECOVERING)
 _STOP_TIMEOUT_S = 10.0  # what ranks get to exit before they are killed
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class ReadyState:
     """What is known once requests can be taken."""
 
     facts: EngineFacts
@@ -63,11 +63,11 @@ class Service:
         config: ServerConfig,
         *,
         metrics: Metrics,
-        journal: Journal,
+        journal: RequestLog,
         slo: SloConfig,
         read_config: Callable[[], ServerConfig] | None = None,
-        traces: Traces | None = None,
-        renders: TemplateRenders | None = None,
+        traces: OtelTraces | None = None,
+        renders: TemplateProcessPool | None = None,
         sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS,
     ) -> None:
         """journal: the one that watches the engine. read_config: reads the configuration again, for reload().
@@ -76,18 +76,18 @@ class Service:
         """
         self.engine = engine
         self.config = config  # replaced whole by a reload
-        self.keys = KeyRing(config)
+        self.keys = ApiKeys(config)
         self.slo = slo
         self.sampling_defaults = sampling_defaults
         self.metrics = metrics
         self.journal = journal
         self.traces = traces
-        self.streams = Streams(engine.now_s)
+        self.streams = OutputStreams(engine.now_s)
         self.lifecycle = Lifecycle(self.streams, lambda: self.config)
-        self.admission = Admission(engine.now_s, journal.forecast)
+        self.admission = AdmissionControl(engine.now_s, journal.forecast)
         self.bodies = BodyBudget(lambda: self.config)
         self.text = TextWorkers(self.bodies, renders)
-        self.grammars = Grammars()
+        self.grammars = GrammarCache()
         self.started_unix_s = int(time.time())
         self._read_config = read_config
         self._tokenizer = tokenizer
@@ -99,7 +99,7 @@ class Service:
         self.streams.attach(loop)
         self.engine.on_status(lambda: self._post(loop))
         self.engine.start(self.streams.deliver)
-        self._lag_watch = asyncio.create_task(watch_lag(self.metrics))
+        self._lag_watch = asyncio.create_task(measure_loop_lag(self.metrics))
 
     async def stop(self) -> None:
         """Stop the engine; requests still open end with an error."""
@@ -134,7 +134,7 @@ class Service:
         fixed = [name for name in changed if name in FIXED_FIELDS]
         if fixed:
             raise ConfigError(f"server.{fixed[0]} cannot change while the server runs; start it again")
-        self.keys, self.config = KeyRing(config), config
+        self.keys, self.config = ApiKeys(config), config
         log.info("reloaded", extra={"fields": {"changed": ",".join(changed) or "keys only"}})
         return changed
 
@@ -142,7 +142,7 @@ class Service:
     def status(self) -> EngineStatus:
         """The engine's status, or the tokenizer's where that is what is missing."""
         status = self.engine.status
-        if status.phase not in _TAKES_REQUESTS or not isinstance(self._tokenizer, Future):
+        if status.phase not in _ACCEPTING_PHASES or not isinstance(self._tokenizer, Future):
             return status
         if not self._tokenizer.done():
             return EngineStatus(EnginePhase.LOADING, "loading the tokenizer", status.fraction)
@@ -155,13 +155,13 @@ class Service:
         if isinstance(self._tokenizer, Future):
             self._tokenizer.add_done_callback(lambda _: on_change())
 
-    def ready(self) -> Ready:
+    def ready(self) -> ReadyState:
         """What routes work with; ApiError 503 while loading and once failed."""
         self.lifecycle.check_open()
         status, facts, wait_s = self.status, self.engine.facts, self.config.retry_after_s
-        if status.phase in _TAKES_REQUESTS and facts is not None:
+        if status.phase in _ACCEPTING_PHASES and facts is not None:
             tokenizer = self._tokenizer.result() if isinstance(self._tokenizer, Future) else self._tokenizer
-            return Ready(facts, tokenizer, self.sampling_defaults)
+            return ReadyState(facts, tokenizer, self.sampling_defaults)
         if status.phase is EnginePhase.FAILED:
             raise ApiError(503, f"the engine has failed: {status.detail}", code="engine_failed")
         if status.phase is EnginePhase.STOPPED:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from megatron_medha.server.http.body_reader import SMALL_BODY_BYTES, BodyBudget
 from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.text.chat_template import ChatTemplate
-from megatron_medha.text.template_renders import NoRenderProcess, TemplateRenders
+from megatron_medha.text.template_renders import NoRenderProcess, TemplateProcessPool
 
 T = TypeVar("T")
 
@@ -23,9 +23,9 @@ LONG_TEXT_CHARS = 400_000
 class TextWorkers:
     """Threads for the tokenizer and processes for chat templates. Event loop only."""
 
-    def __init__(self, bodies: BodyBudget, renders: TemplateRenders | None = None) -> None:
+    def __init__(self, bodies: BodyBudget, renders: TemplateProcessPool | None = None) -> None:
         """bodies: counts work whose client has gone, until it is done. renders: of another owner, who closes them."""
-        self.renders = TemplateRenders() if renders is None else renders
+        self.renders = TemplateProcessPool() if renders is None else renders
         self._owns_renders = renders is None
         self._bodies = bodies
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
@@ -51,7 +51,7 @@ class TextWorkers:
     async def render(
         self, template: ChatTemplate, messages: Iterable[dict[str, Any]], options: dict[str, Any], num_chars: int
     ) -> str:
-        """The prompt's text, made in another process: as TemplateRenders.submit. ApiError 503 if there is none."""
+        """The prompt's text, made in another process: as TemplateProcessPool.submit. ApiError 503 if there is none."""
         try:
             return await self._wait_for(num_chars, self.renders.submit(template, messages, options, num_chars))
         except NoRenderProcess as error:

@@ -17,7 +17,7 @@ from megatron_medha.core.scheduling.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
+class QueuedAhead:
     """What is due before something."""
 
     work_s: float
@@ -25,7 +25,7 @@ class Before:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkAhead:
+class PendingPrefills:
     """What one scheduler has to prefill, at one moment: by priority and deadline, most urgent first."""
 
     scheduler: Scheduler  # for its beliefs, which are replaced whole and may be read from any thread
@@ -33,7 +33,7 @@ class WorkAhead:
     work_s: tuple[float, ...]             # of each and all before it
 
     @classmethod
-    def of(cls, scheduler: Scheduler) -> WorkAhead:
+    def of(cls, scheduler: Scheduler) -> PendingPrefills:
         """Taken on the scheduler's own thread; O(n log n) in its live prefills."""
         is_by_deadline = scheduler.policy.is_by_deadline
         rows = sorted(
@@ -47,16 +47,16 @@ class WorkAhead:
             tuple(accumulate(work_s for _, _, work_s in rows)),
         )
 
-    def due_before(self, priority: int, deadline_s: float) -> Before:
+    def queued_ahead(self, priority: int, deadline_s: float) -> QueuedAhead:
         """What goes before a request of this priority and deadline, itself included if it is there."""
         if not self.scheduler.policy.is_by_deadline:
             deadline_s = 0.0
         place = bisect_right(self.ranks, (priority, deadline_s))
-        return Before(self.work_s[place - 1] if place else 0.0, place)
+        return QueuedAhead(self.work_s[place - 1] if place else 0.0, place)
 
 
 @dataclass(frozen=True, slots=True)
-class Predicted:
+class TtftEstimate:
     """A first token that has not come yet."""
 
     ttft_s: float
@@ -64,8 +64,8 @@ class Predicted:
     ahead_s: float   # of the former, what goes before it
 
 
-class Forecast:
-    """Predictions from the latest WorkAhead of each replica and from what was admitted since. Event loop only.
+class TtftEstimator:
+    """Predictions from the latest PendingPrefills of each replica and from what was admitted since. Event loop only.
 
     A request is taken to go where its first token would come soonest, as placement does. update() alone is called on
     the engines' threads; it replaces one reference.
@@ -74,24 +74,24 @@ class Forecast:
     def __init__(self) -> None:
         self._views: dict[int, _View] = {}  # by replica
 
-    def update(self, ahead: WorkAhead, replica: int = 0) -> None:
+    def update(self, ahead: PendingPrefills, replica: int = 0) -> None:
         """What that replica's engine has now."""
         self._views[replica] = _View(ahead, [])
 
-    def predict(self, requests: Sequence[Request]) -> Predicted | None:
+    def predict(self, requests: Sequence[Request]) -> TtftEstimate | None:
         """For the last of these, sent together, on the replica where it is soonest; None before an engine is ready."""
         best = self._best(requests)
         return None if best is None else best[1]
 
-    def due_before(self, priority: int, deadline_s: float, own_work_s: float, replica: int = 0) -> Before:
+    def queued_ahead(self, priority: int, deadline_s: float, own_work_s: float, replica: int = 0) -> QueuedAhead:
         """What goes before a prompt that is there already and has so much work left itself."""
         view = self._views.get(replica)
         if view is None:
-            return Before(0.0, 0)
-        before = view.ahead.due_before(priority, deadline_s)
-        return Before(max(0.0, before.work_s - own_work_s), max(0, before.num_prompts - 1))
+            return QueuedAhead(0.0, 0)
+        before = view.ahead.queued_ahead(priority, deadline_s)
+        return QueuedAhead(max(0.0, before.work_s - own_work_s), max(0, before.num_prompts - 1))
 
-    def count_in(self, requests: Sequence[Request]) -> None:
+    def reserve(self, requests: Sequence[Request]) -> None:
         """These were admitted: until the next update they are in nobody's sum."""
         best = self._best(requests)
         if best is None:
@@ -103,7 +103,7 @@ class Forecast:
             deadline_s = request.arrival_s + scheduler.ttft_target_s(request, work_s)
             view.admitted.append((request.priority, deadline_s, work_s))
 
-    def _best(self, requests: Sequence[Request]) -> tuple[_View, Predicted] | None:
+    def _best(self, requests: Sequence[Request]) -> tuple[_View, TtftEstimate] | None:
         on_each = [(view, view.predict(requests)) for view in tuple(self._views.values())]
         return min(on_each, key=lambda one: one[1].ttft_s, default=None)
 
@@ -112,14 +112,14 @@ class Forecast:
 class _View:
     """One replica: what its engine had at the latest update, and what was admitted since."""
 
-    ahead: WorkAhead
+    ahead: PendingPrefills
     admitted: list[tuple[int, float, float]]  # priority, deadline, work
 
-    def predict(self, requests: Sequence[Request]) -> Predicted:
+    def predict(self, requests: Sequence[Request]) -> TtftEstimate:
         scheduler, last = self.ahead.scheduler, requests[-1]
         work_s = [scheduler.predicted_prefill_s(request.num_prompt_tokens) for request in requests]
         target_s = scheduler.ttft_target_s(last, work_s[-1])
         rank = (last.priority, last.arrival_s + target_s)
-        ahead_s = self.ahead.due_before(*rank).work_s
+        ahead_s = self.ahead.queued_ahead(*rank).work_s
         ahead_s += sum(other_s for priority, deadline_s, other_s in self.admitted if (priority, deadline_s) <= rank)
-        return Predicted(ahead_s + sum(work_s), target_s, ahead_s)
+        return TtftEstimate(ahead_s + sum(work_s), target_s, ahead_s)

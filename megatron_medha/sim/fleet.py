@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 
 from megatron_medha.core.batch import Arrived, Batch, Event, Output
-from megatron_medha.core.ports import Decisions
+from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
-from megatron_medha.core.scheduling.placement import ReplicaLoad, place
-from megatron_medha.sim.measured_world import MeasuredWorld
+from megatron_medha.core.scheduling.placement import ReplicaLoad, choose_replica
+from megatron_medha.sim.measured_world import MeasuredSimRuntime
 
 
 class Fleet:
@@ -18,23 +18,23 @@ class Fleet:
     arrivals: requests in order of arrival; each goes where the router of `medha serve` would put it.
     worlds: one per system, without arrivals of their own.
     load_of: what a replica has before it when a request comes in.
-    front_s: see World. on_sample: see MeasuredWorld; of all replicas together.
+    api_server_s: see World. on_sample: see MeasuredSimRuntime; of all replicas together.
     """
 
     def __init__(
         self,
         arrivals: Iterable[Request],
-        systems: Sequence[Decisions],
-        worlds: Sequence[MeasuredWorld],
+        systems: Sequence[SchedulerProtocol],
+        worlds: Sequence[MeasuredSimRuntime],
         load_of: Callable[[int, Request], ReplicaLoad],
-        front_s: float,
+        api_server_s: float,
         sample_s: float,
         on_sample: Callable[[float], None],
     ) -> None:
         self._arrivals = iter(arrivals)
         self._next_arrival = next(self._arrivals, None)
         self._systems, self._worlds = tuple(systems), tuple(worlds)
-        self._load_of, self._front_s = load_of, front_s
+        self._load_of, self._api_server_s = load_of, api_server_s
         self._sample_s, self._on_sample, self._next_sample_s = sample_s, on_sample, 0.0
         self._replica = 0  # of the latest event
         self.replica_of: dict[str, int] = {}  # by request id
@@ -60,10 +60,10 @@ class Fleet:
         next_s = [world.next_event_s for world in self._worlds]
         earliest = min(range(len(next_s)), key=next_s.__getitem__)
         request = self._next_arrival
-        if request is None or (at_s := request.arrival_s + self._front_s) > next_s[earliest]:
+        if request is None or (at_s := request.arrival_s + self._api_server_s) > next_s[earliest]:
             return earliest
         self._next_arrival = next(self._arrivals, None)
-        replica = place(list(map(self._load_of, range(len(self._worlds)), repeat(request))))
+        replica = choose_replica(list(map(self._load_of, range(len(self._worlds)), repeat(request))))
         self.replica_of[request.request_id] = replica
         self._worlds[replica].push(at_s, Arrived(request))
         return replica

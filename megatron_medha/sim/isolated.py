@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from megatron_medha.core.batch import Batch, Completed, Event, Output
 from megatron_medha.core.loop import serve
-from megatron_medha.core.ports import Decisions
+from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
-from megatron_medha.sim.sim_world import World
+from megatron_medha.sim.sim_world import SimRuntime
 
 _FIRST_TOKENS = 32
 _GROWTH = 1.5  # from one length to the next among those that are one step
@@ -24,19 +24,19 @@ class IsolatedTimes:
 
     build: a fresh system, the same whichever system is under test, so that all are held to the same deadlines.
     truth: what its batches take, without noise.
-    front_s: see World.
+    api_server_s: see World.
     """
 
     def __init__(
         self,
-        build: Callable[[], Decisions],
+        build: Callable[[], SchedulerProtocol],
         truth: Callable[[Batch], StepTimes],
         pipeline: Callable[[], Pipeline],
         max_tokens: int,
-        front_s: float = 0.0,
+        api_server_s: float = 0.0,
     ) -> None:
         def milestones(num_tokens: int) -> list[tuple[int, float]]:
-            world = _OnePrompt(num_tokens, pipeline(), truth, front_s)
+            world = _OnePromptRuntime(num_tokens, pipeline(), truth, api_server_s)
             serve(build(), world)
             assert world.milestones[-1][0] == num_tokens, f"a prompt of {num_tokens} tokens alone got no first token"
             return world.milestones
@@ -61,14 +61,14 @@ class IsolatedTimes:
         return y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0)
 
 
-class _OnePrompt(World):
+class _OnePromptRuntime(SimRuntime):
     """A world with one request of one output token, and how far its prefill was when."""
 
     def __init__(
-        self, num_tokens: int, pipeline: Pipeline, truth: Callable[[Batch], StepTimes], front_s: float
+        self, num_tokens: int, pipeline: Pipeline, truth: Callable[[Batch], StepTimes], api_server_s: float
     ) -> None:
         request = Request(request_id="alone", num_prompt_tokens=num_tokens, max_output_tokens=1, arrival_s=0.0)
-        super().__init__([request], pipeline, front_s=front_s)
+        super().__init__([request], pipeline, api_server_s=api_server_s)
         self._truth = truth
         self._ends: dict[int, int] = {}
         self.milestones: list[tuple[int, float]] = []

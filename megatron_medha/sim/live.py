@@ -12,9 +12,9 @@ from pathlib import Path
 
 from megatron_medha.core.batch import Aborted, Batch, Completed, Event, FirstStageDone, Output
 from megatron_medha.core.ports import Observer
-from megatron_medha.engine.engine import Engine, Watcher, World
+from megatron_medha.engine.engine import Engine, EngineBackend, ObserverFactory
 from megatron_medha.engine.inbox import Inbox
-from megatron_medha.engine.request_states import Sampled, Streams
+from megatron_medha.engine.request_states import RequestStates, TokenSample
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
@@ -31,7 +31,7 @@ class LiveRuntime:
     def __init__(
         self,
         inbox: Inbox,
-        streams: Streams,
+        streams: RequestStates,
         truth: Callable[[Batch], StepTimes],
         pipeline: Pipeline,
         vocab_size: int,
@@ -46,7 +46,7 @@ class LiveRuntime:
         self._num_pushed = 0
         self._in_flight: dict[int, Batch] = {}
         self._last_tokens: dict[str, int] = {}
-        self._sampled: dict[str, Sampled] = {}
+        self._sampled: dict[str, TokenSample] = {}
 
     def now_s(self) -> float:
         """See Runtime."""
@@ -101,7 +101,7 @@ class LiveRuntime:
             if chunk.samples_token and stream is not None:
                 last = self._last_tokens.get(chunk.request_id, stream.token_ids[-1])
                 token_id = self._last_tokens[chunk.request_id] = (last + 1) % self._vocab_size
-                self._sampled[chunk.request_id] = Sampled(token_id)
+                self._sampled[chunk.request_id] = TokenSample(token_id)
                 if token_id in stream.sampling.stop_token_ids:
                     stopped.append(chunk.request_id)
         return Completed(batch_id=completed.batch_id, duration_s=completed.duration_s, stopped=tuple(stopped))
@@ -112,20 +112,20 @@ def live_engine(
     setup: SchedulerSetup,
     stop_token_ids: tuple[int, ...] = (),
     observers: tuple[Observer, ...] = (),
-    watchers: tuple[Watcher, ...] = (),
+    watchers: tuple[ObserverFactory, ...] = (),
     decision_log: Path | None = None,
 ) -> Engine:
     """An engine whose world is simulated in wall time: one replica, in the layout and with the costs of `setup`."""
 
     @contextmanager
-    def open_world(inbox: Inbox, streams: Streams, board: StatusBoard) -> Iterator[World | None]:
+    def open_backend(inbox: Inbox, streams: RequestStates, board: StatusBoard) -> Iterator[EngineBackend | None]:
         layout, name = setup.layout, setup.hardware.name
         truth = Truth(setup.cluster_cost, setup.shard_tokens, TruthConfig(), seed=0)
-        yield World(
+        yield EngineBackend(
             runtime=LiveRuntime(inbox, streams, truth, Pipeline(layout.spp, layout.kvp), setup.shape.vocab_size),
             setup=setup,
             stop_token_ids=stop_token_ids,
             device=f"simulated {name}" if layout.world_size == 1 else f"{layout.world_size} simulated {name}",
         )
 
-    return Engine(open_world, observers=observers, watchers=watchers, decision_log=decision_log)
+    return Engine(open_backend, observers=observers, watchers=watchers, decision_log=decision_log)

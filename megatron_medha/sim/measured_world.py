@@ -8,10 +8,10 @@ from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, Event, O
 from megatron_medha.core.request import Request
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
-from megatron_medha.sim.sim_world import World
+from megatron_medha.sim.sim_world import SimRuntime
 
 
-class MeasuredWorld(World):
+class MeasuredSimRuntime(SimRuntime):
     """Keeps nothing of a request that has ended but what the ledger has made of it.
 
     on_sample: called at most once every sample_s of simulated time, at the next event.
@@ -27,9 +27,9 @@ class MeasuredWorld(World):
         until_s: float = float("inf"),
         sample_s: float = float("inf"),
         on_sample: Callable[[float], None] = lambda now_s: None,
-        front_s: float = 0.0,
+        api_server_s: float = 0.0,
     ) -> None:
-        super().__init__(arrivals, pipeline, front_s=front_s)
+        super().__init__(arrivals, pipeline, api_server_s=api_server_s)
         self._truth = truth
         self._ledger = ledger
         self._until_s = until_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from megatron_medha.stats.timeline import Span
+from megatron_medha.stats.timeline import StageSpan
 
 
 class StepTimes(NamedTuple):
@@ -32,7 +32,7 @@ class StepTimes(NamedTuple):
 class Pipeline:
     """spp stages of kvp ranks. A batch enters a stage when it has left the one before and the stage is free."""
 
-    def __init__(self, spp: int = 1, kvp: int = 1, on_span: Callable[[Span], None] | None = None) -> None:
+    def __init__(self, spp: int = 1, kvp: int = 1, on_span: Callable[[StageSpan], None] | None = None) -> None:
         self.spp = spp
         self.kvp = kvp
         self._on_span = on_span
@@ -50,7 +50,7 @@ class Pipeline:
         for rank in ranks:
             self.busy_s[0][rank] += seconds
             if self._on_span is not None:
-                self._on_span(Span(batch_id, 0, rank, start_s, start_s + seconds))
+                self._on_span(StageSpan(batch_id, 0, rank, start_s, start_s + seconds))
 
     def run(self, batch_id: int, times: StepTimes, now_s: float) -> float:
         """Enter a batch now; returns when its last part leaves the pipeline."""
@@ -71,7 +71,7 @@ class Pipeline:
                 ready_s[rank] = end_s + hop_s
                 busy_s[rank] += times.stage_s[rank][stage]  # waiting for a tied rank is not work
                 if self._on_span is not None:
-                    self._on_span(Span(batch_id, stage, rank, start_s[rank], end_s))
+                    self._on_span(StageSpan(batch_id, stage, rank, start_s[rank], end_s))
         self.first_stage_free_s = max(self._free_s[0])
         return max([ready_s[rank] for rank in ranks])
 
@@ -86,6 +86,6 @@ class Pipeline:
             free_s[0] = end_s = start_s + seconds
             self.busy_s[stage][0] += seconds
             if self._on_span is not None:
-                self._on_span(Span(batch_id, stage, 0, start_s, end_s))
+                self._on_span(StageSpan(batch_id, stage, 0, start_s, end_s))
         self.first_stage_free_s = self._free_s[0][0]
         return end_s

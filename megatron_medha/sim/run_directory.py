@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.sim.simulation import Sample, SimulationConfig, Watchers
+from megatron_medha.sim.simulation import SimulationConfig, SimulationHooks, StateSample
 from megatron_medha.stats.decision_log import DecisionLog
 from megatron_medha.stats.outcome import Outcome, Slo
 from megatron_medha.stats.summary import LengthClasses
@@ -85,12 +85,12 @@ class RunDirectory:
     @contextmanager
     def recording(
         self, config: SimulationConfig, record: RecordConfig, last_arrival_s: float
-    ) -> Iterator[Watchers]:
+    ) -> Iterator[SimulationHooks]:
         """What has to look on for the files to be written; they are complete when the context ends."""
         with ExitStack() as stack:
             requests = stack.enter_context((self.path / REQUESTS).open("w", encoding="utf-8"))
             samples = stack.enter_context((self.path / SAMPLES).open("w", encoding="utf-8"))
-            watchers = Watchers()
+            watchers = SimulationHooks()
             timeline: Timeline | None = None
             if record.trace_duration_s:
                 start_s = _BUILT_UP * last_arrival_s if record.trace_start_s is None else record.trace_start_s
@@ -145,7 +145,7 @@ class RunDirectory:
         return values | {name: _rounded(getattr(outcome, name)) for name in self._latencies}
 
 
-def _write_sample(stream: Any, sample: Sample) -> None:
+def _write_sample(stream: Any, sample: StateSample) -> None:
     values = {
         "now_s": _rounded(sample.now_s),
         "num_ended": sample.num_ended,

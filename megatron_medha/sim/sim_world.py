@@ -43,27 +43,27 @@ class RequestRecord:
         return self.token_times_s[0] - self.request.arrival_s
 
 
-def all_went_well(batch: Batch, duration_s: float) -> Completed:
+def no_failures(batch: Batch, duration_s: float) -> Completed:
     """The end of a batch in which no sampled token was a stop token and nothing failed."""
     return Completed(batch_id=batch.batch_id, duration_s=duration_s)
 
 
-class World:
+class SimRuntime:
     """A Runtime in virtual time over one replica: a heap of events, and a pipeline that batches run through.
 
     arrivals: requests in order of arrival; the next one is asked for when the last has come.
     outcome: what to report when a batch has taken so many seconds.
-    front_s: from a request's arrival until the scheduler learns of it: HTTP, tokenizer.
+    api_server_s: from a request's arrival until the scheduler learns of it: HTTP, tokenizer.
     """
 
     def __init__(
         self,
         arrivals: Iterable[Request],
         pipeline: Pipeline,
-        outcome: Callable[[Batch, float], Completed] = all_went_well,
-        front_s: float = 0.0,
+        outcome: Callable[[Batch, float], Completed] = no_failures,
+        api_server_s: float = 0.0,
     ) -> None:
-        self._front_s = front_s
+        self._api_server_s = api_server_s
         self._arrivals = iter(arrivals)
         self._next_arrival = next(self._arrivals, None)
         self._outcome = outcome
@@ -98,9 +98,9 @@ class World:
     def next_event(self) -> Event | None:
         """See Runtime."""
         request = self._next_arrival
-        if request is not None and (not self._heap or request.arrival_s + self._front_s <= self._heap[0][0]):
+        if request is not None and (not self._heap or request.arrival_s + self._api_server_s <= self._heap[0][0]):
             self._next_arrival = next(self._arrivals, None)
-            self._now_s = request.arrival_s + self._front_s
+            self._now_s = request.arrival_s + self._api_server_s
             return Arrived(request)
         if not self._heap:
             return None
@@ -127,7 +127,7 @@ class World:
         self._num_in_flight += 1
 
 
-class SimulatedWorld(World):
+class RecordingSimRuntime(SimRuntime):
     """A world that remembers every token of every request: for tests, and for small runs.
 
     truth: maps a batch to its seconds over all stages; stages share it evenly.
@@ -138,7 +138,7 @@ class SimulatedWorld(World):
         arrivals: Iterable[Request],
         truth: Callable[[Batch], float],
         spp: int = 1,
-        outcome: Callable[[Batch, float], Completed] = all_went_well,
+        outcome: Callable[[Batch, float], Completed] = no_failures,
     ) -> None:
         super().__init__((), Pipeline(spp), outcome)
         self._truth = truth

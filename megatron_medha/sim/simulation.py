@@ -12,28 +12,28 @@ from megatron_medha.core.cost.utilisation import mbu, mfu
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.loop import serve
-from megatron_medha.core.ports import Decisions, Observer
+from megatron_medha.core.ports import Observer, SchedulerProtocol
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.placement import ReplicaLoad
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.snapshot import work_of
-from megatron_medha.sim.baselines.instances_world import InstancesWorld
+from megatron_medha.sim.baselines.instances_world import InstancesSimRuntime
 from megatron_medha.sim.fleet import Fleet
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger, LiveRequest
-from megatron_medha.sim.measured_world import MeasuredWorld
+from megatron_medha.sim.measured_world import MeasuredSimRuntime
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import InstancesSetup, build_system
-from megatron_medha.sim.truth import Truth, Work
+from megatron_medha.sim.truth import ComputedWork, Truth
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.outcome import Outcome, Slo
 from megatron_medha.stats.summary import LengthClasses, Summary
-from megatron_medha.stats.timeline import Span
+from megatron_medha.stats.timeline import StageSpan
 from megatron_medha.workload.workload import Workload, WorkloadConfig
 
-_MOST_LONE_TIMES = 64  # tables that are kept, of up to thousands of numbers each
+_MAX_CACHED_ISOLATED = 64  # tables that are kept, of up to thousands of numbers each
 _NUM_SAMPLES = 400  # of the state, over the time in which requests arrive
 
 
@@ -64,7 +64,7 @@ class SimulationConfig:
         # What no machine of the scheduler's could hold has no time alone, and with that no deadline.
         return most if self.instances is None else min(most, self.instances.max_request_tokens)
 
-    def pipeline(self, on_span: Callable[[Span], None] | None = None) -> Pipeline:
+    def pipeline(self, on_span: Callable[[StageSpan], None] | None = None) -> Pipeline:
         """The stages and KVP ranks that batches run on; of a system of instances, one stage with each as a rank."""
         if self.instances is not None:
             return Pipeline(1, self.instances.num_instances, on_span)
@@ -83,7 +83,7 @@ class WaitingRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class StateSample:
     """The state of the replica at a moment."""
 
     now_s: float
@@ -94,12 +94,12 @@ class Sample:
 
 
 @dataclass(slots=True)
-class Watchers:
+class SimulationHooks:
     """What looks on while a simulation runs, without changing it."""
 
     on_outcome: Callable[[Outcome], None] = lambda outcome: None
-    on_sample: Callable[[Sample], None] = lambda sample: None
-    on_span: Callable[[Span], None] | None = None
+    on_sample: Callable[[StateSample], None] = lambda sample: None
+    on_span: Callable[[StageSpan], None] | None = None
     observers: tuple[Observer, ...] = field(default=())
 
 
@@ -128,21 +128,21 @@ class Simulation:
             )
         self._cost = setup.cluster_cost
         # The system is Medha's own whatever is under test: all are held to the same deadlines.
-        self.isolated_s = self._lone_times(replace(setup, config=SchedulerConfig(), learns=False))
+        self.isolated_s = self._isolated_times(replace(setup, config=SchedulerConfig(), learns=False))
 
-    def _lone_times(self, setup: SchedulerSetup) -> IsolatedTimes:
+    def _isolated_times(self, setup: SchedulerSetup) -> IsolatedTimes:
         config = self.config
         truth = replace(config.truth, noise=0.0)
-        return _lone_times(setup, truth, self.workload.facts.max_prompt_tokens)
+        return _isolated_times(setup, truth, self.workload.facts.max_prompt_tokens)
 
-    def least_ttft_s(self) -> Callable[[int], float] | None:
+    def ttft_lower_bound_s(self) -> Callable[[int], float] | None:
         """A bound by prompt length: no load, however small, gives a first token sooner. None: it is not known."""
         if self.config.instances is not None:
             return None
-        own_s, reference_s = self._lone_times(self.config.setup), self.isolated_s
+        own_s, reference_s = self._isolated_times(self.config.setup), self.isolated_s
         return lambda num_tokens: min(own_s(num_tokens), reference_s(num_tokens))
 
-    def run(self, watchers: Watchers, system: Decisions | None = None) -> SimulationResult:
+    def run(self, watchers: SimulationHooks, system: SchedulerProtocol | None = None) -> SimulationResult:
         """From the first arrival to the end. system: what decides; None: what the config says."""
         config, facts = self.config, self.workload.facts
         systems = [system] if system else [build_system(config.instances or config.setup) for _ in range(config.dp)]
@@ -160,7 +160,7 @@ class Simulation:
         requests = self.workload.requests()
         until_s = float("inf") if config.max_drain_s is None else facts.last_arrival_s + config.max_drain_s
         sample_s = config.sample_s or max(facts.last_arrival_s / _NUM_SAMPLES, 1e-3)
-        front_s = self._cost.engine.request_s
+        api_server_s = self._cost.engine.request_s
         if len(systems) == 1:
             world, work = self._world(requests, ledger, until_s, sample_s, look, watchers.on_span)
             worlds, works = [world], [work]
@@ -177,7 +177,7 @@ class Simulation:
                     live for live in ledger.live if fleet.replica_of[live.request.request_id] == replica
                 ), self.isolated_s)  # fmt: skip
 
-            fleet = Fleet(requests, systems, worlds, load_of, front_s, sample_s, look)
+            fleet = Fleet(requests, systems, worlds, load_of, api_server_s, sample_s, look)
             serve(fleet, fleet)
             end_s = fleet.now_s()
         ledger.close()
@@ -192,17 +192,17 @@ class Simulation:
         until_s: float,
         sample_s: float,
         look: Callable[[float], None],
-        on_span: Callable[[Span], None] | None,
-    ) -> tuple[MeasuredWorld, Work]:
+        on_span: Callable[[StageSpan], None] | None,
+    ) -> tuple[MeasuredSimRuntime, ComputedWork]:
         """A replica, and what it will have computed."""
-        config, pipeline, front_s = self.config, self.config.pipeline(on_span), self._cost.engine.request_s
+        config, pipeline, api_server_s = self.config, self.config.pipeline(on_span), self._cost.engine.request_s
         if config.instances is not None:
-            instances = InstancesWorld(requests, ledger, until_s, sample_s, look, front_s, pipeline)
+            instances = InstancesSimRuntime(requests, ledger, until_s, sample_s, look, api_server_s, pipeline)
             return instances, instances.work
         truth = Truth(self._cost, config.setup.shard_tokens, config.truth, config.seed)
-        return MeasuredWorld(requests, pipeline, truth, ledger, until_s, sample_s, look, front_s), truth.work
+        return MeasuredSimRuntime(requests, pipeline, truth, ledger, until_s, sample_s, look, api_server_s), truth.work
 
-    def _sample(self, now_s: float, ledger: Ledger, memories: Sequence[KVMemory]) -> Sample:
+    def _sample(self, now_s: float, ledger: Ledger, memories: Sequence[KVMemory]) -> StateSample:
         config = self.config
         waiting: list[WaitingRequest] = []
         for live in ledger.live:
@@ -218,7 +218,7 @@ class Simulation:
                         is_late=until_deadline_s < 0.0,
                     )
                 )
-        return Sample(
+        return StateSample(
             now_s=now_s,
             num_ended=ledger.num_ended,
             num_decoding=ledger.num_live - len(waiting),
@@ -231,7 +231,11 @@ class Simulation:
         )
 
     def _machine_values(
-        self, worlds: Sequence[MeasuredWorld], works: Sequence[Work], duration_s: float, kv_shares: list[float]
+        self,
+        worlds: Sequence[MeasuredSimRuntime],
+        works: Sequence[ComputedWork],
+        duration_s: float,
+        kv_shares: list[float],
     ) -> dict[str, Any]:
         setup = self.config.setup
         hardware, num_gpus = setup.hardware, setup.layout.world_size * len(worlds)
@@ -262,8 +266,8 @@ class Simulation:
         }
 
 
-@lru_cache(_MOST_LONE_TIMES)
-def _lone_times(setup: SchedulerSetup, truth: TruthConfig, max_tokens: int) -> IsolatedTimes:
+@lru_cache(_MAX_CACHED_ISOLATED)
+def _isolated_times(setup: SchedulerSetup, truth: TruthConfig, max_tokens: int) -> IsolatedTimes:
     """TTFT of a prompt alone under a scheduler, by length: the same for any number of replicas and any load."""
     cost = setup.cluster_cost
     return IsolatedTimes(
@@ -276,7 +280,7 @@ def _lone_times(setup: SchedulerSetup, truth: TruthConfig, max_tokens: int) -> I
 
 
 def _load(
-    system: Decisions, request: Request, live: Iterable[LiveRequest], isolated_s: Callable[[int], float]
+    system: SchedulerProtocol, request: Request, live: Iterable[LiveRequest], isolated_s: Callable[[int], float]
 ) -> ReplicaLoad:
     """What the router knows of a replica."""
     if isinstance(system, Scheduler):

@@ -13,7 +13,7 @@ from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.ports import Decisions
+from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.baselines.baseline_config import BASELINE_POLICIES, BaselineConfig
@@ -107,7 +107,7 @@ def build_scheduler(setup: SchedulerSetup) -> Scheduler:
     return scheduler
 
 
-def build_system(setup: SchedulerSetup | InstancesSetup) -> Decisions:
+def build_system(setup: SchedulerSetup | InstancesSetup) -> SchedulerProtocol:
     """The system under test, which has seen nothing yet."""
     if isinstance(setup, SchedulerSetup):
         return build_scheduler(setup)

@@ -20,7 +20,7 @@ _NUM_TOKEN_COUNTS = 1 << 14  # of steps, whose hops are remembered
 
 
 @dataclass(slots=True)
-class Work:
+class ComputedWork:
     """What all batches so far had to compute, whatever it took. Queries that several KVP ranks repeat count once."""
 
     num_batches: int = 0
@@ -54,7 +54,7 @@ class Truth:
         self._is_exact = config == TruthConfig()
         self._draw = Random(f"truth {seed}")
         self._by_tokens = lru_cache(_NUM_TOKEN_COUNTS)(self._tokens_facts)
-        self.work = Work()
+        self.work = ComputedWork()
 
     def __call__(self, batch: Batch) -> StepTimes:
         """The seconds of a batch."""

@@ -21,9 +21,9 @@ from megatron_medha.core.batch import (
 )
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.core.kv.block_pool import Extent
-from megatron_medha.core.ports import Decisions
+from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
-from megatron_medha.system.best_effort_file import SideFile, TextSink
+from megatron_medha.system.best_effort_file import BestEffortFile, TextSink
 
 _EVENTS: dict[str, type[Event]] = {
     kind.__name__: kind for kind in (Arrived, FirstStageDone, Completed, Aborted, RanksLost)
@@ -49,7 +49,7 @@ class DecisionLog:
     @classmethod
     def open(cls, path: Path, header: dict[str, Any]) -> DecisionLog:
         """Write to a file, flushed line by line so that a crash loses nothing. Raises OSError."""
-        return cls(SideFile.open(path, by_line=True), header)
+        return cls(BestEffortFile.open(path, by_line=True), header)
 
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""
@@ -89,7 +89,7 @@ def read_log(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Recorded]]:
     return header, (_record(line, _parse(line, text)) for line, text in numbered)
 
 
-def replay(records: Iterable[Recorded], decisions: Decisions) -> int:
+def replay(records: Iterable[Recorded], decisions: SchedulerProtocol) -> int:
     """Feed the recorded inputs to a scheduler and compare its batches; returns how many were equal.
 
     Raises ReplayError at the first batch that differs.

@@ -14,7 +14,7 @@ from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.stats.decision_log import Recorded, ReplayError
 
 
-class Why(Enum):
+class WaitReason(Enum):
     """Where a request stood while a batch was formed."""
 
     COMPUTED = "computed"      # it is in the batch
@@ -27,7 +27,7 @@ class Why(Enum):
 
 
 @dataclass(slots=True)
-class Ahead:
+class RequestAhead:
     """Another request whose prefill was computed while the one that is watched was not."""
 
     request: Request
@@ -38,10 +38,10 @@ class Ahead:
 
 
 @dataclass(slots=True)
-class Phase:
+class RequestPhase:
     """A stretch in which the same was true of every batch."""
 
-    why: Why
+    why: WaitReason
     start_s: float
     end_s: float
     first_slack: float       # of the watched request: (deadline - now - remaining work) / work
@@ -50,7 +50,7 @@ class Phase:
     num_computed: int = 0    # batches it is in itself
     num_tokens: int = 0      # of the watched request, computed in this stretch
     num_decodes: int = 0     # over all batches
-    ahead: dict[str, Ahead] = field(default_factory=dict)
+    ahead: dict[str, RequestAhead] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -62,8 +62,8 @@ class Explanation:
     learnt_s: float                # when the scheduler learnt of it
     deadline_s: float = 0.0        # as believed when the first chunk was formed, or last
     work_s: float = 0.0            # predicted time of its prefill, alone
-    put_back_s: float | None = None  # when triage first let others go before it, its deadline being lost
-    phases: list[Phase] = field(default_factory=list)
+    deprioritized_s: float | None = None  # when triage first let others go before it, its deadline being lost
+    phases: list[RequestPhase] = field(default_factory=list)
     first_token_s: float | None = None
     end_s: float | None = None
     num_tokens_out: int = 0
@@ -73,12 +73,12 @@ class Explanation:
     num_ahead_on_arrival: int = 0  # prefills not ended when it came
 
     @property
-    def ahead(self) -> list[Ahead]:
+    def ahead(self) -> list[RequestAhead]:
         """Everybody that was put before it, most tokens first."""
-        sums = _added_up(phase for phase in self.phases if phase.why is not Why.COMPUTED)
+        sums = _added_up(phase for phase in self.phases if phase.why is not WaitReason.COMPUTED)
         return sorted(sums.values(), key=lambda one: -one.num_tokens)
 
-    def at_most(self, num_phases: int) -> list[Phase]:
+    def at_most(self, num_phases: int) -> list[RequestPhase]:
         """The phases; where there are more, those of equal stretches of time put together.
 
         What was before the deadline was lost and what came after are kept apart, for which there may be one more.
@@ -88,28 +88,28 @@ class Explanation:
             return phases
         start_s = phases[0].start_s
         window_s = (phases[-1].end_s - start_s) / num_phases
-        windows: dict[tuple[bool, int], list[Phase]] = {}
+        windows: dict[tuple[bool, int], list[RequestPhase]] = {}
         for phase in phases:
-            is_put_back = self.put_back_s is not None and phase.start_s >= self.put_back_s
+            is_deprioritized = self.deprioritized_s is not None and phase.start_s >= self.deprioritized_s
             window = min(int((phase.start_s - start_s) / window_s), num_phases - 1)
-            windows.setdefault((is_put_back, window), []).append(phase)
+            windows.setdefault((is_deprioritized, window), []).append(phase)
         return [_joined(some) for some in windows.values()]
 
 
-def _added_up(phases: Iterable[Phase]) -> dict[str, Ahead]:
-    sums: dict[str, Ahead] = {}
+def _added_up(phases: Iterable[RequestPhase]) -> dict[str, RequestAhead]:
+    sums: dict[str, RequestAhead] = {}
     for phase in phases:
         for request_id, one in phase.ahead.items():
-            total = sums.setdefault(request_id, Ahead(one.request, 0, 0, one.first_slack))
+            total = sums.setdefault(request_id, RequestAhead(one.request, 0, 0, one.first_slack))
             total.num_tokens += one.num_tokens
             total.num_batches += one.num_batches
             total.last_slack = one.last_slack
     return sums
 
 
-def _joined(phases: list[Phase]) -> Phase:
-    return Phase(
-        phases[0].why if len({phase.why for phase in phases}) == 1 else Why.TURNS,
+def _joined(phases: list[RequestPhase]) -> RequestPhase:
+    return RequestPhase(
+        phases[0].why if len({phase.why for phase in phases}) == 1 else WaitReason.TURNS,
         phases[0].start_s,
         phases[-1].end_s,
         phases[0].first_slack,
@@ -122,7 +122,7 @@ def _joined(phases: list[Phase]) -> Phase:
     )
 
 
-def explain(records: Iterable[Recorded], scheduler: Scheduler, request_id: str) -> Explanation | None:
+def explain_request(records: Iterable[Recorded], scheduler: Scheduler, request_id: str) -> Explanation | None:
     """Decide a recorded run again until `request_id` has ended; None if it never arrives.
 
     Raises ReplayError where a decision differs from the recorded one: what we say would not be true of it.
@@ -154,8 +154,8 @@ def explain(records: Iterable[Recorded], scheduler: Scheduler, request_id: str) 
                   if other.is_prefill}  # fmt: skip
         blocked = _blocked(seq, scheduler)
         found.deadline_s, found.work_s = seq.deadline_s, seq.total_work_s
-        if found.put_back_s is None and scheduler.is_put_back(seq, record.now_s):
-            found.put_back_s = record.now_s
+        if found.deprioritized_s is None and scheduler.is_deprioritized(seq, record.now_s):
+            found.deprioritized_s = record.now_s
         _schedule(record, record.entry, scheduler)
         _note_batch(found, record.entry, record.now_s, slacks, blocked, requests)
     return found
@@ -201,15 +201,15 @@ def _note_outputs(found: Explanation, outputs: list[Output], now_s: float) -> bo
     return False
 
 
-def _blocked(seq: Sequence, scheduler: Scheduler) -> Why | None:
+def _blocked(seq: Sequence, scheduler: Scheduler) -> WaitReason | None:
     """What keeps a request out of the next batch whoever else is there."""
     if not seq.num_unscheduled_tokens or seq.num_first_stage_tokens < seq.num_scheduled_tokens:
-        return Why.IN_FLIGHT
+        return WaitReason.IN_FLIGHT
     if not seq.is_waiting:
         return None
     if scheduler.memory.num_owners >= scheduler.config.max_num_sequences:
-        return Why.NO_PLACE
-    return Why.NO_MEMORY if scheduler.memory.plan(seq) is None else None
+        return WaitReason.NO_PLACE
+    return WaitReason.NO_MEMORY if scheduler.memory.plan(seq) is None else None
 
 
 def _note_batch(
@@ -217,7 +217,7 @@ def _note_batch(
     batch: Batch,
     now_s: float,
     slacks: dict[str, float],
-    blocked: Why | None,
+    blocked: WaitReason | None,
     requests: dict[str, Request],
 ) -> None:
     request_id = found.request.request_id
@@ -225,19 +225,19 @@ def _note_batch(
     own = next((chunk for chunk in prefills if chunk.request_id == request_id), None)
     others = [chunk for chunk in prefills if chunk is not own]
     if own is not None:
-        why = Why.COMPUTED
+        why = WaitReason.COMPUTED
     elif blocked is not None:
         why = blocked
     else:
-        why = Why.PASSED if others else Why.NO_ROOM
+        why = WaitReason.PASSED if others else WaitReason.NO_ROOM
     slack = slacks[request_id]
     phase = found.phases[-1] if found.phases else None
     # A stretch ends when the reason changes, when it is somebody else who goes before, or when the deadline is lost.
-    is_same = phase is not None and phase.why is why and found.put_back_s != now_s and (
-        why is Why.COMPUTED or {chunk.request_id for chunk in others} <= set(phase.ahead) or not phase.ahead
+    is_same = phase is not None and phase.why is why and found.deprioritized_s != now_s and (
+        why is WaitReason.COMPUTED or {chunk.request_id for chunk in others} <= set(phase.ahead) or not phase.ahead
     )
     if phase is None or not is_same:
-        phase = Phase(why, now_s, now_s, slack, slack)
+        phase = RequestPhase(why, now_s, now_s, slack, slack)
         found.phases.append(phase)
     phase.end_s, phase.last_slack = now_s, slack
     phase.num_batches += 1
@@ -247,7 +247,7 @@ def _note_batch(
         phase.num_tokens += own.num_tokens
     for chunk in others:
         one = phase.ahead.setdefault(
-            chunk.request_id, Ahead(requests[chunk.request_id], first_slack=slacks[chunk.request_id])
+            chunk.request_id, RequestAhead(requests[chunk.request_id], first_slack=slacks[chunk.request_id])
         )
         one.num_tokens += chunk.num_tokens
         one.num_batches += 1

@@ -13,7 +13,7 @@ from megatron_medha.system.best_effort_file import TextSink
 _REQUESTS_PID = 1_000_000  # above any KVP rank
 
 
-class Span(NamedTuple):
+class StageSpan(NamedTuple):
     """A batch on one stage of one KVP rank."""
 
     batch_id: int
@@ -65,7 +65,7 @@ class Timeline:
         """See Observer. The spans of this batch come next."""
         self._batches[batch.batch_id] = batch
 
-    def span(self, span: Span) -> None:
+    def span(self, span: StageSpan) -> None:
         """A batch ran on a stage; nothing is said of a rank without a part in it."""
         if span.start_s > self._end_s:
             return

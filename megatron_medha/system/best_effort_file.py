@@ -16,7 +16,7 @@ class TextSink(Protocol):
         """Add the text at the end."""
 
 
-class SideFile:
+class BestEffortFile:
     """Requests must not end because the disk is full that a log of them is written to."""
 
     def __init__(self, path: Path, stream: TextIO) -> None:
@@ -24,7 +24,7 @@ class SideFile:
         self._stream: TextIO | None = stream
 
     @classmethod
-    def open(cls, path: Path, *, by_line: bool) -> SideFile:
+    def open(cls, path: Path, *, by_line: bool) -> BestEffortFile:
         """A new file; with by_line a crash of this process loses no line. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
         return cls(path, path.open("w", buffering=1 if by_line else -1, encoding="utf-8"))

@@ -46,8 +46,8 @@ _SHARED = f"{_GROUP}__mypyc"  # the library with the code of all of them; each m
 _PREFIX = "core-"
 _SUFFIX = EXTENSION_SUFFIXES[0]
 _BUILD_TIMEOUT_S = 900.0
-_MOST_BUILDS = 8  # that are kept, of 2 MB each; those of other sources or of another Python may be wanted again
-_LOOK_INTERVAL_S = 0.5
+_MAX_BUILDS = 8  # that are kept, of 2 MB each; those of other sources or of another Python may be wanted again
+_POLL_INTERVAL_S = 0.5
 _BUILD = f"""
 import json, sys
 from mypyc.build import mypycify
@@ -128,7 +128,7 @@ def _gathered(place: Path) -> Path:
 
 def _remove_oldest(cache: Path) -> None:
     oldest_first = sorted(cache.glob(f"{_PREFIX}*"), key=lambda one: one.stat().st_mtime_ns)
-    for old in oldest_first[:-_MOST_BUILDS]:
+    for old in oldest_first[:-_MAX_BUILDS]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -163,7 +163,7 @@ def _wait(build: subprocess.Popen[bytes], tell: Callable[[float], None]) -> None
         if seconds > _BUILD_TIMEOUT_S:
             raise CompileError(f"the compiler took longer than {_BUILD_TIMEOUT_S:.0f} s")
         tell(seconds)
-        time.sleep(_LOOK_INTERVAL_S)
+        time.sleep(_POLL_INTERVAL_S)
 
 
 class _CompiledCore(MetaPathFinder):

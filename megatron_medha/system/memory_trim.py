@@ -6,11 +6,11 @@ import ctypes
 
 # glibc keeps what is freed between pieces that live on. What lies there depends on which sizes met by chance, and its
 # record grows as long as chance plays: a rank grew by 34 MiB in an hour in which nothing leaked (experiments/soak).
-GIVE_BACK_INTERVAL_S = 60.0
+TRIM_INTERVAL_S = 60.0
 _M_MMAP_THRESHOLD = -3
 
 
-def give_back_freed_memory() -> None:
+def malloc_trim() -> None:
     """Return free pages of all heaps to the system, from any thread; nothing where the C library has no such call."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
@@ -19,7 +19,7 @@ def give_back_freed_memory() -> None:
     trim(ctypes.c_size_t(0))
 
 
-def give_back_large_blocks() -> None:
+def set_mmap_threshold() -> None:
     """Have blocks of 1 MiB and more returned to the system as soon as they are freed, from here on.
 
     By default glibc raises that limit up to 32 MiB as such blocks come and go: bodies of 16 MiB left 50 MiB behind.

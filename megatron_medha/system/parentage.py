@@ -10,7 +10,7 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent_pid: int) -> None:
+def set_pdeathsig(parent_pid: int) -> None:
     """Ask Linux to kill this process when the one that started it ends, however that ends."""
     if sys.platform != "linux":
         return

@@ -23,7 +23,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _LISTS = ("extra_special_tokens", "additional_special_tokens")  # of transformers 5 and 4
 
 
-class _Added(msgspec.Struct):
+class _SpecialToken(msgspec.Struct):
     """A token and how it is found in text, as files write it."""
 
     content: str
@@ -47,7 +47,7 @@ class _Added(msgspec.Struct):
 class _File(msgspec.Struct):
     """Of tokenizer.json, its added tokens."""
 
-    added_tokens: list[_Added] = []
+    added_tokens: list[_SpecialToken] = []
 
 
 def token_settings(directory: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def read_whole_tokenizer(path: Path) -> str:
     return _with(content, missing, path) if missing else content
 
 
-def _missing(directory: Path, present: list[_Added]) -> list[_Added]:
+def _missing(directory: Path, present: list[_SpecialToken]) -> list[_SpecialToken]:
     """Tokens that transformers would add to those, in its order."""
     settings = token_settings(directory)
     numbered = _numbered(directory, settings)
@@ -104,7 +104,7 @@ def _missing(directory: Path, present: list[_Added]) -> list[_Added]:
     return [msgspec.structs.replace(token, special=True) if token.content in special else token for token in found]
 
 
-def _numbered(directory: Path, settings: dict[str, Any]) -> list[_Added]:
+def _numbered(directory: Path, settings: dict[str, Any]) -> list[_SpecialToken]:
     """Tokens that come with their ids, in the order of those."""
     path, stated = directory / "tokenizer_config.json", settings.get("added_tokens_decoder")
     if stated is None:
@@ -124,16 +124,16 @@ def _numbered(directory: Path, settings: dict[str, Any]) -> list[_Added]:
     return sorted(found, key=lambda token: token.id or 0)
 
 
-def _converted(value: object, path: Path) -> _Added:
+def _converted(value: object, path: Path) -> _SpecialToken:
     try:
-        token = msgspec.convert({"content": value} if isinstance(value, str) else value, _Added)
+        token = msgspec.convert({"content": value} if isinstance(value, str) else value, _SpecialToken)
         token.content.encode()  # half a surrogate pair is no text, and crashes the library
         return token
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{path}: {shown(value)} is no token: {error}") from error
 
 
-def _with(content: str, missing: list[_Added], path: Path) -> str:
+def _with(content: str, missing: list[_SpecialToken], path: Path) -> str:
     import tokenizers
 
     try:
@@ -152,7 +152,7 @@ def _with(content: str, missing: list[_Added], path: Path) -> str:
     return text
 
 
-def _for_library(token: _Added) -> tokenizers.AddedToken:
+def _for_library(token: _SpecialToken) -> tokenizers.AddedToken:
     import tokenizers
 
     content, lstrip, rstrip, single_word, normalized, special = token.flags()

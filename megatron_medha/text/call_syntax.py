@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class CallSyntax(Enum):
+class ToolSyntax(Enum):
     """How calls are written in the text of an answer."""
 
     HERMES = "hermes"            # <tool_call>{"name": ..., "arguments": {...}}</tool_call>: Hermes, Qwen, Granite 4
@@ -88,56 +88,56 @@ _GLM_TAGS = Tags(
 )  # fmt: skip
 
 MARKS = {
-    CallSyntax.HERMES: Marks(
+    ToolSyntax.HERMES: Marks(
         openings=("<tool_call>",), closings=("</tool_call>",), between=("```json", "```", "</function>"),
         tags=_FUNCTION_TAGS,
     ),
-    CallSyntax.QWEN_XML: Marks(
+    ToolSyntax.QWEN_XML: Marks(
         openings=("<tool_call>", "<function="), closings=("</tool_call>",), between=("</function>",),
         tags=_FUNCTION_TAGS,
     ),
-    CallSyntax.SEED: Marks(
+    ToolSyntax.SEED: Marks(
         openings=("<seed:tool_call>", "<function="), closings=("</seed:tool_call>",), between=("</function>",),
         tags=_FUNCTION_TAGS,
     ),
-    CallSyntax.LLAMA3_JSON: Marks(openings=("<|python_tag|>",), is_bare=True),
-    CallSyntax.PYTHONIC: Marks(
+    ToolSyntax.LLAMA3_JSON: Marks(openings=("<|python_tag|>",), is_bare=True),
+    ToolSyntax.PYTHONIC: Marks(
         openings=("<|tool_call_start|>", "<|python_start|>", "<function_calls>"),
         closings=("<|tool_call_end|>", "<|python_end|>", "</function_calls>"), is_bare=True, is_python=True,
     ),
-    CallSyntax.MISTRAL: Marks(
+    ToolSyntax.MISTRAL: Marks(
         openings=("[TOOL_CALLS]",), within=("[CALL_ID]", "[ARGS]"),
         head=re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)"),
         head_so_far=re.compile(r"[\w.-]+(?:\[[A-Z_]*(?:\]\w*)?){0,2}\s*"),
     ),
-    CallSyntax.DEEPSEEK: Marks(
+    ToolSyntax.DEEPSEEK: Marks(
         openings=("<｜tool▁calls▁begin｜>",), closings=("<｜tool▁calls▁end｜>",),
         between=("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "```json", "```"), within=("<｜tool▁sep｜>",),
         head=re.compile(r"(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?)?\s*(?=\{)"),
         head_so_far=re.compile(r"[\w.-]+(?:<[｜tool▁sep]*>?)?[\w.-]*\s*(?:`{1,2}|```[json]*)?\s*"),
     ),
-    CallSyntax.DEEPSEEK_DSML: Marks(
+    ToolSyntax.DEEPSEEK_DSML: Marks(
         openings=("<｜DSML｜function_calls>",), closings=("</｜DSML｜function_calls>",), within=("｜DSML｜",),
         tags=_DSML_TAGS,
     ),
-    CallSyntax.GLM: Marks(
+    ToolSyntax.GLM: Marks(
         openings=("<tool_call>",), closings=("</tool_call>",), within=("</arg_key>", "<arg_value>"), tags=_GLM_TAGS
     ),
-    CallSyntax.KIMI: Marks(
+    ToolSyntax.KIMI: Marks(
         openings=("<|tool_calls_section_begin|>",), closings=("<|tool_calls_section_end|>",),
         between=("<|tool_call_begin|>", "<|tool_call_end|>"), within=("<|tool_call_argument_begin|>",),
         head=re.compile(r"(?:functions\.)?([\w.-]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*(?=\{)"),
         head_so_far=re.compile(r"[\w.-]+(?::\d*)?\s*(?:<[|a-z_]*>?)?\s*"),
     ),
-    CallSyntax.MINIMAX: Marks(
+    ToolSyntax.MINIMAX: Marks(
         openings=("<minimax:tool_call>",), closings=("</minimax:tool_call>",), tags=_INVOKE_TAGS
     ),
-    CallSyntax.GRANITE: Marks(openings=("<|tool_call|>",), closings=("<|/tool_call|>",)),
-    CallSyntax.COHERE: Marks(openings=("<|START_ACTION|>",), closings=("<|END_ACTION|>",)),
-    CallSyntax.JAMBA: Marks(openings=("<tool_calls>",), closings=("</tool_calls>",)),
-    CallSyntax.NEMOTRON: Marks(openings=("<TOOLCALL>",), closings=("</TOOLCALL>",)),
-    CallSyntax.LIST: Marks(is_bare=True),
-    CallSyntax.ARGUMENTS: Marks(),
+    ToolSyntax.GRANITE: Marks(openings=("<|tool_call|>",), closings=("<|/tool_call|>",)),
+    ToolSyntax.COHERE: Marks(openings=("<|START_ACTION|>",), closings=("<|END_ACTION|>",)),
+    ToolSyntax.JAMBA: Marks(openings=("<tool_calls>",), closings=("</tool_calls>",)),
+    ToolSyntax.NEMOTRON: Marks(openings=("<TOOLCALL>",), closings=("</TOOLCALL>",)),
+    ToolSyntax.LIST: Marks(is_bare=True),
+    ToolSyntax.ARGUMENTS: Marks(),
 }  # fmt: skip
 
 # Around what a model thinks before it answers. A call that it thinks about is none.
@@ -149,35 +149,35 @@ REASONING = (
 
 # The first row of which all parts stand in a template says how its model calls.
 _SIGNS = (
-    (("<｜DSML｜",), CallSyntax.DEEPSEEK_DSML),
-    (("<｜tool▁calls▁begin｜>",), CallSyntax.DEEPSEEK),
-    (("<|tool_calls_section_begin|>",), CallSyntax.KIMI),
-    (("<minimax:tool_call>",), CallSyntax.MINIMAX),
-    (("<arg_key>",), CallSyntax.GLM),
-    (("<seed:tool_call>",), CallSyntax.SEED),
-    (("<function=", "<parameter="), CallSyntax.QWEN_XML),
-    (("<tool_call>",), CallSyntax.HERMES),
-    (("[TOOL_CALLS]",), CallSyntax.MISTRAL),
-    (("<|START_ACTION|>",), CallSyntax.COHERE),
-    (("<TOOLCALL>",), CallSyntax.NEMOTRON),
-    (("<tool_calls>",), CallSyntax.JAMBA),
-    (("<|tool_call|>",), CallSyntax.GRANITE),
-    (("<|tool_call_start|>",), CallSyntax.PYTHONIC),
-    (("<function_calls>",), CallSyntax.PYTHONIC),
-    (("func_name1(params_name1=",), CallSyntax.PYTHONIC),
-    (("parameters", "<|python_tag|>"), CallSyntax.LLAMA3_JSON),
-    (("parameters", "ipython"), CallSyntax.LLAMA3_JSON),
+    (("<｜DSML｜",), ToolSyntax.DEEPSEEK_DSML),
+    (("<｜tool▁calls▁begin｜>",), ToolSyntax.DEEPSEEK),
+    (("<|tool_calls_section_begin|>",), ToolSyntax.KIMI),
+    (("<minimax:tool_call>",), ToolSyntax.MINIMAX),
+    (("<arg_key>",), ToolSyntax.GLM),
+    (("<seed:tool_call>",), ToolSyntax.SEED),
+    (("<function=", "<parameter="), ToolSyntax.QWEN_XML),
+    (("<tool_call>",), ToolSyntax.HERMES),
+    (("[TOOL_CALLS]",), ToolSyntax.MISTRAL),
+    (("<|START_ACTION|>",), ToolSyntax.COHERE),
+    (("<TOOLCALL>",), ToolSyntax.NEMOTRON),
+    (("<tool_calls>",), ToolSyntax.JAMBA),
+    (("<|tool_call|>",), ToolSyntax.GRANITE),
+    (("<|tool_call_start|>",), ToolSyntax.PYTHONIC),
+    (("<function_calls>",), ToolSyntax.PYTHONIC),
+    (("func_name1(params_name1=",), ToolSyntax.PYTHONIC),
+    (("parameters", "<|python_tag|>"), ToolSyntax.LLAMA3_JSON),
+    (("parameters", "ipython"), ToolSyntax.LLAMA3_JSON),
 )
 
 
-def syntax_of_template(source: str | None) -> CallSyntax | None:
+def syntax_of_template(source: str | None) -> ToolSyntax | None:
     """How a model calls whose chat template this is; None where it does not show."""
     if source is None:
         return None
     return next((syntax for signs, syntax in _SIGNS if all(sign in source for sign in signs)), None)
 
 
-def tokens_of(syntax: CallSyntax) -> tuple[str, ...]:
+def tokens_of(syntax: ToolSyntax) -> tuple[str, ...]:
     """What may be special tokens, and has to be seen where calls are looked for."""
     marks = MARKS[syntax]
     pairs = [mark for pair in REASONING for mark in pair]

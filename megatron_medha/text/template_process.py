@@ -22,22 +22,22 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from megatron_medha.system.parentage import die_with_parent
+from megatron_medha.system.parentage import set_pdeathsig
 from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
 from megatron_medha.text.whole_chat import render_whole
 
 COMMAND = ("-m", "megatron_medha.text.template_process")
 HEADER = struct.Struct("<Q")  # the length of what follows
 
-_LEAST_MEMORY_BYTES = 2**28
+_MIN_MEMORY_BYTES = 2**28
 _MEMORY_PER_BYTE = 32   # of what was sent: a few copies, of four bytes a character where text is not Latin
-_LEAST_ANSWER_BYTES = 2**20
-_ANSWER_PER_BYTE = 8
+_MIN_OUTPUT_BYTES = 2**20
+_OUTPUT_PER_BYTE = 8
 _KILL_MARGIN_S = 1.0    # after the exception: where the interpreter is in the middle of a long computation
 _MAX_OPEN_FILES = 64
 
 
-class Job(NamedTuple):
+class RenderJob(NamedTuple):
     """Messages to be rendered."""
 
     source: str | None
@@ -48,7 +48,7 @@ class Job(NamedTuple):
     cpu_s: float             # that it may take
 
 
-class Rendered(msgspec.Struct, frozen=True, array_like=True):
+class RenderResult(msgspec.Struct, frozen=True, array_like=True):
     """What came of it."""
 
     text: str = ""
@@ -57,13 +57,13 @@ class Rendered(msgspec.Struct, frozen=True, array_like=True):
     place: int | None = None     # of the message that is at fault
 
 
-class _OutOfTime(BaseException):
+class _CpuTimeExceeded(BaseException):
     """Not an Exception: no template's error is like it."""
 
 
 def main() -> None:
     """Render what comes in until nothing more does."""
-    die_with_parent(int(sys.argv[1]))
+    set_pdeathsig(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGPROF, _stop)
     # Templates reach no file; should one find a way, it finds little.
@@ -75,20 +75,20 @@ def main() -> None:
     with socket.socket(fileno=os.dup(0)) as connection, connection.makefile("rb") as jobs:
         while header := jobs.read(HEADER.size):
             num_bytes = HEADER.unpack(header)[0]
-            job: Job = pickle.loads(jobs.read(num_bytes))
+            job: RenderJob = pickle.loads(jobs.read(num_bytes))
             try:
                 if template is None or (template.source, template.special_tokens) != (job.source, job.special_tokens):
                     template, takes_parts = ChatTemplate(job.source, job.special_tokens), False
                 rendered = _rendered(template, job, num_bytes, takes_parts)
             except ChatTemplateError as error:
-                rendered = Rendered(error=str(error), place=error.place)
+                rendered = RenderResult(error=str(error), place=error.place)
             takes_parts = takes_parts or rendered.mapping.endswith("parts")
             answer = msgspec.msgpack.encode(rendered)
             connection.sendall(HEADER.pack(len(answer)) + answer)
 
 
-def _rendered(template: ChatTemplate, job: Job, num_bytes: int, takes_parts: bool) -> Rendered:
-    _limit(resource.RLIMIT_DATA, _data_bytes() + _LEAST_MEMORY_BYTES + _MEMORY_PER_BYTE * num_bytes)
+def _rendered(template: ChatTemplate, job: RenderJob, num_bytes: int, takes_parts: bool) -> RenderResult:
+    _limit(resource.RLIMIT_DATA, _data_bytes() + _MIN_MEMORY_BYTES + _MEMORY_PER_BYTE * num_bytes)
     # The exception comes between two steps of the interpreter; where one takes for ever, the kernel ends the process.
     _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + job.cpu_s + _KILL_MARGIN_S))
     try:
@@ -100,16 +100,16 @@ def _rendered(template: ChatTemplate, job: Job, num_bytes: int, takes_parts: boo
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0.0)
             _limit(resource.RLIMIT_CPU, None)
-    except _OutOfTime:
+    except _CpuTimeExceeded:
         raise ChatTemplateError(f"the chat template has not ended after {job.cpu_s:.1f} s") from None
     except RecursionError:
         raise ChatTemplateError("the messages are nested too deeply") from None
     except MemoryError:
         raise ChatTemplateError("the chat template asks for too much memory") from None
     text = whole.text.encode("utf-8", "replace").decode()
-    if len(text) > _LEAST_ANSWER_BYTES + _ANSWER_PER_BYTE * num_bytes:
+    if len(text) > _MIN_OUTPUT_BYTES + _OUTPUT_PER_BYTE * num_bytes:
         raise ChatTemplateError(f"the chat template writes {len(text)} characters, far more than the messages have")
-    return Rendered(text, whole.mapping)
+    return RenderResult(text, whole.mapping)
 
 
 def _limit(kind: int, most: int | None) -> None:
@@ -119,7 +119,7 @@ def _limit(kind: int, most: int | None) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise _OutOfTime
+    raise _CpuTimeExceeded
 
 
 def _data_bytes() -> int:

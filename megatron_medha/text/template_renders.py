@@ -21,7 +21,7 @@ import msgspec
 
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
-from megatron_medha.text.template_process import COMMAND, HEADER, Job, Rendered
+from megatron_medha.text.template_process import COMMAND, HEADER, RenderJob, RenderResult
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +32,15 @@ _WALL_PER_CPU = 10.0     # on a machine that is busy with the model
 _START_S = 60.0
 _SLICE = 256             # messages
 _VARIABLES = ("tools", "extra")  # options that hold what clients sent
-_MOST_ANSWER_BYTES = 2**26  # and forty times what was sent; the process itself stays far below
-_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV")
+_MAX_OUTPUT_BYTES = 2**26  # and forty times what was sent; the process itself stays far below
+_INHERITED_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV")
 
 
 class NoRenderProcess(MedhaError):
     """None comes up, or the server is shutting down."""
 
 
-class TemplateRenders:
+class TemplateProcessPool:
     """The processes, and the threads that wait for them. submit() and close() may be called from any thread."""
 
     def __init__(self, cpu_s: float = _CPU_S) -> None:
@@ -102,7 +102,7 @@ class TemplateRenders:
             self._log_mapping(rendered.mapping)
         return rendered.text
 
-    def _ask(self, process: _RenderProcess, payload: bytes, cpu_s: float) -> Rendered | None:
+    def _ask(self, process: _RenderProcess, payload: bytes, cpu_s: float) -> RenderResult | None:
         """None if the process has ended over it, or was ended."""
         rendered = process.ask(payload, _START_S * process.is_new + _WALL_PER_CPU * cpu_s)
         with self._lock:
@@ -141,7 +141,7 @@ class TemplateRenders:
 
 def _job(
     template: ChatTemplate, messages: Iterable[dict[str, Any]], options: dict[str, Any], cpu_s: float
-) -> Job:
+) -> RenderJob:
     # In slices: the interpreter's lock is held while one is written, and the event loop waits for it.
     left = iter(messages)
     slices = []
@@ -153,7 +153,7 @@ def _job(
         written = msgspec.json.encode(variables)
     except OverflowError:  # an integer of more than 64 bits
         written = json.dumps(variables).encode()
-    return Job(template.source, template.special_tokens, slices, plain, written, cpu_s)
+    return RenderJob(template.source, template.special_tokens, slices, plain, written, cpu_s)
 
 
 def _log_error(rendered: Future[str]) -> None:
@@ -168,7 +168,7 @@ class _RenderProcess:
     def __init__(self) -> None:
         self._connection, theirs = socket.socketpair()
         self.is_new = True
-        environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        environment = {name: os.environ[name] for name in _INHERITED_VARIABLES if name in os.environ}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, *COMMAND, str(os.getpid())],
@@ -181,21 +181,21 @@ class _RenderProcess:
     def has_ended(self) -> bool:
         return self._process.poll() is not None
 
-    def ask(self, payload: bytes, timeout_s: float) -> Rendered | None:
+    def ask(self, payload: bytes, timeout_s: float) -> RenderResult | None:
         """What it answers; None if it ends instead, or takes longer."""
         deadline_s = time.monotonic() + timeout_s
         try:
             self._connection.settimeout(timeout_s)
             self._connection.sendall(HEADER.pack(len(payload)) + payload)
             num_bytes = HEADER.unpack(self._receive(HEADER.size, deadline_s))[0]
-            if num_bytes > _MOST_ANSWER_BYTES + 40 * len(payload):
+            if num_bytes > _MAX_OUTPUT_BYTES + 40 * len(payload):
                 return None
             answer = self._receive(num_bytes, deadline_s)
         except (OSError, EOFError):
             return None
         self.is_new = False
         try:
-            return msgspec.msgpack.decode(answer, type=Rendered)
+            return msgspec.msgpack.decode(answer, type=RenderResult)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return None
 

@@ -64,7 +64,7 @@ def read_tokenizer_file(path: Path) -> str:
         raise CheckpointError(f"{path} is no valid tokenizer: {cut(error)}") from error
 
 
-class _Vocabulary(msgspec.Struct):
+class _VocabularyTable(msgspec.Struct):
     """By model, tokens and their ids, or pairs of token and score in the order of ids."""
 
     vocab: dict[str, int] | list[tuple[str, float]] = msgspec.field(default_factory=dict)
@@ -76,7 +76,7 @@ class _AddedToken(msgspec.Struct):
 
 
 class _Tokens(msgspec.Struct):
-    model: _Vocabulary
+    model: _VocabularyTable
     added_tokens: list[_AddedToken] = []
 
 

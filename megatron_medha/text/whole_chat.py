@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
 
-Message = dict[str, Any]
+TemplateMessage = dict[str, Any]
 
 # Text this short may stand in a prompt by chance, so the template is also tried with a word that cannot.
 _SHORT_CHARS = 24
@@ -27,7 +27,7 @@ _REASONING = re.compile(
     r"\s*(?:<(think|thinking|thought|reasoning|seed:think)>.*?</\1>|\[THINK\].*?\[/THINK\])", re.DOTALL
 )
 _SPELT_PARTS = ("{'type': 'text'", '{"type": "text"')  # a part, written out by Python or as JSON
-_MOST_ARGUMENT_TEXTS = 1000  # of a call, that are looked for one by one
+_MAX_ARGUMENT_TEXTS = 1000  # of a call, that are looked for one by one
 
 
 class WholeChat(NamedTuple):
@@ -38,7 +38,7 @@ class WholeChat(NamedTuple):
 
 
 def render_whole(
-    template: ChatTemplate, messages: Sequence[Message], *, takes_parts: bool = False, **options: Any
+    template: ChatTemplate, messages: Sequence[TemplateMessage], *, takes_parts: bool = False, **options: Any
 ) -> WholeChat:
     """The prompt's text. ChatTemplateError names the message that the template leaves out, or says why it refuses.
 
@@ -75,7 +75,7 @@ def render_whole(
 # ---- other ways to write the same ----
 
 
-def _ways_to_write(messages: Sequence[Message]) -> Iterator[tuple[str, Sequence[Message]]]:
+def _ways_to_write(messages: Sequence[TemplateMessage]) -> Iterator[tuple[str, Sequence[TemplateMessage]]]:
     """The messages as they are, then with one change after another, then with one of the last two as well."""
     yield "", messages
     ways: list[str] = []
@@ -91,14 +91,16 @@ def _ways_to_write(messages: Sequence[Message]) -> Iterator[tuple[str, Sequence[
         yield from _last_ways(ways, changed)
 
 
-def _last_ways(ways: Sequence[str], messages: Sequence[Message]) -> Iterator[tuple[str, Sequence[Message]]]:
+def _last_ways(
+    ways: Sequence[str], messages: Sequence[TemplateMessage]
+) -> Iterator[tuple[str, Sequence[TemplateMessage]]]:
     for name, step in _LAST_STEPS:
         if (changed := step(messages)) != messages:
             yield "; ".join([*ways, name]), changed
 
 
-def _with_common_roles(messages: Sequence[Message]) -> Sequence[Message]:
-    mapped: list[Message] = []
+def _with_common_roles(messages: Sequence[TemplateMessage]) -> Sequence[TemplateMessage]:
+    mapped: list[TemplateMessage] = []
     call_ids: dict[str | None, str] = {}
     for message in messages:
         for call in message.get("tool_calls") or ():
@@ -114,7 +116,7 @@ def _with_common_roles(messages: Sequence[Message]) -> Sequence[Message]:
     return mapped
 
 
-def _with_one_system_message(messages: Sequence[Message]) -> Sequence[Message]:
+def _with_one_system_message(messages: Sequence[TemplateMessage]) -> Sequence[TemplateMessage]:
     system = [message for message in messages if message["role"] == "system"]
     if not system or (len(system) == 1 and messages[0]["role"] == "system"):
         return messages
@@ -122,7 +124,7 @@ def _with_one_system_message(messages: Sequence[Message]) -> Sequence[Message]:
     return [{"role": "system", "content": text}, *(one for one in messages if one["role"] != "system")]
 
 
-def _with_system_in_question(messages: Sequence[Message]) -> Sequence[Message]:
+def _with_system_in_question(messages: Sequence[TemplateMessage]) -> Sequence[TemplateMessage]:
     """For templates that have no place for the system."""
     if [one["role"] for one in messages] == ["system"]:
         return [{**messages[0], "role": "user"}]
@@ -132,11 +134,11 @@ def _with_system_in_question(messages: Sequence[Message]) -> Sequence[Message]:
     return [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *messages[2:]]
 
 
-def _with_empty_contents(messages: Sequence[Message]) -> Sequence[Message]:
+def _with_empty_contents(messages: Sequence[TemplateMessage]) -> Sequence[TemplateMessage]:
     return [{**one, "content": ""} if one.get("content") is None else one for one in messages]
 
 
-def _with_short_ids(messages: Sequence[Message]) -> Sequence[Message]:
+def _with_short_ids(messages: Sequence[TemplateMessage]) -> Sequence[TemplateMessage]:
     """As Mistral's templates want them."""
     changed = []
     for message in messages:
@@ -154,9 +156,9 @@ def _short_id(call_id: str) -> str:
     return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
 
 
-def _with_turns_joined(messages: Sequence[Message]) -> Sequence[Message]:
+def _with_turns_joined(messages: Sequence[TemplateMessage]) -> Sequence[TemplateMessage]:
     """For templates in which user and assistant must alternate."""
-    joined: list[Message] = []
+    joined: list[TemplateMessage] = []
     for message in messages:
         last = joined[-1] if joined else None
         if last is None or last["role"] != message["role"] or message["role"] not in ("user", "assistant") or (
@@ -169,11 +171,11 @@ def _with_turns_joined(messages: Sequence[Message]) -> Sequence[Message]:
     return joined
 
 
-def _with_calls_as_text(messages: Sequence[Message]) -> Sequence[Message]:
+def _with_calls_as_text(messages: Sequence[TemplateMessage]) -> Sequence[TemplateMessage]:
     """For templates that know no calls: written as Hermes models do, and results as the user's."""
     if not any(one.get("tool_calls") for one in messages):
         return messages  # a result alone answers nothing
-    changed: list[Message] = []
+    changed: list[TemplateMessage] = []
     for message in messages:
         text = message.get("content") or ""
         role = message["role"]
@@ -190,9 +192,9 @@ def _with_calls_as_text(messages: Sequence[Message]) -> Sequence[Message]:
     return changed
 
 
-def _with_calls_apart(messages: Sequence[Message]) -> Sequence[Message]:
+def _with_calls_apart(messages: Sequence[TemplateMessage]) -> Sequence[TemplateMessage]:
     """Each call in a message of its own, without text, and its result behind it."""
-    apart: list[Message] = []
+    apart: list[TemplateMessage] = []
     placed: set[int] = set()  # results that stand behind their calls
     for place, message in enumerate(messages):
         calls = message.get("tool_calls") or ()
@@ -212,7 +214,7 @@ def _with_calls_apart(messages: Sequence[Message]) -> Sequence[Message]:
     return apart
 
 
-def _place_of_result(messages: Sequence[Message], place: int, call_id: str) -> int | None:
+def _place_of_result(messages: Sequence[TemplateMessage], place: int, call_id: str) -> int | None:
     for result in range(place + 1, len(messages)):
         if messages[result]["role"] != "tool":
             return None
@@ -221,20 +223,20 @@ def _place_of_result(messages: Sequence[Message], place: int, call_id: str) -> i
     return None
 
 
-def _in_parts(message: Message) -> Message:
+def _in_parts(message: TemplateMessage) -> TemplateMessage:
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}] if content else []}
 
 
 _JOINED = "turns of one role as one"
-_Step = Callable[[Sequence[Message]], Sequence[Message]]
-_STEPS: tuple[tuple[str, _Step], ...] = (
+_Rewrite = Callable[[Sequence[TemplateMessage]], Sequence[TemplateMessage]]
+_STEPS: tuple[tuple[str, _Rewrite], ...] = (
     ("developer as system, function as tool", _with_common_roles),
     ("system messages as one", _with_one_system_message),
     ("no content as empty text", _with_empty_contents),
     ("calls with ids of nine characters", _with_short_ids),
 )
-_LAST_STEPS: tuple[tuple[str, _Step], ...] = (
+_LAST_STEPS: tuple[tuple[str, _Rewrite], ...] = (
     (_JOINED, _with_turns_joined),
     ("calls in messages of their own", _with_calls_apart),
     ("calls and results as text", _with_calls_as_text),
@@ -246,8 +248,8 @@ _LAST_STEPS: tuple[tuple[str, _Step], ...] = (
 
 def _left_out(
     template: ChatTemplate,
-    messages: Sequence[Message],
-    written: Sequence[Message],
+    messages: Sequence[TemplateMessage],
+    written: Sequence[TemplateMessage],
     text: str,
     options: Mapping[str, Any],
 ) -> int | None:
@@ -262,7 +264,10 @@ def _left_out(
 
 
 def _first_lost_shape(
-    template: ChatTemplate, messages: Sequence[Message], written: Sequence[Message], options: Mapping[str, Any]
+    template: ChatTemplate,
+    messages: Sequence[TemplateMessage],
+    written: Sequence[TemplateMessage],
+    options: Mapping[str, Any],
 ) -> int | None:
     """As _left_out(), of short texts and calls, which may be there by chance: rendered with words that cannot be."""
     words = {
@@ -286,7 +291,7 @@ def _first_lost_shape(
     return None
 
 
-def _with_word(message: Message, word: str) -> Message:
+def _with_word(message: TemplateMessage, word: str) -> TemplateMessage:
     """The same message with other text, and calls of another function with other texts as arguments."""
     changed = dict(message)
     if content := message.get("content"):
@@ -316,7 +321,7 @@ def _with_texts(value: Any, text: str) -> Any:
 
 
 def _first_missing(
-    messages: Sequence[Message], text: str, form: Callable[[str], str] = str.strip
+    messages: Sequence[TemplateMessage], text: str, form: Callable[[str], str] = str.strip
 ) -> int | None:
     position = 0
     for place, message in enumerate(messages):
@@ -366,7 +371,7 @@ def _spellings(text: str) -> Iterator[str]:
 def _find_call(text: str, function: Mapping[str, Any], position: int, form: Callable[[str], str]) -> int:
     """As _find(), of every text in a call's arguments, however they are written; position if there is none."""
     end = position
-    for leaf in islice(_texts_in(function["arguments"]), _MOST_ARGUMENT_TEXTS):
+    for leaf in islice(_texts_in(function["arguments"]), _MAX_ARGUMENT_TEXTS):
         found = _find(text, [leaf], position, form)
         if found < 0:
             return -1

@@ -19,7 +19,7 @@ from megatron_medha.model.inference_context import PackedBatch, SharedRows
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.shared_attention import SharedAttention
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
-from megatron_medha.parallel.shm_channel import SharedSlots
+from megatron_medha.parallel.shm_channel import ShmChannel
 from megatron_medha.worker.token_store import StoredRequest
 
 
@@ -49,7 +49,7 @@ class KVShards:
     kvp_rank: int
     shard_tokens: int  # see core/kv/shards.py
     group: dist.ProcessGroup  # of the kvp ranks
-    shared_slots: SharedSlots | None = None  # between them, where they are on one machine
+    shared_slots: ShmChannel | None = None  # between them, where they are on one machine
 
     def is_last_of(self, chunk: Chunk) -> bool:
         """Whether this rank writes the chunk's keys and values, and samples after it."""
@@ -92,11 +92,11 @@ class HostStep:
 
 
 def host_step(
-    chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan, shards: KVShards, num_unseen: int = 0
+    chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan, shards: KVShards, num_pending: int = 0
 ) -> HostStep:
     """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already.
 
-    num_unseen: 1 where these are decodes of tokens that the device alone knows; the ids here are 0 then.
+    num_pending: 1 where these are decodes of tokens that the device alone knows; the ids here are 0 then.
     """
     num_tokens = plan.num_tokens
     token_ids = np.empty(num_tokens, dtype=np.int64)
@@ -112,7 +112,7 @@ def host_step(
         start, count = chunk.start, chunk.num_tokens
         end_row = row + count
         if count == 1:  # a decode, mostly
-            token_ids[row], positions[row] = 0 if num_unseen else request.token(start), start
+            token_ids[row], positions[row] = 0 if num_pending else request.token(start), start
             lengths[row] = max(start + 1, request.num_prompt_tokens)
         else:
             token_ids[row:end_row] = request.tokens(start, count)
@@ -121,8 +121,8 @@ def host_step(
         assert request.slot_table is not None, f"{chunk.request_id}: a chunk at {start} without blocks"
         ranges.append(shards.query_range(chunk, row, request.slot_table))
         if chunk.samples_token:
-            assert start + count == request.num_tokens + num_unseen, (
-                f"{chunk.request_id}: samples after token {start + count} of {request.num_tokens} + {num_unseen}"
+            assert start + count == request.num_tokens + num_pending, (
+                f"{chunk.request_id}: samples after token {start + count} of {request.num_tokens} + {num_pending}"
             )
         if shards.is_last_of(chunk):
             if chunk.samples_token:

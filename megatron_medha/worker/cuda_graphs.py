@@ -102,10 +102,10 @@ class StepGraphs:
             fitted = padded(plan, graph.room, self._backend.is_quantised)
         except ValueError as error:
             # The tables have taken note of the blocks that are new; the eager path would not hear of them again.
-            self._tell(plan)
+            self._send_table_updates(plan)
             log.info("cuda_graph_passed_over tokens=%d why=%s", len(host.token_ids_T), error)
             return None
-        self._tell(plan)
+        self._send_table_updates(plan)
         self._staging.upload(self._arrays(shape, host, fitted), graph.buffer)
         if token_ids_T is not None:
             graph.token_ids_T[: len(token_ids_T)].copy_(token_ids_T)
@@ -123,7 +123,7 @@ class StepGraphs:
                 return shape
         return None
 
-    def _tell(self, plan: Any) -> None:
+    def _send_table_updates(self, plan: Any) -> None:
         if len(plan.places):
             self._backend.tables.tell(*self._staging.upload([plan.places, plan.blocks]))
 

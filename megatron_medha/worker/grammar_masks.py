@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.grammar.guidance import GRAMMAR_FAULT, GrammarCompiler, GrammarError, error_of
-from megatron_medha.worker.grammar_state import Guided
+from megatron_medha.grammar.guidance import GRAMMAR_ERROR_PREFIX, GrammarCompiler, GrammarError, error_of
+from megatron_medha.worker.grammar_state import GrammarState
 from megatron_medha.worker.token_store import StoredRequest
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ MAX_MASK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
+class AllowedTokens:
     """Masks of a batch, and requests that have none."""
 
     by_row: Mapping[int, Tensor]  # (vocab_size,) bool
     faults: Mapping[str, str]     # why a request cannot go on, by its id
 
 
-class GuidedSampling:
+class GrammarMasks:
     """Masks for the requests of a rank that have a grammar.
 
     A matcher follows from the request's output so far. It is kept with the request while that lives on the rank, and
@@ -75,7 +75,7 @@ class GuidedSampling:
         except GrammarError as error:
             _log.info("grammar_not_prepared why=%r", str(error))
 
-    def allowed(self, requests: Sequence[StoredRequest]) -> Allowed:
+    def allowed(self, requests: Sequence[StoredRequest]) -> AllowedTokens:
         """Masks by place in `requests`, of those that have a grammar."""
         by_row: dict[int, Tensor] = {}
         faults: dict[str, str] = {}
@@ -85,12 +85,12 @@ class GuidedSampling:
             try:
                 by_row[row] = self._mask(request, request.sampling.grammar)
             except GrammarError as error:
-                faults[request.request_id] = f"{GRAMMAR_FAULT}{error}"
-        return Allowed(by_row, faults)
+                faults[request.request_id] = f"{GRAMMAR_ERROR_PREFIX}{error}"
+        return AllowedTokens(by_row, faults)
 
     def _mask(self, request: StoredRequest, grammar: str) -> Tensor:
         if request.guided is None:
-            request.guided = Guided(self._the_compiler().matcher(grammar))
+            request.guided = GrammarState(self._the_compiler().matcher(grammar))
         guided = request.guided
         started_s = time.monotonic()
         new_ids = request.output_ids[guided.num_consumed :]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Guided:
+class GrammarState:
     """How far a request's output has got in its grammar."""
 
     matcher: llguidance.LLMatcher

@@ -8,7 +8,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 
 
-def num_kv_blocks(
+def num_blocks_that_fit(
     kv_memory_bytes: int, *, block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> int:
     """Blocks of `block_size` tokens that fit into the memory, over all layers of this rank.

@@ -24,41 +24,41 @@ from typing import NamedTuple
 import msgspec
 import zmq
 
-from megatron_medha.cluster.curve_keys import Keys
+from megatron_medha.cluster.curve_keys import CurveKeys
 from megatron_medha.cluster.messages import (
     FromRank,
+    GrammarPrepared,
     Heartbeat,
-    Loading,
-    Prepare,
-    Prepared,
+    PrepareGrammar,
     RankFailed,
-    Ready,
+    RankLoading,
+    RankReady,
     StepDone,
 )
 from megatron_medha.cluster.rank_config import RankConfig, connection_name
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.system.memory_trim import GIVE_BACK_INTERVAL_S, give_back_freed_memory
-from megatron_medha.system.parentage import die_with_parent
-from megatron_medha.worker.message_inbox import FrontInbox, SocketInbox
-from megatron_medha.worker.startup.cpu_share import bound_kernel_cache, let_idle_threads_sleep, num_threads_of_rank
+from megatron_medha.system.memory_trim import TRIM_INTERVAL_S, malloc_trim
+from megatron_medha.system.parentage import set_pdeathsig
+from megatron_medha.worker.message_inbox import MessageInbox, SocketInbox
+from megatron_medha.worker.startup.cpu_share import limit_kernel_cache, num_threads_of_rank, set_passive_omp_wait
 
 log = logging.getLogger("megatron_medha.worker")
 
 
-Serve = Callable[[FrontInbox, Callable[[StepDone], None]], None]  # takes steps, answers, until told to stop
+Serve = Callable[[MessageInbox, Callable[[StepDone], None]], None]  # takes steps, answers, until told to stop
 
 
-class Loaded(NamedTuple):
+class LoadedRank(NamedTuple):
     """A rank that is up."""
 
     serve: Serve
-    ready: Ready
+    ready: RankReady
     prepare: Callable[[str], None]  # compiles a grammar; called on a thread of its own, beside `serve`
 
 
-LoadRank = Callable[[RankConfig, Callable[[str, float], None]], Loaded]
+LoadRank = Callable[[RankConfig, Callable[[str, float], None]], LoadedRank]
 
-_GOODBYE_MS = 2000
+_LINGER_MS = 2000
 _HEARTBEAT_INTERVAL_S = 1.0
 _GRAMMAR_CHARS_PER_S = 200  # one of 1,000 characters lets shorter ones go first that come within 5 s
 
@@ -85,12 +85,12 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
         )
         return 2
     parent_pid = os.getppid()
-    die_with_parent(parent_pid)
+    set_pdeathsig(parent_pid)
     # Ctrl-C reaches the whole process group; when and how ranks end is the front's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(argv[0], type=RankConfig)
-    let_idle_threads_sleep(num_threads_of_rank(config.model.num_threads, config.layout.world_size))
-    bound_kernel_cache()
+    set_passive_omp_wait(num_threads_of_rank(config.model.num_threads, config.layout.world_size))
+    limit_kernel_cache()
 
     context = zmq.Context()
     socket = _connect(context, config, "")
@@ -115,7 +115,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
         context.term()
 
 
-def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
+def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> LoadedRank:
     # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
     from megatron_medha.worker.startup.megatron_import import import_megatron
 
@@ -124,7 +124,7 @@ def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> L
     from megatron_medha.worker.step_loop import run_steps
 
     rank, ready = load_rank(config, progress)
-    return Loaded(partial(run_steps, rank), ready, rank.prepare)
+    return LoadedRank(partial(run_steps, rank), ready, rank.prepare)
 
 
 def _serve(
@@ -136,9 +136,9 @@ def _serve(
     load: LoadRank,
 ) -> None:
     """Load, report ready, answer messages until Shutdown or until the parent is gone."""
-    send(Loading(config.rank, "libraries", 0.0))
-    serve, ready, prepare = load(config, lambda what, fraction: send(Loading(config.rank, what, fraction)))
-    with _preparing(context, config, prepare) as take, _giving_back_memory():
+    send(RankLoading(config.rank, "libraries", 0.0))
+    serve, ready, prepare = load(config, lambda what, fraction: send(RankLoading(config.rank, what, fraction)))
+    with _preparing(context, config, prepare) as take, _trimming_memory():
         send(ready)
         serve(SocketInbox(socket, parent_pid, take), send)
 
@@ -146,15 +146,15 @@ def _serve(
 def _connect(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, what: str) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, connection_name(config.rank, what, config.link_token))
-    socket.setsockopt(zmq.LINGER, _GOODBYE_MS)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
     if config.key_file is not None:
-        Keys.load(Path(config.key_file)).secure_rank(socket)
-    socket.connect(config.front_endpoint)
+        CurveKeys.load(Path(config.key_file)).secure_rank_socket(socket)
+    socket.connect(config.server_endpoint)
     return socket
 
 
 @contextmanager
-def _beside(name: str, work: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+def _background_thread(name: str, work: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
     """Does `work` on a thread of its own; `end` is called for it to return."""
     thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
@@ -182,34 +182,34 @@ def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> 
             stop.wait(_HEARTBEAT_INTERVAL_S)
         socket.close(linger=0)
 
-    with _beside("heartbeat", beat, stop.set):
+    with _background_thread("heartbeat", beat, stop.set):
         yield
 
 
 @contextmanager
-def _giving_back_memory() -> Iterator[None]:
+def _trimming_memory() -> Iterator[None]:
     """It takes milliseconds, which steps need not wait for."""
     stop = threading.Event()
 
     def work() -> None:
-        while not stop.wait(GIVE_BACK_INTERVAL_S):
-            give_back_freed_memory()
+        while not stop.wait(TRIM_INTERVAL_S):
+            malloc_trim()
 
-    with _beside("memory", work, stop.set):
+    with _background_thread("memory", work, stop.set):
         yield
 
 
 @contextmanager
 def _preparing(
     context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, prepare: Callable[[str], None]
-) -> Iterator[Callable[[Prepare], None]]:
+) -> Iterator[Callable[[PrepareGrammar], None]]:
     """Takes grammars, compiles one after the other on a thread, and tells the front over a socket of its own.
 
     A short one goes before long ones that came up to some seconds earlier, as those may take long.
     """
-    waiting: queue.PriorityQueue[tuple[float, int, Prepare | None]] = queue.PriorityQueue()
+    waiting: queue.PriorityQueue[tuple[float, int, PrepareGrammar | None]] = queue.PriorityQueue()
 
-    def take(message: Prepare) -> None:
+    def take(message: PrepareGrammar) -> None:
         waiting.put((time.monotonic() + len(message.grammar) / _GRAMMAR_CHARS_PER_S, message.number, message))
 
     def work() -> None:
@@ -221,10 +221,10 @@ def _preparing(
                 log.exception("grammar_thread_failed")
                 socket.send(msgspec.msgpack.encode(RankFailed(config.rank, type(error).__name__, str(error))))
                 break
-            socket.send(msgspec.msgpack.encode(Prepared(config.rank, message.number)))
+            socket.send(msgspec.msgpack.encode(GrammarPrepared(config.rank, message.number)))
         socket.close()
 
-    with _beside("grammars", work, lambda: waiting.put((-math.inf, 0, None))):
+    with _background_thread("grammars", work, lambda: waiting.put((-math.inf, 0, None))):
         yield take
 
 

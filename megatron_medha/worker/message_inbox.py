@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from megatron_medha.cluster.messages import Ping, Prepare, Shutdown, Step, ToRank
+from megatron_medha.cluster.messages import Ping, PrepareGrammar, RankStep, Shutdown, ToRank
 from megatron_medha.cluster.wire import read_message
 
 _log = logging.getLogger(__name__)
@@ -19,26 +19,26 @@ _log = logging.getLogger(__name__)
 _PARENT_CHECK_MS = 1000
 
 
-class FrontInbox(Protocol):
+class MessageInbox(Protocol):
     """Where messages of the front come in."""
 
-    def wait(self) -> Step | Shutdown | None:
+    def wait(self) -> RankStep | Shutdown | None:
         """The next message; None when none will come any more. Raises RankError for one that cannot be read."""
 
-    def poll(self) -> Step | Shutdown | None:
+    def poll(self) -> RankStep | Shutdown | None:
         """The next message if it is there already."""
 
 
 class SocketInbox:
-    """A FrontInbox, for as long as the process that started this one lives."""
+    """A MessageInbox, for as long as the process that started this one lives."""
 
-    def __init__(self, socket: zmq.Socket[bytes], parent_pid: int, prepare: Callable[[Prepare], None]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], parent_pid: int, prepare: Callable[[PrepareGrammar], None]) -> None:
         """prepare: takes what is to be done beside the steps; must not wait."""
         self._socket, self._parent_pid, self._prepare = socket, parent_pid, prepare
         self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 
-    def wait(self) -> Step | Shutdown | None:
-        """See FrontInbox."""
+    def wait(self) -> RankStep | Shutdown | None:
+        """See MessageInbox."""
         while True:
             while not self._socket.poll(_PARENT_CHECK_MS):
                 if os.getppid() != self._parent_pid:
@@ -47,17 +47,17 @@ class SocketInbox:
             if (message := self.poll()) is not None:
                 return message
 
-    def poll(self) -> Step | Shutdown | None:
-        """See FrontInbox."""
+    def poll(self) -> RankStep | Shutdown | None:
+        """See MessageInbox."""
         while True:
             try:
                 message = read_message(self._decoder, self._socket.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return None
             match message:
-                case Step() | Shutdown():
+                case RankStep() | Shutdown():
                     return message
-                case Prepare():
+                case PrepareGrammar():
                     self._prepare(message)
                 case Ping():
                     pass

@@ -13,7 +13,7 @@ from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
 from megatron_medha.model.native_decoder_model import whole_decoder
 from megatron_medha.model.rotary import Rotary, Rotation
-from megatron_medha.worker.run_ahead import Work
+from megatron_medha.worker.run_ahead import StepWork
 
 
 def plain_decodes(
@@ -39,7 +39,7 @@ class PlainDecodes:
         self._decoder, self._kv_layers, self._angles = decoder, kv_layers, angles
         self._num_positions = len(angles.cos_TD)
 
-    def logits(self, decodes: Work) -> Tensor | None:
+    def logits(self, decodes: StepWork) -> Tensor | None:
         """[R, V], a row a decode, until the next call.
 
         None where there are others than decodes, each of the token its request has sampled last, or where a position is

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_medha.cluster.kv_audit import SentBlocks
-from megatron_medha.cluster.messages import HeldKV, PromptLogprobs, SampledToken, Step, StepDone
+from megatron_medha.cluster.messages import HeldKV, PromptLogprobs, RankStep, SampledToken, StepDone
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.stage_plan import StagePlan, stage_plan
@@ -25,8 +25,8 @@ from megatron_medha.model.sampler import Sampler
 from megatron_medha.model.sampling_row import SamplingRow
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs
-from megatron_medha.parallel.shm_channel import SharedSlots
-from megatron_medha.parallel.stage_link import Arriving, StageLink
+from megatron_medha.parallel.shm_channel import ShmChannel
+from megatron_medha.parallel.stage_link import PendingReceive, StageLink
 from megatron_medha.worker.batch_tensors import (
     KVShards,
     PromptRows,
@@ -35,9 +35,9 @@ from megatron_medha.worker.batch_tensors import (
     step_tensors,
 )
 from megatron_medha.worker.cuda_graphs import StepGraphs
-from megatron_medha.worker.grammar_masks import GuidedSampling
+from megatron_medha.worker.grammar_masks import GrammarMasks
 from megatron_medha.worker.plain_decodes import plain_decodes
-from megatron_medha.worker.run_ahead import Held, Underway, Work, next_decodes, places_of
+from megatron_medha.worker.run_ahead import PendingTokens, RunAheadDecodes, StepWork, next_decodes, pending_rows
 from megatron_medha.worker.step_clock import StepClock
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
@@ -46,20 +46,20 @@ _PROMPT_SLICE_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class _Announced:
+class _QueuedStep:
     """A step this rank knows of and has not computed."""
 
-    step: Step
+    step: RankStep
     chunks: tuple[tuple[Chunk, StoredRequest], ...]  # that can be computed
     failed: tuple[tuple[str, str], ...]
     plan: StagePlan | None  # None: made when it is computed
-    arriving: Arriving | None
+    arriving: PendingReceive | None
     duration_s: float  # spent on it so far
-    held: HeldKV | None  # under audit
+    audit_counts: HeldKV | None  # under audit
 
 
 @dataclass(frozen=True, slots=True)
-class _Forward:
+class _ForwardResult:
     """What a run of the model has given."""
 
     requests: tuple[StoredRequest, ...]  # in the order of the logit rows
@@ -92,7 +92,7 @@ class Rank:
         shard_tokens: int,
         device: torch.device,
         pgs: MedhaPGs,
-        guided: GuidedSampling | None = None,
+        guided: GrammarMasks | None = None,
     ) -> None:
         """shard_tokens: of one request on one kvp rank. guided: None where no request has a grammar."""
         self.model = model
@@ -101,7 +101,7 @@ class Rank:
         self._backend = backend
         self._kv_layers = kv_layers
         self._block_size = block_size
-        self._shards = KVShards(pgs.kvp.rank(), shard_tokens, pgs.kvp, SharedSlots.open(pgs.kvp, device))
+        self._shards = KVShards(pgs.kvp.rank(), shard_tokens, pgs.kvp, ShmChannel.open(pgs.kvp, device))
         self._link = StageLink(
             pgs.pp, hidden_size=config.hidden_size, dtype=next(model.parameters()).dtype, device=device
         )
@@ -118,12 +118,12 @@ class Rank:
         self._sampler = Sampler(config.vocab_size, device)
         self._guided = guided
         self._requests = TokenStore(config.vocab_size)
-        self._announced: deque[_Announced] = deque()
-        self._last: Work = ()            # what was computed last, if its decodes may be computed ahead
-        self._held: Held | None = None   # computed ahead of the front's asking
+        self._announced: deque[_QueuedStep] = deque()
+        self._last: StepWork = ()            # what was computed last, if its decodes may be computed ahead
+        self._held: RunAheadDecodes | None = None   # computed ahead of the front's asking
 
     @property
-    def num_announced(self) -> int:
+    def num_queued_steps(self) -> int:
         """Steps this rank knows of and has not computed."""
         return len(self._announced)
 
@@ -158,12 +158,12 @@ class Rank:
         assert self._guided is not None, "a request has a grammar"
         self._guided.prepare(grammar)
 
-    def run(self, step: Step) -> StepDone:
+    def run(self, step: RankStep) -> StepDone:
         """Announce and compute one step."""
         self.announce(step)
         return self.compute()
 
-    def announce(self, step: Step) -> None:
+    def announce(self, step: RankStep) -> None:
         """Take note of a step: what it tells of requests at once, what it computes when its turn comes.
 
         That is safe while earlier steps wait: the front releases no request that a step in flight has a part in,
@@ -184,22 +184,22 @@ class Rank:
                 failed.append((chunk.request_id, request.fault))
         plan = self._plan(chunks) if self.receives else None
         self._announced.append(
-            _Announced(
+            _QueuedStep(
                 step=step,
                 chunks=tuple(chunks),
                 failed=tuple(failed),
                 plan=plan,
                 arriving=self._link.post_receive(plan.num_tokens) if plan and plan.num_tokens else None,
                 duration_s=time.monotonic() - started_s,
-                held=self._held_kv(step),
+                audit_counts=self._held_kv(step),
             )
         )
 
-    def _held_kv(self, step: Step) -> HeldKV | None:
+    def _held_kv(self, step: RankStep) -> HeldKV | None:
         if self.sent_blocks is None:
             return None
-        held = self.sent_blocks.note(step.released, step.chunks)
-        return HeldKV(len(self._requests), held.num_blocks, held.block_numbers)
+        audit_counts = self.sent_blocks.note(step.released, step.chunks)
+        return HeldKV(len(self._requests), audit_counts.num_blocks, audit_counts.block_numbers)
 
     @torch.inference_mode()
     def compute(self) -> StepDone:
@@ -227,7 +227,7 @@ class Rank:
                 underway.append(self._choose(forward.logits_RV, forward.requests))
                 prompt = forward.prompt
         span.stop()
-        self._held = self._launched_ahead(work.chunks, underway)  # before anyone waits for the device
+        self._held = self._launch_ahead(work.chunks, underway)  # before anyone waits for the device
         tokens = [token for one in underway for token in self._tokens(one, failed)]
         can_run_ahead = self.samples_for_itself and self._held is None and not failed
         self._last = work.chunks if can_run_ahead else ()
@@ -249,47 +249,47 @@ class Rank:
         found = self._forward(decodes, None, None)
         underway = self._choose(found.logits_RV, found.requests)
         span.stop()
-        self._held = Held(decodes, underway, span)
+        self._held = RunAheadDecodes(decodes, underway, span)
         return True
 
-    def _launched_ahead(self, work: Work, underway: Sequence[Underway]) -> Held | None:
+    def _launch_ahead(self, work: StepWork, underway: Sequence[PendingTokens]) -> RunAheadDecodes | None:
         """`run_ahead` before the host has seen a step's tokens: they are taken where they are, on the device.
 
         None where what follows is not known yet, or fits no graph.
         """
         if self.graphs is None or not self.samples_for_itself or self._announced:
             return None
-        decodes = next_decodes(work, num_unseen=1)
+        decodes = next_decodes(work, num_pending=1)
         if not decodes:
             return None
         span = self._clock.start()
         token_ids_R = torch.cat([one.choices.token_ids_R for one in underway])
-        places = places_of(decodes, underway)
+        places = pending_rows(decodes, underway)
         if places != list(range(len(token_ids_R))):
             (places_T,) = self._staging.upload([np.array(places, np.int64)])
             token_ids_R = token_ids_R.index_select(0, places_T)
-        host = host_step(decodes, plan=self._plan(decodes), shards=self._shards, num_unseen=1)
+        host = host_step(decodes, plan=self._plan(decodes), shards=self._shards, num_pending=1)
         logits_RV = self.graphs.run(host, token_ids_R)
         if logits_RV is None:
             return None
-        chosen = self._choose(logits_RV, host.sampling_requests, num_unseen=1)
+        chosen = self._choose(logits_RV, host.sampling_requests, num_pending=1)
         span.stop()
-        return Held(decodes, chosen, span)
+        return RunAheadDecodes(decodes, chosen, span)
 
     def _plan(self, chunks: Sequence[tuple[Chunk, StoredRequest]]) -> StagePlan:
         return stage_plan([chunk for chunk, _ in chunks], self._shards.kvp_rank)
 
     def _forward(
         self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan | None, hidden_T1C: Tensor | None
-    ) -> _Forward:
+    ) -> _ForwardResult:
         """Run the model over chunks; their blocks are noted already. plan: where it has been made already."""
         if self._plain_decodes is not None and (found_RV := self._plain_decodes.logits(chunks)) is not None:
-            return _Forward(tuple(request for _, request in chunks), found_RV)
+            return _ForwardResult(tuple(request for _, request in chunks), found_RV)
         plan = plan or self._plan(chunks)
         host = host_step(chunks, plan=plan, shards=self._shards)
         logits_RV = None if self.graphs is None else self.graphs.run(host)
         if logits_RV is not None:
-            return _Forward(host.sampling_requests, logits_RV)
+            return _ForwardResult(host.sampling_requests, logits_RV)
         tensors = step_tensors(
             host,
             chunks,
@@ -307,16 +307,16 @@ class Rank:
             tensors.token_ids_1T, None, None, inference_context=tensors.batch, runtime_gather_output=True
         )
         if not self._is_last_stage:
-            return _Forward((), output, output=output)
+            return _ForwardResult((), output, output=output)
         prompt: list[PromptLogprobs] = []
         if tensors.prompt_rows:  # all ranks of a tensor-parallel group take part in the output layer
             assert tensors.batch.hidden is not None
             prompt = self._prompt_logprobs(tensors.batch.hidden, tensors.prompt_rows)
-        return _Forward(tensors.sampling_requests, output[0], prompt)
+        return _ForwardResult(tensors.sampling_requests, output[0], prompt)
 
     def _done(
         self,
-        work: _Announced,
+        work: _QueuedStep,
         duration_s: float,
         tokens: Sequence[SampledToken],
         prompt: Sequence[PromptLogprobs],
@@ -329,10 +329,10 @@ class Rank:
             tokens=tuple(tokens),
             prompt_logprobs=tuple(prompt),
             failed=tuple(failed) if self._is_last_stage else (),
-            held=work.held,
+            audit_counts=work.audit_counts,
         )
 
-    def _tokens(self, underway: Underway, failed: list[tuple[str, str]]) -> list[SampledToken]:
+    def _tokens(self, underway: PendingTokens, failed: list[tuple[str, str]]) -> list[SampledToken]:
         """Wait for tokens and note each request's; requests that have none go to `failed`."""
         tokens: list[SampledToken] = []
         for request, sampled in underway.chosen():
@@ -345,18 +345,18 @@ class Rank:
             tokens.append(SampledToken(request.request_id, sampled.token_id, is_stop, sampled.logprobs))
         return tokens
 
-    def _choose(self, logits_RV: Tensor, requests: Sequence[StoredRequest], num_unseen: int = 0) -> Underway:
-        """Have a token chosen for each. num_unseen: 1 where the ones before them are on the device alone."""
+    def _choose(self, logits_RV: Tensor, requests: Sequence[StoredRequest], num_pending: int = 0) -> PendingTokens:
+        """Have a token chosen for each. num_pending: 1 where the ones before them are on the device alone."""
         every = range(len(requests))
-        if all(request.takes_the_best for request in requests):
-            return Underway(requests, self._sampler.choose_best(logits_RV), {}, every)
+        if all(request.is_plain_greedy for request in requests):
+            return PendingTokens(requests, self._sampler.choose_greedy(logits_RV), {}, every)
         rows = [
             SamplingRow(
                 sampling=request.sampling,
                 prompt_ids=request.prompt_ids(self._staging),
                 output_ids=request.output_ids,
                 seed=request.sampling.seed or 0,
-                num_output_tokens=len(request.output_ids) + num_unseen,
+                num_output_tokens=len(request.output_ids) + num_pending,
             )
             for request in requests
         ]
@@ -365,7 +365,7 @@ class Rank:
             assert self._guided is not None, "a request has a grammar"
             allowed = self._guided.allowed(requests)
         choices = self._sampler.choose(logits_RV, rows, None if allowed is None else allowed.by_row)
-        return Underway(requests, choices, {} if allowed is None else allowed.faults, every)
+        return PendingTokens(requests, choices, {} if allowed is None else allowed.faults, every)
 
     def _prompt_logprobs(self, hidden_PC: Tensor, prompt_rows: Sequence[PromptRows]) -> list[PromptLogprobs]:
         """The output layer once more, over the rows that predict prompt tokens."""

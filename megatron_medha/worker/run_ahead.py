@@ -15,43 +15,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_medha.core.batch import Chunk
-from megatron_medha.model.sampler import Choices, SampledRow
-from megatron_medha.worker.step_clock import Span
+from megatron_medha.model.sampler import PendingSamples, SampledRow
+from megatron_medha.worker.step_clock import StepTimer
 from megatron_medha.worker.token_store import StoredRequest
 
-Work = Sequence[tuple[Chunk, StoredRequest]]
-Chosen = SampledRow | str  # a token, or why there is none
+StepWork = Sequence[tuple[Chunk, StoredRequest]]
+TokenOrFault = SampledRow | str  # a token, or why there is none
 
 _NOT_A_NUMBER = "the model's output is not a number for this request"
 
 
 @dataclass(frozen=True, slots=True)
-class Underway:
+class PendingTokens:
     """Tokens the device has been asked for, a row a request."""
 
     requests: Sequence[StoredRequest]
-    choices: Choices
+    choices: PendingSamples
     faults: Mapping[str, str]  # why a request has no token, by its id
     wanted: Sequence[int]      # rows that the step at hand asks for
 
-    def chosen(self) -> list[tuple[StoredRequest, Chosen]]:
+    def chosen(self) -> list[tuple[StoredRequest, TokenOrFault]]:
         """The wanted rows; waits for the device."""
         sampled = self.choices.rows()
         wanted = [(self.requests[row], sampled[row]) for row in self.wanted]
         return [(request, self.faults.get(request.request_id, one or _NOT_A_NUMBER)) for request, one in wanted]
 
 
-class Held:
+class RunAheadDecodes:
     """Decodes launched before the front asked for them; nobody has been told of their tokens."""
 
-    def __init__(self, decodes: Work, underway: Underway, span: Span) -> None:
+    def __init__(self, decodes: StepWork, underway: PendingTokens, span: StepTimer) -> None:
         """span: of these decodes alone."""
         rows = {request.request_id: row for row, request in enumerate(underway.requests)}
         self._decodes = {chunk.request_id: (rows[chunk.request_id], chunk.start, request) for chunk, request in decodes}
         self._underway = underway
         self.span = span
 
-    def split(self, work: Work) -> tuple[Work, Underway | None]:
+    def split(self, work: StepWork) -> tuple[StepWork, PendingTokens | None]:
         """Of a step's chunks, those still to be computed, and the others' tokens, if there are any."""
         rest, wanted = [], []
         for chunk, request in work:
@@ -64,10 +64,10 @@ class Held:
         return rest, replace(self._underway, wanted=wanted) if wanted else None
 
 
-def next_decodes(work: Work, *, num_unseen: int = 0) -> Work:
+def next_decodes(work: StepWork, *, num_pending: int = 0) -> StepWork:
     """What the front will ask for after a step; empty where that is not known.
 
-    num_unseen: 0 once the step's tokens have been appended, 1 while they are on the device alone.
+    num_pending: 0 once the step's tokens have been appended, 1 while they are on the device alone.
 
     Unknown is what follows a chunk within a prompt, where a decode's next block lies, and, as long as its last token is
     unseen, what a request with a grammar or penalties may say next. Requests that have ended by a stop token or their
@@ -76,13 +76,13 @@ def next_decodes(work: Work, *, num_unseen: int = 0) -> Work:
     """
     decodes: list[tuple[Chunk, StoredRequest]] = []
     for chunk, request in work:
-        if not chunk.samples_token or request.fault is not None or num_unseen and request.depends_on_tokens:
+        if not chunk.samples_token or request.fault is not None or num_pending and request.depends_on_tokens:
             return ()
-        if not num_unseen and request.output_ids[-1] in request.stop_token_ids:
+        if not num_pending and request.output_ids[-1] in request.stop_token_ids:
             continue
-        if len(request.output_ids) + num_unseen >= request.sampling.max_output_tokens:
+        if len(request.output_ids) + num_pending >= request.sampling.max_output_tokens:
             continue
-        start, num_tokens = chunk.start + chunk.num_tokens, request.num_tokens + num_unseen
+        start, num_tokens = chunk.start + chunk.num_tokens, request.num_tokens + num_pending
         assert start + 1 == num_tokens, f"{request.request_id}: position {start} of {num_tokens} tokens"
         if request.slot_table is None or request.slot_table.num_slots <= start:
             return ()
@@ -90,7 +90,7 @@ def next_decodes(work: Work, *, num_unseen: int = 0) -> Work:
     return decodes
 
 
-def places_of(decodes: Work, underway: Sequence[Underway]) -> list[int]:
+def pending_rows(decodes: StepWork, underway: Sequence[PendingTokens]) -> list[int]:
     """Where each decode's token lies among those under way, laid end to end."""
     places: dict[str, int] = {}
     first = 0

@@ -17,12 +17,12 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
 
-    def start(self) -> Span:
+    def start(self) -> StepTimer:
         """What was asked of the device so far, a receive too, is not counted."""
-        return Span(self._is_cuda)
+        return StepTimer(self._is_cuda)
 
 
-class Span:
+class StepTimer:
     """The time of one step. Several may be under way on the device, each after the one before."""
 
     def __init__(self, is_cuda: bool) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_medha.cluster.messages import Shutdown, Step, StepDone
-from megatron_medha.worker.message_inbox import FrontInbox
+from megatron_medha.cluster.messages import RankStep, Shutdown, StepDone
+from megatron_medha.worker.message_inbox import MessageInbox
 from megatron_medha.worker.rank import Rank
 
 
-def run_steps(rank: Rank, inbox: FrontInbox, answer: Callable[[StepDone], None]) -> None:
+def run_steps(rank: Rank, inbox: MessageInbox, answer: Callable[[StepDone], None]) -> None:
     """Serve until told to stop; steps that came before are computed first, as other ranks count on it.
 
     While the front takes up an answer and forms the next step, the rank computes the decodes that surely follow.
@@ -25,7 +25,7 @@ def run_steps(rank: Rank, inbox: FrontInbox, answer: Callable[[StepDone], None])
     rank.before_layer = take_arrived if rank.receives else None
     while True:
         take_arrived()
-        if rank.num_announced:
+        if rank.num_queued_steps:
             done = rank.compute()
             if rank.answers:
                 answer(done)
@@ -37,10 +37,10 @@ def run_steps(rank: Rank, inbox: FrontInbox, answer: Callable[[StepDone], None])
             is_over = not _announced(rank, inbox.wait())
 
 
-def _announced(rank: Rank, message: Step | Shutdown | None) -> bool:
+def _announced(rank: Rank, message: RankStep | Shutdown | None) -> bool:
     """Tell the rank of a step; False when the message ends its work."""
     match message:
-        case Step():
+        case RankStep():
             rank.announce(message)
             return True
         case Shutdown() | None:

@@ -11,8 +11,8 @@ from megatron_medha.cluster.messages import NewRequest
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.staging import Staging
-from megatron_medha.model.sampler import has_penalty, takes_the_best
-from megatron_medha.worker.grammar_state import Guided
+from megatron_medha.model.sampler import has_penalty, is_plain_greedy
+from megatron_medha.worker.grammar_state import GrammarState
 
 _MIN_GROWTH_TOKENS = 256
 
@@ -25,7 +25,7 @@ class StoredRequest:
         token_ids = np.frombuffer(new.token_ids, dtype="<i4")
         self.request_id = new.request_id
         self.sampling: Sampling = new.sampling
-        self.takes_the_best = takes_the_best(new.sampling)
+        self.is_plain_greedy = is_plain_greedy(new.sampling)
         # Whether what may come next depends on which tokens came before.
         self.depends_on_tokens = new.sampling.grammar is not None or has_penalty(new.sampling)
         self.stop_token_ids = frozenset(new.sampling.stop_token_ids)
@@ -33,7 +33,7 @@ class StoredRequest:
         self.num_tokens = len(token_ids)
         self.output_ids: list[int] = token_ids[self.num_prompt_tokens :].tolist()
         self.slot_table: SlotTable | None = None  # a chunk that starts at 0 brings a new one
-        self.guided: Guided | None = None         # where tokens are sampled, once one is, of a request with a grammar
+        self.guided: GrammarState | None = None  # where tokens are sampled, once one is, of a request with a grammar
         self.fault: str | None = _fault_of(token_ids, new.num_prompt_tokens, vocab_size)
         self._tokens = token_ids  # of any length from num_tokens on; read-only until it is first grown
         self._prompt_ids: Tensor | None = None

@@ -12,7 +12,7 @@ from random import Random
 from megatron_medha.core.errors import ConfigError
 
 
-class Arrivals(Enum):
+class ArrivalProcess(Enum):
     """Where arrival times come from."""
 
     AUTO = "auto"          # the trace's own where it has some, else poisson
@@ -35,20 +35,20 @@ class ArrivalShape:
     amplitude: float     # diurnal: the rate swings by this share of its mean, 0 to 1
 
 
-def arrival_times_s(kind: Arrivals, qps: float, draw: Random, shape: ArrivalShape) -> Iterator[float]:
+def arrival_times_s(kind: ArrivalProcess, qps: float, draw: Random, shape: ArrivalShape) -> Iterator[float]:
     """Endless arrival times, ascending from 0, at a mean of `qps` per second.
 
     Raises ConfigError where bursts would need a negative rate between them.
     """
     match kind:
-        case Arrivals.CONSTANT:
+        case ArrivalProcess.CONSTANT:
             return (index / qps for index in count())
-        case Arrivals.POISSON:
+        case ArrivalProcess.POISSON:
             return _running_sum(lambda: draw.expovariate(qps))
-        case Arrivals.GAMMA:
+        case ArrivalProcess.GAMMA:
             shape_parameter = 1.0 / shape.cv**2
             return _running_sum(lambda: draw.gammavariate(shape_parameter, 1.0 / (shape_parameter * qps)))
-        case Arrivals.BURST:
+        case ArrivalProcess.BURST:
             busy = shape.burst_factor * shape.burst_s / shape.period_s  # share of arrivals that come in bursts
             if shape.burst_s >= shape.period_s or busy > 1.0:
                 raise ConfigError(
@@ -62,13 +62,13 @@ def arrival_times_s(kind: Arrivals, qps: float, draw: Random, shape: ArrivalShap
                 qps * max(shape.burst_factor, calm),
                 draw,
             )
-        case Arrivals.DIURNAL:
+        case ArrivalProcess.DIURNAL:
             return _thinned(
                 lambda at_s: qps * (1.0 - shape.amplitude * cos(2.0 * pi * at_s / shape.period_s)),
                 qps * (1.0 + shape.amplitude),
                 draw,
             )
-        case Arrivals.AUTO | Arrivals.RECORDED:
+        case ArrivalProcess.AUTO | ArrivalProcess.RECORDED:
             raise AssertionError(f"{kind} draws nothing")
 
 

@@ -12,7 +12,7 @@ from random import Random
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
-from megatron_medha.workload.arrivals import Arrivals, ArrivalShape, arrival_times_s
+from megatron_medha.workload.arrivals import ArrivalProcess, ArrivalShape, arrival_times_s
 from megatron_medha.workload.lengths import MixScales, draw_mix
 from megatron_medha.workload.trace_file import TraceFile
 
@@ -34,7 +34,7 @@ class WorkloadConfig:
     long_prompt_scale: float = 1.0
     short_prompt_scale: float = 1.0
     output_scale: float = 1.0
-    arrivals: Arrivals = Arrivals.AUTO
+    arrivals: ArrivalProcess = ArrivalProcess.AUTO
     qps: float | None = None
     time_scale: float = 1.0
     duration_s: float | None = None
@@ -121,7 +121,7 @@ class Workload:
         config, facts = self.config, self.facts
         rate = "" if config.qps is None else f" at {config.qps:g} requests/s"
         if config.path is None or not self._is_recorded:
-            kind = Arrivals.POISSON if config.arrivals is Arrivals.AUTO else config.arrivals
+            kind = ArrivalProcess.POISSON if config.arrivals is ArrivalProcess.AUTO else config.arrivals
             arrivals = f"arrivals {kind.value}{rate}"
         elif self._stretch == 1.0:
             arrivals = "arrivals as recorded"
@@ -141,7 +141,7 @@ class Workload:
 
     def _check_synthetic(self) -> None:
         config = self.config
-        if config.arrivals is Arrivals.RECORDED:
+        if config.arrivals is ArrivalProcess.RECORDED:
             raise ConfigError("workload.arrivals=recorded: only a trace has recorded arrivals; give workload.path=FILE")
         if config.qps is None:
             raise ConfigError("workload.path=null and workload.qps=null: name a trace, workload.path=FILE, "
@@ -160,10 +160,10 @@ class Workload:
         if first is None:
             raise ConfigError(f"workload.path={config.path}: no requests in it; it needs at least one row")
         has_times = first.arrival_s is not None
-        if config.arrivals is Arrivals.RECORDED and not has_times:
+        if config.arrivals is ArrivalProcess.RECORDED and not has_times:
             raise ConfigError(f"workload.arrivals=recorded: {config.path} has no arrival times; "
                 "use workload.arrivals=poisson with workload.qps")
-        self._is_recorded = has_times and config.arrivals in (Arrivals.AUTO, Arrivals.RECORDED)
+        self._is_recorded = has_times and config.arrivals in (ArrivalProcess.AUTO, ArrivalProcess.RECORDED)
         if not self._is_recorded:
             if config.qps is None:
                 raise ConfigError(f"workload.qps=null: arrivals for {config.path} have to be drawn; "
@@ -201,7 +201,7 @@ class Workload:
         """
         config = self.config
         assert config.qps is not None
-        kind = Arrivals.POISSON if config.arrivals is Arrivals.AUTO else config.arrivals
+        kind = ArrivalProcess.POISSON if config.arrivals is ArrivalProcess.AUTO else config.arrivals
         arrivals_s = arrival_times_s(kind, config.qps, Random(f"arrivals {self._seed}"), config.shape)
         if config.path is not None:
             for arrival_s, row in zip(arrivals_s, self._trace(config.path).rows(), strict=False):

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import pytest
 from scripted_server import Event, ScriptedServer, token, usage
 
-from megatron_medha.bench.client import Streamed, Target, complete, completion_body, find_model
+from megatron_medha.bench.client import StreamResult, Target, completion_body, find_model, run_completion
 from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.errors import ConfigError
 
 
-def streamed(server: ScriptedServer, max_tokens: int = 3, **target: object) -> Streamed:
-    async def one() -> Streamed:
+def streamed(server: ScriptedServer, max_tokens: int = 3, **target: object) -> StreamResult:
+    async def one() -> StreamResult:
         async with server.running():
             made = Target(url=server.url, **target)  # type: ignore[arg-type]
             async with made.session() as session:
                 body = completion_body(made, "scripted", [65, 66], max_tokens)
-                return await complete(made, session, body, max_tokens)
+                return await run_completion(made, session, body, max_tokens)
 
     return asyncio.run(one())
 

@@ -11,7 +11,7 @@ from scripted_server import ScriptedServer, token, usage
 from megatron_medha.bench import load_generator as load
 from megatron_medha.bench.client import Target
 from megatron_medha.bench.idle import BenchError, IdleTimes, lengths_between, measure_idle
-from megatron_medha.bench.load_generator import Client, Sent, closed_loop, open_loop
+from megatron_medha.bench.load_generator import LoadClient, SentRequest, closed_loop, open_loop
 from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.request import Request
 from megatron_medha.stats.outcome import Ending, Slo
@@ -25,15 +25,17 @@ def requests(count: int, every_s: float = 0.0) -> list[Request]:
 
 
 def under_load(
-    server: ScriptedServer, run: Callable[[Client, Callable[[Sent], None]], Awaitable[None]], slo: Slo | None = None
-) -> list[Sent]:
-    sent: list[Sent] = []
+    server: ScriptedServer,
+    run: Callable[[LoadClient, Callable[[SentRequest], None]], Awaitable[None]],
+    slo: Slo | None = None,
+) -> list[SentRequest]:
+    sent: list[SentRequest] = []
 
     async def go() -> None:
         async with server.running():
             target = Target(url=server.url)
             async with target.session() as session:
-                client = Client(
+                client = LoadClient(
                     target=target, session=session, model="scripted", tokens=TokenRange(), slo=slo or Slo(), seed=0,
                     isolated_s=lambda num_tokens: 0.25,
                 )  # fmt: skip
@@ -52,7 +54,7 @@ def test_in_an_open_loop_requests_go_out_at_their_time_whoever_is_still_waiting(
     monkeypatch.setattr(load, "_PREPARE_S", 0.05)
     server = ScriptedServer(TWO_TOKENS, holds=asyncio.Event())
 
-    async def run(client: Client, note: Callable[[Sent], None]) -> None:
+    async def run(client: LoadClient, note: Callable[[SentRequest], None]) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(open_loop(client, requests(5, every_s=0.01), note))
             while server.num_at_once < 5:  # none has had an answer, and all are there
@@ -74,7 +76,7 @@ def test_in_an_open_loop_requests_go_out_at_their_time_whoever_is_still_waiting(
 def test_in_a_closed_loop_so_many_are_under_way_and_no_more() -> None:
     server = ScriptedServer(TWO_TOKENS, holds=asyncio.Event())
 
-    async def run(client: Client, note: Callable[[Sent], None]) -> None:
+    async def run(client: LoadClient, note: Callable[[SentRequest], None]) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(closed_loop(client, requests(20), 3, note))
             while server.num_at_once < 3:

@@ -111,9 +111,9 @@ def test_a_cache_that_cannot_be_written_is_named(
 
 
 def test_only_the_newest_builds_are_kept(tmp_path: Path) -> None:
-    for age in range(compiled_core._MOST_BUILDS + 2):
+    for age in range(compiled_core._MAX_BUILDS + 2):
         build = tmp_path / f"core-{age}"
         build.mkdir()
         os.utime(build, ns=(10**9 * (100 - age),) * 2)
     compiled_core._remove_oldest(tmp_path)
-    assert {build.name for build in tmp_path.iterdir()} == {f"core-{age}" for age in range(compiled_core._MOST_BUILDS)}
+    assert {build.name for build in tmp_path.iterdir()} == {f"core-{age}" for age in range(compiled_core._MAX_BUILDS)}

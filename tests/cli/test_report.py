@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_medha.cli.medha import main
-from megatron_medha.cli.reports.report_runs import Run, differing_keys, find_runs, pareto, telling_keys
+from megatron_medha.cli.reports.report_runs import ReportRun, differing_keys, distinguishing_keys, find_runs, pareto
 from megatron_medha.core.errors import ConfigError
 
 
@@ -55,9 +55,9 @@ def test_the_pareto_front_is_what_no_other_run_beats_in_both(tmp_path: Path) -> 
     assert [run.name for run in pareto(find_runs([tmp_path]), "short")] == ["0", "1"]
 
 
-def run(name: str, ttft_s: float, tokens_per_s: float, is_simulated: bool = False, **options: object) -> Run:
+def run(name: str, ttft_s: float, tokens_per_s: float, is_simulated: bool = False, **options: object) -> ReportRun:
     values = {"classes": {"short": {"ttft_s": {"p99": ttft_s}}}, "all": {"tokens_per_s": tokens_per_s}}
-    return Run(name, Path(name), options, values, is_simulated)
+    return ReportRun(name, Path(name), options, values, is_simulated)
 
 
 def test_runs_that_are_equal_are_as_good_as_each_other() -> None:
@@ -77,7 +77,7 @@ def test_an_option_that_another_one_settles_tells_nothing() -> None:
         for qps in (1.0, 2.0)
     ]
     assert differing_keys(runs) == ["policy", "has_triage", "qps"]
-    assert telling_keys(runs) == ["policy", "qps"]
+    assert distinguishing_keys(runs) == ["policy", "qps"]
 
 
 def test_a_report_has_a_row_per_run_and_a_page_that_needs_no_other_file(

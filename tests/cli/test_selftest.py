@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from megatron_medha.cli.fuzz import fuzz_cases as cases
-from megatron_medha.cli.fuzz.fuzz_watch import Seen
-from megatron_medha.cli.fuzz.fuzz_wire import Broken, check, parse
+from megatron_medha.cli.fuzz.fuzz_watch import ServerObservations
+from megatron_medha.cli.fuzz.fuzz_wire import ServerMisbehaved, check, parse
 from megatron_medha.cli.medha import main
-from megatron_medha.cli.selftest import SelftestConfig, beside, selftest, table
+from megatron_medha.cli.selftest import SelftestConfig, check_side_effects, selftest, table
 
 Words = tuple[str, ...]
 Start = Callable[..., Any]  # conftest.Medha
@@ -96,13 +96,15 @@ def test_an_answer_in_chunks_is_put_together() -> None:
     raw = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
     assert parse(raw).body == b"abcde"
     check(None)
-    with pytest.raises(Broken, match="without its size"):
+    with pytest.raises(ServerMisbehaved, match="without its size"):
         parse(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n")
 
 
-def seen(lag_ms: float | None, memory_mib: float = 100.0, peak_mib: float = 100.0, failures: Words = ()) -> Seen:
+def seen(
+    lag_ms: float | None, memory_mib: float = 100.0, peak_mib: float = 100.0, failures: Words = ()
+) -> ServerObservations:
     lag_s = None if lag_ms is None else lag_ms / 1e3
-    return Seen(9, 0.01, lag_s, memory_mib * 2**20, memory_mib * 2**20, peak_mib * 2**20, list(failures))
+    return ServerObservations(9, 0.01, lag_s, memory_mib * 2**20, memory_mib * 2**20, peak_mib * 2**20, list(failures))
 
 
 @pytest.mark.parametrize(("before", "during", "what"), [
@@ -112,14 +114,16 @@ def seen(lag_ms: float | None, memory_mib: float = 100.0, peak_mib: float = 100.
     (seen(5, peak_mib=500), seen(5, memory_mib=229, peak_mib=500), "memory grew by 129 MiB"),
     (seen(5), seen(5, failures=("status 503",)), "/health beside cases: status 503"), (seen(None), seen(None), ""),
 ])  # fmt: skip
-def test_waiting_and_memory_have_limits(before: Seen, during: Seen, what: str) -> None:
-    group = beside(SelftestConfig(large_mib=16, max_lag_s=0.05), before, [("cases", during), ("no cases", seen(1))])
+def test_waiting_and_memory_have_limits(before: ServerObservations, during: ServerObservations, what: str) -> None:
+    group = check_side_effects(
+        SelftestConfig(large_mib=16, max_lag_s=0.05), before, [("cases", during), ("no cases", seen(1))]
+    )
     assert what in " ".join(group.failures) and bool(what) == bool(group.failures)
     assert "/health, asked 18 times" in table([group])
 
 
 def test_a_server_that_shows_no_figures_is_tested_all_the_same() -> None:
-    group = beside(SelftestConfig(), Seen(), [("cases", Seen(num_polls=1))])
+    group = check_side_effects(SelftestConfig(), ServerObservations(), [("cases", ServerObservations(num_polls=1))])
     assert (group.num_tried, group.failures) == (1, [])
 
 

@@ -20,7 +20,7 @@ from megatron_medha.core.scheduling import scheduler
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import SimulatedWorld
+from megatron_medha.sim.sim_world import RecordingSimRuntime
 
 NUM_WALKS = 150
 SHAPE = ModelShape(
@@ -78,7 +78,7 @@ def walk(seed: int, digest: Digest) -> None:
         failed = tuple((name, "its fault") for name in ids if draw.random() < 0.02)
         return Completed(batch.batch_id, seconds, stopped, failed)
 
-    world = SimulatedWorld(requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), spp, outcome)
+    world = RecordingSimRuntime(requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), spp, outcome)
     world.abort(draw.random() * 0.3, f"r{draw.randint(0, 17)}")
     if draw.random() < 0.3:
         world.lose_ranks(draw.random() * 0.3)

@@ -53,7 +53,7 @@ class FakeCluster:
             rank_config=RankConfig(
                 model=ModelOptions(block_size=16),
                 layout=layout,
-                front_endpoint="",
+                server_endpoint="",
                 checkpoint=str(directory),
                 kv_memory_bytes=num_blocks,
                 max_tokens_per_shard=shard_tokens,

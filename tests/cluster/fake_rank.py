@@ -20,13 +20,13 @@ from pathlib import Path
 
 import zmq
 
-from megatron_medha.cluster.messages import HeldKV, Ready, SampledToken, Step, StepDone
+from megatron_medha.cluster.messages import HeldKV, RankReady, RankStep, SampledToken, StepDone
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.layout import Coord
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.worker.main import Loaded, main
-from megatron_medha.worker.message_inbox import FrontInbox
+from megatron_medha.worker.main import LoadedRank, main
+from megatron_medha.worker.message_inbox import MessageInbox
 
 VOCAB_SIZE = 1000
 
@@ -63,7 +63,7 @@ class FakeRank:
         self.answers = self._coord.tp == 0
         self.prepared: list[str] = []  # grammars
 
-    def run(self, step: Step) -> StepDone:
+    def run(self, step: RankStep) -> StepDone:
         assert step.batch_id > self._last_batch_id, "batches out of order"
         self._last_batch_id = step.batch_id
         for request_id in step.released:
@@ -96,8 +96,8 @@ class FakeRank:
                     if self._config.layout.world_size == 1:
                         tokens.append(token_id)
         num_blocks = sum(map(len, self._blocks.values())) - self._num_lost_blocks
-        held = HeldKV(len(self._tokens), num_blocks, sum(map(sum, self._blocks.values())))
-        return StepDone(step.batch_id, self._config.rank, 0.001, tuple(sampled), held=held)
+        audit_counts = HeldKV(len(self._tokens), num_blocks, sum(map(sum, self._blocks.values())))
+        return StepDone(step.batch_id, self._config.rank, 0.001, tuple(sampled), audit_counts=audit_counts)
 
     def _write_kv(self, request_id: str, start: int, end: int, num_shards: int, extents: Sequence[Extent]) -> None:
         shard_tokens = self._config.max_tokens_per_shard
@@ -148,7 +148,7 @@ def _take_fault(config: RankConfig, tokens: Sequence[int] | None = None) -> str 
     return str(fault["kind"])
 
 
-def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
+def load(config: RankConfig, progress: Callable[[str, float], None]) -> LoadedRank:
     """Takes no time, unless it is told to wait or to fail."""
     progress("model", 0.5)
     while (Path(config.checkpoint) / "hold").exists():
@@ -163,15 +163,15 @@ def load(config: RankConfig, progress: Callable[[str, float], None]) -> Loaded:
     num_blocks = config.kv_memory_bytes + config.rank
     rank = FakeRank(config, config.kv_memory_bytes)
 
-    def serve(inbox: FrontInbox, answer: Callable[[StepDone], None]) -> None:
-        while isinstance(message := inbox.wait(), Step):
+    def serve(inbox: MessageInbox, answer: Callable[[StepDone], None]) -> None:
+        while isinstance(message := inbox.wait(), RankStep):
             done = rank.run(message)
             if rank.answers:
                 answer(done)
 
     block_size = config.model.block_size or 0
-    ready = Ready(config.rank, shape, num_blocks, block_size, (), "fake", config.max_tokens_per_shard)
-    return Loaded(serve, ready, rank.prepared.append)
+    ready = RankReady(config.rank, shape, num_blocks, block_size, (), "fake", config.max_tokens_per_shard)
+    return LoadedRank(serve, ready, rank.prepared.append)
 
 
 if __name__ == "__main__":

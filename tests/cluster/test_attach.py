@@ -21,12 +21,12 @@ from clients import TIMEOUT_S, wait_until, wait_until_ready
 from fake_cluster import FakeCluster, assert_all_are_answered, mixed_load
 from fake_rank import continuation
 
-from megatron_medha.cluster.curve_keys import Keys
+from megatron_medha.cluster.curve_keys import CurveKeys
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig, LaunchKind
 from megatron_medha.cluster.messages import Heartbeat, RankFailed, StepDone
 from megatron_medha.cluster.rank_link import RankLink, router_socket
-from megatron_medha.cluster.remote.agent_messages import AgentState, Leave, ToAgent
+from megatron_medha.cluster.remote.agent_messages import AgentShutdown, AgentState, ToAgent
 from megatron_medha.cluster.remote.attach import attached_ranks
 from megatron_medha.cluster.wire import protocol_version
 from megatron_medha.core.errors import ConfigError, RankError
@@ -154,10 +154,10 @@ def test_agents_find_the_replica_they_belong_to(make_site: Callable[..., Site]) 
 def test_a_rank_with_other_keys_is_refused_and_told_so(make_site: Callable[..., Site], tmp_path: Path) -> None:
     site = make_site()
     cluster = site.cluster(ParallelLayout()).connect()
-    right = Keys.load(site.key_file)
-    strangers = Keys.load_or_make(tmp_path / "stranger.key")
+    right = CurveKeys.load(site.key_file)
+    strangers = CurveKeys.load_or_make(tmp_path / "stranger.key")
     # One knows nothing of the front; the other knows its public key, but holds no key the front trusts.
-    half = Keys(**{**{field: getattr(strangers, field) for field in strangers.__struct_fields__},
+    half = CurveKeys(**{**{field: getattr(strangers, field) for field in strangers.__struct_fields__},
                    "front_public": right.front_public})
     (tmp_path / "half.key").write_bytes(msgspec.json.encode(half))
     for name in ("stranger.key", "half.key"):
@@ -177,12 +177,12 @@ def test_a_rank_with_other_keys_is_refused_and_told_so(make_site: Callable[..., 
 class Holder:
     """Somebody with the ranks' key, who may send anything."""
 
-    def __init__(self, keys: Keys, endpoint: str, name: bytes) -> None:
+    def __init__(self, keys: CurveKeys, endpoint: str, name: bytes) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.IDENTITY, name)
-        keys.secure_rank(self.socket)
+        keys.secure_rank_socket(self.socket)
         self.socket.connect(endpoint)
 
     def say(self, **fields: Any) -> None:
@@ -247,7 +247,7 @@ def test_no_message_of_a_holder_of_the_key_ends_the_wait_for_ranks_or_the_server
 ) -> None:
     site = make_site()
     cluster = site.cluster(ParallelLayout()).connect()
-    keys = Keys.load(site.key_file)
+    keys = CurveKeys.load(site.key_file)
 
     def send_all(prefix: str) -> None:
         for name, frames in HOSTILE.items():
@@ -255,7 +255,7 @@ def test_no_message_of_a_holder_of_the_key_ends_the_wait_for_ranks_or_the_server
             holder = hold(keys, site.address, f"{prefix}{name}".encode())
             holder.socket.send_multipart(frames)
             answer = holder.hears()
-            assert isinstance(answer, Leave) and answer.is_error, name
+            assert isinstance(answer, AgentShutdown) and answer.is_error, name
             assert protocol_version() in answer.why
         hold(keys, site.address, f"{prefix}huge".encode()).socket.send(b"\0" * 2**20)
 
@@ -274,11 +274,11 @@ def test_agent_and_server_of_other_versions_both_say_so(
 ) -> None:
     site = make_site()
     site.cluster(ParallelLayout()).connect()
-    keys = Keys.load(site.key_file)
+    keys = CurveKeys.load(site.key_file)
     holder = hold(keys, site.address, b"agent-0")
     holder.say(version="0.0.9/ffffffff")
     answer = holder.hears()
-    assert isinstance(answer, Leave) and answer.is_error
+    assert isinstance(answer, AgentShutdown) and answer.is_error
     for text in (answer.why, caplog.text):
         assert "0.0.9/ffffffff" in text and protocol_version() in text
     # The other way round: a server that does not look at versions.
@@ -313,7 +313,7 @@ def test_a_second_agent_of_a_rank_is_refused_while_the_first_is_there(make_site:
 def test_what_no_rank_sends_is_dropped_by_the_link_to_the_ranks(
     hold: Callable[..., Holder], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keys = Keys.load_or_make(tmp_path / "key")
+    keys = CurveKeys.load_or_make(tmp_path / "key")
     done = StepDone(0, 0, 0.1)
     with zmq.Context() as context:
         link = RankLink(context, "tcp://127.0.0.1:*", 2, keys)
@@ -378,12 +378,12 @@ def test_ranks_that_never_come_end_the_start_with_their_numbers(tmp_path: Path) 
 
 def test_the_key_file_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "keys" / "medha.key"
-    made = Keys.load_or_make(path)
-    assert Keys.load_or_make(path) == made == Keys.load(path)
+    made = CurveKeys.load_or_make(path)
+    assert CurveKeys.load_or_make(path) == made == CurveKeys.load(path)
     assert path.stat().st_mode & 0o777 == 0o600
     path.write_text("{}")
     with pytest.raises(ConfigError, match="not one that the front wrote"):
-        Keys.load(path)
+        CurveKeys.load(path)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_the_key_file_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> No
 def test_an_agent_that_cannot_attach_says_why(
     tmp_path: Path, arguments: list[str], environment: dict[str, str], words: str
 ) -> None:
-    Keys.load_or_make(tmp_path / "key")
+    CurveKeys.load_or_make(tmp_path / "key")
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "SLURM_PROCID")}
     outcome = subprocess.run(
         [*AGENT, *(str(tmp_path / "key") if word == "KEY" else word for word in arguments)],

@@ -70,7 +70,7 @@ def make_engine(
         rank_config=RankConfig(
             layout=layout,
             max_tokens_per_shard=shard_tokens,
-            front_endpoint="",
+            server_endpoint="",
             checkpoint=str(checkpoint),
             model=ModelOptions(device="cpu", block_size=BLOCK_SIZE, num_threads=1),
             kv_memory_bytes=kv_blocks * block_bytes,

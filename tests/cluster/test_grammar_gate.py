@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_medha.cluster.messages import Prepared
-from megatron_medha.cluster.pending_grammars import GrammarGate
+from megatron_medha.cluster.messages import GrammarPrepared
+from megatron_medha.cluster.pending_grammars import PendingGrammars
 from megatron_medha.core.batch import Aborted, Arrived
 from megatron_medha.core.request import Request
 
@@ -15,49 +15,49 @@ def arrived(name: str) -> Arrived:
 
 
 @pytest.fixture
-def gate() -> GrammarGate:
+def gate() -> PendingGrammars:
     """Two ranks; a request's grammar is its name, those of one letter have none."""
-    return GrammarGate([1, 3], lambda name: name if len(name) > 1 else None)
+    return PendingGrammars([1, 3], lambda name: name if len(name) > 1 else None)
 
 
-def test_a_request_goes_on_once_the_last_rank_has_compiled_its_grammar(gate: GrammarGate) -> None:
+def test_a_request_goes_on_once_the_last_rank_has_compiled_its_grammar(gate: PendingGrammars) -> None:
     assert gate.admit(arrived("digits")) == ()
-    (question,) = gate.take_questions()
-    assert question.grammar == "digits" and gate.take_questions() == []
-    assert gate.take(Prepared(3, question.number)) == ()
-    assert gate.take(Prepared(3, question.number)) == ()
-    assert gate.take(Prepared(1, question.number)) == (arrived("digits"),)
-    assert gate.take(Prepared(1, question.number)) == ()
+    (question,) = gate.take_prepare_messages()
+    assert question.grammar == "digits" and gate.take_prepare_messages() == []
+    assert gate.take(GrammarPrepared(3, question.number)) == ()
+    assert gate.take(GrammarPrepared(3, question.number)) == ()
+    assert gate.take(GrammarPrepared(1, question.number)) == (arrived("digits"),)
+    assert gate.take(GrammarPrepared(1, question.number)) == ()
 
 
-def test_who_has_no_grammar_passes_those_that_wait(gate: GrammarGate) -> None:
+def test_who_has_no_grammar_passes_those_that_wait(gate: PendingGrammars) -> None:
     gate.admit(arrived("digits"))
     for event in (arrived("a"), Aborted("a"), Aborted("unknown"), None):
         assert gate.admit(event) == (event,)
 
 
-def test_one_whose_client_left_never_goes_on_and_its_end_is_told(gate: GrammarGate) -> None:
+def test_one_whose_client_left_never_goes_on_and_its_end_is_told(gate: PendingGrammars) -> None:
     gate.admit(arrived("digits"))
     gate.admit(arrived("words"))
-    digits, words = gate.take_questions()
+    digits, words = gate.take_prepare_messages()
     assert gate.admit(Aborted("digits")) == (Aborted("digits"),)
-    assert [gate.take(Prepared(rank, digits.number)) for rank in (1, 3)] == [(), ()]
-    gate.take(Prepared(1, words.number))
-    assert gate.take(Prepared(3, words.number)) == (arrived("words"),)
+    assert [gate.take(GrammarPrepared(rank, digits.number)) for rank in (1, 3)] == [(), ()]
+    gate.take(GrammarPrepared(1, words.number))
+    assert gate.take(GrammarPrepared(3, words.number)) == (arrived("words"),)
 
 
-def test_one_that_left_before_the_ranks_were_asked_costs_them_nothing(gate: GrammarGate) -> None:
+def test_one_that_left_before_the_ranks_were_asked_costs_them_nothing(gate: PendingGrammars) -> None:
     gate.admit(arrived("digits"))
     gate.admit(Aborted("digits"))
-    assert gate.take_questions() == []
+    assert gate.take_prepare_messages() == []
 
 
-def test_other_ranks_are_asked_anew_for_all_that_wait(gate: GrammarGate) -> None:
+def test_other_ranks_are_asked_anew_for_all_that_wait(gate: PendingGrammars) -> None:
     gate.admit(arrived("digits"))
-    (first,) = gate.take_questions()
-    gate.take(Prepared(1, first.number))
+    (first,) = gate.take_prepare_messages()
+    gate.take(GrammarPrepared(1, first.number))
     gate.admit(arrived("words"))
     gate.restart()
-    assert [question.grammar for question in gate.take_questions()] == ["digits", "words"]
-    assert gate.take(Prepared(3, first.number)) == ()  # the rank that had answered is gone
-    assert gate.take(Prepared(1, first.number)) == (arrived("digits"),)
+    assert [question.grammar for question in gate.take_prepare_messages()] == ["digits", "words"]
+    assert gate.take(GrammarPrepared(3, first.number)) == ()  # the rank that had answered is gone
+    assert gate.take(GrammarPrepared(1, first.number)) == (arrived("digits"),)

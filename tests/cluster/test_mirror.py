@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_medha.cluster.messages import NewRequest, Step
-from megatron_medha.cluster.rank_state import RankMirror
+from megatron_medha.cluster.messages import NewRequest, RankStep
+from megatron_medha.cluster.rank_state import RankStateCache
 from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
@@ -21,12 +21,12 @@ def chunk(request_id: str, *kvp_ranks: int) -> Chunk:
     return Chunk(request_id, 0, 1, True, kvp_ranks)
 
 
-def new_ids(step: Step) -> list[str]:
+def new_ids(step: RankStep) -> list[str]:
     return [new.request_id for new in step.new_requests]
 
 
 def test_a_request_is_described_to_each_kvp_rank_with_its_first_chunk_there() -> None:
-    mirror = RankMirror(ParallelLayout(kvp=2), describe)
+    mirror = RankStateCache(ParallelLayout(kvp=2), describe)
     first = mirror.steps(batch(chunk("a", 0), chunk("b", 1)))
     assert [new_ids(step) for step in first] == [["a"], ["b"]]
     assert [[part.request_id for part in step.chunks] for step in first] == [["a"], ["b"]]
@@ -35,7 +35,7 @@ def test_a_request_is_described_to_each_kvp_rank_with_its_first_chunk_there() ->
 
 
 def test_sampled_tokens_go_once_to_those_who_know_the_request() -> None:
-    mirror = RankMirror(ParallelLayout(kvp=2), describe)
+    mirror = RankStateCache(ParallelLayout(kvp=2), describe)
     mirror.steps(batch(chunk("a", 0), chunk("b", 0, 1)))
     mirror.sampled("a", 7)
     mirror.sampled("b", 8)
@@ -45,14 +45,14 @@ def test_sampled_tokens_go_once_to_those_who_know_the_request() -> None:
 
 
 def test_a_single_rank_is_told_no_token_since_it_samples_them() -> None:
-    mirror = RankMirror(ParallelLayout(), describe)
+    mirror = RankStateCache(ParallelLayout(), describe)
     mirror.steps(batch(chunk("a", 0)))
     mirror.sampled("a", 7)
     assert mirror.steps(batch())[0].sampled == ()
 
 
 def test_a_released_request_is_forgotten_and_its_id_may_come_again() -> None:
-    mirror = RankMirror(ParallelLayout(tp=2), describe)
+    mirror = RankStateCache(ParallelLayout(tp=2), describe)
     mirror.steps(batch(chunk("a", 0)))
     mirror.sampled("a", 7)
     (step,) = mirror.steps(batch(chunk("a", 0), released=("a",)))
@@ -60,7 +60,7 @@ def test_a_released_request_is_forgotten_and_its_id_may_come_again() -> None:
 
 
 def test_ranks_that_came_up_empty_are_told_everything_again() -> None:
-    mirror = RankMirror(ParallelLayout(spp=2), describe)
+    mirror = RankStateCache(ParallelLayout(spp=2), describe)
     mirror.steps(batch(chunk("a", 0)))
     mirror.sampled("a", 7)
     mirror.clear()

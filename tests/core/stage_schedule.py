@@ -12,7 +12,7 @@ from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.stage_plan import StagePlan, stage_plan
 
 
-class Place(NamedTuple):
+class GroupCoord(NamedTuple):
     """The ranks of one stage and one kvp index."""
 
     stage: int
@@ -22,7 +22,7 @@ class Place(NamedTuple):
         return f"stage {self.stage} kvp {self.kvp}"
 
 
-class Kind(Enum):
+class OperationKind(Enum):
     """What an operation is."""
 
     RECEIVE = "receive"    # hidden states from the stage before; waits for them
@@ -35,19 +35,23 @@ class Kind(Enum):
 class Operation(NamedTuple):
     """One thing a place does."""
 
-    kind: Kind
+    kind: OperationKind
     batch_id: int
     num_tokens: int
     layer: int = 0             # within the stage; POST, MERGE and COMPUTE
-    peer: Place | None = None  # the other end
+    peer: GroupCoord | None = None  # the other end
 
     def __str__(self) -> str:
         where = "" if self.peer is None else f" <> {self.peer}"
-        layer = f" layer {self.layer}" if self.kind in (Kind.POST, Kind.MERGE, Kind.COMPUTE) else ""
+        layer = (
+            f" layer {self.layer}"
+            if self.kind in (OperationKind.POST, OperationKind.MERGE, OperationKind.COMPUTE)
+            else ""
+        )
         return f"batch {self.batch_id:<4} {self.kind.value:<8} {self.num_tokens:>6} tokens{layer}{where}"
 
 
-Schedule = dict[Place, tuple[Operation, ...]]
+Schedule = dict[GroupCoord, tuple[Operation, ...]]
 
 
 def exchanged_tokens(plan: StagePlan, chunks: Sequence[Chunk], kvp_rank: int) -> dict[int, int]:
@@ -60,7 +64,7 @@ def exchanged_tokens(plan: StagePlan, chunks: Sequence[Chunk], kvp_rank: int) ->
     return dict(sorted(exchanged.items()))
 
 
-def operations(batch: Batch, place: Place, num_stages: int, num_layers: int) -> tuple[Operation, ...]:
+def operations(batch: Batch, place: GroupCoord, num_stages: int, num_layers: int) -> tuple[Operation, ...]:
     """What a place does with a batch, one operation after the other; num_layers are those of one stage."""
     chunks = batch.chunks_on(place.kvp)
     plan, batch_id = stage_plan(chunks, place.kvp), batch.batch_id
@@ -68,15 +72,21 @@ def operations(batch: Batch, place: Place, num_stages: int, num_layers: int) -> 
         return ()
     found = []
     if place.stage > 0:
-        found.append(Operation(Kind.RECEIVE, batch_id, plan.num_tokens, peer=Place(place.stage - 1, place.kvp)))
-    peers = [(Place(place.stage, peer), count) for peer, count in exchanged_tokens(plan, chunks, place.kvp).items()]
+        found.append(
+            Operation(OperationKind.RECEIVE, batch_id, plan.num_tokens, peer=GroupCoord(place.stage - 1, place.kvp))
+        )
+    peers = [
+        (GroupCoord(place.stage, peer), count) for peer, count in exchanged_tokens(plan, chunks, place.kvp).items()
+    ]
     for layer in range(num_layers):
         # Everything is posted before anything is waited for: the order in which peers get to it does not matter.
-        found += [Operation(Kind.POST, batch_id, count, layer, peer) for peer, count in peers]
-        found.append(Operation(Kind.COMPUTE, batch_id, plan.num_tokens, layer))
-        found += [Operation(Kind.MERGE, batch_id, count, layer, peer) for peer, count in peers]
+        found += [Operation(OperationKind.POST, batch_id, count, layer, peer) for peer, count in peers]
+        found.append(Operation(OperationKind.COMPUTE, batch_id, plan.num_tokens, layer))
+        found += [Operation(OperationKind.MERGE, batch_id, count, layer, peer) for peer, count in peers]
     if place.stage < num_stages - 1:
-        found.append(Operation(Kind.SEND, batch_id, plan.num_tokens, peer=Place(place.stage + 1, place.kvp)))
+        found.append(
+            Operation(OperationKind.SEND, batch_id, plan.num_tokens, peer=GroupCoord(place.stage + 1, place.kvp))
+        )
     return tuple(found)
 
 
@@ -88,7 +98,7 @@ def stream_schedule(batches: Sequence[Batch], *, num_stages: int, kvp: int, num_
             for batch in batches
             for operation in operations(batch, place, num_stages, num_layers)
         )
-        for place in (Place(stage, index) for stage in range(num_stages) for index in range(kvp))
+        for place in (GroupCoord(stage, index) for stage in range(num_stages) for index in range(kvp))
     }
 
 
@@ -96,7 +106,7 @@ def stream_schedule(batches: Sequence[Batch], *, num_stages: int, kvp: int, num_
 class DryRun:
     """A schedule carried out in virtual time; every COMPUTE takes one unit per layer, everything else none."""
 
-    finished_at: Mapping[Place, Mapping[int, int]]  # when a place was done with each batch it had work in
+    finished_at: Mapping[GroupCoord, Mapping[int, int]]  # when a place was done with each batch it had work in
     duration: int
 
 
@@ -108,9 +118,9 @@ def dry_run(schedule: Schedule) -> DryRun:
     """
     next_operation = dict.fromkeys(schedule, 0)
     clock = dict.fromkeys(schedule, 0)
-    finished: dict[Place, dict[int, int]] = {place: {} for place in schedule}
+    finished: dict[GroupCoord, dict[int, int]] = {place: {} for place in schedule}
     # What has been sent on each link and not been taken: (what it is, when it was sent), first in, first out.
-    links: dict[tuple[Place, Place], deque[tuple[tuple[int, int, int], int]]] = defaultdict(deque)
+    links: dict[tuple[GroupCoord, GroupCoord], deque[tuple[tuple[int, int, int], int]]] = defaultdict(deque)
     is_moving = True
     while is_moving:
         is_moving = False
@@ -119,12 +129,12 @@ def dry_run(schedule: Schedule) -> DryRun:
                 operation = todo[next_operation[place]]
                 label = (operation.batch_id, operation.layer, operation.num_tokens)
                 match operation.kind:
-                    case Kind.COMPUTE:
+                    case OperationKind.COMPUTE:
                         clock[place] += 1
-                    case Kind.SEND | Kind.POST:
+                    case OperationKind.SEND | OperationKind.POST:
                         assert operation.peer is not None
                         links[place, operation.peer].append((label, clock[place]))
-                    case Kind.RECEIVE | Kind.MERGE:
+                    case OperationKind.RECEIVE | OperationKind.MERGE:
                         assert operation.peer is not None
                         arrived = links[operation.peer, place]
                         if not arrived:

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_medha.core.cost.capacity import (
-    Reserve,
+    MemoryBudget,
     check_devices,
     check_layout,
     cluster_for,
@@ -31,7 +31,7 @@ HAND = ModelShape(
 DEVICES = Hardware(
     name="devices", flops_per_s=1e6, memory_bytes_per_s=1e5, memory_bytes=20_000.0, num_devices=16, devices_per_node=4
 )
-RESERVE = Reserve(block_size=2, utilisation=0.5, max_batch_tokens=3, max_num_sequences=2)
+RESERVE = MemoryBudget(block_size=2, utilisation=0.5, max_batch_tokens=3, max_num_sequences=2)
 LLAMA_70B = ModelShape(
     name="llama3_70b", num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_heads=64, num_kv_heads=8,
     head_dim=128, vocab_size=128256, max_context_len=1 << 20,
@@ -81,15 +81,15 @@ def test_all_experts_are_held_though_few_are_used() -> None:
 
 def test_a_70b_model_fits_eight_h100_with_a_million_tokens_to_spare_but_not_one() -> None:
     # 70.6B weights of 2 bytes over 8 devices: 17.6 GB each; 40 KiB of KV per token and rank.
-    num_blocks = num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(tp=8), Reserve())
+    num_blocks = num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(tp=8), MemoryBudget())
     assert 1_300_000 < num_blocks * 16 < 1_450_000
     with pytest.raises(ConfigError, match="no room for a KV block"):
-        num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(), Reserve())
+        num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(), MemoryBudget())
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers_and_the_smallest_layout_that_does() -> None:
     with pytest.raises(ConfigError) as error:
-        num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(), Reserve())
+        num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(), MemoryBudget())
     message = str(error.value)
     assert "llama3_70b on h100_x128 with tp=1 spp=1 kvp=1 does not fit" in message
     assert "may use 71.2 GiB; weights take 131.4, activations of 8192 tokens" in message
@@ -98,7 +98,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_numbers_and_the_smallest_l
 
 def test_a_prompt_that_does_not_fit_is_refused_with_what_would_hold_it() -> None:
     with pytest.raises(ConfigError) as error:
-        num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(tp=8), Reserve(), num_tokens=4_000_000)
+        num_kv_blocks(LLAMA_70B, H100S, ParallelLayout(tp=8), MemoryBudget(), num_tokens=4_000_000)
     message = str(error.value)
     assert "not 4,000,000" in message
     assert message.endswith("would fit")
@@ -106,15 +106,17 @@ def test_a_prompt_that_does_not_fit_is_refused_with_what_would_hold_it() -> None
 
 def test_a_cluster_that_is_too_small_is_told_how_large_it_would_have_to_be() -> None:
     with pytest.raises(ConfigError, match=r"on 32 devices instead of the 8 there are"):
-        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=8), ParallelLayout(tp=8), Reserve(), num_tokens=4_000_000)
+        num_kv_blocks(
+            LLAMA_70B, replace(H100S, num_devices=8), ParallelLayout(tp=8), MemoryBudget(), num_tokens=4_000_000
+        )
 
 
 def test_kvp_ranks_are_given_up_only_where_the_cluster_is_too_small_for_them() -> None:
     asked = ParallelLayout(tp=1, kvp=4)
     with pytest.raises(ConfigError, match=r"parallel.tp=2 parallel.spp=1 parallel.kvp=4 would fit$"):
-        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=16), asked, Reserve())
+        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=16), asked, MemoryBudget())
     with pytest.raises(ConfigError, match=r"parallel.tp=2 parallel.spp=1 parallel.kvp=2 would fit$"):
-        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=4), asked, Reserve())
+        num_kv_blocks(LLAMA_70B, replace(H100S, num_devices=4), asked, MemoryBudget())
 
 
 def test_a_model_that_no_layout_holds_is_refused_with_that() -> None:
@@ -147,7 +149,7 @@ LAYOUTS = st.builds(
 def test_the_way_out_fits_indeed(layout: ParallelLayout, num_tokens: int, gigabytes: int) -> None:
     hardware = replace(H100S, memory_bytes=gigabytes * 1e9, num_devices=1024)
     try:
-        num_blocks = num_kv_blocks(LLAMA_70B, hardware, layout, Reserve(), num_tokens=num_tokens)
+        num_blocks = num_kv_blocks(LLAMA_70B, hardware, layout, MemoryBudget(), num_tokens=num_tokens)
     except ConfigError as error:
         found = re.search(r"parallel.tp=(\d+) parallel.spp=(\d+) parallel.kvp=(\d+) would fit", str(error))
         assume(found is not None)
@@ -156,18 +158,19 @@ def test_the_way_out_fits_indeed(layout: ParallelLayout, num_tokens: int, gigaby
         larger = replace(hardware, num_devices=1 << 20)
         way_out = ParallelLayout(tp=tp, spp=spp, kvp=kvp)
         assert way_out != layout
-        assert num_kv_blocks(LLAMA_70B, larger, way_out, Reserve(), num_tokens=num_tokens) >= 1
+        assert num_kv_blocks(LLAMA_70B, larger, way_out, MemoryBudget(), num_tokens=num_tokens) >= 1
     else:
         assert num_blocks * 16 * layout.kvp >= num_tokens
         for stage in range(layout.spp):
-            footprint = stage_footprint(LLAMA_70B, hardware, layout, stage, Reserve())
+            footprint = stage_footprint(LLAMA_70B, hardware, layout, stage, MemoryBudget())
             assert footprint.weights + footprint.activations + num_blocks * footprint.block <= footprint.budget
 
 
 @given(layout=LAYOUTS)
 def test_the_stages_of_a_layout_hold_every_weight_once(layout: ParallelLayout) -> None:
     total = sum(
-        stage_footprint(LLAMA_70B, H100S, layout, stage, Reserve()).weights * layout.tp for stage in range(layout.spp)
+        stage_footprint(LLAMA_70B, H100S, layout, stage, MemoryBudget()).weights * layout.tp
+        for stage in range(layout.spp)
     )
     assert total == pytest.approx(LLAMA_70B.num_params * 2)
 
@@ -284,7 +287,7 @@ def test_a_prompt_may_take_all_blocks_of_all_kvp_ranks_and_is_refused_by_the_num
 def test_the_fullest_stage_is_named_with_what_it_holds() -> None:
     large = replace(LLAMA_70B, vocab_size=1 << 21, num_layers=4)  # the head's logits, beside little else
     with pytest.raises(ConfigError) as error:
-        num_kv_blocks(large, replace(H100S, memory_bytes=2.5e10), ParallelLayout(spp=2), Reserve(utilisation=0.5))
+        num_kv_blocks(large, replace(H100S, memory_bytes=2.5e10), ParallelLayout(spp=2), MemoryBudget(utilisation=0.5))
     message = str(error.value)
     assert "a rank of stage 1 may use 11.6 GiB; weights take 35.2, activations of 8192 tokens 4.1" in message
 
@@ -293,14 +296,14 @@ def test_the_way_out_changes_as_little_as_it_can() -> None:
     # Two devices hold it, cut by tp or by stages: the one that changes fewer degrees, then the one with fewer stages.
     hardware = replace(H100S, memory_bytes=1.7e11, devices_per_node=8)
     with pytest.raises(ConfigError, match=r"parallel.tp=2 parallel.spp=1 parallel.kvp=1 would fit$"):
-        num_kv_blocks(LLAMA_70B, replace(hardware, memory_bytes=8.5e10), ParallelLayout(), Reserve())
+        num_kv_blocks(LLAMA_70B, replace(hardware, memory_bytes=8.5e10), ParallelLayout(), MemoryBudget())
     with pytest.raises(ConfigError, match=r"parallel.tp=1 parallel.spp=2 parallel.kvp=1 would fit$"):
         num_kv_blocks(
-            LLAMA_70B, replace(hardware, memory_bytes=8.5e10, devices_per_node=1), ParallelLayout(), Reserve()
+            LLAMA_70B, replace(hardware, memory_bytes=8.5e10, devices_per_node=1), ParallelLayout(), MemoryBudget()
         )
 
 
 def test_a_larger_node_than_there_is_is_no_way_out_but_one_that_was_asked_for_is() -> None:
     lone = replace(H100S, devices_per_node=1)
     with pytest.raises(ConfigError, match=r"parallel.tp=4 parallel.spp=1 parallel.kvp=2 would fit$"):
-        num_kv_blocks(LLAMA_70B, lone, ParallelLayout(tp=4), Reserve(), num_tokens=700_000)
+        num_kv_blocks(LLAMA_70B, lone, ParallelLayout(tp=4), MemoryBudget(), num_tokens=700_000)

@@ -146,7 +146,7 @@ class Counted:
     tile=st.sampled_from([1, 4]),
     num_tokens=st.integers(0, 60),
     most=st.integers(1, 50),
-    most_of_one=st.integers(1, 60),
+    max_per_client=st.integers(1, 60),
     decodes=st.integers(0, 3),
     start=st.integers(0, 20),
     budget_s=st.integers(0, 40),
@@ -154,13 +154,13 @@ class Counted:
     curve=st.sampled_from([0.0, 0.015625, 0.125]),
 )
 def test_the_largest_chunk_is_exact_at_its_bounds_and_the_same_whatever_is_guessed(
-    tile: int, num_tokens: int, most: int, most_of_one: int, decodes: int, start: int, budget_s: int, guess: int,
+    tile: int, num_tokens: int, most: int, max_per_client: int, decodes: int, start: int, budget_s: int, guess: int,
     curve: float,
 ) -> None:  # fmt: skip
     cost, load = Counted(curve), StepLoad()
     load.add_decodes(decodes, 5, 0.5 * decodes)
-    chunk_rule = replace(rule(tile=tile, most=most), max_chunk_tokens=most_of_one)
-    room = min(num_tokens, most - decodes, most_of_one)
+    chunk_rule = replace(rule(tile=tile, most=most), max_chunk_tokens=max_per_client)
+    room = min(num_tokens, most - decodes, max_per_client)
     sizes = [size for size in range(1, room + 1) if size % tile == 0 or size == num_tokens]
     fitting = [size for size in sizes if seconds_with(cost, load, start, size) <= budget_s]
     expected = max(fitting, default=0)

@@ -131,12 +131,12 @@ def test_places_come_with_level_value_arrival_and_item_from_the_front_and_from_b
 
 def test_a_look_shows_a_few_and_says_whether_there_are_more() -> None:
     queue = KineticQueue()
-    assert not queue.has_rest and queue.first_places(0.0) == [] == queue.more_places(0.0)
+    assert not queue.has_rest and queue.first_entries(0.0) == [] == queue.more_entries(0.0)
     for number in range(40):
         queue.add(f"r{number:02}", 0, Priority(float(number)), 0.0, None, 0.0)
-    shown = [place[ITEM_ID] for place in queue.first_places(0.0)]
+    shown = [place[ITEM_ID] for place in queue.first_entries(0.0)]
     assert queue.has_rest and shown == [f"r{number:02}" for number in range(16)]
-    more = [place[ITEM_ID] for place in queue.more_places(0.0)]
+    more = [place[ITEM_ID] for place in queue.more_entries(0.0)]
     assert more == [f"r{number:02}" for number in range(16, 20)]
     assert len(queue) == 40 and all(f"r{number:02}" in queue for number in range(40))
 
@@ -146,9 +146,9 @@ def test_one_behind_the_front_that_falls_before_it_is_shown_first() -> None:
     for number in range(40):
         queue.add(f"r{number:02}", 0, Priority(float(number)), 0.0, None, 0.0)
     queue.add("falls", 0, Priority(100.0, -10.0), 0.0, None, 0.0)
-    assert "falls" not in [place[ITEM_ID] for place in queue.first_places(0.0)]
-    assert [place[ITEM_ID] for place in queue.first_places(9.99)][:2] == ["r00", "falls"]
-    assert queue.first_places(10.01)[0][ITEM_ID] == "falls"
+    assert "falls" not in [place[ITEM_ID] for place in queue.first_entries(0.0)]
+    assert [place[ITEM_ID] for place in queue.first_entries(9.99)][:2] == ["r00", "falls"]
+    assert queue.first_entries(10.01)[0][ITEM_ID] == "falls"
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 0)), min_size=1, max_size=30), st.integers(0, 6))

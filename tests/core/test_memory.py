@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.kv.kv_memory import KVMemory, Part
+from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.kv.shards import default_shard_tokens
 from megatron_medha.core.request import Request
@@ -121,14 +121,14 @@ def test_no_chunk_may_cross_the_end_of_a_shard() -> None:
 def test_the_parts_of_a_chunk_are_the_shards_up_to_its_own() -> None:
     memory = memory_of(10, kvp=3, shard_blocks=5)
     seq = sequence("a", 50)
-    assert memory.parts(seq, (2, 0, 1)) == (Part(2, 0),)
+    assert memory.parts(seq, (2, 0, 1)) == (ChunkShard(2, 0),)
     memory.take(seq, (2, 0, 1))
     seq.num_scheduled_tokens = 19
-    assert memory.parts(seq, ()) == (Part(2, 19),)
+    assert memory.parts(seq, ()) == (ChunkShard(2, 19),)
     seq.num_scheduled_tokens = 20
-    assert memory.parts(seq, ()) == (Part(2, 20), Part(0, 0))
+    assert memory.parts(seq, ()) == (ChunkShard(2, 20), ChunkShard(0, 0))
     seq.num_scheduled_tokens = 45
-    assert memory.parts(seq, ()) == (Part(2, 20), Part(0, 20), Part(1, 5))
+    assert memory.parts(seq, ()) == (ChunkShard(2, 20), ChunkShard(0, 20), ChunkShard(1, 5))
 
 
 def test_a_decode_that_fills_its_last_shard_goes_on_on_another_rank() -> None:

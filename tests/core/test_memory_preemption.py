@@ -125,16 +125,16 @@ def test_the_earliest_deadline_is_kept_before_the_longest_overdue_prefill_and_th
     assert bench.sequence("p").is_prefill
     bench.now_s = 3.0
     owners = [bench.sequence(name) for name in "abp"]
-    assert bench.scheduler._kept_from_preemption(owners, 3.0) == ["p", "a", "a"]
-    assert bench.scheduler._kept_from_preemption(owners[1:], 3.0) == ["p", "p", "p"]
-    assert bench.scheduler._kept_from_preemption(owners, 0.5) == []
-    assert bench.scheduler._kept_from_preemption(owners, 0.75) == ["a", "a"]
+    assert bench.scheduler._preemption_exempt(owners, 3.0) == ["p", "a", "a"]
+    assert bench.scheduler._preemption_exempt(owners[1:], 3.0) == ["p", "p", "p"]
+    assert bench.scheduler._preemption_exempt(owners, 0.5) == []
+    assert bench.scheduler._preemption_exempt(owners, 0.75) == ["a", "a"]
 
 
 def test_without_a_progress_share_nobody_is_kept_from_preemption() -> None:
     bench = Bench(progress_share=0.0)
     decoding(bench, request("a", ttft_slo_s=0.1), request("b", ttft_slo_s=0.2))
-    assert bench.scheduler._kept_from_preemption(list(bench.scheduler.sequences), 9.0) == []
+    assert bench.scheduler._preemption_exempt(list(bench.scheduler.sequences), 9.0) == []
 
 
 def test_a_decode_that_finds_no_victim_waits_and_grows_with_the_next_event() -> None:

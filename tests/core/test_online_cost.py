@@ -17,7 +17,7 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import SimulatedWorld, true_step_s
+from megatron_medha.sim.sim_world import RecordingSimRuntime, true_step_s
 
 LLAMA3_8B = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,
@@ -112,7 +112,7 @@ def prompts(shape: ModelShape, draw: random.Random) -> Iterator[Request]:
         index += 1
 
 
-class ClosedWorld(SimulatedWorld):
+class ClosedWorld(RecordingSimRuntime):
     """A new request comes whenever one ends, until so many steps have been made."""
 
     def __init__(self, shape: ModelShape, truth: Callable[[Batch], float], num_steps: int) -> None:

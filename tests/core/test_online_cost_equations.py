@@ -58,9 +58,9 @@ class Loops:
         fitted = sum(a * b for a, b in zip(self.theta, features))
         error = abs(1.0 - fitted)
         kept = 0.999
-        is_surprise = error > 4.0 * self.usual_error + 0.05
+        is_outlier = error > 4.0 * self.usual_error + 0.05
         self.usual_error += 0.02 * (min(error, 4.0 * self.usual_error) - self.usual_error)
-        if is_surprise:
+        if is_outlier:
             self.surprises += 1.0
             if self.surprises > 2.5:
                 self.surprises, kept = self.surprises - 1.0, 0.25

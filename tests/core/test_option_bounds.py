@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_medha.core.batch import Chunk, Completed
-from megatron_medha.core.cost.capacity import Reserve
+from megatron_medha.core.cost.capacity import MemoryBudget
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware, Link
 from megatron_medha.core.errors import ConfigError
@@ -186,17 +186,17 @@ def test_a_limit_of_an_engine_may_be_its_least_or_none(key: str, least: int) -> 
 
 
 def test_kv_may_have_all_of_a_device_but_not_nothing() -> None:
-    assert defaults(Reserve) == {
+    assert defaults(MemoryBudget) == {
         "block_size": 16, "utilisation": 0.9, "max_batch_tokens": 8192, "max_num_sequences": 256
     }
-    assert Reserve(block_size=1, utilisation=1.0, max_batch_tokens=1, max_num_sequences=1).utilisation == 1.0
+    assert MemoryBudget(block_size=1, utilisation=1.0, max_batch_tokens=1, max_num_sequences=1).utilisation == 1.0
     for utilisation in (0.0, nextafter(1.0, inf)):
         with pytest.raises(ConfigError) as error:
-            Reserve(utilisation=utilisation)
+            MemoryBudget(utilisation=utilisation)
         assert str(error.value) == f"memory.utilisation={utilisation:g}: must be above 0 and at most 1"
     for key in ("block_size", "max_batch_tokens", "max_num_sequences"):
         with pytest.raises(ConfigError) as error:
-            Reserve(**{key: 0})  # type: ignore[arg-type]
+            MemoryBudget(**{key: 0})  # type: ignore[arg-type]
         assert str(error.value) == f"memory.{key}=0: must be at least 1"
 
 

@@ -8,7 +8,7 @@ from scheduler_bench import Bench, request
 
 from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.scheduling import overdue
-from megatron_medha.core.scheduling.overdue import Overdue
+from megatron_medha.core.scheduling.overdue import OverdueHeap
 from megatron_medha.core.scheduling.policies import lars
 from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
 
@@ -25,21 +25,21 @@ def test_requests_that_named_a_deadline_days_ahead_are_forgotten_when_they_end()
         bench.arrive(request(f"r{index}", num_out=1, ttft_slo_s=DAYS_S))
         bench.run()
     bench.assert_empty()
-    assert len(bench.scheduler._overdue) <= overdue._LEAST_SWEPT
+    assert len(bench.scheduler._overdue) <= overdue._MIN_ENTRIES_SWEPT
 
 
 def test_each_chunk_of_a_long_prompt_takes_the_place_of_the_one_before_among_those_that_may_be_lost() -> None:
     queue = PrefillQueue(lars, is_preemptive=True, num_step_tokens=1)
     seq = sequence("long")
-    seq.lost_deadline_s = DAYS_S
+    seq.triage_deadline_s = DAYS_S
     for chunk in range(2000):
         seq.remaining_work_s = 2000.0 - chunk
         queue.add(seq, 0.0)
-    assert len(queue._losses) <= 256
+    assert len(queue._late_heap) <= 256
     list(queue.candidates(DAYS_S - 2.0))
-    assert not queue._kind_of["long"].is_lost
+    assert not queue._bucket_of["long"].is_late
     list(queue.candidates(DAYS_S))
-    assert queue._kind_of["long"].is_lost
+    assert queue._bucket_of["long"].is_late
 
 
 @settings(deadline=None, max_examples=8)
@@ -48,7 +48,7 @@ def test_the_longest_overdue_is_the_same_however_many_deadlines_have_been_change
     changes: list[tuple[int, int, bool]],
 ) -> None:
     sequences: dict[str, Sequence] = {}
-    found = Overdue(sequences)
+    found = OverdueHeap(sequences)
     for step, (number, deadline, ends) in enumerate(changes):
         name = f"r{number}"
         if ends and name in sequences:

@@ -61,7 +61,7 @@ def test_the_waiting_can_be_left_out_midway() -> None:
     candidates, seen = queue.candidates(0.0), []
     for seq in candidates:
         seen.append(seq.request_id)
-        candidates.leave_out_waiting()
+        candidates.exclude_waiting()
     assert seen == ["w1", "s3"]
 
 
@@ -70,7 +70,7 @@ def test_a_waiting_one_next_in_line_is_left_out_too() -> None:
     candidates, seen = queue.candidates(0.0), []
     for seq in candidates:
         seen.append(seq.request_id)
-        candidates.leave_out_waiting()
+        candidates.exclude_waiting()
     assert seen == ["s1", "s3"]
 
 
@@ -79,7 +79,7 @@ def test_the_large_can_be_left_out_midway() -> None:
     candidates, seen = queue.candidates(0.0), []
     for seq in candidates:
         seen.append(seq.request_id)
-        candidates.leave_out_large()
+        candidates.exclude_large()
     assert seen == ["l0", "small"]
 
 
@@ -90,7 +90,7 @@ def test_one_of_which_little_is_left_is_no_longer_large() -> None:
     seq.num_scheduled_tokens = 60
     queue.add(seq, 0.0)
     candidates = queue.candidates(0.0)
-    candidates.leave_out_large()
+    candidates.exclude_large()
     assert [seq.request_id for seq in candidates] == ["a"]
 
 
@@ -105,7 +105,7 @@ def test_one_that_is_discarded_is_gone_and_a_second_time_does_no_harm() -> None:
 def long_one(name: str, arrival_s: float, lost_s: float, **more: Any) -> Sequence:
     """A prompt of two seconds' work and more than a step that is lost from lost_s on."""
     seq = sequence(name, arrival_s, num_tokens=1000, **more)
-    seq.remaining_work_s, seq.lost_deadline_s = 2.0, lost_s + 2.0
+    seq.remaining_work_s, seq.triage_deadline_s = 2.0, lost_s + 2.0
     return seq
 
 
@@ -137,7 +137,7 @@ def test_a_prefill_that_has_made_progress_is_lost_later_than_it_seemed() -> None
 
 def test_what_ends_within_a_step_is_never_put_back() -> None:
     short = sequence("short", 1.0)
-    short.lost_deadline_s = 1.0
+    short.triage_deadline_s = 1.0
     assert order(queue_of(short, long_one("long", 2.0, 50.0)), 9.0) == ["short", "long"]
 
 

@@ -10,7 +10,7 @@ from scheduler_bench import COST, Bench, request
 
 from megatron_medha.core.batch import Aborted, Arrived, FirstStageDone, Output, Preempted, RanksLost, Rejected, TokenOut
 from megatron_medha.core.kv.sequence import LIFECYCLE, Sequence, Status
-from megatron_medha.core.scheduling.step_budget import shortest_fair_s
+from megatron_medha.core.scheduling.step_budget import min_efficient_step_s
 
 
 def test_it_is_first_scheduled_once_however_often_it_starts_again() -> None:
@@ -57,19 +57,19 @@ def test_a_decode_that_gives_up_its_memory_counts_it_and_starts_from_nothing() -
 def test_nobody_gives_up_somebody_whose_answer_is_being_read() -> None:
     bench = Bench(min_deadline_s=0.01)
     bench.arrive(request("a", num_tokens=2000, num_out=9))
-    assert bench.sequence("a").lost_deadline_s < inf
+    assert bench.sequence("a").triage_deadline_s < inf
     bench.run_until(lambda: bench.sequence("a").num_output_tokens == 1)
     bench.handle(RanksLost("test"))
-    assert bench.sequence("a").lost_deadline_s == inf
+    assert bench.sequence("a").triage_deadline_s == inf
 
 
 def test_a_prompt_that_lost_its_ranks_before_its_first_token_keeps_its_deadline() -> None:
     bench = Bench(min_deadline_s=0.01)
     bench.arrive(request("a", num_tokens=2000, num_out=9))
     bench.step()
-    lost_deadline_s = bench.sequence("a").lost_deadline_s
+    triage_deadline_s = bench.sequence("a").triage_deadline_s
     bench.handle(RanksLost("test"))
-    assert bench.sequence("a").lost_deadline_s == lost_deadline_s < inf
+    assert bench.sequence("a").triage_deadline_s == triage_deadline_s < inf
 
 
 def test_cursors_follow_a_chunk_through_the_stages() -> None:
@@ -180,7 +180,7 @@ def fresh(status: Status = Status.WAITING) -> Sequence:
 def test_a_new_sequence_has_done_nothing() -> None:
     seq = fresh()
     assert (seq.num_known_tokens, seq.num_unscheduled_tokens, seq.request_id) == (7, 7, "a")
-    assert (seq.lost_deadline_s, seq.margin_s, seq.lost_s) == (inf, 0.0, inf)
+    assert (seq.triage_deadline_s, seq.margin_s, seq.triage_s) == (inf, 0.0, inf)
     assert (seq.num_scheduled_tokens, seq.num_first_stage_tokens, seq.num_computed_tokens) == (0, 0, 0)
     assert (seq.num_output_tokens, seq.num_preemptions, seq.num_batches_in_flight) == (0, 0, 0)
     assert (seq.last_chunk_tokens, seq.capacity_tokens, seq.change_tokens) == (0, 0, 0)
@@ -196,8 +196,8 @@ def test_its_known_tokens_are_those_of_the_prompt_and_the_answer_so_far() -> Non
 
 def test_it_is_lost_when_what_is_left_takes_longer_than_there_is_time() -> None:
     seq = fresh()
-    seq.lost_deadline_s, seq.remaining_work_s = 5.0, 2.0
-    assert seq.lost_s == 3.0
+    seq.triage_deadline_s, seq.remaining_work_s = 5.0, 2.0
+    assert seq.triage_s == 3.0
 
 
 @pytest.mark.parametrize("status", Status)
@@ -228,6 +228,6 @@ def test_a_sequence_moves_along_its_life_only(status: Status, to: Status) -> Non
 
 
 def test_the_shortest_fair_step_spends_98_of_100_of_the_time_that_a_full_one_spends_on_tokens() -> None:
-    shortest_s = shortest_fair_s(0.05, 0.01)
+    shortest_s = min_efficient_step_s(0.05, 0.01)
     assert (shortest_s - 0.01) / shortest_s == pytest.approx(0.98 * (0.05 - 0.01) / 0.05)
 

@@ -34,7 +34,7 @@ from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import SimulatedWorld
+from megatron_medha.sim.sim_world import RecordingSimRuntime
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -312,7 +312,7 @@ def run(case: Case) -> tuple[Scheduler, Audit]:
             failed=tuple((i, "injected") for i in ids if draw.random() < case.fail_rate),
         )
 
-    world = SimulatedWorld(
+    world = RecordingSimRuntime(
         case.requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), case.spp, outcome
     )
     for at_s, request_id in case.aborts:

@@ -25,7 +25,7 @@ from megatron_medha.core.scheduling.chunking import PrefillTimes
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import SimulatedWorld, true_step_s
+from megatron_medha.sim.sim_world import RecordingSimRuntime, true_step_s
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -37,7 +37,7 @@ COST = RooflineCost(
 BUDGET_S = 0.05
 
 
-class EndlessShorts(SimulatedWorld):
+class EndlessShorts(RecordingSimRuntime):
     """One long request at 0 s, and short ones at a fixed pace for ever; it ends when the long one has its token."""
 
     def __init__(self, long: Request, every_s: float, num_tokens: int, num_out: int, until_s: float) -> None:
@@ -179,7 +179,7 @@ def test_every_request_of_a_random_burst_has_its_first_token_within_the_bound(
         for i, (num, num_out, at_s, level, slo_s) in enumerate(drawn)
     ]  # fmt: skip
     memory = KVMemory(num_blocks=100_000, block_size=4, max_context_len=SHAPE.max_context_len)
-    world = SimulatedWorld(requests, true_step_s(COST), spp)
+    world = RecordingSimRuntime(requests, true_step_s(COST), spp)
     serve(Scheduler(config, COST, memory, spp), world)
     for request, limit_s in bounds_s(config, requests, spp):
         assert world.records[request.request_id].token_times_s[0] <= limit_s

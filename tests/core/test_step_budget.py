@@ -7,7 +7,7 @@ import random
 from scheduler_bench import Bench, request
 
 from megatron_medha.core.batch import Batch, Completed, FirstStageDone
-from megatron_medha.core.scheduling.step_budget import StepAim
+from megatron_medha.core.scheduling.step_budget import BudgetUtilization
 
 
 def step(predicted_s: float) -> Batch:
@@ -22,7 +22,7 @@ def slow_step(bench: Bench) -> Batch:
 
 
 def test_the_whole_budget_is_used_where_steps_take_what_was_predicted() -> None:
-    aim = StepAim()
+    aim = BudgetUtilization()
     for _ in range(1000):
         aim.learn(step(0.05 * aim.share), 0.05 * aim.share)
     assert aim.share == 1.0
@@ -30,7 +30,7 @@ def test_the_whole_budget_is_used_where_steps_take_what_was_predicted() -> None:
 
 def test_on_a_machine_that_scatters_by_15_percent_less_than_5_percent_of_the_steps_break_the_budget() -> None:
     draw = random.Random(0)
-    aim = StepAim()
+    aim = BudgetUtilization()
     broken = 0
     for index in range(3000):
         duration_s = 0.05 * aim.share * draw.gauss(1.0, 0.15)
@@ -40,7 +40,7 @@ def test_on_a_machine_that_scatters_by_15_percent_less_than_5_percent_of_the_ste
 
 
 def test_steps_that_had_no_work_to_fill_the_budget_do_not_raise_the_aim() -> None:
-    aim = StepAim()
+    aim = BudgetUtilization()
     for _ in range(10):
         aim.learn(step(0.05), 0.08)
     lowered = aim.share
@@ -50,7 +50,7 @@ def test_steps_that_had_no_work_to_fill_the_budget_do_not_raise_the_aim() -> Non
 
 
 def test_the_floor_of_one_tile_over_budget_does_not_lower_the_aim() -> None:
-    aim = StepAim()
+    aim = BudgetUtilization()
     aim.learn(step(0.2), 0.3)
     assert aim.share == 1.0
 

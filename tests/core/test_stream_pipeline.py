@@ -15,7 +15,7 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import SimulatedWorld, true_step_s
+from megatron_medha.sim.sim_world import RecordingSimRuntime, true_step_s
 
 LLAMA3_8B = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,
@@ -53,8 +53,8 @@ TRUTH = true_step_s(COST)
 
 def simulate(
     requests: list[Request], spp: int, config: SchedulerConfig, truth: Callable[[Batch], float] = TRUTH
-) -> tuple[SimulatedWorld, InFlight]:
-    world = SimulatedWorld(requests, truth, spp)
+) -> tuple[RecordingSimRuntime, InFlight]:
+    world = RecordingSimRuntime(requests, truth, spp)
     memory = KVMemory(num_blocks=200_000, block_size=16, max_context_len=LLAMA3_8B.max_context_len)
     watch = InFlight(requests[0].request_id)
     serve(Scheduler(config, COST, memory, spp), world, (watch,))

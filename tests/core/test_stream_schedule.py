@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.stage_plan import stage_plan
-from tests.core.stage_schedule import Kind, Operation, Place, dry_run, exchanged_tokens, stream_schedule
+from tests.core.stage_schedule import GroupCoord, Operation, OperationKind, dry_run, exchanged_tokens, stream_schedule
 
 
 def batch(batch_id: int, *chunks: Chunk) -> Batch:
@@ -63,29 +63,32 @@ def test_the_chunks_of_one_prompt_fill_the_stages(num_chunks: int, num_stages: i
 def test_short_requests_of_other_kvp_ranks_do_not_wait_for_one_another() -> None:
     found = [batch(0, Chunk("a", 0, 8, True, (0,)), Chunk("b", 0, 8, True, (1,)))]
     schedule = stream_schedule(found, num_stages=1, kvp=2)
-    assert all(operation.kind is Kind.COMPUTE for todo in schedule.values() for operation in todo)
+    assert all(operation.kind is OperationKind.COMPUTE for todo in schedule.values() for operation in todo)
     assert dry_run(schedule).duration == 1
 
 
 def test_a_place_without_work_sends_and_receives_nothing() -> None:
     schedule = stream_schedule([batch(0, Chunk("a", 0, 8, True, (1,)))], num_stages=2, kvp=2)
-    assert schedule[Place(0, 0)] == schedule[Place(1, 0)] == ()
-    assert [operation.kind for operation in schedule[Place(1, 1)]] == [Kind.RECEIVE, Kind.COMPUTE]
+    assert schedule[GroupCoord(0, 0)] == schedule[GroupCoord(1, 0)] == ()
+    assert [operation.kind for operation in schedule[GroupCoord(1, 1)]] == [
+        OperationKind.RECEIVE,
+        OperationKind.COMPUTE,
+    ]
 
 
 def test_a_link_whose_ends_disagree_is_found() -> None:
     schedule = stream_schedule([batch(0, Chunk("a", 0, 8, True))], num_stages=2, kvp=1)
-    first, *rest = schedule[Place(1, 0)]
-    schedule[Place(1, 0)] = (first._replace(num_tokens=9), *rest)
+    first, *rest = schedule[GroupCoord(1, 0)]
+    schedule[GroupCoord(1, 0)] = (first._replace(num_tokens=9), *rest)
     with pytest.raises(AssertionError, match="sent"):
         dry_run(schedule)
 
 
 def test_ranks_that_wait_for_one_another_are_found() -> None:
-    here, there = Place(0, 0), Place(0, 1)
+    here, there = GroupCoord(0, 0), GroupCoord(0, 1)
     schedule = {
-        here: (Operation(Kind.MERGE, 0, 1, 0, there), Operation(Kind.POST, 0, 1, 0, there)),
-        there: (Operation(Kind.MERGE, 0, 1, 0, here), Operation(Kind.POST, 0, 1, 0, here)),
+        here: (Operation(OperationKind.MERGE, 0, 1, 0, there), Operation(OperationKind.POST, 0, 1, 0, there)),
+        there: (Operation(OperationKind.MERGE, 0, 1, 0, here), Operation(OperationKind.POST, 0, 1, 0, here)),
     }
     with pytest.raises(AssertionError, match="deadlock: stage 0 kvp 0 waits"):
         dry_run(schedule)
@@ -93,4 +96,4 @@ def test_ranks_that_wait_for_one_another_are_found() -> None:
 
 def test_what_nobody_receives_is_found() -> None:
     with pytest.raises(AssertionError, match="never received"):
-        dry_run({Place(0, 0): (Operation(Kind.SEND, 0, 1, peer=Place(1, 0)),), Place(1, 0): ()})
+        dry_run({GroupCoord(0, 0): (Operation(OperationKind.SEND, 0, 1, peer=GroupCoord(1, 0)),), GroupCoord(1, 0): ()})

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from megatron_medha.grammar.fair_places import FairPlaces
+from megatron_medha.grammar.fair_places import FairSemaphore
 
 LONG_S = 1000.0
 
@@ -15,7 +15,7 @@ LONG_S = 1000.0
 class Work:
     """Pieces of work that end when the test says so; `began` has their names in order."""
 
-    def __init__(self, places: FairPlaces) -> None:
+    def __init__(self, places: FairSemaphore) -> None:
         self.places = places
         self.began: list[str] = []
         self._ends: dict[str, asyncio.Event] = {}
@@ -42,9 +42,9 @@ class Work:
             await self._ends[name].wait()
 
 
-def in_places(num_places: int, most_of_one: int, test: Callable[[Work], Awaitable[None]]) -> list[str]:
+def in_places(num_places: int, max_per_client: int, test: Callable[[Work], Awaitable[None]]) -> list[str]:
     async def run() -> list[str]:
-        work = Work(FairPlaces(num_places, most_of_one))
+        work = Work(FairSemaphore(num_places, max_per_client))
         await test(work)
         return work.began
 
@@ -96,7 +96,7 @@ def test_a_client_that_goes_while_it_waits_takes_no_place() -> None:
 
 def test_who_gets_no_place_in_time_is_turned_away() -> None:
     async def run() -> None:
-        places = FairPlaces(1, 1)
+        places = FairSemaphore(1, 1)
         async with places.place("a", 1, LONG_S):
             with pytest.raises(TimeoutError):
                 async with places.place("b", 1, 0.0):

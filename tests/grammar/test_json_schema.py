@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 from hypothesis import strategies as st
 
-from megatron_medha.grammar.grammar_process import GuideKind, Trial, _written_out
+from megatron_medha.grammar.grammar_process import CompileRequest, ConstraintKind, _written_out
 from megatron_medha.grammar.guidance import GrammarError
 from megatron_medha.grammar.json_schema import translated
 from megatron_medha.grammar.schema_strings import without_look_around
@@ -37,7 +37,9 @@ def answer_to(schema: Any, seed: int = 0, most: int = 400) -> Any:
     """What a model of no sense says that is held to a schema; None if it is not done after that many bytes."""
     text = schema if isinstance(schema, str) else json.dumps(schema)
     tokenizer = llguidance.LLTokenizer("byte")
-    matcher = llguidance.LLMatcher(tokenizer, _written_out(Trial(GuideKind.JSON_SCHEMA, text)), log_level=0)
+    matcher = llguidance.LLMatcher(
+        tokenizer, _written_out(CompileRequest(ConstraintKind.JSON_SCHEMA, text)), log_level=0
+    )
     assert not matcher.is_error(), matcher.get_error()
     chance, said = random.Random(seed), bytearray()
     while len(said) < most:

@@ -15,7 +15,7 @@ from paged_world import TOLERANCE, World
 
 from megatron_medha.kernels.attention import reference
 from megatron_medha.kernels.attention.backend import QueryRange
-from megatron_medha.kernels.attention.native_attention import BatchPlan, NativeAttention
+from megatron_medha.kernels.attention.native_attention import NativeAttention, NativePlan
 from megatron_medha.kernels.native_build import native_target
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -31,13 +31,13 @@ class KeyRange(NamedTuple):
     runs: np.ndarray  # int64 [R, 2]: first key, first slot
 
 
-def plan_keys(ranges: Sequence[KeyRange], slots: np.ndarray | None) -> BatchPlan:
+def plan_keys(ranges: Sequence[KeyRange], slots: np.ndarray | None) -> NativePlan:
     """Rows that see any number of the pool's keys. slots: of the batch's own; None: unwritten."""
     rows = np.array(
         [(r.first_row, r.num_rows, r.num_keys, r.is_causal, r.runs.ctypes.data, len(r.runs)) for r in ranges],
         dtype=np.int64,
     )
-    return BatchPlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads(), slots is not None)
+    return NativePlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads(), slots is not None)
 
 
 @st.composite

@@ -12,7 +12,7 @@ import torch
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.draw import draw_uniform
 from megatron_medha.model.logprobs import prompt_logprobs
-from megatron_medha.model.sampler import Sampler, takes_the_best
+from megatron_medha.model.sampler import Sampler, is_plain_greedy
 from megatron_medha.model.sampling_row import SamplingRow
 
 VOCAB_SIZE = 12
@@ -292,13 +292,13 @@ def test_an_empty_batch_gives_nothing():
 
 def test_a_batch_that_takes_the_best_is_sampled_as_any_other() -> None:
     greedy = row(temperature=0.0)
-    assert takes_the_best(greedy.sampling)
+    assert is_plain_greedy(greedy.sampling)
     # bf16 ties often; padding columns hold the largest of all.
     logits_RV = torch.randint(0, 4, (50, VOCAB_SIZE + 3)).bfloat16()
     logits_RV[:, VOCAB_SIZE:] = 9.0
     logits_RV[3, 5], logits_RV[4, 0], logits_RV[5] = torch.nan, torch.inf, -torch.inf
     sampler = Sampler(VOCAB_SIZE, "cpu")
-    found = sampler.choose_best(logits_RV).rows()
+    found = sampler.choose_greedy(logits_RV).rows()
     assert found == sampler.sample(logits_RV, [greedy] * 50)
     assert [index for index, chosen in enumerate(found) if chosen is None] == [3, 4, 5]
 
@@ -316,4 +316,4 @@ def test_a_batch_that_takes_the_best_is_sampled_as_any_other() -> None:
     ],
 )
 def test_whoever_asks_for_more_than_the_best_token_is_looked_at(asked: dict[str, object]) -> None:
-    assert not takes_the_best(Sampling(**{"max_output_tokens": 5, "temperature": 0.0, **asked}))
+    assert not is_plain_greedy(Sampling(**{"max_output_tokens": 5, "temperature": 0.0, **asked}))

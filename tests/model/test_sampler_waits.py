@@ -92,7 +92,7 @@ def test_a_batch_of_all_that_can_be_asked_goes_to_the_device_in_one_copy() -> No
 
 def test_the_best_are_chosen_without_any_copy() -> None:
     with NoTensorIsMadeOfNumbers(), NothingIsWaitedFor() as mode:
-        Sampler(VOCAB_SIZE, META).choose_best(torch.empty(3, VOCAB_SIZE, device=META))
+        Sampler(VOCAB_SIZE, META).choose_greedy(torch.empty(3, VOCAB_SIZE, device=META))
     assert mode.num_uploads == 0
 
 
@@ -108,5 +108,5 @@ def test_a_sampler_that_may_not_look_chooses_what_one_that_may_chooses(
         for seed, asked in enumerate(ASKED.values())
     ]
     expected = Sampler(VOCAB_SIZE, "cpu").sample(logits_RV, rows)
-    monkeypatch.setattr(Sampler, "_may_look", False)
+    monkeypatch.setattr(Sampler, "_allows_host_sync", False)
     assert Sampler(VOCAB_SIZE, "cpu").sample(logits_RV, rows) == expected

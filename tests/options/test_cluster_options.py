@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from megatron_medha.core.cost.capacity import Reserve, num_kv_blocks
+from megatron_medha.core.cost.capacity import MemoryBudget, num_kv_blocks
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
@@ -83,7 +83,7 @@ def test_models_have_as_many_parameters_as_published(name: str, billions: float,
 def test_every_model_fits_two_nodes_and_takes_longer_for_more(name: str) -> None:
     shape, cluster = model(name), hardware("h100_x16")
     layout = ParallelLayout(tp=min(8, shape.num_kv_heads), spp=2)
-    assert num_kv_blocks(shape, cluster, layout, Reserve(), num_tokens=40_000) > 0
+    assert num_kv_blocks(shape, cluster, layout, MemoryBudget(), num_tokens=40_000) > 0
     cost = ClusterCost(shape=shape, hardware=cluster, engine=engine("medha"), layout=layout)
     assert 0.0 < cost.linear_s(1, 1) < cost.linear_s(4096, 1) < 10.0
 

@@ -173,7 +173,7 @@ def test_overrides_reach_the_rank(configure: Configure, checkpoint: Path) -> Non
         "scheduler.max_batch_tokens=4096", "model.num_threads=1",
     )  # fmt: skip
     assert config.world == RankConfig(
-        front_endpoint="",
+        server_endpoint="",
         checkpoint=str(checkpoint),
         model=ModelOptions(
             device="cpu", dtype="bfloat16", block_size=32, kv_memory_gib=0.5, max_context_len=1000, num_threads=1

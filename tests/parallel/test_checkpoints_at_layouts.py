@@ -25,7 +25,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def config_of(directory: Path, layout: ParallelLayout) -> RankConfig:
     return RankConfig(
-        layout=layout, front_endpoint="", checkpoint=str(directory), model=ModelOptions(device="cpu"),
+        layout=layout, server_endpoint="", checkpoint=str(directory), model=ModelOptions(device="cpu"),
         kv_memory_bytes=1 << 20,
     )
 
@@ -53,7 +53,7 @@ def test_a_megatron_checkpoint_saved_at_one_layout_is_the_same_model_at_another(
     ranks.unload()
     # The directory to write to travels in a field that loading weights has no use for.
     ranks.call(convert, RankConfig(
-        layout=saving, front_endpoint=str(target), checkpoint=str(directory), model=ModelOptions(device="cpu"),
+        layout=saving, server_endpoint=str(target), checkpoint=str(directory), model=ModelOptions(device="cpu"),
         kv_memory_bytes=0,
     ))  # fmt: skip
     walk(random_case(loading, 2, num_requests=3), ranks, target, reference)
@@ -77,7 +77,7 @@ def convert(config: RankConfig, connection: Connection) -> None:
         model_config, dtype=torch.float32, device=device, pgs=build_groups(config.layout), is_initialized=False
     )
     load_weights(model, model_config, config.checkpoint, lambda what, fraction: None)
-    save_megatron_checkpoint(model, model_config, Path(config.front_endpoint), 1)
+    save_megatron_checkpoint(model, model_config, Path(config.server_endpoint), 1)
     connection.send("saved")
 
 

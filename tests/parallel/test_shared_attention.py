@@ -15,14 +15,14 @@ from megatron_medha.kernels.attention.aten_attention import AtenAttention
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.attention.merge import merge_states
 from megatron_medha.kernels.attention.native_attention import NativeAttention
-from megatron_medha.kernels.attention.native_shards import merge_natively
+from megatron_medha.kernels.attention.native_shards import native_merge
 from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.model import shared_attention
 from megatron_medha.model.shared_attention import SharedAttention
 from megatron_medha.parallel import shm_channel as shared_slots
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
-from megatron_medha.parallel.shm_channel import SharedSlots
+from megatron_medha.parallel.shm_channel import ShmChannel
 
 NUM_RANKS, K, G, D, BLOCK_SIZE = 3, 2, 3, 24, 16
 SCALE = D**-0.5
@@ -36,7 +36,7 @@ class OneRank:
     """What a rank has between batches. All of them are in this process, and take turns."""
 
     rank: int
-    slots: SharedSlots
+    slots: ShmChannel
     backend: AttentionBackend
     layer: LayerKV
     table: SlotTable
@@ -77,7 +77,7 @@ class OneBatch:
 
 def ranks_of(path: Path, make_backend: Any, dtype: torch.dtype) -> list[OneRank]:
     """All of a machine's, with keys and values in their shards."""
-    path.write_bytes(bytes(SharedSlots.size_of(NUM_RANKS)))
+    path.write_bytes(bytes(ShmChannel.size_of(NUM_RANKS)))
     found = []
     for rank, seen in enumerate(SHARD_TOKENS):
         backend = make_backend()
@@ -89,7 +89,7 @@ def ranks_of(path: Path, make_backend: Any, dtype: torch.dtype) -> list[OneRank]
             k_SKD, v_SKD = (torch.randn(seen, K, D, generator=generator).to(dtype) for _ in range(2))
             q_before = torch.zeros(seen, K, G, D, dtype=dtype)
             backend.attend(backend.plan([QueryRange(0, seen, 0, table)]), q_before, k_SKD, v_SKD, layer, SCALE)
-        found.append(OneRank(rank, SharedSlots(path, rank, NUM_RANKS), backend, layer, table))
+        found.append(OneRank(rank, ShmChannel(path, rank, NUM_RANKS), backend, layer, table))
     return found
 
 
@@ -114,7 +114,7 @@ def expected_rows(parts: list[OneBatch], batch: list[tuple[tuple[int, ...], int]
             first = part.rows.index(first_row)
             pieces.append(tuple(x[first : first + num_rows] for x in own[rank]))
         backend = parts[0].rank.backend
-        merged = merge_natively(backend, pieces) if isinstance(backend, NativeAttention) else None
+        merged = native_merge(backend, pieces) if isinstance(backend, NativeAttention) else None
         plain, _ = merge_states(torch.stack([out for out, _ in pieces]), torch.stack([lse for _, lse in pieces]))
         if merged is not None:
             # bf16 rounds once, to 2^-9 of values below 4; fp32 sums of three terms differ in their last bits.

@@ -13,7 +13,7 @@ import errno, os, sys, tempfile
 import torch
 import torch.distributed as dist
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
-from megatron_medha.parallel.shm_channel import SLOT_BYTES, SharedSlots
+from megatron_medha.parallel.shm_channel import SLOT_BYTES, ShmChannel
 
 make_file = tempfile.mkstemp
 
@@ -55,9 +55,9 @@ def check(rank, slots):
                     assert torch.equal(part.out_THD, out[rows]) and torch.equal(part.lse_TH, lse[rows]), (batch, layer)
 
 def check_sums(group, slots, device):
-    from megatron_medha.parallel.tp_all_reduce import SharedSum, tp_sum
+    from megatron_medha.parallel.tp_all_reduce import ShmAllReduce, tp_sum
     total = tp_sum(group, device)
-    assert isinstance(total, SharedSum) == (slots is not None)
+    assert isinstance(total, ShmAllReduce) == (slots is not None)
     for step in range(40):
         shape = (1 + 37 * step % 600, 1, 128)  # some are more than a slot takes
         dtype = (torch.float32, torch.bfloat16)[step % 3 == 0]
@@ -77,11 +77,11 @@ def run(rank, path, memory):
     dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=NUM_RANKS)
     if memory == "elsewhere" and rank == 1:
         def is_elsewhere(*_): raise FileNotFoundError
-        SharedSlots.__init__ = is_elsewhere
+        ShmChannel.__init__ = is_elsewhere
     if memory == "full":
         def is_full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.posix_fallocate = is_full
-    slots = SharedSlots.open(dist.group.WORLD, torch.device("cpu"))
+    slots = ShmChannel.open(dist.group.WORLD, torch.device("cpu"))
     assert (slots is not None) == (memory == "shared")
     check(rank, slots)
     check_sums(dist.group.WORLD, slots, torch.device('cpu'))

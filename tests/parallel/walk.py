@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from experiments.lib.rank_processes import Answer, RankProcesses
-from megatron_medha.cluster.messages import NewRequest, SampledToken, Step, StepDone
+from megatron_medha.cluster.messages import NewRequest, RankStep, SampledToken, StepDone
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import (
@@ -192,7 +192,7 @@ class Walk:
         self.layout = case.layout
         ready, *_ = ranks.load(
             RankConfig(
-                layout=case.layout, front_endpoint="", checkpoint=str(checkpoint),
+                layout=case.layout, server_endpoint="", checkpoint=str(checkpoint),
                 model=ModelOptions(device="cpu", dtype="float32", block_size=case.block_size, num_threads=1),
                 kv_memory_bytes=KV_BYTES, max_tokens_per_shard=case.shard_tokens,
             )  # fmt: skip
@@ -263,7 +263,7 @@ class Walk:
             self.unsent[kvp].clear()
             self.ranks.send_to_kvp_rank(
                 kvp,
-                Step(batch.batch_id, chunks, tuple(map(self.new_request, new)), batch.released, tuple(sampled)),
+                RankStep(batch.batch_id, chunks, tuple(map(self.new_request, new)), batch.released, tuple(sampled)),
             )
 
     def new_request(self, request_id: str) -> NewRequest:

@@ -19,7 +19,7 @@ from running_server import CHAT_TEMPLATE, Running, StartServer, byte_tokenizer_b
 from megatron_medha.server.app import create_app
 from megatron_medha.server.run_server import Server, bind, uvicorn_config
 from megatron_medha.server.server_config import ServerConfig
-from megatron_medha.text.template_renders import TemplateRenders
+from megatron_medha.text.template_renders import TemplateProcessPool
 from megatron_medha.text.tokenizer import Tokenizer
 
 
@@ -50,15 +50,15 @@ def ending() -> Iterator[list[Running]]:
 
 
 @pytest.fixture(scope="session")
-def renders() -> Iterator[TemplateRenders]:
+def renders() -> Iterator[TemplateProcessPool]:
     """One for all servers: each would start a process for its first chat."""
-    renders = TemplateRenders()
+    renders = TemplateProcessPool()
     yield renders
     renders.close()
 
 
 @pytest.fixture
-def start_server(tokenizer: Tokenizer, ending: list[Running], renders: TemplateRenders) -> Iterator[StartServer]:
+def start_server(tokenizer: Tokenizer, ending: list[Running], renders: TemplateProcessPool) -> Iterator[StartServer]:
     """Starts servers on free ports, and stops them after the test."""
     started: list[Running] = []
 

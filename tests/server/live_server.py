@@ -19,7 +19,7 @@ from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.engine import Engine
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.server.observe.metrics import Metrics
-from megatron_medha.server.observe.request_log import Journal
+from megatron_medha.server.observe.request_log import RequestLog
 from megatron_medha.sim.live import live_engine
 
 WAIT_S = 120.0  # for what comes at once unless the machine is busy
@@ -118,7 +118,7 @@ class LiveEngine:
         self, *, num_blocks: int = 600, step_s: float = 1e-3, metrics: Metrics | None = None, **scheduler: Any
     ) -> None:
         self.audit = Audit()
-        self.journal = Journal(metrics or Metrics())
+        self.journal = RequestLog(metrics or Metrics())
         self._submitted: list[str] = []
         self._aborted: list[str] = []
         self._changed = threading.Condition()

@@ -111,7 +111,7 @@ def spec(num_tokens: int = 4, n: int = 1, **fields: object) -> GenerationSpec:
     """A request with a prompt of so many tokens."""
     prompt = Prompt(token_ids=array("i", [1] * num_tokens), text=None, max_output_tokens=5)
     return GenerationSpec(
-        answer_id="x", created=0, model="m", arrival_s=0.0, prompts=(prompt,), n=n, num_answered=n,
+        response_id="x", created=0, model="m", arrival_s=0.0, prompts=(prompt,), n=n, num_answered=n,
         sampling=Sampling(max_output_tokens=1), seed=0, **fields,
     )  # fmt: skip
 

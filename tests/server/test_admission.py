@@ -12,15 +12,15 @@ from running_server import Running, StartServer, eventually, spec
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Rejection
-from megatron_medha.server.admission import Admission, Ticket
-from megatron_medha.server.api_keys import ANONYMOUS, Client, KeyRing
+from megatron_medha.server.admission import AdmissionControl, AdmissionTicket
+from megatron_medha.server.api_keys import ANONYMOUS, ApiClient, ApiKeys
 from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.http.http_errors import ApiError, rejected
 from megatron_medha.server.server_config import ServerConfig
-from megatron_medha.server.ttft_estimate import Forecast
+from megatron_medha.server.ttft_estimate import TtftEstimator
 
 PATH = "/v1/completions"
-A, B = Client("a"), Client("b")
+A, B = ApiClient("a"), ApiClient("b")
 
 
 class Clock:
@@ -31,17 +31,19 @@ class Clock:
         return self.now_s
 
 
-def admission(clock: Clock | None = None) -> Admission:
-    return Admission(clock or Clock(), Forecast())
+def admission(clock: Clock | None = None) -> AdmissionControl:
+    return AdmissionControl(clock or Clock(), TtftEstimator())
 
 
-def admit(admission: Admission, config: ServerConfig, client: Client, spec: GenerationSpec) -> Ticket:
+def admit(
+    admission: AdmissionControl, config: ServerConfig, client: ApiClient, spec: GenerationSpec
+) -> AdmissionTicket:
     ticket = admission.admit(config, client, spec.requests())
-    assert isinstance(ticket, Ticket)
+    assert isinstance(ticket, AdmissionTicket)
     return ticket
 
 
-def refusal(admission: Admission, config: ServerConfig, client: Client, spec: GenerationSpec) -> ApiError:
+def refusal(admission: AdmissionControl, config: ServerConfig, client: ApiClient, spec: GenerationSpec) -> ApiError:
     rejection = admission.admit(config, client, spec.requests())
     assert isinstance(rejection, Rejection)
     error = rejected(rejection)
@@ -140,17 +142,17 @@ def key_file(tmp_path: Path) -> Path:
 
 
 def test_a_key_file_names_its_clients(key_file: Path) -> None:
-    ring = KeyRing(ServerConfig(api_key="sk-main", api_key_file=key_file, admin_key="sk-root"))
-    assert ring.find("Bearer sk-alice") == Client("alice")
-    assert ring.find("bearer sk-bob") == Client("bob")
-    assert ring.find("Bearer sk-main") == Client("default")
-    assert ring.find("Bearer sk-root") == Client("admin", is_admin=True)
+    ring = ApiKeys(ServerConfig(api_key="sk-main", api_key_file=key_file, admin_key="sk-root"))
+    assert ring.find("Bearer sk-alice") == ApiClient("alice")
+    assert ring.find("bearer sk-bob") == ApiClient("bob")
+    assert ring.find("Bearer sk-main") == ApiClient("default")
+    assert ring.find("Bearer sk-root") == ApiClient("admin", is_admin=True)
     for wrong in (None, "", "sk-alice", "Bearer", "Bearer sk-alic", "Basic sk-alice", "Bearer \udcff"):
         assert ring.find(wrong) is None
 
 
 def test_an_admin_key_alone_leaves_the_rest_open(key_file: Path) -> None:
-    ring = KeyRing(ServerConfig(admin_key="sk-root"))
+    ring = ApiKeys(ServerConfig(admin_key="sk-root"))
     assert ring.find(None) == ANONYMOUS
     assert ring.find("Bearer wrong") is None
 
@@ -166,7 +168,7 @@ def test_a_key_file_that_is_wrong_is_refused_by_line_and_never_by_key(tmp_path: 
     path = tmp_path / "keys"
     path.write_text(text)
     with pytest.raises(ConfigError, match=what) as caught:
-        KeyRing(ServerConfig(api_key_file=path))
+        ApiKeys(ServerConfig(api_key_file=path))
     assert "sk-1" not in str(caught.value)
 
 

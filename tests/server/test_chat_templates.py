@@ -14,7 +14,7 @@ import pytest
 from running_server import Running, StartServer
 
 from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
-from megatron_medha.text.template_renders import NoRenderProcess, TemplateRenders
+from megatron_medha.text.template_renders import NoRenderProcess, TemplateProcessPool
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 from megatron_medha.text.whole_chat import render_whole
 
@@ -27,8 +27,8 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 
 
 @pytest.fixture(scope="module")
-def hurried() -> Iterator[TemplateRenders]:
-    renders = TemplateRenders(cpu_s=0.2)
+def hurried() -> Iterator[TemplateProcessPool]:
+    renders = TemplateProcessPool(cpu_s=0.2)
     yield renders
     renders.close()
 
@@ -53,7 +53,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_that_does_not_end_or_wants_all_memory_fails_its_chat_alone(
-    hurried: TemplateRenders, name: str
+    hurried: TemplateProcessPool, name: str
 ) -> None:
     with pytest.raises(ChatTemplateError, match="the chat template"):
         hurried.submit(ChatTemplate(HOSTILE[name], {}), USER, {}, 0).result()
@@ -69,7 +69,7 @@ def test_a_template_that_does_not_end_or_wants_all_memory_fails_its_chat_alone(
         "(messages|attr)('__class__')", "('%s'|attr('format_map'))(messages)", "''.join.__self__.__class__",
     ],
 )  # fmt: skip
-def test_a_template_reaches_nothing_of_the_process(hurried: TemplateRenders, reach: str) -> None:
+def test_a_template_reaches_nothing_of_the_process(hurried: TemplateProcessPool, reach: str) -> None:
     source = "{% for m in messages %}{{ m.content }}{% endfor %}[{{ (" + reach + ")|string }}]"
     try:
         text = hurried.submit(ChatTemplate(source, {}), USER, {}, 0).result()
@@ -97,7 +97,7 @@ def _with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
 def test_others_are_served_while_a_template_loops_and_the_chat_gets_a_400(
     start_server: StartServer, tokenizer: Tokenizer
 ) -> None:
-    renders = TemplateRenders(cpu_s=0.5)
+    renders = TemplateProcessPool(cpu_s=0.5)
     server = start_server(tokenizer=_with_template(tokenizer, LOOP), renders=renders)
     with ThreadPoolExecutor() as threads:
         chat = threads.submit(server.post, CHAT, {"messages": USER, "max_tokens": 1})
@@ -136,7 +136,7 @@ def test_a_server_ends_while_a_template_loops(start_server: StartServer, tokeniz
 
 
 def test_a_process_that_is_gone_or_stopped_is_replaced(tokenizer: Tokenizer) -> None:
-    renders = TemplateRenders(cpu_s=0.02)
+    renders = TemplateProcessPool(cpu_s=0.02)
     plain = ChatTemplate(None, {})
     assert renders.submit(plain, USER, {}, 0).result() == "user: hi\nassistant:"
     (process,) = renders._idle

@@ -18,10 +18,10 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.observe.metrics import Metrics, length_class
-from megatron_medha.server.observe.request_log import MAX_LOSSES, MAX_RUNS, MAX_STORIES, Journal, Run, _thinned
-from megatron_medha.server.routes.debug_routes import Ran, Wait, tell
+from megatron_medha.server.observe.request_log import MAX_LOSSES, MAX_RUNS, MAX_TRACES, ChunkRun, RequestLog, _thinned
+from megatron_medha.server.routes.debug_routes import RunInterval, WaitInterval, explain_trace
 from megatron_medha.server.slo import SloClass, SloConfig
-from megatron_medha.server.ttft_estimate import WorkAhead
+from megatron_medha.server.ttft_estimate import PendingPrefills
 
 PATH = "/v1/completions"
 
@@ -29,11 +29,11 @@ PATH = "/v1/completions"
 class World:
     """A scheduler and its watch, driven by hand: each step takes a second."""
 
-    def __init__(self, *, num_blocks: int = 1000, journal: Journal | None = None, **config: object) -> None:
+    def __init__(self, *, num_blocks: int = 1000, journal: RequestLog | None = None, **config: object) -> None:
         memory = KVMemory(num_blocks=num_blocks, block_size=16, max_context_len=4096, kvp=1, watermark=0.0)
         settings = {"max_batch_tokens": 64, "max_num_sequences": 8, "progress_share": 0.0, **config}
         self.scheduler = Scheduler(SchedulerConfig(**settings), RooflineCost(shape=SHAPE, hardware=FAST), memory)
-        self.journal = Journal(Metrics()) if journal is None else journal
+        self.journal = RequestLog(Metrics()) if journal is None else journal
         self.metrics = self.journal.metrics
         self.watch = self.journal.watch(self.scheduler)
         self.now_s = 0.0
@@ -61,10 +61,10 @@ class World:
             self.watch.handled(event, self.scheduler.handle(event, self.now_s), self.now_s)
         return batch
 
-    def told(self, request_id: str) -> list[Wait | Ran]:
-        story = self.journal.story(request_id)
-        assert story is not None
-        return tell(story, self.journal.steps_between(0.0, self.now_s), self.now_s).timeline
+    def told(self, request_id: str) -> list[WaitInterval | RunInterval]:
+        trace = self.journal.trace(request_id)
+        assert trace is not None
+        return explain_trace(trace, self.journal.steps_between(0.0, self.now_s), self.now_s).timeline
 
 
 def test_a_story_says_who_went_first_and_that_the_kv_was_kept() -> None:
@@ -74,14 +74,14 @@ def test_a_story_says_who_went_first_and_that_the_kv_was_kept() -> None:
     world.arrive("urgent", 128, priority=-1)
     world.step(9)
     first, wait, second = world.told("long")
-    assert isinstance(first, Ran) and (first.from_s, first.num_chunks, first.num_tokens) == (0.0, 3, 192)
-    assert isinstance(wait, Wait) and wait.why == "others were more urgent; its KV was kept"
+    assert isinstance(first, RunInterval) and (first.from_s, first.num_chunks, first.num_tokens) == (0.0, 3, 192)
+    assert isinstance(wait, WaitInterval) and wait.why == "others were more urgent; its KV was kept"
     assert wait.num_steps == 2
     assert [(one["request_id"], one["num_tokens"]) for one in wait.went_first] == [("urgent", 128)]
-    assert isinstance(second, Ran) and second.start == 192
+    assert isinstance(second, RunInterval) and second.start == 192
     assert world.metrics.num_paused_prefills == 1 and world.metrics.num_recomputed_tokens == 0
-    story = world.journal.story("long")
-    assert story is not None and story.num_pauses == 1
+    trace = world.journal.trace("long")
+    assert trace is not None and trace.num_pauses == 1
 
 
 def test_a_story_says_that_memory_was_missing() -> None:
@@ -91,7 +91,7 @@ def test_a_story_says_that_memory_was_missing() -> None:
     world.arrive("waiter", 200)
     world.step(3)
     [wait] = world.told("waiter")
-    assert isinstance(wait, Wait) and wait.why == "not enough free KV memory"
+    assert isinstance(wait, WaitInterval) and wait.why == "not enough free KV memory"
 
 
 def test_slack_falls_while_a_request_waits_and_stands_while_it_runs() -> None:
@@ -99,9 +99,9 @@ def test_slack_falls_while_a_request_waits_and_stands_while_it_runs() -> None:
     world.arrive("a", 64, ttft_slo_s=100.0)
     world.arrive("b", 64, ttft_slo_s=200.0)
     world.step(2)
-    story = world.journal.story("b")
-    assert story is not None
-    slack = tell(story, [], world.now_s).slack
+    trace = world.journal.trace("b")
+    assert trace is not None
+    slack = explain_trace(trace, [], world.now_s).slack
     assert slack[0][1] == pytest.approx(200.0, abs=0.1) and slack[1][1] == pytest.approx(199.0, abs=0.1)
 
 
@@ -115,8 +115,8 @@ def test_tokens_computed_again_after_a_loss_are_counted() -> None:
     world.watch.handled(Completed(batch_id=-1, duration_s=0.0), [Preempted("r", 128)], world.now_s)
     world.step(2)
     assert world.metrics.num_recomputed_tokens == 128
-    story = world.journal.story("r")
-    assert story is not None and [lost.num_tokens for lost in story.losses] == [128]
+    trace = world.journal.trace("r")
+    assert trace is not None and [lost.num_tokens for lost in trace.losses] == [128]
 
 
 def test_deadlines_are_counted_by_length_and_class_and_bubbles_by_time() -> None:
@@ -136,50 +136,50 @@ def test_a_long_prompt_keeps_its_progress_however_many_come_and_go_meanwhile() -
     world = World()
     world.arrive("long-0", 4000, ttft_slo_s=1e6)
     world.step(3)
-    for number in range(MAX_STORIES + 10):
+    for number in range(MAX_TRACES + 10):
         world.arrive(f"short-{number}", 16)
         world.abort(f"short-{number}")
     share = world.journal.progress("long-0", world.now_s).share
     assert share == pytest.approx(3 * 64 / 4000)
-    assert world.journal.story("long-0") is not None and world.journal.story("short-0") is None
+    assert world.journal.trace("long-0") is not None and world.journal.trace("short-0") is None
 
 
 def test_live_requests_are_all_remembered_and_ended_ones_up_to_a_bound() -> None:
     world = World()
-    for number in range(MAX_STORIES + 10):
+    for number in range(MAX_TRACES + 10):
         world.arrive(f"r{number}", 16)
-    assert len(world.journal.stories) == MAX_STORIES + 10
-    for number in range(100, MAX_STORIES + 10):
+    assert len(world.journal.traces) == MAX_TRACES + 10
+    for number in range(100, MAX_TRACES + 10):
         world.abort(f"r{number}")
-    assert len(world.journal.stories) == MAX_STORIES
-    assert world.journal.story("r0") is not None and world.journal.story("r100") is None
+    assert len(world.journal.traces) == MAX_TRACES
+    assert world.journal.trace("r0") is not None and world.journal.trace("r100") is None
     world.arrive("r105", 16)  # the name of one that has ended
     for number in range(20):
         world.arrive(f"late-{number}", 16)
         world.abort(f"late-{number}")
-    assert world.journal.story("r105") is not None
+    assert world.journal.trace("r105") is not None
 
 
 def test_a_story_remembers_so_many_runs_and_losses_only() -> None:
     world = World()
     world.arrive("r", 128)
-    story = world.journal.stories["r"]
-    story.runs = [Run(i, i + 0.5, 2 * i, 2 * i, 32 * i, 32, 1, 0.0, 0.0) for i in range(MAX_RUNS + 1)]
-    thin = _thinned(story.runs)
+    trace = world.journal.traces["r"]
+    trace.runs = [ChunkRun(i, i + 0.5, 2 * i, 2 * i, 32 * i, 32, 1, 0.0, 0.0) for i in range(MAX_RUNS + 1)]
+    thin = _thinned(trace.runs)
     assert len(thin) <= MAX_RUNS // 2 + 1
     assert (thin[0].from_s, thin[-1].until_s) == (0, MAX_RUNS + 0.5)
     assert sum(run.num_tokens for run in thin) == 32 * (MAX_RUNS + 1)
     for number in range(3 * MAX_LOSSES):
         world.watch.handled(Completed(batch_id=-1, duration_s=0.0), [Preempted("r", number)], world.now_s)
-    assert [lost.num_tokens for lost in story.losses] == list(range(2 * MAX_LOSSES, 3 * MAX_LOSSES))
+    assert [lost.num_tokens for lost in trace.losses] == list(range(2 * MAX_LOSSES, 3 * MAX_LOSSES))
 
 
 def test_summaries_read_no_runs_while_the_engine_waits_for_the_lock() -> None:
     world = World()
     world.arrive("r", 128)
     world.step()
-    story = world.journal.stories["r"]
-    story.runs = story.losses = object()  # type: ignore[assignment]  # nothing can be read of it
+    trace = world.journal.traces["r"]
+    trace.runs = trace.losses = object()  # type: ignore[assignment]  # nothing can be read of it
     (summary,) = world.journal.recent(10)
     assert (summary.request_id, summary.num_scheduled_tokens, summary.outcome) == ("r", 64, "")
 
@@ -188,11 +188,11 @@ def test_a_copied_story_stays_as_it_was_while_the_request_goes_on() -> None:
     world = World()
     world.arrive("r", 256)
     world.step()
-    copied = world.journal.story("r")
+    copied = world.journal.trace("r")
     assert copied is not None
     world.step(2)
     assert [run.num_tokens for run in copied.runs] == [64]
-    assert [run.num_tokens for run in world.journal.stories["r"].runs] == [192]
+    assert [run.num_tokens for run in world.journal.traces["r"].runs] == [192]
 
 
 # ---- predictions ----
@@ -203,15 +203,15 @@ def test_only_what_is_due_earlier_goes_before_a_prompt() -> None:
     world.arrive("long", 4000, ttft_slo_s=1000.0)
     world.arrive("short", 64, ttft_slo_s=1.0)
     world.arrive("cheap", 640, ttft_slo_s=1.0, priority=1)
-    ahead = WorkAhead.of(world.scheduler)
+    ahead = PendingPrefills.of(world.scheduler)
     work = {seq.request_id: seq.remaining_work_s for seq in world.scheduler.sequences}
-    assert ahead.due_before(0, 0.5).work_s == 0.0
-    assert ahead.due_before(0, 2.0).work_s == pytest.approx(work["short"])
-    assert ahead.due_before(0, 2000.0).work_s == pytest.approx(work["short"] + work["long"])
-    assert ahead.due_before(1, 2.0).work_s == pytest.approx(sum(work.values()))
+    assert ahead.queued_ahead(0, 0.5).work_s == 0.0
+    assert ahead.queued_ahead(0, 2.0).work_s == pytest.approx(work["short"])
+    assert ahead.queued_ahead(0, 2000.0).work_s == pytest.approx(work["short"] + work["long"])
+    assert ahead.queued_ahead(1, 2.0).work_s == pytest.approx(sum(work.values()))
     fcfs = World(policy="fcfs")
     fcfs.arrive("long", 4000)
-    assert WorkAhead.of(fcfs.scheduler).due_before(0, 0.1).num_prompts == 1
+    assert PendingPrefills.of(fcfs.scheduler).queued_ahead(0, 0.1).num_prompts == 1
 
 
 def live(start_server: StartServer, engine: LiveEngine, **settings: object) -> Running:
@@ -241,7 +241,7 @@ def test_what_was_admitted_a_moment_ago_counts_before_the_engine_has_told_of_it(
     server = live(start_server, engine)
     forecast = server.service.journal.forecast
     alone = forecast.predict(spec(2000).requests())
-    forecast.count_in(spec(2000).requests())
+    forecast.reserve(spec(2000).requests())
     behind = forecast.predict(spec(2000).requests())
     assert alone is not None and behind is not None
     assert alone.ahead_s == 0.0 and behind.ahead_s == pytest.approx(alone.ttft_s)
@@ -293,7 +293,7 @@ def test_a_wait_is_explained_by_the_requests_own_replica_and_a_look_shows_all() 
     assert left is not None and {one.replica for one in left.queue} == {0}
     worlds[0].step(8)
     for replica, world in enumerate(worlds):
-        waits = [entry for entry in world.told(f"long-{replica}") if isinstance(entry, Wait)]
+        waits = [entry for entry in world.told(f"long-{replica}") if isinstance(entry, WaitInterval)]
         assert {went["request_id"] for wait in waits for went in wait.went_first} == {f"urgent-{replica}"}
 
 
@@ -301,9 +301,9 @@ def test_the_debug_routes_tell_the_story_of_an_answer(start_server: StartServer)
     engine = LiveEngine()
     server = live(start_server, engine)
     answer = server.post(PATH, {"prompt": [1] * 640, "max_tokens": 2, "n": 2}).json()
-    story = server.get(f"/debug/requests/{answer['id']}").json()
-    assert [choice["request_id"] for choice in story["choices"]] == [f"{answer['id']}-0", f"{answer['id']}-1"]
-    first = story["choices"][0]
+    trace = server.get(f"/debug/requests/{answer['id']}").json()
+    assert [choice["request_id"] for choice in trace["choices"]] == [f"{answer['id']}-0", f"{answer['id']}-1"]
+    first = trace["choices"][0]
     assert first["outcome"] == "length" and first["num_scheduled_tokens"] == 640 and first["slo_class"] == "standard"
     assert 0 <= first["first_scheduled_s"] < first["first_token_s"] <= first["ended_s"]
     one = server.get(f"/debug/requests/{answer['id']}-1").json()["choices"]
@@ -378,23 +378,23 @@ def test_batch_work_yields_to_interactive_work_without_starving() -> None:
     for number in range(400):  # each second brings more interactive work than a step can do
         world.arrive(f"i{number}", 128, priority=-1, slo_class="interactive")
         world.step()
-        story = world.journal.story("batch")
-        assert story is not None
-        if story.first_token_s is not None:
+        trace = world.journal.trace("batch")
+        assert trace is not None
+        if trace.first_token_s is not None:
             break
         if number == 50:
-            assert story.num_scheduled_tokens == 0  # not due yet: it has yielded
+            assert trace.num_scheduled_tokens == 0  # not due yet: it has yielded
             first_tokens["waited"] = world.now_s
-    assert first_tokens and story.first_token_s is not None and story.first_token_s > 60.0
+    assert first_tokens and trace.first_token_s is not None and trace.first_token_s > 60.0
 
 
 def test_the_first_token_of_a_finished_request_is_in_the_story() -> None:
     world = World()
     world.arrive("r", 10)
     world.step(2)
-    story = world.journal.story("r")
-    assert story is not None and (story.first_token_s, story.ended_s, story.outcome) == (1.0, 2.0, "length")
-    assert world.journal.story_ids("r") == ["r"]
+    trace = world.journal.trace("r")
+    assert trace is not None and (trace.first_token_s, trace.ended_s, trace.outcome) == (1.0, 2.0, "length")
+    assert world.journal.request_ids_of("r") == ["r"]
 
 
 def test_with_two_replicas_what_was_admitted_goes_where_it_is_soonest(start_server: StartServer) -> None:
@@ -402,11 +402,11 @@ def test_with_two_replicas_what_was_admitted_goes_where_it_is_soonest(start_serv
     server = live(start_server, engine)
     assert engine.audit.scheduler is not None
     forecast = server.service.journal.forecast
-    forecast.update(WorkAhead.of(engine.audit.scheduler), 1)
+    forecast.update(PendingPrefills.of(engine.audit.scheduler), 1)
     predicted = []
     for _ in range(4):
         predicted.append(forecast.predict(spec(2000).requests()))
-        forecast.count_in(spec(2000).requests())
+        forecast.reserve(spec(2000).requests())
     ahead_s = [one.ahead_s for one in predicted if one is not None]
     own_s = ahead_s[2]
     assert own_s > 0.0 and ahead_s == [0.0, 0.0, own_s, own_s]

@@ -22,7 +22,7 @@ from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, FinishRe
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EnginePhase, EngineStatus, ReplicaState
 from megatron_medha.core.request import Request
-from megatron_medha.server.admission import REFUSAL_REASONS
+from megatron_medha.server.admission import REJECTION_REASONS
 from megatron_medha.server.observe.metrics import CUT_OFF_REASONS, Metrics
 from megatron_medha.server.observe.metrics_page import MetricsPage
 from megatron_medha.server.openai import tokenize
@@ -168,7 +168,7 @@ def test_every_labelled_metric_is_there_with_zero_from_the_first_scrape_and_unde
         for family in families
     }
     assert labels["medha:requests_cut_off"] == set(CUT_OFF_REASONS)
-    assert labels["medha:admission_rejections"] == set(REFUSAL_REASONS)
+    assert labels["medha:admission_rejections"] == set(REJECTION_REASONS)
     assert labels["medha:deadlines_met"] == {"interactive", "standard", "batch"}
 
 

@@ -38,8 +38,8 @@ import ctypes, signal, sys, threading
 from megatron_medha.cli import serve
 
 serve._HARD_EXIT_S = 0.5
-stops = serve._Stops()
-stops.watch_for_early_ones()
+stops = serve._StopSignals()
+stops.install_early_handlers()
 if sys.argv[1] != "start":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: None)  # uvicorn's: to the loop, which does not come round

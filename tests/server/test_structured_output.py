@@ -136,7 +136,7 @@ def test_grammars_that_never_end_hurt_nobody_else(start_server: StartServer, mon
     errors = [one.result().json()["error"] for one in refused]
     assert {(error["code"], error["param"]) for error in errors} == {("grammar_too_complex", "guided_json")}
     trials = server.service.grammars._trials
-    assert trials is not None and not trials._places.locked()
+    assert trials is not None and not trials._slow_lane.locked()
     # What is left has nothing to do: one that hung would not answer.
     assert {one.pid for one in trials._all} == {one.pid for one in trials._idle}
 
@@ -187,7 +187,7 @@ def hold_grammars(tmp_path: Path, start_server: StartServer) -> Iterator[Callabl
             sockets.append(socket.create_connection(("127.0.0.1", server.port), WAIT_S))
             head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer key-1\r\n"
             sockets[-1].sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        while len(server.service.grammars._under_way) < count:
+        while len(server.service.grammars._in_progress) < count:
             server.get("/health")
         return server
 
@@ -213,8 +213,8 @@ def test_a_small_grammar_is_not_taken_for_a_slow_one_where_its_process_gets_no_t
     assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "a"}).status_code == 200
     trials = server.service.grammars._trials
     assert trials is not None
-    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._QUICK_S", 1e-6)
-    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._MOST_WAITS", 10**6)
+    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._FAST_LANE_S", 1e-6)
+    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._MAX_WAITS", 10**6)
     monkeypatch.setattr("megatron_medha.grammar.grammar_trials._computed_s", lambda pid: 1.0)
     assert server.post(COMPLETIONS, {"prompt": "a", "guided_regex": "b"}).status_code == 200
     assert not trials._overdue
@@ -223,7 +223,7 @@ def test_a_small_grammar_is_not_taken_for_a_slow_one_where_its_process_gets_no_t
 def test_one_client_leaves_others_a_place_for_grammars_that_take_long(
     hold_grammars: Callable[[int], Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._QUICK_S", 1e-9)  # all of them do, then
+    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._FAST_LANE_S", 1e-9)  # all of them do, then
     server = hold_grammars(20)
     for place in range(3):
         body = {"prompt": "a", "guided_regex": f"b{place}+"}

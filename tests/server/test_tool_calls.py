@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
-from megatron_medha.server.tools.tool_calls import CallFinder
+from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
+from megatron_medha.server.tools.tool_calls import ToolCallParser
 from megatron_medha.server.tools.tool_fields import ToolUse
-from megatron_medha.text.call_syntax import MARKS, CallSyntax, syntax_of_template
+from megatron_medha.text.call_syntax import MARKS, ToolSyntax, syntax_of_template
 
 Call = tuple[str, dict[str, Any]]
 PROPERTIES = {
@@ -56,54 +56,54 @@ def joined(
 
 
 FUNCTION = as_tags("<function=NAME>\n", "<parameter=KEY>\nVALUE\n</parameter>\n", "", "</function>")
-WRITERS: tuple[tuple[CallSyntax, Callable[[list[Call]], str]], ...] = (
-    (CallSyntax.HERMES, around("<tool_call>\n", "\n</tool_call>")),
-    (CallSyntax.HERMES, joined("<tool_call>\n", "\n</tool_call>", sep="\n")),
-    (CallSyntax.HERMES, joined("<tool_call>[", "]</tool_call>")),
-    (CallSyntax.HERMES, around("<tool_call>\n", "\n</tool_call>", FUNCTION)),
-    (CallSyntax.QWEN_XML, around("<tool_call>\n", "\n</tool_call>", FUNCTION)),
-    (CallSyntax.QWEN_XML, around("", "", FUNCTION)),
-    (CallSyntax.SEED, around("<seed:tool_call>\n", "\n</seed:tool_call>", FUNCTION)),
-    (CallSyntax.LLAMA3_JSON, joined("<|python_tag|>", "", sep="; ")),
-    (CallSyntax.MISTRAL, joined("[TOOL_CALLS] [", "]")),
-    (CallSyntax.MISTRAL, around("[TOOL_CALLS]", "", lambda name, arguments: f"{name}[ARGS]{json.dumps(arguments)}")),
-    (CallSyntax.MISTRAL, around("[TOOL_CALLS]", "", lambda name, arguments: f"{name}{json.dumps(arguments)}")),
-    (CallSyntax.MISTRAL,
+WRITERS: tuple[tuple[ToolSyntax, Callable[[list[Call]], str]], ...] = (
+    (ToolSyntax.HERMES, around("<tool_call>\n", "\n</tool_call>")),
+    (ToolSyntax.HERMES, joined("<tool_call>\n", "\n</tool_call>", sep="\n")),
+    (ToolSyntax.HERMES, joined("<tool_call>[", "]</tool_call>")),
+    (ToolSyntax.HERMES, around("<tool_call>\n", "\n</tool_call>", FUNCTION)),
+    (ToolSyntax.QWEN_XML, around("<tool_call>\n", "\n</tool_call>", FUNCTION)),
+    (ToolSyntax.QWEN_XML, around("", "", FUNCTION)),
+    (ToolSyntax.SEED, around("<seed:tool_call>\n", "\n</seed:tool_call>", FUNCTION)),
+    (ToolSyntax.LLAMA3_JSON, joined("<|python_tag|>", "", sep="; ")),
+    (ToolSyntax.MISTRAL, joined("[TOOL_CALLS] [", "]")),
+    (ToolSyntax.MISTRAL, around("[TOOL_CALLS]", "", lambda name, arguments: f"{name}[ARGS]{json.dumps(arguments)}")),
+    (ToolSyntax.MISTRAL, around("[TOOL_CALLS]", "", lambda name, arguments: f"{name}{json.dumps(arguments)}")),
+    (ToolSyntax.MISTRAL,
      around("[TOOL_CALLS]", "", lambda name, arguments: f"{name}[CALL_ID]a1B2c3D4e[ARGS]{json.dumps(arguments)}")),
-    (CallSyntax.DEEPSEEK, lambda calls: "<｜tool▁calls▁begin｜>" + around(
+    (ToolSyntax.DEEPSEEK, lambda calls: "<｜tool▁calls▁begin｜>" + around(
         "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
         lambda name, arguments: f"{name}<｜tool▁sep｜>{json.dumps(arguments)}",
     )(calls) + "<｜tool▁calls▁end｜>"),
-    (CallSyntax.DEEPSEEK, lambda calls: "<｜tool▁calls▁begin｜>" + around(
+    (ToolSyntax.DEEPSEEK, lambda calls: "<｜tool▁calls▁begin｜>" + around(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```<｜tool▁call▁end｜>",
         lambda name, arguments: f"{name}\n```json\n{json.dumps(arguments)}",
     )(calls) + "<｜tool▁calls▁end｜>"),
-    (CallSyntax.DEEPSEEK_DSML, joined("<｜DSML｜function_calls>\n", "</｜DSML｜function_calls>", as_tags(
+    (ToolSyntax.DEEPSEEK_DSML, joined("<｜DSML｜function_calls>\n", "</｜DSML｜function_calls>", as_tags(
         '<｜DSML｜invoke name="NAME">\n', '<｜DSML｜parameter name="KEY">VALUE</｜DSML｜parameter>', "\n",
         "</｜DSML｜invoke>\n",
     ), "")),
-    (CallSyntax.GLM, around("<tool_call>", "</tool_call>", as_tags(
+    (ToolSyntax.GLM, around("<tool_call>", "</tool_call>", as_tags(
         "NAME\n", "<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n", "", ""))),
-    (CallSyntax.KIMI, lambda calls: "<|tool_calls_section_begin|>" + around(
+    (ToolSyntax.KIMI, lambda calls: "<|tool_calls_section_begin|>" + around(
         "<|tool_call_begin|>", "<|tool_call_end|>",
         lambda name, arguments: f"functions.{name}:0<|tool_call_argument_begin|>{json.dumps(arguments)}",
     )(calls) + "<|tool_calls_section_end|>"),
-    (CallSyntax.MINIMAX, joined("<minimax:tool_call>\n", "</minimax:tool_call>", as_tags(
+    (ToolSyntax.MINIMAX, joined("<minimax:tool_call>\n", "</minimax:tool_call>", as_tags(
         '<invoke name="NAME">\n', '<parameter name="KEY">VALUE</parameter>\n', "", "</invoke>\n"), "")),
-    (CallSyntax.GRANITE, joined("<|tool_call|>[", "]")),
-    (CallSyntax.COHERE, joined("<|START_ACTION|>[\n", "\n]<|END_ACTION|>",
+    (ToolSyntax.GRANITE, joined("<|tool_call|>[", "]")),
+    (ToolSyntax.COHERE, joined("<|START_ACTION|>[\n", "\n]<|END_ACTION|>",
                                lambda name, arguments: as_json(name, arguments, "tool_name", "parameters"))),
-    (CallSyntax.JAMBA, joined("<tool_calls>[\n", "\n]</tool_calls>")),
-    (CallSyntax.NEMOTRON, joined("<TOOLCALL>[", "]</TOOLCALL>")),
-    (CallSyntax.PYTHONIC, joined("<|tool_call_start|>[", "]<|tool_call_end|>", as_python)),
-    (CallSyntax.PYTHONIC, joined("<function_calls>\n", "\n</function_calls>", as_python, "\n")),
+    (ToolSyntax.JAMBA, joined("<tool_calls>[\n", "\n]</tool_calls>")),
+    (ToolSyntax.NEMOTRON, joined("<TOOLCALL>[", "]</TOOLCALL>")),
+    (ToolSyntax.PYTHONIC, joined("<|tool_call_start|>[", "]<|tool_call_end|>", as_python)),
+    (ToolSyntax.PYTHONIC, joined("<function_calls>\n", "\n</function_calls>", as_python, "\n")),
 )  # fmt: skip
-BARE_WRITERS: tuple[tuple[CallSyntax, Callable[[list[Call]], str]], ...] = (
-    (CallSyntax.LLAMA3_JSON, joined("", "", sep="; ")),
-    (CallSyntax.LLAMA3_JSON, joined("[", "]", lambda name, arguments: as_json(name, arguments, "function",
+BARE_WRITERS: tuple[tuple[ToolSyntax, Callable[[list[Call]], str]], ...] = (
+    (ToolSyntax.LLAMA3_JSON, joined("", "", sep="; ")),
+    (ToolSyntax.LLAMA3_JSON, joined("[", "]", lambda name, arguments: as_json(name, arguments, "function",
     "parameters"))),
-    (CallSyntax.PYTHONIC, joined("[", "]", as_python)),
-    (CallSyntax.LIST, joined("[", "]")),
+    (ToolSyntax.PYTHONIC, joined("[", "]", as_python)),
+    (ToolSyntax.LIST, joined("[", "]")),
 )
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="<\r"), max_size=8)
 ARGUMENTS = st.fixed_dictionaries({}, optional={
@@ -116,25 +116,25 @@ CALLS = st.lists(st.tuples(st.sampled_from("fg"), ARGUMENTS), min_size=1, max_si
 WORDS = st.sampled_from(["", "", "So: ", "\n\nThen:\n", " x\n\n    return 1", "- a\n- b\n", " if a < b: ", "}", "\t"])
 
 
-def use_of(syntax: CallSyntax, **fields: Any) -> ToolUse:
+def use_of(syntax: ToolSyntax, **fields: Any) -> ToolUse:
     return ToolUse(syntax=syntax, names=frozenset("fg"), definitions=DEFINITIONS, **fields)
 
 
 def read(use: ToolUse, pieces: list[str], *, is_cut: bool = False) -> list[str | tuple[str, str]]:
     """Text and calls in order."""
-    finder = CallFinder(use)
-    found: list[Found] = [one for piece in pieces for one in finder.push(piece)]
+    finder = ToolCallParser(use)
+    found: list[ToolParserEvent] = [one for piece in pieces for one in finder.push(piece)]
     told: list[Any] = []
     for one in [*found, *finder.finish(is_cut=is_cut)]:
         match one:
-            case Said(text):
+            case TextDelta(text):
                 if told and isinstance(told[-1], str):
                     told[-1] += text
                 else:
                     told.append(text)
-            case CallBegan(name=name):
+            case ToolCallStart(name=name):
                 told.append((name, ""))
-            case CallWent(index, arguments):
+            case ToolArgumentsDelta(index, arguments):
                 assert index == sum(isinstance(entry, tuple) for entry in told) - 1
                 told[-1] = (told[-1][0], told[-1][1] + arguments)
     return told
@@ -163,9 +163,9 @@ def test_calls_and_the_words_around_them_do_not_depend_on_how_the_text_is_cut(
 ) -> None:
     syntax, write = writer
     before, between, after = words
-    if syntax in (CallSyntax.LLAMA3_JSON, CallSyntax.PYTHONIC):
+    if syntax in (ToolSyntax.LLAMA3_JSON, ToolSyntax.PYTHONIC):
         before, between = before or "So ", between.strip("} \n\t") or "and"
-    if syntax not in (CallSyntax.HERMES, CallSyntax.GLM):
+    if syntax not in (ToolSyntax.HERMES, ToolSyntax.GLM):
         between, after = between.replace("}", ""), after.replace("}", "")
     text = before + write(first) + between + write(second) + after
     told = read(use_of(syntax), cut(text, sizes))
@@ -186,11 +186,11 @@ def test_an_answer_that_begins_with_calls_needs_no_mark(writer: tuple, calls: li
 @settings(max_examples=30, deadline=None)
 @given(arguments=ARGUMENTS, sizes=SIZES)
 def test_arguments_alone_are_the_call_that_must_be(arguments: dict, sizes: list[int]) -> None:
-    told = read(use_of(CallSyntax.ARGUMENTS, only="f"), cut(json.dumps(arguments), sizes))
+    told = read(use_of(ToolSyntax.ARGUMENTS, only="f"), cut(json.dumps(arguments), sizes))
     assert calls_in(told) == [("f", arguments)]
 
 
-def parts_of(syntax: CallSyntax) -> list[str]:
+def parts_of(syntax: ToolSyntax) -> list[str]:
     marks = MARKS[syntax]
     parts = [*marks.openings, *marks.closings, *marks.between, "<think>", "</think>", '{"name": "f", ',
     '"arguments": {}']
@@ -201,12 +201,12 @@ def parts_of(syntax: CallSyntax) -> list[str]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), syntax=st.sampled_from(CallSyntax), sizes=SIZES)
+@given(data=st.data(), syntax=st.sampled_from(ToolSyntax), sizes=SIZES)
 def test_whatever_a_model_writes_is_read_alike_however_it_is_cut(
-    data: st.DataObject, syntax: CallSyntax, sizes: list[int]
+    data: st.DataObject, syntax: ToolSyntax, sizes: list[int]
 ) -> None:
     text = "".join(data.draw(st.lists(st.sampled_from(parts_of(syntax)), max_size=14)))
-    use = use_of(syntax, only="f" if syntax is CallSyntax.ARGUMENTS else None)
+    use = use_of(syntax, only="f" if syntax is ToolSyntax.ARGUMENTS else None)
     whole = read(use, [text])
     assert read(use, cut(text, sizes)) == whole
     if not any(isinstance(one, tuple) for one in whole):
@@ -217,7 +217,7 @@ def test_whatever_a_model_writes_is_read_alike_however_it_is_cut(
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(alphabet='<tool_call>/{}[]":,f name', max_size=60), size=st.integers(1, 9))
 def test_what_is_no_call_stays_text(text: str, size: int) -> None:
-    assert "".join(map(str, read(use_of(CallSyntax.HERMES), cut(text, [size])))) == text
+    assert "".join(map(str, read(use_of(ToolSyntax.HERMES), cut(text, [size])))) == text
 
 
 def hermes(inner: str) -> str:
@@ -258,7 +258,7 @@ CALL, F = '{"name": "f", "arguments": {"text": "P"}}', ("f", '{"text": "P"}')
 )  # fmt: skip
 def test_calls_that_are_nearly_right_are_calls_and_leave_no_marks_behind(text: str, right: list) -> None:
     for pieces in ([text], list(text)):
-        assert read(use_of(CallSyntax.HERMES), pieces) == right
+        assert read(use_of(ToolSyntax.HERMES), pieces) == right
 
 
 @pytest.mark.parametrize(
@@ -275,20 +275,20 @@ def test_calls_that_are_nearly_right_are_calls_and_leave_no_marks_behind(text: s
 def test_arguments_in_the_words_of_python_become_json(written: str, right: dict) -> None:
     for call in (f'{{"name": "f", "arguments": {written}}}', f'{{"arguments": {written}, "name": "f"}}'):
         for pieces in ([hermes(call)], list(hermes(call))):
-            (found,) = read(use_of(CallSyntax.HERMES), pieces)
+            (found,) = read(use_of(ToolSyntax.HERMES), pieces)
             assert json.loads(found[1]) == right, call
 
 
 @pytest.mark.parametrize(
     ("syntax", "text"),
     [
-        (CallSyntax.PYTHONIC, "[f(share=1e999)]"),
-        (CallSyntax.HERMES, hermes('{"arguments": {"share": 1e999}, "name": "f"}')),
-        (CallSyntax.HERMES, hermes(r'{"name": "\ud83d", "arguments": {}}')),
-        (CallSyntax.HERMES, hermes(r'{"name": "f\n", "arguments": {}}')), (CallSyntax.HERMES, hermes('{"name": ""}')),
+        (ToolSyntax.PYTHONIC, "[f(share=1e999)]"),
+        (ToolSyntax.HERMES, hermes('{"arguments": {"share": 1e999}, "name": "f"}')),
+        (ToolSyntax.HERMES, hermes(r'{"name": "\ud83d", "arguments": {}}')),
+        (ToolSyntax.HERMES, hermes(r'{"name": "f\n", "arguments": {}}')), (ToolSyntax.HERMES, hermes('{"name": ""}')),
     ],
 )  # fmt: skip
-def test_a_call_that_json_or_unicode_cannot_say_stays_text(syntax: CallSyntax, text: str) -> None:
+def test_a_call_that_json_or_unicode_cannot_say_stays_text(syntax: ToolSyntax, text: str) -> None:
     assert "".join(map(str, read(use_of(syntax), list(text)))) == text
 
 
@@ -320,68 +320,68 @@ def function(text: str) -> str:
 )  # fmt: skip
 def test_calls_as_tags_have_values_of_the_types_that_the_schema_says(text: str, right: list) -> None:
     for pieces in ([text], list(text)):
-        assert read(use_of(CallSyntax.QWEN_XML), pieces) == right
+        assert read(use_of(ToolSyntax.QWEN_XML), pieces) == right
 
 
 @pytest.mark.parametrize("text", [
     '{"answer": "a long one', '{"name": "Bo", "age": 3}', '[{"a": 1}]', '{"answer": {}} x',
 ])  # fmt: skip
 def test_a_json_answer_without_marks_is_text_and_comes_as_it_is_made(text: str) -> None:
-    assert read(use_of(CallSyntax.LLAMA3_JSON), list(text)) == read(use_of(CallSyntax.LLAMA3_JSON), [text]) == [text]
-    finder = CallFinder(use_of(CallSyntax.LLAMA3_JSON))
-    assert finder.push('{"answer": "a lo') == [Said('{"answer"'), Said(': "a lo')]
+    assert read(use_of(ToolSyntax.LLAMA3_JSON), list(text)) == read(use_of(ToolSyntax.LLAMA3_JSON), [text]) == [text]
+    finder = ToolCallParser(use_of(ToolSyntax.LLAMA3_JSON))
+    assert finder.push('{"answer": "a lo') == [TextDelta('{"answer"'), TextDelta(': "a lo')]
 
 
 THOUGHT = "I could write " + hermes(CALL) + " but no.\n"
 
 
-@pytest.mark.parametrize("syntax", [CallSyntax.HERMES, CallSyntax.QWEN_XML, CallSyntax.LLAMA3_JSON])
+@pytest.mark.parametrize("syntax", [ToolSyntax.HERMES, ToolSyntax.QWEN_XML, ToolSyntax.LLAMA3_JSON])
 @pytest.mark.parametrize(("opening", "closing"), [("<think>\n", "</think>"), ("[THINK]", "[/THINK]")])
-def test_a_call_that_is_only_thought_about_is_none(syntax: CallSyntax, opening: str, closing: str) -> None:
+def test_a_call_that_is_only_thought_about_is_none(syntax: ToolSyntax, opening: str, closing: str) -> None:
     thought = opening + THOUGHT + closing
-    call = CALL if syntax is CallSyntax.LLAMA3_JSON else hermes(CALL)
+    call = CALL if syntax is ToolSyntax.LLAMA3_JSON else hermes(CALL)
     for text, right in (
         (thought + "\n\nSunny.", [thought + "\n\nSunny."]), (thought + "\n\n" + call, [thought, F]),
         (opening + THOUGHT, [opening + THOUGHT]),
     ):  # fmt: skip
         assert read(use_of(syntax), [text]) == read(use_of(syntax), list(text)) == right
-    assert read(use_of(CallSyntax.HERMES), list(f"Say `<think>`: {hermes(CALL)}")) == ["Say `<think>`: ", F]
+    assert read(use_of(ToolSyntax.HERMES), list(f"Say `<think>`: {hermes(CALL)}")) == ["Say `<think>`: ", F]
 
 
-@pytest.mark.parametrize("syntax", [CallSyntax.HERMES, CallSyntax.LLAMA3_JSON])
-def test_reasoning_that_the_prompt_has_opened_ends_where_it_says(syntax: CallSyntax) -> None:
-    call = CALL if syntax is CallSyntax.LLAMA3_JSON else hermes(CALL)
+@pytest.mark.parametrize("syntax", [ToolSyntax.HERMES, ToolSyntax.LLAMA3_JSON])
+def test_reasoning_that_the_prompt_has_opened_ends_where_it_says(syntax: ToolSyntax) -> None:
+    call = CALL if syntax is ToolSyntax.LLAMA3_JSON else hermes(CALL)
     text = f"{CALL} {THOUGHT}</think>\n\n{call}"
     assert read(use_of(syntax, reasoning_end="</think>"), list(text)) == [f"{CALL} {THOUGHT}</think>", F]
 
 
 @pytest.mark.parametrize(("syntax", "text"), [
-    (CallSyntax.HERMES, hermes(CALL)), (CallSyntax.QWEN_XML, hermes(function("P"))), (CallSyntax.LLAMA3_JSON, CALL),
-    (CallSyntax.GLM, "<tool_call>f\n<arg_key>text</arg_key>\n<arg_value>P</arg_value>\n</tool_call>"),
+    (ToolSyntax.HERMES, hermes(CALL)), (ToolSyntax.QWEN_XML, hermes(function("P"))), (ToolSyntax.LLAMA3_JSON, CALL),
+    (ToolSyntax.GLM, "<tool_call>f\n<arg_key>text</arg_key>\n<arg_value>P</arg_value>\n</tool_call>"),
 ])  # fmt: skip
-def test_a_call_that_was_cut_is_not_completed(syntax: CallSyntax, text: str) -> None:
+def test_a_call_that_was_cut_is_not_completed(syntax: ToolSyntax, text: str) -> None:
     end = text.index("P") + 1
     assert read(use_of(syntax), [text[:end]], is_cut=True) == [("f", '{"text": "P')]
 
 
 @pytest.mark.parametrize(("syntax", "text", "right"), [
-    (CallSyntax.HERMES, f"So: {hermes(CALL)}\n<tool_call>\n{{\"name\": \"", ["So: ", F]),
-    (CallSyntax.HERMES, "So: <tool_call>\n", ["So: "]), (CallSyntax.QWEN_XML, "So: <tool_call>\n<function=g", ["So: "]),
-    (CallSyntax.HERMES, "1 <", ["1 <"]), (CallSyntax.LLAMA3_JSON, '{"name', ['{"name']),
-    (CallSyntax.HERMES, hermes(CALL) + "\nSo", [F, "\nSo"]), (CallSyntax.HERMES, f"<tool_call>{CALL}</tool", [F]),
+    (ToolSyntax.HERMES, f"So: {hermes(CALL)}\n<tool_call>\n{{\"name\": \"", ["So: ", F]),
+    (ToolSyntax.HERMES, "So: <tool_call>\n", ["So: "]), (ToolSyntax.QWEN_XML, "So: <tool_call>\n<function=g", ["So: "]),
+    (ToolSyntax.HERMES, "1 <", ["1 <"]), (ToolSyntax.LLAMA3_JSON, '{"name', ['{"name']),
+    (ToolSyntax.HERMES, hermes(CALL) + "\nSo", [F, "\nSo"]), (ToolSyntax.HERMES, f"<tool_call>{CALL}</tool", [F]),
 ])  # fmt: skip
-def test_a_call_that_was_cut_before_its_name_leaves_no_marks(syntax: CallSyntax, text: str, right: list) -> None:
+def test_a_call_that_was_cut_before_its_name_leaves_no_marks(syntax: ToolSyntax, text: str, right: list) -> None:
     assert read(use_of(syntax), [text], is_cut=True) == read(use_of(syntax), list(text), is_cut=True) == right
 
 
 @pytest.mark.parametrize(
     ("template", "syntax"),
     [
-        ("<tool_call>{{ tools }}", CallSyntax.HERMES),
-        ("<tool_call>\n<function={{ n }}>\n<parameter=", CallSyntax.QWEN_XML),
-        ("[TOOL_CALLS]", CallSyntax.MISTRAL), ("<tool_call>{{ n }}<arg_key>", CallSyntax.GLM), ("{{ messages }}", None),
-        ('{"name": x, "parameters": y} <|python_tag|>', CallSyntax.LLAMA3_JSON), (None, None),
+        ("<tool_call>{{ tools }}", ToolSyntax.HERMES),
+        ("<tool_call>\n<function={{ n }}>\n<parameter=", ToolSyntax.QWEN_XML),
+        ("[TOOL_CALLS]", ToolSyntax.MISTRAL), ("<tool_call>{{ n }}<arg_key>", ToolSyntax.GLM), ("{{ messages }}", None),
+        ('{"name": x, "parameters": y} <|python_tag|>', ToolSyntax.LLAMA3_JSON), (None, None),
     ],
 )  # fmt: skip
-def test_the_template_shows_how_its_model_calls(template: str | None, syntax: CallSyntax | None) -> None:
+def test_the_template_shows_how_its_model_calls(template: str | None, syntax: ToolSyntax | None) -> None:
     assert syntax_of_template(template) is syntax

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running_server import Running, StartServer
 
-from megatron_medha.server.bodies.openai_types import CalledFunction, Message, ToolCall
+from megatron_medha.server.bodies.openai_types import CalledFunction, ChatMessage, ToolCall
 from megatron_medha.server.openai.chat_prompt import _plain_message
 from megatron_medha.server.tools.json_text import read_cut_object
 from megatron_medha.text.chat_template import ChatTemplate
@@ -68,12 +68,14 @@ CALLS = st.lists(
 )  # fmt: skip
 
 
-def history_of(calls: list[tuple[str, str]], text: str | None) -> list[Message]:
+def history_of(calls: list[tuple[str, str]], text: str | None) -> list[ChatMessage]:
     made = [ToolCall(id=f"call_{place:024}", function=CalledFunction(name=name, arguments=arguments))
             for place, (name, arguments) in enumerate(calls)]  # fmt: skip
-    results = [Message(role="tool", content=f"result {place}", tool_call_id=call.id) for place, call in enumerate(made)]
-    first, last = Message(role="user", content="What is it?"), Message(role="user", content="And?")
-    return [first, Message(role="assistant", content=text, tool_calls=made), *results, last]
+    results = [
+        ChatMessage(role="tool", content=f"result {place}", tool_call_id=call.id) for place, call in enumerate(made)
+    ]
+    first, last = ChatMessage(role="user", content="What is it?"), ChatMessage(role="user", content="And?")
+    return [first, ChatMessage(role="assistant", content=text, tool_calls=made), *results, last]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,14 +11,14 @@ from fake_engine import FakeEngine, say
 from running_server import StartServer
 from test_structured_output import END, HI, TEMPLATE, TOOLS, WEATHER, obey
 
-from megatron_medha.grammar.grammar_process import Trial, _written_out
+from megatron_medha.grammar.grammar_process import CompileRequest, _written_out
 from megatron_medha.grammar.guidance import GrammarCompiler
 from megatron_medha.server.tools.call_grammar import calls_or_text
-from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Said
-from megatron_medha.server.tools.structured_output import json_guide
-from megatron_medha.server.tools.tool_calls import CallFinder
+from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart
+from megatron_medha.server.tools.structured_output import json_constraint
+from megatron_medha.server.tools.tool_calls import ToolCallParser
 from megatron_medha.server.tools.tool_fields import ToolUse
-from megatron_medha.text.call_syntax import MARKS, CallSyntax
+from megatron_medha.text.call_syntax import MARKS, ToolSyntax
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 pytest.importorskip("llguidance")
@@ -37,31 +37,31 @@ def with_template(tokenizer: Tokenizer, template: str | None, special: tuple[str
 
 
 def read(use: ToolUse, text: str) -> tuple[str, list[list[str]]]:
-    finder = CallFinder(use)
+    finder = ToolCallParser(use)
     said, calls = "", []
     for one in [*finder.push(text), *finder.finish()]:
         match one:
-            case Said():
+            case TextDelta():
                 said += one.text
-            case CallBegan():
+            case ToolCallStart():
                 calls.append([one.name, ""])
-            case CallWent():
+            case ToolArgumentsDelta():
                 calls[-1][1] += one.arguments
     return said, calls
 
 
-@pytest.mark.parametrize("syntax", [one for one in CallSyntax if one not in (CallSyntax.LIST, CallSyntax.ARGUMENTS)])
+@pytest.mark.parametrize("syntax", [one for one in ToolSyntax if one not in (ToolSyntax.LIST, ToolSyntax.ARGUMENTS)])
 @pytest.mark.parametrize(("is_special", "is_parallel"), [(False, True), (True, False)])
 def test_in_every_syntax_an_answer_is_a_call_or_text_of_the_form(
-    tokenizer: Tokenizer, syntax: CallSyntax, is_special: bool, is_parallel: bool
+    tokenizer: Tokenizer, syntax: ToolSyntax, is_special: bool, is_parallel: bool
 ) -> None:
     told = with_template(tokenizer, TEMPLATE, MARKS[syntax].openings[:1] if is_special else ())
     names = frozenset({"weather", "now"})
     use = ToolUse(syntax=syntax, names=names, definitions=tuple(TOOLS), is_parallel=is_parallel)
-    use = calls_or_text(use, json_guide(ANSWER, "response_format"), told.token_id)
+    use = calls_or_text(use, json_constraint(ANSWER, "response_format"), told.token_id)
     assert use.guide is not None
     compiler = GrammarCompiler(told.as_json(), 300, (END,))
-    matcher = compiler.matcher(_written_out(Trial(use.guide.kind, use.guide.text)))
+    matcher = compiler.matcher(_written_out(CompileRequest(use.guide.kind, use.guide.text)))
     kinds = set()
     for seed in range(20):
         walk, text, chance = matcher.deep_copy(), b"", random.Random(seed)

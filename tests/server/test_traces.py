@@ -12,7 +12,7 @@ from running_server import StartServer
 
 from megatron_medha.core.errors import DependencyError
 from megatron_medha.server.observe import tracing as module
-from megatron_medha.server.observe.tracing import Traces
+from megatron_medha.server.observe.tracing import OtelTraces
 
 ENDPOINT = "http://127.0.0.1:1/v1/traces"
 
@@ -40,14 +40,14 @@ class Kept:
 def test_without_the_library_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_find", lambda name: None)
     with pytest.raises(DependencyError, match=r"pip install 'megatron_medha\[otel\]'"):
-        Traces(ENDPOINT)
+        OtelTraces(ENDPOINT)
 
 
 def test_a_request_is_a_span_with_its_phases_under_the_clients_trace(start_server: StartServer) -> None:
     pytest.importorskip("opentelemetry.sdk.trace", reason="the extra `otel` is not installed")
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra `otel` is not installed")
     engine, kept = LiveEngine(), Kept()
-    server = start_server(engine, journal=engine.journal, traces=Traces(ENDPOINT, kept))
+    server = start_server(engine, journal=engine.journal, traces=OtelTraces(ENDPOINT, kept))
     while server.get("/ready").status_code != 200:
         time.sleep(0.001)  # the engine's thread starts; nothing tells
     parent = f"00-{'ab' * 16}-{'cd' * 8}-01"

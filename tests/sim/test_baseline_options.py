@@ -14,9 +14,9 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.baselines.baseline_config import BaselineConfig, OutputLengths
-from megatron_medha.sim.baselines.predicted_order import OutputPredictor
-from megatron_medha.sim.sim_world import SimulatedWorld, true_step_s
+from megatron_medha.sim.baselines.baseline_config import BaselineConfig, OutputLengthSource
+from megatron_medha.sim.baselines.predicted_order import OutputLengthPredictor
+from megatron_medha.sim.sim_world import RecordingSimRuntime, true_step_s
 from megatron_medha.sim.system import build_scheduler
 
 SHAPE = ModelShape(
@@ -54,7 +54,7 @@ def run(config: BaselineConfig, *requests: Request) -> tuple[dict[str, float], l
         config=config, shape=SHAPE, hardware=SLOW, layout=ParallelLayout(), num_blocks=100_000, block_size=4,
         learns=False,
     )  # fmt: skip
-    world, kept = SimulatedWorld(requests, true_step_s(RooflineCost(shape=SHAPE, hardware=SLOW))), Kept()
+    world, kept = RecordingSimRuntime(requests, true_step_s(RooflineCost(shape=SHAPE, hardware=SLOW))), Kept()
     serve(build_scheduler(setup), world, (kept,))
     return {name: record.ttft_s for name, record in world.records.items()}, kept.batches
 
@@ -97,7 +97,7 @@ def test_long_prompts_leave_the_reserved_share_of_every_step_to_short_ones(chunk
 
 
 def test_ssjf_counts_the_answer_as_well_as_the_prompt() -> None:
-    ssjf = replace(FIXED, policy="ssjf", output_lengths=OutputLengths.ORACLE)
+    ssjf = replace(FIXED, policy="ssjf", output_lengths=OutputLengthSource.ORACLE)
     requests = (request("first", 256), request("talker", 100, 1e-6, 2000), request("reader", 250, 2e-6, 1))
     ttft_s, _ = run(ssjf, *requests)
     assert ttft_s["reader"] < ttft_s["talker"]
@@ -106,7 +106,7 @@ def test_ssjf_counts_the_answer_as_well_as_the_prompt() -> None:
 
 
 def test_the_mean_predictor_learns_from_answers_that_have_ended() -> None:
-    predictor = OutputPredictor(OutputLengths.MEAN, 0.0)
+    predictor = OutputLengthPredictor(OutputLengthSource.MEAN, 0.0)
     for _ in range(1000):
         predictor.learn(10)
     assert 10 <= predictor.predict(request("r", 1, num_out=500)) < 11
@@ -114,7 +114,7 @@ def test_the_mean_predictor_learns_from_answers_that_have_ended() -> None:
 
 
 def test_the_noisy_predictor_errs_the_same_way_every_time() -> None:
-    one, other = (OutputPredictor(OutputLengths.NOISY, 0.5) for _ in range(2))
+    one, other = (OutputLengthPredictor(OutputLengthSource.NOISY, 0.5) for _ in range(2))
     assert one.predict(request("r", 1, num_out=500)) == other.predict(request("r", 1, num_out=500)) != 500
 
 

@@ -13,7 +13,7 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, SimulationResult, Watchers
+from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks, SimulationResult, StateSample
 from megatron_medha.stats.outcome import Ending, Outcome
 from megatron_medha.workload.workload import WorkloadConfig
 
@@ -31,11 +31,11 @@ SETUP = SchedulerSetup(
 )  # fmt: skip
 
 
-def run(dp: int, workload: WorkloadConfig, **more: object) -> tuple[SimulationResult, list[Outcome], list[Sample]]:
+def run(dp: int, workload: WorkloadConfig, **more: object) -> tuple[SimulationResult, list[Outcome], list[StateSample]]:
     outcomes: list[Outcome] = []
-    samples: list[Sample] = []
+    samples: list[StateSample] = []
     config = SimulationConfig(setup=SETUP, dp=dp, workload=workload, **more)
-    result = Simulation(config).run(Watchers(on_outcome=outcomes.append, on_sample=samples.append))
+    result = Simulation(config).run(SimulationHooks(on_outcome=outcomes.append, on_sample=samples.append))
     return result, outcomes, samples
 
 

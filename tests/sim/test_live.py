@@ -18,7 +18,7 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.inbox import Inbox
-from megatron_medha.engine.request_states import Streams
+from megatron_medha.engine.request_states import RequestStates
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.live import LiveRuntime, live_engine
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
@@ -83,7 +83,7 @@ def test_a_replica_of_many_ranks_gives_the_tokens_of_one(layout: ParallelLayout)
 
 
 def test_the_next_batch_enters_when_the_first_stage_is_free_not_when_the_last_one_is() -> None:
-    streams = Streams(lambda deliveries: None)
+    streams = RequestStates(lambda deliveries: None)
     # The second stage takes so long that this test can be put aside in between.
     runtime = LiveRuntime(Inbox(), streams, lambda batch: StepTimes(((0.01, 0.5),)), Pipeline(2), vocab_size=100)
     assert runtime.has_room()

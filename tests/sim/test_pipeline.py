@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
-from megatron_medha.stats.timeline import Span
+from megatron_medha.stats.timeline import StageSpan
 
 
 def run(pipeline: Pipeline, *steps: StepTimes) -> list[float]:
@@ -32,7 +32,7 @@ def test_hops_delay_a_batch_and_occupy_no_stage() -> None:
 def test_ranks_that_share_nothing_do_not_wait_for_each_other() -> None:
     pipeline = Pipeline(spp=2, kvp=2)
     run(pipeline, StepTimes(((1.0, 1.0), (3.0, 3.0))))
-    spans: list[Span] = []
+    spans: list[StageSpan] = []
     pipeline = Pipeline(spp=2, kvp=2, on_span=spans.append)
     run(pipeline, StepTimes(((1.0, 1.0), (3.0, 3.0))))
     assert {(span.stage, span.kvp_rank): span.end_s for span in spans} == {
@@ -42,7 +42,7 @@ def test_ranks_that_share_nothing_do_not_wait_for_each_other() -> None:
 
 
 def test_ranks_that_share_a_request_go_at_the_pace_of_the_slowest() -> None:
-    spans: list[Span] = []
+    spans: list[StageSpan] = []
     pipeline = Pipeline(spp=2, kvp=3, on_span=spans.append)
     end_s = pipeline.run(0, StepTimes(((1.0, 1.0), (3.0, 3.0), (0.5, 0.5)), tied=((0, 1),)), 0.0)
     ends = {(span.stage, span.kvp_rank): span.end_s for span in spans}

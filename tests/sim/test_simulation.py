@@ -18,14 +18,14 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.planning.candidate import Trial, at_rate, judge
+from megatron_medha.sim.planning.candidate import PlanCandidate, at_rate, evaluate_candidate
 from megatron_medha.sim.run_directory import RecordConfig, RunDirectory
-from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, Watchers
+from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks, StateSample
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.decision_log import read_log, replay
 from megatron_medha.stats.outcome import Ending, Outcome, Slo
 from megatron_medha.stats.summary_table import summary_table
-from megatron_medha.workload.arrivals import Arrivals
+from megatron_medha.workload.arrivals import ArrivalProcess
 from megatron_medha.workload.workload import WorkloadConfig
 
 SHAPE = ModelShape(
@@ -65,7 +65,7 @@ def config(
 
 def outcomes(given: SimulationConfig) -> list[Outcome]:
     found: list[Outcome] = []
-    Simulation(given).run(Watchers(on_outcome=found.append))
+    Simulation(given).run(SimulationHooks(on_outcome=found.append))
     return found
 
 
@@ -178,7 +178,7 @@ def test_a_biased_truth_takes_longer_than_believed() -> None:
 
 def test_noise_is_drawn_from_the_seed_and_is_no_bias() -> None:
     quiet, noisy = (
-        Simulation(config(truth=TruthConfig(noise=noise))).run(Watchers()).values["classes"]["short"]["tpot_s"]["p50"]
+        Simulation(config(truth=TruthConfig(noise=noise))).run(SimulationHooks()).values["classes"]["short"]["tpot_s"]["p50"]
         for noise in (0.0, 0.2)
     )
     assert noisy != quiet and noisy == pytest.approx(quiet, rel=0.1)
@@ -192,10 +192,10 @@ def test_a_run_may_end_before_everybody_has_finished() -> None:
 
 
 def test_a_table_says_how_many_are_not_in_its_latencies() -> None:
-    cut = Simulation(config(qps=50.0, long_share=0.5, max_drain_s=0.5)).run(Watchers()).values
+    cut = Simulation(config(qps=50.0, long_share=0.5, max_drain_s=0.5)).run(SimulationHooks()).values
     num_without = sum(one.first_token_s is None for one in outcomes(config(qps=50.0, long_share=0.5, max_drain_s=0.5)))
     assert num_without and f"{num_without} requests have no first token" in summary_table(cut)
-    assert "no first token" not in summary_table(Simulation(config(num_requests=3)).run(Watchers()).values)
+    assert "no first token" not in summary_table(Simulation(config(num_requests=3)).run(SimulationHooks()).values)
 
 
 def test_a_request_that_no_machine_of_this_size_can_hold_is_refused_before_the_run() -> None:
@@ -206,13 +206,13 @@ def test_a_request_that_no_machine_of_this_size_can_hold_is_refused_before_the_r
 
 
 def test_utilisation_and_memory_are_shares() -> None:
-    machine = Simulation(config(long_share=0.2)).run(Watchers()).values["machine"]
+    machine = Simulation(config(long_share=0.2)).run(SimulationHooks()).values["machine"]
     for key in ("utilisation", "active_share", "bubbles", "mfu", "mbu", "kv_used_mean", "kv_used_max"):
         assert 0.0 < machine[key] < 1.0, key
 
 
 def test_utilisation_of_a_run_that_is_cut_off_in_the_middle_of_its_work_counts_that_work() -> None:
-    machine = Simulation(config(qps=50.0, long_share=0.5, max_drain_s=0.5)).run(Watchers()).values["machine"]
+    machine = Simulation(config(qps=50.0, long_share=0.5, max_drain_s=0.5)).run(SimulationHooks()).values["machine"]
     assert 0.0 <= machine["bubbles"] < 1.0 and 0.5 < machine["active_share"] <= 1.0
 
 
@@ -221,7 +221,7 @@ def test_a_stage_is_never_busy_for_more_than_all_of_the_time_wherever_a_run_is_c
     whole = SchedulerConfig(policy="fcfs", chunking=Chunking.WHOLE, max_batch_tokens=1 << 20)
     given = config(spp=1, qps=50.0, long_share=0.5, max_drain_s=0.5)
     given = replace(given, setup=replace(given.setup, config=whole))
-    machine = Simulation(given).run(Watchers()).values["machine"]
+    machine = Simulation(given).run(SimulationHooks()).values["machine"]
     assert 0.5 < max(machine["utilisation_by_stage"]) <= 1.0 + 1e-9 and machine["bubbles"] == pytest.approx(0.0)
 
 
@@ -232,10 +232,10 @@ def test_memory_does_not_grow_with_the_length_of_a_run(tmp_path: Path) -> None:
 
     def peak_bytes(num_requests: int) -> int:
         given = config(spp=1)
-        workload = WorkloadConfig(path=path, qps=2.0, num_requests=num_requests, arrivals=Arrivals.CONSTANT)
+        workload = WorkloadConfig(path=path, qps=2.0, num_requests=num_requests, arrivals=ArrivalProcess.CONSTANT)
         simulation = Simulation(replace(given, workload=workload, sample_s=1e6))
         tracemalloc.start()
-        simulation.run(Watchers())
+        simulation.run(SimulationHooks())
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return peak
@@ -245,9 +245,9 @@ def test_memory_does_not_grow_with_the_length_of_a_run(tmp_path: Path) -> None:
 
 
 def test_samples_show_slack_falling_while_a_request_waits() -> None:
-    samples: list[Sample] = []
+    samples: list[StateSample] = []
     given = config(qps=20.0, long_share=0.3, sample_s=0.05)
-    Simulation(given).run(Watchers(on_sample=samples.append))
+    Simulation(given).run(SimulationHooks(on_sample=samples.append))
     waits = [one for sample in samples for one in sample.waiting]
     assert any(not one.is_started for one in waits)
     by_request: dict[str, list[float]] = {}
@@ -258,20 +258,20 @@ def test_samples_show_slack_falling_while_a_request_waits() -> None:
 
 
 @pytest.fixture
-def trial() -> Callable[..., Trial]:
-    def run(qps: float) -> Trial:
-        return at_rate(Trial(name="lars", config=replace(config(long_share=0.0, num_requests=40), dp=2)), qps)
+def trial() -> Callable[..., PlanCandidate]:
+    def run(qps: float) -> PlanCandidate:
+        return at_rate(PlanCandidate(name="lars", config=replace(config(long_share=0.0, num_requests=40), dp=2)), qps)
 
     return run
 
 
-def test_a_trial_passes_under_little_load_and_ends_early_under_too_much(trial: Callable[..., Trial]) -> None:
-    light, heavy = judge(trial(1.0)), judge(trial(400.0))
+def test_a_trial_passes_under_little_load_and_ends_early_under_too_much(trial: Callable[..., PlanCandidate]) -> None:
+    light, heavy = evaluate_candidate(trial(1.0)), evaluate_candidate(trial(400.0))
     assert light.passes and light.attainment is not None and light.attainment >= 0.9
     assert not heavy.passes and heavy.attainment is None and "had missed the SLO after" in heavy.why
 
 
-def test_replicas_share_the_requests_of_one_workload(trial: Callable[..., Trial]) -> None:
+def test_replicas_share_the_requests_of_one_workload(trial: Callable[..., PlanCandidate]) -> None:
     workload = trial(6.0).config.workload
     assert (workload.qps, workload.num_requests, trial(6.0).num_gpus) == (6.0, 120, 32)
     assert trial(1.0).config.workload.num_requests == 40, "no fewer where they come slower"

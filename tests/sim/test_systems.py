@@ -16,11 +16,11 @@ from megatron_medha.core.cost.step_cost import RooflineCost
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.ports import Decisions
+from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
-from megatron_medha.sim.baselines.dispatch import Admission, AdmissionRules, Census
+from megatron_medha.sim.baselines.dispatch import AdmissionRules, InstanceUsage, PromptDispatcher
 from megatron_medha.sim.baselines.elastic import ElasticConfig, ElasticSystem, Filling
-from megatron_medha.sim.baselines.instances_world import InstancesWorld
+from megatron_medha.sim.baselines.instances_world import InstancesSimRuntime
 from megatron_medha.sim.baselines.partition import partition
 from megatron_medha.sim.baselines.pools import ReservedPools
 from megatron_medha.sim.baselines.ring_cost import RingCost
@@ -44,15 +44,15 @@ TOKENS = 900_000
 ALL = tuple(range(8))
 
 
-def elastic(filling: Filling = Filling.IDLE, tokens: int = TOKENS) -> Decisions:
+def elastic(filling: Filling = Filling.IDLE, tokens: int = TOKENS) -> SchedulerProtocol:
     return ElasticSystem(ElasticConfig(instances=ALL, tokens_per_instance=tokens, filling=filling), COST, count())
 
 
-def static(tokens: int = TOKENS) -> Decisions:
+def static(tokens: int = TOKENS) -> SchedulerProtocol:
     return StaticSystem(StaticConfig(instances=ALL, tokens_per_instance=tokens), COST, count())
 
 
-def reserved(tokens: int = TOKENS) -> Decisions:
+def reserved(tokens: int = TOKENS) -> SchedulerProtocol:
     ids = count()
     short, long = (
         ElasticSystem(ElasticConfig(instances=part, tokens_per_instance=tokens), COST, ids)
@@ -61,7 +61,7 @@ def reserved(tokens: int = TOKENS) -> Decisions:
     return ReservedPools(short, long, 8191)
 
 
-SYSTEMS: dict[str, Callable[[int], Decisions]] = {
+SYSTEMS: dict[str, Callable[[int], SchedulerProtocol]] = {
     "blocking": lambda tokens: elastic(Filling.NONE, tokens),
     "idle": lambda tokens: elastic(Filling.IDLE, tokens),
     "eager": lambda tokens: elastic(Filling.EAGER, tokens),
@@ -82,11 +82,11 @@ class Kept:
         self.batches.append((now_s, batch))
 
 
-def run(system: Decisions, *requests: Request) -> tuple[dict[str, Outcome], list[tuple[float, Batch]]]:
+def run(system: SchedulerProtocol, *requests: Request) -> tuple[dict[str, Outcome], list[tuple[float, Batch]]]:
     outcomes: list[Outcome] = []
     ledger = Ledger(Summary(LengthClasses(), Slo()), Slo(), lambda num_tokens: 1.0, outcomes.append)
     kept = Kept()
-    serve(system, InstancesWorld(requests, ledger), (kept,))
+    serve(system, InstancesSimRuntime(requests, ledger), (kept,))
     ledger.close()
     return {outcome.request.request_id: outcome for outcome in outcomes}, kept.batches
 
@@ -193,7 +193,7 @@ def test_every_request_that_fits_gets_all_its_tokens_and_each_prompt_runs_once_a
         )
 
 
-def beside_a_long_prompt(system: Decisions) -> tuple[float, float]:
+def beside_a_long_prompt(system: SchedulerProtocol) -> tuple[float, float]:
     """TTFT of a short prompt that comes just after a long one, and of the long one."""
     outcomes, _ = run(
         system,
@@ -234,8 +234,8 @@ def test_kv_is_left_on_as_few_instances_as_hold_it() -> None:
 
 def test_a_long_prompt_that_others_have_passed_ten_times_is_passed_no_more() -> None:
     # Decodes hold seven of eight instances, and running the long one on the eighth would be far slower than on all.
-    census = Census(num_used_tokens=750_000, num_promised_tokens=0, num_sequences=1, output_counts=[100])
-    admission = Admission(AdmissionRules(first_answer_tokens=100), COST, 8, 110_000)
+    census = InstanceUsage(num_used_tokens=750_000, num_promised_tokens=0, num_sequences=1, output_counts=[100])
+    admission = PromptDispatcher(AdmissionRules(first_answer_tokens=100), COST, 8, 110_000)
     waiting = deque([request("long", 100_000)])
     begun = []
     for index in range(15):

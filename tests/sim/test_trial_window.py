@@ -10,7 +10,7 @@ import pytest
 
 from megatron_medha.sim.planning.trial_window import TrialWindow, choose_window, num_needed
 from megatron_medha.stats.summary import LengthClasses
-from megatron_medha.workload.arrivals import Arrivals
+from megatron_medha.workload.arrivals import ArrivalProcess
 from megatron_medha.workload.workload import Workload, WorkloadConfig
 
 
@@ -92,6 +92,6 @@ def test_a_window_of_a_trace_reaches_into_its_busiest_minutes(rows: list[tuple[f
     assert chosen(WorkloadConfig(path=path), 600.0).peak_covered < 0.2
 
 
-@pytest.mark.parametrize("arrivals", [Arrivals.BURST, Arrivals.DIURNAL])
-def test_a_window_of_drawn_bursts_or_days_holds_a_whole_period(arrivals: Arrivals) -> None:
+@pytest.mark.parametrize("arrivals", [ArrivalProcess.BURST, ArrivalProcess.DIURNAL])
+def test_a_window_of_drawn_bursts_or_days_holds_a_whole_period(arrivals: ArrivalProcess) -> None:
     assert chosen(WorkloadConfig(qps=4.0, arrivals=arrivals, period_s=2000.0)).seconds > 1990.0

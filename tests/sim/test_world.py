@@ -24,7 +24,7 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import SimulatedWorld, true_step_s
+from megatron_medha.sim.sim_world import RecordingSimRuntime, true_step_s
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -42,7 +42,7 @@ def batch(batch_id: int, *chunks: Chunk) -> Batch:
     return Batch(batch_id=batch_id, chunks=chunks, released=(), created_s=0.0, budget_s=1.0, predicted_s=1.0)
 
 
-def events_of(world: SimulatedWorld) -> list[tuple[float, object]]:
+def events_of(world: RecordingSimRuntime) -> list[tuple[float, object]]:
     seen = []
     while (event := world.next_event()) is not None:
         seen.append((world.now_s(), event))
@@ -50,13 +50,13 @@ def events_of(world: SimulatedWorld) -> list[tuple[float, object]]:
 
 
 def test_events_come_in_the_order_of_their_time_and_equal_times_as_they_were_pushed() -> None:
-    world = SimulatedWorld([request("late", 2.0), request("early", 1.0)], lambda batch: 1.0)
+    world = RecordingSimRuntime([request("late", 2.0), request("early", 1.0)], lambda batch: 1.0)
     world.abort(1.0, "early")
     assert [(at_s, type(event)) for at_s, event in events_of(world)] == [(1.0, Arrived), (1.0, Aborted), (2.0, Arrived)]
 
 
 def test_a_batch_on_one_stage_takes_its_true_time_and_blocks_the_next() -> None:
-    world = SimulatedWorld([request("a")], lambda batch: 0.5)
+    world = RecordingSimRuntime([request("a")], lambda batch: 0.5)
     world.next_event()
     assert world.has_room()
     world.submit(batch(0))
@@ -66,7 +66,7 @@ def test_a_batch_on_one_stage_takes_its_true_time_and_blocks_the_next() -> None:
 
 
 def test_a_batch_moves_through_the_stages_and_the_next_follows_it() -> None:
-    world = SimulatedWorld([request("a")], lambda batch: 0.4, spp=2)
+    world = RecordingSimRuntime([request("a")], lambda batch: 0.4, spp=2)
     world.next_event()
     world.submit(batch(0))
     assert not world.has_room()
@@ -83,7 +83,7 @@ def test_a_batch_moves_through_the_stages_and_the_next_follows_it() -> None:
 
 def test_a_quick_batch_waits_for_the_slow_one_ahead_of_it() -> None:
     durations_s = iter([1.0, 0.2])
-    world = SimulatedWorld([request("a")], lambda batch: next(durations_s), spp=2)
+    world = RecordingSimRuntime([request("a")], lambda batch: next(durations_s), spp=2)
     world.next_event()
     world.submit(batch(0))
     world.next_event()
@@ -95,7 +95,7 @@ def test_a_quick_batch_waits_for_the_slow_one_ahead_of_it() -> None:
 
 
 def test_lost_ranks_complete_nothing_and_are_free_at_once() -> None:
-    world = SimulatedWorld([request("a")], lambda batch: 1.0, spp=2)
+    world = RecordingSimRuntime([request("a")], lambda batch: 1.0, spp=2)
     world.lose_ranks(0.3)
     world.next_event()
     world.submit(batch(0))
@@ -104,7 +104,7 @@ def test_lost_ranks_complete_nothing_and_are_free_at_once() -> None:
 
 
 def test_the_record_of_a_request_is_what_its_client_saw() -> None:
-    world = SimulatedWorld([request("a", 1.0), request("b", 1.0)], lambda batch: 1.0)
+    world = RecordingSimRuntime([request("a", 1.0), request("b", 1.0)], lambda batch: 1.0)
     world.next_event()
     world.emit(TokenOut("a", 0, None))
     world.emit(Preempted("a", 7))
@@ -116,7 +116,7 @@ def test_the_record_of_a_request_is_what_its_client_saw() -> None:
 
 
 def test_the_outcome_of_a_batch_can_be_chosen() -> None:
-    world = SimulatedWorld(
+    world = RecordingSimRuntime(
         [request("a")],
         lambda batch: 1.0,
         outcome=lambda batch, duration_s: Completed(
@@ -141,7 +141,7 @@ def test_the_truth_of_a_cost_model_is_what_the_scheduler_predicts_by_it() -> Non
         memory = KVMemory(
             num_blocks=400, block_size=4, max_context_len=1000, kvp=kvp, max_tokens_per_shard=shard_tokens
         )
-        serve(Scheduler(SchedulerConfig(), COST, memory), SimulatedWorld(requests, check))
+        serve(Scheduler(SchedulerConfig(), COST, memory), RecordingSimRuntime(requests, check))
     # Decodes over several shards count themselves once per shard, which is the only difference.
     assert max(errors) <= 1e-6
 
@@ -149,7 +149,7 @@ def test_the_truth_of_a_cost_model_is_what_the_scheduler_predicts_by_it() -> Non
 def test_two_simulations_of_the_same_input_are_equal() -> None:
     def times_s() -> dict[str, list[float]]:
         requests = [request(f"r{i}", 0.003 * i, num_tokens=5 + 37 * i % 400, num_out=5) for i in range(40)]
-        world = SimulatedWorld(requests, true_step_s(COST), spp=2)
+        world = RecordingSimRuntime(requests, true_step_s(COST), spp=2)
         memory = KVMemory(num_blocks=500, block_size=4, max_context_len=1000)
         serve(Scheduler(SchedulerConfig(), COST, memory, 2), world)
         return {name: record.token_times_s for name, record in world.records.items()}

@@ -22,7 +22,7 @@ from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.sim_world import SimulatedWorld
+from megatron_medha.sim.sim_world import RecordingSimRuntime
 from megatron_medha.stats.decision_log import DecisionLog, ReplayError, read_log, replay
 
 SHAPE = ModelShape(
@@ -66,7 +66,7 @@ def record(setup: SchedulerSetup, seed: int, num_requests: int = 25) -> list[str
             failed=tuple((name, "injected") for name in ids if draw.random() < 0.01),
         )
 
-    world = SimulatedWorld(
+    world = RecordingSimRuntime(
         requests, lambda batch: batch.predicted_s * draw.uniform(0.7, 1.5), setup.layout.spp, outcome
     )
     world.abort(0.2, "r1")

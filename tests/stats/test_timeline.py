@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_medha.core.batch import Batch, Chunk
-from megatron_medha.stats.timeline import Span, Timeline
+from megatron_medha.stats.timeline import StageSpan, Timeline
 
 SECONDS = st.floats(0.0, 100_000.0)
 
@@ -25,7 +25,7 @@ def slices_of(text: str) -> dict[tuple[int, int], list[tuple[Decimal, Decimal]]]
     return tracks
 
 
-def written(spans: list[Span]) -> str:
+def written(spans: list[StageSpan]) -> str:
     stream = io.StringIO()
     timeline = Timeline(stream, spp=2, kvp=1, rank_name="rank", start_s=0.0, end_s=1e9)
     for span in spans:
@@ -41,7 +41,7 @@ def written(spans: list[Span]) -> str:
 def test_slices_that_follow_each_other_share_their_border(start_s: float, durations_s: list[float]) -> None:
     spans, at_s = [], start_s
     for number, duration_s in enumerate(durations_s):
-        spans.append(Span(number, 0, 0, at_s, at_s + duration_s))
+        spans.append(StageSpan(number, 0, 0, at_s, at_s + duration_s))
         at_s += duration_s
     (track,) = slices_of(written(spans)).values()
     assert len(track) == len(durations_s)
@@ -52,7 +52,7 @@ def test_slices_that_follow_each_other_share_their_border(start_s: float, durati
 @given(st.lists(st.tuples(st.integers(0, 1), SECONDS, st.floats(0.0, 2.0)), min_size=1, max_size=30))
 def test_whatever_ranks_say_of_their_times_no_two_slices_overlap(told: list[tuple[int, float, float]]) -> None:
     told.sort(key=lambda one: one[1])  # as their answers come; they took what their own clocks say
-    spans = [Span(number, stage, 0, end_s - took_s, end_s) for number, (stage, end_s, took_s) in enumerate(told)]
+    spans = [StageSpan(number, stage, 0, end_s - took_s, end_s) for number, (stage, end_s, took_s) in enumerate(told)]
     for track in slices_of(written(spans)).values():
         assert all(start <= end for start, end in track)
         for (_, end), (start, _) in zip(track, track[1:], strict=False):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.system.best_effort_file import SideFile
+from megatron_medha.system.best_effort_file import BestEffortFile
 
 
 class FullDisk(io.StringIO):
@@ -25,7 +25,7 @@ class FullDisk(io.StringIO):
 
 def test_what_is_written_is_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "log"
-    file = SideFile.open(path, by_line=True)
+    file = BestEffortFile.open(path, by_line=True)
     file.write("one\n")
     assert path.read_text() == "one\n"
     file.write("two")
@@ -34,7 +34,7 @@ def test_what_is_written_is_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_logged_once_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    file = SideFile(Path("log.jsonl"), FullDisk())
+    file = BestEffortFile(Path("log.jsonl"), FullDisk())
     with caplog.at_level(logging.ERROR):
         file.write("one\n")
         file.write("two\n")
@@ -45,7 +45,7 @@ def test_a_full_disk_is_logged_once_and_harms_nobody(caplog: pytest.LogCaptureFi
 
 
 def test_a_disk_that_is_full_only_at_the_end_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
-    file = SideFile(Path("trace.json"), FullDisk())
+    file = BestEffortFile(Path("trace.json"), FullDisk())
     with caplog.at_level(logging.ERROR):
         file.close()
     assert "file_ended path=trace.json" in caplog.text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.system.memory_trim import give_back_freed_memory
+from megatron_medha.system.memory_trim import malloc_trim
 
 BLOCK_BYTES, NUM_BLOCKS = 100_000, 640  # below what glibc maps by itself
 
@@ -24,7 +24,7 @@ def test_what_lies_before_a_living_piece_goes_back() -> None:
     for block in freed:
         libc.free(block)
     before = anonymous_bytes()
-    give_back_freed_memory()
+    malloc_trim()
     assert before - anonymous_bytes() > BLOCK_BYTES * NUM_BLOCKS // 2
     libc.free(living)
 

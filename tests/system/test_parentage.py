@@ -11,10 +11,10 @@ import pytest
 PARENT = """
 import os, subprocess, sys
 from functools import partial
-from megatron_medha.system.parentage import die_with_parent
+from megatron_medha.system.parentage import set_pdeathsig
 
 child = "import signal; print('here', flush=True); signal.pause()"
-subprocess.Popen([sys.executable, "-c", child], preexec_fn=partial(die_with_parent, os.getpid())).wait()
+subprocess.Popen([sys.executable, "-c", child], preexec_fn=partial(set_pdeathsig, os.getpid())).wait()
 """
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_medha.cluster.messages import NewRequest, Ready, Step, StepDone
+from megatron_medha.cluster.messages import NewRequest, RankReady, RankStep, StepDone
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
@@ -23,7 +23,7 @@ BLOCK_SIZE = 16
 class Front:
     """Stands in for the front process: hands out blocks, numbers batches, forms steps for one rank."""
 
-    def __init__(self, rank: Any, ready: Ready) -> None:
+    def __init__(self, rank: Any, ready: RankReady) -> None:
         self.rank, self.ready = rank, ready
         self.pool = BlockPool(ready.num_blocks)
         self.num_batches = 0
@@ -45,7 +45,7 @@ class Front:
     ) -> StepDone:
         """Run one batch."""
         self.num_batches += 1
-        done = self.rank.run(Step(self.num_batches, tuple(chunks), tuple(new), tuple(released)))
+        done = self.rank.run(RankStep(self.num_batches, tuple(chunks), tuple(new), tuple(released)))
         assert done.batch_id == self.num_batches
         return done
 
@@ -101,7 +101,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 def rank_config(theirs: tuple[Any, Path]) -> RankConfig:
     """How the tests' ranks are told to start."""
     return RankConfig(
-        front_endpoint="inproc://nobody",
+        server_endpoint="inproc://nobody",
         checkpoint=str(theirs[1]),
         model=ModelOptions(device="cpu", block_size=BLOCK_SIZE, num_threads=1),
         kv_memory_bytes=8 << 20,

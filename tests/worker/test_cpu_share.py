@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from megatron_medha.worker.startup.cpu_share import let_idle_threads_sleep, num_threads_of_rank
+from megatron_medha.worker.startup.cpu_share import num_threads_of_rank, set_passive_omp_wait
 
 
 @pytest.fixture(autouse=True)
@@ -18,19 +18,19 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("num_threads", "policy"), [(1, None), (2, "PASSIVE"), (4, "PASSIVE")])
 def test_threads_sleep_when_they_fill_every_core(num_threads: int, policy: str | None) -> None:
-    let_idle_threads_sleep(num_threads)
+    set_passive_omp_wait(num_threads)
     assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 def test_threads_may_spin_where_a_core_is_left_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_medha.worker.startup.cpu_share.num_usable_cores", lambda: 8)
-    let_idle_threads_sleep(7)
+    set_passive_omp_wait(7)
     assert "OMP_WAIT_POLICY" not in os.environ
 
 
 def test_a_policy_of_the_user_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    let_idle_threads_sleep(2)
+    set_passive_omp_wait(2)
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_medha.cluster.messages import Step
+from megatron_medha.cluster.messages import RankStep
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import BlockPool, Extent
-from megatron_medha.model.sampler import Choices
+from megatron_medha.model.sampler import PendingSamples
 from megatron_medha.worker.batch_tensors import HostStep, step_tensors
 from tests.worker.test_run_ahead import Walk
 
@@ -53,8 +53,8 @@ class ByHand:
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the host does: "launch ahead", and "look" at tokens."""
     log: list[str] = []
-    rows = Choices.rows
-    monkeypatch.setattr(Choices, "rows", lambda self: log.append("look") or rows(self))
+    rows = PendingSamples.rows
+    monkeypatch.setattr(PendingSamples, "rows", lambda self: log.append("look") or rows(self))
     return log
 
 
@@ -193,8 +193,8 @@ def test_nothing_is_launched_ahead_without_room_or_beside_a_step_that_has_come(f
     assert graphs.num_fed == 0  # where its next block lies is not known
     front.step([front.first("b", 9, room=40, samples=True)], [front.new("b", range(4, 13), max_output_tokens=1)])
     assert graphs.num_fed == 0  # it has said all
-    front.rank.announce(Step(90, (front.first("c", 9, room=40, samples=True),), (front.new("c", range(4, 13)),)))
-    front.rank.announce(Step(91, (front.first("d", 9, room=40, samples=True),), (front.new("d", range(4, 13)),)))
+    front.rank.announce(RankStep(90, (front.first("c", 9, room=40, samples=True),), (front.new("c", range(4, 13)),)))
+    front.rank.announce(RankStep(91, (front.first("d", 9, room=40, samples=True),), (front.new("d", range(4, 13)),)))
     front.rank.compute()
     assert graphs.num_fed == 0
     front.rank.compute()

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_medha.cluster.messages import Step, StepDone
+from megatron_medha.cluster.messages import RankStep, StepDone
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.worker.startup.load import warm_up
 
 
 def test_a_model_whose_first_tokens_are_no_numbers_ends_the_start_with_the_reason():
-    steps: list[Step] = []
+    steps: list[RankStep] = []
 
-    def run(step: Step) -> StepDone:
+    def run(step: RankStep) -> StepDone:
         steps.append(step)
         return StepDone(step.batch_id, 0, 0.0, failed=(("warm-up", "the logits are not finite"),))
 

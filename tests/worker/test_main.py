@@ -19,15 +19,15 @@ import zmq
 
 from megatron_medha.cluster.messages import (
     FromRank,
+    GrammarPrepared,
     Heartbeat,
-    Loading,
     NewRequest,
-    Prepare,
-    Prepared,
+    PrepareGrammar,
     RankFailed,
-    Ready,
+    RankLoading,
+    RankReady,
+    RankStep,
     Shutdown,
-    Step,
     StepDone,
     ToRank,
 )
@@ -91,10 +91,10 @@ def command(config: RankConfig) -> list[str]:
 def test_a_rank_loads_answers_steps_ignores_ctrl_c_and_ends_when_told(
     front_socket: FrontSocket, rank_config: RankConfig
 ) -> None:
-    config = msgspec.structs.replace(rank_config, front_endpoint=front_socket.endpoint)
+    config = msgspec.structs.replace(rank_config, server_endpoint=front_socket.endpoint)
     with subprocess.Popen(command(config)) as process:
-        ready, before = front_socket.receive_until(Ready)
-        assert before and all(isinstance(message, Loading) and 0 <= message.fraction <= 1 for message in before)
+        ready, before = front_socket.receive_until(RankReady)
+        assert before and all(isinstance(message, RankLoading) and 0 <= message.fraction <= 1 for message in before)
         assert ready.num_blocks > 0 and ready.block_size == 16
         assert front_socket.num_heartbeats > 0
         while not isinstance(front_socket.receive_any(), Heartbeat):  # and they go on
@@ -104,14 +104,14 @@ def test_a_rank_loads_answers_steps_ignores_ctrl_c_and_ends_when_told(
         new = NewRequest(
             "a", array("i", range(5, 25)).tobytes(), 20, Sampling(max_output_tokens=4, temperature=0.0)
         )
-        front_socket.send(Step(1, (Chunk("a", 0, 20, True, (0,), (Extent(0, 2),)),), (new,)))
+        front_socket.send(RankStep(1, (Chunk("a", 0, 20, True, (0,), (Extent(0, 2),)),), (new,)))
         done = front_socket.receive()
         assert isinstance(done, StepDone)
         assert done.batch_id == 1 and done.duration_s > 0
         assert [token.request_id for token in done.tokens] == ["a"]
 
-        front_socket.send(Prepare(7, "no grammar at all"))  # of which its request would hear
-        assert front_socket.receive() == Prepared(0, 7)
+        front_socket.send(PrepareGrammar(7, "no grammar at all"))  # of which its request would hear
+        assert front_socket.receive() == GrammarPrepared(0, 7)
 
         front_socket.send(Shutdown())
         assert process.wait(TIMEOUT_S) == 0
@@ -121,7 +121,7 @@ def test_two_ranks_of_a_pipeline_meet_and_stream_a_prompt(
     front_socket: FrontSocket, rank_config: RankConfig, theirs: tuple[Any, Path], tmp_path: Path
 ) -> None:
     config = msgspec.structs.replace(
-        rank_config, layout=ParallelLayout(spp=2), front_endpoint=front_socket.endpoint,
+        rank_config, layout=ParallelLayout(spp=2), server_endpoint=front_socket.endpoint,
         init_method=f"file://{tmp_path}/meeting",
     )  # fmt: skip
     token_ids = list(range(5, 65))
@@ -130,7 +130,7 @@ def test_two_ranks_of_a_pipeline_meet_and_stream_a_prompt(
         subprocess.Popen(command(config)) as first,
         subprocess.Popen(command(msgspec.structs.replace(config, rank=1))) as second,
     ):
-        ready = [front_socket.receive_until(Ready)[0] for _ in range(2)]
+        ready = [front_socket.receive_until(RankReady)[0] for _ in range(2)]
         assert {message.rank for message in ready} == {0, 1}
         assert ready[0].num_blocks == ready[1].num_blocks
         extents = (Extent(0, 4),)
@@ -138,7 +138,7 @@ def test_two_ranks_of_a_pipeline_meet_and_stream_a_prompt(
             start = 20 * batch_id
             chunk = Chunk("a", start, 20, batch_id == 2, (0,), () if start else extents)
             for rank in range(2):
-                front_socket.send(Step(batch_id, (chunk,), () if start else (new,)), rank)
+                front_socket.send(RankStep(batch_id, (chunk,), () if start else (new,)), rank)
         done = [front_socket.receive() for _ in range(6)]
         assert all(isinstance(message, StepDone) for message in done)
         for rank in range(2):
@@ -156,7 +156,7 @@ def test_a_rank_that_cannot_load_says_why_and_exits_with_1(
 ) -> None:
     missing = tmp_path / "nothing-here"
     config = msgspec.structs.replace(
-        rank_config, front_endpoint=front_socket.endpoint, checkpoint=str(missing)
+        rank_config, server_endpoint=front_socket.endpoint, checkpoint=str(missing)
     )
     with subprocess.Popen(command(config), stderr=subprocess.DEVNULL) as process:
         failed, _ = front_socket.receive_until(RankFailed)
@@ -169,7 +169,7 @@ def test_a_rank_that_cannot_load_says_why_and_exits_with_1(
 def test_a_rank_does_not_outlive_the_process_that_started_it(
     front_socket: FrontSocket, rank_config: RankConfig
 ) -> None:
-    config = msgspec.structs.replace(rank_config, front_endpoint=front_socket.endpoint)
+    config = msgspec.structs.replace(rank_config, server_endpoint=front_socket.endpoint)
     starter = (
         "import subprocess, sys\n"
         "child = subprocess.Popen(sys.argv[1:])\n"
@@ -181,7 +181,7 @@ def test_a_rank_does_not_outlive_the_process_that_started_it(
         rank_pid = int(parent.stdout.readline())
         rank_fd = os.pidfd_open(rank_pid)
         try:
-            front_socket.receive_until(Loading)  # by then it has asked to be told of its parent's end
+            front_socket.receive_until(RankLoading)  # by then it has asked to be told of its parent's end
             parent.kill()
             poll = select.poll()
             poll.register(rank_fd, select.POLLIN)

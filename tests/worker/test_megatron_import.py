@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.worker.startup.megatron_import import leave_out_broken_transformer_engine
+from megatron_medha.worker.startup.megatron_import import disable_broken_transformer_engine
 
 
 @pytest.mark.parametrize("fault", ["raise RuntimeError('empty meta package')", "import no_such_package_for_medha"])
@@ -24,7 +24,7 @@ def test_a_transformer_engine_that_cannot_be_imported_is_left_out_and_said(
     del sys.modules["transformer_engine"]
     monkeypatch.syspath_prepend(str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        leave_out_broken_transformer_engine()
+        disable_broken_transformer_engine()
     assert "transformer_engine_left_out" in caplog.text
     assert not [name for name in sys.modules if name.startswith("transformer_engine.")]
     with pytest.raises(ImportError):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_medha.cluster.messages import Prepare
+from megatron_medha.cluster.messages import PrepareGrammar
 from megatron_medha.worker import main as worker_main
 
 WAIT_S = 60
@@ -38,11 +38,11 @@ def test_a_short_grammar_is_compiled_before_long_ones_that_wait(monkeypatch: pyt
 
     monkeypatch.setattr(worker_main, "_connect", lambda *_: socket)
     with worker_main._preparing(None, SimpleNamespace(rank=0), prepare) as take:  # type: ignore[arg-type]
-        take(Prepare(0, "first"))
+        take(PrepareGrammar(0, "first"))
         assert has_begun.wait(WAIT_S)
-        take(Prepare(1, "long " * 10_000))
-        take(Prepare(2, "mid   " * 1_000))
-        take(Prepare(3, "short"))
+        take(PrepareGrammar(1, "long " * 10_000))
+        take(PrepareGrammar(2, "mid   " * 1_000))
+        take(PrepareGrammar(3, "short"))
         may_go_on.set()
         for _ in range(4):
             socket.sent.get(timeout=WAIT_S)

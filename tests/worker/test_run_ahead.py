@@ -144,13 +144,13 @@ def test_decodes_by_the_short_way_say_what_all_others_say(
 def test_a_decode_by_the_short_way_has_the_logits_of_the_model(native_front: Any) -> None:
     rank, lengths = native_front.rank, {"a": 20, "b": 3, "c": 33}
     seen: list[torch.Tensor] = []
-    best = rank._sampler.choose_best
+    best = rank._sampler.choose_greedy
 
     def noted(logits_RV: torch.Tensor) -> Any:
         seen.append(logits_RV.clone())
         return best(logits_RV)
 
-    rank._sampler.choose_best = noted
+    rank._sampler.choose_greedy = noted
     new = [native_front.new(name, range(4, 4 + length)) for name, length in lengths.items()]
     native_front.step([native_front.first(name, n, room=60, samples=True) for name, n in lengths.items()], new)
     assert rank.run_ahead()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_medha.cluster.messages import Shutdown, Step, StepDone, ToRank
+from megatron_medha.cluster.messages import RankStep, Shutdown, StepDone, ToRank
 from megatron_medha.worker.step_loop import run_steps
 
 
@@ -19,13 +19,13 @@ class FakeRank:
         self.log, self.receives, self.answers = log, receives, answers
         self.num_ahead = num_ahead  # times that something surely follows
         self.before_layer: Callable[[], None] | None = None
-        self._announced: deque[Step] = deque()
+        self._announced: deque[RankStep] = deque()
 
     @property
-    def num_announced(self) -> int:
+    def num_queued_steps(self) -> int:
         return len(self._announced)
 
-    def announce(self, step: Step) -> None:
+    def announce(self, step: RankStep) -> None:
         self.log.append(f"announce {step.batch_id}")
         self._announced.append(step)
 
@@ -65,7 +65,7 @@ def log_of(messages: list[tuple[str | None, ToRank]], **of_rank: Any) -> list[st
     return log
 
 
-STREAM = [(None, Step(1, ())), ("compute 1", Step(2, ())), ("answer 2", Shutdown())]
+STREAM = [(None, RankStep(1, ())), ("compute 1", RankStep(2, ())), ("answer 2", Shutdown())]
 
 
 def test_a_later_stage_hears_of_the_next_step_while_it_computes_one() -> None:
@@ -80,7 +80,7 @@ def test_the_first_stage_looks_for_the_next_step_when_it_has_done_one() -> None:
 
 @pytest.mark.parametrize("receives", [False, True])
 def test_steps_that_came_before_the_end_are_computed(receives: bool) -> None:
-    messages = [(None, Step(1, ())), (None, Step(2, ())), (None, Shutdown()), (None, Step(3, ()))]
+    messages = [(None, RankStep(1, ())), (None, RankStep(2, ())), (None, Shutdown()), (None, RankStep(3, ()))]
     log = log_of(messages, receives=receives)
     assert log == ["announce 1", "announce 2", "compute 1", "answer 1", "compute 2", "answer 2"]
 
@@ -90,16 +90,16 @@ def test_a_rank_whose_front_is_gone_ends() -> None:
 
 
 def test_only_the_speaker_of_a_tensor_parallel_group_answers() -> None:
-    assert log_of([(None, Step(1, ()))], answers=False) == ["announce 1", "compute 1"]
+    assert log_of([(None, RankStep(1, ()))], answers=False) == ["announce 1", "compute 1"]
 
 
 def test_a_rank_runs_ahead_once_it_has_answered_and_looks_for_messages_then() -> None:
-    messages = [(None, Step(1, ())), ("run ahead", Step(2, ())), ("answer 2", Shutdown())]
+    messages = [(None, RankStep(1, ())), ("run ahead", RankStep(2, ())), ("answer 2", Shutdown())]
     assert log_of(messages, num_ahead=1) == [
         "announce 1", "compute 1", "answer 1", "run ahead", "announce 2", "compute 2", "answer 2"
     ]  # fmt: skip
 
 
 def test_a_step_that_has_come_is_not_made_to_wait_for_what_may_follow() -> None:
-    log = log_of([(None, Step(1, ())), ("compute 1", Step(2, ())), ("answer 2", Shutdown())], num_ahead=9)
+    log = log_of([(None, RankStep(1, ())), ("compute 1", RankStep(2, ())), ("answer 2", Shutdown())], num_ahead=9)
     assert "run ahead" not in log

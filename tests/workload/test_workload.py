@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
-from megatron_medha.workload.arrivals import Arrivals
+from megatron_medha.workload.arrivals import ArrivalProcess
 from megatron_medha.workload.lengths import LONG_OUTPUT, LONG_PROMPT, SHORT_OUTPUT, SHORT_PROMPT, MixScales, draw_mix
 from megatron_medha.workload.workload import Workload, WorkloadConfig, ZeroLengths
 
@@ -67,8 +67,8 @@ def test_the_share_of_long_requests_is_the_one_asked_for() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([kind for kind in Arrivals if kind is not Arrivals.RECORDED]))
-def test_the_same_seed_gives_the_same_requests_every_time_they_are_asked_for(seed: int, kind: Arrivals) -> None:
+@given(st.integers(0, 2**32), st.sampled_from([kind for kind in ArrivalProcess if kind is not ArrivalProcess.RECORDED]))
+def test_the_same_seed_gives_the_same_requests_every_time_they_are_asked_for(seed: int, kind: ArrivalProcess) -> None:
     config = WorkloadConfig(qps=3.0, num_requests=50, arrivals=kind)
     workload = Workload(config, seed)
     first: list[Request] = list(workload.requests())
@@ -89,7 +89,7 @@ def test_another_rate_leaves_the_lengths_as_they_were() -> None:
 
 @pytest.mark.parametrize("kind", ["constant", "poisson", "gamma", "burst", "diurnal"])
 def test_every_arrival_process_keeps_its_mean_rate(kind: str) -> None:
-    config = WorkloadConfig(qps=5.0, duration_s=1_200, arrivals=Arrivals(kind))
+    config = WorkloadConfig(qps=5.0, duration_s=1_200, arrivals=ArrivalProcess(kind))
     assert len(rows(config)) / 1_200 == pytest.approx(5.0, rel=0.06)
 
 
@@ -99,21 +99,21 @@ def test_gaps_scatter_as_much_as_their_process_says() -> None:
         gaps_s = [b - a for a, b in zip(times_s, times_s[1:])]
         return pstdev(gaps_s) / fmean(gaps_s)
 
-    assert cv(arrivals=Arrivals.CONSTANT) == pytest.approx(0.0, abs=1e-3)
-    assert cv(arrivals=Arrivals.POISSON) == pytest.approx(1.0, rel=0.1)
-    assert cv(arrivals=Arrivals.GAMMA, cv=3.0) == pytest.approx(3.0, rel=0.15)
+    assert cv(arrivals=ArrivalProcess.CONSTANT) == pytest.approx(0.0, abs=1e-3)
+    assert cv(arrivals=ArrivalProcess.POISSON) == pytest.approx(1.0, rel=0.1)
+    assert cv(arrivals=ArrivalProcess.GAMMA, cv=3.0) == pytest.approx(3.0, rel=0.15)
 
 
 def test_bursts_come_at_the_beginning_of_every_period() -> None:
     config = WorkloadConfig(
-        qps=2.0, duration_s=2_000, arrivals=Arrivals.BURST, burst_factor=4.0, burst_s=10.0, period_s=100.0
+        qps=2.0, duration_s=2_000, arrivals=ArrivalProcess.BURST, burst_factor=4.0, burst_s=10.0, period_s=100.0
     )
     times_s = [row[0] for row in rows(config)]
     assert sum(at_s % 100.0 < 10.0 for at_s in times_s) / len(times_s) == pytest.approx(0.4, abs=0.03)
 
 
 def test_bursts_of_more_than_all_requests_are_refused() -> None:
-    config = WorkloadConfig(qps=1.0, num_requests=5, arrivals=Arrivals.BURST, burst_s=100.0, period_s=200.0)
+    config = WorkloadConfig(qps=1.0, num_requests=5, arrivals=ArrivalProcess.BURST, burst_s=100.0, period_s=200.0)
     assert "at most period_s / burst_s = 2" in refusal(config)
 
 
@@ -240,7 +240,7 @@ def test_a_trace_that_is_not_there_is_refused(tmp_path: Path) -> None:
     [
         ({"num_requests": 5}, "workload.qps=null"),
         ({"qps": 1.0}, "has no end of its own"),
-        ({"qps": 1.0, "num_requests": 5, "arrivals": Arrivals.RECORDED}, "only a trace has recorded arrivals"),
+        ({"qps": 1.0, "num_requests": 5, "arrivals": ArrivalProcess.RECORDED}, "only a trace has recorded arrivals"),
         ({"qps": 1.0, "num_requests": 5, "time_scale": 2.0}, "give workload.qps"),
         ({"qps": 1e-6, "duration_s": 1.0}, "no request arrives"),
     ],

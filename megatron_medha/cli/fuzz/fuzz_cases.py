@@ -11,7 +11,7 @@ RESPONSES, MESSAGES, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/coun
 PATHS = (COMPLETIONS, CHAT, RESPONSES, MESSAGES, COUNT, TOKENIZE, DETOKENIZE)
 
 # As JSON text, since not all of it is what json.dumps would write.
-NASTY = (
+INVALID_VALUES = (
     "null", "true", "-1", "0", "1.5", "-0.0", "1e999", "-1e999", "NaN", "Infinity", "2147483648", "9223372036854775808",
     "1" + "0" * 400, '""', '"x"', '"\\u0000"', '"\\ud800"', '"\\udfff\\ud800"', "[]", "{}", "[[]]", '[""]', "[null]",
     "[-1]", "[2147483648]", '{"a":1}', '"' + "a" * 3000 + '"', "[" * 200 + "]" * 200, '"\\u202e\\ufeff"', "[1,\"a\"]",
@@ -41,7 +41,7 @@ VALID = {
 }
 LONG_STREAM = {"prompt": '"abc"', "max_tokens": "100", "ignore_eos": "true", "stream": "true"}
 _PROMPT_CHARS = 16_384  # of a tool, which is in the prompt too: a longer one is mostly a wait for its prefill
-NASTY_HEADERS = (
+INVALID_HEADERS = (
     ("x-slo-ttft-ms", "nan"), ("x-slo-ttft-ms", "-1"), ("x-slo-tpot-ms", "1e400"), ("x-slo-class", "gold"),
     ("x-medha-progress", "perhaps"), ("x-request-id", "a" * 5000), ("x-request-id", "\xff\xfe"),
     ("content-type", "text/plain"), ("authorization", "Bearer " + "x" * 3000), ("authorization", "\xff"),
@@ -71,7 +71,7 @@ def wrong_fields() -> Iterator[tuple[str, bytes]]:
     """Every field of every route with every nasty value, one at a time."""
     for path in PATHS:
         for field in FIELDS:
-            for value in NASTY:
+            for value in INVALID_VALUES:
                 if field in LENGTH_FIELDS and value == "null" and path in (CHAT, RESPONSES, MESSAGES):
                     continue
                 yield path, as_json({**VALID[path], field: value})
@@ -198,11 +198,11 @@ def random_bodies(rng: random.Random, count: int) -> Iterator[tuple[str, bytes, 
         for _ in range(rng.randrange(1, 5)):
             field = rng.choice(FIELDS)
             if field not in LENGTH_FIELDS:
-                fields[field] = rng.choice(NASTY)
+                fields[field] = rng.choice(INVALID_VALUES)
         body = bytearray(as_json(fields))
         for _ in range(rng.choice((0, 0, 1, 3))):
             body[rng.randrange(len(body))] = rng.randrange(256)
-        headers = dict(rng.sample(NASTY_HEADERS, rng.choice((0, 0, 1, 2))))
+        headers = dict(rng.sample(INVALID_HEADERS, rng.choice((0, 0, 1, 2))))
         yield path, bytes(body), headers
 
 

@@ -25,7 +25,7 @@ _SAMPLE = re.compile(rb"^(?:medha:)?(\w+)(?:\{[^}]*\})? ([\d.e+-]+)$", re.MULTIL
 
 
 @dataclass(slots=True)
-class Seen:
+class ServerObservations:
     """What was seen since the last time somebody looked."""
 
     num_polls: int = 0
@@ -37,26 +37,26 @@ class Seen:
     failures: list[str] = field(default_factory=list)
 
 
-class ServerWatch:
+class ServerMonitor:
     """The process, and what it has seen."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     @classmethod
-    async def start(cls, url: str, api_key: str | None) -> ServerWatch:
+    async def start(cls, url: str, api_key: str | None) -> ServerMonitor:
         """Begin to look."""
         process = await asyncio.create_subprocess_exec(sys.executable, "-m", __name__, stdin=PIPE, stdout=PIPE)
         assert process.stdin is not None
         process.stdin.write(json.dumps([url, api_key]).encode() + b"\n")
         return cls(process)
 
-    async def look(self) -> Seen:
+    async def look(self) -> ServerObservations:
         """What was seen since the last call, until now."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(b"\n")
         line = await self._process.stdout.readline()
-        return Seen(**json.loads(line))
+        return ServerObservations(**json.loads(line))
 
     async def end(self) -> None:
         """No more."""
@@ -71,7 +71,7 @@ class _Poller:
     def __init__(self, url: str, api_key: str | None) -> None:
         self._parts = urlsplit(url)
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._seen = Seen()
+        self._seen = ServerObservations()
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -79,7 +79,7 @@ class _Poller:
         for _ in sys.stdin:
             self._read_metrics()
             with self._lock:
-                seen, self._seen = self._seen, Seen()
+                seen, self._seen = self._seen, ServerObservations()
             print(json.dumps(asdict(seen)), flush=True)
 
     def _poll(self) -> None:

@@ -8,15 +8,15 @@ import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-MAX_ANSWER_BYTES = 64 * 2**20
+MAX_RESPONSE_BYTES = 64 * 2**20
 
 
-class Broken(Exception):
+class ServerMisbehaved(Exception):
     """The server did what it must not; the message says what."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class RawResponse:
     """An HTTP answer, as far as the test looks at it."""
 
     status: int
@@ -25,7 +25,7 @@ class Answered:
 
 
 @dataclass(slots=True)
-class Begun:
+class OpenResponse:
     """An answer that has begun."""
 
     reader: asyncio.StreamReader
@@ -39,7 +39,7 @@ class Begun:
             async with asyncio.timeout(self.timeout_s):
                 return await self.reader.read(num_bytes)
         except TimeoutError:
-            raise Broken(f"nothing more within {self.timeout_s:g} s") from None
+            raise ServerMisbehaved(f"nothing more within {self.timeout_s:g} s") from None
         except OSError:
             return b""
 
@@ -53,7 +53,7 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class RawClient:
     """The server's address, and how long it may keep silent."""
 
     url: str
@@ -67,7 +67,7 @@ class Wire:
         # Whether the certificate is good is not what is tested here.
         context = ssl._create_unverified_context() if is_tls else None
         port = parts.port or (443 if is_tls else 80)
-        return await asyncio.open_connection(parts.hostname, port, ssl=context, limit=MAX_ANSWER_BYTES)
+        return await asyncio.open_connection(parts.hostname, port, ssl=context, limit=MAX_RESPONSE_BYTES)
 
     def request(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
         """The bytes of a request; headers: instead of the usual ones where the names agree."""
@@ -79,11 +79,11 @@ class Wire:
 
     async def ask(
         self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
-    ) -> Answered | None:
+    ) -> RawResponse | None:
         """Send a request and read the answer."""
         return await self.send(self.request(method, path, body, headers))
 
-    async def send(self, raw: bytes, *, is_half_closed: bool = False) -> Answered | None:
+    async def send(self, raw: bytes, *, is_half_closed: bool = False) -> RawResponse | None:
         """Send bytes and read what comes until the end; None if the server just closes. Broken if it hangs."""
         reader, writer = await self.connect()
         try:
@@ -97,15 +97,15 @@ class Wire:
                 except (ConnectionError, OSError):
                     return None
         except TimeoutError:
-            raise Broken(f"no end of the answer within {self.timeout_s:g} s") from None
+            raise ServerMisbehaved(f"no end of the answer within {self.timeout_s:g} s") from None
         finally:
             writer.close()
         return parse(answer) if answer else None
 
-    async def begin(self, raw: bytes) -> Begun:
+    async def begin(self, raw: bytes) -> OpenResponse:
         """Send a request and wait for the first bytes of its answer; Broken if none come."""
         reader, writer = await self.connect()
-        begun = Begun(reader, writer, self.timeout_s)
+        begun = OpenResponse(reader, writer, self.timeout_s)
         writer.write(raw)
         begun.first = await begun.read(1)
         return begun
@@ -120,14 +120,14 @@ class Wire:
                 async with asyncio.timeout(self.timeout_s):
                     await reader.read(after_bytes)
         except TimeoutError:
-            raise Broken(f"nothing came within {self.timeout_s:g} s") from None
+            raise ServerMisbehaved(f"nothing came within {self.timeout_s:g} s") from None
         except (ConnectionError, OSError):
             pass
         finally:
             writer.transport.abort()
 
 
-def parse(answer: bytes) -> Answered:
+def parse(answer: bytes) -> RawResponse:
     """Status, headers and body of the last answer in these bytes; Broken if they are no HTTP."""
     head, gap, body = answer.partition(b"\r\n\r\n")
     while head.startswith(b"HTTP/1.1 100"):
@@ -135,21 +135,21 @@ def parse(answer: bytes) -> Answered:
     lines = head.decode("latin-1").split("\r\n")
     words = lines[0].split()
     if not gap or len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdigit():
-        raise Broken(f"not an HTTP answer: {answer[:80]!r}")
+        raise ServerMisbehaved(f"not an HTTP answer: {answer[:80]!r}")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
     if headers.get("transfer-encoding") == "chunked":
         body = _joined(body)
-    return Answered(int(words[1]), headers, body)
+    return RawResponse(int(words[1]), headers, body)
 
 
-def check(answer: Answered | None) -> None:
+def check(answer: RawResponse | None) -> None:
     """Broken unless this is how a server may answer nonsense: no 5xx but 503, and errors in OpenAI's shape."""
     if answer is None:
         return
     if answer.status >= 500 and answer.status != 503:
-        raise Broken(f"status {answer.status}: {answer.body[:200]!r}")
+        raise ServerMisbehaved(f"status {answer.status}: {answer.body[:200]!r}")
     if answer.status in (429, 503) and "retry-after" not in answer.headers:
-        raise Broken(f"status {answer.status} without Retry-After")
+        raise ServerMisbehaved(f"status {answer.status} without Retry-After")
     if answer.status < 400 or not answer.headers.get("content-type", "").startswith("application/json"):
         return
     try:
@@ -160,7 +160,7 @@ def check(answer: Answered | None) -> None:
     except (ValueError, KeyError, TypeError):
         is_shaped = answer.body == b""  # of a HEAD
     if not is_shaped:
-        raise Broken(f"status {answer.status} not in OpenAI's shape: {answer.body[:200]!r}")
+        raise ServerMisbehaved(f"status {answer.status} not in OpenAI's shape: {answer.body[:200]!r}")
 
 
 def _joined(body: bytes) -> bytes:
@@ -170,7 +170,7 @@ def _joined(body: bytes) -> bytes:
         try:
             num_bytes = int(size, 16)
         except ValueError:
-            raise Broken(f"a chunk without its size: {size[:40]!r}") from None
+            raise ServerMisbehaved(f"a chunk without its size: {size[:40]!r}") from None
         if not gap or not num_bytes:
             break
         parts.append(rest[:num_bytes])

@@ -60,14 +60,14 @@ def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: Ru
     except HydraException as error:
         raise _as_config_error(error) from error
     given, out = _without_out(given)
-    job = _Job(name, config_class, arguments.config_dir and arguments.config_dir.resolve(), run_job)
+    job = _SweepJob(name, config_class, arguments.config_dir and arguments.config_dir.resolve(), run_job)
     _check_values(given, job)
     words = [override.input_line or "" for override in given]
     sweep = (out or Path("multirun") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}").expanduser().absolute()
     if arguments.shows_config:
         _show(words, job, arguments.resolves_config)
         return 0
-    _check_same_sweep(sweep, _words_that_count(given))
+    _check_same_sweep(sweep, _identifying_overrides(given))
     _sweep(words, sweep, job)
     failed = sorted(sweep.glob(f"*/{ERROR}"), key=lambda path: path.parent.name)
     done = list(sweep.glob(f"*/{SUMMARY}"))
@@ -77,7 +77,7 @@ def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: Ru
     return 1 if failed else 0
 
 
-def _check_values(given: Sequence[Override], job: _Job) -> None:
+def _check_values(given: Sequence[Override], job: _SweepJob) -> None:
     """Every value of every key by itself. Raises ConfigError before any job runs."""
     ours = [one for one in given if not one.key_or_group.startswith("hydra")]
     values: dict[str, list[str]] = {}
@@ -95,7 +95,7 @@ def _check_values(given: Sequence[Override], job: _Job) -> None:
     job.compose([*first.values()])
 
 
-def _sweep(words: Sequence[str], directory: Path, job: _Job | _ShownJob) -> None:
+def _sweep(words: Sequence[str], directory: Path, job: _SweepJob | _PrintConfigJob) -> None:
     words = [f"hydra.sweep.dir={json.dumps(str(directory))}", *_HYDRA_WORDS, *words]
     config_dir = job.config_dir
     if config_dir is not None:
@@ -112,7 +112,7 @@ def _as_config_error(error: HydraException) -> ConfigError:
     return ConfigError(str(error).strip().partition("\n")[0].rstrip("."))
 
 
-def _show(words: Sequence[str], job: _Job, resolves: bool) -> None:
+def _show(words: Sequence[str], job: _SweepJob, resolves: bool) -> None:
     """Print the configuration of every job, as YAML documents; none is run. Raises ConfigError."""
     for word in words:
         if word.startswith("hydra/sweeper=") and not word.endswith("=basic"):
@@ -122,22 +122,22 @@ def _show(words: Sequence[str], job: _Job, resolves: bool) -> None:
             )
     words = [word for word in words if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
     with tempfile.TemporaryDirectory() as nowhere:
-        _sweep(words, Path(nowhere), _ShownJob(job.name, job.config_class, job.config_dir, job.run_job, resolves))
+        _sweep(words, Path(nowhere), _PrintConfigJob(job.name, job.config_class, job.config_dir, job.run_job, resolves))
 
 
-def _words_that_count(given: Sequence[Override]) -> list[str]:
+def _identifying_overrides(given: Sequence[Override]) -> list[str]:
     """The words that decide which job is which: those with several values number the jobs by their order."""
     words = [override.input_line or "" for override in given]
     counted = [one for one in given if _SWEEPER_PARAMS in str(one.input_line) or not _is_without_effect(one)]
     counted.sort(key=lambda one: "" if one.is_sweep_override() else one.get_key_element())
-    return [hide_secrets(_as_word(override), words) for override in counted]
+    return [hide_secrets(_as_override(override), words) for override in counted]
 
 
 def _is_without_effect(override: Override) -> bool:
     return str(override.input_line).startswith(_WITHOUT_EFFECT)
 
 
-def _as_word(override: Override) -> str:
+def _as_override(override: Override) -> str:
     if override.is_discrete_sweep():  # whichever way it is written: a,b or choice(a,b), with spaces or without
         return f"{override.get_key_element()}={','.join(override.sweep_string_iterator())}"
     return override.input_line or ""
@@ -165,7 +165,7 @@ def _check_same_sweep(directory: Path, wanted: list[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class _SweepJob:
     """One job, wherever a launcher runs it: it may be pickled and sent to another machine."""
 
     name: str
@@ -236,7 +236,7 @@ class _Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class _ShownJob(_Job):
+class _PrintConfigJob(_SweepJob):
     """A job whose configuration is printed instead of run."""
 
     resolves: bool

@@ -17,7 +17,7 @@ from megatron_medha.cluster.remote.attach import attached_ranks
 from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.core.ports import EngineClient, Observer
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.engine.engine import Engine, Watcher
+from megatron_medha.engine.engine import Engine, ObserverFactory
 from megatron_medha.engine.replicas import Replicas, SharedObserver
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.serve_options import ServeConfig, ServeOptions
@@ -28,7 +28,7 @@ from megatron_medha.system.secret_values import without_secrets
 _TIMELINE_S = 300.0  # from when the model is ready; a busy server writes about 10 MB in that time
 
 
-def make_engine(config: ServeConfig, observer: Observer, watcher: Watcher) -> EngineClient:
+def make_engine(config: ServeConfig, observer: Observer, watcher: ObserverFactory) -> EngineClient:
     """The engine for ranks or for a simulation; nothing runs before its start()."""
     num_replicas = config.num_replicas
     if num_replicas == 1:
@@ -64,7 +64,7 @@ def model_name_of(config: ServeConfig) -> str:
 
 
 def _replica(
-    config: ServeConfig, replica: int, observer: Observer, watcher: Watcher, decision_log: Path | None,
+    config: ServeConfig, replica: int, observer: Observer, watcher: ObserverFactory, decision_log: Path | None,
     timeline: Path | None,
 ) -> Engine:  # fmt: skip
     match config.world:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError, MedhaError
-from megatron_medha.system.parentage import die_with_parent
+from megatron_medha.system.parentage import set_pdeathsig
 from megatron_medha.system.secret_values import hide_secrets
 
 LOG, OPTIONS = "server.log", "server.yaml"
@@ -61,7 +61,7 @@ def server_process(overrides: Sequence[str], log: Path) -> Iterator[str]:
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, start_new_session=True,
-            preexec_fn=partial(die_with_parent, os.getpid()),
+            preexec_fn=partial(set_pdeathsig, os.getpid()),
         )  # fmt: skip
     try:
         yield _wait_until_ready(process, log)

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megatron_medha.cli.parts.wandb_run import begin, check_wandb, keep
+from megatron_medha.cli.parts.wandb_run import check_wandb, save_artifact, start_run
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EngineClient
 from megatron_medha.options.serve_options import TrackingConfig
@@ -21,7 +21,7 @@ from megatron_medha.system.writable import check_writable
 
 _log = logging.getLogger(__name__)
 
-Sample = dict[str, float]
+TrackingSample = dict[str, float]
 
 _COUNTERS = (
     "num_prompt_tokens", "num_output_tokens", "num_ttft_slo_met", "num_ttft_slo_missed", "num_preemptions",
@@ -48,7 +48,7 @@ class Tracking:
         self._metrics = metrics
         self._options = options
         self._last_counts: dict[str, list[int]] = {}
-        self._last_totals: Sample = {}
+        self._last_totals: TrackingSample = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
 
@@ -63,10 +63,10 @@ class Tracking:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def sample(self) -> Sample:
+    def sample(self) -> TrackingSample:
         """Counts so far; latencies of what happened since the last sample."""
         load, metrics = self._engine.load, self._metrics
-        sample: Sample = {
+        sample: TrackingSample = {
             "num_waiting": load.num_waiting,
             "num_prefilling": load.num_prefilling,
             "num_decoding": load.num_decoding,
@@ -85,7 +85,7 @@ class Tracking:
         of_replicas = [found for path in logs for found in path.parent.glob(f"{path.stem}.*{path.suffix}")]
         return [*logs, *of_replicas, *([self._config.metrics_log] if self._config.metrics_log is not None else [])]
 
-    def _since_last(self, name: str, histogram: Histogram) -> Sample:
+    def _since_last(self, name: str, histogram: Histogram) -> TrackingSample:
         counts, total = list(histogram.counts), histogram.total
         last_counts = self._last_counts.get(name, [0] * len(counts))
         new = [count - last for count, last in zip(counts, last_counts, strict=True)]
@@ -98,7 +98,7 @@ class Tracking:
         }
 
     def _run(self) -> None:
-        writers: list[Callable[[Sample], None]] = []
+        writers: list[Callable[[TrackingSample], None]] = []
         closers: list[Callable[[], None]] = []
         started_s = time.monotonic()
         try:
@@ -106,10 +106,10 @@ class Tracking:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stream = path.open("w", buffering=1, encoding="utf-8")
                 closers.append(stream.close)
-                writers.append(lambda sample: void(stream.write(json.dumps(sample) + "\n")))
+                writers.append(lambda sample: discard_result(stream.write(json.dumps(sample) + "\n")))
             if self._config.wandb_project is not None:
-                run = begin(self._config, "serve", self._options, Path())
-                closers += [lambda: keep(run, "server-logs", self._files()), run.finish]
+                run = start_run(self._config, "serve", self._options, Path())
+                closers += [lambda: save_artifact(run, "server-logs", self._files()), run.finish]
                 writers.append(run.log)
             is_last = False
             while not is_last:
@@ -132,5 +132,5 @@ def quantile(bounds: tuple[float, ...], counts: list[int], share: float) -> floa
     return bounds[min(place, len(bounds) - 1)]
 
 
-def void(_: object) -> None:
+def discard_result(_: object) -> None:
     """Forget a result."""

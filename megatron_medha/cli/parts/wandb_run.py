@@ -61,7 +61,7 @@ def check_wandb(tracking: TrackingConfig) -> None:
 
 
 @contextmanager
-def refusals(tracking: TrackingConfig) -> Iterator[None]:
+def wandb_errors(tracking: TrackingConfig) -> Iterator[None]:
     """Turns W&B's own errors into ConfigError: a wrong key or setting, a server that is not reached, a full disk."""
     import pydantic  # which wandb checks its settings with
     import wandb
@@ -76,13 +76,13 @@ def refusals(tracking: TrackingConfig) -> Iterator[None]:
         ) from None
 
 
-def begin(
+def start_run(
     tracking: TrackingConfig, job_type: str, config: Mapping[str, Any], directory: Path, name: str | None = None
 ) -> Any:
     """A run of W&B's, as the options ask for it; its own files go into `directory`/wandb. ConfigError: W&B fails."""
     import wandb
 
-    with refusals(tracking), _words_without_secrets():
+    with wandb_errors(tracking), _words_without_secrets():
         run: Any = wandb.init(
             project=tracking.wandb_project,
             group=tracking.wandb_group,
@@ -109,7 +109,7 @@ def _words_without_secrets() -> Iterator[None]:
         sys.argv = words
 
 
-def keep(run: Any, kind: str, files: Iterable[Path]) -> None:
+def save_artifact(run: Any, kind: str, files: Iterable[Path]) -> None:
     """Those of the files that exist, as an artifact of the run."""
     import wandb
 
@@ -132,7 +132,7 @@ class WandbRun:
         if tracking.wandb_project is None:
             return
         # Its files go beside the results, so that a run that was made offline can be found and synced.
-        self._run = begin(tracking, job_type, config, directory, directory.name)
+        self._run = start_run(tracking, job_type, config, directory, directory.name)
         if mode_of(tracking.wandb_mode) == "offline":
             print(f"W&B offline: `wandb sync {directory}/wandb/offline-run-*` sends it later")
 
@@ -144,7 +144,7 @@ class WandbRun:
     def finish(self, directory: Path) -> None:
         """Everything that came out; the run ends. ConfigError: W&B fails."""
         if self._run is not None:
-            with refusals(self._tracking):
+            with wandb_errors(self._tracking):
                 self._log_results(directory)
                 self._run.finish()
 
@@ -165,7 +165,7 @@ class WandbRun:
             logged["requests"] = table
         if logged:
             self._run.log(logged)
-        keep(self._run, "run-directory", [directory / name for name in _ARTIFACT_FILES])
+        save_artifact(self._run, "run-directory", [directory / name for name in _ARTIFACT_FILES])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_medha.sim.planning.trial_window import LEAST_PEAK_COVERED
+from megatron_medha.sim.planning.trial_window import MIN_PEAK_COVERED
 from megatron_medha.stats.capacity_search import wilson_interval
 from megatron_medha.stats.summary_table import number_text, seconds_text
 
 if TYPE_CHECKING:
-    from megatron_medha.options.plan_options import Candidates, PlanOptions
-    from megatron_medha.sim.planning.candidate import Trial, Verdict
+    from megatron_medha.options.plan_options import PlanOptions, PlanSearchSpace
+    from megatron_medha.sim.planning.candidate import CandidateVerdict, PlanCandidate
 
 _MAX_ROWS = 30
 _LAYOUT = ("GPUs", "tp", "spp", "kvp", "dp", "system")
 
 
-def say_what_is_tried(options: PlanOptions, found: Candidates) -> None:
+def print_search_size(options: PlanOptions, found: PlanSearchSpace) -> None:
     """The size of the search, and why some of it cannot be."""
     name = found.trials[0].config.setup.shape.name
     left_out = f"; {len(found.impossible)} layouts do not fit" if found.impossible else ""
@@ -36,12 +36,12 @@ def say_what_is_tried(options: PlanOptions, found: Candidates) -> None:
         here = window.num_by_class.get(name, 0) / sum(window.num_by_class.values())
         print(f"  {here:.1%} of them are {name}, of the whole workload {window.whole_share_by_class[name]:.1%}; "
               "trial_s=null takes as many as it needs")  # fmt: skip
-    if window.peak_covered < LEAST_PEAK_COVERED and options.workload.path is not None:
+    if window.peak_covered < MIN_PEAK_COVERED and options.workload.path is not None:
         print(f"  their busiest minutes bring {window.peak_covered:.0%} of the tokens of the whole trace's busiest; "
               "trial_s=null takes as many as it needs")  # fmt: skip
 
 
-def best_first(verdicts: Iterable[Verdict]) -> list[Verdict]:
+def best_first(verdicts: Iterable[CandidateVerdict]) -> list[CandidateVerdict]:
     """Those that pass, then by share of requests that meet the SLO; of equals the one of fewer GPUs."""
     return sorted(
         verdicts,
@@ -51,7 +51,7 @@ def best_first(verdicts: Iterable[Verdict]) -> list[Verdict]:
     )  # fmt: skip
 
 
-def print_verdicts(verdicts: Iterable[Verdict]) -> None:
+def print_verdicts(verdicts: Iterable[CandidateVerdict]) -> None:
     """All candidates that were tried at one load."""
     _print_table(
         [[*_layout_cells(verdict.trial), *_verdict_cells(verdict)] for verdict in best_first(verdicts)],
@@ -59,13 +59,13 @@ def print_verdicts(verdicts: Iterable[Verdict]) -> None:
     )
 
 
-def print_loads(results: Sequence[tuple[Trial, float]]) -> None:
+def print_loads(results: Sequence[tuple[PlanCandidate, float]]) -> None:
     """All candidates with the load each carries, the largest first."""
     rows = [[*_layout_cells(trial), f"{qps:.3f}", f"{qps / trial.num_gpus:.4f}"] for trial, qps in results]
     _print_table(rows, [*_LAYOUT, "requests/s", "per GPU"])
 
 
-def print_best(options: PlanOptions, best: Mapping[str, tuple[Trial, float] | None]) -> None:
+def print_best(options: PlanOptions, best: Mapping[str, tuple[PlanCandidate, float] | None]) -> None:
     """What every contender needs at best (None: it cannot do it), the cheapest per request first."""
     if len(best) == 1:
         return
@@ -84,21 +84,21 @@ def gpus_text(num_gpus: int) -> str:
     return f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}"
 
 
-def cost_text(options: PlanOptions, trial: Trial, qps: float) -> str:
+def cost_text(options: PlanOptions, trial: PlanCandidate, qps: float) -> str:
     """What a request costs under this load."""
     cells = _cost_cells(options, trial, qps)
     text = f"{cells[0]} of GPU time per request"
     return text if len(cells) == 1 else f"{text}; ${cells[1]} an hour, ${cells[2]} per 1,000 requests"
 
 
-def attainment_text(verdict: Verdict) -> str:
+def attainment_text(verdict: CandidateVerdict) -> str:
     """The share of requests that meet the SLO, and that of every length class where there are several."""
     assert verdict.attainment is not None and verdict.attainment_by_class is not None
     by_class = ", ".join(f"{name} {share:.1%}" for name, share in verdict.attainment_by_class.items())
     return f"{verdict.attainment:.1%}" + (f" ({by_class})" if len(verdict.attainment_by_class) > 1 else "")
 
 
-def interval_text(verdict: Verdict, num_by_class: Mapping[str, int]) -> str:
+def interval_text(verdict: CandidateVerdict, num_by_class: Mapping[str, int]) -> str:
     """How far chance decides: the confidence interval of the share, of the worst class where each is asked for."""
     assert verdict.attainment is not None and verdict.attainment_by_class is not None
     share, count, what = verdict.attainment, sum(num_by_class.values()), "requests"
@@ -109,7 +109,7 @@ def interval_text(verdict: Verdict, num_by_class: Mapping[str, int]) -> str:
     return f"95% confidence interval, from {count:,} {what}: {low:.1%} to {high:.1%}"
 
 
-def settings_text(trial: Trial) -> str:
+def settings_text(trial: PlanCandidate) -> str:
     """The overrides that make it."""
     layout = trial.config.setup.layout
     decides = "" if trial.config.instances is None else f"system={trial.name} "
@@ -119,7 +119,7 @@ def settings_text(trial: Trial) -> str:
     )
 
 
-def _cost_cells(options: PlanOptions, trial: Trial, qps: float) -> list[str]:
+def _cost_cells(options: PlanOptions, trial: PlanCandidate, qps: float) -> list[str]:
     cells = [seconds_text(trial.num_gpus / qps)]
     if options.gpu_usd_per_h is not None:
         usd_per_h = trial.num_gpus * options.gpu_usd_per_h
@@ -127,12 +127,12 @@ def _cost_cells(options: PlanOptions, trial: Trial, qps: float) -> list[str]:
     return cells
 
 
-def _layout_cells(trial: Trial) -> list[str]:
+def _layout_cells(trial: PlanCandidate) -> list[str]:
     layout = trial.config.setup.layout
     return [str(trial.num_gpus), str(layout.tp), str(layout.spp), str(layout.kvp), str(trial.dp), trial.name]
 
 
-def _verdict_cells(verdict: Verdict) -> list[str]:
+def _verdict_cells(verdict: CandidateVerdict) -> list[str]:
     if verdict.attainment is None or verdict.ttft_p90_s is None:
         return ["-", "-", "-", "-", verdict.why]
     ttft = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in verdict.ttft_p90_s.items() if seconds is not None)

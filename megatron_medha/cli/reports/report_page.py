@@ -11,18 +11,18 @@ from typing import Any
 import jinja2
 
 from megatron_medha.cli.reports.plots import plain_numbers
-from megatron_medha.cli.reports.report_runs import Run, differing_keys, pareto, telling_keys
+from megatron_medha.cli.reports.report_runs import ReportRun, differing_keys, distinguishing_keys, pareto
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.stats.summary import CLASSES
 from megatron_medha.stats.summary_table import number_text, percent_text, seconds_text
 
 _COLOURS = {"short": "#1f77b4", "medium": "#2ca02c", "long": "#d62728"}
-_FRONT_COLOUR = "#d62728"
+_PARETO_COLOUR = "#d62728"
 _MAX_LISTED = 24        # runs named beside the Pareto plot; of more, only the front is
 _MAX_RUN_PICTURES = 24  # runs whose own plots go onto the page
 
 
-def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
+def write_report(runs: Sequence[ReportRun], out: Path) -> list[Path]:
     """Write report.md, report.html and their pictures; returns the pages."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     return [markdown, html]
 
 
-def _table(runs: Sequence[Run], classes: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def _table(runs: Sequence[ReportRun], classes: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     keys = differing_keys(runs)
     kinds = _has_both_kinds(runs)
     header = ["run", *(["what"] if kinds else []), *(_short(key) for key in keys)]
@@ -81,7 +81,7 @@ def _short(key: str) -> str:
     return key if name in ("kind", "name") else name  # of what, their group says
 
 
-def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
+def _ttft_bars(runs: Sequence[ReportRun], classes: Sequence[str], out: Path) -> Path:
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")
@@ -110,7 +110,7 @@ def _ttft_bars(runs: Sequence[Run], classes: Sequence[str], out: Path) -> Path:
     return path
 
 
-def _pareto_plot(runs: Sequence[Run], name: str, out: Path) -> Path | None:
+def _pareto_plot(runs: Sequence[ReportRun], name: str, out: Path) -> Path | None:
     from matplotlib import pyplot
 
     front = pareto(runs, name)
@@ -123,14 +123,14 @@ def _pareto_plot(runs: Sequence[Run], name: str, out: Path) -> Path | None:
         if ttft_s is None or not tokens_per_s:
             continue
         label = _as_label(_named(run, runs)) if run in listed else None
-        colour = _FRONT_COLOUR if run in front else "grey"
+        colour = _PARETO_COLOUR if run in front else "grey"
         axes.plot(tokens_per_s, ttft_s, "s" if run.is_simulated else "o", color=colour, label=label)
         place = (tokens_per_s, ttft_s)
         axes.annotate(_as_label(run.name), place, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
     for kind in sorted({run.is_simulated for run in front}):
         of_kind = [run for run in front if run.is_simulated is kind]
         line = [(run.values["all"]["tokens_per_s"], run.latency_s(name, "ttft_s", "p99")) for run in of_kind]
-        axes.plot(*zip(*line, strict=True), color=_FRONT_COLOUR, alpha=0.4, linestyle="--" if kind else "-")
+        axes.plot(*zip(*line, strict=True), color=_PARETO_COLOUR, alpha=0.4, linestyle="--" if kind else "-")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="x-small")
     axes.set_yscale("log")
     plain_numbers(axes.yaxis)
@@ -144,18 +144,18 @@ def _pareto_plot(runs: Sequence[Run], name: str, out: Path) -> Path | None:
     return path
 
 
-def _has_both_kinds(runs: Sequence[Run]) -> bool:
+def _has_both_kinds(runs: Sequence[ReportRun]) -> bool:
     return len({run.is_simulated for run in runs}) > 1
 
 
-def _kind(run: Run) -> str:
+def _kind(run: ReportRun) -> str:
     return "simulated" if run.is_simulated else "measured"
 
 
-def _named(run: Run, runs: Sequence[Run]) -> str:
+def _named(run: ReportRun, runs: Sequence[ReportRun]) -> str:
     """The run's name, by which tables and pictures call it, and what differs."""
     facts = [_kind(run)] if _has_both_kinds(runs) else []
-    facts += [f"{_short(key)}={run.options[key]}" for key in telling_keys(runs)[:4]]
+    facts += [f"{_short(key)}={run.options[key]}" for key in distinguishing_keys(runs)[:4]]
     return f"{run.name}: {', '.join(facts)}" if facts else run.name
 
 

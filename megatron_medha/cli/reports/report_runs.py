@@ -18,7 +18,7 @@ _SERVER_KEYS = ("scheduler.", "parallel.")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ReportRun:
     """One finished run."""
 
     name: str                   # its directory, as short as tells it from the others
@@ -38,7 +38,7 @@ class Run:
         return list(self.values["classes"])
 
 
-def find_runs(directories: Sequence[Path]) -> list[Run]:
+def find_runs(directories: Sequence[Path]) -> list[ReportRun]:
     """All runs under the directories, in their order, a sweep's by number. Raises ConfigError for a broken one."""
     paths: list[Path] = []
     for directory in directories:
@@ -48,7 +48,7 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
     return [_read(path, str(path.relative_to(root)) if path != root else path.name) for path in paths]
 
 
-def differing_keys(runs: Iterable[Run]) -> list[str]:
+def differing_keys(runs: Iterable[ReportRun]) -> list[str]:
     """Options that are not the same in all runs, in the order of their first appearance."""
     values: dict[str, set[str]] = {}
     present: dict[str, int] = {}
@@ -62,7 +62,7 @@ def differing_keys(runs: Iterable[Run]) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1 and present[key] == len(runs)]
 
 
-def telling_keys(runs: Sequence[Run]) -> list[str]:
+def distinguishing_keys(runs: Sequence[ReportRun]) -> list[str]:
     """The differing keys without those that the ones before settle, as a policy does its own options."""
     told: list[str] = []
     groups: set[tuple[str, ...]] = {()}
@@ -73,7 +73,7 @@ def telling_keys(runs: Sequence[Run]) -> list[str]:
     return told
 
 
-def pareto(runs: Iterable[Run], length_class: str) -> list[Run]:
+def pareto(runs: Iterable[ReportRun], length_class: str) -> list[ReportRun]:
     """Runs that no other one beats in both p99 TTFT of that class and tokens per second, by throughput.
 
     Measured and simulated ones do not compete: the machines are not the same.
@@ -82,17 +82,17 @@ def pareto(runs: Iterable[Run], length_class: str) -> list[Run]:
     return [
         run
         for is_simulated in (False, True)
-        for run in _front([run for run in runs if run.is_simulated is is_simulated], length_class)
+        for run in _pareto_front([run for run in runs if run.is_simulated is is_simulated], length_class)
     ]
 
 
-def _front(runs: Sequence[Run], length_class: str) -> list[Run]:
+def _pareto_front(runs: Sequence[ReportRun], length_class: str) -> list[ReportRun]:
     points = [
         (run.values["all"]["tokens_per_s"], ttft_s, run)
         for run in runs
         if (ttft_s := run.latency_s(length_class, "ttft_s", "p99")) is not None and run.values["all"]["tokens_per_s"]
     ]
-    front: list[Run] = []
+    front: list[ReportRun] = []
     least_s, throughput = float("inf"), 0.0
     for tokens_per_s, ttft_s, run in sorted(points, key=lambda point: (-point[0], point[1])):
         if ttft_s < least_s or (tokens_per_s, ttft_s) == (throughput, least_s):  # equal runs are as good as each other
@@ -101,7 +101,7 @@ def _front(runs: Sequence[Run], length_class: str) -> list[Run]:
     return front[::-1]
 
 
-def _read(path: Path, name: str) -> Run:
+def _read(path: Path, name: str) -> ReportRun:
     try:
         values = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         options = _options(path / "config.yaml")
@@ -111,7 +111,7 @@ def _read(path: Path, name: str) -> Run:
     # A load's own server says what a simulation is told: the two are compared by it.
     server = _options(path / "server.yaml") if (path / "server.yaml").exists() else {}
     flat = {key: value for key, value in server.items() if key.startswith(_SERVER_KEYS)}
-    return Run(name, path, flat | options, values, is_simulated="machine" in values)
+    return ReportRun(name, path, flat | options, values, is_simulated="machine" in values)
 
 
 def _options(path: Path) -> dict[str, Any]:

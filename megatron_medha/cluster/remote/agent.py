@@ -20,17 +20,17 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from megatron_medha.cluster.curve_keys import Keys
-from megatron_medha.cluster.health import MAX_LOOK_INTERVAL_S
+from megatron_medha.cluster.curve_keys import CurveKeys
+from megatron_medha.cluster.health import MAX_CHECK_INTERVAL_S
 from megatron_medha.cluster.launch import WORKER_COMMAND, RankProcess
 from megatron_medha.cluster.launch_config import split_address
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.cluster.remote.agent_messages import AgentState, Leave, Redirect, ToAgent, Want
+from megatron_medha.cluster.remote.agent_messages import AgentShutdown, AgentState, DesiredState, Redirect, ToAgent
 from megatron_medha.cluster.wire import UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import ConfigError, RankError
 from megatron_medha.system.child_environment import child_environment
 
-_SAY_INTERVAL_S = 1.0
+_STATE_INTERVAL_S = 1.0
 _CHECK_MS = 100           # how soon the end of the rank's process is noticed
 _FRONT_TIMEOUT_S = 30.0   # silence of the front after which it counts as gone
 _MAX_FAILED_HANDSHAKES = 3  # one may be the front's end in the middle of it
@@ -86,7 +86,7 @@ class Agent:
     def __init__(self, address: str, key_file: Path, rank: int, timeout_s: float, command: Sequence[str]) -> None:
         """Raises ConfigError for an address or a key file that cannot be."""
         self._host, self._port = split_address("--attach", address)
-        self._keys = Keys.load(key_file)
+        self._keys = CurveKeys.load(key_file)
         self._key_file = key_file
         self._rank = rank
         self._command = command
@@ -113,38 +113,38 @@ class Agent:
         while True:
             now_s = time.monotonic()
             # As in Heartbeats: time in which we did not look, stopped or put aside, is not the front's silence.
-            silent_s += min(now_s - looked_s, MAX_LOOK_INTERVAL_S)
+            silent_s += min(now_s - looked_s, MAX_CHECK_INTERVAL_S)
             looked_s = now_s
             limit_s = _FRONT_TIMEOUT_S if self._is_attached else self._timeout_s
             if silent_s > limit_s:
                 why = f"; its last message could not be read: {self._unreadable}" if self._unreadable else ""
                 raise RankError(f"nothing heard from the front at {self._endpoint} for {limit_s:g} s{why}")
-            if self._look_after_process() or now_s - said_s >= _SAY_INTERVAL_S:
+            if self._check_process() or now_s - said_s >= _STATE_INTERVAL_S:
                 said_s = now_s
-                self._say_state()
+                self._send_state()
             self._check_handshakes()
             if not self._socket.poll(_CHECK_MS):
                 continue
             try:
                 message = read_message(self._decoder, self._socket.recv_multipart())
             except UnreadableMessage as error:
-                self._note_unreadable(str(error))
+                self._log_unreadable(str(error))
                 continue
             silent_s = 0.0
             match message:
-                case Want():
+                case DesiredState():
                     if message.version != protocol_version():
                         raise ConfigError(
                             f"the front at {self._endpoint} is of version {message.version or 'unknown'}, this agent "
                             f"of {protocol_version()}; install the same on both machines"
                         )
-                    self._note_attached()
-                    if self._follow(message):
+                    self._log_attached()
+                    if self._apply_desired(message):
                         said_s = 0.0
                 case Redirect():
                     self._reconnect(self._port + message.port_offset)
                     said_s = 0.0
-                case Leave(why, is_error):
+                case AgentShutdown(why, is_error):
                     if is_error:
                         raise ConfigError(why)
                     print(f"rank {self._rank}: {why}", file=sys.stderr)
@@ -158,7 +158,7 @@ class Agent:
 
     # ---- the process ----
 
-    def _follow(self, want: Want) -> bool:
+    def _apply_desired(self, want: DesiredState) -> bool:
         """Make it so; whether anything had to be done."""
         if want.config is None:
             if self._process is None:
@@ -170,7 +170,7 @@ class Agent:
         self._end_process()
         config = msgspec.structs.replace(
             want.config,
-            front_endpoint=want.config.front_endpoint.replace("*", self._host),
+            server_endpoint=want.config.server_endpoint.replace("*", self._host),
             key_file=str(self._key_file),
         )
         try:
@@ -183,7 +183,7 @@ class Agent:
         self._ended = None
         return True
 
-    def _look_after_process(self) -> bool:
+    def _check_process(self) -> bool:
         """Whether the process has ended by itself since last time."""
         if self._process is None or (code := self._process.exit_code) is None:
             return False
@@ -220,7 +220,7 @@ class Agent:
         self._socket.setsockopt(zmq.IDENTITY, self._identity)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._keys.secure_rank(self._socket)
+        self._keys.secure_rank_socket(self._socket)
         self._monitor = self._socket.get_monitor_socket(_HANDSHAKE_FAILED)
         try:
             self._socket.connect(self._endpoint)
@@ -246,17 +246,17 @@ class Agent:
                     f"--key {self._key_file}: the front at {self._endpoint} has other keys; copy its key file here"
                 )
 
-    def _note_attached(self) -> None:
+    def _log_attached(self) -> None:
         if not self._is_attached:
             self._is_attached = True
             print(f"rank {self._rank}: attached to {self._endpoint}", file=sys.stderr)
 
-    def _note_unreadable(self, why: str) -> None:
+    def _log_unreadable(self, why: str) -> None:
         if self._unreadable is None:
             print(f"rank {self._rank}: a message of {self._endpoint} cannot be read: {why}", file=sys.stderr)
         self._unreadable = why
 
-    def _say_state(self) -> None:
+    def _send_state(self) -> None:
         state = AgentState(
             self._rank, self._local_address, self._free_port, self._start, self._ended, protocol_version()
         )

@@ -21,7 +21,7 @@ class AgentState(msgspec.Struct, frozen=True, array_like=True, tag="agent_state"
     version: str = ""              # protocol_version() of its machine; agents of 0.1.0 at first had none
 
 
-class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
+class DesiredState(msgspec.Struct, frozen=True, array_like=True, tag="want"):
     """Front to agent, every second and at every change: the rank that should run now."""
 
     start: int
@@ -35,11 +35,11 @@ class Redirect(msgspec.Struct, frozen=True, array_like=True, tag="redirect"):
     port_offset: int
 
 
-class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
+class AgentShutdown(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
     """Front to agent: end your process, and yourself."""
 
     why: str
     is_error: bool
 
 
-ToAgent = Want | Redirect | Leave
+ToAgent = DesiredState | Redirect | AgentShutdown

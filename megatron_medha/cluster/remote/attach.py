@@ -12,22 +12,22 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from megatron_medha.cluster.curve_keys import Keys
-from megatron_medha.cluster.launch import Exit, Ranks
+from megatron_medha.cluster.curve_keys import CurveKeys
+from megatron_medha.cluster.launch import RankExit, Ranks
 from megatron_medha.cluster.launch_config import LaunchConfig, split_address
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.rank_engine import OpenRanks
 from megatron_medha.cluster.rank_link import Context, RankLink, router_socket
-from megatron_medha.cluster.remote.agent_messages import AgentState, Leave, Redirect, ToAgent, Want
-from megatron_medha.cluster.wire import RefusedPeers, UnreadableMessage, protocol_version, read_message
+from megatron_medha.cluster.remote.agent_messages import AgentShutdown, AgentState, DesiredState, Redirect, ToAgent
+from megatron_medha.cluster.wire import RejectedPeers, UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import RankError
 
 _log = logging.getLogger(__name__)
 
-_SAY_INTERVAL_S = 1.0
+_DESIRED_STATE_INTERVAL_S = 1.0
 _AGENT_TIMEOUT_S = 5.0  # an agent that has been silent that long is not there
 _END_TIMEOUT_S = 5.0    # an agent that has not ended its process by then has lost its machine, or us
-_LEAVE_LINGER_MS = 1000
+_SHUTDOWN_LINGER_MS = 1000
 _MAX_MESSAGE_BYTES = 2**16   # of an agent, which says a few numbers
 _MAX_MESSAGES_WAITING = 64   # of one agent
 _MAX_MESSAGES_AT_ONCE = 1000  # read before anything else has its turn
@@ -51,7 +51,7 @@ def attached_ranks(launch: LaunchConfig, replica: int = 0, num_replicas: int = 1
     """Ranks that a launcher starts; launch.kind is ATTACH."""
     assert launch.address is not None and launch.key_file is not None
     host, port = split_address("launch.address", launch.address)
-    keys = Keys.load_or_make(launch.key_file)
+    keys = CurveKeys.load_or_make(launch.key_file)
 
     @contextmanager
     def open_ranks(configs: Sequence[RankConfig]) -> Iterator[Ranks]:
@@ -81,7 +81,7 @@ class AttachedRanks:
         self,
         configs: Sequence[RankConfig],
         context: Context,
-        keys: Keys,
+        keys: CurveKeys,
         *,
         host: str,
         port: int,
@@ -102,14 +102,14 @@ class AttachedRanks:
             context, self._address, keys, max_message_bytes=_MAX_MESSAGE_BYTES, queue_length=_MAX_MESSAGES_WAITING
         )
         self._attached: dict[int, _AttachedAgent] = {}  # by rank within the replica
-        self._refused = RefusedPeers("agents")
+        self._refused = RejectedPeers("agents")
         self._decoder = msgspec.msgpack.Decoder(AgentState)
         self._encoder = msgspec.msgpack.Encoder()
         self._link: RankLink | None = None
         self._start = 0
         self._start_s = 0.0
-        self._wanted: list[RankConfig] | None = None
-        self._said_s = 0.0
+        self._desired: list[RankConfig] | None = None
+        self._sent_s = 0.0
 
     @property
     def link(self) -> RankLink:
@@ -124,7 +124,7 @@ class AttachedRanks:
 
     def start(self) -> None:
         """See Ranks."""
-        assert self._wanted is None, "ranks are still there"
+        assert self._desired is None, "ranks are still there"
         if self._link is not None:
             self._link.close()
         # Any port: agents are told which.
@@ -134,17 +134,17 @@ class AttachedRanks:
 
     def missing(self) -> str | None:
         """See Ranks."""
-        absent = [rank for rank in range(len(self._configs)) if not self._is_there(rank)]
+        absent = [rank for rank in range(len(self._configs)) if not self._is_attached(rank)]
         if absent:
             first = self._replica * len(self._configs)
             names = ", ".join(str(first + rank) for rank in absent)
             # Once it has started its rank, an agent that is gone is a failure like any other.
-            if self._wanted is not None or time.monotonic() - self._start_s > self._timeout_s:
+            if self._desired is not None or time.monotonic() - self._start_s > self._timeout_s:
                 raise RankError(f"nothing heard of the agents of ranks {names} at {self._address}")
             return f"waiting for ranks {names} to attach to {self._address}"
-        if self._wanted is None:
-            self._wanted = self._described()
-            self._say(is_due=True)
+        if self._desired is None:
+            self._desired = self._rank_configs()
+            self._send_desired(is_due=True)
         if all(agent.state.running == self._start or self._ended(rank) for rank, agent in self._attached.items()):
             return None
         return "starting processes"
@@ -154,19 +154,19 @@ class AttachedRanks:
         for _ in range(_MAX_MESSAGES_AT_ONCE):
             if not self._receive():
                 break
-        self._say(is_due=time.monotonic() - self._said_s >= _SAY_INTERVAL_S)
+        self._send_desired(is_due=time.monotonic() - self._sent_s >= _DESIRED_STATE_INTERVAL_S)
 
-    def exits(self) -> list[Exit]:
+    def exits(self) -> list[RankExit]:
         """See Ranks."""
-        return [Exit(rank, code) for rank in sorted(self._attached) if (code := self._ended(rank)) is not None]
+        return [RankExit(rank, code) for rank in sorted(self._attached) if (code := self._ended(rank)) is not None]
 
     def end(self, patience_s: float) -> None:
         """See Ranks. An agent that does not answer has to attach anew; it ends its process when it hears nothing."""
         deadline_s = time.monotonic() + patience_s
         while patience_s and self._running() and (left_s := deadline_s - time.monotonic()) > 0:
             self._wait(left_s)
-        self._wanted = None
-        self._say(is_due=True)
+        self._desired = None
+        self._send_desired(is_due=True)
         deadline_s = time.monotonic() + _END_TIMEOUT_S
         while self._running() and (left_s := deadline_s - time.monotonic()) > 0:
             self._wait(left_s)
@@ -176,12 +176,12 @@ class AttachedRanks:
     def close(self) -> None:
         """See Ranks; the agents end too."""
         for agent in self._attached.values():
-            self._answer(agent.peer, Leave("the server has ended", is_error=False))
+            self._reply(agent.peer, AgentShutdown("the server has ended", is_error=False))
         if self._link is not None:
             self._link.close()
-        self._agents.close(linger=_LEAVE_LINGER_MS)
+        self._agents.close(linger=_SHUTDOWN_LINGER_MS)
 
-    def _described(self) -> list[RankConfig]:
+    def _rank_configs(self) -> list[RankConfig]:
         """What each rank is to be, and where they meet: on the machine of the first."""
         first = self._attached[0].state
         meeting = f"tcp://{first.address}:{first.free_port}" if len(self._configs) > 1 else None
@@ -189,12 +189,12 @@ class AttachedRanks:
         port = self.link.endpoint.rpartition(":")[2]
         return [
             msgspec.structs.replace(
-                config, front_endpoint=f"tcp://*:{port}", link_token=self.link.token, init_method=meeting
+                config, server_endpoint=f"tcp://*:{port}", link_token=self.link.token, init_method=meeting
             )
             for config in self._configs
         ]
 
-    def _is_there(self, rank: int) -> bool:
+    def _is_attached(self, rank: int) -> bool:
         return rank in self._attached and self._attached[rank].is_alive()
 
     def _running(self) -> list[int]:
@@ -204,13 +204,13 @@ class AttachedRanks:
         ended = self._attached[rank].state.ended
         return ended[1] if ended is not None and ended[0] == self._start else None
 
-    def _say(self, *, is_due: bool) -> None:
+    def _send_desired(self, *, is_due: bool) -> None:
         if not is_due:
             return
-        self._said_s = time.monotonic()
+        self._sent_s = time.monotonic()
         for rank, agent in list(self._attached.items()):
-            want = Want(self._start, None if self._wanted is None else self._wanted[rank], protocol_version())
-            if not self._answer(agent.peer, want):
+            want = DesiredState(self._start, None if self._desired is None else self._desired[rank], protocol_version())
+            if not self._reply(agent.peer, want):
                 self._drop(rank)
 
     def _drop(self, rank: int) -> None:
@@ -218,7 +218,7 @@ class AttachedRanks:
         _log.warning("agent_lost rank=%d", self._replica * len(self._configs) + rank)
         del self._attached[rank]
 
-    def _answer(self, peer: bytes, message: ToAgent) -> bool:
+    def _reply(self, peer: bytes, message: ToAgent) -> bool:
         """Whether the agent's connection is still there."""
         try:
             self._agents.send_multipart((peer, self._encoder.encode(message)), zmq.NOBLOCK)
@@ -227,7 +227,7 @@ class AttachedRanks:
         return True
 
     def _wait(self, timeout_s: float) -> None:
-        self._agents.poll(int(min(timeout_s, _SAY_INTERVAL_S) * 1000) + 1)
+        self._agents.poll(int(min(timeout_s, _DESIRED_STATE_INTERVAL_S) * 1000) + 1)
         self.poll()
 
     def _receive(self) -> bool:
@@ -243,7 +243,7 @@ class AttachedRanks:
             return True
         replica, rank = divmod(state.rank, len(self._configs))
         if replica != self._replica:
-            self._answer(peer, Redirect(replica - self._replica))
+            self._reply(peer, Redirect(replica - self._replica))
         else:
             self._note_agent(rank, peer, state)
         return True
@@ -281,4 +281,4 @@ class AttachedRanks:
 
     def _refuse(self, peer: bytes, why: str) -> None:
         self._refused.refuse(peer, why)
-        self._answer(peer, Leave(why, is_error=True))
+        self._reply(peer, AgentShutdown(why, is_error=True))

@@ -19,7 +19,7 @@ _MAX_DEGREE = 1024     # of pipeline stages, where a way out is looked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reserve:
+class MemoryBudget:
     """What of a device's memory KV may take. The defaults are those of vLLM's memory share and of our batches."""
 
     block_size: int = 16           # tokens
@@ -36,7 +36,7 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
+class MemoryFootprint:
     """Bytes of one rank of a pipeline stage."""
 
     weights: float
@@ -50,7 +50,7 @@ class Footprint:
         return int((self.budget - self.weights - self.activations) // self.block)
 
 
-class Dimensions(Protocol):
+class ModelDimensions(Protocol):
     """The sizes of a model that tensor and pipeline parallelism divide."""
 
     @property
@@ -65,7 +65,7 @@ class Dimensions(Protocol):
     def ffn_hidden_size(self) -> int: ...  # noqa: D102
 
 
-def check_divides(model: Dimensions, *, tp: int, spp: int) -> None:
+def check_divides(model: ModelDimensions, *, tp: int, spp: int) -> None:
     """Raises ConfigError, with every size that the degrees do not divide: one rule for plans and servers."""
     counts = {key: getattr(model, key) for key in ("num_heads", "num_kv_heads", "ffn_hidden_size")}
     reasons = []
@@ -118,8 +118,8 @@ def num_blocks_in(shape: ModelShape, layout: ParallelLayout, kv_memory_gib: floa
 
 
 def stage_footprint(
-    shape: ModelShape, hardware: Hardware, layout: ParallelLayout, stage: int, reserve: Reserve
-) -> Footprint:
+    shape: ModelShape, hardware: Hardware, layout: ParallelLayout, stage: int, reserve: MemoryBudget
+) -> MemoryFootprint:
     """What a rank of this stage holds: its layers cut by tp, the embedding on the first stage, the head on the last.
 
     Raises ConfigError if the hardware's memory is not known.
@@ -145,7 +145,7 @@ def stage_footprint(
         activations += min(reserve.max_num_sequences, reserve.max_batch_tokens) * shape.vocab_size * _LOGIT_BYTES
     # Ranks beyond the number of KV heads repeat one.
     kv_heads = max(1, shape.num_kv_heads // tp)
-    return Footprint(
+    return MemoryFootprint(
         weights=params / tp * shape.bytes_per_element,
         activations=activations,
         block=2 * layers * kv_heads * shape.head_dim * shape.bytes_per_element * reserve.block_size,
@@ -157,7 +157,7 @@ def num_kv_blocks(
     shape: ModelShape,
     hardware: Hardware,
     layout: ParallelLayout,
-    reserve: Reserve,
+    reserve: MemoryBudget,
     *,
     num_tokens: int = 1,
 ) -> int:
@@ -184,11 +184,13 @@ def num_kv_blocks(
     else:
         holds = num_blocks * reserve.block_size * layout.kvp
         what = f"the rest holds {holds:,} tokens on {layout.kvp} KVP rank(s), not {num_tokens:,}"
-    raise ConfigError(f"{where} does not fit: {uses}; {what}. {_way_out(shape, hardware, layout, reserve, num_tokens)}")
+    raise ConfigError(
+        f"{where} does not fit: {uses}; {what}. {_suggest_cluster(shape, hardware, layout, reserve, num_tokens)}"
+    )
 
 
 def _fits(
-    shape: ModelShape, hardware: Hardware, layout: ParallelLayout, reserve: Reserve, num_tokens: int
+    shape: ModelShape, hardware: Hardware, layout: ParallelLayout, reserve: MemoryBudget, num_tokens: int
 ) -> bool:
     num_blocks = min(
         stage_footprint(shape, hardware, layout, stage, reserve).num_blocks
@@ -197,8 +199,8 @@ def _fits(
     return num_blocks >= 1 and num_blocks * reserve.block_size * layout.kvp >= num_tokens
 
 
-def _way_out(
-    shape: ModelShape, hardware: Hardware, layout: ParallelLayout, reserve: Reserve, num_tokens: int
+def _suggest_cluster(
+    shape: ModelShape, hardware: Hardware, layout: ParallelLayout, reserve: MemoryBudget, num_tokens: int
 ) -> str:
     """The fewest devices that hold it, with as many KVP ranks as asked for if they are there; else a larger cluster."""
     candidates = []

@@ -8,12 +8,14 @@ from megatron_medha.core.cost.step_cost import CostModel, RooflineCost, StepLoad
 _NUM_FEATURES = 8
 _NOISE = 0.04                # of a step's duration, what a quiet machine shows between equal steps
 _PRIOR_SPREAD = 30.0         # times its start value that a coefficient may be off; start values are only a tie-break
-_KEPT = 0.999                # of what was learnt, from step to step: about the last 1,000 steps count
-_KEPT_WHEN_WRONG = 0.25      # the same once the fit is taken to be wrong: the machine has changed, or the roofline lied
-_SURPRISE = 4.0              # times the usual error that makes a step a surprise (a page fault, a neighbour), ...
-_MIN_SURPRISE = 0.05         # ... but never below this relative error
-_MAX_SURPRISES = 2.5         # in short order after which it is the fit that is wrong, not the steps
-_CALM = 0.25                 # how much of a surprise a step that fits makes up for
+_RETENTION = 0.999                # of what was learnt, from step to step: about the last 1,000 steps count
+_RETENTION_AFTER_OUTLIERS = (
+    0.25  # the same once the fit is taken to be wrong: the machine has changed, or the roofline lied
+)
+_OUTLIER_FACTOR = 4.0              # times the usual error that makes a step a surprise (a page fault, a neighbour), ...
+_MIN_OUTLIER_ERROR = 0.05         # ... but never below this relative error
+_MAX_OUTLIERS = 2.5         # in short order after which it is the fit that is wrong, not the steps
+_STEADY_FACTOR = 0.25                 # how much of a surprise a step that fits makes up for
 _ERROR_MEMORY = 0.02         # weight of the newest step in the usual error
 _DAMPING = 1e-3              # of the prior's weight; keeps a coefficient of which nothing is left to be learnt in place
 _PACE_GAIN = 0.5             # weight of the newest step that has a chunk in the pace of the machine
@@ -78,7 +80,7 @@ class OnlineCost(CostModel):
         self._pace = 1.0           # actual over fitted, of the last few steps
         self._pace_benefit = 0.0    # how much smaller, relative errors, predictions are with it than without, of late
         self._paced = list(self.theta)  # the coefficients times the pace
-        self._surprises = 0.0
+        self._outliers = 0.0
         self._reference_s = self._reference()
         self.num_observed = 0
         self._revision = 0
@@ -149,9 +151,9 @@ class OnlineCost(CostModel):
         theta = self.theta
         t0, t1, t2, t3, t4, t5, t6, t7 = theta
         fitted = t0 * f0 + t1 * f1 + t2 * f2 + t3 * f3 + t4 * f4 + t5 * f5 + t6 * f6 + t7 * f7  # over actual
-        kept = self._share_kept(abs(1.0 - fitted))
+        kept = self._retention(abs(1.0 - fitted))
         if load.chunk_context:
-            self._follow(fitted)
+            self._update_pace(fitted)
         # The newest step is added to the equations row by row, and each row at once moves its coefficient towards the
         # least squares with every coefficient >= 0: one sweep of coordinate descent, and the next step goes on where
         # this one stopped. Written out: as loops over lists it is three times the instructions, compiled.
@@ -177,25 +179,25 @@ class OnlineCost(CostModel):
         if self.num_observed % _REVISION_STEPS == 0:
             self._revise()
 
-    def _follow(self, fitted: float) -> None:
+    def _update_pace(self, fitted: float) -> None:
         """Take a step's time into the pace, and how well the pace so far would have foretold it."""
         gained = abs(1.0 - fitted) - abs(1.0 - fitted * self._pace)
         self._pace_benefit += _PACE_MEMORY * (gained - self._pace_benefit)
         ratio = min(max(1.0 / max(fitted, 1e-9), 1.0 / _MAX_PACE), _MAX_PACE)
         self._pace += _PACE_GAIN * (ratio - self._pace)
 
-    def _share_kept(self, error: float) -> float:
+    def _retention(self, error: float) -> float:
         """How much of what was learnt still counts after a step that the fit missed by this relative error."""
-        is_surprise = error > _SURPRISE * self._usual_error + _MIN_SURPRISE
-        self._usual_error += _ERROR_MEMORY * (min(error, _SURPRISE * self._usual_error) - self._usual_error)
-        if not is_surprise:
-            self._surprises = max(0.0, self._surprises - _CALM)
-            return _KEPT
-        self._surprises += 1.0
-        if self._surprises <= _MAX_SURPRISES:
-            return _KEPT
-        self._surprises -= 1.0
-        return _KEPT_WHEN_WRONG
+        is_outlier = error > _OUTLIER_FACTOR * self._usual_error + _MIN_OUTLIER_ERROR
+        self._usual_error += _ERROR_MEMORY * (min(error, _OUTLIER_FACTOR * self._usual_error) - self._usual_error)
+        if not is_outlier:
+            self._outliers = max(0.0, self._outliers - _STEADY_FACTOR)
+            return _RETENTION
+        self._outliers += 1.0
+        if self._outliers <= _MAX_OUTLIERS:
+            return _RETENTION
+        self._outliers -= 1.0
+        return _RETENTION_AFTER_OUTLIERS
 
     def _revise(self) -> None:
         reference_s = self._reference()

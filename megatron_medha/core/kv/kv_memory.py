@@ -11,7 +11,7 @@ from megatron_medha.core.kv.shards import context_in, num_shards, split, tokens_
 
 
 @dataclass(slots=True, init=False)
-class Part:
+class ChunkShard:
     """One KVP rank's part in the next chunk of a sequence."""
 
     kvp_rank: int
@@ -105,16 +105,16 @@ class KVMemory:
                 return None
         return tuple(ranks)
 
-    def parts(self, seq: Sequence, plan: tuple[int, ...]) -> tuple[Part, ...]:
+    def parts(self, seq: Sequence, plan: tuple[int, ...]) -> tuple[ChunkShard, ...]:
         """The KVP ranks that take part in the next chunk of `seq`; by its plan while it owns nothing."""
         start = seq.num_scheduled_tokens
         shards = seq.block_table.shards
         if not shards:
-            return (Part(plan[0], 0),)
+            return (ChunkShard(plan[0], 0),)
         if len(shards) == 1:
-            return (Part(shards[0].kvp_rank, start),)
+            return (ChunkShard(shards[0].kvp_rank, start),)
         return tuple([
-            Part(shard.kvp_rank, context_in(index, start, self.shard_tokens))
+            ChunkShard(shard.kvp_rank, context_in(index, start, self.shard_tokens))
             for index, shard in enumerate(shards)
             if shard.start <= start
         ])

@@ -41,7 +41,7 @@ class Sequence:
 
     request: Request
     deadline_s: float              # absolute, for the first token
-    lost_deadline_s: float = inf   # the deadline that triage goes by; inf: it is never given up
+    triage_deadline_s: float = inf   # the deadline that triage goes by; inf: it is never given up
     margin_s: float = 0.0          # of its deadline, kept in hand by policies that go by slack
     total_work_s: float            # predicted time of the whole prefill, alone
     status: Status = Status.WAITING
@@ -73,9 +73,9 @@ class Sequence:
         return self.request.num_prompt_tokens + self.num_output_tokens - self.num_scheduled_tokens
 
     @property
-    def lost_s(self) -> float:
-        """When it can no longer meet lost_deadline_s, however fast it goes."""
-        return self.lost_deadline_s - self.remaining_work_s
+    def triage_s(self) -> float:
+        """When it can no longer meet triage_deadline_s, however fast it goes."""
+        return self.triage_deadline_s - self.remaining_work_s
 
     @property
     def is_waiting(self) -> bool:

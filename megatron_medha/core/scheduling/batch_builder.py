@@ -5,32 +5,32 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
-from megatron_medha.core.kv.kv_memory import KVMemory, Part
+from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule, largest_chunk
 
-_MOST_HALVINGS = 2       # of a tile that breaks a step's budget
-_LEAST_SAVED = 0.25      # of a tile's time, by halving it; where reading the context takes most of it, little is
-_LEAST_TILE_SHARE = 0.5  # of the budget: a tile that takes no more is left whole, in a step full of others too
+_MAX_HALVINGS = 2       # of a tile that breaks a step's budget
+_MIN_SAVED_SHARE = 0.25      # of a tile's time, by halving it; where reading the context takes most of it, little is
+_MIN_TILE_SHARE = 0.5  # of the budget: a tile that takes no more is left whole, in a step full of others too
 
 
-class Planned:
+class PlannedChunk:
     """A prefill chunk of the batch being formed."""
 
     __slots__ = ("num_tokens", "parts", "seq")
 
-    def __init__(self, seq: Sequence, num_tokens: int, parts: tuple[Part, ...]) -> None:
+    def __init__(self, seq: Sequence, num_tokens: int, parts: tuple[ChunkShard, ...]) -> None:
         self.seq = seq
         self.num_tokens = num_tokens
         self.parts = parts
 
 
-class _Held:
+class _DeferredChunk:
     """A chunk whose final size is found when all others are in."""
 
     __slots__ = ("num_wanted", "planned")
 
-    def __init__(self, planned: Planned, num_wanted: int) -> None:
+    def __init__(self, planned: PlannedChunk, num_wanted: int) -> None:
         self.planned = planned        # what is kept for it however many others come; its load is counted from the start
         self.num_wanted = num_wanted  # what it takes if nobody else comes
 
@@ -41,10 +41,10 @@ class BatchBuilder:
     def __init__(self, rule: ChunkRule, cost: CostModel, memory: KVMemory) -> None:
         self.budget_s = 0.0
         self.loads: list[StepLoad] = []
-        self.prefills: list[Planned] = []
+        self.prefills: list[PlannedChunk] = []
         self._has_waiting_decodes = False
-        self._held: list[_Held] = []
-        self._last_most = 0  # where the search for the next begins
+        self._deferred: list[_DeferredChunk] = []
+        self._last_max_tokens = 0  # where the search for the next begins
         self._rule = rule
         self._credit_rule = replace(rule, chunking=Chunking.ADAPTIVE)
         self._cost = cost
@@ -75,7 +75,7 @@ class BatchBuilder:
         for rank, load in enumerate(self.loads):
             load.add_decodes(nums[rank], contexts[rank], self._cost.decode_attention_s(contexts[rank]))
 
-    def fit(self, seq: Sequence, parts: tuple[Part, ...], share: float = 1.0, limit: int | None = None) -> int:
+    def fit(self, seq: Sequence, parts: tuple[ChunkShard, ...], share: float = 1.0, limit: int | None = None) -> int:
         """The most tokens of `seq`, `limit` at most, with which its ranks stay within `share` of the budget."""
         guess, budget_s = seq.last_chunk_tokens, self.budget_s * share
         wanted = min(seq.num_unscheduled_tokens, self._memory.chunk_limit(seq.num_scheduled_tokens))
@@ -91,17 +91,17 @@ class BatchBuilder:
                 return tile
         return most
 
-    def most_tokens(self) -> int:
+    def max_prefill_tokens(self) -> int:
         """No prefill, however little of it is computed, can have more tokens than this in the step."""
         rule = self._rule
         most = max([
-            largest_chunk(rule, self._cost, load, 0, rule.max_tokens, self.budget_s, self._last_most)
+            largest_chunk(rule, self._cost, load, 0, rule.max_tokens, self.budget_s, self._last_max_tokens)
             for load in self.loads
         ])
-        self._last_most = most
+        self._last_max_tokens = most
         return most + rule.tile_tokens  # as a prompt's last chunk need not be whole tiles
 
-    def fits_whole(self, seq: Sequence, parts: tuple[Part, ...]) -> bool:
+    def fits_whole(self, seq: Sequence, parts: tuple[ChunkShard, ...]) -> bool:
         """Whether all of `seq` that is left stays within the budget on each of its ranks."""
         num_tokens, rule = seq.num_unscheduled_tokens, self._rule
         if num_tokens > rule.max_chunk_tokens or num_tokens > self._memory.chunk_limit(seq.num_scheduled_tokens):
@@ -110,7 +110,7 @@ class BatchBuilder:
             return False
         return self._fits(parts, num_tokens, self.budget_s)
 
-    def fit_credit(self, seq: Sequence, parts: tuple[Part, ...], credit_s: float) -> int:
+    def fit_credit(self, seq: Sequence, parts: tuple[ChunkShard, ...], credit_s: float) -> int:
         """The most tokens of `seq` that cost at most credit_s and keep the budget.
 
         One tile may break the budget if the credit pays for it: in a step full of decodes nothing else would.
@@ -126,7 +126,7 @@ class BatchBuilder:
                 return tile
         return most
 
-    def tile(self, seq: Sequence, parts: tuple[Part, ...]) -> int:
+    def tile(self, seq: Sequence, parts: tuple[ChunkShard, ...]) -> int:
         """The least a chunk of `seq` can be: a tile, or the end of its prompt, shard or step buffer.
 
         Where the context is so long that a tile breaks the budget, and somebody's next token waits for the step, a tile
@@ -142,39 +142,39 @@ class BatchBuilder:
         if tile < 2 or not self._has_waiting_decodes or self._rule.chunking is not Chunking.ADAPTIVE:
             return tile
         tile_s = self._most_extra_s(parts, tile)
-        for _ in range(_MOST_HALVINGS):
+        for _ in range(_MAX_HALVINGS):
             half = tile // 2
-            if half < 1 or tile_s <= _LEAST_TILE_SHARE * self.budget_s or self._fits(parts, tile, self.budget_s):
+            if half < 1 or tile_s <= _MIN_TILE_SHARE * self.budget_s or self._fits(parts, tile, self.budget_s):
                 break
             half_s = self._most_extra_s(parts, half)
-            if half_s > (1.0 - _LEAST_SAVED) * tile_s:
+            if half_s > (1.0 - _MIN_SAVED_SHARE) * tile_s:
                 break
             tile, tile_s = half, half_s
         return tile
 
-    def add(self, planned: Planned) -> None:
+    def add(self, planned: PlannedChunk) -> None:
         """Put a chunk into the batch."""
         self.prefills.append(planned)
         self._load(planned)
 
-    def hold(self, planned: Planned, num_wanted: int) -> None:
+    def defer(self, planned: PlannedChunk, num_wanted: int) -> None:
         """Keep room for a chunk that is added when all others are in, with what they leave of num_wanted.
 
         Of several the one held last is added first.
         """
-        self._held.insert(0, _Held(planned, num_wanted))
+        self._deferred.insert(0, _DeferredChunk(planned, num_wanted))
         self._load(planned)
 
-    def unhold(self, seq: Sequence) -> None:
+    def undefer(self, seq: Sequence) -> None:
         """Give up the room kept for `seq`; it must have been held."""
-        (held,) = (held for held in self._held if held.planned.seq is seq)
-        self._held.remove(held)
+        (held,) = (held for held in self._deferred if held.planned.seq is seq)
+        self._deferred.remove(held)
         self._unload(held.planned)
 
-    def add_held(self) -> list[Sequence]:
+    def add_deferred(self) -> list[Sequence]:
         """Put the held chunks into the batch, as large as what is left allows; those that got nothing come back."""
         left_out: list[Sequence] = []
-        for held in self._held:
+        for held in self._deferred:
             planned = held.planned
             if planned.num_tokens >= held.num_wanted:
                 self.prefills.append(planned)
@@ -182,10 +182,10 @@ class BatchBuilder:
             self._unload(planned)
             count = max(planned.num_tokens, self.fit(planned.seq, planned.parts, limit=held.num_wanted))
             if count > 0:
-                self.add(Planned(planned.seq, count, planned.parts))
+                self.add(PlannedChunk(planned.seq, count, planned.parts))
             else:
                 left_out.append(planned.seq)
-        self._held.clear()
+        self._deferred.clear()
         return left_out
 
     def is_full(self) -> bool:
@@ -201,7 +201,7 @@ class BatchBuilder:
                 return False
         return True
 
-    def share_s(self, planned: Planned) -> float:
+    def share_s(self, planned: PlannedChunk) -> float:
         """How much shorter the step would be without this chunk of it."""
         return max(
             self._cost.linear_s(load.num_tokens, load.num_sequences)
@@ -228,28 +228,28 @@ class BatchBuilder:
         loads = self.loads
         return not (loads[0].num_sequences if len(loads) == 1 else any(load.num_sequences for load in loads))
 
-    def _load(self, planned: Planned) -> None:
+    def _load(self, planned: PlannedChunk) -> None:
         if planned.num_tokens:
             for part in planned.parts:
                 attention_s = self._cost.attention_s(part.context, planned.num_tokens)
                 self.loads[part.kvp_rank].add_chunk(part.context, planned.num_tokens, attention_s)
 
-    def _unload(self, planned: Planned) -> None:
+    def _unload(self, planned: PlannedChunk) -> None:
         if planned.num_tokens:
             for part in planned.parts:
                 attention_s = self._cost.attention_s(part.context, planned.num_tokens)
                 self.loads[part.kvp_rank].remove_chunk(part.context, planned.num_tokens, attention_s)
 
-    def _fits(self, parts: tuple[Part, ...], num_tokens: int, budget_s: float) -> bool:
+    def _fits(self, parts: tuple[ChunkShard, ...], num_tokens: int, budget_s: float) -> bool:
         for part in parts:
             if step_s(self._cost, self.loads[part.kvp_rank]) + self._extra_s(part, num_tokens) > budget_s:
                 return False
         return True
 
-    def _most_extra_s(self, parts: tuple[Part, ...], num_tokens: int) -> float:
+    def _most_extra_s(self, parts: tuple[ChunkShard, ...], num_tokens: int) -> float:
         return max([self._extra_s(part, num_tokens) for part in parts])
 
-    def _extra_s(self, part: Part, num_tokens: int) -> float:
+    def _extra_s(self, part: ChunkShard, num_tokens: int) -> float:
         load = self.loads[part.kvp_rank]
         return (
             self._cost.linear_s(load.num_tokens + num_tokens, load.num_sequences + 1)

@@ -8,7 +8,7 @@ from enum import Enum
 
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad
 
-_MAX_LINEAR_LOOKS = 4
+_MAX_LINEAR_PROBES = 4
 
 
 class Chunking(Enum):
@@ -88,7 +88,7 @@ def largest_chunk(
     num_looks = 0
     while high - low > 1:
         middle = (low + high) // 2
-        if num_looks < _MAX_LINEAR_LOOKS:
+        if num_looks < _MAX_LINEAR_PROBES:
             middle = min(max(low + int((high - low) * low_s / (low_s - high_s)), low + 1), high - 1)
         seconds = _excess_s(cost, load, start, middle * tile_tokens, budget_s)
         if seconds <= 0.0:

@@ -14,13 +14,13 @@ from typing import Any
 from megatron_medha.core.scheduling.kinetic_tournament import Entry, KineticTournament
 from megatron_medha.core.scheduling.policies import Priority
 
-_LEAST_FRONT = 4   # more are pulled to the front when somebody asks for more, and stay there
-_MOST_FRONT = 16   # all that a batch looks at, as a rule
-_MOST_NEW = 32     # in the front before the next look; of a burst, the others join the rest one by one, not at the look
+_MIN_HEAD = 4   # more are pulled to the front when somebody asks for more, and stay there
+_MAX_HEAD = 16   # all that a batch looks at, as a rule
+_MAX_NEW = 32     # in the front before the next look; of a burst, the others join the rest one by one, not at the look
 
 # (level, priority at the moment asked, arrival, id, item); places of several queues merge by all but the last. Their
 # type says no more because compiled tuples of known types are taken apart and put together again when they are moved.
-Place = tuple[Any, ...]
+RankedEntry = tuple[Any, ...]
 LEVEL, ITEM_ID, ITEM = 0, 3, 4  # where they stand in a place
 
 
@@ -50,7 +50,7 @@ class KineticQueue:
         if item_id in self._rest:
             self._rest.pop(item_id, now_s)
         entry = Entry(level, priority.at_zero, priority.slope, arrival_s, item_id, item)
-        if item_id in self._front or len(self._front) < _MOST_NEW:
+        if item_id in self._front or len(self._front) < _MAX_NEW:
             self._front[item_id] = entry
         else:
             self._rest.add(entry, now_s)
@@ -60,48 +60,48 @@ class KineticQueue:
         if self._front.pop(item_id, None) is None:
             self._rest.pop(item_id, now_s)
 
-    def first_places(self, now_s: float) -> list[Place]:
+    def first_entries(self, now_s: float) -> list[RankedEntry]:
         """The first few, in order, as of now."""
-        places: list[Place] = [
+        places: list[RankedEntry] = [
             (entry.level, entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item)
             for entry in self._front.values()
         ]
         if len(places) > 1:
             places.sort()
-            while len(places) > _MOST_FRONT:
+            while len(places) > _MAX_HEAD:
                 self._demote(places, now_s)
         if len(self._rest):
-            while (place := self._next(now_s)) is not None and (len(places) < _LEAST_FRONT or place < places[-1]):
-                if len(places) > _LEAST_FRONT:
+            while (place := self._next(now_s)) is not None and (len(places) < _MIN_HEAD or place < places[-1]):
+                if len(places) > _MIN_HEAD:
                     self._demote(places, now_s)  # as a newcomer, whom any number of the rest may precede
                 else:
                     self._pull(place, now_s)
                     insort(places, place)
         return places
 
-    def more_places(self, now_s: float) -> list[Place]:
-        """The next few, in order; call it at the same moment as first_places."""
-        places: list[Place] = []
-        while len(places) < _LEAST_FRONT and (place := self._next(now_s)) is not None:
+    def more_entries(self, now_s: float) -> list[RankedEntry]:
+        """The next few, in order; call it at the same moment as first_entries."""
+        places: list[RankedEntry] = []
+        while len(places) < _MIN_HEAD and (place := self._next(now_s)) is not None:
             self._pull(place, now_s)
             places.append(place)
         return places
 
-    def in_order(self, now_s: float) -> Iterator[Place]:
+    def in_order(self, now_s: float) -> Iterator[RankedEntry]:
         """Places of all, as of now. The queue must not change while this is read."""
-        places = self.first_places(now_s)
+        places = self.first_entries(now_s)
         while places:
             yield from places
-            places = self.more_places(now_s)
+            places = self.more_entries(now_s)
 
-    def _next(self, now_s: float) -> Place | None:
+    def _next(self, now_s: float) -> RankedEntry | None:
         entry = self._rest.first(now_s)
         if entry is None:
             return None
         return entry.level, entry.at_zero + entry.slope * now_s, entry.arrival_s, entry.item_id, entry.item
 
-    def _demote(self, places: list[Place], now_s: float) -> None:
+    def _demote(self, places: list[RankedEntry], now_s: float) -> None:
         self._rest.add(self._front.pop(places.pop()[ITEM_ID]), now_s)
 
-    def _pull(self, place: Place, now_s: float) -> None:
+    def _pull(self, place: RankedEntry, now_s: float) -> None:
         self._front[place[ITEM_ID]] = self._rest.pop(place[ITEM_ID], now_s)

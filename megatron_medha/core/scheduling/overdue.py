@@ -8,11 +8,11 @@ from megatron_medha.core.kv.sequence import Sequence
 
 # Entries of the dead that are kept for each of the living, and in all: the heap is swept when there are more. A client
 # may name a deadline days ahead (x-slo-ttft-ms), and until then nothing else would take its entry out.
-_MOST_PER_LIVE = 4
-_LEAST_SWEPT = 256
+_MAX_ENTRIES_PER_SEQUENCE = 4
+_MIN_ENTRIES_SWEPT = 256
 
 
-class Overdue:
+class OverdueHeap:
     """A heap of deadlines; who has ended or has another deadline by now may be in it still."""
 
     def __init__(self, sequences: dict[str, Sequence]) -> None:
@@ -27,7 +27,7 @@ class Overdue:
         """Its deadline is new, or it is a prefill again."""
         heap = self._heap
         heappush(heap, (seq.deadline_s, seq.request.arrival_s, seq.request_id))
-        if len(heap) > _LEAST_SWEPT and len(heap) > _MOST_PER_LIVE * len(self._sequences):
+        if len(heap) > _MIN_ENTRIES_SWEPT and len(heap) > _MAX_ENTRIES_PER_SEQUENCE * len(self._sequences):
             self._heap = list({entry for entry in heap if self._holds(entry)})
             heapify(self._heap)
 

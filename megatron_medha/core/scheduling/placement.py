@@ -23,7 +23,7 @@ def predicted_finish_s(load: ReplicaLoad) -> float:
     return (load.remaining_prefill_s + load.prompt_s) / (1.0 - min(load.decode_share, _MAX_DECODE_SHARE))
 
 
-def place(replicas: Sequence[ReplicaLoad]) -> int:
+def choose_replica(replicas: Sequence[ReplicaLoad]) -> int:
     """The index of the replica to run on; ties go to the lowest. Those that are not ready count only if none is."""
     return min(
         range(len(replicas)),

@@ -6,15 +6,15 @@ from math import inf
 from typing import Protocol
 
 from megatron_medha.core.cost.step_cost import CostModel, step_s
-from megatron_medha.core.kv.kv_memory import KVMemory, Part
+from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.sequence import Sequence
-from megatron_medha.core.scheduling.batch_builder import BatchBuilder, Planned
+from megatron_medha.core.scheduling.batch_builder import BatchBuilder, PlannedChunk
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import relative_slack
-from megatron_medha.core.scheduling.prefill_queue import Candidates
+from megatron_medha.core.scheduling.prefill_queue import PrefillCandidates
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
-_OWED_STEPS = 0.5  # the least worth of the chunks that savings pay for, in steps
+_MIN_OVERDUE_STEPS = 0.5  # the least worth of the chunks that savings pay for, in steps
 
 
 class PrefillLimits(Protocol):
@@ -26,7 +26,7 @@ class PrefillLimits(Protocol):
     def admit(self, seq: Sequence) -> bool:
         """Whether `seq` has begun, or may; if not, others pass it."""
 
-    def most_tokens(self, builder: BatchBuilder, seq: Sequence, parts: tuple[Part, ...]) -> int | None:
+    def max_prefill_tokens(self, builder: BatchBuilder, seq: Sequence, parts: tuple[ChunkShard, ...]) -> int | None:
         """How many tokens of `seq` the step may take; None: as many as fit."""
 
     def begun(self, seq: Sequence) -> None:
@@ -63,13 +63,13 @@ class PrefillPacker:
         self._cost = cost
         self._memory = memory
         self._limits = limits
-        self._max_gift_s = config.max_banked_steps * config.step_budget_s
-        self._gift_s = [self._max_gift_s] * memory.kvp
+        self._max_banked_s = config.max_banked_steps * config.step_budget_s
+        self._banked_s = [self._max_banked_s] * memory.kvp
         self._overdue: Sequence | None = None
-        self._credit_s = 0.0
+        self._overdue_credit_s = 0.0
 
     def pack(
-        self, builder: BatchBuilder, candidates: Candidates, overdue: Sequence | None, now_s: float
+        self, builder: BatchBuilder, candidates: PrefillCandidates, overdue: Sequence | None, now_s: float
     ) -> None:
         """Add chunks of `candidates`, most urgent first, each the largest that still fits (Medha Alg. 1 and 2).
 
@@ -79,17 +79,17 @@ class PrefillPacker:
         reservation = self._memory.reservation
         if overdue is not self._overdue:
             self._memory.reserve(None, 0.0)
-        credit_s, owed = self._owed_chunk(builder, overdue)
-        gift_s = list(self._gift_s)
-        used_s = [0.0] * len(gift_s)
+        credit_s, overdue_chunk = self._overdue_chunk(builder, overdue)
+        shared_budget_s = list(self._banked_s)
+        used_s = [0.0] * len(shared_budget_s)
         long_ranks: set[int] = set()
         first: Sequence | None = None  # the most urgent one that could start
         num_skipped = num_without_memory = 0
-        most_tokens: float = inf
-        if not self._has_place(overdue):
-            candidates.leave_out_waiting()
+        max_prefill_tokens: float = inf
+        if not self._has_sequence_slot(overdue):
+            candidates.exclude_waiting()
         has_others = len(candidates) > 1
-        has_prefill = owed is not None
+        has_prefill = overdue_chunk is not None
         is_full = has_prefill and builder.is_full()
         limits, max_skips = self._limits, self._config.max_skips
         if limits is not None:
@@ -99,23 +99,23 @@ class PrefillPacker:
                 break
             if limits is not None and not limits.admit(seq):
                 continue  # others may pass it: it does not count as one that did not fit
-            if seq.num_unscheduled_tokens >= most_tokens:
+            if seq.num_unscheduled_tokens >= max_prefill_tokens:
                 num_skipped += 1  # a long one beside the long ones there: not worth a closer look
                 continue
             plan = self._plan(seq)
             if plan is None:
                 num_without_memory += 1
                 if num_without_memory > max_skips:
-                    candidates.leave_out_waiting()
+                    candidates.exclude_waiting()
                 continue
             first = first or seq
             parts = self._memory.parts(seq, plan)
-            num_least = 0
-            if owed is not None and seq is owed.seq:
-                builder.unhold(seq)  # its turn has come anyway: it gets what it is owed, or more
-                num_least = owed.num_tokens
-            limit = None if limits is None else limits.most_tokens(builder, seq, parts)
-            num_tokens, is_long = self._chunk(builder, seq, parts, num_least, long_ranks, limit)
+            num_guaranteed = 0
+            if overdue_chunk is not None and seq is overdue_chunk.seq:
+                builder.undefer(seq)  # its turn has come anyway: it gets what it is owed, or more
+                num_guaranteed = overdue_chunk.num_tokens
+            limit = None if limits is None else limits.max_prefill_tokens(builder, seq, parts)
+            num_tokens, is_long = self._chunk(builder, seq, parts, num_guaranteed, long_ranks, limit)
             if not num_tokens and not has_prefill:
                 # However full of decodes the step is, one tile goes in: less urgent ones must not pass a prefill
                 # whose context has become so long that no tile fits beside them.
@@ -127,25 +127,25 @@ class PrefillPacker:
                 self._memory.take(seq, plan)
                 if limits is not None:
                     limits.begun(seq)
-                if not self._has_place(overdue):
-                    candidates.leave_out_waiting()
+                if not self._has_sequence_slot(overdue):
+                    candidates.exclude_waiting()
             if is_long:
                 long_ranks.update(part.kvp_rank for part in parts)
-                num_kept = self._kept(builder, seq, parts, num_tokens, gift_s, has_others, now_s)
-                builder.hold(Planned(seq, max(num_kept, num_least), parts), num_tokens)
-                if has_others and len(long_ranks) == len(gift_s):
-                    candidates.leave_out_large()
-                    most_tokens = float(builder.most_tokens())
+                num_kept = self._guaranteed_tokens(builder, seq, parts, num_tokens, shared_budget_s, has_others, now_s)
+                builder.defer(PlannedChunk(seq, max(num_kept, num_guaranteed), parts), num_tokens)
+                if has_others and len(long_ranks) == len(shared_budget_s):
+                    candidates.exclude_large()
+                    max_prefill_tokens = float(builder.max_prefill_tokens())
             else:
-                self._add(builder, Planned(seq, num_tokens, parts), used_s)
+                self._add(builder, PlannedChunk(seq, num_tokens, parts), used_s)
             has_prefill, is_full = True, has_others and builder.is_full()
-        for seq in builder.add_held():
+        for seq in builder.add_deferred():
             if seq.is_waiting:
                 self._memory.release(seq)  # others have used the whole step: it has not begun after all
         if not builder.prefills:
             self._add_tile(builder, first or overdue)
         if not builder.is_empty:
-            self._settle(builder, overdue, credit_s, gift_s, used_s, long_ranks)
+            self._update_credits(builder, overdue, credit_s, shared_budget_s, used_s, long_ranks)
         else:
             self._memory.reservation = reservation
 
@@ -153,7 +153,7 @@ class PrefillPacker:
         """KVP ranks for a sequence without KV, () for one that has it, None when there is no memory for it now."""
         return () if seq.block_table.shards else self._memory.plan(seq)
 
-    def _has_place(self, overdue: Sequence | None) -> bool:
+    def _has_sequence_slot(self, overdue: Sequence | None) -> bool:
         """Whether one more sequence may own KV; the last place is kept for an overdue one that owns none."""
         num_places = self._config.max_num_sequences - self._memory.num_owners
         return num_places > (overdue is not None and not overdue.block_table.shards)
@@ -162,41 +162,41 @@ class PrefillPacker:
         self,
         builder: BatchBuilder,
         seq: Sequence,
-        parts: tuple[Part, ...],
-        num_least: int,
+        parts: tuple[ChunkShard, ...],
+        num_guaranteed: int,
         long_ranks: set[int],
         limit: int | None,
     ) -> tuple[int, bool]:
         """Tokens of `seq` for this step, and whether it will hold up others for more than the step at hand."""
         config = self._config
         if limit is not None or not config.has_space_sharing or config.chunking is not Chunking.ADAPTIVE:
-            return max(builder.fit(seq, parts, limit=limit), num_least), False
+            return max(builder.fit(seq, parts, limit=limit), num_guaranteed), False
         if not long_ranks.isdisjoint(part.kvp_rank for part in parts):  # then only one that is not long may join
             is_long = not builder.fits_whole(seq, parts)
-            return (num_least if is_long else seq.num_unscheduled_tokens), is_long
-        num_tokens = max(builder.fit(seq, parts), num_least)
+            return (num_guaranteed if is_long else seq.num_unscheduled_tokens), is_long
+        num_tokens = max(builder.fit(seq, parts), num_guaranteed)
         return num_tokens, num_tokens < seq.num_unscheduled_tokens
 
-    def _kept(
+    def _guaranteed_tokens(
         self,
         builder: BatchBuilder,
         seq: Sequence,
-        parts: tuple[Part, ...],
+        parts: tuple[ChunkShard, ...],
         num_tokens: int,
-        gift_s: list[float],
+        shared_budget_s: list[float],
         has_others: bool,
         now_s: float,
     ) -> int:
-        """What a long prefill keeps for itself however many others come; what it gives is added to gift_s."""
+        """What a long prefill keeps for itself however many others come; what it gives is added to shared_budget_s."""
         given = min(max(relative_slack(seq, now_s), 0.0), self._config.max_relative_slack)
         if not given:
             return num_tokens
         offered_s = inf
         for part in parts:
             rank = part.kvp_rank
-            saved_s = gift_s[rank] + given * builder.budget_s
-            gift_s[rank] = min(saved_s, max(self._max_gift_s, given * builder.budget_s))
-            offered_s = min(offered_s, gift_s[rank])
+            saved_s = shared_budget_s[rank] + given * builder.budget_s
+            shared_budget_s[rank] = min(saved_s, max(self._max_banked_s, given * builder.budget_s))
+            offered_s = min(offered_s, shared_budget_s[rank])
         if not has_others:
             return num_tokens
         if offered_s >= builder.budget_s:
@@ -205,7 +205,7 @@ class PrefillPacker:
         num_kept = builder.fit(seq, parts, 1.0 - max(offered_s, 0.0) / builder.budget_s, num_tokens)
         return max(num_kept, min(builder.tile(seq, parts), num_tokens))
 
-    def _add(self, builder: BatchBuilder, planned: Planned, used_s: list[float]) -> None:
+    def _add(self, builder: BatchBuilder, planned: PlannedChunk, used_s: list[float]) -> None:
         """Put in a chunk of one that is not long, and note what it takes from the gifts of those that are."""
         for part in planned.parts:
             used_s[part.kvp_rank] -= step_s(self._cost, builder.loads[part.kvp_rank])
@@ -213,16 +213,16 @@ class PrefillPacker:
         for part in planned.parts:
             used_s[part.kvp_rank] += step_s(self._cost, builder.loads[part.kvp_rank])
 
-    def _owed_chunk(self, builder: BatchBuilder, overdue: Sequence | None) -> tuple[float, Planned | None]:
+    def _overdue_chunk(self, builder: BatchBuilder, overdue: Sequence | None) -> tuple[float, PlannedChunk | None]:
         """What the overdue prefill has saved up by this step, and the chunk it pays for, held in the batch."""
         if overdue is None:
             return 0.0, None
-        saved_s = self._credit_s if overdue is self._overdue else 0.0
+        saved_s = self._overdue_credit_s if overdue is self._overdue else 0.0
         plan = self._plan(overdue)
         if plan is None or plan and self._memory.num_owners >= self._config.max_num_sequences:
             return saved_s, None  # no memory for it yet: what it could not use is not saved for it
         credit_s = saved_s + self._config.progress_share * builder.budget_s
-        if credit_s < min(_OWED_STEPS * builder.budget_s, overdue.remaining_work_s):
+        if credit_s < min(_MIN_OVERDUE_STEPS * builder.budget_s, overdue.remaining_work_s):
             return credit_s, None
         parts = self._memory.parts(overdue, plan)
         num_tokens = builder.fit_credit(overdue, parts, credit_s)
@@ -230,9 +230,9 @@ class PrefillPacker:
             return credit_s, None
         if plan:
             self._memory.take(overdue, plan)
-        owed = Planned(overdue, num_tokens, parts)
-        builder.hold(owed, overdue.num_unscheduled_tokens)
-        return credit_s, owed
+        overdue_chunk = PlannedChunk(overdue, num_tokens, parts)
+        builder.defer(overdue_chunk, overdue.num_unscheduled_tokens)
+        return credit_s, overdue_chunk
 
     def _add_tile(self, builder: BatchBuilder, seq: Sequence | None) -> None:
         """Liveness: when nobody took what was kept for others, the most urgent one, or the overdue one, does."""
@@ -245,14 +245,14 @@ class PrefillPacker:
         if num_tokens > 0:
             if plan:
                 self._memory.take(seq, plan)
-            builder.add(Planned(seq, num_tokens, parts))
+            builder.add(PlannedChunk(seq, num_tokens, parts))
 
-    def _settle(
+    def _update_credits(
         self,
         builder: BatchBuilder,
         overdue: Sequence | None,
         credit_s: float,
-        gift_s: list[float],
+        shared_budget_s: list[float],
         used_s: list[float],
         long_ranks: set[int],
     ) -> None:
@@ -260,11 +260,11 @@ class PrefillPacker:
         for planned in builder.prefills:
             if planned.seq is overdue:
                 credit_s = max(0.0, credit_s - builder.share_s(planned))
-        self._overdue, self._credit_s = overdue, credit_s
+        self._overdue, self._overdue_credit_s = overdue, credit_s
         self._memory.reserve(overdue, self._config.progress_share)
         # Where no long prefill runs there is nothing to protect. Tiles are coarse, so others may take more than was
         # given; what they owe is taken from the next gifts.
-        self._gift_s = [
-            gift - used if rank in long_ranks else self._max_gift_s
-            for rank, (gift, used) in enumerate(zip(gift_s, used_s, strict=True))
+        self._banked_s = [
+            banked - used if rank in long_ranks else self._max_banked_s
+            for rank, (banked, used) in enumerate(zip(shared_budget_s, used_s, strict=True))
         ]

@@ -8,23 +8,25 @@ from heapq import heapify, heappop, heappush
 from math import inf
 
 from megatron_medha.core.kv.sequence import Sequence
-from megatron_medha.core.scheduling.kinetic_queue import ITEM, ITEM_ID, LEVEL, KineticQueue, Place
+from megatron_medha.core.scheduling.kinetic_queue import ITEM, ITEM_ID, LEVEL, KineticQueue, RankedEntry
 from megatron_medha.core.scheduling.policies import Priority
 
-_BEFORE_ALL_CLASSES = -(2**40)  # below any priority, which are integers of 32 bits
-_MOST_LOSSES_PER_LIVE = 4  # entries of self._losses; of more, those that mean nothing any more are taken out ...
-_LEAST_SWEPT = 256         # ... if there are so many at all
+_FIRST_LEVEL = -(2**40)  # below any priority, which are integers of 32 bits
+_MAX_LATE_ENTRIES_PER_SEQUENCE = (
+    4  # entries of self._late_heap; of more, those that mean nothing any more are taken out ...
+)
+_MIN_LATE_ENTRIES_SWEPT = 256         # ... if there are so many at all
 
 
 @dataclass(slots=True, eq=False)
-class _Kind:
+class _Bucket:
     """Prefills of one kind, and what they have in common."""
 
-    is_lost: bool     # large, and cannot meet its deadline any more, however fast it goes
+    is_late: bool     # large, and cannot meet its deadline any more, however fast it goes
     is_waiting: bool  # owns no KV
     is_large: bool    # cannot end within one step, however empty
     queue: KineticQueue = field(default_factory=KineticQueue)
-    least_level: int = 0  # of those in the queue, or less
+    min_level: int = 0  # of those in the queue, or less
 
 
 class PrefillQueue:
@@ -46,81 +48,89 @@ class PrefillQueue:
         self.num_step_tokens = num_step_tokens  # that fit into an empty step; of effect on what is added from now on
         self._policy = policy
         self._is_preemptive = is_preemptive
-        self._kinds = {
-            (is_lost, is_waiting, is_large): _Kind(is_lost, is_waiting, is_large)
-            for is_lost, is_large in ((False, False), (False, True), (True, True))
+        self._buckets = {
+            (is_late, is_waiting, is_large): _Bucket(is_late, is_waiting, is_large)
+            for is_late, is_large in ((False, False), (False, True), (True, True))
             for is_waiting in (False, True)
         }
-        self._kind_of: dict[str, _Kind] = {}  # by request id
+        self._bucket_of: dict[str, _Bucket] = {}  # by request id
         # Heap of (moment, count, sequence): when a large one is lost unless it runs. What has run or gone since may be
         # in it still, until its moment comes.
-        self._losses: list[tuple[float, int, Sequence]] = []
-        self._num_losses = 0
+        self._late_heap: list[tuple[float, int, Sequence]] = []
+        self._num_late_entries = 0
 
     def __len__(self) -> int:
-        return len(self._kind_of)
+        return len(self._bucket_of)
 
     def add(self, seq: Sequence, now_s: float) -> None:
         """Make `seq` a candidate: its next chunk may start. One that is there is given its new place."""
         request, request_id = seq.request, seq.request_id
         is_waiting = seq.is_waiting
         is_large = seq.num_unscheduled_tokens > self.num_step_tokens
-        is_lost = is_large and seq.lost_s < now_s
-        kind = self._kind_of.get(request_id)
+        is_late = is_large and seq.triage_s < now_s
+        bucket = self._bucket_of.get(request_id)
         if (
-            kind is None or kind.is_waiting is not is_waiting or kind.is_large is not is_large
-            or kind.is_lost is not is_lost
+            bucket is None or bucket.is_waiting is not is_waiting or bucket.is_large is not is_large
+            or bucket.is_late is not is_late
         ):  # fmt: skip
-            if kind is not None:
-                kind.queue.remove(request_id, now_s)
-            self._kind_of[request_id] = kind = self._kinds[is_lost, is_waiting, is_large]
-        if is_large and not is_lost and seq.lost_s < inf:
-            self._num_losses += 1
-            heappush(self._losses, (seq.lost_s, self._num_losses, seq))
-            if len(self._losses) > max(_LEAST_SWEPT, _MOST_LOSSES_PER_LIVE * len(self._kind_of)):
-                self._sweep_losses()
-        line = Priority(seq.remaining_work_s) if is_lost else self._policy(seq)
+            if bucket is not None:
+                bucket.queue.remove(request_id, now_s)
+            self._bucket_of[request_id] = bucket = self._buckets[is_late, is_waiting, is_large]
+        if is_large and not is_late and seq.triage_s < inf:
+            self._num_late_entries += 1
+            heappush(self._late_heap, (seq.triage_s, self._num_late_entries, seq))
+            if len(self._late_heap) > max(
+                _MIN_LATE_ENTRIES_SWEPT, _MAX_LATE_ENTRIES_PER_SEQUENCE * len(self._bucket_of)
+            ):
+                self._sweep_late()
+        line = Priority(seq.remaining_work_s) if is_late else self._policy(seq)
         # By class, in each class those that are not lost first.
-        level = 2 * (request.priority if is_waiting or self._is_preemptive else _BEFORE_ALL_CLASSES) + is_lost
-        if level < kind.least_level or not len(kind.queue):
-            kind.least_level = level
-        kind.queue.add(request_id, level, line, request.arrival_s, (seq, kind), now_s)
+        level = 2 * (request.priority if is_waiting or self._is_preemptive else _FIRST_LEVEL) + is_late
+        if level < bucket.min_level or not len(bucket.queue):
+            bucket.min_level = level
+        bucket.queue.add(request_id, level, line, request.arrival_s, (seq, bucket), now_s)
 
     def discard(self, seq: Sequence, now_s: float) -> None:
         """Take `seq` out, if it is there."""
-        kind = self._kind_of.pop(seq.request_id, None)
-        if kind is not None:
-            kind.queue.remove(seq.request_id, now_s)
+        bucket = self._bucket_of.pop(seq.request_id, None)
+        if bucket is not None:
+            bucket.queue.remove(seq.request_id, now_s)
 
-    def candidates(self, now_s: float) -> Candidates:
+    def candidates(self, now_s: float) -> PrefillCandidates:
         """All of them, most urgent first, as of now. The queue must not change while this is read."""
-        while self._losses and self._losses[0][0] < now_s:
-            _, _, seq = heappop(self._losses)
-            kind = self._kind_of.get(seq.request_id)
-            if seq.is_prefill and kind is not None and kind.is_large and not kind.is_lost and seq.lost_s < now_s:
+        while self._late_heap and self._late_heap[0][0] < now_s:
+            _, _, seq = heappop(self._late_heap)
+            bucket = self._bucket_of.get(seq.request_id)
+            if (
+                seq.is_prefill
+                and bucket is not None
+                and bucket.is_large
+                and not bucket.is_late
+                and seq.triage_s < now_s
+            ):
                 self.add(seq, now_s)
-        return Candidates(list(self._kinds.values()), len(self._kind_of), now_s)
+        return PrefillCandidates(list(self._buckets.values()), len(self._bucket_of), now_s)
 
-    def _sweep_losses(self) -> None:
+    def _sweep_late(self) -> None:
         """Keep one entry of each that may still be lost: each chunk of a prompt leaves one behind."""
         latest = {
-            seq.request_id: (lost_s, count, seq)
-            for lost_s, count, seq in sorted(self._losses, key=_count)
-            if seq.is_prefill and seq.lost_s == lost_s and seq.request_id in self._kind_of
+            seq.request_id: (triage_s, count, seq)
+            for triage_s, count, seq in sorted(self._late_heap, key=_count)
+            if seq.is_prefill and seq.triage_s == triage_s and seq.request_id in self._bucket_of
         }
-        self._losses = list(latest.values())
-        heapify(self._losses)
+        self._late_heap = list(latest.values())
+        heapify(self._late_heap)
 
 
 def _count(loss: tuple[float, int, Sequence]) -> int:
     return loss[1]
 
 
-class Candidates:
+class PrefillCandidates:
     """An iterator over prefills, most urgent first, from which whole kinds can be left out midway."""
 
-    def __init__(self, kinds: list[_Kind], num_candidates: int, now_s: float) -> None:
-        self._kinds = kinds
+    def __init__(self, buckets: list[_Bucket], num_candidates: int, now_s: float) -> None:
+        self._buckets = buckets
         self._num_candidates = num_candidates
         self._now_s = now_s
         self._has_waiting = self._has_large = True
@@ -128,56 +138,60 @@ class Candidates:
     def __len__(self) -> int:
         return self._num_candidates
 
-    def leave_out_waiting(self) -> None:
+    def exclude_waiting(self) -> None:
         """From here on only those that own KV."""
         self._has_waiting = False
 
-    def leave_out_large(self) -> None:
+    def exclude_large(self) -> None:
         """From here on only those that might end within a step."""
         self._has_large = False
 
     def __iter__(self) -> Iterator[Sequence]:
         now_s = self._now_s
-        places: list[Place] = []
+        places: list[RankedEntry] = []
         unfinished: dict[str, KineticQueue] = {}  # queues of which more can be asked for, by the last id known
-        lost: list[_Kind] = []  # looked into when the others of their class have been seen, which is hardly ever
-        for kind in self._kinds:
-            if not len(kind.queue) or not self._includes(kind):
+        lost: list[_Bucket] = []  # looked into when the others of their class have been seen, which is hardly ever
+        for bucket in self._buckets:
+            if not len(bucket.queue) or not self._includes(bucket):
                 continue
-            if kind.is_lost:
-                lost.append(kind)
+            if bucket.is_late:
+                lost.append(bucket)
             else:
-                self._extend(places, kind.queue, kind.queue.first_places(now_s), unfinished)
+                self._extend(places, bucket.queue, bucket.queue.first_entries(now_s), unfinished)
         places.sort()
-        lost_level = min([kind.least_level for kind in lost], default=0)
+        late_level = min([bucket.min_level for bucket in lost], default=0)
         index = -1
         while (index := index + 1) < len(places) or lost:  # grows while it is read
-            if lost and (index == len(places) or places[index][LEVEL] > lost_level):
+            if lost and (index == len(places) or places[index][LEVEL] > late_level):
                 following = places[index:]
-                for kind in lost:
-                    if self._includes(kind):
-                        self._extend(following, kind.queue, kind.queue.first_places(now_s), unfinished)
+                for bucket in lost:
+                    if self._includes(bucket):
+                        self._extend(following, bucket.queue, bucket.queue.first_entries(now_s), unfinished)
                 places[index:] = sorted(following)
                 lost = []
                 if index == len(places):
                     return
             place = places[index]
-            item: tuple[Sequence, _Kind] = place[ITEM]
-            seq, kind = item
-            if not self._includes(kind):
+            item: tuple[Sequence, _Bucket] = place[ITEM]
+            seq, bucket = item
+            if not self._includes(bucket):
                 continue
             yield seq
-            if unfinished and (request_id := place[ITEM_ID]) in unfinished and self._includes(kind):
+            if unfinished and (request_id := place[ITEM_ID]) in unfinished and self._includes(bucket):
                 queue, following = unfinished[request_id], places[index + 1 :]
-                self._extend(following, queue, queue.more_places(now_s), unfinished)
+                self._extend(following, queue, queue.more_entries(now_s), unfinished)
                 places[index + 1 :] = sorted(following)
 
     def _extend(
-        self, places: list[Place], queue: KineticQueue, more: list[Place], unfinished: dict[str, KineticQueue]
+        self,
+        places: list[RankedEntry],
+        queue: KineticQueue,
+        more: list[RankedEntry],
+        unfinished: dict[str, KineticQueue],
     ) -> None:
         places += more
         if queue.has_rest:
             unfinished[more[-1][ITEM_ID]] = queue
 
-    def _includes(self, kind: _Kind) -> bool:
-        return (self._has_waiting or not kind.is_waiting) and (self._has_large or not kind.is_large)
+    def _includes(self, bucket: _Bucket) -> bool:
+        return (self._has_waiting or not bucket.is_waiting) and (self._has_large or not bucket.is_large)

@@ -28,17 +28,17 @@ from megatron_medha.core.kv.shards import begins_shard, num_shards
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
 from megatron_medha.core.scheduling.chunking import PrefillTimes
-from megatron_medha.core.scheduling.overdue import Overdue
+from megatron_medha.core.scheduling.overdue import OverdueHeap
 from megatron_medha.core.scheduling.policies import POLICIES, Policy, relative_slack
 from megatron_medha.core.scheduling.prefill_packer import PrefillLimits, PrefillPacker
 from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.core.scheduling.step_budget import StepAim, shortest_fair_s
+from megatron_medha.core.scheduling.step_budget import BudgetUtilization, min_efficient_step_s
 
-_MOST_IN_HAND = 0.8  # of a deadline
+_MAX_MARGIN_SHARE = 0.8  # of a deadline
 
 
-class _InFlight:
+class _SubmittedBatch:
     """A batch the runtime has, with what the cost model needs to learn from it."""
 
     __slots__ = ("batch", "has_left_first_stage", "load", "num_decodes", "sequences")
@@ -72,15 +72,15 @@ class Scheduler:
         self.policy = policy or POLICIES[config.policy]
         self._spp = spp
         self._rule = config.chunk_rule
-        self._aim = StepAim()
+        self._utilization = BudgetUtilization()
         self._sequences: dict[str, Sequence] = {}
         self._decodes: list[Sequence] = []          # ready for their next token, oldest first
         self._growing: list[Sequence] = []          # need a block before their next token
-        self._overdue = Overdue(self._sequences)
+        self._overdue = OverdueHeap(self._sequences)
         self._builder = BatchBuilder(config.chunk_rule, cost, memory)
         self._packer = PrefillPacker(config, cost, memory, limits)
         self._num_tpot_slos = 0                     # live sequences that bring a TPOT target
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight: dict[int, _SubmittedBatch] = {}
         self._is_first_stage_free = True
         self._released: list[str] = []
         self._next_batch_id = 0
@@ -127,11 +127,11 @@ class Scheduler:
             self.config.min_deadline_s if least_s is None else least_s,
         )
 
-    def is_put_back(self, seq: Sequence, now_s: float) -> bool:
+    def is_deprioritized(self, seq: Sequence, now_s: float) -> bool:
         """Whether triage lets others go before this prefill: it takes more than a step, and its deadline is lost."""
-        return seq.lost_s < now_s and seq.num_unscheduled_tokens > self._times.num_step_tokens
+        return seq.triage_s < now_s and seq.num_unscheduled_tokens > self._times.num_step_tokens
 
-    def _lost_deadline_s(self, request: Request, target_s: float, total_work_s: float) -> float:
+    def _triage_deadline_s(self, request: Request, target_s: float, total_work_s: float) -> float:
         """The deadline that triage goes by: its own, or the one that its work alone would give it, if that is later.
 
         So a prompt that asks for what cannot be done is not put behind those that ask for nothing.
@@ -143,7 +143,7 @@ class Scheduler:
     def _margin_s(self, target_s: float) -> float:
         """What slack leaves in hand of a target; of a target shorter than ten steps, most of it."""
         steps_s = self.config.slack_margin_steps * self._feasible_s(self.config.step_budget_s)
-        return min(steps_s, _MOST_IN_HAND * target_s)
+        return min(steps_s, _MAX_MARGIN_SHARE * target_s)
 
     # ---- events ----
 
@@ -186,7 +186,7 @@ class Scheduler:
             seq = Sequence(
                 request=request,
                 deadline_s=request.arrival_s + target_s,
-                lost_deadline_s=self._lost_deadline_s(request, target_s, total_s),
+                triage_deadline_s=self._triage_deadline_s(request, target_s, total_s),
                 margin_s=self._margin_s(target_s),
                 total_work_s=total_s,
                 remaining_work_s=total_s,
@@ -198,7 +198,7 @@ class Scheduler:
             return
         outputs.append(Rejected(request.request_id, why, is_client_fault=True))
 
-    def _leave_first_stage(self, flight: _InFlight) -> None:
+    def _leave_first_stage(self, flight: _SubmittedBatch) -> None:
         flight.has_left_first_stage = True
         self._is_first_stage_free = True
         num_decodes = flight.num_decodes
@@ -213,7 +213,7 @@ class Scheduler:
             self._leave_first_stage(flight)
         self.cost.observe(flight.load, event.duration_s)
         if flight.num_decodes:  # others may have filled the whole budget
-            self._aim.learn(flight.batch, event.duration_s)
+            self._utilization.learn(flight.batch, event.duration_s)
         self._refresh_times()
         failed = dict(event.failed)
         is_calm = not event.stopped and not failed
@@ -311,7 +311,7 @@ class Scheduler:
         seq.move_to(Status.WAITING)
         seq.num_preemptions += 1
         if seq.num_output_tokens:
-            seq.lost_deadline_s = inf  # somebody is reading its answer: it is in time if it goes on at once
+            seq.triage_deadline_s = inf  # somebody is reading its answer: it is in time if it goes on at once
         seq.num_scheduled_tokens = seq.num_first_stage_tokens = seq.num_computed_tokens = 0
         seq.remaining_work_s = self.predicted_prefill_s(seq.num_known_tokens)
         self._overdue.add(seq)
@@ -347,7 +347,7 @@ class Scheduler:
         ]
         if all(seq is needy for seq in owners):
             return None
-        kept = self._kept_from_preemption(owners, now_s)
+        kept = self._preemption_exempt(owners, now_s)
         return max(
             owners,
             key=lambda seq: (
@@ -355,7 +355,7 @@ class Scheduler:
             ),
         )  # fmt: skip
 
-    def _kept_from_preemption(self, owners: list[Sequence], now_s: float) -> list[str]:
+    def _preemption_exempt(self, owners: list[Sequence], now_s: float) -> list[str]:
         """Who should not lose its KV, in overload: a long prefill that loses it again and again would never end.
 
         The longest overdue prefill, and the owner with the earliest deadline, most of all when they are the same: it
@@ -377,7 +377,7 @@ class Scheduler:
         budget_s = self._budget_s()
         builder = self._builder
         has_decodes = self._has_decodes()
-        builder.begin(self._aim.share * budget_s if has_decodes else budget_s, has_decodes)
+        builder.begin(self._utilization.share * budget_s if has_decodes else budget_s, has_decodes)
         builder.add_decodes(self._decodes)
         if self._prefills:
             self._packer.pack(builder, self._prefills.candidates(now_s), self._longest_overdue(now_s), now_s)
@@ -393,7 +393,7 @@ class Scheduler:
         self._next_batch_id += 1
         self._released.clear()
         sequences += [planned.seq for planned in builder.prefills]
-        self._in_flight[batch_id] = _InFlight(batch, sequences, num_decodes, load)
+        self._in_flight[batch_id] = _SubmittedBatch(batch, sequences, num_decodes, load)
         self._is_first_stage_free = False
         return batch
 
@@ -410,7 +410,7 @@ class Scheduler:
         tpot_slos_s = [seq.request.tpot_slo_s for seq in self._decodes if seq.request.tpot_slo_s is not None]
         wanted_s = self._feasible_s(min([budget_s, *tpot_slos_s]))
         # Where nobody prefills, a short step costs nobody anything.
-        return max(wanted_s, shortest_fair_s(budget_s, self.cost.linear_s(1, 1))) if self._prefills else wanted_s
+        return max(wanted_s, min_efficient_step_s(budget_s, self.cost.linear_s(1, 1))) if self._prefills else wanted_s
 
     def _feasible_s(self, budget_s: float) -> float:
         # A budget that the fixed costs of a step fill cannot be kept by any chunk size; tiles would then pay a
@@ -461,8 +461,8 @@ class Scheduler:
             return
         seq.total_work_s = total_s
         target_s = self.ttft_target_s(seq.request, total_s)
-        if seq.lost_deadline_s < inf:
-            seq.lost_deadline_s = self._lost_deadline_s(seq.request, target_s, total_s)
+        if seq.triage_deadline_s < inf:
+            seq.triage_deadline_s = self._triage_deadline_s(seq.request, target_s, total_s)
         if seq.request.ttft_slo_s is None:
             seq.deadline_s, seq.margin_s = seq.request.arrival_s + target_s, self._margin_s(target_s)
             self._overdue.add(seq)

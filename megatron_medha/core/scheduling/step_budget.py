@@ -5,13 +5,13 @@ from __future__ import annotations
 from megatron_medha.core.batch import Batch
 
 _TOLERANCE = 1.1   # a step this much over its budget has broken it
-_LOWERED = 0.01    # of the aim, after a step that broke its budget
-_RAISED = 0.0003   # after one that kept it: the two balance when 3% of the steps break theirs
-_LEAST_AIM = 0.7
-_MOST_TPOT_COST = 0.02  # of the prefills' speed, for the TPOT targets of clients
+_DECREASE = 0.01    # of the aim, after a step that broke its budget
+_INCREASE = 0.0003   # after one that kept it: the two balance when 3% of the steps break theirs
+_MIN_UTILIZATION = 0.7
+_MAX_PREFILL_SLOWDOWN = 0.02  # of the prefills' speed, for the TPOT targets of clients
 
 
-class StepAim:
+class BudgetUtilization:
     """The share of a step's budget that predictions may fill.
 
     1 on a machine whose steps take what is predicted. Where they scatter (cores shared with strangers), half of all
@@ -28,15 +28,15 @@ class StepAim:
         if not 0.8 * self.share <= batch.predicted_s / batch.budget_s <= 1.0:
             return
         if duration_s > _TOLERANCE * batch.budget_s:
-            self.share = max(_LEAST_AIM, self.share - _LOWERED)
+            self.share = max(_MIN_UTILIZATION, self.share - _DECREASE)
         else:
-            self.share = min(1.0, self.share + _RAISED)
+            self.share = min(1.0, self.share + _INCREASE)
 
 
-def shortest_fair_s(budget_s: float, fixed_s: float) -> float:
+def min_efficient_step_s(budget_s: float, fixed_s: float) -> float:
     """The shortest step in which prefills are at most 2% slower than in steps of budget_s.
 
     fixed_s: what every step takes whatever it computes, at most half of budget_s. The rest of a step goes into tokens.
     """
-    least_share = (1.0 - _MOST_TPOT_COST) * (1.0 - fixed_s / budget_s)
+    least_share = (1.0 - _MAX_PREFILL_SLOWDOWN) * (1.0 - fixed_s / budget_s)
     return fixed_s / (1.0 - least_share)

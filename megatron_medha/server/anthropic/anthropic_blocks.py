@@ -17,9 +17,9 @@ from megatron_medha.server.bodies.anthropic_types import (
 )
 from megatron_medha.server.bodies.openai_types import (
     CalledFunction,
+    ChatMessage,
     ContentPart,
     FunctionDefinition,
-    Message,
     NamedFunction,
     Tool,
     ToolCall,
@@ -33,12 +33,12 @@ from megatron_medha.server.tools.tool_fields import MAX_TOOLS, too_many_tools
 class MessagesChat:
     """The chat that a request is, where its messages came from, and what is left out of it."""
 
-    messages: list[Message] = field(default_factory=list)
+    messages: list[ChatMessage] = field(default_factory=list)
     tools: list[Tool] = field(default_factory=list)
     paths: dict[str, str] = field(default_factory=dict)  # of a chat's fields, in the words of this route
     ignored: list[str] = field(default_factory=list)
 
-    def add(self, message: Message, path: str) -> None:
+    def add(self, message: ChatMessage, path: str) -> None:
         """Add a message that came from there."""
         self.paths[f"messages[{len(self.messages)}]"] = path
         self.messages.append(message)
@@ -53,7 +53,7 @@ def read_conversation(body: MessagesRequest) -> MessagesChat:
     """The chat that these messages are; ApiError 400 for a block that is not text."""
     chat = MessagesChat()
     if body.system:
-        chat.add(Message(role="system", content=_text_of(body.system, "system")), "system")
+        chat.add(ChatMessage(role="system", content=_text_of(body.system, "system")), "system")
     for place, message in enumerate(body.messages):
         _add_message(chat, message, f"messages[{place}]")
     for place, tool in enumerate(body.tools or ()):
@@ -86,7 +86,7 @@ def chat_choice(choice: MessagesToolChoice | None) -> str | ToolChoice | None:
 
 def _add_message(chat: MessagesChat, message: InputMessage, path: str) -> None:
     if isinstance(message.content, str):
-        chat.add(Message(role=message.role, content=message.content), path)
+        chat.add(ChatMessage(role=message.role, content=message.content), path)
         return
     parts: list[ContentPart] = []
     calls: list[ToolCall] = []
@@ -100,7 +100,7 @@ def _add_message(chat: MessagesChat, message: InputMessage, path: str) -> None:
                 # A result is a message of its own, after what the user wrote before it.
                 _add_parts(chat, message.role, parts, path)
                 parts = []
-                chat.add(Message(role="tool", tool_call_id=call_id, content=_result_of(block, where)), where)
+                chat.add(ChatMessage(role="tool", tool_call_id=call_id, content=_result_of(block, where)), where)
             case InputBlock(type="tool_use" | "tool_result"):
                 raise bad_request(f"{where}: a {block.type} lacks some of its fields", where)
             case InputBlock(type="thinking" | "redacted_thinking"):
@@ -110,7 +110,7 @@ def _add_message(chat: MessagesChat, message: InputMessage, path: str) -> None:
             case _:
                 parts.append(ContentPart(type="text", text=_text_of_block(block, where)))
     if calls:
-        chat.add(Message(role=message.role, content=parts or None, tool_calls=calls), path)
+        chat.add(ChatMessage(role=message.role, content=parts or None, tool_calls=calls), path)
     else:
         _add_parts(chat, message.role, parts, path, is_empty_kept=not message.content)
 
@@ -119,7 +119,7 @@ def _add_parts(
     chat: MessagesChat, role: str, parts: Sequence[ContentPart], path: str, *, is_empty_kept: bool = False
 ) -> None:
     if parts or is_empty_kept:
-        chat.add(Message(role=role, content=list(parts)), path)
+        chat.add(ChatMessage(role=role, content=list(parts)), path)
 
 
 def _result_of(block: InputBlock, path: str) -> str:

@@ -10,9 +10,9 @@ from starlette.responses import Response
 from megatron_medha.server.anthropic.anthropic_blocks import MessagesChat, chat_choice, read_conversation
 from megatron_medha.server.bodies.anthropic_types import (
     BlockDelta,
-    MessagesAnswer,
     MessagesEvent,
     MessagesRequest,
+    MessagesResponse,
     MessagesUsage,
     OutputFormat,
     TextBlock,
@@ -36,8 +36,8 @@ from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE
 from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
 from megatron_medha.server.openai.tokenize import token_ids_of
 from megatron_medha.server.openai.wire_format import json_response
-from megatron_medha.server.service import Ready, Service
-from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
+from megatron_medha.server.service import ReadyState, Service
+from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
 from megatron_medha.server.tools.json_text import dump, read_cut_object
 
 BODY = BodyType(msgspec.json.Decoder(MessagesRequest), texts=frozenset({"messages", "system"}))
@@ -49,7 +49,7 @@ _PATHS = {"stop": "stop_sequences", "response_format.json_schema.schema": "outpu
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 
 
-async def plan_message(service: Service, context: RequestContext, body: MessagesRequest) -> MessagesFormat:
+async def build_message_spec(service: Service, context: RequestContext, body: MessagesRequest) -> MessagesFormat:
     """As chat_spec, of the chat that this is; ApiError 4xx says what is wrong."""
     refuse_all(body, _REFUSED)
     conversation = await _read(service, body)
@@ -62,7 +62,7 @@ async def plan_message(service: Service, context: RequestContext, body: Messages
     return MessagesFormat(spec)
 
 
-async def count_tokens(service: Service, ready: Ready, body: MessagesRequest) -> Response:
+async def count_tokens(service: Service, ready: ReadyState, body: MessagesRequest) -> Response:
     """How long the prompt of this request is."""
     conversation = await _read(service, body)
     chat = _as_chat(body, conversation)
@@ -142,7 +142,7 @@ class MessagesFormat(BlockFormat):
         """The error in place of what would have followed."""
         return (b"event: error\ndata: " + error.as_json(ANTHROPIC_PREFIX) + b"\n\n",)
 
-    def _whole_answer(self, usage: Usage) -> MessagesAnswer:
+    def _whole_answer(self, usage: Usage) -> MessagesResponse:
         return self._answer(usage)
 
     def _push(self, piece: Piece) -> None:
@@ -156,21 +156,21 @@ class MessagesFormat(BlockFormat):
             elif self._stop_reason == "end_turn" and self._finder is not None and self._finder.has_calls:
                 self._stop_reason = "tool_use"
 
-    def _add(self, found: Found) -> None:
+    def _add(self, found: ToolParserEvent) -> None:
         match found:
-            case Said(text=""):
+            case TextDelta(text=""):
                 pass
-            case Said():
+            case TextDelta():
                 if not (self._is_open and isinstance(self._blocks[-1], TextBlock)):
                     self._begin(TextBlock())
                 block = self._blocks[-1]
                 assert isinstance(block, TextBlock)
                 block.text += found.text
                 self._emit_block("content_block_delta", delta=BlockDelta(type="text_delta", text=found.text))
-            case CallBegan():
+            case ToolCallStart():
                 self._begin(ToolUseBlock(id=found.call_id, name=found.name))
                 self._arguments = ""
-            case CallWent():
+            case ToolArgumentsDelta():
                 self._arguments += found.arguments
                 delta = BlockDelta(type="input_json_delta", partial_json=found.arguments)
                 self._emit_block("content_block_delta", delta=delta)
@@ -202,10 +202,10 @@ class MessagesFormat(BlockFormat):
             input_tokens=self.spec.num_prompt_tokens, output_tokens=0 if usage is None else usage.completion_tokens
         )
 
-    def _answer(self, usage: Usage | None) -> MessagesAnswer:
+    def _answer(self, usage: Usage | None) -> MessagesResponse:
         """usage: None while nothing has been generated."""
-        return MessagesAnswer(
-            id=self.spec.answer_id,
+        return MessagesResponse(
+            id=self.spec.response_id,
             model=self.spec.model,
             content=list(self._blocks),
             stop_reason=None if usage is None else self._stop_reason,

@@ -116,7 +116,7 @@ class MessagesUsage(Struct, kw_only=True, frozen=True):
     cache_read_input_tokens: int = 0
 
 
-class MessagesAnswer(Struct, kw_only=True):
+class MessagesResponse(Struct, kw_only=True):
     """Answer of POST /v1/messages, and part of its stream's first event."""
 
     id: str
@@ -143,7 +143,7 @@ class MessagesEvent(Struct, kw_only=True):
     """One event of a stream; which fields it has depends on its type."""
 
     type: str
-    message: MessagesAnswer | UnsetType = UNSET
+    message: MessagesResponse | UnsetType = UNSET
     index: int | UnsetType = UNSET
     content_block: Any | UnsetType = UNSET
     delta: BlockDelta | UnsetType = UNSET

@@ -197,7 +197,7 @@ class ContentPart(Struct, kw_only=True):
     refusal: str | None = None
 
 
-class Message(Struct, kw_only=True, omit_defaults=True):
+class ChatMessage(Struct, kw_only=True, omit_defaults=True):
     """One message of a chat."""
 
     role: str
@@ -218,7 +218,7 @@ class Message(Struct, kw_only=True, omit_defaults=True):
 class ChatRequest(SharedFields, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: list[ChatMessage]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
@@ -242,7 +242,7 @@ class TokenizeRequest(Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -297,7 +297,7 @@ class CompletionChoice(Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class CompletionAnswer(Struct, kw_only=True):
+class CompletionResponse(Struct, kw_only=True):
     """Answer of POST /v1/completions, and each event of its stream."""
 
     id: str
@@ -332,7 +332,7 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
-class AnswerMessage(Struct, kw_only=True):
+class ResponseMessage(Struct, kw_only=True):
     """What the assistant said."""
 
     role: str = "assistant"
@@ -369,14 +369,14 @@ class ChatChoice(Struct, kw_only=True):
     """One answer."""
 
     index: int
-    message: AnswerMessage
+    message: ResponseMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: str
     stop_reason: int | str | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatAnswer(Struct, kw_only=True):
+class ChatCompletionResponse(Struct, kw_only=True):
     """Answer of POST /v1/chat/completions."""
 
     id: str
@@ -399,7 +399,7 @@ class ChatChunkChoice(Struct, kw_only=True):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatChunk(Struct, kw_only=True):
+class ChatCompletionChunk(Struct, kw_only=True):
     """One event of a chat's stream."""
 
     id: str
@@ -431,7 +431,7 @@ class ModelList(Struct, kw_only=True):
     data: list[Model]
 
 
-class TokenizeAnswer(Struct, kw_only=True):
+class TokenizeResponse(Struct, kw_only=True):
     """Answer of POST /tokenize."""
 
     count: int
@@ -440,7 +440,7 @@ class TokenizeAnswer(Struct, kw_only=True):
     token_strs: list[str] | None = None
 
 
-class DetokenizeAnswer(Struct, kw_only=True):
+class DetokenizeResponse(Struct, kw_only=True):
     """Answer of POST /detokenize."""
 
     prompt: str

@@ -173,7 +173,7 @@ class IncompleteDetails(Struct, kw_only=True):
     reason: str
 
 
-class ResponseAnswer(Struct, kw_only=True):
+class ResponsesResponse(Struct, kw_only=True):
     """Answer of POST /v1/responses, and part of its stream's first and last events."""
 
     id: str
@@ -205,7 +205,7 @@ class ResponseEvent(Struct, kw_only=True):
 
     type: str
     sequence_number: int
-    response: ResponseAnswer | UnsetType = UNSET
+    response: ResponsesResponse | UnsetType = UNSET
     output_index: int | UnsetType = UNSET
     content_index: int | UnsetType = UNSET
     item_id: str | UnsetType = UNSET

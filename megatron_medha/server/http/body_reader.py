@@ -21,19 +21,19 @@ class BodyBudget:
         self.num_bytes = 0
         self.config = config
 
-    def hold(self) -> HeldBytes:
+    def hold(self) -> BodyMemory:
         """Counts what one request holds; for a with statement."""
-        return HeldBytes(self)
+        return BodyMemory(self)
 
 
-class HeldBytes:
+class BodyMemory:
     """What one request holds in memory before it is admitted; server.max_total_body_bytes limits all of them."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
         self.num_bytes = 0
 
-    def __enter__(self) -> HeldBytes:
+    def __enter__(self) -> BodyMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,7 +58,7 @@ class HeldBytes:
         self.num_bytes = num_bytes
 
 
-async def read_body(request: Request, config: ServerConfig, held: HeldBytes) -> bytearray:
+async def read_body(request: Request, config: ServerConfig, audit_counts: BodyMemory) -> bytearray:
     """The whole body; ApiError 413 if it is too large, 408 if it does not come, 503 if others' leave no room for it."""
     body = bytearray()
     num_bytes = 0
@@ -73,7 +73,7 @@ async def read_body(request: Request, config: ServerConfig, held: HeldBytes) -> 
                 # sending when the connection closes never gets to see the answer.
                 is_too_large = is_too_large or num_bytes > config.max_body_bytes
                 if not is_too_large:
-                    held.grow_to(num_bytes)
+                    audit_counts.grow_to(num_bytes)
                     body += part
                 elif num_bytes > 2 * config.max_body_bytes:
                     break

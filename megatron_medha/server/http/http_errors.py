@@ -31,7 +31,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
     code: str | None = None
 
 
-class ErrorAnswer(msgspec.Struct, frozen=True):
+class ErrorResponse(msgspec.Struct, frozen=True):
     """OpenAI's error object."""
 
     error: ErrorBody
@@ -74,7 +74,7 @@ class ApiError(Exception):
         is_anthropic = path.startswith(ANTHROPIC_PREFIX)
         kind = _anthropic_type(self.status) if is_anthropic else error_type(self.status)
         body = ErrorBody(self.message, kind, self.param, self.code)
-        return msgspec.json.encode(AnthropicError(body) if is_anthropic else ErrorAnswer(body))
+        return msgspec.json.encode(AnthropicError(body) if is_anthropic else ErrorResponse(body))
 
     def as_response(self, path: str = "") -> Response:
         """The whole answer."""
@@ -108,7 +108,7 @@ def rejected(rejection: Rejection) -> ApiError:
     return error
 
 
-def our_bug() -> ApiError:
+def internal_error() -> ApiError:
     """A 500: all a client needs to know of a mistake of ours."""
     return ApiError(500, "internal error; the server's log has the details", code="internal_error")
 
@@ -144,18 +144,18 @@ def _anthropic_type(status: int) -> str:
 
 def install(app: Starlette) -> None:
     """Make every error that leaves a route, or that no route caused, take OpenAI's shape."""
-    app.add_exception_handler(ApiError, _answer_api_error)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(RecursionError, _answer_too_deep)
-    app.add_exception_handler(Exception, _answer_our_bug)
+    app.add_exception_handler(ApiError, _respond_api_error)
+    app.add_exception_handler(HTTPException, _respond_http_exception)
+    app.add_exception_handler(RecursionError, _respond_too_deep)
+    app.add_exception_handler(Exception, _respond_internal_error)
 
 
-async def _answer_api_error(request: Request, error: Exception) -> Response:
+async def _respond_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.as_response(request.url.path)
 
 
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
+async def _respond_http_exception(request: Request, error: Exception) -> Response:
     # The framework's own: unknown path (404), wrong method (405).
     assert isinstance(error, HTTPException)
     status = error.status_code
@@ -169,13 +169,13 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return answer.as_response(request.url.path)
 
 
-async def _answer_too_deep(request: Request, error: Exception) -> Response:
+async def _respond_too_deep(request: Request, error: Exception) -> Response:
     # Nothing here is deep but what clients send: a schema that could just be decoded is gone through once more with
     # less of the stack left.
     log.info("body_too_deep", extra={"fields": {"path": request.url.path}})
     return bad_request("the body is nested too deeply", code="invalid_json").as_response(request.url.path)
 
 
-async def _answer_our_bug(request: Request, error: Exception) -> Response:
+async def _respond_internal_error(request: Request, error: Exception) -> Response:
     # The framework re-raises after this answer, so the traceback is logged by the server.
-    return our_bug().as_response(request.url.path)
+    return internal_error().as_response(request.url.path)

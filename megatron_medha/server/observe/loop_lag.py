@@ -10,7 +10,7 @@ from megatron_medha.server.observe.metrics import Metrics
 INTERVAL_S = 0.02
 
 
-async def watch_lag(metrics: Metrics) -> None:
+async def measure_loop_lag(metrics: Metrics) -> None:
     """Measure it until cancelled.
 
     Counted as far as this process has computed meanwhile: on a busy machine a process also waits for a core.

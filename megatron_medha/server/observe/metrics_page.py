@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from megatron_medha.core.ports import EngineClient, EnginePhase, ReplicaState
-from megatron_medha.server.admission import REFUSAL_REASONS, Admission
+from megatron_medha.server.admission import REJECTION_REASONS, AdmissionControl
 from megatron_medha.server.observe.metrics import CUT_OFF_REASONS, LENGTH_CLASSES, LONGEST_CLASS, Histogram, Metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -83,7 +83,7 @@ class MetricsPage:
     """Writes /metrics; a collector of prometheus_client with a registry of its own."""
 
     def __init__(
-        self, metrics: Metrics, engine: EngineClient, admission: Admission, slo_classes: Sequence[str] = ()
+        self, metrics: Metrics, engine: EngineClient, admission: AdmissionControl, slo_classes: Sequence[str] = ()
     ) -> None:
         self._metrics = metrics
         self._admission = admission
@@ -130,7 +130,7 @@ class MetricsPage:
                              _with_zeros(CUT_OFF_REASONS, self._metrics.num_cut_off))
         for name in _names("admission_rejections", ("admission_rejections",)):
             yield self._by_label(name, "Requests answered 429", ("reason",),
-                                 _with_zeros(REFUSAL_REASONS, self._admission.num_refused))
+                                 _with_zeros(REJECTION_REASONS, self._admission.num_refused))
         for name, meaning, counts in (
             ("deadlines_met", "Requests whose first token came in time", self._metrics.num_deadlines_met),
             ("deadlines_missed", "Requests whose first token came late", self._metrics.num_deadlines_missed),

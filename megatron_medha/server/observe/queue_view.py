@@ -11,13 +11,13 @@ import msgspec
 from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.scheduling.policies import relative_slack, slack_s
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.server.observe.steps import Step
+from megatron_medha.server.observe.steps import StepRecord
 
 MAX_QUEUED = 200    # shown of the queue, most urgent first
 MAX_DECODING = 100  # shown of the running answers
 
 
-class Queued(msgspec.Struct, frozen=True):
+class QueuedRequest(msgspec.Struct, frozen=True):
     """A prompt that is not computed yet."""
 
     request_id: str
@@ -38,7 +38,7 @@ class Queued(msgspec.Struct, frozen=True):
     replica: int
 
 
-class Decoding(msgspec.Struct, frozen=True):
+class DecodingRequest(msgspec.Struct, frozen=True):
     """A running answer."""
 
     request_id: str
@@ -49,7 +49,7 @@ class Decoding(msgspec.Struct, frozen=True):
     replica: int
 
 
-class FlyingPart(msgspec.Struct, frozen=True):
+class InFlightChunk(msgspec.Struct, frozen=True):
     """A prefill chunk in flight."""
 
     request_id: str
@@ -59,7 +59,7 @@ class FlyingPart(msgspec.Struct, frozen=True):
     kvp_ranks: tuple[int, ...]
 
 
-class Flying(msgspec.Struct, frozen=True):
+class InFlightBatch(msgspec.Struct, frozen=True):
     """A batch the ranks have."""
 
     batch_id: int
@@ -69,11 +69,11 @@ class Flying(msgspec.Struct, frozen=True):
     budget_s: float
     num_tokens: int
     num_decodes: int
-    parts: tuple[FlyingPart, ...]
+    parts: tuple[InFlightChunk, ...]
     replica: int
 
 
-class LiveView(msgspec.Struct, frozen=True):
+class QueueView(msgspec.Struct, frozen=True):
     """All of it, of one replica or of several."""
 
     at_s: float
@@ -86,18 +86,18 @@ class LiveView(msgspec.Struct, frozen=True):
     num_decoding: int
     num_blocks: int                   # of each KVP rank
     num_free_blocks: tuple[int, ...]  # by KVP rank, replica after replica
-    queue: tuple[Queued, ...]
-    decoding: tuple[Decoding, ...]
-    in_flight: tuple[Flying, ...]
+    queue: tuple[QueuedRequest, ...]
+    decoding: tuple[DecodingRequest, ...]
+    in_flight: tuple[InFlightBatch, ...]
 
 
-def joined(views: Items[LiveView]) -> LiveView | None:
+def merge_views(views: Items[QueueView]) -> QueueView | None:
     """What several replicas look like together, as of the latest look; None where there is none."""
     if len(views) < 2:
         return views[0] if views else None
     first = views[0]
     queue = (queued for view in views for queued in view.queue)
-    return LiveView(
+    return QueueView(
         at_s=max(view.at_s for view in views),
         policy=first.policy,
         num_replicas=len(views),
@@ -116,7 +116,7 @@ def joined(views: Items[LiveView]) -> LiveView | None:
     )
 
 
-def look_at(scheduler: Scheduler, steps: tuple[Step, ...], now_s: float, replica: int) -> LiveView:
+def take_view(scheduler: Scheduler, steps: tuple[StepRecord, ...], now_s: float, replica: int) -> QueueView:
     """O(live sequences), with a list of the most urgent ones."""
     counts = dict.fromkeys(Status, 0)
     prefills: list[Sequence] = []
@@ -131,7 +131,7 @@ def look_at(scheduler: Scheduler, steps: tuple[Step, ...], now_s: float, replica
         MAX_QUEUED, prefills, key=lambda seq: (seq.request.priority, relative_slack(seq, now_s), seq.request_id)
     )
     memory = scheduler.memory
-    return LiveView(
+    return QueueView(
         at_s=now_s,
         policy=scheduler.config.policy,
         num_replicas=1,
@@ -144,19 +144,19 @@ def look_at(scheduler: Scheduler, steps: tuple[Step, ...], now_s: float, replica
         num_free_blocks=tuple(pool.num_free_blocks for pool in memory.pools),
         queue=tuple(_queued(scheduler, seq, now_s, replica) for seq in most_urgent),
         decoding=tuple(
-            Decoding(
+            DecodingRequest(
                 seq.request_id, seq.request.num_prompt_tokens, seq.num_output_tokens, seq.request.max_output_tokens,
                 seq.block_table.kvp_ranks, replica,
             )
             for seq in decoding
         ),  # fmt: skip
-        in_flight=tuple(_flying(step, now_s) for step in steps),
+        in_flight=tuple(_in_flight_batch(step, now_s) for step in steps),
     )
 
 
-def _queued(scheduler: Scheduler, seq: Sequence, now_s: float, replica: int) -> Queued:
+def _queued(scheduler: Scheduler, seq: Sequence, now_s: float, replica: int) -> QueuedRequest:
     request = seq.request
-    return Queued(
+    return QueuedRequest(
         request_id=seq.request_id,
         status=seq.status.value,
         why=_why(scheduler, seq),
@@ -187,8 +187,8 @@ def _why(scheduler: Scheduler, seq: Sequence) -> str:
     return f"others go first by {scheduler.config.policy}, or the step is full"
 
 
-def _flying(step: Step, now_s: float) -> Flying:
-    return Flying(
+def _in_flight_batch(step: StepRecord, now_s: float) -> InFlightBatch:
+    return InFlightBatch(
         batch_id=step.batch_id,
         stage=int(step.has_left_first_stage),
         age_s=now_s - step.at_s,
@@ -197,7 +197,7 @@ def _flying(step: Step, now_s: float) -> Flying:
         num_tokens=step.num_tokens,
         num_decodes=step.num_decodes,
         parts=tuple(
-            FlyingPart(part.request_id, part.start, part.num_tokens, part.relative_slack, part.kvp_ranks)
+            InFlightChunk(part.request_id, part.start, part.num_tokens, part.relative_slack, part.kvp_ranks)
             for part in step.parts
         ),
         replica=step.replica,

@@ -33,21 +33,21 @@ from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.server.observe.metrics import Metrics
-from megatron_medha.server.observe.queue_view import LiveView, joined, look_at
-from megatron_medha.server.observe.steps import Step, StepPart
-from megatron_medha.server.ttft_estimate import Forecast, WorkAhead
+from megatron_medha.server.observe.queue_view import QueueView, merge_views, take_view
+from megatron_medha.server.observe.steps import StepChunk, StepRecord
+from megatron_medha.server.ttft_estimate import PendingPrefills, TtftEstimator
 
-MAX_STORIES = 2048   # requests remembered, of which those that ended first go first; live ones always stay
+MAX_TRACES = 2048   # requests remembered, of which those that ended first go first; live ones always stay
 MAX_STEPS = 4096     # steps remembered: over three minutes of steps of 50 ms
 MAX_RUNS = 256       # of one story; beyond that neighbours are told as one
 MAX_LOSSES = 64      # of one story, the latest
-LOOK_INTERVAL_S = 0.1
-LOOK_COST_SHARE = 20  # looks take a twentieth of the engine's time at most, however long the queue
-WATCHED_S = 3.0      # after somebody looked, looks go on for so long
+VIEW_INTERVAL_S = 0.1
+VIEW_COST_SHARE = 20  # looks take a twentieth of the engine's time at most, however long the queue
+VIEW_DEMAND_S = 3.0      # after somebody looked, looks go on for so long
 
 
 @dataclass(slots=True)
-class Run:
+class ChunkRun:
     """Chunks of one request in a row of steps, without a step between that it was not part of."""
 
     from_s: float
@@ -62,7 +62,7 @@ class Run:
 
 
 @dataclass(slots=True, frozen=True)
-class Lost:
+class KVLoss:
     """The request lost its KV and starts again."""
 
     at_s: float
@@ -71,7 +71,7 @@ class Lost:
 
 
 @dataclass(slots=True)
-class Story:
+class RequestTrace:
     """One request, from the scheduler's side."""
 
     request: Request
@@ -87,8 +87,8 @@ class Story:
     ended_s: float | None = None
     outcome: str = ""
     num_pauses: int = 0              # steps after which others went on while it kept its KV
-    runs: list[Run] = field(default_factory=list)
-    losses: deque[Lost] = field(default_factory=lambda: deque(maxlen=MAX_LOSSES))
+    runs: list[ChunkRun] = field(default_factory=list)
+    losses: deque[KVLoss] = field(default_factory=lambda: deque(maxlen=MAX_LOSSES))
 
 
 class RequestSummary(msgspec.Struct, frozen=True):
@@ -106,20 +106,20 @@ class RequestSummary(msgspec.Struct, frozen=True):
     num_pauses: int
 
     @classmethod
-    def of(cls, story: Story) -> RequestSummary:
+    def of(cls, trace: RequestTrace) -> RequestSummary:
         """The summary of a story as it stands."""
-        request, begin_s = story.request, story.request.arrival_s
+        request, begin_s = trace.request, trace.request.arrival_s
         return cls(
             request_id=request.request_id,
             slo_class=request.slo_class,
             num_prompt_tokens=request.num_prompt_tokens,
-            num_scheduled_tokens=story.num_scheduled_tokens,
+            num_scheduled_tokens=trace.num_scheduled_tokens,
             arrival_s=begin_s,
-            ttft_s=None if story.first_token_s is None else story.first_token_s - begin_s,
-            target_s=story.deadline_s - begin_s,
-            ended_s=None if story.ended_s is None else story.ended_s - begin_s,
-            outcome=story.outcome,
-            num_pauses=story.num_pauses,
+            ttft_s=None if trace.first_token_s is None else trace.first_token_s - begin_s,
+            target_s=trace.deadline_s - begin_s,
+            ended_s=None if trace.ended_s is None else trace.ended_s - begin_s,
+            outcome=trace.outcome,
+            num_pauses=trace.num_pauses,
         )
 
 
@@ -128,7 +128,7 @@ class RequestSummary(msgspec.Struct, frozen=True):
 
 
 @dataclass(slots=True, frozen=True)
-class Progress:
+class PrefillProgress:
     """How far a prompt is."""
 
     share: float
@@ -140,111 +140,111 @@ class Progress:
         return b": prefill %.1f%% eta_s=%.1f position=%d\n\n" % (100 * self.share, self.eta_s, self.position)
 
 
-class Journal:
+class RequestLog:
     """All stories and steps of one server. watch() makes the observers that write it."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self.forecast = Forecast()
+        self.forecast = TtftEstimator()
         self.metrics = metrics
         self.lock = threading.Lock()
-        self.stories: OrderedDict[str, Story] = OrderedDict()
+        self.traces: OrderedDict[str, RequestTrace] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()  # whose requests are over, in that order
-        self.steps: deque[Step] = deque(maxlen=MAX_STEPS)
-        self.watched_until_s = 0.0
-        self.live_views: dict[int, LiveView] = {}  # by replica
-        self._num_watches = 0
+        self.steps: deque[StepRecord] = deque(maxlen=MAX_STEPS)
+        self.views_wanted_until_s = 0.0
+        self.views: dict[int, QueueView] = {}  # by replica
+        self._num_observers = 0
 
-    def watch(self, scheduler: Scheduler) -> Watch:
+    def watch(self, scheduler: Scheduler) -> RequestLogObserver:
         """An observer of this scheduler's loop; for Engine(watchers=...)."""
         with self.lock:
-            replica = self._num_watches
-            self._num_watches += 1
-        return Watch(self, scheduler, replica)
+            replica = self._num_observers
+            self._num_observers += 1
+        return RequestLogObserver(self, scheduler, replica)
 
-    def story(self, request_id: str) -> Story | None:
+    def trace(self, request_id: str) -> RequestTrace | None:
         """A copy of one story; None if it is unknown or forgotten."""
         with self.lock:
-            story = self.stories.get(request_id)
-            return _copy(story) if story is not None else None
+            trace = self.traces.get(request_id)
+            return _copy(trace) if trace is not None else None
 
-    def story_ids(self, answer_id: str) -> list[str]:
+    def request_ids_of(self, response_id: str) -> list[str]:
         """The sub-requests of an answer that are remembered, and the one that has this very id."""
-        prefix = f"{answer_id}-"
+        prefix = f"{response_id}-"
         with self.lock:
-            ids = list(self.stories)
-        return [one for one in ids if one == answer_id or one.startswith(prefix)]
+            ids = list(self.traces)
+        return [one for one in ids if one == response_id or one.startswith(prefix)]
 
-    def add(self, story: Story) -> None:
+    def add(self, trace: RequestTrace) -> None:
         """Remember a live request; the lock is held."""
-        request_id = story.request.request_id
+        request_id = trace.request.request_id
         self._ended.pop(request_id, None)
-        self.stories[request_id] = story
+        self.traces[request_id] = trace
         self._forget_ended()
 
     def end(self, request_id: str, outcome: str, now_s: float) -> None:
         """The request is over; the lock is held."""
-        story = self.stories.get(request_id)
-        if story is not None and story.ended_s is None:
-            story.ended_s, story.outcome = now_s, outcome
+        trace = self.traces.get(request_id)
+        if trace is not None and trace.ended_s is None:
+            trace.ended_s, trace.outcome = now_s, outcome
             self._ended[request_id] = None
             self._forget_ended()
 
     def _forget_ended(self) -> None:
         # Never a live one: the prompt that waits longest is the oldest, and its client asks how far it is.
-        while len(self.stories) > MAX_STORIES and self._ended:
-            del self.stories[self._ended.popitem(last=False)[0]]
+        while len(self.traces) > MAX_TRACES and self._ended:
+            del self.traces[self._ended.popitem(last=False)[0]]
 
     def num_computed_prompt_tokens(self, request_id: str) -> int:
         """How many tokens of this prompt were given to the ranks, each counted once."""
         with self.lock:
-            story = self.stories.get(request_id)
-            return min(story.num_ever_computed, story.request.num_prompt_tokens) if story is not None else 0
+            trace = self.traces.get(request_id)
+            return min(trace.num_ever_computed, trace.request.num_prompt_tokens) if trace is not None else 0
 
     def recent(self, limit: int) -> list[RequestSummary]:
         """The newest requests, newest first."""
         with self.lock:  # which the engine's thread waits for: no list of a story is gone through
-            return [RequestSummary.of(story) for story in islice(reversed(self.stories.values()), limit)]
+            return [RequestSummary.of(trace) for trace in islice(reversed(self.traces.values()), limit)]
 
-    def steps_between(self, from_s: float, until_s: float) -> list[Step]:
+    def steps_between(self, from_s: float, until_s: float) -> list[StepRecord]:
         """Remembered steps that were formed then."""
         with self.lock:
             steps = list(self.steps)
         return [step for step in steps if from_s <= step.at_s <= until_s]
 
-    def progress(self, request_id: str, now_s: float) -> Progress:
+    def progress(self, request_id: str, now_s: float) -> PrefillProgress:
         """How far this prompt is; nothing done while the engine has not taken it up."""
         with self.lock:
-            story = self.stories.get(request_id)
-            if story is None:
-                return Progress(0.0, 0.0, 0)
-            share = story.num_scheduled_tokens / story.request.num_prompt_tokens
-            priority, deadline_s, own_s = story.request.priority, story.deadline_s, story.remaining_work_s
-            replica = story.replica
-        before = self.forecast.due_before(priority, deadline_s, own_s, replica)
-        return Progress(share, before.work_s + own_s, before.num_prompts)
+            trace = self.traces.get(request_id)
+            if trace is None:
+                return PrefillProgress(0.0, 0.0, 0)
+            share = trace.num_scheduled_tokens / trace.request.num_prompt_tokens
+            priority, deadline_s, own_s = trace.request.priority, trace.deadline_s, trace.remaining_work_s
+            replica = trace.replica
+        before = self.forecast.queued_ahead(priority, deadline_s, own_s, replica)
+        return PrefillProgress(share, before.work_s + own_s, before.num_prompts)
 
-    def look(self, now_s: float) -> LiveView | None:
+    def look(self, now_s: float) -> QueueView | None:
         """The latest look at the queue of all replicas; asking keeps further ones coming for a while."""
-        self.watched_until_s = now_s + WATCHED_S
-        return joined([view for _, view in sorted(self.live_views.copy().items())])
+        self.views_wanted_until_s = now_s + VIEW_DEMAND_S
+        return merge_views([view for _, view in sorted(self.views.copy().items())])
 
 
-class Watch:
+class RequestLogObserver:
     """An Observer of one scheduler's loop."""
 
-    def __init__(self, journal: Journal, scheduler: Scheduler, replica: int) -> None:
+    def __init__(self, journal: RequestLog, scheduler: Scheduler, replica: int) -> None:
         self._journal = journal
         self._replica = replica
         self._metrics = journal.metrics
         self._scheduler = scheduler
-        self._prefilling: dict[str, Story] = {}  # whose next token needs chunks
+        self._prefilling: dict[str, RequestTrace] = {}  # whose next token needs chunks
         self._unfinished: set[str] = set()       # prefills of the latest step that have more to compute
-        self._in_flight: dict[int, Step] = {}
-        self._next_look_s = 0.0
+        self._in_flight: dict[int, StepRecord] = {}
+        self._next_view_s = 0.0
         self._was_idle = True
         self._last_s = 0.0
-        journal.forecast.update(WorkAhead.of(scheduler), replica)
-        journal.live_views[replica] = look_at(scheduler, (), 0.0, replica)
+        journal.forecast.update(PendingPrefills.of(scheduler), replica)
+        journal.views[replica] = take_view(scheduler, (), 0.0, replica)
 
     def handled(self, event: Event, outputs: Items[Output], now_s: float) -> None:
         """See Observer."""
@@ -263,111 +263,111 @@ class Watch:
                     if (step := self._in_flight.get(batch_id)) is not None:
                         step.has_left_first_stage = True
                 case RanksLost(why):
-                    self._lose_all(why, now_s)
+                    self._note_all_kv_lost(why, now_s)
             prefilling = self._prefilling
             for output in outputs:
                 if type(output) is TokenOut:  # nearly all are, and none of them a first or a last one
                     request_id, _, reason = output
-                    if prefilling and (story := prefilling.pop(request_id, None)) is not None:
-                        self._first_token(story, now_s)
+                    if prefilling and (trace := prefilling.pop(request_id, None)) is not None:
+                        self._first_token(trace, now_s)
                     if reason is not None:
                         self._end(request_id, reason.value, now_s)
                     continue
                 match output:
                     case Preempted(request_id, num_tokens):
-                        self._lose(request_id, num_tokens, "a running answer needed its memory", now_s)
+                        self._note_kv_loss(request_id, num_tokens, "a running answer needed its memory", now_s)
                     case Rejected(request_id, why):
                         self._end(request_id, f"rejected: {why}", now_s)
         is_idle = not self._scheduler.num_sequences
         # While batches are formed, looks are taken there, when what is in flight is known.
-        is_quiet = now_s >= self._next_look_s + LOOK_INTERVAL_S
+        is_quiet = now_s >= self._next_view_s + VIEW_INTERVAL_S
         if is_quiet or is_idle and not self._was_idle:
-            self._look(now_s)
+            self._update_view(now_s)
         self._was_idle = is_idle
 
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer."""
-        parts: list[StepPart] = []
+        parts: list[StepChunk] = []
         unfinished: set[str] = set()
         with self._journal.lock:
             # Decodes come first in a batch; going backwards, the first that is no prefill ends the prefills.
             for chunk in reversed(batch.chunks):
-                story = self._prefilling.get(chunk.request_id)
+                trace = self._prefilling.get(chunk.request_id)
                 seq = self._scheduler.sequence(chunk.request_id)
-                if story is None or seq is None:
+                if trace is None or seq is None:
                     break
-                relative = self._note_chunk(story, seq, batch, chunk.start, chunk.num_tokens, now_s)
+                relative = self._record_chunk(trace, seq, batch, chunk.start, chunk.num_tokens, now_s)
                 parts.append(
-                    StepPart(chunk.request_id, chunk.start, chunk.num_tokens, round(relative, 4), chunk.kvp_ranks)
+                    StepChunk(chunk.request_id, chunk.start, chunk.num_tokens, round(relative, 4), chunk.kvp_ranks)
                 )
                 if not chunk.samples_token:
                     unfinished.add(chunk.request_id)
             memory = self._scheduler.memory
-            step = Step(
+            step = StepRecord(
                 batch.batch_id, now_s, tuple(reversed(parts)), len(batch.chunks) - len(parts), batch.num_tokens,
                 batch.predicted_s, batch.budget_s, memory.num_free_blocks, memory.num_owners, self._replica,
             )  # fmt: skip
             self._journal.steps.append(step)
             self._in_flight[batch.batch_id] = step
             self._count_pauses(unfinished, {part.request_id for part in parts})
-        if now_s >= self._next_look_s:
-            self._look(now_s)
+        if now_s >= self._next_view_s:
+            self._update_view(now_s)
 
     def _arrive(self, request: Request) -> None:
         seq = self._scheduler.sequence(request.request_id)
         if seq is None or seq.request is not request:
             return  # refused
-        story = Story(
+        trace = RequestTrace(
             request, seq.deadline_s, seq.total_work_s, seq.remaining_work_s,
             -(-request.num_prompt_tokens // self._scheduler.memory.block_size), self._replica,
         )  # fmt: skip
-        self._journal.add(story)
-        self._prefilling[request.request_id] = story
+        self._journal.add(trace)
+        self._prefilling[request.request_id] = trace
 
-    def _note_chunk(
-        self, story: Story, seq: Sequence, batch: Batch, start: int, num_tokens: int, now_s: float
+    def _record_chunk(
+        self, trace: RequestTrace, seq: Sequence, batch: Batch, start: int, num_tokens: int, now_s: float
     ) -> float:
         """Write a chunk down; returns the relative slack it was chosen with."""
         end = start + num_tokens
-        slack_s = story.deadline_s - now_s - story.remaining_work_s
-        relative = slack_s / story.total_work_s if story.total_work_s else 0.0
-        self._metrics.num_recomputed_tokens += max(0, min(end, story.num_ever_computed) - start)
-        story.num_ever_computed = max(story.num_ever_computed, end)
-        if story.first_scheduled_s is None:
-            story.first_scheduled_s = now_s
-        story.num_scheduled_tokens = end
-        story.remaining_work_s, story.total_work_s = seq.remaining_work_s, seq.total_work_s
-        story.deadline_s = seq.deadline_s
-        last = story.runs[-1] if story.runs else None
+        slack_s = trace.deadline_s - now_s - trace.remaining_work_s
+        relative = slack_s / trace.total_work_s if trace.total_work_s else 0.0
+        self._metrics.num_recomputed_tokens += max(0, min(end, trace.num_ever_computed) - start)
+        trace.num_ever_computed = max(trace.num_ever_computed, end)
+        if trace.first_scheduled_s is None:
+            trace.first_scheduled_s = now_s
+        trace.num_scheduled_tokens = end
+        trace.remaining_work_s, trace.total_work_s = seq.remaining_work_s, seq.total_work_s
+        trace.deadline_s = seq.deadline_s
+        last = trace.runs[-1] if trace.runs else None
         if last is not None and last.last_batch == batch.batch_id - 1 and last.start + last.num_tokens == start:
             last.until_s, last.last_batch = now_s, batch.batch_id
             last.num_tokens += num_tokens
             last.num_chunks += 1
         else:
-            story.runs.append(
-                Run(now_s, now_s, batch.batch_id, batch.batch_id, start, num_tokens, 1, slack_s, relative)
+            trace.runs.append(
+                ChunkRun(now_s, now_s, batch.batch_id, batch.batch_id, start, num_tokens, 1, slack_s, relative)
             )
-            if len(story.runs) > MAX_RUNS:
-                story.runs = _thinned(story.runs)
+            if len(trace.runs) > MAX_RUNS:
+                trace.runs = _thinned(trace.runs)
         return relative
 
     def _count_pauses(self, unfinished: set[str], present: set[str]) -> None:
         for request_id in self._unfinished - present:
-            if (story := self._prefilling.get(request_id)) is not None and story.num_scheduled_tokens:
-                story.num_pauses += 1
+            if (trace := self._prefilling.get(request_id)) is not None and trace.num_scheduled_tokens:
+                trace.num_pauses += 1
                 self._metrics.num_paused_prefills += 1
         self._unfinished = unfinished
 
-    def _first_token(self, story: Story, now_s: float) -> None:
-        if story.first_token_s is not None:
+    def _first_token(self, trace: RequestTrace, now_s: float) -> None:
+        if trace.first_token_s is not None:
             return  # it had lost its KV, and has it again
-        story.first_token_s = now_s
-        slack_s = story.deadline_s - now_s
-        relative = slack_s / story.total_work_s if story.total_work_s else 0.0
-        seq = self._scheduler.sequence(story.request.request_id)
+        trace.first_token_s = now_s
+        slack_s = trace.deadline_s - now_s
+        relative = slack_s / trace.total_work_s if trace.total_work_s else 0.0
+        seq = self._scheduler.sequence(trace.request.request_id)
         degree = max(1, len(seq.block_table.kvp_ranks)) if seq is not None else 1
         self._metrics.first_token_scheduled(
-            story.request.num_prompt_tokens, story.request.slo_class, relative, slack_s >= 0, degree
+            trace.request.num_prompt_tokens, trace.request.slo_class, relative, slack_s >= 0, degree
         )
 
     def _complete(self, event: Completed, now_s: float) -> None:
@@ -378,47 +378,47 @@ class Watch:
         for request_id, why in event.failed:
             self._end(request_id, f"failed: {why}", now_s)
 
-    def _lose(self, request_id: str, num_tokens: int, why: str, now_s: float) -> None:
-        story = self._journal.stories.get(request_id)
+    def _note_kv_loss(self, request_id: str, num_tokens: int, why: str, now_s: float) -> None:
+        trace = self._journal.traces.get(request_id)
         seq = self._scheduler.sequence(request_id)
-        if story is None or seq is None:
+        if trace is None or seq is None:
             return  # it has ended meanwhile
-        story.losses.append(Lost(now_s, num_tokens, why))
-        story.num_ever_computed = max(story.num_ever_computed, num_tokens)
-        story.num_scheduled_tokens = 0
-        story.remaining_work_s = seq.remaining_work_s
-        self._prefilling[request_id] = story
+        trace.losses.append(KVLoss(now_s, num_tokens, why))
+        trace.num_ever_computed = max(trace.num_ever_computed, num_tokens)
+        trace.num_scheduled_tokens = 0
+        trace.remaining_work_s = seq.remaining_work_s
+        self._prefilling[request_id] = trace
 
-    def _lose_all(self, why: str, now_s: float) -> None:
+    def _note_all_kv_lost(self, why: str, now_s: float) -> None:
         self._in_flight.clear()
         self._unfinished.clear()
         for seq in self._scheduler.sequences:
-            if not seq.num_scheduled_tokens and (story := self._journal.stories.get(seq.request_id)) is not None:
-                num_computed = seq.num_known_tokens - 1 if seq.num_output_tokens else story.num_scheduled_tokens
+            if not seq.num_scheduled_tokens and (trace := self._journal.traces.get(seq.request_id)) is not None:
+                num_computed = seq.num_known_tokens - 1 if seq.num_output_tokens else trace.num_scheduled_tokens
                 if num_computed:
-                    self._lose(seq.request_id, num_computed, f"ranks lost: {why}", now_s)
+                    self._note_kv_loss(seq.request_id, num_computed, f"ranks lost: {why}", now_s)
 
     def _end(self, request_id: str, outcome: str, now_s: float) -> None:
         self._prefilling.pop(request_id, None)
         self._journal.end(request_id, outcome, now_s)
 
-    def _look(self, now_s: float) -> None:
+    def _update_view(self, now_s: float) -> None:
         began_s = time.perf_counter()
-        self._journal.forecast.update(WorkAhead.of(self._scheduler), self._replica)
+        self._journal.forecast.update(PendingPrefills.of(self._scheduler), self._replica)
         # An empty one is always taken: while others are watched, nothing more comes from a replica without work.
-        if now_s < self._journal.watched_until_s or not self._scheduler.num_sequences:
+        if now_s < self._journal.views_wanted_until_s or not self._scheduler.num_sequences:
             in_flight = tuple(self._in_flight.values())
-            self._journal.live_views[self._replica] = look_at(self._scheduler, in_flight, now_s, self._replica)
+            self._journal.views[self._replica] = take_view(self._scheduler, in_flight, now_s, self._replica)
         cost_s = time.perf_counter() - began_s
-        self._next_look_s = now_s + max(LOOK_INTERVAL_S, LOOK_COST_SHARE * cost_s)
+        self._next_view_s = now_s + max(VIEW_INTERVAL_S, VIEW_COST_SHARE * cost_s)
 
 
-def _thinned(runs: list[Run]) -> list[Run]:
+def _thinned(runs: list[ChunkRun]) -> list[ChunkRun]:
     """Every two neighbours as one; the last stays as it is, since it may still grow."""
     told = []
     for first, second in zip(runs[:-1:2], runs[1:-1:2], strict=False):
         told.append(
-            Run(
+            ChunkRun(
                 first.from_s, second.until_s, first.first_batch, second.last_batch, first.start,
                 second.start + second.num_tokens - first.start if second.start >= first.start else second.num_tokens,
                 first.num_chunks + second.num_chunks, first.slack_s, first.relative_slack,
@@ -429,9 +429,9 @@ def _thinned(runs: list[Run]) -> list[Run]:
     return [*told, runs[-1]]
 
 
-def _copy(story: Story) -> Story:
-    values = {name: getattr(story, name) for name in Story.__slots__}
+def _copy(trace: RequestTrace) -> RequestTrace:
+    values = {name: getattr(trace, name) for name in RequestTrace.__slots__}
     # All but the last run stay as they are.
-    values["runs"] = [*story.runs[:-1], *(dataclasses.replace(run) for run in story.runs[-1:])]
-    values["losses"] = story.losses.copy()
-    return Story(**values)
+    values["runs"] = [*trace.runs[:-1], *(dataclasses.replace(run) for run in trace.runs[-1:])]
+    values["losses"] = trace.losses.copy()
+    return RequestTrace(**values)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True, frozen=True)
-class StepPart:
+class StepChunk:
     """One prefill chunk of a step."""
 
     request_id: str
@@ -17,12 +17,12 @@ class StepPart:
 
 
 @dataclass(slots=True)
-class Step:
+class StepRecord:
     """One batch, as it was formed and as it went."""
 
     batch_id: int
     at_s: float
-    parts: tuple[StepPart, ...]
+    parts: tuple[StepChunk, ...]
     num_decodes: int
     num_tokens: int
     predicted_s: float

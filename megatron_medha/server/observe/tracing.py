@@ -13,7 +13,7 @@ _NEEDED = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class EndedRequest:
     """A request that is over. Times are of the engine's clock."""
 
     attributes: dict[str, str | int | float]
@@ -25,7 +25,7 @@ class Ended:
     ended_s: float
 
 
-class Traces:
+class OtelTraces:
     """Sends spans to a collector, on a thread of the library's own; what it cannot send it drops and logs."""
 
     def __init__(self, endpoint: str, exporter: Any = None) -> None:
@@ -46,7 +46,7 @@ class Traces:
         self._propagator = TraceContextTextMapPropagator()
         self._unix_minus_monotonic_s = time.time() - time.monotonic()
 
-    def tell(self, ended: Ended) -> None:
+    def tell(self, ended: EndedRequest) -> None:
         """Write down one request."""
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 

@@ -9,8 +9,8 @@ import msgspec
 from megatron_medha.server.bodies.openai_types import Usage
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.openai.wire_format import encode_json
-from megatron_medha.server.tools.call_readers import Found, Said
-from megatron_medha.server.tools.tool_calls import CallFinder
+from megatron_medha.server.tools.call_readers import TextDelta, ToolParserEvent
+from megatron_medha.server.tools.tool_calls import ToolCallParser
 
 
 class BlockFormat:
@@ -18,7 +18,7 @@ class BlockFormat:
 
     def __init__(self, spec: GenerationSpec) -> None:
         self.spec = spec
-        self._finder = None if spec.tools is None else CallFinder(spec.tools)
+        self._finder = None if spec.tools is None else ToolCallParser(spec.tools)
         self._arguments = ""  # of the open call, as the model writes them
         self._events: list[bytes] = []
 
@@ -39,9 +39,9 @@ class BlockFormat:
     def _whole_answer(self, usage: Usage) -> msgspec.Struct:
         raise NotImplementedError
 
-    def _found(self, piece: Piece) -> list[Found]:
+    def _found(self, piece: Piece) -> list[ToolParserEvent]:
         if self._finder is None:
-            return [Said(piece.text)]
+            return [TextDelta(piece.text)]
         found = self._finder.push(piece.text)
         if piece.finish_reason is not None:
             found += self._finder.end(piece.finish_reason, piece.stop_reason)

@@ -22,7 +22,7 @@ from megatron_medha.server.openai.request_fields import (
 )
 from megatron_medha.server.service import Service
 from megatron_medha.server.tools.call_grammar import calls_or_text
-from megatron_medha.server.tools.structured_output import check_guidable, guide_of
+from megatron_medha.server.tools.structured_output import check_constrainable, constraint_of
 from megatron_medha.server.tools.tool_fields import ToolUse
 
 
@@ -53,13 +53,13 @@ async def begin_spec(
     check_tpot_slo(context.tpot_s, config)
     if num_logprobs is not None and num_logprobs > config.max_logprobs:
         raise bad_request(f"{logprobs_param}: at most {config.max_logprobs}", logprobs_param)
-    grammar, guide = None, guide_of(fields)
+    grammar, guide = None, constraint_of(fields)
     if tools is not None:
         if guide is not None and tools.guide is None:
             tools = calls_or_text(tools, guide, ready.tokenizer.token_id)
         guide = tools.guide  # an answer that has to call has no text to match anything
     if guide is not None:
-        check_guidable(fields, ready.facts, guide.param)
+        check_constrainable(fields, ready.facts, guide.param)
         grammar = await service.grammars.grammar_of(guide, ready.facts, ready.tokenizer, config, context.address)
     num_drawn = num_drawn or n
     sampling = sampling_of(
@@ -72,14 +72,14 @@ async def begin_spec(
         max_tokens=max_tokens,
         grammar=grammar,
     )
-    if (rejection := service.admission.check_places(config, num_prompts * num_drawn)) is not None:
+    if (rejection := service.admission.check_capacity(config, num_prompts * num_drawn)) is not None:
         raise rejected(rejection)
     options = fields.stream_options
     slo_class = class_of(fields, context.slo_class, service.slo)
     slo = service.slo.find(slo_class)
     return GenerationSpec(
         # Drawn here, because sub-requests are named after it and clients' own ids may collide.
-        answer_id=f"{id_prefix}-{uuid.uuid4().hex}",
+        response_id=f"{id_prefix}-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=model,
         arrival_s=context.arrival_s,

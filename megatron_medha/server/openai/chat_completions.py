@@ -8,16 +8,16 @@ from dataclasses import replace
 import msgspec
 
 from megatron_medha.server.bodies.openai_types import (
-    AnswerMessage,
     CalledFunction,
-    ChatAnswer,
     ChatChoice,
-    ChatChunk,
     ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatCompletionResponse,
     ChatLogprobs,
     ChatRequest,
     Delta,
     FunctionDelta,
+    ResponseMessage,
     ToolCall,
     ToolCallDelta,
     Usage,
@@ -40,8 +40,8 @@ from megatron_medha.server.openai.wire_format import (
     sse_event,
 )
 from megatron_medha.server.service import Service
-from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
-from megatron_medha.server.tools.tool_calls import CallFinder
+from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
+from megatron_medha.server.tools.tool_calls import ToolCallParser
 from megatron_medha.server.tools.tool_fields import definitions_of, usable_tools
 from megatron_medha.text.call_syntax import reasoning_end
 from megatron_medha.text.tokenizer import Tokenizer
@@ -126,7 +126,7 @@ class ChatFormat:
         )
         sample = ChatChunkChoice(index=0, delta=Delta(content=MARK))
         self._template = EventTemplate(spec, self._encode_event(sample, None))
-        self._finders = [] if spec.tools is None else [CallFinder(spec.tools) for _ in range(spec.num_choices)]
+        self._finders = [] if spec.tools is None else [ToolCallParser(spec.tools) for _ in range(spec.num_choices)]
         self._unsent: list[list[Piece]] = [[] for _ in self._finders]  # tokens whose text is in no event yet
 
     def opening_events(self) -> Sequence[bytes]:
@@ -150,7 +150,9 @@ class ChatFormat:
         spec = self.spec
         if not spec.includes_usage:
             return (DONE_EVENT,)
-        chunk = ChatChunk(id=spec.answer_id, created=spec.created, model=spec.model, choices=[], usage=usage)
+        chunk = ChatCompletionChunk(
+            id=spec.response_id, created=spec.created, model=spec.model, choices=[], usage=usage
+        )
         return sse_event(chunk), DONE_EVENT
 
     def error_events(self, error: ApiError) -> Sequence[bytes]:
@@ -162,7 +164,7 @@ class ChatFormat:
         spec = self.spec
         choices = []
         for index, pieces in enumerate(pieces_by_choice):
-            finder = None if spec.tools is None else CallFinder(spec.tools)
+            finder = None if spec.tools is None else ToolCallParser(spec.tools)
             message = _message_of(pieces, finder)
             choices.append(
                 ChatChoice(
@@ -174,8 +176,8 @@ class ChatFormat:
                     token_ids=_token_ids(pieces) if spec.returns_token_ids else msgspec.UNSET,
                 )
             )
-        answer = ChatAnswer(
-            id=spec.answer_id,
+        answer = ChatCompletionResponse(
+            id=spec.response_id,
             created=spec.created,
             model=spec.model,
             choices=choices,
@@ -219,8 +221,8 @@ class ChatFormat:
 
     def _encode_event(self, choice: ChatChunkChoice, usage: Usage | None, *, is_opening: bool = False) -> bytes:
         spec = self.spec
-        chunk = ChatChunk(
-            id=spec.answer_id,
+        chunk = ChatCompletionChunk(
+            id=spec.response_id,
             created=spec.created,
             model=spec.model,
             choices=[choice],
@@ -244,42 +246,42 @@ class ChatFormat:
         return ChatLogprobs(content=as_sliced_json(tokens))
 
 
-def _message_of(pieces: Sequence[Piece], finder: CallFinder | None) -> AnswerMessage:
+def _message_of(pieces: Sequence[Piece], finder: ToolCallParser | None) -> ResponseMessage:
     text = "".join(piece.text for piece in pieces)
     if finder is None:
-        return AnswerMessage(content=text)
+        return ResponseMessage(content=text)
     content = ""
-    calls: list[tuple[CallBegan, list[str]]] = []
+    calls: list[tuple[ToolCallStart, list[str]]] = []
     for found in [*finder.push(text), *finder.end(pieces[-1].finish_reason, pieces[-1].stop_reason)]:
         match found:
-            case Said():
+            case TextDelta():
                 content += found.text
-            case CallBegan():
+            case ToolCallStart():
                 calls.append((found, []))
-            case CallWent():
+            case ToolArgumentsDelta():
                 calls[found.index][1].append(found.arguments)
     if not calls:
-        return AnswerMessage(content=content)
+        return ResponseMessage(content=content)
     tool_calls = [
         ToolCall(id=began.call_id, function=CalledFunction(name=began.name, arguments="".join(arguments)))
         for began, arguments in calls
     ]
-    return AnswerMessage(content=content or None, tool_calls=tool_calls)
+    return ResponseMessage(content=content or None, tool_calls=tool_calls)
 
 
-def _delta_of(found: Found) -> Delta:
+def _delta_of(found: ToolParserEvent) -> Delta:
     match found:
-        case Said():
+        case TextDelta():
             return Delta(content=found.text)
-        case CallBegan():
+        case ToolCallStart():
             function = FunctionDelta(name=found.name, arguments="")
             call = ToolCallDelta(index=found.index, id=found.call_id, type="function", function=function)
-        case CallWent():
+        case ToolArgumentsDelta():
             call = ToolCallDelta(index=found.index, function=FunctionDelta(arguments=found.arguments))
     return Delta(tool_calls=[call])
 
 
-def _finish_reason(piece: Piece, finder: CallFinder | None) -> str | None:
+def _finish_reason(piece: Piece, finder: ToolCallParser | None) -> str | None:
     calls = finder is not None and finder.has_whole_calls and piece.finish_reason == "stop"
     return "tool_calls" if calls else piece.finish_reason
 

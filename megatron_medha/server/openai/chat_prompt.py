@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import msgspec
 
 from megatron_medha.server.bodies.openai_types import (
+    ChatMessage,
     ChatRequest,
     ContentPart,
-    Message,
     TokenizeRequest,
     Tool,
     ToolChoice,
 )
 from megatron_medha.server.http.http_errors import bad_request
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.tools.json_text import read_cut_object
 from megatron_medha.server.tools.tool_description import SYSTEM_ROLES, with_description
 from megatron_medha.server.tools.tool_fields import ToolUse, syntax_of, tool_use
-from megatron_medha.text.call_syntax import CallSyntax
+from megatron_medha.text.call_syntax import ToolSyntax
 from megatron_medha.text.chat_template import ChatTemplateError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -34,14 +34,14 @@ CHARS_PER_MESSAGE = 50
 
 def chat_tools(
     service: Service,
-    ready: Ready,
+    ready: ReadyState,
     tools: Sequence[Tool] | None,
     choice: ToolChoice | str | None,
     is_parallel: bool | None,
 ) -> ToolUse | None:
     """How an answer may call tools, with this model; ApiError 400 for what does not fit."""
     syntax = syntax_of(service.config.tool_call_parser, ready.tokenizer.template)
-    return tool_use(tools, choice, is_parallel=is_parallel, syntax=syntax or CallSyntax.HERMES)
+    return tool_use(tools, choice, is_parallel=is_parallel, syntax=syntax or ToolSyntax.HERMES)
 
 
 class RenderedChat(NamedTuple):
@@ -53,8 +53,8 @@ class RenderedChat(NamedTuple):
 
 async def render_messages(
     service: Service,
-    ready: Ready,
-    messages: list[Message],
+    ready: ReadyState,
+    messages: list[ChatMessage],
     fields: ChatRequest | TokenizeRequest,
     tools: Sequence[dict[str, Any]] = (),
 ) -> RenderedChat:
@@ -119,7 +119,7 @@ async def render_messages(
     raise bad_request(f"{param}: {refusal}", param)
 
 
-def _num_chars(message: Message) -> int:
+def _num_chars(message: ChatMessage) -> int:
     content = message.content
     parts = sum(len(part.text or "") + CHARS_PER_MESSAGE for part in content) if isinstance(content, list) else 0
     calls = sum(len(call.arguments) + CHARS_PER_MESSAGE for call in message.tool_calls or ())
@@ -127,13 +127,13 @@ def _num_chars(message: Message) -> int:
     return CHARS_PER_MESSAGE + content_chars + calls + len(message.reasoning_content or "")
 
 
-def adds_special_tokens(ready: Ready, asked: bool | None) -> bool:
+def adds_special_tokens(ready: ReadyState, asked: bool | None) -> bool:
     """Whether the tokenizer adds its special tokens to a rendered chat."""
     # A checkpoint's template writes its own; the plain one leaves them to the tokenizer.
     return ready.tokenizer.template.is_plain if asked is None else asked
 
 
-def _plain_message(place: int, message: Message) -> dict[str, Any]:
+def _plain_message(place: int, message: ChatMessage) -> dict[str, Any]:
     param = f"messages[{place}]"
     if message.role not in ROLES:
         raise bad_request(f"{param}.role: expected one of {', '.join(ROLES)}", f"{param}.role")

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from megatron_medha.server.generation import Prompt
 from megatron_medha.server.http.http_errors import ApiError, bad_request
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.text.text_slices import TextWithoutBreaksError
 from megatron_medha.text.tokenizer import Tokenizer, TooManyTokens
 
@@ -36,7 +36,7 @@ def split_prompts(prompt: str | array[int] | Sequence[str | int | list[int] | ar
 
 async def encode_prompts(
     service: Service,
-    ready: Ready,
+    ready: ReadyState,
     raw_prompts: Sequence[RawPrompt],
     *,
     max_tokens: int | None,
@@ -99,7 +99,7 @@ def encode_text(tokenizer: Tokenizer, text: str, adds_special: bool, max_tokens:
 
 
 def check_length(
-    num_tokens: int, most: int, ready: Ready, service: Service, param: str, *, is_exact: bool = True
+    num_tokens: int, most: int, ready: ReadyState, service: Service, param: str, *, is_exact: bool = True
 ) -> None:
     """ApiError unless a prompt of so many tokens is within `most`, of the context, and server.max_prompt_tokens.
 

@@ -12,11 +12,11 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.server.api_keys import ANONYMOUS, Client
+from megatron_medha.server.api_keys import ANONYMOUS, ApiClient
 from megatron_medha.server.bodies.openai_types import SharedFields
 from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.server_config import ServerConfig
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
@@ -45,9 +45,9 @@ _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
 class RequestContext:
     """What is known of a generating request beside its body: when it came, from whom, and what its headers ask for."""
 
-    ready: Ready
+    ready: ReadyState
     arrival_s: float
-    key: Client                       # in whose share it is admitted
+    key: ApiClient                       # in whose share it is admitted
     address: str                      # the name of its key; its IP address where it has none
     ttft_s: float | None = None       # latency targets
     tpot_s: float | None = None
@@ -72,7 +72,7 @@ def read_context(request: Request, service: Service) -> RequestContext:
         raise bad_request(
             f"x-slo-class: expected one of {', '.join(slo.names)}, got `{slo_class[:40]}`", "x-slo-class"
         )
-    key: Client = request.state.client_key
+    key: ApiClient = request.state.client_key
     return RequestContext(
         ready=ready,
         arrival_s=arrival_s,
@@ -150,7 +150,7 @@ def num_choices_of(fields: SharedFields) -> int:
 
 def sampling_of(
     fields: SharedFields,
-    ready: Ready,
+    ready: ReadyState,
     config: ServerConfig,
     *,
     num_logprobs: int | None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.server.bodies.openai_types import CalledFunction, ContentPart, Message, ToolCall
+from megatron_medha.server.bodies.openai_types import CalledFunction, ChatMessage, ContentPart, ToolCall
 from megatron_medha.server.bodies.responses_types import InputItem, InputPart
 from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.openai.response_tools import custom_call_arguments, function_name
@@ -17,14 +17,14 @@ TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_te
 
 
 @dataclass(slots=True)
-class History:
+class ConversationHistory:
     """Messages, where each came from, and the items that are left out."""
 
-    messages: list[Message] = field(default_factory=list)
+    messages: list[ChatMessage] = field(default_factory=list)
     paths: dict[str, str] = field(default_factory=dict)  # of a chat's fields, in the words of this route
     ignored: list[str] = field(default_factory=list)
 
-    def add(self, message: Message, path: str) -> None:
+    def add(self, message: ChatMessage, path: str) -> None:
         """Add a message that came from there."""
         self.paths[f"messages[{len(self.messages)}]"] = path
         self.messages.append(message)
@@ -32,7 +32,7 @@ class History:
     def add_call(self, call: ToolCall, path: str) -> None:
         """Add a call. Calls of one answer are one message of the model, with the text before them."""
         if not self.messages or self.messages[-1].role != "assistant":
-            self.add(Message(role="assistant"), path)
+            self.add(ChatMessage(role="assistant"), path)
         last = self.messages[-1]
         last.tool_calls = last.tool_calls or []
         last.tool_calls.append(call)
@@ -43,16 +43,16 @@ class History:
 
 def read_items(
     items: str | list[InputItem], instructions: str | None, recall: Callable[[str], InputItem | None]
-) -> History:
+) -> ConversationHistory:
     """The chat that these items are; ApiError 400 for one that lacks what it needs or is not text.
 
     recall: finds the item that an item_reference names.
     """
-    history = History()
+    history = ConversationHistory()
     if instructions is not None:
-        history.add(Message(role="system", content=instructions), "instructions")
+        history.add(ChatMessage(role="system", content=instructions), "instructions")
     if isinstance(items, str):
-        history.add(Message(role="user", content=items), "input")
+        history.add(ChatMessage(role="user", content=items), "input")
         return history
     for place, item in enumerate(items):
         path = f"input[{place}]"
@@ -66,10 +66,10 @@ def read_items(
     return history
 
 
-def _add_item(history: History, item: InputItem, path: str) -> None:
+def _add_item(history: ConversationHistory, item: InputItem, path: str) -> None:
     match item:
         case InputItem(type="message", role=str(role), content=str() | list() as content):
-            history.add(Message(role=role, content=_content_of(content, f"{path}.content")), path)
+            history.add(ChatMessage(role=role, content=_content_of(content, f"{path}.content")), path)
         case InputItem(type="function_call", call_id=str(call_id), name=str(name)) if item.arguments is not None:
             _add_call(history, path, call_id, function_name(name, item.namespace), _as_text(item.arguments))
         case InputItem(type="custom_tool_call", call_id=str(call_id), name=str(name)) if item.input is not None:
@@ -94,18 +94,18 @@ def _add_item(history: History, item: InputItem, path: str) -> None:
             history.ignored.append(path)
 
 
-def _add_call(history: History, path: str, call_id: str, name: str, arguments: str) -> None:
+def _add_call(history: ConversationHistory, path: str, call_id: str, name: str, arguments: str) -> None:
     history.add_call(ToolCall(id=call_id, function=CalledFunction(name=name, arguments=arguments)), path)
 
 
-def _add_output(history: History, path: str, call_id: str, output: Any) -> None:
+def _add_output(history: ConversationHistory, path: str, call_id: str, output: Any) -> None:
     try:
         parts = msgspec.convert(output, str | list[InputPart])
         is_text = isinstance(parts, str) or all(part.type for part in parts)
     except msgspec.ValidationError:
         is_text = False
     content = _content_of(parts, f"{path}.output") if is_text else _as_text(output)
-    history.add(Message(role="tool", content=content, tool_call_id=call_id), path)
+    history.add(ChatMessage(role="tool", content=content, tool_call_id=call_id), path)
 
 
 def _as_text(value: Any) -> str:

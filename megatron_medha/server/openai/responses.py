@@ -23,9 +23,9 @@ from megatron_medha.server.bodies.responses_types import (
     OutputItem,
     OutputMessage,
     OutputText,
-    ResponseAnswer,
     ResponseEvent,
     ResponsesRequest,
+    ResponsesResponse,
     ResponseUsage,
     TextFormat,
     TextOptions,
@@ -39,10 +39,10 @@ from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE
 from megatron_medha.server.openai.openai_logprobs import chat_token, token_namer
 from megatron_medha.server.openai.recent_items import RecentItems
 from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
-from megatron_medha.server.openai.response_items import History, read_items
+from megatron_medha.server.openai.response_items import ConversationHistory, read_items
 from megatron_medha.server.openai.response_tools import ChatTools, KnownTool, chat_tools_of, text_argument
 from megatron_medha.server.service import Service
-from megatron_medha.server.tools.call_readers import CallBegan, CallWent, Found, Said
+from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
 from megatron_medha.text.tokenizer import Tokenizer
 
 BODY = BodyType(msgspec.json.Decoder(ResponsesRequest), texts=frozenset({"input", "instructions"}))
@@ -63,14 +63,14 @@ _PATHS = {
 }  # fmt: skip
 
 
-async def plan_response(
+async def build_response_spec(
     service: Service, context: RequestContext, body: ResponsesRequest, *, recent: RecentItems
 ) -> ResponsesFormat:
     """As chat_spec, of the chat that this is; ApiError 4xx says what is wrong. recent: items it may refer to."""
     refuse_all(body, _REFUSED)
     client = context.key.name
 
-    def read() -> History:
+    def read() -> ConversationHistory:
         return read_items(body.input, body.instructions, lambda item_id: recent.find(client, item_id))
 
     num_items = 1 if isinstance(body.input, str) else len(body.input)
@@ -149,7 +149,7 @@ class ResponsesFormat(BlockFormat):
         self._emit("error", code=error.code, message=error.message, param=error.param, error=body)
         return self._take_events()
 
-    def _whole_answer(self, usage: Usage) -> ResponseAnswer:
+    def _whole_answer(self, usage: Usage) -> ResponsesResponse:
         return self._answer(self._status, usage)
 
     @property
@@ -160,7 +160,7 @@ class ResponsesFormat(BlockFormat):
         self._unsent += self._logprobs(piece)
         found = self._found(piece)
         if piece.finish_reason is not None and not (self._items or found):
-            found = [Said("")]
+            found = [TextDelta("")]
         for one in found:
             self._add(one)
         if piece.finish_reason is not None:
@@ -173,9 +173,9 @@ class ResponsesFormat(BlockFormat):
         num_top = self.spec.sampling.num_logprobs or 0
         return [chat_token(piece.token_id, piece.logprobs, num_top, self._tokenizer, self._name)]
 
-    def _add(self, found: Found) -> None:
+    def _add(self, found: ToolParserEvent) -> None:
         match found:
-            case Said():
+            case TextDelta():
                 message = self._open
                 if not isinstance(message, OutputMessage):
                     if self._items:  # the other tokens were a call's
@@ -191,7 +191,7 @@ class ResponsesFormat(BlockFormat):
                     self._emit_item(
                         "response.output_text.delta", content_index=0, delta=found.text, logprobs=logprobs
                     )
-            case CallBegan():
+            case ToolCallStart():
                 known = self._tools.known.get(found.name, KnownTool(found.name))
                 namespace = known.namespace or msgspec.UNSET
                 if known.is_custom:
@@ -201,7 +201,7 @@ class ResponsesFormat(BlockFormat):
                 else:
                     call = OutputCall(id=_draw_id("fc"), call_id=found.call_id, name=known.name, namespace=namespace)
                 self._begin(call)
-            case CallWent():
+            case ToolArgumentsDelta():
                 self._arguments += found.arguments
                 if isinstance(self._open, OutputCall):
                     self._emit_item("response.function_call_arguments.delta", delta=found.arguments)
@@ -250,10 +250,10 @@ class ResponsesFormat(BlockFormat):
             self._put(kind, ResponseEvent(type=kind, sequence_number=self._num_events, **fields))  # type: ignore[arg-type]
             self._num_events += 1
 
-    def _answer(self, status: str, usage: Usage | None) -> ResponseAnswer:
+    def _answer(self, status: str, usage: Usage | None) -> ResponsesResponse:
         spec, body = self.spec, self._body
-        return ResponseAnswer(
-            id=spec.answer_id,
+        return ResponsesResponse(
+            id=spec.response_id,
             created_at=spec.created,
             status=status,
             model=spec.model,

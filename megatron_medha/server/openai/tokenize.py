@@ -11,17 +11,17 @@ import msgspec
 from starlette.responses import Response, StreamingResponse
 
 from megatron_medha.server.bodies.openai_types import (
-    DetokenizeAnswer,
     DetokenizeRequest,
-    TokenizeAnswer,
+    DetokenizeResponse,
     TokenizeRequest,
+    TokenizeResponse,
 )
 from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.chat_prompt import adds_special_tokens, chat_tools, render_messages
 from megatron_medha.server.openai.prompts import check_ids, check_length, encode_text
 from megatron_medha.server.openai.wire_format import encode_json, json_response
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.tools.tool_fields import definitions_of, usable_tools
 from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TooManyTokens
 
@@ -32,20 +32,20 @@ _SLICE_IDS = 4_096     # encoded on the event loop at once: 1 ms, with their nam
 _SLICE_CHARS = 65_536
 
 
-async def tokenize(service: Service, ready: Ready, body: TokenizeRequest) -> Response:
+async def tokenize(service: Service, ready: ReadyState, body: TokenizeRequest) -> Response:
     """Token ids of a prompt, or of messages as the chat route would encode them."""
     ids = await token_ids_of(service, ready, body)
     limit = ready.facts.max_request_tokens
     names = ready.tokenizer if body.return_token_strs else None
     if len(ids) > _SLICE_IDS:
         return _streamed(_token_parts(ids, limit, names))
-    answer = TokenizeAnswer(
+    answer = TokenizeResponse(
         count=len(ids), max_model_len=limit, tokens=ids.tolist(), token_strs=_names(names, ids) if names else None
     )
     return json_response(answer)
 
 
-async def token_ids_of(service: Service, ready: Ready, body: TokenizeRequest) -> array[int]:
+async def token_ids_of(service: Service, ready: ReadyState, body: TokenizeRequest) -> array[int]:
     """The ids of what the body holds; ApiError 400 if they are more than the model's context."""
     service.model_name(body.model)
     if (body.prompt is None) == (body.messages is None):
@@ -74,7 +74,7 @@ async def token_ids_of(service: Service, ready: Ready, body: TokenizeRequest) ->
     return ids
 
 
-async def detokenize(service: Service, ready: Ready, body: DetokenizeRequest) -> Response:
+async def detokenize(service: Service, ready: ReadyState, body: DetokenizeRequest) -> Response:
     """Text of token ids, special tokens included; ApiError 400 beyond the context."""
     service.model_name(body.model)
     check_length(len(body.tokens), ready.facts.max_request_tokens, ready, service, "tokens")
@@ -91,7 +91,7 @@ async def detokenize(service: Service, ready: Ready, body: DetokenizeRequest) ->
     texts = await service.text.run(len(ids), work) if ids else []
     if len(ids) > _SLICE_IDS:
         return _streamed(_quoted(texts))
-    return json_response(DetokenizeAnswer(prompt="".join(texts)))
+    return json_response(DetokenizeResponse(prompt="".join(texts)))
 
 
 def _streamed(parts: AsyncIterator[bytes]) -> Response:
@@ -105,7 +105,7 @@ async def _one_by_one(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 async def _token_parts(ids: array[int], limit: int, names: Tokenizer | None) -> AsyncIterator[bytes]:
-    """A TokenizeAnswer as JSON."""
+    """A TokenizeResponse as JSON."""
     yield b'{"count":%d,"max_model_len":%d,"tokens":[' % (len(ids), limit)
     for begin in range(0, len(ids), _SLICE_IDS):
         yield (b"," if begin else b"") + encode_json(ids[begin : begin + _SLICE_IDS].tolist())[1:-1]
@@ -119,7 +119,7 @@ async def _token_parts(ids: array[int], limit: int, names: Tokenizer | None) -> 
 
 
 async def _quoted(texts: Sequence[str]) -> AsyncIterator[bytes]:
-    """A DetokenizeAnswer as JSON."""
+    """A DetokenizeResponse as JSON."""
     yield b'{"prompt":"'
     for text in texts:
         for begin in range(0, len(text), _SLICE_CHARS):

@@ -8,9 +8,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from megatron_medha.server.api_keys import Client
+from megatron_medha.server.api_keys import ApiClient
 from megatron_medha.server.http.cross_site import answer_preflight, check_host, check_origin, cors_headers
-from megatron_medha.server.http.http_errors import ApiError, our_bug
+from megatron_medha.server.http.http_errors import ApiError, internal_error
 from megatron_medha.server.service import Service
 
 # Probes carry no key, and learn nothing worth one. The page at /dashboard is the same for everybody; what it shows
@@ -22,7 +22,7 @@ ADMIN_PREFIXES = ("/admin/", "/debug/")
 MAX_REQUEST_ID_CHARS = 128
 
 
-class FrontDoor:
+class AuthMiddleware:
     """Names every request, and turns away those without the key, and new work once the server is shutting down.
 
     Not the framework's own middleware class: that one wraps every body part in a task and a
@@ -72,7 +72,7 @@ class FrontDoor:
         except Exception:
             # The framework answers outside of us, without the headers that say which request it was and let pages read.
             if not has_begun:
-                await our_bug().as_response(path)(scope, receive, send_named)
+                await internal_error().as_response(path)(scope, receive, send_named)
             raise
         finally:
             self._service.lifecycle.ended()
@@ -85,7 +85,7 @@ class FrontDoor:
             check_origin(scope["method"], headers, config)
         return answer_preflight(scope["method"], headers, config)
 
-    def _client(self, path: str, headers: Headers) -> Client:
+    def _client(self, path: str, headers: Headers) -> ApiClient:
         keys = self._service.keys
         # Anthropic's clients send x-api-key, some beside another Authorization.
         x_api_key = headers.get("x-api-key")

@@ -12,8 +12,8 @@ from starlette.responses import Response
 from megatron_medha.core.request import Rejection
 from megatron_medha.server.anthropic import anthropic_messages
 from megatron_medha.server.bodies import openai_types as types
-from megatron_medha.server.bodies.anthropic_types import MessagesAnswer, MessagesRequest, TokenCount
-from megatron_medha.server.bodies.responses_types import ResponseAnswer, ResponsesRequest
+from megatron_medha.server.bodies.anthropic_types import MessagesRequest, MessagesResponse, TokenCount
+from megatron_medha.server.bodies.responses_types import ResponsesRequest, ResponsesResponse
 from megatron_medha.server.http.body_reader import read_body
 from megatron_medha.server.http.http_errors import AnthropicError, rejected
 from megatron_medha.server.http.request_body import BodyType, decode_request
@@ -23,9 +23,9 @@ from megatron_medha.server.openai.recent_items import RecentItems
 from megatron_medha.server.openai.request_fields import RequestContext, read_context
 from megatron_medha.server.openai.wire_format import WireFormat
 from megatron_medha.server.routes import openapi
-from megatron_medha.server.routes.generate import Answer
-from megatron_medha.server.routes.timeouts import unless_gone
-from megatron_medha.server.service import Ready, Service
+from megatron_medha.server.routes.generate import GenerationResponse
+from megatron_medha.server.routes.timeouts import cancel_on_disconnect
+from megatron_medha.server.service import ReadyState, Service
 
 T = TypeVar("T")
 
@@ -45,35 +45,35 @@ def add_generating_routes(app: Api, service: Service) -> None:
         operation: dict[str, Any],
     ) -> None:
         async def route(request: Request) -> Response:
-            with service.bodies.hold() as held:
-                raw = await read_body(request, service.config, held)
+            with service.bodies.hold() as audit_counts:
+                raw = await read_body(request, service.config, audit_counts)
                 context = read_context(request, service)
                 body = await decode_request(raw, body_type, context.ready.prompt_limits)
-                wire = await unless_gone(request.receive, held.num_bytes, plan(service, context, body))
+                wire = await cancel_on_disconnect(request.receive, audit_counts.num_bytes, plan(service, context, body))
             # From here to the answer's own start nothing waits, so that the ticket cannot be lost.
             service.lifecycle.check_open()
             ticket = service.admission.admit(service.config, context.key, wire.spec.requests())
             if isinstance(ticket, Rejection):
                 raise rejected(ticket)
             service.metrics.answer_began(wire.spec)
-            return Answer(wire, service, context.ready.tokenizer, ticket)
+            return GenerationResponse(wire, service, context.ready.tokenizer, ticket)
 
         route.__doc__ = what
         app.add_api_route(path, route, methods=["POST"], name=name, openapi_extra=operation)
 
     add("/v1/completions", "completions", "Continue one or more prompts.",
-        completions.BODY, completions.plan_completion,
-        openapi.operation(types.CompletionAnswer, body=types.CompletionRequest, errors=_ERRORS, has_events=True))
+        completions.BODY, completions.build_completion_spec,
+        openapi.operation(types.CompletionResponse, body=types.CompletionRequest, errors=_ERRORS, has_events=True))
     add("/v1/chat/completions", "chat_completions", "Answer a chat.",
         chat_completions.BODY, chat_completions.plan_chat_completion,
-        openapi.operation(types.ChatAnswer, body=types.ChatRequest, errors=_ERRORS, has_events=True))
+        openapi.operation(types.ChatCompletionResponse, body=types.ChatRequest, errors=_ERRORS, has_events=True))
     add("/v1/responses", "create_response",
         "Answer a chat, as OpenAI's newer clients send it. Answers are not stored.",
-        responses.BODY, partial(responses.plan_response, recent=RecentItems()),
-        openapi.operation(ResponseAnswer, body=ResponsesRequest, errors=_ERRORS, has_events=True))
+        responses.BODY, partial(responses.build_response_spec, recent=RecentItems()),
+        openapi.operation(ResponsesResponse, body=ResponsesRequest, errors=_ERRORS, has_events=True))
     add("/v1/messages", "create_message", "Answer a chat, as Anthropic's clients send it.",
-        anthropic_messages.BODY, anthropic_messages.plan_message,
-        openapi.operation(MessagesAnswer, body=MessagesRequest, has_events=True, **_ANTHROPIC))
+        anthropic_messages.BODY, anthropic_messages.build_message_spec,
+        openapi.operation(MessagesResponse, body=MessagesRequest, has_events=True, **_ANTHROPIC))
 
 
 def add_token_routes(app: Api, service: Service) -> None:
@@ -84,15 +84,15 @@ def add_token_routes(app: Api, service: Service) -> None:
         name: str,
         what: str,
         body_type: BodyType[T],
-        answer: Callable[[Service, Ready, T], Coroutine[Any, Any, Response]],
+        answer: Callable[[Service, ReadyState, T], Coroutine[Any, Any, Response]],
         operation: dict[str, Any],
     ) -> None:
         async def route(request: Request) -> Response:
-            with service.bodies.hold() as held:
-                raw = await read_body(request, service.config, held)
+            with service.bodies.hold() as audit_counts:
+                raw = await read_body(request, service.config, audit_counts)
                 ready = service.ready()
                 body = await decode_request(raw, body_type, ready.prompt_limits)
-                return await unless_gone(request.receive, held.num_bytes, answer(service, ready, body))
+                return await cancel_on_disconnect(request.receive, audit_counts.num_bytes, answer(service, ready, body))
 
         route.__doc__ = what
         app.add_api_route(path, route, methods=["POST"], name=name, openapi_extra=operation)
@@ -102,7 +102,7 @@ def add_token_routes(app: Api, service: Service) -> None:
         openapi.operation(TokenCount, body=MessagesRequest, **_ANTHROPIC))
     add("/tokenize", "tokenize_text", "Token ids of a prompt or of messages.",
         tokenize.TOKENIZE_BODY, tokenize.tokenize,
-        openapi.operation(types.TokenizeAnswer, body=types.TokenizeRequest, errors=_ERRORS))
+        openapi.operation(types.TokenizeResponse, body=types.TokenizeRequest, errors=_ERRORS))
     add("/detokenize", "detokenize_ids", "Text of token ids.",
         tokenize.DETOKENIZE_BODY, tokenize.detokenize,
-        openapi.operation(types.DetokenizeAnswer, body=types.DetokenizeRequest, errors=_ERRORS))
+        openapi.operation(types.DetokenizeResponse, body=types.DetokenizeRequest, errors=_ERRORS))

@@ -14,21 +14,21 @@ from starlette.responses import Response
 from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.routing import Api
 from megatron_medha.server.observe.metrics import Histogram
-from megatron_medha.server.observe.queue_view import LiveView
-from megatron_medha.server.observe.request_log import Story
-from megatron_medha.server.observe.steps import Step
+from megatron_medha.server.observe.queue_view import QueueView
+from megatron_medha.server.observe.request_log import RequestTrace
+from megatron_medha.server.observe.steps import StepRecord
 from megatron_medha.server.openai.wire_format import json_response
 from megatron_medha.server.routes import openapi
 from megatron_medha.server.service import Service
 
 MAX_LISTED = 100       # stories in a list
-MAX_GOING_FIRST = 8    # named of those that ran while a request waited
-_LOOK_WAIT_S = 0.5     # for the first look after nobody has watched for a while
-_LOOK_POLL_S = 0.02
+MAX_REQUESTS_AHEAD = 8    # named of those that ran while a request waited
+_VIEW_WAIT_S = 0.5     # for the first look after nobody has watched for a while
+_VIEW_POLL_S = 0.02
 _ERRORS = (401, 403, 404, 503)
 
 
-class Wait(msgspec.Struct, frozen=True):
+class WaitInterval(msgspec.Struct, frozen=True):
     """A time in which a request was not run, and who was."""
 
     from_s: float            # since its arrival, as all times here
@@ -40,7 +40,7 @@ class Wait(msgspec.Struct, frozen=True):
     slack_until_s: float
 
 
-class Ran(msgspec.Struct, frozen=True):
+class RunInterval(msgspec.Struct, frozen=True):
     """Chunks in a row."""
 
     from_s: float
@@ -53,7 +53,7 @@ class Ran(msgspec.Struct, frozen=True):
     relative_slack: float
 
 
-class StoryAnswer(msgspec.Struct, frozen=True):
+class RequestTraceResponse(msgspec.Struct, frozen=True):
     """All that is remembered of one request."""
 
     request_id: str
@@ -73,7 +73,7 @@ class StoryAnswer(msgspec.Struct, frozen=True):
     outcome: str             # "" while it lives
     num_pauses: int
     losses: list[dict[str, Any]]
-    timeline: list[Wait | Ran]
+    timeline: list[WaitInterval | RunInterval]
     slack: list[tuple[float, float]]  # (seconds since arrival, slack in seconds), joined by straight lines
 
 
@@ -95,7 +95,7 @@ def add_routes(app: Api, service: Service) -> None:
     async def schedule() -> Response:
         """Who waits, with how much slack and why; what is in flight."""
         steps = [_step(step) for step in _latest_steps(service, 20)]
-        return json_response({"view": await _look(service), "steps": steps})
+        return json_response({"view": await _fresh_view(service), "steps": steps})
 
     @app.get("/debug/live", openapi_extra=openapi.operation(None, errors=_ERRORS))
     async def live() -> Response:
@@ -106,7 +106,7 @@ def add_routes(app: Api, service: Service) -> None:
             "status": "draining" if service.lifecycle.is_draining else service.status.phase.value,
             "model": next(iter(service.served_names()), ""),
             "device": service.engine.facts.device if service.engine.facts is not None else "",
-            "view": await _look(service),
+            "view": await _fresh_view(service),
             "load": {
                 "num_blocks": load.num_blocks, "num_free_blocks": load.num_free_blocks,
                 "num_waiting_tokens": service.admission.num_waiting_tokens, "num_live": service.admission.num_live,
@@ -127,89 +127,89 @@ def add_routes(app: Api, service: Service) -> None:
         """The newest requests, newest first."""
         return json_response({"requests": service.journal.recent(MAX_LISTED)})
 
-    @app.get("/debug/requests/{answer_id}", openapi_extra=openapi.operation(None, errors=_ERRORS))
-    async def request(answer_id: str) -> Response:
+    @app.get("/debug/requests/{response_id}", openapi_extra=openapi.operation(None, errors=_ERRORS))
+    async def request(response_id: str) -> Response:
         """One request's story: the id of an answer, or of one of its choices (ID-0, ID-1...)."""
-        ids = service.journal.story_ids(answer_id)
-        stories = [story for one in ids if (story := service.journal.story(one)) is not None]
-        if not stories:
-            raise ApiError(404, f"no request `{answer_id[:80]}` is remembered", code="request_not_found")
+        ids = service.journal.request_ids_of(response_id)
+        traces = [trace for one in ids if (trace := service.journal.trace(one)) is not None]
+        if not traces:
+            raise ApiError(404, f"no request `{response_id[:80]}` is remembered", code="request_not_found")
         now_s = service.engine.now_s()
         steps = service.journal.steps_between(
-            min(story.request.arrival_s for story in stories), max(story.ended_s or now_s for story in stories)
+            min(trace.request.arrival_s for trace in traces), max(trace.ended_s or now_s for trace in traces)
         )
         # Thousands of steps are gone through for a long one: not on the loop that serves tokens.
-        told = await asyncio.to_thread(lambda: [tell(story, steps, now_s) for story in stories])
+        told = await asyncio.to_thread(lambda: [explain_trace(trace, steps, now_s) for trace in traces])
         return json_response({"choices": told})
 
 
-def tell(story: Story, steps: Sequence[Step], now_s: float) -> StoryAnswer:
+def explain_trace(trace: RequestTrace, steps: Sequence[StepRecord], now_s: float) -> RequestTraceResponse:
     """The story with its waits explained by the steps that went on meanwhile, on its own replica."""
-    steps = [step for step in steps if step.replica == story.replica]
-    request, begin_s = story.request, story.request.arrival_s
-    timeline: list[Wait | Ran] = []
-    slack = [(0.0, story.deadline_s - begin_s - story.total_work_s)]
+    steps = [step for step in steps if step.replica == trace.replica]
+    request, begin_s = trace.request, trace.request.arrival_s
+    timeline: list[WaitInterval | RunInterval] = []
+    slack = [(0.0, trace.deadline_s - begin_s - trace.total_work_s)]
     waiting_since_s = begin_s
     is_held = False  # it owns KV
-    for run in story.runs:
-        if any(waiting_since_s <= lost.at_s <= run.from_s for lost in story.losses):
+    for run in trace.runs:
+        if any(waiting_since_s <= lost.at_s <= run.from_s for lost in trace.losses):
             is_held = False
-        wait = _wait(story, steps, waiting_since_s, run.from_s, is_held, slack[-1][1], run.slack_s)
+        wait = _wait(trace, steps, waiting_since_s, run.from_s, is_held, slack[-1][1], run.slack_s)
         if wait is not None:
             timeline.append(wait)
         timeline.append(
-            Ran(
+            RunInterval(
                 run.from_s - begin_s, run.until_s - begin_s, (run.first_batch, run.last_batch), run.start,
                 run.num_tokens, run.num_chunks, run.slack_s, run.relative_slack,
             )
         )  # fmt: skip
         slack.append((run.from_s - begin_s, run.slack_s))
         waiting_since_s, is_held = run.until_s, True
-    is_prefill = story.first_token_s is None
-    end_s = story.ended_s or now_s
+    is_prefill = trace.first_token_s is None
+    end_s = trace.ended_s or now_s
     if is_prefill:
-        last_slack_s = story.deadline_s - end_s - story.remaining_work_s
-        wait = _wait(story, steps, waiting_since_s, end_s, is_held, slack[-1][1], last_slack_s)
+        last_slack_s = trace.deadline_s - end_s - trace.remaining_work_s
+        wait = _wait(trace, steps, waiting_since_s, end_s, is_held, slack[-1][1], last_slack_s)
         if wait is not None:
             timeline.append(wait)
         slack.append((end_s - begin_s, last_slack_s))
     else:
-        assert story.first_token_s is not None
-        slack.append((story.first_token_s - begin_s, story.deadline_s - story.first_token_s))
-    return StoryAnswer(
+        assert trace.first_token_s is not None
+        slack.append((trace.first_token_s - begin_s, trace.deadline_s - trace.first_token_s))
+    return RequestTraceResponse(
         request_id=request.request_id,
-        replica=story.replica,
+        replica=trace.replica,
         slo_class=request.slo_class,
         priority=request.priority,
         num_prompt_tokens=request.num_prompt_tokens,
         max_output_tokens=request.max_output_tokens,
-        num_scheduled_tokens=story.num_scheduled_tokens,
-        deadline_s=story.deadline_s - begin_s,
-        total_work_s=story.total_work_s,
-        remaining_work_s=story.remaining_work_s,
+        num_scheduled_tokens=trace.num_scheduled_tokens,
+        deadline_s=trace.deadline_s - begin_s,
+        total_work_s=trace.total_work_s,
+        remaining_work_s=trace.remaining_work_s,
         age_s=end_s - begin_s,
-        first_scheduled_s=_since(story.first_scheduled_s, begin_s),
-        first_token_s=_since(story.first_token_s, begin_s),
-        ended_s=_since(story.ended_s, begin_s),
-        outcome=story.outcome,
-        num_pauses=story.num_pauses,
-        losses=[{"at_s": lost.at_s - begin_s, "num_tokens": lost.num_tokens, "why": lost.why} for lost in story.losses],
+        first_scheduled_s=_since(trace.first_scheduled_s, begin_s),
+        first_token_s=_since(trace.first_token_s, begin_s),
+        ended_s=_since(trace.ended_s, begin_s),
+        outcome=trace.outcome,
+        num_pauses=trace.num_pauses,
+        losses=[{"at_s": lost.at_s - begin_s, "num_tokens": lost.num_tokens, "why": lost.why} for lost in trace.losses],
         timeline=timeline,
         slack=slack,
     )
 
 
 def _wait(
-    story: Story,
-    steps: Sequence[Step],
+    trace: RequestTrace,
+    steps: Sequence[StepRecord],
     from_s: float,
     until_s: float,
     is_held: bool,
     slack_from_s: float,
     slack_until_s: float,
-) -> Wait | None:
+) -> WaitInterval | None:
     """What went on between two runs; None if no step did. steps: of one replica, in order."""
-    own_id, begin_s = story.request.request_id, story.request.arrival_s
+    own_id, begin_s = trace.request.request_id, trace.request.arrival_s
     # A long story has hundreds of waits among thousands of steps.
     first = bisect_right(steps, from_s, key=lambda step: step.at_s)
     last = bisect_left(steps, until_s, lo=first, key=lambda step: step.at_s)
@@ -222,15 +222,15 @@ def _wait(
         for part in step.parts:
             num_tokens[part.request_id] = num_tokens.get(part.request_id, 0) + part.num_tokens
             slacks.setdefault(part.request_id, part.relative_slack)
-    most = sorted(num_tokens, key=lambda one: -num_tokens[one])[:MAX_GOING_FIRST]
-    num_without_memory = sum(step.num_free_blocks < story.num_blocks_needed for step in between)
+    most = sorted(num_tokens, key=lambda one: -num_tokens[one])[:MAX_REQUESTS_AHEAD]
+    num_without_memory = sum(step.num_free_blocks < trace.num_blocks_needed for step in between)
     if not is_held and 2 * num_without_memory > len(between):
         why = "not enough free KV memory"
     elif num_tokens:
         why = "others were more urgent" if not is_held else "others were more urgent; its KV was kept"
     else:
         why = "running answers filled the steps"
-    return Wait(
+    return WaitInterval(
         from_s=from_s - begin_s,
         until_s=until_s - begin_s,
         why=why,
@@ -243,13 +243,13 @@ def _wait(
     )
 
 
-async def _look(service: Service) -> LiveView | None:
+async def _fresh_view(service: Service) -> QueueView | None:
     """A look that is fresh, as far as the engine does anything at all; None before it is ready."""
     now_s = service.engine.now_s()
     view = service.journal.look(now_s)
-    num_looks = int(_LOOK_WAIT_S / _LOOK_POLL_S)
+    num_looks = int(_VIEW_WAIT_S / _VIEW_POLL_S)
     while (view is None or view.at_s < now_s - 1.0) and service.admission.num_live and num_looks:
-        await asyncio.sleep(_LOOK_POLL_S)
+        await asyncio.sleep(_VIEW_POLL_S)
         view = service.journal.look(service.engine.now_s())
         num_looks -= 1
     if view is not None and not service.admission.num_live and view.at_s < now_s - 1.0:
@@ -260,12 +260,12 @@ async def _look(service: Service) -> LiveView | None:
     return view
 
 
-def _latest_steps(service: Service, count: int) -> list[Step]:
+def _latest_steps(service: Service, count: int) -> list[StepRecord]:
     now_s = service.engine.now_s()
     return service.journal.steps_between(0.0, now_s)[-count:]
 
 
-def _step(step: Step) -> dict[str, Any]:
+def _step(step: StepRecord) -> dict[str, Any]:
     return {
         "batch_id": step.batch_id,
         "replica": step.replica,

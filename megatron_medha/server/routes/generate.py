@@ -12,15 +12,15 @@ from starlette.types import Receive, Scope, Send
 
 from megatron_medha.core.ports import ErrorDelivery
 from megatron_medha.core.request import Rejection
-from megatron_medha.server.admission import Ticket
+from megatron_medha.server.admission import AdmissionTicket
 from megatron_medha.server.bodies.openai_types import Usage
 from megatron_medha.server.generation import Choice, Piece
 from megatron_medha.server.http.connection import TRANSPORT
-from megatron_medha.server.http.http_errors import ApiError, our_bug, rejected
-from megatron_medha.server.observe.tracing import Ended
+from megatron_medha.server.http.http_errors import ApiError, internal_error, rejected
+from megatron_medha.server.observe.tracing import EndedRequest
 from megatron_medha.server.openai.wire_format import WireFormat
-from megatron_medha.server.output_streams import EngineLost, Gone, Stream
-from megatron_medha.server.routes.timeouts import Patience, until_gone
+from megatron_medha.server.output_streams import ClientDisconnected, EngineLost, OutputStream
+from megatron_medha.server.routes.timeouts import RequestTimeouts, until_gone
 from megatron_medha.server.service import Service
 from megatron_medha.text.tokenizer import Tokenizer
 
@@ -47,10 +47,10 @@ _SUBMITTED = 64           # choices before that: some 3 ms
 T = TypeVar("T")
 
 
-class Answer(Response):
+class GenerationResponse(Response):
     """An ASGI response that generates while it is sent. However it ends, no sub-request outlives it."""
 
-    def __init__(self, wire: WireFormat, service: Service, tokenizer: Tokenizer, ticket: Ticket) -> None:
+    def __init__(self, wire: WireFormat, service: Service, tokenizer: Tokenizer, ticket: AdmissionTicket) -> None:
         super().__init__()
         self._spec = spec = wire.spec
         self._wire = wire
@@ -79,7 +79,7 @@ class Answer(Response):
         max_unread = max(config.max_buffered_tokens, UNREAD_STEPS * self._spec.num_choices)
         stream = self._streams.open(tuple(self._choice_by_id), max_unread, self._abort_live)
         watcher = asyncio.ensure_future(_watch_client(receive, stream))
-        patience = Patience(loop, stream, _transport_of(scope), self._part_being_sent, config)
+        patience = RequestTimeouts(loop, stream, _transport_of(scope), self._unsent_part, config)
         patience.start(self._engine.now_s() - self._spec.arrival_s)
         try:
             await self._submit()
@@ -87,7 +87,7 @@ class Answer(Response):
                 await self._send_stream(stream, send)
             else:
                 await self._send_whole(stream, send)
-        except Gone:
+        except ClientDisconnected:
             self._end_as(patience.outcome or "client_gone", "abort", len(self._live_ids))
         except asyncio.CancelledError:
             self._end_as("cancelled", "abort", len(self._live_ids))
@@ -96,9 +96,9 @@ class Answer(Response):
             self._end_as(patience.outcome or error.code or "error", "error", self._num_open)
             await self._send_error(error, send)
         except Exception:
-            log.exception("answer_failed", extra={"fields": {"answer_id": self._spec.answer_id}})
+            log.exception("answer_failed", extra={"fields": {"response_id": self._spec.response_id}})
             self._end_as("internal_error", "error", self._num_open)
-            await self._send_error(our_bug(), send)
+            await self._send_error(internal_error(), send)
             raise
         finally:
             watcher.cancel()
@@ -106,7 +106,7 @@ class Answer(Response):
             self._streams.close(stream)
             self._abort_live()
             self._ticket.close(sum(choice.num_tokens for choice in self._choices))
-            self._tell(scope.get("state", {}))
+            self._log_request(scope.get("state", {}))
 
     def _abort_live(self) -> None:
         for request_id in self._live_ids:
@@ -121,13 +121,13 @@ class Answer(Response):
         self._metrics.choices_ended(reason, num_choices)
         self._metrics.cut_off(outcome)
 
-    def _tell(self, state: Mapping[str, Any]) -> None:
+    def _log_request(self, state: Mapping[str, Any]) -> None:
         # The one line about a request, and its trace: what it was and how it went, never what it said.
         spec, now_s, traces = self._spec, self._engine.now_s(), self._service.traces
         if not self._config.log_requests and traces is None:
             return
         fields = {
-            "request_id": state.get("request_id"), "answer_id": spec.answer_id, "client": state.get("client"),
+            "request_id": state.get("request_id"), "response_id": spec.response_id, "client": state.get("client"),
             "outcome": self._outcome, "status": self._status, "slo_class": spec.slo_class,
             "num_choices": spec.num_choices, "num_prompt_tokens": spec.num_prompt_tokens,
             "num_output_tokens": sum(choice.num_tokens for choice in self._choices),
@@ -137,18 +137,18 @@ class Answer(Response):
             duration_s = round(now_s - spec.arrival_s, 6)
             log.info("request_done", extra={"fields": {**fields, "ttft_s": ttft_s, "duration_s": duration_s}})
         if traces is not None:
-            story = self._service.journal.story(spec.request_id(0))
-            traces.tell(Ended(
+            trace = self._service.journal.trace(spec.request_id(0))
+            traces.tell(EndedRequest(
                 attributes={name: value for name, value in fields.items() if value is not None},
                 is_error=self._outcome != "done",
                 traceparent=state.get("traceparent"),
                 arrival_s=spec.arrival_s,
-                scheduled_s=story.first_scheduled_s if story is not None else None,
+                scheduled_s=trace.first_scheduled_s if trace is not None else None,
                 first_token_s=self._first_token_s,
                 ended_s=now_s,
             ))  # fmt: skip
 
-    def _part_being_sent(self) -> int | None:
+    def _unsent_part(self) -> int | None:
         """The number of the part that waits for its reader; None when none does."""
         return self._num_parts if self._is_sending else None
 
@@ -160,7 +160,7 @@ class Answer(Response):
             if len(token_ids) > _SUBMITTED_IDS or number % _SUBMITTED == 0:
                 await asyncio.sleep(0)
 
-    async def _next_piece(self, stream: Stream) -> Piece:
+    async def _next_piece(self, stream: OutputStream) -> Piece:
         # The next token of any choice; ApiError where a sub-request, and so the whole answer, fails.
         try:
             delivery, at_s = await stream.next()
@@ -201,7 +201,7 @@ class Answer(Response):
         num_prompt = self._spec.num_prompt_tokens
         return Usage(num_prompt, num_output, num_prompt + num_output)
 
-    async def _send_whole(self, stream: Stream, send: Send) -> None:
+    async def _send_whole(self, stream: OutputStream, send: Send) -> None:
         pieces: list[list[Piece]] = [[] for _ in self._choices]
         while self._num_open:
             piece = await self._next_piece(stream)
@@ -211,7 +211,7 @@ class Answer(Response):
         await self._start(send, 200, {"content-type": "application/json", "content-length": str(len(body))})
         await send({"type": "http.response.body", "body": body})
 
-    async def _send_stream(self, stream: Stream, send: Send) -> None:
+    async def _send_stream(self, stream: OutputStream, send: Send) -> None:
         spec, wire = self._spec, self._wire
         # The headers wait a little for the first token, so that a refusal by the engine still has its own status.
         if await stream.wait(self._config.sse_header_wait_s):
@@ -243,7 +243,7 @@ class Answer(Response):
         is_shown = spec.is_echo or spec.returns_token_ids
         return max(len(prompt.token_ids) for prompt in spec.prompts) if is_shown else 0
 
-    async def _send_comments(self, stream: Stream, send: Send) -> None:
+    async def _send_comments(self, stream: OutputStream, send: Send) -> None:
         """Until there is a first token: that we live, or how far the prompt is, where the client wants to know."""
         if self._spec.has_progress:
             interval_s = self._config.sse_progress_s or PROGRESS_S
@@ -301,6 +301,6 @@ def _transport_of(scope: Scope) -> asyncio.Transport | None:
     return transport
 
 
-async def _watch_client(receive: Receive, stream: Stream) -> None:
+async def _watch_client(receive: Receive, stream: OutputStream) -> None:
     await until_gone(receive)
-    stream.end(Gone())
+    stream.end(ClientDisconnected())

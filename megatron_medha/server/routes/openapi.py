@@ -7,15 +7,31 @@ from typing import Any
 import msgspec
 
 from megatron_medha.server.bodies import openai_types as types
-from megatron_medha.server.bodies.anthropic_types import MessagesAnswer, MessagesRequest, TokenCount
-from megatron_medha.server.bodies.responses_types import ResponseAnswer, ResponsesRequest
-from megatron_medha.server.http.http_errors import AnthropicError, ErrorAnswer
+from megatron_medha.server.bodies.anthropic_types import MessagesRequest, MessagesResponse, TokenCount
+from megatron_medha.server.bodies.responses_types import ResponsesRequest, ResponsesResponse
+from megatron_medha.server.http.http_errors import AnthropicError, ErrorResponse
 
 BODIES = (
-    types.CompletionRequest, types.CompletionAnswer, types.ChatRequest, types.ChatAnswer, types.TokenizeRequest,
-    types.TokenizeAnswer, types.DetokenizeRequest, types.DetokenizeAnswer, types.Model, types.ModelList,
-    types.Readiness, types.Reloaded, types.Version, ResponsesRequest, ResponseAnswer, MessagesRequest, MessagesAnswer,
-    TokenCount, ErrorAnswer, AnthropicError,
+    types.CompletionRequest,
+    types.CompletionResponse,
+    types.ChatRequest,
+    types.ChatCompletionResponse,
+    types.TokenizeRequest,
+    types.TokenizeResponse,
+    types.DetokenizeRequest,
+    types.DetokenizeResponse,
+    types.Model,
+    types.ModelList,
+    types.Readiness,
+    types.Reloaded,
+    types.Version,
+    ResponsesRequest,
+    ResponsesResponse,
+    MessagesRequest,
+    MessagesResponse,
+    TokenCount,
+    ErrorResponse,
+    AnthropicError,
 )
 REF_TEMPLATE = "#/components/schemas/{name}"
 
@@ -31,7 +47,7 @@ def operation(
     *,
     body: type | None = None,
     errors: tuple[int, ...] = (),
-    error: type = ErrorAnswer,
+    error: type = ErrorResponse,
     has_events: bool = False,
 ) -> dict[str, Any]:
     """What a route takes and gives, for its openapi_extra."""

@@ -10,16 +10,16 @@ from starlette.types import Receive
 
 from megatron_medha.server.http.body_reader import SMALL_BODY_BYTES
 from megatron_medha.server.http.http_errors import ApiError
-from megatron_medha.server.output_streams import Stream
+from megatron_medha.server.output_streams import OutputStream
 from megatron_medha.server.server_config import ServerConfig
 
-_LOOKS_PER_TIMEOUT = 4  # a stalled reader is found at most a quarter of the timeout late
+_CHECKS_PER_TIMEOUT = 4  # a stalled reader is found at most a quarter of the timeout late
 
 
 T = TypeVar("T")
 
 
-async def unless_gone(receive: Receive, num_bytes: int, work: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(receive: Receive, num_bytes: int, work: Coroutine[Any, Any, T]) -> T:
     """What `work` on so many bytes comes to; it is cancelled, and this is ApiError 400, once the client has gone.
 
     Clients with a timeout send a long document again and again; a million tokens of text keep a core busy for seconds.
@@ -44,15 +44,15 @@ async def until_gone(receive: Receive) -> None:
         pass
 
 
-class Patience:
+class RequestTimeouts:
     """Two timers of an answer. One timer per answer, not per token: those come thousands a second."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        stream: Stream,
+        stream: OutputStream,
         transport: asyncio.Transport | None,
-        part_being_sent: Callable[[], int | None],
+        unsent_part: Callable[[], int | None],
         config: ServerConfig,
     ) -> None:
         """transport: of the client's connection; None where the server has none of its own (an ASGI test client)."""
@@ -60,27 +60,27 @@ class Patience:
         self._loop = loop
         self._stream = stream
         self._transport = transport
-        self._part_being_sent = part_being_sent
+        self._unsent_part = unsent_part
         self._last_part: int | None = None
-        self._num_looks = 0  # that found the same part still being sent
+        self._num_checks = 0  # that found the same part still being sent
         self._config = config
         self._deadline: asyncio.TimerHandle | None = None
-        self._look: asyncio.TimerHandle | None = None
+        self._check_timer: asyncio.TimerHandle | None = None
 
     def start(self, age_s: float) -> None:
         """Begin to wait, for a request that arrived that long ago."""
         timeout_s = self._config.request_timeout_s
         if timeout_s is not None:
-            self._deadline = self._loop.call_later(max(0.0, timeout_s - age_s), self._take_too_long)
-        self._look_later()
+            self._deadline = self._loop.call_later(max(0.0, timeout_s - age_s), self._time_out)
+        self._check_later()
 
     def end(self) -> None:
         """The answer is done."""
-        for timer in (self._deadline, self._look):
+        for timer in (self._deadline, self._check_timer):
             if timer is not None:
                 timer.cancel()
 
-    def _take_too_long(self) -> None:
+    def _time_out(self) -> None:
         self.outcome = self.outcome or "request_timeout"
         self._stream.end(
             ApiError(
@@ -91,17 +91,17 @@ class Patience:
             )
         )
 
-    def _look_later(self) -> None:
-        self._look = self._loop.call_later(
-            self._config.stalled_client_timeout_s / _LOOKS_PER_TIMEOUT, self._look_at_reader
+    def _check_later(self) -> None:
+        self._check_timer = self._loop.call_later(
+            self._config.stalled_client_timeout_s / _CHECKS_PER_TIMEOUT, self._check_reader
         )
 
-    def _look_at_reader(self) -> None:
-        part = self._part_being_sent()
-        self._num_looks = self._num_looks + 1 if part is not None and part == self._last_part else 0
+    def _check_reader(self) -> None:
+        part = self._unsent_part()
+        self._num_checks = self._num_checks + 1 if part is not None and part == self._last_part else 0
         self._last_part = part
-        if self._transport is None or self._num_looks < _LOOKS_PER_TIMEOUT:
-            self._look_later()
+        if self._transport is None or self._num_checks < _CHECKS_PER_TIMEOUT:
+            self._check_later()
             return
         # Nothing can be said to someone who does not listen: the connection ends, and the send that waits with it.
         self.outcome = self.outcome or "reader_stalled"

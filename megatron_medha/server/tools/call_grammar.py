@@ -8,29 +8,31 @@ from dataclasses import replace
 
 import msgspec
 
-from megatron_medha.grammar.grammar_process import Combination, GuideKind, Trial
-from megatron_medha.server.tools.structured_output import Guide
+from megatron_medha.grammar.grammar_process import CompileRequest, ConstraintKind, GrammarCombination
+from megatron_medha.server.tools.structured_output import OutputConstraint
 from megatron_medha.server.tools.tool_fields import MAX_REQUIRED_CALLS, ToolUse, call_schema
-from megatron_medha.text.call_syntax import MARKS, CallSyntax
+from megatron_medha.text.call_syntax import MARKS, ToolSyntax
 
 # Each call has tags of its own. Of the other syntaxes with marks, one section holds a list of calls.
-_TAGGED_ONE_BY_ONE = (CallSyntax.HERMES, CallSyntax.QWEN_XML, CallSyntax.SEED, CallSyntax.GLM)
+_TAGGED_ONE_BY_ONE = (ToolSyntax.HERMES, ToolSyntax.QWEN_XML, ToolSyntax.SEED, ToolSyntax.GLM)
 
 
-def calls_or_text(use: ToolUse, text: Guide, token_id_of: Callable[[str], int | None]) -> ToolUse:
+def calls_or_text(use: ToolUse, text: OutputConstraint, token_id_of: Callable[[str], int | None]) -> ToolUse:
     """The same use of tools where an answer without calls has to match `text`.
 
     token_id_of: finds the token that a mark is, if it is one.
     """
-    key = "parameters" if use.syntax is CallSyntax.LLAMA3_JSON else "arguments"
-    combination = Combination(
+    key = "parameters" if use.syntax is ToolSyntax.LLAMA3_JSON else "arguments"
+    combination = GrammarCombination(
         lark=f"start: calls | @text\n{_lark_of_calls(use, token_id_of)}",
         parts={
-            "call": Trial(GuideKind.JSON_SCHEMA, json.dumps(call_schema(use.definitions, key))),
-            "text": Trial(text.kind, text.text),
+            "call": CompileRequest(ConstraintKind.JSON_SCHEMA, json.dumps(call_schema(use.definitions, key))),
+            "text": CompileRequest(text.kind, text.text),
         },
     )
-    return replace(use, guide=Guide(GuideKind.COMBINATION, msgspec.json.encode(combination).decode(), text.param))
+    return replace(
+        use, guide=OutputConstraint(ConstraintKind.COMBINATION, msgspec.json.encode(combination).decode(), text.param)
+    )
 
 
 def _lark_of_calls(use: ToolUse, token_id_of: Callable[[str], int | None]) -> str:
@@ -43,7 +45,7 @@ def _lark_of_calls(use: ToolUse, token_id_of: Callable[[str], int | None]) -> st
         token_id, literal = token_id_of(text), json.dumps(text, ensure_ascii=False)
         return literal if token_id is None else f"(<[{token_id}]> | {literal})"
 
-    if use.syntax is CallSyntax.LLAMA3_JSON:
+    if use.syntax is ToolSyntax.LLAMA3_JSON:
         return "calls: " + several("@call", "; ")
     calls = f'"[" {several("@call", ", ")} "]"'
     if marks.is_bare:

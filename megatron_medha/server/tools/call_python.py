@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ast
 
-from megatron_medha.server.tools.call_readers import CallReader, Calls, Found
+from megatron_medha.server.tools.call_readers import ToolCallReader, ToolCallSink, ToolParserEvent
 from megatron_medha.server.tools.json_text import dump
 
 
-class PythonCall(CallReader):
+class PythonCallReader(ToolCallReader):
     """One call as Python writes it: name(key=value, ...)."""
 
-    def __init__(self, calls: Calls, *, before: str = "") -> None:
+    def __init__(self, calls: ToolCallSink, *, before: str = "") -> None:
         super().__init__(calls, before)
         self._text = ""
         self._num_read = 0
@@ -19,7 +19,7 @@ class PythonCall(CallReader):
         self._quote = ""  # of the string it is in
         self._is_escaped = False
 
-    def push(self, text: str, found: list[Found]) -> str:
+    def push(self, text: str, found: list[ToolParserEvent]) -> str:
         """Take a piece; what comes after the call is returned."""
         self._text += text
         for place in range(self._num_read, len(self._text)):
@@ -29,7 +29,7 @@ class PythonCall(CallReader):
         self._num_read = len(self._text)
         return ""
 
-    def give_up(self, found: list[Found], *, is_cut: bool) -> None:
+    def give_up(self, found: list[ToolParserEvent], *, is_cut: bool) -> None:
         """The text ends here."""
         self._be_text(self._text, found)
 
@@ -50,7 +50,7 @@ class PythonCall(CallReader):
             return self._depth == 0
         return False
 
-    def _end(self, text: str, found: list[Found]) -> None:
+    def _end(self, text: str, found: list[ToolParserEvent]) -> None:
         try:
             name, arguments = _parse_python(text)
             if not self._calls.accepts(name, has_arguments=False):

@@ -18,14 +18,14 @@ _FIRST_KEY = re.compile(r'\s*\{\s*"([^"\\]*)"')
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class TextDelta:
     """Text for the reader."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class CallBegan:
+class ToolCallStart:
     """A call of this tool; its arguments follow."""
 
     index: int
@@ -34,68 +34,68 @@ class CallBegan:
 
 
 @dataclass(frozen=True, slots=True)
-class CallWent:
+class ToolArgumentsDelta:
     """More of the arguments of the call that began last, as JSON."""
 
     index: int
     arguments: str
 
 
-Found = Said | CallBegan | CallWent
+ToolParserEvent = TextDelta | ToolCallStart | ToolArgumentsDelta
 
 
-class Calls(Protocol):
+class ToolCallSink(Protocol):
     """Who counts calls."""
 
     is_marked: bool  # whether a mark stands before what is read
 
-    def begin(self, name: str, found: list[Found]) -> CallBegan | None:
+    def begin(self, name: str, found: list[ToolParserEvent]) -> ToolCallStart | None:
         """A call of this tool; None for one more than is answered."""
 
     def accepts(self, name: str, *, has_arguments: bool) -> bool:
         """Whether JSON with this name is a call."""
 
-    def say(self, text: str, found: list[Found]) -> None:
+    def say(self, text: str, found: list[ToolParserEvent]) -> None:
         """Text."""
 
 
-class CallReader:
+class ToolCallReader:
     """What the readers have in common: one call, and the text it was in case it is none."""
 
-    def __init__(self, calls: Calls, before: str) -> None:
+    def __init__(self, calls: ToolCallSink, before: str) -> None:
         """before: what stood before it, and belongs to the text if this is no call."""
         self._calls = calls
         self._before = before
-        self._call: CallBegan | None = None
+        self._call: ToolCallStart | None = None
         self.has_begun = False   # also one that is not answered
         self.is_done = False
         self.is_text = False     # it was no call
 
-    def push(self, text: str, found: list[Found]) -> str:
+    def push(self, text: str, found: list[ToolParserEvent]) -> str:
         """Take a piece; what comes after the call is returned."""
         raise NotImplementedError
 
-    def give_up(self, found: list[Found], *, is_cut: bool) -> None:
+    def give_up(self, found: list[ToolParserEvent], *, is_cut: bool) -> None:
         """No more text follows."""
         raise NotImplementedError
 
-    def _begin(self, name: str, found: list[Found]) -> None:
+    def _begin(self, name: str, found: list[ToolParserEvent]) -> None:
         self.has_begun = True
         self._call = self._calls.begin(name, found)
 
-    def _send(self, arguments: str, found: list[Found]) -> None:
+    def _send(self, arguments: str, found: list[ToolParserEvent]) -> None:
         if self._call is not None and arguments:
-            found.append(CallWent(self._call.index, arguments))
+            found.append(ToolArgumentsDelta(self._call.index, arguments))
 
-    def _be_text(self, text: str, found: list[Found]) -> None:
+    def _be_text(self, text: str, found: list[ToolParserEvent]) -> None:
         self._calls.say(self._before + text, found)
         self.is_done = self.is_text = True
 
 
-class JsonCall(CallReader):
+class JsonCallReader(ToolCallReader):
     """One call as a JSON object, or only its arguments."""
 
-    def __init__(self, calls: Calls, *, before: str = "", arguments_of: str | None = None) -> None:
+    def __init__(self, calls: ToolCallSink, *, before: str = "", arguments_of: str | None = None) -> None:
         super().__init__(calls, before)
         self._json = JsonText()
         self._raw: list[str] = []     # until a call has begun
@@ -105,7 +105,7 @@ class JsonCall(CallReader):
         self._is_in_arguments = arguments_of is not None
         self._arguments_depth = 0 if arguments_of is not None else 1
 
-    def push(self, text: str, found: list[Found]) -> str:
+    def push(self, text: str, found: list[ToolParserEvent]) -> str:
         """Take a piece; what comes after the object is returned."""
         scan, place = self._json, 0
         while place < len(text):
@@ -132,7 +132,7 @@ class JsonCall(CallReader):
         self._send_arguments(found)
         return ""
 
-    def _after_other_key(self, found: list[Found]) -> str | None:
+    def _after_other_key(self, found: list[ToolParserEvent]) -> str | None:
         """Without marks a JSON answer is no call if it begins with a key that calls lack: what follows that key."""
         if self._has_first_key or self._name is not None or self._calls.is_marked:
             return None
@@ -144,7 +144,7 @@ class JsonCall(CallReader):
         self._be_text(raw[: first.end()], found)
         return raw[first.end() :]
 
-    def give_up(self, found: list[Found], *, is_cut: bool) -> None:
+    def give_up(self, found: list[ToolParserEvent], *, is_cut: bool) -> None:
         """The text ends here."""
         self._send_arguments(found, is_end=True)
         if not is_cut and not self._json.is_in_string:
@@ -152,7 +152,7 @@ class JsonCall(CallReader):
         elif not self.has_begun:
             self._be_text("".join(self._raw), found)
 
-    def _look(self, found: list[Found]) -> None:
+    def _look(self, found: list[ToolParserEvent]) -> None:
         """What the bracket just read means."""
         depth = self._json.depth
         if depth == 2 and not self._has_looked:
@@ -164,7 +164,7 @@ class JsonCall(CallReader):
         if not depth:
             self._end("".join(self._raw), found)
 
-    def _look_at_head(self, found: list[Found]) -> None:
+    def _look_at_head(self, found: list[ToolParserEvent]) -> None:
         head = None if self._name is not None else _HEAD.match("".join(self._raw).lstrip())
         if head is None:
             return
@@ -178,7 +178,7 @@ class JsonCall(CallReader):
             self._begin(name, found)
             self._send("{", found)
 
-    def _send_arguments(self, found: list[Found], *, is_end: bool = False) -> None:
+    def _send_arguments(self, found: list[ToolParserEvent], *, is_end: bool = False) -> None:
         if not self._is_in_arguments:
             return
         more = self._json.take(is_end=is_end)
@@ -188,14 +188,14 @@ class JsonCall(CallReader):
         if self.has_begun:
             self._send(more, found)
 
-    def _break_off(self, found: list[Found]) -> None:
+    def _break_off(self, found: list[ToolParserEvent]) -> None:
         """It ends before its brackets do."""
         if self._is_in_arguments:
             self._send_arguments(found, is_end=True)
             self._send(self._json.completion(self._arguments_depth), found)
         self._end("".join(self._raw) + self._json.completion(), found)
 
-    def _end(self, text: str, found: list[Found]) -> None:
+    def _end(self, text: str, found: list[ToolParserEvent]) -> None:
         self.is_done = True
         if self.has_begun:
             return

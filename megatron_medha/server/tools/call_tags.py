@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_medha.server.tools.call_readers import CallReader, Calls, Found
+from megatron_medha.server.tools.call_readers import ToolCallReader, ToolCallSink, ToolParserEvent
 from megatron_medha.server.tools.call_types import typed_value
 from megatron_medha.server.tools.json_text import dump
 from megatron_medha.text.call_syntax import Tags
@@ -13,11 +13,17 @@ from megatron_medha.text.call_syntax import Tags
 _QUOTES = "\"'"  # around names, where the syntax has none
 
 
-class TagCall(CallReader):
+class TagCallReader(ToolCallReader):
     """One call as tags around its parameters."""
 
     def __init__(
-        self, calls: Calls, tags: Tags, closings: tuple[str, ...], schemas: Mapping[str, Any], *, before: str = ""
+        self,
+        calls: ToolCallSink,
+        tags: Tags,
+        closings: tuple[str, ...],
+        schemas: Mapping[str, Any],
+        *,
+        before: str = "",
     ) -> None:
         """closings: of the section it stands in. schemas: of the arguments of each tool."""
         super().__init__(calls, before)
@@ -31,14 +37,14 @@ class TagCall(CallReader):
         self._num_searched = 0
         self._num_parameters = 0
 
-    def push(self, text: str, found: list[Found]) -> str:
+    def push(self, text: str, found: list[ToolParserEvent]) -> str:
         """Take a piece; what comes after the call is returned."""
         self._text += text
         while not self.is_done and self._step(found):
             pass
         return self._text if self.is_done else ""
 
-    def give_up(self, found: list[Found], *, is_cut: bool) -> None:
+    def give_up(self, found: list[ToolParserEvent], *, is_cut: bool) -> None:
         """The text ends here."""
         if not self.has_begun:
             if self._text:
@@ -56,13 +62,13 @@ class TagCall(CallReader):
         if not is_cut:
             self._send("}", found)
 
-    def _step(self, found: list[Found]) -> bool:
+    def _step(self, found: list[ToolParserEvent]) -> bool:
         """One step with what is there; false when more text is needed."""
         if not self.has_begun:
             return self._read_head(found)
         return self._read_between(found) if self._key is None else self._read_value(found)
 
-    def _read_head(self, found: list[Found]) -> bool:
+    def _read_head(self, found: list[ToolParserEvent]) -> bool:
         head = self._tags.head.match(self._text)
         if head is not None:
             name = head.group(1).strip(_QUOTES)
@@ -78,7 +84,7 @@ class TagCall(CallReader):
             self._be_text(first, found)
         return True
 
-    def _read_between(self, found: list[Found]) -> bool:
+    def _read_between(self, found: list[ToolParserEvent]) -> bool:
         tags, text = self._tags, self._text.lstrip()
         parameter = tags.parameter.match(text)
         if parameter is not None:
@@ -100,7 +106,7 @@ class TagCall(CallReader):
             self.is_done = True
         return True
 
-    def _read_value(self, found: list[Found]) -> bool:
+    def _read_value(self, found: list[ToolParserEvent]) -> bool:
         end_mark = self._tags.parameter_end
         end = self._text.find(end_mark, self._num_searched)
         if end < 0:
@@ -118,7 +124,7 @@ class TagCall(CallReader):
             self._num_searched = end + 1
         return True
 
-    def _add_value(self, text: str, found: list[Found]) -> None:
+    def _add_value(self, text: str, found: list[ToolParserEvent]) -> None:
         assert self._key is not None
         if self._tags.pads_values:
             text = text.removeprefix("\n").removesuffix("\n")

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from megatron_medha.core.ports import EngineFacts
-from megatron_medha.grammar.grammar_process import Combination, GuideKind, Trial, Vocabulary
-from megatron_medha.grammar.grammar_trials import GrammarTrials, TooMuch, TrialsBusy
+from megatron_medha.grammar.grammar_process import CompileRequest, ConstraintKind, GrammarCombination, GrammarVocabulary
+from megatron_medha.grammar.grammar_trials import CompileLimitExceeded, CompilerBusy, GrammarProcessPool
 from megatron_medha.grammar.guidance import GrammarError
 from megatron_medha.server.bodies.openai_types import ResponseFormat, SharedFields, StructuredOutputs
 from megatron_medha.server.http.http_errors import ApiError, bad_request
@@ -31,15 +31,15 @@ _TOOL = re.compile(r"#/\$defs/tool([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Guide:
+class OutputConstraint:
     """What an answer must match, and the field that says so."""
 
-    kind: GuideKind
+    kind: ConstraintKind
     text: str
     param: str
 
 
-def guide_of(fields: SharedFields) -> Guide | None:
+def constraint_of(fields: SharedFields) -> OutputConstraint | None:
     """What the fields of a request say; ApiError 400 where they say several things, or one we cannot do."""
     guides = [*_of_format(fields.response_format), *_of_structured(fields.structured_outputs), *_of_old_names(fields)]
     if len(guides) > 1:
@@ -48,12 +48,12 @@ def guide_of(fields: SharedFields) -> Guide | None:
     return guides[0] if guides else None
 
 
-def json_guide(schema: dict[str, Any] | bool, param: str) -> Guide:
+def json_constraint(schema: dict[str, Any] | bool, param: str) -> OutputConstraint:
     """Text that is JSON of this schema."""
-    return Guide(GuideKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), param)
+    return OutputConstraint(ConstraintKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), param)
 
 
-def check_guidable(fields: SharedFields, facts: EngineFacts, param: str) -> None:
+def check_constrainable(fields: SharedFields, facts: EngineFacts, param: str) -> None:
     """ApiError 400 for fields that contradict a guide: it says by itself where an answer ends."""
     if fields.ignore_eos:
         raise bad_request(f"ignore_eos: not together with {param}, which says where the answer ends", "ignore_eos")
@@ -64,7 +64,7 @@ def check_guidable(fields: SharedFields, facts: EngineFacts, param: str) -> None
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class _CachedResult:
     """What is known of a guide."""
 
     grammar: str | None
@@ -73,16 +73,16 @@ class _Verdict:
     until_s: float = math.inf  # of the loop's clock; after that it is tried again
 
 
-class Grammars:
+class GrammarCache:
     """Turns guides into grammars. What came of a guide is remembered, and asked once for all who want it at a time."""
 
     def __init__(self) -> None:
-        self._trials: GrammarTrials | None = None
-        self._known: OrderedDict[Guide, _Verdict] = OrderedDict()
-        self._under_way: dict[Guide, asyncio.Task[_Verdict]] = {}
+        self._trials: GrammarProcessPool | None = None
+        self._known: OrderedDict[OutputConstraint, _CachedResult] = OrderedDict()
+        self._in_progress: dict[OutputConstraint, asyncio.Task[_CachedResult]] = {}
 
     async def grammar_of(
-        self, guide: Guide, facts: EngineFacts, tokenizer: Tokenizer, config: ServerConfig, client: str = ""
+        self, guide: OutputConstraint, facts: EngineFacts, tokenizer: Tokenizer, config: ServerConfig, client: str = ""
     ) -> str:
         """For Sampling.grammar; ApiError 400 with the library's message where it cannot be compiled in time.
 
@@ -91,14 +91,14 @@ class Grammars:
         _check_size(guide)
         verdict = self._known.get(guide)
         if verdict is None or verdict.until_s < asyncio.get_running_loop().time():
-            task = self._under_way.get(guide)
+            task = self._in_progress.get(guide)
             if task is None:
                 trials = self._trials_for(facts, tokenizer, config)
-                task = self._under_way[guide] = asyncio.create_task(self._find_out(guide, trials, config, client))
-                task.add_done_callback(lambda done: self._found_out(guide, done))
+                task = self._in_progress[guide] = asyncio.create_task(self._compile(guide, trials, config, client))
+                task.add_done_callback(lambda done: self._store_result(guide, done))
             try:
                 verdict = await asyncio.shield(task)
-            except TrialsBusy as error:
+            except CompilerBusy as error:
                 wait_s = config.retry_after_s
                 raise ApiError(503, str(error), code="grammars_waiting", retry_after_s=wait_s) from None
         else:
@@ -113,28 +113,30 @@ class Grammars:
         """No more will be asked for."""
         if self._trials is not None:
             await self._trials.close()
-            await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+            await asyncio.gather(*self._in_progress.values(), return_exceptions=True)
 
-    def _trials_for(self, facts: EngineFacts, tokenizer: Tokenizer, config: ServerConfig) -> GrammarTrials:
+    def _trials_for(self, facts: EngineFacts, tokenizer: Tokenizer, config: ServerConfig) -> GrammarProcessPool:
         if self._trials is None:
-            self._trials = GrammarTrials(
-                lambda: Vocabulary(tokenizer.as_json(), facts.shape.vocab_size, facts.stop_token_ids),
+            self._trials = GrammarProcessPool(
+                lambda: GrammarVocabulary(tokenizer.as_json(), facts.shape.vocab_size, facts.stop_token_ids),
                 child_environment([secret for secret in (config.api_key, config.admin_key) if secret is not None]),
             )
         return self._trials
 
-    async def _find_out(self, guide: Guide, trials: GrammarTrials, config: ServerConfig, client: str) -> _Verdict:
+    async def _compile(
+        self, guide: OutputConstraint, trials: GrammarProcessPool, config: ServerConfig, client: str
+    ) -> _CachedResult:
         try:
-            grammar = await trials.compile(Trial(guide.kind, guide.text), config.grammar_timeout_s, client)
-        except TooMuch as error:
+            grammar = await trials.compile(CompileRequest(guide.kind, guide.text), config.grammar_timeout_s, client)
+        except CompileLimitExceeded as error:
             until_s = asyncio.get_running_loop().time() + _REFUSED_S
-            return _Verdict(None, f"{error}; make it smaller or simpler", "grammar_too_complex", until_s)
+            return _CachedResult(None, f"{error}; make it smaller or simpler", "grammar_too_complex", until_s)
         except GrammarError as error:
-            return _Verdict(None, str(error)[:_MAX_ERROR_CHARS], "invalid_grammar")
-        return _Verdict(grammar)
+            return _CachedResult(None, str(error)[:_MAX_ERROR_CHARS], "invalid_grammar")
+        return _CachedResult(grammar)
 
-    def _found_out(self, guide: Guide, task: asyncio.Task[_Verdict]) -> None:
-        del self._under_way[guide]
+    def _store_result(self, guide: OutputConstraint, task: asyncio.Task[_CachedResult]) -> None:
+        del self._in_progress[guide]
         if task.cancelled() or task.exception() is not None:
             return
         self._known[guide] = task.result()
@@ -143,7 +145,7 @@ class Grammars:
             self._known.popitem(last=False)
 
 
-def _of_format(given: ResponseFormat | None) -> Iterator[Guide]:
+def _of_format(given: ResponseFormat | None) -> Iterator[OutputConstraint]:
     match given:
         case None | ResponseFormat(type="text"):
             return
@@ -154,7 +156,7 @@ def _of_format(given: ResponseFormat | None) -> Iterator[Guide]:
                 raise bad_request(
                     "response_format.json_schema.schema: missing", "response_format.json_schema.schema"
                 )
-            yield json_guide({"type": "object"} if schema is None else schema, "response_format")
+            yield json_constraint({"type": "object"} if schema is None else schema, "response_format")
         case _:
             raise bad_request(
                 f"response_format.type: expected text, json_object or json_schema, got `{given.type[:40]}`",
@@ -162,18 +164,18 @@ def _of_format(given: ResponseFormat | None) -> Iterator[Guide]:
             )
 
 
-def _of_structured(given: StructuredOutputs | None) -> Iterator[Guide]:
+def _of_structured(given: StructuredOutputs | None) -> Iterator[OutputConstraint]:
     if given is None:
         return
     name = "structured_outputs"
     if given.structural_tag is not None:
         raise bad_request(f"{name}.structural_tag: not supported", name, "unsupported_parameter")
     if given.json_object:
-        yield json_guide({"type": "object"}, f"{name}.json_object")
+        yield json_constraint({"type": "object"}, f"{name}.json_object")
     yield from _each(name + ".", given.json, given.regex, given.choice, given.grammar)
 
 
-def _of_old_names(fields: SharedFields) -> Iterator[Guide]:
+def _of_old_names(fields: SharedFields) -> Iterator[OutputConstraint]:
     given = (fields.guided_json, fields.guided_regex, fields.guided_choice, fields.guided_grammar)
     yield from _each("guided_", *given)
 
@@ -184,34 +186,38 @@ def _each(
     regex: str | None,
     choice: list[str] | None,
     grammar: str | None,
-) -> Iterator[Guide]:
+) -> Iterator[OutputConstraint]:
     if schema is not None:
         param = f"{prefix}json"
-        yield Guide(GuideKind.JSON_SCHEMA, schema, param) if isinstance(schema, str) else json_guide(schema, param)
+        yield (
+            OutputConstraint(ConstraintKind.JSON_SCHEMA, schema, param)
+            if isinstance(schema, str)
+            else json_constraint(schema, param)
+        )
     if regex is not None:
-        yield Guide(GuideKind.REGEX, regex, f"{prefix}regex")
+        yield OutputConstraint(ConstraintKind.REGEX, regex, f"{prefix}regex")
     if choice is not None:
         if not choice or not all(choice):
             raise bad_request(f"{prefix}choice: expected at least one text, none of them empty", f"{prefix}choice")
         lark = "start: " + " | ".join(msgspec.json.encode(text).decode() for text in choice)
-        yield Guide(GuideKind.CHOICE, lark, f"{prefix}choice")
+        yield OutputConstraint(ConstraintKind.CHOICE, lark, f"{prefix}choice")
     if grammar is not None:
-        yield Guide(GuideKind.GRAMMAR, grammar, f"{prefix}grammar")
+        yield OutputConstraint(ConstraintKind.GRAMMAR, grammar, f"{prefix}grammar")
 
 
-def _check_size(guide: Guide) -> None:
-    if guide.kind is GuideKind.COMBINATION:
-        parts = msgspec.json.decode(guide.text, type=Combination).parts
+def _check_size(guide: OutputConstraint) -> None:
+    if guide.kind is ConstraintKind.COMBINATION:
+        parts = msgspec.json.decode(guide.text, type=GrammarCombination).parts
         for name, part in parts.items():
-            _check_size(Guide(part.kind, part.text, guide.param if name == "text" else "tools"))
+            _check_size(OutputConstraint(part.kind, part.text, guide.param if name == "text" else "tools"))
         return
-    is_regex = guide.kind in (GuideKind.REGEX, GuideKind.GRAMMAR)
+    is_regex = guide.kind in (ConstraintKind.REGEX, ConstraintKind.GRAMMAR)
     most = _MAX_REGEX_CHARS if is_regex else _MAX_SCHEMA_CHARS
     if len(guide.text) > most:
         raise bad_request(
             f"{guide.param}: {len(guide.text)} characters, at most {most}", guide.param, "grammar_too_complex"
         )
-    if guide.kind is not GuideKind.JSON_SCHEMA:
+    if guide.kind is not ConstraintKind.JSON_SCHEMA:
         return
     try:
         schema = msgspec.json.decode(guide.text)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 import uuid
 
-from megatron_medha.server.tools.call_python import PythonCall
-from megatron_medha.server.tools.call_readers import CallBegan, CallReader, Found, JsonCall, Said
-from megatron_medha.server.tools.call_tags import TagCall
+from megatron_medha.server.tools.call_python import PythonCallReader
+from megatron_medha.server.tools.call_readers import (
+    JsonCallReader,
+    TextDelta,
+    ToolCallReader,
+    ToolCallStart,
+    ToolParserEvent,
+)
+from megatron_medha.server.tools.call_tags import TagCallReader
 from megatron_medha.server.tools.tool_fields import ToolUse
 from megatron_medha.text.call_syntax import MARKS, REASONING
 
@@ -17,7 +23,7 @@ _SLICE_CHARS = 4096
 _QUOTES = "`'\""
 
 
-class CallFinder:
+class ToolCallParser:
     """Separates calls from text. What looks like a call and is none stays text: nothing is lost.
 
     White space right after a call, or before everything, goes with the words that follow; where none follow, it goes.
@@ -38,7 +44,7 @@ class CallFinder:
         self._last_char = ""
         self._num_calls = 0
         self.is_last_cut = False             # of the calls
-        self._reader: CallReader | None = None
+        self._reader: ToolCallReader | None = None
         self._section: str | None = None     # what was skipped of a section since its last call, or since it began
         self.is_marked = False               # whether the section has an opening
         self._section_has_calls = False
@@ -47,7 +53,7 @@ class CallFinder:
         self._reasoning_end: str | None = None
         self._may_be_bare = self._marks.is_bare
         if use.only is not None:
-            self._reader = JsonCall(self, arguments_of=use.only)
+            self._reader = JsonCallReader(self, arguments_of=use.only)
         elif use.guide is None:
             self._reasoning_end = use.reasoning_end
 
@@ -56,9 +62,9 @@ class CallFinder:
         """Whether any has been found so far."""
         return self._num_calls > 0
 
-    def push(self, text: str) -> list[Found]:
+    def push(self, text: str) -> list[ToolParserEvent]:
         """Take the next piece of text."""
-        found: list[Found] = []
+        found: list[ToolParserEvent] = []
         # By slices: what is left of a text is copied with every step.
         for begin in range(0, len(text), _SLICE_CHARS):
             self._rest += text[begin : begin + _SLICE_CHARS]
@@ -71,15 +77,15 @@ class CallFinder:
         """Whether there are calls, and the last has not been cut."""
         return self.has_calls and not self.is_last_cut
 
-    def end(self, finish_reason: str | None, stop_reason: int | str | None) -> list[Found]:
+    def end(self, finish_reason: str | None, stop_reason: int | str | None) -> list[ToolParserEvent]:
         """As finish(), for an answer that has ended for these reasons."""
         # A stop string that is the end of a call cuts none.
         is_stopped = isinstance(stop_reason, str) and stop_reason.strip() not in self._ends
         return self.finish(is_cut=finish_reason == "length" or is_stopped)
 
-    def finish(self, *, is_cut: bool = False) -> list[Found]:
+    def finish(self, *, is_cut: bool = False) -> list[ToolParserEvent]:
         """No more text follows. is_cut: because there was no room for more, or it was stopped."""
-        found: list[Found] = []
+        found: list[ToolParserEvent] = []
         self.is_last_cut = is_cut and self._reader is not None and self._reader.has_begun
         if is_cut and self._section is not None and self.is_marked and not (self._reader and self._reader.has_begun):
             # A call was cut before it had a name.
@@ -94,19 +100,19 @@ class CallFinder:
         elif not (self._section is not None or self._is_after_call) or not self._is_part_of_mark(rest.strip()):
             self.say(rest, found)
         if self._space and not self.has_calls:
-            found.append(Said(self._space))
+            found.append(TextDelta(self._space))
         return found
 
     # what readers ask for
 
-    def begin(self, name: str, found: list[Found]) -> CallBegan | None:
+    def begin(self, name: str, found: list[ToolParserEvent]) -> ToolCallStart | None:
         """Count a call; None where it is one more than is answered."""
         self._section, self._section_has_calls = "", True
         self._space, self._holds_space, self._last_char = "", True, ""
         if self._num_calls and not self._use.is_parallel:
             return None
         self._num_calls += 1
-        began = CallBegan(self._num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
+        began = ToolCallStart(self._num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
         found.append(began)
         return began
 
@@ -117,7 +123,7 @@ class CallFinder:
         is_name = bool(name) and name.isprintable()
         return is_name and self._use.guide is None and (self.is_marked or has_arguments)
 
-    def say(self, text: str, found: list[Found]) -> None:
+    def say(self, text: str, found: list[ToolParserEvent]) -> None:
         """Text, of which white space may have to wait."""
         if not text:
             return
@@ -128,11 +134,11 @@ class CallFinder:
                 return
             text, self._space = self._space + text, ""
             self._holds_space = self._is_after_call = False
-        found.append(Said(text))
+        found.append(TextDelta(text))
 
     # steps: each looks at what there is, and is false when more text is needed
 
-    def _step(self, found: list[Found]) -> bool:
+    def _step(self, found: list[ToolParserEvent]) -> bool:
         if self._reader is not None:
             return self._read(self._reader, found)
         if self._reasoning_end is not None:
@@ -143,7 +149,7 @@ class CallFinder:
             return self._look_for_call(self._section, found)
         return self._look_for_mark(found)
 
-    def _read(self, reader: CallReader, found: list[Found]) -> bool:
+    def _read(self, reader: ToolCallReader, found: list[ToolParserEvent]) -> bool:
         self._rest = reader.push(self._rest, found)
         if reader.is_done:
             self._reader = None
@@ -151,7 +157,7 @@ class CallFinder:
                 self._section = None
         return bool(self._rest)
 
-    def _reason(self, end: str, found: list[Found]) -> bool:
+    def _reason(self, end: str, found: list[ToolParserEvent]) -> bool:
         place = self._rest.find(end)
         keep = place + len(end) if place >= 0 else len(self._rest) - _overlap(self._rest, end)
         self.say(self._rest[:keep], found)
@@ -162,7 +168,7 @@ class CallFinder:
             self._may_be_bare = self._marks.is_bare
         return place >= 0
 
-    def _begin_bare(self, found: list[Found]) -> bool:
+    def _begin_bare(self, found: list[ToolParserEvent]) -> bool:
         """The text begins: with a call, or with reasoning."""
         text = self._rest.lstrip()
         if not text or any(opening.startswith(text) for opening, _ in REASONING):
@@ -172,7 +178,7 @@ class CallFinder:
             self._enter_section("")
         return True
 
-    def _look_for_mark(self, found: list[Found]) -> bool:
+    def _look_for_mark(self, found: list[ToolParserEvent]) -> bool:
         marks = self._marks
         closings = marks.closings if self._is_after_call or self._owes_closing else ()
         sought = (*marks.openings, *closings, *(opening for opening, _ in REASONING))
@@ -203,7 +209,7 @@ class CallFinder:
         self._section, self.is_marked = opening, not self._marks.is_bare or bool(opening)
         self._section_has_calls = False
 
-    def _look_for_call(self, section: str, found: list[Found]) -> bool:
+    def _look_for_call(self, section: str, found: list[ToolParserEvent]) -> bool:
         marks, begin = self._marks, self._num_skipped()
         skipped, text = self._rest[:begin], self._rest[begin:]
         passed = next((mark for mark in self._passed if text.startswith(mark)), None)
@@ -221,21 +227,21 @@ class CallFinder:
             return self._begin_call(section + skipped, text, found)
         return True
 
-    def _begin_call(self, skipped: str, text: str, found: list[Found]) -> bool:
+    def _begin_call(self, skipped: str, text: str, found: list[ToolParserEvent]) -> bool:
         """A call begins, or something that may become one: then false. If neither, the section has ended with words."""
         marks, tags = self._marks, self._marks.tags
         self._section, self._rest = skipped, text
         before = _words_among(skipped) if self._section_has_calls else skipped
         name = _PYTHON_NAME.match(text) if marks.is_python else None
         if text.startswith("{"):
-            self._reader = JsonCall(self, before=before)
+            self._reader = JsonCallReader(self, before=before)
         elif tags is not None and (tags.start and text.startswith(tags.start) or tags.head_so_far.match(text)):
-            self._reader = TagCall(self, tags, marks.closings, self._use.schemas, before=before)
+            self._reader = TagCallReader(self, tags, marks.closings, self._use.schemas, before=before)
         elif marks.head is not None and (head := marks.head.match(text)):
             self._rest = text[head.end() :]
-            self._reader = JsonCall(self, before=before + head.group(), arguments_of=head.group(1))
+            self._reader = JsonCallReader(self, before=before + head.group(), arguments_of=head.group(1))
         elif name is not None and text[name.end() :].startswith("("):
-            self._reader = PythonCall(self, before=before)
+            self._reader = PythonCallReader(self, before=before)
         elif name is not None and name.end() == len(text) or (
             marks.head_so_far is not None and marks.head_so_far.fullmatch(text)
         ):

@@ -11,8 +11,8 @@ import msgspec
 
 from megatron_medha.server.bodies.openai_types import AllowedTools, NamedFunction, Tool, ToolChoice
 from megatron_medha.server.http.http_errors import ApiError, bad_request
-from megatron_medha.server.tools.structured_output import Guide, json_guide
-from megatron_medha.text.call_syntax import CallSyntax, syntax_of_template
+from megatron_medha.server.tools.structured_output import OutputConstraint, json_constraint
+from megatron_medha.text.call_syntax import ToolSyntax, syntax_of_template
 from megatron_medha.text.chat_template import ChatTemplate
 
 MAX_TOOLS = 512           # agents with several servers of tools offer more than OpenAI's 128
@@ -25,9 +25,9 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 class ToolUse:
     """How an answer may call tools."""
 
-    syntax: CallSyntax
+    syntax: ToolSyntax
     names: frozenset[str]
-    guide: Guide | None = None     # what makes it call: tool_choice required, or a tool by name
+    guide: OutputConstraint | None = None     # what makes it call: tool_choice required, or a tool by name
     only: str | None = None        # the tool that must be called
     is_parallel: bool = True       # whether several calls are answered
     reasoning_end: str | None = None  # where the prompt has opened the model's reasoning, the mark that ends it
@@ -45,7 +45,7 @@ def tool_use(
     choice: ToolChoice | str | None,
     *,
     is_parallel: bool | None,
-    syntax: CallSyntax,
+    syntax: ToolSyntax,
 ) -> ToolUse | None:
     """How an answer to this request may call tools; None where it may not. ApiError 400 for what does not fit.
 
@@ -68,13 +68,13 @@ def tool_use(
             return use
         case "required":
             most = MAX_REQUIRED_CALLS if use.is_parallel else 1
-            guide = json_guide(_calls_schema(definitions, most), "tools")
-            return replace(use, syntax=CallSyntax.LIST, guide=guide)
+            guide = json_constraint(_calls_schema(definitions, most), "tools")
+            return replace(use, syntax=ToolSyntax.LIST, guide=guide)
         case ToolChoice(type="function", function=NamedFunction(name=name)):
             if name not in schemas:
                 raise bad_request(f"tool_choice: there is no tool `{name[:64]}` among tools", "tool_choice")
-            guide = json_guide(_arguments_schema(schemas[name]), "tools")
-            return replace(use, syntax=CallSyntax.ARGUMENTS, guide=guide, only=name)
+            guide = json_constraint(_arguments_schema(schemas[name]), "tools")
+            return replace(use, syntax=ToolSyntax.ARGUMENTS, guide=guide, only=name)
         case _:
             raise _no_such_choice()
 
@@ -132,11 +132,11 @@ def too_many_tools() -> ApiError:
     return bad_request(f"tools: at most {MAX_TOOLS}", "tools")
 
 
-def syntax_of(configured: str, template: ChatTemplate) -> CallSyntax | None:
+def syntax_of(configured: str, template: ChatTemplate) -> ToolSyntax | None:
     """How the model calls: as configured, or as its chat template shows; None where it does not, or knows no tools."""
     if not template.uses_tools:
         return None
-    return syntax_of_template(template.source) if configured == "auto" else CallSyntax(configured)
+    return syntax_of_template(template.source) if configured == "auto" else ToolSyntax(configured)
 
 
 def _no_such_choice() -> ApiError:

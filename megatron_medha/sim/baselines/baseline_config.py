@@ -11,7 +11,7 @@ from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 
-class OutputLengths(Enum):
+class OutputLengthSource(Enum):
     """Sources of a predicted completion length."""
 
     ORACLE = "oracle"  # max_output_tokens is the length: true in simulations and with ignore_eos
@@ -27,7 +27,7 @@ class BaselineConfig(SchedulerConfig):
     max_long_partial_prefills: int | None = None  # of those, prompts with more than short_prompt_tokens left
     reserved_share: float = 0.0              # of each step, kept free of prompts longer than short_prompt_tokens
     short_prompt_tokens: int = 8192          # prompts up to here may use the reserved share, and are not long
-    output_lengths: OutputLengths = OutputLengths.MEAN  # what policy=ssjf predicts
+    output_lengths: OutputLengthSource = OutputLengthSource.MEAN  # what policy=ssjf predicts
     output_error: float = 0.5                # of output_lengths=noisy: standard deviation of the logarithm
 
     def __post_init__(self) -> None:

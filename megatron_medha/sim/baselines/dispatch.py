@@ -21,7 +21,7 @@ class AdmissionRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Census:
+class InstanceUsage:
     """What runs at the moment."""
 
     num_used_tokens: int        # of KV
@@ -30,7 +30,7 @@ class Census:
     output_counts: list[int]    # tokens so far, of each answer
 
 
-class _Pass:
+class _DispatchPass:
     """One look through the waiting prompts: two lists that grow, with the sums their prefill times follow from."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class _Pass:
         self.inverses += 1.0 / count
 
 
-class Admission:
+class PromptDispatcher:
     """Chooses prompts; remembers how often later ones have passed earlier ones, and how long answers are."""
 
     def __init__(self, rules: AdmissionRules, cost: RingCost, num_instances: int, tokens_per_instance: int) -> None:
@@ -64,7 +64,7 @@ class Admission:
         self._num_output_tokens += num_output_tokens
         self._num_answers += 1
 
-    def choose(self, waiting: deque[Request], census: Census) -> list[Request]:
+    def choose(self, waiting: deque[Request], census: InstanceUsage) -> list[Request]:
         """Take the prompts to begin now out of `waiting`, when no prefill runs.
 
         In order of arrival, each of
@@ -80,7 +80,7 @@ class Admission:
         wait_s = self._wait_s(census)
         loss = sum(1.0 / count for count in census.output_counts)
         may_pass = self._num_out_of_order < rules.max_out_of_order
-        chosen, undecided = _Pass(), _Pass()
+        chosen, undecided = _DispatchPass(), _DispatchPass()
         num_forced, has_passed = 0, False
         num_left = capacity - census.num_used_tokens - census.num_promised_tokens
         for request in waiting:
@@ -121,10 +121,10 @@ class Admission:
         return taken
 
     def choose_within(
-        self, waiting: deque[Request], census: Census, num_instances: int, left_s: float
+        self, waiting: deque[Request], census: InstanceUsage, num_instances: int, left_s: float
     ) -> list[Request]:
         """Take those prompts out of `waiting` that so many instances prefill in the time left, in order of arrival."""
-        chosen = _Pass()
+        chosen = _DispatchPass()
         num_left = num_instances * self._tokens_per_instance
         num_all_left = (
             self._num_instances * self._tokens_per_instance - census.num_used_tokens - census.num_promised_tokens
@@ -147,16 +147,16 @@ class Admission:
             waiting.extend(kept)
         return chosen.requests
 
-    def _is_full(self, num_instances: int, chosen: _Pass, limit_s: float) -> bool:
+    def _is_full(self, num_instances: int, chosen: _DispatchPass, limit_s: float) -> bool:
         seconds = self._cost.prefill_s(num_instances, chosen.num_tokens, chosen.squares, len(chosen.requests))
         return seconds > 0.9 * limit_s
 
-    def _wait_s(self, census: Census) -> float:
+    def _wait_s(self, census: InstanceUsage) -> float:
         mean = self._num_output_tokens / self._num_answers
         rounds = [max(mean - count, 0.1 * count) for count in census.output_counts]
         return max([10.0, *rounds]) * self._rules.decode_round_s
 
-    def _prefill_s(self, num_instances: int, chosen: _Pass, *more: Request) -> float:
+    def _prefill_s(self, num_instances: int, chosen: _DispatchPass, *more: Request) -> float:
         num_tokens, squares = chosen.num_tokens, chosen.squares
         for request in more:
             num_tokens += request.num_prompt_tokens

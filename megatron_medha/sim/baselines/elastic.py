@@ -29,7 +29,7 @@ from megatron_medha.core.batch import (
     TokenOut,
 )
 from megatron_medha.core.request import Request
-from megatron_medha.sim.baselines.dispatch import Admission, AdmissionRules, Census
+from megatron_medha.sim.baselines.dispatch import AdmissionRules, InstanceUsage, PromptDispatcher
 from megatron_medha.sim.baselines.partition import partition
 from megatron_medha.sim.baselines.ring_cost import RingCost
 
@@ -55,7 +55,7 @@ class ElasticConfig:
 
 
 @dataclass(slots=True, eq=False)
-class Live:
+class ElasticSequence:
     """A request that runs."""
 
     request: Request
@@ -64,23 +64,23 @@ class Live:
 
 
 @dataclass(slots=True, eq=False)
-class _Group:
+class _DecodeGroup:
     """Sequences that decode together."""
 
     instances: list[int]
-    members: list[Live]
+    members: list[ElasticSequence]
     num_rounds: int = 0     # since prompts were last admitted
     delay_s: float = 0.0    # KV that must be moved before the next round
 
 
 @dataclass(slots=True, eq=False)
-class _Running:
+class _RunningBatch:
     """A batch in flight."""
 
     instances: tuple[int, ...]
     ends_s: float
-    group: _Group | None        # decodes
-    prompts: list[Live]         # or prefills
+    group: _DecodeGroup | None        # decodes
+    prompts: list[ElasticSequence]         # or prefills
 
 
 class ElasticSystem:
@@ -92,10 +92,10 @@ class ElasticSystem:
         self._ids = iter(ids)
         self._used = dict.fromkeys(config.instances, 0)  # tokens of KV
         self._waiting: deque[Request] = deque()
-        self._groups: list[_Group] = []
-        self._running: dict[int, _Running] = {}
-        self._ready: list[_Running] = []
-        self._admission = Admission(config.rules, cost, len(config.instances), config.tokens_per_instance)
+        self._groups: list[_DecodeGroup] = []
+        self._running: dict[int, _RunningBatch] = {}
+        self._ready: list[_RunningBatch] = []
+        self._admission = PromptDispatcher(config.rules, cost, len(config.instances), config.tokens_per_instance)
         self._is_holding = False  # decodes wait for each other, so that prompts can be admitted
         self._released: list[str] = []
 
@@ -142,23 +142,23 @@ class ElasticSystem:
         self._waiting.append(request)
         return []
 
-    def _end_prefill(self, running: _Running, batch_id: int) -> list[Output]:
+    def _end_prefill(self, running: _RunningBatch, batch_id: int) -> list[Output]:
         instances = sorted({instance for live in running.prompts for instance in live.kv_tokens})
-        group = _Group(instances, [])
+        group = _DecodeGroup(instances, [])
         outputs = self._give_tokens(group, running.prompts, batch_id)
         overlapping = [other for other in self._groups if not set(instances).isdisjoint(other.instances)]
         if group.members or overlapping:
             self._merge([group, *overlapping])
         return outputs
 
-    def _end_round(self, group: _Group, batch_id: int) -> list[Output]:
+    def _end_round(self, group: _DecodeGroup, batch_id: int) -> list[Output]:
         group.num_rounds += 1
         members, group.members = group.members, []
         outputs = self._give_tokens(group, members, batch_id)
         self._settle(group)
         return outputs
 
-    def _give_tokens(self, group: _Group, members: list[Live], batch_id: int) -> list[Output]:
+    def _give_tokens(self, group: _DecodeGroup, members: list[ElasticSequence], batch_id: int) -> list[Output]:
         outputs: list[Output] = []
         for live in members:
             request = live.request
@@ -174,7 +174,7 @@ class ElasticSystem:
                 group.members.append(live)
         return outputs
 
-    def _merge(self, groups: list[_Group]) -> None:
+    def _merge(self, groups: list[_DecodeGroup]) -> None:
         merged = groups[0]
         for other in groups[1:]:
             self._groups.remove(other)
@@ -185,7 +185,7 @@ class ElasticSystem:
         self._groups.append(merged)
         self._settle(merged)
 
-    def _settle(self, group: _Group) -> None:
+    def _settle(self, group: _DecodeGroup) -> None:
         """Give back the instances on which the group has no KV, and the group itself when it is empty."""
         group.instances = [instance for instance in group.instances if self._used[instance]]
         if not group.members:
@@ -249,12 +249,15 @@ class ElasticSystem:
         shares = partition(self._cost, [request.num_prompt_tokens for request in chosen], room)
         for share in shares:
             mine = instances[share.first_instance : share.first_instance + share.num_instances]
-            prompts = [Live(request) for request in chosen[share.first_prompt : share.first_prompt + share.num_prompts]]
+            prompts = [
+                ElasticSequence(request)
+                for request in chosen[share.first_prompt : share.first_prompt + share.num_prompts]
+            ]
             self._place(prompts, mine)
-            self._ready.append(_Running(tuple(mine), now_s + share.prefill_s, None, prompts))
+            self._ready.append(_RunningBatch(tuple(mine), now_s + share.prefill_s, None, prompts))
         return bool(shares)
 
-    def _place(self, prompts: list[Live], instances: list[int]) -> None:
+    def _place(self, prompts: list[ElasticSequence], instances: list[int]) -> None:
         """Leave the KV on as few instances as hold it, the fullest first."""
         order = sorted(instances, key=lambda instance: -self._used[instance])
         for live in prompts:
@@ -267,13 +270,13 @@ class ElasticSystem:
                     left -= count
             assert not left, f"{left} tokens of {live.request.request_id} have no place"
 
-    def _prefill_batch(self, running: _Running, now_s: float) -> Batch:
+    def _prefill_batch(self, running: _RunningBatch, now_s: float) -> Batch:
         return self._batch(
             running, [(live.request.request_id, 0, live.request.num_prompt_tokens) for live in running.prompts], now_s
         )
 
-    def _census(self) -> Census:
-        return Census(
+    def _census(self) -> InstanceUsage:
+        return InstanceUsage(
             num_used_tokens=sum(self._used.values()),
             num_sequences=sum(len(group.members) for group in self._groups)
             + sum(len(running.prompts) for running in self._running.values()),
@@ -299,7 +302,7 @@ class ElasticSystem:
         squares = sum(float(length) ** 2 for length in lengths)
         return self._cost.prefill_s(num_instances, sum(lengths), squares, len(lengths))
 
-    def _loss_per_s(self, group: _Group) -> float:
+    def _loss_per_s(self, group: _DecodeGroup) -> float:
         """What a second's pause costs a group, in LoongServe's terms: seconds per output token, over its members."""
         num_outputs = sum(live.num_output_tokens for live in group.members)
         return len(group.members) ** 2 / num_outputs
@@ -312,7 +315,7 @@ class ElasticSystem:
         num_missing = sum(request.num_prompt_tokens for request in chosen) - num_free * capacity
         weight = sum(1.0 / request.num_prompt_tokens for request in chosen)
 
-        def num_open(group: _Group) -> int:
+        def num_open(group: _DecodeGroup) -> int:
             return sum(capacity - self._used[instance] for instance in group.instances)
 
         for group in sorted(self._groups, key=num_open, reverse=True):
@@ -355,7 +358,7 @@ class ElasticSystem:
 
     # ---- decodes ----
 
-    def _decode_batch(self, group: _Group, busy: set[int], now_s: float) -> Batch | None:
+    def _decode_batch(self, group: _DecodeGroup, busy: set[int], now_s: float) -> Batch | None:
         """The next token of all members; None while there is no room for them and none to be had."""
         capacity, count = self._config.tokens_per_instance, len(group.members)
         masters = [instance for instance in group.instances if self._used[instance] + count <= capacity]
@@ -377,7 +380,7 @@ class ElasticSystem:
             live.kv_tokens[master] = live.kv_tokens.get(master, 0) + 1
         for index, master in enumerate(masters):
             self._used[master] += len(range(index, count, len(masters)))
-        running = _Running(tuple(group.instances), now_s + decode_s + group.delay_s, group, [])
+        running = _RunningBatch(tuple(group.instances), now_s + decode_s + group.delay_s, group, [])
         group.delay_s = 0.0
         chunks = [
             (live.request.request_id, live.request.num_prompt_tokens + live.num_output_tokens - 1, 1)
@@ -385,7 +388,7 @@ class ElasticSystem:
         ]
         return self._batch(running, chunks, now_s)
 
-    def _batch(self, running: _Running, chunks: list[tuple[str, int, int]], now_s: float) -> Batch:
+    def _batch(self, running: _RunningBatch, chunks: list[tuple[str, int, int]], now_s: float) -> Batch:
         batch_id = next(self._ids)
         self._running[batch_id] = running
         released, self._released = tuple(self._released), []

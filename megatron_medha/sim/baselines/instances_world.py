@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from megatron_medha.core.batch import Batch, Completed, Event
 from megatron_medha.core.request import Request
 from megatron_medha.sim.ledger import Ledger
-from megatron_medha.sim.measured_world import MeasuredWorld
+from megatron_medha.sim.measured_world import MeasuredSimRuntime
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
-from megatron_medha.sim.truth import Work
+from megatron_medha.sim.truth import ComputedWork
 
 
-class InstancesWorld(MeasuredWorld):
+class InstancesSimRuntime(MeasuredSimRuntime):
     """A Runtime whose batches name the instances they occupy (Chunk.kvp_ranks) and take what they are predicted to.
 
     The system that decides knows the truth: a baseline loses nothing by mispredicting.
@@ -26,14 +26,14 @@ class InstancesWorld(MeasuredWorld):
         until_s: float = float("inf"),
         sample_s: float = float("inf"),
         on_sample: Callable[[float], None] = lambda now_s: None,
-        front_s: float = 0.0,
+        api_server_s: float = 0.0,
         instances: Pipeline | None = None,
     ) -> None:
         pipeline = Pipeline() if instances is None else instances
-        super().__init__(arrivals, pipeline, _believed, ledger, until_s, sample_s, on_sample, front_s)
+        super().__init__(arrivals, pipeline, _as_predicted, ledger, until_s, sample_s, on_sample, api_server_s)
         self._instances = instances
         self._busy: dict[int, tuple[int, ...]] = {}
-        self.work = Work()  # without parameters read: how many instances share a decode's, batches do not say
+        self.work = ComputedWork()  # without parameters read: how many instances share a decode's, batches do not say
 
     def has_room(self) -> bool:
         """Always: who decides knows which instances are free."""
@@ -68,5 +68,5 @@ class InstancesWorld(MeasuredWorld):
             work.num_keys_read += chunk.start + chunk.num_tokens
 
 
-def _believed(batch: Batch) -> StepTimes:
+def _as_predicted(batch: Batch) -> StepTimes:
     return StepTimes(((batch.predicted_s,),))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from megatron_medha.sim.baselines.ring_cost import RingCost
 
 
-class Share(NamedTuple):
+class InstanceRun(NamedTuple):
     """A run of the prompts, and a run of the instances that prefill them in one pass."""
 
     first_prompt: int
@@ -19,7 +19,7 @@ class Share(NamedTuple):
     prefill_s: float
 
 
-def partition(cost: RingCost, lengths: Sequence[int], room: Sequence[int]) -> list[Share]:
+def partition(cost: RingCost, lengths: Sequence[int], room: Sequence[int]) -> list[InstanceRun]:
     """Cut prompts and instances into runs with the least sum of prefill time per prompt token.
 
     lengths: of the prompts, longest first. room: tokens of KV that each instance can take. A run's prompts must fit
@@ -35,7 +35,7 @@ def partition(cost: RingCost, lengths: Sequence[int], room: Sequence[int]) -> li
     for free in room:
         rooms.append(rooms[-1] + free)
     best = [[inf] * (num_instances + 1) for _ in range(num_prompts + 1)]
-    last: dict[tuple[int, int], Share] = {}
+    last: dict[tuple[int, int], InstanceRun] = {}
     best[0] = [0.0] * (num_instances + 1)
     for end in range(1, num_prompts + 1):
         for begin in range(end):
@@ -47,11 +47,11 @@ def partition(cost: RingCost, lengths: Sequence[int], room: Sequence[int]) -> li
                     total = best[begin][top - degree] + seconds * weight
                     if total < best[end][top] and count <= rooms[top] - rooms[top - degree]:
                         best[end][top] = total
-                        last[end, top] = Share(begin, end - begin, top - degree, degree, seconds)
+                        last[end, top] = InstanceRun(begin, end - begin, top - degree, degree, seconds)
     top = min(range(num_instances + 1), key=lambda index: best[num_prompts][index])
     if best[num_prompts][top] == inf:
         return []
-    shares: list[Share] = []
+    shares: list[InstanceRun] = []
     end = num_prompts
     while end:
         share = last[end, top]

@@ -9,16 +9,16 @@ from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.policies import Policy, Priority
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.sim.baselines.baseline_config import BaselineConfig, OutputLengths
+from megatron_medha.sim.baselines.baseline_config import BaselineConfig, OutputLengthSource
 
 _FIRST_MEAN_TOKENS = 256.0  # believed before any completion has ended; forgotten as they do
-_BEHIND_ALL_S = 1e12  # later than any moment of any run
+_LAST_PRIORITY_S = 1e12  # later than any moment of any run
 
 
-class OutputPredictor:
+class OutputLengthPredictor:
     """Predicts the lengths of completions, and learns their mean."""
 
-    def __init__(self, lengths: OutputLengths, error: float) -> None:
+    def __init__(self, lengths: OutputLengthSource, error: float) -> None:
         self._lengths = lengths
         self._error = error
         self._num_tokens = _FIRST_MEAN_TOKENS
@@ -27,11 +27,11 @@ class OutputPredictor:
     def predict(self, request: Request) -> float:
         """Output tokens of this request."""
         match self._lengths:
-            case OutputLengths.ORACLE:
+            case OutputLengthSource.ORACLE:
                 return request.max_output_tokens
-            case OutputLengths.MEAN:
+            case OutputLengthSource.MEAN:
                 return min(self._num_tokens / self._num_answers, request.max_output_tokens)
-            case OutputLengths.NOISY:
+            case OutputLengthSource.NOISY:
                 # Seeded by text: the same in every process and on every replay.
                 return request.max_output_tokens * random.Random(request.request_id).lognormvariate(0.0, self._error)
 
@@ -52,7 +52,7 @@ class PredictedOrder:
 
     def __init__(self, config: BaselineConfig) -> None:
         self.scheduler: Scheduler | None = None  # that goes by it
-        self._outputs = OutputPredictor(config.output_lengths, config.output_error)
+        self._outputs = OutputLengthPredictor(config.output_lengths, config.output_error)
         self._predicted_s: dict[str, float] = {}  # by request
         priorities: dict[str, Callable[[Sequence], Priority]] = {"ssjf": self._ssjf, "qlm": self._qlm}
         self.policy = Policy(priorities[config.policy], ended=self._ended)
@@ -71,7 +71,7 @@ class PredictedOrder:
             self._predicted_s[seq.request_id] = 0.0  # its place as if it waited for nobody
             self._predicted_s[seq.request_id] = self._wait_s(seq)
         if seq.request.arrival_s + self._predicted_s[seq.request_id] > latest_start_s:
-            return Priority(_BEHIND_ALL_S + seq.request.arrival_s)
+            return Priority(_LAST_PRIORITY_S + seq.request.arrival_s)
         return Priority(latest_start_s)
 
     def _wait_s(self, seq: Sequence) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from megatron_medha.core.kv.kv_memory import KVMemory, Part
+from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
 from megatron_medha.core.scheduling.chunking import Chunking
@@ -41,7 +41,7 @@ class PartialPrefillLimits:
             self._is_long(seq) and self._num_long_left <= 0
         )
 
-    def most_tokens(self, builder: BatchBuilder, seq: Sequence, parts: tuple[Part, ...]) -> int | None:
+    def most_tokens(self, builder: BatchBuilder, seq: Sequence, parts: tuple[ChunkShard, ...]) -> int | None:
         """See PrefillLimits. A prompt that is not short may fill the step only up to what is reserved."""
         config = self._config
         if not config.reserved_share or seq.request.num_prompt_tokens <= config.short_prompt_tokens:

@@ -39,7 +39,7 @@ class StaticConfig:
 
 
 @dataclass(slots=True, eq=False)
-class _Live:
+class _StaticSequence:
     request: Request
     num_output_tokens: int = 0
 
@@ -52,8 +52,8 @@ class StaticSystem:
         self._cost = cost
         self._ids = iter(ids)
         self._waiting: deque[Request] = deque()
-        self._members: list[_Live] = []
-        self._in_flight: list[_Live] | None = None
+        self._members: list[_StaticSequence] = []
+        self._in_flight: list[_StaticSequence] | None = None
         self._num_tokens = 0           # of KV
         self._num_promised_tokens = 0  # that running answers may still grow by
         self._num_rounds = config.decode_rounds
@@ -103,7 +103,7 @@ class StaticSystem:
     def _most_tokens(self) -> int:
         return len(self._config.instances) * self._config.tokens_per_instance
 
-    def _choose(self) -> list[_Live]:
+    def _choose(self) -> list[_StaticSequence]:
         chosen: list[Request] = []
         while self._waiting and len(self._members) + len(chosen) < self._config.max_sequences:
             request = self._waiting[0]
@@ -115,7 +115,7 @@ class StaticSystem:
             chosen.append(self._waiting.popleft())
             self._num_tokens += request.num_prompt_tokens
             self._num_promised_tokens += request.max_output_tokens
-        return [_Live(request) for request in chosen]
+        return [_StaticSequence(request) for request in chosen]
 
     def _prefill_s(self, prompts: list[Request]) -> float:
         lengths = [request.num_prompt_tokens for request in prompts]
@@ -140,7 +140,9 @@ class StaticSystem:
         self._in_flight = None
         return outputs
 
-    def _batch(self, lives: list[_Live], chunks: list[tuple[str, int, int]], seconds: float, now_s: float) -> Batch:
+    def _batch(
+        self, lives: list[_StaticSequence], chunks: list[tuple[str, int, int]], seconds: float, now_s: float
+    ) -> Batch:
         self._in_flight = lives
         released, self._released = tuple(self._released), []
         return Batch(

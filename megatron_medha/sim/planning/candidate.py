@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.sim.simulation import Sample, Simulation, SimulationConfig, Watchers
+from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks, StateSample
 from megatron_medha.stats.outcome import Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class PlanCandidate:
     """A candidate: every one sees the same requests, however many replicas they are placed on."""
 
     name: str  # of who decides in it
@@ -31,10 +31,10 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class CandidateVerdict:
     """What a trial has shown."""
 
-    trial: Trial
+    trial: PlanCandidate
     passes: bool
     attainment: float | None = None  # None: ended early, it could no longer pass
     attainment_by_class: dict[str, float] | None = None  # of length classes with requests
@@ -45,10 +45,10 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoneBound:
+class IsolatedBound:
     """What a candidate cannot do, however small the load is: prompts alone on it."""
 
-    trial: Trial
+    trial: PlanCandidate
     longest_prompt_tokens: int
     longest_ttft_s: float             # of that prompt
     num_requests: Mapping[str, int]   # by what slo.attainment is asked of: "" or a length class
@@ -66,17 +66,17 @@ class LoneBound:
         return ""
 
 
-def lone_bound(trial: Trial) -> LoneBound | None:
+def isolated_bound(trial: PlanCandidate) -> IsolatedBound | None:
     """The bound of a candidate; None where it is not known, or where the candidate cannot be."""
     try:
-        return _lone_bound(trial, Simulation(trial.config))
+        return _isolated_bound(trial, Simulation(trial.config))
     except ConfigError:
         return None
 
 
-def _lone_bound(trial: Trial, simulation: Simulation) -> LoneBound | None:
-    least_ttft_s = simulation.least_ttft_s()
-    if least_ttft_s is None:
+def _isolated_bound(trial: PlanCandidate, simulation: Simulation) -> IsolatedBound | None:
+    ttft_lower_bound_s = simulation.ttft_lower_bound_s()
+    if ttft_lower_bound_s is None:
         return None
     config = trial.config
     num_requests: Counter[str] = Counter()
@@ -85,12 +85,12 @@ def _lone_bound(trial: Trial, simulation: Simulation) -> LoneBound | None:
         num_tokens = request.num_prompt_tokens
         name = _asked_of(trial, config.classes.of(num_tokens))
         num_requests[name] += 1
-        num_late[name] += least_ttft_s(num_tokens) > config.slo.deadline_s(simulation.isolated_s(num_tokens))
+        num_late[name] += ttft_lower_bound_s(num_tokens) > config.slo.deadline_s(simulation.isolated_s(num_tokens))
     longest = simulation.workload.facts.max_prompt_tokens
-    return LoneBound(
+    return IsolatedBound(
         trial=trial,
         longest_prompt_tokens=longest,
-        longest_ttft_s=least_ttft_s(longest),
+        longest_ttft_s=ttft_lower_bound_s(longest),
         num_requests=num_requests,
         num_late=num_late,
     )
@@ -100,26 +100,26 @@ def _are_too_many(num_missed: int, num_requests: int, attainment: float) -> bool
     return num_missed > (1.0 - attainment) * num_requests + 1e-6  # 1 - 0.9 is less than a tenth
 
 
-def _asked_of(trial: Trial, length_class: str) -> str:
+def _asked_of(trial: PlanCandidate, length_class: str) -> str:
     """The group of which slo.attainment is asked: all requests together, or a length class."""
     return f"{length_class} " if trial.each_class else ""
 
 
-class _Hopeless(Exception):
+class _CannotPass(Exception):
     """So many requests have missed that the trial cannot pass any more."""
 
 
-def judge(trial: Trial) -> Verdict:
+def evaluate_candidate(trial: PlanCandidate) -> CandidateVerdict:
     """Simulate it, and stop as soon as it cannot pass: an overloaded one would take the longest."""
     config = trial.config
     try:
         simulation = Simulation(config)
     except ConfigError as error:
-        return Verdict(trial=trial, passes=False, why=str(error))
+        return CandidateVerdict(trial=trial, passes=False, why=str(error))
 
-    bound = _lone_bound(trial, simulation)
+    bound = _isolated_bound(trial, simulation)
     if bound is not None and bound.why:
-        return Verdict(trial=trial, passes=False, why=bound.why)
+        return CandidateVerdict(trial=trial, passes=False, why=bound.why)
     classes = (config.classes.of(request.num_prompt_tokens) for request in simulation.workload.requests())
     num_requests = Counter(_asked_of(trial, one) for one in classes)
     num_missed: Counter[str] = Counter()
@@ -128,24 +128,24 @@ def judge(trial: Trial) -> Verdict:
         if not config.slo.is_met(outcome):
             num_missed[_asked_of(trial, config.classes.of(outcome.request.num_prompt_tokens))] += 1
 
-    def look(sample: Sample) -> None:
+    def look(sample: StateSample) -> None:
         # Late without a first token is missed already, however it ends.
         lost = num_missed + Counter(_asked_of(trial, one.length_class) for one in sample.waiting if one.is_late)
         for name, num_lost in lost.items():
             if _are_too_many(num_lost, num_requests[name], config.slo.attainment):
-                raise _Hopeless(
+                raise _CannotPass(
                     f"{num_lost} of {num_requests[name]} {name}requests had missed the SLO after {sample.now_s:,.0f} s"
                 )
 
     try:
-        result = simulation.run(Watchers(on_outcome=count, on_sample=look))
-    except _Hopeless as error:
-        return Verdict(trial=trial, passes=False, why=str(error))
+        result = simulation.run(SimulationHooks(on_outcome=count, on_sample=look))
+    except _CannotPass as error:
+        return CandidateVerdict(trial=trial, passes=False, why=str(error))
     everything, classes = result.values["all"], result.values["classes"]
     attainment = everything["attainment"]
     by_class = {name: found["attainment"] for name, found in classes.items() if found["attainment"] is not None}
     asked = by_class.values() if trial.each_class else [attainment]
-    return Verdict(
+    return CandidateVerdict(
         trial=trial,
         passes=min(asked) >= config.slo.attainment,
         attainment=attainment,
@@ -156,7 +156,7 @@ def judge(trial: Trial) -> Verdict:
     )
 
 
-def at_rate(trial: Trial, qps: float) -> Trial:
+def at_rate(trial: PlanCandidate, qps: float) -> PlanCandidate:
     """The same candidate under another load: the same requests, and more of them where they come faster."""
     workload = trial.config.workload
     assert workload.qps is not None and workload.num_requests is not None, "a trial is given so many at some rate"

@@ -8,15 +8,15 @@ from math import ceil
 
 from megatron_medha.core.request import Request
 from megatron_medha.stats.summary import CLASSES, LengthClasses
-from megatron_medha.workload.arrivals import Arrivals
+from megatron_medha.workload.arrivals import ArrivalProcess
 from megatron_medha.workload.workload import Workload, WorkloadConfig
 
-LEAST_S = 600.0            # where trial_s is not given
-LEAST_OF_A_CLASS = 20      # of fewer, each is more than 5% of what is said about them
-LEAST_SHARE_COVERED = 0.8  # of a class's share of the whole workload; a quiet morning says nothing about the afternoon
-LEAST_PEAK_COVERED = 0.8   # of the tokens that come in the busiest span of the whole workload; a burst may come late
+MIN_WINDOW_S = 600.0            # where trial_s is not given
+MIN_PER_CLASS = 20      # of fewer, each is more than 5% of what is said about them
+MIN_SHARE_COVERED = 0.8  # of a class's share of the whole workload; a quiet morning says nothing about the afternoon
+MIN_PEAK_COVERED = 0.8   # of the tokens that come in the busiest span of the whole workload; a burst may come late
 PEAK_SPANS_S = (60.0, 600.0)
-MOST_DRAWN = 50_000        # requests of a mix that has no end of its own
+MAX_DRAWN = 50_000        # requests of a mix that has no end of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class TrialWindow:
         return tuple(
             name
             for name, share in self.whole_share_by_class.items()
-            if self.num_by_class.get(name, 0) < LEAST_SHARE_COVERED * total * share
+            if self.num_by_class.get(name, 0) < MIN_SHARE_COVERED * total * share
         )
 
 
@@ -47,7 +47,7 @@ def num_needed(attainment: float) -> int:
     """Requests among which one may miss at so large a share; a hundred for 99%, and for all of them."""
     if attainment >= 1.0:
         return 100
-    return max(LEAST_OF_A_CLASS, ceil(1.0 / (1.0 - attainment) - 1e-9))
+    return max(MIN_PER_CLASS, ceil(1.0 / (1.0 - attainment) - 1e-9))
 
 
 def choose_window(
@@ -59,12 +59,12 @@ def choose_window(
     each_class: bool,
     trial_s: float | None,
 ) -> TrialWindow:
-    """The requests of the first trial_s seconds; None: of as many as it takes, and of LEAST_S or a period at least.
+    """The requests of the first trial_s seconds; None: of as many as it takes, and of MIN_WINDOW_S or a period at least.
 
     Raises ConfigError, as Workload does.
     """
     if config.path is None and config.duration_s is None and config.num_requests is None:
-        config = replace(config, num_requests=MOST_DRAWN)
+        config = replace(config, num_requests=MAX_DRAWN)
     workload = Workload(config, seed)
     whole: Counter[str] = Counter()
     whole_peaks = _Peaks()
@@ -74,13 +74,15 @@ def choose_window(
     num_whole = workload.facts.num_requests
     # What is drawn is alike from period to period; a trace may hold anything anywhere.
     is_drawn = config.path is None
-    least_s = max(LEAST_S, config.period_s if config.arrivals in (Arrivals.BURST, Arrivals.DIURNAL) else 0.0)
+    least_s = max(
+        MIN_WINDOW_S, config.period_s if config.arrivals in (ArrivalProcess.BURST, ArrivalProcess.DIURNAL) else 0.0
+    )
     all_needed = num_needed(attainment)
-    needed = all_needed if each_class else LEAST_OF_A_CLASS
+    needed = all_needed if each_class else MIN_PER_CLASS
 
     def covers(counts: Counter[str], num_requests: int) -> bool:
         return num_requests >= all_needed and all(
-            counts[name] >= max(needed, LEAST_SHARE_COVERED * num_requests * count / num_whole)
+            counts[name] >= max(needed, MIN_SHARE_COVERED * num_requests * count / num_whole)
             for name, count in whole.items()
         )
 
@@ -95,7 +97,7 @@ def choose_window(
             trial_s is None
             and request.arrival_s >= least_s
             and covers(counts, num_requests)
-            and (is_drawn or peaks.share_of(whole_peaks) >= LEAST_PEAK_COVERED)
+            and (is_drawn or peaks.share_of(whole_peaks) >= MIN_PEAK_COVERED)
         ):
             break
         peaks.add(request)

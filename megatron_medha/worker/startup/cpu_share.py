@@ -17,7 +17,7 @@ def num_threads_of_rank(wanted: int | None, num_ranks: int) -> int:
     return max(1, num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))
 
 
-def let_idle_threads_sleep(num_threads: int) -> None:
+def set_passive_omp_wait(num_threads: int) -> None:
     """Make OpenMP threads sleep at barriers when they fill every core; must run before torch is imported.
 
     By default they spin. As soon as another process (the front, a client) wants one of the cores, spinning threads
@@ -29,7 +29,7 @@ def let_idle_threads_sleep(num_threads: int) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def bound_kernel_cache() -> None:
+def limit_kernel_cache() -> None:
     """Keep fewer of oneDNN's compiled kernels; must run before torch is imported.
 
     It keeps one per shape, 1,024 of them by default, and every step of a server has a shape of its own: a rank of the

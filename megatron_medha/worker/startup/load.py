@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_medha.checkpoints.detect import load_weights, read_model_config
 from megatron_medha.cluster.kv_audit import SentBlocks
-from megatron_medha.cluster.messages import NewRequest, Ready, Step
+from megatron_medha.cluster.messages import NewRequest, RankReady, RankStep
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
@@ -34,11 +34,11 @@ from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import with_end_tokens_of
-from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed, least_of_all_ranks
-from megatron_medha.parallel.tp_all_reduce import tp_sum
+from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed, min_over_ranks
+from megatron_medha.parallel.tp_all_reduce import tp_all_reduce
 from megatron_medha.worker.cuda_graphs import step_graphs
-from megatron_medha.worker.grammar_masks import GuidedSampling
-from megatron_medha.worker.kv_cache import allocate_kv, num_kv_blocks
+from megatron_medha.worker.grammar_masks import GrammarMasks
+from megatron_medha.worker.kv_cache import allocate_kv, num_blocks_that_fit
 from megatron_medha.worker.rank import Rank
 from megatron_medha.worker.startup.cpu_share import num_threads_of_rank
 from megatron_medha.worker.startup.device import (
@@ -55,14 +55,14 @@ _PROGRESS_INTERVAL_S = 0.1
 _M_TRIM_THRESHOLD = -1  # from malloc.h
 _M_MMAP_THRESHOLD = -3
 
-Progress = Callable[[str, float], None]  # what is being done, and how much of it, 0..1
+LoadProgress = Callable[[str, float], None]  # what is being done, and how much of it, 0..1
 
 
-def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
+def load_rank(config: RankConfig, progress: LoadProgress) -> tuple[Rank, RankReady]:
     """A rank that has computed its first tokens, and what the API server is told about it."""
     num_threads = num_threads_of_rank(config.model.num_threads, config.layout.world_size)
     torch.set_num_threads(num_threads)
-    keep_freed_memory()
+    tune_malloc()
     device = device_of(config.model.device)
     options = dataclasses.replace(config.model, device=device.type)  # checks them for this device
     directory, layout = Path(config.checkpoint), config.layout
@@ -84,7 +84,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
         progress("the other ranks", 0.0)
     init_distributed(layout, config.rank, device=device, init_method=config.init_method)
     pgs = build_groups(layout)
-    guided = GuidedSampling(
+    guided = GrammarMasks(
         Path(config.tokenizer or config.checkpoint) / "tokenizer.json",
         model_config.vocab_size,
         model_config.stop_token_ids,
@@ -116,7 +116,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, Ready]:
     if device.type == "cuda" and options.cuda_graphs:
         progress("CUDA graphs", 0.0)
         rank.graphs = step_graphs(model, backend, kv_layers, Rotary(model_config), device, pgs)
-    ready = Ready(
+    ready = RankReady(
         rank=config.rank,
         # Only the report is narrowed: the model's own length may enter its rotary frequencies.
         shape=dataclasses.replace(model_config.shape(dtype.itemsize), max_context_len=max_context_len),
@@ -136,15 +136,15 @@ def _loaded_model(
     dtype: torch.dtype,
     device: torch.device,
     pgs: MedhaPGs,
-    progress: Progress,
+    progress: LoadProgress,
 ) -> GPTModel:
     """This rank's part of the model with its weights, in the layout that its kernels read."""
     progress("model", 0.0)
     model = build_model(config, dtype=dtype, device=device, pgs=pgs, is_initialized=False, fp8=options.fp8)
-    load_weights(model, config, directory, _rarely(progress))
+    load_weights(model, config, directory, _throttled(progress))
     model.requires_grad_(False)
     quantise_linears(model, options.fp8, transformer_engine_works(device))
-    pack_linears(model, tp_sum(pgs.tp, device), has_int8_weights=options.weight_dtype == "int8")
+    pack_linears(model, tp_all_reduce(pgs.tp, device), has_int8_weights=options.weight_dtype == "int8")
     use_native_passes(model)
     use_native_decoder(model)
     return model
@@ -167,7 +167,7 @@ def _kv_memory(
         "head_dim": model_config.head_dim,
     }
     num_bytes = config.kv_memory_bytes or free_device_bytes(device, config.model.kv_memory_share)
-    num_blocks = least_of_all_ranks(num_kv_blocks(num_bytes, dtype=dtype, **sizes))
+    num_blocks = min_over_ranks(num_blocks_that_fit(num_bytes, dtype=dtype, **sizes))
     return allocate_kv(backend, num_blocks, dtype=dtype, **sizes), num_blocks
 
 
@@ -184,18 +184,18 @@ def warm_up(rank: Rank, *, num_blocks: int, block_size: int) -> None:
     extent = Extent(0, num_blocks_for(num_tokens + 1, block_size))
     # Of this kvp rank alone: its pipeline and tensor-parallel partners run the same.
     ranks = (rank.kvp_rank,)
-    done = rank.run(Step(-2, (Chunk(request_id, 0, num_tokens, True, ranks, (extent,)),), (new,)))
+    done = rank.run(RankStep(-2, (Chunk(request_id, 0, num_tokens, True, ranks, (extent,)),), (new,)))
     if done.failed:
         raise CheckpointError(
             f"the model computes no numbers from its first tokens: {done.failed[0][1]}. Its weights are finite but too "
             "large for the dtype, or the architecture is not the one they were trained with"
         )
     sampled = () if rank.samples_for_itself else ((request_id, 0),)
-    rank.run(Step(-1, (Chunk(request_id, num_tokens, 1, True, ranks),), sampled=sampled))
-    rank.run(Step(0, (), (), (request_id,)))
+    rank.run(RankStep(-1, (Chunk(request_id, num_tokens, 1, True, ranks),), sampled=sampled))
+    rank.run(RankStep(0, (), (), (request_id,)))
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc keep what is freed instead of returning it to the system and taking it back, page by page.
 
     A step allocates the same large temporaries as the one before. For 512 tokens of a small model, RMSNorm took
@@ -209,7 +209,7 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _rarely(progress: Progress) -> Progress:
+def _throttled(progress: LoadProgress) -> LoadProgress:
     """`progress`, at most once per interval: loading may report every tensor, and each report is a message."""
     last_s = -_PROGRESS_INTERVAL_S
 

@@ -25,7 +25,7 @@ def import_megatron(device: str) -> None:
     # Megatron's own inference engine can log to W&B, and imports it where it is installed. Here the front logs.
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # None: importing it is an ImportError
     if device != "cpu":
-        leave_out_broken_transformer_engine()
+        disable_broken_transformer_engine()
         import megatron.core  # noqa: F401
 
         return
@@ -41,7 +41,7 @@ def import_megatron(device: str) -> None:
         torch.compile = compile_
 
 
-def leave_out_broken_transformer_engine() -> None:
+def disable_broken_transformer_engine() -> None:
     """Where Transformer Engine is installed but cannot be imported, say why; Megatron then goes without it.
 
     Megatron takes any that it finds for a whole one, so that `import megatron.core` itself would fail: with

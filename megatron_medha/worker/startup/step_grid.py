@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_medha.cluster.messages import NewRequest, Ready, Step
+from megatron_medha.cluster.messages import NewRequest, RankReady, RankStep
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.cost.fitted_cost import MeasuredStep
 from megatron_medha.core.cost.step_cost import StepLoad
@@ -75,7 +75,7 @@ def grid(num_kv_tokens: int, max_context_len: int) -> list[GridPoint]:
 
 
 def measure(
-    rank: Rank, ready: Ready, points: Sequence[GridPoint], *, seconds: float, note: Callable[[int], None]
+    rank: Rank, ready: RankReady, points: Sequence[GridPoint], *, seconds: float, note: Callable[[int], None]
 ) -> list[MeasuredStep]:
     """The best time of each point that there was time for, each run at least twice; note(n) after n more points.
 
@@ -94,7 +94,7 @@ def measure(
     return measured
 
 
-def _best_s(rank: Rank, ready: Ready, point: GridPoint, share_s: float) -> float:
+def _best_s(rank: Rank, ready: RankReady, point: GridPoint, share_s: float) -> float:
     """Seconds of the step; its requests begin over KV that nobody has computed: zeros cost no other time."""
     started_s = time.monotonic()
     lengths = {f"decode-{i}": point.decode_context + 1 for i in range(point.num_decodes)}
@@ -108,7 +108,7 @@ def _best_s(rank: Rank, ready: Ready, point: GridPoint, share_s: float) -> float
         first_block += count
         new.append(NewRequest(request_id, array("i", [0] * length).tobytes(), length, sampling))
     begin = tuple(Chunk(request_id, 0, 1, False, (0,), (extents[request_id],)) for request_id in lengths)
-    rank.run(Step(1, begin, tuple(new)))
+    rank.run(RankStep(1, begin, tuple(new)))
     durations: list[float] = []
     while len(durations) < _MIN_REPEATS or time.monotonic() - started_s < share_s and len(durations) < _MAX_REPEATS:
         # Single tokens sample as in serving, so their requests grow by one from run to run; chunks stay where they are.
@@ -120,9 +120,9 @@ def _best_s(rank: Rank, ready: Ready, point: GridPoint, share_s: float) -> float
             # What starts at 0 begins a new block table.
             chunks.append(Chunk(request_id, start, count, not is_chunk, (0,), () if start else (extents[request_id],)))
         begun_s = time.perf_counter()
-        rank.run(Step(2, tuple(chunks)))
+        rank.run(RankStep(2, tuple(chunks)))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         durations.append(time.perf_counter() - begun_s)
-    rank.run(Step(3, (), (), tuple(lengths)))
+    rank.run(RankStep(3, (), (), tuple(lengths)))
     return min(durations)
