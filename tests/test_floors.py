@@ -245,6 +245,15 @@ def test_a_module_has_a_name_of_its_own() -> None:
     assert not [stem for stem, count in stems.items() if count > 1]
 
 
+def test_a_class_has_a_name_of_its_own() -> None:
+    places: dict[str, list[str]] = {}
+    for module, (_, tree) in parsed().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), []).append(f"{module}:{node.lineno}")
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
 def test_folders_stay_small() -> None:
     folders = Counter(path.parent for path, _ in parsed().values())
     assert not {str(folder.relative_to(ROOT)): n for folder, n in folders.items() if n > MOST_FILES}

@@ -115,7 +115,7 @@ def _audited(runtime: ClusterRuntime, layout: ParallelLayout, stack: ExitStack, 
     audit = KVAudit(scheduler)
 
     def answered(done: StepDone, now_s: float) -> None:
-        audit.answered(done.batch_id, layout.coord_of(done.rank).kvp, done.held)
+        audit.answered(done.batch_id, layout.coord_of(done.rank).kvp, done.audit_counts)
 
     runtime.on_step.append(answered)
     stack.callback(audit.report)

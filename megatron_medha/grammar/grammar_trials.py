@@ -83,7 +83,7 @@ class GrammarProcessPool:
         self._is_closed = False
 
     async def compile(self, trial: CompileRequest, timeout_s: float, client: str = "") -> str:
-        """The grammar; GrammarError with the library's reason, CompileLimitExceeded or CompilerBusy where there is none."""
+        """The grammar. Raises GrammarError with the library's reason, CompileLimitExceeded or CompilerBusy."""
         tried: CompileResult | None = None
         if timeout_s > _FAST_LANE_S:
             tried = await self._in_lane(self._fast_lane, trial, _FAST_LANE_S, client)

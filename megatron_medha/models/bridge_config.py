@@ -72,7 +72,7 @@ class MissingFieldsError(CheckpointError):
         self.stated = stated
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+class _BridgeYamlLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Plain values only. Merge keys are refused: a few lines of them make gigabytes."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -97,7 +97,7 @@ def read_run_config(path: Path) -> argparse.Namespace:
 
 def _model_section(path: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.load(read_bytes(path, _MAX_BYTES), _Loader)
+        content = yaml.load(read_bytes(path, _MAX_BYTES), _BridgeYamlLoader)
         check_extent(content, _MAX_VISITS)  # aliases may double a list at each line
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, PickleError) as error:
         raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from error

@@ -58,7 +58,7 @@ class BodyMemory:
         self.num_bytes = num_bytes
 
 
-async def read_body(request: Request, config: ServerConfig, audit_counts: BodyMemory) -> bytearray:
+async def read_body(request: Request, config: ServerConfig, memory: BodyMemory) -> bytearray:
     """The whole body; ApiError 413 if it is too large, 408 if it does not come, 503 if others' leave no room for it."""
     body = bytearray()
     num_bytes = 0
@@ -73,7 +73,7 @@ async def read_body(request: Request, config: ServerConfig, audit_counts: BodyMe
                 # sending when the connection closes never gets to see the answer.
                 is_too_large = is_too_large or num_bytes > config.max_body_bytes
                 if not is_too_large:
-                    audit_counts.grow_to(num_bytes)
+                    memory.grow_to(num_bytes)
                     body += part
                 elif num_bytes > 2 * config.max_body_bytes:
                     break

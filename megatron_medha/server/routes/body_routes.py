@@ -45,11 +45,11 @@ def add_generating_routes(app: Api, service: Service) -> None:
         operation: dict[str, Any],
     ) -> None:
         async def route(request: Request) -> Response:
-            with service.bodies.hold() as audit_counts:
-                raw = await read_body(request, service.config, audit_counts)
+            with service.bodies.hold() as memory:
+                raw = await read_body(request, service.config, memory)
                 context = read_context(request, service)
                 body = await decode_request(raw, body_type, context.ready.prompt_limits)
-                wire = await cancel_on_disconnect(request.receive, audit_counts.num_bytes, plan(service, context, body))
+                wire = await cancel_on_disconnect(request.receive, memory.num_bytes, plan(service, context, body))
             # From here to the answer's own start nothing waits, so that the ticket cannot be lost.
             service.lifecycle.check_open()
             ticket = service.admission.admit(service.config, context.key, wire.spec.requests())
@@ -88,11 +88,11 @@ def add_token_routes(app: Api, service: Service) -> None:
         operation: dict[str, Any],
     ) -> None:
         async def route(request: Request) -> Response:
-            with service.bodies.hold() as audit_counts:
-                raw = await read_body(request, service.config, audit_counts)
+            with service.bodies.hold() as memory:
+                raw = await read_body(request, service.config, memory)
                 ready = service.ready()
                 body = await decode_request(raw, body_type, ready.prompt_limits)
-                return await cancel_on_disconnect(request.receive, audit_counts.num_bytes, answer(service, ready, body))
+                return await cancel_on_disconnect(request.receive, memory.num_bytes, answer(service, ready, body))
 
         route.__doc__ = what
         app.add_api_route(path, route, methods=["POST"], name=name, openapi_extra=operation)

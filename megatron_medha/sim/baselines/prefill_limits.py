@@ -41,7 +41,7 @@ class PartialPrefillLimits:
             self._is_long(seq) and self._num_long_left <= 0
         )
 
-    def most_tokens(self, builder: BatchBuilder, seq: Sequence, parts: tuple[ChunkShard, ...]) -> int | None:
+    def max_prefill_tokens(self, builder: BatchBuilder, seq: Sequence, parts: tuple[ChunkShard, ...]) -> int | None:
         """See PrefillLimits. A prompt that is not short may fill the step only up to what is reserved."""
         config = self._config
         if not config.reserved_share or seq.request.num_prompt_tokens <= config.short_prompt_tokens:

@@ -59,7 +59,7 @@ def choose_window(
     each_class: bool,
     trial_s: float | None,
 ) -> TrialWindow:
-    """The requests of the first trial_s seconds; None: of as many as it takes, and of MIN_WINDOW_S or a period at least.
+    """The requests of the first trial_s seconds; None: of as many as it takes, at least MIN_WINDOW_S or a period.
 
     Raises ConfigError, as Workload does.
     """
