@@ -200,7 +200,7 @@ def test_where_no_tile_fits_a_cut_one_may() -> None:
     assert begun(builder, 20.0, has_waiting_decodes=True).fit(sequence(60), CONTEXT) == 0
     assert begun(builder, 41.0, has_waiting_decodes=True).fit(sequence(60), CONTEXT, limit=3) == 3
     assert begun(builder, 41.0, has_waiting_decodes=True).fit(sequence(60), CONTEXT, limit=0) == 0
-    assert begun(builder, 82.0, has_waiting_decodes=True).fit(sequence(60), CONTEXT, 0.5) == 0, "none is cut for a share"
+    assert begun(builder, 82.0, has_waiting_decodes=True).fit(sequence(60), CONTEXT, 0.5) == 0, "not for a share"
 
 
 @pytest.mark.parametrize(("num_tokens", "fits"), [(40, True), (41, False)])
