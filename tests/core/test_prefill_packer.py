@@ -55,7 +55,7 @@ def lone_tokens(bench: Bench, *names: str) -> list[int]:
 def test_a_long_prefill_gives_what_it_has_saved_and_its_slack_allows_and_no_more(
     saved_steps: float, slack: float
 ) -> None:
-    bench = bench_of(max_saved_gift_steps=saved_steps)
+    bench = bench_of(max_banked_steps=saved_steps)
     bench.arrive(request("long", num_tokens=100_000, num_out=1, ttft_slo_s=100_000 * (1 + slack) + BUDGET_S))
     given_s = min(slack, 0.25) * BUDGET_S
     most_s = saved_steps * BUDGET_S
@@ -84,7 +84,7 @@ def test_a_long_prefill_without_slack_gives_nothing() -> None:
 
 
 def test_where_no_long_prefill_runs_the_savings_are_full_again() -> None:
-    bench = bench_of(max_saved_gift_steps=1.0)
+    bench = bench_of(max_banked_steps=1.0)
     slow = {"num_out": 1, "ttft_slo_s": 1e6}
     bench.arrive(request("long", num_tokens=10_000, **slow))
     bench.arrive(request("s1", num_tokens=64, num_out=1))
@@ -98,7 +98,7 @@ def test_where_no_long_prefill_runs_the_savings_are_full_again() -> None:
 
 
 def test_each_kvp_rank_keeps_savings_of_its_own() -> None:
-    bench = bench_of(kvp=2, max_saved_gift_steps=1.0)
+    bench = bench_of(kvp=2, max_banked_steps=1.0)
     for name in ("long-a", "long-b"):
         bench.arrive(request(name, num_tokens=10_000, num_out=1, ttft_slo_s=1e6))
     bench.arrive(request("s1", num_tokens=64, num_out=1))
@@ -163,7 +163,7 @@ def test_a_batch_is_closed_after_more_than_max_skips_candidates_that_did_not_fit
     max_skips: int, num_tokens: int
 ) -> None:
     for num_too_large in (max_skips, max_skips + 1):
-        bench = bench_of(max_skips=max_skips, max_saved_gift_steps=0.0)  # 16 seconds of a step are given away
+        bench = bench_of(max_skips=max_skips, max_banked_steps=0.0)  # 16 seconds of a step are given away
         bench.arrive(request("long", num_tokens=10_000, num_out=1, ttft_slo_s=1e6))
         bench.arrive(*(request(f"m{place}", num_tokens=num_tokens, num_out=1) for place in range(num_too_large)))
         bench.arrive(request("tiny", num_tokens=16, num_out=1, at_s=0.1))
@@ -191,7 +191,7 @@ def test_without_one_that_is_overdue_all_places_are_taken_and_no_more() -> None:
 
 def test_a_prompt_of_exactly_a_step_is_short_and_one_of_a_token_more_is_long() -> None:
     for num_tokens, expected in ((64, [64, 0]), (65, [0, 64])):
-        bench = bench_of(max_saved_gift_steps=1.0)
+        bench = bench_of(max_banked_steps=1.0)
         bench.arrive(request("a", num_tokens=num_tokens, num_out=1, ttft_slo_s=1e6))
         bench.arrive(request("b", num_tokens=64, num_out=1))
         assert lone_tokens(bench, "a", "b") == expected
