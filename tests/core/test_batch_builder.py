@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad
-from megatron_medha.core.kv.kv_memory import KVMemory, Part
+from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.request import Request
-from megatron_medha.core.scheduling.batch_builder import BatchBuilder, Planned
+from megatron_medha.core.scheduling.batch_builder import BatchBuilder, PlannedChunk
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule
 
-HERE = (Part(0, 0),)
+HERE = (ChunkShard(0, 0),)
 
 
 class Halves(CostModel):
@@ -59,8 +59,8 @@ def sequence(num_tokens: int, num_scheduled: int = 0, name: str = "a", **more: A
     return Sequence(request=request, deadline_s=1.0, total_work_s=1.0, num_scheduled_tokens=num_scheduled, **more)
 
 
-def filled(builder: BatchBuilder, num_tokens: int, part: Part = HERE[0]) -> BatchBuilder:
-    builder.add(Planned(sequence(num_tokens, name="filler"), num_tokens, (part,)))
+def filled(builder: BatchBuilder, num_tokens: int, part: ChunkShard = HERE[0]) -> BatchBuilder:
+    builder.add(PlannedChunk(sequence(num_tokens, name="filler"), num_tokens, (part,)))
     return builder
 
 
@@ -95,8 +95,8 @@ def test_decodes_over_several_ranks_read_on_each_what_it_holds() -> None:
 
 def test_the_step_waits_for_the_slowest_rank() -> None:
     builder = begun(builder_of(kvp=2), 50.0)
-    filled(builder, 5, Part(0, 0))
-    filled(builder, 6, Part(1, 0))
+    filled(builder, 5, ChunkShard(0, 0))
+    filled(builder, 6, ChunkShard(1, 0))
     assert builder.slowest_load is builder.loads[1] and builder.num_tokens == 6
 
 
@@ -116,10 +116,10 @@ def test_what_fits_is_bound_by_the_share_of_the_budget_and_by_a_limit() -> None:
 
 
 def test_what_fits_on_several_ranks_is_what_the_fullest_has_room_for() -> None:
-    builder = filled(begun(builder_of(kvp=2), 40.5), 20, Part(1, 0))
+    builder = filled(begun(builder_of(kvp=2), 40.5), 20, ChunkShard(1, 0))
     assert builder.fit(sequence(90), HERE) == 40
-    assert builder.fit(sequence(90), (Part(0, 0), Part(1, 0))) == 16
-    assert builder.fit(sequence(90), (Part(1, 0), Part(0, 0))) == 16
+    assert builder.fit(sequence(90), (ChunkShard(0, 0), ChunkShard(1, 0))) == 16
+    assert builder.fit(sequence(90), (ChunkShard(1, 0), ChunkShard(0, 0))) == 16
 
 
 def test_no_chunk_crosses_the_end_of_its_shard() -> None:
@@ -143,7 +143,7 @@ def test_a_tile_ends_with_the_prompt_or_with_the_buffers_of_the_step(
     assert begun(builder_of(max_chunk_tokens=2), 1.0).tile(sequence(60), HERE) == 2
 
 
-CONTEXT = (Part(0, 8),)  # with 0.5 s a token of context and token: a token costs 1 + 4, a chunk 0.5 more
+CONTEXT = (ChunkShard(0, 8),)  # with 0.5 s a token of context and token: a token costs 1 + 4, a chunk 0.5 more
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_where_no_tile_fits_a_cut_one_may() -> None:
 def test_a_prompt_fits_whole_if_all_of_it_keeps_the_budget_of_each_rank(num_tokens: int, fits: bool) -> None:
     builder = begun(builder_of(kvp=2), 40.5)
     assert builder.fits_whole(sequence(num_tokens + 5, 5), HERE) == fits
-    filled(builder, 10, Part(1, 0))
-    assert not builder.fits_whole(sequence(40), (Part(0, 0), Part(1, 0)))
-    assert builder.fits_whole(sequence(30), (Part(0, 0), Part(1, 0))) is (40.5 >= 10.5 + 30.5)
+    filled(builder, 10, ChunkShard(1, 0))
+    assert not builder.fits_whole(sequence(40), (ChunkShard(0, 0), ChunkShard(1, 0)))
+    assert builder.fits_whole(sequence(30), (ChunkShard(0, 0), ChunkShard(1, 0))) is (40.5 >= 10.5 + 30.5)
 
 
 def test_a_prompt_fits_whole_within_the_bounds_of_a_chunk_and_the_buffers_of_a_step() -> None:
@@ -219,13 +219,13 @@ def test_a_prompt_fits_whole_within_the_bounds_of_a_chunk_and_the_buffers_of_a_s
     assert builder.fits_whole(sequence(80), HERE) and not builder.fits_whole(sequence(81), HERE)
 
 
-def test_no_prompt_of_which_little_is_computed_has_more_than_most_tokens() -> None:
+def test_no_prompt_of_which_little_is_computed_has_more_than_max_prefill_tokens() -> None:
     builder = begun(builder_of(kvp=2), 40.5)
-    assert builder.most_tokens() == 40 + 4
-    filled(builder, 20, Part(0, 0))
-    assert builder.most_tokens() == 40 + 4, "the other rank is empty"
-    filled(builder, 30, Part(1, 0))
-    assert builder.most_tokens() == 16 + 4
+    assert builder.max_prefill_tokens() == 40 + 4
+    filled(builder, 20, ChunkShard(0, 0))
+    assert builder.max_prefill_tokens() == 40 + 4, "the other rank is empty"
+    filled(builder, 30, ChunkShard(1, 0))
+    assert builder.max_prefill_tokens() == 16 + 4
 
 
 def test_a_credit_pays_for_whole_tiles_within_the_budget() -> None:
@@ -252,32 +252,32 @@ def test_a_credit_goes_by_time_whatever_chunks_are_made_by() -> None:
 def test_room_that_is_held_counts_from_the_start_and_is_given_back_when_it_is_not_wanted() -> None:
     builder = begun(builder_of(context_s=0.5), 60.5)
     seq = sequence(90)
-    builder.hold(Planned(seq, 8, CONTEXT), 40)
+    builder.defer(PlannedChunk(seq, 8, CONTEXT), 40)
     assert builder.num_tokens == 8 and builder.prefills == [] and builder.loads[0].attention_s == 32.0
-    builder.unhold(seq)
+    builder.undefer(seq)
     assert builder.is_empty and builder.loads[0] == StepLoad()
 
 
 def test_what_is_held_takes_what_others_have_left_up_to_what_it_wanted() -> None:
     builder = begun(builder_of(), 60.5)
     first, last = sequence(90, name="first"), sequence(90, name="last")
-    builder.hold(Planned(first, 8, HERE), 12)
-    builder.hold(Planned(last, 4, HERE), 40)
+    builder.defer(PlannedChunk(first, 8, HERE), 12)
+    builder.defer(PlannedChunk(last, 4, HERE), 40)
     filled(builder, 4)
-    assert builder.add_held() == []
+    assert builder.add_deferred() == []
     assert [(each.seq.request_id, each.num_tokens) for each in builder.prefills] == [
         ("filler", 4), ("last", 40), ("first", 12)
     ]  # fmt: skip
-    assert builder.add_held() == [], "each of them once"
+    assert builder.add_deferred() == [], "each of them once"
     assert builder.num_tokens == 56
 
 
 def test_what_is_held_keeps_its_part_though_others_have_filled_the_step() -> None:
     builder = begun(builder_of(), 30.5)
-    builder.hold(Planned(sequence(90, name="kept"), 8, HERE), 40)
-    builder.hold(Planned(sequence(90, name="nothing"), 0, HERE), 40)
+    builder.defer(PlannedChunk(sequence(90, name="kept"), 8, HERE), 40)
+    builder.defer(PlannedChunk(sequence(90, name="nothing"), 0, HERE), 40)
     filled(builder, 22)
-    assert [seq.request_id for seq in builder.add_held()] == ["nothing"]
+    assert [seq.request_id for seq in builder.add_deferred()] == ["nothing"]
     assert [(each.seq.request_id, each.num_tokens) for each in builder.prefills] == [("filler", 22), ("kept", 8)]
 
 
@@ -299,9 +299,9 @@ def test_a_step_is_full_when_no_rank_can_take_a_token_more(
 ) -> None:
     builder = filled(begun(builder_of(chunking), budget_s), num_tokens)
     assert builder.is_full() == is_full
-    both = filled(begun(builder_of(chunking, kvp=2), budget_s), num_tokens, Part(1, 0))
+    both = filled(begun(builder_of(chunking, kvp=2), budget_s), num_tokens, ChunkShard(1, 0))
     assert not both.is_full(), "the first rank is empty"
-    assert filled(both, num_tokens, Part(0, 0)).is_full() == is_full
+    assert filled(both, num_tokens, ChunkShard(0, 0)).is_full() == is_full
 
 
 def test_a_fixed_budget_larger_than_a_step_ends_with_the_step() -> None:
@@ -313,7 +313,7 @@ def test_a_fixed_budget_larger_than_a_step_ends_with_the_step() -> None:
 def test_the_share_of_a_chunk_is_what_the_step_would_be_shorter_without_it() -> None:
     builder = begun(builder_of(context_s=0.5, kvp=2), 500.0)
     filled(builder, 9)
-    planned = Planned(sequence(50), 6, (Part(0, 8), Part(1, 2)))
+    planned = PlannedChunk(sequence(50), 6, (ChunkShard(0, 8), ChunkShard(1, 2)))
     builder.add(planned)
     assert builder.share_s(planned) == 6 + 0.5 + 0.5 * 8 * 6
 
