@@ -51,12 +51,12 @@ ROOMS = {
     },
     "worker/startup": {"core", "system", "kernels", "parallel", "models", "checkpoints", "model", "cluster", "worker"},
     "server": {
-        "core", "system", "text", "grammar", "server/http", "server/tools", "server/observe", "server/routes",
+        "core", "system", "stats", "text", "grammar", "server/http", "server/tools", "server/observe", "server/routes",
     },
     "server/bodies": {"text"},
     "server/http": {"core", "server"},
     "server/tools": {"core", "system", "text", "grammar", "server", "server/bodies", "server/http"},
-    "server/observe": {"core", "server"},
+    "server/observe": {"core", "stats", "server"},
     "server/openai": {"core", "text", "server", "server/bodies", "server/http", "server/tools"},
     "server/anthropic": {"server", "server/bodies", "server/http", "server/tools", "server/openai"},
     "server/routes": {

@@ -26,7 +26,7 @@ from megatron_medha.sim.simulation import Simulation, SimulationConfig, Simulati
 from megatron_medha.sim.system import build_system
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
-from megatron_medha.stats.outcome import Outcome
+from megatron_medha.stats.request_stats import RequestStats
 from megatron_medha.stats.summary import Summary, percentile
 
 MEMORY_SHARE = 0.9  # of a device, for weights and KV; vLLM's default
@@ -65,7 +65,7 @@ def stream(words: Words, *, has_bound: bool = False, deadlines: Sequence[str] = 
     simulation = Simulation(config)
     if deadlines:
         simulation.isolated_s = Simulation(composed((*words, *deadlines))).isolated_s
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestStats] = []
     result = simulation.run(SimulationHooks(on_outcome=outcomes.append))
     drain_s = float("inf") if config.max_drain_s is None else config.max_drain_s
     end_s = min(result.end_s, simulation.workload.facts.last_arrival_s + drain_s)
@@ -76,7 +76,9 @@ def stream(words: Words, *, has_bound: bool = False, deadlines: Sequence[str] = 
     return values
 
 
-def _stream_values(config: SimulationConfig, outcomes: Sequence[Outcome], summary: Summary, end_s: float) -> Values:
+def _stream_values(
+    config: SimulationConfig, outcomes: Sequence[RequestStats], summary: Summary, end_s: float
+) -> Values:
     values: Values = {}
     for group in ("all", "short", "long"):
         names = ("short", "medium", "long") if group == "all" else (group,)
@@ -99,7 +101,7 @@ def _stream_values(config: SimulationConfig, outcomes: Sequence[Outcome], summar
     return values
 
 
-def _bound_ratios(config: SimulationConfig, outcomes: Sequence[Outcome]) -> list[float]:
+def _bound_ratios(config: SimulationConfig, outcomes: Sequence[RequestStats]) -> list[float]:
     """TTFT over its bound of every request, ascending.
 
     The bound is that of core/scheduling/prefill_packer.py:
@@ -111,7 +113,7 @@ def _bound_ratios(config: SimulationConfig, outcomes: Sequence[Outcome]) -> list
     times = PrefillTimes(own.chunk_rule, cost, budget_s, most)
     halves = PrefillTimes(own.chunk_rule, cost, budget_s / 2, most)
 
-    def due_s(outcome: Outcome) -> float:
+    def due_s(outcome: RequestStats) -> float:
         total_s = times.prefill_s(outcome.request.num_prompt_tokens) / setup.layout.spp
         return outcome.request.arrival_s + max(own.deadline_multiplier * total_s, own.min_deadline_s)
 

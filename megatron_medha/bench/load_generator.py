@@ -12,7 +12,8 @@ import aiohttp
 from megatron_medha.bench.client import StreamResult, Target, completion_body, run_completion
 from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.request import Request
-from megatron_medha.stats.outcome import DeadlineMisses, Ending, Outcome, Slo
+from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.stats.slo_targets import DeadlineMisses, Slo
 
 # Building a prompt of a million ids and its JSON takes most of a second: it is done before the request is due.
 _PREPARE_S = 2.0
@@ -22,7 +23,7 @@ _PREPARE_S = 2.0
 class SentRequest:
     """A request that has ended, with how late it was sent."""
 
-    outcome: Outcome
+    outcome: RequestStats
     send_lag_s: float                     # after its planned arrival
     token_times_s: tuple[float, ...]      # since the start of the run
 
@@ -52,7 +53,7 @@ class LoadClient:
     def unfinished(self, request: Request) -> SentRequest:
         """A request that was given up when the run ended."""
         isolated_s = self.isolated_s(request.num_prompt_tokens)
-        outcome = Outcome(request=request, ending=Ending.UNFINISHED, why="the run ended", isolated_s=isolated_s)
+        outcome = RequestStats(request=request, ending=Ending.UNFINISHED, why="the run ended", isolated_s=isolated_s)
         return SentRequest(outcome=outcome, send_lag_s=0.0, token_times_s=())
 
     def _sent(self, request: Request, streamed: StreamResult, start_s: float) -> SentRequest:
@@ -65,7 +66,7 @@ class LoadClient:
             misses.first_token(times_s[0] - request.arrival_s, self.slo.deadline_s(isolated_s))
             for gap_s in gaps_s:
                 misses.next_token(gap_s)
-        outcome = Outcome(
+        outcome = RequestStats(
             request=request,
             ending=_ending(streamed),
             why=streamed.error,

@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_medha.bench.load_generator import SentRequest
 from megatron_medha.core.request import Request
-from megatron_medha.stats.outcome import Ending, Slo
+from megatron_medha.stats.request_stats import Ending
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses, Summary, percentile
 
 # Of a client that keeps up: p99 of how late it sends, in seconds, or as a share of the median TTFT where that is more.

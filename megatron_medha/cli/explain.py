@@ -59,15 +59,16 @@ def run(words: Sequence[str]) -> int:
 
 def text_of(found: Explanation) -> str:
     """The explanation for a terminal."""
+    stats = found.stats
     lines = [*_head(found), ""]
-    if found.rejection is not None:
-        return "\n".join([*lines, f"rejected: {found.rejection}", ""])
+    if stats.why is not None:
+        return "\n".join([*lines, f"rejected: {stats.why}", ""])
     lines.append(f"{'from, s':>11} {'to, s':>11}  {'slack / work':>18}  what happened")
-    if found.learnt_s > found.request.arrival_s:
-        lines.append(f"{found.request.arrival_s:11.3f} {found.learnt_s:11.3f}  {'':>18}  on its way to the scheduler")
+    if found.learnt_s > stats.request.arrival_s:
+        lines.append(f"{stats.request.arrival_s:11.3f} {found.learnt_s:11.3f}  {'':>18}  on its way to the scheduler")
     phases = found.at_most(_MAX_PHASES)
     deprioritized_s = found.deprioritized_s
-    for phase, end_s in zip(phases, [*(later.start_s for later in phases[1:]), found.first_token_s], strict=True):
+    for phase, end_s in zip(phases, [*(later.start_s for later in phases[1:]), stats.first_token_s], strict=True):
         if deprioritized_s is not None and deprioritized_s <= phase.start_s:
             lines.append(_deprioritized(deprioritized_s))
             deprioritized_s = None
@@ -89,20 +90,21 @@ def _deprioritized(at_s: float) -> str:
 
 
 def _head(found: Explanation) -> list[str]:
-    request = found.request
+    stats = found.stats
+    request = stats.request
     lines = [
         f"{request.request_id}: {request.num_prompt_tokens:,} prompt tokens, {request.max_output_tokens:,} to answer; "
         f"arrived at {request.arrival_s:.3f} s; policy {found.policy}"
     ]
-    if found.first_token_s is not None:
-        ttft_s = found.first_token_s - request.arrival_s
-        late_s = found.first_token_s - found.deadline_s
+    if stats.first_token_s is not None:
+        ttft_s = stats.first_token_s - request.arrival_s
+        late_s = stats.first_token_s - found.deadline_s
         kept = f"missed by {late_s:.3f} s" if late_s > 0 else f"met with {-late_s:.3f} s to spare"
         lines.append(
             f"first token after {ttft_s:.3f} s; its prefill alone is {found.work_s:.3f} s of work, as the scheduler "
             f"sees it; deadline {found.deadline_s - request.arrival_s:.3f} s: {kept}"
         )
-    elif found.rejection is None:
+    elif stats.why is None:
         lines.append("no first token before the run ended")
     lines.append(f"{found.num_ahead_on_arrival} other prefills were unfinished when it came")
     return lines
@@ -147,13 +149,14 @@ def _names(others: list[RequestAhead]) -> str:
 
 
 def _tail(found: Explanation) -> list[str]:
+    stats = found.stats
     lines: list[str] = []
-    if found.first_token_s is not None:
-        end = "" if found.end_s is None else f"; {found.num_tokens_out:,} tokens by {found.end_s:.3f} s"
-        lines.append(f"{found.first_token_s:11.3f} {'':>11}  {'':>18}  first token{end}")
-    if found.num_preemptions:
-        lines.append(f"its KV was taken {found.num_preemptions} times for decodes without memory; "
-            f"{found.num_tokens_lost:,} tokens were computed again")
+    if stats.first_token_s is not None:
+        end = "" if stats.last_token_s is None else f"; {stats.num_tokens_out:,} tokens by {stats.last_token_s:.3f} s"
+        lines.append(f"{stats.first_token_s:11.3f} {'':>11}  {'':>18}  first token{end}")
+    if stats.num_preemptions:
+        lines.append(f"its KV was taken {stats.num_preemptions} times for decodes without memory; "
+            f"{stats.num_tokens_lost:,} tokens were computed again")
     ahead = found.ahead
     if ahead:
         lines += ["", "who went before it:"]

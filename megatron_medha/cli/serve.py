@@ -100,7 +100,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     homes = [directory for directory in (options.checkpoint, config.tokenizer) if directory is not None]
     sampling_defaults = read_sampling_defaults(homes if config.server.generation_config == "auto" else ())
     journal = RequestLog(metrics)
-    engine = make_engine(config, metrics, journal.watch)
+    engine = make_engine(config, journal.watch)
     tokenizer: Future[Tokenizer] = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, config.tokenizer)
     app = create_app(
         engine,

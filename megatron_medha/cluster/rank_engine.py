@@ -20,7 +20,6 @@ from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.ports import Observer
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.engine import Engine, EngineBackend, ObserverFactory
@@ -61,7 +60,6 @@ def cluster_engine(
     profile: FittedCost | None = None,
     recovery: RecoveryConfig | None = None,
     open_ranks: OpenRanks | None = None,
-    observers: tuple[Observer, ...] = (),
     watchers: tuple[ObserverFactory, ...] = (),
     decision_log: Path | None = None,
     open_timeline: OpenTimeline | None = None,
@@ -107,7 +105,7 @@ def cluster_engine(
             finally:
                 runtime.shut_down()
 
-    return Engine(open_backend, observers=observers, watchers=watchers, decision_log=decision_log)
+    return Engine(open_backend, watchers=watchers, decision_log=decision_log)
 
 
 def _audited(runtime: ClusterRuntime, layout: ParallelLayout, stack: ExitStack, scheduler: Scheduler) -> KVAudit:

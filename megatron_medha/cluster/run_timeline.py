@@ -7,11 +7,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from megatron_medha.cluster.messages import StepDone
-from megatron_medha.core.batch import Aborted, Arrived, Batch, Event, Output, Rejected, TokenOut
+from megatron_medha.core.batch import Batch, Event, Output
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.request import Request
-from megatron_medha.stats.outcome import Ending, Outcome
+from megatron_medha.stats.request_stats import RequestStats, RequestTracker
 from megatron_medha.stats.timeline import StageSpan, Timeline
 from megatron_medha.system.best_effort_file import BestEffortFile
 
@@ -26,9 +25,7 @@ class RunTimeline:
     def __init__(self, timeline: Timeline, layout: ParallelLayout) -> None:
         self._timeline = timeline
         self._layout = layout
-        self._requests: dict[str, Request] = {}  # that have not ended
-        self._first_scheduled_s: dict[str, float] = {}
-        self._first_token_s: dict[str, float] = {}
+        self._requests = RequestTracker(lambda request: RequestStats(request=request), on_end=self._ended)
 
     @classmethod
     @contextmanager
@@ -58,38 +55,13 @@ class RunTimeline:
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""
         self._timeline.handled(event, outputs, now_s)
-        match event:
-            case Arrived(request):
-                self._requests[request.request_id] = request
-            case Aborted(request_id):
-                self._end(request_id, Ending.ABORTED, now_s)
-            case _:
-                pass
-        for output in outputs:
-            match output:
-                case TokenOut(request_id, _, finish_reason):
-                    self._first_token_s.setdefault(request_id, now_s)
-                    if finish_reason is not None:
-                        self._end(request_id, Ending.FINISHED, now_s)
-                case Rejected(request_id=request_id):
-                    self._end(request_id, Ending.REJECTED, now_s)
-                case _:
-                    pass
+        self._requests.handled(event, outputs, now_s)
 
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer."""
         self._timeline.scheduled(batch, now_s)
-        for chunk in batch.chunks:
-            self._first_scheduled_s.setdefault(chunk.request_id, now_s)
+        self._requests.scheduled(batch, now_s)
 
-    def _end(self, request_id: str, ending: Ending, now_s: float) -> None:
-        request = self._requests.pop(request_id, None)
-        first_scheduled_s = self._first_scheduled_s.pop(request_id, None)
-        first_token_s = self._first_token_s.pop(request_id, None)
-        if request is not None:  # an Aborted may come after the end
-            self._timeline.ended(
-                Outcome(
-                    request=request, ending=ending, first_scheduled_s=first_scheduled_s, first_token_s=first_token_s,
-                    last_token_s=now_s,
-                )  # fmt: skip
-            )
+    def _ended(self, stats: RequestStats, outcome: str, now_s: float) -> None:
+        stats.last_token_s = now_s  # whatever ended it: its last phase ends here
+        self._timeline.ended(stats)

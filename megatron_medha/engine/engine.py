@@ -75,13 +75,11 @@ class Engine:
         self,
         open_backend: OpenBackend,
         *,
-        observers: tuple[Observer, ...] = (),
         watchers: tuple[ObserverFactory, ...] = (),
         decision_log: Path | None = None,
     ) -> None:
         """watchers: make observers that look at the scheduler itself, on the engine's thread."""
         self._open_backend = open_backend
-        self._observers = observers
         self._watchers = watchers
         self._decision_log = decision_log
         self._board = StatusBoard()
@@ -184,7 +182,7 @@ class Engine:
     def _serve(self, world: EngineBackend, streams: RequestStates) -> None:
         scheduler = self._scheduler = world.setup.build()
         watching = (watch(scheduler) for watch in (*world.watchers, *self._watchers))
-        observers = (*self._observers, *watching, _LoadObserver(scheduler, self._update_load))
+        observers: tuple[Observer, ...] = (*watching, _LoadObserver(scheduler, self._update_load))
         if self._decision_log is not None:
             observers = (*observers, DecisionLog.open(self._decision_log, world.setup.header()))
         self._update_load(scheduler, ())

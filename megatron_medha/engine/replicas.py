@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from megatron_medha.core.batch import Batch, Completed, Event, FirstStageDone, Output
 from megatron_medha.core.ports import (
     Delivery,
     EngineFacts,
@@ -15,7 +14,6 @@ from megatron_medha.core.ports import (
     EnginePhase,
     EngineStatus,
     ErrorDelivery,
-    Observer,
     ReplicaState,
     Sink,
 )
@@ -140,31 +138,6 @@ class Replicas:
             if isinstance(delivery, ErrorDelivery) or delivery.finish_reason is not None:
                 self._places.pop(delivery.request_id, None)
         self._sink(deliveries)
-
-
-class SharedObserver:
-    """Lets the threads of several engines tell one observer, which sees batch ids that no two of them share."""
-
-    def __init__(self, observer: Observer, lock: threading.Lock, replica: int, num_replicas: int) -> None:
-        self._observer = observer
-        self._lock = lock
-        self._replica = replica
-        self._num_replicas = num_replicas
-
-    def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
-        """See Observer."""
-        if isinstance(event, Completed | FirstStageDone):
-            event = event._replace(batch_id=self._unique(event.batch_id))
-        with self._lock:
-            self._observer.handled(event, outputs, now_s)
-
-    def scheduled(self, batch: Batch, now_s: float) -> None:
-        """See Observer."""
-        with self._lock:
-            self._observer.scheduled(batch._replace(batch_id=self._unique(batch.batch_id)), now_s)
-
-    def _unique(self, batch_id: int) -> int:
-        return batch_id * self._num_replicas + self._replica
 
 
 def _detail(statuses: Sequence[EngineStatus], phase: EnginePhase) -> str:

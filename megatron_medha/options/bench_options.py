@@ -12,7 +12,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.options.simulate_options import Plots
 from megatron_medha.stats.capacity_search import CapacitySearch
-from megatron_medha.stats.outcome import Slo
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.workload import WorkloadConfig
 

@@ -20,7 +20,7 @@ from megatron_medha.sim.planning.trial_window import TrialWindow, choose_window
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig, SystemKind
 from megatron_medha.sim.truth_config import TruthConfig
-from megatron_medha.stats.outcome import Slo
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.workload import WorkloadConfig
 

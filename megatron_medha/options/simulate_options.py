@@ -20,7 +20,7 @@ from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.simulation import SimulationConfig
 from megatron_medha.sim.system import InstancesSetup, SystemConfig, SystemKind, build_system
 from megatron_medha.sim.truth_config import TruthConfig
-from megatron_medha.stats.outcome import Slo
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.workload import WorkloadConfig
 

@@ -1,64 +1,31 @@
-"""What is written down of the requests of a simulation: live ones as sums, ended ones as an Outcome, then forgotten."""
+"""What is written down of the requests of a simulation: live ones as sums, and once they have ended nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.request import Request
-from megatron_medha.stats.outcome import DeadlineMisses, Ending, Outcome, Slo
+from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.stats.slo_targets import DeadlineMisses, Slo
 from megatron_medha.stats.summary import GapCounts, Summary
 
 
-class LiveRequest:
-    """One request on its way. Plain slots: these are touched once per token."""
+@dataclass(slots=True, kw_only=True)
+class LiveRequest(RequestStats):
+    """One request on its way: what is needed while its tokens come."""
 
-    __slots__ = (
-        "request", "isolated_s", "num_prefilled", "first_scheduled_s", "first_token_s", "last_token_s",
-        "num_tokens_out", "max_tbt_s", "execution_s", "executed_until_s", "num_preemptions", "num_tokens_lost",
-        "gaps", "misses",
-    )  # fmt: skip
-
-    def __init__(self, request: Request, isolated_s: float, gaps: GapCounts, misses: DeadlineMisses | None) -> None:
-        self.request = request
-        self.isolated_s = isolated_s
-        self.num_prefilled = 0
-        self.first_scheduled_s: float | None = None
-        self.first_token_s: float | None = None
-        self.last_token_s: float | None = None
-        self.num_tokens_out = 0
-        self.max_tbt_s: float | None = None
-        self.execution_s = 0.0
-        self.executed_until_s = request.arrival_s
-        self.num_preemptions = 0
-        self.num_tokens_lost = 0
-        self.gaps = gaps
-        self.misses = misses
-
-    def outcome(self, ending: Ending, why: str | None = None) -> Outcome:
-        """What became of it."""
-        return Outcome(
-            request=self.request,
-            ending=ending,
-            why=why,
-            first_scheduled_s=self.first_scheduled_s,
-            first_token_s=self.first_token_s,
-            last_token_s=self.last_token_s,
-            num_tokens_out=self.num_tokens_out,
-            max_tbt_s=self.max_tbt_s,
-            execution_s=self.execution_s,
-            num_preemptions=self.num_preemptions,
-            num_tokens_lost=self.num_tokens_lost,
-            isolated_s=self.isolated_s,
-            deadline_miss_rate=None if self.misses is None else self.misses.rate,
-        )
+    gaps: GapCounts
+    misses: DeadlineMisses | None
+    executed_until_s: float
 
 
 class Ledger:
     """Follows every request from arrival to end; keeps none that has ended.
 
     isolated_s: TTFT of a prompt of so many tokens alone on this machine.
-    on_end: takes the outcome of each request as it ends, after the summary has.
+    on_end: takes the stats of each request as it ends, after the summary has.
     """
 
     def __init__(
@@ -66,7 +33,7 @@ class Ledger:
         summary: Summary,
         slo: Slo,
         isolated_s: Callable[[int], float],
-        on_end: Callable[[Outcome], None] = lambda outcome: None,
+        on_end: Callable[[RequestStats], None] = lambda stats: None,
     ) -> None:
         self.summary = summary
         self._slo = slo
@@ -88,10 +55,11 @@ class Ledger:
     def arrived(self, request: Request) -> None:
         """A request came in."""
         self._live[request.request_id] = LiveRequest(
-            request,
-            self._isolated_s(request.num_prompt_tokens),
-            self.summary.sums_for(request.num_prompt_tokens).gaps,
-            None if self._slo.tbt_s is None else DeadlineMisses(self._slo.tbt_s),
+            request=request,
+            isolated_s=self._isolated_s(request.num_prompt_tokens),
+            gaps=self.summary.sums_for(request.num_prompt_tokens).gaps,
+            misses=None if self._slo.tbt_s is None else DeadlineMisses(self._slo.tbt_s),
+            executed_until_s=request.arrival_s,
         )
 
     def submitted(self, prefills: Iterable[Chunk], now_s: float) -> None:
@@ -99,7 +67,7 @@ class Ledger:
         for chunk in prefills:
             live = self._live.get(chunk.request_id)
             if live is not None:
-                live.num_prefilled = chunk.start + chunk.num_tokens
+                live.num_scheduled_tokens = chunk.start + chunk.num_tokens
                 if live.first_scheduled_s is None:
                     live.first_scheduled_s = now_s
 
@@ -136,7 +104,7 @@ class Ledger:
     def preempted(self, request_id: str, num_tokens_lost: int) -> None:
         """A request lost its KV."""
         live = self._live[request_id]
-        live.num_prefilled = 0
+        live.num_scheduled_tokens = 0
         live.num_preemptions += 1
         live.num_tokens_lost += num_tokens_lost
 
@@ -152,6 +120,8 @@ class Ledger:
     def _end(self, live: LiveRequest, ending: Ending, why: str | None = None) -> None:
         del self._live[live.request.request_id]
         self.num_ended += 1
-        outcome = live.outcome(ending, why)
-        self.summary.add(outcome)
-        self._on_end(outcome)
+        live.ending, live.why = ending, why
+        if live.misses is not None:
+            live.deadline_miss_rate = live.misses.rate
+        self.summary.add(live)
+        self._on_end(live)

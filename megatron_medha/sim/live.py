@@ -11,7 +11,6 @@ from heapq import heappop, heappush
 from pathlib import Path
 
 from megatron_medha.core.batch import Aborted, Batch, Completed, Event, FirstStageDone, Output
-from megatron_medha.core.ports import Observer
 from megatron_medha.engine.engine import Engine, EngineBackend, ObserverFactory
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.request_states import RequestStates, TokenSample
@@ -111,7 +110,6 @@ def live_engine(
     *,
     setup: SchedulerSetup,
     stop_token_ids: tuple[int, ...] = (),
-    observers: tuple[Observer, ...] = (),
     watchers: tuple[ObserverFactory, ...] = (),
     decision_log: Path | None = None,
 ) -> Engine:
@@ -128,4 +126,4 @@ def live_engine(
             device=f"simulated {name}" if layout.world_size == 1 else f"{layout.world_size} simulated {name}",
         )
 
-    return Engine(open_backend, observers=observers, watchers=watchers, decision_log=decision_log)
+    return Engine(open_backend, watchers=watchers, decision_log=decision_log)

@@ -25,7 +25,8 @@ from typing import Any
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.sim.simulation import SimulationConfig, SimulationHooks, StateSample
 from megatron_medha.stats.decision_log import DecisionLog
-from megatron_medha.stats.outcome import Outcome, Slo
+from megatron_medha.stats.request_stats import RequestStats
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.stats.timeline import Timeline
 
@@ -108,7 +109,7 @@ class RunDirectory:
                 log = stack.enter_context((self.path / DECISIONS).open("w", encoding="utf-8"))
                 watchers.observers += (DecisionLog(log, config.setup.header()),)
 
-            def ended(outcome: Outcome) -> None:
+            def ended(outcome: RequestStats) -> None:
                 requests.write(json.dumps(self.request_values(outcome, config.classes, config.slo)) + "\n")
                 if timeline is not None:
                     timeline.ended(outcome)
@@ -122,7 +123,7 @@ class RunDirectory:
         self.write_json(SUMMARY, values)
         (self.path / TABLE).write_text(table, encoding="utf-8")
 
-    def request_values(self, outcome: Outcome, classes: LengthClasses, slo: Slo) -> dict[str, Any]:
+    def request_values(self, outcome: RequestStats, classes: LengthClasses, slo: Slo) -> dict[str, Any]:
         """A request as one line of requests.jsonl."""
         request = outcome.request
         values: dict[str, Any] = {

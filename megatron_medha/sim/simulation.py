@@ -28,7 +28,8 @@ from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.sim.system import InstancesSetup, build_system
 from megatron_medha.sim.truth import ComputedWork, Truth
 from megatron_medha.sim.truth_config import TruthConfig
-from megatron_medha.stats.outcome import Outcome, Slo
+from megatron_medha.stats.request_stats import RequestStats
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses, Summary
 from megatron_medha.stats.timeline import StageSpan
 from megatron_medha.workload.workload import Workload, WorkloadConfig
@@ -97,7 +98,7 @@ class StateSample:
 class SimulationHooks:
     """What looks on while a simulation runs, without changing it."""
 
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None
+    on_outcome: Callable[[RequestStats], None] = lambda outcome: None
     on_sample: Callable[[StateSample], None] = lambda sample: None
     on_span: Callable[[StageSpan], None] | None = None
     observers: tuple[Observer, ...] = field(default=())
@@ -207,7 +208,8 @@ class Simulation:
         waiting: list[WaitingRequest] = []
         for live in ledger.live:
             if live.first_token_s is None:
-                left_s = live.isolated_s - (self.isolated_s(live.num_prefilled) if live.num_prefilled else 0.0)
+                done_s = self.isolated_s(live.num_scheduled_tokens) if live.num_scheduled_tokens else 0.0
+                left_s = live.isolated_s - done_s
                 until_deadline_s = live.request.arrival_s + config.slo.deadline_s(live.isolated_s) - now_s
                 waiting.append(
                     WaitingRequest(

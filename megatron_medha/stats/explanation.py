@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megatron_medha.core.batch import Arrived, Batch, Chunk, Event, FinishReason, Output, Preempted, Rejected, TokenOut
+from megatron_medha.core.batch import Batch, Chunk, Event, Output, TokenOut
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.policies import relative_slack
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.stats.decision_log import Recorded, ReplayError
+from megatron_medha.stats.request_stats import Ending, RequestStats, RequestTracker
 
 
 class WaitReason(Enum):
@@ -57,19 +58,13 @@ class RequestPhase:
 class Explanation:
     """All that is known of one request from a decision log."""
 
-    request: Request
+    stats: RequestStats
     policy: str
     learnt_s: float                # when the scheduler learnt of it
     deadline_s: float = 0.0        # as believed when the first chunk was formed, or last
     work_s: float = 0.0            # predicted time of its prefill, alone
     deprioritized_s: float | None = None  # when triage first let others go before it, its deadline being lost
     phases: list[RequestPhase] = field(default_factory=list)
-    first_token_s: float | None = None
-    end_s: float | None = None
-    num_tokens_out: int = 0
-    num_preemptions: int = 0
-    num_tokens_lost: int = 0
-    rejection: str | None = None
     num_ahead_on_arrival: int = 0  # prefills not ended when it came
 
     @property
@@ -128,20 +123,25 @@ def explain_request(records: Iterable[Recorded], scheduler: Scheduler, request_i
     Raises ReplayError where a decision differs from the recorded one: what we say would not be true of it.
     """
     found: Explanation | None = None
-    requests: dict[str, Request] = {}
+    watched: list[RequestStats] = []
+
+    def begin(request: Request) -> RequestStats:
+        stats = RequestStats(request=request)
+        if request.request_id == request_id:
+            watched[:] = [stats]
+        return stats
+
+    tracker = RequestTracker(begin)
     for record in records:
         if not isinstance(record.entry, Batch):
             outputs = _handle(record, record.entry, scheduler)
-            if isinstance(record.entry, Arrived):
-                request = record.entry.request
-                requests[request.request_id] = request
-                if request.request_id == request_id:
-                    found = _arrived(request, scheduler, record.now_s)
-            if found is not None and _note_outputs(found, outputs, record.now_s):
+            if found is not None:
+                _count_tokens(found.stats, outputs, record.now_s)
+            tracker.handled(record.entry, outputs, record.now_s)
+            if watched and found is None:
+                found = _arrived(watched[0], scheduler, record.now_s)
+            if found is not None and found.stats.ending is not Ending.UNFINISHED:
                 return found
-            for output in outputs:
-                if isinstance(output, TokenOut) and output.finish_reason is not None:
-                    requests.pop(output.request_id, None)
             continue
         if found is None:
             _schedule(record, record.entry, scheduler)
@@ -157,7 +157,7 @@ def explain_request(records: Iterable[Recorded], scheduler: Scheduler, request_i
         if found.deprioritized_s is None and scheduler.is_deprioritized(seq, record.now_s):
             found.deprioritized_s = record.now_s
         _schedule(record, record.entry, scheduler)
-        _note_batch(found, record.entry, record.now_s, slacks, blocked, requests)
+        _note_batch(found, record.entry, record.now_s, slacks, blocked, tracker.live)
     return found
 
 
@@ -174,31 +174,16 @@ def _schedule(record: Recorded, recorded: Batch, scheduler: Scheduler) -> None:
         raise ReplayError(f"line {record.line}: recorded {recorded}, but the replay decides {batch}")
 
 
-def _arrived(request: Request, scheduler: Scheduler, now_s: float) -> Explanation:
-    others = [seq for seq in scheduler.sequences if seq.is_prefill and seq.request_id != request.request_id]
-    return Explanation(request, scheduler.config.policy, now_s, num_ahead_on_arrival=len(others))
+def _arrived(stats: RequestStats, scheduler: Scheduler, now_s: float) -> Explanation:
+    others = [seq for seq in scheduler.sequences if seq.is_prefill and seq.request_id != stats.request.request_id]
+    return Explanation(stats, scheduler.config.policy, now_s, num_ahead_on_arrival=len(others))
 
 
-def _note_outputs(found: Explanation, outputs: list[Output], now_s: float) -> bool:
-    """Whether the request has ended."""
+def _count_tokens(stats: RequestStats, outputs: list[Output], now_s: float) -> None:
     for output in outputs:
-        if output.request_id != found.request.request_id:
-            continue
-        match output:
-            case TokenOut(_, _, finish_reason):
-                found.num_tokens_out += 1
-                if found.first_token_s is None:
-                    found.first_token_s = now_s
-                found.end_s = now_s
-                if isinstance(finish_reason, FinishReason):
-                    return True
-            case Preempted(_, num_tokens_lost):
-                found.num_preemptions += 1
-                found.num_tokens_lost += num_tokens_lost
-            case Rejected(_, why):
-                found.rejection = why
-                return True
-    return False
+        if isinstance(output, TokenOut) and output.request_id == stats.request.request_id:
+            stats.num_tokens_out += 1
+            stats.last_token_s = now_s
 
 
 def _blocked(seq: Sequence, scheduler: Scheduler) -> WaitReason | None:
@@ -218,9 +203,9 @@ def _note_batch(
     now_s: float,
     slacks: dict[str, float],
     blocked: WaitReason | None,
-    requests: dict[str, Request],
+    live: dict[str, RequestStats],
 ) -> None:
-    request_id = found.request.request_id
+    request_id = found.stats.request.request_id
     prefills: list[Chunk] = [chunk for chunk in batch.chunks if chunk.request_id in slacks]
     own = next((chunk for chunk in prefills if chunk.request_id == request_id), None)
     others = [chunk for chunk in prefills if chunk is not own]
@@ -247,7 +232,7 @@ def _note_batch(
         phase.num_tokens += own.num_tokens
     for chunk in others:
         one = phase.ahead.setdefault(
-            chunk.request_id, RequestAhead(requests[chunk.request_id], first_slack=slacks[chunk.request_id])
+            chunk.request_id, RequestAhead(live[chunk.request_id].request, first_slack=slacks[chunk.request_id])
         )
         one.num_tokens += chunk.num_tokens
         one.num_batches += 1

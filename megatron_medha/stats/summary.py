@@ -10,7 +10,8 @@ from math import exp, floor, log
 from typing import Any
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.stats.outcome import Ending, Outcome, Slo
+from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.stats.slo_targets import Slo
 
 PERCENTILES = (50, 90, 99)
 
@@ -117,7 +118,7 @@ class ClassSums:
         default_factory=lambda: {name: array("d") for name in LATENCIES}
     )
 
-    def add(self, outcome: Outcome, slo: Slo) -> None:
+    def add(self, outcome: RequestStats, slo: Slo) -> None:
         """Take one request in."""
         self.num_requests += 1
         self.num_by_ending[outcome.ending.value] += 1
@@ -149,7 +150,7 @@ class Summary:
         """Where requests with so long a prompt are added up."""
         return self.by_class[self._classes.of(num_prompt_tokens)]
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: RequestStats) -> None:
         """Take one request in."""
         arrival_s = outcome.request.arrival_s
         if self._first_arrival_s is None or arrival_s < self._first_arrival_s:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megatron_medha.core.batch import Batch, Completed, Event, Output, RanksLost
-from megatron_medha.stats.outcome import Outcome
+from megatron_medha.stats.request_stats import RequestStats
 from megatron_medha.system.best_effort_file import TextSink
 
 _REQUESTS_PID = 1_000_000  # above any KVP rank
@@ -102,7 +102,7 @@ class Timeline:
                 {"name": "KV", "ph": "C", "pid": span.kvp_rank, "ts": end_ns / 1000, "args": held_tokens}
             )
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, outcome: RequestStats) -> None:
         """A request ended: its phases, as far as they lie in the window."""
         request = outcome.request
         moments = (

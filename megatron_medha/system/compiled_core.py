@@ -35,7 +35,7 @@ MODULES = (
     "core.scheduling.kinetic_queue", "core.scheduling.kinetic_tournament",
     "core.scheduling.overdue", "core.scheduling.policies", "core.scheduling.prefill_packer",
     "core.scheduling.prefill_queue", "core.scheduling.scheduler", "core.scheduling.step_budget",
-    "sim.ledger", "sim.pipeline", "sim.truth",
+    "sim.pipeline", "sim.truth",
 )  # fmt: skip
 SWITCH = "MEDHA_COMPILED_CORE"  # environment; "0": interpret, whatever the cache holds
 _PACKAGE = "megatron_medha"

@@ -14,7 +14,8 @@ from megatron_medha.bench.idle import BenchError, IdleTimes, lengths_between, me
 from megatron_medha.bench.load_generator import LoadClient, SentRequest, closed_loop, open_loop
 from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.request import Request
-from megatron_medha.stats.outcome import Ending, Slo
+from megatron_medha.stats.request_stats import Ending
+from megatron_medha.stats.slo_targets import Slo
 
 
 def requests(count: int, every_s: float = 0.0) -> list[Request]:

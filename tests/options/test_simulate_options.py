@@ -17,7 +17,7 @@ from megatron_medha.options.simulate_options import MemoryOptions, SimulateOptio
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig
 from megatron_medha.sim.truth_config import TruthConfig
-from megatron_medha.stats.outcome import Slo
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.workload import WorkloadConfig
 

@@ -132,7 +132,6 @@ class LiveEngine:
                 num_blocks=num_blocks,
                 block_size=16,
             ),
-            observers=(self.journal.metrics,),
             watchers=(self.journal.watch, self.audit.watch),
         )
 

@@ -9,6 +9,7 @@ import time
 import pytest
 from fake_engine import FakeEngine
 from live_server import FAST, SHAPE, LiveEngine
+from prometheus_client.parser import text_string_to_metric_families
 from running_server import Running, StartServer, spec
 
 from megatron_medha.core.batch import Aborted, Arrived, Batch, Completed, Preempted
@@ -17,7 +18,9 @@ from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
+from megatron_medha.server.admission import AdmissionControl
 from megatron_medha.server.observe.metrics import Metrics, length_class
+from megatron_medha.server.observe.metrics_page import MetricsPage
 from megatron_medha.server.observe.request_log import MAX_LOSSES, MAX_RUNS, MAX_TRACES, ChunkRun, RequestLog, _thinned
 from megatron_medha.server.routes.debug_routes import RunInterval, WaitInterval, explain_trace
 from megatron_medha.server.slo import SloClass, SloConfig
@@ -65,6 +68,31 @@ class World:
         trace = self.journal.trace(request_id)
         assert trace is not None
         return explain_trace(trace, self.journal.steps_between(0.0, self.now_s), self.now_s).timeline
+
+
+def test_metrics_count_what_the_scheduler_does() -> None:
+    world = World()
+    world.now_s = 1.0
+    world.arrive("r", 8)
+    world.now_s = 3.0
+    batch = world.step()
+    assert batch is not None
+    world.watch.handled(Completed(batch_id=-1, duration_s=0.0), [Preempted("r", 5)], world.now_s)
+    engine = FakeEngine()
+    admission = AdmissionControl(engine.now_s, world.journal.forecast)
+    page = MetricsPage(world.metrics, engine, admission).render("m").decode()
+    samples = {
+        sample.name: sample.value for family in text_string_to_metric_families(page) for sample in family.samples
+    }
+    assert samples["medha:request_queue_time_seconds_sum"] == 2.0
+    assert samples["medha:request_prefill_time_seconds_sum"] == 1.0
+    assert samples["medha:step_predicted_seconds_sum"] == batch.predicted_s
+    assert samples["medha:step_actual_seconds_sum"] == 0.5
+    assert samples["medha:step_prediction_relative_error_sum"] == pytest.approx(abs(batch.predicted_s / 0.5 - 1))
+    assert samples["medha:step_actual_over_predicted_ratio_sum"] == pytest.approx(0.5 / batch.predicted_s)
+    assert samples["medha:iteration_tokens_total_sum"] == 8
+    assert samples["medha:num_preemptions_total"] == 1
+    assert samples["medha:preempted_tokens_total"] == 5
 
 
 def test_a_story_says_who_went_first_and_that_the_kv_was_kept() -> None:

@@ -18,10 +18,8 @@ from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import Running, StartServer
 
-from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, FinishReason, Preempted, TokenOut
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EnginePhase, EngineStatus, ReplicaState
-from megatron_medha.core.request import Request
 from megatron_medha.server.admission import REJECTION_REASONS
 from megatron_medha.server.observe.metrics import CUT_OFF_REASONS, Metrics
 from megatron_medha.server.observe.metrics_page import MetricsPage
@@ -170,28 +168,6 @@ def test_every_labelled_metric_is_there_with_zero_from_the_first_scrape_and_unde
     assert labels["medha:requests_cut_off"] == set(CUT_OFF_REASONS)
     assert labels["medha:admission_rejections"] == set(REJECTION_REASONS)
     assert labels["medha:deadlines_met"] == {"interactive", "standard", "batch"}
-
-
-def test_metrics_watch_the_loop(server: Running) -> None:
-    metrics = Metrics()
-    request = Request(request_id="r", num_prompt_tokens=8, max_output_tokens=2, arrival_s=1.0)
-    metrics.handled(Arrived(request), [], 1.0)
-    chunks = (Chunk("r", 0, 8, True),)
-    metrics.scheduled(
-        Batch(batch_id=0, chunks=chunks, released=(), created_s=3.0, budget_s=0.05, predicted_s=0.03), 3.0
-    )
-    outputs = [TokenOut("r", 0, FinishReason.LENGTH), Preempted("s", 5)]
-    metrics.handled(Completed(batch_id=0, duration_s=0.04), outputs, 3.5)
-    samples = samples_of(MetricsPage(metrics, server.engine, server.service.admission).render("m").decode())
-    assert samples["medha:request_queue_time_seconds_sum"] == 2.0
-    assert samples["medha:request_prefill_time_seconds_sum"] == 0.5
-    assert samples["medha:step_predicted_seconds_sum"] == 0.03
-    assert samples["medha:step_actual_seconds_sum"] == 0.04
-    assert samples["medha:step_prediction_relative_error_sum"] == pytest.approx(0.25)
-    assert samples["medha:step_actual_over_predicted_ratio_sum"] == pytest.approx(4 / 3)
-    assert samples["medha:iteration_tokens_total_sum"] == 8
-    assert samples["medha:num_preemptions_total"] == 1
-    assert samples["medha:preempted_tokens_total"] == 5
 
 
 def test_metrics_tell_replicas_apart(server: Running) -> None:

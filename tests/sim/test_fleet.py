@@ -14,7 +14,7 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks, SimulationResult, StateSample
-from megatron_medha.stats.outcome import Ending, Outcome
+from megatron_medha.stats.request_stats import Ending, RequestStats
 from megatron_medha.workload.workload import WorkloadConfig
 
 SHAPE = ModelShape(
@@ -31,8 +31,10 @@ SETUP = SchedulerSetup(
 )  # fmt: skip
 
 
-def run(dp: int, workload: WorkloadConfig, **more: object) -> tuple[SimulationResult, list[Outcome], list[StateSample]]:
-    outcomes: list[Outcome] = []
+def run(
+    dp: int, workload: WorkloadConfig, **more: object
+) -> tuple[SimulationResult, list[RequestStats], list[StateSample]]:
+    outcomes: list[RequestStats] = []
     samples: list[StateSample] = []
     config = SimulationConfig(setup=SETUP, dp=dp, workload=workload, **more)
     result = Simulation(config).run(SimulationHooks(on_outcome=outcomes.append, on_sample=samples.append))

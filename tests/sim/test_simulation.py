@@ -23,7 +23,8 @@ from megatron_medha.sim.run_directory import RecordConfig, RunDirectory
 from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks, StateSample
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.decision_log import read_log, replay
-from megatron_medha.stats.outcome import Ending, Outcome, Slo
+from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary_table import summary_table
 from megatron_medha.workload.arrivals import ArrivalProcess
 from megatron_medha.workload.workload import WorkloadConfig
@@ -63,8 +64,8 @@ def config(
     return SimulationConfig(setup=setup, workload=workload, **more)
 
 
-def outcomes(given: SimulationConfig) -> list[Outcome]:
-    found: list[Outcome] = []
+def outcomes(given: SimulationConfig) -> list[RequestStats]:
+    found: list[RequestStats] = []
     Simulation(given).run(SimulationHooks(on_outcome=found.append))
     return found
 

@@ -26,7 +26,8 @@ from megatron_medha.sim.baselines.pools import ReservedPools
 from megatron_medha.sim.baselines.ring_cost import RingCost
 from megatron_medha.sim.baselines.static import StaticConfig, StaticSystem
 from megatron_medha.sim.ledger import Ledger
-from megatron_medha.stats.outcome import Ending, Outcome, Slo
+from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses, Summary
 
 SHAPE = ModelShape(
@@ -82,8 +83,8 @@ class Kept:
         self.batches.append((now_s, batch))
 
 
-def run(system: SchedulerProtocol, *requests: Request) -> tuple[dict[str, Outcome], list[tuple[float, Batch]]]:
-    outcomes: list[Outcome] = []
+def run(system: SchedulerProtocol, *requests: Request) -> tuple[dict[str, RequestStats], list[tuple[float, Batch]]]:
+    outcomes: list[RequestStats] = []
     ledger = Ledger(Summary(LengthClasses(), Slo()), Slo(), lambda num_tokens: 1.0, outcomes.append)
     kept = Kept()
     serve(system, InstancesSimRuntime(requests, ledger), (kept,))
@@ -95,7 +96,7 @@ def request(name: str, num_tokens: int, at_s: float = 0.0, num_out: int = 2) -> 
     return Request(request_id=name, num_prompt_tokens=num_tokens, max_output_tokens=num_out, arrival_s=at_s)
 
 
-def ttft_s(outcome: Outcome) -> float:
+def ttft_s(outcome: RequestStats) -> float:
     assert outcome.ttft_s is not None
     return outcome.ttft_s
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.rank_engine import OpenRanks, OpenTimeline, cluster_engine, local_ranks
 from megatron_medha.cluster.remote.attach import attached_ranks
 from megatron_medha.cluster.run_timeline import RunTimeline
-from megatron_medha.core.ports import EngineClient, Observer
-from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.core.ports import EngineClient
 from megatron_medha.engine.engine import Engine, ObserverFactory
-from megatron_medha.engine.replicas import Replicas, SharedObserver
+from megatron_medha.engine.replicas import Replicas
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.serve_options import ServeConfig, ServeOptions
 from megatron_medha.sim.live import live_engine
@@ -28,24 +26,17 @@ from megatron_medha.system.secret_values import without_secrets
 _TIMELINE_S = 300.0  # from when the model is ready; a busy server writes about 10 MB in that time
 
 
-def make_engine(config: ServeConfig, observer: Observer, watcher: ObserverFactory) -> EngineClient:
+def make_engine(config: ServeConfig, watcher: ObserverFactory) -> EngineClient:
     """The engine for ranks or for a simulation; nothing runs before its start()."""
     num_replicas = config.num_replicas
     if num_replicas == 1:
-        return _replica(config, 0, observer, watcher, config.tracking.decision_log, config.tracking.timeline)
-    lock = threading.Lock()
-
-    def watch(scheduler: Scheduler) -> Observer:
-        # One per replica, which sees its batches only; what they write to is shared.
-        return SharedObserver(watcher(scheduler), lock, 0, 1)
-
+        return _replica(config, 0, watcher, config.tracking.decision_log, config.tracking.timeline)
     return Replicas(
         [
             _replica(
                 config,
                 replica,
-                SharedObserver(observer, lock, replica, num_replicas),
-                watch,
+                watcher,
                 _log_of_replica(config.tracking.decision_log, replica),
                 _log_of_replica(config.tracking.timeline, replica),
             )
@@ -64,9 +55,8 @@ def model_name_of(config: ServeConfig) -> str:
 
 
 def _replica(
-    config: ServeConfig, replica: int, observer: Observer, watcher: ObserverFactory, decision_log: Path | None,
-    timeline: Path | None,
-) -> Engine:  # fmt: skip
+    config: ServeConfig, replica: int, watcher: ObserverFactory, decision_log: Path | None, timeline: Path | None
+) -> Engine:
     match config.world:
         case RankConfig():
             return cluster_engine(
@@ -76,7 +66,6 @@ def _replica(
                 profile=config.profile,
                 recovery=config.recovery,
                 open_ranks=_open_ranks(config, replica),
-                observers=(observer,),
                 watchers=(watcher,),
                 decision_log=decision_log,
                 open_timeline=_open_timeline(config, timeline),
@@ -93,7 +82,6 @@ def _replica(
                     block_size=model.block_size,
                     max_tokens_per_shard=model.max_tokens_per_shard,
                 ),
-                observers=(observer,),
                 watchers=(watcher, KVAudit) if model.is_audited else (watcher,),
                 decision_log=decision_log,
             )

@@ -1,6 +1,7 @@
 """What the server counts and measures. How it is shown to Prometheus is metrics_page's business.
 
-Requests are counted on the event loop, steps on the engine's thread; no number is written by both.
+HTTP requests are counted on the event loop, the scheduler's side on the engines' threads under the request log's lock;
+no number is written by both.
 Plain integers, because a token costs one of these updates per histogram and prometheus_client's own
 take a lock and a walk over all buckets.
 """
@@ -11,18 +12,6 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 
-from megatron_medha.core.batch import (
-    Aborted,
-    Arrived,
-    Batch,
-    Completed,
-    Event,
-    Output,
-    Preempted,
-    RanksLost,
-    Rejected,
-    TokenOut,
-)
 from megatron_medha.server.generation import Choice, GenerationSpec
 
 # vLLM's boundaries; the first ones with more between 10 and 640 s, where million-token prompts are.
@@ -74,7 +63,7 @@ class Histogram:
 
 
 class Metrics:
-    """All measurements of one server; also an engine.ports.Observer."""
+    """All measurements of one server."""
 
     def __init__(self) -> None:
         # on the event loop
@@ -114,9 +103,6 @@ class Metrics:
         self.num_preemptions = 0
         self.num_preempted_tokens = 0
         self.num_rejected = 0
-        self._arrival_s: dict[str, float] = {}    # not scheduled yet
-        self._scheduled_s: dict[str, float] = {}  # no token yet
-        self._predicted_s: dict[int, float] = {}  # batches in flight
 
     # requests, on the event loop
 
@@ -167,7 +153,7 @@ class Metrics:
         """An HTTP request ended without its whole answer."""
         self.num_cut_off[why] = self.num_cut_off.get(why, 0) + 1
 
-    # what the journal's watch sees, on the engine's thread
+    # from the request log's observers, on the engine's thread
 
     def first_token_scheduled(
         self, num_prompt_tokens: int, slo_class: str, relative_slack: float, is_in_time: bool, kvp_degree: int
@@ -179,62 +165,15 @@ class Metrics:
         key = (length_class(num_prompt_tokens), slo_class)
         counts[key] = counts.get(key, 0) + 1
 
-    # steps, on the engine's thread
-
-    def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
-        """The scheduler has handled this event."""
-        match event:
-            case Completed():
-                self._step_done(event)
-            case Arrived():
-                self._arrival_s[event.request.request_id] = event.request.arrival_s
-            case Aborted():
-                self._forget(event.request_id)
-            case RanksLost():
-                self._predicted_s.clear()
-            case _:
-                pass
-        for output in outputs:
-            match output:
-                case TokenOut():
-                    if self._scheduled_s:
-                        scheduled_s = self._scheduled_s.pop(output.request_id, None)
-                        if scheduled_s is not None:
-                            self.prefill_s.observe(now_s - scheduled_s)
-                case Preempted():
-                    self.num_preemptions += 1
-                    self.num_preempted_tokens += output.num_tokens_lost
-                case Rejected():
-                    self.num_rejected += 1
-                    self._forget(output.request_id)
-
-    def scheduled(self, batch: Batch, now_s: float) -> None:
-        """The scheduler has formed this batch."""
-        self._predicted_s[batch.batch_id] = batch.predicted_s
-        self.step_tokens.observe(batch.num_tokens)
-        if not self._arrival_s:
-            return
-        for chunk in batch.chunks:
-            arrival_s = self._arrival_s.pop(chunk.request_id, None)
-            if arrival_s is not None:
-                self.queue_s.observe(now_s - arrival_s)
-                self._scheduled_s[chunk.request_id] = now_s
-
-    def _step_done(self, event: Completed) -> None:
-        predicted_s = self._predicted_s.pop(event.batch_id, None)
-        self.step_actual_s.observe(event.duration_s)
+    def step_done(self, duration_s: float, predicted_s: float | None) -> None:
+        """A step has been computed; predicted_s: None where it is not known."""
+        self.step_actual_s.observe(duration_s)
         if predicted_s is not None:
             self.step_predicted_s.observe(predicted_s)
-            if event.duration_s > 0:
-                self.step_relative_error.observe(abs(predicted_s / event.duration_s - 1))
+            if duration_s > 0:
+                self.step_relative_error.observe(abs(predicted_s / duration_s - 1))
             if predicted_s > 0:
-                self.step_ratio.observe(event.duration_s / predicted_s)
-        for request_id, _ in event.failed:
-            self._forget(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        self._arrival_s.pop(request_id, None)
-        self._scheduled_s.pop(request_id, None)
+                self.step_ratio.observe(duration_s / predicted_s)
 
 
 def length_class(num_prompt_tokens: int) -> str:

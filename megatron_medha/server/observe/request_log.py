@@ -10,32 +10,21 @@ import dataclasses
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import islice
 
 import msgspec
 
-from megatron_medha.core.batch import (
-    Aborted,
-    Arrived,
-    Batch,
-    Completed,
-    Event,
-    FirstStageDone,
-    Output,
-    Preempted,
-    RanksLost,
-    Rejected,
-    TokenOut,
-)
-from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.batch import Batch, Chunk, Completed, Event, FirstStageDone, Output, RanksLost
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.server.observe.metrics import Metrics
 from megatron_medha.server.observe.queue_view import QueueView, merge_views, take_view
 from megatron_medha.server.observe.steps import StepChunk, StepRecord
 from megatron_medha.server.ttft_estimate import PendingPrefills, TtftEstimator
+from megatron_medha.stats.request_stats import Ending, RequestStats, RequestTracker
 
 MAX_TRACES = 2048   # requests remembered, of which those that ended first go first; live ones always stay
 MAX_STEPS = 4096     # steps remembered: over three minutes of steps of 50 ms
@@ -70,20 +59,15 @@ class KVLoss:
     why: str
 
 
-@dataclass(slots=True)
-class RequestTrace:
-    """One request, from the scheduler's side."""
+@dataclass(slots=True, kw_only=True)
+class RequestTrace(RequestStats):
+    """One request, from the scheduler's side, and what the scheduler believes of it."""
 
-    request: Request
     deadline_s: float
     total_work_s: float
     remaining_work_s: float
     num_blocks_needed: int
     replica: int = 0                 # whose scheduler has it
-    num_scheduled_tokens: int = 0
-    num_ever_computed: int = 0       # the most tokens it ever had KV for: what is below and computed again was lost
-    first_scheduled_s: float | None = None
-    first_token_s: float | None = None
     ended_s: float | None = None
     outcome: str = ""
     num_pauses: int = 0              # steps after which others went on while it kept its KV
@@ -121,10 +105,6 @@ class RequestSummary(msgspec.Struct, frozen=True):
             outcome=trace.outcome,
             num_pauses=trace.num_pauses,
         )
-
-
-
-
 
 
 @dataclass(slots=True, frozen=True)
@@ -181,13 +161,11 @@ class RequestLog:
         self.traces[request_id] = trace
         self._forget_ended()
 
-    def end(self, request_id: str, outcome: str, now_s: float) -> None:
+    def end(self, trace: RequestTrace, outcome: str, now_s: float) -> None:
         """The request is over; the lock is held."""
-        trace = self.traces.get(request_id)
-        if trace is not None and trace.ended_s is None:
-            trace.ended_s, trace.outcome = now_s, outcome
-            self._ended[request_id] = None
-            self._forget_ended()
+        trace.ended_s, trace.outcome = now_s, outcome
+        self._ended[trace.request.request_id] = None
+        self._forget_ended()
 
     def _forget_ended(self) -> None:
         # Never a live one: the prompt that waits longest is the oldest, and its client asks how far it is.
@@ -198,7 +176,7 @@ class RequestLog:
         """How many tokens of this prompt were given to the ranks, each counted once."""
         with self.lock:
             trace = self.traces.get(request_id)
-            return min(trace.num_ever_computed, trace.request.num_prompt_tokens) if trace is not None else 0
+            return min(trace.num_ever_scheduled, trace.request.num_prompt_tokens) if trace is not None else 0
 
     def recent(self, limit: int) -> list[RequestSummary]:
         """The newest requests, newest first."""
@@ -230,14 +208,19 @@ class RequestLog:
 
 
 class RequestLogObserver:
-    """An Observer of one scheduler's loop."""
+    """An Observer of one scheduler's loop, which also counts the metrics of requests and steps."""
 
     def __init__(self, journal: RequestLog, scheduler: Scheduler, replica: int) -> None:
         self._journal = journal
         self._replica = replica
         self._metrics = journal.metrics
         self._scheduler = scheduler
-        self._prefilling: dict[str, RequestTrace] = {}  # whose next token needs chunks
+        self._requests = RequestTracker(
+            self._begin, on_chunk=self._record_chunk, on_first_token=self._first_token, on_preempted=self._preempted,
+            on_end=self._end,
+        )  # fmt: skip
+        self._batch_id = 0                       # that is being noted
+        self._parts: list[StepChunk] = []         # of it, the last chunk first
         self._unfinished: set[str] = set()       # prefills of the latest step that have more to compute
         self._in_flight: dict[int, StepRecord] = {}
         self._next_view_s = 0.0
@@ -248,120 +231,99 @@ class RequestLogObserver:
 
     def handled(self, event: Event, outputs: Items[Output], now_s: float) -> None:
         """See Observer."""
-        if not self._was_idle:
-            self._metrics.work_present_s += now_s - self._last_s
-        self._last_s = now_s
         with self._journal.lock:
+            if not self._was_idle:
+                self._metrics.work_present_s += now_s - self._last_s
+            self._requests.handled(event, outputs, now_s)
             match event:
                 case Completed():
-                    self._complete(event, now_s)
-                case Arrived(request):
-                    self._arrive(request)
-                case Aborted(request_id):
-                    self._end(request_id, "aborted", now_s)
+                    self._complete(event)
                 case FirstStageDone(batch_id):
                     if (step := self._in_flight.get(batch_id)) is not None:
                         step.has_left_first_stage = True
                 case RanksLost(why):
                     self._note_all_kv_lost(why, now_s)
-            prefilling = self._prefilling
-            for output in outputs:
-                if type(output) is TokenOut:  # nearly all are, and none of them a first or a last one
-                    request_id, _, reason = output
-                    if prefilling and (trace := prefilling.pop(request_id, None)) is not None:
-                        self._first_token(trace, now_s)
-                    if reason is not None:
-                        self._end(request_id, reason.value, now_s)
-                    continue
-                match output:
-                    case Preempted(request_id, num_tokens):
-                        self._note_kv_loss(request_id, num_tokens, "a running answer needed its memory", now_s)
-                    case Rejected(request_id, why):
-                        self._end(request_id, f"rejected: {why}", now_s)
+                case _:
+                    pass
+        self._last_s = now_s
         is_idle = not self._scheduler.num_sequences
         # While batches are formed, looks are taken there, when what is in flight is known.
         is_quiet = now_s >= self._next_view_s + VIEW_INTERVAL_S
         if is_quiet or is_idle and not self._was_idle:
             self._update_view(now_s)
         self._was_idle = is_idle
-
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer."""
-        parts: list[StepChunk] = []
-        unfinished: set[str] = set()
+        num_tokens, memory = batch.num_tokens, self._scheduler.memory
         with self._journal.lock:
-            # Decodes come first in a batch; going backwards, the first that is no prefill ends the prefills.
-            for chunk in reversed(batch.chunks):
-                trace = self._prefilling.get(chunk.request_id)
-                seq = self._scheduler.sequence(chunk.request_id)
-                if trace is None or seq is None:
-                    break
-                relative = self._record_chunk(trace, seq, batch, chunk.start, chunk.num_tokens, now_s)
-                parts.append(
-                    StepChunk(chunk.request_id, chunk.start, chunk.num_tokens, round(relative, 4), chunk.kvp_ranks)
-                )
-                if not chunk.samples_token:
-                    unfinished.add(chunk.request_id)
-            memory = self._scheduler.memory
+            self._batch_id, self._parts = batch.batch_id, []
+            unfinished, self._unfinished = self._unfinished, set()
+            self._requests.scheduled(batch, now_s)
             step = StepRecord(
-                batch.batch_id, now_s, tuple(reversed(parts)), len(batch.chunks) - len(parts), batch.num_tokens,
+                batch.batch_id, now_s, tuple(reversed(self._parts)), len(batch.chunks) - len(self._parts), num_tokens,
                 batch.predicted_s, batch.budget_s, memory.num_free_blocks, memory.num_owners, self._replica,
             )  # fmt: skip
             self._journal.steps.append(step)
             self._in_flight[batch.batch_id] = step
-            self._count_pauses(unfinished, {part.request_id for part in parts})
+            self._metrics.step_tokens.observe(num_tokens)
+            if unfinished:
+                self._count_pauses(unfinished.difference(part.request_id for part in self._parts))
         if now_s >= self._next_view_s:
             self._update_view(now_s)
 
-    def _arrive(self, request: Request) -> None:
+    def _begin(self, request: Request) -> RequestTrace | None:
         seq = self._scheduler.sequence(request.request_id)
         if seq is None or seq.request is not request:
-            return  # refused
+            self._metrics.num_rejected += 1
+            return None
         trace = RequestTrace(
-            request, seq.deadline_s, seq.total_work_s, seq.remaining_work_s,
-            -(-request.num_prompt_tokens // self._scheduler.memory.block_size), self._replica,
+            request=request, deadline_s=seq.deadline_s, total_work_s=seq.total_work_s,
+            remaining_work_s=seq.remaining_work_s, replica=self._replica,
+            num_blocks_needed=-(-request.num_prompt_tokens // self._scheduler.memory.block_size),
         )  # fmt: skip
         self._journal.add(trace)
-        self._prefilling[request.request_id] = trace
+        return trace
 
-    def _record_chunk(
-        self, trace: RequestTrace, seq: Sequence, batch: Batch, start: int, num_tokens: int, now_s: float
-    ) -> float:
-        """Write a chunk down; returns the relative slack it was chosen with."""
-        end = start + num_tokens
+    def _record_chunk(self, trace: RequestTrace, chunk: Chunk, now_s: float) -> None:
+        seq = self._scheduler.sequence(chunk.request_id)
+        assert seq is not None, "it is in a batch"
         slack_s = trace.deadline_s - now_s - trace.remaining_work_s
         relative = slack_s / trace.total_work_s if trace.total_work_s else 0.0
-        self._metrics.num_recomputed_tokens += max(0, min(end, trace.num_ever_computed) - start)
-        trace.num_ever_computed = max(trace.num_ever_computed, end)
         if trace.first_scheduled_s is None:
-            trace.first_scheduled_s = now_s
-        trace.num_scheduled_tokens = end
+            self._metrics.queue_s.observe(now_s - trace.request.arrival_s)
+        self._metrics.num_recomputed_tokens += trace.num_computed_before(chunk)
         trace.remaining_work_s, trace.total_work_s = seq.remaining_work_s, seq.total_work_s
         trace.deadline_s = seq.deadline_s
+        self._parts.append(
+            StepChunk(chunk.request_id, chunk.start, chunk.num_tokens, round(relative, 4), chunk.kvp_ranks)
+        )
+        if not chunk.samples_token:
+            self._unfinished.add(chunk.request_id)
         last = trace.runs[-1] if trace.runs else None
-        if last is not None and last.last_batch == batch.batch_id - 1 and last.start + last.num_tokens == start:
-            last.until_s, last.last_batch = now_s, batch.batch_id
-            last.num_tokens += num_tokens
+        if last is not None and last.last_batch == self._batch_id - 1 and last.start + last.num_tokens == chunk.start:
+            last.until_s, last.last_batch = now_s, self._batch_id
+            last.num_tokens += chunk.num_tokens
             last.num_chunks += 1
         else:
             trace.runs.append(
-                ChunkRun(now_s, now_s, batch.batch_id, batch.batch_id, start, num_tokens, 1, slack_s, relative)
+                ChunkRun(
+                    now_s, now_s, self._batch_id, self._batch_id, chunk.start, chunk.num_tokens, 1, slack_s, relative
+                )
             )
             if len(trace.runs) > MAX_RUNS:
                 trace.runs = _thinned(trace.runs)
-        return relative
 
-    def _count_pauses(self, unfinished: set[str], present: set[str]) -> None:
-        for request_id in self._unfinished - present:
-            if (trace := self._prefilling.get(request_id)) is not None and trace.num_scheduled_tokens:
+    def _count_pauses(self, absent: Iterable[str]) -> None:
+        """absent: prefills that the step before left unfinished, and that are not in this one."""
+        for request_id in absent:
+            trace = self._requests.live.get(request_id)
+            if trace is not None and trace.num_scheduled_tokens:
                 trace.num_pauses += 1
                 self._metrics.num_paused_prefills += 1
-        self._unfinished = unfinished
 
     def _first_token(self, trace: RequestTrace, now_s: float) -> None:
-        if trace.first_token_s is not None:
-            return  # it had lost its KV, and has it again
-        trace.first_token_s = now_s
+        assert trace.first_scheduled_s is not None
+        self._metrics.prefill_s.observe(now_s - trace.first_scheduled_s)
         slack_s = trace.deadline_s - now_s
         relative = slack_s / trace.total_work_s if trace.total_work_s else 0.0
         seq = self._scheduler.sequence(trace.request.request_id)
@@ -370,37 +332,36 @@ class RequestLogObserver:
             trace.request.num_prompt_tokens, trace.request.slo_class, relative, slack_s >= 0, degree
         )
 
-    def _complete(self, event: Completed, now_s: float) -> None:
+    def _complete(self, event: Completed) -> None:
         step = self._in_flight.pop(event.batch_id, None)
         if step is not None:
             step.duration_s = event.duration_s
+        self._metrics.step_done(event.duration_s, None if step is None else step.predicted_s)
         self._metrics.stage_busy_s += event.duration_s / self._scheduler.spp
-        for request_id, why in event.failed:
-            self._end(request_id, f"failed: {why}", now_s)
 
-    def _note_kv_loss(self, request_id: str, num_tokens: int, why: str, now_s: float) -> None:
-        trace = self._journal.traces.get(request_id)
-        seq = self._scheduler.sequence(request_id)
-        if trace is None or seq is None:
-            return  # it has ended meanwhile
+    def _preempted(self, trace: RequestTrace, num_tokens: int, now_s: float) -> None:
+        self._metrics.num_preemptions += 1
+        self._metrics.num_preempted_tokens += num_tokens
+        self._note_kv_loss(trace, num_tokens, "a running answer needed its memory", now_s)
+
+    def _note_kv_loss(self, trace: RequestTrace, num_tokens: int, why: str, now_s: float) -> None:
         trace.losses.append(KVLoss(now_s, num_tokens, why))
-        trace.num_ever_computed = max(trace.num_ever_computed, num_tokens)
-        trace.num_scheduled_tokens = 0
-        trace.remaining_work_s = seq.remaining_work_s
-        self._prefilling[request_id] = trace
+        if (seq := self._scheduler.sequence(trace.request.request_id)) is not None:
+            trace.remaining_work_s = seq.remaining_work_s
 
     def _note_all_kv_lost(self, why: str, now_s: float) -> None:
         self._in_flight.clear()
         self._unfinished.clear()
         for seq in self._scheduler.sequences:
-            if not seq.num_scheduled_tokens and (trace := self._journal.traces.get(seq.request_id)) is not None:
+            if not seq.num_scheduled_tokens and (trace := self._requests.live.get(seq.request_id)) is not None:
                 num_computed = seq.num_known_tokens - 1 if seq.num_output_tokens else trace.num_scheduled_tokens
                 if num_computed:
-                    self._note_kv_loss(seq.request_id, num_computed, f"ranks lost: {why}", now_s)
+                    self._requests.lose(trace, num_computed)
+                    self._note_kv_loss(trace, num_computed, f"ranks lost: {why}", now_s)
 
-    def _end(self, request_id: str, outcome: str, now_s: float) -> None:
-        self._prefilling.pop(request_id, None)
-        self._journal.end(request_id, outcome, now_s)
+    def _end(self, trace: RequestTrace, outcome: str, now_s: float) -> None:
+        self._metrics.num_rejected += trace.ending is Ending.REJECTED
+        self._journal.end(trace, outcome, now_s)
 
     def _update_view(self, now_s: float) -> None:
         began_s = time.perf_counter()
@@ -430,8 +391,6 @@ def _thinned(runs: list[ChunkRun]) -> list[ChunkRun]:
 
 
 def _copy(trace: RequestTrace) -> RequestTrace:
-    values = {name: getattr(trace, name) for name in RequestTrace.__slots__}
     # All but the last run stay as they are.
-    values["runs"] = [*trace.runs[:-1], *(dataclasses.replace(run) for run in trace.runs[-1:])]
-    values["losses"] = trace.losses.copy()
-    return RequestTrace(**values)
+    runs = [*trace.runs[:-1], *(dataclasses.replace(run) for run in trace.runs[-1:])]
+    return dataclasses.replace(trace, runs=runs, losses=trace.losses.copy())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks, StateSample
-from megatron_medha.stats.outcome import Outcome
+from megatron_medha.stats.request_stats import RequestStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ def evaluate_candidate(trial: PlanCandidate) -> CandidateVerdict:
     num_requests = Counter(_asked_of(trial, one) for one in classes)
     num_missed: Counter[str] = Counter()
 
-    def count(outcome: Outcome) -> None:
+    def count(outcome: RequestStats) -> None:
         if not config.slo.is_met(outcome):
             num_missed[_asked_of(trial, config.classes.of(outcome.request.num_prompt_tokens))] += 1
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
-from megatron_medha.stats.outcome import DeadlineMisses, Ending, Outcome, Slo
+from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.stats.slo_targets import DeadlineMisses, Slo
 from megatron_medha.stats.summary import GapCounts, LengthClasses, Summary, percentile
 from megatron_medha.stats.summary_table import summary_table
 
@@ -18,12 +19,12 @@ from megatron_medha.stats.summary_table import summary_table
 def outcome(
     ttft_s: float | None = 0.2, num_out: int = 11, tpot_s: float = 0.05, ending: Ending = Ending.FINISHED,
     **more: object,
-) -> Outcome:  # fmt: skip
+) -> RequestStats:  # fmt: skip
     request = Request(
         request_id="r", num_prompt_tokens=int(more.pop("num_prompt", 100)), max_output_tokens=num_out, arrival_s=10.0
     )
     first_s = None if ttft_s is None else 10.0 + ttft_s
-    return Outcome(
+    return RequestStats(
         request=request,
         ending=ending,
         first_scheduled_s=10.1,
