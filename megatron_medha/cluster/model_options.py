@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_medha.core.errors import ConfigError, check_member, check_range
 from megatron_medha.core.model_shape import ModelShape
@@ -55,3 +55,10 @@ class ModelOptions:
         check_range("model.kv_memory_share", self.kv_memory_share, 0.001, 0.99)
         check_range("model.max_context_len", self.max_context_len, 2, 1 << 40)
         check_range("model.num_threads", self.num_threads, 1, 4096)
+
+    @property
+    def simulated_shape(self) -> ModelShape | None:
+        """The shape with its KV in kv_dtype."""
+        if self.shape is None or self.kv_dtype == "auto":
+            return self.shape
+        return replace(self.shape, kv_bytes_per_element=1)

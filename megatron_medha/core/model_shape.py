@@ -20,7 +20,8 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     max_context_len: int
-    bytes_per_element: int = 2  # of weights and KV
+    bytes_per_element: int = 2  # of weights
+    kv_bytes_per_element: int | None = None  # of KV; None: as weights
     has_tied_embeddings: bool = False
     num_experts: int = 1            # of every layer; 1: dense
     num_experts_per_token: int = 1  # that the router picks
@@ -92,4 +93,9 @@ class ModelShape:
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_element
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_element_bytes
+
+    @property
+    def kv_element_bytes(self) -> int:
+        """Of one number of K or V."""
+        return self.bytes_per_element if self.kv_bytes_per_element is None else self.kv_bytes_per_element

@@ -46,8 +46,8 @@ class ModelConfig:
     dtype: str = "float32"          # of the stored weights: float32, bfloat16, float16
     stop_token_ids: tuple[int, ...] = ()
 
-    def shape(self, bytes_per_element: int) -> ModelShape:
-        """The numbers cost and memory follow from, at the dtype it is run in."""
+    def shape(self, bytes_per_element: int, kv_bytes_per_element: int | None = None) -> ModelShape:
+        """The numbers cost and memory follow from, at the dtypes it is run in."""
         return ModelShape(
             name=self.name,
             num_layers=self.num_layers,
@@ -59,6 +59,7 @@ class ModelConfig:
             vocab_size=self.vocab_size,
             max_context_len=self.max_context_len,
             bytes_per_element=bytes_per_element,
+            kv_bytes_per_element=kv_bytes_per_element,
             has_tied_embeddings=self.has_tied_embeddings,
         )
 

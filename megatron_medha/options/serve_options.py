@@ -299,12 +299,12 @@ def _num_threads(options: ServeOptions | ProfileOptions) -> int | None:
 
 def _simulated_model(options: ServeOptions) -> SimulatedModel:
     model = options.model
-    if model.shape is None:
+    if (shape := model.simulated_shape) is None:
         raise ConfigError(
             "model.shape=null: runtime=sim needs the sizes of the model to simulate; use model=llama3_8b, "
             "or an option of your own with --config-dir"
         )
-    shape, layout = model.shape, options.parallel.replica
+    layout = options.parallel.replica
     hardware = cluster_for(options.hardware, layout)
     check_layout(shape, hardware, layout)
     if model.max_context_len is not None:

@@ -104,7 +104,7 @@ def simulation_config(options: SimulateOptions) -> SimulationConfig:
 def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
     """The system under test on the machine that is simulated."""
     model, layout = options.model, options.parallel.replica
-    if model.shape is None:
+    if (shape := model.simulated_shape) is None:
         raise ConfigError("model.shape=null: a simulation needs the sizes of a model; use model=llama3_8b, or an "
             "option of your own with --config-dir")
     if (dp := options.parallel.dp) > 1:
@@ -113,11 +113,11 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
     hardware = cluster_for(options.hardware, layout)
     setup = SchedulerSetup(
         config=options.scheduler.reduced,
-        shape=replace(model.shape, max_context_len=model.max_context_len or _NO_CONTEXT_LIMIT),
+        shape=replace(shape, max_context_len=model.max_context_len or _NO_CONTEXT_LIMIT),
         hardware=hardware,
         engine=options.engine,
         layout=layout,
-        num_blocks=_num_blocks(options, model.shape, hardware, layout),
+        num_blocks=_num_blocks(options, shape, hardware, layout),
         block_size=model.block_size or DEFAULT_BLOCK_SIZE,
         max_tokens_per_shard=options.parallel.max_tokens_per_shard,
         learns=options.belief is SchedulerCostModel.ONLINE,

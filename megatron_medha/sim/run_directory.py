@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_range
 from megatron_medha.sim.simulation import SimulationConfig, SimulationHooks, StateSample
 from megatron_medha.stats.decision_log import DecisionLog
 from megatron_medha.stats.request_stats import RequestStats
@@ -47,9 +47,7 @@ class RecordConfig:
 
     def __post_init__(self) -> None:
         for key, low, high in (("trace_start_s", 0.0, 1e9), ("trace_duration_s", 0.0, 1e9), ("sample_s", 1e-3, 1e9)):
-            value = getattr(self, key)
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"record.{key}={value:g}: must be between {low:g} and {high:g}")
+            check_range(f"record.{key}", getattr(self, key), low, high)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_medha.core.cost.cached_cost import CachedClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_range
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.ports import SchedulerProtocol
@@ -47,8 +47,7 @@ class SystemConfig:
         for key, low, high in (
             ("instance_tp", 1, 1 << 10), ("num_reserved", 0, 1 << 20), ("short_prompt_tokens", 1, 1 << 40),
         ):  # fmt: skip
-            if not low <= getattr(self, key) <= high:
-                raise ConfigError(f"system.{key}={getattr(self, key)}: must be between {low} and {high}")
+            check_range(f"system.{key}", getattr(self, key), low, high)
         if self.num_reserved and self.kind is not SystemKind.ELASTIC:
             raise ConfigError(
                 f"system.num_reserved={self.num_reserved}: only system.kind=elastic has pools; "

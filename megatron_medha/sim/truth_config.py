@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import check_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +17,4 @@ class TruthConfig:
 
     def __post_init__(self) -> None:
         for key, low, high in (("linear_bias", 1e-3, 1e3), ("attention_bias", 1e-3, 1e3), ("noise", 0.0, 2.0)):
-            value = getattr(self, key)
-            if not (low <= value <= high and isfinite(value)):
-                raise ConfigError(f"truth.{key}={value:g}: must be between {low:g} and {high:g}")
+            check_range(f"truth.{key}", getattr(self, key), low, high)

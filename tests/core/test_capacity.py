@@ -55,6 +55,14 @@ def test_a_rank_holds_its_layers_and_the_ends_hold_embedding_and_head() -> None:
     assert first.budget == 10_000
 
 
+def test_kv_in_one_byte_takes_half_the_memory_and_weights_stay_as_they_are() -> None:
+    fp8_kv = replace(HAND, kv_bytes_per_element=1)
+    half, whole = (stage_footprint(shape, DEVICES, ParallelLayout(), 0, RESERVE) for shape in (fp8_kv, HAND))
+    assert (2 * half.block, half.weights) == (whole.block, whole.weights)
+    assert 2 * fp8_kv.kv_bytes_per_token == HAND.kv_bytes_per_token
+    assert num_blocks_in(fp8_kv, ParallelLayout(), 1.0, 2) == 2 * num_blocks_in(HAND, ParallelLayout(), 1.0, 2)
+
+
 def test_blocks_are_what_the_fullest_stage_has_left() -> None:
     # All on one rank: 10,000 - (4*640 + 160) * 2 - (672 + 80) bytes, by blocks of 4 layers * 16 values * 2 * 2 bytes.
     assert num_kv_blocks(HAND, DEVICES, ParallelLayout(), RESERVE) == (10_000 - 5440 - 752) // 256

@@ -211,8 +211,9 @@ def test_a_layout_is_one_rank_unless_a_degree_is_given_and_no_degree_is_below_on
 
 def test_a_token_goes_to_one_expert_at_least_and_to_all_at_most() -> None:
     assert defaults(ModelShape) == {
-        "bytes_per_element": 2, "has_tied_embeddings": False, "num_experts": 1, "num_experts_per_token": 1
-    }
+        "bytes_per_element": 2, "kv_bytes_per_element": None, "has_tied_embeddings": False, "num_experts": 1,
+        "num_experts_per_token": 1,
+    }  # fmt: skip
     assert replace(SHAPE, num_experts=2, num_experts_per_token=2).num_experts_per_token == 2
     for picked in (0, 3):
         with pytest.raises(ConfigError) as error:

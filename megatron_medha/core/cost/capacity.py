@@ -148,7 +148,7 @@ def stage_footprint(
     return MemoryFootprint(
         weights=params / tp * shape.bytes_per_element,
         activations=activations,
-        block=2 * layers * kv_heads * shape.head_dim * shape.bytes_per_element * reserve.block_size,
+        block=2 * layers * kv_heads * shape.head_dim * shape.kv_element_bytes * reserve.block_size,
         budget=hardware.memory_bytes * reserve.utilisation,
     )
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +28,7 @@ class EngineCosts:
 
     def __post_init__(self) -> None:
         for key in ("step_s", "sequence_s", "stage_entry_s", "layer_launch_s", "request_s"):
-            value: float = getattr(self, key)
-            if not (0.0 <= value <= 10.0 and math.isfinite(value)):
-                raise ConfigError(f"engine.{key}={value:g}: must be between 0 and 10")
+            check_range(f"engine.{key}", getattr(self, key), 0.0, 10.0)
         if self.graph_max_context is not None and self.graph_max_context < 0:
             raise ConfigError(f"engine.graph_max_context={self.graph_max_context}: must be at least 0, or null")
         if self.attention_tile_rows is not None and self.attention_tile_rows < 1:

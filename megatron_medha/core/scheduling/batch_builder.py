@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.sequence import Sequence
-from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule, largest_chunk
+from megatron_medha.core.scheduling.chunking import STRATEGIES, ChunkRule, largest_in_time
 
 _MAX_HALVINGS = 2       # of a tile that breaks a step's budget
 _MIN_SAVED_SHARE = 0.25      # of a tile's time, by halving it; where reading the context takes most of it, little is
@@ -46,7 +44,7 @@ class BatchBuilder:
         self._deferred: list[_DeferredChunk] = []
         self._last_max_tokens = 0  # where the search for the next begins
         self._rule = rule
-        self._credit_rule = replace(rule, chunking=Chunking.ADAPTIVE)
+        self._strategy = STRATEGIES[rule.chunking]
         self._cost = cost
         self._memory = memory
         self._kvp = memory.kvp
@@ -84,7 +82,7 @@ class BatchBuilder:
         most = wanted
         for part in parts:
             load = self.loads[part.kvp_rank]
-            most = largest_chunk(self._rule, self._cost, load, part.context, most, budget_s, guess)
+            most = self._strategy.largest(self._rule, self._cost, load, part.context, most, budget_s, guess)
         if not most and wanted > 0 and self._has_waiting_decodes:
             tile = min(self.tile(seq, parts), wanted)
             if tile > 0 and self._fits(parts, tile, budget_s):
@@ -95,7 +93,7 @@ class BatchBuilder:
         """No prefill, however little of it is computed, can have more tokens than this in the step."""
         rule = self._rule
         most = max([
-            largest_chunk(rule, self._cost, load, 0, rule.max_tokens, self.budget_s, self._last_max_tokens)
+            self._strategy.largest(rule, self._cost, load, 0, rule.max_tokens, self.budget_s, self._last_max_tokens)
             for load in self.loads
         ])
         self._last_max_tokens = most
@@ -119,7 +117,7 @@ class BatchBuilder:
         for part in parts:
             load = self.loads[part.kvp_rank]
             budget_s = min(self.budget_s, step_s(self._cost, load) + credit_s)
-            most = largest_chunk(self._credit_rule, self._cost, load, part.context, most, budget_s)
+            most = largest_in_time(self._rule, self._cost, load, part.context, most, budget_s)
         if not most:
             tile = self.tile(seq, parts)
             if tile > 0 and all(self._extra_s(part, tile) <= credit_s for part in parts):
@@ -139,7 +137,7 @@ class BatchBuilder:
             self._rule.max_chunk_tokens,
             self._rule.max_tokens - self.num_tokens,
         )
-        if tile < 2 or not self._has_waiting_decodes or self._rule.chunking is not Chunking.ADAPTIVE:
+        if tile < 2 or not self._has_waiting_decodes or not self._strategy.is_by_time:
             return tile
         tile_s = self._most_extra_s(parts, tile)
         for _ in range(_MAX_HALVINGS):
@@ -190,16 +188,8 @@ class BatchBuilder:
 
     def is_full(self) -> bool:
         """Whether no KVP rank can take one more token."""
-        for load in self.loads:
-            if self._rule.chunking is Chunking.FIXED:
-                if load.num_tokens < min(self._rule.fixed_tokens, self._rule.max_tokens):
-                    return False
-            elif load.num_tokens < self._rule.max_tokens and (
-                self._rule.chunking is Chunking.WHOLE
-                or self._cost.linear_s(load.num_tokens + 1, load.num_sequences + 1) + load.attention_s <= self.budget_s
-            ):
-                return False
-        return True
+        has_room = self._strategy.has_room
+        return not any(has_room(self._rule, self._cost, load, self.budget_s) for load in self.loads)
 
     def share_s(self, planned: PlannedChunk) -> float:
         """How much shorter the step would be without this chunk of it."""

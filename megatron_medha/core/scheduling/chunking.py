@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,11 +13,14 @@ _MAX_LINEAR_PROBES = 4
 
 
 class Chunking(Enum):
-    """Ways to size a chunk."""
+    """Ways to size a chunk. A new one is a member here and an entry in STRATEGIES."""
 
     ADAPTIVE = "adaptive"  # the most that keeps the whole step within its time budget
     FIXED = "fixed"        # a token budget per step, decodes included (Sarathi-Serve, vLLM)
     WHOLE = "whole"        # the rest of the prompt at once
+
+    # There is one object of each. Enum's own is a call into Python, at every look into STRATEGIES.
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,17 +45,43 @@ def largest_chunk(
 ) -> int:
     """The most of `num_tokens`, after `start` tokens of context, that fits into a step which already has `load`.
 
-    ADAPTIVE: the largest multiple of the tile (or all of num_tokens) whose step is predicted within budget_s;
-    found by bracketing, since predictions never fall as chunks grow. 0 when not even one tile fits. guess_tokens is
-    looked at first (a prompt's last chunk is seldom more than a tile off); it changes no result.
+    guess_tokens: of an adaptive chunk, what is looked at first; it changes no result.
     """
-    limit = min(min(num_tokens, rule.max_tokens - load.num_tokens), rule.max_chunk_tokens)
-    if rule.chunking is Chunking.WHOLE:
-        # A prompt longer than one step's buffers still has to be cut.
-        return max(limit, 0)
-    if rule.chunking is Chunking.FIXED:
-        return max(min(limit, rule.fixed_tokens - load.num_tokens), 0)
-    if limit <= 0:
+    return STRATEGIES[rule.chunking].largest(rule, cost, load, start, num_tokens, budget_s, guess_tokens)
+
+
+def _limit(rule: ChunkRule, load: StepLoad, num_tokens: int) -> int:
+    return max(0, min(min(num_tokens, rule.max_tokens - load.num_tokens), rule.max_chunk_tokens))
+
+
+def _rest(
+    rule: ChunkRule, cost: CostModel, load: StepLoad, start: int, num_tokens: int, budget_s: float, guess_tokens: int
+) -> int:
+    return _limit(rule, load, num_tokens)  # a prompt longer than one step's buffers still has to be cut
+
+
+def _within_tokens(
+    rule: ChunkRule, cost: CostModel, load: StepLoad, start: int, num_tokens: int, budget_s: float, guess_tokens: int
+) -> int:
+    return max(min(_limit(rule, load, num_tokens), rule.fixed_tokens - load.num_tokens), 0)
+
+
+def largest_in_time(
+    rule: ChunkRule,
+    cost: CostModel,
+    load: StepLoad,
+    start: int,
+    num_tokens: int,
+    budget_s: float,
+    guess_tokens: int = 0,
+) -> int:
+    """The largest multiple of the tile (or all of num_tokens) whose step is predicted within budget_s.
+
+    Found by bracketing, since predictions never fall as chunks grow. 0 when not even one tile fits. guess_tokens is
+    looked at first (a prompt's last chunk is seldom more than a tile off).
+    """
+    limit = _limit(rule, load, num_tokens)
+    if not limit:
         return 0
     tile_tokens = rule.tile_tokens
     if limit < num_tokens:
@@ -106,6 +136,36 @@ def _excess_s(cost: CostModel, load: StepLoad, start: int, num_tokens: int, budg
         + cost.attention_s(start, num_tokens)
         - (budget_s - load.attention_s)
     )
+
+
+def _has_time(rule: ChunkRule, cost: CostModel, load: StepLoad, budget_s: float) -> bool:
+    if load.num_tokens >= rule.max_tokens:
+        return False
+    return cost.linear_s(load.num_tokens + 1, load.num_sequences + 1) + load.attention_s <= budget_s
+
+
+def _has_fixed_tokens(rule: ChunkRule, cost: CostModel, load: StepLoad, budget_s: float) -> bool:
+    return load.num_tokens < min(rule.fixed_tokens, rule.max_tokens)
+
+
+def _has_tokens(rule: ChunkRule, cost: CostModel, load: StepLoad, budget_s: float) -> bool:
+    return load.num_tokens < rule.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStrategy:
+    """What a way to size chunks consists of."""
+
+    largest: Callable[[ChunkRule, CostModel, StepLoad, int, int, float, int], int]  # see largest_chunk
+    has_room: Callable[[ChunkRule, CostModel, StepLoad, float], bool]  # for one more token, of a step with that load
+    is_by_time: bool = False  # chunks obey a time budget: prefills may share it, and a tile that breaks it may be cut
+
+
+STRATEGIES = {
+    Chunking.ADAPTIVE: ChunkStrategy(largest_in_time, _has_time, is_by_time=True),
+    Chunking.FIXED: ChunkStrategy(_within_tokens, _has_fixed_tokens),
+    Chunking.WHOLE: ChunkStrategy(_rest, _has_tokens),
+}
 
 
 class PrefillTimes:

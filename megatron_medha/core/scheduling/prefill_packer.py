@@ -9,7 +9,7 @@ from megatron_medha.core.cost.step_cost import CostModel, step_s
 from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder, PlannedChunk
-from megatron_medha.core.scheduling.chunking import Chunking
+from megatron_medha.core.scheduling.chunking import STRATEGIES
 from megatron_medha.core.scheduling.policies import relative_slack
 from megatron_medha.core.scheduling.prefill_queue import PrefillCandidates
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
@@ -63,6 +63,7 @@ class PrefillPacker:
         self._cost = cost
         self._memory = memory
         self._limits = limits
+        self._shares_steps = config.has_space_sharing and STRATEGIES[config.chunking].is_by_time
         self._max_banked_s = config.max_banked_steps * config.step_budget_s
         self._banked_s = [self._max_banked_s] * memory.kvp
         self._overdue: Sequence | None = None
@@ -168,8 +169,7 @@ class PrefillPacker:
         limit: int | None,
     ) -> tuple[int, bool]:
         """Tokens of `seq` for this step, and whether it will hold up others for more than the step at hand."""
-        config = self._config
-        if limit is not None or not config.has_space_sharing or config.chunking is not Chunking.ADAPTIVE:
+        if limit is not None or not self._shares_steps:
             return max(builder.fit(seq, parts, limit=limit), num_guaranteed), False
         if not long_ranks.isdisjoint(part.kvp_rank for part in parts):  # then only one that is not long may join
             is_long = not builder.fits_whole(seq, parts)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from enum import Enum
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_range
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
@@ -39,9 +39,7 @@ class BaselineConfig(SchedulerConfig):
             ("short_prompt_tokens", 1, 1 << 40),
             ("output_error", 0.0, 10.0),
         ):
-            value = getattr(self, key)
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"scheduler.{key}={value} must be between {low} and {high}")
+            check_range(f"scheduler.{key}", getattr(self, key), low, high)
 
     def _policies(self) -> Collection[str]:
         return (*POLICIES, *BASELINE_POLICIES)

@@ -116,10 +116,11 @@ def load_rank(config: RankConfig, progress: LoadProgress) -> tuple[Rank, RankRea
     if device.type == "cuda" and options.cuda_graphs:
         progress("CUDA graphs", 0.0)
         rank.graphs = step_graphs(model, backend, kv_layers, Rotary(model_config), device, pgs)
+    shape = model_config.shape(dtype.itemsize, kv_dtype.itemsize if kv_dtype != dtype else None)
     ready = RankReady(
         rank=config.rank,
         # Only the report is narrowed: the model's own length may enter its rotary frequencies.
-        shape=dataclasses.replace(model_config.shape(dtype.itemsize), max_context_len=max_context_len),
+        shape=dataclasses.replace(shape, max_context_len=max_context_len),
         num_blocks=num_blocks,
         block_size=block_size,
         stop_token_ids=model_config.stop_token_ids,
