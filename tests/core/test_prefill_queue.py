@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.request import Request
@@ -187,3 +190,81 @@ def test_among_thousands_of_priorities_the_order_is_exact() -> None:
     numbers = [(index * 7919) % 4001 - 2000 for index in range(4001)]
     queue = queue_of(*(sequence(str(number), 0.0, number) for number in numbers))
     assert ids(queue) == [str(number) for number in range(-2000, 2001)]
+
+
+@dataclass
+class Plain:
+    """A prefill as it was when it was added."""
+
+    seq: Sequence
+    level: int  # of its class
+    is_waiting: bool
+    is_large: bool
+    triage_s: float
+    remaining_s: float
+    is_late: bool
+
+    def key(self, now_s: float) -> tuple[int, float, float, str]:
+        if self.is_large and self.triage_s < now_s:
+            self.is_late = True
+        value = self.remaining_s if self.is_late else fcfs(self.seq).at(now_s)
+        return 2 * self.level + self.is_late, value, self.seq.request.arrival_s, self.seq.request_id
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("add"), st.integers(0, 49), st.integers(-1, 1), st.booleans(), st.sampled_from([99, 100, 101, 500]),
+            st.sampled_from([0.0, 2.0, 5.0, inf]), st.integers(1, 3), st.integers(0, 3),
+        ),
+        st.tuples(st.just("discard"), st.integers(0, 49)),
+        st.tuples(st.just("wait"), st.sampled_from([0.0, 1.0, 2.5])),
+        st.tuples(st.just("look"), st.integers(0, 60), st.integers(0, 60)),
+    ),
+    min_size=60,
+    max_size=120,
+)  # fmt: skip
+
+
+@settings(max_examples=25)
+@given(STEPS, st.booleans())
+def test_the_order_is_that_of_a_sort_by_class_lateness_policy_arrival_and_id(
+    steps: list[tuple[Any, ...]], is_preemptive: bool
+) -> None:
+    queue, plain, now_s = PrefillQueue(fcfs, is_preemptive, num_step_tokens=100), {}, 0.0
+    for kind, *values in steps:
+        if kind == "add":
+            number, priority, is_started, num_tokens, ahead_s, remaining_s, arrival_s = values
+            name = f"r{number:02}"
+            seq = plain[name].seq if name in plain else sequence(name, arrival_s, priority, is_started, num_tokens)
+            if name in plain and is_started and seq.is_waiting:
+                seq.move_to(Status.PREFILLING)
+            seq.remaining_work_s, seq.triage_deadline_s = float(remaining_s), now_s + ahead_s + remaining_s
+            queue.add(seq, now_s)
+            is_first = not seq.is_waiting and not is_preemptive
+            plain[name] = Plain(
+                seq, -(2**40) if is_first else seq.request.priority, seq.is_waiting,
+                seq.request.num_prompt_tokens > 100, seq.triage_s, seq.remaining_work_s, False,
+            )  # fmt: skip
+        elif kind == "discard":
+            name = f"r{values[0]:02}"
+            queue.discard(plain.pop(name).seq if name in plain else sequence(name, 0.0), now_s)
+        elif kind == "wait":
+            now_s += values[0]
+        else:
+            waiting_left_out_at, large_left_out_at = values
+            expected = []
+            for each in sorted(plain.values(), key=lambda each: each.key(now_s)):
+                is_out = each.is_waiting and len(expected) > waiting_left_out_at
+                if not is_out and not (each.is_large and len(expected) > large_left_out_at):
+                    expected.append(each.seq.request_id)
+            candidates, found = queue.candidates(now_s), []
+            assert len(candidates) == len(plain)
+            for seq in candidates:
+                found.append(seq.request_id)
+                if len(found) > waiting_left_out_at:
+                    candidates.exclude_waiting()
+                if len(found) > large_left_out_at:
+                    candidates.exclude_large()
+            assert found == expected
+        assert len(queue) == len(plain)
