@@ -24,7 +24,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_SOURCES = Path(__file__).parent / "native"
+SOURCES = Path(__file__).parent / "native"
 # By what torch calls the machine's vector instructions. The 2 lists are what simd.h asks for, and what it may use.
 _TARGET_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
@@ -123,7 +123,7 @@ def _built(target: str) -> Path:
 def _digest(target: str) -> str:
     """Of everything the build depends on but the compiler."""
     digest = hashlib.sha256(repr((_FLAGS, _TARGET_FLAGS[target])).encode())
-    for source in sorted(_SOURCES.iterdir()):
+    for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -135,7 +135,7 @@ def _compile(target: str, path: Path) -> None:
     started_s = time.monotonic()
     # Beside its final place and then renamed: nobody ever loads half a file.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
+    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
     command = [compiler, *_FLAGS, *_TARGET_FLAGS[target], *sources, "-o", str(unfinished)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)

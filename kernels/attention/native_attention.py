@@ -19,42 +19,11 @@ from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.native_build import gomp_parallel_address, native_library, native_target
+from megatron_medha.kernels.native_structs import native_struct
 
 _GROUP = 16
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-class NativeCall(ctypes.Structure):
-    """`Call` of native/layout.h, field by field."""
-
-    _fields_ = [
-        ("is_bf16", ctypes.c_int64),
-        ("num_tokens", ctypes.c_int64),
-        ("num_kv_heads", ctypes.c_int64),
-        ("queries_per_kv_head", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("num_threads", ctypes.c_int32),
-        ("run_team", ctypes.c_void_p),
-        ("k_pool", ctypes.c_void_p),
-        ("v_pool", ctypes.c_void_p),
-        ("pool_head_stride", ctypes.c_int64),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("q_token_stride", ctypes.c_int64),
-        ("q_head_stride", ctypes.c_int64),
-        ("q_group_stride", ctypes.c_int64),
-        ("k_token_stride", ctypes.c_int64),
-        ("k_head_stride", ctypes.c_int64),
-        ("v_token_stride", ctypes.c_int64),
-        ("v_head_stride", ctypes.c_int64),
-        ("slots", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int64),
-    ]
+_Call = native_struct("Call")
 
 
 class NativePlan(NamedTuple):
@@ -131,7 +100,7 @@ class NativeAttention(AttentionBackend):
         lse_TH = torch.empty(num_tokens, num_kv_heads * group)
         return self._attended(*self.prepared(plan, q_TKGD, k_TKD, v_TKD, layer, scale, lse_TH)), lse_TH
 
-    def _attended(self, call: NativeCall, out_THD: Tensor) -> Tensor:
+    def _attended(self, call: ctypes.Structure, out_THD: Tensor) -> Tensor:
         if self._attend(ctypes.byref(call)):
             raise MemoryError("the attention library could not allocate its working memory")
         return out_THD
@@ -145,7 +114,7 @@ class NativeAttention(AttentionBackend):
         layer: LayerKV,
         scale: float,
         lse_TH: Tensor | None,
-    ) -> tuple[NativeCall, Tensor]:
+    ) -> tuple[ctypes.Structure, Tensor]:
         """What an entry point of the library takes, and the output it fills, out_THD. It holds nothing alive.
 
         Raises ValueError for what does not fit.
@@ -167,7 +136,7 @@ class NativeAttention(AttentionBackend):
         if not (q_dim == k_dim == v_dim == 1) and head_dim > 1:
             raise ValueError("the last dimension of queries, keys and values must be dense")
         out_THD = torch.empty(num_tokens, num_kv_heads * group, head_dim, dtype=dtype)
-        call = NativeCall(
+        call = _Call(
             dtype == torch.bfloat16,
             num_tokens,
             num_kv_heads,

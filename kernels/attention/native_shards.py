@@ -14,43 +14,17 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import LayerKV
-from megatron_medha.kernels.attention.native_attention import NativeCall, NativePlan
+from megatron_medha.kernels.attention.native_attention import NativePlan
+from megatron_medha.kernels.native_structs import native_struct
 
 _NOT_READY = 2  # of native/shards.cpp
-
-
-class _Exchange(ctypes.Structure):
-    """`Exchange` of native/shards.cpp, field by field."""
-
-    _fields_ = [
-        ("links", ctypes.c_void_p),
-        ("num_ranks", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("sets", ctypes.c_void_p),
-        ("num_sets", ctypes.c_int64),
-        ("attended_ns", ctypes.c_int64),
-    ]
-
-
-class _Merge(ctypes.Structure):
-    """`Merge` of native/shards.cpp, field by field."""
-
-    _fields_ = [
-        ("is_bf16", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
-        ("num_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("outs", ctypes.c_void_p),
-        ("lses", ctypes.c_void_p),
-        ("num_parts", ctypes.c_int64),
-        ("out", ctypes.c_void_p),
-    ]
+_Exchange, _Merge = native_struct("Exchange"), native_struct("Merge")
 
 
 class PendingShard(NamedTuple):
     """One layer's attention over this rank's shard, to be merged with that of the others where it lies."""
 
-    call: NativeCall
+    call: ctypes.Structure
     out_THD: Tensor
     lse_TH: Tensor
 

@@ -19,57 +19,9 @@ from megatron_medha.kernels.attention.backend import LayerKV
 from megatron_medha.kernels.attention.native_attention import NativePlan, pool_width
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import native_library
+from megatron_medha.kernels.native_structs import native_struct
 
-
-class _Weight(ctypes.Structure):
-    """`Weight` of native/decoder.cpp, field by field."""
-
-    _fields_ = [("values", ctypes.c_void_p), ("scales", ctypes.c_void_p)]
-
-
-class _DecoderLayer(ctypes.Structure):
-    """`DecoderLayer` of native/decoder.cpp, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "qkv_bias")),
-        *((name, _Weight) for name in ("qkv", "proj", "gate_and_up", "down")),
-        *((name, ctypes.c_void_p) for name in ("k_pool", "v_pool")),
-    ]
-
-
-class _DecoderCall(ctypes.Structure):
-    """`DecoderCall` of native/decoder.cpp, field by field."""
-
-    _fields_ = [
-        ("run_team", ctypes.c_void_p),
-        ("num_threads", ctypes.c_int64),
-        ("hidden_size", ctypes.c_int64),
-        ("num_kv_heads", ctypes.c_int64),
-        ("queries_per_kv_head", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("ffn_size", ctypes.c_int64),
-        ("epsilon", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("layers", ctypes.c_void_p),
-        ("num_layers", ctypes.c_int64),
-        ("pool_head_stride", ctypes.c_int64),
-        ("num_tokens", ctypes.c_int64),
-        ("token_ids", ctypes.c_void_p),
-        ("embedding", ctypes.c_void_p),
-        ("hidden", ctypes.c_void_p),
-        ("cos", ctypes.c_void_p),
-        ("signed_sin", ctypes.c_void_p),
-        ("angle_rows", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int64),
-        ("num_logit_rows", ctypes.c_int64),
-        ("logit_rows", ctypes.c_void_p),
-        ("final_norm", ctypes.c_void_p),
-        ("output", _Weight),
-        ("num_outputs", ctypes.c_int64),
-        ("logits", ctypes.c_void_p),
-    ]
+_Weight, _DecoderLayer, _DecoderCall = map(native_struct, ("Weight", "DecoderLayer", "DecoderCall"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +78,7 @@ class NativeDecoder:
         self._sizes, self._layers, self._embedding_VC, self._output = sizes, tuple(layers), embedding_VC, output
         self._check()
         self._kv_layers: Sequence[LayerKV] = ()
-        self._decode_call: _DecoderCall | None = None
+        self._decode_call: ctypes.Structure | None = None
         self._decoded: tuple[Tensor, Tensor] = torch.empty(0), torch.empty(0)  # its hidden states and logits
         self._table = (_DecoderLayer * len(layers))()
         for row, layer in zip(self._table, layers, strict=True):
@@ -166,48 +118,23 @@ class NativeDecoder:
         Raises ValueError for what does not fit.
         """
         sizes, num_tokens = self._sizes, len(hidden_TC)
-        cos_TD, signed_sin_TD = angles
+        cos_TD, _ = angles
         if hidden_TC.dtype != torch.bfloat16 or hidden_TC.shape[1] != sizes.hidden_size:
             raise ValueError(f"hidden states {hidden_TC.dtype} {tuple(hidden_TC.shape)} for size {sizes.hidden_size}")
         if cos_TD.shape != (num_tokens, sizes.head_dim) or cos_TD.dtype != torch.float32:
             raise ValueError(f"angles {cos_TD.dtype} {tuple(cos_TD.shape)} for {num_tokens} tokens of {sizes.head_dim}")
         if plan.slots is None or not plan.is_all_written or len(plan.slots) != num_tokens:
             raise ValueError(f"the plan does not write the {num_tokens} tokens of the batch")
-        assert hidden_TC.is_contiguous() and cos_TD.is_contiguous() and signed_sin_TD.is_contiguous()
-        self._take_pools(kv_layers)
         layers = range(len(self._layers)) if layers is None else layers
         logits_RV = None
         if logit_rows_R is not None:
-            assert self._output is not None, "this stage has no output layer"
             logits_RV = torch.empty(len(logit_rows_R), self.num_outputs, dtype=torch.bfloat16)
-        call = _DecoderCall(
-            None,
-            plan.num_threads,
-            sizes.hidden_size,
-            sizes.num_kv_heads,
-            sizes.queries_per_kv_head,
-            sizes.head_dim,
-            sizes.ffn_size,
-            sizes.epsilon,
-            sizes.scale,
-            ctypes.addressof(self._table) + layers.start * ctypes.sizeof(_DecoderLayer),
-            len(layers),
-            kv_layers[0].k.stride(0),
-            num_tokens,
-            None if token_ids_T is None else token_ids_T.data_ptr(),
-            None if token_ids_T is None or self._embedding_VC is None else self._embedding_VC.data_ptr(),
-            hidden_TC.data_ptr(),
-            cos_TD.data_ptr(),
-            signed_sin_TD.data_ptr(),
-            None,
-            plan.slots.ctypes.data,
-            plan.rows.ctypes.data,
-            len(plan.rows),
-        )
-        if logits_RV is not None and logit_rows_R is not None and self._output is not None:
+        call = self._call(layers, kv_layers, angles, hidden_TC, logits_RV)
+        call.num_threads, call.num_tokens = plan.num_threads, num_tokens
+        call.token_ids = None if token_ids_T is None else token_ids_T.data_ptr()
+        call.slots, call.rows, call.num_rows = plan.slots.ctypes.data, plan.rows.ctypes.data, len(plan.rows)
+        if logit_rows_R is not None:
             call.num_logit_rows, call.logit_rows = len(logit_rows_R), logit_rows_R.data_ptr()
-            call.final_norm, call.output = self._output.norm_C.data_ptr(), _weight_of(self._output.linear)
-            call.num_outputs, call.logits = self.num_outputs, logits_RV.data_ptr()
         if self._run(ctypes.byref(call)):
             raise MemoryError("the decoder library could not allocate its working memory")
         return logits_RV
@@ -224,10 +151,12 @@ class NativeDecoder:
         table: cosines and signed sines by position, fp32, longer than any position. No number is looked at here.
         """
         assert len(numbers) == 10 * num_tokens and num_tokens, f"{len(numbers)} numbers for {num_tokens} tokens"
-        self._take_pools(kv_layers)
         call = self._decode_call
-        if call is None or len(self._decoded[0]) < num_tokens:
-            call = self._decode_call = self._call_for(num_tokens, kv_layers, table)
+        if call is None or len(self._decoded[0]) < num_tokens or kv_layers is not self._kv_layers:
+            hidden_TC = torch.empty(num_tokens, self._sizes.hidden_size, dtype=torch.bfloat16)
+            self._decoded = hidden_TC, torch.empty(num_tokens, self.num_outputs, dtype=torch.bfloat16)
+            layers = range(len(self._layers))
+            call = self._decode_call = self._call(layers, kv_layers, table, *self._decoded)
         call.num_threads = torch.get_num_threads()
         call.num_tokens = call.num_rows = call.num_logit_rows = num_tokens
         first, _ = numbers.buffer_info()
@@ -238,18 +167,20 @@ class NativeDecoder:
             raise MemoryError("the decoder library could not allocate its working memory")
         return self._decoded[1][:num_tokens]
 
-    def _call_for(
-        self, num_tokens: int, kv_layers: Sequence[LayerKV], table: tuple[Tensor, Tensor]
-    ) -> _DecoderCall:
-        """What is the same in every call of `decode` with so many tokens at most."""
-        sizes, (cos_PD, signed_sin_PD) = self._sizes, table
-        assert self._embedding_VC is not None and self._output is not None, "a part of a model does not decode alone"
-        assert cos_PD.shape == signed_sin_PD.shape and cos_PD.shape[1] == sizes.head_dim
-        assert cos_PD.dtype == torch.float32 and cos_PD.is_contiguous() and signed_sin_PD.is_contiguous()
-        hidden_TC = torch.empty(num_tokens, sizes.hidden_size, dtype=torch.bfloat16)
-        logits_TV = torch.empty(num_tokens, self.num_outputs, dtype=torch.bfloat16)
-        self._decoded = hidden_TC, logits_TV
-        return _DecoderCall(
+    def _call(
+        self,
+        layers: range,
+        kv_layers: Sequence[LayerKV],
+        angles: tuple[Tensor, Tensor],
+        hidden_TC: Tensor,
+        logits_RV: Tensor | None,
+    ) -> ctypes.Structure:
+        """Everything but the batch itself."""
+        self._take_pools(kv_layers)
+        sizes, output, (cos, signed_sin) = self._sizes, self._output, angles
+        assert cos.shape == signed_sin.shape and cos.shape[1] == sizes.head_dim and cos.dtype == torch.float32
+        assert hidden_TC.is_contiguous() and cos.is_contiguous() and signed_sin.is_contiguous()
+        call = _DecoderCall(
             hidden_size=sizes.hidden_size,
             num_kv_heads=sizes.num_kv_heads,
             queries_per_kv_head=sizes.queries_per_kv_head,
@@ -257,18 +188,19 @@ class NativeDecoder:
             ffn_size=sizes.ffn_size,
             epsilon=sizes.epsilon,
             scale=sizes.scale,
-            layers=ctypes.addressof(self._table),
-            num_layers=len(self._layers),
+            layers=ctypes.addressof(self._table) + layers.start * ctypes.sizeof(_DecoderLayer),
+            num_layers=len(layers),
             pool_head_stride=kv_layers[0].k.stride(0),
-            embedding=self._embedding_VC.data_ptr(),
+            embedding=None if self._embedding_VC is None else self._embedding_VC.data_ptr(),
             hidden=hidden_TC.data_ptr(),
-            cos=cos_PD.data_ptr(),
-            signed_sin=signed_sin_PD.data_ptr(),
-            final_norm=self._output.norm_C.data_ptr(),
-            output=_weight_of(self._output.linear),
-            num_outputs=self.num_outputs,
-            logits=logits_TV.data_ptr(),
+            cos=cos.data_ptr(),
+            signed_sin=signed_sin.data_ptr(),
         )
+        if logits_RV is not None:
+            assert output is not None, "this stage has no output layer"
+            call.final_norm, call.output = output.norm_C.data_ptr(), _weight_of(output.linear)
+            call.num_outputs, call.logits = self.num_outputs, logits_RV.data_ptr()
+        return call
 
     def _take_pools(self, kv_layers: Sequence[LayerKV]) -> None:
         """Note where keys and values lie; every step brings the same ones."""
@@ -303,5 +235,5 @@ class NativeDecoder:
                     raise ValueError(f"a norm {norm.dtype} {tuple(norm.shape)} instead of bfloat16 ({size},)")
 
 
-def _weight_of(linear: NativeLinear) -> _Weight:
+def _weight_of(linear: NativeLinear) -> ctypes.Structure:
     return _Weight(linear.weight_ptr, linear.scales_ptr)

@@ -13,26 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_medha.kernels.native_build import gomp_parallel_address, native_library
+from megatron_medha.kernels.native_structs import native_struct
 
+_Call = native_struct("LinearCall")
 _PANEL = 64  # outputs that lie together; a multiple of every instruction set's register tile
-
-
-class LinearCall(ctypes.Structure):
-    """`LinearCall` of native/calls.h, field by field."""
-
-    _fields_ = [
-        ("num_rows", ctypes.c_int64),
-        ("num_inputs", ctypes.c_int64),
-        ("num_outputs", ctypes.c_int64),
-        ("in", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("run_team", ctypes.c_void_p),
-        ("num_threads", ctypes.c_int64),
-        ("residual", ctypes.c_void_p),
-    ]
 
 
 class NativeLinear:
@@ -69,7 +53,7 @@ class NativeLinear:
             raise ValueError(f"{input_.dtype} {tuple(input_.shape)} for a layer of {self.num_inputs} bfloat16 inputs")
         input_ = input_.contiguous()
         out = torch.empty(*input_.shape[:-1], self.num_outputs, dtype=torch.bfloat16)
-        call = LinearCall(
+        call = _Call(
             input_.numel() // self.num_inputs,
             self.num_inputs,
             self.num_outputs,

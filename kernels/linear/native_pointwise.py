@@ -11,24 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.native_build import gomp_parallel_address, native_library
+from megatron_medha.kernels.native_structs import native_struct
 
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-class PassCall(ctypes.Structure):
-    """`PassCall` of native/calls.h, field by field."""
-
-    _fields_ = [
-        ("is_bf16", ctypes.c_int64),
-        ("run_team", ctypes.c_void_p),
-        ("num_threads", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("in", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("epsilon", ctypes.c_float),
-    ]
+_Call = native_struct("PassCall")
 
 
 class NativePointwise:
@@ -58,7 +44,7 @@ class NativePointwise:
             raise ValueError(f"{input_.dtype} is neither float32 nor bfloat16")
         input_ = input_.contiguous()
         out = torch.empty(*input_.shape[:-1], width, dtype=input_.dtype)
-        call = PassCall(
+        call = _Call(
             input_.dtype == torch.bfloat16,
             self._team,
             torch.get_num_threads(),

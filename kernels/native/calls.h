@@ -5,7 +5,7 @@
 
 #include "team.h"
 
-// Mirrored field by field by LinearCall in native_linear.py. Sizes in elements; the weight is padded with zeros to
+// Read by native_structs.py, field by field. Sizes in elements; the weight is padded with zeros to
 // a multiple of 64 outputs and of 2 inputs.
 struct LinearCall {
     int64_t num_rows, num_inputs, num_outputs;
@@ -19,7 +19,7 @@ struct LinearCall {
     const uint16_t *residual;  // of out's shape, added to what was rounded; may be `out` itself; or null
 };
 
-// Mirrored field by field by PassCall in native_pointwise.py. in and out are dense, fp32 or bf16.
+// Read by native_structs.py, field by field. in and out are dense, fp32 or bf16.
 struct PassCall {
     int64_t is_bf16;
     RunTeam run_team;

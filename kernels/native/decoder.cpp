@@ -17,13 +17,13 @@
 #include "sums.h"
 #include "team.h"
 
-// Mirrored field by field by _Weight in native_decoder.py; as in LinearCall.
+// Read by native_structs.py, field by field; as in LinearCall.
 struct Weight {
     const void *values;
     const float *scales;
 };
 
-// Mirrored field by field by _DecoderLayer in native_decoder.py.
+// Read by native_structs.py, field by field.
 struct DecoderLayer {
     const uint16_t *attention_norm, *mlp_norm;  // [hidden]
     const uint16_t *q_norm, *k_norm;            // [head_dim], or null
@@ -33,7 +33,7 @@ struct DecoderLayer {
     void *k_pool, *v_pool;
 };
 
-// Mirrored field by field by DecoderCall in native_decoder.py.
+// Read by native_structs.py, field by field.
 struct DecoderCall {
     RunTeam run_team;  // null: threads of our own that stay awake for the length of the call
     int64_t num_threads;

@@ -14,7 +14,7 @@
 
 constexpr int64_t GROUP = 16;
 
-// Mirrored field by field by NativeCall in native_attention.py. Strides are in elements.
+// Read by native_structs.py, field by field. Strides are in elements.
 struct Call {
     int64_t is_bf16;
     int64_t num_tokens, num_kv_heads, queries_per_kv_head, head_dim;

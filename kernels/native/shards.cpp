@@ -41,7 +41,7 @@ struct RankSet {
     bool has(int64_t rank) const { return std::find(ranks, ranks + num_ranks, rank) != ranks + num_ranks; }
 };
 
-// Mirrored field by field by _Exchange in native_shards.py.
+// Read by native_structs.py, field by field.
 struct Exchange {
     const Link *links;  // by rank; that to oneself is never read
     int64_t num_ranks, rank;
@@ -50,7 +50,7 @@ struct Exchange {
     int64_t attended_ns;  // set: the monotonic clock when this rank's own attention was done
 };
 
-// Mirrored field by field by _Merge in native_shards.py.
+// Read by native_structs.py, field by field.
 struct Merge {
     int64_t is_bf16, num_rows, num_heads, head_dim;
     const void *const *outs;    // of each part, [T, H, D]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import queue
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,15 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_medha.checkpoints.hf_checkpoint import model_slice_of, zero_padding_rows
-from megatron_medha.checkpoints.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
+from megatron_medha.checkpoints.checkpoint_format import CheckpointFormat, Progress
+from megatron_medha.checkpoints.placements import model_slice_of, zero_padding_rows
+from megatron_medha.checkpoints.weight_checks import (
+    StoredHeader,
+    is_finite,
+    refuse_larger_model,
+    refuse_misfits,
+    refuse_non_finite,
+)
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.models.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
 from megatron_medha.models.hf_config import read_hf_config
@@ -31,7 +38,7 @@ from megatron_medha.models.megatron_args import args_from_config, config_from_ar
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import tokenizer_facts
 from megatron_medha.parallel.cpu_shim import allow_megatron_without_cuda
-from megatron_medha.safe_files.checkpoint_files import listed, read_word, shown
+from megatron_medha.safe_files.checkpoint_files import read_word, shown
 from megatron_medha.safe_files.json_fields import read_json
 from megatron_medha.safe_files.safe_pickle import load_torch_file
 from megatron_medha.safe_files.stored_tensors import INDEX_NAME, StoredTensor, TensorFiles, read_index
@@ -132,9 +139,7 @@ def _arguments(iteration: Path) -> tuple[argparse.Namespace, Path]:
 
 
 @torch.no_grad()
-def load_megatron_weights(
-    model: Any, config: ModelConfig, directory: Path, progress: Callable[[str, float], None]
-) -> None:
+def load_megatron_weights(model: Any, config: ModelConfig, directory: Path, progress: Progress) -> None:
     """Fill the model from the checkpoint, resharded to its own layout, straight into its parameters.
 
     Raises CheckpointError naming file and key when a tensor is missing, surplus, of the wrong shape or cut off.
@@ -143,17 +148,24 @@ def load_megatron_weights(
     iteration = _found(directory)
     progress(f"weights from {iteration.name}", 0.0)
     tensors = _tensors(iteration)
-    wanted = sharded_state_dict(model, _layout_of(tensors))
-    # Megatron's factories (SwiGLU) would load halves and concatenate them: a second copy. Applied beforehand,
-    # they leave views of the parameter's halves, which are filled in place.
-    apply_factories(wanted)
-    _check_tensors(wanted, _keys_of_all_stages(model, wanted), tensors, config, iteration)
+    parts = sharded_parts(model, _layout_of(tensors))
+    known_keys = _keys_of_all_stages(model, parts)
+    index = iteration / ".metadata"
+    refuse_misfits(
+        {part.key: tuple(part.global_shape) for part in parts},
+        {key: StoredHeader(index, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors.items()},
+        index,
+        "args in common.pt say",
+        is_ignored=lambda key: key in known_keys or key.endswith("._extra_state"),
+        may_be_longer={part.key for part in parts if part.allow_shape_mismatch},
+        num_ids=config.vocab_size,
+    )
     files = TensorFiles()
-    for part in nested_values(wanted):
+    for part in parts:
         # A stack of layers has an axis more in the checkpoint than a layer's parameter has.
         files.fill(part.data[(None,) * part.prepend_axis_num], part.global_offset, tensors[part.key])
     zero_padding_rows(dict(model.named_parameters()), config, model_slice_of(model))
-    refuse_non_finite(iteration, [part.key for part in nested_values(wanted) if not is_finite(part.data)])
+    refuse_non_finite(iteration, [part.key for part in parts if not is_finite(part.data)])
     progress(f"weights from {iteration.name}", 1.0)
 
 
@@ -255,39 +267,29 @@ def sharded_state_dict(model: Any, layout: Mapping[str, bool]) -> dict[str, Any]
     return {key: part for key, part in state.items() if not isinstance(part, ShardedObject)}
 
 
-def _keys_of_all_stages(model: Any, wanted: Mapping[str, Any]) -> set[str]:
+def sharded_parts(model: Any, layout: Mapping[str, bool]) -> list[ShardedTensor]:
+    """Its leaves, each with a view of the parameter that it fills.
+
+    Megatron's factories (SwiGLU) would load halves and concatenate them: a second copy. Applied beforehand, they leave
+    views of the parameter's halves, which are filled in place.
+    """
+    state = sharded_state_dict(model, layout)
+    apply_factories(state)
+    return list(nested_values(state))
+
+
+def _keys_of_all_stages(model: Any, parts: Sequence[ShardedTensor]) -> set[str]:
     """The checkpoint's names for what the whole model is made of, not only this rank's stage. Collective."""
     group = model.pg_collection.pp
     keys: list[list[str]] = [[] for _ in range(group.size())]
-    dist.all_gather_object(keys, [part.key for part in nested_values(wanted)], group=group)
+    dist.all_gather_object(keys, [part.key for part in parts], group=group)
     return {key for stage in keys for key in stage}
 
 
-def _check_tensors(
-    wanted: Mapping[str, Any],
-    known_keys: set[str],
-    tensors: Mapping[str, StoredTensor],
-    config: ModelConfig,
-    iteration: Path,
-) -> None:
-    """Raise one CheckpointError that names every (or the first few) tensor at fault."""
-    path = iteration / ".metadata"
-    problems = []
-    parts: dict[str, ShardedTensor] = {part.key: part for part in nested_values(wanted)}
-    for key, part in parts.items():
-        stored = tensors.get(key)
-        if stored is None:
-            problems.append(f"{path}: tensor {key} is missing")
-            continue
-        shape, expected = stored.shape, tuple(part.global_shape)
-        # Embeddings are padded to a multiple that depends on the layout they were trained in.
-        is_padded = part.allow_shape_mismatch and shape[1:] == expected[1:] and shape[0] >= config.vocab_size
-        if shape != expected and not is_padded:
-            problems.append(f"{path}: tensor {key} has shape {list(shape)}, args in common.pt say {list(expected)}")
-        elif stored.dtype not in _DTYPES:
-            problems.append(f"{path}: tensor {key} has dtype {stored.dtype}; weights must be floats")
-    for key in tensors:
-        if key not in known_keys and not key.endswith("._extra_state"):
-            problems.append(f"{path}: tensor {key} is not part of this model")
-    if problems:
-        raise CheckpointError(listed(problems))
+MEGATRON = CheckpointFormat(
+    "a Megatron torch_dist checkpoint (metadata.json and .metadata, here or in the iter_* directory that "
+    f"{TRACKER_NAME} names)",
+    lambda directory: find_megatron_checkpoint(directory) is not None,
+    read_megatron_config,
+    load_megatron_weights,
+)

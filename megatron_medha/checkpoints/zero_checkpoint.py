@@ -8,24 +8,29 @@ lies in DIR, or a Megatron one, whose arguments are in the model states, as Mega
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
 
-from megatron_medha.checkpoints.hf_checkpoint import (
+from megatron_medha.checkpoints.checkpoint_format import CheckpointFormat, Progress
+from megatron_medha.checkpoints.megatron_checkpoint import sharded_parts
+from megatron_medha.checkpoints.placements import (
     may_be_ignored,
     model_slice_of,
     placements,
     with_tied_head,
     zero_padding_rows,
 )
-from megatron_medha.checkpoints.megatron_checkpoint import sharded_state_dict
-from megatron_medha.checkpoints.weight_checks import is_finite, refuse_larger_model, refuse_non_finite
+from megatron_medha.checkpoints.weight_checks import (
+    StoredHeader,
+    is_finite,
+    refuse_larger_model,
+    refuse_misfits,
+    refuse_non_finite,
+)
 from megatron_medha.checkpoints.zero_states import (
     MODEL_STATES,
     OPTIM_STATES,
@@ -39,7 +44,7 @@ from megatron_medha.models.hf_config import read_hf_config
 from megatron_medha.models.megatron_args import config_from_args
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import tokenizer_facts
-from megatron_medha.safe_files.checkpoint_files import listed, path_inside, read_word
+from megatron_medha.safe_files.checkpoint_files import path_inside, read_word
 
 LATEST_NAME = "latest"
 _MEGATRON_EMBEDDING = "embedding.word_embeddings.weight"
@@ -97,9 +102,7 @@ def read_zero_config(directory: Path) -> ModelConfig:
 
 
 @torch.no_grad()
-def load_zero_weights(
-    model: Any, config: ModelConfig, directory: Path, progress: Callable[[str, float], None]
-) -> None:
+def load_zero_weights(model: Any, config: ModelConfig, directory: Path, progress: Progress) -> None:
     """Fill this rank's part of the model with the master weights, converted to its dtype, one tensor at a time.
 
     Raises CheckpointError naming the step's directory or file and the key of every tensor that is missing, surplus,
@@ -125,35 +128,32 @@ def _fill_from_transformers(model: Any, config: ModelConfig, tensors: Mapping[st
     share = model_slice_of(model)
     expected = with_tied_head(placements(config, set(parameters), share), tensors, config)
     shapes = {key: placement.shape for key, placement in expected.items()}
-    known = {key: tensor for key, tensor in tensors.items() if key in expected or not may_be_ignored(key, config)}
-    _check(shapes, known, step)
-    not_finite = []
+    refuse_misfits(
+        shapes, _headers(tensors, step), step, "the model's is", is_ignored=lambda key: may_be_ignored(key, config)
+    )
     zero_padding_rows(parameters, config, share)
-    for key, placement in expected.items():
-        if placement.parameter is None:
-            continue
-        whole = tensors[key].joined()
-        if placement.split_dim is not None:
-            rows = share.rows(placement.shape[placement.split_dim])
-            whole = whole[rows] if placement.split_dim == 0 else whole[:, rows]
-        destination = placement.view(parameters[placement.parameter])
-        destination.copy_(whole.reshape(destination.shape))
-        if not is_finite(destination):
-            not_finite.append(key)
-    refuse_non_finite(step, not_finite)
+    refuse_non_finite(step, [
+        key
+        for key, placement in expected.items()
+        if placement.parameter is not None
+        and not placement.fill(parameters, placement.part(tensors[key].joined(), share))
+    ])  # fmt: skip
 
 
 def _fill_from_megatron(model: Any, config: ModelConfig, tensors: Mapping[str, Pieces], step: Path) -> None:
     """Megatron's own description of this rank's tensors says which part of the whole ones they are."""
     for local, name in _NORM_NAMES.items():  # Megatron's description has Transformer Engine's names in any case
         tensors = {key.replace(local, name): tensor for key, tensor in tensors.items()}
-    wanted = sharded_state_dict(model, {"non_homogeneous_layers": True})
-    apply_factories(wanted)
-    parts = list(nested_values(wanted))
-    # What belongs to other stages is checked there.
-    surplus = {key for key in tensors if not key.startswith(_MEGATRON_ROOTS)}
-    _check({part.key: tuple(part.global_shape) for part in parts}, tensors, step, surplus=surplus,
-           may_be_longer={part.key for part in parts if part.allow_shape_mismatch}, num_ids=config.vocab_size)
+    parts = sharded_parts(model, {"non_homogeneous_layers": True})
+    refuse_misfits(
+        {part.key: tuple(part.global_shape) for part in parts},
+        _headers(tensors, step),
+        step,
+        "the model's is",
+        is_ignored=lambda key: key.startswith(_MEGATRON_ROOTS),  # what belongs to other stages is checked there
+        may_be_longer={part.key for part in parts if part.allow_shape_mismatch},
+        num_ids=config.vocab_size,
+    )
     for part in parts:
         whole = tensors[part.key].joined()
         slices = tuple(
@@ -165,28 +165,13 @@ def _fill_from_megatron(model: Any, config: ModelConfig, tensors: Mapping[str, P
     refuse_non_finite(step, [part.key for part in parts if not is_finite(part.data)])
 
 
-def _check(
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, Any],
-    step: Path,
-    *,
-    surplus: set[str] | None = None,
-    may_be_longer: frozenset[str] | set[str] = frozenset(),
-    num_ids: int = 0,
-) -> None:
-    """Raise one CheckpointError that names every (or the first few) tensor at fault.
+def _headers(tensors: Mapping[str, Pieces], step: Path) -> dict[str, StoredHeader]:
+    return {key: StoredHeader(step, tuple(pieces.shape), "F32") for key, pieces in tensors.items()}
 
-    surplus: known to be too many; None: all that have no shape. may_be_longer: vocabularies, padded otherwise.
-    """
-    problems = [f"{step}: tensor {key} is missing" for key in shapes if key not in tensors]
-    problems += [
-        f"{step}: tensor {key} is not part of this model"
-        for key in (set(tensors) - set(shapes) if surplus is None else surplus)
-    ]
-    for key, shape in shapes.items():
-        found = tuple(tensors[key].shape) if key in tensors else shape
-        is_padded = key in may_be_longer and found[1:] == shape[1:] and found[0] >= num_ids
-        if found != shape and not is_padded:
-            problems.append(f"{step}: tensor {key} has shape {list(found)}, the model's is {list(shape)}")
-    if problems:
-        raise CheckpointError(listed(sorted(problems)))
+
+ZERO = CheckpointFormat(
+    f"one of DeepSpeed's ZeRO ({LATEST_NAME}, which names a directory with {OPTIM_STATES})",
+    lambda directory: find_zero_checkpoint(directory) is not None,
+    read_zero_config,
+    load_zero_weights,
+)

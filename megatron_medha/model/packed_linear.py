@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,18 +68,15 @@ def pack_linears(
     if has_int8_weights:
         log.info("linear_layers kernel=native dtype=int8 weights=%d", sum(weight.numel() for _, weight in layers))
     for module, weight in layers:
-        make_this = make
-        if has_int8_weights and isinstance(module, RowParallelLinear) and get_pg_size(module.tp_group) > 1:
-            make_this = partial(int8_linear, group=module.tp_group)
-        packed = PackedLinear(make_this, weight, module.bias)
-        if get_pg_size(module.tp_group) == 1:
-            module.forward = packed  # type: ignore[method-assign]
-        elif isinstance(module, ColumnParallelLinear):
-            module.forward = _PackedColumns(packed, module)  # type: ignore[method-assign]
-        else:
+        make_this, across_ranks = make, None
+        if get_pg_size(module.tp_group) > 1 and isinstance(module, ColumnParallelLinear):
+            across_ranks = _gathering(module)
+        elif get_pg_size(module.tp_group) > 1:
             assert module.bias is None and module.input_is_parallel, "a row-parallel layer this was not written for"
-            total = sum_over_tp or partial(dist.all_reduce, group=module.tp_group)
-            module.forward = _PackedRows(packed, total)  # type: ignore[method-assign]
+            across_ranks = _summing(sum_over_tp or partial(dist.all_reduce, group=module.tp_group))
+            if has_int8_weights:
+                make_this = partial(int8_linear, group=module.tp_group)
+        module.forward = PackedLinear(make_this, weight, module.bias, across_ranks)  # type: ignore[method-assign]
         if module.weight is not None:
             weight.data = weight.data.new_empty(0)
 
@@ -110,15 +106,30 @@ def fastest_linear(weight_OI: Tensor) -> MakeLinear | None:
 
 
 class PackedLinear:
-    """Stands in for the forward of a Megatron linear layer on a single tensor-parallel rank."""
+    """Stands in for the forward of one of Megatron's parallel linear layers."""
 
-    def __init__(self, make: MakeLinear, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        """The weight is copied."""
+    def __init__(
+        self,
+        make: MakeLinear,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        across_ranks: Callable[[Tensor, bool | None], Tensor] | None = None,
+    ) -> None:
+        """The weight is copied. across_ranks: what tensor-parallel ranks do with their outputs; None: there is one."""
         self.multiply = make(weight_OI.detach(), None if bias_O is None else bias_O.detach())
+        self._across_ranks = across_ranks
 
-    def __call__(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        """[..., I] -> ([..., O], None). Weight and gathering, which Megatron may pass, are settled already."""
-        return self.multiply(input_), None
+    @property
+    def is_whole(self) -> bool:
+        """Whether no other rank has a part in it."""
+        return self._across_ranks is None
+
+    def __call__(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        """[..., I] -> ([..., O], None). The weight, which Megatron may pass, is settled already."""
+        output = self.multiply(input_)
+        return (output if self._across_ranks is None else self._across_ranks(output, runtime_gather_output)), None
 
 
 class OneDnnLinear:
@@ -159,31 +170,25 @@ def _trial_s(linear: Callable[[Tensor], Tensor], num_inputs: int) -> list[float]
     return found
 
 
-class _PackedColumns:
-    """This rank's outputs of a column-parallel layer, gathered where Megatron would gather them."""
+def _gathering(layer: ColumnParallelLinear) -> Callable[[Tensor, bool | None], Tensor]:
+    """Every rank's outputs, where Megatron would gather them."""
 
-    def __init__(self, packed: PackedLinear, layer: ColumnParallelLinear) -> None:
-        self._packed, self._group, self._gathers = packed, layer.tp_group, layer.gather_output
+    def gathered(output: Tensor, is_gathered: bool | None) -> Tensor:
+        if not (layer.gather_output if is_gathered is None else is_gathered):
+            return output
+        return gather_from_tensor_model_parallel_region(output, group=layer.tp_group)
 
-    def __call__(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[Tensor, None]:
-        output, _ = self._packed(input_)
-        if self._gathers if runtime_gather_output is None else runtime_gather_output:
-            output = gather_from_tensor_model_parallel_region(output, group=self._group)
-        return output, None
+    return gathered
 
 
-class _PackedRows:
-    """This rank's summand of a row-parallel layer, and the sum over all ranks."""
+def _summing(sum_over_tp: Callable[[Tensor], object]) -> Callable[[Tensor, bool | None], Tensor]:
+    """The sum of every rank's outputs."""
 
-    def __init__(self, packed: PackedLinear, sum_over_tp: Callable[[Tensor], object]) -> None:
-        self._packed, self._sum_over_tp = packed, sum_over_tp
+    def summed(output: Tensor, _: bool | None) -> Tensor:
+        sum_over_tp(output)
+        return output
 
-    def __call__(self, input_: Tensor) -> tuple[Tensor, None]:
-        output, _ = self._packed(input_)
-        self._sum_over_tp(output)
-        return output, None
+    return summed
 
 
 def _operators_exist() -> bool:

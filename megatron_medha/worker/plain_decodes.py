@@ -5,26 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
-from megatron_medha.kernels.attention.native_attention import NativeAttention
+from megatron_medha.kernels.attention.backend import LayerKV
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
-from megatron_medha.model.native_decoder_model import whole_decoder
-from megatron_medha.model.rotary import Rotary, Rotation
+from megatron_medha.model.rotary import Rotation
 from megatron_medha.worker.run_ahead import StepWork
-
-
-def plain_decodes(
-    model: GPTModel, backend: AttentionBackend, kv_layers: Sequence[LayerKV], rotary: Rotary
-) -> PlainDecodes | None:
-    """The short way where there is one: a whole native model, native KV, angles that depend on positions alone."""
-    decoder = whole_decoder(model)
-    if decoder is None or not isinstance(backend, NativeAttention):
-        return None
-    angles = rotary.first_positions()
-    return None if angles is None else PlainDecodes(decoder, kv_layers, angles)
 
 
 class PlainDecodes:
@@ -39,21 +25,23 @@ class PlainDecodes:
         self._decoder, self._kv_layers, self._angles = decoder, kv_layers, angles
         self._num_positions = len(angles.cos_TD)
 
-    def logits(self, decodes: StepWork) -> Tensor | None:
-        """[R, V], a row a decode, until the next call.
+    def takes(self, work: StepWork) -> bool:
+        """Whether all are decodes of the token that their request has sampled last, at positions that have angles."""
+        return all(
+            chunk.samples_token
+            and chunk.start + 1 == request.num_tokens > request.num_prompt_tokens
+            and chunk.start < self._num_positions
+            for chunk, request in work
+        )
 
-        None where there are others than decodes, each of the token its request has sampled last, or where a position is
-        beyond the angles kept.
-        """
+    def logits(self, decodes: StepWork) -> Tensor:
+        """[R, V], a row a decode, until the next call."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         rows: list[int] = []
         for row, (chunk, request) in enumerate(decodes):
             position, table = chunk.start, request.slot_table
-            is_last = position + 1 == request.num_tokens > request.num_prompt_tokens
-            if not (is_last and chunk.samples_token) or position >= self._num_positions:
-                return None
             assert table is not None, f"{request.request_id}: a decode at {position} without blocks"
             token_ids.append(request.output_ids[-1])
             positions.append(position)

@@ -18,6 +18,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.stage_plan import StagePlan, stage_plan
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
+from megatron_medha.kernels.linear.native_decoder import NativeDecoder
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.logprobs import prompt_logprobs
 from megatron_medha.model.rotary import Rotary
@@ -36,7 +37,7 @@ from megatron_medha.worker.batch_tensors import (
 )
 from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.grammar_masks import GrammarMasks
-from megatron_medha.worker.plain_decodes import plain_decodes
+from megatron_medha.worker.plain_decodes import PlainDecodes
 from megatron_medha.worker.run_ahead import PendingTokens, RunAheadDecodes, StepWork, next_decodes, pending_rows
 from megatron_medha.worker.step_clock import StepClock
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
@@ -92,9 +93,13 @@ class Rank:
         shard_tokens: int,
         device: torch.device,
         pgs: MedhaPGs,
+        decoder: NativeDecoder | None = None,
         guided: GrammarMasks | None = None,
     ) -> None:
-        """shard_tokens: of one request on one kvp rank. guided: None where no request has a grammar."""
+        """shard_tokens: of one request on one kvp rank. decoder: the model in one call of the library (cpu_model.py).
+
+        guided: None where no request has a grammar.
+        """
         self.model = model
         self._rank = rank
         self._config = config
@@ -110,9 +115,10 @@ class Rank:
         # In a layout of several, tokens are sampled elsewhere too; the front tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
         self._rotary = Rotary(config)
-        self._plain_decodes = (
-            plain_decodes(model, backend, kv_layers, self._rotary) if self.samples_for_itself else None
-        )
+        self._plain_decodes: PlainDecodes | None = None
+        angles = self._rotary.first_positions() if decoder is not None and self.samples_for_itself else None
+        if decoder is not None and angles is not None:
+            self._plain_decodes = PlainDecodes(decoder, kv_layers, angles)
         self._staging = Staging(device)
         self._clock = StepClock(device)
         self._sampler = Sampler(config.vocab_size, device)
@@ -283,8 +289,8 @@ class Rank:
         self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan | None, hidden_T1C: Tensor | None
     ) -> _ForwardResult:
         """Run the model over chunks; their blocks are noted already. plan: where it has been made already."""
-        if self._plain_decodes is not None and (found_RV := self._plain_decodes.logits(chunks)) is not None:
-            return _ForwardResult(tuple(request for _, request in chunks), found_RV)
+        if self._plain_decodes is not None and self._plain_decodes.takes(chunks):
+            return _ForwardResult(tuple(request for _, request in chunks), self._plain_decodes.logits(chunks))
         plan = plan or self._plan(chunks)
         host = host_step(chunks, plan=plan, shards=self._shards)
         logits_RV = None if self.graphs is None else self.graphs.run(host)

@@ -63,9 +63,9 @@ def test_ranks_that_start_together_build_once(cache: Path, tmp_path: Path, monke
 
 def test_another_source_is_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = native_build._digest("AVX2")
-    for source in native_build._SOURCES.iterdir():
+    for source in native_build.SOURCES.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
-    monkeypatch.setattr(native_build, "_SOURCES", tmp_path)
+    monkeypatch.setattr(native_build, "SOURCES", tmp_path)
     assert native_build._digest("AVX2") == before
     with (tmp_path / "simd.h").open("a") as file:
         file.write("\n")

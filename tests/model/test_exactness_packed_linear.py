@@ -11,7 +11,7 @@ from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.model import packed_linear
 from megatron_medha.model.build import build_model
-from megatron_medha.model.native_passes import use_native_passes
+from megatron_medha.model.cpu_model import use_native_passes
 from megatron_medha.model.packed_linear import (
     OneDnnLinear,
     PackedLinear,

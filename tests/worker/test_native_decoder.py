@@ -15,7 +15,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library
 from megatron_medha.model import packed_linear
-from megatron_medha.model.native_decoder_model import _NativeForward
+from megatron_medha.model.cpu_model import NativeForward
 
 
 @pytest.fixture(autouse=True)
@@ -101,9 +101,9 @@ def test_a_step_in_one_call_gives_the_logits_of_its_layers_one_by_one(
 ) -> None:
     front = load(kind, weight_dtype=weights)
     native = front.rank.model.forward
-    assert isinstance(native, _NativeForward)
+    assert isinstance(native, NativeForward)
     at_once = all_logits(front)
-    front.rank.model.forward = native._plain
+    front.rank.model.forward = native.plain
     one_by_one = all_logits(front)
     assert len(at_once) == 6
     assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
@@ -139,7 +139,7 @@ def test_prompt_logprobs_come_from_the_same_hidden_states(load: Callable[..., An
     new = [front.new("p", list(range(10, 30)), num_prompt_logprobs=1)]
     chunk = [front.first("p", 20, room=40, samples=True)]
     at_once = front.step(chunk, new)
-    front.rank.model.forward = front.rank.model.forward._plain
+    front.rank.model.forward = front.rank.model.forward.plain
     one_by_one = front.step(chunk, new)
     assert at_once.prompt_logprobs == one_by_one.prompt_logprobs != ()
 

@@ -25,12 +25,11 @@ from megatron_medha.core.kv.shards import default_shard_tokens
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.choose_backend import attention_backend
+from megatron_medha.kernels.linear.native_decoder import NativeDecoder
 from megatron_medha.model.build import build_model, transformer_engine_works
+from megatron_medha.model.cpu_model import use_cpu_kernels
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.int8_weights import check_weight_dtype
-from megatron_medha.model.native_decoder_model import use_native_decoder
-from megatron_medha.model.native_passes import use_native_passes
-from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import with_end_tokens_of
@@ -55,10 +54,10 @@ _PROGRESS_INTERVAL_S = 0.1
 _M_TRIM_THRESHOLD = -1  # from malloc.h
 _M_MMAP_THRESHOLD = -3
 
-LoadProgress = Callable[[str, float], None]  # what is being done, and how much of it, 0..1
+Progress = Callable[[str, float], None]  # what is being done, and how much of it, 0..1
 
 
-def load_rank(config: RankConfig, progress: LoadProgress) -> tuple[Rank, RankReady]:
+def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     """A rank that has computed its first tokens, and what the API server is told about it."""
     num_threads = num_threads_of_rank(config.model.num_threads, config.layout.world_size)
     torch.set_num_threads(num_threads)
@@ -92,7 +91,7 @@ def load_rank(config: RankConfig, progress: LoadProgress) -> tuple[Rank, RankRea
     if pgs.tp.rank() == 0 and pgs.pp.rank() == pgs.pp.size() - 1:  # it samples
         progress("vocabulary", 0.0)
         guided.load()
-    model = _loaded_model(model_config, directory, options, dtype, device, pgs, progress)
+    model, decoder = _loaded_model(model_config, directory, options, dtype, backend, device, pgs, progress)
     kv_layers, num_blocks = _kv_memory(config, model, model_config, backend, block_size, kv_dtype, device)
     shard_tokens = config.max_tokens_per_shard
     if shard_tokens is None and layout.kvp > 1:
@@ -107,6 +106,7 @@ def load_rank(config: RankConfig, progress: LoadProgress) -> tuple[Rank, RankRea
         shard_tokens=shard_tokens or num_blocks * block_size,
         device=device,
         pgs=pgs,
+        decoder=decoder,
         guided=guided,
     )
     progress("warm-up", 0.0)
@@ -135,20 +135,19 @@ def _loaded_model(
     directory: Path,
     options: ModelOptions,
     dtype: torch.dtype,
+    backend: AttentionBackend,
     device: torch.device,
     pgs: MedhaPGs,
-    progress: LoadProgress,
-) -> GPTModel:
-    """This rank's part of the model with its weights, in the layout that its kernels read."""
+    progress: Progress,
+) -> tuple[GPTModel, NativeDecoder | None]:
+    """This rank's part of the model with its weights, in the layout that its kernels read; see use_cpu_kernels."""
     progress("model", 0.0)
     model = build_model(config, dtype=dtype, device=device, pgs=pgs, is_initialized=False, fp8=options.fp8)
     load_weights(model, config, directory, _throttled(progress))
     model.requires_grad_(False)
     quantise_linears(model, options.fp8, transformer_engine_works(device))
-    pack_linears(model, tp_all_reduce(pgs.tp, device), has_int8_weights=options.weight_dtype == "int8")
-    use_native_passes(model)
-    use_native_decoder(model)
-    return model
+    has_int8_weights = options.weight_dtype == "int8"
+    return model, use_cpu_kernels(model, backend, tp_all_reduce(pgs.tp, device), has_int8_weights=has_int8_weights)
 
 
 def _kv_memory(
@@ -210,7 +209,7 @@ def tune_malloc() -> None:
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _throttled(progress: LoadProgress) -> LoadProgress:
+def _throttled(progress: Progress) -> Progress:
     """`progress`, at most once per interval: loading may report every tensor, and each report is a message."""
     last_s = -_PROGRESS_INTERVAL_S
 
