@@ -34,7 +34,7 @@ COMMANDS: dict[str, Command] = {
     "run-batch": Command("megatron_medha.cli.run_batch", "answer a file of requests, OpenAI's batch format"),
     "report": Command("megatron_medha.cli.report", "put runs side by side on one page"),
     "replay": Command("megatron_medha.cli.replay", "check that a decision log replays to the same batches"),
-    "selftest": Command("megatron_medha.cli.selftest", "throw nonsense at a running server and see it hold"),
+    "selftest": Command("megatron_medha.cli.selftest", "fuzz-test a running server"),
     "compile": Command("megatron_medha.cli.compile", "translate the scheduler to C: faster decisions"),
     "version": Command("megatron_medha.cli.version", "print the version"),
 }

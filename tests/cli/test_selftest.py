@@ -72,9 +72,9 @@ async def broken_server(answer: bytes, free_blocks: list[int]) -> tuple[asyncio.
         (b"HTTP/1.1 500 Oops\r\n\r\nTraceback", [9], "status 500"),
         (b"HTTP/1.1 400 Bad\r\ncontent-type: application/json\r\n\r\n{}", [9], "OpenAI's shape"),
         (b"HTTP/1.1 503 Busy\r\n\r\n", [9], "without Retry-After"),
-        (b"what?", [9], "not an HTTP answer"),
-        (b"HTTP/1.1 200 OK\r\n\r\n", [9], "status 200, though it is beyond any limit"),
-        (b"HTTP/1.1 200 OK\r\n\r\n", [9, 8], "afterwards 8 KV blocks are free, before it were 9"),
+        (b"what?", [9], "not an HTTP response"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", [9], "status 200, expected 400 or more"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", [9, 8], "afterwards 8 KV blocks are free, 9 were free before"),
     ],
 )
 def test_what_a_server_does_wrong_is_found(
@@ -104,7 +104,7 @@ def seen(
     lag_ms: float | None, memory_mib: float = 100.0, peak_mib: float = 100.0, failures: Words = ()
 ) -> ServerObservations:
     lag_s = None if lag_ms is None else lag_ms / 1e3
-    return ServerObservations(9, 0.01, lag_s, memory_mib * 2**20, memory_mib * 2**20, peak_mib * 2**20, list(failures))
+    return ServerObservations(9, lag_s, memory_mib * 2**20, memory_mib * 2**20, peak_mib * 2**20, list(failures))
 
 
 @pytest.mark.parametrize(("before", "during", "what"), [
@@ -112,14 +112,14 @@ def seen(
     (seen(5), seen(5, peak_mib=228), ""), (seen(5), seen(5, peak_mib=229), "memory grew by 129 MiB"),
     (seen(5, peak_mib=500), seen(5, peak_mib=500), ""), (seen(5), seen(5, memory_mib=150, peak_mib=150), ""),
     (seen(5, peak_mib=500), seen(5, memory_mib=229, peak_mib=500), "memory grew by 129 MiB"),
-    (seen(5), seen(5, failures=("status 503",)), "/health beside cases: status 503"), (seen(None), seen(None), ""),
+    (seen(5), seen(5, failures=("status 503",)), "/health during cases: status 503"), (seen(None), seen(None), ""),
 ])  # fmt: skip
 def test_waiting_and_memory_have_limits(before: ServerObservations, during: ServerObservations, what: str) -> None:
     group = check_side_effects(
         SelftestConfig(large_mib=16, max_lag_s=0.05), before, [("cases", during), ("no cases", seen(1))]
     )
     assert what in " ".join(group.failures) and bool(what) == bool(group.failures)
-    assert "/health, asked 18 times" in table([group])
+    assert "/health was asked 18 times" in table([group])
 
 
 def test_a_server_that_shows_no_figures_is_tested_all_the_same() -> None:

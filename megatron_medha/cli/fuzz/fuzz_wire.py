@@ -1,14 +1,17 @@
-"""What `medha selftest` says to a server: bytes over sockets, with nothing between that could put them right."""
+"""How `medha selftest` sends requests: as bytes over sockets, so that no client library corrects them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import ssl
+from collections import defaultdict
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 MAX_RESPONSE_BYTES = 64 * 2**20
+_SAMPLE = re.compile(rb"^(?:medha:)?(\w+)(?:\{[^}]*\})? ([\d.e+-]+)$", re.MULTILINE)
 
 
 class ServerMisbehaved(Exception):
@@ -17,44 +20,16 @@ class ServerMisbehaved(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RawResponse:
-    """An HTTP answer, as far as the test looks at it."""
+    """An HTTP response, as far as the test looks at it."""
 
     status: int
     headers: dict[str, str]
     body: bytes
 
 
-@dataclass(slots=True)
-class OpenResponse:
-    """An answer that has begun."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    timeout_s: float
-    first: bytes = b""
-
-    async def read(self, num_bytes: int) -> bytes:
-        """So many bytes at most, -1: all until the end; Broken if it hangs."""
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                return await self.reader.read(num_bytes)
-        except TimeoutError:
-            raise ServerMisbehaved(f"nothing more within {self.timeout_s:g} s") from None
-        except OSError:
-            return b""
-
-    async def rest(self) -> bytes:
-        """All of the answer."""
-        return self.first + await self.read(-1)
-
-    def close(self) -> None:
-        """Enough of it."""
-        self.writer.transport.abort()
-
-
 @dataclass(frozen=True, slots=True)
 class RawClient:
-    """The server's address, and how long it may keep silent."""
+    """The server's address, the key, and how long a response may take."""
 
     url: str
     api_key: str | None
@@ -77,65 +52,52 @@ class RawClient:
         lines = "".join(f"{name}: {value}\r\n" for name, value in {**usual, **(headers or {})}.items())
         return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("latin-1") + body
 
-    async def ask(
-        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
-    ) -> RawResponse | None:
-        """Send a request and read the answer."""
-        return await self.send(self.request(method, path, body, headers))
+    async def ask(self, method: str, path: str, body: bytes = b"") -> RawResponse | None:
+        """Send a request and read the response."""
+        return await self.send(self.request(method, path, body))
 
-    async def send(self, raw: bytes, *, is_half_closed: bool = False) -> RawResponse | None:
-        """Send bytes and read what comes until the end; None if the server just closes. Broken if it hangs."""
+    async def send(
+        self, raw: bytes, *, is_half_closed: bool = False, leaves_after: int | None = None
+    ) -> RawResponse | None:
+        """Send bytes and read what comes until the end; None if the server just closes. Broken if it hangs.
+
+        leaves_after: read so many bytes of the response only, and disconnect.
+        """
         reader, writer = await self.connect()
         try:
             async with asyncio.timeout(self.timeout_s):
-                try:
-                    writer.write(raw)
-                    await writer.drain()
-                    if is_half_closed and writer.can_write_eof():
-                        writer.write_eof()
-                    answer = await reader.read(-1)
-                except (ConnectionError, OSError):
-                    return None
+                writer.write(raw)
+                await writer.drain()
+                if is_half_closed and writer.can_write_eof():
+                    writer.write_eof()
+                answer = b"" if leaves_after == 0 else await reader.read(-1 if leaves_after is None else leaves_after)
         except TimeoutError:
-            raise ServerMisbehaved(f"no end of the answer within {self.timeout_s:g} s") from None
+            raise ServerMisbehaved(f"no end of the response within {self.timeout_s:g} s") from None
+        except OSError:
+            return None
         finally:
-            writer.close()
-        return parse(answer) if answer else None
+            writer.close() if leaves_after is None else writer.transport.abort()
+        return parse(answer) if answer and leaves_after is None else None
 
-    async def begin(self, raw: bytes) -> OpenResponse:
-        """Send a request and wait for the first bytes of its answer; Broken if none come."""
-        reader, writer = await self.connect()
-        begun = OpenResponse(reader, writer, self.timeout_s)
-        writer.write(raw)
-        begun.first = await begun.read(1)
-        return begun
-
-    async def leave(self, raw: bytes, after_bytes: int) -> None:
-        """Send bytes, read so many of the answer, and go away."""
-        reader, writer = await self.connect()
-        try:
-            writer.write(raw)
-            await writer.drain()
-            if after_bytes:
-                async with asyncio.timeout(self.timeout_s):
-                    await reader.read(after_bytes)
-        except TimeoutError:
-            raise ServerMisbehaved(f"nothing came within {self.timeout_s:g} s") from None
-        except (ConnectionError, OSError):
-            pass
-        finally:
-            writer.transport.abort()
+    async def metrics(self) -> dict[bytes, float]:
+        """What /metrics shows, summed over replicas, without the prefix medha:; empty if it cannot be read."""
+        values: dict[bytes, float] = defaultdict(float)
+        answer = await self.ask("GET", "/metrics")
+        if answer is not None and answer.status == 200:
+            for name, value in _SAMPLE.findall(answer.body):
+                values[name] += float(value)
+        return values
 
 
 def parse(answer: bytes) -> RawResponse:
-    """Status, headers and body of the last answer in these bytes; Broken if they are no HTTP."""
+    """Status, headers and body of the last response in these bytes; Broken if they are no HTTP."""
     head, gap, body = answer.partition(b"\r\n\r\n")
     while head.startswith(b"HTTP/1.1 100"):
         head, gap, body = body.partition(b"\r\n\r\n")
     lines = head.decode("latin-1").split("\r\n")
     words = lines[0].split()
     if not gap or len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdigit():
-        raise ServerMisbehaved(f"not an HTTP answer: {answer[:80]!r}")
+        raise ServerMisbehaved(f"not an HTTP response: {answer[:80]!r}")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
     if headers.get("transfer-encoding") == "chunked":
         body = _joined(body)
@@ -143,7 +105,7 @@ def parse(answer: bytes) -> RawResponse:
 
 
 def check(answer: RawResponse | None) -> None:
-    """Broken unless this is how a server may answer nonsense: no 5xx but 503, and errors in OpenAI's shape."""
+    """Broken unless a server may answer a bad request so: no 5xx but 503, and errors in OpenAI's shape."""
     if answer is None:
         return
     if answer.status >= 500 and answer.status != 503:
@@ -164,14 +126,14 @@ def check(answer: RawResponse | None) -> None:
 
 
 def _joined(body: bytes) -> bytes:
+    """The body of a chunked response."""
     parts: list[bytes] = []
     while body:
-        size, gap, rest = body.partition(b"\r\n")
-        try:
-            num_bytes = int(size, 16)
-        except ValueError:
-            raise ServerMisbehaved(f"a chunk without its size: {size[:40]!r}") from None
-        if not gap or not num_bytes:
+        size, _, rest = body.partition(b"\r\n")
+        if re.fullmatch(rb"[0-9a-fA-F]+", size) is None:
+            raise ServerMisbehaved(f"a chunk without its size: {size[:40]!r}")
+        num_bytes = int(size, 16)
+        if not num_bytes:
             break
         parts.append(rest[:num_bytes])
         body = rest[num_bytes + 2 :]
