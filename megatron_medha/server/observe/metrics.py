@@ -1,4 +1,4 @@
-"""What the server counts and measures. How it is shown to Prometheus is metrics_page's business.
+"""All metrics of the server: what is counted and measured, and under which names it is shown.
 
 HTTP requests are counted on the event loop, the scheduler's side on the engines' threads under the request log's lock;
 no number is written by both.
@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import NamedTuple
 
+from megatron_medha.core.ports import EnginePhase, ReplicaState
 from megatron_medha.server.generation import Choice, GenerationSpec
 
 # vLLM's boundaries; the first ones with more between 10 and 640 s, where million-token prompts are.
@@ -46,12 +49,44 @@ NUM_RECENT_LAGS = 500  # of which the greatest is shown: 10 s
 NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
+class Named(NamedTuple):
+    """How a metric is shown: as medha:NAME and, where the meaning is the same, under vLLM's names, old ones too."""
+
+    name: str
+    meaning: str
+    vllm_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [f"medha:{self.name}", *(f"vllm:{name}" for name in self.vllm_names)]
+
+
+def own(name: str, meaning: str) -> Named:
+    """One that vLLM has not."""
+    return Named(name, meaning)
+
+
+def in_vllm(name: str, meaning: str, *older: str) -> Named:
+    """One that vLLM calls the same. older: names that dashboards made for earlier versions of it ask for."""
+    return Named(name, meaning, (name, *older))
+
+
+class LabelledCounts(NamedTuple):
+    """A counter with labels."""
+
+    named: Named
+    labels: tuple[str, ...]
+    counts: Mapping[tuple[str, ...], int]  # by the labels' values
+
+
 class Histogram:
     """Counts of values per bucket; a bucket holds values up to and including its bound."""
 
-    __slots__ = ("bounds", "counts", "total")
+    __slots__ = ("bounds", "counts", "named", "total")
 
-    def __init__(self, bounds: Sequence[float]) -> None:
+    def __init__(self, bounds: Sequence[float], named: Named) -> None:
+        self.named = named
         self.bounds = tuple(bounds)
         self.counts = [0] * (len(self.bounds) + 1)
         self.total = 0.0
@@ -67,16 +102,32 @@ class Metrics:
 
     def __init__(self) -> None:
         # on the event loop
-        self.ttft_s = Histogram(TTFT_S)
-        self.inter_token_s = Histogram(TOKEN_S)
-        self.time_per_output_token_s = Histogram(TOKEN_S)
-        self.e2e_s = Histogram(REQUEST_S)
-        self.decode_s = Histogram(REQUEST_S)
-        self.prompt_tokens = Histogram(NUM_TOKENS)
-        self.output_tokens = Histogram(NUM_TOKENS)
-        self.params_n = Histogram(NUM_CHOICES)
-        self.params_max_tokens = Histogram(NUM_TOKENS)
-        self.loop_lag_s = Histogram(LAGS_S)
+        self.ttft_s = Histogram(
+            TTFT_S, in_vllm("time_to_first_token_seconds", "From the arrival of a request to its first token")
+        )
+        self.inter_token_s = Histogram(TOKEN_S, in_vllm(
+            "inter_token_latency_seconds",
+            "Between two tokens of a request", "time_per_output_token_seconds",
+        ))
+        self.time_per_output_token_s = Histogram(
+            TOKEN_S, in_vllm("request_time_per_output_token_seconds", "Mean time between the tokens of one request")
+        )
+        self.e2e_s = Histogram(
+            REQUEST_S, in_vllm("e2e_request_latency_seconds", "From the arrival of a request to its last token")
+        )
+        self.decode_s = Histogram(
+            REQUEST_S, in_vllm("request_decode_time_seconds", "From a request's first token to its last")
+        )
+        self.prompt_tokens = Histogram(NUM_TOKENS, in_vllm("request_prompt_tokens", "Prompt tokens of a request"))
+        self.output_tokens = Histogram(NUM_TOKENS, in_vllm("request_generation_tokens", "Output tokens of a request"))
+        self.params_n = Histogram(NUM_CHOICES, in_vllm("request_params_n", "The n that clients ask for"))
+        self.params_max_tokens = Histogram(
+            NUM_TOKENS, in_vllm("request_params_max_tokens", "Output tokens that a request may have")
+        )
+        self.loop_lag_s = Histogram(LAGS_S, own(
+            "event_loop_lag_seconds",
+            "How late the API server's event loop runs what is due, as far as the server's own work explains it",
+        ))
         self.recent_lags_s: deque[float] = deque([0.0], maxlen=NUM_RECENT_LAGS)
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
@@ -85,17 +136,34 @@ class Metrics:
         self.num_cut_off: dict[str, int] = {}
         self.num_ended: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         # on the engine's thread
-        self.queue_s = Histogram(REQUEST_S)
-        self.prefill_s = Histogram(REQUEST_S)
-        self.step_predicted_s = Histogram(STEP_S)
-        self.step_actual_s = Histogram(STEP_S)
-        self.step_relative_error = Histogram(RELATIVE_ERRORS)
-        self.step_ratio = Histogram(RATIOS)
-        self.step_tokens = Histogram(NUM_STEP_TOKENS)
-        self.relative_slack = Histogram(RELATIVE_SLACKS)
-        self.kvp_degree = Histogram(KVP_DEGREES)
-        self.num_deadlines_met: dict[tuple[str, str], int] = {}     # by length class and SLO class
-        self.num_deadlines_missed: dict[tuple[str, str], int] = {}
+        self.queue_s = Histogram(
+            REQUEST_S, in_vllm("request_queue_time_seconds", "From the arrival of a request to its first schedule")
+        )
+        self.prefill_s = Histogram(
+            REQUEST_S, in_vllm("request_prefill_time_seconds", "From a request's first schedule to its first token")
+        )
+        self.step_predicted_s = Histogram(
+            STEP_S, own("step_predicted_seconds", "Duration of a step as the scheduler predicted it")
+        )
+        self.step_actual_s = Histogram(
+            STEP_S, own("step_actual_seconds", "Duration of a step as the ranks measured it")
+        )
+        self.step_relative_error = Histogram(
+            RELATIVE_ERRORS, own("step_prediction_relative_error", "|predicted / actual - 1| of a step")
+        )
+        self.step_ratio = Histogram(
+            RATIOS, own("step_actual_over_predicted_ratio", "Actual / predicted duration of a step; above 1: too slow")
+        )
+        self.step_tokens = Histogram(NUM_STEP_TOKENS, in_vllm("iteration_tokens_total", "Tokens of a step"))
+        self.relative_slack = Histogram(RELATIVE_SLACKS, own(
+            "relative_slack_at_first_token",
+            "What was left of a request's first-token deadline, in units of its own predicted prefill; below 0: missed",
+        ))
+        self.kvp_degree = Histogram(
+            KVP_DEGREES, own("kvp_degree", "KVP ranks that hold a request's KV when its first token comes")
+        )
+        self.num_deadlines_met: dict[tuple[str, ...], int] = {}     # by length class and SLO class
+        self.num_deadlines_missed: dict[tuple[str, ...], int] = {}
         self.num_paused_prefills = 0
         self.num_recomputed_tokens = 0
         self.stage_busy_s = 0.0
@@ -103,6 +171,56 @@ class Metrics:
         self.num_preemptions = 0
         self.num_preempted_tokens = 0
         self.num_rejected = 0
+
+    @property
+    def counters(self) -> dict[Named, float]:
+        """Those without labels of their own."""
+        return {
+            in_vllm("prompt_tokens", "Prompt tokens computed, also of aborted requests"): self.num_prompt_tokens,
+            in_vllm("generation_tokens", "Tokens generated"): self.num_output_tokens,
+            in_vllm("num_preemptions", "Sequences that lost their KV to a decode"): self.num_preemptions,
+            own("preempted_tokens", "Tokens that had to be recomputed because KV was lost"): self.num_preempted_tokens,
+            own("recomputed_tokens", "Prompt and output tokens computed more than once"): self.num_recomputed_tokens,
+            own(
+                "prefill_pauses",
+                "Prefills that others overtook at a chunk boundary, with KV kept",
+            ): self.num_paused_prefills,
+            own("stage_busy_seconds", "Time the ranks computed, by the step and pipeline stage"): self.stage_busy_s,
+            own(
+                "work_present_seconds",
+                "Time in which there was work; 1 - stage_busy / work_present is the share of bubbles",
+            ): self.work_present_s,
+            own("rejected_requests", "Requests refused by the scheduler"): self.num_rejected,
+            own("ttft_slo_met", "Requests that met the TTFT target they brought"): self.num_ttft_slo_met,
+            own("ttft_slo_missed", "Requests that missed the TTFT target they brought"): self.num_ttft_slo_missed,
+        }
+
+    def labelled_counters(self, slo_classes: Iterable[str]) -> Iterator[LabelledCounts]:
+        """Those with labels. slo_classes: all that a request may have, whether or not one has come."""
+        keys = product([*(name for _, name in LENGTH_CLASSES), LONGEST_CLASS], slo_classes)
+        no_deadlines: dict[tuple[str, ...], int] = dict.fromkeys(keys, 0)
+        lengths = ("length_class", "slo_class")
+        yield LabelledCounts(
+            in_vllm("request_success", "Requests that ended, by reason"), ("finished_reason",),
+            {(reason,): count for reason, count in self.num_ended.items()},
+        )  # fmt: skip
+        yield LabelledCounts(
+            own("requests_cut_off", "HTTP requests that ended without their whole answer"), ("reason",),
+            with_zeros(CUT_OFF_REASONS, self.num_cut_off),
+        )  # fmt: skip
+        yield LabelledCounts(
+            own("deadlines_met", "Requests whose first token came in time"), lengths,
+            no_deadlines | self.num_deadlines_met.copy(),
+        )  # fmt: skip
+        yield LabelledCounts(
+            own("deadlines_missed", "Requests whose first token came late"), lengths,
+            no_deadlines | self.num_deadlines_missed.copy(),
+        )  # fmt: skip
+
+    @property
+    def histograms(self) -> list[Histogram]:
+        """All of them."""
+        return [value for value in vars(self).values() if isinstance(value, Histogram)]
 
     # requests, on the event loop
 
@@ -179,3 +297,39 @@ class Metrics:
 def length_class(num_prompt_tokens: int) -> str:
     """The class of prompts about as long as this: named after its upper end."""
     return next((name for most, name in LENGTH_CLASSES if num_prompt_tokens <= most), LONGEST_CLASS)
+
+
+def replica_gauges(replica: ReplicaState) -> dict[Named, float]:
+    """What is the case on one replica now."""
+    status, load = replica
+    num_used = load.num_blocks - load.num_free_blocks
+    return {
+        own(
+            "is_ready",
+            "1 while requests run; 0 while the model loads or ranks come up again",
+        ): float(status.phase is EnginePhase.READY),
+        in_vllm("num_requests_running", "Requests in prefill or decode"): load.num_prefilling + load.num_decoding,
+        in_vllm("num_requests_waiting", "Requests not begun"): load.num_waiting,
+        in_vllm(
+            "kv_cache_usage_perc",
+            "Share of KV blocks in use, 0 to 1", "gpu_cache_usage_perc",
+        ): num_used / load.num_blocks if load.num_blocks else 0.0,
+        own("num_waiting_tokens", "Prompt tokens not computed yet"): load.num_waiting_tokens,
+        own("num_prefilling", "Requests in prefill"): load.num_prefilling,
+        own("num_decoding", "Requests in decode"): load.num_decoding,
+        own("num_free_blocks", "KV blocks that are free"): load.num_free_blocks,
+        own("num_blocks", "KV blocks"): load.num_blocks,
+    }
+
+
+def replica_counters(replica: ReplicaState) -> dict[Named, float]:
+    """What has happened to one replica's ranks."""
+    return {
+        own("rank_failures", "Times that ranks were lost"): replica.status.num_failures,
+        own("rank_recoveries", "Times that ranks that were lost came up again"): replica.status.num_recoveries,
+    }
+
+
+def with_zeros(reasons: Iterable[str], counts: Mapping[str, int]) -> dict[tuple[str, ...], int]:
+    """Counts by label, those that have never counted included."""
+    return {(reason,): count for reason, count in {**dict.fromkeys(reasons, 0), **counts}.items()}
