@@ -38,7 +38,7 @@ from megatron_medha.cluster.messages import (
 from megatron_medha.cluster.pending_grammars import PendingGrammars
 from megatron_medha.cluster.rank_state import RankStateCache
 from megatron_medha.cluster.start_progress import StartProgress
-from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output, RanksLost, TokenOut
+from megatron_medha.core.batch import Aborted, Batch, Event, Output, RanksLost, TokenOut
 from megatron_medha.core.errors import RankError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.inbox import Inbox
@@ -95,9 +95,8 @@ class ClusterRuntime:
         self._loss_reason = ""
         self._ready_s = self._served_s = 0.0  # when the ranks came up last; how long they have served before that
         self._num_blocks: int | None = None  # promised to the scheduler
-        self._events: deque[Event | None] = deque()
-        self._results: dict[int, dict[str, TokenSample]] = {}  # of batches whose Completed has not been taken up
-        self._sampled: dict[str, TokenSample] = {}             # of the one that was taken up last
+        self._events: deque[Event | BatchResult | None] = deque()
+        self._sampled: dict[str, TokenSample] = {}  # of the batch that was taken up last
         self._poller = zmq.Poller()
         self._next_check_s = self._next_ping_s = 0.0
 
@@ -216,8 +215,11 @@ class ClusterRuntime:
             self._wait()
         event = self._events.popleft()
         match event:
-            case Completed():
-                self._sampled = self._results.pop(event.batch_id)
+            case BatchResult():
+                self._sampled = {
+                    token.request_id: TokenSample(token.token_id, token.logprobs) for token in event.tokens
+                }
+                return event.completed
             case Aborted():
                 self._streams.drop(event.request_id)
             case RanksLost():
@@ -319,7 +321,9 @@ class ClusterRuntime:
                 for on_step in self.on_step:
                     on_step(message, self.now_s())
                 for event in self._collector.take(message):
-                    self._events.append(self._store_result(event) if isinstance(event, BatchResult) else event)
+                    self._events.append(event)
+                    if isinstance(event, BatchResult):
+                        self._note_completed(event)
             case Heartbeat():
                 pass
             case GrammarPrepared():
@@ -338,19 +342,13 @@ class ClusterRuntime:
             case _:
                 raise RankError(f"unexpected {type(message).__name__} from rank {message.rank}")
 
-    def _store_result(self, result: BatchResult) -> Completed:
-        """Keep what belongs to the streams until the scheduler has said which tokens go out."""
-        completed = result.completed
-        self._watchdog.completed(completed.batch_id, self.now_s())
-        self._results[completed.batch_id] = {
-            token.request_id: TokenSample(token.token_id, token.logprobs) for token in result.tokens
-        }
+    def _note_completed(self, result: BatchResult) -> None:
+        self._watchdog.completed(result.completed.batch_id, self.now_s())
         for part in result.prompt_logprobs:
             if (stream := self._streams.get(part.request_id)) is not None:
                 # A prompt that lost its KV is computed again and yields the same positions again.
                 del stream.prompt_logprobs[part.first_position - 1 :]
                 stream.prompt_logprobs.extend(part.logprobs)
-        return completed
 
     def _note_start(self, what: str, fraction: float) -> None:
         if self._num_blocks is None:

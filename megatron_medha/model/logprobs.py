@@ -13,26 +13,18 @@ from torch import Tensor
 
 from megatron_medha.core.sampling import TokenLogprobs
 
-# fp32 copies of prompt logits are made in slices of this many elements: 64 MiB each.
-_PROMPT_SLICE_ELEMENTS = 1 << 24
-
 
 @torch.inference_mode()
 def prompt_logprobs(logits_TV: Tensor, next_token_ids: Tensor, num_top: int) -> list[TokenLogprobs]:
     """Log-probability of each prompt token under the logits of the position before it.
 
-    logits_TV: any float dtype; padding columns past the true vocabulary already cut off by the caller.
+    logits_TV: any float dtype, so few rows that a copy in fp32 fits; padding columns past the true vocabulary already
+    cut off by the caller.
     next_token_ids: (T,) integers, the tokens that follow. Positions with NaN logits give NaN log-probabilities.
     """
-    num_tokens, vocab_size = logits_TV.shape
-    step = max(1, _PROMPT_SLICE_ELEMENTS // vocab_size)
-    next_token_ids = next_token_ids.to(logits_TV.device, torch.int64)
-    found: list[TokenLogprobs] = []
-    for first in range(0, num_tokens, step):
-        part_TV = logits_TV[first : first + step].float()
-        logprobs = token_logprobs(part_TV, next_token_ids[first : first + step], num_top, allows_host_sync=True)
-        found += logprobs.listed([num_top] * part_TV.shape[0])
-    return found
+    token_ids_T = next_token_ids.to(logits_TV.device, torch.int64)
+    found = token_logprobs(logits_TV.float(), token_ids_T, num_top, allows_host_sync=True)
+    return found.listed([num_top] * len(token_ids_T))
 
 
 class Logprobs(NamedTuple):

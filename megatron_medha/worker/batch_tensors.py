@@ -20,16 +20,8 @@ from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.shared_attention import SharedAttention
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
 from megatron_medha.parallel.shm_channel import ShmChannel
+from megatron_medha.worker.prompt_rows import PromptRows
 from megatron_medha.worker.token_store import StoredRequest
-
-
-@dataclass(frozen=True, slots=True)
-class PromptRows:
-    """Rows whose logits predict prompt tokens that were asked for with their log-probabilities."""
-
-    request: StoredRequest
-    first_position: int  # of the predicted tokens
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,10 @@ from torch import Tensor
 from megatron_medha.cluster.kv_audit import SentBlocks
 from megatron_medha.cluster.messages import HeldKV, PromptLogprobs, RankStep, SampledToken, StepDone
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.stage_plan import StagePlan, stage_plan
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
 from megatron_medha.kernels.staging import Staging
-from megatron_medha.model.logprobs import prompt_logprobs
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.sampler import Sampler
 from megatron_medha.model.sampling_row import SamplingRow
@@ -30,7 +28,6 @@ from megatron_medha.parallel.shm_channel import ShmChannel
 from megatron_medha.parallel.stage_link import PendingReceive, StageLink
 from megatron_medha.worker.batch_tensors import (
     KVShards,
-    PromptRows,
     append_extents,
     host_step,
     step_tensors,
@@ -38,12 +35,10 @@ from megatron_medha.worker.batch_tensors import (
 from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.grammar_masks import GrammarMasks
 from megatron_medha.worker.plain_decodes import PlainDecodes
+from megatron_medha.worker.prompt_rows import logprobs_of_prompts
 from megatron_medha.worker.run_ahead import PendingTokens, RunAheadDecodes, StepWork, next_decodes, pending_rows
 from megatron_medha.worker.step_clock import StepClock
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
-
-# Logits of a whole chunk may not fit in memory (8192 x 152K fp32 is 5 GB); prompt logprobs go through in slices.
-_PROMPT_SLICE_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +312,7 @@ class Rank:
         prompt: list[PromptLogprobs] = []
         if tensors.prompt_rows:  # all ranks of a tensor-parallel group take part in the output layer
             assert tensors.batch.hidden is not None
-            prompt = self._prompt_logprobs(tensors.batch.hidden, tensors.prompt_rows)
+            prompt = logprobs_of_prompts(self.model, tensors.batch.hidden, tensors.prompt_rows, self._config.vocab_size)
         return _ForwardResult(tensors.sampling_requests, output[0], prompt)
 
     def _done(
@@ -372,23 +367,3 @@ class Rank:
             allowed = self._guided.allowed(requests)
         choices = self._sampler.choose(logits_RV, rows, None if allowed is None else allowed.by_row)
         return PendingTokens(requests, choices, {} if allowed is None else allowed.faults, every)
-
-    def _prompt_logprobs(self, hidden_PC: Tensor, prompt_rows: Sequence[PromptRows]) -> list[PromptLogprobs]:
-        """The output layer once more, over the rows that predict prompt tokens."""
-        model = self.model
-        weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-        slice_rows = max(1, _PROMPT_SLICE_LOGITS // self._config.vocab_size)
-        found: list[PromptLogprobs] = []
-        first_row = 0
-        for rows in prompt_rows:
-            num_top = rows.request.sampling.num_prompt_logprobs or 0
-            logprobs: list[TokenLogprobs] = []
-            for done in range(0, rows.num_tokens, slice_rows):
-                count = min(slice_rows, rows.num_tokens - done)
-                hidden_R1C = hidden_PC[first_row + done : first_row + done + count].unsqueeze(1)
-                logits_R1V, _ = model.output_layer(hidden_R1C, weight=weight, runtime_gather_output=True)
-                next_ids = torch.tensor(rows.request.tokens(rows.first_position + done, count))
-                logprobs += prompt_logprobs(logits_R1V[:, 0, : self._config.vocab_size], next_ids, num_top)
-            found.append(PromptLogprobs(rows.request.request_id, rows.first_position, tuple(logprobs)))
-            first_row += rows.num_tokens
-        return found

@@ -265,8 +265,7 @@ def test_ties_are_listed_in_order_of_id():
     assert [i for i, _ in sampled.logprobs.top] == [1, 3, 6, 2, 4]
 
 
-def test_prompt_logprobs_are_the_log_softmax_of_the_next_tokens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_medha.model.logprobs._PROMPT_SLICE_ELEMENTS", 3 * VOCAB_SIZE)
+def test_prompt_logprobs_are_the_log_softmax_of_the_next_tokens():
     logits = some_logits(12, num_rows=8)
     next_ids = torch.arange(8, dtype=torch.int32)
     found = prompt_logprobs(logits, next_ids, num_top=2)

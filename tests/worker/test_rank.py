@@ -126,7 +126,7 @@ def test_output_logprobs_are_those_of_the_models_distribution(front: Any, theirs
 def test_prompt_logprobs_cover_every_position_after_the_first_whatever_the_chunks(
     front: Any, theirs: tuple[Any, Path], cuts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_medha.worker.rank._PROMPT_SLICE_LOGITS", 5 * 512)  # slices of five rows
+    monkeypatch.setattr("megatron_medha.worker.prompt_rows._SLICE_LOGITS", 5 * 512)  # slices of five rows
     token_ids = prompt(30)
     other = front.new("other", prompt(12), num_prompt_logprobs=0)
     found: dict[int, Any] = {}
@@ -222,6 +222,12 @@ def test_memory_for_less_than_a_block_is_refused_with_the_way_out(rank_config: R
 def test_a_pool_of_a_single_block_is_enough_to_start(rank_config: RankConfig) -> None:
     _, ready = load_rank(msgspec.structs.replace(rank_config, kv_memory_bytes=8192), lambda what, fraction: None)
     assert ready.num_blocks == 1
+
+
+def test_shards_as_short_as_the_warm_up_are_long_enough_to_start(rank_config: RankConfig) -> None:
+    config = msgspec.structs.replace(rank_config, max_tokens_per_shard=64)
+    _, ready = load_rank(config, lambda what, fraction: None)
+    assert ready.shard_tokens == 64
 
 
 def test_bfloat16_runs_and_reports_itself(rank_config: RankConfig) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-import socket as sockets
-import struct
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from megatron_medha.cluster.health import MAX_CHECK_INTERVAL_S
 from megatron_medha.cluster.launch import WORKER_COMMAND, RankProcess
 from megatron_medha.cluster.launch_config import split_address
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.remote.addresses import free_port, interface_of, local_address
 from megatron_medha.cluster.remote.agent_messages import AgentShutdown, AgentState, DesiredState, Redirect, ToAgent
 from megatron_medha.cluster.wire import UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import ConfigError, RankError
@@ -36,7 +35,6 @@ _FRONT_TIMEOUT_S = 30.0   # silence of the front after which it counts as gone
 _MAX_FAILED_HANDSHAKES = 3  # one may be the front's end in the middle of it
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _MAX_MESSAGE_BYTES = 2**20  # of the front; a rank's configuration is a few kilobytes
-_SIOCGIFADDR = 0x8915     # from linux/sockios.h
 _HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 )
@@ -91,11 +89,11 @@ class Agent:
         self._rank = rank
         self._command = command
         self._timeout_s = timeout_s  # for the first word of the front
-        self._local_address = _local_address(self._host, self._port)
+        self._local_address = local_address(self._host, self._port)
         self._process: RankProcess | None = None
         self._start: int | None = None            # that the process belongs to
         self._ended: tuple[int, int] | None = None
-        self._free_port = _free_port(self._local_address)
+        self._free_port = free_port(self._local_address)
         # The name of one agent's connections: a second agent of this rank has another, so that neither takes the
         # other's messages.
         self._identity = f"agent-{rank}-{secrets.token_hex(8)}".encode()
@@ -197,7 +195,7 @@ class Agent:
             self._process.kill()
             self._process.process.wait()
             self._process = self._start = None
-            self._free_port = _free_port(self._local_address)
+            self._free_port = free_port(self._local_address)
 
     def _environment(self, config: RankConfig) -> dict[str, str]:
         environment = {
@@ -207,7 +205,7 @@ class Agent:
             "WORLD_SIZE": str(config.layout.world_size),
             "TORCHELASTIC_USE_AGENT_STORE": "False",
         }
-        interface = _interface_of(self._local_address)
+        interface = interface_of(self._local_address)
         if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
             environment["GLOO_SOCKET_IFNAME"] = interface
         return environment
@@ -276,37 +274,3 @@ def _rank_of_launcher() -> int:
         f"no launcher says which rank this is ({', '.join(_RANK_VARIABLES)}); start it with torchrun, deepspeed or "
         "srun, or give --rank N"
     )
-
-
-def _local_address(host: str, port: int) -> str:
-    """Which of this machine's addresses faces the front; nothing is sent."""
-    try:
-        with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
-            probe.connect((host, port))
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ConfigError(f"--attach tcp://{host}:{port}: there is no way there ({error.strerror})") from None
-
-
-def _free_port(address: str) -> int:
-    with sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
-
-
-def _interface_of(address: str) -> str | None:
-    """The network interface with this IPv4 address, where the system tells; gloo wants its name."""
-    if sys.platform != "linux":
-        return None
-    import fcntl
-
-    wanted = sockets.inet_aton(address)
-    with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
-        for _, name in sockets.if_nameindex():
-            try:
-                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue  # it has no address
-            if found[20:24] == wanted:
-                return name
-    return None

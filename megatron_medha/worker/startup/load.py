@@ -173,7 +173,7 @@ def _kv_memory(
 
 def warm_up(rank: Rank, *, num_blocks: int, block_size: int) -> None:
     """One prefill chunk and one decode on blocks nobody owns yet; first calls are slow (threads, code paths)."""
-    num_tokens = min(_WARM_UP_TOKENS, num_blocks * block_size - 1)
+    num_tokens = min(_WARM_UP_TOKENS, num_blocks * block_size - 1, rank.shards.shard_tokens - 1)  # all in one shard
     request_id = "warm-up"
     new = NewRequest(
         request_id=request_id,
