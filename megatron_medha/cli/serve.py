@@ -93,6 +93,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     from megatron_medha.server.observe.request_log import RequestLog
     from megatron_medha.server.observe.tracing import OtelTraces
     from megatron_medha.server.run_server import run as run_app
+    from megatron_medha.server.service import Service
     from megatron_medha.text.sampling_defaults import read_sampling_defaults
     from megatron_medha.text.tokenizer import Tokenizer
 
@@ -102,31 +103,30 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
     journal = RequestLog(metrics)
     engine = make_engine(config, journal.watch)
     tokenizer: Future[Tokenizer] = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, config.tokenizer)
-    app = create_app(
+    service = Service(
         engine,
         tokenizer,
         config.server,
-        metrics,
+        metrics=metrics,
         journal=journal,
         slo=config.slo_classes,
         read_config=read_server_config,
         traces=OtelTraces(config.tracking.otlp_endpoint) if config.tracking.otlp_endpoint is not None else None,
-        model_name=model_name_of(config),
         sampling_defaults=sampling_defaults,
     )
     tracking = Tracking(config.tracking, engine, metrics, public_options(options))
-    printer = _StatusPrinter(app.state.service, needs_key=config.server.needs_key)
+    printer = _StatusPrinter(service, needs_key=config.server.needs_key)
 
     def on_listening(url: str) -> None:
         gc.freeze()
         gc.enable()
         stops.count(lambda: printer.failure is None)
-        app.state.service.prepare()
+        service.prepare()
         printer.start(url)
         tracking.start()
 
     try:
-        run_app(app, config.server, on_listening)
+        run_app(create_app(service, model_name_of(config)), config.server, on_listening)
     finally:
         gc.enable()
         printer.end()

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from megatron_medha.grammar.guidance import GrammarError
-from megatron_medha.grammar.schema_disjoint import are_disjoint, literals_of, types_of
+from megatron_medha.grammar.schema_disjoint import TYPES, are_disjoint, literals_of, types_of
 from megatron_medha.grammar.schema_numbers import common_multiple_fault, count_of, literal_of, number_of, with_numbers
 from megatron_medha.grammar.schema_strings import key_pattern, with_strings
 
@@ -33,7 +33,6 @@ _REWRITTEN = (
     "unevaluatedProperties", "unevaluatedItems", "uniqueItems", "propertyNames", "not", "if", "dependentRequired",
     "dependentSchemas", "dependencies", "contains", "nullable", "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
-_TYPES = ("null", "boolean", "number", "string", "array", "object")
 _COMBINING = {"anyOf", "allOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "$dynamicRef", "$recursiveRef"}
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "dependencies")
 
@@ -231,7 +230,7 @@ class _Translation:
         if not arrays:
             self._refuse(path, "there are too few values for minItems")
             return made
-        types = made.get("type", list(_TYPES))
+        types = made.get("type", list(TYPES))
         rest = [one for one in types if one != "array"] if isinstance(types, list) else []
         array: dict[str, Any] = {"enum": arrays}
         return _both(made, {"anyOf": [array, {"type": rest}]} if rest else array)  # what is no array stays as it is
@@ -270,10 +269,10 @@ class _Translation:
                 return made
             case {"type": str() | list() as types, **rest} if not rest:
                 forbidden = {types} if isinstance(types, str) else set(types)
-                if forbidden <= set(_TYPES):
-                    return _both(made, {"type": [one for one in _TYPES if one not in forbidden]})
+                if forbidden <= set(TYPES):
+                    return _both(made, {"type": [one for one in TYPES if one not in forbidden]})
             case {"required": [], **rest} if not rest:
-                return _both(made, {"type": [one for one in _TYPES if one != "object"]})
+                return _both(made, {"type": [one for one in TYPES if one != "object"]})
             case _:
                 pass
         self._refuse(path, "cannot be kept; say what may come instead of what may not")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 _MAX_DEPTH = 6
-_TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
+TYPES = ("null", "boolean", "number", "string", "array", "object")
 
 Resolve = Callable[[Any], Any]  # follows references
 
@@ -88,7 +88,7 @@ def types_of(schema: dict[str, Any]) -> frozenset[str]:
         return frozenset({type_of(schema["const"])})
     if isinstance(schema.get("enum"), list):
         return frozenset(type_of(value) for value in schema["enum"])
-    return _TYPES
+    return frozenset(TYPES)
 
 
 def type_of(value: Any) -> str:

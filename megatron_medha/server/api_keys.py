@@ -30,7 +30,7 @@ class ApiKeys:
         """Read the key file. Raises ConfigError naming the line that is wrong, never the key."""
         self._needs_key = config.needs_key or config.admin_key is not None
         self._is_open = not config.needs_key
-        self._has_admin_key = config.admin_key is not None
+        self.has_admin_key = config.admin_key is not None
         self._clients: list[tuple[bytes, ApiClient]] = []
         if config.admin_key is not None:
             self._add(config.admin_key, ApiClient(ADMIN_NAME, is_admin=True), "server.admin_key")
@@ -53,11 +53,6 @@ class ApiKeys:
             return found
         # A wrong key is refused even where none is needed: the client believes it is somebody.
         return ANONYMOUS if self._is_open and authorization is None else None
-
-    @property
-    def has_admin_key(self) -> bool:
-        """Whether there is a key that opens the admin routes."""
-        return self._has_admin_key
 
     def _read(self, config: ServerConfig) -> None:
         path = config.api_key_file

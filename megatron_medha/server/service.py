@@ -62,29 +62,30 @@ class Service:
         tokenizer: Tokenizer | Future[Tokenizer],
         config: ServerConfig,
         *,
-        metrics: Metrics,
-        journal: RequestLog,
-        slo: SloConfig,
+        metrics: Metrics | None = None,
+        journal: RequestLog | None = None,
+        slo: SloConfig | None = None,
         read_config: Callable[[], ServerConfig] | None = None,
         traces: OtelTraces | None = None,
         renders: TemplateProcessPool | None = None,
         sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS,
     ) -> None:
-        """journal: the one that watches the engine. read_config: reads the configuration again, for reload().
+        """metrics, journal: those that watch the engine; without them, step metrics and stories stay empty.
 
-        renders: of another owner, who closes them.
+        read_config: reads the configuration again, for reload(). traces: where requests are traced to.
+        renders: of another owner, who closes them. sampling_defaults: for what requests leave out.
         """
         self.engine = engine
         self.config = config  # replaced whole by a reload
         self.keys = ApiKeys(config)
-        self.slo = slo
+        self.slo = SloConfig() if slo is None else slo
         self.sampling_defaults = sampling_defaults
-        self.metrics = metrics
-        self.journal = journal
+        self.metrics = Metrics() if metrics is None else metrics
+        self.journal = RequestLog(self.metrics) if journal is None else journal
         self.traces = traces
         self.streams = OutputStreams(engine.now_s)
         self.lifecycle = Lifecycle(self.streams, lambda: self.config)
-        self.admission = AdmissionControl(engine.now_s, journal.forecast)
+        self.admission = AdmissionControl(engine.now_s, self.journal.forecast)
         self.bodies = BodyBudget(lambda: self.config)
         self.text = TextWorkers(self.bodies, renders)
         self.grammars = GrammarCache()

@@ -49,6 +49,10 @@ class SloConfig:
         """Of all classes."""
         return tuple(field.name for field in fields(self) if field.name != "default_class")
 
+    def class_of_tier(self, tier: str | None) -> str | None:
+        """The class of OpenAI's service tier, or of a tier named as a class; "": the default; None: an unknown tier."""
+        return tier if tier in self.names else CLASS_BY_TIER.get(tier or "auto")
+
     def find(self, name: str) -> SloClass:
         """The class of that name, one of names."""
         found: SloClass = getattr(self, name)

@@ -133,7 +133,7 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment
 
 
@@ -143,6 +143,3 @@ def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, 
 
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

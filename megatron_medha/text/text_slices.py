@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -125,35 +126,26 @@ def _pair_encoder(
     is_idle = kinds == ["Split"] and words[0]["pattern"] == {"String": " "} and normalizer is not None
     if not (is_byte_level or is_metaspace or is_idle or not kinds):
         return None
-    return _ByPairs(backend, names, is_byte_level=is_byte_level, prepends=prepends, only_at_spaces=is_metaspace)
+    return _ByPairs(backend, names, is_byte_level, prepends, only_at_spaces=is_metaspace or prepends)
 
 
+@dataclass
 class _ByPairs:
     """Cuts between characters that no entry of the vocabulary holds side by side."""
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        names: tuple[str, ...],
-        *,
-        is_byte_level: bool,
-        prepends: bool,
-        only_at_spaces: bool,
-    ) -> None:
-        self._backend = backend
-        self._names = names
-        self._reach = max(map(len, names), default=0) + 1
-        self._is_byte_level = is_byte_level
-        self._prepends = prepends  # a space before the text: a slice that begins at a space leaves its own out
-        self._only_at_spaces = only_at_spaces or prepends
-        self._vocab: set[str] | None = None  # made when the first long text comes
-        self._pairs: set[str] = set()
+    backend: tokenizers.Tokenizer
+    names: tuple[str, ...]
+    is_byte_level: bool
+    prepends: bool  # a space before the text: a slice that begins at a space leaves its own out
+    only_at_spaces: bool
+    vocab: set[str] | None = None  # made when the first long text comes
+    pairs: set[str] = field(default_factory=set)
 
     def __call__(self, text: str) -> Iterator[list[int]]:
-        if self._vocab is None:
-            vocab = set(self._backend.get_vocab(with_added_tokens=False))
-            self._pairs = {piece[place : place + 2] for piece in vocab for place in range(len(piece) - 1)}
-            self._vocab = {piece for piece in vocab if len(piece) == 1}
+        if self.vocab is None:
+            vocab = set(self.backend.get_vocab(with_added_tokens=False))
+            self.pairs = {piece[place : place + 2] for piece in vocab for place in range(len(piece) - 1)}
+            self.vocab = {piece for piece in vocab if len(piece) == 1}
         begin, size = 0, SLICE_CHARS
         while begin + size < len(text):
             end = self._last_cut(text, begin, begin + size)
@@ -161,29 +153,30 @@ class _ByPairs:
                 size = _larger(size)
                 continue
             yield self._encode(text[begin:end])
-            begin, size = end + self._prepends, SLICE_CHARS
+            begin, size = end + self.prepends, SLICE_CHARS
         yield self._encode(text[begin:])
 
     def _encode(self, piece: str) -> list[int]:
-        ids: list[int] = self._backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+        ids: list[int] = self.backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
         return ids
 
     def _last_cut(self, text: str, begin: int, end: int) -> int:
-        assert self._vocab is not None
+        assert self.vocab is not None
+        reach = max(map(len, self.names), default=0) + 1
         for place in range(end, max(begin, end - _MAX_STEPS), -1):
-            if self._only_at_spaces and text[place] != " ":
+            if self.only_at_spaces and text[place] != " ":
                 continue
             left, right = self._unit(text[place - 1], -1), self._unit(text[place], 0)
-            if left + right in self._pairs or left not in self._vocab or right not in self._vocab:
+            if left + right in self.pairs or left not in self.vocab or right not in self.vocab:
                 continue
-            around = text[max(0, place - self._reach) : place + self._reach]
-            if not any(name in around for name in self._names):
+            around = text[max(0, place - reach) : place + reach]
+            if not any(name in around for name in self.names):
                 return place
         return begin
 
     def _unit(self, char: str, place: int) -> str:
         """How the vocabulary writes the first or last byte of a character, or the character."""
-        if self._is_byte_level:
+        if self.is_byte_level:
             return CHAR_OF_BYTE[char.encode(errors="replace")[place]]
         return "▁" if char == " " else char
 

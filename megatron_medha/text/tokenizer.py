@@ -70,13 +70,13 @@ class Tokenizer:
         self.eos_token_id: int | None = backend.token_to_id(config.eos_token) if config.eos_token else None
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._kind, self._replacements = _piece_kind(backend.decoder)
+        self.kind, self._replacements = _piece_kind(backend.decoder)
         self._bytes_by_id: dict[int, bytes] = {}
         # A byte-level tokenizer never shrinks text except into its longest entry, so a prompt that
         # cannot fit is refused without encoding it: 100 MB of text would keep a core busy for a minute.
         # Others compose characters (of up to four, by NFC and NFKC) or strip a few.
         strips = any(token.lstrip or token.rstrip for token in added.values())
-        is_exact = self._kind is PieceKind.BYTE_LEVEL and backend.normalizer is None and not strips
+        is_exact = self.kind is PieceKind.BYTE_LEVEL and backend.normalizer is None and not strips
         self._max_token_chars = max(map(len, backend.get_vocab()), default=1) * (1 if is_exact else 4)
         backend.encode_special_tokens = config.splits_special_tokens
         self._encode_slices = None if config.splits_special_tokens else slice_encoder(backend)
@@ -104,11 +104,6 @@ class Tokenizer:
             return cls(backend, load_tokenizer_config(directory))
         except ChatTemplateError as error:
             raise CheckpointError(f"{directory}: {error}") from error
-
-    @property
-    def kind(self) -> PieceKind:
-        """How entries stand for text."""
-        return self._kind
 
     def as_json(self) -> str:
         """The contents of tokenizer.json."""
@@ -188,10 +183,10 @@ class Tokenizer:
         piece: str | None = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
         if piece is None:
             return b""
-        if self._kind is PieceKind.OTHER:
+        if self.kind is PieceKind.OTHER:
             text: str = self._backend.decode([token_id], skip_special_tokens=False)
             return text.encode()
-        if self._kind is PieceKind.BYTE_LEVEL:
+        if self.kind is PieceKind.BYTE_LEVEL:
             try:
                 return bytes(_BYTE_OF_CHAR[char] for char in piece)
             except KeyError:  # an added token: its text stands for itself

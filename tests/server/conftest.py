@@ -19,6 +19,7 @@ from running_server import CHAT_TEMPLATE, Running, StartServer, byte_tokenizer_b
 from megatron_medha.server.app import create_app
 from megatron_medha.server.run_server import Server, bind, uvicorn_config
 from megatron_medha.server.server_config import ServerConfig
+from megatron_medha.server.service import Service
 from megatron_medha.text.template_renders import TemplateProcessPool
 from megatron_medha.text.tokenizer import Tokenizer
 
@@ -62,23 +63,26 @@ def start_server(tokenizer: Tokenizer, ending: list[Running], renders: TemplateP
     """Starts servers on free ports, and stops them after the test."""
     started: list[Running] = []
 
-    def start(engine: FakeEngine | None = None, tokenizer: object = tokenizer, **settings: object) -> Running:
+    def start(
+        engine: FakeEngine | None = None, tokenizer: object = tokenizer, model_name: str = "", **settings: object
+    ) -> Running:
         engine = engine or FakeEngine()
-        names = {"journal", "metrics", "slo", "read_config", "traces", "model_name", "renders", "sampling_defaults"}
+        names = {"journal", "metrics", "slo", "read_config", "traces", "renders", "sampling_defaults"}
         names &= settings.keys()
         parts = {name: settings.pop(name) for name in names}
         config = ServerConfig(**{"port": 0, "drain_timeout_s": 0, **settings})
-        app = create_app(engine, tokenizer, config, **{"renders": renders, **parts})
+        service = Service(engine, tokenizer, config, **{"renders": renders, **parts})
+        app = create_app(service, model_name)
         listener = bind(config)
         has_started = threading.Event()
-        server = Server(uvicorn_config(app, config), app.state.service, has_started.set)
+        server = Server(uvicorn_config(app, config), service, has_started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         assert has_started.wait(WAIT_S)
         port = listener.getsockname()[1]
         url = f"http://127.0.0.1:{port}"
         client = httpx.Client(base_url=url, timeout=WAIT_S, verify=False, trust_env=False)
-        running = Running(url, port, engine, app.state.service, server, thread, client)
+        running = Running(url, port, engine, service, server, thread, client)
         started.append(running)
         return running
 

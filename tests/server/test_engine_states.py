@@ -15,6 +15,7 @@ from megatron_medha.core.ports import EnginePhase, EngineStatus
 from megatron_medha.server.app import create_app
 from megatron_medha.server.run_server import run
 from megatron_medha.server.server_config import ServerConfig
+from megatron_medha.server.service import Service
 from megatron_medha.text.tokenizer import Tokenizer
 
 PATH = "/v1/completions"
@@ -143,7 +144,7 @@ class BrokenEngine(FakeEngine):
 def test_an_engine_that_cannot_start_ends_the_server_with_its_error(tokenizer: Tokenizer) -> None:
     config = ServerConfig(port=0)
     with pytest.raises(ConfigError, match="no such device"):
-        run(create_app(BrokenEngine(), tokenizer, config), config)
+        run(create_app(Service(BrokenEngine(), tokenizer, config)), config)
 
 
 def test_a_bug_of_ours_is_a_500_without_details_and_leaves_nothing(start_server: StartServer) -> None:

@@ -26,6 +26,7 @@ from scripted_model import MODEL, scripted_engine, scripted_tokenizer  # noqa: E
 from megatron_medha.server.app import create_app  # noqa: E402
 from megatron_medha.server.run_server import uvicorn_config  # noqa: E402
 from megatron_medha.server.server_config import ServerConfig  # noqa: E402
+from megatron_medha.server.service import Service  # noqa: E402
 
 OUR_ID = re.compile(rb"\b(?:msg|fc|ctc|call)_[0-9a-f]{24,32}\b")
 
@@ -75,7 +76,7 @@ def main() -> None:
     """Serves until it is interrupted."""
     config = ServerConfig(port=int(sys.argv[1]), served_model_names=(MODEL,), drain_timeout_s=0)
     with tempfile.TemporaryDirectory() as directory:
-        app = create_app(scripted_engine(), scripted_tokenizer(Path(directory)), config)
+        app = create_app(Service(scripted_engine(), scripted_tokenizer(Path(directory)), config))
         settings = uvicorn_config(app, config)
         if len(sys.argv) > 2:
             settings.app = Recorder(app, Path(sys.argv[2]))

@@ -25,7 +25,7 @@ from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.kv.shards import begins_shard, num_shards
-from megatron_medha.core.request import Request
+from megatron_medha.core.request import Rejection, Request
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
 from megatron_medha.core.scheduling.chunking import PrefillTimes
 from megatron_medha.core.scheduling.overdue import OverdueHeap
@@ -167,36 +167,42 @@ class Scheduler:
         return outputs
 
     def _arrive(self, request: Request, now_s: float, outputs: list[Output]) -> None:
+        if (rejection := self._rejection(request)) is not None:
+            outputs.append(Rejected(request.request_id, rejection.message, is_client_fault=True))
+            return
+        self._refresh_times()
+        total_s = self.predicted_prefill_s(request.num_prompt_tokens)
+        target_s = self.ttft_target_s(request, total_s)
+        seq = Sequence(
+            request=request,
+            deadline_s=request.arrival_s + target_s,
+            triage_deadline_s=self._triage_deadline_s(request, target_s, total_s),
+            margin_s=self._margin_s(target_s),
+            total_work_s=total_s,
+            remaining_work_s=total_s,
+        )
+        self._sequences[request.request_id] = seq
+        self._num_tpot_slos += request.tpot_slo_s is not None
+        self._overdue.add(seq)
+        self._prefills.add(seq, now_s)
+
+    def _rejection(self, request: Request) -> Rejection | None:
+        """Why the request is not admitted; None where it is."""
         num_tokens = request.num_prompt_tokens
         if request.max_output_tokens > 1:  # a lone output token is never computed: a prompt scored alone may fill all
             num_tokens += request.max_output_tokens
         if request.request_id in self._sequences:
-            why = f"request id {request.request_id} is already in use"
+            message = f"request id {request.request_id} is already in use"
         elif request.num_prompt_tokens < 1 or request.max_output_tokens < 1:
-            why = "a request needs at least one prompt token and one output token"
+            message = "a request needs at least one prompt token and one output token"
         elif num_tokens > self.memory.max_request_tokens:
-            why = (
+            message = (
                 f"{request.num_prompt_tokens} prompt tokens and up to {request.max_output_tokens} output tokens "
                 f"exceed the {self.memory.max_request_tokens} tokens one request may have"
             )
         else:
-            self._refresh_times()
-            total_s = self.predicted_prefill_s(request.num_prompt_tokens)
-            target_s = self.ttft_target_s(request, total_s)
-            seq = Sequence(
-                request=request,
-                deadline_s=request.arrival_s + target_s,
-                triage_deadline_s=self._triage_deadline_s(request, target_s, total_s),
-                margin_s=self._margin_s(target_s),
-                total_work_s=total_s,
-                remaining_work_s=total_s,
-            )
-            self._sequences[request.request_id] = seq
-            self._num_tpot_slos += request.tpot_slo_s is not None
-            self._overdue.add(seq)
-            self._prefills.add(seq, now_s)
-            return
-        outputs.append(Rejected(request.request_id, why, is_client_fault=True))
+            return None
+        return Rejection(reason="request_rejected", message=message)
 
     def _leave_first_stage(self, flight: _SubmittedBatch) -> None:
         flight.has_left_first_stage = True

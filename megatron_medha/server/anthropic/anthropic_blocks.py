@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -25,33 +24,14 @@ from megatron_medha.server.bodies.openai_types import (
     ToolCall,
     ToolChoice,
 )
-from megatron_medha.server.http.http_errors import ApiError, bad_request
+from megatron_medha.server.http.http_errors import bad_request
+from megatron_medha.server.openai.chat_prompt import ConversationHistory, not_text
 from megatron_medha.server.tools.tool_fields import MAX_TOOLS, too_many_tools
 
 
-@dataclass(slots=True)
-class MessagesChat:
-    """The chat that a request is, where its messages came from, and what is left out of it."""
-
-    messages: list[ChatMessage] = field(default_factory=list)
-    tools: list[Tool] = field(default_factory=list)
-    paths: dict[str, str] = field(default_factory=dict)  # of a chat's fields, in the words of this route
-    ignored: list[str] = field(default_factory=list)
-
-    def add(self, message: ChatMessage, path: str) -> None:
-        """Add a message that came from there."""
-        self.paths[f"messages[{len(self.messages)}]"] = path
-        self.messages.append(message)
-
-    @property
-    def ends_with_assistant(self) -> bool:
-        """Whether the answer goes on with the last message, which the client has begun for the model."""
-        return self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls if self.messages else False
-
-
-def read_conversation(body: MessagesRequest) -> MessagesChat:
+def read_conversation(body: MessagesRequest) -> ConversationHistory:
     """The chat that these messages are; ApiError 400 for a block that is not text."""
-    chat = MessagesChat()
+    chat = ConversationHistory()
     if body.system:
         chat.add(ChatMessage(role="system", content=_text_of(body.system, "system")), "system")
     for place, message in enumerate(body.messages):
@@ -84,7 +64,7 @@ def chat_choice(choice: MessagesToolChoice | None) -> str | ToolChoice | None:
             raise bad_request("tool_choice: expected type auto, any, none, or tool with a name", "tool_choice")
 
 
-def _add_message(chat: MessagesChat, message: InputMessage, path: str) -> None:
+def _add_message(chat: ConversationHistory, message: InputMessage, path: str) -> None:
     if isinstance(message.content, str):
         chat.add(ChatMessage(role=message.role, content=message.content), path)
         return
@@ -116,7 +96,7 @@ def _add_message(chat: MessagesChat, message: InputMessage, path: str) -> None:
 
 
 def _add_parts(
-    chat: MessagesChat, role: str, parts: Sequence[ContentPart], path: str, *, is_empty_kept: bool = False
+    chat: ConversationHistory, role: str, parts: Sequence[ContentPart], path: str, *, is_empty_kept: bool = False
 ) -> None:
     if parts or is_empty_kept:
         chat.add(ChatMessage(role=role, content=list(parts)), path)
@@ -148,7 +128,7 @@ def _text_of_block(block: InputBlock, path: str) -> str:
         case InputBlock(type="tool_reference"):
             return msgspec.json.encode(block.name or "").decode()
         case _:
-            raise _not_text(block, path)
+            raise not_text(path, "a block of type text", block.type, path)
 
 
 def _content_of(content: Any, path: str) -> str | list[InputBlock]:
@@ -161,10 +141,3 @@ def _content_of(content: Any, path: str) -> str | list[InputBlock]:
 
 def _titled(block: InputBlock, text: str) -> str:
     return "\n".join(part for part in (block.title, block.context, text) if part)
-
-
-def _not_text(block: InputBlock, path: str) -> ApiError:
-    return bad_request(
-        f"{path}: this server reads text alone; expected a block of type text with its text, got `{block.type[:40]}`",
-        path, "unsupported_content",
-    )  # fmt: skip

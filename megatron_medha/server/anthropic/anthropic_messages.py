@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 from starlette.responses import Response
 
-from megatron_medha.server.anthropic.anthropic_blocks import MessagesChat, chat_choice, read_conversation
+from megatron_medha.server.anthropic.anthropic_blocks import chat_choice, read_conversation
 from megatron_medha.server.bodies.anthropic_types import (
     BlockDelta,
     MessagesEvent,
@@ -32,7 +32,7 @@ from megatron_medha.server.http.http_errors import ANTHROPIC_PREFIX, ApiError
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.block_format import BlockFormat
 from megatron_medha.server.openai.chat_completions import chat_spec
-from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE
+from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE, ConversationHistory
 from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
 from megatron_medha.server.openai.tokenize import token_ids_of
 from megatron_medha.server.openai.wire_format import json_response
@@ -49,7 +49,7 @@ _PATHS = {"stop": "stop_sequences", "response_format.json_schema.schema": "outpu
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 
 
-async def build_message_spec(service: Service, context: RequestContext, body: MessagesRequest) -> MessagesFormat:
+async def prepare_message(service: Service, context: RequestContext, body: MessagesRequest) -> MessagesFormat:
     """As chat_spec, of the chat that this is; ApiError 4xx says what is wrong."""
     refuse_all(body, _REFUSED)
     conversation = await _read(service, body)
@@ -82,12 +82,12 @@ async def count_tokens(service: Service, ready: ReadyState, body: MessagesReques
         raise
 
 
-async def _read(service: Service, body: MessagesRequest) -> MessagesChat:
+async def _read(service: Service, body: MessagesRequest) -> ConversationHistory:
     num_blocks = sum(1 if isinstance(one.content, str) else 1 + len(one.content) for one in body.messages)
     return await service.text.run(CHARS_PER_MESSAGE * num_blocks, lambda: read_conversation(body))
 
 
-def _as_chat(body: MessagesRequest, conversation: MessagesChat) -> ChatRequest:
+def _as_chat(body: MessagesRequest, conversation: ConversationHistory) -> ChatRequest:
     choice, output = body.tool_choice, body.output_config
     chat = ChatRequest(
         **{name: getattr(body, name) for name in SharedFields.__struct_fields__},
@@ -104,7 +104,8 @@ def _as_chat(body: MessagesRequest, conversation: MessagesChat) -> ChatRequest:
     if body.thinking is not None:
         # The names that templates read, Qwen's and DeepSeek's; others pass over them.
         chat.chat_template_kwargs = dict.fromkeys(("enable_thinking", "thinking"), body.thinking.type != "disabled")
-    if conversation.ends_with_assistant:
+    last = conversation.messages[-1] if conversation.messages else None
+    if last is not None and last.role == "assistant" and not last.tool_calls:  # the client has begun the answer
         chat.continue_final_message, chat.add_generation_prompt = True, False
     return chat
 

@@ -158,7 +158,7 @@ class Connection(HttpToolsProtocol):
             except httptools.HttpParserError as error:
                 self._refuse(bad_request(f"not a valid HTTP/1.1 request: {error}", code="invalid_http"))
         if message == self._num_messages:
-            self._count_framing(len(data))
+            self._count(framing=len(data))
 
     def _pass_over_offer(self) -> None:
         # RFC 9110, 7.8: a server may ignore Upgrade. The parser takes what follows the head for another protocol and
@@ -189,13 +189,13 @@ class Connection(HttpToolsProtocol):
         """A part of the request's target."""
         if not (self._is_passing_over or self._is_refused):
             super().on_url(url)
-            self._count_head(len(url))
+            self._count(head=len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, or a trailer behind the body: those are passed over, since they may not change the request."""
         if self._is_passing_over or self._is_refused:
             return
-        self._count_head(len(name) + len(value))
+        self._count(head=len(name) + len(value))
         if self._is_refused or not self._is_in_head:
             return
         super().on_header(name, value)
@@ -288,21 +288,13 @@ class Connection(HttpToolsProtocol):
         else:
             self.transport.abort()  # a pipelined request that crawls behind one still being answered
 
-    def _count_head(self, num_bytes: int) -> None:
-        self._num_head_bytes += num_bytes
-        if self._num_head_bytes > self.settings.max_header_bytes:
-            self._refuse_head()
-
-    def _count_framing(self, num_bytes: int) -> None:
-        # The parser shows a header when it is complete, chunk extensions never: what it swallows is bounded here.
-        self._num_framing_bytes += num_bytes
-        if self._num_framing_bytes > self.settings.max_header_bytes:
-            self._refuse_head()
-
-    def _refuse_head(self) -> None:
-        if not self._is_refused:
-            limit = self.settings.max_header_bytes
-            self._refuse(ApiError(431, f"the head exceeds {limit} bytes", code="head_too_large"))
+    def _count(self, *, head: int = 0, framing: int = 0) -> None:
+        # The parser shows a header when it is complete, chunk extensions never: what it swallows is counted too.
+        self._num_head_bytes += head
+        self._num_framing_bytes += framing
+        most = self.settings.max_header_bytes
+        if max(self._num_head_bytes, self._num_framing_bytes) > most and not self._is_refused:
+            self._refuse(ApiError(431, f"the head exceeds {most} bytes", code="head_too_large"))
 
     def _refuse(self, error: ApiError) -> None:
         """Answer without the application, and close."""

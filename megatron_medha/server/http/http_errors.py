@@ -18,6 +18,8 @@ from megatron_medha.core.request import Rejection
 log = logging.getLogger(__name__)
 
 ANTHROPIC_PREFIX = "/v1/messages"  # routes whose errors have Anthropic's shape
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error"}
 MAX_MESSAGE_CHARS = 2_000
 MAX_PARAM_CHARS = 200
 
@@ -115,31 +117,11 @@ def internal_error() -> ApiError:
 
 def error_type(status: int) -> str:
     """OpenAI's word for the kind of error a status is."""
-    match status:
-        case 401:
-            return "authentication_error"
-        case 403:
-            return "permission_error"
-        case 404:
-            return "not_found_error"
-        case 429:
-            return "rate_limit_error"
-        case _ if status >= 500:
-            return "server_error"
-        case _:
-            return "invalid_request_error"
+    return _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 
 def _anthropic_type(status: int) -> str:
-    match status:
-        case 413:
-            return "request_too_large"
-        case 503:
-            return "overloaded_error"
-        case _ if status >= 500:
-            return "api_error"
-        case _:
-            return error_type(status)
+    return _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else error_type(status))
 
 
 def install(app: Starlette) -> None:

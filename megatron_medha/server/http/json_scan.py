@@ -15,6 +15,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from megatron_medha.server.http.http_errors import ApiError, bad_request
+
 SLICE_BYTES = 64 * 2**10        # of a text or a list of ids: some 0.2 ms
 DENSE_SLICE_BYTES = 8 * 2**10   # of everything else, where each byte may be a token of its own: some 3 ms at most
 
@@ -32,24 +34,14 @@ _OF_FLAT_LIST = re.compile(rb"[0-9\-,\s]*+")
 Path: TypeAlias = "tuple[str | int, ...]"
 
 
-class ScanRefusal(Exception):
-    """The body holds more than it may, or is no JSON; the message says what, `field` in which of its fields."""
-
-    def __init__(self, field: str | None, message: str) -> None:
-        super().__init__(message)
-        self.field = field
+def invalid_json(why: object) -> ApiError:
+    """A 400 for what is no JSON."""
+    return bad_request(f"the body is not valid JSON: {why}", code="invalid_json")
 
 
-class TooManyValues(ScanRefusal):
-    """More values than may be built."""
-
-
-class TooManyBytes(ScanRefusal):
-    """More bytes beside texts and ids than there may be."""
-
-
-class BrokenJson(ScanRefusal):
-    """A text without its end, or brackets that do not match."""
+def too_much(field: str | None, why: str, code: str, status: int = 400) -> ApiError:
+    """The body holds more than it may, most of all this field."""
+    return ApiError(status, why if field is None else f"{field[:80]}: {why}", param=field, code=code)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +74,7 @@ class Scanned:
 
 
 def scan(body: bytearray | bytes, rules: ScanRules) -> Generator[None, None, Scanned]:
-    """Yields after each slice; ScanRefusal as soon as there is too much."""
+    """Yields after each slice; ApiError 4xx as soon as there is too much, or no JSON."""
     return _Scan(body, rules).run()
 
 
@@ -116,7 +108,7 @@ class _Scan:
             position = yield from self._read_tokens(position, slice_end)
             self._check_bytes(position)
         if self._are_objects:
-            raise BrokenJson(None, "it ends too early")
+            raise invalid_json("it ends too early")
         self._rest.append(bytes(body[self._rest_from :]))
         return Scanned(b"".join(self._rest), self._cuts)
 
@@ -157,20 +149,20 @@ class _Scan:
             is_object = mark == _OPEN_OBJECT
             self._count_value()
             if len(self._are_objects) == MAX_DEPTH:
-                raise BrokenJson(self._field, "nested too deeply")
+                raise invalid_json("nested too deeply")
             self._are_objects.append(is_object)
             self._places.append(None if is_object else 0)
             self._is_key = is_object
             return
         if mark in (_CLOSE_OBJECT, _CLOSE_LIST):
             if not self._are_objects or self._are_objects.pop() != (mark == _CLOSE_OBJECT):
-                raise BrokenJson(self._field, "brackets that do not match")
+                raise invalid_json("brackets that do not match")
             self._places.pop()
             self._is_key = False
             return
         self._num_gaps += 1
         if not self._are_objects or self._num_gaps > 2 * self._rules.max_values:
-            raise BrokenJson(self._field, "commas and colons without values")
+            raise invalid_json("commas and colons without values")
         if mark == _COMMA:
             self._is_key = self._are_objects[-1]
             if not self._is_key:
@@ -224,7 +216,7 @@ class _Scan:
             if quote >= 0:
                 return position + quote + 1
             if position + len(part) >= size:
-                raise BrokenJson(self._field, "a text that does not end")
+                raise invalid_json("a text that does not end")
             position += len(part) - part.endswith(b"\\")
             if not may_be_long:
                 self._check_bytes(position)
@@ -245,17 +237,15 @@ class _Scan:
         if self._num_values > self._rules.max_values:
             self._end_field(self._rest_from)
             worst = max(self._values_before, key=self._values_before.__getitem__)
-            raise TooManyValues(
-                worst, f"more than {self._rules.max_values} JSON values (objects, lists, texts, numbers) in one body"
-            )
+            what = f"more than {self._rules.max_values} JSON values (objects, lists, texts, numbers) in one body"
+            raise too_much(worst, what, "too_many_values")
 
     def _check_bytes(self, position: int) -> None:
         if self._num_rest_bytes + position - self._rest_from > self._rules.max_bytes:
             self._end_field(position)
             worst = max(self._bytes_before, key=self._bytes_before.__getitem__)
-            raise TooManyBytes(
-                worst, f"all of a body but the prompt's own text or ids may have {self._rules.max_bytes} bytes"
-            )
+            what = f"all of a body but the prompt's own text or ids may have {self._rules.max_bytes} bytes"
+            raise too_much(worst, what, "body_too_large", 413)
 
 
 def _name(key: re.Match[bytes]) -> str | None:

@@ -20,14 +20,13 @@ import msgspec
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.http.json_scan import (
     SLICE_BYTES,
-    BrokenJson,
     Cut,
     Path,
     Scanned,
-    ScanRefusal,
     ScanRules,
-    TooManyBytes,
+    invalid_json,
     scan,
+    too_much,
 )
 
 T = TypeVar("T")
@@ -66,14 +65,9 @@ async def decode_request(body: bytearray, of: BodyType[T], limits: PromptLimits)
     if len(body) <= WHOLE_BYTES:
         return decode_body(body, of.decoder)
     try:
-        fields = await _run(_decode_large(body, of, limits))
-    except ScanRefusal as refusal:
-        error = _as_api_error(refusal)
-    else:
+        return await _run(_decode_large(body, of, limits))
+    finally:
         await _empty(body)
-        return fields
-    await _empty(body)
-    raise error
 
 
 async def _empty(body: bytearray) -> None:
@@ -95,9 +89,9 @@ def decode_body(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
         param = ".".join(part for part in (path.rstrip("`"), _missing_field(what)) if part) or None
         raise bad_request(f"{param}: {what[0].lower()}{what[1:]}" if param else what, param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+        raise invalid_json(error) from None
     except RecursionError:
-        raise bad_request("the body is not valid JSON: nested too deeply", code="invalid_json") from None
+        raise invalid_json("nested too deeply") from None
 
 
 async def _run(steps: Generator[None, None, T]) -> T:
@@ -150,21 +144,14 @@ def _decode_text(body: bytearray, cut: Cut, max_chars: int) -> Generator[None, N
         try:
             parts.append(msgspec.json.decode(part, type=str))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+            raise invalid_json(error) from None
         num_chars += len(parts[-1])
         if num_chars > max_chars:
-            raise PromptTooLong(cut.path, "the text has")
+            raise _prompt_too_long(cut, "the text has")
         position += num_bytes
         if position < end:
             yield
     return "".join(parts)
-
-
-class PromptTooLong(ScanRefusal):
-    """A prompt cannot fit the model's context."""
-
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(str(path[0]), f"{what} more tokens than the model's context")
 
 
 def _num_whole_bytes(part: bytearray) -> int:
@@ -192,7 +179,7 @@ def _decode_ids(body: bytearray, cut: Cut, max_ids: int) -> Generator[None, None
         except msgspec.ValidationError as error:
             raise bad_request(f"{cut.path[0]}: {error}", str(cut.path[0])) from None
         except msgspec.DecodeError as error:
-            raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+            raise invalid_json(error) from None
         try:
             ids.extend(numbers)
         except OverflowError:
@@ -200,7 +187,7 @@ def _decode_ids(body: bytearray, cut: Cut, max_ids: int) -> Generator[None, None
             wrong = wrong if len(wrong) <= 20 else f"of {len(wrong)} digits"
             raise bad_request(f"{cut.path[0]}: token id {wrong} is outside the vocabulary", str(cut.path[0])) from None
         if len(ids) > max_ids:
-            raise PromptTooLong(cut.path, f"these are at least {len(ids)} ids:")
+            raise _prompt_too_long(cut, f"these are at least {len(ids)} ids:")
         position = slice_end + 1
         if position < end:
             yield
@@ -242,17 +229,8 @@ def _attribute(owner: msgspec.Struct, place: str | int) -> str | None:
     return None
 
 
-def _as_api_error(refusal: ScanRefusal) -> ApiError:
-    name = f"{refusal.field[:80]}: " if refusal.field is not None else ""
-    match refusal:
-        case BrokenJson():
-            return bad_request(f"the body is not valid JSON: {refusal}", code="invalid_json")
-        case TooManyBytes():
-            return ApiError(413, f"{name}{refusal}", param=refusal.field, code="body_too_large")
-        case PromptTooLong():
-            return bad_request(f"{name}{refusal}", refusal.field, "context_length_exceeded")
-        case _:
-            return bad_request(f"{name}{refusal}", refusal.field, "too_many_values")
+def _prompt_too_long(cut: Cut, what: str) -> ApiError:
+    return too_much(str(cut.path[0]), f"{what} more tokens than the model's context", "context_length_exceeded")
 
 
 def _missing_field(what: str) -> str:

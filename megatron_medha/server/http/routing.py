@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,78 +19,92 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Lifespan
 
+from megatron_medha.server.http.http_errors import ErrorResponse
+
 Route = Callable[..., Awaitable[Response]]
 
 OPENAPI_VERSION = "3.1.0"
+_REF_TEMPLATE = "#/components/schemas/{name}"
 _PATH_PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _STYLE = "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td{padding:.3em 1em .3em 0;" \
     "vertical-align:top}code{white-space:nowrap}"
 _DOCS_HEADERS = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Described:
-    path: str
-    method: str
-    operation: dict[str, Any]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a route takes and gives, as types whose schemas msgspec knows."""
+
+    answer: type | None = None  # None: text
+    body: type | None = None
+    errors: tuple[int, ...] = ()
+    error: type = ErrorResponse
+    error_text: str = "Error"
+    has_events: bool = False
+
+    def operation(self) -> dict[str, Any]:
+        """As OpenAPI has it."""
+        content = {"text/plain": {}} if self.answer is None else _json_of(self.answer)
+        if self.has_events:
+            content["text/event-stream"] = {"schema": {"type": "string"}}
+        responses = {"200": {"description": "OK", "content": content}}
+        for status in self.errors:
+            responses[str(status)] = {"description": self.error_text, "content": _json_of(self.error)}
+        body = {} if self.body is None else {"requestBody": {"required": True, "content": _json_of(self.body)}}
+        return {"responses": responses, **body}
+
+    def types(self) -> list[type]:
+        """All that it names."""
+        return [one for one in (self.answer, self.body, self.error if self.errors else None) if one is not None]
 
 
 class Api(Starlette):
-    """An application whose routes are added by decorators, each with its OpenAPI operation."""
+    """An application whose routes say what they take and give."""
 
-    def __init__(
-        self, *, title: str, version: str, lifespan: Lifespan[Starlette], components: Callable[[], dict[str, Any]]
-    ) -> None:
-        """components: the schemas that operations refer to, by name; called when somebody first asks."""
+    def __init__(self, *, title: str, version: str, lifespan: Lifespan[Starlette]) -> None:
         super().__init__(lifespan=lifespan)
         self.title = title
         self.version = version
-        self._components = components
-        self._described: list[_Described] = []
+        self._described: list[tuple[str, str, dict[str, Any]]] = []  # path, method, operation
+        self._types: dict[type, None] = {}
         self._schema: dict[str, Any] | None = None
-        self.add_api_route("/openapi.json", self._answer_schema, methods=["GET"], include_in_schema=False)
-        self.add_api_route("/docs", self._answer_docs, methods=["GET"], include_in_schema=False)
+        self.add_api_route("/openapi.json", self._answer_schema, "GET")
+        self.add_api_route("/docs", self._answer_docs, "GET")
 
-    def get(self, path: str, **options: Any) -> Callable[[Route], Route]:
-        """Decorates what answers GET; options as of add_api_route()."""
-        return self._adder(path, "GET", options)
+    def get(self, path: str, shape: Shape | None = None) -> Callable[[Route], Route]:
+        """Decorates what answers GET, as add_api_route()."""
+        return self._adder(path, "GET", shape)
 
-    def post(self, path: str, **options: Any) -> Callable[[Route], Route]:
-        """Decorates what answers POST; options as of add_api_route()."""
-        return self._adder(path, "POST", options)
-
-    def delete(self, path: str, **options: Any) -> Callable[[Route], Route]:
-        """Decorates what answers DELETE; options as of add_api_route()."""
-        return self._adder(path, "DELETE", options)
+    def post(self, path: str, shape: Shape | None = None) -> Callable[[Route], Route]:
+        """Decorates what answers POST, as add_api_route()."""
+        return self._adder(path, "POST", shape)
 
     def add_api_route(
-        self,
-        path: str,
-        route: Route,
-        *,
-        methods: Sequence[str],
-        name: str | None = None,
-        openapi_extra: dict[str, Any] | None = None,
-        include_in_schema: bool = True,
+        self, path: str, route: Route, method: str, shape: Shape | None = None, name: str | None = None
     ) -> None:
-        """Let `route` answer these methods. It takes nothing, or the Request and parameters of the path by name."""
-        self.router.add_route(path, _endpoint(route), list(methods), name or route.__name__)
-        if include_in_schema:
-            for method in methods:
-                operation = _describe(path, method, name or route.__name__, route.__doc__ or "")
-                self._described.append(_Described(path, method, {**operation, **(openapi_extra or {})}))
+        """Let `route` answer this method. It takes nothing, or the Request and parameters of the path by name.
+
+        shape: for /openapi.json and /docs; None: it is in neither.
+        """
+        name = name or route.__name__
+        self.router.add_route(path, _endpoint(route), [method], name)
+        if shape is not None:
+            operation = _describe(path, method, name, route.__doc__ or "")
+            self._described.append((path, method, {**operation, **shape.operation()}))
+            self._types.update(dict.fromkeys(shape.types()))
 
     def openapi(self) -> dict[str, Any]:
         """What /openapi.json answers."""
         if self._schema is None:
             paths: dict[str, dict[str, Any]] = {}
-            for one in self._described:
-                paths.setdefault(_PATH_PARAMETER.sub(r"{\1}", one.path), {})[one.method.lower()] = one.operation
+            for path, method, operation in self._described:
+                paths.setdefault(_PATH_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = operation
+            _, components = msgspec.json.schema_components(self._types, ref_template=_REF_TEMPLATE)
             self._schema = {
                 "openapi": OPENAPI_VERSION,
                 "info": {"title": self.title, "version": self.version},
                 "paths": paths,
-                "components": {"schemas": self._components()},
+                "components": {"schemas": dict(components)},
             }
         return self._schema
 
@@ -101,9 +115,9 @@ class Api(Starlette):
     async def _answer_docs(self) -> Response:
         """All routes on a page without any script or outside asset."""
         rows = [
-            f"<tr><td>{one.method}</td><td><code>{html.escape(one.path)}</code></td>"
-            f"<td>{html.escape(' '.join(one.operation['description'].split()))}</td></tr>"
-            for one in self._described
+            f"<tr><td>{method}</td><td><code>{html.escape(path)}</code></td>"
+            f"<td>{html.escape(' '.join(operation['description'].split()))}</td></tr>"
+            for path, method, operation in self._described
         ]
         page = (
             f"<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{html.escape(self.title)}</title>"
@@ -113,12 +127,16 @@ class Api(Starlette):
         )
         return Response(page, headers=_DOCS_HEADERS, media_type="text/html")
 
-    def _adder(self, path: str, method: str, options: dict[str, Any]) -> Callable[[Route], Route]:
+    def _adder(self, path: str, method: str, shape: Shape | None) -> Callable[[Route], Route]:
         def add(route: Route) -> Route:
-            self.add_api_route(path, route, methods=[method], **options)
+            self.add_api_route(path, route, method, shape)
             return route
 
         return add
+
+
+def _json_of(body: type) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REF_TEMPLATE.format(name=body.__name__)}}}
 
 
 def _endpoint(route: Route) -> Callable[[Request], Awaitable[Response]]:

@@ -10,12 +10,10 @@ from megatron_medha.server.bodies.openai_types import SharedFields
 from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.http.http_errors import bad_request, rejected
 from megatron_medha.server.openai.request_fields import (
+    REFUSED,
     RequestContext,
-    check_common,
-    check_tpot_slo,
-    class_of,
-    is_tier_known,
     priority_of,
+    refuse_all,
     sampling_of,
     seed_of,
     stops_of,
@@ -49,8 +47,7 @@ async def begin_spec(
     """
     config, ready = service.config, context.ready
     model = service.model_name(fields.model)
-    check_common(fields)
-    check_tpot_slo(context.tpot_s, config)
+    refuse_all(fields, REFUSED)
     if num_logprobs is not None and num_logprobs > config.max_logprobs:
         raise bad_request(f"{logprobs_param}: at most {config.max_logprobs}", logprobs_param)
     grammar, guide = None, constraint_of(fields)
@@ -65,7 +62,6 @@ async def begin_spec(
     sampling = sampling_of(
         fields,
         ready,
-        config,
         # The best of several is known by their tokens' log-probabilities.
         num_logprobs=0 if num_drawn > n and num_logprobs is None else num_logprobs,
         num_prompt_logprobs=num_logprobs if is_echo else None,
@@ -75,7 +71,8 @@ async def begin_spec(
     if (rejection := service.admission.check_capacity(config, num_prompts * num_drawn)) is not None:
         raise rejected(rejection)
     options = fields.stream_options
-    slo_class = class_of(fields, context.slo_class, service.slo)
+    tier_class = service.slo.class_of_tier(fields.service_tier)
+    slo_class = context.slo_class or tier_class or service.slo.default_class
     slo = service.slo.find(slo_class)
     return GenerationSpec(
         # Drawn here, because sub-requests are named after it and clients' own ids may collide.
@@ -107,5 +104,5 @@ async def begin_spec(
         names_tokens_by_id=bool(fields.return_tokens_as_token_ids),
         returns_token_ids=bool(fields.return_token_ids),
         tools=tools,
-        ignored=(*ignored, *(() if is_tier_known(fields, service.slo) else ("service_tier",))),
+        ignored=(*ignored, *(("service_tier",) if tier_class is None else ())),
     )

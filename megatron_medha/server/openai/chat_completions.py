@@ -42,7 +42,7 @@ from megatron_medha.server.openai.wire_format import (
 from megatron_medha.server.service import Service
 from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
 from megatron_medha.server.tools.tool_calls import ToolCallParser
-from megatron_medha.server.tools.tool_fields import definitions_of, usable_tools
+from megatron_medha.server.tools.tool_fields import definitions_of, tools_left_out
 from megatron_medha.text.call_syntax import reasoning_end
 from megatron_medha.text.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
 )
 
 
-async def plan_chat_completion(service: Service, context: RequestContext, body: ChatRequest) -> ChatFormat:
+async def prepare_chat_completion(service: Service, context: RequestContext, body: ChatRequest) -> ChatFormat:
     """Check a request and encode its prompt; ApiError 4xx says what is wrong."""
     return ChatFormat(await chat_spec(service, context, body, id_prefix="chatcmpl"), context.ready.tokenizer)
 
@@ -70,8 +70,7 @@ async def chat_spec(
     """
     ready = context.ready
     refuse_all(body, _REFUSED)
-    usable = usable_tools(body.tools, body.tool_choice)
-    tools = chat_tools(service, ready, usable.tools, usable.choice, body.parallel_tool_calls)
+    tools = chat_tools(service, ready, body.tools, body.tool_choice, body.parallel_tool_calls)
     n = num_choices_of(body)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs: only together with logprobs=true", "top_logprobs")
@@ -90,7 +89,7 @@ async def chat_spec(
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logprobs_param="top_logprobs",
         tools=tools,
-        ignored=(*ignored, *usable.ignored),
+        ignored=(*ignored, *tools_left_out(body.tools)),
     )
     rendered = await render_messages(service, ready, body.messages, body, definitions_of(tools))
     prompts = await encode_prompts(

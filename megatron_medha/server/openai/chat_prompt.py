@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,7 +17,7 @@ from megatron_medha.server.bodies.openai_types import (
     Tool,
     ToolChoice,
 )
-from megatron_medha.server.http.http_errors import bad_request
+from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.tools.json_text import read_cut_object
 from megatron_medha.server.tools.tool_description import SYSTEM_ROLES, with_description
@@ -30,6 +31,29 @@ _REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning")
 
 # As far as time goes, a message is worth so many characters of text, however empty it is.
 CHARS_PER_MESSAGE = 50
+
+
+@dataclass(slots=True)
+class ConversationHistory:
+    """The chat that a request in other words is, where its messages came from, and what is left out of it."""
+
+    messages: list[ChatMessage] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
+    paths: dict[str, str] = field(default_factory=dict)  # of a chat's fields, in the words of the route
+    ignored: list[str] = field(default_factory=list)
+
+    def add(self, message: ChatMessage, path: str) -> None:
+        """Add a message that came from there."""
+        self.paths[f"messages[{len(self.messages)}]"] = path
+        self.messages.append(message)
+
+
+def not_text(where: str, expected: str, kind: str, param: str) -> ApiError:
+    """A 400 for a part of a message that is no text."""
+    return bad_request(
+        f"{where}: this server reads text alone; expected {expected} with its text, got `{kind[:40]}`", param,
+        "unsupported_content",
+    )  # fmt: skip
 
 
 def chat_tools(
@@ -164,8 +188,5 @@ def _plain_message(place: int, message: ChatMessage) -> dict[str, Any]:
 def _text_of_part(part: ContentPart, param: str, index: int) -> str:
     text = part.refusal if part.type == "refusal" else part.text
     if part.type not in ("text", "refusal") or text is None:
-        raise bad_request(
-            f"{param}[{index}]: this server reads text alone; expected a part of type `text` with its text, got "
-            f"`{part.type[:40]}`", param, "unsupported_content",
-        )  # fmt: skip
+        raise not_text(f"{param}[{index}]", "a part of type `text`", part.type, param)
     return text

@@ -41,7 +41,7 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's number; chat takes what fits
 BODY = BodyType(msgspec.json.Decoder(CompletionRequest), texts=frozenset({"prompt"}), ids=frozenset({"prompt"}))
 
 
-async def build_completion_spec(service: Service, context: RequestContext, body: CompletionRequest) -> CompletionFormat:
+async def prepare_completion(service: Service, context: RequestContext, body: CompletionRequest) -> CompletionFormat:
     """Check a request and encode its prompts; ApiError 4xx says what is wrong."""
     config, ready = service.config, context.ready
     if body.suffix:
@@ -88,7 +88,7 @@ def _num_drawn(body: CompletionRequest, n: int, config: ServerConfig) -> int:
     return body.best_of
 
 
-def _first_available(pieces_by_choice: Sequence[Sequence[Piece]], spec: GenerationSpec) -> list[Sequence[Piece]]:
+def _best(pieces_by_choice: Sequence[Sequence[Piece]], spec: GenerationSpec) -> list[Sequence[Piece]]:
     """Of each prompt's choices those with the highest cumulative log-probability, numbered anew."""
     best: list[Sequence[Piece]] = []
     for first in range(0, len(pieces_by_choice), spec.n):
@@ -135,7 +135,7 @@ class CompletionFormat:
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
         """The answer that is not a stream."""
         if self.spec.num_answered < self.spec.n:
-            pieces_by_choice = _first_available(pieces_by_choice, self.spec)
+            pieces_by_choice = _best(pieces_by_choice, self.spec)
         return encode_json(self._answer([self._choice(pieces) for pieces in pieces_by_choice], usage))
 
     def _encode_event(self, choice: CompletionChoice, usage: Usage | None) -> bytes:

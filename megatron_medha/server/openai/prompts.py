@@ -58,7 +58,7 @@ async def encode_prompts(
         if isinstance(raw, str):
             ids = encode_text(tokenizer, raw, add_special_tokens, limit - least_output, param)
         else:
-            ids = raw if isinstance(raw, array) else _as_ids(raw, param)
+            ids = as_ids(raw, param)
         check_ids(ids, ready.facts.shape.vocab_size, param)
         return ids
 
@@ -132,9 +132,10 @@ def check_ids(token_ids: array[int], vocab_size: int, param: str) -> None:
             )
 
 
-def _as_ids(raw: list[int], param: str) -> array[int]:
+def as_ids(raw: Sequence[int], param: str) -> array[int]:
+    """As an array; ApiError 400 for numbers that are no ids of any model."""
     try:
-        return array("i", raw)
+        return raw if isinstance(raw, array) else array("i", raw)
     except OverflowError:
         wrong = max(raw, key=abs)
         raise bad_request(f"{param}: token id {_short(wrong)} is outside the vocabulary", param) from None

@@ -15,9 +15,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.server.api_keys import ANONYMOUS, ApiClient
 from megatron_medha.server.bodies.openai_types import SharedFields
 from megatron_medha.server.http.http_errors import bad_request
-from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.service import ReadyState, Service
-from megatron_medha.server.slo import CLASS_BY_TIER, SloConfig
 
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
 MAX_PRIORITY = 2**31 - 1
@@ -31,7 +29,7 @@ YES = frozenset({"1", "true", "yes", "on"})
 NO = frozenset({"0", "false", "no", "off"})
 
 # Options that change an answer elsewhere and do nothing here, what they may be all the same, and the way out.
-_REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("use_beam_search", (None, False), "not supported; best_of chooses among samples"),
     ("bad_words", (None, []), "not supported; logit_bias forbids single tokens"),
     ("allowed_token_ids", (None,), "not supported; structured_outputs says what an answer may be"),
@@ -72,6 +70,12 @@ def read_context(request: Request, service: Service) -> RequestContext:
         raise bad_request(
             f"x-slo-class: expected one of {', '.join(slo.names)}, got `{slo_class[:40]}`", "x-slo-class"
         )
+    tpot_s, least_ms = _slo_s(headers, "x-slo-tpot-ms"), service.config.min_tpot_slo_ms
+    if tpot_s is not None and 1e3 * tpot_s < least_ms:
+        raise bad_request(
+            f"x-slo-tpot-ms: {1e3 * tpot_s:g} is below the least that this server takes, {least_ms:g} "
+            "(server.min_tpot_slo_ms); send that, or leave the header out", "x-slo-tpot-ms",
+        )  # fmt: skip
     key: ApiClient = request.state.client_key
     return RequestContext(
         ready=ready,
@@ -79,20 +83,10 @@ def read_context(request: Request, service: Service) -> RequestContext:
         key=key,
         address=request.client.host if key.name == ANONYMOUS.name and request.client is not None else key.name,
         ttft_s=_slo_s(headers, "x-slo-ttft-ms"),
-        tpot_s=_slo_s(headers, "x-slo-tpot-ms"),
+        tpot_s=tpot_s,
         slo_class=slo_class,
         has_progress=_flag(headers, "x-medha-progress"),
     )
-
-
-def check_tpot_slo(tpot_s: float | None, config: ServerConfig) -> None:
-    """ApiError 400 for a target that no request may have here."""
-    if tpot_s is not None and 1e3 * tpot_s < config.min_tpot_slo_ms:
-        name = "x-slo-tpot-ms"
-        raise bad_request(
-            f"{name}: {1e3 * tpot_s:g} is below the least that this server takes, {config.min_tpot_slo_ms:g} "
-            "(server.min_tpot_slo_ms); send that, or leave the header out", name,
-        )  # fmt: skip
 
 
 def seed_of(fields: SharedFields) -> int:
@@ -102,19 +96,6 @@ def seed_of(fields: SharedFields) -> int:
     if not MIN_INT64 <= fields.seed <= MAX_INT64:
         raise bad_request("seed: expected a 64-bit integer", "seed")
     return fields.seed & MAX_INT64
-
-
-def class_of(fields: SharedFields, asked: str | None, slo: SloConfig) -> str:
-    """The SLO class: of the header, of the service tier (OpenAI's, or a class by its name), or the default."""
-    tier = fields.service_tier or "auto"
-    by_tier = tier if tier in slo.names else CLASS_BY_TIER.get(tier)
-    return asked or by_tier or slo.default_class
-
-
-def is_tier_known(fields: SharedFields, slo: SloConfig) -> bool:
-    """Whether the service tier is OpenAI's or a class of ours; another one is left out, since it changes no answer."""
-    tier = fields.service_tier
-    return tier is None or tier in CLASS_BY_TIER or tier in slo.names
 
 
 def priority_of(fields: SharedFields, class_priority: int) -> int:
@@ -151,7 +132,6 @@ def num_choices_of(fields: SharedFields) -> int:
 def sampling_of(
     fields: SharedFields,
     ready: ReadyState,
-    config: ServerConfig,
     *,
     num_logprobs: int | None,
     num_prompt_logprobs: int | None,
@@ -187,11 +167,6 @@ def sampling_of(
         num_prompt_logprobs=num_prompt_logprobs,
         grammar=grammar,
     )
-
-
-def check_common(fields: SharedFields) -> None:
-    """ApiError 400 for options that would change the answer and that there is nothing for here."""
-    refuse_all(fields, _REFUSED)
 
 
 def refuse_all(fields: object, refused: Sequence[tuple[str, tuple[object, ...], str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -11,34 +10,10 @@ import msgspec
 from megatron_medha.server.bodies.openai_types import CalledFunction, ChatMessage, ContentPart, ToolCall
 from megatron_medha.server.bodies.responses_types import InputItem, InputPart
 from megatron_medha.server.http.http_errors import bad_request
+from megatron_medha.server.openai.chat_prompt import ConversationHistory, not_text
 from megatron_medha.server.openai.response_tools import custom_call_arguments, function_name
 
 TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
-
-
-@dataclass(slots=True)
-class ConversationHistory:
-    """Messages, where each came from, and the items that are left out."""
-
-    messages: list[ChatMessage] = field(default_factory=list)
-    paths: dict[str, str] = field(default_factory=dict)  # of a chat's fields, in the words of this route
-    ignored: list[str] = field(default_factory=list)
-
-    def add(self, message: ChatMessage, path: str) -> None:
-        """Add a message that came from there."""
-        self.paths[f"messages[{len(self.messages)}]"] = path
-        self.messages.append(message)
-
-    def add_call(self, call: ToolCall, path: str) -> None:
-        """Add a call. Calls of one answer are one message of the model, with the text before them."""
-        if not self.messages or self.messages[-1].role != "assistant":
-            self.add(ChatMessage(role="assistant"), path)
-        last = self.messages[-1]
-        last.tool_calls = last.tool_calls or []
-        last.tool_calls.append(call)
-        calls = f"messages[{len(self.messages) - 1}].tool_calls[{len(last.tool_calls) - 1}]"
-        self.paths[calls] = path
-        self.paths[f"{calls}.function"] = path
 
 
 def read_items(
@@ -95,7 +70,15 @@ def _add_item(history: ConversationHistory, item: InputItem, path: str) -> None:
 
 
 def _add_call(history: ConversationHistory, path: str, call_id: str, name: str, arguments: str) -> None:
-    history.add_call(ToolCall(id=call_id, function=CalledFunction(name=name, arguments=arguments)), path)
+    """Add a call. Calls of one answer are one message of the model, with the text before them."""
+    if not history.messages or history.messages[-1].role != "assistant":
+        history.add(ChatMessage(role="assistant"), path)
+    last = history.messages[-1]
+    last.tool_calls = last.tool_calls or []
+    last.tool_calls.append(ToolCall(id=call_id, function=CalledFunction(name=name, arguments=arguments)))
+    calls = f"messages[{len(history.messages) - 1}].tool_calls[{len(last.tool_calls) - 1}]"
+    history.paths[calls] = path
+    history.paths[f"{calls}.function"] = path
 
 
 def _add_output(history: ConversationHistory, path: str, call_id: str, output: Any) -> None:
@@ -119,9 +102,6 @@ def _content_of(content: str | list[InputPart], path: str) -> str | list[Content
     for place, part in enumerate(content):
         text = part.refusal if part.type == "refusal" else part.text
         if part.type not in (*TEXT_PARTS, "refusal") or text is None:
-            raise bad_request(
-                f"{path}[{place}]: this server reads text alone; expected a part of type input_text or output_text "
-                f"with its text, got `{part.type[:40]}`", path, "unsupported_content",
-            )  # fmt: skip
+            raise not_text(f"{path}[{place}]", "a part of type input_text or output_text", part.type, path)
         texts.append(ContentPart(type="text", text=text))
     return texts

@@ -35,11 +35,11 @@ from megatron_medha.server.http.http_errors import ApiError, ErrorBody, error_ty
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.block_format import BlockFormat
 from megatron_medha.server.openai.chat_completions import chat_spec
-from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE
+from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE, ConversationHistory
 from megatron_medha.server.openai.openai_logprobs import chat_token, token_namer
 from megatron_medha.server.openai.recent_items import RecentItems
 from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
-from megatron_medha.server.openai.response_items import ConversationHistory, read_items
+from megatron_medha.server.openai.response_items import read_items
 from megatron_medha.server.openai.response_tools import ChatTools, KnownTool, chat_tools_of, text_argument
 from megatron_medha.server.service import Service
 from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
@@ -63,7 +63,7 @@ _PATHS = {
 }  # fmt: skip
 
 
-async def build_response_spec(
+async def prepare_response(
     service: Service, context: RequestContext, body: ResponsesRequest, *, recent: RecentItems
 ) -> ResponsesFormat:
     """As chat_spec, of the chat that this is; ApiError 4xx says what is wrong. recent: items it may refer to."""

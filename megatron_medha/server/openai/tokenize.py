@@ -19,10 +19,10 @@ from megatron_medha.server.bodies.openai_types import (
 from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.openai.chat_prompt import adds_special_tokens, chat_tools, render_messages
-from megatron_medha.server.openai.prompts import check_ids, check_length, encode_text
+from megatron_medha.server.openai.prompts import as_ids, check_ids, check_length, encode_text
 from megatron_medha.server.openai.wire_format import encode_json, json_response
 from megatron_medha.server.service import ReadyState, Service
-from megatron_medha.server.tools.tool_fields import definitions_of, usable_tools
+from megatron_medha.server.tools.tool_fields import definitions_of
 from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TooManyTokens
 
 TOKENIZE_BODY = BodyType(msgspec.json.Decoder(TokenizeRequest), texts=frozenset({"prompt", "messages"}))
@@ -51,8 +51,7 @@ async def token_ids_of(service: Service, ready: ReadyState, body: TokenizeReques
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("prompt: expected either prompt or messages", "prompt")
     if body.messages is not None:
-        usable = usable_tools(body.tools, None)
-        tools = chat_tools(service, ready, usable.tools, "required" if usable.tools else None, None)
+        tools = chat_tools(service, ready, body.tools, None, None)
         text = (await render_messages(service, ready, body.messages, body, definitions_of(tools))).text
         adds_special = adds_special_tokens(ready, body.add_special_tokens)
     else:
@@ -78,10 +77,7 @@ async def detokenize(service: Service, ready: ReadyState, body: DetokenizeReques
     """Text of token ids, special tokens included; ApiError 400 beyond the context."""
     service.model_name(body.model)
     check_length(len(body.tokens), ready.facts.max_request_tokens, ready, service, "tokens")
-    try:
-        ids = array("i", body.tokens)
-    except OverflowError:
-        raise bad_request("tokens: a token id is outside the vocabulary", "tokens") from None
+    ids = as_ids(body.tokens, "tokens")
     tokenizer = ready.tokenizer
 
     def work() -> list[str]:

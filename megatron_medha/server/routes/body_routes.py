@@ -17,12 +17,11 @@ from megatron_medha.server.bodies.responses_types import ResponsesRequest, Respo
 from megatron_medha.server.http.body_reader import read_body
 from megatron_medha.server.http.http_errors import AnthropicError, rejected
 from megatron_medha.server.http.request_body import BodyType, decode_request
-from megatron_medha.server.http.routing import Api
+from megatron_medha.server.http.routing import Api, Shape
 from megatron_medha.server.openai import chat_completions, completions, responses, tokenize
 from megatron_medha.server.openai.recent_items import RecentItems
 from megatron_medha.server.openai.request_fields import RequestContext, read_context
 from megatron_medha.server.openai.wire_format import WireFormat
-from megatron_medha.server.routes import openapi
 from megatron_medha.server.routes.generate import GenerationResponse
 from megatron_medha.server.routes.timeouts import cancel_on_disconnect
 from megatron_medha.server.service import ReadyState, Service
@@ -41,15 +40,15 @@ def add_generating_routes(app: Api, service: Service) -> None:
         name: str,
         what: str,
         body_type: BodyType[T],
-        plan: Callable[[Service, RequestContext, T], Coroutine[Any, Any, WireFormat]],
-        operation: dict[str, Any],
+        prepare: Callable[[Service, RequestContext, T], Coroutine[Any, Any, WireFormat]],
+        shape: Shape,
     ) -> None:
         async def route(request: Request) -> Response:
             with service.bodies.hold() as memory:
                 raw = await read_body(request, service.config, memory)
                 context = read_context(request, service)
                 body = await decode_request(raw, body_type, context.ready.prompt_limits)
-                wire = await cancel_on_disconnect(request.receive, memory.num_bytes, plan(service, context, body))
+                wire = await cancel_on_disconnect(request.receive, memory.num_bytes, prepare(service, context, body))
             # From here to the answer's own start nothing waits, so that the ticket cannot be lost.
             service.lifecycle.check_open()
             ticket = service.admission.admit(service.config, context.key, wire.spec.requests())
@@ -59,21 +58,21 @@ def add_generating_routes(app: Api, service: Service) -> None:
             return GenerationResponse(wire, service, context.ready.tokenizer, ticket)
 
         route.__doc__ = what
-        app.add_api_route(path, route, methods=["POST"], name=name, openapi_extra=operation)
+        app.add_api_route(path, route, "POST", shape, name)
 
     add("/v1/completions", "completions", "Continue one or more prompts.",
-        completions.BODY, completions.build_completion_spec,
-        openapi.operation(types.CompletionResponse, body=types.CompletionRequest, errors=_ERRORS, has_events=True))
+        completions.BODY, completions.prepare_completion,
+        Shape(answer=types.CompletionResponse, body=types.CompletionRequest, errors=_ERRORS, has_events=True))
     add("/v1/chat/completions", "chat_completions", "Answer a chat.",
-        chat_completions.BODY, chat_completions.plan_chat_completion,
-        openapi.operation(types.ChatCompletionResponse, body=types.ChatRequest, errors=_ERRORS, has_events=True))
+        chat_completions.BODY, chat_completions.prepare_chat_completion,
+        Shape(answer=types.ChatCompletionResponse, body=types.ChatRequest, errors=_ERRORS, has_events=True))
     add("/v1/responses", "create_response",
         "Answer a chat, as OpenAI's newer clients send it. Answers are not stored.",
-        responses.BODY, partial(responses.build_response_spec, recent=RecentItems()),
-        openapi.operation(ResponsesResponse, body=ResponsesRequest, errors=_ERRORS, has_events=True))
+        responses.BODY, partial(responses.prepare_response, recent=RecentItems()),
+        Shape(answer=ResponsesResponse, body=ResponsesRequest, errors=_ERRORS, has_events=True))
     add("/v1/messages", "create_message", "Answer a chat, as Anthropic's clients send it.",
-        anthropic_messages.BODY, anthropic_messages.build_message_spec,
-        openapi.operation(MessagesResponse, body=MessagesRequest, has_events=True, **_ANTHROPIC))
+        anthropic_messages.BODY, anthropic_messages.prepare_message,
+        Shape(answer=MessagesResponse, body=MessagesRequest, has_events=True, **_ANTHROPIC))
 
 
 def add_token_routes(app: Api, service: Service) -> None:
@@ -85,7 +84,7 @@ def add_token_routes(app: Api, service: Service) -> None:
         what: str,
         body_type: BodyType[T],
         answer: Callable[[Service, ReadyState, T], Coroutine[Any, Any, Response]],
-        operation: dict[str, Any],
+        shape: Shape,
     ) -> None:
         async def route(request: Request) -> Response:
             with service.bodies.hold() as memory:
@@ -95,14 +94,14 @@ def add_token_routes(app: Api, service: Service) -> None:
                 return await cancel_on_disconnect(request.receive, memory.num_bytes, answer(service, ready, body))
 
         route.__doc__ = what
-        app.add_api_route(path, route, methods=["POST"], name=name, openapi_extra=operation)
+        app.add_api_route(path, route, "POST", shape, name)
 
     add("/v1/messages/count_tokens", "count_message_tokens", "How many tokens the prompt of a chat has.",
         anthropic_messages.BODY, anthropic_messages.count_tokens,
-        openapi.operation(TokenCount, body=MessagesRequest, **_ANTHROPIC))
+        Shape(answer=TokenCount, body=MessagesRequest, **_ANTHROPIC))
     add("/tokenize", "tokenize_text", "Token ids of a prompt or of messages.",
         tokenize.TOKENIZE_BODY, tokenize.tokenize,
-        openapi.operation(types.TokenizeResponse, body=types.TokenizeRequest, errors=_ERRORS))
+        Shape(answer=types.TokenizeResponse, body=types.TokenizeRequest, errors=_ERRORS))
     add("/detokenize", "detokenize_ids", "Text of token ids.",
         tokenize.DETOKENIZE_BODY, tokenize.detokenize,
-        openapi.operation(types.DetokenizeResponse, body=types.DetokenizeRequest, errors=_ERRORS))
+        Shape(answer=types.DetokenizeResponse, body=types.DetokenizeRequest, errors=_ERRORS))

@@ -12,20 +12,19 @@ import msgspec
 from starlette.responses import Response
 
 from megatron_medha.server.http.http_errors import ApiError
-from megatron_medha.server.http.routing import Api
+from megatron_medha.server.http.routing import Api, Shape
 from megatron_medha.server.observe.metrics import Histogram
 from megatron_medha.server.observe.queue_view import QueueView
 from megatron_medha.server.observe.request_log import RequestTrace
 from megatron_medha.server.observe.steps import StepRecord
 from megatron_medha.server.openai.wire_format import json_response
-from megatron_medha.server.routes import openapi
 from megatron_medha.server.service import Service
 
 MAX_LISTED = 100       # stories in a list
 MAX_REQUESTS_AHEAD = 8    # named of those that ran while a request waited
 _VIEW_WAIT_S = 0.5     # for the first look after nobody has watched for a while
 _VIEW_POLL_S = 0.02
-_ERRORS = (401, 403, 404, 503)
+_SHAPE = Shape(errors=(401, 403, 404, 503))
 
 
 class WaitInterval(msgspec.Struct, frozen=True):
@@ -81,7 +80,7 @@ def add_routes(app: Api, service: Service) -> None:
     """Put the routes into the application."""
     page = importlib.resources.files("megatron_medha.server.observe").joinpath("dashboard.html").read_bytes()
 
-    @app.get("/dashboard", include_in_schema=False)
+    @app.get("/dashboard")
     async def dashboard() -> Response:
         """A page without any outside asset; what it shows comes from /debug/live, with a key where one is needed."""
         headers = {
@@ -91,13 +90,13 @@ def add_routes(app: Api, service: Service) -> None:
         }
         return Response(page, headers=headers)
 
-    @app.get("/debug/schedule", openapi_extra=openapi.operation(None, errors=_ERRORS))
+    @app.get("/debug/schedule", _SHAPE)
     async def schedule() -> Response:
         """Who waits, with how much slack and why; what is in flight."""
         steps = [_step(step) for step in _latest_steps(service, 20)]
         return json_response({"view": await _fresh_view(service), "steps": steps})
 
-    @app.get("/debug/live", openapi_extra=openapi.operation(None, errors=_ERRORS))
+    @app.get("/debug/live", _SHAPE)
     async def live() -> Response:
         """Everything the page shows, in one answer."""
         metrics, load = service.metrics, service.engine.load
@@ -122,12 +121,12 @@ def add_routes(app: Api, service: Service) -> None:
             "recent": service.journal.recent(30),
         })  # fmt: skip
 
-    @app.get("/debug/requests", openapi_extra=openapi.operation(None, errors=_ERRORS))
+    @app.get("/debug/requests", _SHAPE)
     async def requests() -> Response:
         """The newest requests, newest first."""
         return json_response({"requests": service.journal.recent(MAX_LISTED)})
 
-    @app.get("/debug/requests/{response_id}", openapi_extra=openapi.operation(None, errors=_ERRORS))
+    @app.get("/debug/requests/{response_id}", _SHAPE)
     async def request(response_id: str) -> Response:
         """One request's story: the id of an answer, or of one of its choices (ID-0, ID-1...)."""
         ids = service.journal.request_ids_of(response_id)

@@ -10,10 +10,9 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EnginePhase
 from megatron_medha.server.bodies import openai_types as types
 from megatron_medha.server.http.http_errors import bad_request
-from megatron_medha.server.http.routing import Api
+from megatron_medha.server.http.routing import Api, Shape
 from megatron_medha.server.observe.metrics_page import CONTENT_TYPE, MetricsPage
 from megatron_medha.server.openai.wire_format import json_response
-from megatron_medha.server.routes import openapi
 from megatron_medha.server.service import Service
 
 
@@ -38,12 +37,12 @@ def add_model_routes(app: Api, service: Service) -> None:
             sampling_defaults=service.sampling_defaults,
         )
 
-    @app.get("/v1/models", openapi_extra=openapi.operation(types.ModelList, errors=(401,)))
+    @app.get("/v1/models", Shape(answer=types.ModelList, errors=(401,)))
     async def models() -> Response:
         """The models that are served."""
         return json_response(types.ModelList(data=[describe(name) for name in service.served_names()]))
 
-    @app.get("/v1/models/{name:path}", openapi_extra=openapi.operation(types.Model, errors=(401, 404)))
+    @app.get("/v1/models/{name:path}", Shape(answer=types.Model, errors=(401, 404)))
     async def model(name: str) -> Response:
         """One of them."""
         return json_response(describe(service.model_name(name)))
@@ -77,25 +76,24 @@ def add_probe_routes(app: Api, service: Service, page: MetricsPage, model_name: 
         name = next(iter(service.served_names()), model_name)
         return Response(page.render(name), headers={"content-type": CONTENT_TYPE})
 
-    probe = openapi.operation(types.Readiness)
-    probe["responses"]["503"] = {**probe["responses"]["200"], "description": "Not ready"}
-    for path, route, extra in (
+    probe = Shape(answer=types.Readiness, errors=(503,), error=types.Readiness, error_text="Not ready")
+    for path, route, shape in (
         ("/health", health, probe),
         ("/live", health, probe),
         ("/ping", health, probe),
         ("/ready", ready, probe),
-        ("/version", tell_version, openapi.operation(types.Version)),
-        ("/metrics", metrics, openapi.operation(None)),
+        ("/version", tell_version, Shape(answer=types.Version)),
+        ("/metrics", metrics, Shape()),
     ):
         name = path.strip("/")
-        app.add_api_route(path, route, methods=["GET"], name=name, openapi_extra=extra)
-        app.add_api_route(path, route, methods=["HEAD"], name=f"{name}_head", include_in_schema=False)
+        app.add_api_route(path, route, "GET", shape, name)
+        app.add_api_route(path, route, "HEAD", name=f"{name}_head")
 
 
 def add_admin_routes(app: Api, service: Service) -> None:
     """Reload and drain, for those with the admin key."""
 
-    @app.post("/admin/reload", openapi_extra=openapi.operation(types.Reloaded, errors=(400, 401, 403)))
+    @app.post("/admin/reload", Shape(answer=types.Reloaded, errors=(400, 401, 403)))
     async def reload() -> Response:
         """Read keys and limits again, as SIGHUP does."""
         try:
@@ -103,7 +101,7 @@ def add_admin_routes(app: Api, service: Service) -> None:
         except ConfigError as error:
             raise bad_request(str(error), code="configuration_error") from None
 
-    @app.post("/admin/drain", openapi_extra=openapi.operation(types.Readiness, errors=(401, 403)))
+    @app.post("/admin/drain", Shape(answer=types.Readiness, errors=(401, 403)))
     async def drain() -> Response:
         """Take nothing new, finish what runs, and end, as SIGTERM does."""
         service.lifecycle.end_server()

@@ -41,7 +41,11 @@ class OutputConstraint:
 
 def constraint_of(fields: SharedFields) -> OutputConstraint | None:
     """What the fields of a request say; ApiError 400 where they say several things, or one we cannot do."""
-    guides = [*_of_format(fields.response_format), *_of_structured(fields.structured_outputs), *_of_old_names(fields)]
+    guides = [
+        *_of_format(fields.response_format),
+        *_of_structured(fields.structured_outputs),
+        *_each("guided_", fields.guided_json, fields.guided_regex, fields.guided_choice, fields.guided_grammar),
+    ]
     if len(guides) > 1:
         params = " and ".join(guide.param for guide in guides)
         raise bad_request(f"{params}: an answer can match one of them only", guides[1].param)
@@ -173,11 +177,6 @@ def _of_structured(given: StructuredOutputs | None) -> Iterator[OutputConstraint
     if given.json_object:
         yield json_constraint({"type": "object"}, f"{name}.json_object")
     yield from _each(name + ".", given.json, given.regex, given.choice, given.grammar)
-
-
-def _of_old_names(fields: SharedFields) -> Iterator[OutputConstraint]:
-    given = (fields.guided_json, fields.guided_regex, fields.guided_choice, fields.guided_grammar)
-    yield from _each("guided_", *given)
 
 
 def _each(

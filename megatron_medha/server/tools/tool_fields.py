@@ -51,6 +51,7 @@ def tool_use(
 
     syntax: in which the model calls.
     """
+    tools, choice = _usable(tools, choice)
     if not tools:
         if choice not in (None, "none", "auto"):
             raise bad_request("tool_choice: only together with tools", "tool_choice")
@@ -76,32 +77,30 @@ def tool_use(
             guide = json_constraint(_arguments_schema(schemas[name]), "tools")
             return replace(use, syntax=ToolSyntax.ARGUMENTS, guide=guide, only=name)
         case _:
-            raise _no_such_choice()
+            raise bad_request(
+                'tool_choice: expected none, auto, required or {"type": "function", "function": {"name": ...}}',
+                "tool_choice",
+            )
 
 
-@dataclass(frozen=True, slots=True)
-class UsableTools:
-    """Of a request's tools those that can be called here, and the choice among them."""
-
-    tools: list[Tool] | None
-    choice: ToolChoice | str | None
-    ignored: tuple[str, ...] = ()  # paths of the others
-
-
-def usable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | str | None) -> UsableTools:
-    """Leave out tools that a server of the client's provider would run, and those that a choice does not allow."""
-    ignored = tuple(f"tools[{place}]" for place, tool in enumerate(tools or ()) if tool.type != "function")
+def _usable(
+    tools: Sequence[Tool] | None, choice: ToolChoice | str | None
+) -> tuple[list[Tool], ToolChoice | str | None]:
+    """Without those that a server of the client's provider would run, and those that the choice does not allow."""
     kept = [tool for tool in tools or () if tool.type == "function"]
     match choice:
         case ToolChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=mode, tools=allowed)):
             names = {tool.function.name for tool in allowed if tool.function is not None}
-            kept = [tool for tool in kept if tool.function is None or tool.function.name in names]
-            choice = mode
+            return [tool for tool in kept if tool.function is None or tool.function.name in names], mode
         case ToolChoice(type="allowed_tools"):
             raise bad_request("tool_choice.allowed_tools: expected an object with mode and tools", "tool_choice")
         case _:
-            pass
-    return UsableTools(kept or None, choice, ignored)
+            return kept, choice
+
+
+def tools_left_out(tools: Sequence[Tool] | None) -> tuple[str, ...]:
+    """Paths of those that cannot be called here."""
+    return tuple(f"tools[{place}]" for place, tool in enumerate(tools or ()) if tool.type != "function")
 
 
 def definitions_of(tools: ToolUse | None) -> tuple[dict[str, Any], ...]:
@@ -137,12 +136,6 @@ def syntax_of(configured: str, template: ChatTemplate) -> ToolSyntax | None:
     if not template.uses_tools:
         return None
     return syntax_of_template(template.source) if configured == "auto" else ToolSyntax(configured)
-
-
-def _no_such_choice() -> ApiError:
-    return bad_request(
-        'tool_choice: expected none, auto, required or {"type": "function", "function": {"name": ...}}', "tool_choice"
-    )
 
 
 def _definition(tool: Tool) -> dict[str, Any]:
