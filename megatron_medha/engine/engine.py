@@ -6,13 +6,13 @@ import logging
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_medha.core.batch import Aborted, Arrived, Event
+from megatron_medha.core.batch import Aborted, Arrived
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.core.loop import serve
 from megatron_medha.core.ports import (
@@ -33,13 +33,11 @@ from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.request_states import RequestState, RequestStates
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.snapshot import NO_LOAD, NO_WORK, load_of, work_of
 from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.stats.decision_log import DecisionLog
+from megatron_medha.stats.snapshot import NO_LOAD, NO_WORK, Snapshot, SnapshotObserver, SnapshotReader
 
 _log = logging.getLogger(__name__)
-
-_SNAPSHOT_INTERVAL_S = 0.1
 
 
 ObserverFactory = Callable[[Scheduler], Observer]
@@ -110,7 +108,7 @@ class Engine:
 
     @property
     def load(self) -> EngineLoad:
-        """See EngineClient; at most 0.1 s behind."""
+        """See EngineClient; a few tenths of a second behind at most."""
         return self._load
 
     @property
@@ -119,7 +117,7 @@ class Engine:
         return (ReplicaState(self.status, self.load),)
 
     def load_for(self, num_prompt_tokens: int) -> ReplicaLoad:
-        """What a prompt of that length would find before it; from any thread, at most 0.1 s behind."""
+        """What a prompt of that length would find before it; from any thread; as old as `load`."""
         scheduler, work = self._scheduler, self._work
         if scheduler is None:
             return ReplicaLoad(False, 0.0, 0.0, 0.0)
@@ -181,11 +179,11 @@ class Engine:
 
     def _serve(self, world: EngineBackend, streams: RequestStates) -> None:
         scheduler = self._scheduler = world.setup.build()
-        watching = (watch(scheduler) for watch in (*world.watchers, *self._watchers))
-        observers: tuple[Observer, ...] = (*watching, _LoadObserver(scheduler, self._update_load))
+        watching = [watch(scheduler) for watch in (*world.watchers, *self._watchers)]
+        readers = [self, *(observer for observer in watching if isinstance(observer, SnapshotReader))]
+        observers: tuple[Observer, ...] = (*watching, SnapshotObserver(scheduler, readers))
         if self._decision_log is not None:
             observers = (*observers, DecisionLog.open(self._decision_log, world.setup.header()))
-        self._update_load(scheduler, ())
         self._facts = EngineFacts(
             shape=world.setup.shape,
             num_blocks=world.setup.num_blocks,
@@ -197,10 +195,10 @@ class Engine:
         self._board.show(EnginePhase.READY, world.device, 1.0)
         serve(scheduler, world.runtime, observers)
 
-    def _update_load(self, scheduler: Scheduler, arrived: Iterable[str]) -> None:
-        self._load = load_of(scheduler)
-        self._work = work_of(scheduler)
-        for request_id in arrived:
+    def read(self, snapshot: Snapshot, now_s: float) -> None:
+        """See SnapshotReader."""
+        self._load, self._work = snapshot.load, snapshot.work
+        for request_id in snapshot.arrived:
             self._unseen.pop(request_id, None)
 
     def _end(self, phase: EnginePhase, detail: str, why: str) -> None:
@@ -210,31 +208,3 @@ class Engine:
         self._load = NO_LOAD
         self._streams.end_all(why)
         self._board.notify()
-
-
-class _LoadObserver:
-    """Looks at the scheduler's state now and then, and whenever it runs out of work."""
-
-    def __init__(self, scheduler: Scheduler, note: Callable[[Scheduler, Iterable[str]], None]) -> None:
-        """note: told of the scheduler, and which requests have arrived there since it was last told."""
-        self._scheduler = scheduler
-        self._note = note
-        self._arrived: list[str] = []
-        self._updated_s = 0.0
-
-    def handled(self, event: Event, outputs: object, now_s: float) -> None:
-        """See Observer."""
-        match event:
-            case Arrived():
-                self._arrived.append(event.request.request_id)
-            case Aborted():  # it may have been on its way still
-                self._arrived.append(event.request_id)
-            case _:
-                pass
-        if now_s - self._updated_s > _SNAPSHOT_INTERVAL_S or not self._scheduler.num_sequences:
-            self._note(self._scheduler, self._arrived)
-            self._arrived.clear()
-            self._updated_s = now_s
-
-    def scheduled(self, batch: object, now_s: float) -> None:
-        """See Observer."""

@@ -14,6 +14,7 @@ from itertools import accumulate
 
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
+from megatron_medha.stats.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,13 @@ class PendingPrefills:
     work_s: tuple[float, ...]             # of each and all before it
 
     @classmethod
-    def of(cls, scheduler: Scheduler) -> PendingPrefills:
-        """Taken on the scheduler's own thread; O(n log n) in its live prefills."""
+    def of(cls, snapshot: Snapshot) -> PendingPrefills:
+        """On the scheduler's own thread; O(n log n) in its live prefills."""
+        scheduler = snapshot.scheduler
         is_by_deadline = scheduler.policy.is_by_deadline
         rows = sorted(
             (seq.request.priority, seq.deadline_s if is_by_deadline else 0.0, seq.remaining_work_s)
-            for seq in scheduler.sequences
-            if seq.is_prefill
+            for seq in snapshot.prefills
         )
         return cls(
             scheduler,

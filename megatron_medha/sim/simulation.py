@@ -18,7 +18,6 @@ from megatron_medha.core.scheduling.placement import ReplicaLoad
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.engine.snapshot import work_of
 from megatron_medha.sim.baselines.instances_world import InstancesSimRuntime
 from megatron_medha.sim.fleet import Fleet
 from megatron_medha.sim.isolated import IsolatedTimes
@@ -30,6 +29,7 @@ from megatron_medha.sim.truth import ComputedWork, Truth
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.request_stats import RequestStats
 from megatron_medha.stats.slo_targets import Slo
+from megatron_medha.stats.snapshot import take_snapshot
 from megatron_medha.stats.summary import LengthClasses, Summary
 from megatron_medha.stats.timeline import StageSpan
 from megatron_medha.workload.workload import Workload, WorkloadConfig
@@ -286,7 +286,7 @@ def _load(
 ) -> ReplicaLoad:
     """What the router knows of a replica."""
     if isinstance(system, Scheduler):
-        work = work_of(system)
+        work = take_snapshot(system).work
         return ReplicaLoad(
             True, work.prefill_s, system.predicted_prefill_s(request.num_prompt_tokens), work.decode_share
         )

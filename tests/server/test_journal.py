@@ -12,7 +12,7 @@ from live_server import FAST, SHAPE, LiveEngine
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import Running, StartServer, spec
 
-from megatron_medha.core.batch import Aborted, Arrived, Batch, Completed, Preempted
+from megatron_medha.core.batch import Aborted, Arrived, Batch, Completed, Event, Preempted
 from megatron_medha.core.cost.step_cost import RooflineCost
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.request import Request
@@ -25,6 +25,7 @@ from megatron_medha.server.observe.request_log import MAX_LOSSES, MAX_RUNS, MAX_
 from megatron_medha.server.routes.debug_routes import RunInterval, WaitInterval, explain_trace
 from megatron_medha.server.slo import SloClass, SloConfig
 from megatron_medha.server.ttft_estimate import PendingPrefills
+from megatron_medha.stats.snapshot import SnapshotObserver, take_snapshot
 
 PATH = "/v1/completions"
 
@@ -39,18 +40,22 @@ class World:
         self.journal = RequestLog(Metrics()) if journal is None else journal
         self.metrics = self.journal.metrics
         self.watch = self.journal.watch(self.scheduler)
+        self.snapshots = SnapshotObserver(self.scheduler, [self.watch])
         self.now_s = 0.0
+
+    def handle(self, event: Event) -> None:
+        outputs = self.scheduler.handle(event, self.now_s)
+        self.watch.handled(event, outputs, self.now_s)
+        self.snapshots.handled(event, outputs, self.now_s)
 
     def arrive(self, request_id: str, num_tokens: int, **fields: object) -> None:
         request = Request(
             request_id=request_id, num_prompt_tokens=num_tokens, max_output_tokens=2, arrival_s=self.now_s, **fields
         )
-        event = Arrived(request)
-        self.watch.handled(event, self.scheduler.handle(event, self.now_s), self.now_s)
+        self.handle(Arrived(request))
 
     def abort(self, request_id: str) -> None:
-        event = Aborted(request_id)
-        self.watch.handled(event, self.scheduler.handle(event, self.now_s), self.now_s)
+        self.handle(Aborted(request_id))
 
     def step(self, num_steps: int = 1) -> Batch | None:
         batch = None
@@ -59,9 +64,9 @@ class World:
             if batch is None:
                 return None
             self.watch.scheduled(batch, self.now_s)
+            self.snapshots.scheduled(batch, self.now_s)
             self.now_s += 1.0
-            event = Completed(batch_id=batch.batch_id, duration_s=0.5)
-            self.watch.handled(event, self.scheduler.handle(event, self.now_s), self.now_s)
+            self.handle(Completed(batch_id=batch.batch_id, duration_s=0.5))
         return batch
 
     def told(self, request_id: str) -> list[WaitInterval | RunInterval]:
@@ -231,7 +236,7 @@ def test_only_what_is_due_earlier_goes_before_a_prompt() -> None:
     world.arrive("long", 4000, ttft_slo_s=1000.0)
     world.arrive("short", 64, ttft_slo_s=1.0)
     world.arrive("cheap", 640, ttft_slo_s=1.0, priority=1)
-    ahead = PendingPrefills.of(world.scheduler)
+    ahead = PendingPrefills.of(take_snapshot(world.scheduler))
     work = {seq.request_id: seq.remaining_work_s for seq in world.scheduler.sequences}
     assert ahead.queued_ahead(0, 0.5).work_s == 0.0
     assert ahead.queued_ahead(0, 2.0).work_s == pytest.approx(work["short"])
@@ -239,7 +244,7 @@ def test_only_what_is_due_earlier_goes_before_a_prompt() -> None:
     assert ahead.queued_ahead(1, 2.0).work_s == pytest.approx(sum(work.values()))
     fcfs = World(policy="fcfs")
     fcfs.arrive("long", 4000)
-    assert PendingPrefills.of(fcfs.scheduler).queued_ahead(0, 0.1).num_prompts == 1
+    assert PendingPrefills.of(take_snapshot(fcfs.scheduler)).queued_ahead(0, 0.1).num_prompts == 1
 
 
 def live(start_server: StartServer, engine: LiveEngine, **settings: object) -> Running:
@@ -430,7 +435,7 @@ def test_with_two_replicas_what_was_admitted_goes_where_it_is_soonest(start_serv
     server = live(start_server, engine)
     assert engine.audit.scheduler is not None
     forecast = server.service.journal.forecast
-    forecast.update(PendingPrefills.of(engine.audit.scheduler), 1)
+    forecast.update(PendingPrefills.of(take_snapshot(engine.audit.scheduler)), 1)
     predicted = []
     for _ in range(4):
         predicted.append(forecast.predict(spec(2000).requests()))

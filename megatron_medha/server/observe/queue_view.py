@@ -8,10 +8,11 @@ from itertools import islice
 
 import msgspec
 
-from megatron_medha.core.kv.sequence import Sequence, Status
+from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.policies import relative_slack, slack_s
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.server.observe.steps import StepRecord
+from megatron_medha.stats.snapshot import Snapshot
 
 MAX_QUEUED = 200    # shown of the queue, most urgent first
 MAX_DECODING = 100  # shown of the running answers
@@ -116,19 +117,13 @@ def merge_views(views: Items[QueueView]) -> QueueView | None:
     )
 
 
-def take_view(scheduler: Scheduler, steps: tuple[StepRecord, ...], now_s: float, replica: int) -> QueueView:
-    """O(live sequences), with a list of the most urgent ones."""
-    counts = dict.fromkeys(Status, 0)
-    prefills: list[Sequence] = []
-    decoding: list[Sequence] = []
-    for seq in scheduler.sequences:
-        counts[seq.status] += 1
-        if seq.is_prefill:
-            prefills.append(seq)
-        elif seq.status is Status.DECODING and len(decoding) < MAX_DECODING:
-            decoding.append(seq)
+def take_view(snapshot: Snapshot, steps: tuple[StepRecord, ...], now_s: float, replica: int) -> QueueView:
+    """With a list of the most urgent requests; O(live prefills)."""
+    scheduler, load = snapshot.scheduler, snapshot.load
     most_urgent = nsmallest(
-        MAX_QUEUED, prefills, key=lambda seq: (seq.request.priority, relative_slack(seq, now_s), seq.request_id)
+        MAX_QUEUED,
+        snapshot.prefills,
+        key=lambda seq: (seq.request.priority, relative_slack(seq, now_s), seq.request_id),
     )
     memory = scheduler.memory
     return QueueView(
@@ -137,9 +132,9 @@ def take_view(scheduler: Scheduler, steps: tuple[StepRecord, ...], now_s: float,
         num_replicas=1,
         num_stages=scheduler.spp,
         num_kvp_ranks=memory.kvp,
-        num_waiting=counts[Status.WAITING],
-        num_prefilling=counts[Status.PREFILLING],
-        num_decoding=counts[Status.DECODING],
+        num_waiting=load.num_waiting,
+        num_prefilling=load.num_prefilling,
+        num_decoding=load.num_decoding,
         num_blocks=memory.num_blocks,
         num_free_blocks=tuple(pool.num_free_blocks for pool in memory.pools),
         queue=tuple(_queued(scheduler, seq, now_s, replica) for seq in most_urgent),
@@ -148,7 +143,7 @@ def take_view(scheduler: Scheduler, steps: tuple[StepRecord, ...], now_s: float,
                 seq.request_id, seq.request.num_prompt_tokens, seq.num_output_tokens, seq.request.max_output_tokens,
                 seq.block_table.kvp_ranks, replica,
             )
-            for seq in decoding
+            for seq in snapshot.decodes[:MAX_DECODING]
         ),  # fmt: skip
         in_flight=tuple(_in_flight_batch(step, now_s) for step in steps),
     )

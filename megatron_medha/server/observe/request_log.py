@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -25,13 +24,12 @@ from megatron_medha.server.observe.queue_view import QueueView, merge_views, tak
 from megatron_medha.server.observe.steps import StepChunk, StepRecord
 from megatron_medha.server.ttft_estimate import PendingPrefills, TtftEstimator
 from megatron_medha.stats.request_stats import Ending, RequestStats, RequestTracker
+from megatron_medha.stats.snapshot import Snapshot
 
 MAX_TRACES = 2048   # requests remembered, of which those that ended first go first; live ones always stay
 MAX_STEPS = 4096     # steps remembered: over three minutes of steps of 50 ms
 MAX_RUNS = 256       # of one story; beyond that neighbours are told as one
 MAX_LOSSES = 64      # of one story, the latest
-VIEW_INTERVAL_S = 0.1
-VIEW_COST_SHARE = 20  # looks take a twentieth of the engine's time at most, however long the queue
 VIEW_DEMAND_S = 3.0      # after somebody looked, looks go on for so long
 
 
@@ -223,11 +221,8 @@ class RequestLogObserver:
         self._parts: list[StepChunk] = []         # of it, the last chunk first
         self._unfinished: set[str] = set()       # prefills of the latest step that have more to compute
         self._in_flight: dict[int, StepRecord] = {}
-        self._next_view_s = 0.0
         self._was_idle = True
         self._last_s = 0.0
-        journal.forecast.update(PendingPrefills.of(scheduler), replica)
-        journal.views[replica] = take_view(scheduler, (), 0.0, replica)
 
     def handled(self, event: Event, outputs: Items[Output], now_s: float) -> None:
         """See Observer."""
@@ -246,12 +241,8 @@ class RequestLogObserver:
                 case _:
                     pass
         self._last_s = now_s
-        is_idle = not self._scheduler.num_sequences
-        # While batches are formed, looks are taken there, when what is in flight is known.
-        is_quiet = now_s >= self._next_view_s + VIEW_INTERVAL_S
-        if is_quiet or is_idle and not self._was_idle:
-            self._update_view(now_s)
-        self._was_idle = is_idle
+        self._was_idle = not self._scheduler.num_sequences
+
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer."""
         num_tokens, memory = batch.num_tokens, self._scheduler.memory
@@ -268,8 +259,14 @@ class RequestLogObserver:
             self._metrics.step_tokens.observe(num_tokens)
             if unfinished:
                 self._count_pauses(unfinished.difference(part.request_id for part in self._parts))
-        if now_s >= self._next_view_s:
-            self._update_view(now_s)
+
+    def read(self, snapshot: Snapshot, now_s: float) -> None:
+        """See SnapshotReader."""
+        self._journal.forecast.update(PendingPrefills.of(snapshot), self._replica)
+        # An empty one is always taken: while others are watched, nothing more comes from a replica without work.
+        if now_s < self._journal.views_wanted_until_s or not self._scheduler.num_sequences:
+            in_flight = tuple(self._in_flight.values())
+            self._journal.views[self._replica] = take_view(snapshot, in_flight, now_s, self._replica)
 
     def _begin(self, request: Request) -> RequestTrace | None:
         seq = self._scheduler.sequence(request.request_id)
@@ -362,16 +359,6 @@ class RequestLogObserver:
     def _end(self, trace: RequestTrace, outcome: str, now_s: float) -> None:
         self._metrics.num_rejected += trace.ending is Ending.REJECTED
         self._journal.end(trace, outcome, now_s)
-
-    def _update_view(self, now_s: float) -> None:
-        began_s = time.perf_counter()
-        self._journal.forecast.update(PendingPrefills.of(self._scheduler), self._replica)
-        # An empty one is always taken: while others are watched, nothing more comes from a replica without work.
-        if now_s < self._journal.views_wanted_until_s or not self._scheduler.num_sequences:
-            in_flight = tuple(self._in_flight.values())
-            self._journal.views[self._replica] = take_view(self._scheduler, in_flight, now_s, self._replica)
-        cost_s = time.perf_counter() - began_s
-        self._next_view_s = now_s + max(VIEW_INTERVAL_S, VIEW_COST_SHARE * cost_s)
 
 
 def _thinned(runs: list[ChunkRun]) -> list[ChunkRun]:
