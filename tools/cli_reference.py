@@ -14,9 +14,6 @@ from collections.abc import Iterator
 
 from megatron_medha.cli.medha import COMMANDS, main, usage
 
-# Its --help prints what is installed here: true on one machine only.
-_VERSION = "usage: medha version\n\nPrints the versions of megatron_medha, megatron-core, torch and Python."
-
 _HEAD = """\
 # Command line
 
@@ -33,8 +30,7 @@ def reference() -> str:
 def _sections() -> Iterator[str]:
     yield _block(usage())
     for name, command in COMMANDS.items():
-        text = _VERSION if name == "version" else _help(name)
-        yield f"## medha {name}\n\n{command.summary[0].upper()}{command.summary[1:]}.\n\n{_block(text)}"
+        yield f"## medha {name}\n\n{command.summary[0].upper()}{command.summary[1:]}.\n\n{_block(_help(name))}"
 
 
 def _help(name: str) -> str:

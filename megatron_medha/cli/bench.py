@@ -25,9 +25,9 @@ USAGE = f"""\
 usage: medha bench [group=option] [key=value ...]
        medha bench -m key=value,value ...
 
-Sends a workload to any server that speaks OpenAI's completions API, streaming, with prompts as token ids; prints
-latencies by length class, SLO attainment and goodput, and leaves every request in a directory. TTFT counts from the
-moment a request was due, not from when this client got round to sending it.
+Sends a workload to any server with OpenAI's completions API, streaming, with prompts as token ids. Prints latencies by
+length class, SLO attainment and goodput, and writes every request into a directory. TTFT counts from the time at which
+a request was due, not from when this client sent it.
 
 examples:
   medha bench                                      # two minutes of small prompts, one in twenty a long one

@@ -16,10 +16,10 @@ _USUAL_S = 80  # on a 2-core server
 USAGE = f"""\
 usage: medha compile [--remove]
 
-Translates the scheduler's {len(MODULES)} modules to C (mypyc) and compiles them, once, in one to two minutes, into the
-user's cache ($XDG_CACHE_HOME or ~/.cache). From then on medha serve, simulate, plan and replay decide the same in a
-third of the time. An edit of the sources makes them run interpreted again, until they are compiled anew; nothing else
-depends on it. Needs a C compiler and `pip install 'megatron_medha[compile]'`.
+Compiles the scheduler's {len(MODULES)} modules with mypyc, once, in one to two minutes, into the user's cache
+($XDG_CACHE_HOME or ~/.cache). From then on medha serve, simulate, plan and replay make the same decisions in a third of
+the time. After an edit of the sources they run interpreted, until they are compiled again. Needs a C compiler and
+`pip install 'megatron_medha[compile]'`.
 
   --remove   remove the build of these sources
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: medha explain RUN REQUEST
 
-Decides a recorded run again and watches one request: who was computed before it, with which slack, where memory or
-the pipeline kept it waiting. RUN is the directory of a simulation that was run with record=full, or a decision log.
-REQUEST is an id as in the run's requests.jsonl; "worst-short" and "worst-long" stand for the request of that length
-class with the longest time to first token.
+Replays a recorded run and follows one request: which requests were computed before it, with which slack, and where it
+waited for memory or for the pipeline. RUN is the directory of a simulation with record=full, or a decision log. REQUEST
+is an id from the run's requests.jsonl; "worst-short" and "worst-long" are the requests of that length class with the
+longest TTFT.
 
 examples:
   medha simulate workload.duration_s=300 record=full out=runs/a

@@ -23,20 +23,20 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "serve": Command("megatron_medha.cli.serve", "serve a checkpoint behind the OpenAI API"),
-    "chat": Command("megatron_medha.cli.chat", "talk to a server from the terminal"),
-    "train-tiny": Command("megatron_medha.cli.train_tiny", "train a tiny GPT, to have one to serve"),
-    "profile": Command("megatron_medha.cli.profile", "measure how long steps take here, for profile=FILE"),
-    "simulate": Command("megatron_medha.cli.simulate", "run a workload on a machine that is only calculated"),
-    "explain": Command("megatron_medha.cli.explain", "say why a simulated request waited, step by step"),
-    "plan": Command("megatron_medha.cli.plan", "find the layout that meets a target with the fewest GPUs"),
-    "bench": Command("megatron_medha.cli.bench", "put a running server under load and measure it"),
-    "run-batch": Command("megatron_medha.cli.run_batch", "answer a file of requests, OpenAI's batch format"),
-    "report": Command("megatron_medha.cli.report", "put runs side by side on one page"),
+    "serve": Command("megatron_medha.cli.serve", "serve a checkpoint over the OpenAI API"),
+    "chat": Command("megatron_medha.cli.chat", "chat with a running server in the terminal"),
+    "train-tiny": Command("megatron_medha.cli.train_tiny", "train a tiny GPT checkpoint to try the server with"),
+    "profile": Command("megatron_medha.cli.profile", "measure step times on this machine, for serve profile=FILE"),
+    "simulate": Command("megatron_medha.cli.simulate", "simulate a workload on a modelled cluster; no GPU needed"),
+    "explain": Command("megatron_medha.cli.explain", "explain step by step why a simulated request waited"),
+    "plan": Command("megatron_medha.cli.plan", "find the layout that meets a latency target with the fewest GPUs"),
+    "bench": Command("megatron_medha.cli.bench", "load-test a running server"),
+    "run-batch": Command("megatron_medha.cli.run_batch", "run a file of requests in OpenAI's batch format"),
+    "report": Command("megatron_medha.cli.report", "compare finished runs in one report"),
     "replay": Command("megatron_medha.cli.replay", "check that a decision log replays to the same batches"),
     "selftest": Command("megatron_medha.cli.selftest", "fuzz-test a running server"),
-    "compile": Command("megatron_medha.cli.compile", "translate the scheduler to C: faster decisions"),
-    "version": Command("megatron_medha.cli.version", "print the version"),
+    "compile": Command("megatron_medha.cli.compile", "compile the scheduler to C, for faster decisions"),
+    "version": Command("megatron_medha.cli.version", "print versions, for a bug report"),
 }
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's part of it

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: medha profile checkpoint=DIR [key=value ...]
 
-Runs some hundred steps of the model as `medha serve` would, in under 3 minutes, and fits how long a step takes. The
-server starts from that with profile=FILE and goes on learning; without a profile it is as good after some hundred
-steps of its own.
+Runs some hundred steps of the model as `medha serve` would, in under 3 minutes, and fits the cost model to them. With
+profile=FILE the server starts from this fit and goes on learning; without one it needs some hundred steps of its own.
 
 examples:
   medha profile checkpoint=checkpoints/tiny

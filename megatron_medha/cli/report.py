@@ -13,8 +13,8 @@ USAGE = """\
 usage: medha report DIR... [out=DIR]
 
 Finds all runs in the directories (of medha simulate, medha bench, and their sweeps) and writes report.md and
-report.html: what differed between the runs, latencies by length class, SLO attainment, goodput, and which runs no
-other run beats in both TTFT and throughput. The HTML page holds its pictures and needs nothing else.
+report.html: the options in which the runs differ, latencies by length class, SLO attainment, goodput, and the Pareto
+front of TTFT and throughput. The HTML page includes its pictures.
 
   out=DIR   where the report goes; by default into the first directory
 

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: medha run-batch INPUT OUTPUT [key=value ...] [-- key=value ...]
 
-Sends every request of a file to a server and writes every answer into another. Both are in the format of OpenAI's
-batches: lines with custom_id, method, url and body; lines with custom_id and response or error. Interrupted, the same
-command goes on where it was. A line that is no request becomes an error row that names it. Exit code 0: every line has
-been answered with 200; 1: look at the rows that have not.
+Sends every request of a file to a server and writes the responses into another file. Both have the format of OpenAI's
+batches: lines with custom_id, method, url and body; lines with custom_id and response or error. Run again after an
+interruption, it sends what is missing. A line that is no request gets an error row. Exit code 0: every response has
+status 200; 1: some have not, see their rows.
 
 examples:
   medha run-batch requests.jsonl answers.jsonl
   medha run-batch requests.jsonl answers.jsonl url=http://gpu-7:8000 concurrency=256
   medha run-batch requests.jsonl answers.jsonl checkpoint=DIR -- model.kv_memory_gib=8
 
-What stands after -- are options of medha serve, for the server that checkpoint=DIR starts.
+Words after -- are options of medha serve, for the server that checkpoint=DIR starts.
 """
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from megatron_medha.cli.fuzz.fuzz_wire import RawClient, RawResponse, ServerMisb
 from megatron_medha.cli.parts.chat_client import is_http_address
 from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.stats.text_table import text_table
 from megatron_medha.system.descriptors import raise_descriptor_limit
 
 USAGE = """\
@@ -116,8 +117,8 @@ async def selftest(config: SelftestConfig) -> list[CaseGroup]:
 
 def table(groups: Sequence[CaseGroup]) -> str:
     """What was tried and what passed, and the first failures in words."""
-    lines = [f"{'cases':<28}{'tried':>8}{'passed':>8}"]
-    lines += [f"{group.name:<28}{group.num_tried:>8}{group.num_tried - len(group.failures):>8}" for group in groups]
+    rows = [[group.name, str(group.num_tried), str(group.num_tried - len(group.failures))] for group in groups]
+    lines = [text_table([["cases", "tried", "passed"], *rows]).rstrip()]
     for group in groups:
         lines += [f"\n{note}" for note in group.notes]
         lines += [f"\n{group.name}: {failure}" for failure in group.failures[:_MAX_SHOWN]]

@@ -22,9 +22,9 @@ USAGE = f"""\
 usage: medha simulate [group=option] [key=value ...]
        medha simulate -m key=value,value ...
 
-Runs the server's own scheduler in virtual time on a machine that is only calculated, under a workload that is drawn
-or read from a trace; prints latencies by length class, and leaves requests, samples, plots and a Perfetto trace of
-the stages in a directory. No GPU and no checkpoint is needed.
+Runs the server's own scheduler in virtual time on a modelled cluster, under a random workload or a trace. Prints
+latencies by length class, and writes requests, samples, plots and a Perfetto trace of the stages into a directory.
+It needs no GPU and no checkpoint.
 
 examples:
   medha simulate                                   # the Medha paper's traffic, ten minutes of it, on its 16 A100

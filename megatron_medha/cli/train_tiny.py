@@ -14,7 +14,8 @@ USAGE = """\
 usage: medha train-tiny [key=value ...]
 
 Trains a small byte-level GPT with Megatron-core on the source of Python's standard library, and saves it as a
-Megatron torch_dist checkpoint with its tokenizer. It writes what looks like Python; it is there to be served.
+Megatron torch_dist checkpoint with its tokenizer. Its output is gibberish that looks like Python: it exists so you can
+try the server on a real checkpoint.
 
 examples:
   medha train-tiny

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from megatron_medha.stats.text_table import number_text, percent_text, seconds_text, text_table
 
 _LATENCIES = (
     ("TTFT", "ttft_s"),
@@ -32,7 +34,7 @@ def _latencies(classes: Mapping[str, Any]) -> str:
             for percent in _PERCENTILES
         ]
         rows.append([label, *cells])
-    return _aligned(rows)
+    return text_table(rows)
 
 
 def _left_out(values: Mapping[str, Any]) -> str:
@@ -62,7 +64,7 @@ def _counts(values: Mapping[str, Any]) -> str:
         if key in ("num_rejected", "num_unfinished", "num_preemptions", "num_tokens_lost") and not columns["all"][key]:
             continue
         rows.append([label, *(show(column[key]) for column in columns.values())])
-    return _aligned(rows)
+    return text_table(rows)
 
 
 def _machine(values: Mapping[str, Any]) -> str:
@@ -84,38 +86,8 @@ def _machine(values: Mapping[str, Any]) -> str:
     )
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = (
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
-    return "".join(line.rstrip() + "\n" for line in lines)
-
-
-def seconds_text(value: float | None) -> str:
-    """Seconds or milliseconds, three or four digits; - for None."""
-    if value is None:
-        return "-"
-    if value < 1.0:
-        return f"{value * 1e3:.1f} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
-    return f"{value:.2f} s" if value < 100.0 else f"{value:,.0f} s"
-
-
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x" if value < 100.0 else f"{value:,.0f}x"
-
-
-def percent_text(value: float | None) -> str:
-    """A share in percent; - for None. What rounds to nothing has no sign: sums of seconds are off in the last bit."""
-    return "-" if value is None else f"{round(100.0 * value, 1) + 0.0:.1f}%"
-
-
-def number_text(value: float | None) -> str:
-    """A number of any size; - for None."""
-    return "-" if value is None else f"{value:,.3f}" if value < 10.0 else f"{value:,.0f}"
 
 
 def _count(value: int) -> str:

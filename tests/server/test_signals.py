@@ -35,10 +35,10 @@ def test_a_second_signal_ends_at_once_even_before_the_loop_has_seen_the_first() 
 # As `medha serve` has them once it listens; what comes then hangs.
 STUCK = """
 import ctypes, signal, sys, threading
-from megatron_medha.cli import serve
+from megatron_medha.cli.parts import stop_signals
 
-serve._HARD_EXIT_S = 0.5
-stops = serve._StopSignals()
+stop_signals._HARD_EXIT_S = 0.5
+stops = stop_signals.StopSignals()
 stops.install_early_handlers()
 if sys.argv[1] != "start":
     for number in (signal.SIGINT, signal.SIGTERM):

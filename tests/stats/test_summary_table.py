@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_medha.stats.summary_table import percent_text
+from megatron_medha.stats.text_table import percent_text
 
 
 @pytest.mark.parametrize(

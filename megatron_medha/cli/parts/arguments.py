@@ -9,15 +9,15 @@ from pathlib import Path
 from megatron_medha.core.errors import ConfigError
 
 FLAGS = """\
-  --help              this text
-  --cfg job           print the composed configuration and exit; with --resolve also what ${...} refers to
-  --config-dir DIR    a folder of your own options, laid out as conf/ is: DIR/scheduler/mine.yaml is scheduler=mine
+  --help              print this text
+  --cfg job           print the composed configuration and exit; with --resolve, ${...} is replaced by its value
+  --config-dir DIR    a folder of your own options, laid out like conf/: DIR/scheduler/mine.yaml is scheduler=mine
 """
 SWEEP_FLAGS = f"""\
 {FLAGS}\
-  -m, --multirun      a run for every combination of values separated by commas, each in a directory of its own under
+  -m, --multirun      one run for every combination of values separated by commas, each in its own directory below
                       out=DIR; started again with the same DIR, only what is missing runs. hydra/launcher=joblib,
-                      submitit_slurm or ray and hydra/sweeper=optuna work where their plugins are installed
+                      submitit_slurm or ray and hydra/sweeper=optuna work if their plugins are installed
 """
 
 # What people type who come from other servers.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_medha.sim.planning.trial_window import MIN_PEAK_COVERED
 from megatron_medha.stats.capacity_search import wilson_interval
-from megatron_medha.stats.summary_table import number_text, seconds_text
+from megatron_medha.stats.text_table import number_text, seconds_text, text_table
 
 if TYPE_CHECKING:
     from megatron_medha.options.plan_options import PlanOptions, PlanSearchSpace
@@ -141,11 +141,7 @@ def _verdict_cells(verdict: CandidateVerdict) -> list[str]:
 
 
 def _print_table(rows: list[list[str]], header: list[str]) -> None:
-    left_out = len(rows) - _MAX_ROWS
-    rows = [header, *rows[:_MAX_ROWS]]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
-    print()
-    for row in rows:
-        print("  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
-    if left_out > 0:
-        print(f"and {left_out} more")
+    left = () if header[-1] else (len(header) - 1,)  # the reason why a candidate was given up
+    print("\n" + text_table([header, *rows[:_MAX_ROWS]], left), end="")
+    if len(rows) > _MAX_ROWS:
+        print(f"and {len(rows) - _MAX_ROWS} more")

@@ -14,7 +14,7 @@ from megatron_medha.cli.reports.plots import plain_numbers
 from megatron_medha.cli.reports.report_runs import ReportRun, differing_keys, distinguishing_keys, pareto
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.stats.summary import CLASSES
-from megatron_medha.stats.summary_table import number_text, percent_text, seconds_text
+from megatron_medha.stats.text_table import number_text, percent_text, seconds_text
 
 _COLOURS = {"short": "#1f77b4", "medium": "#2ca02c", "long": "#d62728"}
 _PARETO_COLOUR = "#d62728"
