@@ -160,7 +160,7 @@ def test_marks_of_calls_are_seen_also_where_they_are_special_tokens(
 ) -> None:
     told = with_template(tokenizer, "[TOOL_CALLS]{{ tools }}{{ messages[0].content }}", ("[TOOL_CALLS]", "[ARGS]"))
     if kind == "other":
-        told._kind = type(told._kind).OTHER
+        told.kind = type(told.kind).OTHER
     ids = [told.token_id("[TOOL_CALLS]"), *b"now", told.token_id("[ARGS]"), *b"{}", END]
     server = start_server(FakeEngine(rule=say(ids)), told)
     message = server.post(CHAT, {"messages": HI, "tools": TOOLS}).json()["choices"][0]["message"]
