@@ -23,13 +23,14 @@ SELECTED = -m 'not slow'
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all paper clean
+.PHONY: help serve test test-all mutants paper clean
 
 help:
 	@echo 'make serve   install, train a tiny model on first use, and serve it on http://127.0.0.1:8000'
 	@echo '             CHECKPOINT=DIR serves another one; ARGS="server.port=8001 ..." adds options'
 	@echo 'make test    install with development tools; lint, type check, and run the tests'
 	@echo 'make test-all  the same with the slow tests'
+	@echo 'make mutants  change core at random and list the changes that no test notices; ARGS="--seed 3 --count 80"'
 	@echo 'make paper   run every simulated experiment, two at a time, and write docs/paper.md; ARGS="--report" or "--fresh"'
 	@echo 'make clean   remove .venv and caches; checkpoints stay'
 
@@ -53,6 +54,10 @@ test: $(VENV)/installed-dev
 test-all: SELECTED =
 test-all: test
 
+# Not part of the tests: 80 mutants take minutes. Interrupted, it goes on where it was; tools/mutants.py says how.
+mutants: $(VENV)/installed-mutants
+	@PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py $(ARGS)
+
 # The figures of the Medha paper beside ours; what has run with the same sources is not run again.
 paper: $(VENV)/installed-dev
 	@$(BIN)/python -m experiments.simulated.run --all --jobs 2 $(ARGS)
@@ -67,6 +72,10 @@ $(VENV)/installed-dev: setup.py pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install -e '.[dev]'
 	@touch $(VENV)/installed $@
+
+$(VENV)/installed-mutants: $(VENV)/installed-dev
+	$(BIN)/pip install -e '.[mutants]'
+	@touch $@
 
 $(VENV)/bin/pip:
 	@for python in $(PYTHON); do \

@@ -62,6 +62,8 @@ setup(
         "sweep": ["hydra-optuna-sweeper==1.3.0", "hydra-joblib-launcher==1.2.0"],
         "slurm": ["hydra-submitit-launcher==1.2.0"],
         "ray": ["hydra-ray-launcher==1.2.2"],  # apart from "sweep": it wants an older cloudpickle than joblib
+        # For tools/mutants.py, which asks it for mutation operators: a part of it that may change with any release.
+        "mutants": ["mutmut>=3.8.1,<3.9"],
         "dev": [
             "pytest>=8,<10",
             "pytest-timeout>=2.3",

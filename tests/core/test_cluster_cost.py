@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_medha.core.cost.cached_cost import CachedClusterCost
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
-from megatron_medha.core.cost.hardware import Hardware, Link, all_gather_s, all_reduce_s
+from megatron_medha.core.cost.hardware import Hardware, Link, all_gather_s, all_reduce_s, send_s
 from megatron_medha.core.cost.step_cost import StepLoad, step_s
 from megatron_medha.core.cost.utilisation import batch_flops, mbu, mfu
 from megatron_medha.core.errors import ConfigError
@@ -324,3 +325,61 @@ def test_hardware_with_a_value_out_of_range_is_refused(key: str, value: float) -
 def test_a_link_without_bandwidth_is_refused() -> None:
     with pytest.raises(ConfigError, match="hardware.inter_node.bytes_per_s=0"):
         replace(SLOW, inter_node=Link(bytes_per_s=0.0))
+
+
+def test_neighbours_within_a_node_have_its_links_and_one_device_more_has_not() -> None:
+    assert SLOW.link(2) is SLOW.intra_node and SLOW.link(3) is SLOW.inter_node
+
+
+def test_only_types_of_one_byte_are_multiplied_at_the_speed_of_fp8_and_only_where_it_is_known() -> None:
+    fp8 = replace(SLOW, fp8_flops_per_s=3e6)
+    assert [fp8.matmul_flops_per_s(num_bytes) for num_bytes in (1, 2, 4)] == [3e6, 1e6, 1e6]
+    assert SLOW.matmul_flops_per_s(1) == 1e6
+
+
+def test_two_ranks_pay_for_a_collective_and_a_message_costs_its_latency_and_its_bytes() -> None:
+    link = Link(bytes_per_s=100.0, latency_s=1.0)
+    assert all_reduce_s(link, 2, 200.0) == 1.0 + 2 * 0.5 * 2.0
+    assert all_gather_s(link, 2, 200.0) == 1.0 + 2.0
+    assert send_s(link, 200.0) == 3.0
+
+
+def test_a_cost_that_remembers_says_the_same_to_the_bit() -> None:
+    layout = ParallelLayout(tp=2, spp=2)
+    plain = ClusterCost(shape=HAND, hardware=SLOW, engine=BUSY_HOST, layout=layout)
+    cached = CachedClusterCost(shape=HAND, hardware=SLOW, engine=BUSY_HOST, layout=layout)
+    for _ in range(2):
+        assert cached.linear_s(7, 3) == plain.linear_s(7, 3)
+        assert cached.layer_s(7) == plain.layer_s(7)
+        assert cached.attention_s(5, 7) == plain.attention_s(5, 7)
+        assert cached.decode_attention_s(50) == plain.decode_attention_s(50)
+    assert cached.stages_s(load_of(plain, 5, 7)) == plain.stages_s(load_of(plain, 5, 7))
+
+
+@pytest.mark.parametrize(
+    ("shape", "degrees", "message"),
+    [
+        (HAND, {"tp": 3}, "parallel.tp=3 must divide model.num_heads=2 of hand"),
+        (
+            replace(HAND, num_heads=6, num_kv_heads=2), {"tp": 3},
+            "parallel.tp=3 must divide, or be a multiple of, model.num_kv_heads=2 of hand",
+        ),
+        (
+            replace(HAND, num_heads=6, num_kv_heads=3), {"tp": 2},
+            "parallel.tp=2 must divide, or be a multiple of, model.num_kv_heads=3 of hand",
+        ),
+        (HAND, {"spp": 5}, "parallel.spp=5 must not exceed model.num_layers=4 of hand"),
+    ],
+)  # fmt: skip
+def test_a_cut_that_no_engine_makes_is_refused_in_full(
+    shape: ModelShape, degrees: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        cost_of(shape, **degrees)
+    assert str(error.value) == message
+
+
+def test_ranks_may_hold_several_kv_heads_or_repeat_one_and_a_stage_may_be_one_layer() -> None:
+    shape = replace(HAND, num_heads=8, num_kv_heads=4)
+    for degrees in ({"tp": 1}, {"tp": 2}, {"tp": 4}, {"tp": 8}, {"spp": 4}):
+        assert cost_of(shape, **degrees).revision == 0

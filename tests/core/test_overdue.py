@@ -62,3 +62,60 @@ def test_the_longest_overdue_is_the_same_however_many_deadlines_have_been_change
         expected = min((entry for entry in late if entry[0] < now_s), default=None)
         longest = found.longest(now_s)
         assert (longest.request_id if longest is not None else None) == (expected[2] if expected is not None else None)
+
+
+def test_a_prefill_is_overdue_after_its_deadline_not_at_it() -> None:
+    seq = sequence("a", deadline_s=3.0)
+    found = OverdueHeap({"a": seq})
+    found.add(seq)
+    assert found.longest(3.0) is None
+    assert found.longest(3.1) is seq
+
+
+def test_one_whose_prompt_is_all_scheduled_is_not_overdue_until_it_is_added_again() -> None:
+    seq = sequence("a")
+    found = OverdueHeap({"a": seq})
+    found.add(seq)
+    seq.num_scheduled_tokens = seq.num_known_tokens
+    assert found.longest(9.0) is None
+    seq.num_scheduled_tokens = 0
+    assert found.longest(9.0) is None and len(found) == 0
+    found.add(seq)
+    assert found.longest(9.0) is seq
+
+
+def test_of_equal_deadlines_the_earlier_arrival_is_overdue_longer_and_then_the_lower_id() -> None:
+    sequences = {
+        name: Sequence(request=request(name, at_s=at_s), deadline_s=3.0, total_work_s=1.0)
+        for name, at_s in (("a", 2.0), ("c", 1.0), ("b", 1.0))
+    }
+    found = OverdueHeap(sequences)
+    for seq in sequences.values():
+        found.add(seq)
+    order = []
+    while (longest := found.longest(9.0)) is not None:
+        order.append(longest.request_id)
+        del sequences[longest.request_id]
+    assert order == ["b", "c", "a"]
+
+
+def test_deadlines_that_were_changed_are_swept_when_they_are_many_and_those_that_hold_are_kept() -> None:
+    sequences = {name: sequence(name, deadline_s=1e6) for name in ("a", "b")}
+    found = OverdueHeap(sequences)
+    found.add(sequences["b"])
+    for index in range(overdue._MIN_ENTRIES_SWEPT):
+        sequences["a"].deadline_s = 1e6 - index
+        found.add(sequences["a"])
+    assert len(found) == 2
+    assert found.longest(1e6 + 1) is sequences["a"]
+    del sequences["a"]
+    assert found.longest(1e6 + 1) is sequences["b"]
+
+
+def test_deadlines_of_many_that_live_are_kept_however_many_they_are() -> None:
+    sequences = {f"r{index}": sequence(f"r{index}", deadline_s=1e6) for index in range(300)}
+    found = OverdueHeap(sequences)
+    for seq in sequences.values():
+        found.add(seq)
+        found.add(seq)
+    assert len(found) == 600

@@ -43,3 +43,11 @@ def test_nobody_who_may_be_chosen_would_be_done_earlier(loads: list[ReplicaLoad]
     candidates = [entry for entry in loads if entry.is_ready] or loads
     assert loads[chosen] in candidates
     assert predicted_finish_s(loads[chosen]) == min(map(predicted_finish_s, candidates))
+
+
+def test_decodes_that_take_more_than_nine_tenths_of_every_step_count_as_nine_tenths() -> None:
+    assert predicted_finish_s(load(1.0, 1.0, 0.9)) == predicted_finish_s(load(1.0, 1.0, 3.0)) == 2.0 / (1.0 - 0.9)
+
+
+def test_among_equals_the_lowest_index_is_taken_behind_one_that_is_not_ready() -> None:
+    assert choose_replica([load(ready=False), load(3.0), load(3.0)]) == 1
