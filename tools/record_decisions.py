@@ -1,6 +1,6 @@
 """Records what the scheduler decides today, for tests/stats/test_recorded_decisions.py to compare with.
 
-    python tools/record_decisions.py tests/stats/recorded
+    python -m tools.record_decisions tests/stats/recorded
 
 Random walks over configurations, layouts, failures and aborts, and a short simulation under each kind of scheduler.
 Run it again only when decisions are meant to change; the commit then says which, and why.
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.lib.recording_runtime import RecordingSimRuntime
 from megatron_medha.core.batch import Batch, Completed
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
@@ -26,7 +27,6 @@ from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.compose import compose, freeze
 from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
 from megatron_medha.sim.baselines.baseline_config import BASELINE_POLICIES, BaselineConfig
-from megatron_medha.sim.sim_world import RecordingSimRuntime
 from megatron_medha.sim.simulation import Simulation, SimulationHooks
 from megatron_medha.sim.system import build_scheduler
 from megatron_medha.stats.decision_log import DecisionLog

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from experiments.lib.recording_runtime import RecordingSimRuntime
 from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.hardware import all_reduce_s, send_s
@@ -21,7 +22,6 @@ from megatron_medha.options.simulate_options import SimulateOptions, simulation_
 from megatron_medha.sim.baselines.ring_cost import RingCost
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.pipeline import Pipeline
-from megatron_medha.sim.sim_world import RecordingSimRuntime
 from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks
 from megatron_medha.sim.system import build_system
 from megatron_medha.sim.truth import Truth

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
+from experiments.lib.recording_runtime import RecordingSimRuntime
 from experiments.simulator_against_engine.log import Calibration, ServedLog, Step
 from megatron_medha.core.batch import Batch, Event, Output
 from megatron_medha.core.loop import serve
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.sim.sim_world import RecordingSimRuntime
 from megatron_medha.stats.decision_log import replay
 
 Decision = tuple[tuple[int, int, int], ...]  # of each chunk: prompt length of its request, start, tokens

@@ -42,12 +42,12 @@ def run(*words: str, **environment: str) -> str:
 
 @NEEDS_COMPILER
 def test_compiled_decisions_are_the_interpreted_ones_to_the_bit(cache: Path) -> None:
-    walks = str(Path(__file__).with_name("walked_decisions.py"))
-    kind, interpreted = run(walks).split()
+    walks = ("-m", "tests.cli.walked_decisions")
+    kind, interpreted = run(*walks).split()
     assert kind == "interpreted"
     compile_core(lambda seconds: None, optimisation="0")
-    assert run(walks).split() == ["compiled", interpreted]
-    assert run(walks, **{SWITCH: "0"}).split() == ["interpreted", interpreted]
+    assert run(*walks).split() == ["compiled", interpreted]
+    assert run(*walks, **{SWITCH: "0"}).split() == ["interpreted", interpreted]
     assert "decisions compiled" in run("-m", "megatron_medha", "version")
     assert not list((cache / "megatron_medha").glob("build-*"))
 

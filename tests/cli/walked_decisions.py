@@ -9,6 +9,7 @@ from megatron_medha.system.compiled_core import use_compiled_core
 
 use_compiled_core()
 
+from experiments.lib.recording_runtime import RecordingSimRuntime
 from megatron_medha.core.batch import Batch, Completed, Event, Output
 from megatron_medha.core.cost.online_cost import OnlineCost
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
@@ -20,7 +21,6 @@ from megatron_medha.core.scheduling import scheduler
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import RecordingSimRuntime
 
 NUM_WALKS = 150
 SHAPE = ModelShape(

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.lib.recording_runtime import RecordingSimRuntime, true_step_s
 from megatron_medha.core.batch import Arrived, Event, Output, TokenOut
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
 from megatron_medha.core.kv.kv_memory import KVMemory
@@ -25,7 +26,6 @@ from megatron_medha.core.scheduling.chunking import PrefillTimes
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import RecordingSimRuntime, true_step_s
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,

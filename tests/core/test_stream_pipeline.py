@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from experiments.lib.recording_runtime import RecordingSimRuntime, true_step_s
 from megatron_medha.core.batch import Batch, Completed, Event, Output
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
 from megatron_medha.core.kv.kv_memory import KVMemory
@@ -15,7 +16,6 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.sim.sim_world import RecordingSimRuntime, true_step_s
 
 LLAMA3_8B = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,

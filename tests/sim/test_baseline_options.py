@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from experiments.lib.recording_runtime import RecordingSimRuntime, true_step_s
 from megatron_medha.core.batch import Batch
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
 from megatron_medha.core.layout import ParallelLayout
@@ -16,7 +17,6 @@ from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig, OutputLengthSource
 from megatron_medha.sim.baselines.predicted_order import OutputLengthPredictor
-from megatron_medha.sim.sim_world import RecordingSimRuntime, true_step_s
 from megatron_medha.sim.system import build_scheduler
 
 SHAPE = ModelShape(

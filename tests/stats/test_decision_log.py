@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.lib.recording_runtime import RecordingSimRuntime
 from megatron_medha.core.batch import Arrived, Batch, Completed
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
@@ -22,7 +23,6 @@ from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.sim_world import RecordingSimRuntime
 from megatron_medha.stats.decision_log import DecisionLog, ReplayError, read_log, replay
 
 SHAPE = ModelShape(
