@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +20,6 @@ class Request:
     min_deadline_s: float | None = None       # likewise
     slo_class: str = ""              # the name of that class, for those who watch
 
-    def __reduce__(self) -> tuple[Callable[[tuple[Any, ...]], Request], tuple[tuple[Any, ...]]]:
-        # The way of dataclasses with slots is lost on a compiled class.
-        return _request_of, (tuple([getattr(self, each.name) for each in fields(Request)]),)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
@@ -35,9 +29,3 @@ class Rejection:
     message: str
     retry_after_s: float | None = None     # None: as it is, it is never admitted
     predicted_ttft_s: float | None = None  # where the estimate says no
-
-
-def _request_of(values: tuple[Any, ...]) -> Request:
-    return Request(**{each.name: value for each, value in zip(fields(Request), values, strict=True)})
-
-

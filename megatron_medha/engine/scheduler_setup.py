@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.core.cost.cached_cost import CachedClusterCost
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.fitted_cost import FittedCost
@@ -47,7 +46,7 @@ class SchedulerSetup:
     def cluster_cost(self) -> ClusterCost:
         """The cost model of a cluster that is only calculated."""
         assert self.engine is not None
-        return CachedClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout)
+        return ClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout)
 
     def build(self, policy: Policy | None = None, limits: PrefillLimits | None = None) -> Scheduler:
         """A scheduler that has seen nothing yet; its cost model starts from the profile or the roofline and learns.

@@ -7,7 +7,7 @@ from enum import Enum
 from itertools import count
 from typing import Any
 
-from megatron_medha.core.cost.cached_cost import CachedClusterCost
+from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError, check_range
@@ -84,7 +84,7 @@ class InstancesSetup:
         """Of rings of instances."""
         tp = self.config.instance_tp
         layout = ParallelLayout(tp=tp)
-        instance = CachedClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=layout)
+        instance = ClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=layout)
         return RingCost(instance=instance, shape=self.shape, hardware=self.hardware, tp=tp)
 
 

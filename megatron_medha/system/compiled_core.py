@@ -31,7 +31,7 @@ from megatron_medha.system.user_cache import user_cache
 # field by field, or have subclasses elsewhere, which only classes made by Python allow.
 MODULES = (
     "core.cost.kernel_costs", "core.cost.online_cost", "core.cost.step_cost", "core.kv.block_pool", "core.kv.kv_memory",
-    "core.kv.shards", "core.loop", "core.request", "core.scheduling.batch_builder", "core.scheduling.chunking",
+    "core.kv.shards", "core.loop", "core.scheduling.batch_builder", "core.scheduling.chunking",
     "core.scheduling.kinetic_queue", "core.scheduling.kinetic_tournament",
     "core.scheduling.overdue", "core.scheduling.policies", "core.scheduling.prefill_packer",
     "core.scheduling.prefill_queue", "core.scheduling.scheduler", "core.scheduling.step_budget",

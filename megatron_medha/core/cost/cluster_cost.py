@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from megatron_medha.core.cost.capacity import check_devices
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware, all_gather_s, send_s
@@ -10,6 +12,9 @@ from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+
+_NUM_STEPS = 1 << 17   # (tokens, sequences) remembered: all that an hour of the paper's mix asks for
+_NUM_LAYERS = 1 << 14  # token counts of one layer
 
 
 class ClusterCost:
@@ -38,6 +43,11 @@ class ClusterCost:
         self._hops = [self._hop(stage) for stage in range(layout.spp - 1)]
         self._between_fixed_s = sum([fixed_s + engine.stage_entry_s for fixed_s, _ in self._hops])
         self._between_token_s = sum([token_s for _, token_s in self._hops])
+        # A simulation asks for the same few steps a million times: each is worked out once.
+        self.linear_s = lru_cache(_NUM_STEPS)(self.linear_s)  # type: ignore[method-assign]
+        self.layer_s = lru_cache(_NUM_LAYERS)(self.layer_s)  # type: ignore[method-assign]
+        self.attention_s = self._attention.chunk_s  # type: ignore[method-assign]
+        self.decode_attention_s = self._attention.decode_s  # type: ignore[method-assign]
 
     def linear_s(self, num_tokens: int, num_sequences: int) -> float:
         """See CostModel. Launching counts where it takes longer than the products."""

@@ -10,20 +10,16 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 
 
-@dataclass(slots=True, init=False)
+@dataclass(slots=True)
 class StepLoad:
     """What one KVP rank has to compute in a step, as sums over its chunks. Contexts are local to the rank's shard."""
 
-    num_tokens: int
-    num_sequences: int
-    chunk_pairs: float     # query-key pairs of chunks longer than one token, causal
-    chunk_context: int     # keys read by those chunks
-    decode_context: int    # keys read by single tokens
-    attention_s: float     # the cost model's own sum over the chunks
-
-    def __init__(self) -> None:  # by hand: what dataclasses write stays Python when all else is compiled
-        self.num_tokens = self.num_sequences = self.chunk_context = self.decode_context = 0
-        self.chunk_pairs = self.attention_s = 0.0
+    num_tokens: int = 0
+    num_sequences: int = 0
+    chunk_pairs: float = 0.0   # query-key pairs of chunks longer than one token, causal
+    chunk_context: int = 0     # keys read by those chunks
+    decode_context: int = 0    # keys read by single tokens
+    attention_s: float = 0.0   # the cost model's own sum over the chunks
 
     def add_chunk(self, start: int, num_tokens: int, attention_s: float) -> None:
         """Add a chunk of `num_tokens` after `start` tokens of context."""

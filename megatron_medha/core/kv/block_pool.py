@@ -111,22 +111,17 @@ class BlockPool:
         del self._by_length[bisect_left(self._by_length, length * self.num_blocks + start)]
 
 
-@dataclass(slots=True, init=False)
+@dataclass(slots=True)
 class KVShard:
     """One sequence's tokens [start, start + capacity) on one KVP rank."""
 
     kvp_rank: int
     start: int
     extents: list[Extent]
-    num_blocks: int
+    num_blocks: int = field(init=False)
 
-    def __init__(self, kvp_rank: int, start: int, extents: list[Extent]) -> None:  # as StepLoad's
-        self.kvp_rank = kvp_rank
-        self.start = start
-        self.extents = extents
-        self.num_blocks = 0
-        for extent in extents:
-            self.num_blocks += extent.num_blocks
+    def __post_init__(self) -> None:
+        self.num_blocks = sum([extent.num_blocks for extent in self.extents])
 
     def append(self, extent: Extent) -> None:
         """Add blocks at the end, merged with the last extent where they touch."""

@@ -10,16 +10,12 @@ from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.kv.shards import context_in, num_shards, split, tokens_left
 
 
-@dataclass(slots=True, init=False)
+@dataclass(slots=True)
 class ChunkShard:
     """One KVP rank's part in the next chunk of a sequence."""
 
     kvp_rank: int
     context: int  # earlier tokens of the sequence on that rank
-
-    def __init__(self, kvp_rank: int, context: int) -> None:  # by hand for the reason StepLoad's is
-        self.kvp_rank = kvp_rank
-        self.context = context
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.sequence import Sequence
@@ -12,25 +14,21 @@ _MIN_SAVED_SHARE = 0.25      # of a tile's time, by halving it; where reading th
 _MIN_TILE_SHARE = 0.5  # of the budget: a tile that takes no more is left whole, in a step full of others too
 
 
+@dataclass(slots=True, eq=False)
 class PlannedChunk:
     """A prefill chunk of the batch being formed."""
 
-    __slots__ = ("num_tokens", "parts", "seq")
-
-    def __init__(self, seq: Sequence, num_tokens: int, parts: tuple[ChunkShard, ...]) -> None:
-        self.seq = seq
-        self.num_tokens = num_tokens
-        self.parts = parts
+    seq: Sequence
+    num_tokens: int
+    parts: tuple[ChunkShard, ...]
 
 
+@dataclass(slots=True, eq=False)
 class _DeferredChunk:
     """A chunk whose final size is found when all others are in."""
 
-    __slots__ = ("num_wanted", "planned")
-
-    def __init__(self, planned: PlannedChunk, num_wanted: int) -> None:
-        self.planned = planned        # what is kept for it however many others come; its load is counted from the start
-        self.num_wanted = num_wanted  # what it takes if nobody else comes
+    planned: PlannedChunk  # what is kept for it however many others come; its load is counted from the start
+    num_wanted: int        # what it takes if nobody else comes
 
 
 class BatchBuilder:

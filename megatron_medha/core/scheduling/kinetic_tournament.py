@@ -7,29 +7,26 @@ matches that have expired; changing an entry re-plays one path. Both cost O(log 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any
 
 _NEVER_S = float("inf")
 
 
+@dataclass(slots=True, eq=False)
 class Entry:
     """A line, and the item it stands for: the lowest level wins, then the lowest at_zero + slope * now_s. Immutable.
 
     Compiled, a tuple would be taken apart and put together again wherever it is moved.
     """
 
-    __slots__ = ("arrival_s", "at_zero", "item", "item_id", "level", "slope")
-
-    def __init__(
-        self, level: int, at_zero: float, slope: float, arrival_s: float, item_id: str, item: Any
-    ) -> None:
-        self.level = level
-        self.at_zero = at_zero
-        self.slope = slope
-        self.arrival_s = arrival_s  # and item_id: for ties
-        self.item_id = item_id
-        self.item = item
+    level: int
+    at_zero: float
+    slope: float
+    arrival_s: float  # and item_id: for ties
+    item_id: str
+    item: Any
 
 
 class KineticTournament:

@@ -13,16 +13,12 @@ from dataclasses import dataclass
 from megatron_medha.core.kv.sequence import Sequence
 
 
-@dataclass(slots=True, init=False)
+@dataclass(slots=True)
 class Priority:
     """The line at_zero + slope * now_s; lower runs first."""
 
     at_zero: float
-    slope: float
-
-    def __init__(self, at_zero: float, slope: float = 0.0) -> None:  # by hand for the reason StepLoad's is
-        self.at_zero = at_zero
-        self.slope = slope
+    slope: float = 0.0
 
     def at(self, now_s: float) -> float:
         """The priority at a moment."""

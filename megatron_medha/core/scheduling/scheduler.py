@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from math import inf
 
 from megatron_medha.core.batch import (
@@ -38,17 +39,15 @@ from megatron_medha.core.scheduling.step_budget import BudgetUtilization, min_ef
 _MAX_MARGIN_SHARE = 0.8  # of a deadline
 
 
+@dataclass(slots=True, eq=False)
 class _SubmittedBatch:
     """A batch the runtime has, with what the cost model needs to learn from it."""
 
-    __slots__ = ("batch", "has_left_first_stage", "load", "num_decodes", "sequences")
-
-    def __init__(self, batch: Batch, sequences: list[Sequence], num_decodes: int, load: StepLoad) -> None:
-        self.batch = batch
-        self.sequences = sequences      # of its chunks, in their order
-        self.num_decodes = num_decodes  # they come first
-        self.load = load
-        self.has_left_first_stage = False
+    batch: Batch
+    sequences: list[Sequence]  # of its chunks, in their order
+    num_decodes: int           # they come first
+    load: StepLoad
+    has_left_first_stage: bool = False
 
 
 class Scheduler:
