@@ -16,8 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from importlib.util import find_spec, spec_from_file_location
@@ -47,7 +46,6 @@ _PREFIX = "core-"
 _SUFFIX = EXTENSION_SUFFIXES[0]
 _BUILD_TIMEOUT_S = 900.0
 _MAX_BUILDS = 8  # that are kept, of 2 MB each; those of other sources or of another Python may be wanted again
-_POLL_INTERVAL_S = 0.5
 _BUILD = f"""
 import json, sys
 from mypyc.build import mypycify
@@ -94,10 +92,10 @@ def use_compiled_core() -> bool:
     return True
 
 
-def compile_core(tell: Callable[[float], None], optimisation: str = "3") -> Path:
+def compile_core(optimisation: str = "3") -> Path:
     """Build what use_compiled_core loads, unless it is there; its directory.
 
-    tell: called with the seconds that have passed. Raises DependencyError without mypy, CompileError if a tool fails.
+    Raises DependencyError without mypy, CompileError if a tool fails.
     """
     if find_spec("mypyc") is None:
         raise DependencyError("medha compile needs mypy's compiler: pip install 'megatron_medha[compile]'")
@@ -108,7 +106,7 @@ def compile_core(tell: Callable[[float], None], optimisation: str = "3") -> Path
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not directory.exists():
                 with tempfile.TemporaryDirectory(prefix="build-", dir=directory.parent) as place:
-                    _build(Path(place), tell, optimisation)
+                    _build(Path(place), optimisation)
                     os.replace(_gathered(Path(place)), directory)  # whole or not at all
                 _remove_oldest(directory.parent)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
@@ -137,33 +135,18 @@ def _library(directory: Path, name: str) -> Path:
     return directory / f"{name.replace('.', '/')}{_SUFFIX}"
 
 
-def _build(place: Path, tell: Callable[[float], None], optimisation: str) -> None:
+def _build(place: Path, optimisation: str) -> None:
     for floor in _FLOORS:
         shutil.copytree(_HERE / floor, place / _PACKAGE / floor, ignore=shutil.ignore_patterns("__pycache__"))
     (place / _PACKAGE / "__init__.py").touch()
     files = [f"{_PACKAGE}/{name.replace('.', '/')}.py" for name in MODULES]
     command = [sys.executable, "-P", "-c", _BUILD, json.dumps([files, optimisation])]
-    with open(place / "log", "w+") as log:
-        build = subprocess.Popen(command, cwd=place, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            _wait(build, tell)
-        finally:
-            build.kill()
-            build.wait()
-        if build.returncode:
-            log.seek(0)
-            raise CompileError(f"the compiler failed: {log.read()[-2000:].strip()}")
-
-
-def _wait(build: subprocess.Popen[bytes], tell: Callable[[float], None]) -> None:
-    """Until the build has ended."""
-    began_s = time.monotonic()
-    while build.poll() is None:
-        seconds = time.monotonic() - began_s
-        if seconds > _BUILD_TIMEOUT_S:
-            raise CompileError(f"the compiler took longer than {_BUILD_TIMEOUT_S:.0f} s")
-        tell(seconds)
-        time.sleep(_POLL_INTERVAL_S)
+    try:
+        build = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"the compiler took longer than {_BUILD_TIMEOUT_S:.0f} s") from None
+    if build.returncode:
+        raise CompileError(f"the compiler failed: {(build.stdout + build.stderr)[-2000:].strip()}")
 
 
 class _CompiledCore(MetaPathFinder):

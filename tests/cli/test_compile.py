@@ -45,7 +45,7 @@ def test_compiled_decisions_are_the_interpreted_ones_to_the_bit(cache: Path) -> 
     walks = ("-m", "tests.cli.walked_decisions")
     kind, interpreted = run(*walks).split()
     assert kind == "interpreted"
-    compile_core(lambda seconds: None, optimisation="0")
+    compile_core(optimisation="0")
     assert run(*walks).split() == ["compiled", interpreted]
     assert run(*walks, **{SWITCH: "0"}).split() == ["interpreted", interpreted]
     assert "decisions compiled" in run("-m", "megatron_medha", "version")
@@ -87,7 +87,7 @@ def test_nothing_of_what_is_compiled_is_loaded_before_one_can_choose() -> None:
 def test_without_the_compiler_it_says_what_to_install(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_core, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=r"pip install 'megatron_medha\[compile\]'"):
-        compile_core(lambda seconds: None)
+        compile_core()
 
 
 def test_removing_what_is_not_there_is_no_failure(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
