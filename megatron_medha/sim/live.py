@@ -7,22 +7,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from heapq import heappop, heappush
+from math import inf
 from pathlib import Path
 
-from megatron_medha.core.batch import Aborted, Batch, Completed, Event, FirstStageDone, Output
+from megatron_medha.core.batch import Aborted, Batch, Completed, Event, Output
 from megatron_medha.engine.engine import Engine, EngineBackend, ObserverFactory
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.request_states import RequestStates, TokenSample
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
+from megatron_medha.sim.sim_world import SimRuntime
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
 
 
-class LiveRuntime:
-    """A Runtime whose batches go through a simulated pipeline on the wall clock.
+class LiveRuntime(SimRuntime):
+    """A simulated replica on the wall clock, whose requests come through an inbox.
 
     Tokens count up from the prompt's last. truth: what a batch takes on every stage.
     """
@@ -35,14 +36,12 @@ class LiveRuntime:
         pipeline: Pipeline,
         vocab_size: int,
     ) -> None:
+        super().__init__((), pipeline)
         self._inbox = inbox
         self._streams = streams
         self._truth = truth
-        self._pipeline = pipeline
         self._vocab_size = vocab_size
         self._events: deque[Event | None] = deque()
-        self._due: list[tuple[float, int, FirstStageDone | Completed]] = []  # heap; the count keeps equal moments apart
-        self._num_pushed = 0
         self._in_flight: dict[int, Batch] = {}
         self._last_tokens: dict[str, int] = {}
         self._sampled: dict[str, TokenSample] = {}
@@ -55,12 +54,12 @@ class LiveRuntime:
         """See Runtime."""
         self._streams.flush()
         while not self._events:
-            wait_s = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+            wait_s = max(0.0, self.next_event_s - time.monotonic()) if self.next_event_s < inf else None
             if select.select([self._inbox], [], [], wait_s)[0]:
                 self._events.extend(self._inbox.drain())
             # One of each kind at a time: clients that never pause do not hold up steps, nor the other way round.
-            if self._due and self._due[0][0] <= time.monotonic():
-                self._events.append(heappop(self._due)[2])
+            if self.next_event_s <= time.monotonic():
+                self._events.append(super().next_event())
         event = self._events.popleft()
         if isinstance(event, Completed):
             event = self._sample(event)
@@ -70,27 +69,20 @@ class LiveRuntime:
 
     def has_room(self) -> bool:
         """See Runtime."""
-        is_free = self._pipeline.first_stage_free_s <= time.monotonic()
-        return is_free and len(self._in_flight) < self._pipeline.spp
+        self._now_s = time.monotonic()
+        return super().has_room()
 
     def submit(self, batch: Batch) -> None:
         """See Runtime."""
         for request_id in batch.released:
             self._last_tokens.pop(request_id, None)
-        times = self._truth(batch)
-        done_s = self._pipeline.run(batch.batch_id, times, time.monotonic())
         self._in_flight[batch.batch_id] = batch
-        if self._pipeline.spp > 1:
-            self._push(self._pipeline.first_stage_free_s, FirstStageDone(batch.batch_id))
-        self._push(done_s, Completed(batch_id=batch.batch_id, duration_s=times.duration_s))
+        times, self._now_s = self._truth(batch), time.monotonic()
+        self.enter(batch, times)
 
     def emit(self, output: Output) -> None:
         """See Runtime."""
         self._streams.emit(output, self._sampled)
-
-    def _push(self, at_s: float, event: FirstStageDone | Completed) -> None:
-        heappush(self._due, (at_s, self._num_pushed, event))
-        self._num_pushed += 1
 
     def _sample(self, completed: Completed) -> Completed:
         self._sampled = {}
