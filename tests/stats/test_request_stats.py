@@ -8,9 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_medha.core.batch import (
+    Aborted,
+    Arrived,
+    Batch,
+    Chunk,
+    Completed,
+    FinishReason,
+    Output,
+    Preempted,
+    Rejected,
+    TokenOut,
+)
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
-from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.stats.request_stats import Ending, RequestStats, RequestTracker
 from megatron_medha.stats.slo_targets import DeadlineMisses, Slo
 from megatron_medha.stats.summary import GapCounts, LengthClasses, Summary, percentile
 from megatron_medha.stats.summary_table import summary_table
@@ -152,3 +164,67 @@ def test_the_table_fits_a_terminal_and_names_every_class() -> None:
     text = summary_table(summary.as_values())
     assert all(name in text for name in ("short", "medium", "long", "TTFT", "meet the SLO"))
     assert max(map(len, text.splitlines())) <= 130
+
+
+def chunk(request_id: str, start: int, num_tokens: int, *, samples: bool = False) -> Chunk:
+    return Chunk(request_id, start, num_tokens, samples)
+
+
+class Tracked:
+    """A tracker that is told what a scheduler would say, and what it tells others."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[object, ...]] = []
+        self.tracker = RequestTracker(
+            lambda request: RequestStats(request=request) if request.num_prompt_tokens < 1000 else None,
+            on_chunk=lambda stats, chunk, now_s: self.heard.append(("chunk", stats.num_computed_before(chunk), now_s)),
+            on_first_token=lambda stats, now_s: self.heard.append(("first", now_s)),
+            on_preempted=lambda stats, num_tokens, now_s: self.heard.append(("preempted", num_tokens, now_s)),
+            on_end=lambda stats, outcome, now_s: self.heard.append((outcome, now_s)),
+        )
+
+    def arrive(self, request_id: str, num_tokens: int = 100) -> RequestStats | None:
+        request = Request(request_id=request_id, num_prompt_tokens=num_tokens, max_output_tokens=5, arrival_s=0.0)
+        self.tracker.handled(Arrived(request), [], 0.0)
+        return self.tracker.live.get(request_id)
+
+    def schedule(self, now_s: float, *chunks: Chunk) -> None:
+        self.tracker.scheduled(Batch(0, chunks, (), now_s, 0.05, 0.05), now_s)
+
+    def complete(self, now_s: float, *outputs: Output, failed: tuple[tuple[str, str], ...] = ()) -> None:
+        self.tracker.handled(Completed(0, 0.05, failed=failed), outputs, now_s)
+
+
+def test_a_request_is_followed_from_its_first_chunk_to_its_end_through_a_preemption() -> None:
+    tracked = Tracked()
+    stats = tracked.arrive("a")
+    assert stats is not None
+    tracked.schedule(1.0, chunk("a", 0, 60))
+    tracked.schedule(2.0, chunk("other", 7, 1), chunk("a", 60, 40, samples=True))
+    tracked.complete(3.0, TokenOut("a", 0, None))
+    tracked.schedule(4.0, chunk("a", 100, 1, samples=True))  # a decode is nothing to write down
+    tracked.complete(5.0, TokenOut("a", 0, None), Preempted("a", 101))
+    assert stats.num_scheduled_tokens == 0
+    tracked.schedule(6.0, chunk("a", 0, 102, samples=True))
+    tracked.complete(7.0, TokenOut("a", 0, FinishReason.LENGTH))
+    tracked.tracker.handled(Aborted("a"), [], 8.0)
+    assert tracked.heard == [
+        ("chunk", 0, 1.0), ("chunk", 0, 2.0), ("first", 3.0), ("preempted", 101, 5.0), ("chunk", 101, 6.0),
+        ("length", 7.0),
+    ]  # fmt: skip
+    assert (stats.first_scheduled_s, stats.first_token_s, stats.ending) == (1.0, 3.0, Ending.FINISHED)
+    assert (stats.num_preemptions, stats.num_tokens_lost, stats.num_ever_scheduled) == (1, 101, 102)
+    assert not tracked.tracker.live
+
+
+def test_every_other_end_is_told_once_with_its_reason() -> None:
+    tracked = Tracked()
+    gone, failed, refused = (tracked.arrive(name) for name in ("gone", "failed", "refused"))
+    assert tracked.arrive("untracked", 2000) is None
+    tracked.tracker.handled(Aborted("gone"), [], 1.0)
+    tracked.complete(2.0, Rejected("failed", "bad", False), failed=(("failed", "bad"),))
+    tracked.complete(3.0, Rejected("refused", "too long", True), Rejected("untracked", "too long", True))
+    assert tracked.heard == [("aborted", 1.0), ("failed: bad", 2.0), ("rejected: too long", 3.0)]
+    assert [one and (one.ending, one.why) for one in (gone, failed, refused)] == [
+        (Ending.ABORTED, None), (Ending.REJECTED, "bad"), (Ending.REJECTED, "too long"),
+    ]  # fmt: skip

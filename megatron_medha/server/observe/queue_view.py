@@ -11,7 +11,7 @@ import msgspec
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.policies import relative_slack, slack_s
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.server.observe.steps import StepRecord
+from megatron_medha.server.observe.steps import StepChunk, StepRecord
 from megatron_medha.stats.snapshot import Snapshot
 
 MAX_QUEUED = 200    # shown of the queue, most urgent first
@@ -50,16 +50,6 @@ class DecodingRequest(msgspec.Struct, frozen=True):
     replica: int
 
 
-class InFlightChunk(msgspec.Struct, frozen=True):
-    """A prefill chunk in flight."""
-
-    request_id: str
-    start: int
-    num_tokens: int
-    relative_slack: float
-    kvp_ranks: tuple[int, ...]
-
-
 class InFlightBatch(msgspec.Struct, frozen=True):
     """A batch the ranks have."""
 
@@ -70,7 +60,7 @@ class InFlightBatch(msgspec.Struct, frozen=True):
     budget_s: float
     num_tokens: int
     num_decodes: int
-    parts: tuple[InFlightChunk, ...]
+    parts: tuple[StepChunk, ...]
     replica: int
 
 
@@ -191,9 +181,6 @@ def _in_flight_batch(step: StepRecord, now_s: float) -> InFlightBatch:
         budget_s=step.budget_s,
         num_tokens=step.num_tokens,
         num_decodes=step.num_decodes,
-        parts=tuple(
-            InFlightChunk(part.request_id, part.start, part.num_tokens, part.relative_slack, part.kvp_ranks)
-            for part in step.parts
-        ),
+        parts=step.parts,
         replica=step.replica,
     )

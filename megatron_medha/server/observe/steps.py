@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 
-@dataclass(slots=True, frozen=True)
-class StepChunk:
+
+class StepChunk(msgspec.Struct, frozen=True):
     """One prefill chunk of a step."""
 
     request_id: str

@@ -275,13 +275,7 @@ def _step(step: StepRecord) -> dict[str, Any]:
         "actual_s": step.duration_s,
         "budget_s": step.budget_s,
         "num_free_blocks": step.num_free_blocks,
-        "chunks": [
-            {
-                "request_id": part.request_id, "start": part.start, "num_tokens": part.num_tokens,
-                "relative_slack": part.relative_slack, "kvp_ranks": part.kvp_ranks,
-            }
-            for part in step.parts
-        ],
+        "chunks": step.parts,
     }  # fmt: skip
 
 
