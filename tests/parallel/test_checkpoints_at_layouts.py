@@ -85,7 +85,7 @@ def bytes_read(config: RankConfig, connection: Connection) -> None:
     """In a rank: how many bytes of weights are read from the files, tensor by tensor."""
     import torch
 
-    from megatron_medha.checkpoints import hf_checkpoint
+    from megatron_medha.checkpoints import placements
     from megatron_medha.checkpoints.detect import load_weights, read_model_config
     from megatron_medha.model.build import build_model
     from megatron_medha.parallel.groups import build_groups, init_distributed
@@ -98,7 +98,7 @@ def bytes_read(config: RankConfig, connection: Connection) -> None:
         model_config, dtype=torch.float32, device=device, pgs=build_groups(config.layout), is_initialized=False
     )
     num_bytes = 0
-    read_part = hf_checkpoint._part
+    read_part = placements.Placement.part
 
     def counted(*args: Any) -> torch.Tensor:
         nonlocal num_bytes
@@ -106,11 +106,11 @@ def bytes_read(config: RankConfig, connection: Connection) -> None:
         num_bytes += part.nbytes
         return part
 
-    hf_checkpoint._part = counted
+    placements.Placement.part = counted
     try:
         load_weights(model, model_config, config.checkpoint, lambda what, fraction: None)
     finally:
-        hf_checkpoint._part = read_part
+        placements.Placement.part = read_part
     connection.send((num_bytes, sum(parameter.nbytes for parameter in model.parameters())))
 
 
