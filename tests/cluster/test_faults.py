@@ -115,7 +115,7 @@ class NoProcesses:
 def test_ranks_that_cannot_be_started_just_now_are_started_later(
     start: StartCluster, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr("megatron_medha.cluster.runtime._RESTART_DELAY_S", 0.01)
+    monkeypatch.setattr("megatron_medha.cluster.rank_starts._RESTART_DELAY_S", 0.01)
     cluster = start(ParallelLayout(tp=2), recovery=RecoveryConfig(heartbeat_timeout_s=60.0, max_starts=1))
     load = mixed_load(4, 10)
     for name, (prompt, num_outputs) in load.items():
@@ -131,7 +131,7 @@ def test_ranks_that_cannot_be_started_just_now_are_started_later(
 def test_a_machine_that_starts_no_process_for_long_ends_the_server(
     start: StartCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_medha.cluster.runtime._RESTART_DELAY_S", 0.01)
+    monkeypatch.setattr("megatron_medha.cluster.rank_starts._RESTART_DELAY_S", 0.01)
     cluster = start(ParallelLayout(), recovery=RecoveryConfig(heartbeat_timeout_s=3600.0))
     tries = NoProcesses(monkeypatch, OSError(errno.EMFILE, "Too many open files"))
     now_s = ClusterRuntime.now_s

@@ -1,0 +1,141 @@
+"""The ranks' starts: the first one, and others after they are lost, unless that happens too often."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+
+import zmq
+
+from megatron_medha.cluster.health import LOAD_HEARTBEAT_TIMEOUT_S, FailureCount, Heartbeats, RecoveryConfig
+from megatron_medha.cluster.launch import Ranks
+from megatron_medha.cluster.messages import RankLoading, RankReady
+from megatron_medha.cluster.start_progress import StartProgress
+from megatron_medha.core.errors import RankError
+from megatron_medha.engine.status_board import StatusBoard
+
+_log = logging.getLogger(__name__)
+
+_RESTART_DELAY_S = 1.0  # after the system had no process or descriptor for us
+
+
+class RanksPhase(Enum):
+    """Of the ranks of one replica, together."""
+
+    STARTING = "starting"  # processes are coming up; nothing can be submitted
+    LOST = "lost"          # they are up again, but the scheduler has not heard of it yet
+    SERVING = "serving"
+
+
+class RankStarts:
+    """Brings the ranks up and says on the board how far they are. RankError ends it all: no start is worth a try."""
+
+    def __init__(self, ranks: Ranks, num_ranks: int, recovery: RecoveryConfig, board: StatusBoard) -> None:
+        """Starts nothing."""
+        self._ranks, self._num_ranks = ranks, num_ranks
+        self._recovery = recovery
+        self._board = board
+        self._failures = FailureCount(recovery)
+        self.phase = RanksPhase.STARTING
+        self.progress = StartProgress(num_ranks)
+        self.heartbeats = Heartbeats(range(num_ranks), LOAD_HEARTBEAT_TIMEOUT_S, 0.0)
+        self.loss_reason = ""
+        self.restart_at_s: float | None = None     # when to try again, while no process can be started
+        self._start_failed_s: float | None = None  # since when none can be
+        self._num_starts = 0                       # since the ranks were last ready
+        self._ready_s = self._served_s = 0.0       # when the ranks came up last; how long they have served before that
+        self._num_blocks: int | None = None        # promised to the scheduler
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the ranks have never been up; a first start is not tried again."""
+        return self._num_blocks is None
+
+    def promised(self) -> StartProgress:
+        """What the ranks said when they came up first; from now on they may be started again."""
+        self._num_blocks = self.progress.num_blocks
+        return self.progress
+
+    def start(self, now_s: float) -> None:
+        """Start all ranks anew."""
+        self._num_starts += 1
+        self.phase = RanksPhase.STARTING
+        self.progress = StartProgress(self._num_ranks)
+        self.attempt(now_s)
+
+    def attempt(self, now_s: float) -> None:
+        """Start the processes, or note that there are none to be had just now."""
+        self.restart_at_s = None
+        try:
+            self._ranks.start()
+        except (OSError, zmq.ZMQError) as error:  # no descriptor, process or memory to be had just now
+            self._postpone(error, now_s)
+            return
+        self._start_failed_s = None
+        self.heartbeats.restart(LOAD_HEARTBEAT_TIMEOUT_S, now_s)
+
+    def _postpone(self, error: Exception, now_s: float) -> None:
+        """Try again later; RankError if this is the first start, or too long ago that one succeeded."""
+        self._start_failed_s = now_s if self._start_failed_s is None else self._start_failed_s
+        self._ranks.end(0.0)
+        if self.is_first or now_s - self._start_failed_s > LOAD_HEARTBEAT_TIMEOUT_S:
+            raise RankError(f"the ranks cannot be started: {error}") from error
+        _log.error("ranks_not_started retry_s=%g why=%s", _RESTART_DELAY_S, error)
+        self.note(f"no process can be started ({error})", 0.0)
+        self.restart_at_s = now_s + _RESTART_DELAY_S
+
+    def lose(self, why: str, now_s: float) -> None:
+        """The ranks can no longer be used: end all of them, or give up (RankError)."""
+        # One that was killed says nothing; others then say that they have lost their peer.
+        why = next((str(ended) for ended in self._ranks.exits() if ended.was_killed), why)
+        if self.is_first:
+            raise RankError(why)
+        _log.error("ranks_lost why=%r", why)
+        self._board.count_failure()
+        if self.phase is RanksPhase.STARTING:
+            if self._num_starts >= self._recovery.max_starts:
+                raise RankError(f"{why}, while the ranks were starting again after: {self.loss_reason}")
+        else:
+            self.loss_reason = why
+            self._num_starts = 0
+            self._served_s += now_s - self._ready_s
+            if not self._failures.failed(self._served_s):
+                raise RankError(f"{why}: failure {len(self._failures)} within {self._recovery.failure_window_s:g} s")
+        self._board.recovering(why, 0.0)
+        self._ranks.end(0.0)
+
+    def check(self, now_s: float) -> None:
+        """While they start: say what is missing, and let the others' silence begin only when nothing is."""
+        if (missing := self._ranks.missing()) is not None:
+            self.note(missing, 0.0)
+            self.heartbeats.restart(LOAD_HEARTBEAT_TIMEOUT_S, now_s)
+
+    def take(self, message: RankLoading | RankReady, now_s: float) -> None:
+        """A rank has come further; with the last one ready the phase is another."""
+        self.progress.take(message)
+        if isinstance(message, RankLoading):
+            self.note(self.progress.what, self.progress.fraction)
+        elif self.progress.is_complete:
+            self._are_ready(now_s)
+
+    def _are_ready(self, now_s: float) -> None:
+        self._ready_s = now_s
+        self.heartbeats.restart(self._recovery.heartbeat_timeout_s, now_s)
+        if self._num_blocks is None:
+            self.phase = RanksPhase.SERVING  # start() is waiting
+            return
+        if self.progress.num_blocks < self._num_blocks:
+            raise RankError(
+                f"the ranks came back with {self.progress.num_blocks} KV blocks instead of {self._num_blocks}"
+            )
+        self._num_starts = 0
+        self.phase = RanksPhase.LOST
+        self._board.recovered(self.progress.device)
+        _log.info("ranks_recovered why_lost=%r", self.loss_reason)
+
+    def note(self, what: str, fraction: float) -> None:
+        """What the ranks do while they come up."""
+        if self.is_first:
+            self._board.loading(what, fraction)
+        else:
+            self._board.recovering(f"{self.loss_reason}; starting again: {what}", fraction)
