@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from experiments.lib.server_process import serving
 
-HERE = Path(__file__).parent
+OUT = Path("outputs/client_agreement")
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 48
 QPS = 3.0
 MIN_BAR = 0.05
@@ -107,7 +107,8 @@ def main() -> int:
                 with tempfile.TemporaryDirectory() as folder:
                     runs[name].append(client(f"http://127.0.0.1:{port}", seed, Path(folder)))
                 bar.update()
-    (HERE / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
     return report(runs)
 
 

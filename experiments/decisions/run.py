@@ -26,6 +26,7 @@ from megatron_medha.system.compiled_core import use_compiled_core
 
 IS_COMPILED = use_compiled_core()
 
+from experiments.lib.quantile import quantile
 from experiments.lib.recording_runtime import RecordingSimRuntime, true_step_s
 from megatron_medha.core.batch import Arrived, Batch, Event, Output, TokenOut
 from megatron_medha.core.cost.online_cost import OnlineCost
@@ -177,11 +178,6 @@ def run_often(
         )
         for same in zip(*runs, strict=True)
     ]
-
-
-def quantile(values: list[float], share: float) -> float:
-    """The value that so many of the others do not exceed."""
-    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
 
 
 def slope_per_decode_s(num_repeats: int) -> float:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from experiments.lib.plain_model import save_word_tokenizer
+from experiments.lib.random_llama import save_word_tokenizer
 from experiments.lib.server_process import serving
 
 RELATIVE_TOLERANCE = 1e-4

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from experiments.lib.http_stream import post
 
 NUM_STREAMS = 64
 PROMPT = "a prompt of some words"
@@ -30,10 +31,8 @@ async def read_streams(port: int, num_tokens: int, count: Callable[[bytes], int]
 
 
 async def _read(port: int, num_tokens: int, count: Callable[[bytes], int]) -> Received:
-    body = json.dumps({"prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
+    body = {"prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+    reader, writer = await post(port, body)
     times_s = array("d")
     whole = rest = b""
     response_id: re.Match[bytes] | None = None

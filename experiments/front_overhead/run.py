@@ -35,6 +35,7 @@ from tqdm import tqdm
 from experiments.front_overhead.client import NUM_STREAMS, Received, read_streams
 from experiments.front_overhead.fronts import Front, StepStarts, ours, vllm
 from experiments.lib.process_stats import tree_cpu_s
+from experiments.lib.quantile import quantile
 
 MAX_CPU_S_PER_TOKEN = 200e-6
 MIN_TOKENS_PER_S = 5_000
@@ -143,6 +144,8 @@ def _between_s(received: list[Received], starts: StepStarts, step_s: float) -> a
     first_s, last_s = max(one[0] for one in of_streams), min(one[-1] for one in of_streams)
     steps = sorted({start_s for one in of_streams for start_s in one if first_s <= start_s <= last_s})
     between_s = array("d", sorted(later - earlier - step_s for earlier, later in pairwise(steps)))
+    if not between_s:
+        raise SystemExit("the streams were not all there at once: take more --seconds")
     if between_s[0] < -0.01 * step_s:
         raise SystemExit(f"a simulated step took {1e3 * (between_s[0] + step_s):.2f} ms, not {1e3 * step_s:g}")
     return between_s
@@ -161,14 +164,10 @@ def report(name: str, fast: Load, paced: list[Load]) -> bool:
         what = f"{NUM_STREAMS / step_s:,.0f} tokens a second due"
         line(f"{what}: tokens a second", f"{load.tokens_per_s:,.0f} ({load.cores_used:.0%} of the core)")
         line(f"{what}: CPU time per token", f"{1e6 * load.cpu_s_per_token:.0f} us")
-        for quantile in (0.5, 0.99):
-            line(f"{what}: added to a token, p{100 * quantile:g}", f"{1e3 * _quantile(load.added_s, quantile):.2f} ms")
-        line(f"{what}: between two steps, p50", f"{1e3 * _quantile(load.between_s, 0.5):.2f} ms")
+        for share in (0.5, 0.99):
+            line(f"{what}: added to a token, p{100 * share:g}", f"{1e3 * quantile(load.added_s, share):.2f} ms")
+        line(f"{what}: between two steps, p50", f"{1e3 * quantile(load.between_s, 0.5):.2f} ms")
     return is_cheap and is_quick
-
-
-def _quantile(values: array[float], quantile: float) -> float:
-    return values[min(len(values) - 1, int(quantile * len(values)))]
 
 
 def say(name: str, what: str, figure: str, bar: str = "", is_met: bool = True) -> None:

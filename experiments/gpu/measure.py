@@ -127,9 +127,3 @@ def fill_with_random_kv(layer: Iterable[Tensor]) -> None:
             continue
         for part in values.split(_PIECE_BLOCKS):
             part.copy_(torch.randn(part.shape, device=part.device).to(part.dtype))
-
-
-def percentile(values: list[float], share: float) -> float:
-    """By nearest rank."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

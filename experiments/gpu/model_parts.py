@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from experiments.gpu.in_process import Engine, Outcome
-from experiments.gpu.measure import Check, Row, fill_with_random_kv, percentile
+from experiments.gpu.measure import Check, Row, fill_with_random_kv
+from experiments.lib.quantile import quantile
 from megatron_medha.cluster.messages import NewRequest, RankReady, RankStep
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.cost.fitted_cost import fit
@@ -221,7 +222,7 @@ def _decodes(world: OneRank, request_id: str, context: int, count: int) -> float
     world.step(Chunk(request_id, context - 1, 1, True))
     times = [world.step(Chunk(request_id, context + i, 1, True)) for i in range(count)]
     world.step(released=(request_id,))
-    return percentile(times, 0.5)
+    return quantile(times, 0.5)
 
 
 def million(check: Check) -> None:
@@ -273,12 +274,12 @@ def convoy(check: Check) -> None:
     mixed = engine.run(**shorts, long_tokens=long_tokens, long_from=long_from)
     budget_s = engine.config.step_budget_s
     what, note = f"a prefill of {long_tokens}", f" its last {window_tokens} tokens, over random KV"
-    idle_p99, mixed_p99 = percentile(idle.short_ttft_s, 0.99), percentile(mixed.short_ttft_s, 0.99)
+    idle_p99, mixed_p99 = quantile(idle.short_ttft_s, 0.99), quantile(mixed.short_ttft_s, 0.99)
     check.add(Row("short TTFT p99 idle", 1e3 * idle_p99, "ms", note=f" of {len(idle.short_ttft_s)}"))
     bar_ms = 1e3 * (2 * idle_p99 + budget_s)
     mixed_note = f" of {len(mixed.short_ttft_s)};{note}"
     check.add(Row(f"short TTFT p99 beside {what}", 1e3 * mixed_p99, "ms", bar_ms, True, mixed_note))
-    shorts_s = percentile(idle.short_ttft_s, 0.5) * len(mixed.short_ttft_s)
+    shorts_s = quantile(idle.short_ttft_s, 0.5) * len(mixed.short_ttft_s)
     check.add(Row(f"{what} alone", alone.long_s, "s", note=note))
     bar_s = 1.05 * alone.long_s + shorts_s
     bar_note = f"{note}; short ones' work {shorts_s:.2f} s"
@@ -294,12 +295,12 @@ def _cost_rows(check: Check, outcomes: list[Outcome], budget_s: float) -> None:
         check.add(Row(f"cost model: only {len(steps)} steps, 500 are needed", math.nan, ""))
         return
     note = f" of {len(learnt)}"
-    check.add(Row("cost model after 500 steps: error p50", percentile(learnt, 0.5), "rel"))
-    check.add(Row("cost model after 500 steps: error p95", percentile(learnt, 0.95), "rel", 0.05, True, note))
+    check.add(Row("cost model after 500 steps: error p50", quantile(learnt, 0.5), "rel"))
+    check.add(Row("cost model after 500 steps: error p95", quantile(learnt, 0.95), "rel", 0.05, True, note))
     mixed = [(predicted, actual) for predicted, actual, is_mixed in outcomes[-1].steps if is_mixed]
     if mixed:
         errors = [abs(1 - predicted / actual) for predicted, actual in mixed]
-        check.add(Row("cost model, mixed steps: error p95", percentile(errors, 0.95), "rel", note=f" of {len(mixed)}"))
+        check.add(Row("cost model, mixed steps: error p95", quantile(errors, 0.95), "rel", note=f" of {len(mixed)}"))
         kept = sum(actual <= 1.05 * budget_s for _, actual in mixed) / len(mixed)
         check.add(Row("mixed steps at most 5% over their budget", kept, "", 0.99, note=f" of {len(mixed)}"))
 

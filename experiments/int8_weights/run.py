@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.lib.plain_model import save_plain_model
+from experiments.lib.random_llama import save_llama
 from megatron_medha.cluster.messages import NewRequest, RankStep, StepDone
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
@@ -58,7 +58,7 @@ def main() -> None:
     if args.checkpoint is not None:
         sys.exit(compare(args.checkpoint, args.threads, args.rounds))
     with tempfile.TemporaryDirectory() as directory:
-        save_plain_model(
+        save_llama(
             Path(directory), hidden_size=2048, ffn_size=8192, num_layers=2, num_heads=32, num_kv_heads=8, head_dim=64,
             vocab_size=8192,
         )  # fmt: skip

@@ -33,7 +33,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from experiments.lib.plain_model import save_plain_model
+from experiments.lib.random_llama import save_llama
 from experiments.lib.rank_processes import RankProcesses, rank_processes
 from megatron_medha.cluster.messages import NewRequest, RankStep
 from megatron_medha.cluster.model_options import ModelOptions
@@ -144,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as name, rank_processes(2) as ranks:
-        save_plain_model(Path(name), **MODEL)
+        save_llama(Path(name), **MODEL)
         plain = RankConfig(server_endpoint="", checkpoint="", kv_memory_bytes=0)
         reads = [
             ranks.call(read_memory, msgspec.structs.replace(plain, layout=ParallelLayout(kvp=kvp))) for kvp in (1, 2)

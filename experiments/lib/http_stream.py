@@ -31,6 +31,15 @@ class Streamed:
         return self.token_times_s[-1]
 
 
+async def post(port: int, body: Mapping[str, object]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A completion request on a connection of its own."""
+    raw = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)  # fmt: skip
+    return reader, writer
+
+
 async def complete(
     port: int,
     prompt: list[int],
@@ -47,19 +56,11 @@ async def complete(
     without text is none, as some end a stream with one.
     fields: more of the request's body, for what a server has beyond OpenAI's API.
     """
-    body = json.dumps(
-        {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-        | dict(fields or {})
-    ).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode()
+    body: dict[str, object] = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     result = Streamed(len(prompt), time.monotonic())
     async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+        reader, writer = await post(port, {**body, "stream": True, **(fields or {})})
         try:
-            writer.write(head + body)
             await writer.drain()
             status = (await reader.readline()).split()[1]
             while line := await reader.readline():

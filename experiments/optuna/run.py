@@ -90,7 +90,7 @@ def main() -> int:
     if arguments.report is not None:
         return 0
     kept = {"words": WORDS, "defaults": [asdict(one) for one in defaults], "trials": [asdict(one) for one in tried]}
-    (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (arguments.out / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
     return 0 if best.goodput_per_s > max(one.goodput_per_s for one in defaults) else 1
 
 

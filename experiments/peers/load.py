@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from experiments.lib.http_stream import Streamed, answered
-from experiments.lib.small_model import VOCAB_SIZE
+from experiments.lib.random_llama import VOCAB_SIZE
 
 FIRST_ID = 300  # past single bytes and special tokens
 DECODE_TOKENS = 128
@@ -200,9 +200,3 @@ class LongsAtOnce:
 
 
 Load = Prefill | Decode | Mixed | LongsAtOnce
-
-
-def quantile(values: list[float], share: float) -> float:
-    """The least value that so many are not above."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from experiments.peers.load import quantile
+from experiments.lib.drawing import panels
+from experiments.lib.quantile import quantile
 from experiments.peers.plan import LONGS, LONGS_8K, LONGS_16K, mixed_load
 
 BAR_FROM_TOKENS = 1024           # shorter lone prompts are shown, and held to nothing
@@ -203,13 +203,8 @@ def _number(value: float | None, num_decimals: int) -> str:
 
 
 def write(results: Results, ours: str, out: Path) -> list[Verdict]:
-    """table.md, cells.csv and the pictures into `out`."""
+    """table.md and the pictures into `out`."""
     (out / "table.md").write_text(as_markdown(results, ours))
-    rows = results.rows()
-    with (out / "cells.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
     try:
         _plot(results, out)
     except ImportError:
@@ -218,26 +213,20 @@ def write(results: Results, ours: str, out: Path) -> list[Verdict]:
 
 
 def _plot(results: Results, out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     solo = [*results.loads("prefill"), *results.loads("decode")]
     colours = {name: f"C{index}" for index, name in enumerate(results.servers)}
     if solo:
-        figure, axes = pyplot.subplots(1, len(solo), figsize=(2.1 * len(solo), 3.4), squeeze=False)
+        figure, axes = panels(columns=len(solo), width=2.1, height=3.4, squeeze=False)
         for axis, load in zip(axes[0], solo, strict=True):
             rates = {name: rate for name in results.servers if (rate := results.rate(name, load)) is not None}
             axis.bar(list(rates), list(rates.values()), color=[colours[name] for name in rates])
             axis.set_title(load + ", tokens/s", fontsize=8)
             axis.tick_params(axis="x", rotation=60, labelsize=7)
             axis.tick_params(axis="y", labelsize=7)
-        figure.tight_layout()
         figure.savefig(out / "solo.png", dpi=120)
     mixes = results.loads("mixed")
     if mixes:
-        figure, axes = pyplot.subplots(1, len(mixes), figsize=(5.2 * len(mixes), 4.2), squeeze=False)
+        figure, axes = panels(columns=len(mixes), width=5.2, height=4.2, squeeze=False)
         for axis, load in zip(axes[0], mixes, strict=True):
             for name in results.servers:
                 rows = [row for seed in results.seeds(load) if (row := results.row(name, load, seed))]
@@ -252,5 +241,4 @@ def _plot(results: Results, out: Path) -> None:
             axis.set_title(f"{load}: left and down is better", fontsize=9)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
-        figure.tight_layout()
         figure.savefig(out / "frontier.png", dpi=120)

@@ -34,8 +34,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.lib.process_stats import machine_cpu_s, tree_cpu_s
+from experiments.lib.random_llama import save_small_model
 from experiments.lib.server_process import Server as Running
-from experiments.lib.small_model import make_checkpoint
 from experiments.peers import report
 from experiments.peers.load import Endpoint, Load, Mixed, warm_up
 from experiments.peers.plan import START_S, Cell, Sizes, Store, Visit, load_of, named_visits, plans
@@ -70,7 +70,7 @@ def main() -> None:
         visits = [left for one in visits if (left := _left(one, wanted, args.skip, store))]
         if not (checkpoint / "config.json").exists():
             print("making the checkpoint", flush=True)
-            make_checkpoint(checkpoint)
+            save_small_model(checkpoint)
         for name in dict.fromkeys(one.server for one in visits):
             known[name].install(peers.resolve(), checkpoint)
         _run(visits, known, peers.resolve(), checkpoint, store, sizes, args)

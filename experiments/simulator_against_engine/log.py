@@ -1,4 +1,4 @@
-"""A server's decision log as this experiment reads it, and what a calibration takes from it."""
+"""What a calibration takes from a server's decision log and a grid of measured steps."""
 
 from __future__ import annotations
 
@@ -9,97 +9,17 @@ from dataclasses import dataclass
 from heapq import nsmallest
 from math import dist, exp, log, log1p
 from operator import mul
-from pathlib import Path
 from statistics import median
-from typing import Any
 
-from megatron_medha.core.batch import Arrived, Batch, Completed
+from experiments.lib.served_log import ServedLog, Step
+from megatron_medha.core.batch import Batch, Completed
 from megatron_medha.core.cost.fitted_cost import FittedCost, MeasuredStep, features_of
 from megatron_medha.core.cost.step_cost import StepLoad
-from megatron_medha.core.request import Request
-from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.stats.decision_log import Recorded, read_log
 
 _NUM_SIMILAR = 4
 _PACE_S = 0.15        # how far a step's neighbours tell of it; what two steps share is halved after 0.2 s
 _NUM_PATHS = 2        # stretches of calibration whose pace a simulation may follow: before and after what is simulated
 _PRIOR_WEIGHT = 0.3   # of the stretch's mean among a step's neighbours
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """A batch that has run."""
-
-    batch: Batch
-    submitted_s: float
-    completed_s: float
-    reported_s: float  # by the rank: without messages and the scheduler's own time
-
-    @property
-    def whole_s(self) -> float:
-        """From its submission until the scheduler heard of its end."""
-        return self.completed_s - self.submitted_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedLog:
-    """What happened on one server."""
-
-    header: dict[str, Any]
-    records: tuple[Recorded, ...]
-    arrivals: dict[int, tuple[float, Request]]  # by prompt length: when the scheduler heard of it
-    first_tokens_s: dict[int, float]            # by prompt length: when the scheduler heard of the step's end
-    steps: tuple[Step, ...]
-
-    @property
-    def setup(self) -> SchedulerSetup:
-        """Of the scheduler, as it was at the start."""
-        return SchedulerSetup.from_header(self.header)
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """Prompt length by request id."""
-        return {request.request_id: length for length, (_, request) in self.arrivals.items()}
-
-    @property
-    def batches(self) -> list[Batch]:
-        """In the order in which they ran."""
-        return [step.batch for step in self.steps]
-
-    @classmethod
-    def read(cls, path: Path) -> ServedLog:
-        """A log to its end."""
-        with path.open(encoding="utf-8") as lines:
-            header, found = read_log(lines)
-            records = tuple(found)
-        arrivals: dict[int, tuple[float, Request]] = {}
-        lengths: dict[str, int] = {}
-        first_tokens_s: dict[int, float] = {}
-        in_flight: dict[int, tuple[Batch, float]] = {}
-        steps: list[Step] = []
-        for record in records:
-            entry = record.entry
-            if isinstance(entry, Arrived):
-                request = entry.request
-                arrivals[request.num_prompt_tokens] = record.now_s, request
-                lengths[request.request_id] = request.num_prompt_tokens
-            elif isinstance(entry, Batch):
-                in_flight[entry.batch_id] = entry, record.now_s
-            elif isinstance(entry, Completed):
-                batch, submitted_s = in_flight.pop(entry.batch_id)
-                steps.append(
-                    Step(batch=batch, submitted_s=submitted_s, completed_s=record.now_s, reported_s=entry.duration_s)
-                )
-                for chunk in batch.chunks:
-                    if chunk.samples_token:
-                        first_tokens_s.setdefault(lengths[chunk.request_id], record.now_s)
-        return cls(
-            header=header,
-            records=records,
-            arrivals=arrivals,
-            first_tokens_s=first_tokens_s,
-            steps=tuple(steps),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,7 @@ of comparison the simulator is given the times at which the client meant to send
 learnt until then; of the stretch itself it sees nothing.
 
 Bar, for a quiet machine: TTFT p50 and p99, as the client saw them, within 5%. Printed beside it: how much the repeats
-differ among themselves, which no simulator can undercut; the same with only one thing replaced at a time; and how far
-the decisions of both agree.
+differ among themselves, which no simulator can undercut.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -37,16 +36,11 @@ import msgspec
 from tqdm import tqdm
 
 from experiments.lib.http_stream import answered
+from experiments.lib.random_llama import save_small_model
+from experiments.lib.served_log import ServedLog
 from experiments.lib.server_process import serving
-from experiments.lib.small_model import make_checkpoint
-from experiments.simulator_against_engine.compare import (
-    Decision,
-    agreement,
-    chunks_of,
-    decided_alike,
-    simulate,
-)
-from experiments.simulator_against_engine.log import Grid, ServedLog, Step, calibrate
+from experiments.simulator_against_engine.compare import simulate
+from experiments.simulator_against_engine.log import Calibration, Grid, calibrate
 from megatron_medha.stats.summary import percentile
 
 BAR = 0.05
@@ -167,56 +161,26 @@ def quantiles(stretches: Sequence[Stretch], ttft_s: dict[int, float]) -> tuple[f
     return tuple(percentile(values, p) for p in (50, 90, 99))
 
 
-class Comparison:
-    """The engine's TTFT, and what the simulator makes of it with ever more of the engine replaced."""
-
-    def __init__(self, grid: Grid, log: ServedLog, stretches: Sequence[Stretch]) -> None:
-        self.log = log
-        self.compared = [stretch for stretch in stretches if stretch.kind is Kind.COMPARISON]
-        self.ttft_s = {name: seconds for stretch in self.compared for name, seconds in stretch.ttft_s.items()}
-        calibrating = [stretch for stretch in stretches if stretch.kind is Kind.CALIBRATION]
-        self.calibration = calibrate(grid, log, [(stretch.meant_s, stretch.ttft_s) for stretch in calibrating])
-        self.decisions: list[Decision] = []  # the simulator's, with the first draw
-
-    def own_steps(self) -> list[dict[int, float]]:
-        """The engine's own batches and their own seconds: only what is between client and scheduler is replaced."""
-        return [self._decided_alike(lambda step, _: step.whole_s, 0)]
-
-    def told_steps(self) -> list[dict[int, float]]:
-        """The engine's own batches, their seconds as the calibration tells them; of every draw."""
-        steps = self.calibration.steps
-        found = []
+def simulated(log: ServedLog, calibration: Calibration, stretches: Sequence[Stretch]) -> list[dict[int, float]]:
+    """TTFT by prompt length in the simulator; of every draw."""
+    found = []
+    with tqdm(total=NUM_DRAWS * len(stretches), desc="simulated", unit="stretch", leave=False) as bar:
         for seed in range(NUM_DRAWS):
-            found.append(self._decided_alike(lambda step, now_s: steps.whole_s(step.batch, now_s), seed))
-        return found
-
-    def free(self) -> list[dict[int, float]]:
-        """The simulator's own batches; of every draw."""
-        found = []
-        with tqdm(total=NUM_DRAWS * len(self.compared), desc="simulated", unit="stretch", leave=False) as bar:
-            for seed in range(NUM_DRAWS):
-                ttft_s: dict[int, float] = {}
-                for place, stretch in enumerate(self.compared):
-                    self.calibration.steps.begin(len(self.compared) * seed + place, stretch.began_s)
-                    part, decisions = simulate(self.log, self.calibration, stretch.meant_s)
-                    ttft_s |= part
-                    self.decisions += decisions if not seed else []
-                    bar.update()
-                found.append(ttft_s)
-        return found
-
-    def _decided_alike(self, whole_s: Callable[[Step, float], float], seed: int) -> dict[int, float]:
-        ttft_s: dict[int, float] = {}
-        for place, stretch in enumerate(self.compared):
-            self.calibration.steps.begin(len(self.compared) * seed + place, stretch.began_s)
-            ttft_s |= decided_alike(self.log, self.calibration, stretch.meant_s, whole_s)
-        return ttft_s
+            ttft_s: dict[int, float] = {}
+            for place, stretch in enumerate(stretches):
+                calibration.steps.begin(len(stretches) * seed + place, stretch.began_s)
+                ttft_s |= simulate(log, calibration, stretch.meant_s)
+                bar.update()
+            found.append(ttft_s)
+    return found
 
 
 def report(grid: Grid, log: ServedLog, stretches: Sequence[Stretch]) -> bool:
     """Figures beside bars; whether they are met."""
-    comparison = Comparison(grid, log, stretches)
-    calibration, compared, ttft_s = comparison.calibration, comparison.compared, comparison.ttft_s
+    compared = [stretch for stretch in stretches if stretch.kind is Kind.COMPARISON]
+    ttft_s = {name: seconds for stretch in compared for name, seconds in stretch.ttft_s.items()}
+    calibrating = [stretch for stretch in stretches if stretch.kind is Kind.CALIBRATION]
+    calibration = calibrate(grid, log, [(stretch.meant_s, stretch.ttft_s) for stretch in calibrating])
     law = grid.law
     paces, off = sorted(calibration.steps.paces), sorted(abs(left - 1.0) for left in calibration.steps.left)
     print(
@@ -232,28 +196,21 @@ def report(grid: Grid, log: ServedLog, stretches: Sequence[Stretch]) -> bool:
     def show(name: str, values: Sequence[float], digits: int = 4) -> None:
         print(f"{name:52s} " + " ".join(f"{value:8.{digits}f}" for value in values))
 
-    free = comparison.free()
+    draws = simulated(log, calibration, compared)
     each = [quantiles([stretch], ttft_s) for stretch in compared]
     for repeat, stretch in enumerate(compared):
         show(f"repeat {repeat + 1}, engine", each[repeat])
-        show("          simulator", _medians([quantiles([stretch], draw) for draw in free]))
+        show("          simulator", _medians([quantiles([stretch], draw) for draw in draws]))
     real = quantiles(compared, ttft_s)
     show("all, engine", real)
-    show("     simulator", _medians([quantiles(compared, draw) for draw in free]))
+    found = _medians([quantiles(compared, draw) for draw in draws])
+    show("     simulator", found)
     print("\nover the engine")
-    ratios: tuple[float, ...] = ()
-    for name, draws in (
-        ("the engine's batches and their own seconds", comparison.own_steps()),
-        ("the engine's batches, seconds by the calibration", comparison.told_steps()),
-        ("simulator", free),
-    ):
-        found = _medians([quantiles(compared, draw) for draw in draws])
-        ratios = tuple(a / b for a, b in zip(found, real, strict=True))
-        show(name, ratios, 3)
+    ratios = [a / b for a, b in zip(found, real, strict=True)]
+    show("simulator", ratios, 3)
     show("repeats of the engine: the longest over the shortest", [max(v) / min(v) for v in zip(*each, strict=True)], 3)
     is_met = all(abs(ratio - 1.0) <= BAR for ratio in (ratios[0], ratios[2]))
     print(f"\np50 and p99 within {BAR:.0%}: {'met' if is_met else 'missed'}")
-    print(agreement(log, chunks_of(log.batches, log.lengths), comparison.decisions))
     return is_met
 
 
@@ -280,7 +237,7 @@ def main() -> int:
             checkpoint = arguments.checkpoint
             if checkpoint is None:
                 checkpoint = directory / "checkpoint"
-                make_checkpoint(checkpoint)
+                save_small_model(checkpoint)
             bounds = (arguments.long[0], arguments.long[1])
             stretches = plan(arguments.seconds, arguments.qps, bounds, arguments.repeats)
             measure_grid(checkpoint, directory)

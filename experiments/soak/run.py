@@ -27,10 +27,12 @@ from statistics import fmean
 
 from tqdm import tqdm
 
+from experiments.lib.drawing import panels
+from experiments.lib.http_stream import post
 from experiments.lib.process_stats import anonymous_bytes, children
 from experiments.lib.server_process import serving_process, vocab_size
 
-HERE = Path(__file__).parent
+OUT = Path("outputs/soak")
 NUM_CLIENTS = 12
 LEAVING_SHARE = 1 / 3
 SAMPLE_INTERVAL_S = 5.0
@@ -97,7 +99,8 @@ def main() -> int:
         "minutes": arguments.minutes, "warm_up_minutes": warm_up_minutes, "tally": asdict(tally),
         "slopes": [asdict(one) for one in slopes], "at_the_end": state, "samples": samples,
     }  # fmt: skip
-    (HERE / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
     plot(names, samples, warm_up_minutes)
     return report(tally, slopes, state, is_alive)
 
@@ -153,11 +156,8 @@ async def client(port: int, rng: random.Random, vocab: int, until_s: float, tall
 
 async def ask(port: int, body: dict[str, object]) -> int:
     """Output tokens by the answer's own count, once all of it has come; ValueError for anything but an answer."""
-    raw = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+    reader, writer = await post(port, body)
     try:
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                     b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)  # fmt: skip
         answer = await reader.read(-1)
     finally:
         writer.transport.abort()  # in the middle of a stream too
@@ -186,6 +186,8 @@ def idle_state(port: int) -> dict[str, int]:
 def slope(process: str, late: list[tuple[float, int]]) -> Slope:
     """Of a line through the means of ten spans after the warm-up: single samples are too much like their neighbours."""
     size = len(late) // NUM_SPANS
+    if not size:
+        raise SystemExit(f"{len(late)} samples after the warm-up are too few: take more --minutes")
     spans = [late[place * size : (place + 1) * size] for place in range(NUM_SPANS)]
     xs = [fmean(at_s for at_s, _ in span) / 3600 for span in spans]
     ys = [fmean(num_bytes for _, num_bytes in span) / MIB for span in spans]
@@ -211,18 +213,13 @@ def report(tally: Tally, slopes: list[Slope], state: dict[str, int], is_alive: b
 
 def plot(names: list[str], samples: list[tuple[float, list[int]]], warm_up_minutes: float) -> None:
     """Memory over time, each process in its own panel: they differ by hundreds of MiB."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(len(names), 1, sharex=True, figsize=(8, 1.6 * len(names)), layout="constrained")
-    for place, (name, panel) in enumerate(zip(names, panels, strict=True)):
+    figure, axes = panels(rows=len(names), width=8, height=1.6, sharex=True)
+    for place, (name, panel) in enumerate(zip(names, axes, strict=True)):
         panel.plot([at_s / 60 for at_s, _ in samples], [sample[place] / MIB for _, sample in samples], lw=1)
         panel.axvline(warm_up_minutes, color="grey", lw=0.8, ls=":")
         panel.set_ylabel(f"{name}, MiB")
-    panels[-1].set_xlabel("minutes; dotted: end of the warm-up")
-    figure.savefig(HERE / "soak.png", dpi=110)
+    axes[-1].set_xlabel("minutes; dotted: end of the warm-up")
+    figure.savefig(OUT / "soak.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.lib.plain_model import save_plain_model
+from experiments.lib.random_llama import save_llama
 from experiments.lib.rank_processes import RankProcesses, rank_processes
 from megatron_medha.cluster.messages import NewRequest, RankStep
 from megatron_medha.cluster.model_options import ModelOptions
@@ -98,7 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     num_chunks = -(-args.tokens // args.chunk)
     with tempfile.TemporaryDirectory() as name, rank_processes(2) as ranks:
-        save_plain_model(Path(name), **MODEL)
+        save_llama(Path(name), **MODEL)
         found = {
             label: prefill(ranks, Path(name), layout, args.tokens, args.chunk)
             for label, layout in {

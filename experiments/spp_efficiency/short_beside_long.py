@@ -22,11 +22,10 @@ import tempfile
 from pathlib import Path
 
 from experiments.lib.http_stream import Streamed, answered
-from experiments.lib.plain_model import save_plain_model, save_word_tokenizer
+from experiments.lib.random_llama import save_llama, save_word_tokenizer
+from experiments.lib.served_log import ServedLog
 from experiments.lib.server_process import serving
 from experiments.spp_efficiency.run import MODEL
-from megatron_medha.core.batch import Batch, Completed
-from megatron_medha.stats.decision_log import read_log
 from megatron_medha.stats.summary import percentile
 
 VOCAB_SIZE = 1024
@@ -35,22 +34,11 @@ SHORT_TOKENS = (64, 256)
 
 def traversals_s(log: Path, long_tokens: int) -> list[float]:
     """From forming a batch to its completion, of those with a chunk of the long prompt."""
-    formed_s: dict[int, float] = {}
-    found: list[float] = []
-    long_ids: set[str] = set()
-    with log.open() as stream:
-        for record in read_log(stream)[1]:
-            match record.entry:
-                case Batch() as batch if any(c.request_id in long_ids and c.num_tokens > 1 for c in batch.chunks):
-                    formed_s[batch.batch_id] = record.now_s
-                case Completed(batch_id=batch_id) if batch_id in formed_s:
-                    found.append(record.now_s - formed_s.pop(batch_id))
-                case event if (request := getattr(event, "request", None)) is not None:
-                    if request.num_prompt_tokens == long_tokens:
-                        long_ids.add(request.request_id)
-                case _:
-                    pass
-    return found
+    served = ServedLog.read(log)
+    return [
+        step.whole_s for step in served.steps
+        if any(chunk.num_tokens > 1 and served.lengths[chunk.request_id] == long_tokens for chunk in step.batch.chunks)
+    ]  # fmt: skip
 
 
 async def measure(port: int, args: argparse.Namespace) -> tuple[list[float], list[float], Streamed]:
@@ -84,7 +72,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.4, help="mean seconds between them (default: 0.4)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        save_plain_model(Path(name), vocab_size=VOCAB_SIZE, **MODEL)
+        save_llama(Path(name), vocab_size=VOCAB_SIZE, **MODEL)
         save_word_tokenizer(Path(name), VOCAB_SIZE)
         log = Path(name) / "decisions.jsonl"
         with serving(

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy
 
 from experiments.lib.http_stream import answered
+from experiments.lib.quantile import quantile
+from experiments.lib.served_log import ServedLog
 from experiments.lib.server_process import serving, vocab_size
-from megatron_medha.core.batch import Batch, Completed
-from megatron_medha.stats.decision_log import read_log
 
 
 async def load(port: int, seconds: float) -> None:
@@ -80,16 +80,9 @@ def report(log: Path, after: int) -> bool:
     """Figures beside bars; whether they are kept."""
     noise = machine_noise()
     print(f"equal work, from one moment to the next: p50 {quantile(noise, 0.5):.1%}   p95 {quantile(noise, 0.95):.1%}")
-    batches: dict[int, Batch] = {}
-    ran: list[tuple[Batch, float]] = []
-    with log.open(encoding="utf-8") as lines:
-        header, records = read_log(lines)
-        tile = header["config"]["tile_tokens"]
-        for record in records:
-            if isinstance(record.entry, Batch):
-                batches[record.entry.batch_id] = record.entry
-            elif isinstance(record.entry, Completed):
-                ran.append((batches.pop(record.entry.batch_id), record.entry.duration_s))
+    served = ServedLog.read(log)
+    tile = served.header["config"]["tile_tokens"]
+    ran = [(step.batch, step.reported_s) for step in served.steps]
     ran = ran[after:]
     if not ran:
         sys.exit(f"{log} holds no steps after the first {after}")
@@ -111,11 +104,6 @@ def report(log: Path, after: int) -> bool:
     print(f"mixed steps at most 10% over budget        {kept:.1%}   bar 95%   {'kept' if kept >= 0.95 else 'MISSED'}")
     print(f"{len(filled)} filled mixed steps within 10% either way  {close:.1%}")
     return kept >= 0.95
-
-
-def quantile(ordered: list[float], share: float) -> float:
-    """Of a sorted list."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from typing import Any
 
 from experiments.lib.http_stream import complete
 from experiments.lib.process_stats import children
+from experiments.lib.random_llama import save_small_model
 from experiments.lib.server_process import free_port, started
-from experiments.lib.small_model import make_checkpoint
 from experiments.peers.load import prompt
 
 BAR = 0.15
@@ -48,7 +48,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.checkpoint or args.out / "small"
     if not (checkpoint / "config.json").exists():
-        make_checkpoint(checkpoint)
+        save_small_model(checkpoint)
     batches = [int(size) for size in args.batches.split(",")]
     with tempfile.TemporaryDirectory() as directory:
         with serving(checkpoint, args.threads, Path(directory)) as (port, pids):
