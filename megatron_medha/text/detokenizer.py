@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence, Set
-from typing import Protocol
 
 from megatron_medha.text.tokenizer import PieceKind, Tokenizer
 
@@ -12,19 +11,9 @@ from megatron_medha.text.tokenizer import PieceKind, Tokenizer
 NUM_CONTEXT_TOKENS = 6
 
 
-class Detokenizer(Protocol):
-    """Text of one request's tokens, in order."""
-
-    def push(self, token_id: int) -> str:
-        """The text that this token makes certain; empty while a character is incomplete."""
-
-    def finish(self) -> str:
-        """What is left: a replacement character where the last character stayed incomplete."""
-
-
 def make_detokenizer(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool, shown: Iterable[str] = ()
-) -> Detokenizer:
+) -> ByteDetokenizer | WindowDetokenizer:
     """The right detokenizer for this vocabulary; what follows continues the prompt.
 
     shown: special tokens that are not skipped.

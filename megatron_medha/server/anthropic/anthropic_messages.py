@@ -30,12 +30,12 @@ from megatron_medha.server.bodies.openai_types import (
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.http.http_errors import ANTHROPIC_PREFIX, ApiError
 from megatron_medha.server.http.request_body import BodyType
+from megatron_medha.server.http.routing import json_response
 from megatron_medha.server.openai.block_format import BlockFormat
 from megatron_medha.server.openai.chat_completions import chat_spec
 from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE, ConversationHistory
 from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
 from megatron_medha.server.openai.tokenize import token_ids_of
-from megatron_medha.server.openai.wire_format import json_response
 from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
 from megatron_medha.server.tools.json_text import dump, read_cut_object

@@ -23,12 +23,19 @@ from megatron_medha.server.http.http_errors import ErrorResponse
 
 Route = Callable[..., Awaitable[Response]]
 
+encode_json = msgspec.json.Encoder().encode
+
 OPENAPI_VERSION = "3.1.0"
 _REF_TEMPLATE = "#/components/schemas/{name}"
 _PATH_PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _STYLE = "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td{padding:.3em 1em .3em 0;" \
     "vertical-align:top}code{white-space:nowrap}"
 _DOCS_HEADERS = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
+
+
+def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A whole answer."""
+    return Response(encode_json(body), status, headers, media_type="application/json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +117,7 @@ class Api(Starlette):
 
     async def _answer_schema(self) -> Response:
         """The description of all routes."""
-        return Response(msgspec.json.encode(self.openapi()), media_type="application/json")
+        return json_response(self.openapi())
 
     async def _answer_docs(self) -> Response:
         """All routes on a page without any script or outside asset."""

@@ -8,7 +8,7 @@ import msgspec
 
 from megatron_medha.server.bodies.openai_types import Usage
 from megatron_medha.server.generation import GenerationSpec, Piece
-from megatron_medha.server.openai.wire_format import encode_json
+from megatron_medha.server.http.routing import encode_json
 from megatron_medha.server.tools.call_readers import TextDelta, ToolParserEvent
 from megatron_medha.server.tools.tool_calls import ToolCallParser
 

@@ -19,6 +19,7 @@ from megatron_medha.server.bodies.openai_types import (
 from megatron_medha.server.generation import GenerationSpec, Piece, Prompt
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.http.request_body import BodyType
+from megatron_medha.server.http.routing import encode_json
 from megatron_medha.server.openai.build_spec import begin_spec
 from megatron_medha.server.openai.openai_logprobs import add_completion_token, token_namer
 from megatron_medha.server.openai.prompts import encode_prompts, split_prompts
@@ -28,7 +29,6 @@ from megatron_medha.server.openai.wire_format import (
     MARK,
     EventTemplate,
     as_sliced_json,
-    encode_json,
     error_events,
     sse_event,
 )

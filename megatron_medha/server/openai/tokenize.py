@@ -18,9 +18,9 @@ from megatron_medha.server.bodies.openai_types import (
 )
 from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.http.request_body import BodyType
+from megatron_medha.server.http.routing import encode_json, json_response
 from megatron_medha.server.openai.chat_prompt import adds_special_tokens, chat_tools, render_messages
 from megatron_medha.server.openai.prompts import as_ids, check_ids, check_length, encode_text
-from megatron_medha.server.openai.wire_format import encode_json, json_response
 from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.tools.tool_fields import definitions_of
 from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TooManyTokens

@@ -7,19 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
-from starlette.responses import Response
 
 from megatron_medha.server.bodies.openai_types import Usage
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.http.http_errors import ApiError
-
-encode_json = msgspec.json.Encoder().encode
-
-
-def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A whole answer."""
-    return Response(encode_json(body), status, headers, media_type="application/json")
-
+from megatron_medha.server.http.routing import encode_json
 
 DONE_EVENT = b"data: [DONE]\n\n"
 _SLICE_ITEMS = 2_048  # encoded in one call, which holds the interpreter's lock: 3 ms of log-probabilities at most

@@ -12,12 +12,11 @@ import msgspec
 from starlette.responses import Response
 
 from megatron_medha.server.http.http_errors import ApiError
-from megatron_medha.server.http.routing import Api, Shape
+from megatron_medha.server.http.routing import Api, Shape, json_response
 from megatron_medha.server.observe.metrics import Histogram
 from megatron_medha.server.observe.queue_view import QueueView
 from megatron_medha.server.observe.request_log import RequestTrace
 from megatron_medha.server.observe.steps import StepRecord
-from megatron_medha.server.openai.wire_format import json_response
 from megatron_medha.server.service import Service
 
 MAX_LISTED = 100       # stories in a list

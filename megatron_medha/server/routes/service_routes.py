@@ -10,9 +10,8 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EnginePhase
 from megatron_medha.server.bodies import openai_types as types
 from megatron_medha.server.http.http_errors import bad_request
-from megatron_medha.server.http.routing import Api, Shape
+from megatron_medha.server.http.routing import Api, Shape, json_response
 from megatron_medha.server.observe.metrics_page import CONTENT_TYPE, MetricsPage
-from megatron_medha.server.openai.wire_format import json_response
 from megatron_medha.server.service import Service
 
 
