@@ -1,7 +1,7 @@
-"""What the scheduler did and why, for people: a story per request, the latest steps, and a look at the queue.
+"""What the scheduler did and why, for people: a trace per request, the latest steps, and views of the queue.
 
-Written on the engine's thread by a Watch, read on the event loop; a lock lies between. All of it is bounded. What it
-costs per step is proportional to the prefill chunks of that step, never to the queue.
+Written on the engine's thread by a RequestLogObserver, read on the event loop, under a lock. All of it is bounded. Its
+cost per step is proportional to the prefill chunks of that step, never to the queue.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from megatron_medha.server.ttft_estimate import PendingPrefills, TtftEstimator
 from megatron_medha.stats.request_stats import Ending, RequestStats, RequestTracker
 from megatron_medha.stats.snapshot import Snapshot
 
-MAX_TRACES = 2048   # requests remembered, of which those that ended first go first; live ones always stay
+MAX_TRACES = 2048    # requests remembered, of which those that ended first go first; live ones always stay
 MAX_STEPS = 4096     # steps remembered: over three minutes of steps of 50 ms
-MAX_RUNS = 256       # of one story; beyond that neighbours are told as one
-MAX_LOSSES = 64      # of one story, the latest
-VIEW_DEMAND_S = 3.0      # after somebody looked, looks go on for so long
+MAX_RUNS = 256       # of one trace; beyond that neighbours are merged
+MAX_LOSSES = 64      # of one trace, the latest
+VIEW_DEMAND_S = 3.0  # after a view was asked for, further ones are taken for so long
 
 
 @dataclass(slots=True)
@@ -217,9 +217,9 @@ class RequestLogObserver:
             self._begin, on_chunk=self._record_chunk, on_first_token=self._first_token, on_preempted=self._preempted,
             on_end=self._end,
         )  # fmt: skip
-        self._batch_id = 0                       # that is being noted
-        self._parts: list[StepChunk] = []         # of it, the last chunk first
-        self._unfinished: set[str] = set()       # prefills of the latest step that have more to compute
+        self._batch_id = 0                  # that is being recorded
+        self._parts: list[StepChunk] = []   # of it, the last chunk first
+        self._unfinished: set[str] = set()  # prefills of the latest step that have more to compute
         self._in_flight: dict[int, StepRecord] = {}
         self._was_idle = True
         self._last_s = 0.0
