@@ -124,6 +124,11 @@ def test_a_sweep_is_shown_job_by_job_and_none_is_run(tmp_path: Path, capsys: pyt
     assert not out.exists()
 
 
+def test_a_sweep_may_be_over_all_options_of_a_group_that_match(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "-m", *SMALL, "scheduler=glob(lars*)", "--cfg", "job"]) == 0
+    assert capsys.readouterr().out.count("# job") == 4
+
+
 def test_a_sweep_whose_values_depend_on_results_cannot_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "-m", "--cfg", "job", "hydra/sweeper=optuna"]) == 2
     assert "hydra/sweeper=optuna with --cfg" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from megatron_medha.cli.parts.arguments import Arguments
@@ -83,7 +83,7 @@ def _check_values(given: Sequence[Override], job: _SweepJob) -> None:
     values: dict[str, list[str]] = {}
     for one in ours:
         word = str(one.input_line)
-        if one.is_discrete_sweep():
+        if _has_listed_values(one):
             found = islice(one.sweep_string_iterator(), _MAX_CHECKED)
             values[word] = [f"{word.partition('=')[0]}={value}" for value in found]
         elif not one.is_sweep_override():
@@ -137,8 +137,12 @@ def _is_without_effect(override: Override) -> bool:
     return str(override.input_line).startswith(_WITHOUT_EFFECT)
 
 
+def _has_listed_values(override: Override) -> bool:
+    return override.is_discrete_sweep() and override.value_type is not ValueType.GLOB_CHOICE_SWEEP
+
+
 def _as_override(override: Override) -> str:
-    if override.is_discrete_sweep():  # whichever way it is written: a,b or choice(a,b), with spaces or without
+    if _has_listed_values(override):  # whichever way it is written: a,b or choice(a,b), with spaces or without
         return f"{override.get_key_element()}={','.join(override.sweep_string_iterator())}"
     return override.input_line or ""
 
