@@ -71,8 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return exit_code
     except MedhaError as error:
-        print(f"medha {name}: {hide_secrets(str(error), arguments[1:])}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        is_config = isinstance(error, ConfigError)
+        causes = str(error).splitlines() if is_config else [str(error)]
+        for cause in causes:
+            print(f"medha {name}: {hide_secrets(cause, arguments[1:])}", file=sys.stderr)
+        return 2 if is_config else 1
     except BrokenPipeError:
         # The reader of our output has gone (medha serve --help | head); Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,7 +26,7 @@ def resolved(values: dict[str, Any]) -> dict[str, Any]:
         elif (named := _FROM_ENVIRONMENT.fullmatch(holder[place])) is not None:
             name, default = named[1], named[2]
             if name not in os.environ and default is None:
-                errors.append(f"{key}: environment variable {name} not found; set {key}=VALUE, or {name}")
+                errors.append(f"{key}: environment variable '{name}' not found; set {key}=VALUE, or {name}")
             default = None if default is None or default.strip() == "null" else default.strip()
             holder[place] = os.environ.get(name, default)
     if errors:
