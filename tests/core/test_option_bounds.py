@@ -15,7 +15,7 @@ from megatron_medha.core.cost.hardware import Hardware, Link
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.request import Request
+from megatron_medha.core.request import Rejection, Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
@@ -233,6 +233,7 @@ def test_a_request_that_names_its_lengths_alone_asks_for_nothing_special() -> No
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": (),
         "stop_token_ids": (), "grammar": None, "num_logprobs": None, "num_prompt_logprobs": None,
     }  # fmt: skip
+    assert defaults(Rejection) == {"retry_after_s": None, "predicted_ttft_s": None}
     assert Sampling(max_output_tokens=1, temperature=0.0).is_greedy
     assert not Sampling(max_output_tokens=1, temperature=nextafter(0.0, 1.0)).is_greedy
     assert TokenLogprobs(1, 0.5, 2).top == ()

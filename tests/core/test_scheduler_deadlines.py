@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from scheduler_bench import Bench, request
 
-from megatron_medha.core.batch import FirstStageDone, RanksLost
+from megatron_medha.core.batch import Arrived, FirstStageDone, RanksLost
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad
-from megatron_medha.core.request import Request
+from megatron_medha.core.request import Rejection, Request
 
 STEP_S = 2.0  # what every step takes whatever it computes
 
@@ -210,3 +210,30 @@ def test_lost_ranks_forget_batches_in_flight_and_what_waited_for_memory() -> Non
     assert bench.sequence("a").remaining_work_s == bench.scheduler.predicted_prefill_s(500)
     again = bench.schedule()
     assert (again.batch_id, again.chunks[0].start, again.chunks[0].num_tokens) == (2, 0, 64)
+
+
+def test_a_batch_that_ends_frees_the_first_stage_once_and_not_while_the_next_one_is_in_it() -> None:
+    bench = bench_of(spp=3)
+    bench.arrive(request("a", num_tokens=1000))
+    first = bench.schedule()
+    bench.handle(FirstStageDone(first.batch_id))
+    second = bench.schedule()
+    bench.complete(first)
+    assert bench.scheduler.schedule(bench.now_s) is None, "the second is in the first stage"
+    bench.complete(second)
+    assert bench.schedule().batch_id == 2
+
+
+def test_a_request_of_one_output_token_may_fill_all_of_the_memory_with_its_prompt() -> None:
+    bench = Bench(cost=Learning(), num_blocks=10)
+    assert bench.handle(Arrived(request("a", num_tokens=40, num_out=1))) == []
+    (rejected,) = bench.handle(Arrived(request("b", num_tokens=39, num_out=2)))
+    assert "39 prompt tokens and up to 2 output tokens exceed the 40 tokens" in rejected.why
+    assert bench.handle(Arrived(request("c", num_tokens=38, num_out=2))) == []
+
+
+def test_a_rejection_has_a_reason_for_programs_beside_the_words_for_people() -> None:
+    assert bench_of().scheduler._rejection(request("a", num_out=0)) == Rejection(
+        reason="request_rejected", message="a request needs at least one prompt token and one output token"
+    )
+    assert bench_of().scheduler._rejection(request("a")) is None
