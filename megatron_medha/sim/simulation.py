@@ -198,7 +198,7 @@ class Simulation:
         """A replica, and what it will have computed."""
         config, pipeline, api_server_s = self.config, self.config.pipeline(on_span), self._cost.engine.request_s
         if config.instances is not None:
-            instances = InstancesSimRuntime(requests, ledger, until_s, sample_s, look, api_server_s, pipeline)
+            instances = InstancesSimRuntime(requests, pipeline, ledger, until_s, sample_s, look, api_server_s)
             return instances, instances.work
         truth = Truth(self._cost, config.setup.shard_tokens, config.truth, config.seed)
         return MeasuredSimRuntime(requests, pipeline, truth, ledger, until_s, sample_s, look, api_server_s), truth.work

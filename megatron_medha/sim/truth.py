@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import exp
 from random import Random
 
-from megatron_medha.core.batch import Batch
+from megatron_medha.core.batch import Batch, Chunk
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.cost.utilisation import matmul_flops
@@ -29,6 +29,13 @@ class ComputedWork:
     num_params_read: float = 0.0  # parameters read, summed over batches and KVP ranks
     num_pairs: float = 0.0         # of queries and keys, causal
     num_keys_read: int = 0         # by chunks and decodes, each once per layer
+
+    def add(self, chunk: Chunk) -> None:
+        """Count one more chunk, of a batch that is counted elsewhere."""
+        self.num_tokens += chunk.num_tokens
+        self.num_sampled += chunk.samples_token
+        self.num_pairs += chunk.num_tokens * (chunk.start + 0.5 * (chunk.num_tokens + 1))
+        self.num_keys_read += chunk.start + chunk.num_tokens
 
     def flops(self, shape: ModelShape) -> float:
         """Model FLOPs."""
@@ -97,12 +104,8 @@ class Truth:
     def _on_ranks(self, batch: Batch) -> tuple[list[StepLoad], tuple[tuple[int, ...], ...]]:
         loads = [StepLoad() for _ in range(self._kvp)]
         tied: set[tuple[int, ...]] = set()
-        work = self.work
         for chunk in batch.chunks:
-            work.num_tokens += chunk.num_tokens
-            work.num_sampled += chunk.samples_token
-            work.num_pairs += chunk.num_tokens * (chunk.start + 0.5 * (chunk.num_tokens + 1))
-            work.num_keys_read += chunk.start + chunk.num_tokens
+            self.work.add(chunk)
             if len(chunk.kvp_ranks) > 1:
                 tied.add(chunk.kvp_ranks)
             merge_s = self._cost.merge_s(chunk.num_tokens, len(chunk.kvp_ranks))

@@ -26,6 +26,7 @@ from megatron_medha.sim.baselines.pools import ReservedPools
 from megatron_medha.sim.baselines.ring_cost import RingCost
 from megatron_medha.sim.baselines.static import StaticConfig, StaticSystem
 from megatron_medha.sim.ledger import Ledger
+from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.stats.request_stats import Ending, RequestStats
 from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses, Summary
@@ -87,7 +88,7 @@ def run(system: SchedulerProtocol, *requests: Request) -> tuple[dict[str, Reques
     outcomes: list[RequestStats] = []
     ledger = Ledger(Summary(LengthClasses(), Slo()), Slo(), lambda num_tokens: 1.0, outcomes.append)
     kept = Kept()
-    serve(system, InstancesSimRuntime(requests, ledger), (kept,))
+    serve(system, InstancesSimRuntime(requests, Pipeline(1, 16), ledger), (kept,))
     ledger.close()
     return {outcome.request.request_id: outcome for outcome in outcomes}, kept.batches
 

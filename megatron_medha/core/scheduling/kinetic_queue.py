@@ -8,7 +8,6 @@ of others, of which only the winner's value is needed: while it comes after the 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
 from typing import Any
 
 from megatron_medha.core.scheduling.kinetic_tournament import Entry, KineticTournament
@@ -86,13 +85,6 @@ class KineticQueue:
             self._pull(place, now_s)
             places.append(place)
         return places
-
-    def in_order(self, now_s: float) -> Iterator[RankedEntry]:
-        """Places of all, as of now. The queue must not change while this is read."""
-        places = self.first_entries(now_s)
-        while places:
-            yield from places
-            places = self.more_entries(now_s)
 
     def _next(self, now_s: float) -> RankedEntry | None:
         entry = self._rest.first(now_s)

@@ -14,22 +14,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
-from megatron_medha.core.batch import (
-    Arrived,
-    Batch,
-    Chunk,
-    Completed,
-    Event,
-    FinishReason,
-    Output,
-    Rejected,
-    TokenOut,
-)
+from megatron_medha.core.batch import Arrived, Batch, Completed, Event, FinishReason, Output, TokenOut
 from megatron_medha.core.request import Request
 from megatron_medha.sim.baselines.dispatch import AdmissionRules, InstanceUsage, PromptDispatcher
+from megatron_medha.sim.baselines.instance_batch import InstanceSequence, instance_batch, too_long
 from megatron_medha.sim.baselines.partition import partition
 from megatron_medha.sim.baselines.ring_cost import RingCost
 
@@ -55,20 +46,11 @@ class ElasticConfig:
 
 
 @dataclass(slots=True, eq=False)
-class ElasticSequence:
-    """A request that runs."""
-
-    request: Request
-    num_output_tokens: int = 0
-    kv_tokens: dict[int, int] = field(default_factory=dict)  # by instance
-
-
-@dataclass(slots=True, eq=False)
 class _DecodeGroup:
     """Sequences that decode together."""
 
     instances: list[int]
-    members: list[ElasticSequence]
+    members: list[InstanceSequence]
     num_rounds: int = 0     # since prompts were last admitted
     delay_s: float = 0.0    # KV that must be moved before the next round
 
@@ -80,7 +62,7 @@ class _RunningBatch:
     instances: tuple[int, ...]
     ends_s: float
     group: _DecodeGroup | None        # decodes
-    prompts: list[ElasticSequence]         # or prefills
+    prompts: list[InstanceSequence]         # or prefills
 
 
 class ElasticSystem:
@@ -121,7 +103,8 @@ class ElasticSystem:
         if not self._ready and self._waiting:
             self._admit(now_s)
         if self._ready:
-            return self._prefill_batch(self._ready.pop(), now_s)
+            running = self._ready.pop()
+            return self._batch(running, running.prompts, now_s)
         if self._is_holding:
             return None
         busy = self._busy()
@@ -135,10 +118,8 @@ class ElasticSystem:
     # ---- events ----
 
     def _arrive(self, request: Request) -> list[Output]:
-        num_tokens = request.num_prompt_tokens + request.max_output_tokens
-        most = len(self._used) * self._config.tokens_per_instance
-        if num_tokens > most:
-            return [Rejected(request.request_id, f"{num_tokens} tokens exceed the {most} that fit", True)]
+        if refusal := too_long(request, len(self._used) * self._config.tokens_per_instance):
+            return [refusal]
         self._waiting.append(request)
         return []
 
@@ -158,7 +139,7 @@ class ElasticSystem:
         self._settle(group)
         return outputs
 
-    def _give_tokens(self, group: _DecodeGroup, members: list[ElasticSequence], batch_id: int) -> list[Output]:
+    def _give_tokens(self, group: _DecodeGroup, members: list[InstanceSequence], batch_id: int) -> list[Output]:
         outputs: list[Output] = []
         for live in members:
             request = live.request
@@ -234,7 +215,7 @@ class ElasticSystem:
             if not chosen:
                 return
             gain = left_s * sum(1.0 / request.num_prompt_tokens for request in chosen)
-            if gain < self._prefill_s(count, chosen) * self._loss_per_s(group) or not self._start(
+            if gain < self._cost.prompts_s(count, chosen) * self._loss_per_s(group) or not self._start(
                 chosen, list(group.instances), now_s
             ):
                 self._waiting.extendleft(reversed(chosen))
@@ -250,14 +231,14 @@ class ElasticSystem:
         for share in shares:
             mine = instances[share.first_instance : share.first_instance + share.num_instances]
             prompts = [
-                ElasticSequence(request)
+                InstanceSequence(request)
                 for request in chosen[share.first_prompt : share.first_prompt + share.num_prompts]
             ]
             self._place(prompts, mine)
             self._ready.append(_RunningBatch(tuple(mine), now_s + share.prefill_s, None, prompts))
         return bool(shares)
 
-    def _place(self, prompts: list[ElasticSequence], instances: list[int]) -> None:
+    def _place(self, prompts: list[InstanceSequence], instances: list[int]) -> None:
         """Leave the KV on as few instances as hold it, the fullest first."""
         order = sorted(instances, key=lambda instance: -self._used[instance])
         for live in prompts:
@@ -269,11 +250,6 @@ class ElasticSystem:
                     self._used[instance] += count
                     left -= count
             assert not left, f"{left} tokens of {live.request.request_id} have no place"
-
-    def _prefill_batch(self, running: _RunningBatch, now_s: float) -> Batch:
-        return self._batch(
-            running, [(live.request.request_id, 0, live.request.num_prompt_tokens) for live in running.prompts], now_s
-        )
 
     def _census(self) -> InstanceUsage:
         return InstanceUsage(
@@ -297,11 +273,6 @@ class ElasticSystem:
         taken = self._busy().union(*(group.instances for group in self._groups))
         return [instance for instance in self._config.instances if instance not in taken]
 
-    def _prefill_s(self, num_instances: int, prompts: list[Request]) -> float:
-        lengths = [request.num_prompt_tokens for request in prompts]
-        squares = sum(float(length) ** 2 for length in lengths)
-        return self._cost.prefill_s(num_instances, sum(lengths), squares, len(lengths))
-
     def _loss_per_s(self, group: _DecodeGroup) -> float:
         """What a second's pause costs a group, in LoongServe's terms: seconds per output token, over its members."""
         num_outputs = sum(live.num_output_tokens for live in group.members)
@@ -319,8 +290,8 @@ class ElasticSystem:
             return sum(capacity - self._used[instance] for instance in group.instances)
 
         for group in sorted(self._groups, key=num_open, reverse=True):
-            now = self._prefill_s(num_free, chosen) if num_free else float("inf")
-            then = self._prefill_s(num_free + len(group.instances), chosen)
+            now = self._cost.prompts_s(num_free, chosen) if num_free else float("inf")
+            then = self._cost.prompts_s(num_free + len(group.instances), chosen)
             if num_missing > 0 or (now - then) * weight >= then * self._loss_per_s(group):
                 num_missing -= num_open(group)
                 num_free += len(group.instances)
@@ -336,8 +307,8 @@ class ElasticSystem:
             num_open = sum(self._config.tokens_per_instance - self._used[i] for i in host.instances)
             num_growing = len(small.members) + len(host.members)
             num_free = len(self._free_instances())
-            now = self._prefill_s(num_free, chosen) if num_free else float("inf")
-            then = self._prefill_s(num_free + len(small.instances), chosen)
+            now = self._cost.prompts_s(num_free, chosen) if num_free else float("inf")
+            then = self._cost.prompts_s(num_free + len(small.instances), chosen)
             delay_s = self._cost.migration_s(num_moved)
             if num_moved + num_growing > num_open or (now - then) * weight < delay_s * self._loss_per_s(small):
                 return
@@ -382,22 +353,10 @@ class ElasticSystem:
             self._used[master] += len(range(index, count, len(masters)))
         running = _RunningBatch(tuple(group.instances), now_s + decode_s + group.delay_s, group, [])
         group.delay_s = 0.0
-        chunks = [
-            (live.request.request_id, live.request.num_prompt_tokens + live.num_output_tokens - 1, 1)
-            for live in group.members
-        ]
-        return self._batch(running, chunks, now_s)
+        return self._batch(running, group.members, now_s)
 
-    def _batch(self, running: _RunningBatch, chunks: list[tuple[str, int, int]], now_s: float) -> Batch:
+    def _batch(self, running: _RunningBatch, sequences: list[InstanceSequence], now_s: float) -> Batch:
         batch_id = next(self._ids)
         self._running[batch_id] = running
-        released, self._released = tuple(self._released), []
         seconds = running.ends_s - now_s
-        return Batch(
-            batch_id=batch_id,
-            chunks=tuple(Chunk(name, start, count, True, running.instances) for name, start, count in chunks),
-            released=released,
-            created_s=now_s,
-            budget_s=seconds,
-            predicted_s=seconds,
-        )
+        return instance_batch(batch_id, running.instances, sequences, self._released, now_s, seconds)

@@ -16,22 +16,20 @@ class InstancesSimRuntime(MeasuredSimRuntime):
     """A Runtime whose batches name the instances they occupy (Chunk.kvp_ranks) and take what they are predicted to.
 
     The system that decides knows the truth: a baseline loses nothing by mispredicting.
-    instances: a pipeline of one stage with a rank per instance, which notes who is busy; None: nobody does.
+    pipeline: of one stage with a rank per instance, which notes who is busy.
     """
 
     def __init__(
         self,
         arrivals: Iterable[Request],
+        pipeline: Pipeline,
         ledger: Ledger,
         until_s: float = float("inf"),
         sample_s: float = float("inf"),
         on_sample: Callable[[float], None] = lambda now_s: None,
         api_server_s: float = 0.0,
-        instances: Pipeline | None = None,
     ) -> None:
-        pipeline = Pipeline() if instances is None else instances
         super().__init__(arrivals, pipeline, _as_predicted, ledger, until_s, sample_s, on_sample, api_server_s)
-        self._instances = instances
         self._busy: dict[int, tuple[int, ...]] = {}
         self.work = ComputedWork()  # without parameters read: how many instances share a decode's, batches do not say
 
@@ -46,9 +44,10 @@ class InstancesSimRuntime(MeasuredSimRuntime):
         taken = {instance for others in self._busy.values() for instance in others}
         assert taken.isdisjoint(instances), f"batch {batch.batch_id} on busy instances"
         self._busy[batch.batch_id] = instances
-        self._count(batch)
-        if self._instances is not None:
-            self._instances.occupy(batch.batch_id, instances, self._now_s, batch.predicted_s)
+        self.work.num_batches += 1
+        for chunk in batch.chunks:
+            self.work.add(chunk)
+        self.pipeline.occupy(batch.batch_id, instances, self._now_s, batch.predicted_s)
         self.push(self._now_s + batch.predicted_s, Completed(batch_id=batch.batch_id, duration_s=batch.predicted_s))
 
     def next_event(self) -> Event | None:
@@ -57,15 +56,6 @@ class InstancesSimRuntime(MeasuredSimRuntime):
         if isinstance(event, Completed):
             del self._busy[event.batch_id]
         return event
-
-    def _count(self, batch: Batch) -> None:
-        work = self.work
-        work.num_batches += 1
-        for chunk in batch.chunks:
-            work.num_tokens += chunk.num_tokens
-            work.num_sampled += chunk.samples_token
-            work.num_pairs += chunk.num_tokens * (chunk.start + 0.5 * (chunk.num_tokens + 1))
-            work.num_keys_read += chunk.start + chunk.num_tokens
 
 
 def _as_predicted(batch: Batch) -> StepTimes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
 from megatron_medha.core.cost.hardware import Hardware, send_s
 from megatron_medha.core.cost.step_cost import CostModel
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.request import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,12 @@ class RingCost:
         sent_s = self.hop_send_s(num_instances, stripe_tokens)
         hop_s = max(hop_attention_s, sent_s) if self.overlaps else hop_attention_s + sent_s
         return linear_s + own_s + (num_instances - 1) * hop_s
+
+    def prompts_s(self, num_instances: int, prompts: Sequence[Request]) -> float:
+        """The same of the prompts themselves."""
+        lengths = [request.num_prompt_tokens for request in prompts]
+        squares = sum(float(length) ** 2 for length in lengths)
+        return self.prefill_s(num_instances, sum(lengths), squares, len(lengths))
 
     def decode_s(self, num_instances: int, num_masters: int, num_sequences: int, longest_context: int) -> float:
         """Seconds of one token for every sequence.

@@ -11,18 +11,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_medha.core.batch import (
-    Arrived,
-    Batch,
-    Chunk,
-    Completed,
-    Event,
-    FinishReason,
-    Output,
-    Rejected,
-    TokenOut,
-)
+from megatron_medha.core.batch import Arrived, Batch, Completed, Event, FinishReason, Output, TokenOut
 from megatron_medha.core.request import Request
+from megatron_medha.sim.baselines.instance_batch import InstanceSequence, instance_batch, too_long
 from megatron_medha.sim.baselines.ring_cost import RingCost
 
 
@@ -38,12 +29,6 @@ class StaticConfig:
     max_sequences: int = 1000
 
 
-@dataclass(slots=True, eq=False)
-class _StaticSequence:
-    request: Request
-    num_output_tokens: int = 0
-
-
 class StaticSystem:
     """Decisions of one pool of instances that always work together."""
 
@@ -52,8 +37,8 @@ class StaticSystem:
         self._cost = cost
         self._ids = iter(ids)
         self._waiting: deque[Request] = deque()
-        self._members: list[_StaticSequence] = []
-        self._in_flight: list[_StaticSequence] | None = None
+        self._members: list[InstanceSequence] = []
+        self._in_flight: list[InstanceSequence] | None = None
         self._num_tokens = 0           # of KV
         self._num_promised_tokens = 0  # that running answers may still grow by
         self._num_rounds = config.decode_rounds
@@ -63,10 +48,8 @@ class StaticSystem:
         """See Decisions."""
         match event:
             case Arrived(request):
-                num_tokens = request.num_prompt_tokens + request.max_output_tokens
-                if num_tokens > self._most_tokens:
-                    why = f"{num_tokens} tokens exceed the {self._most_tokens} that fit"
-                    return [Rejected(request.request_id, why, is_client_fault=True)]
+                if refusal := too_long(request, self._most_tokens):
+                    return [refusal]
                 self._waiting.append(request)
                 return []
             case Completed():
@@ -82,8 +65,7 @@ class StaticSystem:
             prompts = self._choose()
             if prompts:
                 self._num_rounds = 0
-                chunks = [(live.request.request_id, 0, live.request.num_prompt_tokens) for live in prompts]
-                return self._batch(prompts, chunks, self._prefill_s([live.request for live in prompts]), now_s)
+                return self._batch(prompts, self._prefill_s([live.request for live in prompts]), now_s)
         if not self._members:
             return None
         self._num_rounds += 1
@@ -93,17 +75,13 @@ class StaticSystem:
         seconds = self._cost.decode_s(num_instances, num_masters, count, -(-self._num_tokens // num_instances))
         self._num_tokens += count
         self._num_promised_tokens -= count
-        chunks = [
-            (live.request.request_id, live.request.num_prompt_tokens + live.num_output_tokens - 1, 1)
-            for live in members
-        ]
-        return self._batch(members, chunks, seconds, now_s)
+        return self._batch(members, seconds, now_s)
 
     @property
     def _most_tokens(self) -> int:
         return len(self._config.instances) * self._config.tokens_per_instance
 
-    def _choose(self) -> list[_StaticSequence]:
+    def _choose(self) -> list[InstanceSequence]:
         chosen: list[Request] = []
         while self._waiting and len(self._members) + len(chosen) < self._config.max_sequences:
             request = self._waiting[0]
@@ -115,12 +93,10 @@ class StaticSystem:
             chosen.append(self._waiting.popleft())
             self._num_tokens += request.num_prompt_tokens
             self._num_promised_tokens += request.max_output_tokens
-        return [_StaticSequence(request) for request in chosen]
+        return [InstanceSequence(request) for request in chosen]
 
     def _prefill_s(self, prompts: list[Request]) -> float:
-        lengths = [request.num_prompt_tokens for request in prompts]
-        squares = sum(float(length) ** 2 for length in lengths)
-        return self._cost.prefill_s(len(self._config.instances), sum(lengths), squares, len(lengths))
+        return self._cost.prompts_s(len(self._config.instances), prompts)
 
     def _complete(self, batch_id: int) -> list[Output]:
         assert self._in_flight is not None
@@ -140,16 +116,6 @@ class StaticSystem:
         self._in_flight = None
         return outputs
 
-    def _batch(
-        self, lives: list[_StaticSequence], chunks: list[tuple[str, int, int]], seconds: float, now_s: float
-    ) -> Batch:
-        self._in_flight = lives
-        released, self._released = tuple(self._released), []
-        return Batch(
-            batch_id=next(self._ids),
-            chunks=tuple(Chunk(name, start, count, True, self._config.instances) for name, start, count in chunks),
-            released=released,
-            created_s=now_s,
-            budget_s=seconds,
-            predicted_s=seconds,
-        )
+    def _batch(self, sequences: list[InstanceSequence], seconds: float, now_s: float) -> Batch:
+        self._in_flight = sequences
+        return instance_batch(next(self._ids), self._config.instances, sequences, self._released, now_s, seconds)
