@@ -65,7 +65,7 @@ class OneRank:
         quantise_linears(model, fp8, transformer_engine_works(self.device))
         pack_linears(model)
         backend = attention_backend("auto", self.device, group=config.num_heads // config.num_kv_heads)
-        self.block_size = getattr(backend, "block_size", 16)
+        self.block_size = backend.block_size
         self.num_blocks = num_blocks_for(num_tokens, self.block_size) + 64
         kv_layers = allocate_kv(
             backend, self.num_blocks, block_size=self.block_size, num_layers=config.num_layers,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange, check_shapes
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -76,10 +76,7 @@ class AtenAttention(AttentionBackend):
     ) -> tuple[Tensor, Tensor]:
         """`attend` over one shard of each sequence; (out_THD, lse_TH fp32)."""
         num_tokens, num_kv_heads, _, head_dim = q_TKGD.shape
-        if k_TKD.shape != (num_tokens, num_kv_heads, head_dim) or v_TKD.shape != k_TKD.shape:
-            raise ValueError(
-                f"queries {tuple(q_TKGD.shape)}, keys {tuple(k_TKD.shape)}, values {tuple(v_TKD.shape)} disagree"
-            )
+        check_shapes(q_TKGD, k_TKD, v_TKD)
         layer.k.index_copy_(1, plan.slots_W, k_TKD[plan.rows_W].transpose(0, 1))
         layer.v.index_copy_(1, plan.slots_W, v_TKD[plan.rows_W].transpose(0, 1))
         parts = [_attend(q_TKGD[read.rows], layer, read, scale) for read in plan.reads]

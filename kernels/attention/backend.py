@@ -30,6 +30,14 @@ class QueryRange(NamedTuple):
     is_written: bool = True
 
 
+def check_shapes(q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
+    """Raises ValueError unless these are queries, keys and values of the same tokens and heads."""
+    if k_TKD.shape != (*q_TKGD.shape[:2], q_TKGD.shape[3]) or v_TKD.shape != k_TKD.shape:
+        raise ValueError(
+            f"queries {tuple(q_TKGD.shape)}, keys {tuple(k_TKD.shape)}, values {tuple(v_TKD.shape)} disagree"
+        )
+
+
 class AttentionBackend(Protocol):
     """Causal attention of a packed batch over paged KV. One object serves all layers.
 

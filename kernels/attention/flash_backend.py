@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.attention.backend import AttentionBackend, QueryRange
+from megatron_medha.kernels.attention.backend import AttentionBackend, QueryRange, check_shapes
 from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV, allocate_paged
 from megatron_medha.kernels.staging import Staging
 
@@ -118,10 +118,7 @@ class FlashAttention(AttentionBackend):
     ) -> tuple[Tensor, Tensor]:
         """`attend` over one shard of each sequence; (out_THD, lse_TH fp32)."""
         num_tokens, num_kv_heads, group_size, head_dim = q_TKGD.shape
-        if k_TKD.shape != (num_tokens, num_kv_heads, head_dim) or v_TKD.shape != k_TKD.shape:
-            raise ValueError(
-                f"queries {tuple(q_TKGD.shape)}, keys {tuple(k_TKD.shape)}, values {tuple(v_TKD.shape)} disagree"
-            )
+        check_shapes(q_TKGD, k_TKD, v_TKD)
         layer.k_NKPD.transpose(1, 2).index_put_((plan.blocks_W, plan.places_W), k_TKD[plan.written_rows_W])
         layer.v_NKPD.transpose(1, 2).index_put_((plan.blocks_W, plan.places_W), v_TKD[plan.written_rows_W])
         q_THD = q_TKGD.reshape(num_tokens, num_kv_heads * group_size, head_dim)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange, check_shapes
 from megatron_medha.kernels.native_build import gomp_parallel_address, native_library, native_target
 from megatron_medha.kernels.native_structs import native_struct
 
@@ -120,10 +120,7 @@ class NativeAttention(AttentionBackend):
         Raises ValueError for what does not fit.
         """
         num_tokens, num_kv_heads, group, head_dim = q_TKGD.shape
-        if k_TKD.shape != (num_tokens, num_kv_heads, head_dim) or v_TKD.shape != k_TKD.shape:
-            raise ValueError(
-                f"queries {tuple(q_TKGD.shape)}, keys {tuple(k_TKD.shape)}, values {tuple(v_TKD.shape)} disagree"
-            )
+        check_shapes(q_TKGD, k_TKD, v_TKD)
         pool, dtype = layer.k, layer.k.dtype
         if q_TKGD.dtype != dtype or k_TKD.dtype != dtype or v_TKD.dtype != dtype:
             raise ValueError(f"queries {q_TKGD.dtype}, keys {k_TKD.dtype}, values {v_TKD.dtype}, but KV is {dtype}")

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_medha.kernels.attention.backend import check_shapes
 from megatron_medha.kernels.kv.paged_kv import PagedKV
 
 WRITE_COLUMNS = 4  # block, first slot in it, tokens, first row of the batch; for e4m3 pools
@@ -198,10 +199,7 @@ def _check(
     pieces_W4: Tensor | None,
 ) -> None:
     num_tokens, num_kv_heads, _, head_dim = q_TKGD.shape
-    if k_TKD.shape != (num_tokens, num_kv_heads, head_dim) or v_TKD.shape != k_TKD.shape:
-        raise ValueError(
-            f"queries {tuple(q_TKGD.shape)}, keys {tuple(k_TKD.shape)}, values {tuple(v_TKD.shape)} disagree"
-        )
+    check_shapes(q_TKGD, k_TKD, v_TKD)
     kv.check(q_TKGD.dtype, q_TKGD.device)
     if (pieces_W4 if kv.is_quantised else slots_T) is None or (slots_T if kv.is_quantised else pieces_W4) is not None:
         raise ValueError("a plain pool is written by slots, an e4m3 pool by pieces of blocks")

@@ -20,11 +20,11 @@ from megatron_medha.parallel.shm_channel import SLOT_BYTES, ShmChannel
 log = logging.getLogger(__name__)
 
 
-def tp_all_reduce(group: dist.ProcessGroup, device: torch.device) -> Callable[[Tensor], None]:
+def tp_all_reduce(group: dist.ProcessGroup, device: torch.device) -> Callable[[Tensor], object]:
     """What sums a tensor over the group's ranks, in place. Collective, and so is each call of it."""
     slots = ShmChannel.open(group, device)
     if slots is None:
-        return partial(_sum_through, group)
+        return partial(dist.all_reduce, group=group)
     log.info("tp_sum shared_memory_up_to_bytes=%d beyond=%s", SLOT_BYTES, dist.get_backend(group))
     return ShmAllReduce(group, slots)
 
@@ -75,7 +75,3 @@ class ShmAllReduce:
             )
             self._views[key] = ours, theirs
         return self._views[key]
-
-
-def _sum_through(group: dist.ProcessGroup, tensor: Tensor) -> None:
-    dist.all_reduce(tensor, group=group)
