@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -38,7 +37,7 @@ from experiments.simulated.page import write_page
 from experiments.simulated.question import HERE, Cell, Question, Search, cells_of, names, read, searched
 
 ROOT = Path(__file__).parents[2]
-STATE = ROOT / "multirun" / "simulated"  # by question, the sources its results are of
+STATE = ROOT / "multirun" / "simulated"  # by question and part, the sources that its results are of
 SOURCES = ("core", "engine", "sim", "stats", "workload")  # folders of the package that results depend on
 
 
@@ -89,11 +88,14 @@ def run_all(questions: list[Question], part: str, num_jobs: int, *, is_fresh: bo
     plans: list[tuple[Question, Answers, list[Cell]]] = []
     for question in questions:
         answers, cells = Answers(question.name), list(cells_of(question, part))
-        if is_fresh or not part and not _is_current(question):
-            # Of other parts they stay: those take long, and are asked for by name.
+        state, sources = STATE / f"{question.name}{part}.txt", fingerprint(ROOT, question.name)
+        if is_fresh or not state.exists() or state.read_text() != sources:
+            # Those of other parts stay: they take long, and are asked for by name.
             for cell in _all_cells(question, part):
                 answers.cells.pop(cell.name, None)
-        _mark(question)
+            answers.write()  # before they count as today's
+            state.parent.mkdir(parents=True, exist_ok=True)
+            state.write_text(sources)
         plans.append((question, answers, cells))
     with (
         ProcessPoolExecutor(num_jobs, mp_context=get_context("spawn")) as processes,
@@ -135,20 +137,6 @@ def fingerprint(root: Path, name: str) -> str:
     for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _is_current(question: Question) -> bool:
-    try:
-        state: dict[str, str] = json.loads((STATE / f"{question.name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return state.get("sources") == fingerprint(ROOT, question.name)
-
-
-def _mark(question: Question) -> None:
-    STATE.mkdir(parents=True, exist_ok=True)
-    state = {"sources": fingerprint(ROOT, question.name)}
-    (STATE / f"{question.name}.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
 
 
 def report(question: Question) -> int:

@@ -145,3 +145,15 @@ def test_the_folders_that_results_depend_on_hold_what_measures_import() -> None:
     text = (ROOT / "experiments" / "simulated" / "measures.py").read_text()
     imported = {line.split()[1].split(".")[1] for line in text.splitlines() if line.startswith("from megatron_medha.")}
     assert imported - {"compose", "simulate_config", "options", "config"} <= set(run.SOURCES)
+
+
+def test_results_of_other_sources_are_gone_before_they_could_count_as_todays(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers.cells = {"1 of 8": {"x": 1.0}, "of another part": {"x": 2.0}}
+    answers.write()
+    monkeypatch.setattr(run, "STATE", answers.path.parent / "state")
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("killed here"))
+    with pytest.raises(pytest.fail.Exception):
+        run.run_all([QUESTION], "", 1, is_fresh=False)
+    assert Answers("one").cells == {"of another part": {"x": 2.0}}
