@@ -150,7 +150,7 @@ def _lone_s(config: SimulationConfig, num_tokens: int, chunk: int) -> float:
     )  # fmt: skip
     cost, layout = setup.cluster_cost, setup.layout
     times = IsolatedTimes(
-        lambda: build_system(setup), Truth(cost, config.shard_tokens, TruthConfig(), seed=0),
+        lambda: build_system(setup), Truth(cost, config.setup.shard_tokens, TruthConfig(), seed=0),
         lambda: Pipeline(layout.spp, layout.kvp), num_tokens, cost.engine.request_s,
     )  # fmt: skip
     return times(num_tokens)
@@ -224,7 +224,7 @@ def prefill_beside_decodes(words: Words, *, num_tokens: int, num_decodes: int) -
         for i in range(num_decodes)
     ]
     long = Request(request_id="long", num_prompt_tokens=num_tokens, max_output_tokens=1, arrival_s=5.0)
-    truth = Truth(config.setup.cluster_cost, config.shard_tokens, TruthConfig(), seed=0)
+    truth = Truth(config.setup.cluster_cost, config.setup.shard_tokens, TruthConfig(), seed=0)
     steps_s: list[float] = []
 
     def seconds(batch: Batch) -> float:
