@@ -28,9 +28,9 @@ setup(
         "megatron-core==0.16.1",
         "deepspeed==0.19.8",
         "einops>=0.8",  # used by megatron-core's HyperCommGrid, which does not declare it
-        "hydra-core==1.3.8",
+        "hydra-core==1.3.8",  # for -m, and words of its grammar that are rare
         "omegaconf>=2.3,<2.4",
-        "pyyaml>=6",  # run_config.yaml of Megatron-Bridge; omegaconf brings it too
+        "pyyaml>=6",  # conf/, and run_config.yaml of Megatron-Bridge; omegaconf brings it too
         "aiohttp>=3.10,<4",  # the client of medha bench: an event reaches it sooner than through httpx
         "starlette>=0.46,<2",
         "uvicorn>=0.34,<1",

@@ -115,7 +115,7 @@ def _is_possible(options: PlanOptions, found: PlanSearchSpace, pool: ProcessPool
 def processes(num_processes: int) -> Iterator[ProcessPoolExecutor]:
     """Where candidates are tried. An error or Ctrl-C here ends those at work, and nobody waits for the others."""
     before = active_children()
-    # Not forked: a child must not inherit what Hydra and the progress bar hold.
+    # Not forked: a child must not inherit what threads and the progress bar hold.
     with ProcessPoolExecutor(num_processes, get_context("spawn"), _begin) as pool:
         try:
             yield pool
