@@ -41,3 +41,9 @@ def test_tensor_ranks_are_neighbours_and_kvp_comes_before_stages() -> None:
 def test_a_degree_below_one_is_the_users_error() -> None:
     with pytest.raises(ConfigError, match="parallel.spp=0 must be at least 1"):
         ParallelLayout(spp=0)
+
+
+@pytest.mark.parametrize("rank", [-1, 16])
+def test_a_rank_that_is_not_of_the_layout_is_a_bug_that_is_named(rank: int) -> None:
+    with pytest.raises(AssertionError, match=f"^rank {rank} of 16"):
+        ParallelLayout(tp=2, spp=4, kvp=2).coord_of(rank)

@@ -12,7 +12,7 @@ from megatron_medha.core.batch import Chunk, Completed
 from megatron_medha.core.cost.capacity import MemoryBudget
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware, Link
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_member, check_range
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Rejection, Request
@@ -243,3 +243,22 @@ def test_a_chunk_is_of_the_first_rank_and_brings_no_blocks_unless_it_says_so() -
     chunk = Chunk("a", 0, 1, True)
     assert (chunk.kvp_ranks, chunk.new_extents) == ((0,), ())
     assert (Completed(0, 1.0).stopped, Completed(0, 1.0).failed) == ((), ())
+
+
+def test_a_word_that_is_not_known_is_refused_with_those_that_are() -> None:
+    check_member("server.tool", "a", ("a", "b"))
+    with pytest.raises(ConfigError) as error:
+        check_member("server.tool", "c", ("a", "b"))
+    assert str(error.value) == "server.tool=c: not known; use one of a, b"
+
+
+def test_a_number_may_be_both_ends_of_its_range_or_none_and_must_be_finite() -> None:
+    for value in (1.0, 2.0, None):
+        check_range("server.limit", value, 1.0, 2.0)
+    check_range("server.limit", 1e300, 1.0, inf)
+    for value in (0.999, 2.001, float("nan")):
+        with pytest.raises(ConfigError) as error:
+            check_range("server.limit", value, 1.0, 2.0)
+        assert str(error.value) == f"server.limit={value:g}: must be between 1 and 2"
+    with pytest.raises(ConfigError):
+        check_range("server.limit", inf, 1.0, inf)
