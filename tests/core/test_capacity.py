@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_medha.core.cost.capacity import (
@@ -320,3 +320,52 @@ def test_a_larger_node_than_there_is_is_no_way_out_but_one_that_was_asked_for_is
     lone = replace(H100S, devices_per_node=1)
     with pytest.raises(ConfigError, match=r"parallel.tp=4 parallel.spp=1 parallel.kvp=2 would fit$"):
         num_kv_blocks(LLAMA_70B, lone, ParallelLayout(tp=4), MemoryBudget(), num_tokens=700_000)
+
+
+POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+
+
+def best_layout(hardware: Hardware, asked: ParallelLayout, num_tokens: int) -> ParallelLayout | None:
+    """By trying all: within the cluster, with the KVP ranks asked for, few devices, little changed, few stages."""
+    found = []
+    for tp in (tp for tp in POWERS if tp <= max(hardware.devices_per_node, asked.tp) and not WIDE.num_kv_heads % tp):
+        for spp in (1, 2, 4):
+            for kvp in sorted({*POWERS, asked.kvp}):
+                layout = replace(asked, tp=tp, spp=spp, kvp=kvp)
+                stages = [stage_footprint(WIDE, hardware, layout, stage, RESERVE).num_blocks for stage in range(spp)]
+                if min(stages) >= 1 and min(stages) * RESERVE.block_size * kvp >= num_tokens:
+                    is_larger = layout.world_size > hardware.num_devices
+                    num_changed = (tp != asked.tp) + (spp != asked.spp) + (kvp != asked.kvp)
+                    order = (is_larger, max(0, asked.kvp - kvp), layout.world_size, num_changed, spp, kvp)
+                    found.append((order, layout))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+WIDE = replace(HAND, num_heads=8, num_kv_heads=8)
+
+
+@settings(max_examples=60)
+@given(
+    tp=st.sampled_from([1, 2, 4, 8]), spp=st.sampled_from([1, 2, 4]), kvp=st.sampled_from([1, 2, 3, 6]),
+    dp=st.sampled_from([1, 2]), memory=st.sampled_from([3_000, 6_000, 9_000, 15_000, 30_000]),
+    num_devices=st.sampled_from([48, 64]), node=st.sampled_from([1, 2, 8]),
+    num_tokens=st.sampled_from([1, 30, 100, 500, 4_000]),
+)  # fmt: skip
+def test_the_layout_that_is_suggested_is_the_best_of_all(
+    tp: int, spp: int, kvp: int, dp: int, memory: int, num_devices: int, node: int, num_tokens: int
+) -> None:
+    hardware = replace(DEVICES, memory_bytes=float(memory), num_devices=num_devices, devices_per_node=node)
+    asked = ParallelLayout(tp=tp, spp=spp, kvp=kvp, dp=dp)
+    assume(asked.world_size <= num_devices)
+    try:
+        num_kv_blocks(WIDE, hardware, asked, RESERVE, num_tokens=num_tokens)
+    except ConfigError as error:
+        best = best_layout(hardware, asked, num_tokens)
+        if best is None:
+            assert str(error).endswith(". No layout of such devices holds it; take a smaller model or larger devices")
+            return
+        more = f", on {best.world_size} devices instead of the {num_devices} there are"
+        assert str(error).endswith(
+            f". parallel.tp={best.tp} parallel.spp={best.spp} parallel.kvp={best.kvp} would fit"
+            + more * (best.world_size > num_devices)
+        )

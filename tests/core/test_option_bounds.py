@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from megatron_medha.core.batch import Chunk, Completed
+from megatron_medha.core.batch import Chunk, Completed, FinishReason
 from megatron_medha.core.cost.capacity import MemoryBudget
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware, Link
 from megatron_medha.core.errors import ConfigError, check_member, check_range
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.ports import EnginePhase
 from megatron_medha.core.request import Rejection, Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule
@@ -262,3 +263,9 @@ def test_a_number_may_be_both_ends_of_its_range_or_none_and_must_be_finite() -> 
         assert str(error.value) == f"server.limit={value:g}: must be between 1 and 2"
     with pytest.raises(ConfigError):
         check_range("server.limit", inf, 1.0, inf)
+
+
+def test_words_of_options_and_of_the_api_stay() -> None:
+    assert [each.value for each in Chunking] == ["adaptive", "fixed", "whole"]
+    assert [each.value for each in FinishReason] == ["stop", "length"]
+    assert [each.value for each in EnginePhase] == ["loading", "ready", "recovering", "failed", "stopped"]
