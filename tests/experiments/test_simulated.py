@@ -157,3 +157,31 @@ def test_results_of_other_sources_are_gone_before_they_could_count_as_todays(
     with pytest.raises(pytest.fail.Exception):
         run.run_all([QUESTION], "", 1, is_fresh=False)
     assert Answers("one").cells == {"of another part": {"x": 2.0}}
+
+
+MACHINE = ("model=llama3_8b", "hardware=h100_x16", "parallel.tp=8", "parallel.spp=2")
+STREAM = ("workload.duration_s=20", "workload.long_share=0", "workload.qps=0.5", "seed=42")
+SMALL: dict[str, dict[str, Any]] = {  # arguments with which a measure takes a moment
+    "stream": {"has_bound": True, "deadlines": ("parallel.spp=1",)},
+    "loads_alone": {},
+    "lone_prefill": {"num_tokens": 8192, "chunks": [2048, 4096]},
+    "ring_prefill": {"num_tokens": 8192, "tp": 1, "ring": {"overlaps": False}},
+    "lone_decode": {"num_tokens": 8192},
+    "chunks_and_a_decode": {"num_tokens": 8192, "chunk_tokens": 512, "every": 2},
+    "prefill_beside_decodes": {"num_tokens": 8192, "num_decodes": 2},
+    "attention_in_chunks": {"num_tokens": 8192, "chunk": 2048},
+    "decode_beside_a_chunk": {"num_tokens": 8192, "chunk": 512},
+    "decode_step": {"num_tokens": 8192, "batch": 2},
+    "chunked_prefill": {"num_tokens": 8192, "chunk": 2048},
+    "kv_capacity": {},
+    "layer": {"num_tokens": 64},
+    "collectives": {"mib": 1},
+}
+
+
+def test_every_measure_gives_positive_figures() -> None:
+    assert {block.measure for name in names() for block in read(name).blocks} == set(SMALL)
+    for name, arguments in SMALL.items():
+        words = (*MACHINE, *STREAM) if name in ("stream", "loads_alone") else MACHINE
+        values = run.measured(Cell(name, name, words, arguments))
+        assert all(value >= 0 for value in values.values() if not isinstance(value, dict)), name
