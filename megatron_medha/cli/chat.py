@@ -10,7 +10,7 @@ from megatron_medha.cli.parts.command_options import read_options
 USAGE = """\
 usage: medha chat [key=value ...]
 
-Talks to a running server. {help}.
+Chats with a running server. {help}.
 
 examples:
   medha chat

@@ -43,7 +43,7 @@ usage: medha plan [group=option] [key=value ...]
 
 Simulates the layouts (tp, spp, kvp, replicas) that a cluster has GPUs and memory for, in parallel processes, under one
 scheduler or several, and under other systems. Prints the fewest GPUs with which slo.attainment of all requests meet
-their targets, or the most load that all GPUs carry, and what a request costs. Trials that cannot pass end early.
+their targets, or the highest load that all GPUs carry, and the cost of a request. Trials that cannot pass end early.
 
 examples:
   medha plan model=llama3_8b hardware=a100_x16 workload=medha_mix_05pct workload.qps=0.25

@@ -18,7 +18,7 @@ USAGE = """\
 usage: medha profile checkpoint=DIR [key=value ...]
 
 Runs some hundred steps of the model as `medha serve` would, in under 3 minutes, and fits the cost model to them. With
-profile=FILE the server starts from this fit and goes on learning; without one it needs some hundred steps of its own.
+profile=FILE the server starts from this fit and keeps learning; without one it needs several hundred steps first.
 
 examples:
   medha profile checkpoint=checkpoints/tiny

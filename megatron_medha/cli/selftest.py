@@ -21,17 +21,17 @@ from megatron_medha.system.descriptors import raise_descriptor_limit
 USAGE = """\
 usage: medha selftest [key=value ...]
 
-Sends a running server what no client should: wrong types, huge numbers, deep JSON, broken UTF-8, bytes that are no
-HTTP, half-closed sockets, clients that disconnect, more of everything than there are limits for. The test passes if no
-response is a 5xx other than 503, every error has OpenAI's shape, nothing hangs, nothing beyond a limit is accepted, and
-every KV block is free afterwards. Meanwhile /health is asked every 50 ms: no request may keep the others waiting for
-more than max_lag_s, or leave more memory in use than 64 MiB and 8 times a body. Exit code 0: passed.
+Fuzz-tests a running server: wrong types, huge numbers, deep JSON, broken UTF-8, bytes that are no HTTP, half-closed
+sockets, clients that disconnect, requests beyond every limit. The test passes if no response is a 5xx other than 503,
+every error has OpenAI's shape, nothing hangs, nothing beyond a limit is accepted and every KV block is free afterwards.
+Meanwhile /health is requested every 50 ms: no request may delay the others by more than max_lag_s, or leave more memory
+in use than 64 MiB and 8 times a body. Exit code 0: passed.
 
 examples:
   medha selftest
   medha selftest url=http://127.0.0.1:8001 seed=7 num_random=5000
   medha selftest slow_tests=true
-  medha selftest shutdown_server=true admin_key=KEY    # at the end, whether it drains; then the server is gone
+  medha selftest shutdown_server=true admin_key=KEY    # tests the drain, which stops the server
 """
 
 _NUM_PARALLEL = 16

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from megatron_medha.core.errors import ConfigError, MedhaError
 
-HELP = "/quit ends, /clear forgets the conversation, /system TEXT sets the system prompt, Ctrl-C stops an answer"
+HELP = "/quit ends, /clear forgets the conversation, /system TEXT sets the system prompt, Ctrl-C stops the output"
 
 
 class ChatError(MedhaError):
