@@ -11,7 +11,8 @@ import pytest
 from fake_engine import FakeEngine, say
 from running_server import Running, StartServer
 
-from megatron_medha.server.bodies.responses_types import InputItem
+from megatron_medha.server.bodies.responses_types import OutputMessage, OutputText
+from megatron_medha.server.http.routing import encode_json
 from megatron_medha.server.openai.recent_items import RecentItems
 from megatron_medha.server.routes.generate import IGNORED_HEADER
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
@@ -228,11 +229,15 @@ def test_an_item_reference_stands_for_the_item_of_the_last_answer(says: Callable
 
 
 def test_items_are_kept_for_their_client_and_the_oldest_are_dropped() -> None:
-    recent = RecentItems(max_bytes=3_500)
+    recent = RecentItems(max_bytes=3_800)
+
+    def add(name: str, text: str) -> None:
+        recent.add("one", name, encode_json(OutputMessage(id=name, content=[OutputText(text=text)])))
+
     for name in "abc":
-        recent.add("one", name, InputItem(role="assistant", content="x"))
+        add(name, "x")
     assert recent.find("one", "c") is not None and recent.find("other", "c") is None
-    recent.add("one", "d", InputItem(role="assistant", content="x" * 1000))
+    add("d", "x" * 1000)
     assert [recent.find("one", name) is None for name in "abcd"] == [True, True, False, False]
 
 

@@ -9,20 +9,15 @@ from starlette.responses import Response
 
 from megatron_medha.server.anthropic.anthropic_blocks import chat_choice, read_conversation
 from megatron_medha.server.bodies.anthropic_types import (
-    BlockDelta,
-    MessagesEvent,
     MessagesRequest,
     MessagesResponse,
     MessagesUsage,
-    OutputFormat,
     TextBlock,
     TokenCount,
     ToolUseBlock,
 )
 from megatron_medha.server.bodies.openai_types import (
     ChatRequest,
-    JsonSchemaFormat,
-    ResponseFormat,
     SharedFields,
     TokenizeRequest,
     Usage,
@@ -46,7 +41,6 @@ _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("n", (None, 1), "one answer at a time; /v1/chat/completions gives several"),
 )
 _PATHS = {"stop": "stop_sequences", "response_format.json_schema.schema": "output_config.format.schema"}
-_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 
 
 async def prepare_message(service: Service, context: RequestContext, body: MessagesRequest) -> MessagesFormat:
@@ -100,7 +94,7 @@ def _as_chat(body: MessagesRequest, conversation: ConversationHistory) -> ChatRe
     if body.stop_sequences:
         chat.stop = body.stop_sequences
     if (wanted := body.output_format or (output.format if output else None)) is not None:
-        chat.response_format = _format_of(wanted)
+        chat.response_format = wanted
     if body.thinking is not None:
         # The names that templates read, Qwen's and DeepSeek's; others pass over them.
         chat.chat_template_kwargs = dict.fromkeys(("enable_thinking", "thinking"), body.thinking.type != "disabled")
@@ -110,31 +104,23 @@ def _as_chat(body: MessagesRequest, conversation: ConversationHistory) -> ChatRe
     return chat
 
 
-def _format_of(given: OutputFormat) -> ResponseFormat:
-    if given.type != "json_schema":
-        return ResponseFormat(type=given.type)
-    return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(name="answer", schema=given.schema))
-
-
 class MessagesFormat(BlockFormat):
     """JSON of /v1/messages: blocks of content, each with its events."""
 
     def __init__(self, spec: GenerationSpec) -> None:
         super().__init__(spec)
-        self._blocks: list[TextBlock | ToolUseBlock] = []
-        self._is_open = False
         self._stop_reason = "end_turn"
         self._stop_sequence: str | None = None
 
     def opening_events(self) -> Sequence[bytes]:
         """The message without its content, and a ping."""
-        self._emit("message_start", message=self._answer(None))
+        self._emit("message_start", message=self._response(None))
         self._emit("ping")
         return self._take_events()
 
     def closing_events(self, usage: Usage) -> Sequence[bytes]:
         """Why the message ended, what it cost, and its end."""
-        delta = BlockDelta(stop_reason=self._stop_reason, stop_sequence=self._stop_sequence)
+        delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
         self._emit("message_delta", delta=delta, usage=self._usage(usage))
         self._emit("message_stop")
         return self._take_events()
@@ -143,19 +129,13 @@ class MessagesFormat(BlockFormat):
         """The error in place of what would have followed."""
         return (b"event: error\ndata: " + error.as_json(ANTHROPIC_PREFIX) + b"\n\n",)
 
-    def _whole_answer(self, usage: Usage) -> MessagesResponse:
-        return self._answer(usage)
-
-    def _push(self, piece: Piece) -> None:
-        for one in self._found(piece):
-            self._add(one)
-        if piece.finish_reason is not None:
-            self._close()
-            self._stop_reason = _STOP_REASONS.get(piece.finish_reason, "end_turn")
-            if isinstance(piece.stop_reason, str):
-                self._stop_reason, self._stop_sequence = "stop_sequence", piece.stop_reason
-            elif self._stop_reason == "end_turn" and self._finder is not None and self._finder.has_calls:
-                self._stop_reason = "tool_use"
+    def _finish(self, piece: Piece) -> None:
+        if isinstance(piece.stop_reason, str):
+            self._stop_reason, self._stop_sequence = "stop_sequence", piece.stop_reason
+        elif piece.finish_reason == "length":
+            self._stop_reason = "max_tokens"
+        elif self._finder is not None and self._finder.has_calls:
+            self._stop_reason = "tool_use"
 
     def _add(self, found: ToolParserEvent) -> None:
         match found:
@@ -164,22 +144,19 @@ class MessagesFormat(BlockFormat):
             case TextDelta():
                 if not (self._is_open and isinstance(self._blocks[-1], TextBlock)):
                     self._begin(TextBlock())
-                block = self._blocks[-1]
-                assert isinstance(block, TextBlock)
-                block.text += found.text
-                self._emit_block("content_block_delta", delta=BlockDelta(type="text_delta", text=found.text))
+                self._blocks[-1].text += found.text
+                self._emit_block("content_block_delta", delta={"type": "text_delta", "text": found.text})
             case ToolCallStart():
                 self._begin(ToolUseBlock(id=found.call_id, name=found.name))
-                self._arguments = ""
             case ToolArgumentsDelta():
                 self._arguments += found.arguments
-                delta = BlockDelta(type="input_json_delta", partial_json=found.arguments)
+                delta = {"type": "input_json_delta", "partial_json": found.arguments}
                 self._emit_block("content_block_delta", delta=delta)
 
     def _begin(self, block: TextBlock | ToolUseBlock) -> None:
         self._close()
         self._blocks.append(block)
-        self._is_open = True
+        self._is_open, self._arguments = True, ""
         self._emit_block("content_block_start", content_block=block)
 
     def _close(self) -> None:
@@ -194,17 +171,12 @@ class MessagesFormat(BlockFormat):
     def _emit_block(self, kind: str, **fields: object) -> None:
         self._emit(kind, index=len(self._blocks) - 1, **fields)
 
-    def _emit(self, kind: str, **fields: object) -> None:
-        if self.spec.is_stream:
-            self._put(kind, MessagesEvent(type=kind, **fields))  # type: ignore[arg-type]
-
     def _usage(self, usage: Usage | None) -> MessagesUsage:
         return MessagesUsage(
             input_tokens=self.spec.num_prompt_tokens, output_tokens=0 if usage is None else usage.completion_tokens
         )
 
-    def _answer(self, usage: Usage | None) -> MessagesResponse:
-        """usage: None while nothing has been generated."""
+    def _response(self, usage: Usage | None) -> MessagesResponse:
         return MessagesResponse(
             id=self.spec.response_id,
             model=self.spec.model,

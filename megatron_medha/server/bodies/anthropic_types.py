@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import Raw, Struct
 
-from megatron_medha.server.bodies.openai_types import SharedFields
+from megatron_medha.server.bodies.openai_types import ResponseFormat, SharedFields
 
 
 class BlockSource(Struct, kw_only=True):
@@ -64,18 +64,11 @@ class Thinking(Struct, kw_only=True):
     type: str
 
 
-class OutputFormat(Struct, kw_only=True):
-    """What the text of an answer must match."""
-
-    type: str
-    schema: dict[str, Any] | bool | None = None
-
-
 class OutputConfig(Struct, kw_only=True):
     """About an answer's text."""
 
     effort: str | None = None
-    format: OutputFormat | None = None
+    format: ResponseFormat | None = None
 
 
 class MessagesRequest(SharedFields, kw_only=True):
@@ -88,7 +81,7 @@ class MessagesRequest(SharedFields, kw_only=True):
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None
+    output_format: ResponseFormat | None = None
 
 
 class TextBlock(Struct, kw_only=True):
@@ -127,27 +120,6 @@ class MessagesResponse(Struct, kw_only=True):
     stop_reason: str | None = None
     stop_sequence: str | None = None
     usage: MessagesUsage
-
-
-class BlockDelta(Struct, kw_only=True):
-    """What one event adds to a block, or to the message."""
-
-    type: str | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-    partial_json: str | UnsetType = UNSET
-    stop_reason: str | UnsetType = UNSET
-    stop_sequence: str | None | UnsetType = UNSET
-
-
-class MessagesEvent(Struct, kw_only=True):
-    """One event of a stream; which fields it has depends on its type."""
-
-    type: str
-    message: MessagesResponse | UnsetType = UNSET
-    index: int | UnsetType = UNSET
-    content_block: Any | UnsetType = UNSET
-    delta: BlockDelta | UnsetType = UNSET
-    usage: MessagesUsage | UnsetType = UNSET
 
 
 class TokenCount(Struct, kw_only=True):

@@ -341,30 +341,6 @@ class ResponseMessage(Struct, kw_only=True):
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
-class FunctionDelta(Struct, kw_only=True):
-    """What one event adds to a call: its name, or a piece of its arguments."""
-
-    name: str | UnsetType = UNSET
-    arguments: str
-
-
-class ToolCallDelta(Struct, kw_only=True):
-    """What one event adds to one of an answer's calls."""
-
-    index: int
-    id: str | UnsetType = UNSET
-    type: str | UnsetType = UNSET
-    function: FunctionDelta
-
-
-class Delta(Struct, kw_only=True):
-    """What one event of a stream adds to the assistant's message."""
-
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
-
-
 class ChatChoice(Struct, kw_only=True):
     """One answer."""
 
@@ -392,7 +368,7 @@ class ChatChunkChoice(Struct, kw_only=True):
     """What one event adds to one answer."""
 
     index: int
-    delta: Delta
+    delta: dict[str, Any]  # its role, more of its content or of its tool_calls
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None | UnsetType = UNSET

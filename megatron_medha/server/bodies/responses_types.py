@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
-from megatron_medha.server.bodies.openai_types import Count, SharedFields, TokenLogprob
+from megatron_medha.server.bodies.openai_types import Count, PromptTokensDetails, SharedFields, TokenLogprob
 
 
 class InputPart(Struct, kw_only=True):
@@ -145,12 +145,6 @@ class OutputCustomCall(Struct, kw_only=True):
 OutputItem = OutputMessage | OutputCall | OutputCustomCall
 
 
-class CachedTokens(Struct, frozen=True):
-    """Where the prompt's KV came from."""
-
-    cached_tokens: int = 0
-
-
 class ReasoningTokens(Struct, frozen=True):
     """What was thought and not said: never counted apart here."""
 
@@ -161,7 +155,7 @@ class ResponseUsage(Struct, kw_only=True):
     """What an answer cost, in tokens."""
 
     input_tokens: int
-    input_tokens_details: CachedTokens = CachedTokens()
+    input_tokens_details: PromptTokensDetails = PromptTokensDetails()
     output_tokens: int
     output_tokens_details: ReasoningTokens = ReasoningTokens()
     total_tokens: int
@@ -198,26 +192,3 @@ class ResponsesResponse(Struct, kw_only=True):
     truncation: str = "disabled"
     usage: ResponseUsage | None = None
     user: str | None = None
-
-
-class ResponseEvent(Struct, kw_only=True):
-    """One event of a stream; which fields it has depends on its type."""
-
-    type: str
-    sequence_number: int
-    response: ResponsesResponse | UnsetType = UNSET
-    output_index: int | UnsetType = UNSET
-    content_index: int | UnsetType = UNSET
-    item_id: str | UnsetType = UNSET
-    item: Any | UnsetType = UNSET    # of OutputItem
-    part: OutputText | UnsetType = UNSET
-    delta: str | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-    name: str | UnsetType = UNSET
-    arguments: str | UnsetType = UNSET
-    input: str | UnsetType = UNSET
-    logprobs: list[TokenLogprob] | UnsetType = UNSET
-    code: str | None | UnsetType = UNSET
-    message: str | UnsetType = UNSET
-    param: str | None | UnsetType = UNSET
-    error: Any | UnsetType = UNSET   # of ErrorBody; by it the openai package sees that a stream has failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -19,7 +20,9 @@ class BlockFormat:
     def __init__(self, spec: GenerationSpec) -> None:
         self.spec = spec
         self._finder = None if spec.tools is None else ToolCallParser(spec.tools)
-        self._arguments = ""  # of the open call, as the model writes them
+        self._blocks: list[Any] = []
+        self._is_open = False  # the last block
+        self._arguments = ""   # of the open call, as the model writes them
         self._events: list[bytes] = []
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
@@ -28,27 +31,41 @@ class BlockFormat:
         return b"".join(self._take_events())
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
-        """The answer that is not a stream."""
+        """The response that is not a stream."""
         for piece in pieces_by_choice[0]:
             self._push(piece)
-        return encode_json(self._whole_answer(usage))
+        return encode_json(self._response(usage))
 
     def _push(self, piece: Piece) -> None:
-        raise NotImplementedError
-
-    def _whole_answer(self, usage: Usage) -> msgspec.Struct:
-        raise NotImplementedError
-
-    def _found(self, piece: Piece) -> list[ToolParserEvent]:
-        if self._finder is None:
-            return [TextDelta(piece.text)]
-        found = self._finder.push(piece.text)
+        finder = self._finder
+        for found in [TextDelta(piece.text)] if finder is None else finder.push(piece.text):
+            self._add(found)
         if piece.finish_reason is not None:
-            found += self._finder.end(piece.finish_reason, piece.stop_reason)
-        return found
+            for found in () if finder is None else finder.end(piece.finish_reason, piece.stop_reason):
+                self._add(found)
+            self._finish(piece)
+            self._close()
 
-    def _put(self, kind: str, event: msgspec.Struct) -> None:
-        self._events.append(b"event: " + kind.encode() + b"\ndata: " + encode_json(event) + b"\n\n")
+    def _add(self, found: ToolParserEvent) -> None:
+        """Add to the open block, or begin one."""
+        raise NotImplementedError
+
+    def _finish(self, piece: Piece) -> None:
+        """This is the last piece."""
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        """End the open block, if there is one."""
+        raise NotImplementedError
+
+    def _response(self, usage: Usage | None) -> msgspec.Struct:
+        """The response so far; usage: None before the first token."""
+        raise NotImplementedError
+
+    def _emit(self, kind: str, **fields: object) -> None:
+        if self.spec.is_stream:
+            data = encode_json({"type": kind, **fields})
+            self._events.append(b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n")
 
     def _take_events(self) -> list[bytes]:
         events, self._events = self._events, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 
@@ -15,11 +16,8 @@ from megatron_medha.server.bodies.openai_types import (
     ChatCompletionResponse,
     ChatLogprobs,
     ChatRequest,
-    Delta,
-    FunctionDelta,
     ResponseMessage,
     ToolCall,
-    ToolCallDelta,
     Usage,
 )
 from megatron_medha.server.generation import GenerationSpec, Piece
@@ -123,7 +121,7 @@ class ChatFormat:
         self._is_plain = not (
             self._num_top is not None or spec.has_continuous_usage or spec.returns_token_ids or spec.tools is not None
         )
-        sample = ChatChunkChoice(index=0, delta=Delta(content=MARK))
+        sample = ChatChunkChoice(index=0, delta={"content": MARK})
         self._template = EventTemplate(spec, self._encode_event(sample, None))
         self._finders = [] if spec.tools is None else [ToolCallParser(spec.tools) for _ in range(spec.num_choices)]
         self._unsent: list[list[Piece]] = [[] for _ in self._finders]  # tokens whose text is in no event yet
@@ -131,7 +129,7 @@ class ChatFormat:
     def opening_events(self) -> Sequence[bytes]:
         """For each choice an event that says who speaks, with no text yet."""
         opening = (
-            ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
+            ChatChunkChoice(index=index, delta={"role": "assistant", "content": ""})
             for index in range(self.spec.num_choices)
         )
         return [self._encode_event(choice, None, is_opening=True) for choice in opening]
@@ -142,7 +140,7 @@ class ChatFormat:
             return self._template.fill(piece.choice_index, piece.text)
         if self._finders:
             return self._events_with_calls(piece, usage)
-        return self._event([piece], Delta(content=piece.text), piece.finish_reason, usage)
+        return self._event([piece], {"content": piece.text}, piece.finish_reason, usage)
 
     def closing_events(self, usage: Usage) -> Sequence[bytes]:
         """Usage where the client wants it, with no choices, and the end."""
@@ -194,7 +192,7 @@ class ChatFormat:
         deltas = [_delta_of(one) for one in found]
         reason = _finish_reason(piece, finder)
         if reason is not None:
-            deltas.append(Delta())
+            deltas.append({})
         events = []
         for place, delta in enumerate(deltas):
             is_last = place == len(deltas) - 1
@@ -205,7 +203,7 @@ class ChatFormat:
         return b"".join(events)
 
     def _event(
-        self, pieces: Sequence[Piece], delta: Delta, finish_reason: str | None, usage: Usage | None
+        self, pieces: Sequence[Piece], delta: dict[str, Any], finish_reason: str | None, usage: Usage | None
     ) -> bytes:
         last = pieces[-1]
         choice = ChatChunkChoice(
@@ -268,16 +266,15 @@ def _message_of(pieces: Sequence[Piece], finder: ToolCallParser | None) -> Respo
     return ResponseMessage(content=content or None, tool_calls=tool_calls)
 
 
-def _delta_of(found: ToolParserEvent) -> Delta:
+def _delta_of(found: ToolParserEvent) -> dict[str, Any]:
     match found:
         case TextDelta():
-            return Delta(content=found.text)
-        case ToolCallStart():
-            function = FunctionDelta(name=found.name, arguments="")
-            call = ToolCallDelta(index=found.index, id=found.call_id, type="function", function=function)
-        case ToolArgumentsDelta():
-            call = ToolCallDelta(index=found.index, function=FunctionDelta(arguments=found.arguments))
-    return Delta(tool_calls=[call])
+            return {"content": found.text}
+        case ToolCallStart(index, call_id, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+        case ToolArgumentsDelta(index, arguments):
+            return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
 
 
 def _finish_reason(piece: Piece, finder: ToolCallParser | None) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
+
+import msgspec
 
 from megatron_medha.server.bodies.responses_types import InputItem
 
 MAX_BYTES = 16 * 2**20
-_ITEM_BYTES = 1_000  # of an item without its texts
+_ITEM_BYTES = 1_000  # of an item beside its JSON
 
 
 class RecentItems:
@@ -16,20 +17,17 @@ class RecentItems:
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._items: OrderedDict[tuple[str, str], tuple[InputItem, int]] = OrderedDict()
+        self._items: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         self._num_bytes = 0
 
-    def add(self, client: str, item_id: str, item: InputItem) -> None:
-        """Keep an item of an answer to this client."""
-        texts = (item.content, item.arguments, item.input)
-        num_bytes = _ITEM_BYTES + sum(sys.getsizeof(text) for text in texts)
-        self._items[client, item_id] = (item, num_bytes)
-        self._num_bytes += num_bytes
+    def add(self, client: str, item_id: str, item: bytes) -> None:
+        """Keep an item of a response to this client, as JSON."""
+        self._items[client, item_id] = item
+        self._num_bytes += _ITEM_BYTES + len(item)
         while self._num_bytes > self._max_bytes:
-            _, (_, num_dropped) = self._items.popitem(last=False)
-            self._num_bytes -= num_dropped
+            self._num_bytes -= _ITEM_BYTES + len(self._items.popitem(last=False)[1])
 
     def find(self, client: str, item_id: str) -> InputItem | None:
         """The item, if it was this client's and is still there."""
         found = self._items.get((client, item_id))
-        return None if found is None else found[0]
+        return None if found is None else msgspec.json.decode(found, type=InputItem)

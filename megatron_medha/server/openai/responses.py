@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from megatron_medha.server.bodies.openai_types import (
     ChatRequest,
-    JsonSchemaFormat,
     ResponseFormat,
     SharedFields,
     TokenLogprob,
@@ -17,13 +18,11 @@ from megatron_medha.server.bodies.openai_types import (
 )
 from megatron_medha.server.bodies.responses_types import (
     IncompleteDetails,
-    InputItem,
     OutputCall,
     OutputCustomCall,
     OutputItem,
     OutputMessage,
     OutputText,
-    ResponseEvent,
     ResponsesRequest,
     ResponsesResponse,
     ResponseUsage,
@@ -33,6 +32,7 @@ from megatron_medha.server.bodies.responses_types import (
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.http.http_errors import ApiError, ErrorBody, error_type
 from megatron_medha.server.http.request_body import BodyType
+from megatron_medha.server.http.routing import encode_json
 from megatron_medha.server.openai.block_format import BlockFormat
 from megatron_medha.server.openai.chat_completions import chat_spec
 from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE, ConversationHistory
@@ -87,7 +87,8 @@ async def prepare_response(
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
-    chat.response_format = _format_of(body.text) or body.response_format
+    if (wanted := body.text.format if body.text else None) is not None:
+        chat.response_format = ResponseFormat(type=wanted.type, schema=wanted.schema)
     ignored = (*history.ignored, *tools.ignored)
     try:
         spec = await chat_spec(service, context, chat, id_prefix="resp", ignored=ignored)
@@ -95,15 +96,6 @@ async def prepare_response(
         error.rename_field({**_PATHS, **history.paths, **tools.paths})
         raise
     return ResponsesFormat(spec, body, tools, context.ready.tokenizer, None if body.store is False else recent, client)
-
-
-def _format_of(text: TextOptions | None) -> ResponseFormat | None:
-    if text is None or text.format is None:
-        return None
-    given = text.format
-    if given.type != "json_schema":
-        return ResponseFormat(type=given.type, schema=given.schema)
-    return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(name=given.name, schema=given.schema))
 
 
 class ResponsesFormat(BlockFormat):
@@ -126,21 +118,19 @@ class ResponsesFormat(BlockFormat):
         self._name = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
         self._recent = recent
         self._client = client
-        self._items: list[OutputItem] = []
-        self._open: OutputItem | None = None
         self._unsent: list[TokenLogprob] = []  # of tokens whose text is in no event yet
         self._finish_reason: str | None = None
-        self._num_events = 0
+        self._sequence = itertools.count()
 
     def opening_events(self) -> Sequence[bytes]:
         """That there is an answer, and that it is being made."""
-        self._emit("response.created", response=self._answer("in_progress", None))
-        self._emit("response.in_progress", response=self._answer("in_progress", None))
+        self._emit("response.created", response=self._response(None))
+        self._emit("response.in_progress", response=self._response(None))
         return self._take_events()
 
     def closing_events(self, usage: Usage) -> Sequence[bytes]:
         """The whole answer once more."""
-        self._emit(f"response.{self._status}", response=self._answer(self._status, usage))
+        self._emit(f"response.{self._status}", response=self._response(usage))
         return self._take_events()
 
     def error_events(self, error: ApiError) -> Sequence[bytes]:
@@ -149,23 +139,18 @@ class ResponsesFormat(BlockFormat):
         self._emit("error", code=error.code, message=error.message, param=error.param, error=body)
         return self._take_events()
 
-    def _whole_answer(self, usage: Usage) -> ResponsesResponse:
-        return self._answer(self._status, usage)
-
     @property
     def _status(self) -> str:
         return "incomplete" if self._finish_reason == "length" else "completed"
 
     def _push(self, piece: Piece) -> None:
         self._unsent += self._logprobs(piece)
-        found = self._found(piece)
-        if piece.finish_reason is not None and not (self._items or found):
-            found = [TextDelta("")]
-        for one in found:
-            self._add(one)
-        if piece.finish_reason is not None:
-            self._finish_reason = piece.finish_reason
-            self._close()
+        super()._push(piece)
+
+    def _finish(self, piece: Piece) -> None:
+        if not self._blocks:
+            self._add(TextDelta(""))
+        self._finish_reason = piece.finish_reason
 
     def _logprobs(self, piece: Piece) -> list[TokenLogprob]:
         if not self.spec.has_logprobs or piece.logprobs is None or piece.token_id is None:
@@ -176,88 +161,77 @@ class ResponsesFormat(BlockFormat):
     def _add(self, found: ToolParserEvent) -> None:
         match found:
             case TextDelta():
-                message = self._open
-                if not isinstance(message, OutputMessage):
-                    if self._items:  # the other tokens were a call's
+                if not (self._is_open and isinstance(self._blocks[-1], OutputMessage)):
+                    if self._blocks:  # the other tokens were a call's
                         self._unsent = _last_tokens(self._unsent, found.text)
-                    message = OutputMessage(id=_draw_id("msg"), content=[])
-                    self._begin(message)
-                    message.content.append(OutputText(logprobs=[]))
+                    self._begin(OutputMessage(id=_draw_id("msg"), content=[]))
+                    self._blocks[-1].content.append(OutputText(logprobs=[]))
                     self._emit_item("response.content_part.added", content_index=0, part=OutputText())
                 if found.text:
                     logprobs, self._unsent = self._unsent, []
-                    message.content[0].text += found.text
-                    message.content[0].logprobs += logprobs
+                    part = self._blocks[-1].content[0]
+                    part.text += found.text
+                    part.logprobs += logprobs
                     self._emit_item(
                         "response.output_text.delta", content_index=0, delta=found.text, logprobs=logprobs
                     )
             case ToolCallStart():
                 known = self._tools.known.get(found.name, KnownTool(found.name))
-                namespace = known.namespace or msgspec.UNSET
+                call: dict[str, Any] = {"call_id": found.call_id, "name": known.name}
+                call["namespace"] = known.namespace or msgspec.UNSET
                 if known.is_custom:
-                    call: OutputItem = OutputCustomCall(
-                        id=_draw_id("ctc"), call_id=found.call_id, name=known.name, namespace=namespace
-                    )
+                    self._begin(OutputCustomCall(id=_draw_id("ctc"), **call))
                 else:
-                    call = OutputCall(id=_draw_id("fc"), call_id=found.call_id, name=known.name, namespace=namespace)
-                self._begin(call)
+                    self._begin(OutputCall(id=_draw_id("fc"), **call))
             case ToolArgumentsDelta():
                 self._arguments += found.arguments
-                if isinstance(self._open, OutputCall):
+                if isinstance(self._blocks[-1], OutputCall):
                     self._emit_item("response.function_call_arguments.delta", delta=found.arguments)
 
     def _begin(self, item: OutputItem) -> None:
         self._close()
-        self._items.append(item)
-        self._open = item
-        self._arguments = ""
-        self._emit("response.output_item.added", output_index=len(self._items) - 1, item=item)
+        self._blocks.append(item)
+        self._is_open, self._arguments = True, ""
+        self._emit("response.output_item.added", output_index=len(self._blocks) - 1, item=item)
 
     def _close(self) -> None:
-        item = self._open
-        if item is None:
+        if not self._is_open:
             return
+        item = self._blocks[-1]
         match item:
             case OutputMessage(content=[part]):
                 self._emit_item("response.output_text.done", content_index=0, text=part.text, logprobs=part.logprobs)
                 self._emit_item("response.content_part.done", content_index=0, part=part)
-                kept = InputItem(role="assistant", content=part.text)
             case OutputCall():
                 item.arguments = self._arguments
                 self._emit_item("response.function_call_arguments.done", arguments=item.arguments, name=item.name)
-                kept = InputItem(type=item.type, call_id=item.call_id, name=item.name, arguments=item.arguments)
             case OutputCustomCall():
                 # Its text stands in JSON, which is read once it is whole.
                 item.input = text_argument(self._arguments)
                 self._emit_item("response.custom_tool_call_input.delta", delta=item.input)
                 self._emit_item("response.custom_tool_call_input.done", input=item.input)
-                kept = InputItem(type=item.type, call_id=item.call_id, name=item.name, input=item.input)
         is_stopped = self._finish_reason is not None and self._finder is not None and self._finder.is_last_cut
         item.status = "incomplete" if self._finish_reason == "length" or is_stopped else "completed"
-        self._emit("response.output_item.done", output_index=len(self._items) - 1, item=item)
-        self._open = None
+        self._emit("response.output_item.done", output_index=len(self._blocks) - 1, item=item)
+        self._is_open = False
         if self._recent is not None:
-            if not isinstance(item, OutputMessage):
-                kept.namespace = item.namespace or None
-            self._recent.add(self._client, item.id, kept)
+            self._recent.add(self._client, item.id, encode_json(item))
 
     def _emit_item(self, kind: str, **fields: object) -> None:
-        assert self._open is not None
-        self._emit(kind, item_id=self._open.id, output_index=len(self._items) - 1, **fields)
+        self._emit(kind, item_id=self._blocks[-1].id, output_index=len(self._blocks) - 1, **fields)
 
     def _emit(self, kind: str, **fields: object) -> None:
-        if self.spec.is_stream:
-            self._put(kind, ResponseEvent(type=kind, sequence_number=self._num_events, **fields))  # type: ignore[arg-type]
-            self._num_events += 1
+        super()._emit(kind, sequence_number=next(self._sequence), **fields)
 
-    def _answer(self, status: str, usage: Usage | None) -> ResponsesResponse:
+    def _response(self, usage: Usage | None) -> ResponsesResponse:
         spec, body = self.spec, self._body
+        status = "in_progress" if usage is None else self._status
         return ResponsesResponse(
             id=spec.response_id,
             created_at=spec.created,
             status=status,
             model=spec.model,
-            output=list(self._items),
+            output=list(self._blocks),
             incomplete_details=IncompleteDetails(reason="max_output_tokens") if status == "incomplete" else None,
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
