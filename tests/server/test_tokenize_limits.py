@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
-from array import array
+import threading
 
 import pytest
 from fake_engine import FakeEngine
 from running_server import StartServer, byte_tokenizer_backend
 
-from megatron_medha.server.openai import tokenize
+from megatron_medha.server.openai import wire_format
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 LIMIT = 50_000
@@ -89,34 +88,27 @@ def test_many_ids_are_answered_with_the_text_that_the_library_gives(start_server
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tokens")
 
 
-def test_a_long_answer_is_made_in_small_parts() -> None:
-    async def sizes(parts: object) -> list[int]:
-        return [len(part) async for part in parts]  # type: ignore[attr-defined]
+def test_a_long_response_is_encoded_on_a_thread_by_slices(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    threads: set[str] = set()
+    encode = wire_format.encode_json
 
-    tokenizer = Tokenizer(byte_tokenizer_backend(), TokenizerConfig())
-    for parts in (
-        tokenize._token_parts(array("i", [97] * 300_000), 1, tokenizer), tokenize._quoted(["\x00" * 10**6, "a"]),
-    ):  # fmt: skip
-        assert max(asyncio.run(sizes(parts))) <= 6 * 65_536
+    def encode_counted(body: list[object] | str) -> bytes:
+        lengths.append(len(body))
+        threads.add(threading.current_thread().name)
+        return encode(body)
 
-
-def test_others_run_between_the_parts_of_an_answer() -> None:
-    async def work() -> int:
-        num_turns = 0
-
-        async def count() -> None:
-            nonlocal num_turns
-            while True:
-                num_turns += 1
-                await asyncio.sleep(0)
-
-        counting = asyncio.create_task(count())
-        parts = tokenize._one_by_one(tokenize._token_parts(array("i", [97] * 100_000), 1, None))
-        num_parts = len([part async for part in parts])
-        counting.cancel()
-        return num_turns - num_parts
-
-    assert asyncio.run(work()) >= 0
+    monkeypatch.setattr(wire_format, "encode_json", encode_counted)
+    server = start_server(FakeEngine(max_request_tokens=100_000))
+    answer = server.post("/tokenize", {"prompt": "a" * 100_000, "return_token_strs": True}).json()
+    assert answer["tokens"] == 100_000 * [97] and answer["token_strs"] == 100_000 * ["a"]
+    assert max(lengths) <= 2_048 and sum(lengths) == 200_000
+    lengths.clear()
+    assert server.post("/detokenize", {"tokens": 100_000 * [97]}).json() == {"prompt": "a" * 100_000}
+    assert max(lengths) <= 65_536 and sum(lengths) == 100_000
+    assert threads and all(name.startswith("text") for name in threads)
 
 
 def test_a_refusal_does_not_repeat_megabytes(start_server: StartServer) -> None:

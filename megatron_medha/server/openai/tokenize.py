@@ -1,14 +1,13 @@
-"""/tokenize and /detokenize, in vLLM's shapes. What is long is encoded and sent by slices."""
+"""/tokenize and /detokenize, in vLLM's shapes. Long responses are encoded by slices, on a thread."""
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 from array import array
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator
 
 import msgspec
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from megatron_medha.server.bodies.openai_types import (
     DetokenizeRequest,
@@ -18,9 +17,10 @@ from megatron_medha.server.bodies.openai_types import (
 )
 from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.http.request_body import BodyType
-from megatron_medha.server.http.routing import encode_json, json_response
+from megatron_medha.server.http.routing import json_response
 from megatron_medha.server.openai.chat_prompt import adds_special_tokens, chat_tools, render_messages
 from megatron_medha.server.openai.prompts import as_ids, check_ids, check_length, encode_text
+from megatron_medha.server.openai.wire_format import as_sliced_json
 from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.tools.tool_fields import definitions_of
 from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TooManyTokens
@@ -28,21 +28,24 @@ from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TooManyTokens
 TOKENIZE_BODY = BodyType(msgspec.json.Decoder(TokenizeRequest), texts=frozenset({"prompt", "messages"}))
 DETOKENIZE_BODY = BodyType(msgspec.json.Decoder(DetokenizeRequest), ids=frozenset({"tokens"}))
 
-_SLICE_IDS = 4_096     # encoded on the event loop at once: 1 ms, with their names 3 ms
-_SLICE_CHARS = 65_536
+_SLICE_IDS = 4_096  # made text at once
 
 
 async def tokenize(service: Service, ready: ReadyState, body: TokenizeRequest) -> Response:
     """Token ids of a prompt, or of messages as the chat route would encode them."""
     ids = await token_ids_of(service, ready, body)
     limit = ready.facts.max_request_tokens
-    names = ready.tokenizer if body.return_token_strs else None
-    if len(ids) > _SLICE_IDS:
-        return _streamed(_token_parts(ids, limit, names))
-    answer = TokenizeResponse(
-        count=len(ids), max_model_len=limit, tokens=ids.tolist(), token_strs=_names(names, ids) if names else None
-    )
-    return json_response(answer)
+
+    def work() -> Response:
+        names = [ready.tokenizer.token_name(token_id) for token_id in ids] if body.return_token_strs else None
+        return json_response(TokenizeResponse(
+            count=len(ids),
+            max_model_len=limit,
+            tokens=as_sliced_json(ids),
+            token_strs=None if names is None else as_sliced_json(names),
+        ))  # fmt: skip
+
+    return await service.text.run(len(ids), work)
 
 
 async def token_ids_of(service: Service, ready: ReadyState, body: TokenizeRequest) -> array[int]:
@@ -80,51 +83,12 @@ async def detokenize(service: Service, ready: ReadyState, body: DetokenizeReques
     ids = as_ids(body.tokens, "tokens")
     tokenizer = ready.tokenizer
 
-    def work() -> list[str]:
-        check_ids(ids, ready.facts.shape.vocab_size, "tokens")
-        return list(_text_parts(tokenizer, ids))
+    def work() -> Response:
+        if ids:
+            check_ids(ids, ready.facts.shape.vocab_size, "tokens")
+        return json_response(DetokenizeResponse(prompt=as_sliced_json("".join(_text_parts(tokenizer, ids)))))
 
-    texts = await service.text.run(len(ids), work) if ids else []
-    if len(ids) > _SLICE_IDS:
-        return _streamed(_quoted(texts))
-    return json_response(DetokenizeResponse(prompt="".join(texts)))
-
-
-def _streamed(parts: AsyncIterator[bytes]) -> Response:
-    return StreamingResponse(_one_by_one(parts), media_type="application/json")
-
-
-async def _one_by_one(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async for part in parts:
-        yield part
-        await asyncio.sleep(0)  # sending waits only where the client reads slowly
-
-
-async def _token_parts(ids: array[int], limit: int, names: Tokenizer | None) -> AsyncIterator[bytes]:
-    """A TokenizeResponse as JSON."""
-    yield b'{"count":%d,"max_model_len":%d,"tokens":[' % (len(ids), limit)
-    for begin in range(0, len(ids), _SLICE_IDS):
-        yield (b"," if begin else b"") + encode_json(ids[begin : begin + _SLICE_IDS].tolist())[1:-1]
-    if names is None:
-        yield b'],"token_strs":null}'
-        return
-    yield b'],"token_strs":['
-    for begin in range(0, len(ids), _SLICE_IDS):
-        yield (b"," if begin else b"") + encode_json(_names(names, ids[begin : begin + _SLICE_IDS]))[1:-1]
-    yield b"]}"
-
-
-async def _quoted(texts: Sequence[str]) -> AsyncIterator[bytes]:
-    """A DetokenizeResponse as JSON."""
-    yield b'{"prompt":"'
-    for text in texts:
-        for begin in range(0, len(text), _SLICE_CHARS):
-            yield encode_json(text[begin : begin + _SLICE_CHARS])[1:-1]
-    yield b'"}'
-
-
-def _names(tokenizer: Tokenizer, ids: array[int]) -> list[str]:
-    return [tokenizer.token_name(token_id) for token_id in ids]
+    return await service.text.run(len(ids), work)
 
 
 def _text_parts(tokenizer: Tokenizer, ids: array[int]) -> Iterator[str]:

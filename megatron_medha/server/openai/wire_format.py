@@ -14,15 +14,19 @@ from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.routing import encode_json
 
 DONE_EVENT = b"data: [DONE]\n\n"
-_SLICE_ITEMS = 2_048  # encoded in one call, which holds the interpreter's lock: 3 ms of log-probabilities at most
+_SLICE_ITEMS = 2_048   # encoded in one call, which holds the interpreter's lock: 3 ms of log-probabilities at most
+_SLICE_CHARS = 65_536
 
 
-def as_sliced_json(items: list[Any] | array[int]) -> Any:
-    """A list to encode; a long one as the JSON that it is, encoded by slices, so that others run between them."""
-    if len(items) <= _SLICE_ITEMS:
-        return items if isinstance(items, list) else items.tolist()
-    slices = (items[begin : begin + _SLICE_ITEMS] for begin in range(0, len(items), _SLICE_ITEMS))
-    return msgspec.Raw(b"[" + b",".join(encode_json(list(part))[1:-1] for part in slices) + b"]")
+def as_sliced_json(whole: list[Any] | array[int] | str) -> Any:
+    """A list or text to encode; a long one as its JSON, encoded by slices so that other threads run between them."""
+    is_text = isinstance(whole, str)
+    size = _SLICE_CHARS if is_text else _SLICE_ITEMS
+    if len(whole) <= size:
+        return list(whole) if isinstance(whole, array) else whole
+    slices = (whole[begin : begin + size] for begin in range(0, len(whole), size))
+    parts = [encode_json(part if is_text else list(part))[1:-1] for part in slices]
+    return msgspec.Raw(b'"%b"' % b"".join(parts) if is_text else b"[%b]" % b",".join(parts))
 
 
 class WireFormat(Protocol):
