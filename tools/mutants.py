@@ -6,8 +6,8 @@
 Lines are drawn at random, each as likely as any other, and of each line one change. The changes are those of mutmut,
 which itself mutates the bodies of undecorated functions alone, and those in OPERATORS below; here properties, defaults
 and constants are changed too. A mutant lives in the memory of a forked process: the working copy stays as it is. Only
-tests that execute the mutated function run, those of core first, each as long as it takes without a mutant and a few
-seconds more. What tools/mutants_survivors.md lists is not drawn.
+tests that execute the mutated function run, quick ones and those of core first, each as long as it takes without a
+mutant and a few seconds more. What tools/mutants_survivors.md lists is not drawn.
 
 Everything is kept in build/mutants. A run that was interrupted goes on where it was; after a change of core or of its
 tests, all mutants run again, each beginning with the test that killed it last.
@@ -51,6 +51,7 @@ KILLED, SURVIVED, TIMEOUT = "killed", "survived", "timeout"
 # Some mutants never end, and some never stop appending. Seconds of CPU: of all imports, and of a test beyond those that
 # it takes without a mutant, times a factor. The last is of the clock, for those that sleep.
 IMPORT_LIMIT_S, TEST_LIMIT_S, TEST_LIMIT_FACTOR, CLOCK_LIMIT_S = 15.0, 5.0, 5.0, 1800.0
+QUICK_S = 0.2  # of a test
 MEMORY_LIMIT_BYTES = 6 << 30
 PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:timeout", "-m", "not slow", "--rootdir", str(ROOT)]
 
@@ -349,12 +350,12 @@ class Tests:
                         self._of_function[module, function].add(node_id)
         folders = [f"{folder.relative_to(ROOT)}/" for folder in TESTS]
         self._rank = {
-            node_id: (next(index for index, folder in enumerate(folders) if node_id.startswith(folder)), seconds)
+            node_id: (seconds > QUICK_S, next(i for i, each in enumerate(folders) if node_id.startswith(each)), seconds)
             for node_id, seconds in self.seconds.items()
         }
 
     def of(self, mutant: Mutant, last_killer: str) -> dict[str, float]:
-        """Those that execute the mutated function, or all if it runs on import; the quickest of core first."""
+        """Those that execute the mutated function, or all if it runs on import; quick ones first, and those of core."""
         chosen = self._of_function[mutant.path.name, mutant.function] if mutant.function else set()
         ordered = sorted(chosen or self.seconds, key=lambda each: (each != last_killer, self._rank[each]))
         return {node_id: self.seconds[node_id] for node_id in ordered}

@@ -15,7 +15,7 @@ from megatron_medha.core.cost.hardware import Hardware, Link
 from megatron_medha.core.errors import ConfigError, check_member, check_range
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.core.ports import EnginePhase
+from megatron_medha.core.ports import EnginePhase, EngineStatus, TokenDelivery
 from megatron_medha.core.request import Rejection, Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule
@@ -268,4 +268,6 @@ def test_a_number_may_be_both_ends_of_its_range_or_none_and_must_be_finite() -> 
 def test_words_of_options_and_of_the_api_stay() -> None:
     assert [each.value for each in Chunking] == ["adaptive", "fixed", "whole"]
     assert [each.value for each in FinishReason] == ["stop", "length"]
+    assert defaults(EngineStatus) == {"detail": "", "fraction": 0.0, "num_failures": 0, "num_recoveries": 0}
+    assert defaults(TokenDelivery) == {"finish_reason": None, "logprobs": None, "prompt_logprobs": None}
     assert [each.value for each in EnginePhase] == ["loading", "ready", "recovering", "failed", "stopped"]
