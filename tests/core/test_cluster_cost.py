@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_medha.core.cost.cached_cost import CachedClusterCost
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware, Link, all_gather_s, all_reduce_s, send_s
@@ -342,18 +341,6 @@ def test_two_ranks_pay_for_a_collective_and_a_message_costs_its_latency_and_its_
     assert all_reduce_s(link, 2, 200.0) == 1.0 + 2 * 0.5 * 2.0
     assert all_gather_s(link, 2, 200.0) == 1.0 + 2.0
     assert send_s(link, 200.0) == 3.0
-
-
-def test_a_cost_that_remembers_says_the_same_to_the_bit() -> None:
-    layout = ParallelLayout(tp=2, spp=2)
-    plain = ClusterCost(shape=HAND, hardware=SLOW, engine=BUSY_HOST, layout=layout)
-    cached = CachedClusterCost(shape=HAND, hardware=SLOW, engine=BUSY_HOST, layout=layout)
-    for _ in range(2):
-        assert cached.linear_s(7, 3) == plain.linear_s(7, 3)
-        assert cached.layer_s(7) == plain.layer_s(7)
-        assert cached.attention_s(5, 7) == plain.attention_s(5, 7)
-        assert cached.decode_attention_s(50) == plain.decode_attention_s(50)
-    assert cached.stages_s(load_of(plain, 5, 7)) == plain.stages_s(load_of(plain, 5, 7))
 
 
 @pytest.mark.parametrize(

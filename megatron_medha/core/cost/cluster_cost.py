@@ -46,22 +46,13 @@ class ClusterCost:
         # A simulation asks for the same few steps a million times: each is worked out once.
         self.linear_s = lru_cache(_NUM_STEPS)(self.linear_s)  # type: ignore[method-assign]
         self.layer_s = lru_cache(_NUM_LAYERS)(self.layer_s)  # type: ignore[method-assign]
-        self.attention_s = self._attention.chunk_s  # type: ignore[method-assign]
-        self.decode_attention_s = self._attention.decode_s  # type: ignore[method-assign]
+        self.attention_s, self.decode_attention_s = self._attention.chunk_s, self._attention.decode_s
 
     def linear_s(self, num_tokens: int, num_sequences: int) -> float:
         """See CostModel. Launching counts where it takes longer than the products."""
         device_s = self._num_layers * self.layer_s(num_tokens) + self.head_s(num_sequences)
         between_s = self._between_fixed_s + num_tokens * self._between_token_s
         return self.host_s(num_sequences) + max(device_s, self._launch_s) + between_s
-
-    def attention_s(self, start: int, num_tokens: int) -> float:
-        """See CostModel."""
-        return self._attention.chunk_s(start, num_tokens)
-
-    def decode_attention_s(self, context: int) -> float:
-        """See CostModel."""
-        return self._attention.decode_s(context)
 
     def merge_s(self, num_tokens: int, num_ranks: int) -> float:
         """Gathering and merging the partial attention of a chunk over `num_ranks` KVP ranks, over all layers.
