@@ -65,7 +65,7 @@ def text_of(found: Explanation) -> str:
         return "\n".join([*lines, f"rejected: {stats.why}", ""])
     lines.append(f"{'from, s':>11} {'to, s':>11}  {'slack / work':>18}  what happened")
     if found.learnt_s > stats.request.arrival_s:
-        lines.append(f"{stats.request.arrival_s:11.3f} {found.learnt_s:11.3f}  {'':>18}  on its way to the scheduler")
+        lines.append(f"{stats.request.arrival_s:11.3f} {found.learnt_s:11.3f}  {'':>18}  not yet at the scheduler")
     phases = found.at_most(_MAX_PHASES)
     deprioritized_s = found.deprioritized_s
     for phase, end_s in zip(phases, [*(later.start_s for later in phases[1:]), stats.first_token_s], strict=True):
@@ -84,8 +84,8 @@ def text_of(found: Explanation) -> str:
 
 def _deprioritized(at_s: float) -> str:
     return (
-        f"{at_s:11.3f} {'':>11}  {'':>18}  its deadline is lost, however fast it goes: from here on prompts that can "
-        "still be in time go first, and it keeps what scheduler.progress_share gives it (scheduler.has_triage)"
+        f"{at_s:11.3f} {'':>11}  {'':>18}  its deadline can no longer be met: prompts that can still meet theirs "
+        "run first, and it gets scheduler.progress_share once it is the longest overdue (scheduler.has_triage)"
     )
 
 
@@ -93,7 +93,8 @@ def _head(found: Explanation) -> list[str]:
     stats = found.stats
     request = stats.request
     lines = [
-        f"{request.request_id}: {request.num_prompt_tokens:,} prompt tokens, {request.max_output_tokens:,} to answer; "
+        f"{request.request_id}: {request.num_prompt_tokens:,} prompt tokens, "
+        f"up to {request.max_output_tokens:,} output tokens; "
         f"arrived at {request.arrival_s:.3f} s; policy {found.policy}"
     ]
     if stats.first_token_s is not None:
@@ -101,12 +102,12 @@ def _head(found: Explanation) -> list[str]:
         late_s = stats.first_token_s - found.deadline_s
         kept = f"missed by {late_s:.3f} s" if late_s > 0 else f"met with {-late_s:.3f} s to spare"
         lines.append(
-            f"first token after {ttft_s:.3f} s; its prefill alone is {found.work_s:.3f} s of work, as the scheduler "
-            f"sees it; deadline {found.deadline_s - request.arrival_s:.3f} s: {kept}"
+            f"first token after {ttft_s:.3f} s; predicted prefill time alone {found.work_s:.3f} s; "
+            f"deadline {found.deadline_s - request.arrival_s:.3f} s: {kept}"
         )
     elif stats.why is None:
         lines.append("no first token before the run ended")
-    lines.append(f"{found.num_ahead_on_arrival} other prefills were unfinished when it came")
+    lines.append(f"{found.num_ahead_on_arrival} other prefills were unfinished when it arrived")
     return lines
 
 
@@ -119,22 +120,22 @@ def _what(phase: RequestPhase) -> str:
     decodes = f"{num_decodes} decode{'' if num_decodes == 1 else 's'}"
     match phase.why:
         case WaitReason.COMPUTED:
-            shared = f", beside {beside}" if beside else ""
+            shared = f", with {beside}" if beside else ""
             return f"computed: {phase.num_tokens:,} tokens in {batches}{shared}; {decodes}"
         case WaitReason.TURNS:
             return f"computed: {phase.num_tokens:,} tokens in {phase.num_computed:,} of {batches}; others: {beside}"
         case WaitReason.IN_FLIGHT:
-            return f"its chunk is in the pipeline; {batches} of others" + (f": {beside}" if beside else "")
+            return f"its chunk is in flight; {batches} of others" + (f": {beside}" if beside else "")
         case WaitReason.PASSED:
-            return f"passed over in {batches} for {beside}; {decodes}"
+            return f"overtaken in {batches} by {beside}; {decodes}"
         case WaitReason.NO_MEMORY:
             return f"no KV memory for its whole prompt; {batches}" + (f" for {beside}" if beside else "")
         case WaitReason.NO_PLACE:
-            return f"as many requests own KV as may (scheduler.max_num_sequences); {batches}" + (
+            return f"scheduler.max_num_sequences requests own KV already; {batches}" + (
                 f" for {beside}" if beside else ""
             )
         case WaitReason.NO_ROOM:
-            return f"no room: {batches} of decodes alone, {decodes} each"
+            return f"step full: {batches} of decodes only, {decodes} each"
 
 
 def _names(others: list[RequestAhead]) -> str:
@@ -155,14 +156,14 @@ def _tail(found: Explanation) -> list[str]:
         end = "" if stats.last_token_s is None else f"; {stats.num_tokens_out:,} tokens by {stats.last_token_s:.3f} s"
         lines.append(f"{stats.first_token_s:11.3f} {'':>11}  {'':>18}  first token{end}")
     if stats.num_preemptions:
-        lines.append(f"its KV was taken {stats.num_preemptions} times for decodes without memory; "
-            f"{stats.num_tokens_lost:,} tokens were computed again")
+        lines.append(f"preempted {stats.num_preemptions} times, because decodes needed its KV blocks; "
+            f"{stats.num_tokens_lost:,} tokens were recomputed")
     ahead = found.ahead
     if ahead:
-        lines += ["", "who went before it:"]
+        lines += ["", "requests that ran before it:"]
         for one in ahead[:10]:
             lines.append(
-                f"  {one.request.request_id:<8} {one.request.num_prompt_tokens:>9,} prompt tokens, came at "
+                f"  {one.request.request_id:<8} {one.request.num_prompt_tokens:>9,} prompt tokens, arrived at "
                 f"{one.request.arrival_s:.3f} s: {one.num_tokens:,} tokens in {one.num_batches:,} batches, "
                 f"slack / work {one.first_slack:.2f} to {one.last_slack:.2f}"
             )

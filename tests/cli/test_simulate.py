@@ -146,7 +146,7 @@ def test_explain_says_who_went_before_a_request(run: Path, capsys: Capture) -> N
     assert main(["explain", str(run), "worst-short"]) == 0
     text = capsys.readouterr().out
     assert "800 prompt tokens" in text and "computed: 800 tokens in" in text
-    assert "who went before it:" in text and "r0 " in text and "150,000 prompt tokens" in text
+    assert "requests that ran before it:" in text and "r0 " in text and "150,000 prompt tokens" in text
     assert "first token; 5 tokens" in text
 
 
@@ -157,7 +157,7 @@ def test_explain_says_when_triage_let_others_go_first(tmp_path: Path, capsys: Ca
     capsys.readouterr()
     assert main(["explain", str(out), "worst-long"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    (place,) = [index for index, line in enumerate(lines) if "its deadline is lost" in line]
+    (place,) = [index for index, line in enumerate(lines) if "its deadline can no longer be met" in line]
     # It has lost when its slack is used up; what happened from then on is told apart from what was before.
     assert lines[place + 1].split()[0] == lines[place].split()[0]
     assert -0.1 < float(lines[place + 1].split()[2]) <= 0.0

@@ -41,7 +41,7 @@ class StopSignals:
         def handle(number: int, frame: FrameType | None) -> None:
             self.num_signals += 1
             if self.num_signals == 1 and is_asked_for():
-                print_line("\nstopping; once more to stop at once")
+                print_line("\nstopping: running requests may finish; Ctrl-C again stops now")
             elif self.num_signals == 2:
                 _force_exit()
             elif self.num_signals > 2:
