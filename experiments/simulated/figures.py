@@ -42,12 +42,14 @@ class Answers:
         self.searches: dict[str, dict[str, list[float]]] = values.get("searches", {})
 
     def write(self) -> None:
-        """In the order of names, as cells end in none of their own."""
-        values = {"cells": dict(sorted(self.cells.items()))}
-        if self.searches:
-            values["searches"] = {name: dict(sorted(found.items())) for name, found in self.searches.items()}
+        """A line for each cell, in the order of names, as cells end in none of their own."""
+        groups: dict[str, dict[str, Any]] = {"cells": self.cells, "searches": self.searches}
+        blocks = []
+        for group, values in groups.items():
+            lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values[name])}" for name in sorted(values))
+            blocks.append(f' "{group}": {{\n{lines}\n }}')
         draft = self.path.with_suffix(".part")
-        draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        draft.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
         draft.replace(self.path)
 
     def at(self, place: str | float) -> float:
