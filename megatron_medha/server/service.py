@@ -91,7 +91,9 @@ class Service:
         self.grammars = GrammarCache()
         self.started_unix_s = int(time.time())
         self._read_config = read_config
-        self._tokenizer = tokenizer
+        self._tokenizer: Future[Tokenizer] = tokenizer if isinstance(tokenizer, Future) else Future()
+        if isinstance(tokenizer, Tokenizer):
+            self._tokenizer.set_result(tokenizer)
         self._lag_watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -115,14 +117,11 @@ class Service:
 
     def prepare(self) -> None:
         """Start what the first chat would otherwise wait for, once the tokenizer is there."""
-        if isinstance(self._tokenizer, Tokenizer):
-            self.text.renders.prepare(self._tokenizer.template)
-        else:
-            self._tokenizer.add_done_callback(self._prepare)
+        def begin(loaded: Future[Tokenizer]) -> None:
+            if loaded.exception() is None:
+                self.text.renders.prepare(loaded.result().template)
 
-    def _prepare(self, loaded: Future[Tokenizer]) -> None:
-        if loaded.exception() is None:
-            self.text.renders.prepare(loaded.result().template)
+        self._tokenizer.add_done_callback(begin)
 
     async def reload(self) -> list[str]:
         """Read keys and limits again; the names of the settings that changed. ConfigError: nothing has changed."""
@@ -143,7 +142,7 @@ class Service:
     def status(self) -> EngineStatus:
         """The engine's status, or the tokenizer's where that is what is missing."""
         status = self.engine.status
-        if status.phase not in _ACCEPTING_PHASES or not isinstance(self._tokenizer, Future):
+        if status.phase not in _ACCEPTING_PHASES:
             return status
         if not self._tokenizer.done():
             return EngineStatus(EnginePhase.LOADING, "loading the tokenizer", status.fraction)
@@ -153,16 +152,14 @@ class Service:
     def on_status(self, on_change: Callable[[], None]) -> None:
         """Have this called after every change of status, on whichever thread makes it; it must return at once."""
         self.engine.on_status(on_change)
-        if isinstance(self._tokenizer, Future):
-            self._tokenizer.add_done_callback(lambda _: on_change())
+        self._tokenizer.add_done_callback(lambda _: on_change())
 
     def ready(self) -> ReadyState:
         """What routes work with; ApiError 503 while loading and once failed."""
         self.lifecycle.check_open()
         status, facts, wait_s = self.status, self.engine.facts, self.config.retry_after_s
         if status.phase in _ACCEPTING_PHASES and facts is not None:
-            tokenizer = self._tokenizer.result() if isinstance(self._tokenizer, Future) else self._tokenizer
-            return ReadyState(facts, tokenizer, self.sampling_defaults)
+            return ReadyState(facts, self._tokenizer.result(), self.sampling_defaults)
         if status.phase is EnginePhase.FAILED:
             raise ApiError(503, f"the engine has failed: {status.detail}", code="engine_failed")
         if status.phase is EnginePhase.STOPPED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -14,20 +15,16 @@ from megatron_medha.server.server_config import ServerConfig
 SMALL_BODY_BYTES = 64 * 2**10
 
 
+@dataclass(slots=True)
 class BodyBudget:
     """Bytes of large bodies until their requests are admitted, and of text that a thread still works on."""
 
-    def __init__(self, config: Callable[[], ServerConfig]) -> None:
-        self.num_bytes = 0
-        self.config = config
-
-    def hold(self) -> BodyMemory:
-        """Counts what one request holds; for a with statement."""
-        return BodyMemory(self)
+    config: Callable[[], ServerConfig]
+    num_bytes: int = 0
 
 
 class BodyMemory:
-    """What one request holds in memory before it is admitted; server.max_total_body_bytes limits all of them."""
+    """What one request holds until its admission, for a with statement; server.max_total_body_bytes limits the sum."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget

@@ -126,38 +126,22 @@ def _anthropic_type(status: int) -> str:
 
 def install(app: Starlette) -> None:
     """Make every error that leaves a route, or that no route caused, take OpenAI's shape."""
-    app.add_exception_handler(ApiError, _respond_api_error)
-    app.add_exception_handler(HTTPException, _respond_http_exception)
-    app.add_exception_handler(RecursionError, _respond_too_deep)
-    app.add_exception_handler(Exception, _respond_internal_error)
+    for kind in (ApiError, HTTPException, RecursionError, Exception):
+        app.add_exception_handler(kind, _respond)
 
 
-async def _respond_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.as_response(request.url.path)
-
-
-async def _respond_http_exception(request: Request, error: Exception) -> Response:
-    # The framework's own: unknown path (404), wrong method (405).
-    assert isinstance(error, HTTPException)
-    status = error.status_code
-    phrase = HTTPStatus(status).phrase
-    answer = ApiError(
-        status,
-        f"{phrase}: {request.method} {request.url.path}",
-        code=phrase.lower().replace(" ", "_"),
-        headers=dict(error.headers or {}),
-    )
-    return answer.as_response(request.url.path)
-
-
-async def _respond_too_deep(request: Request, error: Exception) -> Response:
-    # Nothing here is deep but what clients send: a schema that could just be decoded is gone through once more with
-    # less of the stack left.
-    log.info("body_too_deep", extra={"fields": {"path": request.url.path}})
-    return bad_request("the body is nested too deeply", code="invalid_json").as_response(request.url.path)
-
-
-async def _respond_internal_error(request: Request, error: Exception) -> Response:
-    # The framework re-raises after this answer, so the traceback is logged by the server.
-    return internal_error().as_response(request.url.path)
+async def _respond(request: Request, error: Exception) -> Response:
+    path = request.url.path
+    match error:
+        case ApiError():
+            return error.as_response(path)
+        case HTTPException(status_code=status):  # the framework's own: unknown path (404), wrong method (405)
+            phrase = HTTPStatus(status).phrase
+            message, code = f"{phrase}: {request.method} {path}", phrase.lower().replace(" ", "_")
+            return ApiError(status, message, code=code, headers=dict(error.headers or {})).as_response(path)
+        case RecursionError():
+            # Only what clients send is deep: a schema that could just be decoded is walked with less stack left.
+            log.info("body_too_deep", extra={"fields": {"path": path}})
+            return bad_request("the body is nested too deeply", code="invalid_json").as_response(path)
+        case _:  # the framework re-raises it after this response, and the server logs the traceback
+            return internal_error().as_response(path)

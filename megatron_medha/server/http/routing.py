@@ -7,10 +7,11 @@ listens, for checks of bodies that msgspec does here.
 from __future__ import annotations
 
 import html
-import inspect
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
+from inspect import cleandoc
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from starlette.types import Lifespan
 
 from megatron_medha.server.http.http_errors import ErrorResponse
 
-Route = Callable[..., Awaitable[Response]]
+Route = Callable[[Request], Awaitable[Response]]
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -72,59 +73,49 @@ class Api(Starlette):
         super().__init__(lifespan=lifespan)
         self.title = title
         self.version = version
-        self._described: list[tuple[str, str, dict[str, Any]]] = []  # path, method, operation
+        self._paths: dict[str, dict[str, dict[str, Any]]] = {}  # of /openapi.json: operations by path and method
         self._types: dict[type, None] = {}
-        self._schema: dict[str, Any] | None = None
-        self.add_api_route("/openapi.json", self._answer_schema, "GET")
-        self.add_api_route("/docs", self._answer_docs, "GET")
+        self.add_api_route("/openapi.json", "GET", None, self._answer_schema)
+        self.add_api_route("/docs", "GET", None, self._answer_docs)
 
     def get(self, path: str, shape: Shape | None = None) -> Callable[[Route], Route]:
         """Decorates what answers GET, as add_api_route()."""
-        return self._adder(path, "GET", shape)
+        return partial(self.add_api_route, path, "GET", shape)
 
     def post(self, path: str, shape: Shape | None = None) -> Callable[[Route], Route]:
         """Decorates what answers POST, as add_api_route()."""
-        return self._adder(path, "POST", shape)
+        return partial(self.add_api_route, path, "POST", shape)
 
-    def add_api_route(
-        self, path: str, route: Route, method: str, shape: Shape | None = None, name: str | None = None
-    ) -> None:
-        """Let `route` answer this method. It takes nothing, or the Request and parameters of the path by name.
-
-        shape: for /openapi.json and /docs; None: it is in neither.
-        """
+    def add_api_route(self, path: str, method: str, shape: Shape | None, route: Route, name: str = "") -> Route:
+        """Let `route` answer this method. shape: for /openapi.json and /docs; None: it is in neither."""
         name = name or route.__name__
-        self.router.add_route(path, _endpoint(route), [method], name)
+        self.router.add_route(path, route, [method], name)
         if shape is not None:
-            operation = _describe(path, method, name, route.__doc__ or "")
-            self._described.append((path, method, {**operation, **shape.operation()}))
+            operation = {**_describe(path, method, name, route.__doc__ or ""), **shape.operation()}
+            self._paths.setdefault(_PATH_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = operation
             self._types.update(dict.fromkeys(shape.types()))
+        return route
 
     def openapi(self) -> dict[str, Any]:
         """What /openapi.json answers."""
-        if self._schema is None:
-            paths: dict[str, dict[str, Any]] = {}
-            for path, method, operation in self._described:
-                paths.setdefault(_PATH_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = operation
-            _, components = msgspec.json.schema_components(self._types, ref_template=_REF_TEMPLATE)
-            self._schema = {
-                "openapi": OPENAPI_VERSION,
-                "info": {"title": self.title, "version": self.version},
-                "paths": paths,
-                "components": {"schemas": dict(components)},
-            }
-        return self._schema
+        _, components = msgspec.json.schema_components(self._types, ref_template=_REF_TEMPLATE)
+        return {
+            "openapi": OPENAPI_VERSION,
+            "info": {"title": self.title, "version": self.version},
+            "paths": self._paths,
+            "components": {"schemas": components},
+        }
 
-    async def _answer_schema(self) -> Response:
+    async def _answer_schema(self, _: Request) -> Response:
         """The description of all routes."""
         return json_response(self.openapi())
 
-    async def _answer_docs(self) -> Response:
+    async def _answer_docs(self, _: Request) -> Response:
         """All routes on a page without any script or outside asset."""
         rows = [
-            f"<tr><td>{method}</td><td><code>{html.escape(path)}</code></td>"
+            f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td>"
             f"<td>{html.escape(' '.join(operation['description'].split()))}</td></tr>"
-            for path, method, operation in self._described
+            for path, operations in self._paths.items() for method, operation in operations.items()
         ]
         page = (
             f"<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{html.escape(self.title)}</title>"
@@ -134,33 +125,15 @@ class Api(Starlette):
         )
         return Response(page, headers=_DOCS_HEADERS, media_type="text/html")
 
-    def _adder(self, path: str, method: str, shape: Shape | None) -> Callable[[Route], Route]:
-        def add(route: Route) -> Route:
-            self.add_api_route(path, route, method, shape)
-            return route
-
-        return add
-
 
 def _json_of(body: type) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": _REF_TEMPLATE.format(name=body.__name__)}}}
 
 
-def _endpoint(route: Route) -> Callable[[Request], Awaitable[Response]]:
-    """As Starlette calls it: with the request alone."""
-    names = tuple(inspect.signature(route).parameters)
-
-    async def answer(request: Request) -> Response:
-        return await route(*(request if name == "request" else request.path_params[name] for name in names))
-
-    return answer
-
-
 def _describe(path: str, method: str, name: str, docstring: str) -> dict[str, Any]:
-    words = name.replace("_", " ")
     operation: dict[str, Any] = {
-        "summary": words.capitalize(),
-        "description": inspect.cleandoc(docstring),
+        "summary": name.replace("_", " ").capitalize(),
+        "description": cleandoc(docstring),
         "operationId": f"{name}_{method.lower()}",
     }
     if names := _PATH_PARAMETER.findall(path):

@@ -14,7 +14,7 @@ from megatron_medha.server.anthropic import anthropic_messages
 from megatron_medha.server.bodies import openai_types as types
 from megatron_medha.server.bodies.anthropic_types import MessagesRequest, MessagesResponse, TokenCount
 from megatron_medha.server.bodies.responses_types import ResponsesRequest, ResponsesResponse
-from megatron_medha.server.http.body_reader import read_body
+from megatron_medha.server.http.body_reader import BodyMemory, read_body
 from megatron_medha.server.http.http_errors import AnthropicError, rejected
 from megatron_medha.server.http.request_body import BodyType, decode_request
 from megatron_medha.server.http.routing import Api, Shape
@@ -44,7 +44,7 @@ def add_generating_routes(app: Api, service: Service) -> None:
         shape: Shape,
     ) -> None:
         async def route(request: Request) -> Response:
-            with service.bodies.hold() as memory:
+            with BodyMemory(service.bodies) as memory:
                 raw = await read_body(request, service.config, memory)
                 context = read_context(request, service)
                 body = await decode_request(raw, body_type, context.ready.prompt_limits)
@@ -58,7 +58,7 @@ def add_generating_routes(app: Api, service: Service) -> None:
             return GenerationResponse(wire, service, context.ready.tokenizer, ticket)
 
         route.__doc__ = what
-        app.add_api_route(path, route, "POST", shape, name)
+        app.add_api_route(path, "POST", shape, route, name)
 
     add("/v1/completions", "completions", "Continue one or more prompts.",
         completions.BODY, completions.prepare_completion,
@@ -87,14 +87,14 @@ def add_token_routes(app: Api, service: Service) -> None:
         shape: Shape,
     ) -> None:
         async def route(request: Request) -> Response:
-            with service.bodies.hold() as memory:
+            with BodyMemory(service.bodies) as memory:
                 raw = await read_body(request, service.config, memory)
                 ready = service.ready()
                 body = await decode_request(raw, body_type, ready.prompt_limits)
                 return await cancel_on_disconnect(request.receive, memory.num_bytes, answer(service, ready, body))
 
         route.__doc__ = what
-        app.add_api_route(path, route, "POST", shape, name)
+        app.add_api_route(path, "POST", shape, route, name)
 
     add("/v1/messages/count_tokens", "count_message_tokens", "How many tokens the prompt of a chat has.",
         anthropic_messages.BODY, anthropic_messages.count_tokens,

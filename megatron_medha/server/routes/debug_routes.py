@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_medha.server.http.http_errors import ApiError
@@ -80,7 +81,7 @@ def add_routes(app: Api, service: Service) -> None:
     page = importlib.resources.files("megatron_medha.server.observe").joinpath("dashboard.html").read_bytes()
 
     @app.get("/dashboard")
-    async def dashboard() -> Response:
+    async def dashboard(_: Request) -> Response:
         """A page without any outside asset; what it shows comes from /debug/live, with a key where one is needed."""
         headers = {
             "content-type": "text/html; charset=utf-8",
@@ -90,13 +91,13 @@ def add_routes(app: Api, service: Service) -> None:
         return Response(page, headers=headers)
 
     @app.get("/debug/schedule", _SHAPE)
-    async def schedule() -> Response:
+    async def schedule(_: Request) -> Response:
         """Who waits, with how much slack and why; what is in flight."""
         steps = [_step(step) for step in _latest_steps(service, 20)]
         return json_response({"view": await _fresh_view(service), "steps": steps})
 
     @app.get("/debug/live", _SHAPE)
-    async def live() -> Response:
+    async def live(_: Request) -> Response:
         """Everything the page shows, in one answer."""
         metrics, load = service.metrics, service.engine.load
         return json_response({
@@ -121,13 +122,14 @@ def add_routes(app: Api, service: Service) -> None:
         })  # fmt: skip
 
     @app.get("/debug/requests", _SHAPE)
-    async def requests() -> Response:
+    async def requests(_: Request) -> Response:
         """The newest requests, newest first."""
         return json_response({"requests": service.journal.recent(MAX_LISTED)})
 
     @app.get("/debug/requests/{response_id}", _SHAPE)
-    async def request(response_id: str) -> Response:
+    async def request(request: Request) -> Response:
         """One request's story: the id of an answer, or of one of its choices (ID-0, ID-1...)."""
+        response_id = request.path_params["response_id"]
         ids = service.journal.request_ids_of(response_id)
         traces = [trace for one in ids if (trace := service.journal.trace(one)) is not None]
         if not traces:

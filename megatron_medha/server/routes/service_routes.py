@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_medha.core.errors import ConfigError
@@ -37,14 +38,14 @@ def add_model_routes(app: Api, service: Service) -> None:
         )
 
     @app.get("/v1/models", Shape(answer=types.ModelList, errors=(401,)))
-    async def models() -> Response:
+    async def models(_: Request) -> Response:
         """The models that are served."""
         return json_response(types.ModelList(data=[describe(name) for name in service.served_names()]))
 
     @app.get("/v1/models/{name:path}", Shape(answer=types.Model, errors=(401, 404)))
-    async def model(name: str) -> Response:
+    async def model(request: Request) -> Response:
         """One of them."""
-        return json_response(describe(service.model_name(name)))
+        return json_response(describe(service.model_name(request.path_params["name"])))
 
 
 def add_probe_routes(app: Api, service: Service, page: MetricsPage, model_name: str) -> None:
@@ -55,22 +56,22 @@ def add_probe_routes(app: Api, service: Service, page: MetricsPage, model_name: 
         phase = "draining" if service.lifecycle.is_draining else status.phase.value
         return types.Readiness(status=phase, detail=status.detail, fraction=status.fraction)
 
-    async def health() -> Response:
+    async def health(_: Request) -> Response:
         """200 while the process lives and the engine has not failed."""
         has_failed = service.status.phase is EnginePhase.FAILED
         return json_response(readiness(), 503 if has_failed else 200)
 
-    async def ready() -> Response:
+    async def ready(_: Request) -> Response:
         """200 once requests are taken; until then 503, saying how far loading is."""
         is_ready = service.status.phase is EnginePhase.READY and not service.lifecycle.is_draining
         headers = {} if is_ready else {"retry-after": str(service.config.retry_after_s)}
         return json_response(readiness(), 200 if is_ready else 503, headers)
 
-    async def tell_version() -> Response:
+    async def tell_version(_: Request) -> Response:
         """Of this server."""
         return json_response(types.Version(version=package_version()))
 
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         """Prometheus' text format."""
         name = next(iter(service.served_names()), model_name)
         return Response(page.render(name), headers={"content-type": CONTENT_TYPE})
@@ -85,15 +86,15 @@ def add_probe_routes(app: Api, service: Service, page: MetricsPage, model_name: 
         ("/metrics", metrics, Shape()),
     ):
         name = path.strip("/")
-        app.add_api_route(path, route, "GET", shape, name)
-        app.add_api_route(path, route, "HEAD", name=f"{name}_head")
+        app.add_api_route(path, "GET", shape, route, name)
+        app.add_api_route(path, "HEAD", None, route, f"{name}_head")
 
 
 def add_admin_routes(app: Api, service: Service) -> None:
     """Reload and drain, for those with the admin key."""
 
     @app.post("/admin/reload", Shape(answer=types.Reloaded, errors=(400, 401, 403)))
-    async def reload() -> Response:
+    async def reload(_: Request) -> Response:
         """Read keys and limits again, as SIGHUP does."""
         try:
             return json_response(types.Reloaded(changed=await service.reload()))
@@ -101,7 +102,7 @@ def add_admin_routes(app: Api, service: Service) -> None:
             raise bad_request(str(error), code="configuration_error") from None
 
     @app.post("/admin/drain", Shape(answer=types.Readiness, errors=(401, 403)))
-    async def drain() -> Response:
+    async def drain(_: Request) -> Response:
         """Take nothing new, finish what runs, and end, as SIGTERM does."""
         service.lifecycle.end_server()
         return json_response(types.Readiness(status="draining", detail="", fraction=1.0), 202)
