@@ -6,6 +6,7 @@ Everything here runs on the event loop. What the scheduler rejects (a prompt tha
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class AdmissionControl:
         self.num_live = 0
         self.num_waiting = 0
         self.num_waiting_tokens = 0
-        self.num_refused: dict[str, int] = {}
+        self.num_refused: Counter[str] = Counter()
         self._now_s = now_s
         self._forecast = forecast
         self._accounts: dict[str, _KeyUsage] = {}
@@ -81,13 +82,12 @@ class AdmissionControl:
         """Take the places that the requests of one HTTP request need, all or none."""
         account = self._account(config, client)
         num_tokens = sum(request.num_prompt_tokens for request in requests)
-        rejection = (
+        rejection = self._counted(
             self._without_place(config, len(requests))
             or self._over_limits(config, account, len(requests), num_tokens)
             or (self._if_late(requests) if config.reject_late else None)
         )
         if rejection is not None:
-            self._counted(rejection)
             return rejection
         account.num_tokens_left -= num_tokens
         self._forecast.reserve(requests)
@@ -146,7 +146,7 @@ class AdmissionControl:
 
     def _counted(self, rejection: Rejection | None) -> Rejection | None:
         if rejection is not None:
-            self.num_refused[rejection.reason] = self.num_refused.get(rejection.reason, 0) + 1
+            self.num_refused[rejection.reason] += 1
         return rejection
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.output_streams import OutputStreams
@@ -58,11 +59,9 @@ class Lifecycle:
         except TimeoutError:
             log.warning("drain_timed_out", extra={"fields": {"num_cut_off": self._num_active}})
             self._streams.end_all(self._stopping)
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(_CUT_OFF_GRACE_S):
                 await self._is_idle.wait()
-        except TimeoutError:
-            pass
 
     def _stopping(self) -> ApiError:
         return ApiError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 from megatron_medha.core.ports import Delivery
 from megatron_medha.server.http.http_errors import ApiError
@@ -34,7 +35,7 @@ class OutputStream:
         self._on_overflow = on_overflow
         self._items: deque[tuple[Delivery, float]] = deque()  # each with the time at which it reached the event loop
         self._end: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._has_news = asyncio.Event()
         self._num_in_turn = 0  # taken since others could run
 
     def push(self, delivery: Delivery, at_s: float) -> None:
@@ -46,14 +47,14 @@ class OutputStream:
             self._on_overflow()
             return
         self._items.append((delivery, at_s))
-        self._wake()
+        self._has_news.set()
 
     def end(self, why: Exception) -> None:
         """No delivery matters any more: next() raises this from now on. The first reason stays."""
         if self._end is None:
             self._end = why
             self._items.clear()
-            self._wake()
+            self._has_news.set()
 
     async def next(self) -> tuple[Delivery, float]:
         """The next delivery, and when it reached the event loop; raises the reason given to end()."""
@@ -61,7 +62,8 @@ class OutputStream:
             if self._end is not None:
                 raise self._end
             if not self._items:
-                await self._wait()
+                self._has_news.clear()
+                await self._has_news.wait()
             elif self._num_in_turn == _MAX_PER_TURN:
                 await asyncio.sleep(0)
             else:
@@ -72,23 +74,11 @@ class OutputStream:
     async def wait(self, timeout_s: float) -> bool:
         """Whether next() has something to say, after waiting that long at most."""
         if self._end is None and not self._items:
-            try:
+            self._has_news.clear()
+            with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
-                    await self._wait()
-            except TimeoutError:
-                return False
-        return True
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+                    await self._has_news.wait()
+        return self._end is not None or bool(self._items)
 
 
 class OutputStreams:

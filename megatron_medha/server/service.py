@@ -92,7 +92,7 @@ class Service:
         self.started_unix_s = int(time.time())
         self._read_config = read_config
         self._tokenizer: Future[Tokenizer] = tokenizer if isinstance(tokenizer, Future) else Future()
-        if isinstance(tokenizer, Tokenizer):
+        if not isinstance(tokenizer, Future):
             self._tokenizer.set_result(tokenizer)
         self._lag_watch: asyncio.Task[None] | None = None
 

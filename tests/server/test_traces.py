@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import Any
@@ -11,7 +12,6 @@ from live_server import WAIT_S, LiveEngine
 from running_server import StartServer
 
 from megatron_medha.core.errors import DependencyError
-from megatron_medha.server.observe import tracing as module
 from megatron_medha.server.observe.tracing import OtelTraces
 
 ENDPOINT = "http://127.0.0.1:1/v1/traces"
@@ -38,7 +38,7 @@ class Kept:
 
 
 def test_without_the_library_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_find", lambda name: None)
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(DependencyError, match=r"pip install 'megatron_medha\[otel\]'"):
         OtelTraces(ENDPOINT)
 

@@ -9,10 +9,12 @@ take a lock and a walk over all buckets.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_medha.core.ports import EnginePhase, ReplicaState
 from megatron_medha.server.generation import Choice, GenerationSpec
@@ -97,112 +99,110 @@ class Histogram:
         self.total += value
 
 
+def _histogram(bounds: Sequence[float], named: Named) -> Any:
+    return field(default_factory=partial(Histogram, bounds, named))
+
+
+def _count(named: Named) -> Any:
+    return field(default=0, metadata={"named": named})
+
+
+@dataclass(eq=False)
 class Metrics:
     """All measurements of one server."""
 
-    def __init__(self) -> None:
-        # on the event loop
-        self.ttft_s = Histogram(
-            TTFT_S, in_vllm("time_to_first_token_seconds", "From the arrival of a request to its first token")
-        )
-        self.inter_token_s = Histogram(TOKEN_S, in_vllm(
-            "inter_token_latency_seconds",
-            "Between two tokens of a request", "time_per_output_token_seconds",
-        ))
-        self.time_per_output_token_s = Histogram(
-            TOKEN_S, in_vllm("request_time_per_output_token_seconds", "Mean time between the tokens of one request")
-        )
-        self.e2e_s = Histogram(
-            REQUEST_S, in_vllm("e2e_request_latency_seconds", "From the arrival of a request to its last token")
-        )
-        self.decode_s = Histogram(
-            REQUEST_S, in_vllm("request_decode_time_seconds", "From a request's first token to its last")
-        )
-        self.prompt_tokens = Histogram(NUM_TOKENS, in_vllm("request_prompt_tokens", "Prompt tokens of a request"))
-        self.output_tokens = Histogram(NUM_TOKENS, in_vllm("request_generation_tokens", "Output tokens of a request"))
-        self.params_n = Histogram(NUM_CHOICES, in_vllm("request_params_n", "The n that clients ask for"))
-        self.params_max_tokens = Histogram(
-            NUM_TOKENS, in_vllm("request_params_max_tokens", "Output tokens that a request may have")
-        )
-        self.loop_lag_s = Histogram(LAGS_S, own(
-            "event_loop_lag_seconds",
-            "How late the API server's event loop runs what is due, as far as the server's own work explains it",
-        ))
-        self.recent_lags_s: deque[float] = deque([0.0], maxlen=NUM_RECENT_LAGS)
-        self.num_prompt_tokens = 0
-        self.num_output_tokens = 0
-        self.num_ttft_slo_met = 0
-        self.num_ttft_slo_missed = 0
-        self.num_cut_off: dict[str, int] = {}
-        self.num_ended: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
-        # on the engine's thread
-        self.queue_s = Histogram(
-            REQUEST_S, in_vllm("request_queue_time_seconds", "From the arrival of a request to its first schedule")
-        )
-        self.prefill_s = Histogram(
-            REQUEST_S, in_vllm("request_prefill_time_seconds", "From a request's first schedule to its first token")
-        )
-        self.step_predicted_s = Histogram(
-            STEP_S, own("step_predicted_seconds", "Duration of a step as the scheduler predicted it")
-        )
-        self.step_actual_s = Histogram(
-            STEP_S, own("step_actual_seconds", "Duration of a step as the ranks measured it")
-        )
-        self.step_relative_error = Histogram(
-            RELATIVE_ERRORS, own("step_prediction_relative_error", "|predicted / actual - 1| of a step")
-        )
-        self.step_ratio = Histogram(
-            RATIOS, own("step_actual_over_predicted_ratio", "Actual / predicted duration of a step; above 1: too slow")
-        )
-        self.step_tokens = Histogram(NUM_STEP_TOKENS, in_vllm("iteration_tokens_total", "Tokens of a step"))
-        self.relative_slack = Histogram(RELATIVE_SLACKS, own(
-            "relative_slack_at_first_token",
-            "What was left of a request's first-token deadline, in units of its own predicted prefill; below 0: missed",
-        ))
-        self.kvp_degree = Histogram(
-            KVP_DEGREES, own("kvp_degree", "KVP ranks that hold a request's KV when its first token comes")
-        )
-        self.num_deadlines_met: dict[tuple[str, ...], int] = {}     # by length class and SLO class
-        self.num_deadlines_missed: dict[tuple[str, ...], int] = {}
-        self.num_paused_prefills = 0
-        self.num_recomputed_tokens = 0
-        self.stage_busy_s = 0.0
-        self.work_present_s = 0.0
-        self.num_preemptions = 0
-        self.num_preempted_tokens = 0
-        self.num_rejected = 0
+    # on the event loop
+    ttft_s: Histogram = _histogram(
+        TTFT_S, in_vllm("time_to_first_token_seconds", "From the arrival of a request to its first token")
+    )
+    inter_token_s: Histogram = _histogram(TOKEN_S, in_vllm(
+        "inter_token_latency_seconds", "Between two tokens of a request", "time_per_output_token_seconds",
+    ))
+    time_per_output_token_s: Histogram = _histogram(
+        TOKEN_S, in_vllm("request_time_per_output_token_seconds", "Mean time between the tokens of one request")
+    )
+    e2e_s: Histogram = _histogram(
+        REQUEST_S, in_vllm("e2e_request_latency_seconds", "From the arrival of a request to its last token")
+    )
+    decode_s: Histogram = _histogram(
+        REQUEST_S, in_vllm("request_decode_time_seconds", "From a request's first token to its last")
+    )
+    prompt_tokens: Histogram = _histogram(NUM_TOKENS, in_vllm("request_prompt_tokens", "Prompt tokens of a request"))
+    output_tokens: Histogram = _histogram(
+        NUM_TOKENS, in_vllm("request_generation_tokens", "Output tokens of a request")
+    )
+    params_n: Histogram = _histogram(NUM_CHOICES, in_vllm("request_params_n", "The n that clients ask for"))
+    params_max_tokens: Histogram = _histogram(
+        NUM_TOKENS, in_vllm("request_params_max_tokens", "Output tokens that a request may have")
+    )
+    loop_lag_s: Histogram = _histogram(LAGS_S, own(
+        "event_loop_lag_seconds",
+        "How late the API server's event loop runs what is due, as far as the server's own work explains it",
+    ))
+    recent_lags_s: deque[float] = field(default_factory=lambda: deque([0.0], maxlen=NUM_RECENT_LAGS))
+    num_prompt_tokens: int = _count(in_vllm("prompt_tokens", "Prompt tokens computed, also of aborted requests"))
+    num_output_tokens: int = _count(in_vllm("generation_tokens", "Tokens generated"))
+    num_ttft_slo_met: int = _count(own("ttft_slo_met", "Requests that met the TTFT target they brought"))
+    num_ttft_slo_missed: int = _count(own("ttft_slo_missed", "Requests that missed the TTFT target they brought"))
+    num_cut_off: Counter[str] = field(default_factory=Counter)
+    num_ended: Counter[str] = field(default_factory=lambda: Counter(stop=0, length=0, abort=0, error=0))
+    # on the engine's thread
+    queue_s: Histogram = _histogram(
+        REQUEST_S, in_vllm("request_queue_time_seconds", "From the arrival of a request to its first schedule")
+    )
+    prefill_s: Histogram = _histogram(
+        REQUEST_S, in_vllm("request_prefill_time_seconds", "From a request's first schedule to its first token")
+    )
+    step_predicted_s: Histogram = _histogram(
+        STEP_S, own("step_predicted_seconds", "Duration of a step as the scheduler predicted it")
+    )
+    step_actual_s: Histogram = _histogram(
+        STEP_S, own("step_actual_seconds", "Duration of a step as the ranks measured it")
+    )
+    step_relative_error: Histogram = _histogram(
+        RELATIVE_ERRORS, own("step_prediction_relative_error", "|predicted / actual - 1| of a step")
+    )
+    step_ratio: Histogram = _histogram(
+        RATIOS, own("step_actual_over_predicted_ratio", "Actual / predicted duration of a step; above 1: too slow")
+    )
+    step_tokens: Histogram = _histogram(NUM_STEP_TOKENS, in_vllm("iteration_tokens_total", "Tokens of a step"))
+    relative_slack: Histogram = _histogram(RELATIVE_SLACKS, own(
+        "relative_slack_at_first_token",
+        "What was left of a request's first-token deadline, in units of its own predicted prefill; below 0: missed",
+    ))
+    kvp_degree: Histogram = _histogram(
+        KVP_DEGREES, own("kvp_degree", "KVP ranks that hold a request's KV when its first token comes")
+    )
+    num_deadlines_met: Counter[tuple[str, ...]] = field(default_factory=Counter)  # by length class and SLO class
+    num_deadlines_missed: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    num_preemptions: int = _count(in_vllm("num_preemptions", "Sequences that lost their KV to a decode"))
+    num_preempted_tokens: int = _count(
+        own("preempted_tokens", "Tokens that had to be recomputed because KV was lost")
+    )
+    num_recomputed_tokens: int = _count(
+        own("recomputed_tokens", "Prompt and output tokens computed more than once")
+    )
+    num_paused_prefills: int = _count(
+        own("prefill_pauses", "Prefills that others overtook at a chunk boundary, with KV kept")
+    )
+    stage_busy_s: float = _count(own("stage_busy_seconds", "Time the ranks computed, by the step and pipeline stage"))
+    work_present_s: float = _count(own(
+        "work_present_seconds", "Time in which there was work; 1 - stage_busy / work_present is the share of bubbles",
+    ))
+    num_rejected: int = _count(own("rejected_requests", "Requests refused by the scheduler"))
 
     @property
     def counters(self) -> dict[Named, float]:
         """Those without labels of their own."""
-        return {
-            in_vllm("prompt_tokens", "Prompt tokens computed, also of aborted requests"): self.num_prompt_tokens,
-            in_vllm("generation_tokens", "Tokens generated"): self.num_output_tokens,
-            in_vllm("num_preemptions", "Sequences that lost their KV to a decode"): self.num_preemptions,
-            own("preempted_tokens", "Tokens that had to be recomputed because KV was lost"): self.num_preempted_tokens,
-            own("recomputed_tokens", "Prompt and output tokens computed more than once"): self.num_recomputed_tokens,
-            own(
-                "prefill_pauses",
-                "Prefills that others overtook at a chunk boundary, with KV kept",
-            ): self.num_paused_prefills,
-            own("stage_busy_seconds", "Time the ranks computed, by the step and pipeline stage"): self.stage_busy_s,
-            own(
-                "work_present_seconds",
-                "Time in which there was work; 1 - stage_busy / work_present is the share of bubbles",
-            ): self.work_present_s,
-            own("rejected_requests", "Requests refused by the scheduler"): self.num_rejected,
-            own("ttft_slo_met", "Requests that met the TTFT target they brought"): self.num_ttft_slo_met,
-            own("ttft_slo_missed", "Requests that missed the TTFT target they brought"): self.num_ttft_slo_missed,
-        }
+        return {one.metadata["named"]: getattr(self, one.name) for one in fields(self) if one.metadata}
 
     def labelled_counters(self, slo_classes: Iterable[str]) -> Iterator[LabelledCounts]:
         """Those with labels. slo_classes: all that a request may have, whether or not one has come."""
-        keys = product([*(name for _, name in LENGTH_CLASSES), LONGEST_CLASS], slo_classes)
-        no_deadlines: dict[tuple[str, ...], int] = dict.fromkeys(keys, 0)
+        keys = list(product([*(name for _, name in LENGTH_CLASSES), LONGEST_CLASS], slo_classes))
         lengths = ("length_class", "slo_class")
         yield LabelledCounts(
             in_vllm("request_success", "Requests that ended, by reason"), ("finished_reason",),
-            {(reason,): count for reason, count in self.num_ended.items()},
+            with_zeros((), self.num_ended),
         )  # fmt: skip
         yield LabelledCounts(
             own("requests_cut_off", "HTTP requests that ended without their whole answer"), ("reason",),
@@ -210,11 +210,11 @@ class Metrics:
         )  # fmt: skip
         yield LabelledCounts(
             own("deadlines_met", "Requests whose first token came in time"), lengths,
-            no_deadlines | self.num_deadlines_met.copy(),
+            {**dict.fromkeys(keys, 0), **self.num_deadlines_met.copy()},
         )  # fmt: skip
         yield LabelledCounts(
             own("deadlines_missed", "Requests whose first token came late"), lengths,
-            no_deadlines | self.num_deadlines_missed.copy(),
+            {**dict.fromkeys(keys, 0), **self.num_deadlines_missed.copy()},
         )  # fmt: skip
 
     @property
@@ -235,15 +235,9 @@ class Metrics:
         ttft_s = at_s - spec.arrival_s
         self.ttft_s.observe(ttft_s)
         if spec.ttft_slo_s is not None:
-            if ttft_s <= spec.ttft_slo_s:
-                self.num_ttft_slo_met += 1
-            else:
-                self.num_ttft_slo_missed += 1
+            self.num_ttft_slo_met += ttft_s <= spec.ttft_slo_s
+            self.num_ttft_slo_missed += ttft_s > spec.ttft_slo_s
         self.num_output_tokens += 0 if spec.discards_output else 1
-
-    def prompt_computed(self, num_tokens: int) -> None:
-        """So much of a choice's prompt was computed: all of it with the first token, less where it ended before."""
-        self.num_prompt_tokens += num_tokens
 
     def next_token(self, gap_s: float) -> None:
         """A later token of a choice reached the server, that long after the one before."""
@@ -263,14 +257,6 @@ class Metrics:
         if choice.num_tokens > 1:
             self.time_per_output_token_s.observe(decode_s / (choice.num_tokens - 1))
 
-    def choices_ended(self, reason: str, num_choices: int) -> None:
-        """Choices ended without being complete: "abort" or "error"."""
-        self.num_ended[reason] += num_choices
-
-    def cut_off(self, why: str) -> None:
-        """An HTTP request ended without its whole answer."""
-        self.num_cut_off[why] = self.num_cut_off.get(why, 0) + 1
-
     # from the request log's observers, on the engine's thread
 
     def first_token_scheduled(
@@ -280,8 +266,7 @@ class Metrics:
         self.relative_slack.observe(relative_slack)
         self.kvp_degree.observe(kvp_degree)
         counts = self.num_deadlines_met if is_in_time else self.num_deadlines_missed
-        key = (length_class(num_prompt_tokens), slo_class)
-        counts[key] = counts.get(key, 0) + 1
+        counts[length_class(num_prompt_tokens), slo_class] += 1
 
     def step_done(self, duration_s: float, predicted_s: float | None) -> None:
         """A step has been computed; predicted_s: None where it is not known."""
@@ -304,16 +289,12 @@ def replica_gauges(replica: ReplicaState) -> dict[Named, float]:
     status, load = replica
     num_used = load.num_blocks - load.num_free_blocks
     return {
-        own(
-            "is_ready",
-            "1 while requests run; 0 while the model loads or ranks come up again",
-        ): float(status.phase is EnginePhase.READY),
+        own("is_ready", "1 while requests run; 0 while the model loads or ranks come up again"):
+            float(status.phase is EnginePhase.READY),
         in_vllm("num_requests_running", "Requests in prefill or decode"): load.num_prefilling + load.num_decoding,
         in_vllm("num_requests_waiting", "Requests not begun"): load.num_waiting,
-        in_vllm(
-            "kv_cache_usage_perc",
-            "Share of KV blocks in use, 0 to 1", "gpu_cache_usage_perc",
-        ): num_used / load.num_blocks if load.num_blocks else 0.0,
+        in_vllm("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", "gpu_cache_usage_perc"):
+            num_used / load.num_blocks if load.num_blocks else 0.0,
         own("num_waiting_tokens", "Prompt tokens not computed yet"): load.num_waiting_tokens,
         own("num_prefilling", "Requests in prefill"): load.num_prefilling,
         own("num_decoding", "Requests in decode"): load.num_decoding,

@@ -17,7 +17,6 @@ from megatron_medha.server.bodies.openai_types import Usage
 from megatron_medha.server.generation import Choice, Piece
 from megatron_medha.server.http.connection import TRANSPORT
 from megatron_medha.server.http.http_errors import ApiError, internal_error, rejected
-from megatron_medha.server.observe.tracing import EndedRequest
 from megatron_medha.server.openai.wire_format import WireFormat
 from megatron_medha.server.output_streams import ClientDisconnected, EngineLost, OutputStream
 from megatron_medha.server.routes.timeouts import RequestTimeouts, until_gone
@@ -117,9 +116,9 @@ class GenerationResponse(Response):
         self._outcome = outcome
         for request_id, choice in self._choice_by_id.items():
             if choice.first_token_s is None:
-                self._metrics.prompt_computed(self._service.journal.num_computed_prompt_tokens(request_id))
-        self._metrics.choices_ended(reason, num_choices)
-        self._metrics.cut_off(outcome)
+                self._metrics.num_prompt_tokens += self._service.journal.num_computed_prompt_tokens(request_id)
+        self._metrics.num_ended[reason] += num_choices
+        self._metrics.num_cut_off[outcome] += 1
 
     def _log_request(self, state: Mapping[str, Any]) -> None:
         # The one line about a request, and its trace: what it was and how it went, never what it said.
@@ -138,15 +137,11 @@ class GenerationResponse(Response):
             log.info("request_done", extra={"fields": {**fields, "ttft_s": ttft_s, "duration_s": duration_s}})
         if traces is not None:
             trace = self._service.journal.trace(spec.request_id(0))
-            traces.tell(EndedRequest(
-                attributes={name: value for name, value in fields.items() if value is not None},
-                is_error=self._outcome != "done",
-                traceparent=state.get("traceparent"),
-                arrival_s=spec.arrival_s,
-                scheduled_s=trace.first_scheduled_s if trace is not None else None,
-                first_token_s=self._first_token_s,
-                ended_s=now_s,
-            ))  # fmt: skip
+            scheduled_s = None if trace is None else trace.first_scheduled_s
+            traces.export(
+                fields, is_error=self._outcome != "done", traceparent=state.get("traceparent"),
+                arrival_s=spec.arrival_s, scheduled_s=scheduled_s, first_token_s=self._first_token_s, ended_s=now_s,
+            )  # fmt: skip
 
     def _unsent_part(self) -> int | None:
         """The number of the part that waits for its reader; None when none does."""
@@ -180,7 +175,7 @@ class GenerationResponse(Response):
                 self._first_token_s = at_s
             self._ticket.first_token(choice.index)
             self._metrics.first_token(self._spec, at_s)
-            self._metrics.prompt_computed(len(choice.prompt.token_ids))
+            self._metrics.num_prompt_tokens += len(choice.prompt.token_ids)
         else:
             self._metrics.next_token(at_s - choice.last_token_s)
         choice.last_token_s = at_s
