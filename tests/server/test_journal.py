@@ -21,8 +21,15 @@ from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.admission import AdmissionControl
 from megatron_medha.server.observe.metrics import Metrics, length_class
 from megatron_medha.server.observe.metrics_page import MetricsPage
-from megatron_medha.server.observe.request_log import MAX_LOSSES, MAX_RUNS, MAX_TRACES, ChunkRun, RequestLog, _thinned
-from megatron_medha.server.routes.debug_routes import RunInterval, WaitInterval, explain_trace
+from megatron_medha.server.observe.request_log import (
+    MAX_LOSSES,
+    MAX_RUNS,
+    MAX_TRACES,
+    RequestLog,
+    RunInterval,
+    _thinned,
+)
+from megatron_medha.server.routes.debug_routes import WaitInterval, explain_trace
 from megatron_medha.server.slo import SloClass, SloConfig
 from megatron_medha.server.ttft_estimate import PendingPrefills
 from megatron_medha.stats.snapshot import SnapshotObserver, take_snapshot
@@ -197,7 +204,7 @@ def test_a_story_remembers_so_many_runs_and_losses_only() -> None:
     world = World()
     world.arrive("r", 128)
     trace = world.journal.traces["r"]
-    trace.runs = [ChunkRun(i, i + 0.5, 2 * i, 2 * i, 32 * i, 32, 1, 0.0, 0.0) for i in range(MAX_RUNS + 1)]
+    trace.runs = [RunInterval(i, i + 0.5, (2 * i, 2 * i), 32 * i, 32, 1, 0.0, 0.0) for i in range(MAX_RUNS + 1)]
     thin = _thinned(trace.runs)
     assert len(thin) <= MAX_RUNS // 2 + 1
     assert (thin[0].from_s, thin[-1].until_s) == (0, MAX_RUNS + 0.5)

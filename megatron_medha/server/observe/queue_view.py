@@ -11,7 +11,7 @@ import msgspec
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.policies import relative_slack, slack_s
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.server.observe.steps import StepChunk, StepRecord
+from megatron_medha.server.observe.steps import InFlightBatch, StepRecord
 from megatron_medha.stats.snapshot import Snapshot
 
 MAX_QUEUED = 200    # shown of the queue, most urgent first
@@ -50,20 +50,6 @@ class DecodingRequest(msgspec.Struct, frozen=True):
     replica: int
 
 
-class InFlightBatch(msgspec.Struct, frozen=True):
-    """A batch the ranks have."""
-
-    batch_id: int
-    stage: int               # 0, or 1: somewhere behind it
-    age_s: float
-    predicted_s: float
-    budget_s: float
-    num_tokens: int
-    num_decodes: int
-    parts: tuple[StepChunk, ...]
-    replica: int
-
-
 class QueueView(msgspec.Struct, frozen=True):
     """All of it, of one replica or of several."""
 
@@ -86,18 +72,14 @@ def merge_views(views: Items[QueueView]) -> QueueView | None:
     """What several replicas look like together, as of the latest look; None where there is none."""
     if len(views) < 2:
         return views[0] if views else None
-    first = views[0]
     queue = (queued for view in views for queued in view.queue)
-    return QueueView(
+    return msgspec.structs.replace(
+        views[0],
         at_s=max(view.at_s for view in views),
-        policy=first.policy,
         num_replicas=len(views),
-        num_stages=first.num_stages,
-        num_kvp_ranks=first.num_kvp_ranks,
         num_waiting=sum(view.num_waiting for view in views),
         num_prefilling=sum(view.num_prefilling for view in views),
         num_decoding=sum(view.num_decoding for view in views),
-        num_blocks=first.num_blocks,
         num_free_blocks=tuple(count for view in views for count in view.num_free_blocks),
         queue=tuple(
             nsmallest(MAX_QUEUED, queue, key=lambda one: (one.priority, one.relative_slack, one.request_id))
@@ -135,7 +117,7 @@ def take_view(snapshot: Snapshot, steps: tuple[StepRecord, ...], now_s: float, r
             )
             for seq in snapshot.decodes[:MAX_DECODING]
         ),  # fmt: skip
-        in_flight=tuple(_in_flight_batch(step, now_s) for step in steps),
+        in_flight=tuple(InFlightBatch(**msgspec.structs.asdict(step), age_s=now_s - step.at_s) for step in steps),
     )
 
 
@@ -170,17 +152,3 @@ def _why(scheduler: Scheduler, seq: Sequence) -> str:
         if scheduler.memory.plan(seq) is None:
             return "not enough free KV memory"
     return f"others go first by {scheduler.config.policy}, or the step is full"
-
-
-def _in_flight_batch(step: StepRecord, now_s: float) -> InFlightBatch:
-    return InFlightBatch(
-        batch_id=step.batch_id,
-        stage=int(step.has_left_first_stage),
-        age_s=now_s - step.at_s,
-        predicted_s=step.predicted_s,
-        budget_s=step.budget_s,
-        num_tokens=step.num_tokens,
-        num_decodes=step.num_decodes,
-        parts=step.parts,
-        replica=step.replica,
-    )

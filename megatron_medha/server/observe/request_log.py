@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import msgspec
+from msgspec.structs import replace
 
 from megatron_medha.core.batch import Batch, Chunk, Completed, Event, FirstStageDone, Output, RanksLost
 from megatron_medha.core.request import Request
@@ -33,26 +34,23 @@ MAX_LOSSES = 64      # of one trace, the latest
 VIEW_DEMAND_S = 3.0  # after a view was asked for, further ones are taken for so long
 
 
-@dataclass(slots=True)
-class ChunkRun:
+class RunInterval(msgspec.Struct):
     """Chunks of one request in a row of steps, without a step between that it was not part of."""
 
-    from_s: float
-    until_s: float       # when the last of them was scheduled
-    first_batch: int
-    last_batch: int
+    from_s: float            # since its arrival
+    until_s: float           # when the last of them was scheduled
+    batches: tuple[int, int]  # the first and the last
     start: int
     num_tokens: int
     num_chunks: int
-    slack_s: float       # before the first of them
+    slack_s: float           # before the first of them
     relative_slack: float
 
 
-@dataclass(slots=True, frozen=True)
-class KVLoss:
+class KVLoss(msgspec.Struct, frozen=True):
     """The request lost its KV and starts again."""
 
-    at_s: float
+    at_s: float              # since its arrival
     num_tokens: int
     why: str
 
@@ -69,7 +67,7 @@ class RequestTrace(RequestStats):
     ended_s: float | None = None
     outcome: str = ""
     num_pauses: int = 0              # steps after which others went on while it kept its KV
-    runs: list[ChunkRun] = field(default_factory=list)
+    runs: list[RunInterval] = field(default_factory=list)
     losses: deque[KVLoss] = field(default_factory=lambda: deque(maxlen=MAX_LOSSES))
 
 
@@ -235,7 +233,7 @@ class RequestLogObserver:
                     self._complete(event)
                 case FirstStageDone(batch_id):
                     if (step := self._in_flight.get(batch_id)) is not None:
-                        step.has_left_first_stage = True
+                        step.stage = 1
                 case RanksLost(why):
                     self._note_all_kv_lost(why, now_s)
                 case _:
@@ -251,8 +249,9 @@ class RequestLogObserver:
             unfinished, self._unfinished = self._unfinished, set()
             self._requests.scheduled(batch, now_s)
             step = StepRecord(
-                batch.batch_id, now_s, tuple(reversed(self._parts)), len(batch.chunks) - len(self._parts), num_tokens,
-                batch.predicted_s, batch.budget_s, memory.num_free_blocks, memory.num_owners, self._replica,
+                batch.batch_id, self._replica, now_s, tuple(reversed(self._parts)),
+                len(batch.chunks) - len(self._parts), num_tokens, batch.predicted_s, batch.budget_s,
+                memory.num_free_blocks,
             )  # fmt: skip
             self._journal.steps.append(step)
             self._in_flight[batch.batch_id] = step
@@ -296,17 +295,17 @@ class RequestLogObserver:
         )
         if not chunk.samples_token:
             self._unfinished.add(chunk.request_id)
+        batch_id, age_s = self._batch_id, now_s - trace.request.arrival_s
         last = trace.runs[-1] if trace.runs else None
-        if last is not None and last.last_batch == self._batch_id - 1 and last.start + last.num_tokens == chunk.start:
-            last.until_s, last.last_batch = now_s, self._batch_id
+        if last is not None and last.batches[1] == batch_id - 1 and last.start + last.num_tokens == chunk.start:
+            last.until_s, last.batches = age_s, (last.batches[0], batch_id)
             last.num_tokens += chunk.num_tokens
             last.num_chunks += 1
         else:
-            trace.runs.append(
-                ChunkRun(
-                    now_s, now_s, self._batch_id, self._batch_id, chunk.start, chunk.num_tokens, 1, slack_s, relative
-                )
+            run = RunInterval(
+                age_s, age_s, (batch_id, batch_id), chunk.start, chunk.num_tokens, 1, slack_s, relative
             )
+            trace.runs.append(run)
             if len(trace.runs) > MAX_RUNS:
                 trace.runs = _thinned(trace.runs)
 
@@ -332,7 +331,7 @@ class RequestLogObserver:
     def _complete(self, event: Completed) -> None:
         step = self._in_flight.pop(event.batch_id, None)
         if step is not None:
-            step.duration_s = event.duration_s
+            step.actual_s = event.duration_s
         self._metrics.step_done(event.duration_s, None if step is None else step.predicted_s)
         self._metrics.stage_busy_s += event.duration_s / self._scheduler.spp
 
@@ -342,7 +341,7 @@ class RequestLogObserver:
         self._note_kv_loss(trace, num_tokens, "a running answer needed its memory", now_s)
 
     def _note_kv_loss(self, trace: RequestTrace, num_tokens: int, why: str, now_s: float) -> None:
-        trace.losses.append(KVLoss(now_s, num_tokens, why))
+        trace.losses.append(KVLoss(now_s - trace.request.arrival_s, num_tokens, why))
         if (seq := self._scheduler.sequence(trace.request.request_id)) is not None:
             trace.remaining_work_s = seq.remaining_work_s
 
@@ -361,23 +360,22 @@ class RequestLogObserver:
         self._journal.end(trace, outcome, now_s)
 
 
-def _thinned(runs: list[ChunkRun]) -> list[ChunkRun]:
+def _thinned(runs: list[RunInterval]) -> list[RunInterval]:
     """Every two neighbours as one; the last stays as it is, since it may still grow."""
-    told = []
-    for first, second in zip(runs[:-1:2], runs[1:-1:2], strict=False):
-        told.append(
-            ChunkRun(
-                first.from_s, second.until_s, first.first_batch, second.last_batch, first.start,
-                second.start + second.num_tokens - first.start if second.start >= first.start else second.num_tokens,
-                first.num_chunks + second.num_chunks, first.slack_s, first.relative_slack,
-            )
-        )  # fmt: skip
-    if len(runs[:-1]) % 2:
-        told.append(runs[-2])
-    return [*told, runs[-1]]
+    merged = [
+        replace(
+            first,
+            until_s=second.until_s,
+            batches=(first.batches[0], second.batches[1]),
+            num_tokens=second.num_tokens + (second.start - first.start if second.start >= first.start else 0),
+            num_chunks=first.num_chunks + second.num_chunks,
+        )
+        for first, second in zip(runs[:-1:2], runs[1:-1:2], strict=False)
+    ]
+    return [*merged, *runs[2 * len(merged) :]]
 
 
 def _copy(trace: RequestTrace) -> RequestTrace:
     # All but the last run stay as they are.
-    runs = [*trace.runs[:-1], *(dataclasses.replace(run) for run in trace.runs[-1:])]
+    runs = [*trace.runs[:-1], *(replace(run) for run in trace.runs[-1:])]
     return dataclasses.replace(trace, runs=runs, losses=trace.losses.copy())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 
@@ -17,19 +15,23 @@ class StepChunk(msgspec.Struct, frozen=True):
     kvp_ranks: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class StepRecord:
+class StepRecord(msgspec.Struct):
     """One batch, as it was formed and as it went."""
 
     batch_id: int
+    replica: int
     at_s: float
-    parts: tuple[StepChunk, ...]
+    chunks: tuple[StepChunk, ...]
     num_decodes: int
     num_tokens: int
     predicted_s: float
     budget_s: float
     num_free_blocks: int
-    num_owners: int
-    replica: int
-    has_left_first_stage: bool = False
-    duration_s: float | None = None
+    stage: int = 0           # 0, or 1: somewhere behind it
+    actual_s: float | None = None
+
+
+class InFlightBatch(StepRecord, rename={"chunks": "parts"}):
+    """A batch the ranks have."""
+
+    age_s: float = 0.0

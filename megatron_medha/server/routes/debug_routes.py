@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.resources
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,12 @@ from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.routing import Api, Shape, json_response
 from megatron_medha.server.observe.metrics import Histogram
 from megatron_medha.server.observe.queue_view import QueueView
-from megatron_medha.server.observe.request_log import RequestTrace
+from megatron_medha.server.observe.request_log import KVLoss, RequestSummary, RequestTrace, RunInterval
 from megatron_medha.server.observe.steps import StepRecord
 from megatron_medha.server.service import Service
 
-MAX_LISTED = 100       # stories in a list
+MAX_LISTED = 100          # stories in a list
+_NUM_STEPS = 20           # the latest, in /debug/schedule
 MAX_REQUESTS_AHEAD = 8    # named of those that ran while a request waited
 _VIEW_WAIT_S = 0.5     # for the first look after nobody has watched for a while
 _VIEW_POLL_S = 0.02
@@ -39,39 +41,19 @@ class WaitInterval(msgspec.Struct, frozen=True):
     slack_until_s: float
 
 
-class RunInterval(msgspec.Struct, frozen=True):
-    """Chunks in a row."""
-
-    from_s: float
-    until_s: float
-    batches: tuple[int, int]
-    start: int
-    num_tokens: int
-    num_chunks: int
-    slack_s: float
-    relative_slack: float
-
-
-class RequestTraceResponse(msgspec.Struct, frozen=True):
+class RequestTraceResponse(RequestSummary, frozen=True, kw_only=True):
     """All that is remembered of one request."""
 
-    request_id: str
     replica: int
-    slo_class: str
     priority: int
-    num_prompt_tokens: int
     max_output_tokens: int
-    num_scheduled_tokens: int
     deadline_s: float        # since its arrival
     total_work_s: float
     remaining_work_s: float
     age_s: float
     first_scheduled_s: float | None
     first_token_s: float | None
-    ended_s: float | None
-    outcome: str             # "" while it lives
-    num_pauses: int
-    losses: list[dict[str, Any]]
+    losses: list[KVLoss]
     timeline: list[WaitInterval | RunInterval]
     slack: list[tuple[float, float]]  # (seconds since arrival, slack in seconds), joined by straight lines
 
@@ -93,7 +75,7 @@ def add_routes(app: Api, service: Service) -> None:
     @app.get("/debug/schedule", _SHAPE)
     async def schedule(_: Request) -> Response:
         """Who waits, with how much slack and why; what is in flight."""
-        steps = [_step(step) for step in _latest_steps(service, 20)]
+        steps = service.journal.steps_between(0.0, service.engine.now_s())[-_NUM_STEPS:]
         return json_response({"view": await _fresh_view(service), "steps": steps})
 
     @app.get("/debug/live", _SHAPE)
@@ -146,101 +128,75 @@ def add_routes(app: Api, service: Service) -> None:
 def explain_trace(trace: RequestTrace, steps: Sequence[StepRecord], now_s: float) -> RequestTraceResponse:
     """The story with its waits explained by the steps that went on meanwhile, on its own replica."""
     steps = [step for step in steps if step.replica == trace.replica]
-    request, begin_s = trace.request, trace.request.arrival_s
+    summary = RequestSummary.of(trace)
+    begin_s, deadline_s = trace.request.arrival_s, summary.target_s
+    age_s = (trace.ended_s or now_s) - begin_s
     timeline: list[WaitInterval | RunInterval] = []
-    slack = [(0.0, trace.deadline_s - begin_s - trace.total_work_s)]
-    waiting_since_s = begin_s
-    is_held = False  # it owns KV
+    slack = [(0.0, deadline_s - trace.total_work_s)]
+
+    def wait(until_s: float, slack_s: float) -> None:
+        from_s = timeline[-1].until_s if timeline else 0.0
+        has_kv = bool(timeline) and not any(from_s <= lost.at_s <= until_s for lost in trace.losses)
+        between = _steps_without(trace, steps, from_s, until_s)
+        if between:
+            timeline.append(_wait(trace, between, from_s, until_s, has_kv, (slack[-1][1], slack_s)))
+        slack.append((until_s, slack_s))
+
     for run in trace.runs:
-        if any(waiting_since_s <= lost.at_s <= run.from_s for lost in trace.losses):
-            is_held = False
-        wait = _wait(trace, steps, waiting_since_s, run.from_s, is_held, slack[-1][1], run.slack_s)
-        if wait is not None:
-            timeline.append(wait)
-        timeline.append(
-            RunInterval(
-                run.from_s - begin_s, run.until_s - begin_s, (run.first_batch, run.last_batch), run.start,
-                run.num_tokens, run.num_chunks, run.slack_s, run.relative_slack,
-            )
-        )  # fmt: skip
-        slack.append((run.from_s - begin_s, run.slack_s))
-        waiting_since_s, is_held = run.until_s, True
-    is_prefill = trace.first_token_s is None
-    end_s = trace.ended_s or now_s
-    if is_prefill:
-        last_slack_s = trace.deadline_s - end_s - trace.remaining_work_s
-        wait = _wait(trace, steps, waiting_since_s, end_s, is_held, slack[-1][1], last_slack_s)
-        if wait is not None:
-            timeline.append(wait)
-        slack.append((end_s - begin_s, last_slack_s))
+        wait(run.from_s, run.slack_s)
+        timeline.append(run)
+    if summary.ttft_s is None:
+        wait(age_s, deadline_s - age_s - trace.remaining_work_s)
     else:
-        assert trace.first_token_s is not None
-        slack.append((trace.first_token_s - begin_s, trace.deadline_s - trace.first_token_s))
+        slack.append((summary.ttft_s, deadline_s - summary.ttft_s))
     return RequestTraceResponse(
-        request_id=request.request_id,
+        **msgspec.structs.asdict(summary),
         replica=trace.replica,
-        slo_class=request.slo_class,
-        priority=request.priority,
-        num_prompt_tokens=request.num_prompt_tokens,
-        max_output_tokens=request.max_output_tokens,
-        num_scheduled_tokens=trace.num_scheduled_tokens,
-        deadline_s=trace.deadline_s - begin_s,
+        priority=trace.request.priority,
+        max_output_tokens=trace.request.max_output_tokens,
+        deadline_s=deadline_s,
         total_work_s=trace.total_work_s,
         remaining_work_s=trace.remaining_work_s,
-        age_s=end_s - begin_s,
-        first_scheduled_s=_since(trace.first_scheduled_s, begin_s),
-        first_token_s=_since(trace.first_token_s, begin_s),
-        ended_s=_since(trace.ended_s, begin_s),
-        outcome=trace.outcome,
-        num_pauses=trace.num_pauses,
-        losses=[{"at_s": lost.at_s - begin_s, "num_tokens": lost.num_tokens, "why": lost.why} for lost in trace.losses],
+        age_s=age_s,
+        first_scheduled_s=trace.scheduling_delay_s,
+        first_token_s=summary.ttft_s,
+        losses=list(trace.losses),
         timeline=timeline,
         slack=slack,
     )
 
 
-def _wait(
-    trace: RequestTrace,
-    steps: Sequence[StepRecord],
-    from_s: float,
-    until_s: float,
-    is_held: bool,
-    slack_from_s: float,
-    slack_until_s: float,
-) -> WaitInterval | None:
-    """What went on between two runs; None if no step did. steps: of one replica, in order."""
+def _steps_without(
+    trace: RequestTrace, steps: Sequence[StepRecord], from_s: float, until_s: float
+) -> list[StepRecord]:
+    """Those between two runs. steps: of one replica, in order; a long story has hundreds of waits among thousands."""
     own_id, begin_s = trace.request.request_id, trace.request.arrival_s
-    # A long story has hundreds of waits among thousands of steps.
-    first = bisect_right(steps, from_s, key=lambda step: step.at_s)
-    last = bisect_left(steps, until_s, lo=first, key=lambda step: step.at_s)
-    between = [step for step in steps[first:last] if all(part.request_id != own_id for part in step.parts)]
-    if not between:
-        return None
-    num_tokens: dict[str, int] = {}
+    first = bisect_right(steps, begin_s + from_s, key=lambda step: step.at_s)
+    last = bisect_left(steps, begin_s + until_s, lo=first, key=lambda step: step.at_s)
+    return [step for step in steps[first:last] if all(chunk.request_id != own_id for chunk in step.chunks)]
+
+
+def _wait(
+    trace: RequestTrace, between: Sequence[StepRecord], from_s: float, until_s: float, has_kv: bool,
+    slack_s: tuple[float, float],
+) -> WaitInterval:  # fmt: skip
+    """What went on meanwhile. slack_s: when the wait began and when it ended."""
+    num_tokens: Counter[str] = Counter()
     slacks: dict[str, float] = {}
     for step in between:
-        for part in step.parts:
-            num_tokens[part.request_id] = num_tokens.get(part.request_id, 0) + part.num_tokens
-            slacks.setdefault(part.request_id, part.relative_slack)
-    most = sorted(num_tokens, key=lambda one: -num_tokens[one])[:MAX_REQUESTS_AHEAD]
+        for chunk in step.chunks:
+            num_tokens[chunk.request_id] += chunk.num_tokens
+            slacks.setdefault(chunk.request_id, chunk.relative_slack)
     num_without_memory = sum(step.num_free_blocks < trace.num_blocks_needed for step in between)
-    if not is_held and 2 * num_without_memory > len(between):
+    if not has_kv and 2 * num_without_memory > len(between):
         why = "not enough free KV memory"
     elif num_tokens:
-        why = "others were more urgent" if not is_held else "others were more urgent; its KV was kept"
+        why = "others were more urgent; its KV was kept" if has_kv else "others were more urgent"
     else:
         why = "running answers filled the steps"
-    return WaitInterval(
-        from_s=from_s - begin_s,
-        until_s=until_s - begin_s,
-        why=why,
-        num_steps=len(between),
-        went_first=[
-            {"request_id": one, "num_tokens": num_tokens[one], "relative_slack": slacks[one]} for one in most
-        ],
-        slack_from_s=slack_from_s,
-        slack_until_s=slack_until_s,
-    )
+    most = num_tokens.most_common(MAX_REQUESTS_AHEAD)
+    went_first = [{"request_id": one, "num_tokens": count, "relative_slack": slacks[one]} for one, count in most]
+    return WaitInterval(from_s, until_s, why, len(between), went_first, *slack_s)
 
 
 async def _fresh_view(service: Service) -> QueueView | None:
@@ -260,29 +216,5 @@ async def _fresh_view(service: Service) -> QueueView | None:
     return view
 
 
-def _latest_steps(service: Service, count: int) -> list[StepRecord]:
-    now_s = service.engine.now_s()
-    return service.journal.steps_between(0.0, now_s)[-count:]
-
-
-def _step(step: StepRecord) -> dict[str, Any]:
-    return {
-        "batch_id": step.batch_id,
-        "replica": step.replica,
-        "at_s": step.at_s,
-        "num_decodes": step.num_decodes,
-        "num_tokens": step.num_tokens,
-        "predicted_s": step.predicted_s,
-        "actual_s": step.duration_s,
-        "budget_s": step.budget_s,
-        "num_free_blocks": step.num_free_blocks,
-        "chunks": step.parts,
-    }  # fmt: skip
-
-
 def _histogram(histogram: Histogram) -> dict[str, Any]:
     return {"bounds": histogram.bounds, "counts": list(histogram.counts), "total": histogram.total}
-
-
-def _since(at_s: float | None, begin_s: float) -> float | None:
-    return None if at_s is None else at_s - begin_s
