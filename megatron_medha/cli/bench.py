@@ -10,16 +10,26 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import aiohttp
+from tqdm import tqdm
+
+from megatron_medha.bench.client import Target, find_model
+from megatron_medha.bench.idle import lengths_between, measure_idle
+from megatron_medha.bench.load_generator import LoadClient, SentRequest, closed_loop, open_loop
+from megatron_medha.bench.measured import BenchMeasurement, MeasurementWindow
 from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
-from megatron_medha.cli.parts.command_options import check_plots, directory_of, plot, run_job_command
-
-if TYPE_CHECKING:
-    from megatron_medha.bench.load_generator import SentRequest
-    from megatron_medha.cli.parts.wandb_run import WandbRun
-    from megatron_medha.options.bench_options import BenchOptions
-    from megatron_medha.stats.capacity_search import CapacitySearch
+from megatron_medha.cli.parts.command_options import directory_of, run_job_command
+from megatron_medha.cli.parts.served import served
+from megatron_medha.cli.parts.wandb_run import WandbRun, check_wandb
+from megatron_medha.cli.reports.plots import check_plots, plot
+from megatron_medha.options.bench_options import BenchOptions, IdleMeasurement
+from megatron_medha.options.yaml_text import to_yaml, yaml_values
+from megatron_medha.sim.run_directory import RunDirectory
+from megatron_medha.stats.capacity_search import CapacitySearch
+from megatron_medha.stats.summary_table import summary_table
+from megatron_medha.workload.workload import Workload
 
 USAGE = f"""\
 usage: medha bench [group=option] [key=value ...]
@@ -44,22 +54,11 @@ flags:
 
 def run(words: Sequence[str]) -> int:
     """Run one load, or a search of several."""
-    return run_job_command("bench", words, USAGE, _options_class, bench)
-
-
-def _options_class() -> type[BenchOptions]:
-    from megatron_medha.options.bench_options import BenchOptions
-
-    return BenchOptions
+    return run_job_command("bench", words, USAGE, BenchOptions, bench)
 
 
 def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     """One `medha bench` with its output; returns what is in summary.json."""
-    from megatron_medha.cli.parts.served import served
-    from megatron_medha.cli.parts.wandb_run import WandbRun, check_wandb
-    from megatron_medha.options.yaml_text import to_yaml, yaml_values
-    from megatron_medha.sim.run_directory import RunDirectory
-
     check_plots(options.plots)
     check_wandb(options.tracking)
     config = yaml_values(composed_yaml)
@@ -83,16 +82,12 @@ def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
 class _Bench:
     """The steps of one `medha bench`."""
 
-    def __init__(self, options: BenchOptions, directory: Any, tracker: WandbRun) -> None:
+    def __init__(self, options: BenchOptions, directory: RunDirectory, tracker: WandbRun) -> None:
         self._options = options
         self._directory = directory
         self._tracker = tracker
 
     async def run(self) -> dict[str, Any]:
-        from megatron_medha.bench.client import find_model
-        from megatron_medha.bench.load_generator import LoadClient
-        from megatron_medha.workload.workload import Workload
-
         options = self._options
         workload = Workload(options.workload, options.seed)
         target = options.target
@@ -109,12 +104,9 @@ class _Bench:
                 return await self._load(client, workload, "")
             return await self._search(client, search)
 
-    async def _isolated(self, target: Any, session: Any, model: str, workload: Any) -> Callable[[int], float]:
-        from tqdm import tqdm
-
-        from megatron_medha.bench.idle import lengths_between, measure_idle
-        from megatron_medha.options.bench_options import IdleMeasurement
-
+    async def _isolated(
+        self, target: Target, session: aiohttp.ClientSession, model: str, workload: Workload
+    ) -> Callable[[int], float]:
         options = self._options
         if options.idle is IdleMeasurement.SKIP:
             return lambda num_tokens: 0.0
@@ -130,9 +122,7 @@ class _Bench:
         self._directory.write_json("idle.json", {"num_tokens": idle.num_tokens, "ttft_s": idle.seconds})
         return idle.at
 
-    async def _search(self, client: Any, search: CapacitySearch) -> dict[str, Any]:
-        from megatron_medha.workload.workload import Workload
-
+    async def _search(self, client: LoadClient, search: CapacitySearch) -> dict[str, Any]:
         runs: list[dict[str, Any]] = []
         values: dict[str, Any] = {}
         while (qps := search.next_qps()) is not None:
@@ -153,13 +143,7 @@ class _Bench:
         self._directory.write_json("summary.json", values)
         return values
 
-    async def _load(self, client: Any, workload: Any, label: str) -> dict[str, Any]:
-        from tqdm import tqdm
-
-        from megatron_medha.bench.load_generator import closed_loop, open_loop
-        from megatron_medha.bench.measured import BenchMeasurement, MeasurementWindow
-        from megatron_medha.stats.summary_table import summary_table
-
+    async def _load(self, client: LoadClient, workload: Workload, label: str) -> dict[str, Any]:
         options, facts = self._options, workload.facts
         if options.concurrency is None:
             window = MeasurementWindow.of_open_loop(facts.last_arrival_s, options.exclude_share)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
+
+from tqdm import tqdm
 
 from megatron_medha.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megatron_medha.stats.explanation import Explanation, RequestAhead, RequestPhase
+from megatron_medha.sim.run_directory import CONFIG, DECISIONS, REQUESTS
+from megatron_medha.sim.system import build_scheduler, recorded_setup
+from megatron_medha.stats.decision_log import ReplayError, read_log
+from megatron_medha.stats.explanation import Explanation, RequestAhead, RequestPhase, WaitReason, explain_request
 
 USAGE = """\
 usage: medha explain RUN REQUEST
@@ -29,6 +34,10 @@ examples:
 
 _MAX_PHASES = 40
 _MAX_NAMES = 3
+_DEPRIORITIZED = (
+    "its deadline can no longer be met: prompts that can still meet theirs run first, and it gets "
+    "scheduler.progress_share once it is the longest overdue (scheduler.has_triage)"
+)
 
 
 def run(words: Sequence[str]) -> int:
@@ -38,10 +47,6 @@ def run(words: Sequence[str]) -> int:
         return 0 if words else 2
     if len(words) != 2:
         raise ConfigError("give one run and one request: medha explain RUN REQUEST")
-    from megatron_medha.sim.system import build_scheduler, recorded_setup
-    from megatron_medha.stats.decision_log import ReplayError, read_log
-    from megatron_medha.stats.explanation import explain_request
-
     log = _log(Path(words[0]).expanduser())
     request_id = _request_id(log.parent, words[1])
     # Closed before anything is printed: the log is read only until the request has ended, and the bar would stay.
@@ -65,28 +70,22 @@ def text_of(found: Explanation) -> str:
         return "\n".join([*lines, f"rejected: {stats.why}", ""])
     lines.append(f"{'from, s':>11} {'to, s':>11}  {'slack / work':>18}  what happened")
     if found.learnt_s > stats.request.arrival_s:
-        lines.append(f"{stats.request.arrival_s:11.3f} {found.learnt_s:11.3f}  {'':>18}  not yet at the scheduler")
+        lines.append(_row(stats.request.arrival_s, found.learnt_s, "", "not yet at the scheduler"))
     phases = found.at_most(_MAX_PHASES)
-    deprioritized_s = found.deprioritized_s
+    rows: list[tuple[float, str]] = []
     for phase, end_s in zip(phases, [*(later.start_s for later in phases[1:]), stats.first_token_s], strict=True):
-        if deprioritized_s is not None and deprioritized_s <= phase.start_s:
-            lines.append(_deprioritized(deprioritized_s))
-            deprioritized_s = None
-        slack = f"{phase.first_slack:.2f} to {phase.last_slack:.2f}" if phase.num_batches > 1 else (
-            f"{phase.first_slack:.2f}"
-        )
-        until_s = end_s if end_s is not None else phase.end_s
-        lines.append(f"{phase.start_s:11.3f} {until_s:11.3f}  {slack:>18}  {_what(phase)}")
-    if deprioritized_s is not None:
-        lines.append(_deprioritized(deprioritized_s))
-    return "\n".join([*lines, *_tail(found), ""])
+        slack = f"{phase.first_slack:.2f}" + (f" to {phase.last_slack:.2f}" if phase.num_batches > 1 else "")
+        end_s = phase.end_s if end_s is None else end_s
+        rows.append((phase.start_s, _row(phase.start_s, end_s, slack, _what(phase))))
+    if found.deprioritized_s is not None:
+        place = bisect_left(rows, found.deprioritized_s, key=lambda row: row[0])
+        rows.insert(place, (found.deprioritized_s, _row(found.deprioritized_s, None, "", _DEPRIORITIZED)))
+    return "\n".join([*lines, *(row for _, row in rows), *_tail(found), ""])
 
 
-def _deprioritized(at_s: float) -> str:
-    return (
-        f"{at_s:11.3f} {'':>11}  {'':>18}  its deadline can no longer be met: prompts that can still meet theirs "
-        "run first, and it gets scheduler.progress_share once it is the longest overdue (scheduler.has_triage)"
-    )
+def _row(start_s: float, end_s: float | None, slack: str, what: str) -> str:
+    end = "" if end_s is None else f"{end_s:.3f}"
+    return f"{start_s:11.3f} {end:>11}  {slack:>18}  {what}"
 
 
 def _head(found: Explanation) -> list[str]:
@@ -112,8 +111,6 @@ def _head(found: Explanation) -> list[str]:
 
 
 def _what(phase: RequestPhase) -> str:
-    from megatron_medha.stats.explanation import WaitReason
-
     batches = f"{phase.num_batches:,} batch{'es' if phase.num_batches > 1 else ''}"
     beside = _names(list(phase.ahead.values()))
     num_decodes = round(phase.num_decodes / phase.num_batches)
@@ -154,7 +151,7 @@ def _tail(found: Explanation) -> list[str]:
     lines: list[str] = []
     if stats.first_token_s is not None:
         end = "" if stats.last_token_s is None else f"; {stats.num_tokens_out:,} tokens by {stats.last_token_s:.3f} s"
-        lines.append(f"{stats.first_token_s:11.3f} {'':>11}  {'':>18}  first token{end}")
+        lines.append(_row(stats.first_token_s, None, "", f"first token{end}"))
     if stats.num_preemptions:
         lines.append(f"preempted {stats.num_preemptions} times, because decodes needed its KV blocks; "
             f"{stats.num_tokens_lost:,} tokens were recomputed")
@@ -173,8 +170,6 @@ def _tail(found: Explanation) -> list[str]:
 
 
 def _log(run: Path) -> Path:
-    from megatron_medha.sim.run_directory import CONFIG, DECISIONS
-
     if run.is_file():
         return run
     if (run / DECISIONS).is_file():
@@ -188,28 +183,18 @@ def _request_id(run: Path, word: str) -> str:
     name = word.removeprefix("worst-")
     if name == word:
         return word
-    import json
-
-    from megatron_medha.sim.run_directory import REQUESTS
-
     if not (run / REQUESTS).is_file():
         raise ConfigError(f"{word}: {run} has no {REQUESTS} to look it up in; give a request's id")
-    worst, worst_s = None, -1.0
-    others: set[str] = set()
     with (run / REQUESTS).open(encoding="utf-8") as stream:
-        for line in stream:
-            values = json.loads(line)
-            others.add(f"worst-{values['length_class']}")
-            if values["length_class"] == name and (values["ttft_s"] or 0.0) > worst_s:
-                worst, worst_s = values["request_id"], values["ttft_s"] or 0.0
-    if worst is None:
-        raise ConfigError(f"{word}: {run} has no request of that class; it has {' and '.join(sorted(others))}")
-    return str(worst)
+        requests = list(map(json.loads, stream))
+    of_class = [values for values in requests if values["length_class"] == name]
+    if not of_class:
+        others = sorted({f"worst-{values['length_class']}" for values in requests})
+        raise ConfigError(f"{word}: {run} has no request of that class; it has {' and '.join(others)}")
+    return str(max(of_class, key=lambda values: values["ttft_s"] or 0.0)["request_id"])
 
 
 def _with_progress(stream: TextIO, log: Path) -> Generator[str, None, None]:
-    from tqdm import tqdm
-
     size = log.stat().st_size
     with tqdm(total=size, unit="B", unit_scale=True, file=sys.stderr, leave=False) as bar:
         for line in stream:

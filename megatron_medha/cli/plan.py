@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from itertools import groupby
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import count, groupby
 from math import inf
-from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+
+from tqdm import tqdm
 
 from megatron_medha.cli.parts.arguments import FLAGS, parse_arguments
 from megatron_medha.cli.parts.command_options import read_options
+from megatron_medha.cli.parts.process_pool import processes, run_all
 from megatron_medha.cli.reports.plan_table import (
     attainment_text,
     best_first,
@@ -29,14 +29,17 @@ from megatron_medha.cli.reports.plan_table import (
     settings_text,
 )
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.system.compiled_core import use_compiled_core
-
-if TYPE_CHECKING:
-    from megatron_medha.options.plan_options import Contender, PlanOptions, PlanSearchSpace
-    from megatron_medha.sim.planning.candidate import CandidateVerdict, PlanCandidate
-
-T = TypeVar("T")
-R = TypeVar("R")
+from megatron_medha.options.compose import compose, freeze
+from megatron_medha.options.plan_options import Contender, PlanGoal, PlanOptions, PlanSearchSpace, candidates
+from megatron_medha.sim.planning.candidate import (
+    CandidateVerdict,
+    PlanCandidate,
+    at_rate,
+    evaluate_candidate,
+    isolated_bound,
+)
+from megatron_medha.sim.system import SystemKind
+from megatron_medha.workload.workload import Workload
 
 USAGE = f"""\
 usage: medha plan [group=option] [key=value ...]
@@ -61,11 +64,9 @@ _MIN_SEARCH_S = 60.0  # that requests of a trace take to come, where its load is
 
 def run(words: Sequence[str]) -> int:
     """Search; exit code 1 if nothing meets the targets."""
-    options = read_options("plan", words, USAGE, _options_class)
+    options = read_options("plan", words, USAGE, lambda: PlanOptions)
     if options is None:
         return 0
-    from megatron_medha.options.plan_options import PlanGoal, candidates
-
     arguments = parse_arguments(words)
     found = candidates(options, contenders(options, arguments.overrides, arguments.config_dir))
     print_search_size(options, found)
@@ -80,19 +81,11 @@ def run(words: Sequence[str]) -> int:
         return search(options, found, pool)
 
 
-def _options_class() -> type[PlanOptions]:
-    from megatron_medha.options.plan_options import PlanOptions
-
-    return PlanOptions
-
-
 def _is_possible(options: PlanOptions, found: PlanSearchSpace, pool: ProcessPoolExecutor) -> bool:
     """Whether some layout might meet the SLO under a load that is small enough; prints how fast the best one is."""
-    from megatron_medha.sim.planning.candidate import isolated_bound
-
     single = [trial for trial in found.trials if trial.dp == 1]
     with _bar(len(single), "layout") as bar:
-        bounds = [bound for bound in _all(pool, isolated_bound, single, bar.update) if bound is not None]
+        bounds = [bound for bound in run_all(pool, isolated_bound, single, bar.update) if bound is not None]
     if not bounds:
         return True
     fastest = min(bounds, key=lambda bound: (bound.longest_ttft_s, bound.trial.num_gpus))
@@ -111,32 +104,8 @@ def _is_possible(options: PlanOptions, found: PlanSearchSpace, pool: ProcessPool
     return False
 
 
-@contextmanager
-def processes(num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Where candidates are tried. An error or Ctrl-C here ends those at work, and nobody waits for the others."""
-    before = active_children()
-    # Not forked: a child must not inherit what threads and the progress bar hold.
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), _begin) as pool:
-        try:
-            yield pool
-        except BaseException:
-            for child in active_children():
-                if child not in before:
-                    child.terminate()
-            raise
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what it means
-    use_compiled_core()
-
-
 def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path | None) -> list[Contender]:
     """Who is tried: every option of scheduler= that was named under our own system, and every other system."""
-    from megatron_medha.options.compose import compose, freeze
-    from megatron_medha.options.plan_options import Contender, PlanOptions
-    from megatron_medha.sim.system import SystemKind
-
     def chosen(group: str, default: str) -> str:
         return next((word.partition("=")[2] for word in overrides if word.startswith(f"{group}=")), default)
 
@@ -162,8 +131,6 @@ def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path 
 
 def _cheapest(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPoolExecutor) -> int:
     """All candidates of a size at once, the smallest size first; a contender is done with the first that passes."""
-    from megatron_medha.sim.planning.candidate import evaluate_candidate
-
     verdicts: list[CandidateVerdict] = []
     best: dict[str, CandidateVerdict] = {}
     trials = candidates.trials
@@ -173,7 +140,7 @@ def _cheapest(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPo
             of_size = list(group)
             tried = [trial for trial in of_size if trial.name not in best]
             bar.update(len(of_size) - len(tried))
-            found = list(_all(pool, evaluate_candidate, tried, bar.update))
+            found = list(run_all(pool, evaluate_candidate, tried, bar.update))
             verdicts += found
             for verdict in best_first(verdict for verdict in found if verdict.passes):
                 best.setdefault(verdict.trial.name, verdict)
@@ -215,7 +182,8 @@ def _capacity(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPo
     chosen = list(largest.values())
     most_qps = _max_qps(options)
     with _bar(len(chosen)) as bar:
-        results = list(_all(pool, _Search(options.resolution, most_qps), chosen, bar.update))
+        search = partial(_largest_load, resolution=options.resolution, most_qps=most_qps)
+        results = list(run_all(pool, search, chosen, bar.update))
     results.sort(key=lambda result: -result[1])
     print_loads(results)
     trial, qps = results[0]
@@ -240,59 +208,31 @@ def _capacity(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPo
 
 def _max_qps(options: PlanOptions) -> float:
     """The largest load at which a trace lasts long enough to show that queues do not grow."""
-    from megatron_medha.workload.workload import Workload
-
     if options.workload.path is None:
         return inf
     return Workload(options.workload, options.seed).facts.num_requests / _MIN_SEARCH_S
 
 
-class _Search:
-    """Doubles or halves the load until the verdict turns, then bisects; picklable.
-
-    most_qps: no load above it is tried.
-    """
-
-    def __init__(self, resolution: float, most_qps: float) -> None:
-        self._resolution = resolution
-        self._max_qps = most_qps
-
-    def __call__(self, trial: PlanCandidate) -> tuple[PlanCandidate, float]:
-        from megatron_medha.sim.planning.candidate import at_rate, evaluate_candidate
-
-        assert trial.config.workload.qps is not None
-        qps = trial.config.workload.qps
-        passes = evaluate_candidate(at_rate(trial, qps)).passes
-        low, high = (qps, None) if passes else (None, qps)
-        for _ in range(_MAX_DOUBLINGS):
-            if low is not None and (high is not None or 2.0 * low > self._max_qps):
+def _largest_load(trial: PlanCandidate, resolution: float, most_qps: float) -> tuple[PlanCandidate, float]:
+    """Doubles or halves the load until the verdict turns, then bisects. No load above most_qps is tried."""
+    qps = trial.config.workload.qps
+    assert qps is not None
+    low, high = 0.0, inf  # passes; fails
+    for place in count():
+        if evaluate_candidate(at_rate(trial, qps)).passes:
+            low = qps
+        else:
+            high = qps
+        if low and high < inf:
+            if high - low <= resolution * low:
                 break
-            qps = qps * 2.0 if high is None else qps / 2.0
-            if evaluate_candidate(at_rate(trial, qps)).passes:
-                low = qps
-            else:
-                high = qps
-        if low is None or high is None:
-            return trial, low or 0.0
-        while high - low > self._resolution * low:
             qps = 0.5 * (low + high)
-            if evaluate_candidate(at_rate(trial, qps)).passes:
-                low = qps
-            else:
-                high = qps
-        return trial, low
-
-
-def _all(
-    pool: ProcessPoolExecutor, work: Callable[[T], R], items: Iterable[T], advance: Callable[[], object]
-) -> Iterator[R]:
-    futures: list[Future[R]] = [pool.submit(work, item) for item in items]
-    for future in as_completed(futures):
-        advance()
-        yield future.result()
+        elif place == _MAX_DOUBLINGS or 2.0 * low > most_qps:
+            break
+        else:
+            qps = 2.0 * qps if low else 0.5 * qps
+    return trial, low
 
 
 def _bar(total: int, unit: str = "candidate"):  # type: ignore[no-untyped-def]  # tqdm has no types
-    from tqdm import tqdm
-
     return tqdm(total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)

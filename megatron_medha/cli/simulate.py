@@ -6,17 +6,22 @@ import importlib.util
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tqdm import tqdm
 
 from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
-from megatron_medha.cli.parts.command_options import check_plots, directory_of, plot, run_job_command
+from megatron_medha.cli.parts.command_options import directory_of, run_job_command
+from megatron_medha.cli.parts.wandb_run import WandbRun, check_wandb
+from megatron_medha.cli.reports.parquet import write_parquet
+from megatron_medha.cli.reports.plots import check_plots, plot
 from megatron_medha.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megatron_medha.cli.parts.wandb_run import WandbRun
-    from megatron_medha.options.simulate_options import SimulateOptions
-    from megatron_medha.sim.run_directory import RunDirectory
-    from megatron_medha.sim.simulation import Simulation, SimulationResult
+from megatron_medha.options.simulate_options import RequestsFormat, SimulateOptions, simulation_config
+from megatron_medha.options.yaml_text import yaml_values
+from megatron_medha.sim.run_directory import RunDirectory
+from megatron_medha.sim.simulation import Simulation, SimulationResult, StateSample
+from megatron_medha.stats.summary import CLASSES
+from megatron_medha.stats.summary_table import summary_table
 
 USAGE = f"""\
 usage: medha simulate [group=option] [key=value ...]
@@ -45,24 +50,11 @@ _INSTALL_PARQUET = "pip install 'megatron_medha[parquet]'"
 
 def run(words: Sequence[str]) -> int:
     """Simulate once, or for every combination."""
-    return run_job_command("simulate", words, USAGE, _options_class, simulate)
-
-
-def _options_class() -> type[SimulateOptions]:
-    from megatron_medha.options.simulate_options import SimulateOptions
-
-    return SimulateOptions
+    return run_job_command("simulate", words, USAGE, SimulateOptions, simulate)
 
 
 def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     """One simulation with its output; returns what is in summary.json."""
-    from megatron_medha.cli.parts.wandb_run import WandbRun
-    from megatron_medha.options.simulate_options import RequestsFormat, simulation_config
-    from megatron_medha.options.yaml_text import yaml_values
-    from megatron_medha.sim.run_directory import RunDirectory
-    from megatron_medha.sim.simulation import Simulation
-    from megatron_medha.stats.summary_table import summary_table
-
     config = simulation_config(options)
     _check_extras(options)
     simulation = Simulation(config)
@@ -82,8 +74,6 @@ def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     print(f"\n{table}")
     print(f"{result.end_s:,.0f} simulated seconds in {took_s:.1f} s, {result.end_s / took_s:,.0f} times real time")
     if options.requests is RequestsFormat.PARQUET:
-        from megatron_medha.cli.reports.parquet import write_parquet
-
         write_parquet(directory.path)
     plot(options.plots, directory.path)
     print(f"results are in {directory.path}")
@@ -94,10 +84,6 @@ def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
 def _with_progress(
     simulation: Simulation, directory: RunDirectory, options: SimulateOptions, tracker: WandbRun
 ) -> SimulationResult:
-    from tqdm import tqdm
-
-    from megatron_medha.stats.summary import CLASSES
-
     facts = simulation.workload.facts
     with (
         directory.recording(simulation.config, options.record, facts.last_arrival_s) as watchers,
@@ -106,8 +92,6 @@ def _with_progress(
         write_sample = watchers.on_sample
 
         def show(sample: object) -> None:
-            from megatron_medha.sim.simulation import StateSample
-
             assert isinstance(sample, StateSample)
             write_sample(sample)
             bar.set_postfix_str(
@@ -161,9 +145,6 @@ def _print_run(options: SimulateOptions, simulation: Simulation) -> None:
 
 def _check_extras(options: SimulateOptions) -> None:
     """What is not installed is found out before the run, not after it."""
-    from megatron_medha.cli.parts.wandb_run import check_wandb
-    from megatron_medha.options.simulate_options import RequestsFormat
-
     check_plots(options.plots)
     check_wandb(options.tracking)
     if options.requests is RequestsFormat.PARQUET and importlib.util.find_spec("pyarrow") is None:

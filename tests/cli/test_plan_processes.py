@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from megatron_medha.cli.plan import processes
+from megatron_medha.cli.parts.process_pool import processes
 
 
 def test_candidates_that_are_being_tried_do_not_hold_up_the_end() -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
 from megatron_medha.cli.parts.options_help import describe_options
-from megatron_medha.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megatron_medha.options.compose import Composed
-    from megatron_medha.options.simulate_options import Plots
+from megatron_medha.options.compose import Composed, as_yaml, compose, freeze
 
 T = TypeVar("T")
 
@@ -26,27 +21,15 @@ def read_options(name: str, words: Sequence[str], usage: str, load_class: Callab
     """
     arguments = parse_arguments(words)
     if arguments.wants_help:
-        print_help(name, usage)
+        print(usage, describe_options(name), sep="\n", end="")
         return None
     config_class = load_class()
-    if (composed := _compose(name, arguments, config_class)) is None:
-        return None
-    from megatron_medha.options.compose import freeze
-
-    return freeze(composed, config_class)
-
-
-def print_help(name: str, usage: str) -> None:
-    """A command's --help."""
-    print(usage, describe_options(name), sep="\n", end="")
+    composed = _compose(name, arguments, config_class)
+    return None if composed is None else freeze(composed, config_class)
 
 
 def run_job_command(
-    name: str,
-    words: Sequence[str],
-    usage: str,
-    load_class: Callable[[], type[T]],
-    job: Callable[[T, str], dict[str, Any]],
+    name: str, words: Sequence[str], usage: str, config_class: type[T], job: Callable[[T, str], dict[str, Any]]
 ) -> int:
     """Run a job once, or with -m for every combination of values; the exit code.
 
@@ -54,23 +37,18 @@ def run_job_command(
     """
     arguments = parse_arguments(words, can_sweep=True)
     if arguments.wants_help:
-        print_help(name, usage)
+        print(usage, describe_options(name), sep="\n", end="")
         return 0
-    config_class = load_class()
     if arguments.is_multirun:
         from megatron_medha.cli.parts.multirun import multirun
 
         return multirun(name, config_class, arguments, job)
     if (composed := _compose(name, arguments, config_class)) is not None:
-        from megatron_medha.options.compose import as_yaml, freeze
-
         job(freeze(composed, config_class), as_yaml(composed, resolves=True))
     return 0
 
 
 def _compose(name: str, arguments: Arguments, config_class: type) -> Composed | None:
-    from megatron_medha.options.compose import as_yaml, compose
-
     composed = compose(name, config_class, arguments.overrides, arguments.config_dir)
     if not arguments.shows_config:
         return composed
@@ -81,31 +59,3 @@ def _compose(name: str, arguments: Arguments, config_class: type) -> Composed | 
 def directory_of(out: Path | None, name: str) -> Path:
     """Where a run leaves its results: what the user said, or a directory of its own by date and time."""
     return (out or Path(f"outputs/{name}/{datetime.now():%Y-%m-%d-%H%M%S-%f}")).expanduser()
-
-
-def check_plots(plots: Plots) -> None:
-    """Found out before the run, not after it. Raises ConfigError."""
-    from megatron_medha.options.simulate_options import Plots
-
-    if plots is Plots.ALWAYS and not _can_plot():
-        raise ConfigError(
-            "plots=always: matplotlib is not installed; pip install 'megatron_medha[plots]', or plots=never"
-        )
-
-
-def plot(plots: Plots, directory: Path) -> None:
-    """The pictures of a run, where they are wanted."""
-    from megatron_medha.options.simulate_options import Plots
-
-    if plots is Plots.NEVER:
-        return
-    if not _can_plot():
-        print("no plots: matplotlib is not installed (pip install 'megatron_medha[plots]')")
-        return
-    from megatron_medha.cli.reports.plots import plot_run
-
-    plot_run(directory)
-
-
-def _can_plot() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from megatron_medha.options.plan_options import PlanOptions, PlanSearchSpace
+from megatron_medha.sim.planning.candidate import CandidateVerdict, PlanCandidate
 from megatron_medha.sim.planning.trial_window import MIN_PEAK_COVERED
 from megatron_medha.stats.capacity_search import wilson_interval
 from megatron_medha.stats.text_table import number_text, seconds_text, text_table
-
-if TYPE_CHECKING:
-    from megatron_medha.options.plan_options import PlanOptions, PlanSearchSpace
-    from megatron_medha.sim.planning.candidate import CandidateVerdict, PlanCandidate
 
 _MAX_ROWS = 30
 _LAYOUT = ("GPUs", "tp", "spp", "kvp", "dp", "system")

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.options.simulate_options import Plots
 from megatron_medha.sim.run_directory import REQUESTS, SAMPLES, TRACE
 
 _COLOURS = {"short": "#1f77b4", "medium": "#2ca02c", "long": "#d62728"}
 _GANTT_S = 1.0         # of the trace that are drawn: stages take tens of milliseconds
 _MAX_LONG_LINES = 40   # requests with a slack line of their own
+
+
+def check_plots(plots: Plots) -> None:
+    """Raises ConfigError before a run whose plots are asked for and cannot be drawn after it."""
+    if plots is Plots.ALWAYS and not _can_plot():
+        raise ConfigError(
+            "plots=always: matplotlib is not installed; pip install 'megatron_medha[plots]', or plots=never"
+        )
+
+
+def plot(plots: Plots, run: Path) -> None:
+    """Draw a run's plots, where they are wanted."""
+    if plots is Plots.NEVER:
+        return
+    if _can_plot():
+        plot_run(run)
+    else:
+        print("no plots: matplotlib is not installed (pip install 'megatron_medha[plots]')")
+
+
+def _can_plot() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot_run(run: Path) -> list[Path]:
