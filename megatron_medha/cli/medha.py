@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(name.removeprefix("--"))
     if command is None:
-        print(f"medha {name}: there is no such command; {_nearest(name)}medha --help lists them", file=sys.stderr)
+        print(f"medha {name}: unknown command; {_nearest(name)}medha --help lists them", file=sys.stderr)
         return 2
     if not sys.stderr.isatty():
         # Written to a log, a progress bar that moves ten times a second buries everything else.

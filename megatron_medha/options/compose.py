@@ -115,7 +115,7 @@ class _Composition:
             self._errors.append(f"{word}: {group} is one of {all_of_it}; single keys are set as {group}.KEY=VALUE")
         elif option not in known:
             near = nearest(option, known)
-            self._errors.append(f"{word}: there is no such option; {near}{group} is one of {all_of_it}")
+            self._errors.append(f"{word}: unknown option; {near}{group} is one of {all_of_it}")
         else:
             defaults, own = self._read(f"{group}/{option}.yaml")
             for base in defaults:
@@ -155,7 +155,7 @@ class _Composition:
                 self._errors.append(f"{old}{place}: an old name of {key}, which is there too; leave {name} out")
             kind = without_none(type_at(self._class, key))
             if kind is None:
-                self._errors.append(f"{key}{place}: there is no such key; {suggest_key(key, self._class)}")
+                self._errors.append(f"{key}{place}: unknown key; {suggest_key(key, self._class)}")
             elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
                 self._put(key, self._get(key) or _defaults_of(kind))
                 self._merge(value, f"{key}.", file)
@@ -194,7 +194,7 @@ class _Composition:
             if kind is not None and self._get(outer) is None:
                 return f"{one.word}: cannot be composed ({outer} is null); set the outer key first"
         word = one.word.lstrip("+")
-        return f"{word}: there is no such key; {suggest_key(one.key, self._class)}"
+        return f"{word}: unknown key; {suggest_key(one.key, self._class)}"
 
     def _get(self, key: str) -> Any:
         return functools.reduce(lambda values, part: values[part], key.split("."), self.values)

@@ -70,7 +70,7 @@ def test_a_wrong_key_ends_with_code_2_and_one_line(capsys: pytest.CaptureFixture
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == (
-        "medha serve: scheduler.polcy=fcfs: there is no such key; did you mean scheduler.policy?\n"
+        "medha serve: scheduler.polcy=fcfs: unknown key; did you mean scheduler.policy?\n"
     )
 
 

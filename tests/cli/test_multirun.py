@@ -145,7 +145,7 @@ def test_a_job_that_fails_says_why_and_the_others_run(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("word", "why"),
     [
-        ("scheduler=fcfs,larz", "scheduler=larz: there is no such option; did you mean lars?"),
+        ("scheduler=fcfs,larz", "scheduler=larz: unknown option; did you mean lars?"),
         ("scheduler.policyy=fcfs,lars", "did you mean scheduler.policy?"),
     ],
 )

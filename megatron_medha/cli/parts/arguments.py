@@ -85,7 +85,7 @@ def parse_arguments(words: Sequence[str], *, can_sweep: bool = False) -> Argumen
         elif word.startswith("-"):
             key = _KEYS_OF_FLAGS.get(flag)
             hint = f"write {key}=VALUE" if key else "options are written key=value; --help lists them"
-            raise ConfigError(f"{word}: there is no such flag; {hint}")
+            raise ConfigError(f"{word}: unknown flag; {hint}")
         else:
             overrides.append(word)
     return Arguments(
