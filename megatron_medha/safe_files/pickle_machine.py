@@ -1,7 +1,7 @@
-"""Executes the opcodes of a pickle over plain data only. Which globals mean what, and the files, are elsewhere.
+"""Unpickles plain data only: Python's own unpickler with a table of its own. safe_pickle.py: what globals mean, files.
 
-Python's own unpicklers look globals up in modules, call them and set attributes of what they return. Here a global is
-two strings, a call of it is a call of the caller's function, and attributes are set on our records alone. Sizes,
+pickle.Unpickler looks globals up in modules, calls them and sets attributes of what they return. Here a global is two
+strings, a call of it is a call of the caller's function, and attributes are set on our records alone. Sizes,
 nesting and hashing are bounded, because a small pickle can ask for more memory or time than any machine has.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import pickletools
+import pickle
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -76,34 +77,37 @@ def unpickle(data: bytes, meanings: GlobalResolvers, max_objects: int = 2_000_00
 
     max_objects: containers, objects and values to come back to; each takes a byte of the pickle and 100 of memory.
     """
-    machine = _Machine(meanings, max_objects)
-    file = io.BytesIO(data)
     try:
-        while (code := file.read(1)) != b".":
-            known = _TABLE.get(code)
-            if known is None:
-                raise PickleError(f"opcode {code!r} does not belong in it" if code else "ends in the middle")
-            read, act = known
-            if read is None:
-                act(machine)
-            else:
-                act(machine, read(file))
-        value = machine.stack.pop()
-    except (LookupError, ValueError, TypeError, OverflowError) as error:
+        value = _PlainUnpickler(data, meanings, max_objects).load()
+    except KeyError as error:
+        raise PickleError(f"opcode {error} does not belong in it") from error
+    except (LookupError, ValueError, TypeError, OverflowError, struct.error, pickle.UnpicklingError) as error:
         raise PickleError(f"damaged: {error}") from error
+    except EOFError as error:
+        raise PickleError("ends in the middle") from error
     check_extent(value, max(_MIN_VISITS, _VISITS_PER_BYTE * len(data)))
     return value
 
 
-class _Machine:
-    """The stack and memo of one pickle. The methods op_NAME are the opcodes of pickletools, in lower case."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Has only the opcodes of `dispatch`, below: those that look values up, hash, call or change them are ours."""
 
-    def __init__(self, meanings: GlobalResolvers, max_objects: int) -> None:
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.meanings = meanings
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, data: bytes, meanings: GlobalResolvers, max_objects: int) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin-1")
+        self._meanings = meanings
         self._num_left = max_objects
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._meanings.find(Global(module, name))
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self._meanings.persistent is None:
+            raise PickleError("refers to something outside of it")
+        return self._meanings.persistent(pid)
 
     def count(self) -> None:
         """One object more. Raises PickleError if there are too many."""
@@ -111,182 +115,66 @@ class _Machine:
         if self._num_left < 0:
             raise PickleError("holds more objects than any such file")
 
-    def call(self, function: Any, args: Any) -> None:
-        """Leave what a call returns on the stack."""
-        if not isinstance(args, tuple):
-            raise PickleError("the arguments of a call are no tuple")
-        self.count()
-        if isinstance(function, Opaque):
-            self.stack.append(Opaque("a result"))
-        elif isinstance(function, Global):
-            self.stack.append(self.meanings.make(function, args))
-        else:
-            raise PickleError(f"calls a {type(function).__name__}")
-
-    def items(self) -> list[Any]:
-        """What was pushed since the last mark, taken off the stack together with the mark."""
-        items, self.stack = self.stack, self.marked.pop()
-        return items
-
-    def op_proto(self, version: int) -> None:
-        pass
-
-    op_frame = op_proto
-
-    def op_mark(self) -> None:
-        self.count()
-        self.marked.append(self.stack)
-        self.stack = []
-
-    def op_pop(self) -> None:
-        if self.stack:
-            self.stack.pop()
-        else:
-            self.items()
-
-    def op_pop_mark(self) -> None:
-        self.items()
-
-    def op_dup(self) -> None:
-        self.stack.append(self.stack[-1])
-
-    def op_none(self) -> None:
-        self.stack.append(None)
-
-    def op_newtrue(self) -> None:
-        self.stack.append(True)
-
-    def op_newfalse(self) -> None:
-        self.stack.append(False)
-
-    def push(self, value: Any) -> None:
-        """A value that its opcode holds."""
-        self.stack.append(value)
-
-    op_binint = op_binint1 = op_binint2 = op_float = op_binfloat = push
-    op_string = op_binstring = op_short_binstring = push
-    op_unicode = op_binunicode = op_short_binunicode = op_binunicode8 = push
-    op_binbytes = op_short_binbytes = op_binbytes8 = op_bytearray8 = push
-
-    def op_int(self, value: int) -> None:
-        if value.bit_length() > _MAX_INT_BITS:
-            raise PickleError(f"an integer of {value.bit_length()} bits")
-        self.stack.append(value)
-
-    op_long = op_long1 = op_long4 = op_int
-
-    def op_empty_list(self) -> None:
-        self.count()
-        self.stack.append([])
-
-    op_empty_set = op_empty_list  # as a list: members need not be hashed
-
-    def op_list(self) -> None:
-        items = self.items()
-        self.stack.append(items)
-
-    op_frozenset = op_list
-
-    def op_append(self) -> None:
+    def load_append(self) -> None:
         item = self.stack.pop()
         _extend(self.stack[-1], [item])
 
-    def op_appends(self) -> None:
-        items = self.items()
+    def load_appends(self) -> None:
+        items = self.pop_mark()
         _extend(self.stack[-1], items)
 
-    op_additems = op_appends
-
-    def op_empty_tuple(self) -> None:
-        self.stack.append(())
-
-    def op_tuple(self) -> None:
-        items = self.items()
-        self.stack.append(tuple(items))
-
-    def op_tuple1(self) -> None:
-        self.count()
-        self.stack[-1:] = [(self.stack[-1],)]
-
-    def op_tuple2(self) -> None:
-        self.count()
-        self.stack[-2:] = [(self.stack[-2], self.stack[-1])]
-
-    def op_tuple3(self) -> None:
-        self.count()
-        self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
-
-    def op_empty_dict(self) -> None:
-        self.count()
-        self.stack.append({})
-
-    def op_dict(self) -> None:
-        items = self.items()
-        self.stack.append({})
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
         _set_items(self.stack[-1], items)
 
-    def op_setitem(self) -> None:
+    def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         _set_items(self.stack[-1], [key, value])
 
-    def op_setitems(self) -> None:
-        items = self.items()
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
         _set_items(self.stack[-1], items)
 
-    def op_get(self, index: int) -> None:
-        if index not in self.memo:
-            raise PickleError(f"refers to value {index}, which it has not made")
-        self.stack.append(self.memo[index])
-
-    op_binget = op_long_binget = op_get
-
-    def op_put(self, index: int) -> None:
-        self.count()
-        self.memo[index] = self.stack[-1]
-
-    op_binput = op_long_binput = op_put
-
-    def op_memoize(self) -> None:
-        self.count()
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def op_global(self, names: str) -> None:
-        module, _, name = names.partition(" ")
-        self.stack.append(self.meanings.find(Global(module, name)))
-
-    def op_stack_global(self) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise PickleError("names a class by something other than text")
-        self.stack.append(self.meanings.find(Global(module, name)))
-
-    def op_reduce(self) -> None:
+    def load_reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
-        self.call(function, args)
+        if not isinstance(args, tuple):
+            raise PickleError("the arguments of a call are no tuple")
+        self._instantiate(function, args)
 
-    op_newobj = op_reduce
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()
+        self.load_reduce()
 
-    def op_newobj_ex(self) -> None:
-        _, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self.call(function, args)
+    def _instantiate(self, function: Any, args: Iterable[Any]) -> None:
+        self.count()
+        if isinstance(function, Opaque):
+            self.append(Opaque("a result"))
+        elif isinstance(function, Global):
+            self.append(self._meanings.make(function, tuple(args)))
+        else:
+            raise PickleError(f"calls a {type(function).__name__}")
 
-    def op_inst(self, names: str) -> None:
-        args = tuple(self.items())
-        self.op_global(names)
-        self.call(self.stack.pop(), args)
-
-    def op_obj(self) -> None:
-        function, *args = self.items()
-        self.call(function, tuple(args))
-
-    def op_build(self) -> None:
+    def load_build(self) -> None:
         state = self.stack.pop()
         _set_state(self.stack[-1], state)
 
-    def op_binpersid(self) -> None:
-        if self.meanings.persistent is None:
-            raise PickleError("refers to something outside of it")
-        self.stack.append(self.meanings.persistent(self.stack.pop()))
+
+def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def act(machine: _PlainUnpickler) -> None:
+        machine.count()
+        load(machine)
+
+    return act
+
+
+def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def act(machine: _PlainUnpickler) -> None:
+        load(machine)
+        if (num_bits := machine.stack[-1].bit_length()) > _MAX_INT_BITS:
+            raise PickleError(f"an integer of {num_bits} bits")
+
+    return act
 
 
 def _extend(target: Any, items: list[Any]) -> None:
@@ -358,9 +246,41 @@ def check_extent(root: Any, max_visits: int) -> None:
             raise PickleError("refers to its own parts too often")
 
 
-# By opcode: what reads its argument, and what it does. Extensions, out-of-band buffers and PERSID have no place here.
-_TABLE: dict[bytes, tuple[Callable[[Any], Any] | None, Callable[..., None]]] = {
-    opcode.code.encode("latin-1"): (opcode.arg.reader if opcode.arg else None, act)
-    for opcode in pickletools.opcodes
-    if (act := getattr(_Machine, f"op_{opcode.name.lower()}", None)) is not None
+# Opcodes of which Python's own code is used. Whatever is not named here has no place: extensions, out-of-band buffers.
+_PLAIN = """
+    PROTO STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 FLOAT BINFLOAT STRING BINSTRING
+    SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE
+    TUPLE LIST GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID INST OBJ
+"""
+_COUNTED = "MARK EMPTY_LIST EMPTY_DICT TUPLE1 TUPLE2 TUPLE3 PUT BINPUT LONG_BINPUT MEMOIZE"
+_INTEGERS = "INT LONG LONG1 LONG4"
+
+
+def _pythons(name: str) -> Callable[[Any], Any]:
+    return pickle._Unpickler.dispatch[_code(name)]
+
+
+def _code(name: str) -> int:
+    return ord(getattr(pickle, name))
+
+
+_ACTS: dict[str, Callable[[Any], Any]] = {
+    **{name: _pythons(name) for name in _PLAIN.split()},
+    **{name: _counted(_pythons(name)) for name in _COUNTED.split()},
+    **{name: _bounded(_pythons(name)) for name in _INTEGERS.split()},
+    "FRAME": lambda machine: machine.read(8),  # its length
+    "BYTEARRAY8": _pythons("BINBYTES8"),  # Python's own takes the memory before it reads
+    "EMPTY_SET": _counted(_pythons("EMPTY_LIST")),  # as a list: members need not be hashed
+    "FROZENSET": _pythons("LIST"),
+    "ADDITEMS": _PlainUnpickler.load_appends,
+    "APPEND": _PlainUnpickler.load_append,
+    "APPENDS": _PlainUnpickler.load_appends,
+    "DICT": _PlainUnpickler.load_dict,
+    "SETITEM": _PlainUnpickler.load_setitem,
+    "SETITEMS": _PlainUnpickler.load_setitems,
+    "REDUCE": _PlainUnpickler.load_reduce,
+    "NEWOBJ": _PlainUnpickler.load_reduce,
+    "NEWOBJ_EX": _PlainUnpickler.load_newobj_ex,
+    "BUILD": _PlainUnpickler.load_build,
 }
+_PlainUnpickler.dispatch = {_code(name): act for name, act in _ACTS.items()}

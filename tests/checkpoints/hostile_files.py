@@ -259,6 +259,14 @@ MEGATRON: dict[str, tuple[Spoil, str]] = {
         with_metadata(lambda m: [vars(i).update(relative_path="__0_0.distcp", offset=0, length=3000)
                                  for i in m.storage_data.values()]), ".metadata"),
     "a huge string": (common_pickle(b"\x80\x04" + pickle.BINUNICODE8 + struct.pack("<Q", 2**62) + b"x."), "common.pt"),
+    "a huge bytearray of its own opcode": (
+        common_pickle(b"\x80\x05" + pickle.BYTEARRAY8 + struct.pack("<Q", 2**36) + b"x."), "common.pt"),
+    "a set of doubled tuples": (
+        common_pickle(b"\x80\x04" + pickle.EMPTY_SET + pickle.MARK + pickle.NONE + (pickle.DUP + pickle.TUPLE2) * 80
+                      + pickle.ADDITEMS + b"."), "common.pt"),
+    "a registered extension": (common_pickle(b"\x80\x02" + pickle.EXT1 + b"\x01."), "common.pt"),
+    "an old instance of a shell": (
+        common_pickle(pickle.MARK + text("touch 'written by a shell'") + b"ios\nsystem\n."), "common.pt"),
     "a huge frame": (common_pickle(b"\x80\x04" + pickle.FRAME + struct.pack("<Q", 2**36) + b"N."), "common.pt"),
     "tuples that double": (common_pickle(doubled(80, pickle.TUPLE2)), "common.pt"),
     "tuples that double as a key": (common_pickle(doubled(80, pickle.TUPLE2, is_key=True)), "common.pt"),
