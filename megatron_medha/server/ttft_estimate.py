@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from megatron_medha.core.request import Request
@@ -26,12 +26,22 @@ class QueuedAhead:
 
 
 @dataclass(frozen=True, slots=True)
+class TtftEstimate:
+    """A first token that has not come yet."""
+
+    ttft_s: float
+    target_s: float  # by which it is due, from arrival
+    ahead_s: float   # of the former, what goes before it
+
+
+@dataclass(frozen=True, slots=True)
 class PendingPrefills:
     """What one scheduler has to prefill, at one moment: by priority and deadline, most urgent first."""
 
     scheduler: Scheduler  # for its beliefs, which are replaced whole and may be read from any thread
     ranks: tuple[tuple[int, float], ...]  # (priority, deadline), sorted
     work_s: tuple[float, ...]             # of each and all before it
+    admitted: list[tuple[int, float, float]] = field(default_factory=list)  # since then: priority, deadline, work
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> PendingPrefills:
@@ -55,14 +65,15 @@ class PendingPrefills:
         place = bisect_right(self.ranks, (priority, deadline_s))
         return QueuedAhead(self.work_s[place - 1] if place else 0.0, place)
 
-
-@dataclass(frozen=True, slots=True)
-class TtftEstimate:
-    """A first token that has not come yet."""
-
-    ttft_s: float
-    target_s: float  # by which it is due, from arrival
-    ahead_s: float   # of the former, what goes before it
+    def predict(self, requests: Sequence[Request]) -> TtftEstimate:
+        """For the last of these, sent together. On the event loop, as all that looks at `admitted`."""
+        scheduler, last = self.scheduler, requests[-1]
+        work_s = [scheduler.predicted_prefill_s(request.num_prompt_tokens) for request in requests]
+        target_s = scheduler.ttft_target_s(last, work_s[-1])
+        rank = (last.priority, last.arrival_s + target_s)
+        ahead_s = self.queued_ahead(*rank).work_s
+        ahead_s += sum(other_s for priority, deadline_s, other_s in self.admitted if (priority, deadline_s) <= rank)
+        return TtftEstimate(ahead_s + sum(work_s), target_s, ahead_s)
 
 
 class TtftEstimator:
@@ -73,11 +84,11 @@ class TtftEstimator:
     """
 
     def __init__(self) -> None:
-        self._views: dict[int, _View] = {}  # by replica
+        self._pending: dict[int, PendingPrefills] = {}  # by replica
 
     def update(self, ahead: PendingPrefills, replica: int = 0) -> None:
         """What that replica's engine has now."""
-        self._views[replica] = _View(ahead, [])
+        self._pending[replica] = ahead
 
     def predict(self, requests: Sequence[Request]) -> TtftEstimate | None:
         """For the last of these, sent together, on the replica where it is soonest; None before an engine is ready."""
@@ -86,10 +97,10 @@ class TtftEstimator:
 
     def queued_ahead(self, priority: int, deadline_s: float, own_work_s: float, replica: int = 0) -> QueuedAhead:
         """What goes before a prompt that is there already and has so much work left itself."""
-        view = self._views.get(replica)
-        if view is None:
+        pending = self._pending.get(replica)
+        if pending is None:
             return QueuedAhead(0.0, 0)
-        before = view.ahead.queued_ahead(priority, deadline_s)
+        before = pending.queued_ahead(priority, deadline_s)
         return QueuedAhead(max(0.0, before.work_s - own_work_s), max(0, before.num_prompts - 1))
 
     def reserve(self, requests: Sequence[Request]) -> None:
@@ -97,30 +108,13 @@ class TtftEstimator:
         best = self._best(requests)
         if best is None:
             return
-        view, _ = best
-        scheduler = view.ahead.scheduler
+        pending, _ = best
+        scheduler = pending.scheduler
         for request in requests:
             work_s = scheduler.predicted_prefill_s(request.num_prompt_tokens)
             deadline_s = request.arrival_s + scheduler.ttft_target_s(request, work_s)
-            view.admitted.append((request.priority, deadline_s, work_s))
+            pending.admitted.append((request.priority, deadline_s, work_s))
 
-    def _best(self, requests: Sequence[Request]) -> tuple[_View, TtftEstimate] | None:
-        on_each = [(view, view.predict(requests)) for view in tuple(self._views.values())]
+    def _best(self, requests: Sequence[Request]) -> tuple[PendingPrefills, TtftEstimate] | None:
+        on_each = [(pending, pending.predict(requests)) for pending in tuple(self._pending.values())]
         return min(on_each, key=lambda one: one[1].ttft_s, default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """One replica: what its engine had at the latest update, and what was admitted since."""
-
-    ahead: PendingPrefills
-    admitted: list[tuple[int, float, float]]  # priority, deadline, work
-
-    def predict(self, requests: Sequence[Request]) -> TtftEstimate:
-        scheduler, last = self.ahead.scheduler, requests[-1]
-        work_s = [scheduler.predicted_prefill_s(request.num_prompt_tokens) for request in requests]
-        target_s = scheduler.ttft_target_s(last, work_s[-1])
-        rank = (last.priority, last.arrival_s + target_s)
-        ahead_s = self.ahead.queued_ahead(*rank).work_s
-        ahead_s += sum(other_s for priority, deadline_s, other_s in self.admitted if (priority, deadline_s) <= rank)
-        return TtftEstimate(ahead_s + sum(work_s), target_s, ahead_s)

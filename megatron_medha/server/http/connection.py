@@ -114,12 +114,8 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client; what may hold many requests or chunks is parsed by slices, and others run between."""
-        if not self._unparsed and len(data) <= max(_SLICE_BYTES, self._num_body_due):
-            self._parse(data)
-            return
-        is_first = not self._unparsed
         self._unparsed += data
-        if is_first:
+        if len(self._unparsed) == len(data):  # else the next slice is planned, or waits for responses
             self._parse_slice()
 
     def _parse_slice(self) -> None:

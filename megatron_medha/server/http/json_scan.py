@@ -28,8 +28,7 @@ _VALUES_OF_A_LIST_OF_IDS = 4    # as cutting one out takes more time and memory 
 _OPEN_OBJECT, _OPEN_LIST, _CLOSE_OBJECT, _CLOSE_LIST, _COMMA = b"{[}],"
 _MARK, _TEXT, _UNFINISHED_TEXT, _SCALAR = 1, 2, 3, 4
 _TOKEN = re.compile(rb'([\[\]{},:])|("(?:[^"\\]++|\\.)*+")|(")|([^\s\[\]{},:"]++)', re.DOTALL)
-_FLAT_LIST = re.compile(rb"\[[0-9\-,\s]++(\]?)")
-_OF_FLAT_LIST = re.compile(rb"[0-9\-,\s]*+")
+_IDS = re.compile(rb"[0-9\-,\s]*+")
 
 Path: TypeAlias = "tuple[str | int, ...]"
 
@@ -73,12 +72,7 @@ class Scanned:
     cuts: list[Cut] = field(default_factory=list)
 
 
-def scan(body: bytearray | bytes, rules: ScanRules) -> Generator[None, None, Scanned]:
-    """Yields after each slice; ApiError 4xx as soon as there is too much, or no JSON."""
-    return _Scan(body, rules).run()
-
-
-class _Scan:
+class BodyScan:
     """The state of a pass: where it is, in which containers, and what it has counted."""
 
     def __init__(self, body: bytearray | bytes, rules: ScanRules) -> None:
@@ -99,6 +93,7 @@ class _Scan:
         self._cuts: list[Cut] = []
 
     def run(self) -> Generator[None, None, Scanned]:
+        """Yields after each slice; ApiError 4xx as soon as there is too much, or no JSON."""
         body, size = self._body, len(self._body)
         position = slice_end = num_cuts = 0
         while position < size:
@@ -114,7 +109,6 @@ class _Scan:
 
     def _read_tokens(self, position: int, end: int) -> Generator[None, None, int]:
         """Read the tokens between two positions, and what goes on beyond the second; where the next one may begin."""
-        rules = self._rules
         for token in _TOKEN.finditer(self._body, position, end):
             kind = token.lastindex
             if kind == _MARK:
@@ -130,19 +124,19 @@ class _Scan:
             elif kind == _UNFINISHED_TEXT:
                 text_end = yield from self._end_of_text(token.start())
                 self._count_value()
-                if self._is_key:
-                    self._begin_field(None)
-                elif self._field in rules.texts and text_end - token.start() >= rules.min_cut_bytes:
-                    self._cut(token.start(), text_end, f"\0{len(self._cuts)}")
+                self._end_text(None, token.start(), text_end)
                 return text_end
             else:
                 self._count_value()
                 if kind == _TEXT:
-                    if self._is_key:
-                        self._begin_field(token)
-                    elif self._field in rules.texts and token.end() - token.start() >= rules.min_cut_bytes:
-                        self._cut(token.start(), token.end(), f"\0{len(self._cuts)}")
+                    self._end_text(token, token.start(), token.end())
         return end
+
+    def _end_text(self, key: re.Match[bytes] | None, begin: int, end: int) -> None:
+        if self._is_key:
+            self._begin_field(key)
+        elif self._field in self._rules.texts and end - begin >= self._rules.min_cut_bytes:
+            self._cut(begin, end, f"\0{len(self._cuts)}")
 
     def _read_mark(self, mark: int) -> None:
         if mark in (_OPEN_OBJECT, _OPEN_LIST):
@@ -188,20 +182,15 @@ class _Scan:
 
     def _end_of_ids(self, begin: int) -> Generator[None, None, int]:
         """Where a list of nothing but whole numbers ends; 0 if it is none, or is empty."""
-        body, size = self._body, len(self._body)
-        match = _FLAT_LIST.match(body, begin, begin + SLICE_BYTES)
-        if match is None:
-            return 0
-        if match.group(1):
-            return match.end()
-        end = match.end()
-        while end < size and body[end] not in b"]":
-            yield
-            match = _OF_FLAT_LIST.match(body, end, end + SLICE_BYTES)
-            if match is None or match.end() == end:
-                return 0
+        end = slice_end = begin + 1
+        while end == slice_end:
+            if end > begin + 1:
+                yield
+            slice_end = end + SLICE_BYTES
+            match = _IDS.match(self._body, end, slice_end)
+            assert match is not None, "it matches nothing too"
             end = match.end()
-        return end + 1 if end < size else 0
+        return end + 1 if end > begin + 1 and self._body[end : end + 1] == b"]" else 0
 
     def _end_of_text(self, begin: int) -> Generator[None, None, int]:
         """Where a text ends that may be long, after its closing quote."""

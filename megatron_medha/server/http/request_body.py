@@ -20,12 +20,11 @@ import msgspec
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.http.json_scan import (
     SLICE_BYTES,
+    BodyScan,
     Cut,
     Path,
-    Scanned,
     ScanRules,
     invalid_json,
-    scan,
     too_much,
 )
 
@@ -86,7 +85,8 @@ def decode_body(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$.")
-        param = ".".join(part for part in (path.rstrip("`"), _missing_field(what)) if part) or None
+        missing = what.partition("missing required field `")[2]
+        param = ".".join(part.rstrip("`") for part in (path, missing) if part) or None
         raise bad_request(f"{param}: {what[0].lower()}{what[1:]}" if param else what, param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid_json(error) from None
@@ -107,9 +107,10 @@ async def _run(steps: Generator[None, None, T]) -> T:
 
 def _decode_large(body: bytearray, of: BodyType[T], limits: PromptLimits) -> Generator[None, None, T]:
     min_cut = _MIN_CUT_BYTES if len(body) > _SHORT_TEXTS_BYTES else len(body)
-    scanned: Scanned = yield from scan(body, ScanRules(
-        texts=of.texts, ids=of.ids, max_values=MAX_VALUES, max_bytes=MAX_REST_BYTES, min_cut_bytes=min_cut,
-    ))  # fmt: skip
+    rules = ScanRules(
+        texts=of.texts, ids=of.ids, max_values=MAX_VALUES, max_bytes=MAX_REST_BYTES, min_cut_bytes=min_cut
+    )
+    scanned = yield from BodyScan(body, rules).run()
     yield
     fields = decode_body(scanned.rest, of.decoder)
     yield
@@ -223,16 +224,9 @@ def _put(owner: Any, place: str | int, value: Any) -> None:
 
 
 def _attribute(owner: msgspec.Struct, place: str | int) -> str | None:
-    for encoded, name in zip(owner.__struct_encode_fields__, owner.__struct_fields__, strict=True):
-        if encoded == place:
-            return name
-    return None
+    names: dict[str | int, str] = dict(zip(owner.__struct_encode_fields__, owner.__struct_fields__, strict=True))
+    return names.get(place)
 
 
 def _prompt_too_long(cut: Cut, what: str) -> ApiError:
     return too_much(str(cut.path[0]), f"{what} more tokens than the model's context", "context_length_exceeded")
-
-
-def _missing_field(what: str) -> str:
-    # The name in "Object missing required field `prompt`".
-    return what.partition("missing required field `")[2].rstrip("`")

@@ -257,27 +257,6 @@ class Metrics:
         if choice.num_tokens > 1:
             self.time_per_output_token_s.observe(decode_s / (choice.num_tokens - 1))
 
-    # from the request log's observers, on the engine's thread
-
-    def first_token_scheduled(
-        self, num_prompt_tokens: int, slo_class: str, relative_slack: float, is_in_time: bool, kvp_degree: int
-    ) -> None:
-        """A request's prompt is computed; relative_slack: what was left of its deadline, in units of its own work."""
-        self.relative_slack.observe(relative_slack)
-        self.kvp_degree.observe(kvp_degree)
-        counts = self.num_deadlines_met if is_in_time else self.num_deadlines_missed
-        counts[length_class(num_prompt_tokens), slo_class] += 1
-
-    def step_done(self, duration_s: float, predicted_s: float | None) -> None:
-        """A step has been computed; predicted_s: None where it is not known."""
-        self.step_actual_s.observe(duration_s)
-        if predicted_s is not None:
-            self.step_predicted_s.observe(predicted_s)
-            if duration_s > 0:
-                self.step_relative_error.observe(abs(predicted_s / duration_s - 1))
-            if predicted_s > 0:
-                self.step_ratio.observe(duration_s / predicted_s)
-
 
 def length_class(num_prompt_tokens: int) -> str:
     """The class of prompts about as long as this: named after its upper end."""

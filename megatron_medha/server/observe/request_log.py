@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from megatron_medha.core.batch import Batch, Chunk, Completed, Event, FirstStageDone, Output, RanksLost
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.server.observe.metrics import Metrics
+from megatron_medha.server.observe.metrics import Metrics, length_class
 from megatron_medha.server.observe.queue_view import QueueView, merge_views, take_view
 from megatron_medha.server.observe.steps import StepChunk, StepRecord
 from megatron_medha.server.ttft_estimate import PendingPrefills, TtftEstimator
@@ -319,21 +319,27 @@ class RequestLogObserver:
 
     def _first_token(self, trace: RequestTrace, now_s: float) -> None:
         assert trace.first_scheduled_s is not None
-        self._metrics.prefill_s.observe(now_s - trace.first_scheduled_s)
+        metrics, request = self._metrics, trace.request
+        metrics.prefill_s.observe(now_s - trace.first_scheduled_s)
         slack_s = trace.deadline_s - now_s
-        relative = slack_s / trace.total_work_s if trace.total_work_s else 0.0
-        seq = self._scheduler.sequence(trace.request.request_id)
-        degree = max(1, len(seq.block_table.kvp_ranks)) if seq is not None else 1
-        self._metrics.first_token_scheduled(
-            trace.request.num_prompt_tokens, trace.request.slo_class, relative, slack_s >= 0, degree
-        )
+        metrics.relative_slack.observe(slack_s / trace.total_work_s if trace.total_work_s else 0.0)
+        seq = self._scheduler.sequence(request.request_id)
+        metrics.kvp_degree.observe(max(1, len(seq.block_table.kvp_ranks)) if seq is not None else 1)
+        counts = metrics.num_deadlines_met if slack_s >= 0 else metrics.num_deadlines_missed
+        counts[length_class(request.num_prompt_tokens), request.slo_class] += 1
 
     def _complete(self, event: Completed) -> None:
-        step = self._in_flight.pop(event.batch_id, None)
-        if step is not None:
-            step.actual_s = event.duration_s
-        self._metrics.step_done(event.duration_s, None if step is None else step.predicted_s)
-        self._metrics.stage_busy_s += event.duration_s / self._scheduler.spp
+        actual_s, metrics = event.duration_s, self._metrics
+        metrics.step_actual_s.observe(actual_s)
+        metrics.stage_busy_s += actual_s / self._scheduler.spp
+        if (step := self._in_flight.pop(event.batch_id, None)) is None:
+            return
+        step.actual_s = actual_s
+        metrics.step_predicted_s.observe(step.predicted_s)
+        if actual_s > 0:
+            metrics.step_relative_error.observe(abs(step.predicted_s / actual_s - 1))
+        if step.predicted_s > 0:
+            metrics.step_ratio.observe(actual_s / step.predicted_s)
 
     def _preempted(self, trace: RequestTrace, num_tokens: int, now_s: float) -> None:
         self._metrics.num_preemptions += 1

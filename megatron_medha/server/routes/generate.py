@@ -240,18 +240,15 @@ class GenerationResponse(Response):
 
     async def _send_comments(self, stream: OutputStream, send: Send) -> None:
         """Until there is a first token: that we live, or how far the prompt is, where the client wants to know."""
-        if self._spec.has_progress:
-            interval_s = self._config.sse_progress_s or PROGRESS_S
-            await self._send_part(send, self._progress_comment())
-            while not await stream.wait(interval_s):
-                await self._send_part(send, self._progress_comment())
-        else:
+        if not self._spec.has_progress:
             while not await stream.wait(self._config.sse_keepalive_s):
                 await self._send_part(send, KEEPALIVE_COMMENT)
-
-    def _progress_comment(self) -> bytes:
-        # Of the first choice's prompt.
-        return self._service.journal.progress(self._spec.request_id(0), self._engine.now_s()).as_comment()
+            return
+        first_id, journal = self._spec.request_id(0), self._service.journal
+        is_computed = False
+        while not is_computed:
+            await self._send_part(send, journal.progress(first_id, self._engine.now_s()).as_comment())
+            is_computed = await stream.wait(self._config.sse_progress_s or PROGRESS_S)
 
     async def _open_events(self, send: Send) -> None:
         await self._start(send, 200, SSE_HEADERS)
