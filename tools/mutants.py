@@ -143,8 +143,10 @@ class _Changes(cst.CSTVisitor):
 
 
 def _is_inert(node: cst.CSTNode) -> bool:
-    """Docstrings, slots and type aliases: nothing that runs depends on them."""
+    """Docstrings, slots, type aliases and zip's strict: nothing depends on them that is not a bug already."""
     match node:
+        case cst.Arg(keyword=cst.Name(value="strict")):
+            return True
         case cst.Expr(value=cst.SimpleString() | cst.ConcatenatedString()):
             return True
         case cst.Assign(targets=[cst.AssignTarget(target=cst.Name(value="__slots__"))]):
@@ -251,6 +253,15 @@ class _Measured:
     def __init__(self, cover: coverage.Coverage) -> None:
         self.seconds: dict[str, float] = {}
         self._cover = cover
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> Any:
+        # What a test file does when it is imported, it does for all of its tests.
+        self._cover.switch_context(collector.nodeid)
+        try:
+            return (yield)
+        finally:
+            self._cover.switch_context("")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
@@ -378,8 +389,10 @@ class Tests:
                         executed[node_id][path.name].add(functions.get(line, ""))
             found: dict[str, Any] = {name: {} for name in names}
             for node_id, seconds in plugin.seconds.items():
-                by_module = {module: sorted(functions) for module, functions in executed[node_id].items()}
-                found[node_id.partition("::")[0]][node_id] = {"seconds": seconds, "functions": by_module}
+                name = node_id.partition("::")[0]
+                own, of_file = executed[node_id], executed[name]
+                by_module = {module: sorted(own[module] | of_file[module]) for module in {*own, *of_file}}
+                found[name][node_id] = {"seconds": seconds, "functions": by_module}
             found["modules"] = sorted(name for name, module in sys.modules.items() if _is_installed(module))
             result.write_text(json.dumps(found))
             return code

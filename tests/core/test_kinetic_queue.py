@@ -180,3 +180,17 @@ def test_the_first_of_a_tournament_is_the_first_of_a_sort_at_every_moment(
             name = ranked[min(removed, len(ranked)) - 1][3]
             assert tournament.pop(name, now_s) is left.pop(name)
             assert name not in tournament and len(tournament) == len(left)
+
+
+def test_one_from_behind_the_front_that_is_added_again_is_there_once_and_at_its_new_place() -> None:
+    for num_newcomers in (0, 40):  # few join the front, many go behind it again
+        queue = KineticQueue()
+        for number in range(50):
+            queue.add(f"r{number:02}", 0, Priority(float(number)), 0.0, None, 0.0)
+        queue.first_entries(0.0)
+        for number in range(num_newcomers):
+            queue.add(f"n{number:02}", 0, Priority(100.0 + number), 0.0, None, 0.0)
+        queue.add("r49", 0, Priority(-1.0), 0.0, None, 0.0)
+        assert len(queue) == 50 + num_newcomers
+        found = [place[ITEM_ID] for place in queue.in_order(0.0)]
+        assert found[:2] == ["r49", "r00"] and len(found) == len(set(found)) == 50 + num_newcomers
