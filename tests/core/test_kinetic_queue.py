@@ -192,5 +192,5 @@ def test_one_from_behind_the_front_that_is_added_again_is_there_once_and_at_its_
             queue.add(f"n{number:02}", 0, Priority(100.0 + number), 0.0, None, 0.0)
         queue.add("r49", 0, Priority(-1.0), 0.0, None, 0.0)
         assert len(queue) == 50 + num_newcomers
-        found = [place[ITEM_ID] for place in queue.in_order(0.0)]
+        found = [place[ITEM_ID] for place in in_order(queue, 0.0)]
         assert found[:2] == ["r49", "r00"] and len(found) == len(set(found)) == 50 + num_newcomers
