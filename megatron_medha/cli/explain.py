@@ -119,19 +119,19 @@ def _what(phase: RequestPhase) -> str:
         case WaitReason.COMPUTED:
             shared = f", with {beside}" if beside else ""
             return f"computed: {phase.num_tokens:,} tokens in {batches}{shared}; {decodes}"
-        case WaitReason.TURNS:
+        case WaitReason.MIXED:
             return f"computed: {phase.num_tokens:,} tokens in {phase.num_computed:,} of {batches}; others: {beside}"
         case WaitReason.IN_FLIGHT:
             return f"its chunk is in flight; {batches} of others" + (f": {beside}" if beside else "")
-        case WaitReason.PASSED:
+        case WaitReason.OUTRANKED:
             return f"overtaken in {batches} by {beside}; {decodes}"
         case WaitReason.NO_MEMORY:
             return f"no KV memory for its whole prompt; {batches}" + (f" for {beside}" if beside else "")
-        case WaitReason.NO_PLACE:
+        case WaitReason.NO_SEQUENCE_SLOT:
             return f"scheduler.max_num_sequences requests own KV already; {batches}" + (
                 f" for {beside}" if beside else ""
             )
-        case WaitReason.NO_ROOM:
+        case WaitReason.STEP_FULL:
             return f"step full: {batches} of decodes only, {decodes} each"
 
 

@@ -80,7 +80,7 @@ class RankStarts:
         self._ranks.end(0.0)
         if self.is_first or now_s - self._start_failed_s > LOAD_HEARTBEAT_TIMEOUT_S:
             raise RankError(f"the ranks cannot be started: {error}") from error
-        _log.error("ranks_not_started retry_s=%g why=%s", _RESTART_DELAY_S, error)
+        _log.error("ranks_start_failed retry_s=%g reason=%s", _RESTART_DELAY_S, error)
         self.note(f"no process can be started ({error})", 0.0)
         self.restart_at_s = now_s + _RESTART_DELAY_S
 
@@ -90,7 +90,7 @@ class RankStarts:
         why = next((str(ended) for ended in self._ranks.exits() if ended.was_killed), why)
         if self.is_first:
             raise RankError(why)
-        _log.error("ranks_lost why=%r", why)
+        _log.error("ranks_lost reason=%r", why)
         self._board.count_failure()
         if self.phase is RanksPhase.STARTING:
             if self._num_starts >= self._recovery.max_starts:

@@ -48,7 +48,7 @@ class RejectedPeers:
         if peer in self._logged or len(self._logged) >= _MAX_LOGGED_PEERS:
             return
         self._logged.add(peer)
-        _log.warning("message_refused at=%s peer=%r why=%r", self._place, peer[:64], why[:300])
+        _log.warning("message_rejected at=%s peer=%r reason=%r", self._place, peer[:64], why[:300])
 
 
 @cache

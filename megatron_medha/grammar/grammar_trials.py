@@ -199,7 +199,7 @@ class GrammarProcessPool:
                 *command, stdin=PIPE, stdout=PIPE, limit=_MAX_RESULT_BYTES, env=self._environment
             )
         except OSError as error:  # no descriptor, process or memory to be had just now
-            log.error("grammar_process_not_started", extra={"fields": {"why": str(error)}})
+            log.error("grammar_process_not_started", extra={"fields": {"reason": str(error)}})
             raise CompilerBusy("no process to compile grammars can be started; try again later") from None
         self._all.add(process)
         tried: CompileResult | None = None

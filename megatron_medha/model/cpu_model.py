@@ -53,9 +53,9 @@ def use_cpu_kernels(
         use_native_passes(model)
         decoder = _decoder_of(model, backend)
     except (_UnsupportedPart, NativeUnavailable) as reason:
-        log.info("native_decoder used=no reason=%r", str(reason))
+        log.info("native_decoder enabled=no reason=%r", str(reason))
         return None
-    log.info("native_decoder used=yes layers=%d", decoder.num_layers)
+    log.info("native_decoder enabled=yes layers=%d", decoder.num_layers)
     model.forward = NativeForward(model, decoder)  # type: ignore[method-assign]
     return decoder
 

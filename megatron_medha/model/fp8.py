@@ -76,13 +76,14 @@ def quantise_linears(model: GPTModel, recipe: str, has_transformer_engine: bool)
             continue
         assert get_pg_size(module.tp_group) == 1, "check_fp8 lets no other pass"
         if any(size % _ALIGNMENT for size in module.weight.shape):
-            log.warning("fp8_layer_left shape=%s why=not_a_multiple_of_%d", tuple(module.weight.shape), _ALIGNMENT)
+            shape = tuple(module.weight.shape)
+            log.warning("fp8_layer_skipped shape=%s reason=not_a_multiple_of_%d", shape, _ALIGNMENT)
             continue
         module.forward = ScaledLinear(module.weight, module.bias)  # type: ignore[method-assign]
         module.weight.data = module.weight.data.new_empty(0)
         num_layers += 1
     log.warning(
-        "fp8_backend library=torch_scaled_mm asked=%s scales=rowwise layers=%d why=transformer_engine_unusable",
+        "fp8_backend library=torch_scaled_mm requested=%s scales=rowwise layers=%d reason=transformer_engine_unusable",
         recipe, num_layers,
     )  # fmt: skip
 

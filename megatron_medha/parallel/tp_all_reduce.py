@@ -25,7 +25,7 @@ def tp_all_reduce(group: dist.ProcessGroup, device: torch.device) -> Callable[[T
     slots = ShmChannel.open(group, device)
     if slots is None:
         return partial(dist.all_reduce, group=group)
-    log.info("tp_sum shared_memory_up_to_bytes=%d beyond=%s", SLOT_BYTES, dist.get_backend(group))
+    log.info("tp_all_reduce shared_memory_max_bytes=%d fallback=%s", SLOT_BYTES, dist.get_backend(group))
     return ShmAllReduce(group, slots)
 
 

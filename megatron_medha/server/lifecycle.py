@@ -51,7 +51,7 @@ class Lifecycle:
         self._is_idle = asyncio.Event()
         if not self._num_active:
             return
-        log.info("drain_began", extra={"fields": {"num_active": self._num_active}})
+        log.info("drain_started", extra={"fields": {"num_active": self._num_active}})
         try:
             async with asyncio.timeout(self._config().drain_timeout_s):
                 await self._is_idle.wait()

@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
         try:
             await self._service.reload()
         except ConfigError as error:
-            log.error("reload_refused", extra={"fields": {"why": str(error)}})
+            log.error("reload_rejected", extra={"fields": {"reason": str(error)}})
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -1,4 +1,4 @@
-"""Why a request waited: a recorded run is decided again, and one request is watched from arrival to end. No text."""
+"""Why a request waited: replays a decision log and records what happened to one request. cli/explain.py prints it."""
 
 from __future__ import annotations
 
@@ -16,67 +16,67 @@ from megatron_medha.stats.request_stats import Ending, RequestStats, RequestTrac
 
 
 class WaitReason(Enum):
-    """Where a request stood while a batch was formed."""
+    """Whether a batch computed a request's prefill, and if not, why."""
 
-    COMPUTED = "computed"      # it is in the batch
-    IN_FLIGHT = "in flight"    # all of its prompt is in the pipeline, or its last chunk has not left stage 0
-    PASSED = "passed over"     # others are in the batch in its place
-    NO_MEMORY = "no memory"    # its blocks cannot be taken
-    NO_PLACE = "no place"      # as many requests as may own KV do
-    TURNS = "turns"            # now this, now that: several phases put together
-    NO_ROOM = "no room"        # nobody's prefill is in the batch: decodes fill it
+    COMPUTED = "computed"                  # it is in the batch
+    IN_FLIGHT = "in flight"                # its whole prompt is in the pipeline, or its last chunk is still on stage 0
+    OUTRANKED = "outranked"                # the batch has more urgent prefills instead
+    NO_MEMORY = "no KV memory"             # not enough blocks are free for its whole prompt
+    NO_SEQUENCE_SLOT = "no sequence slot"  # scheduler.max_num_sequences requests own KV
+    MIXED = "mixed"                        # several phases with different reasons, joined
+    STEP_FULL = "step full"                # the batch has decodes only
 
 
 @dataclass(slots=True)
 class RequestAhead:
-    """Another request whose prefill was computed while the one that is watched was not."""
+    """Another request, whose prefill was computed while the explained one waited or in the same batch."""
 
     request: Request
     num_tokens: int = 0
     num_batches: int = 0
-    first_slack: float = 0.0  # relative slack, when first and when last it was put before
+    first_slack: float = 0.0  # relative slack, in the first and the last such batch
     last_slack: float = 0.0
 
 
 @dataclass(slots=True)
 class RequestPhase:
-    """A stretch in which the same was true of every batch."""
+    """Consecutive batches with the same reason."""
 
     why: WaitReason
     start_s: float
     end_s: float
-    first_slack: float       # of the watched request: (deadline - now - remaining work) / work
+    first_slack: float       # of the explained request: (deadline - now - remaining work) / work
     last_slack: float
     num_batches: int = 0
-    num_computed: int = 0    # batches it is in itself
-    num_tokens: int = 0      # of the watched request, computed in this stretch
+    num_computed: int = 0    # batches that have a chunk of it
+    num_tokens: int = 0      # of the explained request, computed in this phase
     num_decodes: int = 0     # over all batches
     ahead: dict[str, RequestAhead] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Explanation:
-    """All that is known of one request from a decision log."""
+    """The history of one request, from a decision log."""
 
     stats: RequestStats
     policy: str
-    learnt_s: float                # when the scheduler learnt of it
-    deadline_s: float = 0.0        # as believed when the first chunk was formed, or last
+    learnt_s: float                # when it reached the scheduler
+    deadline_s: float = 0.0        # as predicted before its latest prefill batch
     work_s: float = 0.0            # predicted time of its prefill, alone
-    deprioritized_s: float | None = None  # when triage first let others go before it, its deadline being lost
+    deprioritized_s: float | None = None  # when triage first moved it behind others
     phases: list[RequestPhase] = field(default_factory=list)
-    num_ahead_on_arrival: int = 0  # prefills not ended when it came
+    num_ahead_on_arrival: int = 0  # unfinished prefills when it arrived
 
     @property
     def ahead(self) -> list[RequestAhead]:
-        """Everybody that was put before it, most tokens first."""
+        """Requests that were computed while it waited, most tokens first."""
         sums = _added_up(phase for phase in self.phases if phase.why is not WaitReason.COMPUTED)
         return sorted(sums.values(), key=lambda one: -one.num_tokens)
 
     def at_most(self, num_phases: int) -> list[RequestPhase]:
-        """The phases; where there are more, those of equal stretches of time put together.
+        """The phases; if there are more, phases are joined within equal intervals of time.
 
-        What was before the deadline was lost and what came after are kept apart, for which there may be one more.
+        Phases before and after triage moved the request back are not joined, so there may be one more.
         """
         phases = self.phases
         if len(phases) <= num_phases:
@@ -104,7 +104,7 @@ def _added_up(phases: Iterable[RequestPhase]) -> dict[str, RequestAhead]:
 
 def _joined(phases: list[RequestPhase]) -> RequestPhase:
     return RequestPhase(
-        phases[0].why if len({phase.why for phase in phases}) == 1 else WaitReason.TURNS,
+        phases[0].why if len({phase.why for phase in phases}) == 1 else WaitReason.MIXED,
         phases[0].start_s,
         phases[-1].end_s,
         phases[0].first_slack,
@@ -118,9 +118,9 @@ def _joined(phases: list[RequestPhase]) -> RequestPhase:
 
 
 def explain_request(records: Iterable[Recorded], scheduler: Scheduler, request_id: str) -> Explanation | None:
-    """Decide a recorded run again until `request_id` has ended; None if it never arrives.
+    """Replay a recorded run until `request_id` has ended; None if it never arrives.
 
-    Raises ReplayError where a decision differs from the recorded one: what we say would not be true of it.
+    Raises ReplayError where a decision differs from the recorded one.
     """
     found: Explanation | None = None
     watched: list[RequestStats] = []
@@ -187,13 +187,13 @@ def _count_tokens(stats: RequestStats, outputs: list[Output], now_s: float) -> N
 
 
 def _blocked(seq: Sequence, scheduler: Scheduler) -> WaitReason | None:
-    """What keeps a request out of the next batch whoever else is there."""
+    """Why a request cannot be in the next batch, independent of other requests; None if it can."""
     if not seq.num_unscheduled_tokens or seq.num_first_stage_tokens < seq.num_scheduled_tokens:
         return WaitReason.IN_FLIGHT
     if not seq.is_waiting:
         return None
     if scheduler.memory.num_owners >= scheduler.config.max_num_sequences:
-        return WaitReason.NO_PLACE
+        return WaitReason.NO_SEQUENCE_SLOT
     return WaitReason.NO_MEMORY if scheduler.memory.plan(seq) is None else None
 
 
@@ -214,10 +214,10 @@ def _note_batch(
     elif blocked is not None:
         why = blocked
     else:
-        why = WaitReason.PASSED if others else WaitReason.NO_ROOM
+        why = WaitReason.OUTRANKED if others else WaitReason.STEP_FULL
     slack = slacks[request_id]
     phase = found.phases[-1] if found.phases else None
-    # A stretch ends when the reason changes, when it is somebody else who goes before, or when the deadline is lost.
+    # A phase ends when the reason changes, when other requests are computed instead, or when triage moves it back.
     is_same = phase is not None and phase.why is why and found.deprioritized_s != now_s and (
         why is WaitReason.COMPUTED or {chunk.request_id for chunk in others} <= set(phase.ahead) or not phase.ahead
     )

@@ -47,7 +47,7 @@ class BestEffortFile:
             self._stream = None
 
     def _give_up(self, error: OSError) -> None:
-        _log.error("file_ended path=%s why=%r", self._path, error.strerror)
+        _log.error("file_write_failed path=%s reason=%r", self._path, error.strerror)
         stream, self._stream = self._stream, None
         if stream is not None:
             try:

@@ -32,7 +32,7 @@ def raise_descriptor_limit() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ValueError, OSError) as error:  # macOS has a lower limit of its own, and says unlimited
-        _log.warning("descriptor_limit_kept soft=%d hard=%d reason=%s", soft, hard, error)
+        _log.warning("descriptor_limit_unchanged soft=%d hard=%d reason=%s", soft, hard, error)
 
 
 def connection_limits(max_connections: int) -> ConnectionLimits:

@@ -136,7 +136,7 @@ class TemplateProcessPool:
     def _log_mapping(self, mapping: str) -> None:
         if mapping not in self._logged_mappings:
             self._logged_mappings.add(mapping)
-            log.info("chat_messages_mapped", extra={"fields": {"how": mapping}})
+            log.info("chat_messages_rewritten", extra={"fields": {"mapping": mapping}})
 
 
 def _job(
@@ -159,7 +159,7 @@ def _job(
 def _log_error(rendered: Future[str]) -> None:
     error = None if rendered.cancelled() else rendered.exception()
     if error is not None and not isinstance(error, NoRenderProcess):  # as when the server is stopped meanwhile
-        log.warning("chat_template_not_ready", extra={"fields": {"why": str(error)}})
+        log.warning("chat_template_not_prepared", extra={"fields": {"reason": str(error)}})
 
 
 class _RenderProcess:

@@ -95,7 +95,7 @@ class StepGraphs:
 
         plan = self._backend.host_plan(host.ranges)
         if self._generation != self._backend.tables.generation:  # perhaps for this very plan
-            log.info("cuda_graphs_recaptured why=block_tables_grew")
+            log.info("cuda_graphs_recaptured reason=block_tables_grew")
             self._capture_all()
         graph = self._graphs[shape]
         try:
@@ -103,7 +103,7 @@ class StepGraphs:
         except ValueError as error:
             # The tables have taken note of the blocks that are new; the eager path would not hear of them again.
             self._send_table_updates(plan)
-            log.info("cuda_graph_passed_over tokens=%d why=%s", len(host.token_ids_T), error)
+            log.info("cuda_graph_skipped tokens=%d reason=%s", len(host.token_ids_T), error)
             return None
         self._send_table_updates(plan)
         self._staging.upload(self._arrays(shape, host, fitted), graph.buffer)
@@ -194,14 +194,14 @@ def step_graphs(
     elif rotary.depends_on_lengths:
         reason = "dynamic rotary scaling looks at lengths on the host"
     if reason is not None:
-        log.warning("cuda_graphs_off why=%s", reason)
+        log.warning("cuda_graphs_disabled reason=%s", reason)
         return None
     shapes = [GraphShape(size, size, False) for size in _DECODE_SIZES]
     shapes += [GraphShape(size, _CHUNK_SEQUENCES, True) for size in _CHUNK_SIZES]
     try:
         return StepGraphs(model, backend, kv_layers, rotary, device, shapes=shapes, new_capture=cuda_capture)
     except RuntimeError as error:  # torch has no narrower type for what cannot be captured
-        log.warning("cuda_graphs_off why=%s", str(error).splitlines()[0], exc_info=True)
+        log.warning("cuda_graphs_disabled reason=%s", str(error).splitlines()[0], exc_info=True)
         torch.cuda.synchronize(device)
         return None
 

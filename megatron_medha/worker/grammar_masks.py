@@ -66,14 +66,14 @@ class GrammarMasks:
         try:
             self._the_compiler()
         except GrammarError as error:
-            _log.info("no_structured_output why=%r", str(error))
+            _log.info("structured_output_unavailable reason=%r", str(error))
 
     def prepare(self, grammar: str) -> None:
         """Compile a grammar before its request comes; on any thread. One that cannot be fails its request later."""
         try:
             self._the_compiler().prepare(grammar)
         except GrammarError as error:
-            _log.info("grammar_not_prepared why=%r", str(error))
+            _log.info("grammar_compile_failed reason=%r", str(error))
 
     def allowed(self, requests: Sequence[StoredRequest]) -> AllowedTokens:
         """Masks by place in `requests`, of those that have a grammar."""

@@ -42,7 +42,7 @@ class SocketInbox:
         while True:
             while not self._socket.poll(_PARENT_CHECK_MS):
                 if os.getppid() != self._parent_pid:
-                    _log.warning("parent_gone")
+                    _log.warning("parent_exited")
                     return None
             if (message := self.poll()) is not None:
                 return message

@@ -130,4 +130,4 @@ def test_a_server_is_served_on_where_wandb_fails(
     with caplog.at_level(logging.ERROR):
         tracking._run()
     (record,) = caplog.records
-    assert record.exc_info is None and "not reached" in record.fields["why"]  # type: ignore[attr-defined]
+    assert record.exc_info is None and "not reached" in record.fields["reason"]  # type: ignore[attr-defined]

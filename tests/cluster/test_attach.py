@@ -335,7 +335,7 @@ def test_what_no_rank_sends_is_dropped_by_the_link_to_the_ranks(
         def receive() -> bool:
             while (message := link.receive()) is not None:
                 heard.append(message)
-            return caplog.text.count("message_refused") >= len(HOSTILE) + 7
+            return caplog.text.count("message_rejected") >= len(HOSTILE) + 7
 
         wait_until(receive, lambda: caplog.text)
         # Connections take names in the order they come: a second one of a name that is taken is not heard.

@@ -40,7 +40,7 @@ def test_a_full_disk_is_logged_once_and_harms_nobody(caplog: pytest.LogCaptureFi
         file.write("two\n")
         file.close()
     assert [record.getMessage() for record in caplog.records] == [
-        "file_ended path=log.jsonl why='No space left on device'"
+        "file_write_failed path=log.jsonl reason='No space left on device'"
     ]
 
 
@@ -48,4 +48,4 @@ def test_a_disk_that_is_full_only_at_the_end_is_logged_too(caplog: pytest.LogCap
     file = BestEffortFile(Path("trace.json"), FullDisk())
     with caplog.at_level(logging.ERROR):
         file.close()
-    assert "file_ended path=trace.json" in caplog.text
+    assert "file_write_failed path=trace.json" in caplog.text

@@ -118,7 +118,7 @@ class Tracking:
                 for write in writers:
                     write(sample)
         except ConfigError as error:  # of W&B
-            _log.error("tracking_failed", extra={"fields": {"why": str(error)}})
+            _log.error("tracking_failed", extra={"fields": {"reason": str(error)}})
         except Exception:  # outermost of this thread: whatever a tracker does, requests are served on
             _log.exception("tracking_failed")
         finally:

@@ -53,7 +53,7 @@ class TlsListener:
             try:
                 connection, _ = await loop.sock_accept(self._listener)
             except OSError as error:
-                _log.warning("connection_not_accepted why=%s", error)
+                _log.warning("connection_not_accepted reason=%s", error)
                 await asyncio.sleep(_ACCEPT_AGAIN_S)
                 continue
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -72,7 +72,7 @@ class TlsListener:
                 self._make_protocol, connection, ssl=self._context, ssl_handshake_timeout=self._timeout_s
             )
         except OSError as error:  # not TLS, too slow, or gone; ssl.SSLError and TimeoutError are OSErrors
-            _log.debug("tls_handshake_failed why=%s", error)
+            _log.debug("tls_handshake_failed reason=%s", error)
             connection.close()
         except asyncio.CancelledError:
             connection.close()

@@ -95,7 +95,7 @@ class GenerationResponse(Response):
             self._end_as(patience.outcome or error.code or "error", "error", self._num_open)
             await self._send_error(error, send)
         except Exception:
-            log.exception("answer_failed", extra={"fields": {"response_id": self._spec.response_id}})
+            log.exception("response_failed", extra={"fields": {"response_id": self._spec.response_id}})
             self._end_as("internal_error", "error", self._num_open)
             await self._send_error(internal_error(), send)
             raise

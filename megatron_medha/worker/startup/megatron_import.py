@@ -53,7 +53,7 @@ def disable_broken_transformer_engine() -> None:
     try:
         importlib.import_module(f"{name}.pytorch")
     except Exception as error:  # half-installed ones raise anything
-        log.warning("transformer_engine_left_out why=%s: %s", type(error).__name__, error)
+        log.warning("transformer_engine_disabled reason=%s: %s", type(error).__name__, error)
         for loaded in [module for module in sys.modules if module.startswith(f"{name}.")]:
             del sys.modules[loaded]
         sys.modules[name] = None  # type: ignore[assignment]
