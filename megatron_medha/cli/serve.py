@@ -60,7 +60,7 @@ def run(words: Sequence[str]) -> int:
         check_private_files(now.server)
         return now.server
 
-    return _serve(serve_config(options), options, read_server_config)
+    return _serve(serve_config(options), read_server_config)
 
 
 def _options_class() -> type[ServeOptions]:
@@ -69,8 +69,9 @@ def _options_class() -> type[ServeOptions]:
     return ServeOptions
 
 
-def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Callable[[], ServerConfig]) -> int:
-    set_up_logging(config.log_level, is_json=config.log_format.value == "json")
+def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) -> int:
+    options = config.options
+    set_up_logging(options.log_level, is_json=options.log_format.value == "json")
     stops = StopSignals()
     stops.install_early_handlers()
     # What is imported stays for good: collecting among it costs a tenth of the start now, and pauses later.
@@ -90,23 +91,23 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
 
     metrics = Metrics()
     homes = [directory for directory in (options.checkpoint, config.tokenizer) if directory is not None]
-    sampling_defaults = read_sampling_defaults(homes if config.server.generation_config == "auto" else ())
+    sampling_defaults = read_sampling_defaults(homes if options.server.generation_config == "auto" else ())
     journal = RequestLog(metrics)
     engine = make_engine(config, journal.watch)
     tokenizer: Future[Tokenizer] = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, config.tokenizer)
     service = Service(
         engine,
         tokenizer,
-        config.server,
+        options.server,
         metrics=metrics,
         journal=journal,
-        slo=config.slo_classes,
+        slo=options.slo_classes,
         read_config=read_server_config,
-        traces=OtelTraces(config.tracking.otlp_endpoint) if config.tracking.otlp_endpoint is not None else None,
+        traces=OtelTraces(options.tracking.otlp_endpoint) if options.tracking.otlp_endpoint is not None else None,
         sampling_defaults=sampling_defaults,
     )
-    tracking = Tracking(config.tracking, engine, metrics, public_options(options))
-    printer = StatusPrinter(service, needs_key=config.server.needs_key)
+    tracking = Tracking(options.tracking, engine, metrics, public_options(options))
+    printer = StatusPrinter(service, needs_key=options.server.needs_key)
 
     def on_listening(url: str) -> None:
         gc.freeze()
@@ -117,7 +118,7 @@ def _serve(config: ServeConfig, options: ServeOptions, read_server_config: Calla
         tracking.start()
 
     try:
-        run_app(create_app(service, model_name_of(config)), config.server, on_listening)
+        run_app(create_app(service, model_name_of(config)), options.server, on_listening)
     finally:
         gc.enable()
         printer.end()

@@ -19,8 +19,8 @@ from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.errors import ConfigError, check_member, check_range
 from megatron_medha.core.kv.shards import default_shard_tokens
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig, check_serves
@@ -148,68 +148,38 @@ class ProfileOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedModel:
-    """What stands in for a checkpoint, and for the ranks that run it, under runtime=sim."""
-
-    shape: ModelShape
-    hardware: Hardware      # as many devices as the layout has ranks, or more
-    engine: EngineCosts
-    layout: ParallelLayout  # of one replica
-    num_blocks: int         # of each KVP rank
-    block_size: int
-    max_tokens_per_shard: int
-    is_audited: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """What `medha serve` is made from; nothing reads the options after this."""
+    """The options of `medha serve`, checked, with what follows from them."""
 
-    world: RankConfig | SimulatedModel  # of one replica
-    num_replicas: int
-    launch: LaunchConfig
-    recovery: RecoveryConfig
+    options: ServeOptions
+    world: RankConfig | SchedulerSetup  # of one replica; SchedulerSetup: steps are simulated
     tokenizer: Path
     scheduler: SchedulerConfig
-    server: ServerConfig
-    slo_classes: SloConfig
-    hardware: Hardware
     profile: FittedCost | None
-    tracking: TrackingConfig
-    log_level: str
-    log_format: LogFormat
 
 
 def serve_config(options: ServeOptions) -> ServeConfig:
     """The options, checked against each other and against this machine. Raises ConfigError."""
     check_member("log_level", options.log_level, ("debug", "info", "warning", "error"))
     check_serves(scheduler := options.scheduler.reduced)
-    world: RankConfig | SimulatedModel
+    world: RankConfig | SchedulerSetup
     if options.runtime is RuntimeKind.SIM:
-        world = _simulated_model(options)
+        world = _simulated_setup(options, scheduler)
+        if options.tracking.timeline is not None:
+            raise ConfigError(
+                f"tracking.timeline={options.tracking.timeline}: with runtime=sim no rank runs; `medha simulate` "
+                "writes a timeline of simulated ones"
+            )
     else:
         world = rank_config(options)
         if options.tokenizer is not None:
             world = msgspec.structs.replace(world, tokenizer=str(_tokenizer(options)))
-    if isinstance(world, SimulatedModel) and options.tracking.timeline is not None:
-        raise ConfigError(
-            f"tracking.timeline={options.tracking.timeline}: with runtime=sim no rank runs; `medha simulate` writes a "
-            "timeline of simulated ones"
-        )
     return ServeConfig(
+        options=options,
         world=world,
-        num_replicas=options.parallel.dp,
-        launch=options.launch,
-        recovery=options.recovery,
         tokenizer=_tokenizer(options),
         scheduler=scheduler,
-        server=options.server,
-        slo_classes=options.slo_classes,
-        hardware=options.hardware,
         profile=_profile(options.profile, options.parallel.replica),
-        tracking=options.tracking,
-        log_level=options.log_level,
-        log_format=options.log_format,
     )
 
 
@@ -297,7 +267,7 @@ def _num_threads(options: ServeOptions | ProfileOptions) -> int | None:
     return None if num_ranks == 1 else max(1, machine.num_usable_cores() // num_ranks)
 
 
-def _simulated_model(options: ServeOptions) -> SimulatedModel:
+def _simulated_setup(options: ServeOptions, scheduler: SchedulerConfig) -> SchedulerSetup:
     model = options.model
     if (shape := model.simulated_shape) is None:
         raise ConfigError(
@@ -315,7 +285,8 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
     block_size = model.block_size or DEFAULT_BLOCK_SIZE
     _check_shards(options.parallel, block_size)
     num_blocks = num_blocks_in(shape, layout, model.kv_memory_gib, block_size)
-    return SimulatedModel(
+    return SchedulerSetup(
+        config=scheduler,
         shape=shape,
         hardware=hardware,
         engine=options.engine,
@@ -324,7 +295,6 @@ def _simulated_model(options: ServeOptions) -> SimulatedModel:
         block_size=block_size,
         max_tokens_per_shard=options.parallel.max_tokens_per_shard
         or default_shard_tokens(num_blocks, block_size, shape.max_context_len, layout.kvp),
-        is_audited=options.kv_audit,
     )
 
 

@@ -23,12 +23,12 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
+from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.compose import compose, freeze, option_names
 from megatron_medha.options.serve_options import (
     ParallelOptions,
     ServeConfig,
     ServeOptions,
-    SimulatedModel,
     TrackingConfig,
 )
 from megatron_medha.options.simulate_options import SimulateOptions
@@ -46,8 +46,8 @@ PACKAGE = Path(megatron_medha.__file__).parent
 def test_without_overrides_every_component_gets_its_own_defaults(configure: Configure) -> None:
     config = configure()
     assert config.scheduler == SchedulerConfig()
-    assert config.server == ServerConfig()
-    assert config.tracking == TrackingConfig()
+    assert config.options.server == ServerConfig()
+    assert config.options.tracking == TrackingConfig()
     assert isinstance(config.world, RankConfig)
     assert config.world.layout == ParallelLayout()
 
@@ -194,7 +194,7 @@ def test_without_a_number_kv_gets_a_share_of_what_is_free_beside_the_weights(
 
 def test_a_simulated_model_needs_no_checkpoint(configure: Configure, checkpoint: Path) -> None:
     config = configure("checkpoint=null", "runtime=sim", "model=llama3_8b", f"tokenizer={checkpoint}")
-    assert isinstance(config.world, SimulatedModel)
+    assert isinstance(config.world, SchedulerSetup)
     # 128 KiB of KV per token: 32 layers x 2 x 8 heads x 128 x 2 bytes.
     assert config.world.num_blocks == 48 * 2**30 // (131_072 * 16)
 
@@ -202,7 +202,7 @@ def test_a_simulated_model_needs_no_checkpoint(configure: Configure, checkpoint:
 def test_a_simulated_replica_may_have_many_ranks(configure: Configure, checkpoint: Path) -> None:
     layout = ("parallel.tp=8", "parallel.spp=2", "parallel.kvp=2")
     config = configure("runtime=sim", "model=llama3_8b", "hardware=a100", *layout, f"tokenizer={checkpoint}")
-    assert isinstance(config.world, SimulatedModel)
+    assert isinstance(config.world, SchedulerSetup)
     # Each rank holds half of the layers and one of eight KV heads; the two kvp ranks share 131,072 tokens evenly.
     assert config.world.num_blocks == 16 * (48 * 2**30 // (131_072 * 16))
     assert (config.world.hardware.num_devices, config.world.max_tokens_per_shard) == (32, 65_536)
@@ -210,7 +210,7 @@ def test_a_simulated_replica_may_have_many_ranks(configure: Configure, checkpoin
 
 def test_a_simulated_context_can_be_shortened(configure: Configure) -> None:
     config = configure("runtime=sim", "model=llama3_8b", "model.max_context_len=4096")
-    assert isinstance(config.world, SimulatedModel)
+    assert isinstance(config.world, SchedulerSetup)
     assert config.world.shape.max_context_len == 4096
 
 
@@ -269,7 +269,7 @@ def test_ranks_of_one_machine_share_its_cores_and_memory(configure: Configure) -
     alone = configure().world
     config = configure("parallel.spp=2", "parallel.kvp=2", "parallel.dp=2", "parallel.max_tokens_per_shard=4096")
     assert isinstance(alone, RankConfig) and isinstance(config.world, RankConfig)
-    assert config.num_replicas == 2
+    assert config.options.parallel.dp == 2
     assert config.world.layout == ParallelLayout(spp=2, kvp=2)
     assert config.world.max_tokens_per_shard == 4096
     assert config.world.model.num_threads == max(1, machine.num_usable_cores() // 8) and alone.model.num_threads is None

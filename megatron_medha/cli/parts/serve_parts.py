@@ -10,8 +10,7 @@ import msgspec
 
 from megatron_medha.cluster.kv_audit import KVAudit
 from megatron_medha.cluster.launch_config import LaunchKind
-from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.cluster.rank_engine import OpenRanks, OpenTimeline, cluster_engine, local_ranks
+from megatron_medha.cluster.rank_engine import OpenRanks, cluster_engine, local_ranks
 from megatron_medha.cluster.remote.attach import attached_ranks
 from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.core.ports import EngineClient
@@ -28,26 +27,21 @@ _TIMELINE_S = 300.0  # from when the model is ready; a busy server writes about 
 
 def make_engine(config: ServeConfig, watcher: ObserverFactory) -> EngineClient:
     """The engine for ranks or for a simulation; nothing runs before its start()."""
-    num_replicas = config.num_replicas
+    num_replicas, tracking = config.options.parallel.dp, config.options.tracking
     if num_replicas == 1:
-        return _replica(config, 0, watcher, config.tracking.decision_log, config.tracking.timeline)
-    return Replicas(
-        [
-            _replica(
-                config,
-                replica,
-                watcher,
-                _log_of_replica(config.tracking.decision_log, replica),
-                _log_of_replica(config.tracking.timeline, replica),
-            )
-            for replica in range(num_replicas)
-        ]
-    )
+        return _replica(config, 0, watcher, tracking.decision_log, tracking.timeline)
+    return Replicas([
+        _replica(config, replica, watcher, *(
+            # Each replica's decisions replay by themselves: log.jsonl becomes log.0.jsonl, log.1.jsonl, ...
+            path and path.with_suffix(f".{replica}{path.suffix}") for path in (tracking.decision_log, tracking.timeline)
+        ))
+        for replica in range(num_replicas)
+    ])  # fmt: skip
 
 
 def model_name_of(config: ServeConfig) -> str:
     """The name the engine will give the model, before it has read the checkpoint."""
-    if not isinstance(config.world, RankConfig):
+    if isinstance(config.world, SchedulerSetup):
         return config.world.shape.name
     directory = Path(config.world.checkpoint).resolve()
     is_iteration = directory.name == "release" or directory.name.startswith("iter_")  # of Megatron's checkpoints
@@ -57,53 +51,30 @@ def model_name_of(config: ServeConfig) -> str:
 def _replica(
     config: ServeConfig, replica: int, watcher: ObserverFactory, decision_log: Path | None, timeline: Path | None
 ) -> Engine:
-    match config.world:
-        case RankConfig():
-            return cluster_engine(
-                rank_config=config.world,
-                scheduler_config=config.scheduler,
-                hardware=config.hardware,
-                profile=config.profile,
-                recovery=config.recovery,
-                open_ranks=_open_ranks(config, replica),
-                watchers=(watcher,),
-                decision_log=decision_log,
-                open_timeline=_open_timeline(config, timeline),
-            )
-        case model:
-            return live_engine(
-                setup=SchedulerSetup(
-                    config=config.scheduler,
-                    shape=model.shape,
-                    hardware=model.hardware,
-                    engine=model.engine,
-                    layout=model.layout,
-                    num_blocks=model.num_blocks,
-                    block_size=model.block_size,
-                    max_tokens_per_shard=model.max_tokens_per_shard,
-                ),
-                watchers=(watcher, KVAudit) if model.is_audited else (watcher,),
-                decision_log=decision_log,
-            )
+    options = config.options
+    if isinstance(config.world, SchedulerSetup):
+        watchers = (watcher, KVAudit) if options.kv_audit else (watcher,)
+        return live_engine(setup=config.world, watchers=watchers, decision_log=decision_log)
+    return cluster_engine(
+        rank_config=config.world,
+        scheduler_config=config.scheduler,
+        hardware=options.hardware,
+        profile=config.profile,
+        recovery=options.recovery,
+        open_ranks=_open_ranks(options, replica),
+        watchers=(watcher,),
+        decision_log=decision_log,
+        open_timeline=None if timeline is None else partial(
+            RunTimeline.writing, timeline, config.world.layout, duration_s=_TIMELINE_S
+        ),
+    )  # fmt: skip
 
 
-def _open_ranks(config: ServeConfig, replica: int) -> OpenRanks:
-    if config.launch.kind is LaunchKind.ATTACH:
-        return attached_ranks(config.launch, replica, config.num_replicas)
-    secrets = [secret for secret in (config.server.api_key, config.server.admin_key) if secret is not None]
+def _open_ranks(options: ServeOptions, replica: int) -> OpenRanks:
+    if options.launch.kind is LaunchKind.ATTACH:
+        return attached_ranks(options.launch, replica, options.parallel.dp)
+    secrets = [secret for secret in (options.server.api_key, options.server.admin_key) if secret is not None]
     return local_ranks(replica, environment=child_environment(secrets))
-
-
-def _open_timeline(config: ServeConfig, path: Path | None) -> OpenTimeline | None:
-    if path is None:
-        return None
-    assert isinstance(config.world, RankConfig)
-    return partial(RunTimeline.writing, path, config.world.layout, duration_s=_TIMELINE_S)
-
-
-def _log_of_replica(path: Path | None, replica: int) -> Path | None:
-    """Each replica's decisions replay by themselves: log.jsonl becomes log.0.jsonl, log.1.jsonl, ..."""
-    return None if path is None else path.with_suffix(f".{replica}{path.suffix}")
 
 
 def public_options(options: ServeOptions) -> dict[str, Any]:
