@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from megatron_medha.cli.parts.chat_client import is_http_address
 from megatron_medha.cli.parts.command_options import read_options
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_http_url, check_range
 from megatron_medha.system.scratch import scratch_directory
 from megatron_medha.system.writable import check_writable
 
@@ -51,14 +50,9 @@ class BatchOptions:
     request_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        if not is_http_address(self.url):
-            raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
-        if not 1 <= self.concurrency <= 10_000:
-            raise ConfigError(f"concurrency={self.concurrency}: must be between 1 and 10000")
-        if self.max_attempts < 1:
-            raise ConfigError(f"max_attempts={self.max_attempts}: must be at least 1")
-        if self.request_timeout_s <= 0:
-            raise ConfigError(f"request_timeout_s={self.request_timeout_s:g}: must be positive")
+        check_http_url("url", self.url)
+        for key, low, high in (("concurrency", 1, 10_000), ("max_attempts", 1, 1000), ("request_timeout_s", 0.1, 1e6)):
+            check_range(key, getattr(self, key), low, high)
         if self.input == self.output:
             raise ConfigError(f"output={self.output}: is the input too; take another file")
         if self.serve and self.checkpoint is None:

@@ -12,9 +12,8 @@ from megatron_medha.cli.fuzz import fuzz_cases as cases
 from megatron_medha.cli.fuzz.fuzz_cases import LARGE_BODIES, Case
 from megatron_medha.cli.fuzz.fuzz_watch import ServerMonitor, ServerObservations
 from megatron_medha.cli.fuzz.fuzz_wire import RawClient, RawResponse, ServerMisbehaved, check
-from megatron_medha.cli.parts.chat_client import is_http_address
 from megatron_medha.cli.parts.command_options import read_options
-from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.core.errors import ConfigError, MedhaError, check_http_url
 from megatron_medha.stats.text_table import text_table
 from megatron_medha.system.descriptors import raise_descriptor_limit
 
@@ -62,8 +61,7 @@ class SelftestConfig:
     admin_key: str | None = None
 
     def __post_init__(self) -> None:
-        if not is_http_address(self.url):
-            raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
+        check_http_url("url", self.url)
         if min(self.num_random, self.large_mib) < 1 or min(self.timeout_s, self.max_lag_s) <= 0:
             raise ConfigError("num_random, large_mib, timeout_s and max_lag_s must be above 0")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 
 class MedhaError(Exception):
@@ -40,3 +41,14 @@ def check_range(key: str, value: float | None, low: float, high: float) -> None:
     """Raises ConfigError for a number outside of [low, high]; None is in any range."""
     if value is not None and not (low <= value <= high and math.isfinite(value)):
         raise ConfigError(f"{key}={value:g}: must be between {low:g} and {high:g}")
+
+
+def check_http_url(key: str, url: str) -> None:
+    """Raises ConfigError for what is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, brackets that do not close
+        is_address = False
+    if not is_address:
+        raise ConfigError(f"{key}={url} must look like http://127.0.0.1:8000")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_medha.bench.client import Target
 from megatron_medha.bench.random_prompts import TokenRange
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_http_url, check_range
 from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.options.simulate_options import Plots
 from megatron_medha.stats.capacity_search import CapacitySearch
@@ -59,16 +59,12 @@ class BenchOptions:
     tracking: TrackingConfig
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"url={self.url}: not an address; it begins with http:// or https://")
-        if self.concurrency is not None and not 1 <= self.concurrency <= 100_000:
-            raise ConfigError(f"concurrency={self.concurrency}: must be between 1 and 100000")
-        if not 0.0 <= self.exclude_share < 0.5:
-            raise ConfigError(f"exclude_share={self.exclude_share:g}: must be at least 0 and below 0.5")
-        if self.request_timeout_s <= 0.0:
-            raise ConfigError(f"request_timeout_s={self.request_timeout_s:g}: must be positive")
-        if self.max_drain_s is not None and self.max_drain_s < 0.0:
-            raise ConfigError(f"max_drain_s={self.max_drain_s:g}: must not be negative")
+        check_http_url("url", self.url)
+        for key, low, high in (
+            ("concurrency", 1, 100_000), ("exclude_share", 0.0, 0.49), ("request_timeout_s", 0.1, 1e6),
+            ("max_drain_s", 0.0, 1e9),
+        ):  # fmt: skip
+            check_range(key, getattr(self, key), low, high)
         if self.idle is IdleMeasurement.SKIP and self.slo.ttft_s is None:
             raise ConfigError(
                 "idle=skip: first-token deadlines follow from TTFT alone on the server; "

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from itertools import product
 
-from megatron_medha.cluster.model_options import ModelOptions
-from megatron_medha.core.cost.engine_costs import EngineCosts
-from megatron_medha.core.cost.hardware import Hardware
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_range
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.options.serve_options import ParallelOptions
-from megatron_medha.options.simulate_options import MemoryOptions, SimulateOptions, simulation_config
+from megatron_medha.options.simulate_options import SimulatedSystem, SimulateOptions, simulation_config
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig
 from megatron_medha.sim.planning.candidate import PlanCandidate
 from megatron_medha.sim.planning.trial_window import TrialWindow, choose_window
 from megatron_medha.sim.run_directory import RecordConfig
 from megatron_medha.sim.system import SystemConfig, SystemKind
-from megatron_medha.sim.truth_config import TruthConfig
-from megatron_medha.stats.slo_targets import Slo
-from megatron_medha.stats.summary import LengthClasses
-from megatron_medha.workload.workload import WorkloadConfig
 
 
 class PlanGoal(Enum):
@@ -33,7 +26,7 @@ class PlanGoal(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(SimulatedSystem):
     """Everything a user can say, as conf/plan.yaml lays it out."""
 
     find: PlanGoal = PlanGoal.CHEAPEST
@@ -48,16 +41,6 @@ class PlanOptions:
     resolution: float = 0.05
     num_processes: int | None = None
     seed: int = 0
-    model: ModelOptions
-    system: SystemConfig = SystemConfig()
-    scheduler: BaselineConfig
-    hardware: Hardware
-    engine: EngineCosts
-    workload: WorkloadConfig
-    slo: Slo
-    classes: LengthClasses
-    truth: TruthConfig
-    memory: MemoryOptions
 
     def __post_init__(self) -> None:
         for key, low, high in (
@@ -69,9 +52,7 @@ class PlanOptions:
             ("resolution", 1e-3, 1.0),
             ("num_processes", 1, 1 << 10),
         ):
-            value = getattr(self, key)
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"{key}={value:g}: must be between {low:g} and {high:g}")
+            check_range(key, getattr(self, key), low, high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,22 +148,10 @@ def _by_cost(trial: PlanCandidate) -> tuple[int, int, int, int]:
 def _simulate_options(
     options: PlanOptions, layout: ParallelLayout, contender: Contender, window: TrialWindow
 ) -> SimulateOptions:
-    return SimulateOptions(
-        seed=options.seed,
-        max_drain_s=options.max_drain_s,
-        model=options.model,
-        parallel=ParallelOptions(tp=layout.tp, spp=layout.spp, kvp=layout.kvp),
-        system=contender.system,
-        scheduler=contender.scheduler,
-        hardware=options.hardware,
-        engine=options.engine,
-        workload=window.workload,
-        slo=options.slo,
-        classes=options.classes,
-        truth=options.truth,
-        memory=options.memory,
-        record=RecordConfig(),
-    )
+    shared = {field.name: getattr(options, field.name) for field in fields(SimulatedSystem)}
+    shared |= {"system": contender.system, "scheduler": contender.scheduler, "workload": window.workload}
+    parallel = ParallelOptions(tp=layout.tp, spp=layout.spp, kvp=layout.kvp)
+    return SimulateOptions(**shared, max_drain_s=options.max_drain_s, parallel=parallel, record=RecordConfig())
 
 
 def _powers(most: int) -> list[int]:

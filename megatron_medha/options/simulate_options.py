@@ -10,7 +10,7 @@ from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.core.cost.capacity import MemoryBudget, check_layout, cluster_for, num_blocks_in, num_kv_blocks
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_range
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
@@ -58,17 +58,11 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulateOptions:
-    """Everything a user can say, as conf/simulate.yaml lays it out."""
+class SimulatedSystem:
+    """The options that `medha simulate` and `medha plan` share."""
 
-    out: Path | None = None
     seed: int = 0
-    belief: SchedulerCostModel = SchedulerCostModel.EXACT
-    max_drain_s: float | None = None
-    plots: Plots = Plots.AUTO
-    requests: RequestsFormat = RequestsFormat.JSONL
     model: ModelOptions
-    parallel: ParallelOptions
     system: SystemConfig = SystemConfig()
     scheduler: BaselineConfig
     hardware: Hardware
@@ -78,15 +72,28 @@ class SimulateOptions:
     classes: LengthClasses
     truth: TruthConfig
     memory: MemoryOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulateOptions(SimulatedSystem):
+    """Everything a user can say, as conf/simulate.yaml lays it out."""
+
+    out: Path | None = None
+    belief: SchedulerCostModel = SchedulerCostModel.EXACT
+    max_drain_s: float | None = None
+    plots: Plots = Plots.AUTO
+    requests: RequestsFormat = RequestsFormat.JSONL
+    parallel: ParallelOptions
     record: RecordConfig
     tracking: TrackingConfig = TrackingConfig()
     objective: str = "all.goodput_per_s"
 
+    def __post_init__(self) -> None:
+        check_range("max_drain_s", self.max_drain_s, 0.0, 1e9)
+
 
 def simulation_config(options: SimulateOptions) -> SimulationConfig:
     """The options, checked against each other. Raises ConfigError."""
-    if options.max_drain_s is not None and options.max_drain_s < 0.0:
-        raise ConfigError(f"max_drain_s={options.max_drain_s:g}: must not be negative")
     setup = scheduler_setup(options)
     return SimulationConfig(
         setup=setup,

@@ -141,20 +141,20 @@ def test_whole_prompts_are_not_cut_before_the_context_ends(configure: Configure)
 
 @pytest.mark.parametrize("option", option_names("hardware"))
 def test_every_hardware_option_has_a_name_and_positive_speeds(configure: Configure, option: str) -> None:
-    hardware = configure(f"hardware={option}").hardware
+    hardware = configure(f"hardware={option}").options.hardware
     assert hardware.name
     assert hardware.flops_per_s > 1e9
     assert hardware.memory_bytes_per_s > 1e9
 
 
 def test_without_a_name_the_hardware_is_this_machine(configure: Configure) -> None:
-    hardware = configure().hardware
+    hardware = configure().options.hardware
     assert hardware.flops_per_s == machine.cpu_flops_per_s()
     assert hardware.memory_bytes_per_s == machine.memory_bytes_per_s()
 
 
 def test_a_tracking_option_names_its_files(configure: Configure) -> None:
-    tracking = configure("tracking=jsonl").tracking
+    tracking = configure("tracking=jsonl").options.tracking
     assert tracking.decision_log == Path("outputs/decisions.jsonl")
     assert tracking.metrics_log == Path("outputs/metrics.jsonl")
 
@@ -163,7 +163,7 @@ def test_the_public_server_takes_its_key_from_the_environment(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEDHA_API_KEY", "secret")
-    server = configure("server=public").server
+    server = configure("server=public").options.server
     assert (server.host, server.api_key) == ("0.0.0.0", "secret")
 
 
@@ -221,7 +221,7 @@ def test_options_of_the_users_own_are_found(configure: Configure, tmp_path: Path
 
 
 def test_a_list_of_names_becomes_a_tuple(configure: Configure) -> None:
-    assert configure("server.served_model_names=[a,b]").server.served_model_names == ("a", "b")
+    assert configure("server.served_model_names=[a,b]").options.server.served_model_names == ("a", "b")
 
 
 def test_every_key_of_every_default_option_has_a_comment_or_a_plain_name() -> None:

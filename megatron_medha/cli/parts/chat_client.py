@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.core.errors import MedhaError, check_http_url
 
 HELP = "/quit ends, /clear forgets the conversation, /system TEXT sets the system prompt, Ctrl-C stops the output"
 
@@ -32,17 +32,7 @@ class ChatConfig:
     timeout_s: float = 600.0        # between two pieces of an answer; long prompts prefill for minutes
 
     def __post_init__(self) -> None:
-        if not is_http_address(self.url):
-            raise ConfigError(f"url={self.url} must look like http://127.0.0.1:8000")
-
-
-def is_http_address(url: str) -> bool:
-    """Whether a server could be there."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, brackets that do not close
-        return False
+        check_http_url("url", self.url)
 
 
 @dataclass
