@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import aiohttp
 import msgspec
 
+from megatron_medha.bench.client import Target, find_model
 from megatron_medha.core.errors import ConfigError
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -31,6 +32,10 @@ class _InputLine(msgspec.Struct, kw_only=True):
     method: str = "POST"
     url: str
     body: dict[str, Any]
+
+
+class _AnyLine(msgspec.Struct):
+    custom_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +63,6 @@ class BatchCounts:
     def is_clean(self) -> bool:
         """Whether everything that was asked now has its answer."""
         return not (self.num_refused or self.num_failed or self.num_bad_lines)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchServer:
-    """Where rows are sent, and how often."""
-
-    url: str                  # without /v1
-    headers: dict[str, str]
-    concurrency: int
-    max_attempts: int
-    request_timeout_s: float
 
 
 def read_rows(path: Path) -> Iterator[BatchRow]:
@@ -132,9 +126,16 @@ def keep_completed_rows(path: Path, custom_ids: Callable[[], frozenset[str]]) ->
 
 
 async def run_rows(
-    rows: Iterator[BatchRow], done: frozenset[str], server: BatchServer, out: TextIO, note: Callable[[], object]
+    rows: Iterator[BatchRow],
+    done: frozenset[str],
+    target: Target,
+    out: TextIO,
+    note: Callable[[], object],
+    *,
+    concurrency: int,
+    max_attempts: int,
 ) -> BatchCounts:
-    """Send what is not done; a row of output for each, written as its answer comes. note: called once for each."""
+    """Send what is not done; a row of output for each, written as its response comes. note: called once for each."""
     counts = BatchCounts(num_kept=len(done))
     todo = (row for row in rows if row.custom_id is None or row.fault is not None or row.custom_id not in done)
 
@@ -151,7 +152,7 @@ async def run_rows(
                 counts.num_bad_lines += 1
                 write(row, None, {"code": "invalid_line", "message": f"line {row.number}: {row.fault}"})
                 continue
-            response, why = await _send(session, server, row)
+            response, why = await _send(session, target.url, row, max_attempts)
             if response is None:
                 counts.num_failed += 1
                 write(row, None, {"code": "no_answer", "message": f"line {row.number}: {why}"})
@@ -165,14 +166,11 @@ async def run_rows(
                     counts.num_refused += 1
                 write(row, response, None)
 
-    timeout = aiohttp.ClientTimeout(total=server.request_timeout_s)
-    connector = aiohttp.TCPConnector(limit=server.concurrency)
-    async with (
-        aiohttp.ClientSession(headers=server.headers, connector=connector, timeout=timeout) as session,
-        asyncio.TaskGroup() as tasks,
-    ):
-        for _ in range(server.concurrency):
-            tasks.create_task(work(session))
+    async with target.session() as session:
+        await find_model(target, session)  # a wrong address or key is reported once, not by every row
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(concurrency):
+                tasks.create_task(work(session))
     return counts
 
 
@@ -197,27 +195,25 @@ def _read_row(number: int, line: bytes, seen: set[str]) -> BatchRow:
 def _custom_id_of(line: bytes) -> str | None:
     """So that a bad line can be found by its id too, where it has one."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        return msgspec.json.decode(line, type=_AnyLine).custom_id
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    custom_id = row.get("custom_id") if isinstance(row, dict) else None
-    return custom_id if isinstance(custom_id, str) else None
 
 
 async def _send(
-    session: aiohttp.ClientSession, server: BatchServer, row: BatchRow
+    session: aiohttp.ClientSession, url: str, row: BatchRow, max_attempts: int
 ) -> tuple[dict[str, Any] | None, str]:
     """The answer as OpenAI's batches have it, or None and why there is none."""
     payload = json.dumps(row.body).encode()
     why = ""
     response: dict[str, Any] | None = None
-    for attempt in range(server.max_attempts):
+    for attempt in range(max_attempts):
         if attempt:
             await asyncio.sleep(_wait_s(attempt, response))
         response = None
         try:
             async with session.post(
-                server.url + row.url, data=payload, headers={"Content-Type": "application/json"}
+                url + row.url, data=payload, headers={"Content-Type": "application/json"}
             ) as answer:
                 text = await answer.text()
                 response = {

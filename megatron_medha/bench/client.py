@@ -24,7 +24,6 @@ class Target:
     model: str | None = None                  # None: the first one it lists
     api_key: str | None = None
     request_timeout_s: float = 3600.0
-    fields: dict[str, Any] = field(default_factory=dict)  # added to every request's body
     headers: dict[str, str] = field(default_factory=dict)
 
     def session(self) -> aiohttp.ClientSession:
@@ -77,7 +76,6 @@ def completion_body(target: Target, model: str, prompt: Sequence[int], max_token
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
-        **target.fields,
     }
     return json.dumps(body, separators=(",", ":")).encode()
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
 
+from tqdm import tqdm
+
+from megatron_medha.bench.batch_file import custom_ids, keep_completed_rows, num_rows, read_rows, run_rows
+from megatron_medha.bench.client import Target
 from megatron_medha.cli.parts.command_options import read_options
+from megatron_medha.cli.parts.served import server_process
 from megatron_medha.core.errors import ConfigError, check_http_url, check_range
 from megatron_medha.system.scratch import scratch_directory
 from megatron_medha.system.writable import check_writable
-
-if TYPE_CHECKING:
-    from megatron_medha.bench.batch_file import BatchCounts, BatchServer
 
 USAGE = """\
 usage: medha run-batch INPUT OUTPUT [key=value ...] [-- key=value ...]
@@ -87,33 +88,30 @@ def _quoted(word: str) -> str:
 
 def run_batch(options: BatchOptions) -> int:
     """One batch with its output; 0 if every line has been answered."""
-    from tqdm import tqdm
-
-    from megatron_medha.bench.batch_file import BatchServer, custom_ids, keep_completed_rows, num_rows
-
     num_lines = num_rows(options.input)
     check_writable("output", options.output)
     done = keep_completed_rows(options.output, lambda: custom_ids(options.input))
     if len(done) == num_lines:
         print(f"{num_lines:,} rows: all were answered; {options.output}")
         return 0
-    headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
-    if options.slo_class is not None:
-        headers["x-slo-class"] = options.slo_class
     with _server(options) as url:
-        server = BatchServer(
+        target = Target(
             url=url.rstrip("/").removesuffix("/v1"),
-            headers=headers,
-            concurrency=min(options.concurrency, max(1, num_lines)),
-            max_attempts=options.max_attempts,
+            api_key=options.api_key,
             request_timeout_s=options.request_timeout_s,
+            headers={} if options.slo_class is None else {"x-slo-class": options.slo_class},
         )
         with (
             options.output.open("a", encoding="utf-8") as out,
             tqdm(total=num_lines, initial=len(done), unit="row", file=sys.stderr, dynamic_ncols=True) as bar,
         ):
             try:
-                counts = asyncio.run(_run(options, done, server, out, bar.update))
+                counts = asyncio.run(
+                    run_rows(
+                        read_rows(options.input), done, target, out, bar.update,
+                        concurrency=min(options.concurrency, max(1, num_lines)), max_attempts=options.max_attempts,
+                    )
+                )  # fmt: skip
             except KeyboardInterrupt:
                 bar.close()
                 print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -126,27 +124,12 @@ def run_batch(options: BatchOptions) -> int:
     return 0 if counts.is_clean else 1
 
 
-async def _run(
-    options: BatchOptions, done: frozenset[str], server: BatchServer, out: TextIO, note: Callable[[], object]
-) -> BatchCounts:
-    from megatron_medha.bench.batch_file import read_rows, run_rows
-    from megatron_medha.bench.client import Target, find_model
-
-    # Nobody there, or a wrong key, is said at once, not once a row.
-    target = Target(url=server.url, api_key=options.api_key)
-    async with target.session() as session:
-        await find_model(target, session)
-    return await run_rows(read_rows(options.input), done, server, out, note)
-
-
 @contextmanager
 def _server(options: BatchOptions) -> Iterator[str]:
     """The address of a server: the one that runs, or one of our own for as long as it is needed."""
     if options.checkpoint is None:
         yield options.url
         return
-    from megatron_medha.cli.parts.served import server_process
-
     with scratch_directory() as directory:
         print(f"starting medha serve checkpoint={options.checkpoint}", file=sys.stderr)
         checkpoint = f"checkpoint={_quoted(str(options.checkpoint))}"

@@ -71,11 +71,11 @@ def test_a_request_without_an_end_times_out() -> None:
 
 def test_the_body_asks_for_exactly_so_many_greedy_tokens_and_for_usage() -> None:
     server = ScriptedServer([token(), usage(1)])
-    streamed(server, max_tokens=1, fields={"priority": 2})
+    streamed(server, max_tokens=1)
 
     (body,) = server.bodies
     assert body["prompt"] == [65, 66]
-    assert (body["max_tokens"], body["temperature"], body["ignore_eos"], body["priority"]) == (1, 0, True, 2)
+    assert (body["max_tokens"], body["temperature"], body["ignore_eos"]) == (1, 0, True)
     assert body["stream_options"] == {"include_usage": True}
 
 
