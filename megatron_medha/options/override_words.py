@@ -9,18 +9,15 @@ from typing import Any
 
 from megatron_medha.core.errors import ConfigError
 
-# Values for which Hydra need not be imported, which takes half a second: texts and numbers without a meaning of their
-# own in its grammar, quoted texts without escapes, and lists of such.
-_WORD = re.compile(r"(?:\+{0,2})([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.ASCII | re.DOTALL)
-_PLAIN = re.compile(r"[\w./:@%+|-]*", re.ASCII)
-_QUOTED = re.compile(r"'([^'\\$]*)'|\"([^\"\\$]*)\"")
-_LIST = re.compile(r"\[([^\[\]{}()'\"\\$]*)\]")
-_INT = re.compile(r"[+-]?(?:0|[1-9](?:_?\d)*)", re.ASCII)
-_FLOAT = re.compile(
-    r"[+-]?(?:(?:(?:0|[1-9](?:_?\d)*)?\.\d(?:_?\d)*|(?:0|[1-9](?:_?\d)*)\.?)(?:[eE][+-]?\d(?:_?\d)*)?|inf|nan)",
-    re.ASCII | re.IGNORECASE,
+_WORD = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.ASCII | re.DOTALL)
+_PLAIN = re.compile(r"[\w./:@%+|-]*", re.ASCII)  # without a meaning of its own in Hydra's grammar
+# Values for which Hydra need not be imported, which takes half a second.
+_SIMPLE = (
+    (re.compile(r"(?!(?:inf|nan)$)[a-z_/][\w./:@%+|-]*", re.ASCII | re.IGNORECASE), str),
+    (re.compile(r"-?(?:0|[1-9]\d*)", re.ASCII), int),
+    (re.compile(r"-?(?:0|[1-9]\d*)\.\d+", re.ASCII), float),
 )
-_WORDS = {"null": None, "true": True, "false": False}
+_CONSTANTS = {"null": None, "true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,48 +27,26 @@ class GivenOption:
     key: str
     value: Any
     word: str         # as it was given
-    text: str | None  # of a value that is no list and not quoted, for keys that take text: 1e5 may be a name
+    text: str | None  # the value as given, unless it is quoted or a list, for keys that take text: 1e5 may be a name
 
 
 def read_word(word: str) -> GivenOption:
     """Raises ConfigError for what is no assignment of one value."""
     match = _WORD.fullmatch(word)
-    if match is not None:
-        key, text = match[1], match[2].strip(" \t")
-        if key.partition(".")[0] == "hydra":
-            raise ConfigError(f"{word}: Hydra's own settings change nothing here (no output directory, no sweep)")
-        try:
-            return GivenOption(key, _value(text), word, text if _PLAIN.fullmatch(text) else None)
-        except ValueError:
-            pass
-    return _read_by_hydra(word)
+    if match is None:
+        return _read_by_hydra(word, None)
+    key, text = match[1], match[2].strip(" \t")
+    if key.partition(".")[0] == "hydra":
+        raise ConfigError(f"{word}: Hydra's own settings change nothing here (no output directory, no sweep)")
+    if text.lower() in _CONSTANTS:
+        return GivenOption(key, _CONSTANTS[text.lower()], word, text)
+    for pattern, kind in _SIMPLE:
+        if pattern.fullmatch(text):
+            return GivenOption(key, kind(text), word, text)
+    return _read_by_hydra(word, text if _PLAIN.fullmatch(text) else None)
 
 
-def _value(text: str) -> Any:
-    """ValueError: only Hydra knows."""
-    if quoted := _QUOTED.fullmatch(text):
-        return quoted[1] if quoted[1] is not None else quoted[2]
-    if listed := _LIST.fullmatch(text):
-        parts = [part.strip(" \t") for part in listed[1].split(",")]
-        return [] if parts == [""] else [_scalar(part) for part in parts if part or _fail()]
-    return _scalar(text)
-
-
-def _scalar(text: str) -> Any:
-    if not _PLAIN.fullmatch(text):
-        _fail()
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    if _INT.fullmatch(text):
-        return int(text)
-    return float(text) if _FLOAT.fullmatch(text) else text
-
-
-def _fail() -> bool:
-    raise ValueError
-
-
-def _read_by_hydra(word: str) -> GivenOption:
+def _read_by_hydra(word: str, plain: str | None) -> GivenOption:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -94,7 +69,7 @@ def _read_by_hydra(word: str) -> GivenOption:
         )
     if override.is_delete():
         raise ConfigError(f"{word}: nothing can be left out; give another value, where allowed null")
-    return GivenOption(key.lstrip("+"), override.value(), word, None)
+    return GivenOption(key.lstrip("+"), override.value(), word, plain)
 
 
 def read_words(words: Sequence[str]) -> tuple[list[GivenOption], list[str]]:

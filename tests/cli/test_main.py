@@ -100,7 +100,7 @@ def test_cfg_job_with_resolve_prints_what_references_mean(capsys: pytest.Capture
         (["--model=x"], "write checkpoint=VALUE"),
         (["--colour"], "options are written key=value"),
         (["--cfg", "hydra"], "only --cfg job"),
-        (["--config-dir"], "needs a value"),
+        (["--config-dir"], "--config-dir.*: expected one argument"),
         (["-m", "a=1,2"], "only medha simulate and medha bench"),
     ],
 )

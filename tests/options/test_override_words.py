@@ -40,7 +40,7 @@ def test_a_value_is_what_hydra_makes_of_it(prefix: str, value: str) -> None:
 
 def test_usual_words_are_read_without_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hydra.core.override_parser.overrides_parser", None)
-    for word in ("scheduler=fcfs", "server.port=8001", "checkpoint=/models/a-b_1.5", "a=[x,y]", "a='b, c'", "a=null"):
+    for word in ("scheduler=fcfs", "server.port=8001", "checkpoint=/models/a-b_1.5", "a=0.25", "a=null"):
         read_word(word)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_medha.core.errors import ConfigError
 
@@ -43,16 +44,20 @@ _KEYS_OF_FLAGS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arguments:
+class Arguments(argparse.Namespace):
     """A subcommand's command line."""
 
-    overrides: tuple[str, ...] = ()
-    config_dir: Path | None = None
-    wants_help: bool = False
-    shows_config: bool = False
-    resolves_config: bool = False
-    is_multirun: bool = False
+    overrides: tuple[str, ...]
+    config_dir: Path | None
+    wants_help: bool
+    shows_config: bool
+    resolves_config: bool
+    is_multirun: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists the flags")
 
 
 def parse_arguments(words: Sequence[str], *, can_sweep: bool = False) -> Arguments:
@@ -60,45 +65,22 @@ def parse_arguments(words: Sequence[str], *, can_sweep: bool = False) -> Argumen
 
     can_sweep: the command has -m.
     """
-    overrides: list[str] = []
-    config_dir: Path | None = None
-    shows_config = resolves_config = wants_help = is_multirun = False
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        flag, has_value, value = word.partition("=")
-        if word in ("-h", "--help"):
-            wants_help = True
-        elif word in ("-m", "--multirun"):
-            if not can_sweep:
-                raise ConfigError(f"{word}: only medha simulate and medha bench run for every combination of values")
-            is_multirun = True
-        elif word == "--resolve":
-            resolves_config = True
-        elif flag in ("--cfg", "-c"):
-            kind = value if has_value else _value_of(flag, rest)
-            if kind != "job":
-                raise ConfigError(f"--cfg {kind}: only --cfg job is known; it prints the composed configuration")
-            shows_config = True
-        elif flag in ("--config-dir", "-cd"):
-            config_dir = Path(value if has_value else _value_of(flag, rest)).expanduser()
-        elif word.startswith("-"):
-            key = _KEYS_OF_FLAGS.get(flag)
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", dest="wants_help", action="store_true")
+    parser.add_argument("-m", "--multirun", dest="is_multirun", action="store_true")
+    parser.add_argument("--resolve", dest="resolves_config", action="store_true")
+    parser.add_argument("--cfg", "-c", dest="kind")
+    parser.add_argument("--config-dir", "-cd", type=lambda text: Path(text).expanduser())
+    arguments, others = parser.parse_known_args(words, Arguments())
+    for word in others:
+        if word.startswith("-"):
+            key = _KEYS_OF_FLAGS.get(word.partition("=")[0])
             hint = f"write {key}=VALUE" if key else "options are written key=value; --help lists them"
             raise ConfigError(f"{word}: unknown flag; {hint}")
-        else:
-            overrides.append(word)
-    return Arguments(
-        overrides=tuple(overrides),
-        config_dir=config_dir,
-        wants_help=wants_help,
-        shows_config=shows_config,
-        resolves_config=resolves_config,
-        is_multirun=is_multirun,
-    )
-
-
-def _value_of(flag: str, rest: list[str]) -> str:
-    if not rest:
-        raise ConfigError(f"{flag} needs a value; --help shows it")
-    return rest.pop(0)
+    if arguments.is_multirun and not can_sweep:
+        raise ConfigError("--multirun: only medha simulate and medha bench run for every combination of values")
+    if arguments.kind not in (None, "job"):
+        raise ConfigError(f"--cfg {arguments.kind}: only --cfg job is known; it prints the composed configuration")
+    arguments.shows_config = arguments.kind is not None
+    arguments.overrides = tuple(others)
+    return arguments
