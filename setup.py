@@ -16,6 +16,7 @@ setup(
     package_data={
         "megatron_medha.conf": ["**/*.yaml"],
         "megatron_medha.cli.reports": ["*.j2"],
+        "megatron_medha.models": ["*.toml"],
         "megatron_medha.server.observe": ["*.html"],
         # C++ sources, built on first use: kernels/native_build.py says why not here.
         "megatron_medha.kernels": ["native/*"],

@@ -15,17 +15,12 @@ from typing import Any
 import yaml
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.models.known_fields import names_of
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import read_bytes, shown
 from megatron_medha.safe_files.pickle_machine import PickleError, check_extent
 
 RUN_CONFIG_NAME = "run_config.yaml"
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 _MAX_BYTES, _MAX_VISITS = 1 << 20, 100_000  # it has 30 KB and a thousand values
 
 # Classes of megatron.bridge.models that describe a model by their fields alone.
@@ -40,26 +35,8 @@ _RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "seq_length": "max_position_embeddings",
 }
-_NEEDED = _names("""
-    activation_func add_bias_linear ffn_hidden_size gated_linear_unit hidden_size layernorm_epsilon normalization
-    num_attention_heads num_layers position_embedding_type rotary_base seq_length share_embeddings_and_output_weights
-    vocab_size
-""")
-# Whatever their value: training, layout, precision and what builds the model; details of features refused by others.
-_HARMLESS = _names("""
-    _builder_ _cpu_offloading_context _target_ activation_func_fp8_input_store autocast_dtype batch_p2p_comm
-    batch_p2p_sync bias_activation_fusion builder cpu_offloading cpu_offloading_activations
-    cpu_offloading_double_buffering cpu_offloading_weights cuda_graph_retain_backward_graph
-    cuda_graph_use_single_mempool deallocate_pipeline_outputs disable_parameter_transpose_cache embedding_init_method
-    enable_autocast extra_checkpoint_metadata finalize_model_grads_func fp8_dot_product_attention
-    fp8_multi_head_attention fp8_param fused_single_qkv_rope generation_config grad_scale_func grad_sync_func
-    hetereogenous_dist_checkpoint hf_model_id hf_model_revision init_method log_max_attention_logit
-    max_position_embeddings memory_efficient_layer_norm mtp_enabled no_sync_func num_layers_in_first_pipeline_stage
-    num_layers_in_last_pipeline_stage num_microbatches_with_partial_activation_checkpoints output_layer_init_method
-    parallel_output param_sync_func persist_layer_norm pipeline_dtype scatter_embedding_sequence_parallel
-    should_pad_vocab timers tp_only_amax_red use_arbitrary_attention_mask use_inference_optimized_layers
-    use_te_rng_tracker use_transformer_engine_full_layer_spec
-""")
+_NEEDED = names_of("megatron_bridge", "needed")
+_HARMLESS = names_of("megatron_bridge", "harmless")
 # Of Llama 3.1 providers, which scale rotary frequencies themselves; megatron-core's scaling has these values only.
 _LLAMA31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
 

@@ -7,16 +7,21 @@ checkpoint is refused. The rotary embedding is read in hf_rope.py.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_medha.core.errors import UnsupportedModelError
-from megatron_medha.models.hf_config_names import DEFAULTS, READ, is_harmless_field
 from megatron_medha.models.hf_rope import rope_problems, rope_scaling, rope_theta
+from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import end_ids, generation_end_ids, tokenizer_facts
 from megatron_medha.safe_files.checkpoint_files import listed, shown
 from megatron_medha.safe_files.json_fields import JsonFields, read_json
 
-SUPPORTED_MODEL_TYPES = tuple(DEFAULTS)
+_KNOWN = KNOWN_FIELDS["hugging_face"]
+SUPPORTED_MODEL_TYPES = tuple(_KNOWN["defaults"])
+_NAMED = names_of("hugging_face", "read") | names_of("hugging_face", "harmless")
+_HARMLESS_PREFIXES = tuple(names_of("hugging_face", "harmless_prefixes"))
+_HARMLESS_SUFFIXES = tuple(names_of("hugging_face", "harmless_suffixes"))
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNKNOWN = (
     "this field is not known here, and may change what the model computes. If the model computes the same without it, "
@@ -32,9 +37,9 @@ def read_hf_config(directory: Path) -> ModelConfig:
     """
     config = read_json(directory / "config.json")
     model_type = config.fields.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in SUPPORTED_MODEL_TYPES:
         raise config.unsupported("model_type", f"one of {', '.join(SUPPORTED_MODEL_TYPES)} is")
-    config = JsonFields(config.path, {**DEFAULTS[model_type], **config.fields})
+    config = JsonFields(config.path, {**_KNOWN["defaults"][model_type], **config.fields})
     _refuse_unsupported(config, model_type)
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.integer("num_key_value_heads", num_heads)
@@ -89,7 +94,7 @@ def _unsupported_fields(config: JsonFields, model_type: str) -> list[Unsupported
     problems = [
         config.unsupported(key, _UNKNOWN)
         for key, value in config.fields.items()
-        if value and key not in READ and not is_harmless_field(key, value)
+        if value and not _is_known(key, value)
     ]
     architectures = config.fields.get("architectures") or []
     if not isinstance(architectures, list):
@@ -108,6 +113,13 @@ def _unsupported_fields(config: JsonFields, model_type: str) -> list[Unsupported
     if model_type == "llama" and config.flag("mlp_bias"):
         problems.append(config.unsupported("mlp_bias", "the MLP has no biases here"))
     return problems
+
+
+def _is_known(name: str, value: Any) -> bool:
+    """Whether this field is read, or leaves the logits alone."""
+    is_named = name in _NAMED or name.startswith(_HARMLESS_PREFIXES) or name.endswith(_HARMLESS_SUFFIXES)
+    is_token = name.endswith("_token") and isinstance(value, str)  # use_cls_token is a switch
+    return is_named or is_token or value in _KNOWN["harmless_values"].get(name, ())
 
 
 def _window_problems(config: JsonFields, model_type: str) -> list[str]:

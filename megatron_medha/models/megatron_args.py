@@ -7,17 +7,46 @@ layernorm_epsilon, apply_layernorm_1p became layernorm_zero_centered_gamma. Both
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.models.megatron_arg_names import NEEDED, READ, REQUIREMENTS, is_harmless_argument
+from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
 from megatron_medha.models.model_config import ModelConfig, RopeScaling
 from megatron_medha.safe_files.checkpoint_files import listed, shown
+from megatron_medha.safe_files.json_fields import JsonFields
 from megatron_medha.safe_files.safe_pickle import Opaque
+
+
+class Requirement(NamedTuple):
+    """Values of an argument under which a model is of the Llama family."""
+
+    name: str
+    is_fine: Callable[[Any], bool]
+    reason: str  # why other values are refused
+
+
+NEEDED = names_of("megatron_lm", "needed")
+REQUIREMENTS = (
+    Requirement("position_embedding_type", lambda v: v == "rope", "positions must be rotary (rope)"),
+    Requirement("normalization", lambda v: v == "RMSNorm", "norms must be RMSNorm"),
+    Requirement("swiglu", lambda v: v is True, "the MLP must be gated SiLU (--swiglu)"),
+    Requirement("rotary_percent", lambda v: v == 1.0, "rotary positions turn whole heads here"),
+    Requirement("window_size", lambda v: v is None, "every layer must see the whole context"),
+    Requirement("softmax_type", lambda v: v in (None, "vanilla"), "the attention's softmax must be plain"),
+    Requirement("activation_func_clamp_value", lambda v: v is None, "the MLP's activation must be plain SiLU"),
+    Requirement("spec", lambda v: v is None, "layers of the training script's own are not known here"),
+    *(
+        Requirement(name, lambda v: not v, reason)
+        for reason, names in KNOWN_FIELDS["megatron_lm"]["unset"].items()
+        for name in names.split()
+    ),
+)
+_KNOWN = names_of("megatron_lm", "read") | names_of("megatron_lm", "harmless") | {each.name for each in REQUIREMENTS}
+_HARMLESS_PREFIXES = tuple(names_of("megatron_lm", "harmless_prefixes"))
 
 # Constants of RotaryEmbedding._apply_scaling in megatron-core; --use-rope-scaling offers only the factor.
 _ROPE_LOW_FREQ_FACTOR = 1.0
@@ -48,27 +77,26 @@ def config_from_args(
     args = _without_tensors(args)
     _check_complete(args, path)
     _refuse_unsupported(args, path)
-    num_heads = _integer(args, path, "num_attention_heads")
-    is_grouped = _flag(args, path, "group_query_attention")
-    num_kv_heads = _integer(args, path, "num_query_groups") if is_grouped else num_heads
-    hidden_size = _integer(args, path, "hidden_size")
-    vocab_size = _vocab_size(args, path, num_embedding_rows, num_tokenizer_ids)
+    fields = JsonFields(path, vars(args), "args.")
+    num_heads = fields.integer("num_attention_heads")
+    norm_epsilon = "layernorm_epsilon" if fields.fields.get("norm_epsilon") is None else "norm_epsilon"
+    vocab_size = _vocab_size(fields, num_embedding_rows, num_tokenizer_ids)
     return ModelConfig(
         name=name,
-        num_layers=_integer(args, path, "num_layers"),
-        hidden_size=hidden_size,
-        ffn_hidden_size=_integer(args, path, "ffn_hidden_size"),
+        num_layers=fields.integer("num_layers"),
+        hidden_size=fields.integer("hidden_size"),
+        ffn_hidden_size=fields.integer("ffn_hidden_size"),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=_integer(args, path, "kv_channels"),
+        num_kv_heads=fields.integer("num_query_groups") if fields.flag("group_query_attention") else num_heads,
+        head_dim=fields.integer("kv_channels"),
         vocab_size=vocab_size,
-        max_context_len=_integer(args, path, "max_position_embeddings"),
-        norm_epsilon=_number(args, path, _either(args, "norm_epsilon", "layernorm_epsilon")),
-        rope_theta=_rope_theta(args, path),
-        rope_scaling=_rope_scaling(args, path),
-        has_qkv_bias=_flag(args, path, "add_qkv_bias"),
-        has_qk_norm=_flag(args, path, "qk_layernorm"),
-        has_tied_embeddings=not _flag(args, path, "untie_embeddings_and_output_weights"),
+        max_context_len=fields.integer("max_position_embeddings"),
+        norm_epsilon=fields.number(norm_epsilon),
+        rope_theta=_rope_theta(fields),
+        rope_scaling=_rope_scaling(fields),
+        has_qkv_bias=fields.flag("add_qkv_bias"),
+        has_qk_norm=fields.flag("qk_layernorm"),
+        has_tied_embeddings=not fields.flag("untie_embeddings_and_output_weights"),
         dtype=dtype,
         stop_token_ids=tuple(token_id for token_id in stop_token_ids if token_id < vocab_size),
     )
@@ -156,11 +184,6 @@ def _check_complete(args: argparse.Namespace, path: Path) -> None:
         raise CheckpointError(listed([f"{path}: {problem}" for problem in problems]))
 
 
-def _either(args: argparse.Namespace, old: str, new: str) -> str:
-    """The one of two names that is stated."""
-    return new if getattr(args, old, None) is None else old
-
-
 def _refuse_unsupported(args: argparse.Namespace, path: Path) -> None:
     """Raise UnsupportedModelError for everything that would change the answer, all at once."""
     problems = [
@@ -168,87 +191,51 @@ def _refuse_unsupported(args: argparse.Namespace, path: Path) -> None:
         for name, is_fine, reason in REQUIREMENTS
         if hasattr(args, name) and not is_fine(getattr(args, name))
     ]
-    known = READ | {requirement.name for requirement in REQUIREMENTS}
     problems += [
         f"args.{name}={shown(value)} is not supported: this argument is not known here, and may change what the model "
         "computes. If it does not, delete it from 'args' in this file and start again"
         for name, value in sorted(vars(args).items())
-        if value and name not in known and not is_harmless_argument(name)
+        if value and name not in _KNOWN and not name.startswith(_HARMLESS_PREFIXES)
     ]
     if problems:
         raise UnsupportedModelError(listed([f"{path}: {problem}" for problem in problems]))
 
 
-def _rope_theta(args: argparse.Namespace, path: Path) -> float:
+def _rope_theta(fields: JsonFields) -> float:
     # Before core 0.8 the base was 10,000 and no argument. The other two names came with 0.8 and 0.9.
-    is_fixed = not any(hasattr(args, key) for key in ("rotary_base", "use_legacy_models", "ckpt_format"))
-    return 10000.0 if is_fixed else _number(args, path, "rotary_base")
+    is_fixed = not any(key in fields.fields for key in ("rotary_base", "use_legacy_models", "ckpt_format"))
+    return 10000.0 if is_fixed else fields.number("rotary_base")
 
 
-def _rope_scaling(args: argparse.Namespace, path: Path) -> RopeScaling:
-    is_llama3 = _flag(args, path, "use_rope_scaling")
-    interpolation = getattr(args, "rotary_seq_len_interpolation_factor", None)
+def _rope_scaling(fields: JsonFields) -> RopeScaling:
+    is_llama3 = fields.flag("use_rope_scaling")
+    interpolation = fields.fields.get("rotary_seq_len_interpolation_factor")
     if is_llama3 and interpolation is not None:
-        raise UnsupportedModelError(
-            f"{path}: args.use_rope_scaling together with args.rotary_seq_len_interpolation_factor is not supported"
-        )
+        raise fields.unsupported("rotary_seq_len_interpolation_factor", "args.use_rope_scaling is set too")
     if interpolation is not None:
-        return RopeScaling(kind="linear", factor=_number(args, path, "rotary_seq_len_interpolation_factor"))
+        return RopeScaling(kind="linear", factor=fields.number("rotary_seq_len_interpolation_factor"))
     if not is_llama3:
         return RopeScaling()
     return RopeScaling(
         kind="llama3",
-        factor=_number(args, path, "rope_scaling_factor", 8.0),
+        factor=fields.number("rope_scaling_factor", 8.0),
         low_freq_factor=_ROPE_LOW_FREQ_FACTOR,
         high_freq_factor=_ROPE_HIGH_FREQ_FACTOR,
         original_max_context_len=_ROPE_ORIGINAL_CONTEXT_LEN,
     )
 
 
-def _vocab_size(
-    args: argparse.Namespace, path: Path, num_embedding_rows: int, num_tokenizer_ids: int | None
-) -> int:
+def _vocab_size(fields: JsonFields, num_embedding_rows: int, num_tokenizer_ids: int | None) -> int:
     """Rows of the embedding that mean a token; Megatron pads it to a multiple of 128 * tp."""
-    stated = getattr(args, "vocab_size", None)
-    if stated is not None:
+    if fields.fields.get("vocab_size") is not None:
         # Until core 0.17 Megatron's NullTokenizer adds an end token of its own to the vocabulary.
-        is_null = getattr(args, "tokenizer_type", None) == "NullTokenizer"
-        adds_end = is_null and not hasattr(args, "null_tokenizer_eod_id")
-        vocab_size = _integer(args, path, "vocab_size") + adds_end
+        is_null = fields.fields.get("tokenizer_type") == "NullTokenizer"
+        adds_end = is_null and "null_tokenizer_eod_id" not in fields.fields
+        vocab_size = fields.integer("vocab_size") + adds_end
     else:
         vocab_size = num_tokenizer_ids or num_embedding_rows
     if vocab_size > num_embedding_rows:
         raise CheckpointError(
-            f"{path}: a vocabulary of {vocab_size} tokens does not fit the embedding's {num_embedding_rows} rows"
+            f"{fields.path}: a vocabulary of {vocab_size} tokens does not fit the embedding's {num_embedding_rows} rows"
         )
     return vocab_size
-
-
-def _integer(args: argparse.Namespace, path: Path, key: str, default: int | None = None) -> int:
-    value = _stated(args, path, key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{path}: args.{key}={shown(value)} must be a positive whole number")
-    return value
-
-
-def _number(args: argparse.Namespace, path: Path, key: str, default: float | None = None) -> float:
-    value = _stated(args, path, key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"{path}: args.{key}={shown(value)} must be a positive number")
-    return float(value)
-
-
-def _flag(args: argparse.Namespace, path: Path, key: str) -> bool:
-    value = getattr(args, key, None)
-    if not isinstance(value, bool | None):
-        raise CheckpointError(f"{path}: args.{key}={shown(value)} must be true or false")
-    return bool(value)
-
-
-def _stated(args: argparse.Namespace, path: Path, key: str, default: Any) -> Any:
-    value = getattr(args, key, None)
-    if value is None:
-        value = default
-    if value is None or isinstance(value, Opaque):
-        raise CheckpointError(f"{path}: args.{key} is missing")
-    return value

@@ -18,8 +18,7 @@ import pytest
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.models.megatron_arg_names import NEEDED, REQUIREMENTS
-from megatron_medha.models.megatron_args import config_from_args
+from megatron_medha.models.megatron_args import NEEDED, REQUIREMENTS, config_from_args
 from megatron_medha.models.model_config import ModelConfig, RopeScaling
 
 RECORDED = sorted((Path(__file__).parent / "megatron_args").glob("*.json"))
