@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-_IN_STRING = re.compile(r"[^\"'\\\x00-\x1f]+")
 _WORD = re.compile(r"[\w.+-]+")
-_HEX = re.compile("[0-9A-Fa-f]")
-_ESCAPE_CHARS = len(r"\u0041")
-_REPLACEMENT = r"\ufffd"
+_COMMA = re.compile(r",\s*")
+_SINGLE_QUOTE = re.compile(r"'\s*")
+_PLAIN = re.compile(r"[^\"'\\\x00-\x1f]+")
+_HIGH, _LOW = r"\\u[dD][89abAB][0-9A-Fa-f]{2}", r"\\u[dD][c-fC-F][0-9A-Fa-f]{2}"  # halves of a surrogate pair
+_ESCAPE = re.compile(rf'\\["\\/bfnrt]|{_HIGH}{_LOW}|(?!{_HIGH}|{_LOW})\\u[0-9A-Fa-f]{{4}}')
+_HALF = re.compile(f"{_HIGH}|{_LOW}")
+_CUT_ESCAPE = re.compile(rf"(?:{_HIGH})?(?:\\(?:u[0-9A-Fa-f]{{0,3}})?)?\Z")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # What Python and JavaScript call values, of which some are none in JSON.
 _WORDS = {
@@ -35,11 +38,7 @@ class JsonText:
     def __init__(self) -> None:
         self.closers: list[str] = []  # what would close the brackets that are open
         self._quote = ""              # of the string it is in
-        self._quote_end = ""          # a single quote that may end it, and the white space after that
-        self._escape = ""             # a backslash, or more of an escape
-        self._first_half = ""         # of a surrogate pair, as an escape
-        self._word = ""               # outside strings, kept back until it ends
-        self._comma = ""              # and the white space after it: kept back until something follows
+        self._rest = ""               # a word, comma, escape or single quote whose end or successor is not there yet
         self._may_begin = True        # a string, here
         self._cleaned: list[str] = []
 
@@ -51,141 +50,98 @@ class JsonText:
     @property
     def is_in_string(self) -> bool:
         """Whether a string is open."""
-        return bool(self._quote) and not self._quote_end
+        return bool(self._quote) and not self._rest.startswith("'")
 
     def take(self, *, is_end: bool = False) -> str:
         """What has been cleaned since the last call. is_end: no more follows."""
         if is_end:
-            self._end_word()
-            self._end_string()
+            rest, self._rest = self._rest, ""
+            if rest.startswith("'"):
+                self._quote = ""
+                self._cleaned.append('"' + rest[1:])
+            elif not self._quote and not rest.startswith(","):
+                self._cleaned.append(_WORDS.get(rest, rest))
         cleaned = "".join(self._cleaned)
         self._cleaned.clear()
         return cleaned
 
     def push(self, text: str, start: int = 0) -> int:
         """Read on up to and with the next bracket, or up to a `<` outside strings; where that ends."""
-        place = start
+        place, shift = start, 0
+        if self._rest:
+            place, shift = 0, start - len(self._rest)
+            text, self._rest = self._rest + text[start:], ""
         while place < len(text):
-            if self._quote:
-                place = self._read_string(text, place)
-                continue
-            if (word := _WORD.match(text, place)) is not None:
-                self._add("")
-                self._word += word.group()
-                place = word.end()
-                continue
-            self._end_word()
-            char = text[place]
-            if char == "<":
-                return place
-            if char == ",":
-                self._comma, self._may_begin = char, True
-            elif char.isspace() and self._comma:
-                self._comma += char
-            elif char in "}]":
-                self._comma, self._may_begin = "", False
-                self._add(char)
-                if self.closers:
-                    self.closers.pop()
-                return place + 1
-            elif char in "{[":
-                self._may_begin = True
-                self._add(char)
-                self.closers.append(_CLOSING[char])
-                return place + 1
-            elif char == '"' or (char == "'" and self._may_begin):
-                self._quote, self._may_begin = char, False
-                self._add('"')
-            else:
-                self._may_begin = char == ":" or (self._may_begin and char.isspace())
-                self._add(char)
-            place += 1
-        return place
+            char, was_in_string = text[place], bool(self._quote)
+            end = self._read_string(text, place) if was_in_string else self._read_outside(text, place)
+            if end == place and (was_in_string or char != "<"):
+                self._rest, end = text[place:], len(text)
+            is_stop = end == place or (not was_in_string and char in "{}[]")
+            place = end
+            if is_stop:
+                break
+        return place + shift
 
     def completion(self, down_to: int = 0) -> str:
         """What closes the string and the brackets that are open, but for so many of the outermost ones."""
         return ('"' if self.is_in_string else "") + "".join(reversed(self.closers[down_to:]))
 
-    def _add(self, text: str) -> None:
-        self._cleaned.append(self._comma + text)
-        self._comma = ""
-
-    def _end_word(self) -> None:
-        if self._word:
-            self._cleaned.append(_WORDS.get(self._word, self._word))
-            self._word, self._may_begin = "", False
-
-    def _end_string(self) -> None:
-        """If there was a quote that may end it."""
-        if self._quote_end:
-            self._say('"' + self._quote_end[1:])
-            self._quote = self._quote_end = ""
+    def _read_outside(self, text: str, place: int) -> int:
+        """Read one part of a text outside strings; where it ends. The same place: at a `<`, or more text is needed."""
+        char, end = text[place], place + 1
+        if (word := _WORD.match(text, place)) is not None:
+            end, cleaned = word.end(), _WORDS.get(word.group(), word.group())
+            if end == len(text):
+                return place
+        elif char == "<":
+            return place
+        elif char == ",":
+            end = _COMMA.match(text, place).end()  # type: ignore[union-attr]
+            if end == len(text):
+                return place
+            cleaned = "" if text[end] in ",}]<" else text[place:end]
+        elif char == '"' or (char == "'" and self._may_begin):
+            self._quote, cleaned = char, '"'
+        else:
+            cleaned = char
+            if char in _CLOSING:
+                self.closers.append(_CLOSING[char])
+            elif char in "}]" and self.closers:
+                self.closers.pop()
+        self._may_begin = char in "{[:," or (self._may_begin and char.isspace())
+        self._cleaned.append(cleaned)
+        return end
 
     def _read_string(self, text: str, place: int) -> int:
-        char = text[place]
-        if self._quote_end:
-            # It ends the string if the value ends there: models do not escape apostrophes.
-            if char.isspace():
-                self._quote_end += char
-                return place + 1
-            if char in ",:]}<":
-                self._end_string()
+        """Read one part of a string; where it ends. The same place: more text is needed."""
+        char, end = text[place], place + 1
+        if (plain := _PLAIN.match(text, place)) is not None:
+            cleaned, end = plain.group(), plain.end()
+        elif char == "\\":
+            if _CUT_ESCAPE.match(text, place):
                 return place
-            self._say("'" + json.dumps(self._quote_end[1:])[1:-1])
-            self._quote_end = ""
-        if self._escape:
-            return self._read_escape(char, place)
-        if char == "\\":
-            self._escape = char
+            if (escape := _ESCAPE.match(text, place)) is not None:
+                cleaned, end = escape.group(), escape.end()
+            elif (half := _HALF.match(text, place)) is not None:
+                cleaned, end = r"\ufffd", half.end()
+            elif text.startswith("\\'", place):
+                cleaned, end = "'", end + 1
+            else:  # a path of Windows
+                cleaned = r"\\"
         elif char == self._quote == "'":
-            self._quote_end = char
+            # It ends the string if the value ends there: models do not escape apostrophes.
+            after = _SINGLE_QUOTE.match(text, place).end()  # type: ignore[union-attr]
+            if after == len(text):
+                return place
+            cleaned = char
+            if text[after] in ",:]}<":
+                self._quote, cleaned, end = "", '"' + text[end:after], after
         elif char == self._quote:
-            self._quote = ""
-            self._say(char)
-        elif (run := _IN_STRING.match(text, place)) is not None:
-            self._say(run.group())
-            return run.end()
+            self._quote, cleaned = "", char
         else:  # the other quote, or a control character
-            self._say(json.dumps(char)[1:-1])
-        return place + 1
-
-    def _read_escape(self, char: str, place: int) -> int:
-        if len(self._escape) > 1 and _HEX.fullmatch(char) or self._escape + char == "\\u":
-            self._escape += char
-            if len(self._escape) == _ESCAPE_CHARS:
-                self._end_code()
-            return place + 1
-        escape, self._escape = self._escape, ""
-        if len(escape) > 1:  # a path of Windows
-            self._say("\\" + escape)
-            return place
-        if char in '"\\/bfnrt':
-            self._say("\\" + char)
-            return place + 1
-        if char == "'":
-            self._say(char)
-            return place + 1
-        self._say("\\\\")
-        return place
-
-    def _end_code(self) -> None:
-        """An escape of a code is complete. Halves of surrogate pairs, which are no text, are replaced."""
-        escape, self._escape = self._escape, ""
-        code = int(escape[2:], 16)
-        if 0xD800 <= code < 0xDC00:
-            self._say("")
-            self._first_half = escape
-        elif 0xDC00 <= code < 0xE000 and self._first_half:
-            self._cleaned.append(self._first_half + escape)
-            self._first_half = ""
-        else:
-            self._say(_REPLACEMENT if 0xDC00 <= code < 0xE000 else escape)
-
-    def _say(self, text: str) -> None:
-        if self._first_half:
-            self._cleaned.append(_REPLACEMENT)
-            self._first_half = ""
-        self._cleaned.append(text)
+            cleaned = json.dumps(char)[1:-1]
+        self._cleaned.append(cleaned)
+        return end
 
 
 def read_value(text: str) -> Any:
