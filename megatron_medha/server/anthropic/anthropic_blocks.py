@@ -20,13 +20,11 @@ from megatron_medha.server.bodies.openai_types import (
     ContentPart,
     FunctionDefinition,
     NamedFunction,
-    Tool,
     ToolCall,
     ToolChoice,
 )
 from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.openai.chat_prompt import ConversationHistory, not_text
-from megatron_medha.server.tools.tool_fields import MAX_TOOLS, too_many_tools
 
 
 def read_conversation(body: MessagesRequest) -> ConversationHistory:
@@ -40,12 +38,10 @@ def read_conversation(body: MessagesRequest) -> ConversationHistory:
         if tool.input_schema is None and tool.type not in (None, "custom"):
             chat.ignored.append(f"tools[{place}]")
             continue
-        if len(chat.tools) == MAX_TOOLS:
-            raise too_many_tools()
-        chat.paths[f"tools[{len(chat.tools)}].function"] = f"tools[{place}]"
-        chat.tools.append(Tool(type="function", function=FunctionDefinition(
-            name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict,
-        )))  # fmt: skip
+        function = FunctionDefinition(
+            name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+        )
+        chat.add_tool(function, f"tools[{place}]")
     return chat
 
 

@@ -16,12 +16,7 @@ from megatron_medha.server.bodies.anthropic_types import (
     TokenCount,
     ToolUseBlock,
 )
-from megatron_medha.server.bodies.openai_types import (
-    ChatRequest,
-    SharedFields,
-    TokenizeRequest,
-    Usage,
-)
+from megatron_medha.server.bodies.openai_types import ChatRequest, Usage
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.http.http_errors import ANTHROPIC_PREFIX, ApiError
 from megatron_medha.server.http.request_body import BodyType
@@ -30,7 +25,7 @@ from megatron_medha.server.openai.block_format import BlockFormat
 from megatron_medha.server.openai.chat_completions import chat_spec
 from megatron_medha.server.openai.chat_prompt import CHARS_PER_MESSAGE, ConversationHistory
 from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
-from megatron_medha.server.openai.tokenize import token_ids_of
+from megatron_medha.server.openai.tokenize import chat_token_ids
 from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
 from megatron_medha.server.tools.json_text import dump, read_cut_object
@@ -48,11 +43,8 @@ async def prepare_message(service: Service, context: RequestContext, body: Messa
     refuse_all(body, _REFUSED)
     conversation = await _read(service, body)
     chat = _as_chat(body, conversation)
-    try:
+    with conversation.renamed_errors(_PATHS):
         spec = await chat_spec(service, context, chat, id_prefix="msg", ignored=conversation.ignored)
-    except ApiError as error:
-        error.rename_field({**_PATHS, **conversation.paths})
-        raise
     return MessagesFormat(spec)
 
 
@@ -60,20 +52,10 @@ async def count_tokens(service: Service, ready: ReadyState, body: MessagesReques
     """How long the prompt of this request is."""
     conversation = await _read(service, body)
     chat = _as_chat(body, conversation)
-    fields = TokenizeRequest(
-        model=chat.model,
-        messages=chat.messages,
-        tools=None if chat.tool_choice == "none" else chat.tools,
-        add_generation_prompt=chat.add_generation_prompt,
-        continue_final_message=chat.continue_final_message,
-        chat_template_kwargs=chat.chat_template_kwargs,
-        reasoning_effort=chat.reasoning_effort,
-    )
-    try:
-        return json_response(TokenCount(input_tokens=len(await token_ids_of(service, ready, fields))))
-    except ApiError as error:
-        error.rename_field(conversation.paths)
-        raise
+    if chat.tool_choice == "none":
+        chat.tools = None
+    with conversation.renamed_errors({}):
+        return json_response(TokenCount(input_tokens=len(await chat_token_ids(service, ready, chat))))
 
 
 async def _read(service: Service, body: MessagesRequest) -> ConversationHistory:
@@ -83,10 +65,8 @@ async def _read(service: Service, body: MessagesRequest) -> ConversationHistory:
 
 def _as_chat(body: MessagesRequest, conversation: ConversationHistory) -> ChatRequest:
     choice, output = body.tool_choice, body.output_config
-    chat = ChatRequest(
-        **{name: getattr(body, name) for name in SharedFields.__struct_fields__},
-        messages=conversation.messages,
-        tools=conversation.tools or None,
+    chat = conversation.request(
+        body,
         tool_choice=chat_choice(choice) if conversation.tools or (choice and choice.type in ("any", "tool")) else None,
         parallel_tool_calls=False if choice is not None and choice.disable_parallel_tool_use else None,
         reasoning_effort=output.effort if output else None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from megatron_medha.server.bodies.openai_types import (
     ChatMessage,
     ChatRequest,
     ContentPart,
+    FunctionDefinition,
+    SharedFields,
     TokenizeRequest,
     Tool,
     ToolChoice,
@@ -21,7 +23,7 @@ from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.tools.json_text import read_cut_object
 from megatron_medha.server.tools.tool_description import SYSTEM_ROLES, with_description
-from megatron_medha.server.tools.tool_fields import ToolUse, syntax_of, tool_use
+from megatron_medha.server.tools.tool_fields import MAX_TOOLS, ToolUse, syntax_of, too_many_tools, tool_use
 from megatron_medha.text.call_syntax import ToolSyntax
 from megatron_medha.text.chat_template import ChatTemplateError
 
@@ -35,7 +37,7 @@ CHARS_PER_MESSAGE = 50
 
 @dataclass(slots=True)
 class ConversationHistory:
-    """The chat that a request in other words is, where its messages came from, and what is left out of it."""
+    """The chat that a request of another route is, where its parts came from, and what is left out of it."""
 
     messages: list[ChatMessage] = field(default_factory=list)
     tools: list[Tool] = field(default_factory=list)
@@ -46,6 +48,27 @@ class ConversationHistory:
         """Add a message that came from there."""
         self.paths[f"messages[{len(self.messages)}]"] = path
         self.messages.append(message)
+
+    def add_tool(self, function: FunctionDefinition, path: str) -> None:
+        """Add a tool that came from there; ApiError 400 for one too many."""
+        if len(self.tools) == MAX_TOOLS:
+            raise too_many_tools()
+        self.paths[f"tools[{len(self.tools)}].function"] = path
+        self.tools.append(Tool(type="function", function=function))
+
+    def request(self, body: SharedFields, **fields: Any) -> ChatRequest:
+        """The chat's request, with the fields that all routes share and these."""
+        shared = {name: getattr(body, name) for name in SharedFields.__struct_fields__}
+        return ChatRequest(**shared, messages=self.messages, tools=self.tools or None, **fields)
+
+    @contextmanager
+    def renamed_errors(self, paths: Mapping[str, str]) -> Iterator[None]:
+        """An ApiError names the field as the client does. paths: of fields other than messages and tools."""
+        try:
+            yield
+        except ApiError as error:
+            error.rename_field({**paths, **self.paths})
+            raise
 
 
 def not_text(where: str, expected: str, kind: str, param: str) -> ApiError:

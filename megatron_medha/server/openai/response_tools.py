@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.server.bodies.openai_types import FunctionDefinition, NamedFunction, Tool, ToolChoice
+from megatron_medha.server.bodies.openai_types import FunctionDefinition, NamedFunction, ToolChoice
 from megatron_medha.server.bodies.responses_types import ResponseTool, ResponseToolChoice
 from megatron_medha.server.http.http_errors import bad_request
-from megatron_medha.server.tools.tool_fields import MAX_TOOLS, too_many_tools
+from megatron_medha.server.openai.chat_prompt import ConversationHistory
 
 # A custom tool takes text; here it is a function whose only argument is that text.
 TEXT_ARGUMENT = "input"
@@ -31,47 +31,34 @@ class KnownTool:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatTools:
-    """A request's tools as functions of a chat."""
+class ResponseTools:
+    """A request's tools, as the client sent them and by the names of the chat's functions."""
 
-    tools: list[Tool] | None
     choice: str | ToolChoice | None
-    known: dict[str, KnownTool]   # by the function's name
-    shown: list[ResponseTool]     # as the client sent them, without those that are left out
-    ignored: tuple[str, ...]      # paths of those
-    paths: dict[str, str]         # of the chat's fields, in the words of this route
+    known: dict[str, KnownTool]
+    shown: list[ResponseTool]     # without those that are left out
 
 
-def chat_tools_of(tools: Sequence[ResponseTool] | None, choice: str | ResponseToolChoice | None) -> ChatTools:
+def add_tools(
+    history: ConversationHistory, tools: Sequence[ResponseTool] | None, choice: str | ResponseToolChoice | None
+) -> ResponseTools:
     """Functions, custom tools and namespaces as functions; what OpenAI's own servers would run is left out."""
-    functions: list[FunctionDefinition] = []
+    allowed, chosen = _chosen(choice)
     known: dict[str, KnownTool] = {}
     shown: list[ResponseTool] = []
-    ignored: list[str] = []
-    places: dict[str, str] = {}
     for place, tool in enumerate(tools or ()):
-        num_before = len(functions)
+        num_before = len(known)
         for namespace, one, path in _members(tool, f"tools[{place}]"):
             if one.type not in ("function", "custom"):
-                ignored.append(path)
+                history.ignored.append(path)
                 continue
-            if len(functions) == MAX_TOOLS:
-                raise too_many_tools()
             function = _function_of(one, namespace)
-            functions.append(function)
-            places[function.name] = path
             known[function.name] = KnownTool(one.name, namespace, one.type == "custom")
-        if len(functions) > num_before:
+            if allowed is None or function.name in allowed:
+                history.add_tool(function, path)
+        if len(known) > num_before:
             shown.append(tool)
-    functions, chosen = _chosen(functions, choice)
-    return ChatTools(
-        tools=[Tool(type="function", function=function) for function in functions] or None,
-        choice=chosen,
-        known=known,
-        shown=shown,
-        ignored=tuple(ignored),
-        paths={f"tools[{place}].function": places[function.name] for place, function in enumerate(functions)},
-    )
+    return ResponseTools(chosen, known, shown)
 
 
 def function_name(name: str, namespace: str | None) -> str:
@@ -113,21 +100,20 @@ def _function_of(tool: ResponseTool, namespace: str | None) -> FunctionDefinitio
     return FunctionDefinition(name=name, description=description, parameters=_TEXT_PARAMETERS)
 
 
-def _chosen(
-    functions: list[FunctionDefinition], choice: str | ResponseToolChoice | None
-) -> tuple[list[FunctionDefinition], str | ToolChoice | None]:
+def _chosen(choice: str | ResponseToolChoice | None) -> tuple[set[str] | None, str | ToolChoice | None]:
+    """The names of the tools that may be called, if not all, and the choice among them."""
     match choice:
         case ResponseToolChoice(type="function" | "custom"):
             name = function_name(choice.name, choice.namespace)
-            return functions, ToolChoice(type="function", function=NamedFunction(name=name))
+            return None, ToolChoice(type="function", function=NamedFunction(name=name))
         case ResponseToolChoice(type="allowed_tools"):
             allowed = {function_name(one.name, namespace)
                        for tool in choice.tools or () for namespace, one, _ in _members(tool, "")}  # fmt: skip
-            return [function for function in functions if function.name in allowed], choice.mode
+            return allowed, choice.mode
         case ResponseToolChoice():
             raise bad_request(
                 f"tool_choice: a tool of type `{choice.type[:40]}` cannot be called here; expected none, auto, "
                 "required, or a tool of type function or custom by its name", "tool_choice", "unsupported_parameter",
             )  # fmt: skip
         case _:
-            return functions, choice
+            return None, choice

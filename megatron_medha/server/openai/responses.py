@@ -9,13 +9,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_medha.server.bodies.openai_types import (
-    ChatRequest,
-    ResponseFormat,
-    SharedFields,
-    TokenLogprob,
-    Usage,
-)
+from megatron_medha.server.bodies.openai_types import ResponseFormat, TokenLogprob, Usage
 from megatron_medha.server.bodies.responses_types import (
     IncompleteDetails,
     OutputCall,
@@ -40,7 +34,7 @@ from megatron_medha.server.openai.openai_logprobs import chat_token, token_namer
 from megatron_medha.server.openai.recent_items import RecentItems
 from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
 from megatron_medha.server.openai.response_items import read_items
-from megatron_medha.server.openai.response_tools import ChatTools, KnownTool, chat_tools_of, text_argument
+from megatron_medha.server.openai.response_tools import KnownTool, ResponseTools, add_tools, text_argument
 from megatron_medha.server.service import Service
 from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
 from megatron_medha.text.tokenizer import Tokenizer
@@ -75,26 +69,20 @@ async def prepare_response(
 
     num_items = 1 if isinstance(body.input, str) else len(body.input)
     history = await service.text.run(CHARS_PER_MESSAGE * num_items, read)
-    tools = chat_tools_of(body.tools, body.tool_choice)
-    chat = ChatRequest(
-        **{name: getattr(body, name) for name in SharedFields.__struct_fields__},
-        messages=history.messages,
+    tools = add_tools(history, body.tools, body.tool_choice)
+    chat = history.request(
+        body,
         max_completion_tokens=body.max_output_tokens,
         logprobs=bool(body.top_logprobs) or LOGPROBS in (body.include or ()),
         top_logprobs=body.top_logprobs,
-        tools=tools.tools,
         tool_choice=tools.choice,
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
     if (wanted := body.text.format if body.text else None) is not None:
         chat.response_format = ResponseFormat(type=wanted.type, schema=wanted.schema)
-    ignored = (*history.ignored, *tools.ignored)
-    try:
-        spec = await chat_spec(service, context, chat, id_prefix="resp", ignored=ignored)
-    except ApiError as error:
-        error.rename_field({**_PATHS, **history.paths, **tools.paths})
-        raise
+    with history.renamed_errors(_PATHS):
+        spec = await chat_spec(service, context, chat, id_prefix="resp", ignored=history.ignored)
     return ResponsesFormat(spec, body, tools, context.ready.tokenizer, None if body.store is False else recent, client)
 
 
@@ -105,7 +93,7 @@ class ResponsesFormat(BlockFormat):
         self,
         spec: GenerationSpec,
         body: ResponsesRequest,
-        tools: ChatTools,
+        tools: ResponseTools,
         tokenizer: Tokenizer,
         recent: RecentItems | None,
         client: str,

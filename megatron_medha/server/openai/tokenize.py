@@ -10,6 +10,7 @@ import msgspec
 from starlette.responses import Response
 
 from megatron_medha.server.bodies.openai_types import (
+    ChatRequest,
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
@@ -33,14 +34,19 @@ _SLICE_IDS = 4_096  # made text at once
 
 async def tokenize(service: Service, ready: ReadyState, body: TokenizeRequest) -> Response:
     """Token ids of a prompt, or of messages as the chat route would encode them."""
-    ids = await token_ids_of(service, ready, body)
-    limit = ready.facts.max_request_tokens
+    if (body.prompt is None) == (body.messages is None):
+        raise bad_request("prompt: expected either prompt or messages", "prompt")
+    if body.prompt is None:
+        ids = await chat_token_ids(service, ready, body)
+    else:
+        service.model_name(body.model)
+        ids = await _token_ids(service, ready, body.prompt, body.add_special_tokens is not False, "prompt")
 
     def work() -> Response:
         names = [ready.tokenizer.token_name(token_id) for token_id in ids] if body.return_token_strs else None
         return json_response(TokenizeResponse(
             count=len(ids),
-            max_model_len=limit,
+            max_model_len=ready.facts.max_request_tokens,
             tokens=as_sliced_json(ids),
             token_strs=None if names is None else as_sliced_json(names),
         ))  # fmt: skip
@@ -48,19 +54,19 @@ async def tokenize(service: Service, ready: ReadyState, body: TokenizeRequest) -
     return await service.text.run(len(ids), work)
 
 
-async def token_ids_of(service: Service, ready: ReadyState, body: TokenizeRequest) -> array[int]:
-    """The ids of what the body holds; ApiError 400 if they are more than the model's context."""
+async def chat_token_ids(service: Service, ready: ReadyState, body: TokenizeRequest | ChatRequest) -> array[int]:
+    """The ids of a chat's prompt; ApiError 400 if they are more than the model's context."""
     service.model_name(body.model)
-    if (body.prompt is None) == (body.messages is None):
-        raise bad_request("prompt: expected either prompt or messages", "prompt")
-    if body.messages is not None:
-        tools = chat_tools(service, ready, body.tools, None, None)
-        text = (await render_messages(service, ready, body.messages, body, definitions_of(tools))).text
-        adds_special = adds_special_tokens(ready, body.add_special_tokens)
-    else:
-        text = body.prompt or ""
-        adds_special = body.add_special_tokens is not False
-    param = "prompt" if body.messages is None else "messages"
+    tools = chat_tools(service, ready, body.tools, None, None)
+    rendered = await render_messages(service, ready, body.messages or [], body, definitions_of(tools))
+    return await _token_ids(
+        service, ready, rendered.text, adds_special_tokens(ready, body.add_special_tokens), "messages"
+    )
+
+
+async def _token_ids(
+    service: Service, ready: ReadyState, text: str, adds_special: bool, param: str
+) -> array[int]:
     tokenizer, limit = ready.tokenizer, ready.facts.max_request_tokens
     check_length(tokenizer.min_num_tokens(text), limit, ready, service, param, is_exact=False)
 
