@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from megatron_medha.server.tools.call_readers import ToolCallReader, ToolCallSink, ToolParserEvent
+from megatron_medha.server.tools.call_readers import ToolCallReader, ToolCallSink
 from megatron_medha.server.tools.json_text import dump
 
 
@@ -19,19 +19,19 @@ class PythonCallReader(ToolCallReader):
         self._quote = ""  # of the string it is in
         self._is_escaped = False
 
-    def push(self, text: str, found: list[ToolParserEvent]) -> str:
+    def push(self, text: str) -> str:
         """Take a piece; what comes after the call is returned."""
         self._text += text
         for place in range(self._num_read, len(self._text)):
             if self._ends_with(self._text[place]):
-                self._end(self._text[: place + 1], found)
+                self._end(self._text[: place + 1])
                 return self._text[place + 1 :]
         self._num_read = len(self._text)
         return ""
 
-    def give_up(self, found: list[ToolParserEvent], *, is_cut: bool) -> None:
+    def give_up(self, *, is_cut: bool) -> None:
         """The text ends here."""
-        self._be_text(self._text, found)
+        self._be_text(self._text)
 
     def _ends_with(self, char: str) -> bool:
         if self._quote:
@@ -50,17 +50,17 @@ class PythonCallReader(ToolCallReader):
             return self._depth == 0
         return False
 
-    def _end(self, text: str, found: list[ToolParserEvent]) -> None:
+    def _end(self, text: str) -> None:
         try:
             name, arguments = _parse_python(text)
             if not self._calls.accepts(name, has_arguments=False):
                 raise ValueError(name)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            self._be_text(text, found)
+            self._be_text(text)
             return
         self.is_done = True
-        self._begin(name, found)
-        self._send(arguments, found)
+        self._begin(name)
+        self._send(arguments)
 
 
 def _parse_python(text: str) -> tuple[str, str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from dataclasses import dataclass
-from typing import Protocol
 
 from megatron_medha.server.tools.json_text import JsonText, as_unicode, dump, read_value
+from megatron_medha.server.tools.tool_fields import ToolUse
 
 # The usual order of a call's fields; then arguments can be sent on as they come.
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*\{\Z')
@@ -44,19 +45,61 @@ class ToolArgumentsDelta:
 ToolParserEvent = TextDelta | ToolCallStart | ToolArgumentsDelta
 
 
-class ToolCallSink(Protocol):
-    """Who counts calls."""
+class ToolCallSink:
+    """Collects events: calls, which it counts, and text, of which white space may have to wait."""
 
-    is_marked: bool  # whether a mark stands before what is read
+    def __init__(self, use: ToolUse) -> None:
+        self.is_marked = False         # whether a mark stands before what is read
+        self._use = use
+        self._found: list[ToolParserEvent] = []
+        self._num_calls = 0
+        self._space = ""               # white space that waits for words
+        self._holds_space = True
+        self._last_char = ""
+        self._is_after_call = False    # nothing but white space since
 
-    def begin(self, name: str, found: list[ToolParserEvent]) -> ToolCallStart | None:
-        """A call of this tool; None for one more than is answered."""
+    @property
+    def has_calls(self) -> bool:
+        """Whether any has been found so far."""
+        return self._num_calls > 0
 
     def accepts(self, name: str, *, has_arguments: bool) -> bool:
-        """Whether JSON with this name is a call."""
+        """Whether JSON with this name is a call. Between marks any is: the client can see that it lacks the tool."""
+        if name in self._use.names:
+            return True
+        is_name = bool(name) and name.isprintable()
+        return is_name and self._use.guide is None and (self.is_marked or has_arguments)
 
-    def say(self, text: str, found: list[ToolParserEvent]) -> None:
-        """Text."""
+    def begin(self, name: str) -> ToolCallStart | None:
+        """Count a call of this tool; None for one more than is answered."""
+        self._space, self._holds_space, self._last_char = "", True, ""
+        if self._num_calls and not self._use.is_parallel:
+            return None
+        self._num_calls += 1
+        began = ToolCallStart(self._num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
+        self._found.append(began)
+        return began
+
+    def send(self, call: ToolCallStart, arguments: str) -> None:
+        """More arguments of this call."""
+        self._found.append(ToolArgumentsDelta(call.index, arguments))
+
+    def say(self, text: str) -> None:
+        """Text outside calls."""
+        if not text:
+            return
+        self._last_char = text[-1]
+        if self._holds_space:
+            if text.isspace():
+                self._space += text
+                return
+            text, self._space = self._space + text, ""
+            self._holds_space = self._is_after_call = False
+        self._found.append(TextDelta(text))
+
+    def _take_found(self) -> list[ToolParserEvent]:
+        found, self._found = self._found, []
+        return found
 
 
 class ToolCallReader:
@@ -71,24 +114,24 @@ class ToolCallReader:
         self.is_done = False
         self.is_text = False     # it was no call
 
-    def push(self, text: str, found: list[ToolParserEvent]) -> str:
+    def push(self, text: str) -> str:
         """Take a piece; what comes after the call is returned."""
         raise NotImplementedError
 
-    def give_up(self, found: list[ToolParserEvent], *, is_cut: bool) -> None:
+    def give_up(self, *, is_cut: bool) -> None:
         """No more text follows."""
         raise NotImplementedError
 
-    def _begin(self, name: str, found: list[ToolParserEvent]) -> None:
+    def _begin(self, name: str) -> None:
         self.has_begun = True
-        self._call = self._calls.begin(name, found)
+        self._call = self._calls.begin(name)
 
-    def _send(self, arguments: str, found: list[ToolParserEvent]) -> None:
+    def _send(self, arguments: str) -> None:
         if self._call is not None and arguments:
-            found.append(ToolArgumentsDelta(self._call.index, arguments))
+            self._calls.send(self._call, arguments)
 
-    def _be_text(self, text: str, found: list[ToolParserEvent]) -> None:
-        self._calls.say(self._before + text, found)
+    def _be_text(self, text: str) -> None:
+        self._calls.say(self._before + text)
         self.is_done = self.is_text = True
 
 
@@ -105,13 +148,13 @@ class JsonCallReader(ToolCallReader):
         self._is_in_arguments = arguments_of is not None
         self._arguments_depth = 0 if arguments_of is not None else 1
 
-    def push(self, text: str, found: list[ToolParserEvent]) -> str:
+    def push(self, text: str) -> str:
         """Take a piece; what comes after the object is returned."""
         scan, place = self._json, 0
         while place < len(text):
             if not scan.depth and text[place] != "{":
                 if not text[place].isspace():
-                    self._be_text("".join(self._raw), found)
+                    self._be_text("".join(self._raw))
                     return text[place:]
                 self._raw.append(text[place])
                 place += 1
@@ -120,19 +163,19 @@ class JsonCallReader(ToolCallReader):
             if not self.has_begun:
                 self._raw.append(text[place:end])
             place = end
-            if (rest := self._after_other_key(found)) is not None:
+            if (rest := self._after_other_key()) is not None:
                 return rest + text[place:]
             if place < len(text) and text[place] == "<" and not scan.is_in_string:
-                self._break_off(found)
+                self._break_off()
                 return text[place:]
             if not scan.is_in_string and text[place - 1] in "{}[]":
-                self._look(found)
+                self._look()
             if self.is_done:
                 return text[place:]
-        self._send_arguments(found)
+        self._send_arguments()
         return ""
 
-    def _after_other_key(self, found: list[ToolParserEvent]) -> str | None:
+    def _after_other_key(self) -> str | None:
         """Without marks a JSON answer is no call if it begins with a key that calls lack: what follows that key."""
         if self._has_first_key or self._name is not None or self._calls.is_marked:
             return None
@@ -141,30 +184,30 @@ class JsonCallReader(ToolCallReader):
         self._has_first_key = first is not None
         if first is None or first.group(1) in _CALL_KEYS:
             return None
-        self._be_text(raw[: first.end()], found)
+        self._be_text(raw[: first.end()])
         return raw[first.end() :]
 
-    def give_up(self, found: list[ToolParserEvent], *, is_cut: bool) -> None:
+    def give_up(self, *, is_cut: bool) -> None:
         """The text ends here."""
-        self._send_arguments(found, is_end=True)
+        self._send_arguments(is_end=True)
         if not is_cut and not self._json.is_in_string:
-            self._break_off(found)
+            self._break_off()
         elif not self.has_begun:
-            self._be_text("".join(self._raw), found)
+            self._be_text("".join(self._raw))
 
-    def _look(self, found: list[ToolParserEvent]) -> None:
+    def _look(self) -> None:
         """What the bracket just read means."""
         depth = self._json.depth
         if depth == 2 and not self._has_looked:
             self._has_looked = True
-            self._look_at_head(found)
+            self._look_at_head()
         if self._is_in_arguments and depth == self._arguments_depth:
-            self._send_arguments(found)
+            self._send_arguments()
             self._is_in_arguments = False
         if not depth:
-            self._end("".join(self._raw), found)
+            self._end("".join(self._raw))
 
-    def _look_at_head(self, found: list[ToolParserEvent]) -> None:
+    def _look_at_head(self) -> None:
         head = None if self._name is not None else _HEAD.match("".join(self._raw).lstrip())
         if head is None:
             return
@@ -175,37 +218,37 @@ class JsonCallReader(ToolCallReader):
         if self._calls.accepts(name, has_arguments=True):
             self._json.take()
             self._name, self._is_in_arguments = name, True
-            self._begin(name, found)
-            self._send("{", found)
+            self._begin(name)
+            self._send("{")
 
-    def _send_arguments(self, found: list[ToolParserEvent], *, is_end: bool = False) -> None:
+    def _send_arguments(self, *, is_end: bool = False) -> None:
         if not self._is_in_arguments:
             return
         more = self._json.take(is_end=is_end)
         if not self.has_begun and more.strip():
             assert self._name is not None
-            self._begin(self._name, found)
+            self._begin(self._name)
         if self.has_begun:
-            self._send(more, found)
+            self._send(more)
 
-    def _break_off(self, found: list[ToolParserEvent]) -> None:
+    def _break_off(self) -> None:
         """It ends before its brackets do."""
         if self._is_in_arguments:
-            self._send_arguments(found, is_end=True)
-            self._send(self._json.completion(self._arguments_depth), found)
-        self._end("".join(self._raw) + self._json.completion(), found)
+            self._send_arguments(is_end=True)
+            self._send(self._json.completion(self._arguments_depth))
+        self._end("".join(self._raw) + self._json.completion())
 
-    def _end(self, text: str, found: list[ToolParserEvent]) -> None:
+    def _end(self, text: str) -> None:
         self.is_done = True
         if self.has_begun:
             return
         # Fields in another order, or no call at all.
         call = _parse_call(text)
         if call is None or not self._calls.accepts(call[0], has_arguments=call[1] is not None):
-            self._be_text("".join(self._raw), found)
+            self._be_text("".join(self._raw))
             return
-        self._begin(call[0], found)
-        self._send(call[1] or "{}", found)
+        self._begin(call[0])
+        self._send(call[1] or "{}")
 
 
 def _parse_call(text: str) -> tuple[str, str | None] | None:

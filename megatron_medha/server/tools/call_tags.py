@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_medha.server.tools.call_readers import ToolCallReader, ToolCallSink, ToolParserEvent
+from megatron_medha.server.tools.call_readers import ToolCallReader, ToolCallSink
 from megatron_medha.server.tools.call_types import typed_value
 from megatron_medha.server.tools.json_text import dump
 from megatron_medha.text.call_syntax import Tags
@@ -37,54 +37,54 @@ class TagCallReader(ToolCallReader):
         self._num_searched = 0
         self._num_parameters = 0
 
-    def push(self, text: str, found: list[ToolParserEvent]) -> str:
+    def push(self, text: str) -> str:
         """Take a piece; what comes after the call is returned."""
         self._text += text
-        while not self.is_done and self._step(found):
+        while not self.is_done and self._step():
             pass
         return self._text if self.is_done else ""
 
-    def give_up(self, found: list[ToolParserEvent], *, is_cut: bool) -> None:
+    def give_up(self, *, is_cut: bool) -> None:
         """The text ends here."""
         if not self.has_begun:
             if self._text:
-                self._be_text(self._text, found)
+                self._be_text(self._text)
             return
         if self._key is not None:
             end = self._text.rfind(self._tags.parameter_end)
             if end >= 0:
-                self._add_value(self._text[:end], found)
+                self._add_value(self._text[:end])
                 self._text = self._text[end + len(self._tags.parameter_end) :]
             else:  # cut in the middle of a value
                 text = self._text.removeprefix("\n") if self._tags.pads_values else self._text
-                self._send(self._member() + dump(text)[:-1], found)
+                self._send(self._member() + dump(text)[:-1])
                 return
         if not is_cut:
-            self._send("}", found)
+            self._send("}")
 
-    def _step(self, found: list[ToolParserEvent]) -> bool:
+    def _step(self) -> bool:
         """One step with what is there; false when more text is needed."""
         if not self.has_begun:
-            return self._read_head(found)
-        return self._read_between(found) if self._key is None else self._read_value(found)
+            return self._read_head()
+        return self._read_between() if self._key is None else self._read_value()
 
-    def _read_head(self, found: list[ToolParserEvent]) -> bool:
+    def _read_head(self) -> bool:
         head = self._tags.head.match(self._text)
         if head is not None:
             name = head.group(1).strip(_QUOTES)
             self._schema = self._schemas.get(name)
-            self._begin(name, found)
-            self._send("{", found)
+            self._begin(name)
+            self._send("{")
             self._text = self._text[head.end() :]
         elif self._tags.head_so_far.fullmatch(self._text):
             return False
         else:
             # One character only: what follows may be a call.
             first, self._text = self._text[:1], self._text[1:]
-            self._be_text(first, found)
+            self._be_text(first)
         return True
 
-    def _read_between(self, found: list[ToolParserEvent]) -> bool:
+    def _read_between(self) -> bool:
         tags, text = self._tags, self._text.lstrip()
         parameter = tags.parameter.match(text)
         if parameter is not None:
@@ -100,13 +100,13 @@ class TagCallReader(ToolCallReader):
         ):
             return False
         else:
-            self._send("}", found)
+            self._send("}")
             if tags.end not in self._ends[1:] and text.startswith(tags.end):
                 self._text = text[len(tags.end) :]
             self.is_done = True
         return True
 
-    def _read_value(self, found: list[ToolParserEvent]) -> bool:
+    def _read_value(self) -> bool:
         end_mark = self._tags.parameter_end
         end = self._text.find(end_mark, self._num_searched)
         if end < 0:
@@ -116,7 +116,7 @@ class TagCallReader(ToolCallReader):
         after = self._text[end + len(end_mark) :].lstrip()
         marks = (*self._ends, self._tags.parameter_start)
         if after.startswith(marks):
-            self._add_value(self._text[:end], found)
+            self._add_value(self._text[:end])
             self._text = self._text[end + len(end_mark) :]
         elif self._may_begin(after, marks):
             return False
@@ -124,12 +124,12 @@ class TagCallReader(ToolCallReader):
             self._num_searched = end + 1
         return True
 
-    def _add_value(self, text: str, found: list[ToolParserEvent]) -> None:
+    def _add_value(self, text: str) -> None:
         assert self._key is not None
         if self._tags.pads_values:
             text = text.removeprefix("\n").removesuffix("\n")
         value = text if self._is_string else typed_value(text, self._schema, self._key)
-        self._send(self._member() + dump(value), found)
+        self._send(self._member() + dump(value))
         self._num_parameters += 1
         self._key = None
 

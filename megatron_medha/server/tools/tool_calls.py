@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import uuid
 
 from megatron_medha.server.tools.call_python import PythonCallReader
 from megatron_medha.server.tools.call_readers import (
     JsonCallReader,
     TextDelta,
     ToolCallReader,
-    ToolCallStart,
+    ToolCallSink,
     ToolParserEvent,
 )
 from megatron_medha.server.tools.call_tags import TagCallReader
@@ -23,7 +22,7 @@ _SLICE_CHARS = 4096
 _QUOTES = "`'\""
 
 
-class ToolCallParser:
+class ToolCallParser(ToolCallSink):
     """Separates calls from text. What looks like a call and is none stays text: nothing is lost.
 
     White space right after a call, or before everything, goes with the words that follow; where none follow, it goes.
@@ -31,7 +30,7 @@ class ToolCallParser:
     """
 
     def __init__(self, use: ToolUse) -> None:
-        self._use = use
+        super().__init__(use)
         self._marks = marks = MARKS[use.syntax]
         start = "" if marks.tags is None else marks.tags.start
         # Passed over in a section: an opening said twice, and what surrounds single calls.
@@ -39,16 +38,10 @@ class ToolCallParser:
         self._ends = (*marks.closings, *marks.between, "" if marks.tags is None else marks.tags.end)
         self._all_marks = (*self._passed, *marks.closings, *([start] if start else ()))
         self._rest = ""                      # not yet known what it is
-        self._space = ""                     # white space that waits for words
-        self._holds_space = True
-        self._last_char = ""
-        self._num_calls = 0
         self.is_last_cut = False             # of the calls
         self._reader: ToolCallReader | None = None
         self._section: str | None = None     # what was skipped of a section since its last call, or since it began
-        self.is_marked = False               # whether the section has an opening
         self._section_has_calls = False
-        self._is_after_call = False          # nothing but white space since
         self._owes_closing = False           # words came before the section's end
         self._reasoning_end: str | None = None
         self._may_be_bare = self._marks.is_bare
@@ -57,20 +50,14 @@ class ToolCallParser:
         elif use.guide is None:
             self._reasoning_end = use.reasoning_end
 
-    @property
-    def has_calls(self) -> bool:
-        """Whether any has been found so far."""
-        return self._num_calls > 0
-
     def push(self, text: str) -> list[ToolParserEvent]:
         """Take the next piece of text."""
-        found: list[ToolParserEvent] = []
         # By slices: what is left of a text is copied with every step.
         for begin in range(0, len(text), _SLICE_CHARS):
             self._rest += text[begin : begin + _SLICE_CHARS]
-            while self._rest and self._step(found):
+            while self._rest and self._step():
                 pass
-        return found
+        return self._take_found()
 
     @property
     def has_whole_calls(self) -> bool:
@@ -85,82 +72,53 @@ class ToolCallParser:
 
     def finish(self, *, is_cut: bool = False) -> list[ToolParserEvent]:
         """No more text follows. is_cut: because there was no room for more, or it was stopped."""
-        found: list[ToolParserEvent] = []
         self.is_last_cut = is_cut and self._reader is not None and self._reader.has_begun
         if is_cut and self._section is not None and self.is_marked and not (self._reader and self._reader.has_begun):
             # A call was cut before it had a name.
             self._reader, self._rest, self._section_has_calls = None, "", True
         if self._reader is not None:
-            self._reader.give_up(found, is_cut=is_cut)
-            self._section = None if self._reader.is_text else self._section
+            self._reader.give_up(is_cut=is_cut)
+            self._look_at(self._reader)
             self._reader = None
         rest, self._rest = self._rest, ""
         if self._section is not None and not self._section_has_calls:
-            self.say(self._section + rest, found)
+            self.say(self._section + rest)
         elif not (self._section is not None or self._is_after_call) or not self._is_part_of_mark(rest.strip()):
-            self.say(rest, found)
+            self.say(rest)
         if self._space and not self.has_calls:
-            found.append(TextDelta(self._space))
-        return found
-
-    # what readers ask for
-
-    def begin(self, name: str, found: list[ToolParserEvent]) -> ToolCallStart | None:
-        """Count a call; None where it is one more than is answered."""
-        self._section, self._section_has_calls = "", True
-        self._space, self._holds_space, self._last_char = "", True, ""
-        if self._num_calls and not self._use.is_parallel:
-            return None
-        self._num_calls += 1
-        began = ToolCallStart(self._num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
-        found.append(began)
-        return began
-
-    def accepts(self, name: str, *, has_arguments: bool) -> bool:
-        """Whether JSON with this name is a call. Between marks any is: whoever has the tools can say that one lacks."""
-        if name in self._use.names:
-            return True
-        is_name = bool(name) and name.isprintable()
-        return is_name and self._use.guide is None and (self.is_marked or has_arguments)
-
-    def say(self, text: str, found: list[ToolParserEvent]) -> None:
-        """Text, of which white space may have to wait."""
-        if not text:
-            return
-        self._last_char = text[-1]
-        if self._holds_space:
-            if text.isspace():
-                self._space += text
-                return
-            text, self._space = self._space + text, ""
-            self._holds_space = self._is_after_call = False
-        found.append(TextDelta(text))
+            self._found.append(TextDelta(self._space))
+        return self._take_found()
 
     # steps: each looks at what there is, and is false when more text is needed
 
-    def _step(self, found: list[ToolParserEvent]) -> bool:
+    def _step(self) -> bool:
         if self._reader is not None:
-            return self._read(self._reader, found)
+            return self._read(self._reader)
         if self._reasoning_end is not None:
-            return self._reason(self._reasoning_end, found)
+            return self._reason(self._reasoning_end)
         if self._may_be_bare:
-            return self._begin_bare(found)
+            return self._begin_bare()
         if self._section is not None:
-            return self._look_for_call(self._section, found)
-        return self._look_for_mark(found)
+            return self._look_for_call(self._section)
+        return self._look_for_mark()
 
-    def _read(self, reader: ToolCallReader, found: list[ToolParserEvent]) -> bool:
-        self._rest = reader.push(self._rest, found)
+    def _read(self, reader: ToolCallReader) -> bool:
+        self._rest = reader.push(self._rest)
+        self._look_at(reader)
         if reader.is_done:
             self._reader = None
-            if reader.is_text:
-                self._section = None
         return bool(self._rest)
 
-    def _reason(self, end: str, found: list[ToolParserEvent]) -> bool:
+    def _look_at(self, reader: ToolCallReader) -> None:
+        if reader.has_begun:
+            self._section, self._section_has_calls = "", True
+        elif reader.is_text:
+            self._section = None
+
+    def _reason(self, end: str) -> bool:
         place = self._rest.find(end)
         keep = place + len(end) if place >= 0 else len(self._rest) - _overlap(self._rest, end)
-        self.say(self._rest[:keep], found)
+        self.say(self._rest[:keep])
         self._rest = self._rest[keep:]
         if place >= 0:
             self._reasoning_end = None
@@ -168,7 +126,7 @@ class ToolCallParser:
             self._may_be_bare = self._marks.is_bare
         return place >= 0
 
-    def _begin_bare(self, found: list[ToolParserEvent]) -> bool:
+    def _begin_bare(self) -> bool:
         """The text begins: with a call, or with reasoning."""
         text = self._rest.lstrip()
         if not text or any(opening.startswith(text) for opening, _ in REASONING):
@@ -178,7 +136,7 @@ class ToolCallParser:
             self._enter_section("")
         return True
 
-    def _look_for_mark(self, found: list[ToolParserEvent]) -> bool:
+    def _look_for_mark(self) -> bool:
         marks = self._marks
         closings = marks.closings if self._is_after_call or self._owes_closing else ()
         sought = (*marks.openings, *closings, *(opening for opening, _ in REASONING))
@@ -187,11 +145,11 @@ class ToolCallParser:
         )  # fmt: skip
         if place < 0:
             keep = len(self._rest) - max(_overlap(self._rest, mark) for mark in sought)
-            self.say(self._rest[:keep], found)
+            self.say(self._rest[:keep])
             self._rest = self._rest[keep:]
             return False
         before, self._rest = self._rest[:place], self._rest[place + len(mark) :]
-        self.say(before, found)
+        self.say(before)
         if mark in closings and (self._is_after_call or self._owes_closing):
             self._owes_closing = False
         elif mark in marks.openings:
@@ -200,7 +158,7 @@ class ToolCallParser:
             self._enter_section("" if is_tag else mark)
         else:
             is_quoted = self._last_char != "" and self._last_char in _QUOTES
-            self.say(mark, found)
+            self.say(mark)
             if not is_quoted and mark not in closings:
                 self._reasoning_end = dict(REASONING)[mark]
         return True
@@ -209,7 +167,7 @@ class ToolCallParser:
         self._section, self.is_marked = opening, not self._marks.is_bare or bool(opening)
         self._section_has_calls = False
 
-    def _look_for_call(self, section: str, found: list[ToolParserEvent]) -> bool:
+    def _look_for_call(self, section: str) -> bool:
         marks, begin = self._marks, self._num_skipped()
         skipped, text = self._rest[:begin], self._rest[begin:]
         passed = next((mark for mark in self._passed if text.startswith(mark)), None)
@@ -224,10 +182,10 @@ class ToolCallParser:
             self._rest = text[len(closing) :]
             self._section, self._is_after_call, self._owes_closing = None, True, False
         else:
-            return self._begin_call(section + skipped, text, found)
+            return self._begin_call(section + skipped, text)
         return True
 
-    def _begin_call(self, skipped: str, text: str, found: list[ToolParserEvent]) -> bool:
+    def _begin_call(self, skipped: str, text: str) -> bool:
         """A call begins, or something that may become one: then false. If neither, the section has ended with words."""
         marks, tags = self._marks, self._marks.tags
         self._section, self._rest = skipped, text
@@ -249,7 +207,7 @@ class ToolCallParser:
         else:
             self._owes_closing = self._section_has_calls and bool(marks.closings)
             self._section = None
-            self.say(before, found)
+            self.say(before)
         return True
 
     def _num_skipped(self) -> int:
