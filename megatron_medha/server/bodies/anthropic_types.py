@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import Raw, Struct
 
-from megatron_medha.server.bodies.openai_types import ResponseFormat, SharedFields
+from megatron_medha.server.bodies.openai_types import ResponseFormat, SharedFields, StopStrings
 
 
 class BlockSource(Struct, kw_only=True):
@@ -76,7 +76,7 @@ class MessagesRequest(SharedFields, kw_only=True):
 
     messages: list[InputMessage]
     system: str | list[InputBlock] | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: StopStrings | None = None
     tools: list[MessagesTool] | None = None
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None

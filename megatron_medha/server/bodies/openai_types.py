@@ -1,8 +1,7 @@
 """Bodies of requests and answers, as OpenAI and vLLM define them.
 
-Unknown fields are ignored and wrong types refused, both by msgspec, which also reads a
-million token ids in 50 ms and never accepts NaN. Ranges that depend on the model or on the
-server's limits are checked where a request becomes a GenerationSpec.
+msgspec ignores unknown fields and refuses wrong types, NaN, and numbers and lengths outside of their ranges. Ranges
+that depend on the model or the server's configuration are checked where a request becomes a GenerationSpec.
 """
 
 from __future__ import annotations
@@ -15,9 +14,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from megatron_medha.text.sampling_defaults import SamplingDefaults
 
 Count = Annotated[int, Meta(ge=0)]
-PositiveCount = Annotated[int, Meta(ge=1)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+NumChoices = Annotated[int, Meta(ge=1, le=128)]  # of a prompt; OpenAI's limit
+# OpenAI allows 4, vLLM any; every one is matched on every character, and so much text may be held back.
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+StopStrings = Annotated[list[StopString], Meta(max_length=16)]
 
 
 class StreamOptions(Struct, kw_only=True):
@@ -61,15 +63,15 @@ class SharedFields(Struct, kw_only=True):
     model: str | None = None  # None: the model that is served; curl users thank you
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: PositiveCount | None = None
+    n: NumChoices | None = None
     max_tokens: Count | None = None
     min_tokens: Count | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: Annotated[list[int], Meta(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    seed: int | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
@@ -78,8 +80,9 @@ class SharedFields(Struct, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=1e-30, le=1e30)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    priority: int | None = None
+    # The rank applies them one by one.
+    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    priority: Annotated[int, Meta(ge=-(2**31) + 1, le=2**31 - 1)] | None = None
     service_tier: str | None = None
     user: str | None = None
     return_token_ids: bool | None = None
@@ -103,7 +106,7 @@ class CompletionRequest(SharedFields, kw_only=True):
     """Body of POST /v1/completions."""
 
     prompt: str | list[str | int | list[int]]
-    best_of: PositiveCount | None = None
+    best_of: NumChoices | None = None
     echo: bool | None = None
     logprobs: Count | None = None
     suffix: str | None = None

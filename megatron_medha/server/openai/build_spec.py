@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 import uuid
 from collections.abc import Sequence
@@ -12,11 +13,8 @@ from megatron_medha.server.http.http_errors import bad_request, rejected
 from megatron_medha.server.openai.request_fields import (
     REFUSED,
     RequestContext,
-    priority_of,
     refuse_all,
     sampling_of,
-    seed_of,
-    stops_of,
 )
 from megatron_medha.server.service import Service
 from megatron_medha.server.tools.call_grammar import calls_or_text
@@ -71,6 +69,7 @@ async def begin_spec(
     if (rejection := service.admission.check_capacity(config, num_prompts * num_drawn)) is not None:
         raise rejected(rejection)
     options = fields.stream_options
+    stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or ()
     tier_class = service.slo.class_of_tier(fields.service_tier)
     slo_class = context.slo_class or tier_class or service.slo.default_class
     slo = service.slo.find(slo_class)
@@ -84,13 +83,13 @@ async def begin_spec(
         n=num_drawn,
         num_answered=n,
         sampling=sampling,
-        seed=seed_of(fields),
-        priority=priority_of(fields, slo.priority),
+        seed=secrets.randbits(63) if fields.seed is None else fields.seed,
+        priority=slo.priority if fields.priority is None else fields.priority,  # lower runs first
         slo=slo,
         slo_class=slo_class,
         ttft_slo_s=context.ttft_s,
         tpot_slo_s=context.tpot_s,
-        stops=stops_of(fields),
+        stops=tuple(dict.fromkeys(stops)),
         client_stop_ids=frozenset(fields.stop_token_ids or ()),
         includes_stop=bool(fields.include_stop_str_in_output),
         skips_special_tokens=fields.skip_special_tokens is not False,

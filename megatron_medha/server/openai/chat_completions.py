@@ -28,7 +28,7 @@ from megatron_medha.server.openai.build_spec import begin_spec
 from megatron_medha.server.openai.chat_prompt import adds_special_tokens, chat_tools, render_messages
 from megatron_medha.server.openai.openai_logprobs import chat_token, token_namer
 from megatron_medha.server.openai.prompts import encode_prompts
-from megatron_medha.server.openai.request_fields import RequestContext, num_choices_of, refuse_all
+from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
 from megatron_medha.server.openai.wire_format import (
     DONE_EVENT,
     MARK,
@@ -69,7 +69,6 @@ async def chat_spec(
     ready = context.ready
     refuse_all(body, _REFUSED)
     tools = chat_tools(service, ready, body.tools, body.tool_choice, body.parallel_tool_calls)
-    n = num_choices_of(body)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs: only together with logprobs=true", "top_logprobs")
     max_tokens, max_tokens_param = body.max_tokens, "max_tokens"
@@ -82,7 +81,7 @@ async def chat_spec(
         context,
         body,
         id_prefix=id_prefix,
-        n=n,
+        n=body.n or 1,
         max_tokens=max_tokens,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logprobs_param="top_logprobs",

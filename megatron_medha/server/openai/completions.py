@@ -23,7 +23,7 @@ from megatron_medha.server.http.routing import encode_json
 from megatron_medha.server.openai.build_spec import begin_spec
 from megatron_medha.server.openai.openai_logprobs import add_completion_token, token_namer
 from megatron_medha.server.openai.prompts import encode_prompts, split_prompts
-from megatron_medha.server.openai.request_fields import MAX_CHOICES, RequestContext, num_choices_of
+from megatron_medha.server.openai.request_fields import RequestContext
 from megatron_medha.server.openai.wire_format import (
     DONE_EVENT,
     MARK,
@@ -32,7 +32,6 @@ from megatron_medha.server.openai.wire_format import (
     error_events,
     sse_event,
 )
-from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.service import Service
 from megatron_medha.text.detokenizer import make_detokenizer
 from megatron_medha.text.tokenizer import Tokenizer
@@ -43,13 +42,13 @@ BODY = BodyType(msgspec.json.Decoder(CompletionRequest), texts=frozenset({"promp
 
 async def prepare_completion(service: Service, context: RequestContext, body: CompletionRequest) -> CompletionFormat:
     """Check a request and encode its prompts; ApiError 4xx says what is wrong."""
-    config, ready = service.config, context.ready
+    ready = context.ready
     if body.suffix:
         raise bad_request(
             "suffix: filling in between is not supported; put all of the text into the prompt", "suffix",
             "unsupported_parameter",
         )  # fmt: skip
-    n = num_choices_of(body)
+    n = body.n or 1
     raw_prompts = split_prompts(body.prompt)
     spec = await begin_spec(
         service,
@@ -57,7 +56,7 @@ async def prepare_completion(service: Service, context: RequestContext, body: Co
         body,
         id_prefix="cmpl",
         n=n,
-        num_drawn=_num_drawn(body, n, config),
+        num_drawn=_num_drawn(body, n),
         num_prompts=len(raw_prompts),
         max_tokens=body.max_tokens,
         num_logprobs=body.logprobs,
@@ -76,13 +75,11 @@ async def prepare_completion(service: Service, context: RequestContext, body: Co
     return CompletionFormat(replace(spec, prompts=prompts), ready.tokenizer)
 
 
-def _num_drawn(body: CompletionRequest, n: int, config: ServerConfig) -> int:
+def _num_drawn(body: CompletionRequest, n: int) -> int:
     if body.best_of is None or body.best_of == n:
         return n
     if body.best_of < n:
         raise bad_request(f"best_of: expected at least n={n}, got {body.best_of}", "best_of")
-    if body.best_of > MAX_CHOICES:
-        raise bad_request(f"best_of: at most {MAX_CHOICES}", "best_of")
     if body.stream:
         raise bad_request("best_of: not with stream, since the best is known only in the end", "best_of")
     return body.best_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +16,7 @@ from megatron_medha.server.bodies.openai_types import SharedFields
 from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.service import ReadyState, Service
 
-MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
-MAX_PRIORITY = 2**31 - 1
 MAX_SLO_MS = 1e9
-MAX_CHOICES = 128             # of a prompt; OpenAI's limit
-_MAX_STOP_STRINGS = 16        # OpenAI allows 4, vLLM any; every one is matched on every character
-_MAX_STOP_STRING_CHARS = 1024  # text up to this long may be held back from the client
-_MAX_STOP_TOKEN_IDS = 128
-_MAX_LOGIT_BIAS = 1024        # entries; the rank applies them one by one
 YES = frozenset({"1", "true", "yes", "on"})
 NO = frozenset({"0", "false", "no", "off"})
 
@@ -89,46 +81,6 @@ def read_context(request: Request, service: Service) -> RequestContext:
     )
 
 
-def seed_of(fields: SharedFields) -> int:
-    """The client's seed, or one drawn for it: 63 bits, not negative."""
-    if fields.seed is None:
-        return secrets.randbits(63)
-    if not MIN_INT64 <= fields.seed <= MAX_INT64:
-        raise bad_request("seed: expected a 64-bit integer", "seed")
-    return fields.seed & MAX_INT64
-
-
-def priority_of(fields: SharedFields, class_priority: int) -> int:
-    """Lower runs first: the client's number, or its class's."""
-    if fields.priority is None:
-        return class_priority
-    if abs(fields.priority) > MAX_PRIORITY:
-        raise bad_request("priority: expected a 32-bit integer", "priority")
-    return fields.priority
-
-
-def stops_of(fields: SharedFields) -> tuple[str, ...]:
-    """The stop strings, each once."""
-    if fields.stop is None:
-        return ()
-    stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
-    if len(stops) > _MAX_STOP_STRINGS:
-        raise bad_request(f"stop: {len(stops)} stop strings exceed the limit of {_MAX_STOP_STRINGS}", "stop")
-    if not all(stops):
-        raise bad_request("stop: a stop string must not be empty", "stop")
-    if any(len(stop) > _MAX_STOP_STRING_CHARS for stop in stops):
-        raise bad_request(f"stop: a stop string may have {_MAX_STOP_STRING_CHARS} characters at most", "stop")
-    return tuple(dict.fromkeys(stops))
-
-
-def num_choices_of(fields: SharedFields) -> int:
-    """How many choices each prompt gets."""
-    n = 1 if fields.n is None else fields.n
-    if n > MAX_CHOICES:
-        raise bad_request(f"n: at most {MAX_CHOICES} choices, got {n if n < 10**20 else 'more'}", "n")
-    return n
-
-
 def sampling_of(
     fields: SharedFields,
     ready: ReadyState,
@@ -178,19 +130,14 @@ def refuse_all(fields: object, refused: Sequence[tuple[str, tuple[object, ...], 
 
 def _stop_ids(fields: SharedFields, vocab_size: int) -> tuple[int, ...]:
     ids = fields.stop_token_ids or []
-    if len(ids) > _MAX_STOP_TOKEN_IDS:
-        raise bad_request(f"stop_token_ids: at most {_MAX_STOP_TOKEN_IDS}, got {len(ids)}", "stop_token_ids")
     if any(not 0 <= token_id < vocab_size for token_id in ids):
         raise bad_request(f"stop_token_ids: expected ids from 0 to {vocab_size - 1}", "stop_token_ids")
     return tuple(ids)
 
 
 def _logit_bias(fields: SharedFields, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    given = fields.logit_bias or {}
-    if len(given) > _MAX_LOGIT_BIAS:
-        raise bad_request(f"logit_bias: at most {_MAX_LOGIT_BIAS} entries, got {len(given)}", "logit_bias")
     biases: dict[int, float] = {}
-    for key, bias in given.items():
+    for key, bias in (fields.logit_bias or {}).items():
         is_id = key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size
         if not is_id:
             raise bad_request(
