@@ -319,12 +319,9 @@ class TopLogprob(Struct, frozen=True):
     bytes: list[int] | None
 
 
-class TokenLogprob(Struct, frozen=True):
+class TokenLogprob(TopLogprob, frozen=True):
     """The chosen token at some position, and the likeliest ones."""
 
-    token: str
-    logprob: float
-    bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
 
@@ -367,17 +364,6 @@ class ChatCompletionResponse(Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatChunkChoice(Struct, kw_only=True):
-    """What one event adds to one answer."""
-
-    index: int
-    delta: dict[str, Any]  # its role, more of its content or of its tool_calls
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None | UnsetType = UNSET
-    token_ids: list[int] | UnsetType = UNSET
-
-
 class ChatCompletionChunk(Struct, kw_only=True):
     """One event of a chat's stream."""
 
@@ -385,7 +371,7 @@ class ChatCompletionChunk(Struct, kw_only=True):
     object: str = "chat.completion.chunk"
     created: int
     model: str
-    choices: list[ChatChunkChoice]
+    choices: list[dict[str, Any]]  # what the event adds to one choice, or none with the usage at the end
     usage: Usage | None | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 

@@ -6,7 +6,13 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
-from megatron_medha.server.bodies.openai_types import Count, PromptTokensDetails, SharedFields, TokenLogprob
+from megatron_medha.server.bodies.openai_types import (
+    Count,
+    JsonSchemaFormat,
+    PromptTokensDetails,
+    SharedFields,
+    TokenLogprob,
+)
 
 
 class InputPart(Struct, kw_only=True):
@@ -34,14 +40,10 @@ class InputItem(Struct, kw_only=True):
     output: Any = None
 
 
-class TextFormat(Struct, kw_only=True, omit_defaults=True):
-    """What form an answer takes."""
+class TextFormat(JsonSchemaFormat, kw_only=True, omit_defaults=True):
+    """The form of a response's text: text, json_object, or json_schema with its fields."""
 
     type: str
-    name: str | None = None
-    description: str | None = None
-    schema: dict[str, Any] | bool | None = None
-    strict: bool | None = None
 
 
 class TextOptions(Struct, kw_only=True):
@@ -119,30 +121,16 @@ class OutputMessage(Struct, kw_only=True):
 
 
 class OutputCall(Struct, kw_only=True):
-    """A call in an answer."""
+    """A call of a function (function_call), or of a tool that takes free text (custom_tool_call)."""
 
-    type: str = "function_call"
+    type: str
     id: str
     status: str = "in_progress"
     call_id: str
     name: str
-    arguments: str = ""
+    arguments: str | UnsetType = UNSET  # of a function
+    input: str | UnsetType = UNSET      # of a custom tool
     namespace: str | UnsetType = UNSET
-
-
-class OutputCustomCall(Struct, kw_only=True):
-    """A call of a tool that takes free text."""
-
-    type: str = "custom_tool_call"
-    id: str
-    status: str = "in_progress"
-    call_id: str
-    name: str
-    input: str = ""
-    namespace: str | UnsetType = UNSET
-
-
-OutputItem = OutputMessage | OutputCall | OutputCustomCall
 
 
 class ReasoningTokens(Struct, frozen=True):
@@ -175,7 +163,7 @@ class ResponsesResponse(Struct, kw_only=True):
     created_at: int
     status: str
     model: str
-    output: list[Any]  # of OutputItem; a union of two objects is nothing that msgspec's schemas can say
+    output: list[Any]  # of OutputMessage and OutputCall; msgspec's schemas cannot have a union of two objects
     error: None = None
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None = None

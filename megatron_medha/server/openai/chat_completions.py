@@ -11,7 +11,6 @@ import msgspec
 from megatron_medha.server.bodies.openai_types import (
     CalledFunction,
     ChatChoice,
-    ChatChunkChoice,
     ChatCompletionChunk,
     ChatCompletionResponse,
     ChatLogprobs,
@@ -120,18 +119,15 @@ class ChatFormat:
         self._is_plain = not (
             self._num_top is not None or spec.has_continuous_usage or spec.returns_token_ids or spec.tools is not None
         )
-        sample = ChatChunkChoice(index=0, delta={"content": MARK})
-        self._template = EventTemplate(spec, self._encode_event(sample, None))
+        self._template = EventTemplate(spec, self._encode_event(_choice(0, {"content": MARK}), None))
         self._finders = [] if spec.tools is None else [ToolCallParser(spec.tools) for _ in range(spec.num_choices)]
         self._unsent: list[list[Piece]] = [[] for _ in self._finders]  # tokens whose text is in no event yet
 
     def opening_events(self) -> Sequence[bytes]:
         """For each choice an event that says who speaks, with no text yet."""
-        opening = (
-            ChatChunkChoice(index=index, delta={"role": "assistant", "content": ""})
-            for index in range(self.spec.num_choices)
-        )
-        return [self._encode_event(choice, None, is_opening=True) for choice in opening]
+        delta = {"role": "assistant", "content": ""}
+        choices = [_choice(index, delta) for index in range(self.spec.num_choices)]
+        return [self._encode_event(choice, None, is_opening=True) for choice in choices]
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
         """The event of one token. With tools: of what the text so far has become, which may be several or none."""
@@ -204,18 +200,14 @@ class ChatFormat:
     def _event(
         self, pieces: Sequence[Piece], delta: dict[str, Any], finish_reason: str | None, usage: Usage | None
     ) -> bytes:
-        last = pieces[-1]
-        choice = ChatChunkChoice(
-            index=last.choice_index,
-            delta=delta,
-            logprobs=self._logprobs(pieces),
-            finish_reason=finish_reason,
-            stop_reason=last.stop_reason if finish_reason is not None else msgspec.UNSET,
-            token_ids=_token_ids(pieces) if self.spec.returns_token_ids else msgspec.UNSET,
-        )
+        choice = _choice(pieces[-1].choice_index, delta, self._logprobs(pieces), finish_reason)
+        if finish_reason is not None:
+            choice["stop_reason"] = pieces[-1].stop_reason
+        if self.spec.returns_token_ids:
+            choice["token_ids"] = _token_ids(pieces)
         return self._encode_event(choice, usage)
 
-    def _encode_event(self, choice: ChatChunkChoice, usage: Usage | None, *, is_opening: bool = False) -> bytes:
+    def _encode_event(self, choice: dict[str, Any], usage: Usage | None, *, is_opening: bool = False) -> bytes:
         spec = self.spec
         chunk = ChatCompletionChunk(
             id=spec.response_id,
@@ -263,6 +255,13 @@ def _message_of(pieces: Sequence[Piece], finder: ToolCallParser | None) -> Respo
         for began, arguments in calls
     ]
     return ResponseMessage(content=content or None, tool_calls=tool_calls)
+
+
+def _choice(
+    index: int, delta: dict[str, Any], logprobs: ChatLogprobs | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    """What one event adds to one choice."""
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _delta_of(found: ToolParserEvent) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
@@ -13,8 +12,6 @@ from megatron_medha.server.bodies.openai_types import ResponseFormat, TokenLogpr
 from megatron_medha.server.bodies.responses_types import (
     IncompleteDetails,
     OutputCall,
-    OutputCustomCall,
-    OutputItem,
     OutputMessage,
     OutputText,
     ResponsesRequest,
@@ -165,18 +162,24 @@ class ResponsesFormat(BlockFormat):
                     )
             case ToolCallStart():
                 known = self._tools.known.get(found.name, KnownTool(found.name))
-                call: dict[str, Any] = {"call_id": found.call_id, "name": known.name}
-                call["namespace"] = known.namespace or msgspec.UNSET
+                call = OutputCall(
+                    type="custom_tool_call" if known.is_custom else "function_call",
+                    id=_draw_id("ctc" if known.is_custom else "fc"),
+                    call_id=found.call_id,
+                    name=known.name,
+                    namespace=known.namespace or msgspec.UNSET,
+                )
                 if known.is_custom:
-                    self._begin(OutputCustomCall(id=_draw_id("ctc"), **call))
+                    call.input = ""
                 else:
-                    self._begin(OutputCall(id=_draw_id("fc"), **call))
+                    call.arguments = ""
+                self._begin(call)
             case ToolArgumentsDelta():
                 self._arguments += found.arguments
-                if isinstance(self._blocks[-1], OutputCall):
+                if self._blocks[-1].type == "function_call":
                     self._emit_item("response.function_call_arguments.delta", delta=found.arguments)
 
-    def _begin(self, item: OutputItem) -> None:
+    def _begin(self, item: OutputMessage | OutputCall) -> None:
         self._close()
         self._blocks.append(item)
         self._is_open, self._arguments = True, ""
@@ -190,10 +193,10 @@ class ResponsesFormat(BlockFormat):
             case OutputMessage(content=[part]):
                 self._emit_item("response.output_text.done", content_index=0, text=part.text, logprobs=part.logprobs)
                 self._emit_item("response.content_part.done", content_index=0, part=part)
-            case OutputCall():
+            case OutputCall(type="function_call"):
                 item.arguments = self._arguments
                 self._emit_item("response.function_call_arguments.done", arguments=item.arguments, name=item.name)
-            case OutputCustomCall():
+            case OutputCall():
                 # Its text stands in JSON, which is read once it is whole.
                 item.input = text_argument(self._arguments)
                 self._emit_item("response.custom_tool_call_input.delta", delta=item.input)

@@ -27,6 +27,10 @@ _REFUSED_S = 60.0    # how long one that took too long is refused at once: clien
 _MAX_ERROR_CHARS = 1000
 _MAX_SCHEMA_CHARS = 65_536  # of a JSON schema, and of all tools together; OpenAI allows 120,000
 _MAX_REGEX_CHARS = 4_096    # of a regex or a grammar: hostile ones of 8 KiB take seconds to compile
+_KINDS = {
+    "json": ConstraintKind.JSON_SCHEMA, "regex": ConstraintKind.REGEX, "choice": ConstraintKind.CHOICE,
+    "grammar": ConstraintKind.GRAMMAR,
+}  # fmt: skip
 _TOOL = re.compile(r"#/\$defs/tool([0-9]+)")
 
 
@@ -44,7 +48,7 @@ def constraint_of(fields: SharedFields) -> OutputConstraint | None:
     guides = [
         *_of_format(fields.response_format),
         *_of_structured(fields.structured_outputs),
-        *_each("guided_", fields.guided_json, fields.guided_regex, fields.guided_choice, fields.guided_grammar),
+        *_each(fields, "guided_", "guided_"),
     ]
     if len(guides) > 1:
         params = " and ".join(guide.param for guide in guides)
@@ -99,7 +103,6 @@ class GrammarCache:
             if task is None:
                 trials = self._trials_for(facts, tokenizer, config)
                 task = self._in_progress[guide] = asyncio.create_task(self._compile(guide, trials, config, client))
-                task.add_done_callback(lambda done: self._store_result(guide, done))
             try:
                 verdict = await asyncio.shield(task)
             except CompilerBusy as error:
@@ -108,7 +111,7 @@ class GrammarCache:
         else:
             self._known.move_to_end(guide)
         if verdict.grammar is None:
-            # Schemas of several tools are compiled as one; see tools.py.
+            # Schemas of several tools are compiled as one; see tool_fields.py.
             why = _TOOL.sub(r"tools[\1].function.parameters", verdict.why) if guide.param == "tools" else verdict.why
             raise bad_request(f"{guide.param}: {why}", guide.param, verdict.code)
         return verdict.grammar
@@ -130,23 +133,21 @@ class GrammarCache:
     async def _compile(
         self, guide: OutputConstraint, trials: GrammarProcessPool, config: ServerConfig, client: str
     ) -> _CachedResult:
+        request = CompileRequest(guide.kind, guide.text)
         try:
-            grammar = await trials.compile(CompileRequest(guide.kind, guide.text), config.grammar_timeout_s, client)
+            result = _CachedResult(await trials.compile(request, config.grammar_timeout_s, client))
         except CompileLimitExceeded as error:
             until_s = asyncio.get_running_loop().time() + _REFUSED_S
-            return _CachedResult(None, f"{error}; make it smaller or simpler", "grammar_too_complex", until_s)
+            result = _CachedResult(None, f"{error}; make it smaller or simpler", "grammar_too_complex", until_s)
         except GrammarError as error:
-            return _CachedResult(None, str(error)[:_MAX_ERROR_CHARS], "invalid_grammar")
-        return _CachedResult(grammar)
-
-    def _store_result(self, guide: OutputConstraint, task: asyncio.Task[_CachedResult]) -> None:
-        del self._in_progress[guide]
-        if task.cancelled() or task.exception() is not None:
-            return
-        self._known[guide] = task.result()
+            result = _CachedResult(None, str(error)[:_MAX_ERROR_CHARS], "invalid_grammar")
+        finally:
+            del self._in_progress[guide]
+        self._known[guide] = result
         self._known.move_to_end(guide)
         if len(self._known) > _NUM_KNOWN:
             self._known.popitem(last=False)
+        return result
 
 
 def _of_format(given: ResponseFormat | None) -> Iterator[OutputConstraint]:
@@ -176,32 +177,19 @@ def _of_structured(given: StructuredOutputs | None) -> Iterator[OutputConstraint
         raise bad_request(f"{name}.structural_tag: not supported", name, "unsupported_parameter")
     if given.json_object:
         yield json_constraint({"type": "object"}, f"{name}.json_object")
-    yield from _each(name + ".", given.json, given.regex, given.choice, given.grammar)
+    yield from _each(given, "", f"{name}.")
 
 
-def _each(
-    prefix: str,
-    schema: dict[str, Any] | str | bool | None,
-    regex: str | None,
-    choice: list[str] | None,
-    grammar: str | None,
-) -> Iterator[OutputConstraint]:
-    if schema is not None:
-        param = f"{prefix}json"
-        yield (
-            OutputConstraint(ConstraintKind.JSON_SCHEMA, schema, param)
-            if isinstance(schema, str)
-            else json_constraint(schema, param)
-        )
-    if regex is not None:
-        yield OutputConstraint(ConstraintKind.REGEX, regex, f"{prefix}regex")
-    if choice is not None:
-        if not choice or not all(choice):
-            raise bad_request(f"{prefix}choice: expected at least one text, none of them empty", f"{prefix}choice")
-        lark = "start: " + " | ".join(msgspec.json.encode(text).decode() for text in choice)
-        yield OutputConstraint(ConstraintKind.CHOICE, lark, f"{prefix}choice")
-    if grammar is not None:
-        yield OutputConstraint(ConstraintKind.GRAMMAR, grammar, f"{prefix}grammar")
+def _each(owner: object, prefix: str, path: str) -> Iterator[OutputConstraint]:
+    for name, kind in _KINDS.items():
+        given, param = getattr(owner, prefix + name), path + name
+        if given is None:
+            continue
+        if name == "choice":
+            if not given or not all(given):
+                raise bad_request(f"{param}: expected at least one text, none of them empty", param)
+            given = "start: " + " | ".join(msgspec.json.encode(text).decode() for text in given)
+        yield OutputConstraint(kind, given, param) if isinstance(given, str) else json_constraint(given, param)
 
 
 def _check_size(guide: OutputConstraint) -> None:
