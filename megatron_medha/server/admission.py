@@ -27,7 +27,7 @@ class _KeyUsage:
     """What one key has open, and how many tokens it may still have this minute."""
 
     num_live: int = 0
-    num_tokens_left: float = math.inf  # negative: spent ahead, by answers whose length nobody knew
+    num_tokens_left: float = math.inf  # negative: spent ahead, by outputs of unknown length
     as_of_s: float = 0.0
 
 

@@ -19,7 +19,7 @@ class ApiClient:
 
 
 ANONYMOUS = ApiClient("anonymous")
-LOCAL_ADMIN = ApiClient("anonymous", is_admin=True)  # where no key is needed, whoever comes may look at everything
+LOCAL_ADMIN = ApiClient("anonymous", is_admin=True)  # where no key is needed, every client may see everything
 CONFIGURED_NAME, ADMIN_NAME = "default", "admin"
 
 
@@ -40,18 +40,18 @@ class ApiKeys:
             self._read(config)
 
     def find(self, authorization: str | None) -> ApiClient | None:
-        """Who this Authorization header belongs to; None: nobody who may come in."""
+        """The client of this Authorization header; None: not authorized."""
         if not self._needs_key:
             return LOCAL_ADMIN
         scheme, _, key = (authorization or "").partition(" ")
         digest = _digest(key.strip().encode("utf-8", "replace"))
         found: ApiClient | None = None
-        for known, client in self._clients:  # all of them, so that the time tells nothing
+        for known, client in self._clients:  # all of them: the time must not depend on the key
             if hmac.compare_digest(digest, known):
                 found = client
         if found is not None and scheme.lower() == "bearer":
             return found
-        # A wrong key is refused even where none is needed: the client believes it is somebody.
+        # A wrong key is rejected even where none is needed: it is a client's mistake.
         return ANONYMOUS if self._is_open and authorization is None else None
 
     def _read(self, config: ServerConfig) -> None:

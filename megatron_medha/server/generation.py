@@ -55,12 +55,12 @@ class GenerationSpec:
     has_progress: bool = False     # comments while the prompt is computed; of effect on streams
     includes_usage: bool = False
     has_continuous_usage: bool = False
-    has_logprobs: bool = False     # whether they are answered; they may be there for choosing alone
+    has_logprobs: bool = False     # whether the response includes them; best_of needs them too
     is_echo: bool = False
-    discards_output: bool = False  # max_tokens 0: the prompt is what the client wants to know about
+    discards_output: bool = False  # max_tokens 0: the client wants the prompt's logprobs
     names_tokens_by_id: bool = False
     returns_token_ids: bool = False
-    tools: ToolUse | None = None   # None: whatever the answer says is text
+    tools: ToolUse | None = None   # None: all output is text
     ignored: tuple[str, ...] = ()  # what the request asked for, and was left out: fields by their path
 
     @property
@@ -74,7 +74,7 @@ class GenerationSpec:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     def request_id(self, index: int) -> str:
-        """The engine's name for a choice; unique because answer ids are drawn here, never taken from clients."""
+        """The engine's name for a choice; unique because response ids are made here, never taken from clients."""
         return f"{self.response_id}-{index}"
 
     def requests(self) -> tuple[Request, ...]:

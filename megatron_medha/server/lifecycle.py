@@ -13,7 +13,7 @@ from megatron_medha.server.server_config import ServerConfig
 
 log = logging.getLogger(__name__)
 
-# What answers that were cut off by a drain get to say so; those that cannot in that time have no reader.
+# For the error events of responses that a drain cuts off; after that their clients are not reading.
 _CUT_OFF_GRACE_S = 1.0
 
 
@@ -44,7 +44,7 @@ class Lifecycle:
             raise self._stopping()
 
     async def drain(self) -> None:
-        """Take nothing new; return when what runs is done, or when its time is up and its clients have been told."""
+        """Reject new requests; return when the running ones have ended, or were cut off after drain_timeout_s."""
         if self.is_draining:
             return
         self.is_draining = True

@@ -99,7 +99,7 @@ class OutputStreams:
     def open(self, request_ids: Sequence[str], max_unread: int, on_overflow: Callable[[], None]) -> OutputStream:
         """Wait for these sub-requests; before they are submitted.
 
-        Beyond max_unread deliveries that nobody has taken the stream ends, and on_overflow is called.
+        Beyond max_unread unread deliveries the stream ends, and on_overflow is called.
         """
         stream = OutputStream(request_ids, max_unread, on_overflow)
         for request_id in stream.request_ids:

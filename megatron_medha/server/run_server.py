@@ -26,7 +26,7 @@ from megatron_medha.system.private_file import check_private
 
 log = logging.getLogger(__name__)
 
-# Idle connections close at once; what is left after the drain are answers whose last bytes are on their way.
+# Idle connections close at once; after the drain only the last bytes of responses are left.
 _FLUSH_S = 1
 _MAX_HANDSHAKES = 256  # TLS handshakes at a time; one takes some milliseconds
 
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
         is_second = self._is_ending or bool(self._captured_signals)
         self._captured_signals.append(sig)
         if is_second:
-            # Every answer that is cut off now would be told of with a traceback.
+            # Each response that is cut off now would log a traceback.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         if is_second or self._loop is None:
             self.force_exit = self.should_exit = True
@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
 
 
 def run(app: Api, config: ServerConfig, on_listening: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM; on_listening is told the base URL. ConfigError if the port is taken."""
+    """Serve until SIGINT or SIGTERM; on_listening gets the base URL. ConfigError if the port is taken."""
     check_tls(config)
     check_private_files(config)
     raise_descriptor_limit()

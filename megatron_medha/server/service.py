@@ -70,7 +70,7 @@ class Service:
         renders: TemplateProcessPool | None = None,
         sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS,
     ) -> None:
-        """metrics, journal: those that watch the engine; without them, step metrics and stories stay empty.
+        """metrics, journal: those that watch the engine; without them, step metrics and request traces stay empty.
 
         read_config: reads the configuration again, for reload(). traces: where requests are traced to.
         renders: of another owner, who closes them. sampling_defaults: for what requests leave out.
@@ -176,7 +176,7 @@ class Service:
         return (facts.shape.name,) if facts is not None else ()
 
     def model_name(self, asked: str | None) -> str:
-        """The name to answer with; ApiError 404 for a model that is not served."""
+        """The name for the response; ApiError 404 for a model that is not served."""
         names = self.served_names()
         if asked is None:
             return names[0] if names else ""

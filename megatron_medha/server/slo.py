@@ -33,7 +33,7 @@ class SloConfig:
     """The classes. Work of a higher priority number runs in what the others leave, and in its progress share."""
 
     default_class: str = "standard"
-    interactive: SloClass = SloClass(priority=-1)  # somebody watches: before all others
+    interactive: SloClass = SloClass(priority=-1)  # a person waits for it: before all others
     standard: SloClass = SloClass()                # what the scheduler's own settings say
     # Nobody watches: after all others, until its long deadline has passed; then the progress share moves it on.
     batch: SloClass = SloClass(priority=1, deadline_multiplier=20.0, min_deadline_s=60.0)

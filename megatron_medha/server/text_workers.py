@@ -71,7 +71,7 @@ class TextWorkers:
             def end(_: asyncio.Future[T]) -> None:
                 self._bodies.num_bytes -= num_left
                 if not done.cancelled():
-                    done.exception()  # nobody else takes it
+                    done.exception()  # else asyncio logs it as never retrieved
 
             done.add_done_callback(end)
             raise

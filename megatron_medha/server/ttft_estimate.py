@@ -104,7 +104,7 @@ class TtftEstimator:
         return QueuedAhead(max(0.0, before.work_s - own_work_s), max(0, before.num_prompts - 1))
 
     def reserve(self, requests: Sequence[Request]) -> None:
-        """These were admitted: until the next update they are in nobody's sum."""
+        """These were admitted; count them until the next update includes them."""
         best = self._best(requests)
         if best is None:
             return

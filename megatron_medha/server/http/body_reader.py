@@ -67,7 +67,7 @@ async def read_body(request: Request, config: ServerConfig, memory: BodyMemory) 
                 patience.reschedule(loop.time() + config.body_timeout_s)
                 num_bytes += len(part)
                 # What is too large is read on for a while and forgotten: a client that is still
-                # sending when the connection closes never gets to see the answer.
+                # sending when the connection closes never sees the response.
                 is_too_large = is_too_large or num_bytes > config.max_body_bytes
                 if not is_too_large:
                     memory.grow_to(num_bytes)

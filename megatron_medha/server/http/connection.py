@@ -1,4 +1,4 @@
-"""One TCP connection: uvicorn's protocol, stricter on heads and framing, with bounds on slow clients and on places."""
+"""One TCP connection: uvicorn's protocol, stricter on heads and framing, with limits for slow clients."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.http.request_target import read_target
 from megatron_medha.server.server_config import ServerConfig
 
-# In a scope's extensions: the transport, for an answer that must end it though its reader takes nothing.
+# In a scope's extensions: the transport, to abort a response that its client does not read.
 TRANSPORT = "medha.transport"
 PROBE_PATHS = frozenset({b"/health", b"/live", b"/ready", b"/ping"})
 _PROBE_METHODS = (b"GET", b"HEAD")
 _FRAMING_FIELDS = (b"content-length", b"transfer-encoding")
-_MAX_HEADERS = 128       # browsers send 20, proxies add 10; each costs a look on every route
+_MAX_HEADERS = 128       # browsers send 20, proxies add 10; every route reads them all
 _MAX_EXTRA = 16          # connections beyond the limit, of which a probe may be one
 _SLICE_BYTES = 16 * 2**10  # parsed at once: 600 requests or 2,700 chunks, some 10 ms
 _CHUNK_HEADER_BYTES = 16  # of a chunk's size and line ends; more than that counts as part of the head
@@ -48,8 +48,8 @@ class _Flow(FlowControl):
 class Connection(HttpToolsProtocol):
     """Uvicorn's own waits for ever for a head, takes heads of any size, and loses the body behind an Upgrade offer.
 
-    Beyond `num_places` connections, probes are still answered; other requests take the place of a connection that
-    has sent nothing yet, or get a 503.
+    Beyond `num_places` connections probes are still served; any other request takes the place of a connection that
+    has sent nothing yet, or gets a 503.
 
     Source of what is overridden: uvicorn 0.54, protocols/http/httptools_impl.py.
     """
@@ -71,7 +71,7 @@ class Connection(HttpToolsProtocol):
     # ---- connections ----
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        """The client has connected; now it owes us a head."""
+        """The client has connected; its first head is due within header_timeout_s."""
         super().connection_made(transport)
         self.flow: _Flow = _Flow(transport)
         self._unparsed = bytearray()
@@ -101,7 +101,7 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def _take_place(self, method: bytes) -> bool:
-        """Whether this connection, which is one too many, may have its request answered."""
+        """Whether this connection beyond the limit may have its request handled."""
         if method in _PROBE_METHODS and self.url.partition(b"?")[0] in PROBE_PATHS:
             return True
         if not self.silent:
@@ -113,7 +113,7 @@ class Connection(HttpToolsProtocol):
     # ---- bytes ----
 
     def data_received(self, data: bytes) -> None:
-        """Bytes from the client; what may hold many requests or chunks is parsed by slices, and others run between."""
+        """Bytes from the client, parsed in slices; other tasks run between them."""
         self._unparsed += data
         if len(self._unparsed) == len(data):  # else the next slice is planned, or waits for responses
             self._parse_slice()
@@ -134,12 +134,12 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()  # else what is pipelined or not taken yet has paused it
 
     def _plan_slice(self) -> None:
-        # Requests that are pipelined are answered first: each waits with a scope and headers of its own.
+        # Pipelined requests are handled first: each holds a scope and headers in memory.
         if self._unparsed and not self.pipeline and self._next_slice is None:
             self._next_slice = self.loop.call_soon(self._parse_slice)
 
     def _parse(self, data: bytes) -> None:
-        """None are looked at once the client has been refused."""
+        # After a refusal nothing more is parsed.
         message = self._num_messages
         rest = memoryview(data)
         while not self._is_refused:
@@ -169,7 +169,7 @@ class Connection(HttpToolsProtocol):
         """The first byte of a request."""
         if self._is_passing_over or self._is_refused:
             return
-        # Here and not with any byte: blank lines, or a body that nobody reads, do not keep a connection.
+        # Not with every byte: blank lines, or a body that no route reads, do not keep a connection open.
         self._unset_keepalive_if_required()
         super().on_message_begin()
         self.silent.pop(self, None)
@@ -241,29 +241,24 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The answer is complete, as far as we are concerned; the reader may still have to take it."""
+        """The response is complete; the client may still have to read it."""
         super().on_response_complete()
         self._plan_slice()
-        if self.transport.is_closing() and self.transport.get_write_buffer_size():
-            self._watch_flush(self.transport.get_write_buffer_size())
+        if self.transport.is_closing():
+            self._watch_flush()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Nothing has come for a while: close, but not in the middle of what is still being read."""
-        num_unread = self.transport.get_write_buffer_size()
-        if num_unread:
-            self._watch_flush(num_unread)
+        """Close an idle connection, but not while its client is still reading a response."""
+        self._watch_flush()
         super().timeout_keep_alive_handler()
 
-    def _watch_flush(self, num_unread: int) -> None:
-        # close() waits until all is taken; a reader that takes nothing would keep that in memory for ever.
-        def look() -> None:
-            num_now = self.transport.get_write_buffer_size()
-            if num_now >= num_unread:
-                self.transport.abort()
-            elif num_now:
-                self._watch_flush(num_now)
-
-        self.loop.call_later(self.settings.stalled_client_timeout_s, look)
+    def _watch_flush(self, num_before: float = float("inf")) -> None:
+        # close() waits until the client has read everything; one that reads nothing would keep it in memory for ever.
+        num_unread = self.transport.get_write_buffer_size()
+        if num_unread >= num_before:
+            self.transport.abort()
+        elif num_unread:
+            self.loop.call_later(self.settings.stalled_client_timeout_s, self._watch_flush, num_unread)
 
     def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self._head_is_late)
@@ -276,13 +271,13 @@ class Connection(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         self._head_timer = None
         if self._unparsed:
-            self._start_head_timer()  # it may have come, behind requests that are still being answered
+            self._start_head_timer()  # it may be here already, behind requests that still run
         elif not self._is_in_head:
-            self.transport.close()  # not a byte of a request: there is nothing to answer
+            self.transport.close()  # no byte of a request has come: no response is due
         elif self.cycle is None or self.cycle.response_complete:
             self._refuse(ApiError(408, f"no complete head within {self.settings.header_timeout_s:g} s"))
         else:
-            self.transport.abort()  # a pipelined request that crawls behind one still being answered
+            self.transport.abort()  # a slow pipelined request behind one that still runs
 
     def _count(self, *, head: int = 0, framing: int = 0) -> None:
         # The parser shows a header when it is complete, chunk extensions never: what it swallows is counted too.
@@ -293,13 +288,13 @@ class Connection(HttpToolsProtocol):
             self._refuse(ApiError(431, f"the head exceeds {most} bytes", code="head_too_large"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer without the application, and close."""
+        """Respond without the application, and close."""
         self._is_refused = True
         self._stop_head_timer()
         self._unset_keepalive_if_required()
         if self.cycle is not None and not self.cycle.response_complete:
             if self.cycle.response_started or not self.cycle.more_body or self.pipeline:
-                self.transport.abort()  # an answer is under way, or due first: this one cannot go before it
+                self.transport.abort()  # a response has begun, or is due before this one
                 return
             self.cycle.disconnected = True  # the application stops waiting for the rest of the body
             self.cycle.message_event.set()

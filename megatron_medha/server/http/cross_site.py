@@ -1,6 +1,6 @@
 """What web pages may do: the Host and Origin checks of a server without a key, and CORS.
 
-A browser on the server's machine sends whatever any page asks it to. Programs send no Origin, and stay as they are.
+A browser on the server's machine sends any request that a page makes. Programs send no Origin and are not affected.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def check_origin(method: str, headers: Headers, config: ServerConfig) -> None:
     if len(origins) == 1 and is_allowed(origins[0], config):
         return
     if site in (None, "none"):
-        is_own = not origins or (len(origins) == 1 and _authority_of(origins[0]) == _authority(headers, origins[0]))
+        # Our own authority has the origin's scheme: behind a proxy that ends TLS, the server's own is another one.
+        own = origins[0].partition("://")[0] + "://" + headers.get("host", "") if len(origins) == 1 else ""
+        is_own = not origins or (len(origins) == 1 and _authority_of(origins[0]) == _authority_of(own))
     else:
         is_own = site == "same-origin"  # the browser knows, also where a proxy has changed the Host
     if not is_own:
@@ -130,9 +132,3 @@ def _authority_of(origin: str) -> tuple[str, str]:
     scheme, _, rest = origin.lower().partition("://")
     port = rest.rpartition("]")[2].partition(":")[2]
     return _name_of(rest), port or _DEFAULT_PORTS.get(scheme, "")
-
-
-def _authority(headers: Headers, origin: str) -> tuple[str, str]:
-    # With the origin's scheme: behind a proxy that ends TLS, ours is another one.
-    scheme = origin.lower().partition("://")[0]
-    return _authority_of(f"{scheme}://{headers.get('host', '')}")

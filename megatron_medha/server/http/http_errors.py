@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, or Anthropic's: what a client did wrong, or what went wrong here, as HTTP answers."""
+"""Errors in OpenAI's shape, or Anthropic's: client errors and internal errors as HTTP responses."""
 
 from __future__ import annotations
 
@@ -72,14 +72,16 @@ class ApiError(Exception):
             self.headers = {**self.headers, "retry-after": str(max(1, math.ceil(retry_after_s)))}
 
     def as_json(self, path: str = "") -> bytes:
-        """The body of the answer; of the path depends whose shape it has."""
-        is_anthropic = path.startswith(ANTHROPIC_PREFIX)
-        kind = _anthropic_type(self.status) if is_anthropic else error_type(self.status)
-        body = ErrorBody(self.message, kind, self.param, self.code)
-        return msgspec.json.encode(AnthropicError(body) if is_anthropic else ErrorResponse(body))
+        """The response's body, in Anthropic's shape for its routes."""
+        if path.startswith(ANTHROPIC_PREFIX):
+            kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else error_type(self.status))
+            return msgspec.json.encode(AnthropicError(ErrorBody(self.message, kind, self.param, self.code)))
+        return msgspec.json.encode(
+            ErrorResponse(ErrorBody(self.message, error_type(self.status), self.param, self.code))
+        )
 
     def as_response(self, path: str = "") -> Response:
-        """The whole answer."""
+        """The whole response."""
         return Response(self.as_json(path), self.status, self.headers, media_type="application/json")
 
     def rename_field(self, paths: Mapping[str, str]) -> None:
@@ -111,7 +113,7 @@ def rejected(rejection: Rejection) -> ApiError:
 
 
 def internal_error() -> ApiError:
-    """A 500: all a client needs to know of a mistake of ours."""
+    """A 500; the client gets no details."""
     return ApiError(500, "internal error; the server's log has the details", code="internal_error")
 
 
@@ -120,12 +122,8 @@ def error_type(status: int) -> str:
     return _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 
-def _anthropic_type(status: int) -> str:
-    return _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else error_type(status))
-
-
 def install(app: Starlette) -> None:
-    """Make every error that leaves a route, or that no route caused, take OpenAI's shape."""
+    """Give every error of a route or of the framework OpenAI's shape."""
     for kind in (ApiError, HTTPException, RecursionError, Exception):
         app.add_exception_handler(kind, _respond)
 

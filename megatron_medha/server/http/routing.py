@@ -35,7 +35,7 @@ _DOCS_HEADERS = {"content-security-policy": "default-src 'none'; style-src 'unsa
 
 
 def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A whole answer."""
+    """A complete JSON response."""
     return Response(encode_json(body), status, headers, media_type="application/json")
 
 
@@ -79,15 +79,15 @@ class Api(Starlette):
         self.add_api_route("/docs", "GET", None, self._answer_docs)
 
     def get(self, path: str, shape: Shape | None = None) -> Callable[[Route], Route]:
-        """Decorates what answers GET, as add_api_route()."""
+        """Decorator: add_api_route() for GET."""
         return partial(self.add_api_route, path, "GET", shape)
 
     def post(self, path: str, shape: Shape | None = None) -> Callable[[Route], Route]:
-        """Decorates what answers POST, as add_api_route()."""
+        """Decorator: add_api_route() for POST."""
         return partial(self.add_api_route, path, "POST", shape)
 
     def add_api_route(self, path: str, method: str, shape: Shape | None, route: Route, name: str = "") -> Route:
-        """Let `route` answer this method. shape: for /openapi.json and /docs; None: it is in neither."""
+        """Serve this path and method by `route`. shape: for /openapi.json and /docs; None: in neither."""
         name = name or route.__name__
         self.router.add_route(path, route, [method], name)
         if shape is not None:
@@ -97,7 +97,7 @@ class Api(Starlette):
         return route
 
     def openapi(self) -> dict[str, Any]:
-        """What /openapi.json answers."""
+        """The content of /openapi.json."""
         _, components = msgspec.json.schema_components(self._types, ref_template=_REF_TEMPLATE)
         return {
             "openapi": OPENAPI_VERSION,

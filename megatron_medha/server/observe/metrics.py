@@ -41,7 +41,7 @@ KVP_DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 # Prompt tokens up to which a request is of a length class.
 LENGTH_CLASSES = ((1_000, "1k"), (10_000, "10k"), (100_000, "100k"), (1_000_000, "1m"))
 LONGEST_CLASS = "longer"
-# Why an HTTP request ends without its whole answer. Each is shown from the start: a rate needs the 0 before the 1.
+# Why an HTTP request ends before its response is complete. All are shown from the start: a rate needs the first 0.
 CUT_OFF_REASONS = (
     "client_gone", "cancelled", "reader_stalled", "reader_too_slow", "request_timeout", "request_rejected",
     "server_stopping", "engine_failed", "internal_error",
@@ -205,7 +205,7 @@ class Metrics:
             with_zeros((), self.num_ended),
         )  # fmt: skip
         yield LabelledCounts(
-            own("requests_cut_off", "HTTP requests that ended without their whole answer"), ("reason",),
+            own("requests_cut_off", "HTTP requests that ended before their response was complete"), ("reason",),
             with_zeros(CUT_OFF_REASONS, self.num_cut_off),
         )  # fmt: skip
         yield LabelledCounts(
@@ -224,8 +224,8 @@ class Metrics:
 
     # requests, on the event loop
 
-    def answer_began(self, spec: GenerationSpec) -> None:
-        """An HTTP request was accepted."""
+    def request_admitted(self, spec: GenerationSpec) -> None:
+        """An HTTP request was admitted."""
         self.params_n.observe(spec.n)
         for prompt in spec.prompts:
             self.params_max_tokens.observe(prompt.max_output_tokens)

@@ -1,4 +1,4 @@
-"""A look at a scheduler at one moment: who waits and why, and what is in flight. Taken on the scheduler's thread."""
+"""A view of a scheduler at one moment: waiting requests with the reason, in-flight batches. Made on its thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_medha.server.observe.steps import InFlightBatch, StepRecord
 from megatron_medha.stats.snapshot import Snapshot
 
 MAX_QUEUED = 200    # shown of the queue, most urgent first
-MAX_DECODING = 100  # shown of the running answers
+MAX_DECODING = 100  # shown of the decodes
 
 
 class QueuedRequest(msgspec.Struct, frozen=True):
@@ -40,7 +40,7 @@ class QueuedRequest(msgspec.Struct, frozen=True):
 
 
 class DecodingRequest(msgspec.Struct, frozen=True):
-    """A running answer."""
+    """A request in decode."""
 
     request_id: str
     num_prompt_tokens: int
@@ -69,7 +69,7 @@ class QueueView(msgspec.Struct, frozen=True):
 
 
 def merge_views(views: Items[QueueView]) -> QueueView | None:
-    """What several replicas look like together, as of the latest look; None where there is none."""
+    """The views of several replicas as one, as of the latest; None without any."""
     if len(views) < 2:
         return views[0] if views else None
     queue = (queued for view in views for queued in view.queue)

@@ -57,7 +57,7 @@ class KVLoss(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True, kw_only=True)
 class RequestTrace(RequestStats):
-    """One request, from the scheduler's side, and what the scheduler believes of it."""
+    """One request in the scheduler, with the scheduler's predictions."""
 
     deadline_s: float
     total_work_s: float
@@ -87,7 +87,7 @@ class RequestSummary(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, trace: RequestTrace) -> RequestSummary:
-        """The summary of a story as it stands."""
+        """The summary of a trace as of now."""
         request, begin_s = trace.request, trace.request.arrival_s
         return cls(
             request_id=request.request_id,
@@ -117,7 +117,7 @@ class PrefillProgress:
 
 
 class RequestLog:
-    """All stories and steps of one server. watch() makes the observers that write it."""
+    """The request traces and steps of one server. watch() makes the observers that write them."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.forecast = TtftEstimator()
@@ -138,13 +138,13 @@ class RequestLog:
         return RequestLogObserver(self, scheduler, replica)
 
     def trace(self, request_id: str) -> RequestTrace | None:
-        """A copy of one story; None if it is unknown or forgotten."""
+        """A copy of one trace; None if it is unknown or forgotten."""
         with self.lock:
             trace = self.traces.get(request_id)
             return _copy(trace) if trace is not None else None
 
     def request_ids_of(self, response_id: str) -> list[str]:
-        """The sub-requests of an answer that are remembered, and the one that has this very id."""
+        """The remembered sub-requests of a response, or the sub-request of this id."""
         prefix = f"{response_id}-"
         with self.lock:
             ids = list(self.traces)
@@ -176,7 +176,7 @@ class RequestLog:
 
     def recent(self, limit: int) -> list[RequestSummary]:
         """The newest requests, newest first."""
-        with self.lock:  # which the engine's thread waits for: no list of a story is gone through
+        with self.lock:  # the engine's thread waits for it: no list of a trace is read
             return [RequestSummary.of(trace) for trace in islice(reversed(self.traces.values()), limit)]
 
     def steps_between(self, from_s: float, until_s: float) -> list[StepRecord]:
@@ -198,7 +198,7 @@ class RequestLog:
         return PrefillProgress(share, before.work_s + own_s, before.num_prompts)
 
     def look(self, now_s: float) -> QueueView | None:
-        """The latest look at the queue of all replicas; asking keeps further ones coming for a while."""
+        """The latest view of all replicas' queues; a request for it keeps views being made for VIEW_DEMAND_S."""
         self.views_wanted_until_s = now_s + VIEW_DEMAND_S
         return merge_views([view for _, view in sorted(self.views.copy().items())])
 
@@ -344,7 +344,7 @@ class RequestLogObserver:
     def _preempted(self, trace: RequestTrace, num_tokens: int, now_s: float) -> None:
         self._metrics.num_preemptions += 1
         self._metrics.num_preempted_tokens += num_tokens
-        self._note_kv_loss(trace, num_tokens, "a running answer needed its memory", now_s)
+        self._note_kv_loss(trace, num_tokens, "a decode needed its memory", now_s)
 
     def _note_kv_loss(self, trace: RequestTrace, num_tokens: int, why: str, now_s: float) -> None:
         trace.losses.append(KVLoss(now_s - trace.request.arrival_s, num_tokens, why))

@@ -70,7 +70,7 @@ class AuthMiddleware:
         try:
             await self._app(scope, receive, send_named)
         except Exception:
-            # The framework answers outside of us, without the headers that say which request it was and let pages read.
+            # The framework's own response would lack the request id and the CORS headers.
             if not has_begun:
                 await internal_error().as_response(path)(scope, receive, send_named)
             raise

@@ -49,12 +49,12 @@ def add_generating_routes(app: Api, service: Service) -> None:
                 context = read_context(request, service)
                 body = await decode_request(raw, body_type, context.ready.prompt_limits)
                 wire = await cancel_on_disconnect(request.receive, memory.num_bytes, prepare(service, context, body))
-            # From here to the answer's own start nothing waits, so that the ticket cannot be lost.
+            # No await from here to the start of the response, so that the ticket cannot be lost.
             service.lifecycle.check_open()
             ticket = service.admission.admit(service.config, context.key, wire.spec.requests())
             if isinstance(ticket, Rejection):
                 raise rejected(ticket)
-            service.metrics.answer_began(wire.spec)
+            service.metrics.request_admitted(wire.spec)
             return GenerationResponse(wire, service, context.ready.tokenizer, ticket)
 
         route.__doc__ = what
@@ -76,7 +76,7 @@ def add_generating_routes(app: Api, service: Service) -> None:
 
 
 def add_token_routes(app: Api, service: Service) -> None:
-    """Those that look at a prompt and generate nothing."""
+    """Routes that read a prompt and generate nothing."""
 
     def add(
         path: str,

@@ -21,10 +21,10 @@ from megatron_medha.server.observe.request_log import KVLoss, RequestSummary, Re
 from megatron_medha.server.observe.steps import StepRecord
 from megatron_medha.server.service import Service
 
-MAX_LISTED = 100          # stories in a list
+MAX_LISTED = 100          # requests in a list
 _NUM_STEPS = 20           # the latest, in /debug/schedule
 MAX_REQUESTS_AHEAD = 8    # named of those that ran while a request waited
-_VIEW_WAIT_S = 0.5     # for the first look after nobody has watched for a while
+_VIEW_WAIT_S = 0.5     # for the first view after a while without requests for one
 _VIEW_POLL_S = 0.02
 _SHAPE = Shape(errors=(401, 403, 404, 503))
 
@@ -80,7 +80,7 @@ def add_routes(app: Api, service: Service) -> None:
 
     @app.get("/debug/live", _SHAPE)
     async def live(_: Request) -> Response:
-        """Everything the page shows, in one answer."""
+        """All data of the dashboard."""
         metrics, load = service.metrics, service.engine.load
         return json_response({
             "now_s": service.engine.now_s(),
@@ -110,7 +110,7 @@ def add_routes(app: Api, service: Service) -> None:
 
     @app.get("/debug/requests/{response_id}", _SHAPE)
     async def request(request: Request) -> Response:
-        """One request's story: the id of an answer, or of one of its choices (ID-0, ID-1...)."""
+        """The trace of one request, by the id of a response or of one of its choices (ID-0, ID-1...)."""
         response_id = request.path_params["response_id"]
         ids = service.journal.request_ids_of(response_id)
         traces = [trace for one in ids if (trace := service.journal.trace(one)) is not None]
@@ -120,13 +120,13 @@ def add_routes(app: Api, service: Service) -> None:
         steps = service.journal.steps_between(
             min(trace.request.arrival_s for trace in traces), max(trace.ended_s or now_s for trace in traces)
         )
-        # Thousands of steps are gone through for a long one: not on the loop that serves tokens.
-        told = await asyncio.to_thread(lambda: [explain_trace(trace, steps, now_s) for trace in traces])
-        return json_response({"choices": told})
+        # On a thread: a long request has thousands of steps.
+        choices = await asyncio.to_thread(lambda: [explain_trace(trace, steps, now_s) for trace in traces])
+        return json_response({"choices": choices})
 
 
 def explain_trace(trace: RequestTrace, steps: Sequence[StepRecord], now_s: float) -> RequestTraceResponse:
-    """The story with its waits explained by the steps that went on meanwhile, on its own replica."""
+    """The trace, with each wait explained by the steps of its replica during it."""
     steps = [step for step in steps if step.replica == trace.replica]
     summary = RequestSummary.of(trace)
     begin_s, deadline_s = trace.request.arrival_s, summary.target_s
@@ -169,7 +169,7 @@ def explain_trace(trace: RequestTrace, steps: Sequence[StepRecord], now_s: float
 def _steps_without(
     trace: RequestTrace, steps: Sequence[StepRecord], from_s: float, until_s: float
 ) -> list[StepRecord]:
-    """Those between two runs. steps: of one replica, in order; a long story has hundreds of waits among thousands."""
+    """The steps between two runs of a request. steps: of one replica, in order; there may be thousands."""
     own_id, begin_s = trace.request.request_id, trace.request.arrival_s
     first = bisect_right(steps, begin_s + from_s, key=lambda step: step.at_s)
     last = bisect_left(steps, begin_s + until_s, lo=first, key=lambda step: step.at_s)
@@ -193,14 +193,14 @@ def _wait(
     elif num_tokens:
         why = "others were more urgent; its KV was kept" if has_kv else "others were more urgent"
     else:
-        why = "running answers filled the steps"
+        why = "decodes filled the steps"
     most = num_tokens.most_common(MAX_REQUESTS_AHEAD)
     went_first = [{"request_id": one, "num_tokens": count, "relative_slack": slacks[one]} for one, count in most]
     return WaitInterval(from_s, until_s, why, len(between), went_first, *slack_s)
 
 
 async def _fresh_view(service: Service) -> QueueView | None:
-    """A look that is fresh, as far as the engine does anything at all; None before it is ready."""
+    """A view less than a second old while the engine works; None before it is ready."""
     now_s = service.engine.now_s()
     view = service.journal.look(now_s)
     num_looks = int(_VIEW_WAIT_S / _VIEW_POLL_S)

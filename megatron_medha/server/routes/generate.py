@@ -38,7 +38,7 @@ PROGRESS_S = 1.0  # between progress comments for clients that ask, where the co
 # Steps whose tokens one request may have unread, however small server.max_buffered_tokens is: a step brings a token of
 # every choice at once.
 UNREAD_STEPS = 16
-# Above this many positions an answer is rendered off the event loop, which other streams need.
+# A response of more positions is rendered off the event loop, which other streams need.
 MAX_INLINE_POSITIONS = 2_000
 _SUBMITTED_IDS = 100_000  # that choices get copies of before others run: 0.1 ms
 _SUBMITTED = 64           # choices before that: some 3 ms
@@ -64,22 +64,23 @@ class GenerationResponse(Response):
         self._live_ids: set[str] = set()  # in the engine
         self._num_open = spec.num_choices
         self._path = ""                   # of the route: errors have its shape
-        self._status: int | None = None   # once the answer has begun
+        self._status: int | None = None   # once the response has begun
         self._outcome = "done"
         self._num_parts = 0
         self._is_sending = False
         self._first_token_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application of this one answer."""
+        """The ASGI application of this response."""
         loop = asyncio.get_running_loop()
         config = self._config
         self._path = scope["path"]
         max_unread = max(config.max_buffered_tokens, UNREAD_STEPS * self._spec.num_choices)
         stream = self._streams.open(tuple(self._choice_by_id), max_unread, self._abort_live)
         watcher = asyncio.ensure_future(_watch_client(receive, stream))
-        patience = RequestTimeouts(loop, stream, _transport_of(scope), self._unsent_part, config)
-        patience.start(self._engine.now_s() - self._spec.arrival_s)
+        transport = scope.get("extensions", {}).get(TRANSPORT, {}).get("transport")
+        timeouts = RequestTimeouts(loop, stream, transport, self._unsent_part, config)
+        timeouts.start(self._engine.now_s() - self._spec.arrival_s)
         try:
             await self._submit()
             if self._spec.is_stream:
@@ -87,12 +88,12 @@ class GenerationResponse(Response):
             else:
                 await self._send_whole(stream, send)
         except ClientDisconnected:
-            self._end_as(patience.outcome or "client_gone", "abort", len(self._live_ids))
+            self._end_as(timeouts.outcome or "client_gone", "abort", len(self._live_ids))
         except asyncio.CancelledError:
             self._end_as("cancelled", "abort", len(self._live_ids))
             raise
         except ApiError as error:
-            self._end_as(patience.outcome or error.code or "error", "error", self._num_open)
+            self._end_as(timeouts.outcome or error.code or "error", "error", self._num_open)
             await self._send_error(error, send)
         except Exception:
             log.exception("response_failed", extra={"fields": {"response_id": self._spec.response_id}})
@@ -101,7 +102,7 @@ class GenerationResponse(Response):
             raise
         finally:
             watcher.cancel()
-            patience.end()
+            timeouts.end()
             self._streams.close(stream)
             self._abort_live()
             self._ticket.close(sum(choice.num_tokens for choice in self._choices))
@@ -156,7 +157,7 @@ class GenerationResponse(Response):
                 await asyncio.sleep(0)
 
     async def _next_piece(self, stream: OutputStream) -> Piece:
-        # The next token of any choice; ApiError where a sub-request, and so the whole answer, fails.
+        # The next token of any choice; ApiError where a sub-request, and so the whole response, fails.
         try:
             delivery, at_s = await stream.next()
         except EngineLost as error:
@@ -233,13 +234,13 @@ class GenerationResponse(Response):
 
     @property
     def _num_prompt_positions(self) -> int:
-        """Tokens of a prompt that are in its answer too."""
+        """Tokens of a prompt that its response includes."""
         spec = self._spec
         is_shown = spec.is_echo or spec.returns_token_ids
         return max(len(prompt.token_ids) for prompt in spec.prompts) if is_shown else 0
 
     async def _send_comments(self, stream: OutputStream, send: Send) -> None:
-        """Until there is a first token: that we live, or how far the prompt is, where the client wants to know."""
+        """Comments until the first token: a keepalive, or progress where the client asked for it."""
         if not self._spec.has_progress:
             while not await stream.wait(self._config.sse_keepalive_s):
                 await self._send_part(send, KEEPALIVE_COMMENT)
@@ -275,8 +276,7 @@ class GenerationResponse(Response):
         await send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def _send_part(self, send: Send, body: bytes) -> None:
-        # Sending waits while the reader leaves too much unread; Patience looks at how long. No clock is read here:
-        # this runs once per token.
+        # Waits while the client has too much unread; RequestTimeouts checks for how long. No clock: once per token.
         self._num_parts += 1
         self._is_sending = True
         await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -286,11 +286,6 @@ class GenerationResponse(Response):
 async def _rendered(num_positions: int, render: Callable[[], T]) -> T:
     """What `render` makes of so many tokens: here, or on a thread if they are many."""
     return render() if num_positions <= MAX_INLINE_POSITIONS else await asyncio.to_thread(render)
-
-
-def _transport_of(scope: Scope) -> asyncio.Transport | None:
-    transport: asyncio.Transport | None = scope.get("extensions", {}).get(TRANSPORT, {}).get("transport")
-    return transport
 
 
 async def _watch_client(receive: Receive, stream: OutputStream) -> None:

@@ -1,4 +1,4 @@
-"""When work for a client ends early: it has gone, its answer takes too long, or it takes nothing of it."""
+"""When work for a client ends early: it disconnected, its request timed out, or it stopped reading."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ async def cancel_on_disconnect(receive: Receive, num_bytes: int, work: Coroutine
     Clients with a timeout send a long document again and again; a million tokens of text keep a core busy for seconds.
     """
     if num_bytes <= SMALL_BODY_BYTES:
-        return await work  # takes less time than it takes to look
+        return await work  # done before a disconnect could be noticed
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(until_gone(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ApiError(400, "the client closed the connection", code="client_gone")  # heard by nobody
+            raise ApiError(400, "the client closed the connection", code="client_gone")  # no client reads it
         return working.result()
     finally:
         leaving.cancel()
@@ -45,7 +45,7 @@ async def until_gone(receive: Receive) -> None:
 
 
 class RequestTimeouts:
-    """Two timers of an answer. One timer per answer, not per token: those come thousands a second."""
+    """Two timers of a response, for its length and for its reader; none per token."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class RequestTimeouts:
         self._check_later()
 
     def end(self) -> None:
-        """The answer is done."""
+        """The response is complete."""
         for timer in (self._deadline, self._check_timer):
             if timer is not None:
                 timer.cancel()
