@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(name.removeprefix("--"))
     if command is None:
-        print(f"medha {name}: unknown command; {_nearest(name)}medha --help lists them", file=sys.stderr)
+        from megatron_medha.options.option_errors import nearest
+
+        print(f"medha {name}: unknown command; {nearest(name, list(COMMANDS))}medha --help lists them", file=sys.stderr)
         return 2
     if not sys.stderr.isatty():
         # Written to a log, a progress bar that moves ten times a second buries everything else.
@@ -94,10 +96,3 @@ def usage() -> str:
     """What `medha --help` prints."""
     lines = "".join(f"  {name:<12}{command.summary}\n" for name, command in COMMANDS.items())
     return f"usage: medha COMMAND [key=value ...]\n\ncommands:\n{lines}\n{EXAMPLES}"
-
-
-def _nearest(name: str) -> str:
-    import difflib
-
-    found = difflib.get_close_matches(name, COMMANDS, n=1)
-    return f"did you mean {found[0]}? " if found else ""

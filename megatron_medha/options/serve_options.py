@@ -206,7 +206,7 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
         server_endpoint="",
         checkpoint=str(checkpoint),
         model=replace(model, device=device, num_threads=_num_threads(options)),
-        kv_memory_bytes=_device_kv_bytes(model) if device == "cuda" else _kv_memory_bytes(options, checkpoint),
+        kv_memory_bytes=_kv_memory_bytes(options, checkpoint, device),
         max_tokens_per_shard=parallel.max_tokens_per_shard,
         is_audited=isinstance(options, ServeOptions) and options.kv_audit,
     )
@@ -219,29 +219,25 @@ def _check_shards(parallel: ParallelOptions, block_size: int) -> None:
         )
 
 
-def _device_kv_bytes(model: ModelOptions) -> int | None:
-    """None: the rank takes its share once the weights are on the GPU, whose memory is not seen from here."""
-    return None if model.kv_memory_gib is None else int(model.kv_memory_gib * machine.GIB)
-
-
-def _kv_memory_bytes(options: ServeOptions | ProfileOptions, checkpoint: Path) -> int:
-    """Of each rank. Ranks of this machine share its memory."""
+def _kv_memory_bytes(options: ServeOptions | ProfileOptions, checkpoint: Path, device: str) -> int | None:
+    """Of each rank; ranks of this machine share its memory. None: a share of the GPU's, once the weights are on it."""
     model, parallel = options.model, options.parallel
-    wanted_gib = model.kv_memory_gib
+    wanted_bytes = None if model.kv_memory_gib is None else int(model.kv_memory_gib * machine.GIB)
+    if device == "cuda":
+        return wanted_bytes
     if options.launch.kind is LaunchKind.ATTACH:
-        if wanted_gib is None:
+        if wanted_bytes is None:
             raise ConfigError(
                 "model.kv_memory_gib=null: what is free where the ranks will run is not known here; give GiB per rank"
             )
-        return int(wanted_gib * machine.GIB)
+        return wanted_bytes
     free_bytes = machine.free_memory_bytes()
-    if wanted_gib is not None:
-        wanted_bytes = int(wanted_gib * machine.GIB)
+    if wanted_bytes is not None:
         if free_bytes is not None and wanted_bytes * parallel.world_size > free_bytes:
             ranks = f" on each of {parallel.world_size} ranks" if parallel.world_size > 1 else ""
             raise ConfigError(
-                f"model.kv_memory_gib={wanted_gib:g}{ranks}: only {free_bytes / machine.GIB:.1f} GiB are free; "
-                "take less, or null for a share of what is free"
+                f"model.kv_memory_gib={model.kv_memory_gib:g}{ranks}: only {free_bytes / machine.GIB:.1f} GiB are "
+                "free; take less, or null for a share of what is free"
             )
         return wanted_bytes
     if free_bytes is None:

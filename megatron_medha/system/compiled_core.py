@@ -24,7 +24,6 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_medha.core.errors import DependencyError, MedhaError
-from megatron_medha.system.user_cache import user_cache
 
 # What runs at every step, in a simulated world too. Not those whose classes are read from options, messages and files
 # field by field, or have subclasses elsewhere, which only classes made by Python allow.
@@ -58,6 +57,12 @@ setup(name={_GROUP!r}, packages=[], ext_modules=modules, script_args=["build_ext
 
 class CompileError(MedhaError):
     """The modules could not be compiled; the message has the end of what the tools said."""
+
+
+def user_cache() -> Path:
+    """Where builds are kept: $XDG_CACHE_HOME or ~/.cache. RuntimeError where there is no home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "megatron_medha"
 
 
 def compiled_directory() -> Path:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from megatron_medha.cli.chat import ChatConfig
 from megatron_medha.cli.medha import COMMANDS
 from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
-from megatron_medha.cli.parts.chat_client import ChatConfig
 from megatron_medha.cli.run_batch import BatchOptions, with_file_keys
 from megatron_medha.cli.selftest import SelftestConfig
 from megatron_medha.core.errors import ConfigError

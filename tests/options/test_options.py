@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import megatron_medha
-from megatron_medha.cli.parts.chat_client import ChatConfig
+from megatron_medha.cli.chat import ChatConfig
 from megatron_medha.cluster.health import RecoveryConfig
 from megatron_medha.cluster.launch_config import LaunchConfig
 from megatron_medha.cluster.model_options import ModelOptions

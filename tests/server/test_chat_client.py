@@ -8,7 +8,7 @@ import pytest
 from fake_engine import FakeEngine, say
 from running_server import StartServer
 
-from megatron_medha.cli.parts.chat_client import ChatConfig, ChatError, Conversation, chat
+from megatron_medha.cli.chat import ChatConfig, ChatError, Conversation, chat
 from megatron_medha.core.errors import ConfigError
 
 

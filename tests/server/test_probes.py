@@ -209,7 +209,7 @@ def test_settings_that_cannot_be_are_refused_by_name(settings: dict) -> None:
 
 def test_the_server_loads_neither_torch_nor_numpy() -> None:
     code = (
-        "import sys, megatron_medha.server.app, megatron_medha.text.tokenizer, megatron_medha.cli.parts.chat_client\n"
+        "import sys, megatron_medha.server.app, megatron_medha.text.tokenizer, megatron_medha.cli.chat\n"
         "print([name for name in ('torch', 'numpy', 'transformers', 'tokenizers', 'jinja2') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import io
 import json
 import re
 import ssl
@@ -89,19 +91,28 @@ class RawClient:
         return values
 
 
+class _Received(io.BytesIO):
+    """Bytes as http.client reads them from a socket."""
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        """The bytes."""
+        return self
+
+
 def parse(answer: bytes) -> RawResponse:
-    """Status, headers and body of the last response in these bytes; Broken if they are no HTTP."""
-    head, gap, body = answer.partition(b"\r\n\r\n")
-    while head.startswith(b"HTTP/1.1 100"):
-        head, gap, body = body.partition(b"\r\n\r\n")
-    lines = head.decode("latin-1").split("\r\n")
-    words = lines[0].split()
-    if not gap or len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdigit():
-        raise ServerMisbehaved(f"not an HTTP response: {answer[:80]!r}")
-    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-    if headers.get("transfer-encoding") == "chunked":
-        body = _joined(body)
-    return RawResponse(int(words[1]), headers, body)
+    """Status, headers and body of a response; ServerMisbehaved if these bytes are no HTTP."""
+    response = http.client.HTTPResponse(_Received(answer))  # type: ignore[arg-type]
+    try:
+        response.begin()
+        body = response.read()
+    except http.client.IncompleteRead as error:
+        if response.chunked:
+            raise ServerMisbehaved(f"a chunk without its size or its end: {answer[-80:]!r}") from None
+        body = error.partial  # as after a HEAD
+    except (http.client.HTTPException, ValueError) as error:
+        raise ServerMisbehaved(f"not an HTTP response ({error!r}): {answer[:80]!r}") from None
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return RawResponse(response.status, headers, body)
 
 
 def check(answer: RawResponse | None) -> None:
@@ -123,18 +134,3 @@ def check(answer: RawResponse | None) -> None:
         is_shaped = answer.body == b""  # of a HEAD
     if not is_shaped:
         raise ServerMisbehaved(f"status {answer.status} not in OpenAI's shape: {answer.body[:200]!r}")
-
-
-def _joined(body: bytes) -> bytes:
-    """The body of a chunked response."""
-    parts: list[bytes] = []
-    while body:
-        size, _, rest = body.partition(b"\r\n")
-        if re.fullmatch(rb"[0-9a-fA-F]+", size) is None:
-            raise ServerMisbehaved(f"a chunk without its size: {size[:40]!r}")
-        num_bytes = int(size, 16)
-        if not num_bytes:
-            break
-        parts.append(rest[:num_bytes])
-        body = rest[num_bytes + 2 :]
-    return b"".join(parts)

@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import ConfigError, DependencyError
 from megatron_medha.options.serve_options import TrackingConfig
+from megatron_medha.options.yaml_text import flat
 from megatron_medha.system.secret_values import hide_secrets
 
 _MAX_ROWS = 10_000  # of a table of requests; W&B shows no more, and the whole is in the artifact
@@ -156,31 +158,18 @@ class WandbRun:
     def _log_results(self, directory: Path) -> None:
         import wandb
 
-        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        self._run.summary.update(dict(_flat(summary)))
+        summary = flat(json.loads((directory / "summary.json").read_text(encoding="utf-8")))
+        self._run.summary.update({key: one for key, one in summary.items() if isinstance(one, int | float | str)})
         logged: dict[str, Any] = {path.stem: wandb.Image(str(path)) for path in sorted(directory.glob("*.png"))}
-        if rows := list(_first_lines(directory / "requests.jsonl", _MAX_ROWS)):
-            columns = list(rows[0])
+        if (requests := directory / "requests.jsonl").is_file():
+            with requests.open(encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in islice(lines, _MAX_ROWS)]
+            columns = list(rows[0]) if rows else []
             table = wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
             logged["requests"] = table
         if logged:
             self._run.log(logged)
         save_artifact(self._run, "run-directory", [directory / name for name in _ARTIFACT_FILES])
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float | str):
-            yield f"{prefix}{key}", value
-
-
-def _first_lines(path: Path, count: int) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        with path.open(encoding="utf-8") as stream:
-            for _, line in zip(range(count), stream, strict=False):
-                yield json.loads(line)
 
 
 def _netrc() -> str:

@@ -12,7 +12,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.simulate_options import Plots
 from megatron_medha.sim.run_directory import REQUESTS, SAMPLES, TRACE
 
-_COLOURS = {"short": "#1f77b4", "medium": "#2ca02c", "long": "#d62728"}
+COLOURS = {"short": "#1f77b4", "medium": "#2ca02c", "long": "#d62728"}
 _GANTT_S = 1.0         # of the trace that are drawn: stages take tens of milliseconds
 _MAX_LONG_LINES = 40   # requests with a slack line of their own
 
@@ -59,10 +59,17 @@ def plot_run(run: Path) -> list[Path]:
             continue
         figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
         draw(axes, values)
-        figure.savefig(run / name, dpi=110)
-        pyplot.close(figure)
-        written.append(run / name)
+        written.append(save_figure(figure, run / name))
     return written
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure, and free it."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
 
 
 def plain_numbers(axis: Any) -> None:
@@ -74,7 +81,7 @@ def plain_numbers(axis: Any) -> None:
 
 
 def _ttft_cdf(axes: Any, requests: list[dict[str, Any]]) -> None:
-    for name, colour in _COLOURS.items():
+    for name, colour in COLOURS.items():
         # A load's first and last requests are sent, but not counted.
         arrived = [one for one in requests if one["length_class"] == name and one.get("is_counted", True)]
         ttft_s = sorted(one["ttft_s"] for one in arrived if one["ttft_s"] is not None)
@@ -91,7 +98,7 @@ def _ttft_cdf(axes: Any, requests: list[dict[str, Any]]) -> None:
 
 
 def _latency(axes: Any, requests: list[dict[str, Any]]) -> None:
-    for name, colour in _COLOURS.items():
+    for name, colour in COLOURS.items():
         points = [(one["arrival_s"], one["ttft_s"]) for one in requests
                   if one["length_class"] == name and one["ttft_s"] is not None]  # fmt: skip
         if points:
@@ -121,9 +128,9 @@ def _slack(axes: Any, samples: list[dict[str, Any]]) -> None:
     which = f", the first {len(shown)} of {len(lines)}" if len(lines) > len(shown) else ""
     for place, points in enumerate(shown):
         label = f"one long or medium request each{which}" if not place else None
-        axes.plot(*zip(*points, strict=True), color=_COLOURS["long"], alpha=0.5, linewidth=1, label=label)
+        axes.plot(*zip(*points, strict=True), color=COLOURS["long"], alpha=0.5, linewidth=1, label=label)
     if least:
-        axes.scatter(*zip(*least, strict=True), s=8, color=_COLOURS["short"], label="the least of all short ones")
+        axes.scatter(*zip(*least, strict=True), s=8, color=COLOURS["short"], label="the least of all short ones")
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.set_yscale("symlog", linthresh=1.0)
     axes.yaxis.set_major_formatter("{x:g}")

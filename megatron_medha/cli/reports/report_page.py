@@ -10,13 +10,12 @@ from typing import Any
 
 import jinja2
 
-from megatron_medha.cli.reports.plots import plain_numbers
+from megatron_medha.cli.reports.plots import COLOURS, plain_numbers, save_figure
 from megatron_medha.cli.reports.report_runs import ReportRun, differing_keys, distinguishing_keys, pareto
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.stats.summary import CLASSES
 from megatron_medha.stats.text_table import number_text, percent_text, seconds_text
 
-_COLOURS = {"short": "#1f77b4", "medium": "#2ca02c", "long": "#d62728"}
 _PARETO_COLOUR = "#d62728"
 _MAX_LISTED = 24        # runs named beside the Pareto plot; of more, only the front is
 _MAX_RUN_PICTURES = 24  # runs whose own plots go onto the page
@@ -94,9 +93,9 @@ def _ttft_bars(runs: Sequence[ReportRun], classes: Sequence[str], out: Path) -> 
                 continue
             y = index + (place - (len(classes) - 1) / 2) * height
             label = name if index == next(i for i, one in enumerate(runs) if name in one.classes) else None
-            axes.plot([p50, p99], [y, y], color=_COLOURS[name], linewidth=3, alpha=0.5, solid_capstyle="round")
-            axes.plot([p50], [y], "o", color=_COLOURS[name], markersize=5, label=label)
-            axes.plot([p99], [y], "|", color=_COLOURS[name], markersize=9, markeredgewidth=2)
+            axes.plot([p50, p99], [y, y], color=COLOURS[name], linewidth=3, alpha=0.5, solid_capstyle="round")
+            axes.plot([p50], [y], "o", color=COLOURS[name], markersize=5, label=label)
+            axes.plot([p99], [y], "|", color=COLOURS[name], markersize=9, markeredgewidth=2)
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(runs)), [_as_label(_named(run, runs)) for run in runs], fontsize="small")
@@ -104,10 +103,7 @@ def _ttft_bars(runs: Sequence[ReportRun], classes: Sequence[str], out: Path) -> 
     axes.grid(axis="x", alpha=0.3)
     axes.set(xlabel="seconds", title="TTFT by length class: dot p50, bar p99")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
-    path = out / "report_ttft.png"
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, out / "report_ttft.png")
 
 
 def _pareto_plot(runs: Sequence[ReportRun], name: str, out: Path) -> Path | None:
@@ -138,10 +134,7 @@ def _pareto_plot(runs: Sequence[ReportRun], name: str, out: Path) -> Path | None
     of_its_kind = " of its kind" if _has_both_kinds(runs) else ""
     axes.set(xlabel="tokens per second, prompts and answers", ylabel=f"p99 TTFT of {name} prompts, seconds",
              title=f"Red: no other run{of_its_kind} is better in both")  # fmt: skip
-    path = out / "report_pareto.png"
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, out / "report_pareto.png")
 
 
 def _has_both_kinds(runs: Sequence[ReportRun]) -> bool:

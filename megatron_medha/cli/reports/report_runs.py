@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.renamed_keys import current_values
-from megatron_medha.options.yaml_text import yaml_values
+from megatron_medha.options.yaml_text import flat, yaml_values
 
 # Of no interest when runs are compared.
 _IGNORED_KEYS = ("out", "plots", "requests", "objective", "tracking.", "record.")
@@ -115,15 +115,7 @@ def _read(path: Path, name: str) -> ReportRun:
 
 
 def _options(path: Path) -> dict[str, Any]:
-    return dict(_flat(current_values(yaml_values(path.read_text(encoding="utf-8")))))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return flat(current_values(yaml_values(path.read_text(encoding="utf-8"))))
 
 
 def _natural(path: Path) -> tuple[tuple[int, int, str], ...]:
