@@ -6,13 +6,11 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from megatron_medha.cli.parts.command_options import read_options
+from megatron_medha.options.serve_options import ProfileOptions, rank_config
+from megatron_medha.system.machine import num_usable_cores
 from megatron_medha.system.writable import check_writable
-
-if TYPE_CHECKING:
-    from megatron_medha.options.serve_options import ProfileOptions
 
 USAGE = """\
 usage: medha profile checkpoint=DIR [key=value ...]
@@ -29,21 +27,13 @@ examples:
 
 def run(words: Sequence[str]) -> int:
     """Measure, fit, write, and say how well it predicts."""
-    options = read_options("profile", words, USAGE, _options_class)
+    options = read_options("profile", words, USAGE, lambda: ProfileOptions)
     if options is not None:
         _profile(options)
     return 0
 
 
-def _options_class() -> type[ProfileOptions]:
-    from megatron_medha.options.serve_options import ProfileOptions
-
-    return ProfileOptions
-
-
 def _profile(options: ProfileOptions) -> None:
-    from megatron_medha.options.serve_options import rank_config
-    from megatron_medha.system.machine import num_usable_cores
     from megatron_medha.worker.startup.cpu_share import set_passive_omp_wait
 
     set_passive_omp_wait(num_usable_cores())

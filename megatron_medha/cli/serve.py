@@ -7,18 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from megatron_medha.cli.parts.arguments import FLAGS
 from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.cli.parts.status_printer import StatusPrinter, print_line
 from megatron_medha.cli.parts.stop_signals import EXIT_CODE_SIGNALLED, StopSignals
+from megatron_medha.options.serve_options import ServeConfig, ServeOptions, serve_config
+from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.system.log_lines import set_up_logging
 from megatron_medha.system.memory_trim import set_mmap_threshold
-
-if TYPE_CHECKING:
-    from megatron_medha.options.serve_options import ServeConfig, ServeOptions
-    from megatron_medha.server.server_config import ServerConfig
 
 USAGE = f"""\
 usage: medha serve checkpoint=DIR [group=option] [key=value ...]
@@ -46,27 +43,20 @@ _USER_ERRORS = ("ConfigError: ", "CheckpointError: ", "UnsupportedModelError: ",
 
 def run(words: Sequence[str]) -> int:
     """Serve until Ctrl-C or SIGTERM."""
-    options = read_options("serve", words, USAGE, _options_class)
+    options = read_options("serve", words, USAGE, lambda: ServeOptions)
     if options is None:
         return 0
-    from megatron_medha.options.serve_options import serve_config
 
     def read_server_config() -> ServerConfig:
         """What the files and the environment say now, for a reload."""
         from megatron_medha.server.run_server import check_private_files
 
-        now = read_options("serve", words, USAGE, _options_class)
+        now = read_options("serve", words, USAGE, lambda: ServeOptions)
         assert now is not None
         check_private_files(now.server)
         return now.server
 
     return _serve(serve_config(options), read_server_config)
-
-
-def _options_class() -> type[ServeOptions]:
-    from megatron_medha.options.serve_options import ServeOptions
-
-    return ServeOptions
 
 
 def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) -> int:

@@ -13,7 +13,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -55,11 +56,9 @@ def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: Ru
 
     run_job: options and their YAML -> the values of summary.json; writes into options.out.
     """
-    try:
-        given: list[Override] = OverridesParser.create().parse_overrides(current_words(arguments.overrides))
-    except HydraException as error:
-        raise _as_config_error(error) from error
-    given, out = _without_out(given)
+    with _hydra_errors():
+        parsed: list[Override] = OverridesParser.create().parse_overrides(current_words(arguments.overrides))
+    given, out = _without_out(parsed)
     job = _SweepJob(name, config_class, arguments.config_dir and arguments.config_dir.resolve(), run_job)
     _check_values(given, job)
     words = [override.input_line or "" for override in given]
@@ -95,21 +94,30 @@ def _check_values(given: Sequence[Override], job: _SweepJob) -> None:
     job.compose([*first.values()])
 
 
-def _sweep(words: Sequence[str], directory: Path, job: _SweepJob | _PrintConfigJob) -> None:
-    words = [f"hydra.sweep.dir={json.dumps(str(directory))}", *_HYDRA_WORDS, *words]
-    config_dir = job.config_dir
-    if config_dir is not None:
-        words.append(f"hydra.searchpath=[file://{config_dir}]")
+@contextmanager
+def _hydra_errors() -> Iterator[None]:
     try:
-        _run_hydra(job.name, words, job)
+        yield
     except HydraException as error:
-        raise _as_config_error(error) from error
+        raise ConfigError(str(error).strip().partition("\n")[0].rstrip(".")) from error
+
+
+def _sweep(words: Sequence[str], directory: Path, job: _SweepJob) -> None:
+    """Run Hydra, whose own entry point reads sys.argv and ends the process on errors."""
+    import hydra
+
+    words = [f"hydra.sweep.dir={json.dumps(str(directory))}", *_HYDRA_WORDS, *words]
+    if job.config_dir is not None:
+        words.append(f"hydra.searchpath=[file://{job.config_dir}]")
+    arguments, sys.argv = sys.argv, [f"medha {job.name}", "--multirun", *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors as exceptions; main() shows them in one line
+    try:
+        with _hydra_errors():
+            hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name=job.name)(job)()
     finally:
+        sys.argv = arguments
+        del os.environ["HYDRA_FULL_ERROR"]
         (directory / _HYDRA_COPY).unlink(missing_ok=True)
-
-
-def _as_config_error(error: HydraException) -> ConfigError:
-    return ConfigError(str(error).strip().partition("\n")[0].rstrip("."))
 
 
 def _show(words: Sequence[str], job: _SweepJob, resolves: bool) -> None:
@@ -285,17 +293,3 @@ def _empty(directory: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _run_hydra(name: str, words: Sequence[str], job: Callable[[object], float]) -> None:
-    """Hydra's own entry point reads sys.argv and ends the process on errors; both are kept in here."""
-    import hydra
-
-    arguments, sys.argv = sys.argv, [f"medha {name}", "--multirun", *words]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors as exceptions; main() shows them in one line
-    try:
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name=name)(job)()
-    finally:
-        sys.argv = arguments
-        del os.environ["HYDRA_FULL_ERROR"]
-

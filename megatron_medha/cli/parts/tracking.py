@@ -8,6 +8,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -98,39 +99,32 @@ class Tracking:
         }
 
     def _run(self) -> None:
-        writers: list[Callable[[TrackingSample], None]] = []
-        closers: list[Callable[[], None]] = []
+        writers: list[Callable[[TrackingSample], object]] = []
         started_s = time.monotonic()
         try:
-            if (path := self._config.metrics_log) is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                stream = path.open("w", buffering=1, encoding="utf-8")
-                closers.append(stream.close)
-                writers.append(lambda sample: discard_result(stream.write(json.dumps(sample) + "\n")))
-            if self._config.wandb_project is not None:
-                run = start_run(self._config, "serve", self._options, Path())
-                closers += [lambda: save_artifact(run, "server-logs", self._files()), run.finish]
-                writers.append(run.log)
-            is_last = False
-            while not is_last:
-                is_last = self._stop.wait(self._config.interval_s)
-                sample = {"time_s": round(time.monotonic() - started_s, 3), **self.sample()}
-                for write in writers:
-                    write(sample)
+            with ExitStack() as stack:
+                if self._config.wandb_project is not None:
+                    run = start_run(self._config, "serve", self._options, Path())
+                    stack.callback(run.finish)
+                    stack.callback(lambda: save_artifact(run, "server-logs", self._files()))
+                    writers.append(run.log)
+                if (path := self._config.metrics_log) is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    stream = stack.enter_context(path.open("w", buffering=1, encoding="utf-8"))
+                    writers.append(lambda sample: stream.write(json.dumps(sample) + "\n"))
+                is_last = False
+                while not is_last:
+                    is_last = self._stop.wait(self._config.interval_s)
+                    sample = {"time_s": round(time.monotonic() - started_s, 3), **self.sample()}
+                    for write in writers:
+                        write(sample)
         except ConfigError as error:  # of W&B
             _log.error("tracking_failed", extra={"fields": {"reason": str(error)}})
         except Exception:  # outermost of this thread: whatever a tracker does, requests are served on
             _log.exception("tracking_failed")
-        finally:
-            for close in closers:
-                close()
 
 
 def quantile(bounds: tuple[float, ...], counts: list[int], share: float) -> float:
     """An upper bound of a quantile: the bound of the bucket it lies in (of the last one, where that has none)."""
     place = bisect_left(list(accumulate(counts)), share * sum(counts))
     return bounds[min(place, len(bounds) - 1)]
-
-
-def discard_result(_: object) -> None:
-    """Forget a result."""
