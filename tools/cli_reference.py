@@ -29,8 +29,8 @@ def reference() -> str:
 
 def _sections() -> Iterator[str]:
     yield _block(usage())
-    for name, command in COMMANDS.items():
-        yield f"## medha {name}\n\n{command.summary[0].upper()}{command.summary[1:]}.\n\n{_block(_help(name))}"
+    for name, summary in COMMANDS.items():
+        yield f"## medha {name}\n\n{summary[0].upper()}{summary[1:]}.\n\n{_block(_help(name))}"
 
 
 def _help(name: str) -> str:

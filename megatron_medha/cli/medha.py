@@ -7,36 +7,26 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.system.compiled_core import use_compiled_core
 from megatron_medha.system.secret_values import hide_secrets
 
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A subcommand: a module with run(arguments) -> exit code, imported only when it is called."""
-
-    module: str
-    summary: str
-
-
-COMMANDS: dict[str, Command] = {
-    "serve": Command("megatron_medha.cli.serve", "serve a checkpoint over the OpenAI API"),
-    "chat": Command("megatron_medha.cli.chat", "chat with a running server in the terminal"),
-    "train-tiny": Command("megatron_medha.cli.train_tiny", "train a tiny GPT checkpoint to try the server with"),
-    "profile": Command("megatron_medha.cli.profile", "measure step times on this machine, for serve profile=FILE"),
-    "simulate": Command("megatron_medha.cli.simulate", "simulate a workload on a modelled cluster; no GPU needed"),
-    "explain": Command("megatron_medha.cli.explain", "explain step by step why a simulated request waited"),
-    "plan": Command("megatron_medha.cli.plan", "find the layout that meets a latency target with the fewest GPUs"),
-    "bench": Command("megatron_medha.cli.bench", "load-test a running server"),
-    "run-batch": Command("megatron_medha.cli.run_batch", "run a file of requests in OpenAI's batch format"),
-    "report": Command("megatron_medha.cli.report", "compare finished runs in one report"),
-    "replay": Command("megatron_medha.cli.replay", "check that a decision log replays to the same batches"),
-    "selftest": Command("megatron_medha.cli.selftest", "fuzz-test a running server"),
-    "compile": Command("megatron_medha.cli.compile", "compile the scheduler to C, for faster decisions"),
-    "version": Command("megatron_medha.cli.version", "print versions, for a bug report"),
+COMMANDS = {  # and what each does; cli/NAME.py has run(words) -> exit code, and is imported when it is called
+    "serve": "serve a checkpoint over the OpenAI API",
+    "chat": "chat with a running server in the terminal",
+    "train-tiny": "train a tiny GPT checkpoint to try the server with",
+    "profile": "measure step times on this machine, for serve profile=FILE",
+    "simulate": "simulate a workload on a modelled cluster; no GPU needed",
+    "explain": "explain step by step why a simulated request waited",
+    "plan": "find the layout that meets a latency target with the fewest GPUs",
+    "bench": "load-test a running server",
+    "run-batch": "run a file of requests in OpenAI's batch format",
+    "report": "compare finished runs in one report",
+    "replay": "check that a decision log replays to the same batches",
+    "selftest": "fuzz-test a running server",
+    "compile": "compile the scheduler to C, for faster decisions",
+    "version": "print versions, for a bug report",
 }
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's part of it
@@ -58,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0
-    command = COMMANDS.get(name.removeprefix("--"))
-    if command is None:
+    if (command := name.removeprefix("--")) not in COMMANDS:
         from megatron_medha.options.option_errors import nearest
 
         print(f"medha {name}: unknown command; {nearest(name, list(COMMANDS))}medha --help lists them", file=sys.stderr)
@@ -69,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     use_compiled_core()
     try:
-        exit_code: int = importlib.import_module(command.module).run(arguments[1:])
+        exit_code: int = importlib.import_module(f"megatron_medha.cli.{command.replace('-', '_')}").run(arguments[1:])
         sys.stdout.flush()
         return exit_code
     except MedhaError as error:
@@ -94,5 +83,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What `medha --help` prints."""
-    lines = "".join(f"  {name:<12}{command.summary}\n" for name, command in COMMANDS.items())
+    lines = "".join(f"  {name:<12}{summary}\n" for name, summary in COMMANDS.items())
     return f"usage: medha COMMAND [key=value ...]\n\ncommands:\n{lines}\n{EXAMPLES}"

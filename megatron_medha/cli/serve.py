@@ -14,8 +14,8 @@ from megatron_medha.cli.parts.status_printer import StatusPrinter, print_line
 from megatron_medha.cli.parts.stop_signals import EXIT_CODE_SIGNALLED, StopSignals
 from megatron_medha.options.serve_options import ServeConfig, ServeOptions, serve_config
 from megatron_medha.server.server_config import ServerConfig
+from megatron_medha.system.libc import set_mmap_threshold
 from megatron_medha.system.log_lines import set_up_logging
-from megatron_medha.system.memory_trim import set_mmap_threshold
 
 USAGE = f"""\
 usage: medha serve checkpoint=DIR [group=option] [key=value ...]

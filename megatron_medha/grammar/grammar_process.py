@@ -20,7 +20,7 @@ import msgspec
 
 from megatron_medha.grammar.guidance import GrammarCompiler, GrammarError
 from megatron_medha.grammar.json_schema import translated
-from megatron_medha.system.parentage import set_pdeathsig
+from megatron_medha.system.libc import set_pdeathsig
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from megatron_medha.system.parentage import set_pdeathsig
+from megatron_medha.system.libc import set_pdeathsig
 from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
 from megatron_medha.text.whole_chat import render_whole
 

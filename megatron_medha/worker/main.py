@@ -37,8 +37,7 @@ from megatron_medha.cluster.messages import (
 )
 from megatron_medha.cluster.rank_config import RankConfig, connection_name
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.system.memory_trim import TRIM_INTERVAL_S, malloc_trim
-from megatron_medha.system.parentage import set_pdeathsig
+from megatron_medha.system.libc import TRIM_INTERVAL_S, malloc_trim, set_pdeathsig
 from megatron_medha.worker.message_inbox import MessageInbox, SocketInbox
 from megatron_medha.worker.startup.cpu_share import limit_kernel_cache, num_threads_of_rank, set_passive_omp_wait
 

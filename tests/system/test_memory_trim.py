@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_medha.system.memory_trim import malloc_trim
+from megatron_medha.system.libc import malloc_trim
 
 BLOCK_BYTES, NUM_BLOCKS = 100_000, 640  # below what glibc maps by itself
 

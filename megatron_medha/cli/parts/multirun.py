@@ -130,7 +130,7 @@ def _show(words: Sequence[str], job: _SweepJob, resolves: bool) -> None:
             )
     words = [word for word in words if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
     with tempfile.TemporaryDirectory() as nowhere:
-        _sweep(words, Path(nowhere), _PrintConfigJob(job.name, job.config_class, job.config_dir, job.run_job, resolves))
+        _sweep(words, Path(nowhere), dataclasses.replace(job, prints=True, resolves=resolves))
 
 
 def _identifying_overrides(given: Sequence[Override]) -> list[str]:
@@ -184,6 +184,8 @@ class _SweepJob:
     config_class: type
     config_dir: Path | None
     run_job: RunJob[Any]
+    prints: bool = False  # the configuration, and nothing is run; resolves: without ${...}
+    resolves: bool = False
 
     def compose(self, words: Sequence[str]) -> Composed:
         """What these words of one job come to."""
@@ -201,8 +203,11 @@ class _SweepJob:
 
     def run(self, number: int, words: Sequence[str], shown: str, directory: Path) -> float:
         """Run it unless it has ended already; the figure that the sweep is after."""
-        print(f"job {number}: {shown}")
         composed = self.compose(words)
+        if self.prints:
+            print(f"---\n# job {number}: {shown}\n{as_yaml(composed, self.resolves)}", end="")
+            return 0.0
+        print(f"job {number}: {shown}")
         composed.values["out"] = str(directory)
         tracking = composed.values.get("tracking")
         if tracking is not None and tracking["wandb_project"] is not None and tracking["wandb_group"] is None:
@@ -245,19 +250,6 @@ class _SweepJob:
         raise ConfigError(
             f"out={directory.parent}: job {directory.name} there has ended with other options; name another directory"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _PrintConfigJob(_SweepJob):
-    """A job whose configuration is printed instead of run."""
-
-    resolves: bool
-
-    def run(self, number: int, words: Sequence[str], shown: str, directory: Path) -> float:
-        """Print it."""
-        print(f"---\n# job {number}: {shown}")
-        print(as_yaml(self.compose(words), self.resolves), end="")
-        return 0.0
 
 
 def _objective(values: dict[str, Any], path: str) -> float:

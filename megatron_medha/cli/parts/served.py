@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError, MedhaError
-from megatron_medha.system.parentage import set_pdeathsig
+from megatron_medha.system.libc import set_pdeathsig
 from megatron_medha.system.secret_values import hide_secrets
 
 LOG, OPTIONS = "server.log", "server.yaml"

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_medha.core.ports import EnginePhase
-from megatron_medha.system.memory_trim import TRIM_INTERVAL_S, malloc_trim
+from megatron_medha.system.libc import TRIM_INTERVAL_S, malloc_trim
 
 _PROGRESS_INTERVAL_S = 5.0
 

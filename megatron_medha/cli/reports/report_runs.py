@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,10 @@ def find_runs(directories: Sequence[Path]) -> list[ReportRun]:
     """All runs under the directories, in their order, a sweep's by number. Raises ConfigError for a broken one."""
     paths: list[Path] = []
     for directory in directories:
-        found = {summary.parent for summary in directory.rglob("summary.json")}
+        found = {summary.parent for summary in directory.absolute().rglob("summary.json")}
         paths += sorted(found - set(paths), key=_natural)
-    root = _common(paths)
-    return [_read(path, str(path.relative_to(root)) if path != root else path.name) for path in paths]
+    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    return [_read(path, str(path.relative_to(root))) for path in paths]
 
 
 def differing_keys(runs: Iterable[ReportRun]) -> list[str]:
@@ -121,15 +122,3 @@ def _options(path: Path) -> dict[str, Any]:
 def _natural(path: Path) -> tuple[tuple[int, int, str], ...]:
     """Job 10 after job 9."""
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.parts)
-
-
-def _common(paths: Sequence[Path]) -> Path:
-    if not paths:
-        return Path()
-    parents = [path.resolve().parts for path in paths]
-    shared = 0
-    while all(len(parts) > shared + 1 and parts[shared] == parents[0][shared] for parts in parents):
-        shared += 1
-    # Of the paths as given, not resolved: their tails are the same.
-    depth = len(paths[0].parts) - (len(parents[0]) - shared)
-    return Path(*paths[0].parts[:depth]) if depth > 0 else Path()

@@ -11,7 +11,7 @@ import pytest
 PARENT = """
 import os, subprocess, sys
 from functools import partial
-from megatron_medha.system.parentage import set_pdeathsig
+from megatron_medha.system.libc import set_pdeathsig
 
 child = "import signal; print('here', flush=True); signal.pause()"
 subprocess.Popen([sys.executable, "-c", child], preexec_fn=partial(set_pdeathsig, os.getpid())).wait()

@@ -1,13 +1,17 @@
-"""Memory that a long-running process has freed and the C library keeps."""
+"""Calls of the C library that Python has no function for."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
+import sys
 
 # glibc keeps what is freed between pieces that live on. What lies there depends on which sizes met by chance, and its
 # record grows as long as chance plays: a rank grew by 34 MiB in an hour in which nothing leaked (experiments/soak).
 TRIM_INTERVAL_S = 60.0
 _M_MMAP_THRESHOLD = -3
+_PR_SET_PDEATHSIG = 1
 
 
 def malloc_trim() -> None:
@@ -29,3 +33,12 @@ def set_mmap_threshold() -> None:
     except (AttributeError, OSError, TypeError):  # not glibc
         return
     set_option(_M_MMAP_THRESHOLD, 2**20)
+
+
+def set_pdeathsig(parent_pid: int) -> None:
+    """Ask Linux to kill this process when the one that started it ends, however that ends."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before we had asked
+        sys.exit(1)
