@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import aiohttp
@@ -38,6 +39,25 @@ class Target:
             timeout=aiohttp.ClientTimeout(total=self.request_timeout_s),
             read_bufsize=_READ_BUFFER_BYTES,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRange:
+    """Ids that prompts are drawn from. The defaults are in every vocabulary, those of bytes included."""
+
+    lowest: int = 32
+    highest: int = 126
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lowest <= self.highest:
+            raise ConfigError(
+                f"lowest_token={self.lowest}: must be between 0 and highest_token={self.highest}"
+            )
+
+    def prompt(self, num_tokens: int, seed: int, name: str) -> list[int]:
+        """num_tokens ids, uniformly; no two prompts share a prefix worth caching."""
+        draw = Random(f"{seed}/{name}")
+        return draw.choices(range(self.lowest, self.highest + 1), k=num_tokens)
 
 
 @dataclass(slots=True)

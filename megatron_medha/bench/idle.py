@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from megatron_medha.bench.client import Target, completion_body, run_completion
-from megatron_medha.bench.random_prompts import TokenRange
+from megatron_medha.bench.client import Target, TokenRange, completion_body, run_completion
 from megatron_medha.core.errors import MedhaError
 
 _REPEATS = 3           # of each length; the least counts, as something else may have run on the machine

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 import aiohttp
 
-from megatron_medha.bench.client import StreamResult, Target, completion_body, run_completion
-from megatron_medha.bench.random_prompts import TokenRange
+from megatron_medha.bench.client import StreamResult, Target, TokenRange, completion_body, run_completion
 from megatron_medha.core.request import Request
 from megatron_medha.stats.request_stats import Ending, RequestStats
 from megatron_medha.stats.slo_targets import DeadlineMisses, Slo
@@ -48,15 +47,6 @@ class LoadClient:
     async def send(self, request: Request, body: bytes, start_s: float) -> SentRequest:
         """One request, from its planned arrival (seconds after start_s) to its end."""
         streamed = await run_completion(self.target, self.session, body, request.max_output_tokens)
-        return self._sent(request, streamed, start_s)
-
-    def unfinished(self, request: Request) -> SentRequest:
-        """A request that was given up when the run ended."""
-        isolated_s = self.isolated_s(request.num_prompt_tokens)
-        outcome = RequestStats(request=request, ending=Ending.UNFINISHED, why="the run ended", isolated_s=isolated_s)
-        return SentRequest(outcome=outcome, send_lag_s=0.0, token_times_s=())
-
-    def _sent(self, request: Request, streamed: StreamResult, start_s: float) -> SentRequest:
         times_s = tuple(at_s - start_s for at_s in streamed.token_times_s)
         gaps_s = [later - sooner for sooner, later in zip(times_s, times_s[1:], strict=False)]
         isolated_s = self.isolated_s(request.num_prompt_tokens)
@@ -80,6 +70,12 @@ class LoadClient:
         return SentRequest(
             outcome=outcome, send_lag_s=streamed.sent_s - start_s - request.arrival_s, token_times_s=times_s
         )
+
+    def unfinished(self, request: Request) -> SentRequest:
+        """A request that was given up when the run ended."""
+        isolated_s = self.isolated_s(request.num_prompt_tokens)
+        outcome = RequestStats(request=request, ending=Ending.UNFINISHED, why="the run ended", isolated_s=isolated_s)
+        return SentRequest(outcome=outcome, send_lag_s=0.0, token_times_s=())
 
 
 def _ending(streamed: StreamResult) -> Ending:

@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -79,13 +79,13 @@ def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
     return values
 
 
+@dataclass(frozen=True)
 class _Bench:
     """The steps of one `medha bench`."""
 
-    def __init__(self, options: BenchOptions, directory: RunDirectory, tracker: WandbRun) -> None:
-        self._options = options
-        self._directory = directory
-        self._tracker = tracker
+    _options: BenchOptions
+    _directory: RunDirectory
+    _tracker: WandbRun
 
     async def run(self) -> dict[str, Any]:
         options = self._options

@@ -30,7 +30,14 @@ def run(words: Sequence[str]) -> int:
     if arguments.wants_help or not words:
         print(USAGE, end="")
         return 0
-    directories, out = _sorted_out(arguments.overrides)
+    outs = [word for word in arguments.overrides if word.startswith("out=")]
+    directories = [Path(word).expanduser() for word in arguments.overrides if word not in outs]
+    for directory in directories:
+        if not directory.is_dir():
+            raise ConfigError(f"{directory}: no such directory")
+    if not directories:
+        raise ConfigError("no directory to report on; give one or several")
+    out = Path(outs[-1].removeprefix("out=")).expanduser() if outs else directories[0]
     if importlib.util.find_spec("matplotlib") is None:
         raise DependencyError("a report needs matplotlib; pip install 'megatron_medha[plots]'")
     from megatron_medha.cli.reports.report_page import write_report
@@ -40,22 +47,6 @@ def run(words: Sequence[str]) -> int:
     if not runs:
         where = " ".join(map(str, directories))
         raise ConfigError(f"{where}: no finished run in there (a directory with summary.json)")
-    for path in write_report(runs, out or directories[0]):
+    for path in write_report(runs, out):
         print(path)
     return 0
-
-
-def _sorted_out(words: Sequence[str]) -> tuple[list[Path], Path | None]:
-    directories: list[Path] = []
-    out: Path | None = None
-    for word in words:
-        if word.startswith("out="):
-            out = Path(word.removeprefix("out=")).expanduser()
-        else:
-            path = Path(word).expanduser()
-            if not path.is_dir():
-                raise ConfigError(f"{word}: no such directory")
-            directories.append(path)
-    if not directories:
-        raise ConfigError("no directory to report on; give one or several")
-    return directories, out

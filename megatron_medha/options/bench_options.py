@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from megatron_medha.bench.client import Target
-from megatron_medha.bench.random_prompts import TokenRange
+from megatron_medha.bench.client import Target, TokenRange
 from megatron_medha.core.errors import ConfigError, check_http_url, check_range
 from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.options.simulate_options import Plots

@@ -74,21 +74,15 @@ def current_words(words: Sequence[str]) -> list[str]:
     found: list[str] = []
     given: dict[str, str] = {}
     for word in words:
-        match = _WORD.fullmatch(word)
-        if match is None or (key := current_key(match[2], match[3], word)) == match[2]:
-            found.append(word)
-            if match is not None:
-                _check_once(given, match[2], match[2])
-        elif key is not None:
-            _check_once(given, key, match[2])
-            found.append(f"{match[1]}{key}={match[3]}")
+        if (match := _WORD.fullmatch(word)) is not None:
+            plus, spelling, value = match.groups()
+            if (key := current_key(spelling, value, word)) is None:
+                continue
+            if (before := given.setdefault(key, spelling)) != spelling:
+                raise ConfigError(f"{before} and {spelling}: an old and a new name of one key; give {key} alone")
+            word = f"{plus}{key}={value}"
+        found.append(word)
     return found
-
-
-def _check_once(given: dict[str, str], key: str, spelling: str) -> None:
-    before = given.setdefault(key, spelling)
-    if before != spelling:
-        raise ConfigError(f"{before} and {spelling}: an old and a new name of one key; give {key} alone")
 
 
 def current_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

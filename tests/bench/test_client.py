@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import pytest
 from scripted_server import Event, ScriptedServer, token, usage
 
-from megatron_medha.bench.client import StreamResult, Target, completion_body, find_model, run_completion
-from megatron_medha.bench.random_prompts import TokenRange
+from megatron_medha.bench.client import StreamResult, Target, TokenRange, completion_body, find_model, run_completion
 from megatron_medha.core.errors import ConfigError
 
 

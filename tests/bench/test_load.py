@@ -9,10 +9,9 @@ import pytest
 from scripted_server import ScriptedServer, token, usage
 
 from megatron_medha.bench import load_generator as load
-from megatron_medha.bench.client import Target
+from megatron_medha.bench.client import Target, TokenRange
 from megatron_medha.bench.idle import BenchError, IdleTimes, lengths_between, measure_idle
 from megatron_medha.bench.load_generator import LoadClient, SentRequest, closed_loop, open_loop
-from megatron_medha.bench.random_prompts import TokenRange
 from megatron_medha.core.request import Request
 from megatron_medha.stats.request_stats import Ending
 from megatron_medha.stats.slo_targets import Slo

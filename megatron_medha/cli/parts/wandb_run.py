@@ -23,12 +23,6 @@ _MAX_ROWS = 10_000  # of a table of requests; W&B shows no more, and the whole i
 _WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 _MAX_REASON_CHARS = 400
 
-# Files of a run directory that are worth keeping with the run.
-_ARTIFACT_FILES = (
-    "config.yaml", "run.json", "summary.json", "summary.txt", "requests.jsonl", "requests.parquet", "samples.jsonl",
-    "decisions.jsonl", "trace.json", "machine.json", "idle.json", "server.yaml", "server.log",
-)  # fmt: skip
-
 
 def mode_of(wandb_mode: str) -> str:
     """online or offline: what the options say, else what W&B's own variable says, else whether there is a key."""
@@ -169,7 +163,8 @@ class WandbRun:
             logged["requests"] = table
         if logged:
             self._run.log(logged)
-        save_artifact(self._run, "run-directory", [directory / name for name in _ARTIFACT_FILES])
+        files = [path for path in sorted(directory.iterdir()) if path.suffix != ".png"]
+        save_artifact(self._run, "run-directory", files)
 
 
 def _netrc() -> str:
