@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.options.serve_options import ProfileOptions, rank_config
+from megatron_medha.system.checked_files import check_writable
 from megatron_medha.system.machine import num_usable_cores
-from megatron_medha.system.writable import check_writable
 
 USAGE = """\
 usage: medha profile checkpoint=DIR [key=value ...]

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -13,12 +14,11 @@ from tqdm import tqdm
 from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
 from megatron_medha.cli.parts.command_options import directory_of, run_job_command
 from megatron_medha.cli.parts.wandb_run import WandbRun, check_wandb
-from megatron_medha.cli.reports.parquet import write_parquet
 from megatron_medha.cli.reports.plots import check_plots, plot
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.simulate_options import RequestsFormat, SimulateOptions, simulation_config
 from megatron_medha.options.yaml_text import yaml_values
-from megatron_medha.sim.run_directory import RunDirectory
+from megatron_medha.sim.run_directory import REQUESTS, RunDirectory
 from megatron_medha.sim.simulation import Simulation, SimulationResult, StateSample
 from megatron_medha.stats.summary import CLASSES
 from megatron_medha.stats.summary_table import summary_table
@@ -74,7 +74,7 @@ def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
     print(f"\n{table}")
     print(f"{result.end_s:,.0f} simulated seconds in {took_s:.1f} s, {result.end_s / took_s:,.0f} times real time")
     if options.requests is RequestsFormat.PARQUET:
-        write_parquet(directory.path)
+        _write_parquet(directory.path)
     plot(options.plots, directory.path)
     print(f"results are in {directory.path}")
     tracker.finish(directory.path)
@@ -153,3 +153,22 @@ def _check_extras(options: SimulateOptions) -> None:
 
 def _without_out(composed_yaml: str) -> str:
     return "".join(line for line in composed_yaml.splitlines(keepends=True) if not line.startswith("out:"))
+
+
+def _write_parquet(run: Path) -> None:
+    """Write requests.parquet beside requests.jsonl: the same rows and columns, typed alike in every run.
+
+    A column in which a run has only nulls would have no type, and tables of several runs would not fit together: it is
+    text for `why`, seconds otherwise.
+    """
+    import pyarrow
+    from pyarrow import json, parquet
+
+    table = json.read_json(run / REQUESTS)
+    fields = [
+        field.with_type(pyarrow.string() if field.name == "why" else pyarrow.float64())
+        if pyarrow.types.is_null(field.type)
+        else field
+        for field in table.schema
+    ]
+    parquet.write_table(table.cast(pyarrow.schema(fields)), run / "requests.parquet")

@@ -10,7 +10,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.system.private_file import check_private
+from megatron_medha.system.checked_files import check_private
 
 
 class CurveKeys(msgspec.Struct, frozen=True, kw_only=True):

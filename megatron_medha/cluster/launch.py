@@ -18,7 +18,7 @@ import zmq
 
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.cluster.rank_link import Context, RankLink
-from megatron_medha.system.child_environment import child_environment
+from megatron_medha.system.secret_values import child_environment
 
 WORKER_COMMAND = (sys.executable, "-m", "megatron_medha.worker.main")
 

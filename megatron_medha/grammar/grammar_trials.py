@@ -25,7 +25,7 @@ from megatron_medha.core.errors import MedhaError
 from megatron_medha.grammar.fair_places import FairSemaphore
 from megatron_medha.grammar.grammar_process import COMMAND, CompileRequest, CompileResult, GrammarVocabulary
 from megatron_medha.grammar.guidance import GrammarError
-from megatron_medha.system.child_environment import child_environment
+from megatron_medha.system.secret_values import child_environment
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from megatron_medha.server.http.routing import Api
 from megatron_medha.server.http.tls_listener import TlsListener
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.service import Service
+from megatron_medha.system.checked_files import check_private
 from megatron_medha.system.descriptors import connection_limits, raise_descriptor_limit
-from megatron_medha.system.private_file import check_private
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,10 @@
-"""Keys among the options: hidden wherever options are shown or written down."""
+"""Secrets: hidden wherever options are shown or written down, and not in the environment of processes we start."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 HIDDEN = "<not shown>"  # no key may hold a space: what is copied from a page with it is refused
@@ -14,6 +15,15 @@ _KEY = re.compile(r"""[\w.-]+=|(?<=[{,])\s*["']?[\w.-]+["']?\s*:\s*""")
 _VALUE = re.compile(r"""<not\ shown>|"[^"]*"|'[^']*'|\$\{[^}]*\}|[^\s,;\[\]{}'"]+?(?=:?(?:[\s,;\[\]{}'"]|$))""")
 _PUNCTUATION = re.compile(r"[\s,:;\[\]{}'\"]+")
 _MIN_CHARS = 4  # a shorter one is part of too many words to be hidden wherever it stands
+# Of environment variables.
+_SECRET_WORDS = frozenset({
+    "KEY", "KEYS", "APIKEY", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL",
+    "CREDENTIALS", "AUTH", "AUTHORIZATION", "COOKIE", "DSN",
+})  # fmt: skip
+# Of OpenTelemetry's exporters: HTTP headers, a key among them.
+_SECRET_NAME = re.compile(r"OTEL_\w*HEADERS")
+_PASSWORD_IN_URL = re.compile(r"://[^/\s@]*:[^/\s@]+@")
+_MIN_SECRET_CHARS = 8  # a shorter one is found in values that are none, such as numbers
 
 
 def is_secret_name(key: str) -> bool:
@@ -70,3 +80,18 @@ def _is_reference(value: str) -> bool:
     if value in ("null", "???", "VALUE", "value", HIDDEN):
         return True
     return re.fullmatch(r"\$\{[^,}]*(,\s*null)?\}", value) is not None
+
+
+def child_environment(secrets: Collection[str] = (), environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Without variables that are named like a secret, hold a URL with a password, or one of `secrets`."""
+    known = [secret for secret in secrets if len(secret) >= _MIN_SECRET_CHARS]
+    return {
+        name: value
+        for name, value in environment.items()
+        if not (
+            _SECRET_WORDS & set(name.upper().split("_"))
+            or _SECRET_NAME.fullmatch(name.upper())
+            or _PASSWORD_IN_URL.search(value)
+            or any(secret in value for secret in known)
+        )
+    }

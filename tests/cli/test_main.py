@@ -16,7 +16,7 @@ from megatron_medha.cli.parts.tracking import Tracking
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.server.observe.metrics import Metrics
-from megatron_medha.system.writable import check_writable
+from megatron_medha.system.checked_files import check_writable
 
 
 def test_help_lists_every_command_with_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_medha.system.child_environment import child_environment
+from megatron_medha.system.secret_values import child_environment
 
 SECRET = {
     "MEDHA_API_KEY": "sk-1", "MEDHA_ADMIN_KEY": "sk-2", "HF_TOKEN": "hf_1", "WANDB_API_KEY": "w",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.system.private_file import check_private
+from megatron_medha.system.checked_files import check_private
 
 OTHER_USER = 12345
 

@@ -136,13 +136,12 @@ def _show(words: Sequence[str], job: _SweepJob, resolves: bool) -> None:
 def _identifying_overrides(given: Sequence[Override]) -> list[str]:
     """The words that decide which job is which: those with several values number the jobs by their order."""
     words = [override.input_line or "" for override in given]
-    counted = [one for one in given if _SWEEPER_PARAMS in str(one.input_line) or not _is_without_effect(one)]
+    counted = [
+        one for one in given
+        if _SWEEPER_PARAMS in str(one.input_line) or not str(one.input_line).startswith(_WITHOUT_EFFECT)
+    ]  # fmt: skip
     counted.sort(key=lambda one: "" if one.is_sweep_override() else one.get_key_element())
     return [hide_secrets(_as_override(override), words) for override in counted]
-
-
-def _is_without_effect(override: Override) -> bool:
-    return str(override.input_line).startswith(_WITHOUT_EFFECT)
 
 
 def _has_listed_values(override: Override) -> bool:

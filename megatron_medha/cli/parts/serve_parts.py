@@ -19,8 +19,7 @@ from megatron_medha.engine.replicas import Replicas
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.serve_options import ServeConfig, ServeOptions
 from megatron_medha.sim.live import live_engine
-from megatron_medha.system.child_environment import child_environment
-from megatron_medha.system.secret_values import without_secrets
+from megatron_medha.system.secret_values import child_environment, without_secrets
 
 _TIMELINE_S = 300.0  # from when the model is ready; a busy server writes about 10 MB in that time
 

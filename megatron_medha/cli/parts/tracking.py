@@ -18,7 +18,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.ports import EngineClient
 from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.server.observe.metrics import Histogram, Metrics
-from megatron_medha.system.writable import check_writable
+from megatron_medha.system.checked_files import check_writable
 
 _log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from megatron_medha.cluster.remote.addresses import free_port, interface_of, loc
 from megatron_medha.cluster.remote.agent_messages import AgentShutdown, AgentState, DesiredState, Redirect, ToAgent
 from megatron_medha.cluster.wire import UnreadableMessage, protocol_version, read_message
 from megatron_medha.core.errors import ConfigError, RankError
-from megatron_medha.system.child_environment import child_environment
+from megatron_medha.system.secret_values import child_environment
 
 _STATE_INTERVAL_S = 1.0
 _CHECK_MS = 100           # how soon the end of the rank's process is noticed

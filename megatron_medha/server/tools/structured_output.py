@@ -19,7 +19,7 @@ from megatron_medha.grammar.guidance import GrammarError
 from megatron_medha.server.bodies.openai_types import ResponseFormat, SharedFields, StructuredOutputs
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.server_config import ServerConfig
-from megatron_medha.system.child_environment import child_environment
+from megatron_medha.system.secret_values import child_environment
 from megatron_medha.text.tokenizer import Tokenizer
 
 _NUM_KNOWN = 256     # guides whose fate is known

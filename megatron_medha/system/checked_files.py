@@ -1,4 +1,4 @@
-"""Files that hold keys: who else could read or change them."""
+"""Checks of files that options name: whether results can be written, and who else could read or change keys."""
 
 from __future__ import annotations
 
@@ -44,3 +44,19 @@ def check_private(path: Path, key: str) -> None:
 def _is_in_volume(path: Path) -> bool:
     # Kubernetes makes every file of such a volume a link through `..data`.
     return (path.parent / "..data").is_symlink() or path.absolute().is_relative_to(_DOCKER_SECRETS)
+
+
+def check_writable(key: str, path: Path) -> None:
+    """Make the directory of a file and see that the file can be opened; what it holds stays as it is.
+
+    key: the user's name for it. Raises ConfigError.
+    """
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_new or not path.is_fifo():  # to open a pipe is to wait for its reader
+            path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: cannot be written ({error.strerror}); name another file") from error
+    if is_new:
+        path.unlink()
