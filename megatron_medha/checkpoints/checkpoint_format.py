@@ -14,7 +14,7 @@ Progress = Callable[[str, float], None]  # what is being done, and which fractio
 class CheckpointFormat(NamedTuple):
     """One kind. A new one is a file with such a value, and a line in detect.py."""
 
-    looked_for: str                    # with the files that make it, for the error when nothing is found
-    is_in: Callable[[Path], bool]      # may raise CheckpointError: it is this kind, and broken
-    read_config: Callable[[Path], ModelConfig]
-    load_weights: Callable[[Any, ModelConfig, Path, Progress], None]
+    looked_for: str  # with the files that make it, for the error when nothing is found
+    find: Callable[[Path], Path | None]  # where it is; may raise CheckpointError: it is this kind, and broken
+    read_config: Callable[[Path, Path], ModelConfig]  # of the directory that was named, and where it is
+    load_weights: Callable[[Any, ModelConfig, Path, Progress], None]  # from where it is

@@ -16,13 +16,13 @@ from megatron_medha.models.model_config import ModelConfig
 FORMATS = (MEGATRON, HUGGING_FACE, ZERO)
 
 
-def checkpoint_format(directory: Path) -> CheckpointFormat:
-    """Which kind of checkpoint the directory holds. Raises CheckpointError, saying what was looked for, if none."""
+def find_checkpoint(directory: Path) -> tuple[CheckpointFormat, Path]:
+    """The kind of checkpoint, and the directory with its tensors. CheckpointError lists what was looked for if none."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; checkpoint= must name one")
-    found = next((each for each in FORMATS if each.is_in(directory)), None)
-    if found is not None:
-        return found
+    for each in FORMATS:
+        if (found := each.find(directory)) is not None:
+            return each, found
     *others, last = (each.looked_for for each in FORMATS)
     raise CheckpointError(
         f"{directory}: no checkpoint found. Looked for {', for '.join(others)} and for {last}. "
@@ -37,7 +37,8 @@ def read_model_config(directory: Path | str) -> ModelConfig:
     model is none we can run.
     """
     directory = Path(directory)
-    return checkpoint_format(directory).read_config(directory)
+    kind, found = find_checkpoint(directory)
+    return kind.read_config(directory, found)
 
 
 def load_weights(model: nn.Module, config: ModelConfig, directory: Path | str, progress: Progress) -> None:
@@ -47,8 +48,8 @@ def load_weights(model: nn.Module, config: ModelConfig, directory: Path | str, p
     Megatron checkpoint. Raises CheckpointError naming file and key for every tensor that is missing, surplus,
     of the wrong shape or unreadable.
     """
-    directory = Path(directory)
-    checkpoint_format(directory).load_weights(model, config, directory, progress)
+    kind, found = find_checkpoint(Path(directory))
+    kind.load_weights(model, config, found, progress)
 
 
 def _what_is_there(directory: Path) -> str:

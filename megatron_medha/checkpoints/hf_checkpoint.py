@@ -17,18 +17,11 @@ from megatron_medha.checkpoints.checkpoint_format import CheckpointFormat, Progr
 from megatron_medha.checkpoints.placements import (
     EMBEDDING,
     LM_HEAD,
-    may_be_ignored,
+    checked_placements,
     model_slice_of,
-    placements,
-    with_tied_head,
     zero_padding_rows,
 )
-from megatron_medha.checkpoints.weight_checks import (
-    StoredHeader,
-    refuse_larger_model,
-    refuse_misfits,
-    refuse_non_finite,
-)
+from megatron_medha.checkpoints.weight_checks import StoredHeader, refuse_larger_model, refuse_non_finite
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.models.hf_config import read_hf_config
 from megatron_medha.models.model_config import ModelConfig
@@ -63,16 +56,7 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
     parameters = dict(model.named_parameters())
     share = model_slice_of(model)
     headers = _headers(directory)
-    expected = with_tied_head(placements(config, set(parameters), share), headers, config)
-    unfilled = set(parameters) - {placement.parameter for placement in expected.values()}
-    assert not unfilled, f"no checkpoint tensor fills {sorted(unfilled)}"
-    refuse_misfits(
-        {key: placement.shape for key, placement in expected.items()},
-        headers,
-        _where_expected(directory),
-        "config.json says",
-        is_ignored=lambda key: may_be_ignored(key, config),
-    )
+    expected = checked_placements(model, config, headers, _where_expected(directory), "config.json says")
     num_ids = zero_padding_rows(parameters, config, share)
     wanted = {key: placement for key, placement in expected.items() if placement.parameter is not None}
     num_loaded = 0
@@ -177,7 +161,7 @@ def _where_expected(directory: Path) -> Path:
 
 HUGGING_FACE = CheckpointFormat(
     "a Hugging Face checkpoint (config.json and *.safetensors)",
-    lambda directory: (directory / "config.json").is_file() and bool(hf_weight_files(directory)),
-    read_hf_checkpoint_config,
+    lambda directory: directory if (directory / "config.json").is_file() and hf_weight_files(directory) else None,
+    lambda directory, _: read_hf_checkpoint_config(directory),
     load_hf_weights,
 )

@@ -71,9 +71,8 @@ def find_megatron_checkpoint(directory: Path) -> Path | None:
     return _checked(iteration)
 
 
-def read_megatron_config(directory: Path) -> ModelConfig:
+def read_megatron_config(directory: Path, iteration: Path) -> ModelConfig:
     """The architecture, from the arguments in common.pt and the shapes in .metadata."""
-    iteration = _found(directory)
     tensors = _tensors(iteration)
     embedding = tensors.get(_EMBEDDING)
     if embedding is None:
@@ -139,13 +138,12 @@ def _arguments(iteration: Path) -> tuple[argparse.Namespace, Path]:
 
 
 @torch.no_grad()
-def load_megatron_weights(model: Any, config: ModelConfig, directory: Path, progress: Progress) -> None:
+def load_megatron_weights(model: Any, config: ModelConfig, iteration: Path, progress: Progress) -> None:
     """Fill the model from the checkpoint, resharded to its own layout, straight into its parameters.
 
     Raises CheckpointError naming file and key when a tensor is missing, surplus, of the wrong shape or cut off.
     """
     allow_megatron_without_cuda()
-    iteration = _found(directory)
     progress(f"weights from {iteration.name}", 0.0)
     tensors = _tensors(iteration)
     parts = sharded_parts(model, _layout_of(tensors))
@@ -233,13 +231,6 @@ def _checked(iteration: Path) -> Path:
     return iteration
 
 
-def _found(directory: Path) -> Path:
-    iteration = find_megatron_checkpoint(directory)
-    if iteration is None:
-        raise CheckpointError(f"{directory}: no Megatron checkpoint")
-    return iteration
-
-
 def _tensors(iteration: Path) -> dict[str, StoredTensor]:
     """The model's tensors in .metadata by their name without prefix; their data is checked to be there."""
     everything = read_index(iteration, [prefix + root for prefix in _PREFIXES for root in _MODEL_ROOTS])
@@ -289,7 +280,7 @@ def _keys_of_all_stages(model: Any, parts: Sequence[ShardedTensor]) -> set[str]:
 MEGATRON = CheckpointFormat(
     "a Megatron torch_dist checkpoint (metadata.json and .metadata, here or in the iter_* directory that "
     f"{TRACKER_NAME} names)",
-    lambda directory: find_megatron_checkpoint(directory) is not None,
+    find_megatron_checkpoint,
     read_megatron_config,
     load_megatron_weights,
 )

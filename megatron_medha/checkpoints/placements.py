@@ -7,13 +7,14 @@ its up projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from megatron_medha.checkpoints.weight_checks import is_finite
+from megatron_medha.checkpoints.weight_checks import StoredHeader, is_finite, refuse_misfits
 from megatron_medha.models.model_config import ModelConfig
 
 LM_HEAD = "lm_head.weight"
@@ -136,16 +137,23 @@ def placements(config: ModelConfig, parameter_names: set[str], share: ModelSlice
     return found
 
 
-def with_tied_head(
-    expected: dict[str, Placement], keys: Collection[str], config: ModelConfig
+def checked_placements(
+    model: Any, config: ModelConfig, headers: Mapping[str, StoredHeader], where: Path, source: str
 ) -> dict[str, Placement]:
-    """The same, by the head's name where tied embeddings are stored under that alone, as by safetensors' save_model."""
-    if config.has_tied_embeddings and LM_HEAD in keys and EMBEDDING not in keys:
-        return {LM_HEAD if key == EMBEDDING else key: placement for key, placement in expected.items()}
+    """placements() of this rank's model, checked against the stored tensors; arguments as those of refuse_misfits."""
+    parameters = {name for name, _ in model.named_parameters()}
+    expected = placements(config, parameters, model_slice_of(model))
+    if config.has_tied_embeddings and LM_HEAD in headers and EMBEDDING not in headers:
+        # Tied embeddings may be stored under the head's name alone, as by safetensors' save_model.
+        expected = {LM_HEAD if key == EMBEDDING else key: placement for key, placement in expected.items()}
+    unfilled = parameters - {placement.parameter for placement in expected.values()}
+    assert not unfilled, f"no checkpoint tensor fills {sorted(unfilled)}"
+    shapes = {key: placement.shape for key, placement in expected.items()}
+    refuse_misfits(shapes, headers, where, source, is_ignored=lambda key: _may_be_ignored(key, config))
     return expected
 
 
-def may_be_ignored(key: str, config: ModelConfig) -> bool:
+def _may_be_ignored(key: str, config: ModelConfig) -> bool:
     """Tables that old checkpoints keep though they follow from the config, and a copy of tied embeddings."""
     return key.endswith(".rotary_emb.inv_freq") or (key == LM_HEAD and config.has_tied_embeddings)
 

@@ -17,13 +17,7 @@ import torch
 
 from megatron_medha.checkpoints.checkpoint_format import CheckpointFormat, Progress
 from megatron_medha.checkpoints.megatron_checkpoint import sharded_parts
-from megatron_medha.checkpoints.placements import (
-    may_be_ignored,
-    model_slice_of,
-    placements,
-    with_tied_head,
-    zero_padding_rows,
-)
+from megatron_medha.checkpoints.placements import checked_placements, model_slice_of, zero_padding_rows
 from megatron_medha.checkpoints.weight_checks import (
     StoredHeader,
     is_finite,
@@ -75,9 +69,9 @@ def find_zero_checkpoint(directory: Path) -> Path | None:
     return step
 
 
-def read_zero_config(directory: Path) -> ModelConfig:
+def read_zero_config(directory: Path, step: Path) -> ModelConfig:
     """The architecture, from config.json or from the arguments that were saved with the model."""
-    states, path = read_model_states(_found(directory))
+    states, path = read_model_states(step)
     shapes = parameter_shapes(states, path)
     num_stored = sum(prod(shape) for shape in shapes.values())
     if (directory / "config.json").is_file():
@@ -102,13 +96,12 @@ def read_zero_config(directory: Path) -> ModelConfig:
 
 
 @torch.no_grad()
-def load_zero_weights(model: Any, config: ModelConfig, directory: Path, progress: Progress) -> None:
+def load_zero_weights(model: Any, config: ModelConfig, step: Path, progress: Progress) -> None:
     """Fill this rank's part of the model with the master weights, converted to its dtype, one tensor at a time.
 
     Raises CheckpointError naming the step's directory or file and the key of every tensor that is missing, surplus,
     of the wrong shape or unreadable.
     """
-    step = _found(directory)
     progress(f"weights from {step.name}", 0.0)
     tensors = read_master_weights(step)
     fill = _fill_from_megatron if _MEGATRON_EMBEDDING in tensors else _fill_from_transformers
@@ -116,21 +109,10 @@ def load_zero_weights(model: Any, config: ModelConfig, directory: Path, progress
     progress(f"weights from {step.name}", 1.0)
 
 
-def _found(directory: Path) -> Path:
-    step = find_zero_checkpoint(directory)
-    if step is None:
-        raise CheckpointError(f"{directory}: no ZeRO checkpoint")
-    return step
-
-
 def _fill_from_transformers(model: Any, config: ModelConfig, tensors: Mapping[str, Pieces], step: Path) -> None:
     parameters = dict(model.named_parameters())
     share = model_slice_of(model)
-    expected = with_tied_head(placements(config, set(parameters), share), tensors, config)
-    shapes = {key: placement.shape for key, placement in expected.items()}
-    refuse_misfits(
-        shapes, _headers(tensors, step), step, "the model's is", is_ignored=lambda key: may_be_ignored(key, config)
-    )
+    expected = checked_placements(model, config, _headers(tensors, step), step, "the model's is")
     zero_padding_rows(parameters, config, share)
     refuse_non_finite(step, [
         key
@@ -171,7 +153,7 @@ def _headers(tensors: Mapping[str, Pieces], step: Path) -> dict[str, StoredHeade
 
 ZERO = CheckpointFormat(
     f"one of DeepSpeed's ZeRO ({LATEST_NAME}, which names a directory with {OPTIM_STATES})",
-    lambda directory: find_zero_checkpoint(directory) is not None,
+    find_zero_checkpoint,
     read_zero_config,
     load_zero_weights,
 )

@@ -48,11 +48,6 @@ REQUIREMENTS = (
 _KNOWN = names_of("megatron_lm", "read") | names_of("megatron_lm", "harmless") | {each.name for each in REQUIREMENTS}
 _HARMLESS_PREFIXES = tuple(names_of("megatron_lm", "harmless_prefixes"))
 
-# Constants of RotaryEmbedding._apply_scaling in megatron-core; --use-rope-scaling offers only the factor.
-_ROPE_LOW_FREQ_FACTOR = 1.0
-_ROPE_HIGH_FREQ_FACTOR = 4.0
-_ROPE_ORIGINAL_CONTEXT_LEN = 8192
-
 # Arguments that have two names: until core 0.15, since core 0.16.
 _RENAMED = (("norm_epsilon", "layernorm_epsilon"), ("apply_layernorm_1p", "layernorm_zero_centered_gamma"))
 
@@ -148,14 +143,7 @@ def args_from_config(config: ModelConfig, dtype: torch.dtype) -> argparse.Namesp
         use_mcore_models=True,
     )
     scaling = config.rope_scaling
-    megatron_llama3 = RopeScaling(
-        kind="llama3",
-        factor=scaling.factor,
-        low_freq_factor=_ROPE_LOW_FREQ_FACTOR,
-        high_freq_factor=_ROPE_HIGH_FREQ_FACTOR,
-        original_max_context_len=_ROPE_ORIGINAL_CONTEXT_LEN,
-    )
-    if scaling == megatron_llama3:
+    if scaling == _llama3_scaling(scaling.factor):
         args.use_rope_scaling, args.rope_scaling_factor = True, scaling.factor
     elif scaling.kind == "linear":
         args.rotary_seq_len_interpolation_factor = scaling.factor
@@ -216,12 +204,13 @@ def _rope_scaling(fields: JsonFields) -> RopeScaling:
         return RopeScaling(kind="linear", factor=fields.number("rotary_seq_len_interpolation_factor"))
     if not is_llama3:
         return RopeScaling()
+    return _llama3_scaling(fields.number("rope_scaling_factor", 8.0))
+
+
+def _llama3_scaling(factor: float) -> RopeScaling:
+    # Constants of RotaryEmbedding._apply_scaling in megatron-core; --use-rope-scaling offers only the factor.
     return RopeScaling(
-        kind="llama3",
-        factor=fields.number("rope_scaling_factor", 8.0),
-        low_freq_factor=_ROPE_LOW_FREQ_FACTOR,
-        high_freq_factor=_ROPE_HIGH_FREQ_FACTOR,
-        original_max_context_len=_ROPE_ORIGINAL_CONTEXT_LEN,
+        kind="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context_len=8192
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_medha.text.text_slices import CHAR_OF_BYTE
+
 NUM_BYTES = 256
 SPECIAL_TOKENS = (
     "<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|reserved|>",
@@ -38,7 +40,7 @@ def save_tiny_tokenizer(directory: Path, max_context_len: int) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json into the directory."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    vocab = {character: byte for byte, character in enumerate(_characters_of_bytes())}
+    vocab = {character: byte for byte, character in enumerate(CHAR_OF_BYTE)}
     vocab |= {token: NUM_BYTES + index for index, token in enumerate(SPECIAL_TOKENS)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     # use_regex stays on: it cuts the text into words, and without words a long prompt would be one of a million bytes.
@@ -64,16 +66,3 @@ def save_tiny_tokenizer(directory: Path, max_context_len: int) -> None:
 def decode_bytes(token_ids: list[int]) -> str:
     """Text of byte ids; special tokens are left out, bytes that are no UTF-8 become replacement characters."""
     return bytes(token_id for token_id in token_ids if token_id < NUM_BYTES).decode("utf-8", errors="replace")
-
-
-def _characters_of_bytes() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte.
-
-    Printable Latin-1 stands for itself; the others, in order, for the characters from U+0100 on. Source: GPT-2.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    characters, num_shifted = [], 0
-    for byte in range(NUM_BYTES):
-        characters.append(chr(byte if byte in printable else 0x100 + num_shifted))
-        num_shifted += byte not in printable
-    return characters

@@ -32,6 +32,7 @@ from megatron_medha.model.sampler import Sampler
 from megatron_medha.model.sampling_row import SamplingRow
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
+from megatron_medha.system.machine import num_usable_cores
 from megatron_medha.tiny.tiny_corpus import Corpus, draw_starts, read_stdlib, windows
 from megatron_medha.tiny.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
 
@@ -247,18 +248,13 @@ def _one_rank() -> Iterator[None]:
     num_threads = torch.get_num_threads()
     was_initialized = dist.is_initialized()
     init_distributed(ParallelLayout(), 0, device=torch.device("cpu"))
-    torch.set_num_threads(min(_MAX_THREADS, _num_cores()))
+    torch.set_num_threads(min(_MAX_THREADS, num_usable_cores()))
     try:
         yield
     finally:
         torch.set_num_threads(num_threads)
         if not was_initialized:
             dist.destroy_process_group()
-
-
-def _num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
 
-from megatron_medha.checkpoints.detect import checkpoint_format, load_weights, read_model_config
+from megatron_medha.checkpoints.detect import find_checkpoint, load_weights, read_model_config
 from megatron_medha.checkpoints.hf_checkpoint import HUGGING_FACE
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
@@ -378,14 +378,14 @@ def test_large_weights_whose_sum_overflows_are_numbers(llama: Path, groups: Medh
 
 def test_what_is_no_checkpoint_says_what_was_looked_for(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no such directory"):
-        checkpoint_format(tmp_path / "nothing")
+        find_checkpoint(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="torch_dist.*config.json"):
-        checkpoint_format(tmp_path)
+        find_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="convert them to safetensors"):
-        checkpoint_format(tmp_path)
+        find_checkpoint(tmp_path)
 
 
 def test_a_hugging_face_directory_is_recognised(llama: Path):
-    assert checkpoint_format(llama) is HUGGING_FACE
+    assert find_checkpoint(llama)[0] is HUGGING_FACE

@@ -16,7 +16,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_medha.checkpoints.detect import checkpoint_format, load_weights, read_model_config
+from megatron_medha.checkpoints.detect import find_checkpoint, load_weights, read_model_config
 from megatron_medha.checkpoints.megatron_checkpoint import MEGATRON, TRACKER_NAME, save_megatron_checkpoint
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
@@ -124,7 +124,7 @@ def test_what_was_saved_is_loaded_bit_by_bit(traits: dict[str, Any], tmp_path: P
 
 
 def test_the_layout_of_the_directory_is_megatron_lms(saved: Path):
-    assert checkpoint_format(saved) is MEGATRON
+    assert find_checkpoint(saved)[0] is MEGATRON
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "100"
     assert json.loads((saved / "iter_0000100" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
     assert dist_checkpointing.load_tensors_metadata(str(saved / "iter_0000100")).keys() == {
@@ -317,21 +317,21 @@ def test_a_missing_file_is_named(name: str, saved: Path, groups: MedhaPGs):
 def test_a_tracker_that_names_nothing_is_named(saved: Path):
     shutil.rmtree(saved / "iter_0000100")
     with pytest.raises(CheckpointError, match="iter_0000100: no such directory"):
-        checkpoint_format(saved)
+        find_checkpoint(saved)
     (saved / TRACKER_NAME).write_text("soon")
     with pytest.raises(CheckpointError, match=TRACKER_NAME):
-        checkpoint_format(saved)
+        find_checkpoint(saved)
 
 
 def test_older_and_other_formats_say_how_to_convert(saved: Path):
     path = saved / "iter_0000100" / "metadata.json"
     path.write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(CheckpointError, match="zarr.*--ckpt-convert-format torch_dist"):
-        checkpoint_format(saved)
+        find_checkpoint(saved)
     path.unlink()
     (saved / "iter_0000100" / "mp_rank_00").mkdir()
     with pytest.raises(CheckpointError, match="older 'torch' format"):
-        checkpoint_format(saved)
+        find_checkpoint(saved)
 
 
 def test_a_scaling_megatron_cannot_state_is_not_saved(tmp_path: Path, groups: MedhaPGs):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_medha.checkpoints.detect import checkpoint_format, load_weights, read_model_config
+from megatron_medha.checkpoints.detect import find_checkpoint, load_weights, read_model_config
 from megatron_medha.checkpoints.zero_checkpoint import ZERO
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.core.layout import ParallelLayout
@@ -79,7 +79,7 @@ def load(directory: Path, groups: MedhaPGs) -> Any:
 @pytest.mark.parametrize("kind", ["megatron", "transformers"])
 def test_logits_are_those_of_the_trained_model(kind: str, groups: MedhaPGs, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(f"of_{kind}")
-    assert checkpoint_format(directory) is ZERO
+    assert find_checkpoint(directory)[0] is ZERO
     model = load(directory, groups)
     with torch.no_grad():
         logits = model(torch.arange(40).view(1, 40), None, None)[..., :101]
@@ -157,17 +157,17 @@ def test_a_model_far_larger_than_its_weights_is_refused_at_once(copied: Path) ->
 def test_a_step_outside_of_the_directory_is_refused(copied: Path) -> None:
     (copied / "latest").write_text("../" + copied.name)
     with pytest.raises(CheckpointError, match="latest: names .* no file inside"):
-        checkpoint_format(copied)
+        find_checkpoint(copied)
 
 
 def test_a_step_that_is_not_there_is_named(copied: Path) -> None:
     (copied / "latest").write_text("global_step77")
     with pytest.raises(CheckpointError, match="global_step77: no such directory"):
-        checkpoint_format(copied)
+        find_checkpoint(copied)
 
 
 def test_one_trained_with_tensor_parallelism_is_refused(copied: Path) -> None:
     step = step_of(copied)
     (step / "mp_rank_01_model_states.pt").touch()
     with pytest.raises(CheckpointError, match="mp_rank_01_model_states.pt: trained with tensor or pipeline"):
-        checkpoint_format(copied)
+        find_checkpoint(copied)

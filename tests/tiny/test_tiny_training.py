@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_medha.checkpoints.detect import checkpoint_format, load_weights, read_model_config
+from megatron_medha.checkpoints.detect import find_checkpoint, load_weights, read_model_config
 from megatron_medha.checkpoints.megatron_checkpoint import MEGATRON
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
@@ -64,7 +64,7 @@ def test_twenty_steps_lower_the_loss_and_leave_a_checkpoint_that_loads(tmp_path:
     assert result.num_steps == 20
     assert result.held_out_loss_nats < 0.8 * result.untrained_loss_nats
     assert result.sample.startswith("import os")
-    assert checkpoint_format(tmp_path / "tiny") is MEGATRON
+    assert find_checkpoint(tmp_path / "tiny")[0] is MEGATRON
     config = read_model_config(tmp_path / "tiny")
     assert (config.vocab_size, config.max_context_len, config.stop_token_ids) == (VOCAB_SIZE, 131_072, (EOS_ID,))
     groups = build_groups(ParallelLayout())
