@@ -17,12 +17,12 @@ from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.baselines.baseline_config import BASELINE_POLICIES, BaselineConfig
-from megatron_medha.sim.baselines.elastic import ElasticConfig, ElasticSystem, Filling
+from megatron_medha.sim.baselines.elastic import ElasticSystem, Filling
 from megatron_medha.sim.baselines.pools import ReservedPools
 from megatron_medha.sim.baselines.predicted_order import PredictedOrder
 from megatron_medha.sim.baselines.prefill_limits import PartialPrefillLimits
 from megatron_medha.sim.baselines.ring_cost import RingCost
-from megatron_medha.sim.baselines.static import StaticConfig, StaticSystem
+from megatron_medha.sim.baselines.static import StaticSystem
 
 
 class SystemKind(Enum):
@@ -113,13 +113,11 @@ def build_system(setup: SchedulerSetup | InstancesSetup) -> SchedulerProtocol:
     config, cost, ids = setup.config, setup.cost, count()
     instances, num_tokens = tuple(range(setup.num_instances)), setup.tokens_per_instance
     if config.kind is SystemKind.STATIC:
-        return StaticSystem(StaticConfig(instances=instances, tokens_per_instance=num_tokens), cost, ids)
-
-    def pool(members: tuple[int, ...]) -> ElasticSystem:
-        own = ElasticConfig(instances=members, tokens_per_instance=num_tokens, filling=config.filling)
-        return ElasticSystem(own, cost, ids)
-
+        return StaticSystem(instances, num_tokens, cost, ids)
     if not config.num_reserved:
-        return pool(instances)
-    short, long = pool(instances[: config.num_reserved]), pool(instances[config.num_reserved :])
+        return ElasticSystem(instances, num_tokens, cost, ids, config.filling)
+    short, long = (
+        ElasticSystem(members, num_tokens, cost, ids, config.filling)
+        for members in (instances[: config.num_reserved], instances[config.num_reserved :])
+    )
     return ReservedPools(short, long, config.short_prompt_tokens)

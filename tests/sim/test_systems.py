@@ -18,13 +18,13 @@ from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
-from megatron_medha.sim.baselines.dispatch import AdmissionRules, InstanceUsage, PromptDispatcher
-from megatron_medha.sim.baselines.elastic import ElasticConfig, ElasticSystem, Filling
+from megatron_medha.sim.baselines.dispatch import InstanceUsage, PromptDispatcher
+from megatron_medha.sim.baselines.elastic import ElasticSystem, Filling
 from megatron_medha.sim.baselines.instances_world import InstancesSimRuntime
 from megatron_medha.sim.baselines.partition import partition
 from megatron_medha.sim.baselines.pools import ReservedPools
 from megatron_medha.sim.baselines.ring_cost import RingCost
-from megatron_medha.sim.baselines.static import StaticConfig, StaticSystem
+from megatron_medha.sim.baselines.static import StaticSystem
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.stats.request_stats import Ending, RequestStats
@@ -47,19 +47,16 @@ ALL = tuple(range(8))
 
 
 def elastic(filling: Filling = Filling.IDLE, tokens: int = TOKENS) -> SchedulerProtocol:
-    return ElasticSystem(ElasticConfig(instances=ALL, tokens_per_instance=tokens, filling=filling), COST, count())
+    return ElasticSystem(ALL, tokens, COST, count(), filling)
 
 
 def static(tokens: int = TOKENS) -> SchedulerProtocol:
-    return StaticSystem(StaticConfig(instances=ALL, tokens_per_instance=tokens), COST, count())
+    return StaticSystem(ALL, tokens, COST, count())
 
 
 def reserved(tokens: int = TOKENS) -> SchedulerProtocol:
     ids = count()
-    short, long = (
-        ElasticSystem(ElasticConfig(instances=part, tokens_per_instance=tokens), COST, ids)
-        for part in (ALL[:2], ALL[2:])
-    )
+    short, long = (ElasticSystem(part, tokens, COST, ids) for part in (ALL[:2], ALL[2:]))
     return ReservedPools(short, long, 8191)
 
 
@@ -236,13 +233,13 @@ def test_kv_is_left_on_as_few_instances_as_hold_it() -> None:
 
 def test_a_long_prompt_that_others_have_passed_ten_times_is_passed_no_more() -> None:
     # Decodes hold seven of eight instances, and running the long one on the eighth would be far slower than on all.
-    census = InstanceUsage(num_used_tokens=750_000, num_promised_tokens=0, num_sequences=1, output_counts=[100])
-    admission = PromptDispatcher(AdmissionRules(first_answer_tokens=100), COST, 8, 110_000)
+    usage = InstanceUsage(num_used_tokens=750_000, num_promised_tokens=0, num_sequences=1, output_counts=[600])
+    dispatcher = PromptDispatcher(COST, 8, 110_000)
     waiting = deque([request("long", 100_000)])
     begun = []
     for index in range(15):
         waiting.append(request(f"s{index}", 2000))
-        begun += [one.request_id for one in admission.choose(waiting, census)]
+        begun += [one.request_id for one in dispatcher.choose(waiting, usage)]
     assert begun == [f"s{index}" for index in range(10)]
     assert waiting[0].request_id == "long"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 from megatron_medha.core.cost.hardware import Hardware, send_s
 from megatron_medha.core.cost.step_cost import CostModel
@@ -48,7 +48,9 @@ class RingCost:
         return linear_s + own_s + (num_instances - 1) * hop_s
 
     def prompts_s(self, num_instances: int, prompts: Sequence[Request]) -> float:
-        """The same of the prompts themselves."""
+        """The same of the prompts themselves; infinite on no instances."""
+        if not num_instances:
+            return inf
         lengths = [request.num_prompt_tokens for request in prompts]
         squares = sum(float(length) ** 2 for length in lengths)
         return self.prefill_s(num_instances, sum(lengths), squares, len(lengths))
