@@ -43,35 +43,6 @@ class FittedCost:
     error_p50: float  # relative, of steps the fit had not seen
     error_p95: float
 
-    def linear_s(self, num_tokens: int, num_sequences: int) -> float:
-        """See CostModel."""
-        low, high = self.hinges_tokens
-        theta = self.theta
-        return (
-            theta[0]
-            + theta[1] * num_tokens
-            + theta[2] * max(0.0, num_tokens - low)
-            + theta[3] * max(0.0, num_tokens - high)
-            + theta[4] * num_sequences
-        )
-
-    def attention_s(self, start: int, num_tokens: int) -> float:
-        """See CostModel."""
-        pairs = num_tokens * (start + 0.5 * (num_tokens + 1))
-        return self.theta[5] * pairs + self.theta[6] * (start + num_tokens)
-
-    def decode_attention_s(self, context: int) -> float:
-        """See CostModel."""
-        return self.theta[7] * context
-
-    def observe(self, load: StepLoad, duration_s: float) -> None:
-        """A profile does not learn; OnlineCost starts from it and does."""
-
-    @property
-    def revision(self) -> int:
-        """Never changes."""
-        return 0
-
 
 def fit(steps: Sequence[MeasuredStep], *, shape: ModelShape, chip: str, dtype: str) -> FittedCost:
     """The best fit over all steps, its error stated on steps held out of another. At least 3 * _HELD_OUT steps."""
