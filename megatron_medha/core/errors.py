@@ -40,7 +40,13 @@ def check_member(key: str, value: str, allowed: Sequence[str]) -> None:
 def check_range(key: str, value: float | None, low: float, high: float) -> None:
     """Raises ConfigError for a number outside of [low, high]; None is in any range."""
     if value is not None and not (low <= value <= high and math.isfinite(value)):
-        raise ConfigError(f"{key}={value:g}: must be between {low:g} and {high:g}")
+        raise ConfigError(f"{key}={value:.10g}: must be between {low:.10g} and {high:.10g}")
+
+
+def check_ranges(prefix: str, config: object, low: float, high: float, *keys: str) -> None:
+    """check_range of these fields of a configuration."""
+    for key in keys:
+        check_range(f"{prefix}.{key}", getattr(config, key), low, high)
 
 
 def check_http_url(key: str, url: str) -> None:

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_medha.core.errors import ConfigError, check_range
+from megatron_medha.core.errors import ConfigError, check_ranges
 from megatron_medha.sim.simulation import SimulationConfig, SimulationHooks, StateSample
 from megatron_medha.stats.decision_log import DecisionLog
 from megatron_medha.stats.request_stats import RequestStats
@@ -46,8 +46,8 @@ class RecordConfig:
     sample_s: float | None = None
 
     def __post_init__(self) -> None:
-        for key, low, high in (("trace_start_s", 0.0, 1e9), ("trace_duration_s", 0.0, 1e9), ("sample_s", 1e-3, 1e9)):
-            check_range(f"record.{key}", getattr(self, key), low, high)
+        check_ranges("record", self, 0.0, 1e9, "trace_start_s", "trace_duration_s")
+        check_ranges("record", self, 1e-3, 1e9, "sample_s")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_medha.core.cost.cluster_cost import ClusterCost
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
-from megatron_medha.core.errors import ConfigError, check_range
+from megatron_medha.core.errors import ConfigError, check_ranges
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.ports import SchedulerProtocol
@@ -44,10 +44,9 @@ class SystemConfig:
     short_prompt_tokens: int = 8191  # prompts up to here go there
 
     def __post_init__(self) -> None:
-        for key, low, high in (
-            ("instance_tp", 1, 1 << 10), ("num_reserved", 0, 1 << 20), ("short_prompt_tokens", 1, 1 << 40),
-        ):  # fmt: skip
-            check_range(f"system.{key}", getattr(self, key), low, high)
+        check_ranges("system", self, 1, 1 << 10, "instance_tp")
+        check_ranges("system", self, 0, 1 << 20, "num_reserved")
+        check_ranges("system", self, 1, 1 << 40, "short_prompt_tokens")
         if self.num_reserved and self.kind is not SystemKind.ELASTIC:
             raise ConfigError(
                 f"system.num_reserved={self.num_reserved}: only system.kind=elastic has pools; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_medha.core.errors import check_range
+from megatron_medha.core.errors import check_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,5 +16,5 @@ class TruthConfig:
     noise: float = 0.0           # standard deviation of the logarithm of a factor on each step and KVP rank
 
     def __post_init__(self) -> None:
-        for key, low, high in (("linear_bias", 1e-3, 1e3), ("attention_bias", 1e-3, 1e3), ("noise", 0.0, 2.0)):
-            check_range(f"truth.{key}", getattr(self, key), low, high)
+        check_ranges("truth", self, 1e-3, 1e3, "linear_bias", "attention_bias")
+        check_ranges("truth", self, 0.0, 2.0, "noise")

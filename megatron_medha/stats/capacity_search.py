@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import sqrt
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import check_ranges
 
 _Z = 1.96  # normal quantile of a two-sided interval of 95%
 
@@ -53,11 +53,10 @@ class CapacitySearch:
     probes: list[Probe] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for key, low, high in (
-            ("start_qps", 1e-6, 1e6), ("attainment", 1e-3, 1.0), ("tolerance", 1e-4, 1.0), ("max_probes", 1, 1000)
-        ):
-            if not low <= getattr(self, key) <= high:
-                raise ConfigError(f"capacity.{key}={getattr(self, key):g}: must be between {low:g} and {high:g}")
+        check_ranges("capacity", self, 1e-6, 1e6, "start_qps")
+        check_ranges("capacity", self, 1e-3, 1.0, "attainment")
+        check_ranges("capacity", self, 1e-4, 1.0, "tolerance")
+        check_ranges("capacity", self, 1, 1000, "max_probes")
 
     @property
     def best_qps(self) -> float | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import check_ranges
 from megatron_medha.stats.request_stats import Ending, RequestStats
 
 
@@ -23,19 +22,10 @@ class Slo:
     attainment: float = 0.9        # share of requests that must meet all of it, for a system to pass
 
     def __post_init__(self) -> None:
-        for key, low, high in (
-            ("ttft_multiplier", 0.0, 1e6),
-            ("min_ttft_s", 0.0, 1e9),
-            ("ttft_s", 1e-6, 1e9),
-            ("tpot_s", 1e-6, 1e9),
-            ("e2e_s", 1e-6, 1e9),
-            ("tbt_s", 1e-6, 1e9),
-            ("max_miss_rate", 0.0, 1.0),
-            ("attainment", 0.0, 1.0),
-        ):
-            value = getattr(self, key)
-            if value is not None and not (low <= value <= high and isfinite(value)):
-                raise ConfigError(f"slo.{key}={value:g}: must be between {low:g} and {high:g}")
+        check_ranges("slo", self, 0.0, 1e6, "ttft_multiplier")
+        check_ranges("slo", self, 0.0, 1e9, "min_ttft_s")
+        check_ranges("slo", self, 1e-6, 1e9, "ttft_s", "tpot_s", "e2e_s", "tbt_s")
+        check_ranges("slo", self, 0.0, 1.0, "max_miss_rate", "attainment")
 
     def deadline_s(self, isolated_s: float) -> float:
         """Seconds from arrival in which the first token is due."""

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from random import Random
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_ranges
 from megatron_medha.core.request import Request
 from megatron_medha.workload.arrivals import ArrivalProcess, ArrivalShape, arrival_times_s
 from megatron_medha.workload.lengths import MixScales, draw_mix
@@ -46,24 +45,13 @@ class WorkloadConfig:
     amplitude: float = 0.8
 
     def __post_init__(self) -> None:
-        for key, low, high in (
-            ("long_share", 0.0, 1.0),
-            ("long_prompt_scale", 1e-3, 1e4),
-            ("short_prompt_scale", 1e-3, 1e4),
-            ("output_scale", 1e-3, 1e4),
-            ("qps", 1e-6, 1e6),
-            ("time_scale", 1e-6, 1e6),
-            ("duration_s", 1e-3, 1e9),
-            ("num_requests", 1, 1 << 40),
-            ("cv", 0.05, 100.0),
-            ("burst_factor", 1.0, 1e6),
-            ("burst_s", 1e-3, 1e9),
-            ("period_s", 1e-3, 1e9),
-            ("amplitude", 0.0, 1.0),
-        ):
-            value = getattr(self, key)
-            if value is not None and not (low <= value <= high and isfinite(value)):
-                raise ConfigError(f"workload.{key}={value:g}: must be between {low:g} and {high:g}")
+        check_ranges("workload", self, 0.0, 1.0, "long_share", "amplitude")
+        check_ranges("workload", self, 1e-3, 1e4, "long_prompt_scale", "short_prompt_scale", "output_scale")
+        check_ranges("workload", self, 1e-6, 1e6, "qps", "time_scale")
+        check_ranges("workload", self, 1e-3, 1e9, "duration_s", "burst_s", "period_s")
+        check_ranges("workload", self, 1, 1 << 40, "num_requests")
+        check_ranges("workload", self, 0.05, 100.0, "cv")
+        check_ranges("workload", self, 1.0, 1e6, "burst_factor")
 
     @property
     def shape(self) -> ArrivalShape:

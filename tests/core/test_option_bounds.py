@@ -86,7 +86,7 @@ def test_a_scheduler_option_may_have_both_its_bounds_and_nothing_beyond(key: str
     for value in outside(low, high):
         with pytest.raises(ConfigError) as error:
             replace(wide, **{key: value})
-        assert str(error.value) == f"scheduler.{key}={value} must be between {low} and {high}"
+        assert str(error.value) == f"scheduler.{key}={value:.10g}: must be between {low:.10g} and {high:.10g}"
 
 
 def test_a_step_holds_at_least_a_token_and_no_more_than_a_billion() -> None:
@@ -94,7 +94,7 @@ def test_a_step_holds_at_least_a_token_and_no_more_than_a_billion() -> None:
     for value in (0, (1 << 30) + 1):
         with pytest.raises(ConfigError) as error:
             replace(least, max_batch_tokens=value)
-        assert str(error.value) == f"scheduler.max_batch_tokens={value} must be between 1 and {1 << 30}"
+        assert str(error.value) == f"scheduler.max_batch_tokens={value}: must be between 1 and {1 << 30}"
 
 
 @pytest.mark.parametrize("key", ["tile_tokens", "max_num_sequences"])
@@ -141,7 +141,7 @@ def test_a_figure_of_the_hardware_may_have_both_its_bounds_and_nothing_beyond(ke
     for value in (*outside(low, high), float("nan")):
         with pytest.raises(ConfigError) as error:
             replace(HARDWARE, **{key: value})
-        assert str(error.value) == f"hardware.{key}={value:g}: must be between {low:g} and {high:g}"
+        assert str(error.value) == f"hardware.{key}={value:.10g}: must be between {low:.10g} and {high:.10g}"
 
 
 @pytest.mark.parametrize("link", ["intra_node", "inter_node"])
@@ -153,7 +153,7 @@ def test_a_figure_of_a_link_may_have_both_its_bounds_and_nothing_beyond(link: st
     for value in outside(low, high):
         with pytest.raises(ConfigError) as error:
             replace(HARDWARE, **{link: Link(**{key: value})})
-        assert str(error.value) == f"hardware.{link}.{key}={value:g}: must be between {low:g} and {high:g}"
+        assert str(error.value) == f"hardware.{link}.{key}={value:.10g}: must be between {low:.10g} and {high:.10g}"
 
 
 def test_hardware_that_names_its_speed_alone_is_one_device_with_efficiencies_and_overheads_of_a_first_guess() -> None:
@@ -173,7 +173,7 @@ def test_a_cost_of_an_engine_may_have_both_its_bounds_and_nothing_beyond(key: st
     for value in (*outside(0.0, 10.0), float("nan")):
         with pytest.raises(ConfigError) as error:
             replace(ENGINE, **{key: value})
-        assert str(error.value) == f"engine.{key}={value:g}: must be between 0 and 10"
+        assert str(error.value) == f"engine.{key}={value:.10g}: must be between 0 and 10"
 
 
 @pytest.mark.parametrize(("key", "least"), [("graph_max_context", 0), ("attention_tile_rows", 1)])
@@ -260,7 +260,7 @@ def test_a_number_may_be_both_ends_of_its_range_or_none_and_must_be_finite() -> 
     for value in (0.999, 2.001, float("nan")):
         with pytest.raises(ConfigError) as error:
             check_range("server.limit", value, 1.0, 2.0)
-        assert str(error.value) == f"server.limit={value:g}: must be between 1 and 2"
+        assert str(error.value) == f"server.limit={value:.10g}: must be between 1 and 2"
     with pytest.raises(ConfigError):
         check_range("server.limit", inf, 1.0, inf)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_medha.core.errors import ConfigError, check_range
+from megatron_medha.core.errors import ConfigError, check_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +27,9 @@ class EngineCosts:
                                             # None: tiles are also split by keys, so that they fill any device
 
     def __post_init__(self) -> None:
-        for key in ("step_s", "sequence_s", "stage_entry_s", "layer_launch_s", "request_s"):
-            check_range(f"engine.{key}", getattr(self, key), 0.0, 10.0)
+        check_ranges(
+            "engine", self, 0.0, 10.0, "step_s", "sequence_s", "stage_entry_s", "layer_launch_s", "request_s"
+        )
         if self.graph_max_context is not None and self.graph_max_context < 0:
             raise ConfigError(f"engine.graph_max_context={self.graph_max_context}: must be at least 0, or null")
         if self.attention_tile_rows is not None and self.attention_tile_rows < 1:

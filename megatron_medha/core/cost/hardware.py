@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_medha.core.errors import check_range
+from megatron_medha.core.errors import check_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,28 +44,24 @@ class Hardware:
     inter_node: Link = Link()
 
     def __post_init__(self) -> None:
-        for key, low, high in (
-            ("flops_per_s", 1e3, 1e21),
-            ("memory_bytes_per_s", 1e3, 1e21),
-            ("fp8_flops_per_s", 1e3, 1e21),
-            ("memory_bytes", 1e3, 1e21),
-            ("num_sms", 1, 1 << 20),
-            ("linear_efficiency", 0.001, 1.0),
-            ("attention_efficiency", 0.001, 1.0),
-            ("lone_tile_efficiency", 0.001, 1.0),
-            ("memory_efficiency", 0.001, 1.0),
-            ("kernel_overhead_s", 0.0, 10.0),
-            ("step_overhead_s", 0.0, 10.0),
-            ("layer_overhead_s", 0.0, 10.0),
-            ("chunk_overhead_s", 0.0, 10.0),
-            ("num_devices", 1, 1 << 24),
-            ("devices_per_node", 1, 1 << 24),
-        ):
-            check_range(f"hardware.{key}", getattr(self, key), low, high)
+        check_ranges(
+            "hardware", self, 1e3, 1e21,
+            "flops_per_s", "memory_bytes_per_s", "fp8_flops_per_s", "memory_bytes",
+        )  # fmt: skip
+        check_ranges("hardware", self, 1, 1 << 20, "num_sms")
+        check_ranges(
+            "hardware", self, 0.001, 1.0,
+            "linear_efficiency", "attention_efficiency", "lone_tile_efficiency", "memory_efficiency",
+        )  # fmt: skip
+        check_ranges(
+            "hardware", self, 0.0, 10.0,
+            "kernel_overhead_s", "step_overhead_s", "layer_overhead_s", "chunk_overhead_s",
+        )  # fmt: skip
+        check_ranges("hardware", self, 1, 1 << 24, "num_devices", "devices_per_node")
         for key in ("intra_node", "inter_node"):
             link: Link = getattr(self, key)
-            check_range(f"hardware.{key}.bytes_per_s", link.bytes_per_s, 1e3, 1e21)
-            check_range(f"hardware.{key}.latency_s", link.latency_s, 0.0, 10.0)
+            check_ranges(f"hardware.{key}", link, 1e3, 1e21, "bytes_per_s")
+            check_ranges(f"hardware.{key}", link, 0.0, 10.0, "latency_s")
 
     def matmul_flops_per_s(self, bytes_per_element: int) -> float:
         """The peak in a type of this size."""

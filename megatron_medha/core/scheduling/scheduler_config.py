@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_ranges
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule
 from megatron_medha.core.scheduling.policies import POLICIES
 
@@ -37,25 +37,16 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if self.policy not in (known := self._policies()):
             raise ConfigError(f"scheduler.policy={self.policy} is unknown; choose one of {', '.join(known)}")
-        for key, low, high in (
-            ("step_budget_s", 1e-4, 3600.0),
-            ("tile_tokens", 1, 1 << 20),
-            ("fixed_chunk_tokens", 1, 1 << 30),
-            ("max_batch_tokens", 1, 1 << 30),
-            ("max_num_sequences", 1, 1 << 20),
-            ("deadline_multiplier", 0.0, 1e6),
-            ("min_deadline_s", 1e-6, 1e9),
-            ("slack_margin_steps", 0.0, 1e6),
-            ("max_relative_slack", 0.0, 0.99),
-            ("max_banked_steps", 0.0, 1e3),
-            ("progress_share", 0.0, 1.0),
-            ("max_skips", 0, 1 << 30),
-            ("watermark", 0.0, 0.5),
-            ("max_chunk_tokens", 1, 1 << 30),
-        ):
-            value = getattr(self, key)
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"scheduler.{key}={value} must be between {low} and {high}")
+        check_ranges("scheduler", self, 1e-4, 3600.0, "step_budget_s")
+        check_ranges("scheduler", self, 1, 1 << 20, "tile_tokens", "max_num_sequences")
+        check_ranges("scheduler", self, 1, 1 << 30, "fixed_chunk_tokens", "max_batch_tokens", "max_chunk_tokens")
+        check_ranges("scheduler", self, 0.0, 1e6, "deadline_multiplier", "slack_margin_steps")
+        check_ranges("scheduler", self, 1e-6, 1e9, "min_deadline_s")
+        check_ranges("scheduler", self, 0.0, 0.99, "max_relative_slack")
+        check_ranges("scheduler", self, 0.0, 1e3, "max_banked_steps")
+        check_ranges("scheduler", self, 0.0, 1.0, "progress_share")
+        check_ranges("scheduler", self, 0, 1 << 30, "max_skips")
+        check_ranges("scheduler", self, 0.0, 0.5, "watermark")
         if self.tile_tokens > self.max_batch_tokens:
             raise ConfigError(
                 f"scheduler.tile_tokens={self.tile_tokens} must not exceed "

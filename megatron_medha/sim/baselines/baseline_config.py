@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from enum import Enum
 
-from megatron_medha.core.errors import ConfigError, check_range
+from megatron_medha.core.errors import ConfigError, check_ranges
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
@@ -32,14 +32,10 @@ class BaselineConfig(SchedulerConfig):
 
     def __post_init__(self) -> None:
         SchedulerConfig.__post_init__(self)
-        for key, low, high in (
-            ("max_partial_prefills", 1, 1 << 20),
-            ("max_long_partial_prefills", 1, 1 << 20),
-            ("reserved_share", 0.0, 0.95),
-            ("short_prompt_tokens", 1, 1 << 40),
-            ("output_error", 0.0, 10.0),
-        ):
-            check_range(f"scheduler.{key}", getattr(self, key), low, high)
+        check_ranges("scheduler", self, 1, 1 << 20, "max_partial_prefills", "max_long_partial_prefills")
+        check_ranges("scheduler", self, 0.0, 0.95, "reserved_share")
+        check_ranges("scheduler", self, 1, 1 << 40, "short_prompt_tokens")
+        check_ranges("scheduler", self, 0.0, 10.0, "output_error")
 
     def _policies(self) -> Collection[str]:
         return (*POLICIES, *BASELINE_POLICIES)
