@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from megatron_medha.core.batch import Arrived, Batch, Completed, FinishReason, Output, Preempted, Rejected, TokenOut
+from megatron_medha.core.batch import (
+    Aborted,
+    Arrived,
+    Batch,
+    Completed,
+    FinishReason,
+    Output,
+    Preempted,
+    RanksLost,
+    Rejected,
+    TokenOut,
+)
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.kv.shards import context_in
 from megatron_medha.core.request import Request
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
-from megatron_medha.sim.sim_world import SimRuntime, no_failures
+from megatron_medha.sim.sim_world import SimRuntime
 
 
 @dataclass(slots=True)
@@ -40,14 +51,27 @@ class RecordingSimRuntime(SimRuntime):
         arrivals: Iterable[Request],
         truth: Callable[[Batch], float],
         spp: int = 1,
-        outcome: Callable[[Batch, float], Completed] = no_failures,
+        outcome: Callable[[Batch, float], Completed] | None = None,
     ) -> None:
-        super().__init__((), Pipeline(spp), outcome)
+        super().__init__((), Pipeline(spp))
+        self._outcome = outcome or super().completed
         self._truth = truth
         self.records: dict[str, RequestRecord] = {}
         for request in arrivals:
             self.records.setdefault(request.request_id, RequestRecord(request))
             self.push(request.arrival_s, Arrived(request))
+
+    def completed(self, batch: Batch, duration_s: float) -> Completed:
+        """How a batch ends."""
+        return self._outcome(batch, duration_s)
+
+    def abort(self, at_s: float, request_id: str) -> None:
+        """Let a client go away at a moment."""
+        self.push(at_s, Aborted(request_id))
+
+    def lose_ranks(self, at_s: float) -> None:
+        """Let the ranks fail, and come back empty, at a moment; batches in flight never complete."""
+        self.push(at_s, RanksLost("simulated"))
 
     def submit(self, batch: Batch) -> None:
         """See Runtime."""

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 from math import inf
 
-from megatron_medha.core.batch import (
-    Aborted,
-    Arrived,
-    Batch,
-    Completed,
-    Event,
-    FirstStageDone,
-    RanksLost,
-)
+from megatron_medha.core.batch import Arrived, Batch, Completed, Event, FirstStageDone, RanksLost
 from megatron_medha.core.request import Request
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
-
-
-def no_failures(batch: Batch, duration_s: float) -> Completed:
-    """The end of a batch in which no sampled token was a stop token and nothing failed."""
-    return Completed(batch_id=batch.batch_id, duration_s=duration_s)
 
 
 class SimRuntime:
     """A Runtime in virtual time over one replica: a heap of events, and a pipeline that batches run through.
 
     arrivals: requests in order of arrival; the next one is asked for when the last has come.
-    outcome: what to report when a batch has taken so many seconds.
     api_server_s: from a request's arrival until the scheduler learns of it: HTTP, tokenizer.
     """
 
@@ -36,13 +22,11 @@ class SimRuntime:
         self,
         arrivals: Iterable[Request],
         pipeline: Pipeline,
-        outcome: Callable[[Batch, float], Completed] = no_failures,
         api_server_s: float = 0.0,
     ) -> None:
         self._api_server_s = api_server_s
         self._arrivals = iter(arrivals)
         self._next_arrival = next(self._arrivals, None)
-        self._outcome = outcome
         self._heap: list[tuple[float, int, Event]] = []
         self._num_pushed = 0
         self._now_s = 0.0
@@ -53,14 +37,6 @@ class SimRuntime:
         """Let an event happen at a moment; events of the same moment happen in the order they were pushed."""
         heappush(self._heap, (at_s, self._num_pushed, event))
         self._num_pushed += 1
-
-    def abort(self, at_s: float, request_id: str) -> None:
-        """Let a client go away at a moment."""
-        self.push(at_s, Aborted(request_id))
-
-    def lose_ranks(self, at_s: float) -> None:
-        """Let the ranks fail, and come back empty, at a moment; batches in flight never complete."""
-        self.push(at_s, RanksLost("simulated"))
 
     def now_s(self) -> float:
         """See Runtime."""
@@ -99,5 +75,9 @@ class SimRuntime:
         done_s = self.pipeline.run(batch.batch_id, times, self._now_s)
         if self.pipeline.spp > 1:
             self.push(self.pipeline.first_stage_free_s, FirstStageDone(batch.batch_id))
-        self.push(done_s, self._outcome(batch, times.duration_s))
+        self.push(done_s, self.completed(batch, times.duration_s))
         self._num_in_flight += 1
+
+    def completed(self, batch: Batch, duration_s: float) -> Completed:
+        """How a batch ends: no sampled token is a stop token, and nothing has failed."""
+        return Completed(batch_id=batch.batch_id, duration_s=duration_s)

@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
 
 from megatron_medha.core.batch import (
     Aborted,
     Arrived,
     Batch,
-    Chunk,
     Completed,
     Event,
     FirstStageDone,
@@ -20,7 +21,6 @@ from megatron_medha.core.batch import (
     RanksLost,
 )
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
 from megatron_medha.system.best_effort_file import BestEffortFile, TextSink
@@ -29,6 +29,7 @@ _EVENTS: dict[str, type[Event]] = {
     kind.__name__: kind for kind in (Arrived, FirstStageDone, Completed, Aborted, RanksLost)
 }
 
+T = TypeVar("T", bound=NamedTuple)
 
 # Raised when a key or an event is renamed; read_log() then translates what is older.
 FORMAT = 2
@@ -96,17 +97,22 @@ def replay(records: Iterable[Recorded], decisions: SchedulerProtocol) -> int:
     """
     num_batches = 0
     for record in records:
-        if not isinstance(record.entry, Batch):
-            try:
-                decisions.handle(record.entry, record.now_s)
-            except KeyError as error:
-                raise ReplayError(f"line {record.line}: {record.entry} concerns no batch in flight") from error
-            continue
-        batch = decisions.schedule(record.now_s)
-        if batch != record.entry:
-            raise ReplayError(f"line {record.line}: recorded {record.entry}, but the replay decides {batch}")
-        num_batches += 1
+        replay_record(record, decisions)
+        num_batches += isinstance(record.entry, Batch)
     return num_batches
+
+
+def replay_record(record: Recorded, decisions: SchedulerProtocol) -> Sequence[Output]:
+    """Feed one record to a scheduler: what comes back for an input, nothing for a batch. Raises ReplayError."""
+    if not isinstance(record.entry, Batch):
+        try:
+            return decisions.handle(record.entry, record.now_s)
+        except KeyError as error:
+            raise ReplayError(f"line {record.line}: {record.entry} concerns no batch in flight") from error
+    batch = decisions.schedule(record.now_s)
+    if batch != record.entry:
+        raise ReplayError(f"line {record.line}: recorded {record.entry}, but the replay decides {batch}")
+    return ()
 
 
 def _fields(event: Event) -> dict[str, Any]:
@@ -127,23 +133,16 @@ def _record(line: int, record: dict[str, Any]) -> Recorded:
     try:
         now_s = float(record.pop("now_s"))
         if "batch" in record:
-            fields = record["batch"]
-            fields["chunks"] = tuple(_chunk(chunk) for chunk in fields["chunks"])
-            fields["released"] = tuple(fields["released"])
-            return Recorded(line, now_s, Batch(**fields))
+            return Recorded(line, now_s, _named_tuple(Batch, record["batch"]))
         kind = _EVENTS[record.pop("event")]
         if kind is Arrived:
             return Recorded(line, now_s, Arrived(Request(**record["request"])))
-        if kind is Completed:
-            record["stopped"] = tuple(record["stopped"])
-            record["failed"] = tuple((request_id, why) for request_id, why in record["failed"])
-        return Recorded(line, now_s, kind(**record))
-    except (KeyError, TypeError, ValueError) as error:
+        entry = _named_tuple(kind, record) if issubclass(kind, tuple) else kind(**record)
+        return Recorded(line, now_s, entry)
+    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
         raise ReplayError(f"line {line}: not a record of this version ({error!r})") from None
 
 
-def _chunk(values: list[Any]) -> Chunk:
-    request_id, start, num_tokens, samples_token, kvp_ranks, extents = values
-    return Chunk(
-        request_id, start, num_tokens, samples_token, tuple(kvp_ranks), tuple(Extent(*extent) for extent in extents)
-    )
+def _named_tuple(kind: type[T], fields: dict[str, Any]) -> T:
+    """Of these fields, lists within made tuples again."""
+    return msgspec.convert([fields[name] for name in kind._fields], kind)

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megatron_medha.core.batch import Batch, Chunk, Event, Output, TokenOut
+from megatron_medha.core.batch import Batch, Chunk, Output, TokenOut
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.policies import relative_slack
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.stats.decision_log import Recorded, ReplayError
+from megatron_medha.stats.decision_log import Recorded, replay_record
 from megatron_medha.stats.request_stats import Ending, RequestStats, RequestTracker
 
 
@@ -134,7 +134,7 @@ def explain_request(records: Iterable[Recorded], scheduler: Scheduler, request_i
     tracker = RequestTracker(begin)
     for record in records:
         if not isinstance(record.entry, Batch):
-            outputs = _handle(record, record.entry, scheduler)
+            outputs = replay_record(record, scheduler)
             if found is not None:
                 _count_tokens(found.stats, outputs, record.now_s)
             tracker.handled(record.entry, outputs, record.now_s)
@@ -143,12 +143,9 @@ def explain_request(records: Iterable[Recorded], scheduler: Scheduler, request_i
             if found is not None and found.stats.ending is not Ending.UNFINISHED:
                 return found
             continue
-        if found is None:
-            _schedule(record, record.entry, scheduler)
-            continue
         seq = scheduler.sequence(request_id)
-        if seq is None or not seq.is_prefill:
-            _schedule(record, record.entry, scheduler)
+        if found is None or seq is None or not seq.is_prefill:
+            replay_record(record, scheduler)
             continue
         slacks = {other.request_id: relative_slack(other, record.now_s) for other in scheduler.sequences
                   if other.is_prefill}  # fmt: skip
@@ -156,22 +153,9 @@ def explain_request(records: Iterable[Recorded], scheduler: Scheduler, request_i
         found.deadline_s, found.work_s = seq.deadline_s, seq.total_work_s
         if found.deprioritized_s is None and scheduler.is_deprioritized(seq, record.now_s):
             found.deprioritized_s = record.now_s
-        _schedule(record, record.entry, scheduler)
+        replay_record(record, scheduler)
         _note_batch(found, record.entry, record.now_s, slacks, blocked, tracker.live)
     return found
-
-
-def _handle(record: Recorded, event: Event, scheduler: Scheduler) -> list[Output]:
-    try:
-        return scheduler.handle(event, record.now_s)
-    except KeyError as error:
-        raise ReplayError(f"line {record.line}: {event} concerns no batch in flight") from error
-
-
-def _schedule(record: Recorded, recorded: Batch, scheduler: Scheduler) -> None:
-    batch = scheduler.schedule(record.now_s)
-    if batch != recorded:
-        raise ReplayError(f"line {record.line}: recorded {recorded}, but the replay decides {batch}")
 
 
 def _arrived(stats: RequestStats, scheduler: Scheduler, now_s: float) -> Explanation:
@@ -179,7 +163,7 @@ def _arrived(stats: RequestStats, scheduler: Scheduler, now_s: float) -> Explana
     return Explanation(stats, scheduler.config.policy, now_s, num_ahead_on_arrival=len(others))
 
 
-def _count_tokens(stats: RequestStats, outputs: list[Output], now_s: float) -> None:
+def _count_tokens(stats: RequestStats, outputs: Iterable[Output], now_s: float) -> None:
     for output in outputs:
         if isinstance(output, TokenOut) and output.request_id == stats.request.request_id:
             stats.num_tokens_out += 1

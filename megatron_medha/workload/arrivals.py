@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from itertools import count
 from math import cos, pi
@@ -24,20 +23,15 @@ class ArrivalProcess(Enum):
     DIURNAL = "diurnal"    # Poisson, with a rate that swings over a period as over a day
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArrivalShape:
-    """How arrivals scatter around their mean rate."""
-
-    cv: float            # gamma: standard deviation of gaps over their mean; 1 is Poisson
-    burst_factor: float  # burst: rate within a burst over the mean rate
-    burst_s: float       # burst: length of one
-    period_s: float      # burst, diurnal: from the start of one burst or night to the next
-    amplitude: float     # diurnal: the rate swings by this share of its mean, 0 to 1
-
-
-def arrival_times_s(kind: ArrivalProcess, qps: float, draw: Random, shape: ArrivalShape) -> Iterator[float]:
+def arrival_times_s(
+    kind: ArrivalProcess, qps: float, draw: Random, *,
+    cv: float, burst_factor: float, burst_s: float, period_s: float, amplitude: float,
+) -> Iterator[float]:  # fmt: skip
     """Endless arrival times, ascending from 0, at a mean of `qps` per second.
 
+    cv: of gamma, standard deviation of gaps over their mean; 1 is Poisson. burst_factor: rate within a burst of
+    burst_s over the mean rate. period_s: from the start of one burst or night to the next. amplitude: the share of its
+    mean, 0 to 1, by which the diurnal rate swings.
     Raises ConfigError where bursts would need a negative rate between them.
     """
     match kind:
@@ -46,26 +40,26 @@ def arrival_times_s(kind: ArrivalProcess, qps: float, draw: Random, shape: Arriv
         case ArrivalProcess.POISSON:
             return _running_sum(lambda: draw.expovariate(qps))
         case ArrivalProcess.GAMMA:
-            shape_parameter = 1.0 / shape.cv**2
+            shape_parameter = 1.0 / cv**2
             return _running_sum(lambda: draw.gammavariate(shape_parameter, 1.0 / (shape_parameter * qps)))
         case ArrivalProcess.BURST:
-            busy = shape.burst_factor * shape.burst_s / shape.period_s  # share of arrivals that come in bursts
-            if shape.burst_s >= shape.period_s or busy > 1.0:
+            busy = burst_factor * burst_s / period_s  # share of arrivals that come in bursts
+            if burst_s >= period_s or busy > 1.0:
                 raise ConfigError(
-                    f"workload.burst_factor={shape.burst_factor:g}: bursts of workload.burst_s={shape.burst_s:g} every "
-                    f"workload.period_s={shape.period_s:g} would bring more than all requests; at most "
-                    f"period_s / burst_s = {shape.period_s / shape.burst_s:g}, with burst_s below period_s"
+                    f"workload.burst_factor={burst_factor:g}: bursts of workload.burst_s={burst_s:g} every "
+                    f"workload.period_s={period_s:g} would bring more than all requests; at most "
+                    f"period_s / burst_s = {period_s / burst_s:g}, with burst_s below period_s"
                 )
-            calm = (1.0 - busy) / (1.0 - shape.burst_s / shape.period_s)
+            calm = (1.0 - busy) / (1.0 - burst_s / period_s)
             return _thinned(
-                lambda at_s: qps * (shape.burst_factor if at_s % shape.period_s < shape.burst_s else calm),
-                qps * max(shape.burst_factor, calm),
+                lambda at_s: qps * (burst_factor if at_s % period_s < burst_s else calm),
+                qps * max(burst_factor, calm),
                 draw,
             )
         case ArrivalProcess.DIURNAL:
             return _thinned(
-                lambda at_s: qps * (1.0 - shape.amplitude * cos(2.0 * pi * at_s / shape.period_s)),
-                qps * (1.0 + shape.amplitude),
+                lambda at_s: qps * (1.0 - amplitude * cos(2.0 * pi * at_s / period_s)),
+                qps * (1.0 + amplitude),
                 draw,
             )
         case ArrivalProcess.AUTO | ArrivalProcess.RECORDED:

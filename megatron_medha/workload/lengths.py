@@ -42,22 +42,16 @@ LONG_PROMPT = Quantiles(
 LONG_OUTPUT = Quantiles((61, 134, 191, 302, 379, 449, 522, 583, 643, 706, 792, 882, 1060, 1578))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MixScales:
-    """Factors on the lengths of the mix, for machines that are slower than those it was made for."""
-
-    short_prompts: float = 1.0
-    long_prompts: float = 1.0  # 2.0 gives the up to 2M tokens of the paper's 70B test
-    outputs: float = 1.0
-
-
-def draw_mix(draw: Random, long_share: float, scales: MixScales) -> tuple[int, int]:
+def draw_mix(
+    draw: Random, long_share: float, *, short_scale: float = 1.0, long_scale: float = 1.0, output_scale: float = 1.0
+) -> tuple[int, int]:
     """Prompt and output tokens of one request of the mix, independent of each other, at least one of each.
 
-    They are in the data too: correlation about 0.05 in both classes.
+    They are in the data too: correlation about 0.05 in both classes. The scales are factors on lengths, for machines
+    slower than those the mix was made for; long_scale=2 gives the up to 2M tokens of the paper's 70B test.
     """
     if draw.random() < long_share:
-        prompt, output = LONG_PROMPT.at(draw.random()) * scales.long_prompts, LONG_OUTPUT.at(draw.random())
+        prompt, output = LONG_PROMPT.at(draw.random()) * long_scale, LONG_OUTPUT.at(draw.random())
     else:
-        prompt, output = SHORT_PROMPT.at(draw.random()) * scales.short_prompts, SHORT_OUTPUT.at(draw.random())
-    return max(1, round(prompt)), max(1, round(output * scales.outputs))
+        prompt, output = SHORT_PROMPT.at(draw.random()) * short_scale, SHORT_OUTPUT.at(draw.random())
+    return max(1, round(prompt)), max(1, round(output * output_scale))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 from pathlib import Path
@@ -11,8 +11,8 @@ from random import Random
 
 from megatron_medha.core.errors import ConfigError, check_ranges
 from megatron_medha.core.request import Request
-from megatron_medha.workload.arrivals import ArrivalProcess, ArrivalShape, arrival_times_s
-from megatron_medha.workload.lengths import MixScales, draw_mix
+from megatron_medha.workload.arrivals import ArrivalProcess, arrival_times_s
+from megatron_medha.workload.lengths import draw_mix
 from megatron_medha.workload.trace_file import TraceFile
 
 
@@ -54,9 +54,9 @@ class WorkloadConfig:
         check_ranges("workload", self, 1.0, 1e6, "burst_factor")
 
     @property
-    def shape(self) -> ArrivalShape:
-        """How arrivals scatter."""
-        return ArrivalShape(**{field.name: getattr(self, field.name) for field in fields(ArrivalShape)})
+    def drawn_arrivals(self) -> ArrivalProcess:
+        """How arrivals are drawn where they are not recorded."""
+        return ArrivalProcess.POISSON if self.arrivals is ArrivalProcess.AUTO else self.arrivals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +109,7 @@ class Workload:
         config, facts = self.config, self.facts
         rate = "" if config.qps is None else f" at {config.qps:g} requests/s"
         if config.path is None or not self._is_recorded:
-            kind = ArrivalProcess.POISSON if config.arrivals is ArrivalProcess.AUTO else config.arrivals
-            arrivals = f"arrivals {kind.value}{rate}"
+            arrivals = f"arrivals {config.drawn_arrivals.value}{rate}"
         elif self._stretch == 1.0:
             arrivals = "arrivals as recorded"
         else:
@@ -189,20 +188,21 @@ class Workload:
         """
         config = self.config
         assert config.qps is not None
-        kind = ArrivalProcess.POISSON if config.arrivals is ArrivalProcess.AUTO else config.arrivals
-        arrivals_s = arrival_times_s(kind, config.qps, Random(f"arrivals {self._seed}"), config.shape)
+        arrivals_s = arrival_times_s(
+            config.drawn_arrivals, config.qps, Random(f"arrivals {self._seed}"), cv=config.cv,
+            burst_factor=config.burst_factor, burst_s=config.burst_s, period_s=config.period_s,
+            amplitude=config.amplitude,
+        )  # fmt: skip
         if config.path is not None:
             for arrival_s, row in zip(arrivals_s, self._trace(config.path).rows(), strict=False):
                 yield arrival_s, row.num_prompt_tokens, row.num_output_tokens
         else:
             draw = Random(f"lengths {self._seed}")
-            scales = MixScales(
-                short_prompts=config.short_prompt_scale,
-                long_prompts=config.long_prompt_scale,
-                outputs=config.output_scale,
-            )
             for arrival_s in arrivals_s:
-                yield arrival_s, *draw_mix(draw, config.long_share, scales)
+                yield arrival_s, *draw_mix(
+                    draw, config.long_share, short_scale=config.short_prompt_scale,
+                    long_scale=config.long_prompt_scale, output_scale=config.output_scale,
+                )  # fmt: skip
 
     def _count(self) -> WorkloadFacts:
         num_requests = num_prompt_tokens = num_output_tokens = max_prompt = max_request = 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.request import Request
 from megatron_medha.workload.arrivals import ArrivalProcess
-from megatron_medha.workload.lengths import LONG_OUTPUT, LONG_PROMPT, SHORT_OUTPUT, SHORT_PROMPT, MixScales, draw_mix
+from megatron_medha.workload.lengths import LONG_OUTPUT, LONG_PROMPT, SHORT_OUTPUT, SHORT_PROMPT, draw_mix
 from megatron_medha.workload.workload import Workload, WorkloadConfig, ZeroLengths
 
 Write = Callable[..., Path]
@@ -61,7 +61,7 @@ def test_a_quantile_lies_within_its_table(probability: float) -> None:
 
 def test_the_share_of_long_requests_is_the_one_asked_for() -> None:
     draw = Random(1)
-    lengths = [draw_mix(draw, 0.25, MixScales())[0] for _ in range(4_000)]
+    lengths = [draw_mix(draw, 0.25)[0] for _ in range(4_000)]
     assert sum(length > 100_000 for length in lengths) / len(lengths) == pytest.approx(0.25, abs=0.02)
     assert not any(8192 <= length <= 100_000 for length in lengths)
 
