@@ -12,6 +12,7 @@ from megatron_medha.cluster.launch import Ranks
 from megatron_medha.cluster.messages import RankLoading, RankReady
 from megatron_medha.cluster.start_progress import StartProgress
 from megatron_medha.core.errors import RankError
+from megatron_medha.core.ports import EnginePhase
 from megatron_medha.engine.status_board import StatusBoard
 
 _log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class RankStarts:
             self._served_s += now_s - self._ready_s
             if not self._failures.failed(self._served_s):
                 raise RankError(f"{why}: failure {len(self._failures)} within {self._recovery.failure_window_s:g} s")
-        self._board.recovering(why, 0.0)
+        self._board.show(EnginePhase.RECOVERING, why)
         self._ranks.end(0.0)
 
     def check(self, now_s: float) -> None:
@@ -136,6 +137,6 @@ class RankStarts:
     def note(self, what: str, fraction: float) -> None:
         """What the ranks do while they come up."""
         if self.is_first:
-            self._board.loading(what, fraction)
+            self._board.show(EnginePhase.LOADING, what, fraction)
         else:
-            self._board.recovering(f"{self.loss_reason}; starting again: {what}", fraction)
+            self._board.show(EnginePhase.RECOVERING, f"{self.loss_reason}; starting again: {what}", fraction)

@@ -114,12 +114,12 @@ class EngineFacts:
 class EngineLoad:
     """A momentary count, for /metrics and admission."""
 
-    num_waiting: int
-    num_prefilling: int
-    num_decoding: int
-    num_free_blocks: int
-    num_blocks: int
-    num_waiting_tokens: int  # prompt tokens not computed yet, over all live requests
+    num_waiting: int = 0
+    num_prefilling: int = 0
+    num_decoding: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    num_waiting_tokens: int = 0  # prompt tokens not computed yet, over all live requests
 
 
 class ReplicaState(NamedTuple):

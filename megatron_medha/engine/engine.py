@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from megatron_medha.core.batch import Aborted, Arrived
 from megatron_medha.core.errors import MedhaError
@@ -54,16 +53,9 @@ class EngineBackend:
     watchers: tuple[ObserverFactory, ...] = ()  # of its own
 
 
-class OpenBackend(Protocol):
-    """Brings a world up when entered and takes it down when left."""
-
-    def __call__(
-        self, inbox: Inbox, streams: RequestStates, board: StatusBoard
-    ) -> AbstractContextManager[EngineBackend | None]:
-        """Entering gives None if the inbox asked to stop first. Raises MedhaError if the world cannot come up.
-
-        The world writes on the board while it comes up, first and after a failure.
-        """
+# Brings a world up when entered, writing on the board meanwhile, and takes it down when left. Entering gives None if
+# the inbox asked to stop first, and raises MedhaError if the world cannot come up.
+OpenBackend = Callable[[Inbox, RequestStates, StatusBoard], AbstractContextManager[EngineBackend | None]]
 
 
 class Engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from megatron_medha.core.ports import (
     Delivery,
@@ -80,14 +80,8 @@ class Replicas:
     def load(self) -> EngineLoad:
         """See EngineClient: of all replicas together."""
         loads = [engine.load for engine in self._engines]
-        return EngineLoad(
-            num_waiting=sum(load.num_waiting for load in loads),
-            num_prefilling=sum(load.num_prefilling for load in loads),
-            num_decoding=sum(load.num_decoding for load in loads),
-            num_free_blocks=sum(load.num_free_blocks for load in loads),
-            num_blocks=sum(load.num_blocks for load in loads),
-            num_waiting_tokens=sum(load.num_waiting_tokens for load in loads),
-        )
+        names = [count.name for count in fields(EngineLoad)]
+        return EngineLoad(**{name: sum(getattr(load, name) for load in loads) for name in names})
 
     @property
     def replicas(self) -> tuple[ReplicaState, ...]:

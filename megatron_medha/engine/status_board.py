@@ -24,14 +24,6 @@ class StatusBoard:
         """Another phase, or other words about it; the counts stay."""
         self._change(phase=phase, detail=detail, fraction=fraction)
 
-    def loading(self, what: str, fraction: float) -> None:
-        """The world is coming up."""
-        self.show(EnginePhase.LOADING, what, fraction)
-
-    def recovering(self, why: str, fraction: float) -> None:
-        """The world is coming up again."""
-        self.show(EnginePhase.RECOVERING, why, fraction)
-
     def count_failure(self) -> None:
         """Ranks were lost."""
         self._change(num_failures=self.status.num_failures + 1)

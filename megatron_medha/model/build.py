@@ -42,7 +42,7 @@ def build_model(
     fp8: a recipe of model/fp8.py; only what Transformer Engine must know when layers are made is settled here.
     Raises ConfigError if the layout does not divide the model.
     """
-    check_divides(config, tp=pgs.tp.size(), spp=pgs.pp.size())
+    check_divides(config.shape(dtype.itemsize), tp=pgs.tp.size(), spp=pgs.pp.size())
     transformer_config = _transformer_config(config, dtype, device, pgs, is_initialized, fp8)
     tp = pgs.tp.size()
     model = _CheckpointedGPTModel(

@@ -17,7 +17,7 @@ import json
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ from megatron_medha.stats.timeline import Timeline
 CONFIG, RUN, REQUESTS, SAMPLES = "config.yaml", "run.json", "requests.jsonl", "samples.jsonl"
 SUMMARY, TABLE, TRACE, DECISIONS = "summary.json", "summary.txt", "trace.json", "decisions.jsonl"
 
+_LATENCIES = (
+    "ttft_s", "tpot_s", "max_tbt_s", "e2e_s", "scheduling_delay_s", "execution_s", "preempted_s", "isolated_s",
+    "slowdown", "deadline_miss_rate",
+)  # fmt: skip
 _BUILT_UP = 0.1  # of the arrivals' time: what a load needs to build up, as medha bench leaves it out
 
 
@@ -55,10 +59,6 @@ class RunDirectory:
     """A directory for one run; made by create(), read by whoever looks at it later."""
 
     path: Path
-    _latencies: tuple[str, ...] = field(
-        default=("ttft_s", "tpot_s", "max_tbt_s", "e2e_s", "scheduling_delay_s", "execution_s", "preempted_s",
-                 "isolated_s", "slowdown", "deadline_miss_rate"),
-    )  # fmt: skip
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, seed: int) -> RunDirectory:
@@ -141,7 +141,7 @@ class RunDirectory:
             "num_tokens_lost": outcome.num_tokens_lost,
             "meets_slo": slo.is_met(outcome),
         }
-        return values | {name: _rounded(getattr(outcome, name)) for name in self._latencies}
+        return values | {name: _rounded(getattr(outcome, name)) for name in _LATENCIES}
 
 
 def _write_sample(stream: Any, sample: StateSample) -> None:

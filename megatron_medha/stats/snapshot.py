@@ -14,10 +14,6 @@ from megatron_medha.core.scheduling.scheduler import Scheduler
 INTERVAL_S = 0.1
 COST_SHARE = 20  # snapshots and their readers take a twentieth of the engine's time at most, however long the queue
 
-NO_LOAD = EngineLoad(
-    num_waiting=0, num_prefilling=0, num_decoding=0, num_free_blocks=0, num_blocks=0, num_waiting_tokens=0
-)
-
 
 class PendingWork(NamedTuple):
     """What a scheduler has before it, by its cost model."""
@@ -26,7 +22,7 @@ class PendingWork(NamedTuple):
     decode_share: float   # of each step's time budget that decodes take
 
 
-NO_WORK = PendingWork(0.0, 0.0)
+NO_LOAD, NO_WORK = EngineLoad(), PendingWork(0.0, 0.0)
 
 
 class Snapshot(NamedTuple):

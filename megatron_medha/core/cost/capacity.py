@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import product
 from math import gcd
-from typing import Protocol
 
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.cost.kernel_costs import ACTIVATION_BYTES
@@ -50,23 +49,8 @@ class MemoryFootprint:
         return int((self.budget - self.weights - self.activations) // self.block)
 
 
-class ModelDimensions(Protocol):
-    """The sizes of a model that tensor and pipeline parallelism divide."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def num_layers(self) -> int: ...  # noqa: D102
-    @property
-    def num_heads(self) -> int: ...  # noqa: D102
-    @property
-    def num_kv_heads(self) -> int: ...  # noqa: D102
-    @property
-    def ffn_hidden_size(self) -> int: ...  # noqa: D102
-
-
-def check_divides(model: ModelDimensions, *, tp: int, spp: int) -> None:
-    """Raises ConfigError, with every size that the degrees do not divide: one rule for plans and servers."""
+def _undivided(model: ModelShape, tp: int, spp: int) -> str:
+    """The sizes of a model that the degrees do not divide, in words; empty if they divide all."""
     counts = {key: getattr(model, key) for key in ("num_heads", "num_kv_heads", "ffn_hidden_size")}
     reasons = []
     if undivided := [f"model.{key}={count}" for key, count in counts.items() if count % tp]:
@@ -76,8 +60,13 @@ def check_divides(model: ModelDimensions, *, tp: int, spp: int) -> None:
         )
     if model.num_layers % spp:
         reasons.append(f"parallel.spp={spp} must divide model.num_layers={model.num_layers} of {model.name}")
-    if reasons:
-        raise ConfigError("; ".join(reasons))
+    return "; ".join(reasons)
+
+
+def check_divides(model: ModelShape, *, tp: int, spp: int) -> None:
+    """Raises ConfigError, with every size that the degrees do not divide: one rule for plans and servers."""
+    if reasons := _undivided(model, tp, spp):
+        raise ConfigError(reasons)
 
 
 def check_layout(shape: ModelShape, hardware: Hardware, layout: ParallelLayout) -> None:
@@ -209,7 +198,7 @@ def _suggest_cluster(
         if tp > max(hardware.devices_per_node, layout.tp) or spp > shape.num_layers:
             continue
         other = ParallelLayout(tp=tp, spp=spp, kvp=kvp, dp=layout.dp)
-        if not _divides(shape, other) or not _fits(shape, hardware, other, reserve, num_tokens):
+        if _undivided(shape, tp, spp) or not _fits(shape, hardware, other, reserve, num_tokens):
             continue
         is_larger, num_given_up = other.world_size > hardware.num_devices, max(0, layout.kvp - kvp)
         num_changed = (tp != layout.tp) + (spp != layout.spp) + (kvp != layout.kvp)
@@ -219,11 +208,3 @@ def _suggest_cluster(
     is_larger, *_, best = min(candidates, key=lambda candidate: candidate[:-1])
     size = f", on {best.world_size} devices instead of the {hardware.num_devices} there are" if is_larger else ""
     return f"parallel.tp={best.tp} parallel.spp={best.spp} parallel.kvp={best.kvp} would fit{size}"
-
-
-def _divides(shape: ModelShape, layout: ParallelLayout) -> bool:
-    try:
-        check_divides(shape, tp=layout.tp, spp=layout.spp)
-    except ConfigError:
-        return False
-    return True

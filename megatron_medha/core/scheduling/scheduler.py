@@ -69,7 +69,7 @@ class Scheduler:
         self.cost = cost
         self.memory = memory
         self.policy = policy or POLICIES[config.policy]
-        self._spp = spp
+        self.spp = spp  # stages of the pipeline
         self._rule = config.chunk_rule
         self._utilization = BudgetUtilization()
         self._sequences: dict[str, Sequence] = {}
@@ -103,18 +103,13 @@ class Scheduler:
         return self._sequences.get(request_id)
 
     @property
-    def spp(self) -> int:
-        """Stages of the pipeline."""
-        return self._spp
-
-    @property
     def num_batches_in_flight(self) -> int:
         """Batches submitted and not completed."""
         return len(self._in_flight)
 
     def predicted_prefill_s(self, num_tokens: int) -> float:
         """Predicted time of a whole prefill, alone: w_total."""
-        return self._times.prefill_s(num_tokens) / self._spp
+        return self._times.prefill_s(num_tokens) / self.spp
 
     def ttft_target_s(self, request: Request, total_work_s: float) -> float:
         """Seconds from arrival in which the first token is due: the request's own, its class's, or ours."""
@@ -377,7 +372,7 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> Batch | None:
         """Choose the next batch; None when nothing can run."""
-        if not self._is_first_stage_free or len(self._in_flight) >= self._spp:
+        if not self._is_first_stage_free or len(self._in_flight) >= self.spp:
             return None
         budget_s = self._budget_s()
         builder = self._builder
@@ -460,8 +455,8 @@ class Scheduler:
         truth would make a long prompt look overdue through no fault of anybody, and others would wait for it.
         """
         whole_s = self._times.prefill_s(seq.num_known_tokens)
-        seq.remaining_work_s = max(0.0, (whole_s - self._times.prefill_s(seq.num_scheduled_tokens)) / self._spp)
-        total_s = whole_s / self._spp
+        seq.remaining_work_s = max(0.0, (whole_s - self._times.prefill_s(seq.num_scheduled_tokens)) / self.spp)
+        total_s = whole_s / self.spp
         if total_s == seq.total_work_s:
             return
         seq.total_work_s = total_s

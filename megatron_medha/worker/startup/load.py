@@ -78,7 +78,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     kv_dtype = kv_dtype_of(options.kv_dtype, dtype, backend)
     check_fp8(options.fp8, dtype=dtype, has_transformer_engine=transformer_engine_works(device), tp=layout.tp)
     check_weight_dtype(options.weight_dtype, dtype=dtype)
-    check_divides(model_config, tp=layout.tp, spp=layout.spp)
+    check_divides(model_config.shape(dtype.itemsize), tp=layout.tp, spp=layout.spp)
     if layout.world_size > 1:
         progress("the other ranks", 0.0)
     init_distributed(layout, config.rank, device=device, init_method=config.init_method)
