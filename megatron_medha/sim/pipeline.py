@@ -45,12 +45,16 @@ class Pipeline:
         self._free_s = [[now_s] * self.kvp for _ in range(self.spp)]
         self.first_stage_free_s = now_s
 
-    def occupy(self, batch_id: int, ranks: tuple[int, ...], start_s: float, seconds: float) -> None:
-        """Note that a batch has ranks of the first stage to itself; whoever calls this has seen that they are free."""
+    def occupy(self, batch_id: int, ranks: tuple[int, ...], start_s: float, seconds: float) -> float:
+        """Give a batch ranks of the first stage to itself, which must be free; returns when it leaves them."""
+        end_s = start_s + seconds
         for rank in ranks:
+            assert self._free_s[0][rank] <= start_s, f"batch {batch_id} on busy rank {rank}"
+            self._free_s[0][rank] = end_s
             self.busy_s[0][rank] += seconds
             if self._on_span is not None:
-                self._on_span(StageSpan(batch_id, 0, rank, start_s, start_s + seconds))
+                self._on_span(StageSpan(batch_id, 0, rank, start_s, end_s))
+        return end_s
 
     def run(self, batch_id: int, times: StepTimes, now_s: float) -> float:
         """Enter a batch now; returns when its last part leaves the pipeline."""

@@ -18,7 +18,7 @@ from megatron_medha.core.scheduling.placement import ReplicaLoad
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
-from megatron_medha.sim.baselines.instances_world import InstancesSimRuntime
+from megatron_medha.sim.baselines.instances_world import InstancesSimRuntime, PredictedTruth
 from megatron_medha.sim.fleet import Fleet
 from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger, LiveRequest
@@ -197,11 +197,11 @@ class Simulation:
     ) -> tuple[MeasuredSimRuntime, ComputedWork]:
         """A replica, and what it will have computed."""
         config, pipeline, api_server_s = self.config, self.config.pipeline(on_span), self._cost.engine.request_s
-        if config.instances is not None:
-            instances = InstancesSimRuntime(requests, pipeline, ledger, until_s, sample_s, look, api_server_s)
-            return instances, instances.work
-        truth = Truth(self._cost, config.setup.shard_tokens, config.truth, config.seed)
-        return MeasuredSimRuntime(requests, pipeline, truth, ledger, until_s, sample_s, look, api_server_s), truth.work
+        runtime = MeasuredSimRuntime if config.instances is None else InstancesSimRuntime
+        truth = PredictedTruth() if config.instances is not None else (
+            Truth(self._cost, config.setup.shard_tokens, config.truth, config.seed)
+        )
+        return runtime(requests, pipeline, truth, ledger, until_s, sample_s, look, api_server_s), truth.work
 
     def _sample(self, now_s: float, ledger: Ledger, memories: Sequence[KVMemory]) -> StateSample:
         config = self.config

@@ -20,7 +20,7 @@ from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
 from megatron_medha.sim.baselines.dispatch import InstanceUsage, PromptDispatcher
 from megatron_medha.sim.baselines.elastic import ElasticSystem, Filling
-from megatron_medha.sim.baselines.instances_world import InstancesSimRuntime
+from megatron_medha.sim.baselines.instances_world import InstancesSimRuntime, PredictedTruth
 from megatron_medha.sim.baselines.partition import partition
 from megatron_medha.sim.baselines.pools import ReservedPools
 from megatron_medha.sim.baselines.ring_cost import RingCost
@@ -85,7 +85,7 @@ def run(system: SchedulerProtocol, *requests: Request) -> tuple[dict[str, Reques
     outcomes: list[RequestStats] = []
     ledger = Ledger(Summary(LengthClasses(), Slo()), Slo(), lambda num_tokens: 1.0, outcomes.append)
     kept = Kept()
-    serve(system, InstancesSimRuntime(requests, Pipeline(1, 16), ledger), (kept,))
+    serve(system, InstancesSimRuntime(requests, Pipeline(1, 16), PredictedTruth(), ledger), (kept,))
     ledger.close()
     return {outcome.request.request_id: outcome for outcome in outcomes}, kept.batches
 
