@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A client's request was accepted by the front."""
+    """A client's request was accepted by the API server."""
 
     request: Request
 

@@ -13,12 +13,12 @@ from megatron_medha.sim.measured_world import MeasuredSimRuntime
 
 
 class Fleet:
-    """Decisions and Runtime at once: events happen in order of time over all replicas, each handled by its own.
+    """SchedulerProtocol and Runtime at once: events happen in order of time over all replicas, each handled by its own.
 
     arrivals: requests in order of arrival; each goes where the router of `medha serve` would put it.
     worlds: one per system, without arrivals of their own.
     load_of: what a replica has before it when a request comes in.
-    api_server_s: see World. on_sample: see MeasuredSimRuntime; of all replicas together.
+    api_server_s: see SimRuntime. on_sample: see MeasuredSimRuntime; of all replicas together.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class Fleet:
         self._worlds[self._replica].emit(output)
 
     def handle(self, event: Event, now_s: float) -> list[Output]:
-        """See Decisions."""
+        """See SchedulerProtocol."""
         return self._systems[self._replica].handle(event, now_s)
 
     def schedule(self, now_s: float) -> Batch | None:
-        """See Decisions."""
+        """See SchedulerProtocol."""
         return self._systems[self._replica].schedule(now_s)

@@ -24,7 +24,7 @@ class IsolatedTimes:
 
     build: a fresh system, the same whichever system is under test, so that all are held to the same deadlines.
     truth: what its batches take, without noise.
-    api_server_s: see World.
+    api_server_s: see SimRuntime.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A simulated replica in wall time behind the real front: the whole server can be tried without a model."""
+"""A simulated replica in wall time behind the real API server: the whole server can be tried without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which system decides in a simulation, or in its replay: where a configuration becomes a Decisions object."""
+"""Which system decides in a simulation, or in its replay: where a configuration becomes a SchedulerProtocol."""
 
 from __future__ import annotations
 

@@ -8,14 +8,12 @@ from megatron_medha.core.cost.step_cost import CostModel, RooflineCost, StepLoad
 _NUM_FEATURES = 8
 _NOISE = 0.04                # of a step's duration, what a quiet machine shows between equal steps
 _PRIOR_SPREAD = 30.0         # times its start value that a coefficient may be off; start values are only a tie-break
-_RETENTION = 0.999                # of what was learnt, from step to step: about the last 1,000 steps count
-_RETENTION_AFTER_OUTLIERS = (
-    0.25  # the same once the fit is taken to be wrong: the machine has changed, or the roofline lied
-)
-_OUTLIER_FACTOR = 4.0              # times the usual error that makes a step a surprise (a page fault, a neighbour), ...
-_MIN_OUTLIER_ERROR = 0.05         # ... but never below this relative error
-_MAX_OUTLIERS = 2.5         # in short order after which it is the fit that is wrong, not the steps
-_STEADY_FACTOR = 0.25                 # how much of a surprise a step that fits makes up for
+_RETENTION = 0.999           # of what was learnt, from step to step: about the last 1,000 steps count
+_RETENTION_AFTER_OUTLIERS = 0.25  # the same once the fit itself is taken to be wrong: the machine has changed
+_OUTLIER_FACTOR = 4.0        # times the usual error that makes a step an outlier (a page fault, a neighbour), ...
+_MIN_OUTLIER_ERROR = 0.05    # ... but never below this relative error
+_MAX_OUTLIERS = 2.5          # in short order after which it is the fit that is wrong, not the steps
+_STEADY_FACTOR = 0.25        # how much of an outlier a step that fits makes up for
 _ERROR_MEMORY = 0.02         # weight of the newest step in the usual error
 _DAMPING = 1e-3              # of the prior's weight; keeps a coefficient of which nothing is left to be learnt in place
 _PACE_GAIN = 0.5             # weight of the newest step that has a chunk in the pace of the machine

@@ -126,7 +126,7 @@ class BatchBuilder:
         """The least a chunk of `seq` can be: a tile, or the end of its prompt, shard or step buffer.
 
         Where the context is so long that a tile breaks the budget, and somebody's next token waits for the step, a tile
-        is cut in two, and again: the prompt takes a little longer, and answers beside it keep their pace.
+        is cut in two, and again: the prompt takes a little longer, and decodes beside it keep their pace.
         """
         tile = min(
             seq.num_unscheduled_tokens,

@@ -37,7 +37,7 @@ class PrefillPacker:
     """Fills batches with prefill chunks; remembers what long and overdue prefills are owed.
 
     Space sharing (Medha section 4.2): the most urgent long prefill of a KVP rank gives min(rho, rho_max) of its
-    time to short ones. Here the gift is saved up while nobody takes it, for at most `max_banked_steps`, so
+    time to short ones. Here this credit is saved up while nobody takes it, for at most `max_banked_steps`, so
     that a short prompt may have a whole step at once instead of a slice of several; over time the long one
     gives no more than its slack allows, and what nobody takes in a step it takes back in that step.
 
@@ -206,7 +206,7 @@ class PrefillPacker:
         return max(num_kept, min(builder.tile(seq, parts), num_tokens))
 
     def _add(self, builder: BatchBuilder, planned: PlannedChunk, used_s: list[float]) -> None:
-        """Put in a chunk of one that is not long, and note what it takes from the gifts of those that are."""
+        """Put in a chunk of one that is not long, and note what it takes of the credit that those give."""
         for part in planned.parts:
             used_s[part.kvp_rank] -= step_s(self._cost, builder.loads[part.kvp_rank])
         builder.add(planned)
@@ -263,7 +263,7 @@ class PrefillPacker:
         self._overdue, self._overdue_credit_s = overdue, credit_s
         self._memory.reserve(overdue, self._config.progress_share)
         # Where no long prefill runs there is nothing to protect. Tiles are coarse, so others may take more than was
-        # given; what they owe is taken from the next gifts.
+        # given; what they owe is taken from the next credit.
         self._banked_s = [
             banked - used if rank in long_ranks else self._max_banked_s
             for rank, (banked, used) in enumerate(zip(shared_budget_s, used_s, strict=True))

@@ -12,10 +12,9 @@ from megatron_medha.core.scheduling.kinetic_queue import ITEM, ITEM_ID, LEVEL, K
 from megatron_medha.core.scheduling.policies import Priority
 
 _FIRST_LEVEL = -(2**40)  # below any priority, which are integers of 32 bits
-_MAX_LATE_ENTRIES_PER_SEQUENCE = (
-    4  # entries of self._late_heap; of more, those that mean nothing any more are taken out ...
-)
-_MIN_LATE_ENTRIES_SWEPT = 256         # ... if there are so many at all
+# Entries of self._late_heap for each prefill, and in all: of more, those that mean nothing any more are taken out.
+_MAX_LATE_ENTRIES_PER_SEQUENCE = 4
+_MIN_LATE_ENTRIES_SWEPT = 256
 
 
 @dataclass(slots=True, eq=False)

@@ -29,7 +29,7 @@ class SchedulerConfig:
     slack_margin_steps: float = 8.0       # in step budgets, kept in hand of every deadline by policies that go by slack
     has_space_sharing: bool = True
     max_relative_slack: float = 0.4       # rho_max: the most of a step that a long prefill gives away
-    max_banked_steps: float = 1.0     # how much unused gift a long prefill's neighbours may save up
+    max_banked_steps: float = 1.0         # the most unused credit that a long prefill's neighbours may save up
     progress_share: float = 0.1           # of each step, kept for the longest overdue prefill; 0: none
     max_skips: int = 10                   # candidates passed over before a batch is closed
     watermark: float = 0.01               # share of blocks kept free for running decodes to grow into

@@ -63,7 +63,7 @@ class _RunningBatch:
 
 
 class ElasticSystem(InstanceSystem):
-    """Decisions of one pool of instances."""
+    """The scheduler of one pool of instances."""
 
     def __init__(
         self, instances: tuple[int, ...], tokens_per_instance: int, cost: RingCost, ids: Iterator[int],
@@ -83,7 +83,7 @@ class ElasticSystem(InstanceSystem):
         return batch_id in self._running
 
     def schedule(self, now_s: float) -> Batch | None:
-        """See Decisions."""
+        """See SchedulerProtocol."""
         if not self._ready and self._waiting:
             self._admit(now_s)
         if self._ready:

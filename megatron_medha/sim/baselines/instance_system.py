@@ -30,7 +30,7 @@ class InstanceSequence:
 
 
 class InstanceSystem(ABC):
-    """Decisions of one pool of instances. Batch ids are taken from `ids`, so that several pools can share a world.
+    """The scheduler of one pool of instances. Batch ids are taken from `ids`, so that several pools can share a world.
 
     tokens_per_instance: of KV.
     """
@@ -46,7 +46,7 @@ class InstanceSystem(ABC):
         self._released: list[str] = []
 
     def handle(self, event: Event, now_s: float) -> list[Output]:
-        """See Decisions."""
+        """See SchedulerProtocol."""
         match event:
             case Arrived(request):
                 num_tokens = request.num_prompt_tokens + request.max_output_tokens
@@ -62,7 +62,7 @@ class InstanceSystem(ABC):
 
     @abstractmethod
     def schedule(self, now_s: float) -> Batch | None:
-        """See Decisions."""
+        """See SchedulerProtocol."""
 
     @abstractmethod
     def _complete(self, batch_id: int) -> list[Output]:

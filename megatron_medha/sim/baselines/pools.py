@@ -7,7 +7,7 @@ from megatron_medha.sim.baselines.elastic import ElasticSystem
 
 
 class ReservedPools:
-    """Decisions that send prompts up to a length to one elastic system and all others to another.
+    """A scheduler that sends prompts up to a length to one elastic system and all others to another.
 
     Medha's figure 14: two of eight instances for prompts below 8,192 tokens.
     """
@@ -18,7 +18,7 @@ class ReservedPools:
         self._short_prompt_tokens = short_prompt_tokens
 
     def handle(self, event: Event, now_s: float) -> list[Output]:
-        """See Decisions."""
+        """See SchedulerProtocol."""
         match event:
             case Arrived(request):
                 is_short = request.num_prompt_tokens <= self._short_prompt_tokens
@@ -29,5 +29,5 @@ class ReservedPools:
         return (self._short if is_short else self._long).handle(event, now_s)
 
     def schedule(self, now_s: float) -> Batch | None:
-        """See Decisions."""
+        """See SchedulerProtocol."""
         return self._short.schedule(now_s) or self._long.schedule(now_s)

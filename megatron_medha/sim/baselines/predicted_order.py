@@ -22,7 +22,7 @@ class OutputLengthPredictor:
         self._lengths = lengths
         self._error = error
         self._num_tokens = _FIRST_MEAN_TOKENS
-        self._num_answers = 1
+        self._num_completions = 1
 
     def predict(self, request: Request) -> float:
         """Output tokens of this request."""
@@ -30,7 +30,7 @@ class OutputLengthPredictor:
             case OutputLengthSource.ORACLE:
                 return request.max_output_tokens
             case OutputLengthSource.MEAN:
-                return min(self._num_tokens / self._num_answers, request.max_output_tokens)
+                return min(self._num_tokens / self._num_completions, request.max_output_tokens)
             case OutputLengthSource.NOISY:
                 # Seeded by text: the same in every process and on every replay.
                 return request.max_output_tokens * random.Random(request.request_id).lognormvariate(0.0, self._error)
@@ -38,7 +38,7 @@ class OutputLengthPredictor:
     def learn(self, num_output_tokens: int) -> None:
         """Take note of a completion that has ended."""
         self._num_tokens += num_output_tokens
-        self._num_answers += 1
+        self._num_completions += 1
 
 
 class PredictedOrder:

@@ -23,7 +23,7 @@ from megatron_medha.sim.baselines.ring_cost import RingCost
 
 
 class StaticSystem(InstanceSystem):
-    """Decisions of one pool of instances that always work together."""
+    """The scheduler of one pool of instances that always work together."""
 
     def __init__(
         self, instances: tuple[int, ...], tokens_per_instance: int, cost: RingCost, ids: Iterator[int]
@@ -34,7 +34,7 @@ class StaticSystem(InstanceSystem):
         self._num_rounds = DECODE_ROUNDS
 
     def schedule(self, now_s: float) -> Batch | None:
-        """See Decisions."""
+        """See SchedulerProtocol."""
         if self._in_flight:
             return None
         num_instances = len(self._instances)
