@@ -20,22 +20,15 @@ from megatron_medha.server.bodies.openai_types import (
     Usage,
 )
 from megatron_medha.server.generation import GenerationSpec, Piece
-from megatron_medha.server.http.http_errors import ApiError, bad_request
+from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.http.routing import encode_json
 from megatron_medha.server.openai.build_spec import begin_spec
 from megatron_medha.server.openai.chat_prompt import adds_special_tokens, chat_tools, render_messages
-from megatron_medha.server.openai.openai_logprobs import chat_token, token_namer
+from megatron_medha.server.openai.openai_logprobs import chat_token
 from megatron_medha.server.openai.prompts import encode_prompts
 from megatron_medha.server.openai.request_fields import RequestContext, refuse_all
-from megatron_medha.server.openai.wire_format import (
-    DONE_EVENT,
-    MARK,
-    EventTemplate,
-    as_sliced_json,
-    error_events,
-    sse_event,
-)
+from megatron_medha.server.openai.wire_format import MARK, EventTemplate, TokenFormat, as_sliced_json, sse_event
 from megatron_medha.server.service import Service
 from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
 from megatron_medha.server.tools.tool_calls import ToolCallParser
@@ -108,18 +101,14 @@ def _text_continued(body: ChatRequest) -> str:
     return content if isinstance(content, str) else "\n".join(part.text or "" for part in content or ())
 
 
-class ChatFormat:
+class ChatFormat(TokenFormat):
     """JSON of /v1/chat/completions."""
 
     def __init__(self, spec: GenerationSpec, tokenizer: Tokenizer) -> None:
-        self.spec = spec
-        self._tokenizer = tokenizer
-        self._name = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
+        super().__init__(spec, tokenizer)
         self._num_top = spec.sampling.num_logprobs
-        self._is_plain = not (
-            self._num_top is not None or spec.has_continuous_usage or spec.returns_token_ids or spec.tools is not None
-        )
-        self._template = EventTemplate(spec, self._encode_event(_choice(0, {"content": MARK}), None))
+        self._is_plain = self._is_plain and spec.tools is None
+        self._template = EventTemplate(spec, self._encode_event([_choice(0, {"content": MARK})], None))
         self._finders = [] if spec.tools is None else [ToolCallParser(spec.tools) for _ in range(spec.num_choices)]
         self._unsent: list[list[Piece]] = [[] for _ in self._finders]  # tokens whose text is in no event yet
 
@@ -127,7 +116,7 @@ class ChatFormat:
         """For each choice an event that says who speaks, with no text yet."""
         delta = {"role": "assistant", "content": ""}
         choices = [_choice(index, delta) for index in range(self.spec.num_choices)]
-        return [self._encode_event(choice, None, is_opening=True) for choice in choices]
+        return [self._encode_event([choice], None, is_opening=True) for choice in choices]
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
         """The event of one token. With tools: of what the text so far has become, which may be several or none."""
@@ -136,20 +125,6 @@ class ChatFormat:
         if self._finders:
             return self._events_with_calls(piece, usage)
         return self._event([piece], {"content": piece.text}, piece.finish_reason, usage)
-
-    def closing_events(self, usage: Usage) -> Sequence[bytes]:
-        """Usage where the client wants it, with no choices, and the end."""
-        spec = self.spec
-        if not spec.includes_usage:
-            return (DONE_EVENT,)
-        chunk = ChatCompletionChunk(
-            id=spec.response_id, created=spec.created, model=spec.model, choices=[], usage=usage
-        )
-        return sse_event(chunk), DONE_EVENT
-
-    def error_events(self, error: ApiError) -> Sequence[bytes]:
-        """The error in place of what would have followed."""
-        return error_events(error)
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
         """The answer that is not a stream."""
@@ -205,15 +180,17 @@ class ChatFormat:
             choice["stop_reason"] = pieces[-1].stop_reason
         if self.spec.returns_token_ids:
             choice["token_ids"] = _token_ids(pieces)
-        return self._encode_event(choice, usage)
+        return self._encode_event([choice], usage)
 
-    def _encode_event(self, choice: dict[str, Any], usage: Usage | None, *, is_opening: bool = False) -> bytes:
+    def _encode_event(
+        self, choices: list[dict[str, Any]], usage: Usage | None, *, is_opening: bool = False
+    ) -> bytes:
         spec = self.spec
         chunk = ChatCompletionChunk(
             id=spec.response_id,
             created=spec.created,
             model=spec.model,
-            choices=[choice],
+            choices=choices,
             usage=usage if usage is not None or spec.includes_usage else msgspec.UNSET,
             prompt_token_ids=self._prompt_ids() if is_opening else msgspec.UNSET,
         )

@@ -17,21 +17,14 @@ from megatron_medha.server.bodies.openai_types import (
     Usage,
 )
 from megatron_medha.server.generation import GenerationSpec, Piece, Prompt
-from megatron_medha.server.http.http_errors import ApiError, bad_request
+from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.http.request_body import BodyType
 from megatron_medha.server.http.routing import encode_json
 from megatron_medha.server.openai.build_spec import begin_spec
-from megatron_medha.server.openai.openai_logprobs import add_completion_token, token_namer
+from megatron_medha.server.openai.openai_logprobs import add_completion_token
 from megatron_medha.server.openai.prompts import encode_prompts, split_prompts
 from megatron_medha.server.openai.request_fields import RequestContext
-from megatron_medha.server.openai.wire_format import (
-    DONE_EVENT,
-    MARK,
-    EventTemplate,
-    as_sliced_json,
-    error_events,
-    sse_event,
-)
+from megatron_medha.server.openai.wire_format import MARK, EventTemplate, TokenFormat, as_sliced_json, sse_event
 from megatron_medha.server.service import Service
 from megatron_medha.text.detokenizer import make_detokenizer
 from megatron_medha.text.tokenizer import Tokenizer
@@ -98,16 +91,12 @@ def _cumulative_logprob(pieces: Sequence[Piece]) -> float:
     return sum(piece.logprobs.logprob for piece in pieces if piece.logprobs is not None)
 
 
-class CompletionFormat:
+class CompletionFormat(TokenFormat):
     """JSON of /v1/completions."""
 
     def __init__(self, spec: GenerationSpec, tokenizer: Tokenizer) -> None:
-        self.spec = spec
-        self._tokenizer = tokenizer
-        self._name = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
-        self._has_logprobs = spec.has_logprobs
-        self._is_plain = not (self._has_logprobs or spec.has_continuous_usage or spec.returns_token_ids)
-        self._template = EventTemplate(spec, self._encode_event(CompletionChoice(index=0, text=MARK), None))
+        super().__init__(spec, tokenizer)
+        self._template = EventTemplate(spec, self._encode_event([CompletionChoice(index=0, text=MARK)], None))
         self._echo_by_prompt: dict[int, str] = {}
 
     def opening_events(self) -> Sequence[bytes]:
@@ -119,15 +108,7 @@ class CompletionFormat:
         is_echo = self.spec.is_echo
         if self._is_plain and piece.finish_reason is None and not (is_echo and piece.is_first):
             return self._template.fill(piece.choice_index, piece.text)
-        return self._encode_event(self._choice([piece]), usage)
-
-    def closing_events(self, usage: Usage) -> Sequence[bytes]:
-        """Usage where the client wants it, with no choices, and the end."""
-        return (sse_event(self._answer([], usage)), DONE_EVENT) if self.spec.includes_usage else (DONE_EVENT,)
-
-    def error_events(self, error: ApiError) -> Sequence[bytes]:
-        """The error in place of what would have followed."""
-        return error_events(error)
+        return self._encode_event([self._choice([piece])], usage)
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
         """The answer that is not a stream."""
@@ -135,9 +116,9 @@ class CompletionFormat:
             pieces_by_choice = _best(pieces_by_choice, self.spec)
         return encode_json(self._answer([self._choice(pieces) for pieces in pieces_by_choice], usage))
 
-    def _encode_event(self, choice: CompletionChoice, usage: Usage | None) -> bytes:
+    def _encode_event(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
         with_usage = usage if usage is not None or self.spec.includes_usage else msgspec.UNSET
-        return sse_event(self._answer([choice], with_usage))
+        return sse_event(self._answer(choices, with_usage))
 
     def _answer(
         self, choices: list[CompletionChoice], usage: Usage | None | msgspec.UnsetType
@@ -159,7 +140,7 @@ class CompletionFormat:
         return CompletionChoice(
             index=first.choice_index,
             text=echo + text if is_begin else text,
-            logprobs=self._logprobs(prompt, pieces, len(echo)) if self._has_logprobs else None,
+            logprobs=self._logprobs(prompt, pieces, len(echo)) if spec.has_logprobs else None,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             token_ids=as_sliced_json(token_ids) if spec.returns_token_ids else msgspec.UNSET,

@@ -12,6 +12,8 @@ from megatron_medha.server.bodies.openai_types import Usage
 from megatron_medha.server.generation import GenerationSpec, Piece
 from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.routing import encode_json
+from megatron_medha.server.openai.openai_logprobs import token_namer
+from megatron_medha.text.tokenizer import Tokenizer
 
 DONE_EVENT = b"data: [DONE]\n\n"
 _SLICE_ITEMS = 2_048   # encoded in one call, which holds the interpreter's lock: 3 ms of log-probabilities at most
@@ -55,9 +57,25 @@ def sse_event(body: object) -> bytes:
     return b"data: " + encode_json(body) + b"\n\n"
 
 
-def error_events(error: ApiError) -> Sequence[bytes]:
-    """As OpenAI's completions have it: the error object, and the end."""
-    return b"data: " + error.as_json() + b"\n\n", DONE_EVENT
+class TokenFormat:
+    """The part of a WireFormat that is the same in /v1/completions and /v1/chat/completions: an event is a token."""
+
+    def __init__(self, spec: GenerationSpec, tokenizer: Tokenizer) -> None:
+        self.spec = spec
+        self._tokenizer = tokenizer
+        self._name = token_namer(tokenizer, by_id=spec.names_tokens_by_id)
+        self._is_plain = not (spec.has_logprobs or spec.has_continuous_usage or spec.returns_token_ids)
+
+    def closing_events(self, usage: Usage) -> Sequence[bytes]:
+        """Usage where the client wants it, with no choices, and the end."""
+        return (self._encode_event([], usage), DONE_EVENT) if self.spec.includes_usage else (DONE_EVENT,)
+
+    def error_events(self, error: ApiError) -> Sequence[bytes]:
+        """The error object in place of what would have followed, and the end."""
+        return b"data: " + error.as_json() + b"\n\n", DONE_EVENT
+
+    def _encode_event(self, choices: list[Any], usage: Usage | None) -> bytes:
+        raise NotImplementedError
 
 
 class EventTemplate:

@@ -45,6 +45,11 @@ class ToolArgumentsDelta:
 ToolParserEvent = TextDelta | ToolCallStart | ToolArgumentsDelta
 
 
+def may_begin(text: str, marks: tuple[str, ...]) -> bool:
+    """Whether more text may make this one of the marks."""
+    return any(len(text) < len(mark) and mark.startswith(text) for mark in marks)
+
+
 class ToolCallSink:
     """Collects events: calls, which it counts, and text, of which white space may have to wait."""
 

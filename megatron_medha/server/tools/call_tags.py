@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_medha.server.tools.call_readers import ToolCallReader, ToolCallSink
+from megatron_medha.server.tools.call_readers import ToolCallReader, ToolCallSink, may_begin
 from megatron_medha.server.tools.call_types import typed_value
 from megatron_medha.server.tools.json_text import dump
 from megatron_medha.text.call_syntax import Tags
@@ -95,7 +95,7 @@ class TagCallReader(ToolCallReader):
             self._num_searched = 0
         elif text.startswith(tags.parameter_end):
             self._text = text[len(tags.parameter_end) :]
-        elif self._may_begin(text, (*self._ends, tags.parameter_end, tags.parameter_start)) or (
+        elif may_begin(text, (*self._ends, tags.parameter_end, tags.parameter_start)) or (
             tags.parameter_so_far.fullmatch(text)
         ):
             return False
@@ -118,7 +118,7 @@ class TagCallReader(ToolCallReader):
         if after.startswith(marks):
             self._add_value(self._text[:end])
             self._text = self._text[end + len(end_mark) :]
-        elif self._may_begin(after, marks):
+        elif may_begin(after, marks):
             return False
         else:
             self._num_searched = end + 1
@@ -135,7 +135,3 @@ class TagCallReader(ToolCallReader):
 
     def _member(self) -> str:
         return (", " if self._num_parameters else "") + dump(self._key) + ": "
-
-    @staticmethod
-    def _may_begin(text: str, marks: tuple[str, ...]) -> bool:
-        return any(len(text) < len(mark) and mark.startswith(text) for mark in marks)

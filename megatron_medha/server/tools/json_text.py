@@ -146,7 +146,11 @@ class JsonText:
 
 def read_value(text: str) -> Any:
     """The value of JSON, or of what a model wrote for it; ValueError where it is neither."""
-    for read in (_read_strictly, _read_cleaned, _read_python):
+    for read in (
+        lambda text: loads(text, strict=False),
+        lambda text: loads(_scanned(text).take(is_end=True)),
+        lambda text: loads(json.dumps(ast.literal_eval(text))),
+    ):
         try:
             return read(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
@@ -176,18 +180,6 @@ def dump(value: Any) -> str:
 def as_unicode(text: str) -> str:
     """The text with halves of surrogate pairs replaced, which Python's strings may have and UTF-8 may not."""
     return _SURROGATE.sub("\ufffd", text)
-
-
-def _read_strictly(text: str) -> Any:
-    return loads(text, strict=False)
-
-
-def _read_cleaned(text: str) -> Any:
-    return loads(_scanned(text).take(is_end=True))
-
-
-def _read_python(text: str) -> Any:
-    return loads(json.dumps(ast.literal_eval(text)))
 
 
 def _completions(text: str) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from megatron_medha.server.tools.call_readers import (
     ToolCallReader,
     ToolCallSink,
     ToolParserEvent,
+    may_begin,
 )
 from megatron_medha.server.tools.call_tags import TagCallReader
 from megatron_medha.server.tools.tool_fields import ToolUse
@@ -83,7 +84,7 @@ class ToolCallParser(ToolCallSink):
         rest, self._rest = self._rest, ""
         if self._section is not None and not self._section_has_calls:
             self.say(self._section + rest)
-        elif not (self._section is not None or self._is_after_call) or not self._is_part_of_mark(rest.strip()):
+        elif not (self._section is not None or self._is_after_call) or not may_begin(rest.strip(), self._all_marks):
             self.say(rest)
         if self._space and not self.has_calls:
             self._found.append(TextDelta(self._space))
@@ -172,7 +173,7 @@ class ToolCallParser(ToolCallSink):
         skipped, text = self._rest[:begin], self._rest[begin:]
         passed = next((mark for mark in self._passed if text.startswith(mark)), None)
         closing = next((mark for mark in marks.closings if text.startswith(mark)), None)
-        if not text or self._is_part_of_mark(text):
+        if not text or may_begin(text, self._all_marks):
             self._section, self._rest = section + skipped, text
             return False
         if passed is not None:
@@ -216,12 +217,9 @@ class ToolCallParser(ToolCallSink):
         num_skipped = len(self._rest) - len(self._rest.lstrip(between))
         last = num_skipped - 1
         is_mark = last >= 0 and (
-            self._rest.startswith(self._all_marks, last) or self._is_part_of_mark(self._rest[last:])
+            self._rest.startswith(self._all_marks, last) or may_begin(self._rest[last:], self._all_marks)
         )
         return last if is_mark else num_skipped  # a bracket may begin a mark
-
-    def _is_part_of_mark(self, text: str) -> bool:
-        return any(len(text) < len(mark) and mark.startswith(text) for mark in self._all_marks)
 
 
 def _words_among(skipped: str) -> str:

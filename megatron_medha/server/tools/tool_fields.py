@@ -59,7 +59,7 @@ def tool_use(
     check_tools(tools)
     if choice == "none":
         return None
-    definitions = tuple(_definition(tool) for tool in tools)
+    definitions: tuple[dict[str, Any], ...] = tuple(msgspec.to_builtins(tool) for tool in tools)
     schemas = {definition["function"]["name"]: definition for definition in definitions}
     use = ToolUse(
         syntax=syntax, names=frozenset(schemas), is_parallel=is_parallel is not False, definitions=definitions
@@ -68,9 +68,12 @@ def tool_use(
         case None | "auto":
             return use
         case "required":
-            most = MAX_REQUIRED_CALLS if use.is_parallel else 1
-            guide = json_constraint(_calls_schema(definitions, most), "tools")
-            return replace(use, syntax=ToolSyntax.LIST, guide=guide)
+            call = call_schema(definitions)
+            schema = {
+                "$defs": call["$defs"], "type": "array", "minItems": 1,
+                "maxItems": MAX_REQUIRED_CALLS if use.is_parallel else 1, "items": {"anyOf": call["anyOf"]},
+            }  # fmt: skip
+            return replace(use, syntax=ToolSyntax.LIST, guide=json_constraint(schema, "tools"))
         case ToolChoice(type="function", function=NamedFunction(name=name)):
             if name not in schemas:
                 raise bad_request(f"tool_choice: there is no tool `{name[:64]}` among tools", "tool_choice")
@@ -138,11 +141,6 @@ def syntax_of(configured: str, template: ChatTemplate) -> ToolSyntax | None:
     return syntax_of_template(template.source) if configured == "auto" else ToolSyntax(configured)
 
 
-def _definition(tool: Tool) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.to_builtins(tool)
-    return plain
-
-
 def call_schema(definitions: Sequence[dict[str, Any]], arguments_key: str = "arguments") -> dict[str, Any]:
     """Of one call of any of these tools as a JSON object."""
     inner, calls = {}, []
@@ -158,12 +156,6 @@ def call_schema(definitions: Sequence[dict[str, Any]], arguments_key: str = "arg
             "additionalProperties": False,
         })  # fmt: skip
     return {"$defs": inner, "anyOf": calls}
-
-
-def _calls_schema(definitions: Sequence[dict[str, Any]], most: int) -> dict[str, Any]:
-    call = call_schema(definitions)
-    items = {"anyOf": call["anyOf"]}
-    return {"$defs": call["$defs"], "type": "array", "minItems": 1, "maxItems": most, "items": items}
 
 
 def _with_parameters(definition: dict[str, Any]) -> dict[str, Any]:
