@@ -60,7 +60,7 @@ class StructuredOutputs(Struct, kw_only=True):
 class SharedFields(Struct, kw_only=True):
     """What both kinds of completion understand."""
 
-    model: str | None = None  # None: the model that is served; curl users thank you
+    model: str | None = None  # None: the model that is served
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: NumChoices | None = None

@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import UNSET, Struct, UnsetType
 
 from megatron_medha.server.bodies.openai_types import (
+    ContentPart,
     Count,
     JsonSchemaFormat,
     PromptTokensDetails,
@@ -15,12 +16,10 @@ from megatron_medha.server.bodies.openai_types import (
 )
 
 
-class InputPart(Struct, kw_only=True):
-    """One part of a message."""
+class InputPart(ContentPart, kw_only=True):
+    """One part of a message, or of what a tool returned, which may lack a type."""
 
     type: str = ""
-    text: str | None = None
-    refusal: str | None = None
 
 
 class InputItem(Struct, kw_only=True):

@@ -80,11 +80,11 @@ async def chat_spec(
         tools=tools,
         ignored=(*ignored, *tools_left_out(body.tools)),
     )
-    rendered = await render_messages(service, ready, body.messages, body, definitions_of(tools))
+    text, not_rendered = await render_messages(service, ready, body.messages, body, definitions_of(tools))
     prompts = await encode_prompts(
         service,
         ready,
-        [rendered.text],
+        [text],
         max_tokens=max_tokens,
         max_tokens_param=max_tokens_param,
         add_special_tokens=adds_special_tokens(ready, body.add_special_tokens),
@@ -92,8 +92,8 @@ async def chat_spec(
     )
     tools = spec.tools
     if tools is not None:
-        tools = replace(tools, reasoning_end=reasoning_end(rendered.text, _text_continued(body)))
-    return replace(spec, prompts=prompts, tools=tools, ignored=(*spec.ignored, *rendered.ignored))
+        tools = replace(tools, reasoning_end=reasoning_end(text, _text_continued(body)))
+    return replace(spec, prompts=prompts, tools=tools, ignored=(*spec.ignored, *not_rendered))
 
 
 def _text_continued(body: ChatRequest) -> str:

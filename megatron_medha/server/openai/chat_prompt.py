@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -91,21 +91,14 @@ def chat_tools(
     return tool_use(tools, choice, is_parallel=is_parallel, syntax=syntax or ToolSyntax.HERMES)
 
 
-class RenderedChat(NamedTuple):
-    """A prompt's text, and the fields of the request that are not in it."""
-
-    text: str
-    ignored: tuple[str, ...] = ()
-
-
 async def render_messages(
     service: Service,
     ready: ReadyState,
     messages: list[ChatMessage],
     fields: ChatRequest | TokenizeRequest,
     tools: Sequence[dict[str, Any]] = (),
-) -> RenderedChat:
-    """The prompt; ApiError 400 for messages that are none, or that the template refuses."""
+) -> tuple[str, tuple[str, ...]]:
+    """The prompt, and the fields that are not in it; ApiError 400 for messages that the template refuses, or none."""
     if fields.chat_template is not None:
         # Templates are programs, and a client's could loop for ever.
         raise bad_request("chat_template: only the checkpoint's own", "chat_template", "unsupported_parameter")
@@ -152,14 +145,14 @@ async def render_messages(
     }
     num_chars = len(msgspec.json.encode(extra)) + sum(map(_num_chars, messages))
     try:
-        return RenderedChat(await service.text.render(template, plain(), options, num_chars))
+        return await service.text.render(template, plain(), options, num_chars), ()
     except ChatTemplateError as error:
         refusal = error
     if fields.reasoning_effort is not None and template.uses_reasoning_effort:
         # Clients send one of OpenAI's efforts always; some templates refuse those that their model has not learned.
         options["extra"] = {name: value for name, value in extra.items() if name != "reasoning_effort"}
         with suppress(ChatTemplateError):
-            return RenderedChat(await service.text.render(template, plain(), options, num_chars), ("reasoning_effort",))
+            return await service.text.render(template, plain(), options, num_chars), ("reasoning_effort",)
     num_added = describes and messages[0].role not in SYSTEM_ROLES
     place = None if refusal.place is None else refusal.place - num_added
     param = "messages" if place is None or place < 0 else f"messages[{place}]"

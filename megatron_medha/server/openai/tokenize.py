@@ -58,10 +58,8 @@ async def chat_token_ids(service: Service, ready: ReadyState, body: TokenizeRequ
     """The ids of a chat's prompt; ApiError 400 if they are more than the model's context."""
     service.model_name(body.model)
     tools = chat_tools(service, ready, body.tools, None, None)
-    rendered = await render_messages(service, ready, body.messages or [], body, definitions_of(tools))
-    return await _token_ids(
-        service, ready, rendered.text, adds_special_tokens(ready, body.add_special_tokens), "messages"
-    )
+    text, _ = await render_messages(service, ready, body.messages or [], body, definitions_of(tools))
+    return await _token_ids(service, ready, text, adds_special_tokens(ready, body.add_special_tokens), "messages")
 
 
 async def _token_ids(
