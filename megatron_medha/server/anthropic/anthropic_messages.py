@@ -79,7 +79,7 @@ def _as_chat(body: MessagesRequest, conversation: ConversationHistory) -> ChatRe
         # The names that templates read, Qwen's and DeepSeek's; others pass over them.
         chat.chat_template_kwargs = dict.fromkeys(("enable_thinking", "thinking"), body.thinking.type != "disabled")
     last = conversation.messages[-1] if conversation.messages else None
-    if last is not None and last.role == "assistant" and not last.tool_calls:  # the client has begun the answer
+    if last is not None and last.role == "assistant" and not last.tool_calls:  # the client has begun the response
         chat.continue_final_message, chat.add_generation_prompt = True, False
     return chat
 

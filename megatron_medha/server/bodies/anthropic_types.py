@@ -65,7 +65,7 @@ class Thinking(Struct, kw_only=True):
 
 
 class OutputConfig(Struct, kw_only=True):
-    """About an answer's text."""
+    """About a response's text."""
 
     effort: str | None = None
     format: ResponseFormat | None = None
@@ -85,14 +85,14 @@ class MessagesRequest(SharedFields, kw_only=True):
 
 
 class TextBlock(Struct, kw_only=True):
-    """Text of an answer."""
+    """Text of a response."""
 
     type: str = "text"
     text: str = ""
 
 
 class ToolUseBlock(Struct, kw_only=True):
-    """A call in an answer."""
+    """A call in a response."""
 
     type: str = "tool_use"
     id: str
@@ -110,7 +110,7 @@ class MessagesUsage(Struct, kw_only=True, frozen=True):
 
 
 class MessagesResponse(Struct, kw_only=True):
-    """Answer of POST /v1/messages, and part of its stream's first event."""
+    """Response of POST /v1/messages, and part of its stream's first event."""
 
     id: str
     type: str = "message"
@@ -123,6 +123,6 @@ class MessagesResponse(Struct, kw_only=True):
 
 
 class TokenCount(Struct, kw_only=True):
-    """Answer of POST /v1/messages/count_tokens."""
+    """Response of POST /v1/messages/count_tokens."""
 
     input_tokens: int

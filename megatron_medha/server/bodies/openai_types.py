@@ -1,4 +1,4 @@
-"""Bodies of requests and answers, as OpenAI and vLLM define them.
+"""Bodies of requests and responses, as OpenAI and vLLM define them.
 
 msgspec ignores unknown fields and refuses wrong types, NaN, and numbers and lengths outside of their ranges. Ranges
 that depend on the model or the server's configuration are checked where a request becomes a GenerationSpec.
@@ -30,7 +30,7 @@ class StreamOptions(Struct, kw_only=True):
 
 
 class JsonSchemaFormat(Struct, kw_only=True):
-    """The schema an answer must match. An answer always does, also where `strict` is not set."""
+    """The schema that a completion must match, also where `strict` is not set."""
 
     name: str | None = None
     description: str | None = None
@@ -39,7 +39,7 @@ class JsonSchemaFormat(Struct, kw_only=True):
 
 
 class ResponseFormat(Struct, kw_only=True):
-    """What form an answer takes: text, json_object or json_schema."""
+    """What form a completion takes: text, json_object or json_schema."""
 
     type: str
     json_schema: JsonSchemaFormat | None = None
@@ -47,7 +47,7 @@ class ResponseFormat(Struct, kw_only=True):
 
 
 class StructuredOutputs(Struct, kw_only=True):
-    """vLLM's way to say what an answer must match: one of these."""
+    """vLLM's way to say what a completion must match: one of these."""
 
     json: dict[str, Any] | str | bool | None = None
     json_object: bool | None = None
@@ -93,7 +93,7 @@ class SharedFields(Struct, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    # Options of others that change an answer and that there is nothing for here: refused unless they ask for nothing.
+    # Options of other servers that change a completion: refused here unless they ask for nothing.
     use_beam_search: Any = None
     bad_words: Any = None
     allowed_token_ids: Any = None
@@ -301,7 +301,7 @@ class CompletionChoice(Struct, kw_only=True):
 
 
 class CompletionResponse(Struct, kw_only=True):
-    """Answer of POST /v1/completions, and each event of its stream."""
+    """Response of POST /v1/completions, and each event of its stream."""
 
     id: str
     object: str = "text_completion"
@@ -342,7 +342,7 @@ class ResponseMessage(Struct, kw_only=True):
 
 
 class ChatChoice(Struct, kw_only=True):
-    """One answer."""
+    """One completion."""
 
     index: int
     message: ResponseMessage
@@ -353,7 +353,7 @@ class ChatChoice(Struct, kw_only=True):
 
 
 class ChatCompletionResponse(Struct, kw_only=True):
-    """Answer of POST /v1/chat/completions."""
+    """Response of POST /v1/chat/completions."""
 
     id: str
     object: str = "chat.completion"
@@ -390,14 +390,14 @@ class Model(Struct, kw_only=True):
 
 
 class ModelList(Struct, kw_only=True):
-    """Answer of GET /v1/models."""
+    """Response of GET /v1/models."""
 
     object: str = "list"
     data: list[Model]
 
 
 class TokenizeResponse(Struct, kw_only=True):
-    """Answer of POST /tokenize."""
+    """Response of POST /tokenize."""
 
     count: int
     max_model_len: int
@@ -406,13 +406,13 @@ class TokenizeResponse(Struct, kw_only=True):
 
 
 class DetokenizeResponse(Struct, kw_only=True):
-    """Answer of POST /detokenize."""
+    """Response of POST /detokenize."""
 
     prompt: str
 
 
 class Readiness(Struct, kw_only=True):
-    """Answer of GET /ready and /health."""
+    """Response of GET /ready and /health."""
 
     status: str
     detail: str
@@ -420,12 +420,12 @@ class Readiness(Struct, kw_only=True):
 
 
 class Reloaded(Struct, kw_only=True):
-    """Answer of POST /admin/reload."""
+    """Response of POST /admin/reload."""
 
     changed: list[str]  # names of the settings that have another value now
 
 
 class Version(Struct, kw_only=True):
-    """Answer of GET /version."""
+    """Response of GET /version."""
 
     version: str

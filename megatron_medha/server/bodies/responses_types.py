@@ -23,7 +23,7 @@ class InputPart(ContentPart, kw_only=True):
 
 
 class InputItem(Struct, kw_only=True):
-    """A message, a call that the model made, what a call returned, or another item of an earlier answer."""
+    """A message, a call that the model made, what a call returned, or another item of an earlier response."""
 
     type: str = "message"
     id: str | None = None
@@ -46,7 +46,7 @@ class TextFormat(JsonSchemaFormat, kw_only=True, omit_defaults=True):
 
 
 class TextOptions(Struct, kw_only=True):
-    """About an answer's text."""
+    """About a response's text."""
 
     format: TextFormat | None = None
 
@@ -110,7 +110,7 @@ class OutputText(Struct, kw_only=True):
 
 
 class OutputMessage(Struct, kw_only=True):
-    """A message of an answer."""
+    """A message of a response."""
 
     type: str = "message"
     id: str
@@ -139,7 +139,7 @@ class ReasoningTokens(Struct, frozen=True):
 
 
 class ResponseUsage(Struct, kw_only=True):
-    """What an answer cost, in tokens."""
+    """What a response cost, in tokens."""
 
     input_tokens: int
     input_tokens_details: PromptTokensDetails = PromptTokensDetails()
@@ -149,13 +149,13 @@ class ResponseUsage(Struct, kw_only=True):
 
 
 class IncompleteDetails(Struct, kw_only=True):
-    """Why an answer ended before its end."""
+    """Why a response ended before its end."""
 
     reason: str
 
 
 class ResponsesResponse(Struct, kw_only=True):
-    """Answer of POST /v1/responses, and part of its stream's first and last events."""
+    """Response of POST /v1/responses, and part of its stream's first and last events."""
 
     id: str
     object: str = "response"

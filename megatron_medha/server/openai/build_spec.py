@@ -41,7 +41,7 @@ async def begin_spec(
     """All of it but the prompts, once there are places for it; ApiError 4xx says what is wrong.
 
     n: choices of each prompt that are answered. num_drawn: and those that are generated, if more.
-    ignored: fields that are left out, to be named in the answer's header.
+    ignored: fields that are left out, to be named in the response's header.
     """
     config, ready = service.config, context.ready
     model = service.model_name(fields.model)
@@ -52,7 +52,7 @@ async def begin_spec(
     if tools is not None:
         if guide is not None and tools.guide is None:
             tools = calls_or_text(tools, guide, ready.tokenizer.token_id)
-        guide = tools.guide  # an answer that has to call has no text to match anything
+        guide = tools.guide  # a completion that has to call has no text to match anything
     if guide is not None:
         check_constrainable(fields, ready.facts, guide.param)
         grammar = await service.grammars.grammar_of(guide, ready.facts, ready.tokenizer, config, context.address)

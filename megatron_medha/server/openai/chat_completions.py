@@ -127,7 +127,7 @@ class ChatFormat(TokenFormat):
         return self._event([piece], {"content": piece.text}, piece.finish_reason, usage)
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
-        """The answer that is not a stream."""
+        """The response that is not a stream."""
         spec = self.spec
         choices = []
         for index, pieces in enumerate(pieces_by_choice):

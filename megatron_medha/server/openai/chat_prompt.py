@@ -86,7 +86,7 @@ def chat_tools(
     choice: ToolChoice | str | None,
     is_parallel: bool | None,
 ) -> ToolUse | None:
-    """How an answer may call tools, with this model; ApiError 400 for what does not fit."""
+    """How a response may call tools, with this model; ApiError 400 for what does not fit."""
     syntax = syntax_of(service.config.tool_call_parser, ready.tokenizer.template)
     return tool_use(tools, choice, is_parallel=is_parallel, syntax=syntax or ToolSyntax.HERMES)
 
@@ -194,7 +194,7 @@ def _plain_message(place: int, message: ChatMessage) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(message)
     plain["content"] = content
     for index, call in enumerate(message.tool_calls or ()):
-        # Templates write arguments as JSON themselves, so they get them read. An answer's may have been cut.
+        # Templates write arguments as JSON themselves, so they get them read. A response's may have been cut.
         plain["tool_calls"][index]["function"]["arguments"] = read_cut_object(call.arguments)
     if not message.tool_calls:
         plain.pop("tool_calls", None)  # templates look whether it is there

@@ -111,7 +111,7 @@ class CompletionFormat(TokenFormat):
         return self._encode_event([self._choice([piece])], usage)
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
-        """The answer that is not a stream."""
+        """The response that is not a stream."""
         if self.spec.num_answered < self.spec.n:
             pieces_by_choice = _best(pieces_by_choice, self.spec)
         return encode_json(self._answer([self._choice(pieces) for pieces in pieces_by_choice], usage))

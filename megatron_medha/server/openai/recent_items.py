@@ -1,4 +1,4 @@
-"""The latest items of answers, for clients that refer to them (item_reference) instead of sending them again."""
+"""The latest items of responses, for clients that refer to them (item_reference) instead of sending them again."""
 
 from __future__ import annotations
 

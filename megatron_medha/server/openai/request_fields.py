@@ -20,7 +20,7 @@ MAX_SLO_MS = 1e9
 YES = frozenset({"1", "true", "yes", "on"})
 NO = frozenset({"0", "false", "no", "off"})
 
-# Options that change an answer elsewhere and do nothing here, what they may be all the same, and the way out.
+# Options that change a response elsewhere and do nothing here, what they may be all the same, and the way out.
 REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("use_beam_search", (None, False), "not supported; best_of chooses among samples"),
     ("bad_words", (None, []), "not supported; logit_bias forbids single tokens"),

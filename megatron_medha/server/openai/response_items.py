@@ -70,7 +70,7 @@ def _add_item(history: ConversationHistory, item: InputItem, path: str) -> None:
 
 
 def _add_call(history: ConversationHistory, path: str, call_id: str, name: str, arguments: str) -> None:
-    """Add a call. Calls of one answer are one message of the model, with the text before them."""
+    """Add a call. Calls of one response are one message of the model, with the text before them."""
     if not history.messages or history.messages[-1].role != "assistant":
         history.add(ChatMessage(role="assistant"), path)
     last = history.messages[-1]

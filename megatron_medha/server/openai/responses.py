@@ -1,4 +1,4 @@
-"""/v1/responses: a chat in other words. Answers are not stored, so no request can go on from one by its id."""
+"""/v1/responses: a chat in other words. Responses are not stored, so no request can go on from one by its id."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from megatron_medha.text.tokenizer import Tokenizer
 
 BODY = BodyType(msgspec.json.Decoder(ResponsesRequest), texts=frozenset({"input", "instructions"}))
 
-LOGPROBS = "message.output_text.logprobs"  # of `include`; all else there is about items that answers here do not have
+LOGPROBS = "message.output_text.logprobs"  # of `include`; all else there is about items that responses here do not have
 # What we cannot do, what it may be all the same, and the way out.
 _REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("previous_response_id", (None,), "answers are not stored here; send the earlier messages and answers in input"),
@@ -108,13 +108,13 @@ class ResponsesFormat(BlockFormat):
         self._sequence = itertools.count()
 
     def opening_events(self) -> Sequence[bytes]:
-        """That there is an answer, and that it is being made."""
+        """The response without its output."""
         self._emit("response.created", response=self._response(None))
         self._emit("response.in_progress", response=self._response(None))
         return self._take_events()
 
     def closing_events(self, usage: Usage) -> Sequence[bytes]:
-        """The whole answer once more."""
+        """The whole response."""
         self._emit(f"response.{self._status}", response=self._response(usage))
         return self._take_events()
 

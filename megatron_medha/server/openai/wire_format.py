@@ -49,7 +49,7 @@ class WireFormat(Protocol):
         """Events that end a stream which has begun."""
 
     def whole(self, pieces_by_choice: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
-        """The answer that is not a stream."""
+        """The response that is not a stream."""
 
 
 def sse_event(body: object) -> bytes:

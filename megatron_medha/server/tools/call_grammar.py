@@ -1,4 +1,4 @@
-"""The grammar of an answer that is text of a given form, or calls of tools in the model's own syntax."""
+"""The grammar of a completion that is text of a given form, or calls of tools in the model's own syntax."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TAGGED_ONE_BY_ONE = (ToolSyntax.HERMES, ToolSyntax.QWEN_XML, ToolSyntax.SEED, T
 
 
 def calls_or_text(use: ToolUse, text: OutputConstraint, token_id_of: Callable[[str], int | None]) -> ToolUse:
-    """The same use of tools where an answer without calls has to match `text`.
+    """The same use of tools where a completion without calls has to match `text`.
 
     token_id_of: finds the token that a mark is, if it is one.
     """

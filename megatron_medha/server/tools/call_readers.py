@@ -181,7 +181,7 @@ class JsonCallReader(ToolCallReader):
         return ""
 
     def _after_other_key(self) -> str | None:
-        """Without marks a JSON answer is no call if it begins with a key that calls lack: what follows that key."""
+        """Without marks a JSON completion is no call if it begins with a key that calls lack: what follows that key."""
         if self._has_first_key or self._name is not None or self._calls.is_marked:
             return None
         raw = "".join(self._raw)

@@ -1,4 +1,4 @@
-"""What an answer must match: from a request's fields to a grammar that ranks can follow, compiled once to try it."""
+"""What a completion must match: from a request's fields to a grammar that ranks can follow, compiled once to try it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TOOL = re.compile(r"#/\$defs/tool([0-9]+)")
 
 @dataclass(frozen=True, slots=True)
 class OutputConstraint:
-    """What an answer must match, and the field that says so."""
+    """What a completion must match, and the field that says so."""
 
     kind: ConstraintKind
     text: str
@@ -62,7 +62,7 @@ def json_constraint(schema: dict[str, Any] | bool, param: str) -> OutputConstrai
 
 
 def check_constrainable(fields: SharedFields, facts: EngineFacts, param: str) -> None:
-    """ApiError 400 for fields that contradict a guide: it says by itself where an answer ends."""
+    """ApiError 400 for fields that contradict a guide: it says by itself where a completion ends."""
     if fields.ignore_eos:
         raise bad_request(f"ignore_eos: not together with {param}, which says where the answer ends", "ignore_eos")
     if fields.min_tokens:

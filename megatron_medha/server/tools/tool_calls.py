@@ -1,4 +1,4 @@
-"""Finding calls of tools in the text of an answer that arrives in pieces."""
+"""Finding calls of tools in the text of a completion that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ToolCallParser(ToolCallSink):
         return self.has_calls and not self.is_last_cut
 
     def end(self, finish_reason: str | None, stop_reason: int | str | None) -> list[ToolParserEvent]:
-        """As finish(), for an answer that has ended for these reasons."""
+        """As finish(), for a completion that has ended for these reasons."""
         # A stop string that is the end of a call cuts none.
         is_stopped = isinstance(stop_reason, str) and stop_reason.strip() not in self._ends
         return self.finish(is_cut=finish_reason == "length" or is_stopped)

@@ -1,4 +1,4 @@
-"""Tools a chat may call: the fields of a request, checked, and what an answer that must call one has to match."""
+"""Tools a chat may call: the fields of a request, checked, and what a completion that must call one has to match."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_medha.text.call_syntax import ToolSyntax, syntax_of_template
 from megatron_medha.text.chat_template import ChatTemplate
 
 MAX_TOOLS = 512           # agents with several servers of tools offer more than OpenAI's 128
-MAX_REQUIRED_CALLS = 16   # of one answer that must call; a model that does not end by itself has to be ended
+MAX_REQUIRED_CALLS = 16   # of one completion that must call; a model that does not end by itself has to be ended
 # OpenAI's characters, and dots, which servers of tools use; Anthropic's length, which is twice OpenAI's.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
-    """How an answer may call tools."""
+    """How a completion may call tools."""
 
     syntax: ToolSyntax
     names: frozenset[str]
@@ -47,7 +47,7 @@ def tool_use(
     is_parallel: bool | None,
     syntax: ToolSyntax,
 ) -> ToolUse | None:
-    """How an answer to this request may call tools; None where it may not. ApiError 400 for what does not fit.
+    """How a completion to this request may call tools; None where it may not. ApiError 400 for what does not fit.
 
     syntax: in which the model calls.
     """
