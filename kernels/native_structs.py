@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_medha.kernels.native_build import SOURCES
 
-_TYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float, "RunTeam": ctypes.c_void_p}
+_TYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float, "RunParallel": ctypes.c_void_p}
 
 
 @functools.cache

@@ -52,7 +52,7 @@ class NativeAttention(AttentionBackend):
         self.target = target or native_target()
         self.library = native_library(self.target)
         self._attend = self.library.medha_attend
-        self._run_team = gomp_parallel_address()
+        self._run_parallel = gomp_parallel_address()
 
     def allocate(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -141,7 +141,7 @@ class NativeAttention(AttentionBackend):
             head_dim,
             scale,
             plan.num_threads,
-            self._run_team,
+            self._run_parallel,
             pool.data_ptr(),
             layer.v.data_ptr(),
             pool.stride(0),

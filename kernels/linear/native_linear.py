@@ -33,7 +33,7 @@ class NativeLinear:
         if weight_OI.dtype != stored or bias_O is not None and bias_O.dtype != torch.bfloat16:
             raise ValueError(f"a native linear layer is bfloat16, or int8 with scales, not {weight_OI.dtype}")
         self._run = native_library(target).medha_linear
-        self._team = gomp_parallel_address()
+        self._run_parallel = gomp_parallel_address()
         self.num_outputs, self.num_inputs = weight_OI.shape
         if scale_O is not None and (scale_O.shape != (self.num_outputs,) or scale_O.dtype != torch.float32):
             raise ValueError(f"scales {scale_O.dtype} {tuple(scale_O.shape)} for {self.num_outputs} outputs")
@@ -62,7 +62,7 @@ class NativeLinear:
             self.scales_ptr,
             self.bias_ptr,
             out.data_ptr(),
-            self._team,
+            self._run_parallel,
             torch.get_num_threads(),
             None,
         )

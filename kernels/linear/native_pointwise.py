@@ -24,7 +24,7 @@ class NativePointwise:
         """target: as for `native_library`, which may raise NativeUnavailable."""
         library = native_library(target)
         self._rms_norm, self._gated_silu = library.medha_rms_norm, library.medha_gated_silu
-        self._team = gomp_parallel_address()
+        self._run_parallel = gomp_parallel_address()
 
     def rms_norm(self, input_: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
         """[..., C] -> [..., C], computed in fp32. Raises ValueError for dtypes or sizes that do not fit."""
@@ -46,7 +46,7 @@ class NativePointwise:
         out = torch.empty(*input_.shape[:-1], width, dtype=input_.dtype)
         call = _Call(
             input_.dtype == torch.bfloat16,
-            self._team,
+            self._run_parallel,
             torch.get_num_threads(),
             out.numel() // width,
             width,

@@ -10,13 +10,13 @@
 #include <new>
 #include <vector>
 
-#include "ahead.h"
-#include "crew.h"
 #include "layout.h"
+#include "parallel_for.h"
+#include "prefetcher.h"
 #include "simd.h"
+#include "spin_pool.h"
 #include "storage.h"
 #include "sums.h"
-#include "team.h"
 #include "tiles.h"
 
 namespace {
@@ -70,17 +70,17 @@ class Work {
                 const int64_t first = i % num_pieces * WRITE_TOKENS;
                 write(i / num_pieces, first, std::min(first + WRITE_TOKENS, call_.num_tokens));
             };
-            share(call_.run_team, threads_for(count, MIN_PARALLEL_WRITE), call_.num_kv_heads * num_pieces, write_piece);
+            parallel_for(call_.run_parallel, threads_for(count, MIN_PARALLEL_WRITE), call_.num_kv_heads * num_pieces, write_piece);
         }
         const int64_t cost = plan() * dim_;
         const auto attend_item = [&](int64_t i) { attend(items_[i]); };
         const int64_t num_items = static_cast<int64_t>(items_.size());
-        share(call_.run_team, threads_for(cost, MIN_PARALLEL_COST), num_items, attend_item);
+        parallel_for(call_.run_parallel, threads_for(cost, MIN_PARALLEL_COST), num_items, attend_item);
     }
 
   private:
     int64_t threads_for(int64_t work, int64_t asleep) const {
-        return threads_worth_it(call_.run_team, call_.num_threads, work, asleep);
+        return useful_threads(call_.run_parallel, call_.num_threads, work, asleep);
     }
 
     void write(int64_t head, int64_t first, int64_t end) {
@@ -273,8 +273,8 @@ class Work {
                     // as if it lay behind this one, mostly true.
                     const KeyGroup<T> &last = groups[num_groups - 1];
                     const int64_t tile_bytes = key < end_key ? TILE_KEYS * dim_ * sizeof(T) : 0;
-                    Ahead next_keys(last.k + GROUP * dim_, tile_bytes, num_score_panels);
-                    Ahead next_values(last.v + GROUP * dim_, tile_bytes, num_score_panels);
+                    Prefetcher next_keys(last.k + GROUP * dim_, tile_bytes, num_score_panels);
+                    Prefetcher next_values(last.v + GROUP * dim_, tile_bytes, num_score_panels);
                     KeyGroup<float> wide[TILE_GROUPS];
                     for (int g = 0; g < num_groups; ++g) {
                         float *const k = widened + g * 2 * GROUP * dim_, *const v = k + GROUP * dim_;

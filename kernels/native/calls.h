@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "team.h"
+#include "parallel_for.h"
 
 // Read by native_structs.py, field by field. Sizes in elements; the weight is padded with zeros to
 // a multiple of 64 outputs and of 2 inputs.
@@ -14,7 +14,7 @@ struct LinearCall {
     const float *scales;   // of an int8 weight, by output; null: the weight is bf16
     const uint16_t *bias;  // or null
     uint16_t *out;         // dense
-    RunTeam run_team;
+    RunParallel run_parallel;
     int64_t num_threads;
     const uint16_t *residual;  // of out's shape, added to what was rounded; may be `out` itself; or null
 };
@@ -22,7 +22,7 @@ struct LinearCall {
 // Read by native_structs.py, field by field. in and out are dense, fp32 or bf16.
 struct PassCall {
     int64_t is_bf16;
-    RunTeam run_team;
+    RunParallel run_parallel;
     int64_t num_threads, num_rows, width;
     const void *in, *weight;
     void *out;

@@ -10,12 +10,12 @@
 #include <new>
 
 #include "calls.h"
-#include "crew.h"
 #include "layout.h"
+#include "parallel_for.h"
 #include "rows.h"
+#include "spin_pool.h"
 #include "storage.h"
 #include "sums.h"
-#include "team.h"
 
 // Read by native_structs.py, field by field; as in LinearCall.
 struct Weight {
@@ -35,7 +35,7 @@ struct DecoderLayer {
 
 // Read by native_structs.py, field by field.
 struct DecoderCall {
-    RunTeam run_team;  // null: threads of our own that stay awake for the length of the call
+    RunParallel run_parallel;  // null: threads of our own that stay awake for the length of the call
     int64_t num_threads;
     int64_t hidden_size, num_kv_heads, queries_per_kv_head, head_dim, ffn_size;
     float epsilon, scale;
@@ -67,9 +67,9 @@ constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 16;
 
 class Decoder {
   public:
-    Decoder(const DecoderCall &call, RunTeam team)
+    Decoder(const DecoderCall &call, RunParallel run_parallel)
         : call_(call),
-          team_(team),
+          run_parallel_(run_parallel),
           num_heads_(call.num_kv_heads * call.queries_per_kv_head),
           group_(call.queries_per_kv_head + 2),
           mixed_size_(call.num_kv_heads * group_ * call.head_dim),
@@ -104,7 +104,7 @@ class Decoder {
         multiply(
             normed_, call_.num_tokens, hidden, layer.gate_and_up, nullptr, gate_and_up_, 2 * call_.ffn_size, nullptr
         );
-        const PassCall pass{1,       team_, call_.num_threads, call_.num_tokens, call_.ffn_size, gate_and_up_,
+        const PassCall pass{1,       run_parallel_, call_.num_threads, call_.num_tokens, call_.ffn_size, gate_and_up_,
                             nullptr, activated_, 0.0f};
         check(medha_gated_silu(&pass));
         multiply(
@@ -152,7 +152,7 @@ class Decoder {
         call.head_dim = dim;
         call.scale = call_.scale;
         call.num_threads = static_cast<int32_t>(call_.num_threads);
-        call.run_team = team_;
+        call.run_parallel = run_parallel_;
         call.k_pool = layer.k_pool;
         call.v_pool = layer.v_pool;
         call.pool_head_stride = call_.pool_head_stride;
@@ -170,7 +170,7 @@ class Decoder {
     }
 
     void norm(const uint16_t *in, int64_t num_rows, const uint16_t *weight, uint16_t *out) {
-        const PassCall pass{1,  team_,  call_.num_threads, num_rows, call_.hidden_size, in, weight, out, call_.epsilon};
+        const PassCall pass{1,  run_parallel_,  call_.num_threads, num_rows, call_.hidden_size, in, weight, out, call_.epsilon};
         check(medha_rms_norm(&pass));
     }
 
@@ -179,15 +179,15 @@ class Decoder {
         uint16_t *out, int64_t num_outputs, const uint16_t *residual
     ) {
         const LinearCall call{num_rows, num_inputs, num_outputs, in,    weight.values,     weight.scales,
-                              bias,     out,        team_,       call_.num_threads, residual};
+                              bias,     out,        run_parallel_,       call_.num_threads, residual};
         check(medha_linear(&call));
     }
 
     template <class Body>
     void share_tokens(const Body &body) {
         const int64_t size = mixed_size_ * call_.num_tokens;
-        share(
-            team_, threads_worth_it(team_, call_.num_threads, size, MIN_PARALLEL_NUMBERS), call_.num_tokens,
+        parallel_for(
+            run_parallel_, useful_threads(run_parallel_, call_.num_threads, size, MIN_PARALLEL_NUMBERS), call_.num_tokens,
             [&](int64_t token) {
                 static thread_local Buffer memory;
                 body(token, memory.at_least<float>(call_.head_dim + WIDTH));
@@ -205,7 +205,7 @@ class Decoder {
     }
 
     const DecoderCall &call_;
-    const RunTeam team_;
+    const RunParallel run_parallel_;
     const int64_t num_heads_, group_, mixed_size_, attended_size_;
     uint16_t *normed_ = nullptr, *mixed_ = nullptr, *attended_ = nullptr, *gate_and_up_ = nullptr,
              *activated_ = nullptr;
@@ -216,8 +216,8 @@ class Decoder {
 // 0, or 1 when memory ran out; then nothing of the output can be used, and `hidden` is lost.
 extern "C" int medha_decoder(const DecoderCall *call) {
     try {
-        const Shift shift(call->run_team == nullptr ? call->num_threads : 1);
-        Decoder(*call, call->run_team == nullptr ? shift.team() : call->run_team).run();
+        const PoolScope pool(call->run_parallel == nullptr ? call->num_threads : 1);
+        Decoder(*call, call->run_parallel == nullptr ? pool.runner() : call->run_parallel).run();
         return 0;
     } catch (const std::bad_alloc &) {
         return 1;

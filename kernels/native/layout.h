@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "team.h"
+#include "parallel_for.h"
 
 constexpr int64_t GROUP = 16;
 
@@ -20,7 +20,7 @@ struct Call {
     int64_t num_tokens, num_kv_heads, queries_per_kv_head, head_dim;
     float scale;
     int32_t num_threads;
-    RunTeam run_team;
+    RunParallel run_parallel;
 
     void *k_pool, *v_pool;
     int64_t pool_head_stride;

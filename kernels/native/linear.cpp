@@ -10,13 +10,13 @@
 #include <new>
 #include <utility>
 
-#include "ahead.h"
 #include "calls.h"
-#include "crew.h"
+#include "parallel_for.h"
+#include "prefetcher.h"
 #include "simd.h"
+#include "spin_pool.h"
 #include "storage.h"
 #include "sums.h"
-#include "team.h"
 
 namespace {
 
@@ -52,7 +52,7 @@ inline void fetch_two(const int8_t *at) {
 
 // Rows of a tile lie side by side, WIDTH inputs of each at a time: in [depth / WIDTH][R][WIDTH].
 template <int R>
-void add_products(const float *weights, const float *in, int64_t depth, float *sums, Ahead &next) {
+void add_products(const float *weights, const float *in, int64_t depth, float *sums, Prefetcher &next) {
     Vec sum[R][MAX_COLUMNS];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = load(sums + r * PANEL + c * WIDTH);
@@ -112,7 +112,7 @@ constexpr MultiplyPacked<W> multiply_packed_of(int num_rows, std::integer_sequen
     return all[num_rows - 1];
 }
 
-using AddProducts = void (*)(const float *, const float *, int64_t, float *, Ahead &);
+using AddProducts = void (*)(const float *, const float *, int64_t, float *, Prefetcher &);
 constexpr AddProducts ADD_PRODUCTS[] = {add_products<1>, add_products<2>, add_products<3>,
                                         add_products<4>, add_products<5>, add_products<6>};
 
@@ -133,16 +133,16 @@ class Linear {
         packed_ = packed_memory.at_least<float>(call_.num_rows * packed_depth_);
         const int64_t num_products = call_.num_rows * call_.num_inputs * call_.num_outputs;
         const int64_t num_threads =
-            threads_worth_it(call_.run_team, call_.num_threads, num_products, MIN_PARALLEL_PRODUCTS);
-        const int64_t packers = threads_worth_it(
-            call_.run_team, num_threads, call_.num_rows * call_.num_inputs, MIN_PARALLEL_PACKED
+            useful_threads(call_.run_parallel, call_.num_threads, num_products, MIN_PARALLEL_PRODUCTS);
+        const int64_t packers = useful_threads(
+            call_.run_parallel, num_threads, call_.num_rows * call_.num_inputs, MIN_PARALLEL_PACKED
         );
-        share(call_.run_team, packers, num_tiles_, [&](int64_t tile) { pack(tile); });
+        parallel_for(call_.run_parallel, packers, num_tiles_, [&](int64_t tile) { pack(tile); });
         if (call_.num_rows <= MAX_ROWS_UNWIDENED) {
             // Several panels an item: a run of memory that the processor's prefetching follows.
             const int64_t width = columns_of(call_.num_rows) * WIDTH, num_tiles = (call_.num_outputs + width - 1) / width;
             const int64_t num_items = std::min(num_tiles, 4 * num_threads);
-            share(call_.run_team, num_threads, num_items, [&](int64_t i) {
+            parallel_for(call_.run_parallel, num_threads, num_items, [&](int64_t i) {
                 for (int64_t t = num_tiles * i / num_items; t < num_tiles * (i + 1) / num_items; ++t)
                     multiply(t * width, width);
             });
@@ -151,7 +151,7 @@ class Linear {
         const int64_t num_panels = (call_.num_outputs + PANEL - 1) / PANEL;
         const int64_t num_blocks = (call_.num_rows + MAX_ROWS_OF_ITEM - 1) / MAX_ROWS_OF_ITEM;
         const int64_t num_items = num_panels * num_blocks;
-        share(call_.run_team, num_threads, num_items, [&](int64_t i) {
+        parallel_for(call_.run_parallel, num_threads, num_items, [&](int64_t i) {
             const int64_t block = i % num_blocks;
             // The item that this thread takes next, if all take as long.
             const int64_t next = i + num_threads < num_items ? (i + num_threads) / num_blocks : num_panels;
@@ -207,7 +207,7 @@ class Linear {
             const int64_t num_left = depth_ - start - depth;
             const int64_t next_depth = num_left > 0 ? std::min(DEPTH, num_left) : after != nullptr ? depth : 0;
             const int64_t num_fetches = (end_tile - first_tile) * ((depth + WIDTH - 1) / WIDTH);
-            Ahead next(num_left > 0 ? block + depth * PACKED : after, next_depth * PACKED * sizeof(W), num_fetches);
+            Prefetcher next(num_left > 0 ? block + depth * PACKED : after, next_depth * PACKED * sizeof(W), num_fetches);
             for (int64_t tile = first_tile; tile < end_tile; ++tile) {
                 const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
                 ADD_PRODUCTS[count - 1](

@@ -5,12 +5,12 @@
 #include <new>
 
 #include "calls.h"
-#include "crew.h"
+#include "parallel_for.h"
 #include "rows.h"
 #include "simd.h"
+#include "spin_pool.h"
 #include "storage.h"
 #include "sums.h"
-#include "team.h"
 
 namespace {
 
@@ -20,16 +20,16 @@ constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 17;
 constexpr int64_t ROWS_OF_ITEM = 16, ROWS_OF_AWAKE_ITEM = 2;
 
 struct Pass {
-    RunTeam run_team;
+    RunParallel run_parallel;
     int64_t num_threads, num_rows, width;
 
     // body(row, fp32 memory for `memory_rows` rows) for every row
     template <class Body>
     void each_row(int64_t memory_rows, const Body &body) const {
-        const int64_t size = is_awake(run_team) && num_rows < 4 * ROWS_OF_ITEM ? ROWS_OF_AWAKE_ITEM : ROWS_OF_ITEM;
+        const int64_t size = is_spinning(run_parallel) && num_rows < 4 * ROWS_OF_ITEM ? ROWS_OF_AWAKE_ITEM : ROWS_OF_ITEM;
         const int64_t num_items = (num_rows + size - 1) / size;
-        const int64_t threads = threads_worth_it(run_team, num_threads, num_rows * width, MIN_PARALLEL_NUMBERS);
-        share(run_team, threads, num_items, [&](int64_t item) {
+        const int64_t threads = useful_threads(run_parallel, num_threads, num_rows * width, MIN_PARALLEL_NUMBERS);
+        parallel_for(run_parallel, threads, num_items, [&](int64_t item) {
             static thread_local Buffer memory;
             float *const rows = memory.at_least<float>(memory_rows * (width + WIDTH));
             const int64_t end = std::min((item + 1) * size, num_rows);
@@ -69,7 +69,7 @@ void gated_silu(const Pass &pass, const T *in, T *out) {
 }  // namespace
 
 extern "C" int medha_rms_norm(const PassCall *call) {
-    const Pass pass{call->run_team, call->num_threads, call->num_rows, call->width};
+    const Pass pass{call->run_parallel, call->num_threads, call->num_rows, call->width};
     try {
         if (call->is_bf16)
             rms_norm(
@@ -88,7 +88,7 @@ extern "C" int medha_rms_norm(const PassCall *call) {
 }
 
 extern "C" int medha_gated_silu(const PassCall *call) {
-    const Pass pass{call->run_team, call->num_threads, call->num_rows, call->width};
+    const Pass pass{call->run_parallel, call->num_threads, call->num_rows, call->width};
     try {
         if (call->is_bf16)
             gated_silu(pass, static_cast<const uint16_t *>(call->in), static_cast<uint16_t *>(call->out));

@@ -5,9 +5,9 @@
 #include <cstdint>
 
 // A run of memory, fetched in num_calls parts: a burst of fetches would itself be waited for.
-class Ahead {
+class Prefetcher {
   public:
-    Ahead(const void *from, int64_t bytes, int64_t num_calls)
+    Prefetcher(const void *from, int64_t bytes, int64_t num_calls)
         : next_(static_cast<const char *>(from)), end_(next_ + bytes), part_bytes_((bytes / num_calls / LINE + 1) * LINE) {}
 
     void fetch() {

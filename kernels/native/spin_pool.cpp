@@ -1,6 +1,6 @@
-// See crew.h.
+// See spin_pool.h.
 
-#include "crew.h"
+#include "spin_pool.h"
 
 #include <sched.h>
 
@@ -30,21 +30,21 @@ class Pause {
     int count_ = 0;
 };
 
-struct Crew {
+struct SpinPool {
     // Number of the job, whether it may still be joined, and how many workers are at it.
     alignas(64) std::atomic<uint64_t> job{0};
     alignas(64) std::atomic<bool> is_on_duty{false};
     void (*body)(void *) = nullptr;
     void *data = nullptr;
-    std::mutex duty;  // held during a shift
+    std::mutex duty;  // held while the pool is in use
     std::mutex door;
     std::condition_variable called;
     int64_t num_workers = 0;
 
     // Never destroyed: workers sleep in it when the process ends.
-    static Crew &get() {
-        static Crew *const crew = new Crew;
-        return *crew;
+    static SpinPool &get() {
+        static SpinPool *const pool = new SpinPool;
+        return *pool;
     }
 
     void work() {
@@ -84,27 +84,27 @@ struct Crew {
 
 }  // namespace
 
-void run_crew(void (*body)(void *), void *data, unsigned, unsigned) { Crew::get().run(body, data); }
+void run_in_spin_pool(void (*body)(void *), void *data, unsigned, unsigned) { SpinPool::get().run(body, data); }
 
-Shift::Shift(int64_t num_threads) : has_crew_(false) {
+PoolScope::PoolScope(int64_t num_threads) : has_pool_(false) {
     if (num_threads < 2) return;
-    Crew &crew = Crew::get();
-    if (!crew.duty.try_lock()) return;
-    has_crew_ = true;
+    SpinPool &pool = SpinPool::get();
+    if (!pool.duty.try_lock()) return;
+    has_pool_ = true;
     try {
-        for (; crew.num_workers < num_threads - 1; ++crew.num_workers) std::thread([&crew] { crew.work(); }).detach();
+        for (; pool.num_workers < num_threads - 1; ++pool.num_workers) std::thread([&pool] { pool.work(); }).detach();
     } catch (const std::system_error &) {  // no more threads to be had: fewer do the same work
     }
     {
-        const std::lock_guard<std::mutex> lock(crew.door);
-        crew.is_on_duty.store(true);
+        const std::lock_guard<std::mutex> lock(pool.door);
+        pool.is_on_duty.store(true);
     }
-    crew.called.notify_all();
+    pool.called.notify_all();
 }
 
-Shift::~Shift() {
-    if (!has_crew_) return;
-    Crew &crew = Crew::get();
-    crew.is_on_duty.store(false, std::memory_order_release);
-    crew.duty.unlock();
+PoolScope::~PoolScope() {
+    if (!has_pool_) return;
+    SpinPool &pool = SpinPool::get();
+    pool.is_on_duty.store(false, std::memory_order_release);
+    pool.duty.unlock();
 }

@@ -9,34 +9,34 @@
 #include <new>
 
 // GOMP_parallel of the OpenMP runtime that is in the process already; null: the caller's thread does everything.
-using RunTeam = void (*)(void (*)(void *), void *, unsigned, unsigned);
+using RunParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 
 template <class Body>
-class Team {
+class ParallelFor {
   public:
     // Calls body(i) for all i below num_items. Throws std::bad_alloc if one of the calls did.
-    static void run(RunTeam run_team, int64_t num_threads, int64_t num_items, const Body &body) {
-        Team team(num_items, body);
+    static void run(RunParallel run_parallel, int64_t num_threads, int64_t num_items, const Body &body) {
+        ParallelFor loop(num_items, body);
         num_threads = std::min(num_threads, num_items);
-        if (num_threads > 1 && run_team != nullptr)
-            run_team(&Team::member, &team, static_cast<unsigned>(num_threads), 0);
+        if (num_threads > 1 && run_parallel != nullptr)
+            run_parallel(&ParallelFor::member, &loop, static_cast<unsigned>(num_threads), 0);
         else
-            member(&team);
-        if (team.failed_.load()) throw std::bad_alloc();
+            member(&loop);
+        if (loop.failed_.load()) throw std::bad_alloc();
     }
 
   private:
-    Team(int64_t num_items, const Body &body) : num_items_(num_items), body_(body) {}
+    ParallelFor(int64_t num_items, const Body &body) : num_items_(num_items), body_(body) {}
 
     static void member(void *self) {
-        Team &team = *static_cast<Team *>(self);
+        ParallelFor &loop = *static_cast<ParallelFor *>(self);
         // Products with denormal numbers are a hundred times slower, and 1e-38 of anything is nothing here.
         const unsigned before = _mm_getcsr();
         _mm_setcsr(before | 0x8040);
         try {
-            for (int64_t i; (i = team.next_.fetch_add(1)) < team.num_items_;) team.body_(i);
+            for (int64_t i; (i = loop.next_.fetch_add(1)) < loop.num_items_;) loop.body_(i);
         } catch (const std::bad_alloc &) {
-            team.failed_.store(true);
+            loop.failed_.store(true);
         }
         _mm_setcsr(before);
     }
@@ -48,6 +48,6 @@ class Team {
 };
 
 template <class Body>
-static void share(RunTeam run_team, int64_t num_threads, int64_t num_items, const Body &body) {
-    Team<Body>::run(run_team, num_threads, num_items, body);
+static void parallel_for(RunParallel run_parallel, int64_t num_threads, int64_t num_items, const Body &body) {
+    ParallelFor<Body>::run(run_parallel, num_threads, num_items, body);
 }
