@@ -404,15 +404,7 @@ class Work {
 }  // namespace
 
 extern "C" int medha_attend(const Call *call) {
-    try {
-        if (call->is_bf16)
-            Work<uint16_t>(*call).run();
-        else
-            Work<float>(*call).run();
-        return 0;
-    } catch (const std::bad_alloc &) {
-        return 1;
-    }
+    return is_out_of_memory([&] { call->is_bf16 ? Work<uint16_t>(*call).run() : Work<float>(*call).run(); });
 }
 
 // 2^x of count floats, count a multiple of 16; for the test of its accuracy.

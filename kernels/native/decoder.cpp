@@ -95,7 +95,13 @@ class Decoder {
         const int64_t hidden = call_.hidden_size;
         norm(call_.hidden, call_.num_tokens, layer.attention_norm, normed_);
         multiply(normed_, call_.num_tokens, hidden, layer.qkv, layer.qkv_bias, mixed_, mixed_size_, nullptr);
-        share_tokens([&](int64_t token, float *row) { rotate(layer, token, row); });
+        const int64_t threads = useful_threads(
+            run_parallel_, call_.num_threads, mixed_size_ * call_.num_tokens, MIN_PARALLEL_NUMBERS
+        );
+        parallel_for(run_parallel_, threads, call_.num_tokens, [&](int64_t token) {
+            static thread_local Buffer memory;
+            rotate(layer, token, memory.at_least<float>(call_.head_dim + WIDTH));
+        });
         attend(layer);
         multiply(
             attended_, call_.num_tokens, attended_size_, layer.proj, nullptr, call_.hidden, hidden, call_.hidden
@@ -183,18 +189,6 @@ class Decoder {
         check(medha_linear(&call));
     }
 
-    template <class Body>
-    void share_tokens(const Body &body) {
-        const int64_t size = mixed_size_ * call_.num_tokens;
-        parallel_for(
-            run_parallel_, useful_threads(run_parallel_, call_.num_threads, size, MIN_PARALLEL_NUMBERS), call_.num_tokens,
-            [&](int64_t token) {
-                static thread_local Buffer memory;
-                body(token, memory.at_least<float>(call_.head_dim + WIDTH));
-            }
-        );
-    }
-
     void copy_row(const uint16_t *from, int64_t from_row, uint16_t *to, int64_t to_row) const {
         const int64_t size = call_.hidden_size;
         std::memcpy(to + to_row * size, from + from_row * size, size * sizeof(uint16_t));
@@ -215,11 +209,8 @@ class Decoder {
 
 // 0, or 1 when memory ran out; then nothing of the output can be used, and `hidden` is lost.
 extern "C" int medha_decoder(const DecoderCall *call) {
-    try {
+    return is_out_of_memory([&] {
         const PoolScope pool(call->run_parallel == nullptr ? call->num_threads : 1);
         Decoder(*call, call->run_parallel == nullptr ? pool.runner() : call->run_parallel).run();
-        return 0;
-    } catch (const std::bad_alloc &) {
-        return 1;
-    }
+    });
 }

@@ -50,6 +50,15 @@ inline void fetch_two(const int8_t *at) {
     __builtin_prefetch(at + PACKED + AHEAD);
 }
 
+// The first `count` numbers, filled up with zeros.
+template <class T>
+inline Vec load_first(const T *from, int64_t count) {
+    if (count >= WIDTH) return load(from);
+    T padded[WIDTH] = {};
+    std::copy_n(from, std::max<int64_t>(0, count), padded);
+    return load(padded);
+}
+
 // Rows of a tile lie side by side, WIDTH inputs of each at a time: in [depth / WIDTH][R][WIDTH].
 template <int R>
 void add_products(const float *weights, const float *in, int64_t depth, float *sums, Prefetcher &next) {
@@ -171,10 +180,8 @@ class Linear {
         float *const to = packed_ + first * packed_depth_;
         for (int64_t r = 0; r < count; ++r) {
             const uint16_t *const row = call_.in + (first + r) * call_.num_inputs;
-            int64_t d = 0;
-            for (; d + WIDTH <= call_.num_inputs; d += WIDTH) store(to + d * count + r * WIDTH, load(row + d));
-            for (int64_t i = 0; d + i < packed_depth_; ++i)
-                to[d * count + r * WIDTH + i] = d + i < call_.num_inputs ? to_float(row[d + i]) : 0.0f;
+            for (int64_t d = 0; d < packed_depth_; d += WIDTH)
+                store(to + d * count + r * WIDTH, load_first(row + d, call_.num_inputs - d));
         }
     }
 
@@ -231,28 +238,15 @@ class Linear {
 
     void write_out(int64_t row, int64_t first, int64_t width, const float *sums) const {
         const int64_t count = std::min(width, call_.num_outputs - first), at = row * call_.num_outputs + first;
-        int64_t o = 0;
-        for (; o + WIDTH <= count; o += WIDTH) {
+        for (int64_t o = 0; o < count; o += WIDTH) {
             Vec sum = load(sums + o);
-            if (call_.scales != nullptr) sum = sum * load(call_.scales + first + o);
-            if (call_.bias != nullptr) sum = sum + load(call_.bias + first + o);
-            if (call_.residual != nullptr) {
-                uint16_t rounded[WIDTH];
-                store(rounded, sum);
-                sum = load(call_.residual + at + o) + load(rounded);
-            }
-            store(call_.out + at + o, sum);
-        }
-        for (; o < count; ++o) {
-            float sum = sums[o];
-            if (call_.scales != nullptr) sum = sum * call_.scales[first + o];
-            if (call_.bias != nullptr) sum = sum + to_float(call_.bias[first + o]);
-            if (call_.residual != nullptr) {
-                uint16_t rounded;
-                from_float(sum, &rounded);
-                sum = to_float(call_.residual[at + o]) + to_float(rounded);
-            }
-            from_float(sum, call_.out + at + o);
+            if (call_.scales != nullptr) sum = sum * load_first(call_.scales + first + o, count - o);
+            if (call_.bias != nullptr) sum = sum + load_first(call_.bias + first + o, count - o);
+            uint16_t rounded[WIDTH];
+            store(rounded, sum);
+            if (call_.residual != nullptr)
+                store(rounded, load_first(call_.residual + at + o, count - o) + load(rounded));
+            std::copy_n(rounded, std::min<int64_t>(WIDTH, count - o), call_.out + at + o);
         }
     }
 
@@ -264,13 +258,7 @@ class Linear {
 }  // namespace
 
 extern "C" int medha_linear(const LinearCall *call) {
-    try {
-        if (call->scales == nullptr)
-            Linear<uint16_t>(*call).run();
-        else
-            Linear<int8_t>(*call).run();
-        return 0;
-    } catch (const std::bad_alloc &) {
-        return 1;
-    }
+    return is_out_of_memory([&] {
+        call->scales == nullptr ? Linear<uint16_t>(*call).run() : Linear<int8_t>(*call).run();
+    });
 }

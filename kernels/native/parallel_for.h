@@ -47,6 +47,17 @@ class ParallelFor {
     std::atomic<bool> failed_{false};
 };
 
+// What an entry point returns: 0, or 1 when memory ran out.
+template <class Body>
+static int is_out_of_memory(const Body &body) {
+    try {
+        body();
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}
+
 template <class Body>
 static void parallel_for(RunParallel run_parallel, int64_t num_threads, int64_t num_items, const Body &body) {
     ParallelFor<Body>::run(run_parallel, num_threads, num_items, body);

@@ -19,30 +19,28 @@ constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 17;
 constexpr int64_t ROWS_OF_ITEM = 16, ROWS_OF_AWAKE_ITEM = 2;
 
-struct Pass {
-    RunParallel run_parallel;
-    int64_t num_threads, num_rows, width;
-
-    // body(row, fp32 memory for `memory_rows` rows) for every row
-    template <class Body>
-    void each_row(int64_t memory_rows, const Body &body) const {
-        const int64_t size = is_spinning(run_parallel) && num_rows < 4 * ROWS_OF_ITEM ? ROWS_OF_AWAKE_ITEM : ROWS_OF_ITEM;
-        const int64_t num_items = (num_rows + size - 1) / size;
-        const int64_t threads = useful_threads(run_parallel, num_threads, num_rows * width, MIN_PARALLEL_NUMBERS);
-        parallel_for(run_parallel, threads, num_items, [&](int64_t item) {
-            static thread_local Buffer memory;
-            float *const rows = memory.at_least<float>(memory_rows * (width + WIDTH));
-            const int64_t end = std::min((item + 1) * size, num_rows);
-            for (int64_t row = item * size; row < end; ++row) body(row, rows);
-        });
-    }
-};
+// body(row, fp32 memory for `memory_rows` rows) for every row
+template <class Body>
+void each_row(const PassCall &call, int64_t memory_rows, const Body &body) {
+    const bool has_small_items = is_spinning(call.run_parallel) && call.num_rows < 4 * ROWS_OF_ITEM;
+    const int64_t size = has_small_items ? ROWS_OF_AWAKE_ITEM : ROWS_OF_ITEM;
+    const int64_t num_items = (call.num_rows + size - 1) / size, num_numbers = call.num_rows * call.width;
+    const int64_t threads = useful_threads(call.run_parallel, call.num_threads, num_numbers, MIN_PARALLEL_NUMBERS);
+    parallel_for(call.run_parallel, threads, num_items, [&](int64_t item) {
+        static thread_local Buffer memory;
+        float *const rows = memory.at_least<float>(memory_rows * (call.width + WIDTH));
+        const int64_t end = std::min((item + 1) * size, call.num_rows);
+        for (int64_t row = item * size; row < end; ++row) body(row, rows);
+    });
+}
 
 template <class T>
-void rms_norm(const Pass &pass, const T *in, const T *weight, float epsilon, T *out) {
-    const int64_t width = pass.width;
-    pass.each_row(1, [&](int64_t row, float *x) {
-        rms_norm_row(in + row * width, weight, epsilon, width, x, out + row * width);
+void rms_norm(const PassCall &call) {
+    const int64_t width = call.width;
+    const T *const in = static_cast<const T *>(call.in), *const weight = static_cast<const T *>(call.weight);
+    T *const out = static_cast<T *>(call.out);
+    each_row(call, 1, [&](int64_t row, float *x) {
+        rms_norm_row(in + row * width, weight, call.epsilon, width, x, out + row * width);
     });
 }
 
@@ -55,9 +53,11 @@ Vec silu(Vec x) {
 }
 
 template <class T>
-void gated_silu(const Pass &pass, const T *in, T *out) {
-    const int64_t width = pass.width;
-    pass.each_row(2, [&](int64_t row, float *gate) {
+void gated_silu(const PassCall &call) {
+    const int64_t width = call.width;
+    const T *const in = static_cast<const T *>(call.in);
+    T *const out = static_cast<T *>(call.out);
+    each_row(call, 2, [&](int64_t row, float *gate) {
         float *const up = gate + width + WIDTH;
         widen_row(in + row * 2 * width, gate, width);
         widen_row(in + (row * 2 + 1) * width, up, width);
@@ -69,33 +69,9 @@ void gated_silu(const Pass &pass, const T *in, T *out) {
 }  // namespace
 
 extern "C" int medha_rms_norm(const PassCall *call) {
-    const Pass pass{call->run_parallel, call->num_threads, call->num_rows, call->width};
-    try {
-        if (call->is_bf16)
-            rms_norm(
-                pass, static_cast<const uint16_t *>(call->in), static_cast<const uint16_t *>(call->weight),
-                call->epsilon, static_cast<uint16_t *>(call->out)
-            );
-        else
-            rms_norm(
-                pass, static_cast<const float *>(call->in), static_cast<const float *>(call->weight), call->epsilon,
-                static_cast<float *>(call->out)
-            );
-        return 0;
-    } catch (const std::bad_alloc &) {
-        return 1;
-    }
+    return is_out_of_memory([&] { call->is_bf16 ? rms_norm<uint16_t>(*call) : rms_norm<float>(*call); });
 }
 
 extern "C" int medha_gated_silu(const PassCall *call) {
-    const Pass pass{call->run_parallel, call->num_threads, call->num_rows, call->width};
-    try {
-        if (call->is_bf16)
-            gated_silu(pass, static_cast<const uint16_t *>(call->in), static_cast<uint16_t *>(call->out));
-        else
-            gated_silu(pass, static_cast<const float *>(call->in), static_cast<float *>(call->out));
-        return 0;
-    } catch (const std::bad_alloc &) {
-        return 1;
-    }
+    return is_out_of_memory([&] { call->is_bf16 ? gated_silu<uint16_t>(*call) : gated_silu<float>(*call); });
 }

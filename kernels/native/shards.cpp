@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr int FAILED = 1, NOT_YET = 2;
+constexpr int FAILED = 1, NOT_YET = 2;  // FAILED: as is_out_of_memory returns it
 constexpr int CHECKS_PER_YIELD = 64;  // some 3 us
 
 // Between this rank and another one. A counter holds the number of the last message; message n lies in slot n % 2.
@@ -90,12 +90,7 @@ void merge_rows(const Merge &merge) {
     }
 }
 
-void run(const Merge &merge) {
-    if (merge.is_bf16)
-        merge_rows<uint16_t>(merge);
-    else
-        merge_rows<float>(merge);
-}
+void run(const Merge &merge) { merge.is_bf16 ? merge_rows<uint16_t>(merge) : merge_rows<float>(merge); }
 
 // What goes to a rank, and comes from it: outputs of the rows both attend to, behind them, aligned, log-sum-exps.
 struct Message {
@@ -203,10 +198,5 @@ extern "C" int medha_attend_shard(const Call *call, Exchange *exchange, int64_t 
 
 // Parts that came another way, merged by the same arithmetic. 0, or FAILED.
 extern "C" int medha_merge(const Merge *merge) {
-    try {
-        run(*merge);
-        return 0;
-    } catch (const std::bad_alloc &) {
-        return FAILED;
-    }
+    return is_out_of_memory([&] { run(*merge); });
 }

@@ -29,105 +29,62 @@ struct KeyGroup {
     int first_lane, end_lane;
 };
 
-// q [dim][R], already scaled -> scores [R] rows of TILE_KEYS floats, one panel of groups wide.
-template <int R>
-static void score_panel(const KeyGroup<float> *groups, const float *q, int64_t dim, float *scores) {
-    Vec sum[R][MAX_COLUMNS] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-        Vec keys[MAX_COLUMNS];
-        for (int c = 0; c < MAX_COLUMNS; ++c)
-            keys[c] = load(groups[c / VECS_PER_GROUP].k + d * GROUP + (c % VECS_PER_GROUP) * WIDTH);
-        if constexpr (IS_BOUND_BY_MEMORY<R>)
-            for (int c = 0; c < PANEL_GROUPS; ++c)
-                __builtin_prefetch(groups[0].k + (PANEL_GROUPS * (dim + d) + c) * GROUP);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-            const Vec query = splat(q[d * R + r]);
-            for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = fma(query, keys[c], sum[r][c]);
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < MAX_COLUMNS; ++c) store(scores + r * TILE_KEYS + c * WIDTH, sum[r][c]);
-}
+// Vectors that one load gives: of an fp32 group one; of a bf16 group an even and an odd one, interleaved in memory.
+template <class T>
+constexpr int STEP = sizeof(T) == 2 ? 2 : 1;
+static inline void load_step(const float *p, Vec to[1]) { to[0] = load(p); }
+static inline void load_step(const uint16_t *p, Vec to[2]) { load_pairs(p, to[0], to[1]); }
 
-template <int R>
-static void score_panel(const KeyGroup<uint16_t> *groups, const float *q, int64_t dim, float *scores) {
+// q [dim][R], already scaled -> scores [R] rows of TILE_KEYS floats, one panel of groups wide.
+template <class T, int R>
+static void score_panel(const KeyGroup<T> *groups, const float *q, int64_t dim, float *scores) {
     Vec sum[R][MAX_COLUMNS] = {};
-    for (int64_t d = 0; d < dim; d += 2) {
-        Vec even[MAX_COLUMNS], odd[MAX_COLUMNS];
+    for (int64_t d = 0; d < dim; d += STEP<T>) {
+        Vec keys[MAX_COLUMNS][STEP<T>];
         for (int c = 0; c < MAX_COLUMNS; ++c)
-            load_pairs(groups[c / VECS_PER_GROUP].k + d * GROUP + (c % VECS_PER_GROUP) * 2 * WIDTH, even[c], odd[c]);
+            load_step(
+                groups[c / VECS_PER_GROUP].k + d * GROUP + (c % VECS_PER_GROUP) * STEP<T> * WIDTH, keys[c]
+            );
         if constexpr (IS_BOUND_BY_MEMORY<R>)
             for (int c = 0; c < PANEL_GROUPS; ++c)
-                __builtin_prefetch(groups[0].k + (PANEL_GROUPS * (dim + d) + 2 * c) * GROUP);
+                __builtin_prefetch(groups[0].k + (PANEL_GROUPS * (dim + d) + STEP<T> * c) * GROUP);
+#pragma GCC unroll 2
+        for (int s = 0; s < STEP<T>; ++s)
 #pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-            const Vec query = splat(q[d * R + r]);
-            for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = fma(query, even[c], sum[r][c]);
-        }
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-            const Vec query = splat(q[(d + 1) * R + r]);
-            for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = fma(query, odd[c], sum[r][c]);
-        }
+            for (int r = 0; r < R; ++r) {
+                const Vec query = splat(q[(d + s) * R + r]);
+                for (int c = 0; c < MAX_COLUMNS; ++c) sum[r][c] = fma(query, keys[c][s], sum[r][c]);
+            }
     }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < MAX_COLUMNS; ++c) store(scores + r * TILE_KEYS + c * WIDTH, sum[r][c]);
 }
 
 // out [R][dim] = decay [R] * out + weights [R][TILE_KEYS] . values, C vectors of dimensions wide.
-template <int R, int C>
+template <class T, int R, int C>
 static void add_values(
-    const KeyGroup<float> *groups, int num_groups, const float *weights, const float *decay, float *out, int64_t dim,
+    const KeyGroup<T> *groups, int num_groups, const float *weights, const float *decay, float *out, int64_t dim,
     int64_t first_dim
 ) {
     Vec sum[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sum[r][c] = load(out + r * dim + c * WIDTH) * splat(decay[r]);
     for (int g = 0; g < num_groups; ++g) {
-        const float *v = groups[g].v + first_dim;
-        for (int lane = groups[g].first_lane; lane < groups[g].end_lane; ++lane) {
-            Vec values[C];
-            for (int c = 0; c < C; ++c) values[c] = load(v + lane * dim + c * WIDTH);
+        const T *v = groups[g].v + STEP<T> * first_dim;
+        for (int lane = groups[g].first_lane / STEP<T> * STEP<T>; lane < groups[g].end_lane; lane += STEP<T>) {
+            Vec values[C][STEP<T>];
+            for (int c = 0; c < C; ++c) load_step(v + lane * dim + c * STEP<T> * WIDTH, values[c]);
             if constexpr (IS_BOUND_BY_MEMORY<R>)
-                for (int c = 0; c < C; ++c) __builtin_prefetch(v + (AHEAD + lane) * dim + c * WIDTH);
+                for (int c = 0; c < C; ++c) __builtin_prefetch(v + (AHEAD + lane) * dim + c * STEP<T> * WIDTH);
+#pragma GCC unroll 2
+            for (int s = 0; s < STEP<T>; ++s) {
+                // A lane of another sequence, or of none, may hold anything: it must not even be multiplied by 0.
+                if (STEP<T> > 1 && (lane + s < groups[g].first_lane || lane + s >= groups[g].end_lane)) continue;
 #pragma GCC unroll 6
-            for (int r = 0; r < R; ++r) {
-                const Vec weight = splat(weights[r * TILE_KEYS + g * GROUP + lane]);
-                for (int c = 0; c < C; ++c) sum[r][c] = fma(weight, values[c], sum[r][c]);
-            }
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) store(out + r * dim + c * WIDTH, sum[r][c]);
-}
-
-template <int R, int C>
-static void add_values(
-    const KeyGroup<uint16_t> *groups, int num_groups, const float *weights, const float *decay, float *out,
-    int64_t dim, int64_t first_dim
-) {
-    Vec sum[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) sum[r][c] = load(out + r * dim + c * WIDTH) * splat(decay[r]);
-    for (int g = 0; g < num_groups; ++g) {
-        const uint16_t *v = groups[g].v + 2 * first_dim;
-        for (int pair = groups[g].first_lane / 2; 2 * pair < groups[g].end_lane; ++pair) {
-            Vec even[C], odd[C];
-            for (int c = 0; c < C; ++c) load_pairs(v + pair * 2 * dim + c * 2 * WIDTH, even[c], odd[c]);
-            if constexpr (IS_BOUND_BY_MEMORY<R>)
-                for (int c = 0; c < C; ++c) __builtin_prefetch(v + (AHEAD + 2 * pair) * dim + c * 2 * WIDTH);
-            const float *w = weights + g * GROUP + 2 * pair;
-            // A lane of another sequence, or of none, may hold anything: it must not even be multiplied by 0.
-            if (2 * pair >= groups[g].first_lane) {
-#pragma GCC unroll 6
-                for (int r = 0; r < R; ++r)
-                    for (int c = 0; c < C; ++c) sum[r][c] = fma(splat(w[r * TILE_KEYS]), even[c], sum[r][c]);
-            }
-            if (2 * pair + 1 < groups[g].end_lane) {
-#pragma GCC unroll 6
-                for (int r = 0; r < R; ++r)
-                    for (int c = 0; c < C; ++c) sum[r][c] = fma(splat(w[r * TILE_KEYS + 1]), odd[c], sum[r][c]);
+                for (int r = 0; r < R; ++r) {
+                    const Vec weight = splat(weights[r * TILE_KEYS + g * GROUP + lane + s]);
+                    for (int c = 0; c < C; ++c) sum[r][c] = fma(weight, values[c][s], sum[r][c]);
+                }
             }
         }
     }
@@ -142,29 +99,18 @@ using AddValues = void (*)(const KeyGroup<T> *, int, const float *, const float 
 
 template <class T>
 static ScorePanel<T> score_panel_of(int num_rows) {
-    static constexpr ScorePanel<T> all[] = {score_panel<1>, score_panel<2>, score_panel<3>,
-                                            score_panel<4>, score_panel<5>, score_panel<6>};
+    static constexpr ScorePanel<T> all[] = {score_panel<T, 1>, score_panel<T, 2>, score_panel<T, 3>,
+                                            score_panel<T, 4>, score_panel<T, 5>, score_panel<T, 6>};
     return all[num_rows - 1];
 }
 
-template <class T, int C>
-static AddValues<T> add_values_of(int num_rows) {
-    static constexpr AddValues<T> all[] = {add_values<1, C>, add_values<2, C>, add_values<3, C>,
-                                           add_values<4, C>, add_values<5, C>, add_values<6, C>};
-    return all[num_rows - 1];
-}
-
-template <class T>
+template <class T, int C = MAX_COLUMNS>
 static AddValues<T> add_values_of(int num_rows, int num_columns) {
-    switch (num_columns) {
-        case 1: return add_values_of<T, 1>(num_rows);
-        case 2: return add_values_of<T, 2>(num_rows);
-#if defined(__AVX512F__)
-        case 3: return add_values_of<T, 3>(num_rows);
-        case 4: return add_values_of<T, 4>(num_rows);
-#endif
-    }
-    __builtin_unreachable();
+    if constexpr (C > 1)
+        if (num_columns < C) return add_values_of<T, C - 1>(num_rows, num_columns);
+    static constexpr AddValues<T> all[] = {add_values<T, 1, C>, add_values<T, 2, C>, add_values<T, 3, C>,
+                                           add_values<T, 4, C>, add_values<T, 5, C>, add_values<T, 6, C>};
+    return all[num_rows - 1];
 }
 
 // A group's keys and values as fp32 of the same layout; worth it when several register tiles read them.
