@@ -21,7 +21,6 @@ class BatchResult:
 
 @dataclass(slots=True)
 class _PartialResult:
-    batch_id: int
     num_left: list[int]       # answers to come, by stage
     stage_s: list[float]      # the slowest KVP rank's time, by stage
     tokens: list[SampledToken] = field(default_factory=list)
@@ -42,7 +41,7 @@ class StepCollector:
     def submitted(self, batch_id: int) -> None:
         """A batch went out to all ranks."""
         layout = self._layout
-        self._in_flight[batch_id] = _PartialResult(batch_id, [layout.kvp] * layout.spp, [0.0] * layout.spp)
+        self._in_flight[batch_id] = _PartialResult([layout.kvp] * layout.spp, [0.0] * layout.spp)
 
     def expects(self, done: StepDone) -> bool:
         """Whether this answer can be: of a batch in flight, to which that stage has not answered in full."""
@@ -68,18 +67,10 @@ class StepCollector:
         # An answer of the last stage may overtake one of an earlier stage: they come over different connections.
         if not any(flight.num_left):
             del self._in_flight[done.batch_id]
-            yield _result(flight)
+            stopped = tuple(token.request_id for token in flight.tokens if token.is_stop)
+            completed = Completed(done.batch_id, sum(flight.stage_s), stopped, tuple(flight.failed.items()))
+            yield BatchResult(completed, tuple(flight.tokens), tuple(flight.prompt_logprobs))
 
     def clear(self) -> None:
         """The ranks are gone; nothing in flight will be answered."""
         self._in_flight.clear()
-
-
-def _result(flight: _PartialResult) -> BatchResult:
-    completed = Completed(
-        batch_id=flight.batch_id,
-        duration_s=sum(flight.stage_s),
-        stopped=tuple(token.request_id for token in flight.tokens if token.is_stop),
-        failed=tuple(flight.failed.items()),
-    )
-    return BatchResult(completed, tuple(flight.tokens), tuple(flight.prompt_logprobs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import zmq
@@ -27,14 +28,8 @@ class CurveKeys(msgspec.Struct, frozen=True, kw_only=True):
         if path.exists():
             check_private(path, "launch.key_file")
             return cls.load(path)
-        front_public, front_secret = zmq.curve_keypair()
-        rank_public, rank_secret = zmq.curve_keypair()
-        keys = cls(
-            front_public=front_public.decode(),
-            front_secret=front_secret.decode(),
-            rank_public=rank_public.decode(),
-            rank_secret=rank_secret.decode(),
-        )
+        pairs = (*zmq.curve_keypair(), *zmq.curve_keypair())
+        keys = cls(**{name: key.decode() for name, key in zip(cls.__struct_fields__, pairs, strict=True)})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -70,14 +65,7 @@ class CurveKeys(msgspec.Struct, frozen=True, kw_only=True):
         """Refuse whoever does not hold the ranks' key, on all sockets of this context; to be stopped before it ends."""
         guard = ThreadAuthenticator(context)
         guard.start()
-        guard.configure_curve_callback(credentials_provider=_SingleKeyAuth(self.rank_public.encode()))
+        rank_public = self.rank_public.encode()
+        is_known = SimpleNamespace(callback=lambda domain, key: key == rank_public)
+        guard.configure_curve_callback(credentials_provider=is_known)
         return guard
-
-
-class _SingleKeyAuth:
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Whether this public key may connect."""
-        return key == self._key

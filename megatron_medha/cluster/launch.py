@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -46,22 +47,25 @@ class RankExit(NamedTuple):
 class Ranks(Protocol):
     """The ranks of one replica, here or elsewhere."""
 
+    sockets: Sequence[zmq.Socket[bytes]] = ()  # others to wait for: poll() is due when one of them is readable
+    _link: RankLink | None = None
+
     @property
     def link(self) -> RankLink:
         """To the ranks started last."""
-
-    @property
-    def sockets(self) -> Sequence[zmq.Socket[bytes]]:
-        """Others to wait for: poll() is due when one of them is readable."""
+        assert self._link is not None, "no rank has been started"
+        return self._link
 
     def start(self) -> None:
         """Bring all ranks up, on a link of their own."""
 
     def missing(self) -> str | None:
         """What start() still waits for, in words; None once every process has been started. Raises RankError."""
+        return None
 
     def poll(self) -> None:
         """Take note of what happened to the processes."""
+        return
 
     def exits(self) -> list[RankExit]:
         """The processes that have ended by themselves."""
@@ -103,21 +107,13 @@ class RankProcess:
         """None while it lives; negative: the signal that ended it."""
         return self.process.poll()
 
-    def wait(self, timeout_s: float) -> bool:
-        """Whether it has ended, waiting at most that long."""
-        try:
-            self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
     def kill(self) -> None:
         """Send it, and whatever it started, the signal no process can refuse; stopped ones take it too."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-class LocalRanks:
+class LocalRanks(Ranks):
     """Ranks that we start ourselves."""
 
     def __init__(
@@ -143,18 +139,6 @@ class LocalRanks:
         self._environment = child_environment() if environment is None else environment
         self._processes: list[RankProcess] = []
         self._num_starts = 0
-        self._link: RankLink | None = None
-
-    @property
-    def link(self) -> RankLink:
-        """See Ranks."""
-        assert self._link is not None, "no rank has been started"
-        return self._link
-
-    @property
-    def sockets(self) -> Sequence[zmq.Socket[bytes]]:
-        """See Ranks: the kernel tells us of our children."""
-        return ()
 
     def start(self) -> None:
         """See Ranks."""
@@ -174,13 +158,6 @@ class LocalRanks:
             )
             self._processes.append(RankProcess.start(config, self._command, environment))
 
-    def missing(self) -> str | None:
-        """See Ranks."""
-        return None
-
-    def poll(self) -> None:
-        """See Ranks; exits() looks for itself."""
-
     def exits(self) -> list[RankExit]:
         """See Ranks."""
         return [
@@ -191,7 +168,8 @@ class LocalRanks:
         """See Ranks."""
         deadline_s = time.monotonic() + patience_s
         for process in self._processes:
-            process.wait(max(0.0, deadline_s - time.monotonic()))
+            with suppress(subprocess.TimeoutExpired):
+                process.process.wait(max(0.0, deadline_s - time.monotonic()))
         for process in self._processes:
             process.kill()
         for process in self._processes:

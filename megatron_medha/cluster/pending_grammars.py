@@ -7,9 +7,16 @@ all the same, so nothing has to be known here of what a rank has forgotten.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from megatron_medha.cluster.messages import GrammarPrepared, PrepareGrammar
 from megatron_medha.core.batch import Aborted, Arrived, Event
+
+
+class _HeldArrival(NamedTuple):
+    arrived: Arrived
+    question: PrepareGrammar
+    missing: set[int]  # ranks that have not answered yet
 
 
 class PendingGrammars:
@@ -19,9 +26,7 @@ class PendingGrammars:
         """ranks: that sample. grammar_of: a request's, by its id."""
         self.ranks = frozenset(ranks)
         self._grammar_of = grammar_of
-        self._held: dict[int, Arrived] = {}       # by number, in the order they came
-        self._prepare_messages: dict[int, PrepareGrammar] = {}  # of those
-        self._missing: dict[int, set[int]] = {}   # ranks that have not answered yet
+        self._held: dict[int, _HeldArrival] = {}  # by number, in the order they came
         self._number_of: dict[str, int] = {}      # by request id
         self._unsent_numbers: list[int] = []
         self._next_number = 0
@@ -43,32 +48,30 @@ class PendingGrammars:
     def take_prepare_messages(self) -> Sequence[PrepareGrammar]:
         """What all ranks are to be asked; each once, until they are others."""
         unasked, self._unsent_numbers = self._unsent_numbers, []
-        return [self._prepare_messages[number] for number in unasked if number in self._held]
+        return [self._held[number].question for number in unasked if number in self._held]
 
     def take(self, message: GrammarPrepared) -> Sequence[Event]:
         """A rank has answered; what may go on."""
-        missing = self._missing.get(message.number)
-        if missing is None:
-            return ()  # its client has gone
-        missing.discard(message.rank)
-        return () if missing else (self._release(message.number),)
+        held = self._held.get(message.number)
+        if held is None:
+            return ()  # its client has disconnected
+        held.missing.discard(message.rank)
+        return () if held.missing else (self._release(message.number),)
 
     def restart(self) -> None:
         """The ranks are others, which know of nothing yet."""
         self._unsent_numbers = list(self._held)
-        for number in self._held:
-            self._missing[number] = set(self.ranks)
+        for held in self._held.values():
+            held.missing.update(self.ranks)
 
     def _hold(self, arrived: Arrived, grammar: str) -> None:
         number = self._next_number
         self._next_number += 1
-        self._held[number] = arrived
-        self._prepare_messages[number] = PrepareGrammar(number, grammar)
-        self._missing[number] = set(self.ranks)
+        self._held[number] = _HeldArrival(arrived, PrepareGrammar(number, grammar), set(self.ranks))
         self._number_of[arrived.request.request_id] = number
         self._unsent_numbers.append(number)
 
     def _release(self, number: int) -> Arrived:
-        arrived = self._held.pop(number)
-        del self._prepare_messages[number], self._missing[number], self._number_of[arrived.request.request_id]
+        arrived = self._held.pop(number).arrived
+        del self._number_of[arrived.request.request_id]
         return arrived

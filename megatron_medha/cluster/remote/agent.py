@@ -12,6 +12,7 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -61,20 +62,14 @@ def attach(argv: Sequence[str], command: Sequence[str] = WORKER_COMMAND) -> int:
     arguments = parser.parse_args(argv)
     try:
         rank = _rank_of_launcher() if arguments.rank is None else arguments.rank
-        agent = Agent(arguments.attach, arguments.key, rank, arguments.timeout, command)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        agent.run()
+        with closing(Agent(arguments.attach, arguments.key, rank, arguments.timeout, command)) as agent:
+            agent.run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RankError as error:
         print(f"rank {rank}: {error}", file=sys.stderr)
         return 1
-    finally:
-        agent.close()
     return 0
 
 
@@ -140,7 +135,8 @@ class Agent:
                     if self._apply_desired(message):
                         said_s = 0.0
                 case Redirect():
-                    self._reconnect(self._port + message.port_offset)
+                    self._disconnect()
+                    self._connect(self._port + message.port_offset)
                     said_s = 0.0
                 case AgentShutdown(why, is_error):
                     if is_error:
@@ -229,10 +225,6 @@ class Agent:
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
-
-    def _reconnect(self, port: int) -> None:
-        self._disconnect()
-        self._connect(port)
 
     def _check_handshakes(self) -> None:
         while self._monitor.poll(0):

@@ -74,7 +74,7 @@ def attached_ranks(launch: LaunchConfig, replica: int = 0, num_replicas: int = 1
     return open_ranks
 
 
-class AttachedRanks:
+class AttachedRanks(Ranks):
     """The ranks of one replica, each looked after by an agent."""
 
     def __init__(
@@ -105,22 +105,11 @@ class AttachedRanks:
         self._refused = RejectedPeers("agents")
         self._decoder = msgspec.msgpack.Decoder(AgentState)
         self._encoder = msgspec.msgpack.Encoder()
-        self._link: RankLink | None = None
+        self.sockets = (self._agents,)
         self._start = 0
         self._start_s = 0.0
         self._desired: list[RankConfig] | None = None
         self._sent_s = 0.0
-
-    @property
-    def link(self) -> RankLink:
-        """See Ranks."""
-        assert self._link is not None, "no rank has been started"
-        return self._link
-
-    @property
-    def sockets(self) -> Sequence[zmq.Socket[bytes]]:
-        """See Ranks."""
-        return (self._agents,)
 
     def start(self) -> None:
         """See Ranks."""
