@@ -6,6 +6,7 @@ Tensor letters: R or D rows (one per request that draws), F of these with a rank
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.model.sampling_row import SamplingRow
 
 _MASK_64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -38,6 +38,18 @@ def draw_uniform(seed: int, draw: int) -> float:
     """
     start = _mix_64((seed + _GOLDEN_GAMMA) & _MASK_64)
     return (_mix_64((start + (draw + 1) * _GOLDEN_GAMMA) & _MASK_64) >> 11) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What choosing one request's next token depends on, besides its logits."""
+
+    sampling: Sampling
+    # (num_prompt_tokens,), any integer dtype, on the sampler's device; read by the repetition penalty alone
+    prompt_ids: Tensor | None
+    output_ids: Sequence[int]  # tokens emitted so far; read by the penalties
+    seed: int
+    num_output_tokens: int     # emitted so far, hence also the index of this draw
 
 
 class Draws(NamedTuple):

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.kernels.staging import Staging
-from megatron_medha.model.draw import Draws, column, draw, draws_of, take_rows
+from megatron_medha.model.draw import Draws, SamplingRow, column, draw, draws_of, take_rows
 from megatron_medha.model.logprobs import Logprobs, token_logprobs
-from megatron_medha.model.sampling_row import SamplingRow
 
 
 class SampledRow(NamedTuple):

@@ -28,8 +28,8 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.build import build_model
+from megatron_medha.model.draw import SamplingRow
 from megatron_medha.model.sampler import Sampler
-from megatron_medha.model.sampling_row import SamplingRow
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
 from megatron_medha.system.machine import num_usable_cores

@@ -8,26 +8,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_medha.grammar.guidance import GRAMMAR_ERROR_PREFIX, GrammarCompiler, GrammarError, error_of
-from megatron_medha.worker.grammar_state import GrammarState
-from megatron_medha.worker.token_store import StoredRequest
-
-if TYPE_CHECKING:
-    pass
+from megatron_medha.worker.token_store import GrammarState, StoredRequest
 
 _log = logging.getLogger(__name__)
 
 # All other requests of the batch wait for a mask, so a grammar that takes longer ends its request. It gets that far
 # only if it was quick at the beginning, which the front has tried.
 MAX_MASK_S = 1.0
-
-
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,25 +19,20 @@ from megatron_medha.core.stage_plan import StagePlan, stage_plan
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
 from megatron_medha.kernels.staging import Staging
+from megatron_medha.model.draw import SamplingRow
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.sampler import Sampler
-from megatron_medha.model.sampling_row import SamplingRow
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs
 from megatron_medha.parallel.shm_channel import ShmChannel
 from megatron_medha.parallel.stage_link import PendingReceive, StageLink
-from megatron_medha.worker.batch_tensors import (
-    KVShards,
-    append_extents,
-    host_step,
-    step_tensors,
-)
+from megatron_medha.worker.batch_tensors import KVShards, append_extents, host_step, step_tensors
 from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.grammar_masks import GrammarMasks
 from megatron_medha.worker.plain_decodes import PlainDecodes
 from megatron_medha.worker.prompt_rows import logprobs_of_prompts
 from megatron_medha.worker.run_ahead import PendingTokens, RunAheadDecodes, StepWork, next_decodes, pending_rows
-from megatron_medha.worker.step_clock import StepClock
+from megatron_medha.worker.step_clock import StepTimer
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
 
@@ -101,12 +96,13 @@ class Rank:
         self._backend = backend
         self._kv_layers = kv_layers
         self._block_size = block_size
-        self._shards = KVShards(pgs.kvp.rank(), shard_tokens, pgs.kvp, ShmChannel.open(pgs.kvp, device))
+        self.shards = KVShards(pgs.kvp.rank(), shard_tokens, pgs.kvp, ShmChannel.open(pgs.kvp, device))
         self._link = StageLink(
             pgs.pp, hidden_size=config.hidden_size, dtype=next(model.parameters()).dtype, device=device
         )
         self._is_last_stage = self._link.stage == self._link.num_stages - 1
-        self._is_first_of_tp = pgs.tp.rank() == 0
+        self.receives = self._link.stage > 0  # from the stage before
+        self.answers = pgs.tp.rank() == 0     # one rank of each tensor-parallel group reports its steps
         # In a layout of several, tokens are sampled elsewhere too; the front tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
         self._rotary = Rotary(config)
@@ -115,7 +111,7 @@ class Rank:
         if decoder is not None and angles is not None:
             self._plain_decodes = PlainDecodes(decoder, kv_layers, angles)
         self._staging = Staging(device)
-        self._clock = StepClock(device)
+        self._device = device
         self._sampler = Sampler(config.vocab_size, device)
         self._guided = guided
         self._requests = TokenStore(config.vocab_size)
@@ -129,30 +125,15 @@ class Rank:
         return len(self._announced)
 
     @property
-    def shards(self) -> KVShards:
-        """Its part of each request's KV."""
-        return self._shards
-
-    @property
     def kvp_rank(self) -> int:
         """Its index among the kvp ranks."""
-        return self._shards.kvp_rank
+        return self.shards.kvp_rank
 
     def clear_kv(self) -> None:
         """Set all KV memory to zero. What nobody has written may hold anything, and on a CPU is not in memory yet."""
         for layer in self._kv_layers:
             for values in layer:
                 values.view(torch.uint8).zero_()
-
-    @property
-    def receives(self) -> bool:
-        """Whether there is a stage before this one."""
-        return self._link.stage > 0
-
-    @property
-    def answers(self) -> bool:
-        """Whether the front hears of this rank's steps: one rank of each tensor-parallel group speaks for it."""
-        return self._is_first_of_tp
 
     def prepare(self, grammar: str) -> None:
         """Compile a grammar that a request to come will have; on any thread."""
@@ -207,12 +188,12 @@ class Rank:
         """Compute the step announced first. A fault of one request fails that request alone."""
         work = self._announced.popleft()
         hidden_T1C = None if work.arriving is None else work.arriving.wait()
-        span = self._clock.start()
+        span = StepTimer(self._device)
         failed = list(work.failed)
         chunks: Sequence[tuple[Chunk, StoredRequest]] = work.chunks
         underway, ahead = [], None
         # Also for decodes that were computed ahead: what they bring is for the tokens after them.
-        append_extents(chunks, block_size=self._block_size, shards=self._shards)
+        append_extents(chunks, block_size=self._block_size, shards=self.shards)
         if self._held is not None:
             chunks, found = self._held.split(chunks)
             if found is not None:
@@ -224,7 +205,7 @@ class Rank:
             forward = self._forward(chunks, work.plan, hidden_T1C)
             if forward.output is not None:
                 self._link.send(forward.output)
-            elif self._is_first_of_tp:
+            elif self.answers:
                 underway.append(self._choose(forward.logits_RV, forward.requests))
                 prompt = forward.prompt
         span.stop()
@@ -233,7 +214,15 @@ class Rank:
         can_run_ahead = self.samples_for_itself and self._held is None and not failed
         self._last = work.chunks if can_run_ahead else ()
         duration_s = span.seconds() + (ahead.seconds() if ahead is not None else 0.0)
-        return self._done(work, duration_s, tokens, prompt, failed)
+        return StepDone(
+            batch_id=work.step.batch_id,
+            rank=self._rank,
+            duration_s=work.duration_s + duration_s,
+            tokens=tuple(tokens),
+            prompt_logprobs=tuple(prompt),
+            failed=tuple(failed) if self._is_last_stage else (),
+            audit_counts=work.audit_counts,
+        )
 
     @torch.inference_mode()
     def run_ahead(self) -> bool:
@@ -246,7 +235,7 @@ class Rank:
         self._last = ()
         if not decodes:
             return False
-        span = self._clock.start()
+        span = StepTimer(self._device)
         found = self._forward(decodes, None, None)
         underway = self._choose(found.logits_RV, found.requests)
         span.stop()
@@ -263,13 +252,13 @@ class Rank:
         decodes = next_decodes(work, num_pending=1)
         if not decodes:
             return None
-        span = self._clock.start()
+        span = StepTimer(self._device)
         token_ids_R = torch.cat([one.choices.token_ids_R for one in underway])
         places = pending_rows(decodes, underway)
         if places != list(range(len(token_ids_R))):
             (places_T,) = self._staging.upload([np.array(places, np.int64)])
             token_ids_R = token_ids_R.index_select(0, places_T)
-        host = host_step(decodes, plan=self._plan(decodes), shards=self._shards, num_pending=1)
+        host = host_step(decodes, plan=self._plan(decodes), shards=self.shards, num_pending=1)
         logits_RV = self.graphs.run(host, token_ids_R)
         if logits_RV is None:
             return None
@@ -278,7 +267,7 @@ class Rank:
         return RunAheadDecodes(decodes, chosen, span)
 
     def _plan(self, chunks: Sequence[tuple[Chunk, StoredRequest]]) -> StagePlan:
-        return stage_plan([chunk for chunk, _ in chunks], self._shards.kvp_rank)
+        return stage_plan([chunk for chunk, _ in chunks], self.shards.kvp_rank)
 
     def _forward(
         self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan | None, hidden_T1C: Tensor | None
@@ -287,7 +276,7 @@ class Rank:
         if self._plain_decodes is not None and self._plain_decodes.takes(chunks):
             return _ForwardResult(tuple(request for _, request in chunks), self._plain_decodes.logits(chunks))
         plan = plan or self._plan(chunks)
-        host = host_step(chunks, plan=plan, shards=self._shards)
+        host = host_step(chunks, plan=plan, shards=self.shards)
         logits_RV = None if self.graphs is None else self.graphs.run(host)
         if logits_RV is not None:
             return _ForwardResult(host.sampling_requests, logits_RV)
@@ -298,7 +287,7 @@ class Rank:
             backend=self._backend,
             kv_layers=self._kv_layers,
             rotary=self._rotary,
-            shards=self._shards,
+            shards=self.shards,
             staging=self._staging,
             before_layer=self.before_layer,
         )
@@ -314,24 +303,6 @@ class Rank:
             assert tensors.batch.hidden is not None
             prompt = logprobs_of_prompts(self.model, tensors.batch.hidden, tensors.prompt_rows, self._config.vocab_size)
         return _ForwardResult(tensors.sampling_requests, output[0], prompt)
-
-    def _done(
-        self,
-        work: _QueuedStep,
-        duration_s: float,
-        tokens: Sequence[SampledToken],
-        prompt: Sequence[PromptLogprobs],
-        failed: Sequence[tuple[str, str]],
-    ) -> StepDone:
-        return StepDone(
-            batch_id=work.step.batch_id,
-            rank=self._rank,
-            duration_s=work.duration_s + duration_s,
-            tokens=tuple(tokens),
-            prompt_logprobs=tuple(prompt),
-            failed=tuple(failed) if self._is_last_stage else (),
-            audit_counts=work.audit_counts,
-        )
 
     def _tokens(self, underway: PendingTokens, failed: list[tuple[str, str]]) -> list[SampledToken]:
         """Wait for tokens and note each request's; requests that have none go to `failed`."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -12,9 +14,19 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.sampler import has_penalty, is_plain_greedy
-from megatron_medha.worker.grammar_state import GrammarState
+
+if TYPE_CHECKING:
+    import llguidance
 
 _MIN_GROWTH_TOKENS = 256
+
+
+@dataclass(slots=True)
+class GrammarState:
+    """How far a request's output has got in its grammar."""
+
+    matcher: llguidance.LLMatcher
+    num_consumed: int = 0  # output tokens the matcher has seen
 
 
 class StoredRequest:

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.model.draw import draw_uniform
+from megatron_medha.model.draw import SamplingRow, draw_uniform
 from megatron_medha.model.logprobs import prompt_logprobs
 from megatron_medha.model.sampler import Sampler, is_plain_greedy
-from megatron_medha.model.sampling_row import SamplingRow
 
 VOCAB_SIZE = 12
 

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_medha.core.sampling import Sampling
+from megatron_medha.model.draw import SamplingRow
 from megatron_medha.model.sampler import Sampler
-from megatron_medha.model.sampling_row import SamplingRow
 
 VOCAB_SIZE = 3000
 META = torch.device("meta")

@@ -19,8 +19,8 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.grammar.guidance import GrammarCompiler
+from megatron_medha.model.draw import SamplingRow
 from megatron_medha.model.sampler import Sampler
-from megatron_medha.model.sampling_row import SamplingRow
 from megatron_medha.tiny.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
 
 llguidance = pytest.importorskip("llguidance")

@@ -39,7 +39,7 @@ class ByHand:
         rank = self.rank
         tensors = step_tensors(
             host, (), plan=plan, backend=rank._backend, kv_layers=rank._kv_layers, rotary=rank._rotary,
-            shards=rank._shards, staging=rank._staging,
+            shards=rank.shards, staging=rank._staging,
         )  # fmt: skip
         logits_RV = rank.model(
             tensors.token_ids_1T, None, None, inference_context=tensors.batch, runtime_gather_output=True
