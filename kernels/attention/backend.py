@@ -73,7 +73,7 @@ class AttentionBackend(Protocol):
 
         A query at position p of its sequence sees positions [0, p]. Every range of the plan must be written.
         """
-        ...
+        return self.attend_with_lse(plan, q_TKGD, k_TKD, v_TKD, layer, scale)[0]
 
     def attend_with_lse(
         self, plan: Any, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float

@@ -107,12 +107,6 @@ class FlashAttention(AttentionBackend):
         )
         return FlashPlan(tensors[0], tensors[1], tensors[2], groups)
 
-    def attend(
-        self, plan: FlashPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: PagedKV, scale: float
-    ) -> Tensor:
-        """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
-        return self.attend_with_lse(plan, q_TKGD, k_TKD, v_TKD, layer, scale)[0]
-
     def attend_with_lse(
         self, plan: FlashPlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: PagedKV, scale: float
     ) -> tuple[Tensor, Tensor]:

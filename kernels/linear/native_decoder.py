@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -76,6 +76,7 @@ class NativeDecoder:
         """
         self._run = native_library(target).medha_decoder
         self._sizes, self._layers, self._embedding_VC, self._output = sizes, tuple(layers), embedding_VC, output
+        self._size_fields = asdict(sizes)  # named as those of DecoderCall
         self._check()
         self._kv_layers: Sequence[LayerKV] = ()
         self._decode_call: ctypes.Structure | None = None
@@ -181,13 +182,7 @@ class NativeDecoder:
         assert cos.shape == signed_sin.shape and cos.shape[1] == sizes.head_dim and cos.dtype == torch.float32
         assert hidden_TC.is_contiguous() and cos.is_contiguous() and signed_sin.is_contiguous()
         call = _DecoderCall(
-            hidden_size=sizes.hidden_size,
-            num_kv_heads=sizes.num_kv_heads,
-            queries_per_kv_head=sizes.queries_per_kv_head,
-            head_dim=sizes.head_dim,
-            ffn_size=sizes.ffn_size,
-            epsilon=sizes.epsilon,
-            scale=sizes.scale,
+            **self._size_fields,
             layers=ctypes.addressof(self._table) + layers.start * ctypes.sizeof(_DecoderLayer),
             num_layers=len(layers),
             pool_head_stride=kv_layers[0].k.stride(0),
