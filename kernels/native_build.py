@@ -66,15 +66,12 @@ def native_library(target: str | None = None) -> ctypes.CDLL:
     finally:
         if path.parent.name.startswith(_PRIVATE_PREFIX):
             shutil.rmtree(path.parent, ignore_errors=True)  # what is loaded stays
-    library.medha_attend.argtypes = [ctypes.c_void_p]
-    library.medha_attend.restype = ctypes.c_int
-    library.medha_attend_shard.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    library.medha_merge_shards.argtypes = library.medha_attend_shard.argtypes
-    library.medha_attend_shard.restype = library.medha_merge_shards.restype = ctypes.c_int
-    for name in ("medha_linear", "medha_rms_norm", "medha_gated_silu", "medha_decoder", "medha_merge"):
-        function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
-    library.medha_exp2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    others = dict.fromkeys(("attend_shard", "merge_shards", "exp2"), [pointer, pointer, number])
+    names = ("attend", "linear", "rms_norm", "gated_silu", "decoder", "merge", *others)
+    for name in names:
+        function = getattr(library, f"medha_{name}")
+        function.argtypes, function.restype = others.get(name, [pointer]), ctypes.c_int
     library.medha_exp2.restype = None
     return library
 

@@ -128,8 +128,9 @@ class NativeAttention(AttentionBackend):
             raise ValueError(f"{num_kv_heads} heads of {head_dim} do not fit a pool {tuple(pool.shape)}")
         if plan.slots is not None and len(plan.slots) != num_tokens:
             raise ValueError(f"a plan for {len(plan.slots)} tokens was given {num_tokens}")
-        (q_token, q_head, q_group, q_dim), (k_token, k_head, k_dim) = q_TKGD.stride(), k_TKD.stride()
-        v_token, v_head, v_dim = v_TKD.stride()
+        *q_strides, q_dim = q_TKGD.stride()
+        *k_strides, k_dim = k_TKD.stride()
+        *v_strides, v_dim = v_TKD.stride()
         if not (q_dim == k_dim == v_dim == 1) and head_dim > 1:
             raise ValueError("the last dimension of queries, keys and values must be dense")
         out_THD = torch.empty(num_tokens, num_kv_heads * group, head_dim, dtype=dtype)
@@ -148,13 +149,9 @@ class NativeAttention(AttentionBackend):
             q_TKGD.data_ptr(),
             k_TKD.data_ptr(),
             v_TKD.data_ptr(),
-            q_token,
-            q_head,
-            q_group,
-            k_token,
-            k_head,
-            v_token,
-            v_head,
+            *q_strides,
+            *k_strides,
+            *v_strides,
             None if plan.slots is None else plan.slots.ctypes.data,
             out_THD.data_ptr(),
             None if lse_TH is None else lse_TH.data_ptr(),

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import check_range
 
 LOAD_HEARTBEAT_TIMEOUT_S = 60.0  # of a rank that starts: importing libraries may hold a process up
 MAX_CHECK_INTERVAL_S = 1.0  # four times the interval at which the runtime looks (cluster/runtime.py)
@@ -32,9 +32,7 @@ class RecoveryConfig:
             ("failure_window_s", 0.0, 1e9),
             ("max_starts", 1, 1 << 30),
         ):
-            value = getattr(self, key)
-            if not low <= value <= high:
-                raise ConfigError(f"recovery.{key}={value:g} must be between {low:g} and {high:g}")
+            check_range(f"recovery.{key}", getattr(self, key), low, high)
 
 
 class Heartbeats:

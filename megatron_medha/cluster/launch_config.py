@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_range
 
 _ADDRESS = re.compile(r"tcp://(?P<host>[^:/\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
@@ -29,8 +29,7 @@ class LaunchConfig:
     attach_timeout_s: float = 600.0  # how long to wait for ranks to attach, at the start and after a fault
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.attach_timeout_s <= 1e6:
-            raise ConfigError(f"launch.attach_timeout_s={self.attach_timeout_s:g} must be between 1 and 1e+06")
+        check_range("launch.attach_timeout_s", self.attach_timeout_s, 1.0, 1e6)
         if self.kind is LaunchKind.LOCAL:
             for key in ("address", "key_file"):
                 if (value := getattr(self, key)) is not None:

@@ -28,9 +28,8 @@ from megatron_medha.cluster.messages import (
     StepDone,
 )
 from megatron_medha.cluster.pending_grammars import PendingGrammars
-from megatron_medha.cluster.rank_starts import RanksPhase, RankStarts
+from megatron_medha.cluster.rank_starts import RanksPhase, RankStarts, StartProgress
 from megatron_medha.cluster.rank_state import RankStateCache
-from megatron_medha.cluster.start_progress import StartProgress
 from megatron_medha.core.batch import Aborted, Batch, Event, Output, RanksLost, TokenOut
 from megatron_medha.core.errors import RankError
 from megatron_medha.core.layout import ParallelLayout

@@ -62,7 +62,7 @@ class SharedAttention:
         on_their_way = self._exchange.begin(*own)
 
         def merged() -> Tensor:
-            outs = [self._merge_parts(parts) for parts in on_their_way.wait()]
+            outs = [self._merge_parts(parts) for parts in on_their_way()]
             return outs[0] if len(outs) == 1 else torch.cat(outs)
 
         return merged

@@ -51,10 +51,10 @@ class KVExchange:
         shared_slots: of the same group; small messages take that way.
         """
         self._group = group
-        self._rank = group.rank()
+        self.rank = group.rank()  # the kvp index
         self._slots = shared_slots
         self.sets = tuple(sets)
-        peers = sorted({rank for found in sets for rank in found.kvp_ranks} - {self._rank})
+        peers = sorted({rank for found in sets for rank in found.kvp_ranks} - {self.rank})
         self._sets_of = {peer: [found for found in sets if peer in found.kvp_ranks] for peer in peers}
         self._num_rows = sum(found.num_rows for found in sets)
         self._most_rows = max(sum(found.num_rows for found in sets) for sets in self._sets_of.values())
@@ -74,8 +74,12 @@ class KVExchange:
         for peer in self._sets_of:
             self._slots.wait(peer, self._slots.last_number(peer))
 
-    def begin(self, out_THD: Tensor, lse_TH: Tensor) -> PendingExchange:
-        """Give this rank's partial attention to every peer, and make room for theirs; does not wait."""
+    def begin(self, out_THD: Tensor, lse_TH: Tensor) -> Callable[[], list[list[PartialAttention]]]:
+        """Give this rank's partial attention to every peer, and make room for theirs; does not wait.
+
+        What is returned waits. It returns, for each rank set, every rank's part in ascending order of ranks: the same
+        on all of them, to be read before the next exchange begins.
+        """
         assert len(out_THD) == self._num_rows, f"{len(out_THD)} rows for an exchange of {self._num_rows}"
         own = PartialAttention(out_THD, lse_TH)
         arriving: dict[int, Callable[[], PartialAttention]] = {}
@@ -95,12 +99,20 @@ class KVExchange:
                 beyond_slots[peer] = leaving
         if beyond_slots:
             arriving |= self._through_group(beyond_slots)
-        return PendingExchange(self, own, arriving)
+        return partial(self._parts, own, arriving)
 
-    @property
-    def rank(self) -> int:
-        """This rank's kvp index."""
-        return self._rank
+    def _parts(
+        self, own: PartialAttention, arriving: dict[int, Callable[[], PartialAttention]]
+    ) -> list[list[PartialAttention]]:
+        arrived = {self.rank: own} | {peer: wait() for peer, wait in arriving.items()}
+        num_read = dict.fromkeys(arrived, 0)
+        found: list[list[PartialAttention]] = []
+        for ranks, first_row, num_rows in self.sets:
+            num_read[self.rank] = first_row  # a peer's rows are those of its own sets alone
+            found.append([arrived[rank].rows(num_read[rank], num_rows) for rank in ranks])
+            for rank in ranks:
+                num_read[rank] += num_rows
+        return found
 
     def _through_slots(self, peer: int, leaving: PartialAttention) -> Callable[[], PartialAttention]:
         slots = self._slots
@@ -140,34 +152,6 @@ class KVExchange:
             return unpack(arriving_THE, leaving[peer].out_THD.shape[-1])
 
         return {peer: partial(wait, peer) for peer in leaving}
-
-
-class PendingExchange:
-    """One layer's exchange between its beginning and its end."""
-
-    def __init__(
-        self, exchange: KVExchange, own: PartialAttention, arriving: dict[int, Callable[[], PartialAttention]]
-    ) -> None:
-        self._exchange, self._own, self._arriving = exchange, own, arriving
-
-    def wait(self) -> list[list[PartialAttention]]:
-        """For each rank set, every rank's part in ascending order of ranks: the same on all of them.
-
-        To be read before the next exchange begins.
-        """
-        arrived = {peer: wait() for peer, wait in self._arriving.items()}
-        found: list[list[PartialAttention]] = []
-        num_read = dict.fromkeys(arrived, 0)
-        for ranks, first_row, num_rows in self._exchange.sets:
-            parts = []
-            for rank in ranks:
-                if rank == self._exchange.rank:
-                    parts.append(self._own.rows(first_row, num_rows))
-                else:
-                    parts.append(arrived[rank].rows(num_read[rank], num_rows))
-                    num_read[rank] += num_rows
-            found.append(parts)
-        return found
 
 
 def pack(out_THD: Tensor, lse_TH: Tensor) -> Tensor:

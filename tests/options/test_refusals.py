@@ -157,7 +157,7 @@ def test_a_simulated_replica_fits_its_hardware(refusal: Refusal) -> None:
         (("launch=attach", "launch.address=udp://x:1"), "launch.address=udp://x:1: must be tcp://HOST:PORT"),
         (("launch=attach", "launch.address=tcp://x:70000"), "launch.address=tcp://x:70000: must be tcp://HOST:PORT"),
         (("launch.address=tcp://x:1",), "launch.address=tcp://x:1: ranks of this machine need none"),
-        (("launch.attach_timeout_s=0",), "launch.attach_timeout_s=0 must be between"),
+        (("launch.attach_timeout_s=0",), "launch.attach_timeout_s=0: must be between"),
     ],
 )
 def test_ranks_that_attach_need_an_address_keys_and_a_size(

@@ -46,7 +46,7 @@ def check(rank, slots):
         exchange = KVExchange(dist.group.WORLD, sets, slots)
         keep = torch.cat([torch.full((num,), rank in ranks) for ranks, num in kind])
         for layer in range(3):
-            parts = exchange.begin(*(x[keep] for x in values(rank, batch, layer, kind, dtype))).wait()
+            parts = exchange.begin(*(x[keep] for x in values(rank, batch, layer, kind, dtype)))()
             for (ranks, _), found in zip(mine, parts, strict=True):
                 first = sum(num for other, num in kind[: [r for r, _ in kind].index(ranks)])
                 rows = slice(first, first + dict(kind)[ranks])
