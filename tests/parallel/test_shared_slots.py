@@ -55,8 +55,8 @@ def check(rank, slots):
                     assert torch.equal(part.out_THD, out[rows]) and torch.equal(part.lse_TH, lse[rows]), (batch, layer)
 
 def check_sums(group, slots, device):
-    from megatron_medha.parallel.tp_all_reduce import ShmAllReduce, tp_sum
-    total = tp_sum(group, device)
+    from megatron_medha.parallel.tp_all_reduce import ShmAllReduce, tp_all_reduce
+    total = tp_all_reduce(group, device)
     assert isinstance(total, ShmAllReduce) == (slots is not None)
     for step in range(40):
         shape = (1 + 37 * step % 600, 1, 128)  # some are more than a slot takes
