@@ -1,4 +1,4 @@
-"""The keys of encrypted connections (ZeroMQ CURVE): a file that the front writes and ranks on other machines read."""
+"""The keys of encrypted connections (ZeroMQ CURVE): a file that the API server writes and remote ranks read."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class CurveKeys(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except OSError as error:
-            raise ConfigError(f"key file {path}: cannot be read ({error.strerror}); the front writes it") from None
+            raise ConfigError(f"key file {path}: cannot be read ({error.strerror}); the API server writes it") from None
         except msgspec.DecodeError as error:
-            raise ConfigError(f"key file {path}: not one that the front wrote ({error})") from None
+            raise ConfigError(f"key file {path}: not one that the API server wrote ({error})") from None
 
     def secure_server_socket(self, socket: zmq.Socket[bytes]) -> None:
-        """Make a socket of the front take encrypted connections only; before it is bound."""
+        """Make a socket of the API server take encrypted connections only; before it is bound."""
         socket.curve_secretkey = self.front_secret.encode()
         socket.curve_publickey = self.front_public.encode()
         socket.curve_server = True

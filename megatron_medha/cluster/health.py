@@ -38,7 +38,7 @@ class RecoveryConfig:
 class Heartbeats:
     """When each rank was last heard of.
 
-    Silence counts while somebody listens: a front that was itself put aside for seconds, by a busy machine or by
+    Silence counts while somebody listens: an API server that was itself put aside for seconds, by a busy machine or by
     SIGSTOP, finds the clock ahead of messages that have long come. So from one look to the next at most
     MAX_CHECK_INTERVAL_S count.
     """

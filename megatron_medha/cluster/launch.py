@@ -93,7 +93,7 @@ class RankProcess:
         environment: None: ours without what looks like a secret.
         """
         argument = msgspec.json.encode(config).decode()
-        # A session of its own, so that Ctrl-C at the terminal reaches the front alone, which ends the ranks in order.
+        # A session of its own, so that Ctrl-C at the terminal reaches only the API server, which ends the ranks.
         process = subprocess.Popen(
             [*command, argument],
             stdin=subprocess.DEVNULL,

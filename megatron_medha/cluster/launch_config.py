@@ -15,16 +15,16 @@ _ADDRESS = re.compile(r"tcp://(?P<host>[^:/\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1
 class LaunchKind(Enum):
     """Who starts the ranks."""
 
-    LOCAL = "local"    # the front, on its own machine
-    ATTACH = "attach"  # a launcher of several machines (deepspeed, torchrun, srun); they come to the front
+    LOCAL = "local"    # the API server, on its own machine
+    ATTACH = "attach"  # a launcher of several machines (deepspeed, torchrun, srun); they come to the API server
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchConfig:
-    """Who starts the ranks, and how those that others start find the front."""
+    """Who starts the ranks, and how those that others start find the API server."""
 
     kind: LaunchKind = LaunchKind.LOCAL
-    address: str | None = None       # tcp://HOST:PORT the front listens on; replica i has PORT + i
+    address: str | None = None       # tcp://HOST:PORT the API server listens on; replica i has PORT + i
     key_file: Path | None = None     # keys of the encrypted connections; written where it is not there
     attach_timeout_s: float = 600.0  # how long to wait for ranks to attach, at the start and after a fault
 

@@ -1,4 +1,4 @@
-"""What the front process and the ranks say to each other: frozen, msgpack-encoded, deltas only."""
+"""What the API server and the ranks say to each other: frozen, msgpack-encoded, deltas only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankStep(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """Front to rank: compute this batch. Every rank of a replica gets every batch, in batch order.
+    """API server to rank: compute this batch. Every rank of a replica gets every batch, in batch order.
 
     Released requests are forgotten first, new ones added next, then sampled tokens appended.
     """
@@ -34,15 +34,15 @@ class RankStep(msgspec.Struct, frozen=True, array_like=True, tag="step"):
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
-    """Front to rank: finish the step at hand and exit."""
+    """API server to rank: finish the step at hand and exit."""
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
-    """Front to rank: nothing. That it cannot be sent any more tells that the rank has closed its connection."""
+    """API server to rank: nothing. That it cannot be sent any more tells that the rank has closed its connection."""
 
 
 class PrepareGrammar(msgspec.Struct, frozen=True, array_like=True, tag="prepare"):
-    """Front to rank: compile this grammar beside the steps, and say when that is done."""
+    """API server to rank: compile this grammar beside the steps, and say when that is done."""
 
     number: int
     grammar: str
@@ -69,7 +69,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankLoading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
-    """Rank to front: still starting."""
+    """Rank to API server: still starting."""
 
     rank: int
     what: str
@@ -77,7 +77,7 @@ class RankLoading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
 
 
 class RankReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
-    """Rank to front: all ranks have met, the model is loaded and this much KV memory is there."""
+    """Rank to API server: all ranks have met, the model is loaded and this much KV memory is there."""
 
     rank: int
     shape: ModelShape
@@ -89,13 +89,13 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
-    """Rank to front: its process runs. Sent every second, also while it loads or computes."""
+    """Rank to API server: its process runs. Sent every second, also while it loads or computes."""
 
     rank: int
 
 
 class GrammarPrepared(msgspec.Struct, frozen=True, array_like=True, tag="prepared"):
-    """Rank to front: that grammar is compiled, or cannot be, of which its request will hear."""
+    """Rank to API server: that grammar is compiled, or cannot be, of which its request will hear."""
 
     rank: int
     number: int
@@ -110,7 +110,7 @@ class HeldKV(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
-    """Rank to front: its stage's work of the batch is done. Ranks with tp index 0 send it.
+    """Rank to API server: its stage's work of the batch is done. Ranks with tp index 0 send it.
 
     Results come from the last stage alone, and for a request on several kvp ranks from the last of chunk.kvp_ranks.
     """
@@ -125,7 +125,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"):
-    """Rank to front: it is about to exit because of this."""
+    """Rank to API server: it is about to exit because of this."""
 
     rank: int
     kind: str     # class name of the error

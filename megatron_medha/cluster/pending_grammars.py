@@ -1,7 +1,7 @@
 """Where requests wait until the ranks have compiled their grammars: a step must not, since all others wait for it.
 
-A rank compiles beside its steps (worker/main.py) and remembers what it compiled last. The front asks for every request
-all the same, so nothing has to be known here of what a rank has forgotten.
+A rank compiles beside its steps (worker/main.py) and remembers what it compiled last. The API server asks for every
+request, so it need not track what a rank has forgotten.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ def connection_name(rank: int, what: str, token: str) -> bytes:
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a rank needs to load its share of the model and find the front process."""
+    """Everything a rank needs to load its share of the model and find the API server."""
 
     rank: int = 0
     layout: ParallelLayout = ParallelLayout()
     init_method: str | None = None   # where the ranks of the layout meet (torch.distributed); None: there is only one
-    server_endpoint: str              # ZeroMQ address of the front's ROUTER socket
+    server_endpoint: str              # ZeroMQ address of the API server's ROUTER socket
     link_token: str = ""             # part of its connections' names: others cannot take them before it does
     key_file: str | None = None      # keys of an encrypted connection (curve_keys.py); None: it is not encrypted
     checkpoint: str                  # directory: Megatron torch_dist or Hugging Face safetensors

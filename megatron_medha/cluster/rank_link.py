@@ -1,4 +1,4 @@
-"""The socket between the front and the ranks of one replica, for one life of those ranks."""
+"""The socket between the API server and the ranks of one replica, for one life of those ranks."""
 
 from __future__ import annotations
 

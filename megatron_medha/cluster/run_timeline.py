@@ -1,4 +1,4 @@
-"""The timeline of real ranks, for Perfetto: their steps as the front hears of them, and their requests' phases."""
+"""The timeline of real ranks, for Perfetto: their steps as the API server hears of them, and their requests' phases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_medha.system.best_effort_file import BestEffortFile
 class RunTimeline:
     """An Observer that is also told of every step a rank has done.
 
-    A step ends when the front hears of it: the clocks of other machines are not compared with ours. A rank's work
+    A step ends when the API server hears of it: the clocks of other machines are not compared with ours. A rank's work
     began as long before as it says it took.
     """
 

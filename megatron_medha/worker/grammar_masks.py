@@ -19,7 +19,7 @@ from megatron_medha.worker.token_store import GrammarState, StoredRequest
 _log = logging.getLogger(__name__)
 
 # All other requests of the batch wait for a mask, so a grammar that takes longer ends its request. It gets that far
-# only if it was quick at the beginning, which the front has tried.
+# only if it was quick at the beginning, which the API server has tried.
 MAX_MASK_S = 1.0
 
 
@@ -55,7 +55,7 @@ class GrammarMasks:
         run. What is wrong with it is what requests with a grammar will be told.
         """
         if not self._stop_token_ids:
-            return  # no answer of this model could end; the front takes no grammar
+            return  # no answer of this model could end; the API server takes no grammar
         try:
             self._the_compiler()
         except GrammarError as error:

@@ -1,6 +1,6 @@
 """A rank as a process: `python -m megatron_medha.worker.main '<RankConfig as JSON>'`.
 
-`python -m megatron_medha.worker.main --attach tcp://HOST:PORT --key FILE` instead waits for a front process elsewhere
+`python -m megatron_medha.worker.main --attach tcp://HOST:PORT --key FILE` instead waits for an API server elsewhere
 to say what to be, and starts that rank (cluster/remote/agent.py).
 """
 
@@ -63,7 +63,7 @@ _GRAMMAR_CHARS_PER_S = 200  # one of 1,000 characters lets shorter ones go first
 
 
 def main(argv: list[str], load: LoadRank | None = None) -> int:
-    """Serve until told to stop or left alone; 1 after an error, which the front is told about first.
+    """Serve until told to stop or left alone; 1 after an error, which the API server is told about first.
 
     load: brings the rank up; by default the model's (worker/startup/load.py).
     """
@@ -85,7 +85,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
         return 2
     parent_pid = os.getppid()
     set_pdeathsig(parent_pid)
-    # Ctrl-C reaches the whole process group; when and how ranks end is the front's decision.
+    # Ctrl-C reaches the whole process group; when and how ranks end is the API server's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(argv[0], type=RankConfig)
     set_passive_omp_wait(num_threads_of_rank(config.model.num_threads, config.layout.world_size))
@@ -102,10 +102,10 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
         with _heartbeats(context, config):
             _serve(config, context, socket, send, parent_pid, load or _load_model)
         return 0
-    except MedhaError as error:  # the user's fault: the front says it, a stack trace would only hide it
+    except MedhaError as error:  # the user's fault: the API server says it, a stack trace would only hide it
         send(RankFailed(config.rank, type(error).__name__, str(error)))
         return 1
-    except Exception as error:  # outermost: the front must learn why, whatever it was
+    except Exception as error:  # outermost: the API server must learn why, whatever it was
         log.exception("rank_failed")
         send(RankFailed(config.rank, type(error).__name__, str(error)))
         return 1
@@ -115,7 +115,7 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
 
 
 def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> LoadedRank:
-    # Imported here: torch and Megatron take seconds, and the front should have heard from us by then.
+    # Imported here: torch and Megatron take seconds, and the API server should have heard from us by then.
     from megatron_medha.worker.startup.megatron_import import import_megatron
 
     import_megatron(config.model.device)
@@ -166,14 +166,14 @@ def _background_thread(name: str, work: Callable[[], None], end: Callable[[], No
 
 @contextmanager
 def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> Iterator[None]:
-    """Tell the front that the process runs, over a socket of the thread's own."""
+    """Tell the API server that the process runs, over a socket of the thread's own."""
     stop = threading.Event()
 
     def beat() -> None:
         socket = _connect(context, config, "heartbeat")
         message = msgspec.msgpack.encode(Heartbeat(config.rank))
         while not stop.is_set():
-            # A front that does not read gets no more than the socket's buffer holds; the rank goes on.
+            # An API server that does not read gets no more than the socket's buffer holds; the rank goes on.
             try:
                 socket.send(message, zmq.NOBLOCK)
             except zmq.Again:
@@ -202,7 +202,7 @@ def _trimming_memory() -> Iterator[None]:
 def _preparing(
     context: zmq.Context[zmq.Socket[bytes]], config: RankConfig, prepare: Callable[[str], None]
 ) -> Iterator[Callable[[PrepareGrammar], None]]:
-    """Takes grammars, compiles one after the other on a thread, and tells the front over a socket of its own.
+    """Takes grammars, compiles one after the other on a thread, and tells the API server over a socket of its own.
 
     A short one goes before long ones that came up to some seconds earlier, as those may take long.
     """

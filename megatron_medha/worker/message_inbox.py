@@ -1,4 +1,4 @@
-"""Messages of the front, as the rank's loop takes them. No torch here."""
+"""Messages of the API server, as the rank's loop takes them. No torch here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PARENT_CHECK_MS = 1000
 
 
 class MessageInbox(Protocol):
-    """Where messages of the front come in."""
+    """Where messages of the API server come in."""
 
     def wait(self) -> RankStep | Shutdown | None:
         """The next message; None when none will come any more. Raises RankError for one that cannot be read."""

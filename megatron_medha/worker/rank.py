@@ -103,7 +103,7 @@ class Rank:
         self._is_last_stage = self._link.stage == self._link.num_stages - 1
         self.receives = self._link.stage > 0  # from the stage before
         self.answers = pgs.tp.rank() == 0     # one rank of each tensor-parallel group reports its steps
-        # In a layout of several, tokens are sampled elsewhere too; the front tells every rank all it needs.
+        # In a layout of several, tokens are sampled elsewhere too; the API server tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
         self._rotary = Rotary(config)
         self._plain_decodes: PlainDecodes | None = None
@@ -117,7 +117,7 @@ class Rank:
         self._requests = TokenStore(config.vocab_size)
         self._announced: deque[_QueuedStep] = deque()
         self._last: StepWork = ()            # what was computed last, if its decodes may be computed ahead
-        self._held: RunAheadDecodes | None = None   # computed ahead of the front's asking
+        self._held: RunAheadDecodes | None = None   # computed ahead of the API server's asking
 
     @property
     def num_queued_steps(self) -> int:
@@ -148,7 +148,7 @@ class Rank:
     def announce(self, step: RankStep) -> None:
         """Take note of a step: what it tells of requests at once, what it computes when its turn comes.
 
-        That is safe while earlier steps wait: the front releases no request that a step in flight has a part in,
+        That is safe while earlier steps wait: the API server releases no request that a step in flight has a part in,
         and samples no second token of one.
         """
         started_s = time.monotonic()
@@ -226,10 +226,10 @@ class Rank:
 
     @torch.inference_mode()
     def run_ahead(self) -> bool:
-        """Compute the decodes that surely follow the last step, before the front asks; False if none are known.
+        """Compute the decodes that surely follow the last step, before the API server asks; False if none are known.
 
         Nothing is said of them and no token is appended until they are asked for. Their keys and values go where the
-        front will want them: to blocks that are the requests' own until a later step says otherwise.
+        API server will want them: to blocks that are the requests' own until a later step says otherwise.
         """
         decodes = next_decodes(self._last)
         self._last = ()

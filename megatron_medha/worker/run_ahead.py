@@ -1,12 +1,12 @@
-"""Which decodes surely follow a step, so that the rank may compute them while the front still thinks about it.
+"""Which decodes surely follow a step, so that the rank may compute them while the API server still thinks about it.
 
 Their tokens come from the host where it knows them, else from the device: the next step is then launched before
 anyone has looked at the tokens of the last one, and the device waits for nobody between the two. Whether a token ended
 its request is found out afterwards; a decode after such a token has cost its time and is dropped.
 
-Nothing else comes of it. Its keys and values go to blocks that were the request's own when it was launched. The front
-may have released them since and may give them to another request in a step still to come, but all that such a step
-writes or reads is launched later on the same stream, so it finds its own values there, in places it has written itself.
+It has no other effect. Its keys and values go to blocks that were the request's own when it was launched. The API
+server may have released them since and may give them to another request in a later step. All that such a step writes or
+reads is launched later on the same stream, so it finds its own values there, in places it has written itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PendingTokens:
 
 
 class RunAheadDecodes:
-    """Decodes launched before the front asked for them; nobody has been told of their tokens."""
+    """Decodes launched before the API server asked for them; nobody has been told of their tokens."""
 
     def __init__(self, decodes: StepWork, underway: PendingTokens, span: StepTimer) -> None:
         """span: of these decodes alone."""
@@ -65,7 +65,7 @@ class RunAheadDecodes:
 
 
 def next_decodes(work: StepWork, *, num_pending: int = 0) -> StepWork:
-    """What the front will ask for after a step; empty where that is not known.
+    """What the API server will ask for after a step; empty where that is not known.
 
     num_pending: 0 once the step's tokens have been appended, 1 while they are on the device alone.
 

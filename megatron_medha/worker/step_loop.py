@@ -12,7 +12,7 @@ from megatron_medha.worker.rank import Rank
 def run_steps(rank: Rank, inbox: MessageInbox, answer: Callable[[StepDone], None]) -> None:
     """Serve until told to stop; steps that came before are computed first, as other ranks count on it.
 
-    While the front takes up an answer and forms the next step, the rank computes the decodes that surely follow.
+    While the API server takes up an answer and forms the next step, the rank computes the decodes that surely follow.
     """
     is_over = False
 
@@ -32,7 +32,7 @@ def run_steps(rank: Rank, inbox: MessageInbox, answer: Callable[[StepDone], None
         elif is_over:
             return
         elif rank.run_ahead():
-            continue  # the front may have said something meanwhile
+            continue  # the API server may have said something meanwhile
         else:
             is_over = not _announced(rank, inbox.wait())
 

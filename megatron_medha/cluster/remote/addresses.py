@@ -12,7 +12,7 @@ _SIOCGIFADDR = 0x8915     # from linux/sockios.h
 
 
 def local_address(host: str, port: int) -> str:
-    """Which of this machine's addresses faces the front; nothing is sent."""
+    """Which of this machine's addresses faces the API server; nothing is sent."""
     try:
         with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
             probe.connect((host, port))

@@ -1,7 +1,7 @@
-"""The agent of one rank on a machine of its own: attaches to the front, starts the rank it is told to be, ends it.
+"""The agent of one rank on a machine of its own: attaches to the API server, starts the rank it is told to be, ends it.
 
 Started by a launcher of several machines, which says by environment variables which rank it is. No torch here: the
-agent outlives the ranks that fail, and starts them again when the front says so.
+agent outlives the ranks that fail, and starts them again when the API server says so.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from megatron_medha.system.secret_values import child_environment
 
 _STATE_INTERVAL_S = 1.0
 _CHECK_MS = 100           # how soon the end of the rank's process is noticed
-_FRONT_TIMEOUT_S = 30.0   # silence of the front after which it counts as gone
-_MAX_FAILED_HANDSHAKES = 3  # one may be the front's end in the middle of it
+_FRONT_TIMEOUT_S = 30.0   # silence of the API server after which it counts as gone
+_MAX_FAILED_HANDSHAKES = 3  # one may be the API server's end in the middle of it
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-_MAX_MESSAGE_BYTES = 2**20  # of the front; a rank's configuration is a few kilobytes
+_MAX_MESSAGE_BYTES = 2**20  # of the API server; a rank's configuration is a few kilobytes
 _HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 )
 
 
 def attach(argv: Sequence[str], command: Sequence[str] = WORKER_COMMAND) -> int:
-    """`--attach tcp://HOST:PORT --key FILE`: be a rank until the front has ended; 1 if it is lost, 2 if refused.
+    """`--attach tcp://HOST:PORT --key FILE`: be a rank until the API server has ended; 1 if it is lost, 2 if refused.
 
     command: what a rank is started with.
     """
@@ -52,12 +52,12 @@ def attach(argv: Sequence[str], command: Sequence[str] = WORKER_COMMAND) -> int:
         epilog="example: torchrun --nproc-per-node 8 -m megatron_medha.worker.main --attach tcp://HOST:5570 "
         "--key medha.key",
     )
-    parser.add_argument("--attach", required=True, metavar="tcp://HOST:PORT", help="where the front listens")
-    parser.add_argument("--key", required=True, type=Path, metavar="FILE", help="the key file of the front")
+    parser.add_argument("--attach", required=True, metavar="tcp://HOST:PORT", help="where the API server listens")
+    parser.add_argument("--key", required=True, type=Path, metavar="FILE", help="the key file of the API server")
     parser.add_argument(
         "--rank", type=int, help=f"which rank; by default what the launcher says in {', '.join(_RANK_VARIABLES)}"
     )
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="how long to wait for the front")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="how long to wait for the API server")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers add it
     arguments = parser.parse_args(argv)
     try:
@@ -74,7 +74,7 @@ def attach(argv: Sequence[str], command: Sequence[str] = WORKER_COMMAND) -> int:
 
 
 class Agent:
-    """Keeps one rank as the front wants it."""
+    """Keeps one rank as the API server wants it."""
 
     def __init__(self, address: str, key_file: Path, rank: int, timeout_s: float, command: Sequence[str]) -> None:
         """Raises ConfigError for an address or a key file that cannot be."""
@@ -83,7 +83,7 @@ class Agent:
         self._key_file = key_file
         self._rank = rank
         self._command = command
-        self._timeout_s = timeout_s  # for the first word of the front
+        self._timeout_s = timeout_s  # for the first word of the API server
         self._local_address = local_address(self._host, self._port)
         self._process: RankProcess | None = None
         self._start: int | None = None            # that the process belongs to
@@ -92,7 +92,7 @@ class Agent:
         # The name of one agent's connections: a second agent of this rank has another, so that neither takes the
         # other's messages.
         self._identity = f"agent-{rank}-{secrets.token_hex(8)}".encode()
-        self._unreadable: str | None = None  # why the front's last message could not be read
+        self._unreadable: str | None = None  # why the API server's last message could not be read
         self._context = zmq.Context()
         self._connect(self._port)
         self._decoder: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
@@ -100,18 +100,18 @@ class Agent:
         self._is_attached = False
 
     def run(self) -> None:
-        """Until the front has ended. Raises RankError if it is lost, ConfigError if it refuses us."""
+        """Until the API server has ended. Raises RankError if it is lost, ConfigError if it refuses us."""
         looked_s = time.monotonic()
         silent_s = said_s = 0.0
         while True:
             now_s = time.monotonic()
-            # As in Heartbeats: time in which we did not look, stopped or put aside, is not the front's silence.
+            # As in Heartbeats: time in which we did not look, stopped or put aside, is not the API server's silence.
             silent_s += min(now_s - looked_s, MAX_CHECK_INTERVAL_S)
             looked_s = now_s
             limit_s = _FRONT_TIMEOUT_S if self._is_attached else self._timeout_s
             if silent_s > limit_s:
                 why = f"; its last message could not be read: {self._unreadable}" if self._unreadable else ""
-                raise RankError(f"nothing heard from the front at {self._endpoint} for {limit_s:g} s{why}")
+                raise RankError(f"nothing heard from the API server at {self._endpoint} for {limit_s:g} s{why}")
             if self._check_process() or now_s - said_s >= _STATE_INTERVAL_S:
                 said_s = now_s
                 self._send_state()
@@ -128,8 +128,8 @@ class Agent:
                 case DesiredState():
                     if message.version != protocol_version():
                         raise ConfigError(
-                            f"the front at {self._endpoint} is of version {message.version or 'unknown'}, this agent "
-                            f"of {protocol_version()}; install the same on both machines"
+                            f"the API server at {self._endpoint} is of version {message.version or 'unknown'}, "
+                            f"this agent of {protocol_version()}; install the same on both machines"
                         )
                     self._log_attached()
                     if self._apply_desired(message):
@@ -169,7 +169,7 @@ class Agent:
         )
         try:
             self._process = RankProcess.start(config, self._command, self._environment(config))
-        except OSError as error:  # no descriptor, process or memory; the front says again what it wants
+        except OSError as error:  # no descriptor, process or memory; the API server says again what it wants
             print(f"rank {self._rank}: no process can be started just now: {error}", file=sys.stderr)
             self._process = self._start = None
             return False
@@ -233,7 +233,7 @@ class Agent:
             is_refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
             if not self._is_attached and (is_refused or self._num_failed_handshakes >= _MAX_FAILED_HANDSHAKES):
                 raise ConfigError(
-                    f"--key {self._key_file}: the front at {self._endpoint} has other keys; copy its key file here"
+                    f"--key {self._key_file}: the API server at {self._endpoint} has other keys; copy its key file here"
                 )
 
     def _log_attached(self) -> None:
@@ -253,7 +253,7 @@ class Agent:
         try:
             self._socket.send(msgspec.msgpack.encode(state), zmq.NOBLOCK)
         except zmq.Again:
-            pass  # the front has not read the last thousand; it gets the state of another second
+            pass  # the API server has not read the last thousand; it gets the state of another second
 
 
 def _rank_of_launcher() -> int:

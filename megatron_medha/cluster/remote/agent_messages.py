@@ -1,6 +1,6 @@
-"""What the front and the agents say to each other: state, not commands, so that a lost message costs a second only.
+"""Messages between the API server and the agents: state, not commands, so that a lost message costs only a second.
 
-An agent (cluster/remote/agent.py) looks after one rank on a machine the front cannot start processes on.
+An agent (cluster/remote/agent.py) looks after one rank on a machine the API server cannot start processes on.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from megatron_medha.cluster.rank_config import RankConfig
 
 
 class AgentState(msgspec.Struct, frozen=True, array_like=True, tag="agent_state"):
-    """Agent to front, every second and at every change."""
+    """Agent to API server, every second and at every change."""
 
     rank: int                      # over all replicas, as the launcher counts
-    address: str                   # of its machine, as seen on the way to the front
+    address: str                   # of its machine, as seen on the way to the API server
     free_port: int                 # there; for ranks to meet at
     running: int | None            # which start its rank's process belongs to
     ended: tuple[int, int] | None  # start and exit code of a process that ended by itself
@@ -22,21 +22,21 @@ class AgentState(msgspec.Struct, frozen=True, array_like=True, tag="agent_state"
 
 
 class DesiredState(msgspec.Struct, frozen=True, array_like=True, tag="want"):
-    """Front to agent, every second and at every change: the rank that should run now."""
+    """API server to agent, every second and at every change: the rank that should run now."""
 
     start: int
     config: RankConfig | None  # None: no process
-    version: str = ""          # protocol_version() of the front's machine
+    version: str = ""          # protocol_version() of the API server's machine
 
 
 class Redirect(msgspec.Struct, frozen=True, array_like=True, tag="redirect"):
-    """Front to agent: its replica listens that many ports higher."""
+    """API server to agent: its replica listens that many ports higher."""
 
     port_offset: int
 
 
 class AgentShutdown(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
-    """Front to agent: end your process, and yourself."""
+    """API server to agent: end your process, and yourself."""
 
     why: str
     is_error: bool

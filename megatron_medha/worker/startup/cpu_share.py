@@ -20,7 +20,7 @@ def num_threads_of_rank(wanted: int | None, num_ranks: int) -> int:
 def set_passive_omp_wait(num_threads: int) -> None:
     """Make OpenMP threads sleep at barriers when they fill every core; must run before torch is imported.
 
-    By default they spin. As soon as another process (the front, a client) wants one of the cores, spinning threads
+    By default they spin. As soon as another process (the API server, a client) wants one of the cores, spinning threads
     use up the time slices of those they wait for: beside one busy process on 2 cores, a decode step took 32 ms at
     the median and 330 ms at p90 where sleeping threads take 11 and 15; 1,024 tokens of prefill 2.6 s against 0.6.
     Alone on the machine, sleeping costs 10 to 30% of a small decode step. OMP_WAIT_POLICY, where set, is obeyed.

@@ -88,7 +88,7 @@ def described(
     options: ModelOptions,
     backend_name: str,
 ) -> str:
-    """For the line the front prints when the model is ready."""
+    """For the line the API server prints when the model is ready."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {num_threads} threads"
     parts = [name, str(dtype).removeprefix("torch."), f"{backend_name} attention"]
     parts += [f"KV in {str(kv_dtype).removeprefix('torch.')}"] if kv_dtype != dtype else []

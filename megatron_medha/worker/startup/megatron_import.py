@@ -22,7 +22,7 @@ def import_megatron(device: str) -> None:
     """Import megatron.core; before anything else does."""
     if "megatron.core" in sys.modules:
         return
-    # Megatron's own inference engine can log to W&B, and imports it where it is installed. Here the front logs.
+    # Megatron's own inference engine can log to W&B, and imports it where it is installed. Here the API server logs.
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # None: importing it is an ImportError
     if device != "cpu":
         disable_broken_transformer_engine()
