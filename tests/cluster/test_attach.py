@@ -382,7 +382,7 @@ def test_the_key_file_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> No
     assert CurveKeys.load_or_make(path) == made == CurveKeys.load(path)
     assert path.stat().st_mode & 0o777 == 0o600
     path.write_text("{}")
-    with pytest.raises(ConfigError, match="not one that the front wrote"):
+    with pytest.raises(ConfigError, match="not one that the API server wrote"):
         CurveKeys.load(path)
 
 
