@@ -108,14 +108,14 @@ def keep_completed_rows(path: Path, custom_ids: Callable[[], frozenset[str]]) ->
                 if line.endswith(b"\n"):
                     beside.unlink()
                     raise ConfigError(f"output={path}: line {number} is no row of a batch's output; "
-                        "take another file") from None
+                        "use another output file") from None
                 continue
             if response is None or error is not None or response["status_code"] not in _FINAL_STATUSES:
                 continue
             if custom_id not in known:
                 beside.unlink()
-                raise ConfigError(f"output={path}: line {number} answers `{custom_id}`, which is not in the input; "
-                    "take another file")
+                raise ConfigError(f"output={path}: line {number} has custom_id `{custom_id}`, which is not in the "
+                    "input; use another output file")
             if line.endswith(b"\n"):
                 done.add(custom_id)
                 kept.write(line)

@@ -72,13 +72,13 @@ class StreamResult:
 
 
 async def find_model(target: Target, session: aiohttp.ClientSession) -> str:
-    """The model's name as the server lists it. Raises ConfigError if nobody answers there, or not in OpenAI's way."""
+    """The model's name as the server lists it. Raises ConfigError if it has no list of models."""
     try:
         async with session.get(f"{target.url}/v1/models") as response:
             listed = await response.json(content_type=None)
             return target.model or str(listed["data"][0]["id"])
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise ConfigError(f"url={target.url}: nobody answers there ({error}); try `medha serve`") from None
+        raise ConfigError(f"url={target.url}: connection failed ({error}); try `medha serve`") from None
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(
             f"url={target.url}: GET /v1/models answered {response.status}, not a list of models ({error!r}); "

@@ -104,7 +104,7 @@ class Conversation:
                 raise ChatError(f"{response.status}: {_error_text(response.read())}")
             yield from _texts(response)
         except (OSError, http.client.HTTPException) as error:
-            raise ChatError(f"no answer from {config.url}: {error or type(error).__name__}") from error
+            raise ChatError(f"no response from {config.url}: {error or type(error).__name__}") from error
         finally:
             connection.close()
 
@@ -171,7 +171,7 @@ def _texts(response: http.client.HTTPResponse) -> Iterator[str]:
             raise ChatError(_error_text(data))
         for choice in event.get("choices", ()):
             yield choice.get("delta", {}).get("content") or ""
-    raise ChatError("the server closed the connection before the answer was complete")
+    raise ChatError("the server closed the connection before the response was complete")
 
 
 def _error_text(body: bytes) -> str:

@@ -165,7 +165,7 @@ def _cheapest(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPo
     assert winner.attainment_by_class is not None
     missed = [name for name, share in winner.attainment_by_class.items() if share < options.slo.attainment]
     if missed:
-        print(f"{' and '.join(missed)} requests do not, and are too few to matter among all; "
+        print(f"{' and '.join(missed)} requests do not meet it, and are too few to change the overall share; "
               "each_class=true asks it of every class")  # fmt: skip
     return 0
 
@@ -188,7 +188,7 @@ def _capacity(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPo
     print_loads(results)
     trial, qps = results[0]
     if not qps:
-        print(f"\nno load, however small, meets the SLO for {_asked(options)}")
+        print(f"\nno request rate meets the SLO for {_asked(options)}")
         return 1
     best: dict[str, tuple[PlanCandidate, float] | None] = {}
     for one in results:

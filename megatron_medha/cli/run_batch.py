@@ -92,7 +92,7 @@ def run_batch(options: BatchOptions) -> int:
     check_writable("output", options.output)
     done = keep_completed_rows(options.output, lambda: custom_ids(options.input))
     if len(done) == num_lines:
-        print(f"{num_lines:,} rows: all were answered; {options.output}")
+        print(f"{num_lines:,} rows: all completed; {options.output}")
         return 0
     with _server(options) as url:
         target = Target(
@@ -114,7 +114,7 @@ def run_batch(options: BatchOptions) -> int:
                 )  # fmt: skip
             except KeyboardInterrupt:
                 bar.close()
-                print("interrupted; the same command goes on from here", file=sys.stderr)
+                print("interrupted; run the same command to resume", file=sys.stderr)
                 raise
     kept = f"{counts.num_kept:,} were there, " if counts.num_kept else ""
     print(

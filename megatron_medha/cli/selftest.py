@@ -219,7 +219,7 @@ async def _num_free_blocks(wire: RawClient) -> int | None:
 
 
 async def _drained(wire: RawClient, admin: RawClient) -> CaseGroup:
-    """Tell the server to end: what runs ends well or is told, what is new is refused, and then nobody listens."""
+    """Drain the server: streams end or get an error, new requests are rejected, and the port closes."""
     group = CaseGroup("drain, the server is gone", num_tried=_NUM_DRAINED + 3)
     stream = wire.request("POST", cases.COMPLETIONS, cases.as_json(cases.LONG_STREAM))
     streams = [asyncio.create_task(wire.send(stream)) for _ in range(_NUM_DRAINED)]

@@ -129,7 +129,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
         max_tokens_per_shard=options.parallel.max_tokens_per_shard,
         learns=options.belief is SchedulerCostModel.ONLINE,
     )
-    build_system(setup)  # whoever cannot be built says so now
+    build_system(setup)  # raises what a run would raise later
     return setup
 
 
@@ -172,7 +172,7 @@ def _instances_setup(options: SimulateOptions, setup: SchedulerSetup) -> Instanc
         num_instances=num_gpus // tp,
         tokens_per_instance=_num_blocks(options, setup.shape, hardware, ParallelLayout(tp=tp)) * setup.block_size,
     )
-    build_system(instances)  # whoever cannot be built says so now
+    build_system(instances)  # raises what a run would raise later
     return instances
 
 

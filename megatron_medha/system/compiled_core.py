@@ -1,4 +1,4 @@
-"""Decisions interpreted or compiled: the scheduler's own modules, translated to C by mypyc once somebody asks for it.
+"""Decisions interpreted or compiled: the scheduler's own modules, translated to C by mypyc on request.
 
 The Python text stays the only source. `medha compile` translates it into the user's cache, under a name made of
 everything the result depends on; a process that wants it loads a build of exactly its own sources or interprets them.

@@ -48,7 +48,7 @@ def has_cuda_device() -> bool:
 
 
 def free_memory_bytes() -> int | None:
-    """Bytes that could be allocated now without swapping, within the container's limit; None where nobody says."""
+    """Bytes that could be allocated now without swapping, within the container's limit; None where that is unknown."""
     available = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     if available is None:
         return None

@@ -93,7 +93,7 @@ def test_the_model_is_the_first_the_server_lists() -> None:
 
 
 def test_a_url_where_nobody_answers_is_told_with_the_way_out() -> None:
-    with pytest.raises(ConfigError, match=r"url=http://127\.0\.0\.1:9: nobody answers there .* try `medha serve`"):
+    with pytest.raises(ConfigError, match=r"url=http://127\.0\.0\.1:9: connection failed .* try `medha serve`"):
         found(ScriptedServer(), url="http://127.0.0.1:9")
 
 

@@ -35,7 +35,7 @@ def test_a_sweep_has_a_run_directory_per_combination_and_goes_on_where_it_was_le
     assert sweep(tmp_path, "scheduler=fcfs,lars", "workload.qps=1,2") == 0
 
     printed = capsys.readouterr().out
-    assert [f"job {job} is done already" in printed for job in range(4)] == [True, False, True, False]
+    assert [f"job {job}: already done" in printed for job in range(4)] == [True, False, True, False]
     assert {path.parent.name: path.read_bytes() for path in tmp_path.glob("*/summary.json")} == first
 
 
@@ -53,7 +53,7 @@ def test_a_sweep_that_was_killed_goes_on_and_comes_to_what_it_would_have_come_to
     assert sweep(killed, *words) == 0
 
     printed = capsys.readouterr().out
-    assert "job 0 is done already" in printed and "job 2 is done already" not in printed
+    assert "job 0: already done" in printed and "job 2: already done" not in printed
     assert sweep(undisturbed, *words) == 0
     for job in "012":
         name = f"{job}/summary.json"
@@ -113,7 +113,7 @@ def test_words_that_change_no_result_go_on_with_a_sweep(tmp_path: Path, capsys: 
     assert sweep(tmp_path, "workload.qps=1,2") == 0
     capsys.readouterr()
     assert sweep(tmp_path, "workload.qps=1,2", "objective=all.tokens_per_s", "hydra.verbose=false") == 0
-    assert capsys.readouterr().out.count("is done already") == 2
+    assert capsys.readouterr().out.count("already done") == 2
 
 
 def test_a_sweep_is_shown_job_by_job_and_none_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +168,7 @@ def test_an_objective_that_is_not_in_the_summary_names_what_is(
 
     # The run itself is as good as any: with a figure that is there it is not run again.
     assert sweep(tmp_path, "objective=all.goodput_per_s", "workload.qps=1") == 0
-    assert "job 0 is done already" in capsys.readouterr().out
+    assert "job 0: already done" in capsys.readouterr().out
 
 
 def test_a_sweep_whose_jobs_would_be_numbered_otherwise_is_another_one(
@@ -181,7 +181,7 @@ def test_a_sweep_whose_jobs_would_be_numbered_otherwise_is_another_one(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
     assert main(["simulate", "-m", "scheduler=fcfs, lars", *SMALL[::-1], "workload.qps=1,2", f"out={tmp_path}"]) == 0
-    assert capsys.readouterr().out.count("is done already") == 4
+    assert capsys.readouterr().out.count("already done") == 4
 
 
 def test_a_directory_may_be_quoted_as_elsewhere(tmp_path: Path) -> None:

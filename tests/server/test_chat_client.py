@@ -59,7 +59,7 @@ def test_an_answer_broken_off_ends_the_request(start_server: StartServer) -> Non
 
 
 def test_a_server_that_is_not_there_is_said_so() -> None:
-    with pytest.raises(ChatError, match="no answer from"):
+    with pytest.raises(ChatError, match="no response from"):
         list(Conversation(ChatConfig(url="http://127.0.0.1:9")).say("hi"))
 
 

@@ -89,7 +89,7 @@ def test_nothing_of_another_file_is_lost(server: Running, tmp_path: Path) -> Non
     for text in ("notes\n", json.dumps({"custom_id": "z", "response": {"status_code": 200}, "error": None}) + "\n"):
         out = tmp_path / "out.jsonl"
         out.write_text(text)
-        with pytest.raises(ConfigError, match="take another file"):
+        with pytest.raises(ConfigError, match="use another output file"):
             batch(server, source, out)
         assert out.read_text() == text and [path.name for path in tmp_path.iterdir()].count("out.jsonl.kept") == 0
 

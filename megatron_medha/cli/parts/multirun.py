@@ -218,7 +218,7 @@ class _SweepJob:
                 options: Any = freeze(composed, self.config_class)
                 values = self.run_job(options, as_yaml(composed, resolves=True))
             else:
-                print(f"job {number} is done already")
+                print(f"job {number}: already done, skipped")
                 (directory / ERROR).unlink(missing_ok=True)  # it had ended, but without the figure asked for then
             lines = "".join(f"{hide_secrets(word, words)}\n" for word in words)
             (directory / OVERRIDES).write_text(lines, encoding="utf-8")

@@ -76,7 +76,7 @@ class StatusPrinter:
         return None
 
     def _fail(self, detail: str) -> None:
-        # A server without an engine can answer nothing but 503: better gone, so that whoever runs it starts it again.
+        # A server without an engine can answer nothing but 503: it exits, so that its supervisor starts it again.
         if not self._has_ended:
             self.failure = detail
             os.kill(os.getpid(), signal.SIGTERM)
@@ -96,7 +96,7 @@ class StatusPrinter:
 
 
 def print_line(text: str) -> None:
-    """Tell whoever reads stdout. A server whose log has lost its reader, or its disk, serves on, and can be stopped."""
+    """Print to stdout. Without a reader or disk space the server continues, and can still be stopped."""
     try:
         print(text, flush=True)
     except OSError:

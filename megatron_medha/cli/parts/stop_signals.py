@@ -31,7 +31,7 @@ class StopSignals:
             signal.signal(number, self._end)
 
     def count(self, is_asked_for: Callable[[], bool]) -> None:
-        """Count, and pass on to whoever has taken the signals meanwhile. We also stop ourselves, unasked."""
+        """Count, and pass on to the handlers installed since. Not every signal comes from a user."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._counting(signal.getsignal(number), is_asked_for))
 

@@ -1,4 +1,4 @@
-"""Finished runs as a report sees them: where they are, what they were told, what came out, and how they compare."""
+"""Finished runs as a report sees them: their options, results and comparison."""
 
 from __future__ import annotations
 
