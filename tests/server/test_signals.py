@@ -89,7 +89,7 @@ def test_a_second_signal_ends_a_server_in_which_something_hangs(what: str, numbe
                 assert process.stdout.readline() == "once\n"
             else:
                 assert process.stdout.readline() == "\n"
-                assert "once more to stop at once" in process.stdout.readline()
+                assert "again stops now" in process.stdout.readline()
             process.send_signal(number)
             assert process.wait(WAIT_S) == (1 if what == "lock" else 130)
         finally:
