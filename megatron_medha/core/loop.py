@@ -1,4 +1,4 @@
-"""The one loop: the same for simulated worlds and for real ranks."""
+"""The scheduling loop, over real ranks and in simulations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_medha.core.ports import Observer, Runtime, SchedulerProtocol
 
 
 def serve(decisions: SchedulerProtocol, runtime: Runtime, observers: tuple[Observer, ...] = ()) -> None:
-    """Run until the world ends: every event goes to the scheduler, every batch to the runtime."""
+    """Run until the runtime has no more events: events go to the scheduler, its batches to the runtime."""
     while (event := runtime.next_event()) is not None:
         now_s = runtime.now_s()
         outputs = decisions.handle(event, now_s)

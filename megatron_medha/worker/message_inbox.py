@@ -1,4 +1,4 @@
-"""Messages of the API server, as the rank's loop takes them. No torch here."""
+"""Messages from the API server to a rank. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from megatron_medha.cluster.wire import read_message
 
 _log = logging.getLogger(__name__)
 
-# How soon an orphan notices where the kernel does not tell it; an idle rank wakes up this often.
+# How often an idle rank checks its parent, in case the kernel did not kill it with the parent.
 _PARENT_CHECK_MS = 1000
 
 
 class MessageInbox(Protocol):
-    """Where messages of the API server come in."""
+    """Source of messages from the API server."""
 
     def wait(self) -> RankStep | Shutdown | None:
-        """The next message; None when none will come any more. Raises RankError for one that cannot be read."""
+        """The next message; None when the API server has exited. Raises RankError for an unreadable message."""
 
     def poll(self) -> RankStep | Shutdown | None:
-        """The next message if it is there already."""
+        """The next message if one has arrived."""
 
 
 class SocketInbox:
-    """A MessageInbox, for as long as the process that started this one lives."""
+    """A MessageInbox that ends when the parent process exits."""
 
     def __init__(self, socket: zmq.Socket[bytes], parent_pid: int, prepare: Callable[[PrepareGrammar], None]) -> None:
-        """prepare: takes what is to be done beside the steps; must not wait."""
+        """prepare: called with work to be done in the background; must not block."""
         self._socket, self._parent_pid, self._prepare = socket, parent_pid, prepare
         self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 

@@ -1,4 +1,4 @@
-"""The order of a rank's days: take steps as they come, compute them in that order, answer."""
+"""A rank's main loop: takes steps, computes them in order, sends results."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from megatron_medha.worker.rank import Rank
 
 
 def run_steps(rank: Rank, inbox: MessageInbox, answer: Callable[[StepDone], None]) -> None:
-    """Serve until told to stop; steps that came before are computed first, as other ranks count on it.
+    """Compute steps until Shutdown; steps that arrived before it are computed first, because other ranks wait for them.
 
-    While the API server takes up an answer and forms the next step, the rank computes the decodes that surely follow.
+    While the API server processes a result and forms the next step, the rank runs ahead with decodes that are certain.
     """
     is_over = False
 
@@ -21,7 +21,7 @@ def run_steps(rank: Rank, inbox: MessageInbox, answer: Callable[[StepDone], None
         while not is_over and (message := inbox.poll()) is not None:
             is_over = not _announced(rank, message)
 
-    # Only a later stage gains by knowing of the next step while it computes one.
+    # Only later stages gain from receiving the next step while they compute one.
     rank.before_layer = take_arrived if rank.receives else None
     while True:
         take_arrived()
@@ -32,13 +32,13 @@ def run_steps(rank: Rank, inbox: MessageInbox, answer: Callable[[StepDone], None
         elif is_over:
             return
         elif rank.run_ahead():
-            continue  # the API server may have said something meanwhile
+            continue  # a message may have arrived
         else:
             is_over = not _announced(rank, inbox.wait())
 
 
 def _announced(rank: Rank, message: RankStep | Shutdown | None) -> bool:
-    """Tell the rank of a step; False when the message ends its work."""
+    """Queue a step on the rank; False if the message ends the loop."""
     match message:
         case RankStep():
             rank.announce(message)

@@ -10,22 +10,22 @@ from megatron_medha.core.kv.block_pool import num_blocks_for
 
 
 def num_shards(num_tokens: int, shard_tokens: int) -> int:
-    """Shards over which so many tokens lie."""
+    """Number of shards of `num_tokens` tokens."""
     return -(-num_tokens // shard_tokens)
 
 
 def split(num_tokens: int, shard_tokens: int) -> list[int]:
-    """So many tokens, shard by shard."""
+    """Number of tokens in each shard."""
     return [min(shard_tokens, num_tokens - start) for start in range(0, num_tokens, shard_tokens)]
 
 
 def context_in(shard: int, start: int, shard_tokens: int) -> int:
-    """How many of the tokens before `start` this shard holds; it must not begin behind `start`."""
+    """Number of tokens before `start` that lie in this shard, which must not begin after `start`."""
     return min(start - shard * shard_tokens, shard_tokens)
 
 
 def begins_shard(start: int, shard_tokens: int) -> bool:
-    """Whether a chunk that starts there is the first of its shard, and brings the shard's blocks."""
+    """Whether a chunk at `start` is the first of its shard; it then carries the shard's blocks."""
     return start % shard_tokens == 0
 
 
@@ -35,10 +35,10 @@ def tokens_left(start: int, shard_tokens: int) -> int:
 
 
 def default_shard_tokens(num_blocks: int, block_size: int, max_context_len: int, kvp: int) -> int:
-    """Length of a shard where nobody has said: the longest context in even parts, in whole blocks.
+    """Default length of a shard: the longest context divided evenly over kvp ranks, in whole blocks.
 
-    So only what is longer than that part is shared out, and the longest request reads as much KV on every rank. At most
-    what a rank has memory for.
+    The longest request then reads the same amount of KV on every rank, and requests shorter than a shard stay on one.
+    Limited by the memory of a rank.
     """
     part_tokens = -(-max_context_len // kvp)
     return min(num_blocks, num_blocks_for(part_tokens, block_size)) * block_size

@@ -318,16 +318,16 @@ class Scheduler:
         self._prefills.add(seq, now_s)
 
     def _grow(self, now_s: float, outputs: list[Output]) -> None:
-        """Give each decode that filled its last block a new one, at the cost of whoever has the most slack."""
+        """Give each decode that filled its last block a new one; if none is free, preempt by most relative slack."""
         still_growing: list[Sequence] = []
         growing, self._growing = self._growing, still_growing
         for seq in growing:
             if seq.status is not Status.DECODING:
-                continue  # it became a victim itself
+                continue  # it was preempted itself
             while not self.memory.grow(seq):
                 victim = self._victim(seq, now_s)
                 if victim is None:
-                    still_growing.append(seq)  # everyone else is in flight: try again at the next event
+                    still_growing.append(seq)  # all other owners are in flight: try again at the next event
                     break
                 outputs.append(Preempted(victim.request_id, victim.num_computed_tokens))
                 self._restart(victim, now_s)
@@ -336,16 +336,17 @@ class Scheduler:
             else:
                 self._decodes.append(seq)
 
-    def _victim(self, needy: Sequence, now_s: float) -> Sequence | None:
-        ranks = self.memory.growth_ranks(needy)
+    def _victim(self, growing: Sequence, now_s: float) -> Sequence | None:
+        """Which sequence is preempted so that `growing` gets a block; None if all others are in flight."""
+        ranks = self.memory.growth_ranks(growing)
         owners = [
             seq
             for seq in self.memory.owners.values()
             if not seq.num_batches_in_flight
             and not seq.is_done
-            and (seq is needy or any(shard.kvp_rank in ranks for shard in seq.block_table.shards))
+            and (seq is growing or any(shard.kvp_rank in ranks for shard in seq.block_table.shards))
         ]
-        if all(seq is needy for seq in owners):
+        if all(seq is growing for seq in owners):
             return None
         kept = self._preemption_exempt(owners, now_s)
         return max(
@@ -356,7 +357,7 @@ class Scheduler:
         )  # fmt: skip
 
     def _preemption_exempt(self, owners: list[Sequence], now_s: float) -> list[str]:
-        """Who should not lose its KV, in overload: a long prefill that loses it again and again would never end.
+        """Which owners are spared in overload: a long prefill that loses its KV again and again would never end.
 
         The longest overdue prefill, and the owner with the earliest deadline, most of all when they are the same: it
         runs to its end, then the next one is the earliest, so that every wait has an end.
