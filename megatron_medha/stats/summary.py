@@ -49,11 +49,6 @@ class GapCounts:
             self._settle()
             self._gap_s, self._num_equal = gap_s, 1
 
-    @property
-    def num_gaps(self) -> int:
-        """How many have been added."""
-        return self._counts.total() + self._num_equal
-
     def percentile(self, percent: float) -> float | None:
         """The gap that so many percent of all do not exceed; None if there are none."""
         self._settle()

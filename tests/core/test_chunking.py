@@ -115,7 +115,7 @@ def test_longer_prefills_take_longer(cost: CostModel, max_tokens: int) -> None:
 
 def test_what_is_left_of_a_prefill_falls_to_nothing() -> None:
     times = PrefillTimes(rule(), ROOFLINE, BUDGET_S, 100_000)
-    left = [times.remaining_s(done, 100_000) for done in (0, 1, 50_000, 99_999, 100_000)]
+    left = [times.prefill_s(100_000) - times.prefill_s(done) for done in (0, 1, 50_000, 99_999, 100_000)]
     assert left == sorted(left, reverse=True) and left[0] == times.prefill_s(100_000) and left[-1] == 0.0
 
 
@@ -208,7 +208,7 @@ def test_a_prefill_of_several_steps_takes_each_steps_costs_for_each_chunk() -> N
     times = PrefillTimes(rule(tile=4), Counted(), chunk_s, 1 << 20)
     for num_chunks in (2, 10, 1000, 1 << 14):
         assert times.prefill_s(64 * num_chunks) == pytest.approx(num_chunks * chunk_s)
-    assert times.remaining_s(64, 640) == pytest.approx(9 * chunk_s)
+    assert times.prefill_s(640) - times.prefill_s(64) == pytest.approx(9 * chunk_s)
 
 
 def test_a_chunk_is_a_tile_at_least_in_predictions_too() -> None:

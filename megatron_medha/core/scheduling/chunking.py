@@ -211,10 +211,6 @@ class PrefillTimes:
         y0, y1 = self._seconds[index - 1], self._seconds[index]
         return y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0)
 
-    def remaining_s(self, num_done: int, num_tokens: int) -> float:
-        """Predicted seconds from `num_done` computed to `num_tokens` computed."""
-        return self.prefill_s(num_tokens) - self.prefill_s(num_done)
-
     def _append(self, tokens: int, seconds: float) -> None:
         self._tokens.append(tokens)
         self._seconds.append(seconds)
