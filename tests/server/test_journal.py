@@ -124,6 +124,20 @@ def test_a_story_says_who_went_first_and_that_the_kv_was_kept() -> None:
     assert trace is not None and trace.num_pauses == 1
 
 
+def test_a_wait_after_a_loss_does_not_say_that_the_kv_was_kept() -> None:
+    world = World()
+    world.arrive("long", 640)
+    world.step(3)
+    world.arrive("urgent", 1280, priority=-1)
+    seq = world.scheduler.sequence("long")
+    assert seq is not None
+    world.scheduler._restart(seq, world.now_s)
+    world.watch.handled(Completed(batch_id=-1, duration_s=0.0), [Preempted("long", 192)], world.now_s)
+    world.step(3)
+    last = world.told("long")[-1]
+    assert isinstance(last, WaitInterval) and last.why == "others were more urgent"
+
+
 def test_a_story_says_that_memory_was_missing() -> None:
     world = World(num_blocks=20)
     world.arrive("holder", 300)
