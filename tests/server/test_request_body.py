@@ -151,7 +151,7 @@ def test_a_route_refuses_too_many_values_over_http(start_server: StartServer, pa
     (CHAT, "messages", '[{"role":"user","content":"' + "a " * 600_000 + '"}]', SLICE_BYTES),
     (CHAT, "messages", "[" + ",".join(['{"role":"user","content":"%s"}' % ("a" * 200)] * 8_000) + "]",
      DENSE_SLICE_BYTES),
-    (COMPLETIONS, "stop", '["' + '","'.join(["a"] * 60_000) + '"]', DENSE_SLICE_BYTES),
+    (COMPLETIONS, "bad_words", '["' + '","'.join(["a"] * 60_000) + '"]', DENSE_SLICE_BYTES),
     (COMPLETIONS, "user", " " * 1_000_000 + '"a"', DENSE_SLICE_BYTES),
     (DETOKENIZE, "tokens", "[" + ",".join(["12"] * 300_000) + "]", SLICE_BYTES),
 ])  # fmt: skip
