@@ -197,13 +197,13 @@ class TritonAttention(AttentionBackend):
         self, plan: DevicePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: PagedKV, scale: float
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
-        return self._attend(plan, q_TKGD, k_TKD, v_TKD, (None, None), layer, scale, False)[0]
+        return self._attend(plan, q_TKGD, k_TKD, v_TKD, layer, scale)[0]
 
     def attend_with_lse(
         self, plan: DevicePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: PagedKV, scale: float
     ) -> tuple[Tensor, Tensor]:
         """`attend` over one shard of each sequence; (out_THD, lse_TH fp32)."""
-        out_THD, lse_TH = self._attend(plan, q_TKGD, k_TKD, v_TKD, (None, None), layer, scale, True)
+        out_THD, lse_TH = self._attend(plan, q_TKGD, k_TKD, v_TKD, layer, scale, has_lse=True)
         assert lse_TH is not None
         return out_THD, lse_TH
 
@@ -218,7 +218,7 @@ class TritonAttention(AttentionBackend):
         scale: float,
     ) -> Tensor:
         """`attend` with queries and keys still to be rotated, by (cos_TD, signed_sin_TD) fp32; returns out_THD."""
-        return self._attend(plan, q_TKGD, k_TKD, v_TKD, angles, layer, scale, False)[0]
+        return self._attend(plan, q_TKGD, k_TKD, v_TKD, layer, scale, angles)[0]
 
     def _attend(
         self,
@@ -226,10 +226,10 @@ class TritonAttention(AttentionBackend):
         q_TKGD: Tensor,
         k_TKD: Tensor,
         v_TKD: Tensor,
-        angles: tuple[Tensor | None, Tensor | None],
         layer: PagedKV,
         scale: float,
-        has_lse: bool,
+        angles: tuple[Tensor | None, Tensor | None] = (None, None),
+        has_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         slots_T, pieces_W4 = (None, plan.pieces_W4) if self._is_quantised else (plan.slots_T, None)
         q_TKGD = rotate_and_write(q_TKGD, k_TKD, v_TKD, *angles, layer, slots_T=slots_T, pieces_W4=pieces_W4)

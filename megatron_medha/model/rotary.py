@@ -6,6 +6,7 @@ Shapes: T tokens, D head dim, F = D / 2 frequencies.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -35,13 +36,11 @@ class Rotary:
         self._head_dim = config.head_dim
         self._theta = config.rope_theta
         self._scaling = scaling
-        self._dynamic_from = (scaling.original_max_context_len or config.max_context_len) if (
-            scaling.kind == "dynamic"
-        ) else None
+        dynamic_from = scaling.original_max_context_len or config.max_context_len
+        self._dynamic_from = dynamic_from if scaling.kind == "dynamic" else None
         self._frequencies_F = _scaled_frequencies(config.head_dim, config.rope_theta, scaling)
         self._amplitude = _yarn_amplitude(scaling) if scaling.kind == "yarn" else 1.0
         self._on_device: dict[torch.device, Tensor] = {}
-        self._first_positions: Rotation | None = None  # [0, _NUM_ROUNDED_POSITIONS), on the CPU
         self._consecutive: dict[tuple[int, torch.device], Rotation] = {}
 
     def at(self, positions_T: Tensor, lengths_T: Tensor | None = None) -> Rotation:
@@ -52,7 +51,7 @@ class Rotary:
         """
         if not self._is_in_table(positions_T):
             return self._computed(positions_T, lengths_T)
-        table = self._table()
+        table = self._table
         return Rotation(table.cos_TD[positions_T], table.signed_sin_TD[positions_T])
 
     def _is_in_table(self, positions_T: Tensor) -> bool:
@@ -73,15 +72,15 @@ class Rotary:
         cos_TF = (torch.cos(angles_TF) * self._amplitude).float()
         return Rotation(torch.cat((cos_TF, cos_TF), dim=-1), torch.cat((-sin_TF, sin_TF), dim=-1))
 
+    @cached_property
     def _table(self) -> Rotation:
-        if self._first_positions is None:
-            with torch.inference_mode(False):  # training must be able to use it later
-                self._first_positions = self._computed(torch.arange(_NUM_ROUNDED_POSITIONS), None)
-        return self._first_positions
+        """Of positions [0, _NUM_ROUNDED_POSITIONS), on the CPU."""
+        with torch.inference_mode(False):  # training must be able to use it later
+            return self._computed(torch.arange(_NUM_ROUNDED_POSITIONS), None)
 
     def first_positions(self) -> Rotation | None:
         """Cosines and sines by position, of the first ones, on the CPU; None where they depend on more."""
-        return None if self._dynamic_from is not None else self._table()
+        return None if self._dynamic_from is not None else self._table
 
     @property
     def depends_on_lengths(self) -> bool:

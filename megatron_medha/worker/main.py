@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -102,11 +102,9 @@ def main(argv: list[str], load: LoadRank | None = None) -> int:
         with _heartbeats(context, config):
             _serve(config, context, socket, send, parent_pid, load or _load_model)
         return 0
-    except MedhaError as error:  # the user's fault: the API server says it, a stack trace would only hide it
-        send(RankFailed(config.rank, type(error).__name__, str(error)))
-        return 1
     except Exception as error:  # outermost: the API server must learn why, whatever it was
-        log.exception("rank_failed")
+        if not isinstance(error, MedhaError):  # the user's fault: a stack trace would only hide it
+            log.exception("rank_failed")
         send(RankFailed(config.rank, type(error).__name__, str(error)))
         return 1
     finally:
@@ -164,8 +162,7 @@ def _background_thread(name: str, work: Callable[[], None], end: Callable[[], No
         thread.join()
 
 
-@contextmanager
-def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> Iterator[None]:
+def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> AbstractContextManager[None]:
     """Tell the API server that the process runs, over a socket of the thread's own."""
     stop = threading.Event()
 
@@ -181,21 +178,18 @@ def _heartbeats(context: zmq.Context[zmq.Socket[bytes]], config: RankConfig) -> 
             stop.wait(_HEARTBEAT_INTERVAL_S)
         socket.close(linger=0)
 
-    with _background_thread("heartbeat", beat, stop.set):
-        yield
+    return _background_thread("heartbeat", beat, stop.set)
 
 
-@contextmanager
-def _trimming_memory() -> Iterator[None]:
-    """It takes milliseconds, which steps need not wait for."""
+def _trimming_memory() -> AbstractContextManager[None]:
+    """On a thread: it takes milliseconds, which steps need not wait for."""
     stop = threading.Event()
 
     def work() -> None:
         while not stop.wait(TRIM_INTERVAL_S):
             malloc_trim()
 
-    with _background_thread("memory", work, stop.set):
-        yield
+    return _background_thread("memory", work, stop.set)
 
 
 @contextmanager
