@@ -3,7 +3,7 @@
 The library's limits do not hold everywhere: a schema of 1 KB that wants eighteen patterns at once (allOf) keeps it busy
 for hours without a look at its fuel. A thread that compiles it can neither be stopped nor left behind.
 
-Both sides speak JSON, a line each: first a Vocabulary, answered by a Tried, then a Trial and a Tried in turn.
+Both sides write lines of JSON: first a GrammarVocabulary, then CompileRequests; each gets a CompileResult.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ConstraintKind(Enum):
     REGEX = "regex"
     CHOICE = "choice"    # Lark, written here
     GRAMMAR = "grammar"  # Lark, or GBNF as llama.cpp has it
-    COMBINATION = "combination"  # a Combination as JSON
+    COMBINATION = "combination"  # a GrammarCombination as JSON
 
 
 class GrammarVocabulary(msgspec.Struct, frozen=True):
@@ -78,8 +78,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     resource.setrlimit(resource.RLIMIT_DATA, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no result
     compiler: GrammarCompiler | None = None
     for line in sys.stdin.buffer:
         try:
@@ -91,8 +91,8 @@ def main() -> None:
                 tried = CompileResult(_compiled(compiler, msgspec.json.decode(line, type=CompileRequest)))
         except GrammarError as error:
             tried = CompileResult(error=str(error))
-        answers.write(msgspec.json.encode(tried) + b"\n")
-        answers.flush()
+        results.write(msgspec.json.encode(tried) + b"\n")
+        results.flush()
 
 
 def _compiled(compiler: GrammarCompiler, trial: CompileRequest) -> str:

@@ -29,11 +29,11 @@ from megatron_medha.system.secret_values import child_environment
 
 log = logging.getLogger(__name__)
 
-_FAST_LANE_SLOTS = 2        # processes at most, in all: these and the slow ones
-_FAST_LANE_S = 0.2           # of computing; nearly all grammars take some milliseconds
-_MAX_WAITS = 10         # times that long on the clock, where the machine is busy with other things
+_FAST_LANE_SLOTS = 2     # processes at most, in all: these and the slow ones
+_FAST_LANE_S = 0.2       # of computing; nearly all grammars take some milliseconds
+_MAX_WAITS = 10          # times that long on the clock, where the machine is busy with other things
 _SLOW_LANE_SLOTS = 3
-_MAX_SLOW_PER_CLIENT = 2    # of one client, so that one is left to others
+_MAX_SLOW_PER_CLIENT = 2  # so that one is left to others
 _QUEUE_S = 10.0          # for a place among those
 _MAX_WAITING_PER_CLIENT = 256
 _SUSPECT_S = 60.0        # how long a client's grammars are judged by one that took too long
@@ -264,7 +264,7 @@ def _now_s() -> float:
 
 
 async def _ask(process: Process, line: bytes) -> CompileResult | None:
-    """What it answers; None if it has ended instead."""
+    """Its result; None if it has ended instead."""
     assert process.stdin is not None and process.stdout is not None
     if process.stdin.is_closing():
         return None  # uvloop would raise RuntimeError: the pipe's end has been heard of, the process's not yet

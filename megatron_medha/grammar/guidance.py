@@ -1,7 +1,7 @@
-"""Grammars an answer must match, by llguidance: compiled within limits, kept for whoever asks with the same one again.
+"""Grammars that an output must match, by llguidance: compiled within limits, cached for requests with the same one.
 
-The front compiles each to find out whether it can be; the ranks that sample compile it to mask logits, beside their
-steps, before its request comes to them. What a schema or a regex means is the library's business.
+The API server compiles each to check it; the ranks that sample compile it to mask logits, during their steps, before
+its request comes to them. What a schema or a regex means is the library's business.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STEP_MAX_ITEMS = 20_000          # 1 ms
 _MAX_ITEMS_IN_ROW = 1_000
 _MAX_LEXER_STATES = 50_000        # 100 MB
 _MAX_GRAMMAR_SIZE = 100_000
-_MAX_CACHED = 64                    # compiled grammars; clients send the same few over and over
+_MAX_CACHED = 64                  # compiled grammars; clients send the same few over and over
 
 
 class GrammarError(MedhaError):

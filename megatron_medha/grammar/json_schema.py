@@ -195,13 +195,13 @@ class _Translation:
     # ---- keywords in other words ----
 
     def _one_of(self, made: dict[str, Any], given: Any, path: str) -> None:
-        """As anyOf, where an answer can match one of them only."""
+        """As anyOf, where no value can match two of them."""
         options = self._list(given, path)
         raw = given if isinstance(given, list) else []
         if all(are_disjoint(one, other, self._resolved) for one, other in combinations(raw, 2)):
             _and_more(made, "anyOf", options)
             return
-        self._refuse(path, "an answer might match several of these; say anyOf, or give each a required "
+        self._refuse(path, "more than one of these may match; use anyOf, or give each a required "
                            "property with a const of its own")  # fmt: skip
 
     def _rewrite(self, made: dict[str, Any], given: dict[str, Any], path: str) -> Schema:
@@ -316,7 +316,7 @@ class _Translation:
         return {**made, "properties": known, "additionalProperties": False}
 
     def _evaluated(self, given: Any) -> list[str] | None:
-        """Names that a schema looks at; None where that depends on the answer."""
+        """Names that a schema looks at; None where that depends on the output."""
         given = self._resolved(given)
         if not isinstance(given, dict):
             return []
@@ -346,7 +346,7 @@ class _Translation:
         return made
 
     def _do_nullable(self, made: dict[str, Any], given: dict[str, Any], path: str) -> Schema:
-        # OpenAPI 3.0's. An answer that is not null matches in either reading, so it matters only where null must come.
+        # OpenAPI 3.0's. An output that is not null matches in either reading, so it matters only where null must come.
         needs_null = None in made.get("enum", ()) or "$ref" in made or "allOf" in made
         if given["nullable"] is not True or not needs_null:
             return made

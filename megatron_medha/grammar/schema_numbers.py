@@ -9,12 +9,12 @@ from typing import Any
 
 _MAX_EXACT = 2**53        # up to here every integer is a double
 # A bound beyond this is moved to it: limits of 64-bit and floating-point types, to which the library has no digits.
-# An answer within it is within the bound as well.
+# A number within it is within the bound as well.
 _MAX_BOUND = 9 * 10**18
 _MAX_COUNT = 2**31 - 1
 _MAX_MULTIPLE = 2**32 - 1  # the library's
 _MAX_DIGITS = 400
-_MIN_READ = 1e-6        # what is nearer to zero is sent as it is, and may come out one digit in 17 off
+_MIN_READ = 1e-6          # what is nearer to zero is sent as it is, and may come out one digit in 17 off
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 RefuseNumber = Callable[[str], None]
@@ -55,7 +55,7 @@ def count_of(made: dict[str, Any], key: str, value: Any, refuse: RefuseNumber) -
     elif value <= _MAX_COUNT:
         made[key] = int(value)
     elif key.startswith("min"):
-        refuse(f"{_shown(value)} is more than an answer can have")
+        refuse(f"{_shown(value)} exceeds what an output can have")
 
 
 def with_numbers(made: dict[str, Any], given: dict[str, Any], refuse: Callable[[str, str], None]) -> None:

@@ -45,7 +45,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     if content is None:  # /proc/kmsg, which calls itself a regular file, has nothing to read at present
         raise CheckpointError(f"{path}: cannot be read")
     if len(content) > max_bytes:
-        raise CheckpointError(f"{path}: is larger than {max_bytes} bytes, which no such file is")
+        raise CheckpointError(f"{path}: is larger than the limit of {max_bytes} bytes")
     return content
 
 

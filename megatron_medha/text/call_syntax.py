@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class ToolSyntax(Enum):
-    """How calls are written in the text of an answer."""
+    """How calls are written in the text of an output."""
 
     HERMES = "hermes"            # <tool_call>{"name": ..., "arguments": {...}}</tool_call>: Hermes, Qwen, Granite 4
     QWEN_XML = "qwen_xml"        # <tool_call><function=...><parameter=...>: Qwen3-Coder, Qwen 3.5, Nemotron 3
@@ -25,7 +25,7 @@ class ToolSyntax(Enum):
     COHERE = "cohere"            # <|START_ACTION|>[{"tool_name": ..., "parameters": {...}}]<|END_ACTION|>: Command
     JAMBA = "jamba"              # <tool_calls>[{...}]</tool_calls>: Jamba, Hunyuan, Apriel, MiniMax M1
     NEMOTRON = "nemotron"        # <TOOLCALL>[{...}]</TOOLCALL>: Nemotron Nano 2
-    LIST = "list"                # [{"name": ..., "arguments": {...}}, ...]: what we guide an answer to
+    LIST = "list"                # [{"name": ..., "arguments": {...}}, ...]: what we guide an output to
     ARGUMENTS = "arguments"      # {...}: the arguments of the one tool that must be called
 
 
@@ -52,7 +52,7 @@ class Marks:
     closings: tuple[str, ...] = ()
     between: tuple[str, ...] = ()        # around single calls: passed over
     within: tuple[str, ...] = ()         # inside of a call
-    is_bare: bool = False                # an answer may begin with a call, without any mark
+    is_bare: bool = False                # an output may begin with a call, without any mark
     tags: Tags | None = None
     head: re.Pattern[str] | None = None  # before a call's arguments as JSON; group 1 is the name
     head_so_far: re.Pattern[str] | None = None
@@ -187,7 +187,7 @@ def tokens_of(syntax: ToolSyntax) -> tuple[str, ...]:
 
 
 def reasoning_end(prompt: str, continued: str = "") -> str | None:
-    """The mark that ends the reasoning in which an answer begins: the template has opened it, or the text continued."""
+    """The mark that ends the reasoning in which an output begins: the template has opened it, or the text continued."""
     text = prompt.rstrip()
     for opening, closing in REASONING:
         if text.endswith(opening) or continued.rfind(opening) > continued.rfind(closing):

@@ -66,7 +66,7 @@ class ChatTemplate:
                 self._template = _environment().from_string(PLAIN_TEMPLATE if self.source is None else self.source)
             text: str = self._template.render(variables)
         except Exception as error:  # templates are programs: any error in one is about these messages
-            what = "it asks for too much memory" if isinstance(error, MemoryError) else error
+            what = "it uses too much memory" if isinstance(error, MemoryError) else error
             raise ChatTemplateError(f"the chat template refuses these messages: {what}") from error
         if not mark:
             return text

@@ -105,7 +105,7 @@ def _rendered(template: ChatTemplate, job: RenderJob, num_bytes: int, takes_part
     except RecursionError:
         raise ChatTemplateError("the messages are nested too deeply") from None
     except MemoryError:
-        raise ChatTemplateError("the chat template asks for too much memory") from None
+        raise ChatTemplateError("the chat template uses too much memory") from None
     text = whole.text.encode("utf-8", "replace").decode()
     if len(text) > _MIN_OUTPUT_BYTES + _OUTPUT_PER_BYTE * num_bytes:
         raise ChatTemplateError(f"the chat template writes {len(text)} characters, far more than the messages have")

@@ -95,7 +95,7 @@ class TemplateProcessPool:
         if rendered is None and self._is_closed:
             raise NoRenderProcess("the server is shutting down")
         if rendered is None:
-            raise ChatTemplateError("the chat template does not end, or asks for too much memory")
+            raise ChatTemplateError("the chat template does not end, or uses too much memory")
         if rendered.error is not None:
             raise ChatTemplateError(rendered.error, rendered.place)
         if rendered.mapping:
@@ -182,7 +182,7 @@ class _RenderProcess:
         return self._process.poll() is not None
 
     def ask(self, payload: bytes, timeout_s: float) -> RenderResult | None:
-        """What it answers; None if it ends instead, or takes longer."""
+        """Its result; None if it ends instead, or takes longer."""
         deadline_s = time.monotonic() + timeout_s
         try:
             self._connection.settimeout(timeout_s)
@@ -200,7 +200,7 @@ class _RenderProcess:
             return None
 
     def kill(self) -> None:
-        """End it, whatever it does; another thread that waits for its answer gets None."""
+        """End it, whatever it does; another thread that waits for its result gets None."""
         self._process.kill()
         self._process.wait()
 

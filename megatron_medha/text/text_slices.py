@@ -24,7 +24,6 @@ _MARGIN_CHARS = 64   # before the end of a slice, where patterns that look ahead
 _MAX_STEPS = 4_096   # back from there, for a place to cut
 
 
-
 class TextWithoutBreaksError(Exception):
     """A text cannot be encoded by slices that are small enough; the message says why."""
 

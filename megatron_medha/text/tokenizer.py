@@ -264,7 +264,7 @@ def _piece_kind(decoder: Any) -> tuple[PieceKind, list[tuple[str, str]]]:
             case "Fuse":
                 pass
             case "Strip":
-                pass  # of the first space of a whole text; an answer continues its prompt and keeps it
+                pass  # of the first space of a whole text; an output continues its prompt and keeps it
             case "ByteFallback":
                 replacements.append(("<0x", ">"))
             case "Metaspace":

@@ -22,7 +22,7 @@ TemplateMessage = dict[str, Any]
 # Text this short may stand in a prompt by chance, so the template is also tried with a word that cannot.
 _SHORT_CHARS = 24
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
-# Reasoning that comes first in an answer; templates drop it from answers of earlier turns.
+# Reasoning that begins an assistant's message; templates drop it from earlier turns.
 _REASONING = re.compile(
     r"\s*(?:<(think|thinking|thought|reasoning|seed:think)>.*?</\1>|\[THINK\].*?\[/THINK\])", re.DOTALL
 )
@@ -174,7 +174,7 @@ def _with_turns_joined(messages: Sequence[TemplateMessage]) -> Sequence[Template
 def _with_calls_as_text(messages: Sequence[TemplateMessage]) -> Sequence[TemplateMessage]:
     """For templates that know no calls: written as Hermes models do, and results as the user's."""
     if not any(one.get("tool_calls") for one in messages):
-        return messages  # a result alone answers nothing
+        return messages  # a result alone belongs to no call
     changed: list[TemplateMessage] = []
     for message in messages:
         text = message.get("content") or ""
@@ -340,7 +340,7 @@ def _first_missing(
 
 
 def _texts_of(role: str, content: str) -> list[str]:
-    """The text, and what may stand for it: an answer without its reasoning."""
+    """The text, and what may stand for it: an assistant's without its reasoning."""
     texts = [content]
     if role == "assistant":
         texts.append(_REASONING.sub("", content, count=1))
