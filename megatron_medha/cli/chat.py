@@ -11,7 +11,8 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from megatron_medha.cli.parts.command_options import read_options
-from megatron_medha.core.errors import MedhaError, check_http_url
+from megatron_medha.core.errors import MedhaError
+from megatron_medha.options.option_errors import check_http_url
 
 HELP = "/quit ends, /clear forgets the conversation, /system TEXT sets the system prompt, Ctrl-C stops the output"
 

@@ -15,7 +15,8 @@ from megatron_medha.bench.batch_file import custom_ids, keep_completed_rows, num
 from megatron_medha.bench.client import Target
 from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.cli.parts.served import server_process
-from megatron_medha.core.errors import ConfigError, check_http_url, check_range
+from megatron_medha.core.errors import ConfigError, check_range
+from megatron_medha.options.option_errors import check_http_url
 from megatron_medha.system.checked_files import check_writable
 from megatron_medha.system.scratch import scratch_directory
 

@@ -13,7 +13,8 @@ from megatron_medha.cli.fuzz.fuzz_cases import LARGE_BODIES, Case
 from megatron_medha.cli.fuzz.fuzz_watch import ServerMonitor, ServerObservations
 from megatron_medha.cli.fuzz.fuzz_wire import RawClient, RawResponse, ServerMisbehaved, check
 from megatron_medha.cli.parts.command_options import read_options
-from megatron_medha.core.errors import ConfigError, MedhaError, check_http_url
+from megatron_medha.core.errors import ConfigError, MedhaError
+from megatron_medha.options.option_errors import check_http_url
 from megatron_medha.stats.text_table import text_table
 from megatron_medha.system.descriptors import raise_descriptor_limit
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 
 class MedhaError(Exception):
@@ -47,14 +46,3 @@ def check_ranges(prefix: str, config: object, low: float, high: float, *keys: st
     """check_range of these fields of a configuration."""
     for key in keys:
         check_range(f"{prefix}.{key}", getattr(config, key), low, high)
-
-
-def check_http_url(key: str, url: str) -> None:
-    """Raises ConfigError for what is no address of a server."""
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, brackets that do not close
-        is_address = False
-    if not is_address:
-        raise ConfigError(f"{key}={url} must look like http://127.0.0.1:8000")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import msgspec
@@ -84,8 +84,11 @@ class SchedulerSetup:
         cls, header: dict[str, Any], config_class: type[SchedulerConfig] = SchedulerConfig
     ) -> SchedulerSetup:
         """The setup a decision log was recorded under. Raises ConfigError if the header is not one of ours."""
+        known = {each.name for each in fields(config_class)}
+        if isinstance(recorded := header.get("config"), dict) and (unknown := sorted(recorded.keys() - known)):
+            raise ConfigError(f"the decision log's scheduler has options that this version lacks: {', '.join(unknown)}")
         try:
-            config = msgspec.convert(header.get("config"), config_class)
+            config = msgspec.convert(recorded, config_class)
             return replace(msgspec.convert({**header, "config": {}}, cls), config=config)
         except msgspec.ValidationError as error:
             raise ConfigError(f"the decision log's header does not describe a scheduler: {error}") from None

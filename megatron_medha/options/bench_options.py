@@ -7,7 +7,8 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.bench.client import Target, TokenRange
-from megatron_medha.core.errors import ConfigError, check_http_url, check_range
+from megatron_medha.core.errors import ConfigError, check_range
+from megatron_medha.options.option_errors import check_http_url
 from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.options.simulate_options import Plots
 from megatron_medha.stats.capacity_search import CapacitySearch

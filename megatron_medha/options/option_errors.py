@@ -1,4 +1,4 @@
-"""What a message about a wrong option says: what the key must be, or which key was meant."""
+"""What a message about a wrong option says: what the value must be, or which key was meant."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+from megatron_medha.core.errors import ConfigError
 
 
 def suggest_key(key: str, config_class: type) -> str:
@@ -89,3 +92,14 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """ "did you mean ...? " for a likely misspelling, else nothing."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {found[0]}? " if found else ""
+
+
+def check_http_url(key: str, url: str) -> None:
+    """Raises ConfigError for what is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, brackets that do not close
+        is_address = False
+    if not is_address:
+        raise ConfigError(f"{key}={url} must look like http://127.0.0.1:8000")

@@ -33,7 +33,8 @@ T = TypeVar("T", bound=NamedTuple)
 
 # Raised when a key or an event is renamed; read_log() then translates what is older.
 FORMAT = 2
-_KEYS_OF_FORMAT_1 = {"max_saved_gift_steps": "max_banked_steps"}  # of the scheduler's configuration
+# Keys of the scheduler's configuration in format 1 by today's names; None: nothing read it.
+_KEYS_OF_FORMAT_1 = {"max_saved_gift_steps": "max_banked_steps", "long_prefill_tokens": None}
 
 
 class ReplayError(MedhaError):
@@ -86,7 +87,8 @@ def read_log(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Recorded]]:
     if log_format not in (1, FORMAT):
         raise ReplayError(f"line 1: format {log_format} is of a later version; this one reads formats up to {FORMAT}")
     if log_format == 1 and isinstance(header.get("config"), dict):
-        header["config"] = {_KEYS_OF_FORMAT_1.get(key, key): value for key, value in header["config"].items()}
+        renamed = {_KEYS_OF_FORMAT_1.get(key, key): value for key, value in header["config"].items()}
+        header["config"] = {key: value for key, value in renamed.items() if key is not None}
     return header, (_record(line, _parse(line, text)) for line, text in numbered)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.options.option_errors import check_http_url
 from megatron_medha.options.serve_options import ServeConfig
 
 Refusal = Callable[..., str]
@@ -302,3 +304,14 @@ def test_an_own_option_that_is_not_yaml_is_refused(refusal: Refusal, tmp_path: P
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True)
     return path
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://host:0", "http://host:x", "http://[::1"])
+def test_what_is_no_address_of_a_server_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="url=.* must look like http://127.0.0.1:8000"):
+        check_http_url("url", url)
+
+
+@pytest.mark.parametrize("url", ["http://host", "https://host:8443/base", "http://[::1]:8000"])
+def test_an_address_of_a_server_is_taken(url: str) -> None:
+    check_http_url("url", url)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from experiments.lib.recording_runtime import RecordingSimRuntime
 from megatron_medha.core.batch import Arrived, Batch, Completed
 from megatron_medha.core.cost.step_cost import Hardware
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
@@ -199,3 +200,18 @@ def test_every_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
     log.handled(event, [], 0.1)
     header, records = read_log(path.read_text().splitlines())
     assert header == {"made": "here"} and [record.entry for record in records] == [event]
+
+
+def test_a_log_of_a_scheduler_with_an_unknown_option_is_refused() -> None:
+    header = setup_of().header()
+    header["config"] |= {"max_bankd_steps": 3}
+    with pytest.raises(ConfigError, match="options that this version lacks: max_bankd_steps"):
+        SchedulerSetup.from_header(header)
+
+
+def test_keys_of_the_first_format_are_translated() -> None:
+    header = setup_of().header()
+    del header["config"]["max_banked_steps"]
+    header["config"] |= {"max_saved_gift_steps": 3.0, "long_prefill_tokens": 8}
+    found, _ = read_log([json.dumps({"format": 1, "header": header})])
+    assert SchedulerSetup.from_header(found).config.max_banked_steps == 3.0
