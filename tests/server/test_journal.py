@@ -6,6 +6,7 @@ import json
 import re
 import time
 
+import msgspec
 import pytest
 from fake_engine import FakeEngine
 from live_server import FAST, SHAPE, LiveEngine
@@ -29,6 +30,7 @@ from megatron_medha.server.observe.request_log import (
     RunInterval,
     _thinned,
 )
+from megatron_medha.server.observe.steps import InFlightBatch, StepChunk, StepRecord
 from megatron_medha.server.routes.debug_routes import WaitInterval, explain_trace
 from megatron_medha.server.slo import SloClass, SloConfig
 from megatron_medha.server.ttft_estimate import PendingPrefills
@@ -386,6 +388,14 @@ def test_the_schedule_shows_who_waits_and_why(start_server: StartServer) -> None
     holder.close()
     waiter.close()
     engine.wait_until_idle()
+
+
+def test_chunks_of_a_batch_in_flight_have_the_name_that_the_dashboard_reads() -> None:
+    record = StepRecord(7, 0, 1.0, (StepChunk("a", 0, 16, 0.5, (0,)),), 0, 16, 0.1, 0.1, 3)
+    chunk = {"request_id": "a", "start": 0, "num_tokens": 16, "relative_slack": 0.5, "kvp_ranks": [0]}
+    batch = json.loads(msgspec.json.encode(InFlightBatch(**msgspec.structs.asdict(record), age_s=0.25)))
+    assert batch["parts"] == [chunk] and batch["age_s"] == 0.25 and "chunks" not in batch
+    assert json.loads(msgspec.json.encode(record))["chunks"] == [chunk]  # of /debug/schedule's steps
 
 
 # ---- classes ----

@@ -31,7 +31,8 @@ class StepRecord(msgspec.Struct):
     actual_s: float | None = None
 
 
-class InFlightBatch(StepRecord, rename={"chunks": "parts"}):
+class InFlightBatch(StepRecord, kw_only=True):
     """A batch the ranks have."""
 
-    age_s: float = 0.0
+    chunks: tuple[StepChunk, ...] = msgspec.field(name="parts")  # a class cannot rename what it inherits
+    age_s: float
