@@ -8,9 +8,9 @@ Run it again only when decisions are meant to change; the commit then says which
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,4 +136,6 @@ class _Text:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where the logs go")
+    main(parser.parse_args().directory)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from megatron_medha.cli.parts.command_options import read_options
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.serve_options import ProfileOptions, rank_config
 from megatron_medha.system.checked_files import check_writable
 from megatron_medha.system.machine import num_usable_cores
@@ -44,7 +45,7 @@ def _profile(options: ProfileOptions) -> None:
 
     from tqdm import tqdm
 
-    from megatron_medha.core.cost.fitted_cost import fit
+    from megatron_medha.core.cost.fitted_cost import MIN_STEPS, fit
     from megatron_medha.worker.startup.load import load_rank
     from megatron_medha.worker.startup.step_grid import grid, measure
 
@@ -52,6 +53,11 @@ def _profile(options: ProfileOptions) -> None:
     points = grid(ready.num_blocks * ready.block_size, ready.shape.max_context_len)
     with tqdm(total=len(points), unit="step", desc="measuring") as bar:
         steps = measure(rank, ready, points, seconds=options.seconds, note=bar.update)
+    if len(steps) < MIN_STEPS:
+        raise ConfigError(
+            f"seconds={options.seconds:g}: time for {len(steps)} steps only, and a fit needs {MIN_STEPS}; "
+            "give more seconds"
+        )
     fitted = fit(steps, shape=ready.shape, chip=ready.device, dtype=config.model.dtype)
     path.write_text(json.dumps(asdict(fitted), indent=1) + "\n", encoding="utf-8")
     print(

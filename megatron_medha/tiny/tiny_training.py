@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_medha.checkpoints.megatron_checkpoint import save_megatron_checkpoint
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, check_range
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.build import build_model
@@ -62,6 +62,15 @@ class TrainTinyConfig:
     num_warmup_steps: int = 30
     num_sample_tokens: int = 256     # written at the end, to look at
     is_quiet: bool = False           # no progress bar and no report
+
+    def __post_init__(self) -> None:
+        check_range("seconds", self.seconds, 1.0, 86400.0)
+        check_range("learning_rate", self.learning_rate, 1e-9, 10.0)
+        for key in (
+            "max_steps", "num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads",
+            "max_context_len", "sequence_len", "batch_size", "num_warmup_steps",
+        ):  # fmt: skip
+            check_range(key, getattr(self, key), 1, 1 << 30)
 
     def model_config(self, name: str) -> ModelConfig:
         """The architecture: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""

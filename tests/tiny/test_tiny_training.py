@@ -131,6 +131,12 @@ def test_a_shape_that_cannot_be_is_refused(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("key", ["seconds", "max_steps", "num_layers", "num_kv_heads", "batch_size"])
+def test_a_zero_that_cannot_be_trained_with_is_refused_by_name(key: str):
+    with pytest.raises(ConfigError, match=f"^{key}=0: must be between 1 and "):
+        replace(TINY, **{key: 0})
+
+
 def test_held_out_files_are_not_trained_on(corpus):
     assert corpus.num_held_out_files >= 5
     held_out = decode_bytes(corpus.held_out_ids.tolist()[:2000])

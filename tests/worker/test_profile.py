@@ -6,11 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import pytest
 
+from megatron_medha.cli import profile
 from megatron_medha.core.cost.fitted_cost import FittedCost
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.worker.startup import cpu_share, load, step_grid
 from megatron_medha.worker.startup.step_grid import GridPoint, grid, measure
 
 
@@ -50,3 +55,15 @@ def test_the_command_writes_a_profile_that_serving_can_read(theirs: tuple[Any, P
     assert fitted.shape.num_layers == 2
     assert "attention" in fitted.chip
     assert json.loads(file.read_text())["num_steps"] >= 15
+
+
+def test_too_few_seconds_for_a_fit_are_refused_and_nothing_is_written(
+    theirs: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = SimpleNamespace(num_blocks=1000, block_size=16, shape=SimpleNamespace(max_context_len=4096))
+    monkeypatch.setattr(load, "load_rank", lambda config, note: (None, ready))
+    monkeypatch.setattr(step_grid, "measure", lambda *args, **options: [None] * 10)
+    monkeypatch.setattr(cpu_share, "set_passive_omp_wait", lambda num_cores: None)
+    with pytest.raises(ConfigError, match="^seconds=2: time for 10 steps only, and a fit needs 15; give more seconds"):
+        profile.run([f"checkpoint={theirs[1]}", f"file={tmp_path / 'profile.json'}", "seconds=2"])
+    assert list(tmp_path.iterdir()) == []

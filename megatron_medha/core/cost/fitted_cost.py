@@ -15,6 +15,7 @@ _HINGE_CANDIDATES = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 _SWEEPS = 400        # of coordinate descent; normalised features converge to 1e-6 in far fewer on all grids tried
 _CONVERGED = 1e-9    # largest relative change in a sweep that ends it
 _HELD_OUT = 5        # every fifth measured point is predicted by a fit that has not seen it
+MIN_STEPS = 3 * _HELD_OUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class FittedCost:
 
 
 def fit(steps: Sequence[MeasuredStep], *, shape: ModelShape, chip: str, dtype: str) -> FittedCost:
-    """The best fit over all steps, its error stated on steps held out of another. At least 3 * _HELD_OUT steps."""
-    assert len(steps) >= 3 * _HELD_OUT, f"{len(steps)} steps are too few for {NUM_FEATURES} coefficients"
+    """The best fit over all steps, its error stated on steps held out of another. At least MIN_STEPS."""
+    assert len(steps) >= MIN_STEPS, f"{len(steps)} steps are too few for {NUM_FEATURES} coefficients"
     hinges = min(
         combinations(_HINGE_CANDIDATES, 2),
         key=lambda pair: _squared_error(steps, pair, _solve(*_equations(steps, pair))),
