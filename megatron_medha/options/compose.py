@@ -169,11 +169,15 @@ class _Composition:
         if kind is None:
             self._errors.append(self._no_such_key(one))
             return
+        if (outer := self._null_outer(one.key)) is not None:
+            self._errors.append(f"{one.word}: cannot be composed ({outer} is null); set the outer key first")
+            return
         bare = without_none(kind)
         value = one.value
         if one.text is not None and value is not None and (bare is Path or bare is str or _is_enum(bare)):
             value = one.text
         elif isinstance(value, dict) and dataclasses.is_dataclass(bare):
+            self._put(one.key, self._get(one.key) or _defaults_of(bare))
             self._merge(value, f"{one.key}.")
             return
         self._put(one.key, value)
@@ -191,10 +195,20 @@ class _Composition:
             kind = type_at(self._class, outer)
             if kind is not None and not dataclasses.is_dataclass(without_none(kind)):
                 return f"{one.word}: {outer} has no keys; it must be {describe(kind)}"
-            if kind is not None and self._get(outer) is None:
-                return f"{one.word}: cannot be composed ({outer} is null); set the outer key first"
+        if (null := self._null_outer(one.key)) is not None:
+            return f"{one.word}: cannot be composed ({null} is null); set the outer key first"
         word = one.word.lstrip("+")
         return f"{word}: unknown key; {suggest_key(one.key, self._class)}"
+
+    def _null_outer(self, key: str) -> str | None:
+        """The outermost part of a key that is null, which has no keys to set."""
+        values: Any = self.values
+        parts = key.split(".")
+        for end, part in enumerate(parts[:-1], 1):
+            values = values.get(part, {}) if isinstance(values, dict) else {}
+            if values is None:
+                return ".".join(parts[:end])
+        return None
 
     def _get(self, key: str) -> Any:
         return functools.reduce(lambda values, part: values[part], key.split("."), self.values)

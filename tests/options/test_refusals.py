@@ -26,12 +26,19 @@ Refusal = Callable[..., str]
         ("workload.qps=1", "unknown key"),
         ("scheduler.policy.x=3", "must be text"),
         ("model.shape.colour=blue", "set the outer key first"),
+        ("model.shape.num_heads=31", "(model.shape is null); set the outer key first"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(refusal: Refusal, override: str, way_out: str) -> None:
     message = refusal(override)
     assert override.partition("=")[0].removesuffix(".x") in message
     assert way_out in message
+
+
+def test_keys_given_to_an_outer_one_that_is_null_must_be_all_it_has(refusal: Refusal) -> None:
+    sizes = "num_layers: 2, hidden_size: 8, ffn_hidden_size: 16, num_kv_heads: 1, head_dim: 8, vocab_size: 9"
+    message = refusal("model.shape={name: mine, " + sizes + ", max_context_len: 64}")
+    assert message == "model.shape.num_heads is missing; give it as model.shape.num_heads=VALUE"
 
 
 def test_a_key_that_is_far_from_all_others_is_refused_with_those_of_its_group(refusal: Refusal) -> None:
