@@ -14,8 +14,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.lib.recording_runtime import RecordingSimRuntime
-from megatron_medha.core.batch import Batch, Completed
+from experiments.lib.recording_runtime import RecordingSimRuntime, random_result
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.loop import serve
@@ -83,13 +82,9 @@ def walk(seed: int, stream: TextSink) -> None:
         for index in range(draw.randint(8, 40))
     ]  # fmt: skip
 
-    def outcome(batch: Batch, seconds: float) -> Completed:
-        ids = [chunk.request_id for chunk in batch.chunks]
-        stopped = tuple(name for name in ids if draw.random() < 0.05)
-        failed = tuple((name, "its fault") for name in ids if draw.random() < 0.02)
-        return Completed(batch.batch_id, seconds, stopped, failed)
-
-    world = RecordingSimRuntime(requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), spp, outcome)
+    world = RecordingSimRuntime(
+        requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), spp, random_result(draw)
+    )
     world.abort(draw.random() * 0.3, f"r{draw.randint(0, 17)}")
     if draw.random() < 0.4:
         world.lose_ranks(draw.random() * 0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from random import Random
 
 from megatron_medha.core.batch import (
     Aborted,
@@ -109,3 +110,15 @@ def true_step_s(cost: CostModel, kvp: int = 1, shard_tokens: int = 1 << 60) -> C
         return max(step_s(cost, load) for load in loads)
 
     return duration_s
+
+
+def random_result(draw: Random) -> Callable[[Batch, float], Completed]:
+    """Ends batches: a few of their requests stop early, fewer fail."""
+
+    def result(batch: Batch, seconds: float) -> Completed:
+        ids = [chunk.request_id for chunk in batch.chunks]
+        stopped = tuple(name for name in ids if draw.random() < 0.05)
+        failed = tuple((name, "its fault") for name in ids if draw.random() < 0.02)
+        return Completed(batch.batch_id, seconds, stopped, failed)
+
+    return result

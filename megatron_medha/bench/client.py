@@ -101,7 +101,7 @@ def completion_body(target: Target, model: str, prompt: Sequence[int], max_token
 
 
 async def run_completion(target: Target, session: aiohttp.ClientSession, body: bytes, max_tokens: int) -> StreamResult:
-    """One completion_body, sent and read to its end. What goes wrong is told in the result."""
+    """One completion_body, sent and read to its end. Failures are in the result."""
     streamed = StreamResult(time.monotonic())
     try:
         async with session.post(

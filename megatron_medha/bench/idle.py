@@ -55,7 +55,7 @@ async def measure_idle(
     seed: int,
     note: Callable[[int, float], None],
 ) -> IdleTimes:
-    """One prompt at a time, shortest first; `note` is told of every length. Raises BenchError if one fails."""
+    """One prompt at a time, shortest first; `note` is called with every length. Raises BenchError if one fails."""
     seconds: list[float] = []
     for num_tokens in lengths:
         least_s = float("inf")

@@ -39,7 +39,7 @@ _MAX_GROWTH_MIB = 64     # of the server's memory, or 8 times a large body if th
 _QUIET_S = 30.0          # for requests that were left to leave the engine
 _CHECK_PERIOD_S = 0.1
 _MAX_SHOWN = 10
-_NUM_DRAINED = 4         # streams that run when the server is told to end
+_NUM_DRAINED = 4         # streams that run when the server gets the signal to end
 
 
 class SelftestError(MedhaError):

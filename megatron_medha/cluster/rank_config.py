@@ -1,4 +1,4 @@
-"""What one rank is told when it starts. It travels as JSON on the rank's command line."""
+"""The configuration of one rank. It travels as JSON on the rank's command line."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class RankStarts:
         return self.progress
 
     def start(self, now_s: float) -> None:
-        """Start all ranks anew."""
+        """Start all ranks again."""
         self._num_starts += 1
         self.phase = RanksPhase.STARTING
         self.progress = StartProgress(self._num_ranks)

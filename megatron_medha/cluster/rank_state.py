@@ -25,7 +25,7 @@ class RankStateCache:
         return [self._step(batch, kvp) for kvp in range(len(self._known))]
 
     def sampled(self, request_id: str, token_id: int) -> None:
-        """The request goes on with this token; whoever knows the request is told with its next step."""
+        """The request goes on with this token; ranks that hold the request get it with their next step."""
         if self._broadcasts_tokens:
             for known, pending in zip(self._known, self._sampled, strict=True):
                 if request_id in known:

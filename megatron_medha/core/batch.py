@@ -109,7 +109,7 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A request ended without (all of) its tokens; the client is told why."""
+    """A request ended without (all of) its tokens; the client gets the reason."""
 
     request_id: str
     why: str

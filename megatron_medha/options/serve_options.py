@@ -184,7 +184,7 @@ def serve_config(options: ServeOptions) -> ServeConfig:
 
 
 def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
-    """What a rank is told that runs this checkpoint. Raises ConfigError."""
+    """The configuration of the ranks that serve this checkpoint. Raises ConfigError."""
     model = options.model
     if model.shape is not None:
         raise ConfigError(

@@ -71,6 +71,7 @@ class TrainTinyConfig:
             "max_context_len", "sequence_len", "batch_size", "num_warmup_steps",
         ):  # fmt: skip
             check_range(key, getattr(self, key), 1, 1 << 30)
+        check_range("num_sample_tokens", self.num_sample_tokens, 1, 1 << 30)
 
     def model_config(self, name: str) -> ModelConfig:
         """The architecture: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
@@ -78,6 +79,11 @@ class TrainTinyConfig:
             raise ConfigError(
                 f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size} "
                 f"and be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.hidden_size // self.num_heads % 2:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size}, num_heads={self.num_heads}: the size of a head, their quotient, "
+                "must be even for rotary positions"
             )
         return ModelConfig(
             name=name,
@@ -154,6 +160,8 @@ class _Trainer:
         self._config = config
         self.model_config = config.model_config(name)
         self.corpus = read_stdlib(config.seed)
+        # A window is followed by its last target.
+        check_range("sequence_len", config.sequence_len, 1, len(self.corpus.held_out_ids) - 2)
         groups = build_groups(ParallelLayout())
         self.model = build_model(self.model_config, dtype=torch.float32, device=torch.device("cpu"), pgs=groups)
         _initialize(self.model, config.num_layers)

@@ -9,8 +9,8 @@ from megatron_medha.system.compiled_core import use_compiled_core
 
 use_compiled_core()
 
-from experiments.lib.recording_runtime import RecordingSimRuntime
-from megatron_medha.core.batch import Batch, Completed, Event, Output
+from experiments.lib.recording_runtime import RecordingSimRuntime, random_result
+from megatron_medha.core.batch import Batch, Event, Output
 from megatron_medha.core.cost.online_cost import OnlineCost
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
 from megatron_medha.core.kv.kv_memory import KVMemory
@@ -72,13 +72,9 @@ def walk(seed: int, digest: Digest) -> None:
     memory = KVMemory(num_blocks, 4, 400, kvp=kvp, max_tokens_per_shard=shard_tokens, watermark=config.watermark)
     spp = draw.randint(1, 3)
 
-    def outcome(batch: Batch, seconds: float) -> Completed:
-        ids = [chunk.request_id for chunk in batch.chunks]
-        stopped = tuple(name for name in ids if draw.random() < 0.05)
-        failed = tuple((name, "its fault") for name in ids if draw.random() < 0.02)
-        return Completed(batch.batch_id, seconds, stopped, failed)
-
-    world = RecordingSimRuntime(requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), spp, outcome)
+    world = RecordingSimRuntime(
+        requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), spp, random_result(draw)
+    )
     world.abort(draw.random() * 0.3, f"r{draw.randint(0, 17)}")
     if draw.random() < 0.3:
         world.lose_ranks(draw.random() * 0.3)

@@ -131,10 +131,20 @@ def test_a_shape_that_cannot_be_is_refused(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("key", ["seconds", "max_steps", "num_layers", "num_kv_heads", "batch_size"])
+@pytest.mark.parametrize("key", ["seconds", "max_steps", "num_layers", "num_kv_heads", "num_sample_tokens"])
 def test_a_zero_that_cannot_be_trained_with_is_refused_by_name(key: str):
     with pytest.raises(ConfigError, match=f"^{key}=0: must be between 1 and "):
         replace(TINY, **{key: 0})
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (replace(TINY, hidden_size=12, num_heads=4), "hidden_size=12, num_heads=4: .* must be even"),
+    (replace(TINY, sequence_len=1 << 30), "^sequence_len=1073741824: must be between 1 and "),
+])  # fmt: skip
+def test_a_shape_that_cannot_be_trained_leaves_nothing(config: TrainTinyConfig, message: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        train_tiny(tmp_path / "tiny", config)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_held_out_files_are_not_trained_on(corpus):

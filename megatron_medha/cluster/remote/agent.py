@@ -1,4 +1,4 @@
-"""The agent of one rank on a machine of its own: attaches to the API server, starts the rank it is told to be, ends it.
+"""The agent of one rank on a machine of its own: attaches to the API server, starts the rank it is assigned, ends it.
 
 Started by a launcher of several machines, which says by environment variables which rank it is. No torch here: the
 agent outlives the ranks that fail, and starts them again when the API server says so.

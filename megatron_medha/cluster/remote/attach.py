@@ -150,7 +150,7 @@ class AttachedRanks(Ranks):
         return [RankExit(rank, code) for rank in sorted(self._attached) if (code := self._ended(rank)) is not None]
 
     def end(self, patience_s: float) -> None:
-        """See Ranks. An agent that does not answer has to attach anew; it ends its process when it hears nothing."""
+        """See Ranks. An agent that does not answer has to attach again; it ends its process when it hears nothing."""
         deadline_s = time.monotonic() + patience_s
         while patience_s and self._running() and (left_s := deadline_s - time.monotonic()) > 0:
             self._wait(left_s)
@@ -203,7 +203,7 @@ class AttachedRanks(Ranks):
                 self._drop(rank)
 
     def _drop(self, rank: int) -> None:
-        """Its rank ends with the agent, or when the agent hears nothing from us; to take part it attaches anew."""
+        """Its rank ends with the agent, or when the agent hears nothing from us; to take part it attaches again."""
         _log.warning("agent_lost rank=%d", self._replica * len(self._configs) + rank)
         del self._attached[rank]
 

@@ -42,7 +42,7 @@ class Sequence:
     request: Request
     deadline_s: float              # absolute, for the first token
     triage_deadline_s: float = inf   # the deadline that triage goes by; inf: it is never given up
-    margin_s: float = 0.0          # of its deadline, kept in hand by policies that go by slack
+    margin_s: float = 0.0          # safety margin before its deadline, of policies that go by slack
     total_work_s: float            # predicted time of the whole prefill, alone
     status: Status = Status.WAITING
     num_scheduled_tokens: int = 0    # handed to the runtime

@@ -67,8 +67,8 @@ def edf(seq: Sequence) -> Priority:
     return Priority(seq.deadline_s)
 
 
-# Those that go by slack keep a margin of it in hand. Who waits until its slack is just used up is late by the step that
-# is in flight then, by the others whose turn has come too, and by what its own step takes beside its chunk.
+# Policies that go by slack start a margin before the deadline. Who waits until its slack is just used up is late by the
+# step that is in flight then, by the others whose turn has come too, and by what its own step takes beside its chunk.
 
 
 def lrs(seq: Sequence) -> Priority:

@@ -135,7 +135,7 @@ class Scheduler:
         return request.arrival_s + max(target_s, self.config.deadline_multiplier * total_work_s)
 
     def _margin_s(self, target_s: float) -> float:
-        """What slack leaves in hand of a target; of a target shorter than ten steps, most of it."""
+        """The safety margin before a target; most of the target if that is shorter than ten steps."""
         steps_s = self.config.slack_margin_steps * self._feasible_s(self.config.step_budget_s)
         return min(steps_s, _MAX_MARGIN_SHARE * target_s)
 

@@ -1,4 +1,4 @@
-"""How the scheduler is told to behave: one frozen class, checked when it is made."""
+"""Options of the scheduler: one frozen class, checked when it is made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SchedulerConfig:
     deadline_multiplier: float = 1.5      # of the prompt's own predicted prefill time
     min_deadline_s: float = 0.5
     has_triage: bool = True               # long prefills that cannot meet their deadline any more let others go first
-    slack_margin_steps: float = 8.0       # in step budgets, kept in hand of every deadline by policies that go by slack
+    slack_margin_steps: float = 8.0       # in step budgets: margin before every deadline, for policies that go by slack
     has_space_sharing: bool = True
     max_relative_slack: float = 0.4       # rho_max: the most of a step that a long prefill gives away
     max_banked_steps: float = 1.0         # the most unused credit that a long prefill's neighbours may save up
