@@ -65,6 +65,8 @@ class Completed(NamedTuple):
     duration_s: float                    # of the step itself, measured where it ran
     stopped: tuple[str, ...] = ()        # requests whose sampled token was a stop token
     failed: tuple[tuple[str, str], ...] = ()  # (request_id, why): a fault of that request alone
+    # (request_id, keys): of granules that a sampled token has filled, to be appended to the request's prefix_keys
+    filled_keys: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,12 @@ class Request:
     deadline_multiplier: float | None = None  # of its SLO class, instead of the scheduler's own
     min_deadline_s: float | None = None       # likewise
     slo_class: str = ""              # the name of that class, for those who watch
+    # Keys of the prompt's full granules, 16 bytes each, chained. Empty: the prefix cache gives it nothing
+    # and keeps nothing of it.
+    prefix_keys: bytes = b""
+    reads_cache: bool = True         # False: all of the prompt is computed, though its KV is kept for others
+    session_id: str = ""             # requests of one session continue one another; "": of none
+    ends_session: bool = False       # nothing of the session follows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class DecisionLog:
         self._write({"now_s": now_s, "batch": batch._asdict()})
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self._stream.write(json.dumps(record, separators=(",", ":"), default=_base64) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ def _record(line: int, record: dict[str, Any]) -> Recorded:
             return Recorded(line, now_s, _named_tuple(Batch, record["batch"]))
         kind = _EVENTS[record.pop("event")]
         if kind is Arrived:
-            return Recorded(line, now_s, Arrived(Request(**record["request"])))
+            return Recorded(line, now_s, Arrived(msgspec.convert(record["request"], Request)))
         entry = _named_tuple(kind, record) if issubclass(kind, tuple) else kind(**record)
         return Recorded(line, now_s, entry)
     except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
@@ -146,5 +147,13 @@ def _record(line: int, record: dict[str, Any]) -> Recorded:
 
 
 def _named_tuple(kind: type[T], fields: dict[str, Any]) -> T:
-    """Of these fields, lists within made tuples again."""
-    return msgspec.convert([fields[name] for name in kind._fields], kind)
+    """Of these fields, lists within made tuples again; what an older log lacks has its default."""
+    defaults = kind._field_defaults
+    values = [fields[name] if name in fields or name not in defaults else defaults[name] for name in kind._fields]
+    return msgspec.convert(values, kind)
+
+
+def _base64(value: object) -> str:
+    """Bytes as msgspec reads them back."""
+    assert isinstance(value, bytes)
+    return b64encode(value).decode()
