@@ -79,7 +79,9 @@ def quantise_linears(model: GPTModel, recipe: str, has_transformer_engine: bool)
             shape = tuple(module.weight.shape)
             log.warning("fp8_layer_skipped shape=%s reason=not_a_multiple_of_%d", shape, _ALIGNMENT)
             continue
-        module.forward = ScaledLinear(module.weight, module.bias)  # type: ignore[method-assign]
+        is_added = not module.skip_bias_add  # else Megatron adds it, where and weighted as it must be
+        scaled = ScaledLinear(module.weight, module.bias, is_bias_added=is_added)
+        module.forward = scaled  # type: ignore[method-assign]
         module.weight.data = module.weight.data.new_empty(0)
         num_layers += 1
     log.warning(
@@ -94,14 +96,16 @@ class ScaledLinear:
     Scales by row are finer than a tensor's one scale and as cheap: no token waits for the largest of all.
     """
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        """The weight is copied, quantised."""
-        self._bias_O = None if bias_O is None else bias_O.detach()
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, is_bias_added: bool = True) -> None:
+        """The weight is copied, quantised. A bias that is not added is returned with the output."""
+        bias_O = None if bias_O is None else bias_O.detach()
+        self._bias_O = bias_O if is_bias_added else None
+        self._returned_bias_O = None if is_bias_added else bias_O
         self._weight_OI, scale_O1 = quantised_rows(weight_OI.detach())
         self._scale_1O = scale_O1.t().contiguous()
 
-    def __call__(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        """[..., I] bf16 -> ([..., O] bf16, None)."""
+    def __call__(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        """[..., I] bf16 -> ([..., O] bf16, a bias that is not added)."""
         input_TI, scale_T1 = quantised_rows(input_.flatten(0, -2))
         out_TO = torch._scaled_mm(
             input_TI, self._weight_OI.t(), scale_a=scale_T1, scale_b=self._scale_1O, out_dtype=input_.dtype,
@@ -109,7 +113,7 @@ class ScaledLinear:
         )  # fmt: skip
         if self._bias_O is not None:
             out_TO = out_TO + self._bias_O
-        return out_TO.unflatten(0, input_.shape[:-1]), None
+        return out_TO.unflatten(0, input_.shape[:-1]), self._returned_bias_O
 
 
 def quantised_rows(x_RC: Tensor) -> tuple[Tensor, Tensor]:

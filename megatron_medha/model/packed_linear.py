@@ -69,14 +69,20 @@ def pack_linears(
         log.info("linear_layers kernel=native dtype=int8 weights=%d", sum(weight.numel() for _, weight in layers))
     for module, weight in layers:
         make_this, across_ranks = make, None
+        # A bias that Megatron adds itself: after the residual is known, or weighted by an expert's probability.
+        bias, returned_bias = (None, module.bias) if module.skip_bias_add else (module.bias, None)
         if get_pg_size(module.tp_group) > 1 and isinstance(module, ColumnParallelLinear):
             across_ranks = _gathering(module)
         elif get_pg_size(module.tp_group) > 1:
-            assert module.bias is None and module.input_is_parallel, "a row-parallel layer this was not written for"
-            across_ranks = _summing(sum_over_tp or partial(dist.all_reduce, group=module.tp_group))
+            assert module.input_is_parallel, "a row-parallel layer this was not written for"
+            if not module.explicit_expert_comm:  # the experts' dispatcher sums
+                across_ranks = _summing(sum_over_tp or partial(dist.all_reduce, group=module.tp_group), bias)
+                bias = None  # once, not once a rank
             if has_int8_weights:
                 make_this = partial(int8_linear, group=module.tp_group)
-        module.forward = PackedLinear(make_this, weight, module.bias, across_ranks)  # type: ignore[method-assign]
+        module.forward = PackedLinear(  # type: ignore[method-assign]
+            make_this, weight, bias, across_ranks, returned_bias
+        )
         if module.weight is not None:
             weight.data = weight.data.new_empty(0)
 
@@ -114,10 +120,16 @@ class PackedLinear:
         weight_OI: Tensor,
         bias_O: Tensor | None,
         across_ranks: Callable[[Tensor, bool | None], Tensor] | None = None,
+        returned_bias_O: Tensor | None = None,
     ) -> None:
-        """The weight is copied. across_ranks: what tensor-parallel ranks do with their outputs; None: there is one."""
+        """The weight is copied.
+
+        across_ranks: what tensor-parallel ranks do with their outputs; None: there is one rank, or the caller does it.
+        returned_bias_O: returned with the output instead of added to it.
+        """
         self.multiply = make(weight_OI.detach(), None if bias_O is None else bias_O.detach())
         self._across_ranks = across_ranks
+        self._returned_bias_O = returned_bias_O
 
     @property
     def is_whole(self) -> bool:
@@ -126,10 +138,12 @@ class PackedLinear:
 
     def __call__(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[Tensor, None]:
-        """[..., I] -> ([..., O], None). The weight, which Megatron may pass, is settled already."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """[..., I] -> ([..., O], a bias that is not added). The weight, which Megatron may pass, is settled already."""
         output = self.multiply(input_)
-        return (output if self._across_ranks is None else self._across_ranks(output, runtime_gather_output)), None
+        if self._across_ranks is not None:
+            output = self._across_ranks(output, runtime_gather_output)
+        return output, self._returned_bias_O
 
 
 class OneDnnLinear:
@@ -181,12 +195,14 @@ def _gathering(layer: ColumnParallelLinear) -> Callable[[Tensor, bool | None], T
     return gathered
 
 
-def _summing(sum_over_tp: Callable[[Tensor], object]) -> Callable[[Tensor, bool | None], Tensor]:
-    """The sum of every rank's outputs."""
+def _summing(
+    sum_over_tp: Callable[[Tensor], object], bias_O: Tensor | None
+) -> Callable[[Tensor, bool | None], Tensor]:
+    """The sum of every rank's outputs, and the bias."""
 
     def summed(output: Tensor, _: bool | None) -> Tensor:
         sum_over_tp(output)
-        return output
+        return output if bias_O is None else output.add_(bias_O)
 
     return summed
 
