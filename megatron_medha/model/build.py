@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_medha.core.cost.capacity import check_divides
 from megatron_medha.model.attention import MedhaSelfAttention, PagedCoreAttention
@@ -68,6 +70,21 @@ class _CheckpointedGPTModel(GPTModel):
         """Megatron sends tied embeddings from the first stage to the last here, through CUDA; loading fills both."""
         if self.config.pipeline_model_parallel_size == 1:
             super().setup_embeddings_and_output_layer()
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self, sharded_state_dict: dict[str, Any], output_key: str, embedding_key: str, metadata: dict[str, Any]
+    ) -> None:
+        """On the last stage the output layer is the embedding; Megatron asks for global groups, which are not there."""
+        if self.post_process and not self.pre_process:
+            group = metadata["dp_cp_group"]
+            sharded_state_dict[output_key] = make_tp_sharded_tensor_for_checkpoint(
+                tensor=self.output_layer.weight,
+                key=embedding_key,
+                replica_id=(1, 0, group.rank()),  # the first stage's is the first
+                allow_shape_mismatch=True,
+                tp_group=self.tp_group,
+                dp_cp_group=group,
+            )
 
 
 def transformer_engine_works(device: torch.device) -> bool:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_medha.models.model_config import ModelConfig, RopeScaling
+from megatron_medha.core.model_spec import RopeScaling
+from megatron_medha.models.model_config import ModelConfig
 
 # Up to here angles are rounded to fp32 before their cosine is taken, as transformers and Megatron do. Models are
 # trained and compared under that rounding: a random 4-layer model's logits at 4,096 tokens differ from transformers'

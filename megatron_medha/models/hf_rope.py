@@ -7,7 +7,8 @@ Where both are there transformers takes rope_scaling, whole: a model card's reci
 from __future__ import annotations
 
 from megatron_medha.core.errors import UnsupportedModelError
-from megatron_medha.models.model_config import MAX_CONTEXT_LEN, RopeScaling
+from megatron_medha.core.model_spec import RopeScaling
+from megatron_medha.models.model_config import MAX_CONTEXT_LEN
 from megatron_medha.safe_files.json_fields import JsonFields
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.core.model_spec import RopeScaling
 from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
-from megatron_medha.models.model_config import ModelConfig, RopeScaling
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import listed, shown
 from megatron_medha.safe_files.json_fields import JsonFields
 from megatron_medha.safe_files.safe_pickle import Opaque

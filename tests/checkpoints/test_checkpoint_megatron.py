@@ -20,9 +20,10 @@ from megatron_medha.checkpoints.detect import find_checkpoint, load_weights, rea
 from megatron_medha.checkpoints.megatron_checkpoint import MEGATRON, TRACKER_NAME, save_megatron_checkpoint
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.model_spec import RopeScaling
 from megatron_medha.model.build import build_model
 from megatron_medha.models.megatron_args import args_from_config
-from megatron_medha.models.model_config import ModelConfig, RopeScaling
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
 from megatron_medha.safe_files.stored_tensors import StoredChunk, StoredTensor, TensorFiles
 from megatron_medha.tiny.tiny_tokenizer import EOS_ID, save_tiny_tokenizer

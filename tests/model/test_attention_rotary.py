@@ -11,8 +11,9 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb  # noqa: E402
 
+from megatron_medha.core.model_spec import RopeScaling  # noqa: E402
 from megatron_medha.model.rotary import Rotary, rotate  # noqa: E402
-from megatron_medha.models.model_config import ModelConfig, RopeScaling  # noqa: E402
+from megatron_medha.models.model_config import ModelConfig  # noqa: E402
 
 HEAD_DIM = 64
 

@@ -16,8 +16,9 @@ from megatron_medha.checkpoints.detect import load_weights, read_model_config
 from megatron_medha.checkpoints.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.model_spec import RopeScaling
 from megatron_medha.model.build import build_model
-from megatron_medha.models.model_config import ModelConfig, RopeScaling
+from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
 from megatron_medha.tiny.tiny_tokenizer import save_tiny_tokenizer
 

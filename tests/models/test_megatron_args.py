@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.core.model_spec import RopeScaling
 from megatron_medha.models.megatron_args import NEEDED, REQUIREMENTS, config_from_args
-from megatron_medha.models.model_config import ModelConfig, RopeScaling
+from megatron_medha.models.model_config import ModelConfig
 
 RECORDED = sorted((Path(__file__).parent / "megatron_args").glob("*.json"))
 LLAMA = ModelConfig(

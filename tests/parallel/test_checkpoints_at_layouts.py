@@ -48,8 +48,26 @@ def test_a_megatron_checkpoint_saved_at_one_layout_is_the_same_model_at_another(
     tmp_path: Path,
 ) -> None:
     directory, reference = model
+    walk_converted(saved_at, loaded_at, ranks, directory, reference, tmp_path / "megatron")
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [((1, 2), (1, 1)), ((1, 1), (2, 2))])
+def test_a_megatron_checkpoint_with_tied_embeddings_is_the_same_model_at_another_layout(
+    saved_at: tuple[int, int], loaded_at: tuple[int, int], ranks: RankProcesses, tmp_path: Path
+) -> None:
+    reference = save_model(tmp_path / "tied", tie_word_embeddings=True)
+    walk_converted(saved_at, loaded_at, ranks, tmp_path / "tied", reference, tmp_path / "megatron")
+
+
+def walk_converted(
+    saved_at: tuple[int, int],
+    loaded_at: tuple[int, int],
+    ranks: RankProcesses,
+    directory: Path,
+    reference: Reference,
+    target: Path,
+) -> None:
     saving, loading = (ParallelLayout(tp=tp, spp=spp) for tp, spp in (saved_at, loaded_at))
-    target = tmp_path / "megatron"
     ranks.unload()
     # The directory to write to travels in a field that loading weights has no use for.
     ranks.call(convert, RankConfig(
