@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from megatron_medha.cluster.model_options import ModelOptions
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.layout import ParallelLayout
 
 
@@ -28,4 +29,5 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int | None      # for all KV blocks of this rank; None: model.kv_memory_share of free GPU memory
     # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S). None: the rank says.
     max_tokens_per_shard: int | None = None
+    kv: KVConfig = NO_PREFIX_CACHE
     is_audited: bool = False         # whether it counts its KV blocks a second time and sends the sums

@@ -97,6 +97,7 @@ def cluster_engine(
                         num_blocks=started.num_blocks,
                         block_size=started.first.block_size,
                         max_tokens_per_shard=started.first.shard_tokens,
+                        kv=rank_config.kv,
                     ),
                     stop_token_ids=started.first.stop_token_ids,
                     device=started.device,

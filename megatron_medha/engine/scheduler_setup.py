@@ -13,6 +13,7 @@ from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.online_cost import OnlineCost
 from megatron_medha.core.cost.step_cost import CostModel, Hardware, RooflineCost
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
@@ -35,6 +36,7 @@ class SchedulerSetup:
     max_tokens_per_shard: int | None = None  # of one request on one KVP rank; None: all its memory
     engine: EngineCosts | None = None  # for a cluster that is only calculated; None: the roofline of one that runs
     profile: FittedCost | None = None  # what the cost model starts from, instead of the hardware's data sheet
+    kv: KVConfig = NO_PREFIX_CACHE  # as of a decision log that does not say
     learns: bool = True  # False: predictions stay what they are before anything has run, as a simulation may want it
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.errors import ConfigError, check_member, check_range
-from megatron_medha.core.kv.shards import default_shard_tokens
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
+from megatron_medha.core.kv.shards import check_shard_tokens, default_shard_tokens
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
@@ -57,6 +58,29 @@ class ParallelOptions(ParallelLayout):
     def replica(self) -> ParallelLayout:
         """The axes of one replica."""
         return ParallelLayout(tp=self.tp, spp=self.spp, kvp=self.kvp)
+
+
+_ISOLATIONS = ("auto", "none", "key")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVOptions(KVConfig):
+    """The KV memory, and whose requests may find one another's prefixes in it."""
+
+    isolation: str = "auto"  # auto: by key on a public address, where what is cached would tell about others
+
+    def __post_init__(self) -> None:
+        KVConfig.__post_init__(self)
+        check_member("kv.isolation", self.isolation, _ISOLATIONS)
+
+    @property
+    def config(self) -> KVConfig:
+        """Without what is the server's."""
+        return KVConfig(**{field.name: getattr(self, field.name) for field in fields(KVConfig)})
+
+    def is_by_key(self, server: ServerConfig) -> bool:
+        """Whether requests of different keys share no cached prefix."""
+        return self.isolation == "key" or (self.isolation == "auto" and not server.is_loopback)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +145,7 @@ class ServeOptions:
     parallel: ParallelOptions
     launch: LaunchConfig
     recovery: RecoveryConfig
+    kv: KVOptions
     scheduler: BaselineConfig  # refused unless it is our own
     server: ServerConfig
     slo_classes: SloConfig
@@ -200,7 +225,8 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
             "range, and how many fit on a GPU may differ after a restart; give this, e.g. 32768, or model.kv_memory_gib"
         )
     block_size = model.block_size or DEFAULT_BLOCK_SIZE  # larger ones, of CUDA's backends, are checked by the rank
-    _check_shards(parallel, block_size)
+    kv = options.kv.config if isinstance(options, ServeOptions) else NO_PREFIX_CACHE
+    _check_shards(parallel, kv, block_size)
     return RankConfig(
         layout=parallel.replica,
         server_endpoint="",
@@ -208,15 +234,13 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
         model=replace(model, device=device, num_threads=_num_threads(options)),
         kv_memory_bytes=_kv_memory_bytes(options, checkpoint, device),
         max_tokens_per_shard=parallel.max_tokens_per_shard,
+        kv=kv,
         is_audited=isinstance(options, ServeOptions) and options.kv_audit,
     )
 
 
-def _check_shards(parallel: ParallelOptions, block_size: int) -> None:
-    if (shard_tokens := parallel.max_tokens_per_shard) is not None and shard_tokens % block_size:
-        raise ConfigError(
-            f"parallel.max_tokens_per_shard={shard_tokens} must be a multiple of model.block_size={block_size}"
-        )
+def _check_shards(parallel: ParallelOptions, kv: KVConfig, block_size: int) -> None:
+    check_shard_tokens(parallel.max_tokens_per_shard, kv, block_size, "model.block_size")
 
 
 def _kv_memory_bytes(options: ServeOptions | ProfileOptions, checkpoint: Path, device: str) -> int | None:
@@ -279,7 +303,8 @@ def _simulated_setup(options: ServeOptions, scheduler: SchedulerConfig) -> Sched
     if model.kv_memory_gib is None:
         raise ConfigError("model.kv_memory_gib=null: runtime=sim needs the KV memory to simulate; give GiB")
     block_size = model.block_size or DEFAULT_BLOCK_SIZE
-    _check_shards(options.parallel, block_size)
+    kv = options.kv.config
+    _check_shards(options.parallel, kv, block_size)
     num_blocks = num_blocks_in(shape, layout, model.kv_memory_gib, block_size)
     return SchedulerSetup(
         config=scheduler,
@@ -290,7 +315,8 @@ def _simulated_setup(options: ServeOptions, scheduler: SchedulerConfig) -> Sched
         num_blocks=num_blocks,
         block_size=block_size,
         max_tokens_per_shard=options.parallel.max_tokens_per_shard
-        or default_shard_tokens(num_blocks, block_size, shape.max_context_len, layout.kvp),
+        or default_shard_tokens(num_blocks, block_size, shape.max_context_len, layout.kvp, kv),
+        kv=kv,
     )
 
 

@@ -11,6 +11,8 @@ from megatron_medha.core.cost.capacity import MemoryBudget, check_layout, cluste
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.errors import ConfigError, check_range
+from megatron_medha.core.kv.kv_config import KVConfig
+from megatron_medha.core.kv.shards import check_shard_tokens, default_shard_tokens
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
@@ -64,6 +66,7 @@ class SimulatedSystem:
     seed: int = 0
     model: ModelOptions
     system: SystemConfig = SystemConfig()
+    kv: KVConfig
     scheduler: BaselineConfig
     hardware: Hardware
     engine: EngineCosts
@@ -118,15 +121,21 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
         raise ConfigError(f"parallel.dp={dp}: replicas do not influence each other; simulate one of them with "
             f"its share of the load, workload.qps / {dp}")
     hardware = cluster_for(options.hardware, layout)
+    num_blocks, block_size = _num_blocks(options, shape, hardware, layout), model.block_size or DEFAULT_BLOCK_SIZE
+    shard_tokens = options.parallel.max_tokens_per_shard
+    check_shard_tokens(shard_tokens, options.kv, block_size, "model.block_size")
+    if shard_tokens is None and layout.kvp > 1:
+        shard_tokens = default_shard_tokens(num_blocks, block_size, None, layout.kvp, options.kv)
     setup = SchedulerSetup(
         config=options.scheduler.reduced,
         shape=replace(shape, max_context_len=model.max_context_len or _NO_CONTEXT_LIMIT),
         hardware=hardware,
         engine=options.engine,
         layout=layout,
-        num_blocks=_num_blocks(options, shape, hardware, layout),
-        block_size=model.block_size or DEFAULT_BLOCK_SIZE,
-        max_tokens_per_shard=options.parallel.max_tokens_per_shard,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_tokens_per_shard=shard_tokens,
+        kv=options.kv,
         learns=options.belief is SchedulerCostModel.ONLINE,
     )
     build_system(setup)  # raises what a run would raise later

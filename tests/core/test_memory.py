@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE
 from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.kv.shards import default_shard_tokens
@@ -185,9 +186,10 @@ def test_a_request_can_have_what_memory_and_context_allow() -> None:
 
 
 def test_where_nobody_says_how_long_a_shard_is_the_longest_context_is_cut_evenly() -> None:
-    assert default_shard_tokens(1000, 16, max_context_len=4096, kvp=2) == 2048
-    assert default_shard_tokens(1000, 16, max_context_len=100, kvp=3) == 48  # whole blocks
-    assert default_shard_tokens(50, 16, max_context_len=4096, kvp=2) == 800  # no more than there is memory for
+    assert default_shard_tokens(1000, 16, max_context_len=4096, kvp=2, kv=NO_PREFIX_CACHE) == 2048
+    assert default_shard_tokens(1000, 16, max_context_len=100, kvp=3, kv=NO_PREFIX_CACHE) == 48  # whole blocks
+    # No more than there is memory for.
+    assert default_shard_tokens(50, 16, max_context_len=4096, kvp=2, kv=NO_PREFIX_CACHE) == 800
 
 
 @pytest.mark.parametrize(("num_blocks", "shard_tokens"), [(0, None), (10, 6), (10, 44)])

@@ -19,6 +19,7 @@ from megatron_medha.cluster.launch_config import LaunchConfig
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.kv_config import KVConfig
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
@@ -31,7 +32,7 @@ from megatron_medha.options.serve_options import (
     ServeOptions,
     TrackingConfig,
 )
-from megatron_medha.options.simulate_options import SimulateOptions
+from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig
@@ -58,6 +59,7 @@ def test_without_overrides_every_component_gets_its_own_defaults(configure: Conf
         ("scheduler", "lars", SchedulerConfig),
         ("server", "local", ServerConfig),
         ("slo_classes", "default", SloConfig),
+        ("kv", "prefix_cache", KVConfig),
         ("model", "auto", ModelOptions),
         ("parallel", "single", ParallelOptions),
         ("launch", "local", LaunchConfig),
@@ -179,6 +181,7 @@ def test_overrides_reach_the_rank(configure: Configure, checkpoint: Path) -> Non
             device="cpu", dtype="bfloat16", block_size=32, kv_memory_gib=0.5, max_context_len=1000, num_threads=1
         ),
         kv_memory_bytes=2**29,
+        kv=KVConfig(),
     )
 
 
@@ -206,6 +209,28 @@ def test_a_simulated_replica_may_have_many_ranks(configure: Configure, checkpoin
     # Each rank holds half of the layers and one of eight KV heads; the two kvp ranks share 131,072 tokens evenly.
     assert config.world.num_blocks == 16 * (48 * 2**30 // (131_072 * 16))
     assert (config.world.hardware.num_devices, config.world.max_tokens_per_shard) == (32, 65_536)
+
+
+def test_who_shares_cached_prefixes_depends_on_the_address_unless_it_is_set(configure: Configure) -> None:
+    def is_by_key(*words: str) -> bool:
+        options = configure(*words).options
+        return options.kv.is_by_key(options.server)
+
+    public = ("server.host=0.0.0.0", "server.api_key=k")
+    assert not is_by_key() and is_by_key(*public)
+    assert is_by_key("kv.isolation=key") and not is_by_key(*public, "kv.isolation=none")
+    with pytest.raises(ConfigError, match=r"^kv\.isolation=all: not known; use one of auto, none, key$"):
+        configure("kv.isolation=all")
+
+
+def test_the_prefix_cache_is_an_option_of_every_scheduler_that_runs(configure: Configure) -> None:
+    words = ("kv.prefix_cache=false", "kv.eviction=lru", "kv.session_share=0.1")
+    expected = KVConfig(prefix_cache=False, eviction="lru", session_share=0.1)
+    assert configure(*words).world.kv == configure("runtime=sim", "model=llama3_8b", *words).world.kv == expected
+    options = freeze(compose("simulate", SimulateOptions, words), SimulateOptions)
+    assert simulation_config(options).setup.kv == expected
+    with pytest.raises(ConfigError, match=r"kv\.isolation"):
+        compose("simulate", SimulateOptions, ["kv.isolation=none"])
 
 
 def test_a_simulated_context_can_be_shortened(configure: Configure) -> None:

@@ -142,8 +142,18 @@ def test_gpus_of_kv_parallel_ranks_need_to_be_told_how_long_a_shard_is(
 
 
 def test_a_shard_is_made_of_whole_blocks(refusal: Refusal) -> None:
-    message = refusal("parallel.kvp=2", "parallel.max_tokens_per_shard=100")
+    message = refusal("parallel.kvp=2", "parallel.max_tokens_per_shard=100", "kv.prefix_cache=false")
     assert message == "parallel.max_tokens_per_shard=100 must be a multiple of model.block_size=16"
+
+
+def test_a_shard_is_made_of_whole_granules_of_the_prefix_cache(refusal: Refusal) -> None:
+    message = refusal("parallel.kvp=2", "parallel.max_tokens_per_shard=1008")
+    assert message == (
+        "parallel.max_tokens_per_shard=1008 must be a multiple of the prefix cache's granule of 64 tokens; use 1024, "
+        "or kv.prefix_cache=false"
+    )
+    message = refusal("kv.granule_tokens=100")
+    assert message == "kv.granule_tokens=100 must be a multiple of the block size, 16 tokens"
 
 
 def test_ranks_that_share_this_machine_share_its_memory(refusal: Refusal) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from experiments.lib.recording_runtime import RecordingSimRuntime
 from megatron_medha.core.batch import Arrived, Batch, Completed
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.kv_config import KVConfig
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
@@ -111,6 +113,14 @@ def test_a_recorded_run_replays_to_the_same_batches(
     )
     lines = record(setup, seed)
     assert replayed(lines) == num_batches(lines) > 0
+
+
+def test_a_log_that_says_nothing_of_the_prefix_cache_is_of_a_scheduler_without_one() -> None:
+    setup = replace(setup_of(), kv=KVConfig(granule_tokens=8))
+    header = setup.header()
+    assert SchedulerSetup.from_header(header) == setup
+    del header["kv"]
+    assert SchedulerSetup.from_header(header).kv == KVConfig(prefix_cache=False)
 
 
 LINES = record(setup_of(), seed=0)

@@ -6,7 +6,8 @@ shards before it read what they hold. Scheduler, ranks and simulated worlds all 
 
 from __future__ import annotations
 
-from megatron_medha.core.kv.block_pool import num_blocks_for
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.kv_config import KVConfig
 
 
 def num_shards(num_tokens: int, shard_tokens: int) -> int:
@@ -34,11 +35,32 @@ def tokens_left(start: int, shard_tokens: int) -> int:
     return shard_tokens - start % shard_tokens
 
 
-def default_shard_tokens(num_blocks: int, block_size: int, max_context_len: int, kvp: int) -> int:
-    """Default length of a shard: the longest context divided evenly over kvp ranks, in whole blocks.
+def check_shard_tokens(shard_tokens: int | None, kv: KVConfig, block_size: int, name: str = "the block size") -> None:
+    """Raises ConfigError unless shards of that length are made of whole blocks and, if hits are possible, granules."""
+    unit = kv.shard_unit(block_size)
+    if shard_tokens is None or not shard_tokens % unit:
+        return
+    whole = f"{name}={block_size}" if unit == block_size else f"the prefix cache's granule of {unit} tokens"
+    ways = "" if unit == block_size else f"; use {-(-shard_tokens // unit) * unit}, or kv.prefix_cache=false"
+    raise ConfigError(f"parallel.max_tokens_per_shard={shard_tokens} must be a multiple of {whole}{ways}")
+
+
+def default_shard_tokens(
+    num_blocks: int, block_size: int, max_context_len: int | None, kvp: int, kv: KVConfig
+) -> int:
+    """Default length of a shard: the longest context divided evenly over kvp ranks, in whole blocks and granules.
 
     The longest request then reads the same amount of KV on every rank, and requests shorter than a shard stay on one.
-    Limited by the memory of a rank.
+    Limited by the memory of a rank; a context of None by that alone. Raises ConfigError if that is less than a granule.
     """
-    part_tokens = -(-max_context_len // kvp)
-    return min(num_blocks, num_blocks_for(part_tokens, block_size)) * block_size
+    memory_tokens = num_blocks * block_size
+    # On one rank there is one shard, and no granule can cross its end.
+    unit = kv.shard_unit(block_size) if kvp > 1 else block_size
+    if not (most := memory_tokens // unit * unit):
+        raise ConfigError(
+            f"model.kv_memory_gib: the KV memory holds {memory_tokens} tokens, less than the prefix cache's granule of "
+            f"{unit}; raise it, or use kv.prefix_cache=false"
+        )
+    if max_context_len is None:
+        return most
+    return min(most, -(-max_context_len // (kvp * unit)) * unit)

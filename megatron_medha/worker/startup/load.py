@@ -21,7 +21,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.cost.capacity import check_divides
 from megatron_medha.core.errors import CheckpointError, ConfigError
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
-from megatron_medha.core.kv.shards import default_shard_tokens
+from megatron_medha.core.kv.shards import check_shard_tokens, default_shard_tokens
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.choose_backend import attention_backend
@@ -75,6 +75,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     block_size = options.block_size or backend.block_size
+    check_shard_tokens(config.max_tokens_per_shard, config.kv, block_size)
     kv_dtype = kv_dtype_of(options.kv_dtype, dtype, backend)
     check_fp8(options.fp8, dtype=dtype, has_transformer_engine=transformer_engine_works(device), tp=layout.tp)
     check_weight_dtype(options.weight_dtype, dtype=dtype)
@@ -95,7 +96,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     kv_layers, num_blocks = _kv_memory(config, model, model_config, backend, block_size, kv_dtype, device)
     shard_tokens = config.max_tokens_per_shard
     if shard_tokens is None and layout.kvp > 1:
-        shard_tokens = default_shard_tokens(num_blocks, block_size, max_context_len, layout.kvp)
+        shard_tokens = default_shard_tokens(num_blocks, block_size, max_context_len, layout.kvp, config.kv)
     rank = Rank(
         rank=config.rank,
         model=model,

@@ -1,0 +1,78 @@
+"""The options of the KV memory, its granule, and the lengths of shards that follow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf, nextafter
+from typing import Any
+
+import pytest
+
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
+from megatron_medha.core.kv.shards import check_shard_tokens, default_shard_tokens
+
+ON = KVConfig()
+
+
+@pytest.mark.parametrize(
+    ("block_size", "granule_tokens"), [(1, 64), (4, 64), (16, 64), (24, 72), (63, 126), (64, 64), (128, 128)]
+)
+def test_a_granule_is_the_smallest_multiple_of_the_block_size_from_64_tokens_on(
+    block_size: int, granule_tokens: int
+) -> None:
+    assert ON.tokens_per_granule(block_size) == granule_tokens
+
+
+def test_a_granule_of_another_length_is_made_of_whole_blocks() -> None:
+    assert KVConfig(granule_tokens=16).tokens_per_granule(16) == 16
+    with pytest.raises(ConfigError) as error:
+        KVConfig(granule_tokens=100).tokens_per_granule(16)
+    assert str(error.value) == "kv.granule_tokens=100 must be a multiple of the block size, 16 tokens"
+
+
+@pytest.mark.parametrize(
+    ("key", "low", "high"),
+    [("granule_tokens", 1, 1 << 20), ("session_ttl_s", 0.0, 1e9), ("session_share", 0.0, 1.0)],
+)
+def test_an_option_may_have_both_its_bounds_and_nothing_beyond(key: str, low: float, high: float) -> None:
+    for value in (low, high):
+        assert getattr(replace(ON, **{key: value}), key) == value
+    outside: tuple[Any, Any] = (low - 1, high + 1) if isinstance(low, int) else (
+        nextafter(low, -inf), nextafter(high, inf)
+    )
+    for value in outside:
+        with pytest.raises(ConfigError, match=rf"^kv\.{key}=.*: must be between "):
+            replace(ON, **{key: value})
+
+
+def test_an_unknown_eviction_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError) as error:
+        KVConfig(eviction="random")
+    assert str(error.value) == "kv.eviction=random: not known; use one of value, lru, ttl"
+
+
+def test_no_granule_crosses_the_end_of_a_shard() -> None:
+    check_shard_tokens(None, ON, 16)
+    check_shard_tokens(128, ON, 16)
+    check_shard_tokens(1008, NO_PREFIX_CACHE, 16)
+    with pytest.raises(ConfigError) as error:
+        check_shard_tokens(1008, ON, 16)
+    assert str(error.value) == (
+        "parallel.max_tokens_per_shard=1008 must be a multiple of the prefix cache's granule of 64 tokens; "
+        "use 1024, or kv.prefix_cache=false"
+    )
+
+
+def test_a_shard_is_an_even_part_of_the_longest_context_in_whole_granules() -> None:
+    assert default_shard_tokens(1000, 16, 4096, 2, ON) == 2048
+    assert default_shard_tokens(1000, 16, 4000, 3, ON) == 1344  # 21 granules
+    assert default_shard_tokens(50, 16, 4096, 2, ON) == 768     # of the 800 tokens that there is memory for
+    assert default_shard_tokens(50, 16, None, 2, ON) == 768
+    assert default_shard_tokens(50, 16, None, 1, ON) == 800     # nothing follows it
+    with pytest.raises(ConfigError) as error:
+        default_shard_tokens(3, 16, 4096, 2, ON)
+    assert str(error.value) == (
+        "model.kv_memory_gib: the KV memory holds 48 tokens, less than the prefix cache's granule of 64; "
+        "raise it, or use kv.prefix_cache=false"
+    )
