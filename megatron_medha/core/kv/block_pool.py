@@ -25,11 +25,12 @@ def _extent(first_block: int, num_blocks: int) -> Extent:
 
 @dataclass(slots=True)
 class BlockPool:
-    """The free blocks of one KVP rank; every block is free here or owned by exactly one table."""
+    """The blocks of one KVP rank: each is free, owned by exactly one table, or cached by the prefix index."""
 
     num_blocks: int
     num_free_blocks: int = field(init=False)
-    num_blocks_ever_freed: int = field(init=False, default=0)  # the pace at which memory comes back
+    num_cached_blocks: int = field(init=False, default=0)
+    num_blocks_ever_freed: int = field(init=False, default=0)  # or made evictable: the pace of memory
     _starts: list[int] = field(init=False)        # of the free extents, ascending
     _lengths: dict[int, int] = field(init=False)  # start -> length
     _by_length: list[int] = field(init=False)     # length * num_blocks + start, ascending: pairs are slow
@@ -44,6 +45,11 @@ class BlockPool:
     def free_extents(self) -> tuple[Extent, ...]:
         """The free runs, ascending, never adjacent to one another."""
         return tuple(Extent(start, self._lengths[start]) for start in self._starts)
+
+    @property
+    def num_owned_blocks(self) -> int:
+        """Blocks that belong to one sequence alone."""
+        return self.num_blocks - self.num_free_blocks - self.num_cached_blocks
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
         """Take that many blocks in as few extents as possible; None, and nothing taken, if there are too few."""
@@ -88,6 +94,20 @@ class BlockPool:
             self._insert(start, end - start)
             self.num_free_blocks += count
             self.num_blocks_ever_freed += count
+        assert self.num_free_blocks + self.num_cached_blocks <= self.num_blocks, "cached blocks freed as if owned"
+
+    def cache(self, num_blocks: int) -> None:
+        """That many owned blocks now belong to the prefix index."""
+        self.num_cached_blocks += num_blocks
+        assert self.num_owned_blocks >= 0, "more blocks cached than there were owned"
+
+    def evict(self, extents: list[Extent]) -> None:
+        """Give cached blocks back."""
+        count = sum([count for _, count in extents])
+        assert count <= self.num_cached_blocks, "more blocks evicted than were cached"
+        self.num_cached_blocks -= count
+        self.free(extents)
+        self.num_blocks_ever_freed -= count  # they were counted when they became evictable
 
     def _take(self, start: int, count: int) -> None:
         length = self._lengths[start]
@@ -150,3 +170,29 @@ class BlockTable:
 def num_blocks_for(num_tokens: int, block_size: int) -> int:
     """Blocks that hold `num_tokens`."""
     return -(-num_tokens // block_size)
+
+
+def slice_extents(extents: Iterable[Extent], first: int, num_blocks: int) -> list[Extent]:
+    """`num_blocks` blocks of the list of blocks that `extents` spell, from the first-th on."""
+    taken: list[Extent] = []
+    for start, count in extents:
+        if num_blocks == 0:
+            break
+        if first >= count:
+            first -= count
+            continue
+        part = min(count - first, num_blocks)
+        taken.append(_extent(start + first, part))
+        num_blocks -= part
+        first = 0
+    assert num_blocks == 0, f"the extents end {num_blocks} blocks too early"
+    return taken
+
+
+def join_extents(extents: list[Extent], more: Iterable[Extent]) -> None:
+    """Append blocks to a list of extents; those that touch become one."""
+    for start, count in more:
+        if extents and (last := extents[-1])[0] + last[1] == start:
+            extents[-1] = _extent(last[0], last[1] + count)
+        else:
+            extents.append(_extent(start, count))

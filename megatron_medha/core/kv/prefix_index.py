@@ -1,0 +1,393 @@
+"""Which prefixes are cached where: a radix tree over chained keys for each KVP rank and group. No clock, no token.
+
+It holds only granules that are computed. The life of a hit: `match` (a look), `take` (a reference, which keeps the
+granules until `release`), `publish` as the sequence computes more, `release` when it ends or is preempted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatron_medha.core.kv.block_pool import BlockPool, Extent, join_extents, slice_extents
+from megatron_medha.core.kv.eviction import EvictionOrder, LruOrder
+from megatron_medha.core.kv.segment import KEY_BYTES, Evicted, Holding, Match, Segment
+from megatron_medha.core.kv.shard_borders import ShardBorders
+
+
+@dataclass(slots=True)
+class RankTree:
+    """The segments of one KVP rank and group."""
+
+    pool: BlockPool
+    order: EvictionOrder
+    heads: dict[bytes, Segment] = field(default_factory=dict)  # first key -> segment: chained keys are unique
+    num_evictable_blocks: int = 0
+
+
+class PrefixIndex:
+    """The prefix cache of a replica.
+
+    pools: by group, then by KVP rank. shard_granules: granules a shard holds; no segment crosses its border.
+    """
+
+    def __init__(
+        self,
+        pools: list[list[BlockPool]],
+        blocks_per_granule: int,
+        shard_granules: int,
+        make_order: Callable[[], EvictionOrder] = LruOrder,
+    ) -> None:
+        self.blocks_per_granule = blocks_per_granule
+        self.shard_granules = shard_granules
+        self.trees = [[RankTree(pool, make_order()) for pool in group] for group in pools]
+        self._created: dict[str, dict[Segment, None]] = {}  # by live requests
+        self.borders = ShardBorders(shard_granules)
+
+    # ---- what a sequence does ----
+
+    def match(self, keys: bytes, first: int, last: int, kvp_rank: int, group: int = 0) -> Match:
+        """The longest cached prefix on a rank of granules [first, last), of which `first` begins a shard.
+
+        `keys` are those of the whole sequence. Nothing is held: what it found can be evicted by the next call.
+        """
+        assert first % self.shard_granules == 0, f"granule {first} does not begin a shard"
+        last = min(last, len(keys) // KEY_BYTES, first + self.shard_granules)
+        deepest, end = _descend(self.trees[group][kvp_rank].heads, keys, first, last)
+        return Match(kvp_rank, group, first, end, deepest)
+
+    def extents(self, match: Match) -> list[Extent]:
+        """The blocks of a match, in the order of their tokens: the begin of the sequence's table on that rank."""
+        path: list[Segment] = []
+        segment = match.deepest
+        while segment is not None:
+            path.append(segment)
+            segment = segment.parent
+        extents: list[Extent] = []
+        for segment in reversed(path):
+            if segment.end <= match.end:
+                join_extents(extents, segment.extents)
+            else:
+                num_blocks = (match.end - segment.first) * self.blocks_per_granule
+                join_extents(extents, slice_extents(segment.extents, 0, num_blocks))
+        return extents
+
+    def num_unpinned_blocks(self, match: Match) -> int:
+        """Blocks of a match that nobody holds yet: by so much `take` lowers num_evictable_blocks."""
+        segment, end, count = match.deepest, match.end, 0
+        while segment is not None and not segment.pins:
+            count += end - segment.first
+            end, segment = segment.first, segment.parent
+        return count * self.blocks_per_granule
+
+    def take(
+        self, request_id: str, match: Match, session: str = "", previous: Holding | None = None
+    ) -> Holding:
+        """Hold a match, made at this very moment, for a sequence; of no granule too: it may publish some later.
+
+        To be called before blocks are evicted for the same sequence, so that its own hits are not. `previous`: what it
+        holds on the shard before.
+        """
+        deepest = self._ending(match)
+        if deepest is not None:
+            deepest.session = session
+            deepest.num_references += 1
+            self._pin(deepest)
+        return Holding(request_id, session, match.kvp_rank, match.group, match.first, match.end, deepest, previous)
+
+    def publish(self, holding: Holding, keys: bytes, last: int, extents: list[Extent], now_s: float) -> range:
+        """The sequence has computed its granules up to `last`: which of them are new to the cache.
+
+        `keys` are those of the whole sequence, `extents` its whole table on this shard. What others have published
+        in the meantime stays the sequence's own (Holding.duplicates).
+        """
+        assert last <= holding.first + self.shard_granules, "granules of another shard"
+        if last <= holding.end or not holding.is_listed:
+            return range(last, last)
+        tree = self.trees[holding.group][holding.kvp_rank]
+        found, start = _descend(tree.heads, keys, holding.end, last)
+        if start == last:
+            return range(last, last)
+        parent = holding.deepest
+        if found is not None:
+            parent = found if start == found.end else self._split(tree, found, start - found.first)
+            holding.duplicates.append((holding.end, start))
+        count = (last - start) * self.blocks_per_granule
+        new_keys = bytearray(keys[start * KEY_BYTES : last * KEY_BYTES])
+        new_extents = slice_extents(extents, (start - holding.first) * self.blocks_per_granule, count)
+        tree.pool.cache(count)
+        if parent is not None and parent is holding.deepest and self._can_extend(parent, holding.request_id):
+            parent.keys += new_keys
+            join_extents(parent.extents, new_extents)
+            self.borders.add_copy(parent)
+        else:
+            child = Segment(
+                holding.kvp_rank, holding.group, parent, start, new_keys, new_extents, holding.request_id,
+                session=holding.session, last_use_s=now_s, num_references=1, pins=1,
+            )
+            self._insert(tree, child, keys)
+            if holding.deepest is not None:
+                self._drop_reference(holding.deepest, now_s)  # the child pins it
+            holding.deepest = child
+        holding.end = last
+        return range(start, last)
+
+    def release(self, holding: Holding, extents: list[Extent], now_s: float) -> None:
+        """The sequence ends or is preempted: its cached granules stay for others, its own blocks are freed.
+
+        `extents`: its whole table on this shard.
+        """
+        pool = self.trees[holding.group][holding.kvp_rank].pool
+        pool.free(self.own_extents(holding, extents))
+        if holding.deepest is not None:
+            self._drop_reference(holding.deepest, now_s)
+            holding.deepest = None
+
+    def own_extents(self, holding: Holding, extents: list[Extent]) -> list[Extent]:
+        """Of its table on a shard, the blocks that are the sequence's own."""
+        per_granule = self.blocks_per_granule
+        own: list[Extent] = []
+        for start, end in holding.duplicates:
+            own += slice_extents(extents, (start - holding.first) * per_granule, (end - start) * per_granule)
+        num_blocks, num_cached = sum([count for _, count in extents]), (holding.end - holding.first) * per_granule
+        return own + slice_extents(extents, num_cached, num_blocks - num_cached)
+
+    def settle(self, request_id: str) -> None:
+        """The request has ended, not failed: what it computed stays. Every request ends in this or in `forget`."""
+        self._created.pop(request_id, None)
+
+    def forget(self, request_id: str) -> list[Evicted]:
+        """The request failed: what it computed, and all below, is found no more; blocks in use go with their last."""
+        evicted: list[Evicted] = []
+        for segment in self._created.pop(request_id, {}):
+            if segment.is_listed:
+                self._unlist(segment, evicted)
+        return evicted
+
+    # ---- what the memory does ----
+
+    def num_evictable_blocks(self, kvp_rank: int, group: int = 0) -> int:
+        """Cached blocks on a rank that nobody holds: as good as free."""
+        return self.trees[group][kvp_rank].num_evictable_blocks
+
+    def evict(self, kvp_rank: int, num_blocks: int, now_s: float, group: int = 0) -> list[Evicted]:
+        """Free at least `num_blocks`, of which there must be as many evictable; whole granules, leaves first."""
+        tree = self.trees[group][kvp_rank]
+        assert num_blocks <= tree.num_evictable_blocks, f"{num_blocks} blocks of {tree.num_evictable_blocks} evictable"
+        evicted: list[Evicted] = []
+        wanted = tree.pool.num_free_blocks + num_blocks
+        while tree.pool.num_free_blocks < wanted:
+            leaf = tree.order.lowest(now_s)
+            num_granules = -(-(wanted - tree.pool.num_free_blocks) // self.blocks_per_granule)
+            self._trim(tree, leaf, min(num_granules, leaf.num_granules), evicted)
+        return evicted
+
+    def clear(self) -> list[Evicted]:
+        """The ranks came up empty: nothing is cached. Sequences still have to release what they hold."""
+        evicted: list[Evicted] = []
+        for group in self.trees:
+            for tree in group:
+                for segment in [segment for segment in tree.heads.values() if segment.parent is None]:
+                    if segment.is_listed:
+                        self._unlist(segment, evicted)
+        self._created.clear()
+        return evicted
+
+    # ---- requests that wait ----
+
+    def watch(self, request_id: str, match: Match) -> Segment | None:
+        """A waiting request counts on a match, without holding it: it is named when any of that is evicted.
+
+        Returns what `unwatch` wants; None for a match of no granule. A named request watches nothing any more.
+        """
+        deepest = self._ending(match)
+        if deepest is not None:
+            deepest.waiters[request_id] = None
+        return deepest
+
+    def unwatch(self, request_id: str, segment: Segment | None) -> None:
+        """The request counts on it no more; nothing happens if it was named in the meantime."""
+        if segment is not None:
+            segment.waiters.pop(request_id, None)
+
+    # ---- inside ----
+
+    def _ending(self, match: Match) -> Segment | None:
+        """The segment that ends where the match does; split where there is none."""
+        deepest = match.deepest
+        if deepest is None or deepest.end == match.end:
+            return deepest
+        return self._split(self.trees[match.group][match.kvp_rank], deepest, match.end - deepest.first)
+
+    def _split(self, tree: RankTree, lower: Segment, num_granules: int) -> Segment:
+        """Cut its first granules off: they are the new object, so that what ends where `lower` does stays right."""
+        num_blocks = num_granules * self.blocks_per_granule
+        cut = num_granules * KEY_BYTES
+        upper = Segment(
+            lower.kvp_rank, lower.group, lower.parent, lower.first, lower.keys[:cut],
+            slice_extents(lower.extents, 0, num_blocks), lower.creator,
+            session=lower.session, last_use_s=lower.last_use_s, pins=int(lower.pins > 0), children={lower: None},
+        )
+        num_left = (lower.num_granules - num_granules) * self.blocks_per_granule
+        lower.extents = slice_extents(lower.extents, num_blocks, num_left)
+        lower.keys = lower.keys[cut:]
+        lower.first += num_granules
+        if upper.parent is not None:
+            del upper.parent.children[lower]
+            upper.parent.children[upper] = None
+        lower.parent = upper
+        tree.heads[upper.head] = upper
+        tree.heads[lower.head] = lower
+        if (created := self._created.get(lower.creator)) is not None:
+            created[upper] = None
+        self.borders.replace(lower, upper)
+        return upper
+
+    def _insert(self, tree: RankTree, child: Segment, keys: bytes) -> None:
+        """A pinned segment joins the tree."""
+        tree.heads[child.head] = child
+        self._created.setdefault(child.creator, {})[child] = None
+        self.borders.add_copy(child)
+        self.borders.begin(child, keys)
+        if child.parent is not None:
+            if child.parent.ticket:
+                tree.order.remove(child.parent)
+            child.parent.children[child] = None
+            self._pin(child.parent)
+
+    def _pin(self, segment: Segment) -> None:
+        """One pin more; the first pins its parent."""
+        tree = self.trees[segment.group][segment.kvp_rank]
+        ancestor: Segment | None = segment
+        while ancestor is not None:
+            ancestor.pins += 1
+            if ancestor.pins > 1:
+                return
+            if ancestor.ticket:
+                tree.order.remove(ancestor)
+            tree.num_evictable_blocks -= ancestor.num_granules * self.blocks_per_granule
+            ancestor = ancestor.parent
+
+    def _drop_reference(self, segment: Segment, now_s: float) -> None:
+        """One reference less; with its last pin a segment becomes evictable, or goes if it is not listed."""
+        tree = self.trees[segment.group][segment.kvp_rank]
+        segment.num_references -= 1
+        ancestor: Segment | None = segment
+        while ancestor is not None:
+            ancestor.pins -= 1
+            if ancestor.pins:
+                return
+            parent, num_blocks = ancestor.parent, ancestor.num_granules * self.blocks_per_granule
+            ancestor.last_use_s = now_s
+            tree.pool.num_blocks_ever_freed += num_blocks
+            if not ancestor.is_listed:
+                tree.pool.evict(ancestor.extents)
+                if parent is not None:
+                    del parent.children[ancestor]
+            else:
+                tree.num_evictable_blocks += num_blocks
+                if not ancestor.children:
+                    tree.order.add(ancestor)
+            ancestor = parent
+
+    def _trim(self, tree: RankTree, leaf: Segment, num_granules: int, evicted: list[Evicted]) -> None:
+        """Evict the last granules of a leaf that nobody uses, and what can be reached only over them."""
+        cut = (leaf.num_granules - num_granules) * KEY_BYTES
+        num_blocks = num_granules * self.blocks_per_granule
+        border = self.borders.remove_copy(leaf)
+        evicted.append(_evicted(leaf, cut))
+        tree.num_evictable_blocks -= num_blocks
+        tree.order.remove(leaf)
+        if cut:
+            num_left = cut // KEY_BYTES * self.blocks_per_granule
+            tree.pool.evict(slice_extents(leaf.extents, num_left, num_blocks))
+            leaf.extents = slice_extents(leaf.extents, 0, num_left)
+            del leaf.keys[cut:]
+            tree.order.add(leaf)
+        else:
+            tree.pool.evict(leaf.extents)
+            self._remove(tree, leaf)
+            if (parent := leaf.parent) is not None:
+                del parent.children[leaf]
+                if not parent.children and not parent.pins:
+                    tree.order.add(parent)
+        if border is not None:  # what follows it, on any rank, cannot be matched any more
+            for segment in self.borders.after(border):
+                self._evict_below(segment, evicted)
+
+    def _remove(self, tree: RankTree, segment: Segment) -> None:
+        """It is matched no more."""
+        del tree.heads[segment.head]
+        if (created := self._created.get(segment.creator)) is not None:
+            created.pop(segment, None)
+        self.borders.end(segment)
+
+    def _evict_below(self, top: Segment, evicted: list[Evicted]) -> None:
+        """Evict a segment and its descendants, but for those in use and the way to them."""
+        tree = self.trees[top.group][top.kvp_rank]
+        below = [top]
+        for segment in below:
+            below += segment.children
+        for segment in reversed(below):
+            if not segment.pins and not segment.children:
+                self._trim(tree, segment, segment.num_granules, evicted)
+
+    def _unlist(self, top: Segment, evicted: list[Evicted]) -> None:
+        """Take a segment and its descendants out of the tree; what nobody uses is freed now, the rest with its last."""
+        tree = self.trees[top.group][top.kvp_rank]
+        below, borders = [top], []
+        for segment in below:
+            below += segment.children
+        for segment in reversed(below):  # children before their parents
+            if not segment.is_listed:
+                continue
+            if (border := self.borders.remove_copy(segment)) is not None:
+                borders.append(border)
+            evicted.append(_evicted(segment, 0))
+            self._remove(tree, segment)
+            segment.is_listed = False
+            if segment.pins:
+                continue
+            if segment.ticket:
+                tree.order.remove(segment)
+            tree.num_evictable_blocks -= segment.num_granules * self.blocks_per_granule
+            tree.pool.evict(segment.extents)
+            if (parent := segment.parent) is not None:
+                del parent.children[segment]
+                if parent.is_listed and not parent.children and not parent.pins and segment is top:
+                    tree.order.add(parent)
+        for border in borders:
+            for segment in self.borders.after(border):
+                self._unlist(segment, evicted)
+
+    def _can_extend(self, segment: Segment, request_id: str) -> bool:
+        """Whether a segment is used only by the request that computed it, so that it can grow and stay one run."""
+        return (
+            segment in self._created.get(request_id, ())
+            and segment.num_references == segment.pins == 1
+            and not segment.children
+            and not segment.waiters
+        )
+
+
+def _descend(heads: dict[bytes, Segment], keys: bytes, first: int, last: int) -> tuple[Segment | None, int]:
+    """Follow keys [first, last) down a tree, from where a segment begins: the last segment met, and how far it went."""
+    found: Segment | None = None
+    position = first
+    while position < last:
+        segment = heads.get(keys[position * KEY_BYTES : (position + 1) * KEY_BYTES])
+        if segment is None:
+            break
+        found = segment
+        position += segment.num_common(keys, last)
+        if position < segment.end:
+            break
+    return found, position
+
+
+def _evicted(segment: Segment, cut: int) -> Evicted:
+    """The record of what leaves a segment from byte `cut` of its keys on; its waiters are named, and wait no more."""
+    waiters = tuple(segment.waiters)
+    segment.waiters.clear()
+    first = segment.first + cut // KEY_BYTES
+    return Evicted(segment.kvp_rank, segment.group, first, bytes(segment.keys[cut:]), waiters)
