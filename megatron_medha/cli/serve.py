@@ -95,6 +95,7 @@ def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) 
         read_config=read_server_config,
         traces=OtelTraces(options.tracking.otlp_endpoint) if options.tracking.otlp_endpoint is not None else None,
         sampling_defaults=sampling_defaults,
+        isolates_keys=options.kv.is_by_key(options.server),
     )
     tracking = Tracking(options.tracking, engine, metrics, public_options(options))
     printer = StatusPrinter(service, needs_key=options.server.needs_key)

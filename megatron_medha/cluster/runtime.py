@@ -137,6 +137,8 @@ class ClusterRuntime:
                 self._sampled = {
                     token.request_id: TokenSample(token.token_id, token.logprobs) for token in event.tokens
                 }
+                if filled_keys := self._streams.filled_keys(self._sampled):
+                    return event.completed._replace(filled_keys=filled_keys)
                 return event.completed
             case Aborted():
                 self._streams.drop(event.request_id)

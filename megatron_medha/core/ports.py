@@ -9,6 +9,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from megatron_medha.core.batch import Batch, Event, FinishReason, Output
+from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
@@ -108,6 +109,7 @@ class EngineFacts:
     max_request_tokens: int  # prompt + output that one request may have: min of context and KV memory
     stop_token_ids: tuple[int, ...]
     device: str
+    granule_tokens: int | None = None  # of the prefix cache; None: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,10 +159,13 @@ class EngineClient(Protocol):
     def start(self, sink: Sink) -> None:
         """Start; deliveries of all requests go to `sink`, called on the engine's own thread."""
 
-    def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
+    def submit(
+        self, request: Request, token_ids: array[int], sampling: Sampling, keys: GranuleKeys | None = None
+    ) -> None:
         """Hand a request over; its deliveries follow through the sink. The id must be new.
 
         token_ids: of the prompt; not to be changed, as the choices of one request share it.
+        keys: of the prompt, to be continued by the output; None: the prefix cache takes and gives nothing.
         """
 
     def abort(self, request_id: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_medha.core.batch import Aborted, Arrived
 from megatron_medha.core.errors import MedhaError
+from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.loop import serve
 from megatron_medha.core.ports import (
     EngineFacts,
@@ -130,13 +131,15 @@ class Engine:
         self._streams = RequestStates(sink)
         self._thread.start()
 
-    def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
+    def submit(
+        self, request: Request, token_ids: array[int], sampling: Sampling, keys: GranuleKeys | None = None
+    ) -> None:
         """See EngineClient."""
         assert self._streams is not None and self._sink is not None, "submit() before start()"
         with self._lock:
             phase = self.status.phase
             if phase in (EnginePhase.READY, EnginePhase.RECOVERING):
-                self._streams.add(request.request_id, RequestState(token_ids, sampling))
+                self._streams.add(request.request_id, RequestState(token_ids, sampling, keys))
                 self._unseen[request.request_id] = request.num_prompt_tokens
                 self._inbox.put(Arrived(request))
                 return
@@ -176,6 +179,7 @@ class Engine:
         observers: tuple[Observer, ...] = (*watching, SnapshotObserver(scheduler, readers))
         if self._decision_log is not None:
             observers = (*observers, DecisionLog.open(self._decision_log, world.setup.header()))
+        kv = world.setup.kv
         self._facts = EngineFacts(
             shape=world.setup.shape,
             num_blocks=world.setup.num_blocks,
@@ -183,6 +187,7 @@ class Engine:
             max_request_tokens=scheduler.memory.max_request_tokens,
             stop_token_ids=world.stop_token_ids,
             device=world.device,
+            granule_tokens=kv.tokens_per_granule(world.setup.block_size) if kv.prefix_cache else None,
         )
         self._board.show(EnginePhase.READY, world.device, 1.0)
         serve(scheduler, world.runtime, observers)

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
+from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.ports import (
     Delivery,
     EngineFacts,
@@ -98,12 +99,14 @@ class Replicas:
         for engine in self._engines:
             engine.start(self._deliver)
 
-    def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
+    def submit(
+        self, request: Request, token_ids: array[int], sampling: Sampling, keys: GranuleKeys | None = None
+    ) -> None:
         """See EngineClient."""
         with self._lock:
             engine = self._place(request.num_prompt_tokens)
             self._places[request.request_id] = engine
-            engine.submit(request, token_ids, sampling)
+            engine.submit(request, token_ids, sampling, keys)
 
     def abort(self, request_id: str) -> None:
         """See EngineClient."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_medha.core.batch import Output, Preempted, Rejected, TokenOut
+from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.ports import Delivery, ErrorDelivery, Sink, TokenDelivery
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.grammar.guidance import GRAMMAR_ERROR_PREFIX
@@ -18,6 +19,7 @@ class RequestState:
 
     token_ids: array[int]
     sampling: Sampling
+    keys: GranuleKeys | None = None  # of the prompt and all that was sampled
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     output_ids: array[int] = field(default_factory=lambda: array("i"))  # delivered so far
 
@@ -52,6 +54,15 @@ class RequestStates:
     def drop(self, request_id: str) -> None:
         """Forget a stream whose client is gone."""
         self._streams.pop(request_id, None)
+
+    def filled_keys(self, sampled: Mapping[str, TokenSample]) -> tuple[tuple[str, bytes], ...]:
+        """Keys of the granules that these tokens fill, by request id; once for each batch, before its emit()."""
+        filled = []
+        for request_id, token in sampled.items():
+            stream = self._streams.get(request_id)
+            if stream is not None and stream.keys is not None and (key := stream.keys.append(token.token_id)):
+                filled.append((request_id, key))
+        return tuple(filled)
 
     def emit(self, output: Output, sampled: Mapping[str, TokenSample]) -> None:
         """Turn a scheduler's output into a delivery; `sampled` holds the tokens of the batch just completed."""

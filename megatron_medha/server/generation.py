@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_medha.core.batch import FinishReason
+from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.ports import TokenDelivery
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
@@ -25,6 +26,8 @@ class Prompt:
     """One prompt, encoded and checked."""
 
     token_ids: array[int]
+    keys: GranuleKeys | None = None  # to be continued by each choice's output
+    prefix_keys: bytes = b""         # of its full granules
     text: str | None        # as the client wrote it; None when it sent token ids
     max_output_tokens: int  # at least 1
 
@@ -60,6 +63,7 @@ class GenerationSpec:
     discards_output: bool = False  # max_tokens 0: the client wants the prompt's logprobs
     names_tokens_by_id: bool = False
     returns_token_ids: bool = False
+    prefix_root: bytes | None = None  # of its prompts' keys; None: the prefix cache takes and gives nothing
     tools: ToolUse | None = None   # None: all output is text
     ignored: tuple[str, ...] = ()  # what the request asked for, and was left out: fields by their path
 
@@ -91,6 +95,9 @@ class GenerationSpec:
                 deadline_multiplier=self.slo.deadline_multiplier,
                 min_deadline_s=self.slo.min_deadline_s,
                 slo_class=self.slo_class,
+                prefix_keys=prompt.prefix_keys,
+                # Log-probabilities are of positions that are computed.
+                reads_cache=self.sampling.num_prompt_logprobs is None,
             )
             for index, prompt in enumerate(prompt for prompt in self.prompts for _ in range(self.n))
         )

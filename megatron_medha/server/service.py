@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.prefix_keys import root_key
 from megatron_medha.core.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
 from megatron_medha.server.admission import AdmissionControl
 from megatron_medha.server.api_keys import ApiKeys
@@ -69,11 +71,13 @@ class Service:
         traces: OtelTraces | None = None,
         renders: TemplateProcessPool | None = None,
         sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS,
+        isolates_keys: bool = False,
     ) -> None:
         """metrics, journal: those that watch the engine; without them, step metrics and request traces stay empty.
 
         read_config: reads the configuration again, for reload(). traces: where requests are traced to.
         renders: of another owner, who closes them. sampling_defaults: for what requests leave out.
+        isolates_keys: whether requests of different API keys share no cached prefix.
         """
         self.engine = engine
         self.config = config  # replaced whole by a reload
@@ -91,6 +95,8 @@ class Service:
         self.grammars = GrammarCache()
         self.started_unix_s = int(time.time())
         self._read_config = read_config
+        self._isolates_keys = isolates_keys
+        self._prefix_secret = secrets.token_bytes(32)
         self._tokenizer: Future[Tokenizer] = tokenizer if isinstance(tokenizer, Future) else Future()
         if not isinstance(tokenizer, Future):
             self._tokenizer.set_result(tokenizer)
@@ -186,6 +192,12 @@ class Service:
                 404, f"the model `{asked}` does not exist; served: {served}", param="model", code="model_not_found"
             )
         return asked
+
+    def prefix_root(self, facts: EngineFacts, address: str, salt: str = "") -> bytes | None:
+        """Where the keys of prompts start that may share KV with one another; None without a prefix cache."""
+        if facts.granule_tokens is None:
+            return None
+        return root_key(self._prefix_secret, facts.shape.name, address if self._isolates_keys else "", salt)
 
     def _post(self, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server has ended, and every request with it

@@ -95,7 +95,7 @@ class LiveRuntime(SimRuntime):
                 self._sampled[chunk.request_id] = TokenSample(token_id)
                 if token_id in stream.sampling.stop_token_ids:
                     stopped.append(chunk.request_id)
-        return Completed(batch_id=completed.batch_id, duration_s=completed.duration_s, stopped=tuple(stopped))
+        return completed._replace(stopped=tuple(stopped), filled_keys=self._streams.filled_keys(self._sampled))
 
 
 def live_engine(

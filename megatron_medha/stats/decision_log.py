@@ -24,6 +24,7 @@ from megatron_medha.core.batch import (
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
+from megatron_medha.stats.logged_keys import KeyReader, KeyWriter
 from megatron_medha.system.best_effort_file import BestEffortFile, TextSink
 
 _EVENTS: dict[str, type[Event]] = {
@@ -47,6 +48,7 @@ class DecisionLog:
 
     def __init__(self, stream: TextSink, header: dict[str, Any]) -> None:
         self._stream = stream
+        self._keys = KeyWriter()
         self._write({"format": FORMAT, "header": header})
 
     @classmethod
@@ -56,7 +58,10 @@ class DecisionLog:
 
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""
-        self._write({"now_s": now_s, "event": type(event).__name__, **_fields(event)})
+        values = _fields(event)
+        if isinstance(event, Arrived) and event.request.prefix_keys:
+            values["request"]["prefix_keys"] = self._keys.write(event.request.prefix_keys)
+        self._write({"now_s": now_s, "event": type(event).__name__, **values})
 
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer."""
@@ -90,7 +95,8 @@ def read_log(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Recorded]]:
     if log_format == 1 and isinstance(header.get("config"), dict):
         renamed = {_KEYS_OF_FORMAT_1.get(key, key): value for key, value in header["config"].items()}
         header["config"] = {key: value for key, value in renamed.items() if key is not None}
-    return header, (_record(line, _parse(line, text)) for line, text in numbered)
+    keys = KeyReader()
+    return header, (_record(line, _parse(line, text), keys) for line, text in numbered)
 
 
 def replay(records: Iterable[Recorded], decisions: SchedulerProtocol) -> int:
@@ -132,17 +138,20 @@ def _parse(line: int, text: str) -> dict[str, Any]:
     return record
 
 
-def _record(line: int, record: dict[str, Any]) -> Recorded:
+def _record(line: int, record: dict[str, Any], keys: KeyReader) -> Recorded:
     try:
         now_s = float(record.pop("now_s"))
         if "batch" in record:
             return Recorded(line, now_s, _named_tuple(Batch, record["batch"]))
         kind = _EVENTS[record.pop("event")]
         if kind is Arrived:
-            return Recorded(line, now_s, Arrived(msgspec.convert(record["request"], Request)))
+            values = record["request"]
+            if isinstance(written := values.get("prefix_keys"), list):
+                values["prefix_keys"] = keys.read(written)
+            return Recorded(line, now_s, Arrived(msgspec.convert(values, Request)))
         entry = _named_tuple(kind, record) if issubclass(kind, tuple) else kind(**record)
         return Recorded(line, now_s, entry)
-    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
         raise ReplayError(f"line {line}: not a record of this version ({error!r})") from None
 
 

@@ -23,7 +23,7 @@ from megatron_medha.cluster.run_timeline import RunTimeline
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.engine import Engine
+from megatron_medha.engine.engine import Engine, ObserverFactory
 
 FAKE_RANK = (sys.executable, str(Path(__file__).with_name("fake_rank.py")))
 POISON = 999
@@ -44,6 +44,7 @@ class FakeCluster:
         recovery: RecoveryConfig = PATIENT,
         open_ranks: OpenRanks | None = None,
         timeline: Path | None = None,
+        watchers: tuple[ObserverFactory, ...] = (),
     ) -> None:
         """open_ranks: by default on this machine, as processes that kill() can reach."""
         self.directory = directory
@@ -64,6 +65,7 @@ class FakeCluster:
             hardware=Hardware(name="test", flops_per_s=1e10, memory_bytes_per_s=1e9),
             recovery=recovery,
             open_ranks=open_ranks or self._open_ranks,
+            watchers=watchers,
             open_timeline=timeline and partial(RunTimeline.writing, timeline, layout, duration_s=3600.0),
         )
         self.client: Client

@@ -67,7 +67,7 @@ def start_server(tokenizer: Tokenizer, ending: list[Running], renders: TemplateP
         engine: FakeEngine | None = None, tokenizer: object = tokenizer, model_name: str = "", **settings: object
     ) -> Running:
         engine = engine or FakeEngine()
-        names = {"journal", "metrics", "slo", "read_config", "traces", "renders", "sampling_defaults"}
+        names = {"journal", "metrics", "slo", "read_config", "traces", "renders", "sampling_defaults", "isolates_keys"}
         names &= settings.keys()
         parts = {name: settings.pop(name) for name in names}
         config = ServerConfig(**{"port": 0, "drain_timeout_s": 0, **settings})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_medha.core.batch import FinishReason
+from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.ports import (
     Delivery,
@@ -46,6 +47,7 @@ class Live:
     request: Request
     prompt: array[int]
     sampling: Sampling
+    keys: GranuleKeys | None = None
     num_output: int = 0
 
 
@@ -61,6 +63,7 @@ class FakeEngine:
     max_request_tokens: int = 1000
     stop_token_ids: tuple[int, ...] = (257,)
     is_stepped: bool = False
+    granule_tokens: int | None = None
     reject_with: tuple[str, bool] | None = None  # (message, is_client_fault) for every request
     status: EngineStatus = EngineStatus(EnginePhase.READY)
     submitted: list[Live] = field(default_factory=list)
@@ -96,7 +99,7 @@ class FakeEngine:
         )
         return EngineFacts(
             shape=shape, num_blocks=100, block_size=16, max_request_tokens=self.max_request_tokens,
-            stop_token_ids=self.stop_token_ids, device="fake",
+            stop_token_ids=self.stop_token_ids, device="fake", granule_tokens=self.granule_tokens,
         )
 
     @property
@@ -122,12 +125,14 @@ class FakeEngine:
         self._sink = sink
         self._thread.start()
 
-    def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
+    def submit(
+        self, request: Request, token_ids: array[int], sampling: Sampling, keys: GranuleKeys | None = None
+    ) -> None:
         """Take a request."""
         assert type(token_ids) is array and token_ids.typecode == "i" and len(token_ids) == request.num_prompt_tokens
         with self._changed:
             assert all(live.request.request_id != request.request_id for live in self.submitted), "id used twice"
-            live = Live(request, token_ids, sampling)
+            live = Live(request, token_ids, sampling, keys)
             self._live[request.request_id] = live
             self.submitted.append(live)
             self._changed.notify_all()

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.step_cost import Hardware
+from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
@@ -138,9 +139,11 @@ class LiveEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def submit(self, request: Request, token_ids: array[int], sampling: Sampling) -> None:
+    def submit(
+        self, request: Request, token_ids: array[int], sampling: Sampling, keys: GranuleKeys | None = None
+    ) -> None:
         """As the engine's."""
-        self.engine.submit(request, token_ids, sampling)
+        self.engine.submit(request, token_ids, sampling, keys)
         with self._changed:
             self._submitted.append(request.request_id)
             self._changed.notify_all()

@@ -56,6 +56,8 @@ def record(setup: SchedulerSetup, seed: int, num_requests: int = 25) -> list[str
             arrival_s=draw.uniform(0.0, 0.5),
             ttft_slo_s=draw.choice([None, 0.01, 5.0]),
             priority=draw.choice([0, 0, 1]),
+            prefix_keys=draw.randbytes(16 * draw.choice([0, 1, 10])),
+            session_id=draw.choice(["", "s"]),
         )
         for index in range(num_requests)
     ]

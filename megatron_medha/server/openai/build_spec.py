@@ -102,6 +102,7 @@ async def begin_spec(
         discards_output=max_tokens == 0,
         names_tokens_by_id=bool(fields.return_tokens_as_token_ids),
         returns_token_ids=bool(fields.return_token_ids),
+        prefix_root=service.prefix_root(ready.facts, context.address),
         tools=tools,
         ignored=(*ignored, *(("service_tier",) if tier_class is None else ())),
     )

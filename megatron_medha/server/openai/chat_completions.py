@@ -84,6 +84,7 @@ async def chat_spec(
     prompts = await encode_prompts(
         service,
         ready,
+        spec.prefix_root,
         [text],
         max_tokens=max_tokens,
         max_tokens_param=max_tokens_param,

@@ -58,6 +58,7 @@ async def prepare_completion(service: Service, context: RequestContext, body: Co
     prompts = await encode_prompts(
         service,
         ready,
+        spec.prefix_root,
         raw_prompts,
         max_tokens=body.max_tokens,
         default_max_tokens=max(_DEFAULT_MAX_TOKENS, spec.sampling.min_output_tokens),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.server.generation import Prompt
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.service import ReadyState, Service
@@ -13,6 +14,13 @@ from megatron_medha.text.text_slices import TextWithoutBreaksError
 from megatron_medha.text.tokenizer import Tokenizer, TooManyTokens
 
 RawPrompt: TypeAlias = "str | list[int] | array[int]"  # array has no item types at run time
+
+
+class _Encoded(NamedTuple):
+    token_ids: array[int]
+    keys: GranuleKeys | None
+    prefix_keys: bytes
+
 
 _MAX_PROMPTS = 2048  # in one call; lm-eval and OpenAI's batches stay below
 _SLICE_IDS = 65_536  # looked at without letting another thread run: a millisecond
@@ -37,6 +45,7 @@ def split_prompts(prompt: str | array[int] | Sequence[str | int | list[int] | ar
 async def encode_prompts(
     service: Service,
     ready: ReadyState,
+    prefix_root: bytes | None,
     raw_prompts: Sequence[RawPrompt],
     *,
     max_tokens: int | None,
@@ -46,7 +55,10 @@ async def encode_prompts(
     param: str,
     keeps_text: bool = False,
 ) -> tuple[Prompt, ...]:
-    """Encode and check prompts against the context; without max_tokens they get the default, or what fits."""
+    """Encode and check prompts against the context; without max_tokens they get the default, or what fits.
+
+    prefix_root: of their keys; None: they get none.
+    """
     limit = ready.facts.max_request_tokens
     tokenizer = ready.tokenizer
     least_output = 0 if max_tokens == 0 else 1
@@ -54,22 +66,30 @@ async def encode_prompts(
         at_least = tokenizer.min_num_tokens(raw) if isinstance(raw, str) else len(raw)
         check_length(at_least, limit - least_output, ready, service, param, is_exact=not isinstance(raw, str))
 
-    def encode(raw: RawPrompt) -> array[int]:
+    encoded_texts: dict[str, _Encoded] = {}  # a text that comes again is encoded once
+
+    def encode(raw: RawPrompt) -> _Encoded:
+        if isinstance(raw, str) and (known := encoded_texts.get(raw)) is not None:
+            return known
         if isinstance(raw, str):
             ids = encode_text(tokenizer, raw, add_special_tokens, limit - least_output, param)
         else:
             ids = as_ids(raw, param)
         check_ids(ids, ready.facts.shape.vocab_size, param)
-        return ids
+        encoded = _with_keys(ids, prefix_root, ready.facts.granule_tokens)
+        if isinstance(raw, str):
+            encoded_texts[raw] = encoded
+        return encoded
 
     num_chars = sum(map(len, raw_prompts))
     try:
-        encoded = await service.text.run(num_chars, lambda: [encode(raw) for raw in raw_prompts])
+        all_encoded = await service.text.run(num_chars, lambda: [encode(raw) for raw in raw_prompts])
     except TooManyTokens as error:
         check_length(error.at_least, limit - least_output, ready, service, param, is_exact=False)
         raise
     prompts = []
-    for raw, token_ids in zip(raw_prompts, encoded, strict=True):
+    for raw, encoded in zip(raw_prompts, all_encoded, strict=True):
+        token_ids = encoded.token_ids
         check_length(len(token_ids), limit - least_output, ready, service, param)
         room = limit - len(token_ids)
         if max_tokens is not None and max_tokens > room:
@@ -83,11 +103,20 @@ async def encode_prompts(
         prompts.append(
             Prompt(
                 token_ids=token_ids,
+                keys=encoded.keys,
+                prefix_keys=encoded.prefix_keys,
                 text=raw if keeps_text and isinstance(raw, str) else None,
                 max_output_tokens=max(1, wanted),  # max_tokens 0: one is computed and thrown away
             )
         )
     return tuple(prompts)
+
+
+def _with_keys(ids: array[int], prefix_root: bytes | None, granule_tokens: int | None) -> _Encoded:
+    if prefix_root is None or granule_tokens is None:
+        return _Encoded(ids, None, b"")
+    keys = GranuleKeys(prefix_root, granule_tokens)
+    return _Encoded(ids, keys, keys.extend(ids))
 
 
 def encode_text(tokenizer: Tokenizer, text: str, adds_special: bool, max_tokens: int, param: str) -> array[int]:

@@ -151,8 +151,9 @@ class GenerationResponse(Response):
     async def _submit(self) -> None:
         for number, choice in enumerate(self._choices, start=1):
             request, token_ids = self._ticket.requests[choice.index], choice.prompt.token_ids
+            keys = None if choice.prompt.keys is None else choice.prompt.keys.copy()
             self._live_ids.add(request.request_id)
-            self._engine.submit(request, token_ids, self._spec.sampling_of(choice.index))
+            self._engine.submit(request, token_ids, self._spec.sampling_of(choice.index), keys)
             if len(token_ids) > _SUBMITTED_IDS or number % _SUBMITTED == 0:
                 await asyncio.sleep(0)
 
