@@ -162,8 +162,6 @@ class Walk:
             first = shard * self.SHARD
             match = self.index.match(keys, first, last if is_whole else first, rank)
             assert match.end == self.expected_match(keys, first, last if is_whole else first, rank)
-            blocks = [block for g in range(first, match.end) for block in self.model[rank][keys[16 * g : 16 * g + 16]]]
-            assert ids(self.index.extents(match)) == blocks
             is_whole = is_whole and match.end == first + self.SHARD
             num_blocks = self.PER_GRANULE * (min(len(granules), first + self.SHARD) - match.end)
             available = self.pools[rank].num_free_blocks + self.index.num_evictable_blocks(rank)
@@ -171,10 +169,14 @@ class Walk:
                 self.counts["refused"] = self.counts.get("refused", 0) + 1
                 return
             matches.append(match)
+        session = self.random.choice(["", "s1", "s2", "s3"])
         for match in matches:
-            live.tables.append(self.index.extents(match))
             previous = live.holdings[-1] if live.holdings else None
-            live.holdings.append(self.index.take(live.request_id, match, "", previous))
+            live.holdings.append(self.index.take(live.request_id, match, self.now_s, session, previous))
+            live.tables.append(self.index.extents(live.holdings[-1].deepest))
+            model = self.model[match.kvp_rank]
+            blocks = [block for g in range(match.first, match.end) for block in model[keys[16 * g : 16 * g + 16]]]
+            assert ids(live.tables[-1]) == blocks
         live.num_computed = next((m.end for m in matches if m.num_granules < self.SHARD), matches[-1].end)
         self.live.append(live)
         self.past = [*self.past[-30:], granules]
@@ -232,7 +234,7 @@ class Walk:
     def release(self, live: Live) -> None:
         self.live.remove(live)
         for holding, table in zip(live.holdings, live.tables):
-            self.index.release(holding, table, self.now_s)
+            self.index.release(holding, table, self.now_s, self.random.random() < 0.2)
 
     def do_end(self) -> None:
         """A sequence ends, or is aborted or preempted."""
@@ -276,7 +278,7 @@ class Walk:
         keys, rank = keys_of(self.granules()), self.random.randrange(self.kvp)
         self.note(keys)
         match = self.index.match(keys, 0, len(keys) // 16, rank)
-        segment = self.index.watch(f"w{self.num_requests}", match)
+        segment = self.index.watch(f"w{self.num_requests}", match, self.now_s, self.now_s)
         if segment is not None:
             self.watches[f"w{self.num_requests}"] = (rank, keys[: 16 * match.end], segment)
         self.num_requests += 1

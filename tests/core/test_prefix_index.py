@@ -27,10 +27,10 @@ class Cache:
     def begin(self, request_id: str, prompt: list[int], last: int | None = None, rank: int = 0) -> Holding:
         """A sequence takes its hits and blocks for the rest."""
         match = self.index.match(keys_of(prompt), 0, len(prompt) - 1 if last is None else last, rank)
-        holding = self.index.take(request_id, match)
+        holding = self.index.take(request_id, match, self.now_s)
         extents = self.pools[rank].allocate(len(prompt) - match.end)
         assert extents is not None
-        self.tables[holding] = self.index.extents(match) + list(extents)
+        self.tables[holding] = self.index.extents(holding.deepest) + list(extents)
         return holding
 
     def compute(self, holding: Holding, prompt: list[int], last: int | None = None) -> range:
@@ -208,7 +208,7 @@ def test_what_follows_a_failed_sequences_shard_on_another_rank_is_not_published(
     bad = cache.begin("bad", LONG[:4])
     cache.compute(bad, LONG[:4])
     first = cache.begin("user", LONG[:4], last=4)
-    second = cache.index.take("user", cache.index.match(keys_of(LONG), 4, 7, 1), previous=first)
+    second = cache.index.take("user", cache.index.match(keys_of(LONG), 4, 7, 1), 0.0, previous=first)
     extents = cache.pools[1].allocate(4)
     assert extents is not None
     cache.index.forget("bad")
@@ -219,7 +219,7 @@ def test_what_follows_a_shards_last_copy_goes_with_it() -> None:
     cache = Cache(shard_granules=4, kvp=3)
     for rank in (0, 1):
         cache.run(f"first{rank}", LONG[:4], rank)
-    second = cache.index.take("second", cache.index.match(keys_of(LONG), 4, 7, 2))
+    second = cache.index.take("second", cache.index.match(keys_of(LONG), 4, 7, 2), 0.0)
     extents = cache.pools[2].allocate(4)
     assert extents is not None
     cache.index.publish(second, keys_of(LONG), 8, list(extents), 0.0)
@@ -235,7 +235,7 @@ def test_what_follows_a_shards_last_copy_goes_with_it() -> None:
 def test_a_waiting_request_is_named_when_its_match_shrinks_and_not_when_others_do() -> None:
     cache = Cache()
     cache.run("one", LONG)
-    cache.index.watch("waiter", cache.index.match(keys_of([*LONG[:5], 99]), 0, 6, 0))
+    cache.index.watch("waiter", cache.index.match(keys_of([*LONG[:5], 99]), 0, 6, 0), 0.0, 0.0)
     (tail,) = cache.index.evict(0, 3, 0.0)
     assert tail.waiters == ()
     (shrunk,) = cache.index.evict(0, 1, 0.0)
@@ -247,7 +247,7 @@ def test_a_segment_that_a_waiting_request_watches_does_not_grow() -> None:
     cache = Cache()
     one = cache.begin("one", LONG)
     cache.compute(one, LONG, 4)
-    cache.index.watch("waiter", cache.index.match(keys_of(LONG), 0, 8, 0))
+    cache.index.watch("waiter", cache.index.match(keys_of(LONG), 0, 8, 0), 0.0, 0.0)
     cache.compute(one, LONG, 8)
     assert cache.lengths() == [4, 4]
 

@@ -56,20 +56,18 @@ class PrefixIndex:
         deepest, end = _descend(self.trees[group][kvp_rank].heads, keys, first, last)
         return Match(kvp_rank, group, first, end, deepest)
 
-    def extents(self, match: Match) -> list[Extent]:
-        """The blocks of a match, in the order of their tokens: the begin of the sequence's table on that rank."""
+    def extents(self, deepest: Segment | None) -> list[Extent]:
+        """The cached blocks from the begin of a shard to the end of a segment, in the order of their tokens.
+
+        Of `Holding.deepest` after `take`: the begin of the sequence's table on that rank.
+        """
         path: list[Segment] = []
-        segment = match.deepest
-        while segment is not None:
-            path.append(segment)
-            segment = segment.parent
+        while deepest is not None:
+            path.append(deepest)
+            deepest = deepest.parent
         extents: list[Extent] = []
         for segment in reversed(path):
-            if segment.end <= match.end:
-                join_extents(extents, segment.extents)
-            else:
-                num_blocks = (match.end - segment.first) * self.blocks_per_granule
-                join_extents(extents, slice_extents(segment.extents, 0, num_blocks))
+            join_extents(extents, segment.extents)
         return extents
 
     def num_unpinned_blocks(self, match: Match) -> int:
@@ -81,7 +79,7 @@ class PrefixIndex:
         return count * self.blocks_per_granule
 
     def take(
-        self, request_id: str, match: Match, session: str = "", previous: Holding | None = None
+        self, request_id: str, match: Match, now_s: float, session: str = "", previous: Holding | None = None
     ) -> Holding:
         """Hold a match, made at this very moment, for a sequence; of no granule too: it may publish some later.
 
@@ -90,7 +88,6 @@ class PrefixIndex:
         """
         deepest = self._ending(match)
         if deepest is not None:
-            deepest.session = session
             deepest.num_references += 1
             self._pin(deepest)
         return Holding(request_id, session, match.kvp_rank, match.group, match.first, match.end, deepest, previous)
@@ -127,20 +124,20 @@ class PrefixIndex:
             )
             self._insert(tree, child, keys)
             if holding.deepest is not None:
-                self._drop_reference(holding.deepest, now_s)  # the child pins it
+                self._drop_reference(holding.deepest, now_s, holding.session)  # the child pins it
             holding.deepest = child
         holding.end = last
         return range(start, last)
 
-    def release(self, holding: Holding, extents: list[Extent], now_s: float) -> None:
+    def release(self, holding: Holding, extents: list[Extent], now_s: float, ends_session: bool = False) -> None:
         """The sequence ends or is preempted: its cached granules stay for others, its own blocks are freed.
 
-        `extents`: its whole table on this shard.
+        `extents`: its whole table on this shard. ends_session: nothing will follow in its session.
         """
         pool = self.trees[holding.group][holding.kvp_rank].pool
         pool.free(self.own_extents(holding, extents))
         if holding.deepest is not None:
-            self._drop_reference(holding.deepest, now_s)
+            self._drop_reference(holding.deepest, now_s, holding.session, ends_session)
             holding.deepest = None
 
     def own_extents(self, holding: Holding, extents: list[Extent]) -> list[Extent]:
@@ -195,14 +192,14 @@ class PrefixIndex:
 
     # ---- requests that wait ----
 
-    def watch(self, request_id: str, match: Match) -> Segment | None:
+    def watch(self, request_id: str, match: Match, now_s: float, arrival_s: float) -> Segment | None:
         """A waiting request counts on a match, without holding it: it is named when any of that is evicted.
 
         Returns what `unwatch` wants; None for a match of no granule. A named request watches nothing any more.
         """
         deepest = self._ending(match)
         if deepest is not None:
-            deepest.waiters[request_id] = None
+            deepest.waiters[request_id] = arrival_s
         return deepest
 
     def unwatch(self, request_id: str, segment: Segment | None) -> None:
@@ -268,7 +265,9 @@ class PrefixIndex:
             tree.num_evictable_blocks -= ancestor.num_granules * self.blocks_per_granule
             ancestor = ancestor.parent
 
-    def _drop_reference(self, segment: Segment, now_s: float) -> None:
+    def _drop_reference(
+        self, segment: Segment, now_s: float, session: str, ends_session: bool = False
+    ) -> None:
         """One reference less; with its last pin a segment becomes evictable, or goes if it is not listed."""
         tree = self.trees[segment.group][segment.kvp_rank]
         segment.num_references -= 1
@@ -279,6 +278,9 @@ class PrefixIndex:
                 return
             parent, num_blocks = ancestor.parent, ancestor.num_granules * self.blocks_per_granule
             ancestor.last_use_s = now_s
+            if ancestor.session != session:
+                ancestor.session = ""  # of more than one
+            ancestor.is_ended = ends_session and ancestor.session != ""
             tree.pool.num_blocks_ever_freed += num_blocks
             if not ancestor.is_listed:
                 tree.pool.evict(ancestor.extents)

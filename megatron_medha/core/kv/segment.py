@@ -24,12 +24,13 @@ class Segment:
     keys: bytearray              # KEY_BYTES a granule
     extents: list[Extent]        # of all its granules, in order
     creator: str                 # the request that computed it
-    session: str = ""            # the session that used it last; "" of none
+    session: str = ""            # the only one that has used it; "": none, or several
     num_references: int = 0      # sequences whose deepest segment on this shard it is
     pins: int = 0                # references and pinned children
     children: dict[Segment, None] = field(default_factory=dict)  # in order of creation
-    waiters: dict[str, None] = field(default_factory=dict)       # requests told when it shrinks, see PrefixIndex.watch
+    waiters: dict[str, float] = field(default_factory=dict)      # requests that count on it, and when they arrived
     last_use_s: float = 0.0      # when it last had a pin
+    is_ended: bool = False       # its session has ended
     is_listed: bool = True       # False: of a sequence that failed; no match finds it, and it goes with its last pin
     ticket: int = 0              # its place in the eviction order; 0: it is in none
 
