@@ -23,6 +23,7 @@ from megatron_medha.core.kv.shards import context_in
 from megatron_medha.core.request import Request
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
 from megatron_medha.sim.sim_world import SimRuntime
+from megatron_medha.workload.request_feed import OpenLoop
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class RecordingSimRuntime(SimRuntime):
         spp: int = 1,
         outcome: Callable[[Batch, float], Completed] | None = None,
     ) -> None:
-        super().__init__((), Pipeline(spp))
+        super().__init__(OpenLoop(()), Pipeline(spp))
         self._outcome = outcome or super().completed
         self._truth = truth
         self.records: dict[str, RequestRecord] = {}

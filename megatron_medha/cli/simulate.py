@@ -37,6 +37,7 @@ examples:
   medha simulate model=llama3_70b_1m hardware=h100 parallel.tp=8 parallel.spp=4 workload.qps=0.25 seed=1
   medha simulate scheduler=vllm_chunk_512 workload=medha_mix_01pct
   medha simulate parallel.spp=1 workload=trace workload.path=AzureLLMInferenceTrace_conv.csv workload.duration_s=600
+  medha simulate workload=sessions workload.sessions.length_scale=0.1   # agent sessions, a closed loop
   medha simulate record=full out=runs/a && medha explain runs/a r17
   medha simulate -m system=medha,loongserve,static_cp out=multirun/systems
   medha simulate truth=noisy belief=online workload.arrivals=gamma workload.cv=3

@@ -70,6 +70,8 @@ class BenchOptions:
                 "idle=skip: first-token deadlines follow from TTFT alone on the server; "
                 "give slo.ttft_s, or idle=measure"
             )
+        if self.workload.sessions is not None:
+            raise ConfigError("workload=sessions: only medha simulate and medha plan play sessions")
         if self.capacity.start_qps is not None and self.concurrency is not None:
             raise ConfigError(
                 f"capacity.start_qps={self.capacity.start_qps:g}: capacity is a rate of arrivals; "

@@ -98,6 +98,9 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> PlanSea
         each_class=options.each_class,
         trial_s=options.trial_s,
     )
+    if options.find is PlanGoal.CAPACITY and options.workload.sessions is not None:
+        raise ConfigError("workload=sessions find=capacity: turns come when earlier ones have ended, at no rate that "
+            "could be varied; use find=cheapest with more or fewer workload.sessions.max_live")
     if options.find is PlanGoal.CAPACITY and options.workload.qps is None:
         raise ConfigError("workload.qps=null: find=capacity varies the load from there; give requests per second")
     longest = window.max_request_tokens

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
+from math import inf
 
 from megatron_medha.core.batch import Arrived, Batch, Event, Output
 from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.placement import ReplicaLoad, choose_replica
 from megatron_medha.sim.measured_world import MeasuredSimRuntime
+from megatron_medha.workload.request_feed import RequestFeed
 
 
 class Fleet:
     """SchedulerProtocol and Runtime at once: events happen in order of time over all replicas, each handled by its own.
 
-    arrivals: requests in order of arrival; each goes where the router of `medha serve` would put it.
-    worlds: one per system, without arrivals of their own.
+    feed: the requests; each goes where the router of `medha serve` would put it.
+    worlds: one per system, of the same feed, without arrivals of their own.
     load_of: what a replica has before it when a request comes in.
     api_server_s: see SimRuntime. on_sample: see MeasuredSimRuntime; of all replicas together.
     """
 
     def __init__(
         self,
-        arrivals: Iterable[Request],
+        feed: RequestFeed,
         systems: Sequence[SchedulerProtocol],
         worlds: Sequence[MeasuredSimRuntime],
         load_of: Callable[[int, Request], ReplicaLoad],
@@ -31,8 +33,7 @@ class Fleet:
         sample_s: float,
         on_sample: Callable[[float], None],
     ) -> None:
-        self._arrivals = iter(arrivals)
-        self._next_arrival = next(self._arrivals, None)
+        self._feed = feed
         self._systems, self._worlds = tuple(systems), tuple(worlds)
         self._load_of, self._api_server_s = load_of, api_server_s
         self._sample_s, self._on_sample, self._next_sample_s = sample_s, on_sample, 0.0
@@ -59,10 +60,10 @@ class Fleet:
         """Whose event is next; an arrival is placed first."""
         next_s = [world.next_event_s for world in self._worlds]
         earliest = min(range(len(next_s)), key=next_s.__getitem__)
-        request = self._next_arrival
-        if request is None or (at_s := request.arrival_s + self._api_server_s) > next_s[earliest]:
+        at_s = self._feed.next_s + self._api_server_s
+        if at_s == inf or at_s > next_s[earliest]:
             return earliest
-        self._next_arrival = next(self._arrivals, None)
+        request = self._feed.pop()
         replica = choose_replica(list(map(self._load_of, range(len(self._worlds)), repeat(request))))
         self.replica_of[request.request_id] = replica
         self._worlds[replica].push(at_s, Arrived(request))

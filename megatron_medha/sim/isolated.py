@@ -11,6 +11,7 @@ from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
 from megatron_medha.sim.sim_world import SimRuntime
+from megatron_medha.workload.request_feed import OpenLoop
 
 _FIRST_TOKENS = 32
 _GROWTH = 1.5  # from one length to the next among those that are one step
@@ -68,7 +69,7 @@ class _OnePromptRuntime(SimRuntime):
         self, num_tokens: int, pipeline: Pipeline, truth: Callable[[Batch], StepTimes], api_server_s: float
     ) -> None:
         request = Request(request_id="alone", num_prompt_tokens=num_tokens, max_output_tokens=1, arrival_s=0.0)
-        super().__init__([request], pipeline, api_server_s=api_server_s)
+        super().__init__(OpenLoop([request]), pipeline, api_server_s)
         self._truth = truth
         self._ends: dict[int, int] = {}
         self.milestones: list[tuple[int, float]] = []

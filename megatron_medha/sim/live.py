@@ -20,6 +20,7 @@ from megatron_medha.sim.pipeline import Pipeline, StepTimes
 from megatron_medha.sim.sim_world import SimRuntime
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
+from megatron_medha.workload.request_feed import OpenLoop
 
 
 class LiveRuntime(SimRuntime):
@@ -36,7 +37,7 @@ class LiveRuntime(SimRuntime):
         pipeline: Pipeline,
         vocab_size: int,
     ) -> None:
-        super().__init__((), pipeline)
+        super().__init__(OpenLoop(()), pipeline)
         self._inbox = inbox
         self._streams = streams
         self._truth = truth

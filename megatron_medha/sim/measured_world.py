@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, Event, Output, Preempted, Rejected, TokenOut
-from megatron_medha.core.request import Request
 from megatron_medha.sim.ledger import Ledger
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
 from megatron_medha.sim.sim_world import SimRuntime
+from megatron_medha.workload.request_feed import RequestFeed
 
 
 class MeasuredSimRuntime(SimRuntime):
@@ -20,7 +20,7 @@ class MeasuredSimRuntime(SimRuntime):
 
     def __init__(
         self,
-        arrivals: Iterable[Request],
+        feed: RequestFeed,
         pipeline: Pipeline,
         truth: Callable[[Batch], StepTimes],
         ledger: Ledger,
@@ -28,8 +28,9 @@ class MeasuredSimRuntime(SimRuntime):
         sample_s: float = float("inf"),
         on_sample: Callable[[float], None] = lambda now_s: None,
         api_server_s: float = 0.0,
+        places_itself: bool = True,
     ) -> None:
-        super().__init__(arrivals, pipeline, api_server_s=api_server_s)
+        super().__init__(feed, pipeline, api_server_s, places_itself)
         self._truth = truth
         self._ledger = ledger
         self._until_s = until_s
@@ -78,8 +79,12 @@ class MeasuredSimRuntime(SimRuntime):
     def emit(self, output: Output) -> None:
         """See Runtime."""
         if isinstance(output, TokenOut):
-            self._ledger.token(output.request_id, self._batch_start_s, self._now_s, output.finish_reason is not None)
+            is_last = output.finish_reason is not None
+            self._ledger.token(output.request_id, self._batch_start_s, self._now_s, is_last)
+            if is_last:
+                self._feed.ended(output.request_id, self._now_s, True)
         elif isinstance(output, Preempted):
             self._ledger.preempted(output.request_id, output.num_tokens_lost)
         elif isinstance(output, Rejected):
             self._ledger.rejected(output.request_id, output.why)
+            self._feed.ended(output.request_id, self._now_s, False)

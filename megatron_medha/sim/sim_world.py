@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 from math import inf
 
 from megatron_medha.core.batch import Arrived, Batch, Completed, Event, FirstStageDone, RanksLost
-from megatron_medha.core.request import Request
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
+from megatron_medha.workload.request_feed import OpenLoop, RequestFeed
 
 
 class SimRuntime:
     """A Runtime in virtual time over one replica: a heap of events, and a pipeline that batches run through.
 
-    arrivals: requests in order of arrival; the next one is asked for when the last has come.
+    feed: the requests; the next one is asked for when the last has come, and their keys as their outputs grow.
     api_server_s: from a request's arrival until the scheduler learns of it: HTTP, tokenizer.
+    places_itself: False: arrivals are pushed, by whoever takes them from the feed.
     """
 
     def __init__(
         self,
-        arrivals: Iterable[Request],
+        feed: RequestFeed,
         pipeline: Pipeline,
         api_server_s: float = 0.0,
+        places_itself: bool = True,
     ) -> None:
         self._api_server_s = api_server_s
-        self._arrivals = iter(arrivals)
-        self._next_arrival = next(self._arrivals, None)
+        self._feed = feed
+        self._arrivals = feed if places_itself else OpenLoop(())
         self._heap: list[tuple[float, int, Event]] = []
         self._num_pushed = 0
         self._now_s = 0.0
@@ -49,13 +50,12 @@ class SimRuntime:
 
     def next_event(self) -> Event | None:
         """See Runtime."""
-        request = self._next_arrival
-        if request is not None and (not self._heap or request.arrival_s + self._api_server_s <= self._heap[0][0]):
-            self._next_arrival = next(self._arrivals, None)
-            self._now_s = request.arrival_s + self._api_server_s
-            return Arrived(request)
-        if not self._heap:
-            return None
+        arrival_s = self._arrivals.next_s + self._api_server_s
+        if arrival_s <= (self._heap[0][0] if self._heap else inf):
+            if arrival_s == inf:
+                return None
+            self._now_s = arrival_s
+            return Arrived(self._arrivals.pop())
         self._now_s, _, event = heappop(self._heap)
         if isinstance(event, Completed):
             self._num_in_flight -= 1
@@ -80,4 +80,20 @@ class SimRuntime:
 
     def completed(self, batch: Batch, duration_s: float) -> Completed:
         """How a batch ends: no sampled token is a stop token, and nothing has failed."""
-        return Completed(batch_id=batch.batch_id, duration_s=duration_s)
+        if self._feed.granule_tokens is None:
+            return Completed(batch_id=batch.batch_id, duration_s=duration_s)
+        return Completed(batch.batch_id, duration_s, filled_keys=filled_keys(self._feed, batch))
+
+
+def filled_keys(feed: RequestFeed, batch: Batch) -> tuple[tuple[str, bytes], ...]:
+    """See Completed: of the granules that the tokens of this batch fill."""
+    granule_tokens = feed.granule_tokens
+    assert granule_tokens is not None
+    found = []
+    for chunk in batch.chunks:
+        num_known_tokens = chunk.start + chunk.num_tokens + 1
+        if num_known_tokens % granule_tokens or not chunk.samples_token:
+            continue
+        if keys := feed.filled_keys(chunk.request_id, num_known_tokens):
+            found.append((chunk.request_id, keys))
+    return tuple(found)

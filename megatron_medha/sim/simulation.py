@@ -32,6 +32,7 @@ from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.snapshot import take_snapshot
 from megatron_medha.stats.summary import LengthClasses, Summary
 from megatron_medha.stats.timeline import StageSpan
+from megatron_medha.workload.request_feed import RequestFeed
 from megatron_medha.workload.workload import Workload, WorkloadConfig
 
 _MAX_CACHED_ISOLATED = 64  # tables that are kept, of up to thousands of numbers each
@@ -64,6 +65,12 @@ class SimulationConfig:
         most = min(self.setup.shape.max_context_len, self.setup.layout.kvp * self.setup.shard_tokens)
         # What no machine of the scheduler's could hold has no time alone, and with that no deadline.
         return most if self.instances is None else min(most, self.instances.max_request_tokens)
+
+    @property
+    def granule_tokens(self) -> int | None:
+        """Of the prefix cache; None: there is none."""
+        kv, block_size = self.setup.kv, self.setup.block_size
+        return kv.tokens_per_granule(block_size) if kv.prefix_cache and self.instances is None else None
 
     def pipeline(self, on_span: Callable[[StageSpan], None] | None = None) -> Pipeline:
         """The stages and KVP ranks that batches run on; of a system of instances, one stage with each as a rank."""
@@ -137,8 +144,11 @@ class Simulation:
         return _isolated_times(setup, truth, self.workload.facts.max_prompt_tokens)
 
     def ttft_lower_bound_s(self) -> Callable[[int], float] | None:
-        """A bound by prompt length: no load, however small, gives a first token sooner. None: it is not known."""
-        if self.config.instances is not None:
+        """A bound by prompt length: no load, however small, gives a first token sooner. None: it is not known.
+
+        It is not where prompts may have been computed in part before they come.
+        """
+        if self.config.instances is not None or (self.config.granule_tokens and self.workload.has_keys):
             return None
         own_s, reference_s = self._isolated_times(self.config.setup), self.isolated_s
         return lambda num_tokens: min(own_s(num_tokens), reference_s(num_tokens))
@@ -158,19 +168,19 @@ class Simulation:
                 kv_shares.append(sample.kv_used_share)
             watchers.on_sample(sample)
 
-        requests = self.workload.requests()
+        feed = self.workload.feed(config.granule_tokens)
         until_s = float("inf") if config.max_drain_s is None else facts.last_arrival_s + config.max_drain_s
         sample_s = config.sample_s or max(facts.last_arrival_s / _NUM_SAMPLES, 1e-3)
         api_server_s = self._cost.engine.request_s
         if len(systems) == 1:
-            world, work = self._world(requests, ledger, until_s, sample_s, look, watchers.on_span)
+            world, work = self._world(feed, ledger, until_s, sample_s, look, watchers.on_span, True)
             worlds, works = [world], [work]
             serve(systems[0], world, watchers.observers)
             end_s = world.now_s()
         else:
             # What watches batches goes by their ids, which every replica counts for itself.
             assert watchers.on_span is None and not watchers.observers, "these watch one replica"
-            made = [self._world((), ledger, until_s, inf, lambda now_s: None, None) for _ in systems]
+            made = [self._world(feed, ledger, until_s, inf, lambda now_s: None, None, False) for _ in systems]
             worlds, works = [world for world, _ in made], [work for _, work in made]
 
             def load_of(replica: int, request: Request) -> ReplicaLoad:
@@ -178,7 +188,7 @@ class Simulation:
                     live for live in ledger.live if fleet.replica_of[live.request.request_id] == replica
                 ), self.isolated_s)  # fmt: skip
 
-            fleet = Fleet(requests, systems, worlds, load_of, api_server_s, sample_s, look)
+            fleet = Fleet(feed, systems, worlds, load_of, api_server_s, sample_s, look)
             serve(fleet, fleet)
             end_s = fleet.now_s()
         ledger.close()
@@ -188,12 +198,13 @@ class Simulation:
 
     def _world(
         self,
-        requests: Iterable[Request],
+        feed: RequestFeed,
         ledger: Ledger,
         until_s: float,
         sample_s: float,
         look: Callable[[float], None],
         on_span: Callable[[StageSpan], None] | None,
+        places_itself: bool,
     ) -> tuple[MeasuredSimRuntime, ComputedWork]:
         """A replica, and what it will have computed."""
         config, pipeline, api_server_s = self.config, self.config.pipeline(on_span), self._cost.engine.request_s
@@ -201,7 +212,8 @@ class Simulation:
         truth = PredictedTruth() if config.instances is not None else (
             Truth(self._cost, config.setup.shard_tokens, config.truth, config.seed)
         )
-        return runtime(requests, pipeline, truth, ledger, until_s, sample_s, look, api_server_s), truth.work
+        world = runtime(feed, pipeline, truth, ledger, until_s, sample_s, look, api_server_s, places_itself)
+        return world, truth.work
 
     def _sample(self, now_s: float, ledger: Ledger, memories: Sequence[KVMemory]) -> StateSample:
         config = self.config

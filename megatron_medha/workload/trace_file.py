@@ -1,4 +1,4 @@
-"""Reads request traces: our own columns and four public formats, recognised by their column names. Counts only."""
+"""Reads request traces: our own columns and four public formats, recognised by their column names. No text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import NamedTuple, TextIO
 
 from megatron_medha.core.errors import ConfigError
 
+_HASH_IDS = "hash_ids"   # the column of any format
 _MAX_TOKENS = 1 << 40  # of one request; more is a unit mistaken, and would only end in "does not fit"
 
 
@@ -25,6 +26,7 @@ class TraceRow(NamedTuple):
     arrival_s: float | None  # None: the trace has lengths only
     num_prompt_tokens: int
     num_output_tokens: int
+    hash_ids: tuple[int, ...] = ()  # of the prompt's blocks; (): the trace has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class TraceFile:
 
     path: Path
     skips_zero_lengths: bool = False  # True: rows without prompt or output tokens are left out, and counted
+    tokens_per_hash_id: int = 512     # of a prompt's block, in traces that have hash_ids
 
     def rows(self) -> Iterator[TraceRow]:
         """The rows in their order, arrivals never before second 0 and never going back.
@@ -84,7 +87,8 @@ class TraceFile:
             num_prompt_tokens = self._tokens(line, found.prompt, values)
             num_output_tokens = self._tokens(line, found.output, values)
             if num_prompt_tokens and num_output_tokens:
-                yield TraceRow(arrival_s, num_prompt_tokens, num_output_tokens)
+                hash_ids = self._hash_ids(line, values, num_prompt_tokens)
+                yield TraceRow(arrival_s, num_prompt_tokens, num_output_tokens, hash_ids)
 
     def _records(self) -> Iterator[tuple[int, TraceFormat, dict[str, object]]]:
         """Line number, format and values of every row."""
@@ -145,6 +149,8 @@ class TraceFile:
             yield line, found, values
 
     def _format(self, line: int, columns: list[str]) -> TraceFormat:
+        if "session" in columns:
+            raise ConfigError(f"{self.path}, line {line}: these are turns of sessions; use workload=sessions")
         for found in FORMATS:
             if {found.prompt, found.output} <= set(columns) and (found.arrival is None or found.arrival in columns):
                 return found
@@ -186,6 +192,23 @@ class TraceFile:
             raise self._error(line, column, values, f"must be at least 1 and at most {_MAX_TOKENS}{zero}; "
                 "correct or delete the row")
         return int(number)
+
+    def _hash_ids(self, line: int, values: dict[str, object], num_prompt_tokens: int) -> tuple[int, ...]:
+        """One for each block of the prompt, in order; (): the row has none."""
+        value = values.get(_HASH_IDS)
+        given = value.split() if isinstance(value, str) else [] if value is None else value
+        try:
+            ids = tuple([int(str(one)) for one in given]) if isinstance(given, list) else None
+        except ValueError:
+            ids = None
+        if ids is None:
+            raise self._error(line, _HASH_IDS, values, "is not a list of whole numbers; correct or delete the row")
+        if ids and len(ids) != (needed := -(-num_prompt_tokens // self.tokens_per_hash_id)):
+            raise ConfigError(
+                f"{self.path}, line {line}: {len(ids)} {_HASH_IDS}, but a prompt of {num_prompt_tokens} tokens has "
+                f"{needed} blocks of {self.tokens_per_hash_id}; set workload.tokens_per_hash_id to the trace's"
+            )
+        return ids
 
     def _error(self, line: int, column: str | None, values: dict[str, object], what: str) -> ConfigError:
         return ConfigError(f"{self.path}, line {line}: {column}={values.get(column or '')} {what}")

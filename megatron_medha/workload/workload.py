@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from itertools import islice
+from math import inf
 from pathlib import Path
 from random import Random
 
 from megatron_medha.core.errors import ConfigError, check_ranges
 from megatron_medha.core.request import Request
 from megatron_medha.workload.arrivals import ArrivalProcess, arrival_times_s
+from megatron_medha.workload.key_chain import KeyChain, spans_of_ids
 from megatron_medha.workload.lengths import draw_mix
+from megatron_medha.workload.request_feed import OpenLoop, RequestFeed
+from megatron_medha.workload.session_file import read_session_rows
+from megatron_medha.workload.session_mix import SessionsConfig, draw_sessions
+from megatron_medha.workload.session_play import SessionPlay
+from megatron_medha.workload.sessions import AgentSession, build_sessions
 from megatron_medha.workload.trace_file import TraceFile
 
 
@@ -25,9 +33,10 @@ class ZeroLengths(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadConfig:
-    """Requests from a trace, or drawn from the quantiles of the paper's mix."""
+    """Requests from a trace, or drawn from the quantiles of the paper's mix; or sessions, from a file or drawn."""
 
     path: Path | None = None
+    tokens_per_hash_id: int = 512
     zero_lengths: ZeroLengths = ZeroLengths.ERROR
     long_share: float = 0.0488
     long_prompt_scale: float = 1.0
@@ -43,13 +52,14 @@ class WorkloadConfig:
     burst_s: float = 30.0
     period_s: float = 300.0
     amplitude: float = 0.8
+    sessions: SessionsConfig | None = None  # None: requests that do not wait for each other
 
     def __post_init__(self) -> None:
         check_ranges("workload", self, 0.0, 1.0, "long_share", "amplitude")
         check_ranges("workload", self, 1e-3, 1e4, "long_prompt_scale", "short_prompt_scale", "output_scale")
         check_ranges("workload", self, 1e-6, 1e6, "qps", "time_scale")
         check_ranges("workload", self, 1e-3, 1e9, "duration_s", "burst_s", "period_s")
-        check_ranges("workload", self, 1, 1 << 40, "num_requests")
+        check_ranges("workload", self, 1, 1 << 40, "num_requests", "tokens_per_hash_id")
         check_ranges("workload", self, 0.05, 100.0, "cv")
         check_ranges("workload", self, 1.0, 1e6, "burst_factor")
 
@@ -68,11 +78,14 @@ class WorkloadFacts:
     num_output_tokens: int
     max_prompt_tokens: int
     max_request_tokens: int  # prompt and output of one
-    last_arrival_s: float
+    last_arrival_s: float    # of sessions, if every turn ended when it came: no turn is later than the last one by less
+    num_new_tokens: int      # of all prompt tokens, those that no earlier turn of their session had
 
 
 class Workload:
     """Every call of requests() gives the same requests, one by one: a simulated day need not be held in memory.
+
+    What comes when is in feed(): of sessions, a turn comes only after others have ended.
 
     Raises ConfigError, on construction, for options that contradict each other, and for a trace that cannot be read
     to the end of the part that is needed.
@@ -83,30 +96,77 @@ class Workload:
         self._seed = seed
         self._stretch = 1.0
         self._is_recorded = False
-        if config.path is None:
+        self.has_keys = config.sessions is not None  # whether prompts may be found to begin alike
+        if config.sessions is not None:
+            self._check_sessions()
+        elif config.path is None:
             self._check_synthetic()
         else:
             self._look_into(self._trace(config.path))
         self.facts = self._count()
 
-    def requests(self) -> Iterator[Request]:
-        """The requests, in order of arrival; ids r0, r1, ... in that order."""
+    def feed(self, granule_tokens: int | None) -> RequestFeed:
+        """The requests as they come. granule_tokens: of their prefix keys; None: they have none."""
+        if self.config.sessions is None:
+            return OpenLoop(self.requests(granule_tokens), granule_tokens)
+        return self.play(granule_tokens)
+
+    def play(self, granule_tokens: int | None = None) -> SessionPlay:
+        """A workload of sessions as they come."""
         config = self.config
-        for index, (arrival_s, num_prompt_tokens, num_output_tokens) in enumerate(
+        assert config.sessions is not None, "these are no sessions"
+        return SessionPlay(
+            self.sessions, granule_tokens, config.sessions.max_live,
+            inf if config.duration_s is None else config.duration_s, config.sessions.names_sessions,
+        )  # fmt: skip
+
+    @cached_property
+    def sessions(self) -> list[AgentSession]:
+        """All sessions and their subagents."""
+        config = self.config
+        assert config.sessions is not None, "these are no sessions"
+        if config.path is None:
+            rows = draw_sessions(config.sessions, self._seed)
+        else:
+            rows = read_session_rows(config.path.expanduser(), config.tokens_per_hash_id)
+        return build_sessions(rows, config.tokens_per_hash_id)
+
+    def requests(self, granule_tokens: int | None = None) -> Iterator[Request]:
+        """The requests, in order of arrival; ids r0, r1, ... in that order. Those of a trace with hash ids have keys.
+
+        Of sessions, all turns as if each ended when it came.
+        """
+        config = self.config
+        if config.sessions is not None:
+            play = self.play(granule_tokens)
+            while play.next_s < inf:
+                request = play.pop()
+                yield request
+                play.ended(request.request_id, request.arrival_s, True)
+            return
+        for index, (arrival_s, num_prompt_tokens, num_output_tokens, hash_ids) in enumerate(
             islice(self._recorded() if self._is_recorded else self._drawn(), config.num_requests)
         ):
             if config.duration_s is not None and arrival_s >= config.duration_s:
                 return
+            keys = b""
+            if granule_tokens is not None and hash_ids:
+                chain = KeyChain(granule_tokens)
+                chain.extend(spans_of_ids(hash_ids, num_prompt_tokens, config.tokens_per_hash_id))
+                keys = chain.keys
             yield Request(
                 request_id=f"r{index}",
                 num_prompt_tokens=num_prompt_tokens,
                 max_output_tokens=num_output_tokens,
                 arrival_s=arrival_s,
+                prefix_keys=keys,
             )
 
     def __str__(self) -> str:
         """Where requests and their arrivals come from, and how much there is of them; for people."""
         config, facts = self.config, self.facts
+        if config.sessions is not None:
+            return self._sessions_text()
         rate = "" if config.qps is None else f" at {config.qps:g} requests/s"
         if config.path is None or not self._is_recorded:
             arrivals = f"arrivals {config.drawn_arrivals.value}{rate}"
@@ -121,10 +181,49 @@ class Workload:
             f"{facts.num_output_tokens:,} output tokens"
         )
 
+    def _sessions_text(self) -> str:
+        config, facts, sessions = self.config, self.facts, self.sessions
+        assert config.sessions is not None
+        num_subagents = sum(one.parent is not None for one in sessions)
+        source = "drawn" if config.path is None else f"of {config.path}"
+        live = "" if config.sessions.max_live is None else f", {config.sessions.max_live} at a time"
+        return (
+            f"{len(sessions) - num_subagents:,} sessions with {num_subagents:,} subagents, {source}{live}: "
+            f"{facts.num_requests:,} turns with {facts.num_prompt_tokens:,} prompt tokens, of which "
+            f"{facts.num_new_tokens / facts.num_prompt_tokens:.1%} are new in their session, the longest prompt "
+            f"{facts.max_prompt_tokens:,}; {facts.num_output_tokens:,} output tokens"
+        )
+
     def _trace(self, path: Path) -> TraceFile:
         return TraceFile(
-            path=path.expanduser(), skips_zero_lengths=self.config.zero_lengths is ZeroLengths.SKIP
+            path=path.expanduser(),
+            skips_zero_lengths=self.config.zero_lengths is ZeroLengths.SKIP,
+            tokens_per_hash_id=self.config.tokens_per_hash_id,
         )
+
+    def _check_sessions(self) -> None:
+        config = self.config
+        for key, value, way_out in (
+            ("qps", config.qps, "workload.sessions.max_live and workload.sessions.gap_scale set the load"),
+            ("num_requests", config.num_requests, "give workload.sessions.num_sessions, or workload.duration_s"),
+        ):
+            if value is not None:
+                raise ConfigError(f"workload.{key}={value:g}: turns of sessions come when earlier ones have ended; "
+                    f"leave it null; {way_out}")
+        if config.arrivals is not ArrivalProcess.AUTO or config.time_scale != 1.0:
+            raise ConfigError(
+                f"workload.arrivals={config.arrivals.value} workload.time_scale={config.time_scale:g}: turns of "
+                "sessions come when earlier ones have ended; leave both as they are, or use workload=trace"
+            )
+        sessions = config.sessions
+        assert sessions is not None
+        if config.path is not None and sessions != SessionsConfig(
+            max_live=sessions.max_live, names_sessions=sessions.names_sessions
+        ):
+            raise ConfigError(
+                f"workload.path={config.path}: a file says itself what its sessions are; of workload.sessions only "
+                "max_live and names_sessions may be set"
+            )
 
     def _check_synthetic(self) -> None:
         config = self.config
@@ -146,6 +245,7 @@ class Workload:
         first = next(trace.rows(), None)
         if first is None:
             raise ConfigError(f"workload.path={config.path}: no requests in it; it needs at least one row")
+        self.has_keys = bool(first.hash_ids)
         has_times = first.arrival_s is not None
         if config.arrivals is ArrivalProcess.RECORDED and not has_times:
             raise ConfigError(f"workload.arrivals=recorded: {config.path} has no arrival times; "
@@ -173,14 +273,14 @@ class Workload:
                     "use workload.arrivals=poisson")
             self._stretch = num_rows / last_s / config.qps
 
-    def _recorded(self) -> Iterator[tuple[float, int, int]]:
-        """Arrival, prompt and output tokens of every row."""
+    def _recorded(self) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
+        """Arrival, prompt and output tokens and hash ids of every row."""
         assert self.config.path is not None
-        for arrival_s, num_prompt_tokens, num_output_tokens in self._trace(self.config.path).rows():
-            assert arrival_s is not None
-            yield arrival_s * self._stretch, num_prompt_tokens, num_output_tokens
+        for row in self._trace(self.config.path).rows():
+            assert row.arrival_s is not None
+            yield row.arrival_s * self._stretch, *row[1:]
 
-    def _drawn(self) -> Iterator[tuple[float, int, int]]:
+    def _drawn(self) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
         """The same with arrivals that are drawn, and lengths of the trace or the mix.
 
         Arrivals and lengths have streams of random numbers of their own: another rate or process leaves every
@@ -195,14 +295,14 @@ class Workload:
         )  # fmt: skip
         if config.path is not None:
             for arrival_s, row in zip(arrivals_s, self._trace(config.path).rows(), strict=False):
-                yield arrival_s, row.num_prompt_tokens, row.num_output_tokens
+                yield arrival_s, *row[1:]
         else:
             draw = Random(f"lengths {self._seed}")
             for arrival_s in arrivals_s:
                 yield arrival_s, *draw_mix(
                     draw, config.long_share, short_scale=config.short_prompt_scale,
                     long_scale=config.long_prompt_scale, output_scale=config.output_scale,
-                )  # fmt: skip
+                ), ()  # fmt: skip
 
     def _count(self) -> WorkloadFacts:
         num_requests = num_prompt_tokens = num_output_tokens = max_prompt = max_request = 0
@@ -224,4 +324,7 @@ class Workload:
             max_prompt_tokens=max_prompt,
             max_request_tokens=max_request,
             last_arrival_s=last_s,
+            num_new_tokens=num_prompt_tokens if self.config.sessions is None else sum(
+                turn.num_new_tokens for one in self.sessions for turn in one.turns
+            ),
         )

@@ -30,6 +30,7 @@ from megatron_medha.sim.pipeline import Pipeline
 from megatron_medha.stats.request_stats import Ending, RequestStats
 from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary import LengthClasses, Summary
+from megatron_medha.workload.request_feed import OpenLoop
 
 SHAPE = ModelShape(
     name="llama3_8b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8,
@@ -85,7 +86,7 @@ def run(system: SchedulerProtocol, *requests: Request) -> tuple[dict[str, Reques
     outcomes: list[RequestStats] = []
     ledger = Ledger(Summary(LengthClasses(), Slo()), Slo(), lambda num_tokens: 1.0, outcomes.append)
     kept = Kept()
-    serve(system, InstancesSimRuntime(requests, Pipeline(1, 16), PredictedTruth(), ledger), (kept,))
+    serve(system, InstancesSimRuntime(OpenLoop(requests), Pipeline(1, 16), PredictedTruth(), ledger), (kept,))
     ledger.close()
     return {outcome.request.request_id: outcome for outcome in outcomes}, kept.batches
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from megatron_medha.sim.planning.trial_window import TrialWindow, choose_window, num_needed
 from megatron_medha.stats.summary import LengthClasses
 from megatron_medha.workload.arrivals import ArrivalProcess
+from megatron_medha.workload.session_mix import SessionsConfig
 from megatron_medha.workload.workload import Workload, WorkloadConfig
 
 
@@ -30,6 +32,13 @@ def trace(tmp_path: Path) -> Callable[..., WorkloadConfig]:
         return WorkloadConfig(path=path)
 
     return write
+
+
+def test_a_window_of_sessions_is_all_their_turns_or_those_of_so_many_seconds() -> None:
+    config = WorkloadConfig(sessions=SessionsConfig(num_sessions=30, turns=5.0, length_scale=0.05))
+    whole, some = chosen(config), chosen(config, 20.0)
+    assert whole.workload == config and sum(whole.num_by_class.values()) == Workload(config, 0).facts.num_requests
+    assert some.workload == replace(config, duration_s=20.0) and some.seconds < 20.0 < whole.seconds
 
 
 def test_a_window_reaches_as_far_as_it_takes_to_see_what_comes_late(trace: Callable[..., WorkloadConfig]) -> None:

@@ -139,7 +139,7 @@ def test_recorded_arrivals_are_taken_as_they_are(write: Write, name: str, text: 
         ("azure2024.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n"
                           "2024-05-10 00:00:00.009930+00:00,10,3\n2024-05-10 00:00:01.509930+00:00,20,4\n"),
         ("mooncake.jsonl", '{"timestamp":27000,"input_length":10,"output_length":3,"hash_ids":[1]}\n'
-                           '{"timestamp":28500,"input_length":20,"output_length":4,"hash_ids":[1,2]}\n'),
+                           '{"timestamp":28500,"input_length":20,"output_length":4,"hash_ids":[1]}\n'),
         ("burstgpt.csv", "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
                          "5,ChatGPT,10,3,13,Conversation log\n6.5,GPT-4,20,4,24,API log\n"),
     ],
@@ -247,3 +247,25 @@ def test_a_trace_that_is_not_there_is_refused(tmp_path: Path) -> None:
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, object], words: str) -> None:
     assert words in refusal(WorkloadConfig(**options))
+
+
+def test_hash_ids_of_a_trace_become_keys_of_its_prompts(write: Write) -> None:
+    text = "arrival_s,prompt_tokens,output_tokens,hash_ids\n0,1100,5,1 2 3\n1,1300,5,1 2 4\n2,300,5,9\n3,40,5,8\n"
+    workload = Workload(WorkloadConfig(path=write(text)), 0)
+    keys = [request.prefix_keys for request in workload.requests(64)]
+    assert [len(one) // 16 for one in keys] == [1100 // 64, 1300 // 64, 300 // 64, 0]
+    assert keys[0][: 16 * 16] == keys[1][: 16 * 16] and keys[0][16 * 16 :] != keys[1][16 * 16 : 17 * 16]
+    assert {request.prefix_keys for request in workload.requests()} == {b""}
+
+
+def test_ids_of_blocks_of_another_length_are_not_taken_for_those_of_512(write: Write) -> None:
+    path = write("arrival_s,prompt_tokens,output_tokens,hash_ids\n0,40,5,1 2 3\n")
+    assert "workload.tokens_per_hash_id" in refusal(WorkloadConfig(path=path))
+    (request,) = Workload(WorkloadConfig(path=path, tokens_per_hash_id=16), 0).requests(16)
+    assert len(request.prefix_keys) == 2 * 16
+
+
+@pytest.mark.parametrize("ids", ["1 x", "1.5"])
+def test_ids_that_are_no_numbers_are_refused(write: Write, ids: str) -> None:
+    path = write(f"prompt_tokens,output_tokens,hash_ids\n9,5,{ids}\n")
+    assert "hash_ids" in refusal(WorkloadConfig(path=path, qps=1.0))

@@ -61,9 +61,14 @@ def choose_window(
 ) -> TrialWindow:
     """The requests of the first trial_s seconds; None: of as many as it takes, at least MIN_WINDOW_S or a period.
 
+    Of sessions, the turns of the first trial_s seconds; None: all of them, as nobody knows when they will come.
+
     Raises ConfigError, as Workload does.
     """
-    if config.path is None and config.duration_s is None and config.num_requests is None:
+    is_closed_loop = config.sessions is not None
+    if is_closed_loop and trial_s is not None:
+        config = replace(config, duration_s=trial_s)
+    if not is_closed_loop and config.path is None and config.duration_s is None and config.num_requests is None:
         config = replace(config, num_requests=MAX_DRAWN)
     workload = Workload(config, seed)
     whole: Counter[str] = Counter()
@@ -95,6 +100,7 @@ def choose_window(
             break
         if (
             trial_s is None
+            and not is_closed_loop
             and request.arrival_s >= least_s
             and covers(counts, num_requests)
             and (is_drawn or peaks.share_of(whole_peaks) >= MIN_PEAK_COVERED)
@@ -120,7 +126,7 @@ def choose_window(
                 f"needs {needed}; {more}, or other bounds of classes.short_below and classes.long_above"
             )
     return TrialWindow(
-        workload=replace(config, duration_s=None, num_requests=num_requests),
+        workload=config if is_closed_loop else replace(config, duration_s=None, num_requests=num_requests),
         seconds=last_s,
         num_by_class={name: counts[name] for name in CLASSES if counts[name]},
         whole_share_by_class={name: whole[name] / num_whole for name in CLASSES if whole[name]},
