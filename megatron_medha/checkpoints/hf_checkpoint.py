@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -14,20 +14,23 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from megatron_medha.checkpoints.checkpoint_format import CheckpointFormat, Progress
+from megatron_medha.checkpoints.megatron_checkpoint import sharded_parts
 from megatron_medha.checkpoints.placements import (
-    EMBEDDING,
-    LM_HEAD,
+    EMBEDDING_NAME,
+    HEAD_NAME,
+    Placement,
     checked_placements,
     model_slice_of,
     zero_padding_rows,
 )
 from megatron_medha.checkpoints.weight_checks import StoredHeader, refuse_larger_model, refuse_non_finite
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.models.hf_config import read_hf_config
+from megatron_medha.models.hf_config import hf_tensor_rows, hf_unread_keys, read_hf_config
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import open_regular, path_inside, read_bytes
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+ONE_BY_ONE = {"non_homogeneous_layers": True}  # parts named layer by layer
 _MAX_INDEX_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 64 << 20  # 100 bytes a tensor
 
@@ -53,29 +56,46 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
     All headers are checked first, so nothing is copied when a tensor is missing, surplus or of the wrong shape.
     Values are converted to the parameters' dtype and device. Raises CheckpointError naming file and key.
     """
-    parameters = dict(model.named_parameters())
-    share = model_slice_of(model)
     headers = _headers(directory)
-    expected = checked_placements(model, config, headers, _where_expected(directory), "config.json says")
-    num_ids = zero_padding_rows(parameters, config, share)
-    wanted = {key: placement for key, placement in expected.items() if placement.parameter is not None}
+    rows = hf_tensor_rows(directory)
+    expected = checked_placements(
+        rows,
+        sharded_parts(model, ONE_BY_ONE),
+        config,
+        headers,
+        _where_expected(directory),
+        "config.json says",
+        hf_unread_keys(directory),
+    )
+    zero_padding_rows(dict(model.named_parameters()), config, model_slice_of(model))
     num_loaded = 0
-    for path in sorted({headers[key].path for key in wanted}):
+    for path in sorted({headers[key].path for key in expected}):
         not_finite = []
         with opened(path) as file:
-            for key in (key for key in sorted(file.keys()) if key in wanted and headers[key].path == path):
-                if not wanted[key].fill(parameters, wanted[key].part(file.get_slice(key), share)):
+            for key in (key for key in sorted(file.keys()) if key in expected and headers[key].path == path):
+                if not expected[key].fill(file.get_slice(key).__getitem__):
                     not_finite.append(key)
                 num_loaded += 1
-                progress(f"weights from {path.name}", num_loaded / len(wanted))
+                progress(f"weights from {path.name}", num_loaded / len(expected))
         refuse_non_finite(path, not_finite)
-    if config.has_tied_embeddings and LM_HEAD in headers and EMBEDDING in wanted:
-        path = headers[LM_HEAD].path
-        tied_VC = parameters[str(wanted[EMBEDDING].parameter)][:num_ids]
-        with opened(path) as file:
-            head_VC = wanted[EMBEDDING].part(file.get_slice(LM_HEAD), share)
-        if not torch.equal(head_VC.to(tied_VC.device, tied_VC.dtype), tied_VC):
-            raise CheckpointError(f"{path}: tensor {LM_HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
+    if config.has_tied_embeddings:
+        keys = {row.parameter: row.key for row in rows if row.parameter in (EMBEDDING_NAME, HEAD_NAME)}
+        _check_tied(expected, headers, keys[EMBEDDING_NAME], keys[HEAD_NAME])
+
+
+def _check_tied(
+    expected: Mapping[str, Placement], headers: Mapping[str, StoredHeader], embedding: str, head: str
+) -> None:
+    """Raise CheckpointError if a head is stored beside the embedding and is not the same."""
+    if embedding not in expected or head not in headers:
+        return
+    path = headers[head].path
+    with opened(path) as file:
+        for fill in expected[embedding].fills:
+            stored = file.get_slice(head)[fill.box]
+            if not torch.equal(stored.to(fill.view.device, fill.view.dtype), fill.view):
+                why = "tie_word_embeddings is true"
+                raise CheckpointError(f"{path}: tensor {head} differs from {embedding}, but {why}")
 
 
 def hf_weight_files(directory: Path) -> list[Path]:

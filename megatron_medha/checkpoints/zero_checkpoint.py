@@ -34,7 +34,8 @@ from megatron_medha.checkpoints.zero_states import (
     read_model_states,
 )
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.models.hf_config import read_hf_config
+from megatron_medha.models.families.llama import LLAMA_ROWS
+from megatron_medha.models.hf_config import hf_tensor_rows, read_hf_config
 from megatron_medha.models.megatron_args import config_from_args
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import tokenizer_facts
@@ -110,16 +111,14 @@ def load_zero_weights(model: Any, config: ModelConfig, step: Path, progress: Pro
 
 
 def _fill_from_transformers(model: Any, config: ModelConfig, tensors: Mapping[str, Pieces], step: Path) -> None:
-    parameters = dict(model.named_parameters())
-    share = model_slice_of(model)
-    expected = checked_placements(model, config, _headers(tensors, step), step, "the model's is")
-    zero_padding_rows(parameters, config, share)
-    refuse_non_finite(step, [
-        key
-        for key, placement in expected.items()
-        if placement.parameter is not None
-        and not placement.fill(parameters, placement.part(tensors[key].joined(), share))
-    ])  # fmt: skip
+    has_config = (step.parent / "config.json").is_file()
+    rows = hf_tensor_rows(step.parent) if has_config else LLAMA_ROWS
+    parts = sharded_parts(model, {"non_homogeneous_layers": True})
+    expected = checked_placements(rows, parts, config, _headers(tensors, step), step, "the model's is")
+    zero_padding_rows(dict(model.named_parameters()), config, model_slice_of(model))
+    refuse_non_finite(
+        step, [key for key, placement in expected.items() if not placement.fill(tensors[key].joined().__getitem__)]
+    )
 
 
 def _fill_from_megatron(model: Any, config: ModelConfig, tensors: Mapping[str, Pieces], step: Path) -> None:

@@ -6,10 +6,13 @@ checkpoint is refused. The rotary embedding is read in hf_rope.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import UnsupportedModelError
+from megatron_medha.models.families.family import Family, Rule, TensorRow
+from megatron_medha.models.families.family_table import FAMILIES
 from megatron_medha.models.hf_rope import rope_problems, rope_scaling, rope_theta
 from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
 from megatron_medha.models.model_config import ModelConfig
@@ -18,11 +21,15 @@ from megatron_medha.safe_files.checkpoint_files import listed, shown
 from megatron_medha.safe_files.json_fields import JsonFields, read_json
 
 _KNOWN = KNOWN_FIELDS["hugging_face"]
-SUPPORTED_MODEL_TYPES = tuple(_KNOWN["defaults"])
 _NAMED = names_of("hugging_face", "read") | names_of("hugging_face", "harmless")
 _HARMLESS_PREFIXES = tuple(names_of("hugging_face", "harmless_prefixes"))
 _HARMLESS_SUFFIXES = tuple(names_of("hugging_face", "harmless_suffixes"))
 _DTYPES = ("float32", "bfloat16", "float16")
+_GENERATING = ("ForCausalLM", "LMHeadModel")
+_RULES = {
+    "hidden_act": Rule(("silu", "swish"), "the MLP must be gated SiLU"),
+    "is_causal": Rule((True,), "every token must see only those before it"),  # transformers takes null for false
+}
 _UNKNOWN = (
     "this field is not known here, and may change what the model computes. If the model computes the same without it, "
     "delete it"
@@ -35,12 +42,8 @@ def read_hf_config(directory: Path) -> ModelConfig:
     Raises CheckpointError for fields that are missing or of the wrong type, UnsupportedModelError with all the
     reasons for a model this package cannot run exactly.
     """
-    config = read_json(directory / "config.json")
-    model_type = config.fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in SUPPORTED_MODEL_TYPES:
-        raise config.unsupported("model_type", f"one of {', '.join(SUPPORTED_MODEL_TYPES)} is")
-    config = JsonFields(config.path, {**_KNOWN["defaults"][model_type], **config.fields})
-    _refuse_unsupported(config, model_type)
+    family, config = _family_and_config(directory)
+    _refuse_unsupported(config, family)
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -51,25 +54,45 @@ def read_hf_config(directory: Path) -> ModelConfig:
     head_dim = config.integer("head_dim", hidden_size // num_heads)
     if head_dim % 2 or head_dim < 4:
         raise config.wrong("head_dim", f"even and at least 4, for rotary positions; it is {head_dim}")
-    return ModelConfig(
-        name=directory.resolve().name,
-        num_layers=config.integer("num_hidden_layers"),
-        hidden_size=hidden_size,
-        ffn_hidden_size=config.integer("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        vocab_size=config.integer("vocab_size"),
-        max_context_len=_max_context_len(config),
-        norm_epsilon=config.number("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta(config),
-        rope_scaling=rope_scaling(config),
-        has_qkv_bias=model_type == "qwen2",
-        has_qk_norm=model_type == "qwen3",
-        has_tied_embeddings=config.flag("tie_word_embeddings"),
-        dtype=_dtype(config),
-        stop_token_ids=_stop_token_ids(directory, config),
-    )
+    fields: dict[str, Any] = {
+        "name": directory.resolve().name,
+        "num_layers": config.integer("num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": config.integer("intermediate_size"),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": config.integer("vocab_size"),
+        "max_context_len": _max_context_len(config),
+        "norm_epsilon": config.number("rms_norm_eps", 1e-6),
+        "rope_theta": rope_theta(config),
+        "rope_scaling": rope_scaling(config),
+        "has_tied_embeddings": config.flag("tie_word_embeddings"),
+        "dtype": _dtype(config),
+        "stop_token_ids": _stop_token_ids(directory, config),
+    }
+    return ModelConfig(**(fields | dict(family.traits(config))))
+
+
+def hf_tensor_rows(directory: Path) -> Sequence[TensorRow]:
+    """The tensors that a checkpoint of this family holds. Raises what read_hf_config raises."""
+    family, config = _family_and_config(directory)
+    return family.tensors(config)
+
+
+def hf_unread_keys(directory: Path) -> tuple[str, ...]:
+    """Endings of the names of tensors that old checkpoints keep though they follow from the config."""
+    return tuple(_family_and_config(directory)[0].unread_keys.split())
+
+
+def _family_and_config(directory: Path) -> tuple[Family, JsonFields]:
+    """The family in directory/config.json, and its fields with what transformers takes for absent ones."""
+    config = read_json(directory / "config.json")
+    model_type = config.fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise config.unsupported("model_type", f"one of {', '.join(FAMILIES)} is")
+    family = FAMILIES[model_type]
+    return family, JsonFields(config.path, {**family.defaults, **config.fields})
 
 
 def _max_context_len(config: JsonFields) -> int:
@@ -81,38 +104,40 @@ def _max_context_len(config: JsonFields) -> int:
     return length
 
 
-def _refuse_unsupported(config: JsonFields, model_type: str) -> None:
+def _refuse_unsupported(config: JsonFields, family: Family) -> None:
     """Raise one UnsupportedModelError with every reason."""
-    problems = [str(problem) for problem in _unsupported_fields(config, model_type)] + rope_problems(config)
+    problems = [str(problem) for problem in _unsupported_fields(config, family)] + rope_problems(config)
     if not problems:
-        problems = _window_problems(config, model_type)  # depend on the context, and so on the rotary embedding
+        problems = _window_problems(config, family)  # depend on the context, and so on the rotary embedding
     if problems:
         raise UnsupportedModelError(listed(problems))
 
 
-def _unsupported_fields(config: JsonFields, model_type: str) -> list[UnsupportedModelError]:
+def _unsupported_fields(config: JsonFields, family: Family) -> list[UnsupportedModelError]:
+    read = frozenset(family.reads.split())
     problems = [
         config.unsupported(key, _UNKNOWN)
         for key, value in config.fields.items()
-        if value and not _is_known(key, value)
+        if value and key not in read and not _is_known(key, value)
     ]
     architectures = config.fields.get("architectures") or []
     if not isinstance(architectures, list):
         problems.append(config.unsupported("architectures", "it must be a list of names"))
-    elif architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
+    elif architectures and not any(str(name).endswith(_GENERATING) for name in architectures):
         problems.append(config.unsupported("architectures", "only language models (...ForCausalLM) generate text"))
     if config.fields.get("quantization_config") is not None:
         problems.append(config.unsupported("quantization_config", "weights must be float32, bfloat16 or float16"))
-    if config.fields.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(config.unsupported("hidden_act", "the MLP must be gated SiLU"))
-    if config.fields.get("is_causal", True) is not True:  # transformers takes null for false
-        problems.append(config.unsupported("is_causal", "every token must see only those before it"))
-    # The other families pass over these fields.
-    if model_type in ("llama", "qwen3") and config.flag("attention_bias"):
-        problems.append(config.unsupported("attention_bias", "it puts a bias on the attention's output projection"))
-    if model_type == "llama" and config.flag("mlp_bias"):
-        problems.append(config.unsupported("mlp_bias", "the MLP has no biases here"))
+    problems += [
+        config.unsupported(key, rule.reason)
+        for key, rule in (_RULES | dict(family.rules)).items()
+        if key in config.fields and not _is_among(config.fields[key], rule.values)
+    ]
     return problems
+
+
+def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether it is one of them; 1 is not true."""
+    return any(type(value) is type(each) and value == each for each in values)
 
 
 def _is_known(name: str, value: Any) -> bool:
@@ -122,7 +147,7 @@ def _is_known(name: str, value: Any) -> bool:
     return is_named or is_token or value in _KNOWN["harmless_values"].get(name, ())
 
 
-def _window_problems(config: JsonFields, model_type: str) -> list[str]:
+def _window_problems(config: JsonFields, family: Family) -> list[str]:
     """Reasons against a sliding window, only where some position of the context would really be cut off by it."""
     num_layers = config.integer("num_hidden_layers")
     layer_types = config.fields.get("layer_types") or []
@@ -133,19 +158,7 @@ def _window_problems(config: JsonFields, model_type: str) -> list[str]:
     if set(layer_types) - {"full_attention", "sliding_attention"}:
         return [str(config.unsupported("layer_types", "every layer must have full_attention"))]
     window = config.fields.get("sliding_window")
-    if model_type in ("qwen2", "qwen3"):
-        is_used = config.flag("use_sliding_window")
-        from_layer = config.fields.get("max_window_layers")
-        if not isinstance(from_layer, int):
-            raise config.wrong("max_window_layers", "a whole number")
-        has_windowed_layer = "sliding_attention" in layer_types if layer_types else is_used and from_layer < num_layers
-        if has_windowed_layer and not is_used:
-            return [str(config.unsupported("layer_types", "sliding_attention needs use_sliding_window=true"))]
-    elif model_type == "mistral":
-        has_windowed_layer = True  # whatever layer_types says
-    else:  # a Llama has none; one that asks for it was meant for other code
-        has_windowed_layer = config.fields.get("use_sliding_window") is not False or "sliding_attention" in layer_types
-    if not has_windowed_layer or window is None:
+    if not any(family.windowed_layers(config)) or window is None:
         return []
     length = _max_context_len(config)
     if isinstance(window, int) and window >= length:

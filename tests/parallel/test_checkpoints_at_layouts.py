@@ -20,6 +20,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied embeddings": ("Llama", {"tie_word_embeddings": True}),
     "biases of queries, keys and values": ("Qwen2", {}),
     "norms of queries and keys": ("Qwen3", {"head_dim": 16}),
+    "fused tensors": ("Phi3", {}),
+    "neighbours turn together": ("Ernie4_5", {"head_dim": 16}),
+    "multiplied weights": ("Granite", {
+        "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.2,
+    }),
 }
 
 
@@ -116,19 +121,18 @@ def bytes_read(config: RankConfig, connection: Connection) -> None:
         model_config, dtype=torch.float32, device=device, pgs=build_groups(config.layout), is_initialized=False
     )
     num_bytes = 0
-    read_part = placements.Placement.part
+    copy = placements.Fill.copy
 
-    def counted(*args: Any) -> torch.Tensor:
+    def counted(fill: placements.Fill, stored: torch.Tensor) -> bool:
         nonlocal num_bytes
-        part = read_part(*args)
-        num_bytes += part.nbytes
-        return part
+        num_bytes += stored.nbytes
+        return copy(fill, stored)
 
-    placements.Placement.part = counted
+    placements.Fill.copy = counted
     try:
         load_weights(model, model_config, config.checkpoint, lambda what, fraction: None)
     finally:
-        placements.Placement.part = read_part
+        placements.Fill.copy = copy
     connection.send((num_bytes, sum(parameter.nbytes for parameter in model.parameters())))
 
 

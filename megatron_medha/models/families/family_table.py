@@ -1,0 +1,16 @@
+"""Every family of Hugging Face checkpoints that is served, by model_type."""
+
+from __future__ import annotations
+
+from megatron_medha.models.families.granite import GRANITE
+from megatron_medha.models.families.llama import LLAMA
+from megatron_medha.models.families.mistral import MINISTRAL, MISTRAL
+from megatron_medha.models.families.paired import ERNIE4_5, HELIUM
+from megatron_medha.models.families.phi3 import PHI3
+from megatron_medha.models.families.qwen import QWEN2, QWEN3
+from megatron_medha.models.families.seed_oss import SEED_OSS
+
+FAMILIES = {
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, PHI3, SEED_OSS, ERNIE4_5, HELIUM, GRANITE)
+}

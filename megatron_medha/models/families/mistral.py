@@ -1,0 +1,25 @@
+"""Mistral 7B, and Ministral 8B, whose layers may each have the window or not."""
+
+from __future__ import annotations
+
+from megatron_medha.models.families.family import Family, all_layers, layers_of_type
+from megatron_medha.models.families.llama import LLAMA_ROWS
+from megatron_medha.safe_files.json_fields import JsonFields
+
+_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+
+
+def _windowed_layers(config: JsonFields) -> tuple[bool, ...]:
+    """Without layer_types every layer has it."""
+    return layers_of_type(config, "sliding_attention") or all_layers(config)
+
+
+MISTRAL = Family(
+    model_type="mistral",
+    defaults=_DEFAULTS,
+    tensors=lambda _: LLAMA_ROWS,
+    windowed_layers=all_layers,  # whatever layer_types says
+)
+MINISTRAL = Family(
+    model_type="ministral", defaults=_DEFAULTS, tensors=lambda _: LLAMA_ROWS, windowed_layers=_windowed_layers
+)

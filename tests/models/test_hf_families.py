@@ -1,0 +1,144 @@
+"""Every family of Hugging Face checkpoints beside transformers: the same logits, and the same defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from megatron_medha.checkpoints.detect import load_weights, read_model_config  # noqa: E402
+from megatron_medha.core.errors import CheckpointError, UnsupportedModelError  # noqa: E402
+from megatron_medha.core.layout import ParallelLayout  # noqa: E402
+from megatron_medha.model.build import build_model  # noqa: E402
+from megatron_medha.models.families.family_table import FAMILIES  # noqa: E402
+from megatron_medha.models.hf_config import read_hf_config  # noqa: E402
+from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed  # noqa: E402
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+MULTIPLIED = {
+    "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1,
+}  # fmt: skip
+# Beside the sizes.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ministral": ("ministral", {"sliding_window": 256, "head_dim": 16}),
+    "ministral, full attention": ("ministral", {
+        "sliding_window": 16, "layer_types": ["full_attention"] * 4, "head_dim": 16}),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "phi3, all heads": ("phi3", {"pad_token_id": 0, "num_key_value_heads": 4}),
+    "seed_oss": ("seed_oss", {"head_dim": 24}),
+    "seed_oss without biases": ("seed_oss", {"head_dim": 16, "attention_bias": False}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 24}),
+    "ernie4_5 untied": ("ernie4_5", {"head_dim": 16, "tie_word_embeddings": False}),
+    "helium": ("helium", {"head_dim": 16, "num_key_value_heads": 2}),
+    "helium with biases": ("helium", {"head_dim": 16, "attention_bias": True}),
+    "granite": ("granite", MULTIPLIED),
+    "granite tied": ("granite", {**MULTIPLIED, "tie_word_embeddings": True}),
+    "granite tied, all by one": ("granite", {"tie_word_embeddings": True}),
+}
+SHARED = {"llama", "mistral", "qwen2", "qwen3"}  # test_hf_configs.py
+
+
+@pytest.fixture(scope="module")
+def groups() -> MedhaPGs:
+    init_distributed(ParallelLayout(), 0, device=CPU)
+    return build_groups(ParallelLayout())
+
+
+def save_model(directory: Path, model_type: str, traits: dict[str, Any]) -> Any:
+    """A small random model; norms and biases, which start as ones and zeros, are random too."""
+    config = transformers.AutoConfig.for_model(model_type, **(SIZES | {"initializer_range": 0.2} | traits))
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(directory)
+    return model
+
+
+def loaded(directory: Path, groups: MedhaPGs) -> Any:
+    config = read_model_config(directory)
+    model = build_model(config, dtype=torch.float32, device=CPU, pgs=groups, is_initialized=False)
+    load_weights(model, config, directory, lambda what, fraction: None)
+    return model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path, groups: MedhaPGs) -> None:
+    reference = save_model(tmp_path, *VARIANTS[name])
+    ids = torch.randint(0, 101, (2, 90), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, actual = reference(ids).logits, loaded(tmp_path, groups)(ids, None, None)
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+
+
+def test_every_family_is_compared_with_transformers() -> None:
+    assert {model_type for model_type, _ in VARIANTS.values()} | SHARED == set(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_absent_fields_mean_what_they_mean_to_transformers(model_type: str, tmp_path: Path) -> None:
+    """Sizes apart, which no checkpoint leaves out."""
+    sizes = {"vocab_size": 101, "hidden_size": 640, "intermediate_size": 96, "num_hidden_layers": 4}
+    sizes["num_attention_heads"] = 160  # all defaults of num_key_value_heads divide it
+
+    def read(fields: dict[str, Any]) -> Any:
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        try:
+            return dataclasses.replace(read_hf_config(tmp_path), stop_token_ids=())
+        except UnsupportedModelError as error:  # against a window
+            return str(error)
+
+    stated = transformers.AutoConfig.for_model(model_type, **sizes).to_dict()
+    assert read({"model_type": model_type, **sizes}) == read(stated)
+
+
+@pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - SHARED))
+def test_a_field_that_is_set_and_unknown_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    fields = {"model_type": model_type, **SIZES, "no_such_field": 1}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UnsupportedModelError, match="no_such_field=1"):
+        read_hf_config(tmp_path)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "ministral's window": ("ministral", {"sliding_window": 64}, "sliding_window=64"),
+    "phi3 scaled": ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+    "phi3's window": ("phi3", {"sliding_window": 64}, "sliding_window=64"),
+    "ernie with biases": ("ernie4_5", {"use_bias": True}, "use_bias=True"),
+    "seed_oss, output bias": ("seed_oss", {"attention_out_bias": True}, "attention_out_bias=True"),
+    "granite, biases": ("granite", {"attention_bias": True}, "attention_bias=True"),
+    "granite, logits by a string": ("granite", {"logits_scaling": "8"}, "logits_scaling"),
+    "granite's multiplier in a llama": ("llama", {"logits_scaling": 8.0}, "logits_scaling"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_family_cannot_have_here_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    model_type, changes, told = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **SIZES, "head_dim": 16, **changes}))
+    with pytest.raises(CheckpointError, match=told):
+        read_hf_config(tmp_path)
+
+
+def test_a_fused_tensor_of_the_wrong_shape_is_named(tmp_path: Path, groups: MedhaPGs) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_model(tmp_path, *VARIANTS["phi3"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.layers.1.self_attn.qkv_proj.weight"
+    save_file(tensors | {key: tensors[key][:-1].contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{key} has shape \[127, 64\], config.json says \[128, 64\]"):
+        loaded(tmp_path, groups)
