@@ -140,5 +140,5 @@ class Engine:
             sampling = Sampling(max_output_tokens=_NUM_OUTPUT_TOKENS, temperature=0.0)
             new.append(NewRequest(chunk.request_id, ids.tobytes(), count, sampling))
         begun_s = time.perf_counter()
-        self._world.rank.run(RankStep(batch.batch_id, batch.chunks, tuple(new), batch.released))
+        self._world.rank.run(RankStep(batch.batch_id, batch.chunks, tuple(new), batch.released, kv_ops=batch.kv_ops))
         return time.perf_counter() - begun_s

@@ -18,6 +18,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.cost.fitted_cost import fit
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
+from megatron_medha.core.kv.ops import KVOp, append_op
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.choose_backend import attention_backend
@@ -82,11 +83,17 @@ class OneRank:
         if has_graphs and self.device.type == "cuda":
             self.rank.graphs = step_graphs(model, backend, kv_layers, Rotary(config), self.device, pgs)
 
-    def step(self, *chunks: Chunk, new: tuple[NewRequest, ...] = (), released: tuple[str, ...] = ()) -> float:
+    def step(
+        self,
+        *chunks: Chunk,
+        new: tuple[NewRequest, ...] = (),
+        released: tuple[str, ...] = (),
+        kv_ops: tuple[KVOp, ...] = (),
+    ) -> float:
         """Seconds until the step is answered: the rank waits for all of it, not for decodes it has launched ahead."""
         self._num_steps += 1
         started_s = time.perf_counter()
-        self.rank.run(RankStep(self._num_steps, chunks, new, released))
+        self.rank.run(RankStep(self._num_steps, chunks, new, released, kv_ops=kv_ops))
         return time.perf_counter() - started_s
 
     def begin(self, request_id: str, num_tokens: int) -> None:
@@ -95,7 +102,9 @@ class OneRank:
         sampling = Sampling(max_output_tokens=1 << 20, temperature=0.0)
         extent = Extent(0, num_blocks_for(num_tokens + 64, self.block_size))
         self.step(
-            Chunk(request_id, 0, 1, False, (0,), (extent,)), new=(NewRequest(request_id, ids, num_tokens, sampling),)
+            Chunk(request_id, 0, 1, False),
+            new=(NewRequest(request_id, ids, num_tokens, sampling),),
+            kv_ops=(append_op(request_id, 0, (extent,)),),
         )
 
 

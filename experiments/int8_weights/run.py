@@ -32,6 +32,7 @@ from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.tiny.tiny_corpus import read_stdlib
 from megatron_medha.worker.rank import Rank
@@ -169,13 +170,11 @@ def run(
         for name, prompt in zip(names, prompts, strict=bool(prompts))
     ) if prompts else ()  # fmt: skip
     chunks = tuple(
-        Chunk(
-            name, start, count, bool(new) and start + count == len(prompts[i]), (0,),
-            () if start else (Extent(i * BLOCKS_EACH, BLOCKS_EACH),),
-        )
+        Chunk(name, start, count, bool(new) and start + count == len(prompts[i]))
         for i, (name, count) in enumerate(zip(names, counts, strict=True))
-    )  # fmt: skip
-    return rank.run(RankStep(1, chunks, new, tuple(released)))
+    )
+    begin = tuple(append_op(name, 0, (Extent(i * BLOCKS_EACH, BLOCKS_EACH),)) for i, name in enumerate(names))
+    return rank.run(RankStep(1, chunks, new, tuple(released), kv_ops=begin if new else ()))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 
@@ -112,9 +113,8 @@ def decode(ranks: RankProcesses, checkpoint: Path, kvp: int, context: int, num_s
     first = (kvp - 1) * shard_tokens + shard  # the first decoded position, behind full shards
     prompt = array("i", (index % 1000 for index in range(first + 1)))
     new = NewRequest("a", prompt.tobytes(), first + 1, Sampling(max_output_tokens=num_steps, temperature=0.0))
-    extents = (Extent(0, num_blocks),)
-    # A chunk of one token at the start of each shard brings its blocks; what lies between is random already.
-    opening = [Chunk("a", i * shard_tokens, 1, False, tuple(range(i + 1)), extents) for i in range(kvp)]
+    # A chunk of one token at the start of each shard; what lies between is random already.
+    opening = [Chunk("a", i * shard_tokens, 1, False, tuple(range(i + 1))) for i in range(kvp)]
     steps, sampled = [], ()
     todo = [*opening, *(Chunk("a", first + i, 1, True, tuple(range(kvp))) for i in range(num_steps))]
     known: set[int] = set()
@@ -122,9 +122,13 @@ def decode(ranks: RankProcesses, checkpoint: Path, kvp: int, context: int, num_s
         started_s = time.perf_counter()
         for rank in range(kvp):
             is_part = rank in chunk.kvp_ranks
-            news = (new,) if is_part and rank not in known else ()
+            is_new = is_part and rank not in known
             known.update({rank} if is_part else set())
-            ranks.send(rank, RankStep(batch_id, (chunk,) if is_part else (), news, (), sampled if kvp > 1 else ()))
+            step = RankStep(
+                batch_id, (chunk,) if is_part else (), (new,) if is_new else (), (), sampled if kvp > 1 else (),
+                (append_op("a", rank, (Extent(0, num_blocks),)),) if is_new else (),
+            )  # fmt: skip
+            ranks.send(rank, step)
         answers = []
         while len(answers) < kvp:
             answers += list(ranks.answers())

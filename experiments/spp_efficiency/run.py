@@ -31,6 +31,7 @@ from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 
@@ -69,9 +70,10 @@ def prefill(
             ):
                 start = starts[num_submitted]
                 count = min(chunk, num_tokens - start)
-                extents = (Extent(0, num_blocks),) if start == 0 else ()
-                chunks = (Chunk("a", start, count, start + count == num_tokens, (0,), extents),)
-                ranks.send_to_kvp_rank(0, RankStep(num_submitted, chunks, (new,) if start == 0 else ()))
+                chunks = (Chunk("a", start, count, start + count == num_tokens),)
+                begin = append_op("a", 0, (Extent(0, num_blocks),))
+                first = RankStep(num_submitted, chunks, (new,), kv_ops=(begin,))
+                ranks.send_to_kvp_rank(0, RankStep(num_submitted, chunks) if start else first)
                 num_submitted += 1
             for answer in ranks.answers():
                 stage = layout.coord_of(answer.done.rank).spp

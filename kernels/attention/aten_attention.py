@@ -8,7 +8,7 @@ Shapes: T query tokens, S slots, K key/value heads, G query heads per key/value 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,12 @@ class AtenAttention(AttentionBackend):
         """Uninitialised KV of one layer: two tensors [K, num_blocks * block_size, D]."""
         shape = (num_kv_heads, num_blocks * block_size, head_dim)
         return LayerKV(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+
+    def copy_blocks(self, layer: Iterable[Tensor], sources_B: Tensor, targets_B: Tensor, block_size: int) -> None:
+        """See AttentionBackend."""
+        for values_KSD in layer:
+            values_KNW = values_KSD.view(len(values_KSD), -1, block_size * values_KSD.shape[2])
+            values_KNW[:, targets_B] = values_KNW[:, sources_B]
 
     def plan(self, ranges: Sequence[QueryRange]) -> AtenPlan:
         """Slots to write and slots to read, for all layers of one step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -62,6 +62,12 @@ class AttentionBackend(Protocol):
     ) -> LayerKV:
         """Uninitialised KV of one layer."""
         ...
+
+    def copy_blocks(self, layer: Iterable[Tensor], sources_B: Tensor, targets_B: Tensor, block_size: int) -> None:
+        """Copy what blocks of a layer hold to others; none of them is both. int64, on the pool's device."""
+        for values in layer:  # [N, ...], as bytes: some dtypes cannot be indexed
+            bytes_N = values.view(torch.uint8)
+            bytes_N[targets_B] = bytes_N[sources_B]
 
     def plan(self, ranges: Sequence[QueryRange]) -> Any:
         """Everything about a batch that all layers share, computed once per step."""

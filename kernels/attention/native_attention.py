@@ -10,7 +10,7 @@ tokens, or on the number of threads. How keys and values lie in the pool: native
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +63,17 @@ class NativeAttention(AttentionBackend):
         num_groups = -(-num_blocks * block_size // _GROUP)
         shape = (num_kv_heads, num_groups, pool_width(head_dim))
         return LayerKV(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+
+    def copy_blocks(self, layer: Iterable[Tensor], sources_B: Tensor, targets_B: Tensor, block_size: int) -> None:
+        """See AttentionBackend."""
+        if block_size % _GROUP:
+            within = torch.arange(block_size)
+            slots = [(blocks_B[:, None] * block_size + within).flatten() for blocks_B in (sources_B, targets_B)]
+            _copy_slots(*layer, *slots)
+            return
+        for pool in layer:  # whole groups
+            blocks = pool.view(len(pool), -1, block_size // _GROUP * pool.shape[2])
+            blocks[:, targets_B] = blocks[:, sources_B]
 
     def plan(self, ranges: Sequence[QueryRange]) -> NativePlan:
         """Slots to write and keys to read, for all layers of one step."""
@@ -159,3 +170,14 @@ class NativeAttention(AttentionBackend):
             len(plan.rows),
         )
         return call, out_THD
+
+
+def _copy_slots(k_KNW: Tensor, v_KNW: Tensor, sources_S: Tensor, targets_S: Tensor) -> None:
+    """Copy single slots; how they lie in their group: native/layout.h."""
+    num_heads, num_groups, _ = k_KNW.shape
+    pair = 2 if k_KNW.dtype == torch.bfloat16 else 1
+    k = k_KNW.view(num_heads, num_groups, -1, _GROUP, pair).movedim(3, 2)         # slot in group, then its numbers
+    v = v_KNW.view(num_heads, num_groups, _GROUP // pair, -1, pair).movedim(4, 3)  # pair, slot in pair, numbers
+    source, target = sources_S % _GROUP, targets_S % _GROUP
+    k[:, targets_S // _GROUP, target] = k[:, sources_S // _GROUP, source]
+    v[:, targets_S // _GROUP, target // pair, target % pair] = v[:, sources_S // _GROUP, source // pair, source % pair]

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from megatron_medha.cluster.messages import HeldKV
-from megatron_medha.core.batch import Batch, Chunk, Completed, Event, Output, RanksLost
+from megatron_medha.core.batch import Batch, Completed, Event, Output, RanksLost
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_memory import KVMemory
-from megatron_medha.core.kv.shards import begins_shard
+from megatron_medha.core.kv.ops import KVOp, is_for
 from megatron_medha.core.scheduling.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -18,29 +18,23 @@ _REPORT_INTERVAL = 10_000  # completed batches
 
 
 class SentBlocks:
-    """The blocks of each request on the ranks of one KVP index, from the steps alone.
+    """The blocks of each request on the ranks of one KVP index, from the steps alone."""
 
-    A request that lost its KV keeps its old blocks here until its first chunk comes again: ranks are not notified, as
-    they do not read them. So two requests may have the same block.
-    """
-
-    def __init__(self, kvp_rank: int, shard_tokens: int) -> None:
+    def __init__(self, kvp_rank: int) -> None:
         self._kvp_rank = kvp_rank
-        self._shard_tokens = shard_tokens
         self.extents: dict[str, list[Extent]] = {}
 
-    def note(self, released: Iterable[str], chunks: Iterable[Chunk]) -> HeldKV:
+    def note(self, released: Iterable[str], kv_ops: Iterable[KVOp]) -> HeldKV:
         """Add a step; what these ranks hold with it."""
         for request_id in released:
             self.extents.pop(request_id, None)
-        for chunk in chunks:
-            if self._kvp_rank not in chunk.kvp_ranks:
+        for op in kv_ops:
+            if not is_for(op, self._kvp_rank):
                 continue
-            extents = self.extents.setdefault(chunk.request_id, [])
-            if chunk.kvp_ranks[-1] == self._kvp_rank:
-                if begins_shard(chunk.start, self._shard_tokens):
-                    extents.clear()
-                extents.extend(chunk.new_extents)
+            if op.kind == "append":
+                self.extents.setdefault(op.request_id, []).extend(op.extents)
+            elif op.kind == "drop" and op.request_id in self.extents:
+                self.extents[op.request_id].clear()
         sums = [_sums(extents) for extents in self.extents.values()]
         return HeldKV(len(sums), sum(count for count, _ in sums), sum(numbers for _, numbers in sums))
 
@@ -56,8 +50,7 @@ class KVAudit:
     def __init__(self, scheduler: Scheduler) -> None:
         memory = scheduler.memory
         self._scheduler = scheduler
-        self._shard_tokens = memory.shard_tokens
-        self._sent = [SentBlocks(rank, memory.shard_tokens) for rank in range(memory.kvp)]
+        self._sent = [SentBlocks(rank) for rank in range(memory.kvp)]
         self._expected: dict[int, list[HeldKV]] = {}  # by batch and KVP index
         self._num_answers = 0
         self._num_steps = 0
@@ -72,12 +65,12 @@ class KVAudit:
                 self.report()
         elif isinstance(event, RanksLost):
             self._expected.clear()
-            self._sent = [SentBlocks(rank, self._shard_tokens) for rank in range(len(self._sent))]
+            self._sent = [SentBlocks(rank) for rank in range(len(self._sent))]
 
     def scheduled(self, batch: Batch, now_s: float) -> None:
         """See Observer."""
         check_pools(self._scheduler.memory)
-        self._expected[batch.batch_id] = [sent.note(batch.released, batch.chunks) for sent in self._sent]
+        self._expected[batch.batch_id] = [sent.note(batch.released, batch.kv_ops) for sent in self._sent]
         self._check_sent()
 
     def answered(self, batch_id: int, kvp_rank: int, audit_counts: HeldKV | None) -> None:
@@ -93,17 +86,16 @@ class KVAudit:
         _log.info("kv_audit num_steps=%d num_rank_answers=%d", self._num_steps, self._num_answers)
 
     def _check_sent(self) -> None:
-        """A shard is sent with the first chunk that is written to it, later blocks with the chunk after."""
+        """All that a sequence takes when it begins is sent with that batch, later blocks with its next chunk."""
         for request_id, seq in self._scheduler.memory.owners.items():
             table = seq.block_table
             for shard in table.shards:
-                if seq.num_scheduled_tokens <= shard.start:
-                    continue
-                unsent = table.unsent_extents if shard is table.shards[-1] else []
-                sent = _sums([*self._sent[shard.kvp_rank].extents[request_id], *unsent])
+                rank = shard.kvp_rank
+                unsent = [extent for op in table.unsent if op.kvp_rank == rank for extent in op.extents]
+                sent = _sums([*self._sent[rank].extents.get(request_id, ()), *unsent])
                 owned = _sums(shard.extents)
                 assert sent == owned, (
-                    f"{request_id} owns on KVP rank {shard.kvp_rank} (blocks, sum of their numbers) {owned}; "
+                    f"{request_id} owns on KVP rank {rank} (blocks, sum of their numbers) {owned}; "
                     f"sent or about to be sent are {sent}"
                 )
 

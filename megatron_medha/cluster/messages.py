@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from megatron_medha.core.batch import Chunk
+from megatron_medha.core.kv.ops import KVOp
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 
@@ -21,16 +22,18 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True):
 class RankStep(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """API server to rank: compute this batch. Every rank of a replica gets every batch, in batch order.
 
-    Released requests are forgotten first, new ones added next, then sampled tokens appended.
+    Released requests are forgotten first, new ones added next, then sampled tokens appended: all that at once. The KV
+    operations are executed when the step's turn to be computed comes, before its chunks.
     """
 
     batch_id: int
     chunks: tuple[Chunk, ...]  # that this rank's kvp index takes part in, in the batch's order; may be none
-    new_requests: tuple[NewRequest, ...] = ()  # that this rank's kvp index takes part in for the first time
+    new_requests: tuple[NewRequest, ...] = ()  # of which this rank's kvp index gets blocks for the first time
     released: tuple[str, ...] = ()
     # (request_id, token_id) since the last Step to this rank, of requests it was told of. A layout of one rank gets
     # none: it sampled them itself.
     sampled: tuple[tuple[str, int], ...] = ()
+    kv_ops: tuple[KVOp, ...] = ()  # on this rank's kvp index
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):

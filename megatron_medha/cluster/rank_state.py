@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from megatron_medha.cluster.messages import NewRequest, RankStep
 from megatron_medha.core.batch import Batch
+from megatron_medha.core.kv.ops import is_for
 from megatron_medha.core.layout import ParallelLayout
 
 
@@ -39,13 +40,15 @@ class RankStateCache:
 
     def _step(self, batch: Batch, kvp: int) -> RankStep:
         known = self._known[kvp]
-        chunks = batch.chunks if len(self._known) == 1 else batch.chunks_on(kvp)
+        is_alone = len(self._known) == 1
+        chunks = batch.chunks if is_alone else batch.chunks_on(kvp)
+        kv_ops = batch.kv_ops if is_alone else tuple([op for op in batch.kv_ops if is_for(op, kvp)])
         # What is released is forgotten first: the same id may come again.
         known.difference_update(batch.released)
         sampled = tuple(token for token in self._sampled[kvp] if token[0] in known)
         self._sampled[kvp].clear()
-        new_requests = tuple(
-            self._describe(chunk.request_id) for chunk in chunks if chunk.request_id not in known
-        )
-        known.update(new.request_id for new in new_requests)
-        return RankStep(batch.batch_id, chunks, new_requests, batch.released, sampled)
+        # A request gets blocks on a rank before its first chunk there, at the latest in the same batch.
+        begun = dict.fromkeys([op.request_id for op in kv_ops if op.kind == "append" and op.request_id not in known])
+        known.update(begun)
+        new_requests = tuple([self._describe(request_id) for request_id in begun])
+        return RankStep(batch.batch_id, chunks, new_requests, batch.released, sampled, kv_ops)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.ops import KVOp
 from megatron_medha.core.request import Request
 
 
@@ -18,11 +18,10 @@ class Chunk(NamedTuple):
     """
 
     request_id: str
-    start: int            # KV for [0, start) already exists; a chunk with start 0 begins a fresh block table
+    start: int            # KV for [0, start) already exists
     num_tokens: int
     samples_token: bool   # the last position yields an output token
     kvp_ranks: tuple[int, ...] = (0,)
-    new_extents: tuple[Extent, ...] = ()  # blocks added to the table of the last of kvp_ranks: a delta
 
 
 class Batch(NamedTuple):
@@ -34,6 +33,7 @@ class Batch(NamedTuple):
     created_s: float
     budget_s: float            # the step budget it was formed under
     predicted_s: float         # the cost model's belief when it was formed
+    kv_ops: tuple[KVOp, ...] = ()  # executed in this order, after `released` and before the chunks
 
     def chunks_on(self, kvp_rank: int) -> tuple[Chunk, ...]:
         """The chunks that rank takes part in."""

@@ -84,7 +84,7 @@ class Truth:
     def _on_one_rank(self, batch: Batch) -> StepLoad:
         load = StepLoad()
         num_decodes = decode_context = num_sampled = 0
-        for _, start, count, samples_token, _, _ in batch.chunks:
+        for _, start, count, samples_token, _ in batch.chunks:
             num_sampled += samples_token
             if count == 1 and start:
                 num_decodes += 1

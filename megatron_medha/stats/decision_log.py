@@ -22,8 +22,10 @@ from megatron_medha.core.batch import (
     RanksLost,
 )
 from megatron_medha.core.errors import MedhaError
+from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.ports import SchedulerProtocol
 from megatron_medha.core.request import Request
+from megatron_medha.stats.log_formats import FORMAT, SentTables, tables_for, take_new_extents, translate_header
 from megatron_medha.stats.logged_keys import KeyReader, KeyWriter
 from megatron_medha.system.best_effort_file import BestEffortFile, TextSink
 
@@ -32,11 +34,6 @@ _EVENTS: dict[str, type[Event]] = {
 }
 
 T = TypeVar("T", bound=NamedTuple)
-
-# Raised when a key or an event is renamed; read_log() then translates what is older.
-FORMAT = 2
-# Keys of the scheduler's configuration in format 1 by today's names; None: nothing read it.
-_KEYS_OF_FORMAT_1 = {"max_saved_gift_steps": "max_banked_steps", "long_prefill_tokens": None}
 
 
 class ReplayError(MedhaError):
@@ -78,6 +75,8 @@ class Recorded:
     line: int
     now_s: float
     entry: Event | Batch
+    tables: SentTables | None = None  # of the log, where its chunks name their blocks
+    named: Sequence[Sequence[Extent]] = ()  # the blocks that each chunk of this batch names
 
 
 def read_log(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Recorded]]:
@@ -90,13 +89,11 @@ def read_log(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Recorded]]:
     header, log_format = opening.get("header"), opening.get("format", 1)  # the first logs name none
     if not isinstance(header, dict):
         raise ReplayError("line 1: not the header of a decision log")
-    if log_format not in (1, FORMAT):
+    if not isinstance(log_format, int) or not 1 <= log_format <= FORMAT:
         raise ReplayError(f"line 1: format {log_format} is of a later version; this one reads formats up to {FORMAT}")
-    if log_format == 1 and isinstance(header.get("config"), dict):
-        renamed = {_KEYS_OF_FORMAT_1.get(key, key): value for key, value in header["config"].items()}
-        header["config"] = {key: value for key, value in renamed.items() if key is not None}
-    keys = KeyReader()
-    return header, (_record(line, _parse(line, text), keys) for line, text in numbered)
+    translate_header(header, log_format)
+    keys, tables = KeyReader(), tables_for(log_format)
+    return header, (_record(line, _parse(line, text), keys, tables) for line, text in numbered)
 
 
 def replay(records: Iterable[Recorded], decisions: SchedulerProtocol) -> int:
@@ -114,12 +111,15 @@ def replay(records: Iterable[Recorded], decisions: SchedulerProtocol) -> int:
 def replay_record(record: Recorded, decisions: SchedulerProtocol) -> Sequence[Output]:
     """Feed one record to a scheduler: what comes back for an input, nothing for a batch. Raises ReplayError."""
     if not isinstance(record.entry, Batch):
+        if record.tables is not None and isinstance(record.entry, RanksLost):
+            record.tables.clear()
         try:
             return decisions.handle(record.entry, record.now_s)
         except KeyError as error:
             raise ReplayError(f"line {record.line}: {record.entry} concerns no batch in flight") from error
     batch = decisions.schedule(record.now_s)
-    if batch != record.entry:
+    tables, expected = record.tables, record.entry
+    if batch != expected if tables is None or batch is None else not tables.agree(batch, expected, record.named):
         raise ReplayError(f"line {record.line}: recorded {record.entry}, but the replay decides {batch}")
     return ()
 
@@ -138,20 +138,21 @@ def _parse(line: int, text: str) -> dict[str, Any]:
     return record
 
 
-def _record(line: int, record: dict[str, Any], keys: KeyReader) -> Recorded:
+def _record(line: int, record: dict[str, Any], keys: KeyReader, tables: SentTables | None) -> Recorded:
     try:
         now_s = float(record.pop("now_s"))
         if "batch" in record:
-            return Recorded(line, now_s, _named_tuple(Batch, record["batch"]))
+            named = take_new_extents(record["batch"]) if tables is not None else ()
+            return Recorded(line, now_s, _named_tuple(Batch, record["batch"]), tables, named)
         kind = _EVENTS[record.pop("event")]
         if kind is Arrived:
             values = record["request"]
             if isinstance(written := values.get("prefix_keys"), list):
                 values["prefix_keys"] = keys.read(written)
-            return Recorded(line, now_s, Arrived(msgspec.convert(values, Request)))
+            return Recorded(line, now_s, Arrived(msgspec.convert(values, Request)), tables)
         entry = _named_tuple(kind, record) if issubclass(kind, tuple) else kind(**record)
-        return Recorded(line, now_s, entry)
-    except (AttributeError, KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        return Recorded(line, now_s, entry, tables)
+    except (AttributeError, LookupError, TypeError, ValueError, msgspec.ValidationError) as error:
         raise ReplayError(f"line {line}: not a record of this version ({error!r})") from None
 
 

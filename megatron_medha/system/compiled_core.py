@@ -28,9 +28,9 @@ from megatron_medha.core.errors import DependencyError, MedhaError
 # What runs at every step, in a simulated world too. Not those whose classes are read from options, messages and files
 # field by field, or have subclasses elsewhere, which only classes made by Python allow.
 MODULES = (
-    "core.cost.kernel_costs", "core.cost.online_cost", "core.cost.step_cost", "core.kv.block_pool", "core.kv.kv_memory",
-    "core.kv.shards", "core.loop", "core.scheduling.batch_builder", "core.scheduling.chunking",
-    "core.scheduling.kinetic_queue", "core.scheduling.kinetic_tournament",
+    "core.cost.kernel_costs", "core.cost.online_cost", "core.cost.step_cost", "core.kv.block_pool",
+    "core.kv.block_table", "core.kv.kv_memory", "core.kv.shards", "core.loop", "core.scheduling.batch_builder",
+    "core.scheduling.chunking", "core.scheduling.kinetic_queue", "core.scheduling.kinetic_tournament",
     "core.scheduling.overdue", "core.scheduling.policies", "core.scheduling.prefill_packer",
     "core.scheduling.prefill_queue", "core.scheduling.scheduler", "core.scheduling.step_budget",
     "sim.pipeline", "sim.truth",

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.kv.shards import begins_shard, context_in
+from megatron_medha.core.kv.shards import context_in
 from megatron_medha.core.stage_plan import StagePlan
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
 from megatron_medha.kernels.kv.slot_table import SlotTable
@@ -55,20 +55,6 @@ class KVShards:
         return QueryRange(first_row, chunk.num_tokens, context, table)
 
 
-def append_extents(
-    chunks: Sequence[tuple[Chunk, StoredRequest]], *, block_size: int, shards: KVShards
-) -> None:
-    """Note the blocks each chunk brings to this rank; one at the very start of a shard begins a new table."""
-    for chunk, request in chunks:
-        if not shards.is_last_of(chunk):
-            continue
-        if begins_shard(chunk.start, shards.shard_tokens):
-            request.slot_table = SlotTable(block_size)
-        if chunk.new_extents:
-            assert request.slot_table is not None, f"{chunk.request_id}: first chunk starts at {chunk.start}"
-            request.slot_table.append(chunk.new_extents)
-
-
 @dataclass(frozen=True, slots=True)
 class HostStep:
     """One step as the host packs it: rows of all chunks along one axis. Nothing of it is on the device yet."""
@@ -86,7 +72,7 @@ class HostStep:
 def host_step(
     chunks: Sequence[tuple[Chunk, StoredRequest]], *, plan: StagePlan, shards: KVShards, num_pending: int = 0
 ) -> HostStep:
-    """Pack chunks, in the order of the plan made of them, along one token axis. Their blocks are noted already.
+    """Pack chunks, in the order of the plan made of them, along one token axis. Their tables hold their blocks.
 
     num_pending: 1 where these are decodes of tokens that the device alone knows; the ids here are 0 then.
     """

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_medha.cluster.kv_audit import SentBlocks
 from megatron_medha.cluster.messages import HeldKV, PromptLogprobs, RankStep, SampledToken, StepDone
 from megatron_medha.core.batch import Chunk
+from megatron_medha.core.kv.ops import KVOp
 from megatron_medha.core.stage_plan import StagePlan, stage_plan
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
@@ -26,13 +27,14 @@ from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs
 from megatron_medha.parallel.shm_channel import ShmChannel
 from megatron_medha.parallel.stage_link import PendingReceive, StageLink
-from megatron_medha.worker.batch_tensors import KVShards, append_extents, host_step, step_tensors
+from megatron_medha.worker.batch_tensors import KVShards, host_step, step_tensors
 from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.grammar_masks import GrammarMasks
 from megatron_medha.worker.plain_decodes import PlainDecodes
 from megatron_medha.worker.prompt_rows import logprobs_of_prompts
 from megatron_medha.worker.run_ahead import PendingTokens, RunAheadDecodes, StepWork, next_decodes, pending_rows
 from megatron_medha.worker.step_clock import StepTimer
+from megatron_medha.worker.table_ops import execute_kv_ops
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
 
@@ -146,7 +148,7 @@ class Rank:
         return self.compute()
 
     def announce(self, step: RankStep) -> None:
-        """Take note of a step: what it tells of requests at once, what it computes when its turn comes.
+        """Take note of a step: what it tells of requests at once; its KV operations and chunks when its turn comes.
 
         That is safe while earlier steps wait: the API server releases no request that a step in flight has a part in,
         and samples no second token of one.
@@ -180,7 +182,7 @@ class Rank:
     def _held_kv(self, step: RankStep) -> HeldKV | None:
         if self.sent_blocks is None:
             return None
-        audit_counts = self.sent_blocks.note(step.released, step.chunks)
+        audit_counts = self.sent_blocks.note(step.released, step.kv_ops)
         return HeldKV(len(self._requests), audit_counts.num_blocks, audit_counts.block_numbers)
 
     @torch.inference_mode()
@@ -192,8 +194,8 @@ class Rank:
         failed = list(work.failed)
         chunks: Sequence[tuple[Chunk, StoredRequest]] = work.chunks
         underway, ahead = [], None
-        # Also for decodes that were computed ahead: what they bring is for the tokens after them.
-        append_extents(chunks, block_size=self._block_size, shards=self.shards)
+        if work.step.kv_ops:
+            self._execute(work.step.kv_ops)
         if self._held is not None:
             chunks, found = self._held.split(chunks)
             if found is not None:
@@ -223,6 +225,18 @@ class Rank:
             failed=tuple(failed) if self._is_last_stage else (),
             audit_counts=work.audit_counts,
         )
+
+    def _execute(self, kv_ops: Sequence[KVOp]) -> None:
+        dropped = execute_kv_ops(
+            kv_ops,
+            self._requests,
+            backend=self._backend,
+            kv_layers=self._kv_layers,
+            block_size=self._block_size,
+            device=self._device,
+        )
+        if self._held is not None and dropped:
+            self._held.forget(dropped)
 
     @torch.inference_mode()
     def run_ahead(self) -> bool:
@@ -272,7 +286,7 @@ class Rank:
     def _forward(
         self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan | None, hidden_T1C: Tensor | None
     ) -> _ForwardResult:
-        """Run the model over chunks; their blocks are noted already. plan: where it has been made already."""
+        """Run the model over chunks, whose tables hold their blocks. plan: where it has been made already."""
         if self._plain_decodes is not None and self._plain_decodes.takes(chunks):
             return _ForwardResult(tuple(request for _, request in chunks), self._plain_decodes.logits(chunks))
         plan = plan or self._plan(chunks)

@@ -11,7 +11,7 @@ reads is launched later on the same stream, so it finds its own values there, in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_medha.core.batch import Chunk
@@ -50,6 +50,10 @@ class RunAheadDecodes:
         self._decodes = {chunk.request_id: (rows[chunk.request_id], chunk.start, request) for chunk, request in decodes}
         self._underway = underway
         self.span = span
+
+    def forget(self, request_ids: Container[str]) -> None:
+        """These have lost their tables: what was written for them lies where nobody will read it."""
+        self._decodes = {name: decode for name, decode in self._decodes.items() if name not in request_ids}
 
     def split(self, work: StepWork) -> tuple[StepWork, PendingTokens | None]:
         """Of a step's chunks, those still to be computed, and the others' tokens, if there are any."""

@@ -44,7 +44,7 @@ class StoredRequest:
         self.num_prompt_tokens = new.num_prompt_tokens
         self.num_tokens = len(token_ids)
         self.output_ids: list[int] = token_ids[self.num_prompt_tokens :].tolist()
-        self.slot_table: SlotTable | None = None  # a chunk that starts at 0 brings a new one
+        self.slot_table: SlotTable | None = None  # where its KV lies on this rank; None: nowhere
         self.guided: GrammarState | None = None  # where tokens are sampled, once one is, of a request with a grammar
         self.fault: str | None = _fault_of(token_ids, new.num_prompt_tokens, vocab_size)
         self._tokens = token_ids  # of any length from num_tokens on; read-only until it is first grown
@@ -88,6 +88,9 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
 
     def __getitem__(self, request_id: str) -> StoredRequest:
         assert request_id in self._requests, f"request {request_id} was never announced to this rank"

@@ -22,7 +22,7 @@ import zmq
 
 from megatron_medha.cluster.messages import HeldKV, RankReady, RankStep, SampledToken, StepDone
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.ops import KVOp
 from megatron_medha.core.layout import Coord
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.worker.main import LoadedRank, main
@@ -58,7 +58,6 @@ class FakeRank:
         self._blocks: dict[str, list[int]] = {}
         self._is_last_stage = self._coord.spp == config.layout.spp - 1
         self._last_batch_id = -1
-        self._robbed: set[str] = set()  # another has been given their blocks: they lost their KV, which nobody told us
         self._num_lost_blocks = 0  # of its books, where it is told to lose some
         self.answers = self._coord.tp == 0
         self.prepared: list[str] = []  # grammars
@@ -79,6 +78,8 @@ class FakeRank:
         for request_id, token_id in step.sampled:
             self._tokens[request_id].append(token_id)
         sampled = []
+        for op in step.kv_ops:
+            self._execute(op)
         for chunk in step.chunks:
             kvp_ranks, end = chunk.kvp_ranks, chunk.start + chunk.num_tokens
             assert self._coord.kvp in kvp_ranks, f"{chunk} has no part here"
@@ -87,7 +88,9 @@ class FakeRank:
             self._fail_if_told(tokens)
             is_last = self._coord.kvp == kvp_ranks[-1]
             if is_last:
-                self._write_kv(chunk.request_id, chunk.start, end, len(kvp_ranks), chunk.new_extents)
+                shard_start = (len(kvp_ranks) - 1) * (self._config.max_tokens_per_shard or 0)
+                num_slots = len(self._blocks[chunk.request_id]) * (self._config.model.block_size or 0)
+                assert end - shard_start <= num_slots, "a token without a block"
             if chunk.samples_token:
                 assert len(tokens) == end, f"{chunk}: sampled from {end} of {len(tokens)} tokens"
                 if is_last and self._is_last_stage:
@@ -99,22 +102,17 @@ class FakeRank:
         audit_counts = HeldKV(len(self._tokens), num_blocks, sum(map(sum, self._blocks.values())))
         return StepDone(step.batch_id, self._config.rank, 0.001, tuple(sampled), audit_counts=audit_counts)
 
-    def _write_kv(self, request_id: str, start: int, end: int, num_shards: int, extents: Sequence[Extent]) -> None:
-        shard_tokens = self._config.max_tokens_per_shard
-        shard_start = 0 if shard_tokens is None else (num_shards - 1) * shard_tokens
-        if start == shard_start:
-            self._blocks[request_id] = []
-            self._robbed.discard(request_id)
-        assert request_id not in self._robbed, "a block has two owners"
-        owned = self._blocks[request_id]
-        given = {block for first, count in extents for block in range(first, first + count)}
-        assert given.isdisjoint(owned)
-        owned.extend(given)
-        for other, blocks in self._blocks.items():
-            if other != request_id and not given.isdisjoint(blocks):
-                self._robbed.add(other)
-        assert all(0 <= block < self._num_blocks for block in owned)
-        assert (end - shard_start) <= len(owned) * (self._config.model.block_size or 0), "a token without a block"
+    def _execute(self, op: KVOp) -> None:
+        if op.kind == "drop":
+            if op.request_id in self._blocks:  # it may have had none here
+                self._blocks[op.request_id] = []
+            return
+        assert op.kind == "append" and op.kvp_rank == self._coord.kvp, f"{op} is not for this rank"
+        assert op.request_id in self._tokens, f"{op} is for a request that was never announced"
+        given = [block for first, count in op.extents for block in range(first, first + count)]
+        assert all(0 <= block < self._num_blocks for block in given)
+        assert all(set(given).isdisjoint(blocks) for blocks in self._blocks.values()), "a block has two owners"
+        self._blocks.setdefault(op.request_id, []).extend(given)
 
     def _fail_if_told(self, tokens: Sequence[int]) -> None:
         kind = _take_fault(self._config, tokens)

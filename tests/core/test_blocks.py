@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.core.kv.block_pool import BlockPool, BlockTable, Extent, KVShard, num_blocks_for
+from megatron_medha.core.kv.block_pool import BlockPool, Extent, num_blocks_for
+from megatron_medha.core.kv.block_table import BlockTable, KVShard
 
 
 def ids(extents: list[Extent] | tuple[Extent, ...]) -> list[int]:

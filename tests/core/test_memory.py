@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE
 from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
+from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.kv.shards import default_shard_tokens
 from megatron_medha.core.request import Request
@@ -147,7 +149,7 @@ def test_a_block_is_given_early_only_in_the_same_shard_and_while_there_is_one_fo
     seq, other = sequence("a", 4), sequence("b", 4)
     memory.take(seq, (0,))
     memory.grow_early(seq)
-    assert seq.block_table.num_blocks == 2 and seq.block_table.unsent_extents == [(1, 1)]
+    assert seq.block_table.num_blocks == 2 and seq.block_table.unsent[1:] == [append_op("a", 0, [Extent(1, 1)])]
     memory.grow_early(seq)
     assert seq.block_table.num_blocks == 2, "the next one would open a shard"
     memory.take(other, (0,))
@@ -250,7 +252,8 @@ def test_a_decode_goes_on_on_the_rank_with_the_least_pending_work_that_has_a_blo
         for rank in full:
             memory.pools[rank].allocate(memory.pools[rank].num_free_blocks)
         assert memory.grow(seq)
-        assert seq.block_table.unsent_extents == [seq.block_table.shards[1].extents[0]]
+        shard = seq.block_table.shards[1]
+        assert seq.block_table.unsent[1:] == [append_op(seq.request_id, shard.kvp_rank, shard.extents)]
         assert seq.capacity_tokens == 12
         assert memory._pending_work[seq.block_table.kvp_ranks[1]] >= 64
         return seq.block_table.kvp_ranks[1]
@@ -268,7 +271,8 @@ def test_a_decode_grows_beside_its_last_block_and_stops_where_its_shard_ends() -
     memory.take(seq, (0,))
     assert memory.growth_ranks(seq) == {0}
     assert memory.grow(seq)
-    assert (seq.block_table.shards[0].extents, seq.block_table.unsent_extents) == ([(0, 3)], [(2, 1)])
+    assert seq.block_table.shards[0].extents == [(0, 3)]
+    assert seq.block_table.unsent == [append_op("a", 0, [Extent(0, 2)]), append_op("a", 0, [Extent(2, 1)])]
     assert memory.growth_ranks(seq) == {1}
 
 
@@ -278,7 +282,7 @@ def test_without_a_free_block_nothing_grows_and_nothing_changes() -> None:
     memory.take(seq, (0,))
     memory.pools[0].allocate(1)
     assert not memory.grow(seq)
-    assert (seq.block_table.num_blocks, seq.block_table.unsent_extents, seq.capacity_tokens) == (1, [], 4)
+    assert (seq.block_table.num_blocks, len(seq.block_table.unsent), seq.capacity_tokens) == (1, 1, 4)
     other = sequence("b", 8)
     memory.take(other, (1,))
     assert not memory.grow(other), "its shard is full, and the other rank too"
@@ -363,7 +367,7 @@ def test_one_that_gives_its_blocks_back_is_as_new() -> None:
     memory.grow(seq)
     memory.release(seq)
     table = seq.block_table
-    assert (table.shards, table.unsent_extents, table.kvp_ranks, seq.capacity_tokens) == ([], [], (), 0)
+    assert (table.shards, table.unsent, table.kvp_ranks, seq.capacity_tokens) == ([], [], (), 0)
     assert memory.owners == {} and memory.num_free_blocks == 20
 
 

@@ -240,9 +240,8 @@ def test_a_request_that_names_its_lengths_alone_asks_for_nothing_special() -> No
     assert TokenLogprobs(1, 0.5, 2).top == ()
 
 
-def test_a_chunk_is_of_the_first_rank_and_brings_no_blocks_unless_it_says_so() -> None:
-    chunk = Chunk("a", 0, 1, True)
-    assert (chunk.kvp_ranks, chunk.new_extents) == ((0,), ())
+def test_a_chunk_is_of_the_first_rank_unless_it_says_so() -> None:
+    assert Chunk("a", 0, 1, True).kvp_ranks == (0,)
     assert (Completed(0, 1.0).stopped, Completed(0, 1.0).failed) == ((), ())
 
 

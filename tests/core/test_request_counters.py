@@ -185,7 +185,7 @@ def test_a_new_sequence_has_done_nothing() -> None:
     assert (seq.num_output_tokens, seq.num_preemptions, seq.num_batches_in_flight) == (0, 0, 0)
     assert (seq.last_chunk_tokens, seq.capacity_tokens, seq.change_tokens) == (0, 0, 0)
     assert (seq.remaining_work_s, seq.first_scheduled_s) == (0.0, None)
-    assert (seq.block_table.num_blocks, seq.block_table.kvp_ranks, seq.block_table.unsent_extents) == (0, (), [])
+    assert (seq.block_table.num_blocks, seq.block_table.kvp_ranks, seq.block_table.unsent) == (0, (), [])
 
 
 def test_its_known_tokens_are_those_of_the_prompt_and_the_answer_so_far() -> None:

@@ -6,6 +6,8 @@ import pytest
 from scheduler_bench import Bench, request
 
 from megatron_medha.core.batch import Arrived, Batch, FinishReason, FirstStageDone, Rejected, TokenOut
+from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.request import Request
 
 
@@ -14,7 +16,8 @@ def test_a_lone_request_is_prefilled_and_decoded_to_its_length() -> None:
     bench.arrive(request("a", num_tokens=10, num_out=3))
     batch, outputs = bench.step()
     (chunk,) = batch.chunks
-    assert (chunk.start, chunk.num_tokens, chunk.samples_token, chunk.new_extents) == (0, 10, True, ((0, 3),))
+    assert (chunk.start, chunk.num_tokens, chunk.samples_token) == (0, 10, True)
+    assert batch.kv_ops == (append_op("a", 0, [Extent(0, 3)]),)
     assert outputs == [TokenOut("a", 0, None)]
     assert [output.finish_reason for output in bench.run()] == [None, FinishReason.LENGTH]
     bench.assert_empty()
@@ -91,11 +94,16 @@ def test_the_largest_request_that_fits_the_memory_runs() -> None:
 def test_a_chunk_ends_where_its_shard_does_and_the_next_begins_on_another_rank() -> None:
     bench = Bench(num_blocks=20, kvp=2, shard_tokens=40)
     bench.arrive(request("a", num_tokens=60, num_out=2))
-    first, second = bench.step()[0].chunks[0], bench.step()[0].chunks[0]
-    assert (first.start, first.num_tokens, first.kvp_ranks, first.new_extents) == (0, 40, (0,), ((0, 10),))
-    assert (second.start, second.num_tokens, second.kvp_ranks, second.new_extents) == (40, 20, (0, 1), ((0, 5),))
-    third = bench.step()[0].chunks[0]
-    assert (third.num_tokens, third.kvp_ranks, third.new_extents) == (1, (0, 1), ((5, 1),))
+    batches = [bench.step()[0] for _ in range(3)]
+    first, second, third = (batch.chunks[0] for batch in batches)
+    assert (first.start, first.num_tokens, first.kvp_ranks) == (0, 40, (0,))
+    assert (second.start, second.num_tokens, second.kvp_ranks) == (40, 20, (0, 1))
+    assert (third.num_tokens, third.kvp_ranks) == (1, (0, 1))
+    assert [batch.kv_ops for batch in batches] == [
+        (append_op("a", 0, [Extent(0, 10)]), append_op("a", 1, [Extent(0, 5)])),
+        (),
+        (append_op("a", 1, [Extent(5, 1)]),),
+    ]  # fmt: skip
 
 
 
@@ -145,9 +153,9 @@ def test_asking_when_nothing_can_run_changes_no_later_decision() -> None:
 def test_a_decode_is_given_its_next_block_a_token_before_it_needs_it() -> None:
     bench = Bench()
     bench.arrive(request("a", num_tokens=6, num_out=8))
-    steps = [bench.step()[0].chunks[0] for _ in range(8)]
+    steps = [bench.step()[0] for _ in range(8)]
     # Blocks hold 4 tokens; the request's last token, at position 13, is never computed.
-    assert [(chunk.start, chunk.new_extents) for chunk in steps if chunk.new_extents] == [
+    assert [(batch.chunks[0].start, op.extents) for batch in steps for op in batch.kv_ops] == [
         (0, ((0, 2),)), (7, ((2, 1),)), (11, ((3, 1),))
     ]  # fmt: skip
     bench.assert_empty()

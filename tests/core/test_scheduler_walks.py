@@ -28,6 +28,7 @@ from megatron_medha.core.batch import (
 from megatron_medha.core.cost.online_cost import OnlineCost
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost, StepLoad, step_s
 from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.kv.ops import KVOp
 from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
@@ -124,7 +125,7 @@ class Seen:
     """What the ranks and the client of one request know."""
 
     request: Request
-    blocks: dict[int, list[int]] = field(default_factory=dict)  # by KVP rank, as the chunks' deltas told it
+    blocks: dict[int, list[int]] = field(default_factory=dict)  # by KVP rank, as the operations told it
     kvp_ranks: tuple[int, ...] = ()
     num_scheduled: int = 0
     num_tokens_out: int = 0
@@ -132,8 +133,9 @@ class Seen:
     has_ended: bool = False
     is_released: bool = False
 
-    def forget_kv(self) -> None:
-        self.blocks, self.kvp_ranks, self.num_scheduled = {}, (), 0
+    def lose_kv(self) -> None:
+        """The ranks still have its blocks, until they are told."""
+        self.kvp_ranks, self.num_scheduled = (), 0
 
 
 class Audit:
@@ -164,7 +166,8 @@ class Audit:
             case RanksLost():
                 for seen in self.seen.values():
                     seen.in_flight.clear()
-                    seen.forget_kv()
+                    seen.lose_kv()
+                    seen.blocks = {}
         for output in outputs:
             self._output(output, event)
         self._blocks_are_free_or_owned_once()
@@ -192,7 +195,7 @@ class Audit:
                 assert not seen.in_flight
                 assert output.num_tokens_lost == seen.num_scheduled
                 self.num_preempted += 1
-                seen.forget_kv()
+                seen.lose_kv()
 
     def scheduled(self, batch: Batch, now_s: float) -> None:
         self.num_batches += 1
@@ -201,6 +204,8 @@ class Audit:
             seen = self.seen[request_id]
             assert seen.has_ended and not seen.in_flight and not seen.is_released
             seen.is_released = True
+        for op in batch.kv_ops:
+            self._execute(op)
         for chunk in batch.chunks:
             self._chunk_follows(chunk, batch.batch_id)
         for rank in range(self.scheduler.memory.kvp):
@@ -213,14 +218,22 @@ class Audit:
         self._ranks_know_the_tables(batch)
         self._cursors_are_ordered()
 
+    def _execute(self, op: KVOp) -> None:
+        seen = self.seen[op.request_id]
+        if op.kind == "drop":
+            assert not seen.in_flight and not seen.num_scheduled and seen.blocks
+            seen.blocks = {}
+        else:
+            assert op.kind == "append" and not seen.has_ended
+            seen.blocks.setdefault(op.kvp_rank, []).extend(
+                block for first, count in op.extents for block in range(first, first + count)
+            )
+
     def _chunk_follows(self, chunk: Chunk, batch_id: int) -> None:
         seen = self.seen[chunk.request_id]
         memory = self.scheduler.memory
         assert not seen.has_ended and chunk.num_tokens > 0
         assert chunk.start == seen.num_scheduled, "chunks are contiguous from 0"
-        if chunk.start == 0:
-            assert not seen.in_flight
-            seen.forget_kv()
         num_known = seen.request.num_prompt_tokens + seen.num_tokens_out
         end = chunk.start + chunk.num_tokens
         assert end <= num_known and chunk.samples_token == (end == num_known)
@@ -234,18 +247,17 @@ class Audit:
         seen.kvp_ranks = chunk.kvp_ranks
         shard_start = (len(chunk.kvp_ranks) - 1) * self.shard_tokens
         assert shard_start <= chunk.start and end <= shard_start + self.shard_tokens, "a chunk crosses a shard's end"
-        blocks = seen.blocks.setdefault(chunk.kvp_ranks[-1], [])
-        for first, count in chunk.new_extents:
-            blocks.extend(range(first, first + count))
+        blocks = seen.blocks[chunk.kvp_ranks[-1]]
         assert len(blocks) * memory.block_size >= end - shard_start, "tokens without blocks"
 
     def _ranks_know_the_tables(self, batch: Batch) -> None:
         tables = {seq.request_id: seq.block_table for seq in self.scheduler.sequences}
         for chunk in batch.chunks:
-            for shard in tables[chunk.request_id].shards:
-                if shard.kvp_rank in chunk.kvp_ranks:
-                    owned = [b for first, count in shard.extents for b in range(first, first + count)]
-                    assert self.seen[chunk.request_id].blocks[shard.kvp_rank] == owned
+            owned = {
+                shard.kvp_rank: [b for first, count in shard.extents for b in range(first, first + count)]
+                for shard in tables[chunk.request_id].shards
+            }
+            assert self.seen[chunk.request_id].blocks == owned
 
     def _blocks_are_free_or_owned_once(self) -> None:
         for rank, pool in enumerate(self.scheduler.memory.pools):

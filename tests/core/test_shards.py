@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_medha.core.kv.shards import begins_shard, context_in, num_shards, split, tokens_left
+from megatron_medha.core.kv.shards import context_in, num_shards, split, tokens_left
 
 TOKENS, SHARDS = st.integers(1, 500), st.integers(1, 40)
 
@@ -24,7 +24,6 @@ def test_the_context_before_a_chunk_lies_in_the_shards_up_to_its_own(start: int,
     assert sum(context_in(shard, start, shard_tokens) for shard in range(own)) == start
 
 
-@pytest.mark.parametrize(("start", "begins", "left"), [(0, True, 8), (3, False, 5), (7, False, 1), (8, True, 8)])
-def test_a_chunk_ends_with_its_shard(start: int, begins: bool, left: int) -> None:
-    assert begins_shard(start, 8) is begins
+@pytest.mark.parametrize(("start", "left"), [(0, 8), (3, 5), (7, 1), (8, 8)])
+def test_a_chunk_ends_with_its_shard(start: int, left: int) -> None:
     assert tokens_left(start, 8) == left

@@ -37,6 +37,7 @@ from megatron_medha.core.batch import (
 )
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
 from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.kv.ops import is_for
 from megatron_medha.core.layout import Coord, ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
@@ -257,13 +258,17 @@ class Walk:
         for kvp in range(self.layout.kvp):
             chunks = batch.chunks_on(kvp)
             self.known[kvp].difference_update(batch.released)
-            new = [chunk.request_id for chunk in chunks if chunk.request_id not in self.known[kvp]]
+            kv_ops = tuple(op for op in batch.kv_ops if is_for(op, kvp))
+            begun = dict.fromkeys(op.request_id for op in kv_ops if op.kind == "append")
+            new = [request_id for request_id in begun if request_id not in self.known[kvp]]
             self.known[kvp].update(new)
             sampled = [(r, token) for r, token in self.unsent[kvp] if r in self.known[kvp] and r not in new]
             self.unsent[kvp].clear()
             self.ranks.send_to_kvp_rank(
                 kvp,
-                RankStep(batch.batch_id, chunks, tuple(map(self.new_request, new)), batch.released, tuple(sampled)),
+                RankStep(
+                    batch.batch_id, chunks, tuple(map(self.new_request, new)), batch.released, tuple(sampled), kv_ops
+                ),  # fmt: skip
             )
 
     def new_request(self, request_id: str) -> NewRequest:

@@ -140,7 +140,7 @@ def test_the_trace_shows_on_every_kvp_rank_what_that_rank_computed(tmp_path: Pat
     run = record(config(kvp=2, long_share=0.3), tmp_path / "run", wanted)
     recorded: dict[int, dict[int, set[str]]] = {}
     for line in (run / "decisions.jsonl").read_text().splitlines():
-        for request_id, _, count, _, ranks, _ in json.loads(line).get("batch", {"chunks": ()})["chunks"]:
+        for request_id, _, count, _, ranks in json.loads(line).get("batch", {"chunks": ()})["chunks"]:
             for rank in ranks if count > 1 else ():
                 by_rank = recorded.setdefault(json.loads(line)["batch"]["batch_id"], {})
                 by_rank.setdefault(rank, set()).add(request_id)

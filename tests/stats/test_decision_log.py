@@ -155,6 +155,14 @@ def test_a_changed_chunk_is_found_and_its_line_named() -> None:
         replayed([*LINES[:index], json.dumps(tampered), *LINES[index + 1 :]])
 
 
+def test_a_changed_block_is_found_and_its_line_named() -> None:
+    index = first_line('"append"')
+    tampered = json.loads(LINES[index])
+    tampered["batch"]["kv_ops"][0][4][0][0] += 1
+    with pytest.raises(ReplayError, match=f"^line {index + 1}: "):
+        replayed([*LINES[:index], json.dumps(tampered), *LINES[index + 1 :]])
+
+
 def test_a_changed_input_is_found_at_the_first_batch_that_it_changes() -> None:
     index = first_line('"event":"Arrived"')
     tampered = json.loads(LINES[index])

@@ -14,7 +14,8 @@ from megatron_medha.cluster.messages import NewRequest, RankReady, RankStep, Ste
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.kv.block_pool import BlockPool, num_blocks_for
+from megatron_medha.core.kv.block_pool import BlockPool, Extent, num_blocks_for
+from megatron_medha.core.kv.ops import KVOp, append_op, drop_op
 from megatron_medha.core.sampling import Sampling
 
 BLOCK_SIZE = 16
@@ -27,6 +28,8 @@ class Front:
         self.rank, self.ready = rank, ready
         self.pool = BlockPool(ready.num_blocks)
         self.num_batches = 0
+        self.kv_ops: list[KVOp] = []  # for the next batch
+        self.kv_ops_sent: tuple[KVOp, ...] = ()  # with the last one that had any
 
     def new(self, request_id: str, token_ids: Sequence[int], *, num_prompt_tokens: int | None = None, **sampling: Any):
         """A NewRequest; greedy unless told otherwise."""
@@ -35,17 +38,26 @@ class Front:
         return NewRequest(request_id, array("i", token_ids).tobytes(), count, parameters)
 
     def first(self, request_id: str, num_tokens: int, *, room: int, samples: bool = False) -> Chunk:
-        """A chunk from position 0 that brings blocks for `room` tokens."""
-        extents = self.pool.allocate(num_blocks_for(room, BLOCK_SIZE))
+        """A chunk from position 0, in new blocks for `room` tokens, which come with the next batch."""
+        self.kv_ops.append(drop_op(request_id))
+        self.append(request_id, num_blocks_for(room, BLOCK_SIZE))
+        return Chunk(request_id, 0, num_tokens, samples)
+
+    def append(self, request_id: str, num_blocks: int) -> tuple[Extent, ...]:
+        """Blocks for a request, that come with the next batch."""
+        extents = self.pool.allocate(num_blocks)
         assert extents is not None
-        return Chunk(request_id, 0, num_tokens, samples, (0,), extents)
+        self.kv_ops.append(append_op(request_id, 0, extents))
+        return extents
 
     def step(
         self, chunks: Sequence[Chunk] = (), new: Sequence[NewRequest] = (), released: Sequence[str] = ()
     ) -> StepDone:
         """Run one batch."""
         self.num_batches += 1
-        done = self.rank.run(RankStep(self.num_batches, tuple(chunks), tuple(new), tuple(released)))
+        kv_ops, self.kv_ops = tuple(self.kv_ops), []
+        self.kv_ops_sent = kv_ops or self.kv_ops_sent
+        done = self.rank.run(RankStep(self.num_batches, tuple(chunks), tuple(new), tuple(released), kv_ops=kv_ops))
         assert done.batch_id == self.num_batches
         return done
 

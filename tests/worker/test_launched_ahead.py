@@ -87,13 +87,11 @@ class WalkOverFewBlocks(Walk):
     def whole(self, request_id: str) -> Any:
         self.give_back(request_id)
         chunks, new = super().whole(request_id)
-        self.owned[request_id] = list(chunks[0].new_extents)
+        self.owned[request_id] = list(self.front.kv_ops[-1].extents)
         return chunks, new
 
-    def decode(self, request_id: str) -> Chunk:
-        chunk = super().decode(request_id)
-        self.owned[request_id] += chunk.new_extents
-        return chunk
+    def grow(self, request_id: str) -> None:
+        self.owned[request_id] += self.front.append(request_id, 1)
 
     def end(self, request_id: str) -> None:
         self.give_back(request_id)
@@ -193,8 +191,10 @@ def test_nothing_is_launched_ahead_without_room_or_beside_a_step_that_has_come(f
     assert graphs.num_fed == 0  # where its next block lies is not known
     front.step([front.first("b", 9, room=40, samples=True)], [front.new("b", range(4, 13), max_output_tokens=1)])
     assert graphs.num_fed == 0  # it has said all
-    front.rank.announce(RankStep(90, (front.first("c", 9, room=40, samples=True),), (front.new("c", range(4, 13)),)))
-    front.rank.announce(RankStep(91, (front.first("d", 9, room=40, samples=True),), (front.new("d", range(4, 13)),)))
+    for number, name in enumerate("cd"):
+        chunk, new = front.first(name, 9, room=40, samples=True), front.new(name, range(4, 13))
+        front.rank.announce(RankStep(90 + number, (chunk,), (new,), kv_ops=tuple(front.kv_ops)))
+        front.kv_ops.clear()
     front.rank.compute()
     assert graphs.num_fed == 0
     front.rank.compute()

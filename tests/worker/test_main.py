@@ -34,6 +34,7 @@ from megatron_medha.cluster.messages import (
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 
@@ -104,7 +105,8 @@ def test_a_rank_loads_answers_steps_ignores_ctrl_c_and_ends_when_told(
         new = NewRequest(
             "a", array("i", range(5, 25)).tobytes(), 20, Sampling(max_output_tokens=4, temperature=0.0)
         )
-        front_socket.send(RankStep(1, (Chunk("a", 0, 20, True, (0,), (Extent(0, 2),)),), (new,)))
+        begin = append_op("a", 0, (Extent(0, 2),))
+        front_socket.send(RankStep(1, (Chunk("a", 0, 20, True),), (new,), kv_ops=(begin,)))
         done = front_socket.receive()
         assert isinstance(done, StepDone)
         assert done.batch_id == 1 and done.duration_s > 0
@@ -133,12 +135,13 @@ def test_two_ranks_of_a_pipeline_meet_and_stream_a_prompt(
         ready = [front_socket.receive_until(RankReady)[0] for _ in range(2)]
         assert {message.rank for message in ready} == {0, 1}
         assert ready[0].num_blocks == ready[1].num_blocks
-        extents = (Extent(0, 4),)
+        begin = append_op("a", 0, (Extent(0, 4),))
         for batch_id in range(3):  # all at once: more than the front would, and nothing gets out of order
             start = 20 * batch_id
-            chunk = Chunk("a", start, 20, batch_id == 2, (0,), () if start else extents)
+            chunk = Chunk("a", start, 20, batch_id == 2)
+            first = RankStep(batch_id, (chunk,), (new,), kv_ops=(begin,))
             for rank in range(2):
-                front_socket.send(RankStep(batch_id, (chunk,), () if start else (new,)), rank)
+                front_socket.send(RankStep(batch_id, (chunk,)) if start else first, rank)
         done = [front_socket.receive() for _ in range(6)]
         assert all(isinstance(message, StepDone) for message in done)
         for rank in range(2):

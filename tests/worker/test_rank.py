@@ -10,9 +10,11 @@ import msgspec
 import pytest
 import torch
 
+from megatron_medha.cluster.messages import RankStep
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.ops import append_op, copy_op
 from megatron_medha.worker.startup.device import context_len_of, dtype_of, local_device_index
 from megatron_medha.worker.startup.load import load_rank
 
@@ -264,3 +266,32 @@ def test_on_a_gpu_a_float32_checkpoint_runs_in_bfloat16_and_nobody_gets_float32(
     assert dtype_of("auto", "float32", cuda) == dtype_of("bfloat16", "float32", cuda) == torch.bfloat16
     with pytest.raises(ConfigError, match="model.dtype=float32: .* use auto, bfloat16 or model.device=cpu"):
         dtype_of("float32", "bfloat16", cuda)
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_prompt_begins_behind_blocks_that_another_has_computed(front: Any, is_copied: bool) -> None:
+    shared, rest = prompt(32, 1), prompt(9, 2)
+    expected = front.generate("alone", [*shared, *rest], 6)
+    front.step([front.first("a", 32, room=32, samples=True)], [front.new("a", shared)])
+    (extent,) = front.kv_ops_sent[-1].extents
+    if is_copied:
+        own = front.append("b", 2)
+        front.kv_ops.append(copy_op("b", 0, [extent], own))
+    else:
+        front.kv_ops.append(append_op("b", 0, [extent]))
+    front.append("b", 1)
+    done = front.step([Chunk("b", 32, 9, True)], [front.new("b", [*shared, *rest])], ["a"])
+    said = [done.tokens[0].token_id]
+    said += [front.step([Chunk("b", 41 + i, 1, True)]).tokens[0].token_id for i in range(5)]
+    assert said == expected
+
+
+def test_tables_are_those_of_the_batch_a_rank_computes_not_of_one_that_is_announced(front: Any) -> None:
+    expected = front.generate("alone", prompt(40), 2)
+    chunk, new = front.first("a", 40, room=40, samples=True), front.new("a", prompt(40))
+    front.rank.announce(RankStep(1, (chunk,), (new,), kv_ops=tuple(front.kv_ops)))
+    front.kv_ops.clear()
+    again = front.first("a", 41, room=48, samples=True)
+    front.rank.announce(RankStep(2, (again,), kv_ops=tuple(front.kv_ops)))
+    said = [front.rank.compute().tokens[0].token_id for _ in range(2)]
+    assert said == expected

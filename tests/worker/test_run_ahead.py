@@ -14,6 +14,8 @@ import torch
 from megatron_medha.cluster.messages import StepDone
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
+from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.ops import append_op, drop_op
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library
 from megatron_medha.model import packed_linear
 
@@ -88,7 +90,12 @@ class Walk:
         num_blocks = self.blocks[request_id]
         is_due = start == 16 * num_blocks or start == 16 * num_blocks - 1 and self.random.random() < 0.5
         self.blocks[request_id] += is_due
-        return Chunk(request_id, start, 1, True, (0,), self.front.pool.allocate(1) if is_due else ())
+        if is_due:
+            self.grow(request_id)
+        return Chunk(request_id, start, 1, True)
+
+    def grow(self, request_id: str) -> None:
+        self.front.append(request_id, 1)
 
     def take(self, done: StepDone) -> None:
         assert not done.failed
@@ -102,6 +109,7 @@ class Walk:
 
     def end(self, request_id: str) -> None:
         self.released.append(request_id)
+        self.front.kv_ops = [op for op in self.front.kv_ops if op.request_id != request_id]
         del self.prompts[request_id], self.outputs[request_id]
 
 
@@ -166,6 +174,21 @@ def test_nothing_is_run_ahead_within_a_prompt_or_after_the_last_token(front: Any
     assert front.rank.run_ahead() and not front.rank.run_ahead()
     front.step([Chunk("a", 20, 1, True)])
     assert not front.rank.run_ahead()
+
+
+def test_a_decode_run_ahead_is_forgotten_with_the_blocks_it_was_written_to(front: Any) -> None:
+    expected = front.generate("alone", range(4, 36), 5)
+    front.step([front.first("a", 32, room=48, samples=True)], [front.new("a", range(4, 36))])
+    assert front.rank.run_ahead()
+    # Preempted; when it begins again two of its blocks are still there, and the third is another one.
+    kept = Extent(front.kv_ops_sent[-1].extents[0].first_block, 2)
+    front.kv_ops += [drop_op("a"), append_op("a", 0, [kept])]
+    (other,) = front.append("a", 1)
+    for layer in front.rank._kv_layers:
+        for pool in layer:
+            pool[:, other.first_block] = torch.nan
+    said = [front.step([Chunk("a", 32 + i, 1, True)]).tokens[0].token_id for i in range(4)]
+    assert said == expected[1:]
 
 
 def test_a_new_chunk_beside_decodes_run_ahead_is_computed_alone(front: Any) -> None:

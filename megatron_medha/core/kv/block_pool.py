@@ -1,4 +1,4 @@
-"""KV memory in blocks: the pool of one KVP rank, and the table of what one sequence owns.
+"""KV memory in blocks: the pool of one KVP rank.
 
 Blocks are handed out as extents (runs of consecutive block ids): a 10M-token prompt is a few
 integers instead of a list of 600,000, and kernels see long contiguous ranges of KV.
@@ -129,42 +129,6 @@ class BlockPool:
         length = self._lengths.pop(start)
         del self._starts[bisect_left(self._starts, start)]
         del self._by_length[bisect_left(self._by_length, length * self.num_blocks + start)]
-
-
-@dataclass(slots=True)
-class KVShard:
-    """One sequence's tokens [start, start + capacity) on one KVP rank."""
-
-    kvp_rank: int
-    start: int
-    extents: list[Extent]
-    num_blocks: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.num_blocks = sum([extent.num_blocks for extent in self.extents])
-
-    def append(self, extent: Extent) -> None:
-        """Add blocks at the end, merged with the last extent where they touch."""
-        last = self.extents[-1]
-        if last.first_block + last.num_blocks == extent.first_block:
-            self.extents[-1] = _extent(last.first_block, last.num_blocks + extent.num_blocks)
-        else:
-            self.extents.append(extent)
-        self.num_blocks += extent.num_blocks
-
-
-@dataclass(slots=True)
-class BlockTable:
-    """What one sequence owns: its shards in token order; only the last can grow."""
-
-    shards: list[KVShard] = field(default_factory=list)
-    unsent_extents: list[Extent] = field(default_factory=list)  # grown since the ranks were last told
-    kvp_ranks: tuple[int, ...] = ()  # of the shards
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks owned over all shards."""
-        return sum(shard.num_blocks for shard in self.shards)
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.kv.block_pool import BlockPool, KVShard, num_blocks_for
+from megatron_medha.core.kv.block_pool import BlockPool, num_blocks_for
+from megatron_medha.core.kv.block_table import KVShard
+from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.kv.shards import context_in, num_shards, split, tokens_left
 
@@ -122,6 +124,7 @@ class KVMemory:
             extents = self.pools[rank].allocate(num_blocks_for(num_tokens, self.block_size))
             assert extents is not None, f"the plan for {seq.request_id} no longer holds on KVP rank {rank}"
             seq.block_table.shards.append(KVShard(rank, index * self.shard_tokens, list(extents)))
+            seq.block_table.unsent.append(append_op(seq.request_id, rank, extents))
             self._pending_work[rank] += seq.request.num_prompt_tokens**2
         self._set_capacity(seq)
         seq.block_table.kvp_ranks = ranks
@@ -139,7 +142,7 @@ class KVMemory:
             if extent is None:
                 return False
             last.append(extent)
-            table.unsent_extents.append(extent)
+            table.unsent.append(append_op(seq.request_id, last.kvp_rank, (extent,)))
         else:
             free = [rank for rank in self.growth_ranks(seq) if self.pools[rank].num_free_blocks]
             if not free:
@@ -148,7 +151,7 @@ class KVMemory:
             extents = self.pools[rank].allocate(1)
             assert extents is not None
             table.shards.append(KVShard(rank, last.start + self.shard_tokens, list(extents)))
-            table.unsent_extents.extend(extents)
+            table.unsent.append(append_op(seq.request_id, rank, extents))
             table.kvp_ranks += (rank,)
             self._pending_work[rank] += seq.request.num_prompt_tokens**2
         self._set_capacity(seq)
@@ -179,7 +182,7 @@ class KVMemory:
             self.pools[shard.kvp_rank].free(shard.extents)
             self._pending_work[shard.kvp_rank] -= seq.request.num_prompt_tokens**2
         seq.block_table.shards.clear()
-        seq.block_table.unsent_extents.clear()
+        seq.block_table.unsent.clear()
         seq.block_table.kvp_ranks = ()
         seq.capacity_tokens = 0
         del self.owners[seq.request_id]

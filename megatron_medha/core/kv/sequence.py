@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 
-from megatron_medha.core.kv.block_pool import BlockTable
+from megatron_medha.core.kv.block_table import BlockTable
 from megatron_medha.core.request import Request
 
 

@@ -25,11 +25,6 @@ def context_in(shard: int, start: int, shard_tokens: int) -> int:
     return min(start - shard * shard_tokens, shard_tokens)
 
 
-def begins_shard(start: int, shard_tokens: int) -> bool:
-    """Whether a chunk at `start` is the first of its shard; it then carries the shard's blocks."""
-    return start % shard_tokens == 0
-
-
 def tokens_left(start: int, shard_tokens: int) -> int:
     """From `start` to the end of its shard, which no chunk may cross."""
     return shard_tokens - start % shard_tokens

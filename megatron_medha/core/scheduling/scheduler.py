@@ -22,10 +22,10 @@ from megatron_medha.core.batch import (
     TokenOut,
 )
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
-from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.kv.ops import KVOp, drop_op
 from megatron_medha.core.kv.sequence import Sequence, Status
-from megatron_medha.core.kv.shards import begins_shard, num_shards
+from megatron_medha.core.kv.shards import num_shards
 from megatron_medha.core.request import Rejection, Request
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
 from megatron_medha.core.scheduling.chunking import PrefillTimes
@@ -82,6 +82,7 @@ class Scheduler:
         self._in_flight: dict[int, _SubmittedBatch] = {}
         self._is_first_stage_free = True
         self._released: list[str] = []
+        self._kv_ops: list[KVOp] = []               # for the next batch
         self._next_batch_id = 0
         self._times = self._predict_times()
         self._prefills = PrefillQueue(self.policy.priority, config.is_preemptive, self._times.num_step_tokens)
@@ -303,6 +304,7 @@ class Scheduler:
             elif seq.status is not Status.WAITING:
                 self._restart(seq, now_s)
         self._released.clear()  # the new ranks have nothing to forget
+        self._kv_ops.clear()
 
     def _restart(self, seq: Sequence, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
@@ -330,6 +332,7 @@ class Scheduler:
                     still_growing.append(seq)  # all other owners are in flight: try again at the next event
                     break
                 outputs.append(Preempted(victim.request_id, victim.num_computed_tokens))
+                self._kv_ops.append(drop_op(victim.request_id))
                 self._restart(victim, now_s)
                 if victim is seq:
                     break
@@ -390,9 +393,10 @@ class Scheduler:
         batch_id = self._next_batch_id
         chunks = self._commit(sequences, builder, now_s)
         released, predicted_s = tuple(self._released), step_s(self.cost, load)
-        batch = tuple.__new__(Batch, (batch_id, chunks, released, now_s, budget_s, predicted_s))
+        batch = tuple.__new__(Batch, (batch_id, chunks, released, now_s, budget_s, predicted_s, tuple(self._kv_ops)))
         self._next_batch_id += 1
         self._released.clear()
+        self._kv_ops.clear()
         sequences += [planned.seq for planned in builder.prefills]
         self._in_flight[batch_id] = _SubmittedBatch(batch, sequences, num_decodes, load)
         self._is_first_stage_free = False
@@ -421,16 +425,16 @@ class Scheduler:
     def _commit(self, decodes: list[Sequence], builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
         """Turn what was planned into chunks, and move every cursor."""
         chunks: list[Chunk] = []
+        kv_ops = self._kv_ops
         new_tuple, chunk = tuple.__new__, Chunk  # as in _complete
         for seq in decodes:
             start, table = seq.num_scheduled_tokens, seq.block_table
             seq.num_scheduled_tokens = start + 1
             seq.num_batches_in_flight = 1
-            extents: tuple[Extent, ...] = ()
-            if table.unsent_extents:
-                extents = tuple(table.unsent_extents)
-                table.unsent_extents.clear()
-            chunks.append(new_tuple(chunk, (seq.request_id, start, 1, True, table.kvp_ranks, extents)))
+            if table.unsent:
+                kv_ops += table.unsent
+                table.unsent.clear()
+            chunks.append(new_tuple(chunk, (seq.request_id, start, 1, True, table.kvp_ranks)))
         for planned in builder.prefills:
             seq, num_tokens = planned.seq, planned.num_tokens
             start = seq.num_scheduled_tokens
@@ -438,6 +442,8 @@ class Scheduler:
                 seq.move_to(Status.PREFILLING)
                 if seq.first_scheduled_s is None:
                     seq.first_scheduled_s = now_s
+                kv_ops += seq.block_table.unsent
+                seq.block_table.unsent.clear()
             seq.num_scheduled_tokens = start + num_tokens
             seq.last_chunk_tokens = num_tokens
             seq.num_batches_in_flight += 1
@@ -469,14 +475,9 @@ class Scheduler:
             self._overdue.add(seq)
 
     def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
-        end, table = start + num_tokens, seq.block_table
-        shard_tokens = self.memory.shard_tokens
-        num_active = num_shards(end, shard_tokens)
-        # The first chunk on a shard brings all its blocks; a prompt's never grow after that.
-        extents = tuple(table.shards[num_active - 1].extents) if begins_shard(start, shard_tokens) else ()
-        samples_token = end == seq.num_known_tokens
-        ranks = table.kvp_ranks[:num_active]
-        return tuple.__new__(Chunk, (seq.request_id, start, num_tokens, samples_token, ranks, extents))
+        end = start + num_tokens
+        ranks = seq.block_table.kvp_ranks[: num_shards(end, self.memory.shard_tokens)]
+        return tuple.__new__(Chunk, (seq.request_id, start, num_tokens, end == seq.num_known_tokens, ranks))
 
     # ---- deadlines ----
 

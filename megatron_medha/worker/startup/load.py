@@ -21,6 +21,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.cost.capacity import check_divides
 from megatron_medha.core.errors import CheckpointError, ConfigError
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
+from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.kv.shards import check_shard_tokens, default_shard_tokens
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
@@ -113,7 +114,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     progress("warm-up", 0.0)
     warm_up(rank, num_blocks=num_blocks, block_size=block_size)
     if config.is_audited:
-        rank.sent_blocks = SentBlocks(rank.kvp_rank, rank.shards.shard_tokens)
+        rank.sent_blocks = SentBlocks(rank.kvp_rank)
     if device.type == "cuda" and options.cuda_graphs:
         progress("CUDA graphs", 0.0)
         rank.graphs = step_graphs(model, backend, kv_layers, Rotary(model_config), device, pgs)
@@ -185,7 +186,8 @@ def warm_up(rank: Rank, *, num_blocks: int, block_size: int) -> None:
     extent = Extent(0, num_blocks_for(num_tokens + 1, block_size))
     # Of this kvp rank alone: its pipeline and tensor-parallel partners run the same.
     ranks = (rank.kvp_rank,)
-    done = rank.run(RankStep(-2, (Chunk(request_id, 0, num_tokens, True, ranks, (extent,)),), (new,)))
+    begin = append_op(request_id, rank.kvp_rank, (extent,))
+    done = rank.run(RankStep(-2, (Chunk(request_id, 0, num_tokens, True, ranks),), (new,), kv_ops=(begin,)))
     if done.failed:
         raise CheckpointError(
             f"the model computes no numbers from its first tokens: {done.failed[0][1]}. Its weights are finite but too "

@@ -15,6 +15,7 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.cost.fitted_cost import MeasuredStep
 from megatron_medha.core.cost.step_cost import StepLoad
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
+from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.worker.rank import Rank
 
@@ -100,15 +101,15 @@ def _best_s(rank: Rank, ready: RankReady, point: GridPoint, share_s: float) -> f
     lengths = {f"decode-{i}": point.decode_context + 1 for i in range(point.num_decodes)}
     if point.chunk_tokens:
         lengths["chunk"] = point.chunk_context + point.chunk_tokens
-    first_block, extents, new = 0, {}, []
+    first_block, begin, new = 0, [], []
     sampling = Sampling(max_output_tokens=1, temperature=0.0)
     for request_id, length in lengths.items():
         count = num_blocks_for(length + _MAX_REPEATS, ready.block_size)
-        extents[request_id] = Extent(first_block, count)
+        begin.append(append_op(request_id, 0, (Extent(first_block, count),)))
         first_block += count
         new.append(NewRequest(request_id, array("i", [0] * length).tobytes(), length, sampling))
-    begin = tuple(Chunk(request_id, 0, 1, False, (0,), (extents[request_id],)) for request_id in lengths)
-    rank.run(RankStep(1, begin, tuple(new)))
+    first = tuple(Chunk(request_id, 0, 1, False) for request_id in lengths)
+    rank.run(RankStep(1, first, tuple(new), kv_ops=tuple(begin)))
     durations: list[float] = []
     while len(durations) < _MIN_REPEATS or time.monotonic() - started_s < share_s and len(durations) < _MAX_REPEATS:
         # Single tokens sample as in serving, so their requests grow by one from run to run; chunks stay where they are.
@@ -117,8 +118,7 @@ def _best_s(rank: Rank, ready: RankReady, point: GridPoint, share_s: float) -> f
             is_chunk = request_id == "chunk" and point.chunk_tokens > 1
             start = length - point.chunk_tokens if is_chunk else length - 1 + len(durations)
             count = point.chunk_tokens if is_chunk else 1
-            # What starts at 0 begins a new block table.
-            chunks.append(Chunk(request_id, start, count, not is_chunk, (0,), () if start else (extents[request_id],)))
+            chunks.append(Chunk(request_id, start, count, not is_chunk))
         begun_s = time.perf_counter()
         rank.run(RankStep(2, tuple(chunks)))
         if torch.cuda.is_available():
