@@ -70,6 +70,7 @@ class Ledger:
                 live.num_scheduled_tokens = chunk.start + chunk.num_tokens
                 if live.first_scheduled_s is None:
                     live.first_scheduled_s = now_s
+                    live.num_cached_tokens = chunk.start
 
     def completed(self, prefills: Iterable[Chunk], start_s: float, now_s: float) -> None:
         """Their batch has ended; its tokens are handed out next, but chunks that sample none have run, too."""

@@ -37,6 +37,7 @@ class MeasuredSimRuntime(SimRuntime):
         self._sample_s = sample_s
         self._next_sample_s = 0.0
         self._on_sample = on_sample
+        self._not_begun: set[str] = set()  # requests that no batch has yet, or not since they were preempted
         self._flights: dict[int, tuple[list[Chunk], float]] = {}  # prefill chunks, and when it was submitted
         self._batch_start_s = 0.0  # of the batch completed last, whose tokens are handed out
         self._active_since_s = 0.0
@@ -61,6 +62,7 @@ class MeasuredSimRuntime(SimRuntime):
                 self.active_s += self._now_s - self._active_since_s
         elif isinstance(event, Arrived):
             self._ledger.arrived(event.request)
+            self._not_begun.add(event.request.request_id)
         if self._now_s >= self._next_sample_s:
             self._next_sample_s = self._now_s + self._sample_s
             self._on_sample(self._now_s)
@@ -70,9 +72,16 @@ class MeasuredSimRuntime(SimRuntime):
         """See Runtime."""
         if not self._flights:
             self._active_since_s = self._now_s
-        prefills = [chunk for chunk in batch.chunks if chunk.num_tokens > 1 or not chunk.start]
+        not_begun = self._not_begun
+        # Of a prompt that is cached but for its last token, a single token is a prefill.
+        prefills = [
+            chunk
+            for chunk in batch.chunks
+            if chunk.num_tokens > 1 or not chunk.start or chunk.request_id in not_begun
+        ]
         self._flights[batch.batch_id] = prefills, self._now_s
         if prefills:
+            not_begun.difference_update([chunk.request_id for chunk in prefills])
             self._ledger.submitted(prefills, self._now_s)
         self.enter(batch, self._truth(batch))
 
@@ -85,6 +94,8 @@ class MeasuredSimRuntime(SimRuntime):
                 self._feed.ended(output.request_id, self._now_s, True)
         elif isinstance(output, Preempted):
             self._ledger.preempted(output.request_id, output.num_tokens_lost)
+            self._not_begun.add(output.request_id)
         elif isinstance(output, Rejected):
             self._ledger.rejected(output.request_id, output.why)
+            self._not_begun.discard(output.request_id)
             self._feed.ended(output.request_id, self._now_s, False)

@@ -137,6 +137,7 @@ class RunDirectory:
             "first_token_s": _rounded(outcome.first_token_s),
             "last_token_s": _rounded(outcome.last_token_s),
             "deadline_s": _rounded(slo.deadline_s(outcome.isolated_s)),
+            "cached_tokens": outcome.num_cached_tokens,
             "num_preemptions": outcome.num_preemptions,
             "num_tokens_lost": outcome.num_tokens_lost,
             "meets_slo": slo.is_met(outcome),

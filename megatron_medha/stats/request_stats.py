@@ -48,6 +48,7 @@ class RequestStats:
     num_tokens_out: int = 0            # counted with each token, or at the end
     num_scheduled_tokens: int = 0      # whose KV batches have computed, or will; 0 again after a loss
     num_ever_scheduled: int = 0        # the most that this has been: what is below and computed again was lost
+    num_cached_tokens: int = 0         # of the prompt, whose KV was there when it first began
     num_preemptions: int = 0           # losses of its KV; waiting for others is none
     num_tokens_lost: int = 0
     max_tbt_s: float | None = None
@@ -178,6 +179,7 @@ class RequestTracker(Generic[R]):
             self._on_chunk(stats, chunk, now_s)
             if stats.first_scheduled_s is None:
                 stats.first_scheduled_s = now_s
+                stats.num_cached_tokens = chunk.start
             stats.num_scheduled_tokens = end = chunk.start + chunk.num_tokens
             stats.num_ever_scheduled = max(stats.num_ever_scheduled, end)
 

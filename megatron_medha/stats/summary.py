@@ -105,6 +105,7 @@ class ClassSums:
     num_met: int = 0
     num_tokens_met: int = 0  # output tokens of requests that met their targets
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
     num_tokens_lost: int = 0
@@ -122,6 +123,7 @@ class ClassSums:
         self.num_tokens_lost += outcome.num_tokens_lost
         if outcome.first_token_s is not None:
             self.num_prompt_tokens += outcome.request.num_prompt_tokens
+            self.num_cached_tokens += outcome.num_cached_tokens
         if slo.is_met(outcome):
             self.num_met += 1
             self.num_tokens_met += outcome.num_tokens_out
@@ -185,7 +187,10 @@ class Summary:
             "attainment": self.attainment(names),
             "num_preemptions": sum(one.num_preemptions for one in sums),
             "num_tokens_lost": sum(one.num_tokens_lost for one in sums),
-            "num_prompt_tokens": sum(one.num_prompt_tokens for one in sums),
+            "num_prompt_tokens": (num_prompt_tokens := sum(one.num_prompt_tokens for one in sums)),
+            "num_cached_tokens": (num_cached_tokens := sum(one.num_cached_tokens for one in sums)),
+            # Of all prompt tokens, those whose KV was there already.
+            "hit_rate": num_cached_tokens / num_prompt_tokens if num_prompt_tokens else None,
             "num_output_tokens": sum(one.num_output_tokens for one in sums),
         }
         for key, number in (

@@ -15,6 +15,7 @@ _LATENCIES = (
     ("worst TBT", "max_tbt_s"),
     ("E2E", "e2e_s"),
 )
+_ONLY_IF_ANY = ("num_rejected", "num_unfinished", "hit_rate", "num_preemptions", "num_tokens_lost")
 _PERCENTILES = ("p50", "p90", "p99")
 
 
@@ -58,10 +59,11 @@ def _counts(values: Mapping[str, Any]) -> str:
         ("requests/s", "requests_per_s", number_text),
         ("output tokens/s", "output_tokens_per_s", number_text),
         ("all tokens/s", "tokens_per_s", number_text),
+        ("prompt tokens cached", "hit_rate", percent_text),
         ("KV lost, times", "num_preemptions", _count),
         ("tokens recomputed", "num_tokens_lost", _count),
     ):
-        if key in ("num_rejected", "num_unfinished", "num_preemptions", "num_tokens_lost") and not columns["all"][key]:
+        if key in _ONLY_IF_ANY and not columns["all"].get(key):
             continue
         rows.append([label, *(show(column[key]) for column in columns.values())])
     return text_table(rows)

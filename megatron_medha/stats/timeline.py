@@ -77,7 +77,9 @@ class Timeline:
                 held.pop(request_id, None)
             for chunk in chunks:
                 if chunk.kvp_ranks[-1] == span.kvp_rank:
-                    held[chunk.request_id] = held.get(chunk.request_id, 0) + chunk.num_tokens
+                    # What a request on one rank begins with was cached there.
+                    num_before = chunk.start if len(chunk.kvp_ranks) == 1 else 0
+                    held[chunk.request_id] = held.get(chunk.request_id, num_before) + chunk.num_tokens
         if not chunks or span.end_s < self._start_s:
             return
         name, arguments = _description(batch, span.kvp_rank)
@@ -117,7 +119,10 @@ class Timeline:
                 "name": f"{request.request_id} {name}", "cat": "request", "id": request.request_id,
                 "pid": _REQUESTS_PID, "tid": 0,
             }  # fmt: skip
-            facts = {"prompt_tokens": request.num_prompt_tokens, "output_tokens": request.max_output_tokens}
+            facts = {
+                "prompt_tokens": request.num_prompt_tokens, "cached_tokens": outcome.num_cached_tokens,
+                "output_tokens": request.max_output_tokens,
+            }  # fmt: skip
             self._write({**common, "ph": "b", "ts": self._us(start_s), "args": facts})
             self._write({**common, "ph": "e", "ts": self._us(end_s)})
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import NamedTuple
 
-KEY_BYTES = 16
+from megatron_medha.core.kv.prefix_keys import KEY_BYTES
 
 
 class TextSpan(NamedTuple):

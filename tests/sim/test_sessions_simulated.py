@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from megatron_medha.core.batch import Completed, Event, Output
+from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, Event, FinishReason, Output, TokenOut
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware
 from megatron_medha.core.kv.kv_config import KVConfig
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks
 from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.stats.summary_table import summary_table
 from megatron_medha.workload.session_mix import SessionsConfig
 from megatron_medha.workload.workload import Workload, WorkloadConfig
 
@@ -98,3 +101,53 @@ def test_without_a_prefix_cache_requests_have_no_keys() -> None:
 def test_the_end_of_the_time_in_which_turns_come_is_kept() -> None:
     found, _ = run(workload=replace(SESSIONS, duration_s=8.0))
     assert found and max(one.request.arrival_s for one in found) < 8.0
+
+
+class HalfCached:
+    """A system that finds all but the last token of every other prompt cached, and nothing of the rest."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Request] = []
+        self._running: dict[int, Request] = {}
+        self._num_batches = 0
+
+    def handle(self, event: Event, now_s: float) -> list[Output]:
+        """See SchedulerProtocol."""
+        match event:
+            case Arrived(request):
+                self._waiting.append(request)
+            case Completed(batch_id=batch_id):
+                return [TokenOut(self._running.pop(batch_id).request_id, batch_id, FinishReason.LENGTH)]
+            case _:
+                pass
+        return []
+
+    def schedule(self, now_s: float) -> Batch | None:
+        """See SchedulerProtocol."""
+        if not self._waiting or self._running:
+            return None
+        request, number = self._waiting.pop(0), self._num_batches
+        self._num_batches += 1
+        start = 0 if number % 2 else request.num_prompt_tokens - 1
+        self._running[number] = request
+        chunk = Chunk(request.request_id, start, request.num_prompt_tokens - start, True)
+        return Batch(number, (chunk,), (), now_s, 1.0, 1.0)
+
+
+def test_what_a_first_chunk_does_not_compute_was_cached(tmp_path: Path) -> None:
+    path = tmp_path / "four.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "0,1001,1\n" * 4)
+    found: list[RequestStats] = []
+    simulation = Simulation(SimulationConfig(setup=SETUP, workload=WorkloadConfig(path=path)))
+    values = simulation.run(SimulationHooks(on_outcome=found.append), HalfCached()).values
+    assert [one.num_cached_tokens for one in found] == [1000, 0, 1000, 0]
+    assert all(one.first_scheduled_s is not None for one in found)
+    assert values["all"]["num_cached_tokens"] == 2000 and values["all"]["hit_rate"] == pytest.approx(2000 / 4004)
+    assert values["machine"]["num_tokens_computed"] == 2 + 2 * 1001
+    assert "prompt tokens cached" in summary_table(values)
+
+
+def test_without_hits_nothing_is_said_of_them() -> None:
+    simulation = Simulation(SimulationConfig(setup=replace(SETUP, kv=KVConfig(prefix_cache=False)), workload=SESSIONS))
+    values = simulation.run(SimulationHooks()).values
+    assert values["all"]["hit_rate"] == 0.0 and "cached" not in summary_table(values)

@@ -8,7 +8,8 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_medha.workload.key_chain import KEY_BYTES, KeyChain, TextSpan, cut, num_tokens_of, spans_of_ids
+from megatron_medha.core.kv.prefix_keys import KEY_BYTES
+from megatron_medha.workload.key_chain import KeyChain, TextSpan, cut, num_tokens_of, spans_of_ids
 
 SPANS = st.lists(st.builds(TextSpan, st.sampled_from("ab"), st.integers(0, 9), st.integers(1, 40)), max_size=8)
 

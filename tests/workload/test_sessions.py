@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.kv.prefix_keys import KEY_BYTES
 from megatron_medha.core.request import Request
-from megatron_medha.workload.key_chain import KEY_BYTES, TextSpan
+from megatron_medha.workload.key_chain import TextSpan
 from megatron_medha.workload.session_file import read_session_rows, write_session_rows
 from megatron_medha.workload.session_mix import SessionsConfig, draw_sessions
 from megatron_medha.workload.session_play import SessionPlay

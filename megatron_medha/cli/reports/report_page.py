@@ -56,7 +56,8 @@ def _table(runs: Sequence[ReportRun], classes: Sequence[str]) -> tuple[list[str]
     header = ["run", *(["what"] if kinds else []), *(_short(key) for key in keys)]
     for name in classes:
         header += [f"{name} TTFT p50", "p99", f"{name} TPOT p50", f"{name} meet SLO"]
-    header += ["all meet SLO", "goodput /s", "tokens/s"]
+    has_hits = any(run.values["all"].get("hit_rate") for run in runs)
+    header += ["all meet SLO", "goodput /s", "tokens/s", *(["prompts cached"] if has_hits else [])]
     rows = []
     for run in runs:
         row = [run.name, *([_kind(run)] if kinds else [])]
@@ -71,6 +72,7 @@ def _table(runs: Sequence[ReportRun], classes: Sequence[str]) -> tuple[list[str]
         every = run.values["all"]
         row.append(percent_text(every["attainment"]))
         row += [number_text(every["goodput_per_s"]), number_text(every["tokens_per_s"])]
+        row += [percent_text(every.get("hit_rate"))] if has_hits else []
         rows.append(row)
     return header, rows
 
