@@ -37,3 +37,15 @@ def merge_outputs(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     (first_THD, first_lse_TH), (second_THD, second_lse_TH) = parts
     share_TH1 = torch.sigmoid(second_lse_TH - first_lse_TH).unsqueeze(-1)
     return torch.lerp(first_THD.float(), second_THD.float(), share_TH1).to(first_THD.dtype)
+
+
+def with_sinks(out_THD: Tensor, lse_TH: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with one more score in each softmax, which brings no value: (out_THD, lse_TH) of partial attention.
+
+    sinks_H: that score, of each head, or [T, H]. Of several shards each takes its part of the softmax: score - log(R).
+    """
+    sinks_TH = sinks_H.float().expand_as(lse_TH)
+    share_TH1 = torch.sigmoid(lse_TH - sinks_TH).unsqueeze(-1)
+    # An empty shard's output may be anything, NaN included.
+    out_THD = (out_THD.float() * share_TH1).masked_fill(share_TH1 == 0.0, 0.0).to(out_THD.dtype)
+    return out_THD, torch.logaddexp(lse_TH, sinks_TH)

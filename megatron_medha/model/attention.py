@@ -12,8 +12,50 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_medha.kernels.attention.backend import LayerKV
+from megatron_medha.kernels.attention.merge import with_sinks
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary, rotate
+
+
+def attend(
+    batch: PackedBatch,
+    q_TKGD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    layer: LayerKV,
+    scale: float,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Write the batch's keys and values to this layer's KV and attend over it, as over other kvp ranks'; out_THD.
+
+    sinks_H: a score for each head that takes its part of the softmax and brings no value; None: there is none.
+    """
+    if batch.shared is None:
+        return _attend_alone(batch, q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)
+    first_row, attention = batch.shared.first_row, batch.shared.attention
+    if not first_row:
+        return attention.attend(q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)
+    alone, shared = slice(0, first_row), slice(first_row, None)
+    merged = attention.begin(q_TKGD[shared], k_TKD[shared], v_TKD[shared], layer, scale, sinks_H)
+    # What no other rank has a part in is computed while theirs is on its way.
+    out_THD = _attend_alone(batch, q_TKGD[alone], k_TKD[alone], v_TKD[alone], layer, scale, sinks_H)
+    return torch.cat((out_THD, merged()))
+
+
+def _attend_alone(
+    batch: PackedBatch,
+    q_TKGD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    layer: LayerKV,
+    scale: float,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    if sinks_H is None:
+        return batch.backend.attend(batch.plan, q_TKGD, k_TKD, v_TKD, layer, scale)
+    out_THD, lse_TH = batch.backend.attend_with_lse(batch.plan, q_TKGD, k_TKD, v_TKD, layer, scale)
+    return with_sinks(out_THD, lse_TH, sinks_H)[0]
 
 
 class PagedCoreAttention(torch.nn.Module):
@@ -32,16 +74,7 @@ class PagedCoreAttention(torch.nn.Module):
         layer = batch.kv_layers[layer_index]
         if batch.is_rotated_by_backend:
             return batch.backend.attend_rotating(batch.plan, q_TKGD, k_TKD, v_TKD, batch.rotation, layer, self.scale)
-        if batch.shared is None:
-            return batch.backend.attend(batch.plan, q_TKGD, k_TKD, v_TKD, layer, self.scale)
-        first_row, attention = batch.shared.first_row, batch.shared.attention
-        if not first_row:
-            return attention.attend(q_TKGD, k_TKD, v_TKD, layer, self.scale)
-        alone, shared = slice(0, first_row), slice(first_row, None)
-        merged = attention.begin(q_TKGD[shared], k_TKD[shared], v_TKD[shared], layer, self.scale)
-        # What no other rank has a part in is computed while theirs is on its way.
-        out_THD = batch.backend.attend(batch.plan, q_TKGD[alone], k_TKD[alone], v_TKD[alone], layer, self.scale)
-        return torch.cat((out_THD, merged()))
+        return attend(batch, q_TKGD, k_TKD, v_TKD, layer, self.scale)
 
     def forward_training(self, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
         """Plain causal attention with gradients, [S, B, H, D]. Megatron's own is 40 times slower on CPU."""

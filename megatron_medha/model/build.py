@@ -6,9 +6,9 @@ import logging
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -17,11 +17,20 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
 
 from megatron_medha.core.cost.capacity import check_divides
 from megatron_medha.model.attention import MedhaSelfAttention, PagedCoreAttention
 from megatron_medha.model.fp8 import fp8_config
+from megatron_medha.model.general_layers import (
+    GeneralCoreAttention,
+    GeneralSelfAttention,
+    GeneralTransformerLayer,
+    ZeroCentredNorm,
+)
+from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.layer import MedhaTransformerLayer
+from megatron_medha.model.megatron_config import transformer_config
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs
@@ -45,26 +54,44 @@ def build_model(
     Raises ConfigError if the layout does not divide the model.
     """
     check_divides(config.shape(dtype.itemsize), tp=pgs.tp.size(), spp=pgs.pp.size())
-    transformer_config = _transformer_config(config, dtype, device, pgs, is_initialized, fp8)
+    precision = fp8_config(fp8) if transformer_engine_works(device) else {}
+    megatron = transformer_config(config, dtype, device, pgs, is_initialized, precision)
     tp = pgs.tp.size()
     model = _CheckpointedGPTModel(
-        config=transformer_config,
-        transformer_layer_spec=_block_spec(config, device, pgs),
+        config=megatron,
+        transformer_layer_spec=_block_spec(config, megatron, device, pgs),
         vocab_size=-(-config.vocab_size // tp) * tp,  # padded, so that any tp divides it
         max_sequence_length=config.max_context_len,
         pre_process=pgs.pp.rank() == 0,
         post_process=pgs.pp.rank() == pgs.pp.size() - 1,
         share_embeddings_and_output_weights=config.has_tied_embeddings,
         # Megatron's own tables are fp32 angles over all positions up to the longest: wrong by 0.76 at 10M, and 5 GB.
-        position_embedding_type="none",
+        position_embedding_type="learned_absolute" if config.positions == "learned" else "none",
         pg_collection=pgs,
     )
+    if not config.is_llama_like:
+        for index, layer in enumerate(model.decoder.layers):
+            layer.self_attention.core_attention.place(config, index)
     # With the dtype: Megatron's local norms are made in fp32 whatever params_dtype says, and mixed they run unfused.
     return model.to(device=device, dtype=dtype).eval()
 
 
 class _CheckpointedGPTModel(GPTModel):
     """A GPTModel whose weights are about to be loaded, on every stage."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        *args: Any,
+        inference_context: PackedBatch | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Megatron's forward; a packed batch knows its tokens' positions, which learned embeddings are looked up by."""
+        if position_ids is None and inference_context is not None and inference_context.positions_T is not None:
+            position_ids = inference_context.positions_T.unsqueeze(0)
+        output: Tensor = super().forward(input_ids, position_ids, *args, inference_context=inference_context, **kwargs)
+        return output
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Megatron sends tied embeddings from the first stage to the last here, through CUDA; loading fills both."""
@@ -101,16 +128,20 @@ def transformer_engine_works(device: torch.device) -> bool:
     return True
 
 
-def _block_spec(config: ModelConfig, device: torch.device, pgs: MedhaPGs) -> TransformerBlockSubmodules | ModuleSpec:
+def _block_spec(
+    config: ModelConfig, megatron: TransformerConfig, device: torch.device, pgs: MedhaPGs
+) -> TransformerBlockSubmodules | ModuleSpec:
     """This stage's layers, and off CUDA the last norm, which Megatron would take from Transformer Engine otherwise."""
-    spec = _layer_spec(config, device)
+    if not config.is_llama_like:
+        return _general_block_spec(config, megatron, device, pgs)
+    spec = _llama_layer_spec(config, device)
     if transformer_engine_works(device):
         return spec
     num_layers = config.num_layers // pgs.pp.size()
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=WrappedTorchNorm)
 
 
-def _layer_spec(config: ModelConfig, device: torch.device) -> ModuleSpec:
+def _llama_layer_spec(config: ModelConfig, device: torch.device) -> ModuleSpec:
     """One decoder layer: Transformer Engine's linear layers and norms on CUDA, Megatron's own elsewhere."""
     if transformer_engine_works(device):
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.has_qk_norm)
@@ -124,41 +155,28 @@ def _layer_spec(config: ModelConfig, device: torch.device) -> ModuleSpec:
     return spec
 
 
-def _transformer_config(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, pgs: MedhaPGs, is_initialized: bool, fp8: str
-) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_heads,
-        num_query_groups=config.num_kv_heads,
-        kv_channels=config.head_dim,
-        layernorm_epsilon=config.norm_epsilon,
-        normalization="RMSNorm",
-        qk_layernorm=config.has_qk_norm,
-        add_bias_linear=False,
-        add_qkv_bias=config.has_qkv_bias,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=0.02,
-        perform_initialization=is_initialized,
-        use_cpu_initialization=device.type == "cpu",
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=pgs.tp.size(),
-        pipeline_model_parallel_size=pgs.pp.size(),
-        # What follows fails, or compiles for seconds at the first forward, where there is no CUDA.
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
-        memory_efficient_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        batch_p2p_sync=False,
-        **(fp8_config(fp8) if transformer_engine_works(device) else {}),
+def _general_block_spec(
+    config: ModelConfig, megatron: TransformerConfig, device: torch.device, pgs: MedhaPGs
+) -> TransformerBlockSubmodules:
+    """Megatron's own layers, whatever they are, with our attention in them; the same spec may stand for many layers."""
+    has_engine = transformer_engine_works(device)
+    block = get_gpt_decoder_block_spec(
+        megatron,
+        use_transformer_engine=has_engine,
+        normalization=megatron.normalization,
+        qk_l2_norm=config.has_qk_l2_norm,
+        pp_rank=pgs.pp.rank(),
     )
+    norm = ZeroCentredNorm if config.has_zero_centred_norms else WrappedTorchNorm
+    if not has_engine:
+        block.layer_norm = norm
+    for layer in block.layer_specs:
+        layer.module = GeneralTransformerLayer
+        attention = layer.submodules.self_attention
+        attention.module = GeneralSelfAttention
+        attention.submodules.core_attention = GeneralCoreAttention
+        for part in (layer.submodules, attention.submodules):
+            for slot, module in vars(part).items():
+                if module is WrappedTorchNorm:
+                    setattr(part, slot, norm)
+    return block

@@ -35,6 +35,7 @@ class PackedBatch(BaseInferenceContext):
         plan: Any,
         kv_layers: Sequence[LayerKV],
         rotation: Rotation,
+        positions_T: Tensor | None = None,
         logit_rows: Tensor,
         hidden_rows: Tensor | None = None,
         shared: SharedRows | None = None,
@@ -43,7 +44,7 @@ class PackedBatch(BaseInferenceContext):
         """plan: the backend's own, from `backend.plan`, for the rows before `shared`; None when there are none.
 
         kv_layers: of this pipeline stage, in order.
-
+        positions_T: int64, of models with learned positions; others have them in `rotation`.
         logit_rows: int64, the rows whose logits the model returns.
         hidden_rows: int64, rows whose final hidden states are kept in `hidden` (for prompt logprobs, whose
         logits over a whole chunk would not fit in memory at once).
@@ -54,6 +55,7 @@ class PackedBatch(BaseInferenceContext):
         self.plan = plan
         self.kv_layers = kv_layers
         self.rotation = rotation
+        self.positions_T = positions_T
         self.shared = shared
         # Rows whose partial results go to other ranks are rotated beforehand: those ranks attend with them as they are.
         self.is_rotated_by_backend = shared is None and backend.rotates

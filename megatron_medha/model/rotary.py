@@ -1,6 +1,6 @@
 """Rotary position embedding: frequencies as Hugging Face's configs mean them, angles per token, and the rotation.
 
-Shapes: T tokens, D head dim, F = D / 2 frequencies.
+Shapes: T tokens, D numbers of a head that turn (mostly all), F = D / 2 frequencies.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Rotary:
 
     def __init__(self, config: ModelConfig) -> None:
         scaling = config.rope_scaling
-        self._head_dim = config.head_dim
+        self._num_rotated = config.num_rotated
         self._theta = config.rope_theta
         self._scaling = scaling
         dynamic_from = scaling.original_max_context_len or config.max_context_len
         self._dynamic_from = dynamic_from if scaling.kind == "dynamic" else None
-        self._frequencies_F = _scaled_frequencies(config.head_dim, config.rope_theta, scaling)
+        self._frequencies_F = _scaled_frequencies(config.num_rotated, config.rope_theta, scaling)
         self._amplitude = _yarn_amplitude(scaling) if scaling.kind == "yarn" else 1.0
         self._on_device: dict[torch.device, Tensor] = {}
         self._consecutive: dict[tuple[int, torch.device], Rotation] = {}
@@ -112,7 +112,7 @@ class Rotary:
         if longest <= self._dynamic_from:
             return self._frequencies_on(lengths_T.device)[None]
         lengths, row_T = torch.unique(lengths_T.clamp(min=self._dynamic_from), return_inverse=True)
-        dim, factor = self._head_dim, self._scaling.factor
+        dim, factor = self._num_rotated, self._scaling.factor
         rows = [
             _frequencies(dim, self._theta * (factor * n / self._dynamic_from - (factor - 1)) ** (dim / (dim - 2)))
             for n in lengths.tolist()

@@ -5,6 +5,7 @@ Shapes: T query tokens, K key/value heads, G query heads per key/value head, H =
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
-from megatron_medha.kernels.attention.merge import merge_outputs
+from megatron_medha.kernels.attention.merge import merge_outputs, with_sinks
 from megatron_medha.kernels.attention.native_shards import NativeShards, PendingShard, native_merge
 from megatron_medha.parallel.kv_exchange import KVExchange
 
@@ -42,23 +43,42 @@ class SharedAttention:
         """When this rank's own part of the last layer was done, by time.perf_counter; None: not through the library."""
         return None if self._native is None else self._native.attended_s
 
-    def attend(self, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float) -> Tensor:
-        """Write this rank's own keys and values to the pool, and attend over all ranks' shards; returns out_THD."""
-        native = self._native_for(q_TKGD)
+    def attend(
+        self,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: LayerKV,
+        scale: float,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """Write this rank's own keys and values to the pool, and attend over all ranks' shards; returns out_THD.
+
+        sinks_H: see with_sinks.
+        """
+        native = None if sinks_H is not None else self._native_for(q_TKGD)
         if native is None:
-            return self.begin(q_TKGD, k_TKD, v_TKD, layer, scale)()
+            return self.begin(q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)()
         begun, is_merged = native.attend(q_TKGD, k_TKD, v_TKD, layer, scale, _NATIVE_WAIT_NS)
         return begun.out_THD if is_merged else self._merged(native, begun)
 
     def begin(
-        self, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+        self,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: LayerKV,
+        scale: float,
+        sinks_H: Tensor | None = None,
     ) -> Callable[[], Tensor]:
         """`attend`, without waiting for other ranks; what is returned is called for out_THD before the next layer's."""
-        native = self._native_for(q_TKGD)
+        native = None if sinks_H is not None else self._native_for(q_TKGD)
         if native is not None:
             begun, _ = native.attend(q_TKGD, k_TKD, v_TKD, layer, scale)
             return partial(self._merged, native, begun)
         own = self._backend.attend_with_lse(self._plan, q_TKGD, k_TKD, v_TKD, layer, scale)
+        if sinks_H is not None:
+            own = with_sinks(*own, self._parts_of_sinks(sinks_H))
         on_their_way = self._exchange.begin(*own)
 
         def merged() -> Tensor:
@@ -66,6 +86,14 @@ class SharedAttention:
             return outs[0] if len(outs) == 1 else torch.cat(outs)
 
         return merged
+
+    def _parts_of_sinks(self, sinks_H: Tensor) -> Tensor:
+        """[T, H]: less by log(R) where R ranks share a row, so that together they add the score once."""
+        sinks_H = sinks_H.float()
+        parts = [
+            (sinks_H - math.log(len(found.kvp_ranks))).expand(found.num_rows, -1) for found in self._exchange.sets
+        ]
+        return torch.cat(parts)
 
     def _native_for(self, q_TKGD: Tensor) -> NativeShards | None:
         """For messages that fit in shared memory; larger ones are few, and bound by attention itself."""

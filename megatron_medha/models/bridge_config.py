@@ -35,6 +35,14 @@ _RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "seq_length": "max_position_embeddings",
 }
+# Its activation and whether the MLP is gated, by the arguments that say the same. geglu is an argument of forks.
+_ACTIVATIONS: dict[tuple[str, Any], dict[str, bool]] = {
+    ("silu", True): {"swiglu": True},
+    ("quick_gelu", True): {"quick_geglu": True},
+    ("gelu", True): {"geglu": True},
+    ("gelu", False): {},
+    ("squared_relu", False): {"squared_relu": True},
+}
 _NEEDED = names_of("megatron_bridge", "needed")
 _HARMLESS = names_of("megatron_bridge", "harmless")
 # Of Llama 3.1 providers, which scale rotary frequencies themselves; megatron-core's scaling has these values only.
@@ -102,11 +110,16 @@ def _arguments(fields: dict[str, Any], path: Path) -> argparse.Namespace:
             raise UnsupportedModelError(f"{path}: model.{name}={shown(value)} is not supported: {why}")
 
     take = fields.pop
+    args = argparse.Namespace(group_query_attention=True)
     activation = take("activation_func")
     if isinstance(activation, dict):
         activation = activation.get("_target_")
-    is_silu = str(activation).rpartition(".")[2] == "silu"
-    refuse_unless(is_silu and take("gated_linear_unit") is True, "activation_func", activation, "it must be gated SiLU")
+    kind = (str(activation).rpartition(".")[2], take("gated_linear_unit"))
+    refuse_unless(kind in _ACTIVATIONS, "activation_func", activation,
+                  f"with gated_linear_unit={shown(kind[1])} it is none of Megatron-LM's")  # fmt: skip
+    args.swiglu = False
+    vars(args).update(_ACTIVATIONS.get(kind, {}))
+    args.bias_gelu_fusion = args.bias_swiglu_fusion = take("bias_activation_fusion", False)
     spec = take("transformer_layer_spec", None)
     if isinstance(spec, dict):
         spec = spec.get("_target_")
@@ -115,14 +128,11 @@ def _arguments(fields: dict[str, Any], path: Path) -> argparse.Namespace:
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
     is_counted = type(heads) is int and type(hidden) is int and heads > 0
     refuse_unless(is_counted, "num_attention_heads", heads, "it must be a positive whole number, as hidden_size")
-    args = argparse.Namespace(swiglu=True, group_query_attention=True)
     args.num_query_groups = take("num_query_groups", None) or heads
     args.kv_channels = take("kv_channels", None) or hidden // heads
     args.ffn_hidden_size = take("ffn_hidden_size") or 4 * hidden
     args.untie_embeddings_and_output_weights = not take("share_embeddings_and_output_weights")
     args.rotary_percent = take("rotary_percent", 1.0)
-    scale = take("softmax_scale", None)
-    refuse_unless(scale is None or scale == args.kv_channels**-0.5, "softmax_scale", scale, "only the usual one is")
     if (factor := take("scale_factor", None)) is not None:
         for name, value in _LLAMA31.items():
             refuse_unless((stated := take(name, None)) == value, name, stated, f"it must be {value} with scale_factor")

@@ -7,15 +7,15 @@ layernorm_epsilon, apply_layernorm_1p became layernorm_zero_centered_gamma. Both
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.core.model_spec import RopeScaling
 from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
+from megatron_medha.models.megatron_traits import POSITIONS, SOFTMAX, llama3_scaling, position_traits, traits_of
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import listed, shown
 from megatron_medha.safe_files.json_fields import JsonFields
@@ -23,7 +23,7 @@ from megatron_medha.safe_files.safe_pickle import Opaque
 
 
 class Requirement(NamedTuple):
-    """Values of an argument under which a model is of the Llama family."""
+    """Values of an argument with which a model is served."""
 
     name: str
     is_fine: Callable[[Any], bool]
@@ -31,14 +31,18 @@ class Requirement(NamedTuple):
 
 
 NEEDED = names_of("megatron_lm", "needed")
+_NORMS = ("RMSNorm", "LayerNorm")
+
+
+def _is_one_of(known: Collection[Any], value: Any) -> bool:
+    return isinstance(value, str | None) and value in known
+
+
 REQUIREMENTS = (
-    Requirement("position_embedding_type", lambda v: v == "rope", "positions must be rotary (rope)"),
-    Requirement("normalization", lambda v: v == "RMSNorm", "norms must be RMSNorm"),
-    Requirement("swiglu", lambda v: v is True, "the MLP must be gated SiLU (--swiglu)"),
-    Requirement("rotary_percent", lambda v: v == 1.0, "rotary positions turn whole heads here"),
+    Requirement("position_embedding_type", lambda v: _is_one_of(POSITIONS, v), f"one of {', '.join(POSITIONS)} is"),
+    Requirement("normalization", lambda v: _is_one_of(_NORMS, v), f"one of {', '.join(_NORMS)} is"),
+    Requirement("softmax_type", lambda v: _is_one_of(SOFTMAX, v), "vanilla, learnable and off-by-one are"),
     Requirement("window_size", lambda v: v is None, "every layer must see the whole context"),
-    Requirement("softmax_type", lambda v: v in (None, "vanilla"), "the attention's softmax must be plain"),
-    Requirement("activation_func_clamp_value", lambda v: v is None, "the MLP's activation must be plain SiLU"),
     Requirement("spec", lambda v: v is None, "layers of the training script's own are not known here"),
     *(
         Requirement(name, lambda v: not v, reason)
@@ -88,10 +92,8 @@ def config_from_args(
         vocab_size=vocab_size,
         max_context_len=fields.integer("max_position_embeddings"),
         norm_epsilon=fields.number(norm_epsilon),
-        rope_theta=_rope_theta(fields),
-        rope_scaling=_rope_scaling(fields),
-        has_qkv_bias=fields.flag("add_qkv_bias"),
-        has_qk_norm=fields.flag("qk_layernorm"),
+        **position_traits(fields),
+        **traits_of(fields),
         has_tied_embeddings=not fields.flag("untie_embeddings_and_output_weights"),
         dtype=dtype,
         stop_token_ids=tuple(token_id for token_id in stop_token_ids if token_id < vocab_size),
@@ -101,8 +103,10 @@ def config_from_args(
 def args_from_config(config: ModelConfig, dtype: torch.dtype) -> argparse.Namespace:
     """The arguments Megatron-LM would have been started with to train this model on one device.
 
-    Raises UnsupportedModelError if Megatron-LM has no argument for some trait of the model.
+    Raises UnsupportedModelError if Megatron-LM has no argument for some trait of the model, or none is written here.
     """
+    if config.traits:
+        raise UnsupportedModelError(f"{config.name}: {', '.join(config.traits)}: not written as Megatron's arguments")
     args = argparse.Namespace(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -144,7 +148,7 @@ def args_from_config(config: ModelConfig, dtype: torch.dtype) -> argparse.Namesp
         use_mcore_models=True,
     )
     scaling = config.rope_scaling
-    if scaling == _llama3_scaling(scaling.factor):
+    if scaling == llama3_scaling(scaling.factor):
         args.use_rope_scaling, args.rope_scaling_factor = True, scaling.factor
     elif scaling.kind == "linear":
         args.rotary_seq_len_interpolation_factor = scaling.factor
@@ -188,31 +192,6 @@ def _refuse_unsupported(args: argparse.Namespace, path: Path) -> None:
     ]
     if problems:
         raise UnsupportedModelError(listed([f"{path}: {problem}" for problem in problems]))
-
-
-def _rope_theta(fields: JsonFields) -> float:
-    # Before core 0.8 the base was 10,000 and no argument. The other two names came with 0.8 and 0.9.
-    is_fixed = not any(key in fields.fields for key in ("rotary_base", "use_legacy_models", "ckpt_format"))
-    return 10000.0 if is_fixed else fields.number("rotary_base")
-
-
-def _rope_scaling(fields: JsonFields) -> RopeScaling:
-    is_llama3 = fields.flag("use_rope_scaling")
-    interpolation = fields.fields.get("rotary_seq_len_interpolation_factor")
-    if is_llama3 and interpolation is not None:
-        raise fields.unsupported("rotary_seq_len_interpolation_factor", "args.use_rope_scaling is set too")
-    if interpolation is not None:
-        return RopeScaling(kind="linear", factor=fields.number("rotary_seq_len_interpolation_factor"))
-    if not is_llama3:
-        return RopeScaling()
-    return _llama3_scaling(fields.number("rope_scaling_factor", 8.0))
-
-
-def _llama3_scaling(factor: float) -> RopeScaling:
-    # Constants of RotaryEmbedding._apply_scaling in megatron-core; --use-rope-scaling offers only the factor.
-    return RopeScaling(
-        kind="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context_len=8192
-    )
 
 
 def _vocab_size(fields: JsonFields, num_embedding_rows: int, num_tokenizer_ids: int | None) -> int:

@@ -152,6 +152,7 @@ def step_tensors(
         plan=backend.plan(ranges[: plan.num_alone]) if plan.num_alone else None,
         kv_layers=kv_layers,
         rotation=rotary.at(positions_T, lengths_T),
+        positions_T=positions_T,
         logit_rows=logit_rows_R,
         hidden_rows=hidden_rows_P if hidden_rows else None,
         shared=_shared_rows(chunks, ranges[plan.num_alone :], plan, backend, shards) if plan.shared else None,

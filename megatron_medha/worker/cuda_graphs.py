@@ -157,6 +157,7 @@ class StepGraphs:
             plan=plan,
             kv_layers=self._kv_layers,
             rotation=self._rotary.at(positions_T, lengths_T),
+            positions_T=positions_T,
             logit_rows=logit_rows_R,
         )
         logits_1RV = self._model(

@@ -238,17 +238,14 @@ def test_the_tokenizer_beside_it_gives_vocabulary_and_end_token(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("position_embedding_type", "learned_absolute"),
-        ("normalization", "LayerNorm"),
-        ("swiglu", False),
-        ("add_bias_linear", True),
-        ("rotary_percent", 0.5),
-        ("rotary_interleaved", True),
+        ("position_embedding_type", "relative"),
+        ("normalization", "L2Norm"),
         ("num_experts", 8),
         ("multi_latent_attention", True),
-        ("apply_layernorm_1p", True),
         ("window_size", (128, 0)),
-        ("no_rope_freq", 4),
+        ("use_mup", True),
+        ("apply_residual_connection_post_layernorm", True),
+        ("spec", ["my.module", "layer_spec"]),
     ],
 )
 def test_a_model_that_cannot_run_is_refused_with_the_reason(key: str, value: Any, saved: Path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,11 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 
 from megatron_medha.checkpoints.detect import load_weights, read_model_config  # noqa: E402
 from megatron_medha.core.layout import ParallelLayout  # noqa: E402
-from megatron_medha.kernels.attention.backend import QueryRange  # noqa: E402
-from megatron_medha.kernels.choose_backend import attention_backend  # noqa: E402
-from megatron_medha.kernels.kv.slot_table import SlotTable  # noqa: E402
 from megatron_medha.model.build import build_model  # noqa: E402
-from megatron_medha.model.inference_context import PackedBatch  # noqa: E402
 from megatron_medha.model.packed_linear import pack_linears  # noqa: E402
-from megatron_medha.model.rotary import Rotary  # noqa: E402
 from megatron_medha.models.model_config import ModelConfig  # noqa: E402
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed  # noqa: E402
+from tests.model.paged_run import PagedRun, Prompt  # noqa: E402
 
 CPU = torch.device("cpu")
 # The promise, relative to the largest logit. transformers' own eager and sdpa differ by 4e-6.
@@ -127,70 +123,6 @@ def loaded(config: ModelConfig, directory: Path, pgs: MedhaPGs, dtype: torch.dty
     return model
 
 
-@dataclass
-class Prompt:
-    """A sequence in the paged run."""
-
-    token_ids: Tensor
-    table: SlotTable
-    num_computed: int = 0
-    logits: list[Tensor] = field(default_factory=list)  # of every row so far
-
-
-class PagedRun:
-    """Our model over a pool of blocks; every row's logits are kept."""
-
-    def __init__(
-        self, pair: Pair, *, block_size: int, num_slots: int = 5120, model: GPTModel | None = None
-    ) -> None:
-        self.model = pair.served if model is None else model
-        self.block_size = block_size
-        self.backend = attention_backend("auto", CPU)
-        self.rotary = Rotary(pair.config)
-        config, dtype = pair.config, self.model.config.params_dtype
-        self.kv_layers = [
-            self.backend.allocate(num_slots // block_size, block_size, config.num_kv_heads, config.head_dim, dtype)
-            for _ in range(config.num_layers)
-        ]
-        self.next_block = 0
-
-    def add(self, token_ids: Tensor, *, num_extents: int = 1) -> Prompt:
-        """A prompt with blocks for it, in extents that do not touch."""
-        prompt = Prompt(token_ids, SlotTable(self.block_size))
-        blocks_each = -(-len(token_ids) // (self.block_size * num_extents))
-        for _ in range(num_extents):
-            prompt.table.append([(self.next_block, blocks_each)])
-            self.next_block += blocks_each + 1
-        return prompt
-
-    def step(self, work: list[tuple[Prompt, int]]) -> None:
-        """Compute so many tokens of each prompt in one packed batch."""
-        ranges, token_ids, positions = [], [], []
-        row = 0
-        for prompt, count in work:
-            start = prompt.num_computed
-            ranges.append(QueryRange(row, count, start, prompt.table))
-            token_ids.append(prompt.token_ids[start : start + count])
-            positions.append(torch.arange(start, start + count))
-            row += count
-        batch = PackedBatch(
-            backend=self.backend,
-            plan=self.backend.plan(ranges),
-            kv_layers=self.kv_layers,
-            rotation=self.rotary.at(torch.cat(positions)),
-            logit_rows=torch.arange(row),
-        )
-        with torch.inference_mode():
-            logits_TV = self.model(
-                torch.cat(token_ids)[None], None, None, inference_context=batch, runtime_gather_output=True
-            )[0]
-        row = 0
-        for prompt, count in work:
-            prompt.logits.append(logits_TV[row : row + count])
-            prompt.num_computed += count
-            row += count
-
-
 def random_ids(pair: Pair, num_tokens: int, seed: int) -> Tensor:
     return torch.randint(4, pair.config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(seed))
 
@@ -203,7 +135,7 @@ def assert_exact(pair: Pair, prompt: Prompt) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 16, 17, 100, 257])
 def test_a_prompt_in_one_chunk_has_transformers_logits(pair: Pair, num_tokens: int) -> None:
-    run = PagedRun(pair, block_size=16)
+    run = PagedRun(pair.served, pair.config, block_size=16)
     prompt = run.add(random_ids(pair, num_tokens, num_tokens))
     run.step([(prompt, num_tokens)])
     assert_exact(pair, prompt)
@@ -215,7 +147,7 @@ def test_any_chunk_and_block_sizes_give_transformers_logits(
     pair: Pair, chunk_sizes: tuple[int, ...], block_size: int
 ) -> None:
     num_tokens = 60 if chunk_sizes == (1,) else 300
-    run = PagedRun(pair, block_size=block_size)
+    run = PagedRun(pair.served, pair.config, block_size=block_size)
     prompt = run.add(random_ids(pair, num_tokens, 5), num_extents=3)
     turn = 0
     while prompt.num_computed < num_tokens:
@@ -227,7 +159,7 @@ def test_any_chunk_and_block_sizes_give_transformers_logits(
 
 def test_a_thousand_tokens_in_random_chunks_have_transformers_logits(pair: Pair) -> None:
     random_ = random.Random(0)
-    run = PagedRun(pair, block_size=16)
+    run = PagedRun(pair.served, pair.config, block_size=16)
     prompt = run.add(random_ids(pair, 1024, 6), num_extents=2)
     while prompt.num_computed < 1024:
         run.step([(prompt, min(random_.choice((1, 32, 200, 512)), 1024 - prompt.num_computed))])
@@ -235,7 +167,7 @@ def test_a_thousand_tokens_in_random_chunks_have_transformers_logits(pair: Pair)
 
 
 def test_four_thousand_tokens_have_transformers_logits(pair: Pair) -> None:
-    run = PagedRun(pair, block_size=16)
+    run = PagedRun(pair.served, pair.config, block_size=16)
     prompt = run.add(random_ids(pair, 4096, 11))
     for _ in range(4):
         run.step([(prompt, 1024)])
@@ -243,7 +175,7 @@ def test_four_thousand_tokens_have_transformers_logits(pair: Pair) -> None:
 
 
 def test_continued_prefills_decodes_and_new_prompts_share_a_batch_exactly(pair: Pair) -> None:
-    run = PagedRun(pair, block_size=16)
+    run = PagedRun(pair.served, pair.config, block_size=16)
     continued = run.add(random_ids(pair, 200, 1))
     decoding = run.add(random_ids(pair, 40, 2), num_extents=3)
     other = run.add(random_ids(pair, 90, 3))
@@ -261,7 +193,7 @@ def test_a_prefill_preempted_ten_times_is_bit_equal_to_one_that_was_not(pair: Pa
     token_ids = random_ids(pair, 330, 7)
     outcomes = []
     for is_preempted in (False, True):
-        run = PagedRun(pair, block_size=16)
+        run = PagedRun(pair.served, pair.config, block_size=16)
         prompt = run.add(token_ids)
         for turn in range(11):
             run.step([(prompt, 30)])
@@ -298,7 +230,7 @@ def test_bfloat16_is_no_further_from_fp32_than_transformers_own(pair: Pair, pgs:
     model = loaded(pair.config, pair.directory, pgs, torch.bfloat16)
     pack_linears(model)
     token_ids = random_ids(pair, 256, 12)
-    run = PagedRun(pair, block_size=16, model=model)
+    run = PagedRun(model, pair.config, block_size=16)
     prompt = run.add(token_ids, num_extents=2)
     for count in (100, 100, 56):
         run.step([(prompt, count)])

@@ -145,6 +145,35 @@ def test_fields_that_leave_the_answers_alone_are_passed_over(changes: dict[str, 
     assert read_model_config(saved) == CONFIG
 
 
+@pytest.mark.parametrize(
+    ("changes", "traits"),
+    [
+        ({"layernorm_zero_centered_gamma": True, "normalization": "LayerNorm"},
+         {"has_zero_centred_norms": True, "has_layer_norms": True}),
+        ({"activation_func": {"_target_": "torch.nn.functional.gelu", "_call_": False}}, {"activation": "gelu_tanh"}),
+        ({"activation_func": "gelu", "gated_linear_unit": False}, {"activation": "gelu", "has_gate": False}),
+        ({"activation_func": "gelu", "gated_linear_unit": False, "add_bias_linear": True},
+         {"activation": "gelu_tanh", "has_gate": False, "has_linear_biases": True}),
+        ({"activation_func": "megatron.core.activations.squared_relu", "gated_linear_unit": False},
+         {"activation": "squared_relu", "has_gate": False}),
+        ({"activation_func": "megatron.core.fusions.fused_bias_geglu.quick_gelu", "glu_linear_offset": 1.0},
+         {"activation": "quick_gelu", "gate_offset": 1.0}),
+        ({"rotary_percent": 0.5, "rotary_interleaved": True}, {"rotary_dim": 8, "is_rotary_interleaved": True}),
+        ({"softmax_scale": 0.5}, {"softmax_scale": 0.5}),
+        ({"qk_l2_norm": True}, {"has_qk_l2_norm": True}),
+        ({"softmax_type": "learnable"}, {"softmax": "sinks"}),
+        ({"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 8.0,
+          "yarn_original_max_position_embeddings": 512, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 1.0},
+         {"rope_scaling": RopeScaling(kind="yarn", factor=8.0, original_max_context_len=512, attention_factor=1.0)}),
+    ],
+)  # fmt: skip
+def test_traits_are_read_by_the_names_of_transformer_config(
+    changes: dict[str, Any], traits: dict[str, Any], saved: Path
+):
+    write(saved, model_section(**changes))
+    assert read_model_config(saved) == dataclasses.replace(CONFIG, **traits)
+
+
 def test_the_nested_form_of_newer_versions_means_the_same(saved: Path):
     flat = model_section(_target_="megatron.bridge.models.gpt.model_config.BridgeGPTModelConfig")
     inner = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -157,17 +186,13 @@ def test_the_nested_form_of_newer_versions_means_the_same(saved: Path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("layernorm_zero_centered_gamma", True),
-        ("activation_func", {"_target_": "torch.nn.functional.gelu", "_call_": False}),
+        ("activation_func", {"_target_": "torch.nn.functional.mish", "_call_": False}),
         ("gated_linear_unit", False),
-        ("normalization", "LayerNorm"),
-        ("position_embedding_type", "yarn"),
-        ("rotary_percent", 0.5),
-        ("rotary_interleaved", True),
+        ("normalization", "L2Norm"),
+        ("position_embedding_type", "relative"),
         ("num_moe_experts", 8),
         ("window_size", [127, 0]),
-        ("softmax_scale", 0.5),
-        ("qk_l2_norm", True),
+        ("glu_linear_offset", 1.0),
         ("heterogeneous_block_specs", True),
         ("restore_modelopt_state", True),
         ("scale_embeddings_of_a_later_version", 8.0),

@@ -21,5 +21,5 @@ def test_a_model_whose_first_tokens_are_no_numbers_ends_the_start_with_the_reaso
     shards = SimpleNamespace(shard_tokens=128)
     rank = SimpleNamespace(run=run, kvp_rank=0, shards=shards, samples_for_itself=True)
     with pytest.raises(CheckpointError, match="first tokens: the logits are not finite"):
-        warm_up(rank, num_blocks=8, block_size=16)
+        warm_up(rank, max_tokens=128, block_size=16)
     assert len(steps) == 1

@@ -112,7 +112,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         guided=guided,
     )
     progress("warm-up", 0.0)
-    warm_up(rank, num_blocks=num_blocks, block_size=block_size)
+    warm_up(rank, max_tokens=min(num_blocks * block_size, model_config.max_context_len), block_size=block_size)
     if config.is_audited:
         rank.sent_blocks = SentBlocks(rank.kvp_rank)
     if device.type == "cuda" and options.cuda_graphs:
@@ -173,9 +173,12 @@ def _kv_memory(
     return allocate_kv(backend, num_blocks, dtype=dtype, **sizes), num_blocks
 
 
-def warm_up(rank: Rank, *, num_blocks: int, block_size: int) -> None:
-    """One prefill chunk and one decode on blocks nobody owns yet; first calls are slow (threads, code paths)."""
-    num_tokens = min(_WARM_UP_TOKENS, num_blocks * block_size - 1, rank.shards.shard_tokens - 1)  # all in one shard
+def warm_up(rank: Rank, *, max_tokens: int, block_size: int) -> None:
+    """One prefill chunk and one decode on blocks nobody owns yet; first calls are slow (threads, code paths).
+
+    max_tokens: that there are KV and positions for.
+    """
+    num_tokens = min(_WARM_UP_TOKENS, max_tokens - 1, rank.shards.shard_tokens - 1)  # all in one shard
     request_id = "warm-up"
     new = NewRequest(
         request_id=request_id,

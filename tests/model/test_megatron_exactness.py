@@ -1,0 +1,149 @@
+"""Logits of the paged, chunked, co-batched model against Megatron's own forward of the same weights, in fp32."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_medha.checkpoints.detect import load_weights, read_model_config
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.model_spec import ModelSpec
+from megatron_medha.model.build import build_model
+from megatron_medha.model.general_layers import GeneralTransformerLayer
+from megatron_medha.model.layer import MedhaTransformerLayer
+from megatron_medha.model.packed_linear import pack_linears
+from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
+from tests.model.megatron_models import VOCAB_SIZE, megatron_logits, megatron_model, recorded_args, save_megatron
+from tests.model.paged_run import PagedRun, Prompt
+
+CPU = torch.device("cpu")
+RELATIVE_TOLERANCE = 1e-4  # the promise, relative to the largest logit
+
+GPT: dict[str, Any] = {  # what Megatron-LM makes of its own defaults
+    "position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "swiglu": False,
+    "add_bias_linear": True, "bias_gelu_fusion": True, "untie_embeddings_and_output_weights": False,
+    "group_query_attention": False, "ffn_hidden_size": 256,
+}  # fmt: skip
+YARN: dict[str, Any] = {
+    "position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 64,
+    "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_mscale": 0.7, "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": True,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt": GPT,
+    "gpt-unfused-gelu": {**GPT, "bias_gelu_fusion": False},
+    "neox": {**GPT, "position_embedding_type": "rope", "rotary_percent": 0.25, "kv_channels": 32},
+    "nemotron": {
+        "squared_relu": True, "swiglu": False, "normalization": "LayerNorm", "layernorm_zero_centered_gamma": True,
+        "rotary_percent": 0.5,
+    },
+    "zero-centred rms": {"layernorm_zero_centered_gamma": True, "qk_layernorm": True},
+    "interleaved": {"rotary_interleaved": True},
+    "interleaved partial": {"rotary_interleaved": True, "rotary_percent": 0.5},
+    "no positions": {"position_embedding_type": "none"},
+    "no rope in every second layer": {"no_rope_freq": 2},
+    "yarn": YARN,
+    "yarn, range not rounded": {
+        **YARN, "yarn_correction_range_round_to_int": False, "yarn_mscale": None, "yarn_mscale_all_dim": None,
+    },
+    "biases": {"add_bias_linear": True},
+    "qk l2": {"qk_l2_norm": True},
+    "output gate": {"attention_output_gate": True, "qk_layernorm": True},
+    "sinks": {"softmax_type": "learnable"},
+    "off by one": {"softmax_type": "off-by-one"},
+    "softmax scale": {"softmax_scale": 0.125},
+    "clamped quick geglu": {
+        "quick_geglu": True, "swiglu": False, "activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0,
+        "add_bias_linear": True,
+    },
+    "unfused clamped swiglu": {"bias_swiglu_fusion": False, "activation_func_clamp_value": 0.7},
+}  # fmt: skip
+
+
+@dataclass
+class Pair:
+    """The same weights as Megatron built and saved them, and as a rank serves them."""
+
+    theirs: Any
+    served: Any
+    config: ModelConfig
+
+
+@pytest.fixture(scope="module")
+def pgs() -> MedhaPGs:
+    init_distributed(ParallelLayout(), 0, device=CPU)
+    return build_groups(ParallelLayout())
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, pgs: MedhaPGs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    yield saved_and_loaded(MODELS[request.param], pgs, tmp_path_factory.mktemp("model"))
+
+
+def saved_and_loaded(options: dict[str, Any], pgs: MedhaPGs, directory: Path) -> Pair:
+    args = recorded_args("0.16.0", **options)
+    theirs = megatron_model(args, pgs)
+    save_megatron(theirs, args, directory)
+    config = read_model_config(directory)
+    served = build_model(config, dtype=torch.float32, device=CPU, pgs=pgs, is_initialized=False)
+    load_weights(served, config, directory, lambda what, fraction: None)
+    pack_linears(served)
+    return Pair(theirs, served, config)
+
+
+def random_ids(num_tokens: int, seed: int) -> torch.Tensor:
+    return torch.randint(4, VOCAB_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_exact(pair: Pair, prompt: Prompt) -> None:
+    reference_TV = megatron_logits(pair.theirs, prompt.token_ids[: prompt.num_computed])
+    error = (torch.cat(prompt.logits)[:, :VOCAB_SIZE] - reference_TV).abs().max() / reference_TV.abs().max()
+    assert error.item() < RELATIVE_TOLERANCE
+
+
+def test_a_prompt_in_one_chunk_has_megatrons_logits(pair: Pair) -> None:
+    run = PagedRun(pair.served, pair.config, block_size=16)
+    prompt = run.add(random_ids(257, 1))
+    run.step([(prompt, 257)])
+    assert_exact(pair, prompt)
+
+
+def test_chunks_decodes_and_new_prompts_share_batches_exactly(pair: Pair) -> None:
+    draw = random.Random(0)
+    run = PagedRun(pair.served, pair.config, block_size=4)
+    prompts = [run.add(random_ids(length, length), num_extents=3) for length in (150, 61, 33)]
+    while work := [(p, min(draw.choice((1, 7, 40)), len(p.token_ids) - p.num_computed)) for p in prompts]:
+        work = [(prompt, count) for prompt, count in work if count]
+        if not work:
+            break
+        run.step(work)
+    for prompt in prompts:
+        assert_exact(pair, prompt)
+
+
+@pytest.mark.parametrize("options", [{}, {"add_qkv_bias": True}, {"qk_layernorm": True, "kv_channels": 32}])
+def test_the_layers_written_for_llama_compute_what_megatrons_own_do(
+    options: dict[str, Any], pgs: MedhaPGs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = saved_and_loaded(options, pgs, tmp_path / "fast")
+    monkeypatch.setattr(ModelSpec, "is_llama_like", False)
+    general = saved_and_loaded(options, pgs, tmp_path / "general")
+    assert [type(pair.served.decoder.layers[0]) for pair in (fast, general)] == [
+        MedhaTransformerLayer, GeneralTransformerLayer,
+    ]  # fmt: skip
+    logits = []
+    for pair in (fast, general):
+        run = PagedRun(pair.served, pair.config, block_size=16)
+        prompt = run.add(random_ids(150, 2))
+        for count in (100, 1, 49):
+            run.step([(prompt, count)])
+        logits.append(torch.cat(prompt.logits))
+    torch.testing.assert_close(*logits, rtol=0.0, atol=1e-5 * logits[0].abs().max().item())

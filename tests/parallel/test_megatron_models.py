@@ -1,0 +1,39 @@
+"""Models of Megatron that are not Llama's, over layouts of real ranks, against Megatron's own forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.lib.rank_processes import RankProcesses
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
+from tests.model.megatron_models import megatron_logits, megatron_model, recorded_args, save_megatron
+from tests.model.test_megatron_exactness import MODELS
+from tests.parallel.walk import LAYOUTS, Reference, random_case, walk
+
+
+@pytest.fixture(scope="module")
+def pgs() -> MedhaPGs:
+    init_distributed(ParallelLayout(), 0, device=torch.device("cpu"))
+    return build_groups(ParallelLayout())
+
+
+def saved(options: dict[str, Any], pgs: MedhaPGs, directory: Path) -> Reference:
+    args = recorded_args("0.16.0", **options)
+    model = megatron_model(args, pgs)
+    save_megatron(model, args, directory)
+    return lambda token_ids: megatron_logits(model, torch.tensor(token_ids)).numpy()
+
+
+@pytest.mark.parametrize("layout", ["tp=2 spp=2 kvp=1", "tp=1 spp=1 kvp=2", "tp=2 spp=1 kvp=2"])
+@pytest.mark.parametrize("name", ["gpt", "nemotron", "interleaved partial", "no rope in every second layer", "sinks"])
+def test_every_layout_has_megatrons_logits_and_tokens(
+    name: str, layout: str, ranks: RankProcesses, pgs: MedhaPGs, tmp_path: Path
+) -> None:
+    reference = saved(MODELS[name], pgs, tmp_path)
+    outcome = walk(random_case(LAYOUTS[layout], 3, num_requests=3), ranks, tmp_path, reference)
+    assert outcome.most_kvp_ranks == LAYOUTS[layout].kvp
