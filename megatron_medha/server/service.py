@@ -32,6 +32,7 @@ from megatron_medha.server.tools.structured_output import GrammarCache
 from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.text.template_renders import TemplateProcessPool
 from megatron_medha.text.tokenizer import Tokenizer
+from megatron_medha.text.turn_encoder import TurnEncoder
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class ReadyState:
 
     facts: EngineFacts
     tokenizer: Tokenizer
+    turns: TurnEncoder
     sampling_defaults: SamplingDefaults = OPENAI_DEFAULTS
 
     @property
@@ -93,6 +95,7 @@ class Service:
         self.bodies = BodyBudget(lambda: self.config)
         self.text = TextWorkers(self.bodies, renders)
         self.grammars = GrammarCache()
+        self._turns: TurnEncoder | None = None
         self.started_unix_s = int(time.time())
         self._read_config = read_config
         self._isolates_keys = isolates_keys
@@ -165,7 +168,9 @@ class Service:
         self.lifecycle.check_open()
         status, facts, wait_s = self.status, self.engine.facts, self.config.retry_after_s
         if status.phase in _ACCEPTING_PHASES and facts is not None:
-            return ReadyState(facts, self._tokenizer.result(), self.sampling_defaults)
+            tokenizer = self._tokenizer.result()
+            self._turns = self._turns or TurnEncoder(tokenizer)
+            return ReadyState(facts, tokenizer, self._turns, self.sampling_defaults)
         if status.phase is EnginePhase.FAILED:
             raise ApiError(503, f"the engine has failed: {status.detail}", code="engine_failed")
         if status.phase is EnginePhase.STOPPED:

@@ -15,6 +15,7 @@ import msgspec
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.safe_files.checkpoint_files import cut, read_bytes
 from megatron_medha.text.added_tokens import read_whole_tokenizer, token_name, token_settings
+from megatron_medha.text.border_tokens import border_tokens
 from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
 from megatron_medha.text.text_slices import CHAR_OF_BYTE, SLICE_CHARS, slice_encoder
 from megatron_medha.text.tokenizer_file import panics_as_errors
@@ -79,6 +80,7 @@ class Tokenizer:
         is_exact = self.kind is PieceKind.BYTE_LEVEL and backend.normalizer is None and not strips
         self._max_token_chars = max(map(len, backend.get_vocab()), default=1) * (1 if is_exact else 4)
         backend.encode_special_tokens = config.splits_special_tokens
+        self.border_tokens = border_tokens(backend)
         self._encode_slices = None if config.splits_special_tokens else slice_encoder(backend)
 
     @classmethod
@@ -122,23 +124,41 @@ class Tokenizer:
                 ids.extend(part)
                 if max_tokens is not None and len(ids) > max_tokens:
                     raise TooManyTokens(len(ids))
-        bos = self.bos_token_id
-        if adds and self.config.add_bos_token and bos is not None and (not ids or ids[0] != bos):
-            ids.insert(0, bos)
+        if adds:
+            self._add_bos(ids)
         return ids
+
+    def with_special_tokens(self, ids: array[int]) -> array[int]:
+        """Ids of a text that were encoded without special tokens, with those that encode() adds."""
+        if self.config.add_bos_token is False:
+            return ids
+        with panics_as_errors():
+            before, after = self._around(True)
+        whole = array("i", before) + ids + array("i", after)
+        self._add_bos(whole)
+        return whole
+
+    def _add_bos(self, ids: array[int]) -> None:
+        bos = self.bos_token_id
+        if self.config.add_bos_token and bos is not None and (not ids or ids[0] != bos):
+            ids.insert(0, bos)
+
+    def _around(self, adds_special: bool) -> tuple[Sequence[int], Sequence[int]]:
+        """What the post-processor puts around a text: what belongs to no text."""
+        around = self._backend.encode(_SOME_TEXT, add_special_tokens=adds_special)
+        num_before = around.sequence_ids.index(0) if 0 in around.sequence_ids else len(around)
+        num_after = around.sequence_ids[::-1].index(0) if 0 in around.sequence_ids else 0
+        return around.ids[:num_before], around.ids[len(around) - num_after :]
 
     def _parts(self, text: str, adds_special: bool) -> Iterator[Sequence[int]]:
         if len(text) <= SLICE_CHARS or self._encode_slices is None:
             # encode() would hold the interpreter lock throughout; the batch form releases it, and the event loop lives.
             yield self._backend.encode_batch_fast([text], add_special_tokens=adds_special)[0].ids
             return
-        # What the post-processor puts around a text is what belongs to no text.
-        around = self._backend.encode(_SOME_TEXT, add_special_tokens=adds_special)
-        num_before = around.sequence_ids.index(0) if 0 in around.sequence_ids else len(around)
-        yield around.ids[:num_before]
+        before, after = self._around(adds_special)
+        yield before
         yield from self._encode_slices(text)
-        if 0 in around.sequence_ids:
-            yield around.ids[len(around) - around.sequence_ids[::-1].index(0) :]
+        yield after
 
     def max_chars(self, num_tokens: int) -> int:
         """The length that no text of so many tokens exceeds."""

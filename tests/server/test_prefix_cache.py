@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from fake_engine import FakeEngine
@@ -9,6 +10,7 @@ from running_server import Running, StartServer
 
 from megatron_medha.core.kv.prefix_keys import KEY_BYTES
 from megatron_medha.core.request import Request
+from megatron_medha.text.tokenizer import Tokenizer
 
 COMPLETIONS = "/v1/completions"
 PROMPT = "All that is said here is said again in the next turn."  # 53 bytes, each a token
@@ -84,3 +86,20 @@ def test_requests_of_two_keys_share_nothing_where_keys_are_isolated(start_server
 def test_keys_of_two_servers_differ(start_server: StartServer) -> None:
     first, second = (start_server(FakeEngine(granule_tokens=16)) for _ in range(2))
     assert keys_after(first) != keys_after(second)
+
+
+def test_the_turns_of_a_chat_continue_the_ids_and_the_keys_of_those_before(
+    start_server: StartServer, tokenizer: Tokenizer
+) -> None:
+    server = start_server(FakeEngine(granule_tokens=16, max_request_tokens=20_000))
+    messages = [{"role": "system", "content": "<s>" + "Be of help. " * 100 + "</s>"}]
+    for turn in range(4):
+        messages.append({"role": "user", "content": f"question {turn} " * 30})
+        assert server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1}).status_code == 200
+        messages.append({"role": "assistant", "content": f"answer {turn}</s>"})
+    prompts = [live.prompt for live in server.engine.submitted]
+    assert [tokenizer.encode(tokenizer.decode(ids, skip_special_tokens=False)) for ids in prompts] == prompts
+    keys = [request.prefix_keys for request in requests_of(server)]
+    assert [len(one) // KEY_BYTES for one in keys] == [len(ids) // 16 for ids in prompts]
+    for before, after in pairwise(keys):
+        assert before and after.startswith(before[: -2 * KEY_BYTES])  # up to "<|assistant|>"

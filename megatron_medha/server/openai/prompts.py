@@ -11,12 +11,12 @@ from megatron_medha.server.generation import Prompt
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.text.text_slices import TextWithoutBreaksError
-from megatron_medha.text.tokenizer import Tokenizer, TooManyTokens
+from megatron_medha.text.tokenizer import TooManyTokens
 
 RawPrompt: TypeAlias = "str | list[int] | array[int]"  # array has no item types at run time
 
 
-class _Encoded(NamedTuple):
+class _EncodedPrompt(NamedTuple):
     token_ids: array[int]
     keys: GranuleKeys | None
     prefix_keys: bytes
@@ -66,13 +66,13 @@ async def encode_prompts(
         at_least = tokenizer.min_num_tokens(raw) if isinstance(raw, str) else len(raw)
         check_length(at_least, limit - least_output, ready, service, param, is_exact=not isinstance(raw, str))
 
-    encoded_texts: dict[str, _Encoded] = {}  # a text that comes again is encoded once
+    encoded_texts: dict[str, _EncodedPrompt] = {}  # a text that comes again is encoded once
 
-    def encode(raw: RawPrompt) -> _Encoded:
+    def encode(raw: RawPrompt) -> _EncodedPrompt:
         if isinstance(raw, str) and (known := encoded_texts.get(raw)) is not None:
             return known
         if isinstance(raw, str):
-            ids = encode_text(tokenizer, raw, add_special_tokens, limit - least_output, param)
+            ids = encode_text(ready, raw, add_special_tokens, limit - least_output, param, prefix_root)
         else:
             ids = as_ids(raw, param)
         check_ids(ids, ready.facts.shape.vocab_size, param)
@@ -112,17 +112,24 @@ async def encode_prompts(
     return tuple(prompts)
 
 
-def _with_keys(ids: array[int], prefix_root: bytes | None, granule_tokens: int | None) -> _Encoded:
+def _with_keys(ids: array[int], prefix_root: bytes | None, granule_tokens: int | None) -> _EncodedPrompt:
     if prefix_root is None or granule_tokens is None:
-        return _Encoded(ids, None, b"")
+        return _EncodedPrompt(ids, None, b"")
     keys = GranuleKeys(prefix_root, granule_tokens)
-    return _Encoded(ids, keys, keys.extend(ids))
+    return _EncodedPrompt(ids, keys, keys.extend(ids))
 
 
-def encode_text(tokenizer: Tokenizer, text: str, adds_special: bool, max_tokens: int, param: str) -> array[int]:
-    """Ids of a text; TooManyTokens, or ApiError 400 for one that would take too much memory."""
+def encode_text(
+    ready: ReadyState, text: str, adds_special: bool, max_tokens: int, param: str, prefix_root: bytes | None = None
+) -> array[int]:
+    """Ids of a text; TooManyTokens, or ApiError 400 for one that would take too much memory.
+
+    prefix_root: texts of the same one are continued where they share a beginning; None: all of it is encoded.
+    """
     try:
-        return tokenizer.encode(text, add_special_tokens=adds_special, max_tokens=max_tokens)
+        if prefix_root is None:
+            return ready.tokenizer.encode(text, add_special_tokens=adds_special, max_tokens=max_tokens)
+        return ready.turns.encode(text, root=prefix_root, add_special_tokens=adds_special, max_tokens=max_tokens)
     except TextWithoutBreaksError as error:
         raise bad_request(f"{param}: {error}", param, "text_without_breaks") from None
 

@@ -69,7 +69,7 @@ async def _token_ids(
     check_length(tokenizer.min_num_tokens(text), limit, ready, service, param, is_exact=False)
 
     def work() -> array[int]:
-        return encode_text(tokenizer, text, adds_special, limit, param)
+        return encode_text(ready, text, adds_special, limit, param)
 
     try:
         ids = await service.text.run(len(text), work)
