@@ -14,51 +14,95 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
-# By what torch calls the machine's vector instructions. The 2 lists are what simd.h asks for, and what it may use.
+_AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma")
+# Instruction sets, the best first. Of the vector ones simd.h says what it asks for, of the tiles matrix_tiles.h.
 _TARGET_FLAGS = {
-    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
+    "AMX": (*_AVX512, "-DMEDHA_TILES"),
+    "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma"),
+    # For tests on other machines: AMX's order of operations without its instructions, and the same bits.
+    "AMX_PLAIN": (*_AVX512, "-DMEDHA_PLAIN_TILES"),
+}
+_CPU_FLAGS = {  # by the names of /proc/cpuinfo
+    "AMX": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma", "amx_tile", "amx_bf16"},
+    "AVX512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"},
+    "AVX2": {"avx2", "fma"},
 }
 _PRIVATE_PREFIX = "megatron_medha-"
 # GCC 12's own AVX-512 headers trip its warnings about uninitialised values; nothing here reads errno.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
 _BUILD_TIMEOUT_S = 120.0
 
+_pinned: str | None = None  # by use_target
+
 
 class NativeUnavailable(Exception):
     """Why the library cannot be had on this machine; the message is for the log."""
 
 
-def native_target() -> str:
-    """The vector instructions to build for: AVX512 or AVX2. Raises NativeUnavailable on other machines."""
-    capability = torch.backends.cpu.get_cpu_capability()
+@functools.cache
+def usable_targets() -> tuple[str, ...]:
+    """The instruction sets of this machine that there are kernels for, the best first. Raises NativeUnavailable."""
     if platform.machine() not in ("x86_64", "AMD64"):
         raise NativeUnavailable(f"it is written for x86-64, and this machine is {platform.machine()}")
-    # Names with suffixes, as AVX512_VNNI, may come.
-    for target in _TARGET_FLAGS:
-        if capability.startswith(target):
-            return target
-    raise NativeUnavailable(f"it needs AVX2, and torch finds {capability} here")
+    flags = _cpu_flags()
+    usable = [target for target, needed in _CPU_FLAGS.items() if needed <= flags]
+    if "AMX" in usable and not _may_use_tiles():
+        usable.remove("AMX")
+    if not usable:
+        raise NativeUnavailable("it needs AVX2 and FMA, which this machine lacks")
+    return tuple(usable)
+
+
+def use_target(name: str) -> None:
+    """Settle what `native_target` is from now on; "auto": the best that can be had. Raises NativeUnavailable."""
+    global _pinned
+    if name != "auto" and name.upper() not in usable_targets():
+        raise NativeUnavailable(f"this machine has {', '.join(usable_targets())}, not {name.upper()}")
+    _pinned = None if name == "auto" else name.upper()
+
+
+def native_target() -> str:
+    """The instruction set that the kernels use. Raises NativeUnavailable."""
+    return _pinned or _best_target()
 
 
 @functools.cache
+def _best_target() -> str:
+    """The best instruction set that the compiler knows as well."""
+    targets = usable_targets()
+    for target, worse in zip(targets, (*targets[1:], None), strict=True):
+        try:
+            native_library(target)
+            return target
+        except NativeUnavailable as error:
+            if worse is None:
+                raise
+            log.warning("native_kernels_unavailable target=%s next=%s reason=%s", target, worse, error)
+    raise AssertionError("there is a target")
+
+
 def native_library(target: str | None = None) -> ctypes.CDLL:
-    """The library for `target`, by default the best this machine runs; built unless a build of it is in the cache.
+    """The library for `target`, by default native_target(); built unless a build of it is in the cache.
 
     Raises NativeUnavailable if there is no compiler, or it fails, or the machine lacks the instructions.
     """
-    path = _built(target or native_target())
+    return _loaded(target or native_target())
+
+
+@functools.cache
+def _loaded(target: str) -> ctypes.CDLL:
+    path = _built(target)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -115,6 +159,22 @@ def _built(target: str) -> Path:
             shutil.rmtree(directory, ignore_errors=True)
             raise
         return directory / name
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is None:
+        raise NativeUnavailable("/proc/cpuinfo does not list what this processor has")
+    return set(found[1].split())
+
+
+def _may_use_tiles() -> bool:
+    """Asks Linux for the tile registers, once for the process: they are large, and it has none until it asks."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return platform.system() == "Linux" and ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def _digest(target: str) -> str:

@@ -1,7 +1,7 @@
 """Linear layers with bf16 or int8 weights and fp32 arithmetic: the Python side of native/linear.cpp.
 
-For processors without a bf16 dot product, on which oneDNN's bf16 layers reach a quarter of its fp32 ones' rate. This
-keeps the stored weight's size, which decodes are bound by, and multiplies at the fp32 rate.
+The weight keeps its stored size, which decodes are bound by. Products are those of bf16 matrix tiles (AMX) where
+there are any, else fp32 ones. An output depends neither on other rows nor on the number of threads, to the last bit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_medha.kernels.native_structs import native_struct
 
 _Call = native_struct("LinearCall")
 _PANEL = 64  # outputs that lie together; a multiple of every instruction set's register tile
+_DEPTH = 32  # inputs that a matrix tile takes at once
 
 
 class NativeLinear:
@@ -37,7 +38,7 @@ class NativeLinear:
         self.num_outputs, self.num_inputs = weight_OI.shape
         if scale_O is not None and (scale_O.shape != (self.num_outputs,) or scale_O.dtype != torch.float32):
             raise ValueError(f"scales {scale_O.dtype} {tuple(scale_O.shape)} for {self.num_outputs} outputs")
-        padded_OI = F.pad(weight_OI.detach(), (0, self.num_inputs % 2, 0, -self.num_outputs % _PANEL))
+        padded_OI = F.pad(weight_OI.detach(), (0, -self.num_inputs % _DEPTH, 0, -self.num_outputs % _PANEL))
         # [O/64, 64, I/2, 2] -> [O/64, I/2, 64, 2], or [O/64, 64, I] -> [O/64, I, 64]
         together = 2 if scale_O is None else 1
         self._packed = padded_OI.view(-1, _PANEL, padded_OI.shape[1] // together, together).transpose(1, 2).contiguous()

@@ -6,7 +6,7 @@
 #include "parallel_for.h"
 
 // Read by native_structs.py, field by field. Sizes in elements; the weight is padded with zeros to
-// a multiple of 64 outputs and of 2 inputs.
+// a multiple of 64 outputs and of 32 inputs.
 struct LinearCall {
     int64_t num_rows, num_inputs, num_outputs;
     const uint16_t *in;  // dense

@@ -1,4 +1,4 @@
-// Linear layers with bf16 or int8 weights and fp32 arithmetic, for processors without a bf16 dot product.
+// Linear layers with bf16 or int8 weights and fp32 arithmetic. Where there are matrix tiles, linear_tiles.h multiplies.
 //
 // out [T, O] = in [T, I] . weight [O, I]^T + bias [O], in, bias and out in bf16; an int8 weight is multiplied by its
 // output's scale. The weight lies packed, bf16 as [O/64][I/2][64][2], int8 as [O/64][I][64]: decodes read it as it is,
@@ -11,6 +11,8 @@
 #include <utility>
 
 #include "calls.h"
+#include "linear_output.h"
+#include "linear_tiles.h"
 #include "parallel_for.h"
 #include "prefetcher.h"
 #include "simd.h"
@@ -20,10 +22,9 @@
 
 namespace {
 
-constexpr int64_t PACKED = 64;               // outputs that lie together
 constexpr int64_t PANEL = MAX_COLUMNS * WIDTH;  // outputs of a register tile
 static_assert(PACKED % PANEL == 0, "a register tile lies in one pack");
-constexpr int64_t AHEAD = 2048;              // bytes: what decodes fetch beforehand
+constexpr int64_t AHEAD = 2048;                 // bytes: what decodes fetch beforehand
 constexpr int64_t DEPTH = 256;      // inputs of a widened block: 64 KiB with 64 outputs, in L2
 static_assert(DEPTH % WIDTH == 0, "inputs are packed by vectors");
 constexpr int MAX_ROWS = 6;         // of a register tile
@@ -48,15 +49,6 @@ inline void fetch_two(const uint16_t *at) { __builtin_prefetch(at + AHEAD / 2); 
 inline void fetch_two(const int8_t *at) {
     __builtin_prefetch(at + AHEAD);
     __builtin_prefetch(at + PACKED + AHEAD);
-}
-
-// The first `count` numbers, filled up with zeros.
-template <class T>
-inline Vec load_first(const T *from, int64_t count) {
-    if (count >= WIDTH) return load(from);
-    T padded[WIDTH] = {};
-    std::copy_n(from, std::max<int64_t>(0, count), padded);
-    return load(padded);
 }
 
 // Rows of a tile lie side by side, WIDTH inputs of each at a time: in [depth / WIDTH][R][WIDTH].
@@ -131,7 +123,7 @@ class Linear {
   public:
     explicit Linear(const LinearCall &call)
         : call_(call),
-          depth_((call.num_inputs + 1) / 2 * 2),
+          depth_(padded_inputs(call.num_inputs)),
           packed_depth_((depth_ + WIDTH - 1) / WIDTH * WIDTH),
           num_tiles_(
               call.num_rows <= MAX_ROWS_UNWIDENED ? call.num_rows > 0 : (call.num_rows + MAX_ROWS - 1) / MAX_ROWS
@@ -197,7 +189,7 @@ class Linear {
         multiply_packed_of<W>(num_rows, std::make_integer_sequence<int, MAX_ROWS_UNWIDENED>())(
             pack_of(first), first % PACKED, packed_, depth_, sums
         );
-        for (int64_t r = 0; r < num_rows; ++r) write_out(r, first, width, sums + r * width);
+        for (int64_t r = 0; r < num_rows; ++r) write_outputs(call_, r, first, width, sums + r * width);
     }
 
     // after: weights that will probably be multiplied next, or null.
@@ -223,7 +215,7 @@ class Linear {
                 );
             }
         }
-        for (int64_t r = 0; r < num_rows; ++r) write_out(first_row + r, panel * PANEL, PANEL, sums + r * PANEL);
+        for (int64_t r = 0; r < num_rows; ++r) write_outputs(call_, first_row + r, panel * PANEL, PANEL, sums + r * PANEL);
     }
 
     static void widen(const W *pack, int64_t o, float *to, int64_t depth) {
@@ -236,20 +228,6 @@ class Linear {
             }
     }
 
-    void write_out(int64_t row, int64_t first, int64_t width, const float *sums) const {
-        const int64_t count = std::min(width, call_.num_outputs - first), at = row * call_.num_outputs + first;
-        for (int64_t o = 0; o < count; o += WIDTH) {
-            Vec sum = load(sums + o);
-            if (call_.scales != nullptr) sum = sum * load_first(call_.scales + first + o, count - o);
-            if (call_.bias != nullptr) sum = sum + load_first(call_.bias + first + o, count - o);
-            uint16_t rounded[WIDTH];
-            store(rounded, sum);
-            if (call_.residual != nullptr)
-                store(rounded, load_first(call_.residual + at + o, count - o) + load(rounded));
-            std::copy_n(rounded, std::min<int64_t>(WIDTH, count - o), call_.out + at + o);
-        }
-    }
-
     const LinearCall &call_;
     const int64_t depth_, packed_depth_, num_tiles_;
     float *packed_ = nullptr;
@@ -257,8 +235,16 @@ class Linear {
 
 }  // namespace
 
+#if defined(HAS_MATRIX_TILES)
+template <class W>
+using BestLinear = TiledLinear<W>;
+#else
+template <class W>
+using BestLinear = Linear<W>;
+#endif
+
 extern "C" int medha_linear(const LinearCall *call) {
     return is_out_of_memory([&] {
-        call->scales == nullptr ? Linear<uint16_t>(*call).run() : Linear<int8_t>(*call).run();
+        call->scales == nullptr ? BestLinear<uint16_t>(*call).run() : BestLinear<int8_t>(*call).run();
     });
 }

@@ -43,6 +43,12 @@ static inline void store(uint16_t *p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(sound));
 }
 
+// The reverse of load_pairs, for numbers that are bf16 already.
+static inline void store_pairs(uint16_t *p, Vec first, Vec second) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(second)));
+}
+
 static inline Vec load_bytes(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
 }

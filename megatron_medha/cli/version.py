@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.kernels.native_build import NativeUnavailable, usable_targets
 from megatron_medha.system.compiled_core import use_compiled_core
 
 USAGE = """\
 usage: medha version
 
-Prints the versions of this package, Megatron-core, torch and Python, and whether the scheduler is compiled.
+Prints the versions of this package, Megatron-core, torch and Python, whether the scheduler is compiled, and the
+instruction sets that the CPU kernels can use here, the best first.
 """
 
 
@@ -27,7 +29,15 @@ def run(words: Sequence[str]) -> int:
         print(f"{package} {_version(package)}")
     print(f"python {platform.python_version()}")
     print(f"decisions {'compiled' if use_compiled_core() else 'interpreted (medha compile makes them faster)'}")
+    print(f"cpu instructions {_instruction_sets()}")
     return 0
+
+
+def _instruction_sets() -> str:
+    try:
+        return ", ".join(usable_targets()).lower()
+    except NativeUnavailable as error:
+        return f"none ({error})"
 
 
 def _version(package: str) -> str:

@@ -27,6 +27,8 @@ class ModelOptions:
     max_context_len: int | None = None      # None: the checkpoint's own
     num_threads: int | None = None          # of each rank; None: its share of the cores it may use
     attention_backend: str = "auto"
+    linear_backend: str = "auto"            # CPU: kernels of the linear layers
+    instruction_set: str = "auto"           # CPU: what the native kernels use
     shape: ModelShape | None = None         # of a model that is only simulated
 
     def __post_init__(self) -> None:
@@ -38,6 +40,8 @@ class ModelOptions:
         check_member("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_member("model.device", self.device, ("auto", "cpu", "cuda"))
         check_member("model.attention_backend", self.attention_backend, ("auto", *BACKENDS))
+        check_member("model.linear_backend", self.linear_backend, ("auto", "native", "onednn"))
+        check_member("model.instruction_set", self.instruction_set, ("auto", "amx", "avx512", "avx2"))
         check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
         check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
         check_member("model.weight_dtype", self.weight_dtype, ("auto", "int8"))
@@ -48,6 +52,11 @@ class ModelOptions:
             raise ConfigError(f"model.kv_dtype={self.kv_dtype}: needs model.device=cuda; use auto")
         if self.device == "cuda" and self.weight_dtype != "auto":
             raise ConfigError(f"model.weight_dtype={self.weight_dtype}: needs model.device=cpu; there is model.fp8")
+        for key in ("linear_backend", "instruction_set"):
+            if self.device == "cuda" and getattr(self, key) != "auto":
+                raise ConfigError(f"model.{key}={getattr(self, key)}: needs model.device=cpu; use auto")
+        if self.linear_backend == "onednn" and self.weight_dtype != "auto":
+            raise ConfigError(f"model.linear_backend=onednn: not together with model.weight_dtype={self.weight_dtype}")
         if self.fp8 != "none" and self.weight_dtype != "auto":
             raise ConfigError(f"model.weight_dtype={self.weight_dtype}: not together with model.fp8={self.fp8}")
         check_range("model.block_size", self.block_size, 1, _MAX_BLOCK_SIZE)

@@ -41,6 +41,7 @@ def use_cpu_kernels(
     sum_over_tp: Callable[[Tensor], object] | None = None,
     *,
     has_int8_weights: bool = False,
+    linear_backend: str = "auto",
 ) -> NativeDecoder | None:
     """Put into the model what a CPU can have; inference only, for good. Returns the decoder of its steps, if any.
 
@@ -48,7 +49,7 @@ def use_cpu_kernels(
     """
     if next(model.parameters()).device.type != "cpu":
         return None
-    pack_linears(model, sum_over_tp, has_int8_weights=has_int8_weights)
+    pack_linears(model, sum_over_tp, has_int8_weights=has_int8_weights, linear_backend=linear_backend)
     try:
         use_native_passes(model)
         decoder = _decoder_of(model, backend)

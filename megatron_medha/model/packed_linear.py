@@ -1,17 +1,14 @@
 """Linear layers whose weights lie in the layout their kernel reads: the CPU path of inference.
 
 fp32: oneDNN's own layout. Against F.linear on the row-major weight, one thread, 3072 x 512, 1 to 32 tokens: 1.5 to 2.5
-times faster, and not slower at 512 tokens. bf16: oneDNN's, or the native layers of native_linear.py, whichever
-is faster on this machine when tried. Without bf16 instructions that is native by 2 to 4 times at any number of tokens
-(AVX-512 server CPU, one thread, 3072 x 512: 1 token 250 against 343 us, 8 tokens 0.57 against 1.9 ms, 256 tokens
-7.9 against 34 ms; fp32 weights took 0.73, 0.97 and 10 ms). Or native with int8 weights, if asked for.
+times faster, and not slower at 512 tokens. bf16: the native layers of native_linear.py wherever there are any, with
+int8 weights if asked for. The choice follows from options and instruction set alone: a choice by timing would change
+the bits of completions from one start to the next. What it is measured against: experiments/cpu_kernels.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -24,22 +21,21 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.kernels.linear.native_linear import NativeLinear
-from megatron_medha.kernels.native_build import NativeUnavailable
+from megatron_medha.kernels.native_build import NativeUnavailable, native_library, native_target
 from megatron_medha.model.int8_weights import int8_linear
 
 log = logging.getLogger(__name__)
 
 MakeLinear = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
 
-_TRIED_TOKENS = (1, 8, 64)  # a decode, a batch of them, a chunk
-_TRIALS = 5
-# A choice that changes from start to start changes the last bits of every answer: native must be clearly faster.
-_MIN_GAIN = 1.2
-
-
 def pack_linears(
-    model: GPTModel, sum_over_tp: Callable[[Tensor], object] | None = None, *, has_int8_weights: bool = False
+    model: GPTModel,
+    sum_over_tp: Callable[[Tensor], object] | None = None,
+    *,
+    has_int8_weights: bool = False,
+    linear_backend: str = "auto",
 ) -> None:
     """Replace the forward of every parallel linear layer by one over packed weights; inference only, for good.
 
@@ -48,6 +44,7 @@ def pack_linears(
     own do. Does nothing where it cannot help: other devices, a torch without the operators.
     sum_over_tp: what sums a row-parallel layer's output over its ranks, in place; None: the group's all-reduce.
     has_int8_weights: a bf16 model's are rounded to int8; whether that can be had, check_weight_dtype has said.
+    Raises ConfigError for a linear_backend that cannot be had.
     """
     shared_weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     layers = []
@@ -61,12 +58,16 @@ def pack_linears(
             layers.append((module, weight))
     if not layers:
         return
-    largest = max((weight for _, weight in layers), key=Tensor.numel)
-    make = int8_linear if has_int8_weights else fastest_linear(largest)
+    dtype = layers[0][1].dtype
+    make = int8_linear if has_int8_weights else linear_kernel(linear_backend, dtype)
     if make is None:
         return
-    if has_int8_weights:
-        log.info("linear_layers kernel=native dtype=int8 weights=%d", sum(weight.numel() for _, weight in layers))
+    log.info(
+        "linear_layers kernel=%s dtype=%s weights=%d",
+        "onednn" if make is OneDnnLinear else f"native instructions={native_target().lower()}",
+        "int8" if has_int8_weights else _name_of(dtype),
+        sum(weight.numel() for _, weight in layers),
+    )
     for module, weight in layers:
         make_this, across_ranks = make, None
         # A bias that Megatron adds itself: after the residual is known, or weighted by an expert's probability.
@@ -87,28 +88,30 @@ def pack_linears(
             weight.data = weight.data.new_empty(0)
 
 
-def fastest_linear(weight_OI: Tensor) -> MakeLinear | None:
-    """The kernel for weights like this one on this machine, said in the log; None: no packed one is to be had."""
-    known: dict[str, MakeLinear] = {}
-    if _operators_exist():
-        known["onednn"] = OneDnnLinear
-    if weight_OI.dtype == torch.bfloat16:
+def linear_kernel(name: str, dtype: torch.dtype) -> MakeLinear | None:
+    """The kernel for weights of that dtype; None: no packed one is to be had.
+
+    auto: native for bf16 where the library can be had, else oneDNN. Raises ConfigError for another name that cannot be.
+    """
+    if name == "native" and dtype != torch.bfloat16:
+        raise ConfigError(f"model.linear_backend=native: needs model.dtype=bfloat16, not {_name_of(dtype)}; use auto")
+    if name != "onednn" and dtype == torch.bfloat16:
         try:
-            NativeLinear(weight_OI[:1], None)
-            known["native"] = NativeLinear
+            native_library()
+            return NativeLinear
         except NativeUnavailable as error:
+            if name == "native":
+                raise ConfigError(f"model.linear_backend=native: cannot be had here: {error}; use auto") from error
             log.warning("native_linear_unavailable reason=%s", error)
-    if len(known) < 2:
-        name = next(iter(known), "none")
-        log.info("linear_layers kernel=%s dtype=%s", name, weight_OI.dtype)
-        return known.get(name)
-    seconds = {name: _trial_s(make(weight_OI, None), weight_OI.shape[1]) for name, make in known.items()}
-    gain = math.prod(a / b for a, b in zip(seconds["onednn"], seconds["native"], strict=True)) ** (
-        1 / len(_TRIED_TOKENS)
-    )
-    name = "native" if gain >= _MIN_GAIN else "onednn"
-    log.info("linear_layers kernel=%s dtype=%s native_is_faster_by=%.2f", name, weight_OI.dtype, gain)
-    return known[name]
+    if _operators_exist():
+        return OneDnnLinear
+    if name == "onednn":
+        raise ConfigError("model.linear_backend=onednn: this torch has no packed linear layers; use auto")
+    return None
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class PackedLinear:
@@ -157,31 +160,6 @@ class OneDnnLinear:
     def __call__(self, input_: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         return torch.ops.mkldnn._linear_pointwise(input_, self._packed, self._bias_O, "none", [], "")
-
-
-@torch.inference_mode()
-def _trial_s(linear: Callable[[Tensor], Tensor], num_inputs: int) -> list[float]:
-    """The least seconds for each of the tried numbers of tokens.
-
-    CPU time of one thread: on a busy machine, wall times of a few milliseconds tell what else ran (seen: a layer that
-    is 4 times faster found 3% slower, and so a server 4 times slower for all its life).
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = []
-    try:
-        for num_tokens in _TRIED_TOKENS:
-            input_TI = torch.zeros(num_tokens, num_inputs, dtype=torch.bfloat16)
-            linear(input_TI)
-            times_s = []
-            for _ in range(_TRIALS):
-                started_s = time.thread_time()
-                linear(input_TI)
-                times_s.append(time.thread_time() - started_s)
-            found.append(min(times_s))
-    finally:
-        torch.set_num_threads(num_threads)
-    return found
 
 
 def _gathering(layer: ColumnParallelLinear) -> Callable[[Tensor, bool | None], Tensor]:

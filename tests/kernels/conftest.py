@@ -12,10 +12,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one; test folders are no packages
 
+from native_targets import TARGETS, native_of
+
 from megatron_medha.kernels.attention.aten_attention import AtenAttention
 from megatron_medha.kernels.attention.backend import AttentionBackend
 from megatron_medha.kernels.attention.native_attention import NativeAttention
-from megatron_medha.kernels.native_build import NativeUnavailable, native_target
 
 
 @pytest.fixture(autouse=True)
@@ -24,26 +25,16 @@ def _seed() -> None:
     random.seed(0)
 
 
-@pytest.fixture(params=["AVX512", "AVX2"])
+@pytest.fixture(params=TARGETS)
 def native(request: pytest.FixtureRequest) -> NativeAttention:
     """The native backend for each instruction set this machine has."""
-    try:
-        if request.param == "AVX512" and native_target() != "AVX512":
-            pytest.skip("this machine has no AVX-512")
-        return NativeAttention(request.param)
-    except NativeUnavailable as reason:
-        pytest.skip(str(reason))
+    return native_of(request.param)
 
 
-@pytest.fixture(params=["aten", "AVX512", "AVX2"])
+@pytest.fixture(params=["aten", *TARGETS])
 def make_backend(request: pytest.FixtureRequest) -> Callable[[], AttentionBackend]:
     """Makes a backend: each that runs here, in turn."""
     if request.param == "aten":
         return AtenAttention
-    try:
-        if request.param == "AVX512" and native_target() != "AVX512":
-            pytest.skip("this machine has no AVX-512")
-        NativeAttention(request.param)
-    except NativeUnavailable as reason:
-        pytest.skip(str(reason))
+    native_of(request.param)
     return lambda: NativeAttention(request.param)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_targets import TARGETS
 from paged_world import TOLERANCE, World
 
 from megatron_medha.kernels.attention import reference
 from megatron_medha.kernels.attention.backend import QueryRange
 from megatron_medha.kernels.attention.native_attention import NativeAttention, NativePlan
-from megatron_medha.kernels.native_build import native_target
+from megatron_medha.kernels.native_build import usable_targets
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -52,11 +53,11 @@ def shapes(draw: st.DrawFn) -> dict[str, int]:
 
 
 @settings(max_examples=20, deadline=None)
-@given(shapes(), st.sampled_from(DTYPES), st.sampled_from(["AVX512", "AVX2"]), st.randoms(use_true_random=False))
+@given(shapes(), st.sampled_from(DTYPES), st.sampled_from(TARGETS), st.randoms(use_true_random=False))
 def test_any_shape_any_blocks_any_chunks_are_plain_attention(
     shape: dict[str, int], dtype: torch.dtype, target: str, rng: random.Random
 ) -> None:
-    if target == "AVX512" and native_target() != "AVX512":
+    if target.replace("AMX_PLAIN", "AVX512") not in usable_targets():
         return
     world = World(NativeAttention(target), dtype=dtype, num_blocks=1 + 3000 // shape["block_size"], **shape)
     num_tokens = rng.randint(1, 250)

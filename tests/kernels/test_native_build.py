@@ -13,7 +13,7 @@ import torch
 from megatron_medha.kernels import native_build
 from megatron_medha.kernels.attention import native_attention
 from megatron_medha.kernels.choose_backend import attention_backend, backend_names
-from megatron_medha.kernels.native_build import NativeUnavailable, native_library, native_target
+from megatron_medha.kernels.native_build import NativeUnavailable, native_library, native_target, usable_targets
 
 CPU = torch.device("cpu")
 
@@ -39,13 +39,13 @@ def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler_the_reason_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(NativeUnavailable, match="no C\\+\\+ compiler"):
-        native_library.__wrapped__("AVX2")
+        native_build._loaded.__wrapped__("AVX2")
 
 
 def test_a_compiler_that_fails_leaves_no_half_made_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(NativeUnavailable, match="false failed"):
-        native_library.__wrapped__("AVX2")
+        native_build._loaded.__wrapped__("AVX2")
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
@@ -59,6 +59,34 @@ def test_ranks_that_start_together_build_once(cache: Path, tmp_path: Path, monke
     ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
     assert [rank.communicate()[0].strip() for rank in ranks] == [b"library", b"library"]
     assert log.read_text() == "called\n"
+
+
+def test_the_best_instruction_set_is_taken_unless_another_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_build, "_pinned", None)
+    try:
+        best, *_, least = usable_targets()
+        assert native_target() == best
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    native_build.use_target(least.lower())
+    assert native_target() == least
+    native_build.use_target("auto")
+    assert native_target() == best
+    with pytest.raises(NativeUnavailable, match="not SSE"):
+        native_build.use_target("sse")
+
+
+def test_a_compiler_that_lacks_the_best_instructions_builds_the_next(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loaded(target: str) -> None:
+        if target == "AMX":
+            raise NativeUnavailable("no such instruction")
+
+    monkeypatch.setattr(native_build, "_loaded", loaded)
+    monkeypatch.setattr(native_build, "usable_targets", lambda: ("AMX", "AVX512", "AVX2"))
+    assert native_build._best_target.__wrapped__() == "AVX512"
+    assert "target=AMX next=AVX512 reason=no such instruction" in caplog.text
 
 
 def test_another_source_is_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native_targets import native_of
 
 from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.linear.native_linear import NativeLinear
@@ -25,12 +26,44 @@ def test_a_native_linear_is_the_plain_one_rounded_once(
     assert ((output.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
 
 
-def test_a_tokens_output_does_not_depend_on_how_many_others_there_are(native: NativeAttention) -> None:
-    linear = NativeLinear(torch.randn(130, 600).bfloat16(), None, native.target)
-    input_TI = torch.randn(200, 600).bfloat16()
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(130, 600), (64, 64), (500, 96)])
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_tokens_output_does_not_depend_on_how_many_others_there_are(
+    native: NativeAttention, num_outputs: int, num_inputs: int, is_int8: bool
+) -> None:
+    if is_int8:
+        weight_OI = torch.randint(-127, 128, (num_outputs, num_inputs), dtype=torch.int8)
+        linear = NativeLinear(weight_OI, None, native.target, scale_O=torch.rand(num_outputs))
+    else:
+        linear = NativeLinear(torch.randn(num_outputs, num_inputs).bfloat16(), None, native.target)
+    input_TI = torch.randn(300, num_inputs).bfloat16()
     whole = linear(input_TI)
-    for rows in (slice(0, 1), slice(3, 7), slice(100, 112), slice(50, 190)):
-        assert torch.equal(linear(input_TI[rows]), whole[rows])
+    for num_rows in (*range(1, 51), 63, 64, 65, 95, 96, 97, 128, 255, 256, 257, 299):
+        first = num_rows * 7 % (301 - num_rows)
+        rows = slice(first, first + num_rows)
+        assert torch.equal(linear(input_TI[rows]), whole[rows]), f"{num_rows} rows"
+
+
+def test_threads_change_no_bit(native: NativeAttention) -> None:
+    linear = NativeLinear(torch.randn(1000, 2048).bfloat16(), None, native.target)
+    input_TI = torch.randn(200, 2048).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        outputs = []
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            outputs.append(linear(input_TI))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 40, 70])
+def test_matrix_tiles_and_their_plain_version_give_the_same_bits(num_tokens: int) -> None:
+    tiles, plain = native_of("AMX").target, native_of("AMX_PLAIN").target
+    weight_OI, input_TI = torch.randn(130, 333).bfloat16(), torch.randn(num_tokens, 333).bfloat16()
+    input_TI[0, :20] *= 1e-38  # denormal products
+    assert torch.equal(NativeLinear(weight_OI, None, tiles)(input_TI), NativeLinear(weight_OI, None, plain)(input_TI))
 
 
 def test_other_dtypes_and_sizes_are_refused(native: NativeAttention) -> None:
@@ -59,12 +92,3 @@ def test_an_int8_linear_is_the_plain_one_over_the_scaled_weight(
     output = NativeLinear(weight_OI, bias_O, native.target, scale_O=scale_O)(input_TI)
     exact = input_TI.double() @ (weight_OI.double() * scale_O[:, None].double()).T + bias_O.double()
     assert ((output.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
-
-
-def test_an_int8_linears_token_does_not_depend_on_how_many_others_there_are(native: NativeAttention) -> None:
-    weight_OI = torch.randint(-127, 128, (130, 600), dtype=torch.int8)
-    linear = NativeLinear(weight_OI, None, native.target, scale_O=torch.rand(130))
-    input_TI = torch.randn(200, 600).bfloat16()
-    whole = linear(input_TI)
-    for rows in (slice(0, 1), slice(3, 7), slice(100, 112), slice(50, 190)):
-        assert torch.equal(linear(input_TI[rows]), whole[rows])

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.kernels.linear.native_linear import NativeLinear
-from megatron_medha.kernels.native_build import NativeUnavailable
+from megatron_medha.kernels.native_build import NativeUnavailable, native_library
 from megatron_medha.model import packed_linear
 from megatron_medha.model.build import build_model
 from megatron_medha.model.cpu_model import use_native_passes
@@ -16,7 +17,7 @@ from megatron_medha.model.packed_linear import (
     OneDnnLinear,
     PackedLinear,
     _operators_exist,
-    fastest_linear,
+    linear_kernel,
     pack_linears,
 )
 from megatron_medha.models.model_config import ModelConfig
@@ -91,20 +92,16 @@ def test_every_weight_has_the_dtype_asked_for() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("native_s", "kernel"), [(1.0, "native"), (1.7, "native"), (1.9, "OneDnn"), (4.0, "OneDnn")])
-def test_bf16_layers_take_the_native_kernel_where_it_is_clearly_faster(
-    native_s: float, kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bf16_layers_are_native_and_fp32_ones_are_onednns() -> None:
     try:
-        NativeLinear(torch.zeros(1, 2, dtype=torch.bfloat16), None)
+        native_library()
     except NativeUnavailable as reason:
         pytest.skip(str(reason))
-    monkeypatch.setattr(
-        packed_linear, "_trial_s", lambda linear, _: [native_s if isinstance(linear, NativeLinear) else 2.1] * 3
-    )
-    make = fastest_linear(torch.zeros(64, 32, dtype=torch.bfloat16))
-    assert make is not None and make.__name__.lower().startswith(kernel.lower())
-    assert fastest_linear(torch.zeros(64, 32)) is OneDnnLinear
+    assert linear_kernel("auto", torch.bfloat16) is linear_kernel("native", torch.bfloat16) is NativeLinear
+    assert linear_kernel("onednn", torch.bfloat16) is OneDnnLinear
+    assert linear_kernel("auto", torch.float32) is linear_kernel("onednn", torch.float32) is OneDnnLinear
+    with pytest.raises(ConfigError, match="linear_backend=native: needs model.dtype=bfloat16, not float32"):
+        linear_kernel("native", torch.float32)
 
 
 def test_without_a_native_library_bf16_layers_take_onednn_and_say_why(
@@ -113,9 +110,11 @@ def test_without_a_native_library_bf16_layers_take_onednn_and_say_why(
     def fail(*_: object) -> None:
         raise NativeUnavailable("there is no C++ compiler")
 
-    monkeypatch.setattr(packed_linear, "NativeLinear", fail)
-    assert fastest_linear(torch.zeros(64, 32, dtype=torch.bfloat16)) is OneDnnLinear
+    monkeypatch.setattr(packed_linear, "native_library", fail)
+    assert linear_kernel("auto", torch.bfloat16) is OneDnnLinear
     assert "there is no C++ compiler" in caplog.text
+    with pytest.raises(ConfigError, match="linear_backend=native: cannot be had here: there is no C\\+\\+ compiler"):
+        linear_kernel("native", torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

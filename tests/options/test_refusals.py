@@ -88,6 +88,8 @@ def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: 
         ("model.attention_backend=magic", "use one of auto, native, aten"),
         ("model.fp8=delayed", "use one of none, tensorwise, blockwise"),
         ("model.weight_dtype=int4", "use one of auto, int8"),
+        ("model.linear_backend=mkl", "use one of auto, native, onednn"),
+        ("model.instruction_set=sse", "use one of auto, amx, avx512, avx2"),
     ],
 )
 def test_a_value_outside_a_closed_set_is_refused_with_the_set(refusal: Refusal, override: str, allowed: str) -> None:
@@ -192,6 +194,11 @@ def test_float16_is_refused_with_the_reason(refusal: Refusal) -> None:
 @pytest.mark.parametrize("override", ["model.attention_backend=triton", "model.kv_dtype=fp8_e4m3"])
 def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(refusal: Refusal, override: str) -> None:
     assert refusal("model.device=cpu", override) == f"{override}: needs model.device=cuda; use auto"
+
+
+@pytest.mark.parametrize("override", ["model.linear_backend=onednn", "model.instruction_set=avx2"])
+def test_what_only_a_cpu_can_do_is_refused_on_a_gpu(refusal: Refusal, override: str) -> None:
+    assert refusal("model.device=cuda", override) == f"{override}: needs model.device=cpu; use auto"
 
 
 @pytest.mark.parametrize("override", ["model.device=cuda", "model.fp8=tensorwise"])

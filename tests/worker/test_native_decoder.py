@@ -13,34 +13,31 @@ import torch
 
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
-from megatron_medha.kernels.native_build import NativeUnavailable, native_library
-from megatron_medha.model import packed_linear
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.kernels import native_build
+from megatron_medha.kernels.native_build import NativeUnavailable, native_library, native_target, usable_targets
 from megatron_medha.model.cpu_model import NativeForward
 
 
 @pytest.fixture(autouse=True)
-def _native_linears(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is faster on this machine."""
+def _native_library() -> None:
     try:
         native_library()
     except NativeUnavailable as reason:
         pytest.skip(str(reason))
-    monkeypatch.setattr(packed_linear, "_MIN_GAIN", 0.0)
 
 
 @pytest.fixture
 def load(tmp_path: Path, rank_config: RankConfig, front_of: Callable[[RankConfig], Any]) -> Callable[..., Any]:
     """Makes a tiny random model of some kind, and a bf16 rank of it."""
 
-    def load(kind: str, num_threads: int = 2, weight_dtype: str = "auto") -> Any:
+    def load(kind: str, **options: Any) -> Any:
         save_tiny(kind, tmp_path)
         front = front_of(
             msgspec.structs.replace(
                 rank_config,
                 checkpoint=str(tmp_path),
-                model=dataclasses.replace(
-                    rank_config.model, dtype="bfloat16", num_threads=num_threads, weight_dtype=weight_dtype
-                ),
+                model=dataclasses.replace(rank_config.model, dtype="bfloat16", **{"num_threads": 2, **options}),
             )
         )
         front.rank._plain_decodes = None  # they pass the model's forward by: test_run_ahead.py
@@ -142,6 +139,33 @@ def test_prompt_logprobs_come_from_the_same_hidden_states(load: Callable[..., An
     front.rank.model.forward = front.rank.model.forward.plain
     one_by_one = front.step(chunk, new)
     assert at_once.prompt_logprobs == one_by_one.prompt_logprobs != ()
+
+
+@pytest.mark.parametrize("target", ["avx2", "avx512", "amx"])
+def test_every_instruction_set_runs_whole_steps_and_computes_nearly_the_same(
+    target: str, load: Callable[..., Any]
+) -> None:
+    if target.upper() not in usable_targets():
+        pytest.skip(f"this machine has no {target}")
+    front = load("Qwen3", instruction_set=target)
+    assert native_target() == target.upper() and isinstance(front.rank.model.forward, NativeForward)
+    found = all_logits(front)
+    one_by_one = all_logits(load("Qwen3", linear_backend="onednn"))
+    for native, onednn in zip(found, one_by_one, strict=True):
+        error = (native.float() - onednn.float()).norm() / onednn.float().norm()
+        assert error < 0.02  # roundings to bf16 in other places; 0.009 seen
+
+
+def test_with_onednns_linear_layers_a_model_keeps_its_own_forward(load: Callable[..., Any]) -> None:
+    assert "forward" not in vars(load("Llama", linear_backend="onednn").rank.model)
+
+
+def test_an_instruction_set_that_the_machine_lacks_is_refused(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_build, "usable_targets", lambda: ("AVX2",))
+    with pytest.raises(ConfigError, match="model.instruction_set=amx: .*this machine has AVX2, not AMX; use auto"):
+        load("Llama", instruction_set="amx")
 
 
 def test_a_model_in_fp32_keeps_its_own_forward(front: Any) -> None:

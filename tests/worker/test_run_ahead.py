@@ -17,7 +17,6 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.ops import append_op, drop_op
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library
-from megatron_medha.model import packed_linear
 
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -122,15 +121,12 @@ def test_running_ahead_changes_no_token(front: Any, seed: int) -> None:
 
 
 @pytest.fixture
-def native_front(
-    rank_config: RankConfig, front_of: Callable[[RankConfig], Any], monkeypatch: pytest.MonkeyPatch
-) -> Any:
-    """A rank whose whole model is one native call, whatever is faster on this machine."""
+def native_front(rank_config: RankConfig, front_of: Callable[[RankConfig], Any]) -> Any:
+    """A rank whose whole model is one native call."""
     try:
         native_library()
     except NativeUnavailable as reason:
         pytest.skip(str(reason))
-    monkeypatch.setattr(packed_linear, "_MIN_GAIN", 0.0)
     model = dataclasses.replace(rank_config.model, dtype="bfloat16")
     return front_of(msgspec.structs.replace(rank_config, model=model))
 

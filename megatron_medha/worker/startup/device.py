@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 
@@ -11,6 +12,9 @@ from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.kernels.attention.backend import AttentionBackend
 from megatron_medha.kernels.choose_backend import backend_names
+from megatron_medha.kernels.native_build import NativeUnavailable, native_target, usable_targets, use_target
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -78,6 +82,19 @@ def dtype_of(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dt
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else _DTYPES.get(checkpoint_dtype, torch.bfloat16)
     return _DTYPES[name]
+
+
+def use_instructions(name: str, device: torch.device) -> None:
+    """Settle the instruction set of this process's CPU kernels, and log it. Raises ConfigError."""
+    if device.type != "cpu":
+        return
+    try:
+        use_target(name)
+        log.info("cpu_instructions used=%s usable=%s", native_target().lower(), ",".join(usable_targets()).lower())
+    except NativeUnavailable as error:
+        if name != "auto":
+            raise ConfigError(f"model.instruction_set={name}: cannot be had here: {error}; use auto") from error
+        log.warning("cpu_instructions used=none reason=%s", error)
 
 
 def described(

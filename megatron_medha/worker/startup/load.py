@@ -48,6 +48,7 @@ from megatron_medha.worker.startup.device import (
     dtype_of,
     free_device_bytes,
     kv_dtype_of,
+    use_instructions,
 )
 
 _WARM_UP_TOKENS = 64
@@ -69,6 +70,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     model_config = with_end_tokens_of(read_model_config(directory), config.tokenizer)
     dtype = dtype_of(options.dtype, model_config.dtype, device)
     max_context_len = context_len_of(options.max_context_len, model_config.max_context_len)
+    use_instructions(options.instruction_set, device)
     try:
         backend = attention_backend(
             options.attention_backend, device, group=model_config.num_heads // model_config.num_kv_heads
@@ -148,8 +150,14 @@ def _loaded_model(
     load_weights(model, config, directory, _throttled(progress))
     model.requires_grad_(False)
     quantise_linears(model, options.fp8, transformer_engine_works(device))
-    has_int8_weights = options.weight_dtype == "int8"
-    return model, use_cpu_kernels(model, backend, tp_all_reduce(pgs.tp, device), has_int8_weights=has_int8_weights)
+    decoder = use_cpu_kernels(
+        model,
+        backend,
+        tp_all_reduce(pgs.tp, device),
+        has_int8_weights=options.weight_dtype == "int8",
+        linear_backend=options.linear_backend,
+    )
+    return model, decoder
 
 
 def _kv_memory(

@@ -1,0 +1,203 @@
+// Linear layers by products of matrix tiles (matrix_tiles.h), for prompts and decodes alike.
+//
+// Weights lie as linear.cpp says: a tile of 32 inputs and 16 outputs is 16 runs of 64 bytes in 4 KiB. An output is the
+// sum over tiles of inputs in ascending order, so its bits do not depend on which rows stand beside it.
+#pragma once
+
+#include "matrix_tiles.h"
+
+#if defined(HAS_MATRIX_TILES)
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "calls.h"
+#include "linear_output.h"
+#include "parallel_for.h"
+#include "prefetcher.h"
+#include "spin_pool.h"
+#include "storage.h"
+#include "sums.h"
+
+// int8 weights of two inputs as pairs of bf16, exactly: one run of a tile for each 16 outputs.
+inline void widen_pairs(const int8_t *from, int64_t depth, uint16_t *to) {
+    for (int64_t d = 0; d < depth; d += 2)
+        for (int64_t o = 0; o < PACKED; o += WIDTH)
+            store_pairs(to + d * PACKED + 2 * o, load_bytes(from + d * PACKED + o), load_bytes(from + (d + 1) * PACKED + o));
+}
+
+template <class W>
+class TiledLinear {
+  public:
+    explicit TiledLinear(const LinearCall &call)
+        : call_(call), depth_(padded_inputs(call.num_inputs)), num_packs_((call.num_outputs + PACKED - 1) / PACKED) {}
+
+    void run() {
+        if (call_.num_rows == 0) return;
+        pad_inputs();
+        // Reading a weight takes as long as multiplying it by some 64 rows.
+        const int64_t work = call_.num_inputs * call_.num_outputs * (1 + call_.num_rows / 64);
+        const int64_t num_threads = useful_threads(call_.run_parallel, call_.num_threads, work, MIN_PARALLEL_WEIGHTS);
+        if (call_.num_rows <= TILE_ROWS) {
+            // Several packs an item: a run of memory that the processor's prefetching follows.
+            const int64_t num_items = std::min(num_packs_, 4 * num_threads);
+            parallel_for(call_.run_parallel, num_threads, num_items, [&](int64_t i) {
+                const TileScope tiles(call_.num_rows, call_.num_rows);
+                for (int64_t p = num_packs_ * i / num_items; p < num_packs_ * (i + 1) / num_items; ++p)
+                    multiply_few(p);
+            });
+            return;
+        }
+        const int64_t num_pairs = (call_.num_rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
+        const int64_t max_pairs = std::max<int64_t>(1, MAX_INPUT_BYTES / (2 * TILE_ROWS * depth_ * 2));
+        const int64_t least_blocks = (num_pairs + max_pairs - 1) / max_pairs;
+        // With few outputs there are more threads than packs.
+        const int64_t wanted_blocks = (2 * num_threads + num_packs_ - 1) / num_packs_;
+        const int64_t num_blocks = std::min(num_pairs, num_threads > 1 ? std::max(least_blocks, wanted_blocks) : least_blocks);
+        const int64_t num_items = num_packs_ * num_blocks;
+        parallel_for(call_.run_parallel, num_threads, num_items, [&](int64_t i) {
+            const int64_t block = i / num_packs_, pack = i % num_packs_;
+            // The item that this thread takes next, if all take as long.
+            const int64_t next = std::min(pack + num_threads, num_packs_);
+            multiply_many(pack, num_pairs * block / num_blocks, num_pairs * (block + 1) / num_blocks, next);
+        });
+    }
+
+  private:
+    static constexpr int64_t MIN_PARALLEL_WEIGHTS = 1 << 19;  // some 50 us of reading: what waking a thread takes
+    static constexpr int64_t MAX_INPUT_BYTES = 1 << 20;       // of the rows of an item, which stay in L2
+    static constexpr int64_t AHEAD = 8192;                    // bytes: what decodes fetch beforehand
+    static constexpr int64_t PACK_STRIDE = PACKED * 2 * 2;    // bytes between pairs of inputs
+
+    // Rows of a whole number of tiles are read where they lie.
+    void pad_inputs() {
+        in_ = call_.in;
+        if (call_.num_inputs == depth_) return;
+        static thread_local Buffer memory;
+        uint16_t *const padded = memory.at_least<uint16_t>(call_.num_rows * depth_);
+        for (int64_t r = 0; r < call_.num_rows; ++r) {
+            std::copy_n(call_.in + r * call_.num_inputs, call_.num_inputs, padded + r * depth_);
+            std::fill(padded + r * depth_ + call_.num_inputs, padded + (r + 1) * depth_, 0);
+        }
+        in_ = padded;
+    }
+
+    const W *pack_of(int64_t pack) const { return static_cast<const W *>(call_.weight) + pack * PACKED * depth_; }
+    const uint16_t *row(int64_t r) const { return in_ + r * depth_; }
+
+    // All of at most 16 rows by one pack, which is read once, as it comes from memory.
+    void multiply_few(int64_t pack) const {
+        alignas(64) float sums[TILE_ROWS * PACKED];
+        multiply_row_tile(pack_of(pack), row(0), sums, [](const W *at) {
+            for (int64_t i = 0; i < TILE_DEPTH * PACKED * static_cast<int64_t>(sizeof(W)); i += 64)
+                __builtin_prefetch(reinterpret_cast<const char *>(at) + AHEAD + i);
+        });
+        for (int64_t r = 0; r < call_.num_rows; ++r) write_outputs(call_, r, pack * PACKED, PACKED, sums + r * PACKED);
+    }
+
+    // One tile of rows by 64 outputs. fetch(weights): what to do beside the products over 32 inputs.
+    template <class Weight, class Fetch>
+    void multiply_row_tile(const Weight *weights, const uint16_t *rows, float *sums, const Fetch &fetch) const {
+        alignas(64) uint16_t widened[sizeof(Weight) == 1 ? 2 * TILE_DEPTH * PACKED : 1];
+        zero_tile<0>();
+        zero_tile<1>();
+        zero_tile<2>();
+        zero_tile<3>();
+        for (int64_t d = 0; d < depth_; d += TILE_DEPTH) {
+            const Weight *const at = weights + d * PACKED;
+            const uint16_t *tile;
+            if constexpr (sizeof(Weight) == 1) {
+                // Two places by turns: the products of one wait for its numbers to be written.
+                uint16_t *const to = widened + d / TILE_DEPTH % 2 * TILE_DEPTH * PACKED;
+                widen_pairs(at, TILE_DEPTH, to);
+                tile = to;
+            } else {
+                tile = at;
+            }
+            fetch(at);
+            load_tile<4>(rows + d, depth_ * 2);
+            load_tile<6>(tile, PACK_STRIDE);
+            multiply_tiles<0, 4, 6>();
+            load_tile<7>(tile + 2 * TILE_ROWS, PACK_STRIDE);
+            multiply_tiles<1, 4, 7>();
+            load_tile<6>(tile + 4 * TILE_ROWS, PACK_STRIDE);
+            multiply_tiles<2, 4, 6>();
+            load_tile<7>(tile + 6 * TILE_ROWS, PACK_STRIDE);
+            multiply_tiles<3, 4, 7>();
+        }
+        store_tile<0>(sums, PACKED * 4);
+        store_tile<1>(sums + TILE_ROWS, PACKED * 4);
+        store_tile<2>(sums + 2 * TILE_ROWS, PACKED * 4);
+        store_tile<3>(sums + 3 * TILE_ROWS, PACKED * 4);
+    }
+
+    // Two tiles of rows by 32 outputs.
+    void multiply_two_row_tiles(const uint16_t *weights, const uint16_t *rows, float *sums, Prefetcher &next) const {
+        zero_tile<0>();
+        zero_tile<1>();
+        zero_tile<2>();
+        zero_tile<3>();
+        for (int64_t d = 0; d < depth_; d += TILE_DEPTH) {
+            const uint16_t *const tile = weights + d * PACKED;
+            load_tile<4>(rows + d, depth_ * 2);
+            load_tile<6>(tile, PACK_STRIDE);
+            multiply_tiles<0, 4, 6>();
+            load_tile<7>(tile + 2 * TILE_ROWS, PACK_STRIDE);
+            multiply_tiles<1, 4, 7>();
+            load_tile<5>(rows + TILE_ROWS * depth_ + d, depth_ * 2);
+            multiply_tiles<2, 5, 6>();
+            multiply_tiles<3, 5, 7>();
+            next.fetch();
+        }
+        store_tile<0>(sums, PACKED * 4);
+        store_tile<1>(sums + TILE_ROWS, PACKED * 4);
+        store_tile<2>(sums + TILE_ROWS * PACKED, PACKED * 4);
+        store_tile<3>(sums + TILE_ROWS * PACKED + TILE_ROWS, PACKED * 4);
+    }
+
+    // Pairs of row tiles [first_pair, end_pair) by one pack. next: the pack that is probably multiplied next.
+    void multiply_many(int64_t pack, int64_t first_pair, int64_t end_pair, int64_t next) const {
+        const uint16_t *weights;
+        if constexpr (sizeof(W) == 1) {
+            static thread_local Buffer memory;
+            uint16_t *const widened = memory.at_least<uint16_t>(depth_ * PACKED);
+            widen_pairs(pack_of(pack), depth_, widened);
+            weights = widened;
+        } else {
+            weights = pack_of(pack);
+        }
+        const int64_t next_bytes = next < num_packs_ ? depth_ * PACKED * sizeof(W) : 0;
+        Prefetcher fetch(pack_of(next), next_bytes, (end_pair - first_pair) * 2 * depth_ / TILE_DEPTH);
+        const int64_t last_rows = (call_.num_rows - 1) % (2 * TILE_ROWS) + 1;
+        const bool has_last = end_pair * 2 * TILE_ROWS >= call_.num_rows && last_rows < 2 * TILE_ROWS;
+        {
+            const TileScope tiles(TILE_ROWS, TILE_ROWS);
+            for (int64_t p = first_pair; p < end_pair - has_last; ++p) multiply_pair(pack, weights, p, 2 * TILE_ROWS, fetch);
+        }
+        if (!has_last) return;
+        const TileScope tiles(
+            std::min(last_rows, TILE_ROWS), last_rows > TILE_ROWS ? last_rows - TILE_ROWS : last_rows
+        );
+        multiply_pair(pack, weights, end_pair - 1, last_rows, fetch);
+    }
+
+    void multiply_pair(int64_t pack, const uint16_t *weights, int64_t pair, int64_t num_rows, Prefetcher &fetch) const {
+        alignas(64) float sums[2 * TILE_ROWS * PACKED];
+        const int64_t first_row = pair * 2 * TILE_ROWS;
+        if (num_rows > TILE_ROWS) {
+            multiply_two_row_tiles(weights, row(first_row), sums, fetch);
+            multiply_two_row_tiles(weights + 4 * TILE_ROWS, row(first_row), sums + 2 * TILE_ROWS, fetch);
+        } else {
+            multiply_row_tile(weights, row(first_row), sums, [&](const uint16_t *) { fetch.fetch(); });
+        }
+        for (int64_t r = 0; r < num_rows; ++r)
+            write_outputs(call_, first_row + r, pack * PACKED, PACKED, sums + r * PACKED);
+    }
+
+    const LinearCall &call_;
+    const int64_t depth_, num_packs_;
+    const uint16_t *in_ = nullptr;
+};
+
+#endif
