@@ -134,10 +134,9 @@ def test_threads_and_a_layer_at_a_time_change_no_bit(load: Callable[..., Any]) -
 def test_prompt_logprobs_come_from_the_same_hidden_states(load: Callable[..., Any]) -> None:
     front = load("Qwen2")
     new = [front.new("p", list(range(10, 30)), num_prompt_logprobs=1)]
-    chunk = [front.first("p", 20, room=40, samples=True)]
-    at_once = front.step(chunk, new)
+    at_once = front.step([front.first("p", 20, room=40, samples=True)], new)
     front.rank.model.forward = front.rank.model.forward.plain
-    one_by_one = front.step(chunk, new)
+    one_by_one = front.step([front.first("p", 20, room=40, samples=True)], new)
     assert at_once.prompt_logprobs == one_by_one.prompt_logprobs != ()
 
 
