@@ -39,36 +39,54 @@ def save_small_model(directory: Path) -> None:
 
     8 layers of 512, 8 heads over 2 of 64: attention outweighs the rest from 3K tokens on.
     """
+    save_served_llama(
+        directory, hidden_size=512, ffn_size=1536, num_layers=8, num_heads=8, num_kv_heads=2, head_dim=64
+    )
+
+
+def save_served_llama(
+    directory: Path, *, hidden_size: int, ffn_size: int, num_layers: int, num_heads: int, num_kv_heads: int,
+    head_dim: int, vocab_size: int = VOCAB_SIZE, is_tied: bool = False,
+) -> None:  # fmt: skip
+    """A model of this shape in bf16 and a tokenizer that every server reads."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     # One merge, as llama.cpp refuses a vocabulary without any.
     letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "aa"]
-    backend = Tokenizer(models.BPE(vocab={text: index for index, text in enumerate(letters)}, merges=[("a", "a")]))
+    num_special = 2
+    # Those beyond the small model's are plain entries: so many added tokens take minutes to load.
+    num_plain = max(0, vocab_size - VOCAB_SIZE)
+    texts = [*letters, *(f"<+{index}>" for index in range(num_plain))]
+    backend = Tokenizer(models.BPE(vocab={text: index for index, text in enumerate(texts)}, merges=[("a", "a")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
-    backend.add_tokens([f"<{index}>" for index in range(VOCAB_SIZE - backend.get_vocab_size())])
+    backend.add_tokens([f"<{index}>" for index in range(vocab_size - backend.get_vocab_size())])
     tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=MAX_CONTEXT_LEN
     )
     model = _llama(
-        vocab_size=VOCAB_SIZE, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=MAX_CONTEXT_LEN,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=ffn_size, num_hidden_layers=num_layers,
+        num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, head_dim=head_dim,
+        max_position_embeddings=MAX_CONTEXT_LEN, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=is_tied,
     )  # fmt: skip
     # Servers that lack ignore_eos must not stop early, and none may hold back half a character: single bytes and
     # special tokens are never the best.
-    model.lm_head.weight.data[: len(letters) + 2] = 0.0
-    model.lm_head.weight.data[len(letters) + 2 :] *= 6.0
+    weights = model.lm_head.weight.data
+    weights[: len(letters)] = 0.0
+    weights[len(texts) : len(texts) + num_special] = 0.0
+    weights[len(letters) :] *= 6.0
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
-def _llama(**options: Any) -> Any:
+def _llama(*, tie_word_embeddings: bool = False, **options: Any) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(rope_theta=500000.0, tie_word_embeddings=False, **options))
+    config = LlamaConfig(rope_theta=500000.0, tie_word_embeddings=tie_word_embeddings, **options)
+    return LlamaForCausalLM(config)

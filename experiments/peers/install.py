@@ -9,11 +9,13 @@ import sys
 import tarfile
 from pathlib import Path
 
+from experiments.lib.instruction_sets import instruction_sets
+
 _GGUF = """
 import sys
 sys.path.insert(0, sys.argv[1])
-tree, model, out = sys.argv[1:4]
-sys.argv = ["convert", model, "--outfile", out, "--outtype", "bf16"]
+tree, model, out, weights = sys.argv[1:5]
+sys.argv = ["convert", model, "--outfile", out, "--outtype", weights]
 import convert_hf_to_gguf
 from conversion import base
 # The converter knows tokenizers by a hash and refuses others; this one splits text as GPT-2's does.
@@ -47,7 +49,25 @@ def install_vllm(peers: Path, _: Path) -> None:
     (venv / "installed").touch()
 
 
-def install_llama(peers: Path, checkpoint: Path) -> None:
+def write_no_bf16(peers: Path) -> Path:
+    """A folder for PYTHONPATH: Python programs started with it find no bf16 instructions and no tiles in the CPU.
+
+    vLLM chooses its compiled kernels by these functions of torch; it has no option for them.
+    """
+    directory = peers / "no-bf16"
+    directory.mkdir(parents=True, exist_ok=True)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
+    lines = ["import torch.cpu", *(f"torch.cpu.{name} = lambda: False" for name in names)]
+    (directory / "sitecustomize.py").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def gguf_path(peers: Path, checkpoint: Path, weights: str) -> Path:
+    """Where llama.cpp's copy of a checkpoint lies."""
+    return peers / f"{checkpoint.name}{'' if weights == 'bf16' else f'-{weights}'}.gguf"
+
+
+def install_llama(peers: Path, checkpoint: Path, *, weights: str = "bf16", with_bf16: bool = True) -> None:
     """Built from the source package of its Python binding, which holds the whole tree: 7 minutes of CPU time."""
     tree = peers / "llama.cpp"
     if not (tree / "installed").exists():
@@ -64,21 +84,37 @@ def install_llama(peers: Path, checkpoint: Path) -> None:
         (archive,) = tree.glob("llama_cpp_python-*.tar.gz")
         with tarfile.open(archive) as source:
             source.extractall(tree, filter="data")
-        (source_tree,) = tree.glob("llama_cpp_python-*/vendor/llama.cpp")
-        options = ["NATIVE=ON"], ["TESTS=OFF", "EXAMPLES=OFF", "UI=OFF"]
-        flags = [f"-DGGML_{flag}" for flag in options[0]] + [f"-DLLAMA_BUILD_{flag}" for flag in options[1]]
-        flags += ["-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DBUILD_SHARED_LIBS=ON"]
-        build = str(tree / "build")
-        run(["cmake", "-S", str(source_tree), "-B", build, "-DCMAKE_BUILD_TYPE=Release", *flags])
-        run(["cmake", "--build", build, "-j", str(os.cpu_count() or 1), "--target", "llama-server"])
+        _build_llama(tree, "build", "llama-server", ["NATIVE=ON"])
         (tree / "installed").touch()
-    gguf = peers / f"{checkpoint.name}.gguf"
+    if not with_bf16 and not (tree / "build-no-bf16" / "installed").exists():
+        # Its CPU library alone; the server of the other build loads it in place of its own.
+        names = {"avx_vnni": "AVX_VNNI", "avx512f": "AVX512", "avx512vbmi": "AVX512_VBMI", "avx512_vnni": "AVX512_VNNI"}
+        found = instruction_sets(with_bf16=False)
+        chosen = [f"{option}={'ON' if name in found else 'OFF'}" for name, option in names.items()]
+        _build_llama(tree, "build-no-bf16", "ggml-cpu", ["NATIVE=OFF", *chosen])
+        (tree / "build-no-bf16" / "installed").touch()
+    gguf = gguf_path(peers, checkpoint, weights)
     if not gguf.exists():
-        (source_tree,) = tree.glob("llama_cpp_python-*/vendor/llama.cpp")
         # With our own interpreter, which has the torch and transformers the converter wants.
         (site,) = (tree / "venv").glob("lib/python3*/site-packages")
+        source_tree = _llama_source(tree)
         environment = {"PYTHONPATH": f"{source_tree / 'gguf-py'}{os.pathsep}{site}"}
-        run([sys.executable, "-c", _GGUF, str(source_tree), str(checkpoint), str(gguf)], environment)
+        run([sys.executable, "-c", _GGUF, str(source_tree), str(checkpoint), str(gguf), weights], environment)
+
+
+def _llama_source(tree: Path) -> Path:
+    (source_tree,) = tree.glob("llama_cpp_python-*/vendor/llama.cpp")
+    return source_tree
+
+
+def _build_llama(tree: Path, name: str, target: str, instructions: list[str]) -> None:
+    flags = [f"-DGGML_{flag}" for flag in instructions]
+    flags += [f"-DLLAMA_BUILD_{flag}=OFF" for flag in ("TESTS", "EXAMPLES", "UI")]
+    flags += ["-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DBUILD_SHARED_LIBS=ON"]
+    build = str(tree / name)
+    run(["cmake", "-S", str(_llama_source(tree)), "-B", build, "-DCMAKE_BUILD_TYPE=Release", *flags])
+    jobs = len(os.sched_getaffinity(0))  # taskset limits them
+    run(["cmake", "--build", build, "-j", str(jobs), "--target", target])
 
 
 def run(command: list[str], environment: dict[str, str] | None = None) -> None:

@@ -1,10 +1,11 @@
-"""What a server is asked to do, as cells: lone prompts, decodes, a mixed stream, long prompts at once."""
+"""What a server is asked to do: lone prompts, decodes, a mixed stream, long prompts at once. Sessions: sessions.py."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -27,11 +28,32 @@ class Endpoint:
 
     port: int
     knows_priority: bool
+    turn_fields: Mapping[str, object] = field(default_factory=dict)   # of a body: report token ids and cached tokens
 
     async def ask(self, tokens: list[int], num_outputs: int, *, is_long: bool = False) -> Streamed:
         """One request to its end."""
-        fields = {"priority": int(is_long)} if self.knows_priority else None
+        return await self._ask(tokens, num_outputs, {"priority": int(is_long)} if self.knows_priority else {})
+
+    async def ask_turn(self, tokens: list[int], num_outputs: int) -> Streamed:
+        """A turn of a session, with the ids of its output and its hits as the server reports them."""
+        priority = {"priority": 0} if self.knows_priority else {}
+        return await self._ask(tokens, num_outputs, {**priority, **self.turn_fields})
+
+    async def _ask(self, tokens: list[int], num_outputs: int, fields: Mapping[str, object]) -> Streamed:
         return await answered(self.port, tokens, num_outputs, timeout_s=1800.0, may_join_tokens=True, fields=fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a session as its client saw it."""
+
+    session: int
+    number: int                     # 0: the first, which nothing is cached of
+    num_reusable_tokens: int        # of its prompt: computed by the turns before it
+    num_prompt_tokens: int
+    num_cached_tokens: int | None   # as the server reports; None: it did not
+    num_output_tokens: int
+    ttft_s: float
 
 
 @dataclass(slots=True)
@@ -45,6 +67,7 @@ class Seen:
     long_ttft_s: list[float] = field(default_factory=list)
     short_gaps_s: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)   # tokens/s, of lone prompts and decodes
+    turns: list[Turn] = field(default_factory=list)    # of sessions
 
     def add(self, stream: Streamed, num_outputs: int, *, is_long: bool) -> None:
         """A request that ended."""
@@ -197,6 +220,3 @@ class LongsAtOnce:
         await background
         seen.took_s = time.monotonic() - started_s
         return seen
-
-
-Load = Prefill | Decode | Mixed | LongsAtOnce

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from experiments.peers.load import Decode, Load, LongsAtOnce, Mixed, Prefill, Seen
+from experiments.peers.load import Decode, LongsAtOnce, Mixed, Prefill
+from experiments.peers.sessions import BesideSessions, Sessions
+
+if TYPE_CHECKING:
+    from experiments.peers.store import Store
 
 LONGS_8K, LONGS_16K = (8192, 16384), (16384, 32768)
+NUM_BESIDE = 4    # sessions beside the mixed stream
 START_S = 30.0   # expected of a server's start and warm-up
 FEW_ABOVE = 4096  # longer prompts take so long that one is steady enough
+
+Load = Prefill | Decode | Mixed | LongsAtOnce | Sessions | BesideSessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +26,13 @@ class Cell:
     """One load on one server: what is measured, written and resumed as a whole."""
 
     server: str
-    load: str      # prefill-8192, decode-1, mixed-8192-16384, longs-4
+    load: str      # prefill-8192, decode-1, mixed-8192-16384, longs-4, sessions-8-16384, beside-4-16384
     seed: int
 
     @property
     def name(self) -> str:
         """Of its file."""
         return f"{self.server}.{self.load}.{self.seed}"
-
 
     @property
     def expected_s(self) -> float:
@@ -38,7 +41,11 @@ class Cell:
         if kind == "prefill":
             # 32K takes a minute, 8K ten seconds.
             return int(size) / 1000 * (1.0 + int(size) / 32768)
-        return {"decode": 20.0, "mixed": 220.0, "longs": 90.0}[kind]
+        if kind == "sessions":
+            # Half of the time is pauses.
+            num_sessions, _, context = size.partition("-")
+            return int(num_sessions) * 2 * int(context) / 1000 * (1.0 + int(context) / 32768)
+        return {"decode": 20.0, "mixed": 220.0, "longs": 90.0, "beside": 220.0}[kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,9 @@ class Sizes:
     num_requests_16k: int = 60     # they take several times as long
     longs_tokens: int = 12288      # of each of the eight long prompts of longs-N
     utilisation: float = 0.7
+    session_context: int = 16384   # that sessions grow to
+    session_utilisation: float = 0.5
+    beside_utilisation: float = 0.2   # by sessions beside the mixed stream
 
 
 def visit(server: str, seed: int, loads: Sequence[str]) -> Visit:
@@ -81,8 +91,15 @@ def mixed_load(long_tokens: tuple[int, int]) -> str:
     return f"mixed-{long_tokens[0]}-{long_tokens[1]}"
 
 
+def calibration_loads(context_len: int) -> list[str]:
+    """Lone prompts up to a session's context, uncached: what new tokens at a context take is computed from them."""
+    return [f"prefill-{length}" for length in (256, 1024, 4096, 16384) if length < context_len] + [
+        f"prefill-{context_len}"
+    ]
+
+
 LONGS = [f"longs-{at_once}" for at_once in (1, 2, 4, 8)]
-_CELL_NAME = re.compile(r"(.+)\.((?:prefill|decode|longs)-[1-9]\d*|mixed-[1-9]\d*-[1-9]\d*)\.(\d+)")
+_CELL_NAME = re.compile(r"(.+)\.((?:prefill|decode|longs)-[1-9]\d*|(?:mixed|sessions|beside)-[1-9]\d*-[1-9]\d*)\.(\d+)")
 
 
 def named_visits(names: Sequence[str], known: Collection[str]) -> list[Visit]:
@@ -142,11 +159,65 @@ def plans(sizes: Sizes) -> dict[str, list[Visit]]:
         visit("llama.cpp-b256", 15, [*solo, near]),
         visit("vllm-cap-128", 15, [*LONGS, far]),
     ]
-    return {"smoke": smoke, "quick": quick, "full": full}
+    return {
+        "smoke": smoke, "quick": quick, "full": full, "lone": _lone_plan(sizes),
+        "sessions-quick": _quick_sessions_plan(), "sessions": _sessions_plan(sizes.session_context),
+    }  # fmt: skip
 
 
-def load_of(cell: Cell, sizes: Sizes, store: Store, rate: float | None, rate_from: str) -> Load:
-    """What the cell's name stands for. Raises SystemExit where a mixed stream's rate cannot be known yet."""
+def _lone_plan(sizes: Sizes) -> list[Visit]:
+    """Lone prompts and decodes of every server, twice in turn; float32 and 8-bit weights once."""
+    solo = solo_loads(sizes)
+    visits = []
+    for seed in (11, 12):
+        visits += [
+            visit("vllm", seed, [*solo, "decode-32"]),
+            visit("medha", seed, [*solo, "decode-32"]),
+            visit("llama.cpp", seed, solo),
+            visit("llama.cpp-32-slots", seed, ["decode-32"]),
+            visit("llama.cpp-f16", seed, solo),
+            visit("llama.cpp-f16-32-slots", seed, ["decode-32"]),
+        ]
+    return [
+        *visits,
+        visit("llama.cpp-q8_0", 11, solo),
+        visit("llama.cpp-q8_0-32-slots", 11, ["decode-32"]),
+        visit("vllm-float32", 11, [*solo, "decode-32"]),
+    ]
+
+
+def _quick_sessions_plan() -> list[Visit]:
+    """Does all of it run: five minutes with `--requests 20 --repeats 1`."""
+    context = 4096
+    alone, sessions, near = calibration_loads(context), f"sessions-4-{context}", mixed_load(LONGS_8K)
+    return [
+        visit("vllm", 1, [*alone, "decode-8", sessions]),
+        visit("medha", 1, [*alone, sessions, near, f"beside-{NUM_BESIDE}-{context}"]),
+        visit("llama.cpp", 1, [*alone, sessions]),
+    ]
+
+
+def _sessions_plan(context: int) -> list[Visit]:
+    """One session and eight, three seeds; the mixed stream without sessions and beside them."""
+    loads = [*calibration_loads(context), f"sessions-8-{context}", f"sessions-1-{context}"]
+    stream = [mixed_load(LONGS_8K), f"beside-{NUM_BESIDE}-{context}"]
+    visits = []
+    for seed in (11, 12, 13):
+        visits += [
+            visit("vllm", seed, ["decode-8", *loads]),
+            visit("medha", seed, [*loads, *stream]),
+            visit("llama.cpp", seed, loads),
+        ]
+    return [*visits, visit("vllm-cap-64-cached", 11, stream), visit("vllm", 11, stream)]
+
+
+def load_of(
+    cell: Cell, sizes: Sizes, store: Store, rate: float | None, rate_from: str, think_s: float | None = None
+) -> Load:
+    """What the cell's name stands for; rate, think_s: instead of what keeps rate_from busy as `sizes` says.
+
+    Raises SystemExit where a mixed stream's rate or the sessions' pauses cannot be known yet.
+    """
     kind, _, rest = cell.load.partition("-")
     if kind == "prefill":
         length = int(rest)
@@ -155,72 +226,14 @@ def load_of(cell: Cell, sizes: Sizes, store: Store, rate: float | None, rate_fro
         return Decode(int(rest), sizes.repeats)
     if kind == "longs":
         return LongsAtOnce(int(rest), sizes.longs_tokens)
-    low, _, high = rest.partition("-")
-    long_tokens = int(low), int(high)
-    num_requests = sizes.num_requests if long_tokens == LONGS_8K else sizes.num_requests_16k
-    return Mixed(num_requests, rate or store.rate(rate_from, long_tokens, sizes.utilisation), long_tokens)
-
-
-class Store:
-    """The cells that are done, a file each."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-
-    def has(self, cell: Cell) -> bool:
-        """Whether it need not be run again."""
-        return self._path(cell).exists()
-
-    def write(self, cell: Cell, seen: Seen, about: dict[str, Any]) -> None:
-        """At once and whole: an interrupted run leaves no half of a file."""
-        values = {"cell": asdict(cell), **about, "seen": asdict(seen)}
-        draft = self._path(cell).with_suffix(".draft")
-        draft.write_text(json.dumps(values, indent=1))
-        draft.rename(self._path(cell))
-
-    def read_all(self) -> list[dict[str, Any]]:
-        """Every cell there is, in order of name."""
-        return [json.loads(path.read_text()) for path in sorted(self._directory.glob("*.json"))]
-
-    def rates_of(self, server: str) -> dict[str, float]:
-        """Median tokens/s of its lone prompts and decodes so far, by load."""
-        found: dict[str, list[float]] = {}
-        for one in self.read_all():
-            if one["cell"]["server"] == server and one["seen"]["rates"]:
-                found.setdefault(one["cell"]["load"], []).extend(one["seen"]["rates"])
-        return {load: median(rates) for load, rates in found.items()}
-
-    def rate(self, server: str, long_tokens: tuple[int, int], utilisation: float) -> float:
-        """Requests/s that keep that server so busy, by its lone prompts and its decodes in a batch of 8.
-
-        Kept in a file once it is known: every server gets the same stream, whatever is measured later.
-        """
-        path = self._directory / f"rate-{long_tokens[0]}-{long_tokens[1]}.txt"
-        if not path.exists():
-            path.write_text(f"{self._rate(server, long_tokens, utilisation):.4g}\n")
-        return float(path.read_text())
-
-    def _rate(self, server: str, long_tokens: tuple[int, int], utilisation: float) -> float:
-        rates = self.rates_of(server)
-        seconds = sorted((int(load[8:]), int(load[8:]) / rate) for load, rate in rates.items() if "prefill" in load)
-        if not seconds or "decode-8" not in rates:
-            raise SystemExit(
-                f"the mixed stream's rate comes from lone prompts and decodes of {server}, which were not measured; "
-                "give --rate, or another --rate-from"
-            )
-        short_s = _at(seconds, 160.0) + 40.0 / rates["decode-8"]
-        long_s = _at(seconds, sum(long_tokens) / 2) + 24.0 / rates["decode-8"]
-        return utilisation / (0.95 * short_s + 0.05 * long_s)
-
-    def _path(self, cell: Cell) -> Path:
-        return self._directory / f"{cell.name}.json"
-
-
-def _at(seconds: list[tuple[int, float]], num_tokens: float) -> float:
-    """Straight lines between the lengths that were measured; in proportion beyond them."""
-    for (x0, y0), (x1, y1) in zip(seconds, seconds[1:], strict=False):
-        if x0 <= num_tokens <= x1:
-            return y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0)
-    x, y = seconds[0] if num_tokens < seconds[0][0] else seconds[-1]
-    return y * num_tokens / x
+    low, high = (int(number) for number in rest.split("-"))
+    if kind == "mixed":
+        num_requests = sizes.num_requests if (low, high) == LONGS_8K else sizes.num_requests_16k
+        return Mixed(num_requests, rate or store.rate(rate_from, (low, high), sizes.utilisation), (low, high))
+    utilisation = sizes.session_utilisation if kind == "sessions" else sizes.beside_utilisation
+    sessions = Sessions(low, high, think_s or store.think_s(rate_from, cell.load, utilisation))
+    if kind == "sessions":
+        return sessions
+    return BesideSessions(
+        Mixed(sizes.num_requests, rate or store.rate(rate_from, LONGS_8K, sizes.utilisation), LONGS_8K), sessions
+    )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 from experiments.lib.drawing import panels
-from experiments.lib.quantile import quantile
 from experiments.peers.plan import LONGS, LONGS_8K, LONGS_16K, mixed_load
+from experiments.peers.results import Results, Verdict, head, line, number
+from experiments.peers.turns import plot_turns, turn_lines, turn_verdicts
 
 BAR_FROM_TOKENS = 1024           # shorter lone prompts are shown, and held to nothing
 TBT_BAR_MS = 100.0
@@ -23,73 +21,14 @@ DEFAULTS = ("vllm", "llama.cpp")
 QUIET_OTHER_CORES = 0.15         # of others; beyond that a figure is marked
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A bar, and whether it is kept."""
-
-    question: str
-    figure: str
-    bar: str
-    is_kept: bool
-
-
-class Results:
-    """The cells, by server and load."""
-
-    def __init__(self, cells: Iterable[dict[str, Any]]) -> None:
-        self._cells = list(cells)
-
-    @property
-    def servers(self) -> list[str]:
-        """Ours first, then by name."""
-        names = {one["cell"]["server"] for one in self._cells}
-        return sorted(names, key=lambda name: (not name.startswith("medha"), name))
-
-    def of(self, server: str, load: str) -> list[dict[str, Any]]:
-        """All seeds."""
-        return [one for one in self._cells if (one["cell"]["server"], one["cell"]["load"]) == (server, load)]
-
-    def loads(self, kind: str) -> list[str]:
-        """Those measured at all, shortest first."""
-        found = {load for one in self._cells if (load := one["cell"]["load"]).startswith(kind)}
-        return sorted(found, key=lambda load: [int(part) for part in load.split("-")[1:]])
-
-    def rate(self, server: str, load: str) -> float | None:
-        """Median tokens/s of lone prompts or decodes, over all repeats and seeds."""
-        rates = [rate for one in self.of(server, load) for rate in one["seen"]["rates"]]
-        return median(rates) if rates else None
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One a cell, every figure of it."""
-        return [figures(one) for one in self._cells]
-
-    def seeds(self, load: str) -> list[int]:
-        """Those any server was measured with."""
-        return sorted({one["cell"]["seed"] for one in self._cells if one["cell"]["load"] == load})
-
-    def row(self, server: str, load: str, seed: int) -> dict[str, Any] | None:
-        """A cell's figures, if it was measured."""
-        return next((figures(one) for one in self.of(server, load) if one["cell"]["seed"] == seed), None)
-
-
-def figures(one: dict[str, Any]) -> dict[str, Any]:
-    """What a cell comes to."""
-    seen, short, long = one["seen"], one["seen"]["short_ttft_s"], one["seen"]["long_ttft_s"]
-    row: dict[str, Any] = dict(one["cell"])
-    row["tokens_per_s"] = median(seen["rates"]) if seen["rates"] else None
-    for share in (50, 90, 99):
-        row[f"short_ttft_p{share}_s"] = quantile(short, share / 100) if short else None
-    row["long_ttft_p50_s"] = quantile(long, 0.5) if long else None
-    row["long_ttft_max_s"] = max(long, default=None)
-    row["short_tbt_p99_ms"] = 1e3 * quantile(seen["short_gaps_s"], 0.99) if seen["short_gaps_s"] else None
-    took_s = seen["took_s"]
-    row["total_tokens_per_s"] = (seen["num_prompt_tokens"] + seen["num_output_tokens"]) / took_s if took_s else None
-    return row | {key: one[key] for key in ("server_cpu_s", "server_cores", "other_cores", "rate_per_s")}
-
-
 def verdicts(results: Results, ours: str) -> list[Verdict]:
     """Every bar that the cells there are can answer."""
-    return [*_solo(results, ours), *_mixed(results, ours), *_longs(results, ours)]
+    return [*_solo(results, ours), *_mixed(results, ours), *_longs(results, ours), *turn_verdicts(results, ours)]
+
+
+def has_8_bit_weights(server: str) -> bool:
+    """By its name."""
+    return "int8" in server or "q8" in server
 
 
 def _solo(results: Results, ours: str) -> Iterable[Verdict]:
@@ -99,8 +38,9 @@ def _solo(results: Results, ours: str) -> Iterable[Verdict]:
         peers = {
             name: rate
             for name in results.servers
-            if not name.startswith("medha") and (rate := results.rate(name, load)) is not None
-        }
+            if not name.startswith("medha") and has_8_bit_weights(name) == has_8_bit_weights(ours)
+            and (rate := results.rate(name, load)) is not None
+        }  # fmt: skip
         if mine is None or not peers or (kind == "prefill" and int(size) < BAR_FROM_TOKENS):
             continue
         best = max(peers, key=lambda name: peers[name])
@@ -157,27 +97,29 @@ def _longs(results: Results, ours: str) -> Iterable[Verdict]:
 def as_markdown(results: Results, ours: str) -> str:
     """All tables."""
     names = results.servers
-    lines = ["### Lone prompts and decodes, tokens/s (median)\n", _head(["", *names])]
+    lines = [f"{one}\n" for one in results.settings()]
+    lines += ["### Lone prompts and decodes, tokens/s (median)\n", head(["", *names])]
     for load in [*results.loads("prefill"), *results.loads("decode")]:
-        lines.append(_line([load, *(_number(results.rate(name, load), 0) for name in names)]))
+        lines.append(line([load, *(number(results.rate(name, load), 0) for name in names)]))
     columns = {
         "short TTFT p50, s": ("short_ttft_p50_s", 3), "p90": ("short_ttft_p90_s", 3), "p99": ("short_ttft_p99_s", 3),
         "long TTFT p50, s": ("long_ttft_p50_s", 2), "max": ("long_ttft_max_s", 2),
         "short TBT p99, ms": ("short_tbt_p99_ms", 0), "tokens/s": ("total_tokens_per_s", 0),
         "cores, server": ("server_cores", 2), "cores, others": ("other_cores", 2),
     }  # fmt: skip
-    for load in [*results.loads("mixed"), *results.loads("longs")]:
+    for load in [*results.loads("mixed"), *results.loads("longs"), *results.loads("beside")]:
         rate = next((row["rate_per_s"] for name in names for seed in results.seeds(load)
                      if (row := results.row(name, load, seed))), None)
         lines += [f"\n### {load}" + (f", {rate:.3g} requests/s" if rate else "") + "\n"]
-        lines += [_head(["server", "seed", *columns])]
+        lines += [head(["server", "seed", *columns])]
         for seed in results.seeds(load):
             for name in names:
                 if row := results.row(name, load, seed):
-                    lines.append(_line([name, str(seed), *(_number(row[key], n) for key, n in columns.values())]))
-    lines += [f"\n### Bars ({ours})\n", _head(["question", "figure", "bar", ""])]
+                    lines.append(line([name, str(seed), *(number(row[key], n) for key, n in columns.values())]))
+    lines += turn_lines(results)
+    lines += [f"\n### Bars ({ours})\n", head(["question", "figure", "bar", ""])]
     lines += [
-        _line([one.question, one.figure, one.bar, "kept" if one.is_kept else "**missed**"])
+        line([one.question, one.figure, one.bar, "kept" if one.is_kept else "**missed**"])
         for one in verdicts(results, ours)
     ]
     noisy = [row for row in results.rows() if row["other_cores"] > QUIET_OTHER_CORES]
@@ -188,18 +130,6 @@ def as_markdown(results: Results, ours: str) -> str:
             f"{QUIET_OTHER_CORES:g} cores (up to {worst:.2f})."
         )
     return "\n".join(lines) + "\n"
-
-
-def _head(words: list[str]) -> str:
-    return _line(words) + "\n" + _line(["---"] * len(words))
-
-
-def _line(words: list[str]) -> str:
-    return "| " + " | ".join(words) + " |"
-
-
-def _number(value: float | None, num_decimals: int) -> str:
-    return "" if value is None else f"{value:,.{num_decimals}f}"
 
 
 def write(results: Results, ours: str, out: Path) -> list[Verdict]:
@@ -242,3 +172,4 @@ def _plot(results: Results, out: Path) -> None:
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
         figure.savefig(out / "frontier.png", dpi=120)
+    plot_turns(results, out)
