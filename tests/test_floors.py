@@ -63,7 +63,7 @@ ROOMS = {
     "server/routes": {
         "core", "text", "server", "server/bodies", "server/http", "server/observe", "server/openai", "server/anthropic",
     },
-    "bench": {"core", "stats"},
+    "bench": {"core", "stats", "workload"},
     "tiny": {"core", "system", "text", "parallel", "models", "checkpoints", "model"},
     "options": {
         "core", "system", "stats", "workload", "engine", "sim", "sim/baselines", "sim/planning", "cluster", "server",

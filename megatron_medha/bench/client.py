@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -15,6 +15,7 @@ from megatron_medha.core.errors import ConfigError
 
 # A line of a stream may hold the log-probabilities of a whole prompt; aiohttp's own limit of 64 KiB would end it.
 _READ_BUFFER_BYTES = 1 << 22
+_NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,10 @@ class StreamResult:
     sent_s: float
     token_times_s: list[float] = field(default_factory=list)  # one per event that brought text or a token
     num_tokens: int = 0         # by the server's own count, where it gives one
+    num_prompt_tokens: int | None = None  # likewise
+    num_cached_tokens: int | None = None  # of the prompt, likewise
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # of the output, where the server gives them
     status: int | None = None   # of HTTP; None: no answer at all
     error: str | None = None
 
@@ -86,26 +91,33 @@ async def find_model(target: Target, session: aiohttp.ClientSession) -> str:
         ) from None
 
 
-def completion_body(target: Target, model: str, prompt: Sequence[int], max_tokens: int) -> bytes:
+def completion_body(
+    target: Target, model: str, prompt: Sequence[int] | str, max_tokens: int, returns_token_ids: bool = False
+) -> bytes:
     """What is posted for one greedy streaming completion of exactly max_tokens tokens."""
     body = {
         "model": model,
-        "prompt": list(prompt),
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
         "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if returns_token_ids:
+        body["return_token_ids"] = True
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-async def run_completion(target: Target, session: aiohttp.ClientSession, body: bytes, max_tokens: int) -> StreamResult:
+async def run_completion(
+    target: Target, session: aiohttp.ClientSession, body: bytes, max_tokens: int,
+    headers: Mapping[str, str] = _NO_HEADERS,
+) -> StreamResult:  # fmt: skip
     """One completion_body, sent and read to its end. Failures are in the result."""
     streamed = StreamResult(time.monotonic())
     try:
         async with session.post(
-            f"{target.url}/v1/completions", data=body, headers={"Content-Type": "application/json"}
+            f"{target.url}/v1/completions", data=body, headers={"Content-Type": "application/json", **headers}
         ) as response:
             streamed.status = response.status
             if response.status != 200:
@@ -136,8 +148,13 @@ def _record_event(streamed: StreamResult, event: dict[str, Any], now_s: float) -
         streamed.error = _message(json.dumps(event))
     elif event.get("choices"):
         streamed.token_times_s.append(now_s)
-    if event.get("usage"):
-        streamed.num_tokens = event["usage"]["completion_tokens"]
+        choice = event["choices"][0]
+        streamed.text += choice.get("text") or ""
+        streamed.token_ids += choice.get("token_ids") or ()
+    if usage := event.get("usage"):
+        streamed.num_tokens = usage["completion_tokens"]
+        streamed.num_prompt_tokens = usage.get("prompt_tokens")
+        streamed.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
 
 
 def _message(text: str) -> str:

@@ -47,6 +47,10 @@ class LoadClient:
     async def send(self, request: Request, body: bytes, start_s: float) -> SentRequest:
         """One request, from its planned arrival (seconds after start_s) to its end."""
         streamed = await run_completion(self.target, self.session, body, request.max_output_tokens)
+        return self.sent(request, streamed, start_s)
+
+    def sent(self, request: Request, streamed: StreamResult, start_s: float) -> SentRequest:
+        """What has become of a request with this answer."""
         times_s = tuple(at_s - start_s for at_s in streamed.token_times_s)
         gaps_s = [later - sooner for sooner, later in zip(times_s, times_s[1:], strict=False)]
         isolated_s = self.isolated_s(request.num_prompt_tokens)
@@ -63,6 +67,7 @@ class LoadClient:
             first_token_s=times_s[0] if times_s else None,
             last_token_s=times_s[-1] if times_s else None,
             num_tokens_out=streamed.num_tokens if times_s else 0,
+            num_cached_tokens=streamed.num_cached_tokens,
             max_tbt_s=max(gaps_s, default=None),
             isolated_s=isolated_s,
             deadline_miss_rate=None if misses is None else misses.rate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from megatron_medha.bench.load_generator import SentRequest
@@ -40,7 +41,14 @@ class MeasurementWindow:
         place = request.arrival_s if self.by_arrival else int(request.request_id.removeprefix("r"))
         return self.first <= place <= self.last
 
+    @classmethod
+    def of_sessions(cls) -> MeasurementWindow:
+        """All turns: which of them come when the load builds up is part of the sessions."""
+        return cls(first=0.0, last=inf, by_arrival=True)
+
     def __str__(self) -> str:
+        if self.last == inf:
+            return "all turns"
         if self.by_arrival:
             return f"arrivals from {self.first:.1f} to {self.last:.1f} s"
         return f"requests {self.first + 1:.0f} to {self.last + 1:.0f} in order of sending"

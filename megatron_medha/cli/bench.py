@@ -7,10 +7,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TextIO
 
 import aiohttp
 from tqdm import tqdm
@@ -19,6 +20,9 @@ from megatron_medha.bench.client import Target, find_model
 from megatron_medha.bench.idle import lengths_between, measure_idle
 from megatron_medha.bench.load_generator import LoadClient, SentRequest, closed_loop, open_loop
 from megatron_medha.bench.measured import BenchMeasurement, MeasurementWindow
+from megatron_medha.bench.session_loop import session_loop
+from megatron_medha.bench.session_prompts import PromptMaker, prompt_maker
+from megatron_medha.bench.turn_table import SentTurn, TurnMeasurement, turns_table
 from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
 from megatron_medha.cli.parts.command_options import directory_of, run_job_command
 from megatron_medha.cli.parts.served import served
@@ -29,20 +33,22 @@ from megatron_medha.options.yaml_text import to_yaml, yaml_values
 from megatron_medha.sim.run_directory import RunDirectory
 from megatron_medha.stats.capacity_search import CapacitySearch
 from megatron_medha.stats.summary_table import summary_table
+from megatron_medha.workload.session_play import SessionPlay
 from megatron_medha.workload.workload import Workload
 
 USAGE = f"""\
 usage: medha bench [group=option] [key=value ...]
        medha bench -m key=value,value ...
 
-Sends a workload to any server with OpenAI's completions API, streaming, with prompts as token ids. Prints latencies by
-length class, SLO attainment and goodput, and writes every request into a directory. TTFT counts from the time at which
-a request was due, not from when this client sent it.
+Sends a workload to any server with OpenAI's completions API, streaming, with prompts as token ids; or plays sessions,
+whose prompts contain the answers before them. Prints latencies by length class, SLO attainment and goodput, and writes
+every request into a directory. TTFT counts from the time at which a request was due, not from when it was sent.
 
 examples:
   medha bench                                      # two minutes of small prompts, one in twenty a long one
   medha bench url=http://gpu-7:8000 workload=medha_mix_05pct workload.qps=0.5 classes=medha
   medha bench concurrency=8 workload.num_requests=200
+  medha bench workload=sessions workload.sessions.num_sessions=4 workload.sessions.length_scale=0.02
   medha bench capacity=search workload.num_requests=300 slo.tpot_s=0.1
   medha bench workload=trace workload.path=trace.csv.gz workload.time_scale=0.5 tracking=wandb
   medha bench -m workload.qps=0.5,1,2 out=multirun/load
@@ -99,6 +105,9 @@ class _Bench:
                 target=target, session=session, model=model, tokens=options.tokens, slo=options.slo,
                 seed=options.seed, isolated_s=isolated_s,
             )  # fmt: skip
+            if options.workload.sessions is not None:
+                maker = await prompt_maker(options.prompts, target, session, model, options.tokens, options.seed)
+                return await self._play(client, workload.play(), maker)
             search = options.capacity_search()
             if search is None:
                 return await self._load(client, workload, "")
@@ -143,35 +152,66 @@ class _Bench:
         self._directory.write_json("summary.json", values)
         return values
 
+    async def _play(self, client: LoadClient, play: SessionPlay, maker: PromptMaker) -> dict[str, Any]:
+        turns = TurnMeasurement()
+        with self._noting(sum(len(one.turns) for one in play.sessions), MeasurementWindow.of_sessions(), "") as noted:
+
+            def note(turn: SentTurn) -> None:
+                turns.add(turn)
+                noted.note(turn.sent, {"session": turn.session, "turn": turn.number, "new_tokens": turn.num_new_tokens})
+
+            await session_loop(client, play, maker, note)
+        values = noted.measured.values() | {"sessions": turns.values(play)}
+        return self._finish(values, "\n" + turns_table(values["sessions"]) + noted.measured.remarks())
+
     async def _load(self, client: LoadClient, workload: Workload, label: str) -> dict[str, Any]:
         options, facts = self._options, workload.facts
         if options.concurrency is None:
             window = MeasurementWindow.of_open_loop(facts.last_arrival_s, options.exclude_share)
         else:
             window = MeasurementWindow.of_closed_loop(facts.num_requests, options.exclude_share)
-        measured = BenchMeasurement(options.classes, options.slo, window)
+        with self._noting(facts.num_requests, window, label) as noted:
+            if options.concurrency is None:
+                await open_loop(client, workload.requests(), noted.note, options.max_drain_s)
+            else:
+                await closed_loop(client, workload.requests(), options.concurrency, noted.note)
+        return self._finish(noted.measured.values(), noted.measured.remarks())
+
+    @contextmanager
+    def _noting(self, num_requests: int, window: MeasurementWindow, label: str) -> Iterator[_Noted]:
         with (
             (self._directory.path / "requests.jsonl").open("w", encoding="utf-8") as stream,
-            tqdm(total=facts.num_requests, unit="request", desc=label, file=sys.stderr, dynamic_ncols=True) as bar,
+            tqdm(total=num_requests, unit="request", desc=label, file=sys.stderr, dynamic_ncols=True) as bar,
         ):
+            measured = BenchMeasurement(self._options.classes, self._options.slo, window)
+            yield _Noted(self._options, self._directory, self._tracker, measured, stream, bar)
 
-            def note(sent: SentRequest) -> None:
-                is_counted = measured.add(sent)
-                row = self._directory.request_values(sent.outcome, options.classes, options.slo)
-                row |= {"send_lag_s": round(sent.send_lag_s, 6), "is_counted": is_counted}
-                stream.write(json.dumps(row) + "\n")
-                bar.update()
-                self._tracker.sample(
-                    (sent.outcome.last_token_s or sent.outcome.request.arrival_s),
-                    {f"{row['length_class']}.ttft_s": row["ttft_s"], f"{row['length_class']}.tpot_s": row["tpot_s"]},
-                )
-
-            if options.concurrency is None:
-                await open_loop(client, workload.requests(), note, options.max_drain_s)
-            else:
-                await closed_loop(client, workload.requests(), options.concurrency, note)
-        values = measured.values()
-        table = summary_table(values) + measured.remarks()
+    def _finish(self, values: dict[str, Any], remarks: str) -> dict[str, Any]:
+        table = summary_table(values) + remarks
         print(f"\n{table}")
         self._directory.finish(values, table)
         return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """Takes requests in as they end."""
+
+    options: BenchOptions
+    directory: RunDirectory
+    tracker: WandbRun
+    measured: BenchMeasurement
+    stream: TextIO
+    bar: Any  # tqdm has no types
+
+    def note(self, sent: SentRequest, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Write a request down, with what else is known of it."""
+        is_counted = self.measured.add(sent)
+        row = self.directory.request_values(sent.outcome, self.options.classes, self.options.slo)
+        row |= {"send_lag_s": round(sent.send_lag_s, 6), "is_counted": is_counted, **more}
+        self.stream.write(json.dumps(row) + "\n")
+        self.bar.update()
+        self.tracker.sample(
+            (sent.outcome.last_token_s or sent.outcome.request.arrival_s),
+            {f"{row['length_class']}.ttft_s": row["ttft_s"], f"{row['length_class']}.tpot_s": row["tpot_s"]},
+        )

@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_medha.bench.client import Target, TokenRange
+from megatron_medha.bench.session_prompts import PromptForm
 from megatron_medha.core.errors import ConfigError, check_range
 from megatron_medha.options.option_errors import check_http_url
 from megatron_medha.options.serve_options import TrackingConfig
@@ -46,6 +47,7 @@ class BenchOptions:
     concurrency: int | None = None
     exclude_share: float = 0.1
     idle: IdleMeasurement = IdleMeasurement.MEASURE
+    prompts: PromptForm = PromptForm.AUTO
     lowest_token: int = 32
     highest_token: int = 126
     request_timeout_s: float = 3600.0
@@ -71,7 +73,11 @@ class BenchOptions:
                 "give slo.ttft_s, or idle=measure"
             )
         if self.workload.sessions is not None:
-            raise ConfigError("workload=sessions: only medha simulate and medha plan play sessions")
+            for key, value in (("concurrency", self.concurrency), ("capacity.start_qps", self.capacity.start_qps),
+                               ("max_drain_s", self.max_drain_s)):  # fmt: skip
+                if value is not None:
+                    raise ConfigError(f"{key}={value:g}: turns of sessions come when earlier ones have ended; leave it "
+                        "null; workload.sessions.max_live sets how many sessions run at a time")
         if self.capacity.start_qps is not None and self.concurrency is not None:
             raise ConfigError(
                 f"capacity.start_qps={self.capacity.start_qps:g}: capacity is a rate of arrivals; "

@@ -48,7 +48,7 @@ class RequestStats:
     num_tokens_out: int = 0            # counted with each token, or at the end
     num_scheduled_tokens: int = 0      # whose KV batches have computed, or will; 0 again after a loss
     num_ever_scheduled: int = 0        # the most that this has been: what is below and computed again was lost
-    num_cached_tokens: int = 0         # of the prompt, whose KV was there when it first began
+    num_cached_tokens: int | None = 0  # of the prompt, whose KV was there when it first began; None: not known
     num_preemptions: int = 0           # losses of its KV; waiting for others is none
     num_tokens_lost: int = 0
     max_tbt_s: float | None = None

@@ -106,6 +106,7 @@ class ClassSums:
     num_tokens_met: int = 0  # output tokens of requests that met their targets
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_told_tokens: int = 0     # of prompts of which it is known how many were cached
     num_output_tokens: int = 0
     num_preemptions: int = 0
     num_tokens_lost: int = 0
@@ -123,7 +124,9 @@ class ClassSums:
         self.num_tokens_lost += outcome.num_tokens_lost
         if outcome.first_token_s is not None:
             self.num_prompt_tokens += outcome.request.num_prompt_tokens
-            self.num_cached_tokens += outcome.num_cached_tokens
+            if outcome.num_cached_tokens is not None:
+                self.num_cached_tokens += outcome.num_cached_tokens
+                self.num_told_tokens += outcome.request.num_prompt_tokens
         if slo.is_met(outcome):
             self.num_met += 1
             self.num_tokens_met += outcome.num_tokens_out
@@ -187,12 +190,13 @@ class Summary:
             "attainment": self.attainment(names),
             "num_preemptions": sum(one.num_preemptions for one in sums),
             "num_tokens_lost": sum(one.num_tokens_lost for one in sums),
-            "num_prompt_tokens": (num_prompt_tokens := sum(one.num_prompt_tokens for one in sums)),
-            "num_cached_tokens": (num_cached_tokens := sum(one.num_cached_tokens for one in sums)),
-            # Of all prompt tokens, those whose KV was there already.
-            "hit_rate": num_cached_tokens / num_prompt_tokens if num_prompt_tokens else None,
+            "num_prompt_tokens": sum(one.num_prompt_tokens for one in sums),
+            "num_cached_tokens": sum(one.num_cached_tokens for one in sums),
             "num_output_tokens": sum(one.num_output_tokens for one in sums),
         }
+        num_told_tokens = sum(one.num_told_tokens for one in sums)
+        # Of all prompt tokens, those whose KV was there already.
+        values["hit_rate"] = values["num_cached_tokens"] / num_told_tokens if num_told_tokens else None
         for key, number in (
             ("goodput_per_s", sum(one.num_met for one in sums)),
             ("token_goodput_per_s", sum(one.num_tokens_met for one in sums)),

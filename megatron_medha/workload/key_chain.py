@@ -93,6 +93,17 @@ def cut(spans: Iterable[TextSpan], num_tokens: int) -> list[TextSpan]:
     return found
 
 
+def after_tokens(spans: Iterable[TextSpan], num_tokens: int) -> list[TextSpan]:
+    """What follows the first num_tokens of spans."""
+    found: list[TextSpan] = []
+    for text, first, count in spans:
+        skipped = min(num_tokens, count)
+        num_tokens -= skipped
+        if skipped < count:
+            found.append(TextSpan(text, first + skipped, count - skipped))
+    return found
+
+
 def num_tokens_of(spans: Iterable[TextSpan]) -> int:
     """Of all of them."""
     return sum([span.num_tokens for span in spans])

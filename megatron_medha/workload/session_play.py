@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 from math import inf
 
 from megatron_medha.core.request import Request
-from megatron_medha.workload.key_chain import KeyChain, TextSpan
+from megatron_medha.workload.key_chain import KeyChain, TextSpan, after_tokens, cut
 from megatron_medha.workload.sessions import AgentSession, SessionTurn
 
 
@@ -96,7 +96,7 @@ class SessionPlay:
             return
         turn = turns[live.num_sent - 1]
         if live.chain is not None:
-            live.chain.extend(_after_tokens(turn, live.chain.num_tokens))
+            live.chain.extend(after_tokens(turn.output, live.chain.num_tokens - turn.num_prompt_tokens))
         begun = live.children.get(live.num_sent - 1, ())
         live.num_children = len(begun)
         for child in begun:
@@ -110,8 +110,8 @@ class SessionPlay:
         if live is None or live.chain is None or not live.chain.keys:
             return b""
         turn = live.session.turns[live.num_sent - 1]
-        spans = _after_tokens(turn, live.chain.num_tokens, num_tokens)
-        return b"".join([live.chain.append(span) for span in spans])
+        spans = after_tokens(turn.output, live.chain.num_tokens - turn.num_prompt_tokens)
+        return b"".join([live.chain.append(span) for span in cut(spans, num_tokens - live.chain.num_tokens)])
 
     def _begin(self, session: AgentSession, at_s: float) -> None:
         children: dict[int, list[AgentSession]] = {}
@@ -163,16 +163,3 @@ class SessionPlay:
 
     def _set_next(self) -> None:
         self.next_s = self._due[0][0] if self._due else inf
-
-
-def _after_tokens(turn: SessionTurn, num_tokens: int, end: int | None = None) -> list[TextSpan]:
-    """The turn's output from token num_tokens of prompt and output on, up to `end`."""
-    found: list[TextSpan] = []
-    place = turn.num_prompt_tokens
-    for text, first, count in turn.output:
-        low = max(num_tokens - place, 0)
-        high = count if end is None else min(end - place, count)
-        if low < high:
-            found.append(TextSpan(text, first + low, high - low))
-        place += count
-    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.workload.key_chain import TextSpan, cut, num_tokens_of, spans_of_ids
+from megatron_medha.workload.key_chain import TextSpan, after_tokens, cut, num_tokens_of, spans_of_ids
 
 
 class TurnRow(NamedTuple):
@@ -97,7 +97,7 @@ def _turns(rows: Sequence[TurnRow], before: list[TextSpan], tokens_per_hash_id: 
         output = [TextSpan(f"{name}>", 0, row.output_tokens)]
         if row.hash_ids:
             prompt, output = with_ids[index]
-            num_new_tokens = row.prompt_tokens - _num_common_tokens(before, prompt)
+            num_new_tokens = row.prompt_tokens - num_common_tokens(before, prompt)
         else:
             kept = before if row.shared_tokens is None else cut(before, row.shared_tokens)
             num_new_tokens = row.prompt_tokens - num_tokens_of(kept)
@@ -131,7 +131,7 @@ def _texts_of_ids(rows: Sequence[TurnRow], tokens_per_id: int) -> list[tuple[lis
         output = [own]
         if ids and next_ids[:num_full] == ids[:num_full] and next_tokens > row.prompt_tokens:
             ids = (*ids[:num_full], *next_ids[num_full : len(ids)])
-            shown = _after(spans_of_ids(next_ids, next_tokens, tokens_per_id), row.prompt_tokens)
+            shown = after_tokens(spans_of_ids(next_ids, next_tokens, tokens_per_id), row.prompt_tokens)
             output = cut(shown, row.output_tokens)
             output += cut([own], row.output_tokens - num_tokens_of(output))
         found.append((spans_of_ids(ids, row.prompt_tokens, tokens_per_id), output))
@@ -139,18 +139,7 @@ def _texts_of_ids(rows: Sequence[TurnRow], tokens_per_id: int) -> list[tuple[lis
     return found[::-1]
 
 
-def _after(spans: Iterable[TextSpan], num_tokens: int) -> list[TextSpan]:
-    """What follows the first num_tokens."""
-    found: list[TextSpan] = []
-    for text, first, count in spans:
-        skipped = min(num_tokens, count)
-        num_tokens -= skipped
-        if skipped < count:
-            found.append(TextSpan(text, first + skipped, count - skipped))
-    return found
-
-
-def _num_common_tokens(one: Iterable[TextSpan], other: Iterable[TextSpan]) -> int:
+def num_common_tokens(one: Iterable[TextSpan], other: Iterable[TextSpan]) -> int:
     """How far two texts are equal."""
     num_tokens, left, right = 0, _merged(one), _merged(other)
     for mine, theirs in zip(left, right, strict=False):

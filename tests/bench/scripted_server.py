@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,10 @@ def usage(num_tokens: int) -> Event:
 
 @dataclass
 class ScriptedServer:
-    """Answers every completion with the same events, or with an error."""
+    """Answers every completion with the same events, with those that its body asks for, or with an error."""
 
     events: Sequence[Event] = ()
+    answer: Callable[[dict[str, Any]], Sequence[Event]] | None = None
     status: int = 200
     error: Any = None
     models: Any = field(default_factory=lambda: {"data": [{"id": "scripted"}]})
@@ -47,7 +48,7 @@ class ScriptedServer:
                 return web.json_response(self.error, status=self.status)
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
-            for event in self.events:
+            for event in self.events if self.answer is None else self.answer(self.bodies[-1]):
                 data = event if isinstance(event, str) else json.dumps(event)
                 await response.write(f"data: {data}\n\n".encode())
             await response.write(b"data: [DONE]\n\n")
