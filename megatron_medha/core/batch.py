@@ -99,6 +99,7 @@ class TokenOut(NamedTuple):
     request_id: str
     batch_id: int
     finish_reason: FinishReason | None
+    num_cached_tokens: int = 0  # with its first token: those of its prompt that were found when it was last begun
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ class TokenDelivery:
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # positions 1.., with the first token only
+    num_cached_tokens: int = 0  # of the prompt, likewise
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class RequestStates:
     def emit(self, output: Output, sampled: Mapping[str, TokenSample]) -> None:
         """Turn a scheduler's output into a delivery; `sampled` holds the tokens of the batch just completed."""
         match output:
-            case TokenOut(request_id, _, finish_reason):
+            case TokenOut(request_id, _, finish_reason, num_cached_tokens):
                 token = sampled[request_id]
                 stream = self._streams[request_id]
                 # With the first token only: a prompt whose KV is computed again yields them again.
@@ -75,7 +75,9 @@ class RequestStates:
                 stream.prompt_logprobs.clear()
                 stream.output_ids.append(token.token_id)
                 self._deliveries.append(
-                    TokenDelivery(request_id, token.token_id, finish_reason, token.logprobs, prompt_logprobs)
+                    TokenDelivery(
+                        request_id, token.token_id, finish_reason, token.logprobs, prompt_logprobs, num_cached_tokens
+                    )
                 )
                 if finish_reason is not None:
                     del self._streams[request_id]

@@ -64,6 +64,8 @@ class GenerationSpec:
     names_tokens_by_id: bool = False
     returns_token_ids: bool = False
     prefix_root: bytes | None = None  # of its prompts' keys; None: the prefix cache takes and gives nothing
+    session_id: str = ""           # qualified by the client's key
+    ends_session: bool = False
     tools: ToolUse | None = None   # None: all output is text
     ignored: tuple[str, ...] = ()  # what the request asked for, and was left out: fields by their path
 
@@ -97,6 +99,8 @@ class GenerationSpec:
                 slo_class=self.slo_class,
                 prefix_keys=prompt.prefix_keys,
                 # Log-probabilities are of positions that are computed.
+                session_id=self.session_id,
+                ends_session=self.ends_session,
                 reads_cache=self.sampling.num_prompt_logprobs is None,
             )
             for index, prompt in enumerate(prompt for prompt in self.prompts for _ in range(self.n))
@@ -129,6 +133,7 @@ class Choice:
         self.index = index
         self.prompt = spec.prompts[index // spec.n]
         self.num_tokens = 0
+        self.num_cached_tokens = 0  # of its prompt, once the first token is there
         self.finish_reason: str | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
@@ -147,6 +152,8 @@ class Choice:
         """Add a token; the piece has a finish reason when the choice is complete."""
         is_first = not self._has_begun
         self._has_begun = True
+        if is_first:
+            self.num_cached_tokens = delivery.num_cached_tokens
         if self._spec.discards_output:
             self.finish_reason = "length"
             return Piece(self.index, "", None, None, 0, "length", None, delivery.prompt_logprobs, is_first)

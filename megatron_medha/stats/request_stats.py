@@ -153,7 +153,7 @@ class RequestTracker(Generic[R]):
         prefilling = self._prefilling
         for output in outputs:
             if type(output) is TokenOut:  # nearly all are, and none of them a first or a last one
-                request_id, _, reason = output
+                request_id, _, reason, _ = output
                 first = prefilling.pop(request_id, None) if prefilling else None
                 if first is not None and first.first_token_s is None:  # else it had lost its KV, and has it again
                     first.first_token_s = now_s

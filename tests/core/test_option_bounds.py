@@ -268,5 +268,7 @@ def test_words_of_options_and_of_the_api_stay() -> None:
     assert [each.value for each in Chunking] == ["adaptive", "fixed", "whole"]
     assert [each.value for each in FinishReason] == ["stop", "length"]
     assert defaults(EngineStatus) == {"detail": "", "fraction": 0.0, "num_failures": 0, "num_recoveries": 0}
-    assert defaults(TokenDelivery) == {"finish_reason": None, "logprobs": None, "prompt_logprobs": None}
+    assert defaults(TokenDelivery) == {
+        "finish_reason": None, "logprobs": None, "prompt_logprobs": None, "num_cached_tokens": 0
+    }
     assert [each.value for each in EnginePhase] == ["loading", "ready", "recovering", "failed", "stopped"]

@@ -64,6 +64,7 @@ class FakeEngine:
     stop_token_ids: tuple[int, ...] = (257,)
     is_stepped: bool = False
     granule_tokens: int | None = None
+    num_cached: Callable[[Request], int] = lambda request: 0
     reject_with: tuple[str, bool] | None = None  # (message, is_client_fault) for every request
     status: EngineStatus = EngineStatus(EnginePhase.READY)
     submitted: list[Live] = field(default_factory=list)
@@ -235,7 +236,8 @@ class FakeEngine:
         if sampling.num_prompt_logprobs is not None and live.num_output == 1:
             count = sampling.num_prompt_logprobs
             prompt_logprobs = tuple(self._logprobs(token, count) for token in prompt[1:])
-        return TokenDelivery(live.request.request_id, token_id, reason, logprobs, prompt_logprobs)
+        num_cached = self.num_cached(live.request) if live.num_output == 1 else 0
+        return TokenDelivery(live.request.request_id, token_id, reason, logprobs, prompt_logprobs, num_cached)
 
     def _logprobs(self, token_id: int, num_top: int) -> TokenLogprobs:
         # Even tokens are the best at their position, odd ones the second.

@@ -228,7 +228,7 @@ class Scheduler:
                 seq.num_batches_in_flight = 0
                 seq.num_computed_tokens = seq.num_first_stage_tokens = end
                 seq.num_output_tokens += 1
-                outputs.append(new_tuple(token_out, (seq.request_id, batch_id, None)))
+                outputs.append(new_tuple(token_out, (seq.request_id, batch_id, None, 0)))
                 decodes.append(seq)
             else:
                 self._complete_chunk(chunk, seq, event, failed, now_s, outputs)
@@ -260,7 +260,7 @@ class Scheduler:
             reason = FinishReason.STOP if request_id in event.stopped else None
             if reason is None and seq.num_output_tokens >= seq.request.max_output_tokens:
                 reason = FinishReason.LENGTH
-            outputs.append(tuple.__new__(TokenOut, (request_id, event.batch_id, reason)))
+            outputs.append(tuple.__new__(TokenOut, (request_id, event.batch_id, reason, 0)))
             if reason is not None:
                 self._end(seq, Status.FINISHED, now_s)
                 return

@@ -152,8 +152,11 @@ class MessagesFormat(BlockFormat):
         self._emit(kind, index=len(self._blocks) - 1, **fields)
 
     def _usage(self, usage: Usage | None) -> MessagesUsage:
+        num_cached = 0 if usage is None else usage.prompt_tokens_details.cached_tokens
         return MessagesUsage(
-            input_tokens=self.spec.num_prompt_tokens, output_tokens=0 if usage is None else usage.completion_tokens
+            input_tokens=self.spec.num_prompt_tokens - num_cached,
+            output_tokens=0 if usage is None else usage.completion_tokens,
+            cache_read_input_tokens=num_cached,
         )
 
     def _response(self, usage: Usage | None) -> MessagesResponse:

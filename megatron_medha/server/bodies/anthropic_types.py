@@ -101,7 +101,7 @@ class ToolUseBlock(Struct, kw_only=True):
 
 
 class MessagesUsage(Struct, kw_only=True, frozen=True):
-    """What a request cost, in tokens."""
+    """What a request cost, in tokens. The prompt has input_tokens and those read from the cache."""
 
     input_tokens: int
     output_tokens: int

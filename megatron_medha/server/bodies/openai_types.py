@@ -15,6 +15,8 @@ from megatron_medha.text.sampling_defaults import SamplingDefaults
 
 Count = Annotated[int, Meta(ge=0)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
+Priority = Annotated[int, Meta(ge=-(2**31) + 1, le=2**31 - 1)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]  # that a client gives to something of its own
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 NumChoices = Annotated[int, Meta(ge=1, le=128)]  # of a prompt; OpenAI's limit
 # OpenAI allows 4, vLLM any; every one is matched on every character, and so much text may be held back.
@@ -57,6 +59,21 @@ class StructuredOutputs(Struct, kw_only=True):
     structural_tag: Any = None  # refused
 
 
+class AgentHints(Struct, kw_only=True):
+    """What a harness of agents says of a request, in Dynamo's words; all but the priority is left out."""
+
+    priority: Priority | None = None  # higher runs first
+    strict_priority: Any = None
+    osl: Any = None
+    speculative_prefill: Any = None
+
+
+class Extensions(Struct, kw_only=True):
+    """Dynamo's `nvext`."""
+
+    agent_hints: AgentHints | None = None
+
+
 class SharedFields(Struct, kw_only=True):
     """What both kinds of completion understand."""
 
@@ -82,9 +99,15 @@ class SharedFields(Struct, kw_only=True):
     frequency_penalty: Penalty | None = None
     # The rank applies them one by one.
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
-    priority: Annotated[int, Meta(ge=-(2**31) + 1, le=2**31 - 1)] | None = None
+    priority: Priority | None = None  # lower runs first
     service_tier: str | None = None
     user: str | None = None
+    cache_salt: Name | None = None        # only requests with the same one share cached prefixes
+    cache_prompt: bool | None = None      # llama.cpp's name; False: nothing of it is found in the cache, nor kept there
+    session_id: Name | None = None        # requests of one session continue one another
+    ends_session: bool | None = None      # with this request
+    prompt_cache_key: str | None = None   # OpenAI's name; a session where no other is named
+    nvext: Extensions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None

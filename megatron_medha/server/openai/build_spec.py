@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from megatron_medha.server.bodies.openai_types import SharedFields
+from megatron_medha.server.bodies.openai_types import AgentHints, SharedFields
 from megatron_medha.server.generation import GenerationSpec
 from megatron_medha.server.http.http_errors import bad_request, rejected
 from megatron_medha.server.openai.request_fields import (
@@ -17,6 +17,7 @@ from megatron_medha.server.openai.request_fields import (
     sampling_of,
 )
 from megatron_medha.server.service import Service
+from megatron_medha.server.slo import SloClass
 from megatron_medha.server.tools.call_grammar import calls_or_text
 from megatron_medha.server.tools.structured_output import check_constrainable, constraint_of
 from megatron_medha.server.tools.tool_fields import ToolUse
@@ -73,6 +74,8 @@ async def begin_spec(
     tier_class = service.slo.class_of_tier(fields.service_tier)
     slo_class = context.slo_class or tier_class or service.slo.default_class
     slo = service.slo.find(slo_class)
+    hints = (fields.nvext and fields.nvext.agent_hints) or AgentHints()
+    session = fields.session_id or context.session_id or fields.prompt_cache_key
     return GenerationSpec(
         # Drawn here, because sub-requests are named after it and clients' own ids may collide.
         response_id=f"{id_prefix}-{uuid.uuid4().hex}",
@@ -84,7 +87,7 @@ async def begin_spec(
         num_answered=n,
         sampling=sampling,
         seed=secrets.randbits(63) if fields.seed is None else fields.seed,
-        priority=slo.priority if fields.priority is None else fields.priority,  # lower runs first
+        priority=_priority(fields, hints, slo),
         slo=slo,
         slo_class=slo_class,
         ttft_slo_s=context.ttft_s,
@@ -102,7 +105,25 @@ async def begin_spec(
         discards_output=max_tokens == 0,
         names_tokens_by_id=bool(fields.return_tokens_as_token_ids),
         returns_token_ids=bool(fields.return_token_ids),
-        prefix_root=service.prefix_root(ready.facts, context.address),
+        prefix_root=None if fields.cache_prompt is False else service.prefix_root(
+            ready.facts, context.address, fields.cache_salt or ""
+        ),
+        # Those of two keys are two, whatever their names: names of keys have no blanks.
+        session_id=f"{context.key.name} {session}" if session else "",
+        ends_session=bool(session and fields.ends_session),
         tools=tools,
-        ignored=(*ignored, *(("service_tier",) if tier_class is None else ())),
+        ignored=(*ignored, *(("service_tier",) if tier_class is None else ()), *_ignored_hints(hints)),
     )
+
+
+def _priority(fields: SharedFields, hints: AgentHints, slo: SloClass) -> int:
+    """Lower runs first; of hints, higher does."""
+    if fields.priority is not None:
+        return fields.priority
+    return slo.priority if hints.priority is None else -hints.priority
+
+
+def _ignored_hints(hints: AgentHints) -> Iterator[str]:
+    for name in ("strict_priority", "osl", "speculative_prefill"):
+        if getattr(hints, name) is not None:
+            yield f"nvext.agent_hints.{name}"

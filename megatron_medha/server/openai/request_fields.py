@@ -17,6 +17,7 @@ from megatron_medha.server.http.http_errors import bad_request
 from megatron_medha.server.service import ReadyState, Service
 
 MAX_SLO_MS = 1e9
+MAX_NAME_CHARS = 256  # as of names in bodies
 YES = frozenset({"1", "true", "yes", "on"})
 NO = frozenset({"0", "false", "no", "off"})
 
@@ -42,11 +43,12 @@ class RequestContext:
     ttft_s: float | None = None       # latency targets
     tpot_s: float | None = None
     slo_class: str | None = None
+    session_id: str | None = None
     has_progress: bool | None = None  # comments while the prompt is computed; None: as the server is configured
 
 
 def read_context(request: Request, service: Service) -> RequestContext:
-    """Now, and with x-slo-ttft-ms, x-slo-tpot-ms, x-slo-class and x-medha-progress.
+    """Now, and with x-slo-ttft-ms, x-slo-tpot-ms, x-slo-class, x-session-id and x-medha-progress.
 
     ApiError 400 names the header that is wrong, 503 says why no request is taken.
     """
@@ -77,6 +79,7 @@ def read_context(request: Request, service: Service) -> RequestContext:
         ttft_s=_slo_s(headers, "x-slo-ttft-ms"),
         tpot_s=tpot_s,
         slo_class=slo_class,
+        session_id=_session_id(headers),
         has_progress=_flag(headers, "x-medha-progress"),
     )
 
@@ -145,6 +148,13 @@ def _logit_bias(fields: SharedFields, vocab_size: int) -> tuple[tuple[int, float
             )
         biases[int(key)] = bias
     return tuple(biases.items())
+
+
+def _session_id(headers: Headers) -> str | None:
+    session_id = headers.get("x-session-id")
+    if session_id is not None and not 0 < len(session_id) <= MAX_NAME_CHARS:
+        raise bad_request(f"x-session-id: expected 1 to {MAX_NAME_CHARS} characters", "x-session-id")
+    return session_id
 
 
 def _slo_s(headers: Headers, name: str) -> float | None:

@@ -234,7 +234,8 @@ class ResponsesFormat(BlockFormat):
             tools=self._tools.shown,
             top_p=spec.sampling.top_p,
             usage=None if usage is None else ResponseUsage(
-                input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
+                input_tokens=usage.prompt_tokens, input_tokens_details=usage.prompt_tokens_details,
+                output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens,
             ),
             user=body.user,
         )  # fmt: skip

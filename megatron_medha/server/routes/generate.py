@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from megatron_medha.core.ports import ErrorDelivery
 from megatron_medha.core.request import Rejection
 from megatron_medha.server.admission import AdmissionTicket
-from megatron_medha.server.bodies.openai_types import Usage
+from megatron_medha.server.bodies.openai_types import PromptTokensDetails, Usage
 from megatron_medha.server.generation import Choice, Piece
 from megatron_medha.server.http.connection import TRANSPORT
 from megatron_medha.server.http.http_errors import ApiError, internal_error, rejected
@@ -194,9 +194,17 @@ class GenerationResponse(Response):
         self._metrics.choice_finished(self._spec, choice)
 
     def _usage(self, choices: list[Choice] | None = None) -> Usage:
-        num_output = sum(choice.num_tokens for choice in (self._choices if choices is None else choices))
+        choices = self._choices if choices is None else choices
+        num_output = sum(choice.num_tokens for choice in choices)
         num_prompt = self._spec.num_prompt_tokens
-        return Usage(num_prompt, num_output, num_prompt + num_output)
+        # A prompt counts once: what was cached when the call came, not what its other choices then found.
+        num_cached: dict[int, int] = {}
+        for choice in choices:
+            if choice.last_token_s is not None:
+                place = choice.index // self._spec.n
+                num_cached[place] = min(num_cached.get(place, choice.num_cached_tokens), choice.num_cached_tokens)
+        details = PromptTokensDetails(sum(num_cached.values()))
+        return Usage(num_prompt, num_output, num_prompt + num_output, details)
 
     async def _send_whole(self, stream: OutputStream, send: Send) -> None:
         pieces: list[list[Piece]] = [[] for _ in self._choices]
