@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.errors import UnsupportedModelError
-from megatron_medha.models.families.family import Family, Rule, TensorRow
+from megatron_medha.models.families.family import ACTIVATIONS, Family, Rule, TensorRow
 from megatron_medha.models.families.family_table import FAMILIES
-from megatron_medha.models.hf_rope import rope_problems, rope_scaling, rope_theta
+from megatron_medha.models.hf_rope import rope_problems, rope_scaling, rope_theta, rotary_dim
 from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import end_ids, generation_end_ids, tokenizer_facts
@@ -25,7 +25,7 @@ _NAMED = names_of("hugging_face", "read") | names_of("hugging_face", "harmless")
 _HARMLESS_PREFIXES = tuple(names_of("hugging_face", "harmless_prefixes"))
 _HARMLESS_SUFFIXES = tuple(names_of("hugging_face", "harmless_suffixes"))
 _DTYPES = ("float32", "bfloat16", "float16")
-_GENERATING = ("ForCausalLM", "LMHeadModel")
+_GENERATING = ("ForCausalLM", "LMHeadModel")  # the second of GPT-2
 _RULES = {
     "hidden_act": Rule(("silu", "swish"), "the MLP must be gated SiLU"),
     "is_causal": Rule((True,), "every token must see only those before it"),  # transformers takes null for false
@@ -54,11 +54,14 @@ def read_hf_config(directory: Path) -> ModelConfig:
     head_dim = config.integer("head_dim", hidden_size // num_heads)
     if head_dim % 2 or head_dim < 4:
         raise config.wrong("head_dim", f"even and at least 4, for rotary positions; it is {head_dim}")
+    traits = dict(family.traits(config))
+    family.tensors(config)  # the errors of what it reads
     fields: dict[str, Any] = {
         "name": directory.resolve().name,
         "num_layers": config.integer("num_hidden_layers"),
         "hidden_size": hidden_size,
-        "ffn_hidden_size": config.integer("intermediate_size"),
+        "ffn_hidden_size": traits.get("ffn_hidden_size") or config.integer("intermediate_size"),
+        "activation": ACTIVATIONS[config.fields.get("hidden_act", "silu")],
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
@@ -67,11 +70,12 @@ def read_hf_config(directory: Path) -> ModelConfig:
         "norm_epsilon": config.number("rms_norm_eps", 1e-6),
         "rope_theta": rope_theta(config),
         "rope_scaling": rope_scaling(config),
+        "rotary_dim": rotary_dim(config, head_dim) if family.reads_partial_rotary else None,
         "has_tied_embeddings": config.flag("tie_word_embeddings"),
         "dtype": _dtype(config),
         "stop_token_ids": _stop_token_ids(directory, config),
     }
-    return ModelConfig(**(fields | dict(family.traits(config))))
+    return ModelConfig(**(fields | traits))
 
 
 def hf_tensor_rows(directory: Path) -> Sequence[TensorRow]:
@@ -92,7 +96,8 @@ def _family_and_config(directory: Path) -> tuple[Family, JsonFields]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise config.unsupported("model_type", f"one of {', '.join(FAMILIES)} is")
     family = FAMILIES[model_type]
-    return family, JsonFields(config.path, {**family.defaults, **config.fields})
+    fields = {family.renamed.get(key, key): value for key, value in config.fields.items()}
+    return family, JsonFields(config.path, {**family.defaults, **fields})
 
 
 def _max_context_len(config: JsonFields) -> int:
@@ -106,7 +111,8 @@ def _max_context_len(config: JsonFields) -> int:
 
 def _refuse_unsupported(config: JsonFields, family: Family) -> None:
     """Raise one UnsupportedModelError with every reason."""
-    problems = [str(problem) for problem in _unsupported_fields(config, family)] + rope_problems(config)
+    problems = [str(problem) for problem in _unsupported_fields(config, family)]
+    problems += rope_problems(config, reads_partial_rotary=family.reads_partial_rotary)
     if not problems:
         problems = _window_problems(config, family)  # depend on the context, and so on the rotary embedding
     if problems:

@@ -13,6 +13,7 @@ from megatron_medha.safe_files.json_fields import JsonFields
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 _DEFAULT_THETA = 10000.0
+_PARTIAL = "partial_rotary_factor"
 _ORIGINAL = "original_max_position_embeddings"
 # Beyond these, formulas overflow or divide by zero.
 _MAX_THETA, _MAX_FACTOR = 1e15, 1e6
@@ -31,7 +32,7 @@ _OF_OTHERS = {
 }
 
 
-def rope_problems(config: JsonFields) -> list[str]:
+def rope_problems(config: JsonFields, *, reads_partial_rotary: bool = False) -> list[str]:
     """Reasons why the rotary embedding cannot be run as transformers would."""
     rope = _stated(config)
     problems = [
@@ -43,8 +44,8 @@ def rope_problems(config: JsonFields) -> list[str]:
         key = "rope_type" if "rope_type" in rope.fields else "type"
         problems.append(rope.unsupported(key, f"one of {', '.join(_ROPE_TYPES)} is"))
     for fields in (rope, config):
-        if fields.fields.get("partial_rotary_factor") not in (None, 1.0):
-            problems.append(fields.unsupported("partial_rotary_factor", "rotary positions turn whole heads here"))
+        if fields.fields.get(_PARTIAL) not in (None, 1.0) and not reads_partial_rotary:
+            problems.append(fields.unsupported(_PARTIAL, "rotary positions turn whole heads in this family"))
     problems += _lost_theta(config)
     return [str(problem) for problem in problems]
 
@@ -68,6 +69,17 @@ def rope_theta(config: JsonFields) -> float:
     if not 1 < theta <= _MAX_THETA:
         raise fields.wrong("rope_theta", f"above 1 and at most {_MAX_THETA:g}")
     return theta
+
+
+def rotary_dim(config: JsonFields, head_dim: int) -> int | None:
+    """How many of a head's numbers turn; None: all."""
+    rope = _stated(config)
+    fields = rope if rope.fields.get(_PARTIAL) is not None else config
+    factor = fields.number(_PARTIAL, 1.0)
+    found = int(head_dim * factor)
+    if found < 2 or found % 2 or found > head_dim:
+        raise fields.wrong(_PARTIAL, f"a part of head_dim={head_dim} that is even and at least 2")
+    return None if found == head_dim else found
 
 
 def rope_scaling(config: JsonFields) -> RopeScaling:

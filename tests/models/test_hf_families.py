@@ -17,13 +17,16 @@ from megatron_medha.core.layout import ParallelLayout  # noqa: E402
 from megatron_medha.model.build import build_model  # noqa: E402
 from megatron_medha.models.families.family_table import FAMILIES  # noqa: E402
 from megatron_medha.models.hf_config import read_hf_config  # noqa: E402
+from megatron_medha.models.model_config import ModelConfig  # noqa: E402
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed  # noqa: E402
+from tests.model.paged_run import PagedRun  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
+GPT2_SIZES = {"vocab_size": 101, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}
 MULTIPLIED = {
     "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1,
 }  # fmt: skip
@@ -43,6 +46,26 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", MULTIPLIED),
     "granite tied": ("granite", {**MULTIPLIED, "tie_word_embeddings": True}),
     "granite tied, all by one": ("granite", {"tie_word_embeddings": True}),
+    "phi3, part of each head": ("phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.75}),
+    "gpt2": ("gpt2", {}),
+    "gpt2, wide and untied": ("gpt2", {
+        "n_inner": 96, "activation_function": "relu", "tie_word_embeddings": False}),
+    "starcoder2": ("starcoder2", {}),
+    "starcoder2 without biases": ("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
+    "nemotron": ("nemotron", {}),
+    "nemotron, wider heads": ("nemotron", {"head_dim": 24, "partial_rotary_factor": 0.25}),
+    "arcee": ("arcee", {}),
+    "jais2": ("jais2", {}),
+    "jais2 without biases": ("jais2", {"attention_bias": False, "mlp_bias": False}),
+    "smollm3": ("smollm3", {"pad_token_id": 0}),
+    "smollm3, other layers": ("smollm3", {"pad_token_id": 0, "no_rope_layers": [0, 1, 1, 0]}),
+    "smollm3, rotary everywhere": ("smollm3", {"pad_token_id": 0, "no_rope_layers": [1, 1, 1, 1]}),
+    "stablelm": ("stablelm", {}),
+    "stablelm with biases": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 1.0}),
+    "glm": ("glm", {"head_dim": 16, "pad_token_id": 0}),
+    "glm without biases": ("glm", {"head_dim": 16, "pad_token_id": 0, "attention_bias": False}),
+    "gemma": ("gemma", {"head_dim": 24}),
+    "gemma, legacy name": ("gemma", {"head_dim": 16, "hidden_act": "gelu", "tie_word_embeddings": False}),
 }
 SHARED = {"llama", "mistral", "qwen2", "qwen3"}  # test_hf_configs.py
 
@@ -55,7 +78,8 @@ def groups() -> MedhaPGs:
 
 def save_model(directory: Path, model_type: str, traits: dict[str, Any]) -> Any:
     """A small random model; norms and biases, which start as ones and zeros, are random too."""
-    config = transformers.AutoConfig.for_model(model_type, **(SIZES | {"initializer_range": 0.2} | traits))
+    sizes = GPT2_SIZES if model_type == "gpt2" else SIZES
+    config = transformers.AutoConfig.for_model(model_type, **(sizes | {"initializer_range": 0.2} | traits))
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -67,21 +91,29 @@ def save_model(directory: Path, model_type: str, traits: dict[str, Any]) -> Any:
     return model
 
 
-def loaded(directory: Path, groups: MedhaPGs) -> Any:
+def loaded(directory: Path, groups: MedhaPGs) -> tuple[Any, ModelConfig]:
     config = read_model_config(directory)
     model = build_model(config, dtype=torch.float32, device=CPU, pgs=groups, is_initialized=False)
     load_weights(model, config, directory, lambda what, fraction: None)
-    return model
+    return model, config
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path, groups: MedhaPGs) -> None:
+    """Of two prompts, in chunks that share batches with the other's."""
     reference = save_model(tmp_path, *VARIANTS[name])
     ids = torch.randint(0, 101, (2, 90), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected, actual = reference(ids).logits, loaded(tmp_path, groups)(ids, None, None)
-    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+        expected = reference(ids).logits
+    model, config = loaded(tmp_path, groups)
+    run = PagedRun(model, config, block_size=16, num_slots=512)
+    prompts = [run.add(each) for each in ids]
+    for counts in ((40, 7), (1, 60), (49, 1), (0, 22)):
+        run.step([(prompt, count) for prompt, count in zip(prompts, counts, strict=True) if count])
+    for prompt, expected_TV in zip(prompts, expected, strict=True):
+        actual_TV = torch.cat(prompt.logits)
+        assert (actual_TV - expected_TV).abs().max() <= 1e-4 * expected.abs().max()
+        assert torch.equal(actual_TV.argmax(-1), expected_TV.argmax(-1))
 
 
 def test_every_family_is_compared_with_transformers() -> None:
@@ -91,8 +123,10 @@ def test_every_family_is_compared_with_transformers() -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_absent_fields_mean_what_they_mean_to_transformers(model_type: str, tmp_path: Path) -> None:
     """Sizes apart, which no checkpoint leaves out."""
-    sizes = {"vocab_size": 101, "hidden_size": 640, "intermediate_size": 96, "num_hidden_layers": 4}
+    sizes = {"vocab_size": 101, "hidden_size": 2560, "intermediate_size": 96, "num_hidden_layers": 4}
     sizes["num_attention_heads"] = 160  # all defaults of num_key_value_heads divide it
+    if model_type == "gpt2":
+        sizes = GPT2_SIZES
 
     def read(fields: dict[str, Any]) -> Any:
         (tmp_path / "config.json").write_text(json.dumps(fields))
@@ -121,6 +155,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "seed_oss, output bias": ("seed_oss", {"attention_out_bias": True}, "attention_out_bias=True"),
     "granite, biases": ("granite", {"attention_bias": True}, "attention_bias=True"),
     "granite, logits by a string": ("granite", {"logits_scaling": "8"}, "logits_scaling"),
+    "gpt2, scores by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    "gpt2, an activation of its own": ("gpt2", {"activation_function": "mish"}, "mish"),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual=True"),
+    "nemotron, part of a number": ("nemotron", {"partial_rotary_factor": 0.2}, "partial_rotary_factor=0.2"),
+    "nemotron, attention bias": ("nemotron", {"attention_bias": True}, "attention_bias=True"),
+    "jais2, half of the biases": ("jais2", {"mlp_bias": False}, "mlp_bias=False"),
+    "smollm3, windows": ("smollm3", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
+    "smollm3, too few layers": ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    "gemma, both ways": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     "granite's multiplier in a llama": ("llama", {"logits_scaling": 8.0}, "logits_scaling"),
 }
 

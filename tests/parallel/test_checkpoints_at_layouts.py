@@ -25,6 +25,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "multiplied weights": ("Granite", {
         "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.2,
     }),
+    "stored the other way round": ("GPT2", {"num_key_value_heads": 8, "n_inner": 96}),
+    "layers without rotary positions": ("SmolLM3", {}),
+    "zero-centred norms and a gated GELU": ("Gemma", {"head_dim": 16}),
+    "no gate": ("Nemotron", {}),
 }
 
 

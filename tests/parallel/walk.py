@@ -71,7 +71,7 @@ def save_model(directory: Path, family: str = "Llama", **options: Any) -> Refere
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **options,
     }  # fmt: skip
     config = getattr(transformers, f"{family}Config")(**options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

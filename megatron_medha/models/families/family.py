@@ -31,6 +31,19 @@ class Rule(NamedTuple):
     reason: str
 
 
+# A config's hidden_act in the words of ModelSpec.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
+ANY_ACTIVATION = Rule(tuple(ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)} is")
+
 TensorTable = Callable[[JsonFields], Sequence[TensorRow]]
 NO_LAYER_WINDOWED: tuple[bool, ...] = ()
 
@@ -44,6 +57,8 @@ class Family:
     # no checkpoint means those of the class, and one without them is damaged.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reads: str = ""  # fields beyond those that every family reads, by name
+    renamed: Mapping[str, str] = field(default_factory=dict)  # its name of a field: that of the others
+    reads_partial_rotary: bool = False  # partial_rotary_factor, of the whole heads' numbers those that turn
     rules: Mapping[str, Rule] = field(default_factory=dict)
     traits: Callable[[JsonFields], Mapping[str, Any]] = lambda _: {}  # fields of ModelSpec
     tensors: TensorTable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_medha.models.families.family import Family, Rule, TensorRow, layers_of_type
@@ -52,6 +53,19 @@ def qkv_rows(*, has_rotary_pairs: bool = False) -> tuple[TensorRow, ...]:
 LLAMA_ROWS = (*EMBEDDING_ROWS, *HEAD_ROWS, *NORM_ROWS, *qkv_rows(), *OUTPUT_ROWS, *QK_NORM_ROWS, *MLP_ROWS)
 # Queries and keys whose neighbouring numbers turn together.
 PAIRED_ROWS = (*EMBEDDING_ROWS, *HEAD_ROWS, *NORM_ROWS, *qkv_rows(has_rotary_pairs=True), *OUTPUT_ROWS, *MLP_ROWS)
+
+
+def scaled(
+    rows: Sequence[TensorRow], by_parameter: Mapping[str, float], query_scale: float = 1.0
+) -> tuple[TensorRow, ...]:
+    """The same rows, whose values are multiplied: by a part of the parameter's name; and those of the queries."""
+
+    def scale(row: TensorRow) -> float:
+        if row.part == "q":
+            return query_scale
+        return next((value for name, value in by_parameter.items() if name in row.parameter), 1.0)
+
+    return tuple(row._replace(scale=scale(row)) for row in rows)
 
 
 def _windowed_layers(config: JsonFields) -> tuple[bool, ...]:

@@ -1,12 +1,30 @@
-"""ERNIE 4.5 and Helium: Llamas in which neighbouring numbers of a query or key turn together.
+"""ERNIE 4.5, Helium and GLM-4 9B: Llamas in which neighbouring numbers of a query or key turn together.
 
 The rows of their projections are loaded in another order, queries and keys alike: their products do not change.
 """
 
 from __future__ import annotations
 
-from megatron_medha.models.families.family import Family, Rule
-from megatron_medha.models.families.llama import MLP_BIAS, PAIRED_ROWS
+from megatron_medha.models.families.family import Family, Rule, TensorRow
+from megatron_medha.models.families.llama import (
+    EMBEDDING_ROWS,
+    HEAD_ROWS,
+    MLP_BIAS,
+    NORM_ROWS,
+    OUTPUT_ROWS,
+    PAIRED_ROWS,
+    qkv_rows,
+)
+
+_GLM_ROWS = (
+    *EMBEDDING_ROWS,
+    *HEAD_ROWS,
+    *NORM_ROWS,
+    *qkv_rows(has_rotary_pairs=True),
+    *OUTPUT_ROWS,
+    TensorRow("model.layers.{layer}.mlp.gate_up_proj.weight", "decoder.layers.{layer}.mlp.linear_fc1.weight"),
+    TensorRow("model.layers.{layer}.mlp.down_proj.weight", "decoder.layers.{layer}.mlp.linear_fc2.weight"),
+)
 
 ERNIE4_5 = Family(
     model_type="ernie4_5",
@@ -27,4 +45,14 @@ HELIUM = Family(
     rules={"mlp_bias": MLP_BIAS},
     traits=lambda config: {"has_qkv_bias": config.flag("attention_bias")},
     tensors=lambda _: PAIRED_ROWS,
+)  # fmt: skip
+GLM = Family(
+    model_type="glm",
+    defaults={
+        "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-07,
+        "partial_rotary_factor": 0.5, "attention_bias": True,
+    },
+    reads_partial_rotary=True,
+    traits=lambda config: {"has_qkv_bias": config.flag("attention_bias")},
+    tensors=lambda _: _GLM_ROWS,
 )  # fmt: skip

@@ -31,6 +31,7 @@ def _traits(config: JsonFields) -> dict[str, Any]:
 PHI3 = Family(
     model_type="phi3",
     defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    reads_partial_rotary=True,
     traits=_traits,
     tensors=lambda _: _ROWS,
     windowed_layers=all_layers,
