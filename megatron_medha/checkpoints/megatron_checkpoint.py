@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_medha.checkpoints.checkpoint_format import CheckpointFormat, Progress
-from megatron_medha.checkpoints.placements import model_slice_of, zero_padding_rows
+from megatron_medha.checkpoints.placements import FUSED_NORMS, model_slice_of, zero_padding_rows
 from megatron_medha.checkpoints.weight_checks import (
     StoredHeader,
     is_finite,
@@ -147,6 +147,8 @@ def load_megatron_weights(model: Any, config: ModelConfig, iteration: Path, prog
     progress(f"weights from {iteration.name}", 0.0)
     tensors = _tensors(iteration)
     parts = sharded_parts(model, _layout_of(tensors))
+    for part in parts:
+        part.key = _stored_name(part.key, tensors)
     known_keys = _keys_of_all_stages(model, parts)
     index = iteration / ".metadata"
     refuse_misfits(
@@ -240,6 +242,20 @@ def _tensors(iteration: Path) -> dict[str, StoredTensor]:
         for key, stored in everything.items()
         if key.startswith(tuple(prefix + root for root in _MODEL_ROOTS))
     }
+
+
+def _stored_name(key: str, tensors: Mapping[str, Any]) -> str:
+    """A tensor's name in the checkpoint: that of its norm depends on whether the spec it was trained with fuses norms.
+
+    Transformer Engine keeps a norm in the linear layer after it, but not before experts; Megatron's own layers never.
+    """
+    if key in tensors:
+        return key
+    for fused, alone in FUSED_NORMS.items():
+        for ours, theirs in ((fused, alone), (alone, fused)):
+            if ours in key and (found := key.replace(ours, theirs)) in tensors:
+                return found
+    return key
 
 
 def _layout_of(tensors: Mapping[str, Any]) -> dict[str, bool]:

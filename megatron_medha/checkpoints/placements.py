@@ -27,7 +27,7 @@ EMBEDDING_NAME, HEAD_NAME = "embedding.word_embeddings.weight", "output_layer.we
 Box = tuple[slice, ...]
 
 # Megatron's names of a norm where Transformer Engine fuses it with the linear layer after it; also those of others.
-_NORMS = {
+FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
@@ -251,7 +251,7 @@ def _with_halves(stored: Tensor, head_dim: int, num_rotated: int) -> Tensor:
 
 def _named(key: str) -> tuple[str, int | None]:
     """A parameter's name as the tables have it, and the number of its layer."""
-    for theirs, ours in _NORMS.items():
+    for theirs, ours in FUSED_NORMS.items():
         key = key.replace(theirs, ours)
     match = _LAYER.match(key)
     return (key, None) if match is None else (_LAYER.sub("decoder.layers.{layer}.", key, count=1), int(match[1]))

@@ -133,3 +133,16 @@ class ModelSpec:
     def num_rotated(self) -> int:
         """Numbers of them that do turn."""
         return self.rope_width if self.rotary_dim is None else self.rotary_dim
+
+    def num_cached_heads(self, tp: int) -> int:
+        """Key/value heads in the KV cache of each of tp ranks; a latent vector is one, on all of them."""
+        return self.num_kv_heads // tp if self.latent is None else 1
+
+    def queries_per_cached_head(self, tp: int) -> int:
+        """Query heads that share one of them."""
+        return self.num_heads // self.num_kv_heads if self.latent is None else max(1, self.num_heads // tp)
+
+    @property
+    def cached_head_dim(self) -> int:
+        """Numbers of a key in the KV cache, and of a value."""
+        return self.head_dim if self.latent is None else self.latent.kv_rank + self.latent.rope_dim

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -20,7 +21,9 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megatron_medha.core.cost.capacity import check_divides
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.model.attention import MedhaSelfAttention, PagedCoreAttention
+from megatron_medha.model.experts import ExpertsLayer
 from megatron_medha.model.fp8 import fp8_config
 from megatron_medha.model.general_layers import (
     GeneralCoreAttention,
@@ -29,6 +32,7 @@ from megatron_medha.model.general_layers import (
     ZeroCentredNorm,
 )
 from megatron_medha.model.inference_context import PackedBatch
+from megatron_medha.model.latent_attention import LatentSelfAttention
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.megatron_config import transformer_config
 from megatron_medha.model.rotary import Rotary
@@ -54,6 +58,7 @@ def build_model(
     Raises ConfigError if the layout does not divide the model.
     """
     check_divides(config.shape(dtype.itemsize), tp=pgs.tp.size(), spp=pgs.pp.size())
+    _check_parts(config, pgs.tp.size())
     precision = fp8_config(fp8) if transformer_engine_works(device) else {}
     megatron = transformer_config(config, dtype, device, pgs, is_initialized, precision)
     tp = pgs.tp.size()
@@ -73,7 +78,23 @@ def build_model(
         for index, layer in enumerate(model.decoder.layers):
             layer.self_attention.core_attention.place(config, index)
     # With the dtype: Megatron's local norms are made in fp32 whatever params_dtype says, and mixed they run unfused.
-    return model.to(device=device, dtype=dtype).eval()
+    model.to(device=device, dtype=dtype).eval()
+    for name, bias in model.named_buffers():
+        if name.endswith("expert_bias"):  # decides between experts; Megatron keeps it in fp32
+            bias.data = bias.data.float()
+    return model
+
+
+def _check_parts(config: ModelConfig, tp: int) -> None:
+    """Raises ConfigError if tp does not divide what it shares out of experts and of latent attention."""
+    sizes: dict[str, int] = {}
+    if config.experts is not None:
+        sizes |= {"expert": config.experts.ffn_hidden_size, "shared expert": config.experts.shared_ffn_hidden_size}
+    if config.latent is not None:
+        sizes["latent vector with positions"] = config.latent.kv_rank + config.latent.rope_dim
+        sizes["latent query"] = config.latent.q_rank or 0
+    if undivided := [f"the {name}'s width of {size}" for name, size in sizes.items() if size % tp]:
+        raise ConfigError(f"parallel.tp={tp} must divide {', '.join(undivided)} of {config.name}")
 
 
 class _CheckpointedGPTModel(GPTModel):
@@ -159,7 +180,8 @@ def _general_block_spec(
     config: ModelConfig, megatron: TransformerConfig, device: torch.device, pgs: MedhaPGs
 ) -> TransformerBlockSubmodules:
     """Megatron's own layers, whatever they are, with our attention in them; the same spec may stand for many layers."""
-    has_engine = transformer_engine_works(device)
+    # Absorbed projections need the norm before them apart.
+    has_engine = transformer_engine_works(device) and config.latent is None
     block = get_gpt_decoder_block_spec(
         megatron,
         use_transformer_engine=has_engine,
@@ -173,8 +195,11 @@ def _general_block_spec(
     for layer in block.layer_specs:
         layer.module = GeneralTransformerLayer
         attention = layer.submodules.self_attention
-        attention.module = GeneralSelfAttention
+        attention.module = GeneralSelfAttention if config.latent is None else LatentSelfAttention
         attention.submodules.core_attention = GeneralCoreAttention
+        if layer.submodules.mlp.module is MoELayer:
+            layer.submodules.mlp.module = ExpertsLayer
+            layer.submodules.mlp.params = {"pg_collection": pgs}  # Megatron gives it to its own class alone
         for part in (layer.submodules, attention.submodules):
             for slot, module in vars(part).items():
                 if module is WrappedTorchNorm:

@@ -75,8 +75,10 @@ class GeneralCoreAttention(torch.nn.Module):
         """Say which model's layer this is. layer_index: on this pipeline stage."""
         no_rope = spec.no_rope_layers[self.layer_number - 1] if spec.no_rope_layers else False
         self._is_rotated = spec.positions == "rotary" and not no_rope
+        if spec.softmax_scale is not None:
+            self.scale = spec.softmax_scale
         self._num_rotated, self._is_interleaved = spec.num_rotated, spec.is_rotary_interleaved
-        self._layer_index = layer_index
+        self.layer_index = layer_index
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """query: [T, 1, H, D], key, value: [T, 1, K, D], not rotated yet; returns [T, 1, H * D]."""
@@ -84,14 +86,14 @@ class GeneralCoreAttention(torch.nn.Module):
         q_THD, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self._is_rotated:
             rotation = self.batch.rotation
-            q_THD, k_TKD = self._rotated(q_THD, rotation), self._rotated(k_TKD, rotation)
+            q_THD, k_TKD = self.rotated(q_THD, rotation), self.rotated(k_TKD, rotation)
         q_TKGD = q_THD.unflatten(1, (k_TKD.shape[1], -1))
-        layer = self.batch.kv_layers[self._layer_index]
+        layer = self.batch.kv_layers[self.layer_index]
         out_THD = attend(self.batch, q_TKGD, k_TKD, v_TKD, layer, self.scale, self.softmax_offset)
         return out_THD.flatten(1).unsqueeze(1)
 
-    def _rotated(self, x_THD: Tensor, rotation: Rotation) -> Tensor:
-        """Of interleaved pairs all first numbers come before all second ones: the same for q and k, scores stay."""
+    def rotated(self, x_THD: Tensor, rotation: Rotation) -> Tensor:
+        """At their positions. Interleaved pairs come apart, first numbers first: of q and k alike, so scores stay."""
         turned_THD, rest_THD = x_THD[..., : self._num_rotated], x_THD[..., self._num_rotated :]
         if self._is_interleaved:
             turned_THD = torch.cat((turned_THD[..., 0::2], turned_THD[..., 1::2]), dim=-1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
+from megatron_medha.core.errors import UnsupportedModelError
 from megatron_medha.core.model_spec import Experts, LatentAttention, ModelSpec
 from megatron_medha.parallel.groups import MedhaPGs
 
@@ -49,6 +50,7 @@ def transformer_config(
     """Megatron's description of the model, for ranks of these groups. precision: fields of Transformer Engine's FP8.
 
     Positions are left out: rotary ones are computed in rotary.py, and the embedding gets learned ones by itself.
+    Raises UnsupportedModelError for values that Megatron itself refuses.
     """
     fields: dict[str, Any] = {
         "num_layers": spec.num_layers,
@@ -91,18 +93,21 @@ def transformer_config(
         "batch_p2p_sync": False,
     }
     if spec.experts is not None:
-        fields |= _expert_fields(spec.experts, spec.num_layers)
-    if spec.latent is None:
-        return TransformerConfig(**fields, **precision)
-    return MLATransformerConfig(**fields, **precision, **_latent_fields(spec.latent))
+        fields |= _expert_fields(spec.experts)
+    try:
+        if spec.latent is None:
+            return TransformerConfig(**fields, **precision)
+        return MLATransformerConfig(**fields, **precision, **_latent_fields(spec.latent))
+    except (AssertionError, ValueError) as error:  # its own checks of values against one another
+        raise UnsupportedModelError(f"{spec.name}: megatron-core does not compute it: {error}") from error
 
 
-def _expert_fields(experts: Experts, num_layers: int) -> dict[str, Any]:
+def _expert_fields(experts: Experts) -> dict[str, Any]:
     return {
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.num_per_token,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
-        "moe_layer_freq": [int(has) for has in experts.layers or (True,) * num_layers],
+        "moe_layer_freq": [int(has) for has in experts.layers] or 1,  # 1 keeps the layers' tensors stacked
         "moe_router_score_function": experts.score,
         "moe_router_pre_softmax": experts.is_scored_first,
         "moe_router_enable_expert_bias": experts.has_choice_bias,
@@ -118,6 +123,8 @@ def _expert_fields(experts: Experts, num_layers: int) -> dict[str, Any]:
         "moe_input_jitter_eps": None,
         "moe_token_dispatcher_type": "allgather",
         "moe_grouped_gemm": False,
+        # Megatron refuses biases of experts that ranks share out; experts.py adds each of them once.
+        "expert_tensor_parallel_size": 1,
     }
 
 

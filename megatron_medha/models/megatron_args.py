@@ -15,7 +15,15 @@ import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
-from megatron_medha.models.megatron_traits import POSITIONS, SOFTMAX, llama3_scaling, position_traits, traits_of
+from megatron_medha.models.megatron_traits import (
+    POSITIONS,
+    SOFTMAX,
+    expert_traits,
+    latent_traits,
+    llama3_scaling,
+    position_traits,
+    traits_of,
+)
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import listed, shown
 from megatron_medha.safe_files.json_fields import JsonFields
@@ -50,7 +58,36 @@ REQUIREMENTS = (
         for name in names.split()
     ),
 )
-_KNOWN = names_of("megatron_lm", "read") | names_of("megatron_lm", "harmless") | {each.name for each in REQUIREMENTS}
+_BALANCING = (None, "none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+# Where there are experts, or multi-latent attention.
+_OF_EXPERTS = (
+    Requirement("moe_router_score_function", lambda v: v in (None, "softmax", "sigmoid"), "softmax and sigmoid are"),
+    Requirement("moe_router_dtype", lambda v: v in (None, "fp32", "fp64"), "fp32 and fp64 are"),
+    Requirement(
+        "moe_router_load_balancing_type",
+        lambda v: all(each in _BALANCING for each in (v if isinstance(v, list) else [v])),
+        f"one of {', '.join(map(str, _BALANCING[1:]))} is",
+    ),
+    *(
+        Requirement(name, lambda v: not v, reason)
+        for reason, names in KNOWN_FIELDS["megatron_lm"]["unset_with_experts"].items()
+        for name in names.split()
+    ),
+)
+_OF_LATENT = (
+    Requirement("position_embedding_type", lambda v: v == "rope", "with multi-latent attention rope is"),
+    Requirement("rotary_percent", lambda v: v == 1.0, "with multi-latent attention 1.0 is"),
+    Requirement("rope_type", lambda v: v in (None, "rope", "yarn"), "rope and yarn are"),
+    Requirement("softmax_type", lambda v: v in (None, "vanilla"), "with multi-latent attention vanilla is"),
+    *(
+        Requirement(name, lambda v: not v, "not with multi-latent attention")
+        for name in ("rotary_interleaved", "qk_l2_norm", "attention_output_gate", "no_rope_freq", "softmax_scale",
+                     "use_rope_scaling", "rotary_seq_len_interpolation_factor")
+    ),
+)  # fmt: skip
+_KNOWN = names_of("megatron_lm", "read") | names_of("megatron_lm", "harmless") | {
+    each.name for each in (*REQUIREMENTS, *_OF_EXPERTS, *_OF_LATENT)
+}
 _HARMLESS_PREFIXES = tuple(names_of("megatron_lm", "harmless_prefixes"))
 
 # Arguments that have two names: until core 0.15, since core 0.16.
@@ -81,19 +118,21 @@ def config_from_args(
     num_heads = fields.integer("num_attention_heads")
     norm_epsilon = "layernorm_epsilon" if fields.fields.get("norm_epsilon") is None else "norm_epsilon"
     vocab_size = _vocab_size(fields, num_embedding_rows, num_tokenizer_ids)
+    attention = {
+        "num_kv_heads": fields.integer("num_query_groups") if fields.flag("group_query_attention") else num_heads,
+        "head_dim": fields.integer("kv_channels"),
+    }
     return ModelConfig(
         name=name,
         num_layers=fields.integer("num_layers"),
         hidden_size=fields.integer("hidden_size"),
         ffn_hidden_size=fields.integer("ffn_hidden_size"),
         num_heads=num_heads,
-        num_kv_heads=fields.integer("num_query_groups") if fields.flag("group_query_attention") else num_heads,
-        head_dim=fields.integer("kv_channels"),
         vocab_size=vocab_size,
         max_context_len=fields.integer("max_position_embeddings"),
         norm_epsilon=fields.number(norm_epsilon),
-        **position_traits(fields),
-        **traits_of(fields),
+        **{**attention, **position_traits(fields), **traits_of(fields), **latent_traits(fields)},
+        experts=expert_traits(fields),
         has_tied_embeddings=not fields.flag("untie_embeddings_and_output_weights"),
         dtype=dtype,
         stop_token_ids=tuple(token_id for token_id in stop_token_ids if token_id < vocab_size),
@@ -179,9 +218,11 @@ def _check_complete(args: argparse.Namespace, path: Path) -> None:
 
 def _refuse_unsupported(args: argparse.Namespace, path: Path) -> None:
     """Raise UnsupportedModelError for everything that would change the answer, all at once."""
+    has_experts, is_latent = getattr(args, "num_experts", None), getattr(args, "multi_latent_attention", False)
+    requirements = [*REQUIREMENTS, *(_OF_EXPERTS if has_experts else ()), *(_OF_LATENT if is_latent else ())]
     problems = [
         f"args.{name}={shown(getattr(args, name))} is not supported: {reason}"
-        for name, is_fine, reason in REQUIREMENTS
+        for name, is_fine, reason in requirements
         if hasattr(args, name) and not is_fine(getattr(args, name))
     ]
     problems += [
@@ -189,6 +230,7 @@ def _refuse_unsupported(args: argparse.Namespace, path: Path) -> None:
         "computes. If it does not, delete it from 'args' in this file and start again"
         for name, value in sorted(vars(args).items())
         if value and name not in _KNOWN and not name.startswith(_HARMLESS_PREFIXES)
+        and not (name.startswith("moe_") and not has_experts)
     ]
     if problems:
         raise UnsupportedModelError(listed([f"{path}: {problem}" for problem in problems]))

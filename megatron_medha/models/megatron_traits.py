@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_medha.core.model_spec import RopeScaling
+from megatron_medha.core.model_spec import Experts, LatentAttention, RopeScaling
 from megatron_medha.safe_files.json_fields import JsonFields
 
 POSITIONS = {"rope": "rotary", "yarn": "rotary", "learned_absolute": "learned", "none": "none"}
@@ -44,6 +44,81 @@ def position_traits(fields: JsonFields) -> dict[str, Any]:
         "rotary_dim": None if kind == "yarn" else _rotary_dim(fields),  # Megatron's YaRN turns whole heads
         "is_rotary_interleaved": fields.flag("rotary_interleaved"),
         "no_rope_layers": _no_rope_layers(fields),
+    }
+
+
+def expert_traits(fields: JsonFields) -> Experts | None:
+    """The mixture of experts; None: there is none. Losses, capacities and jitter are of training alone."""
+    if not fields.fields.get("num_experts"):
+        return None
+
+    def whole(key: str) -> int | None:
+        return fields.integer(key) if fields.fields.get(key) else None
+
+    num_experts, num_per_token = fields.integer("num_experts"), fields.integer("moe_router_topk", 2)
+    if num_per_token > num_experts:
+        raise fields.wrong("moe_router_topk", f"at most args.num_experts={num_experts}")
+    scale = fields.fields.get("moe_router_topk_scaling_factor")
+    num_layers = fields.integer("num_layers")
+    layers = _expert_layers(fields, num_layers)
+    return Experts(
+        num_experts=num_experts,
+        num_per_token=num_per_token,
+        ffn_hidden_size=whole("moe_ffn_hidden_size") or fields.integer("ffn_hidden_size"),
+        layers=() if all(layers) else layers,
+        score=fields.fields.get("moe_router_score_function") or "softmax",
+        is_scored_first=fields.flag("moe_router_pre_softmax"),
+        has_choice_bias=fields.flag("moe_router_enable_expert_bias"),
+        num_groups=whole("moe_router_num_groups"),
+        num_groups_per_token=whole("moe_router_group_topk"),
+        weight_scale=None if scale is None else fields.number("moe_router_topk_scaling_factor"),
+        shared_ffn_hidden_size=whole("moe_shared_expert_intermediate_size") or 0,
+        has_shared_gate=fields.flag("moe_shared_expert_gate"),
+        router_dtype=fields.fields.get("moe_router_dtype"),
+    )
+
+
+def latent_traits(fields: JsonFields) -> dict[str, Any]:
+    """Fields of ModelSpec for multi-latent attention, positions included; empty without it."""
+    if not fields.flag("multi_latent_attention"):
+        return {}
+    latent = LatentAttention(
+        q_rank=None if fields.fields.get("q_lora_rank") is None else fields.integer("q_lora_rank"),
+        kv_rank=fields.integer("kv_lora_rank"),
+        nope_dim=fields.integer("qk_head_dim"),
+        rope_dim=fields.integer("qk_pos_emb_head_dim"),
+        value_dim=fields.integer("v_head_dim"),
+    )
+    if latent.rope_dim % 2:
+        raise fields.wrong("qk_pos_emb_head_dim", "even, for rotary positions")
+    num_heads, head_dim = fields.integer("num_attention_heads"), latent.nope_dim + latent.rope_dim
+    factor = fields.number("rotary_scaling_factor", 1.0)
+    scaling, temperature = RopeScaling(), 1.0
+    if factor > 1:
+        # Versions disagree about what they take where one of these is absent.
+        for key in ("original_max_position_embeddings", "mscale", "mscale_all_dim"):
+            if fields.fields.get(key) is None:
+                raise fields.unsupported("rotary_scaling_factor", f"without args.{key}")
+        ratio = _yarn_ratio(fields, factor, "mscale", "mscale_all_dim")
+        # The scale of the scores follows from them even where positions are not scaled.
+        temperature = yarn_temperature(factor, fields.fields["mscale_all_dim"])
+        if fields.fields.get("rope_type") in (None, "yarn"):
+            scaling = RopeScaling(
+                kind="yarn",
+                factor=factor,
+                original_max_context_len=fields.integer("original_max_position_embeddings"),
+                beta_fast=fields.number("beta_fast", 32.0),
+                beta_slow=fields.number("beta_slow", 1.0),
+                attention_factor=ratio,
+            )
+    return {
+        "latent": latent,
+        "num_kv_heads": num_heads,
+        "head_dim": head_dim,
+        "rope_theta": _rope_theta(fields),
+        "rope_scaling": scaling,
+        "is_rotary_interleaved": True,  # Megatron takes neighbours for pairs here, whatever its argument says
+        "softmax_scale": None if temperature == 1.0 else temperature**2 * head_dim**-0.5,
     }
 
 
@@ -140,6 +215,18 @@ def _rotary_dim(fields: JsonFields) -> int | None:
     if rotary_dim < 2 or rotary_dim % 2:
         raise fields.wrong("rotary_percent", f"a share of args.kv_channels={head_dim} that is even and at least 2")
     return rotary_dim
+
+
+def _expert_layers(fields: JsonFields, num_layers: int) -> tuple[bool, ...]:
+    """--moe-layer-freq: a number N for the first of every N layers, or a list with 1 for layers that have experts."""
+    value = fields.fields.get("moe_layer_freq")
+    if value is None:
+        value = 1
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return tuple(layer % value == 0 for layer in range(num_layers))
+    if not isinstance(value, list) or len(value) != num_layers or not all(each in (0, 1) for each in value):
+        raise fields.wrong("moe_layer_freq", f"a positive whole number, or 0 or 1 for each of {num_layers} layers")
+    return tuple(bool(each) for each in value)
 
 
 def _no_rope_layers(fields: JsonFields) -> tuple[bool, ...]:

@@ -17,6 +17,15 @@ def allow_megatron_without_cuda() -> None:
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    # Core 0.16 looks the name up, and does not define it without Transformer Engine.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    # There it takes a stand-in for Transformer Engine's class, which isinstance refuses.
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
 
     # Stands in for model_parallel_cuda_manual_seed: this tracker's fork() is a null context, no CUDA generator.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)

@@ -98,6 +98,7 @@ def build_groups(layout: ParallelLayout) -> MedhaPGs:
     pgs.cp = pgs.ep = alone
     pgs.tp_cp = pgs.expt_tp = pgs.tp_ep = pgs.tp
     pgs.tp_ep_pp = pgs.mp
+    pgs.tp_dp_cp = grid.create_pg(["tp", "kvp", "dp"])  # of routers, for losses of training
     pgs.embd, pgs.pos_embd = _embedding_groups(grid)
     if dist.get_backend() == "nccl" and layout.kvp > 1:
         # NCCL makes a group's communicator at its first use, with all of its ranks; exchanges later have but some.

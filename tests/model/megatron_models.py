@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import queue
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 RECORDED = Path(__file__).parents[1] / "models" / "megatron_args"
@@ -33,6 +35,28 @@ _OF_TRAINING = (
     "sequence_parallel", "recompute_granularity", "recompute_method", "recompute_num_layers", "fp16", "bf16",
     "params_dtype", "fp8", "fp4", "cp_comm_type", "pipeline_model_parallel_layout",
 )  # fmt: skip
+
+
+def with_engines_names(args: argparse.Namespace) -> Callable[[str], str]:
+    """Names of a layer's norms in Transformer Engine's spec, by those of the local one (gpt_layer_specs.py)."""
+    if getattr(args, "multi_latent_attention", False):
+        pairs = [
+            ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+            ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+        ]
+        if args.num_experts:  # the first layer of those saved here is dense
+            pairs.append(("layers.0.pre_mlp_layernorm.", "layers.0.mlp.linear_fc1.layer_norm_"))
+        else:
+            pairs.append(("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"))
+    else:
+        pairs = [("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")] if args.num_experts else []
+
+    def renamed(key: str) -> str:
+        for local, engine in pairs:
+            key = key.replace(local, engine)
+        return key
+
+    return renamed
 
 
 def recorded_args(version: str, **options: Any) -> argparse.Namespace:
@@ -50,7 +74,8 @@ def recorded_args(version: str, **options: Any) -> argparse.Namespace:
 
 def megatron_config(args: argparse.Namespace) -> TransformerConfig:
     """As Megatron-LM's core_transformer_config_from_args; dropout, fusions and layout are those of a CPU."""
-    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(TransformerConfig) if hasattr(args, f.name)}
+    cls = MLATransformerConfig if getattr(args, "multi_latent_attention", False) else TransformerConfig
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
     fields = {key: value for key, value in fields.items() if key not in _OF_TRAINING}
     fields["layernorm_epsilon"] = getattr(args, "norm_epsilon", None) or args.layernorm_epsilon
     if hasattr(args, "apply_layernorm_1p"):
@@ -66,7 +91,9 @@ def megatron_config(args: argparse.Namespace) -> TransformerConfig:
         fields["activation_func"] = fused_gelu  # the kernel itself goes through torch.compile
     if not args.group_query_attention:
         fields["num_query_groups"] = None
-    return TransformerConfig(**{
+    if not fields.get("rope_type"):
+        fields.pop("rope_type", None)
+    return cls(**{
         **fields, "hidden_dropout": 0.0, "attention_dropout": 0.0, "use_cpu_initialization": True,
         "params_dtype": torch.float32, "pipeline_dtype": torch.float32, "masked_softmax_fusion": False,
         "bias_activation_fusion": False, "bias_dropout_fusion": False, "persist_layer_norm": False,
@@ -98,6 +125,23 @@ class OnePlusNorm(torch.nn.Module):
         return (wide if self.bias is None else wide + self.bias.double()).to(x.dtype)
 
 
+class PlainAttention(torch.nn.Module):
+    """Causal attention with its softmax in fp64: Megatron's own takes no values of another width than keys."""
+
+    def __init__(self, softmax_scale: float, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        scores = torch.einsum("sbhd,tbhd->bhst", query.double(), key.double()) * self.scale
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.einsum("bhst,tbhd->sbhd", weights, value.double()).flatten(2).to(query.dtype)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}
+
+
 def megatron_model(args: argparse.Namespace, pgs: Any) -> GPTModel:
     """As Megatron-LM's gpt_builder, with random weights that make spread logits."""
     config = megatron_config(args)
@@ -117,6 +161,9 @@ def megatron_model(args: argparse.Namespace, pgs: Any) -> GPTModel:
                 for slot, module in vars(part).items():
                     if module is WrappedTorchNorm:
                         setattr(part, slot, OnePlusNorm)
+    if config.multi_latent_attention:
+        for layer in block.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = PlainAttention
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     torch.manual_seed(0)
@@ -136,6 +183,9 @@ def megatron_model(args: argparse.Namespace, pgs: Any) -> GPTModel:
                 parameter.uniform_(-1.0, 3.0)
             else:
                 parameter.normal_(0.0, 0.2)
+        for name, bias in model.named_buffers():
+            if name.endswith("expert_bias"):
+                bias.uniform_(-0.2, 0.2)
     return model
 
 
@@ -149,13 +199,23 @@ def megatron_logits(model: GPTModel, token_ids: Tensor) -> Tensor:
 
 
 def save_megatron(
-    model: GPTModel, args: argparse.Namespace, directory: Path, layout: dict[str, bool] | None = None
+    model: GPTModel,
+    args: argparse.Namespace,
+    directory: Path,
+    layout: dict[str, bool] | None = None,
+    renamed: Callable[[str], str] = lambda key: key,
 ) -> None:
-    """A torch_dist checkpoint, as Megatron-LM writes one; layout: how tensors are named, see megatron_checkpoint.py."""
+    """A torch_dist checkpoint, as Megatron-LM writes one.
+
+    layout: how tensors are cut and named, see megatron_checkpoint.py. renamed: to the names of another spec.
+    """
     target = directory / "iter_0000010"
     target.mkdir(parents=True)
     filesystem_async._results_queue = queue.SimpleQueue()
     tensors = model.sharded_state_dict(metadata={"dp_cp_group": model.pg_collection.dp_cp, **(layout or {})})
+    for part in tensors.values():
+        if isinstance(part, ShardedTensor | ShardedTensorFactory):
+            part.key = renamed(part.key)
     dist_checkpointing.save(
         {"args": args, "checkpoint_version": 3.0, "iteration": 10, "model": tensors}, str(target)
     )

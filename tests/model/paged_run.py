@@ -36,8 +36,9 @@ class PagedRun:
         self.rotary = Rotary(config)
         self.kv_layers = [
             self.backend.allocate(
-                num_slots // block_size, block_size, config.num_kv_heads, config.head_dim, model.config.params_dtype
-            )
+                num_slots // block_size, block_size, config.num_cached_heads(1), config.cached_head_dim,
+                model.config.params_dtype,
+            )  # fmt: skip
             for _ in range(config.num_layers)
         ]
         self.next_block = 0

@@ -16,6 +16,7 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_spec import ModelSpec
 from megatron_medha.model.build import build_model
 from megatron_medha.model.general_layers import GeneralTransformerLayer
+from megatron_medha.model.latent_attention import absorb_projections
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.packed_linear import pack_linears
 from megatron_medha.models.model_config import ModelConfig
@@ -35,6 +36,18 @@ YARN: dict[str, Any] = {
     "position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 64,
     "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_mscale": 0.7, "yarn_mscale_all_dim": 0.0,
     "yarn_correction_range_round_to_int": True,
+}  # fmt: skip
+MOE: dict[str, Any] = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
+MLA: dict[str, Any] = {
+    "multi_latent_attention": True, "q_lora_rank": 48, "kv_lora_rank": 32, "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 8, "v_head_dim": 24, "qk_layernorm": True, "rope_type": "rope",
+    "group_query_attention": False, "original_max_position_embeddings": 64,
+}  # fmt: skip
+DEEPSEEK: dict[str, Any] = {
+    **MOE, **MLA, "moe_layer_freq": [0, 1, 1, 1], "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
+    "moe_router_topk": 3, "moe_router_topk_scaling_factor": 2.5, "moe_shared_expert_intermediate_size": 40,
+    "rope_type": "yarn", "rotary_scaling_factor": 8.0, "mscale": 1.0, "mscale_all_dim": 1.0,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -64,6 +77,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "quick_geglu": True, "swiglu": False, "activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0,
         "add_bias_linear": True,
     },
+    "mixtral": MOE,
+    "experts in every second layer": {**MOE, "moe_layer_freq": 2},
+    "experts, softmax before the choice": {**MOE, "moe_router_pre_softmax": True, "moe_router_dtype": "fp32"},
+    "experts as in qwen2": {
+        **MOE, "moe_shared_expert_intermediate_size": 40, "moe_shared_expert_gate": True, "add_qkv_bias": True,
+    },
+    "experts as in gpt-oss": {
+        **MOE, "quick_geglu": True, "swiglu": False, "activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0,
+        "add_bias_linear": True, "softmax_type": "learnable",
+    },
+    "latent attention": MLA,
+    "latent attention without a latent query": {**MLA, "q_lora_rank": None, "qk_layernorm": False},
+    "deepseek": DEEPSEEK,
     "unfused clamped swiglu": {"bias_swiglu_fusion": False, "activation_func_clamp_value": 0.7},
 }  # fmt: skip
 
@@ -95,6 +121,7 @@ def saved_and_loaded(options: dict[str, Any], pgs: MedhaPGs, directory: Path) ->
     config = read_model_config(directory)
     served = build_model(config, dtype=torch.float32, device=CPU, pgs=pgs, is_initialized=False)
     load_weights(served, config, directory, lambda what, fraction: None)
+    absorb_projections(served)
     pack_linears(served)
     return Pair(theirs, served, config)
 

@@ -16,7 +16,7 @@ from megatron_medha.checkpoints.detect import load_weights, read_model_config
 from megatron_medha.checkpoints.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.model_spec import RopeScaling
+from megatron_medha.core.model_spec import Experts, RopeScaling
 from megatron_medha.model.build import build_model
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
@@ -162,6 +162,10 @@ def test_fields_that_leave_the_answers_alone_are_passed_over(changes: dict[str, 
         ({"softmax_scale": 0.5}, {"softmax_scale": 0.5}),
         ({"qk_l2_norm": True}, {"has_qk_l2_norm": True}),
         ({"softmax_type": "learnable"}, {"softmax": "sinks"}),
+        ({"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 48, "moe_layer_freq": [0, 1],
+          "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+         {"experts": Experts(num_experts=8, num_per_token=2, ffn_hidden_size=48, layers=(False, True), score="sigmoid",
+                             has_choice_bias=True)}),
         ({"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 8.0,
           "yarn_original_max_position_embeddings": 512, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 1.0},
          {"rope_scaling": RopeScaling(kind="yarn", factor=8.0, original_max_context_len=512, attention_factor=1.0)}),
@@ -190,7 +194,6 @@ def test_the_nested_form_of_newer_versions_means_the_same(saved: Path):
         ("gated_linear_unit", False),
         ("normalization", "L2Norm"),
         ("position_embedding_type", "relative"),
-        ("num_moe_experts", 8),
         ("window_size", [127, 0]),
         ("glu_linear_offset", 1.0),
         ("heterogeneous_block_specs", True),
@@ -203,7 +206,7 @@ def test_the_nested_form_of_newer_versions_means_the_same(saved: Path):
 )
 def test_what_changes_the_answers_or_is_unknown_is_refused_with_its_name(name: str, value: Any, saved: Path):
     write(saved, model_section(**{name: value}))
-    told = {"gated_linear_unit": "activation_func", "num_moe_experts": "num_experts"}.get(name, name)
+    told = {"gated_linear_unit": "activation_func"}.get(name, name)
     with pytest.raises(UnsupportedModelError, match=rf"run_config\.yaml: model\.{told}="):
         read_model_config(saved)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.core.model_spec import RopeScaling
+from megatron_medha.core.model_spec import Experts, LatentAttention, RopeScaling
 from megatron_medha.models.megatron_args import NEEDED, REQUIREMENTS, config_from_args
 from megatron_medha.models.model_config import ModelConfig
 
@@ -61,13 +61,16 @@ SERVED: dict[str, dict[str, Any]] = {
     },
     "learned": {"positions": "learned"},
     "nope": {"positions": "none"},
+    "moe": {"experts": Experts(num_experts=4, num_per_token=2, ffn_hidden_size=96)},
+    "mla": {
+        "num_kv_heads": 4, "head_dim": 192, "is_rotary_interleaved": True,
+        "latent": LatentAttention(q_rank=None, kv_rank=32, nope_dim=128, rope_dim=64, value_dim=128),
+    },
     "fp16": {}, "apply_qk_scaling": {}, "softmax_fp32": {}, "seq_parallel_te": {}, "fp8": {}, "residual_fp32": {},
     "init": {}, "mtp": {},
     "tok": {"vocab_size": 128},
 }  # fmt: skip
 REFUSED = {
-    "moe": "num_experts",
-    "mla": "multi_latent_attention",
     "mup": "use_mup",
     "mup_mults": "use_mup",
     "window": "window_size",
@@ -142,6 +145,40 @@ def test_what_would_change_the_answer_is_refused_for_every_version_of_megatron(v
         if case in REFUSED:
             with pytest.raises(CheckpointError, match=rf"common\.pt: args\.({REFUSED[case]})( is missing|=)"):
                 read(args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"moe_latent_size": 32}, "moe_latent_size"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "moe_router_load_balancing_type"),
+        ({"moe_router_load_balancing_type": ["aux_loss", "quantile"]}, "moe_router_load_balancing_type"),
+        ({"moe_router_score_function": "sqrtsoftplus"}, "moe_router_score_function"),
+        ({"moe_n_hash_layers": 2}, "moe_n_hash_layers"),
+        ({"moe_router_of_a_later_version": 1}, "moe_router_of_a_later_version"),
+        ({"moe_router_topk": 9}, "moe_router_topk"),
+        ({"moe_layer_freq": [1, 0]}, "moe_layer_freq"),
+    ],
+)  # fmt: skip
+def test_what_changes_a_mixture_of_experts_is_refused_where_there_is_one(changes: dict[str, Any], key: str):
+    assert read(NEWEST | changes) == read(NEWEST)
+    with pytest.raises(CheckpointError, match=rf"args\.{key}="):
+        read(BY_VERSION["main"]["moe"] | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"rotary_scaling_factor": 40.0, "mscale": 1.0, "mscale_all_dim": None}, "rotary_scaling_factor"),
+        ({"rope_type": "llama3"}, "rope_type"),
+        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type"),
+        ({"kv_lora_rank": None}, "kv_lora_rank"),
+        ({"qk_pos_emb_head_dim": 7}, "qk_pos_emb_head_dim"),
+    ],
+)  # fmt: skip
+def test_latent_attention_that_is_not_whole_is_refused_by_name(changes: dict[str, Any], key: str):
+    with pytest.raises(CheckpointError, match=rf"args\.{key}"):
+        read(BY_VERSION["main"]["mla"] | changes)
 
 
 def test_all_reasons_are_given_at_once():

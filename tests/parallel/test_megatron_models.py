@@ -30,7 +30,13 @@ def saved(options: dict[str, Any], pgs: MedhaPGs, directory: Path) -> Reference:
 
 
 @pytest.mark.parametrize("layout", ["tp=2 spp=2 kvp=1", "tp=1 spp=1 kvp=2", "tp=2 spp=1 kvp=2"])
-@pytest.mark.parametrize("name", ["gpt", "nemotron", "interleaved partial", "no rope in every second layer", "sinks"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt", "nemotron", "interleaved partial", "no rope in every second layer", "sinks", "mixtral",
+        "experts as in qwen2", "experts as in gpt-oss", "latent attention", "deepseek",
+    ],
+)  # fmt: skip
 def test_every_layout_has_megatrons_logits_and_tokens(
     name: str, layout: str, ranks: RankProcesses, pgs: MedhaPGs, tmp_path: Path
 ) -> None:

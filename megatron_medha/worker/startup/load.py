@@ -31,6 +31,7 @@ from megatron_medha.model.build import build_model, transformer_engine_works
 from megatron_medha.model.cpu_model import use_cpu_kernels
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.int8_weights import check_weight_dtype
+from megatron_medha.model.latent_attention import absorb_projections
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import with_end_tokens_of
@@ -73,7 +74,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     use_instructions(options.instruction_set, device)
     try:
         backend = attention_backend(
-            options.attention_backend, device, group=model_config.num_heads // model_config.num_kv_heads
+            options.attention_backend, device, group=model_config.queries_per_cached_head(layout.tp)
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -148,6 +149,7 @@ def _loaded_model(
     progress("model", 0.0)
     model = build_model(config, dtype=dtype, device=device, pgs=pgs, is_initialized=False, fp8=options.fp8)
     load_weights(model, config, directory, _throttled(progress))
+    absorb_projections(model)
     model.requires_grad_(False)
     quantise_linears(model, options.fp8, transformer_engine_works(device))
     decoder = use_cpu_kernels(
@@ -173,8 +175,8 @@ def _kv_memory(
     sizes = {
         "block_size": block_size,
         "num_layers": len(model.decoder.layers),
-        "num_kv_heads": model_config.num_kv_heads // config.layout.tp,
-        "head_dim": model_config.head_dim,
+        "num_kv_heads": model_config.num_cached_heads(config.layout.tp),
+        "head_dim": model_config.cached_head_dim,
     }
     num_bytes = config.kv_memory_bytes or free_device_bytes(device, config.model.kv_memory_share)
     num_blocks = min_over_ranks(num_blocks_that_fit(num_bytes, dtype=dtype, **sizes))

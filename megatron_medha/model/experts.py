@@ -1,0 +1,83 @@
+"""Megatron's layer of experts, computed where its tokens are: every rank has all of them, and its share of the experts.
+
+Nothing is dispatched, dropped or computed twice. An expert is computed for the tokens that were sent to it, and a
+token's experts are added up by their number: what else is in the batch has no part in the order of any sum.
+
+Shapes: T tokens, C hidden size, N experts of the layer, K experts of a token, F width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+
+
+class ExpertsLayer(MoELayer):
+    """A router, the experts it chooses among, and the shared expert if there is one. Inference only."""
+
+    sum_over_tp: Callable[[Tensor], object] | None  # what sums a tensor over the ranks, in place; None: there is one
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sum_over_tp = partial(dist.all_reduce, group=self.tp_group) if self.tp_group.size() > 1 else None
+        # The bias of an expert's output is of the whole sum, not of a rank's part of it.
+        self._adds_biases = self.num_local_experts < self.config.num_moe_experts or self.tp_group.rank() == 0
+        # It counts the tokens of an expert for training, and goes through torch.compile to do so.
+        self.router._apply_expert_bias = lambda *_, **__: None
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """hidden_states: [T, 1, C] -> (output of that shape, None)."""
+        if not hidden_states.shape[0]:
+            return torch.zeros_like(hidden_states), None
+        weights_TN, is_chosen_TN = self.router(hidden_states)
+        routed_TC = self._routed(hidden_states.flatten(0, -2), weights_TN, is_chosen_TN)
+        if self.sum_over_tp is not None:
+            self.sum_over_tp(routed_TC)
+        output = routed_TC.view_as(hidden_states)
+        return (output if self.shared_experts is None else output + self.shared_experts(hidden_states)), None
+
+    def _routed(self, hidden_TC: Tensor, weights_TN: Tensor, is_chosen_TN: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, as far as they are on this rank; [T, C]."""
+        num_tokens, num_experts = is_chosen_TN.shape
+        expert_of_TK = is_chosen_TN.nonzero()[:, 1].view(num_tokens, -1)  # of a token by number
+        num_chosen = expert_of_TK.shape[1]
+        by_expert = expert_of_TK.flatten().argsort(stable=True)
+        token = by_expert // num_chosen
+        input_, weights = hidden_TC[token], weights_TN[token, expert_of_TK.flatten()[by_expert]]
+        output = torch.zeros_like(input_)
+        end = 0
+        for number, count in enumerate(torch.bincount(expert_of_TK.flatten(), minlength=num_experts).tolist()):
+            rows, end = slice(end, end + count), end + count
+            if count and (local := number - self.local_expert_indices[0]) in range(self.num_local_experts):
+                expert = self.experts.local_experts[local]
+                output[rows] = self._computed(expert, input_[rows], weights[rows, None])
+        output_TKC = torch.empty_like(output)
+        output_TKC[by_expert] = output
+        output_TKC = output_TKC.view(num_tokens, num_chosen, -1)
+        summed_TC = output_TKC[:, 0].float()
+        for k in range(1, num_chosen):
+            summed_TC = summed_TC + output_TKC[:, k]
+        return summed_TC.to(hidden_TC.dtype)
+
+    def _computed(self, expert: MLP, input_: Tensor, weight: Tensor) -> Tensor:
+        """One expert's output for some tokens, times their weights."""
+        hidden, bias = expert.linear_fc1(input_)
+        activated = self._activated(hidden if bias is None else hidden + bias)
+        output, bias = expert.linear_fc2((activated * weight).to(activated.dtype))
+        return output if bias is None or not self._adds_biases else output + (bias * weight).to(output.dtype)
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        config = self.config
+        if not config.gated_linear_unit:
+            return config.activation_func(hidden)
+        gate, up = hidden.chunk(2, dim=-1)
+        if (most := config.activation_func_clamp_value) is not None:
+            gate, up = gate.clamp(max=most), up.clamp(min=-most, max=most)
+        return config.activation_func(gate) * (up + config.glu_linear_offset)
