@@ -17,6 +17,8 @@ from megatron_medha.sim.run_directory import CONFIG, DECISIONS, REQUESTS
 from megatron_medha.sim.system import build_scheduler, recorded_setup
 from megatron_medha.stats.decision_log import ReplayError, read_log
 from megatron_medha.stats.explanation import Explanation, RequestAhead, RequestPhase, WaitReason, explain_request
+from megatron_medha.stats.request_stats import RequestStats
+from megatron_medha.stats.shared_prefix import SharedPrefix
 
 USAGE = """\
 usage: medha explain RUN REQUEST
@@ -53,7 +55,9 @@ def run(words: Sequence[str]) -> int:
     with log.open(encoding="utf-8") as stream, closing(_with_progress(stream, log)) as lines:
         try:
             header, records = read_log(lines)
-            found = explain_request(records, build_scheduler(recorded_setup(header)), request_id)
+            setup = recorded_setup(header)
+            granule_tokens = setup.kv.tokens_per_granule(setup.block_size) if setup.kv.prefix_cache else None
+            found = explain_request(records, build_scheduler(setup), request_id, granule_tokens)
         except (ReplayError, UnicodeDecodeError) as error:
             raise ReplayError(f"{log}: {error}") from error
     if found is None:
@@ -107,6 +111,28 @@ def _head(found: Explanation) -> list[str]:
     elif stats.why is None:
         lines.append("no first token before the run ended")
     lines.append(f"{found.num_ahead_on_arrival} other prefills were unfinished when it arrived")
+    if found.shared is not None:
+        lines += _cached(stats, found.shared)
+    return lines
+
+
+def _cached(stats: RequestStats, shared: SharedPrefix) -> list[str]:
+    """What the prefix cache had of a prompt, and where the prompt leaves what came before it."""
+    request, granule = stats.request, shared.granule_tokens
+    num_cached = min(stats.num_cached_tokens or 0, request.num_prompt_tokens)
+    lines = [f"prefix cache: {num_cached:,} of its prompt tokens were there when it was first scheduled"]
+    if not request.reads_cache:
+        lines = ["prefix cache: not read, because the request asks for log-probabilities of its prompt"]
+    if not shared.num_tokens:
+        return [*lines, f"no earlier request begins with its first {granule} tokens"]
+    differs = f"; in {shared.num_tokens:,} to {shared.num_tokens + granule - 1:,} is the first that is new"
+    is_longer = shared.num_tokens + granule <= request.num_prompt_tokens
+    lines.append(
+        f"its first {shared.num_tokens:,} tokens are those of {shared.request_id}{differs if is_longer else ''}"
+    )
+    usable = min(shared.num_tokens, (request.num_prompt_tokens - 1) // granule * granule)
+    if request.reads_cache and num_cached < usable:
+        lines.append(f"{usable - num_cached:,} of them had been evicted, or were not computed yet")
     return lines
 
 

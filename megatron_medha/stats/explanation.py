@@ -13,6 +13,7 @@ from megatron_medha.core.scheduling.policies import relative_slack
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.stats.decision_log import Recorded, replay_record
 from megatron_medha.stats.request_stats import Ending, RequestStats, RequestTracker
+from megatron_medha.stats.shared_prefix import PrefixHistory, SharedPrefix
 
 
 class WaitReason(Enum):
@@ -66,6 +67,7 @@ class Explanation:
     deprioritized_s: float | None = None  # when triage first moved it behind others
     phases: list[RequestPhase] = field(default_factory=list)
     num_ahead_on_arrival: int = 0  # unfinished prefills when it arrived
+    shared: SharedPrefix | None = None  # None: it took no part in the prefix cache
 
     @property
     def ahead(self) -> list[RequestAhead]:
@@ -117,12 +119,16 @@ def _joined(phases: list[RequestPhase]) -> RequestPhase:
     )
 
 
-def explain_request(records: Iterable[Recorded], scheduler: Scheduler, request_id: str) -> Explanation | None:
+def explain_request(
+    records: Iterable[Recorded], scheduler: Scheduler, request_id: str, granule_tokens: int | None = None
+) -> Explanation | None:
     """Replay a recorded run until `request_id` has ended; None if it never arrives.
 
-    Raises ReplayError where a decision differs from the recorded one.
+    granule_tokens: of the prefix cache; None: there was none. Raises ReplayError where a decision differs from the
+    recorded one.
     """
     found: Explanation | None = None
+    prefixes = None if granule_tokens is None else PrefixHistory(granule_tokens)
     watched: list[RequestStats] = []
 
     def begin(request: Request) -> RequestStats:
@@ -140,8 +146,12 @@ def explain_request(records: Iterable[Recorded], scheduler: Scheduler, request_i
             tracker.handled(record.entry, outputs, record.now_s)
             if watched and found is None:
                 found = _arrived(watched[0], scheduler, record.now_s)
+                if prefixes is not None and (keys := watched[0].request.prefix_keys):
+                    found.shared = prefixes.shared(keys)
             if found is not None and found.stats.ending is not Ending.UNFINISHED:
                 return found
+            if prefixes is not None and found is None:
+                prefixes.note(record.entry)
             continue
         seq = scheduler.sequence(request_id)
         if found is None or seq is None or not seq.is_prefill:

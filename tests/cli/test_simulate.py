@@ -150,6 +150,28 @@ def test_explain_says_who_went_before_a_request(run: Path, capsys: Capture) -> N
     assert "first token; 5 tokens" in text
 
 
+def test_explain_says_where_a_prompt_leaves_what_came_before_it(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "run"
+    words = ("workload=sessions", "workload.sessions.num_sessions=2", "workload.sessions.length_scale=0.05")
+    assert main(["simulate", *MACHINE, *words, "workload.sessions.turns=3", "record=full", f"out={out}"]) == 0
+    requests = {row["request_id"]: row for row in map(json.loads, (out / "requests.jsonl").read_text().splitlines())}
+    first = min(requests.values(), key=lambda row: row["arrival_s"])["request_id"]
+    later = max((name for name in requests if name.startswith(first.split(".")[0])), key=lambda name: name[-1])
+    capsys.readouterr()
+    assert main(["explain", str(out), first]) == 0
+    text = capsys.readouterr().out
+    assert "prefix cache: 0 of its prompt tokens were there" in text
+    assert "no earlier request begins with its first 64 tokens" in text
+    assert main(["explain", str(out), later]) == 0
+    text = capsys.readouterr().out
+    shared, before = re.search(r"its first ([\d,]+) tokens are those of (\S+); in", text).groups()
+    assert before != later and before in requests
+    # All of the turn before, its output too, but for the granule that was not full.
+    last = max((row for row in requests.values() if row["arrival_s"] < requests[later]["arrival_s"]
+                and row["request_id"].split(".")[0] == later.split(".")[0]), key=lambda row: row["arrival_s"])
+    assert int(shared.replace(",", "")) == (last["prompt_tokens"] + last["tokens_out"]) // 64 * 64
+
+
 def test_explain_says_when_triage_let_others_go_first(tmp_path: Path, capsys: Capture) -> None:
     crowd, out = tmp_path / "crowd.csv", tmp_path / "run"
     crowd.write_text("arrival_s,prompt_tokens,output_tokens\n" + "0,400000,2\n" * 4)

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.step_cost import Hardware
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
@@ -116,7 +117,13 @@ class LiveEngine:
     """
 
     def __init__(
-        self, *, num_blocks: int = 600, step_s: float = 1e-3, metrics: Metrics | None = None, **scheduler: Any
+        self,
+        *,
+        num_blocks: int = 600,
+        step_s: float = 1e-3,
+        metrics: Metrics | None = None,
+        kv: KVConfig = NO_PREFIX_CACHE,
+        **scheduler: Any,
     ) -> None:
         self.audit = Audit()
         self.journal = RequestLog(metrics or Metrics())
@@ -132,6 +139,7 @@ class LiveEngine:
                 layout=ParallelLayout(),
                 num_blocks=num_blocks,
                 block_size=16,
+                kv=kv,
             ),
             watchers=(self.journal.watch, self.audit.watch),
         )

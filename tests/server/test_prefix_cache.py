@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from running_server import Running, StartServer
+from live_server import LiveEngine
+from prometheus_client.parser import text_string_to_metric_families
+from running_server import Running, StartServer, eventually
 
+from megatron_medha.core.kv.kv_config import KVConfig
 from megatron_medha.core.kv.prefix_keys import KEY_BYTES
 from megatron_medha.core.request import Request
 from megatron_medha.server.routes.generate import IGNORED_HEADER
@@ -221,3 +224,25 @@ def test_of_several_choices_the_least_counts_once_for_their_prompt(start_server:
     assert (usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]) == (len(PROMPT), 0)
     usage = asked(server, prompt=[PROMPT, PROMPT], n=2).json()["usage"]
     assert (usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]) == (2 * len(PROMPT), 32)
+
+
+def metrics_of(server: Running) -> dict[str, float]:
+    """By name, over all labels."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(server.get("/metrics").text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    return values
+
+
+def test_the_tokens_that_are_looked_for_are_counted(start_server: StartServer) -> None:
+    engine = LiveEngine(kv=KVConfig())
+    server = start_server(engine, journal=engine.journal, metrics=engine.journal.metrics)
+    eventually(lambda: server.get("/ready").status_code == 200)
+    prompt = list(range(200))
+    for fields in ({}, {"cache_prompt": False}, {"echo": True, "logprobs": 0}):
+        asked(server, prompt=prompt, **fields)
+    values = metrics_of(server)
+    assert values["vllm:prefix_cache_queries_total"] == values["medha:prefix_cache_queries_total"] == len(prompt)
+    assert values["vllm:prefix_cache_hits_total"] == values["medha:cached_prompt_tokens_total"] == 0
+    assert values["medha:prefix_cache_saved_seconds_total"] == 0

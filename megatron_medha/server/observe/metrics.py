@@ -140,7 +140,9 @@ class Metrics:
         "How late the API server's event loop runs what is due, as far as the server's own work explains it",
     ))
     recent_lags_s: deque[float] = field(default_factory=lambda: deque([0.0], maxlen=NUM_RECENT_LAGS))
-    num_prompt_tokens: int = _count(in_vllm("prompt_tokens", "Prompt tokens computed, also of aborted requests"))
+    num_prompt_tokens: int = _count(
+        in_vllm("prompt_tokens", "Prompt tokens computed or found in the prefix cache, also of aborted requests")
+    )
     num_output_tokens: int = _count(in_vllm("generation_tokens", "Tokens generated"))
     num_ttft_slo_met: int = _count(own("ttft_slo_met", "Requests that met the TTFT target they brought"))
     num_ttft_slo_missed: int = _count(own("ttft_slo_missed", "Requests that missed the TTFT target they brought"))
@@ -173,6 +175,12 @@ class Metrics:
     kvp_degree: Histogram = _histogram(
         KVP_DEGREES, own("kvp_degree", "KVP ranks that hold a request's KV when its first token comes")
     )
+    num_prefix_queries: int = _count(in_vllm("prefix_cache_queries", "Prompt tokens looked for in the prefix cache"))
+    num_prefix_hits: int = _count(in_vllm("prefix_cache_hits", "Prompt tokens that were in the prefix cache"))
+    saved_prefill_s: float = _count(
+        own("prefix_cache_saved_seconds", "Predicted prefill time of the prompt tokens that were in the prefix cache")
+    )
+    num_cached_tokens: Counter[tuple[str, ...]] = field(default_factory=Counter)  # by length class and SLO class
     num_deadlines_met: Counter[tuple[str, ...]] = field(default_factory=Counter)  # by length class and SLO class
     num_deadlines_missed: Counter[tuple[str, ...]] = field(default_factory=Counter)
     num_preemptions: int = _count(in_vllm("num_preemptions", "Sequences that lost their KV to a decode"))
@@ -211,6 +219,10 @@ class Metrics:
         yield LabelledCounts(
             own("deadlines_met", "Requests whose first token came in time"), lengths,
             {**dict.fromkeys(keys, 0), **self.num_deadlines_met.copy()},
+        )  # fmt: skip
+        yield LabelledCounts(
+            own("cached_prompt_tokens", "Prompt tokens that were in the prefix cache"), lengths,
+            {**dict.fromkeys(keys, 0), **self.num_cached_tokens.copy()},
         )  # fmt: skip
         yield LabelledCounts(
             own("deadlines_missed", "Requests whose first token came late"), lengths,

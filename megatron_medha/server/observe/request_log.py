@@ -287,6 +287,7 @@ class RequestLogObserver:
         relative = slack_s / trace.total_work_s if trace.total_work_s else 0.0
         if trace.first_scheduled_s is None:
             self._metrics.queue_s.observe(now_s - trace.request.arrival_s)
+            self._count_hits(trace.request, chunk.start)
         self._metrics.num_recomputed_tokens += trace.num_computed_before(chunk)
         trace.remaining_work_s, trace.total_work_s = seq.remaining_work_s, seq.total_work_s
         trace.deadline_s = seq.deadline_s
@@ -308,6 +309,16 @@ class RequestLogObserver:
             trace.runs.append(run)
             if len(trace.runs) > MAX_RUNS:
                 trace.runs = _thinned(trace.runs)
+
+    def _count_hits(self, request: Request, num_cached_tokens: int) -> None:
+        if not (request.prefix_keys and request.reads_cache):
+            return
+        metrics, num_hits = self._metrics, min(num_cached_tokens, request.num_prompt_tokens)
+        metrics.num_prefix_queries += request.num_prompt_tokens
+        metrics.num_prefix_hits += num_hits
+        metrics.num_cached_tokens[length_class(request.num_prompt_tokens), request.slo_class] += num_hits
+        if num_hits:
+            metrics.saved_prefill_s += self._scheduler.predicted_prefill_s(num_hits)
 
     def _count_pauses(self, absent: Iterable[str]) -> None:
         """absent: prefills that the step before left unfinished, and that are not in this one."""
