@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from megatron_medha.core.kv.block_pool import BlockPool, Extent
-from megatron_medha.core.kv.eviction import EvictionOrder, LruOrder
+from megatron_medha.core.kv.eviction import EVICTION_ORDERS, EvictionRules
 from megatron_medha.core.kv.kv_check import check
 from megatron_medha.core.kv.prefix_index import PrefixIndex
 from megatron_medha.core.kv.segment import Evicted, Holding, Segment
@@ -49,11 +48,12 @@ class Walk:
     PER_GRANULE, SHARD, MAX_GRANULES = 2, 4, 10
 
     def __init__(
-        self, seed: int, num_blocks: int = 40, kvp: int = 3, make_order: Callable[[], EvictionOrder] = LruOrder
+        self, seed: int, num_blocks: int = 40, kvp: int = 3, eviction: str = "lru"
     ) -> None:
         self.random = random.Random(seed)
         self.pools = [BlockPool(num_blocks) for _ in range(kvp)]
-        self.index = PrefixIndex([self.pools], self.PER_GRANULE, self.SHARD, make_order)
+        rules = EvictionRules(num_blocks=num_blocks, session_ttl_s=20.0, session_share=0.5)
+        self.index = PrefixIndex([self.pools], self.PER_GRANULE, self.SHARD, EVICTION_ORDERS[eviction], rules)
         self.kvp, self.now_s, self.num_requests = kvp, 0.0, 0
         self.live: list[Live] = []
         self.past: list[list[int]] = []

@@ -66,7 +66,8 @@ class Cache:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_after_any_walk_the_index_equals_a_naive_one(seed: int) -> None:
-    walk = Walk(seed, num_blocks=random.Random(seed).choice([20, 40, 80]))
+    eviction = ["lru", "ttl", "value"][seed % 3]
+    walk = Walk(seed, num_blocks=random.Random(seed).choice([20, 40, 80]), eviction=eviction)
     for _ in range(2500):
         walk.step()
     assert min(walk.counts.get(kind, 0) for kind in ("hits", "duplicates", "fail", "clear", "evict", "refused")) > 0

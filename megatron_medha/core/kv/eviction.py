@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from heapq import heapify, heappop, heappush
+from math import frexp, inf
 from typing import Protocol
 
+from megatron_medha.core.kv.reuse_gaps import ReuseGaps
 from megatron_medha.core.kv.segment import Segment
 
-_Entry = tuple[float, int, int, Segment]
+_Entry = tuple[float, int, int, Segment]  # lowest first; the segment is never compared, tickets are unique
 
 
 class EvictionOrder(Protocol):
@@ -22,44 +27,190 @@ class EvictionOrder(Protocol):
         ...
 
     def remove(self, segment: Segment) -> None:
-        """It is in use, has a child, or is gone."""
+        """It is in use, has a child, has other waiters, or is gone."""
         ...
 
-    def lowest(self, now_s: float) -> Segment:
-        """The one to evict next; it stays."""
+    def lowest(self, now_s: float, num_session_blocks: int) -> Segment:
+        """The one to evict next; it stays. num_session_blocks: evictable blocks of sessions, leaves or not."""
+        ...
+
+    def used(self, segment: Segment, now_s: float) -> None:
+        """A request begins with it, for the first time since its last use."""
+        ...
+
+    def gave_up(self, segment: Segment, now_s: float) -> None:
+        """It is evicted whole."""
         ...
 
 
-class LruOrder:
-    """The one not used for longest goes first; of equal ones the deepest."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionRules:
+    """What orders go by besides recency."""
 
-    def __init__(self) -> None:
-        self._heap: list[_Entry] = []  # entries whose ticket is not their segment's any more are skipped
+    num_blocks: int = 0  # of a rank
+    # Predicted seconds to compute granules [first, end) again.
+    recompute_s: Callable[[int, int], float] = lambda first, end: float(end - first)
+    session_ttl_s: float = 600.0  # so long a session's last segment is kept before those of no session
+    session_share: float = 0.5    # of the blocks that sessions' segments may keep so
+
+
+class LruHeap:
+    """Leaves in the order of their last use, of equal ones the deepest first; removed ones are skipped when met."""
+
+    def __init__(self, number: int = 0, bits: int = 0) -> None:
+        self._heap: list[_Entry] = []
         self._num_live = 0
-        self._next_ticket = 1
+        self._number, self._bits = number, bits  # of this heap, the low bits of its tickets
 
     def __len__(self) -> int:
         return self._num_live
 
-    def add(self, segment: Segment) -> None:
-        """It can be evicted from now on."""
+    def add(self, segment: Segment, serial: int, key: float) -> None:
+        """Lowest key first."""
         assert not segment.ticket, "it is in the order already"
-        segment.ticket = self._next_ticket
-        self._next_ticket += 1
+        segment.ticket = ticket = serial << self._bits | self._number
         self._num_live += 1
-        heappush(self._heap, (segment.last_use_s, -segment.first, segment.ticket, segment))
+        heappush(self._heap, (key, -segment.first, ticket, segment))
         if len(self._heap) > 64 + 2 * self._num_live:
             self._heap = [entry for entry in self._heap if entry[3].ticket == entry[2]]
             heapify(self._heap)
 
     def remove(self, segment: Segment) -> None:
-        """It is in use, has a child, or is gone."""
-        assert segment.ticket, "it is not in the order"
+        """It stands here no more."""
         segment.ticket = 0
         self._num_live -= 1
 
-    def lowest(self, now_s: float) -> Segment:
-        """The one to evict next; it stays."""
-        while self._heap[0][3].ticket != self._heap[0][2]:
+    def head(self) -> Segment | None:
+        """The lowest; None if there is none."""
+        while self._heap and self._heap[0][3].ticket != self._heap[0][2]:
             heappop(self._heap)
-        return self._heap[0][3]
+        return self._heap[0][3] if self._heap else None
+
+
+class LruOrder:
+    """The one not used for longest goes first."""
+
+    def __init__(self, rules: EvictionRules) -> None:
+        self._heap = LruHeap()
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, segment: Segment) -> None:
+        """See EvictionOrder."""
+        self._serial += 1
+        self._heap.add(segment, self._serial, segment.last_use_s)
+
+    def remove(self, segment: Segment) -> None:
+        """See EvictionOrder."""
+        self._heap.remove(segment)
+
+    def lowest(self, now_s: float, num_session_blocks: int) -> Segment:
+        """See EvictionOrder."""
+        head = self._heap.head()
+        assert head is not None, "there is no leaf to evict"
+        return head
+
+    def used(self, segment: Segment, now_s: float) -> None:
+        """See EvictionOrder."""
+
+    def gave_up(self, segment: Segment, now_s: float) -> None:
+        """See EvictionOrder."""
+
+
+class Kind(Enum):
+    """What is known of a leaf's next use. They are evicted in this order, as far as rules protect sessions."""
+
+    ENDED = 0    # of a session that has ended
+    PLAIN = 1    # of no session, or of several
+    SESSION = 2  # of one session that goes on
+    AWAITED = 3  # a waiting request begins with it
+
+
+class ClassedOrder:
+    """Leaves in classes of one kind and one cost, each in the order of last use; only their heads are compared.
+
+    What sessions that go on will need is kept for session_ttl_s, up to session_share of the blocks. Beyond that by
+    recency, or if is_by_value: what ended sessions leave goes first, then the lowest of (rate of use predicted for the
+    time it has been idle) x (seconds to compute it again), and last what waiting requests begin with: of that
+    first what the request that is due last wants. In a closed loop nearly all sessions wait, and without their
+    order the one evicted is the next to run.
+    """
+
+    _BITS = 8
+
+    def __init__(self, rules: EvictionRules, is_by_value: bool) -> None:
+        self._rules = rules
+        self._is_by_value = is_by_value
+        self._heaps: list[LruHeap] = []
+        self._numbers: dict[tuple[Kind, int], int] = {}  # of the heap of a kind and a cost
+        self._classes: list[tuple[Kind, float]] = []     # of each heap: its kind, and seconds a granule
+        self._gaps = {Kind.PLAIN: ReuseGaps(), Kind.SESSION: ReuseGaps()}
+        self._serial = 0
+        self._num_live = 0
+
+    def __len__(self) -> int:
+        return self._num_live
+
+    def add(self, segment: Segment) -> None:
+        """See EvictionOrder."""
+        kind, key, exponent = Kind.SESSION if segment.session else Kind.PLAIN, segment.last_use_s, 0
+        if self._is_by_value and segment.waiters:
+            kind, key = Kind.AWAITED, -min(segment.waiters.values())
+        elif self._is_by_value and segment.is_ended:
+            kind = Kind.ENDED
+        elif self._is_by_value:
+            exponent = frexp(self._rules.recompute_s(segment.end - 1, segment.end))[1]
+        number = self._numbers.get((kind, exponent))
+        if number is None:
+            number = self._numbers[(kind, exponent)] = len(self._heaps)
+            assert number < 1 << self._BITS, "costs of granules differ by too many powers of two"
+            self._heaps.append(LruHeap(number, self._BITS))
+            self._classes.append((kind, 2.0**exponent))
+        self._serial += 1
+        self._num_live += 1
+        self._heaps[number].add(segment, self._serial, key)
+
+    def remove(self, segment: Segment) -> None:
+        """See EvictionOrder."""
+        self._num_live -= 1
+        self._heaps[segment.ticket & (1 << self._BITS) - 1].remove(segment)
+
+    def lowest(self, now_s: float, num_session_blocks: int) -> Segment:
+        """See EvictionOrder."""
+        rules = self._rules
+        is_protected = num_session_blocks <= rules.session_share * rules.num_blocks
+        chosen: Segment | None = None
+        least = (inf, inf)
+        for heap, (kind, cost_s) in zip(self._heaps, self._classes, strict=True):
+            head = heap.head()
+            if head is None:
+                continue
+            idle_s = now_s - head.last_use_s
+            tier = kind.value
+            if kind is Kind.SESSION and (idle_s > rules.session_ttl_s or not is_protected):
+                tier = Kind.PLAIN.value
+            value = 0.0
+            if kind in self._gaps:
+                value = self._gaps[kind].rate(idle_s) * cost_s if self._is_by_value else -idle_s
+            if (tier, value) < least:
+                chosen, least = head, (tier, value)
+        assert chosen is not None, "there is no leaf to evict"
+        return chosen
+
+    def used(self, segment: Segment, now_s: float) -> None:
+        """See EvictionOrder."""
+        self._gaps[Kind.SESSION if segment.session else Kind.PLAIN].used(now_s - segment.last_use_s)
+
+    def gave_up(self, segment: Segment, now_s: float) -> None:
+        """See EvictionOrder."""
+        if not segment.is_ended:
+            self._gaps[Kind.SESSION if segment.session else Kind.PLAIN].gave_up(now_s - segment.last_use_s)
+
+
+EVICTION_ORDERS: dict[str, Callable[[EvictionRules], EvictionOrder]] = {
+    "lru": LruOrder,
+    "ttl": lambda rules: ClassedOrder(rules, is_by_value=False),
+    "value": lambda rules: ClassedOrder(rules, is_by_value=True),
+}

@@ -78,6 +78,8 @@ def _check_tree(index: PrefixIndex, tree: RankTree, segments: list[Segment], own
     assert tree.pool.num_free_blocks == len(free) and tree.pool.num_cached_blocks == len(cached)
     num_evictable = sum(s.num_granules for s in segments if not s.pins) * index.blocks_per_granule
     assert tree.num_evictable_blocks == num_evictable, f"{tree.num_evictable_blocks} evictable, {num_evictable} found"
+    num_of_sessions = sum(s.num_granules for s in segments if not s.pins and s.session) * index.blocks_per_granule
+    assert tree.num_session_blocks == num_of_sessions, "evictable blocks of sessions are miscounted"
     assert len(tree.order) == sum(bool(segment.ticket) for segment in segments)
 
 

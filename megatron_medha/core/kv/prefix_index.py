@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_medha.core.kv.block_pool import BlockPool, Extent, join_extents, slice_extents
-from megatron_medha.core.kv.eviction import EvictionOrder, LruOrder
+from megatron_medha.core.kv.eviction import EvictionOrder, EvictionRules, LruOrder
 from megatron_medha.core.kv.segment import KEY_BYTES, Evicted, Holding, Match, Segment
 from megatron_medha.core.kv.shard_borders import ShardBorders
 
@@ -23,12 +23,20 @@ class RankTree:
     order: EvictionOrder
     heads: dict[bytes, Segment] = field(default_factory=dict)  # first key -> segment: chained keys are unique
     num_evictable_blocks: int = 0
+    num_session_blocks: int = 0  # of these
+
+    def count_evictable(self, segment: Segment, num_blocks: int) -> None:
+        """So many blocks of a segment more, or less, are evictable."""
+        self.num_evictable_blocks += num_blocks
+        if segment.session:
+            self.num_session_blocks += num_blocks
 
 
 class PrefixIndex:
     """The prefix cache of a replica.
 
     pools: by group, then by KVP rank. shard_granules: granules a shard holds; no segment crosses its border.
+    make_order: of the leaves of one rank; eviction.EVICTION_ORDERS has them by name.
     """
 
     def __init__(
@@ -36,11 +44,13 @@ class PrefixIndex:
         pools: list[list[BlockPool]],
         blocks_per_granule: int,
         shard_granules: int,
-        make_order: Callable[[], EvictionOrder] = LruOrder,
+        make_order: Callable[[EvictionRules], EvictionOrder] = LruOrder,
+        rules: EvictionRules | None = None,
     ) -> None:
         self.blocks_per_granule = blocks_per_granule
         self.shard_granules = shard_granules
-        self.trees = [[RankTree(pool, make_order()) for pool in group] for group in pools]
+        rules = rules or EvictionRules()
+        self.trees = [[RankTree(pool, make_order(rules)) for pool in group] for group in pools]
         self._created: dict[str, dict[Segment, None]] = {}  # by live requests
         self.borders = ShardBorders(shard_granules)
 
@@ -86,7 +96,7 @@ class PrefixIndex:
         To be called before blocks are evicted for the same sequence, so that its own hits are not. `previous`: what it
         holds on the shard before.
         """
-        deepest = self._ending(match)
+        deepest = self._ending(match, now_s)
         if deepest is not None:
             deepest.num_references += 1
             self._pin(deepest)
@@ -174,9 +184,9 @@ class PrefixIndex:
         evicted: list[Evicted] = []
         wanted = tree.pool.num_free_blocks + num_blocks
         while tree.pool.num_free_blocks < wanted:
-            leaf = tree.order.lowest(now_s)
+            leaf = tree.order.lowest(now_s, tree.num_session_blocks)
             num_granules = -(-(wanted - tree.pool.num_free_blocks) // self.blocks_per_granule)
-            self._trim(tree, leaf, min(num_granules, leaf.num_granules), evicted)
+            self._trim(tree, leaf, min(num_granules, leaf.num_granules), now_s, evicted)
         return evicted
 
     def clear(self) -> list[Evicted]:
@@ -192,29 +202,44 @@ class PrefixIndex:
 
     # ---- requests that wait ----
 
-    def watch(self, request_id: str, match: Match, now_s: float, arrival_s: float) -> Segment | None:
+    def watch(self, request_id: str, match: Match, now_s: float, due_s: float) -> Segment | None:
         """A waiting request counts on a match, without holding it: it is named when any of that is evicted.
 
-        Returns what `unwatch` wants; None for a match of no granule. A named request watches nothing any more.
+        due_s: its deadline, or what else tells who will run first. Returns what `unwatch` wants; None for a match of no
+        granule. A named request watches nothing any more.
         """
-        deepest = self._ending(match)
+        deepest = self._ending(match, now_s)
         if deepest is not None:
-            deepest.waiters[request_id] = arrival_s
+            self._set_waiters(deepest, {**deepest.waiters, request_id: due_s})
         return deepest
 
     def unwatch(self, request_id: str, segment: Segment | None) -> None:
         """The request counts on it no more; nothing happens if it was named in the meantime."""
-        if segment is not None:
-            segment.waiters.pop(request_id, None)
+        if segment is not None and request_id in segment.waiters:
+            self._set_waiters(segment, {w: s for w, s in segment.waiters.items() if w != request_id})
 
     # ---- inside ----
 
-    def _ending(self, match: Match) -> Segment | None:
-        """The segment that ends where the match does; split where there is none."""
+    def _ending(self, match: Match, now_s: float) -> Segment | None:
+        """The segment that ends where the match does, which a request wants; split where there is none."""
         deepest = match.deepest
-        if deepest is None or deepest.end == match.end:
-            return deepest
-        return self._split(self.trees[match.group][match.kvp_rank], deepest, match.end - deepest.first)
+        if deepest is None:
+            return None
+        tree = self.trees[match.group][match.kvp_rank]
+        if deepest.end > match.end:
+            deepest = self._split(tree, deepest, match.end - deepest.first)
+        if not deepest.pins and not deepest.is_matched:
+            deepest.is_matched = True
+            tree.order.used(deepest, now_s)
+        return deepest
+
+    def _set_waiters(self, segment: Segment, waiters: dict[str, float]) -> None:
+        order = self.trees[segment.group][segment.kvp_rank].order
+        if is_leaf := bool(segment.ticket):
+            order.remove(segment)
+        segment.waiters = waiters
+        if is_leaf:
+            order.add(segment)
 
     def _split(self, tree: RankTree, lower: Segment, num_granules: int) -> Segment:
         """Cut its first granules off: they are the new object, so that what ends where `lower` does stays right."""
@@ -224,6 +249,7 @@ class PrefixIndex:
             lower.kvp_rank, lower.group, lower.parent, lower.first, lower.keys[:cut],
             slice_extents(lower.extents, 0, num_blocks), lower.creator,
             session=lower.session, last_use_s=lower.last_use_s, pins=int(lower.pins > 0), children={lower: None},
+            is_ended=lower.is_ended, is_matched=lower.is_matched,
         )
         num_left = (lower.num_granules - num_granules) * self.blocks_per_granule
         lower.extents = slice_extents(lower.extents, num_blocks, num_left)
@@ -262,7 +288,7 @@ class PrefixIndex:
                 return
             if ancestor.ticket:
                 tree.order.remove(ancestor)
-            tree.num_evictable_blocks -= ancestor.num_granules * self.blocks_per_granule
+            tree.count_evictable(ancestor, -ancestor.num_granules * self.blocks_per_granule)
             ancestor = ancestor.parent
 
     def _drop_reference(
@@ -278,6 +304,7 @@ class PrefixIndex:
                 return
             parent, num_blocks = ancestor.parent, ancestor.num_granules * self.blocks_per_granule
             ancestor.last_use_s = now_s
+            ancestor.is_matched = False
             if ancestor.session != session:
                 ancestor.session = ""  # of more than one
             ancestor.is_ended = ends_session and ancestor.session != ""
@@ -287,18 +314,18 @@ class PrefixIndex:
                 if parent is not None:
                     del parent.children[ancestor]
             else:
-                tree.num_evictable_blocks += num_blocks
+                tree.count_evictable(ancestor, num_blocks)
                 if not ancestor.children:
                     tree.order.add(ancestor)
             ancestor = parent
 
-    def _trim(self, tree: RankTree, leaf: Segment, num_granules: int, evicted: list[Evicted]) -> None:
+    def _trim(self, tree: RankTree, leaf: Segment, num_granules: int, now_s: float, evicted: list[Evicted]) -> None:
         """Evict the last granules of a leaf that nobody uses, and what can be reached only over them."""
         cut = (leaf.num_granules - num_granules) * KEY_BYTES
         num_blocks = num_granules * self.blocks_per_granule
         border = self.borders.remove_copy(leaf)
         evicted.append(_evicted(leaf, cut))
-        tree.num_evictable_blocks -= num_blocks
+        tree.count_evictable(leaf, -num_blocks)
         tree.order.remove(leaf)
         if cut:
             num_left = cut // KEY_BYTES * self.blocks_per_granule
@@ -307,6 +334,7 @@ class PrefixIndex:
             del leaf.keys[cut:]
             tree.order.add(leaf)
         else:
+            tree.order.gave_up(leaf, now_s)
             tree.pool.evict(leaf.extents)
             self._remove(tree, leaf)
             if (parent := leaf.parent) is not None:
@@ -315,7 +343,7 @@ class PrefixIndex:
                     tree.order.add(parent)
         if border is not None:  # what follows it, on any rank, cannot be matched any more
             for segment in self.borders.after(border):
-                self._evict_below(segment, evicted)
+                self._evict_below(segment, now_s, evicted)
 
     def _remove(self, tree: RankTree, segment: Segment) -> None:
         """It is matched no more."""
@@ -324,7 +352,7 @@ class PrefixIndex:
             created.pop(segment, None)
         self.borders.end(segment)
 
-    def _evict_below(self, top: Segment, evicted: list[Evicted]) -> None:
+    def _evict_below(self, top: Segment, now_s: float, evicted: list[Evicted]) -> None:
         """Evict a segment and its descendants, but for those in use and the way to them."""
         tree = self.trees[top.group][top.kvp_rank]
         below = [top]
@@ -332,7 +360,7 @@ class PrefixIndex:
             below += segment.children
         for segment in reversed(below):
             if not segment.pins and not segment.children:
-                self._trim(tree, segment, segment.num_granules, evicted)
+                self._trim(tree, segment, segment.num_granules, now_s, evicted)
 
     def _unlist(self, top: Segment, evicted: list[Evicted]) -> None:
         """Take a segment and its descendants out of the tree; what nobody uses is freed now, the rest with its last."""
@@ -352,7 +380,7 @@ class PrefixIndex:
                 continue
             if segment.ticket:
                 tree.order.remove(segment)
-            tree.num_evictable_blocks -= segment.num_granules * self.blocks_per_granule
+            tree.count_evictable(segment, -segment.num_granules * self.blocks_per_granule)
             tree.pool.evict(segment.extents)
             if (parent := segment.parent) is not None:
                 del parent.children[segment]

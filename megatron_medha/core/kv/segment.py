@@ -28,9 +28,10 @@ class Segment:
     num_references: int = 0      # sequences whose deepest segment on this shard it is
     pins: int = 0                # references and pinned children
     children: dict[Segment, None] = field(default_factory=dict)  # in order of creation
-    waiters: dict[str, float] = field(default_factory=dict)      # requests that count on it, and when they arrived
+    waiters: dict[str, float] = field(default_factory=dict)      # requests that count on it, and when they are due
     last_use_s: float = 0.0      # when it last had a pin
     is_ended: bool = False       # its session has ended
+    is_matched: bool = False     # a request has begun with it since its last use
     is_listed: bool = True       # False: of a sequence that failed; no match finds it, and it goes with its last pin
     ticket: int = 0              # its place in the eviction order; 0: it is in none
 
