@@ -103,12 +103,12 @@ def checked_placements(
     headers: Mapping[str, StoredHeader],
     where: Path,
     source: str,
-    unread_keys: tuple[str, ...] = (),
+    unread_keys: str = "",
 ) -> dict[str, Placement]:
     """Where each stored tensor goes that this rank needs, by key; checked against what is stored.
 
-    rows: the family's. parts: this rank's, layer by layer, as sharded_parts gives them. unread_keys: endings of keys
-    that follow from the config. Other arguments as those of refuse_misfits.
+    rows: the family's. parts: this rank's, layer by layer, as sharded_parts gives them. unread_keys: a pattern
+    of what is stored and not needed. Other arguments as those of refuse_misfits.
     """
     rows = _with_stored_embedding(rows, config, headers)
     expected = placements(rows, parts, config, headers)
@@ -116,7 +116,8 @@ def checked_placements(
     layers = {layer for part in parts if (layer := _named(part.key)[1]) is not None}
 
     def is_ignored(key: str) -> bool:
-        return key.endswith((".rotary_emb.inv_freq", *unread_keys)) or _is_of_others(key, rows, names, layers, config)
+        is_unread = key.endswith(".rotary_emb.inv_freq") or re.fullmatch(unread_keys, key) is not None
+        return is_unread or _is_of_others(key, rows, names, layers, config)
 
     refuse_misfits(
         {key: placement.shape for key, placement in expected.items()}, headers, where, source, is_ignored=is_ignored

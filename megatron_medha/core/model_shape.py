@@ -9,7 +9,7 @@ from megatron_medha.core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A GQA decoder with gated MLP (Llama, Mistral, Qwen), or with experts that are such MLPs (Mixtral, Qwen3 MoE)."""
+    """A GQA decoder with an MLP (Llama, Mistral, Qwen), or with experts that are such MLPs (Mixtral, Qwen3 MoE)."""
 
     name: str
     num_layers: int
@@ -23,14 +23,25 @@ class ModelShape:
     bytes_per_element: int = 2  # of weights
     kv_bytes_per_element: int | None = None  # of KV; None: as weights
     has_tied_embeddings: bool = False
-    num_experts: int = 1            # of every layer; 1: dense
+    num_experts: int = 1            # of every layer that has any; 1: dense
     num_experts_per_token: int = 1  # that the router picks
+    shared_ffn_hidden_size: int = 0  # of the expert that every token goes through besides; 0: there is none
+    num_dense_layers: int = 0       # of a mixture: layers that have an MLP, counted as the first ones
+    dense_ffn_hidden_size: int = 0  # of that MLP
+    num_mlp_matrices: int = 3       # gate, up and down; 2: there is no gate
+    num_learned_positions: int = 0  # rows of a table of positions; 0: they are computed
+    num_vector_params: int = 0      # norms and biases of one layer
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_experts_per_token <= self.num_experts:
             raise ConfigError(
                 f"model.shape.num_experts_per_token={self.num_experts_per_token} must be between 1 and "
                 f"model.shape.num_experts={self.num_experts}"
+            )
+        if self.num_dense_layers and not 0 < self.num_dense_layers < self.num_layers:
+            raise ConfigError(
+                f"model.shape.num_dense_layers={self.num_dense_layers} must be below "
+                f"model.shape.num_layers={self.num_layers}"
             )
 
     @property
@@ -41,7 +52,7 @@ class ModelShape:
     @property
     def num_expert_params(self) -> int:
         """Weights of one expert (or of the MLP): gate, up and down."""
-        return 3 * self.hidden_size * self.ffn_hidden_size
+        return self.num_mlp_matrices * self.hidden_size * self.ffn_hidden_size
 
     @property
     def num_router_params(self) -> int:
@@ -50,13 +61,39 @@ class ModelShape:
 
     @property
     def num_layer_params(self) -> int:
-        """Matmul weights of one layer, all experts."""
-        return self.num_attention_params + self.num_router_params + self.num_experts * self.num_expert_params
+        """Matmul weights of a layer, all experts; on average, where layers differ."""
+        return self.num_attention_params + round(self._mean_mlp_params(self.num_experts))
 
     @property
     def num_active_layer_params(self) -> int:
-        """Matmul weights of one layer that a token is multiplied with."""
-        return self.num_attention_params + self.num_router_params + self.num_experts_per_token * self.num_expert_params
+        """Matmul weights of a layer that a token is multiplied with; on average, where layers differ."""
+        return self.num_attention_params + round(self._mean_mlp_params(self.num_experts_per_token))
+
+    def num_params_of_layers(self, first: int, num_layers: int) -> int:
+        """Weights of consecutive layers, norms and biases too if they are known."""
+        num_dense = min(max(self.num_dense_layers - first, 0), num_layers)
+        mlps = (num_layers - num_dense) * self._num_mixture_params(self.num_experts) + num_dense * self._num_mlp_params
+        return num_layers * (self.num_attention_params + self.num_vector_params) + round(mlps)
+
+    @property
+    def num_mlp_numbers(self) -> int:
+        """Numbers that the widest layer's experts make of one token between their inputs and their outputs."""
+        of_experts = self.num_experts_per_token * self.ffn_hidden_size + self.shared_ffn_hidden_size
+        return self.num_mlp_matrices * max(of_experts, self.dense_ffn_hidden_size)
+
+    def _num_mixture_params(self, num_experts: float) -> float:
+        """Of a layer with so many of its experts."""
+        shared = self.num_mlp_matrices * self.hidden_size * self.shared_ffn_hidden_size
+        return self.num_router_params + num_experts * self.num_expert_params + shared
+
+    @property
+    def _num_mlp_params(self) -> int:
+        """Of the MLP of a layer without experts."""
+        return self.num_mlp_matrices * self.hidden_size * self.dense_ffn_hidden_size
+
+    def _mean_mlp_params(self, num_experts: float) -> float:
+        share = self.num_dense_layers / self.num_layers
+        return (1 - share) * self._num_mixture_params(num_experts) + share * self._num_mlp_params
 
     def num_experts_touched(self, num_tokens: float) -> float:
         """Experts of a layer that at least one of so many tokens is sent to, if the router spreads them evenly."""
@@ -67,8 +104,7 @@ class ModelShape:
 
     def num_touched_layer_params(self, num_tokens: float) -> float:
         """Matmul weights of one layer that a step of so many tokens has to read."""
-        experts = self.num_experts_touched(num_tokens) * self.num_expert_params
-        return self.num_attention_params + self.num_router_params + experts
+        return self.num_attention_params + self._mean_mlp_params(self.num_experts_touched(num_tokens))
 
     @property
     def num_head_params(self) -> int:
@@ -77,9 +113,10 @@ class ModelShape:
 
     @property
     def num_params(self) -> int:
-        """All matmul weights and embeddings; norms and biases are left out."""
+        """All weights and embeddings; norms and biases if they are known."""
         embeddings = self.num_head_params * (1 if self.has_tied_embeddings else 2)
-        return self.num_layers * self.num_layer_params + embeddings
+        positions = self.num_learned_positions * self.hidden_size
+        return self.num_params_of_layers(0, self.num_layers) + embeddings + positions
 
     @property
     def num_active_params(self) -> int:

@@ -58,7 +58,7 @@ def build_model(
     Raises ConfigError if the layout does not divide the model.
     """
     check_divides(config.shape(dtype.itemsize), tp=pgs.tp.size(), spp=pgs.pp.size())
-    _check_parts(config, pgs.tp.size())
+    _check_latent(config, pgs.tp.size())
     precision = fp8_config(fp8) if transformer_engine_works(device) else {}
     megatron = transformer_config(config, dtype, device, pgs, is_initialized, precision)
     tp = pgs.tp.size()
@@ -85,14 +85,14 @@ def build_model(
     return model
 
 
-def _check_parts(config: ModelConfig, tp: int) -> None:
-    """Raises ConfigError if tp does not divide what it shares out of experts and of latent attention."""
-    sizes: dict[str, int] = {}
-    if config.experts is not None:
-        sizes |= {"expert": config.experts.ffn_hidden_size, "shared expert": config.experts.shared_ffn_hidden_size}
-    if config.latent is not None:
-        sizes["latent vector with positions"] = config.latent.kv_rank + config.latent.rope_dim
-        sizes["latent query"] = config.latent.q_rank or 0
+def _check_latent(config: ModelConfig, tp: int) -> None:
+    """Raises ConfigError if tp does not divide what it shares out of latent attention."""
+    if config.latent is None:
+        return
+    sizes = {
+        "latent vector with positions": config.latent.kv_rank + config.latent.rope_dim,
+        "latent query": config.latent.q_rank or 0,
+    }
     if undivided := [f"the {name}'s width of {size}" for name, size in sizes.items() if size % tp]:
         raise ConfigError(f"parallel.tp={tp} must divide {', '.join(undivided)} of {config.name}")
 

@@ -24,6 +24,7 @@ from megatron_medha.kernels.linear.native_decoder import DecoderSizes, LayerWeig
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.linear.native_pointwise import NativePointwise
 from megatron_medha.kernels.native_build import NativeUnavailable
+from megatron_medha.model.experts import ExpertsLayer
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.packed_linear import PackedLinear, pack_linears
@@ -50,6 +51,9 @@ def use_cpu_kernels(
     if next(model.parameters()).device.type != "cpu":
         return None
     pack_linears(model, sum_over_tp, has_int8_weights=has_int8_weights, linear_backend=linear_backend)
+    for module in model.modules():
+        if isinstance(module, ExpertsLayer) and module.sum_over_tp is not None and sum_over_tp is not None:
+            module.sum_over_tp = sum_over_tp
     try:
         use_native_passes(model)
         decoder = _decoder_of(model, backend)

@@ -84,9 +84,10 @@ def hf_tensor_rows(directory: Path) -> Sequence[TensorRow]:
     return family.tensors(config)
 
 
-def hf_unread_keys(directory: Path) -> tuple[str, ...]:
-    """Endings of the names of tensors that old checkpoints keep though they follow from the config."""
-    return tuple(_family_and_config(directory)[0].unread_keys.split())
+def hf_unread_keys(directory: Path) -> str:
+    """A pattern of the names of tensors that a checkpoint of this family may hold and the model does not need."""
+    family, config = _family_and_config(directory)
+    return family.unread_keys(config)
 
 
 def _family_and_config(directory: Path) -> tuple[Family, JsonFields]:

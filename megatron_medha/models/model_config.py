@@ -21,7 +21,6 @@ class ModelConfig(ModelSpec):
             name=self.name,
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
@@ -30,7 +29,35 @@ class ModelConfig(ModelSpec):
             bytes_per_element=bytes_per_element,
             kv_bytes_per_element=kv_bytes_per_element,
             has_tied_embeddings=self.has_tied_embeddings,
+            num_mlp_matrices=3 if self.has_gate else 2,
+            num_learned_positions=self.max_context_len if self.positions == "learned" else 0,
+            num_vector_params=self._num_vector_params,
+            **self._mlp_sizes,
         )
+
+    @property
+    def _mlp_sizes(self) -> dict[str, int]:
+        experts = self.experts
+        if experts is None:
+            return {"ffn_hidden_size": self.ffn_hidden_size}
+        num_dense = sum(not has for has in experts.layers)
+        return {
+            "ffn_hidden_size": experts.ffn_hidden_size,
+            "num_experts": experts.num_experts,
+            "num_experts_per_token": experts.num_per_token,
+            "shared_ffn_hidden_size": experts.shared_ffn_hidden_size,
+            "num_dense_layers": num_dense,
+            "dense_ffn_hidden_size": self.ffn_hidden_size if num_dense else 0,
+        }
+
+    @property
+    def _num_vector_params(self) -> int:
+        """Norms and biases of a layer without experts; those of experts are few beside their weights."""
+        norms = 2 * self.hidden_size * (2 if self.has_layer_norms else 1) + 2 * self.head_dim * self.has_qk_norm
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        if self.has_linear_biases:
+            return norms + qkv + 2 * self.hidden_size + (1 + self.has_gate) * self.ffn_hidden_size
+        return norms + qkv * self.has_qkv_bias
 
 
 MAX_CONTEXT_LEN = 1 << 32

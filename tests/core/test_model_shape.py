@@ -52,3 +52,48 @@ def test_a_router_that_picks_more_experts_than_there_are_is_refused(per_token: i
             name="bad", num_layers=2, hidden_size=8, ffn_hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=4,
             vocab_size=10, max_context_len=1000, num_experts=4, num_experts_per_token=per_token,
         )  # fmt: skip
+
+
+# DeepSeek's pattern: a dense layer first, then experts beside one that every token goes through.
+MIXED = ModelShape(
+    name="mixed", num_layers=4, hidden_size=8, ffn_hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=4,
+    vocab_size=10, max_context_len=1000, num_experts=4, num_experts_per_token=2, shared_ffn_hidden_size=32,
+    num_dense_layers=1, dense_ffn_hidden_size=64, num_vector_params=5,
+)  # fmt: skip
+MIXTURE_LAYER = 192 + 32 + 4 * 384 + 3 * 8 * 32
+DENSE_LAYER = 192 + 3 * 8 * 64
+
+
+def test_layers_with_and_without_experts_are_counted_each() -> None:
+    assert MIXED.num_params_of_layers(0, 4) == DENSE_LAYER + 3 * MIXTURE_LAYER + 4 * 5
+    assert MIXED.num_params_of_layers(0, 2) == DENSE_LAYER + MIXTURE_LAYER + 2 * 5
+    assert MIXED.num_params_of_layers(2, 2) == 2 * (MIXTURE_LAYER + 5)
+    assert MIXED.num_params == MIXED.num_params_of_layers(0, 4) + 2 * 80
+
+
+def test_a_layer_is_the_average_of_all() -> None:
+    assert MIXED.num_layer_params == round((DENSE_LAYER + 3 * MIXTURE_LAYER) / 4)
+    active = 192 + 32 + 2 * 384 + 3 * 8 * 32
+    assert MIXED.num_active_layer_params == round((DENSE_LAYER + 3 * active) / 4)
+    assert MIXED.num_touched_layer_params(1) == pytest.approx((DENSE_LAYER + 3 * active) / 4)
+
+
+def test_the_widest_layer_decides_how_many_numbers_a_token_needs() -> None:
+    assert MIXED.num_mlp_numbers == 3 * max(2 * 16 + 32, 64)
+
+
+def test_an_mlp_without_a_gate_has_two_matrices_and_learned_positions_a_table() -> None:
+    shape = ModelShape(
+        name="gpt", num_layers=2, hidden_size=8, ffn_hidden_size=32, num_heads=2, num_kv_heads=2, head_dim=4,
+        vocab_size=10, max_context_len=100, num_mlp_matrices=2, num_learned_positions=100, has_tied_embeddings=True,
+    )  # fmt: skip
+    assert shape.num_params == 2 * (256 + 2 * 8 * 32) + 80 + 100 * 8
+
+
+@pytest.mark.parametrize("num_dense_layers", [-1, 2])
+def test_a_mixture_has_a_layer_with_experts(num_dense_layers: int) -> None:
+    with pytest.raises(ConfigError, match=f"num_dense_layers={num_dense_layers} must be below"):
+        ModelShape(
+            name="bad", num_layers=2, hidden_size=8, ffn_hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=4,
+            vocab_size=10, max_context_len=1000, num_experts=4, num_dense_layers=num_dense_layers,
+        )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 transformers = pytest.importorskip("transformers")
 from megatron_medha.checkpoints.detect import load_weights, read_model_config  # noqa: E402
@@ -29,6 +30,12 @@ SIZES = {
 GPT2_SIZES = {"vocab_size": 101, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}
 MULTIPLIED = {
     "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1,
+}  # fmt: skip
+MIXTURE = {"num_local_experts": 8, "num_experts_per_tok": 3}
+QWEN_MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+ROUTED = {
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True,
+    "pad_token_id": 0,
 }  # fmt: skip
 # Beside the sizes.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,6 +71,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm with biases": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 1.0}),
     "glm": ("glm", {"head_dim": 16, "pad_token_id": 0}),
     "glm without biases": ("glm", {"head_dim": 16, "pad_token_id": 0, "attention_bias": False}),
+    "mixtral": ("mixtral", MIXTURE),
+    "mixtral tied": ("mixtral", {**MIXTURE, "tie_word_embeddings": True}),
+    "qwen2_moe": ("qwen2_moe", {**QWEN_MIXTURE, "shared_expert_intermediate_size": 48}),
+    "qwen2_moe, some layers dense": ("qwen2_moe", {
+        **QWEN_MIXTURE, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+    "qwen3_moe": ("qwen3_moe", {**QWEN_MIXTURE, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe, weights of all": ("qwen3_moe", {**QWEN_MIXTURE, "head_dim": 16}),
+    "glm4_moe": ("glm4_moe", {**ROUTED, "use_qk_norm": True, "attention_bias": True, "head_dim": 16}),
+    "glm4_moe, groups": ("glm4_moe", {
+        **ROUTED, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "head_dim": 16,
+        "routed_scaling_factor": 2.5}),
+    "dots1": ("dots1", {**ROUTED, "first_k_dense_replace": 2, "n_shared_experts": 2, "head_dim": 16}),
+    "granitemoe": ("granitemoe", {**MULTIPLIED, **MIXTURE}),
+    "granitemoe tied": ("granitemoe", {**MULTIPLIED, **MIXTURE, "tie_word_embeddings": True}),
     "gemma": ("gemma", {"head_dim": 24}),
     "gemma, legacy name": ("gemma", {"head_dim": 16, "hidden_act": "gelu", "tie_word_embeddings": False}),
 }
@@ -84,7 +105,8 @@ def save_model(directory: Path, model_type: str, traits: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        choices = [buffer for name, buffer in model.named_buffers() if "e_score_correction_bias" in name]
+        for parameter in [*model.parameters(), *choices]:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(directory)
@@ -185,3 +207,23 @@ def test_a_fused_tensor_of_the_wrong_shape_is_named(tmp_path: Path, groups: Medh
     save_file(tensors | {key: tensors[key][:-1].contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"{key} has shape \[127, 64\], config.json says \[128, 64\]"):
         loaded(tmp_path, groups)
+
+
+def test_a_mixture_of_30_billion_weights_has_the_shape_that_is_planned_with(tmp_path: Path) -> None:
+    """config.json of Qwen3 30B-A3B, read as that of a tiny one, and the sizes of the same model in conf/model."""
+    fields = {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1, "eos_token_id": 2,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+        "max_position_embeddings": 262144, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+        "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000000, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
+        "vocab_size": 151936,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    shape = read_hf_config(tmp_path).shape(2)
+    conf = yaml.safe_load((Path(__file__).parents[2] / "conf/model/qwen3_30b_a3b.yaml").read_text())["shape"]
+    assert {key: getattr(shape, key) for key in conf if key != "name"} == {k: v for k, v in conf.items() if k != "name"}
+    assert shape.num_params / 1e9 == pytest.approx(30.53, abs=0.01)
+    assert shape.num_active_params / 1e9 == pytest.approx(3.04, abs=0.01)

@@ -29,6 +29,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "layers without rotary positions": ("SmolLM3", {}),
     "zero-centred norms and a gated GELU": ("Gemma", {"head_dim": 16}),
     "no gate": ("Nemotron", {}),
+    "experts": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3}),
+    "experts beside one behind a gate": ("Qwen2Moe", {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 32,
+    }),
+    "experts in groups after a dense layer": ("Glm4Moe", {
+        "n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "n_group": 4, "topk_group": 2,
+        "head_dim": 16,
+    }),
 }
 
 
@@ -37,6 +45,13 @@ def config_of(directory: Path, layout: ParallelLayout) -> RankConfig:
         layout=layout, server_endpoint="", checkpoint=str(directory), model=ModelOptions(device="cpu"),
         kv_memory_bytes=1 << 20,
     )
+
+
+@pytest.mark.parametrize("layout", ["tp=1 spp=1 kvp=2", "tp=2 spp=1 kvp=2"])
+def test_experts_are_the_same_model_over_kvp_ranks(layout: str, ranks: RankProcesses, tmp_path: Path) -> None:
+    reference = save_model(tmp_path, "Mixtral", num_local_experts=8, num_experts_per_tok=3)
+    outcome = walk(random_case(LAYOUTS[layout], 3, num_requests=3), ranks, tmp_path, reference)
+    assert outcome.most_kvp_ranks == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -51,7 +51,8 @@ class MemoryFootprint:
 
 def _undivided(model: ModelShape, tp: int, spp: int) -> str:
     """The sizes of a model that the degrees do not divide, in words; empty if they divide all."""
-    counts = {key: getattr(model, key) for key in ("num_heads", "num_kv_heads", "ffn_hidden_size")}
+    sizes = ("num_heads", "num_kv_heads", "ffn_hidden_size", "shared_ffn_hidden_size", "dense_ffn_hidden_size")
+    counts = {key: getattr(model, key) for key in sizes}  # 0 is divided by any
     reasons = []
     if undivided := [f"model.{key}={count}" for key, count in counts.items() if count % tp]:
         reasons.append(
@@ -119,16 +120,18 @@ def stage_footprint(
             "give bytes, or take another hardware"
         )
     tp, layers = layout.tp, shape.num_stage_layers(stage, layout.spp)
-    params = layers * shape.num_layer_params
+    before = sum(shape.num_stage_layers(each, layout.spp) for each in range(stage))
+    params = shape.num_params_of_layers(before, layers)
     is_first, is_last = stage == 0, stage == layout.spp - 1
     if is_first:
-        params += shape.num_head_params  # the embedding has the head's size
+        # The embedding has the head's size.
+        params += shape.num_head_params + shape.num_learned_positions * shape.hidden_size * tp  # on every rank whole
     if is_last and not (is_first and shape.has_tied_embeddings):
         params += shape.num_head_params
     # The residual, its norm, a layer's input and output; queries, keys, values and the attention's output;
     # gate, up and their product, of one layer at a time.
     widths = 4 * shape.hidden_size + (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim / tp
-    widths += 3 * shape.ffn_hidden_size * shape.num_experts_per_token / tp
+    widths += shape.num_mlp_numbers / tp
     activations = reserve.max_batch_tokens * widths * ACTIVATION_BYTES
     if is_last:
         activations += min(reserve.max_num_sequences, reserve.max_batch_tokens) * shape.vocab_size * _LOGIT_BYTES

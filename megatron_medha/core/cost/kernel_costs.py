@@ -33,7 +33,7 @@ class LinearKernels:
         # Read and written besides weights: two norms (2 tensors each) and two sums (3 each) of the hidden state, which
         # every tp rank does in full; gate, up and their product; rotation of the queries (2 in, 2 out).
         widths = 10 * shape.hidden_size + 4 * shape.num_heads * shape.head_dim / tp
-        widths += 3 * shape.ffn_hidden_size * shape.num_experts_per_token / tp
+        widths += shape.num_mlp_numbers / tp
         if not self._is_dense:
             widths += 4 * shape.hidden_size * shape.num_experts_per_token  # tokens to their experts and back
         link = hardware.link(tp)

@@ -64,7 +64,8 @@ class Family:
     tensors: TensorTable
     # Which layers have the field sliding_window; empty: none.
     windowed_layers: Callable[[JsonFields], tuple[bool, ...]] = lambda _: NO_LAYER_WINDOWED
-    unread_keys: str = ""  # endings of the names of tensors that follow from the config
+    # A pattern of the names of tensors that are stored and not needed; empty: all are.
+    unread_keys: Callable[[JsonFields], str] = lambda _: ""
 
 
 def all_layers(config: JsonFields) -> tuple[bool, ...]:

@@ -50,5 +50,5 @@ GPT2 = Family(
         "ffn_hidden_size": config.integer("intermediate_size", 4 * config.integer("hidden_size")),
     },
     tensors=_rows,
-    unread_keys=".attn.bias .attn.masked_bias",
+    unread_keys=lambda _: r".*\.attn\.(masked_)?bias",  # which tokens each one sees
 )  # fmt: skip
