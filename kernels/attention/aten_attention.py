@@ -40,6 +40,7 @@ class AtenAttention(AttentionBackend):
     """Attention backend `aten`."""
 
     name = "aten"
+    reads_by_slots = True
 
     def allocate(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype

@@ -50,6 +50,7 @@ class AttentionBackend(Protocol):
     is_native = False           # its plans and pools are those of the C++ library, whose other functions take them too
     rotates = False             # there is attend_rotating
     stores_fp8 = False          # its pool may be float8_e4m3
+    reads_by_slots = False      # a table of its ranges may begin anywhere in a block, as windows do
     has_padded_plans = False    # its plans fit the fixed lengths of a CUDA graph
 
     @classmethod

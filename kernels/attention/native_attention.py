@@ -45,6 +45,7 @@ class NativeAttention(AttentionBackend):
     """Attention backend `native`."""
 
     name = "native"
+    reads_by_slots = True
     is_native = True
 
     def __init__(self, target: str | None = None) -> None:

@@ -66,6 +66,15 @@ class SlotTable:
         ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def part(self, start: int, end: int) -> SlotTable:
+        """A table of the tokens [start, end) alone, from the first of them on, wherever in a block."""
+        found = SlotTable(1)  # in slots, not in blocks
+        for token, slot, count in self._runs:
+            first, last = max(start, token), min(end, token + count)
+            if first < last:
+                found.append([(slot + first - token, last - first)])
+        return found
+
     def runs_in_order(self) -> np.ndarray:
         """All runs in the order of their tokens, int64 [R, 2] of (first token, first slot); a view that stays true."""
         return self._in_order[: len(self._runs)]

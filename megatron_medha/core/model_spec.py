@@ -134,6 +134,10 @@ class ModelSpec:
         """Numbers of them that do turn."""
         return self.rope_width if self.rotary_dim is None else self.rotary_dim
 
+    def is_windowed(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has the window."""
+        return self.window is not None and (not self.window_layers or self.window_layers[layer])
+
     def num_cached_heads(self, tp: int) -> int:
         """Key/value heads in the KV cache of each of tp ranks; a latent vector is one, on all of them."""
         return self.num_kv_heads // tp if self.latent is None else 1

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_medha.kernels.attention.backend import LayerKV
+from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.attention.merge import with_sinks
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary, rotate
@@ -26,25 +26,32 @@ def attend(
     layer: LayerKV,
     scale: float,
     sinks_H: Tensor | None = None,
+    *,
+    is_windowed: bool = False,
 ) -> Tensor:
     """Write the batch's keys and values to this layer's KV and attend over it, as over other kvp ranks'; out_THD.
 
     sinks_H: a score for each head that takes its part of the softmax and brings no value; None: there is none.
     """
+    plan = batch.window_plan if is_windowed else batch.plan
     if batch.shared is None:
-        return _attend_alone(batch, q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)
-    first_row, attention = batch.shared.first_row, batch.shared.attention
+        return _attend_alone(batch.backend, plan, q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)
+    first_row = batch.shared.first_row
+    attention = batch.shared.windowed if is_windowed else batch.shared.attention
+    assert attention is not None
     if not first_row:
         return attention.attend(q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)
     alone, shared = slice(0, first_row), slice(first_row, None)
     merged = attention.begin(q_TKGD[shared], k_TKD[shared], v_TKD[shared], layer, scale, sinks_H)
     # What no other rank has a part in is computed while theirs is on its way.
-    out_THD = _attend_alone(batch, q_TKGD[alone], k_TKD[alone], v_TKD[alone], layer, scale, sinks_H)
+    parts = (q_TKGD[alone], k_TKD[alone], v_TKD[alone])
+    out_THD = _attend_alone(batch.backend, plan, *parts, layer, scale, sinks_H)
     return torch.cat((out_THD, merged()))
 
 
 def _attend_alone(
-    batch: PackedBatch,
+    backend: AttentionBackend,
+    plan: Any,
     q_TKGD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
@@ -53,8 +60,8 @@ def _attend_alone(
     sinks_H: Tensor | None,
 ) -> Tensor:
     if sinks_H is None:
-        return batch.backend.attend(batch.plan, q_TKGD, k_TKD, v_TKD, layer, scale)
-    out_THD, lse_TH = batch.backend.attend_with_lse(batch.plan, q_TKGD, k_TKD, v_TKD, layer, scale)
+        return backend.attend(plan, q_TKGD, k_TKD, v_TKD, layer, scale)
+    out_THD, lse_TH = backend.attend_with_lse(plan, q_TKGD, k_TKD, v_TKD, layer, scale)
     return with_sinks(out_THD, lse_TH, sinks_H)[0]
 
 

@@ -75,6 +75,7 @@ class GeneralCoreAttention(torch.nn.Module):
         """Say which model's layer this is. layer_index: on this pipeline stage."""
         no_rope = spec.no_rope_layers[self.layer_number - 1] if spec.no_rope_layers else False
         self._is_rotated = spec.positions == "rotary" and not no_rope
+        self.is_windowed = spec.is_windowed(self.layer_number - 1)
         if spec.softmax_scale is not None:
             self.scale = spec.softmax_scale
         self._num_rotated, self._is_interleaved = spec.num_rotated, spec.is_rotary_interleaved
@@ -89,7 +90,9 @@ class GeneralCoreAttention(torch.nn.Module):
             q_THD, k_TKD = self.rotated(q_THD, rotation), self.rotated(k_TKD, rotation)
         q_TKGD = q_THD.unflatten(1, (k_TKD.shape[1], -1))
         layer = self.batch.kv_layers[self.layer_index]
-        out_THD = attend(self.batch, q_TKGD, k_TKD, v_TKD, layer, self.scale, self.softmax_offset)
+        out_THD = attend(
+            self.batch, q_TKGD, k_TKD, v_TKD, layer, self.scale, self.softmax_offset, is_windowed=self.is_windowed
+        )
         return out_THD.flatten(1).unsqueeze(1)
 
     def rotated(self, x_THD: Tensor, rotation: Rotation) -> Tensor:

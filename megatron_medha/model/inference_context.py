@@ -20,6 +20,7 @@ class SharedRows:
 
     first_row: int
     attention: SharedAttention  # of these rows alone
+    windowed: SharedAttention | None = None  # the same in layers with a window
 
 
 class PackedBatch(BaseInferenceContext):
@@ -33,6 +34,7 @@ class PackedBatch(BaseInferenceContext):
         *,
         backend: AttentionBackend,
         plan: Any,
+        window_plan: Any = None,
         kv_layers: Sequence[LayerKV],
         rotation: Rotation,
         positions_T: Tensor | None = None,
@@ -43,6 +45,7 @@ class PackedBatch(BaseInferenceContext):
     ) -> None:
         """plan: the backend's own, from `backend.plan`, for the rows before `shared`; None when there are none.
 
+        window_plan: the same for layers with a window.
         kv_layers: of this pipeline stage, in order.
         positions_T: int64, of models with learned positions; others have them in `rotation`.
         logit_rows: int64, the rows whose logits the model returns.
@@ -53,6 +56,7 @@ class PackedBatch(BaseInferenceContext):
         super().__init__(materialize_only_last_token_logits=True)
         self.backend = backend
         self.plan = plan
+        self.window_plan = window_plan
         self.kv_layers = kv_layers
         self.rotation = rotation
         self.positions_T = positions_T

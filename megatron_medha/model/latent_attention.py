@@ -54,7 +54,10 @@ class LatentSelfAttention(MLASelfAttention):
         q_T1HD = torch.cat((q_THL, q_THR), dim=-1).unsqueeze(1)
         layer = inference_context.kv_layers[core.layer_index]
         # The value is the key's first L numbers; what the others bring is cut off.
-        out_THL = attend(inference_context, q_T1HD, kv_T1D, kv_T1D, layer, core.scale)[..., : config.kv_lora_rank]
+        out_THD = attend(
+            inference_context, q_T1HD, kv_T1D, kv_T1D, layer, core.scale, is_windowed=core.is_windowed
+        )
+        out_THL = out_THD[..., : config.kv_lora_rank]
         out_THV = torch.einsum("thl,hvl->thv", out_THL, self.value_HVL)
         output: tuple[Tensor, Tensor | None] = self.linear_proj(out_THV.flatten(1).unsqueeze(1))
         return output

@@ -50,7 +50,6 @@ REQUIREMENTS = (
     Requirement("position_embedding_type", lambda v: _is_one_of(POSITIONS, v), f"one of {', '.join(POSITIONS)} is"),
     Requirement("normalization", lambda v: _is_one_of(_NORMS, v), f"one of {', '.join(_NORMS)} is"),
     Requirement("softmax_type", lambda v: _is_one_of(SOFTMAX, v), "vanilla, learnable and off-by-one are"),
-    Requirement("window_size", lambda v: v is None, "every layer must see the whole context"),
     Requirement("spec", lambda v: v is None, "layers of the training script's own are not known here"),
     *(
         Requirement(name, lambda v: not v, reason)

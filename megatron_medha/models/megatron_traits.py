@@ -29,6 +29,7 @@ def traits_of(fields: JsonFields) -> dict[str, Any]:
         "has_output_gate": fields.flag("attention_output_gate"),
         "softmax_scale": None if scale == fields.integer("kv_channels") ** -0.5 else scale,
         "softmax": SOFTMAX[fields.fields.get("softmax_type")],
+        **_window(fields),
         **_activation(fields),
     }
 
@@ -127,6 +128,28 @@ def llama3_scaling(factor: float) -> RopeScaling:
     return RopeScaling(
         kind="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context_len=8192
     )
+
+
+def _window(fields: JsonFields) -> dict[str, Any]:
+    """--window-size: tokens before a query's own that it sees, and after; --window-attn-skip-freq: in which layers."""
+    size, skipped = fields.fields.get("window_size"), fields.fields.get("window_attn_skip_freq")
+    if not size:
+        return {}
+    is_pair = isinstance(size, list | tuple) and len(size) == 2 and all(type(each) is int for each in size)
+    if not is_pair or size[0] < 0 or size[1] != 0:
+        raise fields.wrong("window_size", "a number of tokens before a query, and 0 after it")
+    window, num_layers = size[0] + 1, fields.integer("num_layers")
+    if window >= fields.integer("max_position_embeddings"):
+        return {}
+    if skipped is None:
+        return {"window": window}
+    if type(skipped) is int and skipped > 0:
+        layers = tuple(number % skipped != 0 for number in range(1, num_layers + 1))
+    elif isinstance(skipped, list) and len(skipped) == num_layers and all(each in (0, 1) for each in skipped):
+        layers = tuple(bool(each) for each in skipped)
+    else:
+        raise fields.wrong("window_attn_skip_freq", f"a whole number, or 0 or 1 for each of {num_layers} layers")
+    return {"window": window, "window_layers": layers} if any(layers) else {}
 
 
 def _activation(fields: JsonFields) -> dict[str, Any]:

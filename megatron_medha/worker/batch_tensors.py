@@ -22,6 +22,7 @@ from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
 from megatron_medha.parallel.shm_channel import ShmChannel
 from megatron_medha.worker.prompt_rows import PromptRows
 from megatron_medha.worker.token_store import StoredRequest
+from megatron_medha.worker.windows import windowed_ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,16 @@ class KVShards:
             return QueryRange(first_row, chunk.num_tokens, self.shard_tokens, table, is_written=False)
         context = context_in(len(chunk.kvp_ranks) - 1, chunk.start, self.shard_tokens)
         return QueryRange(first_row, chunk.num_tokens, context, table)
+
+    def windowed(self, chunks: Sequence[Chunk], ranges: Sequence[QueryRange], window: int) -> tuple[QueryRange, ...]:
+        """The chunks' ranges in layers where a token sees `window` tokens, itself included."""
+        return tuple(
+            each
+            for chunk, found in zip(chunks, ranges, strict=True)
+            for each in windowed_ranges(
+                found, chunk.start, chunk.kvp_ranks.index(self.kvp_rank) * self.shard_tokens, window
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +146,19 @@ def step_tensors(
     shards: KVShards,
     staging: Staging,
     before_layer: Callable[[], None] | None = None,
+    window: int | None = None,
 ) -> StepTensors:
-    """A packed step on its way to the device, by `staging`; nothing waits for the device."""
+    """A packed step on its way to the device, by `staging`; nothing waits for the device.
+
+    window: of the layers that have one; None: none has.
+    """
     hidden_rows, ranges = host.hidden_rows, host.ranges
+    alone, shared = ranges[: plan.num_alone], ranges[plan.num_alone :]
+    window_alone, window_shared = (), ()
+    if window is not None:
+        in_order = [chunks[index][0] for index in plan.order]
+        window_alone = shards.windowed(in_order[: plan.num_alone], alone, window)
+        window_shared = shards.windowed(in_order[plan.num_alone :], shared, window)
     token_ids_T, positions_T, lengths_T, logit_rows_R, hidden_rows_P = staging.upload(
         [
             host.token_ids_T,
@@ -149,13 +170,14 @@ def step_tensors(
     )
     batch = PackedBatch(
         backend=backend,
-        plan=backend.plan(ranges[: plan.num_alone]) if plan.num_alone else None,
+        plan=backend.plan(alone) if alone else None,
+        window_plan=backend.plan(window_alone) if window_alone else None,
         kv_layers=kv_layers,
         rotation=rotary.at(positions_T, lengths_T),
         positions_T=positions_T,
         logit_rows=logit_rows_R,
         hidden_rows=hidden_rows_P if hidden_rows else None,
-        shared=_shared_rows(chunks, ranges[plan.num_alone :], plan, backend, shards) if plan.shared else None,
+        shared=_shared_rows(chunks, shared, window_shared, plan, backend, shards) if shared else None,
         before_layer=before_layer,
     )
     return StepTensors(token_ids_T.unsqueeze(0), batch, host.sampling_requests, host.prompt_rows)
@@ -164,6 +186,7 @@ def step_tensors(
 def _shared_rows(
     chunks: Sequence[tuple[Chunk, StoredRequest]],
     ranges: Sequence[QueryRange],
+    window_ranges: Sequence[QueryRange],
     plan: StagePlan,
     backend: AttentionBackend,
     shards: KVShards,
@@ -174,6 +197,10 @@ def _shared_rows(
         num_rows = sum(chunks[index][0].num_tokens for index in indices)
         sets.append(RankSet(kvp_ranks, row, num_rows))
         row += num_rows
-    plan_of_rows = backend.plan([found._replace(first_row=found.first_row - first_row) for found in ranges])
     exchange = KVExchange(shards.group, sets, shards.shared_slots)
-    return SharedRows(first_row, SharedAttention(backend, plan_of_rows, exchange))
+
+    def attention(found: Sequence[QueryRange]) -> SharedAttention:
+        of_rows = [each._replace(first_row=each.first_row - first_row) for each in found]
+        return SharedAttention(backend, backend.plan(of_rows), exchange)
+
+    return SharedRows(first_row, attention(ranges), attention(window_ranges) if window_ranges else None)

@@ -304,6 +304,7 @@ class Rank:
             shards=self.shards,
             staging=self._staging,
             before_layer=self.before_layer,
+            window=self._config.window,
         )
         if hidden_T1C is not None:
             self.model.set_input_tensor(hidden_T1C)

@@ -22,8 +22,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 RECORDED = Path(__file__).parents[1] / "models" / "megatron_args"
@@ -125,21 +127,31 @@ class OnePlusNorm(torch.nn.Module):
         return (wide if self.bias is None else wide + self.bias.double()).to(x.dtype)
 
 
-class PlainAttention(torch.nn.Module):
-    """Causal attention with its softmax in fp64: Megatron's own takes no values of another width than keys."""
+class PlainAttention(DotProductAttention):
+    """Causal attention with its softmax in fp64.
 
-    def __init__(self, softmax_scale: float, **_: Any) -> None:
-        super().__init__()
-        self.scale = softmax_scale
+    Megatron's own takes no values of another width than keys, and makes the mask of a window on a GPU.
+    """
+
+    def __init__(self, *, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        config = self.config
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+        self.most_keys = config.window_size[0] + 1 if has_window else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        scores = torch.einsum("sbhd,tbhd->bhst", query.double(), key.double()) * self.scale
+        group = query.shape[2] // key.shape[2]
+        key, value = key.repeat_interleave(group, dim=2), value.repeat_interleave(group, dim=2)
+        scores = torch.einsum("sbhd,tbhd->bhst", query.double(), key.double()) * self.softmax_scale
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        if self.most_keys is not None:
+            hidden |= torch.ones_like(hidden).tril(-self.most_keys)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if self.softmax_offset is not None:
+            beside = self.softmax_offset.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, beside), dim=-1)
+        weights = scores.softmax(-1)[..., : len(key)]
         return torch.einsum("bhst,tbhd->sbhd", weights, value.double()).flatten(2).to(query.dtype)
-
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        return {}
 
 
 def megatron_model(args: argparse.Namespace, pgs: Any) -> GPTModel:
@@ -161,7 +173,7 @@ def megatron_model(args: argparse.Namespace, pgs: Any) -> GPTModel:
                 for slot, module in vars(part).items():
                     if module is WrappedTorchNorm:
                         setattr(part, slot, OnePlusNorm)
-    if config.multi_latent_attention:
+    if config.multi_latent_attention or config.window_size:
         for layer in block.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = PlainAttention
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -14,6 +15,7 @@ from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.worker.windows import windowed_ranges
 
 
 @dataclass
@@ -29,11 +31,14 @@ class Prompt:
 class PagedRun:
     """Our model over a pool of blocks; every row's logits are kept."""
 
-    def __init__(self, model: GPTModel, config: ModelConfig, *, block_size: int, num_slots: int = 5120) -> None:
+    def __init__(
+        self, model: GPTModel, config: ModelConfig, *, block_size: int, num_slots: int = 5120, backend: str = "auto"
+    ) -> None:
         self.model = model
         self.block_size = block_size
-        self.backend = attention_backend("auto", torch.device("cpu"))
+        self.backend = attention_backend(backend, torch.device("cpu"))
         self.rotary = Rotary(config)
+        self.window = config.window
         self.kv_layers = [
             self.backend.allocate(
                 num_slots // block_size, block_size, config.num_cached_heads(1), config.cached_head_dim,
@@ -66,6 +71,7 @@ class PagedRun:
         batch = PackedBatch(
             backend=self.backend,
             plan=self.backend.plan(ranges),
+            window_plan=self.window_plan(ranges),
             kv_layers=self.kv_layers,
             rotation=self.rotary.at(positions_T),
             positions_T=positions_T,
@@ -80,3 +86,10 @@ class PagedRun:
             prompt.logits.append(logits_TV[row : row + count])
             prompt.num_computed += count
             row += count
+
+    def window_plan(self, ranges: list[QueryRange]) -> Any:
+        """As worker/batch_tensors.py makes it."""
+        if self.window is None:
+            return None
+        window = self.window
+        return self.backend.plan([part for each in ranges for part in windowed_ranges(each, each.start, 0, window)])

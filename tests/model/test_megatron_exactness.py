@@ -87,6 +87,10 @@ MODELS: dict[str, dict[str, Any]] = {
         **MOE, "quick_geglu": True, "swiglu": False, "activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0,
         "add_bias_linear": True, "softmax_type": "learnable",
     },
+    "window": {"window_size": [15, 0]},
+    "window of the token alone": {"window_size": [0, 0], "add_qkv_bias": True},
+    "window in two layers of four": {"window_size": [39, 0], "window_attn_skip_freq": 2, "softmax_type": "learnable"},
+    "window in latent attention": {**MLA, "window_size": [20, 0], "window_attn_skip_freq": [1, 0, 0, 1]},
     "latent attention": MLA,
     "latent attention without a latent query": {**MLA, "q_lora_rank": None, "qk_layernorm": False},
     "deepseek": DEEPSEEK,
@@ -114,9 +118,12 @@ def pair(request: pytest.FixtureRequest, pgs: MedhaPGs, tmp_path_factory: pytest
     yield saved_and_loaded(MODELS[request.param], pgs, tmp_path_factory.mktemp("model"))
 
 
-def saved_and_loaded(options: dict[str, Any], pgs: MedhaPGs, directory: Path) -> Pair:
-    args = recorded_args("0.16.0", **options)
-    theirs = megatron_model(args, pgs)
+def saved_and_loaded(
+    options: dict[str, Any], pgs: MedhaPGs, directory: Path, *, version: str = "0.16.0", theirs: Any = None
+) -> Pair:
+    """theirs: Megatron's model of these arguments; None: it is made."""
+    args = recorded_args(version, **options)
+    theirs = megatron_model(args, pgs) if theirs is None else theirs
     save_megatron(theirs, args, directory)
     config = read_model_config(directory)
     served = build_model(config, dtype=torch.float32, device=CPU, pgs=pgs, is_initialized=False)
@@ -152,6 +159,21 @@ def test_chunks_decodes_and_new_prompts_share_batches_exactly(pair: Pair) -> Non
         if not work:
             break
         run.step(work)
+    for prompt in prompts:
+        assert_exact(pair, prompt)
+
+
+@pytest.mark.parametrize("backend", ["native", "aten"])
+@pytest.mark.parametrize("window", [1, 2, 16, 17, 70, 4000])
+def test_a_window_of_any_length_is_exact_in_every_cpu_backend(
+    window: int, backend: str, pgs: MedhaPGs, tmp_path: Path
+) -> None:
+    pair = saved_and_loaded({"window_size": [window - 1, 0], "window_attn_skip_freq": 2}, pgs, tmp_path)
+    assert pair.config.window == window
+    run = PagedRun(pair.served, pair.config, block_size=16, backend=backend)
+    prompts = [run.add(random_ids(length, length), num_extents=2) for length in (120, 65)]
+    for counts in ((40, 16), (1, 1), (60, 48), (19, None)):
+        run.step([(prompt, count) for prompt, count in zip(prompts, counts, strict=True) if count])
     for prompt in prompts:
         assert_exact(pair, prompt)
 

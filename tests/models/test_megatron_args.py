@@ -61,6 +61,8 @@ SERVED: dict[str, dict[str, Any]] = {
     },
     "learned": {"positions": "learned"},
     "nope": {"positions": "none"},
+    "window": {"window": 17},
+    "window_skip": {"window": 17, "window_layers": (True, False, True, False)},
     "moe": {"experts": Experts(num_experts=4, num_per_token=2, ffn_hidden_size=96)},
     "mla": {
         "num_kv_heads": 4, "head_dim": 192, "is_rotary_interleaved": True,
@@ -73,8 +75,6 @@ SERVED: dict[str, dict[str, Any]] = {
 REFUSED = {
     "mup": "use_mup",
     "mup_mults": "use_mup",
-    "window": "window_size",
-    "window_skip": "window_size",
     "post_residual": "apply_residual_connection_post_layernorm",
     "clamp": "activation_func_clamp_value",  # with --swiglu, whose fused kernel does not clamp
     "glu_offset": "glu_linear_offset",
@@ -166,6 +166,16 @@ def test_what_changes_a_mixture_of_experts_is_refused_where_there_is_one(changes
         read(BY_VERSION["main"]["moe"] | changes)
 
 
+@pytest.mark.parametrize("value", [[16, 16], [-1, 0], [16], "16", 16, [16.0, 0]])
+def test_a_window_that_is_none_of_the_last_tokens_is_refused(value: Any):
+    with pytest.raises(CheckpointError, match=r"args\.window_size="):
+        read(NEWEST | {"window_size": value})
+
+
+def test_a_window_as_long_as_the_context_is_none():
+    assert read(NEWEST | {"window_size": [NEWEST["max_position_embeddings"] - 1, 0]}) == read(NEWEST)
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -183,8 +193,8 @@ def test_latent_attention_that_is_not_whole_is_refused_by_name(changes: dict[str
 
 def test_all_reasons_are_given_at_once():
     with pytest.raises(UnsupportedModelError) as caught:
-        read(BY_VERSION["main"]["mup"] | {"window_size": [16, 0], "logit_scale": 0.5, "spec": ["m", "s"]})
-    for key in ("use_mup", "window_size", "logit_scale", "spec"):
+        read(BY_VERSION["main"]["mup"] | {"rotary_base_per_layer": [1, 2], "logit_scale": 0.5, "spec": ["m", "s"]})
+    for key in ("use_mup", "rotary_base_per_layer", "logit_scale", "spec"):
         assert f"args.{key}=" in str(caught.value)
 
 

@@ -34,7 +34,8 @@ def saved(options: dict[str, Any], pgs: MedhaPGs, directory: Path) -> Reference:
     "name",
     [
         "gpt", "nemotron", "interleaved partial", "no rope in every second layer", "sinks", "mixtral",
-        "experts as in qwen2", "experts as in gpt-oss", "latent attention", "deepseek",
+        "experts as in qwen2", "experts as in gpt-oss", "latent attention", "deepseek", "window",
+        "window in two layers of four",
     ],
 )  # fmt: skip
 def test_every_layout_has_megatrons_logits_and_tokens(

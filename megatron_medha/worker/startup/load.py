@@ -78,6 +78,8 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if model_config.window is not None and not backend.reads_by_slots:
+        raise ConfigError(f"attention_backend={backend.name}: has no layers with a window; native and aten have")
     block_size = options.block_size or backend.block_size
     check_shard_tokens(config.max_tokens_per_shard, config.kv, block_size)
     kv_dtype = kv_dtype_of(options.kv_dtype, dtype, backend)
