@@ -86,11 +86,12 @@ def prompt(num_tokens: int, rng: random.Random) -> list[int]:
     return rng.choices(range(FIRST_ID, VOCAB_SIZE), k=num_tokens)
 
 
-async def warm_up(endpoint: Endpoint) -> None:
-    """Whatever a server puts off until its first requests, or learns from them; the same for all."""
+async def warm_up(endpoint: Endpoint, most_tokens: int) -> None:
+    """Whatever a server puts off until its first requests, or learns from them; the same for all that can take it."""
     rng = random.Random("warm")
     for num_tokens in (64, 256, 1024, 4096):
-        await endpoint.ask(prompt(num_tokens, rng), 16)
+        if num_tokens <= most_tokens:
+            await endpoint.ask(prompt(num_tokens, rng), 16)
     await asyncio.gather(*(endpoint.ask(prompt(128, rng), 32) for _ in range(8)))
 
 

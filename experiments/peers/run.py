@@ -176,7 +176,7 @@ def _run(
             log = args.out / f"{one.server}.log"
             with peer(server, args.peers.resolve(), checkpoint, log) as (running, flags):
                 endpoint = Endpoint(running.port, server.knows_priority, server.turn_fields)
-                asyncio.run(warm_up(endpoint))
+                asyncio.run(warm_up(endpoint, server.warm_up_tokens))
                 bar.update(START_S)
                 for cell in one.cells:
                     bar.set_postfix_str(f"{cell.server} {cell.load} seed {cell.seed}")

@@ -33,6 +33,7 @@ class Server:
     environment: Callable[[Path], dict[str, str]] = lambda peers: {}
     ready_path: str = "/health"
     knows_priority: bool = False   # shorts are sent with priority 0, longs with 1: the caller has to know
+    warm_up_tokens: int = 4096     # the longest prompt before anything is measured
     turn_fields: Mapping[str, object] = field(default_factory=lambda: _LIKE_VLLM)
 
     @property
@@ -139,7 +140,8 @@ def _llama(
         return {} if with_bf16 else {"LD_LIBRARY_PATH": str(peers / "llama.cpp" / "build-no-bf16" / "bin")}
 
     install = partial(install_llama, weights=weights, with_bf16=with_bf16)
-    return Server(name, install, command, environment, turn_fields=_LIKE_LLAMA)
+    warm_up_tokens = min(4096, slot_tokens // 2)
+    return Server(name, install, command, environment, warm_up_tokens=warm_up_tokens, turn_fields=_LIKE_LLAMA)
 
 
 @contextmanager
