@@ -18,8 +18,6 @@ class Streamed:
     sent_s: float
     token_times_s: list[float] = field(default_factory=list)
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)   # of the output, where the request asks for them
-    num_cached_tokens: int | None = None                 # of the prompt; None: the server does not report it
     error: str | None = None
 
     @property
@@ -69,7 +67,6 @@ async def complete(
                 if line.startswith(b"data: {"):
                     now_s = time.monotonic()
                     event = json.loads(line[6:])
-                    _note_ids_and_hits(result, event)
                     if "error" in event:
                         result.error = event["error"]["message"]
                     elif event.get("choices") and (event["choices"][0]["text"] or not may_join_tokens):
@@ -85,15 +82,6 @@ async def complete(
     if result.error is None and not is_whole:
         result.error = f"{num_pieces} tokens instead of {max_tokens}"
     return result
-
-
-def _note_ids_and_hits(result: Streamed, event: Mapping[str, Any]) -> None:
-    """Output token ids as OpenAI-like servers stream them, or llama.cpp; cached tokens of the last usage report."""
-    choices = event.get("choices") or [{}]
-    result.token_ids += choices[0].get("token_ids") or event.get("__verbose", {}).get("tokens") or []
-    details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
-    if details.get("cached_tokens") is not None:
-        result.num_cached_tokens = details["cached_tokens"]
 
 
 async def answered(port: int, prompt: list[int], max_tokens: int, **options: Any) -> Streamed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -28,18 +27,10 @@ class Endpoint:
 
     port: int
     knows_priority: bool
-    turn_fields: Mapping[str, object] = field(default_factory=dict)   # of a body: report token ids and cached tokens
 
     async def ask(self, tokens: list[int], num_outputs: int, *, is_long: bool = False) -> Streamed:
         """One request to its end."""
-        return await self._ask(tokens, num_outputs, {"priority": int(is_long)} if self.knows_priority else {})
-
-    async def ask_turn(self, tokens: list[int], num_outputs: int) -> Streamed:
-        """A turn of a session, with the ids of its output and its hits as the server reports them."""
-        priority = {"priority": 0} if self.knows_priority else {}
-        return await self._ask(tokens, num_outputs, {**priority, **self.turn_fields})
-
-    async def _ask(self, tokens: list[int], num_outputs: int, fields: Mapping[str, object]) -> Streamed:
+        fields = {"priority": int(is_long)} if self.knows_priority else None
         return await answered(self.port, tokens, num_outputs, timeout_s=1800.0, may_join_tokens=True, fields=fields)
 
 
@@ -47,7 +38,7 @@ class Endpoint:
 class Turn:
     """One turn of a session as its client saw it."""
 
-    session: int
+    session: str
     number: int                     # 0: the first, which nothing is cached of
     num_reusable_tokens: int        # of its prompt: computed by the turns before it
     num_prompt_tokens: int
@@ -79,6 +70,12 @@ class Seen:
         self.short_ttft_s.append(stream.ttft_s)
         times_s = stream.token_times_s
         self.short_gaps_s += [later - sooner for sooner, later in zip(times_s, times_s[1:], strict=False)]
+
+    def add_turn(self, turn: Turn) -> None:
+        """A turn that ended."""
+        self.turns.append(turn)
+        self.num_prompt_tokens += turn.num_prompt_tokens
+        self.num_output_tokens += turn.num_output_tokens
 
 
 def prompt(num_tokens: int, rng: random.Random) -> list[int]:
@@ -151,6 +148,7 @@ class Mixed:
     num_requests: int
     rate: float                    # requests a second
     long_tokens: tuple[int, int]
+    text: str = "mixed"            # of the same name: the same prompts, which a prefix cache finds
 
     def arrivals(self, seed: int) -> list[Arrival]:
         """Every 20th is long, at a drawn place, so that all seeds have the same mix."""
@@ -167,7 +165,7 @@ class Mixed:
 
     async def run(self, endpoint: Endpoint, seed: int) -> Seen:
         """TTFT from the moment of sending, which is that of the arrival to within a millisecond."""
-        rng, seen = random.Random(f"{seed}/mixed"), Seen()
+        rng, seen = random.Random(f"{seed}/{self.text}"), Seen()
         arrivals = self.arrivals(seed)
         prompts = [prompt(arrival.num_prompt_tokens, rng) for arrival in arrivals]
         started_s = time.monotonic()

@@ -234,6 +234,5 @@ def load_of(
     sessions = Sessions(low, high, think_s or store.think_s(rate_from, cell.load, utilisation))
     if kind == "sessions":
         return sessions
-    return BesideSessions(
-        Mixed(sizes.num_requests, rate or store.rate(rate_from, LONGS_8K, sizes.utilisation), LONGS_8K), sessions
-    )
+    stream_rate = rate or store.rate(rate_from, LONGS_8K, sizes.utilisation)
+    return BesideSessions(Mixed(sizes.num_requests, stream_rate, LONGS_8K, text="mixed beside sessions"), sessions)

@@ -175,7 +175,7 @@ def _run(
             bar.set_postfix_str(f"starting {one.server}")
             log = args.out / f"{one.server}.log"
             with peer(server, args.peers.resolve(), checkpoint, log) as (running, flags):
-                endpoint = Endpoint(running.port, server.knows_priority, server.turn_fields)
+                endpoint = Endpoint(running.port, server.knows_priority)
                 asyncio.run(warm_up(endpoint, server.warm_up_tokens))
                 bar.update(START_S)
                 for cell in one.cells:

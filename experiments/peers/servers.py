@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes.util import find_library
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,6 @@ from experiments.peers.models import SMALL, Model
 READY_TIMEOUT_S = 600.0  # vLLM compiles at its first start
 # oneDNN's newest instruction set without bf16; ours and vLLM's linear layers use it.
 _NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
-# Of a request's body, so that output ids and cached tokens are reported.
-_REPORTED = {"stream_options": {"include_usage": True}}
-_LIKE_VLLM, _LIKE_LLAMA = {**_REPORTED, "return_token_ids": True}, {**_REPORTED, "return_tokens": True, "verbose": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,6 @@ class Server:
     ready_path: str = "/health"
     knows_priority: bool = False   # shorts are sent with priority 0, longs with 1: the caller has to know
     warm_up_tokens: int = 4096     # the longest prompt before anything is measured
-    turn_fields: Mapping[str, object] = field(default_factory=lambda: _LIKE_VLLM)
 
     @property
     def is_ours(self) -> bool:
@@ -141,7 +137,7 @@ def _llama(
 
     install = partial(install_llama, weights=weights, with_bf16=with_bf16)
     warm_up_tokens = min(4096, slot_tokens // 2)
-    return Server(name, install, command, environment, warm_up_tokens=warm_up_tokens, turn_fields=_LIKE_LLAMA)
+    return Server(name, install, command, environment, warm_up_tokens=warm_up_tokens)
 
 
 @contextmanager

@@ -6,19 +6,28 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.peers.load import SHORT_OUTPUTS, Endpoint, Mixed, Seen, Turn, prompt
+from experiments.lib.random_llama import VOCAB_SIZE
+from experiments.peers.load import FIRST_ID, SHORT_OUTPUTS, Endpoint, Mixed, Seen, Turn
+from megatron_medha.bench.client import Target, TokenRange, find_model
+from megatron_medha.bench.idle import BenchError
+from megatron_medha.bench.load_generator import LoadClient
+from megatron_medha.bench.session_loop import session_loop
+from megatron_medha.bench.session_prompts import PromptForm, prompt_maker
+from megatron_medha.bench.turn_table import SentTurn
+from megatron_medha.stats.request_stats import Ending
+from megatron_medha.stats.slo_targets import Slo
+from megatron_medha.workload.session_play import SessionPlay
+from megatron_medha.workload.sessions import TurnRow, build_sessions
 
-if TYPE_CHECKING:
-    from experiments.lib.http_stream import Streamed
-
+TOKENS = TokenRange(lowest=FIRST_ID, highest=VOCAB_SIZE - 1)
+MOST_BESIDE = 400            # sessions beside a mixed stream: more than can end before it does
 TURN_TOKENS = 1024           # of context, for each turn
 FIRST_SHARE = 0.25           # of the context: the first prompt (instructions, tools, files)
 NEW_SPREAD = 0.5             # new tokens of a turn are within so much of their mean
@@ -28,24 +37,15 @@ _THINK_S = ((0.0, 0.1), (0.865, 1.0), (0.951, 10.0), (1.0, 60.0))
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTurn:
-    """What a client does in a turn: it thinks, then asks."""
-
-    think_s: float
-    num_new_tokens: int
-    num_output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Sessions:
     """So many sessions at a time, closed loop, each growing to the same context."""
 
     num_sessions: int
     context_len: int
-    think_s: float               # mean
+    think_s: float               # mean pause between an output and the next prompt
 
-    def planned(self, seed: int, index: int) -> list[PlannedTurn]:
-        """Of one session. Sizes and pauses are drawn without replacement: all sessions have the same mix of them."""
+    def rows(self, seed: int, index: int, name: str) -> list[TurnRow]:
+        """One session. Sizes and pauses are drawn without replacement: all sessions have the same mix of them."""
         rng = random.Random(f"{seed}/session/{index}")
         num_turns = max(2, self.context_len // TURN_TOKENS)
         num_first = int(FIRST_SHARE * self.context_len)
@@ -58,48 +58,29 @@ class Sessions:
         scale = self.think_s * num_later / sum(thinks)
         for values in (outputs, new, thinks):
             rng.shuffle(values)
-        thinks, new = [0.0, *(scale * think for think in thinks)], [num_first, *new]
-        return [PlannedTurn(*values) for values in zip(thinks, new, outputs, strict=True)]
+        # Not in step: their starts are spread over one mean pause.
+        start_s = index % self.num_sessions * self.think_s / self.num_sessions
+        num_tokens, rows = 0, []
+        for number, (think_s, num_new) in enumerate(zip([0.0, *thinks], [num_first, *new], strict=True)):
+            num_tokens += num_new
+            rows.append(TurnRow(name, num_tokens, outputs[number], start_s=start_s, think_s=scale * think_s))
+            num_tokens += outputs[number]
+        return rows
 
     async def run(self, endpoint: Endpoint, seed: int) -> Seen:
-        """All sessions once; their starts are spread over one mean pause, so that they are not in step."""
+        """All sessions once, each with a text of its own."""
         seen, started_s = Seen(), time.monotonic()
-        num_turns = len(self.planned(seed, 0))
-        with tqdm(total=self.num_sessions * num_turns, desc="  turns", leave=False, dynamic_ncols=True) as bar:
+        name = f"{self.num_sessions}-{self.context_len}"
+        rows = [row for i in range(self.num_sessions) for row in self.rows(seed, i, f"{name}-{i}")]
+        with tqdm(total=len(rows), desc="  turns", leave=False, dynamic_ncols=True) as bar:
 
-            async def one(index: int) -> None:
-                await asyncio.sleep(index * self.think_s / self.num_sessions)
-                async for _ in self.turns(endpoint, seed, index, seen):
-                    bar.update()
+            def note(turn: Turn) -> None:
+                seen.add_turn(turn)
+                bar.update()
 
-            await asyncio.gather(*(one(index) for index in range(self.num_sessions)))
+            await play(endpoint, rows, seed, note)
         seen.took_s = time.monotonic() - started_s
         return seen
-
-    async def turns(
-        self, endpoint: Endpoint, seed: int, index: int, seen: Seen, is_over: asyncio.Event | None = None
-    ) -> AsyncIterator[Streamed]:
-        """One session, turn by turn; it ends early, between two turns, once is_over is set."""
-        rng = random.Random(f"{seed}/tokens/{index}")
-        tokens: list[int] = []
-        num_reusable = 0
-        for number, turn in enumerate(self.planned(seed, index)):
-            await _pause(turn.think_s, is_over)
-            if is_over is not None and is_over.is_set():
-                return
-            tokens += prompt(turn.num_new_tokens, rng)
-            stream = await endpoint.ask_turn(tokens, turn.num_output_tokens)
-            if len(stream.token_ids) != turn.num_output_tokens:
-                raise SystemExit(f"{len(stream.token_ids)} ids of {turn.num_output_tokens} output tokens came")
-            seen.turns.append(
-                Turn(index, number, num_reusable, len(tokens), stream.num_cached_tokens, turn.num_output_tokens,
-                     stream.ttft_s)
-            )  # fmt: skip
-            seen.num_prompt_tokens += len(tokens)
-            seen.num_output_tokens += turn.num_output_tokens
-            tokens += stream.token_ids
-            num_reusable = len(tokens) - 1   # the last output token has not been through the model
-            yield stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +97,62 @@ class BesideSessions:
 
     async def run(self, endpoint: Endpoint, seed: int) -> Seen:
         """Until the last request of the stream has ended; the sessions' turns are kept apart from its requests."""
-        is_over, beside = asyncio.Event(), Seen()
-
-        async def endless(first: int) -> None:
-            await _pause(first * self.sessions.think_s / self.sessions.num_sessions, is_over)
-            index = first
-            while not is_over.is_set():
-                async for _ in self.sessions.turns(endpoint, seed, index, beside, is_over):
-                    pass
-                index += self.sessions.num_sessions
-
-        background = [asyncio.create_task(endless(index)) for index in range(self.sessions.num_sessions)]
-        seen = await self.mixed.run(endpoint, seed)
-        is_over.set()
-        await asyncio.gather(*background)
-        seen.turns = beside.turns
+        rows = [row for i in range(MOST_BESIDE) for row in self.sessions.rows(seed, i, f"beside-{i}")]
+        turns: list[Turn] = []
+        background = asyncio.create_task(play(endpoint, rows, seed, turns.append, self.sessions.num_sessions))
+        stream = asyncio.create_task(self.mixed.run(endpoint, seed))
+        await asyncio.wait((background, stream), return_when=asyncio.FIRST_COMPLETED)
+        if not stream.done():
+            stream.cancel()
+            await background   # its error, if it has one
+            raise SystemExit(f"all {MOST_BESIDE} sessions ended before the stream did")
+        background.cancel()
+        await asyncio.wait((background,))
+        seen = await stream
+        seen.turns = turns
         return seen
+
+
+async def play(
+    endpoint: Endpoint, rows: Sequence[TurnRow], seed: int, note: Callable[[Turn], object], max_live: int | None = None
+) -> None:
+    """The sessions as `medha bench` plays them; note is called with every turn that has ended.
+
+    Raises SystemExit for a turn that failed, and where output comes without its ids: figures would mean nothing.
+    """
+    target = Target(url=f"http://127.0.0.1:{endpoint.port}", request_timeout_s=1800.0)
+    async with target.session() as session:
+        model = await find_model(target, session)
+        try:
+            maker = await prompt_maker(PromptForm.IDS, target, session, model, TOKENS, seed)
+        except BenchError as error:
+            raise SystemExit(str(error)) from None
+        client = LoadClient(
+            target=target, session=session, model=model, tokens=TOKENS, slo=Slo(), seed=seed,
+            isolated_s=lambda num_tokens: 0.0,
+        )  # fmt: skip
+        sessions = build_sessions(rows, tokens_per_hash_id=TURN_TOKENS)
+
+        def note_turn(turn: SentTurn) -> None:
+            note(turn_of(turn))
+
+        await session_loop(client, SessionPlay(sessions, max_live=max_live), maker, note_turn)
+
+
+def turn_of(turn: SentTurn) -> Turn:
+    """As it is kept and judged. Raises SystemExit for one that failed."""
+    outcome = turn.sent.outcome
+    request = outcome.request
+    if outcome.ending is not Ending.FINISHED or outcome.ttft_s is None:
+        raise SystemExit(f"a turn of {request.num_prompt_tokens} tokens failed: {outcome.why}")
+    num_before = request.num_prompt_tokens - turn.num_new_tokens
+    # The last output token has not been through the model.
+    num_reusable = max(0, num_before - 1)
+    ttft_s = outcome.ttft_s - turn.sent.send_lag_s
+    return Turn(
+        turn.session, turn.number - 1, num_reusable, request.num_prompt_tokens, outcome.num_cached_tokens,
+        request.max_output_tokens, ttft_s,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,20 +192,10 @@ def mean_think_s(
     lone: LonePrefill, output_token_s: float, num_sessions: int, context_len: int, utilisation: float
 ) -> float:
     """The pause with which so many sessions keep a server so busy that computes new tokens only."""
-    turns = Sessions(num_sessions, context_len, 1.0).planned(0, 0)
+    turns = Sessions(num_sessions, context_len, 1.0).rows(0, 0, "")
     work_s = lone.seconds(0, context_len) + (len(turns) - 1) * lone.constant_s
-    work_s += sum(turn.num_output_tokens for turn in turns) * output_token_s
+    work_s += sum(turn.output_tokens for turn in turns) * output_token_s
     return work_s / len(turns) * max(0.0, num_sessions / utilisation - 1)
-
-
-async def _pause(seconds: float, is_over: asyncio.Event | None) -> None:
-    if is_over is None:
-        await asyncio.sleep(seconds)
-        return
-    try:
-        await asyncio.wait_for(is_over.wait(), seconds)
-    except TimeoutError:
-        return
 
 
 def _strata(count: int) -> list[float]:

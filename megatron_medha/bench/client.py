@@ -15,7 +15,7 @@ from megatron_medha.core.errors import ConfigError
 
 # A line of a stream may hold the log-probabilities of a whole prompt; aiohttp's own limit of 64 KiB would end it.
 _READ_BUFFER_BYTES = 1 << 22
-_NO_HEADERS: Mapping[str, str] = {}
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +92,9 @@ async def find_model(target: Target, session: aiohttp.ClientSession) -> str:
 
 
 def completion_body(
-    target: Target, model: str, prompt: Sequence[int] | str, max_tokens: int, returns_token_ids: bool = False
+    target: Target, model: str, prompt: Sequence[int] | str, max_tokens: int, fields: Mapping[str, object] = _NOTHING
 ) -> bytes:
-    """What is posted for one greedy streaming completion of exactly max_tokens tokens."""
+    """What is posted for one greedy streaming completion of exactly max_tokens tokens; fields: more of the body."""
     body = {
         "model": model,
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
@@ -103,15 +103,14 @@ def completion_body(
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **fields,
     }
-    if returns_token_ids:
-        body["return_token_ids"] = True
     return json.dumps(body, separators=(",", ":")).encode()
 
 
 async def run_completion(
     target: Target, session: aiohttp.ClientSession, body: bytes, max_tokens: int,
-    headers: Mapping[str, str] = _NO_HEADERS,
+    headers: Mapping[str, str] = _NOTHING,
 ) -> StreamResult:  # fmt: skip
     """One completion_body, sent and read to its end. Failures are in the result."""
     streamed = StreamResult(time.monotonic())
@@ -150,7 +149,8 @@ def _record_event(streamed: StreamResult, event: dict[str, Any], now_s: float) -
         streamed.token_times_s.append(now_s)
         choice = event["choices"][0]
         streamed.text += choice.get("text") or ""
-        streamed.token_ids += choice.get("token_ids") or ()
+        # llama.cpp's server has them among what it adds for debugging.
+        streamed.token_ids += choice.get("token_ids") or event.get("__verbose", {}).get("tokens") or ()
     if usage := event.get("usage"):
         streamed.num_tokens = usage["completion_tokens"]
         streamed.num_prompt_tokens = usage.get("prompt_tokens")

@@ -29,7 +29,7 @@ async def session_loop(
             number = session.turns.index(turn) + 1
             body = completion_body(
                 client.target, client.model, prompts.prompt(session, turn), turn.num_output_tokens,
-                maker.returns_token_ids,
+                maker.fields,
             )  # fmt: skip
             headers = {"X-Session-Id": request.session_id} if request.session_id else {}
             await asyncio.sleep(start_s + request.arrival_s - time.monotonic())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
 from typing import NamedTuple, Protocol
@@ -17,6 +17,8 @@ from megatron_medha.workload.sessions import AgentSession, SessionTurn, num_comm
 
 _PROBE_TOKENS = 64
 _PROBE_CHARACTERS = 4000
+# Of a request's body, for the token ids of its answer: vLLM's name, which is ours as well, and llama.cpp's.
+_ID_FIELDS: tuple[Mapping[str, object], ...] = ({"return_token_ids": True}, {"return_tokens": True, "verbose": True})
 
 
 class PromptForm(Enum):
@@ -43,8 +45,8 @@ class PromptMaker(Protocol):
     """Makes pieces of prompts."""
 
     @property
-    def returns_token_ids(self) -> bool:
-        """Whether it needs the ids of answers."""
+    def fields(self) -> Mapping[str, object]:
+        """What a request's body needs for its answer to be read."""
 
     def drawn(self, span: TextSpan) -> PromptPiece:
         """Part of a text: the same content for the same name."""
@@ -62,11 +64,7 @@ class IdPrompts:
 
     tokens: TokenRange
     seed: int
-
-    @property
-    def returns_token_ids(self) -> bool:
-        """See PromptMaker."""
-        return True
+    fields: Mapping[str, object] = field(default_factory=lambda: _ID_FIELDS[0])  # for the ids of answers
 
     def drawn(self, span: TextSpan) -> PromptPiece:
         """See PromptMaker."""
@@ -90,9 +88,9 @@ class TextPrompts:
     characters_per_token: float
 
     @property
-    def returns_token_ids(self) -> bool:
+    def fields(self) -> Mapping[str, object]:
         """See PromptMaker."""
-        return False
+        return {}
 
     def drawn(self, span: TextSpan) -> PromptPiece:
         """See PromptMaker."""
@@ -161,9 +159,10 @@ async def prompt_maker(
     """What the server can be sent. Raises BenchError where that cannot be found out, or is not what was asked for."""
     if form is not PromptForm.TEXT:
         prompt = tokens.prompt(_PROBE_TOKENS, seed, "probe")
-        streamed = await run_completion(target, session, completion_body(target, model, prompt, 2, True), 2)
-        if len(streamed.token_ids) == 2:
-            return IdPrompts(tokens, seed)
+        for fields in _ID_FIELDS:
+            streamed = await run_completion(target, session, completion_body(target, model, prompt, 2, fields), 2)
+            if len(streamed.token_ids) == 2:
+                return IdPrompts(tokens, seed, fields)
         if form is PromptForm.IDS:
             why = streamed.error or "it does not return the token ids of its answers (return_token_ids)"
             raise BenchError(f"prompts=ids: {target.url}: {why}; use prompts=text")

@@ -30,8 +30,11 @@ ROWS = (
 class Answering:
     """Answers with tokens and letters that nobody can guess, and says how much of a prompt it has seen before."""
 
-    def __init__(self, gives_ids: bool = True, tells_hits: bool = True, fails: int | None = None) -> None:
+    def __init__(
+        self, gives_ids: bool = True, tells_hits: bool = True, fails: int | None = None, like_llama: bool = False
+    ) -> None:
         self._draw, self._gives_ids, self._tells_hits, self._fails = Random(1), gives_ids, tells_hits, fails
+        self._like_llama = like_llama
         self._seen: list[Any] = []
         self.turns: list[tuple[Any, Any]] = []  # prompt and answer of each body
 
@@ -49,9 +52,11 @@ class Answering:
         events: list[Event] = []
         for token_id in ids:
             choice: dict[str, Any] = {"text": chr(token_id), "finish_reason": None}
-            if self._gives_ids and body.get("return_token_ids"):
-                choice["token_ids"] = [token_id]
             events.append({"choices": [choice]})
+            if self._like_llama and body.get("return_tokens") and body.get("verbose"):
+                events[-1]["__verbose"] = {"tokens": [token_id]}
+            elif self._gives_ids and not self._like_llama and body.get("return_token_ids"):
+                choice["token_ids"] = [token_id]
         usage: dict[str, Any] = {"completion_tokens": count, "prompt_tokens": len(prompt)}
         if self._tells_hits:
             usage["prompt_tokens_details"] = {"cached_tokens": num_cached}
@@ -86,9 +91,9 @@ def played(
     return turns, play, asyncio.run(go())
 
 
-@pytest.mark.parametrize("gives_ids", [True, False])
-def test_a_prompt_is_the_one_before_its_real_answer_and_new_text(gives_ids: bool) -> None:
-    answering = Answering(gives_ids)
+@pytest.mark.parametrize(("gives_ids", "like_llama"), [(True, False), (True, True), (False, False)])
+def test_a_prompt_is_the_one_before_its_real_answer_and_new_text(gives_ids: bool, like_llama: bool) -> None:
+    answering = Answering(gives_ids, like_llama=like_llama)
     turns, _, maker = played(answering, [row for row in ROWS if row.session == "a"])
     assert isinstance(maker, IdPrompts if gives_ids else TextPrompts)
     (first, answer), (second, _), (third, _) = answering.turns

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from experiments.lib.http_stream import Streamed, _note_ids_and_hits
+from experiments.lib.http_stream import Streamed
 from experiments.peers import report
 from experiments.peers.load import Mixed, Seen, Turn
 from experiments.peers.models import MODELS
@@ -17,46 +18,27 @@ from experiments.peers.report import verdicts
 from experiments.peers.results import Results
 from experiments.peers.run import _refuse_other_settings
 from experiments.peers.servers import servers
-from experiments.peers.sessions import BesideSessions, LonePrefill, Sessions, mean_think_s
+from experiments.peers.sessions import BesideSessions, LonePrefill, Sessions, mean_think_s, turn_of
 from experiments.peers.store import Store
+from megatron_medha.bench.load_generator import SentRequest
+from megatron_medha.bench.turn_table import SentTurn
+from megatron_medha.core.request import Request
+from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.workload.sessions import TurnRow, build_sessions
 
 ABOUT = {"server_cpu_s": 1.0, "server_cores": 1.0, "other_cores": 0.0, "rate_per_s": None}
 
 
 class FakeEndpoint:
-    """Completes at once with ids of its own, and keeps the prompts of turns."""
-
-    def __init__(self) -> None:
-        self.prompts: list[list[int]] = []
-        self.outputs: list[list[int]] = []
+    """Completes at once."""
 
     async def ask(self, tokens: list[int], num_outputs: int, *, is_long: bool = False) -> Streamed:
         await asyncio.sleep(0)
         return Streamed(len(tokens), 0.0, [1.0] * num_outputs)
 
-    async def ask_turn(self, tokens: list[int], num_outputs: int) -> Streamed:
-        self.prompts.append(list(tokens))
-        self.outputs.append([-1 - len(self.prompts)] * num_outputs)
-        return Streamed(len(tokens), 0.0, [1.0] * num_outputs, token_ids=self.outputs[-1], num_cached_tokens=0)
 
-
-def test_a_turn_is_the_last_prompt_the_servers_own_output_and_new_tokens():
-    endpoint = FakeEndpoint()
-    seen = asyncio.run(Sessions(1, 4096, 0.0).run(endpoint, 11))  # type: ignore[arg-type]
-    assert len(seen.turns) == len(endpoint.prompts) == 4
-    for earlier, output, later in zip(endpoint.prompts, endpoint.outputs, endpoint.prompts[1:], strict=False):
-        assert later[: len(earlier) + len(output)] == earlier + output
-        assert len(later) > len(earlier) + len(output)
-    # The last output token's KV has not been computed.
-    assert [turn.num_reusable_tokens for turn in seen.turns[1:]] == [
-        len(prompt) + len(output) - 1 for prompt, output in zip(endpoint.prompts, endpoint.outputs, strict=False)
-    ][:-1]
-
-
-def test_no_two_sessions_share_a_prompt():
-    endpoint = FakeEndpoint()
-    asyncio.run(Sessions(3, 4096, 0.0).run(endpoint, 11))  # type: ignore[arg-type]
-    assert len({tuple(prompt[:64]) for prompt in endpoint.prompts}) == 3
+def a_turn(session: str = "a", number: int = 0) -> Turn:
+    return Turn(session, number, 0, 100, 0, 10, 0.5)
 
 
 @pytest.mark.parametrize("context_len", [2048, 4096, 16384, 32768])
@@ -64,33 +46,73 @@ def test_all_sessions_of_all_seeds_have_the_same_turns_in_another_order(context_
     sessions = Sessions(8, context_len, 5.0)
     mixes = set()
     for seed, index in ((11, 0), (11, 1), (12, 0)):
-        turns = sessions.planned(seed, index)
-        assert turns == sessions.planned(seed, index)
-        thinks = sorted(turn.think_s for turn in turns[1:])
-        new, outputs = [turn.num_new_tokens for turn in turns], [turn.num_output_tokens for turn in turns]
+        rows = sessions.rows(seed, index, "a")
+        assert rows == sessions.rows(seed, index, "a")
+        (session,) = build_sessions(rows, 1024)
+        new = [turn.num_new_tokens for turn in session.turns]
+        outputs = [turn.num_output_tokens for turn in session.turns]
+        thinks = sorted(turn.gap_s for turn in session.turns[1:])
         mixes.add((tuple(sorted(new)), tuple(sorted(outputs)), tuple(thinks)))
-        assert turns[0].think_s == 0.0
+        assert session.turns[0].gap_s == 0.0
         assert sum(thinks) / len(thinks) == pytest.approx(5.0)
-        num_tokens = sum(new) + sum(outputs)
-        assert context_len - len(turns) <= num_tokens <= context_len
+        assert context_len - len(new) <= sum(new) + sum(outputs) <= context_len
     assert len(mixes) == 1
 
 
-def test_a_server_that_does_not_report_the_ids_of_its_output_ends_the_run():
-    class Silent(FakeEndpoint):
-        async def ask_turn(self, tokens: list[int], num_outputs: int) -> Streamed:
-            return Streamed(len(tokens), 0.0, [1.0] * num_outputs)
+def test_a_turns_prompt_is_all_of_the_last_one_its_output_and_new_tokens():
+    (session,) = build_sessions(Sessions(1, 4096, 0.0).rows(11, 0, "a"), 1024)
+    for earlier, later in zip(session.turns, session.turns[1:], strict=False):
+        before = (*earlier.prompt, *earlier.output)
+        assert later.prompt[: len(before)] == before
+        assert later.num_new_tokens == later.num_prompt_tokens - earlier.num_prompt_tokens - earlier.num_output_tokens
 
-    with pytest.raises(SystemExit, match="0 ids of"):
-        asyncio.run(Sessions(1, 4096, 0.0).run(Silent(), 11))  # type: ignore[arg-type]
+
+def test_no_two_loads_of_one_visit_share_a_text(monkeypatch: pytest.MonkeyPatch):
+    texts: list[set[str]] = []
+
+    async def play(endpoint: object, rows: list[TurnRow], *_: object) -> None:
+        texts.append({row.session for row in rows})
+
+    monkeypatch.setattr("experiments.peers.sessions.play", play)
+    for sessions in (Sessions(1, 4096, 0.0), Sessions(8, 4096, 0.0), Sessions(8, 8192, 0.0)):
+        asyncio.run(sessions.run(FakeEndpoint(), 11))  # type: ignore[arg-type]
+    assert [len(names) for names in texts] == [1, 8, 8]
+    assert len(set.union(*texts)) == 17
+    beside = load_of(Cell("medha", "beside-4-4096", 11), Sizes(), None, 1.0, "vllm", 1.0)  # type: ignore[arg-type]
+    mixed = load_of(Cell("medha", mixed_load(LONGS_8K), 11), Sizes(), None, 1.0, "vllm")  # type: ignore[arg-type]
+    assert isinstance(beside, BesideSessions) and isinstance(mixed, Mixed)
+    assert beside.mixed.text != mixed.text and beside.mixed.arrivals(11) == mixed.arrivals(11)
 
 
-def test_sessions_beside_the_mixed_stream_end_with_it_and_are_counted_apart():
-    endpoint = FakeEndpoint()
+def test_sessions_beside_the_mixed_stream_end_with_it_and_are_counted_apart(monkeypatch: pytest.MonkeyPatch):
+    async def play(endpoint: object, rows: object, seed: int, note: Callable[[Turn], object], max_live: int) -> None:
+        assert max_live == 2
+        while True:
+            note(a_turn())
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr("experiments.peers.sessions.play", play)
     load = BesideSessions(Mixed(20, 1000.0, (100, 200)), Sessions(2, 2048, 1e-4))
-    seen = asyncio.run(load.run(endpoint, 11))  # type: ignore[arg-type]
+    seen = asyncio.run(load.run(FakeEndpoint(), 11))  # type: ignore[arg-type]
     assert (len(seen.short_ttft_s), len(seen.long_ttft_s)) == (19, 1)
-    assert len(seen.turns) == len(endpoint.prompts) > 0
+    assert seen.turns and seen.num_prompt_tokens < 20 * 256
+
+
+def sent_turn(number: int, num_new_tokens: int, ending: Ending = Ending.FINISHED) -> SentTurn:
+    """Of 1,000 prompt tokens; due at 2 s, sent at 2.01, first token at 2.5."""
+    request = Request(request_id="r", num_prompt_tokens=1000, max_output_tokens=20, arrival_s=2.0)
+    outcome = RequestStats(request=request, ending=ending, why="full", first_token_s=2.5, num_cached_tokens=640)
+    return SentTurn("a", number, num_new_tokens, SentRequest(outcome=outcome, send_lag_s=0.01, token_times_s=(2.5,)))
+
+
+def test_what_a_turn_could_find_in_a_cache_ends_before_the_last_output_token():
+    assert turn_of(sent_turn(1, 1000)) == Turn("a", 0, 0, 1000, 640, 20, pytest.approx(0.49))
+    assert turn_of(sent_turn(3, 300)) == Turn("a", 2, 699, 1000, 640, 20, pytest.approx(0.49))
+
+
+def test_a_turn_that_failed_ends_the_run():
+    with pytest.raises(SystemExit, match="a turn of 1000 tokens failed: full"):
+        turn_of(sent_turn(3, 300, Ending.REJECTED))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -115,7 +137,7 @@ def test_new_tokens_alone_take_what_a_longer_prompt_takes_more():
 def test_pauses_keep_the_server_as_busy_as_asked(num_sessions: int):
     lone, context_len = LonePrefill(0.0, 1e-3, 0.0), 4096
     think_s = mean_think_s(lone, 0.0, num_sessions, context_len, 0.5)
-    turn_s = 1e-3 * context_len / len(Sessions(num_sessions, context_len, 1.0).planned(0, 0))
+    turn_s = 1e-3 * context_len / len(Sessions(num_sessions, context_len, 1.0).rows(0, 0, "a"))
     assert num_sessions * turn_s / (turn_s + think_s) == pytest.approx(0.5)
 
 
@@ -132,31 +154,12 @@ def test_all_servers_get_the_same_pauses_whatever_is_measured_later(tmp_path: Pa
     assert load_of(cell, Sizes(), store, None, "vllm", think_s=2.5) == Sessions(8, 4096, 2.5)
 
 
-@pytest.mark.parametrize(
-    ("events", "ids", "num_cached"),
-    [
-        ([{"choices": [{"text": "a", "token_ids": [7]}]}, {"choices": [{"text": "b", "token_ids": [8, 9]}]},
-          {"choices": [], "usage": {"prompt_tokens_details": {"cached_tokens": 128}}}], [7, 8, 9], 128),
-        ([{"choices": [{"text": "a"}], "__verbose": {"tokens": [7]}},
-          {"choices": [{"text": ""}], "usage": {"prompt_tokens_details": {"cached_tokens": 0}}}], [7], 0),
-        ([{"choices": [{"text": "a"}]}, {"choices": [], "usage": {"prompt_tokens_details": None}}], [], None),
-    ],
-)  # fmt: skip
-def test_ids_and_hits_are_read_as_each_server_reports_them(
-    events: list[dict[str, object]], ids: list[int], num_cached: int | None
-):
-    result = Streamed(1, 0.0)
-    for event in events:
-        _note_ids_and_hits(result, event)
-    assert (result.token_ids, result.num_cached_tokens) == (ids, num_cached)
-
-
 def measured(store: Store, server: str, ttft_s: list[float], num_cached: int | None, load: str = "sessions-8-4096"):
     """One session: turns of 1,000 new tokens, on a server that computes 1,000 tokens/s."""
     for length in (256, 1024, 4096):
         store.write(Cell(server, f"prefill-{length}", 11), Seen(rates=[1000.0]), ABOUT)
     turns = [
-        Turn(0, number, 1000 * number, 1000 * (number + 1), num_cached if number else 0, 10, seconds)
+        Turn("a", number, 1000 * number, 1000 * (number + 1), num_cached if number else 0, 10, seconds)
         for number, seconds in enumerate(ttft_s)
     ]
     store.write(Cell(server, load, 11), Seen(took_s=10.0, turns=turns), ABOUT)
