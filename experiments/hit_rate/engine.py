@@ -1,0 +1,83 @@
+"""The real engine under scaled-down sessions, and what its decision log says of hits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from experiments.hit_rate.access_trace import AccessTrace
+from experiments.hit_rate.clairvoyant import belady_hit_rate
+from experiments.lib.random_llama import save_llama, save_word_tokenizer
+from experiments.lib.session_bench import bench_sessions
+from megatron_medha.workload.session_mix import SessionsConfig
+from megatron_medha.workload.workload import Workload, WorkloadConfig
+
+MODEL = {"hidden_size": 256, "ffn_size": 688, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+KV_BYTES_PER_TOKEN = 4 * 2 * 2 * 64 * 4  # layers, keys and values, heads, head, float32
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Sessions as long as a CPU can play in minutes; KV for a quarter of them."""
+
+    num_sessions: int = 64
+    turns: float = 12.0
+    length_scale: float = 0.02
+    gap_scale: float = 0.1
+
+    def words(self, seed: int) -> list[str]:
+        """As options of medha bench."""
+        return [
+            f"workload.sessions.num_sessions={self.num_sessions}",
+            f"workload.sessions.turns={self.turns}", f"workload.sessions.length_scale={self.length_scale}",
+            f"workload.sessions.gap_scale={self.gap_scale}", "workload.sessions.start_s=10", f"seed={seed}",
+        ]  # fmt: skip
+
+    def num_kv_tokens(self, seed: int) -> int:
+        """A quarter of the sessions times the mean prompt of a turn, at least the longest request."""
+        sessions = SessionsConfig(
+            num_sessions=self.num_sessions, turns=self.turns, length_scale=self.length_scale, gap_scale=self.gap_scale,
+            start_s=10.0,
+        )  # fmt: skip
+        facts = Workload(WorkloadConfig(sessions=sessions), seed).facts
+        mean = facts.num_prompt_tokens / facts.num_requests
+        return max(round(0.25 * self.num_sessions * mean), facts.max_request_tokens + 128)
+
+
+def run_engine(load: EngineLoad, eviction: str, seed: int, checkpoint: Path) -> dict[str, Any]:
+    """One load on a server of its own; its figures, as those of a simulation."""
+    gib = load.num_kv_tokens(seed) * KV_BYTES_PER_TOKEN / (1 << 30)
+    ran = bench_sessions(
+        checkpoint, [f"kv.eviction={eviction}", f"model.kv_memory_gib={gib:.6f}"], load.words(seed)
+    )
+    trace, setup, every = AccessTrace.of(ran.log.records), ran.log.setup, ran.summary["all"]
+    granule_tokens = setup.kv.tokens_per_granule(setup.block_size)
+    capacity = setup.num_blocks * setup.block_size // granule_tokens
+    services_s = [row["e2e_s"] for row in ran.rows if row["e2e_s"] is not None]
+    figures = {
+        "hit_rate": trace.hit_rate,
+        "client_hit_rate": ran.summary["sessions"]["hit_rate"],
+        "num_turns": every["num_requests"],
+        "num_finished": every["num_finished"],
+        "kv_tokens": capacity * granule_tokens,
+        "turn_p50_tokens": median(row["prompt_tokens"] for row in ran.rows),
+        "service_p50_s": median(services_s),
+        "service_mean_s": fmean(services_s),
+        "ttft_s": every["ttft_s"],
+        "num_preemptions": every["num_preemptions"],
+    }
+    if eviction == "value":
+        figures["clairvoyant"] = belady_hit_rate(trace, granule_tokens, capacity)
+        figures["infinite"] = belady_hit_rate(trace, granule_tokens, inf)
+    return figures
+
+
+def save_checkpoint(directory: Path) -> Path:
+    """A small model of random weights, if it is not there."""
+    if not (directory / "tokenizer.json").is_file():
+        save_llama(directory, **MODEL)
+        save_word_tokenizer(directory, 1024)
+    return directory
