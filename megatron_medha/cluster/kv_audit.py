@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 from megatron_medha.cluster.messages import HeldKV
 from megatron_medha.core.batch import Batch, Completed, Event, Output, RanksLost
 from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.kv_check import check
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.ops import KVOp, is_for
+from megatron_medha.core.kv.prefix_cache import PrefixCache
+from megatron_medha.core.kv.sequence import Sequence as KVSequence
 from megatron_medha.core.scheduling.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -42,8 +45,8 @@ class SentBlocks:
 class KVAudit:
     """An Observer that stops the engine (AssertionError) at the first mismatch.
 
-    After every event and batch each block is free or owned by one sequence. What the batches have sent of each owner
-    is what it owns. What each rank holds after each of its steps is what it was sent. Each check walks over
+    After every event and batch each block is free, cached, or owned by one sequence. What the batches have sent of each
+    owner is what it has. What each rank holds after each of its steps is what it was sent. Each check walks over
     everything that is owned.
     """
 
@@ -102,6 +105,9 @@ class KVAudit:
 
 def check_pools(memory: KVMemory) -> None:
     """AssertionError where a block is lost or owned twice."""
+    if memory.cache is not None:
+        _check_cache(memory.cache, memory.owners.values())
+        return
     runs = [[(start, count, "nobody") for start, count in pool.free_extents] for pool in memory.pools]
     for request_id, seq in memory.owners.items():
         for shard in seq.block_table.shards:
@@ -113,6 +119,16 @@ def check_pools(memory: KVMemory) -> None:
             assert start == end, f"KVP rank {kvp_rank}: blocks [{end}, {start}) are lost"
             end = start + count
         assert end == memory.num_blocks, f"KVP rank {kvp_rank}: blocks [{end}, {memory.num_blocks}) are lost"
+
+
+def _check_cache(cache: PrefixCache, owners: Iterable[KVSequence]) -> None:
+    tables = [
+        (shard, holding)
+        for seq in owners
+        for shard, holding in zip(seq.block_table.shards, seq.block_table.holdings, strict=True)
+    ]
+    owned = [(0, shard.kvp_rank, cache.index.own_extents(holding, shard.extents)) for shard, holding in tables]
+    check(cache.index, [holding for _, holding in tables], owned)
 
 
 def _sums(extents: Iterable[Extent]) -> tuple[int, int]:

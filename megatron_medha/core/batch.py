@@ -104,7 +104,7 @@ class TokenOut(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Preempted:
-    """A sequence lost its KV to a decode that needed memory; it will be recomputed."""
+    """A sequence lost its KV to a decode that needed memory; it will be recomputed, but for what is cached of it."""
 
     request_id: str
     num_tokens_lost: int

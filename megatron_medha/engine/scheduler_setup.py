@@ -73,6 +73,7 @@ class SchedulerSetup:
             kvp=self.layout.kvp,
             max_tokens_per_shard=self.max_tokens_per_shard,
             watermark=self.config.watermark,
+            kv=self.kv,
         )
         return Scheduler(self.config, cost, memory, self.layout.spp, policy, limits)
 

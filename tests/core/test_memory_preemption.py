@@ -5,8 +5,9 @@ from __future__ import annotations
 from scheduler_bench import Bench, request
 
 from megatron_medha.core.batch import Aborted, FirstStageDone, Output, Preempted, RanksLost, TokenOut
-from megatron_medha.core.kv.sequence import Status
+from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.request import Request
+from megatron_medha.core.scheduling import preemption
 
 
 def test_a_decode_that_needs_a_block_takes_it_from_whoever_has_the_most_relative_slack() -> None:
@@ -55,8 +56,17 @@ def decoding(bench: Bench, *requests: Request) -> None:
 
 
 def victim(bench: Bench, needy: str) -> str | None:
-    found = bench.scheduler._victim(bench.sequence(needy), bench.now_s)
+    scheduler = bench.scheduler
+    overdue = scheduler._longest_overdue(bench.now_s)
+    found = preemption.victim(
+        bench.memory, bench.sequence(needy), bench.now_s, scheduler.config.progress_share, overdue
+    )
     return None if found is None else found.request_id
+
+
+def exempt(bench: Bench, owners: list[Sequence], now_s: float) -> list[str]:
+    scheduler = bench.scheduler
+    return preemption.exempt(owners, now_s, scheduler.config.progress_share, scheduler._longest_overdue(now_s))
 
 
 def test_of_equal_slack_the_one_that_came_last_gives_up_its_memory_and_then_the_one_with_the_last_name() -> None:
@@ -125,16 +135,16 @@ def test_the_earliest_deadline_is_kept_before_the_longest_overdue_prefill_and_th
     assert bench.sequence("p").is_prefill
     bench.now_s = 3.0
     owners = [bench.sequence(name) for name in "abp"]
-    assert bench.scheduler._preemption_exempt(owners, 3.0) == ["p", "a", "a"]
-    assert bench.scheduler._preemption_exempt(owners[1:], 3.0) == ["p", "p", "p"]
-    assert bench.scheduler._preemption_exempt(owners, 0.5) == []
-    assert bench.scheduler._preemption_exempt(owners, 0.75) == ["a", "a"]
+    assert exempt(bench, owners, 3.0) == ["p", "a", "a"]
+    assert exempt(bench, owners[1:], 3.0) == ["p", "p", "p"]
+    assert exempt(bench, owners, 0.5) == []
+    assert exempt(bench, owners, 0.75) == ["a", "a"]
 
 
 def test_without_a_progress_share_nobody_is_kept_from_preemption() -> None:
     bench = Bench(progress_share=0.0)
     decoding(bench, request("a", ttft_slo_s=0.1), request("b", ttft_slo_s=0.2))
-    assert bench.scheduler._preemption_exempt(list(bench.scheduler.sequences), 9.0) == []
+    assert exempt(bench, list(bench.scheduler.sequences), 9.0) == []
 
 
 def test_a_decode_that_finds_no_victim_waits_and_grows_with_the_next_event() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from megatron_medha.cluster.kv_audit import check_pools
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
@@ -92,15 +93,7 @@ class Audit:
 
     def _check(self) -> None:
         assert self.scheduler is not None
-        memory = self.scheduler.memory
-        owned: dict[int, list[int]] = {rank: [] for rank in range(memory.kvp)}
-        for seq in memory.owners.values():
-            for shard in seq.block_table.shards:
-                for extent in shard.extents:
-                    owned[shard.kvp_rank] += range(extent.first_block, extent.first_block + extent.num_blocks)
-        for rank, blocks in owned.items():
-            assert len(set(blocks)) == len(blocks), "a block has two owners"
-            assert len(blocks) + memory.pools[rank].num_free_blocks == memory.num_blocks, "blocks are lost"
+        check_pools(self.scheduler.memory)
         self.num_checks += 1
         with self._changed:
             self._look()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.ops import KVOp
+from megatron_medha.core.kv.segment import Holding
 
 
 @dataclass(slots=True)
@@ -32,13 +33,14 @@ class KVShard:
 
 @dataclass(slots=True)
 class BlockTable:
-    """What one sequence owns: its shards in token order; only the last can grow."""
+    """What one sequence has: its shards in token order; only the last can grow."""
 
     shards: list[KVShard] = field(default_factory=list)
+    holdings: list[Holding] = field(default_factory=list)  # of the prefix cache, for each shard, where there is one
     unsent: list[KVOp] = field(default_factory=list)  # what the ranks have not been told of yet
     kvp_ranks: tuple[int, ...] = ()  # of the shards
 
     @property
     def num_blocks(self) -> int:
-        """Blocks owned over all shards."""
+        """Blocks over all shards."""
         return sum(shard.num_blocks for shard in self.shards)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.kv.block_pool import BlockPool, num_blocks_for
+from megatron_medha.core.kv.block_pool import BlockPool, Extent, join_extents, num_blocks_for
 from megatron_medha.core.kv.block_table import KVShard
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.ops import append_op
+from megatron_medha.core.kv.prefix_cache import PrefixCache
+from megatron_medha.core.kv.segment import Match
 from megatron_medha.core.kv.sequence import Sequence
-from megatron_medha.core.kv.shards import context_in, num_shards, split, tokens_left
+from megatron_medha.core.kv.shards import check_shard_tokens, context_in, num_shards, split, tokens_left
 
 
 @dataclass(slots=True)
@@ -40,12 +43,15 @@ class KVMemory:
     kvp: int = 1
     max_tokens_per_shard: int | None = None  # None: the whole context on one rank
     watermark: float = 0.01  # share of blocks that prompts leave free, for decodes to grow into
+    kv: KVConfig = NO_PREFIX_CACHE
     pools: list[BlockPool] = field(init=False)
+    cache: PrefixCache | None = field(init=False, default=None)
     owners: dict[str, Sequence] = field(init=False, default_factory=dict)  # of blocks, by request id
     reservation: Reservation | None = field(init=False, default=None)
     shard_tokens: int = field(init=False)  # of one sequence on one KVP rank, at most
     _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills
     _num_kept: int = field(init=False)  # blocks below the watermark
+    _moved: list[Sequence] = field(init=False, default_factory=list)  # whose cursors a plan has set
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1:
@@ -63,6 +69,11 @@ class KVMemory:
                 f"and at most the {self.num_blocks * self.block_size} tokens a rank has memory for"
             )
 
+        if self.kv.prefix_cache:
+            if self.kvp > 1:
+                check_shard_tokens(self.shard_tokens, self.kv, self.block_size)
+            self.cache = PrefixCache(self.pools, self.block_size, self.shard_tokens, self.kv)
+
     @property
     def max_request_tokens(self) -> int:
         """Prompt and output tokens one request can have: bound by the context and by the memory."""
@@ -75,40 +86,69 @@ class KVMemory:
 
     @property
     def num_free_blocks(self) -> int:
-        """Over all KVP ranks."""
-        return sum(pool.num_free_blocks for pool in self.pools)
+        """Over all KVP ranks; cached ones that nobody uses are as good as free."""
+        return sum([self.num_available_blocks(rank) for rank in range(self.kvp)])
+
+    def num_available_blocks(self, kvp_rank: int) -> int:
+        """On one KVP rank, free or cached and used by nobody."""
+        return self.pools[kvp_rank].num_free_blocks if self.cache is None else self.cache.num_available_blocks(kvp_rank)
 
     def plan(self, seq: Sequence) -> tuple[int, ...] | None:
         """KVP ranks on which all blocks for the known tokens of `seq` can be taken now; None if they cannot.
 
         The least pending work first; a rank too full for a whole shard may still hold the last one. All or
         nothing: growing while it prefills could leave several long prompts each waiting for the others' blocks.
+        Its cursors then stand behind what is cached of it on these ranks.
         """
-        num_tokens = seq.num_known_tokens
-        kept = self._num_kept if self.owners else 0
-        if self.kvp == 1:
-            count = num_blocks_for(num_tokens, self.block_size)
-            fits = self.pools[0].num_free_blocks - count >= kept + self._num_reserved(0, seq)
-            return (0,) if fits and num_tokens <= self.shard_tokens else None
-        unused = sorted(range(self.kvp), key=self._pending_work.__getitem__)
+        unused = sorted(range(self.kvp), key=self._pending_work.__getitem__) if self.kvp > 1 else [0]
+        num_shards_left = num_shards(seq.num_known_tokens, self.shard_tokens)
+        if num_shards_left > self.kvp:
+            return None
+        has_hits, num_cached_tokens = self.cache is not None and bool(seq.keys), 0
         ranks: list[int] = []
-        for shard_tokens in split(num_tokens, self.shard_tokens):
+        for shard, shard_tokens in enumerate(split(seq.num_known_tokens, self.shard_tokens)):
             count = num_blocks_for(shard_tokens, self.block_size)
             for rank in unused:
-                if self.pools[rank].num_free_blocks - count >= kept + self._num_reserved(rank, seq):
-                    ranks.append(rank)
-                    unused.remove(rank)
+                match = self.cache.match(seq, shard, rank) if has_hits and self.cache is not None else None
+                if self._fits(rank, count, seq, match):
                     break
             else:
                 return None
+            ranks.append(rank)
+            unused.remove(rank)
+            if match is not None and self.cache is not None:
+                num_cached_tokens += match.num_granules * self.cache.granule_tokens
+                has_hits = self.cache.is_whole(match)
+        if seq.num_scheduled_tokens != num_cached_tokens:
+            seq.start_behind(num_cached_tokens)
+            self._moved.append(seq)
         return tuple(ranks)
+
+    def _fits(self, rank: int, num_blocks: int, seq: Sequence, match: Match | None) -> bool:
+        """Whether a rank has blocks for a shard, of which `match` is cached there."""
+        if match is not None and self.cache is not None:
+            num_blocks = self.cache.num_blocks_taken(match, num_blocks)
+        kept = self._num_kept if self.owners else 0
+        return self.num_available_blocks(rank) - num_blocks >= kept + self._num_reserved(rank, seq)
+
+    def restore_cursors(self) -> None:
+        """Of sequences that were planned and have not begun."""
+        for seq in self._moved:
+            if not seq.block_table.shards:
+                seq.start_behind(seq.num_cached_tokens)
+        self._moved.clear()
 
     def parts(self, seq: Sequence, plan: tuple[int, ...]) -> tuple[ChunkShard, ...]:
         """The KVP ranks that take part in the next chunk of `seq`; by its plan while it owns nothing."""
         start = seq.num_scheduled_tokens
         shards = seq.block_table.shards
         if not shards:
-            return (ChunkShard(plan[0], 0),)
+            if len(plan) == 1:
+                return (ChunkShard(plan[0], start),)
+            return tuple([
+                ChunkShard(rank, context_in(index, start, self.shard_tokens))
+                for index, rank in enumerate(plan[: num_shards(start + 1, self.shard_tokens)])
+            ])
         if len(shards) == 1:
             return (ChunkShard(shards[0].kvp_rank, start),)
         return tuple([
@@ -119,11 +159,12 @@ class KVMemory:
 
     def take(self, seq: Sequence, ranks: tuple[int, ...]) -> None:
         """Give `seq` the blocks of a plan made at this very moment."""
+        if self.cache is not None:
+            self.cache.hold(seq, ranks)
         for index, num_tokens in enumerate(split(seq.num_known_tokens, self.shard_tokens)):
             rank = ranks[index]
-            extents = self.pools[rank].allocate(num_blocks_for(num_tokens, self.block_size))
-            assert extents is not None, f"the plan for {seq.request_id} no longer holds on KVP rank {rank}"
-            seq.block_table.shards.append(KVShard(rank, index * self.shard_tokens, list(extents)))
+            extents = self._take_shard(seq, index, rank, num_blocks_for(num_tokens, self.block_size))
+            seq.block_table.shards.append(KVShard(rank, index * self.shard_tokens, extents))
             seq.block_table.unsent.append(append_op(seq.request_id, rank, extents))
             self._pending_work[rank] += seq.request.num_prompt_tokens**2
         self._set_capacity(seq)
@@ -132,11 +173,25 @@ class KVMemory:
         if self.reservation is not None and self.reservation.request_id == seq.request_id:
             self.reservation = None
 
+    def _take_shard(self, seq: Sequence, index: int, rank: int, num_blocks: int) -> list[Extent]:
+        """Of the cache what it holds there, the rest from the pool."""
+        extents: list[Extent] = []
+        if self.cache is not None:
+            extents = self.cache.index.extents(seq.block_table.holdings[index].deepest)
+            num_blocks -= sum([count for _, count in extents])
+            self.cache.make_room(rank, num_blocks)
+        own = self.pools[rank].allocate(num_blocks)
+        assert own is not None, f"the plan for {seq.request_id} no longer holds on KVP rank {rank}"
+        join_extents(extents, own)
+        return extents
+
     def grow(self, seq: Sequence) -> bool:
         """Give a decode one more block; False, and nothing changed, when there is none."""
         table = seq.block_table
         last = table.shards[-1]
         if last.num_blocks * self.block_size < self.shard_tokens:
+            if self.cache is not None:
+                self.cache.make_room(last.kvp_rank, 1)
             tail = last.extents[-1]
             extent = self.pools[last.kvp_rank].extend(tail.first_block + tail.num_blocks - 1)
             if extent is None:
@@ -144,10 +199,13 @@ class KVMemory:
             last.append(extent)
             table.unsent.append(append_op(seq.request_id, last.kvp_rank, (extent,)))
         else:
-            free = [rank for rank in self.growth_ranks(seq) if self.pools[rank].num_free_blocks]
+            free = [rank for rank in self.growth_ranks(seq) if self.num_available_blocks(rank)]
             if not free:
                 return False
             rank = min(free, key=lambda rank: (self._pending_work[rank], rank))
+            if self.cache is not None:
+                self.cache.make_room(rank, 1)
+                self.cache.hold_shard(seq, rank)
             extents = self.pools[rank].allocate(1)
             assert extents is not None
             table.shards.append(KVShard(rank, last.start + self.shard_tokens, list(extents)))
@@ -164,7 +222,7 @@ class KVMemory:
         """
         last = seq.block_table.shards[-1]
         is_shard_full = last.num_blocks * self.block_size >= self.shard_tokens
-        if not is_shard_full and self.pools[last.kvp_rank].num_free_blocks > self._num_kept + self.num_owners:
+        if not is_shard_full and self.num_available_blocks(last.kvp_rank) > self._num_kept + self.num_owners:
             self.grow(seq)
 
     def growth_ranks(self, seq: Sequence) -> set[int]:
@@ -174,17 +232,20 @@ class KVMemory:
             return {last.kvp_rank}
         return set(range(self.kvp)) - {shard.kvp_rank for shard in seq.block_table.shards}
 
-    def release(self, seq: Sequence) -> None:
-        """Take back everything `seq` owns; nothing happens if it owns nothing."""
+    def release(self, seq: Sequence, ends_session: bool = False) -> None:
+        """Take back everything `seq` owns, but for what it has published; nothing happens if it owns nothing."""
         if not seq.block_table.shards:
             return
+        if self.cache is not None:
+            self.cache.release(seq, ends_session)
         for shard in seq.block_table.shards:
-            self.pools[shard.kvp_rank].free(shard.extents)
+            if self.cache is None:
+                self.pools[shard.kvp_rank].free(shard.extents)
             self._pending_work[shard.kvp_rank] -= seq.request.num_prompt_tokens**2
         seq.block_table.shards.clear()
         seq.block_table.unsent.clear()
         seq.block_table.kvp_ranks = ()
-        seq.capacity_tokens = 0
+        seq.capacity_tokens = seq.publish_tokens = 0
         del self.owners[seq.request_id]
 
     def chunk_limit(self, start: int) -> int:
@@ -221,4 +282,6 @@ class KVMemory:
         seq.capacity_tokens = capacity = last.start + last.num_blocks * self.block_size
         # The last output token is sampled, but never computed.
         last_tokens = seq.request.num_prompt_tokens + seq.request.max_output_tokens - 1
-        seq.change_tokens = last_tokens if last_tokens <= capacity else capacity - 1
+        seq.grow_tokens = seq.change_tokens = last_tokens if last_tokens <= capacity else capacity - 1
+        if 0 < seq.publish_tokens < seq.change_tokens:
+            seq.change_tokens = seq.publish_tokens

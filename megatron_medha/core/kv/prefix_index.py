@@ -6,7 +6,7 @@ granules until `release`), `publish` as the sequence computes more, `release` wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from megatron_medha.core.kv.block_pool import BlockPool, Extent, join_extents, slice_extents
@@ -125,6 +125,7 @@ class PrefixIndex:
         tree.pool.cache(count)
         if parent is not None and parent is holding.deepest and self._can_extend(parent, holding.request_id):
             parent.keys += new_keys
+            parent.is_proven = False
             join_extents(parent.extents, new_extents)
             self.borders.add_copy(parent)
         else:
@@ -159,14 +160,31 @@ class PrefixIndex:
         num_blocks, num_cached = sum([count for _, count in extents]), (holding.end - holding.first) * per_granule
         return own + slice_extents(extents, num_cached, num_blocks - num_cached)
 
+    def prove(self, holding: Holding) -> None:
+        """The sequence has sampled a token: all that it builds on, and has published, are numbers."""
+        segment = holding.deepest
+        while segment is not None and not segment.is_proven:
+            segment.is_proven = True
+            segment = segment.parent
+
     def settle(self, request_id: str) -> None:
         """The request has ended, not failed: what it computed stays. Every request ends in this or in `forget`."""
         self._created.pop(request_id, None)
 
-    def forget(self, request_id: str) -> list[Evicted]:
-        """The request failed: what it computed, and all below, is found no more; blocks in use go with their last."""
+    def forget(self, request_id: str, holdings: Iterable[Holding] = ()) -> list[Evicted]:
+        """The request failed: what it computed, and all below, is found no more; blocks in use go with their last.
+
+        Of what it builds on, which others computed, the same holds from where nobody has sampled a token behind it:
+        a request that was aborted in its prompt may have left it without anybody noticing that it is not a number.
+        """
         evicted: list[Evicted] = []
-        for segment in self._created.pop(request_id, {}):
+        suspects = list(self._created.pop(request_id, {}))
+        for holding in holdings:
+            segment = holding.deepest
+            while segment is not None and not segment.is_proven:
+                suspects.append(segment)
+                segment = segment.parent
+        for segment in suspects:
             if segment.is_listed:
                 self._unlist(segment, evicted)
         return evicted
@@ -210,13 +228,13 @@ class PrefixIndex:
         """
         deepest = self._ending(match, now_s)
         if deepest is not None:
-            self._set_waiters(deepest, {**deepest.waiters, request_id: due_s})
+            self._set_waiter(deepest, request_id, due_s)
         return deepest
 
     def unwatch(self, request_id: str, segment: Segment | None) -> None:
         """The request counts on it no more; nothing happens if it was named in the meantime."""
         if segment is not None and request_id in segment.waiters:
-            self._set_waiters(segment, {w: s for w, s in segment.waiters.items() if w != request_id})
+            self._set_waiter(segment, request_id, None)
 
     # ---- inside ----
 
@@ -233,11 +251,14 @@ class PrefixIndex:
             tree.order.used(deepest, now_s)
         return deepest
 
-    def _set_waiters(self, segment: Segment, waiters: dict[str, float]) -> None:
+    def _set_waiter(self, segment: Segment, request_id: str, due_s: float | None) -> None:
         order = self.trees[segment.group][segment.kvp_rank].order
         if is_leaf := bool(segment.ticket):
             order.remove(segment)
-        segment.waiters = waiters
+        if due_s is None:
+            del segment.waiters[request_id]
+        else:
+            segment.waiters[request_id] = due_s
         if is_leaf:
             order.add(segment)
 
@@ -249,7 +270,7 @@ class PrefixIndex:
             lower.kvp_rank, lower.group, lower.parent, lower.first, lower.keys[:cut],
             slice_extents(lower.extents, 0, num_blocks), lower.creator,
             session=lower.session, last_use_s=lower.last_use_s, pins=int(lower.pins > 0), children={lower: None},
-            is_ended=lower.is_ended, is_matched=lower.is_matched,
+            is_ended=lower.is_ended, is_matched=lower.is_matched, is_proven=lower.is_proven,
         )
         num_left = (lower.num_granules - num_granules) * self.blocks_per_granule
         lower.extents = slice_extents(lower.extents, num_blocks, num_left)

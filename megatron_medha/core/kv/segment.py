@@ -32,6 +32,7 @@ class Segment:
     last_use_s: float = 0.0      # when it last had a pin
     is_ended: bool = False       # its session has ended
     is_matched: bool = False     # a request has begun with it since its last use
+    is_proven: bool = False      # somebody has sampled a token behind it: what it holds are numbers
     is_listed: bool = True       # False: of a sequence that failed; no match finds it, and it goes with its last pin
     ticket: int = 0              # its place in the eviction order; 0: it is in none
 

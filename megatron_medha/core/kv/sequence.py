@@ -36,14 +36,15 @@ LIFECYCLE: dict[Status, frozenset[Status]] = {
 class Sequence:
     """A request on its way, with the cursors of the stream pipeline.
 
-    num_computed_tokens <= num_first_stage_tokens <= num_scheduled_tokens <= num_known_tokens, always.
+    num_computed_tokens <= num_first_stage_tokens <= num_scheduled_tokens <= num_known_tokens, always. While it waits,
+    the first three stand behind what the prefix cache has of it, of which it holds nothing.
     """
 
     request: Request
-    deadline_s: float              # absolute, for the first token
+    deadline_s: float = inf        # absolute, for the first token
     triage_deadline_s: float = inf   # the deadline that triage goes by; inf: it is never given up
     margin_s: float = 0.0          # safety margin before its deadline, of policies that go by slack
-    total_work_s: float            # predicted time of the whole prefill, alone
+    total_work_s: float = 0.0      # predicted time of the whole prefill, alone, behind num_promised_tokens
     status: Status = Status.WAITING
     num_scheduled_tokens: int = 0    # handed to the runtime
     num_first_stage_tokens: int = 0  # past stage 0: the next chunk of a prompt starts there
@@ -51,10 +52,16 @@ class Sequence:
     num_output_tokens: int = 0
     num_preemptions: int = 0         # times the KV was lost and had to be recomputed
     num_batches_in_flight: int = 0
+    keys: bytes = b""                # of the full granules of its known tokens; empty: it is not cached
+    # Of its known tokens, those that were in the prefix cache when it last began, or that are while it waits.
+    num_cached_tokens: int = 0
+    num_promised_tokens: int = 0     # the least of these since it arrived: its deadline counts the work of all others
     last_chunk_tokens: int = 0       # of its prefill; the next one is likely to be of about that size
     remaining_work_s: float = 0.0    # of the prefill; kept by the scheduler as chunks are scheduled
     capacity_tokens: int = 0         # tokens its blocks hold
-    change_tokens: int = 0           # a decode that has computed so many ends, or wants a block; up to there it goes on
+    grow_tokens: int = 0             # a decode that has computed so many ends, or wants a block
+    publish_tokens: int = 0          # a decode that has computed so many can publish a granule; 0: none
+    change_tokens: int = 0           # the first of the two: up to there a decode goes on
     first_scheduled_s: float | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
     request_id: str = field(init=False)  # the request's: asked for too often to be a property
@@ -91,6 +98,10 @@ class Sequence:
     def is_done(self) -> bool:
         """Whether it has ended, one way or another."""
         return self.status is Status.FINISHED or self.status is Status.ABORTED
+
+    def start_behind(self, num_tokens: int) -> None:
+        """It owns no KV; all it has to compute is what follows `num_tokens` cached ones."""
+        self.num_scheduled_tokens = self.num_first_stage_tokens = self.num_computed_tokens = num_tokens
 
     def move_to(self, status: Status) -> None:
         """Change status along LIFECYCLE; anything else is a bug."""

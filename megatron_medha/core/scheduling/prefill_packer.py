@@ -145,6 +145,7 @@ class PrefillPacker:
                 self._memory.release(seq)  # others have used the whole step: it has not begun after all
         if not builder.prefills:
             self._add_tile(builder, first or overdue)
+        self._memory.restore_cursors()
         if not builder.is_empty:
             self._update_credits(builder, overdue, credit_s, shared_budget_s, used_s, long_ranks)
         else:

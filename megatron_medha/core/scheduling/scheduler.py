@@ -24,19 +24,20 @@ from megatron_medha.core.batch import (
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.ops import KVOp, drop_op
+from megatron_medha.core.kv.segment import KEY_BYTES
 from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.kv.shards import num_shards
 from megatron_medha.core.request import Rejection, Request
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
-from megatron_medha.core.scheduling.chunking import PrefillTimes
+from megatron_medha.core.scheduling.deadlines import Deadlines
 from megatron_medha.core.scheduling.overdue import OverdueHeap
-from megatron_medha.core.scheduling.policies import POLICIES, Policy, relative_slack
+from megatron_medha.core.scheduling.policies import POLICIES, Policy
+from megatron_medha.core.scheduling.preemption import victim
 from megatron_medha.core.scheduling.prefill_packer import PrefillLimits, PrefillPacker
 from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
+from megatron_medha.core.scheduling.prefix_waits import PrefixWaits
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.core.scheduling.step_budget import BudgetUtilization, min_efficient_step_s
-
-_MAX_MARGIN_SHARE = 0.8  # of a deadline
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +71,6 @@ class Scheduler:
         self.memory = memory
         self.policy = policy or POLICIES[config.policy]
         self.spp = spp  # stages of the pipeline
-        self._rule = config.chunk_rule
         self._utilization = BudgetUtilization()
         self._sequences: dict[str, Sequence] = {}
         self._decodes: list[Sequence] = []          # ready for their next token, oldest first
@@ -84,8 +84,13 @@ class Scheduler:
         self._released: list[str] = []
         self._kv_ops: list[KVOp] = []               # for the next batch
         self._next_batch_id = 0
-        self._times = self._predict_times()
-        self._prefills = PrefillQueue(self.policy.priority, config.is_preemptive, self._times.num_step_tokens)
+        self._deadlines = Deadlines(config, cost, spp, memory.max_request_tokens)
+        self._prefills = PrefillQueue(self.policy.priority, config.is_preemptive, self._deadlines.num_step_tokens)
+        self._cache = memory.cache
+        if memory.cache is not None:
+            memory.cache.prefill_s = self._deadlines.prefill_s
+        self._waits = None if memory.cache is None else PrefixWaits(memory.cache)
+        self._moved: dict[str, Sequence] = {}       # waiting, of which another part is cached than before
 
     # ---- what the outside may look at ----
 
@@ -110,41 +115,23 @@ class Scheduler:
 
     def predicted_prefill_s(self, num_tokens: int) -> float:
         """Predicted time of a whole prefill, alone: w_total."""
-        return self._times.prefill_s(num_tokens) / self.spp
+        return self._deadlines.prefill_s(num_tokens)
 
     def ttft_target_s(self, request: Request, total_work_s: float) -> float:
         """Seconds from arrival in which the first token is due: the request's own, its class's, or ours."""
-        if request.ttft_slo_s is not None:
-            return request.ttft_slo_s
-        multiplier, least_s = request.deadline_multiplier, request.min_deadline_s
-        return max(
-            (self.config.deadline_multiplier if multiplier is None else multiplier) * total_work_s,
-            self.config.min_deadline_s if least_s is None else least_s,
-        )
+        return self._deadlines.ttft_target_s(request, total_work_s)
 
     def is_deprioritized(self, seq: Sequence, now_s: float) -> bool:
         """Whether triage lets others go before this prefill: it takes more than a step, and its deadline is lost."""
-        return seq.triage_s < now_s and seq.num_unscheduled_tokens > self._times.num_step_tokens
-
-    def _triage_deadline_s(self, request: Request, target_s: float, total_work_s: float) -> float:
-        """The deadline that triage goes by: its own, or the one that its work alone would give it, if that is later.
-
-        So a prompt that asks for what cannot be done is not put behind those that ask for nothing.
-        """
-        if not self.config.has_triage:
-            return inf
-        return request.arrival_s + max(target_s, self.config.deadline_multiplier * total_work_s)
-
-    def _margin_s(self, target_s: float) -> float:
-        """The safety margin before a target; most of the target if that is shorter than ten steps."""
-        steps_s = self.config.slack_margin_steps * self._feasible_s(self.config.step_budget_s)
-        return min(steps_s, _MAX_MARGIN_SHARE * target_s)
+        return seq.triage_s < now_s and seq.num_unscheduled_tokens > self._deadlines.num_step_tokens
 
     # ---- events ----
 
     def handle(self, event: Event, now_s: float) -> list[Output]:
         """Take note of what happened; what clients must be told comes back."""
         outputs: list[Output] = []
+        if self._cache is not None:
+            self._cache.now_s = now_s
         match event:
             case Completed():
                 self._complete(event, now_s, outputs)
@@ -159,6 +146,8 @@ class Scheduler:
                 self._restart_all(now_s)
         if self._growing:
             self._grow(now_s, outputs)
+        if self._cache is not None:
+            self._rematch(now_s)
         return outputs
 
     def _arrive(self, request: Request, now_s: float, outputs: list[Output]) -> None:
@@ -166,16 +155,11 @@ class Scheduler:
             outputs.append(Rejected(request.request_id, rejection.message, is_client_fault=True))
             return
         self._refresh_times()
-        total_s = self.predicted_prefill_s(request.num_prompt_tokens)
-        target_s = self.ttft_target_s(request, total_s)
-        seq = Sequence(
-            request=request,
-            deadline_s=request.arrival_s + target_s,
-            triage_deadline_s=self._triage_deadline_s(request, target_s, total_s),
-            margin_s=self._margin_s(target_s),
-            total_work_s=total_s,
-            remaining_work_s=total_s,
-        )
+        seq = Sequence(request=request)
+        if self._waits is not None:
+            seq.keys = request.prefix_keys
+            self._waits.add(seq)
+        self._deadlines.begin(seq)
         self._sequences[request.request_id] = seq
         self._num_tpot_slos += request.tpot_slo_s is not None
         self._overdue.add(seq)
@@ -216,6 +200,8 @@ class Scheduler:
         if flight.num_decodes:  # others may have filled the whole budget
             self._utilization.learn(flight.batch, event.duration_s)
         self._refresh_times()
+        if event.filled_keys and self._cache is not None:
+            self._take_keys(event.filled_keys, self._cache.granule_tokens)
         failed = dict(event.failed)
         is_calm = not event.stopped and not failed
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
@@ -253,14 +239,24 @@ class Scheduler:
         if seq.num_first_stage_tokens < end:
             seq.num_first_stage_tokens = end
         if request_id in failed:
+            if self._cache is not None:
+                self._cache.forget(seq)
             self._end(seq, Status.ABORTED, now_s)
             outputs.append(Rejected(request_id, failed[request_id], is_client_fault=False))
-        elif chunk.samples_token:
+            return
+        if seq.keys:
+            self._publish(seq)
+        if chunk.samples_token:
             seq.num_output_tokens += 1
+            num_cached = 0
+            if seq.keys and self._cache is not None:
+                self._cache.prove(seq)
+            if seq.num_output_tokens == 1:
+                num_cached = min(seq.num_cached_tokens, seq.request.num_prompt_tokens)
             reason = FinishReason.STOP if request_id in event.stopped else None
             if reason is None and seq.num_output_tokens >= seq.request.max_output_tokens:
                 reason = FinishReason.LENGTH
-            outputs.append(tuple.__new__(TokenOut, (request_id, event.batch_id, reason, 0)))
+            outputs.append(tuple.__new__(TokenOut, (request_id, event.batch_id, reason, num_cached)))
             if reason is not None:
                 self._end(seq, Status.FINISHED, now_s)
                 return
@@ -269,12 +265,14 @@ class Scheduler:
             if end >= seq.capacity_tokens:
                 self._growing.append(seq)
                 return
-            if end >= seq.change_tokens:
+            if end >= seq.grow_tokens:
                 self.memory.grow_early(seq)
             self._decodes.append(seq)
 
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
+        if self._waits is not None:
+            self._waits.discard(seq)
         seq.move_to(status)
         if self.policy.ended is not None:
             self.policy.ended(seq)
@@ -286,7 +284,9 @@ class Scheduler:
             self._forget(seq)
 
     def _forget(self, seq: Sequence) -> None:
-        self.memory.release(seq)
+        self.memory.release(seq, seq.status is Status.FINISHED and seq.request.ends_session)
+        if self._cache is not None:
+            self._cache.index.settle(seq.request_id)
         del self._sequences[seq.request_id]
         self._num_tpot_slos -= seq.request.tpot_slo_s is not None
         self._released.append(seq.request_id)
@@ -297,6 +297,8 @@ class Scheduler:
         self._is_first_stage_free = True
         self._growing.clear()
         self._decodes.clear()
+        if self._cache is not None:
+            self._cache.clear()
         for seq in list(self._sequences.values()):
             seq.num_batches_in_flight = 0
             if seq.is_done:
@@ -314,8 +316,11 @@ class Scheduler:
         seq.num_preemptions += 1
         if seq.num_output_tokens:
             seq.triage_deadline_s = inf  # somebody is reading its answer: it is in time if it goes on at once
-        seq.num_scheduled_tokens = seq.num_first_stage_tokens = seq.num_computed_tokens = 0
-        seq.remaining_work_s = self.predicted_prefill_s(seq.num_known_tokens)
+        if self._waits is None:
+            seq.start_behind(0)
+        else:
+            self._waits.add(seq)
+        seq.remaining_work_s = self._deadlines.work_s(seq.num_known_tokens, seq.num_cached_tokens)
         self._overdue.add(seq)
         self._prefills.add(seq, now_s)
 
@@ -327,50 +332,18 @@ class Scheduler:
             if seq.status is not Status.DECODING:
                 continue  # it was preempted itself
             while not self.memory.grow(seq):
-                victim = self._victim(seq, now_s)
-                if victim is None:
+                overdue = self._longest_overdue(now_s)
+                lost = victim(self.memory, seq, now_s, self.config.progress_share, overdue)
+                if lost is None:
                     still_growing.append(seq)  # all other owners are in flight: try again at the next event
                     break
-                outputs.append(Preempted(victim.request_id, victim.num_computed_tokens))
-                self._kv_ops.append(drop_op(victim.request_id))
-                self._restart(victim, now_s)
-                if victim is seq:
+                outputs.append(Preempted(lost.request_id, lost.num_computed_tokens))
+                self._kv_ops.append(drop_op(lost.request_id))
+                self._restart(lost, now_s)
+                if lost is seq:
                     break
             else:
                 self._decodes.append(seq)
-
-    def _victim(self, growing: Sequence, now_s: float) -> Sequence | None:
-        """Which sequence is preempted so that `growing` gets a block; None if all others are in flight."""
-        ranks = self.memory.growth_ranks(growing)
-        owners = [
-            seq
-            for seq in self.memory.owners.values()
-            if not seq.num_batches_in_flight
-            and not seq.is_done
-            and (seq is growing or any(shard.kvp_rank in ranks for shard in seq.block_table.shards))
-        ]
-        if all(seq is growing for seq in owners):
-            return None
-        kept = self._preemption_exempt(owners, now_s)
-        return max(
-            owners,
-            key=lambda seq: (
-                -kept.count(seq.request_id), relative_slack(seq, now_s), seq.request.arrival_s, seq.request_id
-            ),
-        )  # fmt: skip
-
-    def _preemption_exempt(self, owners: list[Sequence], now_s: float) -> list[str]:
-        """Which owners are spared in overload: a long prefill that loses its KV again and again would never end.
-
-        The longest overdue prefill, and the owner with the earliest deadline, most of all when they are the same: it
-        runs to its end, then the next one is the earliest, so that every wait has an end.
-        """
-        if not self.config.progress_share:
-            return []
-        earliest = min(owners, key=lambda seq: (seq.deadline_s, seq.request.arrival_s, seq.request_id))
-        overdue = self._longest_overdue(now_s)
-        kept = [overdue.request_id] if overdue is not None else []
-        return kept + 2 * [earliest.request_id] if earliest.deadline_s < now_s else kept
 
     # ---- batches ----
 
@@ -378,6 +351,8 @@ class Scheduler:
         """Choose the next batch; None when nothing can run."""
         if not self._is_first_stage_free or len(self._in_flight) >= self.spp:
             return None
+        if self._cache is not None:
+            self._cache.now_s = now_s
         budget_s = self._budget_s()
         builder = self._builder
         has_decodes = self._has_decodes()
@@ -400,6 +375,8 @@ class Scheduler:
         sequences += [planned.seq for planned in builder.prefills]
         self._in_flight[batch_id] = _SubmittedBatch(batch, sequences, num_decodes, load)
         self._is_first_stage_free = False
+        if self._cache is not None:
+            self._rematch(now_s)
         return batch
 
     def _has_decodes(self) -> bool:
@@ -409,18 +386,13 @@ class Scheduler:
         )
 
     def _budget_s(self) -> float:
-        budget_s = self._feasible_s(self.config.step_budget_s)
+        budget_s = self._deadlines.feasible_s(self.config.step_budget_s)
         if not self._num_tpot_slos:
             return budget_s
         tpot_slos_s = [seq.request.tpot_slo_s for seq in self._decodes if seq.request.tpot_slo_s is not None]
-        wanted_s = self._feasible_s(min([budget_s, *tpot_slos_s]))
+        wanted_s = self._deadlines.feasible_s(min([budget_s, *tpot_slos_s]))
         # Where nobody prefills, a short step costs nobody anything.
         return max(wanted_s, min_efficient_step_s(budget_s, self.cost.linear_s(1, 1))) if self._prefills else wanted_s
-
-    def _feasible_s(self, budget_s: float) -> float:
-        # A budget that the fixed costs of a step fill cannot be kept by any chunk size; tiles would then pay a
-        # step's overhead each. Twice those costs is the least at which half of the time goes into tokens.
-        return max(budget_s, 2.0 * self.cost.linear_s(1, 1))
 
     def _commit(self, decodes: list[Sequence], builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
         """Turn what was planned into chunks, and move every cursor."""
@@ -440,6 +412,10 @@ class Scheduler:
             start = seq.num_scheduled_tokens
             if seq.is_waiting:
                 seq.move_to(Status.PREFILLING)
+                if self._waits is not None:
+                    self._waits.discard(seq)
+                    seq.num_cached_tokens = start
+                    seq.num_promised_tokens = min(seq.num_promised_tokens, start)
                 if seq.first_scheduled_s is None:
                     seq.first_scheduled_s = now_s
                 kv_ops += seq.block_table.unsent
@@ -447,7 +423,8 @@ class Scheduler:
             seq.num_scheduled_tokens = start + num_tokens
             seq.last_chunk_tokens = num_tokens
             seq.num_batches_in_flight += 1
-            self._predict_work(seq)
+            if self._deadlines.follow(seq):
+                self._overdue.add(seq)
             if seq.num_unscheduled_tokens:
                 self._prefills.add(seq, now_s)  # nobody asks for the next batch before this one has left stage 0
             else:
@@ -455,29 +432,51 @@ class Scheduler:
             chunks.append(self._prefill_chunk(seq, start, num_tokens))
         return tuple(chunks)
 
-    def _predict_work(self, seq: Sequence) -> None:
-        """What is left of a prefill, and what all of it is, both by what the cost model believes now.
-
-        A deadline that was derived from the prompt's own work follows the belief: a first estimate that was half the
-        truth would make a long prompt look overdue through no fault of anybody, and others would wait for it.
-        """
-        whole_s = self._times.prefill_s(seq.num_known_tokens)
-        seq.remaining_work_s = max(0.0, (whole_s - self._times.prefill_s(seq.num_scheduled_tokens)) / self.spp)
-        total_s = whole_s / self.spp
-        if total_s == seq.total_work_s:
-            return
-        seq.total_work_s = total_s
-        target_s = self.ttft_target_s(seq.request, total_s)
-        if seq.triage_deadline_s < inf:
-            seq.triage_deadline_s = self._triage_deadline_s(seq.request, target_s, total_s)
-        if seq.request.ttft_slo_s is None:
-            seq.deadline_s, seq.margin_s = seq.request.arrival_s + target_s, self._margin_s(target_s)
-            self._overdue.add(seq)
-
     def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
         end = start + num_tokens
         ranks = seq.block_table.kvp_ranks[: num_shards(end, self.memory.shard_tokens)]
         return tuple.__new__(Chunk, (seq.request_id, start, num_tokens, end == seq.num_known_tokens, ranks))
+
+    # ---- the prefix cache ----
+
+    def _take_keys(self, filled_keys: tuple[tuple[str, bytes], ...], granule_tokens: int) -> None:
+        """Outputs have filled granules; they can be published when the token after is sampled."""
+        for request_id, keys in filled_keys:
+            seq = self._sequences.get(request_id)
+            if seq is not None and not seq.is_done:
+                seq.keys += keys
+                num_granules = (seq.num_known_tokens + 1) // granule_tokens
+                assert len(seq.keys) == num_granules * KEY_BYTES, f"{request_id}: keys of other than its granules"
+                seq.publish_tokens = len(seq.keys) // KEY_BYTES * granule_tokens
+                seq.change_tokens = min(seq.change_tokens, seq.publish_tokens)
+
+    def _publish(self, seq: Sequence) -> None:
+        """It has computed more: others that wait may begin behind it."""
+        assert self._cache is not None and self._waits is not None
+        for granules in self._cache.publish(seq):
+            for waiting in self._waits.published(seq.keys, granules):
+                self._moved[waiting.request_id] = waiting
+        if 0 < seq.publish_tokens <= seq.num_computed_tokens:
+            seq.publish_tokens, seq.change_tokens = 0, seq.grow_tokens
+
+    def _rematch(self, now_s: float) -> None:
+        """Give those a new place in the queue of which another part is cached than before."""
+        cache, waits = self._cache, self._waits
+        assert cache is not None and waits is not None
+        if cache.evicted:
+            for seq in waits.evicted(cache.evicted):
+                self._moved[seq.request_id] = seq
+            cache.evicted.clear()
+        if not self._moved:
+            return
+        moved, self._moved = list(self._moved.values()), {}
+        for seq in moved:
+            if seq.is_waiting:
+                waits.discard(seq)
+                waits.add(seq)
+                if self._deadlines.rematch(seq):
+                    self._overdue.add(seq)
+                self._prefills.add(seq, now_s)
 
     # ---- deadlines ----
 
@@ -486,10 +485,5 @@ class Scheduler:
         return self._overdue.longest(now_s) if self.config.progress_share else None
 
     def _refresh_times(self) -> None:
-        if self._times.revision != self.cost.revision:
-            self._times = self._predict_times()
-            self._prefills.num_step_tokens = self._times.num_step_tokens
-
-    def _predict_times(self) -> PrefillTimes:
-        budget_s = self._feasible_s(self.config.step_budget_s)
-        return PrefillTimes(self._rule, self.cost, budget_s, self.memory.max_request_tokens)
+        if self._deadlines.refresh():
+            self._prefills.num_step_tokens = self._deadlines.num_step_tokens

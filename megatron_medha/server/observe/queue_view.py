@@ -108,7 +108,7 @@ def take_view(snapshot: Snapshot, steps: tuple[StepRecord, ...], now_s: float, r
         num_prefilling=load.num_prefilling,
         num_decoding=load.num_decoding,
         num_blocks=memory.num_blocks,
-        num_free_blocks=tuple(pool.num_free_blocks for pool in memory.pools),
+        num_free_blocks=tuple(memory.num_available_blocks(rank) for rank in range(memory.kvp)),
         queue=tuple(_queued(scheduler, seq, now_s, replica) for seq in most_urgent),
         decoding=tuple(
             DecodingRequest(

@@ -1,0 +1,76 @@
+"""Waiting sequences and what the prefix cache has of them: kept right by what is published and evicted, no scans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_medha.core.kv.prefix_cache import PrefixCache
+from megatron_medha.core.kv.segment import KEY_BYTES, Evicted, Segment
+from megatron_medha.core.kv.sequence import Sequence
+
+
+@dataclass(slots=True)
+class _Wait:
+    """One waiting sequence."""
+
+    seq: Sequence
+    watched: Segment | None  # the end of what is cached of it; None: nothing is
+    next_key: bytes          # of the first granule that is not; b"": no more can be
+
+
+class PrefixWaits:
+    """By request id. A waiting sequence holds nothing of the cache."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self._cache = cache
+        self._waits: dict[str, _Wait] = {}
+        self._by_next_key: dict[bytes, dict[str, Sequence]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waits)
+
+    def add(self, seq: Sequence) -> None:
+        """It waits: set its cursors behind what is cached of it, and see to it that changes are noticed."""
+        if not seq.keys or not seq.request.reads_cache:
+            seq.num_cached_tokens = 0
+            seq.start_behind(0)
+            return
+        cache, request_id = self._cache, seq.request_id
+        match = cache.longest(seq)
+        end, watched = 0, None
+        if match is not None:
+            end = match.end
+            watched = cache.index.watch(request_id, match, cache.now_s, seq.request.arrival_s)
+        seq.num_cached_tokens = end * cache.granule_tokens
+        seq.start_behind(seq.num_cached_tokens)
+        next_key = b""
+        if (end + 1) * cache.granule_tokens < seq.num_known_tokens:
+            next_key = seq.keys[end * KEY_BYTES : (end + 1) * KEY_BYTES]
+        if next_key:
+            self._by_next_key.setdefault(next_key, {})[request_id] = seq
+        self._waits[request_id] = _Wait(seq, watched, next_key)
+
+    def discard(self, seq: Sequence) -> None:
+        """It begins, or has ended."""
+        wait = self._waits.pop(seq.request_id, None)
+        if wait is None:
+            return
+        self._cache.index.unwatch(seq.request_id, wait.watched)
+        if wait.next_key:
+            others = self._by_next_key[wait.next_key]
+            del others[seq.request_id]
+            if not others:
+                del self._by_next_key[wait.next_key]
+
+    def published(self, keys: bytes, granules: range) -> list[Sequence]:
+        """Those of which more is cached, now that these granules of `keys` are."""
+        found: list[Sequence] = []
+        if self._by_next_key:
+            for granule in granules:
+                found += self._by_next_key.get(keys[granule * KEY_BYTES : (granule + 1) * KEY_BYTES], {}).values()
+        return found
+
+    def evicted(self, records: Iterable[Evicted]) -> list[Sequence]:
+        """Those of which less is cached, now that these granules are not."""
+        return [self._waits[name].seq for record in records for name in record.waiters if name in self._waits]
