@@ -53,6 +53,7 @@ class LatentAttention:
     nope_dim: int          # numbers of a head's query and key without position
     rope_dim: int          # and those with one, whose keys all heads share
     value_dim: int         # numbers of a head's value
+    norm_epsilon: float | None = None  # of the latent vectors' norms; None: that of the others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,12 +77,22 @@ def build_model(
     if not config.is_llama_like:
         for index, layer in enumerate(model.decoder.layers):
             layer.self_attention.core_attention.place(config, index)
+            if config.latent is not None and config.latent.norm_epsilon is not None:
+                _set_latent_epsilon(layer.self_attention, config.latent.norm_epsilon)
     # With the dtype: Megatron's local norms are made in fp32 whatever params_dtype says, and mixed they run unfused.
     model.to(device=device, dtype=dtype).eval()
     for name, bias in model.named_buffers():
         if name.endswith("expert_bias"):  # decides between experts; Megatron keeps it in fp32
             bias.data = bias.data.float()
     return model
+
+
+def _set_latent_epsilon(attention: torch.nn.Module, epsilon: float) -> None:
+    """Of the norms of latent vectors, which Megatron gives that of all others."""
+    for name in ("q_layernorm", "kv_layernorm"):
+        norm = getattr(attention, name, None)
+        if norm is not None and hasattr(norm, "eps"):  # not an identity, where queries have no latent vector
+            norm.eps = epsilon
 
 
 def _check_latent(config: ModelConfig, tp: int) -> None:

@@ -37,6 +37,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "n_group": 4, "topk_group": 2,
         "head_dim": 16,
     }),
+    "latent attention and experts in groups": ("DeepseekV3", {
+        "n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "n_group": 4, "topk_group": 2,
+        "num_key_value_heads": 8, "q_lora_rank": 32, "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+        "v_head_dim": 16, "first_k_dense_replace": 1,
+    }),
 }
 
 
