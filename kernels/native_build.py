@@ -27,14 +27,14 @@ SOURCES = Path(__file__).parent / "native"
 _AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma")
 # Instruction sets, the best first. Of the vector ones simd.h says what it asks for, of the tiles matrix_tiles.h.
 _TARGET_FLAGS = {
-    "AMX": (*_AVX512, "-DMEDHA_TILES"),
+    "AMX": (*_AVX512, "-mavx512bf16", "-DMEDHA_TILES"),
     "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma"),
     # For tests on other machines: AMX's order of operations without its instructions, and the same bits.
     "AMX_PLAIN": (*_AVX512, "-DMEDHA_PLAIN_TILES"),
 }
 _CPU_FLAGS = {  # by the names of /proc/cpuinfo
-    "AMX": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma", "amx_tile", "amx_bf16"},
+    "AMX": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma", "avx512_bf16", "amx_tile", "amx_bf16"},
     "AVX512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"},
     "AVX2": {"avx2", "fma"},
 }
@@ -102,6 +102,8 @@ def native_library(target: str | None = None) -> ctypes.CDLL:
 
 @functools.cache
 def _loaded(target: str) -> ctypes.CDLL:
+    if target == "AMX" and target not in usable_targets():  # where the process gets its tile registers
+        raise NativeUnavailable("this machine has no AMX, or Linux does not allow it")
     path = _built(target)
     try:
         library = ctypes.CDLL(str(path))

@@ -2,9 +2,10 @@
 
 Shapes: T query tokens, K key/value heads, G query heads per key/value head, H = K * G, D head dim, N groups of 16
 slots.
-Storage is fp32 or bf16, arithmetic fp32. A token's output depends on its own sequence alone, to the last bit: not on
-who shares its batch, on how its prompt was cut into chunks, on where its blocks lie if they are multiples of 16
-tokens, or on the number of threads. How keys and values lie in the pool: native/layout.h.
+Storage is fp32 or bf16, arithmetic fp32; matrix tiles (AMX) round the softmax's weights to bf16. A token's output
+depends on its own sequence alone, to the last bit: not on who shares its batch, on how its prompt was cut into chunks,
+on where its blocks lie if they are multiples of 16 tokens, or on the number of threads. How keys and values lie in the
+pool: native/layout.h.
 """
 
 from __future__ import annotations

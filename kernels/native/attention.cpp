@@ -10,6 +10,7 @@
 #include <new>
 #include <vector>
 
+#include "attention_tiles.h"
 #include "layout.h"
 #include "parallel_for.h"
 #include "prefetcher.h"
@@ -26,10 +27,19 @@ constexpr double LN_2 = 0.693147180559945309417;
 constexpr int64_t MAX_UNIT_ROWS = 192;
 // From so many register tiles of rows on, widening bf16 once per tile of keys is cheaper than at each use.
 constexpr int64_t MIN_TILES_TO_WIDEN = 3;
+#if defined(HAS_MATRIX_TILES)
+template <class T>
+constexpr bool USES_TILES = sizeof(T) == 2;
+#else
+template <class T>
+constexpr bool USES_TILES = false;
+#endif
 // Reading keys for a single row takes as long as computing this many.
-constexpr int64_t MIN_COST_ROWS = 8;
+template <class T>
+constexpr int64_t MIN_COST_ROWS = USES_TILES<T> ? 64 : 8;
 // Row * key * dim products below which waking a second thread costs more than it saves (some 50 us of work).
-constexpr int64_t MIN_PARALLEL_COST = 1 << 21;
+template <class T>
+constexpr int64_t MIN_PARALLEL_COST = USES_TILES<T> ? 1 << 24 : 1 << 21;
 constexpr int64_t WRITE_TOKENS = 64;  // of an item that writes
 constexpr int64_t MIN_PARALLEL_WRITE = 1 << 16;  // numbers; likewise
 
@@ -75,7 +85,7 @@ class Work {
         const int64_t cost = plan() * dim_;
         const auto attend_item = [&](int64_t i) { attend(items_[i]); };
         const int64_t num_items = static_cast<int64_t>(items_.size());
-        parallel_for(call_.run_parallel, threads_for(cost, MIN_PARALLEL_COST), num_items, attend_item);
+        parallel_for(call_.run_parallel, threads_for(cost, MIN_PARALLEL_COST<T>), num_items, attend_item);
     }
 
   private:
@@ -145,7 +155,7 @@ class Work {
     int64_t blocks_of(const Rows &rows) const {
         return (rows.num_tokens * call_.queries_per_kv_head + MAX_UNIT_ROWS - 1) / MAX_UNIT_ROWS;
     }
-    static int64_t rows_that_cost(const Unit &u) { return std::max(u.end_row - u.first_row, MIN_COST_ROWS); }
+    static int64_t rows_that_cost(const Unit &u) { return std::max(u.end_row - u.first_row, MIN_COST_ROWS<T>); }
     static int64_t cost_of(const Unit &u) { return rows_that_cost(u) * u.num_keys; }
     static int64_t num_partitions(int64_t num_keys) {
         int64_t count = 0;
@@ -180,10 +190,8 @@ class Work {
         Unit &unit = *item.unit;
         const int64_t num_rows = unit.end_row - unit.first_row, size = Sums::size(num_rows, dim_);
         static thread_local Buffer memory;
-        // Queries, two sums, scores and decays, a tile of widened keys and values.
-        float *scratch = memory.at_least<float>(
-            num_rows * dim_ + 2 * size + num_rows * (TILE_KEYS + 1) + 2 * TILE_KEYS * dim_
-        );
+        // Queries, two sums, and what a tile of keys takes.
+        float *scratch = memory.at_least<float>(num_rows * dim_ + 2 * size + tile_memory_size(num_rows));
         float *const queries = scratch;
         float *const sums_memory = queries + num_rows * dim_;
         float *const tile_memory = sums_memory + 2 * size;
@@ -213,6 +221,13 @@ class Work {
         }
     }
 
+    int64_t tile_memory_size(int64_t num_rows) const {
+#if defined(HAS_MATRIX_TILES)
+        if constexpr (USES_TILES<T>) return KeyTile::memory_size(dim_);
+#endif
+        return num_rows * (TILE_KEYS + 1) + 2 * TILE_KEYS * dim_;  // scores and decays, widened keys and values
+    }
+
     // The register tiles of a unit: tile i holds rows [first_row_of(i), first_row_of(i + 1)), as evenly as can be.
     struct RowTiles {
         int64_t num_rows, count;
@@ -220,18 +235,34 @@ class Work {
         int64_t first_row_of(int64_t i) const { return num_rows * i / count; }
     };
 
-    // Scaled for powers of two, in the order a register tile reads them.
+    float base_2_scale() const { return static_cast<float>(call_.scale / LN_2); }
+
+    const T *query(const Unit &unit, int64_t row) const {
+        const int64_t token = unit.rows->first_token + row / call_.queries_per_kv_head;
+        return static_cast<const T *>(call_.q) + token * call_.q_token_stride + unit.head * call_.q_head_stride +
+               row % call_.queries_per_kv_head * call_.q_group_stride;
+    }
+
+    // In the order a register tile reads them, scaled for powers of two; for matrix tiles as they are.
     void pack_queries(const Unit &unit, float *queries) const {
         const RowTiles tiles(unit.end_row - unit.first_row);
-        const float scale = static_cast<float>(call_.scale / LN_2);
+#if defined(HAS_MATRIX_TILES)
+        if constexpr (USES_TILES<T>) {
+            const int64_t depth = padded_depth(dim_);
+            uint16_t *to = reinterpret_cast<uint16_t *>(queries);
+            for (int64_t row = unit.first_row; row < unit.end_row; ++row, to += depth) {
+                std::copy_n(query(unit, row), call_.head_dim, to);
+                std::fill(to + call_.head_dim, to + depth, 0);
+            }
+            return;
+        }
+#endif
+        const float scale = base_2_scale();
         for (int64_t i = 0; i < tiles.count; ++i) {
             const int64_t first = tiles.first_row_of(i), count = tiles.first_row_of(i + 1) - first;
             float *to = queries + first * dim_;
             for (int64_t r = 0; r < count; ++r) {
-                const int64_t row = unit.first_row + first + r;
-                const int64_t token = unit.rows->first_token + row / call_.queries_per_kv_head;
-                const T *q = static_cast<const T *>(call_.q) + token * call_.q_token_stride +
-                             unit.head * call_.q_head_stride + row % call_.queries_per_kv_head * call_.q_group_stride;
+                const T *const q = query(unit, unit.first_row + first + r);
                 for (int64_t d = 0; d < call_.head_dim; ++d) to[d * count + r] = to_float(q[d]) * scale;
                 for (int64_t d = call_.head_dim; d < dim_; ++d) to[d * count + r] = 0.0f;
             }
@@ -267,6 +298,12 @@ class Work {
                 key += count;
             }
             const bool is_whole = key - tile_start == TILE_KEYS && key <= keys_of(*unit.rows, unit.first_row);
+#if defined(HAS_MATRIX_TILES)
+            if constexpr (USES_TILES<T>) {
+                add_matrix_tile(unit, groups, num_groups, is_whole, key < end_key, queries, sums, memory);
+                continue;
+            }
+#endif
             if constexpr (sizeof(T) == 2) {
                 if (widens) {
                     // Widening waits for memory, and the products over a tile last long enough to fetch the next one:
@@ -291,6 +328,50 @@ class Work {
             add_tile(unit, groups, num_groups, is_whole, queries, sums, memory, [] {});
         }
     }
+
+#if defined(HAS_MATRIX_TILES)
+    void add_matrix_tile(
+        const Unit &unit, const KeyGroup<T> *groups, int num_groups, bool is_whole, bool has_next, const float *queries,
+        Sums &sums, float *memory
+    ) const {
+        const int64_t num_rows = unit.end_row - unit.first_row, depth = padded_depth(dim_);
+        const int64_t num_pairs = (num_rows + PAIR_ROWS - 1) / PAIR_ROWS;
+        // As if the next tile lay behind this one, mostly true.
+        const int64_t next_bytes = has_next ? TILE_KEYS * dim_ * sizeof(T) : 0;
+        const int64_t fetches = depth / TILE_DEPTH;  // the least of a pair, a quarter of its usual ones
+        Prefetcher next_keys(groups[num_groups - 1].k + GROUP * dim_, next_bytes, num_pairs * 2 * fetches);
+        Prefetcher next_values(groups[num_groups - 1].v + GROUP * dim_, next_bytes, num_pairs * fetches);
+        KeyTile tile(groups, num_groups, dim_, memory);
+        const auto rows_of = [&](int64_t pair) { return std::min(PAIR_ROWS, num_rows - pair * PAIR_ROWS); };
+        const auto add_values = [&](int64_t pair) {
+            tile.add_values(sums.values + pair * PAIR_ROWS * dim_, rows_of(pair), pair % 2, next_values);
+        };
+        const auto add = [&](int64_t pair, bool follows) {
+            const int64_t first = pair * PAIR_ROWS, count = rows_of(pair);
+            float *const scores = tile.score(reinterpret_cast<const uint16_t *>(queries) + first * depth, count, next_keys);
+            if (!is_whole)
+                for (int64_t r = 0; r < count; ++r)
+                    hide(
+                        scores + r * TILE_KEYS, groups, num_groups, tile.num_padded(),
+                        keys_of(*unit.rows, unit.first_row + first + r)
+                    );
+            if (follows) add_values(pair - 1);
+            tile.softmax(count, base_2_scale(), sums, first, pair % 2);
+        };
+        const int64_t num_whole = num_rows / PAIR_ROWS, last_rows = num_rows % PAIR_ROWS;
+        if (num_whole > 0) {
+            const TileScope tiles(TILE_ROWS, TILE_ROWS);
+            for (int64_t p = 0; p < num_whole; ++p) add(p, p > 0);
+            add_values(num_whole - 1);
+        }
+        if (last_rows == 0) return;
+        const TileScope tiles(
+            std::min(last_rows, TILE_ROWS), last_rows > TILE_ROWS ? last_rows - TILE_ROWS : last_rows
+        );
+        add(num_whole, false);
+        add_values(num_whole);
+    }
+#endif
 
     // fetch: called once for each register tile of scores.
     template <class Stored, class Fetch>

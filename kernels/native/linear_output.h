@@ -24,17 +24,20 @@ inline Vec load_first(const T *from, int64_t count) {
 // Scale, bias, rounding and residual for `width` sums of a row, from output `first` on; those past the last are dropped.
 inline void write_outputs(const LinearCall &call, int64_t row, int64_t first, int64_t width, const float *sums) {
     const int64_t count = std::min(width, call.num_outputs - first), at = row * call.num_outputs + first;
-    for (int64_t o = 0; o < count; o += WIDTH) {
+    const auto finished = [&](int64_t o) {
         Vec sum = load(sums + o);
         if (call.scales != nullptr) sum = sum * load_first(call.scales + first + o, count - o);
         if (call.bias != nullptr) sum = sum + load_first(call.bias + first + o, count - o);
+        if (call.residual == nullptr) return sum;
         uint16_t rounded[WIDTH];
         store(rounded, sum);
-        if (call.residual != nullptr)
-            store(rounded, load_first(call.residual + at + o, count - o) + load(rounded));
-        if (count - o >= WIDTH)
-            std::copy_n(rounded, WIDTH, call.out + at + o);
-        else
-            std::copy_n(rounded, count - o, call.out + at + o);
+        return load_first(call.residual + at + o, count - o) + load(rounded);
+    };
+    int64_t o = 0;
+    for (; o + 2 * WIDTH <= count; o += 2 * WIDTH) store_two(call.out + at + o, finished(o), finished(o + WIDTH));
+    for (; o < count; o += WIDTH) {
+        uint16_t rounded[WIDTH];
+        store(rounded, finished(o));
+        std::copy_n(rounded, std::min<int64_t>(WIDTH, count - o), call.out + at + o);
     }
 }

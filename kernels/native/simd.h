@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 
@@ -35,12 +36,28 @@ static inline Vec load(const uint16_t *p) {
 
 // Rounded as from_float does it: to the nearest, ties to even; NaN stays NaN.
 static inline void store(uint16_t *p, Vec x) {
+#if defined(__AVX512BF16__)
+    const __m256bh words = _mm512_cvtneps_pbh(x);
+    std::memcpy(p, &words, sizeof words);
+#else
     const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
     const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, _mm512_set1_epi32(1)));
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const __m512i sound = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(sound));
+#endif
+}
+
+// Two vectors, one behind the other, rounded likewise.
+static inline void store_two(uint16_t *p, Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+    const __m512bh words = _mm512_cvtne2ps_pbh(second, first);
+    std::memcpy(p, &words, sizeof words);
+#else
+    store(p, first);
+    store(p + WIDTH, second);
+#endif
 }
 
 // The reverse of load_pairs, for numbers that are bf16 already.
@@ -102,6 +119,11 @@ static inline void store(uint16_t *p, Vec x) {
     // Packing goes by halves of 128 bits: the wanted words are the first quarter and the third.
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(sound, sound), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_castsi256_si128(words));
+}
+
+static inline void store_two(uint16_t *p, Vec first, Vec second) {
+    store(p, first);
+    store(p + WIDTH, second);
 }
 
 static inline Vec load_bytes(const int8_t *p) {

@@ -37,11 +37,14 @@ class Buffer {
 struct Sums {
     float *max, *total, *values;  // [rows], [rows][WIDTH], [rows][dim]
 
-    static int64_t size(int64_t rows, int64_t dim) { return rows * (1 + WIDTH + dim); }
-    Sums(float *memory, int64_t rows) : max(memory), total(memory + rows), values(memory + rows * (1 + WIDTH)) {}
+    // Values lie at a multiple of 64 bytes if `memory` does: a row of a matrix tile is one line of the cache then.
+    static int64_t size(int64_t rows, int64_t dim) { return before_values(rows) + rows * dim; }
+    static int64_t before_values(int64_t rows) { return (rows * (1 + WIDTH) + 15) / 16 * 16; }
+    Sums(float *memory, int64_t rows) : max(memory), total(memory + rows), values(memory + before_values(rows)) {}
     void clear(int64_t rows, int64_t dim) {
         std::fill_n(max, rows, MINUS_INFINITY);
-        std::fill_n(total, rows * (WIDTH + dim), 0.0f);
+        std::fill_n(total, rows * WIDTH, 0.0f);
+        std::fill_n(values, rows * dim, 0.0f);
     }
     // Add keys seen later. Rows that have seen none have maximum -inf and weight 0.
     void merge(const Sums &later, int64_t rows, int64_t dim) {

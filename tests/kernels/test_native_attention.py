@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_targets import TARGETS
+from native_targets import TARGETS, native_of
 from paged_world import TOLERANCE, World
 
 from megatron_medha.kernels.attention import reference
@@ -108,6 +108,20 @@ def test_output_is_the_same_to_the_bit_however_the_work_is_cut(native: NativeAtt
         torch.set_num_threads(threads)
     for other in outputs[1:]:
         assert torch.equal(outputs[0], other)
+
+
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (48, 16), (24, 8)])
+def test_matrix_tiles_and_their_plain_version_give_the_same_bits(head_dim: int, block_size: int) -> None:
+    outputs = []
+    for target in ("AMX", "AMX_PLAIN"):
+        native = native_of(target)
+        torch.manual_seed(0)
+        random.seed(0)
+        world = World(native, num_kv_heads=2, group=3, head_dim=head_dim, dtype=torch.bfloat16, block_size=block_size)
+        sequence = world.add(300, [5, 2, 1, 1, 40])
+        q_TKGD = torch.randn(300, 2, 3, head_dim).bfloat16()
+        outputs.append(advanced(world, sequence, q_TKGD, [130, 1, 7, 161, 1]))
+    assert torch.equal(*outputs)
 
 
 def advanced(world: World, sequence, q_TKGD: torch.Tensor, chunks: list[int]) -> torch.Tensor:
