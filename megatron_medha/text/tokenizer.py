@@ -78,7 +78,9 @@ class Tokenizer:
         # Others compose characters (of up to four, by NFC and NFKC) or strip a few.
         strips = any(token.lstrip or token.rstrip for token in added.values())
         is_exact = self.kind is PieceKind.BYTE_LEVEL and backend.normalizer is None and not strips
-        self._max_token_chars = max(map(len, backend.get_vocab()), default=1) * (1 if is_exact else 4)
+        vocab = backend.get_vocab()
+        self.max_token_id: int = max(vocab.values(), default=0)
+        self._max_token_chars = max(map(len, vocab), default=1) * (1 if is_exact else 4)
         backend.encode_special_tokens = config.splits_special_tokens
         self.border_tokens = border_tokens(backend)
         self._encode_slices = None if config.splits_special_tokens else slice_encoder(backend)
@@ -129,19 +131,24 @@ class Tokenizer:
         return ids
 
     def with_special_tokens(self, ids: array[int]) -> array[int]:
-        """Ids of a text that were encoded without special tokens, with those that encode() adds."""
+        """Ids of a text that were encoded without special tokens, with those that encode() adds; not changed."""
         if self.config.add_bos_token is False:
             return ids
         with panics_as_errors():
             before, after = self._around(True)
-        whole = array("i", before) + ids + array("i", after)
-        self._add_bos(whole)
-        return whole
+        if before or after or self._lacks_bos(ids):
+            ids = array("i", before) + ids + array("i", after)
+            self._add_bos(ids)
+        return ids
 
     def _add_bos(self, ids: array[int]) -> None:
+        if self._lacks_bos(ids):
+            assert self.bos_token_id is not None
+            ids.insert(0, self.bos_token_id)
+
+    def _lacks_bos(self, ids: array[int]) -> bool:
         bos = self.bos_token_id
-        if self.config.add_bos_token and bos is not None and (not ids or ids[0] != bos):
-            ids.insert(0, bos)
+        return bool(self.config.add_bos_token and bos is not None and (not ids or ids[0] != bos))
 
     def _around(self, adds_special: bool) -> tuple[Sequence[int], Sequence[int]]:
         """What the post-processor puts around a text: what belongs to no text."""
