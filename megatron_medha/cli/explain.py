@@ -17,7 +17,6 @@ from megatron_medha.sim.run_directory import CONFIG, DECISIONS, REQUESTS
 from megatron_medha.sim.system import build_scheduler, recorded_setup
 from megatron_medha.stats.decision_log import ReplayError, read_log
 from megatron_medha.stats.explanation import Explanation, RequestAhead, RequestPhase, WaitReason, explain_request
-from megatron_medha.stats.request_stats import RequestStats
 from megatron_medha.stats.shared_prefix import SharedPrefix
 
 USAGE = """\
@@ -112,14 +111,14 @@ def _head(found: Explanation) -> list[str]:
         lines.append("no first token before the run ended")
     lines.append(f"{found.num_ahead_on_arrival} other prefills were unfinished when it arrived")
     if found.shared is not None:
-        lines += _cached(stats, found.shared)
+        lines += _cached(found, found.shared)
     return lines
 
 
-def _cached(stats: RequestStats, shared: SharedPrefix) -> list[str]:
+def _cached(found: Explanation, shared: SharedPrefix) -> list[str]:
     """What the prefix cache had of a prompt, and where the prompt leaves what came before it."""
-    request, granule = stats.request, shared.granule_tokens
-    num_cached = min(stats.num_cached_tokens or 0, request.num_prompt_tokens)
+    request, granule = found.stats.request, shared.granule_tokens
+    num_cached = min(found.num_cached_tokens, request.num_prompt_tokens)
     lines = [f"prefix cache: {num_cached:,} of its prompt tokens were there when it was first scheduled"]
     if not request.reads_cache:
         lines = ["prefix cache: not read, because the request asks for log-probabilities of its prompt"]

@@ -120,7 +120,8 @@ class EngineLoad:
     num_waiting: int = 0
     num_prefilling: int = 0
     num_decoding: int = 0
-    num_free_blocks: int = 0
+    num_free_blocks: int = 0    # free, or cached and used by nobody
+    num_cached_blocks: int = 0  # of these, those that hold cached prefixes
     num_blocks: int = 0
     num_waiting_tokens: int = 0  # prompt tokens not computed yet, over all live requests
 

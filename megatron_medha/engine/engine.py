@@ -77,7 +77,7 @@ class Engine:
         self._facts: EngineFacts | None = None
         self._load = NO_LOAD
         self._work = NO_WORK
-        self._unseen: dict[str, int] = {}  # prompt tokens by request id, of requests that self._work does not know yet
+        self._unseen: dict[str, float] = {}  # predicted work by request id, of requests that self._work does not know
         self._scheduler: Scheduler | None = None
         self._inbox = Inbox()
         self._lock = threading.Lock()  # between a request coming in and the engine ending
@@ -109,15 +109,15 @@ class Engine:
         """See EngineClient."""
         return (ReplicaState(self.status, self.load),)
 
-    def load_for(self, num_prompt_tokens: int) -> ReplicaLoad:
-        """What a prompt of that length would find before it; from any thread; as old as `load`."""
+    def load_for(self, request: Request) -> ReplicaLoad:
+        """What a request would find before it, and in the prefix cache; from any thread; as old as `load`."""
         scheduler, work = self._scheduler, self._work
         if scheduler is None:
             return ReplicaLoad(False, 0.0, 0.0, 0.0)
         return ReplicaLoad(
             is_ready=self.status.phase is EnginePhase.READY,
-            remaining_prefill_s=work.prefill_s + sum(map(scheduler.predicted_prefill_s, list(self._unseen.values()))),
-            prompt_s=scheduler.predicted_prefill_s(num_prompt_tokens),
+            remaining_prefill_s=work.prefill_s + sum(list(self._unseen.values())),
+            prompt_s=_work_s(scheduler, request),
             decode_share=work.decode_share,
         )
 
@@ -140,7 +140,8 @@ class Engine:
             phase = self.status.phase
             if phase in (EnginePhase.READY, EnginePhase.RECOVERING):
                 self._streams.add(request.request_id, RequestState(token_ids, sampling, keys))
-                self._unseen[request.request_id] = request.num_prompt_tokens
+                assert self._scheduler is not None, "it takes requests"
+                self._unseen[request.request_id] = _work_s(self._scheduler, request)
                 self._inbox.put(Arrived(request))
                 return
         self._sink([ErrorDelivery(request.request_id, f"the engine is {phase.value}", False)])
@@ -205,3 +206,8 @@ class Engine:
         self._load = NO_LOAD
         self._streams.end_all(why)
         self._board.notify()
+
+
+def _work_s(scheduler: Scheduler, request: Request) -> float:
+    """Predicted time of its prefill, behind what is cached now."""
+    return scheduler.predicted_work_s(request.num_prompt_tokens, scheduler.num_cached_tokens(request))

@@ -104,7 +104,7 @@ class Replicas:
     ) -> None:
         """See EngineClient."""
         with self._lock:
-            engine = self._place(request.num_prompt_tokens)
+            engine = self._place(request)
             self._places[request.request_id] = engine
             engine.submit(request, token_ids, sampling, keys)
 
@@ -122,12 +122,12 @@ class Replicas:
         for thread in threads:
             thread.join()
 
-    def _place(self, num_prompt_tokens: int) -> Engine:
+    def _place(self, request: Request) -> Engine:
         alive = [
             engine for engine in self._engines
             if engine.status.phase in (EnginePhase.READY, EnginePhase.RECOVERING)
         ] or self._engines  # that say themselves why they take nothing
-        return alive[choose_replica([engine.load_for(num_prompt_tokens) for engine in alive])]
+        return alive[choose_replica([engine.load_for(request) for engine in alive])]
 
     def _deliver(self, deliveries: Sequence[Delivery]) -> None:
         assert self._sink is not None

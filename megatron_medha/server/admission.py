@@ -34,11 +34,14 @@ class _KeyUsage:
 class AdmissionTicket:
     """The places of admitted requests; they come back by close(), however those end."""
 
-    def __init__(self, admission: AdmissionControl, account: _KeyUsage, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, admission: AdmissionControl, account: _KeyUsage, requests: Sequence[Request], num_uncached: Sequence[int]
+    ) -> None:
+        """num_uncached: tokens of each that must be computed."""
         self.requests = requests
         self._admission = admission
         self._account = account
-        self._waiting = {place: request.num_prompt_tokens for place, request in enumerate(requests)}
+        self._waiting = dict(enumerate(num_uncached))
         admission.num_live += len(requests)
         admission.num_waiting += len(requests)
         admission.num_waiting_tokens += sum(self._waiting.values())
@@ -82,16 +85,17 @@ class AdmissionControl:
         """Take the places that the requests of one HTTP request need, all or none."""
         account = self._account(config, client)
         num_tokens = sum(request.num_prompt_tokens for request in requests)
+        num_uncached = [self._forecast.num_uncached_tokens(request) for request in requests]
         rejection = self._counted(
             self._without_place(config, len(requests))
-            or self._over_limits(config, account, len(requests), num_tokens)
+            or self._over_limits(config, account, len(requests), num_tokens, sum(num_uncached))
             or (self._if_late(requests) if config.reject_late else None)
         )
         if rejection is not None:
             return rejection
         account.num_tokens_left -= num_tokens
         self._forecast.reserve(requests)
-        return AdmissionTicket(self, account, requests)
+        return AdmissionTicket(self, account, requests, num_uncached)
 
     def _without_place(self, config: ServerConfig, num_requests: int) -> Rejection | None:
         if self.num_live + num_requests > config.max_live_requests:
@@ -101,10 +105,10 @@ class AdmissionControl:
         return None
 
     def _over_limits(
-        self, config: ServerConfig, account: _KeyUsage, num_requests: int, num_tokens: int
+        self, config: ServerConfig, account: _KeyUsage, num_requests: int, num_tokens: int, num_uncached: int
     ) -> Rejection | None:
         # A prompt longer than the limit alone must still be possible: with nothing else waiting it gets in.
-        if self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > config.max_waiting_tokens:
+        if self.num_waiting_tokens and self.num_waiting_tokens + num_uncached > config.max_waiting_tokens:
             what = f"{self.num_waiting_tokens} prompt tokens wait to be computed"
             return _over(config, "max_waiting_tokens", what)
         most = config.max_live_requests_per_key

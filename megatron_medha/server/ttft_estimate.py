@@ -68,12 +68,25 @@ class PendingPrefills:
     def predict(self, requests: Sequence[Request]) -> TtftEstimate:
         """For the last of these, sent together. On the event loop, as all that looks at `admitted`."""
         scheduler, last = self.scheduler, requests[-1]
-        work_s = [scheduler.predicted_prefill_s(request.num_prompt_tokens) for request in requests]
+        work_s = _work_s(scheduler, requests)
         target_s = scheduler.ttft_target_s(last, work_s[-1])
         rank = (last.priority, last.arrival_s + target_s)
         ahead_s = self.queued_ahead(*rank).work_s
         ahead_s += sum(other_s for priority, deadline_s, other_s in self.admitted if (priority, deadline_s) <= rank)
         return TtftEstimate(ahead_s + sum(work_s), target_s, ahead_s)
+
+
+def _work_s(scheduler: Scheduler, requests: Sequence[Request]) -> list[float]:
+    """Of each of the requests that come together, behind what is cached of it; what they share is computed once."""
+    cache, seen, work_s = scheduler.memory.cache, set(), []
+    for request in requests:
+        num_tokens, num_cached = request.num_prompt_tokens, scheduler.num_cached_tokens(request)
+        if cache is not None and request.reads_cache and request.prefix_keys in seen:
+            num_cached = (num_tokens - 1) // cache.granule_tokens * cache.granule_tokens
+        if request.prefix_keys:
+            seen.add(request.prefix_keys)
+        work_s.append(scheduler.predicted_work_s(num_tokens, num_cached))
+    return work_s
 
 
 class TtftEstimator:
@@ -95,6 +108,11 @@ class TtftEstimator:
         best = self._best(requests)
         return None if best is None else best[1]
 
+    def num_uncached_tokens(self, request: Request) -> int:
+        """Prompt tokens that no replica has in its prefix cache."""
+        cached = [pending.scheduler.num_cached_tokens(request) for pending in tuple(self._pending.values())]
+        return request.num_prompt_tokens - max(cached, default=0)
+
     def queued_ahead(self, priority: int, deadline_s: float, own_work_s: float, replica: int = 0) -> QueuedAhead:
         """What goes before a prompt that is there already and has so much work left itself."""
         pending = self._pending.get(replica)
@@ -110,8 +128,7 @@ class TtftEstimator:
             return
         pending, _ = best
         scheduler = pending.scheduler
-        for request in requests:
-            work_s = scheduler.predicted_prefill_s(request.num_prompt_tokens)
+        for request, work_s in zip(requests, _work_s(scheduler, requests), strict=True):
             deadline_s = request.arrival_s + scheduler.ttft_target_s(request, work_s)
             pending.admitted.append((request.priority, deadline_s, work_s))
 

@@ -299,9 +299,8 @@ def _load(
     """What the router knows of a replica."""
     if isinstance(system, Scheduler):
         work = take_snapshot(system).work
-        return ReplicaLoad(
-            True, work.prefill_s, system.predicted_prefill_s(request.num_prompt_tokens), work.decode_share
-        )
+        prompt_s = system.predicted_work_s(request.num_prompt_tokens, system.num_cached_tokens(request))
+        return ReplicaLoad(True, work.prefill_s, prompt_s, work.decode_share)
     # A system that predicts nothing: by the prompts that it has, whole.
     waiting_s = sum(one.isolated_s for one in live if one.first_token_s is None)
     return ReplicaLoad(True, waiting_s, isolated_s(request.num_prompt_tokens), 0.0)

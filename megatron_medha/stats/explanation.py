@@ -67,6 +67,7 @@ class Explanation:
     deprioritized_s: float | None = None  # when triage first moved it behind others
     phases: list[RequestPhase] = field(default_factory=list)
     num_ahead_on_arrival: int = 0  # unfinished prefills when it arrived
+    num_cached_tokens: int = 0          # known tokens that were in the prefix cache when it was first scheduled
     shared: SharedPrefix | None = None  # None: it took no part in the prefix cache
 
     @property
@@ -205,6 +206,8 @@ def _note_batch(
     others = [chunk for chunk in prefills if chunk is not own]
     if own is not None:
         why = WaitReason.COMPUTED
+        if not any(phase.num_computed for phase in found.phases):
+            found.num_cached_tokens = own.start
     elif blocked is not None:
         why = blocked
     else:

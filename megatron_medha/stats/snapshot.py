@@ -65,6 +65,7 @@ def take_snapshot(scheduler: Scheduler, arrived: tuple[str, ...] = ()) -> Snapsh
         num_prefilling=len(prefills) - num_waiting,
         num_decoding=len(decodes),
         num_free_blocks=memory.num_free_blocks,
+        num_cached_blocks=memory.num_cached_blocks,
         num_blocks=memory.num_blocks * memory.kvp,
         num_waiting_tokens=num_waiting_tokens,
     )

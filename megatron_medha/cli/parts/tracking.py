@@ -26,7 +26,7 @@ TrackingSample = dict[str, float]
 
 _COUNTERS = (
     "num_prompt_tokens", "num_output_tokens", "num_ttft_slo_met", "num_ttft_slo_missed", "num_preemptions",
-    "num_preempted_tokens", "num_rejected",
+    "num_preempted_tokens", "num_rejected", "num_prefix_queries", "num_prefix_hits",
 )
 _HISTOGRAMS = ("ttft_s", "inter_token_s", "e2e_s", "queue_s", "step_actual_s", "step_relative_error")
 
@@ -73,6 +73,7 @@ class Tracking:
             "num_decoding": load.num_decoding,
             "num_waiting_tokens": load.num_waiting_tokens,
             "kv_used_share": 1 - load.num_free_blocks / load.num_blocks if load.num_blocks else 0.0,
+            "kv_cached_share": load.num_cached_blocks / load.num_blocks if load.num_blocks else 0.0,
         }
         sample.update({name: getattr(metrics, name) for name in _COUNTERS})
         sample.update({f"num_ended_{reason}": count for reason, count in metrics.num_ended.items()})

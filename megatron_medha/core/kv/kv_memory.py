@@ -89,6 +89,12 @@ class KVMemory:
         """Over all KVP ranks; cached ones that nobody uses are as good as free."""
         return sum([self.num_available_blocks(rank) for rank in range(self.kvp)])
 
+    @property
+    def num_cached_blocks(self) -> int:
+        """Of these, those that hold cached prefixes."""
+        cache = self.cache
+        return 0 if cache is None else sum([cache.index.num_evictable_blocks(rank) for rank in range(self.kvp)])
+
     def num_available_blocks(self, kvp_rank: int) -> int:
         """On one KVP rank, free or cached and used by nobody."""
         return self.pools[kvp_rank].num_free_blocks if self.cache is None else self.cache.num_available_blocks(kvp_rank)

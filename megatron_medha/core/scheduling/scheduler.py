@@ -117,6 +117,17 @@ class Scheduler:
         """Predicted time of a whole prefill, alone: w_total."""
         return self._deadlines.prefill_s(num_tokens)
 
+    def num_cached_tokens(self, request: Request) -> int:
+        """Prompt tokens of a request that are in the prefix cache; a look, from any thread."""
+        if self._cache is None or not (request.prefix_keys and request.reads_cache):
+            return 0
+        match = self._cache.longest(Sequence(request=request, keys=request.prefix_keys))
+        return 0 if match is None else match.end * self._cache.granule_tokens
+
+    def predicted_work_s(self, num_tokens: int, num_cached_tokens: int) -> float:
+        """Predicted time of a prefill, alone, that begins behind cached tokens."""
+        return self._deadlines.work_s(num_tokens, num_cached_tokens)
+
     def ttft_target_s(self, request: Request, total_work_s: float) -> float:
         """Seconds from arrival in which the first token is due: the request's own, its class's, or ours."""
         return self._deadlines.ttft_target_s(request, total_work_s)

@@ -289,7 +289,8 @@ def replica_gauges(replica: ReplicaState) -> dict[Named, float]:
         own("num_waiting_tokens", "Prompt tokens not computed yet"): load.num_waiting_tokens,
         own("num_prefilling", "Requests in prefill"): load.num_prefilling,
         own("num_decoding", "Requests in decode"): load.num_decoding,
-        own("num_free_blocks", "KV blocks that are free"): load.num_free_blocks,
+        own("num_free_blocks", "KV blocks that are free, or cached and used by nobody"): load.num_free_blocks,
+        own("num_cached_blocks", "KV blocks with cached prefixes that nobody uses"): load.num_cached_blocks,
         own("num_blocks", "KV blocks"): load.num_blocks,
     }
 

@@ -47,6 +47,8 @@ class RequestTraceResponse(RequestSummary, frozen=True, kw_only=True):
     replica: int
     priority: int
     max_output_tokens: int
+    num_cached_tokens: int   # of its prompt, in the prefix cache when it was first scheduled
+    session_id: str
     deadline_s: float        # since its arrival
     total_work_s: float
     remaining_work_s: float
@@ -90,6 +92,7 @@ def add_routes(app: Api, service: Service) -> None:
             "view": await _fresh_view(service),
             "load": {
                 "num_blocks": load.num_blocks, "num_free_blocks": load.num_free_blocks,
+                "num_cached_blocks": load.num_cached_blocks,
                 "num_waiting_tokens": service.admission.num_waiting_tokens, "num_live": service.admission.num_live,
             },
             "ttft": _histogram(metrics.ttft_s),
@@ -97,6 +100,8 @@ def add_routes(app: Api, service: Service) -> None:
             "num_met": sum(metrics.num_deadlines_met.copy().values()),
             "num_missed": sum(metrics.num_deadlines_missed.copy().values()),
             "num_output_tokens": metrics.num_output_tokens,
+            "num_prefix_queries": metrics.num_prefix_queries,
+            "num_prefix_hits": metrics.num_prefix_hits,
             "num_refused": sum(service.admission.num_refused.values()),
             "stage_busy_s": metrics.stage_busy_s,
             "work_present_s": metrics.work_present_s,
@@ -154,6 +159,8 @@ def explain_trace(trace: RequestTrace, steps: Sequence[StepRecord], now_s: float
         replica=trace.replica,
         priority=trace.request.priority,
         max_output_tokens=trace.request.max_output_tokens,
+        num_cached_tokens=trace.num_cached_tokens or 0,
+        session_id=trace.request.session_id,
         deadline_s=deadline_s,
         total_work_s=trace.total_work_s,
         remaining_work_s=trace.remaining_work_s,

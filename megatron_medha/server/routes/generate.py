@@ -130,6 +130,7 @@ class GenerationResponse(Response):
             "request_id": state.get("request_id"), "response_id": spec.response_id, "client": state.get("client"),
             "outcome": self._outcome, "status": self._status, "slo_class": spec.slo_class,
             "num_choices": spec.num_choices, "num_prompt_tokens": spec.num_prompt_tokens,
+            "num_cached_tokens": self._usage().prompt_tokens_details.cached_tokens,
             "num_output_tokens": sum(choice.num_tokens for choice in self._choices),
         }  # fmt: skip
         if self._config.log_requests:
