@@ -25,7 +25,9 @@ _MAX_BYTES, _MAX_VISITS = 1 << 20, 100_000  # it has 30 KB and a thousand values
 
 # Classes of megatron.bridge.models that describe a model by their fields alone.
 _MODELS = re.compile(
-    r"(Bridge)?GPTModel(Provider|Config)|(Code)?Llama\d*ModelProvider\w*|MistralModelProvider|Qwen(2|25|3)ModelProvider\w*"
+    r"(Bridge)?GPTModel(Provider|Config)|GPTProvider\d+[MB]|MLAModelProvider|(Code)?Llama\d*ModelProvider\w*|"
+    r"MistralModelProvider|Qwen(2|25|3)ModelProvider\w*|Qwen3MoEModelProvider\w*|GPTOSSProvider\w*|"
+    r"Nemotron[34]?ModelProvider\w*|DeepSeek(V2|V2Lite|V3)?(Model)?Provider|Moonlight(ModelProvider16B|Provider)"
 )
 _LAYER_SPECS = re.compile(r"megatron\.(bridge\.models\.gpt_provider|core\.models\.gpt\.gpt_layer_specs)\.\w+")
 # Fields by the name of the argument that says the same.
@@ -96,8 +98,9 @@ def _model_section(path: Path) -> Mapping[str, Any]:
     package, _, name = str(target).rpartition(".")
     if target is not None and not (package.startswith("megatron.") and _MODELS.fullmatch(name)):
         raise UnsupportedModelError(
-            f"{path}: model._target_={shown(target)} is not supported: models of GPTModelProvider and of the Llama, "
-            "Mistral, Qwen2 and Qwen3 providers are"
+            f"{path}: model._target_={shown(target)} is not supported: models of GPTModelProvider, "
+            "MLAModelProvider and of the Llama, Mistral, Qwen2, Qwen3, Qwen3 MoE, gpt-oss, Nemotron, DeepSeek and "
+            "Moonlight providers are"
         )
     return {str(name): value for name, value in model.items()}
 
@@ -125,6 +128,7 @@ def _arguments(fields: dict[str, Any], path: Path) -> argparse.Namespace:
         spec = spec.get("_target_")
     refuse_unless(spec is None or bool(_LAYER_SPECS.fullmatch(str(spec))), "transformer_layer_spec", spec,
                   "layers of the training script's own are not known here")  # fmt: skip
+    refuse_unless(not take("qk_l2_norm", False), "qk_l2_norm", True, "Bridge's layer specs compute without it")
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
     is_counted = type(heads) is int and type(hidden) is int and heads > 0
     refuse_unless(is_counted, "num_attention_heads", heads, "it must be a positive whole number, as hidden_size")

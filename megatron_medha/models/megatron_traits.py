@@ -202,7 +202,10 @@ def _yarn(fields: JsonFields) -> RopeScaling:
     """Of attention with a key for each head; latent attention names the same without the prefix."""
     if fields.flag("rotary_interleaved"):
         raise fields.unsupported("rotary_interleaved", "Megatron has no YaRN with interleaved pairs")
-    factor = fields.number("yarn_rotary_scaling_factor")
+    # Early versions of Bridge's gpt-oss had the name of latent attention's.
+    is_named = fields.fields.get("yarn_rotary_scaling_factor") is not None
+    is_other = not is_named and (fields.fields.get("rotary_scaling_factor") or 1.0) != 1.0
+    factor = fields.number("rotary_scaling_factor" if is_other else "yarn_rotary_scaling_factor")
     return RopeScaling(
         kind="yarn",
         factor=factor,

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_medha.checkpoints.detect import load_weights, read_model_config
 from megatron_medha.checkpoints.megatron_checkpoint import save_megatron_checkpoint
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.model_spec import Experts, RopeScaling
+from megatron_medha.core.model_spec import Experts, LatentAttention, RopeScaling
 from megatron_medha.model.build import build_model
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
@@ -160,7 +161,6 @@ def test_fields_that_leave_the_answers_alone_are_passed_over(changes: dict[str, 
          {"activation": "quick_gelu", "gate_offset": 1.0}),
         ({"rotary_percent": 0.5, "rotary_interleaved": True}, {"rotary_dim": 8, "is_rotary_interleaved": True}),
         ({"softmax_scale": 0.5}, {"softmax_scale": 0.5}),
-        ({"qk_l2_norm": True}, {"has_qk_l2_norm": True}),
         ({"softmax_type": "learnable"}, {"softmax": "sinks"}),
         ({"window_size": [127, 0], "window_attn_skip_freq": 2}, {"window": 128, "window_layers": (True, False)}),
         ({"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 48, "moe_layer_freq": [0, 1],
@@ -177,6 +177,31 @@ def test_traits_are_read_by_the_names_of_transformer_config(
 ):
     write(saved, model_section(**changes))
     assert read_model_config(saved) == dataclasses.replace(CONFIG, **traits)
+
+
+def test_a_model_of_deepseeks_is_read_from_its_provider(saved: Path):
+    of_latent = {field.name: plain(field.default) for field in dataclasses.fields(MLATransformerConfig)}
+    deepseek = {
+        "_target_": "megatron.bridge.models.deepseek.deepseek_provider.DeepSeekV3ModelProvider",
+        "transformer_layer_spec": {
+            "_target_": "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec", "_partial_": True,
+            "_args_": [], "use_transformer_engine": True,
+        },
+        "multi_latent_attention": True, "q_lora_rank": 48, "kv_lora_rank": 32, "qk_head_dim": 16,
+        "qk_pos_emb_head_dim": 8, "v_head_dim": 16, "rotary_scaling_factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "qk_layernorm": True, "num_moe_experts": 8, "moe_router_topk": 2, "moe_layer_freq": [0, 1],
+        "moe_ffn_hidden_size": 32,
+    }  # fmt: skip
+    plain_fields = model_section()
+    write(saved, of_latent | plain_fields | deepseek)
+    temperature = 0.1 * math.log(40) + 1
+    assert read_model_config(saved) == dataclasses.replace(
+        CONFIG, num_kv_heads=4, head_dim=24, has_qk_norm=True, is_rotary_interleaved=True,
+        softmax_scale=temperature**2 * 24**-0.5,
+        latent=LatentAttention(q_rank=48, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16),
+        rope_scaling=RopeScaling(kind="yarn", factor=40.0, original_max_context_len=4096, attention_factor=1.0),
+        experts=Experts(num_experts=8, num_per_token=2, ffn_hidden_size=32, layers=(False, True)),
+    )  # fmt: skip
 
 
 def test_the_nested_form_of_newer_versions_means_the_same(saved: Path):
@@ -197,6 +222,7 @@ def test_the_nested_form_of_newer_versions_means_the_same(saved: Path):
         ("position_embedding_type", "relative"),
         ("linear_attention_freq", 4),
         ("glu_linear_offset", 1.0),
+        ("qk_l2_norm", True),
         ("heterogeneous_block_specs", True),
         ("restore_modelopt_state", True),
         ("scale_embeddings_of_a_later_version", 8.0),
