@@ -17,7 +17,7 @@ from megatron_medha.models.hf_rope import rope_problems, rope_scaling, rope_thet
 from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import end_ids, generation_end_ids, tokenizer_facts
-from megatron_medha.safe_files.checkpoint_files import listed, shown
+from megatron_medha.safe_files.checkpoint_files import listed
 from megatron_medha.safe_files.json_fields import JsonFields, read_json
 
 _KNOWN = KNOWN_FIELDS["hugging_face"]
@@ -71,6 +71,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
         "rope_theta": rope_theta(config),
         "rope_scaling": rope_scaling(config),
         "rotary_dim": rotary_dim(config, head_dim) if family.reads_partial_rotary else None,
+        **_window(config, family),
         "has_tied_embeddings": config.flag("tie_word_embeddings"),
         "dtype": _dtype(config),
         "stop_token_ids": _stop_token_ids(directory, config),
@@ -114,9 +115,7 @@ def _refuse_unsupported(config: JsonFields, family: Family) -> None:
     """Raise one UnsupportedModelError with every reason."""
     problems = [str(problem) for problem in _unsupported_fields(config, family)]
     problems += rope_problems(config, reads_partial_rotary=family.reads_partial_rotary)
-    if not problems:
-        problems = _window_problems(config, family)  # depend on the context, and so on the rotary embedding
-    if problems:
+    if problems := problems or _layer_type_problems(config):
         raise UnsupportedModelError(listed(problems))
 
 
@@ -154,8 +153,8 @@ def _is_known(name: str, value: Any) -> bool:
     return is_named or is_token or value in _KNOWN["harmless_values"].get(name, ())
 
 
-def _window_problems(config: JsonFields, family: Family) -> list[str]:
-    """Reasons against a sliding window, only where some position of the context would really be cut off by it."""
+def _layer_type_problems(config: JsonFields) -> list[str]:
+    """Reasons against layer_types: there must be one for each layer, with attention or windowed attention."""
     num_layers = config.integer("num_hidden_layers")
     layer_types = config.fields.get("layer_types") or []
     if not isinstance(layer_types, list) or not all(isinstance(layer_type, str) for layer_type in layer_types):
@@ -163,17 +162,19 @@ def _window_problems(config: JsonFields, family: Family) -> list[str]:
     if layer_types and len(layer_types) != num_layers:
         raise config.wrong("layer_types", f"one name for each of num_hidden_layers={num_layers}")
     if set(layer_types) - {"full_attention", "sliding_attention"}:
-        return [str(config.unsupported("layer_types", "every layer must have full_attention"))]
-    window = config.fields.get("sliding_window")
-    if not any(family.windowed_layers(config)) or window is None:
-        return []
-    length = _max_context_len(config)
-    if isinstance(window, int) and window >= length:
-        return []
-    return [
-        f"{config.path}: sliding_window={shown(window)} is not supported: it would cut off part of the context of "
-        f"{length} tokens. To serve the model up to its window, set max_position_embeddings to {shown(window)}"
-    ]
+        return [str(config.unsupported("layer_types", "every layer must have full_attention or sliding_attention"))]
+    return []
+
+
+def _window(config: JsonFields, family: Family) -> dict[str, Any]:
+    """Fields of ModelSpec for a window, where some position of the context is really cut off by it."""
+    layers, window = family.windowed_layers(config), config.fields.get("sliding_window")
+    if window is None or not any(layers) or (isinstance(window, int) and window >= _max_context_len(config)):
+        return {}
+    if not family.has_windows:
+        raise config.unsupported("sliding_window", "transformers passes over it here; delete it for its logits")
+    window = config.integer("sliding_window")
+    return {"window": window, "window_layers": () if all(layers) else layers}
 
 
 def _dtype(config: JsonFields) -> str:

@@ -47,6 +47,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("ministral", {"sliding_window": 256, "head_dim": 16}),
     "ministral, full attention": ("ministral", {
         "sliding_window": 16, "layer_types": ["full_attention"] * 4, "head_dim": 16}),
+    "ministral, windows": ("ministral", {
+        "sliding_window": 16, "head_dim": 16, "layer_types": ["full_attention", "sliding_attention"] * 2}),
+    "phi3, windows": ("phi3", {"pad_token_id": 0, "sliding_window": 20}),
+    "smollm3, windows": ("smollm3", {
+        "pad_token_id": 0, "use_sliding_window": True, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "mixtral, windows": ("mixtral", {**MIXTURE, "sliding_window": 16}),
+    "starcoder2, windows": ("starcoder2", {"sliding_window": 30}),
     "phi3": ("phi3", {"pad_token_id": 0}),
     "phi3, all heads": ("phi3", {"pad_token_id": 0, "num_key_value_heads": 4}),
     "seed_oss": ("seed_oss", {"head_dim": 24}),
@@ -194,9 +202,8 @@ def test_a_field_that_is_set_and_unknown_is_refused_by_name(model_type: str, tmp
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "ministral's window": ("ministral", {"sliding_window": 64}, "sliding_window=64"),
+    "a window of no token": ("ministral", {"sliding_window": 0}, "sliding_window=0"),
     "phi3 scaled": ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
-    "phi3's window": ("phi3", {"sliding_window": 64}, "sliding_window=64"),
     "ernie with biases": ("ernie4_5", {"use_bias": True}, "use_bias=True"),
     "seed_oss, output bias": ("seed_oss", {"attention_out_bias": True}, "attention_out_bias=True"),
     "granite, biases": ("granite", {"attention_bias": True}, "attention_bias=True"),
@@ -207,7 +214,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "nemotron, part of a number": ("nemotron", {"partial_rotary_factor": 0.2}, "partial_rotary_factor=0.2"),
     "nemotron, attention bias": ("nemotron", {"attention_bias": True}, "attention_bias=True"),
     "jais2, half of the biases": ("jais2", {"mlp_bias": False}, "mlp_bias=False"),
-    "smollm3, windows": ("smollm3", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
     "smollm3, too few layers": ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
     "gemma, both ways": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     "granite's multiplier in a llama": ("llama", {"logits_scaling": 8.0}, "logits_scaling"),

@@ -62,8 +62,9 @@ class Family:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     traits: Callable[[JsonFields], Mapping[str, Any]] = lambda _: {}  # fields of ModelSpec
     tensors: TensorTable
-    # Which layers have the field sliding_window; empty: none.
+    # Which layers have the field sliding_window; empty: none. has_windows: False where transformers passes over it.
     windowed_layers: Callable[[JsonFields], tuple[bool, ...]] = lambda _: NO_LAYER_WINDOWED
+    has_windows: bool = True
     # A pattern of the names of tensors that are stored and not needed; empty: all are.
     unread_keys: Callable[[JsonFields], str] = lambda _: ""
 

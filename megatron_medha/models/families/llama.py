@@ -80,4 +80,5 @@ LLAMA = Family(
     rules={"attention_bias": ATTENTION_BIAS, "mlp_bias": MLP_BIAS},
     tensors=lambda _: LLAMA_ROWS,
     windowed_layers=_windowed_layers,
+    has_windows=False,
 )

@@ -14,11 +14,18 @@ def _windowed_layers(config: JsonFields) -> tuple[bool, ...]:
     return layers_of_type(config, "sliding_attention") or all_layers(config)
 
 
+def _layers_of_mistral(config: JsonFields) -> tuple[bool, ...]:
+    """Every layer. With other layer_types transformers has the window in none or in all, by how it is called."""
+    if config.fields.get("sliding_window") is not None and not all(layers_of_type(config, "sliding_attention")):
+        raise config.unsupported("layer_types", "with sliding_window every layer must have sliding_attention")
+    return all_layers(config)
+
+
 MISTRAL = Family(
     model_type="mistral",
     defaults=_DEFAULTS,
     tensors=lambda _: LLAMA_ROWS,
-    windowed_layers=all_layers,  # whatever layer_types says
+    windowed_layers=_layers_of_mistral,
 )
 MINISTRAL = Family(
     model_type="ministral", defaults=_DEFAULTS, tensors=lambda _: LLAMA_ROWS, windowed_layers=_windowed_layers
