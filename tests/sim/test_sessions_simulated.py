@@ -103,6 +103,27 @@ def test_the_end_of_the_time_in_which_turns_come_is_kept() -> None:
     assert found and max(one.request.arrival_s for one in found) < 8.0
 
 
+@pytest.mark.parametrize("dp", [1, 2])
+def test_what_is_repeated_is_not_computed_again_and_every_token_is(dp: int) -> None:
+    # There is memory for all. What is new is computed, and up to a granule of each turn; the system prompt is new once.
+    found, _ = run(dp)
+    whole = sum(one.request.num_prompt_tokens for one in found)
+    cached = sum(one.num_cached_tokens or 0 for one in found)
+    new = sum(turn.num_new_tokens for one in Workload(SESSIONS, 0).sessions for turn in one.turns)
+    assert whole - new - 64 * len(found) <= cached <= whole - new + 5 * 800
+    config = SimulationConfig(setup=SETUP, dp=dp, workload=SESSIONS)
+    machine = Simulation(config).run(SimulationHooks()).values["machine"]
+    num_out = sum(one.num_tokens_out - 1 for one in found)
+    assert machine["num_tokens_computed"] == whole - cached + num_out
+
+
+def test_a_session_stays_on_the_replica_that_has_its_prefix() -> None:
+    found, _ = run(4)
+    later = [one for one in found if not one.request.request_id.endswith(".0")]
+    num_found = sum((one.num_cached_tokens or 0) > 0.5 * one.request.num_prompt_tokens for one in later)
+    assert num_found >= 0.95 * len(later)
+
+
 class HalfCached:
     """A system that finds all but the last token of every other prompt cached, and nothing of the rest."""
 
