@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from experiments.lib.instruction_sets import instruction_sets
 from experiments.lib.server_process import Server as Running
 from experiments.lib.server_process import free_port, started
 from experiments.peers.install import gguf_path, install_llama, install_nothing, install_vllm, write_no_bf16
@@ -76,12 +77,18 @@ def _medha(threads: int, model: Model, with_bf16: bool, name: str, overrides: Se
     def command(_: Path, checkpoint: Path, port: int) -> list[str]:
         serve = [sys.executable, "-m", "megatron_medha", "serve", f"checkpoint={checkpoint}", f"server.port={port}"]
         memory = [f"model.max_context_len={model.max_context_len}", f"model.kv_memory_gib={model.kv_gib}"]
-        return [*serve, *memory, f"model.num_threads={threads}", *overrides]
+        kernels = [] if with_bf16 else [f"model.instruction_set={_without_bf16()}"]
+        return [*serve, *memory, f"model.num_threads={threads}", *kernels, *overrides]
 
     def environment(_: Path) -> dict[str, str]:
         return {} if with_bf16 else _NO_BF16
 
     return Server(name, install_nothing, command, environment, ready_path="/ready")
+
+
+def _without_bf16() -> str:
+    """The best instruction set of our kernels that has no bf16 instructions."""
+    return "avx512" if "avx512f" in instruction_sets() else "avx2"
 
 
 def _capped(tokens: int) -> list[str]:

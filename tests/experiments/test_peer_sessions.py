@@ -232,6 +232,8 @@ def test_every_server_is_started_without_bf16_instructions_where_these_are_off(t
         wanted = "LD_LIBRARY_PATH" if name.startswith("llama.cpp") else "ONEDNN_MAX_CPU_ISA"
         assert wanted in server.environment(tmp_path)
         assert wanted not in servers(2)[name].environment(tmp_path)
+        if server.is_ours:
+            assert any(word.startswith("model.instruction_set=avx") for word in server.command(tmp_path, tmp_path, 1))
 
 
 @pytest.mark.parametrize("name", list(MODELS))
