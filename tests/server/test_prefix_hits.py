@@ -129,6 +129,20 @@ def test_hits_are_counted_with_the_time_that_they_save(start_live: Callable[...,
     assert metrics["medha:prompt_tokens_total"] == 3 * len(PROMPT)
 
 
+def test_idle_times_before_a_reuse_and_before_an_eviction_are_counted(start_server: StartServer) -> None:
+    engine = LiveEngine(kv=KVConfig(), num_blocks=100)  # of 16 tokens
+    server = start_server(engine, journal=engine.journal, metrics=engine.journal.metrics)
+    eventually(lambda: server.get("/ready").status_code == 200)
+    for _ in range(2):
+        answered(server)
+    answered(server, prompt=PROMPT[::-1])
+    eventually(lambda: metrics_of(server)["medha:prefix_eviction_age_seconds_count"] > 0)  # with the next snapshot
+    metrics = metrics_of(server)
+    assert metrics["medha:prefix_reuse_gap_seconds_count"] == 1
+    # 63 blocks are needed, 40 are free beside 15 cached granules of 4 blocks.
+    assert metrics["medha:prefix_eviction_age_seconds_count"] == 6
+
+
 def test_debug_routes_say_what_was_cached_and_how_much_of_kv_is(start_live: Callable[..., Running]) -> None:
     server = start_live()
     answered(server)

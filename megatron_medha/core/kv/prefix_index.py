@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from megatron_medha.core.kv.age_counts import AgeCounts
 from megatron_medha.core.kv.block_pool import BlockPool, Extent, join_extents, slice_extents
 from megatron_medha.core.kv.eviction import EvictionOrder, EvictionRules, LruOrder
 from megatron_medha.core.kv.segment import KEY_BYTES, Evicted, Holding, Match, Segment
@@ -53,6 +54,8 @@ class PrefixIndex:
         self.trees = [[RankTree(pool, make_order(rules)) for pool in group] for group in pools]
         self._created: dict[str, dict[Segment, None]] = {}  # by live requests
         self.borders = ShardBorders(shard_granules)
+        self.reuse_gaps = AgeCounts()    # of prefixes that requests begin with, since their last use
+        self.eviction_ages = AgeCounts()  # of evicted granules, since theirs
 
     # ---- what a sequence does ----
 
@@ -249,6 +252,7 @@ class PrefixIndex:
         if not deepest.pins and not deepest.is_matched:
             deepest.is_matched = True
             tree.order.used(deepest, now_s)
+            self.reuse_gaps.add(now_s - deepest.last_use_s)
         return deepest
 
     def _set_waiter(self, segment: Segment, request_id: str, due_s: float | None) -> None:
@@ -346,6 +350,7 @@ class PrefixIndex:
         num_blocks = num_granules * self.blocks_per_granule
         border = self.borders.remove_copy(leaf)
         evicted.append(_evicted(leaf, cut))
+        self.eviction_ages.add(now_s - leaf.last_use_s, num_granules)
         tree.count_evictable(leaf, -num_blocks)
         tree.order.remove(leaf)
         if cut:

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
+from megatron_medha.core.kv.age_counts import AGES_S
 from megatron_medha.core.ports import EnginePhase, ReplicaState
 from megatron_medha.server.generation import Choice, GenerationSpec
 
@@ -98,6 +99,12 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Values that were counted elsewhere, in the same buckets."""
+        for place, count in enumerate(counts):
+            self.counts[place] += count
+        self.total += total
+
 
 def _histogram(bounds: Sequence[float], named: Named) -> Any:
     return field(default_factory=partial(Histogram, bounds, named))
@@ -175,6 +182,12 @@ class Metrics:
     kvp_degree: Histogram = _histogram(
         KVP_DEGREES, own("kvp_degree", "KVP ranks that hold a request's KV when its first token comes")
     )
+    reuse_gap_s: Histogram = _histogram(AGES_S, own(
+        "prefix_reuse_gap_seconds", "Between the last use of a cached prefix and the request that begins with it",
+    ))
+    eviction_age_s: Histogram = _histogram(AGES_S, own(
+        "prefix_eviction_age_seconds", "Since the last use of cached KV that was evicted, by granule",
+    ))
     num_prefix_queries: int = _count(in_vllm("prefix_cache_queries", "Prompt tokens looked for in the prefix cache"))
     num_prefix_hits: int = _count(in_vllm("prefix_cache_hits", "Prompt tokens that were in the prefix cache"))
     saved_prefill_s: float = _count(

@@ -18,9 +18,10 @@ import msgspec
 from msgspec.structs import replace
 
 from megatron_medha.core.batch import Batch, Chunk, Completed, Event, FirstStageDone, Output, RanksLost
+from megatron_medha.core.kv.age_counts import AgeCounts
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.server.observe.metrics import Metrics, length_class
+from megatron_medha.server.observe.metrics import Histogram, Metrics, length_class
 from megatron_medha.server.observe.queue_view import QueueView, merge_views, take_view
 from megatron_medha.server.observe.steps import StepChunk, StepRecord
 from megatron_medha.server.ttft_estimate import PendingPrefills, TtftEstimator
@@ -219,6 +220,7 @@ class RequestLogObserver:
         self._parts: list[StepChunk] = []   # of it, the last chunk first
         self._unfinished: set[str] = set()  # prefills of the latest step that have more to compute
         self._in_flight: dict[int, StepRecord] = {}
+        self._seen_ages: dict[int, tuple[list[int], float]] = {}  # of counts of the prefix cache
         self._was_idle = True
         self._last_s = 0.0
 
@@ -262,10 +264,20 @@ class RequestLogObserver:
     def read(self, snapshot: Snapshot, now_s: float) -> None:
         """See SnapshotReader."""
         self._journal.forecast.update(PendingPrefills.of(snapshot), self._replica)
+        if (cache := self._scheduler.memory.cache) is not None:
+            self._count_ages(self._metrics.reuse_gap_s, cache.index.reuse_gaps)
+            self._count_ages(self._metrics.eviction_age_s, cache.index.eviction_ages)
         # An empty one is always taken: while others are watched, nothing more comes from a replica without work.
         if now_s < self._journal.views_wanted_until_s or not self._scheduler.num_sequences:
             in_flight = tuple(self._in_flight.values())
             self._journal.views[self._replica] = take_view(snapshot, in_flight, now_s, self._replica)
+
+    def _count_ages(self, histogram: Histogram, ages: AgeCounts) -> None:
+        """What has been counted since the snapshot before."""
+        counts, total_s = self._seen_ages.get(id(ages), ([0] * len(ages.counts), 0.0))
+        new = [count - seen for count, seen in zip(ages.counts, counts, strict=True)]
+        histogram.add(new, ages.total_s - total_s)
+        self._seen_ages[id(ages)] = list(ages.counts), ages.total_s
 
     def _begin(self, request: Request) -> RequestTrace | None:
         seq = self._scheduler.sequence(request.request_id)
