@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from megatron_medha.checkpoints.placements import (
     model_slice_of,
     zero_padding_rows,
 )
+from megatron_medha.checkpoints.quantised_tensors import float_tensors
 from megatron_medha.checkpoints.weight_checks import StoredHeader, refuse_larger_model, refuse_non_finite
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.models.hf_config import hf_tensor_rows, hf_unread_keys, read_hf_config
+from megatron_medha.models.hf_config import hf_quantisation, hf_tensor_rows, hf_unread_keys, read_hf_config
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import open_regular, path_inside, read_bytes
 
@@ -44,7 +46,8 @@ class _Index(msgspec.Struct):
 def read_hf_checkpoint_config(directory: Path) -> ModelConfig:
     """The architecture in config.json, if the weights suffice for it."""
     config = read_hf_config(directory)
-    num_stored = sum(prod(header.shape) for header in _headers(directory).values())
+    tensors = float_tensors(_headers(directory), hf_quantisation(directory))
+    num_stored = sum(prod(tensor.header.shape) for tensor in tensors.values())
     refuse_larger_model(config, directory / "config.json", num_stored)
     return config
 
@@ -56,7 +59,9 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
     All headers are checked first, so nothing is copied when a tensor is missing, surplus or of the wrong shape.
     Values are converted to the parameters' dtype and device. Raises CheckpointError naming file and key.
     """
-    headers = _headers(directory)
+    stored = _headers(directory)
+    tensors = float_tensors(stored, hf_quantisation(directory))
+    headers = {key: tensor.header for key, tensor in tensors.items()}
     rows = hf_tensor_rows(directory)
     expected = checked_placements(
         rows,
@@ -71,9 +76,10 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
     num_loaded = 0
     for path in sorted({headers[key].path for key in expected}):
         not_finite = []
-        with opened(path) as file:
-            for key in (key for key in sorted(file.keys()) if key in expected and headers[key].path == path):
-                if not expected[key].fill(file.get_slice(key).__getitem__):
+        with ExitStack() as files:
+            slices = _slices(files, path, stored)
+            for key in sorted(key for key in expected if headers[key].path == path):
+                if not expected[key].fill(partial(tensors[key].read, slices)):
                     not_finite.append(key)
                 num_loaded += 1
                 progress(f"weights from {path.name}", num_loaded / len(expected))
@@ -81,6 +87,19 @@ def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, prog
     if config.has_tied_embeddings:
         keys = {row.parameter: row.key for row in rows if row.parameter in (EMBEDDING_NAME, HEAD_NAME)}
         _check_tied(expected, headers, keys[EMBEDDING_NAME], keys[HEAD_NAME])
+
+
+def _slices(files: ExitStack, first: Path, stored: Mapping[str, StoredHeader]) -> Callable[[str], Any]:
+    """What gives a stored tensor of that file, or of others (a scale may be elsewhere), to read boxes of."""
+    open_files = {first: files.enter_context(opened(first))}
+
+    def slices(key: str) -> Any:
+        path = stored[key].path
+        if path not in open_files:
+            open_files[path] = files.enter_context(opened(path))
+        return open_files[path].get_slice(key)
+
+    return slices
 
 
 def _check_tied(

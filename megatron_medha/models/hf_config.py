@@ -13,6 +13,7 @@ from typing import Any
 from megatron_medha.core.errors import UnsupportedModelError
 from megatron_medha.models.families.family import ACTIVATIONS, Family, Rule, TensorRow
 from megatron_medha.models.families.family_table import FAMILIES
+from megatron_medha.models.hf_quantisation import Quantisation, quantisation_problems, read_quantisation
 from megatron_medha.models.hf_rope import rope_problems, rope_scaling, rope_theta, rotary_dim
 from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
 from megatron_medha.models.model_config import ModelConfig
@@ -91,6 +92,11 @@ def hf_unread_keys(directory: Path) -> str:
     return family.unread_keys(config)
 
 
+def hf_quantisation(directory: Path) -> Quantisation | None:
+    """How the weights are quantised; None: they are not. Raises what read_hf_config raises."""
+    return read_quantisation(_family_and_config(directory)[1])
+
+
 def _family_and_config(directory: Path) -> tuple[Family, JsonFields]:
     """The family in directory/config.json, and its fields with what transformers takes for absent ones."""
     config = read_json(directory / "config.json")
@@ -131,8 +137,7 @@ def _unsupported_fields(config: JsonFields, family: Family) -> list[UnsupportedM
         problems.append(config.unsupported("architectures", "it must be a list of names"))
     elif architectures and not any(str(name).endswith(_GENERATING) for name in architectures):
         problems.append(config.unsupported("architectures", "only language models (...ForCausalLM) generate text"))
-    if config.fields.get("quantization_config") is not None:
-        problems.append(config.unsupported("quantization_config", "weights must be float32, bfloat16 or float16"))
+    problems += quantisation_problems(config)
     problems += [
         config.unsupported(key, rule.reason)
         for key, rule in (_RULES | dict(family.rules)).items()
@@ -179,7 +184,8 @@ def _window(config: JsonFields, family: Family) -> dict[str, Any]:
 
 def _dtype(config: JsonFields) -> str:
     key = "dtype" if config.fields.get("dtype") is not None else "torch_dtype"
-    dtype = config.fields.get(key) or "float32"
+    is_quantised = config.fields.get("quantization_config") is not None
+    dtype = config.fields.get(key) or ("bfloat16" if is_quantised else "float32")
     if dtype not in _DTYPES:
         raise config.unsupported(key, f"one of {', '.join(_DTYPES)} is")
     return str(dtype)

@@ -105,6 +105,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         **ROUTED, **LATENT, "norm_topk_prob": False, "routed_scaling_factor": 1.5, "first_k_dense_replace": 1}),
     "deepseek_v2 lite": ("deepseek_v2", {**ROUTED, **LATENT, "norm_topk_prob": False, "q_lora_rank": None}),
     "glm4_moe_lite": ("glm4_moe_lite", {**ROUTED, **LATENT}),
+    "gpt_oss": ("gpt_oss", {**MIXTURE, "head_dim": 16, "sliding_window": 1 << 20}),
     "granitemoe": ("granitemoe", {**MULTIPLIED, **MIXTURE}),
     "granitemoe tied": ("granitemoe", {**MULTIPLIED, **MIXTURE, "tie_word_embeddings": True}),
     "gemma": ("gemma", {"head_dim": 24}),
