@@ -1,0 +1,98 @@
+"""Whatever happens in whatever order to a few requests, no block is lost or shared by mistake, no request is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from exploration import FOUR, Bounds, Broken, Explorer, Script
+
+from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.kv_memory import KVMemory
+from megatron_medha.core.kv.prefix_index import PrefixIndex
+from megatron_medha.core.kv.segment import Holding, Segment
+from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.scheduling.scheduler import Scheduler
+
+MAX_STEPS = 40  # until all has ended, if nothing new happens
+THREE = Bounds(
+    {"A": Script("pab", 3, 4), "B": Script("pcd", 3, 4), "C": Script("ef", 3, 1)},
+    num_blocks=2, num_failures=0, num_losses=0, num_late=0,
+)  # fmt: skip
+
+
+def test_three_requests_of_which_two_begin_alike_are_explored_to_the_end() -> None:
+    explorer = Explorer(THREE)
+    assert explorer.run(max_states=20_000), "there is nothing left to look at"
+    assert explorer.longest_drain() <= MAX_STEPS
+    assert min(explorer.num_hits, explorer.num_evictions, explorer.num_preemptions) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_million_states_of_four_requests_are_sound(capsys: pytest.CaptureFixture[str]) -> None:
+    explorer = Explorer(Bounds(FOUR))
+
+    def report(line: str) -> None:
+        with capsys.disabled():
+            print(line, flush=True)
+
+    explorer.run(max_states=1_000_000, report=report)
+    report(f"{len(explorer.index_of)} distinct states, at most {explorer.longest_drain()} steps to the end of all")
+    assert len(explorer.index_of) >= 1_000_000
+    assert explorer.longest_drain() <= MAX_STEPS
+    assert min(explorer.num_hits, explorer.num_evictions, explorer.num_preemptions) > 1000
+
+
+def test_an_eviction_that_ignores_pins_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    pin = PrefixIndex._pin
+
+    def pin_evictable(self: PrefixIndex, segment: Segment) -> None:
+        order = self.trees[segment.group][segment.kvp_rank].order
+        was_leaf = bool(segment.ticket)
+        pin(self, segment)
+        if was_leaf:
+            order.add(segment)
+
+    monkeypatch.setattr(PrefixIndex, "_pin", pin_evictable)
+    with pytest.raises(Broken):
+        Explorer(THREE).run(max_states=20_000)
+
+
+def test_a_preempted_request_that_is_forgotten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    restart = Scheduler._restart
+
+    def restart_forgetting(self: Scheduler, seq: Sequence, now_s: float) -> None:
+        restart(self, seq, now_s)
+        self._prefills.discard(seq, now_s)
+
+    monkeypatch.setattr(Scheduler, "_restart", restart_forgetting)
+    with pytest.raises(Broken, match="is lost"):
+        Explorer(THREE).run(max_states=20_000)
+
+
+def test_a_duplicate_that_is_not_freed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_extents: Callable[..., list[Extent]] = PrefixIndex.own_extents
+
+    def without_duplicates(self: PrefixIndex, holding: Holding, extents: list[Extent]) -> list[Extent]:
+        duplicates, holding.duplicates = holding.duplicates, []
+        own = own_extents(self, holding, extents)
+        holding.duplicates = duplicates
+        return own
+
+    monkeypatch.setattr(PrefixIndex, "own_extents", without_duplicates)
+    with pytest.raises(Broken, match="exactly once"):
+        Explorer(replace(THREE, num_blocks=4)).run(max_states=20_000)
+
+
+def test_a_request_that_is_never_begun_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan: Callable[..., Any] = KVMemory.plan
+
+    def plan_once(self: KVMemory, seq: Sequence) -> Any:
+        return None if seq.num_preemptions else plan(self, seq)
+
+    monkeypatch.setattr(KVMemory, "plan", plan_once)
+    with pytest.raises(Broken, match="nothing runs"):
+        Explorer(THREE).run(max_states=20_000)
