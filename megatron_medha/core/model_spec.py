@@ -106,7 +106,7 @@ class ModelSpec:
         named = {
             "LayerNorm": self.has_layer_norms,
             "zero-centred norms": self.has_zero_centred_norms,
-            f"{self.positions} positions": self.positions != "rotary",
+            "learned positions" if self.positions == "learned" else "no positions": self.positions != "rotary",
             "partial rotary": self.positions == "rotary" and self.num_rotated < self.rope_width,
             "interleaved rotary": self.is_rotary_interleaved,
             "layers without rotary": any(self.no_rope_layers),

@@ -119,14 +119,20 @@ def pair(request: pytest.FixtureRequest, pgs: MedhaPGs, tmp_path_factory: pytest
 
 
 def saved_and_loaded(
-    options: dict[str, Any], pgs: MedhaPGs, directory: Path, *, version: str = "0.16.0", theirs: Any = None
+    options: dict[str, Any],
+    pgs: MedhaPGs,
+    directory: Path,
+    *,
+    version: str = "0.16.0",
+    theirs: Any = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Pair:
     """theirs: Megatron's model of these arguments; None: it is made."""
     args = recorded_args(version, **options)
     theirs = megatron_model(args, pgs) if theirs is None else theirs
     save_megatron(theirs, args, directory)
     config = read_model_config(directory)
-    served = build_model(config, dtype=torch.float32, device=CPU, pgs=pgs, is_initialized=False)
+    served = build_model(config, dtype=dtype, device=CPU, pgs=pgs, is_initialized=False)
     load_weights(served, config, directory, lambda what, fraction: None)
     absorb_projections(served)
     pack_linears(served)
@@ -161,6 +167,22 @@ def test_chunks_decodes_and_new_prompts_share_batches_exactly(pair: Pair) -> Non
         run.step(work)
     for prompt in prompts:
         assert_exact(pair, prompt)
+
+
+@pytest.mark.parametrize("name", ["gpt", "nemotron", "interleaved partial", "output gate", "sinks", "latent attention"])
+def test_bfloat16_is_no_further_from_fp32_than_megatrons_own(name: str, pgs: MedhaPGs, tmp_path: Path) -> None:
+    pair = saved_and_loaded(MODELS[name], pgs, tmp_path, dtype=torch.bfloat16)
+    token_ids = random_ids(150, 3)
+    reference_TV = megatron_logits(pair.theirs, token_ids)
+    pair.theirs.bfloat16().config.params_dtype = torch.bfloat16
+    theirs_TV = megatron_logits(pair.theirs, token_ids).float()
+    run = PagedRun(pair.served, pair.config, block_size=16)
+    prompt = run.add(token_ids)
+    for count in (100, 1, 49):
+        run.step([(prompt, count)])
+    ours_TV = torch.cat(prompt.logits)[:, :VOCAB_SIZE].float()
+    our_error, their_error = ((logits_TV - reference_TV).abs().mean().item() for logits_TV in (ours_TV, theirs_TV))
+    assert our_error < 1.25 * their_error
 
 
 @pytest.mark.parametrize("backend", ["native", "aten"])
