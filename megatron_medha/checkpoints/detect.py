@@ -8,12 +8,13 @@ from torch import nn
 
 from megatron_medha.checkpoints.checkpoint_format import CheckpointFormat, Progress
 from megatron_medha.checkpoints.hf_checkpoint import HUGGING_FACE
+from megatron_medha.checkpoints.lora_adapter import LORA
 from megatron_medha.checkpoints.megatron_checkpoint import MEGATRON
 from megatron_medha.checkpoints.zero_checkpoint import ZERO
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.models.model_config import ModelConfig
 
-FORMATS = (MEGATRON, HUGGING_FACE, ZERO)
+FORMATS = (MEGATRON, HUGGING_FACE, LORA, ZERO)
 
 
 def find_checkpoint(directory: Path) -> tuple[CheckpointFormat, Path]:

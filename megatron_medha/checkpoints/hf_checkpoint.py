@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from math import prod
@@ -24,7 +24,7 @@ from megatron_medha.checkpoints.placements import (
     model_slice_of,
     zero_padding_rows,
 )
-from megatron_medha.checkpoints.quantised_tensors import float_tensors
+from megatron_medha.checkpoints.quantised_tensors import FloatTensor, float_tensors
 from megatron_medha.checkpoints.weight_checks import StoredHeader, refuse_larger_model, refuse_non_finite
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.models.hf_config import hf_quantisation, hf_tensor_rows, hf_unread_keys, read_hf_config
@@ -33,6 +33,7 @@ from megatron_medha.safe_files.checkpoint_files import open_regular, path_inside
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 ONE_BY_ONE = {"non_homogeneous_layers": True}  # parts named layer by layer
+_NO_WEIGHTS = ("consolidated", "adapter_model")
 _MAX_INDEX_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 64 << 20  # 100 bytes a tensor
 
@@ -53,14 +54,24 @@ def read_hf_checkpoint_config(directory: Path) -> ModelConfig:
 
 
 @torch.no_grad()
-def load_hf_weights(model: nn.Module, config: ModelConfig, directory: Path, progress: Progress) -> None:
+def load_hf_weights(
+    model: nn.Module,
+    config: ModelConfig,
+    directory: Path,
+    progress: Progress,
+    changed: Callable[[Mapping[str, FloatTensor]], Mapping[str, FloatTensor]] = lambda tensors: tensors,
+    further: Mapping[str, StoredHeader] | None = None,
+) -> None:
     """Fill the model's parameters from the safetensors in the directory, one tensor at a time.
+
+    changed: what is loaded instead of the stored tensors. further: stored tensors that it reads, from other files.
 
     All headers are checked first, so nothing is copied when a tensor is missing, surplus or of the wrong shape.
     Values are converted to the parameters' dtype and device. Raises CheckpointError naming file and key.
     """
     stored = _headers(directory)
-    tensors = float_tensors(stored, hf_quantisation(directory))
+    tensors = changed(float_tensors(stored, hf_quantisation(directory)))
+    stored = {**stored, **(further or {})}
     headers = {key: tensor.header for key, tensor in tensors.items()}
     rows = hf_tensor_rows(directory)
     expected = checked_placements(
@@ -136,8 +147,8 @@ def hf_weight_files(directory: Path) -> list[Path]:
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing, though {INDEX_NAME} names it")
         return paths
-    # "consolidated" files hold the same weights again, in Mistral's own naming.
-    return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("consolidated"))
+    # "consolidated" files hold the same weights again, in Mistral's own naming; an adapter's are no model.
+    return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith(_NO_WEIGHTS))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -170,9 +181,13 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def _headers(directory: Path) -> dict[str, StoredHeader]:
+    return headers_of(hf_weight_files(directory))
+
+
+def headers_of(paths: Sequence[Path]) -> dict[str, StoredHeader]:
     """Of every tensor, by key. Raises CheckpointError if one is in two files that differ in it."""
     found: dict[str, StoredHeader] = {}
-    for path in hf_weight_files(directory):
+    for path in paths:
         with opened(path) as file:
             for key in sorted(file.keys()):
                 first = found.get(key)

@@ -1,0 +1,166 @@
+"""LoRA adapters of peft, merged into the weights of the Hugging Face checkpoint that they name, as these are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_medha.checkpoints.checkpoint_format import CheckpointFormat, Progress
+from megatron_medha.checkpoints.hf_checkpoint import (
+    HUGGING_FACE,
+    headers_of,
+    load_hf_weights,
+    read_hf_checkpoint_config,
+)
+from megatron_medha.checkpoints.quantised_tensors import Box, FloatTensor, Slices
+from megatron_medha.checkpoints.weight_checks import StoredHeader
+from megatron_medha.core.errors import CheckpointError
+from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.safe_files.checkpoint_files import shown
+from megatron_medha.safe_files.json_fields import JsonFields, read_json
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
+# What is read, and what is training's or says what the tensors show.
+_KNOWN = frozenset(
+    ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+    + ("task_type", "inference_mode", "lora_dropout", "init_lora_weights", "revision", "auto_mapping", "bias")
+    + ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "peft_version")
+    + ("modules_to_save", "loftq_config", "eva_config", "corda_config", "megatron_core", "runtime_config")
+    + ("qalora_group_size", "ensure_weight_tying")
+)
+
+
+def read_lora_config(directory: Path, _: Path) -> ModelConfig:
+    """The architecture of the base model. Raises what its own reading raises, and for a kind of adapter not merged."""
+    _adapter_config(directory)
+    return dataclasses.replace(read_hf_checkpoint_config(_base_of(directory)), name=directory.resolve().name)
+
+
+def load_lora_weights(model: nn.Module, config: ModelConfig, directory: Path, progress: Progress) -> None:
+    """Fill the model with the base model's weights, the adapter's products added in fp32."""
+    adapter = headers_of([directory / WEIGHTS_NAME])
+    settings = _adapter_config(directory)
+
+    def merged(tensors: Mapping[str, FloatTensor]) -> dict[str, FloatTensor]:
+        return dict(tensors) | _changed(tensors, adapter, settings)
+
+    load_hf_weights(model, config, _base_of(directory), progress, merged, adapter)
+
+
+def _adapter_config(directory: Path) -> JsonFields:
+    config = read_json(directory / CONFIG_NAME)
+    if config.fields.get("peft_type") != "LORA":
+        raise config.unsupported("peft_type", "only LORA is merged")
+    for key, value in config.fields.items():
+        if value and key not in _KNOWN:
+            raise config.unsupported(key, "this field of an adapter is not known here, and may change what it adds")
+    if not (directory / WEIGHTS_NAME).is_file():
+        raise CheckpointError(f"{directory / WEIGHTS_NAME}: missing, though there is {CONFIG_NAME}")
+    return config
+
+
+def _base_of(directory: Path) -> Path:
+    """The directory of the base model."""
+    config = read_json(directory / CONFIG_NAME)
+    name = config.fields.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise config.wrong("base_model_name_or_path", "the directory of the base model")
+    base = directory / name
+    if not base.is_dir() or HUGGING_FACE.find(base) is None:
+        raise CheckpointError(
+            f"{config.path}: base_model_name_or_path={shown(name)}: there is no Hugging Face checkpoint in {base}. "
+            "Download the base model, and write its directory there"
+        )
+    return base
+
+
+def _changed(
+    tensors: Mapping[str, FloatTensor], adapter: Mapping[str, StoredHeader], config: JsonFields
+) -> dict[str, FloatTensor]:
+    """The base model's tensors that the adapter adds to or replaces.
+
+    Raises CheckpointError naming what does not belong to the base model or does not fit it.
+    """
+    found = {}
+    for key, header in adapter.items():
+        name = key.removeprefix(_PREFIX)
+        if (match := _FACTOR.fullmatch(name)) is None:
+            if name not in tensors:
+                raise CheckpointError(f"{header.path}: tensor {key} is not part of the base model")
+            found[name] = FloatTensor(header, _whole(key))  # a module that was trained and saved in full
+        elif match[2] == "A":
+            module, other = match[1], re.sub(r"\.lora_A\.", ".lora_B.", key)
+            found[f"{module}.weight"] = _with_product(module, key, other, tensors, adapter, config)
+        elif re.sub(r"\.lora_B\.", ".lora_A.", key) not in adapter:
+            raise CheckpointError(f"{header.path}: tensor {key} has no lora_A beside it")
+    return found
+
+
+def _with_product(
+    module: str,
+    a_key: str,
+    b_key: str,
+    tensors: Mapping[str, FloatTensor],
+    adapter: Mapping[str, StoredHeader],
+    config: JsonFields,
+) -> FloatTensor:
+    path, weight = adapter[a_key].path, tensors.get(f"{module}.weight")
+    if weight is None:
+        raise CheckpointError(f"{path}: tensor {a_key}: the base model has no {module}.weight")
+    if b_key not in adapter:
+        raise CheckpointError(f"{path}: tensor {b_key} is missing")
+    is_transposed = config.flag("fan_in_fan_out")
+    (rank, num_inputs), (num_outputs, other_rank) = adapter[a_key].shape, adapter[b_key].shape
+    shape = (num_inputs, num_outputs) if is_transposed else (num_outputs, num_inputs)
+    if rank != other_rank or shape != weight.header.shape:
+        raise CheckpointError(
+            f"{path}: {a_key} of {list(adapter[a_key].shape)} and {b_key} of {list(adapter[b_key].shape)} do not fit "
+            f"{module}.weight of {list(weight.header.shape)}"
+        )
+    scale = _alpha(config, module) / (sqrt(rank) if config.flag("use_rslora") else rank)
+
+    def read(slices: Slices, box: Box) -> Tensor:
+        inputs, outputs = box if is_transposed else box[::-1]
+        product = slices(b_key)[outputs].float() @ slices(a_key)[:, inputs].float()
+        found: Tensor = weight.read(slices, box).float() + scale * (product.t() if is_transposed else product)
+        return found
+
+    return FloatTensor(weight.header, read)
+
+
+def _alpha(config: JsonFields, module: str) -> float:
+    """lora_alpha, or that of the first pattern which the end of the module's name matches."""
+    patterns = config.within("alpha_pattern")
+    for pattern in patterns.fields:
+        try:
+            is_match = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise patterns.wrong(pattern, f"a value for a regular expression: {error}") from error
+        if is_match:
+            return patterns.number(pattern)
+    return config.number("lora_alpha")
+
+
+def _whole(key: str) -> Any:
+    def read(slices: Slices, box: Box) -> Tensor:
+        found: Tensor = slices(key)[box].to(torch.float32)
+        return found
+
+    return read
+
+
+LORA = CheckpointFormat(
+    f"a LoRA adapter of peft ({CONFIG_NAME} and {WEIGHTS_NAME})",
+    lambda directory: directory if (directory / CONFIG_NAME).is_file() else None,
+    read_lora_config,
+    load_lora_weights,
+)
