@@ -17,6 +17,7 @@ struct LinearCall {
     RunParallel run_parallel;
     int64_t num_threads;
     const uint16_t *residual;  // of out's shape, added to what was rounded; may be `out` itself; or null
+    int64_t is_gated;          // 1: out is silu(first half of the outputs) * second half; see fuses_gate
 };
 
 // Read by native_structs.py, field by field. in and out are dense, fp32 or bf16.
@@ -31,6 +32,8 @@ struct PassCall {
 
 // 0, or 1 when memory ran out; then the output cannot be used.
 extern "C" int medha_linear(const LinearCall *call);
+// Whether medha_linear has is_gated for so many outputs of either half.
+bool fuses_gate(int64_t ffn_size);
 // out [rows, width] = in [rows, width] / sqrt(mean of squares + epsilon) * weight [width].
 extern "C" int medha_rms_norm(const PassCall *call);
 // out [rows, width] = silu(in [rows, :width]) * in [rows, width:2 width].

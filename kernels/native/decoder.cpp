@@ -107,15 +107,23 @@ class Decoder {
             attended_, call_.num_tokens, attended_size_, layer.proj, nullptr, call_.hidden, hidden, call_.hidden
         );
         norm(call_.hidden, call_.num_tokens, layer.mlp_norm, normed_);
-        multiply(
-            normed_, call_.num_tokens, hidden, layer.gate_and_up, nullptr, gate_and_up_, 2 * call_.ffn_size, nullptr
-        );
-        const PassCall pass{1,       run_parallel_, call_.num_threads, call_.num_tokens, call_.ffn_size, gate_and_up_,
-                            nullptr, activated_, 0.0f};
-        check(medha_gated_silu(&pass));
+        activate(layer);
         multiply(
             activated_, call_.num_tokens, call_.ffn_size, layer.down, nullptr, call_.hidden, hidden, call_.hidden
         );
+    }
+
+    // silu(gate) * up of the MLP.
+    void activate(const DecoderLayer &layer) {
+        const int64_t num_tokens = call_.num_tokens, hidden = call_.hidden_size, size = call_.ffn_size;
+        if (fuses_gate(size)) {
+            multiply(normed_, num_tokens, hidden, layer.gate_and_up, nullptr, activated_, 2 * size, nullptr, true);
+            return;
+        }
+        multiply(normed_, num_tokens, hidden, layer.gate_and_up, nullptr, gate_and_up_, 2 * size, nullptr);
+        const PassCall pass{1,       run_parallel_, call_.num_threads, num_tokens, size, gate_and_up_,
+                            nullptr, activated_,    0.0f};
+        check(medha_gated_silu(&pass));
     }
 
     void put_out() {
@@ -182,10 +190,10 @@ class Decoder {
 
     void multiply(
         const uint16_t *in, int64_t num_rows, int64_t num_inputs, const Weight &weight, const uint16_t *bias,
-        uint16_t *out, int64_t num_outputs, const uint16_t *residual
+        uint16_t *out, int64_t num_outputs, const uint16_t *residual, bool is_gated = false
     ) {
         const LinearCall call{num_rows, num_inputs, num_outputs, in,    weight.values,     weight.scales,
-                              bias,     out,        run_parallel_,       call_.num_threads, residual};
+                              bias,     out,        run_parallel_,       call_.num_threads, residual,          is_gated};
         check(medha_linear(&call));
     }
 

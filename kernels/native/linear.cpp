@@ -236,9 +236,11 @@ class Linear {
 }  // namespace
 
 #if defined(HAS_MATRIX_TILES)
+bool fuses_gate(int64_t ffn_size) { return ffn_size % PACKED == 0; }
 template <class W>
 using BestLinear = TiledLinear<W>;
 #else
+bool fuses_gate(int64_t) { return false; }
 template <class W>
 using BestLinear = Linear<W>;
 #endif

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "calls.h"
+#include "silu.h"
 #include "simd.h"
 
 constexpr int64_t PACKED = 64;  // outputs that lie together
@@ -21,23 +22,38 @@ inline Vec load_first(const T *from, int64_t count) {
     return load(padded);
 }
 
+// Sums of a row's outputs from `first` on, scaled and with their bias; `count` outputs are left.
+inline Vec whole_sum(const LinearCall &call, const float *sums, int64_t first, int64_t count) {
+    Vec sum = load(sums);
+    if (call.scales != nullptr) sum = sum * load_first(call.scales + first, count);
+    if (call.bias != nullptr) sum = sum + load_first(call.bias + first, count);
+    return sum;
+}
+
 // Scale, bias, rounding and residual for `width` sums of a row, from output `first` on; those past the last are dropped.
 inline void write_outputs(const LinearCall &call, int64_t row, int64_t first, int64_t width, const float *sums) {
     const int64_t count = std::min(width, call.num_outputs - first), at = row * call.num_outputs + first;
+    uint16_t *const out = call.out + at;
     const auto finished = [&](int64_t o) {
-        Vec sum = load(sums + o);
-        if (call.scales != nullptr) sum = sum * load_first(call.scales + first + o, count - o);
-        if (call.bias != nullptr) sum = sum + load_first(call.bias + first + o, count - o);
-        if (call.residual == nullptr) return sum;
-        uint16_t rounded[WIDTH];
-        store(rounded, sum);
-        return load_first(call.residual + at + o, count - o) + load(rounded);
+        const Vec sum = whole_sum(call, sums + o, first + o, count - o);
+        return call.residual == nullptr ? sum : load_first(call.residual + at + o, count - o) + rounded(sum);
     };
     int64_t o = 0;
-    for (; o + 2 * WIDTH <= count; o += 2 * WIDTH) store_two(call.out + at + o, finished(o), finished(o + WIDTH));
+    for (; o + 2 * WIDTH <= count; o += 2 * WIDTH) store_two(out + o, finished(o), finished(o + WIDTH));
     for (; o < count; o += WIDTH) {
-        uint16_t rounded[WIDTH];
-        store(rounded, finished(o));
-        std::copy_n(rounded, std::min<int64_t>(WIDTH, count - o), call.out + at + o);
+        uint16_t last[WIDTH];
+        store(last, finished(o));
+        std::copy_n(last, std::min<int64_t>(WIDTH, count - o), out + o);
     }
+}
+
+// The same for silu(gate) * up of PACKED outputs from `first` on, each half rounded before, as gated_silu reads them.
+inline void write_gated(const LinearCall &call, int64_t row, int64_t first, const float *gate, const float *up) {
+    const int64_t half = call.num_outputs / 2;
+    uint16_t *const out = call.out + row * half + first;
+    const auto finished = [&](int64_t o) {
+        const Vec open = rounded(whole_sum(call, gate + o, first + o, WIDTH));
+        return silu(open) * rounded(whole_sum(call, up + o, half + first + o, WIDTH));
+    };
+    for (int64_t o = 0; o < PACKED; o += 2 * WIDTH) store_two(out + o, finished(o), finished(o + WIDTH));
 }

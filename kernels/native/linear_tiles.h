@@ -31,7 +31,9 @@ template <class W>
 class TiledLinear {
   public:
     explicit TiledLinear(const LinearCall &call)
-        : call_(call), depth_(padded_inputs(call.num_inputs)), num_packs_((call.num_outputs + PACKED - 1) / PACKED) {}
+        : call_(call),
+          depth_(padded_inputs(call.num_inputs)),
+          num_packs_((call.num_outputs + PACKED - 1) / PACKED / (call.is_gated ? 2 : 1)) {}
 
     void run() {
         if (call_.num_rows == 0) return;
@@ -86,14 +88,24 @@ class TiledLinear {
     const W *pack_of(int64_t pack) const { return static_cast<const W *>(call_.weight) + pack * PACKED * depth_; }
     const uint16_t *row(int64_t r) const { return in_ + r * depth_; }
 
-    // All of at most 16 rows by one pack, which is read once, as it comes from memory.
+    // All of at most 16 rows by one pack (and the one it gates), which is read once, as it comes from memory.
     void multiply_few(int64_t pack) const {
-        alignas(64) float sums[TILE_ROWS * PACKED];
-        multiply_row_tile(pack_of(pack), row(0), sums, [](const W *at) {
+        alignas(64) float sums[2][TILE_ROWS * PACKED];
+        const auto fetch = [](const W *at) {
             for (int64_t i = 0; i < TILE_DEPTH * PACKED * static_cast<int64_t>(sizeof(W)); i += 64)
                 __builtin_prefetch(reinterpret_cast<const char *>(at) + AHEAD + i);
-        });
-        for (int64_t r = 0; r < call_.num_rows; ++r) write_outputs(call_, r, pack * PACKED, PACKED, sums + r * PACKED);
+        };
+        multiply_row_tile(pack_of(pack), row(0), sums[0], fetch);
+        if (call_.is_gated) multiply_row_tile(pack_of(num_packs_ + pack), row(0), sums[1], fetch);
+        write_rows(pack, 0, call_.num_rows, sums[0], sums[1]);
+    }
+
+    void write_rows(int64_t pack, int64_t first_row, int64_t num_rows, const float *sums, const float *gated) const {
+        for (int64_t r = 0; r < num_rows; ++r)
+            if (call_.is_gated)
+                write_gated(call_, first_row + r, pack * PACKED, sums + r * PACKED, gated + r * PACKED);
+            else
+                write_outputs(call_, first_row + r, pack * PACKED, PACKED, sums + r * PACKED);
     }
 
     // One tile of rows by 64 outputs. fetch(weights): what to do beside the products over 32 inputs.
@@ -156,19 +168,25 @@ class TiledLinear {
         store_tile<3>(sums + TILE_ROWS * PACKED + TILE_ROWS, PACKED * 4);
     }
 
-    // Pairs of row tiles [first_pair, end_pair) by one pack. next: the pack that is probably multiplied next.
+    // Pairs of row tiles [first_pair, end_pair) by one pack (and the one it gates). next: the pack that is probably
+    // multiplied next.
     void multiply_many(int64_t pack, int64_t first_pair, int64_t end_pair, int64_t next) const {
-        const uint16_t *weights;
-        if constexpr (sizeof(W) == 1) {
-            static thread_local Buffer memory;
-            uint16_t *const widened = memory.at_least<uint16_t>(depth_ * PACKED);
-            widen_pairs(pack_of(pack), depth_, widened);
-            weights = widened;
-        } else {
-            weights = pack_of(pack);
+        const uint16_t *weights[2] = {};
+        const int num_halves = call_.is_gated ? 2 : 1;
+        static thread_local Buffer memory;
+        for (int h = 0; h < num_halves; ++h) {
+            const W *const from = pack_of(h * num_packs_ + pack);
+            if constexpr (sizeof(W) == 1) {
+                uint16_t *const widened = memory.at_least<uint16_t>(num_halves * depth_ * PACKED) + h * depth_ * PACKED;
+                widen_pairs(from, depth_, widened);
+                weights[h] = widened;
+            } else {
+                weights[h] = from;
+            }
         }
+        // Of gated packs the first half only: the other one begins to be read long after.
         const int64_t next_bytes = next < num_packs_ ? depth_ * PACKED * sizeof(W) : 0;
-        Prefetcher fetch(pack_of(next), next_bytes, (end_pair - first_pair) * 2 * depth_ / TILE_DEPTH);
+        Prefetcher fetch(pack_of(next), next_bytes, (end_pair - first_pair) * num_halves * 2 * depth_ / TILE_DEPTH);
         const int64_t last_rows = (call_.num_rows - 1) % (2 * TILE_ROWS) + 1;
         const bool has_last = end_pair * 2 * TILE_ROWS >= call_.num_rows && last_rows < 2 * TILE_ROWS;
         {
@@ -182,17 +200,19 @@ class TiledLinear {
         multiply_pair(pack, weights, end_pair - 1, last_rows, fetch);
     }
 
-    void multiply_pair(int64_t pack, const uint16_t *weights, int64_t pair, int64_t num_rows, Prefetcher &fetch) const {
-        alignas(64) float sums[2 * TILE_ROWS * PACKED];
+    void multiply_pair(
+        int64_t pack, const uint16_t *const *weights, int64_t pair, int64_t num_rows, Prefetcher &fetch
+    ) const {
+        alignas(64) float sums[2][2 * TILE_ROWS * PACKED];
         const int64_t first_row = pair * 2 * TILE_ROWS;
-        if (num_rows > TILE_ROWS) {
-            multiply_two_row_tiles(weights, row(first_row), sums, fetch);
-            multiply_two_row_tiles(weights + 4 * TILE_ROWS, row(first_row), sums + 2 * TILE_ROWS, fetch);
-        } else {
-            multiply_row_tile(weights, row(first_row), sums, [&](const uint16_t *) { fetch.fetch(); });
-        }
-        for (int64_t r = 0; r < num_rows; ++r)
-            write_outputs(call_, first_row + r, pack * PACKED, PACKED, sums + r * PACKED);
+        for (int h = 0; h < 2 && weights[h] != nullptr; ++h)
+            if (num_rows > TILE_ROWS) {
+                multiply_two_row_tiles(weights[h], row(first_row), sums[h], fetch);
+                multiply_two_row_tiles(weights[h] + 4 * TILE_ROWS, row(first_row), sums[h] + 2 * TILE_ROWS, fetch);
+            } else {
+                multiply_row_tile(weights[h], row(first_row), sums[h], [&](const uint16_t *) { fetch.fetch(); });
+            }
+        write_rows(pack, first_row, num_rows, sums[0], sums[1]);
     }
 
     const LinearCall &call_;

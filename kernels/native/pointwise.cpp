@@ -7,6 +7,7 @@
 #include "calls.h"
 #include "parallel_for.h"
 #include "rows.h"
+#include "silu.h"
 #include "simd.h"
 #include "spin_pool.h"
 #include "storage.h"
@@ -14,7 +15,6 @@
 
 namespace {
 
-constexpr float LOG2_E = 1.44269504088896340736f;
 // Numbers below which a second thread costs more than it saves (some 50 us of work).
 constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 17;
 constexpr int64_t ROWS_OF_ITEM = 16, ROWS_OF_AWAKE_ITEM = 2;
@@ -42,14 +42,6 @@ void rms_norm(const PassCall &call) {
     each_row(call, 1, [&](int64_t row, float *x) {
         rms_norm_row(in + row * width, weight, call.epsilon, width, x, out + row * width);
     });
-}
-
-Vec silu(Vec x) {
-    // x / (1 + e^-x), as x e^min(x, 0) / (1 + e^-|x|): neither power of e overflows.
-    const Vec negative = splat(0.0f) - max(x, splat(0.0f) - x);
-    const Vec at_most_0 = splat(0.0f) - max(splat(0.0f) - x, splat(0.0f));
-    const Vec denominator = splat(1.0f) + exp2_of_nonpositive(negative * splat(LOG2_E));
-    return x * exp2_of_nonpositive(at_most_0 * splat(LOG2_E)) / denominator;
 }
 
 template <class T>

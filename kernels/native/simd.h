@@ -49,6 +49,20 @@ static inline void store(uint16_t *p, Vec x) {
 #endif
 }
 
+// The same number after rounding.
+static inline Vec rounded(Vec x) {
+#if defined(__AVX512BF16__)
+    const __m256bh words = _mm512_cvtneps_pbh(x);
+    __m256i bits;
+    std::memcpy(&bits, &words, sizeof bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#else
+    uint16_t words[WIDTH];
+    store(words, x);
+    return load(words);
+#endif
+}
+
 // Two vectors, one behind the other, rounded likewise.
 static inline void store_two(uint16_t *p, Vec first, Vec second) {
 #if defined(__AVX512BF16__)
@@ -119,6 +133,12 @@ static inline void store(uint16_t *p, Vec x) {
     // Packing goes by halves of 128 bits: the wanted words are the first quarter and the third.
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(sound, sound), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_castsi256_si128(words));
+}
+
+static inline Vec rounded(Vec x) {
+    uint16_t words[WIDTH];
+    store(words, x);
+    return load(words);
 }
 
 static inline void store_two(uint16_t *p, Vec first, Vec second) {

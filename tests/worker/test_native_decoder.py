@@ -31,8 +31,8 @@ def _native_library() -> None:
 def load(tmp_path: Path, rank_config: RankConfig, front_of: Callable[[RankConfig], Any]) -> Callable[..., Any]:
     """Makes a tiny random model of some kind, and a bf16 rank of it."""
 
-    def load(kind: str, **options: Any) -> Any:
-        save_tiny(kind, tmp_path)
+    def load(kind: str, ffn_size: int = 104, **options: Any) -> Any:
+        save_tiny(kind, tmp_path, ffn_size)
         front = front_of(
             msgspec.structs.replace(
                 rank_config,
@@ -46,7 +46,7 @@ def load(tmp_path: Path, rank_config: RankConfig, front_of: Callable[[RankConfig
     return load
 
 
-def save_tiny(kind: str, directory: Path) -> None:
+def save_tiny(kind: str, directory: Path, ffn_size: int) -> None:
     """A checkpoint of transformers' model of that kind."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def save_tiny(kind: str, directory: Path) -> None:
     config = config_class(
         vocab_size=300,
         hidden_size=72,
-        intermediate_size=104,
+        intermediate_size=ffn_size,
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
@@ -93,10 +93,11 @@ def all_logits(front: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("kind", "weights"), [("Llama", "auto"), ("Qwen2", "auto"), ("Qwen3", "auto"), ("Qwen2", "int8")]
 )
+@pytest.mark.parametrize("ffn_size", [104, 128])  # the activation is part of the product for multiples of 64
 def test_a_step_in_one_call_gives_the_logits_of_its_layers_one_by_one(
-    kind: str, weights: str, load: Callable[..., Any]
+    kind: str, weights: str, ffn_size: int, load: Callable[..., Any]
 ) -> None:
-    front = load(kind, weight_dtype=weights)
+    front = load(kind, ffn_size, weight_dtype=weights)
     native = front.rank.model.forward
     assert isinstance(native, NativeForward)
     at_once = all_logits(front)
@@ -115,7 +116,7 @@ def test_int8_weights_change_logits_a_little_and_are_told_of(load: Callable[...,
 
 
 def test_threads_and_a_layer_at_a_time_change_no_bit(load: Callable[..., Any]) -> None:
-    front = load("Llama", num_threads=3)
+    front = load("Llama", 192, num_threads=3)
     with_threads = all_logits(front)
     num_calls = 0
 
