@@ -116,14 +116,15 @@ class TiledLinear {
         zero_tile<1>();
         zero_tile<2>();
         zero_tile<3>();
+        // int8: a step ahead, in two places by turns, as tiles are loaded late after their numbers were written.
+        const auto place = [&](int64_t d) { return widened + d / TILE_DEPTH % 2 * TILE_DEPTH * PACKED; };
+        if constexpr (sizeof(Weight) == 1) widen_pairs(weights, TILE_DEPTH, place(0));
         for (int64_t d = 0; d < depth_; d += TILE_DEPTH) {
             const Weight *const at = weights + d * PACKED;
             const uint16_t *tile;
             if constexpr (sizeof(Weight) == 1) {
-                // Two places by turns: the products of one wait for its numbers to be written.
-                uint16_t *const to = widened + d / TILE_DEPTH % 2 * TILE_DEPTH * PACKED;
-                widen_pairs(at, TILE_DEPTH, to);
-                tile = to;
+                if (d + TILE_DEPTH < depth_) widen_pairs(at + TILE_DEPTH * PACKED, TILE_DEPTH, place(d + TILE_DEPTH));
+                tile = place(d);
             } else {
                 tile = at;
             }
