@@ -32,6 +32,9 @@ class Cache:
         self.index.release(holding, table, now_s, ends_session)
         self.index.settle(f"r{self.num_requests}")
 
+    def hits(self, prompt: list[int]) -> int:
+        return self.index.match(keys_of(prompt), 0, len(prompt), 0).num_granules
+
     def watch(self, request_id: str, prompt: list[int], now_s: float, due_s: float) -> None:
         match = self.index.match(keys_of(prompt), 0, len(prompt), 0)
         assert self.index.watch(request_id, match, now_s, due_s) is not None
@@ -90,6 +93,27 @@ def test_what_an_ended_session_left_goes_first() -> None:
     cache.run(A, 0.0)
     cache.run(B, 5.0, session="s", ends_session=True)
     assert cache.evicts(10.0, A, B) == [1, 0]
+
+
+def test_a_session_is_ended_by_any_request_of_it() -> None:
+    cache = Cache()
+    cache.run([1, 2], 0.0, session="other")
+    cache.run([3, 4], 1.0, session="s")
+    cache.run([3, 4, 5], 2.0, session="s")
+    cache.run([], 3.0, session="s", ends_session=True)
+    assert cache.evicts(4.0, [3, 4, 5], [3, 4], [3], [1, 2], [1]) == [0, 1, 2, 3, 4]
+
+
+def test_of_an_ended_session_what_others_have_used_or_use_now_stays() -> None:
+    cache = Cache()
+    cache.run([1, 2], 0.0, session="other")
+    cache.run([3, 4], 1.0, session="s")
+    cache.run([3, 6], 2.0, session="t")
+    using = cache.index.take("u", cache.index.match(keys_of([3, 4]), 0, 2, 0), 2.0, "s")
+    cache.run([7], 3.0, session="s", ends_session=True)
+    assert cache.evicts(4.0, [7], [1, 2], [1], [3, 6])[0] == 0
+    cache.index.release(using, cache.index.extents(using.deepest), 5.0)
+    assert cache.hits([3, 4]) == 2
 
 
 def test_what_sessions_share_does_not_end_with_one_of_them() -> None:

@@ -97,7 +97,8 @@ FIELDS = (
     "input", "instructions", "max_output_tokens", "text", "store", "previous_response_id", "background", "metadata",
     "documents", "reasoning_effort", "modalities", "use_beam_search", "length_penalty", "bad_words",
     "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "include", "reasoning", "truncation", "system",
-    "stop_sequences", "thinking", "output_config", "output_format",
+    "stop_sequences", "thinking", "output_config", "output_format", "cache_salt", "cache_prompt", "session_id",
+    "ends_session", "prompt_cache_key", "nvext",
 )  # fmt: skip
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 VALID = {
@@ -114,6 +115,7 @@ _PROMPT_CHARS = 16_384  # of a tool, which is in the prompt too: a longer one is
 INVALID_HEADERS = (
     ("x-slo-ttft-ms", "nan"), ("x-slo-ttft-ms", "-1"), ("x-slo-tpot-ms", "1e400"), ("x-slo-class", "gold"),
     ("x-medha-progress", "perhaps"), ("x-request-id", "a" * 5000), ("x-request-id", "\xff\xfe"),
+    ("x-session-id", "a" * 5000), ("x-session-id", "\xff\xfe"),
     ("content-type", "text/plain"), ("authorization", "Bearer " + "x" * 3000), ("authorization", "\xff"),
     ("traceparent", "00-zz"), ("expect", "100-continue"), ("accept", "nothing/atall"), ("content-encoding", "gzip"),
 )  # fmt: skip

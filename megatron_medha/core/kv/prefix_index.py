@@ -15,6 +15,8 @@ from megatron_medha.core.kv.eviction import EvictionOrder, EvictionRules, LruOrd
 from megatron_medha.core.kv.segment import KEY_BYTES, Evicted, Holding, Match, Segment
 from megatron_medha.core.kv.shard_borders import ShardBorders
 
+_MAX_SESSIONS = 50_000  # whose ends are remembered, in 10 MB
+
 
 @dataclass(slots=True)
 class RankTree:
@@ -53,6 +55,8 @@ class PrefixIndex:
         rules = rules or EvictionRules()
         self.trees = [[RankTree(pool, make_order(rules)) for pool in group] for group in pools]
         self._created: dict[str, dict[Segment, None]] = {}  # by live requests
+        # By session: its latest request that has ended, and the last segments of that.
+        self._left_by_session: dict[str, tuple[str, list[Segment]]] = {}
         self.borders = ShardBorders(shard_granules)
         self.reuse_gaps = AgeCounts()    # of prefixes that requests begin with, since their last use
         self.eviction_ages = AgeCounts()  # of evicted granules, since theirs
@@ -150,6 +154,8 @@ class PrefixIndex:
         """
         pool = self.trees[holding.group][holding.kvp_rank].pool
         pool.free(self.own_extents(holding, extents))
+        if holding.session:
+            self._follow_session(holding, ends_session)
         if holding.deepest is not None:
             self._drop_reference(holding.deepest, now_s, holding.session, ends_session)
             holding.deepest = None
@@ -219,6 +225,7 @@ class PrefixIndex:
                     if segment.is_listed:
                         self._unlist(segment, evicted)
         self._created.clear()
+        self._left_by_session.clear()
         return evicted
 
     # ---- requests that wait ----
@@ -302,6 +309,33 @@ class PrefixIndex:
                 tree.order.remove(child.parent)
             child.parent.children[child] = None
             self._pin(child.parent)
+
+    def _follow_session(self, holding: Holding, ends_session: bool) -> None:
+        """Remember where a session's latest request ends. When it ends itself, what that request left goes first."""
+        request_id, left = self._left_by_session.pop(holding.session, ("", []))
+        if ends_session:
+            for segment in left:
+                self._end_session(segment, holding.session)
+            return
+        if holding.deepest is not None:
+            left = [*left, holding.deepest] if request_id == holding.request_id else [holding.deepest]
+            request_id = holding.request_id
+        if left:
+            self._left_by_session[holding.session] = request_id, left
+        if len(self._left_by_session) > _MAX_SESSIONS:
+            del self._left_by_session[next(iter(self._left_by_session))]
+
+    def _end_session(self, segment: Segment, session: str) -> None:
+        """Of a segment and what leads to it, whatever this session alone has used and nobody uses now."""
+        order = self.trees[segment.group][segment.kvp_rank].order
+        ancestor: Segment | None = segment
+        while ancestor is not None and ancestor.session == session:
+            if is_leaf := bool(ancestor.ticket):
+                order.remove(ancestor)
+            ancestor.is_ended = not ancestor.pins
+            if is_leaf:
+                order.add(ancestor)
+            ancestor = ancestor.parent
 
     def _pin(self, segment: Segment) -> None:
         """One pin more; the first pins its parent."""

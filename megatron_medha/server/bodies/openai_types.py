@@ -106,7 +106,8 @@ class SharedFields(Struct, kw_only=True):
     cache_prompt: bool | None = None      # llama.cpp's name; False: nothing of it is found in the cache, nor kept there
     session_id: Name | None = None        # requests of one session continue one another
     ends_session: bool | None = None      # with this request
-    prompt_cache_key: str | None = None   # OpenAI's name; a session where no other is named
+    # OpenAI's name; a session where no other is named.
+    prompt_cache_key: Annotated[str, Meta(max_length=256)] | None = None
     nvext: Extensions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
