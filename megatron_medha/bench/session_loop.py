@@ -27,9 +27,11 @@ async def session_loop(
         async def send(request: Request) -> None:
             session, turn = play.session_of(request.request_id), play.turn(request.request_id)
             number = session.turns.index(turn) + 1
+            # Who returns ids of tokens takes fields that are not OpenAI's; others may refuse them.
+            ends = {"ends_session": True} if request.ends_session and maker.fields else {}
             body = completion_body(
                 client.target, client.model, prompts.prompt(session, turn), turn.num_output_tokens,
-                maker.fields,
+                {**maker.fields, **ends},
             )  # fmt: skip
             headers = {"X-Session-Id": request.session_id} if request.session_id else {}
             await asyncio.sleep(start_s + request.arrival_s - time.monotonic())

@@ -69,9 +69,10 @@ def _num_equal(one: Any, other: Any) -> int:
 
 
 def played(
-    answering: Answering, rows: tuple[TurnRow, ...] | list[TurnRow] = ROWS, form: PromptForm = PromptForm.AUTO
+    answering: Answering, rows: tuple[TurnRow, ...] | list[TurnRow] = ROWS, form: PromptForm = PromptForm.AUTO,
+    server: ScriptedServer | None = None,
 ) -> tuple[list[SentTurn], SessionPlay, Any]:
-    server = ScriptedServer(answer=answering)
+    server = server or ScriptedServer(answer=answering)
     play = SessionPlay(build_sessions(rows, 4))
     turns: list[SentTurn] = []
 
@@ -131,6 +132,15 @@ def test_turns_come_in_order_and_what_the_server_says_of_hits_is_counted() -> No
     assert 0.5 < values["repeated_share"] <= values["hit_rate"] < 1.0
     assert sum(one["num_turns"] for one in values["turns"]) == len(rows)
     assert values["turns"][0]["last_turn"] == 1 and "prompt tokens cached" in turns_table(values)
+
+
+@pytest.mark.parametrize("gives_ids", [True, False])
+def test_who_takes_more_than_openais_fields_is_told_that_a_session_ends(gives_ids: bool) -> None:
+    answering = Answering(gives_ids)
+    server = ScriptedServer(answer=answering)
+    played(answering, [row for row in ROWS if row.session == "a"], server=server)
+    ends = [body.get("ends_session") for body in server.bodies[-3:]]
+    assert ends == ([None, None, True] if gives_ids else [None] * 3)
 
 
 def test_a_server_that_does_not_say_what_was_cached_has_no_hit_rate() -> None:

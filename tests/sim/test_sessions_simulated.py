@@ -16,8 +16,10 @@ from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
+from megatron_medha.sim.planning.candidate import PlanCandidate, evaluate_candidate, isolated_bound
 from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks
 from megatron_medha.stats.request_stats import Ending, RequestStats
+from megatron_medha.stats.slo_targets import Slo
 from megatron_medha.stats.summary_table import summary_table
 from megatron_medha.workload.session_mix import SessionsConfig
 from megatron_medha.workload.workload import Workload, WorkloadConfig
@@ -122,6 +124,16 @@ def test_a_session_stays_on_the_replica_that_has_its_prefix() -> None:
     later = [one for one in found if not one.request.request_id.endswith(".0")]
     num_found = sum((one.num_cached_tokens or 0) > 0.5 * one.request.num_prompt_tokens for one in later)
     assert num_found >= 0.95 * len(later)
+
+
+@pytest.mark.parametrize(("cached", "least"), [(True, 0.5), (False, 0.0)])
+def test_a_plan_counts_hits_where_prompts_begin_alike(cached: bool, least: float) -> None:
+    setup = replace(SETUP, kv=KVConfig(prefix_cache=cached))
+    trial = PlanCandidate(name="lars", config=SimulationConfig(setup=setup, workload=SESSIONS, slo=Slo(ttft_s=60.0)))
+    assert (isolated_bound(trial) is None) == cached  # a prompt that is cached in part may be faster than alone
+    verdict = evaluate_candidate(trial)
+    assert verdict.passes and verdict.hit_rate is not None
+    assert verdict.hit_rate > least if cached else verdict.hit_rate == 0.0
 
 
 class HalfCached:

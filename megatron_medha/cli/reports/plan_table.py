@@ -8,7 +8,7 @@ from megatron_medha.options.plan_options import PlanOptions, PlanSearchSpace
 from megatron_medha.sim.planning.candidate import CandidateVerdict, PlanCandidate
 from megatron_medha.sim.planning.trial_window import MIN_PEAK_COVERED
 from megatron_medha.stats.capacity_search import wilson_interval
-from megatron_medha.stats.text_table import number_text, seconds_text, text_table
+from megatron_medha.stats.text_table import number_text, percent_text, seconds_text, text_table
 
 _MAX_ROWS = 30
 _LAYOUT = ("GPUs", "tp", "spp", "kvp", "dp", "system")
@@ -50,9 +50,11 @@ def best_first(verdicts: Iterable[CandidateVerdict]) -> list[CandidateVerdict]:
 
 def print_verdicts(verdicts: Iterable[CandidateVerdict]) -> None:
     """All candidates that were tried at one load."""
+    ordered = best_first(verdicts)
+    has_hits = any(verdict.hit_rate for verdict in ordered)
     _print_table(
-        [[*_layout_cells(verdict.trial), *_verdict_cells(verdict)] for verdict in best_first(verdicts)],
-        [*_LAYOUT, "meet SLO", "TTFT p90", "TPOT p90", "busy", ""],
+        [[*_layout_cells(verdict.trial), *_verdict_cells(verdict, has_hits)] for verdict in ordered],
+        [*_LAYOUT, "meet SLO", "TTFT p90", "TPOT p90", "busy", *(["cached"] if has_hits else []), ""],
     )
 
 
@@ -129,12 +131,13 @@ def _layout_cells(trial: PlanCandidate) -> list[str]:
     return [str(trial.num_gpus), str(layout.tp), str(layout.spp), str(layout.kvp), str(trial.dp), trial.name]
 
 
-def _verdict_cells(verdict: CandidateVerdict) -> list[str]:
+def _verdict_cells(verdict: CandidateVerdict, has_hits: bool) -> list[str]:
+    hits = [percent_text(verdict.hit_rate)] if has_hits else []
     if verdict.attainment is None or verdict.ttft_p90_s is None:
-        return ["-", "-", "-", "-", verdict.why]
+        return ["-", "-", "-", "-", *hits, verdict.why]
     ttft = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in verdict.ttft_p90_s.items() if seconds is not None)
     tpot = "-" if verdict.tpot_p90_s is None else f"{verdict.tpot_p90_s * 1e3:.0f} ms"
-    return [attainment_text(verdict), ttft, tpot, f"{verdict.utilisation or 0.0:.0%}", ""]
+    return [attainment_text(verdict), ttft, tpot, f"{verdict.utilisation or 0.0:.0%}", *hits, ""]
 
 
 def _print_table(rows: list[list[str]], header: list[str]) -> None:

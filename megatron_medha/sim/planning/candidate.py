@@ -41,6 +41,7 @@ class CandidateVerdict:
     ttft_p90_s: dict[str, float | None] | None = None  # by length class
     tpot_p90_s: float | None = None
     utilisation: float | None = None
+    hit_rate: float | None = None    # share of prompt tokens that were cached
     why: str = ""                    # it fails or cannot be
 
 
@@ -153,6 +154,7 @@ def evaluate_candidate(trial: PlanCandidate) -> CandidateVerdict:
         ttft_p90_s={name: found["ttft_s"]["p90"] for name, found in classes.items()},
         tpot_p90_s=everything["tpot_s"]["p90"],
         utilisation=result.values["machine"]["utilisation"],
+        hit_rate=everything["hit_rate"],
     )
 
 
