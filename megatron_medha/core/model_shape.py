@@ -31,6 +31,8 @@ class ModelShape:
     num_mlp_matrices: int = 3       # gate, up and down; 2: there is no gate
     num_learned_positions: int = 0  # rows of a table of positions; 0: they are computed
     num_vector_params: int = 0      # norms and biases of one layer
+    latent_dim: int = 0             # numbers of the one key per token that latent attention caches; 0: a key per head
+    num_latent_params: int = 0      # matmul weights of one layer's latent attention
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_experts_per_token <= self.num_experts:
@@ -47,6 +49,8 @@ class ModelShape:
     @property
     def num_attention_params(self) -> int:
         """Matmul weights of one layer's attention: QKV and output projection."""
+        if self.latent_dim:
+            return self.num_latent_params
         return self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
 
     @property
@@ -130,7 +134,17 @@ class ModelShape:
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_element_bytes
+        return 2 * self.num_layers * self.num_cached_heads * self.cached_dim * self.kv_element_bytes
+
+    @property
+    def num_cached_heads(self) -> int:
+        """Heads that KV has, and so the most ranks that share it out; a latent vector is one for all heads."""
+        return 1 if self.latent_dim else self.num_kv_heads
+
+    @property
+    def cached_dim(self) -> int:
+        """Numbers of a key or a value in KV, and of the products of a query with it."""
+        return self.latent_dim or self.head_dim
 
     @property
     def kv_element_bytes(self) -> int:

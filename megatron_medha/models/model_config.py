@@ -32,8 +32,22 @@ class ModelConfig(ModelSpec):
             num_mlp_matrices=3 if self.has_gate else 2,
             num_learned_positions=self.max_context_len if self.positions == "learned" else 0,
             num_vector_params=self._num_vector_params,
+            latent_dim=0 if self.latent is None else self.cached_head_dim,
+            num_latent_params=self._num_latent_params,
             **self._mlp_sizes,
         )
+
+    @property
+    def _num_latent_params(self) -> int:
+        """Projections down to the latent vectors and up from them, and the output's."""
+        latent, heads = self.latent, self.num_heads
+        if latent is None:
+            return 0
+        query = heads * (latent.nope_dim + latent.rope_dim)
+        q_rank = latent.q_rank
+        queries = self.hidden_size * query if q_rank is None else q_rank * (self.hidden_size + query)
+        keys = self.hidden_size * self.cached_head_dim + latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
+        return queries + keys + heads * latent.value_dim * self.hidden_size
 
     @property
     def _mlp_sizes(self) -> dict[str, int]:

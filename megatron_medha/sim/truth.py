@@ -39,7 +39,7 @@ class ComputedWork:
 
     def flops(self, shape: ModelShape) -> float:
         """Model FLOPs."""
-        attention = 4.0 * self.num_pairs * shape.head_dim * shape.num_heads * shape.num_layers
+        attention = 4.0 * self.num_pairs * shape.cached_dim * shape.num_heads * shape.num_layers
         return matmul_flops(shape, self.num_tokens, self.num_sampled) + attention
 
     def num_bytes(self, shape: ModelShape) -> float:

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_medha.core.cost.capacity import num_blocks_in
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 
 # Router 8 * 4; an expert 3 * 8 * 16 = 384; attention 8 * 4 * (2*2 + 2*1) = 192.
@@ -97,3 +99,14 @@ def test_a_mixture_has_a_layer_with_experts(num_dense_layers: int) -> None:
             name="bad", num_layers=2, hidden_size=8, ffn_hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=4,
             vocab_size=10, max_context_len=1000, num_experts=4, num_dense_layers=num_dense_layers,
         )  # fmt: skip
+
+
+def test_latent_attention_caches_one_key_for_all_heads_which_no_rank_shares_out() -> None:
+    dense = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "vocab_size": 100, "max_context_len": 1000}
+    latent = ModelShape(
+        name="latent", num_heads=8, num_kv_heads=8, head_dim=24, latent_dim=40, num_latent_params=1000, **dense
+    )
+    assert latent.kv_bytes_per_token == 2 * 2 * 40 * 2  # keys and values, layers, numbers, bytes
+    assert latent.num_attention_params == 1000
+    one, eight = (num_blocks_in(latent, ParallelLayout(tp=tp), 1.0, 16) for tp in (1, 8))
+    assert one == eight == (1 << 30) // (16 * latent.kv_bytes_per_token)

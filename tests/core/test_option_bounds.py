@@ -214,7 +214,8 @@ def test_a_token_goes_to_one_expert_at_least_and_to_all_at_most() -> None:
     assert defaults(ModelShape) == {
         "bytes_per_element": 2, "kv_bytes_per_element": None, "has_tied_embeddings": False, "num_experts": 1,
         "num_experts_per_token": 1, "shared_ffn_hidden_size": 0, "num_dense_layers": 0, "dense_ffn_hidden_size": 0,
-        "num_mlp_matrices": 3, "num_learned_positions": 0, "num_vector_params": 0,
+        "num_mlp_matrices": 3, "num_learned_positions": 0, "num_vector_params": 0, "latent_dim": 0,
+        "num_latent_params": 0,
     }  # fmt: skip
     assert replace(SHAPE, num_experts=2, num_experts_per_token=2).num_experts_per_token == 2
     for picked in (0, 3):

@@ -191,6 +191,22 @@ def test_latent_attention_that_is_not_whole_is_refused_by_name(changes: dict[str
         read(BY_VERSION["main"]["mla"] | changes)
 
 
+def test_a_model_of_deepseek_v3s_sizes_has_671_billion_parameters():
+    config = dataclasses.replace(
+        LLAMA, num_layers=61, hidden_size=7168, ffn_hidden_size=18432, num_heads=128, num_kv_heads=128, head_dim=192,
+        vocab_size=129280,
+        latent=LatentAttention(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128),
+        experts=Experts(
+            num_experts=256, num_per_token=8, ffn_hidden_size=2048, shared_ffn_hidden_size=2048,
+            layers=(False,) * 3 + (True,) * 58,
+        ),
+    )  # fmt: skip
+    shape = config.shape(bytes_per_element=2)
+    assert shape.num_params == pytest.approx(671e9, rel=2e-3)
+    assert shape.num_active_params == pytest.approx(37e9, rel=2e-2)
+    assert shape.kv_bytes_per_token == 2 * 61 * 576 * 2  # the latent vector and the key's part with a position, twice
+
+
 def test_all_reasons_are_given_at_once():
     with pytest.raises(UnsupportedModelError) as caught:
         read(BY_VERSION["main"]["mup"] | {"rotary_base_per_layer": [1, 2], "logit_scale": 0.5, "spec": ["m", "s"]})

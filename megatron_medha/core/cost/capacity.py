@@ -96,7 +96,7 @@ def num_blocks_in(shape: ModelShape, layout: ParallelLayout, kv_memory_gib: floa
     Raises ConfigError if that is too little for one.
     """
     num_layers = max(shape.num_stage_layers(stage, layout.spp) for stage in range(layout.spp))
-    share = num_layers / shape.num_layers / min(layout.tp, shape.num_kv_heads)
+    share = num_layers / shape.num_layers / min(layout.tp, shape.num_cached_heads)
     block_bytes = block_size * shape.kv_bytes_per_token * share
     num_blocks = int(kv_memory_gib * _GIB / block_bytes)
     if num_blocks < 1:
@@ -136,11 +136,11 @@ def stage_footprint(
     if is_last:
         activations += min(reserve.max_num_sequences, reserve.max_batch_tokens) * shape.vocab_size * _LOGIT_BYTES
     # Ranks beyond the number of KV heads repeat one.
-    kv_heads = max(1, shape.num_kv_heads // tp)
+    kv_heads = max(1, shape.num_cached_heads // tp)
     return MemoryFootprint(
         weights=params / tp * shape.bytes_per_element,
         activations=activations,
-        block=2 * layers * kv_heads * shape.head_dim * shape.kv_element_bytes * reserve.block_size,
+        block=2 * layers * kv_heads * shape.cached_dim * shape.kv_element_bytes * reserve.block_size,
         budget=hardware.memory_bytes * reserve.utilisation,
     )
 

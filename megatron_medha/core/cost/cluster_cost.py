@@ -63,7 +63,7 @@ class ClusterCost:
             return 0.0
         link = self.hardware.link(num_ranks * self.layout.tp)
         num_heads = self.shape.num_heads // self.layout.tp
-        num_bytes = num_tokens * num_heads * (self.shape.head_dim * ACTIVATION_BYTES + 4)
+        num_bytes = num_tokens * num_heads * (self.shape.cached_dim * ACTIVATION_BYTES + 4)
         return self.shape.num_layers * all_gather_s(link, num_ranks, num_bytes)
 
     def observe(self, load: StepLoad, duration_s: float) -> None:

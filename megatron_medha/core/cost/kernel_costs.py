@@ -68,13 +68,13 @@ class AttentionKernels:
     """
 
     def __init__(self, shape: ModelShape, hardware: Hardware, tp: int, tile_rows: int | None) -> None:
-        # A rank holds num_kv_heads / tp of them, but never less than one: further ranks repeat it.
-        kv_ranks = min(tp, shape.num_kv_heads)
+        # A rank holds num_cached_heads / tp of them, but never less than one: further ranks repeat it.
+        kv_ranks = min(tp, shape.num_cached_heads)
         self._key_read_s = (
             shape.kv_bytes_per_token / kv_ranks / (hardware.memory_bytes_per_s * hardware.memory_efficiency)
         )
         # Scores and values are multiplied in 16 bits even when KV is stored in 8.
-        row_flops = 4 * shape.head_dim * shape.num_layers  # of one query of one head, per key
+        row_flops = 4 * shape.cached_dim * shape.num_layers  # of one query of one head, per key
         self._heads = shape.num_heads // tp
         self._pair_s = row_flops * self._heads / (hardware.flops_per_s * hardware.attention_efficiency)
         self._num_sms = hardware.num_sms

@@ -51,7 +51,7 @@ class OnlineCost(CostModel):
         weights = shape.num_layers * shape.num_layer_params / tp
         per_token = 2 * shape.num_layers * shape.num_active_layer_params / tp / matmul_flops_per_s
         weight_read_s = weights * shape.bytes_per_element / memory_bytes_per_s
-        per_key = shape.kv_bytes_per_token / min(tp, shape.num_kv_heads) / memory_bytes_per_s
+        per_key = shape.kv_bytes_per_token / min(tp, shape.num_cached_heads) / memory_bytes_per_s
         # Matrix products wait for weights up to here and for FLOPs from here on; machines differ in where it is.
         knee_tokens = max(4.0, weight_read_s / per_token)
         self._hinges_tokens = (0.25 * knee_tokens, knee_tokens)
@@ -61,7 +61,7 @@ class OnlineCost(CostModel):
             0.4 * per_token,
             0.3 * per_token,
             hardware.chunk_overhead_s + 2 * shape.num_head_params / tp / matmul_flops_per_s,
-            4 * shape.head_dim * shape.num_heads * shape.num_layers / tp / attention_flops_per_s,
+            4 * shape.cached_dim * shape.num_heads * shape.num_layers / tp / attention_flops_per_s,
             per_key,
             per_key,
         ]

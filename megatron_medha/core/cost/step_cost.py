@@ -74,7 +74,7 @@ def step_s(cost: CostModel, load: StepLoad) -> float:
 class RooflineCost:
     """max(FLOPs / peak, bytes / bandwidth), from the model's shape and the hardware's data sheet.
 
-    Linear: 2 FLOPs per weight and token against one read of all weights. Attention: 4 * head_dim * num_heads
+    Linear: 2 FLOPs per weight and token against one read of all weights. Attention: 4 * cached_dim * num_heads
     FLOPs per query-key pair and layer against one read of the chunk's K and V, causal.
     """
 
@@ -104,8 +104,8 @@ class RooflineCost:
         """See CostModel."""
         shape, hardware, tp = self.shape, self.hardware, self.layout.tp
         pairs = num_tokens * (start + 0.5 * (num_tokens + 1))
-        flops = 4 * pairs * shape.head_dim * shape.num_heads * shape.num_layers / tp
-        num_bytes = (start + num_tokens) * shape.kv_bytes_per_token / min(tp, shape.num_kv_heads)
+        flops = 4 * pairs * shape.cached_dim * shape.num_heads * shape.num_layers / tp
+        num_bytes = (start + num_tokens) * shape.kv_bytes_per_token / min(tp, shape.num_cached_heads)
         return max(
             flops / (hardware.flops_per_s * hardware.attention_efficiency),
             num_bytes / (hardware.memory_bytes_per_s * hardware.memory_efficiency),
@@ -114,7 +114,7 @@ class RooflineCost:
     def decode_attention_s(self, context: int) -> float:
         """See CostModel. One query per key is bound by memory on every machine."""
         shape, hardware = self.shape, self.hardware
-        num_bytes = context * shape.kv_bytes_per_token / min(self.layout.tp, shape.num_kv_heads)
+        num_bytes = context * shape.kv_bytes_per_token / min(self.layout.tp, shape.num_cached_heads)
         return num_bytes / (hardware.memory_bytes_per_s * hardware.memory_efficiency)
 
     def observe(self, load: StepLoad, duration_s: float) -> None:

@@ -19,7 +19,7 @@ def attention_flops(shape: ModelShape, start: int, num_tokens: int) -> int:
     Publications that count every query with all keys of its chunk, or of the prompt, state up to twice as much.
     """
     pairs = num_tokens * start + num_tokens * (num_tokens + 1) // 2
-    return 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
+    return 4 * shape.num_layers * shape.num_heads * shape.cached_dim * pairs
 
 
 def batch_flops(shape: ModelShape, chunks: Iterable[tuple[int, int]], num_sampled: int) -> int:
