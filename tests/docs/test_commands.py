@@ -64,6 +64,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,10\n1,200,20\n")
     (tmp_path / "my_conf" / "scheduler").mkdir(parents=True)
     (tmp_path / "my_conf" / "scheduler" / "mine.yaml").write_text("defaults:\n  - lars\n\nstep_budget_s: 0.03\n")
+    (tmp_path / "my_conf" / "model").mkdir()
+    (tmp_path / "my_conf" / "model" / "mine.yaml").write_text("defaults:\n  - llama3_8b\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1 << 42)
     monkeypatch.setenv("MEDHA_API_KEY", "a-key")

@@ -259,3 +259,21 @@ def test_a_mixture_of_30_billion_weights_has_the_shape_that_is_planned_with(tmp_
     assert {key: getattr(shape, key) for key in conf if key != "name"} == {k: v for k, v in conf.items() if k != "name"}
     assert shape.num_params / 1e9 == pytest.approx(30.53, abs=0.01)
     assert shape.num_active_params / 1e9 == pytest.approx(3.04, abs=0.01)
+
+
+def test_deepseek_v3_has_its_671_billion_weights_and_a_latent_key_for_all_heads(tmp_path: Path) -> None:
+    fields = {
+        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_attention_heads": 128,
+        "num_hidden_layers": 61, "num_key_value_heads": 128, "vocab_size": 129280, "ep_size": 1, "moe_layer_freq": 1,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "max_position_embeddings": 163840,
+        "torch_dtype": "bfloat16", "quantization_config": {
+            "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+                         "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = read_hf_config(tmp_path)
+    assert config.shape(2).num_params / 1e9 == pytest.approx(671.0, abs=0.1)
+    assert config.shape(2).num_active_params / 1e9 == pytest.approx(36.6, abs=0.1)
+    assert config.shape(2).kv_bytes_per_token == 61 * 2 * 576 * 2
+    assert config.max_context_len == 163840
