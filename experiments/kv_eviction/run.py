@@ -35,7 +35,7 @@ class ClairvoyantOrder:
     def __len__(self) -> int:
         return len(self._leaves)
 
-    def add(self, segment: Segment) -> None:
+    def add(self, segment: Segment, tip: Segment) -> None:
         """See EvictionOrder."""
         self._serial += 1
         segment.ticket = self._serial

@@ -159,6 +159,48 @@ def test_of_two_idle_for_as_long_the_cheaper_to_compute_goes_first() -> None:
     assert lru.evicts(1.0, deep, A) == [0, 1]
 
 
+def over_two_ranks() -> tuple[PrefixIndex, list[int]]:
+    """A session's eight granules, four a shard, on ranks 0 and 1; then another prompt on rank 0, used later."""
+    pools = [BlockPool(20), BlockPool(20)]
+    index = PrefixIndex([pools], 1, 4, EVICTION_ORDERS["value"], EvictionRules(num_blocks=20))
+    prompt = list(range(20, 28))
+    previous = None
+    tables = []
+    for shard in (0, 1):
+        match = index.match(keys_of(prompt), 4 * shard, 8, shard)
+        previous = index.take("long", match, 0.0, "", previous)
+        tables.append((previous, list(pools[shard].allocate(4) or ())))
+        index.publish(previous, keys_of(prompt), 4 * shard + 4, tables[-1][1], 0.0)
+    for holding, table in tables:
+        index.release(holding, table, 0.0)
+    other = index.take("other", index.match(keys_of(A), 0, 1, 0), 1.0)
+    table = list(pools[0].allocate(1) or ())
+    index.publish(other, keys_of(A), 1, table, 1.0)
+    index.release(other, table, 1.0)
+    return index, prompt
+
+
+def test_the_end_of_a_shard_is_kept_for_the_request_that_waits_for_what_follows_it() -> None:
+    index, prompt = over_two_ranks()
+    match = index.match(keys_of(prompt), 4, 8, 1)
+    segment = index.watch("waiter", match, 20.0, 21.0)
+    (evicted,) = index.evict(0, 1, 20.0)
+    assert evicted.keys == keys_of(A)
+    index.unwatch("waiter", segment)
+    end, following = index.evict(0, 1, 20.0)
+    assert (end.first, following.first) == (3, 4), "what follows goes with it"
+
+
+def test_the_end_of_a_shard_goes_by_what_all_that_follows_it_costs() -> None:
+    index, _ = over_two_ranks()
+    (evicted,) = index.evict(0, 1, 20.0)
+    assert evicted.keys == keys_of(A), "a granule for five"
+    index, _ = over_two_ranks()
+    index.evict(1, 4, 20.0)
+    (evicted,) = index.evict(0, 1, 20.0)
+    assert evicted.first == 3, "nothing follows any more: the longest unused"
+
+
 def test_the_rate_of_use_is_high_before_gaps_that_were_seen_and_low_after_them() -> None:
     gaps = ReuseGaps()
     for _ in range(500):

@@ -22,8 +22,8 @@ class EvictionOrder(Protocol):
         """How many there are."""
         ...
 
-    def add(self, segment: Segment) -> None:
-        """It can be evicted from now on."""
+    def add(self, segment: Segment, tip: Segment) -> None:
+        """It can be evicted from now on; all up to `tip`, itself as a rule, cannot be matched without its end."""
         ...
 
     def remove(self, segment: Segment) -> None:
@@ -97,7 +97,7 @@ class LruOrder:
     def __len__(self) -> int:
         return len(self._heap)
 
-    def add(self, segment: Segment) -> None:
+    def add(self, segment: Segment, tip: Segment) -> None:
         """See EvictionOrder."""
         self._serial += 1
         self._heap.add(segment, self._serial, segment.last_use_s)
@@ -153,15 +153,15 @@ class ClassedOrder:
     def __len__(self) -> int:
         return self._num_live
 
-    def add(self, segment: Segment) -> None:
+    def add(self, segment: Segment, tip: Segment) -> None:
         """See EvictionOrder."""
         kind, key, exponent = Kind.SESSION if segment.session else Kind.PLAIN, segment.last_use_s, 0
-        if self._is_by_value and segment.waiters:
-            kind, key = Kind.AWAITED, -min(segment.waiters.values())
+        if self._is_by_value and (waiters := segment.waiters or tip.waiters):
+            kind, key = Kind.AWAITED, -min(waiters.values())
         elif self._is_by_value and segment.is_ended:
             kind = Kind.ENDED
         elif self._is_by_value:
-            exponent = frexp(self._rules.recompute_s(segment.end - 1, segment.end))[1]
+            exponent = frexp(self._rules.recompute_s(segment.end - 1, tip.end))[1]
         number = self._numbers.get((kind, exponent))
         if number is None:
             number = self._numbers[(kind, exponent)] = len(self._heaps)

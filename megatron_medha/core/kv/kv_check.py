@@ -20,7 +20,7 @@ def check(index: PrefixIndex, holdings: Iterable[Holding], owned: Iterable[tuple
     owned_blocks: dict[tuple[int, int], list[int]] = {}
     for group, kvp_rank, extents in owned:
         owned_blocks.setdefault((group, kvp_rank), []).extend(_ids(extents))
-    num_copies: Counter[bytes] = Counter()
+    copies: dict[bytes, set[Segment]] = {}
     begins: set[Segment] = set()
     for group, trees in enumerate(index.trees):
         for kvp_rank, tree in enumerate(trees):
@@ -37,9 +37,12 @@ def check(index: PrefixIndex, holdings: Iterable[Holding], owned: Iterable[tuple
                 assert (segment.group, segment.kvp_rank) == (group, kvp_rank)
                 _check_segment(index, segment, references[segment], tree.heads.get(segment.head) is segment)
             _check_tree(index, tree, list(segments), owned_blocks.get((group, kvp_rank), []))
-            num_copies.update(bytes(s.keys[-KEY_BYTES:]) for s in listed if s.end % index.shard_granules == 0)
+            for segment in listed:
+                if segment.end % index.shard_granules == 0:
+                    copies.setdefault(bytes(segment.keys[-KEY_BYTES:]), set()).add(segment)
             begins.update(s for s in listed if s.parent is None and s.first)
-    assert dict(num_copies) == index.borders.num_copies, "copies of granules before borders are miscounted"
+    listed_copies = {key: set(segments) for key, segments in index.borders.copies.items()}
+    assert copies == listed_copies, "copies of granules before borders are not those that are known"
     assert begins == set(index.borders.before), "a segment that begins a shard is not known as such"
 
 

@@ -271,7 +271,23 @@ class PrefixIndex:
         else:
             segment.waiters[request_id] = due_s
         if is_leaf:
-            order.add(segment)
+            self._file(segment)
+        self._refile_before(segment)
+
+    def _file(self, leaf: Segment) -> None:
+        """A leaf can be evicted: at its place in the order, by what is lost with it."""
+        self.trees[leaf.group][leaf.kvp_rank].order.add(leaf, self.borders.tip(leaf))
+
+    def _refile_before(self, segment: Segment) -> None:
+        """What follows the shards before has changed, and with it what is lost with their ends."""
+        for copy in self.borders.copies_before(segment):
+            self._refile(copy)
+            self._refile_before(copy)
+
+    def _refile(self, segment: Segment) -> None:
+        if segment.ticket:
+            self.trees[segment.group][segment.kvp_rank].order.remove(segment)
+            self._file(segment)
 
     def _split(self, tree: RankTree, lower: Segment, num_granules: int) -> Segment:
         """Cut its first granules off: they are the new object, so that what ends where `lower` does stays right."""
@@ -309,6 +325,8 @@ class PrefixIndex:
                 tree.order.remove(child.parent)
             child.parent.children[child] = None
             self._pin(child.parent)
+        elif child.first:
+            self._refile_before(child)
 
     def _follow_session(self, holding: Holding, ends_session: bool) -> None:
         """Remember where a session's latest request ends. When it ends itself, what that request left goes first."""
@@ -334,7 +352,7 @@ class PrefixIndex:
                 order.remove(ancestor)
             ancestor.is_ended = not ancestor.pins
             if is_leaf:
-                order.add(ancestor)
+                self._file(ancestor)
             ancestor = ancestor.parent
 
     def _pin(self, segment: Segment) -> None:
@@ -375,7 +393,7 @@ class PrefixIndex:
             else:
                 tree.count_evictable(ancestor, num_blocks)
                 if not ancestor.children:
-                    tree.order.add(ancestor)
+                    self._file(ancestor)
             ancestor = parent
 
     def _trim(self, tree: RankTree, leaf: Segment, num_granules: int, now_s: float, evicted: list[Evicted]) -> None:
@@ -392,7 +410,7 @@ class PrefixIndex:
             tree.pool.evict(slice_extents(leaf.extents, num_left, num_blocks))
             leaf.extents = slice_extents(leaf.extents, 0, num_left)
             del leaf.keys[cut:]
-            tree.order.add(leaf)
+            self._file(leaf)
         else:
             tree.order.gave_up(leaf, now_s)
             tree.pool.evict(leaf.extents)
@@ -400,7 +418,7 @@ class PrefixIndex:
             if (parent := leaf.parent) is not None:
                 del parent.children[leaf]
                 if not parent.children and not parent.pins:
-                    tree.order.add(parent)
+                    self._file(parent)
         if border is not None:  # what follows it, on any rank, cannot be matched any more
             for segment in self.borders.after(border):
                 self._evict_below(segment, now_s, evicted)
@@ -410,7 +428,12 @@ class PrefixIndex:
         del tree.heads[segment.head]
         if (created := self._created.get(segment.creator)) is not None:
             created.pop(segment, None)
-        self.borders.end(segment)
+        if segment in self.borders.before:
+            copies = self.borders.copies_before(segment)
+            self.borders.end(segment)
+            for copy in copies:
+                self._refile(copy)
+                self._refile_before(copy)
 
     def _evict_below(self, top: Segment, now_s: float, evicted: list[Evicted]) -> None:
         """Evict a segment and its descendants, but for those in use and the way to them."""
@@ -445,7 +468,7 @@ class PrefixIndex:
             if (parent := segment.parent) is not None:
                 del parent.children[segment]
                 if parent.is_listed and not parent.children and not parent.pins and segment is top:
-                    tree.order.add(parent)
+                    self._file(parent)
         for border in borders:
             for segment in self.borders.after(border):
                 self._unlist(segment, evicted)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from megatron_medha.core.kv.segment import KEY_BYTES, Segment
+
+_MAX_FOLLOWERS = 8  # looked at, where many prefixes go on behind the same border
 
 
 class ShardBorders:
@@ -14,25 +18,25 @@ class ShardBorders:
 
     def __init__(self, shard_granules: int) -> None:
         self._shard_granules = shard_granules
-        self.num_copies: dict[bytes, int] = {}             # of the last granule of a shard, by its key
+        self.copies: dict[bytes, dict[Segment, None]] = {}  # segments that end a shard, by their last key
         self._after: dict[bytes, dict[Segment, None]] = {}  # that key -> segments that begin the next shard
-        self.before: dict[Segment, bytes] = {}             # and back
+        self.before: dict[Segment, bytes] = {}              # and back
 
     def add_copy(self, segment: Segment) -> None:
         """A segment has been listed, or has grown: if it ends at a border, that granule has one copy more."""
         if segment.end % self._shard_granules == 0:
-            key = bytes(segment.keys[-KEY_BYTES:])
-            self.num_copies[key] = self.num_copies.get(key, 0) + 1
+            self.copies.setdefault(bytes(segment.keys[-KEY_BYTES:]), {})[segment] = None
 
     def remove_copy(self, segment: Segment) -> bytes | None:
         """The end of a segment goes: the key of the granule before a border that has no copy left with that."""
         if segment.end % self._shard_granules:
             return None
         key = bytes(segment.keys[-KEY_BYTES:])
-        self.num_copies[key] -= 1
-        if self.num_copies[key]:
+        copies = self.copies[key]
+        del copies[segment]
+        if copies:
             return None
-        del self.num_copies[key]
+        del self.copies[key]
         return key
 
     def begin(self, segment: Segment, keys: bytes) -> None:
@@ -59,3 +63,25 @@ class ShardBorders:
     def after(self, border: bytes) -> list[Segment]:
         """Segments that begin the shard after the granule of that key, on any rank."""
         return list(self._after.get(border, ()))
+
+    def tip(self, segment: Segment) -> Segment:
+        """What is lost last of all that is lost with the end of a segment; itself, if nothing follows over a border."""
+        if segment.end % self._shard_granules:
+            return segment
+        key = bytes(segment.keys[-KEY_BYTES:])
+        followers = self._after.get(key)
+        if not followers or len(self.copies[key]) > 1:
+            return segment
+        tips = []
+        for follower in islice(reversed(followers), _MAX_FOLLOWERS):
+            while follower.children:
+                follower = next(reversed(follower.children))
+            tips.append(self.tip(follower))
+        return max(tips, key=lambda tip: (bool(tip.waiters), tip.last_use_s))
+
+    def copies_before(self, segment: Segment) -> list[Segment]:
+        """Segments that end with the granule before the shard of this one, where its shard is not the first."""
+        while segment.parent is not None:
+            segment = segment.parent
+        before = self.before.get(segment)
+        return [] if before is None else list(self.copies.get(before, ()))
