@@ -139,9 +139,9 @@ def test_two_ranks_of_a_pipeline_meet_and_stream_a_prompt(
         for batch_id in range(3):  # all at once: more than the front would, and nothing gets out of order
             start = 20 * batch_id
             chunk = Chunk("a", start, 20, batch_id == 2)
-            first = RankStep(batch_id, (chunk,), (new,), kv_ops=(begin,))
+            begun = RankStep(batch_id, (chunk,), (new,), kv_ops=(begin,))
             for rank in range(2):
-                front_socket.send(RankStep(batch_id, (chunk,)) if start else first, rank)
+                front_socket.send(RankStep(batch_id, (chunk,)) if start else begun, rank)
         done = [front_socket.receive() for _ in range(6)]
         assert all(isinstance(message, StepDone) for message in done)
         for rank in range(2):
