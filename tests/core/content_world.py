@@ -64,7 +64,7 @@ class ContentWorld:
         self.live: dict[str, Content] = {}
         self.slots: list[dict[int, int]] = [{} for _ in range(self.memory.kvp)]  # by rank: slot -> prefix
         self.samples: dict[int, list[str]] = {}  # requests that sample, by batch in flight
-        self.num_hits = self.num_prompt_hits = self.num_batches = 0
+        self.num_awaiting = self.num_prompt_hits = self.num_batches = 0
         self.outputs: dict[str, list[int]] = {}
 
     # ---- the ranks ----
@@ -161,6 +161,7 @@ class ContentWorld:
             for shard, holding in zip(seq.block_table.shards, seq.block_table.holdings, strict=True)
         ]
         check(cache.index, holdings, owned)
+        self.num_awaiting += len(self.scheduler._prefixes.siblings._awaited)
         for seq in self.scheduler.sequences:
             cursors = (0, seq.num_computed_tokens, seq.num_first_stage_tokens, seq.num_scheduled_tokens)
             assert list(cursors) == sorted(cursors) and seq.num_scheduled_tokens <= seq.num_known_tokens
@@ -168,7 +169,7 @@ class ContentWorld:
             assert seq.is_waiting == (not seq.block_table.shards)
             if seq.is_waiting and not seq.is_done:
                 assert seq.num_scheduled_tokens == seq.num_cached_tokens < seq.num_known_tokens
-                if memory.kvp == 1 and seq.keys:
+                if memory.kvp == 1 and seq.keys and self.scheduler._prefixes.siblings.awaited(seq) is None:
                     match = cache.longest(seq)
                     assert seq.num_cached_tokens == (0 if match is None else match.end) * GRANULE
 

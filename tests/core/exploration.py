@@ -318,7 +318,8 @@ class Explorer:
         """Every block is free, owned or cached once, counts are right, and every live sequence is where it belongs."""
         scheduler, memory = state.scheduler, state.scheduler.memory
         owners = memory.owners.values()
-        assert memory.cache is not None
+        assert memory.cache is not None and scheduler._prefixes is not None
+        siblings = scheduler._prefixes.siblings
         owned = [
             (0, shard.kvp_rank, memory.cache.index.own_extents(holding, shard.extents))
             for seq in owners
@@ -340,6 +341,8 @@ class Explorer:
                 assert not places and num_in_flight, f"{name} has ended and is kept"
             elif seq.status is Status.DECODING or not seq.num_unscheduled_tokens:
                 assert places + (num_in_flight > 0) == 1, f"{name} is lost"
+            elif (other := siblings.awaited(seq)) is not None:
+                assert not places and other.is_prefill and other.block_table.shards, f"{name} waits for nobody"
             else:
                 assert places == 1 and name in scheduler._prefills._bucket_of, f"{name} is lost"
             if seq.is_waiting and not seq.is_done:
@@ -489,8 +492,9 @@ def canonical(state: State) -> tuple[Any, ...]:
     names: list[dict[int, int]] = [{}, {}]
     live = [_sequence(seq, names) for _, seq in sorted(scheduler._sequences.items())]
     segments = [_segment(segment, names) for segment in _segments(state)]
-    waits = scheduler._waits
-    assert waits is not None
+    prefixes = scheduler._prefixes
+    assert prefixes is not None
+    waits, siblings = prefixes._waits, prefixes.siblings
     reservation = memory.reservation
     kept = None
     if reservation is not None:
@@ -506,6 +510,8 @@ def canonical(state: State) -> tuple[Any, ...]:
         kept, overdue.request_id if overdue is not None else None, round(scheduler._packer._overdue_credit_s, 6),
         tuple(memory.owners), tuple(memory._pending_work),
         tuple(sorted((name, wait.next_key) for name, wait in waits._waits.items())),
+        tuple(sorted((name, prefill.next_key, *prefill.waiters) for name, prefill in siblings._prefills.items())),
+        tuple(sorted((name, lead.request_id) for name, lead in siblings.leads.items())),
     )  # fmt: skip
 
 
@@ -532,7 +538,7 @@ def _sequence(seq: Sequence, names: list[dict[int, int]]) -> tuple[Any, ...]:
 
 def _segments(state: State) -> list[Segment]:
     """All that are listed or held, in an order of their own."""
-    cache = state.scheduler._cache
+    cache = state.scheduler.memory.cache
     assert cache is not None
     found = {segment: None for tree in cache.index.trees[0] for segment in tree.heads.values()}
     for seq in state.scheduler.memory.owners.values():

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_medha.core.batch import Arrived, Batch, Completed, Output
 from megatron_medha.core.cost.step_cost import CostModel, Hardware, RooflineCost
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.model_shape import ModelShape
@@ -38,6 +39,7 @@ class Bench:
         shard_tokens: int | None = None,
         spp: int = 1,
         cost: CostModel = COST,
+        kv: KVConfig = NO_PREFIX_CACHE,
         **config: Any,
     ) -> None:
         self.memory = KVMemory(
@@ -47,6 +49,7 @@ class Bench:
             kvp=kvp,
             max_tokens_per_shard=shard_tokens,
             watermark=0.0,
+            kv=kv,
         )
         self.scheduler = Scheduler(SchedulerConfig(**config), cost, self.memory, spp)
         self.now_s = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from megatron_medha.core.errors import ConfigError
@@ -106,36 +107,81 @@ class KVMemory:
         nothing: growing while it prefills could leave several long prompts each waiting for the others' blocks.
         Its cursors then stand behind what is cached of it on these ranks.
         """
-        unused = sorted(range(self.kvp), key=self._pending_work.__getitem__) if self.kvp > 1 else [0]
-        num_shards_left = num_shards(seq.num_known_tokens, self.shard_tokens)
-        if num_shards_left > self.kvp:
-            return None
-        has_hits, num_cached_tokens = self.cache is not None and bool(seq.keys), 0
+        if self.kvp == 1:
+            return self._plan_on_one_rank(seq)
+        cache = self.cache if seq.keys else None
+        unused = sorted(range(self.kvp), key=self._pending_work.__getitem__)
+        has_hits, num_cached_tokens = cache is not None, 0
         ranks: list[int] = []
         for shard, shard_tokens in enumerate(split(seq.num_known_tokens, self.shard_tokens)):
             count = num_blocks_for(shard_tokens, self.block_size)
-            for rank in unused:
-                match = self.cache.match(seq, shard, rank) if has_hits and self.cache is not None else None
-                if self._fits(rank, count, seq, match):
+            matches: dict[int, Match] = {}
+            if cache is not None and has_hits:
+                matches = {rank: cache.match(seq, shard, rank) for rank in unused}
+            for rank in self._preferred(unused, matches):
+                match = matches.get(rank)
+                taken = count if cache is None or match is None else cache.num_blocks_taken(match, count)
+                if self._fits(rank, taken, seq):
                     break
             else:
                 return None
             ranks.append(rank)
             unused.remove(rank)
-            if match is not None and self.cache is not None:
-                num_cached_tokens += match.num_granules * self.cache.granule_tokens
-                has_hits = self.cache.is_whole(match)
+            if cache is not None and match is not None:
+                num_cached_tokens += match.num_granules * cache.granule_tokens
+                has_hits = cache.is_whole(match)
+        self._stand(seq, num_cached_tokens)
+        return tuple(ranks)
+
+    def _plan_on_one_rank(self, seq: Sequence) -> tuple[int, ...] | None:
+        num_tokens, cache = seq.num_known_tokens, self.cache
+        if num_tokens > self.shard_tokens:
+            return None
+        count = num_blocks_for(num_tokens, self.block_size)
+        if cache is None or not seq.keys:
+            return (0,) if self._fits(0, count, seq) else None
+        match = cache.match(seq, 0, 0)
+        if not self._fits(0, cache.num_blocks_taken(match, count), seq):
+            return None
+        self._stand(seq, match.num_granules * cache.granule_tokens)
+        return (0,)
+
+    def _fits(self, rank: int, num_blocks: int, seq: Sequence) -> bool:
+        """Whether so many blocks can be taken on a rank, and as many are left as must be."""
+        num_left = self.pools[rank].num_free_blocks - num_blocks
+        if self.cache is not None:
+            num_left += self.cache.index.num_evictable_blocks(rank)
+        return num_left >= (self._num_kept if self.owners else 0) + self._num_reserved(rank, seq)
+
+    def _preferred(self, unused: list[int], matches: dict[int, Match]) -> list[int]:
+        """KVP ranks in the order to try them for a shard; one goes first whose hits are worth the wait there.
+
+        What is not taken from a busy rank is computed on another, and published there: hot prefixes spread.
+        """
+        if self.cache is None or not any(match.num_granules for match in matches.values()):
+            return unused
+        cost_s = {rank: wait_s - self.cache.saved_s(matches[rank]) for rank, wait_s in self.waits_s(unused).items()}
+        best = min(unused, key=cost_s.__getitem__)
+        return [best, *(rank for rank in unused if rank != best)]
+
+    def waits_s(self, ranks: Iterable[int]) -> dict[int, float]:
+        """Predicted seconds of prefills under way on each of these KVP ranks, one after another."""
+        waits_s = dict.fromkeys(ranks, 0.0)
+        for seq in self.owners.values():
+            if seq.num_unscheduled_tokens and seq.is_prefill:
+                rank = self.computing_rank(seq)
+                if rank in waits_s:
+                    waits_s[rank] += seq.remaining_work_s
+        return waits_s
+
+    def computing_rank(self, seq: Sequence) -> int:
+        """The KVP rank that writes the next chunk of a sequence that has KV."""
+        return seq.block_table.shards[seq.num_scheduled_tokens // self.shard_tokens].kvp_rank
+
+    def _stand(self, seq: Sequence, num_cached_tokens: int) -> None:
         if seq.num_scheduled_tokens != num_cached_tokens:
             seq.start_behind(num_cached_tokens)
             self._moved.append(seq)
-        return tuple(ranks)
-
-    def _fits(self, rank: int, num_blocks: int, seq: Sequence, match: Match | None) -> bool:
-        """Whether a rank has blocks for a shard, of which `match` is cached there."""
-        if match is not None and self.cache is not None:
-            num_blocks = self.cache.num_blocks_taken(match, num_blocks)
-        kept = self._num_kept if self.owners else 0
-        return self.num_available_blocks(rank) - num_blocks >= kept + self._num_reserved(rank, seq)
 
     def restore_cursors(self) -> None:
         """Of sequences that were planned and have not begun."""

@@ -58,6 +58,10 @@ class PrefixCache:
         """Whether it covers its shard."""
         return match.end - match.first == self.index.shard_granules
 
+    def saved_s(self, match: Match) -> float:
+        """Predicted seconds of computing it."""
+        return self._recompute_s(match.first, match.end)
+
     def num_available_blocks(self, kvp_rank: int) -> int:
         """Blocks on a rank that are free, or cached and used by nobody."""
         return self._pools[kvp_rank].num_free_blocks + self.index.num_evictable_blocks(kvp_rank)

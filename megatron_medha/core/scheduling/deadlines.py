@@ -107,13 +107,18 @@ class Deadlines:
         seq.deadline_s, seq.margin_s = seq.request.arrival_s + target_s, self._margin_s(target_s)
         return True
 
+    @property
+    def fixed_s(self) -> float:
+        """What a step costs whatever it computes."""
+        return self._cost.linear_s(1, 1)
+
     def feasible_s(self, budget_s: float) -> float:
         """A step budget that can be kept.
 
         One that the fixed costs of a step fill cannot be kept by any chunk size; tiles would then pay a step's
         overhead each. Twice those costs is the least at which half of the time goes into tokens.
         """
-        return max(budget_s, 2.0 * self._cost.linear_s(1, 1))
+        return max(budget_s, 2.0 * self.fixed_s)
 
     def _triage_deadline_s(self, request: Request, target_s: float, total_work_s: float) -> float:
         """The deadline that triage goes by: its own, or the one that its work alone would give it, if that is later.

@@ -12,6 +12,7 @@ from megatron_medha.core.scheduling.batch_builder import BatchBuilder, PlannedCh
 from megatron_medha.core.scheduling.chunking import STRATEGIES
 from megatron_medha.core.scheduling.policies import relative_slack
 from megatron_medha.core.scheduling.prefill_queue import PrefillCandidates
+from megatron_medha.core.scheduling.prefix_siblings import PrefixSiblings
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 _MIN_OVERDUE_STEPS = 0.5  # the least worth of the chunks that savings pay for, in steps
@@ -57,12 +58,18 @@ class PrefillPacker:
     """
 
     def __init__(
-        self, config: SchedulerConfig, cost: CostModel, memory: KVMemory, limits: PrefillLimits | None = None
+        self,
+        config: SchedulerConfig,
+        cost: CostModel,
+        memory: KVMemory,
+        limits: PrefillLimits | None = None,
+        siblings: PrefixSiblings | None = None,
     ) -> None:
         self._config = config
         self._cost = cost
         self._memory = memory
         self._limits = limits
+        self._siblings = siblings
         self._shares_steps = config.has_space_sharing and STRATEGIES[config.chunking].is_by_time
         self._max_banked_s = config.max_banked_steps * config.step_budget_s
         self._banked_s = [self._max_banked_s] * memory.kvp
@@ -92,7 +99,7 @@ class PrefillPacker:
         has_others = len(candidates) > 1
         has_prefill = overdue_chunk is not None
         is_full = has_prefill and builder.is_full()
-        limits, max_skips = self._limits, self._config.max_skips
+        limits, max_skips, siblings = self._limits, self._config.max_skips, self._siblings
         if limits is not None:
             limits.begin(self._memory, len(candidates))
         for seq in candidates:
@@ -109,6 +116,8 @@ class PrefillPacker:
                 if num_without_memory > max_skips:
                     candidates.exclude_waiting()
                 continue
+            if plan and siblings is not None and siblings.is_sooner(seq, now_s):
+                continue  # another begins in this batch, and computes what this one wants
             first = first or seq
             parts = self._memory.parts(seq, plan)
             num_guaranteed = 0
@@ -125,7 +134,7 @@ class PrefillPacker:
                 num_skipped += 1
                 continue
             if plan:
-                self._memory.take(seq, plan)
+                self._begin(seq, plan)
                 if limits is not None:
                     limits.begun(seq)
                 if not self._has_sequence_slot(overdue):
@@ -143,6 +152,8 @@ class PrefillPacker:
         for seq in builder.add_deferred():
             if seq.is_waiting:
                 self._memory.release(seq)  # others have used the whole step: it has not begun after all
+                if siblings is not None:
+                    siblings.stop(seq)
         if not builder.prefills:
             self._add_tile(builder, first or overdue)
         self._memory.restore_cursors()
@@ -230,7 +241,7 @@ class PrefillPacker:
         if not num_tokens:
             return credit_s, None
         if plan:
-            self._memory.take(overdue, plan)
+            self._begin(overdue, plan)
         overdue_chunk = PlannedChunk(overdue, num_tokens, parts)
         builder.defer(overdue_chunk, overdue.num_unscheduled_tokens)
         return credit_s, overdue_chunk
@@ -245,8 +256,13 @@ class PrefillPacker:
         num_tokens = max(builder.fit(seq, parts), builder.tile(seq, parts))
         if num_tokens > 0:
             if plan:
-                self._memory.take(seq, plan)
+                self._begin(seq, plan)
             builder.add(PlannedChunk(seq, num_tokens, parts))
+
+    def _begin(self, seq: Sequence, plan: tuple[int, ...]) -> None:
+        self._memory.take(seq, plan)
+        if self._siblings is not None:
+            self._siblings.begin(seq)
 
     def _update_credits(
         self,

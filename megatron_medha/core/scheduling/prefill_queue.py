@@ -45,6 +45,8 @@ class PrefillQueue:
         self, policy: Callable[[Sequence], Priority], is_preemptive: bool, num_step_tokens: int
     ) -> None:
         self.num_step_tokens = num_step_tokens  # that fit into an empty step; of effect on what is added from now on
+        # By request id: one that waits for what a prefill computes, and is more urgent. See prefix_siblings.py.
+        self.leads: dict[str, Sequence] = {}
         self._policy = policy
         self._is_preemptive = is_preemptive
         self._buckets = {
@@ -66,7 +68,8 @@ class PrefillQueue:
         request, request_id = seq.request, seq.request_id
         is_waiting = seq.is_waiting
         is_large = seq.num_unscheduled_tokens > self.num_step_tokens
-        is_late = is_large and seq.triage_s < now_s
+        claimant = self._claimant(seq, now_s) if self.leads else seq
+        is_late = is_large and claimant.triage_s < now_s
         bucket = self._bucket_of.get(request_id)
         if (
             bucket is None or bucket.is_waiting is not is_waiting or bucket.is_large is not is_large
@@ -75,16 +78,16 @@ class PrefillQueue:
             if bucket is not None:
                 bucket.queue.remove(request_id, now_s)
             self._bucket_of[request_id] = bucket = self._buckets[is_late, is_waiting, is_large]
-        if is_large and not is_late and seq.triage_s < inf:
+        if is_large and not is_late and claimant.triage_s < inf:
             self._num_late_entries += 1
-            heappush(self._late_heap, (seq.triage_s, self._num_late_entries, seq))
+            heappush(self._late_heap, (claimant.triage_s, self._num_late_entries, seq))
             if len(self._late_heap) > max(
                 _MIN_LATE_ENTRIES_SWEPT, _MAX_LATE_ENTRIES_PER_SEQUENCE * len(self._bucket_of)
             ):
                 self._sweep_late()
-        line = Priority(seq.remaining_work_s) if is_late else self._policy(seq)
+        line = Priority(claimant.remaining_work_s) if is_late else self._policy(claimant)
         # By class, in each class those that are not lost first.
-        level = 2 * (request.priority if is_waiting or self._is_preemptive else _FIRST_LEVEL) + is_late
+        level = 2 * (claimant.request.priority if is_waiting or self._is_preemptive else _FIRST_LEVEL) + is_late
         if level < bucket.min_level or not len(bucket.queue):
             bucket.min_level = level
         bucket.queue.add(request_id, level, line, request.arrival_s, (seq, bucket), now_s)
@@ -105,10 +108,21 @@ class PrefillQueue:
                 and bucket is not None
                 and bucket.is_large
                 and not bucket.is_late
-                and seq.triage_s < now_s
+                and (self._claimant(seq, now_s) if self.leads else seq).triage_s < now_s
             ):
                 self.add(seq, now_s)
         return PrefillCandidates(list(self._buckets.values()), len(self._bucket_of), now_s)
+
+    def _claimant(self, seq: Sequence, now_s: float) -> Sequence:
+        """Whose urgency counts: its own, or that of one that waits for it."""
+        lead = self.leads.get(seq.request_id)
+        if lead is None:
+            return seq
+
+        def place(one: Sequence) -> tuple[int, bool, float]:
+            return one.request.priority, one.triage_s < now_s, self._policy(one).at(now_s)
+
+        return lead if place(lead) < place(seq) else seq
 
     def _sweep_late(self) -> None:
         """Keep one entry of each that may still be lost: each chunk of a prompt leaves one behind."""

@@ -71,6 +71,10 @@ class PrefixWaits:
                 found += self._by_next_key.get(keys[granule * KEY_BYTES : (granule + 1) * KEY_BYTES], {}).values()
         return found
 
+    def wanting(self, key: bytes) -> list[Sequence]:
+        """Those whose first granule that is not cached has this key."""
+        return list(self._by_next_key.get(key, {}).values())
+
     def evicted(self, records: Iterable[Evicted]) -> list[Sequence]:
         """Those of which less is cached, now that these granules are not."""
         return [self._waits[name].seq for record in records for name in record.waiters if name in self._waits]

@@ -24,18 +24,17 @@ from megatron_medha.core.batch import (
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.ops import KVOp, drop_op
-from megatron_medha.core.kv.segment import KEY_BYTES
 from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.kv.shards import num_shards
 from megatron_medha.core.request import Rejection, Request
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
+from megatron_medha.core.scheduling.cached_prefixes import CachedPrefixes
 from megatron_medha.core.scheduling.deadlines import Deadlines
 from megatron_medha.core.scheduling.overdue import OverdueHeap
 from megatron_medha.core.scheduling.policies import POLICIES, Policy
 from megatron_medha.core.scheduling.preemption import victim
 from megatron_medha.core.scheduling.prefill_packer import PrefillLimits, PrefillPacker
 from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
-from megatron_medha.core.scheduling.prefix_waits import PrefixWaits
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.core.scheduling.step_budget import BudgetUtilization, min_efficient_step_s
 
@@ -77,7 +76,6 @@ class Scheduler:
         self._growing: list[Sequence] = []          # need a block before their next token
         self._overdue = OverdueHeap(self._sequences)
         self._builder = BatchBuilder(config.chunk_rule, cost, memory)
-        self._packer = PrefillPacker(config, cost, memory, limits)
         self._num_tpot_slos = 0                     # live sequences that bring a TPOT target
         self._in_flight: dict[int, _SubmittedBatch] = {}
         self._is_first_stage_free = True
@@ -86,11 +84,12 @@ class Scheduler:
         self._next_batch_id = 0
         self._deadlines = Deadlines(config, cost, spp, memory.max_request_tokens)
         self._prefills = PrefillQueue(self.policy.priority, config.is_preemptive, self._deadlines.num_step_tokens)
-        self._cache = memory.cache
+        self._prefixes: CachedPrefixes | None = None  # None: there is no prefix cache
         if memory.cache is not None:
-            memory.cache.prefill_s = self._deadlines.prefill_s
-        self._waits = None if memory.cache is None else PrefixWaits(memory.cache)
-        self._moved: dict[str, Sequence] = {}       # waiting, of which another part is cached than before
+            self._prefixes = CachedPrefixes(memory.cache, memory, self._deadlines, self.policy.priority)
+            self._prefills.leads = self._prefixes.siblings.leads
+        siblings = None if self._prefixes is None else self._prefixes.siblings
+        self._packer = PrefillPacker(config, cost, memory, limits, siblings)
 
     # ---- what the outside may look at ----
 
@@ -119,10 +118,11 @@ class Scheduler:
 
     def num_cached_tokens(self, request: Request) -> int:
         """Prompt tokens of a request that are in the prefix cache; a look, from any thread."""
-        if self._cache is None or not (request.prefix_keys and request.reads_cache):
+        cache = self.memory.cache
+        if cache is None or not (request.prefix_keys and request.reads_cache):
             return 0
-        match = self._cache.longest(Sequence(request=request, keys=request.prefix_keys))
-        return 0 if match is None else match.end * self._cache.granule_tokens
+        match = cache.longest(Sequence(request=request, keys=request.prefix_keys))
+        return 0 if match is None else match.end * cache.granule_tokens
 
     def predicted_work_s(self, num_tokens: int, num_cached_tokens: int) -> float:
         """Predicted time of a prefill, alone, that begins behind cached tokens."""
@@ -141,8 +141,8 @@ class Scheduler:
     def handle(self, event: Event, now_s: float) -> list[Output]:
         """Take note of what happened; what clients must be told comes back."""
         outputs: list[Output] = []
-        if self._cache is not None:
-            self._cache.now_s = now_s
+        if self._prefixes is not None:
+            self._prefixes.set_time(now_s)
         match event:
             case Completed():
                 self._complete(event, now_s, outputs)
@@ -157,8 +157,8 @@ class Scheduler:
                 self._restart_all(now_s)
         if self._growing:
             self._grow(now_s, outputs)
-        if self._cache is not None:
-            self._rematch(now_s)
+        if self._prefixes is not None:
+            self._place_moved(self._prefixes, now_s)
         return outputs
 
     def _arrive(self, request: Request, now_s: float, outputs: list[Output]) -> None:
@@ -167,14 +167,14 @@ class Scheduler:
             return
         self._refresh_times()
         seq = Sequence(request=request)
-        if self._waits is not None:
+        if self._prefixes is not None:
             seq.keys = request.prefix_keys
-            self._waits.add(seq)
+            self._prefixes.stand(seq)
         self._deadlines.begin(seq)
         self._sequences[request.request_id] = seq
         self._num_tpot_slos += request.tpot_slo_s is not None
         self._overdue.add(seq)
-        self._prefills.add(seq, now_s)
+        self._enqueue(seq, now_s)
 
     def _rejection(self, request: Request) -> Rejection | None:
         """Why the request is not admitted; None where it is."""
@@ -211,8 +211,8 @@ class Scheduler:
         if flight.num_decodes:  # others may have filled the whole budget
             self._utilization.learn(flight.batch, event.duration_s)
         self._refresh_times()
-        if event.filled_keys and self._cache is not None:
-            self._take_keys(event.filled_keys, self._cache.granule_tokens)
+        if event.filled_keys and self._prefixes is not None:
+            self._prefixes.take_keys(event.filled_keys, self._sequences)
         failed = dict(event.failed)
         is_calm = not event.stopped and not failed
         # This loop runs once per decode and step; what it needs from elsewhere is fetched before.
@@ -250,18 +250,16 @@ class Scheduler:
         if seq.num_first_stage_tokens < end:
             seq.num_first_stage_tokens = end
         if request_id in failed:
-            if self._cache is not None:
-                self._cache.forget(seq)
+            if self._prefixes is not None:
+                self._prefixes.failed(seq)
             self._end(seq, Status.ABORTED, now_s)
             outputs.append(Rejected(request_id, failed[request_id], is_client_fault=False))
             return
-        if seq.keys:
-            self._publish(seq)
+        if seq.keys and self._prefixes is not None:
+            self._prefixes.computed(seq, chunk.samples_token)
         if chunk.samples_token:
             seq.num_output_tokens += 1
             num_cached = 0
-            if seq.keys and self._cache is not None:
-                self._cache.prove(seq)
             if seq.num_output_tokens == 1:
                 num_cached = min(seq.num_cached_tokens, seq.request.num_prompt_tokens)
             reason = FinishReason.STOP if request_id in event.stopped else None
@@ -282,8 +280,8 @@ class Scheduler:
 
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
-        if self._waits is not None:
-            self._waits.discard(seq)
+        if self._prefixes is not None:
+            self._prefixes.leave(seq)
         seq.move_to(status)
         if self.policy.ended is not None:
             self.policy.ended(seq)
@@ -296,8 +294,8 @@ class Scheduler:
 
     def _forget(self, seq: Sequence) -> None:
         self.memory.release(seq, seq.status is Status.FINISHED and seq.request.ends_session)
-        if self._cache is not None:
-            self._cache.index.settle(seq.request_id)
+        if self._prefixes is not None:
+            self._prefixes.ended(seq)
         del self._sequences[seq.request_id]
         self._num_tpot_slos -= seq.request.tpot_slo_s is not None
         self._released.append(seq.request_id)
@@ -308,8 +306,8 @@ class Scheduler:
         self._is_first_stage_free = True
         self._growing.clear()
         self._decodes.clear()
-        if self._cache is not None:
-            self._cache.clear()
+        if self._prefixes is not None:
+            self._prefixes.lose_all()
         for seq in list(self._sequences.values()):
             seq.num_batches_in_flight = 0
             if seq.is_done:
@@ -327,13 +325,14 @@ class Scheduler:
         seq.num_preemptions += 1
         if seq.num_output_tokens:
             seq.triage_deadline_s = inf  # somebody is reading its answer: it is in time if it goes on at once
-        if self._waits is None:
+        if self._prefixes is None:
             seq.start_behind(0)
         else:
-            self._waits.add(seq)
+            self._prefixes.leave(seq)
+            self._prefixes.stand(seq)
         seq.remaining_work_s = self._deadlines.work_s(seq.num_known_tokens, seq.num_cached_tokens)
         self._overdue.add(seq)
-        self._prefills.add(seq, now_s)
+        self._enqueue(seq, now_s)
 
     def _grow(self, now_s: float, outputs: list[Output]) -> None:
         """Give each decode that filled its last block a new one; if none is free, preempt by most relative slack."""
@@ -362,8 +361,8 @@ class Scheduler:
         """Choose the next batch; None when nothing can run."""
         if not self._is_first_stage_free or len(self._in_flight) >= self.spp:
             return None
-        if self._cache is not None:
-            self._cache.now_s = now_s
+        if self._prefixes is not None:
+            self._prefixes.set_time(now_s)
         budget_s = self._budget_s()
         builder = self._builder
         has_decodes = self._has_decodes()
@@ -386,8 +385,8 @@ class Scheduler:
         sequences += [planned.seq for planned in builder.prefills]
         self._in_flight[batch_id] = _SubmittedBatch(batch, sequences, num_decodes, load)
         self._is_first_stage_free = False
-        if self._cache is not None:
-            self._rematch(now_s)
+        if self._prefixes is not None:
+            self._place_moved(self._prefixes, now_s)
         return batch
 
     def _has_decodes(self) -> bool:
@@ -423,10 +422,8 @@ class Scheduler:
             start = seq.num_scheduled_tokens
             if seq.is_waiting:
                 seq.move_to(Status.PREFILLING)
-                if self._waits is not None:
-                    self._waits.discard(seq)
-                    seq.num_cached_tokens = start
-                    seq.num_promised_tokens = min(seq.num_promised_tokens, start)
+                if self._prefixes is not None:
+                    self._prefixes.begin(seq, start)
                 if seq.first_scheduled_s is None:
                     seq.first_scheduled_s = now_s
                 kv_ops += seq.block_table.unsent
@@ -436,6 +433,8 @@ class Scheduler:
             seq.num_batches_in_flight += 1
             if self._deadlines.follow(seq):
                 self._overdue.add(seq)
+            if self._prefixes is not None:
+                self._prefixes.siblings.follow_lead(seq)
             if seq.num_unscheduled_tokens:
                 self._prefills.add(seq, now_s)  # nobody asks for the next batch before this one has left stage 0
             else:
@@ -450,50 +449,33 @@ class Scheduler:
 
     # ---- the prefix cache ----
 
-    def _take_keys(self, filled_keys: tuple[tuple[str, bytes], ...], granule_tokens: int) -> None:
-        """Outputs have filled granules; they can be published when the token after is sampled."""
-        for request_id, keys in filled_keys:
-            seq = self._sequences.get(request_id)
-            if seq is not None and not seq.is_done:
-                seq.keys += keys
-                num_granules = (seq.num_known_tokens + 1) // granule_tokens
-                assert len(seq.keys) == num_granules * KEY_BYTES, f"{request_id}: keys of other than its granules"
-                seq.publish_tokens = len(seq.keys) // KEY_BYTES * granule_tokens
-                seq.change_tokens = min(seq.change_tokens, seq.publish_tokens)
-
-    def _publish(self, seq: Sequence) -> None:
-        """It has computed more: others that wait may begin behind it."""
-        assert self._cache is not None and self._waits is not None
-        for granules in self._cache.publish(seq):
-            for waiting in self._waits.published(seq.keys, granules):
-                self._moved[waiting.request_id] = waiting
-        if 0 < seq.publish_tokens <= seq.num_computed_tokens:
-            seq.publish_tokens, seq.change_tokens = 0, seq.grow_tokens
-
-    def _rematch(self, now_s: float) -> None:
-        """Give those a new place in the queue of which another part is cached than before."""
-        cache, waits = self._cache, self._waits
-        assert cache is not None and waits is not None
-        if cache.evicted:
-            for seq in waits.evicted(cache.evicted):
-                self._moved[seq.request_id] = seq
-            cache.evicted.clear()
-        if not self._moved:
+    def _enqueue(self, seq: Sequence, now_s: float) -> None:
+        """A waiting sequence may be chosen, unless it waits for what another computes."""
+        other = None if self._prefixes is None else self._prefixes.siblings.wait(seq, now_s)
+        if other is None:
+            self._prefills.add(seq, now_s)
             return
-        moved, self._moved = list(self._moved.values()), {}
-        for seq in moved:
-            if seq.is_waiting:
-                waits.discard(seq)
-                waits.add(seq)
-                if self._deadlines.rematch(seq):
-                    self._overdue.add(seq)
-                self._prefills.add(seq, now_s)
+        self._prefills.discard(seq, now_s)
+        if other.num_unscheduled_tokens:
+            self._prefills.add(other, now_s)  # which may be more urgent now
+
+    def _place_moved(self, prefixes: CachedPrefixes, now_s: float) -> None:
+        """Give those a new place in the queue of which another part is cached than before."""
+        for seq in prefixes.moved():
+            if self._deadlines.rematch(seq):
+                self._overdue.add(seq)
+            self._enqueue(seq, now_s)
 
     # ---- deadlines ----
 
     def _longest_overdue(self, now_s: float) -> Sequence | None:
         """The prefill that a share of every step is kept for."""
-        return self._overdue.longest(now_s) if self.config.progress_share else None
+        if not self.config.progress_share:
+            return None
+        seq = self._overdue.longest(now_s)
+        if seq is None or self._prefixes is None or (other := self._prefixes.siblings.awaited(seq)) is None:
+            return seq
+        return other if other.num_unscheduled_tokens else None  # what that computes, is computed for it
 
     def _refresh_times(self) -> None:
         if self._deadlines.refresh():
