@@ -50,11 +50,10 @@ def test_an_eviction_that_ignores_pins_is_found(monkeypatch: pytest.MonkeyPatch)
     pin = PrefixIndex._pin
 
     def pin_evictable(self: PrefixIndex, segment: Segment) -> None:
-        order = self.trees[segment.group][segment.kvp_rank].order
         was_leaf = bool(segment.ticket)
         pin(self, segment)
         if was_leaf:
-            order.add(segment)
+            self._file(segment)
 
     monkeypatch.setattr(PrefixIndex, "_pin", pin_evictable)
     with pytest.raises(Broken):
