@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -53,6 +54,7 @@ class Conversation:
 
     config: ChatConfig
     messages: list[dict[str, str]] = field(default_factory=list)
+    session_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # the server keeps its KV for the next turn
 
     def __post_init__(self) -> None:
         if self.config.system_prompt:
@@ -91,6 +93,7 @@ class Conversation:
         given = {name: getattr(config, name) for name in ("model", "max_tokens", "temperature")}
         body |= {name: value for name, value in given.items() if value is not None}
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        headers["X-Session-Id"] = self.session_id
         if config.api_key:
             headers["Authorization"] = f"Bearer {config.api_key}"
         parts = urlsplit(config.url)

@@ -24,6 +24,7 @@ def test_a_conversation_keeps_its_history_and_system_prompt(start_server: StartS
         "<|system|>be brief\n<|user|>hello\n<|assistant|>ok\n<|user|>again\n<|assistant|>",
         "<|system|>be brief\n<|user|>anew\n<|assistant|>",
     ]
+    assert len({live.request.session_id for live in server.engine.submitted} - {""}) == 1
 
 
 def test_an_error_is_shown_and_the_conversation_goes_on(start_server: StartServer) -> None:
