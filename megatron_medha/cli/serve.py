@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,6 +13,8 @@ from megatron_medha.cli.parts.arguments import FLAGS
 from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.cli.parts.status_printer import StatusPrinter, print_line
 from megatron_medha.cli.parts.stop_signals import EXIT_CODE_SIGNALLED, StopSignals
+from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.serve_options import ServeConfig, ServeOptions, serve_config
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.system.libc import set_mmap_threshold
@@ -31,9 +34,11 @@ examples:
   medha serve checkpoint=DIR parallel.spp=2 parallel.tp=2 recovery=none
   medha serve checkpoint=DIR parallel.tp=8 parallel.dp=2 launch=attach model.kv_memory_gib=40
   medha serve runtime=sim model=llama3_8b hardware=h100 tokenizer=DIR    # no model runs; steps take predicted time
+  medha serve --check checkpoint=DIR parallel.tp=2                       # what it is and whether it fits; loads nothing
 
 flags:
-{FLAGS}"""
+{FLAGS}  --check              print what the checkpoint is, what it takes here, and which layouts divide it; then exit
+"""
 
 _FORCED_STOP_S = 1.0
 _TRACKING_STOP_S = 30.0  # W&B may have logs to send
@@ -46,6 +51,8 @@ def run(words: Sequence[str]) -> int:
     options = read_options("serve", words, USAGE, lambda: ServeOptions)
     if options is None:
         return 0
+    if "--check" in words:
+        return _check(serve_config(options))
 
     def read_server_config() -> ServerConfig:
         """What the files and the environment say now, for a reload."""
@@ -57,6 +64,18 @@ def run(words: Sequence[str]) -> int:
         return now.server
 
     return _serve(serve_config(options), read_server_config)
+
+
+def _check(config: ServeConfig) -> int:
+    if not isinstance(config.world, RankConfig):
+        raise ConfigError("--check: reads a checkpoint, and runtime=sim has none")
+    # Megatron-core tells of every optional package that is missing; none is needed here.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from megatron_medha.worker.startup.checkpoint_check import checkpoint_facts
+
+    for name, fact in checkpoint_facts(config.world):
+        print(f"{name:<12}{fact}")
+    return 0
 
 
 def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) -> int:

@@ -57,8 +57,7 @@ def build_model(
     fp8: a recipe of model/fp8.py; only what Transformer Engine must know when layers are made is settled here.
     Raises ConfigError if the layout does not divide the model.
     """
-    check_divides(config.shape(dtype.itemsize), tp=pgs.tp.size(), spp=pgs.pp.size())
-    _check_latent(config, pgs.tp.size())
+    check_layout_of(config, tp=pgs.tp.size(), spp=pgs.pp.size())
     precision = fp8_config(fp8) if transformer_engine_works(device) else {}
     megatron = transformer_config(config, dtype, device, pgs, is_initialized, precision)
     tp = pgs.tp.size()
@@ -95,8 +94,9 @@ def _set_latent_epsilon(attention: torch.nn.Module, epsilon: float) -> None:
             norm.eps = epsilon
 
 
-def _check_latent(config: ModelConfig, tp: int) -> None:
-    """Raises ConfigError if tp does not divide what it shares out of latent attention."""
+def check_layout_of(config: ModelConfig, *, tp: int, spp: int) -> None:
+    """Raises ConfigError if the degrees do not divide what they share out."""
+    check_divides(config.shape(bytes_per_element=1), tp=tp, spp=spp)
     if config.latent is None:
         return
     sizes = {

@@ -115,7 +115,8 @@ def check(name: str, words: list[str]) -> None:
             low, high = NUM_WORDS[name]
             assert low <= len(words) <= high, f"medha {name} takes {low} to {high} words"
         return
-    arguments = parse_arguments(with_file_keys(words) if name == "run-batch" else words, can_sweep=name in SWEEPS)
+    words = with_file_keys(words) if name == "run-batch" else words
+    arguments = parse_arguments(words, can_sweep=name in SWEEPS, can_check=name == "serve")
     if name == "report":
         assert arguments.wants_help or any("=" not in word for word in words), "medha report needs a directory"
         assert all("=" not in word or word.startswith("out=") for word in words)

@@ -53,6 +53,7 @@ class Arguments(argparse.Namespace):
     shows_config: bool
     resolves_config: bool
     is_multirun: bool
+    is_check: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,14 +61,15 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help lists the flags")
 
 
-def parse_arguments(words: Sequence[str], *, can_sweep: bool = False) -> Arguments:
+def parse_arguments(words: Sequence[str], *, can_sweep: bool = False, can_check: bool = False) -> Arguments:
     """Sort the words of a command line. Raises ConfigError for a flag that does not exist.
 
-    can_sweep: the command has -m.
+    can_sweep, can_check: the command has -m, --check.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", dest="wants_help", action="store_true")
     parser.add_argument("-m", "--multirun", dest="is_multirun", action="store_true")
+    parser.add_argument("--check", dest="is_check", action="store_true")
     parser.add_argument("--resolve", dest="resolves_config", action="store_true")
     parser.add_argument("--cfg", "-c", dest="kind")
     parser.add_argument("--config-dir", "-cd", type=lambda text: Path(text).expanduser())
@@ -79,6 +81,8 @@ def parse_arguments(words: Sequence[str], *, can_sweep: bool = False) -> Argumen
             raise ConfigError(f"{word}: unknown flag; {hint}")
     if arguments.is_multirun and not can_sweep:
         raise ConfigError("--multirun: only medha simulate and medha bench run for every combination of values")
+    if arguments.is_check and not can_check:
+        raise ConfigError("--check: only medha serve checks a checkpoint")
     if arguments.kind not in (None, "job"):
         raise ConfigError(f"--cfg {arguments.kind}: only --cfg job is known; it prints the composed configuration")
     arguments.shows_config = arguments.kind is not None

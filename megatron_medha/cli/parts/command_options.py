@@ -19,7 +19,7 @@ def read_options(name: str, words: Sequence[str], usage: str, load_class: Callab
 
     load_class: imports the options' class, which --help does without.
     """
-    arguments = parse_arguments(words)
+    arguments = parse_arguments(words, can_check=name == "serve")
     if arguments.wants_help:
         print(usage, describe_options(name), sep="\n", end="")
         return None

@@ -18,7 +18,6 @@ from megatron_medha.cluster.messages import NewRequest, RankReady, RankStep
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
-from megatron_medha.core.cost.capacity import check_divides
 from megatron_medha.core.errors import CheckpointError, ConfigError
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
 from megatron_medha.core.kv.ops import append_op
@@ -27,7 +26,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.choose_backend import attention_backend
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
-from megatron_medha.model.build import build_model, transformer_engine_works
+from megatron_medha.model.build import build_model, check_layout_of, transformer_engine_works
 from megatron_medha.model.cpu_model import use_cpu_kernels
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.int8_weights import check_weight_dtype
@@ -85,7 +84,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     kv_dtype = kv_dtype_of(options.kv_dtype, dtype, backend)
     check_fp8(options.fp8, dtype=dtype, has_transformer_engine=transformer_engine_works(device), tp=layout.tp)
     check_weight_dtype(options.weight_dtype, dtype=dtype)
-    check_divides(model_config.shape(dtype.itemsize), tp=layout.tp, spp=layout.spp)
+    check_layout_of(model_config, tp=layout.tp, spp=layout.spp)
     if layout.world_size > 1:
         progress("the other ranks", 0.0)
     init_distributed(layout, config.rank, device=device, init_method=config.init_method)
