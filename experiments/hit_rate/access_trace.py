@@ -108,9 +108,9 @@ class AccessTrace:
         return sum(one.request.num_prompt_tokens for one in self.requests)
 
     @property
-    def hit_rate(self) -> float:
-        """The run's own."""
-        return sum(one.num_hit_tokens for one in self.requests) / self.num_prompt_tokens
+    def hits(self) -> list[int]:
+        """Prompt tokens of each request that were hits in the run."""
+        return [one.num_hit_tokens for one in self.requests]
 
     def _end(self, request_id: str) -> None:
         self._arrived.pop(request_id, None)

@@ -18,14 +18,19 @@ from experiments.hit_rate.access_trace import AccessKind, AccessTrace
 Place = Callable[[int, int], float]  # granule, number of requests begun -> its value; the least is evicted first
 
 
-def belady_hit_rate(trace: AccessTrace, granule_tokens: int, capacity: float) -> float:
-    """capacity: granules in memory; inf: all."""
-    return _hit_rate(trace, granule_tokens, capacity, _by_next_use)
+def belady_hits(trace: AccessTrace, granule_tokens: int, capacity: float) -> list[int]:
+    """Prompt tokens of each request that are hits; capacity: granules in memory, inf: all."""
+    return _hits(trace, granule_tokens, capacity, _by_next_use)
 
 
-def lru_hit_rate(trace: AccessTrace, granule_tokens: int, capacity: float) -> float:
+def lru_hits(trace: AccessTrace, granule_tokens: int, capacity: float) -> list[int]:
     """The same with what was used first evicted first."""
-    return _hit_rate(trace, granule_tokens, capacity, lambda uses: lambda granule, num_begun: float(num_begun))
+    return _hits(trace, granule_tokens, capacity, lambda uses: lambda granule, num_begun: float(num_begun))
+
+
+def hit_rate(trace: AccessTrace, hits: Sequence[int]) -> float:
+    """Share of all prompt tokens."""
+    return sum(hits) / trace.num_prompt_tokens
 
 
 def _by_next_use(uses: Sequence[Sequence[int]]) -> Place:
@@ -36,9 +41,9 @@ def _by_next_use(uses: Sequence[Sequence[int]]) -> Place:
     return value
 
 
-def _hit_rate(
+def _hits(
     trace: AccessTrace, granule_tokens: int, capacity: float, rule: Callable[[Sequence[Sequence[int]]], Place]
-) -> float:
+) -> list[int]:
     numbers: dict[bytes, int] = {}
     depths: list[int] = []
     uses: list[list[int]] = []  # by granule: the requests whose prompts need it, ascending
@@ -57,22 +62,21 @@ def _hit_rate(
         wholes.append(whole)
     value = rule(uses)
     memory = _Memory(len(uses), capacity, depths)
-    num_hits = num_begun = 0
+    found: list[int] = []
     for kind, index in trace.accesses:
         num_prompt_granules = len(trace.requests[index].request.prefix_keys) // 16
         in_prompt = wholes[index][:num_prompt_granules]
         if kind is AccessKind.BEGIN:
-            num_begun += 1
-            num_hits += memory.num_present(prompts[index])
+            found.append(granule_tokens * memory.num_present(prompts[index]))
             for granule in in_prompt:
                 memory.pin(granule)
         else:
             for granule in wholes[index][num_prompt_granules:]:
                 memory.pin(granule)
             for granule in wholes[index]:
-                memory.unpin(granule, value(granule, num_begun))
+                memory.unpin(granule, value(granule, len(found)))
         memory.shrink()
-    return num_hits * granule_tokens / trace.num_prompt_tokens
+    return found
 
 
 class _Memory:

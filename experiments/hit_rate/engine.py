@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from experiments.hit_rate.access_trace import AccessTrace
-from experiments.hit_rate.clairvoyant import belady_hit_rate
+from experiments.hit_rate.figures import hit_figures
 from experiments.lib.random_llama import save_llama, save_word_tokenizer
 from experiments.lib.session_bench import bench_sessions
 from megatron_medha.workload.session_mix import SessionsConfig
@@ -57,8 +56,8 @@ def run_engine(load: EngineLoad, eviction: str, seed: int, checkpoint: Path) -> 
     granule_tokens = setup.kv.tokens_per_granule(setup.block_size)
     capacity = setup.num_blocks * setup.block_size // granule_tokens
     services_s = [row["e2e_s"] for row in ran.rows if row["e2e_s"] is not None]
-    figures = {
-        "hit_rate": trace.hit_rate,
+    return {
+        **hit_figures(trace, granule_tokens, capacity, setup, eviction),
         "client_hit_rate": ran.summary["sessions"]["hit_rate"],
         "num_turns": every["num_requests"],
         "num_finished": every["num_finished"],
@@ -69,10 +68,6 @@ def run_engine(load: EngineLoad, eviction: str, seed: int, checkpoint: Path) -> 
         "ttft_s": every["ttft_s"],
         "num_preemptions": every["num_preemptions"],
     }
-    if eviction == "value":
-        figures["clairvoyant"] = belady_hit_rate(trace, granule_tokens, capacity)
-        figures["infinite"] = belady_hit_rate(trace, granule_tokens, inf)
-    return figures
 
 
 def save_checkpoint(directory: Path) -> Path:

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from experiments.hit_rate.access_trace import Access, AccessKind, AccessTrace, TracedRequest
-from experiments.hit_rate.clairvoyant import belady_hit_rate, lru_hit_rate
+from experiments.hit_rate.clairvoyant import belady_hits, hit_rate, lru_hits
 from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed
 from megatron_medha.core.request import Request
 from megatron_medha.workload.key_chain import KeyChain, TextSpan
@@ -79,7 +79,7 @@ def test_no_choice_of_what_to_evict_has_more_hits_than_the_clairvoyant_one(seed:
     draw = Random(seed)
     trace = random_trace(draw, 8, 3, 3, at_once=draw.randint(1, 2))
     capacity = draw.randint(2, 7)
-    assert belady_hit_rate(trace, GRANULE, capacity) == pytest.approx(best_hit_rate(trace, capacity))
+    assert hit_rate(trace, belady_hits(trace, GRANULE, capacity)) == pytest.approx(best_hit_rate(trace, capacity))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -87,9 +87,12 @@ def test_who_knows_the_future_is_not_behind_lru_and_endless_memory_not_behind_ei
     draw = Random(seed)
     trace = random_trace(draw, 60, 8, 6, at_once=3)
     capacity = draw.randint(10, 40)
-    rates = [rate(trace, GRANULE, capacity) for rate in (lru_hit_rate, belady_hit_rate)]
-    assert 0.0 < rates[0] <= rates[1] <= belady_hit_rate(trace, GRANULE, inf)
-    assert belady_hit_rate(trace, GRANULE, 1 << 20) == lru_hit_rate(trace, GRANULE, inf)
+    recency, clairvoyant, endless = (
+        sum(hits(trace, GRANULE, size))
+        for hits, size in ((lru_hits, capacity), (belady_hits, capacity), (lru_hits, inf))
+    )
+    assert 0 < recency <= clairvoyant <= endless
+    assert belady_hits(trace, GRANULE, 1 << 20) == lru_hits(trace, GRANULE, inf)
 
 
 def test_a_trace_has_what_began_what_was_filled_and_what_ended() -> None:
@@ -102,5 +105,5 @@ def test_a_trace_has_what_began_what_was_filled_and_what_ended() -> None:
         filled = (("r", b"k" * 16),) if start == 10 else ()
         trace.handled(Completed(number, 1.0, filled_keys=filled), (), 1.0)
     assert trace.accesses == [Access(AccessKind.BEGIN, 0), Access(AccessKind.END, 0)]
-    assert trace.requests[0].num_hit_tokens == 4 and trace.hit_rate == pytest.approx(4 / 9)
+    assert trace.requests[0].num_hit_tokens == 4 and hit_rate(trace, trace.hits) == pytest.approx(4 / 9)
     assert trace.requests[0].all_granules == [keys[:16], keys[16:], b"k" * 16]
