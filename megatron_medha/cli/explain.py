@@ -148,6 +148,8 @@ def _what(phase: RequestPhase) -> str:
             return f"computed: {phase.num_tokens:,} tokens in {phase.num_computed:,} of {batches}; others: {beside}"
         case WaitReason.IN_FLIGHT:
             return f"its chunk is in flight; {batches} of others" + (f": {beside}" if beside else "")
+        case WaitReason.PREFIX:
+            return f"{phase.awaited} computes a prefix that it shares; {batches}" + (f" for {beside}" if beside else "")
         case WaitReason.OUTRANKED:
             return f"overtaken in {batches} by {beside}; {decodes}"
         case WaitReason.NO_MEMORY:

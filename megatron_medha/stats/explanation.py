@@ -21,6 +21,7 @@ class WaitReason(Enum):
 
     COMPUTED = "computed"                  # it is in the batch
     IN_FLIGHT = "in flight"                # its whole prompt is in the pipeline, or its last chunk is still on stage 0
+    PREFIX = "shared prefix"               # another request computes a prefix that they share
     OUTRANKED = "outranked"                # the batch has more urgent prefills instead
     NO_MEMORY = "no KV memory"             # not enough blocks are free for its whole prompt
     NO_SEQUENCE_SLOT = "no sequence slot"  # scheduler.max_num_sequences requests own KV
@@ -52,6 +53,7 @@ class RequestPhase:
     num_computed: int = 0    # batches that have a chunk of it
     num_tokens: int = 0      # of the explained request, computed in this phase
     num_decodes: int = 0     # over all batches
+    awaited: str = ""        # who computes the prefix that they share
     ahead: dict[str, RequestAhead] = field(default_factory=dict)
 
 
@@ -116,6 +118,7 @@ def _joined(phases: list[RequestPhase]) -> RequestPhase:
         num_computed=sum(phase.num_computed for phase in phases),
         num_tokens=sum(phase.num_tokens for phase in phases),
         num_decodes=sum(phase.num_decodes for phase in phases),
+        awaited=phases[0].awaited,
         ahead=_added_up(phases),
     )
 
@@ -165,7 +168,9 @@ def explain_request(
         if found.deprioritized_s is None and scheduler.is_deprioritized(seq, record.now_s):
             found.deprioritized_s = record.now_s
         replay_record(record, scheduler)
-        _note_batch(found, record.entry, record.now_s, slacks, blocked, tracker.live)
+        other = scheduler.awaited(seq)
+        awaited = "" if other is None else other.request_id
+        _note_batch(found, record.entry, record.now_s, slacks, blocked, awaited, tracker.live)
     return found
 
 
@@ -198,6 +203,7 @@ def _note_batch(
     now_s: float,
     slacks: dict[str, float],
     blocked: WaitReason | None,
+    awaited: str,
     live: dict[str, RequestStats],
 ) -> None:
     request_id = found.stats.request.request_id
@@ -208,6 +214,8 @@ def _note_batch(
         why = WaitReason.COMPUTED
         if not any(phase.num_computed for phase in found.phases):
             found.num_cached_tokens = own.start
+    elif awaited:
+        why = WaitReason.PREFIX
     elif blocked is not None:
         why = blocked
     else:
@@ -219,7 +227,7 @@ def _note_batch(
         why is WaitReason.COMPUTED or {chunk.request_id for chunk in others} <= set(phase.ahead) or not phase.ahead
     )
     if phase is None or not is_same:
-        phase = RequestPhase(why, now_s, now_s, slack, slack)
+        phase = RequestPhase(why, now_s, now_s, slack, slack, awaited=awaited)
         found.phases.append(phase)
     phase.end_s, phase.last_slack = now_s, slack
     phase.num_batches += 1

@@ -172,6 +172,23 @@ def test_explain_says_where_a_prompt_leaves_what_came_before_it(tmp_path: Path, 
     assert int(shared.replace(",", "")) == (last["prompt_tokens"] + last["tokens_out"]) // 64 * 64
 
 
+def test_explain_says_who_computes_the_prefix_that_a_request_waits_for(tmp_path: Path, capsys: Capture) -> None:
+    rows = [
+        {"session": "a", "start_s": 0.0, "prompt_tokens": 60000, "output_tokens": 10, "system_tokens": 59000},
+        {"session": "b", "start_s": 0.5, "prompt_tokens": 61000, "output_tokens": 10, "system_tokens": 59000},
+    ]
+    sessions, out = tmp_path / "sessions.jsonl", tmp_path / "run"
+    sessions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("workload=sessions", f"workload.path={sessions}", "record=full", f"out={out}")
+    assert main(["simulate", *MACHINE, *words]) == 0
+    capsys.readouterr()
+    assert main(["explain", str(out), "b.0"]) == 0
+    text = capsys.readouterr().out
+    assert "prefix cache: 58,944 of its prompt tokens were there when it was first scheduled" in text
+    assert "its first 58,944 tokens are those of a.0; in 58,944 to 59,007 is the first that is new" in text
+    assert "a.0 computes a prefix that it shares" in text
+
+
 def test_explain_says_when_triage_let_others_go_first(tmp_path: Path, capsys: Capture) -> None:
     crowd, out = tmp_path / "crowd.csv", tmp_path / "run"
     crowd.write_text("arrival_s,prompt_tokens,output_tokens\n" + "0,400000,2\n" * 4)

@@ -116,6 +116,10 @@ class Scheduler:
         """Predicted time of a whole prefill, alone: w_total."""
         return self._deadlines.prefill_s(num_tokens)
 
+    def awaited(self, seq: Sequence) -> Sequence | None:
+        """The prefill that a waiting sequence waits for, because it computes a prefix that they share."""
+        return None if self._prefixes is None else self._prefixes.siblings.awaited(seq)
+
     def num_cached_tokens(self, request: Request) -> int:
         """Prompt tokens of a request that are in the prefix cache; a look, from any thread."""
         cache = self.memory.cache

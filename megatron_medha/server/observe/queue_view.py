@@ -147,6 +147,8 @@ def _why(scheduler: Scheduler, seq: Sequence) -> str:
     if seq.num_batches_in_flight:
         return "running"
     if seq.is_waiting:
+        if (other := scheduler.awaited(seq)) is not None:
+            return f"{other.request_id} computes a prefix that it shares"
         if scheduler.memory.num_owners >= scheduler.config.max_num_sequences:
             return f"all {scheduler.config.max_num_sequences} places (scheduler.max_num_sequences) are taken"
         if scheduler.memory.plan(seq) is None:
