@@ -32,7 +32,14 @@ from megatron_medha.checkpoints.weight_checks import (
     refuse_non_finite,
 )
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
-from megatron_medha.models.bridge_config import RUN_CONFIG_NAME, MissingFieldsError, fields_of, read_run_config
+from megatron_medha.models.bridge_config import (
+    NEMO_CONFIG,
+    RUN_CONFIG_NAME,
+    SECTIONS,
+    MissingFieldsError,
+    fields_of,
+    read_run_config,
+)
 from megatron_medha.models.hf_config import read_hf_config
 from megatron_medha.models.megatron_args import args_from_config, config_from_args
 from megatron_medha.models.model_config import ModelConfig
@@ -59,6 +66,8 @@ def find_megatron_checkpoint(directory: Path) -> Path | None:
     """
     if _sharded_backend(directory) is not None:
         return _checked(directory)
+    if (directory / NEMO_CONFIG).is_file() and (directory / "weights").is_dir():
+        return _checked(directory / "weights")
     tracker = directory / TRACKER_NAME
     if not tracker.is_file():
         return _checked(directory / _step_of_bridge(directory)) if (directory / BRIDGE_STATE_NAME).is_file() else None
@@ -85,7 +94,9 @@ def read_megatron_config(directory: Path, iteration: Path) -> ModelConfig:
         args, path = _arguments(iteration)
     except MissingFieldsError as error:
         return _config_beside((directory, home, iteration), error, embedding, tensors)
-    num_ids, stop_token_ids = tokenizer_facts((directory, home, iteration / "tokenizer"))
+    num_ids, stop_token_ids = tokenizer_facts(
+        (directory, home, iteration / "tokenizer", iteration.parent / NEMO_CONFIG.parent / "nemo_tokenizer")
+    )
     try:
         config = config_from_args(
             args,
@@ -97,9 +108,10 @@ def read_megatron_config(directory: Path, iteration: Path) -> ModelConfig:
             stop_token_ids=stop_token_ids,
         )
     except CheckpointError as error:
-        if path.name != RUN_CONFIG_NAME:
+        if path.name not in SECTIONS:
             raise
-        message = str(error).replace(": args.", ": model.").replace("from 'args'", "from 'model'")
+        section = SECTIONS[path.name]
+        message = str(error).replace(": args.", f": {section}.").replace("from 'args'", f"from {section!r}")
         raise type(error)(message) from None
     refuse_larger_model(config, path, sum(prod(tensor.shape) for tensor in tensors.values()))
     return config
@@ -130,6 +142,8 @@ def _arguments(iteration: Path) -> tuple[argparse.Namespace, Path]:
         return args, path
     if (iteration / RUN_CONFIG_NAME).is_file():
         return read_run_config(iteration / RUN_CONFIG_NAME), iteration / RUN_CONFIG_NAME
+    if (beside := iteration.parent / NEMO_CONFIG).is_file():
+        return read_run_config(beside), beside
     raise MissingFieldsError(
         f"{path}: holds no 'args', from which the architecture is read, and there is neither Megatron-Bridge's "
         f"{RUN_CONFIG_NAME} beside it nor the config.json of the same model",

@@ -1,6 +1,6 @@
-"""run_config.yaml of Megatron-Bridge, read as the arguments that Megatron-LM would have been started with.
+"""run_config.yaml of Megatron-Bridge and context/model.yaml of NeMo 2, read as arguments of Megatron-LM.
 
-Bridge states a model in the names of megatron-core's TransformerConfig, all fields with their values. Most are names of
+They state a model in the names of megatron-core's TransformerConfig, all fields with their values. Most are names of
 arguments too. Which of the others leave the answers alone is listed here; what else is set is refused as an argument.
 """
 
@@ -21,6 +21,9 @@ from megatron_medha.safe_files.checkpoint_files import read_bytes, shown
 from megatron_medha.safe_files.pickle_machine import PickleError, check_extent
 
 RUN_CONFIG_NAME = "run_config.yaml"
+NEMO_CONFIG = Path("context") / "model.yaml"  # of NeMo 2, beside the directory with the tensors
+# Where each of them says what the model is.
+SECTIONS = {RUN_CONFIG_NAME: "model", NEMO_CONFIG.name: "config"}
 _MAX_BYTES, _MAX_VISITS = 1 << 20, 100_000  # it has 30 KB and a thousand values
 
 # Classes of megatron.bridge.models that describe a model by their fields alone.
@@ -29,7 +32,13 @@ _MODELS = re.compile(
     r"MistralModelProvider|Qwen(2|25|3)ModelProvider\w*|Qwen3MoEModelProvider\w*|GPTOSSProvider\w*|"
     r"Nemotron[34]?ModelProvider\w*|DeepSeek(V2|V2Lite|V3)?(Model)?Provider|Moonlight(ModelProvider16B|Provider)"
 )
-_LAYER_SPECS = re.compile(r"megatron\.(bridge\.models\.gpt_provider|core\.models\.gpt\.gpt_layer_specs)\.\w+")
+_NEMO_MODELS = re.compile(
+    r"nemo\.collections\.llm\.gpt\.model\.(base\.GPTConfig\w*|llama\.(Code)?Llama\d*Config\w*|mistral\.Mistral\w*Config\w*|"
+    r"mixtral\.MixtralConfig\w*|qwen2\.Qwen2\w*Config\w*|qwen3\.Qwen3\w*Config\w*|nemotron\.Nemotron\d?Config\w*)"
+)
+_LAYER_SPECS = re.compile(
+    r"(megatron\.(bridge\.models\.gpt_provider|core\.models\.gpt\.gpt_layer_specs)|nemo\.collections\.llm\.gpt\.model\.base)\.\w+"
+)
 # Fields by the name of the argument that says the same.
 _RENAMED = {
     "num_moe_experts": "num_experts",
@@ -74,7 +83,8 @@ def read_run_config(path: Path) -> argparse.Namespace:
     """
     fields = dict(_model_section(path))
     if missing := sorted(_NEEDED - fields.keys()):
-        raise MissingFieldsError(f"{path}: model.{', model.'.join(missing)} missing", fields)
+        section = SECTIONS[path.name]
+        raise MissingFieldsError(f"{path}: {section}.{f', {section}.'.join(missing)} missing", fields)
     args = _arguments(fields, path)
     for name, value in fields.items():
         if name not in _HARMLESS:
@@ -88,9 +98,18 @@ def _model_section(path: Path) -> Mapping[str, Any]:
         check_extent(content, _MAX_VISITS)  # aliases may double a list at each line
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, PickleError) as error:
         raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from error
-    model = content.get("model") if isinstance(content, dict) else None
+    section = SECTIONS[path.name]
+    model = content.get(section) if isinstance(content, dict) else None
     if not isinstance(model, dict):
-        raise CheckpointError(f"{path}: holds no 'model', from which the architecture is read")
+        raise CheckpointError(f"{path}: holds no {section!r}, from which the architecture is read")
+    if section == "config":
+        if not _NEMO_MODELS.fullmatch(str(model.get("_target_"))):
+            raise UnsupportedModelError(
+                f"{path}: config._target_={shown(model.get('_target_'))} is not supported: GPT, Llama, Mistral, "
+                "Mixtral, Qwen 2 and 3 and Nemotron of nemo.collections.llm are"
+            )
+        # The tokenizer's; the embedding's rows where there is none.
+        return {"vocab_size": None, **{str(name): value for name, value in model.items()}}
     if isinstance(inner := model.get("transformer"), dict):
         model = {**model, **inner, "_target_": model.get("_target_")}
         del model["transformer"]
@@ -110,7 +129,7 @@ def _arguments(fields: dict[str, Any], path: Path) -> argparse.Namespace:
 
     def refuse_unless(is_fine: bool, name: str, value: Any, why: str) -> None:
         if not is_fine:
-            raise UnsupportedModelError(f"{path}: model.{name}={shown(value)} is not supported: {why}")
+            raise UnsupportedModelError(f"{path}: {SECTIONS[path.name]}.{name}={shown(value)} is not supported: {why}")
 
     take = fields.pop
     args = argparse.Namespace(group_query_attention=True)

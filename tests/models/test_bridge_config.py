@@ -238,6 +238,51 @@ def test_what_changes_the_answers_or_is_unknown_is_refused_with_its_name(name: s
         read_model_config(saved)
 
 
+def as_nemo(saved: Path, **changes: Any) -> Path:
+    """The same checkpoint as NeMo 2 leaves it."""
+    home = saved.parent / "nemo"
+    next(saved.glob("iter_*")).rename(home.mkdir() or home / "weights")
+    (home / "weights" / "run_config.yaml").unlink()
+    config = model_section(
+        _target_="nemo.collections.llm.gpt.model.llama.Llama32Config1B",
+        transformer_layer_spec={"_target_": "nemo.collections.llm.gpt.model.base.default_layer_spec", "_call_": False},
+        forward_step_fn={"_target_": "nemo.collections.llm.gpt.model.base.gpt_forward_step", "_call_": False},
+        **changes,
+    )
+    del config["vocab_size"]
+    (home / "context" / "nemo_tokenizer").mkdir(parents=True)
+    save_tiny_tokenizer(home / "context" / "nemo_tokenizer", 512)
+    model = {"_target_": "nemo.collections.llm.gpt.model.llama.LlamaModel", "config": config, "tokenizer": {}}
+    (home / "context" / "model.yaml").write_text(yaml.safe_dump(model))
+    return home
+
+
+def test_a_checkpoint_of_nemo_2_is_read_from_its_context(tmp_path: Path, groups: MedhaPGs):
+    config = dataclasses.replace(CONFIG, vocab_size=264)
+    model = save(tmp_path / "small", groups, config)
+    home = as_nemo(tmp_path / "small")
+    found = read_model_config(home)
+    assert dataclasses.replace(found, stop_token_ids=()) == dataclasses.replace(config, name="nemo")
+    assert found.stop_token_ids  # of the tokenizer in its context
+    loaded = build_model(found, dtype=torch.float32, device=CPU, pgs=groups, is_initialized=False)
+    load_weights(loaded, found, home, lambda what, fraction: None)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(dict(loaded.named_parameters())[name], parameter), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"linear_attention_freq": 4}, "config.linear_attention_freq=4"),
+        ({"of_a_later_version": 1}, "config.of_a_later_version=1"),
+        ({"activation_func": "mish"}, "config.activation_func"),
+    ],
+)
+def test_what_nemo_2_states_is_read_as_strictly(changes: dict[str, Any], told: str, saved: Path):
+    with pytest.raises(UnsupportedModelError, match=rf"context/model\.yaml: {told}"):
+        read_model_config(as_nemo(saved, **changes))
+
+
 def test_another_scaling_of_rotary_frequencies_is_refused(saved: Path):
     write(saved, model_section(scale_factor=8.0, low_freq_factor=2.0, high_freq_factor=4.0, old_context_len=8192))
     with pytest.raises(UnsupportedModelError, match="low_freq_factor=2.0"):
