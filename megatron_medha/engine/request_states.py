@@ -39,6 +39,7 @@ class RequestStates:
         self._sink = sink
         self._streams: dict[str, RequestState] = {}
         self._deliveries: list[Delivery] = []
+        self._has_keys = False  # whether any request has had some
 
     def __getitem__(self, request_id: str) -> RequestState:
         return self._streams[request_id]
@@ -50,6 +51,7 @@ class RequestStates:
     def add(self, request_id: str, stream: RequestState) -> None:
         """Keep a stream; before its Arrived event goes out."""
         self._streams[request_id] = stream
+        self._has_keys = self._has_keys or stream.keys is not None
 
     def drop(self, request_id: str) -> None:
         """Forget a stream whose client is gone."""
@@ -57,8 +59,8 @@ class RequestStates:
 
     def filled_keys(self, sampled: Mapping[str, TokenSample]) -> tuple[tuple[str, bytes], ...]:
         """Keys of the granules that these tokens fill, by request id; once for each batch, before its emit()."""
-        filled = []
-        for request_id, token in sampled.items():
+        filled: list[tuple[str, bytes]] = []
+        for request_id, token in sampled.items() if self._has_keys else ():
             stream = self._streams.get(request_id)
             if stream is not None and stream.keys is not None and (key := stream.keys.append(token.token_id)):
                 filled.append((request_id, key))
