@@ -28,6 +28,7 @@ from megatron_medha.safe_files.json_fields import JsonFields, read_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_NAME = re.compile(r"[\w.-]+")
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
 # What is read, and what is training's or says what the tensors show.
 _KNOWN = frozenset(
@@ -75,12 +76,19 @@ def _base_of(directory: Path) -> Path:
     if not isinstance(name, str) or not name or "\0" in name:
         raise config.wrong("base_model_name_or_path", "the directory of the base model")
     base = directory / name
-    if not base.is_dir() or HUGGING_FACE.find(base) is None:
+    if not _is_directory(base) or HUGGING_FACE.find(base) is None:
         raise CheckpointError(
             f"{config.path}: base_model_name_or_path={shown(name)}: there is no Hugging Face checkpoint in {base}. "
             "Download the base model, and write its directory there"
         )
     return base
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # of a name that is too long
+        return False
 
 
 def _changed(
@@ -119,13 +127,15 @@ def _with_product(
     if b_key not in adapter:
         raise CheckpointError(f"{path}: tensor {b_key} is missing")
     is_transposed = config.flag("fan_in_fan_out")
-    (rank, num_inputs), (num_outputs, other_rank) = adapter[a_key].shape, adapter[b_key].shape
-    shape = (num_inputs, num_outputs) if is_transposed else (num_outputs, num_inputs)
-    if rank != other_rank or shape != weight.header.shape:
+    a_shape, b_shape = adapter[a_key].shape, adapter[b_key].shape
+    is_product = len(a_shape) == len(b_shape) == 2 and a_shape[0] == b_shape[1] > 0
+    shape = (b_shape[0], a_shape[1]) if is_product else ()
+    if weight.header.shape != (shape[::-1] if is_transposed else shape):
         raise CheckpointError(
             f"{path}: {a_key} of {list(adapter[a_key].shape)} and {b_key} of {list(adapter[b_key].shape)} do not fit "
             f"{module}.weight of {list(weight.header.shape)}"
         )
+    rank = a_shape[0]
     scale = _alpha(config, module) / (sqrt(rank) if config.flag("use_rslora") else rank)
 
     def read(slices: Slices, box: Box) -> Tensor:
@@ -138,15 +148,13 @@ def _with_product(
 
 
 def _alpha(config: JsonFields, module: str) -> float:
-    """lora_alpha, or that of the first pattern which the end of the module's name matches."""
+    """lora_alpha, or that of the first pattern that the module's name ends in."""
     patterns = config.within("alpha_pattern")
-    for pattern in patterns.fields:
-        try:
-            is_match = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise patterns.wrong(pattern, f"a value for a regular expression: {error}") from error
-        if is_match:
-            return patterns.number(pattern)
+    for name in patterns.fields:
+        if not _NAME.fullmatch(name):  # of peft: a regular expression, which may take any time to match
+            raise patterns.unsupported(name, "only the end of a module's name is")
+        if f".{module}".endswith(f".{name}"):
+            return patterns.number(name)
     return config.number("lora_alpha")
 
 

@@ -25,6 +25,7 @@ _KNOWN = KNOWN_FIELDS["hugging_face"]
 _NAMED = names_of("hugging_face", "read") | names_of("hugging_face", "harmless")
 _HARMLESS_PREFIXES = tuple(names_of("hugging_face", "harmless_prefixes"))
 _HARMLESS_SUFFIXES = tuple(names_of("hugging_face", "harmless_suffixes"))
+_MAX_LAYERS = 1 << 20  # lists of layers are made before what the weights say is looked at
 _DTYPES = ("float32", "bfloat16", "float16")
 _GENERATING = ("ForCausalLM", "LMHeadModel")  # the second of GPT-2
 _RULES = {
@@ -44,6 +45,8 @@ def read_hf_config(directory: Path) -> ModelConfig:
     reasons for a model this package cannot run exactly.
     """
     family, config = _family_and_config(directory)
+    if config.integer("num_hidden_layers") > _MAX_LAYERS:
+        raise config.wrong("num_hidden_layers", f"at most {_MAX_LAYERS}")
     _refuse_unsupported(config, family)
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.integer("num_key_value_heads", num_heads)
@@ -77,6 +80,9 @@ def read_hf_config(directory: Path) -> ModelConfig:
         "dtype": _dtype(config),
         "stop_token_ids": _stop_token_ids(directory, config),
     }
+    experts = traits.get("experts")
+    if experts is not None and experts.num_per_token > experts.num_experts:
+        raise config.wrong("num_experts_per_tok", f"at most the number of experts, {experts.num_experts}")
     return ModelConfig(**(fields | traits))
 
 

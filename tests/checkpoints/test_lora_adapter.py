@@ -119,6 +119,7 @@ def test_weights_stored_the_other_way_round_take_transposed_products(tmp_path: P
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"use_dora": True}, "use_dora=True"),
         ({"no_such": 1}, "no_such=1"),
+        ({"base_model_name_or_path": "x" * 5000}, "base_model_name_or_path"),
         ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "base_model_name_or_path.*Download the base model"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path"),
     ],
@@ -136,6 +137,9 @@ def test_what_is_not_merged_is_refused_by_name(changes: dict[str, Any], told: st
          "the base model has no model.layers.9.mlp.up_proj.weight"),
         (lambda f: {key: tensor for key, tensor in f.items() if "lora_B" not in key}, "lora_B.weight is missing"),
         (lambda f: {key: tensor for key, tensor in f.items() if "lora_A" not in key}, "has no lora_A beside it"),
+        (lambda f: {key: tensor.flatten() for key, tensor in f.items()}, "do not fit"),
+        (lambda f: {key: tensor[:0] if "_A" in key else tensor[:, :0].contiguous() for key, tensor in f.items()},
+         "do not fit"),
         (lambda f: {key: tensor[:-1].contiguous() for key, tensor in f.items()}, "do not fit"),
         (lambda f: {**f, "base_model.model.model.no_such.weight": torch.zeros(1)}, "is not part of the base model"),
     ],
@@ -143,6 +147,12 @@ def test_what_is_not_merged_is_refused_by_name(changes: dict[str, Any], told: st
 def test_what_does_not_fit_the_base_model_is_named(change: Any, told: str, home: Path, groups: MedhaPGs) -> None:
     save_adapter(home, change(factors(home, Q0)))
     with pytest.raises(CheckpointError, match=told):
+        parameters(home / "adapter", groups)
+
+
+def test_a_pattern_that_is_no_name_is_refused(home: Path, groups: MedhaPGs) -> None:
+    save_adapter(home, factors(home, Q0), alpha_pattern={"(.+)+x": 6})
+    with pytest.raises(UnsupportedModelError, match="alpha_pattern"):
         parameters(home / "adapter", groups)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +279,19 @@ def test_deepseek_v3_has_its_671_billion_weights_and_a_latent_key_for_all_heads(
     assert config.shape(2).num_active_params / 1e9 == pytest.approx(36.6, abs=0.1)
     assert config.shape(2).kv_bytes_per_token == 61 * 2 * 576 * 2
     assert config.max_context_len == 163840
+
+
+STRANGE = (None, 0, -1, 1, 3, 1 << 40, 1.5, 1e300, "x", [], {}, True, False, [1, 1, 1, 1], {"a": 1}, ["dense"])
+
+
+@pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - FOREIGN))
+def test_a_strange_value_of_any_field_is_read_or_refused(model_type: str, tmp_path: Path) -> None:
+    traits = next((traits for other, traits in VARIANTS.values() if other == model_type), {})
+    sizes = GPT2_SIZES if model_type == "gpt2" else SIZES
+    stated = transformers.AutoConfig.for_model(model_type, **(sizes | traits)).to_dict()
+    draw = random.Random(model_type)
+    for _ in range(150):
+        changes = {draw.choice(list(stated)): draw.choice(STRANGE) for _ in range(draw.choice((1, 1, 2)))}
+        (tmp_path / "config.json").write_text(json.dumps(stated | changes))
+        with contextlib.suppress(CheckpointError):  # anything else is a fault of ours
+            read_hf_config(tmp_path).shape(2)

@@ -53,13 +53,17 @@ def dense_first_layers(config: JsonFields) -> tuple[bool, ...]:
 def sigmoid_experts(config: JsonFields, **more: Any) -> Experts:
     """DeepSeek's router and those after it: sigmoids with a bias for the choice, groups, a scale, shared experts."""
     num_groups, best = config.integer("n_group", 1), config.integer("topk_group", 1)
-    num_per_token = config.integer("num_experts_per_tok")
+    num_per_token, num_experts = config.integer("num_experts_per_tok"), config.integer("n_routed_experts")
+    if num_experts % num_groups:
+        raise config.wrong("n_group", f"a divisor of n_routed_experts={num_experts}")
+    if not best <= num_groups:
+        raise config.wrong("topk_group", f"at most n_group={num_groups}")
     if num_groups > 1 and num_per_token // best != 2:
         raise config.unsupported("topk_group", "a group must be scored by its two best experts, as Megatron does where "
                                  f"num_experts_per_tok={num_per_token} is twice topk_group")  # fmt: skip
     scale = config.number("routed_scaling_factor", 1.0)
     return Experts(
-        num_experts=config.integer("n_routed_experts"),
+        num_experts=num_experts,
         num_per_token=num_per_token,
         ffn_hidden_size=config.integer("moe_intermediate_size"),
         layers=dense_first_layers(config),

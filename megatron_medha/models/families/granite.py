@@ -15,6 +15,7 @@ from megatron_medha.models.families.family import Family, TensorRow
 from megatron_medha.models.families.llama import ATTENTION_BIAS, LLAMA_ROWS, MLP_BIAS, scaled
 from megatron_medha.safe_files.json_fields import JsonFields
 
+_MAX_MULTIPLIER = 1e6  # beyond, weights overflow or vanish
 _LAYER = "model.layers.{layer}.block_sparse_moe"
 _EXPERT_ROWS = (
     TensorRow(f"{_LAYER}.router.layer.weight", f"{OURS}.router.weight"),
@@ -23,22 +24,29 @@ _EXPERT_ROWS = (
 )
 
 
+def _multiplier(config: JsonFields, key: str) -> float:
+    value = config.number(key)
+    if not 1 / _MAX_MULTIPLIER <= value <= _MAX_MULTIPLIER:
+        raise config.wrong(key, f"from {1 / _MAX_MULTIPLIER:g} to {_MAX_MULTIPLIER:g}")
+    return value
+
+
 def _rows(config: JsonFields) -> Sequence[TensorRow]:
     head_dim = config.integer("head_dim", config.integer("hidden_size") // config.integer("num_attention_heads"))
-    added = config.number("residual_multiplier") / config.number("embedding_multiplier")
+    added = _multiplier(config, "residual_multiplier") / _multiplier(config, "embedding_multiplier")
     return scaled(
         (*LLAMA_ROWS, *_EXPERT_ROWS),
         {
             "self_attention.linear_proj": added,
             "linear_fc2": added,
-            "decoder.final_layernorm": 1 / config.number("logits_scaling"),
+            "decoder.final_layernorm": 1 / _multiplier(config, "logits_scaling"),
         },
-        query_scale=config.number("attention_multiplier") * head_dim**0.5,
+        query_scale=_multiplier(config, "attention_multiplier") * head_dim**0.5,
     )
 
 
 def _traits(config: JsonFields) -> dict[str, Any]:
-    return {"norm_epsilon": config.number("rms_norm_eps", 1e-6) / config.number("embedding_multiplier") ** 2}
+    return {"norm_epsilon": config.number("rms_norm_eps", 1e-6) / _multiplier(config, "embedding_multiplier") ** 2}
 
 
 def _moe_traits(config: JsonFields) -> dict[str, Any]:
