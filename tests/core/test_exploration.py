@@ -30,6 +30,14 @@ def test_three_requests_of_which_two_begin_alike_are_explored_to_the_end() -> No
     assert min(explorer.num_hits, explorer.num_evictions, explorer.num_preemptions) > 0
 
 
+def test_who_waits_for_what_another_computes_is_never_lost() -> None:
+    scripts = {"A": Script("pqab", 7, 1), "B": Script("pqac", 7, 1)}
+    explorer = Explorer(Bounds(scripts, num_blocks=4, num_aborts=2, num_late=0))
+    assert explorer.run(max_states=20_000), "there is nothing left to look at"
+    assert explorer.longest_drain() <= MAX_STEPS
+    assert explorer.num_sibling_waits > 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_million_states_of_four_requests_are_sound(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +51,8 @@ def test_a_million_states_of_four_requests_are_sound(capsys: pytest.CaptureFixtu
     report(f"{len(explorer.index_of)} distinct states, at most {explorer.longest_drain()} steps to the end of all")
     assert len(explorer.index_of) >= 1_000_000
     assert explorer.longest_drain() <= MAX_STEPS
-    assert min(explorer.num_hits, explorer.num_evictions, explorer.num_preemptions) > 1000
+    counts = explorer.num_hits, explorer.num_evictions, explorer.num_preemptions, explorer.num_sibling_waits
+    assert min(counts) > 1000
 
 
 def test_an_eviction_that_ignores_pins_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
