@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def report(place: str, cells: dict[str, Any], seeds: Sequence[int]) -> bool:
             rate = one["hit_rate"] or 0.0
             print(f"{seed:4}  {cache:12} {rate:10.1%}   {shares:33} {ttft_s['p50']:9.3f} {ttft_s['p99']:8.3f}")
         work = found["cached"]["work"]
-        apart = max(apart, max(work) / min(work))
+        apart = max(apart, max(work) / min(work) if min(work) else inf)
         slower = max(slower, found["cached"]["ttft_s"]["p99"] / found["uncached"]["ttft_s"]["p99"])
     met = [
         verdict(f"{place}, most work of a rank over the least", f"{apart:.2f} in the worst seed",
