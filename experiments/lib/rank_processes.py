@@ -61,14 +61,17 @@ class RankProcesses:
         self._num_loaded = 0
         self.layout = ParallelLayout()
 
-    def load(self, config: RankConfig, prepare: Prepare | None = None) -> list[RankReady]:
+    def load(
+        self, config: RankConfig, prepare: Prepare | None = None, *, keeps_logits: bool = True
+    ) -> list[RankReady]:
         """Make the first processes the ranks of config.layout; what was loaded before is given up.
 
         prepare: called in each of them with its rank; what it adds to the dict travels with the next answer.
+        keeps_logits: False: answers have none, and ranks take every short way that they take behind a server.
         """
         self.unload()
         self.layout = config.layout
-        found = self.call(partial(_load, prepare=prepare), config)
+        found = self.call(partial(_load, prepare=prepare, keeps_logits=keeps_logits), config)
         self._num_loaded = config.layout.world_size
         return found
 
@@ -194,7 +197,7 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def _load(config: RankConfig, connection: Connection, prepare: Prepare | None) -> None:
+def _load(config: RankConfig, connection: Connection, prepare: Prepare | None, keeps_logits: bool) -> None:
     """Be a rank until told to stop."""
     import torch
 
@@ -205,13 +208,14 @@ def _load(config: RankConfig, connection: Connection, prepare: Prepare | None) -
     rank, ready = load_rank(config, lambda what, fraction: None)
     logits: list[np.ndarray] = []
     coord = config.layout.coord_of(config.rank)
-    if coord.spp == config.layout.spp - 1 and coord.tp == 0:
+    if keeps_logits and coord.spp == config.layout.spp - 1 and coord.tp == 0:
         def keep(model: Any, args: Any, output: torch.Tensor) -> None:
             logits.append(output[0].float().numpy())
 
         rank.model.register_forward_hook(keep)
-    # One forward pass for each answer: that of a step run ahead could not be told from the next.
-    rank.run_ahead = lambda: False  # type: ignore[method-assign]
+    if keeps_logits:
+        # One forward pass for each answer: that of a step run ahead could not be told from the next.
+        rank.run_ahead = lambda: False  # type: ignore[method-assign]
 
     notes: dict[str, float] = {}
     if prepare is not None:
