@@ -62,6 +62,8 @@ def expert_traits(fields: JsonFields) -> Experts | None:
     scale = fields.fields.get("moe_router_topk_scaling_factor")
     num_layers = fields.integer("num_layers")
     layers = _expert_layers(fields, num_layers)
+    if not any(layers):
+        return None
     return Experts(
         num_experts=num_experts,
         num_per_token=num_per_token,

@@ -191,6 +191,10 @@ def test_latent_attention_that_is_not_whole_is_refused_by_name(changes: dict[str
         read(BY_VERSION["main"]["mla"] | changes)
 
 
+def test_experts_of_no_layer_are_none():
+    assert read(BY_VERSION["main"]["moe"] | {"moe_layer_freq": [0, 0, 0, 0]}) == read(NEWEST)
+
+
 def test_a_model_of_deepseek_v3s_sizes_has_671_billion_parameters():
     config = dataclasses.replace(
         LLAMA, num_layers=61, hidden_size=7168, ffn_hidden_size=18432, num_heads=128, num_kv_heads=128, head_dim=192,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import pytest
 import torch
 
 from experiments.lib.rank_processes import RankProcesses
+from megatron_medha.core.errors import ConfigError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
 from tests.model.megatron_models import megatron_logits, megatron_model, recorded_args, save_megatron
 from tests.model.test_megatron_exactness import MODELS
+from tests.model.test_random_megatron_models import random_options
 from tests.parallel.walk import LAYOUTS, Reference, random_case, walk
 
 
@@ -44,3 +48,22 @@ def test_every_layout_has_megatrons_logits_and_tokens(
     reference = saved(MODELS[name], pgs, tmp_path)
     outcome = walk(random_case(LAYOUTS[layout], 3, num_requests=3), ranks, tmp_path, reference)
     assert outcome.most_kvp_ranks == LAYOUTS[layout].kvp
+
+
+@pytest.mark.parametrize("seed", range(1000, 1000 + int(os.environ.get("MEDHA_RANDOM_MODELS", "4"))))
+def test_a_random_model_at_a_random_layout_is_served_exactly(
+    seed: int, ranks: RankProcesses, pgs: MedhaPGs, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    options = random_options(rng)
+    try:
+        reference = saved(options, pgs, tmp_path)
+    except (AssertionError, ValueError):
+        pytest.skip("Megatron does not build it")
+    layout = LAYOUTS[rng.choice(sorted(LAYOUTS))]
+    try:
+        walk(random_case(layout, seed, num_requests=3), ranks, tmp_path, reference)
+    except UnsupportedModelError as error:
+        assert "fused kernel computes without it" in str(error)
+    except ConfigError as error:
+        assert f"parallel.tp={layout.tp} must divide" in str(error) or f"parallel.spp={layout.spp} must" in str(error)
