@@ -7,6 +7,7 @@ import torch
 from native_targets import native_of
 
 from megatron_medha.kernels.attention.native_attention import NativeAttention
+from megatron_medha.kernels.linear import native_linear
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 
 
@@ -92,3 +93,18 @@ def test_an_int8_linear_is_the_plain_one_over_the_scaled_weight(
     output = NativeLinear(weight_OI, bias_O, native.target, scale_O=scale_O)(input_TI)
     exact = input_TI.double() @ (weight_OI.double() * scale_O[:, None].double()).T + bias_O.double()
     assert ((output.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+
+
+def test_layers_keep_their_weights_while_others_are_made_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = native_of("AVX2")
+    monkeypatch.setattr(native_linear, "_PIECE_BYTES", 100_000)
+    input_TI = torch.randn(3, 70).bfloat16()
+    weights = [torch.randn(10 + 90 * i, 70).bfloat16() for i in range(12)]
+    layers = [NativeLinear(weight_OI, None, native.target) for weight_OI in weights]
+    expected = [layer(input_TI) for layer in layers]
+    del layers[::3]
+    more = [NativeLinear(torch.randn(200, 70).bfloat16(), None, native.target) for _ in range(9)]
+    del expected[::3]
+    assert len(more) == 9
+    assert all(torch.equal(layer(input_TI), output) for layer, output in zip(layers, expected))
+    assert all(layer.weight_ptr % 64 == 0 for layer in layers)

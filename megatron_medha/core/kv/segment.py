@@ -55,6 +55,8 @@ class Segment:
         """Of its granules, how many the prefix of `keys` up to granule `last` shares; it must share the first."""
         count = min(self.num_granules, last - self.first)
         start = self.first * KEY_BYTES
+        if count == self.num_granules and keys.startswith(self.keys, start):  # without a copy
+            return count
         if keys[start : start + count * KEY_BYTES] == self.keys[: count * KEY_BYTES]:
             return count
         shared, differs = 1, count  # keys are chained: where two are equal, all before them are
