@@ -36,8 +36,10 @@ from megatron_medha.core.batch import (
     TokenOut,
 )
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.ops import is_for
+from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.layout import Coord, ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.request import Request
@@ -56,6 +58,8 @@ RELATIVE_TOLERANCE = 1e-4
 SLOW = Hardware(
     name="slow", flops_per_s=3e8, memory_bytes_per_s=1e9, step_overhead_s=2e-4, layer_overhead_s=2e-5
 )  # fmt: skip
+
+KEY_ROOT = b"root" * 8
 
 Reference = Callable[[list[int]], np.ndarray]  # token ids -> logits [T, V] of the plain forward
 
@@ -101,6 +105,7 @@ class Case:
     prompts: dict[str, list[int]]
     aborted: dict[str, int]  # requests that are aborted, and after how many batches
     seed: int
+    kv: KVConfig = NO_PREFIX_CACHE
 
 
 def random_case(layout: ParallelLayout, seed: int, num_requests: int = 8) -> Case:
@@ -169,6 +174,8 @@ class Outcome:
     num_batches: int = 0
     num_tokens: int = 0
     num_preempted: int = 0
+    num_cached_tokens: int = 0   # of prompts
+    num_resumed_behind: int = 0  # chunks that begin a preempted request behind hits
     num_shared_chunks: int = 0   # on several kvp ranks
     num_streamed: int = 0        # batches formed while another was in flight
     most_kvp_ranks: int = 0      # of one chunk
@@ -207,8 +214,9 @@ class Walk:
             case.scheduler,
             RooflineCost(shape=shape, hardware=SLOW),
             KVMemory(
-                case.num_blocks, case.block_size, 4096, kvp=case.layout.kvp, max_tokens_per_shard=case.shard_tokens
-            ),
+                case.num_blocks, case.block_size, 4096, kvp=case.layout.kvp, max_tokens_per_shard=case.shard_tokens,
+                kv=case.kv,
+            ),  # fmt: skip
             spp=case.layout.spp,
         )
         self.rng = random.Random(case.seed)
@@ -221,6 +229,12 @@ class Walk:
         self.done: dict[tuple[int, int], list[Answer]] = {}  # by batch and stage
         self.sampled: dict[str, tuple[SampledToken, np.ndarray]] = {}
         self.outcome = Outcome()
+        self.preempted: set[str] = set()
+        self.keys: dict[str, GranuleKeys] = {}
+        if case.kv.prefix_cache:
+            for name, prompt in case.prompts.items():
+                self.keys[name] = GranuleKeys(KEY_ROOT, case.kv.tokens_per_granule(case.block_size))
+                self.keys[name].extend(array("i", prompt))
 
     def run(self) -> Outcome:
         """To the end. Raises AssertionError on a deadlock, a lost request or a broken rule of the messages."""
@@ -253,6 +267,11 @@ class Walk:
             self.outcome.most_kvp_ranks, *(len(chunk.kvp_ranks) for chunk in batch.chunks)
         )
         self.batches[batch.batch_id] = batch
+        for op in batch.kv_ops:
+            if op.kind == "append" and op.request_id in self.preempted:
+                self.preempted.discard(op.request_id)
+                (start,) = (chunk.start for chunk in batch.chunks if chunk.request_id == op.request_id)
+                self.outcome.num_resumed_behind += start > 0
         if self.layout.spp > 1:
             self.in_first_stage.append(batch.batch_id)
         for kvp in range(self.layout.kvp):
@@ -306,8 +325,19 @@ class Walk:
             failed += self.results(answer, batch, self.layout.coord_of(answer.done.rank))
         duration_s = self.rng.choice((0.5, 1.0, 2.0)) * batch.predicted_s
         self.now_s += duration_s
+        filled = tuple((name, key) for name, (token, _) in self.sampled.items() if (key := self.key(name, token)))
         # A request on several kvp ranks fails on all of them alike.
-        self.handle(Completed(batch_id=batch_id, duration_s=duration_s, failed=tuple(dict.fromkeys(failed))))
+        self.handle(
+            Completed(
+                batch_id=batch_id, duration_s=duration_s, failed=tuple(dict.fromkeys(failed)), filled_keys=filled
+            )
+        )
+        self.sampled.clear()  # of requests that were aborted meanwhile
+
+    def key(self, request_id: str, token: SampledToken) -> bytes:
+        """Of the granule that a token fills; empty if it fills none."""
+        keys = self.keys.get(request_id)
+        return b"" if keys is None or self.clients[request_id].has_ended else keys.append(token.token_id)
 
     def results(self, answer: Answer, batch: Batch, coord: Coord) -> list[tuple[str, str]]:
         """Note tokens, logits and log-probabilities; returns the failed."""
@@ -330,7 +360,8 @@ class Walk:
     def tell(self, output: Output) -> None:
         """One output."""
         match output:
-            case TokenOut(request_id, _, finish_reason):
+            case TokenOut(request_id, _, finish_reason, num_cached_tokens):
+                self.outcome.num_cached_tokens += num_cached_tokens
                 client = self.clients[request_id]
                 assert not client.has_ended, f"{request_id}: a token after its end"
                 token, logits_V = self.sampled.pop(request_id)
@@ -345,6 +376,7 @@ class Walk:
                         self.unsent[kvp].append((request_id, token.token_id))
             case Preempted():
                 self.outcome.num_preempted += 1
+                self.preempted.add(output.request_id)
             case Rejected(request_id, why, _):
                 self.clients[request_id].rejected = why
                 self.clients[request_id].has_ended = True
