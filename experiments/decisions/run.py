@@ -31,6 +31,7 @@ from experiments.lib.recording_runtime import RecordingSimRuntime, true_step_s
 from megatron_medha.core.batch import Arrived, Batch, Event, Output, TokenOut
 from megatron_medha.core.cost.online_cost import OnlineCost
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
@@ -42,6 +43,8 @@ BARS_S = {1_000: 100e-6, 10_000: 1e-3}
 # Most output tokens of a request with which about 32 decode: the more wait, the more short ones LARS has to start.
 OUTPUTS_FOR_32_DECODES = {100: 180, 1_000: 64, 10_000: 24}
 WARM_UP_STEPS = 1_000
+GRANULE, KEY_BYTES = 64, 16
+STEM_TOKENS = 2_048
 NOISE = 0.03
 
 LLAMA3_8B = ModelShape(
@@ -55,27 +58,37 @@ TRUE_H100 = replace(
 )
 
 
-def prompts(seed: int, max_output_tokens: int) -> Iterator[Request]:
-    """Chats of up to 8,000 tokens, and one document of 100K to 1M in twenty."""
+def prompts(seed: int, max_output_tokens: int, is_keyed: bool = False) -> Iterator[Request]:
+    """Chats of up to 8,000 tokens, and one document of 100K to 1M in twenty.
+
+    is_keyed: with keys of granules; half of the prompts begin with one of 200 stems of 2,048 tokens.
+    """
     draw = random.Random(seed)
+    keys = random.Random(f"keys {seed}")
+    stems = [keys.randbytes(STEM_TOKENS // GRANULE * KEY_BYTES) for _ in range(200)]
     index = 0
     while True:
         is_long = draw.random() < 0.05
         low, high = (100_000, 1_000_000) if is_long else (20, 8_000)
-        yield Request(
+        request = Request(
             request_id=f"request-{index}",
             num_prompt_tokens=int(low * (high / low) ** draw.random()),
             max_output_tokens=draw.randint(2, max_output_tokens),
             arrival_s=0.0,
         )
+        if is_keyed:
+            num_bytes = request.num_prompt_tokens // GRANULE * KEY_BYTES
+            stem = keys.choice(stems) if keys.random() < 0.5 else b""
+            request = replace(request, prefix_keys=(stem + keys.randbytes(num_bytes))[:num_bytes])
+        yield request
         index += 1
 
 
 class ClosedWorld(RecordingSimRuntime):
     """A world in which a new request arrives whenever one ends, until `num_batches` have been submitted."""
 
-    def __init__(self, num_live: int, num_batches: int, max_output_tokens: int, seed: int) -> None:
-        self._prompts = prompts(seed, max_output_tokens)
+    def __init__(self, num_live: int, num_batches: int, max_output_tokens: int, seed: int, is_keyed: bool) -> None:
+        self._prompts = prompts(seed, max_output_tokens, is_keyed)
         self._num_batches_left = num_batches
         noise = random.Random(seed)
         truth = true_step_s(RooflineCost(shape=LLAMA3_8B, hardware=TRUE_H100))
@@ -154,22 +167,33 @@ class TimedDecisions:
 
 
 def run(
-    num_live: int, max_output_tokens: int, num_steps: int, config: SchedulerConfig, seed: int = 0
+    num_live: int,
+    max_output_tokens: int,
+    num_steps: int,
+    config: SchedulerConfig,
+    seed: int = 0,
+    is_keyed: bool = False,
 ) -> list[Step]:
     """Drive a new scheduler for so many steps after it has become steady."""
-    memory = KVMemory(num_blocks=400_000, block_size=16, max_context_len=LLAMA3_8B.max_context_len)
+    kv = KVConfig() if is_keyed else NO_PREFIX_CACHE
+    memory = KVMemory(num_blocks=400_000, block_size=16, max_context_len=LLAMA3_8B.max_context_len, kv=kv)
     cost = OnlineCost(RooflineCost(shape=LLAMA3_8B, hardware=H100))
     decisions = TimedDecisions(Scheduler(config, cost, memory))
     gc.collect()
-    serve(decisions, ClosedWorld(num_live, WARM_UP_STEPS + num_steps, max_output_tokens, seed))
+    serve(decisions, ClosedWorld(num_live, WARM_UP_STEPS + num_steps, max_output_tokens, seed, is_keyed))
     return decisions.steps[WARM_UP_STEPS:]
 
 
 def run_often(
-    num_live: int, max_output_tokens: int, num_steps: int, config: SchedulerConfig, num_repeats: int
+    num_live: int,
+    max_output_tokens: int,
+    num_steps: int,
+    config: SchedulerConfig,
+    num_repeats: int,
+    is_keyed: bool = False,
 ) -> list[Step]:
     """The same steps several times; of each the least times."""
-    runs = [run(num_live, max_output_tokens, num_steps, config) for _ in range(num_repeats)]
+    runs = [run(num_live, max_output_tokens, num_steps, config, is_keyed=is_keyed) for _ in range(num_repeats)]
     return [
         replace(
             same[0],
@@ -220,6 +244,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--policy", default="lars")
+    parser.add_argument("--keyed", action="store_true", help="with a prefix cache; half of the prompts share stems")
     arguments = parser.parse_args()
     config = SchedulerConfig(policy=arguments.policy, max_num_sequences=arguments.sequences)
     kind = "compiled" if IS_COMPILED else "interpreted"
@@ -231,7 +256,7 @@ def main() -> None:
     print("  live  decodes  prefills arrivals |   p50    p99 |    p50     p99 |   bar")
     for num_live in arguments.live:
         outputs = arguments.outputs or OUTPUTS_FOR_32_DECODES.get(num_live, 64)
-        steps = run_often(num_live, outputs, arguments.steps, config, arguments.repeats)
+        steps = run_often(num_live, outputs, arguments.steps, config, arguments.repeats, arguments.keyed)
         decisions = [step.decision_s * 1e6 for step in steps]
         everything = [(step.decision_s + step.arrivals_s) * 1e6 for step in steps]
         bar = f"{BARS_S[num_live] * 1e6:5.0f}" if num_live in BARS_S else "    -"

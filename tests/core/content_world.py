@@ -169,7 +169,7 @@ class ContentWorld:
             assert seq.is_waiting == (not seq.block_table.shards)
             if seq.is_waiting and not seq.is_done:
                 assert seq.num_scheduled_tokens == seq.num_cached_tokens < seq.num_known_tokens
-                if memory.kvp == 1 and seq.keys and self.scheduler._prefixes.siblings.awaited(seq) is None:
+                if memory.kvp == 1 and seq.keys and self.scheduler._prefixes.is_current(seq):
                     match = cache.longest(seq)
                     assert seq.num_cached_tokens == (0 if match is None else match.end) * GRANULE
 

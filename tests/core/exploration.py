@@ -514,6 +514,7 @@ def canonical(state: State) -> tuple[Any, ...]:
         tuple(sorted((name, wait.next_key) for name, wait in waits._waits.items())),
         tuple(sorted((name, prefill.next_key, *prefill.waiters) for name, prefill in siblings._prefills.items())),
         tuple(sorted((name, lead.request_id) for name, lead in siblings.leads.items())),
+        tuple(prefixes._moved), tuple(prefixes._freed),
     )  # fmt: skip
 
 

@@ -13,9 +13,15 @@ from megatron_medha.core.scheduling.policies import Priority
 from megatron_medha.core.scheduling.prefix_siblings import PrefixSiblings
 from megatron_medha.core.scheduling.prefix_waits import PrefixWaits
 
+_MAX_MOVED = 12  # sequences that get a new place after one event or batch, while others will follow
+
 
 class CachedPrefixes:
-    """Cache, waiting sequences and siblings together."""
+    """Cache, waiting sequences and siblings together.
+
+    Of thousands that begin alike, each may have another part cached after every event. A few at a time get their new
+    place; the others are chosen, if they are, by an older one, and then matched again.
+    """
 
     def __init__(
         self, cache: PrefixCache, memory: KVMemory, deadlines: Deadlines, priority: Callable[[Sequence], Priority]
@@ -25,6 +31,7 @@ class CachedPrefixes:
         cache.prefill_s = deadlines.prefill_s
         self._waits = PrefixWaits(cache)
         self._moved: dict[str, Sequence] = {}  # waiting, of which another part is cached than before
+        self._freed: dict[str, Sequence] = {}  # those that have waited for another, and are in no queue
 
     def set_time(self, now_s: float) -> None:
         """Before an event, or a batch."""
@@ -39,21 +46,23 @@ class CachedPrefixes:
         self._waits.discard(seq)
         seq.num_cached_tokens = start
         seq.num_promised_tokens = min(seq.num_promised_tokens, start)
-        # Those that want the granule that it computes first look whether to wait for it.
-        self._note(self._waits.wanting(self.siblings.next_key(seq)))
+        for other in self._waits.wanting(self.siblings.next_key(seq)):
+            if self.siblings.is_sooner(other, self._cache.now_s):
+                self._moved[other.request_id] = other
 
     def leave(self, seq: Sequence) -> None:
         """It ends or loses its KV: it waits no more, and nobody for it."""
         self._waits.discard(seq)
         self.siblings.leave(seq)
-        self._note(self.siblings.stop(seq))
+        self._free(self.siblings.stop(seq))
 
     def computed(self, seq: Sequence, is_prefilled: bool) -> None:
         """It has computed more, in all stages: others may begin behind it."""
         for granules in self._cache.publish(seq):
-            waiting = self._waits.published(seq.keys, granules)
-            self._note([other for other in waiting if self.siblings.awaited(other) is None])
-        self._note(self.siblings.stop(seq) if is_prefilled else self.siblings.advance(seq))
+            for waiting in self._waits.published(seq.keys, granules):
+                if self.siblings.awaited(waiting) is None:
+                    self._moved[waiting.request_id] = waiting
+        self._free(self.siblings.stop(seq) if is_prefilled else self.siblings.advance(seq))
         if is_prefilled:  # it has sampled a token
             self._cache.prove(seq)
         if 0 < seq.publish_tokens <= seq.num_computed_tokens:
@@ -83,21 +92,28 @@ class CachedPrefixes:
         """The ranks came up empty."""
         self._cache.clear()
 
-    def moved(self) -> list[Sequence]:
-        """Waiting sequences of which another part is cached than before, with their cursors set anew."""
+    def moved(self, are_all: bool) -> list[Sequence]:
+        """Waiting sequences that get a new place, with their cursors set anew. are_all: no event will follow."""
         if self._cache.evicted:
-            self._note(self._waits.evicted(self._cache.evicted))
+            for seq in self._waits.evicted(self._cache.evicted):
+                self._moved[seq.request_id] = seq
             self._cache.evicted.clear()
-        if not self._moved:
-            return []
-        moved = [seq for seq in self._moved.values() if seq.is_waiting]
-        self._moved = {}
-        for seq in moved:
-            self.siblings.leave(seq)
-            self._waits.discard(seq)
-            self._waits.add(seq)
+        moved: list[Sequence] = []
+        for waiting in (self._freed, self._moved):
+            while waiting and (are_all or len(moved) < _MAX_MOVED):
+                seq = waiting.pop(next(iter(waiting)))
+                if seq.is_waiting:
+                    self.siblings.leave(seq)
+                    self._waits.discard(seq)
+                    self._waits.add(seq)
+                    moved.append(seq)
         return moved
 
-    def _note(self, waiting: Iterable[Sequence]) -> None:
+    def is_current(self, seq: Sequence) -> bool:
+        """Whether the cursors of a waiting sequence stand where they should."""
+        name = seq.request_id
+        return name not in self._moved and name not in self._freed and self.siblings.awaited(seq) is None
+
+    def _free(self, waiting: Iterable[Sequence]) -> None:
         for seq in waiting:
-            self._moved[seq.request_id] = seq
+            self._freed[seq.request_id] = seq

@@ -465,7 +465,7 @@ class Scheduler:
 
     def _place_moved(self, prefixes: CachedPrefixes, now_s: float) -> None:
         """Give those a new place in the queue of which another part is cached than before."""
-        for seq in prefixes.moved():
+        for seq in prefixes.moved(are_all=not self._in_flight):
             if self._deadlines.rematch(seq):
                 self._overdue.add(seq)
             self._enqueue(seq, now_s)
