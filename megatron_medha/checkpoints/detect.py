@@ -57,6 +57,8 @@ def _what_is_there(directory: Path) -> str:
     """A hint from the files that are there."""
     if list(directory.glob("*.bin")) or list(directory.glob("*.pth")):
         return "Pickled PyTorch weights (*.bin, *.pth) are not read: convert them to safetensors."
+    if list(directory.glob("*.gguf")):
+        return "GGUF files are not read: take the safetensors of the model that they were made from."
     if (directory / "config.json").is_file():
         return "There is a config.json but no *.safetensors."
     if list(directory.glob("*.safetensors")):
