@@ -41,7 +41,7 @@ leaves. Its logits over chunks, decodes and shared batches differ from Megatron'
 largest in fp32 (seen: at most 8e-6). Windows and latent attention are compared with Megatron's modules around a plain
 softmax in fp64, as Megatron's own attention does not compute them on a CPU. In bf16 the mean error of a model without
 experts is that of Megatron's own bf16 forward or less. Of these models twelve are compared at tp=2 spp=2, at kvp=2 and
-at tp=2 kvp=2 too (`tests/parallel/test_megatron_models.py`). Of 300 random combinations of all of it none was wrong
+at tp=2 kvp=2 too (`tests/parallel/test_megatron_models.py`). Of 420 random combinations of all of it none was wrong
 (`MEDHA_RANDOM_MODELS=300`, `tests/model/test_random_megatron_models.py`).
 
 | model | arguments beside Llama's, without sizes | traits | layers |

@@ -124,8 +124,9 @@ def test_a_random_model_of_megatron_is_served_exactly_or_refused(seed: int, pgs:
     try:
         theirs = megatron_model(args, pgs)
     except (AssertionError, ValueError):
-        with pytest.raises(UnsupportedModelError):
-            built_from(args, pgs)
+        if options.get("moe_layer_freq") != [0] * options["num_layers"]:  # its checks look at experts of no layer too
+            with pytest.raises(UnsupportedModelError):
+                built_from(args, pgs)
         return
     try:
         pair = saved_and_loaded(options, pgs, tmp_path, version=version, theirs=theirs)
