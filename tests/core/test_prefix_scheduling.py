@@ -270,3 +270,12 @@ def test_a_prefix_over_several_shards_is_found_on_their_ranks() -> None:
     batch, _ = bench.step()
     assert (batch.chunks[0].start, batch.chunks[0].num_tokens, batch.chunks[0].kvp_ranks) == (400, 8, (0, 1, 2))
     assert [op.kvp_rank for op in batch.kv_ops] == [0, 1, 2]
+
+
+def test_many_that_decode_behind_one_prefix_do_not_all_go_where_it_lies() -> None:
+    bench, prompt = on_two_ranks(200, 0)
+    for turn in range(60):
+        bench.arrive(keyed(f"turn {turn}", [*prompt, *tokens(8, seed=turn + 1)], num_out=512, at_s=bench.now_s))
+    bench.run_until(lambda: not any(seq.is_prefill for seq in bench.scheduler.sequences))
+    ranks = [seq.block_table.kvp_ranks for seq in bench.scheduler.sequences]
+    assert len(ranks) == 60 and 20 <= ranks.count((1,)) <= 40

@@ -15,6 +15,9 @@ from megatron_medha.core.kv.segment import Match
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.kv.shards import check_shard_tokens, context_in, num_shards, split, tokens_left
 
+# Of a decode's steps, those that count when a KVP rank is chosen for it: a client need not name a limit of its output.
+_MAX_STEPS_AHEAD = 512
+
 
 @dataclass(slots=True)
 class ChunkShard:
@@ -118,7 +121,7 @@ class KVMemory:
             matches: dict[int, Match] = {}
             if cache is not None and has_hits:
                 matches = {rank: cache.match(seq, shard, rank) for rank in unused}
-            for rank in self._preferred(unused, matches):
+            for rank in self._preferred(seq, unused, matches):
                 match = matches.get(rank)
                 taken = count if cache is None or match is None else cache.num_blocks_taken(match, count)
                 if self._fits(rank, taken, seq):
@@ -153,14 +156,15 @@ class KVMemory:
             num_left += self.cache.index.num_evictable_blocks(rank)
         return num_left >= (self._num_kept if self.owners else 0) + self._num_reserved(rank, seq)
 
-    def _preferred(self, unused: list[int], matches: dict[int, Match]) -> list[int]:
+    def _preferred(self, seq: Sequence, unused: list[int], matches: dict[int, Match]) -> list[int]:
         """KVP ranks in the order to try them for a shard; one goes first whose hits are worth the wait there.
 
         What is not taken from a busy rank is computed on another, and published there: hot prefixes spread.
         """
         if self.cache is None or not any(match.num_granules for match in matches.values()):
             return unused
-        cost_s = {rank: wait_s - self.cache.saved_s(matches[rank]) for rank, wait_s in self.waits_s(unused).items()}
+        waits_s, decodes_s = self.waits_s(unused), self._decodes_s(unused, seq.request.max_output_tokens)
+        cost_s = {rank: waits_s[rank] + decodes_s[rank] - self.cache.saved_s(matches[rank]) for rank in unused}
         best = min(unused, key=cost_s.__getitem__)
         return [best, *(rank for rank in unused if rank != best)]
 
@@ -173,6 +177,21 @@ class KVMemory:
                 if rank in waits_s:
                     waits_s[rank] += seq.remaining_work_s
         return waits_s
+
+    def _decodes_s(self, ranks: Iterable[int], num_steps: int) -> dict[int, float]:
+        """Predicted seconds that one more sequence and those on each of these KVP ranks cost one another in decodes.
+
+        A step waits for the rank that reads most. The one more waits while it reads for the others in each step, and
+        they together wait about as long for it.
+        """
+        assert self.cache is not None
+        contexts = dict.fromkeys(ranks, 0)
+        for owner in self.owners.values():
+            for shard in owner.block_table.shards:
+                if shard.kvp_rank in contexts:
+                    contexts[shard.kvp_rank] += min(self.shard_tokens, owner.num_known_tokens - shard.start)
+        num_steps = min(num_steps, _MAX_STEPS_AHEAD)
+        return {rank: 2 * num_steps * self.cache.decode_s(context) for rank, context in contexts.items()}
 
     def computing_rank(self, seq: Sequence) -> int:
         """The KVP rank that writes the next chunk of a sequence that has KV."""

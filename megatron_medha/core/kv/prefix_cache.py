@@ -18,6 +18,7 @@ class PrefixCache:
     def __init__(self, pools: list[BlockPool], block_size: int, shard_tokens: int, kv: KVConfig) -> None:
         self.granule_tokens = kv.tokens_per_granule(block_size)
         self.prefill_s: Callable[[int], float] = float  # predicted seconds of a prefill of so many tokens
+        self.decode_s: Callable[[int], float] = _no_time  # of a decode's attention to so many tokens
         rules = EvictionRules(
             num_blocks=pools[0].num_blocks,
             recompute_s=self._recompute_s,
@@ -135,3 +136,7 @@ class PrefixCache:
 
 def _length(match: Match) -> int:
     return match.end - match.first
+
+
+def _no_time(num_tokens: int) -> float:
+    return 0.0

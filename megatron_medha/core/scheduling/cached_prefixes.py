@@ -28,7 +28,7 @@ class CachedPrefixes:
     ) -> None:
         self.siblings = PrefixSiblings(deadlines, memory, cache.granule_tokens, priority)
         self._cache = cache
-        cache.prefill_s = deadlines.prefill_s
+        cache.prefill_s, cache.decode_s = deadlines.prefill_s, deadlines.decode_s
         self._waits = PrefixWaits(cache)
         self._moved: dict[str, Sequence] = {}  # waiting, of which another part is cached than before
         self._freed: dict[str, Sequence] = {}  # those that have waited for another, and are in no queue

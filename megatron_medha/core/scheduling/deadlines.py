@@ -43,6 +43,10 @@ class Deadlines:
         """Predicted time of a whole prefill, alone: w_total."""
         return self._times.prefill_s(num_tokens) / self._spp
 
+    def decode_s(self, num_context_tokens: int) -> float:
+        """Predicted time in which a step's decodes read so many tokens of context."""
+        return self._cost.decode_attention_s(num_context_tokens)
+
     def work_s(self, num_tokens: int, num_cached_tokens: int) -> float:
         """Predicted time of a prefill, alone, that begins behind cached tokens.
 
