@@ -6,7 +6,7 @@
 
 64 sessions in a closed loop begin with the same 16K tokens, add a little and go on for some ten turns with short gaps;
 each fits into one KV shard. If a hit always won over a free rank, one rank would have all the work. Gaps are short
-because ranks that are idle most of the time have unequal work whoever decides: the first idle one gets the next prompt.
+because ranks that are idle most of the time have unequal work under any rule: the first idle one gets the next prompt.
 
 Bars: the rank with the most work has at most 20% more than the one with the least, and TTFT p99 is not above that
 without a prefix cache. Work: seconds that a rank computed, simulated; tokens that it computed, on the engine.

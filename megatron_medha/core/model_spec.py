@@ -1,6 +1,6 @@
 """What a decoder computes: every trait of its architecture that its outputs, its cost or its memory follow from.
 
-One object for whoever reads a checkpoint, builds the model or reckons its cost. No weights, no files here.
+One object for reading a checkpoint, building the model and predicting its cost. No weights, no files here.
 """
 
 from __future__ import annotations

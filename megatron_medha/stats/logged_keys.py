@@ -17,7 +17,7 @@ class KeyWriter:
 
     def __init__(self, max_known: int = _MAX_KNOWN) -> None:
         self._max_known = max_known
-        self._known: set[bytes] = set()  # whoever is in it is there with all before it
+        self._known: set[bytes] = set()  # a key in it is there with all keys before it
 
     def write(self, keys: bytes) -> list[str]:
         """The last known key, or nothing, and those after it."""

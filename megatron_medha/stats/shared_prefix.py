@@ -21,7 +21,7 @@ class PrefixHistory:
 
     def __init__(self, granule_tokens: int) -> None:
         self._granule_tokens = granule_tokens
-        self._first_with: dict[bytes, str] = {}  # with whoever is in it, all before it is in it too
+        self._first_with: dict[bytes, str] = {}  # a key in it is there with all keys before it
 
     def note(self, event: Event) -> None:
         """Something has happened."""

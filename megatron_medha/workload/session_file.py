@@ -36,7 +36,7 @@ def read_session_rows(path: Path, tokens_per_hash_id: int) -> list[TurnRow]:
             seen.add(row.session)
             rows.append(row)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ConfigError(f"workload.path={path}: cannot be read ({error}); check or copy it anew") from error
+        raise ConfigError(f"workload.path={path}: cannot be read ({error}); check it or copy it again") from error
     if not rows:
         raise ConfigError(f"workload.path={path}: no turns in it; it needs at least one line")
     return rows

@@ -155,6 +155,13 @@ def test_a_session_has_the_most_exact_of_its_names(
     assert not request.ends_session
 
 
+def test_the_end_of_no_session_is_named_as_ignored(start_server: StartServer) -> None:
+    server = start_server(FakeEngine(granule_tokens=16))
+    body: dict[str, Any] = {"max_tokens": 1, "prompt": PROMPT, "ends_session": True}
+    assert server.post(COMPLETIONS, body).headers[IGNORED_HEADER] == "ends_session"
+    assert IGNORED_HEADER not in server.post(COMPLETIONS, {**body, "session_id": "s"}).headers
+
+
 def test_two_keys_cannot_name_one_session(start_server: StartServer, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("a secret-1\nab secret-2\n")

@@ -13,7 +13,7 @@ from megatron_medha.core.kv.sequence import Sequence
 
 
 class PrefixCache:
-    """Sequences over a PrefixIndex. No clock: whoever uses it sets now_s before."""
+    """Sequences over a PrefixIndex. No clock: the caller sets now_s before."""
 
     def __init__(self, pools: list[BlockPool], block_size: int, shard_tokens: int, kv: KVConfig) -> None:
         self.granule_tokens = kv.tokens_per_granule(block_size)

@@ -93,7 +93,7 @@ class CachedPrefixes:
         self._cache.clear()
 
     def moved(self, are_all: bool) -> list[Sequence]:
-        """Waiting sequences that get a new place, with their cursors set anew. are_all: no event will follow."""
+        """Waiting sequences that get a new place, with their cursors updated. are_all: no event will follow."""
         if self._cache.evicted:
             for seq in self._waits.evicted(self._cache.evicted):
                 self._moved[seq.request_id] = seq

@@ -115,7 +115,7 @@ class PrefixSiblings:
         return bool(self._by_next_key) and self._sooner(seq, now_s) is not None
 
     def leave(self, seq: Sequence) -> None:
-        """It has ended, or is looked at anew."""
+        """It has ended, or is matched again."""
         prefill = self._awaited.pop(seq.request_id, None)
         if prefill is not None:
             del prefill.waiters[seq.request_id]

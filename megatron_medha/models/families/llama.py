@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and the tensors of whoever names them likewise: most families, of which each has some of these."""
+"""Llama 2 and 3, and the names of tensors that most families share, each using some of them."""
 
 from __future__ import annotations
 

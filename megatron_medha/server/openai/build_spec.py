@@ -112,7 +112,12 @@ async def begin_spec(
         session_id=f"{context.key.name} {session}" if session else "",
         ends_session=bool(session and fields.ends_session),
         tools=tools,
-        ignored=(*ignored, *(("service_tier",) if tier_class is None else ()), *_ignored_hints(hints)),
+        ignored=(
+            *ignored,
+            *(("service_tier",) if tier_class is None else ()),
+            *(("ends_session",) if fields.ends_session and not session else ()),
+            *_ignored_hints(hints),
+        ),
     )
 
 
