@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_medha"
 
 # What each room may import of ours besides itself, from the ground up. Rooms inside a room have rows of their own, and
-# those of core may be imported by whoever may import core.
+# those of core may be imported where core may be.
 ROOMS = {
     "core": {"core/kv"},
     "core/kv": {"core"},

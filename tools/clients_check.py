@@ -49,7 +49,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A client: what is installed, whose version is told, and how it is run."""
+    """A client: what is installed, whose version is printed, and how it is run."""
 
     packages: tuple[str, ...]
     command: Callable[[Place], list[str]]

@@ -1,4 +1,4 @@
-"""Plays a case on real ranks, with or without the prefix cache, in virtual time, and keeps what each request was told.
+"""Plays a case on real ranks, with or without the prefix cache, in virtual time, and keeps the answer to each request.
 
 What a step took is drawn, and so is which stage is done first: a play is the same however busy the machine is.
 """
@@ -62,7 +62,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Told:
-    """What a request was told."""
+    """The answer to a request."""
 
     prompt: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)

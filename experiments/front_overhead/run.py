@@ -12,7 +12,7 @@ if it is not yet (network, 3.5 GB) and whose model is simulated too (vllm_execut
   has a token, less when the work of its step was over. And what lies between the end of a step and the next one's
   beginning, which each token waits for too.
 
-CPU time counts whoever shares the core; tokens a second do not. Exits with 1 if a bar of ours is missed.
+CPU time counts all that share the core; tokens a second do not. Exits with 1 if a bar of ours is missed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hits of the same requests in the same order under an eviction that knows the future, and under others.
 
-Belady's rule over granules: what is needed again last goes first, of those the one that lies deepest. Whoever needs a
+Belady's rule over granules: what is needed again last goes first, of those the one that lies deepest. What needs a
 granule needs all before it, so none is evicted before what follows it. Granules of running requests stay, as in a run.
 A prompt is in memory from its beginning, the granules of its answer from its end; a run needs those earlier, so the
 rule has a little more memory than the run had.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megatron_medha.worker.rank import Rank
 
 _PRELOADED = ["megatron_medha.worker.startup.load", "megatron_medha.worker.step_loop"]
-# Nothing of a tiny model takes this long, however busy the machine is: whoever is silent for longer is stuck.
+# Nothing of a tiny model takes this long, however busy the machine is: a rank that is silent for longer is stuck.
 PATIENCE_S = 240.0
 
 Prepare = Callable[["Rank", dict[str, float]], None]
@@ -43,7 +43,7 @@ class Answer:
 
     done: StepDone
     logits_RV: np.ndarray | None
-    cpu_s: float              # this process's own time since its last answer, whoever else used the cores
+    cpu_s: float              # this process's own time since its last answer, whatever else used the cores
     notes: dict[str, float]   # what the rank's `prepare` has counted since then
 
 

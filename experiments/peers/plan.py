@@ -36,7 +36,7 @@ class Cell:
 
     @property
     def expected_s(self) -> float:
-        """Roughly, on two cores: so that the time that is left can be told."""
+        """Roughly, on two cores: so that the time that is left can be shown."""
         kind, _, size = self.load.partition("-")
         if kind == "prefill":
             # 32K takes a minute, 8K ten seconds.
@@ -119,7 +119,7 @@ def named_visits(names: Sequence[str], known: Collection[str]) -> list[Visit]:
 
 
 def plans(sizes: Sizes) -> dict[str, list[Visit]]:
-    """By name, in order of importance: whoever stops one in the middle has what matters most."""
+    """By name, in order of importance: one that is stopped in the middle has what matters most."""
     solo, near, far = solo_loads(sizes), mixed_load(LONGS_8K), mixed_load(LONGS_16K)
     smoke = [
         visit("vllm", 1, ["prefill-1024", "decode-8", near]),

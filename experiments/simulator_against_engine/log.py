@@ -64,8 +64,8 @@ class MachineSteps:
 
     The pace is what the steps around a step took over the law. In a simulation it is that of a stretch of calibration
     before or after what is simulated, as machines change within minutes, begun anywhere; what is left is that of one
-    of all the calibration's steps, so that steps scatter as they did. A scheduler that is told of steps without
-    scatter learns other things than one that is told of real ones: it aims lower the more steps break their budget.
+    of all the calibration's steps, so that steps scatter as they did. A scheduler that sees steps without
+    scatter learns other things than one that sees real ones: it aims lower the more steps break their budget.
     """
 
     def __init__(self, grid: Grid, stretches: Sequence[Sequence[Step]]) -> None:
@@ -93,7 +93,7 @@ class MachineSteps:
         self._reported: tuple[int, float] = (-1, 0.0)
 
     def whole_s(self, batch: Batch, now_s: float) -> float:
-        """Seconds from a batch's submission, now, until the scheduler hears of its end; drawn anew at each call."""
+        """Seconds from a batch's submission, now, until the scheduler hears of its end; drawn again at each call."""
         left, reported_share = self._draw.choice(self._left[has_prefill(batch)])
         place = bisect_right(self._times_s, (self._offset_s + now_s) % self._times_s[-1]) - 1
         whole_s = self._grid.seconds(load_of(batch)) * self._pace[place] * left
@@ -101,7 +101,7 @@ class MachineSteps:
         return whole_s
 
     def completed(self, batch: Batch, _: float) -> Completed:
-        """What the scheduler is told of the batch drawn last: the time that ranks report, from which it learns."""
+        """What the scheduler learns of the batch drawn last: the time that ranks report, from which it learns."""
         batch_id, duration_s = self._reported
         assert batch_id == batch.batch_id
         return Completed(batch_id=batch_id, duration_s=duration_s)

@@ -2,7 +2,7 @@
 
     python -m experiments.simulator_against_engine.run                    # a model of random weights, 28M parameters
     python -m experiments.simulator_against_engine.run checkpoints/tiny
-    python -m experiments.simulator_against_engine.run --again DIR        # of a run with --keep DIR: the figures anew
+    python -m experiments.simulator_against_engine.run --again DIR        # of a run with --keep DIR: the figures again
 
 One server is put under stretches of short prompts with a long one now and then, idle in between: a warm-up, then by
 turns a stretch of calibration and one of comparison. The machine's own speed drifts from minute to minute; that way

@@ -145,7 +145,7 @@ class NativeDecoder:
     ) -> Tensor:
         """One token each of T sequences through a whole model: logits [T, V], which the next call overwrites.
 
-        For steps of decodes alone: what `run` builds anew for each step takes longer than anything else outside of the
+        For steps of decodes alone: what `run` builds for each step takes longer than anything else outside of the
         library, since a step's weights have driven it out of the caches. Here the call is kept, and all numbers come in
         one array of int64: token ids [T], positions [T], slots [T], rows [T, 6] as in BatchPlan, 0 to T - 1.
 

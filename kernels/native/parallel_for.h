@@ -1,4 +1,4 @@
-// Work shared by threads: items by number, each taken by whoever is free.
+// Work shared by threads: items by number, each taken by a thread that is free.
 #pragma once
 
 #include <immintrin.h>

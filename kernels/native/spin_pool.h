@@ -1,7 +1,7 @@
 // Threads that stay awake for the length of one call with many small jobs, each of a few microseconds.
 //
 // Waking a sleeping OpenMP thread takes some 50 us, and a parallel region ends when all its threads have come. A decode
-// step of a small model has a hundred jobs of 20 us. Here a job is posted in one word of memory; whoever is awake and
+// step of a small model has a hundred jobs of 20 us. Here a job is posted in one word of memory; a thread that is awake and
 // free joins it, and nobody waits for one who has not joined: a worker that the system has put aside delays nothing.
 #pragma once
 

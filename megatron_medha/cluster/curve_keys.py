@@ -62,7 +62,7 @@ class CurveKeys(msgspec.Struct, frozen=True, kw_only=True):
         socket.curve_serverkey = self.front_public.encode()
 
     def guard(self, context: zmq.Context[zmq.Socket[bytes]]) -> ThreadAuthenticator:
-        """Refuse whoever does not hold the ranks' key, on all sockets of this context; to be stopped before it ends."""
+        """Refuse peers that do not hold the ranks' key, on all sockets of this context; stop it before they end."""
         guard = ThreadAuthenticator(context)
         guard.start()
         rank_public = self.rank_public.encode()

@@ -30,7 +30,7 @@ class RankStep(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     chunks: tuple[Chunk, ...]  # that this rank's kvp index takes part in, in the batch's order; may be none
     new_requests: tuple[NewRequest, ...] = ()  # of which this rank's kvp index gets blocks for the first time
     released: tuple[str, ...] = ()
-    # (request_id, token_id) since the last Step to this rank, of requests it was told of. A layout of one rank gets
+    # (request_id, token_id) since the last Step to this rank, of requests it knows of. A layout of one rank gets
     # none: it sampled them itself.
     sampled: tuple[tuple[str, int], ...] = ()
     kv_ops: tuple[KVOp, ...] = ()  # on this rank's kvp index

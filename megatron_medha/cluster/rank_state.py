@@ -17,7 +17,7 @@ class RankStateCache:
         """describe: a request as it stands now, with all its tokens."""
         self._describe = describe
         self._known: list[set[str]] = [set() for _ in range(layout.kvp)]
-        # A single rank appends what it samples itself; several are told, so that all append the same.
+        # A single rank appends what it samples itself; several receive them, so that all append the same.
         self._broadcasts_tokens = layout.world_size > 1
         self._sampled: list[list[tuple[str, int]]] = [[] for _ in range(layout.kvp)]
 

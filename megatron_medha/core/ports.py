@@ -19,7 +19,7 @@ class SchedulerProtocol(Protocol):
     """The scheduler as the loop sees it."""
 
     def handle(self, event: Event, now_s: float) -> list[Output]:
-        """Take note of what happened; what clients must be told comes back."""
+        """Take note of what happened; return what clients must hear of it."""
 
     def schedule(self, now_s: float) -> Batch | None:
         """Choose the next batch; None when nothing can run."""

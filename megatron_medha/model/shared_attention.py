@@ -18,7 +18,7 @@ from megatron_medha.kernels.attention.merge import merge_outputs, with_sinks
 from megatron_medha.kernels.attention.native_shards import NativeShards, PendingShard, native_merge
 from megatron_medha.parallel.kv_exchange import KVExchange
 
-# A peer that is about as far as we are answers within this; beyond it Python waits, and can be told to end.
+# A peer that is about as far as we are answers within this; beyond it Python waits, and can be ended.
 _NATIVE_WAIT_NS = 2_000_000
 
 

@@ -61,7 +61,7 @@ class KVExchange:
 
     @property
     def links(self) -> np.ndarray | None:
-        """Of ShmChannel, for whoever exchanges through shared memory without `begin`; None: there is none."""
+        """Of ShmChannel, for callers that exchange through shared memory without `begin`; None: there is none."""
         return None if self._slots is None else self._slots.links
 
     def fits_slots(self, row_bytes: int) -> bool:

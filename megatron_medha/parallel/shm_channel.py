@@ -31,7 +31,7 @@ _PREFIX = "medha-kvp-"
 _LINE_BYTES = 64     # a counter has a cache line of its own
 _TIMEOUT_S = 1800.0  # as collectives have (parallel/groups.py)
 # A peer that is about as far as we are answers within this; giving the core away each time costs little, while a
-# sleep of any length takes at least 0.1 ms. Beyond it the core is left to whoever works.
+# sleep of any length takes at least 0.1 ms. Beyond it the core is left to others.
 _SPIN_S = 2e-3
 _SLEEP_S = 5e-5
 

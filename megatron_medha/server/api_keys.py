@@ -12,7 +12,7 @@ from megatron_medha.server.server_config import ServerConfig
 
 @dataclass(frozen=True, slots=True)
 class ApiClient:
-    """Whoever stands behind a key. The name goes into logs and metrics, the key never."""
+    """The user behind a key. The name goes into logs and metrics, the key never."""
 
     name: str
     is_admin: bool = False

@@ -22,7 +22,7 @@ class Lifecycle:
 
     def __init__(self, streams: OutputStreams, config: Callable[[], ServerConfig]) -> None:
         self.is_draining = False
-        self.end_server: Callable[[], None] = lambda: None  # set by whoever runs the server
+        self.end_server: Callable[[], None] = lambda: None  # set by what runs the server
         self._streams = streams
         self._config = config
         self._num_active = 0

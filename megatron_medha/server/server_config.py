@@ -63,7 +63,7 @@ class ServerConfig:
     sse_keepalive_s: float = 10.0             # between comments while a prompt is in prefill; proxies cut idle lines
     sse_progress_s: float | None = None       # between progress comments; None: only for clients that ask
     log_requests: bool = False                # a line per request when it ends; vLLM's default, as logs grow by it
-    retry_after_s: int = 5                    # what clients are told with 503 and 429 where nothing better is known
+    retry_after_s: int = 5                    # sent to clients with 503 and 429 where nothing better is known
     keepalive_timeout_s: int = 30             # idle HTTP connections; load balancers often hold theirs for 30 s or more
     drain_timeout_s: float = 20.0             # running requests after SIGTERM; Kubernetes kills after 30 s
 

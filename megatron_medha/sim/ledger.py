@@ -114,7 +114,7 @@ class Ledger:
         self._end(self._live[request_id], Ending.REJECTED, why)
 
     def close(self) -> None:
-        """The run is over: whoever is still here has not finished."""
+        """The run is over: requests that are still here have not finished."""
         for live in list(self._live.values()):
             self._end(live, Ending.UNFINISHED)
 

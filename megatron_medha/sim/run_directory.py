@@ -56,7 +56,7 @@ class RecordConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A directory for one run; made by create(), read by whoever looks at it later."""
+    """A directory for one run; made by create(), read by commands that look at it later."""
 
     path: Path
 

@@ -15,7 +15,7 @@ class SimRuntime:
 
     feed: the requests; the next one is asked for when the last has come, and their keys as their outputs grow.
     api_server_s: from a request's arrival until the scheduler learns of it: HTTP, tokenizer.
-    places_itself: False: arrivals are pushed, by whoever takes them from the feed.
+    places_itself: False: arrivals are pushed, by the caller, who takes them from the feed.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class SimulationConfig:
     classes: LengthClasses = LengthClasses()
     truth: TruthConfig = TruthConfig()
     seed: int = 0
-    max_drain_s: float | None = None  # after the last arrival the run ends, whoever is left; None: when all have ended
+    max_drain_s: float | None = None  # after the last arrival the run ends, whatever is left; None: when all have ended
     sample_s: float | None = None     # between two samples of the state; None: _NUM_SAMPLES in all
 
     @property

@@ -147,7 +147,7 @@ class Truth:
 
 
 def _merged(tied: set[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Groups that share a rank are one group: whoever waits for one of them waits for all."""
+    """Groups that share a rank are one group: what waits for one of them waits for all."""
     groups: list[set[int]] = []
     for ranks in sorted(tied):
         joined = set(ranks)

@@ -22,7 +22,7 @@ def scratch_directory() -> Iterator[Path]:
     remove_abandoned()
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
         directory = Path(name)
-        # The kernel frees the lock when the process ends. It is held before it has its name: whoever finds it free
+        # The kernel frees the lock when the process ends. It is held before it has its name: one that finds it free
         # finds it abandoned.
         with open(directory / "unlocked", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

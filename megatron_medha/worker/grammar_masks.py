@@ -35,7 +35,7 @@ class GrammarMasks:
     """Masks for the requests of a rank that have a grammar.
 
     A matcher follows from the request's output so far. It is kept with the request while that lives on the rank, and
-    made again from the tokens where the request comes anew, after a rank's death or on another kvp rank.
+    made again from the tokens where the request comes again, after a rank's death or on another kvp rank.
     Grammars are compiled before their requests come (prepare), so that no step waits for that; one that comes
     unprepared, after the ranks were lost, is compiled in its step.
     """
@@ -52,7 +52,7 @@ class GrammarMasks:
         """Read the vocabulary before there are steps.
 
         A tenth of a second, for 150,000 entries over one, in which the library lets no other thread of this process
-        run. What is wrong with it is what requests with a grammar will be told.
+        run. Its error becomes the answer to requests with a grammar.
         """
         if not self._stop_token_ids:
             return  # no answer of this model could end; the API server takes no grammar

@@ -63,7 +63,7 @@ _GRAMMAR_CHARS_PER_S = 200  # one of 1,000 characters lets shorter ones go first
 
 
 def main(argv: list[str], load: LoadRank | None = None) -> int:
-    """Serve until told to stop or left alone; 1 after an error, which the API server is told about first.
+    """Serve until stopped or left alone; 1 after an error, which is sent to the API server first.
 
     load: brings the rank up; by default the model's (worker/startup/load.py).
     """

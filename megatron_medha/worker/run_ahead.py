@@ -60,7 +60,7 @@ class RunAheadDecodes:
         rest, wanted = [], []
         for chunk, request in work:
             row, position, known = self._decodes.get(chunk.request_id, (0, 0, None))
-            # A request that came anew under its id is another one.
+            # A request that came again under its id is another one.
             if known is request and position == chunk.start and chunk.num_tokens == 1 and chunk.samples_token:
                 wanted.append(row)
             else:

@@ -97,7 +97,7 @@ class TokenStore:
         return self._requests[request_id]
 
     def add(self, new_requests: Iterable[NewRequest]) -> None:
-        """Take up requests. An id that is known already begins anew."""
+        """Take up requests. An id that is known already begins again."""
         for new in new_requests:
             self._requests[new.request_id] = StoredRequest(new, self._vocab_size)
 

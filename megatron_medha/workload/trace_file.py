@@ -113,7 +113,7 @@ class TraceFile:
                 with self.path.open(encoding="utf-8-sig", newline="") as stream:
                     yield stream
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise ConfigError(f"workload.path={self.path}: cannot be read ({error}); check or copy it anew") from error
+            raise ConfigError(f"workload.path={self.path}: cannot be read ({error}); check or copy it again") from error
 
     def _csv(self, stream: TextIO) -> Iterator[tuple[int, TraceFormat, dict[str, object]]]:
         reader = csv.reader(stream)

@@ -62,7 +62,7 @@ def train(rank: int, meeting: str, directory: Path, stage: int, kind: str) -> No
     engine.backward(loss)
     engine.step()
     engine.save_checkpoint(str(directory), client_state={} if args is None else {"args": args})
-    # What the trained model answers, for whoever loads it.
+    # What the trained model answers, for those who load it.
     engine.eval()
     with torch.no_grad():
         ids = torch.arange(40).view(1, 40)

@@ -37,7 +37,7 @@ def test_a_server_of_ours_holds_shows_nothing_without_its_key_and_drains(
     out = capsys.readouterr().out
     assert code == 0, out
     assert all(name in out for name in ("beyond the limits", "without the key", "drain")) and "afterwards" not in out
-    assert medha.end() == 0  # it was told to
+    assert medha.end() == 0  # as asked
     assert medha.errors.read_text() == ""  # nothing that was sent is an error of ours
 
 

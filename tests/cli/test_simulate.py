@@ -197,7 +197,7 @@ def test_explain_says_when_triage_let_others_go_first(tmp_path: Path, capsys: Ca
     assert main(["explain", str(out), "worst-long"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (place,) = [index for index, line in enumerate(lines) if "its deadline can no longer be met" in line]
-    # It has lost when its slack is used up; what happened from then on is told apart from what was before.
+    # It has lost when its slack is used up; what happened from then on is kept apart from what was before.
     assert lines[place + 1].split()[0] == lines[place].split()[0]
     assert -0.1 < float(lines[place + 1].split()[2]) <= 0.0
 

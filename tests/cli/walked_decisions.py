@@ -33,7 +33,7 @@ SLOW = Hardware(
 
 
 class Digest:
-    """An observer that remembers all it is told, in 32 bytes."""
+    """An observer that remembers all it receives, in 32 bytes."""
 
     def __init__(self) -> None:
         self._sum = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""A rank without a model: its tokens follow from the tokens before them, and it checks all that it is told.
+"""A rank without a model: its tokens follow from the tokens before them, and it checks all that it receives.
 
 It runs worker/main.py's own loop. The checkpoint directory of its configuration may hold fault.json:
 {"rank": r, "kind": "hang" | "stop" | "close" | "exit" | "lose" | "load", "token": t}. A rank that meets the token in a
@@ -58,7 +58,7 @@ class FakeRank:
         self._blocks: dict[str, list[int]] = {}
         self._is_last_stage = self._coord.spp == config.layout.spp - 1
         self._last_batch_id = -1
-        self._num_lost_blocks = 0  # of its books, where it is told to lose some
+        self._num_lost_blocks = 0  # of its books, where it has to lose some
         self.answers = self._coord.tp == 0
         self.prepared: list[str] = []  # grammars
 
@@ -147,7 +147,7 @@ def _take_fault(config: RankConfig, tokens: Sequence[int] | None = None) -> str 
 
 
 def load(config: RankConfig, progress: Callable[[str, float], None]) -> LoadedRank:
-    """Takes no time, unless it is told to wait or to fail."""
+    """Takes no time, unless it has to wait or to fail."""
     progress("model", 0.5)
     while (Path(config.checkpoint) / "hold").exists():
         threading.Event().wait(0.01)

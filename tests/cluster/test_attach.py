@@ -40,7 +40,7 @@ AGENT = (sys.executable, "-m", "megatron_medha.worker.main")
 
 
 def free_port(num_ports: int = 1) -> int:
-    """The first of so many that nobody listens on, nor is given by the system to whoever asks for any port."""
+    """The first of so many that nobody listens on, nor is given by the system to those who ask for any port."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with ExitStack() as probes:

@@ -1,4 +1,4 @@
-"""Ranks are told what they do not know yet, and nothing twice."""
+"""Ranks receive what they do not know yet, and nothing twice."""
 
 from __future__ import annotations
 

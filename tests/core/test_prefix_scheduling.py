@@ -88,7 +88,7 @@ def test_work_behind_a_prefix_is_never_less_than_a_step_of_as_many_tokens() -> N
 
 
 def blocked(bench: Bench) -> None:
-    """The only place is taken by a decode: whoever comes waits."""
+    """The only place is taken by a decode: a request that comes waits."""
     bench.arrive(request("blocker", 8, 100))
     bench.step()
 

@@ -134,7 +134,7 @@ class Seen:
     is_released: bool = False
 
     def lose_kv(self) -> None:
-        """The ranks still have its blocks, until they are told."""
+        """The ranks still have its blocks, until they hear of it."""
         self.kvp_ranks, self.num_scheduled = (), 0
 
 

@@ -44,7 +44,7 @@ class World:
         self.backend = backend
         self.layer = self.backend.allocate(num_blocks, block_size, num_kv_heads, head_dim, dtype)
         for tensor in self.layer:
-            tensor.fill_(torch.nan)  # whoever reads a slot that was never written will show it
+            tensor.fill_(torch.nan)  # a kernel that reads a slot that was never written will show it
         self.num_kv_heads, self.group, self.head_dim, self.dtype = num_kv_heads, group, head_dim, dtype
         self.block_size, self.num_blocks = block_size, num_blocks
         self.free_blocks = set(range(num_blocks))

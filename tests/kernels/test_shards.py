@@ -45,7 +45,7 @@ def test_shards_attended_apart_and_merged_are_attention_over_the_whole(
         is_last = shard == 2
         layer = backend.allocate(8, BLOCK_SIZE, num_kv_heads, HEAD_DIM, dtype)
         for tensor in layer:
-            tensor.fill_(torch.nan)  # whoever reads a slot that was never written will show it
+            tensor.fill_(torch.nan)  # a kernel that reads a slot that was never written will show it
         table = table_of(backend, [(4, 2), (0, 2)])
         start = shard * shard_tokens
         end = first_new if is_last else start + shard_tokens

@@ -45,7 +45,7 @@ class Paged:
         tile = dataclasses.replace(INTERPRETED_TILE, has_tma=tma)
         self.backend = TritonAttention(CPU, group=group, prefill_tile=tile, decode_tile=tile)
         self.layer = self.backend.allocate(64, BLOCK_SIZE, heads, head_dim, kv_dtype)
-        if kv_dtype != E4M3:  # whoever reads a slot that was never written will show it
+        if kv_dtype != E4M3:  # a kernel that reads a slot that was never written will show it
             self.layer.k_NKPD.fill_(torch.nan)
             self.layer.v_NKPD.fill_(torch.nan)
         self.shape = (heads, group, head_dim)

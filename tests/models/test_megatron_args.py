@@ -87,7 +87,7 @@ REFUSED = {
 
 
 class OfMegatron(enum.Enum):
-    """Stands for its enums: whoever reads a checkpoint does not have their classes."""
+    """Stands for its enums: a reader of checkpoints does not have their classes."""
 
     VALUE = 1
 

@@ -1,4 +1,4 @@
-"""Words of a command line mean what they mean to Hydra, whoever reads them."""
+"""Words of a command line mean what they mean to Hydra, whichever library reads them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.parallel.walk import LAYOUTS, Reference, save_model
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankProcesses]:
-    """Enough for the largest layout; they wait, idle, for whoever loads them next."""
+    """Enough for the largest layout; they wait, idle, for the test that loads them next."""
     with rank_processes(max(layout.world_size for layout in LAYOUTS.values())) as processes:
         yield processes
 

@@ -41,7 +41,7 @@ class Audit:
 
     def __init__(self) -> None:
         self.scheduler: Scheduler | None = None
-        self.released: list[str] = []   # what ranks were told to forget
+        self.released: list[str] = []   # what ranks have to forget
         self.num_checks = 0
         self._changed = threading.Condition()
         self._stop_at: Callable[[Scheduler], bool] | None = None
@@ -104,7 +104,7 @@ class Audit:
 
 
 class LiveEngine:
-    """The engine, with what it is told to begin and to abort on record.
+    """The engine, with a record of what it began and aborted.
 
     step_s: what a step takes, of the wall clock; long for what must still run when a busy machine comes to look.
     """

@@ -178,7 +178,7 @@ def test_unread_tokens_are_bounded_and_the_request_ends_before_its_reader_does(s
     engine.wait_for_aborts(32)
     engine.wait_until_idle()
     received = b""
-    while b"[DONE]" not in received:  # it reads after all: then it is told
+    while b"[DONE]" not in received:  # it reads after all: then it hears of it
         part = slow.recv(65536)
         assert part
         received += part

@@ -28,7 +28,7 @@ def page() -> Iterator[Page]:
 
 
 def start(start_server: StartServer, **settings: object) -> tuple[Running, LiveEngine]:
-    # One that decodes is at it for eighty seconds, unless it is told to go.
+    # One that decodes is at it for eighty seconds, unless it is let go.
     engine = LiveEngine(num_blocks=220, policy="fcfs", step_s=0.1, max_batch_tokens=1024)
     server = start_server(engine, journal=engine.journal, metrics=engine.journal.metrics, **settings)
     while server.get("/ready").status_code != 200:

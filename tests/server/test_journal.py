@@ -372,7 +372,7 @@ def test_the_debug_routes_tell_the_story_of_an_answer(start_server: StartServer)
 
 
 def test_the_schedule_shows_who_waits_and_why(start_server: StartServer) -> None:
-    # The holder decodes for fifty seconds, unless it is told to go.
+    # The holder decodes for fifty seconds, unless it is let go.
     engine = LiveEngine(num_blocks=220, policy="fcfs", step_s=0.1, max_batch_tokens=1024)
     server = live(start_server, engine)
     server.get("/debug/schedule")

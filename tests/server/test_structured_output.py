@@ -125,7 +125,7 @@ def never_compiled(place: int) -> dict:
 
 
 def test_grammars_that_never_end_hurt_nobody_else(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._QUEUE_S", WAIT_S)  # whoever waits is served in the end
+    monkeypatch.setattr("megatron_medha.grammar.grammar_trials._QUEUE_S", WAIT_S)  # all are served in the end
     server = start_server(grammar_timeout_s=2.0)
     with ThreadPoolExecutor(8) as threads:
         hostile = [{"prompt": "a", "guided_json": never_compiled(place)} for place in (1, 2, 3, 3, 3)]

@@ -170,7 +170,7 @@ def chunk(request_id: str, start: int, num_tokens: int, *, samples: bool = False
 
 
 class Tracked:
-    """A tracker that is told what a scheduler would say, and what it tells others."""
+    """A tracker fed with what a scheduler would say, and what it passes on."""
 
     def __init__(self) -> None:
         self.heard: list[tuple[object, ...]] = []

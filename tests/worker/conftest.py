@@ -111,7 +111,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 @pytest.fixture(scope="session")
 def rank_config(theirs: tuple[Any, Path]) -> RankConfig:
-    """How the tests' ranks are told to start."""
+    """How the tests' ranks start."""
     return RankConfig(
         server_endpoint="inproc://nobody",
         checkpoint=str(theirs[1]),

@@ -1,4 +1,4 @@
-"""When idle OpenMP threads are told to sleep."""
+"""When idle OpenMP threads have to sleep."""
 
 from __future__ import annotations
 

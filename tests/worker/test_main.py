@@ -184,7 +184,7 @@ def test_a_rank_does_not_outlive_the_process_that_started_it(
         rank_pid = int(parent.stdout.readline())
         rank_fd = os.pidfd_open(rank_pid)
         try:
-            front_socket.receive_until(RankLoading)  # by then it has asked to be told of its parent's end
+            front_socket.receive_until(RankLoading)  # by then it has asked for a signal at its parent's end
             parent.kill()
             poll = select.poll()
             poll.register(rank_fd, select.POLLIN)

@@ -109,7 +109,7 @@ def _read(path: Path, name: str) -> ReportRun:
         assert isinstance(values["classes"], dict) and isinstance(values["all"], dict)
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise ConfigError(f"{path}: not a run directory of this version ({error!r}); move it away") from None
-    # A load's own server says what a simulation is told: the two are compared by it.
+    # A load's own server says what a simulation is given: the two are compared by it.
     server = _options(path / "server.yaml") if (path / "server.yaml").exists() else {}
     flat = {key: value for key, value in server.items() if key.startswith(_SERVER_KEYS)}
     return ReportRun(name, path, flat | options, values, is_simulated="machine" in values)

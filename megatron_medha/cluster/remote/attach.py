@@ -116,7 +116,7 @@ class AttachedRanks(Ranks):
         assert self._desired is None, "ranks are still there"
         if self._link is not None:
             self._link.close()
-        # Any port: agents are told which.
+        # Any port: agents learn which.
         self._link = RankLink(self._context, f"tcp://{self._host}:*", len(self._configs), self._keys)
         self._start += 1
         self._start_s = time.monotonic()

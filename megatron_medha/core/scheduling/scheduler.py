@@ -143,7 +143,7 @@ class Scheduler:
     # ---- events ----
 
     def handle(self, event: Event, now_s: float) -> list[Output]:
-        """Take note of what happened; what clients must be told comes back."""
+        """Take note of what happened; return what clients must hear of it."""
         outputs: list[Output] = []
         if self._prefixes is not None:
             self._prefixes.set_time(now_s)

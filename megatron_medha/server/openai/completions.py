@@ -80,7 +80,7 @@ def _num_drawn(body: CompletionRequest, n: int) -> int:
 
 
 def _best(pieces_by_choice: Sequence[Sequence[Piece]], spec: GenerationSpec) -> list[Sequence[Piece]]:
-    """Of each prompt's choices those with the highest cumulative log-probability, numbered anew."""
+    """Of each prompt's choices those with the highest cumulative log-probability, numbered from 0."""
     best: list[Sequence[Piece]] = []
     for first in range(0, len(pieces_by_choice), spec.n):
         of_prompt = sorted(pieces_by_choice[first : first + spec.n], key=_cumulative_logprob, reverse=True)

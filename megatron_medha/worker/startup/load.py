@@ -60,7 +60,7 @@ Progress = Callable[[str, float], None]  # what is being done, and how much of i
 
 
 def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
-    """A rank that has computed its first tokens, and what the API server is told about it."""
+    """A rank that has computed its first tokens, and what it sends to the API server."""
     num_threads = num_threads_of_rank(config.model.num_threads, config.layout.world_size)
     torch.set_num_threads(num_threads)
     tune_malloc()
