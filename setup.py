@@ -15,6 +15,7 @@ setup(
     package_dir=nested,
     package_data={
         "megatron_medha.conf": ["**/*.yaml"],
+        "megatron_medha.cli.parts": ["*.toml"],
         "megatron_medha.cli.reports": ["*.j2"],
         "megatron_medha.models": ["*.toml"],
         "megatron_medha.server.observe": ["*.html"],
@@ -41,6 +42,7 @@ setup(
         "msgspec>=0.19",
         "safetensors>=0.5",
         "tokenizers>=0.21",
+        "huggingface-hub>=1.0,<3",  # medha serve ORG/NAME; tokenizers brings it too
         # Structured output. No torch, no other packages, 3 MB, one wheel for every Python; xgrammar needs torch and
         # transformers, which the front process must not load. 1.6 takes one end token only, models have several.
         "llguidance>=1.9.1,<2",

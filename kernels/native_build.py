@@ -42,6 +42,7 @@ _PRIVATE_PREFIX = "megatron_medha-"
 # GCC 12's own AVX-512 headers trip its warnings about uninitialised values; nothing here reads errno.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
 _BUILD_TIMEOUT_S = 120.0
+BUILD_S = 15  # about, on one core that has nothing else to do
 
 _pinned: str | None = None  # by use_target
 
@@ -132,6 +133,15 @@ def gomp_parallel_address() -> int | None:
     return ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value
 
 
+def is_built() -> bool:
+    """Whether the library for this machine's best instruction set is in the cache: if not, the first use builds it."""
+    try:
+        target = _pinned or usable_targets()[0]
+        return (cache_directory() / _file_name(target)).exists()
+    except (NativeUnavailable, OSError, RuntimeError):  # RuntimeError: no home directory
+        return False
+
+
 def cache_directory() -> Path:
     """Where builds are kept: $XDG_CACHE_HOME or ~/.cache, in a directory of the project's own."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -140,7 +150,7 @@ def cache_directory() -> Path:
 
 def _built(target: str) -> Path:
     """The file of the library; ranks that start together build it once."""
-    name = f"kernels-{target.lower()}-{_digest(target)}.so"
+    name = _file_name(target)
     try:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
@@ -161,6 +171,10 @@ def _built(target: str) -> Path:
             shutil.rmtree(directory, ignore_errors=True)
             raise
         return directory / name
+
+
+def _file_name(target: str) -> str:
+    return f"kernels-{target.lower()}-{_digest(target)}.so"
 
 
 def _cpu_flags() -> set[str]:
@@ -192,6 +206,7 @@ def _compile(target: str, path: Path) -> None:
     if compiler is None:
         raise NativeUnavailable("there is no C++ compiler (c++, g++ or clang++, or $CXX)")
     started_s = time.monotonic()
+    log.info("native_kernels_building target=%s expected_seconds=%d (once for this machine)", target, BUILD_S)
     # Beside its final place and then renamed: nobody ever loads half a file.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]

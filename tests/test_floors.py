@@ -71,7 +71,7 @@ ROOMS = {
     },
     "cli": {
         "core", "system", "text", "stats", "workload", "engine", "sim", "sim/planning", "cluster", "cluster/remote",
-        "worker", "worker/startup", "server", "server/observe", "bench", "tiny", "options", "kernels",
+        "models", "worker", "worker/startup", "server", "server/observe", "bench", "tiny", "options", "kernels",
     },
 }  # fmt: skip
 # Importing these loads nothing heavy, at once or later: the API server, the simulator and the clients start fast.

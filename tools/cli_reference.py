@@ -1,4 +1,4 @@
-"""Prints docs/cli.md: what `medha COMMAND --help` says, for every command.
+"""Prints docs/cli.md: what `medha COMMAND --help=all` says, for every command.
 
     python tools/cli_reference.py > docs/cli.md
 
@@ -13,11 +13,12 @@ import io
 from collections.abc import Iterator
 
 from megatron_medha.cli.medha import COMMANDS, main, usage
+from megatron_medha.cli.parts.options_help import COMMON_KEYS
 
 _HEAD = """\
 # Command line
 
-Every command, group, option and key, as `medha COMMAND --help` shows them. Made by `python tools/cli_reference.py`
+Every command, group, option and key, as `medha COMMAND --help=all` shows them. Made by `python tools/cli_reference.py`
 from `conf/` and the commands themselves; a test holds the two together.
 """
 
@@ -35,7 +36,7 @@ def _sections() -> Iterator[str]:
 
 def _help(name: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exit_code = main([name, "--help"])
+        exit_code = main([name, "--help=all" if name in COMMON_KEYS else "--help"])
     assert exit_code == 0, f"medha {name} --help ended with {exit_code}"
     return printed.getvalue()
 

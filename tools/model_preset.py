@@ -9,24 +9,18 @@ Only DIR/config.json is read, as `medha serve` reads it: the weights need not be
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from pathlib import Path
 
+from megatron_medha.cli.parts.model_words import set_fields, shape_in
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.core.model_shape import ModelShape
-from megatron_medha.models.hf_config import read_hf_config
-
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def preset(directory: Path) -> str:
     """The YAML of the model in directory/config.json. Raises what reading it raises."""
-    config = read_hf_config(directory)
-    shape = config.shape(_DTYPE_BYTES[config.dtype])
-    lines = [f"# {config.name} in {config.dtype}, from its config.json.", "defaults:", "  - auto", "", "shape:"]
-    for field in fields(ModelShape):
-        if (value := getattr(shape, field.name)) != field.default:
-            lines.append(f"  {field.name}: {str(value).lower() if isinstance(value, bool) else value}")
+    shape = shape_in(directory)
+    lines = [f"# {shape.name}, from its config.json.", "defaults:", "  - auto", "", "shape:"]
+    for name, value in set_fields(shape).items():
+        lines.append(f"  {name}: {str(value).lower() if isinstance(value, bool) else value}")
     return "\n".join(lines) + "\n"
 
 

@@ -15,17 +15,19 @@ from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.options.option_errors import check_http_url
 
-HELP = "/quit ends, /clear forgets the conversation, /system TEXT sets the system prompt, Ctrl-C stops the output"
+HELP = "/quit or Ctrl-D ends, /clear forgets the conversation, /system TEXT sets the system prompt, Ctrl-C stops output"
 
 USAGE = f"""\
-usage: medha chat [key=value ...]
+usage: medha chat [URL] [key=value ...]
 
 Chats with a running server. {HELP}.
 
 examples:
   medha chat
-  medha chat url=http://127.0.0.1:8001 temperature=0.7 'system_prompt="Answer in one sentence."'
+  medha chat http://127.0.0.1:8001 temperature=0.7 'system_prompt="Answer in one sentence."'
 """
+
+_READY_TIMEOUT_S = 10.0
 
 
 class ChatError(MedhaError):
@@ -96,12 +98,9 @@ class Conversation:
         headers["X-Session-Id"] = self.session_id
         if config.api_key:
             headers["Authorization"] = f"Bearer {config.api_key}"
-        parts = urlsplit(config.url)
-        assert parts.hostname is not None, "checked by ChatConfig"
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port, timeout=config.timeout_s)
+        connection = _connection(config, config.timeout_s)
         try:
-            path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+            path = f"{_base_path(config)}/v1/chat/completions"
             connection.request("POST", path, json.dumps(body).encode(), headers)
             response = connection.getresponse()
             if response.status != 200:
@@ -117,8 +116,46 @@ def run(words: Sequence[str]) -> int:
     """Talk until /quit or the end of input."""
     config = read_options("chat", words, USAGE, lambda: ChatConfig)
     if config is not None:
+        check_ready(config)
         chat(config)
     return 0
+
+
+def check_ready(config: ChatConfig) -> None:
+    """Raises ChatError if nobody could answer there: no server, or one whose model is not loaded."""
+    connection = _connection(config, min(config.timeout_s, _READY_TIMEOUT_S))
+    try:
+        connection.request("GET", f"{_base_path(config)}/ready")
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ChatError(
+            f"no server at {config.url} ({error or type(error).__name__}); "
+            "`medha serve DIR` starts one, and url=URL names another"
+        ) from error
+    finally:
+        connection.close()
+    if response.status == 503:  # other servers have no such route; their answers will tell
+        raise ChatError(f"{config.url} takes no requests yet: {_state(body)}")
+
+
+def _state(body: bytes) -> str:
+    try:
+        state = json.loads(body)
+        return " ".join(str(state[name]) for name in ("status", "detail") if state.get(name))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "503"
+
+
+def _connection(config: ChatConfig, timeout_s: float) -> http.client.HTTPConnection:
+    parts = urlsplit(config.url)
+    assert parts.hostname is not None, "checked by ChatConfig"
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname, parts.port, timeout=timeout_s)
+
+
+def _base_path(config: ChatConfig) -> str:
+    return urlsplit(config.url).path.rstrip("/").removesuffix("/v1")
 
 
 def chat(config: ChatConfig, *, read_line: Callable[[str], str] = input, out: TextIO | None = None) -> None:

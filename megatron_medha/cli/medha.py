@@ -34,8 +34,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's part of it
 EXAMPLES = """\
 examples:
   medha train-tiny                                 # makes checkpoints/tiny
-  medha serve checkpoint=checkpoints/tiny
-  medha serve checkpoint=DIR scheduler=fcfs scheduler.step_budget_s=0.03 server.port=8001
+  medha serve checkpoints/tiny
+  medha serve DIR scheduler=fcfs scheduler.step_budget_s=0.03 server.port=8001
   medha chat
   medha COMMAND --help
 """

@@ -67,7 +67,7 @@ def run(words: Sequence[str]) -> int:
     options = read_options("plan", words, USAGE, lambda: PlanOptions)
     if options is None:
         return 0
-    arguments = parse_arguments(words)
+    arguments = parse_arguments(words, command="plan")
     found = candidates(options, contenders(options, arguments.overrides, arguments.config_dir))
     print_search_size(options, found)
     if found.window.why_too_few:

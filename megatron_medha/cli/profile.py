@@ -14,15 +14,15 @@ from megatron_medha.system.checked_files import check_writable
 from megatron_medha.system.machine import num_usable_cores
 
 USAGE = """\
-usage: medha profile checkpoint=DIR [key=value ...]
+usage: medha profile DIR [key=value ...]
 
 Runs some hundred steps of the model as `medha serve` would, in under 3 minutes, and fits the cost model to them. With
 profile=FILE the server starts from this fit and keeps learning; without one it needs several hundred steps first.
 
 examples:
-  medha profile checkpoint=checkpoints/tiny
-  medha profile checkpoint=DIR file=h200.json model.device=cuda model.kv_dtype=fp8_e4m3
-  medha serve checkpoint=DIR profile=profile.json
+  medha profile checkpoints/tiny
+  medha profile DIR file=h200.json model.device=cuda model.kv_dtype=fp8_e4m3
+  medha serve DIR profile=profile.json
 """
 
 

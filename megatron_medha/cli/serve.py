@@ -8,33 +8,38 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from megatron_medha.cli.parts.arguments import FLAGS
 from megatron_medha.cli.parts.command_options import read_options
+from megatron_medha.cli.parts.hub_models import hub_name, local_directory
 from megatron_medha.cli.parts.status_printer import StatusPrinter, print_line
 from megatron_medha.cli.parts.stop_signals import EXIT_CODE_SIGNALLED, StopSignals
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.core.errors import ConfigError
-from megatron_medha.options.serve_options import ServeConfig, ServeOptions, serve_config
+from megatron_medha.core.errors import CheckpointError, ConfigError, UnsupportedModelError
+from megatron_medha.options.serve_options import RuntimeKind, ServeConfig, ServeOptions, serve_config
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.system.libc import set_mmap_threshold
 from megatron_medha.system.log_lines import set_up_logging
 
 USAGE = f"""\
-usage: medha serve checkpoint=DIR [group=option] [key=value ...]
+usage: medha serve DIR_OR_HUB_NAME [group=option] [key=value ...]
 
-Serves one model over the OpenAI API. DIR is a Megatron torch_dist checkpoint, a Hugging Face model (Llama, Mistral,
-Qwen2, Qwen3; safetensors) or a DeepSpeed ZeRO checkpoint; the format is detected. Options are written as in Hydra.
+Serves one model over the OpenAI API. DIR is a Megatron torch_dist checkpoint, a Hugging Face model (safetensors) or a
+DeepSpeed ZeRO checkpoint; the format is detected. ORG/NAME, or ORG/NAME@REVISION, is downloaded from the Hugging Face
+hub and cached. Options are written as in Hydra; common flags of vLLM and SGLang work too (docs/from_vllm.md).
 
 examples:
-  medha serve checkpoint=checkpoints/tiny
-  medha serve checkpoint=DIR server.port=8001 server.served_model_names=[my-model]
-  medha serve checkpoint=DIR scheduler=fcfs scheduler.step_budget_s=0.03
-  medha serve checkpoint=DIR model.kv_memory_gib=4 tracking=jsonl
-  medha serve checkpoint=DIR parallel.spp=2 parallel.tp=2 recovery=none
-  medha serve checkpoint=DIR parallel.tp=8 parallel.dp=2 launch=attach model.kv_memory_gib=40
+  medha serve checkpoints/tiny
+  medha serve Qwen/Qwen3-0.6B
+  medha serve DIR server.port=8001 server.served_model_names=[my-model]
+  medha serve DIR --port 8001 --served-model-name my-model
+  medha serve DIR scheduler=fcfs scheduler.step_budget_s=0.03
+  medha serve DIR model.kv_memory_gib=4 tracking=jsonl
+  medha serve DIR parallel.spp=2 parallel.tp=2 recovery=none
+  medha serve DIR parallel.tp=8 parallel.dp=2 launch=attach model.kv_memory_gib=40
   medha serve runtime=sim model=llama3_8b hardware=h100 tokenizer=DIR    # no model runs; steps take predicted time
-  medha serve --check checkpoint=DIR parallel.tp=2                       # what it is and whether it fits; loads nothing
+  medha serve --check DIR parallel.tp=2                                  # what it is and whether it fits; loads nothing
 
 flags:
 {FLAGS}  --check              print what the checkpoint is, what it takes here, and which layouts divide it; then exit
@@ -51,6 +56,7 @@ def run(words: Sequence[str]) -> int:
     options = read_options("serve", words, USAGE, lambda: ServeOptions)
     if options is None:
         return 0
+    options = _with_local_model(options)
     if "--check" in words:
         return _check(serve_config(options))
 
@@ -61,16 +67,44 @@ def run(words: Sequence[str]) -> int:
         now = read_options("serve", words, USAGE, lambda: ServeOptions)
         assert now is not None
         check_private_files(now.server)
-        return now.server
+        return _named_after_hub(now).server
 
     return _serve(serve_config(options), read_server_config)
+
+
+def _with_local_model(options: ServeOptions) -> ServeOptions:
+    """With directories where names of the Hugging Face hub were given. ConfigError for what is wrong with them."""
+    named = _named_after_hub(options)
+    checkpoint = local_directory("checkpoint", options.checkpoint)
+    tokenizer = local_directory("tokenizer", options.tokenizer, has_weights=False)
+    if options.runtime is RuntimeKind.RANKS and checkpoint is not None and checkpoint.expanduser().is_dir():
+        from megatron_medha.worker.startup.early_check import check_checkpoint
+
+        _ignore_warnings_of_imports()
+        try:
+            check_checkpoint(checkpoint.expanduser())
+        except (CheckpointError, UnsupportedModelError) as error:  # before the server listens, and as wrong as a key
+            raise ConfigError(str(error)) from None
+    return replace(named, checkpoint=checkpoint, tokenizer=tokenizer)
+
+
+def _named_after_hub(options: ServeOptions) -> ServeOptions:
+    """A model of the hub is served under its name there, not that of a folder of the cache."""
+    name = hub_name(options.checkpoint)
+    if name is None or options.server.served_model_names:
+        return options
+    return replace(options, server=replace(options.server, served_model_names=(name.partition("@")[0],)))
+
+
+def _ignore_warnings_of_imports() -> None:
+    # Megatron-core tells of every optional package that is missing; none is needed here.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
 
 
 def _check(config: ServeConfig) -> int:
     if not isinstance(config.world, RankConfig):
         raise ConfigError("--check: reads a checkpoint, and runtime=sim has none")
-    # Megatron-core tells of every optional package that is missing; none is needed here.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    _ignore_warnings_of_imports()
     from megatron_medha.worker.startup.checkpoint_check import checkpoint_facts
 
     for name, fact in checkpoint_facts(config.world):
@@ -122,7 +156,7 @@ def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) 
     def on_listening(url: str) -> None:
         gc.freeze()
         gc.enable()
-        stops.count(lambda: printer.failure is None)
+        stops.count(lambda: printer.failure is None, lambda: service.lifecycle.waits_for)
         service.prepare()
         printer.start(url)
         tracking.start()

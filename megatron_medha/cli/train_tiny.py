@@ -11,7 +11,7 @@ from typing import Any
 from megatron_medha.cli.parts.command_options import read_options
 
 USAGE = """\
-usage: medha train-tiny [key=value ...]
+usage: medha train-tiny [DIR] [key=value ...]
 
 Trains a small byte-level GPT with Megatron-core on the source of Python's standard library, and saves it as a
 Megatron torch_dist checkpoint with its tokenizer. Its output is gibberish that looks like Python: it exists so you can
@@ -19,7 +19,7 @@ try the server on a real checkpoint.
 
 examples:
   medha train-tiny
-  medha train-tiny directory=checkpoints/other seconds=30 seed=1
+  medha train-tiny checkpoints/other seconds=30 seed=1
 """
 
 

@@ -58,9 +58,9 @@ def use_cpu_kernels(
         use_native_passes(model)
         decoder = _decoder_of(model, backend)
     except (_UnsupportedPart, NativeUnavailable) as reason:
-        log.info("native_decoder enabled=no reason=%r", str(reason))
+        log.info("decode=torch reason=%r (the native decoder runs Llama-like models in bfloat16)", str(reason))
         return None
-    log.info("native_decoder enabled=yes layers=%d", decoder.num_layers)
+    log.info("decode=native layers=%d", decoder.num_layers)
     model.forward = NativeForward(model, decoder)  # type: ignore[method-assign]
     return decoder
 

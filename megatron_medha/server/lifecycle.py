@@ -38,6 +38,14 @@ class Lifecycle:
         if not self._num_active and self._is_idle is not None:
             self._is_idle.set()
 
+    @property
+    def waits_for(self) -> str:
+        """What a drain that begins now waits for, as the end of a sentence; empty if there is nothing."""
+        if not self._num_active:
+            return ""
+        requests = "1 request" if self._num_active == 1 else f"{self._num_active} requests"
+        return f": waiting up to {self._config().drain_timeout_s:g} s for {requests}; Ctrl-C again stops now"
+
     def check_open(self) -> None:
         """ApiError 503 once the server is shutting down."""
         if self.is_draining:

@@ -133,7 +133,7 @@ def _serve(
     load: LoadRank,
 ) -> None:
     """Load, report ready, answer messages until Shutdown or until the parent is gone."""
-    send(RankLoading(config.rank, "libraries", 0.0))
+    send(RankLoading(config.rank, "importing torch and megatron-core", 0.0))
     serve, ready, prepare = load(config, lambda what, fraction: send(RankLoading(config.rank, what, fraction)))
     with _preparing(context, config, prepare) as take, _trimming_memory():
         send(ready)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from megatron_medha.cli import version
 from megatron_medha.cli.medha import COMMANDS, main
 from megatron_medha.cli.parts.arguments import parse_arguments
+from megatron_medha.cli.parts.options_help import COMMON_KEYS
 from megatron_medha.cli.parts.tracking import Tracking
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.options.serve_options import TrackingConfig
@@ -23,7 +25,7 @@ def test_help_lists_every_command_with_examples(capsys: pytest.CaptureFixture[st
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in COMMANDS)
-    assert "medha serve checkpoint=checkpoints/tiny" in text
+    assert "medha serve checkpoints/tiny" in text
 
 
 def test_without_a_word_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +47,7 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
 
 
 def test_help_of_serve_shows_groups_options_keys_and_comments(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["serve", "--help"])
+    main(["serve", "--help=all"])
     text = capsys.readouterr().out
     assert "*lars " in text
     assert "vllm_chunk_512 " in text
@@ -54,7 +56,7 @@ def test_help_of_serve_shows_groups_options_keys_and_comments(capsys: pytest.Cap
 
 
 def test_help_lines_fit_120_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["serve", "--help"])
+    main(["serve", "--help=all"])
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 120
 
 
@@ -96,8 +98,6 @@ def test_cfg_job_with_resolve_prints_what_references_mean(capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("words", "way_out"),
     [
-        (["--port", "8001"], "write server.port=VALUE"),
-        (["--model=x"], "write checkpoint=VALUE"),
         (["--colour"], "options are written key=value"),
         (["--cfg", "hydra"], "only --cfg job"),
         (["--config-dir"], "--config-dir.*: expected one argument"),
@@ -160,3 +160,49 @@ def test_looking_whether_a_file_can_be_written_leaves_it_as_it_is(tmp_path: Path
     assert old.read_text() == "kept"
     assert new.parent.is_dir()
     assert not new.exists()
+
+
+@pytest.mark.parametrize("name", ["serve", "simulate", "plan", "bench"])
+def test_the_short_help_shows_what_most_people_set_and_leads_to_the_rest(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([name, "--help"])
+    short = capsys.readouterr().out
+    main([name, "--help=all"])
+    whole = capsys.readouterr().out
+    assert f"medha {name} --help=all" in short
+    assert len(short.splitlines()) < 70 < len(whole.splitlines())
+    missing = [key for key in COMMON_KEYS[name] if f"  {key}=" not in short]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "meaning"),
+    [
+        ("serve", "checkpoints/tiny", "checkpoint=checkpoints/tiny"),
+        ("serve", "Qwen/Qwen3-0.6B@main", "checkpoint=Qwen/Qwen3-0.6B@main"),
+        ("serve", "my models/a", 'checkpoint="my models/a"'),
+        ("profile", "checkpoints/tiny", "checkpoint=checkpoints/tiny"),
+        ("train-tiny", "checkpoints/other", "directory=checkpoints/other"),
+        ("chat", "http://127.0.0.1:8001", "url=http://127.0.0.1:8001"),
+        ("bench", "http://127.0.0.1:8001", "url=http://127.0.0.1:8001"),
+    ],
+)
+def test_a_word_alone_is_what_the_command_is_about(command: str, word: str, meaning: str) -> None:
+    assert parse_arguments([word, "seed=1"], command=command).overrides == (meaning, "seed=1")
+
+
+@pytest.mark.parametrize("words", [["a", "b"], ["a", "checkpoint=b"], ["checkpoint=b", "a"]])
+def test_two_checkpoints_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="several values of checkpoint; give one"):
+        parse_arguments(words, command="serve")
+
+
+def test_chat_without_a_server_says_so_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    assert main(["chat", url]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"medha chat: no server at {url} (")
+    assert "`medha serve DIR` starts one" in captured.err

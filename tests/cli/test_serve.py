@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -25,6 +26,8 @@ def test_it_says_when_it_listens_and_when_it_is_ready_and_how_to_ask(start: Star
     url = medha.url()
     assert "llama3_8b on simulated h100" in medha.line_with("ready after")
     assert f"curl {url}/v1/completions" in medha.line_with("curl")
+    assert f"{sys.executable} -m megatron_medha chat url={url}" in medha.line_with("chat")
+    assert f"{url}/dashboard" in medha.line_with("dashboard")
 
 
 def test_it_answers_as_the_curl_line_says(start: Start, simulated: Words) -> None:
@@ -73,9 +76,37 @@ def test_a_second_ctrl_c_stops_it_at_once_with_code_130(start: Start, simulated:
     answer = urllib.request.urlopen(_request(url, body))
     assert answer.readline().startswith(b"data:")
     medha.process.send_signal(signal.SIGINT)
-    medha.line_with("stopping")
+    assert "waiting up to 3600 s for 1 request; Ctrl-C again stops now" in medha.line_with("stopping")
     medha.process.send_signal(signal.SIGINT)
     assert medha.end() == 130
+
+
+def test_a_model_that_is_not_served_is_refused_once_before_the_server_listens_with_all_reasons(
+    start: Start, tmp_path: Path
+) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 101,
+        "num_hidden_layers": 2, "max_position_embeddings": 256, "hidden_act": "relu7", "unheard_of": 1,
+        "rope_scaling": {"rope_type": "spiral"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_text("")
+    medha = start("serve", str(tmp_path), "server.port=0")
+    assert medha.process.stdout.read() == ""
+    assert medha.end() == 2
+    message = medha.errors.read_text()
+    assert len(message.splitlines()) == message.count("medha serve: ") >= 1
+    assert "relu7" in message and "unheard_of" in message and "spiral" in message
+    assert "tokenizer" not in message
+
+
+def test_a_directory_without_a_checkpoint_is_refused_for_that_before_its_tokenizer(
+    start: Start, tmp_path: Path
+) -> None:
+    medha = start("serve", str(tmp_path), "server.port=0")
+    assert medha.end() == 2
+    message = medha.errors.read_text()
+    assert "no checkpoint found" in message and len(message.splitlines()) == 1
 
 
 def test_the_front_process_imports_no_torch_numpy_or_transformers(start: Start, simulated: Words) -> None:

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from megatron_medha.cli.chat import ChatConfig
 from megatron_medha.cli.medha import COMMANDS
 from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
+from megatron_medha.cli.parts.hub_models import hub_name
 from megatron_medha.cli.run_batch import BatchOptions, with_file_keys
 from megatron_medha.cli.selftest import SelftestConfig
 from megatron_medha.core.errors import ConfigError
@@ -105,6 +106,8 @@ def test_every_link_between_the_pages_leads_somewhere() -> None:
 def placed(word: str, world: dict[str, str]) -> str:
     """A word with the placeholders filled in."""
     key, equals, value = word.partition("=")
+    if not equals:
+        return world.get(word, word)
     return key + equals + world.get(value, value)
 
 
@@ -116,7 +119,7 @@ def check(name: str, words: list[str]) -> None:
             assert low <= len(words) <= high, f"medha {name} takes {low} to {high} words"
         return
     words = with_file_keys(words) if name == "run-batch" else words
-    arguments = parse_arguments(words, can_sweep=name in SWEEPS, can_check=name == "serve")
+    arguments = parse_arguments(words, command=name, can_sweep=name in SWEEPS)
     if name == "report":
         assert arguments.wants_help or any("=" not in word for word in words), "medha report needs a directory"
         assert all("=" not in word or word.startswith("out=") for word in words)
@@ -151,7 +154,8 @@ def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> 
     if isinstance(options, ServeOptions):
         # A profile is measured; there is none to read here.
         has_files = not any(word.startswith("profile=") for word in overrides)
-        if has_files and (options.checkpoint is not None or options.tokenizer is not None):
+        is_of_hub = hub_name(options.checkpoint) is not None
+        if has_files and not is_of_hub and (options.checkpoint is not None or options.tokenizer is not None):
             serve_config(options)
     elif isinstance(options, SimulateOptions):
         if options.workload.path is None or options.workload.path.exists():

@@ -91,6 +91,11 @@ def test_without_the_key_only_probes_answer(start_server: StartServer) -> None:
         assert server.get(path).status_code == 401
 
 
+def test_the_servers_address_leads_to_the_dashboard(start_server: StartServer) -> None:
+    response = start_server(api_key="secret").get("/")
+    assert response.status_code == 307 and response.headers["location"] == "dashboard"
+
+
 @pytest.mark.parametrize("path", ["/docs", "/dashboard"])
 def test_pages_load_nothing_from_elsewhere(server: Running, path: str) -> None:
     response = server.get(path)

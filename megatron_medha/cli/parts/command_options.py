@@ -19,9 +19,9 @@ def read_options(name: str, words: Sequence[str], usage: str, load_class: Callab
 
     load_class: imports the options' class, which --help does without.
     """
-    arguments = parse_arguments(words, can_check=name == "serve")
+    arguments = parse_arguments(words, command=name.replace("_", "-"))
     if arguments.wants_help:
-        print(usage, describe_options(name), sep="\n", end="")
+        print(usage, describe_options(name, is_short=arguments.help_kind != "all"), sep="\n", end="")
         return None
     config_class = load_class()
     composed = _compose(name, arguments, config_class)
@@ -35,9 +35,9 @@ def run_job_command(
 
     job: options and their resolved YAML -> the values of summary.json.
     """
-    arguments = parse_arguments(words, can_sweep=True)
+    arguments = parse_arguments(words, command=name, can_sweep=True)
     if arguments.wants_help:
-        print(usage, describe_options(name), sep="\n", end="")
+        print(usage, describe_options(name, is_short=arguments.help_kind != "all"), sep="\n", end="")
         return 0
     if arguments.is_multirun:
         from megatron_medha.cli.parts.multirun import multirun

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from megatron_medha.core.ports import EnginePhase
@@ -70,7 +72,8 @@ class StatusPrinter:
                 if is_ready:
                     malloc_trim()
                 else:
-                    print_line(f"loading: {status.detail}, {100 * status.fraction:.0f}%")
+                    share = f", {100 * status.fraction:.0f}%" if status.fraction else ""
+                    print_line(f"loading: {status.detail}{share}; {process_age_s():.0f} s so far")
             self._changed.wait(max(0.0, due_s - time.monotonic()))
             self._changed.clear()
         return None
@@ -91,8 +94,20 @@ class StatusPrinter:
             # Not greedy: the tiny model would write nothing but spaces.
             f"  curl {self._url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
             """    -d '{"prompt": "def main():", "max_tokens": 100, "temperature": 0.7, "seed": 1}'\n"""
-            f"  medha chat url={self._url}\n"
+            f"  {own_command()} chat url={self._url}\n"
+            f"  dashboard: {self._url}/dashboard\n"
         )
+
+
+def own_command() -> str:
+    """What the user types to run this program: medha, where that is found, or a path."""
+    program = Path(sys.argv[0])
+    if program.name != "medha":  # python -m megatron_medha, or a test
+        return f"{sys.executable} -m megatron_medha"
+    found = shutil.which("medha")
+    if found is not None and Path(found).resolve() == program.resolve():
+        return "medha"
+    return str(program.relative_to(Path.cwd())) if program.is_relative_to(Path.cwd()) else str(program)
 
 
 def print_line(text: str) -> None:

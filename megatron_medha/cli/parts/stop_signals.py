@@ -30,18 +30,21 @@ class StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._end)
 
-    def count(self, is_asked_for: Callable[[], bool]) -> None:
-        """Count, and pass on to the handlers installed since. Not every signal comes from a user."""
+    def count(self, is_asked_for: Callable[[], bool], waits_for: Callable[[], str]) -> None:
+        """Count, and pass on to the handlers installed since. Not every signal comes from a user.
+
+        waits_for: what the first one waits for, and how long; nothing if empty.
+        """
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._counting(signal.getsignal(number), is_asked_for))
+            signal.signal(number, self._counting(signal.getsignal(number), is_asked_for, waits_for))
 
     def _counting(
-        self, inner: Any, is_asked_for: Callable[[], bool]
+        self, inner: Any, is_asked_for: Callable[[], bool], waits_for: Callable[[], str]
     ) -> Callable[[int, FrameType | None], None]:
         def handle(number: int, frame: FrameType | None) -> None:
             self.num_signals += 1
             if self.num_signals == 1 and is_asked_for():
-                print_line("\nstopping: running requests may finish; Ctrl-C again stops now")
+                print_line(f"\nstopping{waits_for()}")
             elif self.num_signals == 2:
                 _force_exit()
             elif self.num_signals > 2:

@@ -17,7 +17,7 @@ from megatron_medha.server.service import Service
 # comes from /debug, with a key.
 # Nor does a probe's Host count: it is the address of a pod or whatever a load balancer writes.
 PROBE_PATHS = frozenset({"/health", "/live", "/ready", "/ping"})
-OPEN_PATHS = PROBE_PATHS | {"/dashboard"}
+OPEN_PATHS = PROBE_PATHS | {"/", "/dashboard"}
 ADMIN_PREFIXES = ("/admin/", "/debug/")
 MAX_REQUEST_ID_CHARS = 128
 

@@ -64,6 +64,12 @@ def add_routes(app: Api, service: Service) -> None:
     """Put the routes into the application."""
     page = importlib.resources.files("megatron_medha.server.observe").joinpath("dashboard.html").read_bytes()
 
+    async def to_dashboard(_: Request) -> Response:
+        """Where a browser goes that was given the server's address."""
+        return Response(status_code=307, headers={"location": "dashboard"})
+
+    app.add_api_route("/", "GET", None, to_dashboard)
+
     @app.get("/dashboard")
     async def dashboard(_: Request) -> Response:
         """A page without any outside asset; what it shows comes from /debug/live, with a key where one is needed."""

@@ -26,6 +26,7 @@ from megatron_medha.core.sampling import Sampling
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.choose_backend import attention_backend
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
+from megatron_medha.kernels.native_build import BUILD_S, is_built
 from megatron_medha.model.build import build_model, check_layout_of, transformer_engine_works
 from megatron_medha.model.cpu_model import use_cpu_kernels
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
@@ -70,6 +71,8 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     model_config = with_end_tokens_of(read_model_config(directory), config.tokenizer)
     dtype = dtype_of(options.dtype, model_config.dtype, device)
     max_context_len = context_len_of(options.max_context_len, model_config.max_context_len)
+    if device.type == "cpu" and not is_built():
+        progress(f"building the CPU kernels, once for this machine, about {BUILD_S} s", 0.0)
     use_instructions(options.instruction_set, device)
     try:
         backend = attention_backend(
