@@ -64,13 +64,15 @@ paper: $(VENV)/installed-dev
 
 # A stamp per kind of installation: nothing but its time is looked at when the server is started again.
 $(VENV)/installed: setup.py pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/pip install "$(TORCH)"
-	$(BIN)/pip install -e '.[plots]'
+	@echo 'installing into $(VENV), once: about two minutes, most of it torch'
+	@$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[plots]'
 	@touch $@
 
 $(VENV)/installed-dev: setup.py pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/pip install "$(TORCH)"
-	$(BIN)/pip install -e '.[dev]'
+	@echo 'installing into $(VENV) with development tools, once: some minutes'
+	@$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $(VENV)/installed $@
 
 $(VENV)/installed-mutants: $(VENV)/installed-dev

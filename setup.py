@@ -1,20 +1,52 @@
 """Packaging of megatron_medha. `pip install -e .[dev]` for a working copy."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# Without the picture, which is a file of the repository.
+README = re.sub(r"^!\[.*\n\n", "", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "megatron_medha/__init__.py").read_text(encoding="utf-8"), re.M)
+assert VERSION is not None
 
 # kernels/ and conf/ stand at the top of the tree but install inside the package: a top-level
 # package called "kernels" would shadow a Hugging Face package of that name, and "conf" belongs to nobody.
-nested = {"megatron_medha.kernels": "kernels", "megatron_medha.conf": "conf"}
+nested = {
+    "megatron_medha.kernels": "kernels",
+    "megatron_medha.conf": "conf",
+    "megatron_medha.grafana": "tools/grafana",  # what `medha grafana` prints
+}
 kernels = [f"megatron_medha.kernels.{name}" for name in find_packages("kernels")]
 
 setup(
     name="megatron_medha",
-    version="0.1.0",
+    version=VERSION[1],
     description="Serving for Megatron models under traffic that mixes short chats with million-token documents",
+    long_description=README,
+    long_description_content_type="text/markdown",
+    author="the megatron_medha authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="llm inference serving megatron openai scheduler simulator long-context",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Internet :: WWW/HTTP :: HTTP Servers",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=[*find_packages(include=["megatron_medha", "megatron_medha.*"]), *nested, *kernels],
     package_dir=nested,
     package_data={
         "megatron_medha.conf": ["**/*.yaml"],
+        "megatron_medha.grafana": ["*.json"],
         "megatron_medha.cli.parts": ["*.toml"],
         "megatron_medha.cli.reports": ["*.j2"],
         "megatron_medha.models": ["*.toml"],

@@ -25,6 +25,7 @@ COMMANDS = {  # and what each does; cli/NAME.py has run(words) -> exit code, and
     "report": "compare finished runs in one report",
     "replay": "check that a decision log replays to the same batches",
     "selftest": "fuzz-test a running server",
+    "grafana": "print a Grafana dashboard for the server's metrics",
     "compile": "compile the scheduler to C, for faster decisions",
     "version": "print versions, for a bug report",
 }

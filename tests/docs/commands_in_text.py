@@ -48,6 +48,7 @@ def _command(line: int, text: str, following: str) -> Iterator[Shown]:
     if not re.match(r"medha [a-zA-Z-]+( |$)", text):  # not `medha serve: ...` either, which it prints
         return
     words = [word for word in shlex.split(text, comments=True) if word != "&"]
+    words = words[: words.index(">")] if ">" in words else words
     if len(words) > 1:
         name = words[1]
         is_error = following.startswith(f"medha {name}: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from megatron_medha.cli.chat import ChatConfig
 from megatron_medha.cli.medha import COMMANDS
+from megatron_medha.cli.parts import model_words
 from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
 from megatron_medha.cli.parts.hub_models import hub_name
 from megatron_medha.cli.run_batch import BatchOptions, with_file_keys
@@ -28,7 +30,7 @@ from tests.docs.commands_in_text import Shown, commands_in
 from tools.cli_reference import reference
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS: dict[str, type] = {
     "serve": ServeOptions,
     "simulate": SimulateOptions,
@@ -39,8 +41,12 @@ OPTIONS: dict[str, type] = {
     "selftest": SelftestConfig,
     "run-batch": BatchOptions,
 }
-NUM_WORDS = {"explain": (2, 2), "replay": (1, 1), "version": (0, 0), "compile": (0, 1)}
+NUM_WORDS = {"explain": (2, 2), "replay": (1, 1), "version": (0, 0), "grafana": (0, 0), "compile": (0, 1)}
 SWEEPS = ("simulate", "bench")
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 101,
+    "num_hidden_layers": 2, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
+}  # fmt: skip
 FIRST_TRIED = 4  # of a sweep's combinations
 
 
@@ -70,6 +76,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1 << 42)
     monkeypatch.setenv("MEDHA_API_KEY", "a-key")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(LLAMA))
+    monkeypatch.setattr(model_words, "local_file", lambda *_: tmp_path / "hub" / "config.json")
     return {"DIR2": str(directory), "DIR": str(directory), "FILE": str(trace), "URL": "http://127.0.0.1:8000"}
 
 

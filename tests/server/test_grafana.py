@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from running_server import StartServer
 
-BOARD = Path(__file__).parents[2] / "tools" / "grafana" / "medha.json"
+from megatron_medha.cli.grafana import board
 
 
 def test_every_metric_on_the_board_is_on_the_metrics_page(start_server: StartServer) -> None:
     page = start_server().get("/metrics").text
     names = {
         name.removesuffix("_bucket").removesuffix("_total")
-        for panel in json.loads(BOARD.read_text())["panels"]
+        for panel in json.loads(board())["panels"]
         for target in panel["targets"]
         for name in re.findall(r"medha:\w+", target["expr"])
     }
