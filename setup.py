@@ -93,6 +93,8 @@ setup(
         "plots": ["matplotlib>=3.9"],
         "compile": ["mypy>=1.13", "setuptools>=77"],
         "parquet": ["pyarrow>=18"],
+        "gguf": ["gguf>=0.17,<0.20"],  # floats out of GGUF files
+        "sentencepiece": ["sentencepiece>=0.2,<0.3"],  # encodes for tokenizer.model files
         # Search and parallel jobs for -m. The sweeper is made for optuna 2; it brings 2.10.
         "sweep": ["hydra-optuna-sweeper==1.3.0", "hydra-joblib-launcher==1.2.0"],
         "slurm": ["hydra-submitit-launcher==1.2.0"],
@@ -107,6 +109,9 @@ setup(
             "openai>=1.66",  # the first with responses
             "jsonschema>=4.20",
             "transformers>=5.0,<6",
+            "gguf>=0.17,<0.20",
+            "sentencepiece>=0.2,<0.3",
+            "tiktoken>=0.9,<0.15",  # for comparison
             "matplotlib>=3.9",
             # With upper bounds: a new release finds new things to say of old code.
             "ruff>=0.8,<0.18",

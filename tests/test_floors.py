@@ -64,14 +64,15 @@ ROOMS = {
         "core", "text", "server", "server/bodies", "server/http", "server/observe", "server/openai", "server/anthropic",
     },
     "bench": {"core", "stats", "workload"},
-    "tiny": {"core", "system", "text", "parallel", "models", "checkpoints", "model"},
+    "tiny": {"core", "system", "safe_files", "text", "parallel", "models", "checkpoints", "model"},
     "options": {
-        "core", "system", "stats", "workload", "engine", "sim", "sim/baselines", "sim/planning", "cluster", "server",
-        "bench",
+        "core", "system", "text", "stats", "workload", "engine", "sim", "sim/baselines", "sim/planning", "cluster",
+        "server", "bench",
     },
     "cli": {
         "core", "system", "text", "stats", "workload", "engine", "sim", "sim/planning", "cluster", "cluster/remote",
-        "models", "worker", "worker/startup", "server", "server/observe", "bench", "tiny", "options", "kernels",
+        "models", "checkpoints", "worker", "worker/startup", "server", "server/observe", "bench", "tiny", "options",
+        "kernels",
     },
 }  # fmt: skip
 # Importing these loads nothing heavy, at once or later: the API server, the simulator and the clients start fast.

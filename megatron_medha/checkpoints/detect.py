@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from megatron_medha.checkpoints.checkpoint_format import CheckpointFormat, Progress
+from megatron_medha.checkpoints.gguf_checkpoint import GGUF
 from megatron_medha.checkpoints.hf_checkpoint import HUGGING_FACE
 from megatron_medha.checkpoints.lora_adapter import LORA
 from megatron_medha.checkpoints.megatron_checkpoint import MEGATRON
@@ -14,13 +15,15 @@ from megatron_medha.checkpoints.zero_checkpoint import ZERO
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.models.model_config import ModelConfig
 
-FORMATS = (MEGATRON, HUGGING_FACE, LORA, ZERO)
+FORMATS = (MEGATRON, HUGGING_FACE, LORA, ZERO, GGUF)
 
 
 def find_checkpoint(directory: Path) -> tuple[CheckpointFormat, Path]:
-    """The kind of checkpoint, and the directory with its tensors. CheckpointError lists what was looked for if none."""
+    """The kind of checkpoint, and where its tensors are. CheckpointError lists what was looked for if none."""
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; checkpoint= must name one")
+        if (found := GGUF.find(directory)) is not None:
+            return GGUF, found
+        raise CheckpointError(f"{directory}: no such directory; checkpoint= must name one, or a GGUF file")
     for each in FORMATS:
         if (found := each.find(directory)) is not None:
             return each, found
@@ -57,8 +60,6 @@ def _what_is_there(directory: Path) -> str:
     """A hint from the files that are there."""
     if list(directory.glob("*.bin")) or list(directory.glob("*.pth")):
         return "Pickled PyTorch weights (*.bin, *.pth) are not read: convert them to safetensors."
-    if list(directory.glob("*.gguf")):
-        return "GGUF files are not read: take the safetensors of the model that they were made from."
     if (directory / "config.json").is_file():
         return "There is a config.json but no *.safetensors."
     if list(directory.glob("*.safetensors")):

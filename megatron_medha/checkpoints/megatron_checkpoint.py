@@ -94,9 +94,7 @@ def read_megatron_config(directory: Path, iteration: Path) -> ModelConfig:
         args, path = _arguments(iteration)
     except MissingFieldsError as error:
         return _config_beside((directory, home, iteration), error, embedding, tensors)
-    num_ids, stop_token_ids = tokenizer_facts(
-        (directory, home, iteration / "tokenizer", iteration.parent / NEMO_CONFIG.parent / "nemo_tokenizer")
-    )
+    num_ids, stop_token_ids = tokenizer_facts(directory)
     try:
         config = config_from_args(
             args,

@@ -86,7 +86,7 @@ def read_zero_config(directory: Path, step: Path) -> ModelConfig:
         )
     if _MEGATRON_EMBEDDING not in shapes:
         raise CheckpointError(f"{path}: tensor {_MEGATRON_EMBEDDING} is missing")
-    num_ids, stop_token_ids = tokenizer_facts((directory,))
+    num_ids, stop_token_ids = tokenizer_facts(directory)
     dtype = "bfloat16" if getattr(args, "bf16", False) is True else "float32"
     config = config_from_args(
         args, path, name=directory.resolve().name, dtype=dtype,

@@ -16,8 +16,14 @@ from megatron_medha.cli.parts.hub_models import hub_name, local_directory
 from megatron_medha.cli.parts.status_printer import StatusPrinter, print_line
 from megatron_medha.cli.parts.stop_signals import EXIT_CODE_SIGNALLED, StopSignals
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.core.errors import CheckpointError, ConfigError, UnsupportedModelError
-from megatron_medha.options.serve_options import RuntimeKind, ServeConfig, ServeOptions, serve_config
+from megatron_medha.core.errors import CheckpointError, ConfigError, MedhaError, UnsupportedModelError
+from megatron_medha.options.serve_options import (
+    RuntimeKind,
+    ServeConfig,
+    ServeOptions,
+    TokenizerMissingError,
+    serve_config,
+)
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.system.libc import set_mmap_threshold
 from megatron_medha.system.log_lines import set_up_logging
@@ -58,7 +64,7 @@ def run(words: Sequence[str]) -> int:
         return 0
     options = _with_local_model(options)
     if "--check" in words:
-        return _check(serve_config(options))
+        return _check(_config(options))
 
     def read_server_config() -> ServerConfig:
         """What the files and the environment say now, for a reload."""
@@ -69,7 +75,24 @@ def run(words: Sequence[str]) -> int:
         check_private_files(now.server)
         return _named_after_hub(now).server
 
-    return _serve(serve_config(options), read_server_config)
+    return _serve(_config(options), read_server_config)
+
+
+def _config(options: ServeOptions) -> ServeConfig:
+    """serve_config(); where the tokenizer is missing, what is wrong with the checkpoint is said first."""
+    try:
+        return serve_config(options)
+    except TokenizerMissingError as missing:
+        if options.tokenizer is not None or options.runtime is RuntimeKind.SIM or options.checkpoint is None:
+            raise
+        _ignore_warnings_of_imports()
+        from megatron_medha.checkpoints.detect import read_model_config
+
+        try:
+            read_model_config(options.checkpoint.expanduser())
+        except MedhaError as error:
+            raise ConfigError(f"checkpoint={error}\n{missing}") from None
+        raise
 
 
 def _with_local_model(options: ServeOptions) -> ServeOptions:

@@ -23,8 +23,8 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     server_endpoint: str              # ZeroMQ address of the API server's ROUTER socket
     link_token: str = ""             # part of its connections' names: others cannot take them before it does
     key_file: str | None = None      # keys of an encrypted connection (curve_keys.py); None: it is not encrypted
-    checkpoint: str                  # directory: Megatron torch_dist or Hugging Face safetensors
-    tokenizer: str | None = None     # directory with tokenizer.json, read for structured output; None: the checkpoint
+    checkpoint: str                  # directory, or a GGUF file
+    tokenizer: str | None = None     # where that is, if not in the checkpoint; read for structured output
     model: ModelOptions = ModelOptions()
     kv_memory_bytes: int | None      # for all KV blocks of this rank; None: model.kv_memory_share of free GPU memory
     # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S). None: the rank says.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_medha.core.errors import CheckpointError, MedhaError
-from megatron_medha.text.added_tokens import read_whole_tokenizer
+from megatron_medha.text.tokenizer_source import find_tokenizer, no_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     import llguidance
@@ -73,10 +73,12 @@ class GrammarCompiler:
         self._lock = threading.Lock()  # around self._kept, never while anything is compiled
 
     @classmethod
-    def of_file(cls, path: Path, vocab_size: int, stop_token_ids: Sequence[int]) -> GrammarCompiler:
-        """For the tokenizer in this tokenizer.json."""
+    def of_checkpoint(cls, home: Path, vocab_size: int, stop_token_ids: Sequence[int]) -> GrammarCompiler:
+        """For the tokenizer in that directory or GGUF file."""
         try:
-            text = read_whole_tokenizer(path)
+            if (source := find_tokenizer(home)) is None:
+                raise GrammarError(f"{home}: {no_tokenizer(home)}")
+            text = read_tokenizer(source).content
         except CheckpointError as error:
             raise GrammarError(str(error)) from None
         return cls(text, vocab_size, stop_token_ids)

@@ -6,7 +6,7 @@ checkpoint is refused. The rotary embedding is read in hf_rope.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,16 @@ def read_hf_config(directory: Path) -> ModelConfig:
     reasons for a model this package cannot run exactly.
     """
     family, config = _family_and_config(directory)
+    return config_of_family(family, config, directory.resolve().name, lambda: _stop_token_ids(directory, config))
+
+
+def config_of_family(
+    family: Family, config: JsonFields, name: str, stop_token_ids: Callable[[], tuple[int, ...]]
+) -> ModelConfig:
+    """The architecture that those fields describe, of whatever file; raises as read_hf_config.
+
+    stop_token_ids: called last, when the rest is found right.
+    """
     if config.integer("num_hidden_layers") > _MAX_LAYERS:
         raise config.wrong("num_hidden_layers", f"at most {_MAX_LAYERS}")
     _refuse_unsupported(config, family)
@@ -61,7 +71,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
     traits = dict(family.traits(config))
     family.tensors(config)  # the errors of what it reads
     fields: dict[str, Any] = {
-        "name": directory.resolve().name,
+        "name": name,
         "num_layers": config.integer("num_hidden_layers"),
         "hidden_size": hidden_size,
         "ffn_hidden_size": traits.get("ffn_hidden_size") or config.integer("intermediate_size"),
@@ -78,7 +88,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
         **_window(config, family),
         "has_tied_embeddings": config.flag("tie_word_embeddings"),
         "dtype": _dtype(config),
-        "stop_token_ids": _stop_token_ids(directory, config),
+        "stop_token_ids": stop_token_ids(),
     }
     experts = traits.get("experts")
     if experts is not None and experts.num_per_token > experts.num_experts:
@@ -199,6 +209,6 @@ def _dtype(config: JsonFields) -> str:
 
 def _stop_token_ids(directory: Path, config: JsonFields) -> tuple[int, ...]:
     """The end tokens of generation_config.json, of config.json and the tokenizer's own, each once."""
-    found = (*generation_end_ids(directory), *end_ids(config), *tokenizer_facts((directory,))[1])
+    found = (*generation_end_ids(directory), *end_ids(config), *tokenizer_facts(directory)[1])
     num_ids = config.integer("vocab_size")
     return tuple(token_id for token_id in dict.fromkeys(found) if token_id < num_ids)

@@ -5,24 +5,32 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from megatron_medha.core.errors import CheckpointError
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.json_fields import JsonFields, read_json
-from megatron_medha.text.added_tokens import read_whole_tokenizer, token_name, token_settings
+from megatron_medha.text.added_tokens import token_name
 from megatron_medha.text.tokenizer_file import token_ids
+from megatron_medha.text.tokenizer_source import find_tokenizer, read_tokenizer
 
 
-def tokenizer_facts(directories: tuple[Path, ...]) -> tuple[int | None, tuple[int, ...]]:
-    """How many ids the first tokenizer.json found has, and its end tokens; (None, ()) without one.
+def tokenizer_facts(home: Path) -> tuple[int | None, tuple[int, ...]]:
+    """How many ids the tokenizer of the checkpoint there has, and its end tokens; (None, ()) without one.
 
     End tokens are those of generation_config.json and the tokenizer's own, as in vLLM.
     """
-    home = next((d for d in directories if (d / "tokenizer.json").is_file()), None)
-    if home is None:
-        return None, ()
-    path = home / "tokenizer.json"
-    ids = token_ids(read_whole_tokenizer(path), path)
-    stops = list(generation_end_ids(home))
-    end = token_name(token_settings(home).get("eos_token"))
+    source = None
+    try:
+        if (source := find_tokenizer(home)) is None:
+            return None, ()
+        found = read_tokenizer(source)
+    except CheckpointError:
+        # Another tokenizer may be used with it (tokenizer=DIR). Where none is, the API server gives the reason.
+        if source is None or source.files[0].name != "tokenizer.json":
+            return None, ()
+        raise
+    ids = token_ids(found.content, source.files[0])
+    stops = list(generation_end_ids(source.directory))
+    end = token_name(found.settings.get("eos_token"))
     if end in ids:
         stops.append(ids[end])
     return max(ids.values(), default=-1) + 1, tuple(dict.fromkeys(stops))
@@ -32,7 +40,7 @@ def with_end_tokens_of(config: ModelConfig, tokenizer: str | None) -> ModelConfi
     """That model with the end tokens of a tokenizer in another directory too; as it is without one."""
     if tokenizer is None:
         return config
-    ends = (end for end in tokenizer_facts((Path(tokenizer),))[1] if end < config.vocab_size)
+    ends = (end for end in tokenizer_facts(Path(tokenizer))[1] if end < config.vocab_size)
     return dataclasses.replace(config, stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, *ends))))
 
 

@@ -16,7 +16,7 @@ from megatron_medha.core.cost.capacity import check_layout, cluster_for, num_blo
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.step_cost import Hardware
-from megatron_medha.core.errors import ConfigError, check_member, check_range
+from megatron_medha.core.errors import CheckpointError, ConfigError, check_member, check_range
 from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.shards import check_shard_tokens, default_shard_tokens
 from megatron_medha.core.layout import ParallelLayout
@@ -26,8 +26,13 @@ from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig, check_serves
 from megatron_medha.system import machine
+from megatron_medha.text.tokenizer_source import find_tokenizer, no_tokenizer
 
 DEFAULT_BLOCK_SIZE = 16  # tokens, on CPU and in simulations; CUDA's backends have their own
+
+
+class TokenizerMissingError(ConfigError):
+    """No tokenizer is where one must be; whether there is a checkpoint, the ranks know."""
 
 
 class RuntimeKind(Enum):
@@ -334,12 +339,14 @@ def _profile(path: Path | None, layout: ParallelLayout) -> FittedCost | None:
 
 
 def _checkpoint(given: Path | None) -> Path:
-    example = "`medha train-tiny` makes a small one in checkpoints/tiny within two minutes"
+    example = "`medha fetch-model` downloads a small one, `medha train-tiny` makes one in checkpoints/tiny"
     if given is None:
-        raise ConfigError(f"checkpoint is missing; give checkpoint=DIR, Megatron or Hugging Face; {example}")
+        raise ConfigError(
+            f"checkpoint is missing; give checkpoint=DIR, Megatron or Hugging Face, or a GGUF file; {example}"
+        )
     directory = given.expanduser()
-    if not directory.is_dir():
-        what = "a file, not a directory" if directory.exists() else "no such directory"
+    if not directory.is_dir() and not (directory.is_file() and directory.suffix == ".gguf"):
+        what = "a file, neither a directory nor *.gguf" if directory.exists() else "no such directory"
         raise ConfigError(f"checkpoint={given}: {what}; {example}")
     return directory
 
@@ -349,11 +356,12 @@ def _tokenizer(options: ServeOptions) -> Path:
     if directory is None:
         key, directory = "checkpoint", options.checkpoint
     if directory is None:
-        raise ConfigError("tokenizer=null: without a checkpoint it must name a directory with tokenizer.json")
+        raise ConfigError("tokenizer=null: without a checkpoint it must name a directory with one")
     directory = directory.expanduser()
-    if not (directory / "tokenizer.json").is_file():
-        raise ConfigError(
-            f"{key}={directory}: no tokenizer.json there; tokenizer=DIR names a directory that has one "
-            "(save_pretrained of a Hugging Face fast tokenizer writes it)"
-        )
+    try:
+        problem = no_tokenizer(directory) if find_tokenizer(directory) is None else None
+    except CheckpointError as error:
+        problem = str(error)
+    if problem is not None:
+        raise TokenizerMissingError(f"{key}={directory}: {problem}")
     return directory

@@ -64,7 +64,9 @@ def free_memory_bytes() -> int | None:
 
 
 def directory_bytes(directory: Path) -> int:
-    """Size of all files below a directory."""
+    """Size of all files below a directory, or of a file."""
+    if directory.is_file():
+        return directory.stat().st_size
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 

@@ -69,7 +69,11 @@ def read_whole_tokenizer(path: Path) -> str:
 
     Raises CheckpointError naming the file at fault, also where a token would get another id than a file says.
     """
-    content = read_tokenizer_file(path)
+    return with_tokens_beside(read_tokenizer_file(path), path)
+
+
+def with_tokens_beside(content: str, path: Path) -> str:
+    """The contents of a tokenizer.json that was made from that file, with the tokens that only files beside it name."""
     try:
         present = msgspec.json.decode(content, type=_File).added_tokens
     except (msgspec.MsgspecError, RecursionError) as error:

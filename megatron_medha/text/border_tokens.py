@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import tokenizers
 
+    from megatron_medha.text.piece_backend import PieceBackend
+
 
 @dataclass(frozen=True, slots=True)
 class BorderToken:
@@ -22,7 +24,7 @@ class BorderToken:
     text: str
 
 
-def border_tokens(backend: tokenizers.Tokenizer) -> tuple[BorderToken, ...]:
+def border_tokens(backend: tokenizers.Tokenizer | PieceBackend) -> tuple[BorderToken, ...]:
     """Added tokens that are found wherever their text is; none where nothing is known of a tokenizer's cuts."""
     if getattr(backend.model, "dropout", None):
         return ()

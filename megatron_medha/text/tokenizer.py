@@ -1,10 +1,10 @@
-"""The checkpoint's tokenizer: text to token ids and back. Loads files with the `tokenizers` library only."""
+"""The checkpoint's tokenizer: text to token ids and back. Which files it is read from: tokenizer_source.py."""
 
 from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from megatron_medha.core.errors import CheckpointError
+from megatron_medha.core.errors import CheckpointError, DependencyError
 from megatron_medha.safe_files.checkpoint_files import cut, read_bytes
-from megatron_medha.text.added_tokens import read_whole_tokenizer, token_name, token_settings
+from megatron_medha.text.added_tokens import token_name
 from megatron_medha.text.border_tokens import border_tokens
 from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.text.piece_backend import PieceBackend
 from megatron_medha.text.text_slices import CHAR_OF_BYTE, SLICE_CHARS, slice_encoder
 from megatron_medha.text.tokenizer_file import panics_as_errors
+from megatron_medha.text.tokenizer_source import find_tokenizer, no_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -48,7 +50,7 @@ class PieceKind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerConfig:
-    """What the files beside tokenizer.json say."""
+    """What the files beside a tokenizer say."""
 
     bos_token: str | None = None
     eos_token: str | None = None
@@ -61,7 +63,7 @@ class TokenizerConfig:
 class Tokenizer:
     """Encodes prompts and decodes tokens. Methods may be called from any thread."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer | PieceBackend, config: TokenizerConfig) -> None:
         self._backend = backend
         self.config = config
         special = {**config.other_tokens, "bos_token": config.bos_token or "", "eos_token": config.eos_token or ""}
@@ -83,29 +85,33 @@ class Tokenizer:
         self._max_token_chars = max(map(len, vocab), default=1) * (1 if is_exact else 4)
         backend.encode_special_tokens = config.splits_special_tokens
         self.border_tokens = border_tokens(backend)
-        self._encode_slices = None if config.splits_special_tokens else slice_encoder(backend)
+        slices = backend.slice_encoder() if isinstance(backend, PieceBackend) else slice_encoder(backend)
+        self._encode_slices = None if config.splits_special_tokens else slices
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Read a tokenizer from a checkpoint's directory; CheckpointError names what is missing or broken."""
+        """That of a checkpoint, a directory or a GGUF file. CheckpointError names what is missing or broken."""
         import tokenizers
 
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is missing; the server needs a Hugging Face fast tokenizer (save_pretrained writes one)"
-            )
-        content = read_whole_tokenizer(path)
+        source = find_tokenizer(directory)
+        if source is None:
+            raise CheckpointError(f"{directory}: {no_tokenizer(directory)}")
+        path = source.files[0]
+        found = read_tokenizer(source)
         try:
             with panics_as_errors():
-                backend = tokenizers.Tokenizer.from_str(content)
-                backend.no_truncation()
-                backend.no_padding()
+                vocabulary = tokenizers.Tokenizer.from_str(found.content)
+                vocabulary.no_truncation()
+                vocabulary.no_padding()
+                backend = vocabulary if found.pieces is None else PieceBackend(found.pieces, vocabulary)
                 backend.encode(_TRIAL)  # some broken files show at the first text only
+        except DependencyError:
+            raise
         except Exception as error:  # the library raises bare Exception for every kind of broken file
             raise CheckpointError(f"{path} is no valid tokenizer: {cut(error)}") from error
         try:
-            return cls(backend, load_tokenizer_config(directory))
+            begins = path.name != "tokenizer.json"
+            return cls(backend, tokenizer_config(found.settings, source.directory, begins=begins))
         except ChatTemplateError as error:
             raise CheckpointError(f"{directory}: {error}") from error
 
@@ -226,13 +232,12 @@ class Tokenizer:
         return piece.encode()
 
 
-def load_tokenizer_config(directory: Path) -> TokenizerConfig:
-    """Read tokenizer_config.json, special_tokens_map.json and chat_template.jinja, each if present.
+def tokenizer_config(settings: Mapping[str, Any], directory: Path, *, begins: bool) -> TokenizerConfig:
+    """What the settings beside a tokenizer say, and chat_template.jinja in that directory, if present.
 
-    add_bos_token and add_eos_token are passed over, as by transformers 5 where there is a tokenizer.json: its
-    post-processor says what is put around a text.
+    begins: add_bos_token counts. It is passed over, as by transformers 5, where there is a tokenizer.json, whose
+    post-processor says what is put around a text; and add_eos_token is always.
     """
-    settings = token_settings(directory)
     special = {}
     for key, value in settings.items():
         text = token_name(value)
@@ -242,6 +247,7 @@ def load_tokenizer_config(directory: Path) -> TokenizerConfig:
         bos_token=special.pop("bos_token", None),
         eos_token=special.pop("eos_token", None),
         other_tokens=special,
+        add_bos_token=settings.get("add_bos_token") is True if begins else None,
         splits_special_tokens=settings.get("split_special_tokens") is True,
         chat_template=_find_chat_template(directory, settings.get("chat_template")),
     )

@@ -41,7 +41,7 @@ class GrammarMasks:
     """
 
     def __init__(self, tokenizer: Path, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
-        """tokenizer: of tokenizer.json; read by load(), else when the first grammar comes."""
+        """tokenizer: the directory or GGUF file that has one; read by load(), else when the first grammar comes."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._stop_token_ids = stop_token_ids
@@ -101,5 +101,5 @@ class GrammarMasks:
     def _the_compiler(self) -> GrammarCompiler:
         with self._lock:
             if self._compiler is None:
-                self._compiler = GrammarCompiler.of_file(self._tokenizer, self._vocab_size, self._stop_token_ids)
+                self._compiler = GrammarCompiler.of_checkpoint(self._tokenizer, self._vocab_size, self._stop_token_ids)
             return self._compiler

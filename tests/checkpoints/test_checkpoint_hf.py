@@ -384,11 +384,5 @@ def test_what_is_no_checkpoint_says_what_was_looked_for(tmp_path: Path):
         find_checkpoint(tmp_path)
 
 
-def test_a_gguf_file_is_refused_with_a_way_out(tmp_path: Path):
-    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="GGUF files are not read: take the safetensors"):
-        find_checkpoint(tmp_path)
-
-
 def test_a_hugging_face_directory_is_recognised(llama: Path):
     assert find_checkpoint(llama)[0] is HUGGING_FACE

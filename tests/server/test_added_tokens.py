@@ -162,7 +162,7 @@ def test_grammars_and_the_model_know_the_same_tokens(name: str, tmp_path: Path) 
     ours = Tokenizer.load(save(tmp_path, CASES[name]))
     whole = tokenizers.Tokenizer.from_str(read_whole_tokenizer(tmp_path / "tokenizer.json"))
     assert whole.get_vocab() == tokenizers.Tokenizer.from_str(ours.as_json()).get_vocab()
-    num_ids, end_ids = tokenizer_facts((tmp_path,))
+    num_ids, end_ids = tokenizer_facts(tmp_path)
     assert num_ids == ours.vocab_size
     assert end_ids == (() if ours.eos_token_id is None else (ours.eos_token_id,))
 
@@ -187,7 +187,7 @@ def test_tokens_that_cannot_be_added_are_named(files: dict[str, Any], told: str,
 def test_end_tokens_of_the_generation_config_come_with_the_tokenizers_own(tmp_path: Path) -> None:
     save(tmp_path, {"tokenizer_config.json": {"eos_token": END}})
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
-    assert tokenizer_facts((tmp_path,))[1] == (3, 4, NUM_IDS)
+    assert tokenizer_facts(tmp_path)[1] == (3, 4, NUM_IDS)
 
 
 def test_the_end_token_of_a_tokenizer_elsewhere_ends_outputs_if_the_model_has_it(tmp_path: Path) -> None:

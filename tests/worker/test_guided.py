@@ -174,7 +174,7 @@ def test_a_mask_changes_the_choice_and_not_the_log_probabilities() -> None:
 def test_a_grammar_that_was_prepared_is_not_compiled_for_its_request(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler = GrammarCompiler.of_file(checkpoint / "tokenizer.json", VOCAB_SIZE, (EOS_ID,))
+    compiler = GrammarCompiler.of_checkpoint(checkpoint, VOCAB_SIZE, (EOS_ID,))
     compiler.prepare(of_regex("[0-9]{3}"))
     monkeypatch.setattr(compiler, "compile", lambda grammar: pytest.fail("compiled again"))
     assert any(compiler.matcher(of_regex("[0-9]{3}")).compute_bitmask())
@@ -183,7 +183,7 @@ def test_a_grammar_that_was_prepared_is_not_compiled_for_its_request(
 def test_while_a_grammar_is_prepared_others_get_what_is_kept(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler = GrammarCompiler.of_file(checkpoint / "tokenizer.json", VOCAB_SIZE, (EOS_ID,))
+    compiler = GrammarCompiler.of_checkpoint(checkpoint, VOCAB_SIZE, (EOS_ID,))
     kept = compiler.compile(of_regex("[a-z]"))
     compiler.prepare(of_regex("[0-9]"))
     has_begun, may_end = threading.Event(), threading.Event()

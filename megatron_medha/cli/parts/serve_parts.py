@@ -44,6 +44,8 @@ def model_name_of(config: ServeConfig) -> str:
         return config.world.shape.name
     directory = Path(config.world.checkpoint).resolve()
     is_iteration = directory.name == "release" or directory.name.startswith("iter_")  # of Megatron's checkpoints
+    if directory.suffix == ".gguf":
+        return directory.stem
     return directory.parent.name if is_iteration else directory.name
 
 

@@ -93,7 +93,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     init_distributed(layout, config.rank, device=device, init_method=config.init_method)
     pgs = build_groups(layout)
     guided = GrammarMasks(
-        Path(config.tokenizer or config.checkpoint) / "tokenizer.json",
+        Path(config.tokenizer or config.checkpoint),
         model_config.vocab_size,
         model_config.stop_token_ids,
     )

@@ -1,0 +1,96 @@
+"""Small GGUF files, written by the `gguf` package as llama.cpp's converters write them, from models of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def write_gguf(
+    path: Path, model: Any, *, quantised: str = "F32", more: dict[str, Any] | None = None, tokenizer: bool = True
+) -> None:
+    """That model. quantised: ggml's name of how matrices are stored. more: further fields of the architecture."""
+    import gguf
+
+    config = model.config
+    kind = config.model_type
+    writer = gguf.GGUFWriter(str(path), kind)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    for key, value in (more or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(f"{kind}.{key}", value)
+    if rope["rope_type"] == "llama3":
+        own = model.model.rotary_emb.inv_freq
+        plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / own).float().numpy())
+    if tokenizer:
+        write_byte_tokenizer(writer)
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    for key, tensor in state.items():
+        if kind == "llama" and (".q_proj." in key or ".k_proj." in key):
+            tensor = in_pairs(tensor, head_dim)
+        values = tensor.float().numpy()
+        to = gguf.GGMLQuantizationType[quantised if values.ndim > 1 else "F32"]
+        if to.name == "F32":
+            writer.add_tensor(name_of(key), values)
+        elif to.name == "F16":
+            writer.add_tensor(name_of(key), values.astype(np.float16))
+        else:
+            writer.add_tensor(name_of(key), gguf.quants.quantize(values, to), raw_dtype=to)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_byte_tokenizer(writer: Any) -> None:
+    """GPT-2's alphabet, two merges, an end token."""
+    from megatron_medha.text.text_slices import CHAR_OF_BYTE
+
+    tokens = [*CHAR_OF_BYTE, "th", "the", "<|end|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 258 + [3])
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_eos_token_id(258)
+    writer.add_chat_template("{% for message in messages %}{{ message.content }}<|end|>{% endfor %}")
+
+
+def in_pairs(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of each head so that numbers that turn together are neighbours, as llama.cpp's converter permutes them."""
+    heads = tensor.unflatten(0, (-1, 2, head_dim // 2))
+    return heads.transpose(1, 2).flatten(0, 2)
+
+
+def name_of(key: str) -> str:
+    """llama.cpp's name of a tensor."""
+    stem, _, kind = key.rpartition(".")
+    if stem in OUTSIDE:
+        return f"{OUTSIDE[stem]}.{kind}"
+    _, _, layer, module = stem.split(".", 3)
+    return f"blk.{layer}.{NAMES[module]}.{kind}"
