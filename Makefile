@@ -5,7 +5,9 @@ PYTHON ?= python3 python3.12 python3.11
 # Installed first: building DeepSpeed's package looks at it. A machine with an NVIDIA GPU may need the torch its driver
 # supports, so any that setup.py allows will do there.
 TORCH ?= $$(if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.11,<2.14'; else echo 'torch==2.13.0'; fi)
-CHECKPOINT ?= checkpoints/tiny
+# What is served; empty: a small chat model, which is downloaded, or where that cannot be had a tiny one of our own.
+CHECKPOINT ?=
+FIRST_MODEL := checkpoints/smollm2-135m-instruct
 # Overrides for `make serve`, as in: make serve ARGS="server.port=8001 scheduler=fcfs"
 ARGS ?=
 
@@ -26,7 +28,8 @@ SHELL := /bin/bash
 .PHONY: help serve test test-all mutants paper clean
 
 help:
-	@echo 'make serve   install, train a tiny model on first use, and serve it on http://127.0.0.1:8000'
+	@echo 'make serve   install, download a small chat model on first use, and serve it on http://127.0.0.1:8000;'
+	@echo '             without a network it trains a tiny model instead'
 	@echo '             CHECKPOINT=DIR serves another one; ARGS="server.port=8001 ..." adds options'
 	@echo 'make test    install with development tools; lint, type check, and run the tests'
 	@echo 'make test-all  the same with the slow tests'
@@ -34,9 +37,20 @@ help:
 	@echo 'make paper   run every simulated experiment, two at a time, and write docs/paper.md; ARGS="--report" or "--fresh"'
 	@echo 'make clean   remove .venv and caches; checkpoints stay'
 
-# Only the tiny one can be made; that another one is missing, the server says better.
+# Only these two can be made; that another one is missing, the server says better. fetch-model ends with 1 where the
+# package cannot be had, as it does offline.
 serve: $(VENV)/installed $(filter checkpoints/tiny,$(CHECKPOINT))
-	@exec $(BIN)/medha serve checkpoint='$(CHECKPOINT)' $(ARGS)
+	@checkpoint='$(CHECKPOINT)'; \
+	if [ -z "$$checkpoint" ]; then \
+		checkpoint=$(FIRST_MODEL); status=0; \
+		[ -d $$checkpoint ] || $(BIN)/medha fetch-model out=$$checkpoint || status=$$?; \
+		if [ $$status = 1 ]; then \
+			checkpoint=checkpoints/tiny; \
+			echo 'serving a tiny model instead, trained here: its output is gibberish that looks like Python'; \
+			[ -d $$checkpoint ] || $(BIN)/medha train-tiny directory=$$checkpoint; \
+		elif [ $$status != 0 ]; then exit $$status; fi; \
+	fi; \
+	exec $(BIN)/medha serve checkpoint="$$checkpoint" $(ARGS)
 
 checkpoints/tiny: | $(VENV)/installed
 	@$(BIN)/medha train-tiny directory=$@
@@ -66,7 +80,7 @@ paper: $(VENV)/installed-dev
 $(VENV)/installed: setup.py pyproject.toml | $(VENV)/bin/pip
 	@echo 'installing into $(VENV), once: about two minutes, most of it torch'
 	@$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[plots]'
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[plots,gguf]'
 	@touch $@
 
 $(VENV)/installed-dev: setup.py pyproject.toml | $(VENV)/bin/pip

@@ -15,6 +15,7 @@ from megatron_medha.system.secret_values import hide_secrets
 COMMANDS = {  # and what each does; cli/NAME.py has run(words) -> exit code, and is imported when it is called
     "serve": "serve a checkpoint over the OpenAI API",
     "chat": "chat with a running server in the terminal",
+    "fetch-model": "download a small chat model to try the server with",
     "train-tiny": "train a tiny GPT checkpoint to try the server with",
     "profile": "measure step times on this machine, for serve profile=FILE",
     "simulate": "simulate a workload on a modelled cluster; no GPU needed",
@@ -34,8 +35,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's part of it
 
 EXAMPLES = """\
 examples:
-  medha train-tiny                                 # makes checkpoints/tiny
-  medha serve checkpoints/tiny
+  medha fetch-model                                # makes checkpoints/smollm2-135m-instruct
+  medha serve checkpoints/smollm2-135m-instruct
   medha serve DIR scheduler=fcfs scheduler.step_budget_s=0.03 server.port=8001
   medha chat
   medha COMMAND --help

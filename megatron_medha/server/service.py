@@ -163,6 +163,11 @@ class Service:
         self.engine.on_status(on_change)
         self._tokenizer.add_done_callback(lambda _: on_change())
 
+    @property
+    def has_no_template(self) -> bool:
+        """Whether chats are written by the plain template; known once the tokenizer is there."""
+        return self._tokenizer.done() and self._tokenizer.result().template.is_plain
+
     def ready(self) -> ReadyState:
         """What routes work with; ApiError 503 while loading and once failed."""
         self.lifecycle.check_open()

@@ -9,17 +9,12 @@ sequence_len, and nothing is promised of what it writes beyond that.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,8 +26,8 @@ from megatron_medha.model.build import build_model
 from megatron_medha.model.draw import SamplingRow
 from megatron_medha.model.sampler import Sampler
 from megatron_medha.models.model_config import ModelConfig
-from megatron_medha.parallel.groups import build_groups, init_distributed
-from megatron_medha.system.machine import num_usable_cores
+from megatron_medha.parallel.groups import build_groups
+from megatron_medha.tiny.new_checkpoint import one_rank, refuse_filled, unfinished
 from megatron_medha.tiny.tiny_corpus import Corpus, draw_starts, read_stdlib, windows
 from megatron_medha.tiny.tiny_tokenizer import EOS_ID, VOCAB_SIZE, decode_bytes, save_tiny_tokenizer
 
@@ -40,7 +35,6 @@ _SAMPLE_PROMPT = b"import os\n\n\ndef "
 _NUM_HELD_OUT_WINDOWS = 64
 _WEIGHT_DECAY = 0.1
 _MAX_GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
-_MAX_THREADS = 16  # the matrices are small: more threads wait for each other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +116,8 @@ def train_tiny(directory: Path, config: TrainTinyConfig | None = None) -> TrainT
     """
     config = config or TrainTinyConfig()
     directory = directory.absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} already exists and is not empty: delete it or name another directory")
-    with _one_rank(), _unfinished(directory) as target:
+    refuse_filled(directory)
+    with one_rank(), unfinished(directory) as target:
         trainer = _Trainer(config, directory.name)
         untrained = trainer.held_out_loss_nats()
         try:
@@ -257,37 +250,6 @@ def _initialize(model: nn.Module, num_layers: int) -> None:
         elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std *= (2 * num_layers) ** -0.5  # they add to the residual, once per layer each
         parameter.normal_(0.0, std)
-
-
-@contextmanager
-def _one_rank() -> Iterator[None]:
-    """A process group of this process alone, unless there is one, and as many threads as there are cores."""
-    num_threads = torch.get_num_threads()
-    was_initialized = dist.is_initialized()
-    init_distributed(ParallelLayout(), 0, device=torch.device("cpu"))
-    torch.set_num_threads(min(_MAX_THREADS, num_usable_cores()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-        if not was_initialized:
-            dist.destroy_process_group()
-
-
-@contextmanager
-def _unfinished(directory: Path) -> Iterator[Path]:
-    """A directory beside it to write into, which becomes it if all goes well and vanishes otherwise."""
-    unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.mkdir()
-    except OSError as error:
-        raise ConfigError(f"directory={directory}: cannot be written ({error.strerror}); name another") from error
-    try:
-        yield unfinished
-        unfinished.replace(directory)  # takes the place of an empty directory too
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _print_report(result: TrainTinyResult, corpus: Corpus, directory: Path) -> None:

@@ -25,7 +25,7 @@ def test_help_lists_every_command_with_examples(capsys: pytest.CaptureFixture[st
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in COMMANDS)
-    assert "medha serve checkpoints/tiny" in text
+    assert "medha serve checkpoints/smollm2-135m-instruct" in text
 
 
 def test_without_a_word_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ def test_it_says_when_it_listens_and_when_it_is_ready_and_how_to_ask(start: Star
     medha = start(*simulated)
     url = medha.url()
     assert "llama3_8b on simulated h100" in medha.line_with("ready after")
-    assert f"curl {url}/v1/completions" in medha.line_with("curl")
+    assert f"curl {url}/v1/" in medha.line_with("curl")
     assert f"{sys.executable} -m megatron_medha chat url={url}" in medha.line_with("chat")
     assert f"{url}/dashboard" in medha.line_with("dashboard")
 

@@ -66,7 +66,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     directory.mkdir()
     (directory / "tokenizer.json").write_text("{}")
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "tiny").symlink_to(directory)
+    for name in ("tiny", "smollm2-135m-instruct"):
+        (tmp_path / "checkpoints" / name).symlink_to(directory)
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,10\n1,200,20\n")
     (tmp_path / "my_conf" / "scheduler").mkdir(parents=True)
@@ -155,9 +156,9 @@ def combinations(arguments: Arguments) -> list[tuple[str, ...]]:
 
 
 def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> None:
-    if name == "train-tiny":
-        # Its options' class imports torch: names are checked, which is all that can rot.
-        assert {word.partition("=")[0] for word in overrides} <= train_tiny_keys()
+    if name in ("train-tiny", "fetch-model"):
+        # Their options' classes import torch: names are checked, which is all that can rot.
+        assert {word.partition("=")[0] for word in overrides} <= keys_of(name)
         return
     options = freeze(compose(name.replace("-", "_"), OPTIONS[name], overrides, arguments.config_dir), OPTIONS[name])
     if isinstance(options, ServeOptions):
@@ -177,6 +178,6 @@ def compose_all(name: str, overrides: tuple[str, ...], arguments: Arguments) -> 
             Workload(options.workload, options.seed)
 
 
-def train_tiny_keys() -> set[str]:
-    text = (ROOT / "conf" / "train_tiny.yaml").read_text(encoding="utf-8")
+def keys_of(name: str) -> set[str]:
+    text = (ROOT / "conf" / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8")
     return set(re.findall(r"^(\w+):", text, re.MULTILINE)) - {"defaults"}

@@ -79,17 +79,26 @@ def test_the_options_of_chat_are_those_of_its_class(monkeypatch: pytest.MonkeyPa
     assert freeze(compose("chat", ChatConfig, []), ChatConfig) == ChatConfig()
 
 
-def test_the_options_of_train_tiny_are_those_of_its_class() -> None:
+@pytest.mark.parametrize(
+    ("name", "module", "class_name", "key", "directory"),
+    [
+        ("train_tiny", "tiny_training", "TrainTinyConfig", "directory", "checkpoints/tiny"),
+        ("fetch_model", "first_model", "FetchConfig", "out", "checkpoints/smollm2-135m-instruct"),
+    ],
+)
+def test_the_options_of_what_makes_a_checkpoint_are_those_of_its_class(
+    name: str, module: str, class_name: str, key: str, directory: str
+) -> None:
     # Read from the source, because importing it imports torch.
-    tree = ast.parse((PACKAGE / "tiny" / "tiny_training.py").read_text())
-    [config] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainTinyConfig"]
+    tree = ast.parse((PACKAGE / "tiny" / f"{module}.py").read_text())
+    [config] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
     defaults = {
         item.target.id: ast.literal_eval(item.value)
         for item in config.body
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None
     }
-    shown = _read("train_tiny")
-    assert shown.pop("directory") == "checkpoints/tiny"
+    shown = _read(name)
+    assert shown.pop(key) == directory
     assert shown == defaults
 
 

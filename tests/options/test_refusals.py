@@ -223,12 +223,12 @@ def test_a_missing_checkpoint_is_refused_with_the_command_that_makes_one(refusal
 def test_a_checkpoint_that_is_no_directory_is_refused(refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "no such directory" in refusal(f"checkpoint={tmp_path}/nowhere")
-    assert "a file, not a directory" in refusal(f"checkpoint={tmp_path}/file")
+    assert "a file, neither a directory nor *.gguf" in refusal(f"checkpoint={tmp_path}/file")
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused_with_the_key_to_set(refusal: Refusal, tmp_path: Path) -> None:
     assert "tokenizer=DIR names a directory that has one" in refusal(f"checkpoint={tmp_path}")
-    assert refusal(f"tokenizer={tmp_path}").startswith(f"tokenizer={tmp_path}: no tokenizer.json")
+    assert refusal(f"tokenizer={tmp_path}").startswith(f"tokenizer={tmp_path}: no tokenizer there")
 
 
 def test_sizes_of_a_simulated_model_are_refused_beside_a_checkpoint(refusal: Refusal) -> None:

@@ -16,6 +16,9 @@ from megatron_medha.core.ports import EnginePhase
 from megatron_medha.system.libc import TRIM_INTERVAL_S, malloc_trim
 
 _PROGRESS_INTERVAL_S = 5.0
+# What to try, by route. Not greedy: a small model would write nothing but spaces.
+_CHAT = ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}')
+_COMPLETION = ("/v1/completions", '{"prompt": "def main():", "max_tokens": 100, "temperature": 0.7, "seed": 1}')
 
 
 class StatusPrinter:
@@ -88,12 +91,12 @@ class StatusPrinter:
         facts = self._service.engine.facts
         num_tokens = facts.num_blocks * facts.block_size
         key = " -H \"Authorization: Bearer $MEDHA_API_KEY\"" if self._needs_key else ""
+        route, body = _COMPLETION if self._service.has_no_template else _CHAT
         print_line(
             f"ready after {process_age_s():.2f} s: {facts.shape.name} on {facts.device}; "
             f"KV for {num_tokens:,} tokens, requests up to {facts.max_request_tokens:,}\n\n"
-            # Not greedy: the tiny model would write nothing but spaces.
-            f"  curl {self._url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
-            """    -d '{"prompt": "def main():", "max_tokens": 100, "temperature": 0.7, "seed": 1}'\n"""
+            f"  curl {self._url}{route} -H 'Content-Type: application/json'{key} \\\n"
+            f"    -d '{body}'\n"
             f"  {own_command()} chat url={self._url}\n"
             f"  dashboard: {self._url}/dashboard\n"
         )
