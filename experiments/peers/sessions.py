@@ -122,7 +122,7 @@ async def play(
     """
     target = Target(url=f"http://127.0.0.1:{endpoint.port}", request_timeout_s=1800.0)
     async with target.session() as session:
-        model = await find_model(target, session)
+        model = (await find_model(target, session)).name
         try:
             maker = await prompt_maker(PromptForm.IDS, target, session, model, TOKENS, seed)
         except BenchError as error:

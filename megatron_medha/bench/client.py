@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -76,12 +76,21 @@ class StreamResult:
     error: str | None = None
 
 
-async def find_model(target: Target, session: aiohttp.ClientSession) -> str:
-    """The model's name as the server lists it. Raises ConfigError if it has no list of models."""
+class ListedModel(NamedTuple):
+    """A model as a server lists it."""
+
+    name: str
+    max_tokens: int | None  # of prompt and output together; None: it does not say
+
+
+async def find_model(target: Target, session: aiohttp.ClientSession) -> ListedModel:
+    """The model that is asked for, or else the first. Raises ConfigError if the server has no list of models."""
     try:
         async with session.get(f"{target.url}/v1/models") as response:
-            listed = await response.json(content_type=None)
-            return target.model or str(listed["data"][0]["id"])
+            models = (await response.json(content_type=None))["data"]
+            name = target.model or str(models[0]["id"])
+            max_tokens = next((one.get("max_model_len") for one in models if one["id"] == name), None)
+            return ListedModel(name, max_tokens if isinstance(max_tokens, int) else None)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise ConfigError(f"url={target.url}: connection failed ({error}); try `medha serve`") from None
     except (KeyError, IndexError, TypeError, ValueError) as error:

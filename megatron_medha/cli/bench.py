@@ -17,6 +17,7 @@ import aiohttp
 from tqdm import tqdm
 
 from megatron_medha.bench.client import Target, find_model
+from megatron_medha.bench.context_fit import check_fits
 from megatron_medha.bench.idle import lengths_between, measure_idle
 from megatron_medha.bench.load_generator import LoadClient, SentRequest, closed_loop, open_loop
 from megatron_medha.bench.measured import BenchMeasurement, MeasurementWindow
@@ -98,8 +99,9 @@ class _Bench:
         workload = Workload(options.workload, options.seed)
         target = options.target
         async with target.session() as session:
-            model = await find_model(target, session)
+            model, max_tokens = await find_model(target, session)
             print(f"{model} at {target.url}\n{workload}")
+            check_fits(workload, options.seed, max_tokens)
             isolated_s = await self._isolated(target, session, model, workload)
             client = LoadClient(
                 target=target, session=session, model=model, tokens=options.tokens, slo=options.slo,

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import pytest
 from scripted_server import Event, ScriptedServer, token, usage
 
-from megatron_medha.bench.client import StreamResult, Target, TokenRange, completion_body, find_model, run_completion
+from megatron_medha.bench.client import (
+    ListedModel,
+    StreamResult,
+    Target,
+    TokenRange,
+    completion_body,
+    find_model,
+    run_completion,
+)
 from megatron_medha.core.errors import ConfigError
 
 
@@ -78,10 +86,10 @@ def test_the_body_asks_for_exactly_so_many_greedy_tokens_and_for_usage() -> None
     assert body["stream_options"] == {"include_usage": True}
 
 
-def found(server: ScriptedServer, url: str | None = None) -> str:
-    async def one() -> str:
+def found(server: ScriptedServer, url: str | None = None, model: str | None = None) -> ListedModel:
+    async def one() -> ListedModel:
         async with server.running():
-            target = Target(url=url or server.url)
+            target = Target(url=url or server.url, model=model)
             async with target.session() as session:
                 return await find_model(target, session)
 
@@ -89,7 +97,15 @@ def found(server: ScriptedServer, url: str | None = None) -> str:
 
 
 def test_the_model_is_the_first_the_server_lists() -> None:
-    assert found(ScriptedServer()) == "scripted"
+    assert found(ScriptedServer()) == ("scripted", None)
+
+
+def test_the_length_of_a_models_context_is_that_which_the_server_lists() -> None:
+    models = {"data": [{"id": "a", "max_model_len": 64}, {"id": "b", "max_model_len": 128}, {"id": "c"}]}
+    assert found(ScriptedServer(models=models)) == ("a", 64)
+    assert found(ScriptedServer(models=models), model="b") == ("b", 128)
+    assert found(ScriptedServer(models=models), model="c") == ("c", None)
+    assert found(ScriptedServer(models=models), model="of another name") == ("of another name", None)
 
 
 def test_a_url_where_nobody_answers_is_told_with_the_way_out() -> None:
