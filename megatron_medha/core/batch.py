@@ -108,6 +108,7 @@ class Preempted:
 
     request_id: str
     num_tokens_lost: int
+    num_cached_tokens: int = 0  # computed ones that stay cached: they are not lost, unless they are evicted later
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,8 @@ class SchedulerSetup:
     def header(self) -> dict[str, Any]:
         """As the first line of a decision log."""
         header: dict[str, Any] = msgspec.to_builtins(self)
+        if self.kv.prefix_cache:  # the default may change
+            header["kv"]["granule_tokens"] = self.kv.tokens_per_granule(self.block_size)
         return header
 
     @classmethod

@@ -19,12 +19,17 @@ from megatron_medha.core.kv.block_pool import Extent
 # Raised when a key or an event is renamed; what is older is translated here.
 FORMAT = 3
 _FIRST_WITH_OPS = 3
+_GRANULE_TOKENS_OF_THEN = 64  # at least, of a granule, in logs that do not name it
 # Keys of the scheduler's configuration in format 1 by today's names; None: nothing read it.
 _KEYS_OF_FORMAT_1 = {"max_saved_gift_steps": "max_banked_steps", "long_prefill_tokens": None}
 
 
 def translate_header(header: dict[str, Any], log_format: int) -> None:
-    """Give the keys of an earlier format their names of today."""
+    """Give the keys of an earlier format their names of today, and what was left to a default its value of then."""
+    kv, block_size = header.get("kv"), header.get("block_size")
+    is_cached = isinstance(kv, dict) and kv.get("prefix_cache") is True
+    if is_cached and kv.get("granule_tokens") is None and isinstance(block_size, int) and block_size > 0:
+        kv["granule_tokens"] = -(-_GRANULE_TOKENS_OF_THEN // block_size) * block_size
     if log_format == 1 and isinstance(header.get("config"), dict):
         renamed = {_KEYS_OF_FORMAT_1.get(key, key): value for key, value in header["config"].items()}
         header["config"] = {key: value for key, value in renamed.items() if key is not None}

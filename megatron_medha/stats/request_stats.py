@@ -164,7 +164,7 @@ class RequestTracker(Generic[R]):
                 if (lost := self.live.get(output.request_id)) is not None:
                     lost.num_preemptions += 1
                     lost.num_tokens_lost += output.num_tokens_lost
-                    self.lose(lost, output.num_tokens_lost)
+                    self.lose(lost, output.num_tokens_lost + output.num_cached_tokens)
                     self._on_preempted(lost, output.num_tokens_lost, now_s)
             elif isinstance(output, Rejected):
                 self._end(output.request_id, Ending.REJECTED, f"rejected: {output.why}", now_s, output.why)
@@ -184,7 +184,7 @@ class RequestTracker(Generic[R]):
             stats.num_ever_scheduled = max(stats.num_ever_scheduled, end)
 
     def lose(self, stats: R, num_tokens: int) -> None:
-        """A live request has lost the KV of so many tokens and starts again."""
+        """A live request has lost its KV, of so many tokens, and starts again."""
         stats.num_ever_scheduled = max(stats.num_ever_scheduled, num_tokens)
         stats.num_scheduled_tokens = 0
         self._prefilling[stats.request.request_id] = stats

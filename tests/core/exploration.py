@@ -4,22 +4,21 @@ Four requests, two of which begin alike, on two KVP ranks with six blocks in all
 a request arrives, the scheduler forms a batch, the oldest batch leaves the first stage or completes, a request is
 aborted or fails, the ranks are lost, all deadlines pass. Decodes grow, so memory runs out, and the scheduler preempts
 and evicts. Costs are constant; of time only the order is kept, and whether deadlines have passed.
+
+Bound on every wait: if nothing new happens, a batch is formed for each token of live requests at most until all of
+them have ended. So nothing that one request does makes the work of others be done again without end.
 """
 
 from __future__ import annotations
 
-import copyreg
 import gc
-import io
-import pickle
-import pickletools
-import sys
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+
+from canonical_state import canonical
+from explored_state import BLOCK, LATE_S, Bounds, Script, State
+from state_snapshots import Snapshots, scripted_request
 
 from megatron_medha.core.batch import (
     Aborted,
@@ -33,72 +32,11 @@ from megatron_medha.core.batch import (
     Rejected,
     TokenOut,
 )
-from megatron_medha.core.cost.step_cost import StepLoad
-from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_check import check
-from megatron_medha.core.kv.kv_config import KVConfig
-from megatron_medha.core.kv.kv_memory import KVMemory
-from megatron_medha.core.kv.segment import Segment
-from megatron_medha.core.kv.sequence import Sequence, Status
-from megatron_medha.core.request import Request
-from megatron_medha.core.scheduling.chunking import Chunking
-from megatron_medha.core.scheduling.kinetic_tournament import KineticTournament
-from megatron_medha.core.scheduling.scheduler import Scheduler
-from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-
-BLOCK = 2  # tokens of a block, and of a granule
-LATE_S = 1e6  # by so much the clock goes ahead when all deadlines pass
+from megatron_medha.core.kv.sequence import Status
 
 Action = tuple[str, ...]
-
-
-class ConstantCost:
-    """Every token takes as long as any other, a step itself next to nothing: waiting for a sibling is worth it."""
-
-    revision = 0
-
-    def linear_s(self, num_tokens: int, num_sequences: int) -> float:
-        """See CostModel."""
-        return 0.1 + 1.0 * num_tokens
-
-    def attention_s(self, start: int, num_tokens: int) -> float:
-        """See CostModel."""
-        return 0.0
-
-    def decode_attention_s(self, context: int) -> float:
-        """See CostModel."""
-        return 0.0
-
-    def observe(self, load: StepLoad, duration_s: float) -> None:
-        """See CostModel."""
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A request: its prompt and its output as one letter a granule, and its lengths in tokens."""
-
-    text: str
-    num_prompt: int
-    num_output: int
-
-    def keys(self, first: int, last: int) -> bytes:
-        """Of its granules [first, last): a key is all the text up to its end."""
-        return b"".join(self.text[: granule + 1].encode().ljust(16, b".") for granule in range(first, last))
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What is explored."""
-
-    scripts: dict[str, Script]
-    num_aborts: int = 1
-    num_failures: int = 1
-    num_losses: int = 1
-    num_late: int = 1     # times that the clock passes all deadlines
-    num_blocks: int = 3   # of each of two ranks
-    shard_tokens: int = 4
-    spp: int = 2
-
+_EVENTS_PER_BATCH = 3  # it is formed, leaves the first stage, completes
 
 FOUR = {
     "A": Script("pqa", 5, 2),
@@ -108,118 +46,117 @@ FOUR = {
 }
 
 
-@dataclass(slots=True)
-class State:
-    """The scheduler, and what is left to happen."""
-
-    scheduler: Scheduler
-    pending: list[str]              # requests that have not arrived
-    in_flight: list[Batch]          # oldest first
-    left: list[int] = field(default_factory=list)   # of these, the ids of batches that have left the first stage
-    num_aborts: int = 0
-    num_failures: int = 0
-    num_losses: int = 0
-    num_late: int = 0
-    now_s: float = 0.0
-
-
 class Broken(AssertionError):
     """A state in which an invariant does not hold; says how it came about."""
 
 
 class Explorer:
-    """Breadth first over states, each kept as bytes until its successors are known."""
+    """Breadth first over states, each kept as bytes until its successors are known.
+
+    Where only one thing can happen next, that is looked at first, and the state is never kept.
+    """
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
-        config = SchedulerConfig(
-            chunking=Chunking.FIXED, fixed_chunk_tokens=4, tile_tokens=1, max_batch_tokens=8, max_num_sequences=4,
-            min_deadline_s=1e5, watermark=0.0,
-        )  # fmt: skip
-        memory = KVMemory(
-            num_blocks=bounds.num_blocks, block_size=BLOCK, max_context_len=100, kvp=2,
-            max_tokens_per_shard=bounds.shard_tokens, watermark=0.0,
-            kv=KVConfig(granule_tokens=BLOCK, eviction="lru"),
-        )  # fmt: skip
-        scheduler = Scheduler(config, ConstantCost(), memory, bounds.spp)
-        self.state = State(scheduler, sorted(bounds.scripts), [])
-        self._snapshots = Snapshots(self)
+        self.state = State(bounds.scheduler(), sorted(bounds.scripts), [])
+        self._snapshots = Snapshots(bounds, self.state)
         self.index_of: dict[int, int] = {}  # canonical hash -> number of the state
         self.parents = array("l")           # by number: the state it was reached from
         self.actions: list[Action] = []     # and by what
-        self.drains = array("l")            # by number: the state after it if nothing new happens; -1: not looked at
+        self.drains = array("l")            # by number: the state after it if nothing new happens; -1: there is none
+        self.num_tokens = array("l")        # by number: of all requests that live
         self.num_transitions = 0
         self.num_evictions = self.num_preemptions = self.num_hits = 0
         self.num_sibling_waits = 0  # states in which a request waits for what another computes
+        self._queue: deque[tuple[int, bytes]] = deque()
 
     def run(self, max_states: int, report: Callable[[str], None] = lambda line: None) -> bool:
         """Explore until there is nothing new (True), or that many states are known. Raises Broken."""
-        queue: deque[tuple[int, bytes]] = deque()
         self._learn()
-        self._visit(self.state, -1, ("begin",), queue)
+        self._find(self.state, -1, ("begin",))
+        self._queue.append((0, self._snapshots.save(self.state)))
         gc.collect()
         gc.freeze()
         old_thresholds = gc.get_threshold()
-        gc.set_threshold(200_000, 20, 100)  # states are full of cycles, but short-lived
+        gc.set_threshold(5_000, 50, 1000)  # states are full of cycles, but short-lived
+        num_expanded = 0
         try:
-            num_expanded = 0
-            while queue and len(self.index_of) < max_states:
-                number, snapshot = queue.popleft()
-                self._expand(number, snapshot, queue)
+            while self._queue and len(self.index_of) < max_states:
+                self._expand(*self._queue.popleft())
                 num_expanded += 1
                 if num_expanded % 20_000 == 0:
-                    report(f"{len(self.index_of)} states, {self.num_transitions} transitions, {len(queue)} to look at")
+                    report(self.progress())
         finally:
             gc.set_threshold(*old_thresholds)
             gc.unfreeze()
-        return not queue
+        return not self._queue
+
+    def progress(self) -> str:
+        """How far it has come."""
+        return (
+            f"{len(self.index_of)} distinct states, {self.num_transitions} transitions, {len(self._queue)} states left "
+            f"to look at; {self.num_hits} hits, {self.num_evictions} evictions, {self.num_preemptions} preemptions"
+        )
 
     def _learn(self) -> None:
         """Show the snapshots what states consist of."""
         state = self._snapshots.load(self._snapshots.save(self.state))
-        for action in (("arrive", "A"), ("schedule",), ("leave",), ("schedule",), ("complete",), ("arrive", "B")):
+        names = sorted(self.bounds.scripts)[:2]
+        for action in (
+            ("arrive", names[0]), ("schedule",), ("leave",), ("schedule",), ("complete",), ("arrive", names[1]),
+        ):  # fmt: skip
             self._act(state, action)
             self._snapshots.learn(state)
 
-    def _expand(self, number: int, snapshot: bytes, queue: deque[tuple[int, bytes]]) -> None:
-        state = self._snapshots.load(snapshot)
-        actions = list(self._actions(state))
-        is_idle = not state.in_flight
-        drain = self._drain(state)
-        for action in actions:
+    def _expand(self, number: int, snapshot: bytes) -> None:
+        """All that can happen in a state."""
+        state: State | None = self._snapshots.load(snapshot)
+        assert state is not None
+        for action in list(self._actions(state)):
             if state is None:
                 state = self._snapshots.load(snapshot)
-            num_cached = num_cached_blocks(state)
-            try:
-                self._act(state, action)
-                self.num_evictions += num_cached_blocks(state) < num_cached and action[0] in ("schedule", "complete")
-                found = self._visit(state, number, action, queue)
-            except AssertionError as error:
-                if isinstance(error, Broken):
-                    raise
-                raise Broken(f"{error!r} after {self._path(number)} and {action}") from error
-            self.num_transitions += 1
-            if action == drain:
-                if action == ("schedule",) and is_idle and found == number and state.scheduler.num_sequences:
-                    raise Broken(f"nothing runs, and requests wait, after {self._path(number)}")
-                if action == ("schedule",) and found == number:
-                    drain = self._drain(state, is_blocked=True)
-                    continue
-                self.drains[number] = found
+            found, is_new = self._step(state, number, action)
+            while is_new:
+                following = list(self._actions(state))
+                if len(following) != 1:
+                    self._queue.append((found, self._snapshots.save(state)))
+                    break
+                found, is_new = self._step(state, found, following[0])
             state = None
 
-    def _visit(self, state: State, parent: int, action: Action, queue: deque[tuple[int, bytes]]) -> int:
-        """The number of a state; a new one is checked and kept for later."""
+    def _step(self, state: State, number: int, action: Action) -> tuple[int, bool]:
+        """Let it happen, in place: the number of the state after it, and whether that is new."""
+        is_drain, is_idle, num_cached = action == self._drain(state), not state.in_flight, state.num_cached_blocks
+        try:
+            self._act(state, action)
+            self.num_evictions += state.num_cached_blocks < num_cached and action[0] in ("schedule", "complete")
+            found, is_new = self._find(state, number, action)
+        except Broken:
+            raise
+        except AssertionError as error:
+            raise Broken(f"{error!r} after {self._path(number)} and {action}") from error
+        self.num_transitions += 1
+        if is_drain and found == number and is_idle and state.scheduler.num_sequences:
+            raise Broken(f"nothing runs, and requests wait, after {self._path(number)}")
+        if is_drain and found != number:
+            self.drains[number] = found
+        elif self.drains[number] < 0 and action in (("leave",), ("complete",)):
+            self.drains[number] = found  # no batch can be formed, so this is what happens next
+        return found, is_new
+
+    def _find(self, state: State, parent: int, action: Action) -> tuple[int, bool]:
+        """The number of a state, and whether it is new; then it is checked."""
         key = hash(canonical(state))
         number = self.index_of.get(key)
-        if number is None:
-            number = self.index_of[key] = len(self.parents)
-            self.parents.append(parent)
-            self.actions.append(action)
-            self.drains.append(-1)
-            self._check(state)
-            queue.append((number, self._snapshots.save(state)))
-        return number
+        if number is not None:
+            return number, False
+        number = self.index_of[key] = len(self.parents)
+        self.parents.append(parent)
+        self.actions.append(action)
+        self.drains.append(-1)
+        self.num_tokens.append(state.num_tokens)
+        self._check(state)
+        return number, True
 
     # ---- what can happen ----
 
@@ -248,10 +185,9 @@ class Explorer:
             yield ("lose",)
         if state.num_late < bounds.num_late and scheduler.num_sequences:
             yield ("late",)
-
-    def _drain(self, state: State, is_blocked: bool = False) -> Action | None:
-        """What happens next if nobody does anything new."""
-        if not is_blocked and len(state.in_flight) < self.bounds.spp and len(state.left) == len(state.in_flight):
+    def _drain(self, state: State) -> Action | None:
+        """What happens next if nobody does anything new, unless no batch can be formed."""
+        if len(state.in_flight) < self.bounds.spp and len(state.left) == len(state.in_flight):
             return ("schedule",)
         if state.in_flight:
             return ("leave",) if state.in_flight[-1].batch_id not in state.left else ("complete",)
@@ -277,7 +213,7 @@ class Explorer:
                 self._handle(state, Completed(batch.batch_id, 1.0, (), failed, self._filled(state, batch, failed)))
             case ("arrive", name):
                 state.pending.remove(name)
-                self._handle(state, Arrived(_request(name, state.now_s)))
+                self._handle(state, Arrived(scripted_request(name, state.now_s)))
             case ("abort", name):
                 state.num_aborts += 1
                 self._handle(state, Aborted(name))
@@ -353,9 +289,11 @@ class Explorer:
                 assert seq.capacity_tokens >= seq.num_scheduled_tokens, f"{name} computes without memory"
         if not scheduler.num_sequences:
             assert memory.num_free_blocks == 2 * self.bounds.num_blocks, "blocks are lost"
+    def check_waits(self) -> int:
+        """The most events to the end of all, if nothing new happens, from any state looked at. Raises Broken.
 
-    def longest_drain(self) -> int:
-        """The most steps to the end of all, if nothing new happens, from any state looked at. Raises Broken if none."""
+        No more batches are formed than live requests have tokens.
+        """
         lengths = array("l", [-1]) * len(self.drains)
         for start in range(len(lengths)):
             path = []
@@ -371,6 +309,8 @@ class Explorer:
                 following = self.drains[number]
                 length += following >= 0
                 lengths[number] = length
+                if length > _EVENTS_PER_BATCH * (self.num_tokens[number] + self.bounds.spp):
+                    raise Broken(f"{length} events for {self.num_tokens[number]} tokens after {self._path(number)}")
         return max(lengths)
 
     def _path(self, number: int) -> list[Action]:
@@ -379,189 +319,3 @@ class Explorer:
             path.append(self.actions[number])
             number = self.parents[number]
         return path[::-1]
-
-
-def num_cached_blocks(state: State) -> int:
-    """On both ranks."""
-    return sum([pool.num_cached_blocks for pool in state.scheduler.memory.pools])
-
-
-def make_request(script: Script, name: str, arrival_s: float) -> Request:
-    """The request of a script."""
-    return Request(
-        request_id=name, num_prompt_tokens=script.num_prompt, max_output_tokens=script.num_output, arrival_s=arrival_s,
-        prefix_keys=script.keys(0, script.num_prompt // BLOCK),
-    )
-
-
-# ---- snapshots: what never changes is shared, the rest is pickled ----
-
-_SCRIPTS: dict[str, Script] = {}
-
-
-@cache
-def _request(name: str, arrival_s: float) -> Request:
-    return make_request(_SCRIPTS[name], name, arrival_s)
-
-
-class Snapshots:
-    """A state as bytes and back.
-
-    The memo of every pickler begins with what all states share: constants, classes, names of attributes. So they
-    are in the bytes as numbers, and come back as the same objects.
-    """
-
-    def __init__(self, explorer: Explorer) -> None:
-        scheduler = explorer.state.scheduler
-        _SCRIPTS.clear()
-        _SCRIPTS.update(explorer.bounds.scripts)
-        _request.cache_clear()
-        nothing = KineticTournament()  # so few requests never reach it
-        for bucket in scheduler._prefills._buckets.values():
-            bucket.queue._rest = nothing
-        self._shared: list[Any] = [
-            scheduler.config, scheduler.cost, scheduler.policy, scheduler.policy.priority, scheduler._deadlines,
-            scheduler.memory.kv, scheduler._builder._rule, scheduler._builder._strategy, nothing,
-        ]  # fmt: skip
-        self._table = {**copyreg.dispatch_table, Request: _reduce_request}
-        self._set_memo()
-
-    def learn(self, state: State) -> None:
-        """Share the classes and the names that a state has too."""
-        found: dict[Any, None] = {}
-        for opcode, argument, _ in pickletools.genops(self.save(state)):
-            if opcode.name == "BINUNICODE":
-                found[sys.intern(argument)] = None
-            elif opcode.name == "GLOBAL":
-                module, name = argument.split()
-                found[getattr(sys.modules[module], name)] = None
-        self._shared += [item for item in found if not any(item is other for other in self._shared)]
-        self._set_memo()
-
-    def save(self, state: State) -> bytes:
-        """As bytes."""
-        builder = state.scheduler._builder
-        builder.prefills, builder.loads = [], []  # of the last batch
-        file = io.BytesIO()
-        pickler = pickle.Pickler(file, _PROTOCOL)
-        pickler.dispatch_table = self._table
-        pickler.memo = self._pickler.memo
-        pickler.dump(state)
-        return file.getvalue()
-
-    def load(self, snapshot: bytes) -> State:
-        """And back."""
-        unpickler = pickle.Unpickler(io.BufferedReader(io.BytesIO(snapshot)))  # type: ignore[arg-type]
-        unpickler.memo = self._unpickler.memo
-        state = unpickler.load()
-        assert isinstance(state, State)
-        return state
-
-    def _set_memo(self) -> None:
-        file = io.BytesIO()
-        self._pickler = pickle.Pickler(file, _PROTOCOL)
-        self._pickler.memo = {id(item): (number, item) for number, item in enumerate(self._shared)}
-        # An unpickler's memo can be set only from another's: one that has got the items by their numbers.
-        getter = f"c{__name__}\n{_item.__name__}\n".encode()
-        calls = b"".join(
-            getter + b"J" + number.to_bytes(4, "little") + b"\x85Rr" + number.to_bytes(4, "little") + b"0"
-            for number in range(len(self._shared))
-        )
-        _ITEMS[:] = self._shared
-        self._unpickler = pickle.Unpickler(io.BytesIO(b"\x80\x03" + calls + b"N."))
-        self._unpickler.load()
-
-
-_PROTOCOL = 3  # later ones number what they remember by themselves, from 0
-_ITEMS: list[Any] = []
-
-
-def _item(number: int) -> Any:
-    return _ITEMS[number]
-
-
-def _reduce_request(request: Request) -> tuple[Any, ...]:
-    return _request, (request.request_id, request.arrival_s)
-
-
-# ---- what makes two states the same ----
-
-
-def canonical(state: State) -> tuple[Any, ...]:
-    """A state without clocks, batch ids and block ids: blocks by the order in which they are met, times by rank."""
-    scheduler = state.scheduler
-    memory = scheduler.memory
-    names: list[dict[int, int]] = [{}, {}]
-    live = [_sequence(seq, names) for _, seq in sorted(scheduler._sequences.items())]
-    segments = [_segment(segment, names) for segment in _segments(state)]
-    prefixes = scheduler._prefixes
-    assert prefixes is not None
-    waits, siblings = prefixes._waits, prefixes.siblings
-    reservation = memory.reservation
-    kept = None
-    if reservation is not None:
-        kept = (reservation.request_id, tuple(memory._num_reserved(rank, _NOBODY) for rank in (0, 1)))
-    overdue = scheduler._packer._overdue
-    return (
-        tuple(state.pending), state.num_aborts, state.num_failures, state.num_losses, state.num_late,
-        tuple(scheduler._sequences), tuple(live), tuple(segments),
-        tuple([(batch.chunks, batch.batch_id in state.left) for batch in state.in_flight]),
-        tuple([seq.request_id for seq in scheduler._decodes]), tuple([seq.request_id for seq in scheduler._growing]),
-        tuple(sorted(scheduler._prefills._bucket_of)), tuple(scheduler._released),
-        tuple([(op.kind, op.request_id) for op in scheduler._kv_ops]),
-        kept, overdue.request_id if overdue is not None else None, round(scheduler._packer._overdue_credit_s, 6),
-        tuple(memory.owners), tuple(memory._pending_work),
-        tuple(sorted((name, wait.next_key) for name, wait in waits._waits.items())),
-        tuple(sorted((name, prefill.next_key, *prefill.waiters) for name, prefill in siblings._prefills.items())),
-        tuple(sorted((name, lead.request_id) for name, lead in siblings.leads.items())),
-        tuple(prefixes._moved), tuple(prefixes._freed),
-    )  # fmt: skip
-
-
-_NOBODY = Sequence(request=Request(request_id="", num_prompt_tokens=1, max_output_tokens=1, arrival_s=0.0))
-
-
-def _blocks(extents: list[Extent], names: dict[int, int]) -> tuple[int, ...]:
-    return tuple([
-        names.setdefault(block, len(names)) for first, count in extents for block in range(first, first + count)
-    ])
-
-
-def _sequence(seq: Sequence, names: list[dict[int, int]]) -> tuple[Any, ...]:
-    table = seq.block_table
-    return (
-        seq.request_id, seq.status.value, seq.num_scheduled_tokens, seq.num_first_stage_tokens,
-        seq.num_computed_tokens, seq.num_output_tokens, seq.num_batches_in_flight, seq.keys, seq.num_cached_tokens,
-        seq.num_promised_tokens, seq.total_work_s, seq.remaining_work_s, seq.capacity_tokens, seq.grow_tokens,
-        seq.publish_tokens, seq.change_tokens, len(table.unsent), seq.triage_deadline_s < 1e300,
-        tuple([(shard.kvp_rank, _blocks(shard.extents, names[shard.kvp_rank])) for shard in table.shards]),
-        tuple([(h.end, h.deepest.first if h.deepest else -1, tuple(h.duplicates)) for h in table.holdings]),
-    )  # fmt: skip
-
-
-def _segments(state: State) -> list[Segment]:
-    """All that are listed or held, in an order of their own."""
-    cache = state.scheduler.memory.cache
-    assert cache is not None
-    found = {segment: None for tree in cache.index.trees[0] for segment in tree.heads.values()}
-    for seq in state.scheduler.memory.owners.values():
-        for holding in seq.block_table.holdings:
-            segment = holding.deepest
-            while segment is not None:
-                found[segment] = None
-                segment = segment.parent
-    ranks = {time: rank for rank, time in enumerate(sorted({s.last_use_s for s in found if not s.pins}))}
-    _RANKS.clear()
-    _RANKS.update({id(s): -1 if s.pins else ranks[s.last_use_s] for s in found})
-    return sorted(found, key=lambda s: (s.kvp_rank, s.is_listed, s.first, bytes(s.keys), s.creator, s.pins))
-
-
-_RANKS: dict[int, int] = {}
-
-
-def _segment(segment: Segment, names: list[dict[int, int]]) -> tuple[Any, ...]:
-    return (
-        segment.kvp_rank, segment.first, bytes(segment.keys), segment.creator, segment.pins, segment.num_references,
-        segment.is_listed, getattr(segment, "is_proven", None), _RANKS[id(segment)],
-        tuple(segment.waiters), _blocks(segment.extents, names[segment.kvp_rank]),
-    )  # fmt: skip

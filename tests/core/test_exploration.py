@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from exploration import FOUR, Bounds, Broken, Explorer, Script
+from exploration import FOUR, Broken, Explorer
+from explored_state import Bounds, Script
 
 from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_memory import KVMemory
@@ -16,7 +17,6 @@ from megatron_medha.core.kv.segment import Holding, Segment
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.scheduler import Scheduler
 
-MAX_STEPS = 40  # until all has ended, if nothing new happens
 THREE = Bounds(
     {"A": Script("pab", 3, 4), "B": Script("pcd", 3, 4), "C": Script("ef", 3, 1)},
     num_blocks=2, num_failures=0, num_losses=0, num_late=0,
@@ -26,15 +26,27 @@ THREE = Bounds(
 def test_three_requests_of_which_two_begin_alike_are_explored_to_the_end() -> None:
     explorer = Explorer(THREE)
     assert explorer.run(max_states=20_000), "there is nothing left to look at"
-    assert explorer.longest_drain() <= MAX_STEPS
+    explorer.check_waits()
     assert min(explorer.num_hits, explorer.num_evictions, explorer.num_preemptions) > 0
+
+
+@pytest.mark.parametrize("eviction", ["value", "ttl"])
+def test_sessions_that_go_on_and_end_are_explored_to_the_end(eviction: str) -> None:
+    scripts = {
+        "A": Script("pab", 3, 2, session="s"), "B": Script("pabc", 5, 2, session="s", ends_session=True),
+        "C": Script("ef", 3, 1),
+    }  # fmt: skip
+    explorer = Explorer(Bounds(scripts, num_blocks=2, num_aborts=0, num_failures=0, num_losses=0, eviction=eviction))
+    assert explorer.run(max_states=40_000), "there is nothing left to look at"
+    explorer.check_waits()
+    assert min(explorer.num_hits, explorer.num_evictions) > 0
 
 
 def test_who_waits_for_what_another_computes_is_never_lost() -> None:
     scripts = {"A": Script("pqab", 7, 1), "B": Script("pqac", 7, 1)}
     explorer = Explorer(Bounds(scripts, num_blocks=4, num_aborts=2, num_late=0))
     assert explorer.run(max_states=20_000), "there is nothing left to look at"
-    assert explorer.longest_drain() <= MAX_STEPS
+    explorer.check_waits()
     assert explorer.num_sibling_waits > 0
 
 
@@ -48,11 +60,26 @@ def test_a_million_states_of_four_requests_are_sound(capsys: pytest.CaptureFixtu
             print(line, flush=True)
 
     explorer.run(max_states=1_000_000, report=report)
-    report(f"{len(explorer.index_of)} distinct states, at most {explorer.longest_drain()} steps to the end of all")
+    report(f"{explorer.progress()}; at most {explorer.check_waits()} events to the end of all")
     assert len(explorer.index_of) >= 1_000_000
-    assert explorer.longest_drain() <= MAX_STEPS
     counts = explorer.num_hits, explorer.num_evictions, explorer.num_preemptions, explorer.num_sibling_waits
     assert min(counts) > 1000
+
+
+def test_a_request_that_computes_again_and_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    restart = Scheduler._restart
+
+    def restart_from_the_prompt(self: Scheduler, seq: Sequence, now_s: float) -> None:
+        seq.num_output_tokens, seq.keys = 0, seq.request.prefix_keys
+        restart(self, seq, now_s)
+
+    monkeypatch.setattr(Scheduler, "_restart", restart_from_the_prompt)
+    monkeypatch.setattr(KVMemory, "grow", lambda self, seq: False)
+    monkeypatch.setattr("megatron_medha.core.scheduling.scheduler.victim", lambda memory, seq, *rest: seq)
+    explorer = Explorer(replace(THREE, num_aborts=0))
+    with pytest.raises(Broken, match="never ends|events for"):
+        explorer.run(max_states=20_000)
+        explorer.check_waits()
 
 
 def test_an_eviction_that_ignores_pins_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,13 @@ from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.shards import check_shard_tokens, default_shard_tokens
 
 ON = KVConfig()
+BY_64 = KVConfig(granule_tokens=64)
 
 
 @pytest.mark.parametrize(
-    ("block_size", "granule_tokens"), [(1, 64), (4, 64), (16, 64), (24, 72), (63, 126), (64, 64), (128, 128)]
+    ("block_size", "granule_tokens"), [(1, 16), (4, 16), (16, 16), (12, 24), (15, 30), (24, 24), (128, 128)]
 )
-def test_a_granule_is_the_smallest_multiple_of_the_block_size_from_64_tokens_on(
+def test_a_granule_is_the_smallest_multiple_of_the_block_size_from_16_tokens_on(
     block_size: int, granule_tokens: int
 ) -> None:
     assert ON.tokens_per_granule(block_size) == granule_tokens
@@ -54,10 +55,10 @@ def test_an_unknown_eviction_is_refused_with_those_there_are() -> None:
 
 def test_no_granule_crosses_the_end_of_a_shard() -> None:
     check_shard_tokens(None, ON, 16)
-    check_shard_tokens(128, ON, 16)
+    check_shard_tokens(128, BY_64, 16)
     check_shard_tokens(1008, NO_PREFIX_CACHE, 16)
     with pytest.raises(ConfigError) as error:
-        check_shard_tokens(1008, ON, 16)
+        check_shard_tokens(1008, BY_64, 16)
     assert str(error.value) == (
         "parallel.max_tokens_per_shard=1008 must be a multiple of the prefix cache's granule of 64 tokens; "
         "use 1024, or kv.prefix_cache=false"
@@ -65,13 +66,13 @@ def test_no_granule_crosses_the_end_of_a_shard() -> None:
 
 
 def test_a_shard_is_an_even_part_of_the_longest_context_in_whole_granules() -> None:
-    assert default_shard_tokens(1000, 16, 4096, 2, ON) == 2048
-    assert default_shard_tokens(1000, 16, 4000, 3, ON) == 1344  # 21 granules
-    assert default_shard_tokens(50, 16, 4096, 2, ON) == 768     # of the 800 tokens that there is memory for
-    assert default_shard_tokens(50, 16, None, 2, ON) == 768
-    assert default_shard_tokens(50, 16, None, 1, ON) == 800     # nothing follows it
+    assert default_shard_tokens(1000, 16, 4096, 2, BY_64) == 2048
+    assert default_shard_tokens(1000, 16, 4000, 3, BY_64) == 1344  # 21 granules
+    assert default_shard_tokens(50, 16, 4096, 2, BY_64) == 768     # of the 800 tokens that there is memory for
+    assert default_shard_tokens(50, 16, None, 2, BY_64) == 768
+    assert default_shard_tokens(50, 16, None, 1, BY_64) == 800     # nothing follows it
     with pytest.raises(ConfigError) as error:
-        default_shard_tokens(3, 16, 4096, 2, ON)
+        default_shard_tokens(3, 16, 4096, 2, BY_64)
     assert str(error.value) == (
         "model.kv_memory_gib: the KV memory holds 48 tokens, less than the prefix cache's granule of 64; "
         "raise it, or use kv.prefix_cache=false"

@@ -295,7 +295,7 @@ def test_the_change_of_a_decode_is_its_last_token_or_the_one_before_its_last_blo
         request = Request(request_id="a", num_prompt_tokens=num_tokens, max_output_tokens=num_out, arrival_s=0.0)
         seq = Sequence(request=request, deadline_s=1.0, total_work_s=1.0)
         memory.take(seq, (0,))
-        assert (seq.capacity_tokens, seq.change_tokens) == (8, expected)
+        assert (seq.capacity_tokens, seq.grow_tokens) == (8, expected)
         memory.release(seq)
 
 

@@ -9,7 +9,7 @@ import pytest
 from content_world import GRANULE, keys_of
 from scheduler_bench import Bench, request
 
-from megatron_medha.core.batch import Aborted, RanksLost, TokenOut
+from megatron_medha.core.batch import Aborted, Preempted, RanksLost, TokenOut
 from megatron_medha.core.kv.kv_config import KVConfig
 from megatron_medha.core.request import Request
 
@@ -128,8 +128,9 @@ def test_a_preempted_request_begins_again_behind_what_it_has_published_outputs_t
         bench.step(filled_keys=filled)
     seq = bench.sequence("a")
     num_computed = seq.num_computed_tokens
-    bench.scheduler._restart(seq, bench.now_s)
+    preempted = bench.scheduler._preempt(seq, bench.now_s)
     assert seq.num_cached_tokens == num_computed // GRANULE * GRANULE > 60
+    assert preempted == Preempted("a", num_computed - seq.num_cached_tokens, seq.num_cached_tokens)
     assert bench.schedule().chunks[0].start == seq.num_cached_tokens
 
 

@@ -183,7 +183,7 @@ def test_a_new_sequence_has_done_nothing() -> None:
     assert (seq.triage_deadline_s, seq.margin_s, seq.triage_s) == (inf, 0.0, inf)
     assert (seq.num_scheduled_tokens, seq.num_first_stage_tokens, seq.num_computed_tokens) == (0, 0, 0)
     assert (seq.num_output_tokens, seq.num_preemptions, seq.num_batches_in_flight) == (0, 0, 0)
-    assert (seq.last_chunk_tokens, seq.capacity_tokens, seq.change_tokens) == (0, 0, 0)
+    assert (seq.last_chunk_tokens, seq.capacity_tokens, seq.grow_tokens) == (0, 0, 0)
     assert (seq.remaining_work_s, seq.first_scheduled_s) == (0.0, None)
     assert (seq.block_table.num_blocks, seq.block_table.kvp_ranks, seq.block_table.unsent) == (0, (), [])
 

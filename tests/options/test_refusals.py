@@ -149,7 +149,7 @@ def test_a_shard_is_made_of_whole_blocks(refusal: Refusal) -> None:
 
 
 def test_a_shard_is_made_of_whole_granules_of_the_prefix_cache(refusal: Refusal) -> None:
-    message = refusal("parallel.kvp=2", "parallel.max_tokens_per_shard=1008")
+    message = refusal("parallel.kvp=2", "parallel.max_tokens_per_shard=1008", "kv.granule_tokens=64")
     assert message == (
         "parallel.max_tokens_per_shard=1008 must be a multiple of the prefix cache's granule of 64 tokens; use 1024, "
         "or kv.prefix_cache=false"

@@ -38,7 +38,7 @@ PROMPT = [place % 250 for place in range(1000)]
 @pytest.fixture
 def start_live(start_server: StartServer) -> Callable[..., Running]:
     def start(**settings: Any) -> Running:
-        engine = LiveEngine(kv=KVConfig())
+        engine = LiveEngine(kv=KVConfig(granule_tokens=GRANULE))
         server = start_server(engine, journal=engine.journal, metrics=engine.journal.metrics, **settings)
         eventually(lambda: server.get("/ready").status_code == 200)
         return server
@@ -130,7 +130,7 @@ def test_hits_are_counted_with_the_time_that_they_save(start_live: Callable[...,
 
 
 def test_idle_times_before_a_reuse_and_before_an_eviction_are_counted(start_server: StartServer) -> None:
-    engine = LiveEngine(kv=KVConfig(), num_blocks=100)  # of 16 tokens
+    engine = LiveEngine(kv=KVConfig(granule_tokens=GRANULE), num_blocks=100)  # of 16 tokens
     server = start_server(engine, journal=engine.journal, metrics=engine.journal.metrics)
     eventually(lambda: server.get("/ready").status_code == 200)
     for _ in range(2):
@@ -202,7 +202,7 @@ class Deliveries:
 def test_a_turn_goes_to_the_replica_that_has_the_one_before() -> None:
     setup = SchedulerSetup(
         config=SchedulerConfig(), shape=SHAPE, hardware=FAST, engine=replace(NO_LAUNCHES, step_s=1e-3),
-        layout=ParallelLayout(), num_blocks=600, block_size=16, kv=KVConfig(),
+        layout=ParallelLayout(), num_blocks=600, block_size=16, kv=KVConfig(granule_tokens=GRANULE),
     )  # fmt: skip
     engines = [live_engine(setup=setup) for _ in range(2)]
     replicas, got = Replicas(engines), Deliveries()

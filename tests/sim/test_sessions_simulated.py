@@ -112,7 +112,7 @@ def test_what_is_repeated_is_not_computed_again_and_every_token_is(dp: int) -> N
     whole = sum(one.request.num_prompt_tokens for one in found)
     cached = sum(one.num_cached_tokens or 0 for one in found)
     new = sum(turn.num_new_tokens for one in Workload(SESSIONS, 0).sessions for turn in one.turns)
-    assert whole - new - 64 * len(found) <= cached <= whole - new + 5 * 800
+    assert whole - new - 16 * len(found) <= cached <= whole - new + 5 * 800
     config = SimulationConfig(setup=SETUP, dp=dp, workload=SESSIONS)
     machine = Simulation(config).run(SimulationHooks()).values["machine"]
     num_out = sum(one.num_tokens_out - 1 for one in found)

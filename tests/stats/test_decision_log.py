@@ -138,6 +138,17 @@ def test_the_header_says_all_a_replay_needs() -> None:
     assert SchedulerSetup.from_header(header) == setup_of()
 
 
+def test_the_header_names_the_granule_because_its_default_may_change() -> None:
+    assert replace(setup_of(), kv=KVConfig()).header()["kv"]["granule_tokens"] == 16
+
+
+def test_a_log_that_leaves_the_granule_to_a_default_means_the_default_of_its_time() -> None:
+    opening = json.loads(LINES[0])
+    opening["header"]["kv"] |= {"prefix_cache": True, "granule_tokens": None}
+    header, _ = read_log([json.dumps(opening), *LINES[1:]])
+    assert SchedulerSetup.from_header(header).kv.granule_tokens == 64
+
+
 @pytest.mark.parametrize("change", ["budget_s", "predicted_s", "created_s", "batch_id"])
 def test_a_changed_number_of_a_batch_is_found_and_its_line_named(change: str) -> None:
     index = first_line('"batch":')

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_medha.core.errors import ConfigError, check_member, check_range, check_ranges
 
 EVICTIONS = ("value", "lru", "ttl")
-_MIN_GRANULE_TOKENS = 64  # tables of shorter pieces make decodes slower than what their hits save
+_MIN_GRANULE_TOKENS = 16  # half of it is computed again in each turn; shorter ones cost decisions more than they save
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +15,7 @@ class KVConfig:
     """Whether and how computed KV is kept for later requests."""
 
     prefix_cache: bool = True
-    granule_tokens: int | None = None  # unit of hits; None: the smallest multiple of the block size from 64 tokens on
+    granule_tokens: int | None = None  # unit of hits; None: the smallest multiple of the block size from 16 tokens on
     eviction: str = "value"            # recompute seconds x chance of reuse / bytes; or the longest unused first
     session_ttl_s: float = 600.0       # from a session's last request; until then its KV is evicted after other KV
     session_share: float = 0.5         # of KV memory that sessions keep in that way

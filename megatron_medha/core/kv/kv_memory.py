@@ -316,7 +316,7 @@ class KVMemory:
         seq.block_table.shards.clear()
         seq.block_table.unsent.clear()
         seq.block_table.kvp_ranks = ()
-        seq.capacity_tokens = seq.publish_tokens = 0
+        seq.capacity_tokens = 0
         del self.owners[seq.request_id]
 
     def chunk_limit(self, start: int) -> int:
@@ -353,6 +353,4 @@ class KVMemory:
         seq.capacity_tokens = capacity = last.start + last.num_blocks * self.block_size
         # The last output token is sampled, but never computed.
         last_tokens = seq.request.num_prompt_tokens + seq.request.max_output_tokens - 1
-        seq.grow_tokens = seq.change_tokens = last_tokens if last_tokens <= capacity else capacity - 1
-        if 0 < seq.publish_tokens < seq.change_tokens:
-            seq.change_tokens = seq.publish_tokens
+        seq.grow_tokens = last_tokens if last_tokens <= capacity else capacity - 1

@@ -60,8 +60,6 @@ class Sequence:
     remaining_work_s: float = 0.0    # of the prefill; kept by the scheduler as chunks are scheduled
     capacity_tokens: int = 0         # tokens its blocks hold
     grow_tokens: int = 0             # a decode that has computed so many ends, or wants a block
-    publish_tokens: int = 0          # a decode that has computed so many can publish a granule; 0: none
-    change_tokens: int = 0           # the first of the two: up to there a decode goes on
     first_scheduled_s: float | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
     request_id: str = field(init=False)  # the request's: asked for too often to be a property

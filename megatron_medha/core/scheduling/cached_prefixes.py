@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.prefix_cache import PrefixCache
 from megatron_medha.core.kv.segment import KEY_BYTES
-from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.kv.sequence import Sequence, Status
 from megatron_medha.core.scheduling.deadlines import Deadlines
 from megatron_medha.core.scheduling.policies import Priority
 from megatron_medha.core.scheduling.prefix_siblings import PrefixSiblings
@@ -57,32 +57,31 @@ class CachedPrefixes:
         self._free(self.siblings.stop(seq))
 
     def computed(self, seq: Sequence, is_prefilled: bool) -> None:
-        """It has computed more, in all stages: others may begin behind it."""
-        for granules in self._cache.publish(seq):
-            for waiting in self._waits.published(seq.keys, granules):
-                if self.siblings.awaited(waiting) is None:
-                    self._moved[waiting.request_id] = waiting
+        """It has computed more of its prompt, in all stages: others may begin behind it."""
+        self._publish(seq)
         self._free(self.siblings.stop(seq) if is_prefilled else self.siblings.advance(seq))
         if is_prefilled:  # it has sampled a token
             self._cache.prove(seq)
-        if 0 < seq.publish_tokens <= seq.num_computed_tokens:
-            seq.publish_tokens, seq.change_tokens = 0, seq.grow_tokens
+
+    def publish_output(self, seq: Sequence) -> None:
+        """A decode ends or is preempted: others can continue its output. Nobody does before, as a rule."""
+        if seq.keys and seq.status is Status.DECODING:
+            self._publish(seq)
+            self._cache.prove(seq)
 
     def take_keys(self, filled_keys: Iterable[tuple[str, bytes]], sequences: dict[str, Sequence]) -> None:
-        """Outputs have filled granules; they can be published when the token after is sampled."""
-        granule_tokens = self._cache.granule_tokens
+        """Outputs have filled granules."""
         for request_id, keys in filled_keys:
             seq = sequences.get(request_id)
             if seq is not None and not seq.is_done:
                 seq.keys += keys
-                num_granules = (seq.num_known_tokens + 1) // granule_tokens
+                num_granules = (seq.num_known_tokens + 1) // self._cache.granule_tokens
                 assert len(seq.keys) == num_granules * KEY_BYTES, f"{request_id}: keys of other than its granules"
-                seq.publish_tokens = num_granules * granule_tokens
-                seq.change_tokens = min(seq.change_tokens, seq.publish_tokens)
 
     def failed(self, seq: Sequence) -> None:
         """Nothing that it computed is found any more."""
         self._cache.forget(seq)
+        seq.keys = b""
 
     def ended(self, seq: Sequence) -> None:
         """It has given its blocks back for the last time."""
@@ -113,6 +112,12 @@ class CachedPrefixes:
         """Whether the cursors of a waiting sequence stand where they should."""
         name = seq.request_id
         return name not in self._moved and name not in self._freed and self.siblings.awaited(seq) is None
+
+    def _publish(self, seq: Sequence) -> None:
+        for granules in self._cache.publish(seq):
+            for waiting in self._waits.published(seq.keys, granules):
+                if self.siblings.awaited(waiting) is None:
+                    self._moved[waiting.request_id] = waiting
 
     def _free(self, waiting: Iterable[Sequence]) -> None:
         for seq in waiting:

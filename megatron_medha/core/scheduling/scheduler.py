@@ -225,7 +225,7 @@ class Scheduler:
         token_out = TokenOut
         for chunk, seq in zip(flight.batch.chunks, flight.sequences):  # noqa: B905
             end = seq.num_scheduled_tokens  # of a decode: it is in no other batch
-            if is_calm and seq.status is decoding and end < seq.change_tokens:
+            if is_calm and seq.status is decoding and end < seq.grow_tokens:
                 seq.num_batches_in_flight = 0
                 seq.num_computed_tokens = seq.num_first_stage_tokens = end
                 seq.num_output_tokens += 1
@@ -259,7 +259,7 @@ class Scheduler:
             self._end(seq, Status.ABORTED, now_s)
             outputs.append(Rejected(request_id, failed[request_id], is_client_fault=False))
             return
-        if seq.keys and self._prefixes is not None:
+        if seq.keys and self._prefixes is not None and seq.is_prefill:
             self._prefixes.computed(seq, chunk.samples_token)
         if chunk.samples_token:
             seq.num_output_tokens += 1
@@ -285,6 +285,7 @@ class Scheduler:
     def _end(self, seq: Sequence, status: Status, now_s: float) -> None:
         self._prefills.discard(seq, now_s)
         if self._prefixes is not None:
+            self._prefixes.publish_output(seq)
             self._prefixes.leave(seq)
         seq.move_to(status)
         if self.policy.ended is not None:
@@ -351,13 +352,21 @@ class Scheduler:
                 if lost is None:
                     still_growing.append(seq)  # all other owners are in flight: try again at the next event
                     break
-                outputs.append(Preempted(lost.request_id, lost.num_computed_tokens))
-                self._kv_ops.append(drop_op(lost.request_id))
-                self._restart(lost, now_s)
+                outputs.append(self._preempt(lost, now_s))
                 if lost is seq:
                     break
             else:
                 self._decodes.append(seq)
+
+    def _preempt(self, seq: Sequence, now_s: float) -> Preempted:
+        """It gives its blocks back, and waits for the memory to begin again behind what is cached of it."""
+        num_computed = seq.num_computed_tokens
+        self._kv_ops.append(drop_op(seq.request_id))
+        if self._prefixes is not None:
+            self._prefixes.publish_output(seq)
+        self._restart(seq, now_s)
+        num_cached = min(seq.num_cached_tokens, num_computed)
+        return Preempted(seq.request_id, num_computed - num_cached, num_cached)
 
     # ---- batches ----
 
