@@ -8,6 +8,9 @@
 each fits into one KV shard. If a hit always won over a free rank, one rank would have all the work. Gaps are short
 because ranks that are idle most of the time have unequal work under any rule: the first idle one gets the next prompt.
 
+While more sessions than ranks are live, work is even within a few percent in any five seconds. What makes the sums
+unequal is the end, where one or two sessions are left, each on the rank with its hits.
+
 Bars: the rank with the most work has at most 20% more than the one with the least, and TTFT p99 is not above that
 without a prefix cache. Work: seconds that a rank computed, simulated; tokens that it computed, on the engine.
 Finished parts are kept in --out and not run again.

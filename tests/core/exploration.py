@@ -225,6 +225,7 @@ class Explorer:
             case ("late",):
                 state.num_late += 1
                 state.now_s += LATE_S
+        scheduler.memory.work_s = [0.0, 0.0]  # it grows without end, and decides only between ranks alike in all else
 
     def _handle(self, state: State, event: Event) -> None:
         outputs: list[Output] = state.scheduler.handle(event, state.now_s)

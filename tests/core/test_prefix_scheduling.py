@@ -273,6 +273,19 @@ def test_a_prefix_over_several_shards_is_found_on_their_ranks() -> None:
     assert [op.kvp_rank for op in batch.kv_ops] == [0, 1, 2]
 
 
+def test_a_lone_session_does_not_leave_all_work_to_the_rank_where_its_prefix_lies() -> None:
+    bench, prompt = on_two_ranks(200, 0)
+    ranks = []
+    for turn in range(60):
+        bench.arrive(keyed(f"turn {turn}", [*prompt, *tokens(8, seed=turn + 1)], num_out=64, at_s=bench.now_s))
+        bench.run_until(lambda: not any(seq.is_prefill for seq in bench.scheduler.sequences))
+        ranks += [seq.block_table.kvp_ranks[0] for seq in bench.scheduler.sequences]
+        bench.run()
+    assert 24 <= ranks.count(1) <= 36
+    work_s = bench.memory.work_s
+    assert max(work_s) <= 1.2 * min(work_s)
+
+
 def test_many_that_decode_behind_one_prefix_do_not_all_go_where_it_lies() -> None:
     bench, prompt = on_two_ranks(200, 0)
     for turn in range(60):

@@ -17,6 +17,8 @@ from megatron_medha.core.kv.shards import check_shard_tokens, context_in, num_sh
 
 # Of a decode's steps, those that count when a KVP rank is chosen for it: a client need not name a limit of its output.
 _MAX_STEPS_AHEAD = 512
+# Seconds of prefill that a hit may save less on a rank for each second that it has worked less than another.
+_EVENNESS = 0.15
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ class KVMemory:
     owners: dict[str, Sequence] = field(init=False, default_factory=dict)  # of blocks, by request id
     reservation: Reservation | None = field(init=False, default=None)
     shard_tokens: int = field(init=False)  # of one sequence on one KVP rank, at most
+    work_s: list[float] = field(init=False)  # by KVP rank: predicted seconds of all its steps; kept by the scheduler
     _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills
     _num_kept: int = field(init=False)  # blocks below the watermark
     _moved: list[Sequence] = field(init=False, default_factory=list)  # whose cursors a plan has set
@@ -65,6 +68,7 @@ class KVMemory:
             )
         self.pools = [BlockPool(self.num_blocks) for _ in range(self.kvp)]
         self._pending_work = [0] * self.kvp
+        self.work_s = [0.0] * self.kvp
         self._num_kept = int(self.watermark * self.num_blocks)
         self.shard_tokens = self.max_tokens_per_shard or self.num_blocks * self.block_size
         if self.shard_tokens % self.block_size or not 0 < self.shard_tokens <= self.num_blocks * self.block_size:
@@ -114,6 +118,8 @@ class KVMemory:
             return self._plan_on_one_rank(seq)
         cache = self.cache if seq.keys else None
         unused = sorted(range(self.kvp), key=self._pending_work.__getitem__)
+        if cache is not None:  # equally busy ones by what they have done so far
+            unused.sort(key=lambda rank: (self._pending_work[rank], self.work_s[rank]))
         has_hits, num_cached_tokens = cache is not None, 0
         ranks: list[int] = []
         for shard, shard_tokens in enumerate(split(seq.num_known_tokens, self.shard_tokens)):
@@ -159,12 +165,19 @@ class KVMemory:
     def _preferred(self, seq: Sequence, unused: list[int], matches: dict[int, Match]) -> list[int]:
         """KVP ranks in the order to try them for a shard; one goes first whose hits are worth the wait there.
 
-        What is not taken from a busy rank is computed on another, and published there: hot prefixes spread.
+        What is not taken from a busy rank is computed on another, and published there: hot prefixes spread. Few
+        sessions, each at home on the rank with its hits, would leave the others idle: of ranks that cost about as
+        much, the one goes first that has worked least.
         """
         if self.cache is None or not any(match.num_granules for match in matches.values()):
             return unused
         waits_s, decodes_s = self.waits_s(unused), self._decodes_s(unused, seq.request.max_output_tokens)
-        cost_s = {rank: waits_s[rank] + decodes_s[rank] - self.cache.saved_s(matches[rank]) for rank in unused}
+        least_s = min([self.work_s[rank] for rank in unused])
+        cost_s = {
+            rank: waits_s[rank] + decodes_s[rank] - self.cache.saved_s(matches[rank])
+            + _EVENNESS * (self.work_s[rank] - least_s)
+            for rank in unused
+        }  # fmt: skip
         best = min(unused, key=cost_s.__getitem__)
         return [best, *(rank for rank in unused if rank != best)]
 

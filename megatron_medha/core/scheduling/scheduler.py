@@ -386,6 +386,8 @@ class Scheduler:
         if builder.is_empty:
             return None
         load = builder.slowest_load
+        if self._prefixes is not None and self.memory.kvp > 1:
+            self._note_work(builder.loads)
         sequences, self._decodes = self._decodes, []
         num_decodes = len(sequences)
         batch_id = self._next_batch_id
@@ -401,6 +403,11 @@ class Scheduler:
         if self._prefixes is not None:
             self._place_moved(self._prefixes, now_s)
         return batch
+
+    def _note_work(self, loads: list[StepLoad]) -> None:
+        for rank, load in enumerate(loads):
+            if load.num_sequences:
+                self.memory.work_s[rank] += step_s(self.cost, load)
 
     def _has_decodes(self) -> bool:
         """Whether anybody's next token waits for the next step: with it, for memory, or behind it in the pipeline."""
