@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from megatron_medha.cli.parts.arguments import FLAGS
@@ -62,7 +61,7 @@ def run(words: Sequence[str]) -> int:
     options = read_options("serve", words, USAGE, lambda: ServeOptions)
     if options is None:
         return 0
-    options = _with_local_model(options)
+    options = with_local_model(options)
     if "--check" in words:
         return _check(_config(options))
 
@@ -95,7 +94,7 @@ def _config(options: ServeOptions) -> ServeConfig:
         raise
 
 
-def _with_local_model(options: ServeOptions) -> ServeOptions:
+def with_local_model(options: ServeOptions) -> ServeOptions:
     """With directories where names of the Hugging Face hub were given. ConfigError for what is wrong with them."""
     named = _named_after_hub(options)
     checkpoint = local_directory("checkpoint", options.checkpoint)
@@ -144,36 +143,13 @@ def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) 
     gc.disable()
     set_mmap_threshold()
     # Imported after the configuration has been found right: errors should come at once.
-    from megatron_medha.cli.parts.serve_parts import make_engine, model_name_of, public_options
+    from megatron_medha.cli.parts.serve_parts import make_service, model_name_of, public_options
     from megatron_medha.cli.parts.tracking import Tracking
     from megatron_medha.server.app import create_app
-    from megatron_medha.server.observe.metrics import Metrics
-    from megatron_medha.server.observe.request_log import RequestLog
-    from megatron_medha.server.observe.tracing import OtelTraces
     from megatron_medha.server.run_server import run as run_app
-    from megatron_medha.server.service import Service
-    from megatron_medha.text.sampling_defaults import read_sampling_defaults
-    from megatron_medha.text.tokenizer import Tokenizer
 
-    metrics = Metrics()
-    homes = [directory for directory in (options.checkpoint, config.tokenizer) if directory is not None]
-    sampling_defaults = read_sampling_defaults(homes if options.server.generation_config == "auto" else ())
-    journal = RequestLog(metrics)
-    engine = make_engine(config, journal.watch)
-    tokenizer: Future[Tokenizer] = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, config.tokenizer)
-    service = Service(
-        engine,
-        tokenizer,
-        options.server,
-        metrics=metrics,
-        journal=journal,
-        slo=options.slo_classes,
-        read_config=read_server_config,
-        traces=OtelTraces(options.tracking.otlp_endpoint) if options.tracking.otlp_endpoint is not None else None,
-        sampling_defaults=sampling_defaults,
-        isolates_keys=options.kv.is_by_key(options.server),
-    )
-    tracking = Tracking(options.tracking, engine, metrics, public_options(options))
+    service = make_service(config, read_server_config)
+    tracking = Tracking(options.tracking, service.engine, service.metrics, public_options(options))
     printer = StatusPrinter(service, needs_key=options.server.needs_key)
 
     def on_listening(url: str) -> None:
@@ -190,7 +166,7 @@ def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) 
         gc.enable()
         printer.end()
         # Where the server was forced to stop, it has not stopped the engine.
-        engine.stop(_FORCED_STOP_S)
+        service.engine.stop(_FORCED_STOP_S)
         tracking.stop(_TRACKING_STOP_S)  # last: it keeps the logs, which are complete now
     return _exit_code(printer, stops)
 

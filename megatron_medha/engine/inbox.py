@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections import deque
 
 from megatron_medha.core.batch import Event
@@ -16,6 +17,8 @@ class Inbox:
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
         os.set_blocking(self._write_fd, False)
+        # Other threads may put something for as long as they hold it: only then is a descriptor free for others.
+        self._closing = weakref.finalize(self, _close, self._read_fd, self._write_fd)
 
     def put(self, event: Event | None) -> None:
         """Add an event and wake the engine."""
@@ -42,5 +45,9 @@ class Inbox:
 
     def close(self) -> None:
         """Give the descriptors back; nothing may be put any more."""
-        os.close(self._read_fd)
-        os.close(self._write_fd)
+        self._closing()
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

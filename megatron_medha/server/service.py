@@ -27,7 +27,7 @@ from megatron_medha.server.observe.tracing import OtelTraces
 from megatron_medha.server.output_streams import EngineLost, OutputStreams
 from megatron_medha.server.server_config import FIXED_FIELDS, ServerConfig
 from megatron_medha.server.slo import SloConfig
-from megatron_medha.server.text_workers import TextWorkers
+from megatron_medha.server.text_workers import RunBlocking, TextWorkers
 from megatron_medha.server.tools.structured_output import GrammarCache
 from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
 from megatron_medha.text.template_renders import TemplateProcessPool
@@ -113,16 +113,16 @@ class Service:
         self.engine.start(self.streams.deliver)
         self._lag_watch = asyncio.create_task(measure_loop_lag(self.metrics))
 
-    async def stop(self) -> None:
-        """Stop the engine; requests still open end with an error."""
+    async def stop(self, run_blocking: RunBlocking = asyncio.to_thread) -> None:
+        """Stop the engine; requests still open end with an error. run_blocking: for what takes seconds."""
         if self._lag_watch is not None:
             self._lag_watch.cancel()
-        await asyncio.to_thread(self.engine.stop, _STOP_TIMEOUT_S)
+        await run_blocking(self.engine.stop, _STOP_TIMEOUT_S)
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
         await self.grammars.close()
-        await self.text.close()
+        await self.text.close(run_blocking)
         if self.traces is not None:
-            await asyncio.to_thread(self.traces.close)
+            await run_blocking(self.traces.close)
 
     def prepare(self) -> None:
         """Start what the first chat would otherwise wait for, once the tokenizer is there."""

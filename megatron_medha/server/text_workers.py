@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from megatron_medha.text.chat_template import ChatTemplate
 from megatron_medha.text.template_renders import NoRenderProcess, TemplateProcessPool
 
 T = TypeVar("T")
+RunBlocking = Callable[..., Coroutine[Any, Any, Any]]  # a function and its arguments, somewhere
 
 # Text up to this long is encoded on the event loop: about a millisecond, less than what others wait anyway.
 MAX_INLINE_CHARS = 2_000
@@ -31,12 +32,12 @@ class TextWorkers:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
         self._long_text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="long-text")
 
-    async def close(self) -> None:
+    async def close(self, run_blocking: RunBlocking = asyncio.to_thread) -> None:
         """No more work comes."""
         for threads in (self._threads, self._long_text_threads):
             threads.shutdown(wait=False, cancel_futures=True)
         if self._owns_renders:
-            await asyncio.to_thread(self.renders.close)
+            await run_blocking(self.renders.close)
 
     async def run(self, num_chars: int, work: Callable[[], T]) -> T:
         """What tokenizer work on so many characters comes to.

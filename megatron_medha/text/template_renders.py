@@ -78,9 +78,12 @@ class TemplateProcessPool:
         """End all processes; what waits for one gets NoRenderProcess."""
         with self._lock:
             self._is_closed = True
-            processes = tuple(self._all)
+            processes, idle = tuple(self._all), tuple(self._idle)
+            self._idle.clear()
         for process in processes:
             process.kill()
+        for process in idle:  # those that a thread waits for are closed by it
+            process.close()
         for threads in (self._short, self._long):
             threads.shutdown(wait=False, cancel_futures=True)
 

@@ -1,7 +1,9 @@
-"""The parts `medha serve` puts together: an engine for the configured world, and options that may be shown."""
+"""What `medha serve` and the Python API put together: an engine for the configured world, and the service over it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,15 @@ from megatron_medha.engine.engine import Engine, ObserverFactory
 from megatron_medha.engine.replicas import Replicas
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.options.serve_options import ServeConfig, ServeOptions
+from megatron_medha.server.observe.metrics import Metrics
+from megatron_medha.server.observe.request_log import RequestLog
+from megatron_medha.server.observe.tracing import OtelTraces
+from megatron_medha.server.server_config import ServerConfig
+from megatron_medha.server.service import Service
 from megatron_medha.sim.live import live_engine
 from megatron_medha.system.secret_values import child_environment, without_secrets
+from megatron_medha.text.sampling_defaults import read_sampling_defaults
+from megatron_medha.text.tokenizer import Tokenizer
 
 _TIMELINE_S = 300.0  # from when the model is ready; a busy server writes about 10 MB in that time
 
@@ -36,6 +45,34 @@ def make_engine(config: ServeConfig, watcher: ObserverFactory) -> EngineClient:
         ))
         for replica in range(num_replicas)
     ])  # fmt: skip
+
+
+def make_service(config: ServeConfig, read_config: Callable[[], ServerConfig] | None = None) -> Service:
+    """What HTTP routes and the Python API work with; the tokenizer loads meanwhile, nothing else runs before start().
+
+    read_config: what files and environment say of the server now, for a reload.
+    """
+    options = config.options
+    metrics = Metrics()
+    homes = [directory for directory in (options.checkpoint, config.tokenizer) if directory is not None]
+    sampling_defaults = read_sampling_defaults(homes if options.server.generation_config == "auto" else ())
+    journal = RequestLog(metrics)
+    engine = make_engine(config, journal.watch)
+    loader = ThreadPoolExecutor(1, "tokenizer")
+    tokenizer: Future[Tokenizer] = loader.submit(Tokenizer.load, config.tokenizer)
+    loader.shutdown(wait=False)
+    return Service(
+        engine,
+        tokenizer,
+        options.server,
+        metrics=metrics,
+        journal=journal,
+        slo=options.slo_classes,
+        read_config=read_config,
+        traces=OtelTraces(options.tracking.otlp_endpoint) if options.tracking.otlp_endpoint is not None else None,
+        sampling_defaults=sampling_defaults,
+        isolates_keys=options.kv.is_by_key(options.server),
+    )
 
 
 def model_name_of(config: ServeConfig) -> str:

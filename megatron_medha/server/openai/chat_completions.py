@@ -52,11 +52,17 @@ async def prepare_chat_completion(service: Service, context: RequestContext, bod
 
 
 async def chat_spec(
-    service: Service, context: RequestContext, body: ChatRequest, *, id_prefix: str, ignored: Sequence[str] = ()
+    service: Service,
+    context: RequestContext,
+    body: ChatRequest,
+    *,
+    id_prefix: str,
+    ignored: Sequence[str] = (),
+    keeps_text: bool = False,
 ) -> GenerationSpec:
     """What to generate for a chat, of whatever route; ApiError 4xx says what is wrong.
 
-    ignored: what a route has left out of the request already, by its names.
+    ignored: what a route has left out of the request already, by its names. keeps_text: of the rendered prompt.
     """
     ready = context.ready
     refuse_all(body, _REFUSED)
@@ -90,6 +96,7 @@ async def chat_spec(
         max_tokens_param=max_tokens_param,
         add_special_tokens=adds_special_tokens(ready, body.add_special_tokens),
         param="messages",
+        keeps_text=keeps_text,
     )
     tools = spec.tools
     if tools is not None:

@@ -35,6 +35,13 @@ BODY = BodyType(msgspec.json.Decoder(CompletionRequest), texts=frozenset({"promp
 
 async def prepare_completion(service: Service, context: RequestContext, body: CompletionRequest) -> CompletionFormat:
     """Check a request and encode its prompts; ApiError 4xx says what is wrong."""
+    return CompletionFormat(await completion_spec(service, context, body), context.ready.tokenizer)
+
+
+async def completion_spec(
+    service: Service, context: RequestContext, body: CompletionRequest, *, keeps_text: bool = False
+) -> GenerationSpec:
+    """What to generate for a completion; ApiError 4xx says what is wrong. keeps_text: of all prompts."""
     ready = context.ready
     if body.suffix:
         raise bad_request(
@@ -64,9 +71,9 @@ async def prepare_completion(service: Service, context: RequestContext, body: Co
         default_max_tokens=max(_DEFAULT_MAX_TOKENS, spec.sampling.min_output_tokens),
         add_special_tokens=body.add_special_tokens is not False,
         param="prompt",
-        keeps_text=spec.is_echo,
+        keeps_text=keeps_text or spec.is_echo,
     )
-    return CompletionFormat(replace(spec, prompts=prompts), ready.tokenizer)
+    return replace(spec, prompts=prompts)
 
 
 def _num_drawn(body: CompletionRequest, n: int) -> int:

@@ -10,16 +10,15 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from megatron_medha.core.ports import ErrorDelivery
-from megatron_medha.core.request import Rejection
 from megatron_medha.server.admission import AdmissionTicket
 from megatron_medha.server.bodies.openai_types import PromptTokensDetails, Usage
 from megatron_medha.server.generation import Choice, Piece
 from megatron_medha.server.http.connection import TRANSPORT
-from megatron_medha.server.http.http_errors import ApiError, internal_error, rejected
+from megatron_medha.server.http.http_errors import ApiError, internal_error
 from megatron_medha.server.openai.wire_format import WireFormat
-from megatron_medha.server.output_streams import ClientDisconnected, EngineLost, OutputStream
+from megatron_medha.server.output_streams import ClientDisconnected, OutputStream
 from megatron_medha.server.routes.timeouts import RequestTimeouts, until_gone
+from megatron_medha.server.running_generation import RunningGeneration
 from megatron_medha.server.service import Service
 from megatron_medha.text.tokenizer import Tokenizer
 
@@ -35,13 +34,8 @@ IGNORED_HEADER = "x-medha-ignored"
 MAX_IGNORED = 20  # named there, of a request that may have thousands
 KEEPALIVE_COMMENT = b": waiting for the first token\n\n"
 PROGRESS_S = 1.0  # between progress comments for clients that ask, where the configuration says nothing
-# Steps whose tokens one request may have unread, however small server.max_buffered_tokens is: a step brings a token of
-# every choice at once.
-UNREAD_STEPS = 16
 # A response of more positions is rendered off the event loop, which other streams need.
 MAX_INLINE_POSITIONS = 2_000
-_SUBMITTED_IDS = 100_000  # that choices get copies of before others run: 0.1 ms
-_SUBMITTED = 64           # choices before that: some 3 ms
 
 T = TypeVar("T")
 
@@ -51,79 +45,62 @@ class GenerationResponse(Response):
 
     def __init__(self, wire: WireFormat, service: Service, tokenizer: Tokenizer, ticket: AdmissionTicket) -> None:
         super().__init__()
-        self._spec = spec = wire.spec
+        self._spec = wire.spec
         self._wire = wire
         self._service = service
         self._engine = service.engine
-        self._streams = service.streams
-        self._metrics = service.metrics
         self._config = service.config  # of this moment: a reload is for those that come after it
-        self._ticket = ticket
-        self._choices = [Choice(spec, index, tokenizer) for index in range(spec.num_choices)]
-        self._choice_by_id = {spec.request_id(choice.index): choice for choice in self._choices}
-        self._live_ids: set[str] = set()  # in the engine
-        self._num_open = spec.num_choices
+        self._generation = RunningGeneration(wire.spec, service, tokenizer, ticket)
+        self._choices = self._generation.choices
         self._path = ""                   # of the route: errors have its shape
         self._status: int | None = None   # once the response has begun
         self._outcome = "done"
         self._num_parts = 0
         self._is_sending = False
-        self._first_token_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application of this response."""
         loop = asyncio.get_running_loop()
-        config = self._config
+        generation = self._generation
         self._path = scope["path"]
-        max_unread = max(config.max_buffered_tokens, UNREAD_STEPS * self._spec.num_choices)
-        stream = self._streams.open(tuple(self._choice_by_id), max_unread, self._abort_live)
+        stream = generation.open()
         watcher = asyncio.ensure_future(_watch_client(receive, stream))
         transport = scope.get("extensions", {}).get(TRANSPORT, {}).get("transport")
-        timeouts = RequestTimeouts(loop, stream, transport, self._unsent_part, config)
+        timeouts = RequestTimeouts(loop, stream, transport, self._unsent_part, self._config)
         timeouts.start(self._engine.now_s() - self._spec.arrival_s)
         try:
-            await self._submit()
+            await generation.submit()
             if self._spec.is_stream:
                 await self._send_stream(stream, send)
             else:
-                await self._send_whole(stream, send)
+                await self._send_whole(send)
         except ClientDisconnected:
-            self._end_as(timeouts.outcome or "client_gone", "abort", len(self._live_ids))
+            self._end_as(timeouts.outcome or "client_gone", "abort", len(generation.live_ids))
         except asyncio.CancelledError:
-            self._end_as("cancelled", "abort", len(self._live_ids))
+            self._end_as("cancelled", "abort", len(generation.live_ids))
             raise
         except ApiError as error:
-            self._end_as(timeouts.outcome or error.code or "error", "error", self._num_open)
+            self._end_as(timeouts.outcome or error.code or "error", "error", generation.num_open)
             await self._send_error(error, send)
         except Exception:
             log.exception("response_failed", extra={"fields": {"response_id": self._spec.response_id}})
-            self._end_as("internal_error", "error", self._num_open)
+            self._end_as("internal_error", "error", generation.num_open)
             await self._send_error(internal_error(), send)
             raise
         finally:
             watcher.cancel()
             timeouts.end()
-            self._streams.close(stream)
-            self._abort_live()
-            self._ticket.close(sum(choice.num_tokens for choice in self._choices))
+            generation.close()
             self._log_request(scope.get("state", {}))
-
-    def _abort_live(self) -> None:
-        for request_id in self._live_ids:
-            self._engine.abort(request_id)
-        self._live_ids.clear()
 
     def _end_as(self, outcome: str, reason: str, num_choices: int) -> None:
         self._outcome = outcome
-        for request_id, choice in self._choice_by_id.items():
-            if choice.first_token_s is None:
-                self._metrics.num_prompt_tokens += self._service.journal.num_computed_prompt_tokens(request_id)
-        self._metrics.num_ended[reason] += num_choices
-        self._metrics.num_cut_off[outcome] += 1
+        self._generation.cut_off(outcome, reason, num_choices)
 
     def _log_request(self, state: Mapping[str, Any]) -> None:
         # The one line about a request, and its trace: what it was and how it went, never what it said.
         spec, now_s, traces = self._spec, self._engine.now_s(), self._service.traces
+        first_token_s = self._generation.first_token_s
         if not self._config.log_requests and traces is None:
             return
         fields = {
@@ -134,7 +111,7 @@ class GenerationResponse(Response):
             "num_output_tokens": sum(choice.num_tokens for choice in self._choices),
         }  # fmt: skip
         if self._config.log_requests:
-            ttft_s = None if self._first_token_s is None else round(self._first_token_s - spec.arrival_s, 6)
+            ttft_s = None if first_token_s is None else round(first_token_s - spec.arrival_s, 6)
             duration_s = round(now_s - spec.arrival_s, 6)
             log.info("request_done", extra={"fields": {**fields, "ttft_s": ttft_s, "duration_s": duration_s}})
         if traces is not None:
@@ -142,57 +119,12 @@ class GenerationResponse(Response):
             scheduled_s = None if trace is None else trace.first_scheduled_s
             traces.export(
                 fields, is_error=self._outcome != "done", traceparent=state.get("traceparent"),
-                arrival_s=spec.arrival_s, scheduled_s=scheduled_s, first_token_s=self._first_token_s, ended_s=now_s,
+                arrival_s=spec.arrival_s, scheduled_s=scheduled_s, first_token_s=first_token_s, ended_s=now_s,
             )  # fmt: skip
 
     def _unsent_part(self) -> int | None:
         """The number of the part that waits for its reader; None when none does."""
         return self._num_parts if self._is_sending else None
-
-    async def _submit(self) -> None:
-        for number, choice in enumerate(self._choices, start=1):
-            request, token_ids = self._ticket.requests[choice.index], choice.prompt.token_ids
-            keys = None if choice.prompt.keys is None else choice.prompt.keys.copy()
-            self._live_ids.add(request.request_id)
-            self._engine.submit(request, token_ids, self._spec.sampling_of(choice.index), keys)
-            if len(token_ids) > _SUBMITTED_IDS or number % _SUBMITTED == 0:
-                await asyncio.sleep(0)
-
-    async def _next_piece(self, stream: OutputStream) -> Piece:
-        # The next token of any choice; ApiError where a sub-request, and so the whole response, fails.
-        try:
-            delivery, at_s = await stream.next()
-        except EngineLost as error:
-            raise ApiError(500, str(error), code="engine_failed") from error
-        request_id = delivery.request_id
-        if isinstance(delivery, ErrorDelivery):
-            self._live_ids.discard(request_id)
-            if delivery.is_client_fault:
-                raise rejected(Rejection(reason="request_rejected", message=delivery.message))
-            raise ApiError(500, delivery.message, code="engine_failed")
-        choice = self._choice_by_id[request_id]
-        piece = choice.take(delivery)
-        if choice.last_token_s is None:
-            choice.first_token_s = at_s
-            if self._first_token_s is None:
-                self._first_token_s = at_s
-            self._ticket.first_token(choice.index)
-            self._metrics.first_token(self._spec, at_s)
-            self._metrics.num_prompt_tokens += len(choice.prompt.token_ids)
-        else:
-            self._metrics.next_token(at_s - choice.last_token_s)
-        choice.last_token_s = at_s
-        if piece.finish_reason is not None:
-            self._finish(choice, request_id, is_engine_done=delivery.finish_reason is not None)
-        return piece
-
-    def _finish(self, choice: Choice, request_id: str, *, is_engine_done: bool) -> None:
-        self._num_open -= 1
-        self._live_ids.discard(request_id)
-        self._streams.forget(request_id)
-        if not is_engine_done:
-            self._engine.abort(request_id)
-        self._metrics.choice_finished(self._spec, choice)
 
     def _usage(self, choices: list[Choice] | None = None) -> Usage:
         choices = self._choices if choices is None else choices
@@ -207,10 +139,10 @@ class GenerationResponse(Response):
         details = PromptTokensDetails(sum(num_cached.values()))
         return Usage(num_prompt, num_output, num_prompt + num_output, details)
 
-    async def _send_whole(self, stream: OutputStream, send: Send) -> None:
+    async def _send_whole(self, send: Send) -> None:
         pieces: list[list[Piece]] = [[] for _ in self._choices]
-        while self._num_open:
-            piece = await self._next_piece(stream)
+        while self._generation.num_open:
+            piece = await self._generation.next_piece()
             pieces[piece.choice_index].append(piece)
         num_positions = sum(map(len, pieces)) + len(pieces) * self._num_prompt_positions
         body = await _rendered(num_positions, lambda: self._wire.whole(pieces, self._usage()))
@@ -221,12 +153,12 @@ class GenerationResponse(Response):
         spec, wire = self._spec, self._wire
         # The headers wait a little for the first token, so that a refusal by the engine still has its own status.
         if await stream.wait(self._config.sse_header_wait_s):
-            piece = await self._next_piece(stream)
+            piece = await self._generation.next_piece()
             await self._open_events(send)
         else:
             await self._open_events(send)
             await self._send_comments(stream, send)
-            piece = await self._next_piece(stream)
+            piece = await self._generation.next_piece()
         while True:
             usage = self._usage([self._choices[piece.choice_index]]) if spec.has_continuous_usage else None
             if piece.is_first and self._num_prompt_positions > MAX_INLINE_POSITIONS:
@@ -235,9 +167,9 @@ class GenerationResponse(Response):
                 event = wire.event(piece, usage)
             if event:
                 await self._send_part(send, event)
-            if not self._num_open:
+            if not self._generation.num_open:
                 break
-            piece = await self._next_piece(stream)
+            piece = await self._generation.next_piece()
         for event in wire.closing_events(self._usage()):
             await self._send_part(send, event)
         await send({"type": "http.response.body", "body": b""})
