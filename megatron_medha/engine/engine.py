@@ -29,6 +29,7 @@ from megatron_medha.core.ports import (
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.core.scheduling.placement import ReplicaLoad
+from megatron_medha.core.scheduling.policies import is_user_policy
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.engine.inbox import Inbox
 from megatron_medha.engine.request_states import RequestState, RequestStates
@@ -175,6 +176,8 @@ class Engine:
 
     def _serve(self, world: EngineBackend, streams: RequestStates) -> None:
         scheduler = self._scheduler = world.setup.build()
+        if is_user_policy(world.setup.config.policy):
+            _log.info("user_policy", extra={"fields": {"policy": world.setup.config.policy}})
         watching = [watch(scheduler) for watch in (*world.watchers, *self._watchers)]
         readers = [self, *(observer for observer in watching if isinstance(observer, SnapshotReader))]
         observers: tuple[Observer, ...] = (*watching, SnapshotObserver(scheduler, readers))

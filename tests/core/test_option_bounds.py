@@ -109,7 +109,8 @@ def test_an_unknown_policy_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError) as error:
         SchedulerConfig(policy="fifo")
     assert str(error.value) == (
-        "scheduler.policy=fifo is unknown; choose one of fcfs, sjf, srpt, edf, lrs, lars, hrrn"
+        "scheduler.policy=fifo is unknown; choose one of fcfs, sjf, srpt, edf, lrs, lars, hrrn, "
+        "or name a function of your own as package.module:function"
     )
 
 

@@ -27,6 +27,7 @@ from megatron_medha.options.simulate_options import SimulateOptions, simulation_
 from megatron_medha.system import machine
 from megatron_medha.workload.workload import Workload
 from tests.docs.commands_in_text import Shown, commands_in
+from tests.docs.test_extending import write_files
 from tools.cli_reference import reference
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +73,10 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,10\n1,200,20\n")
     (tmp_path / "my_conf" / "scheduler").mkdir(parents=True)
     (tmp_path / "my_conf" / "scheduler" / "mine.yaml").write_text("defaults:\n  - lars\n\nstep_budget_s: 0.03\n")
-    (tmp_path / "my_conf" / "model").mkdir()
+    (tmp_path / "my_conf" / "model").mkdir(exist_ok=True)
     (tmp_path / "my_conf" / "model" / "mine.yaml").write_text("defaults:\n  - llama3_8b\n")
+    write_files(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1 << 42)
     monkeypatch.setenv("MEDHA_API_KEY", "a-key")

@@ -7,10 +7,14 @@ evaluating 10,000 priorities at every step (core/scheduling/kinetic_queue.py).
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.request import Request
 
 
 @dataclass(slots=True)
@@ -95,3 +99,48 @@ POLICIES: dict[str, Policy] = {
     "lars": Policy(lars, is_by_deadline=True),
     "hrrn": Policy(hrrn, is_by_deadline=True),
 }
+
+
+def is_user_policy(name: str) -> bool:
+    """Whether a policy's name says where a user's own is: package.module:function."""
+    return ":" in name
+
+
+def policy_named(name: str) -> Policy:
+    """One of POLICIES, or the user's own of that name, imported and tried on a request. Raises ConfigError."""
+    if not is_user_policy(name):
+        return POLICIES[name]
+    module_name, _, attribute = name.partition(":")
+    where = f"scheduler.policy={name}"
+    if not module_name:
+        raise ConfigError(f"{where}: no module is named; write package.module:function")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{where}: there is no module {error.name}; install it, or run with PYTHONPATH=DIR of the folder it is in"
+        ) from None
+    except AttributeError:
+        what = attribute or "function named"
+        raise ConfigError(f"{where}: {module_name} has no {what}; write package.module:function") from None
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise ConfigError(f"{where}: importing {module_name} raised {type(error).__name__}: {error}") from error
+    policy = found if isinstance(found, Policy) else Policy(found)
+    _try_policy(policy, where)
+    return policy
+
+
+def _try_policy(policy: Policy, where: str) -> None:
+    """ConfigError unless it has a priority for a request that has just arrived."""
+    request = Request(request_id="sample", num_prompt_tokens=1000, max_output_tokens=10, arrival_s=1.0)
+    sample = Sequence(
+        request=request, deadline_s=2.0, triage_deadline_s=2.0, total_work_s=0.25, remaining_work_s=0.25
+    )
+    expected = "a policy takes a Sequence and returns a Priority(at_zero, slope) of finite numbers"
+    try:
+        priority = policy.priority(sample)
+    except Exception as error:  # whatever the user's function raises
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{where}: called with a request it raised {what}; {expected}") from error
+    if not isinstance(priority, Priority) or not (math.isfinite(priority.at_zero) and math.isfinite(priority.slope)):
+        raise ConfigError(f"{where}: it returned {priority!r}; {expected}")

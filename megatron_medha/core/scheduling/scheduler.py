@@ -31,7 +31,7 @@ from megatron_medha.core.scheduling.batch_builder import BatchBuilder
 from megatron_medha.core.scheduling.cached_prefixes import CachedPrefixes
 from megatron_medha.core.scheduling.deadlines import Deadlines
 from megatron_medha.core.scheduling.overdue import OverdueHeap
-from megatron_medha.core.scheduling.policies import POLICIES, Policy
+from megatron_medha.core.scheduling.policies import Policy, policy_named
 from megatron_medha.core.scheduling.preemption import victim
 from megatron_medha.core.scheduling.prefill_packer import PrefillLimits, PrefillPacker
 from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
@@ -68,7 +68,7 @@ class Scheduler:
         self.config = config
         self.cost = cost
         self.memory = memory
-        self.policy = policy or POLICIES[config.policy]
+        self.policy = policy or policy_named(config.policy)
         self.spp = spp  # stages of the pipeline
         self._utilization = BudgetUtilization()
         self._sequences: dict[str, Sequence] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_medha.core.errors import ConfigError, check_ranges
 from megatron_medha.core.scheduling.chunking import Chunking, ChunkRule
-from megatron_medha.core.scheduling.policies import POLICIES
+from megatron_medha.core.scheduling.policies import POLICIES, is_user_policy, policy_named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +35,13 @@ class SchedulerConfig:
     watermark: float = 0.01               # share of blocks kept free for running decodes to grow into
 
     def __post_init__(self) -> None:
-        if self.policy not in (known := self._policies()):
-            raise ConfigError(f"scheduler.policy={self.policy} is unknown; choose one of {', '.join(known)}")
+        if is_user_policy(self.policy):
+            policy_named(self.policy)  # says what is wrong with it
+        elif self.policy not in (known := self._policies()):
+            raise ConfigError(
+                f"scheduler.policy={self.policy} is unknown; choose one of {', '.join(known)}, "
+                "or name a function of your own as package.module:function"
+            )
         check_ranges("scheduler", self, 1e-4, 3600.0, "step_budget_s")
         check_ranges("scheduler", self, 1, 1 << 20, "tile_tokens", "max_num_sequences")
         check_ranges("scheduler", self, 1, 1 << 30, "fixed_chunk_tokens", "max_batch_tokens", "max_chunk_tokens")
