@@ -74,10 +74,11 @@ ROOMS = {
         "models", "checkpoints", "worker", "worker/startup", "server", "server/observe", "bench", "tiny", "options",
         "kernels",
     },
+    "python_api": {"core", "text", "server", "server/bodies", "server/http", "server/openai", "options", "cli"},
 }  # fmt: skip
 # Importing these loads nothing heavy, at once or later: the API server, the simulator and the clients start fast.
 LIGHT = ("core", "system", "text", "grammar", "stats", "workload", "engine", "sim", "cluster", "server", "bench")
-LAZY = ("options", "cli")  # these may, inside functions only
+LAZY = ("options", "cli", "python_api")  # these may, inside functions only
 HEAVY = {"torch", "numpy", "transformers", "megatron", "deepspeed", "triton", "safetensors"}
 ONLY_FOREIGN = {"core": set(), "kernels": {"torch", "triton", "numpy", "flash_attn"}}
 FORBIDDEN_SUFFIXES = ("Manager", "Handler", "Helper", "Helpers", "Utils", "Util")
@@ -264,6 +265,10 @@ def test_folders_stay_small() -> None:
 def test_every_init_file_is_empty_but_the_package_s_own() -> None:
     filled = [str(path.relative_to(ROOT)) for path in files() if path.name == "__init__.py" and path.read_text()]
     assert filled == [f"{PACKAGE}/__init__.py"]
+
+
+def test_importing_the_package_loads_nothing_else() -> None:
+    assert loaded_by(PACKAGE) == [PACKAGE]
 
 
 def test_no_class_is_named_for_having_no_name() -> None:
