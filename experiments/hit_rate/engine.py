@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from experiments.hit_rate.access_trace import AccessTrace
 from experiments.hit_rate.figures import hit_figures
-from experiments.lib.random_llama import save_llama, save_word_tokenizer
+from experiments.lib.random_llama import SESSION_MODEL
 from experiments.lib.session_bench import bench_sessions
+from experiments.lib.simulations import session_words
 from megatron_medha.workload.session_mix import SessionsConfig
 from megatron_medha.workload.workload import Workload, WorkloadConfig
 
-MODEL = {"hidden_size": 256, "ffn_size": 688, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
-KV_BYTES_PER_TOKEN = 4 * 2 * 2 * 64 * 4  # layers, keys and values, heads, head, float32
+_BYTES_PER_VALUE = 4
+KV_BYTES_PER_TOKEN = (
+    2 * SESSION_MODEL["num_layers"] * SESSION_MODEL["num_kv_heads"] * SESSION_MODEL["head_dim"] * _BYTES_PER_VALUE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +32,15 @@ class EngineLoad:
 
     def words(self, seed: int) -> list[str]:
         """As options of medha bench."""
-        return [
-            f"workload.sessions.num_sessions={self.num_sessions}",
-            f"workload.sessions.turns={self.turns}", f"workload.sessions.length_scale={self.length_scale}",
-            f"workload.sessions.gap_scale={self.gap_scale}", "workload.sessions.start_s=10", f"seed={seed}",
-        ]  # fmt: skip
+        return [*session_words(**self._fields), f"seed={seed}"]
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        return {**asdict(self), "start_s": 10.0}
 
     def num_kv_tokens(self, seed: int) -> int:
         """A quarter of the sessions times the mean prompt of a turn, at least the longest request."""
-        sessions = SessionsConfig(
-            num_sessions=self.num_sessions, turns=self.turns, length_scale=self.length_scale, gap_scale=self.gap_scale,
-            start_s=10.0,
-        )  # fmt: skip
-        facts = Workload(WorkloadConfig(sessions=sessions), seed).facts
+        facts = Workload(WorkloadConfig(sessions=SessionsConfig(**self._fields)), seed).facts
         mean = facts.num_prompt_tokens / facts.num_requests
         return max(round(0.25 * self.num_sessions * mean), facts.max_request_tokens + 128)
 
@@ -69,10 +68,3 @@ def run_engine(load: EngineLoad, eviction: str, seed: int, checkpoint: Path) -> 
         "num_preemptions": every["num_preemptions"],
     }
 
-
-def save_checkpoint(directory: Path) -> Path:
-    """A small model of random weights, if it is not there."""
-    if not (directory / "tokenizer.json").is_file():
-        save_llama(directory, **MODEL)
-        save_word_tokenizer(directory, 1024)
-    return directory

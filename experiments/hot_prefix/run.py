@@ -29,30 +29,25 @@ from megatron_medha.system.compiled_core import use_compiled_core
 
 IS_COMPILED = use_compiled_core()
 
-from experiments.lib.random_llama import save_llama, save_word_tokenizer
+from experiments.lib.random_llama import session_checkpoint
 from experiments.lib.results_file import ResultsFile, verdict
 from experiments.lib.served_log import ServedLog
 from experiments.lib.session_bench import bench_sessions
-from megatron_medha.options.compose import compose, freeze
-from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
+from experiments.lib.simulations import configured, session_words
 from megatron_medha.sim.simulation import Simulation, SimulationHooks
 from megatron_medha.stats.timeline import StageSpan
 
 KVP = 4
 MOST_APART = 1.2
 CACHE = {"cached": "kv.prefix_cache=true", "uncached": "kv.prefix_cache=false"}
-MODEL = {"hidden_size": 256, "ffn_size": 688, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 
 
 def sessions(num_sessions: int, length_scale: float, gap_scale: float) -> list[str]:
     """As options of medha simulate and medha bench."""
-    return [
-        f"workload.sessions.num_sessions={num_sessions}", "workload.sessions.turns=10",
-        "workload.sessions.subagent_share=0", "workload.sessions.system_tokens=16000",
-        "workload.sessions.first_tokens=2000", "workload.sessions.turn_tokens=500",
-        "workload.sessions.output_tokens=200", "workload.sessions.start_s=10",
-        f"workload.sessions.length_scale={length_scale}", f"workload.sessions.gap_scale={gap_scale}",
-    ]  # fmt: skip
+    return session_words(
+        num_sessions=num_sessions, turns=10, subagent_share=0, system_tokens=16000, first_tokens=2000, turn_tokens=500,
+        output_tokens=200, start_s=10, length_scale=length_scale, gap_scale=gap_scale,
+    )  # fmt: skip
 
 
 def simulated(cache: str, num_sessions: int, seed: int) -> dict[str, Any]:
@@ -61,7 +56,7 @@ def simulated(cache: str, num_sessions: int, seed: int) -> dict[str, Any]:
         "model=llama3_8b_1m", "hardware=a100", "parallel.tp=8", "parallel.spp=1", f"parallel.kvp={KVP}",
         "workload=sessions", *sessions(num_sessions, 1.0, 0.05), CACHE[cache], f"seed={seed}",
     ]  # fmt: skip
-    config = simulation_config(freeze(compose("simulate", SimulateOptions, words), SimulateOptions))
+    config = configured(words)
     work_s = [0.0] * KVP
 
     def note(span: StageSpan) -> None:
@@ -132,13 +127,9 @@ def main() -> int:
     seeds = range(1 if arguments.quick else arguments.seeds)
     place = "engine" if arguments.engine else "simulated"
     results = ResultsFile(out / f"{place}.json", {"num_sessions": num_sessions})
-    checkpoint = out / "model"
-    if arguments.engine and not (checkpoint / "tokenizer.json").is_file():
-        save_llama(checkpoint, **MODEL)
-        save_word_tokenizer(checkpoint, 1024)
+    run = partial(measured, checkpoint=session_checkpoint(out / "model")) if arguments.engine else simulated
     for seed in seeds:
         for cache in CACHE:
-            run = partial(measured, checkpoint=checkpoint) if arguments.engine else simulated
             results.cell(f"{place}/{cache}/{seed}", partial(run, cache, num_sessions, seed))
     return 0 if report(place, results.cells, seeds) else 1
 

@@ -37,6 +37,19 @@ def save_word_tokenizer(directory: Path, vocab_size: int) -> None:
     (directory / "tokenizer_config.json").write_text("{}")
 
 
+SESSION_MODEL = {
+    "hidden_size": 256, "ffn_size": 688, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64
+}  # fmt: skip
+
+
+def session_checkpoint(directory: Path) -> Path:
+    """SESSION_MODEL, for long sessions on a CPU; saved if it is not there."""
+    if not (directory / "tokenizer.json").is_file():
+        save_llama(directory, **SESSION_MODEL)
+        save_word_tokenizer(directory, 1024)
+    return directory
+
+
 def save_small_model(directory: Path) -> None:
     """28 million parameters in bf16 and a tokenizer that every server reads.
 

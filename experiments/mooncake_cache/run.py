@@ -24,9 +24,8 @@ IS_COMPILED = use_compiled_core()
 
 from experiments.lib.drawing import panels
 from experiments.lib.results_file import ResultsFile, verdict
+from experiments.lib.simulations import configured
 from megatron_medha.core.kv.prefix_keys import KEY_BYTES
-from megatron_medha.options.compose import compose, freeze
-from megatron_medha.options.simulate_options import SimulateOptions, simulation_config
 from megatron_medha.sim.simulation import Simulation, SimulationConfig, SimulationHooks
 from megatron_medha.stats.request_stats import RequestStats
 from megatron_medha.stats.summary import percentile
@@ -43,7 +42,7 @@ def config_of(trace: Path, cache: str, duration_s: float | None) -> SimulationCo
         "model=llama3_8b_1m", "hardware=a100_x16", "parallel=tp8_spp2", "workload=trace", f"workload.path={trace}",
         CACHE[cache], *([] if duration_s is None else [f"workload.duration_s={duration_s}"]),
     ]  # fmt: skip
-    return simulation_config(freeze(compose("simulate", SimulateOptions, words), SimulateOptions))
+    return configured(words)
 
 
 def simulated(trace: Path, cache: str, duration_s: float | None) -> dict[str, Any]:
