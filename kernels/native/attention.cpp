@@ -23,8 +23,10 @@
 namespace {
 
 constexpr double LN_2 = 0.693147180559945309417;
-// Query rows of a unit: their sums, scores and queries stay in L2 beside a tile of keys (450 KiB at head dim 128).
-constexpr int64_t MAX_UNIT_ROWS = 192;
+// Query rows of a unit: their sums, scores and queries stay in L2 beside a tile of keys (450 KiB at head dim 128). By
+// matrix tiles a tile of keys is done with so soon that it must serve more rows, or memory is waited for; processors
+// that have them have an L2 of 2 MiB.
+constexpr int64_t MAX_UNIT_ROWS_OF[] = {192, 768};
 // From so many register tiles of rows on, widening bf16 once per tile of keys is cheaper than at each use.
 constexpr int64_t MIN_TILES_TO_WIDEN = 3;
 #if defined(HAS_MATRIX_TILES)
@@ -34,6 +36,8 @@ constexpr bool USES_TILES = sizeof(T) == 2;
 template <class T>
 constexpr bool USES_TILES = false;
 #endif
+template <class T>
+constexpr int64_t MAX_UNIT_ROWS = MAX_UNIT_ROWS_OF[USES_TILES<T>];
 // Reading keys for a single row takes as long as computing this many.
 template <class T>
 constexpr int64_t MIN_COST_ROWS = USES_TILES<T> ? 64 : 8;
@@ -153,7 +157,7 @@ class Work {
     }
 
     int64_t blocks_of(const Rows &rows) const {
-        return (rows.num_tokens * call_.queries_per_kv_head + MAX_UNIT_ROWS - 1) / MAX_UNIT_ROWS;
+        return (rows.num_tokens * call_.queries_per_kv_head + MAX_UNIT_ROWS<T> - 1) / MAX_UNIT_ROWS<T>;
     }
     static int64_t rows_that_cost(const Unit &u) { return std::max(u.end_row - u.first_row, MIN_COST_ROWS<T>); }
     static int64_t cost_of(const Unit &u) { return rows_that_cost(u) * u.num_keys; }
@@ -338,38 +342,53 @@ class Work {
         const int64_t num_pairs = (num_rows + PAIR_ROWS - 1) / PAIR_ROWS;
         // As if the next tile lay behind this one, mostly true.
         const int64_t next_bytes = has_next ? TILE_KEYS * dim_ * sizeof(T) : 0;
-        const int64_t fetches = depth / TILE_DEPTH;  // the least of a pair, a quarter of its usual ones
-        Prefetcher next_keys(groups[num_groups - 1].k + GROUP * dim_, next_bytes, num_pairs * 2 * fetches);
-        Prefetcher next_values(groups[num_groups - 1].v + GROUP * dim_, next_bytes, num_pairs * fetches);
+        // The steps of both products, or twice as many (Steps): what is fetched has come when the tile is done with.
+        const int64_t key_steps = num_pairs * 2 * (depth / TILE_DEPTH);
+        const int64_t value_steps = num_pairs * (depth / TILE_DEPTH) * ((num_groups + 1) / 2);
+        Prefetcher next_keys(groups[num_groups - 1].k + GROUP * dim_, next_bytes, key_steps);
+        Prefetcher next_values(groups[num_groups - 1].v + GROUP * dim_, next_bytes, value_steps);
         KeyTile tile(groups, num_groups, dim_, memory);
         const auto rows_of = [&](int64_t pair) { return std::min(PAIR_ROWS, num_rows - pair * PAIR_ROWS); };
-        const auto add_values = [&](int64_t pair) {
-            tile.add_values(sums.values + pair * PAIR_ROWS * dim_, rows_of(pair), pair % 2, next_values);
+        const auto score = [&](KeyTile::Steps &steps, int64_t pair) {
+            steps.score(reinterpret_cast<const uint16_t *>(queries) + pair * PAIR_ROWS * depth, tile.place(pair), next_keys);
         };
-        const auto add = [&](int64_t pair, bool follows) {
+        const auto add_values = [&](KeyTile::Steps &steps, int64_t pair) {
+            steps.add_values(tile.place(pair), sums.values + pair * PAIR_ROWS * dim_, next_values);
+        };
+        const auto softmax = [&](int64_t pair, KeyTile::Steps &meanwhile) {
             const int64_t first = pair * PAIR_ROWS, count = rows_of(pair);
-            float *const scores = tile.score(reinterpret_cast<const uint16_t *>(queries) + first * depth, count, next_keys);
+            float *const scores = tile.place(pair);
             if (!is_whole)
                 for (int64_t r = 0; r < count; ++r)
                     hide(
                         scores + r * TILE_KEYS, groups, num_groups, tile.num_padded(),
                         keys_of(*unit.rows, unit.first_row + first + r)
                     );
-            if (follows) add_values(pair - 1);
-            tile.softmax(count, base_2_scale(), sums, first, pair % 2);
+            tile.softmax(scores, count, base_2_scale(), sums, first, meanwhile);
         };
         const int64_t num_whole = num_rows / PAIR_ROWS, last_rows = num_rows % PAIR_ROWS;
+        const auto add_pairs = [&](int64_t first_pair, int64_t end_pair) {
+            KeyTile::Steps steps(tile, rows_of(first_pair));
+            score(steps, first_pair);
+            steps.finish();
+            for (int64_t p = first_pair; p < end_pair; ++p) {
+                if (p > first_pair) add_values(steps, p - 1);
+                if (p + 1 < end_pair) score(steps, p + 1);
+                softmax(p, steps);
+                steps.finish();
+            }
+            add_values(steps, end_pair - 1);
+            steps.finish();
+        };
         if (num_whole > 0) {
             const TileScope tiles(TILE_ROWS, TILE_ROWS);
-            for (int64_t p = 0; p < num_whole; ++p) add(p, p > 0);
-            add_values(num_whole - 1);
+            add_pairs(0, num_whole);
         }
         if (last_rows == 0) return;
         const TileScope tiles(
             std::min(last_rows, TILE_ROWS), last_rows > TILE_ROWS ? last_rows - TILE_ROWS : last_rows
         );
-        add(num_whole, false);
-        add_values(num_whole);
+        add_pairs(num_whole, num_whole + 1);
     }
 #endif
 
