@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -132,6 +134,44 @@ def test_a_preempted_request_begins_again_behind_what_it_has_published_outputs_t
     assert seq.num_cached_tokens == num_computed // GRANULE * GRANULE > 60
     assert preempted == Preempted("a", num_computed - seq.num_cached_tokens, seq.num_cached_tokens)
     assert bench.schedule().chunks[0].start == seq.num_cached_tokens
+
+
+def order(bench: Bench, *requests: Request) -> list[str]:
+    """Whose chunks ran, one after another, where each of the requests comes a step after the one before."""
+    names: list[str] = []
+    coming = list(requests)
+    while coming or bench.scheduler.num_sequences:
+        if coming:
+            bench.arrive(replace(coming.pop(0), arrival_s=bench.now_s))
+        batch = bench.scheduler.schedule(bench.now_s)
+        assert batch is not None
+        names += [chunk.request_id for chunk in batch.chunks]
+        bench.complete(batch)
+    return names
+
+
+def test_of_turns_alike_the_first_runs_to_its_end_and_uncached_prompts_alternate() -> None:
+    prompts = {"one": tokens(1_600, seed=1), "two": tokens(1_600, seed=2)}
+    bench = Bench(kv=KV, num_blocks=3000, min_deadline_s=1e-3)
+    for name, prompt in prompts.items():
+        bench.arrive(keyed(f"before {name}", prompt))
+        bench.run()
+    turns = [keyed(name, [*prompt, *tokens(800, seed=3)]) for name, prompt in prompts.items()]
+    ran = order(bench, *turns)
+    assert len(ran) > 6 and ran == sorted(ran)
+    ran = order(bench, *[keyed(name, tokens(1_200, seed=ord(name))) for name in "ab"])
+    assert len(ran) > 6 and ran != sorted(ran)
+
+
+def test_a_turn_is_never_put_behind_those_that_can_be_in_time_unless_its_prefix_is_evicted() -> None:
+    prompt = tokens(160)
+    bench = cached(Bench(kv=KV, num_blocks=60, max_num_sequences=2, min_deadline_s=1e-3), prompt)
+    blocked(bench)
+    bench.arrive(request("large", 140, 20, ttft_slo_s=0.01))
+    bench.arrive(keyed("turn", [*prompt, *tokens(8, seed=1)], at_s=bench.now_s))
+    assert bench.sequence("turn").triage_deadline_s == inf
+    bench.run_until(lambda: bench.sequence("turn").num_cached_tokens < 80)
+    assert bench.sequence("turn").triage_deadline_s < inf
 
 
 def test_lost_ranks_have_nothing_cached() -> None:

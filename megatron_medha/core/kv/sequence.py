@@ -78,6 +78,11 @@ class Sequence:
         return self.request.num_prompt_tokens + self.num_output_tokens - self.num_scheduled_tokens
 
     @property
+    def is_mostly_cached(self) -> bool:
+        """Whether it goes on from what is cached: most of its prompt was when it arrived, and has stayed since."""
+        return 2 * self.num_promised_tokens > self.request.num_prompt_tokens
+
+    @property
     def triage_s(self) -> float:
         """When it can no longer meet triage_deadline_s, however fast it goes."""
         return self.triage_deadline_s - self.remaining_work_s

@@ -52,10 +52,11 @@ class Deadlines:
 
         It is at least that of as many tokens with nothing before them: a step has costs of its own, however short.
         """
+        prefill_s = self._times.prefill_s
         if not num_cached_tokens:
-            return self.prefill_s(num_tokens)
-        behind_s = self._times.prefill_s(num_tokens) - self._times.prefill_s(num_cached_tokens)
-        return max(behind_s, self._times.prefill_s(num_tokens - num_cached_tokens)) / self._spp
+            return prefill_s(num_tokens) / self._spp
+        behind_s = prefill_s(num_tokens) - prefill_s(num_cached_tokens)
+        return max(behind_s, prefill_s(num_tokens - num_cached_tokens)) / self._spp
 
     def ttft_target_s(self, request: Request, total_work_s: float) -> float:
         """Seconds from arrival in which the first token is due: the request's own, its class's, or ours."""
@@ -74,7 +75,7 @@ class Deadlines:
         seq.total_work_s = seq.remaining_work_s = total_s = self.work_s(seq.num_known_tokens, seq.num_cached_tokens)
         target_s = self.ttft_target_s(request, total_s)
         seq.deadline_s = request.arrival_s + target_s
-        seq.triage_deadline_s = self._triage_deadline_s(request, target_s, total_s)
+        seq.triage_deadline_s = self._triage_deadline_s(seq, target_s, total_s)
         seq.margin_s = self._margin_s(target_s)
 
     def follow(self, seq: Sequence) -> bool:
@@ -95,17 +96,21 @@ class Deadlines:
         moves to what the work then is.
         """
         seq.num_promised_tokens = min(seq.num_promised_tokens, seq.num_cached_tokens)
-        seq.remaining_work_s = self.work_s(seq.num_known_tokens, seq.num_cached_tokens)
+        seq.remaining_work_s = left_s = self.work_s(seq.num_known_tokens, seq.num_cached_tokens)
+        if seq.num_promised_tokens == seq.num_cached_tokens:
+            return self._set_total(seq, left_s)
         return self._follow_total(seq)
 
     def _follow_total(self, seq: Sequence) -> bool:
-        total_s = self.work_s(seq.num_known_tokens, seq.num_promised_tokens)
+        return self._set_total(seq, self.work_s(seq.num_known_tokens, seq.num_promised_tokens))
+
+    def _set_total(self, seq: Sequence, total_s: float) -> bool:
         if total_s == seq.total_work_s:
             return False
         seq.total_work_s = total_s
         target_s = self.ttft_target_s(seq.request, total_s)
-        if seq.triage_deadline_s < inf:
-            seq.triage_deadline_s = self._triage_deadline_s(seq.request, target_s, total_s)
+        if not seq.num_output_tokens:
+            seq.triage_deadline_s = self._triage_deadline_s(seq, target_s, total_s)
         if seq.request.ttft_slo_s is not None:
             return False
         seq.deadline_s, seq.margin_s = seq.request.arrival_s + target_s, self._margin_s(target_s)
@@ -124,14 +129,15 @@ class Deadlines:
         """
         return max(budget_s, 2.0 * self.fixed_s)
 
-    def _triage_deadline_s(self, request: Request, target_s: float, total_work_s: float) -> float:
+    def _triage_deadline_s(self, seq: Sequence, target_s: float, total_work_s: float) -> float:
         """The deadline that triage goes by: its own, or the one that its work alone would give it, if that is later.
 
-        So a prompt that asks for what cannot be done is not put behind those that ask for nothing.
+        So a prompt that asks for what cannot be done is not put behind those that ask for nothing. Turns of sessions
+        are never given up: those that wait are no longer than those that come, and to let these pass helps nobody.
         """
-        if not self._config.has_triage:
+        if not self._config.has_triage or seq.is_mostly_cached:
             return inf
-        return request.arrival_s + max(target_s, self._config.deadline_multiplier * total_work_s)
+        return seq.request.arrival_s + max(target_s, self._config.deadline_multiplier * total_work_s)
 
     def _margin_s(self, target_s: float) -> float:
         """The safety margin before a target; most of the target if that is shorter than ten steps."""

@@ -81,8 +81,13 @@ def lrs(seq: Sequence) -> Priority:
 
 
 def lars(seq: Sequence) -> Priority:
-    """Least relative slack first: length-aware, so neither long nor short requests are always the urgent ones."""
-    return Priority((slack_s(seq, 0.0) - seq.margin_s) / seq.total_work_s, -1.0 / seq.total_work_s)
+    """Least relative slack first: length-aware, so neither long nor short requests are always the urgent ones.
+
+    What a prefill has computed makes it less urgent, so that a long one lets others pass. Two turns of sessions would
+    alternate, chunk by chunk, and the first would end with the second: a turn stays as urgent as it was.
+    """
+    left_s = seq.total_work_s if seq.is_mostly_cached else seq.remaining_work_s
+    return Priority((seq.deadline_s - left_s - seq.margin_s) / seq.total_work_s, -1.0 / seq.total_work_s)
 
 
 def hrrn(seq: Sequence) -> Priority:
