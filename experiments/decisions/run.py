@@ -1,12 +1,18 @@
 """The scheduler's own time per step, handle and schedule together, under 100, 1,000 and 10,000 live requests.
 
     medha compile && python -m experiments.decisions.run    # without the first: interpreted
+    python -m experiments.decisions.run --keyed --live 10000 --segments 1000000 --repeats 2
 
 The real Scheduler with OnlineCost is driven by the simulated world in a closed loop: each request that ends is
 replaced by a new one, so the number of live requests stays the same and the machine is always overloaded. Prompts
 are those of the mix with 5% long ones that the Medha paper is measured with; answers are short enough that about 35
 requests decode in a step, so that prefills never rest: a request comes, starts, is co-scheduled and ends in about
 every step.
+
+--keyed: with a prefix cache, in which half of the prompts have their first 2,048 tokens, of 200 kinds. Memory is far
+smaller than what all requests wait for, so prefixes are published and evicted in every step. --segments: so many are in
+the cache before, of 512 tokens each, in chains of ten as the turns of sessions leave them; half of the prompts go on
+from one of the chains.
 
 Virtual time makes runs identical, so each is done several times and every step counts with its least CPU time: what
 other programs on the same cores add is not the scheduler's. The speed of the machine is printed beside the figures.
@@ -19,7 +25,7 @@ import gc
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_medha.system.compiled_core import use_compiled_core
@@ -45,6 +51,8 @@ OUTPUTS_FOR_32_DECODES = {100: 180, 1_000: 64, 10_000: 24}
 WARM_UP_STEPS = 1_000
 GRANULE, KEY_BYTES = 64, 16
 STEM_TOKENS = 2_048
+NUM_BLOCKS, BLOCK_TOKENS = 400_000, 16
+CHAIN_SEGMENTS, SEGMENT_GRANULES = 10, 8
 NOISE = 0.03
 
 LLAMA3_8B = ModelShape(
@@ -58,14 +66,13 @@ TRUE_H100 = replace(
 )
 
 
-def prompts(seed: int, max_output_tokens: int, is_keyed: bool = False) -> Iterator[Request]:
+def prompts(seed: int, max_output_tokens: int, stems: Sequence[bytes] = ()) -> Iterator[Request]:
     """Chats of up to 8,000 tokens, and one document of 100K to 1M in twenty.
 
-    is_keyed: with keys of granules; half of the prompts begin with one of 200 stems of 2,048 tokens.
+    stems: keys that half of the prompts begin with; () for prompts without keys.
     """
     draw = random.Random(seed)
     keys = random.Random(f"keys {seed}")
-    stems = [keys.randbytes(STEM_TOKENS // GRANULE * KEY_BYTES) for _ in range(200)]
     index = 0
     while True:
         is_long = draw.random() < 0.05
@@ -76,7 +83,7 @@ def prompts(seed: int, max_output_tokens: int, is_keyed: bool = False) -> Iterat
             max_output_tokens=draw.randint(2, max_output_tokens),
             arrival_s=0.0,
         )
-        if is_keyed:
+        if stems:
             num_bytes = request.num_prompt_tokens // GRANULE * KEY_BYTES
             stem = keys.choice(stems) if keys.random() < 0.5 else b""
             request = replace(request, prefix_keys=(stem + keys.randbytes(num_bytes))[:num_bytes])
@@ -84,11 +91,41 @@ def prompts(seed: int, max_output_tokens: int, is_keyed: bool = False) -> Iterat
         index += 1
 
 
+def short_stems(seed: int) -> list[bytes]:
+    """Keys of 200 texts of 2,048 tokens."""
+    draw = random.Random(f"stems {seed}")
+    return [draw.randbytes(STEM_TOKENS // GRANULE * KEY_BYTES) for _ in range(200)]
+
+
+def fill(memory: KVMemory, num_segments: int, seed: int) -> list[bytes]:
+    """Put chains of segments into the cache; the keys of the chains."""
+    assert memory.cache is not None
+    index, pool, draw = memory.cache.index, memory.pools[0], random.Random(f"chains {seed}")
+    chains: list[bytes] = []
+    for number in range(num_segments):
+        if number % CHAIN_SEGMENTS == 0:
+            chains.append(b"")
+        chains[-1] += draw.randbytes(SEGMENT_GRANULES * KEY_BYTES)
+        keys, name, now_s = chains[-1], f"cached-{number}", (number - num_segments) * 1e-3
+        match = index.match(keys, 0, len(keys) // KEY_BYTES, 0)
+        holding = index.take(name, match, now_s, f"session-{len(chains)}")
+        table = index.extents(holding.deepest)
+        own = pool.allocate(SEGMENT_GRANULES * GRANULE // BLOCK_TOKENS)
+        assert own is not None
+        table += own
+        index.publish(holding, keys, len(keys) // KEY_BYTES, table, now_s)
+        index.release(holding, table, now_s)
+        index.settle(name)
+    return chains
+
+
 class ClosedWorld(RecordingSimRuntime):
     """A world in which a new request arrives whenever one ends, until `num_batches` have been submitted."""
 
-    def __init__(self, num_live: int, num_batches: int, max_output_tokens: int, seed: int, is_keyed: bool) -> None:
-        self._prompts = prompts(seed, max_output_tokens, is_keyed)
+    def __init__(
+        self, num_live: int, num_batches: int, max_output_tokens: int, seed: int, stems: Sequence[bytes]
+    ) -> None:
+        self._prompts = prompts(seed, max_output_tokens, stems)
         self._num_batches_left = num_batches
         noise = random.Random(seed)
         truth = true_step_s(RooflineCost(shape=LLAMA3_8B, hardware=TRUE_H100))
@@ -173,14 +210,17 @@ def run(
     config: SchedulerConfig,
     seed: int = 0,
     is_keyed: bool = False,
+    num_segments: int = 0,
 ) -> list[Step]:
     """Drive a new scheduler for so many steps after it has become steady."""
     kv = KVConfig() if is_keyed else NO_PREFIX_CACHE
-    memory = KVMemory(num_blocks=400_000, block_size=16, max_context_len=LLAMA3_8B.max_context_len, kv=kv)
+    num_blocks = NUM_BLOCKS + num_segments * SEGMENT_GRANULES * GRANULE // BLOCK_TOKENS
+    memory = KVMemory(num_blocks, BLOCK_TOKENS, LLAMA3_8B.max_context_len, kv=kv)
     cost = OnlineCost(RooflineCost(shape=LLAMA3_8B, hardware=H100))
     decisions = TimedDecisions(Scheduler(config, cost, memory))
+    stems = fill(memory, num_segments, seed) if num_segments else short_stems(seed) if is_keyed else []
     gc.collect()
-    serve(decisions, ClosedWorld(num_live, WARM_UP_STEPS + num_steps, max_output_tokens, seed, is_keyed))
+    serve(decisions, ClosedWorld(num_live, WARM_UP_STEPS + num_steps, max_output_tokens, seed, stems))
     return decisions.steps[WARM_UP_STEPS:]
 
 
@@ -191,9 +231,13 @@ def run_often(
     config: SchedulerConfig,
     num_repeats: int,
     is_keyed: bool = False,
+    num_segments: int = 0,
 ) -> list[Step]:
     """The same steps several times; of each the least times."""
-    runs = [run(num_live, max_output_tokens, num_steps, config, is_keyed=is_keyed) for _ in range(num_repeats)]
+    runs = [
+        run(num_live, max_output_tokens, num_steps, config, is_keyed=is_keyed, num_segments=num_segments)
+        for _ in range(num_repeats)
+    ]
     return [
         replace(
             same[0],
@@ -245,6 +289,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--policy", default="lars")
     parser.add_argument("--keyed", action="store_true", help="with a prefix cache; half of the prompts share stems")
+    parser.add_argument("--segments", type=int, default=0, help="cached before the first request; with --keyed")
     arguments = parser.parse_args()
     config = SchedulerConfig(policy=arguments.policy, max_num_sequences=arguments.sequences)
     kind = "compiled" if IS_COMPILED else "interpreted"
@@ -256,7 +301,9 @@ def main() -> None:
     print("  live  decodes  prefills arrivals |   p50    p99 |    p50     p99 |   bar")
     for num_live in arguments.live:
         outputs = arguments.outputs or OUTPUTS_FOR_32_DECODES.get(num_live, 64)
-        steps = run_often(num_live, outputs, arguments.steps, config, arguments.repeats, arguments.keyed)
+        steps = run_often(
+            num_live, outputs, arguments.steps, config, arguments.repeats, arguments.keyed, arguments.segments
+        )
         decisions = [step.decision_s * 1e6 for step in steps]
         everything = [(step.decision_s + step.arrivals_s) * 1e6 for step in steps]
         bar = f"{BARS_S[num_live] * 1e6:5.0f}" if num_live in BARS_S else "    -"

@@ -1,7 +1,8 @@
 """Does a turn cost its new tokens? The real engine, 28 million parameters, 20 turns up to 32K tokens.
 
-    python -m experiments.session_turns.run            # 15 minutes or so; on an idle machine
-    python -m experiments.session_turns.run --quick    # 5 turns up to 4K tokens, to see that it runs
+    python -m experiments.session_turns.run                   # half an hour or so; on an idle machine
+    python -m experiments.session_turns.run --tokens 12288    # prompts of up to 12K tokens: a third of that
+    python -m experiments.session_turns.run --quick           # 5 turns up to 4K tokens, to see that it runs
 
 One session alone, then eight at half load: gaps are 15 times what a turn of the lone session took, drawn from half to
 one and a half of that. Each turn's TTFT is held against the prefill of its new tokens alone: the time from the
@@ -9,9 +10,9 @@ position where they begin to the last one in a lone prefill of the whole prompt 
 server's decision log, median of three. New tokens are those after the prompt and the answer before; the first turn,
 where all are new, is left out.
 
-Answers have 128 tokens, then 16. Published sessions of coding agents have prompts of 142K tokens, of which 96% were
-seen before, and answers of 444: as many to each new token as 128 to the 1,638 that are new in a turn here. With 16,
-nearly all of a turn is prefill, so that half load is a device that prefills half of the time.
+Published sessions of coding agents have prompts of 142K tokens, of which 96% were seen before, and answers of 444.
+Answers here have as many to each new token (128 to 1,638 new ones), and then 16. With 16, all but a little of a turn is
+prefill, so that half load is a device that prefills half of the time.
 
 Turns of eight sessions meet, whatever the server does. So the same arrivals and the same lone prefills are also gone
 through by one device that computes nothing else, can be interrupted at any moment, and follows the better of three
@@ -44,7 +45,8 @@ from megatron_medha.stats.summary import percentile
 from megatron_medha.workload.session_file import write_session_rows
 from megatron_medha.workload.sessions import TurnRow
 
-OUTPUT_TOKENS = [128, 16]
+ANSWER_PER_NEW_TOKEN = 444 / (0.04 * 142_000)
+SHORT_ANSWER = 16
 LOAD = 0.5
 REPEATS = 3
 BARS = {50: 1.2, 99: 2.0}
@@ -60,6 +62,11 @@ class Lengths:
     def prompt_tokens(self, turn: int) -> int:
         """Of a turn, from 0."""
         return (turn + 1) * self.num_tokens // self.num_turns
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of an answer, as many to each new token as published."""
+        return round(ANSWER_PER_NEW_TOKEN * self.num_tokens / self.num_turns)
 
 
 def session_rows(lengths: Lengths, num_sessions: int, num_outputs: int, gap_s: float) -> list[TurnRow]:
@@ -191,11 +198,12 @@ def main() -> int:
     """Run what has not run, print figures beside bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of a session's last prompt")
     parser.add_argument("--sessions", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--outputs", type=int, nargs="*", default=OUTPUT_TOKENS, help="tokens of an answer")
+    parser.add_argument("--outputs", type=int, nargs="*", help="tokens of an answer")
     parser.add_argument("--out", type=Path, default=None, help="default: outputs/session_turns, or ..._quick")
     arguments = parser.parse_args()
-    lengths = Lengths(5, 4096) if arguments.quick else Lengths(20, 32_768)
+    lengths = Lengths(5, 4096) if arguments.quick else Lengths(20, arguments.tokens)
     out = arguments.out or Path("outputs") / ("session_turns_quick" if arguments.quick else "session_turns")
     results = ResultsFile(out / "results.json", {"num_turns": lengths.num_turns, "num_tokens": lengths.num_tokens})
     checkpoint = out / "model"
@@ -203,7 +211,7 @@ def main() -> int:
         save_small_model(checkpoint)
     curves = results.cell("lone prefill", partial(lone_prefill, checkpoint, lengths, out))["curves"]
     met = []
-    for num_outputs in arguments.outputs:
+    for num_outputs in arguments.outputs or [lengths.answer_tokens, SHORT_ANSWER]:
         lone = f"1 session, answers of {num_outputs}"
         single = results.cell(lone, partial(turns, checkpoint, lengths, 1, num_outputs, 0.0, out))
         service_s = fmean(row["e2e_s"] for row in single["rows"] if row["e2e_s"] is not None)

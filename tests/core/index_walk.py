@@ -62,6 +62,7 @@ class Walk:
         self.parents: dict[bytes, bytes] = {}  # key -> key before
         self.borders: set[bytes] = set()       # last keys of shards
         self.watches: dict[str, tuple[int, bytes, Segment]] = {}
+        self.looks: list[tuple[int, bytes, Segment | None]] = []  # earlier matches, held by nobody
         self.counts: dict[str, int] = {}
 
     # ---- the model ----
@@ -138,6 +139,9 @@ class Walk:
             assert listed == model
             num_unpinned = len(set(model) - self.pinned(rank))
             assert self.index.num_evictable_blocks(rank) == self.PER_GRANULE * num_unpinned
+        for rank, keys, known in self.looks:
+            last = self.random.randint(0, len(keys) // 16)
+            assert self.index.match(keys, 0, last, rank, known=known) == self.index.match(keys, 0, last, rank)
 
     def granules(self) -> list[int]:
         """A prompt: often the begin of an earlier one."""
@@ -279,6 +283,7 @@ class Walk:
         self.note(keys)
         match = self.index.match(keys, 0, len(keys) // 16, rank)
         segment = self.index.watch(f"w{self.num_requests}", match, self.now_s, self.now_s)
+        self.looks = [*self.looks[-9:], (rank, keys, segment)]
         if segment is not None:
             self.watches[f"w{self.num_requests}"] = (rank, keys[: 16 * match.end], segment)
         self.num_requests += 1

@@ -8,7 +8,7 @@ from megatron_medha.core.kv.block_pool import BlockPool
 from megatron_medha.core.kv.eviction import EVICTION_ORDERS, EvictionRules
 from megatron_medha.core.kv.kv_config import KVConfig
 from megatron_medha.core.kv.prefix_index import PrefixIndex
-from megatron_medha.core.kv.segment import KEY_BYTES, Evicted, Holding, Match
+from megatron_medha.core.kv.segment import KEY_BYTES, Evicted, Holding, Match, Segment
 from megatron_medha.core.kv.sequence import Sequence
 
 
@@ -36,14 +36,20 @@ class PrefixCache:
         self.now_s = 0.0
         self._pools = pools
 
-    def match(self, seq: Sequence, shard: int, kvp_rank: int) -> Match:
+    def match(self, seq: Sequence, shard: int, kvp_rank: int, known: Segment | None = None) -> Match:
         """What a rank has of a shard of the sequence, all before it given. At least one token is left to compute."""
         first = shard * self.index.shard_granules
         last = (seq.num_known_tokens - 1) // self.granule_tokens if seq.request.reads_cache else 0
-        return self.index.match(seq.keys, first, max(first, last), kvp_rank)
+        return self.index.match(seq.keys, first, max(first, last), kvp_rank, known=known)
 
-    def longest(self, seq: Sequence) -> Match | None:
-        """The last of the matches that cover most of it, one rank a shard; None if nothing of it is cached."""
+    def longest(self, seq: Sequence, known: Segment | None = None) -> Match | None:
+        """The last of the matches that cover most of it, one rank a shard; None if nothing of it is cached.
+
+        known: where an earlier one ended.
+        """
+        if len(self._pools) == 1:
+            match = self.match(seq, 0, 0, known)
+            return match if match.deepest is not None else None
         found: Match | None = None
         unused = list(range(len(self._pools)))
         while unused and (found is None or self.is_whole(found)):

@@ -63,15 +63,26 @@ class PrefixIndex:
 
     # ---- what a sequence does ----
 
-    def match(self, keys: bytes, first: int, last: int, kvp_rank: int, group: int = 0) -> Match:
+    def match(
+        self, keys: bytes, first: int, last: int, kvp_rank: int, group: int = 0, known: Segment | None = None
+    ) -> Match:
         """The longest cached prefix on a rank of granules [first, last), of which `first` begins a shard.
 
         `keys` are those of the whole sequence. Nothing is held: what it found can be evicted by the next call.
+        known: the end of an earlier match of the same; what has changed since is looked for from there.
         """
         assert first % self.shard_granules == 0, f"granule {first} does not begin a shard"
         last = min(last, len(keys) // KEY_BYTES, first + self.shard_granules)
-        deepest, end = _descend(self.trees[group][kvp_rank].heads, keys, first, last)
-        return Match(kvp_rank, group, first, end, deepest)
+        heads = self.trees[group][kvp_rank].heads
+        while known is not None and heads.get(known.head) is not known:  # evicted
+            known = known.parent
+        if known is not None:
+            last_key = bytes(known.keys[-KEY_BYTES:])
+            if known.end > last or not keys.startswith(last_key, (known.end - 1) * KEY_BYTES):
+                known = None  # its owner has taken it again since, and gone on otherwise
+        start = first if known is None else known.end
+        deepest, end = _descend(heads, keys, start, last)
+        return Match(kvp_rank, group, first, end, deepest or known)
 
     def extents(self, deepest: Segment | None) -> list[Extent]:
         """The cached blocks from the begin of a shard to the end of a segment, in the order of their tokens.
@@ -272,7 +283,8 @@ class PrefixIndex:
             segment.waiters[request_id] = due_s
         if is_leaf:
             self._file(segment)
-        self._refile_before(segment)
+        if self.borders.before:
+            self._refile_before(segment)
 
     def _file(self, leaf: Segment) -> None:
         """A leaf can be evicted: at its place in the order, by what is lost with it."""
@@ -492,8 +504,8 @@ def _descend(heads: dict[bytes, Segment], keys: bytes, first: int, last: int) ->
         if segment is None:
             break
         found = segment
-        position += segment.num_common(keys, last)
-        if position < segment.end:
+        position += (num_common := segment.num_common(keys, last))
+        if num_common * KEY_BYTES < len(segment.keys):
             break
     return found, position
 

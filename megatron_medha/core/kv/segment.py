@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron_medha.core.kv.block_pool import Extent
 
@@ -53,10 +54,12 @@ class Segment:
 
     def num_common(self, keys: bytes, last: int) -> int:
         """Of its granules, how many the prefix of `keys` up to granule `last` shares; it must share the first."""
-        count = min(self.num_granules, last - self.first)
-        start = self.first * KEY_BYTES
-        if count == self.num_granules and keys.startswith(self.keys, start):  # without a copy
-            return count
+        own, start = self.keys, self.first * KEY_BYTES
+        num_granules = len(own) // KEY_BYTES
+        count = last - self.first
+        if num_granules <= count and keys.startswith(own, start):  # without a copy
+            return num_granules
+        count = min(num_granules, count)
         if keys[start : start + count * KEY_BYTES] == self.keys[: count * KEY_BYTES]:
             return count
         shared, differs = 1, count  # keys are chained: where two are equal, all before them are
@@ -70,8 +73,7 @@ class Segment:
         return shared
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """The granules of a prefix that lie in the cache on one rank: [first, end). Holds nothing; ages with any change."""
 
     kvp_rank: int

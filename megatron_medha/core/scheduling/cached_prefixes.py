@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from math import inf
 
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.prefix_cache import PrefixCache
@@ -13,7 +15,8 @@ from megatron_medha.core.scheduling.policies import Priority
 from megatron_medha.core.scheduling.prefix_siblings import PrefixSiblings
 from megatron_medha.core.scheduling.prefix_waits import PrefixWaits
 
-_MAX_MOVED = 12  # sequences that get a new place after one event or batch, while others will follow
+# Sequences that get a new place after one event or batch: of those in no queue, while others will follow; of the rest.
+_MAX_FREED, _MAX_MOVED = 12, 4
 
 
 class CachedPrefixes:
@@ -30,8 +33,10 @@ class CachedPrefixes:
         self._cache = cache
         cache.prefill_s, cache.decode_s = deadlines.prefill_s, deadlines.decode_s
         self._waits = PrefixWaits(cache)
-        self._moved: dict[str, Sequence] = {}  # waiting, of which another part is cached than before
-        self._freed: dict[str, Sequence] = {}  # those that have waited for another, and are in no queue
+        # Waiting, of which another part is cached than before; and those that have waited for another, in no queue. A
+        # plain dict's first entry is found behind all that were taken out before.
+        self._moved: OrderedDict[str, Sequence] = OrderedDict()
+        self._freed: OrderedDict[str, Sequence] = OrderedDict()
 
     def set_time(self, now_s: float) -> None:
         """Before an event, or a batch."""
@@ -92,19 +97,22 @@ class CachedPrefixes:
         self._cache.clear()
 
     def moved(self, are_all: bool) -> list[Sequence]:
-        """Waiting sequences that get a new place, with their cursors updated. are_all: no event will follow."""
+        """Waiting sequences that get a new place, with their cursors updated. are_all: of those in no queue.
+
+        The rest are chosen, if they are, by an older place, and then matched again.
+        """
         if self._cache.evicted:
             for seq in self._waits.evicted(self._cache.evicted):
                 self._moved[seq.request_id] = seq
             self._cache.evicted.clear()
         moved: list[Sequence] = []
-        for waiting in (self._freed, self._moved):
-            while waiting and (are_all or len(moved) < _MAX_MOVED):
-                seq = waiting.pop(next(iter(waiting)))
+        for waiting, most in ((self._freed, inf if are_all else _MAX_FREED), (self._moved, _MAX_MOVED)):
+            most += len(moved)
+            while waiting and len(moved) < most:
+                _, seq = waiting.popitem(last=False)
                 if seq.is_waiting:
                     self.siblings.leave(seq)
-                    self._waits.discard(seq)
-                    self._waits.add(seq)
+                    self._waits.again(seq)
                     moved.append(seq)
         return moved
 

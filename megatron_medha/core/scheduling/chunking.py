@@ -206,9 +206,12 @@ class PrefillTimes:
 
     def prefill_s(self, num_tokens: int) -> float:
         """Predicted seconds from nothing computed to `num_tokens` computed."""
-        index = min(bisect_right(self._tokens, num_tokens), len(self._tokens) - 1)
-        x0, x1 = self._tokens[index - 1], self._tokens[index]
-        y0, y1 = self._seconds[index - 1], self._seconds[index]
+        tokens, seconds = self._tokens, self._seconds
+        index = bisect_right(tokens, num_tokens)
+        if index == len(tokens):
+            index -= 1
+        x0, y0 = tokens[index - 1], seconds[index - 1]
+        x1, y1 = tokens[index], seconds[index]
         return y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0)
 
     def _append(self, tokens: int, seconds: float) -> None:

@@ -46,10 +46,10 @@ class KineticQueue:
 
     def add(self, item_id: str, level: int, priority: Priority, arrival_s: float, item: Any, now_s: float) -> None:
         """Add an item, or give the one of that id a new level and priority."""
-        if item_id in self._rest:
-            self._rest.pop(item_id, now_s)
         entry = Entry(level, priority.at_zero, priority.slope, arrival_s, item_id, item)
-        if item_id in self._front or len(self._front) < _MAX_NEW:
+        if item_id in self._rest:
+            self._rest.replace(entry, now_s)
+        elif item_id in self._front or len(self._front) < _MAX_NEW:
             self._front[item_id] = entry
         else:
             self._rest.add(entry, now_s)

@@ -54,6 +54,12 @@ class KineticTournament:
         self._entries[leaf] = entry
         self._replay_path(leaf, now_s)
 
+    def replace(self, entry: Entry, now_s: float) -> None:
+        """Give the item of that id, which must be there, another line: one path, where pop and add play two."""
+        leaf = self._num_slots + self._slot_of[entry.item_id]
+        self._entries[leaf] = entry
+        self._replay_path(leaf, now_s)
+
     def pop(self, item_id: str, now_s: float) -> Entry:
         """Take an entry out; its id must be there."""
         slot = self._slot_of.pop(item_id)
@@ -78,7 +84,7 @@ class KineticTournament:
             self._refresh(left, now_s)
         if expires_s[left + 1] <= now_s:
             self._refresh(left + 1, now_s)
-        self._replay(node, now_s)
+        _replay(self._entries, expires_s, node, now_s)
 
     def _replay_path(self, leaf: int, now_s: float) -> None:
         entries, expires_s = self._entries, self._expires_s
@@ -87,35 +93,9 @@ class KineticTournament:
             # too, and is played again when somebody looks.
             leaf >>= 1
             winner, until_s = entries[leaf], expires_s[leaf]
-            self._replay(leaf, now_s)
+            _replay(entries, expires_s, leaf, now_s)
             if entries[leaf] is winner and expires_s[leaf] == until_s:
                 return  # nothing above has changed by this
-
-    def _replay(self, node: int, now_s: float) -> None:
-        left, right = 2 * node, 2 * node + 1
-        expires_s = self._expires_s[left]
-        if self._expires_s[right] < expires_s:
-            expires_s = self._expires_s[right]
-        one, other = self._entries[left], self._entries[right]
-        if one is None or other is None:
-            winner = other if one is None else one
-        elif one.level != other.level:
-            winner = one if one.level < other.level else other  # at any time: such lines need not cross
-        else:
-            one_value, other_value = one.at_zero + one.slope * now_s, other.at_zero + other.slope * now_s
-            if one_value < other_value or one_value == other_value and (
-                (one.arrival_s, one.item_id) < (other.arrival_s, other.item_id)
-            ):
-                winner, loser = one, other
-            else:
-                winner, loser = other, one
-            if loser.slope < winner.slope:  # the loser's line falls faster and will cross
-                crossing_s = (loser.at_zero - winner.at_zero) / (winner.slope - loser.slope)
-                if crossing_s < expires_s:
-                    # A crossing that rounding puts into the past is re-played at the next look.
-                    expires_s = crossing_s if crossing_s > now_s else now_s
-        self._entries[node] = winner
-        self._expires_s[node] = expires_s
 
     def _double(self) -> None:
         """Put the tree under a new root as its left half, level by level; no match has to be played for that."""
@@ -129,3 +109,30 @@ class KineticTournament:
         self._entries, self._expires_s = entries, expires_s
         self._free_slots = list(range(self._num_slots, 2 * self._num_slots))  # in order, which makes it a heap
         self._num_slots *= 2
+
+
+def _replay(entries: list[Entry | None], expiries_s: list[float], node: int, now_s: float) -> None:
+    left, right = 2 * node, 2 * node + 1
+    expires_s = expiries_s[left]
+    if expiries_s[right] < expires_s:
+        expires_s = expiries_s[right]
+    one, other = entries[left], entries[right]
+    if one is None or other is None:
+        winner = other if one is None else one
+    elif one.level != other.level:
+        winner = one if one.level < other.level else other  # at any time: such lines need not cross
+    else:
+        one_value, other_value = one.at_zero + one.slope * now_s, other.at_zero + other.slope * now_s
+        if one_value < other_value or one_value == other_value and (
+            (one.arrival_s, one.item_id) < (other.arrival_s, other.item_id)
+        ):
+            winner, loser = one, other
+        else:
+            winner, loser = other, one
+        if loser.slope < winner.slope:  # the loser's line falls faster and will cross
+            crossing_s = (loser.at_zero - winner.at_zero) / (winner.slope - loser.slope)
+            if crossing_s < expires_s:
+                # A crossing that rounding puts into the past is re-played at the next look.
+                expires_s = crossing_s if crossing_s > now_s else now_s
+    entries[node] = winner
+    expiries_s[node] = expires_s

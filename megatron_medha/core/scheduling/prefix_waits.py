@@ -30,14 +30,23 @@ class PrefixWaits:
     def __len__(self) -> int:
         return len(self._waits)
 
-    def add(self, seq: Sequence) -> None:
-        """It waits: set its cursors behind what is cached of it, and see to it that changes are noticed."""
+    def again(self, seq: Sequence) -> None:
+        """Something that it waits behind has changed."""
+        wait = self._waits.get(seq.request_id)
+        self.discard(seq)
+        self.add(seq, None if wait is None else wait.watched)
+
+    def add(self, seq: Sequence, known: Segment | None = None) -> None:
+        """It waits: set its cursors behind what is cached of it, and see to it that changes are noticed.
+
+        known: what it watched before.
+        """
         if not seq.keys or not seq.request.reads_cache:
             seq.num_cached_tokens = 0
             seq.start_behind(0)
             return
         cache, request_id = self._cache, seq.request_id
-        match = cache.longest(seq)
+        match = cache.longest(seq, known)
         end, watched = 0, None
         if match is not None:
             end = match.end

@@ -161,8 +161,8 @@ class Scheduler:
                 self._restart_all(now_s)
         if self._growing:
             self._grow(now_s, outputs)
-        if self._prefixes is not None:
-            self._place_moved(self._prefixes, now_s)
+        if self._prefixes is not None and not (self._in_flight and isinstance(event, Arrived)):
+            self._place_moved(self._prefixes, now_s)  # an arrival moves nobody, and the next batch is not made yet
         return outputs
 
     def _arrive(self, request: Request, now_s: float, outputs: list[Output]) -> None:
