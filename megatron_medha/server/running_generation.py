@@ -77,7 +77,7 @@ class RunningGeneration:
             self._metrics.first_token(self.spec, at_s)
             self._metrics.num_prompt_tokens += len(choice.prompt.token_ids)
         else:
-            self._metrics.next_token(at_s - choice.last_token_s)
+            self._metrics.next_token(at_s - choice.last_token_s, at_s)
         choice.last_token_s = at_s
         if piece.finish_reason is not None:
             self._finish(choice, request_id, is_engine_done=delivery.finish_reason is not None)

@@ -20,6 +20,7 @@ from megatron_medha.server.http.body_reader import BodyBudget
 from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.request_body import PromptLimits
 from megatron_medha.server.lifecycle import Lifecycle
+from megatron_medha.server.observe.live_history import LiveHistory
 from megatron_medha.server.observe.loop_lag import measure_loop_lag
 from megatron_medha.server.observe.metrics import Metrics
 from megatron_medha.server.observe.request_log import RequestLog
@@ -103,7 +104,8 @@ class Service:
         self._tokenizer: Future[Tokenizer] = tokenizer if isinstance(tokenizer, Future) else Future()
         if not isinstance(tokenizer, Future):
             self._tokenizer.set_result(tokenizer)
-        self._lag_watch: asyncio.Task[None] | None = None
+        self.history = LiveHistory(self.metrics)
+        self._watches: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start the engine and listen to it."""
@@ -111,12 +113,14 @@ class Service:
         self.streams.attach(loop)
         self.engine.on_status(lambda: self._post(loop))
         self.engine.start(self.streams.deliver)
-        self._lag_watch = asyncio.create_task(measure_loop_lag(self.metrics))
+        self._watches = [
+            asyncio.create_task(measure_loop_lag(self.metrics)), asyncio.create_task(self.history.watch(self.engine))
+        ]  # fmt: skip
 
     async def stop(self, run_blocking: RunBlocking = asyncio.to_thread) -> None:
         """Stop the engine; requests still open end with an error. run_blocking: for what takes seconds."""
-        if self._lag_watch is not None:
-            self._lag_watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
         await run_blocking(self.engine.stop, _STOP_TIMEOUT_S)
         self.streams.end_all(lambda: EngineLost("the server is shutting down"))
         await self.grammars.close()

@@ -22,6 +22,7 @@ from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.server.admission import AdmissionControl
 from megatron_medha.server.observe.metrics import Metrics, length_class
 from megatron_medha.server.observe.metrics_page import MetricsPage
+from megatron_medha.server.observe.queue_view import take_view
 from megatron_medha.server.observe.request_log import (
     MAX_LOSSES,
     MAX_RUNS,
@@ -353,6 +354,33 @@ def test_a_wait_is_explained_by_the_requests_own_replica_and_a_look_shows_all() 
         assert {went["request_id"] for wait in waits for went in wait.went_first} == {f"urgent-{replica}"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "priority", "why"),
+    [
+        ({"policy": "fcfs"}, 0, "others go first: they came earlier"),
+        ({"policy": "srpt"}, 0, "others go first: they have less left to compute"),
+        ({"policy": "lars"}, 1, "a request of higher priority goes first"),
+        ({"min_deadline_s": 0.001}, 0, "it can no longer meet its deadline: others that can go first"),
+    ],
+)
+def test_the_queue_says_in_words_why_a_prompt_waits_and_which_ones_go_first(
+    settings: dict[str, object], priority: int, why: str
+) -> None:
+    world = World(**{"has_space_sharing": False, "min_deadline_s": 9.0, **settings})
+    is_late = settings.get("min_deadline_s") == 0.001
+    early, late = ("second", "first") if is_late else ("first", "second")
+    world.arrive(early, 640 + 640 * is_late, priority=priority * is_late)
+    world.now_s = 0.5
+    world.arrive(late, 1280 - 640 * is_late, priority=priority)
+    batch = world.scheduler.schedule(world.now_s)
+    assert batch is not None
+    world.watch.scheduled(batch, world.now_s)
+    view = take_view(take_snapshot(world.scheduler), tuple(world.journal.steps), world.now_s, 0)
+    queue = {one.request_id: one for one in view.queue}
+    assert (queue["first"].why, queue["first"].ahead) == ("running", ())
+    assert (queue["second"].why, queue["second"].ahead) == (why, ("first",))
+
+
 def test_the_debug_routes_tell_the_story_of_an_answer(start_server: StartServer) -> None:
     engine = LiveEngine()
     server = live(start_server, engine)
@@ -368,6 +396,10 @@ def test_the_debug_routes_tell_the_story_of_an_answer(start_server: StartServer)
     assert [entry["request_id"] for entry in server.get("/debug/requests").json()["requests"]][0].startswith("cmpl-")
     live_view = server.get("/debug/live").json()
     assert live_view["status"] == "ready" and live_view["view"]["queue"] == []
+    assert live_view["ttft"]["num"] == 2 and live_view["ttft"]["p50_s"] <= live_view["ttft"]["p99_s"]
+    assert live_view["inter_token"]["num"] > 0 and live_view["history"]
+    assert server.get(f"/debug/live?since={live_view['now_s'] + 1000}").json()["history"] == []
+    assert server.get("/debug/live?since=yesterday").status_code == 400
     assert "medha:relative_slack_at_first_token_bucket" in server.get("/metrics").text
 
 

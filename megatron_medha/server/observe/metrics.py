@@ -49,6 +49,9 @@ CUT_OFF_REASONS = (
 )
 LAGS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 NUM_RECENT_LAGS = 500  # of which the greatest is shown: 10 s
+# With the time of each, for the dashboard's percentiles of the last minute.
+NUM_RECENT_TTFTS = 4096
+NUM_RECENT_GAPS = 8192
 NUM_CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -146,6 +149,8 @@ class Metrics:
         "event_loop_lag_seconds",
         "How late the API server's event loop runs what is due, as far as the server's own work explains it",
     ))
+    recent_ttfts_s: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=NUM_RECENT_TTFTS))
+    recent_gaps_s: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=NUM_RECENT_GAPS))
     recent_lags_s: deque[float] = field(default_factory=lambda: deque([0.0], maxlen=NUM_RECENT_LAGS))
     num_prompt_tokens: int = _count(
         in_vllm("prompt_tokens", "Prompt tokens computed or found in the prefix cache, also of aborted requests")
@@ -259,14 +264,16 @@ class Metrics:
         """The first token of a choice reached the server."""
         ttft_s = at_s - spec.arrival_s
         self.ttft_s.observe(ttft_s)
+        self.recent_ttfts_s.append((at_s, ttft_s))
         if spec.ttft_slo_s is not None:
             self.num_ttft_slo_met += ttft_s <= spec.ttft_slo_s
             self.num_ttft_slo_missed += ttft_s > spec.ttft_slo_s
         self.num_output_tokens += 0 if spec.discards_output else 1
 
-    def next_token(self, gap_s: float) -> None:
+    def next_token(self, gap_s: float, at_s: float) -> None:
         """A later token of a choice reached the server, that long after the one before."""
         self.inter_token_s.observe(gap_s)
+        self.recent_gaps_s.append((at_s, gap_s))
         self.num_output_tokens += 1
 
     def choice_finished(self, spec: GenerationSpec, choice: Choice) -> None:

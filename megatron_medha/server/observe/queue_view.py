@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Items
 from heapq import nsmallest
 from itertools import islice
@@ -16,6 +17,17 @@ from megatron_medha.stats.snapshot import Snapshot
 
 MAX_QUEUED = 200    # shown of the queue, most urgent first
 MAX_DECODING = 100  # shown of the decodes
+MAX_AHEAD = 3       # named of those that run while a request waits
+# Why a policy prefers a request.
+_ORDERS = {
+    "fcfs": "they came earlier",
+    "edf": "their deadlines are earlier",
+    "sjf": "their prompts are shorter",
+    "srpt": "they have less left to compute",
+    "hrrn": "they have waited longer for their length",
+    "lrs": "they have less slack for their length",
+    "lars": "they have less slack for their length",
+}
 
 
 class QueuedRequest(msgspec.Struct, frozen=True):
@@ -24,6 +36,7 @@ class QueuedRequest(msgspec.Struct, frozen=True):
     request_id: str
     status: str
     why: str                 # it is not running right now, or "running"
+    ahead: tuple[str, ...]   # requests whose prompts are computed meanwhile, most tokens first
     slo_class: str
     priority: int
     num_prompt_tokens: int
@@ -98,6 +111,10 @@ def take_view(snapshot: Snapshot, steps: tuple[StepRecord, ...], now_s: float, r
         key=lambda seq: (seq.request.priority, relative_slack(seq, now_s), seq.request_id),
     )
     memory = scheduler.memory
+    running: Counter[str] = Counter()  # prompt tokens in flight
+    for step in steps:
+        running.update({chunk.request_id: chunk.num_tokens for chunk in step.chunks})
+    has_decodes = any(step.num_decodes for step in steps)
     return QueueView(
         at_s=now_s,
         policy=scheduler.config.policy,
@@ -109,7 +126,7 @@ def take_view(snapshot: Snapshot, steps: tuple[StepRecord, ...], now_s: float, r
         num_decoding=load.num_decoding,
         num_blocks=memory.num_blocks,
         num_free_blocks=tuple(memory.num_available_blocks(rank) for rank in range(memory.kvp)),
-        queue=tuple(_queued(scheduler, seq, now_s, replica) for seq in most_urgent),
+        queue=tuple(_queued(scheduler, seq, running, has_decodes, now_s, replica) for seq in most_urgent),
         decoding=tuple(
             DecodingRequest(
                 seq.request_id, seq.request.num_prompt_tokens, seq.num_output_tokens, seq.request.max_output_tokens,
@@ -121,12 +138,16 @@ def take_view(snapshot: Snapshot, steps: tuple[StepRecord, ...], now_s: float, r
     )
 
 
-def _queued(scheduler: Scheduler, seq: Sequence, now_s: float, replica: int) -> QueuedRequest:
+def _queued(
+    scheduler: Scheduler, seq: Sequence, running: Counter[str], has_decodes: bool, now_s: float, replica: int
+) -> QueuedRequest:
     request = seq.request
+    ahead = () if seq.num_batches_in_flight else _ahead(scheduler, seq, running)
     return QueuedRequest(
         request_id=seq.request_id,
         status=seq.status.value,
-        why=_why(scheduler, seq),
+        why=_why(scheduler, seq, ahead, has_decodes, now_s),
+        ahead=ahead,
         slo_class=request.slo_class,
         priority=request.priority,
         num_prompt_tokens=request.num_prompt_tokens,
@@ -143,7 +164,14 @@ def _queued(scheduler: Scheduler, seq: Sequence, now_s: float, replica: int) -> 
     )
 
 
-def _why(scheduler: Scheduler, seq: Sequence) -> str:
+def _ahead(scheduler: Scheduler, seq: Sequence, running: Counter[str]) -> tuple[str, ...]:
+    if seq.is_waiting and (other := scheduler.awaited(seq)) is not None:
+        return (other.request_id,)
+    return tuple(one for one, _ in running.most_common(MAX_AHEAD + 1) if one != seq.request_id)[:MAX_AHEAD]
+
+
+def _why(scheduler: Scheduler, seq: Sequence, ahead: Items[str], has_decodes: bool, now_s: float) -> str:
+    """Why it is not running, in a few words; the requests that run instead are named in `ahead`."""
     if seq.num_batches_in_flight:
         return "running"
     if seq.is_waiting:
@@ -153,4 +181,11 @@ def _why(scheduler: Scheduler, seq: Sequence) -> str:
             return f"all {scheduler.config.max_num_sequences} places (scheduler.max_num_sequences) are taken"
         if scheduler.memory.plan(seq) is None:
             return "not enough free KV memory"
-    return f"others go first by {scheduler.config.policy}, or the step is full"
+    if not ahead:
+        return "decodes fill the step" if has_decodes else "its turn is in the next step"
+    first = scheduler.sequence(ahead[0])
+    if first is not None and first.request.priority < seq.request.priority:
+        return "a request of higher priority goes first"
+    if scheduler.is_deprioritized(seq, now_s):
+        return "it can no longer meet its deadline: others that can go first"
+    return f"others go first: {_ORDERS.get(scheduler.config.policy, f'chosen by {scheduler.config.policy}')}"

@@ -15,7 +15,6 @@ from starlette.responses import Response
 
 from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.routing import Api, Shape, json_response
-from megatron_medha.server.observe.metrics import Histogram
 from megatron_medha.server.observe.queue_view import QueueView
 from megatron_medha.server.observe.request_log import KVLoss, RequestSummary, RequestTrace, RunInterval
 from megatron_medha.server.observe.steps import StepRecord
@@ -26,7 +25,7 @@ _NUM_STEPS = 20           # the latest, in /debug/schedule
 MAX_REQUESTS_AHEAD = 8    # named of those that ran while a request waited
 _VIEW_WAIT_S = 0.5     # for the first view after a while without requests for one
 _VIEW_POLL_S = 0.02
-_SHAPE = Shape(errors=(401, 403, 404, 503))
+_SHAPE = Shape(errors=(400, 401, 403, 404, 503))
 
 
 class WaitInterval(msgspec.Struct, frozen=True):
@@ -87,11 +86,11 @@ def add_routes(app: Api, service: Service) -> None:
         return json_response({"view": await _fresh_view(service), "steps": steps})
 
     @app.get("/debug/live", _SHAPE)
-    async def live(_: Request) -> Response:
-        """All data of the dashboard."""
-        metrics, load = service.metrics, service.engine.load
+    async def live(request: Request) -> Response:
+        """All data of the dashboard; ?since=SECONDS leaves out samples that were taken before then."""
+        metrics, load, now_s = service.metrics, service.engine.load, service.engine.now_s()
         return json_response({
-            "now_s": service.engine.now_s(),
+            "now_s": now_s,
             "status": "draining" if service.lifecycle.is_draining else service.status.phase.value,
             "model": next(iter(service.served_names()), ""),
             "device": service.engine.facts.device if service.engine.facts is not None else "",
@@ -101,8 +100,8 @@ def add_routes(app: Api, service: Service) -> None:
                 "num_cached_blocks": load.num_cached_blocks,
                 "num_waiting_tokens": service.admission.num_waiting_tokens, "num_live": service.admission.num_live,
             },
-            "ttft": _histogram(metrics.ttft_s),
-            "inter_token": _histogram(metrics.inter_token_s),
+            **service.history.latencies(now_s),
+            "history": service.history.since(_since(request)),
             "num_met": sum(metrics.num_deadlines_met.copy().values()),
             "num_missed": sum(metrics.num_deadlines_missed.copy().values()),
             "num_output_tokens": metrics.num_output_tokens,
@@ -229,5 +228,8 @@ async def _fresh_view(service: Service) -> QueueView | None:
     return view
 
 
-def _histogram(histogram: Histogram) -> dict[str, Any]:
-    return {"bounds": histogram.bounds, "counts": list(histogram.counts), "total": histogram.total}
+def _since(request: Request) -> float:
+    try:
+        return float(request.query_params.get("since", "-inf"))
+    except ValueError:
+        raise ApiError(400, "since: not a number of seconds", param="since") from None
