@@ -26,6 +26,7 @@ from megatron_medha.bench.session_prompts import PromptMaker, prompt_maker
 from megatron_medha.bench.turn_table import SentTurn, TurnMeasurement, turns_table
 from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
 from megatron_medha.cli.parts.command_options import directory_of, run_job_command
+from megatron_medha.cli.parts.job_words import JobWords
 from megatron_medha.cli.parts.served import served
 from megatron_medha.cli.parts.wandb_run import WandbRun, check_wandb
 from megatron_medha.cli.reports.plots import check_plots, plot
@@ -64,16 +65,18 @@ def run(words: Sequence[str]) -> int:
     return run_job_command("bench", words, USAGE, BenchOptions, bench)
 
 
-def bench(options: BenchOptions, composed_yaml: str) -> dict[str, Any]:
+def bench(options: BenchOptions, composed_yaml: str, typed: JobWords) -> dict[str, Any]:
     """One `medha bench` with its output; returns what is in summary.json."""
     check_plots(options.plots)
     check_wandb(options.tracking)
     config = yaml_values(composed_yaml)
     config.pop("api_key")  # a secret; nothing that is written down needs it
     config.pop("out")      # a directory may be moved
-    directory = RunDirectory.create(directory_of(options.out, "bench"), to_yaml(config), options.seed)
+    directory = RunDirectory.create(
+        directory_of(options.out, "bench"), to_yaml(config), options.seed, typed.origin()
+    )
     directory.write_json("machine.json", {"platform": platform.platform(), "num_cores": os.cpu_count()})
-    tracker = WandbRun(options.tracking, "bench", config, directory.path)
+    tracker = WandbRun(options.tracking, "bench", config, directory.path, typed.name)
     try:
         with nullcontext(options.url) if options.serve is None else served(options.serve, directory.path) as url:
             values = asyncio.run(_Bench(replace(options, url=url), directory, tracker).run())

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from megatron_medha.cli.parts.arguments import SWEEP_FLAGS
 from megatron_medha.cli.parts.command_options import directory_of, run_job_command
+from megatron_medha.cli.parts.job_words import JobWords
 from megatron_medha.cli.parts.wandb_run import WandbRun, check_wandb
 from megatron_medha.cli.reports.plots import check_plots, plot
 from megatron_medha.core.errors import ConfigError
@@ -54,14 +55,16 @@ def run(words: Sequence[str]) -> int:
     return run_job_command("simulate", words, USAGE, SimulateOptions, simulate)
 
 
-def simulate(options: SimulateOptions, composed_yaml: str) -> dict[str, Any]:
+def simulate(options: SimulateOptions, composed_yaml: str, typed: JobWords) -> dict[str, Any]:
     """One simulation with its output; returns what is in summary.json."""
     config = simulation_config(options)
     _check_extras(options)
     simulation = Simulation(config)
     # The directory's own name is left out of what is in it: two runs of the same options are equal to the byte.
-    directory = RunDirectory.create(directory_of(options.out, "simulate"), _without_out(composed_yaml), config.seed)
-    tracker = WandbRun(options.tracking, "simulate", yaml_values(composed_yaml), directory.path)
+    directory = RunDirectory.create(
+        directory_of(options.out, "simulate"), _without_out(composed_yaml), config.seed, typed.origin()
+    )
+    tracker = WandbRun(options.tracking, "simulate", yaml_values(composed_yaml), directory.path, typed.name)
     _print_run(options, simulation)
     began_s = time.perf_counter()
     try:

@@ -107,7 +107,9 @@ class TrackingConfig:
     interval_s: float = 10.0
     wandb_project: str | None = None
     wandb_mode: str = "auto"
+    wandb_entity: str | None = None
     wandb_group: str | None = None
+    wandb_tags: tuple[str, ...] = ()
     otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:

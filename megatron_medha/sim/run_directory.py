@@ -1,25 +1,26 @@
 """What a simulation leaves behind: one directory that says what ran, and everything that came out of it.
 
     config.yaml       every option, as composed
-    run.json          versions and seed
+    run.json          versions, seed, commit, command and machine
     requests.jsonl    one line per request, in the order in which they ended
     samples.jsonl     the state of the replica every few seconds: queue, slack, KV
     summary.json      all figures; summary.txt: the table
     trace.json        chunks on stages, for https://ui.perfetto.dev
     decisions.jsonl   every input and decision of the scheduler, if asked for
 
-Nothing in these files depends on the clock or the machine: the same options give the same bytes.
+Nothing in these files depends on the clock, and only run.json on the machine: the same options give the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_medha.core.errors import ConfigError, check_ranges
@@ -61,8 +62,13 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, config_yaml: str, seed: int) -> RunDirectory:
-        """An empty directory with what is known before the run. Raises ConfigError if it holds something already."""
+    def create(
+        cls, path: Path, config_yaml: str, seed: int, origin: Mapping[str, Any] = MappingProxyType({})
+    ) -> RunDirectory:
+        """An empty directory with what is known before the run. Raises ConfigError if it holds something already.
+
+        origin: where the run comes from, for run.json.
+        """
         try:
             path.mkdir(parents=True, exist_ok=True)
             is_empty = next(path.iterdir(), None) is None
@@ -74,7 +80,7 @@ class RunDirectory:
             raise ConfigError(f"out={path}: not empty; name another directory, or remove it first")
         directory = cls(path)
         versions = {"megatron_medha": version("megatron_medha"), "python": platform.python_version()}
-        directory.write_json(RUN, {"seed": seed, "versions": versions})
+        directory.write_json(RUN, {"seed": seed, "versions": versions, **origin})
         return directory
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 import yaml
 
 from megatron_medha.cli.medha import main
+from megatron_medha.cli.parts.job_words import JobWords
 from megatron_medha.cli.reports.report_runs import differing_keys, find_runs
+from megatron_medha.system.origin import source_commit
 
 SMALL = ["parallel.spp=1", "workload.duration_s=5", "plots=never", "record.trace_duration_s=0"]
 
@@ -37,6 +40,25 @@ def test_a_sweep_has_a_run_directory_per_combination_and_goes_on_where_it_was_le
     printed = capsys.readouterr().out
     assert [f"job {job}: already done" in printed for job in range(4)] == [True, False, True, False]
     assert {path.parent.name: path.read_bytes() for path in tmp_path.glob("*/summary.json")} == first
+
+
+def test_a_run_says_where_it_comes_from_and_its_name_is_what_differs_in_the_sweep(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "scheduler=fcfs,lars", "seed=1") == 0
+
+    facts = [json.loads((tmp_path / str(job) / "run.json").read_text()) for job in range(2)]
+    commands = [one["command"] for one in facts]
+    assert commands[1].startswith("medha simulate parallel.spp=1 workload.duration_s=5 plots=never ")
+    assert "scheduler=lars" in commands[1] and "out=" not in commands[1]
+    assert facts[0]["commit"] == facts[1]["commit"] == source_commit()
+    assert facts[0]["machine"]["num_cores"] >= 1 and facts[0]["machine"]["cpu"]
+    words = shlex.split(commands[1])[2:]
+    assert JobWords.of("simulate", words, ("scheduler",)).name == "scheduler=lars"
+
+
+def test_no_secret_is_in_the_command_of_a_run() -> None:
+    typed = JobWords.of("bench", ["url=http://h:1", "api_key=sk-verysecret", "workload.qps=2", "out=x"])
+    assert "verysecret" not in typed.command and "workload.qps=2" in typed.command
+    assert typed.name == "url=http://h:1, qps=2"
 
 
 def test_a_sweep_that_was_killed_goes_on_and_comes_to_what_it_would_have_come_to(

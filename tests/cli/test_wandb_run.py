@@ -26,7 +26,8 @@ SMALL = ("parallel.spp=1", "workload.duration_s=5", "record.trace_duration_s=0",
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wandb") / "run"
-    words = ("tracking=wandb", "tracking.wandb_mode=offline", "tracking.wandb_group=mine", f"out={out}")
+    words = ("tracking=wandb", "tracking.wandb_mode=offline", "tracking.wandb_group=mine", f"out={out}",
+             "tracking.wandb_tags=[night,a100]")  # fmt: skip
     assert main(["simulate", *SMALL, *words]) == 0
     return out
 
@@ -42,6 +43,14 @@ def test_the_config_of_the_run_is_what_was_composed(written: WandbFile, director
     assert isinstance(composed, dict)
     assert {key: written.config[key] for key in composed} == composed
     assert written.config["seed"] == 3 and written.config["parallel"]["tp"] == 8
+
+
+def test_a_run_is_called_by_what_was_typed_and_has_its_tags_and_its_commit(
+    written: WandbFile, directory: Path
+) -> None:
+    assert written.name == "spp=1, duration_s=5, trace_duration_s=0, seed=3"
+    assert written.tags == ["night", "a100"]
+    assert written.config["commit"] == json.loads((directory / "run.json").read_text())["commit"]
 
 
 def test_the_history_is_the_samples_over_simulated_time(written: WandbFile, directory: Path) -> None:

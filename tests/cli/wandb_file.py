@@ -18,6 +18,8 @@ class WandbFile:
 
     def __init__(self, path: Path) -> None:
         self.config: dict[str, Any] = {}
+        self.name = ""
+        self.tags: list[str] = []
         self.summary: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.artifacts: list[tuple[str, str, list[str]]] = []  # name, type, paths in it
@@ -26,6 +28,7 @@ class WandbFile:
             match record.WhichOneof("record_type"):
                 case "run":
                     self.config |= _values(record.run.config.update)
+                    self.name, self.tags = record.run.display_name, list(record.run.tags)
                 case "config":
                     self.config |= _values(record.config.update)
                 case "summary":

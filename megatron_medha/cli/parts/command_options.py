@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
+from megatron_medha.cli.parts.job_words import JobWords
 from megatron_medha.cli.parts.options_help import describe_options
 from megatron_medha.options.compose import Composed, as_yaml, compose, freeze
 
@@ -29,11 +30,12 @@ def read_options(name: str, words: Sequence[str], usage: str, load_class: Callab
 
 
 def run_job_command(
-    name: str, words: Sequence[str], usage: str, config_class: type[T], job: Callable[[T, str], dict[str, Any]]
-) -> int:
+    name: str, words: Sequence[str], usage: str, config_class: type[T],
+    job: Callable[[T, str, JobWords], dict[str, Any]],
+) -> int:  # fmt: skip
     """Run a job once, or with -m for every combination of values; the exit code.
 
-    job: options and their resolved YAML -> the values of summary.json.
+    job: options, their resolved YAML and what was typed -> the values of summary.json.
     """
     arguments = parse_arguments(words, command=name, can_sweep=True)
     if arguments.wants_help:
@@ -44,7 +46,7 @@ def run_job_command(
 
         return multirun(name, config_class, arguments, job)
     if (composed := _compose(name, arguments, config_class)) is not None:
-        job(freeze(composed, config_class), as_yaml(composed, resolves=True))
+        job(freeze(composed, config_class), as_yaml(composed, resolves=True), JobWords.of(name, words))
     return 0
 
 

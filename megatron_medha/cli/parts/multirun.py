@@ -25,6 +25,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from megatron_medha.cli.parts.arguments import Arguments
+from megatron_medha.cli.parts.job_words import JobWords
 from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.options.compose import CONF_MODULE, Composed, as_yaml, compose, freeze
 from megatron_medha.options.renamed_keys import current_values, current_words
@@ -32,7 +33,7 @@ from megatron_medha.options.yaml_text import yaml_values
 from megatron_medha.system.secret_values import hide_secrets
 
 T = TypeVar("T")
-RunJob = Callable[[T, str], dict[str, Any]]
+RunJob = Callable[[T, str, JobWords], dict[str, Any]]
 
 # A job's directory is a run directory like any other, with no files of Hydra's among ours.
 _HYDRA_WORDS = (
@@ -54,12 +55,14 @@ _MAX_CHECKED = 20  # of the values of one key, before the first job runs
 def multirun(name: str, config_class: type[T], arguments: Arguments, run_job: RunJob[T]) -> int:
     """Run the sweep; the exit code is 1 if a job failed.
 
-    run_job: options and their YAML -> the values of summary.json; writes into options.out.
+    run_job: options, their YAML and their words -> the values of summary.json; writes into options.out.
     """
     with _hydra_errors():
         parsed: list[Override] = OverridesParser.create().parse_overrides(current_words(arguments.overrides))
     given, out = _without_out(parsed)
-    job = _SweepJob(name, config_class, arguments.config_dir and arguments.config_dir.resolve(), run_job)
+    varied = tuple(override.get_key_element().lstrip("+") for override in given if override.is_sweep_override())
+    config_dir = arguments.config_dir and arguments.config_dir.resolve()
+    job = _SweepJob(name, config_class, config_dir, run_job, varied)
     _check_values(given, job)
     words = [override.input_line or "" for override in given]
     sweep = (out or Path("multirun") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}").expanduser().absolute()
@@ -183,6 +186,7 @@ class _SweepJob:
     config_class: type
     config_dir: Path | None
     run_job: RunJob[Any]
+    varied: tuple[str, ...]  # keys with several values
     prints: bool = False  # the configuration, and nothing is run; resolves: without ${...}
     resolves: bool = False
 
@@ -216,7 +220,8 @@ class _SweepJob:
             if values is None:
                 _empty(directory)
                 options: Any = freeze(composed, self.config_class)
-                values = self.run_job(options, as_yaml(composed, resolves=True))
+                typed = JobWords.of(self.name, words, self.varied)
+                values = self.run_job(options, as_yaml(composed, resolves=True), typed)
             else:
                 print(f"job {number}: already done, skipped")
                 (directory / ERROR).unlink(missing_ok=True)  # it had ended, but without the figure asked for then

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_medha.core.errors import ConfigError, DependencyError
 from megatron_medha.options.serve_options import TrackingConfig
 from megatron_medha.options.yaml_text import flat
+from megatron_medha.system.origin import source_commit
 from megatron_medha.system.secret_values import hide_secrets
 
 _MAX_ROWS = 10_000  # of a table of requests; W&B shows no more, and the whole is in the artifact
@@ -81,11 +82,13 @@ def start_run(
     with wandb_errors(tracking), _words_without_secrets():
         run: Any = wandb.init(
             project=tracking.wandb_project,
+            entity=tracking.wandb_entity,
+            tags=list(tracking.wandb_tags) or None,
             group=tracking.wandb_group,
             job_type=job_type,
             name=name,
             mode=mode_of(tracking.wandb_mode),
-            config=dict(config),
+            config={**config, "commit": source_commit()},
             dir=str(directory.absolute()),  # W&B's own process may have been started elsewhere
             settings=wandb.Settings(console="off", silent=True),
         )
@@ -120,15 +123,17 @@ def save_artifact(run: Any, kind: str, files: Iterable[Path]) -> None:
 class WandbRun:
     """One W&B run over a run directory, or nothing at all where none is asked for."""
 
-    def __init__(self, tracking: TrackingConfig, job_type: str, config: Mapping[str, Any], directory: Path) -> None:
-        """Raises what check_wandb() and begin() raise."""
+    def __init__(
+        self, tracking: TrackingConfig, job_type: str, config: Mapping[str, Any], directory: Path, name: str
+    ) -> None:
+        """name: what differs from other runs; empty: its directory's. Raises what check_wandb() and begin() raise."""
         check_wandb(tracking)
         self._tracking = tracking
         self._run: Any = None
         if tracking.wandb_project is None:
             return
         # Its files go beside the results, so that a run that was made offline can be found and synced.
-        self._run = start_run(tracking, job_type, config, directory, directory.name)
+        self._run = start_run(tracking, job_type, config, directory, name or directory.name)
         if mode_of(tracking.wandb_mode) == "offline":
             print(f"W&B offline: `wandb sync {directory}/wandb/offline-run-*` sends it later")
 

@@ -49,6 +49,11 @@ def find_runs(directories: Sequence[Path]) -> list[ReportRun]:
     return [_read(path, str(path.relative_to(root))) for path in paths]
 
 
+def is_compared(key: str) -> bool:
+    """Whether an option says what ran, not where its results go."""
+    return not key.startswith(_IGNORED_KEYS)
+
+
 def differing_keys(runs: Iterable[ReportRun]) -> list[str]:
     """Options that are not the same in all runs, in the order of their first appearance."""
     values: dict[str, set[str]] = {}
@@ -56,7 +61,7 @@ def differing_keys(runs: Iterable[ReportRun]) -> list[str]:
     runs = list(runs)
     for run in runs:
         for key, value in run.options.items():
-            if not key.startswith(_IGNORED_KEYS):
+            if is_compared(key):
                 values.setdefault(key, set()).add(json.dumps(value))
                 present[key] = present.get(key, 0) + 1
     # An option that only some commands have says what kind of run it was, not how it was set.
@@ -74,34 +79,6 @@ def distinguishing_keys(runs: Sequence[ReportRun]) -> list[str]:
     return told
 
 
-def pareto(runs: Iterable[ReportRun], length_class: str) -> list[ReportRun]:
-    """Runs that no other one beats in both p99 TTFT of that class and tokens per second, by throughput.
-
-    Measured and simulated ones do not compete: the machines are not the same.
-    """
-    runs = list(runs)
-    return [
-        run
-        for is_simulated in (False, True)
-        for run in _pareto_front([run for run in runs if run.is_simulated is is_simulated], length_class)
-    ]
-
-
-def _pareto_front(runs: Sequence[ReportRun], length_class: str) -> list[ReportRun]:
-    points = [
-        (run.values["all"]["tokens_per_s"], ttft_s, run)
-        for run in runs
-        if (ttft_s := run.latency_s(length_class, "ttft_s", "p99")) is not None and run.values["all"]["tokens_per_s"]
-    ]
-    front: list[ReportRun] = []
-    least_s, throughput = float("inf"), 0.0
-    for tokens_per_s, ttft_s, run in sorted(points, key=lambda point: (-point[0], point[1])):
-        if ttft_s < least_s or (tokens_per_s, ttft_s) == (throughput, least_s):  # equal runs are as good as each other
-            front.append(run)
-            least_s, throughput = ttft_s, tokens_per_s
-    return front[::-1]
-
-
 def _read(path: Path, name: str) -> ReportRun:
     try:
         values = json.loads((path / "summary.json").read_text(encoding="utf-8"))
@@ -112,7 +89,18 @@ def _read(path: Path, name: str) -> ReportRun:
     # A load's own server says what a simulation is given: the two are compared by it.
     server = _options(path / "server.yaml") if (path / "server.yaml").exists() else {}
     flat = {key: value for key, value in server.items() if key.startswith(_SERVER_KEYS)}
-    return ReportRun(name, path, flat | options, values, is_simulated="machine" in values)
+    options = flat | options
+    return ReportRun(name, path, _chosen_groups(path, options) | options, values, is_simulated="machine" in values)
+
+
+def _chosen_groups(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
+    """What a job of a sweep chose of groups, as scheduler=lars: people know runs by it, not by what is in it."""
+    try:
+        words = (path / "overrides.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    chosen = dict(word.split("=", 1) for word in words if "=" in word)
+    return {key: value for key, value in chosen.items() if any(one.startswith(f"{key}.") for one in options)}
 
 
 def _options(path: Path) -> dict[str, Any]:
