@@ -16,7 +16,9 @@ from tqdm import tqdm
 from megatron_medha.cli.parts.arguments import FLAGS, parse_arguments
 from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.cli.parts.process_pool import processes, run_all
+from megatron_medha.cli.reports.plan_files import check_plan_directory, write_plan
 from megatron_medha.cli.reports.plan_table import (
+    asked_text,
     attainment_text,
     best_first,
     cost_text,
@@ -24,8 +26,10 @@ from megatron_medha.cli.reports.plan_table import (
     interval_text,
     print_best,
     print_loads,
+    print_loads_compared,
     print_search_size,
     print_verdicts,
+    serve_command,
     settings_text,
 )
 from megatron_medha.core.errors import ConfigError
@@ -33,11 +37,13 @@ from megatron_medha.options.compose import compose, freeze
 from megatron_medha.options.plan_options import Contender, PlanGoal, PlanOptions, PlanSearchSpace, candidates
 from megatron_medha.sim.planning.candidate import (
     CandidateVerdict,
+    IsolatedBound,
     PlanCandidate,
     at_rate,
     evaluate_candidate,
     isolated_bound,
 )
+from megatron_medha.sim.planning.load_plan import LoadPlan, best_of_sizes
 from megatron_medha.sim.system import SystemKind
 from megatron_medha.workload.workload import Workload
 
@@ -46,11 +52,13 @@ usage: medha plan [group=option] [key=value ...]
 
 Simulates the layouts (tp, spp, kvp, replicas) that a cluster has GPUs and memory for, in parallel processes, under one
 scheduler or several, and under other systems. Prints the fewest GPUs with which slo.attainment of all requests meet
-their targets, or the highest load that all GPUs carry, and the cost of a request. Trials that cannot pass end early.
+their targets, or the highest load that all GPUs carry, and what that costs. Trials that cannot pass end early.
 
 examples:
   medha plan model=llama3_8b hardware=a100_x16 workload=medha_mix_05pct workload.qps=0.25
   medha plan model=llama3_70b hardware=h100_x16 workload=medha_mix_00pct workload.qps=2 slo.ttft_s=1 slo.tpot_s=0.05
+  medha plan workload=trace workload.path=trace.csv slo.ttft_s=2 out=plans/a     # at the trace's own rate; with files
+  medha plan workload.qps=0.1,0.2,0.4 gpu_usd_per_h=2.5 out=plans/b              # GPUs over load
   medha plan workload.qps=0.1 each_class=true      # nine in ten of the long ones too, not only of all requests
   medha plan find=capacity hardware=a100_x8 workload=medha_mix_00pct schedulers=[lars,vllm_chunk_512]
   medha plan systems=[medha,loongserve] schedulers=[lars,fcfs] workload.qps=0.25 gpu_usd_per_h=2.5
@@ -58,50 +66,83 @@ examples:
 flags:
 {FLAGS}"""
 
+_QPS = "workload.qps="
 _MAX_DOUBLINGS = 12
 _MIN_SEARCH_S = 60.0  # that requests of a trace take to come, where its load is varied
 
 
 def run(words: Sequence[str]) -> int:
-    """Search; exit code 1 if nothing meets the targets."""
-    options = read_options("plan", words, USAGE, lambda: PlanOptions)
-    if options is None:
+    """Search; exit code 1 if nothing meets the targets, under one of the loads."""
+    of_loads = words_of_loads(words)
+    read = [read_options("plan", one, USAGE, lambda: PlanOptions) for one in of_loads]
+    found = [options for options in read if options is not None]
+    if len(found) < len(read):
         return 0
-    arguments = parse_arguments(words, command="plan")
-    found = candidates(options, contenders(options, arguments.overrides, arguments.config_dir))
-    print_search_size(options, found)
-    if found.window.why_too_few:
-        print("\ncannot say which layout meets the SLO:\n  " + "\n  ".join(found.window.why_too_few))
-        return 1
-    num_processes = options.num_processes or len(os.sched_getaffinity(0))
-    with processes(num_processes) as pool:
-        if not _is_possible(options, found, pool):
-            return 1
-        search = _cheapest if options.find is PlanGoal.CHEAPEST else _capacity
-        return search(options, found, pool)
+    _check_outputs(found)
+    plans: list[LoadPlan] = []
+    with processes(found[0].num_processes or len(os.sched_getaffinity(0))) as pool:
+        for options, one in zip(found, of_loads, strict=True):
+            arguments = parse_arguments(one, command="plan")
+            space = candidates(options, contenders(options, arguments.overrides, arguments.config_dir))
+            if len(found) > 1:
+                print(f"\n== {options.workload.qps:g} requests/s ==")
+            print_search_size(options, space)
+            if options.find is PlanGoal.CAPACITY:
+                return _capacity(options, space, pool)
+            plans.append(_cheapest(options, space, pool))
+            _print_cheapest(options, plans[-1], arguments.overrides)
+    if len(plans) > 1:
+        print_loads_compared(plans)
+    for path in write_plan(found[0], plans, words) if found[0].out is not None else ():
+        print(path)
+    return 0 if all(plan.winner for plan in plans) else 1
 
 
-def _is_possible(options: PlanOptions, found: PlanSearchSpace, pool: ProcessPoolExecutor) -> bool:
-    """Whether some layout might meet the SLO under a load that is small enough; prints how fast the best one is."""
-    single = [trial for trial in found.trials if trial.dp == 1]
+def _check_outputs(found: Sequence[PlanOptions]) -> None:
+    """Raises ConfigError before the search for what cannot be shown or written after it."""
+    options = found[0]
+    if options.find is PlanGoal.CAPACITY and (len(found) > 1 or options.out is not None):
+        key = "several loads in workload.qps" if len(found) > 1 else f"out={options.out}"
+        raise ConfigError(f"find=capacity finds the load itself and takes no {key}; leave it out, or use find=cheapest")
+    check_plan_directory(options.out)
+
+
+def words_of_loads(words: Sequence[str]) -> list[list[str]]:
+    """The words with one load each: workload.qps=1,2,4 stands for three plans."""
+    listed = [word for word in words if word.startswith(_QPS) and "," in word]
+    if not listed:
+        return [list(words)]
+    loads = [load.strip() for load in listed[-1].removeprefix(_QPS).strip("[]").split(",")]
+    if len(set(loads)) < len(loads):
+        raise ConfigError(f"{listed[-1]}: name each load once")
+    return [[f"{_QPS}{load}" if word in listed else word for word in words] for load in loads]
+
+
+def _bounds(space: PlanSearchSpace, pool: ProcessPoolExecutor) -> list[IsolatedBound]:
+    """How long the longest prompt takes alone, on every layout on which that is known; prints the best."""
+    single = [trial for trial in space.trials if trial.dp == 1]
     with _bar(len(single), "layout") as bar:
         bounds = [bound for bound in run_all(pool, isolated_bound, single, bar.update) if bound is not None]
-    if not bounds:
-        return True
-    fastest = min(bounds, key=lambda bound: (bound.longest_ttft_s, bound.trial.num_gpus))
-    print(
-        f"a lone prompt of {fastest.longest_prompt_tokens:,} tokens, the longest, takes {fastest.longest_ttft_s:.2f} s "
-        f"on the best layout: {settings_text(fastest.trial)}"
-    )
-    if len(bounds) < len(single) or not all(bound.why for bound in bounds):
-        return True
+    bounds.sort(key=lambda bound: (bound.longest_ttft_s, bound.trial.num_gpus))
+    if bounds:
+        print(
+            f"a lone prompt of {bounds[0].longest_prompt_tokens:,} tokens, the longest, takes "
+            f"{bounds[0].longest_ttft_s:.2f} s on the best layout: {settings_text(bounds[0].trial)}"
+        )
+    return bounds
+
+
+def _why_impossible(options: PlanOptions, space: PlanSearchSpace, bounds: Sequence[IsolatedBound]) -> str:
+    """Why no layout can meet the SLO under any load; empty if one might."""
+    num_layouts = sum(trial.dp == 1 for trial in space.trials)
+    if not bounds or len(bounds) < num_layouts or not all(bound.why for bound in bounds):
+        return ""
     best = min(bounds, key=lambda bound: (sum(bound.num_late.values()), bound.longest_ttft_s))
-    print(
-        f"\nno layout of {gpus_text(options.hardware.num_devices)} of {options.hardware.name} can meet the SLO for "
-        f"{_asked(options)}, however small the load.\nOn the best, {settings_text(best.trial)}: {best.why}.\n"
+    return (
+        f"no layout of {gpus_text(options.hardware.num_devices)} of {options.hardware.name} can meet the SLO for "
+        f"{asked_text(options)}, however small the load.\nOn the best, {settings_text(best.trial)}: {best.why}.\n"
         "Take faster hardware, a larger cluster or a looser slo"
     )
-    return False
 
 
 def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path | None) -> list[Contender]:
@@ -129,53 +170,84 @@ def contenders(options: PlanOptions, overrides: Sequence[str], config_dir: Path 
     return found
 
 
-def _cheapest(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPoolExecutor) -> int:
+def _cheapest(options: PlanOptions, space: PlanSearchSpace, pool: ProcessPoolExecutor) -> LoadPlan:
     """All candidates of a size at once, the smallest size first; a contender is done with the first that passes."""
+    window, trials = space.window, space.trials
+    qps = options.workload.qps or sum(window.num_by_class.values()) / max(window.seconds, 1.0)
+    nothing: dict[str, CandidateVerdict | None] = dict.fromkeys(sorted({trial.name for trial in trials}))
+    if window.why_too_few:
+        why = "cannot say which layout meets the SLO:\n  " + "\n  ".join(window.why_too_few)
+        return LoadPlan(qps=qps, window=window, best=nothing, why_none=why)
+    bounds = _bounds(space, pool)
+    if why := _why_impossible(options, space, bounds):
+        return LoadPlan(qps=qps, window=window, bounds=bounds, best=nothing, why_none=why)
     verdicts: list[CandidateVerdict] = []
-    best: dict[str, CandidateVerdict] = {}
-    trials = candidates.trials
+    best = dict(nothing)
     with _bar(len(trials)) as bar:
         for num_gpus, group in groupby(trials, key=lambda trial: trial.num_gpus):
             bar.set_postfix_str(f"{num_gpus} GPUs")
             of_size = list(group)
-            tried = [trial for trial in of_size if trial.name not in best]
+            tried = [trial for trial in of_size if best[trial.name] is None]
             bar.update(len(of_size) - len(tried))
             found = list(run_all(pool, evaluate_candidate, tried, bar.update))
             verdicts += found
             for verdict in best_first(verdict for verdict in found if verdict.passes):
-                best.setdefault(verdict.trial.name, verdict)
-    print_verdicts(verdicts)
-    if not best:
-        print(
-            f"\nnone of {len(verdicts)} candidates meets the SLO for {_asked(options)}; "
-            "take a larger cluster, less load (find=capacity says how much) or a looser slo"
-        )
-        return 1
-    window = candidates.window
-    qps = options.workload.qps or sum(window.num_by_class.values()) / max(window.seconds, 1.0)
-    names = {trial.name for trial in trials}
-    print_best(options, {name: (best[name].trial, qps) if name in best else None for name in sorted(names)})
-    winner = min(best_first(best.values()), key=lambda verdict: verdict.trial.num_gpus)
+                best[verdict.trial.name] = best[verdict.trial.name] or verdict
+    why = "" if any(best.values()) else (
+        f"none of {len(verdicts)} candidates meets the SLO for {asked_text(options)}; "
+        "take a larger cluster, less load (find=capacity says how much) or a looser slo"
+    )
+    curve = _curve(best_of_sizes(verdicts, best), pool) if options.out is not None else []
+    return LoadPlan(
+        qps=qps, window=window, bounds=bounds, verdicts=verdicts, best=best, curve=curve, why_none=why
+    )
+
+
+def _curve(chosen: Sequence[CandidateVerdict], pool: ProcessPoolExecutor) -> list[CandidateVerdict]:
+    """Those that ended early, run to their end: how far they are from passing."""
+    cut = [verdict.trial for verdict in chosen if verdict.attainment is None]
+    with _bar(len(cut), "curve point") as bar:
+        whole = list(run_all(pool, partial(evaluate_candidate, runs_to_the_end=True), cut, bar.update))
+    return sorted(
+        [verdict for verdict in (*chosen, *whole) if verdict.attainment is not None],
+        key=lambda verdict: (verdict.trial.name, verdict.trial.num_gpus),
+    )
+
+
+def _print_cheapest(options: PlanOptions, plan: LoadPlan, overrides: Sequence[str]) -> None:
+    if plan.verdicts:
+        print_verdicts(plan.verdicts)
+    if plan.why_none:
+        print(f"\n{plan.why_none}")
+    winner = plan.winner
+    if winner is None:
+        return
+    print_best(options, {
+        name: None if found is None else (found.trial, plan.qps) for name, found in plan.best.items()
+    })  # fmt: skip
     print(
         f"\n{gpus_text(winner.trial.num_gpus)} of {options.hardware.name}: {settings_text(winner.trial)}; "
-        f"{attainment_text(winner)} meet the SLO; {_asked(options)} must\n"
-        f"{interval_text(winner, window.num_by_class)}\n"
-        f"{cost_text(options, winner.trial, qps)}"
+        f"{attainment_text(winner)} meet the SLO; {asked_text(options)} must\n"
+        f"{interval_text(winner, plan.window.num_by_class)}\n"
+        f"{cost_text(options, winner.trial, plan.qps, plan.window)}"
     )
     assert winner.attainment_by_class is not None
     missed = [name for name, share in winner.attainment_by_class.items() if share < options.slo.attainment]
     if missed:
         print(f"{' and '.join(missed)} requests do not meet it, and are too few to change the overall share; "
               "each_class=true asks it of every class")  # fmt: skip
-    return 0
-
-
-def _asked(options: PlanOptions) -> str:
-    return f"{options.slo.attainment:.0%} of {'each length class' if options.each_class else 'all requests'}"
+    if (command := serve_command(winner.trial, overrides)) is not None:
+        print(f"\n  {command}")
 
 
 def _capacity(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPoolExecutor) -> int:
     """The largest load of every candidate that uses all GPUs it can, each searched in a process of its own."""
+    if candidates.window.why_too_few:
+        print("\ncannot say which layout meets the SLO:\n  " + "\n  ".join(candidates.window.why_too_few))
+        return 1
+    if why := _why_impossible(options, candidates, _bounds(candidates, pool)):
+        print(f"\n{why}")
+        return 1
     largest: dict[tuple[object, str], PlanCandidate] = {}
     for trial in candidates.trials:  # ascending: the last one of a layout has the most replicas
         largest[trial.config.setup.layout, trial.name] = trial
@@ -188,7 +260,7 @@ def _capacity(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPo
     print_loads(results)
     trial, qps = results[0]
     if not qps:
-        print(f"\nno request rate meets the SLO for {_asked(options)}")
+        print(f"\nno request rate meets the SLO for {asked_text(options)}")
         return 1
     best: dict[str, tuple[PlanCandidate, float] | None] = {}
     for one in results:
@@ -196,7 +268,7 @@ def _capacity(options: PlanOptions, candidates: PlanSearchSpace, pool: ProcessPo
     print_best(options, best)
     print(
         f"\n{qps:.3f} requests/s on {gpus_text(trial.num_gpus)} of {options.hardware.name}: {settings_text(trial)}\n"
-        f"{cost_text(options, trial, qps)}"
+        f"{cost_text(options, trial, qps, candidates.window)}"
     )
     if 2.0 * qps > most_qps:
         print(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from itertools import product
+from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError, check_range
 from megatron_medha.core.layout import ParallelLayout
@@ -33,6 +34,7 @@ class PlanOptions(SimulatedSystem):
     schedulers: tuple[str, ...] = ()
     systems: tuple[str, ...] = ()
     gpu_usd_per_h: float | None = None
+    out: Path | None = None
     each_class: bool = False
     max_kvp: int = 4
     max_dp: int = 8
@@ -141,6 +143,11 @@ def candidates(options: PlanOptions, contenders: Sequence[Contender]) -> PlanSea
         window=window,
         impossible=tuple(impossible),
     )
+
+
+def can_be_served(trial: PlanCandidate) -> bool:
+    """Whether medha serve has it: other systems and baseline schedulers are for comparisons alone."""
+    return trial.config.instances is None and not isinstance(trial.config.setup.config, BaselineConfig)
 
 
 def _by_cost(trial: PlanCandidate) -> tuple[int, int, int, int]:

@@ -15,7 +15,11 @@ from megatron_medha.cli.chat import ChatConfig
 from megatron_medha.cli.medha import COMMANDS
 from megatron_medha.cli.parts import model_words
 from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
+<<<<<<< HEAD
 from megatron_medha.cli.parts.hub_models import hub_name
+=======
+from megatron_medha.cli.plan import words_of_loads
+>>>>>>> 724dfe4 (cli/plan: out= writes the plan down; several loads; the line to serve with; dollars per million tokens)
 from megatron_medha.cli.run_batch import BatchOptions, with_file_keys
 from megatron_medha.cli.selftest import SelftestConfig
 from megatron_medha.core.errors import ConfigError
@@ -135,7 +139,10 @@ def check(name: str, words: list[str]) -> None:
     arguments = parse_arguments(words, command=name, can_sweep=name in SWEEPS)
     if name == "report":
         assert arguments.wants_help or any("=" not in word for word in words), "medha report needs a directory"
-        assert all("=" not in word or word.startswith("out=") for word in words)
+        assert all("=" not in word or word.startswith(("out=", "x=")) for word in words)
+    elif name == "plan":
+        for of_load in words_of_loads(words):
+            compose_all(name, parse_arguments(of_load).overrides, arguments)
     elif not arguments.wants_help:
         for overrides in combinations(arguments):
             compose_all(name, overrides, arguments)

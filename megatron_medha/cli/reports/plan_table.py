@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron_medha.options.plan_options import PlanOptions, PlanSearchSpace
+from megatron_medha.options.plan_options import PlanOptions, PlanSearchSpace, can_be_served
 from megatron_medha.sim.planning.candidate import CandidateVerdict, PlanCandidate
-from megatron_medha.sim.planning.trial_window import MIN_PEAK_COVERED
+from megatron_medha.sim.planning.load_plan import LoadPlan
+from megatron_medha.sim.planning.trial_window import MIN_PEAK_COVERED, TrialWindow
 from megatron_medha.stats.capacity_search import wilson_interval
 from megatron_medha.stats.text_table import number_text, percent_text, seconds_text, text_table
 
@@ -83,11 +85,61 @@ def gpus_text(num_gpus: int) -> str:
     return f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}"
 
 
-def cost_text(options: PlanOptions, trial: PlanCandidate, qps: float) -> str:
-    """What a request costs under this load."""
+def cost_text(options: PlanOptions, trial: PlanCandidate, qps: float, window: TrialWindow) -> str:
+    """What a request and a million tokens cost under this load."""
     cells = _cost_cells(options, trial, qps)
     text = f"{cells[0]} of GPU time per request"
-    return text if len(cells) == 1 else f"{text}; ${cells[1]} an hour, ${cells[2]} per 1,000 requests"
+    usd = usd_per_million_tokens(options, trial, qps, window)
+    if usd is None:
+        return text
+    return (
+        f"{text}; ${cells[1]} an hour, ${cells[2]} per 1,000 requests\n"
+        f"${number_text(usd[0])} per million output tokens; ${number_text(usd[1])} per million tokens, prompts included"
+    )
+
+
+def usd_per_million_tokens(
+    options: PlanOptions, trial: PlanCandidate, qps: float, window: TrialWindow
+) -> tuple[float, float] | None:
+    """Of output tokens alone, and of all; None if nobody said what a GPU costs."""
+    if options.gpu_usd_per_h is None:
+        return None
+    usd_per_request = trial.num_gpus * options.gpu_usd_per_h / 3600.0 / qps
+    num_requests = sum(window.num_by_class.values())
+    usd = 1e6 * usd_per_request * num_requests
+    return usd / window.num_output_tokens, usd / (window.num_prompt_tokens + window.num_output_tokens)
+
+
+def asked_text(options: PlanOptions) -> str:
+    """What has to meet the SLO."""
+    return f"{options.slo.attainment:.0%} of {'each length class' if options.each_class else 'all requests'}"
+
+
+def serve_command(trial: PlanCandidate, overrides: Sequence[str]) -> str | None:
+    """The line that serves it; None for what only a simulation has.
+
+    overrides: what was typed; the scheduler's and the cache's options belong to the server too.
+    """
+    if not can_be_served(trial):
+        return None
+    layout = trial.config.setup.layout
+    degrees = {"tp": layout.tp, "spp": layout.spp, "kvp": layout.kvp, "dp": trial.dp}
+    words = [f"parallel.{name}={degree}" for name, degree in degrees.items() if degree > 1]
+    words += [f"scheduler={trial.name}", *(word for word in overrides if word.startswith(("scheduler.", "kv.", "kv=")))]
+    return shlex.join(["medha", "serve", "checkpoint=DIR", *words])
+
+
+def print_loads_compared(plans: Sequence[LoadPlan]) -> None:
+    """What every load needs at best."""
+    rows = []
+    for plan in plans:
+        for name, found in plan.best.items():
+            if found is None:
+                rows.append([f"{plan.qps:g}", "-", "-", "-", "-", "-", name, "-"])
+            else:
+                rows.append([f"{plan.qps:g}", *_layout_cells(found.trial), attainment_text(found)])
+    print("\nover load:", end="")
+    _print_table(rows, ["requests/s", *_LAYOUT, "meet SLO"])
 
 
 def attainment_text(verdict: CandidateVerdict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def load_plot(curves: Sequence[LoadCurve], classes: Sequence[str], key: str, slo
         width = 3.1 * (len(classes) + 1)
         figure, axes = pyplot.subplots(1, len(classes) + 1, figsize=(width, 3.1), layout="constrained")
         for place, name in enumerate(classes):
-            _draw_curves(axes[place], curves, labels, lambda group, one=name: group.class_figure(one, "ttft_s", "p99"))
+            _draw_curves(axes[place], curves, labels, partial(_p99_ttft, name))
             _log_numbers(axes[place])
             axes[place].set(title=f"p99 TTFT of {name} prompts (s)")
             deadline_s = slo["ttft_s"] or (slo["min_ttft_s"] if name == "short" else None)
@@ -79,6 +80,10 @@ def load_plot(curves: Sequence[LoadCurve], classes: Sequence[str], key: str, slo
         handles, names = axes[-1].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 5), frameon=False)
         return save_picture(figure, out / "report_load")
+
+
+def _p99_ttft(length_class: str, group: RunGroup) -> SeedSpread | None:
+    return group.class_figure(length_class, "ttft_s", "p99")
 
 
 def _draw_attainment(axes: Any, curves: Sequence[LoadCurve], labels: Sequence[str], target: float) -> None:

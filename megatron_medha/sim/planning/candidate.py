@@ -43,6 +43,7 @@ class CandidateVerdict:
     utilisation: float | None = None
     hit_rate: float | None = None    # share of prompt tokens that were cached
     why: str = ""                    # it fails or cannot be
+    failed_after_s: float | None = None  # simulated seconds until it could not pass any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +110,16 @@ def _asked_of(trial: PlanCandidate, length_class: str) -> str:
 class _CannotPass(Exception):
     """So many requests have missed that the trial cannot pass any more."""
 
+    def __init__(self, why: str, after_s: float) -> None:
+        super().__init__(why)
+        self.after_s = after_s
 
-def evaluate_candidate(trial: PlanCandidate) -> CandidateVerdict:
-    """Simulate it, and stop as soon as it cannot pass: an overloaded one would take the longest."""
+
+def evaluate_candidate(trial: PlanCandidate, runs_to_the_end: bool = False) -> CandidateVerdict:
+    """Simulate it, and stop as soon as it cannot pass: an overloaded one would take the longest.
+
+    runs_to_the_end: do not stop, and say how far it is from passing.
+    """
     config = trial.config
     try:
         simulation = Simulation(config)
@@ -119,7 +127,7 @@ def evaluate_candidate(trial: PlanCandidate) -> CandidateVerdict:
         return CandidateVerdict(trial=trial, passes=False, why=str(error))
 
     bound = _isolated_bound(trial, simulation)
-    if bound is not None and bound.why:
+    if bound is not None and bound.why and not runs_to_the_end:
         return CandidateVerdict(trial=trial, passes=False, why=bound.why)
     classes = (config.classes.of(request.num_prompt_tokens) for request in simulation.workload.requests())
     num_requests = Counter(_asked_of(trial, one) for one in classes)
@@ -135,13 +143,15 @@ def evaluate_candidate(trial: PlanCandidate) -> CandidateVerdict:
         for name, num_lost in lost.items():
             if _are_too_many(num_lost, num_requests[name], config.slo.attainment):
                 raise _CannotPass(
-                    f"{num_lost} of {num_requests[name]} {name}requests had missed the SLO after {sample.now_s:,.0f} s"
+                    f"{num_lost} of {num_requests[name]} {name}requests had missed the SLO after {sample.now_s:,.0f} s",
+                    sample.now_s,
                 )
 
     try:
-        result = simulation.run(SimulationHooks(on_outcome=count, on_sample=look))
+        hooks = SimulationHooks() if runs_to_the_end else SimulationHooks(on_outcome=count, on_sample=look)
+        result = simulation.run(hooks)
     except _CannotPass as error:
-        return CandidateVerdict(trial=trial, passes=False, why=str(error))
+        return CandidateVerdict(trial=trial, passes=False, why=str(error), failed_after_s=error.after_s)
     everything, classes = result.values["all"], result.values["classes"]
     attainment = everything["attainment"]
     by_class = {name: found["attainment"] for name, found in classes.items() if found["attainment"] is not None}

@@ -28,6 +28,8 @@ class TrialWindow:
     num_by_class: dict[str, int]    # classes without any are left out
     whole_share_by_class: dict[str, float]  # of the workload as a whole, as far as it was looked at
     peak_covered: float             # tokens of its busiest minute, or ten minutes, over those of the whole workload
+    num_prompt_tokens: int          # of all these requests
+    num_output_tokens: int
     longest_prompt_tokens: int
     max_request_tokens: int
     why_too_few: tuple[str, ...]    # reasons why a verdict would mean nothing
@@ -93,7 +95,7 @@ def choose_window(
 
     counts: Counter[str] = Counter()
     peaks = _Peaks()
-    num_requests = longest = most_tokens = 0
+    num_requests = longest = most_tokens = num_prompt_tokens = num_output_tokens = 0
     last_s = 0.0
     for request in workload.requests():
         if trial_s is not None and request.arrival_s >= trial_s and num_requests:
@@ -109,6 +111,8 @@ def choose_window(
         peaks.add(request)
         num_requests += 1
         counts[classes.of(request.num_prompt_tokens)] += 1
+        num_prompt_tokens += request.num_prompt_tokens
+        num_output_tokens += request.max_output_tokens
         longest = max(longest, request.num_prompt_tokens)
         most_tokens = max(most_tokens, request.num_prompt_tokens + request.max_output_tokens)
         last_s = request.arrival_s
@@ -131,6 +135,8 @@ def choose_window(
         num_by_class={name: counts[name] for name in CLASSES if counts[name]},
         whole_share_by_class={name: whole[name] / num_whole for name in CLASSES if whole[name]},
         peak_covered=peaks.share_of(whole_peaks),
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
         longest_prompt_tokens=longest,
         max_request_tokens=most_tokens,
         why_too_few=tuple(reasons),
