@@ -15,11 +15,8 @@ from megatron_medha.cli.chat import ChatConfig
 from megatron_medha.cli.medha import COMMANDS
 from megatron_medha.cli.parts import model_words
 from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
-<<<<<<< HEAD
 from megatron_medha.cli.parts.hub_models import hub_name
-=======
 from megatron_medha.cli.plan import words_of_loads
->>>>>>> 724dfe4 (cli/plan: out= writes the plan down; several loads; the line to serve with; dollars per million tokens)
 from megatron_medha.cli.run_batch import BatchOptions, with_file_keys
 from megatron_medha.cli.selftest import SelftestConfig
 from megatron_medha.core.errors import ConfigError
@@ -142,7 +139,7 @@ def check(name: str, words: list[str]) -> None:
         assert all("=" not in word or word.startswith(("out=", "x=")) for word in words)
     elif name == "plan":
         for of_load in words_of_loads(words):
-            compose_all(name, parse_arguments(of_load).overrides, arguments)
+            compose_all(name, parse_arguments(of_load, command=name).overrides, arguments)
     elif not arguments.wants_help:
         for overrides in combinations(arguments):
             compose_all(name, overrides, arguments)
