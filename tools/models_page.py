@@ -30,19 +30,21 @@ them together. What a checkpoint may look like is in [serving.md](serving.md).
 
 A model is Megatron's: its layers, norms, routers and experts compute as in training. Positions, KV and attention are
 this project's. Models whose layers are Llama's (RMSNorm, rotary positions, gated SiLU, no biases but those of q, k and
-v) have layers written for inference, and on one CPU rank in bf16 a decode is one call of the native library. All others
-take Megatron's own layers: about 0.3 ms a layer and step more, which a small model's lone decode notices and a prefill
-does not. Megatron's own layers have not run on a GPU here yet.
+v) have layers written for inference. On one CPU rank in bf16 a step of these, and of all others that have no window,
+no sinks, no attention output gate and no latent attention, is one call of the native library, experts and routers
+included. What is left takes Megatron's own layers: about 0.3 ms a layer and step more, which a small model's lone
+decode notices and a prefill does not. Megatron's own layers have not run on a GPU here yet.
 
 ## Models of Megatron
 
 Each row is a random model that megatron-core 0.16.1 builds and saves, from the arguments that Megatron-LM's parser
 leaves. Its logits over chunks, decodes and shared batches differ from Megatron's own forward by less than 1e-4 of the
 largest in fp32 (seen: at most 8e-6). Windows and latent attention are compared with Megatron's modules around a plain
-softmax in fp64, as Megatron's own attention does not compute them on a CPU. In bf16 the mean error of a model without
-experts is that of Megatron's own bf16 forward or less. Of these models twelve are compared at tp=2 spp=2, at kvp=2 and
-at tp=2 kvp=2 too (`tests/parallel/test_megatron_models.py`). Of 420 random combinations of all of it none was wrong
-(`MEDHA_RANDOM_MODELS=300`, `tests/model/test_random_megatron_models.py`).
+softmax in fp64, as Megatron's own attention does not compute them on a CPU. In bf16, in one native call or not, the
+mean error of a model without experts is that of Megatron's own bf16 forward or less. Of these models twelve are
+compared at tp=2 spp=2, at kvp=2 and at tp=2 kvp=2 too (`tests/parallel/test_megatron_models.py`). Of 420 random
+combinations of all of it none was wrong (`MEDHA_RANDOM_MODELS=300`,
+`tests/model/test_random_megatron_models.py`).
 
 | model | arguments beside Llama's, without sizes | traits | layers |
 | --- | --- | --- | --- |

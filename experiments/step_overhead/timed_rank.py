@@ -19,7 +19,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.worker.main import LoadedRank, main
 from megatron_medha.worker.message_inbox import MessageInbox
 
-NATIVE = ("medha_decoder", "medha_attend", "medha_linear", "medha_rms_norm", "medha_gated_silu")
+NATIVE = ("medha_decoder", "medha_attend", "medha_linear", "medha_norm", "medha_activate", "medha_experts")
 
 
 class Timers:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_medha.kernels.native_build import gomp_parallel_address, native_library
 from megatron_medha.kernels.native_structs import native_struct
 
-_Call = native_struct("LinearCall")
+_Weight, _Call = native_struct("Weight"), native_struct("LinearCall")
 _PANEL = 64  # outputs that lie together; a multiple of every instruction set's register tile
 _DEPTH = 32  # inputs that a matrix tile takes at once
 
@@ -52,9 +52,8 @@ class NativeLinear:
         self._packed = _weight_memory(packed.nbytes).view(packed.dtype).view(packed.shape).copy_(packed)
         self._scales = None if scale_O is None else scale_O.detach().clone()
         self._bias = None if bias_O is None else bias_O.detach().clone()
-        self.weight_ptr = self._packed.data_ptr()
-        self.scales_ptr = None if self._scales is None else self._scales.data_ptr()
-        self.bias_ptr = None if self._bias is None else self._bias.data_ptr()
+        tensors = (self._packed, self._scales, self._bias)
+        self.weight = _Weight(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
     def __call__(self, input_: Tensor) -> Tensor:
         """Raises ValueError for another dtype or size."""
@@ -67,13 +66,10 @@ class NativeLinear:
             self.num_inputs,
             self.num_outputs,
             input_.data_ptr(),
-            self.weight_ptr,
-            self.scales_ptr,
-            self.bias_ptr,
+            self.weight,
             out.data_ptr(),
             self._run_parallel,
             torch.get_num_threads(),
-            None,
         )
         if self._run(ctypes.byref(call)):
             raise MemoryError("the linear library could not allocate its working memory")

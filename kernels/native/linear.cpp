@@ -9,6 +9,7 @@
 #include <cstring>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "calls.h"
 #include "linear_output.h"
@@ -31,9 +32,6 @@ constexpr int MAX_ROWS = 6;         // of a register tile
 constexpr int64_t MAX_ROWS_OF_ITEM = 96;
 constexpr int MAX_ROWS_UNWIDENED = 2 * MAX_ROWS;  // of a register tile of half the width
 constexpr int columns_of(int64_t num_rows) { return num_rows <= MAX_ROWS ? MAX_COLUMNS : MAX_COLUMNS / 2; }
-// Multiplications below which a second thread costs more than it saves (some 50 us of work).
-constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 21;
-constexpr int64_t MIN_PARALLEL_PACKED = 1 << 16;  // numbers; likewise
 
 // Weights of inputs d and d + 1 (d even), for the vector of outputs that begins at output o of a pack.
 inline const uint16_t *place(const uint16_t *pack, int64_t d, int64_t o) { return pack + d * PACKED + 2 * o; }
@@ -129,45 +127,18 @@ class Linear {
               call.num_rows <= MAX_ROWS_UNWIDENED ? call.num_rows > 0 : (call.num_rows + MAX_ROWS - 1) / MAX_ROWS
           ) {}
 
-    void run() {
-        static thread_local Buffer packed_memory;
-        packed_ = packed_memory.at_least<float>(call_.num_rows * packed_depth_);
-        const int64_t num_products = call_.num_rows * call_.num_inputs * call_.num_outputs;
-        const int64_t num_threads =
-            useful_threads(call_.run_parallel, call_.num_threads, num_products, MIN_PARALLEL_PRODUCTS);
-        const int64_t packers = useful_threads(
-            call_.run_parallel, num_threads, call_.num_rows * call_.num_inputs, MIN_PARALLEL_PACKED
-        );
-        parallel_for(call_.run_parallel, packers, num_tiles_, [&](int64_t tile) { pack(tile); });
-        if (call_.num_rows <= MAX_ROWS_UNWIDENED) {
-            // Several panels an item: a run of memory that the processor's prefetching follows.
-            const int64_t width = columns_of(call_.num_rows) * WIDTH, num_tiles = (call_.num_outputs + width - 1) / width;
-            const int64_t num_items = std::min(num_tiles, 4 * num_threads);
-            parallel_for(call_.run_parallel, num_threads, num_items, [&](int64_t i) {
-                for (int64_t t = num_tiles * i / num_items; t < num_tiles * (i + 1) / num_items; ++t)
-                    multiply(t * width, width);
-            });
-            return;
-        }
-        const int64_t num_panels = (call_.num_outputs + PANEL - 1) / PANEL;
-        const int64_t num_blocks = (call_.num_rows + MAX_ROWS_OF_ITEM - 1) / MAX_ROWS_OF_ITEM;
-        const int64_t num_items = num_panels * num_blocks;
-        parallel_for(call_.run_parallel, num_threads, num_items, [&](int64_t i) {
-            const int64_t block = i % num_blocks;
-            // The item that this thread takes next, if all take as long.
-            const int64_t next = i + num_threads < num_items ? (i + num_threads) / num_blocks : num_panels;
-            multiply_widened(
-                i / num_blocks, num_tiles_ * block / num_blocks, num_tiles_ * (block + 1) / num_blocks,
-                next < num_panels ? pack_of(next * PANEL) : nullptr
-            );
-        });
-    }
+    // As in TiledLinear. Below so many multiplications a second thread costs more than it saves (some 50 us of work).
+    static constexpr int64_t MIN_PARALLEL_WORK = 1 << 21;
+    static constexpr int64_t MIN_PARALLEL_INPUTS = 1 << 16;
+    using Input = float;
 
-  private:
-    int64_t first_row_of(int64_t tile) const { return call_.num_rows * tile / num_tiles_; }
+    int64_t work() const { return call_.num_rows * call_.num_inputs * call_.num_outputs; }
 
+    int64_t num_copied_inputs() const { return call_.num_rows * packed_depth_; }
+    int64_t num_copies() const { return num_tiles_; }
+    void copy_to(float *memory) { packed_ = memory; }
     // As add_products reads them; zeros fill up what is not there.
-    void pack(int64_t tile) {
+    void copy(int64_t tile) const {
         const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
         float *const to = packed_ + first * packed_depth_;
         for (int64_t r = 0; r < count; ++r) {
@@ -177,13 +148,43 @@ class Linear {
         }
     }
 
+    int64_t cut(int64_t num_threads) {
+        num_threads_ = num_threads;
+        if (call_.num_rows == 0) return num_items_ = 0;
+        if (call_.num_rows <= MAX_ROWS_UNWIDENED) {
+            // Several panels an item: a run of memory that the processor's prefetching follows.
+            width_ = columns_of(call_.num_rows) * WIDTH;
+            num_columns_ = (call_.num_outputs + width_ - 1) / width_;
+            return num_items_ = std::min(num_columns_, 4 * num_threads);
+        }
+        num_blocks_ = (call_.num_rows + MAX_ROWS_OF_ITEM - 1) / MAX_ROWS_OF_ITEM;
+        return num_items_ = (call_.num_outputs + PANEL - 1) / PANEL * num_blocks_;
+    }
+
+    void run(int64_t i) const {
+        if (call_.num_rows <= MAX_ROWS_UNWIDENED) {
+            for (int64_t c = num_columns_ * i / num_items_; c < num_columns_ * (i + 1) / num_items_; ++c)
+                multiply(c * width_, width_);
+            return;
+        }
+        const int64_t block = i % num_blocks_, num_panels = num_items_ / num_blocks_;
+        // The item that this thread takes next, if all take as long.
+        const int64_t next = i + num_threads_ < num_items_ ? (i + num_threads_) / num_blocks_ : num_panels;
+        multiply_widened(
+            i / num_blocks_, num_tiles_ * block / num_blocks_, num_tiles_ * (block + 1) / num_blocks_,
+            next < num_panels ? pack_of(next * PANEL) : nullptr
+        );
+    }
+
+  private:
+    int64_t first_row_of(int64_t tile) const { return call_.num_rows * tile / num_tiles_; }
+
     const W *pack_of(int64_t output) const {
-        return static_cast<const W *>(call_.weight) + output / PACKED * PACKED * depth_;
+        return static_cast<const W *>(call_.weight.values) + output / PACKED * PACKED * depth_;
     }
 
     // All rows, outputs [first, first + width).
     void multiply(int64_t first, int64_t width) const {
-        if (call_.num_rows == 0) return;
         float sums[MAX_ROWS * PANEL];
         const int num_rows = static_cast<int>(call_.num_rows);
         multiply_packed_of<W>(num_rows, std::make_integer_sequence<int, MAX_ROWS_UNWIDENED>())(
@@ -231,7 +232,47 @@ class Linear {
     const LinearCall &call_;
     const int64_t depth_, packed_depth_, num_tiles_;
     float *packed_ = nullptr;
+    int64_t num_threads_ = 1, num_items_ = 0, width_ = 0, num_columns_ = 0, num_blocks_ = 0;
 };
+
+// One job of all inputs' copies, then one of all products: of several small layers each thread has enough to do.
+template <class Kernel>
+void run_all(const LinearCall *calls, int64_t count) {
+    static thread_local std::vector<Kernel> kernels_of_thread;
+    static thread_local std::vector<int64_t> ends_of_thread;
+    static thread_local Buffer input_memory;
+    std::vector<Kernel> &kernels = kernels_of_thread;
+    std::vector<int64_t> &ends = ends_of_thread;  // of each layer's items among all
+    kernels.clear();
+    ends.assign(count, 0);
+    int64_t work = 0, num_inputs = 0, num_items = 0;
+    for (int64_t c = 0; c < count; ++c) {
+        kernels.emplace_back(calls[c]);
+        work += kernels[c].work();
+        num_inputs += kernels[c].num_copied_inputs();
+    }
+    const auto run_items = [&](int64_t num_threads, const auto &run) {
+        parallel_for(calls[0].run_parallel, num_threads, num_items, [&](int64_t item) {
+            const int64_t c = std::upper_bound(ends.begin(), ends.end(), item) - ends.begin();
+            run(kernels[c], c == 0 ? item : item - ends[c - 1]);
+        });
+    };
+    const auto threads_for = [&](int64_t amount, int64_t least) {
+        return useful_threads(calls[0].run_parallel, calls[0].num_threads, amount, least);
+    };
+    typename Kernel::Input *inputs = input_memory.at_least<typename Kernel::Input>(num_inputs);
+    for (int64_t c = 0; c < count; ++c) {
+        kernels[c].copy_to(inputs);
+        inputs += kernels[c].num_copied_inputs();
+        ends[c] = num_items += kernels[c].num_copies();
+    }
+    if (num_items > 0)
+        run_items(threads_for(num_inputs, Kernel::MIN_PARALLEL_INPUTS), [](const Kernel &kernel, int64_t i) { kernel.copy(i); });
+    const int64_t num_threads = threads_for(work, Kernel::MIN_PARALLEL_WORK);
+    num_items = 0;
+    for (int64_t c = 0; c < count; ++c) ends[c] = num_items += kernels[c].cut(num_threads);
+    run_items(num_threads, [](const Kernel &kernel, int64_t i) { kernel.run(i); });
+}
 
 }  // namespace
 
@@ -245,8 +286,11 @@ template <class W>
 using BestLinear = Linear<W>;
 #endif
 
+void multiply_all(const LinearCall *calls, int64_t count) {
+    if (count == 0) return;
+    calls->weight.scales == nullptr ? run_all<BestLinear<uint16_t>>(calls, count) : run_all<BestLinear<int8_t>>(calls, count);
+}
+
 extern "C" int medha_linear(const LinearCall *call) {
-    return is_out_of_memory([&] {
-        call->scales == nullptr ? BestLinear<uint16_t>(*call).run() : BestLinear<int8_t>(*call).run();
-    });
+    return is_out_of_memory([&] { multiply_all(call, 1); });
 }

@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "activation.h"
 #include "calls.h"
-#include "silu.h"
+#include "rows.h"
 #include "simd.h"
 
 constexpr int64_t PACKED = 64;  // outputs that lie together
@@ -13,20 +14,20 @@ constexpr int64_t PACKED = 64;  // outputs that lie together
 // Inputs of a packed weight: zeros fill up what a matrix tile takes at once.
 constexpr int64_t padded_inputs(int64_t num_inputs) { return (num_inputs + 31) / 32 * 32; }
 
-// The first `count` numbers, filled up with zeros.
-template <class T>
-inline Vec load_first(const T *from, int64_t count) {
-    if (count >= WIDTH) return load(from);
-    T padded[WIDTH] = {};
-    std::copy_n(from, std::max<int64_t>(0, count), padded);
-    return load(padded);
+#if defined(__AVX512F__)
+// int8 weights of two inputs as pairs of bf16, exactly: one run of a tile for each 16 outputs.
+inline void widen_pairs(const int8_t *from, int64_t depth, uint16_t *to) {
+    for (int64_t d = 0; d < depth; d += 2)
+        for (int64_t o = 0; o < PACKED; o += WIDTH)
+            store_pairs(to + d * PACKED + 2 * o, load_bytes(from + d * PACKED + o), load_bytes(from + (d + 1) * PACKED + o));
 }
+#endif
 
 // Sums of a row's outputs from `first` on, scaled and with their bias; `count` outputs are left.
 inline Vec whole_sum(const LinearCall &call, const float *sums, int64_t first, int64_t count) {
     Vec sum = load(sums);
-    if (call.scales != nullptr) sum = sum * load_first(call.scales + first, count);
-    if (call.bias != nullptr) sum = sum + load_first(call.bias + first, count);
+    if (call.weight.scales != nullptr) sum = sum * load_first(call.weight.scales + first, count);
+    if (call.weight.bias != nullptr) sum = sum + load_first(call.weight.bias + first, count);
     return sum;
 }
 
@@ -39,15 +40,15 @@ inline void write_outputs(const LinearCall &call, int64_t row, int64_t first, in
         return call.residual == nullptr ? sum : load_first(call.residual + at + o, count - o) + rounded(sum);
     };
     int64_t o = 0;
-    for (; o + 2 * WIDTH <= count; o += 2 * WIDTH) store_two(out + o, finished(o), finished(o + WIDTH));
-    for (; o < count; o += WIDTH) {
-        uint16_t last[WIDTH];
-        store(last, finished(o));
-        std::copy_n(last, std::min<int64_t>(WIDTH, count - o), out + o);
+    if (call.wide_out != nullptr) {
+        for (; o < count; o += WIDTH) store_first(call.wide_out + at + o, whole_sum(call, sums + o, first + o, count - o), count - o);
+        return;
     }
+    for (; o + 2 * WIDTH <= count; o += 2 * WIDTH) store_two(out + o, finished(o), finished(o + WIDTH));
+    for (; o < count; o += WIDTH) store_first(out + o, finished(o), count - o);
 }
 
-// The same for silu(gate) * up of PACKED outputs from `first` on, each half rounded before, as gated_silu reads them.
+// The same for silu(gate) * up of PACKED outputs from `first` on, each half rounded before, as activate_row reads them.
 inline void write_gated(const LinearCall &call, int64_t row, int64_t first, const float *gate, const float *up) {
     const int64_t half = call.num_outputs / 2;
     uint16_t *const out = call.out + row * half + first;

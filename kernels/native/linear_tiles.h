@@ -14,79 +14,54 @@
 
 #include "calls.h"
 #include "linear_output.h"
-#include "parallel_for.h"
+#include "padded_rows.h"
 #include "prefetcher.h"
-#include "spin_pool.h"
 #include "storage.h"
 #include "sums.h"
 
-// int8 weights of two inputs as pairs of bf16, exactly: one run of a tile for each 16 outputs.
-inline void widen_pairs(const int8_t *from, int64_t depth, uint16_t *to) {
-    for (int64_t d = 0; d < depth; d += 2)
-        for (int64_t o = 0; o < PACKED; o += WIDTH)
-            store_pairs(to + d * PACKED + 2 * o, load_bytes(from + d * PACKED + o), load_bytes(from + (d + 1) * PACKED + o));
-}
-
 template <class W>
-class TiledLinear {
+class TiledLinear : public PaddedRows {
   public:
     explicit TiledLinear(const LinearCall &call)
-        : call_(call),
-          depth_(padded_inputs(call.num_inputs)),
-          num_packs_((call.num_outputs + PACKED - 1) / PACKED / (call.is_gated ? 2 : 1)) {}
+        : PaddedRows(call), num_packs_((call.num_outputs + PACKED - 1) / PACKED / (call.is_gated ? 2 : 1)) {}
 
-    void run() {
-        if (call_.num_rows == 0) return;
-        pad_inputs();
-        // Reading a weight takes as long as multiplying it by some 64 rows.
-        const int64_t work = call_.num_inputs * call_.num_outputs * (1 + call_.num_rows / 64);
-        const int64_t num_threads = useful_threads(call_.run_parallel, call_.num_threads, work, MIN_PARALLEL_WEIGHTS);
-        if (call_.num_rows <= TILE_ROWS) {
-            // Several packs an item: a run of memory that the processor's prefetching follows.
-            const int64_t num_items = std::min(num_packs_, 4 * num_threads);
-            parallel_for(call_.run_parallel, num_threads, num_items, [&](int64_t i) {
-                const TileScope tiles(call_.num_rows, call_.num_rows);
-                for (int64_t p = num_packs_ * i / num_items; p < num_packs_ * (i + 1) / num_items; ++p)
-                    multiply_few(p);
-            });
-            return;
-        }
-        const int64_t num_pairs = (call_.num_rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
+    static constexpr int64_t MIN_PARALLEL_WORK = 1 << 19;  // some 50 us of reading: what waking a thread takes
+
+    // Reading a weight takes as long as multiplying it by some 64 rows.
+    int64_t work() const { return call_.num_rows == 0 ? 0 : depth_ * call_.num_outputs * (1 + call_.num_rows / 64); }
+
+    // Cuts the products into items for so many threads; returns how many.
+    int64_t cut(int64_t num_threads) {
+        num_threads_ = num_threads;
+        // Several packs an item for few rows: a run of memory that the processor's prefetching follows.
+        if (call_.num_rows <= TILE_ROWS) return num_items_ = call_.num_rows == 0 ? 0 : std::min(num_packs_, 4 * num_threads);
+        num_pairs_ = (call_.num_rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
         const int64_t max_pairs = std::max<int64_t>(1, MAX_INPUT_BYTES / (2 * TILE_ROWS * depth_ * 2));
-        const int64_t least_blocks = (num_pairs + max_pairs - 1) / max_pairs;
+        const int64_t least_blocks = (num_pairs_ + max_pairs - 1) / max_pairs;
         // With few outputs there are more threads than packs.
         const int64_t wanted_blocks = (2 * num_threads + num_packs_ - 1) / num_packs_;
-        const int64_t num_blocks = std::min(num_pairs, num_threads > 1 ? std::max(least_blocks, wanted_blocks) : least_blocks);
-        const int64_t num_items = num_packs_ * num_blocks;
-        parallel_for(call_.run_parallel, num_threads, num_items, [&](int64_t i) {
-            const int64_t block = i / num_packs_, pack = i % num_packs_;
-            // The item that this thread takes next, if all take as long.
-            const int64_t next = std::min(pack + num_threads, num_packs_);
-            multiply_many(pack, num_pairs * block / num_blocks, num_pairs * (block + 1) / num_blocks, next);
-        });
+        num_blocks_ = std::min(num_pairs_, num_threads > 1 ? std::max(least_blocks, wanted_blocks) : least_blocks);
+        return num_items_ = num_packs_ * num_blocks_;
+    }
+
+    void run(int64_t i) const {
+        if (call_.num_rows <= TILE_ROWS) {
+            const TileScope tiles(call_.num_rows, call_.num_rows);
+            for (int64_t p = num_packs_ * i / num_items_; p < num_packs_ * (i + 1) / num_items_; ++p) multiply_few(p);
+            return;
+        }
+        const int64_t block = i / num_packs_, pack = i % num_packs_;
+        // The item that this thread takes next, if all take as long.
+        const int64_t next = std::min(pack + num_threads_, num_packs_);
+        multiply_many(pack, num_pairs_ * block / num_blocks_, num_pairs_ * (block + 1) / num_blocks_, next);
     }
 
   private:
-    static constexpr int64_t MIN_PARALLEL_WEIGHTS = 1 << 19;  // some 50 us of reading: what waking a thread takes
     static constexpr int64_t MAX_INPUT_BYTES = 1 << 20;       // of the rows of an item, which stay in L2
     static constexpr int64_t AHEAD = 8192;                    // bytes: what decodes fetch beforehand
     static constexpr int64_t PACK_STRIDE = PACKED * 2 * 2;    // bytes between pairs of inputs
 
-    // Rows of a whole number of tiles are read where they lie.
-    void pad_inputs() {
-        in_ = call_.in;
-        if (call_.num_inputs == depth_) return;
-        static thread_local Buffer memory;
-        uint16_t *const padded = memory.at_least<uint16_t>(call_.num_rows * depth_);
-        for (int64_t r = 0; r < call_.num_rows; ++r) {
-            std::copy_n(call_.in + r * call_.num_inputs, call_.num_inputs, padded + r * depth_);
-            std::fill(padded + r * depth_ + call_.num_inputs, padded + (r + 1) * depth_, 0);
-        }
-        in_ = padded;
-    }
-
-    const W *pack_of(int64_t pack) const { return static_cast<const W *>(call_.weight) + pack * PACKED * depth_; }
-    const uint16_t *row(int64_t r) const { return in_ + r * depth_; }
+    const W *pack_of(int64_t pack) const { return static_cast<const W *>(call_.weight.values) + pack * PACKED * depth_; }
 
     // All of at most 16 rows by one pack (and the one it gates), which is read once, as it comes from memory.
     void multiply_few(int64_t pack) const {
@@ -216,9 +191,8 @@ class TiledLinear {
         write_rows(pack, first_row, num_rows, sums[0], sums[1]);
     }
 
-    const LinearCall &call_;
-    const int64_t depth_, num_packs_;
-    const uint16_t *in_ = nullptr;
+    const int64_t num_packs_;
+    int64_t num_threads_ = 1, num_items_ = 0, num_pairs_ = 0, num_blocks_ = 0;
 };
 
 #endif

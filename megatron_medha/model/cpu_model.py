@@ -10,30 +10,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import AttentionBackend
-from megatron_medha.kernels.linear.native_decoder import DecoderSizes, LayerWeights, NativeDecoder, OutputWeights
-from megatron_medha.kernels.linear.native_linear import NativeLinear
-from megatron_medha.kernels.linear.native_pointwise import NativePointwise
+from megatron_medha.kernels.linear.native_decoder import (
+    DecoderSizes,
+    EmbeddingWeights,
+    LayerWeights,
+    NativeDecoder,
+    OutputWeights,
+)
+from megatron_medha.kernels.linear.native_experts import NativeExperts
+from megatron_medha.kernels.linear.native_pointwise import NativeNorm
 from megatron_medha.kernels.native_build import NativeUnavailable
+from megatron_medha.model.attention import MedhaSelfAttention
 from megatron_medha.model.experts import ExpertsLayer
+from megatron_medha.model.general_layers import GeneralCoreAttention, GeneralSelfAttention, GeneralTransformerLayer
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.layer import MedhaTransformerLayer
-from megatron_medha.model.packed_linear import PackedLinear, pack_linears
+from megatron_medha.model.native_parts import (
+    UnsupportedPart,
+    linear_of,
+    mlp_of,
+    norm_of,
+    shared_gate_of,
+    use_native_parts,
+)
+from megatron_medha.model.packed_linear import pack_linears
 
 log = logging.getLogger(__name__)
-
-
-class _UnsupportedPart(Exception):
-    """A part of the model that the native decoder does not have; the message is for the log."""
 
 
 def use_cpu_kernels(
@@ -55,28 +66,14 @@ def use_cpu_kernels(
         if isinstance(module, ExpertsLayer) and module.sum_over_tp is not None and sum_over_tp is not None:
             module.sum_over_tp = sum_over_tp
     try:
-        use_native_passes(model)
+        use_native_parts(model)
         decoder = _decoder_of(model, backend)
-    except (_UnsupportedPart, NativeUnavailable) as reason:
-        log.info("decode=torch reason=%r (the native decoder runs Llama-like models in bfloat16)", str(reason))
+    except (UnsupportedPart, NativeUnavailable) as reason:
+        log.info("decode=torch reason=%r (docs/models.md: which models have native decodes)", str(reason))
         return None
     log.info("decode=native layers=%d", decoder.num_layers)
     model.forward = NativeForward(model, decoder)  # type: ignore[method-assign]
     return decoder
-
-
-def use_native_passes(model: GPTModel) -> None:
-    """Put the native RMS norm and gated SiLU in place of torch's. Raises NativeUnavailable."""
-    pointwise = NativePointwise()
-    for module in model.modules():
-        if isinstance(module, torch.nn.RMSNorm):
-            # What torch takes where none is given.
-            epsilon = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
-            module.forward = partial(  # type: ignore[method-assign]
-                pointwise.rms_norm, weight_C=module.weight, epsilon=epsilon
-            )
-        elif isinstance(module, MedhaTransformerLayer):
-            module.gated_silu = pointwise.gated_silu  # type: ignore[method-assign]
 
 
 class NativeForward:
@@ -113,6 +110,7 @@ class NativeForward:
                 batch.kv_layers,
                 batch.rotation,
                 token_ids_T=token_ids_T if layers.start == 0 else None,
+                positions_T=batch.positions_T,
                 logit_rows_R=batch.logit_rows if self._is_last and layers.stop == num_layers else None,
                 layers=layers,
             )
@@ -124,59 +122,83 @@ class NativeForward:
 
 
 def _decoder_of(model: GPTModel, backend: AttentionBackend) -> NativeDecoder:
-    """The same weights in a native decoder. Raises _UnsupportedPart."""
+    """The same weights in a native decoder. Raises UnsupportedPart."""
     if not backend.is_native:
-        raise _UnsupportedPart(f"attention_backend={backend.name}")
+        raise UnsupportedPart(f"attention_backend={backend.name}")
     config = model.config
     layers = [_layer_of(layer) for layer in model.decoder.layers]
     if not layers:
-        raise _UnsupportedPart("a stage without layers")
-    embedding = model.embedding.word_embeddings.weight if model.pre_process else None
-    if embedding is not None and (embedding.dtype != torch.bfloat16 or not embedding.is_contiguous()):
-        raise _UnsupportedPart(f"an embedding in {embedding.dtype}")
+        raise UnsupportedPart("a stage without layers")
+    embedding = _embedding_of(model) if model.pre_process else None
     output = None
     if model.post_process:
-        output = OutputWeights(_norm_of(model.decoder.final_layernorm), _linear_of(model.output_layer))
+        output = OutputWeights(norm_of(model.decoder.final_layernorm), linear_of(model.output_layer))
+    attention = model.decoder.layers[0].self_attention.core_attention
     sizes = DecoderSizes(
         hidden_size=config.hidden_size,
         num_kv_heads=config.num_query_groups,
         queries_per_kv_head=config.num_attention_heads // config.num_query_groups,
         head_dim=config.kv_channels,
-        ffn_size=config.ffn_hidden_size,
-        epsilon=config.layernorm_epsilon,
-        scale=model.decoder.layers[0].self_attention.core_attention.scale,
+        num_rotated=attention.num_rotated if isinstance(attention, GeneralCoreAttention) else config.kv_channels,
+        scale=attention.scale,
     )
     return NativeDecoder(sizes, layers, embedding, output)
 
 
-def _layer_of(layer: torch.nn.Module) -> LayerWeights:
-    if type(layer) is not MedhaTransformerLayer or type(layer.mlp) is not MLP:
-        raise _UnsupportedPart(f"a layer that is a {type(layer).__name__} with a {type(layer.mlp).__name__}")
-    attention = layer.self_attention
-    has_qk_norm = layer.config.qk_layernorm
-    for linear in (attention.linear_proj, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
-        if linear.bias is not None:
-            raise _UnsupportedPart("a bias that the decoder does not add")
+def _embedding_of(model: GPTModel) -> EmbeddingWeights:
+    of_tokens_VC = model.embedding.word_embeddings.weight
+    of_positions_PC = model.embedding.position_embeddings.weight if model.embedding.add_position_embedding else None
+    for table in (of_tokens_VC, of_positions_PC):
+        if table is not None and (table.dtype != torch.bfloat16 or not table.is_contiguous()):
+            raise UnsupportedPart(f"an embedding in {table.dtype}")
+    return EmbeddingWeights(of_tokens_VC, of_positions_PC)
+
+
+def _layer_of(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attention, layer.mlp
+    kinds = (type(layer), type(attention))
+    if kinds == (GeneralTransformerLayer, GeneralSelfAttention):
+        is_rotated, is_interleaved = _rotation_of(attention)
+    elif kinds == (MedhaTransformerLayer, MedhaSelfAttention):
+        is_rotated, is_interleaved = True, False
+    else:
+        raise UnsupportedPart(f"a layer that is a {kinds[0].__name__} with a {kinds[1].__name__}")
+    parts: dict[str, Any] = {"mlp": None}
+    if isinstance(mlp, ExpertsLayer):
+        if not isinstance(mlp.routed, NativeExperts) or mlp.sum_over_tp is not None:
+            raise UnsupportedPart("experts that are not native ones on a single tensor-parallel rank")
+        parts["experts"] = mlp.routed
+        if mlp.shared_experts is not None:
+            parts |= {"mlp": mlp_of(mlp.shared_experts), "shared_gate": shared_gate_of(mlp.shared_experts)}
+    elif type(mlp) is MLP:
+        parts["mlp"] = mlp_of(mlp)
+    else:
+        raise UnsupportedPart(f"a layer with a {type(mlp).__name__}")
     return LayerWeights(
-        attention_norm_C=_norm_of(layer.input_layernorm),
-        mlp_norm_C=_norm_of(layer.pre_mlp_layernorm),
-        q_norm_D=_norm_of(attention.q_layernorm) if has_qk_norm else None,
-        k_norm_D=_norm_of(attention.k_layernorm) if has_qk_norm else None,
-        qkv=_linear_of(attention.linear_qkv),
-        proj=_linear_of(attention.linear_proj),
-        gate_and_up=_linear_of(layer.mlp.linear_fc1),
-        down=_linear_of(layer.mlp.linear_fc2),
+        attention_norm=norm_of(layer.input_layernorm),
+        mlp_norm=norm_of(layer.pre_mlp_layernorm),
+        q_norm=_head_norm_of(attention.q_layernorm),
+        k_norm=_head_norm_of(attention.k_layernorm),
+        qkv=linear_of(attention.linear_qkv),
+        proj=linear_of(attention.linear_proj),
+        is_rotated=is_rotated,
+        is_interleaved=is_interleaved,
+        **parts,
     )
 
 
-def _norm_of(norm: torch.nn.Module) -> Tensor:
-    if not isinstance(norm, torch.nn.RMSNorm) or norm.weight.dtype != torch.bfloat16:
-        raise _UnsupportedPart(f"a norm that is a {type(norm).__name__} in {norm.weight.dtype}")
-    return norm.weight
+def _rotation_of(attention: GeneralSelfAttention) -> tuple[bool, bool]:
+    """Whether queries and keys are turned, and whether neighbours are. Raises UnsupportedPart for what is not here."""
+    core = attention.core_attention
+    unsupported = {
+        "an output gate of attention": attention.config.attention_output_gate,
+        "scores beside those of keys": core.softmax_offset is not None,
+        "windows": core.is_windowed,
+    }
+    if named := [name for name, is_set in unsupported.items() if is_set]:
+        raise UnsupportedPart(", ".join(named))
+    return core.is_rotated, core.is_interleaved
 
 
-def _linear_of(linear: ColumnParallelLinear | RowParallelLinear) -> NativeLinear:
-    packed = linear.forward
-    if not isinstance(packed, PackedLinear) or not packed.is_whole or not isinstance(packed.multiply, NativeLinear):
-        raise _UnsupportedPart("linear layers that are not native ones on a single tensor-parallel rank")
-    return packed.multiply
+def _head_norm_of(norm: torch.nn.Module | None) -> NativeNorm | None:
+    return None if norm is None or isinstance(norm, IdentityOp) else norm_of(norm)

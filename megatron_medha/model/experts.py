@@ -27,8 +27,10 @@ class ExpertsLayer(MoELayer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sum_over_tp = partial(dist.all_reduce, group=self.tp_group) if self.tp_group.size() > 1 else None
+        # The router and the experts of this rank in one call: [T, C] -> [T, C]; native_parts.py may put it there.
+        self.routed: Callable[[Tensor], Tensor] | None = None
         # The bias of an expert's output is of the whole sum, not of a rank's part of it.
-        self._adds_biases = self.num_local_experts < self.config.num_moe_experts or self.tp_group.rank() == 0
+        self.adds_biases = self.num_local_experts < self.config.num_moe_experts or self.tp_group.rank() == 0
         # It counts the tokens of an expert for training, and goes through torch.compile to do so.
         self.router._apply_expert_bias = lambda *_, **__: None
 
@@ -36,8 +38,11 @@ class ExpertsLayer(MoELayer):
         """hidden_states: [T, 1, C] -> (output of that shape, None)."""
         if not hidden_states.shape[0]:
             return torch.zeros_like(hidden_states), None
-        weights_TN, is_chosen_TN = self.router(hidden_states)
-        routed_TC = self._routed(hidden_states.flatten(0, -2), weights_TN, is_chosen_TN)
+        hidden_TC = hidden_states.flatten(0, -2)
+        if self.routed is not None:
+            routed_TC = self.routed(hidden_TC)
+        else:
+            routed_TC = self._routed(hidden_TC, *self.router(hidden_states))
         if self.sum_over_tp is not None:
             self.sum_over_tp(routed_TC)
         output = routed_TC.view_as(hidden_states)
@@ -71,7 +76,7 @@ class ExpertsLayer(MoELayer):
         hidden, bias = expert.linear_fc1(input_)
         activated = self._activated(hidden if bias is None else hidden + bias)
         output, bias = expert.linear_fc2((activated * weight).to(activated.dtype))
-        return output if bias is None or not self._adds_biases else output + (bias * weight).to(output.dtype)
+        return output if bias is None or not self.adds_biases else output + (bias * weight).to(output.dtype)
 
     def _activated(self, hidden: Tensor) -> Tensor:
         config = self.config

@@ -74,18 +74,18 @@ class GeneralCoreAttention(torch.nn.Module):
     def place(self, spec: ModelSpec, layer_index: int) -> None:
         """Say which model's layer this is. layer_index: on this pipeline stage."""
         no_rope = spec.no_rope_layers[self.layer_number - 1] if spec.no_rope_layers else False
-        self._is_rotated = spec.positions == "rotary" and not no_rope
+        self.is_rotated = spec.positions == "rotary" and not no_rope
         self.is_windowed = spec.is_windowed(self.layer_number - 1)
         if spec.softmax_scale is not None:
             self.scale = spec.softmax_scale
-        self._num_rotated, self._is_interleaved = spec.num_rotated, spec.is_rotary_interleaved
+        self.num_rotated, self.is_interleaved = spec.num_rotated, spec.is_rotary_interleaved
         self.layer_index = layer_index
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """query: [T, 1, H, D], key, value: [T, 1, K, D], not rotated yet; returns [T, 1, H * D]."""
         assert self.batch is not None, "general layers compute packed batches only"
         q_THD, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if self._is_rotated:
+        if self.is_rotated:
             rotation = self.batch.rotation
             q_THD, k_TKD = self.rotated(q_THD, rotation), self.rotated(k_TKD, rotation)
         q_TKGD = q_THD.unflatten(1, (k_TKD.shape[1], -1))
@@ -97,8 +97,8 @@ class GeneralCoreAttention(torch.nn.Module):
 
     def rotated(self, x_THD: Tensor, rotation: Rotation) -> Tensor:
         """At their positions. Interleaved pairs come apart, first numbers first: of q and k alike, so scores stay."""
-        turned_THD, rest_THD = x_THD[..., : self._num_rotated], x_THD[..., self._num_rotated :]
-        if self._is_interleaved:
+        turned_THD, rest_THD = x_THD[..., : self.num_rotated], x_THD[..., self.num_rotated :]
+        if self.is_interleaved:
             turned_THD = torch.cat((turned_THD[..., 0::2], turned_THD[..., 1::2]), dim=-1)
         turned_THD = rotate(turned_THD, rotation)
         return turned_THD if not rest_THD.shape[-1] else torch.cat((turned_THD, rest_THD), dim=-1)
@@ -125,7 +125,7 @@ class ZeroCentredNorm(torch.nn.Module):
         """Takes what Megatron passes to any norm."""
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
-        self._epsilon = eps
+        self.eps = eps
         self.bias: Tensor | None = None
         if config.normalization == "LayerNorm":
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size))
@@ -134,5 +134,5 @@ class ZeroCentredNorm(torch.nn.Module):
         """[..., C] -> [..., C]; computed in fp32, as the sum 1 + weight has no room in bf16."""
         weight_C = self.weight.float() + 1.0
         if self.bias is None:
-            return F.rms_norm(x.float(), x.shape[-1:], weight_C, self._epsilon).to(x.dtype)
-        return F.layer_norm(x.float(), x.shape[-1:], weight_C, self.bias.float(), self._epsilon).to(x.dtype)
+            return F.rms_norm(x.float(), x.shape[-1:], weight_C, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), x.shape[-1:], weight_C, self.bias.float(), self.eps).to(x.dtype)

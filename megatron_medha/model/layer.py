@@ -41,7 +41,7 @@ class MedhaTransformerLayer(TransformerLayer):
 
     @staticmethod
     def gated_silu(gate_and_up: Tensor) -> Tensor:
-        """[..., 2F] -> [..., F]; cpu_model.py may put a kernel in its place."""
+        """[..., 2F] -> [..., F]; native_parts.py may put a kernel in its place."""
         gate, up = gate_and_up.chunk(2, dim=-1)
         # In place, and without Megatron's "+ 0.0": each pass over a chunk's widest tensor costs half a millisecond.
         return F.silu(gate).mul_(up)

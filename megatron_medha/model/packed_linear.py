@@ -70,8 +70,7 @@ def pack_linears(
     )
     for module, weight in layers:
         make_this, across_ranks = make, None
-        # A bias that Megatron adds itself: after the residual is known, or weighted by an expert's probability.
-        bias, returned_bias = (None, module.bias) if module.skip_bias_add else (module.bias, None)
+        bias, returned_bias = (None, module.bias) if _is_bias_returned(module, make) else (module.bias, None)
         if get_pg_size(module.tp_group) > 1 and isinstance(module, ColumnParallelLinear):
             across_ranks = _gathering(module)
         elif get_pg_size(module.tp_group) > 1:
@@ -86,6 +85,14 @@ def pack_linears(
         )
         if module.weight is not None:
             weight.data = weight.data.new_empty(0)
+
+
+def _is_bias_returned(module: ColumnParallelLinear | RowParallelLinear, make: MakeLinear) -> bool:
+    """Whether Megatron adds it itself. A native layer adds it before it rounds, wherever the sum is the same."""
+    if make is OneDnnLinear or not module.skip_bias_add:
+        return bool(module.skip_bias_add)
+    # Otherwise of the ranks' sum, or weighted by an expert's probability.
+    return isinstance(module, RowParallelLinear) and (get_pg_size(module.tp_group) > 1 or module.is_expert)
 
 
 def linear_kernel(name: str, dtype: torch.dtype) -> MakeLinear | None:
@@ -132,7 +139,7 @@ class PackedLinear:
         """
         self.multiply = make(weight_OI.detach(), None if bias_O is None else bias_O.detach())
         self._across_ranks = across_ranks
-        self._returned_bias_O = returned_bias_O
+        self.returned_bias_O = returned_bias_O
 
     @property
     def is_whole(self) -> bool:
@@ -146,7 +153,7 @@ class PackedLinear:
         output = self.multiply(input_)
         if self._across_ranks is not None:
             output = self._across_ranks(output, runtime_gather_output)
-        return output, self._returned_bias_O
+        return output, self.returned_bias_O
 
 
 class OneDnnLinear:

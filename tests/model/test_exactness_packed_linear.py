@@ -12,7 +12,7 @@ from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library
 from megatron_medha.model import packed_linear
 from megatron_medha.model.build import build_model
-from megatron_medha.model.cpu_model import use_native_passes
+from megatron_medha.model.native_parts import use_native_parts
 from megatron_medha.model.packed_linear import (
     OneDnnLinear,
     PackedLinear,
@@ -143,7 +143,7 @@ def test_a_layer_with_native_passes_computes_what_it_did_before(dtype: torch.dty
 
     with torch.inference_mode():
         before = computed()
-        use_native_passes(model)
+        use_native_parts(model)
         after = computed()
     for plain, native in zip(before, after, strict=True):
         # Torch's bf16 activation rounds twice, the native one once; sums of 96 such products cancel in part.

@@ -40,35 +40,52 @@ def load(tmp_path: Path, rank_config: RankConfig, front_of: Callable[[RankConfig
                 model=dataclasses.replace(rank_config.model, dtype="bfloat16", **{"num_threads": 2, **options}),
             )
         )
+        front.short_way = front.rank._plain_decodes
         front.rank._plain_decodes = None  # they pass the model's forward by: test_run_ahead.py
         return front
 
     return load
 
 
+GPT2 = {
+    "n_embd": 72, "n_layer": 3, "n_head": 6, "n_positions": 512, "n_inner": 104, "initializer_range": 0.2,
+}  # fmt: skip
+# Beside the sizes below: layers that are not Llama's.
+OTHERS: dict[str, dict[str, Any]] = {
+    "GPT2": GPT2,
+    "Starcoder2": {},
+    "Nemotron": {"partial_rotary_factor": 0.5},
+    "Phi3": {"partial_rotary_factor": 0.75, "pad_token_id": 0, "hidden_size": 96},
+    "Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 3},
+    "Qwen2Moe": {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 64,
+    },
+    "Qwen3Moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "norm_topk_prob": True},
+}  # fmt: skip
+
+
 def save_tiny(kind: str, directory: Path, ffn_size: int) -> None:
     """A checkpoint of transformers' model of that kind."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config_class, model_class = (getattr(transformers, f"{kind}{part}") for part in ("Config", "ForCausalLM"))
-    config = config_class(
-        vocab_size=300,
-        hidden_size=72,
-        intermediate_size=ffn_size,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=24,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        tie_word_embeddings=kind == "Qwen3",
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config_class = getattr(transformers, f"{kind}Config")
+    model_class = transformers.GPT2LMHeadModel if kind == "GPT2" else getattr(transformers, f"{kind}ForCausalLM")
+    sizes = {
+        "hidden_size": 72, "intermediate_size": ffn_size, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 512, "initializer_range": 0.2,
+        "tie_word_embeddings": kind == "Qwen3",
+    }  # fmt: skip
+    if kind in ("Phi3", "Qwen2Moe"):
+        del sizes["head_dim"]  # it follows from the others
+    more = OTHERS.get(kind, {})
+    given = more if kind == "GPT2" else {**sizes, **more}
+    config = config_class(vocab_size=300, bos_token_id=1, eos_token_id=2, **given)
     model = model_class(config)
     for name, weight in model.named_parameters():
         if weight.dim() == 1:  # norms and biases begin as ones and zeros, which hide a missing one
-            torch.nn.init.uniform_(weight, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(weight)
+            is_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
+            torch.nn.init.uniform_(weight, 0.5, 1.5) if is_norm else torch.nn.init.normal_(weight)
     model.to(torch.bfloat16).save_pretrained(directory)
 
 
@@ -105,6 +122,39 @@ def test_a_step_in_one_call_gives_the_logits_of_its_layers_one_by_one(
     one_by_one = all_logits(front)
     assert len(at_once) == 6
     assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("target", ["avx512", "amx"])
+def test_other_layers_than_llamas_have_their_steps_in_one_call_as_well(
+    target: str, kind: str, weights: str, load: Callable[..., Any]
+) -> None:
+    if target.upper() not in usable_targets():
+        pytest.skip(f"this machine has no {target}")
+    front = load(kind, weight_dtype=weights, instruction_set=target)
+    native = front.rank.model.forward
+    assert isinstance(native, NativeForward)
+    at_once = all_logits(front)
+    front.rank.model.forward = native.plain
+    one_by_one = all_logits(front)
+    assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_decodes_of_other_layers_by_the_short_way_have_the_same_tokens(kind: str, load: Callable[..., Any]) -> None:
+    outputs = []
+    for is_short in (True, False):
+        front = load(kind)
+        if not is_short:
+            front.rank._plain_decodes = None
+        else:
+            front.rank._plain_decodes = front.short_way
+            assert front.short_way is not None
+        new = [front.new("p", list(range(10, 30)))]
+        front.step([front.first("p", 20, room=60, samples=True)], new)
+        outputs.append([front.step([Chunk("p", 20 + i, 1, True)]).tokens for i in range(12)])
+    assert outputs[0] == outputs[1]
 
 
 def test_int8_weights_change_logits_a_little_and_are_told_of(load: Callable[..., Any]) -> None:
