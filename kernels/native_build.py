@@ -25,16 +25,20 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 _AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma")
-# Instruction sets, the best first. Of the vector ones simd.h says what it asks for, of the tiles matrix_tiles.h.
+# Instruction sets, the best first. Of the vector ones simd.h says what it asks for, of the tiles matrix_tiles.h,
+# of bf16 dot products linear_pairs.h.
 _TARGET_FLAGS = {
     "AMX": (*_AVX512, "-mavx512bf16", "-DMEDHA_TILES"),
+    "AVX512_BF16": (*_AVX512, "-mavx512bf16", "-DMEDHA_PAIRS"),
     "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma"),
-    # For tests on other machines: AMX's order of operations without its instructions, and the same bits.
+    # For tests on other machines: the order of operations without the instructions, and the same bits.
     "AMX_PLAIN": (*_AVX512, "-DMEDHA_PLAIN_TILES"),
+    "AVX512_BF16_PLAIN": (*_AVX512, "-DMEDHA_PLAIN_PAIRS"),
 }
 _CPU_FLAGS = {  # by the names of /proc/cpuinfo
     "AMX": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma", "avx512_bf16", "amx_tile", "amx_bf16"},
+    "AVX512_BF16": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma", "avx512_bf16"},
     "AVX512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"},
     "AVX2": {"avx2", "fma"},
 }

@@ -1,4 +1,5 @@
-// Linear layers with bf16 or int8 weights and fp32 arithmetic. Where there are matrix tiles, linear_tiles.h multiplies.
+// Linear layers with bf16 or int8 weights and fp32 arithmetic. Where there are matrix tiles, linear_tiles.h
+// multiplies, where there are bf16 dot products alone, linear_pairs.h.
 //
 // out [T, O] = in [T, I] . weight [O, I]^T + bias [O], in, bias and out in bf16; an int8 weight is multiplied by its
 // output's scale. The weight lies packed, bf16 as [O/64][I/2][64][2], int8 as [O/64][I][64]: decodes read it as it is,
@@ -13,6 +14,7 @@
 
 #include "calls.h"
 #include "linear_output.h"
+#include "linear_pairs.h"
 #include "linear_tiles.h"
 #include "parallel_for.h"
 #include "prefetcher.h"
@@ -280,6 +282,10 @@ void run_all(const LinearCall *calls, int64_t count) {
 bool fuses_gate(int64_t ffn_size) { return ffn_size % PACKED == 0; }
 template <class W>
 using BestLinear = TiledLinear<W>;
+#elif defined(HAS_PAIRS)
+bool fuses_gate(int64_t ffn_size) { return ffn_size % PACKED == 0; }
+template <class W>
+using BestLinear = PairLinear<W>;
 #else
 bool fuses_gate(int64_t) { return false; }
 template <class W>

@@ -41,7 +41,7 @@ class ModelOptions:
         check_member("model.device", self.device, ("auto", "cpu", "cuda"))
         check_member("model.attention_backend", self.attention_backend, ("auto", *BACKENDS))
         check_member("model.linear_backend", self.linear_backend, ("auto", "native", "onednn"))
-        check_member("model.instruction_set", self.instruction_set, ("auto", "amx", "avx512", "avx2"))
+        check_member("model.instruction_set", self.instruction_set, ("auto", "amx", "avx512_bf16", "avx512", "avx2"))
         check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
         check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
         check_member("model.weight_dtype", self.weight_dtype, ("auto", "int8"))

@@ -157,7 +157,7 @@ def test_threads_change_no_bit(native: NativeAttention) -> None:
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("target", ["AMX"])
+@pytest.mark.parametrize("target", ["AMX", "AVX512_BF16"])
 def test_products_of_bf16_and_their_plain_version_give_the_same_bits(target: str, name: str) -> None:
     fast, plain = (Layer(native_of(each).target, **PARTS[name]) for each in (target, f"{target}_PLAIN"))
     hidden_TC = hidden_states(33)

@@ -59,9 +59,10 @@ def test_threads_change_no_bit(native: NativeAttention) -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 17, 40, 70])
-def test_matrix_tiles_and_their_plain_version_give_the_same_bits(num_tokens: int) -> None:
-    tiles, plain = native_of("AMX").target, native_of("AMX_PLAIN").target
+@pytest.mark.parametrize("num_tokens", [1, 5, 9, 16, 17, 40, 70])
+@pytest.mark.parametrize("target", ["AMX", "AVX512_BF16"])
+def test_products_of_bf16_and_their_plain_version_give_the_same_bits(target: str, num_tokens: int) -> None:
+    tiles, plain = native_of(target).target, native_of(f"{target}_PLAIN").target
     weight_OI, input_TI = torch.randn(130, 333).bfloat16(), torch.randn(num_tokens, 333).bfloat16()
     input_TI[0, :20] *= 1e-38  # denormal products
     assert torch.equal(NativeLinear(weight_OI, None, tiles)(input_TI), NativeLinear(weight_OI, None, plain)(input_TI))

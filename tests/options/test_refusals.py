@@ -89,7 +89,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: 
         ("model.fp8=delayed", "use one of none, tensorwise, blockwise"),
         ("model.weight_dtype=int4", "use one of auto, int8"),
         ("model.linear_backend=mkl", "use one of auto, native, onednn"),
-        ("model.instruction_set=sse", "use one of auto, amx, avx512, avx2"),
+        ("model.instruction_set=sse", "use one of auto, amx, avx512_bf16, avx512, avx2"),
     ],
 )
 def test_a_value_outside_a_closed_set_is_refused_with_the_set(refusal: Refusal, override: str, allowed: str) -> None:

@@ -191,7 +191,7 @@ def test_prompt_logprobs_come_from_the_same_hidden_states(load: Callable[..., An
     assert at_once.prompt_logprobs == one_by_one.prompt_logprobs != ()
 
 
-@pytest.mark.parametrize("target", ["avx2", "avx512", "amx"])
+@pytest.mark.parametrize("target", ["avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set_runs_whole_steps_and_computes_nearly_the_same(
     target: str, load: Callable[..., Any]
 ) -> None:
