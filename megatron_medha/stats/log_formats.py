@@ -26,7 +26,8 @@ _KEYS_OF_FORMAT_1 = {"max_saved_gift_steps": "max_banked_steps", "long_prefill_t
 
 def translate_header(header: dict[str, Any], log_format: int) -> None:
     """Give the keys of an earlier format their names of today, and what was left to a default its value of then."""
-    kv, block_size = header.get("kv"), header.get("block_size")
+    kv: Any = header.get("kv")
+    block_size: Any = header.get("block_size")
     is_cached = isinstance(kv, dict) and kv.get("prefix_cache") is True
     if is_cached and kv.get("granule_tokens") is None and isinstance(block_size, int) and block_size > 0:
         kv["granule_tokens"] = -(-_GRANULE_TOKENS_OF_THEN // block_size) * block_size
