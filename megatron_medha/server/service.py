@@ -15,7 +15,7 @@ from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.prefix_keys import root_key
 from megatron_medha.core.ports import EngineClient, EngineFacts, EnginePhase, EngineStatus
 from megatron_medha.server.admission import AdmissionControl
-from megatron_medha.server.api_keys import ApiKeys
+from megatron_medha.server.api_keys import ApiClient, ApiKeys
 from megatron_medha.server.http.body_reader import BodyBudget
 from megatron_medha.server.http.http_errors import ApiError
 from megatron_medha.server.http.request_body import PromptLimits
@@ -212,6 +212,10 @@ class Service:
         if facts.granule_tokens is None:
             return None
         return root_key(self._prefix_secret, facts.shape.name, address if self._isolates_keys else "", salt)
+
+    def session_owner(self, client: ApiClient, address: str) -> str:
+        """Whose sessions a request may name. It has no blanks."""
+        return address if self._isolates_keys else client.name
 
     def _post(self, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server has ended, and every request with it

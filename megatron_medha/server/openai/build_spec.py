@@ -108,8 +108,8 @@ async def begin_spec(
         prefix_root=None if fields.cache_prompt is False else service.prefix_root(
             ready.facts, context.address, fields.cache_salt or ""
         ),
-        # Those of two keys are two, whatever their names: names of keys have no blanks.
-        session_id=f"{context.key.name} {session}" if session else "",
+        # Those of two owners are two, whatever their names, as an owner's has no blanks.
+        session_id=f"{service.session_owner(context.key, context.address)} {session}" if session else "",
         ends_session=bool(session and fields.ends_session),
         tools=tools,
         ignored=(
