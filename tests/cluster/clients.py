@@ -7,10 +7,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_medha.core.kv.prefix_keys import GranuleKeys, root_key
 from megatron_medha.core.ports import Delivery, EngineClient, EnginePhase, ErrorDelivery, TokenDelivery
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
 
+_KEY_ROOT = root_key(b"of these tests")
 TIMEOUT_S = 180.0  # for starts of real ranks on a busy machine
 
 
@@ -29,15 +31,26 @@ class Client:
                 self.deliveries.setdefault(delivery.request_id, []).append(delivery)
             self._changed.notify_all()
 
-    def send(self, request_id: str, prompt: Sequence[int], num_outputs: int, **sampling: Any) -> None:
+    def send(
+        self, request_id: str, prompt: Sequence[int], num_outputs: int, *, is_cached: bool = False,
+        session_id: str = "", **sampling: Any,
+    ) -> None:  # fmt: skip
+        """is_cached: it takes part in the prefix cache, where there is one."""
+        token_ids, keys, prefix_keys = array("i", prompt), None, b""
+        facts = self.engine.facts
+        if is_cached and facts is not None and facts.granule_tokens is not None:
+            keys = GranuleKeys(_KEY_ROOT, facts.granule_tokens)
+            prefix_keys = keys.extend(token_ids)
         request = Request(
             request_id=request_id,
             num_prompt_tokens=len(prompt),
             max_output_tokens=num_outputs,
             arrival_s=self.engine.now_s(),
+            prefix_keys=prefix_keys,
+            session_id=session_id,
         )
         parameters = {"max_output_tokens": num_outputs, "temperature": 0.0, "seed": 1, **sampling}
-        self.engine.submit(request, array("i", prompt), Sampling(**parameters))
+        self.engine.submit(request, token_ids, Sampling(**parameters), keys)
 
     def wait(self, request_id: str, num_deliveries: int | None = None) -> list[Delivery]:
         """Until the request has ended, or that many deliveries have come."""

@@ -3,83 +3,21 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from clients import TIMEOUT_S, Client, wait_until_ready
+from real_ranks import VOCAB_SIZE, make_engine, random_prompt, rank_pids
 
 from megatron_medha.cluster.health import RecoveryConfig
-from megatron_medha.cluster.model_options import ModelOptions
-from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.cluster.rank_engine import cluster_engine
 from megatron_medha.core.batch import FinishReason
-from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.ports import EnginePhase, ErrorDelivery, TokenDelivery
-from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
-from megatron_medha.engine.engine import Engine
 from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.stats.decision_log import read_log, replay
-
-VOCAB_SIZE = 512
-BLOCK_SIZE = 16
-# Silence is no failure here: on a busy machine a rank may be put aside for seconds.
-PATIENT = RecoveryConfig(heartbeat_timeout_s=60.0)
-HARDWARE = Hardware(name="test", flops_per_s=5e10, memory_bytes_per_s=1e10)
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    directory = tmp_path_factory.mktemp("engine-llama")
-    transformers.LlamaForCausalLM(config).float().save_pretrained(directory)
-    return directory
-
-
-def make_engine(
-    checkpoint: Path,
-    *,
-    kv_blocks: int = 2048,
-    log: Path | None = None,
-    recovery: RecoveryConfig | None = None,
-    layout: ParallelLayout = ParallelLayout(),  # noqa: B008
-    shard_tokens: int | None = None,
-    **scheduler: Any,
-) -> Engine:
-    block_bytes = 2 * 2 * 2 * 16 * BLOCK_SIZE * 4  # K and V, layers, heads, head dim, tokens, fp32
-    return cluster_engine(
-        rank_config=RankConfig(
-            layout=layout,
-            max_tokens_per_shard=shard_tokens,
-            server_endpoint="",
-            checkpoint=str(checkpoint),
-            model=ModelOptions(device="cpu", block_size=BLOCK_SIZE, num_threads=1),
-            kv_memory_bytes=kv_blocks * block_bytes,
-        ),
-        scheduler_config=SchedulerConfig(**scheduler),
-        hardware=HARDWARE,
-        recovery=recovery or PATIENT,
-        decision_log=log,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +27,6 @@ def shared_client(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     yield client
     client.engine.stop(TIMEOUT_S)
     assert client.engine.status.phase is EnginePhase.STOPPED
-
-
-def random_prompt(seed: int, num_tokens: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(3, VOCAB_SIZE) for _ in range(num_tokens)]
 
 
 def assert_all_blocks_come_back(client: Client) -> None:
@@ -272,19 +205,3 @@ def test_a_checkpoint_that_is_not_there_fails_the_start_with_its_path(tmp_path: 
     look()
     assert done.wait(TIMEOUT_S)
     assert engine.status.phase is EnginePhase.FAILED and "nowhere" in engine.status.detail
-
-
-def rank_pids() -> set[int]:
-    """Our own child processes that are ranks."""
-    found: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            is_child = f"PPid:\t{os.getpid()}\n" in (entry / "status").read_text()
-            command = (entry / "cmdline").read_bytes().decode()
-        except OSError:
-            continue  # it ended meanwhile
-        if is_child and "megatron_medha.worker.main" in command:
-            found.add(int(entry.name))
-    return found
