@@ -23,9 +23,12 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def iteration_of(directory: Path) -> Path | None:
-    """Where a Megatron checkpoint has its common.pt: that directory, or the iteration that its tracker file names."""
-    if (directory / "common.pt").is_file():
-        return directory
+    """Where a Megatron checkpoint has its common.pt: that directory, NeMo's weights in it, or the iteration that its
+    tracker file names.
+    """
+    for place in (directory, directory / "weights"):
+        if (place / "common.pt").is_file():
+            return place
     if not (directory / _TRACKER).is_file():
         return None
     stated = read_word(directory / _TRACKER)

@@ -131,7 +131,7 @@ def test_a_request_whose_end_is_in_doubt_is_refused_and_nothing_behind_it_is_rea
         (b"GET /live HTTP/1.1\r\nhost: user@localhost\r\n\r\n", 400),
         (b"GET http://localhost/live HTTP/1.1\r\nhost: x\r\n\r\n", 200),
         (b"GET http://user@localhost/live HTTP/1.1\r\nhost: x\r\n\r\n", 400),
-        (b"GET http://localhost HTTP/1.1\r\nhost: x\r\n\r\n", 404),
+        (b"GET http://localhost HTTP/1.1\r\nhost: x\r\n\r\n", 307),
         (b"GET ftp://localhost/live HTTP/1.1\r\nhost: x\r\n\r\n", 400),
         (b"OPTIONS * HTTP/1.1\r\nhost: x\r\n\r\n", 404),
         (b"CONNECT localhost:80 HTTP/1.1\r\nhost: x\r\n\r\n", 405),

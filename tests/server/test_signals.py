@@ -43,7 +43,7 @@ stops.install_early_handlers()
 if sys.argv[1] != "start":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: None)  # uvicorn's: to the loop, which does not come round
-    stops.count(lambda: True)
+    stops.count(lambda: True, lambda: "")
     print("ready", flush=True)
 
 def loop():

@@ -16,6 +16,7 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
 from megatron_medha.parallel.groups import build_groups, init_distributed
 from megatron_medha.tiny import tiny_training as module
+from megatron_medha.tiny.new_checkpoint import unfinished
 from megatron_medha.tiny.tiny_corpus import draw_starts, read_stdlib, windows
 from megatron_medha.tiny.tiny_tokenizer import (
     ASSISTANT_ID,
@@ -112,7 +113,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
 
 def test_a_directory_that_cannot_be_made_is_refused_before_training(tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="directory=.*: cannot be written"), module._unfinished(
+    with pytest.raises(ConfigError, match="directory=.*: cannot be written"), unfinished(
         tmp_path / "file" / "tiny"
     ):
         pass
