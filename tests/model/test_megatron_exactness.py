@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +210,9 @@ def test_experts_in_one_native_call_send_nearly_all_tokens_where_megatron_does(
     use_cpu_kernels(pair.served, backend)
     routed = [module.routed for module in pair.served.modules() if isinstance(module, ExpertsLayer)]
     assert routed and all(each is not None for each in routed)
-    our_error_T, their_error_T = bfloat16_errors(pair)
-    assert our_error_T.median() < 1.25 * their_error_T.median()
+    # One token that goes elsewhere changes all behind it, in ours or in theirs: a single text says little.
+    errors = [bfloat16_errors(pair, seed) for seed in range(3, 12)]
+    assert statistics.median(float(ours_T.median() / theirs_T.median()) for ours_T, theirs_T in errors) < 1.25
 
 
 def assert_bfloat16_is_as_near(pair: Pair) -> None:
@@ -218,9 +220,10 @@ def assert_bfloat16_is_as_near(pair: Pair) -> None:
     assert our_error_T.mean() < 1.25 * their_error_T.mean()
 
 
-def bfloat16_errors(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+def bfloat16_errors(pair: Pair, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean difference of each token's logits from Megatron's in fp32: ours in bf16, and Megatron's in bf16."""
-    token_ids = random_ids(150, 3)
+    token_ids = random_ids(150, seed)
+    pair.theirs.float().config.params_dtype = torch.float32
     reference_TV = megatron_logits(pair.theirs, token_ids)
     pair.theirs.bfloat16().config.params_dtype = torch.bfloat16
     theirs_TV = megatron_logits(pair.theirs, token_ids).float()
