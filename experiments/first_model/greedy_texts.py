@@ -72,17 +72,18 @@ def of_transformers(gguf: Path, questions: Sequence[str] = QUESTIONS) -> list[An
     assert set(missing) <= {"lm_head.weight"} and not surplus, (missing, surplus)
     model.tie_weights()
     model.eval()
-    template = gguf_package.GGUFReader(str(gguf)).fields["tokenizer.chat_template"].contents()
+    fields = gguf_package.GGUFReader(str(gguf)).fields
+    template, end_id = (fields[f"tokenizer.{name}"].contents() for name in ("chat_template", "ggml.eos_token_id"))
     answers = []
     for question in questions:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], template, tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": question}], chat_template=template, tokenize=False, add_generation_prompt=True,
         )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             output = model.generate(
-                torch.tensor([ids]), max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                torch.tensor([ids]), max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=end_id,
+                eos_token_id=end_id,
             )  # fmt: skip
         answers.append(Answer(ids, tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)))
     return answers
