@@ -42,7 +42,7 @@ def benchmarks_page() -> str:
     """The whole page."""
     stated = tomllib.loads((EXPERIMENTS / "figures.toml").read_text(encoding="utf-8"))
     figures = [*stated["figures"]]
-    figures.insert(1, _exact_hits())
+    figures[1:1] = [_exact_hits(), _first_model()]
     machines = "\n".join(f"* `{name}`: {text}" for name, text in stated["machines"].items())
     sections = [_HEAD.format(machines=machines)]
     for area in dict.fromkeys(figure["area"] for figure in figures):
@@ -70,6 +70,20 @@ def _exact_hits() -> dict[str, Any]:
         "result": f"log-probabilities with other bits (one device, spp 1 to 3): {bits}; other greedy tokens: {tokens}",
         "target": "none",
         "command": "`python -m experiments.exact_hits.run`",
+        "machine": "amx",
+        "stated": "from its results file",
+    }
+
+
+def _first_model() -> dict[str, Any]:
+    """From the answers of experiments/first_model."""
+    found = json.loads((EXPERIMENTS / "first_model" / "results.json").read_text(encoding="utf-8"))
+    return {
+        "area": "Exactness",
+        "question": "Does the model of `make serve` write what transformers does, greedily in float32?",
+        "result": f"{found['same_text']} of {found['questions']} texts are equal",
+        "target": "all",
+        "command": "`python -m experiments.first_model.run`",
         "machine": "amx",
         "stated": "from its results file",
     }

@@ -8,12 +8,15 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_medha.cli.parts.arguments import FLAGS
+from megatron_medha.cli.parts.checkpoint_process import begin_check
 from megatron_medha.cli.parts.command_options import read_options
 from megatron_medha.cli.parts.hub_models import hub_name, local_directory
 from megatron_medha.cli.parts.status_printer import StatusPrinter, print_line
 from megatron_medha.cli.parts.stop_signals import EXIT_CODE_SIGNALLED, StopSignals
+from megatron_medha.cluster.launch_config import LaunchKind
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import CheckpointError, ConfigError, MedhaError, UnsupportedModelError
 from megatron_medha.options.serve_options import (
@@ -142,6 +145,7 @@ def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) 
     # What is imported stays for good: collecting among it costs a tenth of the start now, and pauses later.
     gc.disable()
     set_mmap_threshold()
+    wait_for_check = _begin_check(config)
     # Imported after the configuration has been found right: errors should come at once.
     from megatron_medha.cli.parts.serve_parts import make_service, model_name_of, public_options
     from megatron_medha.cli.parts.tracking import Tracking
@@ -161,6 +165,7 @@ def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) 
         tracking.start()
 
     try:
+        wait_for_check()  # a refusal comes before the server listens
         run_app(create_app(service, model_name_of(config)), options.server, on_listening)
     finally:
         gc.enable()
@@ -169,6 +174,17 @@ def _serve(config: ServeConfig, read_server_config: Callable[[], ServerConfig]) 
         service.engine.stop(_FORCED_STOP_S)
         tracking.stop(_TRACKING_STOP_S)  # last: it keeps the logs, which are complete now
     return _exit_code(printer, stops)
+
+
+def _begin_check(config: ServeConfig) -> Callable[[], None]:
+    """Starts what with_local_model() could not check; call the result to wait for it."""
+    # Ranks elsewhere have other devices than this machine.
+    if isinstance(config.world, RankConfig) and config.options.launch.kind is not LaunchKind.ATTACH:
+        from megatron_medha.worker.startup.early_check import needs_torch
+
+        if needs_torch(Path(config.world.checkpoint)):
+            return begin_check(config.world)
+    return lambda: None
 
 
 def _exit_code(printer: StatusPrinter, stops: StopSignals) -> int:

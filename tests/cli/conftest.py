@@ -19,6 +19,7 @@ class Medha:
         environment = {key: value for key, value in os.environ.items() if key != "MEDHA_API_KEY"}
         self.errors = directory / "stderr"
         self._stderr = self.errors.open("w")
+        self.printed = ""  # what was left to read at its end
         self.process = subprocess.Popen(
             [sys.executable, *python_flags, "-m", "megatron_medha", *words],
             stdin=subprocess.DEVNULL,
@@ -45,7 +46,7 @@ class Medha:
         """Wait for its exit code."""
         assert self.process.stdout is not None
         if not self.process.stdout.closed:
-            self.process.stdout.read()
+            self.printed += self.process.stdout.read()
         exit_code = self.process.wait(60)
         self._stderr.close()
         return exit_code

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_medha.cli.medha import main
+from megatron_medha.cli.parts import checkpoint_process
+from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.parallel.groups import build_groups, init_distributed
 from megatron_medha.tiny.tiny_tokenizer import save_tiny_tokenizer
@@ -54,6 +59,38 @@ def test_a_refused_model_says_why(saved: Path, tmp_path: Path, capsys: pytest.Ca
     save_tiny_tokenizer(tmp_path / "mup", 509)
     assert check(tmp_path / "mup") == 1
     assert "args.use_mup=True is not supported" in capsys.readouterr().err
+
+
+def test_a_megatron_model_is_refused_once_with_all_reasons_before_the_server_listens(
+    start: Callable[..., Any], saved: Path, tmp_path: Path
+):
+    args = recorded_args("main", use_mup=True, fp32_residual_connection=True)
+    save_megatron(megatron_model(recorded_args("main"), build_groups(ParallelLayout())), args, tmp_path / "mup")
+    save_tiny_tokenizer(tmp_path / "mup", 509)
+    medha = start("serve", str(tmp_path / "mup"), "server.port=0", "model.device=cpu", "model.kv_memory_gib=0.01")
+    assert medha.end() == 2
+    message = medha.errors.read_text()
+    assert "args.use_mup=True" in message and "args.fp32_residual_connection=True" in message
+    assert message.count("args.use_mup") == 1 and "engine_failed" not in message
+    assert medha.printed == ""
+
+
+def test_a_zero_checkpoint_without_its_step_is_refused_before_the_server_listens(
+    start: Callable[..., Any], saved: Path, tmp_path: Path
+):
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "latest").write_text("global_step7")
+    save_tiny_tokenizer(tmp_path / "zero", 509)
+    medha = start("serve", str(tmp_path / "zero"), "server.port=0", "model.device=cpu")
+    assert medha.end() == 2
+    assert "global_step7" in medha.errors.read_text()
+    assert medha.printed == ""
+
+
+def test_a_check_that_breaks_refuses_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    for code in ("import os; os.abort()", "print('noise'); raise ImportError('torch')"):
+        monkeypatch.setattr(checkpoint_process, "_COMMAND", (sys.executable, "-c", code))
+        checkpoint_process.begin_check(RankConfig(server_endpoint="", checkpoint=str(saved), kv_memory_bytes=None))()
 
 
 def test_a_simulated_model_has_nothing_to_check(capsys: pytest.CaptureFixture[str], saved: Path):

@@ -1,15 +1,25 @@
-"""What a rank would load and have room for, from configs and headers alone: no weight is read, no model is built."""
+"""What a rank would load and have room for, from configs and headers alone: no weight is read, no model is built.
+
+`python -m megatron_medha.worker.startup.checkpoint_check '<RankConfig as JSON>' PARENT_PID` prints why that would be
+refused and exits with 2, or prints nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import msgspec
 
 from megatron_medha.checkpoints.detect import find_checkpoint, read_model_config
 from megatron_medha.cluster.rank_config import RankConfig
-from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.errors import ConfigError, MedhaError
 from megatron_medha.model.build import check_layout_of
 from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.system.libc import set_pdeathsig
 from megatron_medha.worker.startup.device import context_len_of, device_of, dtype_of
 
 _GIB = 1 << 30
@@ -49,6 +59,21 @@ def checkpoint_facts(config: RankConfig) -> Iterator[tuple[str, str]]:
     yield "layouts", "; ".join(f"parallel.{axis}={', '.join(map(str, found))}" for axis, found in degrees.items())
 
 
+def main(argv: Sequence[str]) -> int:
+    """Check as the only work of a process, which ends with the one that started it."""
+    config = msgspec.json.decode(argv[0], type=RankConfig)
+    set_pdeathsig(int(argv[1]))
+    warnings.simplefilter("ignore")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print there what is none of our reasons
+            for _ in checkpoint_facts(config):
+                pass
+    except MedhaError as error:
+        print(error)
+        return 2
+    return 0
+
+
 def _sizes(model: ModelConfig) -> str:
     heads = f"{model.num_heads} heads of {model.head_dim}"
     heads += f" ({model.num_kv_heads} of keys and values)" if model.latent is None else ""
@@ -73,3 +98,7 @@ def _short(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_medha.models.hf_config import read_hf_config
 
-# Files that make a directory a checkpoint of another kind. Their readers need torch, and so wait for the ranks.
+# Files that make a directory a checkpoint of another kind. Their readers need torch, which the server does not import.
 _OTHER_KINDS = (
     "latest_checkpointed_iteration.txt", "latest_train_state.pt", "metadata.json", "context", "latest",
     "adapter_config.json",
@@ -15,9 +15,9 @@ _OTHER_KINDS = (
 
 def check_checkpoint(directory: Path) -> None:
     """Raises CheckpointError where there is no checkpoint, UnsupportedModelError for a Hugging Face model with all
-    reasons that it is refused for; what only the weights or a training script's arguments tell, the ranks find.
+    reasons that it is refused for; of the other kinds nothing (needs_torch()).
     """
-    if any((directory / name).exists() for name in _OTHER_KINDS):
+    if any((directory / name).exists() for name in _OTHER_KINDS) or any(directory.glob("*.gguf")):
         return
     if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
         check_config(directory)
@@ -25,6 +25,15 @@ def check_checkpoint(directory: Path) -> None:
     from megatron_medha.checkpoints.detect import find_checkpoint
 
     find_checkpoint(directory)
+
+
+def needs_torch(checkpoint: Path) -> bool:
+    """Whether check_checkpoint() cannot read what the model is."""
+    return (
+        any((checkpoint / name).exists() for name in _OTHER_KINDS)
+        or not (checkpoint / "config.json").is_file()
+        or not any(checkpoint.glob("*.safetensors"))
+    )
 
 
 def check_config(directory: Path) -> None:
