@@ -64,13 +64,13 @@ def test_a_refused_model_says_why(saved: Path, tmp_path: Path, capsys: pytest.Ca
 def test_a_megatron_model_is_refused_once_with_all_reasons_before_the_server_listens(
     start: Callable[..., Any], saved: Path, tmp_path: Path
 ):
-    args = recorded_args("main", use_mup=True, fp32_residual_connection=True)
+    args = recorded_args("main", use_mup=True, vision_pretraining=True)
     save_megatron(megatron_model(recorded_args("main"), build_groups(ParallelLayout())), args, tmp_path / "mup")
     save_tiny_tokenizer(tmp_path / "mup", 509)
     medha = start("serve", str(tmp_path / "mup"), "server.port=0", "model.device=cpu", "model.kv_memory_gib=0.01")
     assert medha.end() == 2
     message = medha.errors.read_text()
-    assert "args.use_mup=True" in message and "args.fp32_residual_connection=True" in message
+    assert "args.use_mup=True" in message and "args.vision_pretraining=True" in message
     assert message.count("args.use_mup") == 1 and "engine_failed" not in message
     assert medha.printed == ""
 

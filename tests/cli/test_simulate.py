@@ -161,7 +161,7 @@ def test_explain_says_where_a_prompt_leaves_what_came_before_it(tmp_path: Path, 
     assert main(["explain", str(out), first]) == 0
     text = capsys.readouterr().out
     assert "prefix cache: 0 of its prompt tokens were there" in text
-    assert "no earlier request begins with its first 64 tokens" in text
+    assert "no earlier request begins with its first 16 tokens" in text
     assert main(["explain", str(out), later]) == 0
     text = capsys.readouterr().out
     shared, before = re.search(r"its first ([\d,]+) tokens are those of (\S+); in", text).groups()
@@ -169,7 +169,7 @@ def test_explain_says_where_a_prompt_leaves_what_came_before_it(tmp_path: Path, 
     # All of the turn before, its output too, but for the granule that was not full.
     last = max((row for row in requests.values() if row["arrival_s"] < requests[later]["arrival_s"]
                 and row["request_id"].split(".")[0] == later.split(".")[0]), key=lambda row: row["arrival_s"])
-    assert int(shared.replace(",", "")) == (last["prompt_tokens"] + last["tokens_out"]) // 64 * 64
+    assert int(shared.replace(",", "")) == (last["prompt_tokens"] + last["tokens_out"]) // 16 * 16
 
 
 def test_explain_says_who_computes_the_prefix_that_a_request_waits_for(tmp_path: Path, capsys: Capture) -> None:
@@ -184,8 +184,8 @@ def test_explain_says_who_computes_the_prefix_that_a_request_waits_for(tmp_path:
     capsys.readouterr()
     assert main(["explain", str(out), "b.0"]) == 0
     text = capsys.readouterr().out
-    assert "prefix cache: 58,944 of its prompt tokens were there when it was first scheduled" in text
-    assert "its first 58,944 tokens are those of a.0; in 58,944 to 59,007 is the first that is new" in text
+    assert "prefix cache: 58,992 of its prompt tokens were there when it was first scheduled" in text
+    assert "its first 58,992 tokens are those of a.0; in 58,992 to 59,007 is the first that is new" in text
     assert "a.0 computes a prefix that it shares" in text
 
 
@@ -369,16 +369,16 @@ def test_every_command_has_help_with_an_example(name: str, capsys: Capture) -> N
 
 
 def test_help_shows_each_key_once_and_as_it_is_in_force(capsys: Capture) -> None:
-    main(["simulate", "--help"])
+    main(["simulate", "--help=all"])
     text = capsys.readouterr().out
     assert "model.kv_memory_gib=null" in text and "kv_memory_gib=48" not in text
     assert text.count("model.kv_memory_gib=") == 1
 
 
 def test_simulate_and_serve_list_only_the_targets_that_fit_them(capsys: Capture) -> None:
-    main(["simulate", "--help"])
+    main(["simulate", "--help=all"])
     simulated = capsys.readouterr().out
-    main(["serve", "--help"])
+    main(["serve", "--help=all"])
     served = capsys.readouterr().out
     assert "slo.ttft_multiplier=" in simulated and "default_class" not in simulated
     assert "slo_classes.default_class=" in served and "ttft_multiplier" not in served

@@ -84,7 +84,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text(json.dumps(LLAMA))
     monkeypatch.setattr(model_words, "local_file", lambda *_: tmp_path / "hub" / "config.json")
-    return {"DIR2": str(directory), "DIR": str(directory), "FILE": str(trace), "URL": "http://127.0.0.1:8000"}
+    checkpoints = dict.fromkeys(("DIR", "DIR2", "/models/model"), str(directory))
+    return {**checkpoints, "FILE": str(trace), "URL": "http://127.0.0.1:8000"}
 
 
 @pytest.mark.parametrize("command", [pytest.param(command, id=name) for name, command in shown()])
