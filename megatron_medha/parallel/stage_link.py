@@ -54,3 +54,8 @@ class StageLink:
         # and this does not wait.
         if len(self._sent) > self.num_stages:
             self._sent.popleft()[0].wait()
+
+    def finish(self) -> None:
+        """Wait until the next stage has all that was sent: gloo drops what is still under way with its tensor."""
+        while self._sent:
+            self._sent.popleft()[0].wait()

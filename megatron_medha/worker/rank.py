@@ -185,6 +185,10 @@ class Rank:
         audit_counts = self.sent_blocks.note(step.released, step.kv_ops)
         return HeldKV(len(self._requests), audit_counts.num_blocks, audit_counts.block_numbers)
 
+    def finish(self) -> None:
+        """Wait until the next stage has what this rank has sent it."""
+        self._link.finish()
+
     @torch.inference_mode()
     def compute(self) -> StepDone:
         """Compute the step announced first. A fault of one request fails that request alone."""

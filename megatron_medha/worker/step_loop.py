@@ -30,6 +30,7 @@ def run_steps(rank: Rank, inbox: MessageInbox, answer: Callable[[StepDone], None
             if rank.answers:
                 answer(done)
         elif is_over:
+            rank.finish()
             return
         elif rank.run_ahead():
             continue  # a message may have arrived

@@ -18,6 +18,7 @@ import pytest
 
 import megatron_medha
 from megatron_medha import LLM, SamplingParams
+from tests.python_api.child_processes import child_processes
 
 FIVE = SamplingParams(max_tokens=5, ignore_eos=True)
 JSON = {"type": "json_object"}
@@ -36,13 +37,6 @@ def traces() -> tuple[set[str], set[str], int]:
     return names, folders, len(os.listdir("/proc/self/fd"))
 
 
-def children() -> set[int]:
-    found = set()
-    for task in Path("/proc/self/task").iterdir():
-        found |= {int(number) for number in (task / "children").read_text().split()}
-    return found
-
-
 def test_two_after_one_another_leave_no_process_thread_descriptor_or_folder(
     simulated: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,12 +50,12 @@ def test_two_after_one_another_leave_no_process_thread_descriptor_or_folder(
         llm.close()
 
     use()  # what is made once for the process, such as the reader of grammars
-    before, processes = traces(), children()
+    before, processes = traces(), set(child_processes())
     use()
     use()
     after = traces()
     assert after[0] <= before[0] and after[1] <= before[1] and after[2] <= before[2]
-    assert children() <= processes
+    assert set(child_processes()) <= processes
 
 
 def test_one_that_nobody_holds_any_more_is_closed(simulated: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_medha import LLM, SamplingParams
 from megatron_medha.cli.parts.served import server_process
+from tests.python_api.child_processes import child_processes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OPTIONS = {"model.kv_memory_gib": 0.05, "model.num_threads": 1}
@@ -82,12 +83,7 @@ def test_the_tokens_are_those_of_http_also_when_a_rank_is_killed_and_nothing_is_
 
 def ranks() -> list[int]:
     """Processes that are ranks of this one."""
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            found += [int(pid)] if b"megatron_medha.worker.main" in words else []
-    return found
+    return [pid for pid, words in child_processes().items() if b"megatron_medha.worker.main" in words]
 
 
 @pytest.mark.parametrize("name", ["offline_batch", "chat_stream"])

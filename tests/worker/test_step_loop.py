@@ -42,6 +42,9 @@ class FakeRank:
             self.before_layer()
         return StepDone(step.batch_id, 0, 0.0)
 
+    def finish(self) -> None:
+        self.log.append("finish")
+
 
 class FakeInbox:
     """Messages that are there only once a rank has begun to compute the step named with them."""
@@ -62,6 +65,7 @@ def log_of(messages: list[tuple[str | None, ToRank]], **of_rank: Any) -> list[st
     log: list[str] = []
     rank: Any = FakeRank(log, **{"receives": False, "answers": True, **of_rank})
     run_steps(rank, FakeInbox(log, messages), lambda done: log.append(f"answer {done.batch_id}"))
+    assert log.pop() == "finish"  # however it ends: the next stage must get what was sent to it
     return log
 
 
