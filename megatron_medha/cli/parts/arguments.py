@@ -28,6 +28,7 @@ BARE_WORDS = {
     "serve": "checkpoint",
     "profile": "checkpoint",
     "train-tiny": "directory",
+    "fetch-model": "out",
     "chat": "url",
     "bench": "url",
     "selftest": "url",
