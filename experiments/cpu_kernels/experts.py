@@ -32,7 +32,7 @@ from megatron_medha.kernels.linear.native_experts import NativeExperts, RoutedEx
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.linear.native_pointwise import NativeActivation, NativeNorm
 from megatron_medha.kernels.native_build import native_target
-from megatron_medha.model.int8_weights import int8_linear
+from megatron_medha.model.narrow_weights import int8_linear
 
 BAR = 1.3  # of the dense model's time
 BATCHES = (1, 8, 32)

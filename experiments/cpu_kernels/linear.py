@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import usable_targets
-from megatron_medha.model.int8_weights import int8_linear
+from megatron_medha.model.narrow_weights import int8_linear
 from megatron_medha.model.packed_linear import OneDnnLinear
 from megatron_medha.worker.startup.load import tune_malloc
 

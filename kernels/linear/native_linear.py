@@ -1,4 +1,4 @@
-"""Linear layers with bf16 or int8 weights and fp32 arithmetic: the Python side of native/linear.cpp.
+"""Linear layers with bf16, int8 or int4 weights and fp32 arithmetic: the Python side of native/linear.cpp.
 
 The weight keeps its stored size, which decodes are bound by. Products are those of bf16 matrix tiles (AMX) where
 there are any, else fp32 ones. An output depends neither on other rows nor on the number of threads, to the last bit.
@@ -18,8 +18,10 @@ from megatron_medha.kernels.native_build import gomp_parallel_address, native_li
 from megatron_medha.kernels.native_structs import native_struct
 
 _Weight, _Call = native_struct("Weight"), native_struct("LinearCall")
+_BF16, _INT8, _INT4 = range(3)  # WeightKind
 _PANEL = 64  # outputs that lie together; a multiple of every instruction set's register tile
 _DEPTH = 32  # inputs that a matrix tile takes at once
+INT4_GROUP = 32  # inputs of one output that have a scale together
 
 _PIECE_BYTES = 64 << 20
 _LINE_BYTES = 64
@@ -31,29 +33,31 @@ class NativeLinear:
     """One layer with its weight packed: [..., I] -> [..., O], bf16."""
 
     def __init__(
-        self, weight_OI: Tensor, bias_O: Tensor | None, target: str | None = None, *, scale_O: Tensor | None = None
+        self, weight_OI: Tensor, bias_O: Tensor | None, target: str | None = None, *, scale: Tensor | None = None
     ) -> None:
-        """weight: bf16, or int8 with scale_O (fp32), which its outputs are multiplied by. bias: bf16. All are copied.
+        """weight: bf16; or int8 with an fp32 scale [O]; or int8 of -8 to 7 with a bf16 scale [O, groups of inputs].
 
+        The last is stored in 4 bits; its scales have 5 significant bits. bias: bf16. All are copied.
         target: as for `native_library`, which may raise NativeUnavailable. Raises ValueError for other dtypes.
         """
-        stored = torch.bfloat16 if scale_O is None else torch.int8
+        stored = torch.bfloat16 if scale is None else torch.int8
         if weight_OI.dtype != stored or bias_O is not None and bias_O.dtype != torch.bfloat16:
             raise ValueError(f"a native linear layer is bfloat16, or int8 with scales, not {weight_OI.dtype}")
         self._run = native_library(target).medha_linear
         self._run_parallel = gomp_parallel_address()
         self.num_outputs, self.num_inputs = weight_OI.shape
-        if scale_O is not None and (scale_O.shape != (self.num_outputs,) or scale_O.dtype != torch.float32):
-            raise ValueError(f"scales {scale_O.dtype} {tuple(scale_O.shape)} for {self.num_outputs} outputs")
+        num_groups = -(-self.num_inputs // INT4_GROUP)
+        kinds = {((self.num_outputs,), torch.float32): _INT8, ((self.num_outputs, num_groups), torch.bfloat16): _INT4}
+        kind = _BF16 if scale is None else kinds.get((tuple(scale.shape), scale.dtype))
+        if kind is None:
+            raise ValueError(f"scales {scale.dtype} {tuple(scale.shape)} for {self.num_outputs} outputs")
         padded_OI = F.pad(weight_OI.detach(), (0, -self.num_inputs % _DEPTH, 0, -self.num_outputs % _PANEL))
-        # [O/64, 64, I/2, 2] -> [O/64, I/2, 64, 2], or [O/64, 64, I] -> [O/64, I, 64]
-        together = 2 if scale_O is None else 1
-        packed = padded_OI.view(-1, _PANEL, padded_OI.shape[1] // together, together).transpose(1, 2)
+        packed = _int4_groups(padded_OI, scale) if kind == _INT4 else _in_panels(padded_OI, 2 if kind == _BF16 else 1)
         self._packed = _weight_memory(packed.nbytes).view(packed.dtype).view(packed.shape).copy_(packed)
-        self._scales = None if scale_O is None else scale_O.detach().clone()
+        self._scales = scale.detach().clone() if kind == _INT8 else None
         self._bias = None if bias_O is None else bias_O.detach().clone()
         tensors = (self._packed, self._scales, self._bias)
-        self.weight = _Weight(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+        self.weight = _Weight(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), kind)
 
     def __call__(self, input_: Tensor) -> Tensor:
         """Raises ValueError for another dtype or size."""
@@ -74,6 +78,20 @@ class NativeLinear:
         if self._run(ctypes.byref(call)):
             raise MemoryError("the linear library could not allocate its working memory")
         return out
+
+
+def _in_panels(weight_OI: Tensor, together: int) -> Tensor:
+    """[O, I] -> [O/64, I/together, 64, together]."""
+    return weight_OI.view(-1, _PANEL, weight_OI.shape[1] // together, together).transpose(1, 2)
+
+
+def _int4_groups(weight_OI: Tensor, scale_OG: Tensor) -> Tensor:
+    """Int4Group of native/linear_output.h: [O/64, G, bytes of 64 bf16 scales and of 16 x 64 pairs of weights]."""
+    scale_OG = F.pad(scale_OG.detach(), (0, 0, 0, len(weight_OI) - len(scale_OG)))
+    scales = scale_OG.view(-1, _PANEL, scale_OG.shape[1]).transpose(1, 2).contiguous().view(torch.uint8)
+    halves = _in_panels((weight_OI + 8).view(torch.uint8), 2)
+    pairs = (halves[..., 0] | halves[..., 1] << 4).reshape(*scales.shape[:2], -1)
+    return torch.cat([scales, pairs], dim=-1)
 
 
 def _weight_memory(num_bytes: int) -> Tensor:

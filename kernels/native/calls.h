@@ -5,12 +5,15 @@
 
 #include "parallel_for.h"
 
+enum WeightKind : int64_t { BF16_WEIGHT, INT8_WEIGHT, INT4_WEIGHT };
+
 // Read by native_structs.py, field by field: the weight of a linear layer, padded with zeros to a multiple of 64
 // outputs and of 32 inputs.
 struct Weight {
     const void *values;
-    const float *scales;   // of an int8 weight, by output; null: the weight is bf16
+    const float *scales;   // of an int8 weight, by output; or null
     const uint16_t *bias;  // or null
+    int64_t kind;          // a WeightKind
 };
 
 // Read by native_structs.py, field by field. Sizes in elements.
@@ -54,7 +57,7 @@ struct PassCall {
 
 // 0, or 1 when memory ran out; then the output cannot be used.
 extern "C" int medha_linear(const LinearCall *call);
-// Several layers of the same weight type at once, on the threads of the first.
+// Several layers of the same kind of weight at once, on the threads of the first.
 void multiply_all(const LinearCall *calls, int64_t count);
 // Whether medha_linear has is_gated for so many outputs of either half.
 bool fuses_gate(int64_t ffn_size);

@@ -1,9 +1,10 @@
-// Linear layers with bf16 or int8 weights and fp32 arithmetic. Where there are matrix tiles, linear_tiles.h
+// Linear layers with bf16, int8 or int4 weights and fp32 arithmetic. Where there are matrix tiles, linear_tiles.h
 // multiplies, where there are bf16 dot products alone, linear_pairs.h.
 //
 // out [T, O] = in [T, I] . weight [O, I]^T + bias [O], in, bias and out in bf16; an int8 weight is multiplied by its
-// output's scale. The weight lies packed, bf16 as [O/64][I/2][64][2], int8 as [O/64][I][64]: decodes read it as it is,
-// half or a quarter of the bytes of fp32 and in one ascending run; more rows widen each block of it once.
+// output's scale. The weight lies packed, bf16 as [O/64][I/2][64][2], int8 as [O/64][I][64], int4 as [O/64][I/32] groups
+// with scales of their own: decodes read it as it is, half to a seventh of the bytes of fp32 and in one ascending run;
+// more rows widen each block of it once.
 
 #include <algorithm>
 #include <cstdint>
@@ -44,12 +45,13 @@ inline void load_two(const int8_t *at, Vec &first, Vec &second) {
     second = load_bytes(at + PACKED);
 }
 template <class W>
-constexpr int64_t BYTES_OF_VEC = WIDTH * (sizeof(W) == 2 ? 4 : 1);  // that lie together: bf16 has both inputs there
+constexpr int64_t BYTES_OF_VEC = WIDTH * (IS_BF16<W> ? 4 : 1);  // that lie together: bf16 has both inputs there
 inline void fetch_two(const uint16_t *at) { __builtin_prefetch(at + AHEAD / 2); }
 inline void fetch_two(const int8_t *at) {
     __builtin_prefetch(at + AHEAD);
     __builtin_prefetch(at + PACKED + AHEAD);
 }
+inline void fetch_two(Int4Place at) { __builtin_prefetch(at.pairs + AHEAD); }
 
 // Rows of a tile lie side by side, WIDTH inputs of each at a time: in [depth / WIDTH][R][WIDTH].
 template <int R>
@@ -85,7 +87,7 @@ void multiply_packed(const W *pack, int64_t o, const float *in, int64_t depth, f
         for (int64_t d = 0; d < count; d += 2) {
             Vec even[C], odd[C];
             for (int c = 0; c < C; ++c) {
-                const W *const at = place(pack, start + d, o + c * WIDTH);
+                const auto at = place(pack, start + d, o + c * WIDTH);
                 load_two(at, even[c], odd[c]);
                 if (c * BYTES_OF_VEC<W> % 64 == 0) fetch_two(at);  // once a line
             }
@@ -182,7 +184,7 @@ class Linear {
     int64_t first_row_of(int64_t tile) const { return call_.num_rows * tile / num_tiles_; }
 
     const W *pack_of(int64_t output) const {
-        return static_cast<const W *>(call_.weight.values) + output / PACKED * PACKED * depth_;
+        return advance(static_cast<const W *>(call_.weight.values), output / PACKED * PACKED * depth_);
     }
 
     // All rows, outputs [first, first + width).
@@ -204,12 +206,14 @@ class Linear {
         std::fill_n(sums, num_rows * PANEL, 0.0f);
         for (int64_t start = 0; start < depth_; start += DEPTH) {
             const int64_t depth = std::min(DEPTH, depth_ - start);
-            const W *const block = pack_of(panel * PANEL) + start * PACKED;
+            const W *const block = advance(pack_of(panel * PANEL), start * PACKED);
             widen(block, panel * PANEL % PACKED, widened, depth);
             const int64_t num_left = depth_ - start - depth;
             const int64_t next_depth = num_left > 0 ? std::min(DEPTH, num_left) : after != nullptr ? depth : 0;
             const int64_t num_fetches = (end_tile - first_tile) * ((depth + WIDTH - 1) / WIDTH);
-            Prefetcher next(num_left > 0 ? block + depth * PACKED : after, next_depth * PACKED * sizeof(W), num_fetches);
+            Prefetcher next(
+                num_left > 0 ? advance(block, depth * PACKED) : after, bytes_of<W>(next_depth * PACKED), num_fetches
+            );
             for (int64_t tile = first_tile; tile < end_tile; ++tile) {
                 const int64_t first = first_row_of(tile), count = first_row_of(tile + 1) - first;
                 ADD_PRODUCTS[count - 1](
@@ -294,7 +298,11 @@ using BestLinear = Linear<W>;
 
 void multiply_all(const LinearCall *calls, int64_t count) {
     if (count == 0) return;
-    calls->weight.scales == nullptr ? run_all<BestLinear<uint16_t>>(calls, count) : run_all<BestLinear<int8_t>>(calls, count);
+    switch (calls->weight.kind) {
+        case BF16_WEIGHT: return run_all<BestLinear<uint16_t>>(calls, count);
+        case INT8_WEIGHT: return run_all<BestLinear<int8_t>>(calls, count);
+        case INT4_WEIGHT: return run_all<BestLinear<Int4Group>>(calls, count);
+    }
 }
 
 extern "C" int medha_linear(const LinearCall *call) {

@@ -14,7 +14,62 @@ constexpr int64_t PACKED = 64;  // outputs that lie together
 // Inputs of a packed weight: zeros fill up what a matrix tile takes at once.
 constexpr int64_t padded_inputs(int64_t num_inputs) { return (num_inputs + 31) / 32 * 32; }
 
+// 32 inputs of 64 outputs in int4. Byte o of a pair holds output o's weights + 8 of two inputs, the first in the low half.
+// A scale has 5 significant bits: times a weight of at most 3, that is a bf16 number, exactly.
+struct Int4Group {
+    static constexpr int64_t NUM_INPUTS = 32;
+    uint16_t scales[PACKED];  // bf16
+    uint8_t pairs[NUM_INPUTS / 2][PACKED];
+};
+
+// The type that weights are read in holds so many of them.
+template <class W>
+constexpr int64_t NUM_IN = 1;
+template <>
+constexpr int64_t NUM_IN<Int4Group> = Int4Group::NUM_INPUTS * PACKED;
+template <class W>
+inline const W *advance(const W *from, int64_t num_weights) {
+    return from + num_weights / NUM_IN<W>;
+}
+template <class W>
+constexpr int64_t bytes_of(int64_t num_weights) {
+    return num_weights / NUM_IN<W> * static_cast<int64_t>(sizeof(W));
+}
+template <class W>
+constexpr bool IS_BF16 = false;
+template <>
+constexpr bool IS_BF16<uint16_t> = true;
+
+// A vector of outputs' weights of two inputs.
+struct Int4Place {
+    const uint8_t *pairs;
+    const uint16_t *scales;
+};
+inline Int4Place place(const Int4Group *pack, int64_t d, int64_t o) {
+    const Int4Group &group = pack[d / Int4Group::NUM_INPUTS];
+    return {group.pairs[d % Int4Group::NUM_INPUTS / 2] + o, group.scales + o};
+}
+inline void load_two(Int4Place at, Vec &first, Vec &second) {
+    load_halves(at.pairs, first, second);
+    const Vec scale = load(at.scales);
+    first = first * scale;
+    second = second * scale;
+}
+
 #if defined(__AVX512F__)
+// int4 weights of two inputs as pairs of bf16, exactly: as for int8.
+inline void widen_pairs(const Int4Group *from, int64_t depth, uint16_t *to) {
+    for (int64_t d = 0; d < depth; d += Int4Group::NUM_INPUTS, ++from)
+        for (int64_t o = 0; o < PACKED; o += WIDTH) {
+            const Vec scale = load(from->scales + o);
+            for (int64_t pair = 0; pair < Int4Group::NUM_INPUTS / 2; ++pair) {
+                Vec first, second;
+                load_halves(from->pairs[pair] + o, first, second);
+                store_pairs(to + (d + 2 * pair) * PACKED + 2 * o, first * scale, second * scale);
+            }
+        }
+}
+
 // int8 weights of two inputs as pairs of bf16, exactly: one run of a tile for each 16 outputs.
 inline void widen_pairs(const int8_t *from, int64_t depth, uint16_t *to) {
     for (int64_t d = 0; d < depth; d += 2)

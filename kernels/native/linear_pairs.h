@@ -34,6 +34,13 @@ inline Pairs load_weights(const int8_t *from) {
     store_pairs(pairs, load_bytes(from), load_bytes(from + PACKED));
     return load_weights(pairs);
 }
+inline Pairs load_weights(Int4Place from) {
+    Vec first, second;
+    load_two(from, first, second);
+    uint16_t pairs[2 * WIDTH];
+    store_pairs(pairs, first, second);
+    return load_weights(pairs);
+}
 inline Pairs splat_pair(const uint16_t *from) {
     int32_t both;
     std::memcpy(&both, from, sizeof both);
@@ -52,12 +59,21 @@ inline Pairs load_weights(const uint16_t *from) {
     return pairs;
 }
 inline Pairs load_weights(const int8_t *from) { return {load_bytes(from), load_bytes(from + PACKED)}; }
+inline Pairs load_weights(Int4Place from) {
+    Pairs pairs;
+    load_two(from, pairs.first, pairs.second);
+    return pairs;
+}
 inline Pairs splat_pair(const uint16_t *from) { return {splat(to_float(from[0])), splat(to_float(from[1]))}; }
 inline Vec add_dot(Vec sum, Pairs inputs, Pairs weights) {
     return fma(inputs.first, weights.first, fma(inputs.second, weights.second, sum));
 }
 
 #endif
+
+template <class Weight>
+inline const char *bytes_at(const Weight *from) { return reinterpret_cast<const char *>(from); }
+inline const char *bytes_at(Int4Place from) { return reinterpret_cast<const char *>(from.pairs); }
 
 template <class W>
 class PairLinear : public PaddedRows {
@@ -94,10 +110,11 @@ class PairLinear : public PaddedRows {
     static constexpr int columns_of(int num_rows) { return num_rows <= MAX_TILE_ROWS ? 4 : 2; }
     static_assert(WIDTH == 16, "a pack is four vectors");
 
-    const W *pack_of(int64_t pack) const { return static_cast<const W *>(call_.weight.values) + pack * PACKED * depth_; }
+    const W *pack_of(int64_t pack) const { return advance(static_cast<const W *>(call_.weight.values), pack * PACKED * depth_); }
 
     static const uint16_t *at(const uint16_t *pack, int64_t d, int64_t o) { return pack + d * PACKED + 2 * o; }
     static const int8_t *at(const int8_t *pack, int64_t d, int64_t o) { return pack + d * PACKED + o; }
+    static Int4Place at(const Int4Group *pack, int64_t d, int64_t o) { return place(pack, d, o); }
 
     // R rows by C vectors of outputs from output o of a pack; sums [R][PACKED].
     template <class Weight, int R, bool FETCHES>
@@ -109,9 +126,9 @@ class PairLinear : public PaddedRows {
         for (int64_t d = 0; d < depth; d += 2) {
             Pairs weights[C];
             for (int c = 0; c < C; ++c) {
-                const Weight *const from = at(pack, d, o + c * WIDTH);
+                const auto from = at(pack, d, o + c * WIDTH);
                 weights[c] = load_weights(from);
-                if (FETCHES) __builtin_prefetch(reinterpret_cast<const char *>(from) + AHEAD);
+                if (FETCHES) __builtin_prefetch(bytes_at(from) + AHEAD);
             }
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
@@ -142,7 +159,7 @@ class PairLinear : public PaddedRows {
         write_rows(pack, 0, num_rows, sums[0], sums[1]);
     }
 
-    // Rows [first, end) by one pack (and the one it gates), tile by tile; int8 weights are widened once for all.
+    // Rows [first, end) by one pack (and the one it gates), tile by tile; narrow weights are widened once for all.
     void multiply_many(int64_t pack, int64_t first, int64_t end) const {
         alignas(64) float sums[2][MAX_TILE_ROWS * PACKED];
         static thread_local Buffer memory;
@@ -160,13 +177,13 @@ class PairLinear : public PaddedRows {
     }
 
     const uint16_t *pairs_of_pack(int64_t pack, int half, Buffer &memory) const {
-        if constexpr (sizeof(W) == 1) {
+        if constexpr (IS_BF16<W>) {
+            return pack_of(pack);
+        } else {
             const int64_t size = depth_ * PACKED;
             uint16_t *const widened = memory.at_least<uint16_t>((1 + call_.is_gated) * size) + half * size;
             widen_pairs(pack_of(pack), depth_, widened);
             return widened;
-        } else {
-            return pack_of(pack);
         }
     }
 

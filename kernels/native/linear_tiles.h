@@ -61,13 +61,13 @@ class TiledLinear : public PaddedRows {
     static constexpr int64_t AHEAD = 8192;                    // bytes: what decodes fetch beforehand
     static constexpr int64_t PACK_STRIDE = PACKED * 2 * 2;    // bytes between pairs of inputs
 
-    const W *pack_of(int64_t pack) const { return static_cast<const W *>(call_.weight.values) + pack * PACKED * depth_; }
+    const W *pack_of(int64_t pack) const { return advance(static_cast<const W *>(call_.weight.values), pack * PACKED * depth_); }
 
     // All of at most 16 rows by one pack (and the one it gates), which is read once, as it comes from memory.
     void multiply_few(int64_t pack) const {
         alignas(64) float sums[2][TILE_ROWS * PACKED];
         const auto fetch = [](const W *at) {
-            for (int64_t i = 0; i < TILE_DEPTH * PACKED * static_cast<int64_t>(sizeof(W)); i += 64)
+            for (int64_t i = 0; i < bytes_of<W>(TILE_DEPTH * PACKED); i += 64)
                 __builtin_prefetch(reinterpret_cast<const char *>(at) + AHEAD + i);
         };
         multiply_row_tile(pack_of(pack), row(0), sums[0], fetch);
@@ -86,22 +86,23 @@ class TiledLinear : public PaddedRows {
     // One tile of rows by 64 outputs. fetch(weights): what to do beside the products over 32 inputs.
     template <class Weight, class Fetch>
     void multiply_row_tile(const Weight *weights, const uint16_t *rows, float *sums, const Fetch &fetch) const {
-        alignas(64) uint16_t widened[sizeof(Weight) == 1 ? 2 * TILE_DEPTH * PACKED : 1];
+        alignas(64) uint16_t widened[IS_BF16<Weight> ? 1 : 2 * TILE_DEPTH * PACKED];
         zero_tile<0>();
         zero_tile<1>();
         zero_tile<2>();
         zero_tile<3>();
-        // int8: a step ahead, in two places by turns, as tiles are loaded late after their numbers were written.
+        // Narrow weights: a step ahead, in two places by turns, as tiles are loaded late after their numbers were written.
         const auto place = [&](int64_t d) { return widened + d / TILE_DEPTH % 2 * TILE_DEPTH * PACKED; };
-        if constexpr (sizeof(Weight) == 1) widen_pairs(weights, TILE_DEPTH, place(0));
+        if constexpr (!IS_BF16<Weight>) widen_pairs(weights, TILE_DEPTH, place(0));
         for (int64_t d = 0; d < depth_; d += TILE_DEPTH) {
-            const Weight *const at = weights + d * PACKED;
+            const Weight *const at = advance(weights, d * PACKED);
             const uint16_t *tile;
-            if constexpr (sizeof(Weight) == 1) {
-                if (d + TILE_DEPTH < depth_) widen_pairs(at + TILE_DEPTH * PACKED, TILE_DEPTH, place(d + TILE_DEPTH));
-                tile = place(d);
-            } else {
+            if constexpr (IS_BF16<Weight>) {
                 tile = at;
+            } else {
+                if (d + TILE_DEPTH < depth_)
+                    widen_pairs(advance(at, TILE_DEPTH * PACKED), TILE_DEPTH, place(d + TILE_DEPTH));
+                tile = place(d);
             }
             fetch(at);
             load_tile<4>(rows + d, depth_ * 2);
@@ -152,16 +153,16 @@ class TiledLinear : public PaddedRows {
         static thread_local Buffer memory;
         for (int h = 0; h < num_halves; ++h) {
             const W *const from = pack_of(h * num_packs_ + pack);
-            if constexpr (sizeof(W) == 1) {
+            if constexpr (IS_BF16<W>) {
+                weights[h] = from;
+            } else {
                 uint16_t *const widened = memory.at_least<uint16_t>(num_halves * depth_ * PACKED) + h * depth_ * PACKED;
                 widen_pairs(from, depth_, widened);
                 weights[h] = widened;
-            } else {
-                weights[h] = from;
             }
         }
         // Of gated packs the first half only: the other one begins to be read long after.
-        const int64_t next_bytes = next < num_packs_ ? depth_ * PACKED * sizeof(W) : 0;
+        const int64_t next_bytes = next < num_packs_ ? bytes_of<W>(depth_ * PACKED) : 0;
         Prefetcher fetch(pack_of(next), next_bytes, (end_pair - first_pair) * num_halves * 2 * depth_ / TILE_DEPTH);
         const int64_t last_rows = (call_.num_rows - 1) % (2 * TILE_ROWS) + 1;
         const bool has_last = end_pair * 2 * TILE_ROWS >= call_.num_rows && last_rows < 2 * TILE_ROWS;

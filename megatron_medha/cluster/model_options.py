@@ -44,7 +44,7 @@ class ModelOptions:
         check_member("model.instruction_set", self.instruction_set, ("auto", "amx", "avx512_bf16", "avx512", "avx2"))
         check_member("model.kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3"))
         check_member("model.fp8", self.fp8, ("none", "tensorwise", "blockwise"))
-        check_member("model.weight_dtype", self.weight_dtype, ("auto", "int8"))
+        check_member("model.weight_dtype", self.weight_dtype, ("auto", "int8", "int4"))
         is_cpu = self.device == "cpu" and not is_rehearsal()
         if is_cpu and self.attention_backend != "auto" and BACKENDS[self.attention_backend].device == "cuda":
             raise ConfigError(f"model.attention_backend={self.attention_backend}: needs model.device=cuda; use auto")

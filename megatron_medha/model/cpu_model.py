@@ -52,7 +52,7 @@ def use_cpu_kernels(
     backend: AttentionBackend,
     sum_over_tp: Callable[[Tensor], object] | None = None,
     *,
-    has_int8_weights: bool = False,
+    weight_dtype: str = "auto",
     linear_backend: str = "auto",
 ) -> NativeDecoder | None:
     """Put into the model what a CPU can have; inference only, for good. Returns the decoder of its steps, if any.
@@ -61,7 +61,7 @@ def use_cpu_kernels(
     """
     if next(model.parameters()).device.type != "cpu":
         return None
-    pack_linears(model, sum_over_tp, has_int8_weights=has_int8_weights, linear_backend=linear_backend)
+    pack_linears(model, sum_over_tp, weight_dtype=weight_dtype, linear_backend=linear_backend)
     for module in model.modules():
         if isinstance(module, ExpertsLayer) and module.sum_over_tp is not None and sum_over_tp is not None:
             module.sum_over_tp = sum_over_tp

@@ -2,8 +2,8 @@
 
 fp32: oneDNN's own layout. Against F.linear on the row-major weight, one thread, 3072 x 512, 1 to 32 tokens: 1.5 to 2.5
 times faster, and not slower at 512 tokens. bf16: the native layers of native_linear.py wherever there are any, with
-int8 weights if asked for. The choice follows from options and instruction set alone: a choice by timing would change
-the bits of completions from one start to the next. What it is measured against: experiments/cpu_kernels.
+int8 or int4 weights if asked for. The choice follows from options and instruction set alone: a choice by timing would
+change the bits of completions from one start to the next. What it is measured against: experiments/cpu_kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library, native_target
-from megatron_medha.model.int8_weights import int8_linear
+from megatron_medha.model.narrow_weights import int4_linear, int8_linear
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def pack_linears(
     model: GPTModel,
     sum_over_tp: Callable[[Tensor], object] | None = None,
     *,
-    has_int8_weights: bool = False,
+    weight_dtype: str = "auto",
     linear_backend: str = "auto",
 ) -> None:
     """Replace the forward of every parallel linear layer by one over packed weights; inference only, for good.
@@ -43,7 +43,8 @@ def pack_linears(
     of its embedding keeps them, as the embedding reads its rows. Tensor-parallel layers communicate where Megatron's
     own do. Does nothing where it cannot help: other devices, a torch without the operators.
     sum_over_tp: what sums a row-parallel layer's output over its ranks, in place; None: the group's all-reduce.
-    has_int8_weights: a bf16 model's are rounded to int8; whether that can be had, check_weight_dtype has said.
+    weight_dtype: int8 or int4: a bf16 model's are rounded to that, with int4 its output layer's to int8; whether that
+    can be had, check_weight_dtype has said.
     Raises ConfigError for a linear_backend that cannot be had.
     """
     shared_weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
@@ -59,17 +60,20 @@ def pack_linears(
     if not layers:
         return
     dtype = layers[0][1].dtype
-    make = int8_linear if has_int8_weights else linear_kernel(linear_backend, dtype)
+    rounding = {"int8": int8_linear, "int4": int4_linear}.get(weight_dtype)
+    make = rounding or linear_kernel(linear_backend, dtype)
     if make is None:
         return
     log.info(
         "linear_layers kernel=%s dtype=%s weights=%d",
         "onednn" if make is OneDnnLinear else f"native instructions={native_target().lower()}",
-        "int8" if has_int8_weights else _name_of(dtype),
+        weight_dtype if rounding is not None else _name_of(dtype),
         sum(weight.numel() for _, weight in layers),
     )
     for module, weight in layers:
         make_this, across_ranks = make, None
+        if make is int4_linear and module is getattr(model, "output_layer", None):
+            make_this = int8_linear  # its errors are those of the logits themselves
         bias, returned_bias = (None, module.bias) if _is_bias_returned(module, make) else (module.bias, None)
         if get_pg_size(module.tp_group) > 1 and isinstance(module, ColumnParallelLinear):
             across_ranks = _gathering(module)
@@ -78,7 +82,7 @@ def pack_linears(
             if not module.explicit_expert_comm:  # the experts' dispatcher sums
                 across_ranks = _summing(sum_over_tp or partial(dist.all_reduce, group=module.tp_group), bias)
                 bias = None  # once, not once a rank
-            if has_int8_weights:
+            if make is int8_linear:
                 make_this = partial(int8_linear, group=module.tp_group)
         module.forward = PackedLinear(  # type: ignore[method-assign]
             make_this, weight, bias, across_ranks, returned_bias

@@ -73,7 +73,7 @@ class Layer:
         bias_O = torch.randn(num_outputs).bfloat16() if has_bias else None
         if self.is_int8:
             weight_OI = torch.randint(-127, 128, (num_outputs, num_inputs), dtype=torch.int8)
-            return NativeLinear(weight_OI, bias_O, self.target, scale_O=torch.rand(num_outputs) / 1000)
+            return NativeLinear(weight_OI, bias_O, self.target, scale=torch.rand(num_outputs) / 1000)
         return NativeLinear((torch.randn(num_outputs, num_inputs) / 8).bfloat16(), bias_O, self.target)
 
     def chosen(self, hidden_TC: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,13 +28,15 @@ def test_a_native_linear_is_the_plain_one_rounded_once(
 
 
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(130, 600), (64, 64), (500, 96)])
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_a_tokens_output_does_not_depend_on_how_many_others_there_are(
-    native: NativeAttention, num_outputs: int, num_inputs: int, is_int8: bool
+    native: NativeAttention, num_outputs: int, num_inputs: int, kind: str
 ) -> None:
-    if is_int8:
+    if kind == "int8":
         weight_OI = torch.randint(-127, 128, (num_outputs, num_inputs), dtype=torch.int8)
-        linear = NativeLinear(weight_OI, None, native.target, scale_O=torch.rand(num_outputs))
+        linear = NativeLinear(weight_OI, None, native.target, scale=torch.rand(num_outputs))
+    elif kind == "int4":
+        linear = int4_of(*int4_weight(num_outputs, num_inputs), native.target)
     else:
         linear = NativeLinear(torch.randn(num_outputs, num_inputs).bfloat16(), None, native.target)
     input_TI = torch.randn(300, num_inputs).bfloat16()
@@ -91,9 +93,34 @@ def test_an_int8_linear_is_the_plain_one_over_the_scaled_weight(
     weight_OI = torch.randint(-128, 128, (num_outputs, num_inputs), dtype=torch.int8)
     scale_O, bias_O = torch.rand(num_outputs) / 128, torch.randn(num_outputs).bfloat16()
     input_TI = torch.randn(num_tokens, num_inputs).bfloat16()
-    output = NativeLinear(weight_OI, bias_O, native.target, scale_O=scale_O)(input_TI)
+    output = NativeLinear(weight_OI, bias_O, native.target, scale=scale_O)(input_TI)
     exact = input_TI.double() @ (weight_OI.double() * scale_O[:, None].double()).T + bias_O.double()
     assert ((output.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+
+
+def int4_weight(num_outputs: int, num_inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of -8 to 7, and scales [O, groups] of 5 significant bits, of either sign."""
+    weight_OI = torch.randint(-8, 8, (num_outputs, num_inputs), dtype=torch.int8)
+    fraction_OG = torch.randint(16, 32, (num_outputs, -(-num_inputs // 32))) * (torch.randint(0, 2, (1,)) * 2 - 1)
+    return weight_OI, (fraction_OG * 2.0 ** torch.randint(-12, -6, fraction_OG.shape)).bfloat16()
+
+
+def int4_of(
+    weight_OI: torch.Tensor, scale_OG: torch.Tensor, target: str, bias_O: torch.Tensor | None = None
+) -> NativeLinear:
+    return NativeLinear(weight_OI, bias_O, target, scale=scale_OG)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 12, 13, 17, 100])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1, 2), (65, 513), (320, 17), (64, 320)])
+def test_an_int4_linear_has_the_bits_of_the_bf16_one_over_the_scaled_weight(
+    native: NativeAttention, num_tokens: int, num_outputs: int, num_inputs: int
+) -> None:
+    weight_OI, scale_OG = int4_weight(num_outputs, num_inputs)
+    scaled_OI = weight_OI.bfloat16() * scale_OG.repeat_interleave(32, dim=1)[:, :num_inputs]  # exact
+    bias_O, input_TI = torch.randn(num_outputs).bfloat16(), torch.randn(num_tokens, num_inputs).bfloat16()
+    output = int4_of(weight_OI, scale_OG, native.target, bias_O)(input_TI)
+    assert torch.equal(output, NativeLinear(scaled_OI, bias_O, native.target)(input_TI))
 
 
 def test_layers_keep_their_weights_while_others_are_made_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(refusal: Refusal, override: 
         ("log_level=loud", "use one of debug, info"),
         ("model.attention_backend=magic", "use one of auto, native, aten"),
         ("model.fp8=delayed", "use one of none, tensorwise, blockwise"),
-        ("model.weight_dtype=int4", "use one of auto, int8"),
+        ("model.weight_dtype=int3", "use one of auto, int8, int4"),
         ("model.linear_backend=mkl", "use one of auto, native, onednn"),
         ("model.instruction_set=sse", "use one of auto, amx, avx512_bf16, avx512, avx2"),
     ],
@@ -201,9 +201,10 @@ def test_what_only_a_cpu_can_do_is_refused_on_a_gpu(refusal: Refusal, override: 
     assert refusal("model.device=cuda", override) == f"{override}: needs model.device=cpu; use auto"
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("override", ["model.device=cuda", "model.fp8=tensorwise"])
-def test_int8_weights_are_refused_where_there_is_another_way(refusal: Refusal, override: str) -> None:
-    assert refusal(override, "model.weight_dtype=int8").startswith("model.weight_dtype=int8: ")
+def test_narrow_weights_are_refused_where_there_is_another_way(refusal: Refusal, override: str, dtype: str) -> None:
+    assert refusal(override, f"model.weight_dtype={dtype}").startswith(f"model.weight_dtype={dtype}: ")
 
 
 def test_more_kv_memory_than_is_free_is_refused(refusal: Refusal) -> None:

@@ -108,7 +108,7 @@ def all_logits(front: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "weights"), [("Llama", "auto"), ("Qwen2", "auto"), ("Qwen3", "auto"), ("Qwen2", "int8")]
+    ("kind", "weights"), [("Llama", "auto"), ("Qwen2", "auto"), ("Qwen3", "auto"), ("Qwen2", "int8"), ("Qwen3", "int4")]
 )
 @pytest.mark.parametrize("ffn_size", [104, 128])  # the activation is part of the product for multiples of 64
 def test_a_step_in_one_call_gives_the_logits_of_its_layers_one_by_one(
@@ -157,12 +157,15 @@ def test_decodes_of_other_layers_by_the_short_way_have_the_same_tokens(kind: str
     assert outputs[0] == outputs[1]
 
 
-def test_int8_weights_change_logits_a_little_and_are_told_of(load: Callable[..., Any]) -> None:
-    plain, rounded = load("Llama"), load("Llama", weight_dtype="int8")
-    assert rounded.ready.device.endswith("int8 weights")
+@pytest.mark.parametrize(("weights", "most"), [("int8", 0.1), ("int4", 1.0)])
+def test_narrow_weights_change_logits_a_little_and_are_told_of(
+    weights: str, most: float, load: Callable[..., Any]
+) -> None:
+    plain, rounded = load("Llama"), load("Llama", weight_dtype=weights)
+    assert rounded.ready.device.endswith(f"{weights} weights")
     for before, after in zip(all_logits(plain), all_logits(rounded), strict=True):
         error = (after.float() - before.float()).norm() / before.float().norm()
-        assert 0.0 < error < 0.1  # weights of deviation 0.2 through three layers; 0.063 seen
+        assert 0.0 < error < most  # large random weights, three layers; 0.063 and 0.85 seen, of another model 1.4
 
 
 def test_threads_and_a_layer_at_a_time_change_no_bit(load: Callable[..., Any]) -> None:

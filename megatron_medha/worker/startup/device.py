@@ -110,5 +110,5 @@ def described(
     parts = [name, str(dtype).removeprefix("torch."), f"{backend_name} attention"]
     parts += [f"KV in {str(kv_dtype).removeprefix('torch.')}"] if kv_dtype != dtype else []
     parts += [f"FP8 linear layers ({options.fp8})"] if options.fp8 != "none" else []
-    parts += ["int8 weights"] if options.weight_dtype == "int8" else []
+    parts += [f"{options.weight_dtype} weights"] if options.weight_dtype != "auto" else []
     return ", ".join(parts)

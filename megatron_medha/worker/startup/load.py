@@ -30,8 +30,8 @@ from megatron_medha.kernels.native_build import BUILD_S, is_built
 from megatron_medha.model.build import build_model, check_layout_of, transformer_engine_works
 from megatron_medha.model.cpu_model import use_cpu_kernels
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
-from megatron_medha.model.int8_weights import check_weight_dtype
 from megatron_medha.model.latent_attention import absorb_projections
+from megatron_medha.model.narrow_weights import check_weight_dtype
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import with_end_tokens_of
@@ -160,7 +160,7 @@ def _loaded_model(
         model,
         backend,
         tp_all_reduce(pgs.tp, device),
-        has_int8_weights=options.weight_dtype == "int8",
+        weight_dtype=options.weight_dtype,
         linear_backend=options.linear_backend,
     )
     return model, decoder
