@@ -34,6 +34,9 @@ class Batch(NamedTuple):
     budget_s: float            # the step budget it was formed under
     predicted_s: float         # the cost model's belief when it was formed
     kv_ops: tuple[KVOp, ...] = ()  # executed in this order, after `released` and before the chunks
+    # The oldest batch in flight that it may overtake: it has no sequence of that one, nor of any batch after it.
+    overtakes: int | None = None
+    may_be_held: bool = False  # long enough that another may overtake it; ranks look for one in no other
 
     def chunks_on(self, kvp_rank: int) -> tuple[Chunk, ...]:
         """The chunks that rank takes part in."""
@@ -67,6 +70,7 @@ class Completed(NamedTuple):
     failed: tuple[tuple[str, str], ...] = ()  # (request_id, why): a fault of that request alone
     # (request_id, keys): of granules that a sampled token has filled, to be appended to the request's prefix_keys
     filled_keys: tuple[tuple[str, bytes], ...] = ()
+    held_s: float = 0.0  # that others overtook it in; not part of duration_s
 
 
 @dataclass(frozen=True, slots=True)

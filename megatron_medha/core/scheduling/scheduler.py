@@ -377,8 +377,7 @@ class Scheduler:
         if self._prefixes is not None:
             self._prefixes.set_time(now_s)
         budget_s = self._budget_s()
-        builder = self._builder
-        has_decodes = self._has_decodes()
+        builder, has_decodes = self._builder, self._has_decodes()
         builder.begin(self._utilization.share * budget_s if has_decodes else budget_s, has_decodes)
         builder.add_decodes(self._decodes)
         if self._prefills:
@@ -393,7 +392,8 @@ class Scheduler:
         batch_id = self._next_batch_id
         chunks = self._commit(sequences, builder, now_s)
         released, predicted_s = tuple(self._released), step_s(self.cost, load)
-        batch = tuple.__new__(Batch, (batch_id, chunks, released, now_s, budget_s, predicted_s, tuple(self._kv_ops)))
+        fields = (batch_id, chunks, released, now_s, budget_s, predicted_s, tuple(self._kv_ops), None, False)
+        batch = tuple.__new__(Batch, fields)
         self._next_batch_id += 1
         self._released.clear()
         self._kv_ops.clear()
