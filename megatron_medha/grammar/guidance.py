@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_medha.core.errors import CheckpointError, MedhaError
-from megatron_medha.text.tokenizer_source import find_tokenizer, no_tokenizer, read_tokenizer
+from megatron_medha.text.tokenizers.tokenizer_source import find_tokenizer, no_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     import llguidance

@@ -8,9 +8,9 @@ from pathlib import Path
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.json_fields import JsonFields, read_json
-from megatron_medha.text.added_tokens import token_name
-from megatron_medha.text.tokenizer_file import token_ids
-from megatron_medha.text.tokenizer_source import find_tokenizer, read_tokenizer
+from megatron_medha.text.tokenizers.added_tokens import token_name
+from megatron_medha.text.tokenizers.tokenizer_file import token_ids
+from megatron_medha.text.tokenizers.tokenizer_source import find_tokenizer, read_tokenizer
 
 
 def tokenizer_facts(home: Path) -> tuple[int | None, tuple[int, ...]]:

@@ -26,7 +26,7 @@ from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.sim.baselines.baseline_config import BaselineConfig, check_serves
 from megatron_medha.system import machine
-from megatron_medha.text.tokenizer_source import find_tokenizer, no_tokenizer
+from megatron_medha.text.tokenizers.tokenizer_source import find_tokenizer, no_tokenizer
 
 DEFAULT_BLOCK_SIZE = 16  # tokens, on CPU and in simulations; CUDA's backends have their own
 

@@ -13,7 +13,7 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
 from megatron_medha.server.slo import SloClass
 from megatron_medha.server.tools.tool_fields import ToolUse
-from megatron_medha.text.call_syntax import tokens_of
+from megatron_medha.text.chat.call_syntax import tokens_of
 from megatron_medha.text.detokenizer import make_detokenizer
 from megatron_medha.text.stop_strings import StopMatcher
 from megatron_medha.text.tokenizer import Tokenizer

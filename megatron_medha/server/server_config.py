@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.text.call_syntax import ToolSyntax
+from megatron_medha.text.chat.call_syntax import ToolSyntax
 
 # Bound once, when the server starts; a reload that changes one of these is refused.
 FIXED_FIELDS = (

@@ -30,8 +30,8 @@ from megatron_medha.server.server_config import FIXED_FIELDS, ServerConfig
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.text_workers import RunBlocking, TextWorkers
 from megatron_medha.server.tools.structured_output import GrammarCache
+from megatron_medha.text.chat.template_renders import TemplateProcessPool
 from megatron_medha.text.sampling_defaults import OPENAI_DEFAULTS, SamplingDefaults
-from megatron_medha.text.template_renders import TemplateProcessPool
 from megatron_medha.text.tokenizer import Tokenizer
 from megatron_medha.text.turn_encoder import TurnEncoder
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from megatron_medha.server.http.body_reader import SMALL_BODY_BYTES, BodyBudget
 from megatron_medha.server.http.http_errors import ApiError
-from megatron_medha.text.chat_template import ChatTemplate
-from megatron_medha.text.template_renders import NoRenderProcess, TemplateProcessPool
+from megatron_medha.text.chat.chat_template import ChatTemplate
+from megatron_medha.text.chat.template_renders import NoRenderProcess, TemplateProcessPool
 
 T = TypeVar("T")
 RunBlocking = Callable[..., Coroutine[Any, Any, Any]]  # a function and its arguments, somewhere

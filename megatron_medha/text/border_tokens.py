@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import tokenizers
 
-    from megatron_medha.text.piece_backend import PieceBackend
+    from megatron_medha.text.tokenizers.piece_backend import PieceBackend
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ import msgspec
 
 from megatron_medha.core.errors import CheckpointError, DependencyError
 from megatron_medha.safe_files.checkpoint_files import cut, read_bytes
-from megatron_medha.text.added_tokens import token_name
 from megatron_medha.text.border_tokens import border_tokens
-from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
-from megatron_medha.text.piece_backend import PieceBackend
+from megatron_medha.text.chat.chat_template import ChatTemplate, ChatTemplateError
 from megatron_medha.text.text_slices import CHAR_OF_BYTE, SLICE_CHARS, slice_encoder
-from megatron_medha.text.tokenizer_file import panics_as_errors
-from megatron_medha.text.tokenizer_source import find_tokenizer, no_tokenizer, read_tokenizer
+from megatron_medha.text.tokenizers.added_tokens import token_name
+from megatron_medha.text.tokenizers.piece_backend import PieceBackend
+from megatron_medha.text.tokenizers.tokenizer_file import panics_as_errors
+from megatron_medha.text.tokenizers.tokenizer_source import find_tokenizer, no_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

@@ -29,7 +29,7 @@ from megatron_medha.core.errors import MedhaError, check_member
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
 from megatron_medha.parallel.groups import build_groups
-from megatron_medha.text.gguf_tokenizer import read_gguf_tokenizer
+from megatron_medha.text.tokenizers.gguf_tokenizer import read_gguf_tokenizer
 from megatron_medha.tiny.new_checkpoint import one_rank, refuse_filled, unfinished
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -20,7 +20,7 @@ from megatron_medha.server.app import create_app
 from megatron_medha.server.run_server import Server, bind, uvicorn_config
 from megatron_medha.server.server_config import ServerConfig
 from megatron_medha.server.service import Service
-from megatron_medha.text.template_renders import TemplateProcessPool
+from megatron_medha.text.chat.template_renders import TemplateProcessPool
 from megatron_medha.text.tokenizer import Tokenizer
 
 

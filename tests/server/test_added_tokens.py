@@ -14,8 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import tokenizer_facts, with_end_tokens_of
-from megatron_medha.text.added_tokens import read_whole_tokenizer
 from megatron_medha.text.tokenizer import Tokenizer
+from megatron_medha.text.tokenizers.added_tokens import read_whole_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

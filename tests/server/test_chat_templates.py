@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from running_server import Running, StartServer
 
-from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
-from megatron_medha.text.template_renders import NoRenderProcess, TemplateProcessPool
+from megatron_medha.text.chat.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.text.chat.template_renders import NoRenderProcess, TemplateProcessPool
+from megatron_medha.text.chat.whole_chat import render_whole
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
-from megatron_medha.text.whole_chat import render_whole
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]

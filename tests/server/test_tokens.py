@@ -14,7 +14,7 @@ from running_server import byte_tokenizer_backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from megatron_medha.core.errors import CheckpointError
-from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.text.chat.chat_template import ChatTemplate, ChatTemplateError
 from megatron_medha.text.detokenizer import make_detokenizer
 from megatron_medha.text.tokenizer import PieceKind, Tokenizer, TokenizerConfig
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
 from megatron_medha.server.tools.tool_calls import ToolCallParser
 from megatron_medha.server.tools.tool_fields import ToolUse
-from megatron_medha.text.call_syntax import MARKS, ToolSyntax, syntax_of_template
+from megatron_medha.text.chat.call_syntax import MARKS, ToolSyntax, syntax_of_template
 
 Call = tuple[str, dict[str, Any]]
 PROPERTIES = {

@@ -15,9 +15,9 @@ from running_server import Running, StartServer
 from megatron_medha.server.bodies.openai_types import CalledFunction, ChatMessage, ToolCall
 from megatron_medha.server.openai.chat_prompt import _plain_message
 from megatron_medha.server.tools.json_text import read_cut_object
-from megatron_medha.text.chat_template import ChatTemplate
+from megatron_medha.text.chat.chat_template import ChatTemplate
+from megatron_medha.text.chat.whole_chat import render_whole
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
-from megatron_medha.text.whole_chat import render_whole
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 END = 257

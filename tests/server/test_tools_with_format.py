@@ -18,7 +18,7 @@ from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDel
 from megatron_medha.server.tools.structured_output import json_constraint
 from megatron_medha.server.tools.tool_calls import ToolCallParser
 from megatron_medha.server.tools.tool_fields import ToolUse
-from megatron_medha.text.call_syntax import MARKS, ToolSyntax
+from megatron_medha.text.chat.call_syntax import MARKS, ToolSyntax
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig
 
 pytest.importorskip("llguidance")

@@ -11,7 +11,7 @@ import pytest
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.text.detokenizer import make_detokenizer
 from megatron_medha.text.tokenizer import Tokenizer
-from megatron_medha.text.tokenizer_json import PATTERNS
+from megatron_medha.text.tokenizers.tokenizer_json import PATTERNS
 from megatron_medha.text.turn_encoder import TurnEncoder
 from tests.text.tokenizer_makers import (
     END,

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizer_kinds import GPT4, KINDS, PIECES, with_words, without_words
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 
-from megatron_medha.text.chat_template import ChatTemplate
+from megatron_medha.text.chat.chat_template import ChatTemplate
 from megatron_medha.text.tokenizer import Tokenizer, TokenizerConfig, TooManyTokens
 from megatron_medha.text.turn_encoder import TurnEncoder
 

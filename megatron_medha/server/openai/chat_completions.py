@@ -33,7 +33,7 @@ from megatron_medha.server.service import Service
 from megatron_medha.server.tools.call_readers import TextDelta, ToolArgumentsDelta, ToolCallStart, ToolParserEvent
 from megatron_medha.server.tools.tool_calls import ToolCallParser
 from megatron_medha.server.tools.tool_fields import definitions_of, tools_left_out
-from megatron_medha.text.call_syntax import reasoning_end
+from megatron_medha.text.chat.call_syntax import reasoning_end
 from megatron_medha.text.tokenizer import Tokenizer
 
 BODY = BodyType(msgspec.json.Decoder(ChatRequest), texts=frozenset({"messages"}))

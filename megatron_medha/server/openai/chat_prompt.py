@@ -24,8 +24,8 @@ from megatron_medha.server.service import ReadyState, Service
 from megatron_medha.server.tools.json_text import read_cut_object
 from megatron_medha.server.tools.tool_description import SYSTEM_ROLES, with_description
 from megatron_medha.server.tools.tool_fields import MAX_TOOLS, ToolUse, syntax_of, too_many_tools, tool_use
-from megatron_medha.text.call_syntax import ToolSyntax
-from megatron_medha.text.chat_template import ChatTemplateError
+from megatron_medha.text.chat.call_syntax import ToolSyntax
+from megatron_medha.text.chat.chat_template import ChatTemplateError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 

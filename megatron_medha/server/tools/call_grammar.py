@@ -11,7 +11,7 @@ import msgspec
 from megatron_medha.grammar.grammar_process import CompileRequest, ConstraintKind, GrammarCombination
 from megatron_medha.server.tools.structured_output import OutputConstraint
 from megatron_medha.server.tools.tool_fields import MAX_REQUIRED_CALLS, ToolUse, call_schema
-from megatron_medha.text.call_syntax import MARKS, ToolSyntax
+from megatron_medha.text.chat.call_syntax import MARKS, ToolSyntax
 
 # Each call has tags of its own. Of the other syntaxes with marks, one section holds a list of calls.
 _TAGGED_ONE_BY_ONE = (ToolSyntax.HERMES, ToolSyntax.QWEN_XML, ToolSyntax.SEED, ToolSyntax.GLM)

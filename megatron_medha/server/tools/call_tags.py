@@ -8,7 +8,7 @@ from typing import Any
 from megatron_medha.server.tools.call_readers import ToolCallReader, ToolCallSink, may_begin
 from megatron_medha.server.tools.call_types import typed_value
 from megatron_medha.server.tools.json_text import dump
-from megatron_medha.text.call_syntax import Tags
+from megatron_medha.text.chat.call_syntax import Tags
 
 _QUOTES = "\"'"  # around names, where the syntax has none
 

@@ -15,7 +15,7 @@ from megatron_medha.server.tools.call_readers import (
 )
 from megatron_medha.server.tools.call_tags import TagCallReader
 from megatron_medha.server.tools.tool_fields import ToolUse
-from megatron_medha.text.call_syntax import MARKS, REASONING
+from megatron_medha.text.chat.call_syntax import MARKS, REASONING
 
 _BETWEEN = " \t\r\n;,[]"  # between calls: Llama writes semicolons, a list has brackets and commas
 _PYTHON_NAME = re.compile(r"[A-Za-z_][\w.-]*")

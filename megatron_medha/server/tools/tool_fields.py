@@ -12,8 +12,8 @@ import msgspec
 from megatron_medha.server.bodies.openai_types import AllowedTools, NamedFunction, Tool, ToolChoice
 from megatron_medha.server.http.http_errors import ApiError, bad_request
 from megatron_medha.server.tools.structured_output import OutputConstraint, json_constraint
-from megatron_medha.text.call_syntax import ToolSyntax, syntax_of_template
-from megatron_medha.text.chat_template import ChatTemplate
+from megatron_medha.text.chat.call_syntax import ToolSyntax, syntax_of_template
+from megatron_medha.text.chat.chat_template import ChatTemplate
 
 MAX_TOOLS = 512           # agents with several servers of tools offer more than OpenAI's 128
 MAX_REQUIRED_CALLS = 16   # of one completion that must call; a model that does not end by itself has to be ended

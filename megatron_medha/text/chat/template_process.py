@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from megatron_medha.system.libc import set_pdeathsig
-from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
-from megatron_medha.text.whole_chat import render_whole
+from megatron_medha.text.chat.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.text.chat.whole_chat import render_whole
 
-COMMAND = ("-m", "megatron_medha.text.template_process")
+COMMAND = ("-m", "megatron_medha.text.chat.template_process")
 HEADER = struct.Struct("<Q")  # the length of what follows
 
 _MIN_MEMORY_BYTES = 2**28

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.safe_files.checkpoint_files import MAX_TOKENIZER_BYTES, read_bytes, shown
-from megatron_medha.text.tokenizer_json import ReadTokenizer, merges_of, with_marked_spaces
+from megatron_medha.text.tokenizers.tokenizer_json import ReadTokenizer, merges_of, with_marked_spaces
 
 _BPE = 2
 # Of transformers' classes those that give SentencePiece's own ids; others shift them or add to them.

@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 
 from megatron_medha.core.errors import MedhaError
-from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
-from megatron_medha.text.template_process import COMMAND, HEADER, RenderJob, RenderResult
+from megatron_medha.text.chat.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.text.chat.template_process import COMMAND, HEADER, RenderJob, RenderResult
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import msgspec
 
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.safe_files.checkpoint_files import cut, read_json_object, shown
-from megatron_medha.text.tokenizer_file import panics_as_errors, read_tokenizer_file
+from megatron_medha.text.tokenizers.tokenizer_file import panics_as_errors, read_tokenizer_file
 
 if TYPE_CHECKING:
     import tokenizers

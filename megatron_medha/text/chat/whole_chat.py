@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from megatron_medha.text.chat_template import ChatTemplate, ChatTemplateError
+from megatron_medha.text.chat.chat_template import ChatTemplate, ChatTemplateError
 
 TemplateMessage = dict[str, Any]
 

@@ -9,9 +9,9 @@ from typing import Any
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.safe_files.checkpoint_files import shown
 from megatron_medha.safe_files.gguf_file import read_gguf
-from megatron_medha.text.byte_pair_files import split_merges
-from megatron_medha.text.sentencepiece_file import PieceModel, PieceType, VocabularyPiece, pieces_json
-from megatron_medha.text.tokenizer_json import PATTERNS, ReadTokenizer, byte_level
+from megatron_medha.text.tokenizers.byte_pair_files import split_merges
+from megatron_medha.text.tokenizers.sentencepiece_file import PieceModel, PieceType, VocabularyPiece, pieces_json
+from megatron_medha.text.tokenizers.tokenizer_json import PATTERNS, ReadTokenizer, byte_level
 
 _PREFIX = "tokenizer.ggml."
 # How llama.cpp's tokenizer.ggml.pre splits a text.

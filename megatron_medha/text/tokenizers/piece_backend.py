@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_medha.core.errors import DependencyError
-from megatron_medha.text.sentencepiece_file import PieceModel, parse_piece_model
 from megatron_medha.text.text_slices import SLICE_CHARS, EncodeSlices
-from megatron_medha.text.tokenizer_json import SPACE_MARK
+from megatron_medha.text.tokenizers.sentencepiece_file import PieceModel, parse_piece_model
+from megatron_medha.text.tokenizers.tokenizer_json import SPACE_MARK
 
 if TYPE_CHECKING:
     import tokenizers

@@ -11,11 +11,11 @@ from typing import Any
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.safe_files.checkpoint_files import cut, open_regular, shown
 from megatron_medha.safe_files.saved_args import iteration_of, read_saved_args
-from megatron_medha.text.added_tokens import read_whole_tokenizer, token_settings, with_tokens_beside
-from megatron_medha.text.byte_pair_files import read_gpt2_files, read_megatron_tiktoken, read_tiktoken_file
-from megatron_medha.text.gguf_tokenizer import read_gguf_tokenizer
-from megatron_medha.text.sentencepiece_file import read_sentencepiece
-from megatron_medha.text.tokenizer_json import ReadTokenizer
+from megatron_medha.text.tokenizers.added_tokens import read_whole_tokenizer, token_settings, with_tokens_beside
+from megatron_medha.text.tokenizers.byte_pair_files import read_gpt2_files, read_megatron_tiktoken, read_tiktoken_file
+from megatron_medha.text.tokenizers.gguf_tokenizer import read_gguf_tokenizer
+from megatron_medha.text.tokenizers.sentencepiece_file import read_sentencepiece
+from megatron_medha.text.tokenizers.tokenizer_json import ReadTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import msgspec
 
 from megatron_medha.core.errors import CheckpointError
 from megatron_medha.safe_files.checkpoint_files import MAX_TOKENIZER_BYTES, cut, read_bytes, shown
-from megatron_medha.text.tokenizer_json import PATTERNS, ReadTokenizer, byte_level, in_alphabet, merges_of
+from megatron_medha.text.tokenizers.tokenizer_json import PATTERNS, ReadTokenizer, byte_level, in_alphabet, merges_of
 
 PATTERN_KEY = "tiktoken_pattern"  # in tokenizer_config.json, and of Megatron's arguments
 _END_OF_TEXT = "<|endoftext|>"
