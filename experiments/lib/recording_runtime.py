@@ -54,8 +54,9 @@ class RecordingSimRuntime(SimRuntime):
         truth: Callable[[Batch], float],
         spp: int = 1,
         outcome: Callable[[Batch, float], Completed] | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        super().__init__(OpenLoop(()), Pipeline(spp))
+        super().__init__(OpenLoop(()), pipeline or Pipeline(spp))
         self._outcome = outcome or super().completed
         self._truth = truth
         self.records: dict[str, RequestRecord] = {}

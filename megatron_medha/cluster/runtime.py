@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from math import ceil, inf
 
 import zmq
 
@@ -30,7 +31,7 @@ from megatron_medha.cluster.messages import (
 from megatron_medha.cluster.pending_grammars import PendingGrammars
 from megatron_medha.cluster.rank_starts import RanksPhase, RankStarts, StartProgress
 from megatron_medha.cluster.rank_state import RankStateCache
-from megatron_medha.core.batch import Aborted, Batch, Event, Output, RanksLost, TokenOut
+from megatron_medha.core.batch import Aborted, Batch, Event, Output, RanksLost, TokenOut, Woken
 from megatron_medha.core.errors import RankError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.engine.inbox import Inbox
@@ -71,6 +72,7 @@ class ClusterRuntime:
         self._sampled: dict[str, TokenSample] = {}  # of the batch that was taken up last
         self._poller = zmq.Poller()
         self._next_check_s = self._next_ping_s = 0.0
+        self.wakes_at_s: Callable[[], float] = _never
 
     def now_s(self) -> float:
         """See Runtime."""
@@ -150,7 +152,8 @@ class ClusterRuntime:
 
     def has_room(self) -> bool:
         """See Runtime."""
-        return self._starts.phase is RanksPhase.SERVING and len(self._collector) < self._layout.spp
+        # One more than there are stages may overtake the others; the scheduler knows whether it does.
+        return self._starts.phase is RanksPhase.SERVING and len(self._collector) <= self._layout.spp
 
     def submit(self, batch: Batch) -> None:
         """See Runtime."""
@@ -183,7 +186,10 @@ class ClusterRuntime:
 
     def _wait(self) -> None:
         """Wait for anything to happen, a fraction of a second at most, and take it up."""
-        polled = dict(self._poller.poll(int(_CHECK_INTERVAL_S * 1000)))
+        wait_s = min(_CHECK_INTERVAL_S, max(0.0, self.wakes_at_s() - self.now_s()))
+        polled = dict(self._poller.poll(ceil(wait_s * 1000)))
+        if self.wakes_at_s() <= self.now_s():
+            self._events.append(Woken())
         if self._inbox.fileno() in polled:
             for event in self._inbox.drain():
                 self._events.extend(self._pending_grammars.admit(event))
@@ -265,6 +271,10 @@ class ClusterRuntime:
                 # A prompt that lost its KV is computed again and yields the same positions again.
                 del stream.prompt_logprobs[part.first_position - 1 :]
                 stream.prompt_logprobs.extend(part.logprobs)
+
+
+def _never() -> float:
+    return inf
 
 
 def _sampling_ranks(layout: ParallelLayout) -> list[int]:

@@ -87,7 +87,12 @@ class RanksLost:
     why: str
 
 
-Event = Arrived | FirstStageDone | Completed | Aborted | RanksLost
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """The moment has come at which the scheduler wanted to look again."""
+
+
+Event = Arrived | FirstStageDone | Completed | Aborted | RanksLost | Woken
 
 
 class FinishReason(Enum):

@@ -35,13 +35,19 @@ class Runtime(Protocol):
         """Wait for the next event; None when the world has ended."""
 
     def has_room(self) -> bool:
-        """Whether another batch may be submitted now."""
+        """Whether another batch may be submitted now, be it one that overtakes those in flight."""
 
     def submit(self, batch: Batch) -> None:
         """Start computing a batch."""
 
     def emit(self, output: Output) -> None:
         """Pass an output on to the client it concerns."""
+
+
+class WakingRuntime(Runtime, Protocol):
+    """A world that also tells the scheduler when a moment has come (Woken)."""
+
+    wakes_at_s: Callable[[], float]  # set once, before the loop begins: when that is; infinity: never
 
 
 class Observer(Protocol):

@@ -35,3 +35,22 @@ class Rejection:
     message: str
     retry_after_s: float | None = None     # None: as it is, it is never admitted
     predicted_ttft_s: float | None = None  # where the estimate says no
+
+
+def rejection(request: Request, is_in_use: bool, max_request_tokens: int) -> Rejection | None:
+    """Why a request is not admitted; None where it is. is_in_use: a live request has its id."""
+    num_tokens = request.num_prompt_tokens
+    if request.max_output_tokens > 1:  # a lone output token is never computed: a prompt scored alone may fill all
+        num_tokens += request.max_output_tokens
+    if is_in_use:
+        message = f"request id {request.request_id} is already in use"
+    elif request.num_prompt_tokens < 1 or request.max_output_tokens < 1:
+        message = "a request needs at least one prompt token and one output token"
+    elif num_tokens > max_request_tokens:
+        message = (
+            f"{request.num_prompt_tokens} prompt tokens and up to {request.max_output_tokens} output tokens "
+            f"exceed the {max_request_tokens} tokens one request may have"
+        )
+    else:
+        return None
+    return Rejection(reason="request_rejected", message=message)

@@ -23,8 +23,8 @@ from megatron_medha.core.ports import (
     ErrorDelivery,
     Observer,
     ReplicaState,
-    Runtime,
     Sink,
+    WakingRuntime,
 )
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
@@ -48,7 +48,7 @@ ObserverFactory = Callable[[Scheduler], Observer]
 class EngineBackend:
     """A world that is up: what runs batches, and what a scheduler for it is made from."""
 
-    runtime: Runtime
+    runtime: WakingRuntime
     setup: SchedulerSetup
     stop_token_ids: tuple[int, ...]
     device: str
@@ -176,6 +176,7 @@ class Engine:
 
     def _serve(self, world: EngineBackend, streams: RequestStates) -> None:
         scheduler = self._scheduler = world.setup.build()
+        world.runtime.wakes_at_s = scheduler.wakes_at_s
         if is_user_policy(world.setup.config.policy):
             _log.info("user_policy", extra={"fields": {"policy": world.setup.config.policy}})
         watching = [watch(scheduler) for watch in (*world.watchers, *self._watchers)]

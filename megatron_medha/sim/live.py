@@ -18,6 +18,7 @@ from megatron_medha.engine.scheduler_setup import SchedulerSetup
 from megatron_medha.engine.status_board import StatusBoard
 from megatron_medha.sim.pipeline import Pipeline, StepTimes
 from megatron_medha.sim.sim_world import SimRuntime
+from megatron_medha.sim.system import pipeline_for
 from megatron_medha.sim.truth import Truth
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.workload.request_feed import OpenLoop
@@ -113,7 +114,7 @@ def live_engine(
         layout, name = setup.layout, setup.hardware.name
         truth = Truth(setup.cluster_cost, setup.shard_tokens, TruthConfig(), seed=0)
         yield EngineBackend(
-            runtime=LiveRuntime(inbox, streams, truth, Pipeline(layout.spp, layout.kvp), setup.shape.vocab_size),
+            runtime=LiveRuntime(inbox, streams, truth, pipeline_for(setup), setup.shape.vocab_size),
             setup=setup,
             stop_token_ids=stop_token_ids,
             device=f"simulated {name}" if layout.world_size == 1 else f"{layout.world_size} simulated {name}",

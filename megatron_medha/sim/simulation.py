@@ -24,7 +24,7 @@ from megatron_medha.sim.isolated import IsolatedTimes
 from megatron_medha.sim.ledger import Ledger, LiveRequest
 from megatron_medha.sim.measured_world import MeasuredSimRuntime
 from megatron_medha.sim.pipeline import Pipeline
-from megatron_medha.sim.system import InstancesSetup, build_system
+from megatron_medha.sim.system import InstancesSetup, build_system, pipeline_for
 from megatron_medha.sim.truth import ComputedWork, Truth
 from megatron_medha.sim.truth_config import TruthConfig
 from megatron_medha.stats.request_stats import RequestStats
@@ -76,7 +76,7 @@ class SimulationConfig:
         """The stages and KVP ranks that batches run on; of a system of instances, one stage with each as a rank."""
         if self.instances is not None:
             return Pipeline(1, self.instances.num_instances, on_span)
-        return Pipeline(self.setup.layout.spp, self.setup.layout.kvp, on_span)
+        return pipeline_for(self.setup, on_span)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +175,7 @@ class Simulation:
         if len(systems) == 1:
             world, work = self._world(feed, ledger, until_s, sample_s, look, watchers.on_span, True)
             worlds, works = [world], [work]
+            _join(systems[0], world)
             serve(systems[0], world, watchers.observers)
             end_s = world.now_s()
         else:
@@ -182,6 +183,8 @@ class Simulation:
             assert watchers.on_span is None and not watchers.observers, "these watch one replica"
             made = [self._world(feed, ledger, until_s, inf, lambda now_s: None, None, False) for _ in systems]
             worlds, works = [world for world, _ in made], [work for _, work in made]
+            for one, its_world in zip(systems, worlds, strict=True):
+                _join(one, its_world)
 
             def load_of(replica: int, request: Request) -> ReplicaLoad:
                 return _load(systems[replica], request, (
@@ -291,6 +294,11 @@ def _isolated_times(setup: SchedulerSetup, truth: TruthConfig, max_tokens: int) 
         max_tokens,
         cost.engine.request_s,
     )
+
+
+def _join(system: SchedulerProtocol, world: MeasuredSimRuntime) -> None:
+    if isinstance(system, Scheduler):
+        world.wakes_at_s = system.wakes_at_s
 
 
 def _load(

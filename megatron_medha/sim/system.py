@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
@@ -23,6 +24,9 @@ from megatron_medha.sim.baselines.predicted_order import PredictedOrder
 from megatron_medha.sim.baselines.prefill_limits import PartialPrefillLimits
 from megatron_medha.sim.baselines.ring_cost import RingCost
 from megatron_medha.sim.baselines.static import StaticSystem
+from megatron_medha.sim.held_batches import InterruptiblePipeline
+from megatron_medha.sim.pipeline import Pipeline
+from megatron_medha.stats.timeline import StageSpan
 
 
 class SystemKind(Enum):
@@ -120,3 +124,12 @@ def build_system(setup: SchedulerSetup | InstancesSetup) -> SchedulerProtocol:
         for members in (instances[: config.num_reserved], instances[config.num_reserved :])
     )
     return ReservedPools(short, long, config.short_prompt_tokens)
+
+
+def pipeline_for(setup: SchedulerSetup, on_span: Callable[[StageSpan], None] | None = None) -> Pipeline:
+    """The stages and KVP ranks of one replica; its batches may be held if its scheduler is interruptible."""
+    layout = setup.layout
+    if setup.config.interruptible is not True:
+        return Pipeline(layout.spp, layout.kvp, on_span)
+    num_layers = tuple([setup.shape.num_stage_layers(stage, layout.spp) for stage in range(layout.spp)])
+    return InterruptiblePipeline(layout.spp, layout.kvp, on_span, num_layers, setup.cluster_cost.switch_s)

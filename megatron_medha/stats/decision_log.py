@@ -20,6 +20,7 @@ from megatron_medha.core.batch import (
     FirstStageDone,
     Output,
     RanksLost,
+    Woken,
 )
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.core.kv.block_pool import Extent
@@ -30,7 +31,7 @@ from megatron_medha.stats.logged_keys import KeyReader, KeyWriter
 from megatron_medha.system.best_effort_file import BestEffortFile, TextSink
 
 _EVENTS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Arrived, FirstStageDone, Completed, Aborted, RanksLost)
+    kind.__name__: kind for kind in (Arrived, FirstStageDone, Completed, Aborted, RanksLost, Woken)
 }
 
 T = TypeVar("T", bound=NamedTuple)

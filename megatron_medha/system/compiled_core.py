@@ -30,10 +30,11 @@ from megatron_medha.core.errors import DependencyError, MedhaError
 MODULES = (
     "core.cost.kernel_costs", "core.cost.online_cost", "core.cost.step_cost", "core.kv.block_pool",
     "core.kv.block_table", "core.kv.kv_memory", "core.kv.shards", "core.loop", "core.scheduling.batch_builder",
-    "core.scheduling.chunking", "core.scheduling.deadlines", "core.scheduling.kinetic_queue",
-    "core.scheduling.kinetic_tournament", "core.scheduling.overdue", "core.scheduling.policies",
-    "core.scheduling.prefill_packer", "core.scheduling.prefill_queue", "core.scheduling.scheduler",
-    "core.scheduling.step_budget", "sim.pipeline", "sim.truth",
+    "core.scheduling.batch_committer", "core.scheduling.chunking", "core.scheduling.deadlines",
+    "core.scheduling.kinetic_queue", "core.scheduling.kinetic_tournament", "core.scheduling.overdue",
+    "core.scheduling.overtaking", "core.scheduling.policies", "core.scheduling.prefill_packer",
+    "core.scheduling.prefill_queue", "core.scheduling.scheduler", "core.scheduling.step_budget", "sim.held_batches",
+    "sim.pipeline", "sim.truth",
 )  # fmt: skip
 SWITCH = "MEDHA_COMPILED_CORE"  # environment; "0": interpret, whatever the cache holds
 _PACKAGE = "megatron_medha"

@@ -10,7 +10,7 @@ from scheduler_bench import Bench, request
 
 from megatron_medha.core.batch import Arrived, FirstStageDone, RanksLost
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad
-from megatron_medha.core.request import Rejection, Request
+from megatron_medha.core.request import Rejection, Request, rejection
 
 STEP_S = 2.0  # what every step takes whatever it computes
 
@@ -233,7 +233,7 @@ def test_a_request_of_one_output_token_may_fill_all_of_the_memory_with_its_promp
 
 
 def test_a_rejection_has_a_reason_for_programs_beside_the_words_for_people() -> None:
-    assert bench_of().scheduler._rejection(request("a", num_out=0)) == Rejection(
+    assert rejection(request("a", num_out=0), False, 100) == Rejection(
         reason="request_rejected", message="a request needs at least one prompt token and one output token"
     )
-    assert bench_of().scheduler._rejection(request("a")) is None
+    assert rejection(request("a"), False, 100) is None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,13 +30,18 @@ from megatron_medha.core.cost.online_cost import OnlineCost
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost, StepLoad, step_s
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.ops import KVOp
+from megatron_medha.core.kv.sequence import Status
 from megatron_medha.core.loop import serve
 from megatron_medha.core.model_shape import ModelShape
+from megatron_medha.core.ports import Observer
 from megatron_medha.core.request import Request
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
+from megatron_medha.sim.held_batches import InterruptiblePipeline
+from megatron_medha.sim.pipeline import Pipeline
+from megatron_medha.stats.decision_log import DecisionLog, read_log, replay
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -85,6 +91,7 @@ def cases(draw: st.DrawFn) -> Case:
         progress_share=draw(st.sampled_from([0.0, 0.1, 0.5])),
         max_skips=draw(st.sampled_from([0, 1, 10])),
         watermark=draw(st.sampled_from([0.0, 0.1])),
+        interruptible=draw(st.booleans()),
     )
     times_s = st.floats(0.0, 0.3)
     requests = tuple(
@@ -148,6 +155,8 @@ class Audit:
         self.shard_tokens = memory.max_tokens_per_shard or memory.num_blocks * memory.block_size
         self.seen: dict[str, Seen] = {}
         self.past_first_stage: set[int] = set()
+        self.in_flight: dict[int, Batch] = {}
+        self.num_overtakings = 0
         self.num_batches = 0
         self.num_preempted = 0
 
@@ -158,12 +167,14 @@ class Audit:
             case FirstStageDone(batch_id):
                 self.past_first_stage.add(batch_id)
             case Completed():
+                del self.in_flight[event.batch_id]
                 for seen in self.seen.values():
                     seen.in_flight.pop(event.batch_id, None)
             case Aborted(request_id):
                 if request_id in self.seen:
                     self.seen[request_id].has_ended = True
             case RanksLost():
+                self.in_flight.clear()
                 for seen in self.seen.values():
                     seen.in_flight.clear()
                     seen.lose_kv()
@@ -204,6 +215,8 @@ class Audit:
             seen = self.seen[request_id]
             assert seen.has_ended and not seen.in_flight and not seen.is_released
             seen.is_released = True
+        self._overtakes(batch)
+        self.in_flight[batch.batch_id] = batch
         for op in batch.kv_ops:
             self._execute(op)
         for chunk in batch.chunks:
@@ -217,6 +230,39 @@ class Audit:
         self._blocks_are_free_or_owned_once()
         self._ranks_know_the_tables(batch)
         self._cursors_are_ordered()
+
+    def _overtakes(self, batch: Batch) -> None:
+        """At most one overtakes at a time, one that may be held, and nothing that those it passes compute or change."""
+        others = self.in_flight.values()
+        if batch.overtakes is None:
+            assert all(other.batch_id in self.past_first_stage for other in others)
+            assert sum(other.overtakes is None for other in others) < self.case.spp
+        else:
+            self.num_overtakings += 1
+            assert self.case.config.interruptible and not batch.may_be_held
+            assert all(other.overtakes is None and other.batch_id >= batch.overtakes for other in others)
+            assert all(other.may_be_held for other in others if other.batch_id not in self.past_first_stage)
+            assert any(other.may_be_held for other in others)
+            passed = {chunk.request_id for other in others for chunk in other.chunks}
+            changed = {op.request_id for other in others for op in other.kv_ops}
+            own = {chunk.request_id for chunk in batch.chunks} | {op.request_id for op in batch.kv_ops}
+            assert not own & passed and not own & changed
+        if batch.may_be_held:
+            sequences = [self.scheduler.sequence(chunk.request_id) for chunk in batch.chunks]
+            assert all(seq is not None and seq.status is Status.PREFILLING for seq in sequences)
+        in_use = {
+            (shard.kvp_rank, block)
+            for other in others
+            for chunk in other.chunks
+            for seq in [self.scheduler.sequence(chunk.request_id)]
+            if seq is not None
+            for shard in seq.block_table.shards
+            for first, count in shard.extents
+            for block in range(first, first + count)
+        }
+        for op in batch.kv_ops:
+            blocks = {(op.kvp_rank, b) for first, count in op.extents for b in range(first, first + count)}
+            assert not blocks & in_use or op.request_id in {c.request_id for o in others for c in o.chunks}
 
     def _execute(self, op: KVOp) -> None:
         seen = self.seen[op.request_id]
@@ -308,11 +354,15 @@ class Audit:
         return chunk.num_tokens == 1 and chunk.samples_token and chunk.start > 0
 
 
-def run(case: Case) -> tuple[Scheduler, Audit]:
+def scheduler_of(case: Case) -> Scheduler:
     layout_cost = RooflineCost(shape=SHAPE, hardware=HARDWARE)
     cost = OnlineCost(layout_cost) if case.learns else layout_cost
     memory = KVMemory(**case.memory, watermark=case.config.watermark)  # type: ignore[arg-type]
-    scheduler = Scheduler(case.config, cost, memory, case.spp)
+    return Scheduler(case.config, cost, memory, case.spp)
+
+
+def run(case: Case, *observers: Observer) -> tuple[Scheduler, Audit]:
+    scheduler = scheduler_of(case)
     draw = random.Random(case.seed)
 
     def outcome(batch: Batch, duration_s: float) -> Completed:
@@ -325,15 +375,22 @@ def run(case: Case) -> tuple[Scheduler, Audit]:
         )
 
     world = RecordingSimRuntime(
-        case.requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), case.spp, outcome
+        case.requests, lambda batch: batch.predicted_s * draw.uniform(0.5, 1.5), case.spp, outcome, pipeline_of(case)
     )
+    world.wakes_at_s = scheduler.wakes_at_s
     for at_s, request_id in case.aborts:
         world.abort(at_s, request_id)
     for at_s in case.losses_s:
         world.lose_ranks(at_s)
     audit = Audit(case, scheduler)
-    serve(scheduler, world, (audit,))
+    serve(scheduler, world, (audit, *observers))
     return scheduler, audit
+
+
+def pipeline_of(case: Case) -> Pipeline:
+    if not case.config.interruptible:
+        return Pipeline(case.spp)
+    return InterruptiblePipeline(case.spp, 1, None, (2,) * case.spp, lambda num_tokens: 1e-4)
 
 
 @settings(max_examples=300, deadline=None)
@@ -346,3 +403,34 @@ def test_every_request_ends_once_and_nothing_is_lost_leaked_or_shared(case: Case
     memory = scheduler.memory
     assert [pool.free_extents for pool in memory.pools] == [((0, memory.num_blocks),)] * memory.kvp
     assert memory.num_owners == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_a_run_in_which_batches_are_held_replays_to_the_same_batches(case: Case) -> None:
+    config = replace(case.config, interruptible=True, step_budget_s=0.01, chunking=Chunking.ADAPTIVE)
+    case = replace(case, config=config)
+    stream = io.StringIO()
+    _, audit = run(case, DecisionLog(stream, {"config": {}}))
+    _, records = read_log(stream.getvalue().splitlines())
+    assert replay(records, scheduler_of(case)) == audit.num_batches
+
+
+def test_random_runs_hold_batches_often_enough_to_be_a_test_of_it() -> None:
+    num_overtakings = 0
+    for seed in range(9):
+        draw = random.Random(seed)
+        requests = tuple(
+            Request(
+                request_id=f"r{index}", num_prompt_tokens=draw.choice((5, 8, 12, 380)),
+                max_output_tokens=draw.choice((1, 15)), arrival_s=draw.uniform(0.0, 8.0),
+            )
+            for index in range(60)
+        )  # fmt: skip
+        case = Case(
+            SchedulerConfig(interruptible=True, step_budget_s=0.02, tile_tokens=4, min_deadline_s=0.1),
+            {"num_blocks": 2000, "block_size": 4, "max_context_len": 400},
+            1 + seed % 3, requests, (), (), 0.05, 0.0, False, seed,
+        )  # fmt: skip
+        num_overtakings += run(case)[1].num_overtakings
+    assert num_overtakings > 50

@@ -26,6 +26,7 @@ from megatron_medha.core.scheduling.chunking import PrefillTimes
 from megatron_medha.core.scheduling.policies import POLICIES
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
+from megatron_medha.sim.held_batches import InterruptiblePipeline
 
 SHAPE = ModelShape(
     name="tiny", num_layers=2, hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -156,6 +157,7 @@ DRAWN = st.lists(
     has_space_sharing=st.booleans(),
     has_triage=st.booleans(),
     spp=st.sampled_from((1, 2)),
+    interruptible=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_request_of_a_random_burst_has_its_first_token_within_the_bound(
@@ -166,10 +168,11 @@ def test_every_request_of_a_random_burst_has_its_first_token_within_the_bound(
     has_space_sharing: bool,
     has_triage: bool,
     spp: int,
+    interruptible: bool,
 ) -> None:
     config = SchedulerConfig(
         policy=policy, step_budget_s=BUDGET_S, progress_share=share, is_preemptive=is_preemptive,
-        has_space_sharing=has_space_sharing, has_triage=has_triage, min_deadline_s=0.05,
+        has_space_sharing=has_space_sharing, has_triage=has_triage, min_deadline_s=0.05, interruptible=interruptible,
     )  # fmt: skip
     requests = [
         Request(
@@ -179,8 +182,11 @@ def test_every_request_of_a_random_burst_has_its_first_token_within_the_bound(
         for i, (num, num_out, at_s, level, slo_s) in enumerate(drawn)
     ]  # fmt: skip
     memory = KVMemory(num_blocks=100_000, block_size=4, max_context_len=SHAPE.max_context_len)
-    world = RecordingSimRuntime(requests, true_step_s(COST), spp)
-    serve(Scheduler(config, COST, memory, spp), world)
+    pipeline = InterruptiblePipeline(spp, 1, None, (1,) * spp, lambda num_tokens: 1e-4) if interruptible else None
+    world = RecordingSimRuntime(requests, true_step_s(COST), spp, pipeline=pipeline)
+    scheduler = Scheduler(config, COST, memory, spp)
+    world.wakes_at_s = scheduler.wakes_at_s
+    serve(scheduler, world)
     for request, limit_s in bounds_s(config, requests, spp):
         assert world.records[request.request_id].token_times_s[0] <= limit_s
 
@@ -206,6 +212,8 @@ def bounds_s(config: SchedulerConfig, requests: list[Request], spp: int) -> Iter
         for request in requests
     )
     earlier_s = 0.0
+    if config.interruptible:  # a step of another's that is being held, perhaps, when the deadline passes
+        earlier_s = max(halves.prefill_s(request.num_prompt_tokens) for request in requests)
     for count, (deadline_s, _, _, request) in enumerate(due):
         earlier_s += halves.prefill_s(request.num_prompt_tokens)
         yield request, deadline_s + (earlier_s + BUDGET_S / 2) / config.progress_share + (count + 2) * BUDGET_S

@@ -91,6 +91,18 @@ class ClusterCost:
         fixed_s, token_s = self._hops[stage]
         return fixed_s + num_tokens * token_s
 
+    def switch_s(self, num_tokens: int) -> float:
+        """What a stage loses by holding a step of so many tokens and going on with it later.
+
+        Activations are written and read once (residual and hidden states, and the widest product of a layer), the
+        weights of one layer are read once more, and a layer is launched again.
+        """
+        shape, hardware, tp = self.shape, self.hardware, self.layout.tp
+        per_token = (2 * shape.hidden_size + shape.ffn_hidden_size / tp) * ACTIVATION_BYTES
+        weights = shape.num_touched_layer_params(num_tokens) / tp * shape.bytes_per_element
+        moved_s = (2 * num_tokens * per_token + weights) / (hardware.memory_bytes_per_s * hardware.memory_efficiency)
+        return self.engine.layer_launch_s + moved_s
+
     def stage_s(self, load: StepLoad, stage: int) -> float:
         """Seconds for which a step occupies a stage; the host's part counts for the first one, the head for the last.
 

@@ -118,7 +118,7 @@ class BatchBuilder:
             most = largest_in_time(self._rule, self._cost, load, part.context, most, budget_s)
         if not most:
             tile = self.tile(seq, parts)
-            if tile > 0 and all(self._extra_s(part, tile) <= credit_s for part in parts):
+            if tile > 0 and all(self._extra_on_rank_s(part, tile) <= credit_s for part in parts):
                 return tile
         return most
 
@@ -137,12 +137,12 @@ class BatchBuilder:
         )
         if tile < 2 or not self._has_waiting_decodes or not self._strategy.is_by_time:
             return tile
-        tile_s = self._most_extra_s(parts, tile)
+        tile_s = self.extra_s(parts, tile)
         for _ in range(_MAX_HALVINGS):
             half = tile // 2
             if half < 1 or tile_s <= _MIN_TILE_SHARE * self.budget_s or self._fits(parts, tile, self.budget_s):
                 break
-            half_s = self._most_extra_s(parts, half)
+            half_s = self.extra_s(parts, half)
             if half_s > (1.0 - _MIN_SAVED_SHARE) * tile_s:
                 break
             tile, tile_s = half, half_s
@@ -199,6 +199,10 @@ class BatchBuilder:
             for load in (self.loads[part.kvp_rank],)
         )
 
+    def extra_s(self, parts: tuple[ChunkShard, ...], num_tokens: int) -> float:
+        """How much longer the step would take with so many tokens more on these ranks."""
+        return max([self._extra_on_rank_s(part, num_tokens) for part in parts])
+
     @property
     def slowest_load(self) -> StepLoad:
         """The load of the KVP rank that the step waits for."""
@@ -230,14 +234,11 @@ class BatchBuilder:
 
     def _fits(self, parts: tuple[ChunkShard, ...], num_tokens: int, budget_s: float) -> bool:
         for part in parts:
-            if step_s(self._cost, self.loads[part.kvp_rank]) + self._extra_s(part, num_tokens) > budget_s:
+            if step_s(self._cost, self.loads[part.kvp_rank]) + self._extra_on_rank_s(part, num_tokens) > budget_s:
                 return False
         return True
 
-    def _most_extra_s(self, parts: tuple[ChunkShard, ...], num_tokens: int) -> float:
-        return max([self._extra_s(part, num_tokens) for part in parts])
-
-    def _extra_s(self, part: ChunkShard, num_tokens: int) -> float:
+    def _extra_on_rank_s(self, part: ChunkShard, num_tokens: int) -> float:
         load = self.loads[part.kvp_rank]
         return (
             self._cost.linear_s(load.num_tokens + num_tokens, load.num_sequences + 1)

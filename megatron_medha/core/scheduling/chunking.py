@@ -10,6 +10,8 @@ from enum import Enum
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad
 
 _MAX_LINEAR_PROBES = 4
+_MAX_SLOWDOWN = 0.02  # of a prompt alone, by chunks that are smaller than the best
+_MAX_HALVINGS = 6     # of the largest, until chunks are too small
 
 
 class Chunking(Enum):
@@ -168,6 +170,11 @@ STRATEGIES = {
 }
 
 
+def num_step_tokens(rule: ChunkRule, cost: CostModel, budget_s: float) -> int:
+    """Tokens of a prompt that fit into a step with nothing else."""
+    return max(largest_chunk(rule, cost, StepLoad(), 0, rule.max_tokens, budget_s), rule.tile_tokens)
+
+
 class PrefillTimes:
     """Predicted seconds of a lone prefill by its length, under the chunk rule and the step budget (Medha Alg. 3).
 
@@ -189,7 +196,7 @@ class PrefillTimes:
             count = chunk_at(tokens)
             return (cost.linear_s(count, 1) + cost.attention_s(max(0, tokens - count // 2), count)) / count
 
-        self.num_step_tokens = chunk_at(0)  # that fit into a step with nothing else
+        self.num_step_tokens = num_step_tokens(rule, cost, budget_s)
         first_chunk = min(self.num_step_tokens, max_tokens)
         self._tokens, self._seconds = [0], [0.0]
         tokens = 1
@@ -217,3 +224,38 @@ class PrefillTimes:
     def _append(self, tokens: int, seconds: float) -> None:
         self._tokens.append(tokens)
         self._seconds.append(seconds)
+
+
+def efficient_chunk_tokens(
+    cost: CostModel, context: int, num_tokens: int, max_chunk_tokens: int, tile_tokens: int, spp: int
+) -> int:
+    """The smallest chunk with which `num_tokens` after `context` take at most 2% longer than with the best.
+
+    The largest chunk is halved, and again. A smaller one is overtaken at less cost, and has fewer activations.
+    """
+    largest = min(num_tokens, max_chunk_tokens)
+    seconds: dict[int, float] = {}
+    for halvings in range(_MAX_HALVINGS + 1):
+        tiles = -(-largest // (tile_tokens << halvings))
+        count = min(tiles * tile_tokens, largest)
+        seconds[count] = _prefill_s(cost, context, num_tokens, largest, count, spp)
+        if count <= tile_tokens:
+            break
+    most_s = (1.0 + _MAX_SLOWDOWN) * min(seconds.values())
+    return min([count for count, taken_s in seconds.items() if taken_s <= most_s])
+
+
+def _prefill_s(cost: CostModel, context: int, num_tokens: int, largest: int, count: int, spp: int) -> float:
+    """Predicted seconds of `num_tokens` in chunks of `count`: on one stage after another, the next chunk behind it.
+
+    As the first `largest` of them, and the last chunk has the other stages to itself.
+    """
+    first_s = 0.0
+    for start in range(0, largest, count):
+        first_s += _chunk_s(cost, context + start, min(count, largest - start))
+    last_s = _chunk_s(cost, context + num_tokens - count, count)
+    return (first_s * num_tokens / largest + (spp - 1) * last_s) / spp
+
+
+def _chunk_s(cost: CostModel, context: int, num_tokens: int) -> float:
+    return cost.linear_s(num_tokens, 1) + cost.attention_s(context, num_tokens)

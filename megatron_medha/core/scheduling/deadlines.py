@@ -10,10 +10,11 @@ from math import inf
 from megatron_medha.core.cost.step_cost import CostModel
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.request import Request
-from megatron_medha.core.scheduling.chunking import PrefillTimes
+from megatron_medha.core.scheduling.chunking import PrefillTimes, num_step_tokens
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 _MAX_MARGIN_SHARE = 0.8  # of a deadline
+_NO_BUDGET_S = 1e9
 
 
 class Deadlines:
@@ -25,18 +26,18 @@ class Deadlines:
         self._cost = cost
         self._spp = spp
         self._max_request_tokens = max_request_tokens
-        self._times = self._predict_times()
+        self._predict()
 
     @property
     def num_step_tokens(self) -> int:
         """Tokens of a prompt that fit into a step with nothing else."""
-        return self._times.num_step_tokens
+        return self._num_step_tokens
 
     def refresh(self) -> bool:
         """Follow the cost model; False if it believes what it did."""
         if self._times.revision == self._cost.revision:
             return False
-        self._times = self._predict_times()
+        self._predict()
         return True
 
     def prefill_s(self, num_tokens: int) -> float:
@@ -144,6 +145,13 @@ class Deadlines:
         steps_s = self._config.slack_margin_steps * self.feasible_s(self._config.step_budget_s)
         return min(steps_s, _MAX_MARGIN_SHARE * target_s)
 
-    def _predict_times(self) -> PrefillTimes:
+    def _predict(self) -> None:
+        """Tables by the cost model of now. Where batches can be held, a prompt alone is computed in large chunks."""
         budget_s = self.feasible_s(self._config.step_budget_s)
-        return PrefillTimes(self._rule, self._cost, budget_s, self._max_request_tokens)
+        rule, cost, max_tokens = self._rule, self._cost, self._max_request_tokens
+        if self._config.interruptible is True:
+            self._times = PrefillTimes(rule, cost, _NO_BUDGET_S, max_tokens)
+            self._num_step_tokens = num_step_tokens(rule, cost, budget_s)
+        else:
+            self._times = PrefillTimes(rule, cost, budget_s, max_tokens)
+            self._num_step_tokens = self._times.num_step_tokens

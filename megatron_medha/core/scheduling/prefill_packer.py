@@ -54,7 +54,8 @@ class PrefillPacker:
 
     over the n requests Y with deadlines before X's: only those come before it, and after their first tokens never
     again; each step saves p * B; at most one step's saving is left over when one of them ends. It holds under every
-    policy while steps keep their budget, whatever arrives later.
+    policy while steps keep their budget, whatever arrives later. Where batches may be held (overtaking.py), another's
+    of E seconds may be in flight at the deadline; it is held for (1 / p - 1) * E at most, so E / p is added.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class PrefillPacker:
         first: Sequence | None = None  # the most urgent one that could start
         num_skipped = num_without_memory = 0
         max_prefill_tokens: float = inf
-        if not self._has_sequence_slot(overdue):
+        if not self.has_sequence_slot(overdue):
             candidates.exclude_waiting()
         has_others = len(candidates) > 1
         has_prefill = overdue_chunk is not None
@@ -110,13 +111,13 @@ class PrefillPacker:
             if seq.num_unscheduled_tokens >= max_prefill_tokens:
                 num_skipped += 1  # a long one beside the long ones there: not worth a closer look
                 continue
-            plan = self._plan(seq)
+            plan = self.plan(seq)
             if plan is None:
                 num_without_memory += 1
                 if num_without_memory > max_skips:
                     candidates.exclude_waiting()
                 continue
-            if plan and siblings is not None and siblings.is_sooner(seq, now_s):
+            if plan and self.is_sooner_behind_another(seq, now_s):
                 continue  # another begins in this batch, and computes what this one wants
             first = first or seq
             parts = self._memory.parts(seq, plan)
@@ -134,10 +135,10 @@ class PrefillPacker:
                 num_skipped += 1
                 continue
             if plan:
-                self._begin(seq, plan)
+                self.begin(seq, plan)
                 if limits is not None:
                     limits.begun(seq)
-                if not self._has_sequence_slot(overdue):
+                if not self.has_sequence_slot(overdue):
                     candidates.exclude_waiting()
             if is_long:
                 long_ranks.update(part.kvp_rank for part in parts)
@@ -162,11 +163,20 @@ class PrefillPacker:
         else:
             self._memory.reservation = reservation
 
-    def _plan(self, seq: Sequence) -> tuple[int, ...] | None:
+    def plan(self, seq: Sequence) -> tuple[int, ...] | None:
         """KVP ranks for a sequence without KV, () for one that has it, None when there is no memory for it now."""
         return () if seq.block_table.shards else self._memory.plan(seq)
 
-    def _has_sequence_slot(self, overdue: Sequence | None) -> bool:
+    def is_sooner_behind_another(self, seq: Sequence, now_s: float) -> bool:
+        """Whether a sequence without KV had better wait for one that has just begun on a prefix they share."""
+        return self._siblings is not None and self._siblings.is_sooner(seq, now_s)
+
+    @property
+    def has_no_limits(self) -> bool:
+        """Whether only our own rules decide who may begin."""
+        return self._limits is None
+
+    def has_sequence_slot(self, overdue: Sequence | None) -> bool:
         """Whether one more sequence may own KV; the last place is kept for an overdue one that owns none."""
         num_places = self._config.max_num_sequences - self._memory.num_owners
         return num_places > (overdue is not None and not overdue.block_table.shards)
@@ -230,7 +240,7 @@ class PrefillPacker:
         if overdue is None:
             return 0.0, None
         saved_s = self._overdue_credit_s if overdue is self._overdue else 0.0
-        plan = self._plan(overdue)
+        plan = self.plan(overdue)
         if plan is None or plan and self._memory.num_owners >= self._config.max_num_sequences:
             return saved_s, None  # no memory for it yet: what it could not use is not saved for it
         credit_s = saved_s + self._config.progress_share * builder.budget_s
@@ -241,14 +251,14 @@ class PrefillPacker:
         if not num_tokens:
             return credit_s, None
         if plan:
-            self._begin(overdue, plan)
+            self.begin(overdue, plan)
         overdue_chunk = PlannedChunk(overdue, num_tokens, parts)
         builder.defer(overdue_chunk, overdue.num_unscheduled_tokens)
         return credit_s, overdue_chunk
 
     def _add_tile(self, builder: BatchBuilder, seq: Sequence | None) -> None:
         """Liveness: when nobody took what was kept for others, the most urgent one, or the overdue one, does."""
-        if seq is None or (plan := self._plan(seq)) is None:
+        if seq is None or (plan := self.plan(seq)) is None:
             return
         if plan and self._memory.num_owners >= self._config.max_num_sequences:
             return
@@ -256,10 +266,11 @@ class PrefillPacker:
         num_tokens = max(builder.fit(seq, parts), builder.tile(seq, parts))
         if num_tokens > 0:
             if plan:
-                self._begin(seq, plan)
+                self.begin(seq, plan)
             builder.add(PlannedChunk(seq, num_tokens, parts))
 
-    def _begin(self, seq: Sequence, plan: tuple[int, ...]) -> None:
+    def begin(self, seq: Sequence, plan: tuple[int, ...]) -> None:
+        """Give a sequence the blocks of its plan."""
         self._memory.take(seq, plan)
         if self._siblings is not None:
             self._siblings.begin(seq)

@@ -146,7 +146,7 @@ class PrefillCandidates:
         self._buckets = buckets
         self._num_candidates = num_candidates
         self._now_s = now_s
-        self._has_waiting = self._has_large = True
+        self._has_waiting = self._has_large = self._has_small = True
 
     def __len__(self) -> int:
         return self._num_candidates
@@ -158,6 +158,10 @@ class PrefillCandidates:
     def exclude_large(self) -> None:
         """From here on only those that might end within a step."""
         self._has_large = False
+
+    def exclude_small(self) -> None:
+        """From here on only those that cannot end within a step."""
+        self._has_small = False
 
     def __iter__(self) -> Iterator[Sequence]:
         now_s = self._now_s
@@ -207,4 +211,5 @@ class PrefillCandidates:
             unfinished[more[-1][ITEM_ID]] = queue
 
     def _includes(self, bucket: _Bucket) -> bool:
-        return (self._has_waiting or not bucket.is_waiting) and (self._has_large or not bucket.is_large)
+        is_of_size = self._has_large if bucket.is_large else self._has_small
+        return is_of_size and (self._has_waiting or not bucket.is_waiting)

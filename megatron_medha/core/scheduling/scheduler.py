@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import inf
 
 from megatron_medha.core.batch import (
@@ -20,34 +19,25 @@ from megatron_medha.core.batch import (
     RanksLost,
     Rejected,
     TokenOut,
+    Woken,
 )
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.ops import KVOp, drop_op
 from megatron_medha.core.kv.sequence import Sequence, Status
-from megatron_medha.core.kv.shards import num_shards
-from megatron_medha.core.request import Rejection, Request
+from megatron_medha.core.request import Request, rejection
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder
+from megatron_medha.core.scheduling.batch_committer import BatchCommitter, SubmittedBatch
 from megatron_medha.core.scheduling.cached_prefixes import CachedPrefixes
 from megatron_medha.core.scheduling.deadlines import Deadlines
 from megatron_medha.core.scheduling.overdue import OverdueHeap
+from megatron_medha.core.scheduling.overtaking import Overtaking
 from megatron_medha.core.scheduling.policies import Policy, policy_named
 from megatron_medha.core.scheduling.preemption import victim
 from megatron_medha.core.scheduling.prefill_packer import PrefillLimits, PrefillPacker
 from megatron_medha.core.scheduling.prefill_queue import PrefillQueue
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.core.scheduling.step_budget import BudgetUtilization, min_efficient_step_s
-
-
-@dataclass(slots=True, eq=False)
-class _SubmittedBatch:
-    """A batch the runtime has, with what the cost model needs to learn from it."""
-
-    batch: Batch
-    sequences: list[Sequence]  # of its chunks, in their order
-    num_decodes: int           # they come first
-    load: StepLoad
-    has_left_first_stage: bool = False
 
 
 class Scheduler:
@@ -77,8 +67,11 @@ class Scheduler:
         self._overdue = OverdueHeap(self._sequences)
         self._builder = BatchBuilder(config.chunk_rule, cost, memory)
         self._num_tpot_slos = 0                     # live sequences that bring a TPOT target
-        self._in_flight: dict[int, _SubmittedBatch] = {}
-        self._is_first_stage_free = True
+        self._in_flight: dict[int, SubmittedBatch] = {}
+        self._num_overtaking = 0                    # batches in flight that overtake others
+        self._num_on_first_stage = 0                # batches in flight that have not left it
+        self._decodes_since_s = inf                 # since when the first of _decodes has been waiting
+        self._now_s = 0.0                           # of the last event
         self._released: list[str] = []
         self._kv_ops: list[KVOp] = []               # for the next batch
         self._next_batch_id = 0
@@ -90,6 +83,8 @@ class Scheduler:
             self._prefills.leads = self._prefixes.siblings.leads
         siblings = None if self._prefixes is None else self._prefixes.siblings
         self._packer = PrefillPacker(config, cost, memory, limits, siblings)
+        self._committer = BatchCommitter(memory, self._deadlines, self._overdue, self._prefills, self._prefixes)
+        self._overtaking = Overtaking(config, cost, memory, self.policy, spp, self._packer)
 
     # ---- what the outside may look at ----
 
@@ -159,15 +154,23 @@ class Scheduler:
                     self._end(seq, Status.ABORTED, now_s)
             case RanksLost():
                 self._restart_all(now_s)
+            case Woken():
+                pass
         if self._growing:
             self._grow(now_s, outputs)
+        self._now_s = now_s
+        if not self._decodes:
+            self._decodes_since_s = inf
+        elif self._decodes_since_s == inf:
+            self._decodes_since_s = now_s
         if self._prefixes is not None and not (self._in_flight and isinstance(event, Arrived)):
             self._place_moved(self._prefixes, now_s)  # an arrival moves nobody, and the next batch is not made yet
         return outputs
 
     def _arrive(self, request: Request, now_s: float, outputs: list[Output]) -> None:
-        if (rejection := self._rejection(request)) is not None:
-            outputs.append(Rejected(request.request_id, rejection.message, is_client_fault=True))
+        is_in_use = request.request_id in self._sequences
+        if (refused := rejection(request, is_in_use, self.memory.max_request_tokens)) is not None:
+            outputs.append(Rejected(request.request_id, refused.message, is_client_fault=True))
             return
         self._refresh_times()
         seq = Sequence(request=request)
@@ -180,27 +183,9 @@ class Scheduler:
         self._overdue.add(seq)
         self._enqueue(seq, now_s)
 
-    def _rejection(self, request: Request) -> Rejection | None:
-        """Why the request is not admitted; None where it is."""
-        num_tokens = request.num_prompt_tokens
-        if request.max_output_tokens > 1:  # a lone output token is never computed: a prompt scored alone may fill all
-            num_tokens += request.max_output_tokens
-        if request.request_id in self._sequences:
-            message = f"request id {request.request_id} is already in use"
-        elif request.num_prompt_tokens < 1 or request.max_output_tokens < 1:
-            message = "a request needs at least one prompt token and one output token"
-        elif num_tokens > self.memory.max_request_tokens:
-            message = (
-                f"{request.num_prompt_tokens} prompt tokens and up to {request.max_output_tokens} output tokens "
-                f"exceed the {self.memory.max_request_tokens} tokens one request may have"
-            )
-        else:
-            return None
-        return Rejection(reason="request_rejected", message=message)
-
-    def _leave_first_stage(self, flight: _SubmittedBatch) -> None:
+    def _leave_first_stage(self, flight: SubmittedBatch) -> None:
         flight.has_left_first_stage = True
-        self._is_first_stage_free = True
+        self._num_on_first_stage -= 1
         num_decodes = flight.num_decodes
         chunks, sequences = flight.batch.chunks, flight.sequences
         for index in range(num_decodes, len(chunks)):
@@ -211,6 +196,8 @@ class Scheduler:
         flight = self._in_flight.pop(event.batch_id)
         if not flight.has_left_first_stage:
             self._leave_first_stage(flight)
+        if flight.batch.overtakes is not None:
+            self._num_overtaking = 0
         self.cost.observe(flight.load, event.duration_s)
         if flight.num_decodes:  # others may have filled the whole budget
             self._utilization.learn(flight.batch, event.duration_s)
@@ -308,7 +295,7 @@ class Scheduler:
     def _restart_all(self, now_s: float) -> None:
         """The ranks came up empty: every sequence that owned KV computes its known tokens again."""
         self._in_flight.clear()
-        self._is_first_stage_free = True
+        self._num_on_first_stage = self._num_overtaking = 0
         self._growing.clear()
         self._decodes.clear()
         if self._prefixes is not None:
@@ -372,37 +359,91 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> Batch | None:
         """Choose the next batch; None when nothing can run."""
-        if not self._is_first_stage_free or len(self._in_flight) >= self.spp:
+        has_room = not self._num_on_first_stage and len(self._in_flight) - self._num_overtaking < self.spp
+        overtaken = self._overtaking.overtaken(self._in_flight.values(), now_s)
+        if not has_room and overtaken is None:
             return None
         if self._prefixes is not None:
             self._prefixes.set_time(now_s)
-        budget_s = self._budget_s()
-        builder, has_decodes = self._builder, self._has_decodes()
-        builder.begin(self._utilization.share * budget_s if has_decodes else budget_s, has_decodes)
-        builder.add_decodes(self._decodes)
-        if self._prefills:
-            self._packer.pack(builder, self._prefills.candidates(now_s), self._longest_overdue(now_s), now_s)
+        budget_s, builder, decodes = self._budget_s(), self._builder, []
+        if overtaken is not None:
+            decodes = self._plan_overtaking(overtaken, budget_s, has_room, now_s)
+        if has_room and (overtaken is None or builder.is_empty):
+            is_behind = overtaken is not None or self._num_overtaking > 0
+            decodes, overtaken = self._plan_step(budget_s, is_behind, now_s), None
         if builder.is_empty:
             return None
         load = builder.slowest_load
         if self._prefixes is not None and self.memory.kvp > 1:
             self._note_work(builder.loads)
-        sequences, self._decodes = self._decodes, []
-        num_decodes = len(sequences)
-        batch_id = self._next_batch_id
-        chunks = self._commit(sequences, builder, now_s)
+        if decodes:
+            self._decodes = []
+            self._decodes_since_s = inf
+        batch_id, num_decodes = self._next_batch_id, len(decodes)
+        chunks = self._committer.commit(decodes, builder.prefills, self._kv_ops, now_s)
         released, predicted_s = tuple(self._released), step_s(self.cost, load)
-        fields = (batch_id, chunks, released, now_s, budget_s, predicted_s, tuple(self._kv_ops), None, False)
+        overtakes = None if overtaken is None else min(self._in_flight)
+        may_be_held = overtaken is None and self._overtaking.may_be_held(num_decodes, predicted_s)
+        if overtaken is not None:
+            self._num_overtaking = 1
+            for flight in self._in_flight.values():
+                flight.held_s += self._overtaking.holds_s(predicted_s)
+        ops, budget_s = tuple(self._kv_ops), max(budget_s, builder.budget_s)  # a large chunk has a budget of its own
+        fields = (batch_id, chunks, released, now_s, budget_s, predicted_s, ops, overtakes, may_be_held)
         batch = tuple.__new__(Batch, fields)
         self._next_batch_id += 1
         self._released.clear()
         self._kv_ops.clear()
-        sequences += [planned.seq for planned in builder.prefills]
-        self._in_flight[batch_id] = _SubmittedBatch(batch, sequences, num_decodes, load)
-        self._is_first_stage_free = False
+        sequences = decodes + [planned.seq for planned in builder.prefills]
+        self._in_flight[batch_id] = SubmittedBatch(batch, sequences, num_decodes, load)
+        self._num_on_first_stage += 1
         if self._prefixes is not None:
             self._place_moved(self._prefixes, now_s)
         return batch
+
+    def _plan_step(self, budget_s: float, is_behind: bool, now_s: float) -> list[Sequence]:
+        """Plan a batch that follows those in flight on every stage; its decodes come back.
+
+        is_behind: one of those takes so long that decodes do not follow it; they overtake it, and this one too.
+        """
+        builder, has_decodes = self._builder, self._has_decodes()
+        decodes = [] if is_behind else self._decodes
+        builder.begin(self._utilization.share * budget_s if has_decodes else budget_s, has_decodes)
+        builder.add_decodes(decodes)
+        if not self._prefills:
+            return decodes
+        candidates, overdue = self._prefills.candidates(now_s), self._longest_overdue(now_s)
+        if self._num_overtaking:
+            candidates.exclude_small()  # they would wait for what another overtakes, and may be the next to do so
+        self._packer.pack(builder, candidates, overdue, now_s)
+        if not self._overtaking.is_on:
+            return decodes
+        in_flight = self._in_flight.values()
+        elsewhere = [seq for flight in in_flight for seq in flight.sequences[: flight.num_decodes] if not seq.is_done]
+        waited_s = now_s - self._decodes_since_s
+        return self._overtaking.enlarge(builder, decodes, elsewhere, waited_s, overdue, now_s)
+
+    def _plan_overtaking(
+        self, overtaken: SubmittedBatch, budget_s: float, has_room: bool, now_s: float
+    ) -> list[Sequence]:
+        """Plan a batch that overtakes those in flight; its decodes come back."""
+        is_idle = has_room and not self._prefills
+        are_due = bool(self._decodes) and (is_idle or now_s >= self._decodes_due_s(budget_s))
+        self._builder.begin(budget_s, are_due)
+        return self._overtaking.pack(
+            self._builder, overtaken, self._in_flight.values(), self._prefills.candidates(now_s),
+            self._decodes if are_due else [], self._longest_overdue(now_s), now_s,
+        )  # fmt: skip
+
+    def wakes_at_s(self) -> float:
+        """When the scheduler wants to hear of the time (Woken), because decodes then overtake; infinity: never."""
+        if not self._decodes or self._overtaking.overtaken(self._in_flight.values(), self._now_s) is None:
+            return inf
+        due_s = self._decodes_due_s(self._budget_s())
+        return due_s if due_s > self._now_s else inf
+
+    def _decodes_due_s(self, budget_s: float) -> float:
+        return self._overtaking.decodes_due_s(self._builder, self._decodes, self._decodes_since_s, budget_s)
 
     def _note_work(self, loads: list[StepLoad]) -> None:
         for rank, load in enumerate(loads):
@@ -423,49 +464,6 @@ class Scheduler:
         wanted_s = self._deadlines.feasible_s(min([budget_s, *tpot_slos_s]))
         # Where nobody prefills, a short step costs nobody anything.
         return max(wanted_s, min_efficient_step_s(budget_s, self.cost.linear_s(1, 1))) if self._prefills else wanted_s
-
-    def _commit(self, decodes: list[Sequence], builder: BatchBuilder, now_s: float) -> tuple[Chunk, ...]:
-        """Turn what was planned into chunks, and move every cursor."""
-        chunks: list[Chunk] = []
-        kv_ops = self._kv_ops
-        new_tuple, chunk = tuple.__new__, Chunk  # as in _complete
-        for seq in decodes:
-            start, table = seq.num_scheduled_tokens, seq.block_table
-            seq.num_scheduled_tokens = start + 1
-            seq.num_batches_in_flight = 1
-            if table.unsent:
-                kv_ops += table.unsent
-                table.unsent.clear()
-            chunks.append(new_tuple(chunk, (seq.request_id, start, 1, True, table.kvp_ranks)))
-        for planned in builder.prefills:
-            seq, num_tokens = planned.seq, planned.num_tokens
-            start = seq.num_scheduled_tokens
-            if seq.is_waiting:
-                seq.move_to(Status.PREFILLING)
-                if self._prefixes is not None:
-                    self._prefixes.begin(seq, start)
-                if seq.first_scheduled_s is None:
-                    seq.first_scheduled_s = now_s
-                kv_ops += seq.block_table.unsent
-                seq.block_table.unsent.clear()
-            seq.num_scheduled_tokens = start + num_tokens
-            seq.last_chunk_tokens = num_tokens
-            seq.num_batches_in_flight += 1
-            if self._deadlines.follow(seq):
-                self._overdue.add(seq)
-            if self._prefixes is not None:
-                self._prefixes.siblings.follow_lead(seq)
-            if seq.num_unscheduled_tokens:
-                self._prefills.add(seq, now_s)  # nobody asks for the next batch before this one has left stage 0
-            else:
-                self._prefills.discard(seq, now_s)
-            chunks.append(self._prefill_chunk(seq, start, num_tokens))
-        return tuple(chunks)
-
-    def _prefill_chunk(self, seq: Sequence, start: int, num_tokens: int) -> Chunk:
-        end = start + num_tokens
-        ranks = seq.block_table.kvp_ranks[: num_shards(end, self.memory.shard_tokens)]
-        return tuple.__new__(Chunk, (seq.request_id, start, num_tokens, end == seq.num_known_tokens, ranks))
 
     # ---- the prefix cache ----
 
