@@ -143,15 +143,18 @@ def _what(phase: RequestPhase) -> str:
     match phase.why:
         case WaitReason.COMPUTED:
             shared = f", with {beside}" if beside else ""
-            return f"computed: {phase.num_tokens:,} tokens in {batches}{shared}; {decodes}"
+            overtaking = f", {phase.num_overtaking:,} of which overtook others" if phase.num_overtaking else ""
+            return f"computed: {phase.num_tokens:,} tokens in {batches}{overtaking}{shared}; {decodes}"
         case WaitReason.MIXED:
             return f"computed: {phase.num_tokens:,} tokens in {phase.num_computed:,} of {batches}; others: {beside}"
         case WaitReason.IN_FLIGHT:
             return f"its chunk is in flight; {batches} of others" + (f": {beside}" if beside else "")
+        case WaitReason.HELD:
+            return f"its chunk is held; overtaken by {batches}" + (f" of {beside}" if beside else "") + f"; {decodes}"
         case WaitReason.PREFIX:
             return f"{phase.awaited} computes a prefix that it shares; {batches}" + (f" for {beside}" if beside else "")
         case WaitReason.OUTRANKED:
-            return f"overtaken in {batches} by {beside}; {decodes}"
+            return f"outranked in {batches} by {beside}; {decodes}"
         case WaitReason.NO_MEMORY:
             return f"no KV memory for its whole prompt; {batches}" + (f" for {beside}" if beside else "")
         case WaitReason.NO_SEQUENCE_SLOT:

@@ -86,7 +86,8 @@ class InterruptiblePipeline(Pipeline):
         if self._on_final_span is not None:
             for stage, ends_s in enumerate(passage.end_s):
                 for rank, end_s in ends_s.items():
-                    self._on_final_span(StageSpan(batch_id, stage, rank, passage.start_s[stage][rank], end_s))
+                    start_s, held_s = passage.start_s[stage][rank], passage.held_s[stage]
+                    self._on_final_span(StageSpan(batch_id, stage, rank, start_s, end_s, held_s))
         return passage
 
     def _note(self, span: StageSpan) -> None:

@@ -21,6 +21,7 @@ class WaitReason(Enum):
 
     COMPUTED = "computed"                  # it is in the batch
     IN_FLIGHT = "in flight"                # its whole prompt is in the pipeline, or its last chunk is still on stage 0
+    HELD = "held"                          # its chunk is in flight, and the batch overtakes it
     PREFIX = "shared prefix"               # another request computes a prefix that they share
     OUTRANKED = "outranked"                # the batch has more urgent prefills instead
     NO_MEMORY = "no KV memory"             # not enough blocks are free for its whole prompt
@@ -53,6 +54,7 @@ class RequestPhase:
     num_computed: int = 0    # batches that have a chunk of it
     num_tokens: int = 0      # of the explained request, computed in this phase
     num_decodes: int = 0     # over all batches
+    num_overtaking: int = 0  # batches that have a chunk of it and overtake others
     awaited: str = ""        # who computes the prefix that they share
     ahead: dict[str, RequestAhead] = field(default_factory=dict)
 
@@ -118,6 +120,7 @@ def _joined(phases: list[RequestPhase]) -> RequestPhase:
         num_computed=sum(phase.num_computed for phase in phases),
         num_tokens=sum(phase.num_tokens for phase in phases),
         num_decodes=sum(phase.num_decodes for phase in phases),
+        num_overtaking=sum(phase.num_overtaking for phase in phases),
         awaited=phases[0].awaited,
         ahead=_added_up(phases),
     )
@@ -214,6 +217,8 @@ def _note_batch(
         why = WaitReason.COMPUTED
         if not any(phase.num_computed for phase in found.phases):
             found.num_cached_tokens = own.start
+    elif blocked is WaitReason.IN_FLIGHT and batch.overtakes is not None:
+        why = WaitReason.HELD
     elif awaited:
         why = WaitReason.PREFIX
     elif blocked is not None:
@@ -235,6 +240,7 @@ def _note_batch(
     if own is not None:
         phase.num_computed += 1
         phase.num_tokens += own.num_tokens
+        phase.num_overtaking += batch.overtakes is not None
     for chunk in others:
         one = phase.ahead.setdefault(
             chunk.request_id, RequestAhead(live[chunk.request_id].request, first_slack=slacks[chunk.request_id])

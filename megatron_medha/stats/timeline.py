@@ -21,13 +21,15 @@ class StageSpan(NamedTuple):
     kvp_rank: int
     start_s: float
     end_s: float
+    held_s: float = 0.0  # of that time, in which others overtook it
 
 
 class Timeline:
     """An Observer, and a taker of spans and outcomes, that writes trace events as they come.
 
-    https://ui.perfetto.dev and chrome://tracing read the file: one process per KVP rank with one track per stage and
-    a counter of the tokens whose KV it holds, and every request that ended with its waiting, prefill and decode.
+    https://ui.perfetto.dev and chrome://tracing read the file: one process per KVP rank with one track per stage, one
+    for the batches that overtake others on it, and a counter of the tokens whose KV it holds, and every request that
+    ended with its waiting, prefill and decode.
     Times in the file are microseconds, in whole nanoseconds: viewers drop a slice that overlaps the one before on its
     track by as little as one. A slice whose batch is said to begin before the one before has ended begins at that end.
     """
@@ -39,7 +41,9 @@ class Timeline:
         """start_s, end_s: the window. zero_s: what is time 0 in the file."""
         self._stream = stream
         self._start_s, self._end_s, self._zero_s = start_s, end_s, zero_s
+        self._spp = spp
         self._batches: dict[int, Batch] = {}  # that have not completed
+        self._tracks: set[tuple[int, int]] = set()  # of batches that overtake, which have a name
         self._held: list[dict[str, int]] = [{} for _ in range(kvp)]  # tokens by request, on every KVP rank
         self._last_end_ns: dict[tuple[int, int], int] = {}  # by KVP rank and stage
         self._separator = "\n"
@@ -83,7 +87,9 @@ class Timeline:
         if not chunks or span.end_s < self._start_s:
             return
         name, arguments = _description(batch, span.kvp_rank)
-        track = span.kvp_rank, span.stage
+        if span.held_s:
+            arguments["held_ms"] = round(1e3 * span.held_s, 3)
+        track = span.kvp_rank, self._track(batch, span)
         end_ns = max(self._ns(span.end_s), self._last_end_ns.get(track, 0))
         start_ns = max(self._ns(span.start_s), self._last_end_ns.get(track, 0))
         self._last_end_ns[track] = end_ns
@@ -92,7 +98,7 @@ class Timeline:
                 "name": name,
                 "ph": "X",
                 "pid": span.kvp_rank,
-                "tid": span.stage,
+                "tid": track[1],
                 "ts": start_ns / 1000,
                 "dur": (end_ns - start_ns) / 1000,
                 "args": arguments,
@@ -103,6 +109,15 @@ class Timeline:
             self._write(
                 {"name": "KV", "ph": "C", "pid": span.kvp_rank, "ts": end_ns / 1000, "args": held_tokens}
             )
+
+    def _track(self, batch: Batch, span: StageSpan) -> int:
+        if batch.overtakes is None:
+            return span.stage
+        number = self._spp + span.stage
+        if (span.kvp_rank, number) not in self._tracks:
+            self._tracks.add((span.kvp_rank, number))
+            self._meta("thread_name", span.kvp_rank, number, f"stage {span.stage}, overtaking")
+        return number
 
     def ended(self, outcome: RequestStats) -> None:
         """A request ended: its phases, as far as they lie in the window."""
@@ -150,8 +165,10 @@ def _description(batch: Batch, kvp_rank: int) -> tuple[str, dict[str, Any]]:
     prefills = [chunk for chunk in chunks if chunk.num_tokens > 1 or not chunk.start]
     num_decodes = len(chunks) - len(prefills)
     parts = [f"{chunk.request_id} +{chunk.num_tokens}" for chunk in prefills]
+    overtaking = {} if batch.overtakes is None else {"overtakes": batch.overtakes}
     return ", ".join([*parts, f"{num_decodes} decodes"] if num_decodes else parts), {
         "batch": batch.batch_id,
+        **overtaking,
         "budget_ms": round(1e3 * batch.budget_s, 3),
         "predicted_ms": round(1e3 * batch.predicted_s, 3),
         "num_decodes": num_decodes,

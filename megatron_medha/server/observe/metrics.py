@@ -209,8 +209,10 @@ class Metrics:
         own("recomputed_tokens", "Prompt and output tokens computed more than once")
     )
     num_paused_prefills: int = _count(
-        own("prefill_pauses", "Prefills that others overtook at a chunk boundary, with KV kept")
+        own("prefill_pauses", "Prefills that waited for others at a chunk boundary, with KV kept")
     )
+    num_overtaking_steps: int = _count(own("overtaking_steps", "Steps that overtook another, which was held"))
+    held_s: float = _count(own("held_seconds", "Time in which steps were held while others overtook them"))
     stage_busy_s: float = _count(own("stage_busy_seconds", "Time the ranks computed, by the step and pipeline stage"))
     work_present_s: float = _count(own(
         "work_present_seconds", "Time in which there was work; 1 - stage_busy / work_present is the share of bubbles",

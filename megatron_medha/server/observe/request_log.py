@@ -253,12 +253,15 @@ class RequestLogObserver:
             step = StepRecord(
                 batch.batch_id, self._replica, now_s, tuple(reversed(self._parts)),
                 len(batch.chunks) - len(self._parts), num_tokens, batch.predicted_s, batch.budget_s,
-                memory.num_free_blocks,
+                memory.num_free_blocks, overtakes=batch.overtakes,
             )  # fmt: skip
             self._journal.steps.append(step)
             self._in_flight[batch.batch_id] = step
             self._metrics.step_tokens.observe(num_tokens)
-            if unfinished:
+            if batch.overtakes is not None:
+                self._metrics.num_overtaking_steps += 1
+                self._unfinished |= unfinished  # their chunk is held, or was not due
+            elif unfinished:
                 self._count_pauses(unfinished.difference(part.request_id for part in self._parts))
 
     def read(self, snapshot: Snapshot, now_s: float) -> None:
@@ -355,9 +358,10 @@ class RequestLogObserver:
         actual_s, metrics = event.duration_s, self._metrics
         metrics.step_actual_s.observe(actual_s)
         metrics.stage_busy_s += actual_s / self._scheduler.spp
+        metrics.held_s += event.held_s
         if (step := self._in_flight.pop(event.batch_id, None)) is None:
             return
-        step.actual_s = actual_s
+        step.actual_s, step.held_s = actual_s, event.held_s
         metrics.step_predicted_s.observe(step.predicted_s)
         if actual_s > 0:
             metrics.step_relative_error.observe(abs(step.predicted_s / actual_s - 1))

@@ -29,6 +29,8 @@ class StepRecord(msgspec.Struct):
     num_free_blocks: int
     stage: int = 0           # 0, or 1: somewhere behind it
     actual_s: float | None = None
+    overtakes: int | None = None  # the oldest batch that it may overtake
+    held_s: float = 0.0
 
 
 class InFlightBatch(StepRecord, kw_only=True):
