@@ -31,7 +31,13 @@ def canonical(state: State) -> tuple[Any, ...]:
     return (
         tuple(state.pending), state.num_aborts, state.num_failures, state.num_losses, state.num_late,
         tuple(scheduler._sequences), tuple(live), segments, _left_by_sessions(state),
-        tuple([(batch.chunks, batch.batch_id in state.left) for batch in state.in_flight]),
+        tuple([
+            (
+                batch.chunks, batch.batch_id in state.left, batch.overtakes is None,
+                round(scheduler._in_flight[batch.batch_id].held_s, 6),
+            )
+            for batch in state.in_flight
+        ]),
         tuple([seq.request_id for seq in scheduler._decodes]), tuple([seq.request_id for seq in scheduler._growing]),
         tuple(sorted(scheduler._prefills._bucket_of)), tuple(scheduler._released),
         tuple([(op.kind, op.request_id) for op in scheduler._kv_ops]),

@@ -1,9 +1,10 @@
 """Every interleaving of a few requests through the real Scheduler, breadth first, up to order in time and block ids.
 
 Four requests, two of which begin alike, on two KVP ranks with six blocks in all. What may happen next, in every state:
-a request arrives, the scheduler forms a batch, the oldest batch leaves the first stage or completes, a request is
-aborted or fails, the ranks are lost, all deadlines pass. Decodes grow, so memory runs out, and the scheduler preempts
-and evicts. Costs are constant; of time only the order is kept, and whether deadlines have passed.
+a request arrives, the scheduler forms a batch, the oldest batch leaves the first stage or completes (or one that
+overtakes it), a request is aborted or fails, the ranks are lost, all deadlines pass. Decodes grow, so memory runs out,
+and the scheduler preempts and evicts. Costs are constant; of time only the order is kept, and whether deadlines have
+passed.
 
 Bound on every wait: if nothing new happens, a batch is formed for each token of live requests at most until all of
 them have ended. So nothing that one request does makes the work of others be done again without end.
@@ -66,7 +67,7 @@ class Explorer:
         self.drains = array("l")            # by number: the state after it if nothing new happens; -1: there is none
         self.num_tokens = array("l")        # by number: of all requests that live
         self.num_transitions = 0
-        self.num_evictions = self.num_preemptions = self.num_hits = 0
+        self.num_evictions = self.num_preemptions = self.num_hits = self.num_overtakings = 0
         self.num_sibling_waits = 0  # states in which a request waits for what another computes
         self._queue: deque[tuple[int, bytes]] = deque()
 
@@ -103,7 +104,7 @@ class Explorer:
         state = self._snapshots.load(self._snapshots.save(self.state))
         names = sorted(self.bounds.scripts)[:2]
         for action in (
-            ("arrive", names[0]), ("schedule",), ("leave",), ("schedule",), ("complete",), ("arrive", names[1]),
+            ("arrive", names[0]), ("schedule",), ("leave", "0"), ("schedule",), ("complete", "0"), ("arrive", names[1]),
         ):  # fmt: skip
             self._act(state, action)
             self._snapshots.learn(state)
@@ -140,7 +141,7 @@ class Explorer:
             raise Broken(f"nothing runs, and requests wait, after {self._path(number)}")
         if is_drain and found != number:
             self.drains[number] = found
-        elif self.drains[number] < 0 and action in (("leave",), ("complete",)):
+        elif self.drains[number] < 0 and action[0] in ("leave", "complete"):
             self.drains[number] = found  # no batch can be formed, so this is what happens next
         return found, is_new
 
@@ -162,19 +163,19 @@ class Explorer:
 
     def _actions(self, state: State) -> Iterator[Action]:
         bounds, scheduler = self.bounds, state.scheduler
-        if len(state.in_flight) < bounds.spp and len(state.left) == len(state.in_flight):
+        if self._may_schedule(state):
             yield ("schedule",)
-        if state.in_flight:
-            oldest = state.in_flight[0]
-            newest = state.in_flight[-1]
-            if newest.batch_id not in state.left:
-                yield ("leave",)
-            if oldest.batch_id in state.left:
-                yield ("complete",)
+        oldest = next((batch for batch in state.in_flight if batch.overtakes is None), None)
+        for batch in reversed(state.in_flight):  # what overtakes first: that is how it goes as a rule
+            place = str(state.in_flight.index(batch))
+            if batch.batch_id not in state.left:
+                yield ("leave", place)
+            elif batch is oldest or batch.overtakes is not None:
+                yield ("complete", place)
                 if state.num_failures < bounds.num_failures:
-                    for chunk in oldest.chunks:
+                    for chunk in batch.chunks:
                         if chunk.samples_token and not scheduler._sequences[chunk.request_id].is_done:
-                            yield ("fail", chunk.request_id)
+                            yield ("fail", place, chunk.request_id)
         for name in state.pending:
             yield ("arrive", name)
         if state.num_aborts < bounds.num_aborts:
@@ -185,12 +186,21 @@ class Explorer:
             yield ("lose",)
         if state.num_late < bounds.num_late and scheduler.num_sequences:
             yield ("late",)
+
+    def _may_schedule(self, state: State) -> bool:
+        if self.bounds.interruptible:
+            return len(state.in_flight) <= self.bounds.spp
+        return len(state.in_flight) < self.bounds.spp and len(state.left) == len(state.in_flight)
+
     def _drain(self, state: State) -> Action | None:
         """What happens next if nobody does anything new, unless no batch can be formed."""
-        if len(state.in_flight) < self.bounds.spp and len(state.left) == len(state.in_flight):
+        if self._may_schedule(state):
             return ("schedule",)
         if state.in_flight:
-            return ("leave",) if state.in_flight[-1].batch_id not in state.left else ("complete",)
+            last = state.in_flight[-1]
+            if last.batch_id not in state.left:
+                return ("leave", str(len(state.in_flight) - 1))
+            return ("complete", "0" if last.overtakes is None else str(len(state.in_flight) - 1))
         return None
 
     def _act(self, state: State, action: Action) -> None:
@@ -201,14 +211,15 @@ class Explorer:
                 batch = scheduler.schedule(state.now_s)
                 if batch is not None:
                     state.in_flight.append(batch)
-            case ("leave",):
-                batch_id = state.in_flight[-1].batch_id
+                    self.num_overtakings += batch.overtakes is not None
+            case ("leave", place):
+                batch_id = state.in_flight[int(place)].batch_id
                 state.left.append(batch_id)
                 self._handle(state, FirstStageDone(batch_id))
-            case ("complete",) | ("fail", _):
-                batch = state.in_flight.pop(0)
+            case ("complete", place, *names) | ("fail", place, *names):
+                batch = state.in_flight.pop(int(place))
                 state.left.remove(batch.batch_id)
-                failed = tuple((name, "not a number") for name in action[1:])
+                failed = tuple((name, "not a number") for name in names)
                 state.num_failures += len(failed)
                 self._handle(state, Completed(batch.batch_id, 1.0, (), failed, self._filled(state, batch, failed)))
             case ("arrive", name):
@@ -266,6 +277,13 @@ class Explorer:
         ]
         check(memory.cache.index, [holding for seq in owners for holding in seq.block_table.holdings], owned)
         chunks = [chunk for batch in state.in_flight for chunk in batch.chunks]
+        overtaking = [batch for batch in state.in_flight if batch.overtakes is not None]
+        assert len(overtaking) <= 1 and len(state.in_flight) - len(overtaking) <= self.bounds.spp
+        for batch in overtaking:
+            names = {chunk.request_id for chunk in batch.chunks}
+            before = [other for other in state.in_flight if other.batch_id < batch.batch_id]
+            passed = {chunk.request_id for other in before for chunk in other.chunks}
+            assert not names & passed, "it has nothing that was in flight"
         for name, seq in scheduler._sequences.items():
             num_in_flight = sum(chunk.request_id == name for chunk in chunks)
             assert seq.num_batches_in_flight == num_in_flight, f"{name} is in {num_in_flight} batches"

@@ -10,6 +10,7 @@ from megatron_medha.core.kv.eviction import ClassedOrder, EvictionRules
 from megatron_medha.core.kv.kv_config import KVConfig
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.request import Request
+from megatron_medha.core.scheduling.batch_committer import SubmittedBatch
 from megatron_medha.core.scheduling.chunking import Chunking
 from megatron_medha.core.scheduling.kinetic_tournament import KineticTournament
 from megatron_medha.core.scheduling.scheduler import Scheduler
@@ -77,12 +78,13 @@ class Bounds:
     shard_tokens: int = 4
     spp: int = 2
     eviction: str = "lru"
+    interruptible: bool = False
 
     def scheduler(self) -> Scheduler:
         """One without requests."""
         config = SchedulerConfig(
             chunking=Chunking.FIXED, fixed_chunk_tokens=4, tile_tokens=1, max_batch_tokens=8, max_num_sequences=4,
-            min_deadline_s=1e5, watermark=0.0,
+            min_deadline_s=1e5, watermark=0.0, interruptible=self.interruptible,
         )  # fmt: skip
         memory = KVMemory(
             num_blocks=self.num_blocks, block_size=BLOCK, max_context_len=100, kvp=2,
@@ -90,6 +92,7 @@ class Bounds:
             kv=KVConfig(granule_tokens=BLOCK, eviction=self.eviction, session_ttl_s=TTL_S),
         )  # fmt: skip
         scheduler = Scheduler(config, ConstantCost(), memory, self.spp)
+        scheduler._overtaking._rest_s = long_rest_s  # type: ignore[method-assign]
         nothing = KineticTournament()  # so few requests never reach it
         for bucket in scheduler._prefills._buckets.values():
             bucket.queue._rest = nothing
@@ -100,6 +103,11 @@ class Bounds:
                 tree.order._rules = rules
                 tree.order._gaps = dict.fromkeys(tree.order._gaps, EVEN_RATES)  # type: ignore[arg-type]
         return scheduler
+
+
+def long_rest_s(flight: SubmittedBatch, now_s: float) -> float:
+    """Of a batch that may be held: of time only the order is explored."""
+    return 100.0
 
 
 class EvenRates:

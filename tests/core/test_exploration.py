@@ -42,6 +42,25 @@ def test_sessions_that_go_on_and_end_are_explored_to_the_end(eviction: str) -> N
     assert min(explorer.num_hits, explorer.num_evictions) > 0
 
 
+@pytest.mark.parametrize(
+    ("spp", "num_aborts", "num_losses"),
+    [
+        (1, 0, 0), (2, 0, 0),
+        pytest.param(1, 1, 1, marks=pytest.mark.slow), pytest.param(2, 0, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_batches_that_are_held_while_others_overtake_are_explored_to_the_end(
+    spp: int, num_aborts: int, num_losses: int
+) -> None:
+    bounds = replace(
+        THREE, spp=spp, num_blocks=4, num_losses=num_losses, num_aborts=num_aborts, interruptible=True
+    )  # fmt: skip
+    explorer = Explorer(bounds)
+    assert explorer.run(max_states=60_000), "there is nothing left to look at"
+    explorer.check_waits()
+    assert min(explorer.num_overtakings, explorer.num_hits) > 0
+
+
 def test_who_waits_for_what_another_computes_is_never_lost() -> None:
     scripts = {"A": Script("pqab", 7, 1), "B": Script("pqac", 7, 1)}
     explorer = Explorer(Bounds(scripts, num_blocks=4, num_aborts=2, num_late=0))

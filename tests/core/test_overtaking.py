@@ -195,6 +195,14 @@ def test_decodes_stay_beside_a_chunk_where_steps_of_their_own_would_cost_more() 
     assert names(batch) == ["reader", "long"] and not batch.may_be_held and batch.predicted_s <= batch.budget_s
 
 
+def test_decodes_stay_beside_a_chunk_where_a_pipeline_is_too_long_to_overtake_in_within_the_budget() -> None:
+    bench = interruptible(spp=8)  # 10 ms on each stage, until a point comes
+    bench.arrive(request("reader", num_out=100))
+    bench.step()
+    bench.arrive(request("long", num_tokens=5000))
+    assert names(bench.schedule()) == ["reader", "long"]
+
+
 def test_decodes_that_nobody_woke_are_in_the_next_batch() -> None:
     bench, large = decoding_beside_a_long_prompt()
     bench.complete(large)

@@ -50,6 +50,11 @@ class Overtaking:
         """Predicted time that it costs to hold a batch and to go on with it."""
         return _SWITCH_SHARE * self._cost.linear_s(1, 1)
 
+    @property
+    def _delay_s(self) -> float:
+        """How much longer a batch that overtakes is on its way than it takes: it waits for a point on each stage."""
+        return self.switch_s + self._spp * POINT_S
+
     def holds_s(self, predicted_s: float) -> float:
         """For how long a batch holds another, on each stage."""
         return (predicted_s + self.switch_s) / self._spp
@@ -77,15 +82,23 @@ class Overtaking:
             return decodes
         budget_s, small_s = builder.budget_s, step_s(self._cost, builder.slowest_load)
         running = decodes + elsewhere
-        decode_share = (self.decode_s(builder, running) + self.switch_s) / budget_s if running else 0.0
+        decode_s = self.decode_s(builder, running) if running else 0.0
+        if running and decode_s + self._delay_s > budget_s:
+            return self._planned_again(builder, decodes, planned, budget_s)
         num_tokens = self._efficient_tokens(builder, planned, budget_s, now_s)
         builder.begin(budget_s, False)
         builder.add(PlannedChunk(planned.seq, num_tokens, planned.parts))
         large_s = step_s(self._cost, builder.slowest_load)
+        decode_share = (decode_s + self.switch_s) / budget_s if running else 0.0
         is_better = num_tokens * (1.0 - decode_share) / large_s > planned.num_tokens / small_s
         if num_tokens > planned.num_tokens and (is_better or not running):
             builder.budget_s = max(budget_s, large_s)
             return []
+        return self._planned_again(builder, decodes, planned, budget_s)
+
+    def _planned_again(
+        self, builder: BatchBuilder, decodes: list[Sequence], planned: PlannedChunk, budget_s: float
+    ) -> list[Sequence]:
         builder.begin(budget_s, bool(decodes))
         builder.add_decodes(decodes)
         builder.add(planned)
@@ -135,7 +148,7 @@ class Overtaking:
         self, builder: BatchBuilder, decodes: list[Sequence], since_s: float, budget_s: float
     ) -> float:
         """When decodes that wait since then have to overtake, so that their next tokens are there within the budget."""
-        return since_s + max(0.0, budget_s - self.decode_s(builder, decodes) - self.switch_s - POINT_S)
+        return since_s + max(0.0, budget_s - self.decode_s(builder, decodes) - self._delay_s)
 
     def pack(
         self, builder: BatchBuilder, flight: SubmittedBatch, in_flight: Iterable[SubmittedBatch],
