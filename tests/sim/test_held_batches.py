@@ -163,7 +163,7 @@ def test_a_long_prompt_is_faster_in_large_chunks_and_short_ones_wait_no_longer(s
     (without, *_), (with_, *_) = run(False, spp), run(True, spp)
     assert with_.records["long"].ttft_s < (0.9 if spp == 1 else 0.97) * without.records["long"].ttft_s
     worst = [max(one.ttft_s for name, one in world.records.items() if name != "long") for world in (without, with_)]
-    assert worst[1] <= worst[0] + 0.01, "at most by the time to the next point"
+    assert worst[1] <= worst[0] + 0.01 * spp, "longer at most by the time to the next point, on each stage"
 
 
 def test_an_explanation_says_when_a_request_was_held_and_when_it_overtook() -> None:
