@@ -14,7 +14,7 @@ USAGE = """\
 usage: medha version
 
 Prints the versions of this package, Megatron-core, torch and Python, whether the scheduler is compiled, and the
-instruction sets that the CPU kernels can use here, the best first.
+instruction sets that the CPU kernels can use here, the best first: model.instruction_set=auto takes that one.
 """
 
 

@@ -121,6 +121,14 @@ def linear_kernel(name: str, dtype: torch.dtype) -> MakeLinear | None:
     return None
 
 
+def linear_kernels_of(model: GPTModel) -> str:
+    """Which kernels multiply in this model, for whoever compares bits; "" where they are torch's own."""
+    for module in model.modules():
+        if isinstance(packed := vars(module).get("forward"), PackedLinear):
+            return "onednn" if isinstance(packed.multiply, OneDnnLinear) else f"native {native_target().lower()}"
+    return ""
+
+
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

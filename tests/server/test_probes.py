@@ -232,3 +232,8 @@ def test_the_metrics_show_how_late_the_event_loop_is_and_how_much_memory_was_use
     assert samples["medha:event_loop_lag_max_seconds"] >= 1.5
     assert samples["medha:process_peak_memory_bytes"] > 2**20
     assert "medha:event_loop_lag_seconds_count" in samples
+
+
+def test_version_names_what_decides_the_bits(start_server: StartServer) -> None:
+    answer = start_server().get("/version").json()
+    assert answer["device"] == FakeEngine().facts.device and set(answer) == {"version", "torch", "device"}

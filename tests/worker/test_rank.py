@@ -15,6 +15,7 @@ from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.ops import append_op, copy_op
+from megatron_medha.kernels.native_build import use_target
 from megatron_medha.worker.startup.device import context_len_of, dtype_of, local_device_index
 from megatron_medha.worker.startup.load import load_rank
 
@@ -214,6 +215,16 @@ def test_the_kv_memory_asked_for_is_counted_in_blocks_of_all_layers(front: Any, 
     assert front.ready.shape.kv_bytes_per_token * 16 == block_bytes
     assert front.ready.stop_token_ids == (2,)
     assert front.ready.device.startswith("cpu, 1 threads, float32")
+    assert "onednn linear layers" in front.ready.device
+
+
+def test_a_rank_names_the_instruction_set_of_the_kernels_it_uses(rank_config: RankConfig) -> None:
+    model = dataclasses.replace(rank_config.model, dtype="bfloat16", instruction_set="avx2")
+    try:
+        _, ready = load_rank(msgspec.structs.replace(rank_config, model=model), lambda what, fraction: None)
+    finally:
+        use_target("auto")
+    assert "native avx2 attention" in ready.device and "native avx2 linear layers" in ready.device
 
 
 def test_memory_for_less_than_a_block_is_refused_with_the_way_out(rank_config: RankConfig) -> None:

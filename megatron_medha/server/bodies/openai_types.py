@@ -450,6 +450,8 @@ class Reloaded(Struct, kw_only=True):
 
 
 class Version(Struct, kw_only=True):
-    """Response of GET /version."""
+    """Response of GET /version. The last bits of outputs depend on it, the layout, and with oneDNN the CPU."""
 
     version: str
+    torch: str | None = None   # of its installed package; None: there is none
+    device: str | None = None  # with dtypes and kernels; None: the model is not ready

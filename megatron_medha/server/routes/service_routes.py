@@ -18,10 +18,14 @@ from megatron_medha.server.service import Service
 
 def package_version() -> str:
     """Of the installed package."""
+    return _installed("megatron_medha") or "0+unknown"
+
+
+def _installed(package: str) -> str | None:
     try:
-        return version("megatron_medha")
+        return version(package)
     except PackageNotFoundError:
-        return "0+unknown"
+        return None
 
 
 def add_model_routes(app: Api, service: Service) -> None:
@@ -69,7 +73,14 @@ def add_probe_routes(app: Api, service: Service, page: MetricsPage, model_name: 
 
     async def tell_version(_: Request) -> Response:
         """Of this server."""
-        return json_response(types.Version(version=package_version()))
+        facts = service.engine.facts
+        return json_response(
+            types.Version(
+                version=package_version(),
+                torch=_installed("torch"),
+                device=facts.device if facts is not None else None,
+            )
+        )
 
     async def metrics(_: Request) -> Response:
         """Prometheus' text format."""

@@ -104,10 +104,13 @@ def described(
     kv_dtype: torch.dtype,
     options: ModelOptions,
     backend_name: str,
+    linear_kernels: str = "",
 ) -> str:
-    """For the line the API server prints when the model is ready."""
+    """For the line the API server prints when the model is ready, and /version: what decides the bits is in it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {num_threads} threads"
-    parts = [name, str(dtype).removeprefix("torch."), f"{backend_name} attention"]
+    instructions = f" {native_target().lower()}" if backend_name == "native" else ""
+    parts = [name, str(dtype).removeprefix("torch."), f"{backend_name}{instructions} attention"]
+    parts += [f"{linear_kernels} linear layers"] if linear_kernels else []
     parts += [f"KV in {str(kv_dtype).removeprefix('torch.')}"] if kv_dtype != dtype else []
     parts += [f"FP8 linear layers ({options.fp8})"] if options.fp8 != "none" else []
     parts += [f"{options.weight_dtype} weights"] if options.weight_dtype != "auto" else []

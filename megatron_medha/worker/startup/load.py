@@ -32,6 +32,7 @@ from megatron_medha.model.cpu_model import use_cpu_kernels
 from megatron_medha.model.fp8 import check_fp8, quantise_linears
 from megatron_medha.model.latent_attention import absorb_projections
 from megatron_medha.model.narrow_weights import check_weight_dtype
+from megatron_medha.model.packed_linear import linear_kernels_of
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import with_end_tokens_of
@@ -133,7 +134,9 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         num_blocks=num_blocks,
         block_size=block_size,
         stop_token_ids=model_config.stop_token_ids,
-        device=described(device, num_threads, dtype, kv_dtype, options, backend.name),
+        device=described(
+            device, num_threads, dtype, kv_dtype, options, backend.name, linear_kernels_of(model)
+        ),
         shard_tokens=shard_tokens,
     )
     return rank, ready
