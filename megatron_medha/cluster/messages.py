@@ -89,6 +89,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     stop_token_ids: tuple[int, ...]  # the checkpoint's own end tokens
     device: str                      # e.g. "cpu, 2 threads, float32"
     shard_tokens: int | None = None  # of one request on one kvp rank; None: there is one kvp rank, which holds it all
+    can_hold: bool = False           # whether a step that may be held can be here
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
@@ -125,6 +126,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     failed: tuple[tuple[str, str], ...] = ()  # (request_id, why): only that request is harmed
     audit_counts: HeldKV | None = None  # by this rank with this step; sent under audit only
+    held_s: float = 0.0  # while other steps overtook this one; not in duration_s
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="rank_failed"):

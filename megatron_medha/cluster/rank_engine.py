@@ -20,6 +20,7 @@ from megatron_medha.cluster.runtime import ClusterRuntime
 from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.step_cost import Hardware
 from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.scheduling.overtaking import resolved
 from megatron_medha.core.scheduling.scheduler import Scheduler
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 from megatron_medha.engine.engine import Engine, EngineBackend, ObserverFactory
@@ -89,7 +90,7 @@ def cluster_engine(
                 yield None if started is None else EngineBackend(
                     runtime=runtime,
                     setup=SchedulerSetup(
-                        config=scheduler_config,
+                        config=resolved(scheduler_config, started.can_hold),
                         shape=started.first.shape,
                         hardware=hardware,
                         profile=profile,

@@ -60,6 +60,11 @@ class StartProgress:
         return min(ready.num_blocks for ready in self._ready.values())
 
     @property
+    def can_hold(self) -> bool:
+        """Whether every rank can hold a step while another overtakes it."""
+        return all(ready.can_hold for ready in self._ready.values())
+
+    @property
     def what(self) -> str:
         """What the rank does that is furthest behind."""
         rank = self._last_rank()

@@ -50,7 +50,8 @@ class RunTimeline:
         coord = self._layout.coord_of(done.rank)
         if coord.tp:
             return  # the first of its tensor-parallel ranks, which end together, stands for all
-        self._timeline.span(StageSpan(done.batch_id, coord.spp, coord.kvp, now_s - done.duration_s, now_s))
+        start_s = now_s - done.duration_s - done.held_s
+        self._timeline.span(StageSpan(done.batch_id, coord.spp, coord.kvp, start_s, now_s, done.held_s))
 
     def handled(self, event: Event, outputs: Sequence[Output], now_s: float) -> None:
         """See Observer."""

@@ -9,7 +9,7 @@ import types
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from megatron_medha.core.errors import ConfigError
@@ -80,6 +80,10 @@ def describe(kind: Any) -> str:
     or_null = "" if bare is kind else " or null"
     if get_origin(bare) is tuple:
         return f"a list, like [a,b]{or_null}"
+    if get_origin(bare) in (Union, types.UnionType):
+        return f"{' or '.join(describe(part) for part in get_args(bare) if part is not type(None))}{or_null}"
+    if get_origin(bare) is Literal:
+        return ", ".join(map(str, get_args(bare)))
     if isinstance(bare, type) and issubclass(bare, Enum):
         return f"one of {', '.join(str(member.value) for member in bare)}"
     if dataclasses.is_dataclass(bare):

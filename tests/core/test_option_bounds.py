@@ -120,7 +120,7 @@ def test_the_scheduler_is_the_papers_if_nothing_is_set() -> None:
         "tile_tokens": 32, "fixed_chunk_tokens": 512, "max_batch_tokens": 8192, "max_num_sequences": 256,
         "max_chunk_tokens": None, "deadline_multiplier": 1.5, "min_deadline_s": 0.5, "has_triage": True,
         "slack_margin_steps": 8.0, "has_space_sharing": True, "max_relative_slack": 0.4, "max_banked_steps": 1.0,
-        "progress_share": 0.1, "max_skips": 10, "watermark": 0.01, "interruptible": False,
+        "progress_share": 0.1, "max_skips": 10, "watermark": 0.01, "interruptible": "auto",
     }  # fmt: skip
 
 

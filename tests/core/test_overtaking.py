@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from math import inf
+from typing import Any
 
 import pytest
 from scheduler_bench import COST, Bench, request
 
 from megatron_medha.core.batch import Aborted, Batch, FirstStageDone, Woken
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad
-from megatron_medha.core.scheduling.chunking import efficient_chunk_tokens
+from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.scheduling.chunking import Chunking, efficient_chunk_tokens
+from megatron_medha.core.scheduling.overtaking import resolved
+from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
 
 
 class DearChunks(CostModel):
@@ -264,3 +268,28 @@ def test_an_efficient_chunk_is_the_smallest_that_costs_hardly_more_than_the_best
 def test_an_efficient_chunk_leaves_several_for_the_stages_of_a_pipeline() -> None:
     alone, staged = (efficient_chunk_tokens(DearChunks(), 0, 8192, 8192, 32, spp) for spp in (1, 4))
     assert staged <= alone // 2
+
+
+@pytest.mark.parametrize(
+    ("options", "can_hold", "is_on"),
+    [
+        ({}, True, True), ({}, False, False), ({"interruptible": False}, True, False),
+        ({"interruptible": True, "policy": "fcfs"}, True, True), ({"policy": "fcfs"}, True, False),
+        ({"progress_share": 0.0}, True, False), ({"chunking": Chunking.WHOLE}, True, False),
+    ],
+)  # fmt: skip
+def test_auto_is_on_where_ranks_can_hold_a_step_and_it_helps(
+    options: dict[str, Any], can_hold: bool, is_on: bool
+) -> None:
+    assert resolved(SchedulerConfig(**options), can_hold).interruptible is is_on
+
+
+def test_ranks_that_cannot_hold_a_step_are_not_asked_to() -> None:
+    with pytest.raises(ConfigError, match=r"^scheduler.interruptible=true: .* cannot hold a step.*auto or false"):
+        resolved(SchedulerConfig(interruptible=True), False)
+
+
+def test_under_first_come_first_served_chunks_are_no_larger_as_nobody_could_overtake_them() -> None:
+    bench = interruptible(policy="fcfs")
+    bench.arrive(request("long", num_tokens=5000))
+    assert bench.schedule().predicted_s <= 0.05

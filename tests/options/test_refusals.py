@@ -65,6 +65,7 @@ def test_an_unknown_option_of_a_group_is_refused_with_the_nearest_one_and_all_of
         ("scheduler.step_budget_s=soon", "a number"),
         ("scheduler.step_budget_s=null", "a number"),
         ("scheduler.has_space_sharing=maybe", "true or false"),
+        ("scheduler.interruptible=maybe", "true or false or auto"),
         ("server.served_model_names=gpt", "a list, like [a,b]"),
         ("scheduler.policy=[lars]", "text"),
         ("model.kv_memory_gib=auto", "a number or null"),

@@ -8,15 +8,17 @@ requests still waits for such a point, not for the end of the step.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import inf
 
 from megatron_medha.core.cost.step_cost import CostModel, step_s
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.batch_builder import BatchBuilder, PlannedChunk
 from megatron_medha.core.scheduling.batch_committer import SubmittedBatch
 from megatron_medha.core.scheduling.chunking import STRATEGIES, efficient_chunk_tokens
-from megatron_medha.core.scheduling.policies import Policy, slack_s
+from megatron_medha.core.scheduling.policies import Policy, policy_named, slack_s
 from megatron_medha.core.scheduling.prefill_packer import PrefillPacker
 from megatron_medha.core.scheduling.prefill_queue import PrefillCandidates
 from megatron_medha.core.scheduling.scheduler_config import SchedulerConfig
@@ -26,6 +28,27 @@ _MIN_HELD_STAGE_S = 0.02   # a batch that occupies a stage for less is waited fo
 _SWITCH_SHARE = 0.1        # of the fixed cost of a step, to hold a batch and go on with it: one layer's weights again
 _REST_SHARE = 0.1         # of its time so far, that a batch which takes longer than predicted still takes
 _NO_LIMIT_S = 1e9
+
+
+def is_useful(config: SchedulerConfig, policy: Policy) -> bool:
+    """Whether short prompts can overtake large chunks, so that prompts alone may have them."""
+    return STRATEGIES[config.chunking].is_by_time and config.is_preemptive and policy.is_by_deadline
+
+
+def resolved(config: SchedulerConfig, can_hold: bool) -> SchedulerConfig:
+    """The configuration with interruptible on or off. can_hold: what the ranks say. Raises ConfigError.
+
+    Without a progress share nothing would bound for how long a batch is held: then auto is off.
+    """
+    if config.interruptible is True and not can_hold:
+        raise ConfigError(
+            "scheduler.interruptible=true: these ranks cannot hold a step; they have to be CPU ranks of one machine. "
+            "Set auto or false"
+        )
+    if config.interruptible != "auto":
+        return config
+    is_on = can_hold and config.progress_share > 0.0 and is_useful(config, policy_named(config.policy))
+    return replace(config, interruptible=is_on)
 
 
 class Overtaking:
@@ -43,7 +66,7 @@ class Overtaking:
         self._policy = policy
         self._spp = spp
         self._packer = packer
-        self._can_enlarge = STRATEGIES[config.chunking].is_by_time
+        self._can_enlarge = is_useful(config, policy)
 
     @property
     def switch_s(self) -> float:

@@ -34,9 +34,9 @@ class SchedulerConfig:
     progress_share: float = 0.1           # of each step, kept for the longest overdue prefill; 0: none
     max_skips: int = 10                   # candidates passed over before a batch is closed
     watermark: float = 0.01               # share of blocks kept free for running decodes to grow into
-    # Whether a batch of prefill chunks may be held while another overtakes it. auto: the engine says it when its ranks
-    # are known; until then it is off, as in every decision log that does not name it.
-    interruptible: bool | Literal["auto"] = False
+    # Whether a batch of prefill chunks may be held while another overtakes it. auto: on where the ranks can hold one
+    # (overtaking.py: resolved); off in simulations, and in decision logs that do not name it.
+    interruptible: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if is_user_policy(self.policy):
