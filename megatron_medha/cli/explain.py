@@ -13,6 +13,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.request import Request
 from megatron_medha.sim.run_directory import CONFIG, DECISIONS, REQUESTS
 from megatron_medha.sim.system import build_scheduler, recorded_setup
 from megatron_medha.stats.decision_log import ReplayError, read_log
@@ -122,17 +123,29 @@ def _cached(found: Explanation, shared: SharedPrefix) -> list[str]:
     lines = [f"prefix cache: {num_cached:,} of its prompt tokens were there when it was first scheduled"]
     if not request.reads_cache:
         lines = ["prefix cache: not read, because the request asks for log-probabilities of its prompt"]
+    in_session = _in_session(request)
     if not shared.num_tokens:
-        return [*lines, f"no earlier request begins with its first {granule} tokens"]
-    differs = f"; in {shared.num_tokens:,} to {shared.num_tokens + granule - 1:,} is the first that is new"
-    is_longer = shared.num_tokens + granule <= request.num_prompt_tokens
-    lines.append(
-        f"its first {shared.num_tokens:,} tokens are those of {shared.request_id}{differs if is_longer else ''}"
-    )
+        return [*lines, f"no earlier request begins with its first {granule} tokens", *in_session]
+    first, end = shared.num_tokens, shared.num_tokens + granule
+    is_known = request.num_session_tokens is not None and first <= request.num_session_tokens < end
+    lines.append(f"its first {first:,} tokens are those of {shared.request_id}")
+    if not is_known and end <= request.num_prompt_tokens:
+        lines[-1] += f"; in {first:,} to {end - 1:,} is the first that is new"
+    lines += in_session
     usable = min(shared.num_tokens, (request.num_prompt_tokens - 1) // granule * granule)
     if request.reads_cache and num_cached < usable:
         lines.append(f"{usable - num_cached:,} of them had been evicted, or were not computed yet")
     return lines
+
+
+def _in_session(request: Request) -> list[str]:
+    """The first token that differs, which keys of granules do not tell."""
+    count = request.num_session_tokens
+    if count is None:
+        return []
+    if count >= request.num_prompt_tokens:
+        return ["an earlier request of its session begins with all of it"]
+    return [f"token {count:,}, counted from 0, is the first that its session did not have"]
 
 
 def _what(phase: RequestPhase) -> str:

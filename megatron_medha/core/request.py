@@ -25,6 +25,9 @@ class Request:
     reads_cache: bool = True         # False: all of the prompt is computed, though its KV is kept for others
     session_id: str = ""             # requests of one session continue one another; "": of none
     ends_session: bool = False       # nothing of the session follows
+    # Of the prompt, those that an earlier request of its session began with, its output included; None: not known.
+    # For those who watch.
+    num_session_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_medha.core.ports import ErrorDelivery
-from megatron_medha.core.request import Rejection
+from megatron_medha.core.request import Rejection, Request
 from megatron_medha.server.admission import AdmissionTicket
 from megatron_medha.server.generation import Choice, GenerationSpec, Piece
 from megatron_medha.server.http.http_errors import ApiError, rejected
 from megatron_medha.server.output_streams import EngineLost, OutputStream
 from megatron_medha.server.service import Service
+from megatron_medha.server.session_history import SessionSequence
 from megatron_medha.text.tokenizer import Tokenizer
 
 # Steps whose tokens one request may have unread, however small server.max_buffered_tokens is: a step brings a token of
@@ -37,6 +40,7 @@ class RunningGeneration:
         self._ticket = ticket
         self._choice_by_id = {spec.request_id(choice.index): choice for choice in self.choices}
         self._stream: OutputStream | None = None
+        self._in_session: dict[str, SessionSequence] = {}  # what is kept of sub-requests that belong to one
 
     def open(self) -> OutputStream:
         """Listen to the engine; before submit()."""
@@ -46,8 +50,9 @@ class RunningGeneration:
 
     async def submit(self) -> None:
         """Hand every choice to the engine."""
+        requests = self._within_session()
         for number, choice in enumerate(self.choices, start=1):
-            request, token_ids = self._ticket.requests[choice.index], choice.prompt.token_ids
+            request, token_ids = requests[choice.index], choice.prompt.token_ids
             keys = None if choice.prompt.keys is None else choice.prompt.keys.copy()
             self.live_ids.add(request.request_id)
             self._engine.submit(request, token_ids, self.spec.sampling_of(choice.index), keys)
@@ -68,6 +73,8 @@ class RunningGeneration:
                 raise rejected(Rejection(reason="request_rejected", message=delivery.message))
             raise ApiError(500, delivery.message, code="engine_failed")
         choice = self._choice_by_id[request_id]
+        if (sequence := self._in_session.get(request_id)) is not None:
+            self._service.sessions.extend(sequence, delivery.token_id)
         piece = choice.take(delivery)
         if choice.last_token_s is None:
             choice.first_token_s = at_s
@@ -97,6 +104,19 @@ class RunningGeneration:
             self._streams.close(self._stream)
         self._abort_live()
         self._ticket.close(sum(choice.num_tokens for choice in self.choices))
+
+    def _within_session(self) -> Sequence[Request]:
+        """The sub-requests, with what each shares with its session."""
+        spec, sessions, requests = self.spec, self._service.sessions, self._ticket.requests
+        if not spec.session_id or spec.prefix_root is None:
+            return requests
+        of_prompt = [sessions.num_shared_tokens(spec.session_id, prompt.token_ids) for prompt in spec.prompts]
+        if spec.ends_session:
+            sessions.forget(spec.session_id)
+        else:
+            for choice, request in zip(self.choices, requests, strict=True):
+                self._in_session[request.request_id] = sessions.add(spec.session_id, choice.prompt.token_ids)
+        return [replace(one, num_session_tokens=of_prompt[place // spec.n]) for place, one in enumerate(requests)]
 
     def _abort_live(self) -> None:
         for request_id in self.live_ids:

@@ -27,6 +27,7 @@ from megatron_medha.server.observe.request_log import RequestLog
 from megatron_medha.server.observe.tracing import OtelTraces
 from megatron_medha.server.output_streams import EngineLost, OutputStreams
 from megatron_medha.server.server_config import FIXED_FIELDS, ServerConfig
+from megatron_medha.server.session_history import SessionHistory
 from megatron_medha.server.slo import SloConfig
 from megatron_medha.server.text_workers import RunBlocking, TextWorkers
 from megatron_medha.server.tools.structured_output import GrammarCache
@@ -96,6 +97,7 @@ class Service:
         self.bodies = BodyBudget(lambda: self.config)
         self.text = TextWorkers(self.bodies, renders)
         self.grammars = GrammarCache()
+        self.sessions = SessionHistory()
         self._turns: TurnEncoder | None = None
         self.started_unix_s = int(time.time())
         self._read_config = read_config

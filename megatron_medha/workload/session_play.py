@@ -68,6 +68,7 @@ class SessionPlay:
         live.num_sent += 1
         self._of_request[turn.request_id] = live
         keys = b"" if self.granule_tokens is None else self._keys_of_prompt(live, turn)
+        goes_on = self.names_sessions and live.num_sent > 1
         return Request(
             request_id=turn.request_id,
             num_prompt_tokens=turn.num_prompt_tokens,
@@ -76,6 +77,7 @@ class SessionPlay:
             prefix_keys=keys,
             session_id=live.session.name if self.names_sessions else "",
             ends_session=self.names_sessions and live.num_sent == len(live.session.turns),
+            num_session_tokens=turn.num_prompt_tokens - turn.num_new_tokens if goes_on else None,
         )
 
     def turn(self, request_id: str) -> SessionTurn:

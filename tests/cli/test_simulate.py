@@ -164,12 +164,14 @@ def test_explain_says_where_a_prompt_leaves_what_came_before_it(tmp_path: Path, 
     assert "no earlier request begins with its first 16 tokens" in text
     assert main(["explain", str(out), later]) == 0
     text = capsys.readouterr().out
-    shared, before = re.search(r"its first ([\d,]+) tokens are those of (\S+); in", text).groups()
+    shared, before = re.search(r"its first ([\d,]+) tokens are those of (\S+)\n", text).groups()
     assert before != later and before in requests
     # All of the turn before, its output too, but for the granule that was not full.
     last = max((row for row in requests.values() if row["arrival_s"] < requests[later]["arrival_s"]
                 and row["request_id"].split(".")[0] == later.split(".")[0]), key=lambda row: row["arrival_s"])
-    assert int(shared.replace(",", "")) == (last["prompt_tokens"] + last["tokens_out"]) // 16 * 16
+    num_before = last["prompt_tokens"] + last["tokens_out"]
+    assert int(shared.replace(",", "")) == num_before // 16 * 16
+    assert f"token {num_before:,}, counted from 0, is the first that its session did not have" in text
 
 
 def test_explain_says_who_computes_the_prefix_that_a_request_waits_for(tmp_path: Path, capsys: Capture) -> None:

@@ -6,6 +6,7 @@ import threading
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_medha.cluster.kv_audit import check_pools
@@ -116,6 +117,7 @@ class LiveEngine:
         step_s: float = 1e-3,
         metrics: Metrics | None = None,
         kv: KVConfig = NO_PREFIX_CACHE,
+        decision_log: Path | None = None,
         **scheduler: Any,
     ) -> None:
         self.audit = Audit()
@@ -135,6 +137,7 @@ class LiveEngine:
                 kv=kv,
             ),
             watchers=(self.journal.watch, self.audit.watch),
+            decision_log=decision_log,
         )
 
     def __getattr__(self, name: str) -> Any:

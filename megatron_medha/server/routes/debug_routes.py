@@ -48,6 +48,7 @@ class RequestTraceResponse(RequestSummary, frozen=True, kw_only=True):
     max_output_tokens: int
     num_cached_tokens: int   # of its prompt, in the prefix cache when it was first scheduled
     session_id: str
+    num_session_tokens: int | None  # of its prompt, up to the first that its session did not have; null: not known
     deadline_s: float        # since its arrival
     total_work_s: float
     remaining_work_s: float
@@ -166,6 +167,7 @@ def explain_trace(trace: RequestTrace, steps: Sequence[StepRecord], now_s: float
         max_output_tokens=trace.request.max_output_tokens,
         num_cached_tokens=trace.num_cached_tokens or 0,
         session_id=trace.request.session_id,
+        num_session_tokens=trace.request.num_session_tokens,
         deadline_s=deadline_s,
         total_work_s=trace.total_work_s,
         remaining_work_s=trace.remaining_work_s,
