@@ -62,11 +62,19 @@ class Logprobs(NamedTuple):
 
 def token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int, allows_host_sync: bool) -> Logprobs:
     """Equal tokens get bit-equal numbers in both places."""
-    logsumexp_R1 = logits_RV.logsumexp(dim=-1, keepdim=True)
+    logsumexp_R1 = row_logsumexp(logits_RV)
     own_R1 = logits_RV.gather(1, token_ids_R.unsqueeze(1))
     ranks_R = (logits_RV > own_R1).sum(dim=-1) + 1
     best_RN, ids_RN = _stable_topk(logits_RV, min(num_top, logits_RV.shape[1]), allows_host_sync)
     return Logprobs((own_R1 - logsumexp_R1).squeeze(1), ranks_R, best_RN - logsumexp_R1, ids_RN, token_ids_R)
+
+
+def row_logsumexp(logits_RV: Tensor) -> Tensor:
+    """Of each row, [R, 1]; its bits depend neither on the rows beside it nor on the number of threads."""
+    if len(logits_RV) == 1 and logits_RV.device.type == "cpu":
+        # torch cuts the sum of a lone row into a part for each thread: additions in another order than beside others.
+        return logits_RV.expand(2, -1).logsumexp(dim=-1, keepdim=True)[:1]
+    return logits_RV.logsumexp(dim=-1, keepdim=True)
 
 
 def _stable_topk(logits_RV: Tensor, num_top: int, allows_host_sync: bool) -> tuple[Tensor, Tensor]:

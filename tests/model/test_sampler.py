@@ -11,7 +11,7 @@ import torch
 
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.model.draw import SamplingRow, draw_uniform
-from megatron_medha.model.logprobs import prompt_logprobs
+from megatron_medha.model.logprobs import prompt_logprobs, row_logsumexp
 from megatron_medha.model.sampler import Sampler, is_plain_greedy
 
 VOCAB_SIZE = 12
@@ -239,6 +239,18 @@ def test_logprobs_are_of_the_raw_distribution():
     assert [i for i, _ in sampled.logprobs.top] == expected.argsort(descending=True)[:4].tolist()
     best = expected.sort(descending=True).values[:4].tolist()
     assert [p for _, p in sampled.logprobs.top] == pytest.approx(best, abs=1e-5)
+
+
+def test_a_rows_logprobs_have_the_same_bits_alone_and_beside_others_on_several_threads():
+    logits = torch.randn(64, 50_304, generator=torch.Generator().manual_seed(0)) * 4
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = torch.cat([row_logsumexp(one) for one in logits.split(1)])
+        together = row_logsumexp(logits)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert torch.equal(alone, together) and torch.equal(together, row_logsumexp(logits))
 
 
 def test_logprobs_come_only_to_those_who_ask_and_only_as_many():
