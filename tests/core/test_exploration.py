@@ -14,6 +14,7 @@ from megatron_medha.core.kv.block_pool import Extent
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.prefix_index import PrefixIndex
 from megatron_medha.core.kv.segment import Holding, Segment
+from megatron_medha.core.kv.segment_forest import SegmentForest
 from megatron_medha.core.kv.sequence import Sequence
 from megatron_medha.core.scheduling.scheduler import Scheduler
 
@@ -102,15 +103,15 @@ def test_a_request_that_computes_again_and_again_is_found(monkeypatch: pytest.Mo
 
 
 def test_an_eviction_that_ignores_pins_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = PrefixIndex._pin
+    pin = SegmentForest.pin
 
-    def pin_evictable(self: PrefixIndex, segment: Segment) -> None:
+    def pin_evictable(self: SegmentForest, segment: Segment) -> None:
         was_leaf = bool(segment.ticket)
         pin(self, segment)
         if was_leaf:
-            self._file(segment)
+            self.file(segment)
 
-    monkeypatch.setattr(PrefixIndex, "_pin", pin_evictable)
+    monkeypatch.setattr(SegmentForest, "pin", pin_evictable)
     with pytest.raises(Broken):
         Explorer(THREE).run(max_states=20_000)
 

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from megatron_medha.core.kv.block_pool import Extent
-from megatron_medha.core.kv.prefix_index import PrefixIndex, RankTree
+from megatron_medha.core.kv.prefix_index import PrefixIndex
 from megatron_medha.core.kv.segment import KEY_BYTES, Holding, Segment
+from megatron_medha.core.kv.segment_forest import RankTree
 
 
 def check(index: PrefixIndex, holdings: Iterable[Holding], owned: Iterable[tuple[int, int, Iterable[Extent]]]) -> None:

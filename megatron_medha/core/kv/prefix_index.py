@@ -1,4 +1,4 @@
-"""Which prefixes are cached where: a radix tree over chained keys for each KVP rank and group. No clock, no token.
+"""Which prefixes are cached where, and who uses what of them, over a SegmentForest. No clock, no token.
 
 It holds only granules that are computed. The life of a hit: `match` (a look), `take` (a reference, which keeps the
 granules until `release`), `publish` as the sequence computes more, `release` when it ends or is preempted.
@@ -7,32 +7,14 @@ granules until `release`), `publish` as the sequence computes more, `release` wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from megatron_medha.core.kv.age_counts import AgeCounts
 from megatron_medha.core.kv.block_pool import BlockPool, Extent, join_extents, slice_extents
 from megatron_medha.core.kv.eviction import EvictionOrder, EvictionRules, LruOrder
 from megatron_medha.core.kv.segment import KEY_BYTES, Evicted, Holding, Match, Segment
-from megatron_medha.core.kv.shard_borders import ShardBorders
+from megatron_medha.core.kv.segment_forest import SegmentForest
 
 _MAX_SESSIONS = 50_000  # whose ends are remembered, in 10 MB
-
-
-@dataclass(slots=True)
-class RankTree:
-    """The segments of one KVP rank and group."""
-
-    pool: BlockPool
-    order: EvictionOrder
-    heads: dict[bytes, Segment] = field(default_factory=dict)  # first key -> segment: chained keys are unique
-    num_evictable_blocks: int = 0
-    num_session_blocks: int = 0  # of these
-
-    def count_evictable(self, segment: Segment, num_blocks: int) -> None:
-        """So many blocks of a segment more, or less, are evictable."""
-        self.num_evictable_blocks += num_blocks
-        if segment.session:
-            self.num_session_blocks += num_blocks
 
 
 class PrefixIndex:
@@ -52,14 +34,12 @@ class PrefixIndex:
     ) -> None:
         self.blocks_per_granule = blocks_per_granule
         self.shard_granules = shard_granules
-        rules = rules or EvictionRules()
-        self.trees = [[RankTree(pool, make_order(rules)) for pool in group] for group in pools]
-        self._created: dict[str, dict[Segment, None]] = {}  # by live requests
+        self._forest = SegmentForest(pools, blocks_per_granule, shard_granules, make_order, rules or EvictionRules())
+        self.trees, self.borders = self._forest.trees, self._forest.borders
         # By session: its latest request that has ended, and the last segments of that.
         self._left_by_session: dict[str, tuple[str, list[Segment]]] = {}
-        self.borders = ShardBorders(shard_granules)
         self.reuse_gaps = AgeCounts()    # of prefixes that requests begin with, since their last use
-        self.eviction_ages = AgeCounts()  # of evicted granules, since theirs
+        self.eviction_ages = self._forest.eviction_ages
 
     # ---- what a sequence does ----
 
@@ -73,15 +53,15 @@ class PrefixIndex:
         """
         assert first % self.shard_granules == 0, f"granule {first} does not begin a shard"
         last = min(last, len(keys) // KEY_BYTES, first + self.shard_granules)
-        heads = self.trees[group][kvp_rank].heads
-        while known is not None and heads.get(known.head) is not known:  # evicted
+        tree = self.trees[group][kvp_rank]
+        while known is not None and tree.heads.get(known.head) is not known:  # evicted
             known = known.parent
         if known is not None:
             last_key = bytes(known.keys[-KEY_BYTES:])
             if known.end > last or not keys.startswith(last_key, (known.end - 1) * KEY_BYTES):
                 known = None  # its owner has taken it again since, and gone on otherwise
         start = first if known is None else known.end
-        deepest, end = _descend(heads, keys, start, last)
+        deepest, end = tree.descend(keys, start, last)
         return Match(kvp_rank, group, first, end, deepest or known)
 
     def extents(self, deepest: Segment | None) -> list[Extent]:
@@ -117,7 +97,7 @@ class PrefixIndex:
         deepest = self._ending(match, now_s)
         if deepest is not None:
             deepest.num_references += 1
-            self._pin(deepest)
+            self._forest.pin(deepest)
         return Holding(request_id, session, match.kvp_rank, match.group, match.first, match.end, deepest, previous)
 
     def publish(self, holding: Holding, keys: bytes, last: int, extents: list[Extent], now_s: float) -> range:
@@ -130,18 +110,18 @@ class PrefixIndex:
         if last <= holding.end or not holding.is_listed:
             return range(last, last)
         tree = self.trees[holding.group][holding.kvp_rank]
-        found, start = _descend(tree.heads, keys, holding.end, last)
+        found, start = tree.descend(keys, holding.end, last)
         if start == last:
             return range(last, last)
         parent = holding.deepest
         if found is not None:
-            parent = found if start == found.end else self._split(tree, found, start - found.first)
+            parent = found if start == found.end else self._forest.split(tree, found, start - found.first)
             holding.duplicates.append((holding.end, start))
         count = (last - start) * self.blocks_per_granule
         new_keys = bytearray(keys[start * KEY_BYTES : last * KEY_BYTES])
         new_extents = slice_extents(extents, (start - holding.first) * self.blocks_per_granule, count)
         tree.pool.cache(count)
-        if parent is not None and parent is holding.deepest and self._can_extend(parent, holding.request_id):
+        if parent is not None and parent is holding.deepest and self._forest.can_extend(parent, holding.request_id):
             parent.keys += new_keys
             parent.is_proven = False
             join_extents(parent.extents, new_extents)
@@ -151,9 +131,9 @@ class PrefixIndex:
                 holding.kvp_rank, holding.group, parent, start, new_keys, new_extents, holding.request_id,
                 session=holding.session, last_use_s=now_s, num_references=1, pins=1,
             )
-            self._insert(tree, child, keys)
+            self._forest.insert(tree, child, keys)
             if holding.deepest is not None:
-                self._drop_reference(holding.deepest, now_s, holding.session)  # the child pins it
+                self._forest.drop_reference(holding.deepest, now_s, holding.session)  # the child pins it
             holding.deepest = child
         holding.end = last
         return range(start, last)
@@ -168,7 +148,7 @@ class PrefixIndex:
         if holding.session:
             self._follow_session(holding, ends_session)
         if holding.deepest is not None:
-            self._drop_reference(holding.deepest, now_s, holding.session, ends_session)
+            self._forest.drop_reference(holding.deepest, now_s, holding.session, ends_session)
             holding.deepest = None
 
     def own_extents(self, holding: Holding, extents: list[Extent]) -> list[Extent]:
@@ -189,7 +169,7 @@ class PrefixIndex:
 
     def settle(self, request_id: str) -> None:
         """The request has ended, not failed: what it computed stays. Every request ends in this or in `forget`."""
-        self._created.pop(request_id, None)
+        self._forest.created.pop(request_id, None)
 
     def forget(self, request_id: str, holdings: Iterable[Holding] = ()) -> list[Evicted]:
         """The request failed: what it computed, and all below, is found no more; blocks in use go with their last.
@@ -198,7 +178,7 @@ class PrefixIndex:
         a request that was aborted in its prompt may have left it without anybody noticing that it is not a number.
         """
         evicted: list[Evicted] = []
-        suspects = list(self._created.pop(request_id, {}))
+        suspects = list(self._forest.created.pop(request_id, {}))
         for holding in holdings:
             segment = holding.deepest
             while segment is not None and not segment.is_proven:
@@ -206,7 +186,7 @@ class PrefixIndex:
                 segment = segment.parent
         for segment in suspects:
             if segment.is_listed:
-                self._unlist(segment, evicted)
+                self._forest.unlist(segment, evicted)
         return evicted
 
     # ---- what the memory does ----
@@ -224,7 +204,7 @@ class PrefixIndex:
         while tree.pool.num_free_blocks < wanted:
             leaf = tree.order.lowest(now_s, tree.num_session_blocks)
             num_granules = -(-(wanted - tree.pool.num_free_blocks) // self.blocks_per_granule)
-            self._trim(tree, leaf, min(num_granules, leaf.num_granules), now_s, evicted)
+            self._forest.trim(tree, leaf, min(num_granules, leaf.num_granules), now_s, evicted)
         return evicted
 
     def clear(self) -> list[Evicted]:
@@ -234,8 +214,8 @@ class PrefixIndex:
             for tree in group:
                 for segment in [segment for segment in tree.heads.values() if segment.parent is None]:
                     if segment.is_listed:
-                        self._unlist(segment, evicted)
-        self._created.clear()
+                        self._forest.unlist(segment, evicted)
+        self._forest.created.clear()
         self._left_by_session.clear()
         return evicted
 
@@ -249,13 +229,13 @@ class PrefixIndex:
         """
         deepest = self._ending(match, now_s)
         if deepest is not None:
-            self._set_waiter(deepest, request_id, due_s)
+            self._forest.set_waiter(deepest, request_id, due_s)
         return deepest
 
     def unwatch(self, request_id: str, segment: Segment | None) -> None:
         """The request counts on it no more; nothing happens if it was named in the meantime."""
         if segment is not None and request_id in segment.waiters:
-            self._set_waiter(segment, request_id, None)
+            self._forest.set_waiter(segment, request_id, None)
 
     # ---- inside ----
 
@@ -266,79 +246,12 @@ class PrefixIndex:
             return None
         tree = self.trees[match.group][match.kvp_rank]
         if deepest.end > match.end:
-            deepest = self._split(tree, deepest, match.end - deepest.first)
+            deepest = self._forest.split(tree, deepest, match.end - deepest.first)
         if not deepest.pins and not deepest.is_matched:
             deepest.is_matched = True
             tree.order.used(deepest, now_s)
             self.reuse_gaps.add(now_s - deepest.last_use_s)
         return deepest
-
-    def _set_waiter(self, segment: Segment, request_id: str, due_s: float | None) -> None:
-        order = self.trees[segment.group][segment.kvp_rank].order
-        if is_leaf := bool(segment.ticket):
-            order.remove(segment)
-        if due_s is None:
-            del segment.waiters[request_id]
-        else:
-            segment.waiters[request_id] = due_s
-        if is_leaf:
-            self._file(segment)
-        if self.borders.before:
-            self._refile_before(segment)
-
-    def _file(self, leaf: Segment) -> None:
-        """A leaf can be evicted: at its place in the order, by what is lost with it."""
-        self.trees[leaf.group][leaf.kvp_rank].order.add(leaf, self.borders.tip(leaf))
-
-    def _refile_before(self, segment: Segment) -> None:
-        """What follows the shards before has changed, and with it what is lost with their ends."""
-        for copy in self.borders.copies_before(segment):
-            self._refile(copy)
-            self._refile_before(copy)
-
-    def _refile(self, segment: Segment) -> None:
-        if segment.ticket:
-            self.trees[segment.group][segment.kvp_rank].order.remove(segment)
-            self._file(segment)
-
-    def _split(self, tree: RankTree, lower: Segment, num_granules: int) -> Segment:
-        """Cut its first granules off: they are the new object, so that what ends where `lower` does stays right."""
-        num_blocks = num_granules * self.blocks_per_granule
-        cut = num_granules * KEY_BYTES
-        upper = Segment(
-            lower.kvp_rank, lower.group, lower.parent, lower.first, lower.keys[:cut],
-            slice_extents(lower.extents, 0, num_blocks), lower.creator,
-            session=lower.session, last_use_s=lower.last_use_s, pins=int(lower.pins > 0), children={lower: None},
-            is_ended=lower.is_ended, is_matched=lower.is_matched, is_proven=lower.is_proven,
-        )
-        num_left = (lower.num_granules - num_granules) * self.blocks_per_granule
-        lower.extents = slice_extents(lower.extents, num_blocks, num_left)
-        lower.keys = lower.keys[cut:]
-        lower.first += num_granules
-        if upper.parent is not None:
-            del upper.parent.children[lower]
-            upper.parent.children[upper] = None
-        lower.parent = upper
-        tree.heads[upper.head] = upper
-        tree.heads[lower.head] = lower
-        if (created := self._created.get(lower.creator)) is not None:
-            created[upper] = None
-        self.borders.replace(lower, upper)
-        return upper
-
-    def _insert(self, tree: RankTree, child: Segment, keys: bytes) -> None:
-        """A pinned segment joins the tree."""
-        tree.heads[child.head] = child
-        self._created.setdefault(child.creator, {})[child] = None
-        self.borders.add_copy(child)
-        self.borders.begin(child, keys)
-        if child.parent is not None:
-            if child.parent.ticket:
-                tree.order.remove(child.parent)
-            child.parent.children[child] = None
-            self._pin(child.parent)
-        elif child.first:
-            self._refile_before(child)
 
     def _follow_session(self, holding: Holding, ends_session: bool) -> None:
         """Remember where a session's latest request ends. When it ends itself, what that request left goes first."""
@@ -364,155 +277,5 @@ class PrefixIndex:
                 order.remove(ancestor)
             ancestor.is_ended = not ancestor.pins
             if is_leaf:
-                self._file(ancestor)
+                self._forest.file(ancestor)
             ancestor = ancestor.parent
-
-    def _pin(self, segment: Segment) -> None:
-        """One pin more; the first pins its parent."""
-        tree = self.trees[segment.group][segment.kvp_rank]
-        ancestor: Segment | None = segment
-        while ancestor is not None:
-            ancestor.pins += 1
-            if ancestor.pins > 1:
-                return
-            if ancestor.ticket:
-                tree.order.remove(ancestor)
-            tree.count_evictable(ancestor, -ancestor.num_granules * self.blocks_per_granule)
-            ancestor = ancestor.parent
-
-    def _drop_reference(
-        self, segment: Segment, now_s: float, session: str, ends_session: bool = False
-    ) -> None:
-        """One reference less; with its last pin a segment becomes evictable, or goes if it is not listed."""
-        tree = self.trees[segment.group][segment.kvp_rank]
-        segment.num_references -= 1
-        ancestor: Segment | None = segment
-        while ancestor is not None:
-            ancestor.pins -= 1
-            if ancestor.pins:
-                return
-            parent, num_blocks = ancestor.parent, ancestor.num_granules * self.blocks_per_granule
-            ancestor.last_use_s = now_s
-            ancestor.is_matched = False
-            if ancestor.session != session:
-                ancestor.session = ""  # of more than one
-            ancestor.is_ended = ends_session and ancestor.session != ""
-            tree.pool.num_blocks_ever_freed += num_blocks
-            if not ancestor.is_listed:
-                tree.pool.evict(ancestor.extents)
-                if parent is not None:
-                    del parent.children[ancestor]
-            else:
-                tree.count_evictable(ancestor, num_blocks)
-                if not ancestor.children:
-                    self._file(ancestor)
-            ancestor = parent
-
-    def _trim(self, tree: RankTree, leaf: Segment, num_granules: int, now_s: float, evicted: list[Evicted]) -> None:
-        """Evict the last granules of a leaf that nobody uses, and what can be reached only over them."""
-        cut = (leaf.num_granules - num_granules) * KEY_BYTES
-        num_blocks = num_granules * self.blocks_per_granule
-        border = self.borders.remove_copy(leaf)
-        evicted.append(_evicted(leaf, cut))
-        self.eviction_ages.add(now_s - leaf.last_use_s, num_granules)
-        tree.count_evictable(leaf, -num_blocks)
-        tree.order.remove(leaf)
-        if cut:
-            num_left = cut // KEY_BYTES * self.blocks_per_granule
-            tree.pool.evict(slice_extents(leaf.extents, num_left, num_blocks))
-            leaf.extents = slice_extents(leaf.extents, 0, num_left)
-            del leaf.keys[cut:]
-            self._file(leaf)
-        else:
-            tree.order.gave_up(leaf, now_s)
-            tree.pool.evict(leaf.extents)
-            self._remove(tree, leaf)
-            if (parent := leaf.parent) is not None:
-                del parent.children[leaf]
-                if not parent.children and not parent.pins:
-                    self._file(parent)
-        if border is not None:  # what follows it, on any rank, cannot be matched any more
-            for segment in self.borders.after(border):
-                self._evict_below(segment, now_s, evicted)
-
-    def _remove(self, tree: RankTree, segment: Segment) -> None:
-        """It is matched no more."""
-        del tree.heads[segment.head]
-        if (created := self._created.get(segment.creator)) is not None:
-            created.pop(segment, None)
-        if segment in self.borders.before:
-            copies = self.borders.copies_before(segment)
-            self.borders.end(segment)
-            for copy in copies:
-                self._refile(copy)
-                self._refile_before(copy)
-
-    def _evict_below(self, top: Segment, now_s: float, evicted: list[Evicted]) -> None:
-        """Evict a segment and its descendants, but for those in use and the way to them."""
-        tree = self.trees[top.group][top.kvp_rank]
-        below = [top]
-        for segment in below:
-            below += segment.children
-        for segment in reversed(below):
-            if not segment.pins and not segment.children:
-                self._trim(tree, segment, segment.num_granules, now_s, evicted)
-
-    def _unlist(self, top: Segment, evicted: list[Evicted]) -> None:
-        """Take a segment and its descendants out of the tree; what nobody uses is freed now, the rest with its last."""
-        tree = self.trees[top.group][top.kvp_rank]
-        below, borders = [top], []
-        for segment in below:
-            below += segment.children
-        for segment in reversed(below):  # children before their parents
-            if not segment.is_listed:
-                continue
-            if (border := self.borders.remove_copy(segment)) is not None:
-                borders.append(border)
-            evicted.append(_evicted(segment, 0))
-            self._remove(tree, segment)
-            segment.is_listed = False
-            if segment.pins:
-                continue
-            if segment.ticket:
-                tree.order.remove(segment)
-            tree.count_evictable(segment, -segment.num_granules * self.blocks_per_granule)
-            tree.pool.evict(segment.extents)
-            if (parent := segment.parent) is not None:
-                del parent.children[segment]
-                if parent.is_listed and not parent.children and not parent.pins and segment is top:
-                    self._file(parent)
-        for border in borders:
-            for segment in self.borders.after(border):
-                self._unlist(segment, evicted)
-
-    def _can_extend(self, segment: Segment, request_id: str) -> bool:
-        """Whether a segment is used only by the request that computed it, so that it can grow and stay one run."""
-        return (
-            segment in self._created.get(request_id, ())
-            and segment.num_references == segment.pins == 1
-            and not segment.children
-            and not segment.waiters
-        )
-
-
-def _descend(heads: dict[bytes, Segment], keys: bytes, first: int, last: int) -> tuple[Segment | None, int]:
-    """Follow keys [first, last) down a tree, from where a segment begins: the last segment met, and how far it went."""
-    found: Segment | None = None
-    position = first
-    while position < last:
-        segment = heads.get(keys[position * KEY_BYTES : (position + 1) * KEY_BYTES])
-        if segment is None:
-            break
-        found = segment
-        position += (num_common := segment.num_common(keys, last))
-        if num_common * KEY_BYTES < len(segment.keys):
-            break
-    return found, position
-
-
-def _evicted(segment: Segment, cut: int) -> Evicted:
-    """The record of what leaves a segment from byte `cut` of its keys on; its waiters are named, and wait no more."""
-    waiters = tuple(segment.waiters)
-    segment.waiters.clear()
-    first = segment.first + cut // KEY_BYTES
-    return Evicted(segment.kvp_rank, segment.group, first, bytes(segment.keys[cut:]), waiters)
