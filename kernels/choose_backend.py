@@ -25,10 +25,12 @@ def backend_names(device: torch.device) -> tuple[str, ...]:
     return (*names, "triton") if device.type == "cpu" and is_rehearsal() else tuple(names)
 
 
-def attention_backend(name: str, device: torch.device, group: int = 1) -> AttentionBackend:
+def attention_backend(
+    name: str, device: torch.device, group: int = 1, score_cap: float | None = None
+) -> AttentionBackend:
     """The backend called `name`; "auto" takes the best one for the device that can be had, and logs which and why.
 
-    group: query heads per key/value head.
+    group: query heads per key/value head. score_cap: see AttentionBackend.
 
     Raises ValueError for a name nobody answers to on this device, or one that cannot be had on this machine.
     """
@@ -49,6 +51,10 @@ def attention_backend(name: str, device: torch.device, group: int = 1) -> Attent
                 ) from error
             log.warning("attention_backend_unavailable name=%s reason=%s", candidate, error)
             continue
+        if score_cap is not None and not backend.caps_scores:
+            continue
+        backend.score_cap = score_cap
         log.info("attention_backend name=%s", candidate)
         return backend
-    raise AssertionError("the last backend of a device can always be had")
+    assert score_cap is not None, "the last backend of a device can always be had"
+    raise ValueError(f"attention_backend={name}: does not cap attention's scores, as this model does; aten does (CPU)")

@@ -31,9 +31,10 @@ them together. What a checkpoint may look like is in [serving.md](serving.md).
 A model is Megatron's: its layers, norms, routers and experts compute as in training. Positions, KV and attention are
 this project's. Models whose layers are Llama's (RMSNorm, rotary positions, gated SiLU, no biases but those of q, k and
 v) have layers written for inference. On one CPU rank in bf16 a step of these, and of all others that have no window,
-no sinks, no attention output gate and no latent attention, is one call of the native library, experts and routers
-included. What is left takes Megatron's own layers: about 0.3 ms a layer and step more, which a small model's lone
-decode notices and a prefill does not. Megatron's own layers have not run on a GPU here yet.
+no sinks, no attention output gate, no latent attention and no norms of outputs or of all heads, is one call of the
+native library, experts and routers included. What is left takes Megatron's own layers: about 0.3 ms a layer and step
+more, which a small model's lone decode notices and a prefill does not. Megatron's own layers have not run on a GPU
+here yet.
 
 ## Models of Megatron
 
@@ -54,7 +55,11 @@ _FAMILIES_HEAD = """
 ## Families of Hugging Face
 
 Each against transformers, in fp32, by the same bound (`tests/models/test_hf_families.py`,
-`tests/models/test_hf_configs.py`):
+`tests/models/test_hf_configs.py`). `medha models` prints them with their traits. Norms of the outputs of attention and
+MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4), norms of queries and keys over all heads, capped scores and logits, a rotary
+base of its own in layers with a window, and groups of experts by their best one (DeepSeek-V2) are not megatron-core's
+and are added to its layers; these are compared at tp=2 spp=2 and at kvp=2 too
+(`tests/parallel/test_checkpoints_at_layouts.py`):
 
 """
 
@@ -71,7 +76,8 @@ they change what the model computes:
 _REST = """
 Also refused: `position_embedding_type` other than rope, yarn, learned_absolute and none; a window that sees tokens to
 come; clamped or offset gates with `bias_swiglu_fusion`, whose kernel computes without them; a router that Sinkhorn
-balances. Layers with a window need `model.attention_backend=native` or `aten`.
+balances. Layers with a window need `model.attention_backend=native` or `aten`; capped scores (Gemma 2) need `aten`,
+which is taken by itself on a CPU. Neither runs on a GPU yet.
 """
 _SIZES = (
     "_rank", "_dim", "_size", "_base", "_groups", "kv_channels", "_positions", "mscale", "_topk", "_beta",

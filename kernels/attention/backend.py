@@ -52,6 +52,8 @@ class AttentionBackend(Protocol):
     stores_fp8 = False          # its pool may be float8_e4m3
     reads_by_slots = False      # a table of its ranges may begin anywhere in a block, as windows do
     has_padded_plans = False    # its plans fit the fixed lengths of a CUDA graph
+    caps_scores = False         # it looks at score_cap
+    score_cap: float | None = None  # scaled scores x become cap * tanh(x / cap), of all layers
 
     @classmethod
     def made(cls, name: str, device: torch.device, group: int) -> Self:

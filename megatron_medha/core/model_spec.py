@@ -38,6 +38,7 @@ class Experts:
     has_choice_bias: bool = False    # added to the scores when experts are chosen, not when they are weighed
     num_groups: int | None = None    # experts come in groups, of which each token takes the best
     num_groups_per_token: int | None = None
+    is_group_by_best: bool = False   # a group is as good as its best expert; False: as the sum of its best few
     weight_scale: float | None = None  # what the weights of the chosen experts are multiplied by
     shared_ffn_hidden_size: int = 0  # of the expert that every token goes through; 0: there is none
     has_shared_gate: bool = False    # the shared expert's output is weighed by a sigmoid of its own
@@ -72,18 +73,26 @@ class ModelSpec:
     norm_epsilon: float
     has_layer_norms: bool = False   # LayerNorm in place of RMSNorm
     has_zero_centred_norms: bool = False  # stored norm weights are less by one
+    has_pre_norms: bool = True      # of what attention and the MLP take
+    has_post_norms: bool = False    # of their outputs, before these are added
+    embedding_scale: float = 1.0    # what embeddings are multiplied by
+    logit_cap: float | None = None  # logits x become cap * tanh(x / cap)
     positions: str = "rotary"       # rotary, learned, none
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
     rotary_dim: int | None = None   # numbers at a head's beginning that turn; None: all
     is_rotary_interleaved: bool = False  # pairs are neighbours, not (i, i + rotary_dim / 2)
+    local_rope_theta: float | None = None  # the base of local layers, whose positions are not scaled
+    local_rope_layers: tuple[bool, ...] = ()  # whether a layer is one, by layer; empty: none is
     no_rope_layers: tuple[bool, ...] = ()  # whether a layer goes without rotary positions, by layer; empty: none does
     has_qkv_bias: bool = False      # Qwen2
     has_linear_biases: bool = False  # of all linear layers, those of queries, keys and values too
     has_qk_norm: bool = False       # Qwen3: of each head
+    is_qk_norm_wide: bool = False   # that norm is of all heads together
     has_qk_l2_norm: bool = False    # the same without weights
     has_output_gate: bool = False   # attention's output is multiplied by the sigmoid of a projection of its input
     softmax_scale: float | None = None  # of attention's scores; None: head_dim ** -0.5
+    score_cap: float | None = None  # attention's scores, as logit_cap
     softmax: str = "plain"          # plain, sinks (a learned score beside each head's), off-by-one (that score is 0)
     window: int | None = None       # tokens that a query of a windowed layer sees, its own included
     window_layers: tuple[bool, ...] = ()  # whether a layer has the window, by layer; empty: every layer has
@@ -106,14 +115,20 @@ class ModelSpec:
         named = {
             "LayerNorm": self.has_layer_norms,
             "zero-centred norms": self.has_zero_centred_norms,
+            "norms after layers alone" if not self.has_pre_norms else "norms after layers": self.has_post_norms,
+            "scaled embeddings": self.embedding_scale != 1.0,
+            "capped logits": self.logit_cap is not None,
             "learned positions" if self.positions == "learned" else "no positions": self.positions != "rotary",
             "partial rotary": self.positions == "rotary" and self.num_rotated < self.rope_width,
             "interleaved rotary": self.is_rotary_interleaved,
             "layers without rotary": any(self.no_rope_layers),
+            "two rotary bases": any(self.local_rope_layers),
             "biases": self.has_linear_biases,
+            "norm of all heads together": self.is_qk_norm_wide,
             "L2 norm of q and k": self.has_qk_l2_norm,
             "attention output gate": self.has_output_gate,
             "softmax scale": self.softmax_scale is not None,
+            "capped scores": self.score_cap is not None,
             self.softmax: self.softmax != "plain",
             "window": self.window is not None,
             self.activation if self.has_gate else f"{self.activation} without gate": (

@@ -80,7 +80,8 @@ class PagedCoreAttention(torch.nn.Module):
         """A packed batch over paged KV; returns out_THD."""
         layer = batch.kv_layers[layer_index]
         if batch.is_rotated_by_backend:
-            return batch.backend.attend_rotating(batch.plan, q_TKGD, k_TKD, v_TKD, batch.rotation, layer, self.scale)
+            angles = batch.rotation[:2]
+            return batch.backend.attend_rotating(batch.plan, q_TKGD, k_TKD, v_TKD, angles, layer, self.scale)
         return attend(batch, q_TKGD, k_TKD, v_TKD, layer, self.scale)
 
     def forward_training(self, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:

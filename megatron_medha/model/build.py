@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -29,6 +31,8 @@ from megatron_medha.model.general_layers import (
     GeneralCoreAttention,
     GeneralSelfAttention,
     GeneralTransformerLayer,
+    PostNormLayer,
+    WideNorm,
     ZeroCentredNorm,
 )
 from megatron_medha.model.inference_context import PackedBatch
@@ -78,12 +82,22 @@ def build_model(
             layer.self_attention.core_attention.place(config, index)
             if config.latent is not None and config.latent.norm_epsilon is not None:
                 _set_latent_epsilon(layer.self_attention, config.latent.norm_epsilon)
+    if config.embedding_scale != 1.0 and model.pre_process:
+        scale = float(torch.tensor(config.embedding_scale, dtype=dtype))  # rounded as transformers does
+        model.embedding.register_forward_hook(lambda _, __, embedded: embedded * scale)
+    if config.logit_cap is not None and model.post_process:
+        model.output_layer.register_forward_hook(partial(_capped, cap=config.logit_cap))
     # With the dtype: Megatron's local norms are made in fp32 whatever params_dtype says, and mixed they run unfused.
     model.to(device=device, dtype=dtype).eval()
     for name, bias in model.named_buffers():
         if name.endswith("expert_bias"):  # decides between experts; Megatron keeps it in fp32
             bias.data = bias.data.float()
     return model
+
+
+def _capped(_: torch.nn.Module, __: Any, output: tuple[Tensor, Any], cap: float) -> tuple[Tensor, Any]:
+    logits, bias = output
+    return torch.tanh(logits / cap) * cap, bias
 
 
 def _set_latent_epsilon(attention: torch.nn.Module, epsilon: float) -> None:
@@ -190,8 +204,8 @@ def _general_block_spec(
     config: ModelConfig, megatron: TransformerConfig, device: torch.device, pgs: MedhaPGs
 ) -> TransformerBlockSubmodules:
     """Megatron's own layers, whatever they are, with our attention in them; the same spec may stand for many layers."""
-    # Absorbed projections need the norm before them apart.
-    has_engine = transformer_engine_works(device) and config.latent is None
+    # Absorbed projections need the norm before them apart; layers without one must not have it fused.
+    has_engine = transformer_engine_works(device) and config.latent is None and config.has_pre_norms
     block = get_gpt_decoder_block_spec(
         megatron,
         use_transformer_engine=has_engine,
@@ -203,15 +217,25 @@ def _general_block_spec(
     if not has_engine:
         block.layer_norm = norm
     for layer in block.layer_specs:
-        layer.module = GeneralTransformerLayer
         attention = layer.submodules.self_attention
+        layer.module = GeneralTransformerLayer
+        if config.has_post_norms:
+            layer.module, layer.params = PostNormLayer, {**layer.params, "post_norm": norm}
+        if not config.has_pre_norms:
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
         attention.module = GeneralSelfAttention if config.latent is None else LatentSelfAttention
         attention.submodules.core_attention = GeneralCoreAttention
         if layer.submodules.mlp.module is MoELayer:
             layer.submodules.mlp.module = ExpertsLayer
-            layer.submodules.mlp.params = {"pg_collection": pgs}  # Megatron gives it to its own class alone
+            by_best = config.experts is not None and config.experts.is_group_by_best
+            # Megatron gives the groups to its own class alone.
+            layer.submodules.mlp.params = {"pg_collection": pgs, "is_group_by_best": by_best}
         for part in (layer.submodules, attention.submodules):
             for slot, module in vars(part).items():
                 if module is WrappedTorchNorm:
                     setattr(part, slot, norm)
+        if config.is_qk_norm_wide:
+            for slot, num_heads in (("q_layernorm", config.num_heads), ("k_layernorm", config.num_kv_heads)):
+                params = {"num_heads": num_heads, "tp_group": pgs.tp}
+                setattr(attention.submodules, slot, ModuleSpec(module=WideNorm, params=params))
     return block

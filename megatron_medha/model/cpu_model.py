@@ -108,7 +108,7 @@ class NativeForward:
                 hidden_TC,
                 batch.plan,
                 batch.kv_layers,
-                batch.rotation,
+                batch.rotation[:2],
                 token_ids_T=token_ids_T if layers.start == 0 else None,
                 positions_T=batch.positions_T,
                 logit_rows_R=batch.logit_rows if self._is_last and layers.stop == num_layers else None,

@@ -24,13 +24,16 @@ class ExpertsLayer(MoELayer):
 
     sum_over_tp: Callable[[Tensor], object] | None  # what sums a tensor over the ranks, in place; None: there is one
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, is_group_by_best: bool = False, **kwargs: Any) -> None:
+        """is_group_by_best: see core/model_spec.py; megatron-core has no such router."""
         super().__init__(*args, **kwargs)
         self.sum_over_tp = partial(dist.all_reduce, group=self.tp_group) if self.tp_group.size() > 1 else None
         # The router and the experts of this rank in one call: [T, C] -> [T, C]; native_parts.py may put it there.
         self.routed: Callable[[Tensor], Tensor] | None = None
         # The bias of an expert's output is of the whole sum, not of a rank's part of it.
         self.adds_biases = self.num_local_experts < self.config.num_moe_experts or self.tp_group.rank() == 0
+        if is_group_by_best:
+            self.router.routing = partial(_routed_by_best, self.config)
         # It counts the tokens of an expert for training, and goes through torch.compile to do so.
         self.router._apply_expert_bias = lambda *_, **__: None
 
@@ -86,3 +89,17 @@ class ExpertsLayer(MoELayer):
         if (most := config.activation_func_clamp_value) is not None:
             gate, up = gate.clamp(max=most), up.clamp(min=-most, max=most)
         return config.activation_func(gate) * (up + config.glu_linear_offset)
+
+
+def _routed_by_best(config: Any, logits: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """Softmax scores; a token's experts are of the groups with the best single ones. As Megatron's router returns."""
+    scores_TN = torch.softmax(logits.view(-1, config.num_moe_experts), dim=-1, dtype=torch.float32)
+    by_group = scores_TN.unflatten(-1, (config.moe_router_num_groups, -1))
+    best = by_group.amax(-1).topk(config.moe_router_group_topk, dim=-1)[1]
+    is_in_best = torch.zeros(by_group.shape[:2], dtype=torch.bool, device=scores_TN.device).scatter_(1, best, True)
+    # Not below 0: where fewer experts than asked for are in the groups, the others have a weight of 0, as elsewhere.
+    limited_TN = (by_group * is_in_best.unsqueeze(-1)).flatten(1)
+    weights_TK, chosen_TK = limited_TN.topk(config.moe_router_topk, dim=-1)
+    weights_TK = weights_TK * (config.moe_router_topk_scaling_factor or 1.0)
+    weights_TN = torch.zeros_like(scores_TN).scatter_(1, chosen_TK, weights_TK).type_as(logits)
+    return weights_TN, torch.zeros_like(scores_TN, dtype=torch.bool).scatter_(1, chosen_TK, True)

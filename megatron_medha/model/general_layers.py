@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -33,6 +34,32 @@ class GeneralTransformerLayer(TransformerLayer):
         if inference_context.before_layer is not None:
             inference_context.before_layer()
         return super().forward(hidden_states, inference_context=inference_context)
+
+
+class PostNormLayer(TransformerLayer):
+    """A layer whose attention and MLP have norms of their outputs, which megatron-core's layers do not."""
+
+    def __init__(self, *args: Any, post_norm: Any, **kwargs: Any) -> None:
+        """post_norm: what makes a norm, as Megatron calls it."""
+        super().__init__(*args, **kwargs)
+        config = self.config
+        sizes = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.post_attention_layernorm, self.post_mlp_layernorm = post_norm(**sizes), post_norm(**sizes)
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, inference_context: PackedBatch, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states: [T, 1, C]. Returns (output of that shape, None)."""
+        if inference_context.before_layer is not None:
+            inference_context.before_layer()
+        attended = self.self_attention(self.input_layernorm(hidden_states), inference_context=inference_context)
+        hidden_states = hidden_states + self.post_attention_layernorm(_with_bias(*attended))
+        computed = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + self.post_mlp_layernorm(_with_bias(*computed)), None
+
+
+def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:
+    return output if bias is None else output + bias
 
 
 class GeneralSelfAttention(SelfAttention):
@@ -76,6 +103,7 @@ class GeneralCoreAttention(torch.nn.Module):
         no_rope = spec.no_rope_layers[self.layer_number - 1] if spec.no_rope_layers else False
         self.is_rotated = spec.positions == "rotary" and not no_rope
         self.is_windowed = spec.is_windowed(self.layer_number - 1)
+        self.is_local = bool(spec.local_rope_layers) and spec.local_rope_layers[self.layer_number - 1]
         if spec.softmax_scale is not None:
             self.scale = spec.softmax_scale
         self.num_rotated, self.is_interleaved = spec.num_rotated, spec.is_rotary_interleaved
@@ -87,6 +115,9 @@ class GeneralCoreAttention(torch.nn.Module):
         q_THD, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.is_rotated:
             rotation = self.batch.rotation
+            if self.is_local:
+                assert rotation.local is not None
+                rotation = rotation.local
             q_THD, k_TKD = self.rotated(q_THD, rotation), self.rotated(k_TKD, rotation)
         q_TKGD = q_THD.unflatten(1, (k_TKD.shape[1], -1))
         layer = self.batch.kv_layers[self.layer_index]
@@ -112,6 +143,39 @@ class GeneralCoreAttention(torch.nn.Module):
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class WideNorm(torch.nn.Module):
+    """RMSNorm of the queries, or keys, of all heads of a token together, whichever ranks have them."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float, *, num_heads: int, tp_group: Any) -> None:
+        """hidden_size: of a head. num_heads: of all tp ranks."""
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(num_heads // tp_group.size() * hidden_size))
+        self.eps, self._size, self._tp_group = eps, num_heads * hidden_size, tp_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H, D] -> the same shape; computed in fp32."""
+        flat = x.flatten(-2).float()
+        squares = flat.square().sum(-1, keepdim=True)
+        if self._tp_group.size() > 1:
+            dist.all_reduce(squares, group=self._tp_group)
+        normed = flat * torch.rsqrt(squares / self._size + self.eps)
+        return (normed * self.weight.float()).to(x.dtype).view_as(x)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's description: each rank has the weights of its heads."""
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
             sharded_offsets,
             tp_group=self._tp_group,
             dp_cp_group=metadata["dp_cp_group"],

@@ -126,6 +126,8 @@ def _torch_gate(shared: SharedExpertMLP) -> Callable[[Tensor], Tensor] | None:
 def _experts_of(layer: ExpertsLayer) -> NativeExperts:
     """The router and the experts on this rank. Raises UnsupportedPart."""
     config, router = layer.config, layer.router
+    if "routing" in vars(router):
+        raise UnsupportedPart("a router that is not Megatron's")
     if router.weight.dtype != torch.bfloat16 or config.moe_router_dtype not in (None, "fp32"):
         raise UnsupportedPart(f"a router in {config.moe_router_dtype or router.weight.dtype}")
     experts: list[RoutedExpert | None] = [None] * config.num_moe_experts

@@ -5,6 +5,7 @@ Shapes: T tokens, D numbers of a head that turn (mostly all), F = D / 2 frequenc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import cached_property
 from typing import NamedTuple
@@ -23,10 +24,11 @@ _NUM_ROUNDED_POSITIONS = 8192
 
 
 class Rotation(NamedTuple):
-    """What turns the queries and keys of a batch, the same in every layer."""
+    """What turns the queries and keys of a batch, the same in every layer but local ones."""
 
     cos_TD: Tensor
     signed_sin_TD: Tensor  # its first half negated, so that a rolled input needs no sign of its own
+    local: Rotation | None = None  # the same in local layers, where these have a base of their own
 
 
 class Rotary:
@@ -41,6 +43,12 @@ class Rotary:
         self._dynamic_from = dynamic_from if scaling.kind == "dynamic" else None
         self._frequencies_F = _scaled_frequencies(config.num_rotated, config.rope_theta, scaling)
         self._amplitude = _yarn_amplitude(scaling) if scaling.kind == "yarn" else 1.0
+        self._local: Rotary | None = None
+        if config.local_rope_theta is not None:
+            of_local = dataclasses.replace(
+                config, rope_theta=config.local_rope_theta, rope_scaling=RopeScaling(), local_rope_theta=None
+            )
+            self._local = Rotary(of_local)
         self._on_device: dict[torch.device, Tensor] = {}
         self._consecutive: dict[tuple[int, torch.device], Rotation] = {}
 
@@ -50,10 +58,11 @@ class Rotary:
         lengths_T: length of the sequence when the token was computed, prompt tokens counting the whole prompt. Only
         dynamic scaling looks at it; it makes that independent of how the prompt was cut. Default: position + 1.
         """
+        local = None if self._local is None else self._local.at(positions_T)
         if not self._is_in_table(positions_T):
-            return self._computed(positions_T, lengths_T)
+            return self._computed(positions_T, lengths_T)._replace(local=local)
         table = self._table
-        return Rotation(table.cos_TD[positions_T], table.signed_sin_TD[positions_T])
+        return Rotation(table.cos_TD[positions_T], table.signed_sin_TD[positions_T], local)
 
     def _is_in_table(self, positions_T: Tensor) -> bool:
         """Whether angles can be looked up: a decode step on a CPU has a dozen small operations less then."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_medha.core.errors import UnsupportedModelError
 from megatron_medha.models.families.family import ACTIVATIONS, Family, Rule, TensorRow
-from megatron_medha.models.families.family_table import FAMILIES
+from megatron_medha.models.families.family_table import FAMILIES, NOT_SERVED
 from megatron_medha.models.hf_quantisation import Quantisation, quantisation_problems, read_quantisation
 from megatron_medha.models.hf_rope import rope_problems, rope_scaling, rope_theta, rotary_dim
 from megatron_medha.models.known_fields import KNOWN_FIELDS, names_of
@@ -117,11 +117,13 @@ def _family_and_config(directory: Path) -> tuple[Family, JsonFields]:
     """The family in directory/config.json, and its fields with what transformers takes for absent ones."""
     config = read_json(directory / "config.json")
     model_type = config.fields.get("model_type")
+    if isinstance(model_type, str) and model_type in NOT_SERVED:
+        raise config.unsupported("model_type", f"it has {NOT_SERVED[model_type]}. medha models lists what is served")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise config.unsupported("model_type", f"one of {', '.join(FAMILIES)} is")
     family = FAMILIES[model_type]
     fields = {family.renamed.get(key, key): value for key, value in config.fields.items()}
-    return family, JsonFields(config.path, {**family.defaults, **fields})
+    return family, family.spelled(JsonFields(config.path, {**family.defaults, **fields}))
 
 
 def _max_context_len(config: JsonFields) -> int:

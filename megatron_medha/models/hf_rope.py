@@ -71,6 +71,34 @@ def rope_theta(config: JsonFields) -> float:
     return theta
 
 
+def with_one_rope(config: JsonFields, theta: float, of_local: float) -> JsonFields:
+    """A config whose rotary positions come by kind of layer, with those of layers without a window where others have
+    them, and the base of layers with one in rope_local_base_freq.
+
+    theta, of_local: the bases where none is given. Raises for what transformers has and is not here.
+    """
+    stated = config.within("rope_parameters")
+    whole, local = stated.within("full_attention"), stated.within("sliding_attention")
+    if strange := set(stated.fields) - {"full_attention", "sliding_attention"}:
+        raise stated.wrong(min(map(str, strange)), "absent: there are full_attention and sliding_attention")
+    if local.fields.get("rope_type", "default") != "default" or set(local.fields) - {"rope_type", "rope_theta"}:
+        raise stated.unsupported("sliding_attention", "positions of layers with a window must not be scaled")
+    given, given_local = config.fields.get("rope_theta"), config.fields.get("rope_local_base_freq")
+    fields = {"rope_theta": theta if given is None else given}
+    fields |= {**whole.fields, **config.within("rope_scaling").fields}
+    base = local.fields.get("rope_theta", of_local if given_local is None else given_local)
+    rest = {key: value for key, value in config.fields.items() if key not in ("rope_scaling", "rope_theta")}
+    return JsonFields(config.path, rest | {"rope_parameters": fields, "rope_local_base_freq": base})
+
+
+def local_theta(config: JsonFields) -> float:
+    """The base of layers with a window."""
+    theta = config.number("rope_local_base_freq")
+    if not 1 < theta <= _MAX_THETA:
+        raise config.wrong("rope_local_base_freq", f"above 1 and at most {_MAX_THETA:g}")
+    return theta
+
+
 def rotary_dim(config: JsonFields, head_dim: int) -> int | None:
     """How many of a head's numbers turn; None: all."""
     rope = _stated(config)

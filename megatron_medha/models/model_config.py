@@ -67,7 +67,9 @@ class ModelConfig(ModelSpec):
     @property
     def _num_vector_params(self) -> int:
         """Norms and biases of a layer without experts; those of experts are few beside their weights."""
-        norms = 2 * self.hidden_size * (2 if self.has_layer_norms else 1) + 2 * self.head_dim * self.has_qk_norm
+        of_heads = self.num_heads + self.num_kv_heads if self.is_qk_norm_wide else 2
+        each = 2 * self.hidden_size * (2 if self.has_layer_norms else 1)
+        norms = each * (self.has_pre_norms + self.has_post_norms) + of_heads * self.head_dim * self.has_qk_norm
         qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         if self.has_linear_biases:
             return norms + qkv + 2 * self.hidden_size + (1 + self.has_gate) * self.ffn_hidden_size

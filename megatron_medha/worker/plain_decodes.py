@@ -22,7 +22,7 @@ class PlainDecodes:
 
     def __init__(self, decoder: NativeDecoder, kv_layers: Sequence[LayerKV], angles: Rotation) -> None:
         """angles: by position."""
-        self._decoder, self._kv_layers, self._angles = decoder, kv_layers, angles
+        self._decoder, self._kv_layers, self._angles = decoder, kv_layers, angles[:2]
         self._num_positions = len(angles.cos_TD)
 
     def takes(self, work: StepWork) -> bool:

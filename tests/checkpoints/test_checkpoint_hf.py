@@ -163,7 +163,7 @@ def test_ids_that_are_no_tokens_end_nothing(llama: Path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "gemma2"}, "model_type='gemma2'"),
+        ({"model_type": "mamba2"}, "model_type='mamba2'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

@@ -36,7 +36,7 @@ class PagedRun:
     ) -> None:
         self.model = model
         self.block_size = block_size
-        self.backend = attention_backend(backend, torch.device("cpu"))
+        self.backend = attention_backend(backend, torch.device("cpu"), score_cap=config.score_cap)
         self.rotary = Rotary(config)
         self.window = config.window
         self.kv_layers = [

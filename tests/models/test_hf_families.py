@@ -111,6 +111,29 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss, a window in no layer": ("gpt_oss", {**MIXTURE, "head_dim": 16, "layer_types": ["full_attention"] * 4}),
     "granitemoe": ("granitemoe", {**MULTIPLIED, **MIXTURE}),
     "granitemoe tied": ("granitemoe", {**MULTIPLIED, **MIXTURE, "tie_word_embeddings": True}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 16}),
+    "olmo3, yarn": ("olmo3", {"sliding_window": 16, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "attention_factor": 1.2,
+                           "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}}}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe, normed": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "glm4": ("glm4", {"head_dim": 16, "pad_token_id": 0}),
+    "gemma2": ("gemma2", {"head_dim": 24, "sliding_window": 16, "final_logit_softcapping": 3.0,
+                          "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 20}),
+    "gemma2 without caps": ("gemma2", {"head_dim": 16, "sliding_window": 16, "final_logit_softcapping": None,
+                                       "attn_logit_softcapping": None}),
+    "gemma2, heads of 256": ("gemma2", {"head_dim": 256, "num_hidden_layers": 2}),
+    "gemma3": ("gemma3_text", {"head_dim": 24, "sliding_window": 16, "num_hidden_layers": 4, "layer_types": [
+        "sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 20}),
+    "gemma3, scaled": ("gemma3_text", {"head_dim": 256, "num_hidden_layers": 6, "sliding_window": 20,
+        "final_logit_softcapping": 4.0, "tie_word_embeddings": False, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}}}),
+    "deepseek_v2, groups": ("deepseek_v2", {
+        **ROUTED, **LATENT, "norm_topk_prob": False, "topk_method": "group_limited_greedy", "n_group": 4,
+        "topk_group": 2, "routed_scaling_factor": 2.0}),
     "gemma": ("gemma", {"head_dim": 24}),
     "gemma, legacy name": ("gemma", {"head_dim": 16, "hidden_act": "gelu", "tie_word_embeddings": False}),
 }

@@ -42,6 +42,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_key_value_heads": 8, "q_lora_rank": 32, "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
         "v_head_dim": 16, "first_k_dense_replace": 1,
     }),
+    "latent attention and experts of the best groups": ("DeepseekV2", {
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_group": 4, "topk_group": 2,
+        "topk_method": "group_limited_greedy", "num_key_value_heads": 8, "q_lora_rank": 32, "kv_lora_rank": 48,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1,
+    }),
+    "norms of outputs and of all heads": ("Olmo2", {}),
+    "capped scores": ("Gemma2", {
+        "head_dim": 24, "sliding_window": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 6.0,
+        "attn_implementation": "eager",
+    }),
+    "two rotary bases": ("Gemma3Text", {
+        "head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "attn_implementation": "eager",
+    }),
 }
 
 
@@ -56,6 +70,20 @@ def config_of(directory: Path, layout: ParallelLayout) -> RankConfig:
 def test_experts_are_the_same_model_over_kvp_ranks(layout: str, ranks: RankProcesses, tmp_path: Path) -> None:
     reference = save_model(tmp_path, "Mixtral", num_local_experts=8, num_experts_per_tok=3)
     outcome = walk(random_case(LAYOUTS[layout], 3, num_requests=3), ranks, tmp_path, reference)
+    assert outcome.most_kvp_ranks == 2
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["latent attention and experts of the best groups", "norms of outputs and of all heads", "capped scores",
+     "two rotary bases"],
+)  # fmt: skip
+def test_a_hugging_face_directory_is_the_same_model_over_kvp_ranks(
+    family: str, ranks: RankProcesses, tmp_path: Path
+) -> None:
+    name, options = FAMILIES[family]
+    reference = save_model(tmp_path, name, **options)
+    outcome = walk(random_case(LAYOUTS["tp=1 spp=1 kvp=2"], 3, num_requests=3), ranks, tmp_path, reference)
     assert outcome.most_kvp_ranks == 2
 
 

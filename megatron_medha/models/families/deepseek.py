@@ -89,6 +89,14 @@ def _softmax_scale(config: JsonFields, head_dim: int) -> float | None:
 
 
 def _v2_experts(config: JsonFields) -> Experts:
+    groups: dict[str, Any] = {}
+    if config.fields["topk_method"] == "group_limited_greedy":
+        num_groups, best = config.integer("n_group"), config.integer("topk_group")
+        if (num_experts := config.integer("n_routed_experts")) % num_groups:
+            raise config.wrong("n_group", f"a divisor of n_routed_experts={num_experts}")
+        if best > num_groups or config.integer("num_experts_per_tok") > best * (num_experts // num_groups):
+            raise config.wrong("topk_group", f"at most n_group={num_groups}, of groups with enough experts")
+        groups = {"num_groups": num_groups, "num_groups_per_token": best, "is_group_by_best": True}
     scale = config.number("routed_scaling_factor", 1.0)
     return Experts(
         num_experts=config.integer("n_routed_experts"),
@@ -96,6 +104,7 @@ def _v2_experts(config: JsonFields) -> Experts:
         ffn_hidden_size=config.integer("moe_intermediate_size"),
         layers=dense_first_layers(config),
         is_scored_first=True,
+        **groups,
         weight_scale=scale if scale != 1.0 else None,
         shared_ffn_hidden_size=config.integer("moe_intermediate_size") * config.integer("n_shared_experts"),
         router_dtype="fp32",
@@ -158,7 +167,7 @@ DEEPSEEK_V2 = Family(
         "attention_bias": ATTENTION_BIAS,
         "mlp_bias": MLP_BIAS,
         "norm_topk_prob": Rule((None, False), "transformers does not norm the weights of a token's experts"),
-        "topk_method": Rule(("greedy",), "Megatron scores a group of experts by a sum, this by the largest"),
+        "topk_method": Rule(("greedy", "group_limited_greedy"), "experts are chosen among all or of the best groups"),
         "scoring_func": Rule((None, "softmax"), "experts must be scored by a softmax"),
         "moe_layer_freq": Rule((None, 1), "every layer after the first dense ones must have experts"),
     },

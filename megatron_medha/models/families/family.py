@@ -62,6 +62,8 @@ class Family:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     traits: Callable[[JsonFields], Mapping[str, Any]] = lambda _: {}  # fields of ModelSpec
     tensors: TensorTable
+    # Puts fields that it spells in its own way where the others have them.
+    spelled: Callable[[JsonFields], JsonFields] = lambda config: config
     # Which layers have the field sliding_window; empty: none. has_windows: False where transformers passes over it.
     windowed_layers: Callable[[JsonFields], tuple[bool, ...]] = lambda _: NO_LAYER_WINDOWED
     has_windows: bool = True

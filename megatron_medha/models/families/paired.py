@@ -1,9 +1,11 @@
-"""ERNIE 4.5, Helium and GLM-4 9B: Llamas in which neighbouring numbers of a query or key turn together.
+"""ERNIE 4.5, Helium and GLM-4 9B and 32B: Llamas in which neighbouring numbers of a query or key turn together.
 
 The rows of their projections are loaded in another order, queries and keys alike: their products do not change.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from megatron_medha.models.families.family import Family, Rule, TensorRow
 from megatron_medha.models.families.llama import (
@@ -16,6 +18,7 @@ from megatron_medha.models.families.llama import (
     qkv_rows,
 )
 
+_OURS = "decoder.layers.{layer}"
 _GLM_ROWS = (
     *EMBEDDING_ROWS,
     *HEAD_ROWS,
@@ -24,6 +27,12 @@ _GLM_ROWS = (
     *OUTPUT_ROWS,
     TensorRow("model.layers.{layer}.mlp.gate_up_proj.weight", "decoder.layers.{layer}.mlp.linear_fc1.weight"),
     TensorRow("model.layers.{layer}.mlp.down_proj.weight", "decoder.layers.{layer}.mlp.linear_fc2.weight"),
+)
+
+_GLM4_ROWS = (
+    *_GLM_ROWS,
+    TensorRow("model.layers.{layer}.post_self_attn_layernorm.weight", f"{_OURS}.post_attention_layernorm.weight"),
+    TensorRow("model.layers.{layer}.post_mlp_layernorm.weight", f"{_OURS}.post_mlp_layernorm.weight"),
 )
 
 ERNIE4_5 = Family(
@@ -56,3 +65,9 @@ GLM = Family(
     traits=lambda config: {"has_qkv_bias": config.flag("attention_bias")},
     tensors=lambda _: _GLM_ROWS,
 )  # fmt: skip
+GLM4 = replace(
+    GLM,
+    model_type="glm4",
+    traits=lambda config: {"has_qkv_bias": config.flag("attention_bias"), "has_post_norms": True},
+    tensors=lambda _: _GLM4_ROWS,
+)

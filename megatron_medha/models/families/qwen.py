@@ -1,9 +1,9 @@
-"""Qwen 2 and 2.5, with biases of queries, keys and values, and Qwen 3, with norms of queries and keys."""
+"""Qwen 2 and 2.5 and Seed-OSS, with biases of queries, keys and values, and Qwen 3, with norms of queries and keys."""
 
 from __future__ import annotations
 
-from megatron_medha.models.families.family import NO_LAYER_WINDOWED, Family, layers_of_type
-from megatron_medha.models.families.llama import ATTENTION_BIAS, LLAMA_ROWS
+from megatron_medha.models.families.family import NO_LAYER_WINDOWED, Family, Rule, layers_of_type
+from megatron_medha.models.families.llama import ATTENTION_BIAS, LLAMA_ROWS, MLP_BIAS
 from megatron_medha.safe_files.json_fields import JsonFields
 
 QWEN_DEFAULTS = {
@@ -39,3 +39,16 @@ QWEN3 = Family(
     tensors=lambda _: LLAMA_ROWS,
     windowed_layers=qwen_windowed_layers,
 )
+SEED_OSS = Family(
+    model_type="seed_oss",
+    defaults={
+        "max_position_embeddings": 524288, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True,
+    },
+    reads="attention_out_bias",
+    rules={
+        "attention_out_bias": Rule((None, False), "attention's output projection has no bias here"),
+        "mlp_bias": MLP_BIAS,
+    },
+    traits=lambda config: {"has_qkv_bias": config.flag("attention_bias")},
+    tensors=lambda _: LLAMA_ROWS,
+)  # fmt: skip

@@ -77,7 +77,10 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     use_instructions(options.instruction_set, device)
     try:
         backend = attention_backend(
-            options.attention_backend, device, group=model_config.queries_per_cached_head(layout.tp)
+            options.attention_backend,
+            device,
+            group=model_config.queries_per_cached_head(layout.tp),
+            score_cap=model_config.score_cap,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
