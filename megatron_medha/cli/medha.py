@@ -28,6 +28,7 @@ COMMANDS = {  # and what each does; cli/NAME.py has run(words) -> exit code, and
     "selftest": "fuzz-test a running server",
     "grafana": "print a Grafana dashboard for the server's metrics",
     "compile": "compile the scheduler to C, for faster decisions",
+    "models": "list the families of models that are served",
     "version": "print versions, for a bug report",
 }
 

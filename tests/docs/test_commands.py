@@ -43,7 +43,9 @@ OPTIONS: dict[str, type] = {
     "selftest": SelftestConfig,
     "run-batch": BatchOptions,
 }
-NUM_WORDS = {"explain": (2, 2), "replay": (1, 1), "version": (0, 0), "grafana": (0, 0), "compile": (0, 1)}
+NUM_WORDS = {
+    "explain": (2, 2), "replay": (1, 1), "version": (0, 0), "grafana": (0, 0), "compile": (0, 1), "models": (0, 1),
+}  # fmt: skip
 SWEEPS = ("simulate", "bench")
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 101,
