@@ -409,7 +409,7 @@ def test_every_request_ends_once_and_nothing_is_lost_leaked_or_shared(case: Case
 @given(cases())
 def test_a_run_in_which_batches_are_held_replays_to_the_same_batches(case: Case) -> None:
     config = replace(case.config, interruptible=True, step_budget_s=0.01, chunking=Chunking.ADAPTIVE)
-    case = replace(case, config=config)
+    case = replace(case, config=config, learns=False)
     stream = io.StringIO()
     _, audit = run(case, DecisionLog(stream, {"config": {}}))
     _, records = read_log(stream.getvalue().splitlines())
