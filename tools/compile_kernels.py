@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from megatron_medha.kernels.triton.triton_attention import TileConfig, attention_kernel
 from megatron_medha.kernels.triton.triton_merge import merge_kernel
+from megatron_medha.kernels.triton.triton_nucleus import nucleus_cut_kernel
 from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, PREFILL_TILES
 from megatron_medha.kernels.triton.triton_write import rotate_and_write_kernel, write_quantised_kernel
 
@@ -31,6 +32,8 @@ _POINTERS = {
     **dict.fromkeys(("lse", "part_out", "part_lse", "cos", "signed_sin", "k_scale", "v_scale"), "*fp32"),
     **dict.fromkeys(("block_tables", "items", "merges", "pieces"), "*i32"),
     "slots": "*i64",
+    **dict.fromkeys(("logits", "cuts"), "*fp32"),
+    "masses": "*fp64",
 }
 
 
@@ -60,7 +63,7 @@ def reports_of(compiles_all: bool, capability: int) -> Iterator[dict[str, Any]]:
         for tile in tiles if compiles_all else tiles[:1]:
             yield _attention(tile, "bf16", capability)
             yield _attention(tile, "fp8e4nv", capability)
-    constants = {"GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "BLOCK_M": 64, "ROWS": 16, "HAS_LSE": True}
+    constants = {"GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "BLOCK_M": 64, "PARTS": 32, "HAS_LSE": True}
     yield {"kernel": "merge", "block_m": 0, "has_tma": False, **compiled(merge_kernel, {"out": "*bf16"}, constants, 4)}
     data = dict.fromkeys(("q", "k", "v", "q_out", "k_pool", "v_pool"), "*bf16")
     constants = {
@@ -76,6 +79,9 @@ def reports_of(compiles_all: bool, capability: int) -> Iterator[dict[str, Any]]:
         "kernel": "write_quantised", "block_m": 0, "has_tma": False,
         **compiled(write_quantised_kernel, data, constants, 8),
     }  # fmt: skip
+    yield {
+        "kernel": "nucleus_cut", "block_m": 0, "has_tma": False, **compiled(nucleus_cut_kernel, {}, {"BLOCK": 4096}, 8)
+    }  # fmt: skip
 
 
 def _attention(tile: TileConfig, kv_type: str, capability: int) -> dict[str, Any]:
@@ -89,13 +95,18 @@ def _attention(tile: TileConfig, kv_type: str, capability: int) -> dict[str, Any
     types = {"q": "*bf16", "out": "*bf16", "keys": pool, "values": pool, "scale_log2": "fp32"}
     return {
         "kernel": "attention", "kv": kv_type, "block_m": tile.block_m, "block_n": block_n, "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages, "has_tma": tile.has_tma,
-        **_compile(attention_kernel, types, constants, tile.num_warps, capability),
+        "num_stages": tile.num_stages, "has_tma": tile.has_tma, "programs_per_sm": tile.programs_per_sm,
+        **_compile(attention_kernel, types, constants, tile.num_warps, capability, tile.max_registers),
     }  # fmt: skip
 
 
 def _compile(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int, capability: int
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    capability: int,
+    max_registers: int | None = None,
 ) -> dict[str, Any]:
     known = {**_POINTERS, **types, **dict.fromkeys(constants, "constexpr")}
     signature = {name: known.get(name, "i32") for name in kernel.arg_names}
@@ -103,8 +114,9 @@ def _compile(
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
     }
+    options = {"num_warps": num_warps, "maxnreg": max_registers}
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -112,6 +124,8 @@ def _compile(
         cubin.flush()
         command = [str(tools / "cuobjdump"), "-res-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(tools / "cuobjdump"), "-sass", cubin.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return {
@@ -122,8 +136,37 @@ def _compile(
         "num_tcgen05": ptx.count("tcgen05.mma"),
         "num_mma": ptx.count("mma.sync"),
         "num_tma_loads": ptx.count("cp.async.bulk.tensor"),
+        "slow_conversions_in_loops": sum("F2F." in line for line in _lines_in_loops(sass)),  # 16 a clock, not 128
+        "spills_in_loops": sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in _lines_in_loops(sass)),
+        "num_key_buffers": _num_key_buffers(compiled.asm["ttgir"], constants),
+        "programs_that_fit": _programs_that_fit(int(found.group(1)), compiled.metadata.shared, num_warps),
         "num_async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
     }
+
+
+def _lines_in_loops(sass: str) -> list[str]:
+    """Instructions between the target of a branch that leads back, and that branch."""
+    lines = [(int(found[1], 16), found[2]) for found in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(\S.*);", sass)]
+    loops = [
+        (int(found[1], 16), address)
+        for address, line in lines
+        if (found := re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", line)) and int(found[1], 16) < address
+    ]
+    return [line for address, line in lines if any(begin <= address <= end for begin, end in loops)]
+
+
+def _num_key_buffers(ttgir: str, constants: dict[str, Any]) -> int:
+    """Blocks of keys that shared memory holds: with two, one is on its way while the other is computed."""
+    if "BLOCK_N" not in constants:
+        return 0
+    found = re.findall(rf"memdesc<(\d+)x{constants['BLOCK_N']}x{constants['HEAD_DIM']}x", ttgir)
+    return max(map(int, found), default=0)
+
+
+def _programs_that_fit(registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Programs at once on a Hopper multiprocessor: 65,536 registers, 228 KiB of which each program costs one more."""
+    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)
+    return min(by_registers, 228 * 1024 // (shared_bytes + 1024), 64 // num_warps)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     has_tma: bool = False  # keys and values by the tensor memory accelerator (Hopper and later), not by cp.async
+    max_registers: int | None = None  # of a thread; where the compiler would spill to fit one program more
     programs_per_sm: int = 1  # that run at once, for cutting the work; measured occupancy, not a wish
 
     def tokens_per_tile(self, group: int) -> int:
@@ -42,11 +43,14 @@ class TileConfig:
 
 @triton.jit
 def _blend(
-    acc_RD, sum_R, max_R, q_RD, keys, values, k_scale, v_scale, table, n, last_key_R, head, num_kv_heads, scale_log2,
-    IS_MASKED: tl.constexpr, IS_QUANTISED: tl.constexpr, HAS_TMA: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc_RD, sum_R, max_R, unit, q_RD, keys, values, k_scale, v_scale, table, n, last_key_R, head, num_kv_heads,
+    scale_log2, IS_MASKED: tl.constexpr, IS_QUANTISED: tl.constexpr, HAS_TMA: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys and values into the running softmax. n: its first key, a multiple of BLOCK_N."""
+    """One block of keys and values into the running softmax. n: its first key, a multiple of BLOCK_N.
+
+    unit: what acc_RD is a multiple of: of e4m3 blocks the largest scale so far, else 1.
+    """
     HEAD_DIM: tl.constexpr = q_RD.shape[1]
     block = tl.load(table + n // PAGE).to(tl.int64)
     first_slot = (block * num_kv_heads + head) * PAGE + n % PAGE
@@ -74,14 +78,20 @@ def _blend(
     kept_R = tl.math.exp2(max_R - shift_R)
     sum_R = sum_R * kept_R + tl.sum(weights_RN, 1)
     if IS_QUANTISED:
-        weights_RN *= tl.load(v_scale + block * num_kv_heads + head)
+        # Weights go through fp16, whose least numbers a weight times a scale would soon be below. Scales are powers of
+        # two, so nothing is rounded here.
+        scale = tl.load(v_scale + block * num_kv_heads + head)
+        new_unit = tl.maximum(unit, scale)
+        weights_RN *= scale / new_unit
+        kept_R *= unit / new_unit
+        unit = new_unit
     acc_RD = tl.dot(
         weights_RN.to(q_RD.dtype), v_ND.to(q_RD.dtype), acc_RD * kept_R[:, None], input_precision="ieee"
     )
-    return acc_RD, sum_R, new_max_R
+    return acc_RD, sum_R, new_max_R, unit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])  # the pool's size, of which no variant is to be compiled
 def attention_kernel(
     q, keys, values, k_scale, v_scale, out, lse, part_out, part_lse, block_tables, items,
     table_width, num_kv_heads, scale_log2,
@@ -110,22 +120,28 @@ def attention_kernel(
     max_R = tl.full([BLOCK_M], -float("inf"), tl.float32)
     sum_R = tl.zeros([BLOCK_M], tl.float32)
     acc_RD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    unit = tl.full([], 1.1754944e-38 if IS_QUANTISED else 1.0, tl.float32)
+    if IS_QUANTISED and q_RD.dtype == tl.bfloat16:
+        # e4m3 is exact in both, but Hopper converts to bf16 at an eighth of the rate (F2F: 16 a clock, not 128).
+        q_RD = q_RD.to(tl.float16)
     # Up to here every row sees every key: the first row sees the fewest.
     seen_by_all = tl.minimum(key_end, (first_last_key + 1) // BLOCK_N * BLOCK_N)
     for n in tl.range(key_begin, seen_by_all, BLOCK_N, num_stages=NUM_STAGES):
-        acc_RD, sum_R, max_R = _blend(
-            acc_RD, sum_R, max_R, q_RD, keys, values, k_scale, v_scale, table, n, last_key_R, head, num_kv_heads,
-            scale_log2, False, IS_QUANTISED, HAS_TMA, BLOCK_N, PAGE,
+        acc_RD, sum_R, max_R, unit = _blend(
+            acc_RD, sum_R, max_R, unit, q_RD, keys, values, k_scale, v_scale, table, n, last_key_R, head,
+            num_kv_heads, scale_log2, False, IS_QUANTISED, HAS_TMA, BLOCK_N, PAGE,
         )  # fmt: skip
     # Pool and tables are whole blocks, so the last one may be read past key_end; the mask hides what lies there.
     last_key_R = tl.minimum(last_key_R, key_end - 1)
     for n in tl.range(tl.maximum(key_begin, seen_by_all), key_end, BLOCK_N, num_stages=1):
-        acc_RD, sum_R, max_R = _blend(
-            acc_RD, sum_R, max_R, q_RD, keys, values, k_scale, v_scale, table, n, last_key_R, head, num_kv_heads,
-            scale_log2, True, IS_QUANTISED, HAS_TMA, BLOCK_N, PAGE,
+        acc_RD, sum_R, max_R, unit = _blend(
+            acc_RD, sum_R, max_R, unit, q_RD, keys, values, k_scale, v_scale, table, n, last_key_R, head,
+            num_kv_heads, scale_log2, True, IS_QUANTISED, HAS_TMA, BLOCK_N, PAGE,
         )  # fmt: skip
 
     is_empty_R = sum_R == 0.0
+    if IS_QUANTISED:
+        acc_RD *= unit
     out_RD = tl.where(is_empty_R[:, None], 0.0, acc_RD / tl.where(is_empty_R, 1.0, sum_R)[:, None])
     # ln 2: the running softmax is kept in powers of two, as the hardware has exp2 only.
     lse_R = tl.where(is_empty_R, -float("inf"), max_R * 0.6931471805599453 + tl.log(tl.where(is_empty_R, 1.0, sum_R)))
@@ -199,7 +215,7 @@ def paged_attention(
         block_tables_SB.shape[1], num_kv_heads, scale * 1.4426950408889634,  # log2(e)
         GROUP=group, HEAD_DIM=head_dim, PAGE=kv.block_size, BLOCK_M=config.block_m, BLOCK_N=block_n,
         NUM_STAGES=config.num_stages, IS_QUANTISED=is_quantised, HAS_TMA=config.has_tma,
-        HAS_LSE=lse_TKG is not None, num_warps=config.num_warps,
+        HAS_LSE=lse_TKG is not None, num_warps=config.num_warps, maxnreg=config.max_registers,
     )  # fmt: skip
     return parts if work.num_parts else None
 

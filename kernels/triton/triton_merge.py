@@ -12,51 +12,51 @@ from torch import Tensor
 
 from megatron_medha.kernels.attention.work_list import MERGE_COLUMNS
 
-# Rows one program merges: small, because a chunk of 64 tokens has only 16 tiles of 128 rows for 132 multiprocessors.
-_ROWS_PER_PROGRAM = 16
+# Parts one program reads at once; a lone decode is cut into about 30 per key/value head.
+_PARTS_AT_ONCE = 32
 
 
 @triton.jit
 def merge_kernel(
     part_out, part_lse, merges, out, lse, num_kv_heads,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, HAS_LSE: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Program (merge, key/value head, block of rows). Online softmax over the parts, arXiv:1805.02867."""
+    """Program (merge, key/value head, row): so many that a lone decode uses more than a few multiprocessors.
+
+    Online softmax over blocks of PARTS parts, arXiv:1805.02867; all of a block's loads are under way together.
+    """
     merge = merges + tl.program_id(0) * 4  # MERGE_COLUMNS
     head = tl.program_id(1)
+    row = tl.program_id(2)
     first_row, num_rows = tl.load(merge), tl.load(merge + 1)
-    first_part, num_parts = tl.load(merge + 2).to(tl.int64), tl.load(merge + 3)
-    row_R = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    token_R = row_R // GROUP
-    is_real_R = token_R < num_rows
-    if tl.program_id(2) * ROWS // GROUP >= num_rows:
+    if row // GROUP >= num_rows:
         return
+    first_part, num_parts = tl.load(merge + 2).to(tl.int64), tl.load(merge + 3)
     dim_D = tl.arange(0, HEAD_DIM)
+    part_P = tl.arange(0, PARTS)
 
-    max_R = tl.full([ROWS], -float("inf"), tl.float32)
-    sum_R = tl.zeros([ROWS], tl.float32)
-    acc_RD = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    for index in range(num_parts):
-        part_row_R = ((first_part + index) * num_kv_heads + head) * BLOCK_M + row_R
-        lse_R = tl.load(part_lse + part_row_R, mask=is_real_R, other=-float("inf"))
-        out_RD = tl.load(
-            part_out + part_row_R[:, None] * HEAD_DIM + dim_D[None, :], mask=is_real_R[:, None], other=0.0
-        )
-        new_max_R = tl.maximum(max_R, lse_R)
-        shift_R = tl.where(new_max_R == -float("inf"), 0.0, new_max_R)
-        kept_R = tl.exp(max_R - shift_R)
-        weight_R = tl.exp(lse_R - shift_R)
-        acc_RD = acc_RD * kept_R[:, None] + out_RD * weight_R[:, None]
-        sum_R = sum_R * kept_R + weight_R
-        max_R = new_max_R
+    running_max = tl.full([], -float("inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc_D = tl.zeros([HEAD_DIM], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        is_real_P = first + part_P < num_parts
+        at_P = ((first_part + first + part_P) * num_kv_heads + head) * BLOCK_M + row
+        lse_P = tl.load(part_lse + at_P, mask=is_real_P, other=-float("inf"))
+        out_PD = tl.load(part_out + at_P[:, None] * HEAD_DIM + dim_D[None, :], mask=is_real_P[:, None], other=0.0)
+        new_max = tl.maximum(running_max, tl.max(lse_P, 0))
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        kept = tl.exp(running_max - shift)
+        weight_P = tl.exp(lse_P - shift)
+        acc_D = acc_D * kept + tl.sum(out_PD * weight_P[:, None], 0)
+        total = total * kept + tl.sum(weight_P, 0)
+        running_max = new_max
 
-    is_empty_R = sum_R == 0.0
-    whole_R = tl.where(is_empty_R, 1.0, sum_R)
-    row_in_out_R = ((first_row + token_R).to(tl.int64) * num_kv_heads + head) * GROUP + row_R % GROUP
-    merged_RD = (acc_RD / whole_R[:, None]).to(out.dtype.element_ty)
-    tl.store(out + row_in_out_R[:, None] * HEAD_DIM + dim_D[None, :], merged_RD, mask=is_real_R[:, None])
+    is_empty = total == 0.0
+    whole = tl.where(is_empty, 1.0, total)
+    row_in_out = ((first_row + row // GROUP).to(tl.int64) * num_kv_heads + head) * GROUP + row % GROUP
+    tl.store(out + row_in_out * HEAD_DIM + dim_D, (acc_D / whole).to(out.dtype.element_ty))
     if HAS_LSE:
-        tl.store(lse + row_in_out_R, tl.where(is_empty_R, -float("inf"), max_R + tl.log(whole_R)), mask=is_real_R)
+        tl.store(lse + row_in_out, tl.where(is_empty, -float("inf"), running_max + tl.log(whole)))
 
 
 def merge_tiles(
@@ -81,8 +81,8 @@ def merge_tiles(
             raise ValueError(f"a tensor of {tuple(tensor.shape)} is not contiguous on {out_TKGD.device}")
     if not merges_MI.shape[0]:
         return
-    rows = min(_ROWS_PER_PROGRAM, block_m)
-    merge_kernel[(merges_MI.shape[0], num_kv_heads, block_m // rows)](
+    merge_kernel[(merges_MI.shape[0], num_kv_heads, block_m // group * group)](
         part_out, part_lse, merges_MI, out_TKGD, lse_TKG, num_kv_heads,
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_M=block_m, ROWS=rows, HAS_LSE=lse_TKG is not None, num_warps=4,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_M=block_m, PARTS=_PARTS_AT_ONCE, HAS_LSE=lse_TKG is not None,
+        num_warps=4,
     )  # fmt: skip

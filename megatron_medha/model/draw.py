@@ -165,11 +165,8 @@ def _rank_filtered(logits_FV: Tensor, samplings: Sequence[Sampling], draws: Draw
     """
     vocab_size = logits_FV.shape[1]
     has_top_k_F1, last_F1, top_p_F1 = draws.has_top_k_F1, draws.num_candidates_F1 - 1, draws.top_ps_F1
-    if allows_host_sync or all(_has_top_k(s, vocab_size) for s in samplings):
-        # A whole sort costs ten times the selection of the best on a CPU.
-        sorted_FC = logits_FV.topk(max(_num_candidates(s, vocab_size) for s in samplings), dim=-1).values
-    else:  # whether the guess was wide enough would be known on the device alone
-        sorted_FC = logits_FV.sort(dim=-1, descending=True).values
+    # A whole sort costs ten times the selection of the best.
+    sorted_FC = logits_FV.topk(max(_num_candidates(s, vocab_size) for s in samplings), dim=-1).values
     cut_F1 = torch.where(has_top_k_F1, sorted_FC.gather(1, last_F1), -torch.inf)
     if any(s.top_p < 1.0 for s in samplings):
         rank_1C = torch.arange(sorted_FC.shape[1], device=logits_FV.device).unsqueeze(0)
@@ -183,6 +180,10 @@ def _rank_filtered(logits_FV: Tensor, samplings: Sequence[Sampling], draws: Draw
             if unfound.numel():
                 whole_UV = logits_FV[unfound].sort(dim=-1, descending=True).values
                 nucleus_F1[unfound], _ = _nucleus_cut(whole_UV, (top_p_F1 * mass_F1)[unfound])
+        elif not all(_has_top_k(s, vocab_size) for s in samplings):
+            # Whether the guess was wide enough is known on the device alone.
+            found_F1 = nucleus_cut_of_unsorted(logits_FV, top_p_F1 * mass_F1)
+            nucleus_F1 = torch.where(has_top_k_F1, nucleus_F1, found_F1)
         cut_F1 = torch.where(top_p_F1 < 1.0, torch.maximum(cut_F1, nucleus_F1), cut_F1)
     return logits_FV.masked_fill(logits_FV < cut_F1, -torch.inf)
 
@@ -196,3 +197,27 @@ def _nucleus_cut(sorted_RC: Tensor, mass_R1: Tensor) -> tuple[Tensor, Tensor]:
     cumulative_RC = weights_RC.cumsum(dim=-1)
     num_kept_R1 = (cumulative_RC - weights_RC < mass_R1).sum(dim=-1, keepdim=True).clamp(min=1)
     return sorted_RC.gather(1, num_kept_R1 - 1), cumulative_RC[:, -1:] >= mass_R1
+
+
+def nucleus_cut_of_unsorted(logits_RV: Tensor, mass_R1: Tensor) -> Tensor:
+    """`_nucleus_cut` without a sort, (R, 1): the least of the row's logits above which less than `mass` lies.
+
+    logits_RV: fp32, at most 0. What lies above a threshold changes only at the row's own logits, so halving the range
+    of fp32's bit patterns 31 times ends at one of them exactly.
+    """
+    if logits_RV.is_cuda:
+        from megatron_medha.kernels.triton.triton_nucleus import nucleus_cut  # torch brings Triton along on a GPU
+
+        return nucleus_cut(logits_RV, mass_R1)
+    weights_RV = logits_RV.exp()
+    # In the order of their bit patterns, whose least is the best logit's.
+    bits_RV = logits_RV.abs().view(torch.int32)
+    low_R1 = torch.zeros_like(mass_R1, dtype=torch.int32)
+    high_R1 = bits_RV.amax(dim=-1, keepdim=True)
+    for _ in range(31):
+        middle_R1 = low_R1 + (high_R1 - low_R1 + 1) // 2
+        above_R1 = torch.where(bits_RV < middle_R1, weights_RV, 0.0).sum(dim=-1, keepdim=True, dtype=torch.float64)
+        is_kept_R1 = above_R1 < mass_R1
+        low_R1 = torch.where(is_kept_R1, middle_R1, low_R1)
+        high_R1 = torch.where(is_kept_R1, high_R1, middle_R1 - 1)
+    return low_R1.view(torch.float32).neg()

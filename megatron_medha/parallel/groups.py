@@ -100,10 +100,27 @@ def build_groups(layout: ParallelLayout) -> MedhaPGs:
     pgs.tp_ep_pp = pgs.mp
     pgs.tp_dp_cp = grid.create_pg(["tp", "kvp", "dp"])  # of routers, for losses of training
     pgs.embd, pgs.pos_embd = _embedding_groups(grid)
-    if dist.get_backend() == "nccl" and layout.kvp > 1:
-        # NCCL makes a group's communicator at its first use, with all of its ranks; exchanges later have but some.
-        dist.all_reduce(torch.zeros(1, device="cuda"), group=pgs.kvp)
+    if dist.get_backend() == "nccl":
+        use_links_once(pgs, torch.device("cuda"))
     return pgs
+
+
+def use_links_once(pgs: MedhaPGs, device: torch.device) -> None:
+    """Send one number over every link of this rank. Collective.
+
+    NCCL makes a group's communicator at its first use, with all of its ranks, and one of two ranks at the first message
+    between them: that takes seconds and blocks the host, which it should do now, not in a request's first step.
+    """
+    number = torch.ones(1, device=device)
+    for group in (pgs.tp, pgs.kvp):
+        if group.size() > 1:
+            dist.all_reduce(number, group=group)
+    stage, num_stages = pgs.pp.rank(), pgs.pp.size()
+    # In the order of stages, so that whoever blocks here waits for the stage before only.
+    if stage > 0:
+        dist.recv(number, group=pgs.pp, group_src=stage - 1)
+    if stage < num_stages - 1:
+        dist.send(number, group=pgs.pp, group_dst=stage + 1)
 
 
 def _embedding_groups(grid: HyperCommGrid) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging, packed_offsets, views_of
 from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary
-from megatron_medha.parallel.groups import MedhaPGs
+from megatron_medha.parallel.groups import MedhaPGs, min_over_ranks
 from megatron_medha.worker.batch_tensors import HostStep
 
 log = logging.getLogger(__name__)
@@ -30,10 +31,12 @@ log = logging.getLogger(__name__)
 # Powers of two waste at most half of a small step's rows, whose weights are read anyway.
 _DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Above 512 tokens of an 8B model on an H100 a layer takes longer than its launches.
-_CHUNK_SIZES = (64, 128, 256, 512)
-_CHUNK_SEQUENCES = 32  # in a step that has a chunk
+_CHUNK_SIZES = tuple(range(64, 513, 64))
+# In a step that has a chunk; decodes are most of them, and under load there are more than a few.
+_CHUNK_SEQUENCES = (32, 256)
 
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # work -> (replay, its output)
+# work, whether it is run before -> (replay, its output)
+Capture = Callable[[Callable[[], Tensor], bool], tuple[Callable[[], None], Tensor]]
 
 
 class GraphShape(NamedTuple):
@@ -96,7 +99,9 @@ class StepGraphs:
         plan = self._backend.host_plan(host.ranges)
         if self._generation != self._backend.tables.generation:  # perhaps for this very plan
             log.info("cuda_graphs_recaptured reason=block_tables_grew")
-            self._capture_all()
+            # Without a run before: ranks of a tensor-parallel group come here at steps of their own, as each
+            # drops tables when it hears of it, and none may wait for the others.
+            self._capture_all(is_run_before=False)
         graph = self._graphs[shape]
         try:
             fitted = padded(plan, graph.room, self._backend.is_quantised)
@@ -128,7 +133,7 @@ class StepGraphs:
             self._backend.tables.tell(*self._staging.upload([plan.places, plan.blocks]))
 
     @torch.inference_mode()
-    def _capture_all(self) -> None:
+    def _capture_all(self, is_run_before: bool = True) -> None:
         from megatron_medha.kernels.triton.triton_backend import empty_plan
 
         if self._device.type == "cuda":
@@ -145,7 +150,7 @@ class StepGraphs:
             buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
             self._staging.upload(arrays, buffer)
             tensors = views_of(buffer, [(array.shape, array.dtype) for array in arrays])
-            replay, logits_RV = capture(lambda t=tensors, p=empty: self._forward(t, p))  # type: ignore[misc]
+            replay, logits_RV = capture(lambda t=tensors, p=empty: self._forward(t, p), is_run_before)  # type: ignore[misc]
             self._graphs[shape] = _Captured(room, buffer, tensors[0], replay, logits_RV)
 
     def _forward(self, tensors: Sequence[Tensor], empty: Any) -> Tensor:
@@ -178,6 +183,12 @@ class StepGraphs:
         return [token_ids, positions, lengths, logit_rows, *plan.arrays[:-2]]
 
 
+def graph_shapes() -> list[GraphShape]:
+    """What graphs are captured for."""
+    shapes = [GraphShape(size, size, False) for size in _DECODE_SIZES]
+    return shapes + [GraphShape(size, min(count, size), True) for size in _CHUNK_SIZES for count in _CHUNK_SEQUENCES]
+
+
 def step_graphs(
     model: GPTModel,
     backend: AttentionBackend,
@@ -185,46 +196,68 @@ def step_graphs(
     rotary: Rotary,
     device: torch.device,
     pgs: MedhaPGs,
+    new_capture: Callable[[int], Callable[[], Capture]] | None = None,
+    shapes: Sequence[GraphShape] | None = None,
 ) -> StepGraphs | None:
-    """Graphs for decodes and small chunks; None, with the reason in the log, where there can be none."""
+    """Graphs for decodes and small chunks; None, with the reason in the log, where there can be none. Collective.
+
+    new_capture: of so many tensor-parallel ranks.
+    """
     reason = None
     if not backend.has_padded_plans:
         reason = f"attention_backend={backend.name} looks at lengths on the host"
-    elif pgs.tp.size() * pgs.pp.size() * pgs.kvp.size() > 1:
-        reason = "several ranks exchange data between layers"
+    elif pgs.pp.size() * pgs.kvp.size() > 1:
+        reason = "pipeline stages and kvp ranks exchange data whose size depends on the step"
     elif rotary.depends_on_lengths:
         reason = "dynamic rotary scaling looks at lengths on the host"
     if reason is not None:
         log.warning("cuda_graphs_disabled reason=%s", reason)
         return None
-    shapes = [GraphShape(size, size, False) for size in _DECODE_SIZES]
-    shapes += [GraphShape(size, _CHUNK_SEQUENCES, True) for size in _CHUNK_SIZES]
+    tp = pgs.tp.size()
+    new_captures = new_capture(tp) if new_capture is not None else partial(cuda_capture, tp)
+    graphs = None
     try:
-        return StepGraphs(model, backend, kv_layers, rotary, device, shapes=shapes, new_capture=cuda_capture)
-    except RuntimeError as error:  # torch has no narrower type for what cannot be captured
-        log.warning("cuda_graphs_disabled reason=%s", str(error).splitlines()[0], exc_info=True)
-        torch.cuda.synchronize(device)
+        graphs = StepGraphs(
+            model, backend, kv_layers, rotary, device, shapes=shapes or graph_shapes(), new_capture=new_captures
+        )
+    except Exception as error:  # torch, Triton and Transformer Engine raise types of their own
+        log.warning("cuda_graphs_disabled reason=%s: %s", type(error).__name__, error, exc_info=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    # A graph sums over more rows than the step has; a rank without one would sum over other sizes than its partners.
+    if tp > 1 and not min_over_ranks(int(graphs is not None)):
+        log.warning("cuda_graphs_disabled reason=another rank of this replica has none")
         return None
+    return graphs
 
 
-def cuda_capture() -> Capture:
+def cuda_capture(tp: int) -> Capture:
     """Capture as torch's CUDA graphs that share one memory pool, as they never run at the same time.
 
     The pool is theirs alone: torch's allocator refuses one whose graphs have all been given up ("use_count > 0 INTERNAL
     ASSERT FAILED").
+    tp: ranks that sum over a step's rows together; NCCL's own thread asks for events while they capture.
     """
+    mode = "global" if tp == 1 else "thread_local"
     pool = torch.cuda.graph_pool_handle()
+    stream = _capture_stream()
 
-    def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def capture(work: Callable[[], Tensor], is_run_before: bool) -> tuple[Callable[[], None], Tensor]:
         # Once outside of it: kernels are compiled and workspaces allocated, which capturing forbids.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-        torch.cuda.current_stream().wait_stream(stream)
+        if is_run_before:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                work()
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             output = work()
         return graph.replay, output
 
     return capture
+
+
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace of 32 MiB for every stream that it has seen."""
+    return torch.cuda.Stream()

@@ -40,6 +40,7 @@ from megatron_medha.core.errors import MedhaError
 from megatron_medha.system.libc import TRIM_INTERVAL_S, malloc_trim, set_pdeathsig
 from megatron_medha.worker.message_inbox import MessageInbox, SocketInbox
 from megatron_medha.worker.startup.cpu_share import limit_kernel_cache, num_threads_of_rank, set_passive_omp_wait
+from megatron_medha.worker.startup.gpu_environment import set_gpu_environment
 
 log = logging.getLogger("megatron_medha.worker")
 
@@ -116,6 +117,8 @@ def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> L
     # Imported here: torch and Megatron take seconds, and the API server should have heard from us by then.
     from megatron_medha.worker.startup.megatron_import import import_megatron
 
+    if config.model.device != "cpu":
+        set_gpu_environment(os.environ)
     import_megatron(config.model.device)
     from megatron_medha.worker.startup.load import load_rank
     from megatron_medha.worker.step_loop import run_steps

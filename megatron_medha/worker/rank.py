@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -32,7 +33,14 @@ from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.grammar_masks import GrammarMasks
 from megatron_medha.worker.plain_decodes import PlainDecodes
 from megatron_medha.worker.prompt_rows import logprobs_of_prompts
-from megatron_medha.worker.run_ahead import PendingTokens, RunAheadDecodes, StepWork, next_decodes, pending_rows
+from megatron_medha.worker.run_ahead import (
+    PartnersTokens,
+    PendingTokens,
+    RunAheadDecodes,
+    StepWork,
+    next_decodes,
+    pending_rows,
+)
 from megatron_medha.worker.step_clock import StepTimer
 from megatron_medha.worker.table_ops import execute_kv_ops
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
@@ -107,6 +115,8 @@ class Rank:
         self.answers = pgs.tp.rank() == 0     # one rank of each tensor-parallel group reports its steps
         # In a layout of several, tokens are sampled elsewhere too; the API server tells every rank all it needs.
         self.samples_for_itself = pgs.tp.size() == pgs.pp.size() == pgs.kvp.size() == 1
+        # Tensor-parallel ranks do the same work, so that they need not hear from the API server to go on.
+        self._tp = pgs.tp if pgs.tp.size() > 1 and pgs.pp.size() == pgs.kvp.size() == 1 else None
         self._rotary = Rotary(config)
         self._plain_decodes: PlainDecodes | None = None
         angles = self._rotary.first_positions() if decoder is not None and self.samples_for_itself else None
@@ -211,12 +221,12 @@ class Rank:
             forward = self._forward(chunks, work.plan, hidden_T1C)
             if forward.output is not None:
                 self._link.send(forward.output)
-            elif self.answers:
+            elif self.answers or self._shares_tokens:
                 underway.append(self._choose(forward.logits_RV, forward.requests))
                 prompt = forward.prompt
         span.stop()
         self._held = self._launch_ahead(work.chunks, underway)  # before anyone waits for the device
-        tokens = [token for one in underway for token in self._tokens(one, failed)]
+        tokens = [token for one in underway for token in self._tokens(one, failed)] if self.answers else []
         can_run_ahead = self.samples_for_itself and self._held is None and not failed
         self._last = work.chunks if can_run_ahead else ()
         duration_s = span.seconds() + (ahead.seconds() if ahead is not None else 0.0)
@@ -265,8 +275,8 @@ class Rank:
 
         None where what follows is not known yet, or fits no graph.
         """
-        if self.graphs is None or not self.samples_for_itself or self._announced:
-            return None
+        if self.graphs is None or not (self.samples_for_itself and not self._announced or self._shares_tokens):
+            return None  # what has been announced is a matter of time, and partners must decide alike
         decodes = next_decodes(work, num_pending=1)
         if not decodes:
             return None
@@ -336,8 +346,25 @@ class Rank:
             tokens.append(SampledToken(request.request_id, sampled.token_id, is_stop, sampled.logprobs))
         return tokens
 
+    @property
+    def _shares_tokens(self) -> bool:
+        """Whether the first tensor-parallel rank gives its tokens to the others, on the devices."""
+        return self._tp is not None and self.graphs is not None
+
     def _choose(self, logits_RV: Tensor, requests: Sequence[StoredRequest], num_pending: int = 0) -> PendingTokens:
         """Have a token chosen for each. num_pending: 1 where the ones before them are on the device alone."""
+        if not self._shares_tokens:
+            return self._chosen_here(logits_RV, requests, num_pending)
+        if self.answers:
+            pending = self._chosen_here(logits_RV, requests, num_pending)
+        else:
+            ids_R = torch.empty(len(requests), dtype=torch.int64, device=self._device)
+            pending = PendingTokens(requests, PartnersTokens(ids_R), {}, range(len(requests)))
+        if requests:
+            dist.broadcast(pending.choices.token_ids_R, group=self._tp, group_src=0)
+        return pending
+
+    def _chosen_here(self, logits_RV: Tensor, requests: Sequence[StoredRequest], num_pending: int) -> PendingTokens:
         every = range(len(requests))
         if all(request.is_plain_greedy for request in requests):
             return PendingTokens(requests, self._sampler.choose_greedy(logits_RV), {}, every)

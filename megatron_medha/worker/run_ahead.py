@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from megatron_medha.core.batch import Chunk
 from megatron_medha.model.sampler import PendingSamples, SampledRow
 from megatron_medha.worker.step_clock import StepTimer
@@ -26,11 +28,22 @@ _NOT_A_NUMBER = "the model's output is not a number for this request"
 
 
 @dataclass(frozen=True, slots=True)
+class PartnersTokens:
+    """Tokens that another rank chooses and reports; here they are on the device alone."""
+
+    token_ids_R: Tensor  # int64
+
+    def rows(self) -> list[SampledRow | None]:
+        """Nobody asks for them here."""
+        raise AssertionError("the rank that chooses a token reports it")
+
+
+@dataclass(frozen=True, slots=True)
 class PendingTokens:
     """Tokens the device has been asked for, a row a request."""
 
     requests: Sequence[StoredRequest]
-    choices: PendingSamples
+    choices: PendingSamples | PartnersTokens
     faults: Mapping[str, str]  # why a request has no token, by its id
     wanted: Sequence[int]      # rows that the step at hand asks for
 

@@ -29,5 +29,9 @@ def test_every_tile_in_use_compiles_for_sm_90_with_wgmma_and_without_spills() ->
         assert report["shared_bytes"] <= 227 * 1024, f"more shared memory than an H100 has: {report}"
         if report["block_m"] >= 64:
             assert report["num_wgmma"] > 0, f"no Hopper tensor core instruction: {report}"
+        if report["kernel"] == "attention":
+            assert not report["slow_conversions_in_loops"], f"conversions at an eighth of others' rate: {report}"
+            assert report["num_key_buffers"] >= 2, f"nothing is loaded while a block is computed: {report}"
+            assert report["programs_that_fit"] >= report["programs_per_sm"], f"fewer at once than planned for: {report}"
         if report["has_tma"]:
             assert report["num_tma_loads"] > 0, f"no load by the tensor memory accelerator: {report}"

@@ -22,6 +22,7 @@ from megatron_medha.kernels.kv.slot_table import SlotTable  # noqa: E402
 from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention  # noqa: E402
 from megatron_medha.kernels.triton.triton_backend import TritonAttention, block_pieces  # noqa: E402
 from megatron_medha.kernels.triton.triton_merge import merge_tiles  # noqa: E402
+from megatron_medha.kernels.triton.triton_nucleus import nucleus_cut  # noqa: E402
 from megatron_medha.kernels.triton.triton_tiles import INTERPRETED_TILE  # noqa: E402
 from megatron_medha.kernels.triton.triton_write import rotate_and_write  # noqa: E402
 
@@ -246,3 +247,21 @@ def test_rows_of_the_device_tables_are_used_again_once_a_sequence_is_gone() -> N
     assert len({backend.tables.row_of(table) for table in (second, *others)}) == 201
     assert backend.tables.generation > generation
     assert backend.tables.tables_SB[row, 0] == 6
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 5.0])
+def test_a_nucleus_ends_where_a_sort_finds_its_end(spread: float) -> None:
+    logits = torch.randn(3, 5000) * spread
+    logits[1] = logits[1].bfloat16().float()  # many ties
+    logits[2, 100:] = -torch.inf
+    logits -= logits.amax(dim=-1, keepdim=True)
+    masses = logits.double().exp().sum(dim=-1, keepdim=True) * torch.tensor([[0.9], [0.3], [1.0 - 1e-9]])
+    ordered = logits.sort(dim=-1, descending=True).values
+    weights = ordered.double().exp()
+    num_kept = (weights.cumsum(dim=-1) - weights < masses).sum(dim=-1, keepdim=True)
+    cuts = nucleus_cut(logits, masses)
+    kept, expected = (logits >= cuts).sum(dim=-1), (logits >= ordered.gather(1, num_kept - 1)).sum(dim=-1)
+    assert ((logits == cuts) | cuts.isneginf()).any(dim=-1).all(), "not one of the row's logits"
+    # The last row's mass is reached nowhere but by rounding.
+    assert torch.equal(kept[:2], expected[:2]), (kept, expected)
+    assert kept[2] >= 100

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.model.draw import SamplingRow, draw_uniform
+from megatron_medha.model.draw import SamplingRow, _nucleus_cut, draw_uniform, nucleus_cut_of_unsorted
 from megatron_medha.model.logprobs import prompt_logprobs, row_logsumexp
 from megatron_medha.model.sampler import Sampler, is_plain_greedy
 
@@ -327,3 +327,16 @@ def test_a_batch_that_takes_the_best_is_sampled_as_any_other() -> None:
 )
 def test_whoever_asks_for_more_than_the_best_token_is_looked_at(asked: dict[str, object]) -> None:
     assert not is_plain_greedy(Sampling(**{"max_output_tokens": 5, "temperature": 0.0, **asked}))
+
+
+def test_a_nucleus_is_found_without_a_sort():
+    generator = torch.Generator().manual_seed(0)
+    for spread in (0.0, 0.1, 1.0, 8.0):
+        logits = torch.randn(6, 4000, generator=generator) * spread
+        logits[1] = logits[1].bfloat16().float()  # ties
+        logits[2, 50:] = -torch.inf
+        logits -= logits.amax(dim=-1, keepdim=True)
+        masses = logits.exp().sum(dim=-1, keepdim=True, dtype=torch.float64) * torch.linspace(0.1, 0.95, 6)[:, None]
+        ordered = logits.sort(dim=-1, descending=True).values
+        expected, _ = _nucleus_cut(ordered, masses)
+        assert torch.equal(nucleus_cut_of_unsorted(logits, masses), expected), spread

@@ -16,7 +16,7 @@ import os, sys
 import torch
 import torch.distributed as dist
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.parallel.groups import build_groups, init_distributed
+from megatron_medha.parallel.groups import build_groups, init_distributed, use_links_once
 
 def check(layout, rank):
     address = f"file://{sys.argv[1]}-{layout.tp}{layout.spp}{layout.kvp}{layout.dp}"
@@ -37,6 +37,14 @@ def check(layout, rank):
     stages = mine("spp")
     assert (pgs.embd is None) == (rank not in (stages[0], stages[-1])), "embd"
     assert (pgs.pos_embd is None) == (rank != stages[0]), "pos_embd"
+    use_links_once(pgs, torch.device("cpu"))  # neither waits for ever nor leaves a message behind
+    if rank != stages[0]:
+        arriving = dist.irecv(number := torch.zeros(1), group=pgs.pp, group_src=pgs.pp.rank() - 1)
+    if rank != stages[-1]:
+        dist.send(torch.full((1,), 7.0), group=pgs.pp, group_dst=pgs.pp.rank() + 1)
+    if rank != stages[0]:
+        arriving.wait()
+        assert number.item() == 7.0, "a link's first message is still there"
     dist.barrier()
 
 def in_four_processes(check, layout):

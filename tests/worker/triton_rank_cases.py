@@ -8,6 +8,9 @@ from megatron_medha.kernels.triton.triton_interpreter import use_interpreter
 
 use_interpreter()
 
+import json  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -15,10 +18,13 @@ import msgspec  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from megatron_medha.cluster.messages import RankStep, StepDone  # noqa: E402
 from megatron_medha.cluster.rank_config import RankConfig  # noqa: E402
 from megatron_medha.core.batch import Chunk  # noqa: E402
+from megatron_medha.core.layout import ParallelLayout  # noqa: E402
 from megatron_medha.kernels.kv import block_tables  # noqa: E402
-from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs  # noqa: E402
+from megatron_medha.parallel.groups import build_groups  # noqa: E402
+from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs, step_graphs  # noqa: E402
 from megatron_medha.worker.startup.load import load_rank  # noqa: E402
 from tests.worker.conftest import Front  # noqa: E402
 
@@ -71,7 +77,7 @@ def test_steps_replayed_over_static_buffers_say_what_eager_steps_say(rank_config
     expected, _ = tokens_of(config)
     replays = []
 
-    def by_hand(work: Any) -> Any:
+    def by_hand(work: Any, is_run_before: bool) -> Any:
         output = work()
 
         def replay() -> None:
@@ -106,7 +112,7 @@ def test_no_graph_is_replayed_over_block_tables_that_grew_since_it_was_captured(
         generation = rank._backend.tables.generation
         captured_over.append(generation)
 
-        def capture(work: Any) -> Any:
+        def capture(work: Any, is_run_before: bool) -> Any:
             return lambda: replayed_over.append((generation, rank._backend.tables.generation)), work()
 
         return capture
@@ -119,3 +125,82 @@ def test_no_graph_is_replayed_over_block_tables_that_grew_since_it_was_captured(
     assert captured_over == [0, 1]  # the second request needs a second row
     assert len(replayed_over) == 6  # the four steps but for the last, which was launched ahead, as were three decodes
     assert all(then == now for then, now in replayed_over)
+
+
+class Recorded:
+    """A rank, and the steps it has run with what it answered."""
+
+    def __init__(self, rank: Any) -> None:
+        self.rank = rank
+        self.steps: list[RankStep] = []
+        self.answers: list[StepDone] = []
+
+    def run(self, step: RankStep) -> StepDone:
+        self.steps.append(step)
+        self.answers.append(self.rank.run(step))
+        return self.answers[-1]
+
+
+def test_tensor_parallel_ranks_replay_graphs_and_launch_ahead_with_tokens_that_stay_on_the_devices(
+    rank_config: RankConfig, tmp_path: Path
+) -> None:
+    config = on_triton(msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20))
+    rank, ready = load_rank(config, lambda what, fraction: None)
+    alone = Recorded(rank)
+    front = Front(alone, ready)
+    asked = {"temperature": 1.0, "seed": 5, "top_p": 0.9}
+    front.step([front.first("short", 9, room=16, samples=True)], [front.new("short", prompt(9, 1), **asked)])
+    front.step(
+        [front.first("long", 20, room=48), Chunk("short", 9, 1, True)], [front.new("long", prompt(37, 2), **asked)]
+    )
+    front.step([Chunk("short", 10, 1, True), Chunk("long", 20, 17, True)])
+    front.step([Chunk("long", 37, 1, True), Chunk("short", 11, 1, True)])
+    front.step([Chunk("long", 38, 1, True)], released=["short"])
+    expected = [[token.token_id for token in done.tokens] for done in alone.answers]
+    steps = alone.steps[:1]
+    for step, before in zip(alone.steps[1:], alone.answers, strict=False):
+        told = tuple((t.request_id, t.token_id) for t in before.tokens if t.request_id not in step.released)
+        steps.append(msgspec.structs.replace(step, sampled=told))
+    for index in range(2):
+        one = msgspec.structs.replace(
+            config, rank=index, layout=ParallelLayout(tp=2), init_method=f"file://{tmp_path}/meet"
+        )
+        (tmp_path / f"config-{index}").write_bytes(msgspec.json.encode(one))
+    (tmp_path / "steps").write_bytes(msgspec.msgpack.encode(steps))
+    # Not forked: this process has joined a group already.
+    command = [sys.executable, "-m", "tests.worker.triton_rank_cases", str(tmp_path)]
+    partners = [subprocess.Popen([*command, str(index)], cwd=Path(__file__).parents[2]) for index in range(2)]
+    assert [partner.wait(timeout=120) for partner in partners] == [0, 0]
+    (first, replays), (second, partners_replays) = (json.loads((tmp_path / str(i)).read_text()) for i in range(2))
+    assert first == expected
+    assert second == [[]] * len(steps)  # the other rank reports nothing, and waits for nothing
+    # Rows of logits: 3 where there is a chunk, 2 of decodes, which are launched ahead.
+    assert replays == partners_replays == [3, 2, 3, 3, 2, 2, 2], (replays, partners_replays)
+
+
+def run_one_of_two(directory: Path, index: str) -> None:
+    """One rank of tp=2 over the steps in the directory; what it answers, and its graphs' rows, to a file."""
+    config = msgspec.json.decode((directory / f"config-{index}").read_bytes(), type=RankConfig)
+    steps = msgspec.msgpack.decode((directory / "steps").read_bytes(), type=list[RankStep])
+    rank, _ = load_rank(config, lambda what, fraction: None)
+    replays: list[int] = []
+
+    def captured(work: Any, is_run_before: bool) -> Any:
+        output = work()
+
+        def replay() -> None:
+            replays.append(output.shape[0])
+            output.copy_(work())
+
+        return replay, output
+
+    rank.graphs = step_graphs(
+        rank.model, rank._backend, rank._kv_layers, rank._rotary, torch.device("cpu"), build_groups(config.layout),
+        new_capture=lambda tp: lambda: captured, shapes=[GraphShape(2, 2, False), GraphShape(24, 3, True)],
+    )  # fmt: skip
+    tokens = [[token.token_id for token in rank.run(step).tokens] for step in steps]
+    (directory / index).write_text(json.dumps([tokens, replays]))
+
+
+if __name__ == "__main__":
+    run_one_of_two(Path(sys.argv[1]), sys.argv[2])
