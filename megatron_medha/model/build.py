@@ -54,11 +54,13 @@ def build_model(
     pgs: MedhaPGs,
     is_initialized: bool = True,
     fp8: str = "none",
+    block_spec: TransformerBlockSubmodules | None = None,
 ) -> GPTModel:
     """This rank's part of the model, on `device`, in eval mode.
 
     is_initialized: False leaves the weights as memory was, for a checkpoint that overwrites every one of them.
     fp8: a recipe of model/fp8.py; only what Transformer Engine must know when layers are made is settled here.
+    block_spec: other layers of the same names and weights (training_spec.py); None: those that serve.
     Raises ConfigError if the layout does not divide the model.
     """
     check_layout_of(config, tp=pgs.tp.size(), spp=pgs.pp.size())
@@ -67,7 +69,7 @@ def build_model(
     tp = pgs.tp.size()
     model = _CheckpointedGPTModel(
         config=megatron,
-        transformer_layer_spec=_block_spec(config, megatron, device, pgs),
+        transformer_layer_spec=block_spec or _block_spec(config, megatron, device, pgs),
         vocab_size=-(-config.vocab_size // tp) * tp,  # padded, so that any tp divides it
         max_sequence_length=config.max_context_len,
         pre_process=pgs.pp.rank() == 0,
@@ -179,14 +181,14 @@ def _block_spec(
     """This stage's layers, and off CUDA the last norm, which Megatron would take from Transformer Engine otherwise."""
     if not config.is_llama_like:
         return _general_block_spec(config, megatron, device, pgs)
-    spec = _llama_layer_spec(config, device)
+    spec = llama_layer_spec(config, device)
     if transformer_engine_works(device):
         return spec
     num_layers = config.num_layers // pgs.pp.size()
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=WrappedTorchNorm)
 
 
-def _llama_layer_spec(config: ModelConfig, device: torch.device) -> ModuleSpec:
+def llama_layer_spec(config: ModelConfig, device: torch.device) -> ModuleSpec:
     """One decoder layer: Transformer Engine's linear layers and norms on CUDA, Megatron's own elsewhere."""
     if transformer_engine_works(device):
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.has_qk_norm)
