@@ -1,4 +1,4 @@
-"""GGUF files (Llama-like): their tensors dequantised into a Megatron model's parameters. Config: gguf_config.py."""
+"""GGUF files: their tensors dequantised into a Megatron model's parameters. Config: gguf_config.py."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from megatron_medha.safe_files.checkpoint_files import open_regular
 from megatron_medha.safe_files.gguf_file import GGUFFile, GGUFTensor, read_gguf
 
 _FLOATS = {0: "float32", 1: "float16", 30: "bfloat16"}  # by ggml's type
+_ONE_ROW = ".ffn_gate_inp_shexp.weight"
 _UNREAD = ROPE_FACTORS.replace(".", r"\.")  # the config has what it says
 
 
@@ -103,7 +104,9 @@ def _headers(file: GGUFFile) -> dict[str, StoredHeader]:
                 f"{file.path}: ends at byte {file.num_bytes}, its tensor {key} at byte {end}; it is cut off: download "
                 "it again"
             )
-        found[key] = StoredHeader(file.path, tensor.shape, "F32")
+        # A gate for one expert has one row, which the file leaves out.
+        shape = (1, *tensor.shape) if key.endswith(_ONE_ROW) else tensor.shape
+        found[key] = StoredHeader(file.path, shape, "F32")
     return found
 
 
@@ -121,9 +124,13 @@ def _num_bytes(tensor: GGUFTensor) -> int:
 
 
 def _floats(mapping: mmap.mmap, tensor: GGUFTensor, box: Box) -> Tensor:
-    """That box of a tensor, in fp32."""
+    """That box of a tensor, in fp32. Of a stack of matrices it is of one of them."""
     gguf = _gguf()
-    rows = box[0] if len(tensor.shape) > 1 else slice(0, 1)
+    rows = box[-2] if len(tensor.shape) > 1 else slice(0, 1)
+    if len(tensor.shape) == 3:
+        assert box[0].stop - box[0].start == 1, "one expert at a time"
+        before = box[0].start * tensor.shape[1]
+        rows = slice(before + rows.start, before + rows.stop)
     row_bytes = _row_bytes(tensor)
     start = tensor.start + rows.start * row_bytes
     stored = np.frombuffer(mapping[start : start + (rows.stop - rows.start) * row_bytes], np.uint8)

@@ -1,7 +1,7 @@
 """The model of a GGUF file: its metadata as the fields of config.json that they stand for, and its tensors' names.
 
-Llama (Mistral too, which llama.cpp calls so), Qwen 2 and Qwen 3. What llama.cpp's converters write is read; a set field
-that is not known here is refused.
+Llama (Mistral and Mixtral too, which llama.cpp calls so), Qwen 2 and 3, and their mixtures of experts. What llama.cpp's
+converters write is read; a set field that is not known here is refused.
 """
 
 from __future__ import annotations
@@ -12,21 +12,42 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_medha.core.errors import CheckpointError, UnsupportedModelError
+from megatron_medha.models.families.expert_rows import OURS
 from megatron_medha.models.families.family import Family, TensorRow
 from megatron_medha.models.families.llama import LLAMA, LLAMA_ROWS, PAIRED_ROWS
+from megatron_medha.models.families.mixtral import MIXTRAL
 from megatron_medha.models.families.qwen import QWEN2, QWEN3
+from megatron_medha.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from megatron_medha.models.hf_config import config_of_family
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.safe_files.checkpoint_files import listed, open_regular, shown
 from megatron_medha.safe_files.gguf_file import GGUFFile
 from megatron_medha.safe_files.json_fields import JsonFields
 
+# In one stack for all experts of a layer, or, in older files, one by one.
+_EXPERT_ROWS = (
+    TensorRow("blk.{layer}.ffn_gate_inp.weight", f"{OURS}.router.weight"),
+    TensorRow("blk.{layer}.ffn_gate_exps.weight", f"{OURS}.experts.linear_fc1.weight", "gate"),
+    TensorRow("blk.{layer}.ffn_up_exps.weight", f"{OURS}.experts.linear_fc1.weight", "up"),
+    TensorRow("blk.{layer}.ffn_down_exps.weight", f"{OURS}.experts.linear_fc2.weight"),
+    TensorRow("blk.{layer}.ffn_gate.{expert}.weight", f"{OURS}.experts.linear_fc1.weight", "gate"),
+    TensorRow("blk.{layer}.ffn_up.{expert}.weight", f"{OURS}.experts.linear_fc1.weight", "up"),
+    TensorRow("blk.{layer}.ffn_down.{expert}.weight", f"{OURS}.experts.linear_fc2.weight"),
+    TensorRow("blk.{layer}.ffn_gate_shexp.weight", f"{OURS}.shared_experts.linear_fc1.weight", "gate"),
+    TensorRow("blk.{layer}.ffn_up_shexp.weight", f"{OURS}.shared_experts.linear_fc1.weight", "up"),
+    TensorRow("blk.{layer}.ffn_down_shexp.weight", f"{OURS}.shared_experts.linear_fc2.weight"),
+    TensorRow("blk.{layer}.ffn_gate_inp_shexp.weight", f"{OURS}.shared_experts.gate_weight"),
+)
 # llama.cpp turns neighbouring numbers of Llama's heads; its converter reorders queries and keys for that.
 _FAMILIES: Mapping[str, tuple[Family, Sequence[TensorRow]]] = {
     "llama": (LLAMA, PAIRED_ROWS),
     "qwen2": (QWEN2, LLAMA_ROWS),
     "qwen3": (QWEN3, LLAMA_ROWS),
+    "qwen2moe": (QWEN2_MOE, LLAMA_ROWS),
+    "qwen3moe": (QWEN3_MOE, LLAMA_ROWS),
 }
+# What llama.cpp's code of a mixture has, and no field says: whether the weights of a token's experts add up to one.
+_NORMS_WEIGHTS = {"llama": True, "qwen2moe": False, "qwen3moe": True}
 ROPE_FACTORS = "rope_freqs.weight"
 _FIELDS = {
     "block_count": "num_hidden_layers",
@@ -39,6 +60,10 @@ _FIELDS = {
     "rope.freq_base": "rope_theta",
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 _CHECKED = frozenset(
     ("vocab_size", "rope.dimension_count", "attention.value_length", "rope.scaling.type", "rope.scaling.factor")
@@ -85,7 +110,12 @@ def gguf_model_config(file: GGUFFile, dtype: str) -> ModelConfig:
 
 def gguf_tensor_rows(file: GGUFFile) -> tuple[TensorRow, ...]:
     """The tensors of such a file, by llama.cpp's names."""
-    return tuple(row._replace(key=_name(row.key)) for row in _family(file)[1])
+    rows = tuple(row._replace(key=_name(row.key)) for row in _family(file)[1])
+    return (*rows, *_EXPERT_ROWS) if _has_experts(file) else rows
+
+
+def _has_experts(file: GGUFFile) -> bool:
+    return bool(file.metadata.get(f"{_architecture(file)}.expert_count"))
 
 
 def _name(key: str) -> str:
@@ -103,7 +133,13 @@ def _family(file: GGUFFile) -> tuple[Family, Sequence[TensorRow]]:
             f"{file.path}: general.architecture={shown(architecture)} is not supported: one of {', '.join(_FAMILIES)} "
             "is. Take the safetensors of the model that the file was made from"
         )
-    return _FAMILIES[architecture]
+    family, rows = _FAMILIES[architecture]
+    if _has_experts(file) != (architecture.endswith("moe")):
+        if architecture != "llama":
+            key = f"{architecture}.expert_count"
+            raise UnsupportedModelError(f"{file.path}: {key}={shown(file.metadata.get(key))} of a {architecture}")
+        return MIXTRAL, rows
+    return family, rows
 
 
 def _fields(file: GGUFFile) -> dict[str, Any]:
@@ -125,6 +161,11 @@ def _fields(file: GGUFFile) -> dict[str, Any]:
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
     fields = {_FIELDS[key]: value for key, value in stated.items() if key in _FIELDS}
+    if _has_experts(file):
+        fields["norm_topk_prob"] = _NORMS_WEIGHTS[_architecture(file)]
+        if _architecture(file) == "llama":
+            fields["num_local_experts"] = fields.pop("num_experts")
+    fields = {key: value for key, value in fields.items() if value or "expert" not in key}  # 0 is written for none
     if fields.get("sliding_window"):
         fields["use_sliding_window"] = True
     fields.setdefault("rope_theta", 10000.0)
