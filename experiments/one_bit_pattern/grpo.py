@@ -47,7 +47,7 @@ GROUP = 4             # completions of a prompt
 NUM_OUTPUTS = 24      # tokens of a completion
 BLOCK_SIZE = 16
 BLOCKS_EACH = 4
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 3e-5  # with 3e-4 the reward is at its largest after 60 steps
 
 
 class Completion(NamedTuple):
@@ -86,7 +86,8 @@ def report(cells: list[dict[str, float]], is_plain: bool) -> int:
     differing, tokens = (int(sum(cell[name] for cell in cells)) for name in ("differing", "tokens"))
     worst = max(abs(cell["kl"]) for cell in cells)
     first, last = (sum(cell["reward"] for cell in part) / len(part) for part in (cells[:20], cells[-20:]))
-    print(f"reward: {first:.3f} in the first 20 steps, {last:.3f} in the last")
+    nats = sum(cell["nats"] for cell in cells[-20:]) / len(cells[-20:])
+    print(f"reward: {first:.3f} in the first 20 steps, {last:.3f} in the last, of tokens of {nats:.2f} nats")
     if is_plain:
         print(f"log-probabilities that differ: {differing} of {tokens}; largest KL divergence of a step {worst:.3g}")
         return 0
@@ -147,6 +148,7 @@ class Trainer:
         difference = (own - told).detach().double()
         return {
             "reward": rewards.mean().item(),
+            "nats": -told.mean().item(),  # of a sampled token
             "kl": (difference.exp() - difference - 1).mean().item(),  # never negative, 0 for equal ones alone
             "differing": int((own.detach().view(torch.int32) != told.view(torch.int32)).sum()),
             "tokens": told.numel(),
