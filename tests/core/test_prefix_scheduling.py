@@ -136,6 +136,17 @@ def test_a_preempted_request_begins_again_behind_what_it_has_published_outputs_t
     assert bench.schedule().chunks[0].start == seq.num_cached_tokens
 
 
+@pytest.mark.parametrize("num_blocks", [29, 30, 60])
+def test_a_lone_decode_that_holds_a_prefix_twice_begins_again_rather_than_wait_for_ever(num_blocks: int) -> None:
+    bench = cached(Bench(kv=KV, num_blocks=num_blocks), tokens(80))
+    bench.arrive(keyed("scored", [*tokens(80), *tokens(10, seed=1)], num_out=25, reads_cache=False))
+    outputs = bench.run()
+    assert sum(isinstance(output, TokenOut) for output in outputs) == 25
+    assert any(isinstance(output, Preempted) for output in outputs) == (num_blocks < 60)
+    assert not bench.scheduler.num_sequences
+    assert bench.memory.num_free_blocks == num_blocks
+
+
 def order(bench: Bench, *requests: Request) -> list[str]:
     """Whose chunks ran, one after another, where each of the requests comes a step after the one before."""
     names: list[str] = []

@@ -12,7 +12,8 @@ def victim(
 ) -> Sequence | None:
     """Which sequence is preempted so that `growing` gets a block; None if all others are in flight.
 
-    overdue: the prefill that a share of every step is kept for.
+    overdue: the prefill that a share of every step is kept for. Alone, `growing` itself begins again if it holds
+    duplicates: it finds all that it has published, and does without them.
     """
     ranks = memory.growth_ranks(growing)
     owners = [
@@ -23,7 +24,9 @@ def victim(
         and (seq is growing or any(shard.kvp_rank in ranks for shard in seq.block_table.shards))
     ]
     if all(seq is growing for seq in owners):
-        return None
+        others = [seq for seq in memory.owners.values() if seq is not growing]
+        is_alone = not any(shard.kvp_rank in ranks for seq in others for shard in seq.block_table.shards)
+        return growing if is_alone and any(one.duplicates for one in growing.block_table.holdings) else None
     kept = exempt(owners, now_s, progress_share, overdue)
     return max(
         owners,
