@@ -80,6 +80,7 @@ def random_case(
 ) -> Case:  # fmt: skip
     """Sessions that continue, repeat and fork one another, over little memory: hits, evictions, preemptions, aborts.
 
+    granule_tokens: what lengths are made of; granules are as long, or of one block, as they are by default.
     is_greedy: no seeded sampling.
     """
     rng = random.Random(f"exact hits {seed}")
@@ -121,5 +122,6 @@ def random_case(
     )
     # From hardly more than the longest request, where caches are evicted and decodes preempted, to plenty.
     num_blocks = shard_tokens // BLOCK_SIZE + rng.choice((2, 10, 60))
-    kv = KVConfig(granule_tokens=granule_tokens, eviction=rng.choice(("value", "lru", "ttl")))
+    eviction = rng.choice(("value", "lru", "ttl"))
+    kv = KVConfig(granule_tokens=rng.choice((BLOCK_SIZE, BLOCK_SIZE, granule_tokens)), eviction=eviction)
     return Case(tuple(writer.turns), scheduler, kv, num_blocks, shard_tokens, 4096, seed)

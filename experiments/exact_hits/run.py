@@ -11,9 +11,9 @@ Kernels are named and the same in both plays; chunks and batches are not, as hit
 Bars: on one rank and on pipelines (spp 2 and 3) no log-probability of an output differs in one bit, the best 20 of
 each position included; fp32 and bf16, a tiny model and one of 28 million parameters. On all 12 layouts no greedy token
 differs (fp32). KV accounting is checked after each step.
-Kept in results.json: 35 plays over all 24 cells. Of 15,221 outputs in 14,017 steps with the cache none breaks its bar:
-484 hits, 225 of them on granules that decodes had filled, and 52 more after preemptions. Some log-probabilities differ
-in their last bits with kvp > 1, and none with tp=2.
+Kept in results.json: 42 plays over all 24 cells. Of 18,056 outputs in 15,528 steps with the cache none breaks its bar:
+628 hits, 375 of them on granules that decodes had filled, and 70 more after preemptions. Granules are of one block, the
+default, or of several. Some log-probabilities differ in their last bits with kvp > 1, and none with tp=2 alone.
 Plays are kept in --out and not run again.
 """
 
