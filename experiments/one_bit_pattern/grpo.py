@@ -47,7 +47,7 @@ GROUP = 4             # completions of a prompt
 NUM_OUTPUTS = 24      # tokens of a completion
 BLOCK_SIZE = 16
 BLOCKS_EACH = 4
-LEARNING_RATE = 3e-5  # with 3e-4 the reward is at its largest after 60 steps
+LEARNING_RATE = 3e-4
 
 
 class Completion(NamedTuple):

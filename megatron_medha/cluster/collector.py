@@ -23,13 +23,14 @@ class BatchResult:
 class _PartialResult:
     num_left: list[int]       # answers to come, by stage
     stage_s: list[float]      # the slowest KVP rank's time, by stage
+    held_s: float = 0.0       # the longest that a rank held it
     tokens: list[SampledToken] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
 class StepCollector:
-    """Batches the ranks of one replica have; the ranks with tp index 0 answer for theirs, each in batch order."""
+    """Batches the ranks of one replica have; the ranks with tp index 0 answer for theirs."""
 
     def __init__(self, layout: ParallelLayout) -> None:
         self._layout = layout
@@ -59,6 +60,7 @@ class StepCollector:
         flight.num_left[stage] -= 1
         assert flight.num_left[stage] >= 0, f"rank {done.rank} answers twice for batch {done.batch_id}"
         flight.stage_s[stage] = max(flight.stage_s[stage], done.duration_s)
+        flight.held_s = max(flight.held_s, done.held_s)
         flight.tokens += done.tokens
         flight.prompt_logprobs += done.prompt_logprobs
         flight.failed.update(done.failed)
@@ -68,7 +70,8 @@ class StepCollector:
         if not any(flight.num_left):
             del self._in_flight[done.batch_id]
             stopped = tuple(token.request_id for token in flight.tokens if token.is_stop)
-            completed = Completed(done.batch_id, sum(flight.stage_s), stopped, tuple(flight.failed.items()))
+            failed = tuple(flight.failed.items())
+            completed = Completed(done.batch_id, sum(flight.stage_s), stopped, failed, held_s=flight.held_s)
             yield BatchResult(completed, tuple(flight.tokens), tuple(flight.prompt_logprobs))
 
     def clear(self) -> None:

@@ -34,6 +34,11 @@ class RankStep(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     # none: it sampled them itself.
     sampled: tuple[tuple[str, int], ...] = ()
     kv_ops: tuple[KVOp, ...] = ()  # on this rank's kvp index
+    overtakes: int | None = None  # the oldest batch that it may pass where that one is being computed; see Batch
+    may_be_held: bool = False     # others may pass this one at the points that its ranks agree on
+    predicted_s: float = 0.0      # of the batch, over all stages
+    longest_chunk: int = 0        # of the batch, tokens
+    leader: int = 0               # the kvp index, of those with a chunk in the batch, whose rank decides at the points
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):

@@ -51,4 +51,16 @@ class RankStateCache:
         begun = dict.fromkeys([op.request_id for op in kv_ops if op.kind == "append" and op.request_id not in known])
         known.update(begun)
         new_requests = tuple([self._describe(request_id) for request_id in begun])
-        return RankStep(batch.batch_id, chunks, new_requests, batch.released, sampled, kv_ops)
+        return RankStep(
+            batch.batch_id,
+            chunks,
+            new_requests,
+            batch.released,
+            sampled,
+            kv_ops,
+            batch.overtakes,
+            batch.may_be_held,
+            batch.predicted_s,
+            max([chunk.num_tokens for chunk in batch.chunks], default=0) if batch.may_be_held else 0,
+            min([chunk.kvp_ranks[0] for chunk in batch.chunks], default=0) if batch.may_be_held else 0,
+        )

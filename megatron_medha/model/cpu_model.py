@@ -8,6 +8,7 @@ own layers and the kernels put into them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.model.attention import MedhaSelfAttention
 from megatron_medha.model.experts import ExpertsLayer
 from megatron_medha.model.general_layers import GeneralCoreAttention, GeneralSelfAttention, GeneralTransformerLayer
-from megatron_medha.model.inference_context import PackedBatch
+from megatron_medha.model.inference_context import BatchPiece, PackedBatch
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.native_parts import (
     UnsupportedPart,
@@ -91,31 +92,40 @@ class NativeForward:
     ) -> Tensor:
         """As GPTModel's: [1, R, V] on the last stage, hidden states [T, 1, C] before."""
         batch = inference_context
-        if batch is None or batch.shared is not None:
+        if batch is None:
+            return self.plain(token_ids_1T, *args, inference_context=None, **kwargs)
+        pieces = batch.pieces or (BatchPiece(slice(None), batch),)
+        if any(piece.batch.shared is not None for piece in pieces):
             return self.plain(token_ids_1T, *args, inference_context=inference_context, **kwargs)
         if self._is_first:
             token_ids_T = token_ids_1T[0]
             hidden_TC = torch.empty(len(token_ids_T), self._hidden_size, dtype=torch.bfloat16)
         else:
             token_ids_T, hidden_TC = None, self._block.input_tensor[:, 0].contiguous()
-        num_layers, before_layer = self.decoder.num_layers, batch.before_layer
-        calls = [range(num_layers)] if before_layer is None else [range(i, i + 1) for i in range(num_layers)]
-        logits_RV = None
-        for layers in calls:
-            if before_layer is not None:
-                before_layer()
+        num_layers = self.decoder.num_layers
+        is_whole = len(pieces) == 1 and pieces[0].batch.before_layer is None
+        calls = [range(num_layers)] if is_whole else [range(i, i + 1) for i in range(num_layers)]
+        logits = []
+        for layers, part in itertools.product(calls, pieces):
+            rows, piece = part.rows, part.batch
+            if piece.before_layer is not None:
+                piece.before_layer()
+            is_last = self._is_last and layers.stop == num_layers
             logits_RV = self.decoder.run(
-                hidden_TC,
-                batch.plan,
-                batch.kv_layers,
-                batch.rotation[:2],
-                token_ids_T=token_ids_T if layers.start == 0 else None,
-                positions_T=batch.positions_T,
-                logit_rows_R=batch.logit_rows if self._is_last and layers.stop == num_layers else None,
+                hidden_TC[rows],
+                piece.plan,
+                piece.kv_layers,
+                piece.rotation[:2],
+                token_ids_T=token_ids_T[rows] if token_ids_T is not None and layers.start == 0 else None,
+                positions_T=piece.positions_T,
+                logit_rows_R=piece.logit_rows if is_last else None,
                 layers=layers,
             )
-        if logits_RV is None:
+            if logits_RV is not None:
+                logits.append(logits_RV)
+        if not self._is_last:
             return hidden_TC.unsqueeze(1)
+        logits_RV = logits[0] if len(logits) == 1 else torch.cat(logits)
         if batch.hidden_rows is not None:
             batch.hidden = self._block.final_layernorm(hidden_TC.index_select(0, batch.hidden_rows))
         return logits_RV.unsqueeze(0)

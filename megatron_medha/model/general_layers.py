@@ -31,6 +31,8 @@ class GeneralTransformerLayer(TransformerLayer):
         self, hidden_states: Tensor, *args: Any, inference_context: PackedBatch, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [T, 1, C]. Returns (output of that shape, None)."""
+        if inference_context.pieces:
+            return inference_context.piecewise(self.forward, hidden_states)
         if inference_context.before_layer is not None:
             inference_context.before_layer()
         return super().forward(hidden_states, inference_context=inference_context)

@@ -25,6 +25,8 @@ class MedhaTransformerLayer(TransformerLayer):
         """hidden_states: [T, 1, C] with a batch, [S, B, C] without one. Returns (output, None)."""
         if inference_context is None:
             return super().forward(hidden_states, *args, **kwargs)
+        if inference_context.pieces:
+            return inference_context.piecewise(self.forward, hidden_states)
         if inference_context.before_layer is not None:
             inference_context.before_layer()
         attended, _ = self.self_attention(

@@ -6,6 +6,7 @@ side: 0.3 to 1 ms for each layer of each token on busy cores. Here it is a copy 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import mmap
@@ -13,7 +14,9 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 # bound by bandwidth, and goes through the group.
 SLOT_BYTES = 1 << 18
 _PREFIX = "medha-kvp-"
+_Opened = TypeVar("_Opened")
 _LINE_BYTES = 64     # a counter has a cache line of its own
 _TIMEOUT_S = 1800.0  # as collectives have (parallel/groups.py)
 # A peer that is about as far as we are answers within this; giving the core away each time costs little, while a
@@ -61,31 +65,9 @@ class ShmChannel:
     @classmethod
     def open(cls, group: dist.ProcessGroup, device: torch.device) -> ShmChannel | None:
         """Of a group's ranks; None on a GPU, alone, without memory, and unless all are on one machine. Collective."""
-        # A counter tells of a message written before it: of all processors these keep that order by themselves.
-        is_ordered = platform.machine() in ("x86_64", "AMD64")
-        if device.type != "cpu" or group.size() == 1 or not is_ordered:
+        if device.type != "cpu" or group.size() == 1:
             return None
-        directory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-        told: list[str | None] = [None]
-        descriptor = -1
-        if group.rank() == 0:
-            remove_abandoned_files(directory, _PREFIX)
-            descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=directory)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.ftruncate(descriptor, cls.size_of(group.size()))
-            told = [name]
-        dist.broadcast_object_list(told, group=group, group_src=0)
-        assert told[0] is not None
-        try:
-            slots = cls(Path(told[0]), group.rank(), group.size())
-        except OSError:  # on another machine, or in another container, it is not there
-            slots = None
-        have_all = _is_true_for_all(slots is not None, group)
-        if group.rank() == 0:
-            Path(told[0]).unlink()  # what is mapped stays
-            have_all = have_all and _is_reserved(descriptor, cls.size_of(group.size()))
-            os.close(descriptor)
-        return slots if _is_true_for_all(have_all, group) else None
+        return shared_file(lambda path: cls(path, group.rank(), group.size()), cls.size_of(group.size()), group)
 
     def last_number(self, peer: int) -> int:
         """Of the last message to a peer, and of what it has sent for it, or is about to."""
@@ -113,13 +95,7 @@ class ShmChannel:
             return
         started_s = time.monotonic()
         while counters[place] < number:
-            waited_s = time.monotonic() - started_s
-            if waited_s < _SPIN_S:
-                os.sched_yield()
-            elif waited_s < _TIMEOUT_S:
-                time.sleep(_SLEEP_S)
-            else:
-                raise TimeoutError(f"kvp rank {peer} has sent nothing for {_TIMEOUT_S:g} s")
+            pause(time.monotonic() - started_s)
 
     def _place(self, sender: int, receiver: int) -> int:
         return sender * self._num_ranks + receiver
@@ -143,6 +119,48 @@ class ShmChannel:
     def _slot(self, sender: int, receiver: int, number: int) -> Tensor:
         first = (2 * self._place(sender, receiver) + number % 2) * SLOT_BYTES
         return self._slots[first : first + SLOT_BYTES]
+
+
+def shared_file(open_file: Callable[[Path], _Opened], num_bytes: int, group: dist.ProcessGroup) -> _Opened | None:
+    """What all ranks of a group make of one file of so many zeros; None unless all of them can. Collective.
+
+    Of all processors only those that write in order will do: a counter tells of what was written before it.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    directory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+    told: list[str | None] = [None]
+    descriptor = -1
+    if group.rank() == 0:
+        remove_abandoned_files(directory, _PREFIX)
+        descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=directory)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.ftruncate(descriptor, num_bytes)
+        told = [name]
+    dist.broadcast_object_list(told, group=group, group_src=0)
+    assert told[0] is not None
+    opened: _Opened | None = None
+    with contextlib.suppress(OSError):  # on another machine, or in another container, it is not there
+        opened = open_file(Path(told[0]))
+    have_all = _is_true_for_all(opened is not None, group)
+    if group.rank() == 0:
+        Path(told[0]).unlink()  # what is mapped stays
+        have_all = have_all and _is_reserved(descriptor, num_bytes)
+        os.close(descriptor)
+    return opened if _is_true_for_all(have_all, group) else None
+
+
+def pause(waited_s: float) -> None:
+    """Between two looks at what another process writes: soon again at first, then the core is left to others.
+
+    Raises TimeoutError after half an hour.
+    """
+    if waited_s < _SPIN_S:
+        os.sched_yield()
+    elif waited_s < _TIMEOUT_S:
+        time.sleep(_SLEEP_S)
+    else:
+        raise TimeoutError(f"another rank has written nothing for {_TIMEOUT_S:g} s")
 
 
 def _is_true_for_all(fact: bool, group: dist.ProcessGroup) -> bool:

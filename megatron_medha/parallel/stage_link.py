@@ -1,5 +1,8 @@
 """Hidden states from one pipeline stage to the next: receives posted ahead of time, sends that do not wait.
 
+Each batch has a tag of its own, so that one may be sent before another whose receive was posted earlier. NCCL has no
+tags: there hidden states arrive in the order of the posted receives, and no step overtakes another.
+
 Shapes: T tokens of a packed batch, C hidden size.
 """
 
@@ -37,25 +40,30 @@ class StageLink:
         self._hidden_size, self._dtype, self._device = hidden_size, dtype, device
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # kept from being freed while they are on their way
 
-    def post_receive(self, num_tokens: int) -> PendingReceive:
-        """Make room for the next batch's hidden states; they arrive in the order of these calls."""
+    def post_receive(self, num_tokens: int, batch_id: int) -> PendingReceive:
+        """Make room for a batch's hidden states."""
         hidden_T1C = torch.empty(num_tokens, 1, self._hidden_size, dtype=self._dtype, device=self._device)
-        work = dist.irecv(hidden_T1C, group=self._group, group_src=self.stage - 1)
+        work = dist.irecv(hidden_T1C, group=self._group, group_src=self.stage - 1, tag=_tag(batch_id))
         assert work is not None, "this rank is of its own stage's group"
         return PendingReceive(hidden_T1C, work)
 
-    def send(self, hidden_T1C: Tensor) -> None:
-        """Send to the next stage without waiting for it to be ready."""
+    def send(self, hidden_T1C: Tensor, batch_id: int) -> None:
+        """Send a batch's to the next stage without waiting for it to be ready."""
         hidden_T1C = hidden_T1C.contiguous()
-        work = dist.isend(hidden_T1C, group=self._group, group_dst=self.stage + 1)
+        work = dist.isend(hidden_T1C, group=self._group, group_dst=self.stage + 1, tag=_tag(batch_id))
         assert work is not None, "this rank is of its own stage's group"
         self._sent.append((work, hidden_T1C))
-        # No more batches are in flight than there are stages, so what was sent that many batches ago has arrived
+        # At most one batch more is in flight than there are stages, so what was sent that many batches ago has arrived
         # and this does not wait.
-        if len(self._sent) > self.num_stages:
+        if len(self._sent) > self.num_stages + 1:
             self._sent.popleft()[0].wait()
 
     def finish(self) -> None:
         """Wait until the next stage has all that was sent: gloo drops what is still under way with its tensor."""
         while self._sent:
             self._sent.popleft()[0].wait()
+
+
+def _tag(batch_id: int) -> int:
+    """Ids of batches in flight are close to one another; those of a rank's first steps are negative."""
+    return batch_id % (1 << 30)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,7 +145,6 @@ def step_tensors(
     rotary: Rotary,
     shards: KVShards,
     staging: Staging,
-    before_layer: Callable[[], None] | None = None,
     window: int | None = None,
 ) -> StepTensors:
     """A packed step on its way to the device, by `staging`; nothing waits for the device.
@@ -178,7 +177,6 @@ def step_tensors(
         logit_rows=logit_rows_R,
         hidden_rows=hidden_rows_P if hidden_rows else None,
         shared=_shared_rows(chunks, shared, window_shared, plan, backend, shards) if shared else None,
-        before_layer=before_layer,
     )
     return StepTensors(token_ids_T.unsqueeze(0), batch, host.sampling_requests, host.prompt_rows)
 

@@ -28,9 +28,10 @@ from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs
 from megatron_medha.parallel.shm_channel import ShmChannel
 from megatron_medha.parallel.stage_link import PendingReceive, StageLink
-from megatron_medha.worker.batch_tensors import KVShards, host_step, step_tensors
+from megatron_medha.worker.batch_tensors import HostStep, KVShards, StepTensors, host_step, step_tensors
 from megatron_medha.worker.cuda_graphs import StepGraphs
 from megatron_medha.worker.grammar_masks import GrammarMasks
+from megatron_medha.worker.hold_points import HoldPoints, StepPoints
 from megatron_medha.worker.plain_decodes import PlainDecodes
 from megatron_medha.worker.prompt_rows import logprobs_of_prompts
 from megatron_medha.worker.run_ahead import (
@@ -42,6 +43,7 @@ from megatron_medha.worker.run_ahead import (
     pending_rows,
 )
 from megatron_medha.worker.step_clock import StepTimer
+from megatron_medha.worker.step_pieces import cut, joined, num_pieces_of
 from megatron_medha.worker.table_ops import execute_kv_ops
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
@@ -72,12 +74,15 @@ class _ForwardResult:
 class Rank:
     """Model, KV memory and live requests of one rank.
 
-    Steps are announced and computed in the same order, on this rank and on all others of the replica. Announcing
-    makes room for what the stage before will send, so it is done as early as the step is known: `before_layer` is
-    called between the layers of a step being computed, for others that have come meanwhile.
+    Steps are announced in the same order, on this rank and on all others of the replica, and computed in that order
+    too, unless one overtakes another (hold_points.py). Announcing makes room for what the stage before will send, so
+    it is done as early as the step is known: `take_arrived` is called while a step is computed, for others that have
+    come meanwhile; `take_next` waits for one.
     """
 
-    before_layer: Callable[[], None] | None = None
+    take_arrived: Callable[[], None] | None = None
+    take_next: Callable[[], None] | None = None
+    take_done: Callable[[StepDone], None] | None = None  # the answer of a step that has overtaken another
     graphs: StepGraphs | None = None  # set once they are captured
     sent_blocks: SentBlocks | None = None  # set where the rank is audited
 
@@ -95,10 +100,11 @@ class Rank:
         pgs: MedhaPGs,
         decoder: NativeDecoder | None = None,
         guided: GrammarMasks | None = None,
+        points: HoldPoints | None = None,
     ) -> None:
         """shard_tokens: of one request on one kvp rank. decoder: the model in one call of the library (cpu_model.py).
 
-        guided: None where no request has a grammar.
+        guided: None where no request has a grammar. points: None where no step is held.
         """
         self.model = model
         self._rank = rank
@@ -130,6 +136,8 @@ class Rank:
         self._announced: deque[_QueuedStep] = deque()
         self._last: StepWork = ()            # what was computed last, if its decodes may be computed ahead
         self._held: RunAheadDecodes | None = None   # computed ahead of the API server's asking
+        self._points = points
+        self._overtaken_s = 0.0  # spent on steps that have overtaken others
 
     @property
     def num_queued_steps(self) -> int:
@@ -183,7 +191,7 @@ class Rank:
                 chunks=tuple(chunks),
                 failed=tuple(failed),
                 plan=plan,
-                arriving=self._link.post_receive(plan.num_tokens) if plan and plan.num_tokens else None,
+                arriving=self._link.post_receive(plan.num_tokens, step.batch_id) if plan and plan.num_tokens else None,
                 duration_s=time.monotonic() - started_s,
                 audit_counts=self._held_kv(step),
             )
@@ -199,12 +207,44 @@ class Rank:
         """Wait until the next stage has what this rank has sent it."""
         self._link.finish()
 
-    @torch.inference_mode()
     def compute(self) -> StepDone:
         """Compute the step announced first. A fault of one request fails that request alone."""
         work = self._announced.popleft()
+        points = self._points_of(work)
+        if points is not None:
+            points.begin()
+        done = self._compute(work, points)
+        if self._points is not None and work.step.may_be_held:
+            self._points.ended(work.step)
+        return done
+
+    def _points_of(self, work: _QueuedStep) -> StepPoints | None:
+        """Of a step that may be held here, and of which this rank has a part."""
+        if self._points is None or not work.step.may_be_held or not work.chunks:
+            return None
+        return StepPoints(self._points, work.step, self._take_queued, self._overtake)
+
+    def _take_queued(self) -> Sequence[RankStep]:
+        if self.take_arrived is not None:
+            self.take_arrived()
+        return [work.step for work in self._announced]
+
+    def _overtake(self, batch_id: int) -> None:
+        """Compute that step now, whatever is before it; waits for its announcement."""
+        while (work := next((work for work in self._announced if work.step.batch_id == batch_id), None)) is None:
+            assert self.take_next is not None
+            self.take_next()
+        self._announced.remove(work)
+        started_s = time.monotonic()
+        done = self._compute(work, None)
+        if self.answers and self.take_done is not None:
+            self.take_done(done)
+        self._overtaken_s += time.monotonic() - started_s
+
+    @torch.inference_mode()
+    def _compute(self, work: _QueuedStep, points: StepPoints | None) -> StepDone:
         hidden_T1C = None if work.arriving is None else work.arriving.wait()
-        span = StepTimer(self._device)
+        span, overtaken_before_s = StepTimer(self._device), self._overtaken_s
         failed = list(work.failed)
         chunks: Sequence[tuple[Chunk, StoredRequest]] = work.chunks
         underway, ahead = [], None
@@ -218,18 +258,21 @@ class Rank:
             self._held = None
         prompt: Sequence[PromptLogprobs] = ()
         if chunks:
-            forward = self._forward(chunks, work.plan, hidden_T1C)
+            forward = self._forward(chunks, work, hidden_T1C, points)
             if forward.output is not None:
-                self._link.send(forward.output)
+                self._link.send(forward.output, work.step.batch_id)
             elif self.answers or self._shares_tokens:
                 underway.append(self._choose(forward.logits_RV, forward.requests))
                 prompt = forward.prompt
+        if self._points is not None:
+            self._points.computed(work.step)
+        held_s = self._overtaken_s - overtaken_before_s
         span.stop()
         self._held = self._launch_ahead(work.chunks, underway)  # before anyone waits for the device
         tokens = [token for one in underway for token in self._tokens(one, failed)] if self.answers else []
         can_run_ahead = self.samples_for_itself and self._held is None and not failed
         self._last = work.chunks if can_run_ahead else ()
-        duration_s = span.seconds() + (ahead.seconds() if ahead is not None else 0.0)
+        duration_s = span.seconds() - held_s + (ahead.seconds() if ahead is not None else 0.0)
         return StepDone(
             batch_id=work.step.batch_id,
             rank=self._rank,
@@ -238,6 +281,7 @@ class Rank:
             prompt_logprobs=tuple(prompt),
             failed=tuple(failed) if self._is_last_stage else (),
             audit_counts=work.audit_counts,
+            held_s=held_s,
         )
 
     def _execute(self, kv_ops: Sequence[KVOp]) -> None:
@@ -264,7 +308,7 @@ class Rank:
         if not decodes:
             return False
         span = StepTimer(self._device)
-        found = self._forward(decodes, None, None)
+        found = self._forward(decodes)
         underway = self._choose(found.logits_RV, found.requests)
         span.stop()
         self._held = RunAheadDecodes(decodes, underway, span)
@@ -298,28 +342,30 @@ class Rank:
         return stage_plan([chunk for chunk, _ in chunks], self.shards.kvp_rank)
 
     def _forward(
-        self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan | None, hidden_T1C: Tensor | None
+        self,
+        chunks: Sequence[tuple[Chunk, StoredRequest]],
+        work: _QueuedStep | None = None,
+        hidden_T1C: Tensor | None = None,
+        points: StepPoints | None = None,
     ) -> _ForwardResult:
-        """Run the model over chunks, whose tables hold their blocks. plan: where it has been made already."""
+        """Run the model over chunks, whose tables hold their blocks. work: the step they are of."""
         if self._plain_decodes is not None and self._plain_decodes.takes(chunks):
             return _ForwardResult(tuple(request for _, request in chunks), self._plain_decodes.logits(chunks))
-        plan = plan or self._plan(chunks)
-        host = host_step(chunks, plan=plan, shards=self.shards)
-        logits_RV = None if self.graphs is None else self.graphs.run(host)
-        if logits_RV is not None:
-            return _ForwardResult(host.sampling_requests, logits_RV)
-        tensors = step_tensors(
-            host,
-            chunks,
-            plan=plan,
-            backend=self._backend,
-            kv_layers=self._kv_layers,
-            rotary=self._rotary,
-            shards=self.shards,
-            staging=self._staging,
-            before_layer=self.before_layer,
-            window=self._config.window,
-        )
+        if points is not None:
+            num_pieces = num_pieces_of(points.step, self._config.num_layers)
+            parts = []
+            for number, piece in cut(chunks, num_pieces).items():
+                parts.append(self._tensors(piece, self._host(piece)))
+                parts[-1].batch.before_layer = points.before_piece(number, num_pieces)
+            tensors = joined(parts)
+        else:
+            host = self._host(chunks, None if work is None else work.plan)
+            logits_RV = None if self.graphs is None else self.graphs.run(host)
+            if logits_RV is not None:
+                return _ForwardResult(host.sampling_requests, logits_RV)
+            tensors = self._tensors(chunks, host, None if work is None else work.plan)
+            if self.receives:  # only later stages gain from receiving the next step while they compute one
+                tensors.batch.before_layer = self.take_arrived
         if hidden_T1C is not None:
             self.model.set_input_tensor(hidden_T1C)
         output = self.model(
@@ -332,6 +378,24 @@ class Rank:
             assert tensors.batch.hidden is not None
             prompt = logprobs_of_prompts(self.model, tensors.batch.hidden, tensors.prompt_rows, self._config.vocab_size)
         return _ForwardResult(tensors.sampling_requests, output[0], prompt)
+
+    def _host(self, chunks: Sequence[tuple[Chunk, StoredRequest]], plan: StagePlan | None = None) -> HostStep:
+        return host_step(chunks, plan=plan or self._plan(chunks), shards=self.shards)
+
+    def _tensors(
+        self, chunks: Sequence[tuple[Chunk, StoredRequest]], host: HostStep, plan: StagePlan | None = None
+    ) -> StepTensors:
+        return step_tensors(
+            host,
+            chunks,
+            plan=plan or self._plan(chunks),
+            backend=self._backend,
+            kv_layers=self._kv_layers,
+            rotary=self._rotary,
+            shards=self.shards,
+            staging=self._staging,
+            window=self._config.window,
+        )
 
     def _tokens(self, underway: PendingTokens, failed: list[tuple[str, str]]) -> list[SampledToken]:
         """Wait for tokens and note each request's; requests that have none go to `failed`."""

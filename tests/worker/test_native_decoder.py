@@ -193,7 +193,14 @@ def test_threads_and_a_layer_at_a_time_change_no_bit(load: Callable[..., Any]) -
         nonlocal num_calls
         num_calls += 1
 
-    front.rank.before_layer = before_layer
+    tensors_of = front.rank._tensors
+
+    def with_calls(*args: Any) -> Any:
+        tensors = tensors_of(*args)
+        tensors.batch.before_layer = before_layer
+        return tensors
+
+    front.rank._tensors = with_calls
     by_layer = all_logits(front)
     assert num_calls == 6 * 3
     torch.set_num_threads(1)

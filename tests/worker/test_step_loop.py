@@ -18,7 +18,7 @@ class FakeRank:
     def __init__(self, log: list[str], *, receives: bool, answers: bool, num_ahead: int = 0) -> None:
         self.log, self.receives, self.answers = log, receives, answers
         self.num_ahead = num_ahead  # times that something surely follows
-        self.before_layer: Callable[[], None] | None = None
+        self.take_arrived: Callable[[], None] = lambda: None
         self._announced: deque[RankStep] = deque()
 
     @property
@@ -38,8 +38,8 @@ class FakeRank:
     def compute(self) -> StepDone:
         step = self._announced.popleft()
         self.log.append(f"compute {step.batch_id}")
-        if self.before_layer is not None:
-            self.before_layer()
+        if self.receives:
+            self.take_arrived()
         return StepDone(step.batch_id, 0, 0.0)
 
     def finish(self) -> None:

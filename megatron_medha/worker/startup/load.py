@@ -37,9 +37,11 @@ from megatron_medha.model.rotary import Rotary
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.models.tokenizer_facts import with_end_tokens_of
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed, min_over_ranks
+from megatron_medha.parallel.point_board import PointBoard
 from megatron_medha.parallel.tp_all_reduce import tp_all_reduce
 from megatron_medha.worker.cuda_graphs import step_graphs
 from megatron_medha.worker.grammar_masks import GrammarMasks
+from megatron_medha.worker.hold_points import HoldPoints
 from megatron_medha.worker.kv_cache import allocate_kv, num_blocks_that_fit
 from megatron_medha.worker.rank import Rank
 from megatron_medha.worker.startup.cpu_share import num_threads_of_rank
@@ -109,6 +111,8 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     shard_tokens = config.max_tokens_per_shard
     if shard_tokens is None and layout.kvp > 1:
         shard_tokens = default_shard_tokens(num_blocks, block_size, max_context_len, layout.kvp, config.kv)
+    points = HoldPoints(config.rank, layout, PointBoard.open(device))
+    points.can_hold &= device.type == "cpu"
     rank = Rank(
         rank=config.rank,
         model=model,
@@ -121,6 +125,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         pgs=pgs,
         decoder=decoder,
         guided=guided,
+        points=points if points.can_hold else None,
     )
     progress("warm-up", 0.0)
     warm_up(rank, max_tokens=min(num_blocks * block_size, model_config.max_context_len), block_size=block_size)
@@ -141,6 +146,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
             device, num_threads, dtype, kv_dtype, options, backend.name, linear_kernels_of(model)
         ),
         shard_tokens=shard_tokens,
+        can_hold=points.can_hold,
     )
     return rank, ready
 
