@@ -138,6 +138,18 @@ def test_what_waiting_requests_want_goes_last_and_of_that_first_what_is_due_last
     assert cache.evicts(10.0, A, B, C) == [2, 1, 0]
 
 
+def test_what_a_request_wants_that_will_wait_for_long_goes_before_what_was_just_used() -> None:
+    cache = Cache()
+    cache.run(A, 0.0, "a")
+    cache.run(B, 5.0, "b")
+    cache.watch("soon", A, 5.0, due_s=5.1)
+    assert cache.evicts(5.1, A, B) == [1, 0]
+    cache.run(A, 10.0, "a")
+    cache.run(B, 15.0, "b")
+    cache.watch("starved", A, 15.0, due_s=400.0)
+    assert cache.evicts(15.1, A, B) == [0, 1]
+
+
 def test_a_request_that_waits_no_more_protects_nothing() -> None:
     cache = Cache()
     cache.run(A, 0.0)

@@ -14,6 +14,8 @@ from megatron_medha.core.kv.segment import Segment
 
 _Entry = tuple[float, int, int, Segment]  # lowest first; the segment is never compared, tickets are unique
 
+_LEAST_WAIT_S = 0.01  # shorter ones are alike
+
 
 class EvictionOrder(Protocol):
     """The evictable leaves of one KVP rank and group."""
@@ -80,11 +82,11 @@ class LruHeap:
         segment.ticket = 0
         self._num_live -= 1
 
-    def head(self) -> Segment | None:
-        """The lowest; None if there is none."""
+    def head(self) -> tuple[float, Segment] | None:
+        """The lowest, behind its key; None if there is none."""
         while self._heap and self._heap[0][3].ticket != self._heap[0][2]:
             heappop(self._heap)
-        return self._heap[0][3] if self._heap else None
+        return (self._heap[0][0], self._heap[0][3]) if self._heap else None
 
 
 class LruOrder:
@@ -110,7 +112,7 @@ class LruOrder:
         """See EvictionOrder."""
         head = self._heap.head()
         assert head is not None, "there is no leaf to evict"
-        return head
+        return head[1]
 
     def used(self, segment: Segment, now_s: float) -> None:
         """See EvictionOrder."""
@@ -120,7 +122,7 @@ class LruOrder:
 
 
 class Kind(Enum):
-    """What is known of a leaf's next use. They are evicted in this order, as far as rules protect sessions."""
+    """What is known of a leaf's next use; evicted in this order, but for protected sessions, the last two alike."""
 
     ENDED = 0    # of a session that has ended
     PLAIN = 1    # of no session, or of several
@@ -132,10 +134,10 @@ class ClassedOrder:
     """Leaves in classes of one kind and one cost, each in the order of last use; only their heads are compared.
 
     What sessions that go on will need is kept for session_ttl_s, up to session_share of the blocks. Beyond that by
-    recency, or if is_by_value: what ended sessions leave goes first, then the lowest of (rate of use predicted for the
-    time it has been idle) x (seconds to compute it again), and last what waiting requests begin with: of that
-    first what the request that is due last wants. In a closed loop nearly all sessions wait, and without their
-    order the one evicted is the next to run.
+    recency, or if is_by_value: what ended sessions leave goes first, then the lowest of (rate of use) x (seconds to
+    compute it again). The rate is predicted for the time it has been idle; what a waiting request begins with is used
+    once, when that is predicted to run. In a closed loop nearly all sessions wait, and by recency alone the one evicted
+    is the next to run. But some wait for minutes, in which others come back many times.
     """
 
     _BITS = 8
@@ -160,7 +162,7 @@ class ClassedOrder:
             kind, key = Kind.AWAITED, -min(waiters.values())
         elif self._is_by_value and segment.is_ended:
             kind = Kind.ENDED
-        elif self._is_by_value:
+        if self._is_by_value and kind is not Kind.ENDED:
             exponent = frexp(self._rules.recompute_s(segment.end - 1, tip.end))[1]
         number = self._numbers.get((kind, exponent))
         if number is None:
@@ -184,14 +186,17 @@ class ClassedOrder:
         chosen: Segment | None = None
         least = (inf, inf)
         for heap, (kind, cost_s) in zip(self._heaps, self._classes, strict=True):
-            head = heap.head()
-            if head is None:
+            lowest = heap.head()
+            if lowest is None:
                 continue
+            key, head = lowest
             idle_s = now_s - head.last_use_s
-            tier = kind.value
-            if kind is Kind.SESSION and (idle_s > rules.session_ttl_s or not is_protected):
+            tier, value = kind.value, 0.0
+            if kind is Kind.AWAITED:
+                tier = Kind.SESSION.value if is_protected else Kind.PLAIN.value
+                value = cost_s / max(-key - now_s, _LEAST_WAIT_S)
+            elif kind is Kind.SESSION and (idle_s > rules.session_ttl_s or not is_protected):
                 tier = Kind.PLAIN.value
-            value = 0.0
             if kind in self._gaps:
                 value = self._gaps[kind].rate(idle_s) * cost_s if self._is_by_value else -idle_s
             if (tier, value) < least:

@@ -224,7 +224,7 @@ class PrefixIndex:
     def watch(self, request_id: str, match: Match, now_s: float, due_s: float) -> Segment | None:
         """A waiting request counts on a match, without holding it: it is named when any of that is evicted.
 
-        due_s: its deadline, or what else tells who will run first. Returns what `unwatch` wants; None for a match of no
+        due_s: when it is predicted to run. Returns what `unwatch` wants; None for a match of no
         granule. A named request watches nothing any more.
         """
         deepest = self._ending(match, now_s)

@@ -32,7 +32,7 @@ class CachedPrefixes:
         self.siblings = PrefixSiblings(deadlines, memory, cache.granule_tokens, priority)
         self._cache = cache
         cache.prefill_s, cache.decode_s = deadlines.prefill_s, deadlines.decode_s
-        self._waits = PrefixWaits(cache)
+        self._waits = PrefixWaits(cache, deadlines)
         # Waiting, of which another part is cached than before; and those that have waited for another, in no queue. A
         # plain dict's first entry is found behind all that were taken out before.
         self._moved: OrderedDict[str, Sequence] = OrderedDict()
@@ -48,7 +48,7 @@ class CachedPrefixes:
 
     def begin(self, seq: Sequence, start: int) -> None:
         """It waits no more: its first chunk, behind its hits, is in a batch."""
-        self._waits.discard(seq)
+        self._waits.begin(seq)
         seq.num_cached_tokens = start
         seq.num_promised_tokens = min(seq.num_promised_tokens, start)
         for other in self._waits.wanting(self.siblings.next_key(seq)):

@@ -69,6 +69,12 @@ class Deadlines:
             self._config.min_deadline_s if least_s is None else least_s,
         )
 
+    def latest_begin_s(self, seq: Sequence, num_cached_tokens: int) -> tuple[float, float]:
+        """When a prefill behind cached tokens has to begin to be in time, with its margin; and its work."""
+        work_s = self.work_s(seq.num_known_tokens, num_cached_tokens)
+        target_s = self.ttft_target_s(seq.request, work_s)
+        return seq.request.arrival_s + target_s - work_s - self._margin_s(target_s), work_s
+
     def begin(self, seq: Sequence) -> None:
         """Set work and deadline of a request that has just arrived."""
         request = seq.request

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from megatron_medha.core.kv.prefix_cache import PrefixCache
 from megatron_medha.core.kv.segment import KEY_BYTES, Evicted, Segment
 from megatron_medha.core.kv.sequence import Sequence
+from megatron_medha.core.scheduling.deadlines import Deadlines
+
+_FADES = 0.9  # of what earlier beginnings count, with each
 
 
 @dataclass(slots=True)
@@ -20,10 +23,17 @@ class _Wait:
 
 
 class PrefixWaits:
-    """By request id. A waiting sequence holds nothing of the cache."""
+    """By request id. A waiting sequence holds nothing of the cache.
 
-    def __init__(self, cache: PrefixCache) -> None:
+    What is evicted goes by when each is predicted to begin: when its relative slack is where that of others was when
+    they began, lately. Under load short work passes long, and the one that has waited longest need not be the next.
+    """
+
+    def __init__(self, cache: PrefixCache, deadlines: Deadlines) -> None:
         self._cache = cache
+        self._deadlines = deadlines
+        # Relative slack with which sequences have begun lately, by their work: its sum, and that of the work.
+        self._slack_s = self._work_s = 0.0
         self._waits: dict[str, _Wait] = {}
         self._by_next_key: dict[bytes, dict[str, Sequence]] = {}
 
@@ -50,7 +60,8 @@ class PrefixWaits:
         end, watched = 0, None
         if match is not None:
             end = match.end
-            watched = cache.index.watch(request_id, match, cache.now_s, seq.request.arrival_s)
+            begin_s = self._predicted_begin_s(seq, end * cache.granule_tokens)
+            watched = cache.index.watch(request_id, match, cache.now_s, begin_s)
         seq.num_cached_tokens = end * cache.granule_tokens
         seq.start_behind(seq.num_cached_tokens)
         next_key = b""
@@ -60,8 +71,15 @@ class PrefixWaits:
             self._by_next_key.setdefault(next_key, {})[request_id] = seq
         self._waits[request_id] = _Wait(seq, watched, next_key)
 
+    def begin(self, seq: Sequence) -> None:
+        """Its first chunk is in a batch: it waits no more."""
+        done_s = self._cache.now_s + seq.total_work_s + seq.margin_s
+        self._slack_s = _FADES * self._slack_s + seq.deadline_s - done_s
+        self._work_s = _FADES * self._work_s + seq.total_work_s
+        self.discard(seq)
+
     def discard(self, seq: Sequence) -> None:
-        """It begins, or has ended."""
+        """It waits no more."""
         wait = self._waits.pop(seq.request_id, None)
         if wait is None:
             return
@@ -87,3 +105,8 @@ class PrefixWaits:
     def evicted(self, records: Iterable[Evicted]) -> list[Sequence]:
         """Those of which less is cached, now that these granules are not."""
         return [self._waits[name].seq for record in records for name in record.waiters if name in self._waits]
+
+    def _predicted_begin_s(self, seq: Sequence, num_cached_tokens: int) -> float:
+        latest_s, work_s = self._deadlines.latest_begin_s(seq, num_cached_tokens)
+        relative_slack = self._slack_s / self._work_s if self._work_s else 0.0
+        return latest_s - relative_slack * work_s
