@@ -19,7 +19,7 @@ class ModelOptions:
     device: str = "auto"
     block_size: int | None = None           # tokens in a KV block; None: the attention backend's own
     kv_memory_gib: float | None = None
-    kv_memory_share: float = 0.5            # of free memory, while kv_memory_gib is None
+    kv_memory_share: float | None = None    # of free memory, while kv_memory_gib is None; None: the device's own
     kv_dtype: str = "auto"                  # auto: the model's
     fp8: str = "none"                       # recipe of the linear layers
     weight_dtype: str = "auto"              # of the linear layers; auto: the model's

@@ -27,6 +27,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None = None     # where that is, if not in the checkpoint; read for structured output
     model: ModelOptions = ModelOptions()
     kv_memory_bytes: int | None      # for all KV blocks of this rank; None: model.kv_memory_share of free GPU memory
+    max_batch_tokens: int = 8192     # in a step; what GPU memory beside KV must suffice for
     # Tokens of one request on one kvp rank: index i of a chunk's kvp_ranks holds [i*S, (i+1)*S). None: the rank says.
     max_tokens_per_shard: int | None = None
     kv: KVConfig = NO_PREFIX_CACHE

@@ -45,6 +45,8 @@ from megatron_medha.parallel.groups import MedhaPGs
 
 log = logging.getLogger(__name__)
 
+_given_up: list[str] = []  # why Transformer Engine is no longer used in this process
+
 
 def build_model(
     config: ModelConfig,
@@ -163,7 +165,7 @@ class _CheckpointedGPTModel(GPTModel):
 
 def transformer_engine_works(device: torch.device) -> bool:
     """Whether Transformer Engine can be used; a broken installation is said and passed over."""
-    if device.type != "cuda":
+    if device.type != "cuda" or _given_up:
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401
@@ -173,6 +175,12 @@ def transformer_engine_works(device: torch.device) -> bool:
         log.warning("transformer_engine_unusable", exc_info=True)
         return False
     return True
+
+
+def give_up_transformer_engine(reason: str) -> None:
+    """From here on, models of this process are built without it."""
+    log.warning("transformer_engine_given_up reason=%s", reason)
+    _given_up.append(reason)
 
 
 def _block_spec(

@@ -90,6 +90,30 @@ def quantise_linears(model: GPTModel, recipe: str, has_transformer_engine: bool)
     )  # fmt: skip
 
 
+def why_fp8_fails(model: GPTModel) -> str | None:
+    """Why one of the decoder's kinds of linear layer computes nothing in Transformer Engine's FP8; None: all do.
+
+    Collective. A library that can be imported may still lack a kernel for this GPU, which shows at the first launch.
+    """
+    from megatron.core.fp8_utils import get_fp8_context
+
+    seen = set()
+    for module in model.decoder.modules():
+        kind = (type(module), getattr(module, "in_features", None), getattr(module, "out_features", None))
+        if not type(module).__name__.startswith("TE") or None in kind or kind in seen:
+            continue
+        seen.add(kind)
+        weight = next(module.parameters())
+        input_T1I = torch.ones(_ALIGNMENT, 1, module.in_features, dtype=weight.dtype, device=weight.device)
+        try:
+            with torch.inference_mode(), get_fp8_context(model.config, 0):
+                output = module(input_T1I)
+            (output[0] if isinstance(output, tuple) else output).float().sum().item()  # errors of kernels come late
+        except Exception as error:  # of a library that is not ours: it raises whatever it likes
+            return f"{type(module).__name__}: {type(error).__name__}: {error}"
+    return None
+
+
 class ScaledLinear:
     """Stands in for the forward of a Megatron linear layer: e4m3 products with a scale per token and per output.
 

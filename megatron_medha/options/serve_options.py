@@ -93,6 +93,7 @@ class WorkloadOptions:
     """Empty: a server takes its traffic from its clients."""
 
 
+_CPU_KV_SHARE = 0.5                 # unless model.kv_memory_share says otherwise
 _MAX_WANDB_PROJECT_CHARS = 128     # W&B's limits
 _NOT_IN_WANDB_PROJECT = "/\\#?%:"
 
@@ -233,6 +234,7 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
         )
     block_size = model.block_size or DEFAULT_BLOCK_SIZE  # larger ones, of CUDA's backends, are checked by the rank
     kv = options.kv.config if isinstance(options, ServeOptions) else NO_PREFIX_CACHE
+    scheduler = options.scheduler.reduced if isinstance(options, ServeOptions) else SchedulerConfig()
     _check_shards(parallel, kv, block_size)
     return RankConfig(
         layout=parallel.replica,
@@ -240,6 +242,7 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
         checkpoint=str(checkpoint),
         model=replace(model, device=device, num_threads=_num_threads(options)),
         kv_memory_bytes=_kv_memory_bytes(options, checkpoint, device),
+        max_batch_tokens=scheduler.max_batch_tokens,
         max_tokens_per_shard=parallel.max_tokens_per_shard,
         kv=kv,
         is_audited=isinstance(options, ServeOptions) and options.kv_audit,
@@ -276,7 +279,7 @@ def _kv_memory_bytes(options: ServeOptions | ProfileOptions, checkpoint: Path, d
     # tp and spp cut the weights, kvp and dp repeat them.
     num_copies = parallel.kvp * parallel.dp
     weight_bytes = machine.directory_bytes(checkpoint) * num_copies
-    kv_bytes = int((free_bytes - weight_bytes) * model.kv_memory_share)
+    kv_bytes = int((free_bytes - weight_bytes) * (model.kv_memory_share or _CPU_KV_SHARE))
     if kv_bytes <= 0:
         times = f", {num_copies} times," if num_copies > 1 else ""
         raise ConfigError(

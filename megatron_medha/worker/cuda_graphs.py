@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 _DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Above 512 tokens of an 8B model on an H100 a layer takes longer than its launches.
 _CHUNK_SIZES = tuple(range(64, 513, 64))
+LARGEST_GRAPH_TOKENS = _CHUNK_SIZES[-1]
 # In a step that has a chunk; decodes are most of them, and under load there are more than a few.
 _CHUNK_SEQUENCES = (32, 256)
 

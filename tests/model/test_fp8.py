@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.build import build_model
-from megatron_medha.model.fp8 import ScaledLinear, check_fp8, quantise_linears, quantised_rows
+from megatron_medha.model.fp8 import ScaledLinear, check_fp8, quantise_linears, quantised_rows, why_fp8_fails
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import build_groups, init_distributed
 
@@ -67,3 +69,30 @@ def test_a_recipe_that_cannot_be_had_is_refused(arguments: tuple[str, torch.dtyp
     recipe, dtype, has_transformer_engine, tp = arguments
     with pytest.raises(ConfigError, match=why):
         check_fp8(recipe, dtype=dtype, has_transformer_engine=has_transformer_engine, tp=tp)
+
+
+class TELinear(torch.nn.Module):
+    """Named as Megatron names Transformer Engine's layers, of a library that lacks a kernel."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.fails = 32, 16, fails
+        self.weight = torch.nn.Parameter(torch.ones(16, 32, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if self.fails:
+            raise OSError("no kernel image is available")
+        return x @ self.weight.t(), None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_fp8_layer_without_a_kernel_is_found_before_the_first_request(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import fp8_utils
+
+    monkeypatch.setattr(fp8_utils, "get_fp8_context", lambda config, layer: contextlib.nullcontext())
+    model = SimpleNamespace(decoder=torch.nn.Sequential(TELinear(False), TELinear(fails)), config=None)
+    model.decoder[1].out_features = 48  # another kind
+    reason = why_fp8_fails(model)
+    assert reason == ("TELinear: OSError: no kernel image is available" if fails else None)

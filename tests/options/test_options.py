@@ -186,6 +186,7 @@ def test_overrides_reach_the_rank(configure: Configure, checkpoint: Path) -> Non
     assert config.world == RankConfig(
         server_endpoint="",
         checkpoint=str(checkpoint),
+        max_batch_tokens=4096,
         model=ModelOptions(
             device="cpu", dtype="bfloat16", block_size=32, kv_memory_gib=0.5, max_context_len=1000, num_threads=1
         ),

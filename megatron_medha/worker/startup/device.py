@@ -19,12 +19,12 @@ log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def free_device_bytes(device: torch.device, share: float) -> int:
-    """That share of what is free on the GPU now that the weights are there. Raises ConfigError on a CPU."""
+def free_device_bytes(device: torch.device) -> int:
+    """What is free on the GPU now that the weights are there. Raises ConfigError on a CPU."""
     if device.type != "cuda":
         raise ConfigError("kv_memory_bytes=None: only a GPU's memory is shared out by the rank; give a number")
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    return int(free_bytes * share)
+    return int(free_bytes)
 
 
 def kv_dtype_of(name: str, dtype: torch.dtype, backend: AttentionBackend) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 import time
 from array import array
 from collections.abc import Callable
@@ -27,9 +28,14 @@ from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.choose_backend import attention_backend
 from megatron_medha.kernels.linear.native_decoder import NativeDecoder
 from megatron_medha.kernels.native_build import BUILD_S, is_built
-from megatron_medha.model.build import build_model, check_layout_of, transformer_engine_works
+from megatron_medha.model.build import (
+    build_model,
+    check_layout_of,
+    give_up_transformer_engine,
+    transformer_engine_works,
+)
 from megatron_medha.model.cpu_model import use_cpu_kernels
-from megatron_medha.model.fp8 import check_fp8, quantise_linears
+from megatron_medha.model.fp8 import check_fp8, quantise_linears, why_fp8_fails
 from megatron_medha.model.latent_attention import absorb_projections
 from megatron_medha.model.narrow_weights import check_weight_dtype
 from megatron_medha.model.packed_linear import linear_kernels_of
@@ -39,7 +45,7 @@ from megatron_medha.models.tokenizer_facts import with_end_tokens_of
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed, min_over_ranks
 from megatron_medha.parallel.point_board import PointBoard
 from megatron_medha.parallel.tp_all_reduce import tp_all_reduce
-from megatron_medha.worker.cuda_graphs import step_graphs
+from megatron_medha.worker.cuda_graphs import LARGEST_GRAPH_TOKENS, step_graphs
 from megatron_medha.worker.grammar_masks import GrammarMasks
 from megatron_medha.worker.hold_points import HoldPoints
 from megatron_medha.worker.kv_cache import allocate_kv, num_blocks_that_fit
@@ -54,8 +60,16 @@ from megatron_medha.worker.startup.device import (
     kv_dtype_of,
     use_instructions,
 )
+from megatron_medha.worker.startup.kv_memory import (
+    GPU_KV_SHARE,
+    CudaMemory,
+    StepPeaks,
+    kv_bytes_beside,
+    measured_peaks,
+)
 
 _WARM_UP_TOKENS = 64
+_MEASURED_DRAWS = 256  # scheduler.max_num_sequences by default
 _PROGRESS_INTERVAL_S = 0.1
 _M_TRIM_THRESHOLD = -1  # from malloc.h
 _M_MMAP_THRESHOLD = -3
@@ -107,7 +121,14 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         progress("vocabulary", 0.0)
         guided.load()
     model, decoder = _loaded_model(model_config, directory, options, dtype, backend, device, pgs, progress)
-    kv_layers, num_blocks = _kv_memory(config, model, model_config, backend, block_size, kv_dtype, device)
+    kv_bytes = config.kv_memory_bytes
+    if kv_bytes is None:
+        progress("memory of the largest step", 0.0)
+        peaks = _step_peaks(config, model, model_config, block_size, kv_dtype, device, pgs, backend.name)
+        gc.collect()  # modules hold one another in cycles
+        torch.cuda.empty_cache()
+        kv_bytes = kv_bytes_beside(CudaMemory(device), peaks, options.kv_memory_share or GPU_KV_SHARE)
+    kv_layers, num_blocks = _kv_memory(config, model, model_config, backend, block_size, kv_dtype, kv_bytes)
     shard_tokens = config.max_tokens_per_shard
     if shard_tokens is None and layout.kvp > 1:
         shard_tokens = default_shard_tokens(num_blocks, block_size, max_context_len, layout.kvp, config.kv)
@@ -163,11 +184,16 @@ def _loaded_model(
 ) -> tuple[GPTModel, NativeDecoder | None]:
     """This rank's part of the model with its weights, in the layout that its kernels read; see use_cpu_kernels."""
     progress("model", 0.0)
-    model = build_model(config, dtype=dtype, device=device, pgs=pgs, is_initialized=False, fp8=options.fp8)
-    load_weights(model, config, directory, _throttled(progress))
-    absorb_projections(model)
-    model.requires_grad_(False)
-    quantise_linears(model, options.fp8, transformer_engine_works(device))
+    model = _quantised_model(config, directory, options, dtype, device, pgs, progress)
+    if (
+        options.fp8 != "none"
+        and transformer_engine_works(device)
+        and (reason := why_fp8_fails(model)) is not None
+    ):
+        give_up_transformer_engine(reason)
+        check_fp8(options.fp8, dtype=dtype, has_transformer_engine=False, tp=pgs.tp.size())
+        del model
+        model = _quantised_model(config, directory, options, dtype, device, pgs, progress)
     decoder = use_cpu_kernels(
         model,
         backend,
@@ -178,6 +204,23 @@ def _loaded_model(
     return model, decoder
 
 
+def _quantised_model(
+    config: ModelConfig,
+    directory: Path,
+    options: ModelOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+    pgs: MedhaPGs,
+    progress: Progress,
+) -> GPTModel:
+    model = build_model(config, dtype=dtype, device=device, pgs=pgs, is_initialized=False, fp8=options.fp8)
+    load_weights(model, config, directory, _throttled(progress))
+    absorb_projections(model)
+    model.requires_grad_(False)
+    quantise_linears(model, options.fp8, transformer_engine_works(device))
+    return model
+
+
 def _kv_memory(
     config: RankConfig,
     model: GPTModel,
@@ -185,7 +228,8 @@ def _kv_memory(
     backend: AttentionBackend,
     block_size: int,
     dtype: torch.dtype,
-    device: torch.device,
+    num_bytes: int,
+    max_blocks: int | None = None,
 ) -> tuple[tuple[LayerKV, ...], int]:
     """KV of every layer, in as many blocks as every rank has memory for."""
     sizes = {
@@ -194,9 +238,65 @@ def _kv_memory(
         "num_kv_heads": model_config.num_cached_heads(config.layout.tp),
         "head_dim": model_config.cached_head_dim,
     }
-    num_bytes = config.kv_memory_bytes or free_device_bytes(device, config.model.kv_memory_share)
-    num_blocks = min_over_ranks(num_blocks_that_fit(num_bytes, dtype=dtype, **sizes))
+    num_blocks = min_over_ranks(min(num_blocks_that_fit(num_bytes, dtype=dtype, **sizes), max_blocks or 1 << 62))
     return allocate_kv(backend, num_blocks, dtype=dtype, **sizes), num_blocks
+
+
+def _step_peaks(
+    config: RankConfig,
+    model: GPTModel,
+    model_config: ModelConfig,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pgs: MedhaPGs,
+    backend_name: str,
+) -> StepPeaks:
+    """What the largest steps need, over a small pool that is given up again; see kv_memory.py. Raises ConfigError."""
+    free_bytes = free_device_bytes(device)
+    # A backend of its own, as one holds tables for the pool that it has allocated.
+    backend = attention_backend(
+        backend_name,
+        device,
+        group=model_config.queries_per_cached_head(config.layout.tp),
+        score_cap=model_config.score_cap,
+    )
+    largest = min(config.max_batch_tokens, model_config.max_context_len - 1)
+    wanted_blocks = num_blocks_for(largest + 1, block_size)
+    kv_layers, num_blocks = _kv_memory(
+        config, model, model_config, backend, block_size, dtype, free_bytes // 2, wanted_blocks
+    )
+    rank = Rank(
+        rank=config.rank, model=model, config=model_config, backend=backend, kv_layers=kv_layers,
+        block_size=block_size, shard_tokens=num_blocks * block_size, device=device, pgs=pgs,
+    )  # fmt: skip
+    has_graphs = config.model.cuda_graphs and backend.has_padded_plans
+    largest = min(largest, num_blocks * block_size - 1)
+    return measured_peaks(
+        CudaMemory(device),
+        lambda num_tokens: compute_step(rank, num_tokens, block_size),
+        largest_tokens=largest,
+        graph_tokens=min(largest, LARGEST_GRAPH_TOKENS) if has_graphs else 0,
+    )
+
+
+def compute_step(rank: Rank, num_tokens: int, block_size: int) -> None:
+    """A step of so many tokens on blocks nobody owns yet: a chunk, beside as many drawn tokens as there may be.
+
+    All single tokens lie in the same block, as nobody reads what comes out.
+    """
+    num_single = min(_MEASURED_DRAWS, num_tokens - 1)
+    lengths = {"measured-chunk": num_tokens - num_single} | {f"measured-{i}": 1 for i in range(num_single)}
+    sampling = Sampling(max_output_tokens=2, temperature=1.0, top_p=0.9)
+    ranks = (rank.kvp_rank,)
+    new = [NewRequest(name, array("i", [0] * length).tobytes(), length, sampling) for name, length in lengths.items()]
+    begin = [
+        append_op(name, rank.kvp_rank, (Extent(0, num_blocks_for(length, block_size)),))
+        for name, length in lengths.items()
+    ]
+    chunks = tuple(Chunk(name, 0, length, True, ranks) for name, length in lengths.items())
+    rank.run(RankStep(-2, chunks, tuple(new), kv_ops=tuple(begin)))
+    rank.run(RankStep(-1, (), (), tuple(lengths)))
 
 
 def warm_up(rank: Rank, *, max_tokens: int, block_size: int) -> None:
