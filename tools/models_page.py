@@ -30,11 +30,11 @@ them together. What a checkpoint may look like is in [serving.md](serving.md).
 
 A model is Megatron's: its layers, norms, routers and experts compute as in training. Positions, KV and attention are
 this project's. Models whose layers are Llama's (RMSNorm, rotary positions, gated SiLU, no biases but those of q, k and
-v) have layers written for inference. On one CPU rank in bf16 a step of these, and of all others that have no window,
-no sinks, no attention output gate, no latent attention and no norms of outputs or of all heads, is one call of the
-native library, experts and routers included. What is left takes Megatron's own layers: about 0.3 ms a layer and step
-more, which a small model's lone decode notices and a prefill does not. Megatron's own layers have not run on a GPU
-here yet.
+v) have layers written for inference. On one CPU rank in bf16 a step of these, and of all others that have no sinks, no
+attention output gate, no latent attention and no norms of outputs or of all heads, is one call of the native library,
+experts and routers included; with windows it is one call for every run of layers that have one, or have none. What is
+left takes Megatron's own layers: about 0.3 ms a layer and step more, which a small model's lone decode notices and a
+prefill does not. Megatron's own layers have not run on a GPU here yet.
 
 ## Models of Megatron
 

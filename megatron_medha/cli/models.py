@@ -12,10 +12,10 @@ USAGE = """\
 usage: medha models [--json]
 
 Prints the families of Hugging Face models by their model_type, as config.json has it: those that are served, whose
-layers compute them, whether a step on one CPU rank in bf16 is one call of the native library, and their traits beyond
-Llama's, for a model with the family's defaults. Then families that are not served, and what is missing. A checkpoint
-of Megatron is served by its arguments, whatever its family (docs/models.md); `medha serve --check DIR` says what one
-is.
+layers compute them, whether a step on one CPU rank in bf16 takes one call of the native library for many layers, and
+their traits beyond Llama's, for a model with the family's defaults. Then families that are not served, and what is
+missing. A checkpoint of Megatron is served by its arguments, whatever its family (docs/models.md); `medha serve
+--check DIR` says what one is.
 
   --json     the same as a JSON list
 
@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> int:
     _line(width, *_HEAD)
     for each in served:
         _line(
-            width, each.model_type, each.layers, "yes" if each.is_one_native_call else "no", ", ".join(each.traits)
+            width, each.model_type, each.layers, "yes" if each.is_native else "no", ", ".join(each.traits)
         )
     print("\nnot served, because of")
     for each in families:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -56,7 +56,7 @@ def use_cpu_kernels(
     weight_dtype: str = "auto",
     linear_backend: str = "auto",
 ) -> NativeDecoder | None:
-    """Put into the model what a CPU can have; inference only, for good. Returns the decoder of its steps, if any.
+    """Put into the model what a CPU can have; inference only, for good. Returns the decoder of whole steps, if any.
 
     For the arguments see pack_linears. Says in the log what is used and why the rest is not.
     """
@@ -72,9 +72,25 @@ def use_cpu_kernels(
     except (UnsupportedPart, NativeUnavailable) as reason:
         log.info("decode=torch reason=%r (docs/models.md: which models have native decodes)", str(reason))
         return None
-    log.info("decode=native layers=%d", decoder.num_layers)
-    model.forward = NativeForward(model, decoder)  # type: ignore[method-assign]
-    return decoder
+    forward = NativeForward(model, decoder)
+    model.forward = forward  # type: ignore[method-assign]
+    log.info("decode=native layers=%d calls=%d", decoder.num_layers, len(forward.runs))
+    # A call has one plan of what its rows see.
+    return None if any(run.is_windowed for run in forward.runs) else decoder
+
+
+class LayerRun(NamedTuple):
+    """Layers one after another that all have the window, or all have not."""
+
+    layers: range
+    is_windowed: bool
+
+
+def layer_runs(is_windowed: Sequence[bool]) -> tuple[LayerRun, ...]:
+    """Of layers that have the window or not, in order."""
+    starts = [i for i, has in enumerate(is_windowed) if i == 0 or has != is_windowed[i - 1]]
+    ends = [*starts[1:], len(is_windowed)]
+    return tuple(LayerRun(range(i, end), is_windowed[i]) for i, end in zip(starts, ends, strict=True))
 
 
 class NativeForward:
@@ -86,6 +102,8 @@ class NativeForward:
         self._block = model.decoder
         self._is_first, self._is_last = model.pre_process, model.post_process
         self._hidden_size = model.config.hidden_size
+        attentions = [layer.self_attention.core_attention for layer in model.decoder.layers]
+        self.runs = layer_runs([getattr(attention, "is_windowed", False) for attention in attentions])
 
     def __call__(
         self, token_ids_1T: Tensor, *args: Any, inference_context: PackedBatch | None = None, **kwargs: Any
@@ -102,18 +120,18 @@ class NativeForward:
             hidden_TC = torch.empty(len(token_ids_T), self._hidden_size, dtype=torch.bfloat16)
         else:
             token_ids_T, hidden_TC = None, self._block.input_tensor[:, 0].contiguous()
-        num_layers = self.decoder.num_layers
-        is_whole = len(pieces) == 1 and pieces[0].batch.before_layer is None
-        calls = [range(num_layers)] if is_whole else [range(i, i + 1) for i in range(num_layers)]
+        num_layers, runs = self.decoder.num_layers, self.runs
+        if len(pieces) > 1 or pieces[0].batch.before_layer is not None:
+            runs = tuple(LayerRun(range(i, i + 1), run.is_windowed) for run in runs for i in run.layers)
         logits = []
-        for layers, part in itertools.product(calls, pieces):
+        for (layers, is_windowed), part in itertools.product(runs, pieces):
             rows, piece = part.rows, part.batch
             if piece.before_layer is not None:
                 piece.before_layer()
             is_last = self._is_last and layers.stop == num_layers
             logits_RV = self.decoder.run(
                 hidden_TC[rows],
-                piece.plan,
+                piece.window_plan if is_windowed else piece.plan,
                 piece.kv_layers,
                 piece.rotation[:2],
                 token_ids_T=token_ids_T[rows] if token_ids_T is not None and layers.start == 0 else None,
@@ -203,7 +221,6 @@ def _rotation_of(attention: GeneralSelfAttention) -> tuple[bool, bool]:
     unsupported = {
         "an output gate of attention": attention.config.attention_output_gate,
         "scores beside those of keys": core.softmax_offset is not None,
-        "windows": core.is_windowed,
     }
     if named := [name for name, is_set in unsupported.items() if is_set]:
         raise UnsupportedPart(", ".join(named))

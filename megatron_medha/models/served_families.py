@@ -18,9 +18,9 @@ _SIZES = {
     "num_attention_heads": 640,
 }  # fmt: skip
 _OF_EXPERTS = {"num_experts_per_tok": 2, "n_routed_experts": 8, "num_experts": 8}
-# Traits whose steps are not one call of the native library (model/cpu_model.py).
+# Traits whose steps are not calls of the native library for many layers at once (model/cpu_model.py).
 _SLOWER = (
-    "window", "sinks", "off-by-one", "attention output gate", "latent attention", "norms after", "norm of all heads",
+    "sinks", "off-by-one", "attention output gate", "latent attention", "norms after", "norm of all heads",
     "two rotary bases", "capped", "scaled embeddings",
 )  # fmt: skip
 
@@ -31,7 +31,7 @@ class ServedFamily(NamedTuple):
     model_type: str
     is_served: bool
     layers: str              # whose compute it: Llama's (written for inference) or Megatron's; empty: not served
-    is_one_native_call: bool  # a step on one CPU rank in bf16
+    is_native: bool          # a step on one CPU rank in bf16 is few calls of the native library
     traits: tuple[str, ...]  # beyond Llama's, of a model with the family's defaults
     missing: str = ""        # why it is not served
 

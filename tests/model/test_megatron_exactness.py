@@ -17,7 +17,7 @@ from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_spec import ModelSpec
 from megatron_medha.kernels.choose_backend import attention_backend
 from megatron_medha.model.build import build_model
-from megatron_medha.model.cpu_model import use_cpu_kernels
+from megatron_medha.model.cpu_model import NativeForward, layer_runs, use_cpu_kernels
 from megatron_medha.model.experts import ExpertsLayer
 from megatron_medha.model.general_layers import GeneralTransformerLayer
 from megatron_medha.model.latent_attention import absorb_projections
@@ -196,6 +196,28 @@ def test_a_step_in_one_native_call_is_no_further_from_fp32_than_megatrons_own(
         pytest.skip("this machine has no native library")
     assert use_cpu_kernels(pair.served, backend) is not None
     assert_bfloat16_is_as_near(pair)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [MODELS["window"], MODELS["window of the token alone"], {"window_size": [39, 0], "window_attn_skip_freq": 3}],
+    ids=["every layer", "the token alone", "two layers of three"],
+)
+def test_a_step_of_layers_with_a_window_is_native_calls_as_near_to_fp32(
+    options: dict[str, Any], pgs: MedhaPGs, tmp_path: Path
+) -> None:
+    pair = saved_and_loaded(options, pgs, tmp_path, dtype=torch.bfloat16)
+    backend = attention_backend("auto", CPU)
+    if not backend.is_native:
+        pytest.skip("this machine has no native library")
+    assert use_cpu_kernels(pair.served, backend) is None  # of whole steps
+    assert isinstance(pair.served.forward, NativeForward)
+    assert_bfloat16_is_as_near(pair)
+
+
+def test_layers_with_a_window_and_without_are_taken_in_runs() -> None:
+    assert [(run.layers, run.is_windowed) for run in layer_runs([True, True, False, True])] == [
+        (range(2), True), (range(2, 3), False), (range(3, 4), True)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name, options in MODELS.items() if "num_experts" in options])
