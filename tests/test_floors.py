@@ -64,6 +64,7 @@ ROOMS = {
         "core", "text", "server", "server/bodies", "server/http", "server/observe", "server/openai", "server/anthropic",
     },
     "bench": {"core", "stats", "workload"},
+    "bits": {"core", "cluster", "worker", "worker/startup"},
     "tiny": {"core", "system", "safe_files", "text", "parallel", "models", "checkpoints", "model"},
     "options": {
         "core", "system", "text", "stats", "workload", "engine", "sim", "sim/baselines", "sim/planning", "cluster",
@@ -71,8 +72,8 @@ ROOMS = {
     },
     "cli": {
         "core", "system", "text", "stats", "workload", "engine", "sim", "sim/planning", "cluster", "cluster/remote",
-        "models", "checkpoints", "worker", "worker/startup", "server", "server/observe", "bench", "tiny", "options",
-        "kernels",
+        "models", "checkpoints", "worker", "worker/startup", "server", "server/observe", "bench", "bits", "tiny",
+        "options", "kernels",
     },
     "python_api": {"core", "text", "server", "server/bodies", "server/http", "server/openai", "options", "cli"},
 }  # fmt: skip

@@ -30,11 +30,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.exact_hits.cases import BLOCK_SIZE, random_case
-from experiments.exact_hits.play import Place, Play, compare
+from experiments.exact_hits.compare import compare
 from experiments.lib.random_llama import save_llama
-from experiments.lib.rank_processes import RankProcesses, rank_processes
 from experiments.lib.results_file import ResultsFile, verdict
+from megatron_medha.bits.play import Place, Play
+from megatron_medha.bits.random_schedule import BLOCK_SIZE, random_case
+from megatron_medha.bits.rank_processes import RankProcesses, rank_processes
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.core.layout import ParallelLayout
 

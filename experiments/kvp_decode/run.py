@@ -34,7 +34,7 @@ import msgspec
 from tqdm import tqdm
 
 from experiments.lib.random_llama import save_llama
-from experiments.lib.rank_processes import RankProcesses, rank_processes
+from megatron_medha.bits.rank_processes import RankProcesses, rank_processes
 from megatron_medha.cluster.messages import NewRequest, RankStep
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig

@@ -26,6 +26,7 @@ COMMANDS = {  # and what each does; cli/NAME.py has run(words) -> exit code, and
     "report": "compare finished runs in one report",
     "replay": "check that a decision log replays to the same batches",
     "selftest": "fuzz-test a running server",
+    "check-bits": "check that answers have the same bits whatever the traffic and the layout",
     "grafana": "print a Grafana dashboard for the server's metrics",
     "compile": "compile the scheduler to C, for faster decisions",
     "models": "list the families of models that are served",

@@ -224,7 +224,7 @@ def rank_config(options: ServeOptions | ProfileOptions) -> RankConfig:
             f"model.shape.name={model.shape.name}: with runtime=ranks the checkpoint says what the model is; "
             "use model=auto, or runtime=sim to simulate this one"
         )
-    checkpoint = _checkpoint(options.checkpoint)
+    checkpoint = checkpoint_path(options.checkpoint)
     parallel = options.parallel
     device = model.device if model.device != "auto" else ("cuda" if machine.has_cuda_device() else "cpu")
     if parallel.kvp > 1 and parallel.max_tokens_per_shard is None and device == "cuda" and model.kv_memory_gib is None:
@@ -343,7 +343,8 @@ def _profile(path: Path | None, layout: ParallelLayout) -> FittedCost | None:
         raise ConfigError(f"profile={path}: not a profile ({error}); `medha profile` writes one") from None
 
 
-def _checkpoint(given: Path | None) -> Path:
+def checkpoint_path(given: Path | None) -> Path:
+    """What a user named, found. Raises ConfigError."""
     example = "`medha fetch-model` downloads a small one, `medha train-tiny` makes one in checkpoints/tiny"
     if given is None:
         raise ConfigError(

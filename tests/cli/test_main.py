@@ -38,7 +38,7 @@ def test_an_unknown_command_is_refused_with_the_nearest_one(capsys: pytest.Captu
     assert "did you mean serve?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["serve", "chat", "train-tiny", "replay", "selftest"])
+@pytest.mark.parametrize("name", ["serve", "chat", "train-tiny", "replay", "selftest", "check-bits"])
 def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out

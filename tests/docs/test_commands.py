@@ -12,6 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from megatron_medha.cli.chat import ChatConfig
+from megatron_medha.cli.check_bits import CheckBitsOptions
 from megatron_medha.cli.medha import COMMANDS
 from megatron_medha.cli.parts import model_words
 from megatron_medha.cli.parts.arguments import Arguments, parse_arguments
@@ -42,6 +43,7 @@ OPTIONS: dict[str, type] = {
     "chat": ChatConfig,
     "selftest": SelftestConfig,
     "run-batch": BatchOptions,
+    "check-bits": CheckBitsOptions,
 }
 NUM_WORDS = {
     "explain": (2, 2), "replay": (1, 1), "version": (0, 0), "grafana": (0, 0), "compile": (0, 1), "models": (0, 1),

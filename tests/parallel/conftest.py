@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.lib.rank_processes import RankProcesses, rank_processes
+from megatron_medha.bits.rank_processes import RankProcesses, rank_processes
 from tests.parallel.walk import LAYOUTS, Reference, save_model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.lib.rank_processes import RankProcesses, leave_group
+from megatron_medha.bits.rank_processes import RankProcesses, leave_group
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.errors import ConfigError

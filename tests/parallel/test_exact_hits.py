@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.exact_hits import play
-from experiments.exact_hits.cases import random_case
-from experiments.exact_hits.play import Place, Play, compare
+from experiments.exact_hits.compare import compare
 from experiments.exact_hits.run import model_options
-from experiments.lib.rank_processes import RankProcesses
+from megatron_medha.bits import play
+from megatron_medha.bits.play import Place, Play
+from megatron_medha.bits.random_schedule import random_case
+from megatron_medha.bits.rank_processes import RankProcesses
 from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.layout import ParallelLayout
 from tests.parallel.walk import VOCAB_SIZE, Reference

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.lib.rank_processes import RankProcesses
+from megatron_medha.bits.rank_processes import RankProcesses
 from megatron_medha.core.errors import ConfigError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed

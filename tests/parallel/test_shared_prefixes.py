@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.lib.rank_processes import RankProcesses
+from megatron_medha.bits.rank_processes import RankProcesses
 from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.prefix_keys import GranuleKeys
 from megatron_medha.core.layout import ParallelLayout

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.lib.rank_processes import RankProcesses
+from megatron_medha.bits.rank_processes import RankProcesses
 from megatron_medha.core.batch import Arrived
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.request import Request

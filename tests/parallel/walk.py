@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.lib.rank_processes import Answer, RankProcesses
+from megatron_medha.bits.rank_processes import Answer, RankProcesses
 from megatron_medha.cluster.messages import NewRequest, RankStep, SampledToken, StepDone
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig

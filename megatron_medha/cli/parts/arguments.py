@@ -27,6 +27,7 @@ SWEEP_FLAGS = f"""\
 BARE_WORDS = {
     "serve": "checkpoint",
     "profile": "checkpoint",
+    "check-bits": "checkpoint",
     "train-tiny": "directory",
     "fetch-model": "out",
     "chat": "url",

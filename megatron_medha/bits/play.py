@@ -1,4 +1,4 @@
-"""Plays a case on real ranks, with or without the prefix cache, in virtual time, and keeps the answer to each request.
+"""Plays a random schedule on real ranks, in virtual time, and keeps the answer to each request.
 
 What a step took is drawn, and so is which stage is done first: a play is the same however busy the machine is.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.exact_hits.cases import BLOCK_SIZE, Case, Turn
-from experiments.lib.rank_processes import RankProcesses
+from megatron_medha.bits.random_schedule import BLOCK_SIZE, RandomSchedule, Turn
+from megatron_medha.bits.rank_processes import Prepare, RankProcesses
 from megatron_medha.cluster.messages import NewRequest, RankStep, StepDone
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
@@ -41,7 +41,6 @@ from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import TokenLogprobs
 from megatron_medha.core.scheduling.scheduler import Scheduler
 
-KV_BYTES = 64 << 20
 ROOT = root_key(b"of these plays", "model")
 # So slow that budgets bind with prompts of a few dozen tokens.
 SLOW = Hardware(name="slow", flops_per_s=3e8, memory_bytes_per_s=1e9, step_overhead_s=2e-4, layer_overhead_s=2e-5)
@@ -58,6 +57,7 @@ class Place(NamedTuple):
     checkpoint: Path
     layout: ParallelLayout
     model: ModelOptions  # kernels named, so that every play takes the same
+    kv_memory_bytes: int = 64 << 20
 
 
 @dataclass
@@ -67,21 +67,23 @@ class Told:
     prompt: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
     num_cached_tokens: int = 0
     has_ended: bool = False
 
 
 class Play:
-    """One case, from its first request to its last token. `told` by request id, and `counts`."""
+    """One case, from its first request to its last token. `told` by request id, `counts`, and `notes` of `prepare`."""
 
-    def __init__(self, case: Case, place: Place, *, has_cache: bool) -> None:
+    def __init__(self, case: RandomSchedule, place: Place, *, has_cache: bool, prepare: Prepare | None = None) -> None:
         self.case, self.ranks, self.layout = case, place.ranks, place.layout
         kv = case.kv if has_cache else NO_PREFIX_CACHE
         ready, *_ = self.ranks.load(
             RankConfig(
                 layout=self.layout, server_endpoint="", checkpoint=str(place.checkpoint), model=place.model,
-                kv_memory_bytes=KV_BYTES, max_tokens_per_shard=case.shard_tokens, kv=kv,
+                kv_memory_bytes=place.kv_memory_bytes, max_tokens_per_shard=case.shard_tokens, kv=kv,
             ),
+            prepare,
             keeps_logits=False,
         )  # fmt: skip
         assert ready.num_blocks >= case.num_blocks
@@ -94,6 +96,7 @@ class Play:
         self.rng = random.Random(case.seed)
         self.now_s = 0.0
         self.told: dict[str, Told] = {}
+        self.notes: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
         self._turns = {turn.request_id: turn for turn in case.turns}
         prompts = Counter((turn.after, turn.new_tokens) for turn in case.turns)
@@ -198,6 +201,7 @@ class Play:
         while len(found) < self.layout.kvp:
             for answer in self.ranks.answers():
                 coord = self.layout.coord_of(answer.done.rank)
+                self.notes.update(answer.notes)
                 self._done.setdefault((answer.done.batch_id, coord.spp), []).append(answer.done)
         return found
 
@@ -207,6 +211,8 @@ class Play:
         filled = []
         for done in answers:
             assert not done.failed, done.failed
+            for part in done.prompt_logprobs:
+                self.told[part.request_id].prompt_logprobs.update(enumerate(part.logprobs, part.first_position))
             for token in done.tokens:
                 self._sampled[token.request_id] = (token.token_id, token.logprobs)
                 keys = self._keys.get(token.request_id)
@@ -272,35 +278,3 @@ class Play:
             for shard, holding in zip(table.shards, table.holdings, strict=True)
         ]
         check(cache.index, [holding for table in tables for holding in table.holdings], owned)
-
-
-class Difference(NamedTuple):
-    """Two plays of one case, compared."""
-
-    num_tokens: int       # outputs that both have
-    num_other_tokens: int
-    num_other_bits: int   # outputs of which a log-probability or the token differs
-    first: str            # which it is; "" if none
-
-
-def compare(plain: Play, cached: Play) -> Difference:
-    """All outputs of all requests; of aborted ones, and behind a token that differs, what both have."""
-    num_tokens = num_other_tokens = num_other_bits = 0
-    first = ""
-    for request_id, ours in cached.told.items():
-        theirs = plain.told[request_id]
-        if ours.prompt != theirs.prompt:
-            continue  # it continues one that differs already
-        pairs = zip(ours.tokens, theirs.tokens, ours.logprobs, theirs.logprobs)  # noqa: B905
-        for index, (ours_id, theirs_id, ours_logprobs, theirs_logprobs) in enumerate(pairs):
-            num_tokens += 1
-            num_other_bits += ours_logprobs != theirs_logprobs
-            if ours_logprobs != theirs_logprobs and not first:
-                first = (
-                    f"{request_id}, output {index}, prompt {len(ours.prompt)}, {ours.num_cached_tokens} cached: "
-                    f"{ours_logprobs[:2]} and {theirs_logprobs[:2]}"
-                )
-            if ours_id != theirs_id:
-                num_other_tokens += 1
-                break
-    return Difference(num_tokens, num_other_tokens, num_other_bits, first)

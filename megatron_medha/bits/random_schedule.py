@@ -1,4 +1,4 @@
-"""Random conversations that share prefixes, and how they are scheduled: what is played with and without the cache."""
+"""Random conversations that share prefixes, and how they are scheduled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class RandomSchedule:
     """Turns, and a configuration to play them under."""
 
     turns: tuple[Turn, ...]
@@ -48,6 +48,7 @@ class _Writer:
     rng: random.Random
     vocab_size: int
     num_output_tokens: int  # at most
+    share_of_prompts: float
     turns: list[Turn] = field(default_factory=list)
     lengths: dict[str, int] = field(default_factory=dict)  # prompt and output of a request
 
@@ -62,7 +63,7 @@ class _Writer:
             temperature=1.0 if is_seeded else 0.0,
             seed=rng.randrange(1 << 30) if is_seeded else None,
             num_logprobs=20,
-            num_prompt_logprobs=0 if rng.random() < 0.05 else None,
+            num_prompt_logprobs=0 if rng.random() < self.share_of_prompts else None,
             presence_penalty=rng.choice((0.0, 0.0, 0.0, 1.5)),
         )
         # What an aborted one leaves is random, so nothing follows it.
@@ -76,18 +77,18 @@ class _Writer:
 
 def random_case(
     seed: int, *, kvp: int = 1, vocab_size: int = 509, granule_tokens: int = 32, num_turns: int = 24,
-    is_greedy: bool = False, num_output_tokens: int = 40,
-) -> Case:  # fmt: skip
+    is_greedy: bool = False, num_output_tokens: int = 40, share_of_prompts: float = 0.05,
+) -> RandomSchedule:  # fmt: skip
     """Sessions that continue, repeat and fork one another, over little memory: hits, evictions, preemptions, aborts.
 
     granule_tokens: what lengths are made of; granules are as long, or of one block, as they are by default.
-    is_greedy: no seeded sampling.
+    is_greedy: no seeded sampling. share_of_prompts: that ask for log-probabilities of the prompt.
     """
     rng = random.Random(f"exact hits {seed}")
     most_tokens = rng.choice((6, 10, 16)) * granule_tokens
     shard_tokens = most_tokens if kvp == 1 else rng.choice((2, 3, 5)) * granule_tokens
     most_tokens = min(most_tokens, kvp * shard_tokens)
-    writer = _Writer(rng, vocab_size, min(num_output_tokens, most_tokens // 4))
+    writer = _Writer(rng, vocab_size, min(num_output_tokens, most_tokens // 4), share_of_prompts)
     lengths = (granule_tokens - 1, granule_tokens, 2 * granule_tokens + 5)
     systems = [writer.tokens(rng.choice(lengths)) for _ in range(2)]
     ends: list[tuple[str, str]] = []  # requests that may be continued, with their sessions
@@ -124,4 +125,4 @@ def random_case(
     num_blocks = shard_tokens // BLOCK_SIZE + rng.choice((2, 10, 60))
     eviction = rng.choice(("value", "lru", "ttl"))
     kv = KVConfig(granule_tokens=rng.choice((BLOCK_SIZE, BLOCK_SIZE, granule_tokens)), eviction=eviction)
-    return Case(tuple(writer.turns), scheduler, kv, num_blocks, shard_tokens, 4096, seed)
+    return RandomSchedule(tuple(writer.turns), scheduler, kv, num_blocks, shard_tokens, 4096, seed)
