@@ -164,10 +164,12 @@ class _PipeInbox:
         self._connection = connection
         self._decoder = msgspec.msgpack.Decoder(ToRank)
 
-    def wait(self) -> ToRank | None:
-        return self._decoder.decode(self._connection.recv_bytes())
+    def wait(self) -> RankStep | Shutdown | None:
+        message = self._decoder.decode(self._connection.recv_bytes())
+        assert isinstance(message, RankStep | Shutdown), f"{message}: nobody sends that here"
+        return message
 
-    def poll(self) -> ToRank | None:
+    def poll(self) -> RankStep | Shutdown | None:
         return self.wait() if self._connection.poll() else None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.lib.rank_processes import RankProcesses
+from megatron_medha.bits.rank_processes import RankProcesses
 from megatron_medha.cluster.messages import NewRequest, RankStep, StepDone
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
