@@ -114,6 +114,12 @@ class RankProcesses:
                 assert isinstance(message, Answer), message
         self._num_loaded = 0
 
+    def lose(self, rank: int) -> None:
+        """A rank is killed in whatever it does; the others are ended as their supervisor would end them."""
+        self._processes[rank].kill()
+        self._processes[rank].join()
+        self._end()
+
     def close(self) -> None:
         """End the processes."""
         self._end()

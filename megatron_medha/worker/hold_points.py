@@ -33,7 +33,6 @@ class HoldPoints:
             if coord.spp > 0
         ]
         self._num_taken = [0] * layout.kvp  # decisions, by the leader's kvp index
-        self._newest_overtaking = -1        # that this rank has computed
 
     def leads(self, step: RankStep) -> bool:
         """Whether this rank decides at the step's points."""
@@ -50,6 +49,14 @@ class HoldPoints:
         place = place_of(held.batch_id, point)
         return self._led(place, held, queued, is_first) if self.leads(held) else self._followed(place, held)
 
+    def beside(self, held: RankStep) -> Iterator[int]:
+        """The same for a rank without a part in the step, until its leader has ended it.
+
+        It must not go on to a later step: what overtakes may be shared with a rank that holds this one, and so may the
+        later step, in the other order.
+        """
+        return iter(()) if self.leads(held) else self._followed(end_of(held.batch_id), held)
+
     def ended(self, held: RankStep) -> None:
         """Nothing overtakes this step any more."""
         if self._board is not None and self.leads(held):
@@ -57,8 +64,6 @@ class HoldPoints:
 
     def computed(self, step: RankStep) -> None:
         """Its hidden states, if there is a next stage, are on their way there."""
-        if step.overtakes is not None:
-            self._newest_overtaking = step.batch_id
         if self._board is not None:
             self._board.passed_on(step.batch_id, is_overtaking=step.overtakes is not None)
 
@@ -91,9 +96,8 @@ class HoldPoints:
                 if decision.place > place:
                     break
                 self._num_taken[index] += 1
-                if decision.batch_id > self._newest_overtaking:  # else computed in its turn, beside a step not ours
-                    yield decision.batch_id
-                    started_s = time.monotonic()
+                yield decision.batch_id
+                started_s = time.monotonic()
             if is_past:
                 return
             pause(time.monotonic() - started_s)
@@ -124,6 +128,11 @@ class StepPoints:
         """queued: see HoldPoints.at. overtake: computes the step of that batch id."""
         self.step = step
         self._points, self._queued, self._overtake = points, queued, overtake
+
+    def beside(self) -> None:
+        """Compute what overtakes the step, of which this rank has no part."""
+        for batch_id in self._points.beside(self.step):
+            self._overtake(batch_id)
 
     def begin(self) -> None:
         """Compute what goes before all of the step. Returns when its hidden states are on their way."""

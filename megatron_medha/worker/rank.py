@@ -210,19 +210,16 @@ class Rank:
     def compute(self) -> StepDone:
         """Compute the step announced first. A fault of one request fails that request alone."""
         work = self._announced.popleft()
-        points = self._points_of(work)
-        if points is not None:
+        if self._points is None or not work.step.may_be_held:
+            return self._compute(work, None)
+        points = StepPoints(self._points, work.step, self._take_queued, self._overtake)
+        if work.chunks:
             points.begin()
+        else:
+            points.beside()
         done = self._compute(work, points)
-        if self._points is not None and work.step.may_be_held:
-            self._points.ended(work.step)
+        self._points.ended(work.step)
         return done
-
-    def _points_of(self, work: _QueuedStep) -> StepPoints | None:
-        """Of a step that may be held here, and of which this rank has a part."""
-        if self._points is None or not work.step.may_be_held or not work.chunks:
-            return None
-        return StepPoints(self._points, work.step, self._take_queued, self._overtake)
 
     def _take_queued(self) -> Sequence[RankStep]:
         if self.take_arrived is not None:

@@ -20,7 +20,7 @@ from megatron_medha.worker.token_store import StoredRequest
 _PIECE_S = 8e-3  # of one layer, as predicted; points are to be some 10 ms apart
 # Of the longest chunk. Each piece reads all keys and values again: pieces of 64 rows at 24K of context took 18% more
 # than a chunk of 2,048 at once.
-_LEAST_ROWS = 128
+LEAST_ROWS = 128
 _ALIGNMENT = 16  # rows, which matrix tiles take at once
 
 
@@ -28,7 +28,7 @@ def num_pieces_of(step: RankStep, num_layers: int) -> int:
     """The same on all ranks of the step. num_layers: of the whole model."""
     if not step.may_be_held:
         return 1
-    return max(1, min(ceil(step.predicted_s / num_layers / _PIECE_S), step.longest_chunk // _LEAST_ROWS))
+    return max(1, min(ceil(step.predicted_s / num_layers / _PIECE_S), step.longest_chunk // LEAST_ROWS))
 
 
 def cut(

@@ -136,8 +136,11 @@ def whole_granules(num_tokens: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the rank's process through /proc")
 @pytest.mark.parametrize(
     ("layout", "shard_tokens"),
-    [(ParallelLayout(), None), (ParallelLayout(spp=2), None), (ParallelLayout(kvp=2), 320)],
-    ids=["single", "spp2", "kvp2"],
+    [
+        pytest.param(ParallelLayout(), None, id="single"),
+        pytest.param(ParallelLayout(spp=2), None, id="spp2", marks=pytest.mark.slow),
+        pytest.param(ParallelLayout(kvp=2), 320, id="kvp2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_is_killed_between_hits_changes_no_answer(
     checkpoint: Path, connect: Callable[..., Client], expected: Answers, layout: ParallelLayout,

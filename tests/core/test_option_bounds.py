@@ -231,6 +231,7 @@ def test_a_request_that_names_its_lengths_alone_asks_for_nothing_special() -> No
     assert defaults(Request) == {
         "ttft_slo_s": None, "tpot_slo_s": None, "priority": 0, "deadline_multiplier": None, "min_deadline_s": None,
         "slo_class": "", "prefix_keys": b"", "reads_cache": True, "session_id": "", "ends_session": False,
+        "num_session_tokens": None,
     }  # fmt: skip
     assert defaults(Sampling) == {
         "min_output_tokens": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None,

@@ -43,9 +43,9 @@ def test_a_schedule_is_played_once_and_has_the_bits_of_lone_runs(
 
 
 def _disturbed(rank: Rank, notes: dict[str, float], request_id: str) -> None:
-    """One layer's norm gives a last bit more for every step of a single token."""
+    """One layer's norm gives a last bit more in every step of a few tokens."""
     layer = rank.model.decoder.layers[1]
-    layer.pre_mlp_layernorm.register_forward_hook(lambda _, args, out: out * 1.000001 if out.shape[0] == 1 else out)
+    layer.pre_mlp_layernorm.register_forward_hook(lambda _, args, out: out * 1.000001 if out.shape[0] < 10 else out)
     record_operations(rank, notes, request_id)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.lib.random_llama import save_llama
+from experiments.overtaking import ranks as random_walks
 from megatron_medha.bits.rank_processes import RankProcesses
 from megatron_medha.cluster.messages import NewRequest, RankStep, StepDone
 from megatron_medha.cluster.model_options import ModelOptions
@@ -21,11 +23,11 @@ from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.sampling import Sampling
 from megatron_medha.worker.rank import Rank
+from megatron_medha.worker.step_pieces import LEAST_ROWS
 from tests.parallel.walk import KV_BYTES, NUM_LAYERS, Reference
 
 SHARD_TOKENS, BLOCK_SIZE, BLOCKS_EACH = 64, 8, 24
 PIECES = 3
-LONG_S = NUM_LAYERS * 8e-3 * (PIECES - 0.5)  # a prediction that has so many pieces
 LAYOUTS = {
     "one": ParallelLayout(), "tp2": ParallelLayout(tp=2), "spp2": ParallelLayout(spp=2), "spp4": ParallelLayout(spp=4),
     "kvp2": ParallelLayout(kvp=2), "tp2-kvp2": ParallelLayout(tp=2, kvp=2), "spp2-kvp2": ParallelLayout(spp=2, kvp=2),
@@ -136,7 +138,7 @@ def played(front: Front, point: int | None, *, overtakes: bool, lengths: tuple[i
         front.answers(batch_id)
     held, other = next(batch_ids), next(batch_ids)
     (*_, long), (*_, short) = last["a"], last["b"]
-    may_be_held = {"may_be_held": True, "predicted_s": LONG_S, "longest_chunk": PIECES * 128}
+    may_be_held = {"may_be_held": True, "predicted_s": 3600.0, "longest_chunk": PIECES * LEAST_ROWS}
     front.send(RankStep(held, (long,), leader=long.kvp_ranks[0], **may_be_held), new)
     if not overtakes:
         front.answers(held)
@@ -191,3 +193,16 @@ def test_a_step_that_overtakes_another_changes_no_bit(
             assert plain.keys() == mixed.keys()
             for key, values in plain.items():
                 assert np.array_equal(values, mixed[key]), f"point {point}, {key}"
+
+
+def test_random_steps_of_kvp_ranks_that_have_parts_in_different_ones_are_the_same(
+    ranks: RankProcesses, tmp_path: Path
+) -> None:
+    # A rank without a part in a held step once went on to a later one that it shared, and met the overtaking one there.
+    save_llama(
+        tmp_path, hidden_size=64, ffn_size=96, num_layers=random_walks.NUM_LAYERS, num_heads=8, num_kv_heads=2,
+        head_dim=8, vocab_size=random_walks.VOCAB_SIZE, initializer_range=0.2,
+    )  # fmt: skip
+    walks = random_walks.Walks(ranks, tmp_path, "float32", patience_s=60.0)
+    found = walks.walk(ParallelLayout(kvp=2), seed=0, num_steps=30)
+    assert found["overtakings"] > 5 and found["values"] > 10_000

@@ -60,7 +60,7 @@ from megatron_medha.worker.startup.device import (
     kv_dtype_of,
     use_instructions,
 )
-from megatron_medha.worker.startup.kv_memory import (
+from megatron_medha.worker.startup.memory_peaks import (
     GPU_KV_SHARE,
     CudaMemory,
     StepPeaks,

@@ -10,7 +10,7 @@ import torch
 
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.worker.startup import load
-from megatron_medha.worker.startup.kv_memory import StepPeaks, kv_bytes_beside, measured_peaks
+from megatron_medha.worker.startup.memory_peaks import StepPeaks, kv_bytes_beside, measured_peaks
 
 
 class Device:
