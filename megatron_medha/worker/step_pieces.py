@@ -18,8 +18,8 @@ from megatron_medha.worker.batch_tensors import StepTensors
 from megatron_medha.worker.token_store import StoredRequest
 
 _PIECE_S = 8e-3  # of one layer, as predicted; points are to be some 10 ms apart
-# Of the longest chunk. Each piece reads all keys and values again. 28 M in bf16, two cores, lone prompts of 1K, 8K, 32K,
-# tokens/s: 12,800, 7,900, 3,250 with 128 rows, 17,200, 9,500, 3,425 with 512 (steps of 50 ms: 15,200, 8,200, 3,070).
+# Of the longest chunk. Each piece reads all keys and values again. 28 M in bf16, two cores, tokens/s of lone prompts of
+# 1K, 8K, 32K: 12,800, 7,900, 3,250 with 128 rows, 17,200, 9,500, 3,425 with 512 (steps of 50 ms: 15,200, 8,200, 3,070).
 LEAST_ROWS = 512
 _ALIGNMENT = 16  # rows, which matrix tiles take at once
 
