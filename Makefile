@@ -14,10 +14,12 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # Two halves side by side: what runs ranks or tensors, and the rest; its cheap folders first.
-RANK_TESTS := $(wildcard tests/kernels tests/parallel tests/model tests/models tests/checkpoints tests/tiny tests/worker tests/cluster)
+RANK_TESTS := $(wildcard tests/kernels tests/parallel tests/model tests/models tests/checkpoints tests/tiny tests/worker)
+# In a process of their own, behind the other ranks': those leave thousands of threads of process groups.
+CLUSTER_TESTS := tests/cluster
 FIRST_TESTS := tests/core tests/stats tests/workload tests/system tests/sim tests/options
 OTHER_TESTS = $(wildcard $(FIRST_TESTS)) \
-	$(filter-out $(RANK_TESTS) $(FIRST_TESTS) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
+	$(filter-out $(RANK_TESTS) $(CLUSTER_TESTS) $(FIRST_TESTS) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
 # Sets of names are in the same order in every run, as Hypothesis's cases are (tests/conftest.py).
 PYTEST = TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=2 PYTHONHASHSEED=0 $(BIN)/python -m pytest -q --timeout 300 $(SELECTED)
 SELECTED = -m 'not slow'
@@ -60,7 +62,8 @@ test: $(VENV)/installed-dev
 	$(BIN)/mypy megatron_medha
 	@echo 'tests, in two halves; what the one with ranks prints comes when both are done'
 	@log=$$(mktemp); status=0; \
-	$(PYTEST) $(RANK_TESTS) >$$log 2>&1 & ranks=$$!; trap 'kill $$ranks 2>/dev/null || true' EXIT; \
+	(failed=0; for tests in "$(RANK_TESTS)" $(CLUSTER_TESTS); do $(PYTEST) $$tests || failed=$$?; done; exit $$failed) \
+		>$$log 2>&1 & ranks=$$!; trap 'kill $$ranks 2>/dev/null || true' EXIT; \
 	$(PYTEST) $(OTHER_TESTS) || status=$$?; \
 	wait $$ranks || status=$$?; \
 	cat $$log; rm $$log; exit $$status
