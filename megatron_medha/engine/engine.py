@@ -166,7 +166,7 @@ class Engine:
                 if world is not None:
                     self._serve(world, self._streams)
         except MedhaError as error:
-            _log.debug("engine_failed error=%r", str(error))  # the status says it to whoever runs the engine
+            _log.debug("engine_failed error=%r", str(error))  # the status says it to what runs the engine
             self._end(EnginePhase.FAILED, str(error), f"the engine failed: {error}")
         except BaseException as error:
             _log.exception("engine_failed")

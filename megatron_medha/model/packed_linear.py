@@ -122,7 +122,7 @@ def linear_kernel(name: str, dtype: torch.dtype) -> MakeLinear | None:
 
 
 def linear_kernels_of(model: GPTModel) -> str:
-    """Which kernels multiply in this model, for whoever compares bits; "" where they are torch's own."""
+    """Which kernels multiply in this model, to compare bits by; "" where they are torch's own."""
     for module in model.modules():
         if isinstance(packed := vars(module).get("forward"), PackedLinear):
             return "onednn" if isinstance(packed.multiply, OneDnnLinear) else f"native {native_target().lower()}"

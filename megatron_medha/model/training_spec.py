@@ -2,7 +2,7 @@
 
 What rounds is computed by the server's own kernels: linear layers, norms, activation and attention. Gradients are
 those of torch's operations at the same inputs. Llama-like models on a CPU, without tensor parallelism. Weights are
-packed for the kernels anew in each forward pass, as an optimizer changes them.
+packed for the kernels again in each forward pass, as an optimizer changes them.
 
 Shapes: S sequence length, B sequences, H query heads, K key/value heads, D head dim, I inputs, O outputs.
 """

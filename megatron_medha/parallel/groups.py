@@ -116,7 +116,7 @@ def use_links_once(pgs: MedhaPGs, device: torch.device) -> None:
         if group.size() > 1:
             dist.all_reduce(number, group=group)
     stage, num_stages = pgs.pp.rank(), pgs.pp.size()
-    # In the order of stages, so that whoever blocks here waits for the stage before only.
+    # In the order of stages, so that a rank that blocks here waits for the stage before only.
     if stage > 0:
         dist.recv(number, group=pgs.pp, group_src=stage - 1)
     if stage < num_stages - 1:

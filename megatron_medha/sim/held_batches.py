@@ -1,7 +1,7 @@
 """A pipeline whose batches may be held: one that overtakes takes its turn on every stage at the next point.
 
 An ordinary batch goes through as in Pipeline. For one that overtakes, the times of all that is on the way are laid out
-anew: what has begun on a stage stays, and all the rest follows in the same order.
+again: what has begun on a stage stays, and all the rest follows in the same order.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ class Overtaking:
         return whole_s - run_s if run_s < whole_s else _REST_SHARE * run_s
 
     def _left_s(self, flight: SubmittedBatch) -> float:
-        """For how long a batch may still be held: it keeps the progress share of the time, whoever overtakes it."""
+        """For how long a batch may still be held: it keeps the progress share of the time, whatever overtakes it."""
         share = self._config.progress_share
         if not share or not flight.batch.may_be_held:
             return inf
