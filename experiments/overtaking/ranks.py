@@ -79,6 +79,7 @@ class WaitsAtPoints:
         """On the rank."""
         points = rank._points
         assert points is not None and points.can_hold, "these ranks hold no step"
+        rank._plain_decodes = None  # they pass by the model's forward, whose logits are compared
         led, computed, stage, newest = points._led, points.computed, points._coord.spp, -1
 
         def note_newest(step: RankStep) -> None:

@@ -30,7 +30,7 @@ usage: medha check-bits DIR [key=value ...]
 Plays random schedules with your model on this machine's CPU: chunk sizes, traffic beside, preemptions, aborts, prefix
 hits, n > 1, seeds. Every log-probability is compared, bit for bit, with that of the same tokens as one whole prompt
 alone on one rank. Where bits differ it names the first operation. Started again with the same file, it goes on where
-it was. Exit code 0: no bit differs; 1: some do.
+it was. Exit code 0: no bit differs; 1: some do; 2: nothing was played.
 
 examples:
   medha check-bits checkpoints/tiny
@@ -111,6 +111,8 @@ def run(words: Sequence[str]) -> int:
     kept = _KeptResults(options.file.expanduser(), settings)
     found = list(_played(options, checkpoint, model, kept))
     print(verdict(found))
+    if all("refused" in one for one in found):
+        return 2
     return 1 if any(one.get("num_other") for one in found) else 0
 
 
@@ -189,5 +191,7 @@ def verdict(found: Sequence[dict[str, Any]]) -> str:
         notes += [f"{name}: schedule {one['seed']}, {one['first']}" for one in played if one["num_other"]][:1]
     head = ["layout", "schedules", "log-probabilities", "differ", "hits", "preempted", "aborted"]
     differing = [row[0] for row in rows if row[3] != "0"]
+    if not rows:
+        return "\n".join([*notes, "nothing was played: this model can have none of the layouts"])
     said = f"bits differ on {len(differing)} of {len(rows)} layouts" if differing else "the same bits everywhere"
     return "\n".join([text_table([head, *rows]).rstrip(), *notes, said])

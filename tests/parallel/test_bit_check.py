@@ -42,6 +42,15 @@ def test_a_schedule_is_played_once_and_has_the_bits_of_lone_runs(
     assert "results of other options" in capsys.readouterr().err
 
 
+def test_where_no_layout_can_be_played_no_bits_are_said_to_be_the_same(
+    model: tuple[Path, Reference], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(model[0]), f"file={tmp_path / 'found.jsonl'}", "tp=[3]", "spp=[1]", "kvp=[1]", "schedules=1"]
+    assert main(["check-bits", *words]) == 2
+    printed = capsys.readouterr().out
+    assert "nothing was played" in printed and "the same bits" not in printed
+
+
 def _disturbed(rank: Rank, notes: dict[str, float], request_id: str) -> None:
     """One layer's norm gives a last bit more in every step of a few tokens."""
     layer = rank.model.decoder.layers[1]
