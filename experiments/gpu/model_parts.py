@@ -76,8 +76,8 @@ class OneRank:
             fill_with_random_kv(layer)
         self.num_kv_bytes = sum(values.numel() * values.itemsize for layer in kv_layers for values in layer)
         self.rank = Rank(
-            rank=0, model=model, config=config, backend=backend, kv_layers=kv_layers, block_size=self.block_size,
-            shard_tokens=self.num_blocks * self.block_size, device=self.device, pgs=pgs,
+            rank=0, model=model, config=config, backend=backend, kv_layers=kv_layers, num_blocks=self.num_blocks,
+            block_size=self.block_size, shard_tokens=self.num_blocks * self.block_size, device=self.device, pgs=pgs,
         )  # fmt: skip
         self._num_steps = 0
         if has_graphs and self.device.type == "cuda":

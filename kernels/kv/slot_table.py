@@ -53,7 +53,7 @@ class SlotTable:
     def slots(self, start: int, num_tokens: int) -> np.ndarray:
         """Slots of the tokens [start, start + num_tokens), int64."""
         end = start + num_tokens
-        assert end <= self.num_slots, f"token {end} lies beyond the {self.num_slots} slots of this sequence"
+        assert 0 <= start <= end <= self.num_slots, f"tokens [{start}, {end}) of the {self.num_slots} of this sequence"
         if not num_tokens:
             return np.empty(0, dtype=np.int64)
         first_token, first_slot, count = self._runs[-1]

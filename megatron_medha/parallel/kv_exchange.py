@@ -55,6 +55,7 @@ class KVExchange:
         self._slots = shared_slots
         self.sets = tuple(sets)
         peers = sorted({rank for found in sets for rank in found.kvp_ranks} - {self.rank})
+        assert all(0 <= peer < group.size() for peer in peers), f"kvp ranks {peers} of {group.size()}"
         self._sets_of = {peer: [found for found in sets if peer in found.kvp_ranks] for peer in peers}
         self._num_rows = sum(found.num_rows for found in sets)
         self._most_rows = max(sum(found.num_rows for found in sets) for sets in self._sets_of.values())

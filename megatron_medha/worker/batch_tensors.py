@@ -50,9 +50,13 @@ class KVShards:
 
     def query_range(self, chunk: Chunk, first_row: int, table: SlotTable) -> QueryRange:
         """What the chunk's rows see of this rank's shard. A chunk lies in the last shard as a whole."""
+        num_slots, shard_tokens = table.num_slots, self.shard_tokens
         if not self.is_last_of(chunk):
-            return QueryRange(first_row, chunk.num_tokens, self.shard_tokens, table, is_written=False)
-        context = context_in(len(chunk.kvp_ranks) - 1, chunk.start, self.shard_tokens)
+            assert num_slots >= shard_tokens, f"{chunk}: {num_slots} slots in a shard of {shard_tokens}"
+            return QueryRange(first_row, chunk.num_tokens, shard_tokens, table, is_written=False)
+        context = context_in(len(chunk.kvp_ranks) - 1, chunk.start, shard_tokens)
+        end = context + chunk.num_tokens
+        assert 0 <= context < end <= min(num_slots, shard_tokens), f"{chunk}: {num_slots} slots of {shard_tokens}"
         return QueryRange(first_row, chunk.num_tokens, context, table)
 
     def windowed(self, chunks: Sequence[Chunk], ranges: Sequence[QueryRange], window: int) -> tuple[QueryRange, ...]:

@@ -112,6 +112,7 @@ class HoldPoints:
         )
 
     def _leader(self, step: RankStep) -> int:
+        assert 0 <= step.leader < self._layout.kvp, f"batch {step.batch_id}: kvp rank {step.leader} leads"
         return self._layout.rank_of(Coord(0, step.leader, self._coord.spp, self._coord.dp))
 
 

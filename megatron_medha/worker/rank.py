@@ -47,6 +47,8 @@ from megatron_medha.worker.step_pieces import cut, joined, num_pieces_of
 from megatron_medha.worker.table_ops import execute_kv_ops
 from megatron_medha.worker.token_store import StoredRequest, TokenStore
 
+_ANY_POSITION = 1 << 62
+
 
 @dataclass(frozen=True, slots=True)
 class _QueuedStep:
@@ -94,6 +96,7 @@ class Rank:
         config: ModelConfig,
         backend: AttentionBackend,
         kv_layers: Sequence[LayerKV],
+        num_blocks: int,
         block_size: int,
         shard_tokens: int,
         device: torch.device,
@@ -102,7 +105,7 @@ class Rank:
         guided: GrammarMasks | None = None,
         points: HoldPoints | None = None,
     ) -> None:
-        """shard_tokens: of one request on one kvp rank. decoder: the model in one call of the library (cpu_model.py).
+        """num_blocks: of each of kv_layers. shard_tokens: of one request on one kvp rank. decoder: the model in one call of the library (cpu_model.py).
 
         guided: None where no request has a grammar. points: None where no step is held.
         """
@@ -111,7 +114,7 @@ class Rank:
         self._config = config
         self._backend = backend
         self._kv_layers = kv_layers
-        self._block_size = block_size
+        self._num_blocks, self._block_size = num_blocks, block_size
         self.shards = KVShards(pgs.kvp.rank(), shard_tokens, pgs.kvp, ShmChannel.open(pgs.kvp, device))
         self._link = StageLink(
             pgs.pp, hidden_size=config.hidden_size, dtype=next(model.parameters()).dtype, device=device
@@ -133,6 +136,7 @@ class Rank:
         self._sampler = Sampler(config.vocab_size, device)
         self._guided = guided
         self._requests = TokenStore(config.vocab_size)
+        self._num_positions = config.max_context_len if config.positions == "learned" else _ANY_POSITION
         self._announced: deque[_QueuedStep] = deque()
         self._last: StepWork = ()            # what was computed last, if its decodes may be computed ahead
         self._held: RunAheadDecodes | None = None   # computed ahead of the API server's asking
@@ -175,11 +179,12 @@ class Rank:
         self._requests.release(step.released)
         self._requests.add(step.new_requests)
         for request_id, token_id in step.sampled:
-            self._requests[request_id].append(token_id)
+            self._requests.append(request_id, token_id)
         failed: list[tuple[str, str]] = []
         chunks: list[tuple[Chunk, StoredRequest]] = []
         for chunk in step.chunks:
             request = self._requests[chunk.request_id]
+            assert chunk.start + chunk.num_tokens <= self._num_positions, f"{chunk}: {self._num_positions} positions"
             if request.fault is None:
                 chunks.append((chunk, request))
             else:  # every rank finds the same fault in it, so all of them leave it out
@@ -287,7 +292,9 @@ class Rank:
             self._requests,
             backend=self._backend,
             kv_layers=self._kv_layers,
+            num_blocks=self._num_blocks,
             block_size=self._block_size,
+            kvp_rank=self.kvp_rank,
             device=self._device,
         )
         if self._held is not None and dropped:

@@ -101,6 +101,11 @@ class TokenStore:
         for new in new_requests:
             self._requests[new.request_id] = StoredRequest(new, self._vocab_size)
 
+    def append(self, request_id: str, token_id: int) -> None:
+        """Add a token that was sampled elsewhere."""
+        assert 0 <= token_id < self._vocab_size, f"{request_id}: token id {token_id} was sampled of {self._vocab_size}"
+        self[request_id].append(token_id)
+
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget requests; one that never got as far as this rank is no error."""
         for request_id in request_ids:

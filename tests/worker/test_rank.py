@@ -14,7 +14,8 @@ from megatron_medha.cluster.messages import RankStep
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
 from megatron_medha.core.errors import ConfigError
-from megatron_medha.core.kv.ops import append_op, copy_op
+from megatron_medha.core.kv.block_pool import Extent
+from megatron_medha.core.kv.ops import KVOp, append_op, copy_op
 from megatron_medha.kernels.native_build import use_target
 from megatron_medha.worker.startup.device import context_len_of, dtype_of, local_device_index
 from megatron_medha.worker.startup.load import load_rank
@@ -306,3 +307,58 @@ def test_tables_are_those_of_the_batch_a_rank_computes_not_of_one_that_is_announ
     front.rank.announce(RankStep(2, (again,), kv_ops=tuple(front.kv_ops)))
     said = [front.rank.compute().tokens[0].token_id for _ in range(2)]
     assert said == expected
+
+
+END = (8 << 20) // 8192  # blocks of the pool
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        append_op("a", 0, [Extent(END - 1, 2)]),
+        append_op("a", 0, [Extent(0, 2), Extent(END, 1)]),
+        append_op("a", 0, [Extent(-1, 2)]),
+        append_op("a", 0, [Extent(1 << 62, 1)]),
+        append_op("a", 1, [Extent(0, 2)]),
+        append_op("a", 0, [Extent(0, 2)], group=1),
+        copy_op("a", 0, [Extent(0, 1)], [Extent(END, 1)]),
+        copy_op("a", 0, [Extent(-1, 1)], [Extent(0, 1)]),
+        copy_op("a", 0, [Extent(0, 2)], [Extent(5, 1)]),
+    ],
+)
+def test_an_operation_on_blocks_that_a_rank_does_not_have_ends_it_before_anything_is_written(
+    front: Any, op: KVOp
+) -> None:
+    assert front.ready.num_blocks == END
+    before = [values.clone() for layer in front.rank._kv_layers for values in layer]
+    front.append("a", 2)
+    front.kv_ops.append(op)
+    with pytest.raises(AssertionError, match="(append|copy) for a: "):
+        front.step([Chunk("a", 0, 20, True)], [front.new("a", prompt(20))])
+    after = [values for layer in front.rank._kv_layers for values in layer]
+    assert all(torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in zip(before, after))
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        Chunk("a", -4, 4, False), Chunk("a", 0, 0, False), Chunk("a", 0, 20, True, (1, 0)), Chunk("a", 0, 20, True, (1,)),
+        Chunk("a", 8, -4, False),
+    ],
+)
+def test_a_chunk_that_is_not_within_its_shard_ends_the_rank(front: Any, chunk: Chunk) -> None:
+    front.append("a", 2)
+    with pytest.raises((AssertionError, ValueError)):
+        front.step([chunk], [front.new("a", prompt(20))])
+
+
+def test_a_chunk_beyond_its_blocks_ends_the_rank(front: Any) -> None:
+    front.append("a", 1)
+    with pytest.raises(AssertionError, match="16 slots"):
+        front.step([Chunk("a", 0, 20, True)], [front.new("a", prompt(20))])
+
+
+def test_a_token_that_another_rank_has_sampled_is_of_the_vocabulary(front: Any) -> None:
+    front.step([front.first("a", 5, room=16)], [front.new("a", prompt(10))])
+    with pytest.raises(AssertionError, match="a: token id 512"):
+        front.rank.run(RankStep(2, (), sampled=(("a", 512),)))

@@ -140,6 +140,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         config=model_config,
         backend=backend,
         kv_layers=kv_layers,
+        num_blocks=num_blocks,
         block_size=block_size,
         shard_tokens=shard_tokens or num_blocks * block_size,
         device=device,
@@ -268,7 +269,7 @@ def _step_peaks(
     )
     rank = Rank(
         rank=config.rank, model=model, config=model_config, backend=backend, kv_layers=kv_layers,
-        block_size=block_size, shard_tokens=num_blocks * block_size, device=device, pgs=pgs,
+        num_blocks=num_blocks, block_size=block_size, shard_tokens=num_blocks * block_size, device=device, pgs=pgs,
     )  # fmt: skip
     has_graphs = config.model.cuda_graphs and backend.has_padded_plans
     largest = min(largest, num_blocks * block_size - 1)
