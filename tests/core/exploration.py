@@ -13,9 +13,13 @@ them have ended. So nothing that one request does makes the work of others be do
 from __future__ import annotations
 
 import gc
+import pickle
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
+from math import inf
+from pathlib import Path
 
 from canonical_state import canonical
 from explored_state import BLOCK, LATE_S, Bounds, Script, State
@@ -38,6 +42,9 @@ from megatron_medha.core.kv.sequence import Status
 
 Action = tuple[str, ...]
 _EVENTS_PER_BATCH = 3  # it is formed, leaves the first stage, completes
+_COUNTS = (
+    "num_transitions", "num_evictions", "num_preemptions", "num_hits", "num_overtakings", "num_sibling_waits"
+)  # fmt: skip
 
 FOUR = {
     "A": Script("pqa", 5, 2),
@@ -71,18 +78,22 @@ class Explorer:
         self.num_sibling_waits = 0  # states in which a request waits for what another computes
         self._queue: deque[tuple[int, bytes]] = deque()
 
-    def run(self, max_states: int, report: Callable[[str], None] = lambda line: None) -> bool:
-        """Explore until there is nothing new (True), or that many states are known. Raises Broken."""
-        self._learn()
-        self._find(self.state, -1, ("begin",))
-        self._queue.append((0, self._snapshots.save(self.state)))
+    def run(
+        self, max_states: int, report: Callable[[str], None] = lambda line: None, seconds: float = inf
+    ) -> bool:
+        """Explore until there is nothing new (True), or so many states are known, or time is up. Raises Broken."""
+        until_s = time.monotonic() + seconds
+        if not self.parents:
+            self._learn()
+            self._find(self.state, -1, ("begin",))
+            self._queue.append((0, self._snapshots.save(self.state)))
         gc.collect()
         gc.freeze()
         old_thresholds = gc.get_threshold()
         gc.set_threshold(5_000, 50, 1000)  # states are full of cycles, but short-lived
         num_expanded = 0
         try:
-            while self._queue and len(self.index_of) < max_states:
+            while self._queue and len(self.index_of) < max_states and time.monotonic() < until_s:
                 self._expand(*self._queue.popleft())
                 num_expanded += 1
                 if num_expanded % 20_000 == 0:
@@ -91,6 +102,42 @@ class Explorer:
             gc.set_threshold(*old_thresholds)
             gc.unfreeze()
         return not self._queue
+
+    def save(self, path: Path) -> None:
+        """All that is known so far, for `resume`."""
+        numbers = {action: number for number, action in enumerate(dict.fromkeys(self.actions))}
+        known = (
+            self._place(), list(numbers), array("l", [numbers[action] for action in self.actions]), self.parents,
+            self.drains, self.num_tokens, array("q", self.index_of),
+            {name: getattr(self, name) for name in _COUNTS}, len(self._queue),
+        )  # fmt: skip
+        unfinished = path.with_suffix(".new")
+        with unfinished.open("wb") as file:
+            pickler = pickle.Pickler(file, 5)
+            pickler.dump(known)
+            pickler.fast = True  # no memo of millions of snapshots
+            for item in self._queue:
+                pickler.dump(item)
+        unfinished.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from what an explorer of the same bounds has saved, in a process of the same hash seed."""
+        self._learn()
+        with path.open("rb") as file:
+            unpickler = pickle.Unpickler(file)
+            (
+                place, actions, numbers, self.parents, self.drains, self.num_tokens, hashes, counts, num_queued,
+            ) = unpickler.load()  # fmt: skip
+            assert place == self._place(), f"{path} is of other code, bounds, or another PYTHONHASHSEED"
+            self.actions = [actions[number] for number in numbers]
+            self.index_of = {key: number for number, key in enumerate(hashes)}
+            for name, count in counts.items():
+                setattr(self, name, count)
+            self._queue = deque(unpickler.load() for _ in range(num_queued))
+
+    def _place(self) -> tuple[object, ...]:
+        """What saved states are readable by."""
+        return repr(self.bounds), hash(repr(self.bounds)), self._snapshots.names_of_shared()
 
     def progress(self) -> str:
         """How far it has come."""
@@ -308,6 +355,7 @@ class Explorer:
                 assert seq.capacity_tokens >= seq.num_scheduled_tokens, f"{name} computes without memory"
         if not scheduler.num_sequences:
             assert memory.num_free_blocks == 2 * self.bounds.num_blocks, "blocks are lost"
+
     def check_waits(self) -> int:
         """The most events to the end of all, if nothing new happens, from any state looked at. Raises Broken.
 

@@ -52,7 +52,9 @@ class Snapshots:
         self._table = {**copyreg.dispatch_table, Request: _reduce_request}
         self._set_memo()
 
-        self._set_memo()
+    def names_of_shared(self) -> list[str]:
+        """What all states share, in the order of its numbers."""
+        return [item if isinstance(item, str) else type(item).__qualname__ for item in self._shared]
 
     def learn(self, state: State) -> None:
         """Share the classes and the names that a state has too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +69,18 @@ def test_who_waits_for_what_another_computes_is_never_lost() -> None:
     assert explorer.run(max_states=20_000), "there is nothing left to look at"
     explorer.check_waits()
     assert explorer.num_sibling_waits > 0
+
+
+def test_an_exploration_goes_on_from_a_file_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+    whole, first, rest = Explorer(THREE), Explorer(THREE), Explorer(THREE)
+    whole.run(max_states=6_000)
+    first.run(max_states=2_000)
+    first.save(tmp_path / "states")
+    rest.resume(tmp_path / "states")
+    rest.run(max_states=6_000)
+    assert rest.progress() == whole.progress()
+    assert (rest.index_of, rest.actions, rest.drains) == (whole.index_of, whole.actions, whole.drains)
+    assert rest.check_waits() == whole.check_waits()
 
 
 @pytest.mark.slow
