@@ -105,9 +105,9 @@ class Rank:
         guided: GrammarMasks | None = None,
         points: HoldPoints | None = None,
     ) -> None:
-        """num_blocks: of each of kv_layers. shard_tokens: of one request on one kvp rank. decoder: the model in one call of the library (cpu_model.py).
+        """num_blocks: of each of kv_layers. shard_tokens: of one request on one kvp rank.
 
-        guided: None where no request has a grammar. points: None where no step is held.
+        decoder: the model in one call of the library (cpu_model.py). guided: None where no request has a grammar. points: None where no step is held.
         """
         self.model = model
         self._rank = rank

@@ -342,8 +342,8 @@ def test_an_operation_on_blocks_that_a_rank_does_not_have_ends_it_before_anythin
 @pytest.mark.parametrize(
     "chunk",
     [
-        Chunk("a", -4, 4, False), Chunk("a", 0, 0, False), Chunk("a", 0, 20, True, (1, 0)), Chunk("a", 0, 20, True, (1,)),
-        Chunk("a", 8, -4, False),
+        Chunk("a", -4, 4, False), Chunk("a", 0, 0, False), Chunk("a", 8, -4, False), Chunk("a", 0, 20, True, (1,)),
+        Chunk("a", 0, 20, True, (1, 0)),
     ],
 )
 def test_a_chunk_that_is_not_within_its_shard_ends_the_rank(front: Any, chunk: Chunk) -> None:
