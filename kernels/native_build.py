@@ -119,7 +119,7 @@ def _loaded(target: str) -> ctypes.CDLL:
             shutil.rmtree(path.parent, ignore_errors=True)  # what is loaded stays
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     others = dict.fromkeys(("attend_shard", "merge_shards", "exp2"), [pointer, pointer, number])
-    names = ("attend", "linear", "norm", "activate", "experts", "decoder", "merge", *others)
+    names = ("attend", "linear", "norm", "activate", "experts", "decoder", *others)
     for name in names:
         function = getattr(library, f"medha_{name}")
         function.argtypes, function.restype = others.get(name, [pointer]), ctypes.c_int

@@ -61,7 +61,7 @@ class AtenAttention(AttentionBackend):
     def plan(self, ranges: Sequence[QueryRange]) -> AtenPlan:
         """Slots to write and slots to read, for all layers of one step."""
         reads, rows, slots = [], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-        for first_row, num_rows, start, table, is_written in ranges:
+        for first_row, num_rows, start, table, is_written, *_ in ranges:
             end_row, num_keys = first_row + num_rows, start + num_rows * is_written
             if is_written:
                 rows.append(torch.arange(first_row, end_row))

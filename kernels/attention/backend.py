@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class QueryRange(NamedTuple):
     # False: the rows' own keys and values belong to another rank's shard. They are not written, and the rows see
     # all of [0, start) of this table and nothing of one another.
     is_written: bool = True
+    first_position: int = 0  # of the table's first token in its sequence
+    # Of a shard, for a native backend: nodes of its merge tree that results are for, by their first partitions. None:
+    # the rows' whole output.
+    node_starts: np.ndarray | None = None
 
 
 def check_shapes(q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
@@ -48,6 +53,7 @@ class AttentionBackend(Protocol):
     name: str
     block_size = 16             # tokens in a KV block by default: wastes little, where runs of blocks are read as one
     is_native = False           # its plans and pools are those of the C++ library, whose other functions take them too
+    partition_tokens = 1024     # of a native one: keys whose sums are merged in a fixed tree; see merge_tree.py
     rotates = False             # there is attend_rotating
     stores_fp8 = False          # its pool may be float8_e4m3
     reads_by_slots = False      # a table of its ranges may begin anywhere in a block, as windows do

@@ -4,8 +4,8 @@ Shapes: T query tokens, K key/value heads, G query heads per key/value head, H =
 slots.
 Storage is fp32 or bf16, arithmetic fp32; matrix tiles (AMX) round the softmax's weights to bf16. A token's output
 depends on its own sequence alone, to the last bit: not on who shares its batch, on how its prompt was cut into chunks,
-on where its blocks lie if they are multiples of 16 tokens, or on the number of threads. How keys and values lie in the
-pool: native/layout.h.
+on where its blocks lie if they are multiples of 16 tokens, on the number of threads, or on how its keys are cut into
+shards that begin and end with a partition. How keys and values lie in the pool: native/layout.h.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, 
 from megatron_medha.kernels.native_build import gomp_parallel_address, native_library, native_target
 from megatron_medha.kernels.native_structs import native_struct
 
+ROW_FIELDS = 11  # of `Rows` of native/layout.h
 _GROUP = 16
 _DTYPES = (torch.float32, torch.bfloat16)
 _Call = native_struct("Call")
@@ -31,8 +32,10 @@ class NativePlan(NamedTuple):
     """A packed batch as the library takes it. Arrays whose addresses are in `rows` are kept alive beside it."""
 
     slots: np.ndarray | None  # int64 [T]; -1: a row of another rank's shard, not written here
-    rows: np.ndarray          # int64 [ranges, 6]: `Rows` of native/layout.h
+    rows: np.ndarray          # int64 [ranges, ROW_FIELDS]
     runs: tuple[np.ndarray, ...]
+    nodes: tuple[np.ndarray | None, ...]  # of each range
+    num_results: int          # of rows that have nodes, one for each of them
     num_threads: int
     is_all_written: bool
 
@@ -89,14 +92,18 @@ class NativeAttention(AttentionBackend):
             ]
             slots = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         runs = tuple(r.table.runs_in_order() for r in ranges)
-        rows = np.array(
-            [
-                (r.first_row, r.num_rows, r.start + r.is_written, r.is_written, r.table.runs_address, len(table_runs))
-                for r, table_runs in zip(ranges, runs, strict=True)
-            ],
-            dtype=np.int64,
-        )
-        return NativePlan(slots, rows, runs, torch.get_num_threads(), is_all_written)
+        partition_tokens, num_results = self.partition_tokens, 0
+        fields: list[tuple[int, ...]] = []
+        for r, table_runs in zip(ranges, runs, strict=True):
+            starts = r.node_starts
+            node_address, num_nodes = (0, 0) if starts is None else (starts.ctypes.data, len(starts))
+            fields.append((
+                r.first_row, r.num_rows, r.start + r.is_written, r.is_written, r.table.runs_address, len(table_runs),
+                r.first_position, partition_tokens, node_address, num_nodes, num_results,
+            ))  # fmt: skip
+            num_results += r.num_rows * num_nodes
+        rows, nodes = np.array(fields, dtype=np.int64), tuple([r.node_starts for r in ranges])
+        return NativePlan(slots, rows, runs, nodes, num_results, torch.get_num_threads(), is_all_written)
 
     def attend(
         self, plan: NativePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
@@ -127,8 +134,11 @@ class NativeAttention(AttentionBackend):
         layer: LayerKV,
         scale: float,
         lse_TH: Tensor | None,
+        nodes: Tensor | None = None,
     ) -> tuple[ctypes.Structure, Tensor]:
         """What an entry point of the library takes, and the output it fills, out_THD. It holds nothing alive.
+
+        nodes: [results of the plan, H, D + 2], filled instead where rows have nodes.
 
         Raises ValueError for what does not fit.
         """
@@ -141,6 +151,8 @@ class NativeAttention(AttentionBackend):
             raise ValueError(f"{num_kv_heads} heads of {head_dim} do not fit a pool {tuple(pool.shape)}")
         if plan.slots is not None and len(plan.slots) != num_tokens:
             raise ValueError(f"a plan for {len(plan.slots)} tokens was given {num_tokens}")
+        if plan.num_results and (nodes is None or len(nodes) != plan.num_results):
+            raise ValueError(f"a plan with {plan.num_results} results of nodes needs as many places for them")
         *q_strides, q_dim = q_TKGD.stride()
         *k_strides, k_dim = k_TKD.stride()
         *v_strides, v_dim = v_TKD.stride()
@@ -168,6 +180,7 @@ class NativeAttention(AttentionBackend):
             None if plan.slots is None else plan.slots.ctypes.data,
             out_THD.data_ptr(),
             None if lse_TH is None else lse_TH.data_ptr(),
+            None if nodes is None else nodes.data_ptr(),
             plan.rows.ctypes.data,
             len(plan.rows),
         )

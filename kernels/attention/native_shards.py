@@ -1,12 +1,14 @@
 """Attention over this rank's shard, exchanged with other ranks' and merged: the Python side of native/shards.cpp.
 
-Shapes: T query tokens, K key/value heads, G query heads per key/value head, H = K * G, D head dim.
+Shapes: T query tokens, K key/value heads, G query heads per key/value head, H = K * G, D head dim, N results of one
+token and node of the merge tree.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,58 +20,90 @@ from megatron_medha.kernels.attention.native_attention import NativePlan
 from megatron_medha.kernels.native_structs import native_struct
 
 _NOT_READY = 2  # of native/shards.cpp
-_Exchange, _Merge = native_struct("Exchange"), native_struct("Merge")
+_Exchange = native_struct("Exchange")
+
+
+class SharedChunk(NamedTuple):
+    """Consecutive rows of a batch that belong to one sequence, and where its keys lie, in their order."""
+
+    first_row: int
+    num_rows: int
+    shards: tuple[tuple[int, np.ndarray], ...]  # rank, and first partitions of its nodes: merge_tree.py
 
 
 class PendingShard(NamedTuple):
-    """One layer's attention over this rank's shard, to be merged with that of the others where it lies."""
+    """One layer's attention over this rank's shard, to be merged with that of the others."""
 
     call: ctypes.Structure
     out_THD: Tensor
-    lse_TH: Tensor
+    lse_TH: Tensor | None
+    nodes_NHE: Tensor  # fp32, E = D + 2
 
 
 class NativeShards:
-    """The rows of one batch that several ranks of this machine attend to. Every layer attends once and merges once."""
+    """The rows of one batch that several ranks attend to. Every layer attends once and merges once."""
 
     def __init__(
-        self,
-        attention: Any,
-        plan: NativePlan,
-        rank: int,
-        links: np.ndarray,
-        sets: Sequence[tuple[Sequence[int], int, int]],
+        self, attention: Any, plan: NativePlan, rank: int, links: np.ndarray | None, chunks: Sequence[SharedChunk]
     ) -> None:
         """attention: a NativeAttention. plan: of all these rows. rank: this one.
 
-        sets: ranks in ascending order, first row, number of rows.
         links: int64 [ranks, 6], `Link` of native/shards.cpp: addresses of memory shared with each of the others.
         """
         self._attention, self._plan = attention, plan
-        self._attend, self._merge = attention.library.medha_attend_shard, attention.library.medha_merge_shards
-        self._links, self._ranks = links, [np.array(ranks, dtype=np.int64) for ranks, _, _ in sets]
-        self._sets = np.array(
+        library = attention.library
+        self._attend, self._attend_shard, self._merge = (
+            library.medha_attend, library.medha_attend_shard, library.medha_merge_shards
+        )  # fmt: skip
+        self._links, self._chunks = links, chunks
+        num_ranks = 1 + max(other for chunk in chunks for other, _ in chunk.shards) if links is None else len(links)
+        self._shards = np.array(
+            [(other, starts.ctypes.data, len(starts)) for chunk in chunks for other, starts in chunk.shards],
+            dtype=np.int64,
+        )
+        ends = accumulate(len(chunk.shards) for chunk in chunks)
+        first, size = self._shards.ctypes.data, self._shards.strides[0]
+        self._table = np.array(
             [
-                (first_row, num_rows, ranks.ctypes.data, len(ranks))
-                for (_, first_row, num_rows), ranks in zip(sets, self._ranks, strict=True)
+                (chunk.first_row, chunk.num_rows, first + (end - len(chunk.shards)) * size, len(chunk.shards))
+                for chunk, end in zip(chunks, ends, strict=True)
             ],
             dtype=np.int64,
         )
-        self._exchange = _Exchange(links.ctypes.data, len(links), rank, self._sets.ctypes.data, len(sets))
+        self._arrived = np.zeros(num_ranks, dtype=np.int64)  # addresses
+        address = None if links is None else links.ctypes.data
+        self._exchange = _Exchange(address, num_ranks, rank, self._table.ctypes.data, len(chunks))
 
-    def attend(
-        self, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float, wait_ns: int = 0
-    ) -> tuple[PendingShard, bool]:
-        """Attend, and send the other ranks what is theirs; with wait_ns then `merge`. Returns also what that does."""
-        num_tokens, num_kv_heads, group, _ = q_TKGD.shape
-        lse_TH = torch.empty(num_tokens, num_kv_heads * group)
-        call, out_THD = self._attention.prepared(self._plan, q_TKGD, k_TKD, v_TKD, layer, scale, lse_TH)
-        found = self._attend(ctypes.byref(call), ctypes.byref(self._exchange), wait_ns)
-        return PendingShard(call, out_THD, lse_TH), _is_done(found)
+    def begin(
+        self, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float, *, has_lse: bool = False
+    ) -> PendingShard:
+        """A layer's call, still to be made. has_lse: the merge is to give lse_TH as well."""
+        num_tokens, num_kv_heads, group, head_dim = q_TKGD.shape
+        num_heads = num_kv_heads * group
+        lse_TH = torch.empty(num_tokens, num_heads) if has_lse else None
+        nodes_NHE = torch.empty(self._plan.num_results, num_heads, head_dim + 2)
+        call, out_THD = self._attention.prepared(self._plan, q_TKGD, k_TKD, v_TKD, layer, scale, lse_TH, nodes_NHE)
+        return PendingShard(call, out_THD, lse_TH, nodes_NHE)
+
+    def attend(self, begun: PendingShard) -> None:
+        """Fill nodes_NHE."""
+        _is_done(self._attend(ctypes.byref(begun.call)))
+
+    def attend_and_send(self, begun: PendingShard, wait_ns: int = 0) -> bool:
+        """`attend`, and send the other ranks what is theirs; with wait_ns then `merge`. Returns what that does."""
+        return _is_done(self._attend_shard(ctypes.byref(begun.call), ctypes.byref(self._exchange), wait_ns))
 
     def merge(self, begun: PendingShard, wait_ns: int) -> bool:
-        """Wait at most so long for the others' parts, and merge them into begun.out_THD; False: not all have come."""
+        """Wait at most so long for what others have sent, and merge it into begun.out_THD; False: not all has come."""
         return _is_done(self._merge(ctypes.byref(begun.call), ctypes.byref(self._exchange), wait_ns))
+
+    def merge_arrived(self, begun: PendingShard, arrived: Mapping[int, Tensor]) -> None:
+        """Merge what has come from each rank, contiguous, another way."""
+        for rank, nodes in arrived.items():
+            self._arrived[rank] = nodes.data_ptr()
+        self._exchange.arrived = self._arrived.ctypes.data
+        self.merge(begun, 0)
+        self._exchange.arrived = None
 
     @property
     def attended_s(self) -> float:
@@ -81,22 +115,3 @@ def _is_done(found: int) -> bool:
     if found not in (0, _NOT_READY):
         raise MemoryError("the attention library could not allocate its working memory")
     return found == 0
-
-
-def native_merge(attention: Any, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """`merge_outputs` of (out_THD, lse_TH) by the arithmetic of NativeShards: the same to the last bit."""
-    outs = [out_THD.contiguous() for out_THD, _ in parts]
-    lses = [lse_TH.contiguous() for _, lse_TH in parts]
-    out_THD = torch.empty_like(outs[0])
-    addresses = np.array([[x.data_ptr() for x in column] for column in (outs, lses)], dtype=np.int64)
-    call = _Merge(
-        out_THD.dtype == torch.bfloat16,
-        *out_THD.shape,
-        addresses[0].ctypes.data,
-        addresses[1].ctypes.data,
-        len(parts),
-        out_THD.data_ptr(),
-    )
-    if attention.library.medha_merge(ctypes.byref(call)):
-        raise MemoryError("the attention library could not allocate its working memory")
-    return out_THD

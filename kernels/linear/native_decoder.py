@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import LayerKV
-from megatron_medha.kernels.attention.native_attention import NativePlan, pool_width
+from megatron_medha.kernels.attention.native_attention import ROW_FIELDS, NativePlan, pool_width
 from megatron_medha.kernels.linear.native_experts import NativeExperts
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.linear.native_pointwise import NativeActivation, NativeNorm
@@ -180,11 +180,12 @@ class NativeDecoder:
 
         For steps of decodes alone: what `run` builds for each step takes longer than anything else outside of the
         library, since a step's weights have driven it out of the caches. Here the call is kept, and all numbers come in
-        one array of int64: token ids [T], positions [T], slots [T], rows [T, 6] as in BatchPlan, 0 to T - 1.
+        one array of int64: token ids [T], positions [T], slots [T], rows [T, ROW_FIELDS] as in NativePlan, 0 to T - 1.
 
         table: cosines and signed sines by position, fp32, longer than any position. No number is looked at here.
         """
-        assert len(numbers) == 10 * num_tokens and num_tokens, f"{len(numbers)} numbers for {num_tokens} tokens"
+        expected = (4 + ROW_FIELDS) * num_tokens
+        assert len(numbers) == expected and num_tokens, f"{len(numbers)} numbers for {num_tokens} tokens"
         call = self._decode_call
         if call is None or len(self._decoded[0]) < num_tokens or kv_layers is not self._kv_layers:
             hidden_TC = torch.empty(num_tokens, self._sizes.hidden_size, dtype=torch.bfloat16)
@@ -197,7 +198,7 @@ class NativeDecoder:
         size = num_tokens * numbers.itemsize
         call.token_ids, call.angle_rows, call.slots = first, first + size, first + 2 * size
         call.positions = call.angle_rows
-        call.rows, call.logit_rows = first + 3 * size, first + 9 * size
+        call.rows, call.logit_rows = first + 3 * size, first + (3 + ROW_FIELDS) * size
         if self._run(ctypes.byref(call)):
             raise MemoryError("the decoder library could not allocate its working memory")
         return self._decoded[1][:num_tokens]

@@ -2,7 +2,8 @@
 //
 // The work is cut into units, one for some query rows of one kv head (rows of all its query heads, folded), and where
 // that leaves threads idle also by keys. A row's result is the same to the last bit however the work is cut: keys fall
-// into partitions at fixed positions; within one, tiles are added by online softmax; partitions are merged in order.
+// into partitions at fixed positions of their sequence; within one, tiles are added by online softmax; partitions are
+// merged in one fixed tree (merge_tree.h), also where other ranks have some of them (shards.cpp).
 
 #include <algorithm>
 #include <atomic>
@@ -12,6 +13,7 @@
 
 #include "attention_tiles.h"
 #include "layout.h"
+#include "merge_tree.h"
 #include "parallel_for.h"
 #include "prefetcher.h"
 #include "simd.h"
@@ -22,7 +24,6 @@
 
 namespace {
 
-constexpr double LN_2 = 0.693147180559945309417;
 // Query rows of a unit: their sums, scores and queries stay in L2 beside a tile of keys (450 KiB at head dim 128). By
 // matrix tiles a tile of keys is done with so soon that it must serve more rows, or memory is waited for; processors
 // that have them have an L2 of 2 MiB.
@@ -47,28 +48,22 @@ constexpr int64_t MIN_PARALLEL_COST = USES_TILES<T> ? 1 << 24 : 1 << 21;
 constexpr int64_t WRITE_TOKENS = 64;  // of an item that writes
 constexpr int64_t MIN_PARALLEL_WRITE = 1 << 16;  // numbers; likewise
 
-// The first key of the partition after the one that starts at `key`. Partitions grow with the position, so that
-// a million keys are 192 of them, and partial results stay small.
-int64_t next_partition(int64_t key) {
-    int64_t size = 1024;
-    while (size * 64 <= key) size *= 2;
-    return key + size;
-}
-
 // Some rows of one kv head: folded rows [first_row, end_row) of `rows`, row = token * queries_per_kv_head + query.
 struct Unit {
     const Rows *rows;
     int64_t head, first_row, end_row;
     int64_t num_keys;     // that its last row sees
-    int64_t num_parts;    // work items it is cut into
-    float *partial;       // one Sums for each partition, if cut; else null
-    std::atomic<int64_t> num_parts_left;
+    int64_t first_item, num_items;  // it is cut into
+    float *pieces;        // if cut, one Sums for each piece of its items; else null
+    std::atomic<int64_t> num_items_left;
 };
 
+// Keys of a unit that one thread goes through. If the unit is cut, it leaves a result for each of its pieces, the
+// largest nodes of the merge tree that its keys can be divided into.
 struct Item {
     Unit *unit;
     int64_t first_key, end_key;
-    int64_t first_partition;
+    int64_t first_piece;  // of the unit's
 };
 
 template <class T>
@@ -149,9 +144,9 @@ class Work {
         static thread_local Buffer partial_memory;
         float *partial = partial_memory.at_least<float>(partial_size);
         for (Unit &u : units_)
-            if (u.num_parts > 1) {
-                u.partial = partial;
-                partial += num_partitions(u.num_keys) * Sums::size(u.end_row - u.first_row, dim_);
+            if (u.num_items > 1) {
+                u.pieces = partial;
+                partial += num_pieces(u) * Sums::size(u.end_row - u.first_row, dim_);
             }
         return cost;
     }
@@ -161,68 +156,138 @@ class Work {
     }
     static int64_t rows_that_cost(const Unit &u) { return std::max(u.end_row - u.first_row, MIN_COST_ROWS<T>); }
     static int64_t cost_of(const Unit &u) { return rows_that_cost(u) * u.num_keys; }
-    static int64_t num_partitions(int64_t num_keys) {
-        int64_t count = 0;
-        for (int64_t key = 0; key < num_keys; key = next_partition(key)) ++count;
-        return count;
+
+    // Appends the unit's items; returns the floats its pieces take.
+    int64_t cut(Unit &unit, int64_t target) {
+        const Rows &rows = *unit.rows;
+        const int64_t keys_per_item = std::max<int64_t>(1, target / rows_that_cost(unit));
+        unit.first_item = static_cast<int64_t>(items_.size());
+        Item item{&unit, 0, 0, 0};
+        const auto end_at = [&](int64_t key) {
+            item.end_key = key;
+            items_.push_back(item);
+            item.first_piece += num_pieces(item);
+            item.first_key = key;
+        };
+        for (int64_t key = 0; key < unit.num_keys; key = rows.first_key_of(rows.partition_of(key) + 1))
+            if (key - item.first_key >= keys_per_item) end_at(key);
+        end_at(unit.num_keys);  // also without any keys: somebody must write zeros
+        unit.num_items = static_cast<int64_t>(items_.size()) - unit.first_item;
+        unit.num_items_left.store(unit.num_items);
+        unit.pieces = nullptr;
+        return unit.num_items > 1 ? item.first_piece * Sums::size(unit.end_row - unit.first_row, dim_) : 0;
     }
 
-    // Appends the unit's items; returns the floats its partial results take.
-    int64_t cut(Unit &unit, int64_t target) {
-        const int64_t keys_per_item = std::max<int64_t>(1, target / rows_that_cost(unit));
-        const size_t first_item = items_.size();
-        int64_t partition = 0;
-        Item item{&unit, 0, 0, 0};
-        for (int64_t key = 0; key < unit.num_keys; ++partition) {
-            if (key - item.first_key >= keys_per_item) {
-                item.end_key = key;
-                items_.push_back(item);
-                item.first_key = key;
-                item.first_partition = partition;
-            }
-            key = next_partition(key);
-        }
-        item.end_key = unit.num_keys;
-        items_.push_back(item);  // also without any keys: somebody must write zeros
-        unit.num_parts = static_cast<int64_t>(items_.size() - first_item);
-        unit.num_parts_left.store(unit.num_parts);
-        unit.partial = nullptr;
-        return unit.num_parts > 1 ? partition * Sums::size(unit.end_row - unit.first_row, dim_) : 0;
+    static int64_t num_pieces(const Item &item) {
+        const Rows &rows = *item.unit->rows;
+        if (item.first_key == item.end_key) return 0;
+        return MergeTree::num_nodes(rows.partition_of(item.first_key), rows.partition_of(item.end_key - 1) + 1);
     }
+    int64_t num_pieces(const Unit &unit) const {
+        const Item &last = items_[unit.first_item + unit.num_items - 1];
+        return last.first_piece + num_pieces(last);
+    }
+    // piece(first partition, first key, end key) for each of an item's, in order.
+    template <class Body>
+    static void each_piece(const Item &item, const Body &piece) {
+        const Rows &rows = *item.unit->rows;
+        const int64_t num = num_pieces(item), end = num ? rows.partition_of(item.end_key - 1) + 1 : 0;
+        int64_t first = rows.partition_of(item.first_key);
+        for (int64_t i = 0; i < num; ++i) {
+            const int64_t next = MergeTree::end_of_node(first, end);
+            piece(
+                first, std::max(item.first_key, rows.first_key_of(first)), std::min(item.end_key, rows.first_key_of(next))
+            );
+            first = next;
+        }
+    }
+
+    // A unit's results: its rows' output alone, or what they have of each node of their shard.
+    static int64_t num_results(const Unit &unit) { return std::max<int64_t>(1, unit.rows->num_nodes); }
+    static int64_t end_key_of(const Unit &unit, int64_t result) {
+        const Rows &rows = *unit.rows;
+        if (result + 1 >= rows.num_nodes) return unit.num_keys;
+        return std::clamp<int64_t>(rows.first_key_of(rows.node_starts[result + 1]), 0, unit.num_keys);
+    }
+
+    // What one thread works with: queries of a unit's rows, results to be merged, what tiles of keys take.
+    struct Scratch {
+        float *queries, *lanes, *tiles, *sums;
+        int64_t num_rows, sums_size;
+        Sums place(int64_t index) const { return Sums(sums + index * sums_size, num_rows); }
+    };
 
     void attend(const Item &item) {
         Unit &unit = *item.unit;
         const int64_t num_rows = unit.end_row - unit.first_row, size = Sums::size(num_rows, dim_);
+        const int64_t num_places = places_of(item), lanes_size = (num_rows * WIDTH + 15) / 16 * 16;
         static thread_local Buffer memory;
-        // Queries, two sums, and what a tile of keys takes.
-        float *scratch = memory.at_least<float>(num_rows * dim_ + 2 * size + tile_memory_size(num_rows));
-        float *const queries = scratch;
-        float *const sums_memory = queries + num_rows * dim_;
-        float *const tile_memory = sums_memory + 2 * size;
+        float *const queries = memory.at_least<float>(
+            num_rows * dim_ + num_places * size + lanes_size + tile_memory_size(num_rows)
+        );
+        float *const sums = queries + num_rows * dim_, *const lanes = sums + num_places * size;
+        const Scratch scratch{queries, lanes, lanes + lanes_size, sums, num_rows, size};
         pack_queries(unit, queries);
-        Sums all(sums_memory, num_rows);
-        bool is_first = true;
-        int64_t partition = item.first_partition;
-        for (int64_t key = item.first_key; key < item.end_key; ++partition) {
-            const int64_t end = std::min(next_partition(key), item.end_key);
-            Sums sums = unit.partial != nullptr ? Sums(unit.partial + partition * size, num_rows)
-                        : is_first              ? all
-                                                : Sums(sums_memory + size, num_rows);
-            sums.clear(num_rows, dim_);
-            add_keys(unit, key, end, queries, sums, tile_memory);
-            if (unit.partial == nullptr && !is_first) all.merge(sums, num_rows, dim_);
-            is_first = false;
+        if (unit.pieces == nullptr) {
+            for (int64_t i = 0, first = 0; i < num_results(unit); ++i) {
+                const int64_t end = end_key_of(unit, i);
+                const bool has_keys = gather(unit, first, end, scratch);
+                write_result(unit, i, has_keys ? scratch.place(0) : Sums());
+                first = end;
+            }
+            return;
+        }
+        float *piece = unit.pieces + item.first_piece * size;
+        each_piece(item, [&](int64_t, int64_t first_key, int64_t end_key) {
+            gather(unit, first_key, end_key, scratch);
+            std::copy_n(scratch.sums, size, piece);
+            piece += size;
+        });
+        if (unit.num_items_left.fetch_sub(1) == 1) merge_pieces(unit);  // the last of the unit's items to end
+    }
+
+    static int64_t places_of(const Item &item) {
+        if (item.first_key == item.end_key) return 1;
+        const Rows &rows = *item.unit->rows;
+        return MergeTree::num_places(rows.partition_of(item.first_key), rows.partition_of(item.end_key - 1) + 1);
+    }
+
+    // Keys [first_key, end_key), partition by partition, into place 0; false: there are none.
+    bool gather(const Unit &unit, int64_t first_key, int64_t end_key, const Scratch &scratch) const {
+        const Rows &rows = *unit.rows;
+        const int64_t num_rows = scratch.num_rows;
+        MergeTree tree;
+        const auto merge = [&](int64_t place) {
+            scratch.place(place).merge(scratch.place(place + 1), num_rows, dim_);
+        };
+        for (int64_t key = first_key; key < end_key;) {
+            const int64_t partition = rows.partition_of(key), end = std::min(rows.first_key_of(partition + 1), end_key);
+            GrowingSums sums(scratch.place(tree.place_for(partition, merge)), scratch.lanes, num_rows, dim_);
+            add_keys(unit, key, end, scratch.queries, sums, scratch.tiles);
+            sums.finish(num_rows);
             key = end;
         }
-        if (unit.partial == nullptr) {
-            if (is_first) all.clear(num_rows, dim_);
-            write_out(unit, all);
-        } else if (unit.num_parts_left.fetch_sub(1) == 1) {  // the last of the unit's items to end
-            Sums first(unit.partial, num_rows);
-            for (int64_t p = 1, count = num_partitions(unit.num_keys); p < count; ++p)
-                first.merge(Sums(unit.partial + p * size, num_rows), num_rows, dim_);
-            write_out(unit, first);
-        }
+        return tree.finish(merge);
+    }
+
+    void merge_pieces(const Unit &unit) const {
+        const int64_t num_rows = unit.end_row - unit.first_row, size = Sums::size(num_rows, dim_);
+        Sums places[MergeTree::MAX_PLACES];
+        MergeTree tree;
+        const auto merge = [&](int64_t place) { places[place].merge(places[place + 1], num_rows, dim_); };
+        const auto end_result = [&](int64_t result) {
+            const bool has_keys = tree.finish(merge);
+            write_result(unit, result, has_keys ? places[0] : Sums());
+        };
+        int64_t result = 0;
+        float *piece = unit.pieces;
+        for (int64_t i = unit.first_item; i < unit.first_item + unit.num_items; ++i)
+            each_piece(items_[i], [&](int64_t partition, int64_t first_key, int64_t) {
+                while (first_key >= end_key_of(unit, result)) end_result(result++);
+                places[tree.place_for(partition, merge)] = Sums(piece, num_rows);
+                piece += size;
+            });
+        while (result < num_results(unit)) end_result(result++);
     }
 
     int64_t tile_memory_size(int64_t num_rows) const {
@@ -275,7 +340,7 @@ class Work {
 
     // Online softmax over keys [first_key, end_key), tile by tile.
     void add_keys(
-        const Unit &unit, int64_t first_key, int64_t end_key, const float *queries, Sums &sums, float *memory
+        const Unit &unit, int64_t first_key, int64_t end_key, const float *queries, GrowingSums &sums, float *memory
     ) const {
         const int64_t num_rows = unit.end_row - unit.first_row;
         float *const widened = memory + num_rows * (TILE_KEYS + 1);
@@ -336,7 +401,7 @@ class Work {
 #if defined(HAS_MATRIX_TILES)
     void add_matrix_tile(
         const Unit &unit, const KeyGroup<T> *groups, int num_groups, bool is_whole, bool has_next, const float *queries,
-        Sums &sums, float *memory
+        GrowingSums &sums, float *memory
     ) const {
         const int64_t num_rows = unit.end_row - unit.first_row, depth = padded_depth(dim_);
         const int64_t num_pairs = (num_rows + PAIR_ROWS - 1) / PAIR_ROWS;
@@ -395,8 +460,8 @@ class Work {
     // fetch: called once for each register tile of scores.
     template <class Stored, class Fetch>
     void add_tile(
-        const Unit &unit, KeyGroup<Stored> *groups, int num_groups, bool is_whole, const float *queries, Sums &sums,
-        float *memory, const Fetch &fetch
+        const Unit &unit, KeyGroup<Stored> *groups, int num_groups, bool is_whole, const float *queries,
+        GrowingSums &sums, float *memory, const Fetch &fetch
     ) const {
         const int64_t num_rows = unit.end_row - unit.first_row;
         const RowTiles tiles(num_rows);
@@ -448,7 +513,7 @@ class Work {
 
     // Scores to weights relative to each row's new maximum; decay: what its earlier weights are multiplied by. All
     // maxima first: a row's powers would have to wait for its own.
-    static void softmax(float *scores, int64_t num_rows, int num_vecs, Sums &sums, float *decay) {
+    static void softmax(float *scores, int64_t num_rows, int num_vecs, GrowingSums &sums, float *decay) {
         for (int64_t r = 0; r < num_rows; ++r) {
             const float *const row = scores + r * TILE_KEYS;
             Vec highest = load(row);
@@ -463,7 +528,7 @@ class Work {
             sums.max[r] = new_max;
         }
         for (int64_t r = 0; r < num_rows; ++r) {
-            float *const row = scores + r * TILE_KEYS, *const total = sums.total + r * WIDTH;
+            float *const row = scores + r * TILE_KEYS, *const lanes = sums.lanes + r * WIDTH;
             const Vec origin = splat(origin_of(sums.max[r]));
             Vec sum = splat(0.0f);
             for (int i = 0; i < num_vecs; ++i) {
@@ -471,28 +536,41 @@ class Work {
                 store(row + i * WIDTH, weight);
                 sum = sum + weight;
             }
-            store(total, fma(load(total), splat(decay[r]), sum));
+            store(lanes, fma(load(lanes), splat(decay[r]), sum));
         }
     }
 
     // A row that has seen no key yet: any finite maximum makes its weights exactly 0.
     static float origin_of(float max) { return max == MINUS_INFINITY ? 0.0f : max; }
 
-    void write_out(const Unit &unit, const Sums &sums) const {
+    // sums.max null: no row sees a key of this result.
+    void write_result(const Unit &unit, int64_t result, const Sums &sums) const {
+        const int64_t group = call_.queries_per_kv_head;
         for (int64_t r = 0; r < unit.end_row - unit.first_row; ++r) {
-            const int64_t row = unit.first_row + r, group = call_.queries_per_kv_head;
-            const int64_t token = unit.rows->first_token + row / group;
-            const int64_t index = (token * call_.num_kv_heads + unit.head) * group + row % group;
-            const float total = reduce_add(load(sums.total + r * WIDTH));
-            const bool is_empty = sums.max[r] == MINUS_INFINITY;
-            const float share = is_empty ? 0.0f : 1.0f / total;
-            T *const out = static_cast<T *>(call_.out) + index * call_.head_dim;
-            const float *const values = sums.values + r * dim_;
-            for (int64_t d = 0; d < call_.head_dim; ++d) from_float(values[d] * share, out + d);
-            if (call_.lse != nullptr)
-                call_.lse[index] = is_empty ? MINUS_INFINITY
-                                            : static_cast<float>((sums.max[r] + std::log2(static_cast<double>(total))) * LN_2);
+            const int64_t row = unit.first_row + r, head = unit.head * group + row % group;
+            if (unit.rows->num_nodes > 0)
+                write_node(*unit.rows, row / group, head, result, sums, r);
+            else
+                write_out(unit.rows->first_token + row / group, head, sums, r);
         }
+    }
+
+    void write_out(int64_t token, int64_t head, const Sums &sums, int64_t r) const {
+        const int64_t index = token * num_heads(call_) + head;
+        T *const out = static_cast<T *>(call_.out) + index * call_.head_dim;
+        float *const lse = call_.lse == nullptr ? nullptr : call_.lse + index;
+        if (sums.max != nullptr) return write_row(sums, r, dim_, call_.head_dim, out, lse);
+        std::fill_n(out, call_.head_dim, 0);
+        if (lse != nullptr) *lse = MINUS_INFINITY;
+    }
+
+    void write_node(const Rows &rows, int64_t token, int64_t head, int64_t node, const Sums &sums, int64_t r) const {
+        const int64_t head_dim = call_.head_dim, index = rows.first_result + token * rows.num_nodes + node;
+        float *const to = call_.nodes + index * node_size(call_) + head * (head_dim + 2);
+        const bool has_keys = sums.max != nullptr;
+        has_keys ? std::copy_n(sums.values + r * dim_, head_dim, to) : std::fill_n(to, head_dim, 0.0f);
+        to[head_dim] = has_keys ? sums.max[r] : MINUS_INFINITY;
+        to[head_dim + 1] = has_keys ? sums.total[r] : 0.0f;
     }
 
     const Call &call_;

@@ -137,7 +137,7 @@ class KeyTile {
     };
 
     // Scores to weights relative to each row's new maximum; what the sums have gathered before decays. Meanwhile `steps`.
-    void softmax(float *scores, int64_t num_rows, float scale, Sums &sums, int64_t first_row, Steps &steps) const {
+    void softmax(float *scores, int64_t num_rows, float scale, GrowingSums &sums, int64_t first_row, Steps &steps) const {
         alignas(64) float decay[PAIR_ROWS], origin[PAIR_ROWS];
         // Looking for maxima takes about a fourth of the time, powers the rest.
         const int64_t num_steps = steps.num_left();
@@ -176,8 +176,8 @@ class KeyTile {
                 store_two(weights + i * WIDTH, one, two);
                 sum = sum + one + two;
             }
-            float *const total = sums.total + (first_row + r) * WIDTH, *const values = sums.values + (first_row + r) * dim_;
-            store(total, fma(load(total), splat(decay[r]), sum));
+            float *const lanes = sums.lanes + (first_row + r) * WIDTH, *const values = sums.values + (first_row + r) * dim_;
+            store(lanes, fma(load(lanes), splat(decay[r]), sum));
             if (decay[r] != 1.0f)
                 for (int64_t d = 0; d < dim_; d += WIDTH) store(values + d, load(values + d) * splat(decay[r]));
             steps.run(num_kept * (r + 1) / num_rows - num_kept * r / num_rows);

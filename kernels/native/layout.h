@@ -32,10 +32,15 @@ struct Call {
 
     void *out;   // [T, K, G, D], dense
     float *lse;  // [T, K, G], or null
+    float *nodes;  // of rows that have nodes, instead of both: see Rows; else null
 
     const struct Rows *rows;
     int64_t num_rows;
 };
+
+inline int64_t num_heads(const Call &call) { return call.num_kv_heads * call.queries_per_kv_head; }
+// Of a node's result for one token: of each head its values, their maximum and the total of their weights.
+inline int64_t node_size(const Call &call) { return num_heads(call) * (call.head_dim + 2); }
 
 // Consecutive rows (tokens) of the batch that belong to one sequence, and the keys they see.
 struct Rows {
@@ -44,6 +49,17 @@ struct Rows {
     int64_t is_causal;  // 1: each further token sees one key more; 0: all see the same
     const struct Run *runs;  // in the order of the keys
     int64_t num_runs;
+    int64_t first_position;    // of the first key in its sequence
+    int64_t partition_tokens;  // of the partitions that attention is summed by: merge_tree.h
+
+    // Of keys that are a shard of their sequence: what is given is not the output but the results of nodes of the merge
+    // tree, for each row those from these partitions on, [rows][nodes][node_size]; none: the output.
+    const int64_t *node_starts;
+    int64_t num_nodes;
+    int64_t first_result;  // of the first row in Call::nodes, in results of one row and node
+
+    int64_t partition_of(int64_t key) const { return (first_position + key) / partition_tokens; }
+    int64_t first_key_of(int64_t partition) const { return partition * partition_tokens - first_position; }
 };
 
 // Keys that lie next to one another: from first_key on, up to the next run's first.

@@ -1,7 +1,10 @@
 // Attention over one rank's shard of requests whose keys lie on several: given to the other ranks, theirs taken, merged.
 //
+// What a rank gives are results of nodes of the merge tree (merge_tree.h), not rounded and not normalised. Every rank ends
+// the same tree, and it is that of a rank that has all keys: so all of them have its output, to the last bit.
+//
 // One call a layer: when attention has gone through tens of megabytes of keys nothing else is in the caches, and each
-// step of this from Python would wait for memory. Ranks of one machine exchange parts through slots of memory they
+// step of this from Python would wait for memory. Ranks of one machine exchange results through slots of memory they
 // share; what the slots and counters are, and why two slots are enough: megatron_medha/parallel/shm_channel.py.
 
 #include <immintrin.h>
@@ -9,13 +12,15 @@
 #include <time.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <new>
 #include <vector>
 
 #include "layout.h"
+#include "merge_tree.h"
+#include "parallel_for.h"
+#include "spin_pool.h"
 #include "storage.h"
 #include "sums.h"
 
@@ -23,6 +28,7 @@ namespace {
 
 constexpr int FAILED = 1, NOT_YET = 2;  // FAILED: as is_out_of_memory returns it
 constexpr int CHECKS_PER_YIELD = 64;  // some 3 us
+constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 18;  // of all results that are merged
 
 // Between this rank and another one. A counter holds the number of the last message; message n lies in slot n % 2.
 struct Link {
@@ -32,31 +38,33 @@ struct Link {
     const int64_t *num_arrived;
 };
 
-// Rows that the same ranks attend to together.
-struct RankSet {
-    int64_t first_row, num_rows;
-    const int64_t *ranks;  // ascending
-    int64_t num_ranks;
+// A rank's part of a chunk's keys: the nodes it has results of, by their first partitions.
+struct Shard {
+    int64_t rank;
+    const int64_t *node_starts;
+    int64_t num_nodes;
+};
 
-    bool has(int64_t rank) const { return std::find(ranks, ranks + num_ranks, rank) != ranks + num_ranks; }
+// Rows of one chunk, and the shards they see in the order of the keys.
+struct SharedChunk {
+    int64_t first_row, num_rows;
+    const Shard *shards;
+    int64_t num_shards;
+
+    const Shard *shard_of(int64_t rank) const {
+        const Shard *found = std::find_if(shards, shards + num_shards, [&](const Shard &s) { return s.rank == rank; });
+        return found == shards + num_shards ? nullptr : found;
+    }
 };
 
 // Read by native_structs.py, field by field.
 struct Exchange {
     const Link *links;  // by rank; that to oneself is never read
     int64_t num_ranks, rank;
-    const RankSet *sets;
-    int64_t num_sets;
+    const SharedChunk *chunks;  // of this rank, in the order of its rows
+    int64_t num_chunks;
+    const float *const *arrived;  // by rank: results that came another way than through links; else null
     int64_t attended_ns;  // set: the monotonic clock when this rank's own attention was done
-};
-
-// Read by native_structs.py, field by field.
-struct Merge {
-    int64_t is_bf16, num_rows, num_heads, head_dim;
-    const void *const *outs;    // of each part, [T, H, D]
-    const float *const *lses;   // [T, H]
-    int64_t num_parts;
-    void *out;                  // may be one of outs
 };
 
 int64_t now_ns() {
@@ -65,67 +73,28 @@ int64_t now_ns() {
     return now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-// Outputs of some rows, each normalised over its own keys, merged into the output over all of them, row by row: by
-// weights exp(lse), relative to the largest. A part without keys (-inf) has no weight, and its output is not looked at.
-template <class T>
-void merge_rows(const Merge &merge) {
-    std::vector<float> weights(merge.num_parts), sum(merge.head_dim);
-    for (int64_t row = 0; row < merge.num_rows * merge.num_heads; ++row) {
-        float largest = MINUS_INFINITY, total = 0.0f;
-        for (int64_t p = 0; p < merge.num_parts; ++p) largest = std::max(largest, merge.lses[p][row]);
-        for (int64_t p = 0; p < merge.num_parts; ++p) {
-            const float lse = merge.lses[p][row];
-            weights[p] = lse == MINUS_INFINITY ? 0.0f : std::exp(lse - largest);
-            total += weights[p];
-        }
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int64_t p = 0; p < merge.num_parts; ++p) {
-            if (weights[p] == 0.0f) continue;
-            const float share = weights[p] / total;
-            const T *const part = static_cast<const T *>(merge.outs[p]) + row * merge.head_dim;
-            for (int64_t d = 0; d < merge.head_dim; ++d) sum[d] += to_float(part[d]) * share;
-        }
-        T *const out = static_cast<T *>(merge.out) + row * merge.head_dim;
-        for (int64_t d = 0; d < merge.head_dim; ++d) from_float(sum[d], out + d);
-    }
-}
-
-void run(const Merge &merge) { merge.is_bf16 ? merge_rows<uint16_t>(merge) : merge_rows<float>(merge); }
-
-// What goes to a rank, and comes from it: outputs of the rows both attend to, behind them, aligned, log-sum-exps.
-struct Message {
-    int64_t out_bytes, lse_bytes;  // of a row
-    int64_t num_rows = 0;          // none: nothing is exchanged with that rank
-
-    Message(const Call &call, const Exchange &exchange, int64_t peer) {
-        const int64_t num_heads = call.num_kv_heads * call.queries_per_kv_head;
-        out_bytes = num_heads * call.head_dim * (call.is_bf16 ? 2 : 4);
-        lse_bytes = num_heads * 4;
-        if (peer == exchange.rank) return;
-        for (int64_t i = 0; i < exchange.num_sets; ++i)
-            if (exchange.sets[i].has(peer)) num_rows += exchange.sets[i].num_rows;
-    }
-    int64_t out_at(int64_t row) const { return row * out_bytes; }
-    int64_t lse_at(int64_t row) const { return (num_rows * out_bytes + 7) / 8 * 8 + row * lse_bytes; }
-};
-
+// What goes to a rank: of each chunk that both have, in order, all that this one has of it.
 void send(const Call &call, const Exchange &exchange, int64_t peer) {
-    const Message message(call, exchange, peer);
-    if (message.num_rows == 0) return;
     const Link &link = exchange.links[peer];
     const int64_t number = *link.num_sent + 1;
+    const float *from = call.nodes;
     char *const slot = link.leaving[number % 2];
-    int64_t to = 0;
-    for (int64_t i = 0; i < exchange.num_sets; ++i) {
-        const RankSet &set = exchange.sets[i];
-        if (!set.has(peer)) continue;
-        const char *const out = static_cast<const char *>(call.out) + set.first_row * message.out_bytes;
-        const char *const lse = reinterpret_cast<const char *>(call.lse) + set.first_row * message.lse_bytes;
-        std::memcpy(slot + message.out_at(to), out, set.num_rows * message.out_bytes);
-        std::memcpy(slot + message.lse_at(to), lse, set.num_rows * message.lse_bytes);
-        to += set.num_rows;
+    char *to = slot;
+    for (int64_t i = 0; i < exchange.num_chunks; ++i) {
+        const SharedChunk &chunk = exchange.chunks[i];
+        const int64_t size = chunk.num_rows * chunk.shard_of(exchange.rank)->num_nodes * node_size(call);
+        if (chunk.shard_of(peer) != nullptr) {
+            std::memcpy(to, from, size * sizeof(float));
+            to += size * sizeof(float);
+        }
+        from += size;
     }
-    __atomic_store_n(link.num_sent, number, __ATOMIC_RELEASE);
+    if (to != slot) __atomic_store_n(link.num_sent, number, __ATOMIC_RELEASE);
+}
+
+bool shares_with(const Exchange &exchange, int64_t peer) {
+    const auto has_peer = [&](const SharedChunk &chunk) { return chunk.shard_of(peer) != nullptr; };
+    return peer != exchange.rank && std::any_of(exchange.chunks, exchange.chunks + exchange.num_chunks, has_peer);
 }
 
 // Whether the peer's answer to what was sent to it last came before the deadline.
@@ -140,63 +109,100 @@ bool has_come(const Link &link, int64_t deadline_ns) {
     }
 }
 
-void merge_sets(const Call &call, const Exchange &exchange) {
-    std::vector<Message> messages;
-    for (int64_t rank = 0; rank < exchange.num_ranks; ++rank) messages.emplace_back(call, exchange, rank);
-    std::vector<int64_t> num_read(exchange.num_ranks);
-    std::vector<const void *> outs;
-    std::vector<const float *> lses;
-    for (int64_t i = 0; i < exchange.num_sets; ++i) {
-        const RankSet &set = exchange.sets[i];
-        const Message &own = messages[exchange.rank];
-        char *const own_out = static_cast<char *>(call.out) + set.first_row * own.out_bytes;
-        char *const own_lse = reinterpret_cast<char *>(call.lse) + set.first_row * own.lse_bytes;
-        outs.clear();
-        lses.clear();
-        // In ascending order of ranks: the same sum, to the last bit, on all of them.
-        for (int64_t r = 0; r < set.num_ranks; ++r) {
-            const int64_t rank = set.ranks[r];
-            const Link &link = exchange.links[rank];
-            const bool is_own = rank == exchange.rank;
-            const char *const slot = is_own ? nullptr : link.arriving[*link.num_sent % 2];
-            outs.push_back(is_own ? own_out : slot + messages[rank].out_at(num_read[rank]));
-            const char *const lse = is_own ? own_lse : slot + messages[rank].lse_at(num_read[rank]);
-            lses.push_back(reinterpret_cast<const float *>(lse));
-            num_read[rank] += set.num_rows;
+// The results of one chunk, merged.
+template <class T>
+class ChunkMerge {
+  public:
+    // next: of each rank, where its results of this chunk begin; moved on behind them.
+    ChunkMerge(const Call &call, const SharedChunk &chunk, std::vector<const float *> &next) : call_(call), chunk_(chunk) {
+        for (int64_t s = 0; s < chunk.num_shards; ++s) {
+            const Shard &shard = chunk.shards[s];
+            results_.push_back(next[shard.rank]);
+            next[shard.rank] += chunk.num_rows * shard.num_nodes * node_size(call);
+            num_nodes_ += shard.num_nodes;
         }
-        const int64_t num_heads = call.num_kv_heads * call.queries_per_kv_head;
-        run(Merge{
-            call.is_bf16, set.num_rows, num_heads, call.head_dim, outs.data(), lses.data(), set.num_ranks, own_out
-        });
+    }
+
+    int64_t num_numbers() const { return chunk_.num_rows * num_nodes_ * node_size(call_); }
+
+    void merge_token(int64_t token) const {
+        for (int64_t head = 0; head < num_heads(call_); ++head) merge_row(token, head);
+    }
+
+  private:
+    void merge_row(int64_t token, int64_t head) const {
+        const int64_t head_dim = call_.head_dim, dim = (head_dim + GROUP - 1) / GROUP * GROUP, size = Sums::size(1, dim);
+        static thread_local Buffer memory;
+        float *const sums = memory.at_least<float>(size * std::min(num_nodes_ + 1, MergeTree::MAX_PLACES));
+        const auto place = [&](int64_t index) { return Sums(sums + index * size, 1); };
+        const auto merge = [&](int64_t index) { place(index).merge(place(index + 1), 1, dim); };
+        MergeTree tree;
+        for (int64_t s = 0; s < chunk_.num_shards; ++s) {
+            const Shard &shard = chunk_.shards[s];
+            for (int64_t n = 0; n < shard.num_nodes; ++n) {
+                const int64_t index = (token * shard.num_nodes + n) * num_heads(call_) + head;
+                const float *const from = results_[s] + index * (head_dim + 2);
+                if (from[head_dim] == MINUS_INFINITY) continue;
+                const Sums to = place(tree.place_for(shard.node_starts[n], merge));
+                std::fill_n(std::copy_n(from, head_dim, to.values), dim - head_dim, 0.0f);
+                to.max[0] = from[head_dim];
+                to.total[0] = from[head_dim + 1];
+            }
+        }
+        if (!tree.finish(merge)) place(0).max[0] = MINUS_INFINITY;
+        const int64_t index = (chunk_.first_row + token) * num_heads(call_) + head;
+        float *const lse = call_.lse == nullptr ? nullptr : call_.lse + index;
+        write_row(place(0), 0, dim, head_dim, static_cast<T *>(call_.out) + index * head_dim, lse);
+    }
+
+    const Call &call_;
+    const SharedChunk &chunk_;
+    std::vector<const float *> results_;  // of each shard
+    int64_t num_nodes_ = 0;
+};
+
+template <class T>
+void merge_chunks(const Call &call, const Exchange &exchange) {
+    std::vector<const float *> next(exchange.num_ranks);
+    for (int64_t rank = 0; rank < exchange.num_ranks; ++rank) {
+        if (rank == exchange.rank)
+            next[rank] = call.nodes;
+        else if (exchange.arrived != nullptr)
+            next[rank] = exchange.arrived[rank];
+        else if (shares_with(exchange, rank)) {
+            const Link &link = exchange.links[rank];
+            next[rank] = reinterpret_cast<const float *>(link.arriving[*link.num_sent % 2]);
+        }
+    }
+    for (int64_t i = 0; i < exchange.num_chunks; ++i) {
+        const ChunkMerge<T> merge(call, exchange.chunks[i], next);
+        const int64_t threads = useful_threads(
+            call.run_parallel, call.num_threads, merge.num_numbers(), MIN_PARALLEL_NUMBERS
+        );
+        const auto merge_token = [&](int64_t token) { merge.merge_token(token); };
+        parallel_for(call.run_parallel, threads, exchange.chunks[i].num_rows, merge_token);
     }
 }
 
 }  // namespace
 
-// Take the other ranks' parts of what was sent last, and merge them into call->out. 0, FAILED when memory ran out, or
-// NOT_YET: not all had come after so long, nothing was merged, and the call may be made again.
+// Take the other ranks' results of what was sent last, or those in `arrived`, and merge them with those in call->nodes
+// into call->out and call->lse. 0, FAILED when memory ran out, or NOT_YET: not all had come after so long, nothing was
+// merged, and the call may be made again.
 extern "C" int medha_merge_shards(const Call *call, const Exchange *exchange, int64_t wait_ns) {
-    try {
-        const int64_t deadline_ns = now_ns() + wait_ns;
-        for (int64_t rank = 0; rank < exchange->num_ranks; ++rank)
-            if (Message(*call, *exchange, rank).num_rows > 0 && !has_come(exchange->links[rank], deadline_ns))
-                return NOT_YET;
-        merge_sets(*call, *exchange);
-        return 0;
-    } catch (const std::bad_alloc &) {
-        return FAILED;
-    }
+    const int64_t deadline_ns = now_ns() + wait_ns;
+    for (int64_t rank = 0; exchange->arrived == nullptr && rank < exchange->num_ranks; ++rank)
+        if (shares_with(*exchange, rank) && !has_come(exchange->links[rank], deadline_ns)) return NOT_YET;
+    return is_out_of_memory([&] {
+        call->is_bf16 ? merge_chunks<uint16_t>(*call, *exchange) : merge_chunks<float>(*call, *exchange);
+    });
 }
 
-// medha_attend, whose output and log-sum-exps go to the other ranks. Then, with wait_ns > 0, medha_merge_shards.
+// medha_attend, whose results in call->nodes go to the other ranks. Then, with wait_ns > 0, medha_merge_shards.
 extern "C" int medha_attend_shard(const Call *call, Exchange *exchange, int64_t wait_ns) {
     if (medha_attend(call)) return FAILED;
     exchange->attended_ns = now_ns();
-    for (int64_t rank = 0; rank < exchange->num_ranks; ++rank) send(*call, *exchange, rank);
+    for (int64_t rank = 0; rank < exchange->num_ranks; ++rank)
+        if (shares_with(*exchange, rank)) send(*call, *exchange, rank);
     return wait_ns > 0 ? medha_merge_shards(call, exchange, wait_ns) : 0;
-}
-
-// Parts that came another way, merged by the same arithmetic. 0, or FAILED.
-extern "C" int medha_merge(const Merge *merge) {
-    return is_out_of_memory([&] { run(*merge); });
 }

@@ -20,6 +20,7 @@ static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
 static inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }
+static inline float first_lane(Vec x) { return _mm512_cvtss_f32(x); }
 
 // Two bf16 vectors interleaved element by element: the first is in the low halves of 32-bit words.
 static inline void load_pairs(const uint16_t *p, Vec &first, Vec &second) {
@@ -108,6 +109,7 @@ static inline void store(float *p, Vec x) { _mm256_storeu_ps(p, x); }
 static inline Vec splat(float x) { return _mm256_set1_ps(x); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+static inline float first_lane(Vec x) { return _mm256_cvtss_f32(x); }
 
 static inline float reduce_max(Vec x) {
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

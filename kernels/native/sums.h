@@ -2,12 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <new>
 
 #include "simd.h"
+#include "storage.h"
 
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
@@ -33,31 +35,61 @@ class Buffer {
     size_t bytes_ = 0;
 };
 
-// Online softmax of some rows: maximum, sum of weights (each a vector's lanes, added at the end), weighted values.
+// Online softmax of some rows over some keys: maximum, sum of weights, weighted values.
 struct Sums {
-    float *max, *total, *values;  // [rows], [rows][WIDTH], [rows][dim]
+    float *max, *total, *values;  // [rows], [rows], [rows][dim]
 
     // Values lie at a multiple of 64 bytes if `memory` does: a row of a matrix tile is one line of the cache then.
     static int64_t size(int64_t rows, int64_t dim) { return before_values(rows) + rows * dim; }
-    static int64_t before_values(int64_t rows) { return (rows * (1 + WIDTH) + 15) / 16 * 16; }
+    static int64_t before_values(int64_t rows) { return (rows * 2 + 15) / 16 * 16; }
+    Sums() : max(nullptr), total(nullptr), values(nullptr) {}
     Sums(float *memory, int64_t rows) : max(memory), total(memory + rows), values(memory + before_values(rows)) {}
-    void clear(int64_t rows, int64_t dim) {
-        std::fill_n(max, rows, MINUS_INFINITY);
-        std::fill_n(total, rows * WIDTH, 0.0f);
-        std::fill_n(values, rows * dim, 0.0f);
-    }
-    // Add keys seen later. Rows that have seen none have maximum -inf and weight 0.
+    // Add keys seen later. A row that has seen none on either side takes the other side's numbers as they are.
     void merge(const Sums &later, int64_t rows, int64_t dim) {
         for (int64_t r = 0; r < rows; ++r) {
             if (later.max[r] == MINUS_INFINITY) continue;
+            float *const a = values + r * dim;
+            const float *const b = later.values + r * dim;
+            if (max[r] == MINUS_INFINITY) {
+                max[r] = later.max[r];
+                total[r] = later.total[r];
+                std::copy_n(b, dim, a);
+                continue;
+            }
             const float both = std::max(max[r], later.max[r]);
             const Vec mine = exp2_of_nonpositive(splat(max[r] - both));
             const Vec theirs = exp2_of_nonpositive(splat(later.max[r] - both));
             max[r] = both;
-            float *a = total + r * WIDTH, *b = values + r * dim;
-            const float *c = later.total + r * WIDTH, *d = later.values + r * dim;
-            store(a, fma(load(c), theirs, load(a) * mine));
-            for (int64_t i = 0; i < dim; i += WIDTH) store(b + i, fma(load(d + i), theirs, load(b + i) * mine));
+            total[r] = first_lane(fma(splat(later.total[r]), theirs, splat(total[r]) * mine));
+            for (int64_t i = 0; i < dim; i += WIDTH) store(a + i, fma(load(b + i), theirs, load(a + i) * mine));
         }
     }
 };
+
+// The same while keys are added: weights are summed in each lane of a vector, and over the lanes at the end.
+struct GrowingSums : Sums {
+    float *lanes;  // [rows][WIDTH]
+
+    GrowingSums(const Sums &sums, float *lanes, int64_t rows, int64_t dim) : Sums(sums), lanes(lanes) {
+        std::fill_n(max, rows, MINUS_INFINITY);
+        std::fill_n(values, rows * dim, 0.0f);
+        std::fill_n(lanes, rows * WIDTH, 0.0f);
+    }
+    void finish(int64_t rows) {
+        for (int64_t r = 0; r < rows; ++r) total[r] = reduce_add(load(lanes + r * WIDTH));
+    }
+};
+
+constexpr double LN_2 = 0.693147180559945309417;
+
+// A row's output, and the natural logarithm of its sum of weights (or null); 0 and -inf where it has seen no key.
+template <class T>
+inline void write_row(const Sums &sums, int64_t row, int64_t padded_dim, int64_t head_dim, T *out, float *lse) {
+    const bool is_empty = sums.max[row] == MINUS_INFINITY;
+    const float share = is_empty ? 0.0f : 1.0f / sums.total[row];
+    const float *const values = sums.values + row * padded_dim;
+    for (int64_t d = 0; d < head_dim; ++d) from_float(is_empty ? 0.0f : values[d] * share, out + d);
+    if (lse == nullptr) return;
+    const double log_2 = sums.max[row] + std::log2(static_cast<double>(sums.total[row]));
+    *lse = is_empty ? MINUS_INFINITY : static_cast<float>(log_2 * LN_2);
+}

@@ -163,7 +163,7 @@ class TritonAttention(AttentionBackend):
         assert self.tables is not None, "a plan before any KV"
         places, blocks = self.tables.news(r.table for r in ranges)
         chunks, decodes = [], []
-        for first_row, num_rows, start, table, is_written in ranges:
+        for first_row, num_rows, start, table, is_written, *_ in ranges:
             # Rows of another rank's shard see all that lies in this one, whatever their own order.
             rows = RowRange(
                 first_row, num_rows, start if is_written else start - 1, int(is_written), self.tables.row_of(table)

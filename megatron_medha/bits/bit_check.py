@@ -28,7 +28,7 @@ def check_schedule(seed: int, place: Place, vocab_size: int, *, names_operation:
     """One schedule. names_operation: play it once more, where bits differ, to find the operation they part at."""
     case = random_case(seed, kvp=place.layout.kvp, vocab_size=vocab_size, share_of_prompts=_SHARE_OF_PROMPTS)
     play = Play(case, place, has_cache=True).run()
-    lone = lone_run(sequences_of(play), place._replace(layout=ParallelLayout()))
+    lone = lone_run(sequences_of(play), place._replace(layout=ParallelLayout()), case.kv)
     num_positions, num_other, found = differences(play, lone)
     counts = {what: play.counts[what] for what in _COUNTED}
     if not found:
@@ -48,6 +48,6 @@ def first_operation(case: RandomSchedule, place: Place, play: Play, difference: 
     prepare = partial(record_operations, request_id=difference.request_id)
     sequence = {difference.request_id: sequences_of(play)[difference.request_id]}
     found = Play(case, place, has_cache=True, prepare=prepare).run().notes
-    alone = lone_run(sequence, place._replace(layout=ParallelLayout()), prepare).notes
+    alone = lone_run(sequence, place._replace(layout=ParallelLayout()), case.kv, prepare).notes
     operation = first_difference(found, alone, difference.position - 1)
     return f"first in {operation}" if operation else "in the output layer, or in a part that only some ranks have"

@@ -27,9 +27,9 @@ class BitDifference(NamedTuple):
 
 
 def lone_run(
-    sequences: Mapping[str, Sequence[int]], place: Place, prepare: Prepare | None = None
+    sequences: Mapping[str, Sequence[int]], place: Place, kv: KVConfig, prepare: Prepare | None = None
 ) -> Play:
-    """Every sequence on one rank, one after another, each as the whole prompt of one step."""
+    """Every sequence on one rank, one after another, each as the whole prompt of one step. kv: of the other run."""
     turns = tuple(
         Turn(
             request_id, None, tuple(token_ids),
@@ -44,7 +44,7 @@ def lone_run(
         policy="fcfs", chunking=Chunking.WHOLE, max_batch_tokens=max(64, most_tokens), max_num_sequences=1,
         watermark=0.0,
     )  # fmt: skip
-    case = RandomSchedule(turns, scheduler, KVConfig(), shard_tokens // BLOCK_SIZE + 1, shard_tokens, most_tokens, 0)
+    case = RandomSchedule(turns, scheduler, kv, shard_tokens // BLOCK_SIZE + 1, shard_tokens, most_tokens, 0)
     return Play(case, place, has_cache=False, prepare=prepare).run()
 
 

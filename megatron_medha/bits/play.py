@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,6 @@ from megatron_medha.core.batch import (
 )  # fmt: skip
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
 from megatron_medha.core.kv.kv_check import check
-from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.ops import is_for
 from megatron_medha.core.kv.prefix_keys import GranuleKeys, root_key
@@ -77,7 +76,7 @@ class Play:
 
     def __init__(self, case: RandomSchedule, place: Place, *, has_cache: bool, prepare: Prepare | None = None) -> None:
         self.case, self.ranks, self.layout = case, place.ranks, place.layout
-        kv = case.kv if has_cache else NO_PREFIX_CACHE
+        kv = case.kv if has_cache else replace(case.kv, prefix_cache=False)
         ready, *_ = self.ranks.load(
             RankConfig(
                 layout=self.layout, server_endpoint="", checkpoint=str(place.checkpoint), model=place.model,

@@ -124,5 +124,8 @@ def random_case(
     # From hardly more than the longest request, where caches are evicted and decodes preempted, to plenty.
     num_blocks = shard_tokens // BLOCK_SIZE + rng.choice((2, 10, 60))
     eviction = rng.choice(("value", "lru", "ttl"))
-    kv = KVConfig(granule_tokens=rng.choice((BLOCK_SIZE, BLOCK_SIZE, granule_tokens)), eviction=eviction)
+    kv = KVConfig(
+        granule_tokens=rng.choice((BLOCK_SIZE, BLOCK_SIZE, granule_tokens)), eviction=eviction,
+        partition_tokens=rng.choice((BLOCK_SIZE, granule_tokens)),  # so that short prompts have several
+    )  # fmt: skip
     return RandomSchedule(tuple(writer.turns), scheduler, kv, num_blocks, shard_tokens, 4096, seed)

@@ -6,42 +6,27 @@ Shapes: T query tokens, K key/value heads, G query heads per key/value head, H =
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.attention.merge import merge_outputs, with_sinks
-from megatron_medha.kernels.attention.native_shards import NativeShards, PendingShard, native_merge
+from megatron_medha.kernels.attention.native_shards import NativeShards, PendingShard
 from megatron_medha.parallel.kv_exchange import KVExchange
+from megatron_medha.parallel.node_exchange import NodeExchange
 
 # A peer that is about as far as we are answers within this; beyond it Python waits, and can be ended.
 _NATIVE_WAIT_NS = 2_000_000
 
 
-class SharedAttention:
-    """Of the shared rows of one batch; every layer attends once. All ranks that share rows do so in the same order.
+class SharedAttention(Protocol):
+    """Of the shared rows of one batch; every layer attends once. All ranks that share rows do so in the same order."""
 
-    On one machine, with the native backend, a layer is a call of its library; otherwise parts go through the exchange.
-    """
-
-    def __init__(self, backend: AttentionBackend, plan: Any, exchange: KVExchange) -> None:
-        """plan: the backend's own, for these rows alone, over this rank's shards."""
-        self._backend, self._plan, self._exchange = backend, plan, exchange
-        self._native: NativeShards | None = None
-        self._merge_parts: Callable[[Sequence[tuple[Tensor, Tensor]]], Tensor] = merge_outputs
-        if backend.is_native:
-            self._merge_parts = partial(native_merge, backend)
-            if exchange.links is not None:
-                self._native = NativeShards(backend, plan, exchange.rank, exchange.links, exchange.sets)
-
-    @property
-    def attended_s(self) -> float | None:
-        """When this rank's own part of the last layer was done, by time.perf_counter; None: not through the library."""
-        return None if self._native is None else self._native.attended_s
+    attended_s: float | None  # when this rank's part of the last layer was done, by time.perf_counter, if it is known
 
     def attend(
         self,
@@ -56,11 +41,7 @@ class SharedAttention:
 
         sinks_H: see with_sinks.
         """
-        native = None if sinks_H is not None else self._native_for(q_TKGD)
-        if native is None:
-            return self.begin(q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)()
-        begun, is_merged = native.attend(q_TKGD, k_TKD, v_TKD, layer, scale, _NATIVE_WAIT_NS)
-        return begun.out_THD if is_merged else self._merged(native, begun)
+        return self.begin(q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)()
 
     def begin(
         self,
@@ -72,17 +53,35 @@ class SharedAttention:
         sinks_H: Tensor | None = None,
     ) -> Callable[[], Tensor]:
         """`attend`, without waiting for other ranks; what is returned is called for out_THD before the next layer's."""
-        native = None if sinks_H is not None else self._native_for(q_TKGD)
-        if native is not None:
-            begun, _ = native.attend(q_TKGD, k_TKD, v_TKD, layer, scale)
-            return partial(self._merged, native, begun)
+        ...
+
+
+class MergedOutputs(SharedAttention):
+    """Every rank normalises its part. Merged outputs differ in their last bits from those of one rank."""
+
+    attended_s = None
+
+    def __init__(self, backend: AttentionBackend, plan: Any, exchange: KVExchange) -> None:
+        """plan: the backend's own, for these rows alone, over this rank's shards."""
+        self._backend, self._plan, self._exchange = backend, plan, exchange
+
+    def begin(
+        self,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: LayerKV,
+        scale: float,
+        sinks_H: Tensor | None = None,
+    ) -> Callable[[], Tensor]:
+        """See SharedAttention."""
         own = self._backend.attend_with_lse(self._plan, q_TKGD, k_TKD, v_TKD, layer, scale)
         if sinks_H is not None:
             own = with_sinks(*own, self._parts_of_sinks(sinks_H))
         on_their_way = self._exchange.begin(*own)
 
         def merged() -> Tensor:
-            outs = [self._merge_parts(parts) for parts in on_their_way()]
+            outs = [merge_outputs(parts) for parts in on_their_way()]
             return outs[0] if len(outs) == 1 else torch.cat(outs)
 
         return merged
@@ -95,13 +94,78 @@ class SharedAttention:
         ]
         return torch.cat(parts)
 
-    def _native_for(self, q_TKGD: Tensor) -> NativeShards | None:
-        """For messages that fit in shared memory; larger ones are few, and bound by attention itself."""
-        _, num_kv_heads, group, head_dim = q_TKGD.shape
-        row_bytes = num_kv_heads * group * (head_dim * q_TKGD.element_size() + 4)
-        return self._native if self._exchange.fits_slots(row_bytes) else None
 
-    def _merged(self, native: NativeShards, begun: PendingShard) -> Tensor:
-        while not native.merge(begun, _NATIVE_WAIT_NS):
+class MergedNodes(SharedAttention):
+    """Ranks exchange results of nodes of one merge tree, and all of them have the output of a rank with all keys.
+
+    On one machine a layer is a call of the library; larger messages, and those between machines, take the exchange.
+    """
+
+    def __init__(self, native: NativeShards, exchange: NodeExchange) -> None:
+        """native: of these rows alone, over this rank's shards."""
+        self._native, self._exchange = native, exchange
+
+    @property
+    def attended_s(self) -> float | None:  # type: ignore[override]
+        """See SharedAttention."""
+        return self._native.attended_s or None
+
+    def attend(
+        self,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: LayerKV,
+        scale: float,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """See SharedAttention."""
+        begun = self._native.begin(q_TKGD, k_TKD, v_TKD, layer, scale, has_lse=sinks_H is not None)
+        if not self._fits_slots(begun):
+            return self._begun(begun, sinks_H)()
+        if self._native.attend_and_send(begun, _NATIVE_WAIT_NS):
+            return _output(begun, sinks_H)
+        return self._merged(begun, sinks_H)
+
+    def begin(
+        self,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: LayerKV,
+        scale: float,
+        sinks_H: Tensor | None = None,
+    ) -> Callable[[], Tensor]:
+        """See SharedAttention."""
+        begun = self._native.begin(q_TKGD, k_TKD, v_TKD, layer, scale, has_lse=sinks_H is not None)
+        return self._begun(begun, sinks_H)
+
+    def _begun(self, begun: PendingShard, sinks_H: Tensor | None) -> Callable[[], Tensor]:
+        if self._fits_slots(begun):
+            self._native.attend_and_send(begun)
+            return partial(self._merged, begun, sinks_H)
+        self._native.attend(begun)
+        on_their_way = self._exchange.begin(begun.nodes_NHE)
+
+        def merged() -> Tensor:
+            self._native.merge_arrived(begun, on_their_way())
+            return _output(begun, sinks_H)
+
+        return merged
+
+    def _fits_slots(self, begun: PendingShard) -> bool:
+        """Whether the library can exchange it; larger messages are few, and bound by attention itself."""
+        _, num_heads, width = begun.nodes_NHE.shape
+        return self._exchange.fits_slots(4 * num_heads * width)
+
+    def _merged(self, begun: PendingShard, sinks_H: Tensor | None) -> Tensor:
+        while not self._native.merge(begun, _NATIVE_WAIT_NS):
             self._exchange.wait_for_slots()
-        return begun.out_THD
+        return _output(begun, sinks_H)
+
+
+def _output(merged: PendingShard, sinks_H: Tensor | None) -> Tensor:
+    if sinks_H is None:
+        return merged.out_THD
+    assert merged.lse_TH is not None
+    return with_sinks(merged.out_THD, merged.lse_TH, sinks_H)[0]

@@ -1,5 +1,7 @@
 """Partial attention between the kvp ranks that share requests: one message each way per peer and layer.
 
+For backends that give a shard's normalised output; native ones exchange results that keep all bits (node_exchange.py).
+
 Shapes: T query tokens of the shared chunks, H query heads of this rank, D head dim, R kvp ranks of a group of chunks.
 """
 
@@ -9,11 +11,11 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_medha.parallel.node_exchange import post_messages
 from megatron_medha.parallel.shm_channel import SLOT_BYTES, ShmChannel
 
 _GAP_BYTES = 8  # at most, between output and log-sum-exp in a slot
@@ -58,22 +60,6 @@ class KVExchange:
         assert all(0 <= peer < group.size() for peer in peers), f"kvp ranks {peers} of {group.size()}"
         self._sets_of = {peer: [found for found in sets if peer in found.kvp_ranks] for peer in peers}
         self._num_rows = sum(found.num_rows for found in sets)
-        self._most_rows = max(sum(found.num_rows for found in sets) for sets in self._sets_of.values())
-
-    @property
-    def links(self) -> np.ndarray | None:
-        """Of ShmChannel, for callers that exchange through shared memory without `begin`; None: there is none."""
-        return None if self._slots is None else self._slots.links
-
-    def fits_slots(self, row_bytes: int) -> bool:
-        """Whether every message goes through shared memory, with so many bytes of output and log-sum-exp a row."""
-        return self._slots is not None and self._most_rows * row_bytes + _GAP_BYTES <= SLOT_BYTES
-
-    def wait_for_slots(self) -> None:
-        """Until every peer's answer to what was sent last is there. Raises TimeoutError after half an hour."""
-        assert self._slots is not None
-        for peer in self._sets_of:
-            self._slots.wait(peer, self._slots.last_number(peer))
 
     def begin(self, out_THD: Tensor, lse_TH: Tensor) -> Callable[[], list[list[PartialAttention]]]:
         """Give this rank's partial attention to every peer, and make room for theirs; does not wait.
@@ -132,25 +118,15 @@ class KVExchange:
         return wait
 
     def _through_group(self, leaving: dict[int, PartialAttention]) -> dict[int, Callable[[], PartialAttention]]:
-        """One message each way per peer; all at once, as NCCL runs single ones in the order they were posted.
-
-        Two ranks that both post their receive first would then wait for each other for ever.
-        """
         messages = {}
         for peer, part in leaving.items():
             leaving_THE = pack(*part)
             messages[peer] = (leaving_THE, torch.empty_like(leaving_THE))
-        posts = []
-        for peer, (leaving_THE, arriving_THE) in messages.items():
-            posts.append(dist.P2POp(dist.irecv, arriving_THE, group=self._group, group_peer=peer))
-            posts.append(dist.P2POp(dist.isend, leaving_THE, group=self._group, group_peer=peer))
-        works = dist.batch_isend_irecv(posts)
+        wait_for_all = post_messages(self._group, messages)
 
         def wait(peer: int) -> PartialAttention:
-            while works:
-                works.pop().wait()
-            leaving_THE, arriving_THE = messages[peer]  # both kept from being freed while they are on their way
-            return unpack(arriving_THE, leaving[peer].out_THD.shape[-1])
+            wait_for_all()
+            return unpack(messages[peer][1], leaving[peer].out_THD.shape[-1])
 
         return {peer: partial(wait, peer) for peer in leaving}
 

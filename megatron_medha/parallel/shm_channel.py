@@ -142,12 +142,12 @@ def shared_file(open_file: Callable[[Path], _Opened], num_bytes: int, group: dis
     opened: _Opened | None = None
     with contextlib.suppress(OSError):  # on another machine, or in another container, it is not there
         opened = open_file(Path(told[0]))
-    have_all = _is_true_for_all(opened is not None, group)
+    have_all = is_true_for_all(opened is not None, group)
     if group.rank() == 0:
         Path(told[0]).unlink()  # what is mapped stays
         have_all = have_all and _is_reserved(descriptor, num_bytes)
         os.close(descriptor)
-    return opened if _is_true_for_all(have_all, group) else None
+    return opened if is_true_for_all(have_all, group) else None
 
 
 def pause(waited_s: float) -> None:
@@ -163,8 +163,8 @@ def pause(waited_s: float) -> None:
         raise TimeoutError(f"another rank has written nothing for {_TIMEOUT_S:g} s")
 
 
-def _is_true_for_all(fact: bool, group: dist.ProcessGroup) -> bool:
-    """Collective."""
+def is_true_for_all(fact: bool, group: dist.ProcessGroup) -> bool:
+    """Whether it is so on every rank of a group, without a GPU. Collective."""
     facts = torch.tensor([fact], dtype=torch.int32)
     dist.all_reduce(facts, dist.ReduceOp.MIN, group=group)
     return bool(facts.item())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,15 @@ from megatron_medha.core.batch import Chunk
 from megatron_medha.core.kv.shards import context_in
 from megatron_medha.core.stage_plan import StagePlan
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV, QueryRange
+from megatron_medha.kernels.attention.merge_tree import shard_nodes
+from megatron_medha.kernels.attention.native_shards import NativeShards, SharedChunk
 from megatron_medha.kernels.kv.slot_table import SlotTable
 from megatron_medha.kernels.staging import Staging
 from megatron_medha.model.inference_context import PackedBatch, SharedRows
 from megatron_medha.model.rotary import Rotary
-from megatron_medha.model.shared_attention import SharedAttention
+from megatron_medha.model.shared_attention import MergedNodes, MergedOutputs, SharedAttention
 from megatron_medha.parallel.kv_exchange import KVExchange, RankSet
+from megatron_medha.parallel.node_exchange import NodeExchange, SharedResults
 from megatron_medha.parallel.shm_channel import ShmChannel
 from megatron_medha.worker.prompt_rows import PromptRows
 from megatron_medha.worker.token_store import StoredRequest
@@ -43,6 +46,13 @@ class KVShards:
     shard_tokens: int  # see core/kv/shards.py
     group: dist.ProcessGroup  # of the kvp ranks
     shared_slots: ShmChannel | None = None  # between them, where they are on one machine
+    partition_tokens: int | None = None     # see AttentionBackend; None: some rank's backend has no partitions
+
+    @property
+    def has_own_bits(self) -> bool:
+        """Whether the last bits of shared rows are others than on one rank."""
+        is_whole = self.partition_tokens is not None and self.shard_tokens % self.partition_tokens == 0
+        return self.group.size() > 1 and not is_whole
 
     def is_last_of(self, chunk: Chunk) -> bool:
         """Whether this rank writes the chunk's keys and values, and samples after it."""
@@ -51,13 +61,23 @@ class KVShards:
     def query_range(self, chunk: Chunk, first_row: int, table: SlotTable) -> QueryRange:
         """What the chunk's rows see of this rank's shard. A chunk lies in the last shard as a whole."""
         num_slots, shard_tokens = table.num_slots, self.shard_tokens
+        shard = chunk.kvp_ranks.index(self.kvp_rank)
+        has_nodes = len(chunk.kvp_ranks) > 1 and self.partition_tokens is not None
+        nodes = self.nodes(chunk, shard) if has_nodes else None
+        first_position = shard * shard_tokens
         if not self.is_last_of(chunk):
             assert num_slots >= shard_tokens, f"{chunk}: {num_slots} slots in a shard of {shard_tokens}"
-            return QueryRange(first_row, chunk.num_tokens, shard_tokens, table, is_written=False)
-        context = context_in(len(chunk.kvp_ranks) - 1, chunk.start, shard_tokens)
+            return QueryRange(first_row, chunk.num_tokens, shard_tokens, table, False, first_position, nodes)
+        context = context_in(shard, chunk.start, shard_tokens)
         end = context + chunk.num_tokens
         assert 0 <= context < end <= min(num_slots, shard_tokens), f"{chunk}: {num_slots} slots of {shard_tokens}"
-        return QueryRange(first_row, chunk.num_tokens, context, table)
+        return QueryRange(first_row, chunk.num_tokens, context, table, True, first_position, nodes)
+
+    def nodes(self, chunk: Chunk, shard: int) -> np.ndarray:
+        """Of which nodes of the merge tree the rank of a shard has results for the chunk's rows."""
+        assert self.partition_tokens is not None
+        first, num_seen = shard * self.shard_tokens, chunk.start + chunk.num_tokens
+        return shard_nodes(first, first + self.shard_tokens, num_seen, self.partition_tokens)
 
     def windowed(self, chunks: Sequence[Chunk], ranges: Sequence[QueryRange], window: int) -> tuple[QueryRange, ...]:
         """The chunks' ranges in layers where a token sees `window` tokens, itself included."""
@@ -194,15 +214,38 @@ def _shared_rows(
     shards: KVShards,
 ) -> SharedRows:
     first_row = ranges[0].first_row
+    of_rows = [each._replace(first_row=each.first_row - first_row) for each in ranges]
+    of_windows = [each._replace(first_row=each.first_row - first_row) for each in window_ranges]
+    in_order = [chunks[index][0] for _, indices in plan.shared for index in indices]
+    make = _merged_outputs if shards.partition_tokens is None else _merged_nodes
+    attention = make(in_order, plan, backend, shards)
+    return SharedRows(first_row, attention(of_rows), attention(of_windows) if of_windows else None)
+
+
+def _merged_outputs(
+    chunks: Sequence[Chunk], plan: StagePlan, backend: AttentionBackend, shards: KVShards
+) -> Callable[[Sequence[QueryRange]], SharedAttention]:
     sets, row = [], 0
     for kvp_ranks, indices in plan.shared:
-        num_rows = sum(chunks[index][0].num_tokens for index in indices)
+        own, chunks = chunks[: len(indices)], chunks[len(indices) :]
+        num_rows = sum(chunk.num_tokens for chunk in own)
         sets.append(RankSet(kvp_ranks, row, num_rows))
         row += num_rows
     exchange = KVExchange(shards.group, sets, shards.shared_slots)
+    return lambda ranges: MergedOutputs(backend, backend.plan(ranges), exchange)
 
-    def attention(found: Sequence[QueryRange]) -> SharedAttention:
-        of_rows = [each._replace(first_row=each.first_row - first_row) for each in found]
-        return SharedAttention(backend, backend.plan(of_rows), exchange)
 
-    return SharedRows(first_row, attention(ranges), attention(window_ranges) if window_ranges else None)
+def _merged_nodes(
+    chunks: Sequence[Chunk], _: StagePlan, backend: AttentionBackend, shards: KVShards
+) -> Callable[[Sequence[QueryRange]], SharedAttention]:
+    shared, results, row = [], [], 0
+    for chunk in chunks:
+        of_shards = [shards.nodes(chunk, shard) for shard in range(len(chunk.kvp_ranks))]
+        shared.append(SharedChunk(row, chunk.num_tokens, tuple(zip(chunk.kvp_ranks, of_shards, strict=True))))
+        counts = tuple([chunk.num_tokens * len(nodes) for nodes in of_shards])
+        results.append(SharedResults(chunk.kvp_ranks, counts))
+        row += chunk.num_tokens
+    exchange = NodeExchange(shards.group, results, shards.shared_slots)
+    return lambda ranges: MergedNodes(
+        NativeShards(backend, backend.plan(ranges), exchange.rank, exchange.links, shared), exchange
+    )

@@ -20,9 +20,12 @@ class PlainDecodes:
     step of seven: a step reads all weights, so whatever Python it touches comes from memory.
     """
 
-    def __init__(self, decoder: NativeDecoder, kv_layers: Sequence[LayerKV], angles: Rotation) -> None:
-        """angles: by position."""
+    def __init__(
+        self, decoder: NativeDecoder, kv_layers: Sequence[LayerKV], angles: Rotation, partition_tokens: int
+    ) -> None:
+        """angles: by position. partition_tokens: see AttentionBackend."""
         self._decoder, self._kv_layers, self._angles = decoder, kv_layers, angles[:2]
+        self._partition_tokens = partition_tokens
         self._num_positions = len(angles.cos_TD)
 
     def takes(self, work: StepWork) -> bool:
@@ -40,13 +43,14 @@ class PlainDecodes:
         positions: list[int] = []
         slots: list[int] = []
         rows: list[int] = []
+        whole = (0, self._partition_tokens, 0, 0, 0)  # keys from the first one on, and no nodes
         for row, (chunk, request) in enumerate(decodes):
             position, table = chunk.start, request.slot_table
             assert table is not None, f"{request.request_id}: a decode at {position} without blocks"
             token_ids.append(request.output_ids[-1])
             positions.append(position)
             slots.append(table.slot(position))
-            rows += (row, 1, position + 1, 1, table.runs_address, table.num_runs)
+            rows += (row, 1, position + 1, 1, table.runs_address, table.num_runs, *whole)
         num_rows = len(token_ids)
         numbers = array("q", [*token_ids, *positions, *slots, *rows, *range(num_rows)])
         return self._decoder.decode(numbers, num_rows, self._kv_layers, self._angles)

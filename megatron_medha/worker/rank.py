@@ -26,7 +26,7 @@ from megatron_medha.model.rotary import Rotary
 from megatron_medha.model.sampler import Sampler
 from megatron_medha.models.model_config import ModelConfig
 from megatron_medha.parallel.groups import MedhaPGs
-from megatron_medha.parallel.shm_channel import ShmChannel
+from megatron_medha.parallel.shm_channel import ShmChannel, is_true_for_all
 from megatron_medha.parallel.stage_link import PendingReceive, StageLink
 from megatron_medha.worker.batch_tensors import HostStep, KVShards, StepTensors, host_step, step_tensors
 from megatron_medha.worker.cuda_graphs import StepGraphs
@@ -107,7 +107,8 @@ class Rank:
     ) -> None:
         """num_blocks: of each of kv_layers. shard_tokens: of one request on one kvp rank.
 
-        decoder: the model in one call of the library (cpu_model.py). guided: None where no request has a grammar. points: None where no step is held.
+        decoder: the model in one call of the library (cpu_model.py). guided: None where no request has a grammar.
+        points: None where no step is held.
         """
         self.model = model
         self._rank = rank
@@ -115,7 +116,11 @@ class Rank:
         self._backend = backend
         self._kv_layers = kv_layers
         self._num_blocks, self._block_size = num_blocks, block_size
-        self.shards = KVShards(pgs.kvp.rank(), shard_tokens, pgs.kvp, ShmChannel.open(pgs.kvp, device))
+        slots = ShmChannel.open(pgs.kvp, device)
+        # Where all ranks have the library, they exchange what does not depend on where shards begin.
+        has_partitions = pgs.kvp.size() > 1 and device.type == "cpu" and is_true_for_all(backend.is_native, pgs.kvp)
+        partition_tokens = backend.partition_tokens if has_partitions else None
+        self.shards = KVShards(pgs.kvp.rank(), shard_tokens, pgs.kvp, slots, partition_tokens)
         self._link = StageLink(
             pgs.pp, hidden_size=config.hidden_size, dtype=next(model.parameters()).dtype, device=device
         )
@@ -130,7 +135,7 @@ class Rank:
         self._plain_decodes: PlainDecodes | None = None
         angles = self._rotary.first_positions() if decoder is not None and self.samples_for_itself else None
         if decoder is not None and angles is not None:
-            self._plain_decodes = PlainDecodes(decoder, kv_layers, angles)
+            self._plain_decodes = PlainDecodes(decoder, kv_layers, angles, backend.partition_tokens)
         self._staging = Staging(device)
         self._device = device
         self._sampler = Sampler(config.vocab_size, device)

@@ -15,7 +15,7 @@ def windowed_ranges(found: QueryRange, first_position: int, shard_start: int, wi
     Rows that the window does not cut yet stay together. Each of the others is a range over a table of its window: any
     backend that reads keys by slots takes it, and reads no other keys.
     """
-    first_row, num_rows, start, table, is_written = found
+    first_row, num_rows, start, table, is_written, *_ = found
     cut = max(0, window - (first_position - shard_start))  # the first row that does not see the whole table
     if cut:
         yield found._replace(num_rows=min(cut, num_rows))
@@ -23,4 +23,7 @@ def windowed_ranges(found: QueryRange, first_position: int, shard_start: int, wi
         lowest = first_position + i + 1 - window - shard_start
         end = start + i + 1 if is_written else start
         lowest = min(lowest, end)
-        yield QueryRange(first_row + i, 1, end - lowest - is_written, table.part(lowest, end), is_written)
+        yield QueryRange(
+            first_row + i, 1, end - lowest - is_written, table.part(lowest, end), is_written,
+            shard_start + lowest, found.node_starts,
+        )  # fmt: skip

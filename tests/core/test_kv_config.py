@@ -65,9 +65,17 @@ def test_no_granule_crosses_the_end_of_a_shard() -> None:
     )
 
 
-def test_a_shard_is_an_even_part_of_the_longest_context_in_whole_granules() -> None:
+@pytest.mark.parametrize("partition_tokens", [0, 8, 100])
+def test_a_partition_is_made_of_what_the_kernels_take_at_once(partition_tokens: int) -> None:
+    with pytest.raises(ConfigError, match="kv.partition_tokens="):
+        KVConfig(partition_tokens=partition_tokens)
+
+
+def test_a_shard_is_an_even_part_of_the_longest_context_in_whole_granules_and_partitions() -> None:
     assert default_shard_tokens(1000, 16, 4096, 2, BY_64) == 2048
-    assert default_shard_tokens(1000, 16, 4000, 3, BY_64) == 1344  # 21 granules
+    assert default_shard_tokens(1000, 16, 4000, 3, BY_64) == 2048  # two partitions of 1,024 tokens
+    by_96 = KVConfig(granule_tokens=96, partition_tokens=64)
+    assert default_shard_tokens(1000, 16, 4000, 3, by_96) == 1344  # seven times 192, in which both fit
     assert default_shard_tokens(50, 16, 4096, 2, BY_64) == 768     # of the 800 tokens that there is memory for
     assert default_shard_tokens(50, 16, None, 2, BY_64) == 768
     assert default_shard_tokens(50, 16, None, 1, BY_64) == 800     # nothing follows it

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.block_pool import Extent
-from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE
+from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.kv_memory import ChunkShard, KVMemory
 from megatron_medha.core.kv.ops import append_op
 from megatron_medha.core.kv.sequence import Sequence
@@ -189,7 +189,8 @@ def test_a_request_can_have_what_memory_and_context_allow() -> None:
 
 def test_where_nobody_says_how_long_a_shard_is_the_longest_context_is_cut_evenly() -> None:
     assert default_shard_tokens(1000, 16, max_context_len=4096, kvp=2, kv=NO_PREFIX_CACHE) == 2048
-    assert default_shard_tokens(1000, 16, max_context_len=100, kvp=3, kv=NO_PREFIX_CACHE) == 48  # whole blocks
+    by_16 = KVConfig(prefix_cache=False, partition_tokens=16)
+    assert default_shard_tokens(1000, 16, max_context_len=100, kvp=3, kv=by_16) == 48  # whole blocks
     # No more than there is memory for.
     assert default_shard_tokens(50, 16, max_context_len=4096, kvp=2, kv=NO_PREFIX_CACHE) == 800
 

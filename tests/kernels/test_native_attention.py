@@ -35,10 +35,14 @@ class KeyRange(NamedTuple):
 def plan_keys(ranges: Sequence[KeyRange], slots: np.ndarray | None) -> NativePlan:
     """Rows that see any number of the pool's keys. slots: of the batch's own; None: unwritten."""
     rows = np.array(
-        [(r.first_row, r.num_rows, r.num_keys, r.is_causal, r.runs.ctypes.data, len(r.runs)) for r in ranges],
+        [
+            (r.first_row, r.num_rows, r.num_keys, r.is_causal, r.runs.ctypes.data, len(r.runs), 0, 1024, 0, 0, 0)
+            for r in ranges
+        ],
         dtype=np.int64,
     )
-    return NativePlan(slots, rows, tuple(r.runs for r in ranges), torch.get_num_threads(), slots is not None)
+    runs, none = tuple(r.runs for r in ranges), (None,) * len(ranges)
+    return NativePlan(slots, rows, runs, none, 0, torch.get_num_threads(), slots is not None)
 
 
 @st.composite

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from experiments.exact_hits.run import model_options
+from megatron_medha.bits.bit_check import check_schedule
 from megatron_medha.bits.lone_run import differences, lone_run, sequences_of
 from megatron_medha.bits.operation_trace import first_difference, record_operations
 from megatron_medha.bits.play import Place, Play
@@ -42,6 +43,23 @@ def test_a_schedule_is_played_once_and_has_the_bits_of_lone_runs(
     assert "results of other options" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        (ParallelLayout(kvp=2), "float32"),
+        (ParallelLayout(spp=2, kvp=2), "bfloat16"),
+        pytest.param(ParallelLayout(kvp=4), "bfloat16", marks=pytest.mark.slow),
+    ],
+    ids=["kvp=2 float32", "spp=2 kvp=2 bfloat16", "kvp=4 bfloat16"],
+)
+def test_requests_whose_kv_lies_on_several_ranks_have_the_bits_of_one_rank(
+    layout: ParallelLayout, dtype: str, ranks: RankProcesses, model: tuple[Path, Reference]
+) -> None:
+    place = Place(ranks, model[0], layout, model_options(dtype))
+    found = check_schedule(1, place, VOCAB_SIZE, names_operation=True)
+    assert found.num_positions > 300 and not found.num_other, found.first
+
+
 def test_where_no_layout_can_be_played_no_bits_are_said_to_be_the_same(
     model: tuple[Path, Reference], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,7 +81,7 @@ def test_the_first_operation_that_differs_is_named(ranks: RankProcesses, model: 
     case = random_case(3, vocab_size=VOCAB_SIZE, num_turns=4)
     play = Play(case, place, has_cache=True, prepare=partial(_disturbed, request_id="r0")).run()
     sequences = sequences_of(play)
-    lone = lone_run(sequences, place, partial(record_operations, request_id="r0"))
+    lone = lone_run(sequences, place, case.kv, partial(record_operations, request_id="r0"))
     num_positions, num_other, found = differences(play, lone)
     assert 0 < num_other <= num_positions and found
     last = len(sequences["r0"]) - 1

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.exact_hits.run import model_options
+from megatron_medha.bits.bit_check import check_schedule
+from megatron_medha.bits.play import Place
 from megatron_medha.bits.rank_processes import RankProcesses
 from megatron_medha.core.errors import ConfigError, UnsupportedModelError
 from megatron_medha.core.layout import ParallelLayout
@@ -17,7 +20,7 @@ from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distribu
 from tests.model.megatron_models import megatron_logits, megatron_model, recorded_args, save_megatron
 from tests.model.test_megatron_exactness import MODELS
 from tests.model.test_random_megatron_models import random_options
-from tests.parallel.walk import LAYOUTS, Reference, random_case, walk
+from tests.parallel.walk import LAYOUTS, VOCAB_SIZE, Reference, random_case, walk
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,17 @@ def test_every_layout_has_megatrons_logits_and_tokens(
     reference = saved(MODELS[name], pgs, tmp_path)
     outcome = walk(random_case(LAYOUTS[layout], 3, num_requests=3), ranks, tmp_path, reference)
     assert outcome.most_kvp_ranks == LAYOUTS[layout].kvp
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["latent attention", "window"])
+def test_every_kind_of_attention_has_the_bits_of_one_rank_over_kvp(
+    name: str, ranks: RankProcesses, pgs: MedhaPGs, tmp_path: Path
+) -> None:
+    saved(MODELS[name], pgs, tmp_path)
+    place = Place(ranks, tmp_path, ParallelLayout(kvp=2), model_options("float32"))
+    found = check_schedule(2, place, VOCAB_SIZE, names_operation=True)
+    assert found.num_positions > 300 and not found.num_other, found.first
 
 
 @pytest.mark.parametrize("seed", range(1000, 1000 + int(os.environ.get("MEDHA_RANDOM_MODELS", "4"))))

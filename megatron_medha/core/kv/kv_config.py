@@ -1,4 +1,4 @@
-"""Options of the KV memory: the prefix cache, its granule, what is evicted first, what sessions may keep."""
+"""Options of the KV memory: prefix cache, its granule, what is evicted first, what sessions may keep, partitions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_medha.core.errors import ConfigError, check_member, check_range, check_ranges
 
 EVICTIONS = ("value", "lru", "ttl")
+_PARTITION_UNIT = 16  # tokens that the CPU kernels take at once
 _MIN_GRANULE_TOKENS = 16  # half of it is computed again in each turn; shorter ones cost decisions more than they save
 
 
@@ -19,10 +20,14 @@ class KVConfig:
     eviction: str = "value"            # recompute seconds x chance of reuse / bytes; or the longest unused first
     session_ttl_s: float = 600.0       # from a session's last request; until then its KV is evicted after other KV
     session_share: float = 0.5         # of KV memory that sessions keep in that way
+    partition_tokens: int = 1024       # keys that attention sums up at once; sums are merged in a fixed tree
 
     def __post_init__(self) -> None:
         check_member("kv.eviction", self.eviction, EVICTIONS)
         check_range("kv.granule_tokens", self.granule_tokens, 1, 1 << 20)
+        check_range("kv.partition_tokens", self.partition_tokens, _PARTITION_UNIT, 1 << 20)
+        if self.partition_tokens % _PARTITION_UNIT:
+            raise ConfigError(f"kv.partition_tokens={self.partition_tokens} must be a multiple of {_PARTITION_UNIT}")
         check_ranges("kv", self, 0.0, 1e9, "session_ttl_s")
         check_ranges("kv", self, 0.0, 1.0, "session_share")
 

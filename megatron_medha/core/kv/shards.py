@@ -6,6 +6,8 @@ shards before it read what they hold. Scheduler, ranks and simulated worlds all 
 
 from __future__ import annotations
 
+from math import lcm
+
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.kv_config import KVConfig
 
@@ -43,14 +45,17 @@ def check_shard_tokens(shard_tokens: int | None, kv: KVConfig, block_size: int, 
 def default_shard_tokens(
     num_blocks: int, block_size: int, max_context_len: int | None, kvp: int, kv: KVConfig
 ) -> int:
-    """Default length of a shard: the longest context divided evenly over kvp ranks, in whole blocks and granules.
+    """Default length of a shard: the longest context divided evenly over kvp ranks, in whole granules and partitions.
 
     The longest request then reads the same amount of KV on every rank, and requests shorter than a shard stay on one.
-    Limited by the memory of a rank; a context of None by that alone. Raises ConfigError if that is less than a granule.
+    Limited by the memory of a rank; a context of None by that alone. Where that holds no partition, shards are of whole
+    blocks and granules. Raises ConfigError if it holds no granule.
     """
     memory_tokens = num_blocks * block_size
-    # On one rank there is one shard, and no granule can cross its end.
+    # On one rank there is one shard, and nothing can cross its end.
     unit = kv.shard_unit(block_size) if kvp > 1 else block_size
+    if kvp > 1 and (whole := lcm(unit, kv.partition_tokens)) <= memory_tokens:
+        unit = whole
     if not (most := memory_tokens // unit * unit):
         raise ConfigError(
             f"model.kv_memory_gib: the KV memory holds {memory_tokens} tokens, less than the prefix cache's granule of "

@@ -105,11 +105,18 @@ def described(
     options: ModelOptions,
     backend_name: str,
     linear_kernels: str = "",
+    partition_tokens: int | None = None,
+    own_bits_of_kvp: int | None = None,
 ) -> str:
-    """For the line the API server prints when the model is ready, and /version: what decides the bits is in it."""
+    """For the line the API server prints when the model is ready, and /version: what decides the bits is in it.
+
+    partition_tokens: of native attention. own_bits_of_kvp: ranks that share a request's KV, if bits depend on them.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {num_threads} threads"
     instructions = f" {native_target().lower()}" if backend_name == "native" else ""
-    parts = [name, str(dtype).removeprefix("torch."), f"{backend_name}{instructions} attention"]
+    partitions = f" in partitions of {partition_tokens}" if partition_tokens else ""
+    parts = [name, str(dtype).removeprefix("torch."), f"{backend_name}{instructions} attention{partitions}"]
+    parts += [f"kvp={own_bits_of_kvp} with bits of its own"] if own_bits_of_kvp else []
     parts += [f"{linear_kernels} linear layers"] if linear_kernels else []
     parts += [f"KV in {str(kv_dtype).removeprefix('torch.')}"] if kv_dtype != dtype else []
     parts += [f"FP8 linear layers ({options.fp8})"] if options.fp8 != "none" else []

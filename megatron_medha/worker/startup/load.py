@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import logging
 import time
 from array import array
 from collections.abc import Callable
@@ -68,6 +69,8 @@ from megatron_medha.worker.startup.memory_peaks import (
     measured_peaks,
 )
 
+log = logging.getLogger(__name__)
+
 _WARM_UP_TOKENS = 64
 _MEASURED_DRAWS = 256  # scheduler.max_num_sequences by default
 _PROGRESS_INTERVAL_S = 0.1
@@ -102,6 +105,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         raise ConfigError(str(error)) from error
     if model_config.window is not None and not backend.reads_by_slots:
         raise ConfigError(f"attention_backend={backend.name}: has no layers with a window; native and aten have")
+    backend.partition_tokens = config.kv.partition_tokens
     block_size = options.block_size or backend.block_size
     check_shard_tokens(config.max_tokens_per_shard, config.kv, block_size)
     kv_dtype = kv_dtype_of(options.kv_dtype, dtype, backend)
@@ -149,6 +153,11 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         guided=guided,
         points=points if points.can_hold else None,
     )
+    if rank.shards.has_own_bits:
+        log.warning(
+            "bits_differ_from_one_rank kvp=%d attention=%s shard_tokens=%d partition_tokens=%d",
+            layout.kvp, backend.name, rank.shards.shard_tokens, backend.partition_tokens,
+        )  # fmt: skip
     progress("warm-up", 0.0)
     warm_up(rank, max_tokens=min(num_blocks * block_size, model_config.max_context_len), block_size=block_size)
     if config.is_audited:
@@ -165,8 +174,9 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         block_size=block_size,
         stop_token_ids=model_config.stop_token_ids,
         device=described(
-            device, num_threads, dtype, kv_dtype, options, backend.name, linear_kernels_of(model)
-        ),
+            device, num_threads, dtype, kv_dtype, options, backend.name, linear_kernels_of(model),
+            backend.partition_tokens if backend.is_native else None, layout.kvp if rank.shards.has_own_bits else None,
+        ),  # fmt: skip
         shard_tokens=shard_tokens,
         can_hold=points.can_hold,
     )
