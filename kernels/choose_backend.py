@@ -57,4 +57,4 @@ def attention_backend(
         log.info("attention_backend name=%s", candidate)
         return backend
     assert score_cap is not None, "the last backend of a device can always be had"
-    raise ValueError(f"attention_backend={name}: does not cap attention's scores, as this model does; aten does (CPU)")
+    raise ValueError(f"attention_backend={name}: does not cap attention's scores, as this model does; aten, triton do")

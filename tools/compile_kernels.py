@@ -21,15 +21,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_medha.kernels.triton.triton_attention import TileConfig, attention_kernel
+from megatron_medha.kernels.triton.triton_attention import TileConfig, attention_kernel, split_dim
 from megatron_medha.kernels.triton.triton_merge import merge_kernel
 from megatron_medha.kernels.triton.triton_nucleus import nucleus_cut_kernel
-from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, PREFILL_TILES
+from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, LARGE_TILE, PREFILL_TILES, WIDE_TILES
 from megatron_medha.kernels.triton.triton_write import rotate_and_write_kernel, write_quantised_kernel
 
 _GROUP, _HEAD_DIM, _PAGE = 4, 128, 128  # Llama-3 8B, blocks as the triton backend makes them
 _POINTERS = {
-    **dict.fromkeys(("lse", "part_out", "part_lse", "cos", "signed_sin", "k_scale", "v_scale"), "*fp32"),
+    **dict.fromkeys(("lse", "part_out", "part_lse", "sinks", "cos", "signed_sin", "k_scale", "v_scale"), "*fp32"),
     **dict.fromkeys(("block_tables", "items", "merges", "pieces"), "*i32"),
     "slots": "*i64",
     **dict.fromkeys(("logits", "cuts"), "*fp32"),
@@ -63,18 +63,29 @@ def reports_of(compiles_all: bool, capability: int) -> Iterator[dict[str, Any]]:
         for tile in tiles if compiles_all else tiles[:1]:
             yield _attention(tile, "bf16", capability)
             yield _attention(tile, "fp8e4nv", capability)
-    constants = {"GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "BLOCK_M": 64, "PARTS": 32, "HAS_LSE": True}
+        for kv_type in ("bf16", "fp8e4nv") if compiles_all else ("bf16",):
+            yield _attention(tiles[0], kv_type, capability, IS_WINDOWED=True, HAS_SINKS=True)  # gpt-oss
+            yield _attention(tiles[0], kv_type, capability, IS_WINDOWED=True, IS_CAPPED=True)  # gemma 2
+    for kv_type in ("bf16", "fp8e4nv") if compiles_all else ("bf16",):
+        yield _attention(LARGE_TILE, kv_type, capability, head_dim=256, IS_WINDOWED=True, IS_CAPPED=True)
+    for tile, group in zip(WIDE_TILES, (32, 16), strict=True):
+        for kv_type in ("bf16", "fp8e4nv") if compiles_all else ("bf16",):
+            yield _attention(tile, kv_type, capability, head_dim=576, group=group, ARE_VALUES_KEYS=True)
+    constants = {"GROUP": _GROUP, "DIM": _HEAD_DIM, "WIDTH": _HEAD_DIM, "BLOCK_M": 64, "PARTS": 32, "HAS_LSE": True}
     yield {"kernel": "merge", "block_m": 0, "has_tma": False, **compiled(merge_kernel, {"out": "*bf16"}, constants, 4)}
     data = dict.fromkeys(("q", "k", "v", "q_out", "k_pool", "v_pool"), "*bf16")
     constants = {
-        "GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE, "TOKENS": 8, "ROWS": 32, "ROTATES": True, "WRITES": True
+        "GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "WIDTH": _HEAD_DIM, "PAGE": _PAGE, "TOKENS": 8, "ROWS": 32,
+        "ROTATES": True, "WRITES": True, "WRITES_VALUES": True,
     }  # fmt: skip
     yield {
         "kernel": "rotate_and_write", "block_m": 0, "has_tma": False,
         **compiled(rotate_and_write_kernel, data, constants, 4),
     }  # fmt: skip
     data = {"k": "*bf16", "v": "*bf16", "k_pool": "*fp8e4nv", "v_pool": "*fp8e4nv"}
-    constants = {"HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE, "ROTATES": True}
+    constants = {
+        "HEAD_DIM": _HEAD_DIM, "WIDTH": _HEAD_DIM, "PAGE": _PAGE, "ROTATES": True, "WRITES_VALUES": True
+    }  # fmt: skip
     yield {
         "kernel": "write_quantised", "block_m": 0, "has_tma": False,
         **compiled(write_quantised_kernel, data, constants, 8),
@@ -84,17 +95,31 @@ def reports_of(compiles_all: bool, capability: int) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
 
 
-def _attention(tile: TileConfig, kv_type: str, capability: int) -> dict[str, Any]:
-    block_n, is_quantised = min(tile.block_n, _PAGE), kv_type == "fp8e4nv"
-    pool = f"tensordesc<{kv_type}[{block_n},{_HEAD_DIM}]>" if tile.has_tma else f"*{kv_type}"
+def _attention(
+    tile: TileConfig, kv_type: str, capability: int, head_dim: int = _HEAD_DIM, group: int = _GROUP, **variant: bool
+) -> dict[str, Any]:
+    """variant: constants of the kernel that are not False."""
+    block_n, is_quantised, dims = min(tile.block_n, _PAGE), kv_type == "fp8e4nv", split_dim(head_dim)
+
+    def pool(width: int) -> str:
+        return f"tensordesc<{kv_type}[{block_n},{width}]>" if tile.has_tma else f"*{kv_type}"
+
+    names = ("IS_WINDOWED", "IS_CAPPED", "ARE_VALUES_KEYS", "HAS_SINKS", "HAS_LSE")
     constants = {
-        "GROUP": _GROUP, "HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE, "BLOCK_M": tile.block_m, "BLOCK_N": block_n,
-        "NUM_STAGES": tile.num_stages, "IS_QUANTISED": is_quantised, "HAS_TMA": tile.has_tma, "HAS_LSE": False,
+        "GROUP": group, "DIM": head_dim, "HEAD_DIM": dims.main, "TAIL": dims.tail, "PAGE": _PAGE,
+        "BLOCK_M": tile.block_m, "BLOCK_N": block_n, "NUM_STAGES": tile.num_stages, "SPLITS": 1,
+        "IS_QUANTISED": is_quantised, "HAS_TMA": tile.has_tma, **dict.fromkeys(names, False), **variant,
         "lse": None, **({} if is_quantised else {"k_scale": None, "v_scale": None}),
+        **({} if variant.get("HAS_SINKS") else {"sinks": None}),
+        **({} if dims.tail else {"keys_tail": None, "values_tail": None}),
     }  # fmt: skip
-    types = {"q": "*bf16", "out": "*bf16", "keys": pool, "values": pool, "scale_log2": "fp32"}
+    types = {
+        "q": "*bf16", "out": "*bf16", "keys": pool(dims.main), "values": pool(dims.main),
+        "keys_tail": pool(dims.tail), "values_tail": pool(dims.tail), "scale_log2": "fp32", "cap_log2": "fp32",
+    }  # fmt: skip
     return {
-        "kernel": "attention", "kv": kv_type, "block_m": tile.block_m, "block_n": block_n, "num_warps": tile.num_warps,
+        "kernel": "attention", "kv": kv_type, "head_dim": head_dim, "variant": "+".join(sorted(variant)) or "plain",
+        "block_m": tile.block_m, "block_n": block_n, "num_warps": tile.num_warps,
         "num_stages": tile.num_stages, "has_tma": tile.has_tma, "programs_per_sm": tile.programs_per_sm,
         **_compile(attention_kernel, types, constants, tile.num_warps, capability, tile.max_registers),
     }  # fmt: skip

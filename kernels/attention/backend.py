@@ -33,6 +33,9 @@ class QueryRange(NamedTuple):
     # Of a shard, for a native backend: nodes of its merge tree that results are for, by their first partitions. None:
     # the rows' whole output.
     node_starts: np.ndarray | None = None
+    # The first key in the table that the first row sees, the next row from the next key on; None: all see it from its
+    # start. Only for backends with masks_windows.
+    lowest_key: int | None = None
 
 
 def check_shapes(q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
@@ -57,7 +60,11 @@ class AttentionBackend(Protocol):
     rotates = False             # there is attend_rotating
     stores_fp8 = False          # its pool may be float8_e4m3
     reads_by_slots = False      # a table of its ranges may begin anywhere in a block, as windows do
+    masks_windows = False       # it looks at lowest_key
+    adds_sinks = False          # attend takes sinks_H
     has_padded_plans = False    # its plans fit the fixed lengths of a CUDA graph
+    has_fixed_splits = False    # it looks at fixed_split_tokens
+    fixed_split_tokens: int | None = None  # keys are summed up in parts of so many, whatever else is in the batch
     caps_scores = False         # it looks at score_cap
     score_cap: float | None = None  # scaled scores x become cap * tanh(x / cap), of all layers
 
@@ -82,12 +89,21 @@ class AttentionBackend(Protocol):
         """Everything about a batch that all layers share, computed once per step."""
 
     def attend(
-        self, plan: Any, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+        self,
+        plan: Any,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: LayerKV,
+        scale: float,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD (H = K * G, in that order).
 
+        sinks_H: of backends with adds_sinks, a score of each head in its softmax that brings no value.
         A query at position p of its sequence sees positions [0, p]. Every range of the plan must be written.
         """
+        assert sinks_H is None, f"{self.name} adds no sinks"
         return self.attend_with_lse(plan, q_TKGD, k_TKD, v_TKD, layer, scale)[0]
 
     def attend_with_lse(

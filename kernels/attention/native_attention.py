@@ -106,9 +106,17 @@ class NativeAttention(AttentionBackend):
         return NativePlan(slots, rows, runs, nodes, num_results, torch.get_num_threads(), is_all_written)
 
     def attend(
-        self, plan: NativePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: LayerKV, scale: float
+        self,
+        plan: NativePlan,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: LayerKV,
+        scale: float,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
+        assert sinks_H is None, "native adds no sinks"
         assert plan.is_all_written, "rows of another rank's shard need attend_with_lse"
         return self._attended(*self.prepared(plan, q_TKGD, k_TKD, v_TKD, layer, scale, None))
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 # Columns of an item and of a merge, in the kernels' order.
-ITEM_COLUMNS = 8   # first row, rows, last key of the first row, step of the last key, key begin, key end, table, part
+# First row, rows, last key of the first row, step of the last key, key begin, key end, table, part, lowest key of the
+# first row.
+ITEM_COLUMNS = 9
 MERGE_COLUMNS = 4  # first row, rows, first part, parts
 
 # What an item costs besides its key blocks (prologue, writing its partial result), in key blocks of 64: a guess from
@@ -22,16 +24,19 @@ _ITEM_OVERHEAD_BLOCKS = 4
 # Ways to cut that are compared per batch; each costs some 20 us of host time.
 NUM_WAVES_TRIED = 4
 
+_NO_WINDOW = -1  # a lowest key: no row's window begins within the table
+
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Consecutive rows of the packed batch, and the keys they see: row i sees [0, last_key + i * step]."""
+    """Consecutive rows of the packed batch, and the keys they see: row i sees [lowest_key + i, last_key + i * step]."""
 
     first_row: int
     num_rows: int
     last_key: int   # of the first row; -1: it sees none
     step: int       # 1: causal; 0: every row sees the same keys
     table: int      # the sequence's row in the device's block tables
+    lowest_key: int | None = None  # of the first row, in layers with a window; None: every row sees all from 0 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,51 +47,80 @@ class WorkList:
     merges_MI: np.ndarray  # int32 [merges, MERGE_COLUMNS]
     num_parts: int
     makespan_blocks: float  # predicted, in key blocks per program; for comparison among lists only
+    is_windowed: bool = False  # there are rows with a lowest key
 
 
 def work_list(
-    ranges: Sequence[RowRange], *, tokens_per_tile: int, block_n: int, num_kv_heads: int, num_programs: int
+    ranges: Sequence[RowRange],
+    *,
+    tokens_per_tile: int,
+    block_n: int,
+    num_kv_heads: int,
+    num_programs: int,
+    partition_keys: int | None = None,
 ) -> WorkList:
     """Cut so that `num_programs` running at once finish together; every item runs once per key/value head.
 
+    partition_keys: cut at the multiples of so many keys instead, whatever else is in the batch: what is added up for a
+    row, and in which order, then depends on its position alone. A multiple of block_n.
     Rows that see no key get an item with an empty range, which writes 0 and -inf.
     """
     if not ranges:
         return WorkList(np.zeros((0, ITEM_COLUMNS), np.int32), np.zeros((0, MERGE_COLUMNS), np.int32), 0, 0.0)
-    table = np.array([(r.first_row, r.num_rows, r.last_key, r.step, r.table) for r in ranges], dtype=np.int64)
-    tiles_T5 = _tiles(table, tokens_per_tile)
-    first_row, rows, last_key, step, sequence = tiles_T5.T
+    is_windowed = any(r.lowest_key is not None for r in ranges)
+    table = np.array(
+        [
+            (r.first_row, r.num_rows, r.last_key, r.step, r.table, _NO_WINDOW if r.lowest_key is None else r.lowest_key)
+            for r in ranges
+        ],
+        dtype=np.int64,
+    )
+    assert not is_windowed or all(r.lowest_key is not None for r in ranges), "some rows have a window, some have none"
+    tiles_T6 = _tiles(table, tokens_per_tile, is_windowed)
+    first_row, rows, last_key, step, sequence, lowest_key = tiles_T6.T
     num_keys = last_key + step * (rows - 1) + 1
-    blocks = -(-num_keys // block_n)
-    pieces = _num_pieces(blocks, num_kv_heads, num_programs)
+    end_block = -(-num_keys // block_n)
+    first_block = np.minimum(np.maximum(lowest_key, 0) // block_n, np.maximum(end_block, 0))
+    blocks = end_block - first_block
+    if partition_keys is None:
+        pieces = _num_pieces(blocks, num_kv_heads, num_programs)
+        piece_blocks = -(-blocks // np.maximum(pieces, 1))
+        begin_of_pieces = first_block
+    else:
+        assert partition_keys % block_n == 0, f"partitions of {partition_keys} keys are not blocks of {block_n}"
+        piece_blocks = np.full(len(rows), partition_keys // block_n)
+        begin_of_pieces = first_block // piece_blocks * piece_blocks
+        pieces = np.maximum(-(-(end_block - begin_of_pieces) // piece_blocks), 1)
     tile = np.repeat(np.arange(len(rows)), pieces)
-    piece_blocks = -(-blocks // np.maximum(pieces, 1))
     split = np.arange(len(tile)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begin = split * piece_blocks[tile] * block_n
-    end = np.minimum(begin + piece_blocks[tile] * block_n, num_keys[tile])
-    assert (begin <= end).all(), "an item ends before it begins"
-
+    begin_block = begin_of_pieces[tile] + split * piece_blocks[tile]
+    end = np.minimum((begin_block + piece_blocks[tile]) * block_n, num_keys[tile])
+    begin = np.minimum(np.maximum(begin_block, first_block[tile]) * block_n, end)
     is_cut = pieces > 1
     num_parts = int(pieces[is_cut].sum())
     first_part = np.cumsum(np.where(is_cut, pieces, 0)) - np.where(is_cut, pieces, 0)
     part = np.where(is_cut[tile], first_part[tile] + split, -1)
     items = np.stack(
-        (first_row[tile], rows[tile], last_key[tile], step[tile], begin, end, sequence[tile], part), axis=1
-    )
-    order = np.lexsort((tile, split, -piece_blocks[tile]))
+        (
+            first_row[tile], rows[tile], last_key[tile], step[tile], begin, end, sequence[tile], part, lowest_key[tile]
+        ),
+        axis=1,
+    )  # fmt: skip
+    item_blocks = -(-(end - begin) // block_n) if partition_keys is not None else piece_blocks[tile]
+    order = np.lexsort((tile, split, -item_blocks))
     merges = np.stack((first_row, rows, first_part, pieces), axis=1)[is_cut]
-    sizes = np.sort(piece_blocks[tile])[::-1]
     return WorkList(
         np.ascontiguousarray(items[order], dtype=np.int32),
         np.ascontiguousarray(merges, dtype=np.int32),
         num_parts,
-        _makespan(sizes, num_programs / num_kv_heads),
+        _makespan(np.sort(item_blocks)[::-1], num_programs / num_kv_heads),
+        is_windowed,
     )
 
 
-def _tiles(table_R5: np.ndarray, tokens_per_tile: int) -> np.ndarray:
+def _tiles(table_R6: np.ndarray, tokens_per_tile: int, is_windowed: bool) -> np.ndarray:
     """Ranges cut into tiles, same columns."""
-    first_row, rows, last_key, step, sequence = table_R5.T
+    first_row, rows, last_key, step, sequence, lowest_key = table_R6.T
     counts = -(-rows // tokens_per_tile)
     owner = np.repeat(np.arange(len(rows)), counts)
     done = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * tokens_per_tile
@@ -97,6 +131,7 @@ def _tiles(table_R5: np.ndarray, tokens_per_tile: int) -> np.ndarray:
             last_key[owner] + step[owner] * done,
             step[owner],
             sequence[owner],
+            lowest_key[owner] + done * is_windowed,
         ),
         axis=1,
     )

@@ -10,8 +10,8 @@ Shapes: T tokens, K key/value heads, G query heads per key/value head, H = K * G
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ from megatron_medha.kernels.attention.work_list import (
 from megatron_medha.kernels.kv.block_tables import BlockTables
 from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV, allocate_paged
 from megatron_medha.kernels.staging import Staging
-from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention
+from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention, split_group
 from megatron_medha.kernels.triton.triton_merge import merge_tiles
-from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, INTERPRETED_TILE, PREFILL_TILES
+from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, INTERPRETED_TILE, PREFILL_TILES, wide_tiles
 from megatron_medha.kernels.triton.triton_write import WRITE_COLUMNS, rotate_and_write
 
 # Two programs, so that the interpreter's runs cut tiles into parts, too.
@@ -82,12 +82,20 @@ class DevicePlan:
     is_padded: bool = False  # some rows belong to nobody: their output is 0, not whatever memory held
 
 
+class SplitHeads(NamedTuple):
+    """Heads that programs are made for, and the query heads of each."""
+
+    num_heads: int
+    group: int
+
+
 class TritonAttention(AttentionBackend):
     """Attention backend `triton`. One object serves all layers of a rank."""
 
     name = "triton"
     block_size = 128  # at least one inner step of the kernel; half of it is what a request wastes on average
-    rotates = stores_fp8 = has_padded_plans = True
+    rotates = stores_fp8 = has_padded_plans = masks_windows = adds_sinks = caps_scores = True
+    has_fixed_splits = True
 
     @classmethod
     def made(cls, name: str, device: torch.device, group: int) -> Self:
@@ -102,17 +110,19 @@ class TritonAttention(AttentionBackend):
         prefill_tile: TileConfig | None = None,
         decode_tile: TileConfig | None = None,
     ) -> None:
-        """group: query heads per key/value head of this rank. On a CPU Triton's interpreter must be in use."""
+        """group: query heads per key/value head of this rank. On a CPU Triton's interpreter must be in use.
+
+        Tiles that are not given are chosen by the head dim.
+        """
         is_cuda = device.type == "cuda"
         self.device = device
         self._group = group
         self._prefill_tile = prefill_tile or (PREFILL_TILES[0] if is_cuda else INTERPRETED_TILE)
         self._decode_tile = decode_tile or (DECODE_TILES[0] if is_cuda else INTERPRETED_TILE)
+        self._are_tiles_given = prefill_tile is not None or decode_tile is not None
         self._num_sms = (
             torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else _INTERPRETED_PROGRAMS
         )
-        if group > min(self._prefill_tile.block_m, self._decode_tile.block_m):
-            raise ValueError(f"{group} query heads per key/value head: tiles have {self._decode_tile.block_m} rows")
         self._staging = Staging(device)
         self._num_kv_heads = 0
         self._is_quantised = False
@@ -120,6 +130,7 @@ class TritonAttention(AttentionBackend):
 
     def use_tiles(self, *, prefill_tile: TileConfig | None = None, decode_tile: TileConfig | None = None) -> None:
         """Other tiles from the next plan on; plans and graphs made before are void."""
+        self._are_tiles_given = True
         self._prefill_tile = prefill_tile or self._prefill_tile
         self._decode_tile = decode_tile or self._decode_tile
 
@@ -129,7 +140,9 @@ class TritonAttention(AttentionBackend):
         """Uninitialised KV of one layer. Raises ValueError for blocks and heads the kernels have no tiles for."""
         if self.tables is None:
             self.tables = BlockTables(num_blocks, block_size, self.device)
-            self._block_size = block_size
+            self._block_size, self._num_pool_tokens = block_size, num_blocks * block_size
+        if not self._are_tiles_given and self.device.type == "cuda" and (tiles := wide_tiles(head_dim, self._group)):
+            self._prefill_tile, self._decode_tile = tiles
         self._num_kv_heads, self._is_quantised = num_kv_heads, dtype == E4M3
         return allocate_paged(num_blocks, block_size, num_kv_heads, head_dim, dtype, self.device)
 
@@ -141,9 +154,12 @@ class TritonAttention(AttentionBackend):
     def room(self, num_tokens: int, num_sequences: int, *, has_chunks: bool) -> PlanCapacity:
         """Lists long enough for nearly every step of that many tokens and sequences."""
         def items(tile: TileConfig, num_tiles: int) -> int:
-            return num_tiles + NUM_WAVES_TRIED * self._num_sms * tile.programs_per_sm // self._num_kv_heads
+            if self.fixed_split_tokens is not None:  # as many parts as the pool has, shared prefixes counted once
+                return num_tiles + self._num_pool_tokens // self.fixed_split_tokens
+            return num_tiles + NUM_WAVES_TRIED * self._num_sms * tile.programs_per_sm // self._heads(tile).num_heads
 
-        num_tiles = -(-num_tokens // self._prefill_tile.tokens_per_tile(self._group)) + num_sequences
+        per_tile = self._prefill_tile.tokens_per_tile(self._heads(self._prefill_tile).group)
+        num_tiles = -(-num_tokens // per_tile) + num_sequences
         return PlanCapacity(
             num_tokens=num_tokens,
             num_pieces=min(num_tokens, num_tokens // self._block_size + 2 * num_sequences),
@@ -163,11 +179,12 @@ class TritonAttention(AttentionBackend):
         assert self.tables is not None, "a plan before any KV"
         places, blocks = self.tables.news(r.table for r in ranges)
         chunks, decodes = [], []
-        for first_row, num_rows, start, table, is_written, *_ in ranges:
+        for found in ranges:
+            first_row, num_rows, start, table, is_written, *_ = found
             # Rows of another rank's shard see all that lies in this one, whatever their own order.
-            rows = RowRange(
-                first_row, num_rows, start if is_written else start - 1, int(is_written), self.tables.row_of(table)
-            )
+            last_key = start if is_written else start - 1
+            row = self.tables.row_of(table)
+            rows = RowRange(first_row, num_rows, last_key, int(is_written), row, found.lowest_key)
             (decodes if num_rows == 1 else chunks).append(rows)
         slots_T, pieces_W4 = self._writes(ranges)
         return HostPlan(
@@ -187,17 +204,25 @@ class TritonAttention(AttentionBackend):
         return DevicePlan(
             slots_T=slots_T,
             pieces_W4=pieces_W4,
-            chunks=DeviceWork(chunk_items, chunk_merges, host.chunks.num_parts),
-            decodes=DeviceWork(decode_items, decode_merges, host.decodes.num_parts),
+            chunks=DeviceWork(chunk_items, chunk_merges, host.chunks.num_parts, host.chunks.is_windowed),
+            decodes=DeviceWork(decode_items, decode_merges, host.decodes.num_parts, host.decodes.is_windowed),
             tables_SB=self.tables.tables_SB,
             is_padded=is_padded,
         )
 
     def attend(
-        self, plan: DevicePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: PagedKV, scale: float
+        self,
+        plan: DevicePlan,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        layer: PagedKV,
+        scale: float,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Write the batch's own keys and values to the pool, then attend; returns out_THD."""
-        return self._attend(plan, q_TKGD, k_TKD, v_TKD, layer, scale)[0]
+        sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
+        return self._attend(plan, q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H=sinks_H)[0]
 
     def attend_with_lse(
         self, plan: DevicePlan, q_TKGD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: PagedKV, scale: float
@@ -230,32 +255,59 @@ class TritonAttention(AttentionBackend):
         scale: float,
         angles: tuple[Tensor | None, Tensor | None] = (None, None),
         has_lse: bool = False,
+        sinks_H: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         slots_T, pieces_W4 = (None, plan.pieces_W4) if self._is_quantised else (plan.slots_T, None)
-        q_TKGD = rotate_and_write(q_TKGD, k_TKD, v_TKD, *angles, layer, slots_T=slots_T, pieces_W4=pieces_W4)
-        return self.attend_written(plan, q_TKGD, layer, scale, has_lse)
+        # Latent vectors, of which the value is a part: neither written nor read twice.
+        are_values_keys = v_TKD.data_ptr() == k_TKD.data_ptr() and v_TKD.stride() == k_TKD.stride()
+        q_TKGD = rotate_and_write(
+            q_TKGD, k_TKD, v_TKD, *angles, layer, slots_T=slots_T, pieces_W4=pieces_W4,
+            writes_values=not are_values_keys,
+        )  # fmt: skip
+        return self.attend_written(
+            plan, q_TKGD, layer, scale, has_lse, sinks_H=sinks_H, are_values_keys=are_values_keys
+        )
 
     def attend_written(
-        self, plan: DevicePlan, q_TKGD: Tensor, layer: PagedKV, scale: float, has_lse: bool
+        self,
+        plan: DevicePlan,
+        q_TKGD: Tensor,
+        layer: PagedKV,
+        scale: float,
+        has_lse: bool,
+        *,
+        sinks_H: Tensor | None = None,
+        are_values_keys: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over what the pool holds, nothing written: (out_THD, lse_TH or None)."""
         out_TKGD = torch.zeros_like(q_TKGD) if plan.is_padded else torch.empty_like(q_TKGD)
         lse_TKG = torch.empty(q_TKGD.shape[:3], dtype=torch.float32, device=q_TKGD.device) if has_lse else None
+        num_tokens, _, _, head_dim = q_TKGD.shape
         for work, tile in ((plan.chunks, self._prefill_tile), (plan.decodes, self._decode_tile)):
+            heads = self._heads(tile)
+            q, out = (x.view(num_tokens, *heads, head_dim) for x in (q_TKGD, out_TKGD))
+            lse = None if lse_TKG is None else lse_TKG.view(num_tokens, *heads)
             parts = paged_attention(
-                q_TKGD, layer, plan.tables_SB, work, config=tile, scale=scale, out_TKGD=out_TKGD, lse_TKG=lse_TKG
-            )
+                q, layer, plan.tables_SB, work, config=tile, scale=scale, out_TKGD=out, lse_TKG=lse,
+                score_cap=self.score_cap, sinks_H=sinks_H, are_values_keys=are_values_keys,
+            )  # fmt: skip
             if parts is not None:
-                merge_tiles(parts, work.merges_MI, out_TKGD, lse_TKG)
+                merge_tiles(parts, work.merges_MI, out, lse)
         return out_TKGD.flatten(1, 2), None if lse_TKG is None else lse_TKG.flatten(1, 2)
+
+    def _heads(self, tile: TileConfig) -> SplitHeads:
+        """As the tile's programs see them: a group that has more rows than the tile is cut among several."""
+        splits = split_group(self._group, tile.block_m)
+        return SplitHeads(self._num_kv_heads * splits, self._group // splits)
 
     def _cut(self, ranges: Sequence[RowRange], tile: TileConfig) -> WorkList:
         return work_list(
             ranges,
-            tokens_per_tile=tile.tokens_per_tile(self._group),
+            tokens_per_tile=tile.tokens_per_tile(self._heads(tile).group),
             block_n=min(tile.block_n, self._block_size),
-            num_kv_heads=self._num_kv_heads,
+            num_kv_heads=self._heads(tile).num_heads,
             num_programs=self._num_sms * tile.programs_per_sm,
+            partition_keys=self.fixed_split_tokens,
         )
 
     def _writes(self, ranges: Sequence[QueryRange]) -> tuple[np.ndarray, np.ndarray]:
@@ -310,6 +362,13 @@ def empty_plan(room: PlanCapacity, is_quantised: bool) -> HostPlan:
     return padded(HostPlan(none, no_write, nothing, nothing, none, none.astype(np.int32)), room, is_quantised)
 
 
+def with_window(host: HostPlan) -> HostPlan:
+    """A padded plan for layers with a window, whatever is in it: they have a kernel of their own."""
+    return replace(
+        host, chunks=replace(host.chunks, is_windowed=True), decodes=replace(host.decodes, is_windowed=True)
+    )
+
+
 def _padded_work(work: WorkList, num_items: int, num_merges: int) -> WorkList:
     if len(work.items_NI) > num_items or len(work.merges_MI) > num_merges or work.num_parts > num_items:
         raise ValueError(
@@ -319,4 +378,4 @@ def _padded_work(work: WorkList, num_items: int, num_merges: int) -> WorkList:
     merges = np.zeros((num_merges, MERGE_COLUMNS), np.int32)
     items[: len(work.items_NI)] = work.items_NI
     merges[: len(work.merges_MI)] = work.merges_MI
-    return WorkList(items, merges, num_items, work.makespan_blocks)
+    return WorkList(items, merges, num_items, work.makespan_blocks, work.is_windowed)

@@ -33,5 +33,28 @@ DECODE_TILES = (
     TileConfig(block_m=16, block_n=64, num_warps=4, num_stages=5, programs_per_sm=2),
 )
 
+# Head dims over 256, which are latent vectors that all query heads share (MLA: 576); values are not read there, as they
+# are the keys. Many query heads come in 32 rows, few in 16. With the 64 rows that wgmma wants, whatever the warps and
+# stages, 700 to 1,500 bytes a thread are spilled: the sums of 64 rows of 576 are more than half of all registers.
+WIDE_TILES = (
+    TileConfig(block_m=32, block_n=32, num_warps=8, num_stages=5),
+    TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=5, programs_per_sm=2),
+)
+
+
+# Chunks of head dims over 128, which spill up to 330 bytes a thread with the tiles above.
+LARGE_TILE = TileConfig(block_m=64, block_n=32, num_warps=8, num_stages=5, has_tma=True)
+
+
+def wide_tiles(head_dim: int, group: int) -> tuple[TileConfig, TileConfig] | None:
+    """Of chunks and of single tokens; None where a head dim takes the others."""
+    if head_dim <= 128:
+        return None
+    if head_dim <= 256:
+        return LARGE_TILE, DECODE_TILES[0]
+    many, few = WIDE_TILES
+    return many, many if group > few.block_m else few
+
+
 # Triton's interpreter on a CPU: small, so that short sequences have several tiles and parts.
 INTERPRETED_TILE = TileConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)

@@ -36,18 +36,21 @@ def _angles(cos, signed_sin, at, is_wanted, ROTATES: tl.constexpr, HALF: tl.cons
 def rotate_and_write_kernel(
     q, k, v, cos, signed_sin, slots, q_out, k_pool, v_pool,
     num_tokens, num_kv_heads, q_stride_t, q_stride_k, q_stride_g, k_stride_t, k_stride_k, v_stride_t, v_stride_k,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    ROTATES: tl.constexpr, WRITES: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, ROTATES: tl.constexpr, WRITES: tl.constexpr, WRITES_VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Program (TOKENS tokens, key/value head). ROWS: TOKENS * GROUP, rounded up to a power of two."""
+    """Program (TOKENS tokens, key/value head). ROWS: TOKENS * GROUP, rounded up to a power of two; WIDTH: HEAD_DIM."""
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(1)
     first = tl.program_id(0) * TOKENS
-    half_F = tl.arange(0, HALF)
+    half_F = tl.arange(0, WIDTH // 2)
+    is_half_1F = (half_F < HALF)[None, :]
 
     row_R = tl.arange(0, ROWS)
     token_R = first + row_R // GROUP
     is_real_R1 = ((row_R < TOKENS * GROUP) & (token_R < num_tokens))[:, None]
+    if WIDTH > HEAD_DIM:
+        is_real_R1 = is_real_R1 & is_half_1F
     angle_RF = token_R[:, None] * HEAD_DIM + half_F[None, :]
     cos_RF, sin_RF = _angles(cos, signed_sin, angle_RF, is_real_R1, ROTATES, HALF)
     q_at = q + (token_R.to(tl.int64) * q_stride_t + head * q_stride_k + row_R % GROUP * q_stride_g)[:, None]
@@ -61,7 +64,10 @@ def rotate_and_write_kernel(
     if WRITES:
         token_T = first + tl.arange(0, TOKENS)
         slot_T = tl.load(slots + token_T, mask=token_T < num_tokens, other=-1)
-        is_written_T1 = (slot_T >= 0)[:, None]  # -1: fills up a batch, or belongs to another rank's shard
+        is_row_T1 = (slot_T >= 0)[:, None]  # -1: fills up a batch, or belongs to another rank's shard
+        is_written_T1 = is_row_T1
+        if WIDTH > HEAD_DIM:
+            is_written_T1 = is_row_T1 & is_half_1F
         pool_T = ((slot_T // PAGE) * num_kv_heads + head) * PAGE + slot_T % PAGE
         angle_TF = token_T[:, None] * HEAD_DIM + half_F[None, :]
         cos_TF, sin_TF = _angles(cos, signed_sin, angle_TF, is_written_T1, ROTATES, HALF)
@@ -71,10 +77,14 @@ def rotate_and_write_kernel(
         pool_at = k_pool + (pool_T * HEAD_DIM)[:, None]
         tl.store(pool_at + half_F[None, :], (low_TF * cos_TF - high_TF * sin_TF).to(dtype), mask=is_written_T1)
         tl.store(pool_at + HALF + half_F[None, :], (high_TF * cos_TF + low_TF * sin_TF).to(dtype), mask=is_written_T1)
-        dim_D = tl.arange(0, HEAD_DIM)
-        v_at = v + (token_T.to(tl.int64) * v_stride_t + head * v_stride_k)[:, None]
-        v_TD = tl.load(v_at + dim_D[None, :], mask=is_written_T1, other=0.0)
-        tl.store(v_pool + (pool_T * HEAD_DIM)[:, None] + dim_D[None, :], v_TD, mask=is_written_T1)
+        if WRITES_VALUES:
+            dim_D = tl.arange(0, WIDTH)
+            is_value_TD = is_row_T1
+            if WIDTH > HEAD_DIM:
+                is_value_TD = is_row_T1 & (dim_D < HEAD_DIM)[None, :]
+            v_at = v + (token_T.to(tl.int64) * v_stride_t + head * v_stride_k)[:, None]
+            v_TD = tl.load(v_at + dim_D[None, :], mask=is_value_TD, other=0.0)
+            tl.store(v_pool + (pool_T * HEAD_DIM)[:, None] + dim_D[None, :], v_TD, mask=is_value_TD)
 
 
 @triton.jit
@@ -100,7 +110,8 @@ def _store_quantised(pool_PF, new_PF, is_old_P1, is_new_P1, old_scale, scale):
 def write_quantised_kernel(
     k, v, cos, signed_sin, pieces, k_pool, v_pool, k_scale, v_scale,
     num_kv_heads, k_stride_t, k_stride_k, v_stride_t, v_stride_k,
-    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, ROTATES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, ROTATES: tl.constexpr,
+    WRITES_VALUES: tl.constexpr,
 ):  # fmt: skip
     """Program (piece, key/value head): the batch's tokens of one block, scaled by the largest value in the block.
 
@@ -118,32 +129,35 @@ def write_quantised_kernel(
     is_old_P1 = (slot_P < offset)[:, None]
     is_new_P1 = ((slot_P >= offset) & (slot_P < offset + count))[:, None]
     token_P = (first_row + slot_P - offset).to(tl.int64)
-    half_F = tl.arange(0, HALF)[None, :]
+    half_F = tl.arange(0, WIDTH // 2)[None, :]
+    if WIDTH > HEAD_DIM:
+        is_old_P1 = is_old_P1 & (half_F < HALF)
+        is_new_P1 = is_new_P1 & (half_F < HALF)
 
     cos_PF, sin_PF = _angles(cos, signed_sin, token_P[:, None] * HEAD_DIM + half_F, is_new_P1, ROTATES, HALF)
     k_at = k + (token_P * k_stride_t + head * k_stride_k)[:, None] + half_F
     low_PF = tl.load(k_at, mask=is_new_P1, other=0.0).to(tl.float32)
     high_PF = tl.load(k_at + HALF, mask=is_new_P1, other=0.0).to(tl.float32)
     low_PF, high_PF = low_PF * cos_PF - high_PF * sin_PF, high_PF * cos_PF + low_PF * sin_PF
-    v_at = v + (token_P * v_stride_t + head * v_stride_k)[:, None] + half_F
-    v_low_PF = tl.load(v_at, mask=is_new_P1, other=0.0).to(tl.float32)
-    v_high_PF = tl.load(v_at + HALF, mask=is_new_P1, other=0.0).to(tl.float32)
-
     at = block * num_kv_heads + head
     has_old = offset > 0
     k_old_scale = tl.where(has_old, tl.load(k_scale + at), 0.0)
-    v_old_scale = tl.where(has_old, tl.load(v_scale + at), 0.0)
     k_largest = tl.maximum(tl.max(tl.abs(low_PF)), tl.max(tl.abs(high_PF)))
-    v_largest = tl.maximum(tl.max(tl.abs(v_low_PF)), tl.max(tl.abs(v_high_PF)))
     k_new_scale = tl.maximum(k_old_scale, _power_of_two_scale(k_largest))
-    v_new_scale = tl.maximum(v_old_scale, _power_of_two_scale(v_largest))
     pool_PF = ((at * PAGE + slot_P) * HEAD_DIM)[:, None] + half_F
     _store_quantised(k_pool + pool_PF, low_PF, is_old_P1, is_new_P1, k_old_scale, k_new_scale)
     _store_quantised(k_pool + pool_PF + HALF, high_PF, is_old_P1, is_new_P1, k_old_scale, k_new_scale)
-    _store_quantised(v_pool + pool_PF, v_low_PF, is_old_P1, is_new_P1, v_old_scale, v_new_scale)
-    _store_quantised(v_pool + pool_PF + HALF, v_high_PF, is_old_P1, is_new_P1, v_old_scale, v_new_scale)
     tl.store(k_scale + at, k_new_scale)
-    tl.store(v_scale + at, v_new_scale)
+    if WRITES_VALUES:
+        v_at = v + (token_P * v_stride_t + head * v_stride_k)[:, None] + half_F
+        v_low_PF = tl.load(v_at, mask=is_new_P1, other=0.0).to(tl.float32)
+        v_high_PF = tl.load(v_at + HALF, mask=is_new_P1, other=0.0).to(tl.float32)
+        v_old_scale = tl.where(has_old, tl.load(v_scale + at), 0.0)
+        v_largest = tl.maximum(tl.max(tl.abs(v_low_PF)), tl.max(tl.abs(v_high_PF)))
+        v_new_scale = tl.maximum(v_old_scale, _power_of_two_scale(v_largest))
+        _store_quantised(v_pool + pool_PF, v_low_PF, is_old_P1, is_new_P1, v_old_scale, v_new_scale)
+        _store_quantised(v_pool + pool_PF + HALF, v_high_PF, is_old_P1, is_new_P1, v_old_scale, v_new_scale)
+        tl.store(v_scale + at, v_new_scale)
 
 
 def rotate_and_write(
@@ -156,6 +170,7 @@ def rotate_and_write(
     *,
     slots_T: Tensor | None = None,
     pieces_W4: Tensor | None = None,
+    writes_values: bool = True,
 ) -> Tensor:
     """Rotated queries, contiguous [T, K, G, D]; rotated keys and plain values go to the pool.
 
@@ -164,6 +179,7 @@ def rotate_and_write(
     slots_T:       int64, for plain pools: block * P + place in it; -1 where nothing is to be written.
     pieces_W4:     int32 [W, WRITE_COLUMNS], for e4m3 pools: a block at most once; slots up to the first one written
                    are taken to hold the same sequence's earlier tokens.
+    writes_values: False where attention takes the keys for values.
     Raises ValueError for devices, dtypes, shapes or strides it cannot take.
     """
     _check(q_TKGD, k_TKD, v_TKD, cos_TD, signed_sin_TD, kv, slots_T, pieces_W4)
@@ -171,19 +187,21 @@ def rotate_and_write(
     q_out_TKGD = torch.empty(q_TKGD.shape, dtype=q_TKGD.dtype, device=q_TKGD.device)
     if not num_tokens:
         return q_out_TKGD
+    width = triton.next_power_of_2(head_dim)
     tokens = max(1, _ROWS_PER_PROGRAM // triton.next_power_of_2(group))
     rotate_and_write_kernel[(triton.cdiv(num_tokens, tokens), num_kv_heads)](
         q_TKGD, k_TKD, v_TKD, cos_TD, signed_sin_TD, slots_T, q_out_TKGD, kv.k_NKPD, kv.v_NKPD,
         num_tokens, num_kv_heads, *q_TKGD.stride()[:3], *k_TKD.stride()[:2], *v_TKD.stride()[:2],
-        GROUP=group, HEAD_DIM=head_dim, PAGE=kv.block_size, TOKENS=tokens,
+        GROUP=group, HEAD_DIM=head_dim, WIDTH=width, PAGE=kv.block_size, TOKENS=tokens,
         ROWS=triton.next_power_of_2(tokens * group), ROTATES=cos_TD is not None, WRITES=slots_T is not None,
-        num_warps=4,
+        WRITES_VALUES=writes_values, num_warps=4,
     )  # fmt: skip
     if pieces_W4 is not None and pieces_W4.shape[0]:
         write_quantised_kernel[(pieces_W4.shape[0], num_kv_heads)](
             k_TKD, v_TKD, cos_TD, signed_sin_TD, pieces_W4, kv.k_NKPD, kv.v_NKPD, kv.k_scale_NK, kv.v_scale_NK,
             num_kv_heads, *k_TKD.stride()[:2], *v_TKD.stride()[:2],
-            HEAD_DIM=head_dim, PAGE=kv.block_size, ROTATES=cos_TD is not None, num_warps=8,
+            HEAD_DIM=head_dim, WIDTH=width, PAGE=kv.block_size, ROTATES=cos_TD is not None,
+            WRITES_VALUES=writes_values, num_warps=8,
         )  # fmt: skip
     return q_out_TKGD
 

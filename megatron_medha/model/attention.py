@@ -61,6 +61,8 @@ def _attend_alone(
 ) -> Tensor:
     if sinks_H is None:
         return backend.attend(plan, q_TKGD, k_TKD, v_TKD, layer, scale)
+    if backend.adds_sinks:
+        return backend.attend(plan, q_TKGD, k_TKD, v_TKD, layer, scale, sinks_H)
     out_THD, lse_TH = backend.attend_with_lse(plan, q_TKGD, k_TKD, v_TKD, layer, scale)
     return with_sinks(out_THD, lse_TH, sinks_H)[0]
 

@@ -25,7 +25,7 @@ from megatron_medha.parallel.node_exchange import NodeExchange, SharedResults
 from megatron_medha.parallel.shm_channel import ShmChannel
 from megatron_medha.worker.prompt_rows import PromptRows
 from megatron_medha.worker.token_store import StoredRequest
-from megatron_medha.worker.windows import windowed_ranges
+from megatron_medha.worker.windows import masked_range, windowed_ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +79,21 @@ class KVShards:
         first, num_seen = shard * self.shard_tokens, chunk.start + chunk.num_tokens
         return shard_nodes(first, first + self.shard_tokens, num_seen, self.partition_tokens)
 
-    def windowed(self, chunks: Sequence[Chunk], ranges: Sequence[QueryRange], window: int) -> tuple[QueryRange, ...]:
-        """The chunks' ranges in layers where a token sees `window` tokens, itself included."""
-        return tuple(
-            each
-            for chunk, found in zip(chunks, ranges, strict=True)
-            for each in windowed_ranges(
-                found, chunk.start, chunk.kvp_ranks.index(self.kvp_rank) * self.shard_tokens, window
-            )
-        )
+    def windowed(
+        self, chunks: Sequence[Chunk], ranges: Sequence[QueryRange], window: int, *, is_masked: bool
+    ) -> tuple[QueryRange, ...]:
+        """The chunks' ranges in layers where a token sees `window` tokens, itself included.
+
+        is_masked: for a backend with masks_windows; others read by slots.
+        """
+        found: list[QueryRange] = []
+        for chunk, each in zip(chunks, ranges, strict=True):
+            shard_start = chunk.kvp_ranks.index(self.kvp_rank) * self.shard_tokens
+            if is_masked:
+                found.append(masked_range(each, chunk.start, shard_start, window))
+            else:
+                found += windowed_ranges(each, chunk.start, shard_start, window)
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +186,9 @@ def step_tensors(
     window_alone, window_shared = (), ()
     if window is not None:
         in_order = [chunks[index][0] for index in plan.order]
-        window_alone = shards.windowed(in_order[: plan.num_alone], alone, window)
-        window_shared = shards.windowed(in_order[plan.num_alone :], shared, window)
+        is_masked = backend.masks_windows
+        window_alone = shards.windowed(in_order[: plan.num_alone], alone, window, is_masked=is_masked)
+        window_shared = shards.windowed(in_order[plan.num_alone :], shared, window, is_masked=is_masked)
     token_ids_T, positions_T, lengths_T, logit_rows_R, hidden_rows_P = staging.upload(
         [
             host.token_ids_T,

@@ -25,6 +25,7 @@ from megatron_medha.model.inference_context import PackedBatch
 from megatron_medha.model.rotary import Rotary
 from megatron_medha.parallel.groups import MedhaPGs, min_over_ranks
 from megatron_medha.worker.batch_tensors import HostStep
+from megatron_medha.worker.windows import masked_range
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +71,16 @@ class StepGraphs:
         *,
         shapes: Sequence[GraphShape],
         new_capture: Callable[[], Capture],
+        window: int | None = None,
     ) -> None:
-        """backend: a TritonAttention. new_capture: for graphs captured together.
+        """backend: a TritonAttention. new_capture: for graphs captured together. window: of the layers that have one.
 
         Captures at once; raises what a capture raises.
         """
         self._model, self._backend, self._kv_layers, self._rotary = model, backend, kv_layers, rotary
         self._device = device
         self._new_capture = new_capture
+        self._window = window
         self._staging = Staging(device)
         self._shapes = sorted(shapes)
         self._graphs: dict[GraphShape, _Captured] = {}
@@ -98,6 +101,9 @@ class StepGraphs:
         from megatron_medha.kernels.triton.triton_backend import padded
 
         plan = self._backend.host_plan(host.ranges)
+        plans = [plan]
+        if self._window is not None:
+            plans.append(self._backend.host_plan([masked_range(r, r.start, 0, self._window) for r in host.ranges]))
         if self._generation != self._backend.tables.generation:  # perhaps for this very plan
             log.info("cuda_graphs_recaptured reason=block_tables_grew")
             # Without a run before: ranks of a tensor-parallel group come here at steps of their own, as each
@@ -105,7 +111,7 @@ class StepGraphs:
             self._capture_all(is_run_before=False)
         graph = self._graphs[shape]
         try:
-            fitted = padded(plan, graph.room, self._backend.is_quantised)
+            fitted = [padded(each, graph.room, self._backend.is_quantised) for each in plans]
         except ValueError as error:
             # The tables have taken note of the blocks that are new; the eager path would not hear of them again.
             self._send_table_updates(plan)
@@ -135,7 +141,7 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _capture_all(self, is_run_before: bool = True) -> None:
-        from megatron_medha.kernels.triton.triton_backend import empty_plan
+        from megatron_medha.kernels.triton.triton_backend import empty_plan, with_window
 
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a step under way still uses the buffers given up here
@@ -145,7 +151,9 @@ class StepGraphs:
         # The largest first: smaller ones then find all the memory they need in the pool.
         for shape in reversed(self._shapes):
             room = self._backend.room(shape.num_tokens, shape.num_sequences, has_chunks=shape.has_chunks)
-            empty = empty_plan(room, self._backend.is_quantised)
+            empty = [empty_plan(room, self._backend.is_quantised)]
+            if self._window is not None:
+                empty.append(with_window(empty[0]))
             arrays = self._arrays(shape, None, empty)
             _, num_bytes = packed_offsets([array.nbytes for array in arrays])
             buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
@@ -154,13 +162,20 @@ class StepGraphs:
             replay, logits_RV = capture(lambda t=tensors, p=empty: self._forward(t, p), is_run_before)  # type: ignore[misc]
             self._graphs[shape] = _Captured(room, buffer, tensors[0], replay, logits_RV)
 
-    def _forward(self, tensors: Sequence[Tensor], empty: Any) -> Tensor:
+    def _forward(self, tensors: Sequence[Tensor], empty: Sequence[Any]) -> Tensor:
         token_ids_T, positions_T, lengths_T, logit_rows_R, *lists = tensors
         nothing = torch.empty(0, dtype=torch.int64, device=self._device)
-        plan = self._backend.on_device(empty, [*lists, nothing, nothing.to(torch.int32)], is_padded=True)
+        each = len(lists) // len(empty)
+        plans = [
+            self._backend.on_device(
+                one, [*lists[i * each : (i + 1) * each], nothing, nothing.to(torch.int32)], is_padded=True
+            )
+            for i, one in enumerate(empty)
+        ]
         batch = PackedBatch(
             backend=self._backend,
-            plan=plan,
+            plan=plans[0],
+            window_plan=plans[1] if len(plans) > 1 else None,
             kv_layers=self._kv_layers,
             rotation=self._rotary.at(positions_T, lengths_T),
             positions_T=positions_T,
@@ -171,7 +186,7 @@ class StepGraphs:
         )
         return logits_1RV[0]
 
-    def _arrays(self, shape: GraphShape, host: HostStep | None, plan: Any) -> list[np.ndarray]:
+    def _arrays(self, shape: GraphShape, host: HostStep | None, plans: Sequence[Any]) -> list[np.ndarray]:
         """A step's arrays at the graph's lengths, in the order `_forward` takes them."""
         token_ids, positions, lengths = (np.zeros(shape.num_tokens, np.int64) for _ in range(3))
         logit_rows = np.zeros(shape.num_sequences, np.int64)
@@ -181,7 +196,8 @@ class StepGraphs:
             token_ids[:num_tokens], positions[:num_tokens] = host.token_ids_T, host.positions_T
             lengths[:num_tokens] = host.lengths_T
             logit_rows[: len(host.logit_rows)] = host.logit_rows
-        return [token_ids, positions, lengths, logit_rows, *plan.arrays[:-2]]
+        lists = [array for plan in plans for array in plan.arrays[:-2]]
+        return [token_ids, positions, lengths, logit_rows, *lists]
 
 
 def graph_shapes() -> list[GraphShape]:
@@ -199,10 +215,11 @@ def step_graphs(
     pgs: MedhaPGs,
     new_capture: Callable[[int], Callable[[], Capture]] | None = None,
     shapes: Sequence[GraphShape] | None = None,
+    window: int | None = None,
 ) -> StepGraphs | None:
     """Graphs for decodes and small chunks; None, with the reason in the log, where there can be none. Collective.
 
-    new_capture: of so many tensor-parallel ranks.
+    new_capture: of so many tensor-parallel ranks. window: of the layers that have one.
     """
     reason = None
     if not backend.has_padded_plans:
@@ -219,8 +236,9 @@ def step_graphs(
     graphs = None
     try:
         graphs = StepGraphs(
-            model, backend, kv_layers, rotary, device, shapes=shapes or graph_shapes(), new_capture=new_captures
-        )
+            model, backend, kv_layers, rotary, device, shapes=shapes or graph_shapes(), new_capture=new_captures,
+            window=window,
+        )  # fmt: skip
     except Exception as error:  # torch, Triton and Transformer Engine raise types of their own
         log.warning("cuda_graphs_disabled reason=%s: %s", type(error).__name__, error, exc_info=True)
         if device.type == "cuda":

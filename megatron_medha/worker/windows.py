@@ -7,6 +7,14 @@ from collections.abc import Iterator
 from megatron_medha.kernels.attention.backend import QueryRange
 
 
+def masked_range(found: QueryRange, first_position: int, shard_start: int, window: int) -> QueryRange:
+    """The same rows, each of which sees `window` tokens of its sequence at most, for backends with masks_windows.
+
+    first_position, shard_start: see `windowed_ranges`.
+    """
+    return found._replace(lowest_key=first_position + 1 - window - shard_start)
+
+
 def windowed_ranges(found: QueryRange, first_position: int, shard_start: int, window: int) -> Iterator[QueryRange]:
     """The same rows, each of which sees `window` tokens of its sequence at most, its own included.
 

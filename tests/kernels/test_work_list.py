@@ -33,7 +33,7 @@ def test_items_cover_every_key_of_every_row_once(
     work = cut(lengths, num_programs, is_causal=is_causal)
     covered: dict[int, list[tuple[int, int]]] = {}
     parts = []
-    for first_row, rows, last_key, step, begin, end, _, part in work.items_NI.tolist():
+    for first_row, rows, last_key, step, begin, end, _, part, _ in work.items_NI.tolist():
         assert begin % 64 == 0
         parts += [part] if part >= 0 else []
         for row in range(first_row, first_row + rows):
@@ -72,6 +72,40 @@ def test_programs_end_within_a_tenth_of_one_another(lengths: list[tuple[int, int
     for size in np.repeat(np.sort(blocks)[::-1], HEADS):  # as the hardware hands them out
         busy[busy.argmin()] += size
     assert busy.max() <= 1.1 * ideal + 4
+
+
+@pytest.mark.parametrize("others", [[], [(1, 70_000)], [(300, 4000), (1, 5)]])
+def test_fixed_partitions_are_cut_where_they_are_whatever_else_is_in_the_batch(others: list[tuple[int, int]]) -> None:
+    ranges = [RowRange(0, 20, 9_000, 1, 0), *(RowRange(20 + i, 1, keys, 0, 1) for i, (_, keys) in enumerate(others))]
+    work = work_list(
+        ranges, tokens_per_tile=16, block_n=64, num_kv_heads=HEADS, num_programs=132, partition_keys=1024
+    )
+    items = sorted((row, begin, end) for row, _, _, _, begin, end, table, *_ in work.items_NI.tolist() if table == 0)
+    ends = {0: 9_016, 16: 9_020}
+    expected = [(row, at, min(at + 1024, end)) for row, end in ends.items() for at in range(0, end, 1024)]
+    assert items == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(0, 3000), st.integers(1, 400), st.booleans(), st.sampled_from((None, 512)))
+def test_windows_are_covered_once_and_little_else(
+    rows: int, start: int, window: int, is_causal: bool, partition: int | None
+) -> None:
+    lowest = start + 1 - window
+    ranges = [RowRange(0, rows, start if is_causal else start - 1, int(is_causal), 0, lowest)]
+    work = work_list(
+        ranges, tokens_per_tile=16, block_n=64, num_kv_heads=HEADS, num_programs=132, partition_keys=partition
+    )
+    assert work.is_windowed
+    for row in range(rows):
+        items = [item for item in work.items_NI.tolist() if item[0] <= row < item[0] + item[1]]
+        first_row, _, last_key, step, *_, lowest_key = items[0]
+        assert lowest_key + row - first_row == lowest + row
+        last = last_key + step * (row - first_row)
+        seen = sorted(key for item in items for key in range(item[4], item[5]) if lowest + row <= key <= last)
+        assert seen == list(range(max(0, lowest + row), last + 1))
+        assert all(item[4] % 64 == 0 or item[4] == item[5] for item in items)
+        assert min(item[4] for item in items) >= min(max(0, lowest_key) // 64 * 64, items[0][5])
 
 
 def test_short_sequences_are_not_cut() -> None:

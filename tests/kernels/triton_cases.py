@@ -8,6 +8,7 @@ use_interpreter()
 
 import dataclasses  # noqa: E402
 import random  # noqa: E402
+from array import array  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -15,9 +16,13 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_medha.cluster.messages import NewRequest  # noqa: E402
+from megatron_medha.core.kv.block_pool import Extent  # noqa: E402
+from megatron_medha.core.kv.ops import KVOp, append_op, copy_op, drop_op  # noqa: E402
+from megatron_medha.core.sampling import Sampling  # noqa: E402
 from megatron_medha.kernels.attention import reference, work_list  # noqa: E402
 from megatron_medha.kernels.attention.backend import QueryRange  # noqa: E402
-from megatron_medha.kernels.kv.paged_kv import E4M3, allocate_paged  # noqa: E402
+from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV, allocate_paged  # noqa: E402
 from megatron_medha.kernels.kv.slot_table import SlotTable  # noqa: E402
 from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention  # noqa: E402
 from megatron_medha.kernels.triton.triton_backend import TritonAttention, block_pieces  # noqa: E402
@@ -25,6 +30,8 @@ from megatron_medha.kernels.triton.triton_merge import merge_tiles  # noqa: E402
 from megatron_medha.kernels.triton.triton_nucleus import nucleus_cut  # noqa: E402
 from megatron_medha.kernels.triton.triton_tiles import INTERPRETED_TILE  # noqa: E402
 from megatron_medha.kernels.triton.triton_write import rotate_and_write  # noqa: E402
+from megatron_medha.worker.table_ops import execute_kv_ops  # noqa: E402
+from megatron_medha.worker.token_store import TokenStore  # noqa: E402
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
@@ -185,6 +192,222 @@ def test_e4m3_attention_is_exact_on_what_the_pool_holds_and_the_pool_holds_e4m3_
         assert (mantissa == 0.5).all()  # powers of two: growing is exact
 
 
+def plain_attention(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, scale: float, window: int, cap: float, sinks_H: Tensor
+) -> Tensor:
+    """In fp64, aligned at the end; written apart from the reference, which has none of these."""
+    num_tokens, num_heads, _ = q_THD.shape
+    k, v = (x.double().repeat_interleave(num_heads // x.shape[1], dim=1) for x in (k_SKD, v_SKD))
+    scores = cap * torch.tanh(torch.einsum("thd,shd->hts", q_THD.double(), k) * scale / cap)
+    last = torch.arange(num_tokens)[:, None] + len(k) - num_tokens
+    key = torch.arange(len(k))[None, :]
+    scores = scores.masked_fill((key > last) | (key <= last - window), -torch.inf)
+    with_sinks = torch.cat((scores, sinks_H.double()[:, None, None].expand(-1, num_tokens, 1)), -1)
+    return torch.einsum("hts,shd->thd", with_sinks.softmax(-1)[..., :-1], v)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "kv_dtype", "tma"),
+    [
+        pytest.param(80, 1, torch.float32, True, id="a head dim of two powers of two, by tensor maps"),
+        pytest.param(88, 3, torch.float32, False, id="a head dim whose rest is padded"),
+        pytest.param(16, 36, torch.float32, False, id="a group cut among programs"),
+        pytest.param(48, 2, E4M3, False, id="e4m3"),
+    ],
+)
+def test_windows_sinks_and_caps_are_those_of_plain_attention(
+    head_dim: int, group: int, kv_dtype: torch.dtype, tma: bool
+) -> None:
+    window = 23
+    tile = dataclasses.replace(INTERPRETED_TILE, has_tma=tma)
+    backend = TritonAttention(CPU, group=group, prefill_tile=tile, decode_tile=tile)
+    dtype = torch.bfloat16 if kv_dtype == E4M3 else kv_dtype
+    heads, cap, scale = 1 if group > 32 else 2, 3.0, head_dim**-0.5
+    backend.score_cap = cap
+    layer = backend.allocate(16, BLOCK_SIZE, heads, head_dim, kv_dtype)
+    sinks = torch.randn(heads * group)
+    table, other = SlotTable(BLOCK_SIZE), SlotTable(BLOCK_SIZE)
+    table.append([(9, 2), (3, 1), (5, 3)])
+    other.append([(12, 2)])
+    k, v = (torch.randn(80, heads, head_dim).to(dtype) for _ in range(2))
+    done = 0
+    for count in (34, 1, 6):
+        q = torch.randn(count + 3, heads, group, head_dim).to(dtype)
+        new_k, new_v = (torch.cat((x[done : done + count], x[:3])) for x in (k, v))
+        ranges = [QueryRange(0, count, done, table), QueryRange(count, 3, 0, other)]
+        windowed = [r._replace(lowest_key=r.start + 1 - window) for r in ranges]
+        for found, seen in ((ranges, 1000), (windowed, window)):
+            out = backend.attend(backend.plan(found), q, new_k, new_v, layer, scale, sinks)
+            lone = slice(count, None)
+            held = [held_values(layer, index, table, done + count) for index in range(2)]
+            held_lone = [held_values(layer, index, other, 3) for index in range(2)]
+            expected = plain_attention(q[:count].flatten(1, 2), *held, scale, seen, cap, sinks)
+            assert (out[:count].double() - expected).abs().max() < TOLERANCE[dtype]
+            expected = plain_attention(q[lone].flatten(1, 2), *held_lone, scale, seen, cap, sinks)
+            assert (out[lone].double() - expected).abs().max() < TOLERANCE[dtype]
+        done += count
+
+
+def held_values(layer: PagedKV, index: int, table: SlotTable, count: int) -> Tensor:
+    """Keys (0) or values (1) of a sequence as the pool holds them, [S, K, D]."""
+    slots = torch.from_numpy(table.slots(0, count))
+    blocks, places = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    held = (layer.k_NKPD, layer.v_NKPD)[index].transpose(1, 2)[blocks, places]
+    scales = (layer.k_scale_NK, layer.v_scale_NK)[index]
+    return held if scales is None else held.float() * scales[blocks][..., None]
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, E4M3])
+def test_latent_vectors_that_are_keys_and_values_are_written_and_read_once(kv_dtype: torch.dtype) -> None:
+    group, head_dim = 40, 48
+    backend = TritonAttention(CPU, group=group)
+    layer = backend.allocate(8, BLOCK_SIZE, 1, head_dim, kv_dtype)
+    dtype = torch.float32
+    if kv_dtype == E4M3:
+        dtype = torch.bfloat16
+    else:
+        layer.v_NKPD.fill_(torch.nan)
+    table = SlotTable(BLOCK_SIZE)
+    table.append([(6, 1), (1, 4)])
+    latent = torch.randn(60, 1, head_dim).to(dtype)
+    for start, count in ((0, 19), (19, 1)):
+        q = torch.randn(count, 1, group, head_dim).to(dtype)
+        kv = latent[start : start + count]
+        out, lse = backend.attend_with_lse(
+            backend.plan([QueryRange(0, count, start, table)]), q, kv, kv, layer, head_dim**-0.5
+        )
+        held = held_values(layer, 0, table, start + count)
+        expected, expected_lse = reference.attention(q.flatten(1, 2), held, held, head_dim**-0.5, is_causal=True)
+        assert (out.double() - expected).abs().max() < TOLERANCE[dtype]
+        assert (lse.double() - expected_lse).abs().max() < TOLERANCE[dtype]
+
+
+def test_rows_whose_window_lies_past_another_ranks_shard_see_nothing_of_it() -> None:
+    backend = TritonAttention(CPU, group=1)
+    layer = backend.allocate(8, BLOCK_SIZE, 1, 16, torch.float32)
+    table = SlotTable(BLOCK_SIZE)
+    table.append([(2, 5)])
+    k, v = torch.randn(2, 70, 1, 16)
+    backend.attend(backend.plan([QueryRange(0, 70, 0, table)]), torch.randn(70, 1, 1, 16), k, v, layer, 0.25)
+    q = torch.randn(30, 1, 1, 16)
+    plan = backend.plan([QueryRange(0, 30, 70, table, False, lowest_key=50)])  # of rows from 20 on, none is seen
+    out, lse = backend.attend_with_lse(plan, q, k[:30], v[:30], layer, 0.25)
+    for row in range(20):
+        expected, expected_lse = reference.attention(q[row], k[50 + row :], v[50 + row :], 0.25, is_causal=False)
+        assert (out[row].double() - expected).abs().max() < 1e-5
+        assert (lse[row].double() - expected_lse).abs().max() < 1e-5
+    assert not out[20:].any()
+    assert lse[20:].isneginf().all()
+    plan = backend.plan([QueryRange(0, 3, 70, table, False, lowest_key=90)])
+    assert backend.attend_with_lse(plan, q[:3], k[:3], v[:3], layer, 0.25)[1].isneginf().all()
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, E4M3])
+def test_tables_that_are_appended_to_dropped_and_begun_over_copied_blocks_are_read_as_they_are(
+    kv_dtype: torch.dtype,
+) -> None:
+    """A walk of KV operations: forks share whole blocks and copy the last one, rows of dropped tables come again."""
+    dtype = torch.bfloat16 if kv_dtype == E4M3 else kv_dtype
+    backend = TritonAttention(CPU, group=1)
+    layer = backend.allocate(24, BLOCK_SIZE, 1, 16, kv_dtype)
+    free = list(range(24))
+    random.shuffle(free)
+    store = TokenStore(100)
+    tokens: dict[str, tuple[Tensor, Tensor]] = {}
+    references: dict[int, int] = {}
+
+    def execute(*ops: KVOp) -> None:
+        execute_kv_ops(
+            ops, store, backend=backend, kv_layers=[layer], block_size=BLOCK_SIZE, num_blocks=24, kvp_rank=0,
+            device=CPU,
+        )
+
+    def taken(count: int) -> list[Extent]:
+        found = [free.pop() for _ in range(count)]
+        references.update(dict.fromkeys(found, 1))
+        return [Extent(block, 1) for block in found]
+
+    def blocks_of(name: str) -> list[int]:
+        table = store[name].slot_table
+        return [] if table is None else (table.slots(0, table.num_slots)[::BLOCK_SIZE] // BLOCK_SIZE).tolist()
+
+    def step(name: str, count: int) -> None:
+        k, v = torch.randn(2, count, 1, 16).to(dtype)
+        table, start = store[name].slot_table, len(tokens[name][0])
+        q = torch.randn(count, 1, 1, 16).to(dtype)
+        out = backend.attend(backend.plan([QueryRange(0, count, start, table)]), q, k, v, layer, 0.25)
+        tokens[name] = tuple(torch.cat((old, new)) for old, new in zip(tokens[name], (k, v)))
+        held = tokens[name]
+        if kv_dtype == E4M3:
+            held = tuple(held_values(layer, index, table, start + count) for index in range(2))
+        expected, _ = reference.attention(q.flatten(1, 2), *held, 0.25, is_causal=True)
+        assert (out.double() - expected).abs().max() < TOLERANCE[dtype]
+
+    for number in range(6):
+        name = f"r{number}"
+        store.add([NewRequest(name, array("i", [1]).tobytes(), 1, Sampling(max_output_tokens=9))])
+        parent = random.choice(list(tokens)) if tokens and number % 2 else None
+        if parent is None:
+            tokens[name] = tuple(torch.empty(0, 1, 16, dtype=dtype) for _ in range(2))
+            execute(append_op(name, 0, taken(2)))
+            step(name, 19)
+        else:
+            shared = len(tokens[parent][0]) // BLOCK_SIZE
+            kept, last = blocks_of(parent)[:shared], blocks_of(parent)[shared : shared + 1]
+            for block in kept:
+                references[block] += 1
+            own = taken(2)
+            begun = append_op(name, 0, [*(Extent(block, 1) for block in kept), *own])
+            copied = [copy_op(name, 0, [Extent(block, 1) for block in last], own[: len(last)])] if last else []
+            execute(*copied, begun)
+            tokens[name] = tokens[parent]
+        step(name, 1)
+        step(name, 5)
+        if number in (2, 4):
+            gone = random.choice(list(tokens))
+            for block in blocks_of(gone):
+                references[block] -= 1
+                if not references[block]:
+                    free.insert(0, block)
+            execute(drop_op(gone))
+            del tokens[gone]
+        for other in list(tokens):
+            if len(blocks_of(other)) * BLOCK_SIZE < len(tokens[other][0]) + 2:
+                execute(append_op(other, 0, taken(1)))
+            step(other, 1)
+
+
+def test_with_fixed_splits_a_row_has_the_same_bits_alone_in_any_batch_and_in_any_chunks() -> None:
+    """And without them it has not, as a lone sequence is cut finer than one of many."""
+    k, v, q = torch.randn(110, 1, 16), torch.randn(110, 1, 16), torch.randn(110, 1, 2, 16)
+
+    def bits(fixed: int | None, chunks: tuple[int, ...], beside: int) -> Tensor:
+        backend = TritonAttention(CPU, group=2)
+        backend.fixed_split_tokens = fixed
+        layer = backend.allocate(40, BLOCK_SIZE, 1, 16, torch.float32)
+        tables = [SlotTable(BLOCK_SIZE) for _ in range(2)]
+        tables[0].append([(31, 8)])
+        tables[1].append([(0, 30)])
+        outs, start = [], 0
+        for count in chunks:
+            rows = slice(start, start + count)
+            ranges = [QueryRange(0, count, start, tables[0])]
+            extra = [torch.randn(beside, *x.shape[1:]) for x in (q, k, v)]
+            if beside:
+                ranges.append(QueryRange(count, beside, 300, tables[1]))
+            batch = [torch.cat((x[rows], more)) for x, more in zip((q, k, v), extra)]
+            outs.append(backend.attend(backend.plan(ranges), *batch, layer, 0.25)[:count])
+            start += count
+        return torch.cat(outs)
+
+    expected = bits(48, (109, 1), 0)
+    assert torch.equal(bits(48, (109, 1), 60), expected)
+    assert torch.equal(bits(48, (40, 30, 39, 1), 3), expected)
+    plain, _ = reference.attention(q.flatten(1, 2), k, v, 0.25, is_causal=True)
+    assert (expected.double() - plain).abs().max() < 1e-5
+    assert not torch.equal(bits(None, (109, 1), 60), bits(None, (109, 1), 0))
+
+
 def test_pieces_of_blocks_cover_a_chunk_once() -> None:
     table = SlotTable(16)
     table.append([(5, 1), (9, 2), (2, 1)])
@@ -196,7 +419,7 @@ def test_what_the_kernels_cannot_take_is_refused_before_launch() -> None:
     tile = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
     kv = allocate_paged(4, 16, 2, 32, torch.float32, CPU)
     q, tables = torch.zeros(3, 2, 2, 32), torch.zeros(1, 4, dtype=torch.int32)
-    work = DeviceWork(torch.zeros(1, 8, dtype=torch.int32), torch.zeros(0, 4, dtype=torch.int32), 0)
+    work = DeviceWork(torch.zeros(1, 9, dtype=torch.int32), torch.zeros(0, 4, dtype=torch.int32), 0)
 
     def launch(**changes: object) -> None:
         arguments = {"q_TKGD": q, "kv": kv, "block_tables_SB": tables, "work": work, "out_TKGD": q.clone()}
@@ -214,8 +437,8 @@ def test_what_the_kernels_cannot_take_is_refused_before_launch() -> None:
         launch(q_TKGD=torch.zeros(3, 2, 17, 32), out_TKGD=torch.zeros(3, 2, 17, 32))
     with pytest.raises(ValueError, match="block_size=12"):
         allocate_paged(4, 12, 2, 32, torch.float32, CPU)
-    with pytest.raises(ValueError, match="head_dim=80"):
-        allocate_paged(4, 16, 2, 80, torch.float32, CPU)
+    with pytest.raises(ValueError, match="head_dim=84"):
+        allocate_paged(4, 16, 2, 84, torch.float32, CPU)
     with pytest.raises(ValueError, match="written by slots"):
         rotate_and_write(q, q[:, :, 0], q[:, :, 0], None, None, kv)
     with pytest.raises(ValueError, match="disagree"):

@@ -26,11 +26,12 @@ from megatron_medha.kernels.kv import block_tables  # noqa: E402
 from megatron_medha.parallel.groups import build_groups  # noqa: E402
 from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs, step_graphs  # noqa: E402
 from megatron_medha.worker.startup.load import load_rank  # noqa: E402
+from tests.models.test_hf_families import save_model  # noqa: E402
 from tests.worker.conftest import Front  # noqa: E402
 
 
 def prompt(num_tokens: int, seed: int) -> list[int]:
-    return torch.randint(4, 512, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(4, 100, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def on_triton(config: RankConfig, kv_dtype: str = "auto") -> RankConfig:
@@ -96,6 +97,49 @@ def test_steps_replayed_over_static_buffers_say_what_eager_steps_say(rank_config
     # Rows of logits: 3 where there is a chunk, 2 of decodes; these are all launched ahead: "short" after the first
     # step, both after the third and the fourth.
     assert replays == [3, 2, 3, 3, 2, 2]
+
+
+FAMILIES = {
+    "windows and sinks": ("gpt_oss", {
+        "head_dim": 16, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["full_attention", "sliding_attention"]}),
+    "windows and capped scores": ("gemma2", {
+        "head_dim": 24, "sliding_window": 16, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
+    "latent vectors": ("deepseek_v3", {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "pad_token_id": 0, "n_group": 2,
+        "topk_group": 1, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 48, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 24, "first_k_dense_replace": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_of_other_families_say_on_triton_what_they_say_on_the_cpu_by_graphs_too(
+    name: str, rank_config: RankConfig, tmp_path: Path
+) -> None:
+    save_model(tmp_path, FAMILIES[name][0], {"num_hidden_layers": 2, **FAMILIES[name][1]})
+    config = msgspec.structs.replace(rank_config, checkpoint=str(tmp_path), kv_memory_bytes=1 << 20)
+    expected, _ = tokens_of(config)
+    rank, ready = load_rank(on_triton(config), lambda what, fraction: None)
+    num_replayed = 0
+
+    def by_hand(work: Any, is_run_before: bool) -> Any:
+        output = work()
+
+        def replay() -> None:
+            nonlocal num_replayed
+            num_replayed += 1
+            output.copy_(work())
+
+        return replay, output
+
+    shapes = [GraphShape(24, 3, True)]
+    rank.graphs = StepGraphs(
+        rank.model, rank._backend, rank._kv_layers, rank._rotary, torch.device("cpu"), shapes=shapes,
+        new_capture=lambda: by_hand, window=rank._config.window,
+    )  # fmt: skip
+    found, _ = tokens_of(config, Front(rank, ready))
+    assert found == expected
+    assert num_replayed >= 4
 
 
 def test_no_graph_is_replayed_over_block_tables_that_grew_since_it_was_captured(

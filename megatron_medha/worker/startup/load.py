@@ -103,8 +103,8 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if model_config.window is not None and not backend.reads_by_slots:
-        raise ConfigError(f"attention_backend={backend.name}: has no layers with a window; native and aten have")
+    if model_config.window is not None and not (backend.reads_by_slots or backend.masks_windows):
+        raise ConfigError(f"attention_backend={backend.name}: has no layers with a window; native, aten, triton have")
     backend.partition_tokens = config.kv.partition_tokens
     block_size = options.block_size or backend.block_size
     check_shard_tokens(config.max_tokens_per_shard, config.kv, block_size)
@@ -164,7 +164,8 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         rank.sent_blocks = SentBlocks(rank.kvp_rank)
     if device.type == "cuda" and options.cuda_graphs:
         progress("CUDA graphs", 0.0)
-        rank.graphs = step_graphs(model, backend, kv_layers, Rotary(model_config), device, pgs)
+        rotary = Rotary(model_config)
+        rank.graphs = step_graphs(model, backend, kv_layers, rotary, device, pgs, window=model_config.window)
     shape = model_config.shape(dtype.itemsize, kv_dtype.itemsize if kv_dtype != dtype else None)
     ready = RankReady(
         rank=config.rank,
