@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.model.experts import ExpertsLayer
+from megatron_medha.model.grouped_experts import GroupedExperts, group_experts
 from megatron_medha.parallel.groups import MedhaPGs, build_groups, init_distributed
 
 
@@ -138,3 +141,62 @@ def test_the_parts_of_two_ranks_add_up(has_biases: bool, pgs: MedhaPGs) -> None:
         ours.sum_over_tp = lambda mine: parts.append(mine.clone())
         computed(ours, hidden)
     assert torch.allclose((parts[0] + parts[1]).view_as(hidden), computed(whole, hidden), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_products_of_all_experts_at_once_give_what_one_by_one_does(name: str, pgs: MedhaPGs) -> None:
+    _, ours = pair(pgs, **VARIANTS[name])
+    hidden = hidden_states(50)
+    expected = computed(ours, hidden)
+    group_experts(ours)
+    assert isinstance(ours.routed, GroupedExperts)
+    assert torch.allclose(computed(ours, hidden), expected, rtol=0, atol=1e-5)
+    assert torch.allclose(computed(ours, hidden[:1]), expected[:1], rtol=0, atol=1e-5)
+
+
+def test_experts_of_other_ranks_are_left_to_them(pgs: MedhaPGs) -> None:
+    whole, _ = pair(pgs, add_bias_linear=True)
+    hidden, total = hidden_states(20), 0
+    for rank in range(2):
+        groups = copy.copy(pgs)
+        groups.ep = Member(rank, 2)
+        _, ours = pair_of_rank(groups, whole, rank)
+        group_experts(ours)
+        with torch.no_grad():
+            total = total + ours.routed(hidden.flatten(0, -2))
+    assert torch.allclose(total.view_as(hidden), computed(whole, hidden), rtol=0, atol=1e-4)
+
+
+def pair_of_rank(groups: MedhaPGs, whole: MoELayer, rank: int) -> tuple[MoELayer, ExpertsLayer]:
+    """A layer with every other half of the experts, of the whole one's weights."""
+    mlp = get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=False).submodules.mlp
+    config = dataclasses.replace(whole.config, expert_model_parallel_size=2)
+    ours = ExpertsLayer(config, mlp.submodules, layer_number=1, pg_collection=groups).eval()
+    theirs = whole.state_dict()
+    renamed = {
+        name: theirs[re.sub(r"local_experts\.(\d+)", lambda found: f"local_experts.{int(found[1]) + 4 * rank}", name)]
+        for name in ours.state_dict()
+        if theirs.get(name) is not None
+    }
+    ours.load_state_dict(renamed, strict=False)
+    return whole, ours
+
+
+def test_nothing_looks_at_how_many_tokens_an_expert_has(pgs: MedhaPGs) -> None:
+    """On torch's meta device nothing has a value: what would wait for a GPU fails there."""
+    _, ours = pair(pgs, torch.bfloat16, add_bias_linear=True)
+    ours = ours.to("meta")
+    group_experts(ours)
+    with torch.no_grad():
+        assert ours.routed(torch.empty(7, 32, dtype=torch.bfloat16, device="meta")).shape == (7, 32)
+
+
+def test_weights_loaded_after_they_were_brought_together_are_used(pgs: MedhaPGs) -> None:
+    theirs, ours = pair(pgs)
+    group_experts(ours)
+    hidden = hidden_states(9)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.mul_(0.5)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.allclose(computed(ours, hidden), computed(theirs, hidden), rtol=0, atol=1e-5)

@@ -37,6 +37,7 @@ from megatron_medha.model.build import (
 )
 from megatron_medha.model.cpu_model import use_cpu_kernels
 from megatron_medha.model.fp8 import check_fp8, quantise_linears, why_fp8_fails
+from megatron_medha.model.grouped_experts import group_experts
 from megatron_medha.model.latent_attention import absorb_projections
 from megatron_medha.model.narrow_weights import check_weight_dtype
 from megatron_medha.model.packed_linear import linear_kernels_of
@@ -230,6 +231,8 @@ def _quantised_model(
     absorb_projections(model)
     model.requires_grad_(False)
     quantise_linears(model, options.fp8, transformer_engine_works(device))
+    if device.type == "cuda":
+        group_experts(model)
     return model
 
 
