@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_medha.cluster.messages import NewRequest, RankStep
-from megatron_medha.core.batch import Arrived, Batch, Chunk, Completed, Preempted, Rejected, TokenOut
+from megatron_medha.core.batch import Arrived, Batch, Completed, Preempted, Rejected, TokenOut
 from megatron_medha.core.cost.step_cost import Hardware
+from megatron_medha.core.kv.ops import KVOp
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.request import Request
 from megatron_medha.core.sampling import Sampling
@@ -41,6 +42,7 @@ class Engine:
             num_blocks=world.num_blocks, block_size=world.block_size,
         ).build()  # fmt: skip
         self._passed_over_s = 0.0  # by how much the scheduler's clock is ahead, for steps that were not computed
+        self._passed_over_ops: tuple[KVOp, ...] = ()
         self._num_runs = 0
         self._lengths: dict[str, int] = {}  # of live requests' prompts
         self._told: set[str] = set()  # of these, those that the rank knows
@@ -89,7 +91,7 @@ class Engine:
             if not is_in_window:
                 (chunk,) = batch.chunks
                 if chunk.start + chunk.num_tokens <= long_from:
-                    self._pass_over(batch, chunk)
+                    self._pass_over(batch)
                     continue
                 is_in_window, started_s = True, now_s
             duration_s = self._compute(batch)
@@ -121,11 +123,10 @@ class Engine:
         outputs = self._scheduler.handle(Arrived(request), now_s)
         assert not outputs, outputs
 
-    def _pass_over(self, batch: Batch, chunk: Chunk) -> None:
-        """Let the rank hear of the chunk's blocks by way of its first token; nothing else of it is computed."""
-        begun_s = time.monotonic()
-        self._compute(batch._replace(chunks=(chunk._replace(num_tokens=1, samples_token=False),)))
-        self._passed_over_s += batch.predicted_s - (time.monotonic() - begun_s)
+    def _pass_over(self, batch: Batch) -> None:
+        """The rank hears of the chunk's blocks with the first one that is computed."""
+        self._passed_over_ops += batch.kv_ops
+        self._passed_over_s += batch.predicted_s
         self._scheduler.handle(Completed(batch_id=batch.batch_id, duration_s=0.0), self._now_s())
 
     def _compute(self, batch: Batch) -> float:
@@ -139,6 +140,7 @@ class Engine:
             ids = array("i", [(11 * i + first) % self._world.config.vocab_size for i in range(count)])
             sampling = Sampling(max_output_tokens=_NUM_OUTPUT_TOKENS, temperature=0.0)
             new.append(NewRequest(chunk.request_id, ids.tobytes(), count, sampling))
+        kv_ops, self._passed_over_ops = (*self._passed_over_ops, *batch.kv_ops), ()
         begun_s = time.perf_counter()
-        self._world.rank.run(RankStep(batch.batch_id, batch.chunks, tuple(new), batch.released, kv_ops=batch.kv_ops))
+        self._world.rank.run(RankStep(batch.batch_id, batch.chunks, tuple(new), batch.released, kv_ops=kv_ops))
         return time.perf_counter() - begun_s

@@ -1,9 +1,11 @@
-"""What the parts of the GPU check share: the machine, the clock, rows of the table."""
+"""What the parts of the GPU check share: cases, the clock, rows of the table."""
 
 from __future__ import annotations
 
 import gc
+import math
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -41,20 +43,54 @@ class Row:
         return f"{self.what:<66} {self.figure:>10.4g} {self.unit:<9} {bar:>9} {self.verdict:<7}{self.note}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "verdict": self.verdict}
+        """For JSON, which has no NaN."""
+        return {**asdict(self), "figure": None if math.isnan(self.figure) else self.figure, "verdict": self.verdict}
 
 
 @dataclass(slots=True)
 class Check:
-    """One run of the script: where, how large, how long, and what earlier parts have found out."""
+    """The process that computes cases: where, how large, how long, and what earlier ones have found out."""
 
     device: torch.device
     is_tiny: bool
     deadline_s: float  # on time.monotonic
+    say: Callable[[dict[str, Any]], None] = lambda message: None  # to the process that watches this one
+    leave_out: frozenset[tuple[str, str]] = frozenset()
     seed: int = 0
     facts: dict[str, float] = field(default_factory=dict)  # measured rates that later parts are held against
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # of the case at hand
+    part: str = ""
+
+    def case(self, name: str, limit_s: float, work: Callable[[], Any]) -> None:
+        """Do `work`, which adds rows, unless that is done; what it raises costs these rows alone.
+
+        limit_s: after so many seconds this process is ended from outside.
+        """
+        if (self.part, name) in self.leave_out:
+            return
+        if not self.has_time(min(limit_s, 20.0) / 2):
+            print(f"--- {self.part}: {name}: no time left", flush=True)
+            return
+        self.say({"part": self.part, "begin": name, "limit_s": limit_s})
+        self.rows, error, started_s = [], None, time.monotonic()
+        try:
+            work()
+            self.synchronize()  # what fails on the device is said later, and is this case's
+        except Exception:  # outermost: it is in the file, and counted in the exit code
+            error = traceback.format_exc()
+            print(error, flush=True)
+        rows = [row.as_dict() for row in self.rows]
+        took_s = time.monotonic() - started_s
+        self.say({"part": self.part, "case": name, "rows": rows, "error": error, "seconds": round(took_s, 1)})
+        if error is not None and not self.device_answers():
+            print("--- the device does not answer this process any more; a new one goes on", flush=True)
+            raise SystemExit(1)
+        self.free_memory()  # after the except clause: the exception held what the case had on the device
+
+    def note(self, name: str, figure: float) -> None:
+        """Remember a fact, also for processes after this one."""
+        self.facts[name] = figure
+        self.say({"fact": name, "figure": figure})
 
     @property
     def is_cuda(self) -> bool:
