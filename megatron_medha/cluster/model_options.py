@@ -24,6 +24,7 @@ class ModelOptions:
     fp8: str = "none"                       # recipe of the linear layers
     weight_dtype: str = "auto"              # of the linear layers; auto: the model's
     cuda_graphs: bool = True                # read only on a GPU
+    batch_invariant: bool = False           # read only on a GPU
     max_context_len: int | None = None      # None: the checkpoint's own
     num_threads: int | None = None          # of each rank; None: its share of the cores it may use
     attention_backend: str = "auto"

@@ -52,6 +52,7 @@ from megatron_medha.worker.grammar_masks import GrammarMasks
 from megatron_medha.worker.hold_points import HoldPoints
 from megatron_medha.worker.kv_cache import allocate_kv, num_blocks_that_fit
 from megatron_medha.worker.rank import Rank
+from megatron_medha.worker.startup.batch_invariance import make_batch_invariant
 from megatron_medha.worker.startup.cpu_share import num_threads_of_rank
 from megatron_medha.worker.startup.device import (
     context_len_of,
@@ -107,6 +108,8 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     if model_config.window is not None and not (backend.reads_by_slots or backend.masks_windows):
         raise ConfigError(f"attention_backend={backend.name}: has no layers with a window; native, aten, triton have")
     backend.partition_tokens = config.kv.partition_tokens
+    if options.batch_invariant and device.type == "cuda":
+        make_batch_invariant(backend)
     block_size = options.block_size or backend.block_size
     check_shard_tokens(config.max_tokens_per_shard, config.kv, block_size)
     kv_dtype = kv_dtype_of(options.kv_dtype, dtype, backend)
