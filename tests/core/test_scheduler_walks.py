@@ -351,7 +351,9 @@ class Audit:
         return step_s(cost, load)
 
     def _is_decode(self, chunk: Chunk) -> bool:
-        return chunk.num_tokens == 1 and chunk.samples_token and chunk.start > 0
+        """The last token of a prompt may be a chunk of its own: it is planned, and costs, as one."""
+        seq = self.scheduler.sequence(chunk.request_id)
+        return seq is not None and seq.status is Status.DECODING
 
 
 def scheduler_of(case: Case) -> Scheduler:
