@@ -27,18 +27,27 @@ class BitDifference(NamedTuple):
 
 
 def lone_run(
-    sequences: Mapping[str, Sequence[int]], place: Place, kv: KVConfig, prepare: Prepare | None = None
+    sequences: Mapping[str, Sequence[int]],
+    place: Place,
+    kv: KVConfig,
+    prepare: Prepare | None = None,
+    *,
+    num_top: int = _NUM_TOP,
+    least_tokens: int = 0,
 ) -> Play:
-    """Every sequence on one rank, one after another, each as the whole prompt of one step. kv: of the other run."""
+    """Every sequence on one rank, one after another, each as the whole prompt of one step. kv: of the other run.
+
+    least_tokens: that there is KV for, so that ranks that stay loaded need not be loaded again for a longer sequence.
+    """
     turns = tuple(
         Turn(
             request_id, None, tuple(token_ids),
-            Sampling(max_output_tokens=1, temperature=0.0, num_logprobs=_NUM_TOP, num_prompt_logprobs=_NUM_TOP),
+            Sampling(max_output_tokens=1, temperature=0.0, num_logprobs=num_top, num_prompt_logprobs=num_top),
             index * _APART_S, is_cached=False,
         )
         for index, (request_id, token_ids) in enumerate(sequences.items())
     )  # fmt: skip
-    most_tokens = 1 + max(map(len, sequences.values()))
+    most_tokens = max(least_tokens, 1 + max(map(len, sequences.values())))
     shard_tokens = -(-most_tokens // BLOCK_SIZE) * BLOCK_SIZE
     scheduler = SchedulerConfig(
         policy="fcfs", chunking=Chunking.WHOLE, max_batch_tokens=max(64, most_tokens), max_num_sequences=1,

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from megatron_medha.bits.random_schedule import BLOCK_SIZE, RandomSchedule, Turn
 from megatron_medha.bits.rank_processes import Prepare, RankProcesses
-from megatron_medha.cluster.messages import NewRequest, RankStep, StepDone
+from megatron_medha.cluster.messages import NewRequest, StepDone
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
+from megatron_medha.cluster.rank_state import RankStateCache
 from megatron_medha.core.batch import (
     Aborted,
     Arrived,
@@ -28,11 +31,12 @@ from megatron_medha.core.batch import (
     Preempted,
     Rejected,
     TokenOut,
+    Woken,
 )  # fmt: skip
 from megatron_medha.core.cost.step_cost import Hardware, RooflineCost
 from megatron_medha.core.kv.kv_check import check
+from megatron_medha.core.kv.kv_config import KVConfig
 from megatron_medha.core.kv.kv_memory import KVMemory
-from megatron_medha.core.kv.ops import is_for
 from megatron_medha.core.kv.prefix_keys import GranuleKeys, root_key
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
@@ -57,6 +61,7 @@ class Place(NamedTuple):
     layout: ParallelLayout
     model: ModelOptions  # kernels named, so that every play takes the same
     kv_memory_bytes: int = 64 << 20
+    kv: KVConfig | None = None  # of ranks that stay loaded for many plays; None: each play loads its own
 
 
 @dataclass
@@ -80,10 +85,11 @@ class Play:
         ready, *_ = self.ranks.load(
             RankConfig(
                 layout=self.layout, server_endpoint="", checkpoint=str(place.checkpoint), model=place.model,
-                kv_memory_bytes=place.kv_memory_bytes, max_tokens_per_shard=case.shard_tokens, kv=kv,
+                kv_memory_bytes=place.kv_memory_bytes, max_tokens_per_shard=case.shard_tokens, kv=place.kv or kv,
             ),
             prepare,
             keeps_logits=False,
+            is_kept=place.kv is not None,
         )  # fmt: skip
         assert ready.num_blocks >= case.num_blocks
         self.memory = KVMemory(
@@ -103,10 +109,10 @@ class Play:
         self._due = {turn.request_id: turn.delay_s for turn in case.turns if turn.after is None}
         self._aborts: dict[str, int] = {}      # by request: the batch it is aborted at
         self._keys: dict[str, GranuleKeys] = {}
-        self._known: list[set[str]] = [set() for _ in range(self.layout.kvp)]
-        self._unsent: list[list[tuple[str, int]]] = [[] for _ in range(self.layout.kvp)]
+        self._rank_state = RankStateCache(self.layout, self._new_request)
+        self._first_batch = self.ranks.num_batches  # what ranks call the first one: their numbers go on
         self._batches: dict[int, Batch] = {}
-        self._in_first_stage: deque[int] = deque()
+        self._in_first_stage: list[int] = []
         self._done: dict[tuple[int, int], list[StepDone]] = {}  # by batch and stage
         self._preempted: set[str] = set()
         self._sampled: dict[str, tuple[int, TokenLogprobs | None]] = {}
@@ -129,9 +135,19 @@ class Play:
             while (batch := self.scheduler.schedule(self.now_s)) is not None:
                 self._submit(batch)
             assert self._batches or self._due or not self.scheduler.num_sequences, "live requests, and no batch"
-            if self._batches:
+            if self._batches and not self._looks_again():
                 self._advance()
         return self
+
+    def _looks_again(self) -> bool:
+        """Whether the time of another arrival, or of a wish of the scheduler, has come while a batch may be held."""
+        newest = next(reversed(self._batches.values()))
+        wakes_s = min([self.scheduler.wakes_at_s(), *self._due.values()])
+        if not newest.may_be_held or not self.now_s < wakes_s < newest.created_s + newest.predicted_s:
+            return False
+        self.now_s = wakes_s
+        self._handle(Woken())
+        return True
 
     def _arrive(self, turn: Turn) -> None:
         before = self.told[turn.after] if turn.after else Told()
@@ -161,24 +177,14 @@ class Play:
             if chunk.request_id in self._preempted:
                 self._preempted.remove(chunk.request_id)
                 self.counts["hits after preemption"] += chunk.start > 0
+        self.counts["overtaking"] += batch.overtakes is not None
         if self.layout.spp > 1:
             self._in_first_stage.append(batch.batch_id)
-        for kvp in range(self.layout.kvp):
-            known = self._known[kvp]
-            known.difference_update(batch.released)
-            kv_ops = tuple(op for op in batch.kv_ops if is_for(op, kvp))
-            begun = dict.fromkeys(op.request_id for op in kv_ops if op.kind == "append")
-            new = [request_id for request_id in begun if request_id not in known]
-            known.update(new)
-            sampled = [(r, token) for r, token in self._unsent[kvp] if r in known and r not in new]
-            self._unsent[kvp].clear()
-            self.ranks.send_to_kvp_rank(
-                kvp,
-                RankStep(
-                    batch.batch_id, batch.chunks_on(kvp), tuple(map(self._new_request, new)), batch.released,
-                    tuple(sampled), kv_ops,
-                ),
-            )  # fmt: skip
+        self.ranks.num_batches += 1
+        overtakes = None if batch.overtakes is None else batch.overtakes + self._first_batch
+        for kvp, step in enumerate(self._rank_state.steps(batch)):
+            sent = msgspec.structs.replace(step, batch_id=step.batch_id + self._first_batch, overtakes=overtakes)
+            self.ranks.send_to_kvp_rank(kvp, sent)
 
     def _new_request(self, request_id: str) -> NewRequest:
         told = self.told[request_id]
@@ -186,13 +192,23 @@ class Play:
         return NewRequest(request_id, token_ids.tobytes(), len(told.prompt), self._turns[request_id].sampling)
 
     def _advance(self) -> None:
-        oldest = next(iter(self._batches))
-        if self._in_first_stage and (self._in_first_stage[0] == oldest or self.rng.random() < 0.5):
-            batch_id = self._in_first_stage.popleft()
+        batch_id = self._next_done()
+        if batch_id in self._in_first_stage:
+            self._in_first_stage.remove(batch_id)
             self._answers(batch_id, 0)
             self._handle(FirstStageDone(batch_id))
         else:
-            self._complete(oldest)
+            self._complete(batch_id)
+
+    def _next_done(self) -> int:
+        """The batch that has got on: the oldest, one that overtakes it, or the first on the first stage."""
+        oldest, *others = self._batches
+        overtaking = [batch_id for batch_id in others if self._batches[batch_id].overtakes is not None]
+        if overtaking and self.rng.random() < 0.5:
+            return overtaking[0]
+        if self._in_first_stage and self.rng.random() < 0.5:
+            return self._in_first_stage[0]
+        return oldest
 
     def _answers(self, batch_id: int, stage: int) -> list[StepDone]:
         """Of all kvp ranks of a stage."""
@@ -201,26 +217,29 @@ class Play:
             for answer in self.ranks.answers():
                 coord = self.layout.coord_of(answer.done.rank)
                 self.notes.update(answer.notes)
-                self._done.setdefault((answer.done.batch_id, coord.spp), []).append(answer.done)
+                answered = answer.done.batch_id - self._first_batch
+                self._done.setdefault((answered, coord.spp), []).append(answer.done)
         return found
 
     def _complete(self, batch_id: int) -> None:
         answers = self._answers(batch_id, self.layout.spp - 1)
         batch = self._batches.pop(batch_id)
-        filled = []
+        filled, stopped = [], []
         for done in answers:
             assert not done.failed, done.failed
             for part in done.prompt_logprobs:
                 self.told[part.request_id].prompt_logprobs.update(enumerate(part.logprobs, part.first_position))
             for token in done.tokens:
                 self._sampled[token.request_id] = (token.token_id, token.logprobs)
+                if token.is_stop:
+                    stopped.append(token.request_id)
                 keys = self._keys.get(token.request_id)
                 if keys is not None and (key := keys.append(token.token_id)):
                     filled.append((token.request_id, key))
         duration_s = self.rng.choice((0.5, 1.0, 2.0)) * batch.predicted_s
         self.now_s += duration_s
         self.counts["granules filled by decodes"] += len(filled)
-        self._handle(Completed(batch_id=batch_id, duration_s=duration_s, filled_keys=tuple(filled)))
+        self._handle(Completed(batch_id, duration_s, tuple(stopped), filled_keys=tuple(filled)))
         self._check_accounting()
 
     def _handle(self, event: Event) -> None:
@@ -239,10 +258,8 @@ class Play:
                     self._note_hit(self._turns[request_id], told, num_cached_tokens)
                 if finish_reason is not None:
                     self._end(request_id)
-                elif self.layout.world_size > 1:  # a lone rank has sampled it itself
-                    for known, unsent in zip(self._known, self._unsent, strict=True):
-                        if request_id in known:
-                            unsent.append((request_id, token_id))
+                else:
+                    self._rank_state.sampled(request_id, token_id)
             case Preempted(request_id):
                 self.counts["preempted"] += 1
                 self._preempted.add(request_id)

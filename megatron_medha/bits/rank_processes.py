@@ -59,20 +59,27 @@ class RankProcesses:
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         self._num_loaded = 0
+        self._kept: tuple[RankConfig, list[RankReady]] | None = None
         self.layout = ParallelLayout()
+        self.num_batches = 0  # for the driver, to count what these ranks have been sent
 
     def load(
-        self, config: RankConfig, prepare: Prepare | None = None, *, keeps_logits: bool = True
+        self, config: RankConfig, prepare: Prepare | None = None, *, keeps_logits: bool = True, is_kept: bool = False
     ) -> list[RankReady]:
         """Make the first processes the ranks of config.layout; what was loaded before is given up.
 
         prepare: called in each of them with its rank; what it adds to the dict travels with the next answer.
         keeps_logits: False: answers have none, and ranks take every short way that they take behind a server.
+        is_kept: ranks that were loaded so, with the same configuration and nothing else, go on as they are.
         """
+        is_plain = is_kept and prepare is None and not keeps_logits
+        if is_plain and self._num_loaded and self._kept is not None and self._kept[0] == config:
+            return self._kept[1]
         self.unload()
-        self.layout = config.layout
+        self.layout, self.num_batches = config.layout, 0
         found = self.call(partial(_load, prepare=prepare, keeps_logits=keeps_logits), config)
         self._num_loaded = config.layout.world_size
+        self._kept = (config, found) if is_plain else None
         return found
 
     def call(self, function: Callable[[RankConfig, Connection], Any], config: RankConfig) -> list[Any]:
@@ -118,12 +125,17 @@ class RankProcesses:
         """A rank is killed in whatever it does; the others are ended as their supervisor would end them."""
         self._processes[rank].kill()
         self._processes[rank].join()
-        self._end()
+        self.end()
 
     def close(self) -> None:
-        """End the processes."""
-        self._end()
+        """End the processes, for good."""
+        self.end()
         self._directory.cleanup()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes."""
+        return [process.pid for process in self._processes]
 
     def _start(self) -> None:
         for rank in range(self._num_ranks):
@@ -134,7 +146,8 @@ class RankProcesses:
             self._connections.append(ours)
             self._processes.append(process)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the processes, whatever they do; the next load starts others."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -148,7 +161,7 @@ class RankProcesses:
         assert connection.poll(PATIENCE_S), f"rank {rank} of {self.layout} has said nothing for {PATIENCE_S:g} s"
         message = connection.recv()
         if isinstance(message, BaseException):
-            self._end()  # the others may wait for this one for ever; new ones start with the next load
+            self.end()  # the others may wait for this one for ever; new ones start with the next load
             raise message
         return message
 
