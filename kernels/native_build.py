@@ -45,7 +45,7 @@ _CPU_FLAGS = {  # by the names of /proc/cpuinfo
 _PRIVATE_PREFIX = "megatron_medha-"
 # GCC 12's own AVX-512 headers trip its warnings about uninitialised values; nothing here reads errno.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
-_BUILD_TIMEOUT_S = 120.0
+_BUILD_TIMEOUT_S = 900.0  # longer than on the busiest machine: kernels built for other instructions have other bits
 BUILD_S = 15  # about, on one core that has nothing else to do
 
 _pinned: str | None = None  # by use_target
@@ -82,6 +82,13 @@ def native_target() -> str:
     return _pinned or _best_target()
 
 
+def missed_targets() -> tuple[str, ...]:
+    """Better instruction sets of this machine that the kernels do not use, as they could not be built for them."""
+    if _pinned is not None:
+        return ()
+    return usable_targets()[: usable_targets().index(native_target())]
+
+
 @functools.cache
 def _best_target() -> str:
     """The best instruction set that the compiler knows as well."""
@@ -93,7 +100,11 @@ def _best_target() -> str:
         except NativeUnavailable as error:
             if worse is None:
                 raise
-            log.warning("native_kernels_unavailable target=%s next=%s reason=%s", target, worse, error)
+            log.warning(
+                "native_kernels_unavailable target=%s next=%s reason=%s: outputs have other bits than where %s can be "
+                "had; model.instruction_set=%s refuses to start instead",
+                target, worse, error, target, target.lower(),
+            )  # fmt: skip
     raise AssertionError("there is a target")
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_medha.cluster.model_options import ModelOptions
+from megatron_medha.core.errors import ConfigError
 from megatron_medha.kernels import native_build
 from megatron_medha.kernels.attention import native_attention
 from megatron_medha.kernels.choose_backend import attention_backend, backend_names
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library, native_target, usable_targets
+from megatron_medha.worker.startup.device import described, use_instructions
 
 CPU = torch.device("cpu")
 
@@ -88,6 +91,24 @@ def test_a_compiler_that_lacks_the_best_instructions_builds_the_next(
     assert native_build._best_target.__wrapped__() == "AVX512"
     assert "target=AMX next=AVX512 reason=no such instruction" in caplog.text
 
+
+def test_better_instructions_that_could_not_be_built_for_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(target: str) -> None:
+        if target == "AMX":
+            raise NativeUnavailable("c++ took longer than 900 s")
+
+    monkeypatch.setattr(native_build, "_loaded", built)
+    monkeypatch.setattr(native_build, "usable_targets", lambda: ("AMX", "AVX512", "AVX2"))
+    monkeypatch.setattr(native_build, "_best_target", native_build._best_target.__wrapped__)
+    monkeypatch.setattr(native_build, "_pinned", None)
+    assert native_build.missed_targets() == ("AMX",)
+    options = ModelOptions(device="cpu", dtype="bfloat16")
+    said = described(CPU, 1, torch.bfloat16, torch.bfloat16, options, "native")
+    assert "native avx512 (instead of amx) attention" in said
+    native_build.use_target("avx512")  # as asked for, nothing is missed
+    assert native_build.missed_targets() == ()
+    with pytest.raises(ConfigError, match=r"model\.instruction_set=amx: cannot be had here: c\+\+ took longer"):
+        use_instructions("amx", CPU)
 
 def test_another_source_is_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = native_build._digest("AVX2")

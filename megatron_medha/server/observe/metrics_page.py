@@ -59,6 +59,11 @@ class MetricsPage:
         yield from self._by_replica(GaugeMetricFamily, replica_gauges)
         for named, value in self._process_gauges().items():
             yield from self._families(GaugeMetricFamily, named, [(self._labels, value)])
+        if (facts := self._engine.facts) is not None:
+            device = own("device_info", "Always 1. device: what computes, as /version says: kernels decide the bits")
+            yield from self._families(
+                GaugeMetricFamily, device, [([*self._labels, facts.device], 1.0)], ("device",)
+            )
         for named, value in self._metrics.counters.items():
             yield from self._families(CounterMetricFamily, named, [(self._labels, value)])
         yield from self._by_replica(CounterMetricFamily, replica_counters)

@@ -12,7 +12,14 @@ from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.kernels.attention.backend import AttentionBackend
 from megatron_medha.kernels.choose_backend import backend_names
-from megatron_medha.kernels.native_build import NativeUnavailable, native_target, usable_targets, use_target
+from megatron_medha.kernels.native_build import (
+    NativeUnavailable,
+    missed_targets,
+    native_library,
+    native_target,
+    usable_targets,
+    use_target,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +97,7 @@ def use_instructions(name: str, device: torch.device) -> None:
         return
     try:
         use_target(name)
+        native_library()  # a pinned one is waited for, or refused
         log.info("cpu_instructions used=%s usable=%s", native_target().lower(), ",".join(usable_targets()).lower())
     except NativeUnavailable as error:
         if name != "auto":
@@ -113,7 +121,10 @@ def described(
     partition_tokens: of native attention. own_bits_of_kvp: ranks that share a request's KV, if bits depend on them.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {num_threads} threads"
-    instructions = f" {native_target().lower()}" if backend_name == "native" else ""
+    instructions = ""
+    if backend_name == "native":
+        instead = " and ".join(missed_targets()).lower()
+        instructions = f" {native_target().lower()}" + (f" (instead of {instead})" if instead else "")
     partitions = f" in partitions of {partition_tokens}" if partition_tokens else ""
     parts = [name, str(dtype).removeprefix("torch."), f"{backend_name}{instructions} attention{partitions}"]
     parts += [f"kvp={own_bits_of_kvp} with bits of its own"] if own_bits_of_kvp else []
