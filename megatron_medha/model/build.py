@@ -81,7 +81,7 @@ def build_model(
         position_embedding_type="learned_absolute" if config.positions == "learned" else "none",
         pg_collection=pgs,
     )
-    if not config.is_llama_like:
+    if not config.is_llama_like and block_spec is None:
         for index, layer in enumerate(model.decoder.layers):
             layer.self_attention.core_attention.place(config, index)
             if config.latent is not None and config.latent.norm_epsilon is not None:

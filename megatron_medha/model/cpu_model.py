@@ -40,6 +40,7 @@ from megatron_medha.model.native_parts import (
     linear_of,
     mlp_of,
     norm_of,
+    pack_routers,
     shared_gate_of,
     use_native_parts,
 )
@@ -72,6 +73,8 @@ def use_cpu_kernels(
     except (UnsupportedPart, NativeUnavailable) as reason:
         log.info("decode=torch reason=%r (docs/models.md: which models have native decodes)", str(reason))
         return None
+    finally:
+        pack_routers(model)
     forward = NativeForward(model, decoder)
     model.forward = forward  # type: ignore[method-assign]
     log.info("decode=native layers=%d calls=%d", decoder.num_layers, len(forward.runs))

@@ -1,14 +1,20 @@
-"""Parts of Megatron's layers that the native library computes, recognised by what they are: norms, MLPs, experts."""
+"""Parts of Megatron's layers that the native library computes, recognised by what they are: norms, MLPs, experts.
+
+Shapes: T tokens, C hidden size, N experts of the layer, K experts of a token.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,12 +24,14 @@ from megatron_medha.kernels.linear.native_decoder import MlpWeights
 from megatron_medha.kernels.linear.native_experts import NativeExperts, RoutedExpert, RouterOptions
 from megatron_medha.kernels.linear.native_linear import NativeLinear
 from megatron_medha.kernels.linear.native_pointwise import NativeActivation, NativeNorm
+from megatron_medha.kernels.native_build import NativeUnavailable
 from megatron_medha.model.experts import ExpertsLayer
 from megatron_medha.model.general_layers import ZeroCentredNorm
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.megatron_config import ACTIVATIONS
-from megatron_medha.model.packed_linear import PackedLinear
+from megatron_medha.model.packed_linear import PackedLinear, linear_kernel
 
+_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}  # by Megatron's names
 _ACTIVATION_NAMES = {function: name for name, function in ACTIVATIONS.items()}
 
 
@@ -31,7 +39,7 @@ class UnsupportedPart(Exception):
     """A part of the model that the native library does not have; the message is for the log."""
 
 
-def use_native_parts(model: GPTModel) -> None:
+def use_native_parts(model: torch.nn.Module) -> None:
     """Put native norms, activations and experts in place of torch's where there are any; for good.
 
     Linear layers are packed already. Raises NativeUnavailable.
@@ -44,11 +52,19 @@ def use_native_parts(model: GPTModel) -> None:
     for module in model.modules():
         try:
             if isinstance(module, ExpertsLayer):
-                module.routed = _experts_of(module)
+                _use_native_experts(module)
             elif type(module) in (MLP, SharedExpertMLP):
                 module.forward = NativeMlp(module)  # type: ignore[method-assign]
         except UnsupportedPart:
             continue
+
+
+def _use_native_experts(layer: ExpertsLayer) -> None:
+    """All of them in one call; where that cannot be had, their activation. Raises UnsupportedPart for any other."""
+    try:
+        layer.routed = _experts_of(layer)
+    except UnsupportedPart:
+        layer._activated = activation_of(layer.config)  # type: ignore[method-assign]
 
 
 def norm_of(norm: torch.nn.Module) -> NativeNorm:
@@ -120,7 +136,8 @@ def shared_gate_of(shared: SharedExpertMLP) -> NativeLinear | None:
 def _torch_gate(shared: SharedExpertMLP) -> Callable[[Tensor], Tensor] | None:
     if not shared.use_shared_expert_gate:
         return None
-    return lambda hidden: torch.nn.functional.linear(hidden, shared.gate_weight)
+    make = linear_kernel("auto", shared.gate_weight.dtype)  # BLAS adds up otherwise for other numbers of tokens
+    return make(shared.gate_weight.detach(), None) if make is not None else partial(F.linear, weight=shared.gate_weight)
 
 
 def _experts_of(layer: ExpertsLayer) -> NativeExperts:
@@ -160,3 +177,57 @@ def _packed(linear: ColumnParallelLinear | RowParallelLinear) -> PackedLinear:
     if not isinstance(packed, PackedLinear) or not isinstance(packed.multiply, NativeLinear):
         raise UnsupportedPart("linear layers that are not native ones")
     return packed
+
+
+def pack_routers(model: torch.nn.Module) -> None:
+    """Replace what Megatron's routers compute where no native call does it; inference only, for good.
+
+    Their product goes through BLAS, which adds up in another order for another number of tokens, and torch's sigmoid
+    has other bits in the last few numbers of a tensor. A product in fp64 stays torch's.
+    """
+    for module in model.modules():
+        if not isinstance(module, ExpertsLayer) or module.routed is not None:
+            continue
+        router = module.router
+        if (multiply := _product_of(router)) is not None:
+            router.gating = multiply
+        if router.score_function == "sigmoid" and "routing" not in vars(router):
+            try:
+                router.routing = partial(_routed_by_sigmoid, router, NativeActivation("sigmoid", has_gate=False))
+            except NativeUnavailable:
+                continue
+
+
+def _product_of(router: Router) -> Callable[[Tensor], Tensor] | None:
+    """[..., C] -> logits [..., N], in the dtype that the router computes in; None: there is no packed one."""
+    weight_NC, bias_N = router.weight.detach(), router.bias
+    dtype = _DTYPES.get(router.config.moe_router_dtype or "", weight_NC.dtype)
+    make = linear_kernel("auto", dtype) if dtype in (torch.float32, torch.bfloat16) else None
+    if make is None:
+        return None
+    multiply = make(weight_NC.to(dtype), None if bias_N is None else bias_N.detach().to(dtype))
+    return lambda hidden: multiply(hidden.to(dtype).contiguous())
+
+
+def _routed_by_sigmoid(
+    router: Any, sigmoid: Callable[[Tensor], Tensor], logits: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    """As Megatron's router returns: weights [T, N], and which are chosen."""
+    config, num_chosen = router.config, router.topk
+    logits_TN = logits.view(-1, config.num_moe_experts)
+    scores_TN = sigmoid(logits_TN.float()).type_as(logits_TN)
+    ranked_TN = scores_TN if router.expert_bias is None else scores_TN + router.expert_bias
+    if config.moe_router_group_topk:
+        chosen_TK = group_limited_topk(
+            scores=ranked_TN, topk=num_chosen, num_tokens=len(ranked_TN), num_experts=config.num_moe_experts,
+            num_groups=config.moe_router_num_groups, group_topk=config.moe_router_group_topk,
+        )[1]  # fmt: skip
+    else:
+        chosen_TK = ranked_TN.topk(num_chosen, dim=1)[1]
+    weights_TK = scores_TN.gather(1, chosen_TK)
+    if num_chosen > 1:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    if config.moe_router_topk_scaling_factor:
+        weights_TK = weights_TK * config.moe_router_topk_scaling_factor
+    weights_TN = torch.zeros_like(logits_TN).scatter_(1, chosen_TK, weights_TK.type_as(logits_TN))
+    return weights_TN, torch.zeros_like(logits_TN, dtype=torch.bool).scatter_(1, chosen_TK, True)

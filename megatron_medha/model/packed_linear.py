@@ -31,11 +31,12 @@ log = logging.getLogger(__name__)
 MakeLinear = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
 
 def pack_linears(
-    model: GPTModel,
+    model: torch.nn.Module,
     sum_over_tp: Callable[[Tensor], object] | None = None,
     *,
     weight_dtype: str = "auto",
     linear_backend: str = "auto",
+    keeps_weights: bool = False,
 ) -> None:
     """Replace the forward of every parallel linear layer by one over packed weights; inference only, for good.
 
@@ -45,9 +46,12 @@ def pack_linears(
     sum_over_tp: what sums a row-parallel layer's output over its ranks, in place; None: the group's all-reduce.
     weight_dtype: int8 or int4: a bf16 model's are rounded to that, with int4 its output layer's to int8; whether that
     can be had, check_weight_dtype has said.
+    keeps_weights: for training, which goes on with them.
     Raises ConfigError for a linear_backend that cannot be had.
     """
-    shared_weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    shared_weight: Tensor | None = None
+    if getattr(model, "share_embeddings_and_output_weights", False):  # of a whole model
+        shared_weight = model.shared_embedding_or_output_weight()  # type: ignore[operator]
     layers = []
     for module in model.modules():
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
@@ -64,7 +68,8 @@ def pack_linears(
     make = rounding or linear_kernel(linear_backend, dtype)
     if make is None:
         return
-    log.info(
+    log.log(
+        logging.DEBUG if keeps_weights else logging.INFO,
         "linear_layers kernel=%s dtype=%s weights=%d",
         "onednn" if make is OneDnnLinear else f"native instructions={native_target().lower()}",
         weight_dtype if rounding is not None else _name_of(dtype),
@@ -87,7 +92,7 @@ def pack_linears(
         module.forward = PackedLinear(  # type: ignore[method-assign]
             make_this, weight, bias, across_ranks, returned_bias
         )
-        if module.weight is not None:
+        if module.weight is not None and not keeps_weights:
             weight.data = weight.data.new_empty(0)
 
 

@@ -1,7 +1,8 @@
 """A Megatron layer spec for training whose forward pass has the bits of the server's, with gradients.
 
 What rounds is computed by the server's own kernels: linear layers, norms, activation and attention. Gradients are
-those of torch's operations at the same inputs. Llama-like models on a CPU, without tensor parallelism. Weights are
+those of torch's operations at the same inputs. Llama-like models and those that have experts besides, on a CPU, without
+tensor parallelism. Weights are
 packed for the kernels again in each forward pass, as an optimizer changes them.
 
 Shapes: S sequence length, B sequences, H query heads, K key/value heads, D head dim, I inputs, O outputs.
@@ -9,19 +10,25 @@ Shapes: S sequence length, B sequences, H query heads, K key/value heads, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from megatron_medha.core.errors import ConfigError
+from megatron_medha.core.layout import ParallelLayout
+from megatron_medha.core.model_spec import Experts
 from megatron_medha.kernels.attention.backend import QueryRange
 from megatron_medha.kernels.attention.native_attention import NativeAttention
 from megatron_medha.kernels.kv.slot_table import SlotTable
@@ -29,12 +36,16 @@ from megatron_medha.kernels.linear.native_pointwise import NativeActivation, Nat
 from megatron_medha.kernels.native_build import NativeUnavailable, native_library
 from megatron_medha.model.attention import MedhaSelfAttention, PagedCoreAttention
 from megatron_medha.model.build import llama_layer_spec
+from megatron_medha.model.experts import ExpertsLayer
 from megatron_medha.model.layer import MedhaTransformerLayer
 from megatron_medha.model.logprobs import row_logsumexp
-from megatron_medha.model.packed_linear import MakeLinear, linear_kernel
+from megatron_medha.model.native_parts import pack_routers, use_native_parts
+from megatron_medha.model.packed_linear import MakeLinear, linear_kernel, pack_linears
 from megatron_medha.models.model_config import ModelConfig
+from megatron_medha.parallel.groups import build_groups
 
 _BLOCK_SIZE = NativeAttention.block_size
+_REPLACED = ("forward", "gating", "routing", "_activated")  # by the functions that put kernels into a model
 
 
 def training_block_spec(config: ModelConfig) -> TransformerBlockSubmodules:
@@ -42,9 +53,10 @@ def training_block_spec(config: ModelConfig) -> TransformerBlockSubmodules:
 
     Raises ConfigError for models and machines on which the server computes something else.
     """
-    if not config.is_llama_like:
-        traits = ", ".join(config.traits)
-        raise ConfigError(f"{config.name}: the training spec is of Llama-like models, without {traits}")
+    if others := [trait for trait in config.traits if trait != "experts"]:
+        raise ConfigError(
+            f"{config.name}: the training spec is of Llama-like models and of experts, not of {', '.join(others)}"
+        )
     if config.rope_scaling.kind == "dynamic":
         raise ConfigError(f"{config.name}: dynamic rope scaling turns prompt and output tokens by different angles")
     try:
@@ -61,7 +73,13 @@ def training_block_spec(config: ModelConfig) -> TransformerBlockSubmodules:
     if config.has_qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = ServedNorm
     parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = ServedColumnLinear, ServedRowLinear
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=ServedNorm)
+    layers = [layer] * config.num_layers
+    if config.experts is not None:
+        routed = copy.deepcopy(layer)
+        routed.submodules.mlp = _experts_spec(config.experts)
+        has_experts = config.experts.layers or (True,) * config.num_layers
+        layers = [routed if has else layer for has in has_experts]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=ServedNorm)
 
 
 def use_served_output(model: GPTModel) -> None:
@@ -209,6 +227,8 @@ class TrainingLayer(MedhaTransformerLayer):
         """[S, B, C] -> ([S, B, C], None)."""
         attended, _bias = self.self_attention(self.input_layernorm(hidden_states))
         hidden_states = hidden_states + attended
+        if isinstance(self.mlp, TrainingExperts):
+            return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))[0], None
         gate_and_up, _bias = self.mlp.linear_fc1(self.pre_mlp_layernorm(hidden_states))
         activated = _AsServed.apply(NativeActivation(), _gated_silu, gate_and_up)
         return hidden_states + self.mlp.linear_fc2(activated)[0], None
@@ -217,3 +237,57 @@ class TrainingLayer(MedhaTransformerLayer):
 def _gated_silu(gate_and_up: Tensor) -> Tensor:
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def _experts_spec(experts: Experts) -> ModuleSpec:
+    """In place of an MLP, on one rank."""
+    spec: ModuleSpec = get_gpt_layer_local_spec(
+        num_experts=experts.num_experts, moe_grouped_gemm=False, normalization="RMSNorm"
+    ).submodules.mlp
+    spec.module = TrainingExperts
+    spec.params = {"pg_collection": build_groups(ParallelLayout()), "is_group_by_best": experts.is_group_by_best}
+    return spec
+
+
+class TrainingExperts(ExpertsLayer):
+    """A router, the experts it chooses among, and the shared expert if there is one.
+
+    Its values are those of the server's kernels, put over the same weights for the time of the call. Its gradients are
+    those of torch's operations, which are computed beside it: one forward pass more.
+    """
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """[S, B, C] -> (the same shape, None)."""
+        differentiable, _bias = super().forward(hidden_states)
+        with torch.no_grad(), self._served_parts():
+            served, _bias = super().forward(hidden_states.detach().flatten(0, -2).unsqueeze(1))
+        return _WithValues.apply(differentiable, served.view_as(differentiable)), None
+
+    @contextmanager
+    def _served_parts(self) -> Iterator[None]:
+        """The server's kernels, over the weights of now."""
+        own = [(vars(module), {name: vars(module).get(name) for name in _REPLACED}) for module in self.modules()]
+        try:
+            pack_linears(self, keeps_weights=True)
+            use_native_parts(self)
+            pack_routers(self)
+            yield
+        finally:
+            self.routed = None
+            for values, before in own:
+                for name, value in before.items():
+                    values.pop(name, None)
+                    if value is not None:
+                        values[name] = value
+
+
+class _WithValues(torch.autograd.Function):
+    """Other values in place of a tensor's, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
-from megatron_medha.core.model_spec import RopeScaling
+from megatron_medha.core.model_spec import Experts, RopeScaling
 from megatron_medha.core.sampling import Sampling
-from megatron_medha.model.build import build_model
+from megatron_medha.model.build import build_model, llama_layer_spec
 from megatron_medha.model.cpu_model import use_cpu_kernels
 from megatron_medha.model.draw import SamplingRow
 from megatron_medha.model.logprobs import prompt_logprobs
@@ -41,11 +45,23 @@ CONFIG = ModelConfig(
     dtype="float32",
     stop_token_ids=(0,),
 )
+EXPERTS = Experts(num_experts=8, num_per_token=2, ffn_hidden_size=40)
 KINDS = {
     "llama": CONFIG,
     "biases of q, k and v": replace(CONFIG, has_qkv_bias=True),
     "norms of q and k": replace(CONFIG, has_qk_norm=True),
     "tied embeddings": replace(CONFIG, has_tied_embeddings=True),
+    "experts": replace(CONFIG, experts=EXPERTS),
+    "experts in one layer, a shared one with a gate": replace(
+        CONFIG, experts=replace(EXPERTS, layers=(False, True), shared_ffn_hidden_size=48, has_shared_gate=True)
+    ),
+    "experts chosen by sigmoids, in groups": replace(
+        CONFIG,
+        experts=replace(
+            EXPERTS, score="sigmoid", has_choice_bias=True, num_groups=4, num_groups_per_token=2, num_per_token=4,
+            weight_scale=2.5, router_dtype="fp32", shared_ffn_hidden_size=48,
+        ),  # fmt: skip
+    ),
 }
 
 
@@ -71,6 +87,21 @@ def trained(config: ModelConfig, dtype: torch.dtype, pgs: MedhaPGs) -> GPTModel:
 def like(model: GPTModel, config: ModelConfig, pgs: MedhaPGs) -> GPTModel:
     """The model that serves, with the same weights."""
     plain = build_model(config, dtype=model.config.params_dtype, device=CPU, pgs=pgs)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def usual(model: GPTModel, config: ModelConfig, pgs: MedhaPGs) -> GPTModel:
+    """A model of Megatron's usual layers to train, with the same weights."""
+    layer = llama_layer_spec(config, CPU)
+    layers = [layer] * config.num_layers
+    if config.experts is not None:
+        routed = copy.deepcopy(layer)
+        experts = get_gpt_layer_local_spec(num_experts=config.experts.num_experts, moe_grouped_gemm=False)
+        routed.submodules.mlp = experts.submodules.mlp
+        layers = [routed if has else layer for has in config.experts.layers or (True,) * config.num_layers]
+    spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
+    plain = build_model(config, dtype=model.config.params_dtype, device=CPU, pgs=pgs, block_spec=spec)
     plain.load_state_dict(model.state_dict())
     return plain
 
@@ -117,7 +148,7 @@ def test_after_an_update_of_the_weights_it_has_those_of_the_new_ones(pgs: MedhaP
 def test_gradients_are_those_of_the_ordinary_layers(kind: str, pgs: MedhaPGs) -> None:
     # Both compute in fp32; sums in another order.
     model = trained(KINDS[kind], torch.float32, pgs)
-    plain = like(model, KINDS[kind], pgs)
+    plain = usual(model, KINDS[kind], pgs)
     for each in (model, plain):
         torch.nn.functional.cross_entropy(each(prompts(), None, None).flatten(0, 1), prompts().flatten()).backward()
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
