@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from megatron_medha.core.batch import Chunk
+from megatron_medha.core.cost.step_sizes import NO_STEP_SIZES, StepSizes
 from megatron_medha.core.kv.ops import KVOp
 from megatron_medha.core.model_shape import ModelShape
 from megatron_medha.core.sampling import Sampling, TokenLogprobs
@@ -95,6 +96,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     device: str                      # e.g. "cpu, 2 threads, float32"
     shard_tokens: int | None = None  # of one request on one kvp rank; None: there is one kvp rank, which holds it all
     can_hold: bool = False           # whether a step that may be held can be here
+    step_sizes: StepSizes = NO_STEP_SIZES  # that it fills steps up to
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):

@@ -99,6 +99,7 @@ def cluster_engine(
                         block_size=started.first.block_size,
                         max_tokens_per_shard=started.first.shard_tokens,
                         kv=rank_config.kv,
+                        step_sizes=started.first.step_sizes,
                     ),
                     stop_token_ids=started.first.stop_token_ids,
                     device=started.device,

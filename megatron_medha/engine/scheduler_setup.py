@@ -12,6 +12,7 @@ from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.fitted_cost import FittedCost
 from megatron_medha.core.cost.online_cost import OnlineCost
 from megatron_medha.core.cost.step_cost import CostModel, Hardware, RooflineCost
+from megatron_medha.core.cost.step_sizes import NO_STEP_SIZES, PaddedCost, StepSizes
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.kv.kv_config import NO_PREFIX_CACHE, KVConfig
 from megatron_medha.core.kv.kv_memory import KVMemory
@@ -37,6 +38,7 @@ class SchedulerSetup:
     engine: EngineCosts | None = None  # for a cluster that is only calculated; None: the roofline of one that runs
     profile: FittedCost | None = None  # what the cost model starts from, instead of the hardware's data sheet
     kv: KVConfig = NO_PREFIX_CACHE  # as of a decision log that does not say
+    step_sizes: StepSizes = NO_STEP_SIZES  # that the ranks fill steps up to
     learns: bool = True  # False: predictions stay what they are before anything has run, as a simulation may want it
 
     @property
@@ -48,7 +50,9 @@ class SchedulerSetup:
     def cluster_cost(self) -> ClusterCost:
         """The cost model of a cluster that is only calculated."""
         assert self.engine is not None
-        return ClusterCost(shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout)
+        return ClusterCost(
+            shape=self.shape, hardware=self.hardware, engine=self.engine, layout=self.layout, step_sizes=self.step_sizes
+        )
 
     def build(self, policy: Policy | None = None, limits: PrefillLimits | None = None) -> Scheduler:
         """A scheduler that has seen nothing yet; its cost model starts from the profile or the roofline and learns.
@@ -56,7 +60,6 @@ class SchedulerSetup:
         Raises ConfigError if the profile is of another model.
         """
         roofline = RooflineCost(shape=self.shape, hardware=self.hardware, layout=self.layout)
-        start: CostModel = roofline if self.engine is None else self.cluster_cost
         online = OnlineCost(roofline)
         if self.profile is not None:
             if self.profile.shape != self.shape:
@@ -65,7 +68,11 @@ class SchedulerSetup:
                     f"{self.shape.name} is served in; run `medha profile` again"
                 )
             online.start_from(self.profile)
-        cost: CostModel = online if self.learns else start
+        cost: CostModel = online if self.learns else roofline
+        if self.engine is not None and not self.learns:
+            cost = self.cluster_cost
+        elif self.step_sizes:
+            cost = PaddedCost(cost, self.step_sizes)
         memory = KVMemory(
             num_blocks=self.num_blocks,
             block_size=self.block_size,
@@ -75,7 +82,7 @@ class SchedulerSetup:
             watermark=self.config.watermark,
             kv=self.kv,
         )
-        return Scheduler(self.config, cost, memory, self.layout.spp, policy, limits)
+        return Scheduler(self.config, cost, memory, self.layout.spp, policy, limits, self.step_sizes)
 
     def header(self) -> dict[str, Any]:
         """As the first line of a decision log."""

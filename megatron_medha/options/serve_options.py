@@ -327,6 +327,7 @@ def _simulated_setup(options: ServeOptions, scheduler: SchedulerConfig) -> Sched
         max_tokens_per_shard=options.parallel.max_tokens_per_shard
         or default_shard_tokens(num_blocks, block_size, shape.max_context_len, layout.kvp, kv),
         kv=kv,
+        step_sizes=options.engine.step_sizes(layout),
     )
 
 

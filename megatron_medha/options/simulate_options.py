@@ -136,6 +136,7 @@ def scheduler_setup(options: SimulateOptions) -> SchedulerSetup:
         block_size=block_size,
         max_tokens_per_shard=shard_tokens,
         kv=options.kv,
+        step_sizes=options.engine.step_sizes(layout),
         learns=options.belief is SchedulerCostModel.ONLINE,
     )
     build_system(setup)  # raises what a run would raise later

@@ -12,6 +12,7 @@ from megatron_medha.core.batch import Chunk, Completed, FinishReason
 from megatron_medha.core.cost.capacity import MemoryBudget
 from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware, Link
+from megatron_medha.core.cost.step_sizes import NO_STEP_SIZES
 from megatron_medha.core.errors import ConfigError, check_member, check_range
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
@@ -131,7 +132,7 @@ def test_a_chunk_obeys_the_schedulers_bounds_and_a_whole_step_where_none_is_set(
     )
     assert config.chunk_rule == rule
     assert replace(config, max_chunk_tokens=7).chunk_rule == replace(rule, max_chunk_tokens=7)
-    assert defaults(ChunkRule) == {"max_chunk_tokens": 1 << 60}
+    assert defaults(ChunkRule) == {"max_chunk_tokens": 1 << 60, "step_sizes": NO_STEP_SIZES}
 
 
 @pytest.mark.parametrize("key", HARDWARE_BOUNDS)
@@ -179,7 +180,7 @@ def test_a_cost_of_an_engine_may_have_both_its_bounds_and_nothing_beyond(key: st
 
 @pytest.mark.parametrize(("key", "least"), [("graph_max_context", 0), ("attention_tile_rows", 1)])
 def test_a_limit_of_an_engine_may_be_its_least_or_none(key: str, least: int) -> None:
-    assert defaults(EngineCosts) == {"graph_max_context": 0, "attention_tile_rows": None}
+    assert defaults(EngineCosts) == {"graph_max_context": 0, "fills_graphs": False, "attention_tile_rows": None}
     for value in (least, least + 1, None):
         assert getattr(replace(ENGINE, **{key: value}), key) == value
     with pytest.raises(ConfigError) as error:

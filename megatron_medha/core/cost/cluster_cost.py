@@ -9,6 +9,7 @@ from megatron_medha.core.cost.engine_costs import EngineCosts
 from megatron_medha.core.cost.hardware import Hardware, all_gather_s, send_s
 from megatron_medha.core.cost.kernel_costs import ACTIVATION_BYTES, AttentionKernels, LinearKernels
 from megatron_medha.core.cost.step_cost import StepLoad
+from megatron_medha.core.cost.step_sizes import NO_STEP_SIZES, StepSizes
 from megatron_medha.core.errors import ConfigError
 from megatron_medha.core.layout import ParallelLayout
 from megatron_medha.core.model_shape import ModelShape
@@ -30,11 +31,18 @@ class ClusterCost:
     """
 
     def __init__(
-        self, *, shape: ModelShape, hardware: Hardware, engine: EngineCosts, layout: ParallelLayout
+        self,
+        *,
+        shape: ModelShape,
+        hardware: Hardware,
+        engine: EngineCosts,
+        layout: ParallelLayout,
+        step_sizes: StepSizes = NO_STEP_SIZES,
     ) -> None:
         _check_cut(shape, layout)
         check_devices(hardware, layout)
         self.shape, self.hardware, self.engine, self.layout = shape, hardware, engine, layout
+        self._step_sizes = step_sizes
         self._linear = LinearKernels(shape, hardware, layout.tp)
         self._attention = AttentionKernels(shape, hardware, layout.tp, engine.attention_tile_rows)
         self._num_layers = shape.num_layers
@@ -49,10 +57,11 @@ class ClusterCost:
         self.attention_s, self.decode_attention_s = self._attention.chunk_s, self._attention.decode_s
 
     def linear_s(self, num_tokens: int, num_sequences: int) -> float:
-        """See CostModel. Launching counts where it takes longer than the products."""
-        device_s = self._num_layers * self.layer_s(num_tokens) + self.head_s(num_sequences)
+        """See CostModel. Launching counts where it takes longer than the products and the step fits no graph."""
+        size = self._step_sizes.fitting(num_tokens, num_sequences)
+        device_s = self._num_layers * self.layer_s(size or num_tokens) + self.head_s(num_sequences)
         between_s = self._between_fixed_s + num_tokens * self._between_token_s
-        return self.host_s(num_sequences) + max(device_s, self._launch_s) + between_s
+        return self.host_s(num_sequences) + max(device_s, 0.0 if size else self._launch_s) + between_s
 
     def merge_s(self, num_tokens: int, num_ranks: int) -> float:
         """Gathering and merging the partial attention of a chunk over `num_ranks` KVP ranks, over all layers.
@@ -112,8 +121,10 @@ class ClusterCost:
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """stage_s of every stage."""
-        layer_s = self.layer_s(load.num_tokens) + load.attention_s / self._num_layers
-        is_graph, num_sequences = self._is_graph(load), load.num_sequences
+        num_sequences = load.num_sequences
+        size = self._step_sizes.fitting(load.num_tokens, num_sequences)
+        layer_s = self.layer_s(size or load.num_tokens) + load.attention_s / self._num_layers
+        is_graph = size is not None or self._is_graph(load)
         before_s = self.host_s(num_sequences)
         seconds: list[float] = []
         for layers in self._stage_layers:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_medha.core.cost.step_sizes import GRAPH_SIZES, NO_STEP_SIZES, StepSizes
 from megatron_medha.core.errors import ConfigError, check_ranges
+from megatron_medha.core.layout import ParallelLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,8 @@ class EngineCosts:
     request_s: float                     # once per request, before its first token and outside of all steps: HTTP, text
     graph_max_context: int | None = 0    # steps of decodes with at most this mean context cost the host nothing to
                                          # launch (CUDA graphs); None: all of them, 0: none
+    fills_graphs: bool = False           # steps are filled up to the sizes of this engine's own CUDA graphs
+                                         # (core/cost/step_sizes.py), and then cost the host nothing to launch
     attention_tile_rows: int | None = None  # a chunk's queries, per head, in tiles that each read all its keys;
                                             # None: tiles are also split by keys, so that they fill any device
 
@@ -34,3 +38,7 @@ class EngineCosts:
             raise ConfigError(f"engine.graph_max_context={self.graph_max_context}: must be at least 0, or null")
         if self.attention_tile_rows is not None and self.attention_tile_rows < 1:
             raise ConfigError(f"engine.attention_tile_rows={self.attention_tile_rows}: must be at least 1, or null")
+
+    def step_sizes(self, layout: ParallelLayout) -> StepSizes:
+        """What steps are filled up to; stages and kvp ranks have no graphs."""
+        return GRAPH_SIZES if self.fills_graphs and layout.spp * layout.kvp == 1 else NO_STEP_SIZES

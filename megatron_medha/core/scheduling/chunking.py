@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad
+from megatron_medha.core.cost.step_sizes import NO_STEP_SIZES, StepSizes
 
 _MAX_LINEAR_PROBES = 4
 _MAX_SLOWDOWN = 0.02  # of a prompt alone, by chunks that are smaller than the best
@@ -34,6 +35,7 @@ class ChunkRule:
     max_tokens: int        # query tokens in one step
     fixed_tokens: int      # the token budget of FIXED
     max_chunk_tokens: int = 1 << 60  # of one sequence in one step
+    step_sizes: StepSizes = NO_STEP_SIZES
 
 
 def largest_chunk(
@@ -79,9 +81,29 @@ def largest_in_time(
 ) -> int:
     """The largest multiple of the tile (or all of num_tokens) whose step is predicted within budget_s.
 
-    Found by bracketing, since predictions never fall as chunks grow. 0 when not even one tile fits. guess_tokens is
-    looked at first (a prompt's last chunk is seldom more than a tile off).
+    Where steps are filled up to sizes, tokens of this prompt go into what the multiple leaves of the size. Found by
+    bracketing, since predictions never fall as chunks grow. 0 when not even one tile fits. guess_tokens is looked at
+    first (a prompt's last chunk is seldom more than a tile off).
     """
+    count = _largest_multiple(rule, cost, load, start, num_tokens, budget_s, guess_tokens)
+    if count and rule.step_sizes:
+        size = rule.step_sizes.padded(load.num_tokens + count, load.num_sequences + 1)
+        filled = min(size - load.num_tokens, _limit(rule, load, num_tokens))
+        if filled > count and _excess_s(cost, load, start, filled, budget_s) <= 0.0:
+            return filled
+    return count
+
+
+def _largest_multiple(
+    rule: ChunkRule,
+    cost: CostModel,
+    load: StepLoad,
+    start: int,
+    num_tokens: int,
+    budget_s: float,
+    guess_tokens: int = 0,
+) -> int:
+    """See largest_in_time; steps of any size."""
     limit = _limit(rule, load, num_tokens)
     if not limit:
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import inf
 
 from megatron_medha.core.batch import (
@@ -22,6 +23,7 @@ from megatron_medha.core.batch import (
     Woken,
 )
 from megatron_medha.core.cost.step_cost import CostModel, StepLoad, step_s
+from megatron_medha.core.cost.step_sizes import NO_STEP_SIZES, StepSizes
 from megatron_medha.core.kv.kv_memory import KVMemory
 from megatron_medha.core.kv.ops import KVOp, drop_op
 from megatron_medha.core.kv.sequence import Sequence, Status
@@ -54,6 +56,7 @@ class Scheduler:
         spp: int = 1,
         policy: Policy | None = None,
         limits: PrefillLimits | None = None,
+        step_sizes: StepSizes = NO_STEP_SIZES,
     ) -> None:
         self.config = config
         self.cost = cost
@@ -65,7 +68,7 @@ class Scheduler:
         self._decodes: list[Sequence] = []          # ready for their next token, oldest first
         self._growing: list[Sequence] = []          # need a block before their next token
         self._overdue = OverdueHeap(self._sequences)
-        self._builder = BatchBuilder(config.chunk_rule, cost, memory)
+        self._builder = BatchBuilder(replace(config.chunk_rule, step_sizes=step_sizes), cost, memory)
         self._num_tpot_slos = 0                     # live sequences that bring a TPOT target
         self._in_flight: dict[int, SubmittedBatch] = {}
         self._num_overtaking = 0                    # batches in flight that overtake others

@@ -90,7 +90,7 @@ def measure(
         if left_s <= 0.0:
             break
         share_s = left_s / (len(points) - index)
-        measured.append(MeasuredStep(point.load, _best_s(rank, ready, point, share_s)))
+        measured.append(MeasuredStep(ready.step_sizes.padded_load(point.load), _best_s(rank, ready, point, share_s)))
         note(1)
     return measured
 
