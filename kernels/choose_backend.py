@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from megatron_medha.kernels.attention.backend import AttentionBackend
-from megatron_medha.kernels.backend_table import BACKENDS, is_rehearsal
+from megatron_medha.kernels.backend_table import BACKENDS, REHEARSED, is_rehearsal
 from megatron_medha.kernels.native_build import NativeUnavailable
 
 log = logging.getLogger(__name__)
@@ -17,12 +17,10 @@ log = logging.getLogger(__name__)
 
 def backend_names(device: torch.device) -> tuple[str, ...]:
     """The backends that run on such a device, the best first."""
-    names = [
-        name
-        for name, entry in BACKENDS.items()
-        if entry.device == device.type and (entry.package is None or find_spec(entry.package))
-    ]
-    return (*names, "triton") if device.type == "cpu" and is_rehearsal() else tuple(names)
+    found = [name for name, entry in BACKENDS.items() if all(find_spec(package) for package in entry.packages)]
+    names = tuple(name for name in found if BACKENDS[name].device == device.type)
+    is_rehearsed = device.type == "cpu" and is_rehearsal()
+    return names + tuple(name for name in found if name in REHEARSED) if is_rehearsed else names
 
 
 def attention_backend(

@@ -65,6 +65,7 @@ class AttentionBackend(Protocol):
     has_padded_plans = False    # its plans fit the fixed lengths of a CUDA graph
     has_fixed_splits = False    # it looks at fixed_split_tokens
     fixed_split_tokens: int | None = None  # keys are summed up in parts of so many, whatever else is in the batch
+    tiles = ""                  # that its kernels are compiled for, where there is a choice of them
     caps_scores = False         # it looks at score_cap
     score_cap: float | None = None  # scaled scores x become cap * tanh(x / cap), of all layers
 

@@ -38,6 +38,11 @@ class TileConfig:
     max_registers: int | None = None  # of a thread; where the compiler would spill to fit one program more
     programs_per_sm: int = 1  # that run at once, for cutting the work; measured occupancy, not a wish
 
+    @property
+    def name(self) -> str:
+        """Rows x keys, stages of the pipeline."""
+        return f"{self.block_m}x{self.block_n}s{self.num_stages}{'' if self.has_tma else '-cp'}"
+
     def tokens_per_tile(self, group: int) -> int:
         """Tokens whose query groups fit into a tile."""
         return self.block_m // group

@@ -147,6 +147,11 @@ class TritonAttention(AttentionBackend):
         return allocate_paged(num_blocks, block_size, num_kv_heads, head_dim, dtype, self.device)
 
     @property
+    def tiles(self) -> str:
+        """See AttentionBackend."""
+        return f"{self._prefill_tile.name},{self._decode_tile.name}"
+
+    @property
     def is_quantised(self) -> bool:
         """Whether KV is stored in e4m3."""
         return self._is_quantised
@@ -209,6 +214,17 @@ class TritonAttention(AttentionBackend):
             tables_SB=self.tables.tables_SB,
             is_padded=is_padded,
         )
+
+    def padded(self, host: HostPlan, room: PlanCapacity) -> HostPlan:
+        """See the function."""
+        return padded(host, room, self._is_quantised)
+
+    def empty_plan(self, room: PlanCapacity) -> HostPlan:
+        """A plan of nothing at a graph's lengths, to capture it with."""
+        nothing = work_list([], tokens_per_tile=1, block_n=1, num_kv_heads=1, num_programs=1)
+        no_write = np.empty((0, WRITE_COLUMNS), np.int32)
+        none = np.empty(0, np.int64)
+        return self.padded(HostPlan(none, no_write, nothing, nothing, none, none.astype(np.int32)), room)
 
     def attend(
         self,
@@ -352,14 +368,6 @@ def padded(host: HostPlan, room: PlanCapacity, is_quantised: bool) -> HostPlan:
         places=host.places,
         blocks=host.blocks,
     )
-
-
-def empty_plan(room: PlanCapacity, is_quantised: bool) -> HostPlan:
-    """A plan of nothing at a graph's lengths, to capture it with."""
-    nothing = work_list([], tokens_per_tile=1, block_n=1, num_kv_heads=1, num_programs=1)
-    no_write = np.empty((0, WRITE_COLUMNS), np.int32)
-    none = np.empty(0, np.int64)
-    return padded(HostPlan(none, no_write, nothing, nothing, none, none.astype(np.int32)), room, is_quantised)
 
 
 def with_window(host: HostPlan) -> HostPlan:

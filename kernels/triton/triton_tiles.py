@@ -11,14 +11,16 @@ half as much from L2 for each product.
 
 from __future__ import annotations
 
+import torch
+
 from megatron_medha.kernels.triton.triton_attention import TileConfig
 
-# For chunks: the first is used until a measurement says otherwise. The last has no tensor maps.
+# For chunks. Each is tried when a rank is loaded (worker/startup/attention_trials.py); the first is used where nothing
+# is. The last has no tensor maps.
 PREFILL_TILES = (
     TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=5, has_tma=True, programs_per_sm=2),
     TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=5, has_tma=True),
-    TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=3, has_tma=True, programs_per_sm=2),
-    TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    TileConfig(block_m=128, block_n=64, num_warps=8, num_stages=5),
 )
 
 # For single tokens: rows are the query group, filled up to what the tensor cores take.
@@ -58,3 +60,18 @@ def wide_tiles(head_dim: int, group: int) -> tuple[TileConfig, TileConfig] | Non
 
 # Triton's interpreter on a CPU: small, so that short sequences have several tiles and parts.
 INTERPRETED_TILE = TileConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
+
+
+def tiles_to_try(device: torch.device) -> tuple[tuple[TileConfig, ...], tuple[TileConfig, ...]]:
+    """For chunks and for single tokens, the first of each being that which is used unmeasured."""
+    return (PREFILL_TILES, DECODE_TILES) if device.type == "cuda" else ((INTERPRETED_TILE,), (INTERPRETED_TILE,))
+
+
+def tiles_called(names: str, device: torch.device) -> tuple[tuple[TileConfig, ...], tuple[TileConfig, ...]]:
+    """The pair that is called "PREFILL,DECODE", as `TritonAttention.tiles` says. Raises ValueError for others."""
+    tiles, parts = tiles_to_try(device), names.split(",")
+    found = [[tile for tile in known if tile.name == name] for known, name in zip(tiles, parts, strict=False)]
+    if len(parts) != 2 or not all(found):
+        of_chunks, of_decodes = (", ".join(tile.name for tile in known) for known in tiles)
+        raise ValueError(f"must be auto or PREFILL,DECODE; of chunks: {of_chunks}; of single tokens: {of_decodes}")
+    return (found[0][0],), (found[1][0],)

@@ -28,6 +28,7 @@ class ModelOptions:
     max_context_len: int | None = None      # None: the checkpoint's own
     num_threads: int | None = None          # of each rank; None: its share of the cores it may use
     attention_backend: str = "auto"
+    attention_tiles: str = "auto"           # of the triton backend; auto: measured when a rank is loaded
     linear_backend: str = "auto"            # CPU: kernels of the linear layers
     instruction_set: str = "auto"           # CPU: what the native kernels use
     shape: ModelShape | None = None         # of a model that is only simulated
@@ -49,6 +50,13 @@ class ModelOptions:
         is_cpu = self.device == "cpu" and not is_rehearsal()
         if is_cpu and self.attention_backend != "auto" and BACKENDS[self.attention_backend].device == "cuda":
             raise ConfigError(f"model.attention_backend={self.attention_backend}: needs model.device=cuda; use auto")
+        if self.attention_tiles != "auto" and self.attention_backend not in ("auto", "triton"):
+            raise ConfigError(
+                f"model.attention_tiles={self.attention_tiles}: read by model.attention_backend=triton only, "
+                f"not {self.attention_backend}"
+            )
+        if is_cpu and self.attention_tiles != "auto":
+            raise ConfigError(f"model.attention_tiles={self.attention_tiles}: needs model.device=cuda; use auto")
         if is_cpu and self.kv_dtype != "auto":
             raise ConfigError(f"model.kv_dtype={self.kv_dtype}: needs model.device=cuda; use auto")
         if self.device == "cuda" and self.weight_dtype != "auto":

@@ -19,6 +19,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_medha.core.cost.step_sizes import GRAPH_SIZES
 from megatron_medha.kernels.attention.backend import AttentionBackend, LayerKV
 from megatron_medha.kernels.staging import Staging, packed_offsets, views_of
 from megatron_medha.model.inference_context import PackedBatch
@@ -29,13 +30,9 @@ from megatron_medha.worker.windows import masked_range
 
 log = logging.getLogger(__name__)
 
-# Powers of two waste at most half of a small step's rows, whose weights are read anyway.
-_DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Above 512 tokens of an 8B model on an H100 a layer takes longer than its launches.
-_CHUNK_SIZES = tuple(range(64, 513, 64))
-LARGEST_GRAPH_TOKENS = _CHUNK_SIZES[-1]
+LARGEST_GRAPH_TOKENS = GRAPH_SIZES.chunks[-1]
 # In a step that has a chunk; decodes are most of them, and under load there are more than a few.
-_CHUNK_SEQUENCES = (32, 256)
+_CHUNK_SEQUENCES = (32, GRAPH_SIZES.max_sequences)
 
 # work, whether it is run before -> (replay, its output)
 Capture = Callable[[Callable[[], Tensor], bool], tuple[Callable[[], None], Tensor]]
@@ -73,7 +70,7 @@ class StepGraphs:
         new_capture: Callable[[], Capture],
         window: int | None = None,
     ) -> None:
-        """backend: a TritonAttention. new_capture: for graphs captured together. window: of the layers that have one.
+        """backend: one with padded plans. new_capture: for graphs captured together. window: of layers that have one.
 
         Captures at once; raises what a capture raises.
         """
@@ -98,8 +95,6 @@ class StepGraphs:
         shape = self.shape_for(host)
         if shape is None:
             return None
-        from megatron_medha.kernels.triton.triton_backend import padded
-
         plan = self._backend.host_plan(host.ranges)
         plans = [plan]
         if self._window is not None:
@@ -111,7 +106,7 @@ class StepGraphs:
             self._capture_all(is_run_before=False)
         graph = self._graphs[shape]
         try:
-            fitted = [padded(each, graph.room, self._backend.is_quantised) for each in plans]
+            fitted = [self._backend.padded(each, graph.room) for each in plans]
         except ValueError as error:
             # The tables have taken note of the blocks that are new; the eager path would not hear of them again.
             self._send_table_updates(plan)
@@ -141,7 +136,7 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _capture_all(self, is_run_before: bool = True) -> None:
-        from megatron_medha.kernels.triton.triton_backend import empty_plan, with_window
+        from megatron_medha.kernels.triton.triton_backend import with_window
 
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a step under way still uses the buffers given up here
@@ -151,7 +146,7 @@ class StepGraphs:
         # The largest first: smaller ones then find all the memory they need in the pool.
         for shape in reversed(self._shapes):
             room = self._backend.room(shape.num_tokens, shape.num_sequences, has_chunks=shape.has_chunks)
-            empty = [empty_plan(room, self._backend.is_quantised)]
+            empty = [self._backend.empty_plan(room)]
             if self._window is not None:
                 empty.append(with_window(empty[0]))
             arrays = self._arrays(shape, None, empty)
@@ -202,8 +197,10 @@ class StepGraphs:
 
 def graph_shapes() -> list[GraphShape]:
     """What graphs are captured for."""
-    shapes = [GraphShape(size, size, False) for size in _DECODE_SIZES]
-    return shapes + [GraphShape(size, min(count, size), True) for size in _CHUNK_SIZES for count in _CHUNK_SEQUENCES]
+    shapes = [GraphShape(size, size, False) for size in GRAPH_SIZES.decodes]
+    return shapes + [
+        GraphShape(size, min(count, size), True) for size in GRAPH_SIZES.chunks for count in _CHUNK_SEQUENCES
+    ]
 
 
 def step_graphs(

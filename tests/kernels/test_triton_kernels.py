@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="triton is not installed (pip install trito
 
 
 def test_the_triton_kernels_agree_with_plain_attention() -> None:
-    cases = Path(__file__).with_name("triton_cases.py")
+    cases = [str(Path(__file__).with_name(f"{name}_cases.py")) for name in ("triton", "flash3")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", str(cases)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", *cases],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     print(done.stdout)

@@ -12,6 +12,7 @@ import json  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 from typing import Any  # noqa: E402
 
 import msgspec  # noqa: E402
@@ -21,11 +22,13 @@ import torch  # noqa: E402
 from megatron_medha.cluster.messages import RankStep, StepDone  # noqa: E402
 from megatron_medha.cluster.rank_config import RankConfig  # noqa: E402
 from megatron_medha.core.batch import Chunk  # noqa: E402
+from megatron_medha.core.cost.step_sizes import GRAPH_SIZES  # noqa: E402
 from megatron_medha.core.layout import ParallelLayout  # noqa: E402
 from megatron_medha.kernels.kv import block_tables  # noqa: E402
 from megatron_medha.parallel.groups import build_groups  # noqa: E402
-from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs, step_graphs  # noqa: E402
+from megatron_medha.worker.cuda_graphs import GraphShape, StepGraphs, graph_shapes, step_graphs  # noqa: E402
 from megatron_medha.worker.startup.load import load_rank  # noqa: E402
+from tests.kernels import fake_flash3  # noqa: E402
 from tests.models.test_hf_families import save_model  # noqa: E402
 from tests.worker.conftest import Front  # noqa: E402
 
@@ -140,6 +143,47 @@ def test_models_of_other_families_say_on_triton_what_they_say_on_the_cpu_by_grap
     found, _ = tokens_of(config, Front(rank, ready))
     assert found == expected
     assert num_replayed >= 4
+
+
+def test_flash_attention_3_says_in_graphs_what_it_says_eagerly(rank_config: RankConfig) -> None:
+    fake_flash3.install()
+    model = dataclasses.replace(rank_config.model, attention_backend="flash_attn_3", dtype="bfloat16")
+    config = msgspec.structs.replace(rank_config, kv_memory_bytes=1 << 20, model=model)
+    expected, device = tokens_of(config)
+    assert "flash_attn_3 attention" in device
+    replays: list[int] = []
+
+    def by_hand(work: Any, is_run_before: bool) -> Any:
+        output = work()
+
+        def replay() -> None:
+            replays.append(output.shape[0])
+            output.copy_(work())
+
+        return replay, output
+
+    rank, ready = load_rank(config, lambda what, fraction: None)
+    rank.graphs = StepGraphs(
+        rank.model, rank._backend, rank._kv_layers, rank._rotary, torch.device("cpu"),
+        shapes=[GraphShape(2, 2, False), GraphShape(24, 3, True)], new_capture=lambda: by_hand,
+    )  # fmt: skip
+    found, _ = tokens_of(config, Front(rank, ready))
+    assert found == expected
+    assert replays == [3, 2, 3, 3, 2, 2]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 33, 64, 65, 130, 200, 256, 257, 400, 512, 513])
+def test_the_scheduler_is_told_the_size_of_the_graph_that_a_step_will_run_in(num_tokens: int) -> None:
+    graphs = StepGraphs.__new__(StepGraphs)
+    graphs._shapes = sorted(graph_shapes())
+    for num_sequences in {1, 2, 31, 32, 33, 64, 255, 256, 257, num_tokens - 1, num_tokens}:
+        if not 0 < num_sequences <= num_tokens:
+            continue
+        ranges = [SimpleNamespace(num_rows=1)] * (num_sequences - 1)
+        ranges.append(SimpleNamespace(num_rows=num_tokens - num_sequences + 1))
+        shape = graphs.shape_for(SimpleNamespace(token_ids_T=range(num_tokens), ranges=ranges))  # type: ignore[arg-type]
+        found = None if shape is None else shape.num_tokens
+        assert found == GRAPH_SIZES.fitting(num_tokens, num_sequences), (num_tokens, num_sequences)
 
 
 def test_no_graph_is_replayed_over_block_tables_that_grew_since_it_was_captured(

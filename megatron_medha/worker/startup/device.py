@@ -115,6 +115,7 @@ def described(
     linear_kernels: str = "",
     partition_tokens: int | None = None,
     own_bits_of_kvp: int | None = None,
+    tiles: str = "",
 ) -> str:
     """For the line the API server prints when the model is ready, and /version: what decides the bits is in it.
 
@@ -125,8 +126,9 @@ def described(
     if backend_name == "native":
         instead = " and ".join(missed_targets()).lower()
         instructions = f" {native_target().lower()}" + (f" (instead of {instead})" if instead else "")
-    partitions = f" in partitions of {partition_tokens}" if partition_tokens else ""
-    parts = [name, str(dtype).removeprefix("torch."), f"{backend_name}{instructions} attention{partitions}"]
+    kernels = f" in partitions of {partition_tokens}" if partition_tokens else ""
+    kernels += f" (tiles {tiles})" if tiles else ""
+    parts = [name, str(dtype).removeprefix("torch."), f"{backend_name}{instructions} attention{kernels}"]
     parts += [f"kvp={own_bits_of_kvp} with bits of its own"] if own_bits_of_kvp else []
     parts += [f"{linear_kernels} linear layers"] if linear_kernels else []
     parts += [f"KV in {str(kv_dtype).removeprefix('torch.')}"] if kv_dtype != dtype else []

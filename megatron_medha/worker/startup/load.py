@@ -9,6 +9,7 @@ import logging
 import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from megatron_medha.cluster.messages import NewRequest, RankReady, RankStep
 from megatron_medha.cluster.model_options import ModelOptions
 from megatron_medha.cluster.rank_config import RankConfig
 from megatron_medha.core.batch import Chunk
+from megatron_medha.core.cost.step_sizes import GRAPH_SIZES, NO_STEP_SIZES
 from megatron_medha.core.errors import CheckpointError, ConfigError
 from megatron_medha.core.kv.block_pool import Extent, num_blocks_for
 from megatron_medha.core.kv.ops import append_op
@@ -52,6 +54,12 @@ from megatron_medha.worker.grammar_masks import GrammarMasks
 from megatron_medha.worker.hold_points import HoldPoints
 from megatron_medha.worker.kv_cache import allocate_kv, num_blocks_that_fit
 from megatron_medha.worker.rank import Rank
+from megatron_medha.worker.startup.attention_trials import (
+    AttentionHeads,
+    MakeBackend,
+    has_trials,
+    tried_attention,
+)
 from megatron_medha.worker.startup.batch_invariance import make_batch_invariant
 from megatron_medha.worker.startup.cpu_share import num_threads_of_rank
 from megatron_medha.worker.startup.device import (
@@ -96,20 +104,19 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     if device.type == "cpu" and not is_built():
         progress(f"building the CPU kernels, once for this machine, about {BUILD_S} s", 0.0)
     use_instructions(options.instruction_set, device)
+    new_backend: MakeBackend = partial(
+        attention_backend,
+        options.attention_backend,
+        device,
+        group=model_config.queries_per_cached_head(layout.tp),
+        score_cap=model_config.score_cap,
+    )
     try:
-        backend = attention_backend(
-            options.attention_backend,
-            device,
-            group=model_config.queries_per_cached_head(layout.tp),
-            score_cap=model_config.score_cap,
-        )
+        backend = new_backend()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if model_config.window is not None and not (backend.reads_by_slots or backend.masks_windows):
         raise ConfigError(f"attention_backend={backend.name}: has no layers with a window; native, aten, triton have")
-    backend.partition_tokens = config.kv.partition_tokens
-    if options.batch_invariant and device.type == "cuda":
-        make_batch_invariant(backend)
     block_size = options.block_size or backend.block_size
     check_shard_tokens(config.max_tokens_per_shard, config.kv, block_size)
     kv_dtype = kv_dtype_of(options.kv_dtype, dtype, backend)
@@ -120,6 +127,26 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         progress("the other ranks", 0.0)
     init_distributed(layout, config.rank, device=device, init_method=config.init_method)
     pgs = build_groups(layout)
+    # What is batch-invariant is not chosen by timing.
+    if has_trials(backend, device) and not (options.batch_invariant and options.attention_tiles == "auto"):
+        progress("attention kernels are compiled and tried", 0.0)
+        new_backend = tried_attention(
+            options.attention_backend,
+            options.attention_tiles,
+            AttentionHeads(
+                model_config.num_cached_heads(layout.tp), model_config.queries_per_cached_head(layout.tp),
+                model_config.cached_head_dim, dtype, kv_dtype,
+            ),
+            device,
+            block_size=options.block_size,
+            has_lse=layout.kvp > 1,
+            score_cap=model_config.score_cap,
+            only_triton=model_config.window is not None or model_config.latent is not None,
+        )  # fmt: skip
+        backend = new_backend()
+    backend.partition_tokens = config.kv.partition_tokens
+    if options.batch_invariant and device.type == "cuda":
+        make_batch_invariant(backend)
     guided = GrammarMasks(
         Path(config.tokenizer or config.checkpoint),
         model_config.vocab_size,
@@ -132,7 +159,7 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
     kv_bytes = config.kv_memory_bytes
     if kv_bytes is None:
         progress("memory of the largest step", 0.0)
-        peaks = _step_peaks(config, model, model_config, block_size, kv_dtype, device, pgs, backend.name)
+        peaks = _step_peaks(config, model, model_config, block_size, kv_dtype, device, pgs, new_backend)
         gc.collect()  # modules hold one another in cycles
         torch.cuda.empty_cache()
         kv_bytes = kv_bytes_beside(CudaMemory(device), peaks, options.kv_memory_share or GPU_KV_SHARE)
@@ -181,9 +208,11 @@ def load_rank(config: RankConfig, progress: Progress) -> tuple[Rank, RankReady]:
         device=described(
             device, num_threads, dtype, kv_dtype, options, backend.name, linear_kernels_of(model),
             backend.partition_tokens if backend.is_native else None, layout.kvp if rank.shards.has_own_bits else None,
+            backend.tiles,
         ),  # fmt: skip
         shard_tokens=shard_tokens,
         can_hold=points.can_hold,
+        step_sizes=GRAPH_SIZES if rank.graphs is not None else NO_STEP_SIZES,
     )
     return rank, ready
 
@@ -268,17 +297,11 @@ def _step_peaks(
     dtype: torch.dtype,
     device: torch.device,
     pgs: MedhaPGs,
-    backend_name: str,
+    new_backend: MakeBackend,
 ) -> StepPeaks:
     """What the largest steps need, over a small pool that is given up again; see kv_memory.py. Raises ConfigError."""
     free_bytes = free_device_bytes(device)
-    # A backend of its own, as one holds tables for the pool that it has allocated.
-    backend = attention_backend(
-        backend_name,
-        device,
-        group=model_config.queries_per_cached_head(config.layout.tp),
-        score_cap=model_config.score_cap,
-    )
+    backend = new_backend()  # of its own, as one holds tables for the pool that it has allocated
     largest = min(config.max_batch_tokens, model_config.max_context_len - 1)
     wanted_blocks = num_blocks_for(largest + 1, block_size)
     kv_layers, num_blocks = _kv_memory(
