@@ -25,6 +25,7 @@ from megatron_medha.kernels.triton.triton_attention import TileConfig, attention
 from megatron_medha.kernels.triton.triton_merge import merge_kernel
 from megatron_medha.kernels.triton.triton_nucleus import nucleus_cut_kernel
 from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, LARGE_TILE, PREFILL_TILES, WIDE_TILES
+from megatron_medha.kernels.triton.triton_widen import widen_kernel
 from megatron_medha.kernels.triton.triton_write import rotate_and_write_kernel, write_quantised_kernel
 
 _GROUP, _HEAD_DIM, _PAGE = 4, 128, 128  # Llama-3 8B, blocks as the triton backend makes them
@@ -90,6 +91,9 @@ def reports_of(compiles_all: bool, capability: int) -> Iterator[dict[str, Any]]:
         "kernel": "write_quantised", "block_m": 0, "has_tma": False,
         **compiled(write_quantised_kernel, data, constants, 8),
     }  # fmt: skip
+    data = {"k_pool": "*fp8e4nv", "v_pool": "*fp8e4nv", "table": "*i32", "k_out": "*bf16", "v_out": "*bf16"}
+    constants = {"HEAD_DIM": _HEAD_DIM, "PAGE": _PAGE}
+    yield {"kernel": "widen", "block_m": 0, "has_tma": False, **compiled(widen_kernel, data, constants, 8)}
     yield {
         "kernel": "nucleus_cut", "block_m": 0, "has_tma": False, **compiled(nucleus_cut_kernel, {}, {"BLOCK": 4096}, 8)
     }  # fmt: skip
@@ -161,6 +165,7 @@ def _compile(
         "num_tcgen05": ptx.count("tcgen05.mma"),
         "num_mma": ptx.count("mma.sync"),
         "num_tma_loads": ptx.count("cp.async.bulk.tensor"),
+        "num_slow_conversions": sass.count("F2F."),
         "slow_conversions_in_loops": sum("F2F." in line for line in _lines_in_loops(sass)),  # 16 a clock, not 128
         "spills_in_loops": sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in _lines_in_loops(sass)),
         "num_key_buffers": _num_key_buffers(compiled.asm["ttgir"], constants),

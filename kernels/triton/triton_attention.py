@@ -363,7 +363,7 @@ def _check(
     kv.check(q_TKGD.dtype, q_TKGD.device)
     if num_kv_heads % kv.k_NKPD.shape[1] or kv.k_NKPD.shape[3] != head_dim:
         raise ValueError(f"queries {tuple(q_TKGD.shape)} do not fit a pool of {tuple(kv.k_NKPD.shape)}")
-    if out_TKGD.shape != q_TKGD.shape or out_TKGD.dtype != q_TKGD.dtype:
+    if out_TKGD.shape != q_TKGD.shape or out_TKGD.dtype not in (q_TKGD.dtype, torch.float32):
         raise ValueError(f"out is {tuple(out_TKGD.shape)} {out_TKGD.dtype}, not {tuple(q_TKGD.shape)} {q_TKGD.dtype}")
     if lse_TKG is not None and (lse_TKG.shape != q_TKGD.shape[:3] or lse_TKG.dtype != torch.float32):
         raise ValueError(f"lse is {tuple(lse_TKG.shape)} {lse_TKG.dtype}, not {tuple(q_TKGD.shape[:3])} float32")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -32,6 +33,7 @@ from megatron_medha.kernels.staging import Staging
 from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention, split_group
 from megatron_medha.kernels.triton.triton_merge import merge_tiles
 from megatron_medha.kernels.triton.triton_tiles import DECODE_TILES, INTERPRETED_TILE, PREFILL_TILES, wide_tiles
+from megatron_medha.kernels.triton.triton_widen import WidePool, WideSegment, is_wide, wide_segments
 from megatron_medha.kernels.triton.triton_write import WRITE_COLUMNS, rotate_and_write
 
 # Two programs, so that the interpreter's runs cut tiles into parts, too.
@@ -48,13 +50,16 @@ class HostPlan:
     decodes: WorkList
     places: np.ndarray     # int64, and
     blocks: np.ndarray     # int32: what is new in the block tables
+    wide: tuple[WideSegment, ...] = ()  # long chunks over e4m3 KV
 
     @property
     def arrays(self) -> list[np.ndarray]:
         """For staging; `TritonAttention.on_device` takes them back in this order."""
         return [
             self.slots_T, self.pieces_W4, self.chunks.items_NI, self.chunks.merges_MI, self.decodes.items_NI,
-            self.decodes.merges_MI, self.places, self.blocks,
+            self.decodes.merges_MI,
+            *(x for segment in self.wide for x in (segment.work.items_NI, segment.work.merges_MI)),
+            self.places, self.blocks,
         ]  # fmt: skip
 
 
@@ -79,6 +84,7 @@ class DevicePlan:
     chunks: DeviceWork
     decodes: DeviceWork
     tables_SB: Tensor
+    wide: tuple[WideSegment, ...] = ()
     is_padded: bool = False  # some rows belong to nobody: their output is 0, not whatever memory held
 
 
@@ -127,6 +133,7 @@ class TritonAttention(AttentionBackend):
         self._num_kv_heads = 0
         self._is_quantised = False
         self.tables: BlockTables | None = None
+        self._wide: WidePool | None = None
 
     def use_tiles(self, *, prefill_tile: TileConfig | None = None, decode_tile: TileConfig | None = None) -> None:
         """Other tiles from the next plan on; plans and graphs made before are void."""
@@ -144,7 +151,12 @@ class TritonAttention(AttentionBackend):
         if not self._are_tiles_given and self.device.type == "cuda" and (tiles := wide_tiles(head_dim, self._group)):
             self._prefill_tile, self._decode_tile = tiles
         self._num_kv_heads, self._is_quantised = num_kv_heads, dtype == E4M3
-        return allocate_paged(num_blocks, block_size, num_kv_heads, head_dim, dtype, self.device)
+        layer = allocate_paged(num_blocks, block_size, num_kv_heads, head_dim, dtype, self.device)
+        # A program widens a power of two; tiles that share a group of query heads are left out, as no model needs them.
+        self._fits_wide = not head_dim & (head_dim - 1) and self._heads(self._prefill_tile).group == self._group
+        if self._widens and self.device.type == "cuda":
+            self._wide_pool(layer, torch.bfloat16)  # at once, as memory is counted when all KV is there
+        return layer
 
     @property
     def tiles(self) -> str:
@@ -184,13 +196,17 @@ class TritonAttention(AttentionBackend):
         assert self.tables is not None, "a plan before any KV"
         places, blocks = self.tables.news(r.table for r in ranges)
         chunks, decodes = [], []
+        wide: list[WideSegment] = []
         for found in ranges:
             first_row, num_rows, start, table, is_written, *_ = found
             # Rows of another rank's shard see all that lies in this one, whatever their own order.
             last_key = start if is_written else start - 1
             row = self.tables.row_of(table)
             rows = RowRange(first_row, num_rows, last_key, int(is_written), row, found.lowest_key)
-            (decodes if num_rows == 1 else chunks).append(rows)
+            if self._widens and is_written and found.lowest_key is None and is_wide(num_rows, start):
+                wide += wide_segments(rows, start, self._block_size, partial(self._cut, tile=self._prefill_tile))
+            else:
+                (decodes if num_rows == 1 else chunks).append(rows)
         slots_T, pieces_W4 = self._writes(ranges)
         return HostPlan(
             slots_T=slots_T,
@@ -199,12 +215,13 @@ class TritonAttention(AttentionBackend):
             decodes=self._cut(decodes, self._decode_tile),
             places=places,
             blocks=blocks,
+            wide=tuple(wide),
         )
 
     def on_device(self, host: HostPlan, tensors: Sequence[Tensor], is_padded: bool = False) -> DevicePlan:
         """tensors: `host.arrays`, copied. Enqueues what is new for the block tables."""
         assert self.tables is not None
-        slots_T, pieces_W4, chunk_items, chunk_merges, decode_items, decode_merges, places, blocks = tensors
+        slots_T, pieces_W4, chunk_items, chunk_merges, decode_items, decode_merges, *wide, places, blocks = tensors
         self.tables.tell(places, blocks)
         return DevicePlan(
             slots_T=slots_T,
@@ -212,6 +229,10 @@ class TritonAttention(AttentionBackend):
             chunks=DeviceWork(chunk_items, chunk_merges, host.chunks.num_parts, host.chunks.is_windowed),
             decodes=DeviceWork(decode_items, decode_merges, host.decodes.num_parts, host.decodes.is_windowed),
             tables_SB=self.tables.tables_SB,
+            wide=tuple(
+                replace(segment, work=DeviceWork(items, merges, segment.work.num_parts))
+                for segment, items, merges in zip(host.wide, wide[::2], wide[1::2], strict=True)
+            ),
             is_padded=is_padded,
         )
 
@@ -309,12 +330,27 @@ class TritonAttention(AttentionBackend):
             )  # fmt: skip
             if parts is not None:
                 merge_tiles(parts, work.merges_MI, out, lse)
+        if plan.wide:
+            self._wide_pool(layer, q_TKGD.dtype).attend(
+                plan.wide, q_TKGD, layer, plan.tables_SB, tile=self._prefill_tile, scale=scale, out_TKGD=out_TKGD,
+                lse_TKG=lse_TKG, score_cap=self.score_cap, sinks_H=sinks_H, are_values_keys=are_values_keys,
+            )  # fmt: skip
         return out_TKGD.flatten(1, 2), None if lse_TKG is None else lse_TKG.flatten(1, 2)
+
+    @property
+    def _widens(self) -> bool:
+        """Whether long chunks over e4m3 are computed over what is widened; parts at fixed positions are not."""
+        return self._is_quantised and self._fits_wide and self.fixed_split_tokens is None
 
     def _heads(self, tile: TileConfig) -> SplitHeads:
         """As the tile's programs see them: a group that has more rows than the tile is cut among several."""
         splits = split_group(self._group, tile.block_m)
         return SplitHeads(self._num_kv_heads * splits, self._group // splits)
+
+    def _wide_pool(self, layer: PagedKV, dtype: torch.dtype) -> WidePool:
+        if self._wide is None or self._wide.layer.k_NKPD.dtype != dtype:
+            self._wide = WidePool(layer, dtype)
+        return self._wide
 
     def _cut(self, ranges: Sequence[RowRange], tile: TileConfig) -> WorkList:
         return work_list(

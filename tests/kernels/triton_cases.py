@@ -9,6 +9,7 @@ use_interpreter()
 import dataclasses  # noqa: E402
 import random  # noqa: E402
 from array import array  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -24,6 +25,7 @@ from megatron_medha.kernels.attention import reference, work_list  # noqa: E402
 from megatron_medha.kernels.attention.backend import QueryRange  # noqa: E402
 from megatron_medha.kernels.kv.paged_kv import E4M3, PagedKV, allocate_paged  # noqa: E402
 from megatron_medha.kernels.kv.slot_table import SlotTable  # noqa: E402
+from megatron_medha.kernels.triton import triton_widen  # noqa: E402
 from megatron_medha.kernels.triton.triton_attention import DeviceWork, TileConfig, paged_attention  # noqa: E402
 from megatron_medha.kernels.triton.triton_backend import TritonAttention, block_pieces  # noqa: E402
 from megatron_medha.kernels.triton.triton_merge import merge_tiles  # noqa: E402
@@ -406,6 +408,55 @@ def test_with_fixed_splits_a_row_has_the_same_bits_alone_in_any_batch_and_in_any
     plain, _ = reference.attention(q.flatten(1, 2), k, v, 0.25, is_causal=True)
     assert (expected.double() - plain).abs().max() < 1e-5
     assert not torch.equal(bits(None, (109, 1), 60), bits(None, (109, 1), 0))
+
+
+@pytest.mark.parametrize("segment_tokens", [16, 32, 256])
+def test_what_is_before_a_long_chunk_over_e4m3_kv_is_widened_by_segments(
+    segment_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_widen, "MIN_ROWS", 10)
+    monkeypatch.setattr(triton_widen, "MAX_ROWS", 40)
+    monkeypatch.setattr(triton_widen, "MIN_CONTEXT", 20)
+    monkeypatch.setattr(triton_widen, "SEGMENT_TOKENS", segment_tokens)
+    widened: list[int] = []
+    attend = triton_widen.WidePool.attend
+
+    def noted(self: triton_widen.WidePool, segments: list[triton_widen.WideSegment], *rest: Any, **named: Any) -> None:
+        widened.append(len(segments))
+        attend(self, segments, *rest, **named)
+
+    monkeypatch.setattr(triton_widen.WidePool, "attend", noted)
+    heads, group, head_dim = 2, 2, 16
+    backend = TritonAttention(CPU, group=group)
+    layer = backend.allocate(32, BLOCK_SIZE, heads, head_dim, E4M3)
+    long, other = SlotTable(BLOCK_SIZE), SlotTable(BLOCK_SIZE)
+    long.append([(31 - 2 * i, 1) for i in range(6)])
+    other.append([(2, 5)])
+    tokens = {table: torch.randn(2, 96, heads, head_dim).bfloat16() for table in (long, other)}
+    tokens[long][1] *= torch.arange(1, 97)[:, None, None] / 8  # blocks of unequal scales
+    for work in ([(long, 0, 45), (other, 0, 30)], [(other, 30, 1), (long, 45, 37), (other, 31, 33)]):
+        ranges, row = [], 0
+        for table, start, count in work:
+            ranges.append(QueryRange(row, count, start, table))
+            row += count
+        q = torch.randn(row, heads, group, head_dim).bfloat16()
+        k, v = (torch.cat([tokens[table][i, start : start + count] for table, start, count in work]) for i in range(2))
+        out, lse = backend.attend_with_lse(backend.plan(ranges), q, k, v, layer, 0.2)
+    for r in ranges:
+        done = r.start + r.num_rows
+        blocks = torch.from_numpy(r.table.slots(0, done)) // BLOCK_SIZE
+        places = torch.from_numpy(r.table.slots(0, done)) % BLOCK_SIZE
+        held = [
+            pool.transpose(1, 2)[blocks, places].float() * scale[blocks][..., None]
+            for pool, scale in ((layer.k_NKPD, layer.k_scale_NK), (layer.v_NKPD, layer.v_scale_NK))
+        ]
+        rows = slice(r.first_row, r.first_row + r.num_rows)
+        expected, expected_lse = reference.attention(q[rows].flatten(1, 2), *held, 0.2, is_causal=True)
+        spread = held[1].abs().max().item()  # values of up to 12 times the others' size
+        assert (out[rows].double() - expected).abs().max() < TOLERANCE[torch.bfloat16] * max(spread / 4, 1)
+        assert (lse[rows].double() - expected_lse).abs().max() < TOLERANCE[torch.bfloat16]
+    # Two chunks are long enough, each in as many segments as what is before it takes.
+    assert widened == [{16: 3 + 2, 32: 2 + 1, 256: 2}[segment_tokens]]
 
 
 def test_pieces_of_blocks_cover_a_chunk_once() -> None:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _FLASH, _TRITON, _LAST = "flash_attn_3", "triton", "torch"
 _MAX_TRIED_HEAD_DIM = 128
 _NUM_RUNS = 5
-_FEW_ROWS = 17
+_FEW_ROWS, _LONG_ROWS = 17, 1024
 _CHECKED = (300, 40, 150)  # tokens of a sequence and its chunk after them, and of one that decodes
 _NEVER_NS = 1 << 62
 # What KV in so many bits may change in outputs of about 0.1; a kernel that reads the wrong keys is off by ten times.
@@ -280,4 +280,10 @@ def _work(
     for compute in (backend.attend, backend.attend_with_lse) if has_lse else (backend.attend,):
         compute(cut_plan, q[:few], k[:few], v[:few], layer, scale)
         compute(plan, q, k, v, layer, scale)
+        if rows > 1 and heads.kv_dtype != heads.dtype:  # a chunk so long that what is before it is widened
+            rows_now = min(_LONG_ROWS, trial.context)
+            long_q = _random(heads, device, rows_now, heads.num_kv_heads, heads.group, seed=1)
+            new = _random(heads, device, rows_now, heads.num_kv_heads, seed=2)
+            long_plan = backend.plan([QueryRange(0, rows_now, trial.context - rows_now, tables[0])])
+            compute(long_plan, long_q, new, new, layer, scale)
     return lambda: backend.attend(plan, q, k, v, layer, scale)
