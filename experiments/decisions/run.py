@@ -16,6 +16,8 @@ from one of the chains.
 
 Virtual time makes runs identical, so each is done several times and every step counts with its least CPU time: what
 other programs on the same cores add is not the scheduler's. The speed of the machine is printed beside the figures.
+The garbage collector's time is taken out of a step and printed apart: when it runs is decided by all that the process
+allocates.
 """
 
 from __future__ import annotations
@@ -147,6 +149,21 @@ class ClosedWorld(RecordingSimRuntime):
             self.push(self.now_s(), Arrived(replace(next(self._prompts), arrival_s=self.now_s())))
 
 
+@dataclass(slots=True)
+class CollectorClock:
+    """CPU seconds that Python's garbage collector has taken, as one of gc.callbacks."""
+
+    total_s: float = 0.0
+    _began_s: float = 0.0
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        """The collector starts or stops."""
+        if phase == "start":
+            self._began_s = time.thread_time()
+        else:
+            self.total_s += time.thread_time() - self._began_s
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one batch has cost the scheduler, and what was in it."""
@@ -157,6 +174,7 @@ class Step:
     num_decodes: int
     num_prefills: int
     num_live: int
+    collector_s: float  # of the garbage collector, in none of the two
 
 
 @dataclass(slots=True)
@@ -164,16 +182,18 @@ class TimedDecisions:
     """The scheduler with a stop watch."""
 
     scheduler: Scheduler
+    collector: CollectorClock = field(default_factory=CollectorClock)
     steps: list[Step] = field(default_factory=list)
     _decision_s: float = 0.0
+    _collector_s: float = 0.0
     _arrivals_s: float = 0.0
     _num_arrivals: int = 0
 
     def handle(self, event: Event, now_s: float) -> list[Output]:
         """See Decisions."""
-        began_s = time.thread_time()
+        began_s, before_s = time.thread_time(), self.collector.total_s
         outputs = self.scheduler.handle(event, now_s)
-        seconds = time.thread_time() - began_s
+        seconds = self._without_collector(time.thread_time() - began_s, before_s)
         if isinstance(event, Arrived):
             self._arrivals_s += seconds
             self._num_arrivals += 1
@@ -183,9 +203,9 @@ class TimedDecisions:
 
     def schedule(self, now_s: float) -> Batch | None:
         """See Decisions."""
-        began_s = time.thread_time()
+        began_s, before_s = time.thread_time(), self.collector.total_s
         batch = self.scheduler.schedule(now_s)
-        self._decision_s += time.thread_time() - began_s
+        self._decision_s += self._without_collector(time.thread_time() - began_s, before_s)
         if batch is not None:
             num_decodes = sum(chunk.num_tokens == 1 for chunk in batch.chunks)
             self.steps.append(
@@ -196,11 +216,17 @@ class TimedDecisions:
                     num_decodes,
                     len(batch.chunks) - num_decodes,
                     self.scheduler.num_sequences,
+                    self._collector_s,
                 )
             )
-            self._decision_s = self._arrivals_s = 0.0
+            self._decision_s = self._arrivals_s = self._collector_s = 0.0
             self._num_arrivals = 0
         return batch
+
+    def _without_collector(self, seconds: float, before_s: float) -> float:
+        collector_s = self.collector.total_s - before_s
+        self._collector_s += collector_s
+        return seconds - collector_s
 
 
 def run(
@@ -220,7 +246,9 @@ def run(
     decisions = TimedDecisions(Scheduler(config, cost, memory))
     stems = fill(memory, num_segments, seed) if num_segments else short_stems(seed) if is_keyed else []
     gc.collect()
+    gc.callbacks.append(decisions.collector)
     serve(decisions, ClosedWorld(num_live, WARM_UP_STEPS + num_steps, max_output_tokens, seed, stems))
+    gc.callbacks.remove(decisions.collector)
     return decisions.steps[WARM_UP_STEPS:]
 
 
@@ -243,6 +271,7 @@ def run_often(
             same[0],
             decision_s=min(step.decision_s for step in same),
             arrivals_s=min(step.arrivals_s for step in same),
+            collector_s=min(step.collector_s for step in same),
         )
         for same in zip(*runs, strict=True)
     ]
@@ -297,8 +326,8 @@ def main() -> None:
         f"python {sys.version.split()[0]}, {kind}, {loop_s() * 1e3:.1f} ms for a million empty loops; "
         f"policy {arguments.policy}, {arguments.steps} steps, CPU microseconds"
     )
-    print("                per step           | one decision |  with arrivals |")
-    print("  live  decodes  prefills arrivals |   p50    p99 |    p50     p99 |   bar")
+    print("                per step           | one decision |  with arrivals |       | collector, apart")
+    print("  live  decodes  prefills arrivals |   p50    p99 |    p50     p99 |   bar |   mean      most")
     for num_live in arguments.live:
         outputs = arguments.outputs or OUTPUTS_FOR_32_DECODES.get(num_live, 64)
         steps = run_often(
@@ -306,6 +335,7 @@ def main() -> None:
         )
         decisions = [step.decision_s * 1e6 for step in steps]
         everything = [(step.decision_s + step.arrivals_s) * 1e6 for step in steps]
+        collector = [step.collector_s * 1e6 for step in steps]
         bar = f"{BARS_S[num_live] * 1e6:5.0f}" if num_live in BARS_S else "    -"
         print(
             f"{sum(step.num_live for step in steps) / len(steps):6.0f} "
@@ -313,7 +343,8 @@ def main() -> None:
             f"{sum(step.num_prefills for step in steps) / len(steps):9.2f} "
             f"{sum(step.num_arrivals for step in steps) / len(steps):8.2f} | "
             f"{quantile(decisions, 0.5):5.0f} {quantile(decisions, 0.99):6.0f} | "
-            f"{quantile(everything, 0.5):6.0f} {quantile(everything, 0.99):7.0f} | {bar}"
+            f"{quantile(everything, 0.5):6.0f} {quantile(everything, 0.99):7.0f} | {bar} | "
+            f"{sum(collector) / len(steps):6.0f} {max(collector):9.0f}"
         )
     print(f"one more decode in a step: {slope_per_decode_s(arguments.repeats) * 1e6:.2f} us")
 

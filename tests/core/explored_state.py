@@ -113,6 +113,8 @@ def long_rest_s(flight: SubmittedBatch, now_s: float) -> float:
 class EvenRates:
     """Instead of measured gaps between uses, which have no end of states: every age is as good as any other."""
 
+    num_fits = 0
+
     def rate(self, idle_s: float) -> float:
         """See ReuseGaps."""
         return 1.0

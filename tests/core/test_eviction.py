@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from index_walk import keys_of
 
 from megatron_medha.core.kv.block_pool import BlockPool
-from megatron_medha.core.kv.eviction import EVICTION_ORDERS, EvictionRules
+from megatron_medha.core.kv.eviction import EVICTION_ORDERS, ClassedOrder, EvictionRules
 from megatron_medha.core.kv.kv_config import EVICTIONS
 from megatron_medha.core.kv.prefix_index import PrefixIndex
 from megatron_medha.core.kv.reuse_gaps import ReuseGaps
@@ -93,6 +95,24 @@ def test_what_an_ended_session_left_goes_first() -> None:
     cache.run(A, 0.0)
     cache.run(B, 5.0, session="s", ends_session=True)
     assert cache.evicts(10.0, A, B) == [1, 0]
+
+
+@pytest.mark.parametrize("eviction", ["value", "ttl"])
+def test_what_goes_next_is_the_same_whether_or_not_it_was_looked_at_before(eviction: str) -> None:
+    cache, draw = Cache(eviction, num_blocks=40, recompute_s=lambda first, end: 1.0 + first), random.Random(0)
+    tree = cache.index.trees[0][0]
+    assert isinstance(tree.order, ClassedOrder)
+    for step in range(400):
+        prompt = [draw.randrange(4) for _ in range(draw.randint(1, 8))]
+        while tree.pool.num_free_blocks < len(prompt):
+            now_s = float(step)
+            chosen = tree.order.lowest(now_s, tree.num_session_blocks)
+            tree.order._looks.clear()
+            assert tree.order.lowest(now_s, tree.num_session_blocks) is chosen
+            cache.index.evict(0, 1, now_s)
+        cache.run(prompt, step + 0.5, draw.choice(["", "s", "t"]), draw.random() < 0.1)
+        if draw.random() < 0.3:
+            cache.watch(f"w{step}", prompt, step + 0.6, step + draw.uniform(1.0, 50.0))
 
 
 def test_a_session_is_ended_by_any_request_of_it() -> None:

@@ -15,6 +15,7 @@ from megatron_medha.core.kv.segment import Segment
 _Entry = tuple[float, int, int, Segment]  # lowest first; the segment is never compared, tickets are unique
 
 _LEAST_WAIT_S = 0.01  # shorter ones are alike
+_NO_LOOK = (0.0, 0.0, 0)  # no ticket is 0
 
 
 class EvictionOrder(Protocol):
@@ -149,6 +150,9 @@ class ClassedOrder:
         self._numbers: dict[tuple[Kind, int], int] = {}  # of the heap of a kind and a cost
         self._classes: list[tuple[Kind, float]] = []     # of each heap: its kind, and seconds a granule
         self._gaps = {Kind.PLAIN: ReuseGaps(), Kind.SESSION: ReuseGaps()}
+        # Of each heap, tier and value of its first at that moment, and its ticket: one look is followed by others.
+        self._moment: tuple[float, bool, int] = (-inf, False, 0)
+        self._looks: list[tuple[float, float, int]] = []
         self._serial = 0
         self._num_live = 0
 
@@ -181,28 +185,42 @@ class ClassedOrder:
 
     def lowest(self, now_s: float, num_session_blocks: int) -> Segment:
         """See EvictionOrder."""
-        rules = self._rules
-        is_protected = num_session_blocks <= rules.session_share * rules.num_blocks
+        is_protected = num_session_blocks <= self._rules.session_share * self._rules.num_blocks
+        moment = now_s, is_protected, sum([gaps.num_fits for gaps in self._gaps.values()])
+        looks = self._looks
+        if moment != self._moment:
+            self._moment = moment
+            looks.clear()
+        looks += [_NO_LOOK] * (len(self._heaps) - len(looks))
         chosen: Segment | None = None
         least = (inf, inf)
-        for heap, (kind, cost_s) in zip(self._heaps, self._classes, strict=True):
-            lowest = heap.head()
-            if lowest is None:
+        for number, heap in enumerate(self._heaps):
+            if not len(heap) or (lowest := heap.head()) is None:
                 continue
             key, head = lowest
-            idle_s = now_s - head.last_use_s
-            tier, value = kind.value, 0.0
-            if kind is Kind.AWAITED:
-                tier = Kind.SESSION.value if is_protected else Kind.PLAIN.value
-                value = cost_s / max(-key - now_s, _LEAST_WAIT_S)
-            elif kind is Kind.SESSION and (idle_s > rules.session_ttl_s or not is_protected):
-                tier = Kind.PLAIN.value
-            if kind in self._gaps:
-                value = self._gaps[kind].rate(idle_s) * cost_s if self._is_by_value else -idle_s
+            tier, value, ticket = looks[number]
+            if ticket != head.ticket:
+                tier, value = self._look(number, key, head, now_s, is_protected)
+                looks[number] = tier, value, head.ticket
             if (tier, value) < least:
                 chosen, least = head, (tier, value)
         assert chosen is not None, "there is no leaf to evict"
         return chosen
+
+    def _look(
+        self, number: int, key: float, head: Segment, now_s: float, is_protected: bool
+    ) -> tuple[float, float]:
+        """Of the first of a heap: its tier, and its value in that."""
+        kind, cost_s = self._classes[number]
+        if kind is Kind.AWAITED:
+            tier = Kind.SESSION.value if is_protected else Kind.PLAIN.value
+            return tier, cost_s / max(-key - now_s, _LEAST_WAIT_S)
+        tier, idle_s = kind.value, now_s - head.last_use_s
+        if kind is Kind.SESSION and (idle_s > self._rules.session_ttl_s or not is_protected):
+            tier = Kind.PLAIN.value
+        if kind is Kind.ENDED:
+            return tier, 0.0
+        return tier, self._gaps[kind].rate(idle_s) * cost_s if self._is_by_value else -idle_s
 
     def used(self, segment: Segment, now_s: float) -> None:
         """See EvictionOrder."""

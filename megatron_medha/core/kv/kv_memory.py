@@ -59,6 +59,8 @@ class KVMemory:
     _pending_work: list[int] = field(init=False)    # by KVP rank; prompt_len^2 of its prefills
     _num_kept: int = field(init=False)  # blocks below the watermark
     _moved: list[Sequence] = field(init=False, default_factory=list)  # whose cursors a plan has set
+    # On one rank: whom the last plan was for, and what it has found in the cache.
+    _planned: tuple[Sequence, Match] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1:
@@ -150,6 +152,7 @@ class KVMemory:
         if cache is None or not seq.keys:
             return (0,) if self._fits(0, count, seq) else None
         match = cache.match(seq, 0, 0)
+        self._planned = seq, match
         if not self._fits(0, cache.num_blocks_taken(match, count), seq):
             return None
         self._stand(seq, match.num_granules * cache.granule_tokens)
@@ -244,7 +247,8 @@ class KVMemory:
     def take(self, seq: Sequence, ranks: tuple[int, ...]) -> None:
         """Give `seq` the blocks of a plan made at this very moment."""
         if self.cache is not None:
-            self.cache.hold(seq, ranks)
+            planned, self._planned = self._planned, None
+            self.cache.hold(seq, ranks, planned[1] if planned is not None and planned[0] is seq else None)
         for index, num_tokens in enumerate(split(seq.num_known_tokens, self.shard_tokens)):
             rank = ranks[index]
             extents = self._take_shard(seq, index, rank, num_blocks_for(num_tokens, self.block_size))

@@ -84,8 +84,14 @@ class PrefixCache:
         if 0 < num_short <= self.index.num_evictable_blocks(kvp_rank):
             self.evicted += self.index.evict(kvp_rank, num_short, self.now_s)
 
-    def hold(self, seq: Sequence, kvp_ranks: tuple[int, ...]) -> None:
-        """Take the hits of a sequence that begins on these ranks, one a shard. Before room is made for the rest."""
+    def hold(self, seq: Sequence, kvp_ranks: tuple[int, ...], planned: Match | None = None) -> None:
+        """Take the hits of a sequence that begins on these ranks, one a shard. Before room is made for the rest.
+
+        planned: the match on the only rank, if it has just been made.
+        """
+        if planned is not None:
+            self._hold(seq, planned)
+            return
         is_contiguous = bool(seq.keys)
         for shard, kvp_rank in enumerate(kvp_ranks):
             first = shard * self.index.shard_granules

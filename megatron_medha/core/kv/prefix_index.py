@@ -221,13 +221,17 @@ class PrefixIndex:
 
     # ---- requests that wait ----
 
-    def watch(self, request_id: str, match: Match, now_s: float, due_s: float) -> Segment | None:
+    def watch(
+        self, request_id: str, match: Match, now_s: float, due_s: float, before: Segment | None = None
+    ) -> Segment | None:
         """A waiting request counts on a match, without holding it: it is named when any of that is evicted.
 
-        due_s: when it is predicted to run. Returns what `unwatch` wants; None for a match of no
-        granule. A named request watches nothing any more.
+        due_s: when it is predicted to run. before: what it has counted on until now. Returns what `unwatch` wants; None
+        for a match of no granule. A named request watches nothing any more.
         """
         deepest = self._ending(match, now_s)
+        if before is not deepest:
+            self.unwatch(request_id, before)
         if deepest is not None:
             self._forest.set_waiter(deepest, request_id, due_s)
         return deepest

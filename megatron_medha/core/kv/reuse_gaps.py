@@ -26,6 +26,7 @@ class ReuseGaps:
         self._num_new = 0
         self._weight = 0.5 * _NUM_BINS
         self._rates: list[float] = []
+        self.num_fits = 0  # rates are the same while this is
         self._fit()
 
     def rate(self, idle_s: float) -> float:
@@ -72,6 +73,7 @@ class ReuseGaps:
                     best = max(best, uses / seconds)
             rates.append(best)
         self._rates = rates
+        self.num_fits += 1
 
 
 def _bin(idle_s: float) -> int:

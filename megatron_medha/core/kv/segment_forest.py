@@ -155,9 +155,8 @@ class SegmentForest:
         order = self.trees[segment.group][segment.kvp_rank].order
         if is_leaf := bool(segment.ticket):
             order.remove(segment)
-        if due_s is None:
-            del segment.waiters[request_id]
-        else:
+        segment.waiters.pop(request_id, None)
+        if due_s is not None:
             segment.waiters[request_id] = due_s
         if is_leaf:
             self.file(segment)
@@ -166,7 +165,8 @@ class SegmentForest:
 
     def file(self, leaf: Segment) -> None:
         """A leaf can be evicted: at its place in the order, by what is lost with it."""
-        self.trees[leaf.group][leaf.kvp_rank].order.add(leaf, self.borders.tip(leaf))
+        tip = self.borders.tip(leaf) if self.borders.before else leaf  # on one rank there are no borders
+        self.trees[leaf.group][leaf.kvp_rank].order.add(leaf, tip)
 
     def trim(self, tree: RankTree, leaf: Segment, num_granules: int, now_s: float, evicted: list[Evicted]) -> None:
         """Evict the last granules of a leaf that nobody uses, and what can be reached only over them."""

@@ -15,7 +15,7 @@ from megatron_medha.core.scheduling.policies import Priority
 from megatron_medha.core.scheduling.prefix_siblings import PrefixSiblings
 from megatron_medha.core.scheduling.prefix_waits import PrefixWaits
 
-# Sequences that get a new place after one event or batch: of those in no queue, while others will follow; of the rest.
+# Sequences that get a new place after one event: of those in no queue, while others will follow; of the rest.
 _MAX_FREED, _MAX_MOVED = 12, 4
 
 
@@ -52,7 +52,7 @@ class CachedPrefixes:
         seq.num_cached_tokens = start
         seq.num_promised_tokens = min(seq.num_promised_tokens, start)
         for other in self._waits.wanting(self.siblings.next_key(seq)):
-            if self.siblings.is_sooner(other, self._cache.now_s):
+            if other.request_id not in self._moved and self.siblings.is_sooner(other, self._cache.now_s):
                 self._moved[other.request_id] = other
 
     def leave(self, seq: Sequence) -> None:
@@ -96,15 +96,19 @@ class CachedPrefixes:
         """The ranks came up empty."""
         self._cache.clear()
 
+    def note_evicted(self) -> None:
+        """Less is cached of those that wait for what is evicted."""
+        if self._cache.evicted:
+            for seq in self._waits.evicted(self._cache.evicted):
+                self._moved[seq.request_id] = seq
+            self._cache.evicted.clear()
+
     def moved(self, are_all: bool) -> list[Sequence]:
         """Waiting sequences that get a new place, with their cursors updated. are_all: of those in no queue.
 
         The rest are chosen, if they are, by an older place, and then matched again.
         """
-        if self._cache.evicted:
-            for seq in self._waits.evicted(self._cache.evicted):
-                self._moved[seq.request_id] = seq
-            self._cache.evicted.clear()
+        self.note_evicted()
         moved: list[Sequence] = []
         for waiting, most in ((self._freed, inf if are_all else _MAX_FREED), (self._moved, _MAX_MOVED)):
             most += len(moved)

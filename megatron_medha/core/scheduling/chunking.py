@@ -12,6 +12,7 @@ from megatron_medha.core.cost.step_sizes import NO_STEP_SIZES, StepSizes
 
 _MAX_LINEAR_PROBES = 4
 _MAX_SLOWDOWN = 0.02  # of a prompt alone, by chunks that are smaller than the best
+_MAX_KNOWN = 1 << 16   # lengths of prompts, and where they stand, of which the time is kept
 _MAX_HALVINGS = 6     # of the largest, until chunks are too small
 
 
@@ -221,6 +222,7 @@ class PrefillTimes:
         self.num_step_tokens = num_step_tokens(rule, cost, budget_s)
         first_chunk = min(self.num_step_tokens, max_tokens)
         self._tokens, self._seconds = [0], [0.0]
+        self._known: dict[int, float] = {}  # what has been asked for: most lengths are, again and again
         tokens = 1
         while tokens < first_chunk:
             self._append(tokens, cost.linear_s(tokens, 1) + cost.attention_s(0, tokens))
@@ -235,13 +237,19 @@ class PrefillTimes:
 
     def prefill_s(self, num_tokens: int) -> float:
         """Predicted seconds from nothing computed to `num_tokens` computed."""
+        known = self._known.get(num_tokens)
+        if known is not None:
+            return known
         tokens, seconds = self._tokens, self._seconds
         index = bisect_right(tokens, num_tokens)
         if index == len(tokens):
             index -= 1
         x0, y0 = tokens[index - 1], seconds[index - 1]
         x1, y1 = tokens[index], seconds[index]
-        return y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0)
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        self._known[num_tokens] = found = y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0)
+        return found
 
     def _append(self, tokens: int, seconds: float) -> None:
         self._tokens.append(tokens)

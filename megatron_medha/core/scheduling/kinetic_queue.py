@@ -15,6 +15,7 @@ from megatron_medha.core.scheduling.policies import Priority
 
 _MIN_HEAD = 4   # more are pulled to the front when somebody asks for more, and stay there
 _MAX_HEAD = 16   # all that a batch looks at, as a rule
+_MAX_PULLED = 3  # since the last look so few have come before the end of the front; of a newcomer there, nobody knows
 _MAX_NEW = 32     # in the front before the next look; of a burst, the others join the rest one by one, not at the look
 
 # (level, priority at the moment asked, arrival, id, item); places of several queues merge by all but the last. Their
@@ -70,12 +71,14 @@ class KineticQueue:
             while len(places) > _MAX_HEAD:
                 self._demote(places, now_s)
         if len(self._rest):
+            num_pulled = 0
             while (place := self._next(now_s)) is not None and (len(places) < _MIN_HEAD or place < places[-1]):
-                if len(places) > _MIN_HEAD:
+                if len(places) > _MIN_HEAD and (num_pulled >= _MAX_PULLED or len(places) == _MAX_HEAD):
                     self._demote(places, now_s)  # as a newcomer, whom any number of the rest may precede
                 else:
                     self._pull(place, now_s)
                     insort(places, place)
+                    num_pulled += 1
         return places
 
     def more_entries(self, now_s: float) -> list[RankedEntry]:

@@ -43,29 +43,37 @@ class PrefixWaits:
     def again(self, seq: Sequence) -> None:
         """Something that it waits behind has changed."""
         wait = self._waits.get(seq.request_id)
-        self.discard(seq)
-        self.add(seq, None if wait is None else wait.watched)
+        if wait is None:
+            self.add(seq)
+            return
+        self._forget_key(wait)
+        self._place(seq, wait.watched)
 
-    def add(self, seq: Sequence, known: Segment | None = None) -> None:
-        """It waits: set its cursors behind what is cached of it, and see to it that changes are noticed.
-
-        known: what it watched before.
-        """
-        if not seq.keys or not seq.request.reads_cache:
+    def add(self, seq: Sequence) -> None:
+        """It waits: set its cursors behind what is cached of it, and see to it that changes are noticed."""
+        if seq.keys and seq.request.reads_cache:
+            self._place(seq, None)
+        else:
             seq.num_cached_tokens = 0
             seq.start_behind(0)
-            return
+
+    def _place(self, seq: Sequence, before: Segment | None) -> None:
+        """before: what it has watched until now."""
         cache, request_id = self._cache, seq.request_id
-        match = cache.longest(seq, known)
-        end, watched = 0, None
+        index, granule_tokens = cache.index, cache.granule_tokens
+        match = cache.longest(seq, before)
+        num_cached_tokens, end, watched = 0, 0, None
         if match is not None:
             end = match.end
-            begin_s = self._predicted_begin_s(seq, end * cache.granule_tokens)
-            watched = cache.index.watch(request_id, match, cache.now_s, begin_s)
-        seq.num_cached_tokens = end * cache.granule_tokens
-        seq.start_behind(seq.num_cached_tokens)
+            num_cached_tokens = end * granule_tokens
+            begin_s = self._predicted_begin_s(seq, num_cached_tokens)
+            watched = index.watch(request_id, match, cache.now_s, begin_s, before)
+        else:
+            index.unwatch(request_id, before)
+        seq.num_cached_tokens = num_cached_tokens
+        seq.start_behind(num_cached_tokens)
         next_key = b""
-        if (end + 1) * cache.granule_tokens < seq.num_known_tokens:
+        if num_cached_tokens + granule_tokens < seq.num_known_tokens:
             next_key = seq.keys[end * KEY_BYTES : (end + 1) * KEY_BYTES]
         if next_key:
             self._by_next_key.setdefault(next_key, {})[request_id] = seq
@@ -84,9 +92,12 @@ class PrefixWaits:
         if wait is None:
             return
         self._cache.index.unwatch(seq.request_id, wait.watched)
+        self._forget_key(wait)
+
+    def _forget_key(self, wait: _Wait) -> None:
         if wait.next_key:
             others = self._by_next_key[wait.next_key]
-            del others[seq.request_id]
+            del others[wait.seq.request_id]
             if not others:
                 del self._by_next_key[wait.next_key]
 

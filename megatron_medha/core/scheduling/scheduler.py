@@ -401,7 +401,7 @@ class Scheduler:
         self._in_flight[batch_id] = SubmittedBatch(batch, sequences, num_decodes, load)
         self._num_on_first_stage += 1
         if self._prefixes is not None:
-            self._place_moved(self._prefixes, now_s)
+            self._prefixes.note_evicted()  # the next event, which is sure to come, gives them their new places
         return batch
 
     def _plan_step(self, budget_s: float, is_behind: bool, now_s: float) -> list[Sequence]:
