@@ -11,7 +11,7 @@ from megatron_medha.core.cost.step_cost import CostModel, StepLoad
 from megatron_medha.core.cost.step_sizes import NO_STEP_SIZES, StepSizes
 
 _MAX_LINEAR_PROBES = 4
-_MAX_SLOWDOWN = 0.02  # of a prompt alone, by chunks that are smaller than the best
+_MAX_SLOWDOWN = 0.01  # of a prompt alone, by chunks that are smaller than the best
 _MAX_KNOWN = 1 << 16   # lengths of prompts, and where they stand, of which the time is kept
 _MAX_HALVINGS = 6     # of the largest, until chunks are too small
 
@@ -259,7 +259,7 @@ class PrefillTimes:
 def efficient_chunk_tokens(
     cost: CostModel, context: int, num_tokens: int, max_chunk_tokens: int, tile_tokens: int, spp: int
 ) -> int:
-    """The smallest chunk with which `num_tokens` after `context` take at most 2% longer than with the best.
+    """The smallest chunk with which `num_tokens` after `context` take at most 1% longer than with the best.
 
     The largest chunk is halved, and again. A smaller one is overtaken at less cost, and has fewer activations.
     """
