@@ -39,7 +39,12 @@ from megatron_medha.cluster.rank_config import RankConfig, connection_name
 from megatron_medha.core.errors import MedhaError
 from megatron_medha.system.libc import TRIM_INTERVAL_S, malloc_trim, set_pdeathsig
 from megatron_medha.worker.message_inbox import MessageInbox, SocketInbox
-from megatron_medha.worker.startup.cpu_share import limit_kernel_cache, num_threads_of_rank, set_passive_omp_wait
+from megatron_medha.worker.startup.cpu_share import (
+    give_way,
+    limit_kernel_cache,
+    num_threads_of_rank,
+    set_passive_omp_wait,
+)
 from megatron_medha.worker.startup.gpu_environment import set_gpu_environment
 
 log = logging.getLogger("megatron_medha.worker")
@@ -119,6 +124,9 @@ def _load_model(config: RankConfig, progress: Callable[[str, float], None]) -> L
 
     if config.model.device != "cpu":
         set_gpu_environment(os.environ)
+    else:  # not the threads that messages pass through: they run already
+        num_ranks = config.layout.world_size
+        give_way(num_threads_of_rank(config.model.num_threads, num_ranks), num_ranks)
     import_megatron(config.model.device)
     from megatron_medha.worker.startup.load import load_rank
     from megatron_medha.worker.step_loop import run_steps

@@ -1,12 +1,13 @@
-"""When idle OpenMP threads have to sleep."""
+"""When idle OpenMP threads have to sleep, and computing ones let others go first."""
 
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
-from megatron_medha.worker.startup.cpu_share import num_threads_of_rank, set_passive_omp_wait
+from megatron_medha.worker.startup.cpu_share import give_way, num_threads_of_rank, set_passive_omp_wait
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +43,25 @@ def test_ranks_share_the_cores_unless_told_otherwise(wanted: int | None, num_ran
 def test_ranks_on_other_machines_take_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert num_threads_of_rank(None, 2) == 2
+
+
+@pytest.mark.parametrize(("num_threads", "num_ranks", "is_nicer"), [(2, 1, True), (1, 2, True), (1, 1, False)])
+def test_threads_that_fill_all_cores_let_others_go_first(num_threads: int, num_ranks: int, is_nicer: bool) -> None:
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, 0)
+
+    found: list[int] = []
+
+    def compute() -> None:
+        give_way(num_threads, num_ranks)
+        begun = threading.Thread(target=lambda: found.append(nice()))
+        begun.start()
+        begun.join()
+        found.append(nice())
+
+    before = nice()
+    thread = threading.Thread(target=compute)  # Linux: a thread has its own
+    thread.start()
+    thread.join()
+    assert nice() == before
+    assert [each > before for each in found] == [is_nicer] * 2 or before == 19

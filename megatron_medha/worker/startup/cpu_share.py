@@ -6,6 +6,8 @@ import os
 
 from megatron_medha.system.machine import num_usable_cores
 
+_NICE = 5  # a third of the weight of other processes
+
 
 def num_threads_of_rank(wanted: int | None, num_ranks: int) -> int:
     """Threads of one rank: as many as asked for, or its share of the cores.
@@ -27,6 +29,17 @@ def set_passive_omp_wait(num_threads: int) -> None:
     """
     if num_threads > 1 and num_threads >= num_usable_cores():
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def give_way(num_threads: int, num_ranks: int) -> None:
+    """Let other processes go first where ranks fill all cores: on this thread and on those it starts, which compute.
+
+    An API server that streams tokens beside two computing threads on two cores otherwise waits for a time slice each
+    time it wakes up, and so does every thread that a message passes through.
+    """
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    if num_threads * num_here >= num_usable_cores() and hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + _NICE)  # Linux: of one thread
 
 
 def limit_kernel_cache() -> None:
